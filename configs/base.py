@@ -1,0 +1,67 @@
+"""Every configuration key, declared once; the values are the published setting (Liu et al. 2025, Section 2.3).
+
+Other files start from `get_config()` here and change what differs. A key that is not declared here is refused.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+
+    c.decoder = ConfigDict()
+    c.decoder.path = "packaged"  # a decoder folder, "packaged", or "" for random weights of `architecture`
+    c.decoder.architecture = ConfigDict()  # fields of TransformerConfig; read from the folder where there is one
+    c.decoder.tokenizer = ""  # a SentencePiece model; "" is the decoder's own, "packaged" the packaged corpus's
+
+    c.method = ConfigDict()
+    c.method.name = "cache_augmentation"  # a row of latent_delib/delib/methods.py
+    c.method.num_latents = 16  # N_L
+    c.method.placement = "after"  # the paper's; or "overlay": latents share positions with the text they follow
+    c.method.num_traces = 128  # M, per packed sequence
+    c.method.num_ahead = 16  # N_A, the ahead tokens that carry the loss
+
+    c.data = ConfigDict()
+    c.data.sources = ("packaged/train",)  # packaged/SPLIT, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE
+    c.data.weights = (1.0,)  # one per source
+    c.data.validation = ("packaged/validation",)
+    c.data.token_files = ""  # a directory written by `prepare`; "" reads the sources through seqio
+    c.data.seq_len = 2048  # T
+
+    c.optimizer = ConfigDict()  # AdamW, linear warm-up, cosine; not published
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.soft_token_learning_rate = 1e-3
+    c.optimizer.warmup_steps = 1000
+    c.optimizer.final_fraction = 0.1  # of the peak rate, at the last step
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.99
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 1.0
+
+    c.train = ConfigDict()
+    c.train.steps = 100_000
+    c.train.batch_size = 1024  # packed sequences a step, over all hosts
+    c.train.accumulation = 1  # parts the batch passes in
+    c.train.log_every = 10
+    c.train.checkpoint_every = 1000
+    c.train.keep = 2  # newest checkpoints kept
+
+    c.compute = ConfigDict()
+    c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
+    c.compute.remat = "full"  # none, dots or full: what the backward pass computes again
+    c.compute.vocab_chunk = 8192  # rows of the token table that the loss holds at a time
+
+    c.mesh = ConfigDict()  # devices along each axis; -1: what the others leave
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.evaluate = ConfigDict()
+    c.evaluate.num_ahead = 32  # perplexity of the n-th token ahead, n = 1 ... num_ahead
+    c.evaluate.max_length = 2048  # tokens of a document seen at once; longer ones are cut into pieces
+    c.evaluate.batch_size = 8  # pieces at once
+    c.evaluate.positions = 64  # augmented positions of each piece at once: bounds memory
+    c.evaluate.max_documents = 0  # per validation source, spread over it; 0: all
+    return c

@@ -1,0 +1,33 @@
+"""Makes the packaged decoder again: a small Gemma 2 trained on the packaged corpus by the same loop.
+
+  python -m latent_delib.prepare --config=configs/packaged_decoder.py --out=runs/packaged_decoder/tokens
+  python -m latent_delib.train --config=configs/packaged_decoder.py --workdir=runs/packaged_decoder \
+      --config.data.token_files=runs/packaged_decoder/tokens
+
+The trained decoder lies in runs/packaged_decoder/decoder.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import base
+from latent_delib.nn.sizes import SIZES
+
+
+def get_config() -> ConfigDict:
+    c = base.get_config()
+    c.decoder.path = ""
+    c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES["gemma2_4m"]))
+    c.decoder.tokenizer = "packaged"
+    c.method.name = "decoder"
+    c.data.seq_len = 512
+    c.optimizer.learning_rate = 4e-3
+    c.optimizer.warmup_steps = 100
+    c.optimizer.weight_decay = 0.1
+    c.train.steps = 3000
+    c.train.batch_size = 32
+    c.train.checkpoint_every = 500
+    c.compute.remat = "none"
+    c.evaluate.max_length = 512
+    return c

@@ -1,0 +1,28 @@
+"""The main job on a laptop: a coprocessor for the packaged decoder, overlay placement.
+
+  ./launch/quickstart.sh
+
+On two CPU cores a few minutes; results under runs/quickstart/.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    c = base.get_config()
+    c.method.num_latents = 8
+    c.method.placement = "overlay"
+    c.method.num_traces = 16
+    c.data.seq_len = 256
+    c.optimizer.warmup_steps = 20
+    c.train.steps = 150
+    c.train.batch_size = 8
+    c.train.checkpoint_every = 50
+    c.compute.dtype = "float32"
+    c.compute.remat = "none"
+    c.evaluate.max_length = 256
+    c.evaluate.batch_size = 4
+    c.evaluate.max_documents = 8
+    return c

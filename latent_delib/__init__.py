@@ -1,0 +1,27 @@
+"""Deliberation in latent space: a frozen decoder whose key-value cache a coprocessor extends (Liu et al. 2025)."""
+
+from typing import TYPE_CHECKING, Any
+
+from latent_delib.errors import UserError
+
+if TYPE_CHECKING:
+    from latent_delib.lm import AugmentedLM, Coprocessor, Decoder, init_coprocessor, load_coprocessor, load_decoder
+
+__all__ = [
+    "AugmentedLM",
+    "Coprocessor",
+    "Decoder",
+    "UserError",
+    "init_coprocessor",
+    "load_coprocessor",
+    "load_decoder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The interface is loaded at its first use, so that `latent_delib.data` alone needs no JAX."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from latent_delib import lm
+
+    return getattr(lm, name)

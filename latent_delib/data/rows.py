@@ -1,0 +1,56 @@
+"""Documents to rows of tokens, and rows to segments: numpy only.
+
+A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it; a row that
+goes on inside a document begins with BOS again. So every row consists of pieces that each begin with BOS,
+no token of the text is dropped or doubled, and only the last row of a stream carries padding.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from latent_delib.errors import UserError
+
+
+def check_data(data: Any) -> None:
+    """Raises UserError unless the `data` config names a possible mixture; looks at no file."""
+    sources, weights = list(data.sources), list(data.weights)
+    if not sources:
+        raise UserError("config.data.sources: empty, expected at least one source")
+    if len(sources) != len(weights):
+        raise UserError(f"config.data.weights: {len(weights)} weights for {len(sources)} data.sources")
+    if repeated := {s for s in sources if sources.count(s) > 1}:
+        raise UserError(f"config.data.sources: {min(repeated)!r} is listed twice, expected one weight for each source")
+    for source, weight in zip(sources, weights, strict=True):
+        if not 0 < weight < np.inf:
+            raise UserError(f"config.data.weights: {weight} for {source!r}, expected a positive number")
+    if data.seq_len < 2:
+        raise UserError(f"config.data.seq_len: {data.seq_len}, expected at least 2 (BOS and one token)")
+
+
+def pack(body, tokens, *, length: int, bos_id: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """One step of packing: adds a document to the row begun so far and cuts off what is complete.
+
+    `body` int32 [< length - 1] is the row begun so far without its leading BOS; start with an empty one.
+    `tokens` int32 [n] is a document without BOS; an empty one ends the stream and pads what is left.
+    Returns the complete rows int32 [k, length] and the new body.
+    """
+    if len(body) and len(tokens):
+        body = np.append(body, bos_id)  # a document that begins a row is led by the row's own BOS
+    elif len(body):
+        tokens = np.full(length - 1 - len(body), pad_id)
+    body = np.concatenate([body, tokens]).astype(np.int32)
+    whole = len(body) - len(body) % (length - 1)
+    rows = body[:whole].reshape(-1, length - 1)
+    return np.pad(rows, ((0, 0), (1, 0)), constant_values=bos_id), body[whole:]
+
+
+def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
+    """Number, from 1 in each row, of the BOS-led piece that a token belongs to; 0 on padding. int32 [B, T]."""
+    return np.where(tokens_BT == pad_id, 0, np.cumsum(tokens_BT == bos_id, axis=-1)).astype(np.int32)
+
+
+def pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]:
+    """Cuts a document int32 [n] into pieces of BOS and at most `length` - 1 tokens, each token in one piece."""
+    cuts = [tokens[i : i + length - 1] for i in range(0, len(tokens), length - 1)]
+    return [np.concatenate([[bos_id], cut]).astype(np.int32) for cut in cuts]

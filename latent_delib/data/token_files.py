@@ -1,0 +1,267 @@
+"""Token files: what `prepare` writes and training and evaluation read, without TensorFlow.
+
+    OUT/train/<i>/tokens         [rows, seq_len], the packed rows of source i
+    OUT/validation/<i>/tokens    [N], the documents of source i one after the other, without BOS
+    OUT/validation/<i>/offsets   int64 [documents + 1], where each begins
+    OUT/meta.json                written last: without it OUT is unfinished
+
+The arrays are zarr3, uint16 where the vocabulary fits and int32 elsewhere, on a local disk or gs://. Rows lie
+in small uncompressed chunks of large files, so a row anywhere costs a read of a few kilobytes.
+"""
+
+import collections
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from latent_delib.data.rows import pack, segments
+from latent_delib.errors import UserError
+
+FORMAT = 1
+BLOCK = 1024  # rows in which each source has exactly its share
+_FILE = 1 << 22  # tokens
+_CACHE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
+
+
+def _store(path: str):
+    """tensorstore's name for a directory: a URL as it is, or a local path."""
+    return f"{path}/" if "://" in path else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
+
+
+def _read(path: str) -> ts.TensorStore:
+    spec = {"driver": "zarr3", "kvstore": _store(path)}
+    return ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False).result()
+
+
+def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Regroups arrays along their first axis into blocks of `size`, the last one smaller."""
+    held, count = [], 0
+    for part in parts:
+        held.append(part)
+        count += len(part)
+        while count >= size:
+            whole = np.concatenate(held)
+            yield whole[:size]
+            held, count = [whole[size:]], count - size
+    if count:
+        yield np.concatenate(held)
+
+
+def _write(path: str, parts: Iterable[np.ndarray], dtype: str, chunk: int, width: tuple[int, ...] = ()) -> int:
+    """Writes arrays [n, *width] as one and returns its length; `chunk` tokens will be read together."""
+    chunk_rows = max(1, chunk // math.prod(width))
+    file_rows = max(1, _FILE // math.prod(width) // chunk_rows) * chunk_rows
+    codec = {"chunk_shape": [chunk_rows, *width], "codecs": [{"name": "bytes"}]}
+    metadata = {
+        "shape": [1 << 48, *width],  # cut down to the true length at the end
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [file_rows, *width]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": codec}],
+    }
+    spec = {"driver": "zarr3", "kvstore": _store(path), "metadata": metadata}
+    array = ts.open(spec, create=True, delete_existing=True).result()
+    length = 0
+    for block in _blocks(parts, file_rows):
+        array[length : length + len(block)].write(block.astype(dtype)).result()
+        length += len(block)
+    array.resize(exclusive_max=[length, *width], resize_metadata_only=True).result()
+    return length
+
+
+@contextlib.contextmanager
+def whole_or_nothing(out: str) -> Iterator[str]:
+    """A directory to write in that becomes the local `out` at the end and leaves no trace if that fails.
+
+    On gs://, which renames nothing, it is `out` itself: there meta.json alone tells finished from unfinished.
+    """
+    if "://" in out:
+        yield out
+        return
+    begun = pathlib.Path(f"{out}.tmp-{os.getpid()}")
+    try:
+        begun.mkdir(parents=True)
+        yield str(begun)
+        begun.rename(out)
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
+
+
+def read_meta(directory: str) -> dict | None:
+    """The content of meta.json, or None where there is none."""
+    found = ts.KvStore.open(_store(directory)).result().read("meta.json").result()
+    return json.loads(found.value) if found.state == "value" else None
+
+
+def write_meta(directory: str, meta: dict) -> None:
+    """Marks `directory` as finished."""
+    ts.KvStore.open(_store(directory)).result().write("meta.json", json.dumps(meta, indent=2).encode()).result()
+
+
+def fingerprint(tokenizer_path: str) -> str:
+    """sha256 of a tokenizer's file."""
+    try:
+        return hashlib.sha256(epath.Path(tokenizer_path).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"tokenizer {tokenizer_path}: does not exist") from None
+
+
+def write_train(directory: str, number: int, documents: Iterable[np.ndarray], meta: dict) -> dict[str, int]:
+    """Packs documents (int32 [n], without BOS) into the rows of source `number`; counts what it wrote."""
+    count = {"documents": 0, "tokens": 0}
+    step = functools.partial(pack, length=meta["seq_len"], bos_id=meta["bos_id"], pad_id=meta["pad_id"])
+
+    def rows():
+        body = nothing = np.empty(0, np.int32)
+        for tokens in documents:
+            count["documents"] += 1
+            count["tokens"] += len(tokens)
+            complete, body = step(body, tokens)
+            yield complete
+        yield step(body, nothing)[0]
+
+    path = f"{directory}/train/{number}/tokens"
+    length = _write(path, rows(), meta["dtype"], 1 << 12, (meta["seq_len"],))
+    return {**count, "rows": length}
+
+
+def write_validation(directory: str, number: int, documents: Iterable[np.ndarray], meta: dict) -> dict[str, int]:
+    """Writes the documents of source `number` whole; counts what it wrote."""
+    offsets = [0]
+
+    def tokens():
+        for document in documents:
+            offsets.append(offsets[-1] + len(document))
+            yield document
+
+    path = f"{directory}/validation/{number}"
+    length = _write(f"{path}/tokens", tokens(), meta["dtype"], 1 << 16)
+    _write(f"{path}/offsets", [np.array(offsets)], "int64", 1 << 12)
+    return {"documents": len(offsets) - 1, "tokens": length}
+
+
+def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tuple[dict, list[str], list[dict]]:
+    """Checks that a directory fits the config; returns its meta, and path and meta entry of each source."""
+    where, meta = data.token_files, read_meta(data.token_files)
+    if meta is None:
+        raise UserError(
+            f"config.data.token_files: no {where}/meta.json: nothing was prepared there, or it did not finish"
+        )
+    if meta["format"] != FORMAT:
+        raise UserError(f"config.data.token_files: {where} has format {meta['format']}, expected {FORMAT}")
+    if meta["seq_len"] != data.seq_len:
+        raise UserError(
+            f"config.data.token_files: {where} has rows of {meta['seq_len']}, data.seq_len is {data.seq_len}"
+        )
+    if (found := fingerprint(tokenizer_path)) != meta["tokenizer_sha256"]:
+        raise UserError(
+            f"config.data.token_files: {where} was prepared with tokenizer sha256 {meta['tokenizer_sha256']}, "
+            f"{tokenizer_path} has {found}"
+        )
+    numbers = {entry["source"]: i for i, entry in enumerate(meta[split])}
+    for source in sources:
+        if source not in numbers:
+            raise UserError(f"config.data: {split} source {source!r} is not in {where}, which has {', '.join(numbers)}")
+    chosen = [numbers[source] for source in sources]
+    return meta, [f"{where}/{split}/{i}" for i in chosen], [meta[split][i] for i in chosen]
+
+
+def _permutation(size: int, *key: int) -> np.ndarray:
+    """A random order of range(size), a function of `key` alone: numpy never changes Philox's raw bits."""
+    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size), kind="stable")
+
+
+def shares(weights: Iterable[float]) -> np.ndarray:
+    """How many rows of a block each source has, by largest remainders: int64 [sources], the sum is BLOCK."""
+    exact = np.array(list(weights)) / sum(weights) * BLOCK
+    share = np.floor(exact).astype(int)
+    share[np.argsort(share - exact, kind="stable")[: BLOCK - share.sum()]] += 1
+    if not share.all():
+        raise UserError(
+            f"config.data.weights: {tuple(weights)}: one is under half a row in {BLOCK} and would never be read"
+        )
+    return share
+
+
+class Order:
+    """Which row of which source is row i of the training: a pure function of (seed, i).
+
+    Rows come in blocks in which each source has its share, in an order drawn for (seed, block). A source is read
+    in epochs, each in an order drawn for (seed, source, epoch); the latest is kept, 8 bytes a row.
+    """
+
+    def __init__(self, seed: int, share: np.ndarray, rows: list[int]):
+        self.seed, self.share, self.rows = seed, share, np.array(rows)
+        self.epochs: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __call__(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, row of that source), each int64 [stop - start], of the rows start ... stop - 1."""
+        blocks = [self._block(block) for block in range(start // BLOCK, -(-stop // BLOCK))]
+        here = slice(start % BLOCK, start % BLOCK + stop - start)
+        source, count = (np.concatenate(part)[here] for part in zip(*blocks, strict=True))
+        epoch, row = np.divmod(count, self.rows[source])
+        for s, e in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
+            if s not in self.epochs or self.epochs[s][0] != e:
+                self.epochs[s] = e, _permutation(self.rows[s], self.seed, 1, s, e)
+            chosen = (source == s) & (epoch == e)
+            row[chosen] = self.epochs[s][1][row[chosen]]
+        return source, row
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, number of rows of that source before it), each int64 [BLOCK], of the rows of a block."""
+        source = np.repeat(np.arange(len(self.share)), self.share)[_permutation(BLOCK, self.seed, 0, block)]
+        count = np.empty_like(source)
+        count[np.argsort(source, kind="stable")] = np.concatenate([np.arange(n) + block * n for n in self.share])
+        return source, count
+
+
+def _ahead(function: Callable[[int], dict], start: int) -> Iterator[dict]:
+    """function(start), function(start + 1), ... without end; a thread works on the next two meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = collections.deque(pool.submit(function, start + k) for k in range(2))
+        for step in itertools.count(start + 2):
+            yield pending.popleft().result()
+            pending.append(pool.submit(function, step))
+
+
+def train_batches(data, *, batch_size, seed, tokenizer_path, host, num_hosts, start_step):
+    """`batches.train_batches` for token files: a host reads its own rows of each batch and no others."""
+    meta, paths, entries = _open(data, tokenizer_path, "train", data.sources)
+    arrays = [_read(f"{path}/tokens") for path in paths]
+    order = Order(seed, shares(data.weights), [entry["rows"] for entry in entries])
+    rows = batch_size // num_hosts
+
+    def batch(step):
+        start = step * batch_size + host * rows
+        source, row = order(start, start + rows)
+        reads = [array[row[source == s]].read() for s, array in enumerate(arrays)]
+        tokens = np.empty([rows, data.seq_len], np.int32)
+        for s, read in enumerate(reads):
+            tokens[source == s] = read.result()
+        return {"tokens": tokens, "segment": segments(tokens, meta["bos_id"], meta["pad_id"])}
+
+    return _ahead(batch, start_step)
+
+
+def validation_documents(data, *, tokenizer_path):
+    """`batches.validation_documents` for token files."""
+    _, paths, _ = _open(data, tokenizer_path, "validation", data.validation)
+
+    def documents():
+        for source, path in zip(data.validation, paths, strict=True):
+            tokens, offsets = _read(f"{path}/tokens"), _read(f"{path}/offsets").read().result()
+            for begin, end in itertools.pairwise(offsets):
+                yield source, tokens[begin:end].read().result().astype(np.int32)
+
+    return documents()

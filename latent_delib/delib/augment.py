@@ -1,0 +1,107 @@
+"""The three calls everything is made of: read the text, write latents, decode the ahead tokens (Section 2.1).
+
+`params` is one dict: "decoder" (layers, final_norm, embedding) and, for methods that write latents, "coprocessor".
+Which of the two is trained is not known here.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from latent_delib.delib import traces as traces_lib
+from latent_delib.delib.loss import token_nll
+from latent_delib.delib.methods import METHODS
+from latent_delib.delib.traces import Traces
+from latent_delib.nn import cache as cache_lib
+from latent_delib.nn import transformer
+from latent_delib.nn.cache import KV, Cache
+from latent_delib.nn.transformer import Params, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What stays fixed while parameters and text change.
+
+    transformer: the decoder's, and the coprocessor's. method: a key of `methods.METHODS`. num_latents: N_L.
+    placement: a key of `traces.PLACEMENTS`. vocab_chunk: rows of the token table that the loss holds at a time.
+    """
+
+    transformer: Transformer
+    method: str = "cache_augmentation"
+    num_latents: int = 16
+    placement: str = "after"
+    vocab_chunk: int = 8192
+
+    @property
+    def has_latents(self) -> bool:
+        return METHODS[self.method].latents is not None
+
+    def lay_out(self, tokens_BT: jax.Array, segment_BT: jax.Array, at_BM: jax.Array, num_ahead: int) -> Traces:
+        """Traces at text tokens `at_BM`; see `traces.lay_out`."""
+        return traces_lib.lay_out(tokens_BT, segment_BT, at_BM, self.num_latents, num_ahead, self.placement)
+
+
+def read(aug: Augmentation, params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, dtype: jnp.dtype):
+    """The plain decoder over packed text: final-normed outputs [B, T, D], and the cache of the text."""
+    start_BT = traces_lib.document_start(segment_BT)
+    position_BT = jnp.arange(tokens_BT.shape[1]) - start_BT
+    x_BTD = transformer.embed(params["decoder"]["embedding"].astype(dtype), tokens_BT, aug.transformer.config)
+    bounds = transformer.own_text(start_BT)
+    x_BMTD, kv = aug.transformer.apply({"params": params["decoder"]}, x_BTD[:, None], position_BT[:, None], bounds)
+    return x_BMTD[:, 0], cache_lib.of_text(kv, position_BT)
+
+
+def latents(aug: Augmentation, params: Params, cache: Cache, traces: Traces) -> jax.Array:
+    """Latents z [B, M, L, D] of every trace."""
+    write = METHODS[aug.method].latents
+    assert write is not None, aug.method
+    return write(params["coprocessor"], aug.transformer, cache, traces)
+
+
+def decode(aug: Augmentation, params: Params, z_BMLD: jax.Array, cache: Cache, traces: Traces) -> tuple[jax.Array, KV]:
+    """The decoder over latents and ahead tokens.
+
+    Returns the outputs [B, M, A, D] that predict the A targets, and the keys and values of latents and tokens.
+    """
+    embedding_VD = params["decoder"]["embedding"].astype(z_BMLD.dtype)
+    text = transformer.embed(embedding_VD, traces.inputs, aug.transformer.config)
+    x_BMSD = jnp.concatenate([z_BMLD, text], axis=2)
+    out_BMSD, kv = aug.transformer.apply({"params": params["decoder"]}, x_BMSD, traces.position, traces.bounds, cache)
+    return out_BMSD[:, :, -traces.targets.shape[2] :], kv
+
+
+def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p of each target [...] from outputs [..., D], nats, float32."""
+    flat = token_nll(
+        x.reshape(-1, x.shape[-1]),
+        params["decoder"]["embedding"],
+        targets.reshape(-1),
+        aug.transformer.config.final_softcap,
+        aug.vocab_chunk,
+    )
+    return flat.reshape(targets.shape)
+
+
+def loss(
+    aug: Augmentation,
+    params: Params,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    at_BM: jax.Array,
+    num_ahead: int,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """The training objective of one batch: Σ loss in nats and Σ tokens, both float32 scalars.
+
+    With latents: cross-entropy of the ahead tokens of every trace (Section 2.3). Without: of all text.
+    """
+    x_BTD, cache = read(aug, params, tokens_BT, segment_BT, dtype)
+    if not aug.has_latents:
+        same_document = (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)
+        losses, weights = nll(aug, params, x_BTD[:, :-1], tokens_BT[:, 1:]), same_document.astype(jnp.float32)
+    else:
+        traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead)
+        x_BMAD, _ = decode(aug, params, latents(aug, params, cache, traces), cache, traces)
+        losses, weights = nll(aug, params, x_BMAD, traces.targets), traces.weights
+    return jnp.sum(losses * weights), jnp.sum(weights)

@@ -1,0 +1,110 @@
+"""Traces: at which text tokens the cache is augmented, and where latents and ahead tokens then stand.
+
+Everything here is integers (Liu et al. 2025, Section 2.3 and Figure 2). A trace at text token p of one document holds
+L latents and A ahead tokens; it sees that document's text up to p and itself causally, never another trace.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from latent_delib.nn.attention import Bounds
+
+
+class Placement(NamedTuple):
+    """Where a trace at text token p stands. The one place that tells the placements apart.
+
+    first_latent: position of the first latent relative to p, for L latents: `first_latent + per_latent * L`.
+    reread: how many text tokens, x_p the last of them, are read again after the latents instead of from the cache.
+    shift: by how many positions, per latent, the text after the latents moves on.
+    """
+
+    first_latent: int
+    per_latent: int
+    reread: int
+    shift: int
+
+
+PLACEMENTS = {
+    # The paper's: latents follow x_p, text moves on by L, the last latent predicts ahead token 1.
+    "after": Placement(first_latent=1, per_latent=0, reread=0, shift=1),
+    # Latents share the positions p-L+1 ... p, no text moves; x_p is read after them and predicts ahead token 1.
+    "overlay": Placement(first_latent=1, per_latent=-1, reread=1, shift=0),
+}
+
+
+class Traces(NamedTuple):
+    """M traces in each of B rows; int32 unless said. S = L + the number of inputs.
+
+    latent_position [B, M, L] and latent_bounds: the coprocessor's call.
+    position [B, M, S] and bounds: the decoder's call, over latents and then `inputs`.
+    inputs: text tokens after the latents, [B, M, A - 1 + reread]. The last A outputs predict `targets` [B, M, A],
+    weighted by `weights` float32 [B, M, A]: 0 past the end of the document that holds p.
+    """
+
+    latent_position: jax.Array
+    latent_bounds: Bounds
+    position: jax.Array
+    bounds: Bounds
+    inputs: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+
+
+def document_start(segment_BT: jax.Array) -> jax.Array:
+    """Index of the first token of the document that holds each token, int32 [B, T]."""
+    index = jnp.arange(segment_BT.shape[1])
+    first = jnp.diff(segment_BT, axis=1, prepend=segment_BT[:, :1] - 1) != 0
+    return jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+def draw(key: jax.Array, segment_BT: jax.Array, num_traces: int) -> jax.Array:
+    """Random distinct trace positions, sorted, each with at least one ahead token in its own document.
+
+    Args:
+      segment_BT: int32 document number of each token, 0 on padding.
+
+    Returns:
+      int32 [B, M]. A row with fewer than M such positions repeats T - 1, which has no ahead tokens and so no weight.
+    """
+    usable = (segment_BT[:, :-1] == segment_BT[:, 1:]) & (segment_BT[:, 1:] > 0)
+    noise = jnp.where(usable, jax.random.uniform(key, usable.shape), -1.0)
+    score, at = jax.lax.top_k(noise, num_traces)
+    return jnp.sort(jnp.where(score >= 0, at, segment_BT.shape[1] - 1), axis=1).astype(jnp.int32)
+
+
+def lay_out(
+    tokens_BT: jax.Array, segment_BT: jax.Array, at_BM: jax.Array, num_latents: int, num_ahead: int, placement: str
+) -> Traces:
+    """Lays out the traces at text tokens `at_BM` of packed rows. See `Traces`."""
+    place = PLACEMENTS[placement]
+    T = tokens_BT.shape[1]
+
+    def take(row_BT: jax.Array, index_BMX: jax.Array) -> jax.Array:
+        flat = jnp.clip(index_BMX, 0, T - 1).reshape(index_BMX.shape[0], -1)
+        return jnp.take_along_axis(row_BT, flat, axis=1).reshape(index_BMX.shape)
+
+    at = at_BM[..., None]
+    start = take(document_start(segment_BT), at)
+    p = at - start  # position of x_p in its document
+    latent_position = p + place.first_latent + place.per_latent * num_latents + jnp.arange(num_latents)
+    latent_position = jnp.maximum(latent_position, 0)
+
+    offset = jnp.arange(1 - place.reread, num_ahead)  # of the inputs, from p
+    ahead = at + jnp.arange(1, num_ahead + 1)
+    same_document = (ahead < T) & (take(segment_BT, ahead) == take(segment_BT, at)) & (take(segment_BT, at) > 0)
+    position = jnp.concatenate([latent_position, p + offset + place.shift * num_latents], axis=-1)
+
+    def bounds(like: jax.Array, stop: jax.Array) -> Bounds:
+        return Bounds(*(jnp.broadcast_to(x, like.shape).astype(jnp.int32) for x in (start, stop, 0)))
+
+    return Traces(
+        latent_position=latent_position,
+        latent_bounds=bounds(latent_position, at + 1),
+        position=position,
+        bounds=bounds(position, at + 1 - place.reread),
+        inputs=take(tokens_BT, at + offset),
+        targets=take(tokens_BT, ahead),
+        weights=same_document.astype(jnp.float32),
+    )

@@ -1,0 +1,202 @@
+"""Perplexity of the n-th token ahead, with latents after every token and without (Section 3.1, Table 1).
+
+  python -m latent_delib.evaluate --config=configs/X.py --workdir=DIR [--out=DIR] [--step=N]
+
+Writes perplexity.json and perplexity.png to --out (the workdir by default) and prints the table.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from latent_delib import checkpoint, commands, experiment
+from latent_delib import mesh as mesh_lib
+from latent_delib.data import batches
+from latent_delib.errors import UserError
+from latent_delib.experiment import Experiment
+from latent_delib.nn.transformer import PARAM_AXES, Params
+from latent_delib.step import ahead_step, read_step
+
+
+class Sums(NamedTuple):
+    """For n = 1 ... A: Σ -log p under the decoder and with latents, in nats, and Σ tokens; float64 [A] each."""
+
+    decoder: np.ndarray
+    augmented: np.ndarray
+    tokens: np.ndarray
+
+
+def main(flags: Any) -> None:
+    evaluate(flags.config, flags.workdir, flags.out or flags.workdir, flags.step)
+
+
+def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None) -> dict[str, Any]:
+    """Evaluates a checkpoint of `workdir` on the config's validation sources; returns what perplexity.json holds.
+
+    Method "decoder" on a decoder with weights needs no checkpoint: it is the frozen decoder.
+
+    Raises:
+      UserError: no checkpoint, one of another decoder or method, bad config or data.
+    """
+    exp = experiment.read(config)
+    untrained = config.method.name == "decoder" and bool(config.decoder.path)
+    if untrained and not (Path(workdir) / "checkpoints").is_dir():
+        params, found = {"decoder": experiment.load_decoder(exp, exp.dtype)}, None
+    else:
+        params, found = load(exp, workdir, step)
+    documents = [tokens for _, tokens in select(config)]
+    rows = table(perplexity(exp, params, documents))
+    result = {
+        "rows": rows,
+        "documents": len(documents),
+        "config": json.loads(config.to_json_best_effort()),
+        "checkpoint": None if found is None else str(Path(workdir) / "checkpoints" / str(found)),
+        "fingerprint": exp.fingerprint,
+    }
+    write(result, Path(out))
+    print(show(rows, result), flush=True)
+    return result
+
+
+def load(exp: Experiment, workdir: str, step: int | None) -> tuple[Params, int]:
+    """The parameters of a checkpoint, in the config's dtype, and its step."""
+    checkpoints, found, meta = checkpoint.open_for_reading(workdir, step)
+    exp.check_same(meta, workdir)
+    decoder = experiment.load_decoder(exp, exp.dtype)
+    shapes = jax.eval_shape(experiment.init_trainable(exp), jax.random.key(0), decoder)
+    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES)
+    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    trainable, _ = checkpoints.restore(found, wanted)
+    checkpoints.close()
+    return {"decoder": decoder} | jax.tree.map(lambda x: x.astype(exp.dtype), trainable), found
+
+
+def select(config: ConfigDict) -> Iterator[tuple[str, np.ndarray]]:
+    """The validation documents; with `max_documents`, that many of each source, evenly spread over it."""
+    by_source: dict[str, list[np.ndarray]] = {}
+    tokenizer = str(experiment.tokenizer_path(config))
+    for source, tokens in batches.validation_documents(config.data, tokenizer_path=tokenizer):
+        by_source.setdefault(source, []).append(tokens)
+    for source, documents in by_source.items():
+        wanted = min(config.evaluate.max_documents or len(documents), len(documents))
+        for i in range(wanted):
+            yield source, documents[i * len(documents) // wanted]
+
+
+def perplexity(exp: Experiment, params: Params, documents: Sequence[np.ndarray]) -> Sums:
+    """Sums over every token of every document, each counted once for each n that reaches it.
+
+    A document longer than `max_length` is cut into pieces that each begin with BOS. Each text is read once; its cache
+    then serves all its positions, `positions` of them at a time, which bounds the memory. No sum depends on how
+    pieces are batched: they are added up in float64, piece by piece.
+    """
+    e, bos, pad = exp.config.evaluate, exp.tokenizer.bos_id, exp.tokenizer.pad_id
+    pieces = [piece for document in documents for piece in batches.pieces(document, e.max_length, bos)]
+    pieces = sorted((p for p in pieces if len(p) > 1), key=len)  # alike in length together: least padding
+    if not pieces:
+        raise UserError("config.data.validation: holds no document with a token")
+    A, B, M, T = e.num_ahead, e.batch_size, min(e.positions, e.max_length), e.max_length
+    aug, place = exp.aug, partial(jax.device_put, device=mesh_lib.rows(exp.mesh))
+    if B % (shards := exp.mesh.shape["data"] * exp.mesh.shape["fsdp"]):
+        raise UserError(f"config.evaluate.batch_size={B} does not split over {shards} devices")
+    read = jax.jit(partial(read_step, aug=aug, dtype=exp.dtype))
+    ahead = jax.jit(partial(ahead_step, aug=aug, num_ahead=A))
+
+    sums = Sums(*np.zeros((3, A)))
+    began, done, total = time.perf_counter(), 0, sum(map(len, pieces))
+    for first in range(0, len(pieces), B):
+        rows = pieces[first : first + B]
+        tokens, segment = np.full((B, T), pad, np.int32), np.zeros((B, T), np.int32)
+        for i, piece in enumerate(rows):
+            tokens[i, : len(piece)], segment[i, : len(piece)] = piece, 1
+        tokens_BT, segment_BT = place(tokens), place(segment)
+        cache, text_nll = read(params, tokens_BT, segment_BT)
+        text_nll = np.asarray(text_nll, np.float64)
+        for nll_T, piece in zip(text_nll, rows):
+            for n in range(1, min(A, len(piece) - 1) + 1):
+                sums.decoder[n - 1] += nll_T[n - 1 : len(piece) - 1].sum()
+                sums.tokens[n - 1] += len(piece) - n
+        longest = max(map(len, rows)) - 1  # positions with at least one ahead token
+        for start in range(0, longest if aug.has_latents else 0, M):
+            at_BM = np.minimum(np.arange(start, start + M), T - 1)  # T - 1 has no ahead tokens, so no weight
+            nll, weights = ahead(params, cache, tokens_BT, segment_BT, place(np.tile(at_BM, (B, 1)).astype(np.int32)))
+            sums.augmented[:] += (np.asarray(nll, np.float64) * np.asarray(weights)).sum(axis=(0, 1))
+        done += sum(map(len, rows))
+        seconds = time.perf_counter() - began
+        if jax.process_index() == 0:
+            eta = time.strftime("%H:%M:%S", time.gmtime((total - done) / done * seconds))
+            print(f"evaluated {done}/{total} tokens  {done / seconds:,.0f} tokens/s  ETA {eta}", flush=True)
+    return sums if aug.has_latents else sums._replace(augmented=sums.decoder)
+
+
+def table(sums: Sums) -> list[dict[str, float]]:
+    """One row for each n that some document reaches."""
+    rows = []
+    for n, (decoder, augmented, tokens) in enumerate(zip(*sums), start=1):
+        if tokens:
+            plain, ours = float(np.exp(decoder / tokens)), float(np.exp(augmented / tokens))
+            change = 100 * float(np.expm1((augmented - decoder) / tokens))
+            rows.append(
+                {"n": n, "tokens": int(tokens), "decoder_ppl": plain, "augmented_ppl": ours, "change_percent": change}
+            )
+    return rows
+
+
+def show(rows: Sequence[dict[str, float]], result: dict[str, Any]) -> str:
+    """The table in plain text: n = 1, 2, 4, 8, ..."""
+    method = result["config"]["method"]
+    lines = [
+        f"perplexity of the n-th token ahead; {method['name']}, {method['num_latents']} latents, "
+        f"placement {method['placement']}, {result['documents']} documents",
+        f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}",
+    ]
+    for row in rows:
+        if row["n"] & (row["n"] - 1) == 0:
+            lines.append(
+                f"{row['n']:>3} {row['tokens']:>10,} {row['decoder_ppl']:>10.4f} {row['augmented_ppl']:>10.4f} "
+                f"{row['change_percent']:>+8.2f}%"
+            )
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    """perplexity.json and perplexity.png, each under its name only once whole."""
+    if jax.process_index() != 0:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = result["rows"]
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    axes.axhline(0, color="black", linewidth=0.8, label="frozen decoder")
+    axes.plot([r["n"] for r in rows], [r["change_percent"] for r in rows], marker="o", markersize=3, label="augmented")
+    axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)")
+    axes.legend()
+    figure.savefig(out / ".perplexity.png.tmp", format="png", dpi=150)
+    pyplot.close(figure)
+    (out / ".perplexity.json.tmp").write_text(json.dumps(result, indent=2) + "\n")
+    for name in ("perplexity.png", "perplexity.json"):
+        os.replace(out / f".{name}.tmp", out / name)
+
+
+if __name__ == "__main__":
+    commands.run(
+        main,
+        __doc__,
+        config=(commands.CONFIG, "a file under configs/"),
+        workdir=(commands.REQUIRED, "of a training job"),
+        out=("", "where to write; the workdir if left out"),
+        step=(None, "checkpoint step; the newest if left out"),
+    )

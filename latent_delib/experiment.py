@@ -1,0 +1,182 @@
+"""From a config to what a job works on: architecture, mesh, augmentation, decoder. Every check of a config is here."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from latent_delib import mesh as mesh_lib
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.methods import METHODS
+from latent_delib.delib.traces import PLACEMENTS
+from latent_delib.errors import UserError
+from latent_delib.nn import transformer
+from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.transformer import PARAM_AXES, REMAT, Params, Transformer
+from latent_delib.tokenizer import Tokenizer
+from latent_delib.weights import folder
+
+CORPUS_TOKENIZER = Path(__file__).parent / "data" / "corpus" / "tokenizer.model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A checked config and what follows from it.
+
+    decoder: the decoder's folder; None for random weights. fingerprint: SHA-256 of that decoder, hex.
+    """
+
+    config: ConfigDict
+    aug: Augmentation
+    mesh: Mesh
+    dtype: Any
+    tokenizer: Tokenizer
+    decoder: Path | None
+    fingerprint: str
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be continued or evaluated here."""
+        keys = ("name", "num_latents", "placement")
+        return {"fingerprint": self.fingerprint, **{f"method.{k}": self.config.method[k] for k in keys}}
+
+    def check_same(self, meta: dict[str, Any], where: str) -> None:
+        """Raises UserError unless a checkpoint's meta is of this decoder and this method."""
+        for key, value in self.identity().items():
+            if meta[key] != value:
+                raise UserError(f"{where}: its checkpoint has {key}={meta[key]}, this config has {value}")
+
+
+def tokenizer_path(config: ConfigDict) -> Path:
+    """The SentencePiece model a config means."""
+    name, decoder = config.decoder.tokenizer, config.decoder.path
+    if name == "packaged" or (not name and not decoder):
+        return CORPUS_TOKENIZER
+    return Path(name) if name else folder.locate(decoder) / "tokenizer.model"
+
+
+def read(config: ConfigDict) -> Experiment:
+    """Checks a config and builds what it describes; loads no weights.
+
+    Raises:
+      UserError: the first thing found wrong, by key.
+    """
+    check(config)
+    if config.decoder.path:
+        decoder = folder.locate(config.decoder.path)
+        architecture, fingerprint = folder.read_config(decoder), folder.fingerprint(decoder)
+        for key, value in config.decoder.architecture.items():
+            if getattr(architecture, key, value) != value:
+                found = getattr(architecture, key)
+                raise UserError(f"config.decoder.architecture.{key}={value}, but {decoder} has {found}")
+    else:
+        decoder, fields = None, config.decoder.architecture.to_dict()
+        if not fields:
+            raise UserError("config.decoder: give a path, or an architecture for random weights")
+        architecture = TransformerConfig.from_dict(fields, "config.decoder.architecture")
+        random = json.dumps([dataclasses.asdict(architecture), config.seed], sort_keys=True)
+        fingerprint = hashlib.sha256(random.encode()).hexdigest()
+    tokenizer = Tokenizer(tokenizer_path(config))
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise UserError(
+            f"config.decoder.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, "
+            f"the decoder only {architecture.vocab_size} rows"
+        )
+    mesh = mesh_lib.make(config.mesh)
+    per_step = config.train.batch_size // config.train.accumulation
+    if per_step % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(
+            f"config.train.batch_size={config.train.batch_size} in {config.train.accumulation} parts does not split "
+            f"over mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
+        )
+    for key in ("num_heads", "num_kv_heads", "ffn_dim"):
+        if getattr(architecture, key) % mesh.shape["tensor"]:
+            raise UserError(
+                f"config.mesh.tensor={mesh.shape['tensor']} does not divide {key}={getattr(architecture, key)}"
+            )
+    aug = Augmentation(
+        Transformer(architecture, config.compute.remat, mesh_lib.constrain(mesh)),
+        config.method.name,
+        config.method.num_latents,
+        config.method.placement,
+        config.compute.vocab_chunk,
+    )
+    return Experiment(config, aug, mesh, jnp.dtype(config.compute.dtype), tokenizer, decoder, fingerprint)
+
+
+def check(config: ConfigDict) -> None:
+    """Checks that need nothing but the config."""
+
+    def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+        if value not in allowed:
+            raise UserError(f"config.{key}={value!r}: expected one of {sorted(allowed)}")
+
+    def at_least(low: float, **values: float) -> None:
+        for key, value in values.items():
+            if not value >= low:
+                raise UserError(f"config.{key.replace('__', '.')}={value}: expected at least {low}")
+
+    m, t, o, e = config.method, config.train, config.optimizer, config.evaluate
+    one_of("method.name", m.name, METHODS)
+    one_of("method.placement", m.placement, PLACEMENTS)
+    one_of("compute.dtype", config.compute.dtype, ("bfloat16", "float32"))
+    one_of("compute.remat", config.compute.remat, REMAT)
+    at_least(1, method__num_latents=m.num_latents, method__num_traces=m.num_traces, method__num_ahead=m.num_ahead)
+    at_least(1, train__steps=t.steps, train__batch_size=t.batch_size, train__accumulation=t.accumulation)
+    at_least(1, train__log_every=t.log_every, train__checkpoint_every=t.checkpoint_every, train__keep=t.keep)
+    at_least(1, evaluate__num_ahead=e.num_ahead, evaluate__batch_size=e.batch_size, evaluate__positions=e.positions)
+    at_least(2, data__seq_len=config.data.seq_len, evaluate__max_length=e.max_length)
+    at_least(1, compute__vocab_chunk=config.compute.vocab_chunk)
+    at_least(0, optimizer__soft_token_learning_rate=o.soft_token_learning_rate, optimizer__warmup_steps=o.warmup_steps)
+    at_least(0, optimizer__weight_decay=o.weight_decay, evaluate__max_documents=e.max_documents)
+    for key in ("learning_rate", "clip_norm", "eps"):
+        if not o[key] > 0:
+            raise UserError(f"config.optimizer.{key}={o[key]}: expected more than 0")
+    if t.batch_size % t.accumulation:
+        raise UserError(f"config.train.accumulation={t.accumulation} does not divide batch_size={t.batch_size}")
+    if METHODS[m.name].latents is not None:
+        if config.data.seq_len < m.num_latents + m.num_ahead:
+            raise UserError(
+                f"config.data.seq_len={config.data.seq_len} is shorter than a trace: "
+                f"{m.num_latents} latents + {m.num_ahead} ahead tokens"
+            )
+        if m.num_traces >= config.data.seq_len:
+            raise UserError(
+                f"config.method.num_traces={m.num_traces}: a row of config.data.seq_len={config.data.seq_len} tokens "
+                f"has at most {config.data.seq_len - 1} positions"
+            )
+
+
+def load_decoder(exp: Experiment, dtype: Any) -> Params:
+    """The decoder's weights in `dtype`, on the mesh, each placed as it is read; random ones where there is no folder."""
+    architecture = exp.aug.transformer.config
+    shapes = folder.shapes(architecture)
+    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES)
+    if exp.decoder is None:
+
+        def start(key: jax.Array) -> Params:
+            return jax.tree.map(lambda x: x.astype(dtype), transformer.init(key, architecture))
+
+        return jax.jit(start, out_shardings=shardings)(jax.random.key(exp.config.seed))
+    by_name = {
+        jax.tree_util.keystr(path, simple=True, separator="."): s
+        for path, s in jax.tree_util.tree_leaves_with_path(shardings)
+    }
+    return folder.load(exp.decoder, architecture, lambda name, x: jax.device_put(x.astype(dtype), by_name[name]))
+
+
+def init_trainable(exp: Experiment) -> Any:
+    """The function (key, decoder) -> trainable tree of the config's method, float32."""
+    aug = exp.aug
+
+    def init(key: jax.Array, decoder: Params) -> Params:
+        tree = METHODS[aug.method].init(key, decoder, aug.transformer, aug.num_latents)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    return init

@@ -1,0 +1,81 @@
+"""The one attention primitive: every query sees a range of a shared prefix, and its own group causally.
+
+Training text has no prefix; a trace's prefix is the text up to its position; in decoding the prefix is everything
+so far. Visibility is therefore three integers a query (Liu et al. 2025, Figure 2, without ever building its mask).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Bounds(NamedTuple):
+    """What each query sees, int32 [B, M, S]: prefix slots start <= t < stop, own tokens own_start <= j <= i."""
+
+    prefix_start: jax.Array
+    prefix_stop: jax.Array
+    own_start: jax.Array
+
+
+def attend(
+    q_BMSNH: jax.Array,
+    k_BMSKH: jax.Array,
+    v_BMSKH: jax.Array,
+    prefix: tuple[jax.Array, jax.Array] | None,
+    bounds: Bounds,
+    *,
+    scale: float,
+    softcap: float,
+) -> jax.Array:
+    """Reference attention over a prefix range and the own group; plain autodiff reaches every input.
+
+    Args:
+      q_BMSNH, k_BMSKH, v_BMSKH: the group's queries, keys and values; query head n uses key head n // G.
+      prefix: keys and values [B, T, K, H] that all M groups of a row share, or None.
+      bounds: the visible ranges. A query always sees itself.
+      scale: factor on the scores. softcap: c in c * tanh(score / c); 0 for none.
+
+    Returns:
+      [B, M, S, N, H] in the dtype of v; scores and softmax are float32.
+    """
+    B, M, S, N, H = q_BMSNH.shape
+    K = k_BMSKH.shape[-2]
+    q = q_BMSNH.reshape(B, M, S, K, N // K, H)
+    own = jnp.arange(S)
+    scores = jnp.einsum("BMSKGH,BMUKH->BMKGSU", q, k_BMSKH, preferred_element_type=jnp.float32)
+    visible = (own >= bounds.own_start[..., None]) & (own <= own[:, None])
+    if prefix is not None:
+        k_BTKH, v_BTKH = prefix
+        slot = jnp.arange(k_BTKH.shape[1])
+        over_prefix = jnp.einsum("BMSKGH,BTKH->BMKGST", q, k_BTKH, preferred_element_type=jnp.float32)
+        in_range = (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
+        scores = jnp.concatenate([over_prefix, scores], axis=-1)
+        visible = jnp.concatenate([in_range, visible], axis=-1)
+    scores = scores * scale
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BMSKH.dtype)
+    out = jnp.einsum("BMKGSU,BMUKH->BMSKGH", weights[..., -S:], v_BMSKH)
+    if prefix is not None:
+        out += jnp.einsum("BMKGST,BTKH->BMSKGH", weights[..., :-S], v_BTKH)
+    return out.reshape(B, M, S, N, H)
+
+
+def within_window(bounds: Bounds, position_BMS: jax.Array, prefix_position_BT: jax.Array | None, window: int) -> Bounds:
+    """Narrows bounds to keys less than `window` positions back.
+
+    Positions do not fall from one slot of a visible range to the next, so what remains is a range again: its start
+    is its stop minus the number of keys that are near enough. (Slot numbers would not do: latents share positions.)
+    """
+    oldest = (position_BMS - window)[..., None]
+    own = jnp.arange(position_BMS.shape[-1])
+    near = (position_BMS[:, :, None, :] > oldest) & (own <= own[:, None])
+    own_start = jnp.maximum(bounds.own_start, own + 1 - near.sum(-1))
+    if prefix_position_BT is None:
+        return bounds._replace(own_start=own_start)
+    slot = jnp.arange(prefix_position_BT.shape[1])
+    in_range = (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
+    near = in_range & (prefix_position_BT[:, None, None, :] > oldest)
+    return bounds._replace(prefix_start=bounds.prefix_stop - near.sum(-1), own_start=own_start)

@@ -1,0 +1,55 @@
+"""The key-value cache: a value that goes in and comes out, never hidden state."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from latent_delib.nn.sizes import TransformerConfig
+
+
+class KV(NamedTuple):
+    """Keys and values of one call, stacked over layers: [layers, B, M, S, K, H] each."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Cache(NamedTuple):
+    """What a transformer has read. Row b holds `length[b]` entries, in slots 0 ... length[b] - 1.
+
+    k, v: [layers, B, T, K, H], keys already rotated. position: int32 [B, T], the position of every slot's entry
+    (slots and positions differ once latents stand between). length: int32 [B].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    position: jax.Array
+    length: jax.Array
+
+
+def empty(config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+    """A cache with room for `capacity` entries a row."""
+    kv = jnp.zeros((config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), dtype)
+    return Cache(kv, kv, jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+
+def of_text(kv: KV, position_BT: jax.Array, length_B: jax.Array | None = None) -> Cache:
+    """The cache of one call over text (M = 1), without a copy; `length_B` where rows end in padding."""
+    B, T = position_BT.shape
+    return Cache(kv.k[:, :, 0], kv.v[:, :, 0], position_BT, jnp.full((B,), T) if length_B is None else length_B)
+
+
+def append(cache: Cache, kv: KV, position_BS: jax.Array, count_B: jax.Array) -> Cache:
+    """Appends the first `count_B` of the S new tokens (M = 1) to each row, after that row's last entry.
+
+    A row's other new tokens land in slots that the next append overwrites; what lies past the capacity is dropped.
+    """
+    B, S = position_BS.shape
+    row, slot = jnp.arange(B)[:, None], cache.length[:, None] + jnp.arange(S)
+    return Cache(
+        k=cache.k.at[:, row, slot].set(kv.k[:, :, 0].astype(cache.k.dtype), mode="drop"),
+        v=cache.v.at[:, row, slot].set(kv.v[:, :, 0].astype(cache.v.dtype), mode="drop"),
+        position=cache.position.at[row, slot].set(position_BS, mode="drop"),
+        length=cache.length + count_B,
+    )

@@ -1,0 +1,115 @@
+"""python -m latent_delib.prepare --config=configs/X.py --out=DIR: the texts of a config to token files.
+
+One pass over each source of `config.data.sources` and `config.data.validation`, through the seqio tasks that
+training from text uses too. Training and evaluation then read DIR, named in `config.data.token_files`, without
+TensorFlow.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from latent_delib import commands
+from latent_delib.data import token_files
+from latent_delib.data.rows import check_data
+from latent_delib.errors import UserError
+from latent_delib.experiment import tokenizer_path as tokenizer_path_of
+
+SPLITS = {"train": token_files.write_train, "validation": token_files.write_validation}
+_SECONDS = 5  # between progress lines
+
+
+def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[np.ndarray]:
+    """The tokens of `documents`; prints how far in `total` bytes it is, its rate and the time left."""
+    start = shown = time.monotonic()
+    done = tokens = 0
+    for document in documents:
+        yield document["tokens"]
+        done, tokens, now = done + int(document["bytes"]), tokens + len(document["tokens"]), time.monotonic()
+        if now > shown + _SECONDS:
+            shown, rate, left = now, tokens / (now - start), max(0, total / done - 1) * (now - start)
+            share = min(1, done / total)
+            print(
+                f"{source}: {share:.0%}, {tokens:,} tokens, {rate:,.0f} tokens/s, {left:,.0f} s left",
+                flush=True,
+            )
+
+
+def _difference(found: dict, meta: dict) -> str | None:
+    """The first thing in which finished token files are not what would be written, both sides named."""
+    for key, value in meta.items():
+        there = found.get(key)
+        if key in SPLITS:
+            there, value = ([entry["source"] for entry in entries] for entries in (there, value))
+        if there != value:
+            return f"{key} is {there} there and {value} here"
+    return None
+
+
+def _table(meta: dict) -> str:
+    rows = [("source", "documents", "tokens", "rows")]
+    for entry in (entry for split in SPLITS for entry in meta[split]):
+        rows.append((entry["source"], *(f"{entry[key]:,}" if key in entry else "" for key in rows[0][1:])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{row[0]:{widths[0]}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+
+
+def prepare(config: Any, out: str) -> dict:
+    """Writes the token files of `config.data` to `out`, a local directory or gs:// path; returns its meta.json.
+
+    Does nothing where `out` holds them already. Raises UserError where it holds anything else and for sources
+    that are missing, empty or not UTF-8.
+    """
+    from latent_delib.data import tasks
+
+    data, tokenizer_path, out = config.data, str(tokenizer_path_of(config)), out.rstrip("/")
+    check_data(data)
+    vocabulary = tasks.load_vocabulary(tokenizer_path)
+    meta = {
+        "format": token_files.FORMAT,
+        "seq_len": data.seq_len,
+        "vocab_size": vocabulary.vocab_size,
+        "bos_id": vocabulary.bos_id,
+        "pad_id": vocabulary.tokenizer.pad_id(),
+        "dtype": "uint16" if vocabulary.vocab_size <= 1 << 16 else "int32",
+        "tokenizer_sha256": token_files.fingerprint(tokenizer_path),
+        "train": [{"source": source} for source in data.sources],
+        "validation": [{"source": source} for source in data.validation],
+    }
+    if found := token_files.read_meta(out):
+        if differing := _difference(found, meta):
+            raise UserError(f"--out: {out} holds other token files: {differing}")
+        print(f"{out} is already prepared from this config")
+        return found
+    if os.path.isdir(out) and os.listdir(out):
+        raise UserError(f"--out: {out} is not empty and holds no finished token files: remove it or name another")
+    tasks.check_sources([*data.sources, *data.validation], tokenizer_path)
+
+    with token_files.whole_or_nothing(out) as directory:
+        for split, write in SPLITS.items():
+            for i, entry in enumerate(meta[split]):
+                source = entry["source"]
+                documents = tasks.documents(source, tokenizer_path)
+                entry |= write(directory, i, _progress(source, documents, tasks.num_bytes(source)), meta)
+        token_files.write_meta(directory, meta)
+    print(_table(meta))
+    return meta
+
+
+def main(values: Any) -> None:
+    prepare(values.config, values.out)
+
+
+if __name__ == "__main__":
+    commands.run(
+        main,
+        __doc__,
+        config=(commands.CONFIG, "config file"),
+        out=(commands.REQUIRED, "directory or gs:// path to write, made whole or not at all"),
+    )

@@ -1,0 +1,127 @@
+"""Train state, train step and evaluation steps: pure functions, jitted by the commands that call them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from latent_delib.delib import augment, traces
+from latent_delib.delib.augment import Augmentation
+from latent_delib.nn.cache import Cache
+from latent_delib.nn.transformer import Params
+
+
+class TrainState(NamedTuple):
+    """What training changes. step: int32 scalar, optimizer steps done. trainable: float32 master weights."""
+
+    step: jax.Array
+    trainable: Params
+    opt_state: optax.OptState
+
+
+def learning_rate(o: Any, steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine to `final_fraction` of it at the last step."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, o.learning_rate, o.warmup_steps, max(steps, o.warmup_steps + 1), o.learning_rate * o.final_fraction
+    )
+
+
+def make_optimizer(o: Any, steps: int) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm; soft tokens have a peak rate of their own. `o` is config.optimizer."""
+
+    def is_named(name: str, path: tuple) -> bool:
+        return path[-1].key == name
+
+    def decayed(params: Params) -> Params:
+        return jax.tree.map_with_path(lambda p, _: not (is_named("scale", p) or is_named("soft_tokens", p)), params)
+
+    def soft_token_rate(updates: Params, params: Params | None) -> Params:
+        del params
+        ratio = o.soft_token_learning_rate / o.learning_rate
+        return jax.tree.map_with_path(lambda p, u: u * ratio if is_named("soft_tokens", p) else u, updates)
+
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip_norm),
+        optax.scale_by_adam(o.b1, o.b2, o.eps),
+        optax.add_decayed_weights(o.weight_decay, decayed),
+        optax.scale_by_learning_rate(learning_rate(o, steps)),
+        optax.stateless(soft_token_rate),
+    )
+
+
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    batch: dict[str, jax.Array],
+    *,
+    aug: Augmentation,
+    tx: optax.GradientTransformation,
+    seed: int,
+    num_traces: int,
+    num_ahead: int,
+    accumulation: int,
+    dtype: jnp.dtype,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on the mean loss over all ahead tokens of the batch.
+
+    Args:
+      frozen: parameters that are not trained, in `dtype`.
+      batch: "tokens" and "segment", int32 [B, T].
+      accumulation: the batch passes in this many equal parts; sums of loss, tokens and gradients are added up and
+        divided once, so the step is that of the whole batch whatever the parts hold.
+      dtype: of the computation; master weights are cast to it once.
+
+    Returns:
+      The new state, and float32 scalars: loss (nats a token), tokens, grad_norm (before clipping).
+    """
+    tokens_BT, segment_BT = batch["tokens"], batch["segment"]
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    at_BM = traces.draw(key, segment_BT, num_traces)
+
+    def loss_sum(trainable: Params, part: tuple[jax.Array, ...]):
+        params = frozen | jax.tree.map(lambda x: x.astype(dtype), trainable)
+        return augment.loss(aug, params, *part, num_ahead, dtype)
+
+    sums = jax.value_and_grad(loss_sum, has_aux=True)
+    whole = (tokens_BT, segment_BT, at_BM)
+    if accumulation == 1:
+        (loss, tokens), grads = sums(state.trainable, whole)
+    else:
+        # Part i takes rows i, i + accumulation, ...: rows stay on the devices that hold them.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[1]).swapaxes(0, 1), whole)
+        zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.trainable))
+        ((loss, tokens), grads), _ = jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, sums(state.trainable, part)), None), zeros, parts
+        )
+    tokens = jnp.maximum(tokens, 1.0)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, trainable, opt_state), metrics
+
+
+def read_step(
+    params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, *, aug: Augmentation, dtype: jnp.dtype
+) -> tuple[Cache, jax.Array]:
+    """The text's cache, and the plain decoder's -log p of text token t + 1 at every t, float32 [B, T - 1]."""
+    x_BTD, cache = augment.read(aug, params, tokens_BT, segment_BT, dtype)
+    return cache, augment.nll(aug, params, x_BTD[:, :-1], tokens_BT[:, 1:])
+
+
+def ahead_step(
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    at_BM: jax.Array,
+    *,
+    aug: Augmentation,
+    num_ahead: int,
+) -> tuple[jax.Array, jax.Array]:
+    """With latents after text tokens `at_BM`: -log p of the next A text tokens, and their weights (0 past the
+    document's end); float32 [B, M, A] each (Section 3.1)."""
+    marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead)
+    x_BMAD, _ = augment.decode(aug, params, augment.latents(aug, params, cache, marks), cache, marks)
+    return augment.nll(aug, params, x_BMAD, marks.targets), marks.weights

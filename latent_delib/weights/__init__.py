@@ -1,0 +1,1 @@
+"""Checkpoints of decoders, read and written tensor by tensor."""

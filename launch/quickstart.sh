@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# From nothing to a trained coprocessor and its perplexity table. Arguments go to train and evaluate; run again, it goes on
+# where it stopped.
+#
+#   ./launch/quickstart.sh
+#   RUN=runs/after ./launch/quickstart.sh --config.method.placement=after    # another run, on the same tokens
+set -euo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+run=${RUN:-runs/quickstart}
+tokens=runs/quickstart/tokens
+config=configs/quickstart.py
+
+step() { # what it is called, then a latent_delib command
+  local start=$SECONDS
+  echo "== $1"
+  .venv/bin/python -m "latent_delib.$1" "${@:2}"
+  echo "-- $1: $((SECONDS - start)) s"
+}
+
+./launch/setup.sh
+if [[ ! -e $tokens/meta.json ]]; then
+  step prepare --config=$config --out=$tokens
+fi
+step train --config=$config --workdir="$run" --config.data.token_files=$tokens "$@"
+step evaluate --config=$config --workdir="$run" --config.data.token_files=$tokens "$@"
+step generate --workdir="$run" --prompt="The function returns the number of" --max_new_tokens=48
+echo "done in $SECONDS s; perplexity.json, its plot, the metrics and the checkpoints are in $run"

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository's root: what setup.py asks for, in the versions of constraints.txt. Does nothing where
+# that is done already, and makes anew what was cut short.
+#
+#   PYTHON=/opt/py312/bin/python   a Python 3.11 or 3.12 to try before those on PATH
+#   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, eval, or several with commas between
+set -euo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+extras=test${LATENT_DELIB_EXTRAS:+,$LATENT_DELIB_EXTRAS}
+stamp=.venv/setup.stamp # what .venv was made from, or `unfinished`
+
+if command -v flock >/dev/null; then # a second call at the same time waits, then finds the work done
+  exec 9<setup.py
+  flock --nonblock 9 || { echo "setup: waiting for another setup.sh" && flock 9; } || true
+fi
+
+# Each interpreter is asked by running it: a name on PATH may be a shim with nothing behind it. It answers with its base
+# executable, because an environment cannot be replaced by the interpreter inside it.
+probe='
+import sys
+version = "%d.%d.%d" % sys.version_info[:3]
+if sys.version_info[:2] not in ((3, 11), (3, 12)):
+    print(version)
+    sys.exit(1)
+try:
+    import ensurepip
+except ImportError:
+    print("%s without ensurepip (on Debian: apt-get install python%d.%d-venv)" % ((version,) + sys.version_info[:2]))
+    sys.exit(1)
+print(version + " " + sys._base_executable)
+'
+found=
+for candidate in ${PYTHON:+"$PYTHON"} .venv/bin/python python3.12 python3.11 python3; do
+  command -v "$candidate" >/dev/null || continue
+  answer=$("$candidate" -c "$probe" 2>/dev/null) && break
+  found+="${found:+, }$candidate is ${answer:-broken}"
+  answer=
+done
+if [[ -z ${answer:-} ]]; then
+  echo "error: Python 3.11 or 3.12 with ensurepip is needed, found: ${found:-none}; PYTHON=... names another" >&2
+  exit 1
+fi
+read -r version executable <<<"$answer"
+
+want="$version $extras $PWD $(cksum setup.py constraints.txt)"
+have=$(cat $stamp 2>/dev/null || true)
+usable() {
+  [[ $have != unfinished && $(.venv/bin/python -c "$probe" 2>/dev/null) == "$version "* ]] &&
+    .venv/bin/python -m pip --version &>/dev/null
+}
+if [[ $have == "$want" ]] && usable; then
+  echo "setup: .venv is ready (Python $version)"
+  exit
+fi
+
+usable || rm -rf .venv
+mkdir -p .venv
+echo unfinished >$stamp
+if [[ ! -e .venv/bin/python ]]; then
+  echo "setup: making .venv with $executable (Python $version)"
+  "$executable" -m venv .venv
+fi
+echo "setup: installing latent_delib[$extras]: some 3.4 GB, about two minutes"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+echo "$want" >$stamp
+echo "setup: .venv is ready (Python $version), $SECONDS s"

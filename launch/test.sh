@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lint, format, types of the public interface, tests. Arguments go to pytest, where the last one of a kind wins:
+#
+#   ./launch/test.sh                     # all but the slow tests, two at a time
+#   ./launch/test.sh -m slow             # the slow ones
+#   ./launch/test.sh -n 0 tests/nn -k rotary
+set -euo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+./launch/setup.sh
+python=.venv/bin/python
+$python -m ruff check
+$python -m ruff format --check
+$python -m mypy
+exec $python -m pytest -n 2 -m "not slow" "$@"

