@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     c.decoder.path = "packaged"  # a decoder folder, "packaged", or "" for random weights of `architecture`
     c.decoder.architecture = ConfigDict()  # fields of TransformerConfig; read from the folder where there is one
     c.decoder.tokenizer = ""  # a SentencePiece model; "" is the decoder's own, "packaged" the packaged corpus's
+    c.decoder.export_dtype = "float32"  # of the decoder folder that training a decoder ends with
 
     c.method = ConfigDict()
     c.method.name = "cache_augmentation"  # a row of latent_delib/delib/methods.py

@@ -18,16 +18,18 @@ from latent_delib.nn.sizes import SIZES
 def get_config() -> ConfigDict:
     c = base.get_config()
     c.decoder.path = ""
-    c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES["gemma2_4m"]))
+    c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES["gemma2_3m"]))
     c.decoder.tokenizer = "packaged"
+    c.decoder.export_dtype = "bfloat16"
     c.method.name = "decoder"
-    c.data.seq_len = 512
-    c.optimizer.learning_rate = 4e-3
+    c.data.seq_len = 256
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_steps = 100
     c.optimizer.weight_decay = 0.1
     c.train.steps = 3000
-    c.train.batch_size = 32
-    c.train.checkpoint_every = 500
+    c.train.batch_size = 8
+    c.train.checkpoint_every = 100
+    c.compute.dtype = "float32"
     c.compute.remat = "none"
-    c.evaluate.max_length = 512
+    c.evaluate.max_length = 256
     return c

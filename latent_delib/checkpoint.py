@@ -24,8 +24,12 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
         )
-        items = ("trainable", "optimizer", "meta")
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_names=items)
+        handlers = {
+            "trainable": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""

@@ -1,5 +1,7 @@
 """What every command line shares: flags without global state, and one clear line for a user's mistake."""
 
+import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -39,10 +41,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
     logging.set_verbosity(logging.ERROR)
     flags.FLAGS(sys.argv[:1])  # seqio reads absl's own flags and wants them parsed
     try:
-        try:
-            rest = values(sys.argv)[1:]
-        except Exception as error:  # ml_collections raises what it likes for a wrong key, type or file
-            raise UserError(" ".join(str(error).split())) from None
+        rest = _parse(values, [name for name, (default, _) in options.items() if default is CONFIG])
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; flags are {['--' + name for name in options]}")
         if absent := [n for n, (d, _) in options.items() if d in (REQUIRED, CONFIG) and values[n].value is None]:
@@ -54,3 +53,22 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         sys.exit(f"error: {error.filename or 'disk'}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _parse(values: flags.FlagValues, configs: list[str]) -> list[str]:
+    """Parses sys.argv, loads the config files it names, and returns what is left over."""
+    for argument in sys.argv[1:]:
+        name, _, path = argument.removeprefix("--").partition("=")
+        if name in configs and not os.path.isfile(path):
+            raise UserError(f"{argument}: no such file")
+    try:
+        rest = values(sys.argv)[1:]
+        for name in configs:
+            getattr(values, name)  # a config file is run at its first use
+        return rest
+    except (KeyError, AttributeError) as error:  # all that ml_collections says of an unknown key is its last part
+        key = re.findall(r"\w+", str(error.args[0]))[0]
+        given = [a for a in sys.argv[1:] if key in a.split("=")[0].split(".")] or [key]
+        raise UserError(f"{given[0]}: no such key; the config file and configs/base.py declare all there are") from None
+    except Exception as error:  # and it raises what it likes for a wrong type or a file that fails
+        raise UserError(" ".join(str(error).split())) from None

@@ -126,6 +126,7 @@ def check(config: ConfigDict) -> None:
     one_of("method.name", m.name, METHODS)
     one_of("method.placement", m.placement, PLACEMENTS)
     one_of("compute.dtype", config.compute.dtype, ("bfloat16", "float32"))
+    one_of("decoder.export_dtype", config.decoder.export_dtype, ("bfloat16", "float32"))
     one_of("compute.remat", config.compute.remat, REMAT)
     at_least(1, method__num_latents=m.num_latents, method__num_traces=m.num_traces, method__num_ahead=m.num_ahead)
     at_least(1, train__steps=t.steps, train__batch_size=t.batch_size, train__accumulation=t.accumulation)
@@ -138,6 +139,8 @@ def check(config: ConfigDict) -> None:
     for key in ("learning_rate", "clip_norm", "eps"):
         if not o[key] > 0:
             raise UserError(f"config.optimizer.{key}={o[key]}: expected more than 0")
+    if config.seed < 0:
+        raise UserError(f"config.seed={config.seed}: expected at least 0")
     if t.batch_size % t.accumulation:
         raise UserError(f"config.train.accumulation={t.accumulation} does not divide batch_size={t.batch_size}")
     if METHODS[m.name].latents is not None:
@@ -154,7 +157,7 @@ def check(config: ConfigDict) -> None:
 
 
 def load_decoder(exp: Experiment, dtype: Any) -> Params:
-    """The decoder's weights in `dtype`, on the mesh, each placed as it is read; random ones where there is no folder."""
+    """The decoder's weights in `dtype`, each placed on the mesh as it is read; random ones without a folder."""
     architecture = exp.aug.transformer.config
     shapes = folder.shapes(architecture)
     shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES)

@@ -248,7 +248,7 @@ def _latents(params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Aug
 @partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
 def _ahead_logprobs(
     params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int
-):
+) -> tuple[jax.Array, jax.Array]:
     segment_BT = jnp.ones_like(tokens_BT)
     cache, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
     index = at_BM[..., None] + jnp.arange(ahead)

@@ -43,7 +43,7 @@ def _difference(found: dict, meta: dict) -> str | None:
     for key, value in meta.items():
         there = found.get(key)
         if key in SPLITS:
-            there, value = ([entry["source"] for entry in entries] for entries in (there, value))
+            there, value = ([entry["source"] for entry in entries or ()] for entries in (there, value))
         if there != value:
             return f"{key} is {there} there and {value} here"
     return None
@@ -87,8 +87,8 @@ def prepare(config: Any, out: str) -> dict:
             raise UserError(f"--out: {out} holds other token files: {differing}")
         print(f"{out} is already prepared from this config")
         return found
-    if os.path.isdir(out) and os.listdir(out):
-        raise UserError(f"--out: {out} is not empty and holds no finished token files: remove it or name another")
+    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
+        raise UserError(f"--out: {out} exists and holds no finished token files: remove it or name another")
     tasks.check_sources([*data.sources, *data.validation], tokenizer_path)
 
     with token_files.whole_or_nothing(out) as directory:

@@ -161,7 +161,7 @@ def run(exp: Experiment, workdir: Path | None, stop: dict[str, bool] | None) -> 
             return
     checkpoints.close()
     if "decoder" in trainable_shapes and primary:
-        export = jax.tree.map(lambda x: np.asarray(x.astype(exp.dtype)), state.trainable["decoder"])
+        export = jax.tree.map(lambda x: np.asarray(x.astype(config.decoder.export_dtype)), state.trainable["decoder"])
         folder.save(workdir / "decoder", exp.aug.transformer.config, export, exp.tokenizer.path)
         say(f"trained decoder: {workdir / 'decoder'}")
     say(f"done: step {t.steps} of {workdir}")

@@ -18,7 +18,7 @@ def check_data(data: Any) -> None:
     if not sources:
         raise UserError("config.data.sources: empty, expected at least one source")
     if len(sources) != len(weights):
-        raise UserError(f"config.data.weights: {len(weights)} weights for {len(sources)} data.sources")
+        raise UserError(f"config.data.weights: {len(weights)} weights for {len(sources)} config.data.sources")
     if repeated := {s for s in sources if sources.count(s) > 1}:
         raise UserError(f"config.data.sources: {min(repeated)!r} is listed twice, expected one weight for each source")
     for source, weight in zip(sources, weights, strict=True):

@@ -55,8 +55,10 @@ _CORPUS = pathlib.Path(__file__).parent / "corpus"
 class _ShuffleDocuments:
     """Shuffles documents as well as files, anew in each epoch, before seqio repeats the source."""
 
+    shuffle_files = True
+
     def get_dataset(self, split, shuffle=True, seed=None, shard_info=None):
-        dataset = super().get_dataset(split, shuffle, seed, shard_info)
+        dataset = super().get_dataset(split, shuffle and self.shuffle_files, seed, shard_info)
         return dataset.shuffle(SHUFFLE_DOCUMENTS, seed=seed) if shuffle else dataset
 
 
@@ -93,29 +95,26 @@ def _data_source(source: str) -> tuple[seqio.DataSource, str]:
         if not files:
             raise UserError(f"config.data: source {source!r}: no file matches {rest!r}")
         return _Files({"files": _documents_of_file, "lines": _lines_of_file}[kind], {SPLIT: files}), "text"
-    if kind == "tfds" and rest.count(":") >= 2:
-        name, split, feature = rest.rsplit(":", 2)
+    if kind == "tfds" and (parts := re.fullmatch(r"(.+):([^:[\]]+(?:\[.*\])?):([^:]+)", rest)):
+        name, split, feature = parts.groups()
         return _tfds_source(source, name, split, feature), feature
     forms = "packaged/train, packaged/validation, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE"
     raise UserError(f"config.data: unknown source {source!r}, expected one of the forms {forms}")
 
 
 def _tfds_source(source: str, name: str, split: str, feature: str) -> seqio.DataSource:
-    data_dir = os.environ.get("TFDS_DATA_DIR", tfds.core.constants.DATA_DIR)
+    folder = os.environ.get("TFDS_DATA_DIR", tfds.core.constants.DATA_DIR)
     try:  # from files only: the general tfds.builder asks the network for datasets it knows
-        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
-        builder.info.splits[split]
-    except tfds.core.registered.DatasetNotFoundError:
-        raise UserError(f"config.data: source {source!r}: no dataset {name!r} in {data_dir} (TFDS_DATA_DIR)") from None
-    except (KeyError, ValueError):
-        splits = ", ".join(builder.info.splits)
-        raise UserError(f"config.data: source {source!r}: no split {split!r}, the dataset has {splits}") from None
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
+    except (tfds.core.registered.DatasetNotFoundError, ValueError):
+        raise UserError(f"config.data: source {source!r}: no dataset {name!r} in {folder} (TFDS_DATA_DIR)") from None
     texts = [key for key, value in builder.info.features.items() if isinstance(value, tfds.features.Text)]
-    if feature not in texts:
-        raise UserError(
-            f"config.data: source {source!r}: no text feature {feature!r}, the dataset has {', '.join(texts)}"
-        )
-    return _Tfds(tfds_data_dir=str(builder.data_dir), splits={SPLIT: split}, read_only=True)
+    for kind, found, known in (("split", split.partition("[")[0], builder.info.splits), ("text", feature, texts)):
+        if found not in known:
+            raise UserError(f"config.data: source {source!r}: no {kind} {found!r}, {name} has {', '.join(known)}")
+    provider = _Tfds(tfds_data_dir=str(builder.data_dir), splits={SPLIT: split}, read_only=True)
+    provider.shuffle_files = not builder.info.disable_shuffling  # such a dataset refuses to be read out of order
+    return provider
 
 
 def _tokenize(dataset, output_features, source: str, feature: str):
@@ -202,13 +201,11 @@ def add_mixture(sources: list[str], weights: list[float], tokenizer_path: str) -
 
 def _elements(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
     """The elements of a dataset; what `_tokenize` requires fails deep in TensorFlow: a UserError here."""
-    iterator, loud = dataset.as_numpy_iterator(), contextlib.nullcontext()
-    quiet = _quiet()  # the tokenizer is made, and prints, with the first element
-    while True:
-        try:
-            with quiet:
+    iterator = dataset.as_numpy_iterator()
+    for number in itertools.count():
+        try:  # the tokenizer is made, and prints, with the first element
+            with contextlib.nullcontext() if number else _quiet():
                 element = next(iterator)
-            quiet = loud
         except StopIteration:
             return
         except tf.errors.InvalidArgumentError as error:

@@ -21,6 +21,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -40,9 +41,17 @@ def _store(path: str):
     return f"{path}/" if "://" in path else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
 
 
+def _done(future: Any, path: str) -> Any:
+    """Waits for tensorstore; a full disk or a damaged file becomes one line."""
+    try:
+        return future.result()
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error).partition(' [')[0]}") from None
+
+
 def _read(path: str) -> ts.TensorStore:
     spec = {"driver": "zarr3", "kvstore": _store(path)}
-    return ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False).result()
+    return _done(ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False), path)
 
 
 def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -71,12 +80,12 @@ def _write(path: str, parts: Iterable[np.ndarray], dtype: str, chunk: int, width
         "codecs": [{"name": "sharding_indexed", "configuration": codec}],
     }
     spec = {"driver": "zarr3", "kvstore": _store(path), "metadata": metadata}
-    array = ts.open(spec, create=True, delete_existing=True).result()
+    array = _done(ts.open(spec, create=True, delete_existing=True), path)
     length = 0
     for block in _blocks(parts, file_rows):
-        array[length : length + len(block)].write(block.astype(dtype)).result()
+        _done(array[length : length + len(block)].write(block.astype(dtype)), path)
         length += len(block)
-    array.resize(exclusive_max=[length, *width], resize_metadata_only=True).result()
+    _done(array.resize(exclusive_max=[length, *width], resize_metadata_only=True), path)
     return length
 
 
@@ -100,13 +109,14 @@ def whole_or_nothing(out: str) -> Iterator[str]:
 
 def read_meta(directory: str) -> dict | None:
     """The content of meta.json, or None where there is none."""
-    found = ts.KvStore.open(_store(directory)).result().read("meta.json").result()
+    found = _done(ts.KvStore.open(_store(directory)).result().read("meta.json"), directory)
     return json.loads(found.value) if found.state == "value" else None
 
 
 def write_meta(directory: str, meta: dict) -> None:
     """Marks `directory` as finished."""
-    ts.KvStore.open(_store(directory)).result().write("meta.json", json.dumps(meta, indent=2).encode()).result()
+    text = json.dumps(meta, indent=2).encode()
+    _done(ts.KvStore.open(_store(directory)).result().write("meta.json", text), directory)
 
 
 def fingerprint(tokenizer_path: str) -> str:
@@ -162,7 +172,7 @@ def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tupl
         raise UserError(f"config.data.token_files: {where} has format {meta['format']}, expected {FORMAT}")
     if meta["seq_len"] != data.seq_len:
         raise UserError(
-            f"config.data.token_files: {where} has rows of {meta['seq_len']}, data.seq_len is {data.seq_len}"
+            f"config.data.token_files: {where} has rows of {meta['seq_len']}, config.data.seq_len is {data.seq_len}"
         )
     if (found := fingerprint(tokenizer_path)) != meta["tokenizer_sha256"]:
         raise UserError(
@@ -248,7 +258,7 @@ def train_batches(data, *, batch_size, seed, tokenizer_path, host, num_hosts, st
         reads = [array[row[source == s]].read() for s, array in enumerate(arrays)]
         tokens = np.empty([rows, data.seq_len], np.int32)
         for s, read in enumerate(reads):
-            tokens[source == s] = read.result()
+            tokens[source == s] = _done(read, paths[s])
         return {"tokens": tokens, "segment": segments(tokens, meta["bos_id"], meta["pad_id"])}
 
     return _ahead(batch, start_step)
@@ -260,8 +270,8 @@ def validation_documents(data, *, tokenizer_path):
 
     def documents():
         for source, path in zip(data.validation, paths, strict=True):
-            tokens, offsets = _read(f"{path}/tokens"), _read(f"{path}/offsets").read().result()
+            tokens, offsets = _read(f"{path}/tokens"), _done(_read(f"{path}/offsets").read(), path)
             for begin, end in itertools.pairwise(offsets):
-                yield source, tokens[begin:end].read().result().astype(np.int32)
+                yield source, _done(tokens[begin:end].read(), path).astype(np.int32)
 
     return documents()

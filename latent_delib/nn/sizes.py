@@ -107,7 +107,7 @@ SIZES: dict[str, TransformerConfig] = {
     "gemma2_2b": _gemma2(26, 2304, 8, 4, 9216),
     "gemma2_9b": _gemma2(42, 3584, 16, 8, 14336),
     # The packaged decoder: the Gemma 2 architecture, small enough to ship and to train on a laptop.
-    "gemma2_4m": _gemma2(6, 192, 4, 2, 640, vocab_size=4096, head_dim=64, window=128),
+    "gemma2_3m": _gemma2(4, 192, 4, 2, 768, vocab_size=4096, head_dim=64, window=128),
     # For tests: every feature of the architecture in a few thousand parameters.
     "gemma2_test": _gemma2(4, 32, 4, 2, 48, vocab_size=97, head_dim=16, window=5, query_scale=0.2),
 }

@@ -46,9 +46,7 @@ def debian(folder: Path, package: str) -> Path:
 
 def npm(folder: Path, package: str) -> Path:
     """Unpacks an npm package below `folder`; returns its root."""
-    done = subprocess.run(
-        ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True)
     archive = done.stdout.split()[-1]
     subprocess.run(["tar", "xzf", archive], cwd=folder, check=True)
     print("using", archive)
@@ -140,9 +138,7 @@ CHROME = set(  # classes and ids
     "navfooter navheader page-header path permalink quickview searchmenu sidebar submenu tagline toc "
     "toctree-wrapper top toplang up viewcode-link".split()
 )
-LEFTOVER = re.compile(
-    r"This page (is part|last modified) .*|Previous: .*|See also:?|[a-z]+(-[a-z]+)+:", re.IGNORECASE
-)
+LEFTOVER = re.compile(r"This page (is part|last modified) .*|Previous: .*|See also:?|[a-z]+(-[a-z]+)+:", re.IGNORECASE)
 
 
 def within(element: html.HtmlElement) -> list[str]:

@@ -1,0 +1,102 @@
+"""Documents to rows, segments and pieces, against literal arrays and a token-by-token definition."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from latent_delib.data import rows
+from latent_delib.data.batches import pieces, segments, train_batches, validation_documents
+from latent_delib.errors import UserError
+
+PAD, BOS = 0, 2
+
+
+def packed(documents, length):
+    body = np.empty(0, np.int32)
+    found = []
+    for document in [*documents, np.empty(0, np.int32)]:
+        complete, body = rows.pack(body, document, length=length, bos_id=BOS, pad_id=PAD)
+        found.extend(complete.tolist())
+    assert not len(body)
+    return found
+
+
+def packed_token_by_token(documents, length):
+    found = []
+
+    def put(token):
+        if not found or len(found[-1]) == length:
+            found.append([BOS])
+        if token != BOS or len(found[-1]) > 1:
+            found[-1].append(token)
+
+    for document in documents:
+        for token in [BOS, *document]:
+            put(token)
+    found[-1] += [PAD] * (length - len(found[-1]))
+    return found
+
+
+def test_pack_literally():
+    documents = [np.array(d) for d in ([10, 11, 12, 13, 14, 15], [20], [30, 31], [40, 41, 42])]
+    assert packed(documents, 5) == [
+        [2, 10, 11, 12, 13],
+        [2, 14, 15, 2, 20],
+        [2, 30, 31, 2, 40],  # a document that begins a row is led by the row's own BOS
+        [2, 41, 42, 0, 0],
+    ]
+    assert packed([np.array([10, 11, 12]), np.array([20, 21])], 5) == [[2, 10, 11, 12, 2], [2, 20, 21, 0, 0]]
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 64])
+def test_pack_equals_its_definition_and_keeps_every_token(length):
+    random = np.random.default_rng(length)
+    documents = [random.integers(3, 99, size) for size in random.integers(1, 40, 100)]
+    found = packed(documents, length)
+    assert found == packed_token_by_token(documents, length)
+    flat = np.array(found).reshape(-1)
+    np.testing.assert_array_equal(flat[flat > BOS], np.concatenate(documents))
+    assert all(row[0] == BOS for row in found) and all(PAD not in row for row in found[:-1])
+
+
+def test_segments_literally():
+    tokens = np.array([[2, 5, 6, 2, 7, 2], [2, 2, 8, 9, 0, 0]])
+    found = segments(tokens, BOS, PAD)
+    np.testing.assert_array_equal(found, [[1, 1, 1, 2, 2, 3], [1, 2, 2, 2, 0, 0]])
+    assert found.dtype == np.int32
+
+
+def test_pieces_hold_every_token_once():
+    document = np.arange(10, 17)
+    assert [p.tolist() for p in pieces(document, 4, BOS)] == [[2, 10, 11, 12], [2, 13, 14, 15], [2, 16]]
+    assert [p.tolist() for p in pieces(document, 8, BOS)] == [[2, *range(10, 17)]]
+    assert pieces(document, 4, BOS)[0].dtype == np.int32
+
+
+GOOD = {"sources": ("lines:a", "lines:b"), "weights": (1.0, 2.0), "validation": ("lines:c",), "seq_len": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sources": (), "weights": ()}, r"config\.data\.sources: empty"),
+        ({"weights": (1.0,)}, r"config\.data\.weights: 1 weights for 2 config\.data\.sources"),
+        ({"weights": (1.0, 0.0)}, r"config\.data\.weights: 0\.0 for 'lines:b'"),
+        ({"weights": (-1.0, 1.0)}, r"config\.data\.weights: -1\.0 for 'lines:a'"),
+        ({"weights": (float("nan"), 1.0)}, r"config\.data\.weights: nan for 'lines:a'"),
+        ({"sources": ("lines:a", "lines:a")}, r"config\.data\.sources: 'lines:a' is listed twice"),
+        ({"seq_len": 1}, r"config\.data\.seq_len: 1"),
+    ],
+)
+def test_bad_mixtures(change, message):
+    data = ConfigDict(GOOD | {"token_files": ""} | change)
+    with pytest.raises(UserError, match=message):
+        train_batches(data, batch_size=2, seed=0, tokenizer_path="")
+
+
+def test_bad_calls():
+    data = ConfigDict(GOOD | {"token_files": "", "validation": ()})
+    with pytest.raises(UserError, match=r"batch_size: 5, expected a multiple of the number of hosts, 2"):
+        train_batches(data, batch_size=5, seed=0, tokenizer_path="", num_hosts=2)
+    with pytest.raises(UserError, match=r"config\.data\.validation: empty"):
+        validation_documents(data, tokenizer_path="")

@@ -1,0 +1,358 @@
+"""Text through seqio, and `prepare`: sources, rows, order, hosts, and what is refused. Imports TensorFlow, once."""
+
+import itertools
+import re
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from ml_collections import ConfigDict
+
+from latent_delib import prepare as prepare_command
+from latent_delib.data import batches, rows, token_files
+from latent_delib.errors import UserError
+
+BOS, PAD, T = 2, 0, 16
+WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    from latent_delib.data import tasks
+
+    return tasks
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text").write_text("\n".join(make_text(i, 40) for i in range(100)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return str(folder / "tokenizer.model")
+
+
+def make_text(seed, words):
+    return " ".join(np.random.default_rng(seed).choice(WORDS, words))
+
+
+def decode(tokenizer, tokens):
+    return sentencepiece.SentencePieceProcessor(model_file=tokenizer).decode(tokens.tolist())
+
+
+def texts(tasks, tokenizer, source, shard=None):
+    return [decode(tokenizer, d["tokens"]) for d in tasks.documents(source, tokenizer, shard)]
+
+
+def write_files(folder, files, documents_each, start=0):
+    """Files of documents, each document marked by a number of its own; returns the documents in order."""
+    folder.mkdir(exist_ok=True)
+    documents = [f"{i + start} {make_text(i + start, 20)}" for i in range(files * documents_each)]
+    for i in range(files):
+        part = documents[i * documents_each : (i + 1) * documents_each]
+        (folder / f"{i:02}.txt").write_text("\n\f\n".join(part) + "\n")
+    return documents
+
+
+def config_data(sources, weights=None, **change):
+    weights = weights or (1.0,) * len(sources)
+    data = {"sources": sources, "weights": weights, "validation": sources, "token_files": "", "seq_len": T}
+    return ConfigDict(data | change)
+
+
+def train(data, tokenizer, count, batch_size=4, seed=0, **arguments):
+    found = batches.train_batches(data, batch_size=batch_size, seed=seed, tokenizer_path=tokenizer, **arguments)
+    return list(itertools.islice(found, count))
+
+
+def equal(one, other):
+    return all(np.array_equal(a[k], b[k]) for a, b in zip(one, other, strict=True) for k in ("tokens", "segment"))
+
+
+def test_documents_of_files(tasks, tokenizer, tmp_path):
+    (tmp_path / "1.txt").write_bytes(b"\f\n  one\n\nmore one \n\f\n\f\ntwo \f two\n\fthree\r\n\f\r\nfour\n\f\n")
+    (tmp_path / "2.txt").write_bytes(b"five\n")
+    (tmp_path / "3.txt").write_bytes("\ufeffs\u00efx \x00 \u4e2d\n".encode())
+    (tmp_path / "4.txt").write_bytes(b"\n\f\n")
+    expected = ["  one\n\nmore one ", "two \f two\n\fthree", "four", "five", "\ufeffs\u00efx \x00 \u4e2d"]
+    assert texts(tasks, tokenizer, f"files:{tmp_path}/*.txt") == expected
+
+
+def test_documents_of_lines(tasks, tokenizer, tmp_path):
+    (tmp_path / "1").write_bytes(b"one\n\n two  two\r\n")
+    (tmp_path / "2").write_bytes(b"three")
+    assert sorted(texts(tasks, tokenizer, f"lines:{tmp_path}/*")) == [" two  two", "one", "three"]
+
+
+def test_documents_of_tfds(tasks, tokenizer, tmp_path, monkeypatch):
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    stored = tf.data.Dataset.from_tensor_slices({"body": ["one", "two", "", "three"], "score": [1, 2, 3, 4]})
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="tiny_notes",
+        version="1.2.0",
+        data_dir=tmp_path,
+        split_datasets={"train": stored},
+        features=tfds.features.FeaturesDict({"body": tfds.features.Text(), "score": tf.int64}),
+        disable_shuffling=True,
+    )
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    for name in ("tiny_notes", "tiny_notes:1.2.0"):
+        assert texts(tasks, tokenizer, f"tfds:{name}:train:body") == ["one", "two", "three"]
+    assert texts(tasks, tokenizer, "tfds:tiny_notes:train[:1]:body") == ["one"]
+    assert train(config_data(("tfds:tiny_notes:train:body",)), tokenizer, 1)[0]["tokens"].shape == (4, T)
+    for source, message in {
+        "tfds:no_such_notes:train:body": f"no dataset 'no_such_notes' in {tmp_path}",
+        "tfds:tiny_notes:9.9.9:train:body": f"no dataset 'tiny_notes:9.9.9' in {tmp_path}",
+        "tfds:tiny_notes:dev:body": "no split 'dev', tiny_notes has train",
+        "tfds:tiny_notes:train:text": "no text 'text', tiny_notes has body",
+        "tfds:tiny_notes:train:score": "no text 'score', tiny_notes has body",
+        "tfds:tiny_notes": "unknown source 'tfds:tiny_notes'",
+    }.items():
+        with pytest.raises(UserError) as error:
+            train(config_data((source,)), tokenizer, 1)
+        assert message in str(error.value)
+
+
+def test_rows_of_a_task_are_its_packed_documents(tasks, tokenizer, tmp_path):
+    write_files(tmp_path, files=3, documents_each=5)
+    name = tasks.add_task(f"files:{tmp_path}/*", tokenizer)
+    dataset = tasks.seqio.TaskRegistry.get(name).get_dataset(
+        {"tokens": T}, tasks.SPLIT, shuffle=False, trim_output_features=False
+    )
+    found = [row["tokens"].tolist() for row in dataset.as_numpy_iterator()]
+    body, expected = np.empty(0, np.int32), []
+    for document in [*(d["tokens"] for d in tasks.documents(f"files:{tmp_path}/*", tokenizer)), np.empty(0)]:
+        complete, body = rows.pack(body, document, length=T, bos_id=BOS, pad_id=PAD)
+        expected += complete.tolist()
+    assert found == expected and len(found) > 10
+
+
+def test_registration_is_idempotent_and_new_files_are_seen(tasks, tokenizer, tmp_path):
+    write_files(tmp_path, files=1, documents_each=2)
+    source = f"files:{tmp_path}/*"
+    name = tasks.add_task(source, tokenizer)
+    assert tasks.add_task(source, tokenizer) == name and name in tasks.seqio.TaskRegistry.names()
+    assert tasks.add_mixture([source], [1.0], tokenizer) == tasks.add_mixture([source], [1.0], tokenizer)
+    (tmp_path / "99.txt").write_text("late")
+    assert texts(tasks, tokenizer, source)[-1] == "late"
+
+
+def test_batch_is_a_function_of_seed_and_step(tokenizer, tmp_path):
+    write_files(tmp_path / "a", files=3, documents_each=5)
+    write_files(tmp_path / "b", files=1, documents_each=5)
+    data = config_data((f"files:{tmp_path}/a/*", f"files:{tmp_path}/b/*"), (2.0, 1.0))
+    straight = train(data, tokenizer, 60)
+    assert equal(train(data, tokenizer, 60), straight)
+    assert equal(train(data, tokenizer, 20, start_step=37), straight[37:57])
+    assert not equal(train(data, tokenizer, 60, seed=1), straight)
+    for batch in straight:
+        assert batch["tokens"].shape == (4, T) and batch["tokens"].dtype == np.int32
+        np.testing.assert_array_equal(batch["segment"], batches.segments(batch["tokens"], BOS, PAD))
+
+
+def test_weights(tokenizer, tmp_path):
+    for name, word in {"a": "cat", "b": "dog"}.items():
+        (tmp_path / name).write_text("\n".join([" ".join([word] * 30)] * 20))
+    data = config_data((f"lines:{tmp_path}/a", f"lines:{tmp_path}/b"), (4.0, 1.0))
+    tokens = np.concatenate([b["tokens"] for b in train(data, tokenizer, 100, batch_size=10)])
+    share = np.mean(["cat" in decode(tokenizer, row) for row in tokens])
+    assert abs(share - 0.8) < 0.05
+
+
+@pytest.mark.parametrize("files", [4, 1])  # sharing out files, and documents where there are too few files
+def test_hosts_are_disjoint_and_complete(tasks, tokenizer, tmp_path, files):
+    words = sorted(set(WORDS))[:16]
+    for i in range(files):
+        (tmp_path / str(i)).write_text("\n".join(" ".join([word] * 25) for word in words[i::files]))
+    source = f"lines:{tmp_path}/*"
+    token = {}  # of each word
+    for document in tasks.documents(source, tokenizer):
+        (token[decode(tokenizer, document["tokens"]).split()[0]],) = set(document["tokens"].tolist())
+    assert sorted(token) == words
+
+    def seen(found):
+        return set(np.unique(np.concatenate([x["tokens"].reshape(-1) for x in found])).tolist()) - {PAD, BOS}
+
+    data, hosts = config_data((source,)), []
+    for host in range(2):
+        share = seen(tasks.documents(source, tokenizer, tasks.seqio.ShardInfo(host, 2)))
+        if files == 1:  # which documents are whose changes with the order: only the first epoch is shared out
+            with pytest.warns(UserWarning, match="has 1 files: each of 2 hosts reads all"):
+                train(data, tokenizer, 1, host=host, num_hosts=2)
+        else:
+            batch = train(data, tokenizer, 50, batch_size=8, host=host, num_hosts=2)
+            assert batch[0]["tokens"].shape == (4, T) and seen(batch) == share
+        hosts.append(share)
+    assert not hosts[0] & hosts[1] and hosts[0] | hosts[1] == set(token.values())
+
+
+def test_training_sees_every_document(tasks, tokenizer, tmp_path):
+    """Rows in their own order: nothing is lost at the end of an epoch, at the end of a row or to the shuffling."""
+    write_files(tmp_path, files=4, documents_each=5)
+    source = f"files:{tmp_path}/*"
+    tokens = np.concatenate([d["tokens"] for d in tasks.documents(source, tokenizer)])
+    found = np.concatenate([b["tokens"] for b in train(config_data((source,)), tokenizer, 400)])
+    assert found.all(), "an endless stream has no padding"
+    expected = np.bincount(tokens) / len(tokens)
+    drawn = np.bincount(found[found > BOS], minlength=len(expected)) / (found > BOS).sum()
+    assert set(np.unique(found)) == {BOS, *tokens.tolist()}
+    np.testing.assert_allclose(drawn, expected, atol=0.02)
+
+
+def bad(data, tokenizer, **arguments):
+    with pytest.raises(UserError) as error:
+        train(data, tokenizer, 1, **arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_sources(tokenizer, tmp_path):
+    assert f"no file matches '{tmp_path}/none*'" in bad(config_data((f"files:{tmp_path}/none*",)), tokenizer)
+    assert f"no file matches '{tmp_path}/none'" in bad(config_data((f"lines:{tmp_path}/none",)), tokenizer)
+    (tmp_path / "folder").mkdir()
+    assert "no file matches" in bad(config_data((f"files:{tmp_path}/fold*",)), tokenizer)
+    for source in ("packaged/test", "words:x", "x.txt", ""):
+        message = bad(config_data((source,)), tokenizer)
+        assert f"unknown source {source!r}" in message and "tfds:NAME:SPLIT:FEATURE" in message
+
+    (tmp_path / "empty").write_text("\n\f\n\n")
+    for kind in ("files", "lines"):
+        (tmp_path / "empty").write_text("\n\f\n\n" if kind == "files" else "\n\n")
+        source = f"{kind}:{tmp_path}/empty"
+        assert f"source {source!r} holds no text" in bad(config_data((source,)), tokenizer)
+        with pytest.raises(UserError, match="holds no text"):
+            batches.validation_documents(config_data((source,)), tokenizer_path=tokenizer)
+    (tmp_path / "one").write_text("a cat")
+    source = f"files:{tmp_path}/one"
+    assert "no text in the share of host 1" in bad(config_data((source,)), tokenizer, host=1, num_hosts=2)
+    assert f"{tmp_path}/no.model" in bad(config_data((source,)), f"{tmp_path}/no.model")
+
+
+def test_text_that_is_not_utf8_is_named(tokenizer, tmp_path):
+    (tmp_path / "1").write_text("good text")
+    (tmp_path / "2").write_bytes("caf\u00e9".encode("latin-1"))
+    for kind in ("files", "lines"):
+        data = config_data((f"{kind}:{tmp_path}/*",))
+        with pytest.raises(UserError) as error:
+            list(batches.validation_documents(data, tokenizer_path=tokenizer))
+        assert str(error.value) == f"config.data: {tmp_path}/2: not UTF-8 text"
+        assert f"{tmp_path}/2: not UTF-8 text" in bad(data, tokenizer)
+
+
+def test_a_tokenizer_must_have_bos_and_padding(tokenizer, tmp_path):
+    text = str(Path(tokenizer).parent / "text")
+    (tmp_path / "one").write_text("a cat")
+    for name, flags in {"BOS": {"bos_id": -1}, "padding": {"pad_id": -1}}.items():
+        prefix = str(tmp_path / name)
+        sentencepiece.SentencePieceTrainer.train(
+            input=text, model_prefix=prefix, vocab_size=60, hard_vocab_limit=False, minloglevel=2, **flags
+        )
+        message = bad(config_data((f"files:{tmp_path}/one",)), f"{prefix}.model")
+        assert message == f"tokenizer: {prefix}.model has no piece for {name}"
+
+
+@pytest.mark.parametrize("special", [BOS, PAD])
+def test_text_can_not_make_bos_or_padding(tasks, special):
+    import tensorflow as tf
+
+    vocabulary = types.SimpleNamespace(
+        bos_id=BOS,
+        tokenizer=types.SimpleNamespace(pad_id=lambda: PAD),
+        encode_tf=lambda text: tf.where(tf.strings.length(text) > 5, [9, special], [9, 9]),
+    )
+    features = {"tokens": types.SimpleNamespace(vocabulary=vocabulary)}
+    dataset = tf.data.Dataset.from_tensor_slices({"text": ["short", "longer"]})
+    found = tasks._elements(tasks._tokenize(dataset, features, source="lines:x", feature="text"))
+    assert next(found)["tokens"].tolist() == [9, 9]
+    with pytest.raises(UserError, match="^config.data: lines:x: the tokenizer makes BOS or padding of its text$"):
+        next(found)
+
+
+def prepare(data, tokenizer, out):
+    return prepare_command.prepare(
+        ConfigDict({"data": data, "decoder": {"path": "", "tokenizer": tokenizer}}), str(out)
+    )
+
+
+def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys, monkeypatch):
+    write_files(tmp_path / "a", files=3, documents_each=5)
+    write_files(tmp_path / "b", files=2, documents_each=4, start=50)
+    sources = (f"files:{tmp_path}/a/*", f"files:{tmp_path}/b/*")
+    data = config_data(sources, (2.0, 1.0), validation=sources[1:])
+    monkeypatch.setattr(prepare_command, "_SECONDS", 0)
+    meta = prepare(data, tokenizer, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert re.search(r": 9\d%, [\d,]+ tokens, [\d,]+ tokens/s, 0 s left", printed)
+    for entry in meta["train"]:
+        assert [entry["source"], f"{entry['documents']:,}", f"{entry['tokens']:,}", f"{entry['rows']:,}"] in [
+            line.split() for line in printed.splitlines()
+        ]
+    assert meta["dtype"] == "uint16" and meta == token_files.read_meta(str(tmp_path / "out"))
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "out"}
+
+    prepared = data.copy_and_resolve_references()
+    prepared.token_files = str(tmp_path / "out")
+    for one, other in zip(
+        batches.validation_documents(data, tokenizer_path=tokenizer),
+        batches.validation_documents(prepared, tokenizer_path=tokenizer),
+        strict=True,
+    ):
+        assert one[0] == other[0] and np.array_equal(one[1], other[1]) and one[1].dtype == other[1].dtype == np.int32
+    for i, source in enumerate(sources):
+        stored = token_files._read(f"{tmp_path}/out/train/{i}/tokens").read().result()
+        text = np.concatenate([d["tokens"] for d in tasks.documents(source, tokenizer)])
+        np.testing.assert_array_equal(stored[stored > BOS], text)
+        assert meta["train"][i]["tokens"] == len(text) and meta["train"][i]["rows"] == len(stored)
+    assert train(prepared, tokenizer, 1)[0]["tokens"].shape == (4, T)
+
+
+def test_prepare_overwrites_nothing(tokenizer, tmp_path, capsys):
+    write_files(tmp_path / "a", files=2, documents_each=3)
+    data, out = config_data((f"files:{tmp_path}/a/*",)), tmp_path / "out"
+    meta = prepare(data, tokenizer, f"{out}/")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    capsys.readouterr()
+    assert prepare(data, tokenizer, out) == meta
+    assert "already prepared" in capsys.readouterr().out
+    data.seq_len = 32
+    with pytest.raises(UserError, match="other token files: seq_len is 16 there and 32 here"):
+        prepare(data, tokenizer, out)
+    data.seq_len, data.validation = T, ("packaged/validation",)
+    with pytest.raises(UserError, match=r"validation is \['files:.*'\] there and \['packaged/validation'\] here"):
+        prepare(data, tokenizer, out)
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    (out / "meta.json").unlink()
+    with pytest.raises(UserError, match="exists and holds no finished token files"):
+        prepare(data, tokenizer, out)
+
+
+def test_a_failed_prepare_leaves_nothing(tokenizer, tmp_path):
+    write_files(tmp_path / "a", files=1, documents_each=3)
+    (tmp_path / "a" / "99.txt").write_bytes(b"bad \xff")
+    with pytest.raises(UserError, match="99.txt: not UTF-8"):
+        prepare(config_data((f"files:{tmp_path}/a/*",)), tokenizer, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_packaged_text():
+    packaged = Path(batches.__file__).parent / "corpus" / "tokenizer.model"
+    data = config_data(("packaged/train",), validation=("packaged/validation",))
+    assert train(data, packaged, 1)[0]["tokens"].shape == (4, T)
+    source, tokens = next(batches.validation_documents(data, tokenizer_path=packaged))
+    assert source == "packaged/validation" and len(decode(str(packaged), tokens).split()) > 20

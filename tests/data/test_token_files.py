@@ -1,0 +1,250 @@
+"""Token files: what is read is what was written, in an order that is a function of (seed, step)."""
+
+import collections
+import hashlib
+import itertools
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import tensorstore
+from ml_collections import ConfigDict
+
+from latent_delib.data import token_files
+from latent_delib.data.batches import segments, train_batches, validation_documents
+from latent_delib.errors import UserError
+
+PAD, BOS, T = 0, 2, 16
+SOURCES = ("lines:a", "lines:b", "lines:c")
+
+
+def make_documents(seed, count, highest=999):
+    random = np.random.default_rng(seed)
+    return [random.integers(3, highest, size).astype(np.int32) for size in random.integers(1, 60, count)]
+
+
+def write(directory, tokenizer, train, validation, dtype="uint16"):
+    meta = {
+        "format": token_files.FORMAT,
+        "seq_len": T,
+        "bos_id": BOS,
+        "pad_id": PAD,
+        "dtype": dtype,
+        "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        "train": [],
+        "validation": [],
+    }
+    for i, (source, documents) in enumerate(train.items()):
+        meta["train"].append({"source": source, **token_files.write_train(directory, i, documents, meta)})
+    for i, (source, documents) in enumerate(validation.items()):
+        meta["validation"].append({"source": source, **token_files.write_validation(directory, i, documents, meta)})
+    token_files.write_meta(directory, meta)
+    return meta
+
+
+class Prepared:
+    """A directory of token files, and how to read it."""
+
+    def __init__(self, folder):
+        self.directory, self.tokenizer = str(folder / "token files"), folder / "tokenizer.model"
+        self.tokenizer.write_bytes(b"a tokenizer")
+        self.train = {source: make_documents(i, n) for i, (source, n) in enumerate(zip(SOURCES, (300, 200, 3)))}
+        self.validation = {"lines:v": make_documents(7, 40), "lines:w": [np.arange(3, 70_000, dtype=np.int32)]}
+        self.meta = write(self.directory, self.tokenizer, self.train, self.validation, "int32")
+
+    def data(self, **change):
+        data = {
+            "sources": SOURCES[:2],
+            "weights": (3.0, 1.0),
+            "validation": ("lines:v", "lines:w"),
+            "token_files": self.directory,
+            "seq_len": T,
+        }
+        return ConfigDict(data | change)
+
+    def batches(self, count, batch_size=8, seed=0, **arguments):
+        data = self.data(**{k: arguments.pop(k) for k in ("sources", "weights") if k in arguments})
+        batches = train_batches(data, batch_size=batch_size, seed=seed, tokenizer_path=self.tokenizer, **arguments)
+        return list(itertools.islice(batches, count))
+
+    def rows(self, source):
+        number = SOURCES.index(source)
+        spec = {"driver": "zarr3", "kvstore": f"file://{self.directory}/train/{number}/tokens/".replace(" ", "%20")}
+        return tensorstore.open(spec).result().read().result()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return Prepared(tmp_path_factory.mktemp("prepared"))
+
+
+def equal(one, other):
+    return all(np.array_equal(a[k], b[k]) for a, b in zip(one, other, strict=True) for k in ("tokens", "segment"))
+
+
+def counts(rows):
+    return collections.Counter(map(tuple, rows.tolist()))
+
+
+def test_rows_hold_every_token_of_every_document(prepared):
+    for source, entry in zip(SOURCES, prepared.meta["train"], strict=True):
+        rows, documents = prepared.rows(source), prepared.train[source]
+        np.testing.assert_array_equal(rows[rows > BOS], np.concatenate(documents))
+        assert (rows[:, 0] == BOS).all() and (rows[:-1] != PAD).all()
+        sizes = {"documents": len(documents), "tokens": sum(map(len, documents)), "rows": len(rows)}
+        assert entry == {"source": source, **sizes}
+
+
+def test_batches_hold_stored_rows_and_their_segments(prepared):
+    stored = {tuple(row) for source in SOURCES[:2] for row in prepared.rows(source).tolist()}
+    for batch in prepared.batches(5):
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == dict.fromkeys(
+            ("tokens", "segment"), ((8, T), np.int32)
+        )
+        assert {tuple(row) for row in batch["tokens"].tolist()} <= stored
+        np.testing.assert_array_equal(batch["segment"], segments(batch["tokens"], BOS, PAD))
+
+
+def test_batch_is_a_function_of_seed_and_step(prepared):
+    straight = prepared.batches(300)
+    assert equal(prepared.batches(300), straight)
+    for start in (1, 127, 128, 250):  # inside, at and beyond the edge of a block
+        assert equal(prepared.batches(20, start_step=start), straight[start : start + 20])
+    assert not equal(prepared.batches(20, seed=1), straight[:20])
+
+
+@pytest.mark.parametrize("num_hosts", [2, 4])
+def test_hosts_share_one_batch(prepared, num_hosts):
+    hosts = [prepared.batches(150, host=h, num_hosts=num_hosts, start_step=3) for h in range(num_hosts)]
+    joined = [{k: np.concatenate([part[k] for part in parts]) for k in parts[0]} for parts in zip(*hosts)]
+    assert equal(joined, prepared.batches(150, start_step=3))
+
+
+def test_each_row_once_an_epoch(prepared):
+    rows = prepared.rows("lines:a")
+    only = {"sources": ("lines:a",), "weights": (1.0,), "batch_size": 1}
+    stream = np.concatenate([b["tokens"] for b in prepared.batches(3 * len(rows), **only)])
+    epochs = [stream[: len(rows)], stream[len(rows) : 2 * len(rows)], stream[2 * len(rows) :]]
+    assert all(counts(epoch) == counts(rows) for epoch in epochs)
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations([rows, *epochs], 2))
+
+
+def test_each_block_holds_each_source_by_its_weight(prepared):
+    first = counts(prepared.rows("lines:a"))
+    tokens = np.concatenate([b["tokens"] for b in prepared.batches(3, batch_size=token_files.BLOCK)])
+    of_first = np.array([tuple(row) in first for row in tokens.tolist()]).reshape(3, -1)
+    np.testing.assert_array_equal(of_first.sum(1), token_files.BLOCK * 3 // 4)
+    assert 0.6 < of_first[0, :100].mean() < 0.9, "the sources of a block are not mixed"
+
+
+def test_a_source_smaller_than_a_batch_repeats(prepared):
+    rows = prepared.rows("lines:c")
+    (batch,) = prepared.batches(1, batch_size=4 * len(rows), sources=("lines:c",), weights=(2.0,))
+    assert counts(batch["tokens"]) == counts(np.repeat(rows, 4, axis=0))
+
+
+def test_order_stays_what_it_is():
+    """A run resumes on any later version: these numbers must not change."""
+    order = token_files.Order(5, token_files.shares([2, 1]), [1000, 7])
+    source, row = order(1020, 1028)
+    assert source.tolist() == ORDER[0] and row.tolist() == ORDER[1]
+
+
+ORDER = [[0, 0, 0, 1, 1, 0, 0, 0], [323, 720, 330, 0, 3, 606, 656, 812]]
+
+
+def test_shares_by_largest_remainders():
+    assert token_files.shares([1, 1, 1]).tolist() == [342, 341, 341]
+    assert token_files.shares([0.7, 0.2, 0.1]).tolist() == [717, 205, 102]
+    with pytest.raises(UserError, match=r"config\.data\.weights: \(1000\.0, 0\.1\).*never be read"):
+        token_files.shares([1000.0, 0.1])
+
+
+def test_validation_documents_come_back_whole_and_in_order(prepared):
+    found = list(validation_documents(prepared.data(), tokenizer_path=prepared.tokenizer))
+    expected = [(source, d) for source, documents in prepared.validation.items() for d in documents]
+    assert [source for source, _ in found] == [source for source, _ in expected]
+    assert all(a.dtype == np.int32 and np.array_equal(a, b) for (_, a), (_, b) in zip(found, expected))
+
+
+def test_arrays_of_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "_FILE", 100)
+    parts = [np.full((n, 3), n, np.int32) for n in (1, 90, 0, 2, 33)]
+    assert token_files._write(str(tmp_path / "x"), parts, "uint16", 10, (3,)) == 126
+    assert len(list((tmp_path / "x" / "c").iterdir())) == 4  # of 33 rows
+    found = token_files._read(str(tmp_path / "x")).read().result()
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, np.concatenate(parts))
+
+
+def test_reading_ahead_ends_with_its_user_and_hands_on_failures(prepared):
+    def function(step):
+        if step == 3:
+            raise OSError("gone")
+        return step
+
+    running = threading.active_count()
+    ahead = token_files._ahead(function, 0)
+    assert [next(ahead), next(ahead), next(ahead)] == [0, 1, 2]
+    with pytest.raises(OSError, match="gone"):
+        next(ahead)
+    ahead = token_files._ahead(function, 5)
+    assert next(ahead) == 5 and threading.active_count() == running + 1
+    ahead.close()
+    assert threading.active_count() == running
+
+
+def test_a_failed_write_leaves_no_trace(tmp_path):
+    with pytest.raises(OSError, match="disk"), token_files.whole_or_nothing(str(tmp_path / "out")) as directory:
+        token_files.write_meta(directory, {})
+        raise OSError("disk")
+    assert not list(tmp_path.iterdir())
+    with token_files.whole_or_nothing(str(tmp_path / "out")) as directory:
+        assert not (tmp_path / "out").exists()
+        token_files.write_meta(directory, {"format": 1})
+    assert token_files.read_meta(str(tmp_path / "out")) == {"format": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(UserError, match="file/x.*[Nn]ot a directory") as error:
+        token_files._write(str(tmp_path / "file" / "x"), [np.zeros(3)], "int32", 8)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_directories(prepared, tmp_path):
+    def message(tokenizer=prepared.tokenizer, **change):
+        with pytest.raises(UserError) as error:
+            train_batches(prepared.data(**change), batch_size=2, seed=0, tokenizer_path=tokenizer)
+        return str(error.value)
+
+    (tmp_path / "unfinished" / "train").mkdir(parents=True)
+    for directory in ("missing", "unfinished"):
+        assert f"no {tmp_path / directory}/meta.json" in message(token_files=str(tmp_path / directory))
+    assert f"rows of {T}, config.data.seq_len is 8" in message(seq_len=8)
+    other = tmp_path / "other.model"
+    other.write_bytes(b"another")
+    assert all(hashlib.sha256(b).hexdigest() in message(other) for b in (b"a tokenizer", b"another"))
+    assert str(tmp_path / "none") in message(tmp_path / "none")
+    assert "'lines:z' is not in" in message(sources=("lines:a", "lines:z"))
+    with pytest.raises(UserError, match="validation source 'lines:a' is not in .* has lines:v, lines:w"):
+        validation_documents(prepared.data(validation=("lines:a",)), tokenizer_path=prepared.tokenizer)
+    (tmp_path / "old").mkdir()
+    token_files.write_meta(str(tmp_path / "old"), prepared.meta | {"format": 0})
+    assert "has format 0, expected 1" in message(token_files=str(tmp_path / "old"))
+
+
+def test_tensorflow_is_not_imported(prepared):
+    program = f"""
+import sys
+from ml_collections import ConfigDict
+from latent_delib.data import batches
+data = ConfigDict({prepared.data().to_dict()!r})
+next(batches.train_batches(data, batch_size=2, seed=0, tokenizer_path={str(prepared.tokenizer)!r}))
+next(batches.validation_documents(data, tokenizer_path={str(prepared.tokenizer)!r}))
+print(sorted({{"tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
