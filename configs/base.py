@@ -64,5 +64,5 @@ def get_config() -> ConfigDict:
     c.evaluate.max_length = 2048  # tokens of a document seen at once; longer ones are cut into pieces
     c.evaluate.batch_size = 8  # pieces at once
     c.evaluate.positions = 64  # augmented positions of each piece at once: bounds memory
-    c.evaluate.max_documents = 0  # per validation source, spread over it; 0: all
+    c.evaluate.max_pieces = 0  # per validation source, spread over it; 0: all
     return c

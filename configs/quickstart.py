@@ -24,5 +24,5 @@ def get_config() -> ConfigDict:
     c.compute.remat = "none"
     c.evaluate.max_length = 256
     c.evaluate.batch_size = 4
-    c.evaluate.max_documents = 8
+    c.evaluate.max_pieces = 32
     return c

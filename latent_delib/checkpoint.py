@@ -1,6 +1,9 @@
 """Orbax checkpoints of a training run: the trainable tree, the optimizer, and what is needed to go on exactly."""
 
-from collections.abc import Mapping
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,7 +49,8 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(optimizer),
             meta=ocp.args.JsonSave(dict(meta)),
         )
-        self._manager.save(step, args=args, force=True)
+        with self._disk_errors():
+            self._manager.save(step, args=args, force=True)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON item alone."""
@@ -72,13 +76,24 @@ class Checkpoints:
         return self.restore(step, wanted)[0]
 
     def wait(self) -> None:
-        """Returns when every started save is whole on disk; raises what a save raised."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Returns when every started save is whole on disk; raises as `save` does."""
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits, and ends the background threads."""
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """tensorstore, which writes the arrays, tells of the system's errors in a ValueError's text."""
+        try:
+            yield
+        except ValueError as error:
+            if not (found := re.search(r"os_error_code='(\d+)'", str(error))):
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(self.path)) from None
 
 
 def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, int, dict[str, Any]]:
@@ -94,5 +109,6 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
     found = checkpoints.latest() if step is None else step
     if found is None or not (root / str(found)).is_dir():
         steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit())
-        raise UserError(f"--workdir={workdir}: no checkpoint of step {step or 'any'}; there are {steps}")
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UserError(f"--workdir={workdir}: {wanted}; there are {steps}")
     return checkpoints, found, checkpoints.meta(found)

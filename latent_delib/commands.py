@@ -1,12 +1,13 @@
 """What every command line shares: flags without global state, and one clear line for a user's mistake."""
 
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from latent_delib.errors import UserError
@@ -38,7 +39,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         print(f"{doc.strip()}\n\nflags:\n{rows}")
         sys.exit(0)
 
-    logging.set_verbosity(logging.ERROR)
+    _quiet()
     flags.FLAGS(sys.argv[:1])  # seqio reads absl's own flags and wants them parsed
     try:
         rest = _parse(values, [name for name, (default, _) in options.items() if default is CONFIG])
@@ -53,6 +54,15 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         sys.exit(f"error: {error.filename or 'disk'}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _quiet() -> None:
+    """Leaves the error line alone on the screen: what libraries log of a failure on the way is also raised.
+
+    After a failed write, tensorstore's threads go on reporting to event loops that orbax has closed.
+    """
+    logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
 
 
 def _parse(values: flags.FlagValues, configs: list[str]) -> list[str]:

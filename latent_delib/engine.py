@@ -127,8 +127,9 @@ def generate(
         reread = now.inputs.shape[2]  # the last token's entry gives way to latents and the token itself
         read = state.cache._replace(length=state.cache.length - reread)
         out_BMAD, kv = augment.decode(aug, params, z_BMLD, read, now)
+        cache = cache_lib.append(read, kv, now.position[:, 0], jnp.full_like(length_B, aug.num_latents + reread))
         return state._replace(
-            cache=cache_lib.append(read, kv, now.position[:, 0], jnp.full_like(length_B, aug.num_latents + reread)),
+            cache=cache_lib.by_position(cache),  # latents may share positions with text that stands before them
             position=now.position[:, 0, -1] + 1,
             logits=logits_of(out_BMAD[:, 0, -1]),
         )

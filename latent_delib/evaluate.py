@@ -8,7 +8,7 @@ Writes perplexity.json and perplexity.png to --out (the workdir by default) and 
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,11 +52,11 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
         params, found = {"decoder": experiment.load_decoder(exp, exp.dtype)}, None
     else:
         params, found = load(exp, workdir, step)
-    documents = [tokens for _, tokens in select(config)]
-    rows = table(perplexity(exp, params, documents))
+    pieces = read_pieces(exp)
+    rows = table(perplexity(exp, params, pieces))
     result = {
         "rows": rows,
-        "documents": len(documents),
+        "pieces": len(pieces),
         "config": json.loads(config.to_json_best_effort()),
         "checkpoint": None if found is None else str(Path(workdir) / "checkpoints" / str(found)),
         "fingerprint": exp.fingerprint,
@@ -79,30 +79,31 @@ def load(exp: Experiment, workdir: str, step: int | None) -> tuple[Params, int]:
     return {"decoder": decoder} | jax.tree.map(lambda x: x.astype(exp.dtype), trainable), found
 
 
-def select(config: ConfigDict) -> Iterator[tuple[str, np.ndarray]]:
-    """The validation documents; with `max_documents`, that many of each source, evenly spread over it."""
-    by_source: dict[str, list[np.ndarray]] = {}
-    tokenizer = str(experiment.tokenizer_path(config))
-    for source, tokens in batches.validation_documents(config.data, tokenizer_path=tokenizer):
-        by_source.setdefault(source, []).append(tokens)
-    for source, documents in by_source.items():
-        wanted = min(config.evaluate.max_documents or len(documents), len(documents))
-        for i in range(wanted):
-            yield source, documents[i * len(documents) // wanted]
+def read_pieces(exp: Experiment) -> list[np.ndarray]:
+    """The validation text: every document, cut where longer than `max_length` into pieces that each begin with BOS.
 
-
-def perplexity(exp: Experiment, params: Params, documents: Sequence[np.ndarray]) -> Sums:
-    """Sums over every token of every document, each counted once for each n that reaches it.
-
-    A document longer than `max_length` is cut into pieces that each begin with BOS. Each text is read once; its cache
-    then serves all its positions, `positions` of them at a time, which bounds the memory. No sum depends on how
-    pieces are batched: they are added up in float64, piece by piece.
+    With `max_pieces`, that many of each source, evenly spread over it: a quick look.
     """
-    e, bos, pad = exp.config.evaluate, exp.tokenizer.bos_id, exp.tokenizer.pad_id
-    pieces = [piece for document in documents for piece in batches.pieces(document, e.max_length, bos)]
-    pieces = sorted((p for p in pieces if len(p) > 1), key=len)  # alike in length together: least padding
-    if not pieces:
-        raise UserError("config.data.validation: holds no document with a token")
+    e, by_source = exp.config.evaluate, {source: [] for source in exp.config.data.validation}
+    for source, tokens in batches.validation_documents(exp.config.data, tokenizer_path=str(exp.tokenizer.path)):
+        by_source[source] += [p for p in batches.pieces(tokens, e.max_length, exp.tokenizer.bos_id) if len(p) > 1]
+    chosen: list[np.ndarray] = []
+    for pieces in by_source.values():
+        wanted = min(e.max_pieces or len(pieces), len(pieces))
+        chosen += [pieces[i * len(pieces) // wanted] for i in range(wanted)]
+    if not chosen:
+        raise UserError(f"config.data.validation={exp.config.data.validation}: holds no text")
+    return chosen
+
+
+def perplexity(exp: Experiment, params: Params, pieces: Sequence[np.ndarray]) -> Sums:
+    """Sums over every token of every piece (int32 [n], BOS first), each counted once for each n that reaches it.
+
+    A piece is read once; its cache then serves all its positions, `positions` of them at a time, which bounds the
+    memory. No sum depends on how pieces are batched: they are added up in float64.
+    """
+    e, pad = exp.config.evaluate, exp.tokenizer.pad_id
+    pieces = sorted(pieces, key=len)  # alike in length together: least padding
     A, B, M, T = e.num_ahead, e.batch_size, min(e.positions, e.max_length), e.max_length
     aug, place = exp.aug, partial(jax.device_put, device=mesh_lib.rows(exp.mesh))
     if B % (shards := exp.mesh.shape["data"] * exp.mesh.shape["fsdp"]):
@@ -155,7 +156,7 @@ def show(rows: Sequence[dict[str, float]], result: dict[str, Any]) -> str:
     method = result["config"]["method"]
     lines = [
         f"perplexity of the n-th token ahead; {method['name']}, {method['num_latents']} latents, "
-        f"placement {method['placement']}, {result['documents']} documents",
+        f"placement {method['placement']}, {result['pieces']} pieces of text",
         f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}",
     ]
     for row in rows:

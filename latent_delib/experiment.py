@@ -135,7 +135,7 @@ def check(config: ConfigDict) -> None:
     at_least(2, data__seq_len=config.data.seq_len, evaluate__max_length=e.max_length)
     at_least(1, compute__vocab_chunk=config.compute.vocab_chunk)
     at_least(0, optimizer__soft_token_learning_rate=o.soft_token_learning_rate, optimizer__warmup_steps=o.warmup_steps)
-    at_least(0, optimizer__weight_decay=o.weight_decay, evaluate__max_documents=e.max_documents)
+    at_least(0, optimizer__weight_decay=o.weight_decay, evaluate__max_pieces=e.max_pieces)
     for key in ("learning_rate", "clip_norm", "eps"):
         if not o[key] > 0:
             raise UserError(f"config.optimizer.{key}={o[key]}: expected more than 0")

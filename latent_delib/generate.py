@@ -5,24 +5,27 @@
 Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on.
 """
 
+from pathlib import Path
 from typing import Any
 
 from latent_delib import checkpoint, commands, lm
+from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 
 
 def main(flags: Any) -> None:
     if not flags.prompt:
         raise UserError("--prompt is empty")
-    _, _, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
-    path = meta["config"]["decoder"]["path"]
+    checkpoints, _, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
+    checkpoints.close()
+    trained = METHODS[meta["method.name"]].latents is None  # the decoder itself: it writes no latents
+    path = str(Path(flags.workdir) / "decoder") if trained else meta["config"]["decoder"]["path"]
     if not path:
         raise UserError(f"--workdir={flags.workdir}: trained on random weights, there is nothing to generate with")
-    decoder = lm.load_decoder(path)
-    coprocessor = None if flags.no_augment else lm.load_coprocessor(flags.workdir, flags.step)
-    model = lm.AugmentedLM(decoder, coprocessor)
+    plain = trained or flags.no_augment
+    model = lm.AugmentedLM(lm.load_decoder(path), None if plain else lm.load_coprocessor(flags.workdir, flags.step))
     for title, augment in (("decoder", False), ("augmented", True)):
-        if augment and flags.no_augment:
+        if augment and plain:
             continue
         (text,) = model.generate(
             [flags.prompt], flags.max_new_tokens, flags.temperature, flags.top_p, augment, flags.delay, flags.seed

@@ -125,6 +125,8 @@ class AugmentedLM:
         Augmented: given the text up to the position, its latents, and the ahead tokens before. Every position needs
         `ahead` tokens after it. Without a coprocessor both are the decoder's.
         """
+        if ahead < 1:
+            raise UserError(f"ahead={ahead}: expected at least 1")
         tokens = self._check_tokens(tokens_BT)
         positions = self._check_positions(tokens, positions_BM, ahead)
         return _ahead_logprobs(self.params, tokens, positions, aug=self.aug, dtype=self.dtype, ahead=ahead)
@@ -219,8 +221,8 @@ class AugmentedLM:
 
     def _check_positions(self, tokens: jax.Array, positions_BM: Any, ahead: int) -> jax.Array:
         positions, (B, T) = np.asarray(positions_BM), tokens.shape
-        if positions.ndim != 2 or positions.shape[0] != B:
-            raise UserError(f"positions: shape {positions.shape}, expected [{B}, M]")
+        if positions.ndim != 2 or positions.shape[0] != B or not np.issubdtype(positions.dtype, np.integer):
+            raise UserError(f"positions: {positions.dtype} of shape {positions.shape}, expected integers [{B}, M]")
         if positions.size and not (0 <= positions.min() and positions.max() + ahead < T):
             raise UserError(
                 f"positions: from {positions.min()} to {positions.max()} with {ahead} ahead tokens, the text has {T}"

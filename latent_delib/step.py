@@ -77,7 +77,7 @@ def train_step(
     """
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    at_BM = traces.draw(key, segment_BT, num_traces)
+    at_BM = traces.draw(key, segment_BT, min(num_traces, tokens_BT.shape[1] - 1))  # a plain decoder uses none
 
     def loss_sum(trainable: Params, part: tuple[jax.Array, ...]):
         params = frozen | jax.tree.map(lambda x: x.astype(dtype), trainable)

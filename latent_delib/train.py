@@ -2,7 +2,7 @@
 
   python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...] [--dry_run]
 
-WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, config.json, and decoder/ when the decoder was trained.
+WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained.
 """
 
 import contextlib
@@ -87,12 +87,23 @@ def run(exp: Experiment, workdir: Path | None, stop: dict[str, bool] | None) -> 
     row = jax.ShapeDtypeStruct((t.batch_size, config.data.seq_len), jnp.int32, sharding=mesh_lib.rows(mesh))
     say(summary(exp, state_shapes, frozen_shapes, shardings))
 
-    checkpoints, meta = None, None
+    checkpoints, meta, start, loader = None, None, 0, None
     if workdir is not None:
         checkpoints = Checkpoints(str(workdir), t.keep)
         if (latest := checkpoints.latest()) is not None:
             meta = checkpoints.meta(latest)
             exp.check_same(meta, str(workdir))
+            start = meta["step"]
+        if start < t.steps:  # before the compile, because it finds what is wrong with the data
+            loader = batches.train_batches(
+                config.data,
+                batch_size=t.batch_size,
+                seed=config.seed,
+                tokenizer_path=str(exp.tokenizer.path),
+                host=jax.process_index(),
+                num_hosts=jax.process_count(),
+                start_step=start,
+            )
 
     began = time.perf_counter()
     compiled = step_function.lower(
@@ -111,9 +122,7 @@ def run(exp: Experiment, workdir: Path | None, stop: dict[str, bool] | None) -> 
     if meta is None:
         trainable = jax.jit(init, out_shardings=shardings.trainable)(jax.random.key(config.seed), decoder)
         opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(trainable)
-        start = 0
     else:
-        start = meta["step"]
         say(f"resuming {workdir} at step {start}")
         trainable, opt_state = checkpoints.restore(
             start,
@@ -129,16 +138,7 @@ def run(exp: Experiment, workdir: Path | None, stop: dict[str, bool] | None) -> 
         saved = exp.identity() | {"step": step, "data": position, "config": plain}
         checkpoints.save(step, state.trainable, state.opt_state, saved)
 
-    if start < t.steps:
-        loader = batches.train_batches(
-            config.data,
-            batch_size=t.batch_size,
-            seed=config.seed,
-            tokenizer_path=str(exp.tokenizer.path),
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
-            start_step=start,
-        )
+    if loader is not None:
         metrics = Metrics(exp, workdir if primary else None, start, frozen_decoder=bool(frozen_shapes))
         last_saved = start if meta is not None else None
         for step in range(start + 1, t.steps + 1):
@@ -188,7 +188,8 @@ class Metrics:
         if workdir is not None:
             path = workdir / "metrics.jsonl"
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-            path.write_text("".join(line + "\n" for line in kept))  # steps after the checkpoint are done again
+            path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+            path.with_suffix(".tmp").replace(path)  # steps after the checkpoint are done again
             self.file = path.open("a")
             self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
@@ -203,8 +204,10 @@ class Metrics:
             return
         (step, values), self.pending = self.pending, None
         loss, tokens, grad_norm = (float(values[k]) for k in ("loss", "tokens", "grad_norm"))
-        if not math.isfinite(loss):
-            raise UserError(f"step {step}: the loss is {loss}; the last checkpoint is from before it")
+        if not math.isfinite(loss + grad_norm):  # the loss is that before the update, which the gradient makes
+            raise UserError(
+                f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; the last checkpoint is from before it"
+            )
         self.loss += loss * tokens
         self.weight += tokens
         if step % self.every and step != self.steps:
@@ -298,6 +301,8 @@ def summary(exp: Experiment, state: TrainState, frozen: Params, shardings: Train
 @contextlib.contextmanager
 def exclusive(workdir: Path) -> Iterator[None]:
     """Holds a workdir for one job; the lock ends with the process, however it ends."""
+    if ":/" in str(workdir):
+        raise UserError(f"--workdir={workdir}: expected a local directory")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "a+")

@@ -18,6 +18,9 @@ step() { # what it is called, then a latent_delib command
   echo "-- $1: $((SECONDS - start)) s"
 }
 
+# Without an accelerator: one device a core, each with half the batch. XLA runs much of a CPU program on one thread.
+export XLA_FLAGS="--xla_force_host_platform_device_count=2 ${XLA_FLAGS:-}"
+
 ./launch/setup.sh
 if [[ ! -e $tokens/meta.json ]]; then
   step prepare --config=$config --out=$tokens

@@ -1,8 +1,17 @@
-"""Runs before any test module: eight CPU devices, no fight over the cores, absl's flags parsed."""
+"""Runs before any test module: eight CPU devices, no fight over the cores, absl's flags parsed; the tiny experiment.
 
+The tiny experiment (a tokenizer, a decoder of random weights, texts, token files, a config) lets a whole training job
+take seconds. Its token files are made without TensorFlow.
+"""
+
+import dataclasses
 import os
+import random
 import sys
+import tempfile
+from pathlib import Path
 
+import pytest
 from absl import flags
 
 assert "jax" not in sys.modules, "XLA reads its flags once: nothing may import jax before this file"
@@ -10,9 +19,182 @@ assert "jax" not in sys.modules, "XLA reads its flags once: nothing may import j
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 xla_flags = ["--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")]
+# Compiling is most of what tests do; code of less effort from LLVM halves it, and tiny arrays do not feel it.
+xla_flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores among themselves
     os.environ["OMP_NUM_THREADS"] = "1"
     xla_flags.append("--xla_cpu_multi_thread_eigen=false")
 os.environ["XLA_FLAGS"] = " ".join(filter(None, xla_flags))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a step is compiled once for all tests, workers and child processes
+    cache = tempfile.TemporaryDirectory(prefix="latent_delib_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 flags.FLAGS(["pytest"])  # seqio reads absl's flags and raises where nobody has parsed them
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
+
+
+@pytest.fixture(scope="session")
+def texts() -> dict[str, list[str]]:
+    """Split -> documents, "train" and "validation"."""
+    draw = random.Random(0)
+    return {
+        split: [" ".join(draw.choices(WORDS, k=draw.randrange(3, 60))) for _ in range(count)]
+        for split, count in (("train", 160), ("validation", 12))
+    }
+
+
+@pytest.fixture(scope="session")
+def sources(texts, tmp_path_factory) -> dict[str, str]:
+    """Split -> the source string that reads its documents from two files."""
+    folder = tmp_path_factory.mktemp("texts")
+    for split, documents in texts.items():
+        (folder / split).mkdir()
+        for i in range(2):
+            (folder / split / f"{i}.txt").write_text("\n\f\n".join(documents[i::2]) + "\n")
+    return {split: f"files:{folder / split}/*.txt" for split in texts}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(texts, tmp_path_factory) -> Path:
+    """A SentencePiece model of 320 pieces, 256 of them bytes; pad 0, eos 1, bos 2, unk 3."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text").write_text("\n".join(texts["train"]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=320,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def make_decoder(tokenizer_path, tmp_path_factory):
+    """make_decoder(seed) -> a decoder folder: every feature of Gemma 2 in some 30 k random parameters."""
+    import jax
+
+    from latent_delib.nn import transformer
+    from latent_delib.nn.sizes import SIZES
+    from latent_delib.tokenizer import Tokenizer
+    from latent_delib.weights import folder
+
+    def make(seed: int) -> Path:
+        vocab_size = Tokenizer(tokenizer_path).vocab_size
+        architecture = dataclasses.replace(SIZES["gemma2_test"], vocab_size=vocab_size)
+        params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), architecture)
+        path = tmp_path_factory.mktemp("decoder") / "decoder"
+        folder.save(path, architecture, params, tokenizer_path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(make_decoder) -> Path:
+    """The decoder of the tiny config."""
+    return make_decoder(1)
+
+
+@pytest.fixture(scope="session")
+def token_folder(texts, sources, tokenizer_path, tmp_path_factory) -> Path:
+    """What `prepare` would write for the tiny config."""
+    import numpy as np
+
+    from latent_delib.data import token_files
+    from latent_delib.tokenizer import Tokenizer
+
+    folder, tokenizer = str(tmp_path_factory.mktemp("prepared") / "tokens"), Tokenizer(tokenizer_path)
+    meta = {
+        "format": token_files.FORMAT,
+        "seq_len": 32,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "pad_id": tokenizer.pad_id,
+        "dtype": "uint16",
+        "tokenizer_sha256": token_files.fingerprint(str(tokenizer_path)),
+    }
+    for split, write in (("train", token_files.write_train), ("validation", token_files.write_validation)):
+        documents = (np.array(tokenizer.encode(text), np.int32) for text in texts[split])
+        meta[split] = [{"source": sources[split], **write(folder, 0, documents, meta)}]
+    token_files.write_meta(folder, meta)
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(sources, decoder_folder, token_folder) -> dict:
+    """What the tiny config changes in configs/base.py: key -> value."""
+    return {
+        "decoder.path": str(decoder_folder),
+        "method.num_latents": 2,
+        "method.num_traces": 4,
+        "method.num_ahead": 3,
+        "data.sources": (sources["train"],),
+        "data.validation": (sources["validation"],),
+        "data.token_files": str(token_folder),
+        "data.seq_len": 32,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.soft_token_learning_rate": 1e-2,
+        "optimizer.warmup_steps": 2,
+        "optimizer.eps": 1e-3,  # large, or Adam makes big steps of rounding errors in tiny gradients
+        "train.steps": 4,
+        "train.batch_size": 8,
+        "train.log_every": 1,
+        "train.checkpoint_every": 2,
+        "compute.dtype": "float32",
+        "compute.remat": "none",
+        "compute.vocab_chunk": 128,
+        "evaluate.num_ahead": 4,
+        "evaluate.max_length": 32,
+        "evaluate.positions": 8,
+    }
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny):
+    """make_config({"key": value, ...}) -> the tiny config with these changes, a locked ConfigDict."""
+    from configs import base
+
+    def make(changes: dict | None = None):
+        config = base.get_config()
+        config.update_from_flattened_dict(tiny | (changes or {}))
+        return config.lock()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(make_config, tmp_path_factory) -> Path:
+    """The workdir of the tiny config, trained to its end; read it or copy it."""
+    from latent_delib import train
+
+    workdir = tmp_path_factory.mktemp("trained") / "workdir"
+    train.train(make_config(), str(workdir))
+    return workdir
+
+
+@pytest.fixture
+def config_file(tiny, tmp_path):
+    """config_file({"key": value, ...}) -> path of a config file that is the tiny config with these changes."""
+
+    def write(changes: dict | None = None) -> Path:
+        path = tmp_path / f"config_{len(list(tmp_path.glob('config_*')))}.py"
+        path.write_text(
+            "from configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
+            f"    config.update_from_flattened_dict({tiny | (changes or {})!r})\n    return config\n"
+        )
+        return path
+
+    return write

@@ -71,8 +71,9 @@ def within_window(bounds: Bounds, position_BMS: jax.Array, prefix_position_BT: j
     """
     oldest = (position_BMS - window)[..., None]
     own = jnp.arange(position_BMS.shape[-1])
-    near = (position_BMS[:, :, None, :] > oldest) & (own <= own[:, None])
-    own_start = jnp.maximum(bounds.own_start, own + 1 - near.sum(-1))
+    in_range = (own >= bounds.own_start[..., None]) & (own <= own[:, None])
+    near = in_range & (position_BMS[:, :, None, :] > oldest)
+    own_start = own + 1 - near.sum(-1)
     if prefix_position_BT is None:
         return bounds._replace(own_start=own_start)
     slot = jnp.arange(prefix_position_BT.shape[1])

@@ -53,3 +53,15 @@ def append(cache: Cache, kv: KV, position_BS: jax.Array, count_B: jax.Array) -> 
         position=cache.position.at[row, slot].set(position_BS, mode="drop"),
         length=cache.length + count_B,
     )
+
+
+def by_position(cache: Cache) -> Cache:
+    """The same entries in slots that follow their positions, which a window needs (`attention.within_window`)."""
+    used = jnp.arange(cache.position.shape[1]) < cache.length[:, None]
+    order = jnp.argsort(jnp.where(used, cache.position, jnp.iinfo(jnp.int32).max), axis=1)
+    slot = order[None, :, :, None, None]
+    return cache._replace(
+        k=jnp.take_along_axis(cache.k, slot, axis=2),
+        v=jnp.take_along_axis(cache.v, slot, axis=2),
+        position=jnp.take_along_axis(cache.position, order, axis=1),
+    )

@@ -76,6 +76,11 @@ class TransformerConfig:
             raise UserError(f"{source}: unknown fields {unknown}, expected some of {sorted(known)}")
         if missing := sorted(required - set(fields)):
             raise UserError(f"{source}: missing fields {missing}")
+        accepted = {float: (float, int), tuple[str, ...]: (tuple, list)}
+        for name, value in fields.items():
+            kind = known[name].type
+            if not isinstance(value, accepted.get(kind, kind)):
+                raise UserError(f"{source}: {name}={value!r}, expected {kind.__name__}")
         try:
             return cls(**{name: tuple(v) if name == "layer_pattern" else v for name, v in fields.items()})
         except UserError as error:

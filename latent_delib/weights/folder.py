@@ -43,9 +43,10 @@ def read_config(folder: Path) -> TransformerConfig:
         fields = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{source}: not JSON ({error})") from None
-    if fields.get("format") != FORMAT:
-        raise UserError(f"{source}: format is {fields.get('format')!r}, expected {FORMAT!r}")
-    return TransformerConfig.from_dict(fields["architecture"], source)
+    found = fields.get("format") if isinstance(fields, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{source}: format is {found!r}, expected {FORMAT!r}")
+    return TransformerConfig.from_dict(fields.get("architecture", {}), source)
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,0 +1,210 @@
+"""All traces together against each one alone: through the cache, and in the naive reading; who sees whom, by gradients.
+
+Two packed rows, grouped queries, windows smaller than the text; one trace at a document's start and two near an end.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+import small
+
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.traces import PLACEMENTS
+from latent_delib.nn import cache as cache_lib
+from latent_delib.nn import transformer
+from latent_delib.nn.attention import Bounds
+from latent_delib.nn.transformer import Transformer
+
+T, M, L, A = 16, 3, 3, 4
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, T))
+SEGMENT = np.array([[1] * 9 + [2] * 7, [1] * 12 + [0] * 4])
+START = np.array([[0] * 9 + [9] * 7, [0] * 12 + [12] * 4])
+END = np.array([[9] * 9 + [16] * 7, [12] * 12 + [16] * 4])
+AT = np.array([[2, 7, 12], [0, 9, 10]])
+WEIGHTS = np.array([[[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]])
+
+
+def setup(config, placement, method="cache_augmentation"):
+    aug = Augmentation(Transformer(config), method, L, placement, vocab_chunk=40)
+    return aug, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, L)}
+
+
+def document_of(b, m):
+    """The document that holds a trace, and where in it the trace is."""
+    p = AT[b, m]
+    return TOKENS[b, START[b, p] : END[b, p]], p - START[b, p]
+
+
+@partial(jax.jit, static_argnums=0)
+def trace_nll(aug, params, tokens_BT, segment_BT, at_BM):
+    """-log p of every ahead token [B, M, A], and the weights."""
+    _, cache = augment.read(aug, params, tokens_BT, segment_BT, jnp.float32)
+    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, A)
+    out, _ = augment.decode(aug, params, augment.latents(aug, params, cache, traces), cache, traces)
+    return augment.nll(aug, params, out, traces.targets), traces.weights
+
+
+@partial(jax.jit, static_argnums=0)
+def loss(aug, params, tokens_BT, segment_BT, at_BM):
+    return augment.loss(aug, params, tokens_BT, segment_BT, at_BM, A, jnp.float32)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", small.CONFIGS)
+def test_traces_together_equal_the_naive_reading_of_each(family, placement):
+    config = small.CONFIGS[family]
+    aug, params = setup(config, placement)
+    nll, weights = trace_nll(aug, params, TOKENS, SEGMENT, AT)
+    np.testing.assert_array_equal(weights, WEIGHTS)
+    for b, m in np.ndindex(AT.shape):
+        expected = naive.trace_nll(config, params["decoder"], params["coprocessor"], *document_of(b, m), A, placement)
+        assert len(expected) == WEIGHTS[b, m].sum()
+        np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+@partial(jax.jit, static_argnums=0)
+def extend(config, weights, cache, x_BSD, position_BS, count_B):
+    """Reads more inputs (one row) after all that the cache holds, and appends the first `count_B`."""
+    position = position_BS[:, None]
+    zero = jnp.zeros_like(position)
+    bounds = Bounds(zero, zero + cache.length[:, None, None], zero)
+    out, kv = Transformer(config).apply({"params": weights}, x_BSD[:, None], position, bounds, cache)
+    return out[0, 0], cache_lib.append(cache, kv, position_BS, count_B)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_traces_together_equal_separate_runs_through_the_cache(placement):
+    """One at a time: prefill, latents, latents into the cache, then token by token, as in decoding."""
+    config = small.GEMMA
+    aug, params = setup(config, placement)
+    together, tokens = loss(aug, params, TOKENS, SEGMENT, AT)
+    nll, _ = trace_nll(aug, params, TOKENS, SEGMENT, AT)
+    decoder, coprocessor = ({n: params[name][n] for n in ("layers", "final_norm")} for name in params)
+
+    def embed(tokens):
+        return transformer.embed(params["decoder"]["embedding"], jnp.array(tokens), config)[None]
+
+    def one_trace(document, p):
+        overlay = placement == "overlay"
+        cache = cache_lib.empty(config, 1, T + L + A, jnp.float32)
+        text = np.pad(document, (0, T - len(document)))
+        _, cache = extend(config, decoder, cache, embed(text), np.arange(T)[None], np.array([p + 1]))
+        latent_position = (np.maximum(np.arange(p - L + 1, p + 1), 0) if overlay else np.arange(p + 1, p + 1 + L))[None]
+        z, _ = extend(
+            config, coprocessor, cache, params["coprocessor"]["soft_tokens"][None], latent_position, np.array([0])
+        )
+        cache = cache._replace(length=cache.length - overlay)
+        out, cache = extend(config, decoder, cache, z[None], latent_position, np.array([L]))
+        cache = cache_lib.by_position(cache)
+        outputs = [] if overlay else [out[-1]]
+        shift = 0 if overlay else L
+        targets = document[p + 1 : p + 1 + A]
+        for at in range(p + 1 - overlay, p + len(targets)):
+            position = np.array([[at + shift]])
+            out, cache = extend(config, decoder, cache, embed([document[at]]), position, np.array([1]))
+            outputs.append(out[0])
+        return naive.nll(config, params["decoder"], np.array(outputs, np.float64), targets)
+
+    total = 0.0
+    for b, m in np.ndindex(AT.shape):
+        alone = one_trace(*document_of(b, m))
+        np.testing.assert_allclose(nll[b, m, : len(alone)], alone, rtol=1e-5, atol=1e-5)
+        total += alone.sum()
+    assert tokens == WEIGHTS.sum()
+    np.testing.assert_allclose(together, total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_packed_documents_equal_each_document_alone(placement):
+    """The same three documents and traces, packed in two rows and in four; T - 1 is a trace without weight."""
+    aug, params = setup(small.GEMMA, placement)
+    packed = loss(aug, params, TOKENS, SEGMENT, AT)
+    alone = np.zeros(2)
+    for rows in ([(0, 0, 9), (0, 9, 16)], [(1, 0, 12), (1, 12, 12)]):
+        tokens, segment, at = np.zeros((2, T), int), np.zeros((2, T), int), np.full((2, M), T - 1)
+        for i, (b, first, end) in enumerate(rows):
+            tokens[i, : end - first], segment[i, : end - first] = TOKENS[b, first:end], 1
+            inside = AT[b][(AT[b] >= first) & (AT[b] < end)] - first
+            at[i, : len(inside)] = inside
+        alone += loss(aug, params, tokens, segment, at)
+    np.testing.assert_allclose(packed, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_visibility_by_gradients(placement):
+    """Exactly zero from what a trace must not see, not zero from each thing it sees."""
+    aug, params = setup(small.GEMMA, placement)
+    _, text = jax.jit(lambda p: augment.read(aug, p, TOKENS, SEGMENT, jnp.float32))(params)
+    traces = aug.lay_out(TOKENS, SEGMENT, AT, A)
+
+    def losses(k, v, change_BMLD):
+        cache = text._replace(k=k, v=v)
+        z = augment.latents(aug, params, cache, traces) + change_BMLD
+        out, _ = augment.decode(aug, params, z, cache, traces)
+        return jnp.sum(augment.nll(aug, params, out, traces.targets) * traces.weights, axis=-1)
+
+    no_change = jnp.zeros((2, M, L, small.GEMMA.embed_dim))
+    by_k, by_v, by_z = jax.jit(jax.jacrev(losses, argnums=(0, 1, 2)))(text.k, text.v, no_change)
+
+    row, slot = np.arange(2), np.arange(T)
+    start = np.take_along_axis(START, AT, axis=1)
+    sees = (slot >= start[..., None]) & (slot <= AT[..., None])  # [B, M, T], x_p included: the coprocessor reads it
+    sees = sees[:, :, None] & (row[:, None, None, None] == row[:, None])
+    assert sees.shape == (2, M, 2, T) and sees.sum() == 3 + 8 + 4 + 1 + 10 + 11
+    for gradient in (by_k, by_v):  # [B, M, layers, B, T, K, H]
+        np.testing.assert_array_equal(np.any(gradient, axis=(2, 5, 6)), sees)
+    own = np.eye(2 * M, dtype=bool).reshape(2, M, 2, M)
+    np.testing.assert_array_equal(np.any(by_z, axis=-1), np.repeat(own[..., None], L, axis=-1))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_nothing_past_the_documents_end_matters(placement):
+    """Other text after each document's end, as context and as ahead tokens: bit for bit the same weighted loss."""
+    aug, params = setup(small.GEMMA, placement)
+    nll, weights = trace_nll(aug, params, TOKENS, SEGMENT, AT)
+    other = np.where(SEGMENT == 1, TOKENS, (TOKENS + 31) % 97)
+    other_nll, other_weights = trace_nll(aug, params, other, SEGMENT, AT)
+    np.testing.assert_array_equal(weights, WEIGHTS)
+    np.testing.assert_array_equal(other_weights, WEIGHTS)
+    unchanged = (np.take_along_axis(SEGMENT, AT, axis=1)[..., None] == 1) & (WEIGHTS == 1)
+    np.testing.assert_array_equal(nll == other_nll, unchanged)
+
+
+def test_without_a_coprocessor_the_decoder_is_bit_identical():
+    config = small.GEMMA
+    aug, params = setup(config, "after")
+
+    @jax.jit
+    def plain(decoder):
+        x = transformer.embed(decoder["embedding"], TOKENS, config)
+        position = jnp.arange(T) - START
+        bounds = transformer.own_text(jnp.array(START))
+        out, kv = Transformer(config).apply({"params": decoder}, x[:, None], position[:, None], bounds)
+        return out[:, 0], kv.k[:, :, 0], kv.v[:, :, 0]
+
+    read = jax.jit(augment.read, static_argnums=(0, 4))
+    expected = plain(params["decoder"])
+    alone = Augmentation(Transformer(config), "decoder", 0)
+    for one, tree in ((alone, {"decoder": params["decoder"]}), (aug, params)):
+        out, cache = read(one, tree, TOKENS, SEGMENT, jnp.float32)
+        for ours, theirs in zip((out, cache.k, cache.v), expected):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_loss_of_a_plain_decoder_is_that_of_all_text():
+    """Each token but a document's first, given its own document; no padding."""
+    config = small.GEMMA
+    _, params = setup(config, "after")
+    aug = Augmentation(Transformer(config), "decoder", 0, vocab_chunk=40)
+    total, tokens = loss(aug, {"decoder": params["decoder"]}, TOKENS, SEGMENT, AT)
+    expected = 0.0
+    for document in (TOKENS[0, :9], TOKENS[0, 9:], TOKENS[1, :12]):
+        out = naive.text_outputs(config, params["decoder"], document, np.zeros(len(document)))
+        expected += naive.nll(config, params["decoder"], out[:-1], document[1:]).sum()
+    assert tokens == 8 + 6 + 11
+    np.testing.assert_allclose(total, expected, rtol=1e-5)

@@ -1,0 +1,96 @@
+"""The chunked loss against log_softmax over the whole vocabulary."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_delib.delib.loss import token_nll
+
+R, D, V = 9, 6, 23
+CHUNKS = [7, V, 100]
+
+
+def inputs(size=1.0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, embedding = (size * jax.random.normal(k, s) for k, s in zip(keys, ((R, D), (V, D))))
+    target = jnp.array([0, 6, 7, 13, 14, 20, 21, 22, 22])  # both ends of the slices
+    return x.astype(dtype), embedding, target, jax.random.normal(keys[3], (R,))
+
+
+def naive(x, embedding, target, softcap):
+    logits = x @ embedding.T
+    logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+    return -jax.nn.log_softmax(logits)[jnp.arange(R), target]
+
+
+@partial(jax.jit, static_argnums=0)
+def value_and_grads(nll, x, embedding, target, weights):
+    def total(x, embedding):
+        losses = nll(x, embedding, target)
+        return jnp.sum(losses * weights), losses
+
+    return jax.grad(total, argnums=(0, 1), has_aux=True)(x, embedding)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_equals_log_softmax(chunk, softcap):
+    args = inputs()
+    grads, losses = value_and_grads(lambda *a: token_nll(*a, softcap, chunk), *args)
+    grads_wanted, wanted = value_and_grads(lambda *a: naive(*a, softcap), *args)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(grads, grads_wanted):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_bfloat16(softcap):
+    """bfloat16 outputs and a float32 table: the loss is float32, each gradient has the dtype of its argument."""
+    x, embedding, target, weights = inputs(dtype=jnp.bfloat16)
+    embedding = embedding.astype(jnp.bfloat16).astype(jnp.float32)
+    grads, losses = value_and_grads(lambda *a: token_nll(*a, softcap, 7), x, embedding, target, weights)
+    grads_wanted, wanted = value_and_grads(
+        lambda *a: naive(*a, softcap), x.astype(jnp.float32), embedding, target, weights
+    )
+    assert [a.dtype for a in (losses, *grads)] == [jnp.float32, jnp.bfloat16, jnp.float32]
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)  # products of bfloat16 are exact in float32
+    for ours, theirs in zip(grads, grads_wanted):
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=2**-6, atol=2**-6 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_extreme_logits_are_finite_and_right(softcap):
+    """Logits of some 1e5, far past what exp can hold."""
+    args = inputs(size=300.0)
+    grads, losses = value_and_grads(lambda *a: token_nll(*a, softcap, 7), *args)
+    grads_wanted, wanted = value_and_grads(lambda *a: naive(*a, softcap), *args)
+    assert losses.max() > (50 if softcap else 1e4)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(grads, grads_wanted):
+        assert np.all(np.isfinite(ours))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def arrays_in(jaxpr):
+    """Shapes and dtypes of everything a program computes, inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval for v in equation.outvars)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                yield from arrays_in(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("chunk, whole", [(7, False), (V, True)])
+def test_no_array_of_rows_by_vocabulary(chunk, whole):
+    x, embedding, target, weights = inputs()
+
+    def total(x, embedding):
+        return jnp.sum(token_nll(x, embedding, target, 2.0, chunk) * weights)
+
+    program = jax.make_jaxpr(jax.value_and_grad(total, (0, 1)))(x, embedding)
+    floats = [a.shape for a in arrays_in(program.jaxpr) if jnp.issubdtype(a.dtype, jnp.floating)]
+    assert (R, chunk) in floats  # the slices are seen, so the walk goes in
+    assert any(np.prod(shape) >= R * V and R in shape for shape in floats) == whole

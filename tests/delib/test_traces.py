@@ -1,0 +1,179 @@
+"""Where traces stand, written out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_delib.delib import traces
+from latent_delib.nn.attention import attend, within_window
+from latent_delib.nn.transformer import own_text
+
+# One row: two documents of five tokens, padding. One trace near the first one's end, one at the second's start.
+TOKENS = jnp.arange(10, 21)[None]
+SEGMENT = jnp.array([[1] * 5 + [2] * 5 + [0]])
+AT = jnp.array([[3, 5]])
+
+
+def lay_out(placement):
+    return traces.lay_out(TOKENS, SEGMENT, AT, num_latents=2, num_ahead=3, placement=placement)
+
+
+def check(found, expected):
+    """Every array of the one row, as nested lists."""
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.array(y)[None]), found, expected)
+    assert {x.dtype for x in jax.tree.leaves(found._replace(weights=None))} == {jnp.dtype("int32")}
+    assert found.weights.dtype == jnp.float32
+
+
+def bounds(start, stop, width):
+    """The same for all `width` queries of a trace."""
+    return traces.Bounds(*([[x] * width for x in xs] for xs in (start, stop, [0, 0])))
+
+
+def test_after_literally():
+    expected = traces.Traces(
+        latent_position=[[4, 5], [1, 2]],
+        latent_bounds=bounds([0, 5], [4, 6], 2),
+        position=[[4, 5, 6, 7], [1, 2, 3, 4]],
+        bounds=bounds([0, 5], [4, 6], 4),
+        inputs=[[14, 15], [16, 17]],
+        targets=[[14, 15, 16], [16, 17, 18]],
+        weights=[[1.0, 0, 0], [1, 1, 1]],
+    )
+    check(lay_out("after"), expected)
+
+
+def test_overlay_literally():
+    expected = traces.Traces(
+        latent_position=[[2, 3], [0, 0]],  # -1 and 0, clipped to the document's start
+        latent_bounds=bounds([0, 5], [4, 6], 2),
+        position=[[2, 3, 3, 4, 5], [0, 0, 0, 1, 2]],
+        bounds=bounds([0, 5], [3, 5], 5),
+        inputs=[[13, 14, 15], [15, 16, 17]],
+        targets=[[14, 15, 16], [16, 17, 18]],
+        weights=[[1.0, 0, 0], [1, 1, 1]],
+    )
+    check(lay_out("overlay"), expected)
+
+
+def seen(bounds, text_length):
+    """Who gets weight from `attend`: rows are all traces' tokens, columns the text, then all traces' tokens."""
+    B, M, S = bounds.own_start.shape
+    own = jnp.zeros((B, M, S, 1, text_length + M * S))
+    column = text_length + jnp.arange(M * S).reshape(M, S)
+    values = own.at[:, jnp.arange(M)[:, None], jnp.arange(S), 0, column].set(1.0)
+    prefix = None
+    if text_length:
+        eye = jnp.eye(text_length, text_length + M * S)[None, :, None]
+        prefix = (jnp.zeros_like(eye), eye)
+    weights = attend(own, own, values, prefix, bounds, scale=1.0, softcap=0.0)
+    return ["".join(map(str, row)) for row in np.array(weights > 0, int).reshape(M * S, -1)]
+
+
+def literal(text):
+    """One line a row; blanks only part the columns for the eye."""
+    return [line.replace(" ", "") for line in text.strip().splitlines()]
+
+
+def test_visibility_of_text():
+    assert seen(own_text(traces.document_start(SEGMENT)), 0) == literal("""
+        10000 00000 0
+        11000 00000 0
+        11100 00000 0
+        11110 00000 0
+        11111 00000 0
+        00000 10000 0
+        00000 11000 0
+        00000 11100 0
+        00000 11110 0
+        00000 11111 0
+        00000 00000 1
+    """)
+
+
+@pytest.mark.parametrize("placement", traces.PLACEMENTS)
+def test_visibility_of_the_coprocessor(placement):
+    assert seen(lay_out(placement).latent_bounds, 11) == literal("""
+        11110 00000 0  10 00
+        11110 00000 0  11 00
+        00000 10000 0  00 10
+        00000 10000 0  00 11
+    """)
+
+
+def test_visibility_after():
+    assert seen(lay_out("after").bounds, 11) == literal("""
+        11110 00000 0  1000 0000
+        11110 00000 0  1100 0000
+        11110 00000 0  1110 0000
+        11110 00000 0  1111 0000
+        00000 10000 0  0000 1000
+        00000 10000 0  0000 1100
+        00000 10000 0  0000 1110
+        00000 10000 0  0000 1111
+    """)
+
+
+def test_visibility_overlay():
+    assert seen(lay_out("overlay").bounds, 11) == literal("""
+        11100 00000 0  10000 00000
+        11100 00000 0  11000 00000
+        11100 00000 0  11100 00000
+        11100 00000 0  11110 00000
+        11100 00000 0  11111 00000
+        00000 00000 0  00000 10000
+        00000 00000 0  00000 11000
+        00000 00000 0  00000 11100
+        00000 00000 0  00000 11110
+        00000 00000 0  00000 11111
+    """)
+
+
+def test_visibility_in_a_local_layer():
+    """A window of 2: what shares a position is near together."""
+    position = jnp.arange(11) - traces.document_start(SEGMENT)
+    marks = lay_out("overlay")
+    assert seen(within_window(marks.bounds, marks.position, position, 2), 11) == literal("""
+        01100 00000 0  10000 00000
+        00100 00000 0  11000 00000
+        00100 00000 0  11100 00000
+        00000 00000 0  01110 00000
+        00000 00000 0  00011 00000
+        00000 00000 0  00000 10000
+        00000 00000 0  00000 11000
+        00000 00000 0  00000 11100
+        00000 00000 0  00000 11110
+        00000 00000 0  00000 00011
+    """)
+
+
+# Documents of 4 and 7 tokens and padding; of 1, 1, 8, 1 and 2; and one row with two usable positions, fewer than four.
+PACKED = jnp.array([[1] * 4 + [2] * 7 + [0] * 2, [1, 2] + [3] * 8 + [4] + [5] * 2, [1, 2, 3] + [4] * 3 + [0] * 7])
+USABLE = [{0, 1, 2, 4, 5, 6, 7, 8, 9}, {2, 3, 4, 5, 6, 7, 8, 11}, {3, 4}]
+
+
+def test_draw():
+    keys = jax.random.split(jax.random.key(0), 400)
+    drawn = np.array(jax.jit(jax.vmap(lambda key: traces.draw(key, PACKED, 4)))(keys))
+    assert drawn.dtype == np.int32 and drawn.shape == (400, 3, 4)
+    for row in (0, 1):
+        assert np.all(np.diff(drawn[:, row]) > 0)  # sorted and distinct
+        positions, counts = np.unique(drawn[:, row], return_counts=True)
+        assert set(positions) == USABLE[row]
+        fair = 400 * 4 / len(USABLE[row])
+        assert counts.min() > 0.8 * fair and counts.max() < 1.2 * fair
+    assert np.all(drawn[:, 2] == [3, 4, 12, 12])
+    np.testing.assert_array_equal(drawn[7], traces.draw(keys[7], PACKED, 4))
+    assert len(np.unique(drawn[:, 0], axis=0)) > 50
+
+
+@pytest.mark.parametrize("placement", traces.PLACEMENTS)
+def test_what_is_drawn_has_an_ahead_token_and_the_rest_no_weight(placement):
+    tokens = jnp.zeros_like(PACKED)
+    at = traces.draw(jax.random.key(1), PACKED, 4)
+    weights = traces.lay_out(tokens, PACKED, at, num_latents=2, num_ahead=3, placement=placement).weights
+    assert np.all(weights[:2, :, 0] == 1) and np.all(weights[2, :2, 0] == 1)
+    assert not np.any(weights[2, 2:])
+    ends = jnp.array([[3, 10, 11, 12], [0, 9, 10, 12], [0, 2, 5, 12]])  # last tokens, and padding
+    assert not np.any(traces.lay_out(tokens, PACKED, ends, 2, 3, placement).weights)

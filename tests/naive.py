@@ -1,0 +1,136 @@
+"""The architecture and the method read once more, as plainly as possible: the oracle of the tests.
+
+One sequence, float64 numpy, a dense visibility matrix, explicit positions, layers and heads in loops. Nothing here
+comes from the package; of a configuration only the fields are read. Parameters are nested dicts of numpy arrays.
+"""
+
+import numpy as np
+
+
+def rms_norm(x, scale, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (1 + scale)
+
+
+def rotate(x_SNH, position_S, base):
+    """Each pair (x_i, x_{i + H/2}) is a complex number, turned by position * base^(-2i/H)."""
+    half = x_SNH.shape[-1] // 2
+    angle = np.outer(position_S, float(base) ** (-np.arange(half) / half))[:, None]
+    turned = (x_SNH[..., :half] + 1j * x_SNH[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def capped(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def activation(name, x):
+    if name == "gelu":
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return x / (1 + np.exp(-x))
+
+
+def attention(config, q_SNH, k_SKH, v_SKH, visible_SS):
+    out = np.zeros_like(q_SNH)
+    for n in range(config.num_heads):
+        k = n // (config.num_heads // config.num_kv_heads)
+        scores = capped(q_SNH[:, n] @ k_SKH[:, k].T * config.query_scale, config.attn_softcap)
+        out[:, n] = softmax(np.where(visible_SS, scores, -np.inf)) @ v_SKH[:, k]
+    return out
+
+
+def layer_of(tree, l):
+    return {k: layer_of(v, l) if isinstance(v, dict) else np.asarray(v[l], np.float64) for k, v in tree.items()}
+
+
+def forward(config, parts, position_S, visible_SS):
+    """Final-normed outputs [S, D] of one sequence.
+
+    parts: [(weights, inputs [n, D]), ...]: runs of tokens that stand one after the other in the sequence, each read by
+    weights of its own, all under one attention. A plain decoder is one part.
+    """
+    weights, xs = [w for w, _ in parts], [np.asarray(x, np.float64) for _, x in parts]
+    ends = np.cumsum([len(x) for x in xs])[:-1]
+    back_SS = position_S[:, None] - position_S[None, :]
+    for l in range(config.num_layers):
+        is_local = config.layer_pattern[l % len(config.layer_pattern)] == "local"
+        seen_SS = visible_SS & (back_SS < config.window) if is_local else visible_SS
+        base = config.local_rope_base if is_local else config.rope_base
+        layers = [layer_of(w["layers"], l) for w in weights]
+
+        heads = {"q": [], "k": [], "v": []}
+        for w, x in zip(layers, xs):
+            normed = rms_norm(x, w["pre_attn_norm"]["scale"], config.norm_eps)
+            for name, run in heads.items():
+                y = np.einsum("sd,dnh->snh", normed, w["attn"][name])
+                if config.qk_norm and name != "v":
+                    y = rms_norm(y, w["attn"][f"{name}_norm"]["scale"], config.norm_eps)
+                run.append(y)
+        q, k, v = (np.concatenate(run) for run in heads.values())
+        out = attention(config, rotate(q, position_S, base), rotate(k, position_S, base), v, seen_SS)
+
+        for i, (w, attended) in enumerate(zip(layers, np.split(out, ends))):
+            y = np.einsum("snh,nhd->sd", attended, w["attn"]["out"])
+            xs[i] = xs[i] + (rms_norm(y, w["post_attn_norm"]["scale"], config.norm_eps) if config.post_norms else y)
+            normed = rms_norm(xs[i], w["pre_mlp_norm"]["scale"], config.norm_eps)
+            gate, up = normed @ w["mlp"]["gate"], normed @ w["mlp"]["up"]
+            y = (activation(config.activation, gate) * up) @ w["mlp"]["down"]
+            xs[i] = xs[i] + (rms_norm(y, w["post_mlp_norm"]["scale"], config.norm_eps) if config.post_norms else y)
+    finals = [
+        rms_norm(x, np.asarray(w["final_norm"]["scale"], np.float64), config.norm_eps) for w, x in zip(weights, xs)
+    ]
+    return np.concatenate(finals)
+
+
+def embed(config, decoder, tokens):
+    x = np.asarray(decoder["embedding"], np.float64)[tokens]
+    return x * np.sqrt(config.embed_dim) if config.scale_embeddings else x
+
+
+def logits(config, decoder, x):
+    return capped(x @ np.asarray(decoder["embedding"], np.float64).T, config.final_softcap)
+
+
+def nll(config, decoder, x, targets):
+    return -np.log(softmax(logits(config, decoder, x)))[np.arange(len(targets)), targets]
+
+
+def text_outputs(config, decoder, tokens, document):
+    """The plain decoder over one packed row; `document` numbers each token's document."""
+    index = np.arange(len(tokens))
+    visible = (document[:, None] == document[None, :]) & (index[None, :] <= index[:, None])
+    position = index - np.array([np.flatnonzero(document == d)[0] for d in document])
+    return forward(config, [(decoder, embed(config, decoder, tokens))], position, visible)
+
+
+def trace_nll(config, decoder, coprocessor, document, p, num_ahead, placement):
+    """-log p of the (at most) `num_ahead` tokens after document[p], given document[: p + 1] and its latents.
+
+    The coprocessor's call is one dense sequence, text read by the decoder and soft tokens by the coprocessor; the
+    decoder's call is another: text, latents, text again.
+    """
+
+    def causal(n):
+        return np.tri(n, dtype=bool)
+
+    L = len(coprocessor["soft_tokens"])
+    if placement == "after":
+        kept, latent_position, shift = p + 1, np.arange(p + 1, p + 1 + L), L
+    else:
+        kept, latent_position, shift = p, np.maximum(np.arange(p - L + 1, p + 1), 0), 0
+
+    text = embed(config, decoder, document[: p + num_ahead])
+    position = np.concatenate([np.arange(p + 1), latent_position])
+    parts = [(decoder, text[: p + 1]), (coprocessor, coprocessor["soft_tokens"])]
+    z = forward(config, parts, position, causal(len(position)))[p + 1 :]
+
+    x = np.concatenate([text[:kept], z, text[kept:]])
+    position = np.concatenate([np.arange(kept), latent_position, np.arange(kept, len(text)) + shift])
+    targets = document[p + 1 : p + 1 + num_ahead]
+    out = forward(config, [(decoder, x)], position, causal(len(x)))
+    predicting = out[p + L :][: len(targets)]  # from the last latent on, or, in overlay, from x_p that follows it
+    return nll(config, decoder, predicting, targets)

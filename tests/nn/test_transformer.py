@@ -1,0 +1,169 @@
+"""The transformer against the naive reading, with and without its cache, in every remat and in bfloat16."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+import small
+
+from latent_delib.errors import UserError
+from latent_delib.nn import cache as cache_lib
+from latent_delib.nn import rotary, transformer
+from latent_delib.nn.attention import Bounds
+from latent_delib.nn.layers import RMSNorm
+from latent_delib.nn.sizes import SIZES, TransformerConfig
+from latent_delib.nn.transformer import Transformer
+
+T = 14  # nearly three windows
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, T))
+DOCUMENT = np.array([[0] * 5 + [1] * 9, [0] * T])
+START = np.array([[0] * 5 + [5] * 9, [0] * T])
+
+
+@pytest.fixture(scope="module", params=["gemma", "llama"])
+def model(request):
+    config = small.CONFIGS[request.param]
+    return config, small.decoder(config)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def read(config, params, tokens, start, remat="none"):
+    """Outputs [B, T, D] of packed text, and its keys and values."""
+    x = transformer.embed(params["embedding"], tokens, config)
+    position = jnp.arange(tokens.shape[1]) - start
+    bounds = transformer.own_text(start)
+    out, kv = Transformer(config, remat).apply({"params": params}, x[:, None], position[:, None], bounds)
+    return out[:, 0], kv
+
+
+def test_logits_equal_the_naive_reading(model):
+    config, params = model
+    x, _ = read(config, params, TOKENS, START)
+    ours = transformer.unembed(params["embedding"], x, config)
+    assert ours.dtype == jnp.float32
+    for row in range(2):
+        expected = naive.logits(config, params, naive.text_outputs(config, params, TOKENS[row], DOCUMENT[row]))
+        np.testing.assert_allclose(ours[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cached_equals_uncached_at_every_split(model):
+    """Row 0 is read in s and T - s tokens, row 1 in T - s and s, for every s; then both in many unequal pieces."""
+    config, params = model
+    start = np.zeros_like(START)
+    full, full_kv = read(config, params, TOKENS, start)
+
+    @jax.jit
+    def extend(params, cache, tokens_BT, count_B):
+        x = transformer.embed(params["embedding"], tokens_BT, config)
+        position = (cache.length[:, None] + jnp.arange(T))[:, None]
+        zero = jnp.zeros_like(position)
+        bounds = Bounds(zero, zero + cache.length[:, None, None], zero)
+        out, kv = Transformer(config).apply({"params": params}, x[:, None], position, bounds, cache)
+        return out[:, 0], cache_lib.append(cache, kv, position[:, 0], count_B)
+
+    splits = [([s, T - s], [T - s, s]) for s in range(T + 1)]
+    for pieces in [*splits, ([1, 4, 0, 2, 7], [6, 1, 1, 5, 1])]:
+        cache = cache_lib.empty(config, 2, T, jnp.float32)
+        for count in np.transpose(pieces):
+            done = np.array(cache.length)
+            # What stands past a row's count is somebody's padding: it must not matter.
+            index = done[:, None] + np.arange(T)
+            tokens = np.where(index < (done + count)[:, None], TOKENS[[[0], [1]], index % T], 96)
+            out, cache = extend(params, cache, tokens, count)
+            for row, (d, n) in enumerate(zip(done, count)):
+                np.testing.assert_allclose(
+                    out[row, :n], full[row, d : d + n], rtol=1e-5, atol=1e-5, err_msg=f"{pieces}"
+                )
+        assert cache.length.tolist() == [T, T]
+        np.testing.assert_array_equal(cache.position, np.arange(T) - start)
+        for cached, own in zip(cache[:2], full_kv):
+            np.testing.assert_allclose(cached, own[:, :, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_remat_changes_memory_and_nothing_else():
+    config, params = small.GEMMA, small.decoder(small.GEMMA)
+    found, kept = {}, {}
+    for remat in transformer.REMAT:
+
+        def loss(params, remat=remat):
+            x, _ = read(config, params, TOKENS, START, remat)
+            return jnp.mean(jnp.square(transformer.unembed(params["embedding"], x, config)))
+
+        found[remat] = jax.jit(jax.value_and_grad(loss))(params)
+        residuals = jax.tree.leaves(jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params))
+        kept[remat] = sum(x.size for x in residuals)
+    assert kept["none"] > kept["dots"] > kept["full"]
+    assert np.isfinite(found["none"][0])
+    for remat in ("dots", "full"):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), found["none"], found[remat])
+
+
+def test_bfloat16_stays_near_float32(model):
+    """The same rounded weights, computed in both: four layers of bfloat16 products, and nothing worse."""
+    config, params = model
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    whole = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    (x16, kv16), (x32, _) = read(config, half, TOKENS, START), read(config, whole, TOKENS, START)
+    assert x16.dtype == kv16.k.dtype == kv16.v.dtype == jnp.bfloat16
+    error = np.asarray(x16.astype(jnp.float32) - x32)
+    assert 0 < np.sqrt(np.mean(error**2)) < 0.02 * np.sqrt(np.mean(np.square(x32)))
+    assert transformer.unembed(half["embedding"], x16, config).dtype == jnp.float32
+
+
+def test_norm_is_float32_inside():
+    """Correctly rounded: the float64 result and at most one rounding to bfloat16, for inputs up to 1e4."""
+    x = (10.0 ** jax.random.uniform(jax.random.key(0), (7, 600), minval=-2, maxval=4)).astype(jnp.bfloat16)
+    scale = jax.random.normal(jax.random.key(1), (600,)).astype(jnp.bfloat16)
+    ours = RMSNorm(1e-6).apply({"params": {"scale": scale}}, x)
+    expected = naive.rms_norm(*(np.asarray(a.astype(jnp.float32), np.float64) for a in (x, scale)), 1e-6)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=2**-8 + 1e-5)
+
+
+def test_rotary_is_float32_inside_far_into_the_text():
+    position = np.array([[[0, 1, 4097, 100_003]]])
+    x = jax.random.normal(jax.random.key(0), (1, 1, 4, 2, 16)).astype(jnp.bfloat16)
+    ours = rotary.rotate(x, rotary.table(jnp.array(position), 16, 1e4))
+    expected = naive.rotate(np.asarray(x[0, 0].astype(jnp.float32), np.float64), position[0, 0], 1e4)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours[0, 0].astype(jnp.float32), expected, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(num_layers=0), "num_layers=0: expected at least 1"),
+        (dict(embed_dim=34, head_dim=0), "embed_dim=34 is not divisible by num_heads=4"),
+        (dict(num_heads=3), "num_heads=3 is not divisible by num_kv_heads=2"),
+        (dict(head_dim=15), "head_dim=15: rotary positions need an even number"),
+        (dict(activation="relu"), "activation='relu': expected 'gelu' or 'silu'"),
+        (dict(layer_pattern=("local", "far")), "layer_pattern=.*'far'.*: expected a sequence of 'local' and 'global'"),
+        (dict(layer_pattern=()), "layer_pattern=.*: expected a sequence"),
+        (dict(window=0), "window=0: local layers need at least 1"),
+    ],
+)
+def test_config_errors_name_the_field(fields, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        dataclasses.replace(SIZES["gemma2_test"], **fields)
+    with pytest.raises(UserError, match=f"^config.json: {message}"):
+        TransformerConfig.from_dict(dataclasses.asdict(SIZES["gemma2_test"]) | fields, "config.json")
+
+
+def test_config_from_dict():
+    fields = dataclasses.asdict(SIZES["gemma2_test"]) | {"layer_pattern": ["local", "global"]}  # as JSON has it
+    assert TransformerConfig.from_dict(fields, "x") == SIZES["gemma2_test"]
+    with pytest.raises(UserError, match=r"^x: unknown fields \['widht'\], expected some of \[.*'window'"):
+        TransformerConfig.from_dict(fields | {"widht": 3}, "x")
+    del fields["embed_dim"]
+    with pytest.raises(UserError, match=r"^x: missing fields \['embed_dim'\]"):
+        TransformerConfig.from_dict(fields, "x")
+
+
+def test_config_fills_in_what_is_left_out():
+    config = TransformerConfig(6, 24, 4, 2, 40, 97, layer_pattern=("local", "local", "global"), window=3)
+    assert (config.head_dim, config.query_scale) == (6, 6**-0.5)
+    assert config.is_local == (True, True, False, True, True, False)

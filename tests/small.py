@@ -1,0 +1,49 @@
+"""Two small models between which every feature of the architecture is on and off."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from latent_delib.nn import transformer
+from latent_delib.nn.sizes import SIZES, TransformerConfig
+
+# Softcaps low enough to bend these small scores and logits; two rotary bases that cannot be mistaken.
+GEMMA = dataclasses.replace(SIZES["gemma2_test"], attn_softcap=2.0, final_softcap=3.0, local_rope_base=100.0)
+LLAMA = TransformerConfig(
+    num_layers=3,
+    embed_dim=24,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_dim=40,
+    vocab_size=97,
+    activation="silu",
+    rope_base=500.0,
+    qk_norm=True,
+    scale_embeddings=False,
+    norm_eps=1e-5,
+)
+CONFIGS = {"gemma": GEMMA, "llama": LLAMA}
+
+
+def at_random(seed, shapes):
+    """Weights of these shapes, numpy float32. Norms' scales too: at their first value, zero, x * (1 + w), x + w and a
+    forgotten weight look alike."""
+    rng = np.random.default_rng(seed)
+    width = {"scale": 0.3, "soft_tokens": 1.0}
+
+    def one(path, x):
+        return rng.normal(0, width.get(path[-1].key, 0.2), x.shape).astype(np.float32)
+
+    return jax.tree.map_with_path(one, shapes)
+
+
+def decoder(config, seed=0):
+    return at_random(seed, jax.eval_shape(lambda: transformer.init(jax.random.key(0), config)))
+
+
+def coprocessor(config, num_latents, seed=1):
+    """Shaped like the decoder, and nothing like it in value."""
+    tree = decoder(config, seed)
+    del tree["embedding"]
+    return tree | at_random(seed + 1, {"soft_tokens": np.zeros((num_latents, config.embed_dim))})

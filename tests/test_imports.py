@@ -1,0 +1,102 @@
+"""Who imports whom: read from the sources, and what a process that trains from token files loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import latent_delib
+
+PACKAGE = Path(latent_delib.__file__).parent
+COMMANDS = {"train", "evaluate", "generate", "prepare", "lm", "experiment"}
+BELOW = {"errors", "nn", "delib", "data", "weights", "tokenizer", "step", "engine", "flops", "mesh", "checkpoint"}
+# What a room may import of ours besides itself; who is not named here is a command and may import all.
+ALLOWED = {
+    "__init__": {"errors", "lm"},
+    "errors": set(),
+    "nn": {"errors"},
+    "delib": {"nn", "errors"},
+    "data": {"errors"},
+    "weights": {"nn", "errors"},
+    "tokenizer": {"errors"},
+    "mesh": {"errors"},
+    "checkpoint": {"errors"},
+    "commands": {"errors"},
+    "step": {"nn", "delib"},
+    "flops": {"nn", "delib"},
+    "engine": {"nn", "delib"},
+}
+
+
+def imports(source: str, name: str) -> set[str]:
+    """Dotted names of everything a module imports anywhere in it; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import in line {node.lineno}"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources(below: str = "") -> dict[str, str]:
+    """Path in the package, without suffix -> source."""
+    return {str(p.relative_to(PACKAGE).with_suffix("")): p.read_text() for p in (PACKAGE / below).rglob("*.py")}
+
+
+def ours(source: str, name: str) -> set[str]:
+    """The rooms of this package that a module imports."""
+    return {i.split(".")[1] for i in imports(source, name) if i.split(".")[0] == "latent_delib"}
+
+
+def test_imports_run_one_way():
+    rooms = {name: name.split("/")[0] for name in sources()}
+    assert set(rooms.values()) == set(ALLOWED) | COMMANDS, "a new room: say here what it may import"
+    for name, source in sources().items():
+        room = rooms[name]
+        allowed = ALLOWED.get(room, BELOW | COMMANDS | {"commands"}) | {room}
+        assert ours(source, name) <= allowed, f"{name} imports {ours(source, name) - allowed}"
+
+
+def test_only_commands_import_mesh_and_checkpoint():
+    users = {name for name, source in sources().items() if ours(source, name) & {"mesh", "checkpoint"}}
+    assert users and users <= COMMANDS
+
+
+@pytest.mark.parametrize(
+    "packages, users",
+    [
+        ({"seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text"}, {"data/tasks"}),
+        ({"torch", "transformers"}, set()),
+        ({"orbax"}, {"checkpoint"}),
+    ],
+)
+def test_heavy_packages_stay_in_their_room(packages, users):
+    found = {n for n, source in sources().items() if {i.split(".")[0] for i in imports(source, n)} & packages}
+    assert found == users
+
+
+def test_tasks_are_imported_only_when_text_is_read():
+    """At the top of a module the import would load TensorFlow into every process."""
+    for name, source in sources().items():
+        top = "\n".join(ast.unparse(n) for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom))
+        assert "latent_delib.data.tasks" not in imports(top, name), name
+
+
+def test_training_loads_no_tensorflow():
+    code = (
+        "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate, latent_delib.data.token_files;"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & "
+        "{'tensorflow', 'seqio', 'tensorflow_datasets', 'torch', 'transformers'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_data_alone_loads_no_jax():
+    code = "import sys, latent_delib.data.token_files, latent_delib.data.batches; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr

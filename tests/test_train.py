@@ -1,0 +1,248 @@
+"""Whole training jobs: they resume bit for bit however they end, and what they leave on disk."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_delib import checkpoint, experiment, train
+from latent_delib.errors import UserError
+from latent_delib.tokenizer import Tokenizer
+from latent_delib.weights import folder
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+KEYS = {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds"}
+
+# The train command, with something that happens to its process just before a step.
+CHILD = """
+import os, resource, runpy, signal, sys, time
+from latent_delib.data import batches
+
+read = batches.train_batches
+
+def step_2_is_saved():
+    while not os.path.isdir(os.environ["WORKDIR"] + "/checkpoints/2"):
+        time.sleep(0.01)
+
+def interrupted(*args, **kwargs):
+    for step, batch in enumerate(read(*args, **kwargs), start=1):
+        if step == {step}:
+            {event}
+        yield batch
+
+batches.train_batches = interrupted
+sys.argv = ["train", "--config=" + os.environ["CONFIG"], "--workdir=" + os.environ["WORKDIR"]]
+runpy.run_module("latent_delib.train", run_name="__main__")
+"""
+KILL = "step_2_is_saved(); os.kill(os.getpid(), signal.SIGKILL)"
+TERMINATE = "os.kill(os.getpid(), signal.SIGTERM)"
+DISK_FULL = "step_2_is_saved(); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+
+
+def run_until(event, config_file, workdir, step=4):
+    """The train command in a process of its own, with an event before a step."""
+    env = os.environ | {"CONFIG": str(config_file), "WORKDIR": str(workdir)}
+    code = [sys.executable, "-c", CHILD.format(event=event, step=step)]
+    return subprocess.run(code, env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+def metrics(workdir):
+    """What a run computed at every step, without its times."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for row in rows]
+
+
+def everything(workdir, step=None):
+    """Step, and every leaf of trainable tree and optimizer of a checkpoint."""
+    checkpoints, step, _ = checkpoint.open_for_reading(str(workdir), step)
+    found = checkpoints._manager.item_metadata(step)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    trees = [
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), found[item].tree)
+        for item in ("trainable", "optimizer")
+    ]
+    leaves = jax.tree_util.tree_leaves_with_path(checkpoints.restore(step, *trees))
+    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same(workdir, expected):
+    """Metrics of every step, once each, and the newest checkpoint: bit for bit."""
+    assert metrics(workdir) == metrics(expected)
+    (step, found), (last, leaves) = everything(workdir), everything(expected)
+    assert step == last and found.keys() == leaves.keys() and len(leaves) > 30
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name, strict=True)
+
+
+def assert_one_line(done, *words):
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_killed_and_resumed_equals_straight(trained, config_file, make_config, tmp_path):
+    workdir = tmp_path / "workdir"
+    done = run_until(KILL, config_file(), workdir)
+    assert done.returncode == -9, done.stderr
+    assert [row["step"] for row in metrics(workdir)] == [1, 2]  # a step is written during the next
+    with open(workdir / "metrics.jsonl", "a") as file:  # of steps after the checkpoint, the last one cut short
+        file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
+    train.train(make_config(), str(workdir))
+    assert_same(workdir, trained)
+
+
+def test_killed_and_resumed_equals_straight_from_text(trained, config_file, make_config, tmp_path):
+    """Text through seqio: its own order, the same promise."""
+    text, straight, workdir = {"data.token_files": ""}, tmp_path / "straight", tmp_path / "workdir"
+    train.train(make_config(text), str(straight))
+    assert metrics(straight) != metrics(trained)
+    done = run_until(KILL, config_file(text), workdir)
+    assert done.returncode == -9, done.stderr
+    train.train(make_config(text), str(workdir))
+    assert_same(workdir, straight)
+
+
+def test_sigterm_saves_and_exits_cleanly(trained, config_file, make_config, tmp_path):
+    workdir = tmp_path / "workdir"
+    changes = {"train.checkpoint_every": 1000, "train.keep": 1}
+    done = run_until(TERMINATE, config_file(changes), workdir, step=3)
+    assert done.returncode == 0, done.stderr
+    assert "stopped by SIGTERM; step 3 is saved" in done.stdout and "done" not in done.stdout
+    assert everything(workdir)[0] == 3
+    train.train(make_config(changes), str(workdir))
+    assert_same(workdir, trained)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(trained, config_file, make_config, tmp_path):
+    """Every file is limited to 4 KiB from step 4 on, so its checkpoint cannot be written."""
+    workdir = tmp_path / "workdir"
+    done = run_until(DISK_FULL, config_file(), workdir)
+    assert_one_line(done, "checkpoints", "File too large")
+    step, found = everything(workdir)
+    assert step == 2
+    for name, leaf in everything(trained, 2)[1].items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    train.train(make_config(), str(workdir))
+    assert_same(workdir, trained)
+
+
+def copy_at_step_2(trained, workdir):
+    shutil.copytree(trained, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(trained, make_config, tmp_path, monkeypatch):
+    copy_at_step_2(trained, tmp_path / "workdir")
+    load = experiment.load_decoder
+    monkeypatch.setattr(experiment, "load_decoder", lambda *a: jax.tree.map(lambda x: x * jnp.nan, load(*a)))
+    saves = []
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, step, *_: saves.append(step))
+    with pytest.raises(UserError, match="step 3: the loss is nan"):
+        train.train(make_config({"train.checkpoint_every": 1}), str(tmp_path / "workdir"))
+    assert not saves
+    step, found = everything(tmp_path / "workdir")
+    assert step == 2
+    for name, leaf in everything(trained, 2)[1].items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(trained, make_config, tmp_path, monkeypatch):
+    """The loss of a step is that of the weights before it: bad weights would be saved before a loss shows them."""
+    copy_at_step_2(trained, tmp_path / "workdir")
+    step = train.train_step
+
+    def overflowing(*args, **kwargs):
+        state, values = step(*args, **kwargs)
+        return state, values | {"grad_norm": values["grad_norm"] * jnp.inf}
+
+    saves = []
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, step, *_: saves.append(step))
+    monkeypatch.setattr(train, "train_step", overflowing)
+    with pytest.raises(UserError, match="step 3: .*gradient"):
+        train.train(make_config({"train.checkpoint_every": 1}), str(tmp_path / "workdir"))
+    assert not saves
+
+
+def test_a_second_job_on_the_same_workdir_is_refused(trained, make_config, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "workdir")
+    with train.exclusive(tmp_path / "workdir"):
+        with pytest.raises(UserError, match=f"{tmp_path}.*in use by another job .process {os.getpid()}"):
+            train.train(make_config(), str(tmp_path / "workdir"))
+    assert capsys.readouterr().out == "", "before anything else is done"
+    train.train(make_config(), str(tmp_path / "workdir"))  # free again
+
+
+def test_what_a_run_leaves(trained, tmp_path):
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row.keys() == KEYS  # model_flops_utilisation is known for accelerators only
+        assert all(np.isfinite(value) for value in row.values())
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.0, 5e-3, 1e-2, 5.5e-3])
+    events = list((trained / "tensorboard").glob("events.out.tfevents.*"))
+    assert len(events) == 1
+    for key in KEYS - {"step"}:
+        assert key.encode() in events[0].read_bytes()
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
+    _, _, meta = checkpoint.open_for_reading(str(trained))
+    assert (meta["step"], meta["data"]) == (4, {"seed": 0, "step": 4})
+    assert meta["config"]["method"]["num_latents"] == meta["method.num_latents"] == 2
+    assert meta["fingerprint"] == folder.fingerprint(folder.locate(meta["config"]["decoder"]["path"]))
+    assert not list(trained.glob("*tmp*")) and not list(trained.glob(".*tmp*"))
+
+
+def test_a_finished_run_is_left_alone(trained, make_config, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "workdir")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "workdir").rglob("*") if p.is_file() and p.name != ".lock"}
+    train.train(make_config(), str(tmp_path / "workdir"))
+    assert "done: step 4" in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "workdir").rglob("*") if p.is_file() and p.name != ".lock"}
+    assert after == before
+
+
+def test_dry_run_writes_nothing_and_trains_nothing(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "load_decoder", None)  # weights are not even read
+    train.train(make_config(), str(tmp_path / "workdir"), dry_run=True)
+    out = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert "compiled in" in out and "step 1/" not in out and "done" not in out
+    # 53,792 = 43,552 in layers and final norm + 320 x 32 of the table; the coprocessor has 2 soft tokens instead.
+    for words in ("53,792 frozen", "43,616 trainable", "8 x cpu", "B 8 T 32 M 4 L 2 A 3", "coprocessor.soft_tokens"):
+        assert words in out
+
+
+def test_pause_tokens_train_soft_tokens_alone(make_config, tmp_path):
+    train.train(make_config({"method.name": "pause_tokens"}), str(tmp_path))
+    found = [everything(tmp_path, step)[1] for step in (2, 4)]
+    trainable = [{k: v for k, v in leaves.items() if k.startswith("[0]")} for leaves in found]
+    assert trainable[0].keys() == trainable[1].keys() == {"[0]['coprocessor']['soft_tokens']"}
+    (before,), (after,) = (list(leaves.values()) for leaves in trainable)
+    assert before.shape == (2, 32) and np.all(before != after)
+
+
+def test_a_trained_decoder_is_exported(make_config, decoder_folder, tokenizer_path, tmp_path):
+    """The method "decoder" trains the decoder itself; trace settings then mean nothing and may not get in the way."""
+    config = make_config(
+        {"method.name": "decoder", "method.num_traces": 128, "decoder.export_dtype": "bfloat16", "mesh.fsdp": 2}
+    )
+    train.train(config, str(tmp_path))
+    where = folder.locate(str(tmp_path / "decoder"))
+    architecture = folder.read_config(where)
+    assert architecture == folder.read_config(decoder_folder)
+    exported = folder.load(where, architecture, lambda _, x: x)
+    checkpoints, step, _ = checkpoint.open_for_reading(str(tmp_path))
+    weights = checkpoints.restore_anywhere(step)["decoder"]
+    assert step == 4 and {x.dtype for x in jax.tree.leaves(exported)} == {jnp.dtype("bfloat16")}
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.asarray(y.astype(jnp.bfloat16))), exported, weights)
+    original = folder.load(decoder_folder, architecture, lambda _, x: x)
+    assert np.abs(original["embedding"] - np.asarray(weights["embedding"])).max() > 1e-3
+    assert Tokenizer(where / "tokenizer.model").vocab_size == Tokenizer(tokenizer_path).vocab_size
+    assert not list(tmp_path.glob("decoder.tmp*"))
