@@ -14,12 +14,14 @@ def get_config() -> ConfigDict:
     c = base.get_config()
     c.method.num_latents = 8
     c.method.placement = "overlay"
-    c.method.num_traces = 16
+    c.method.num_traces = 8
     c.data.seq_len = 256
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.soft_token_learning_rate = 3e-3
     c.optimizer.warmup_steps = 20
-    c.train.steps = 150
+    c.train.steps = 180
     c.train.batch_size = 8
-    c.train.checkpoint_every = 50
+    c.train.checkpoint_every = 60
     c.compute.dtype = "float32"
     c.compute.remat = "none"
     c.evaluate.max_length = 256

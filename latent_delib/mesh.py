@@ -54,10 +54,13 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, tuple[str | None, ...]]
 
     Raises:
       UserError: a dimension that its mesh axis does not divide.
+      ValueError: a leaf whose name `axes` does not know.
     """
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if path[-1].key not in axes:
+            raise ValueError(f"parameter {name} has no logical axes; there are some for {sorted(axes)}")
         logical = axes[path[-1].key][-leaf.ndim :]
         partition = spec(logical, PARAMETERS)
         for size, axis in zip(leaf.shape, partition):

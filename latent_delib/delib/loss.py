@@ -72,7 +72,9 @@ def _backward(softcap, vocab_chunk, residuals, dnll_R):
             dlogits_RC *= 1 - jnp.square(jnp.where(jnp.isfinite(logits_RC), logits_RC, 0.0) / softcap)
         dlogits_RC = dlogits_RC.astype(x_RD.dtype)
         dslice_CD = jnp.einsum("RC,RD->CD", dlogits_RC, x_RD).astype(embedding_VD.dtype)
-        return dx_RD + jnp.einsum("RC,CD->RD", dlogits_RC, slice_CD, preferred_element_type=jnp.float32), dslice_CD
+        return dx_RD + jnp.einsum(
+            "RC,CD->RD", dlogits_RC, slice_CD.astype(x_RD.dtype), preferred_element_type=jnp.float32
+        ), dslice_CD
 
     dx_RD, dslices = jax.lax.scan(step, jnp.zeros(x_RD.shape, jnp.float32), _slices(embedding_VD, vocab_chunk))
     dembedding_VD = dslices.reshape(-1, x_RD.shape[1])[:V]
