@@ -27,5 +27,5 @@ if [[ ! -e $tokens/meta.json ]]; then
 fi
 step train --config=$config --workdir="$run" --config.data.token_files=$tokens "$@"
 step evaluate --config=$config --workdir="$run" --config.data.token_files=$tokens "$@"
-step generate --workdir="$run" --prompt="The function returns the number of" --max_new_tokens=48
+step generate --workdir="$run" --prompt="It was a fine morning, and" --max_new_tokens=48 --temperature=0.7 --top_p=0.9
 echo "done in $SECONDS s; perplexity.json, its plot, the metrics and the checkpoints are in $run"
