@@ -15,6 +15,9 @@ from latent_delib.errors import UserError
 def check_data(data: Any) -> None:
     """Raises UserError unless the `data` config names a possible mixture; looks at no file."""
     sources, weights = list(data.sources), list(data.weights)
+    for source in [*sources, *data.validation]:
+        if not isinstance(source, str):
+            raise UserError(f"config.data: source {source!r} is {type(source).__name__}, expected a string")
     if not sources:
         raise UserError("config.data.sources: empty, expected at least one source")
     if len(sources) != len(weights):

@@ -85,6 +85,7 @@ GOOD = {"sources": ("lines:a", "lines:b"), "weights": (1.0, 2.0), "validation": 
         ({"weights": (-1.0, 1.0)}, r"config\.data\.weights: -1\.0 for 'lines:a'"),
         ({"weights": (float("nan"), 1.0)}, r"config\.data\.weights: nan for 'lines:a'"),
         ({"sources": ("lines:a", "lines:a")}, r"config\.data\.sources: 'lines:a' is listed twice"),
+        ({"sources": ("lines:a", 3)}, r"config\.data: source 3 is int, expected a string"),
         ({"seq_len": 1}, r"config\.data\.seq_len: 1"),
     ],
 )
