@@ -7,14 +7,29 @@ comes from the package; of a configuration only the fields are read. Parameters 
 import numpy as np
 
 
-def rms_norm(x, scale, eps):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (1 + scale)
+def rms_norm(x, scale, eps, offset=1):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (offset + scale)
 
 
-def rotate(x_SNH, position_S, base):
+def frequency(i, half, base, scaling):
+    """Radians a position turns pair i by; `scaling` as Llama 3.1 defines it, by wavelength."""
+    f = float(base) ** (-i / half)
+    if not scaling:
+        return f
+    factor, low, high, context = scaling
+    wavelength = 2 * np.pi / f
+    if wavelength * high < context:
+        return f
+    if wavelength * low > context:
+        return f / factor
+    smooth = (context / wavelength - low) / (high - low)
+    return (1 - smooth) * f / factor + smooth * f
+
+
+def rotate(x_SNH, position_S, base, scaling=()):
     """Each pair (x_i, x_{i + H/2}) is a complex number, turned by position * base^(-2i/H)."""
     half = x_SNH.shape[-1] // 2
-    angle = np.outer(position_S, float(base) ** (-np.arange(half) / half))[:, None]
+    angle = np.outer(position_S, [frequency(i, half, base, scaling) for i in range(half)])[:, None]
     turned = (x_SNH[..., :half] + 1j * x_SNH[..., half:]) * np.exp(1j * angle)
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
@@ -56,33 +71,35 @@ def forward(config, parts, position_S, visible_SS):
     weights, xs = [w for w, _ in parts], [np.asarray(x, np.float64) for _, x in parts]
     ends = np.cumsum([len(x) for x in xs])[:-1]
     back_SS = position_S[:, None] - position_S[None, :]
+
+    def norm(x, scale):
+        return rms_norm(x, scale, config.norm_eps, config.norm_offset)
+
     for l in range(config.num_layers):
         is_local = config.layer_pattern[l % len(config.layer_pattern)] == "local"
         seen_SS = visible_SS & (back_SS < config.window) if is_local else visible_SS
-        base = config.local_rope_base if is_local else config.rope_base
+        rope = (config.local_rope_base,) if is_local else (config.rope_base, config.rope_scaling)
         layers = [layer_of(w["layers"], l) for w in weights]
 
         heads = {"q": [], "k": [], "v": []}
         for w, x in zip(layers, xs):
-            normed = rms_norm(x, w["pre_attn_norm"]["scale"], config.norm_eps)
+            normed = norm(x, w["pre_attn_norm"]["scale"])
             for name, run in heads.items():
                 y = np.einsum("sd,dnh->snh", normed, w["attn"][name])
                 if config.qk_norm and name != "v":
-                    y = rms_norm(y, w["attn"][f"{name}_norm"]["scale"], config.norm_eps)
+                    y = norm(y, w["attn"][f"{name}_norm"]["scale"])
                 run.append(y)
         q, k, v = (np.concatenate(run) for run in heads.values())
-        out = attention(config, rotate(q, position_S, base), rotate(k, position_S, base), v, seen_SS)
+        out = attention(config, rotate(q, position_S, *rope), rotate(k, position_S, *rope), v, seen_SS)
 
         for i, (w, attended) in enumerate(zip(layers, np.split(out, ends))):
             y = np.einsum("snh,nhd->sd", attended, w["attn"]["out"])
-            xs[i] = xs[i] + (rms_norm(y, w["post_attn_norm"]["scale"], config.norm_eps) if config.post_norms else y)
-            normed = rms_norm(xs[i], w["pre_mlp_norm"]["scale"], config.norm_eps)
+            xs[i] = xs[i] + (norm(y, w["post_attn_norm"]["scale"]) if config.post_norms else y)
+            normed = norm(xs[i], w["pre_mlp_norm"]["scale"])
             gate, up = normed @ w["mlp"]["gate"], normed @ w["mlp"]["up"]
             y = (activation(config.activation, gate) * up) @ w["mlp"]["down"]
-            xs[i] = xs[i] + (rms_norm(y, w["post_mlp_norm"]["scale"], config.norm_eps) if config.post_norms else y)
-    finals = [
-        rms_norm(x, np.asarray(w["final_norm"]["scale"], np.float64), config.norm_eps) for w, x in zip(weights, xs)
-    ]
+            xs[i] = xs[i] + (norm(y, w["post_mlp_norm"]["scale"]) if config.post_norms else y)
+    finals = [norm(x, np.asarray(w["final_norm"]["scale"], np.float64)) for w, x in zip(weights, xs)]
     return np.concatenate(finals)
 
 

@@ -19,9 +19,11 @@ LLAMA = TransformerConfig(
     vocab_size=97,
     activation="silu",
     rope_base=500.0,
+    rope_scaling=(8.0, 1.0, 4.0, 60.0),  # cuts through its frequencies: some kept, some divided, some between
     qk_norm=True,
     scale_embeddings=False,
     norm_eps=1e-5,
+    norm_offset=0.0,
 )
 CONFIGS = {"gemma": GEMMA, "llama": LLAMA}
 

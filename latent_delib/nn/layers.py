@@ -26,16 +26,20 @@ def _normal(fan_in: int) -> nn.initializers.Initializer:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + scale) over the last axis, float32 inside (Zhang and Sennrich 2019, as Gemma stores it)."""
+    """x / rms(x) * (offset + scale) over the last axis, float32 inside (Zhang and Sennrich 2019).
+
+    Gemma stores what it adds to an offset of 1; with an offset of 0 the scale is the factor itself.
+    """
 
     eps: float
+    offset: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (normed * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -56,7 +60,8 @@ class Attention(nn.Module):
 
         q_BMSNH, k_BMSKH, v_BMSKH = project("q", N), project("k", K), project("v", K)
         if c.qk_norm:
-            q_BMSNH, k_BMSKH = RMSNorm(c.norm_eps, name="q_norm")(q_BMSNH), RMSNorm(c.norm_eps, name="k_norm")(k_BMSKH)
+            q_BMSNH = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q_BMSNH)
+            k_BMSKH = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k_BMSKH)
         q_BMSNH, k_BMSKH = rotary.rotate(q_BMSNH, rope_2BMSH), rotary.rotate(k_BMSKH, rope_2BMSH)
         out_BMSNH = attend(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap)
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
@@ -89,7 +94,7 @@ class Block(nn.Module):
         c = self.config
 
         def norm(name: str, x: jax.Array) -> jax.Array:
-            return RMSNorm(c.norm_eps, name=name)(x)
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
         # Window and rotary base are data: both kinds stand side by side, and a layer takes its own.
         rope_2BMSH, bounds = jax.tree.map(lambda both: both[is_local], (ropes, ranges))

@@ -13,7 +13,9 @@ class TransformerConfig:
 
     A layer is local (sees `window` positions back, rotary base `local_rope_base`) or global (sees everything,
     `rope_base`); `layer_pattern` is repeated over the layers. A softcap of 0 means none. `head_dim` 0 means
-    embed_dim / num_heads, `query_scale` 0 means head_dim ** -0.5.
+    embed_dim / num_heads, `query_scale` 0 means head_dim ** -0.5. Norms multiply by `norm_offset` + scale: 1 in Gemma,
+    0 elsewhere, so that stored scales are the makers' own. `rope_scaling` of global layers is () for none or
+    (factor, low, high, context): see `rotary.frequencies`.
 
     Raises:
       UserError: numbers that do not fit together, named by field.
@@ -31,6 +33,7 @@ class TransformerConfig:
     window: int = 0
     rope_base: float = 10_000.0
     local_rope_base: float = 10_000.0
+    rope_scaling: tuple[float, ...] = ()
     query_scale: float = 0.0
     attn_softcap: float = 0.0
     final_softcap: float = 0.0
@@ -38,6 +41,7 @@ class TransformerConfig:
     qk_norm: bool = False
     scale_embeddings: bool = True
     norm_eps: float = 1e-6
+    norm_offset: float = 1.0
 
     def __post_init__(self):
         for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
@@ -53,7 +57,14 @@ class TransformerConfig:
             raise UserError(f"head_dim={self.head_dim}: rotary positions need an even number")
         if self.activation not in ("gelu", "silu"):
             raise UserError(f"activation={self.activation!r}: expected 'gelu' or 'silu'")
-        object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
+        for name in ("layer_pattern", "rope_scaling"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.rope_scaling:
+            if len(self.rope_scaling) != 4 or not all(isinstance(x, float | int) for x in self.rope_scaling):
+                raise UserError(f"rope_scaling={self.rope_scaling}: expected (factor, low, high, context) or ()")
+            factor, low, high, _ = self.rope_scaling
+            if not (factor > 0 and low < high):
+                raise UserError(f"rope_scaling={self.rope_scaling}: expected factor > 0 and low < high")
         if not self.layer_pattern or set(self.layer_pattern) - {"local", "global"}:
             raise UserError(f"layer_pattern={self.layer_pattern}: expected a sequence of 'local' and 'global'")
         if "local" in self.layer_pattern and self.window < 1:
@@ -76,43 +87,68 @@ class TransformerConfig:
             raise UserError(f"{source}: unknown fields {unknown}, expected some of {sorted(known)}")
         if missing := sorted(required - set(fields)):
             raise UserError(f"{source}: missing fields {missing}")
-        accepted = {float: (float, int), tuple[str, ...]: (tuple, list)}
+        accepted = {float: (float, int), tuple[str, ...]: (tuple, list), tuple[float, ...]: (tuple, list)}
         for name, value in fields.items():
             kind = known[name].type
             if not isinstance(value, accepted.get(kind, kind)):
                 raise UserError(f"{source}: {name}={value!r}, expected {kind.__name__}")
         try:
-            return cls(**{name: tuple(v) if name == "layer_pattern" else v for name, v in fields.items()})
+            return cls(**fields)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 
 
-def _gemma2(num_layers: int, embed_dim: int, num_heads: int, num_kv_heads: int, ffn_dim: int, **fields: Any):
-    return TransformerConfig(
-        num_layers=num_layers,
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        ffn_dim=ffn_dim,
-        **dict(
-            vocab_size=256_000,
-            head_dim=256,
-            layer_pattern=("local", "global"),
-            window=4096,
-            attn_softcap=50.0,
-            final_softcap=30.0,
-            post_norms=True,
-        )
-        | fields,
-    )
+def differences(found: TransformerConfig, wanted: TransformerConfig) -> list[str]:
+    """The fields in which an architecture is not the one wanted, each with both values.
+
+    Rows of the token table beyond the wanted vocabulary are padding: some makers store more of them than others.
+    """
+    pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(found)}
+    if found.vocab_size >= wanted.vocab_size:
+        del pairs["vocab_size"]
+    return [f"{name}={ours}, expected {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
 
 
-# A new member of a family is one entry of numbers.
+def _numbers(
+    num_layers: int, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int, ffn_dim: int, vocab_size: int
+) -> dict[str, Any]:
+    return dict(locals())
+
+
+# What the members of a family share; a later family adds to an earlier one.
+_GEMMA: dict[str, Any] = {}  # the defaults of TransformerConfig are Gemma's
+_GEMMA2 = dict(layer_pattern=("local", "global"), window=4096, attn_softcap=50.0, final_softcap=30.0, post_norms=True)
+_GEMMA3 = dict(
+    layer_pattern=("local",) * 5 + ("global",), rope_base=1e6, query_scale=256**-0.5, post_norms=True, qk_norm=True
+)
+_LLAMA = dict(activation="silu", scale_embeddings=False, norm_offset=0.0, norm_eps=1e-5)
+_QWEN3 = _LLAMA | dict(qk_norm=True, rope_base=1e6, norm_eps=1e-6)
+
+
+def _size(family: dict[str, Any], *numbers: int, **fields: Any) -> TransformerConfig:
+    return TransformerConfig(**(_numbers(*numbers) | family | fields))
+
+
+# A new member of a family is one entry of numbers:     layers, D, N, K, H, F, V
 SIZES: dict[str, TransformerConfig] = {
-    "gemma2_2b": _gemma2(26, 2304, 8, 4, 9216),
-    "gemma2_9b": _gemma2(42, 3584, 16, 8, 14336),
+    "gemma_2b": _size(_GEMMA, 18, 2048, 8, 1, 256, 16384, 256_000),
+    "gemma_7b": _size(_GEMMA, 28, 3072, 16, 16, 256, 24576, 256_000),
+    "gemma2_2b": _size(_GEMMA2, 26, 2304, 8, 4, 256, 9216, 256_000),
+    "gemma2_9b": _size(_GEMMA2, 42, 3584, 16, 8, 256, 14336, 256_000),
+    "gemma2_27b": _size(_GEMMA2, 46, 4608, 32, 16, 128, 36864, 256_000, query_scale=144**-0.5),
+    "gemma3_270m": _size(_GEMMA3, 18, 640, 4, 1, 256, 2048, 262_144, window=512),
+    "gemma3_1b": _size(_GEMMA3, 26, 1152, 4, 1, 256, 6912, 262_144, window=512),
+    "gemma3_4b": _size(_GEMMA3, 34, 2560, 8, 4, 256, 10240, 262_144, window=1024, rope_scaling=(8.0, 1.0, 4.0, 0.0)),
+    "smollm2_135m": _size(_LLAMA, 30, 576, 9, 3, 64, 1536, 49_152, rope_base=1e5),
+    "smollm2_360m": _size(_LLAMA, 32, 960, 15, 5, 64, 2560, 49_152, rope_base=1e5),
+    "smollm2_1.7b": _size(_LLAMA, 24, 2048, 32, 32, 64, 8192, 49_152, rope_base=1.3e5),
+    "llama3.2_1b": _size(
+        _LLAMA, 16, 2048, 32, 8, 64, 8192, 128_256, rope_base=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192.0)
+    ),
+    "qwen3_0.6b": _size(_QWEN3, 28, 1024, 16, 8, 128, 3072, 151_936),
+    "qwen3_1.7b": _size(_QWEN3, 28, 2048, 16, 8, 128, 6144, 151_936),
     # The packaged decoder: the Gemma 2 architecture, small enough to ship and to train on a laptop.
-    "gemma2_3m": _gemma2(4, 192, 4, 2, 768, vocab_size=4096, head_dim=64, window=128),
+    "gemma2_3m": _size(_GEMMA2, 4, 192, 4, 2, 64, 768, 4096, window=128),
     # For tests: every feature of the architecture in a few thousand parameters.
-    "gemma2_test": _gemma2(4, 32, 4, 2, 48, vocab_size=97, head_dim=16, window=5, query_scale=0.2),
+    "gemma2_test": _size(_GEMMA2, 4, 32, 4, 2, 16, 48, 97, window=5, query_scale=0.2),
 }

@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         c = self.config
         prefix_position = None if cache is None else cache.position
         # Index 0 of each stack is for global layers, 1 for local ones.
-        ropes = [rotary.table(position_BMS, c.head_dim, c.rope_base)]
+        ropes = [rotary.table(position_BMS, c.head_dim, c.rope_base, c.rope_scaling)]
         ranges = [bounds]
         if any(c.is_local):
             ropes.append(rotary.table(position_BMS, c.head_dim, c.local_rope_base))
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         )(c, self.constrain, name="layers")
         prefix = None if cache is None else (cache.k.astype(x_BMSD.dtype), cache.v.astype(x_BMSD.dtype))
         x_BMSD, kv = layers(x_BMSD, jnp.array(c.is_local, jnp.int32), prefix, ropes, ranges)
-        return RMSNorm(c.norm_eps, name="final_norm")(x_BMSD), KV(*kv)
+        return RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BMSD), KV(*kv)
 
 
 def init(key: jax.Array, config: TransformerConfig) -> Params:

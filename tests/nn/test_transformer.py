@@ -118,7 +118,7 @@ def test_norm_is_float32_inside():
     """Correctly rounded: the float64 result and at most one rounding to bfloat16, for inputs up to 1e4."""
     x = (10.0 ** jax.random.uniform(jax.random.key(0), (7, 600), minval=-2, maxval=4)).astype(jnp.bfloat16)
     scale = jax.random.normal(jax.random.key(1), (600,)).astype(jnp.bfloat16)
-    ours = RMSNorm(1e-6).apply({"params": {"scale": scale}}, x)
+    ours = RMSNorm(1e-6, 1.0).apply({"params": {"scale": scale}}, x)
     expected = naive.rms_norm(*(np.asarray(a.astype(jnp.float32), np.float64) for a in (x, scale)), 1e-6)
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=2**-8 + 1e-5)
