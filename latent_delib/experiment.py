@@ -18,7 +18,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.nn import transformer
-from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.sizes import TransformerConfig, differences
 from latent_delib.nn.transformer import PARAM_AXES, REMAT, Params, Transformer
 from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import folder
@@ -54,11 +54,11 @@ class Experiment:
 
 
 def tokenizer_path(config: ConfigDict) -> Path:
-    """The SentencePiece model a config means."""
+    """The tokenizer's file that a config means."""
     name, decoder = config.decoder.tokenizer, config.decoder.path
     if name == "packaged" or (not name and not decoder):
         return CORPUS_TOKENIZER
-    return Path(name) if name else folder.locate(decoder) / "tokenizer.model"
+    return Path(name) if name else folder.tokenizer_path(folder.locate(decoder))
 
 
 def read(config: ConfigDict) -> Experiment:
@@ -71,10 +71,11 @@ def read(config: ConfigDict) -> Experiment:
     if config.decoder.path:
         decoder = folder.locate(config.decoder.path)
         architecture, fingerprint = folder.read_config(decoder), folder.fingerprint(decoder)
-        for key, value in config.decoder.architecture.items():
-            if getattr(architecture, key, value) != value:
-                found = getattr(architecture, key)
-                raise UserError(f"config.decoder.architecture.{key}={value}, but {decoder} has {found}")
+        if fields := config.decoder.architecture.to_dict():
+            wanted = dataclasses.asdict(architecture) | fields
+            wanted = TransformerConfig.from_dict(wanted, "config.decoder.architecture")
+            if differing := differences(architecture, wanted):
+                raise UserError(f"config.decoder.architecture: {decoder} has {'; '.join(differing)}")
     else:
         decoder, fields = None, config.decoder.architecture.to_dict()
         if not fields:
@@ -167,11 +168,7 @@ def load_decoder(exp: Experiment, dtype: Any) -> Params:
             return jax.tree.map(lambda x: x.astype(dtype), transformer.init(key, architecture))
 
         return jax.jit(start, out_shardings=shardings)(jax.random.key(exp.config.seed))
-    by_name = {
-        jax.tree_util.keystr(path, simple=True, separator="."): s
-        for path, s in jax.tree_util.tree_leaves_with_path(shardings)
-    }
-    return folder.load(exp.decoder, architecture, lambda name, x: jax.device_put(x.astype(dtype), by_name[name]))
+    return folder.load(exp.decoder, architecture, dtype, shardings)
 
 
 def init_trainable(exp: Experiment) -> Any:

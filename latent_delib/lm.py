@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 from latent_delib.tokenizer import Tokenizer
+from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
 
@@ -52,16 +54,22 @@ def load_decoder(path: str, dtype: Any = jnp.float32) -> Decoder:
     """
     where = folder.locate(path)
     config = folder.read_config(where)
-    params = folder.load(where, config, lambda _, x: jnp.asarray(x).astype(dtype))
-    return Decoder(config, params, Tokenizer(where / "tokenizer.model"), folder.fingerprint(where))
+    params = folder.load(where, config, dtype)
+    return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where))
 
 
 def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
-    """The coprocessor a training job wrote to `workdir`, at its newest step or at `step`.
+    """The coprocessor a training job wrote to `workdir`, at its newest step or at `step`; or one that was exported.
 
     Raises:
-      UserError: no such checkpoint, or one of a method that writes no latents.
+      UserError: no such checkpoint or folder, or a checkpoint of a method that writes no latents.
     """
+    if (Path(workdir) / exported.FILE).is_file():
+        fields, params = exported.load(Path(workdir))
+        if step not in (None, fields["step"]):
+            raise UserError(f"{workdir}: holds the coprocessor of step {fields['step']}, not of step {step}")
+        del fields["format"], fields["architecture"]
+        return Coprocessor(params, **fields)
     checkpoints, found, meta = checkpoint.open_for_reading(workdir, step)
     if METHODS[meta["method.name"]].latents is None:
         raise UserError(f"{workdir}: method {meta['method.name']!r} has no coprocessor")

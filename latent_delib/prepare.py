@@ -17,6 +17,7 @@ from latent_delib.data import token_files
 from latent_delib.data.rows import check_data
 from latent_delib.errors import UserError
 from latent_delib.experiment import tokenizer_path as tokenizer_path_of
+from latent_delib.tokenizer import Tokenizer, fingerprint
 
 SPLITS = {"train": token_files.write_train, "validation": token_files.write_validation}
 _SECONDS = 5  # between progress lines
@@ -70,15 +71,15 @@ def prepare(config: Any, out: str) -> dict:
 
     data, tokenizer_path, out = config.data, str(tokenizer_path_of(config)), out.rstrip("/")
     check_data(data)
-    vocabulary = tasks.load_vocabulary(tokenizer_path)
+    tokenizer = Tokenizer(tokenizer_path)
     meta = {
         "format": token_files.FORMAT,
         "seq_len": data.seq_len,
-        "vocab_size": vocabulary.vocab_size,
-        "bos_id": vocabulary.bos_id,
-        "pad_id": vocabulary.tokenizer.pad_id(),
-        "dtype": "uint16" if vocabulary.vocab_size <= 1 << 16 else "int32",
-        "tokenizer_sha256": token_files.fingerprint(tokenizer_path),
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "pad_id": tokenizer.pad_id,
+        "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32",
+        "tokenizer_sha256": fingerprint(tokenizer_path),
         "train": [{"source": source} for source in data.sources],
         "validation": [{"source": source} for source in data.validation],
     }

@@ -6,6 +6,7 @@ WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the de
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -135,7 +136,8 @@ def run(exp: Experiment, workdir: Path | None, stop: dict[str, bool] | None) -> 
     def save(step: int) -> None:
         position = {"seed": config.seed, "step": step}
         plain = json.loads(config.to_json_best_effort())
-        saved = exp.identity() | {"step": step, "data": position, "config": plain}
+        architecture = dataclasses.asdict(exp.aug.transformer.config)
+        saved = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
         checkpoints.save(step, state.trainable, state.opt_state, saved)
 
     if loader is not None:
@@ -162,7 +164,8 @@ def run(exp: Experiment, workdir: Path | None, stop: dict[str, bool] | None) -> 
     checkpoints.close()
     if "decoder" in trainable_shapes and primary:
         export = jax.tree.map(lambda x: np.asarray(x.astype(config.decoder.export_dtype)), state.trainable["decoder"])
-        folder.save(workdir / "decoder", exp.aug.transformer.config, export, exp.tokenizer.path)
+        write_tokenizer = partial(folder.copy_tokenizer, exp.tokenizer.path)
+        folder.save(workdir / "decoder", exp.aug.transformer.config, export, write_tokenizer)
         say(f"trained decoder: {workdir / 'decoder'}")
     say(f"done: step {t.steps} of {workdir}")
 

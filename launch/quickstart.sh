@@ -4,12 +4,13 @@
 #
 #   ./launch/quickstart.sh
 #   RUN=runs/after ./launch/quickstart.sh --config.method.placement=after    # another run, on the same tokens
+#   CONFIG=X ./launch/quickstart.sh                                          # configs/X.py, under runs/X
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
-run=${RUN:-runs/quickstart}
-tokens=runs/quickstart/tokens
-config=configs/quickstart.py
+config=configs/${CONFIG:=quickstart}.py
+run=${RUN:-runs/$CONFIG}
+tokens=runs/$CONFIG/tokens
 
 step() { # what it is called, then a latent_delib command
   local start=$SECONDS
@@ -23,9 +24,9 @@ export XLA_FLAGS="--xla_force_host_platform_device_count=2 ${XLA_FLAGS:-}"
 
 ./launch/setup.sh
 if [[ ! -e $tokens/meta.json ]]; then
-  step prepare --config=$config --out=$tokens
+  step prepare --config="$config" --out="$tokens"
 fi
-step train --config=$config --workdir="$run" --config.data.token_files=$tokens "$@"
-step evaluate --config=$config --workdir="$run" --config.data.token_files=$tokens "$@"
-step generate --workdir="$run" --prompt="It was a fine morning, and" --max_new_tokens=48 --temperature=0.7 --top_p=0.9
+step train --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
+step evaluate --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
+step generate --workdir="$run" --prompt="${PROMPT:-It was a fine morning, and}" --max_new_tokens=48 --temperature=0.7 --top_p=0.9
 echo "done in $SECONDS s; perplexity.json, its plot, the metrics and the checkpoints are in $run"

@@ -3,11 +3,13 @@
 #
 #   ./launch/test.sh                     # all but the slow tests, two at a time
 #   ./launch/test.sh -m slow             # the slow ones
+#   LATENT_DELIB_EXTRAS=reference ./launch/test.sh -m reference    # makes golden values again, with torch
 #   ./launch/test.sh -n 0 tests/nn -k rotary
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 ./launch/setup.sh
+./launch/get_smollm2.sh >/dev/null # a real decoder, for the tests that compare with its reference
 python=.venv/bin/python
 $python -m ruff check
 $python -m ruff format --check

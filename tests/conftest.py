@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def make_decoder(tokenizer_path, tmp_path_factory):
         architecture = dataclasses.replace(SIZES["gemma2_test"], vocab_size=vocab_size)
         params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), architecture)
         path = tmp_path_factory.mktemp("decoder") / "decoder"
-        folder.save(path, architecture, params, tokenizer_path)
+        folder.save(path, architecture, params, partial(folder.copy_tokenizer, tokenizer_path))
         return path
 
     return make

@@ -136,7 +136,7 @@ def test_an_architecture_other_than_the_folder_s(error, tmp_path, decoder_folder
         f"    c.decoder.path = {str(decoder_folder)!r}\n    c.decoder.architecture.num_layers = 5\n    return c\n"
     )
     line = error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}")
-    named(line, "config.decoder.architecture.num_layers=5", decoder_folder, "has 4")
+    named(line, "config.decoder.architecture", decoder_folder, "num_layers=4, expected 5")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_an_architecture_other_than_the_folder_s(error, tmp_path, decoder_folder
         ("config.json", None, ["config.json does not exist"]),
         ("model.safetensors", None, ["model.safetensors does not exist"]),
         ("config.json", b"{", ["config.json", "not JSON"]),
-        ("config.json", b"[]", ["config.json", "format"]),
+        ("config.json", b"[]", ["config.json", "holds list", "an object"]),
         ("config.json", b'{"format": "other"}', ["config.json", "'other'"]),
         ("config.json", b'{"format": "latent_delib decoder 1"}', ["config.json", "missing fields", "num_layers"]),
         ("config.json", b"\xff\xfe", ["config.json", "not JSON"]),

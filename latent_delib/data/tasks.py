@@ -24,6 +24,7 @@ import numpy as np
 
 from latent_delib.data.rows import pack, segments
 from latent_delib.errors import UserError
+from latent_delib.tokenizer import Tokenizer, fingerprint
 
 
 @contextlib.contextmanager
@@ -50,6 +51,48 @@ with _quiet():
 SPLIT = "train"  # the one split of every task: the source string says what is read
 SHUFFLE_DOCUMENTS = SHUFFLE_ROWS = 1000
 _CORPUS = pathlib.Path(__file__).parent / "corpus"
+
+
+class Vocabulary(seqio.Vocabulary):
+    """A Tokenizer as seqio's vocabulary. As everywhere in seqio, decoding ends with the first EOS."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint(tokenizer.path)
+
+    bos_id = property(lambda self: self.tokenizer.bos_id)
+    eos_id = property(lambda self: self.tokenizer.eos_id)
+    pad_id = property(lambda self: self.tokenizer.pad_id)
+    unk_id = property(lambda self: self.tokenizer.unk_id)
+    _base_vocab_size = property(lambda self: self.tokenizer.vocab_size)
+
+    def _encode(self, s):
+        return self.tokenizer.encode(s)
+
+    def _decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+    def _encode_tf(self, s):
+        def encode(texts):  # of one: a scalar would come as something else outside of a graph
+            text = texts[0].decode(errors="replace")  # who reads text refuses what is not UTF-8
+            return np.array(self.tokenizer.encode(text), np.int32)
+
+        ids = tf.numpy_function(encode, [tf.reshape(s, [1])], tf.int32, stateful=False)
+        return tf.ensure_shape(ids, [None])
+
+    def _decode_tf(self, ids):
+        def decode(rows):
+            texts = [self.tokenizer.decode(row).encode() for row in rows.reshape(-1, rows.shape[-1])]
+            return np.array(texts, object).reshape(rows.shape[:-1])
+
+        return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string, stateful=False), ids.shape[:-1])
+
+    def __eq__(self, other):
+        return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
+
+    def __hash__(self):
+        return hash(self.fingerprint)
 
 
 class _ShuffleDocuments:
@@ -128,7 +171,7 @@ def _tokenize(dataset, output_features, source: str, feature: str):
         text = example[feature]
         require(text == tf.strings.unicode_transcode(text, "UTF-8", "UTF-8"), example, "not UTF-8 text")
         tokens = vocabulary.encode_tf(text)
-        special = tf.reduce_any((tokens == vocabulary.bos_id) | (tokens == vocabulary.tokenizer.pad_id()))
+        special = tf.reduce_any((tokens == vocabulary.bos_id) | (tokens == vocabulary.pad_id))
         require(~special, example, "the tokenizer makes BOS or padding of its text")
         return {"tokens": tokens, "bytes": tf.strings.length(text)}
 
@@ -140,7 +183,7 @@ def _pack(dataset, output_features, sequence_length=None):
     if sequence_length is None:
         return dataset
     length, vocabulary = sequence_length["tokens"], output_features["tokens"].vocabulary
-    numpy_step = functools.partial(pack, length=length, bos_id=vocabulary.bos_id, pad_id=vocabulary.tokenizer.pad_id())
+    numpy_step = functools.partial(pack, length=length, bos_id=vocabulary.bos_id, pad_id=vocabulary.pad_id)
 
     def step(body, tokens):
         rows, body = tf.numpy_function(numpy_step, [body, tokens], [tf.int32, tf.int32], stateful=False)
@@ -149,19 +192,6 @@ def _pack(dataset, output_features, sequence_length=None):
     nothing = tf.zeros([0], tf.int32)
     documents = dataset.map(lambda example: example["tokens"]).concatenate(tf.data.Dataset.from_tensors(nothing))
     return documents.scan(nothing, step).unbatch().map(lambda row: {"tokens": row})
-
-
-def load_vocabulary(tokenizer_path: str) -> seqio.SentencePieceVocabulary:
-    """Reads a SentencePiece model; UserError if it is missing or has no BOS or no padding."""
-    vocabulary = seqio.SentencePieceVocabulary(str(tokenizer_path))
-    try:
-        ids = {"BOS": vocabulary.bos_id, "padding": vocabulary.tokenizer.pad_id()}
-    except tf.errors.NotFoundError:
-        raise UserError(f"tokenizer: no file {tokenizer_path}") from None
-    for name, value in ids.items():
-        if value < 0:
-            raise UserError(f"tokenizer: {tokenizer_path} has no piece for {name}")
-    return vocabulary
 
 
 def _name(text: str, *identity) -> str:
@@ -176,15 +206,14 @@ def add_task(source: str, tokenizer_path: str) -> str:
     Its dataset holds packed rows {"tokens": int32 [T]} when asked for with sequence_length={"tokens": T}, and
     whole documents {"tokens": int32 [n]} without BOS otherwise.
     """
-    vocabulary = load_vocabulary(tokenizer_path)
     provider, feature = _data_source(source)
-    name = _name(source, str(tokenizer_path), provider.list_shards(SPLIT))
+    name = _name(source, fingerprint(tokenizer_path), provider.list_shards(SPLIT))
     if name not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(
             name,
             source=provider,
             preprocessors=[functools.partial(_tokenize, source=source, feature=feature), _pack],
-            output_features={"tokens": seqio.Feature(vocabulary, add_eos=False)},
+            output_features={"tokens": seqio.Feature(Vocabulary(Tokenizer(tokenizer_path)), add_eos=False)},
             shuffle_buffer_size=SHUFFLE_ROWS,
         )
     return name
@@ -242,7 +271,7 @@ def num_bytes(source: str) -> int:
 def train_batches(data, *, batch_size, seed, tokenizer_path, host, num_hosts, start_step):
     """`batches.train_batches` for text: a host reads its share of each source's files, or documents."""
     shard = seqio.ShardInfo(host, num_hosts)
-    vocabulary = load_vocabulary(tokenizer_path)
+    tokenizer = Tokenizer(tokenizer_path)
     mixture = seqio.MixtureRegistry.get(add_mixture(list(data.sources), list(data.weights), tokenizer_path))
     check_sources(data.sources, tokenizer_path, shard)  # an endless repetition of nothing would never return
     for source in data.sources:
@@ -259,7 +288,7 @@ def train_batches(data, *, batch_size, seed, tokenizer_path, host, num_hosts, st
     )
     elements = itertools.islice(_elements(dataset.batch(rows).prefetch(2)), start_step, None)
 
-    bos_id, pad_id = vocabulary.bos_id, vocabulary.tokenizer.pad_id()
+    bos_id, pad_id = tokenizer.bos_id, tokenizer.pad_id
     return ({**batch, "segment": segments(batch["tokens"], bos_id, pad_id)} for batch in elements)
 
 

@@ -12,7 +12,6 @@ in small uncompressed chunks of large files, so a row anywhere costs a read of a
 import collections
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -25,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from etils import epath
 
 from latent_delib.data.rows import pack, segments
 from latent_delib.errors import UserError
+from latent_delib.tokenizer import fingerprint
 
 FORMAT = 1
 BLOCK = 1024  # rows in which each source has exactly its share
@@ -117,14 +116,6 @@ def write_meta(directory: str, meta: dict) -> None:
     """Marks `directory` as finished."""
     text = json.dumps(meta, indent=2).encode()
     _done(ts.KvStore.open(_store(directory)).result().write("meta.json", text), directory)
-
-
-def fingerprint(tokenizer_path: str) -> str:
-    """sha256 of a tokenizer's file."""
-    try:
-        return hashlib.sha256(epath.Path(tokenizer_path).read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise UserError(f"tokenizer {tokenizer_path}: does not exist") from None
 
 
 def write_train(directory: str, number: int, documents: Iterable[np.ndarray], meta: dict) -> dict[str, int]:

@@ -88,10 +88,14 @@ class TransformerConfig:
         if missing := sorted(required - set(fields)):
             raise UserError(f"{source}: missing fields {missing}")
         accepted = {float: (float, int), tuple[str, ...]: (tuple, list), tuple[float, ...]: (tuple, list)}
+        fields = dict(fields)
         for name, value in fields.items():
             kind = known[name].type
-            if not isinstance(value, accepted.get(kind, kind)):
+            if not isinstance(value, accepted.get(kind, kind)) or isinstance(value, bool) != (kind is bool):
                 raise UserError(f"{source}: {name}={value!r}, expected {kind.__name__}")
+            if kind in (int, float) and not abs(value) < 2**31:  # what int32 holds; NaN is not below it either
+                raise UserError(f"{source}: {name}={value!r}, expected a number below 2**31")
+            fields[name] = float(value) if kind is float else value
         try:
             return cls(**fields)
         except UserError as error:

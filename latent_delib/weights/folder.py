@@ -1,52 +1,97 @@
-"""Our own decoder folder: `config.json`, `model.safetensors`, `tokenizer.model`.
+"""Our own folders: a decoder's and a coprocessor's.
 
-config.json holds {"format": "latent_delib decoder 1", "architecture": {fields of TransformerConfig}}. The tensors are
-the leaves of the parameter tree under their dotted names, layers stacked on the first axis ("layers.attn.q").
+A decoder is `config.json`, `model.safetensors` and a tokenizer: `tokenizer.model` (SentencePiece), or `tokenizer.json`
+with `tokenizer_config.json`. config.json holds {"format": "latent_delib decoder 1", "architecture": {fields of
+TransformerConfig}}. The tensors are the leaves of the parameter tree under their dotted names, layers stacked on the
+first axis ("layers.attn.q").
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors
-from safetensors.numpy import save_file
 
 from latent_delib.errors import UserError
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params
+from latent_delib.weights import tensors
+from latent_delib.weights.tensors import TensorFile
 
 FORMAT = "latent_delib decoder 1"
 PACKAGED = Path(__file__).parent / "packaged"
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
 
 
 def locate(path: str) -> Path:
     """The folder a decoder's path means: "packaged" is the one that comes with this package."""
     folder = PACKAGED if path == "packaged" else Path(path)
-    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+    for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"decoder {path!r}: {folder / name} does not exist")
+    tokenizer_path(folder)
     return folder
+
+
+def tokenizer_path(folder: Path) -> Path:
+    """The tokenizer of a folder, ours or Hugging Face's."""
+    for name in TOKENIZERS:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: has no tokenizer, neither {' nor '.join(TOKENIZERS)}")
+
+
+def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:
+    """What copies the tokenizer of a folder into another; None where it has none."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    return functools.partial(copy_tokenizer, tokenizer_path(folder))
+
+
+def copy_tokenizer(path: Path, folder: Path) -> None:
+    """Copies a tokenizer, with what belongs to it, under the names it has in a decoder folder."""
+    if path.suffix != ".json":
+        shutil.copyfile(path, folder / "tokenizer.model")
+        return
+    shutil.copyfile(path, folder / "tokenizer.json")
+    if (path.parent / "tokenizer_config.json").is_file():  # which of its tokens is BOS
+        shutil.copyfile(path.parent / "tokenizer_config.json", folder / "tokenizer_config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+      UserError: it does not exist, or holds anything else.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: holds {type(fields).__name__}, expected an object")
+    return fields
 
 
 def read_config(folder: Path) -> TransformerConfig:
     """The architecture of a decoder folder."""
-    source = f"{folder / 'config.json'}"
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{source}: not JSON ({error})") from None
-    found = fields.get("format") if isinstance(fields, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{source}: format is {found!r}, expected {FORMAT!r}")
-    return TransformerConfig.from_dict(fields.get("architecture", {}), source)
+    path = folder / "config.json"
+    fields = read_json(path)
+    if fields.get("format") != FORMAT:
+        hint = "; latent_delib.convert makes ours of it" if "model_type" in fields else ""
+        raise UserError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}{hint}")
+    return TransformerConfig.from_dict(fields.get("architecture", {}), f"{path}")
 
 
 def fingerprint(folder: Path) -> str:
@@ -58,49 +103,93 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def shapes(config: TransformerConfig) -> Params:
     """The parameter tree of a decoder as jax.ShapeDtypeStruct, float32."""
     return jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
 
 
-def load(folder: Path, config: TransformerConfig, place: Callable[[str, np.ndarray], Any]) -> Params:
-    """Reads the weights, one tensor in host memory at a time.
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their dotted names, in order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
-    Args:
-      place: puts a tensor of a dotted name where it belongs (dtype, sharding); its results are the leaves.
+
+def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:
+    """The weights of a decoder folder, none of them read yet.
 
     Raises:
       UserError: tensors missing, unknown, or of another shape than `config` says; all are listed.
     """
-    path = folder / "model.safetensors"
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(config))
-    wanted = {jax.tree_util.keystr(p, simple=True, separator="."): leaf.shape for p, leaf in leaves}
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            wrong = [f"missing {n} {s}" for n, s in wanted.items() if n not in found]
-            wrong += [f"unknown {n} {s}" for n, s in found.items() if n not in wanted]
-            wrong += [f"{n} is {found[n]}, expected {s}" for n, s in wanted.items() if found.get(n, s) != s]
-            if wrong:
-                raise UserError(f"{path}: " + "; ".join(wrong))
-            return jax.tree.unflatten(tree, [place(name, file.get_tensor(name)) for name in wanted])
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    file = TensorFile(folder / "model.safetensors")
+    wanted, found = {name: leaf.shape for name, leaf in by_name(shapes(config)).items()}, file.shapes
+    wrong = [f"missing {n} {s}" for n, s in wanted.items() if n not in found]
+    wrong += [f"unknown {n} {s}" for n, s in found.items() if n not in wanted]
+    wrong += [f"{n} is {found[n]}, expected {s}" for n, s in wanted.items() if found.get(n, s) != s]
+    if wrong:
+        raise UserError(f"{file.path}: " + "; ".join(wrong))
+    return file
 
 
-def save(folder: Path, config: TransformerConfig, params: Params, tokenizer: Path) -> None:
-    """Writes a decoder folder in the dtype of `params`; it appears under its name only once whole."""
-    partial = folder.with_name(folder.name + f".tmp-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.ascontiguousarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    save_file(tensors, partial / "model.safetensors")
-    (partial / "model.safetensors").chmod(0o644)  # the library writes it for its owner alone
+def load(folder: Path, config: TransformerConfig, dtype: Any, shardings: Params | None = None) -> Params:
+    """Reads the weights onto the devices; one device's part of one tensor at a time stands in host memory.
+
+    Args:
+      shardings: of every leaf; the first device where left out.
+
+    Raises:
+      UserError: as `open_tensors`.
+    """
+    file = open_tensors(folder, config)
+    tree = shapes(config)
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, tree)
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda i: file.read(name, i).astype(dtype, copy=False)
+        )
+
+    return jax.tree.map_with_path(place, tree, shardings)
+
+
+def save(folder: Path, config: TransformerConfig, params: Params, write_tokenizer: Callable[[Path], Any]) -> None:
+    """Writes a decoder folder in the dtypes of `params`, arrays or numpy; replaces one that is there."""
+    leaves = by_name(params)
+    entries = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in leaves.items()}
+    with whole(folder, replace=True) as partial:
+        write_tokenizer(partial)
+        write_model(partial, config, entries, (np.asarray(leaf) for leaf in leaves.values()))
+
+
+def write_model(
+    folder: Path, config: TransformerConfig, entries: Mapping[str, tuple], chunks: Iterable[np.ndarray]
+) -> None:
+    """Writes a decoder's config.json and model.safetensors; see `tensors.write`."""
+    tensors.write(folder / "model.safetensors", entries, chunks)
     fields = {"format": FORMAT, "architecture": dataclasses.asdict(config)}
-    (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    shutil.copy(tokenizer, partial / "tokenizer.model")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A new folder to write in that appears under its name only once whole, and leaves nothing if that fails.
+
+    Raises:
+      UserError: it is there already, and is not to be replaced.
+    """
+    if folder.exists() and not replace and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: exists; remove it or name another")
+    partial, before = (folder.with_name(f"{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rename(before)
+        partial.rename(folder)
+    finally:
+        for leftover in (partial, before):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -255,16 +255,16 @@ def test_text_that_is_not_utf8_is_named(tokenizer, tmp_path):
         assert f"{tmp_path}/2: not UTF-8 text" in bad(data, tokenizer)
 
 
-def test_a_tokenizer_must_have_bos_and_padding(tokenizer, tmp_path):
+def test_a_tokenizer_must_have_bos_and_eos(tokenizer, tmp_path):
     text = str(Path(tokenizer).parent / "text")
     (tmp_path / "one").write_text("a cat")
-    for name, flags in {"BOS": {"bos_id": -1}, "padding": {"pad_id": -1}}.items():
+    for name, flags in {"BOS": {"bos_id": -1}, "EOS": {"eos_id": -1}}.items():
         prefix = str(tmp_path / name)
         sentencepiece.SentencePieceTrainer.train(
             input=text, model_prefix=prefix, vocab_size=60, hard_vocab_limit=False, minloglevel=2, **flags
         )
         message = bad(config_data((f"files:{tmp_path}/one",)), f"{prefix}.model")
-        assert message == f"tokenizer: {prefix}.model has no piece for {name}"
+        assert message == f"tokenizer {prefix}.model: names no token for {name}"
 
 
 @pytest.mark.parametrize("special", [BOS, PAD])
@@ -273,7 +273,7 @@ def test_text_can_not_make_bos_or_padding(tasks, special):
 
     vocabulary = types.SimpleNamespace(
         bos_id=BOS,
-        tokenizer=types.SimpleNamespace(pad_id=lambda: PAD),
+        pad_id=PAD,
         encode_tf=lambda text: tf.where(tf.strings.length(text) > 5, [9, special], [9, 9]),
     )
     features = {"tokens": types.SimpleNamespace(vocabulary=vocabulary)}

@@ -1,116 +1,141 @@
-"""Ours against `transformers`: logits, latents and log-probabilities that make_gemma2.py and make_llama.py stored."""
+"""Ours against others' implementations, through the importer: the values that make_transformers.py and
+make_deepmind.py stored.
+"""
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
+import jax
+import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load
 
 import latent_delib as ld
+from latent_delib import convert
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
 from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.transformer import Transformer
 
-TOLERANCE = 1e-4
-# Family -> architecture, and the stored norm weight that leaves its input as it is.
-FAMILIES = {
-    "gemma2": (
-        TransformerConfig(
-            num_layers=4,
-            embed_dim=32,
-            num_heads=4,
-            num_kv_heads=2,
-            ffn_dim=48,
-            vocab_size=97,
-            head_dim=16,
-            layer_pattern=("local", "global"),
-            window=5,
-            query_scale=0.2,
-            attn_softcap=3.0,
-            final_softcap=4.0,
-            post_norms=True,
-        ),
-        0,
+TRANSFORMERS = ("gemma", "gemma2", "gemma3", "llama", "qwen3")
+# What DeepMind's checkpoints do not hold.
+NORMED = dict(post_norms=True, window=5)
+DEEPMIND = {
+    "gemma": TransformerConfig(2, 24, 3, 3, 32, 320, 8),
+    "gemma2": TransformerConfig(
+        *(5, 24, 4, 2, 32, 320, 8),
+        layer_pattern=("local", "global"),
+        query_scale=6**-0.5,
+        attn_softcap=3.0,
+        final_softcap=4.0,
+        **NORMED,
     ),
-    "llama": (
-        TransformerConfig(
-            num_layers=3,
-            embed_dim=32,
-            num_heads=4,
-            num_kv_heads=2,
-            ffn_dim=48,
-            vocab_size=97,
-            activation="silu",
-            rope_base=500.0,
-            scale_embeddings=False,
-            norm_eps=1e-5,
-        ),
-        1,
+    "gemma3": TransformerConfig(
+        *(7, 24, 2, 1, 32, 320, 8),
+        layer_pattern=("local",) * 5 + ("global",),
+        rope_base=5000.0,
+        local_rope_base=100.0,
+        rope_scaling=(4.0, 1.0, 4.0, 0.0),
+        qk_norm=True,
+        **NORMED,
     ),
 }
 
-
-def our_tree(weights, model, config, norm):
-    """The parameter tree of one stored model: theirs are [out, in], one a layer."""
-    N, K, H, D = config.num_heads, config.num_kv_heads, config.head_dim, config.embed_dim
-
-    def stacked(name, change):
-        names = [f"{model}.layers.{i}.{name}.weight" for i in range(config.num_layers)]
-        return np.stack([change(weights[n].astype(np.float32)) for n in names])
-
-    def heads(name, count):
-        return stacked(f"self_attn.{name}", lambda w: w.reshape(count, H, D).transpose(2, 0, 1))
-
-    def scale(name):
-        return {"scale": stacked(name, lambda w: w - norm)}
-
-    layers = {
-        "attn": {
-            "q": heads("q_proj", N),
-            "k": heads("k_proj", K),
-            "v": heads("v_proj", K),
-            "out": stacked("self_attn.o_proj", lambda w: w.T.reshape(N, H, D)),
-        },
-        "mlp": {name: stacked(f"mlp.{name}_proj", np.transpose) for name in ("gate", "up", "down")},
-        "pre_attn_norm": scale("input_layernorm"),
-    }
-    if config.post_norms:
-        layers["post_attn_norm"] = scale("post_attention_layernorm")
-        layers["pre_mlp_norm"] = scale("pre_feedforward_layernorm")
-        layers["post_mlp_norm"] = scale("post_feedforward_layernorm")
-    else:
-        layers["pre_mlp_norm"] = scale("post_attention_layernorm")
-    return {"layers": layers, "final_norm": {"scale": weights[f"{model}.norm.weight"].astype(np.float32) - norm}}
+equal = partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def golden(request):
-    """Stored values, and the language model of a placement made of the stored weights."""
-    config, norm = FAMILIES[request.param]
-    with np.load(Path(__file__).with_name(f"{request.param}.npz"), allow_pickle=False) as file:
-        stored = dict(file)
-    embedding = stored["decoder.embed_tokens.weight"].astype(np.float32)
-    decoder = our_tree(stored, "decoder", config, norm) | {"embedding": embedding}
-    soft = stored["soft_tokens"].astype(np.float32)
-    coprocessor = our_tree(stored, "coprocessor", config, norm) | {"soft_tokens": soft}
+def stored(name):
+    """The arrays of a file."""
+    with np.load(Path(__file__).with_name(f"{name}.npz"), allow_pickle=False) as file:
+        return dict(file)
 
-    def model(placement):
-        ours = ld.Coprocessor(coprocessor, "cache_augmentation", len(soft), placement, "the same")
-        return ld.AugmentedLM(ld.Decoder(config, decoder, None, "the same"), ours)
 
-    return stored, model
+@pytest.fixture(scope="module", params=TRANSFORMERS)
+def golden(request, tokenizer_path, tmp_path_factory):
+    """Stored values; the decoder and the coprocessor's parameters, both imported from a Hugging Face folder."""
+    values = stored(request.param)
+
+    def imported(model, config):
+        folder = tmp_path_factory.mktemp(request.param)
+        (folder / "config.json").write_text(str(values[config]))
+        (folder / "model.safetensors").write_bytes(values[model].tobytes())
+        (folder / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+        convert.convert(str(folder), str(folder / "ours"))
+        return ld.load_decoder(str(folder / "ours"))
+
+    decoder, coprocessor = imported("decoder", "config"), imported("coprocessor", "config_4")
+    assert coprocessor.config == decoder.config  # both ways to write it say the same
+    body = {name: coprocessor.params[name] for name in ("layers", "final_norm")}
+    return values, decoder, body | {"soft_tokens": values["soft_tokens"]}
 
 
 def test_logits(golden):
-    stored, model = golden
-    np.testing.assert_allclose(model("after").logits(stored["tokens"]), stored["logits"], rtol=0, atol=TOLERANCE)
+    values, decoder, _ = golden
+    equal(ld.AugmentedLM(decoder).logits(values["tokens"]), values["logits"])
+
+
+def test_every_layer(golden):
+    values, decoder, _ = golden
+    assert len(values["hidden"]) == decoder.config.num_layers
+    for n, hidden in enumerate(values["hidden"], start=1):
+        first = decoder.params | {"layers": jax.tree.map(lambda x, n=n: x[:n], decoder.params["layers"])}
+        aug = Augmentation(Transformer(dataclasses.replace(decoder.config, num_layers=n)), "decoder", 0)
+        tokens = values["tokens"]
+        found, _ = augment.read(aug, {"decoder": first}, tokens, np.ones_like(tokens), np.float32)
+        equal(found, hidden, err_msg=f"layer {n}")
 
 
 @pytest.mark.parametrize("placement", ["after", "overlay"])
 def test_latents_and_what_they_do(golden, placement):
-    stored, model = golden
-    lm, where = model(placement), (stored["tokens"], stored["positions"])
-    plain, augmented = lm.ahead_logprobs(*where, stored["logprobs.decoder"].shape[-1])
+    values, decoder, coprocessor = golden
+    num_latents = len(values["soft_tokens"])
+    ours = ld.Coprocessor(coprocessor, "cache_augmentation", num_latents, placement, decoder.fingerprint)
+    lm, where = ld.AugmentedLM(decoder, ours), (values["tokens"], values["positions"])
+    plain, augmented = lm.ahead_logprobs(*where, values["logprobs.decoder"].shape[-1])
     for name, found in {
         f"latents.{placement}": lm.latents(*where),
         "logprobs.decoder": plain,
         f"logprobs.{placement}": augmented,
     }.items():
-        np.testing.assert_allclose(found, stored[name], rtol=0, atol=TOLERANCE, err_msg=name)
+        equal(found, values[name], err_msg=name)
+
+
+def tree_of(leaves):
+    """A tree from its leaves' paths: {"a/b": x} -> {"a": {"b": x}}."""
+    tree = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+@pytest.mark.parametrize("form", ["flat", "nested", "other gating"])
+@pytest.mark.parametrize("family", DEEPMIND)
+def test_deepmind(family, form, tokenizer_path, tmp_path):
+    values = stored(f"deepmind_{family}")
+    leaves = {k: x.astype(ml_dtypes.bfloat16) for k, x in load(values["params"].tobytes()).items()}  # exact: see there
+    if form == "other gating":  # both layouts occur, [2, D, F] and [2, F, D]
+        leaves = {k: x.swapaxes(1, 2) if "gating_einsum" in k else x for k, x in leaves.items()}
+    if form == "nested":
+        leaves = {k.removeprefix("transformer/"): x for k, x in leaves.items()}
+        tree = tree_of({k.removesuffix("/w") if "/mlp/" in k else k: x for k, x in leaves.items()})
+    else:
+        tree = {}
+        for path, leaf in leaves.items():
+            module, name = path.rsplit("/", 1)
+            tree.setdefault(module, {})[name] = leaf
+    ocp.PyTreeCheckpointer().save(tmp_path / "theirs", jax.tree.map(np.ascontiguousarray, tree))
+    convert.convert(
+        str(tmp_path / "theirs"),
+        str(tmp_path / "ours"),
+        tokenizer=str(tokenizer_path),
+        architecture=DEEPMIND[family],
+    )
+    lm = ld.AugmentedLM(ld.load_decoder(str(tmp_path / "ours")))
+    equal(lm.logits(values["tokens"]), values["logits"])

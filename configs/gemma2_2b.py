@@ -1,0 +1,23 @@
+"""The published setting (Liu et al. 2025, Section 2.3): Gemma 2 2B, T 2048, M 128, A 16, batch 1024, 100,000 steps.
+
+  python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR --dry_run    random weights: shapes, compile
+  python -m latent_delib.convert --source=GEMMA --out=decoders/gemma2_2b --size=gemma2_2b
+  python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR --config.decoder.path=decoders/gemma2_2b \
+      --config.data.sources="('files:TEXT/*.txt',)" --config.mesh.fsdp=16
+
+GEMMA is a Hugging Face folder, an orbax checkpoint or a GGUF. N_L is --config.method.num_latents, 4 to 64 in the paper.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import base
+from latent_delib.nn.sizes import SIZES
+
+
+def get_config(size: str = "gemma2_2b") -> ConfigDict:
+    c = base.get_config()
+    c.decoder.path = ""  # random weights, until a converted checkpoint of this size is named
+    c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES[size]))
+    return c

@@ -1,0 +1,29 @@
+"""SmolLM2-135M for real: a coprocessor for a pretrained decoder, on one GPU.
+
+  ./launch/smollm2.sh                                           decoder, frozen evaluation, training, evaluation
+  CONFIG=smollm2_135m_cpu ./launch/smollm2.sh                   the smallest form, on two CPU cores
+
+The learning rate is the best of 1e-4, 3e-4 and 1e-3 in a study of this size.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import base
+from latent_delib.nn.sizes import SIZES
+
+
+def get_config() -> ConfigDict:
+    c = base.get_config()
+    c.decoder.path = "runs/smollm2_135m/decoder"
+    c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES["smollm2_135m"]))
+    c.method.placement = "overlay"
+    c.method.num_traces = 32
+    c.data.seq_len = 512
+    c.optimizer.warmup_steps = 200
+    c.train.steps = 4300
+    c.train.batch_size = 16
+    c.evaluate.max_length = 512
+    c.evaluate.max_pieces = 256
+    return c

@@ -1,0 +1,28 @@
+"""The smallest form of smollm2_135m.py: minutes on two CPU cores.
+
+CONFIG=smollm2_135m_cpu ./launch/smollm2.sh
+"""
+
+from ml_collections import ConfigDict
+
+from configs import smollm2_135m
+
+
+def get_config() -> ConfigDict:
+    c = smollm2_135m.get_config()
+    c.method.num_latents = 8
+    c.method.num_traces = 8
+    c.method.num_ahead = 8
+    c.data.seq_len = 256
+    c.optimizer.warmup_steps = 10
+    c.train.steps = 60
+    c.train.batch_size = 2
+    c.train.log_every = 5
+    c.train.checkpoint_every = 20
+    c.compute.dtype = "float32"
+    c.compute.remat = "none"
+    c.evaluate.num_ahead = 16
+    c.evaluate.max_length = 256
+    c.evaluate.batch_size = 2
+    c.evaluate.max_pieces = 8
+    return c

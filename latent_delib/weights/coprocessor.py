@@ -1,0 +1,82 @@
+"""A coprocessor's folder: `coprocessor.json` and `model.safetensors`.
+
+coprocessor.json holds {"format": "latent_delib coprocessor 1", "method", "num_latents", "placement", "step",
+"fingerprint": of the decoder it belongs to, "architecture": {fields of TransformerConfig}}. The tensors are
+"soft_tokens" [L, D] and, under the names and in the axes that a Hugging Face decoder of the family has, its layers
+and final norm ("model.layers.0.self_attn.q_proj.weight", ...): a coprocessor has no token table.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from latent_delib.errors import UserError
+from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.transformer import Params
+from latent_delib.weights import folder, names, tensors
+from latent_delib.weights.tensors import TensorFile
+
+FORMAT = "latent_delib coprocessor 1"
+FILE = "coprocessor.json"
+SOFT_TOKENS = "soft_tokens"
+FIELDS = {"method": str, "num_latents": int, "placement": str, "step": int, "fingerprint": str, "architecture": dict}
+
+
+def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Params) -> None:
+    """Writes a coprocessor's folder, whole or not at all; `fields` are FIELDS without the architecture."""
+    leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
+    body = [t for t in names.tensors(config, "huggingface") if t.leaf in leaves]  # pause tokens have none
+    entries = {SOFT_TOKENS: (leaves[SOFT_TOKENS].shape, leaves[SOFT_TOKENS].dtype)}
+    entries |= {t.name: (t.shape, leaves[t.leaf].dtype) for t in body}
+
+    def chunks():
+        yield leaves[SOFT_TOKENS]
+        for t in body:
+            yield t.to_theirs(leaves[t.leaf] if t.layer is None else leaves[t.leaf][t.layer])
+
+    with folder.whole(out) as partial:
+        tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})
+        fields = {"format": FORMAT, **fields, "architecture": dataclasses.asdict(config)}
+        (partial / FILE).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def load(where: Path) -> tuple[dict[str, Any], Params]:
+    """The fields of a coprocessor's folder, and its parameter tree on the first device.
+
+    Raises:
+      UserError: not such a folder, or tensors that do not fit its architecture.
+    """
+    fields = folder.read_json(where / FILE)
+    if fields.get("format") != FORMAT:
+        raise UserError(f"{where / FILE}: format is {fields.get('format')!r}, expected {FORMAT!r}")
+    for key, kind in FIELDS.items():
+        if not isinstance(fields.get(key), kind):
+            raise UserError(f"{where / FILE}: {key}={fields.get(key)!r}, expected {kind.__name__}")
+    config = TransformerConfig.from_dict(fields["architecture"], str(where / FILE))
+    file = TensorFile(where / "model.safetensors")
+    soft = (fields["num_latents"], config.embed_dim)
+    if (found := file.shapes.get(SOFT_TOKENS)) != soft:
+        raise UserError(f"{file.path}: {SOFT_TOKENS} is {found}, expected {soft}")
+    layers: dict[str, list[np.ndarray]] = {}
+    if len(file.shapes) > 1:
+        rest = {name: shape for name, shape in file.shapes.items() if name != SOFT_TOKENS}
+        for t in names.match(rest, config, "huggingface", str(file.path), without=("embedding",)):
+            layers.setdefault(t.leaf, []).append(t.to_ours(file.read(t.name)))
+    leaves = {leaf: np.stack(parts) if leaf.startswith("layers.") else parts[0] for leaf, parts in layers.items()}
+    return fields, jax.tree.map(jax.numpy.asarray, nested(leaves | {SOFT_TOKENS: file.read(SOFT_TOKENS)}))
+
+
+def nested(leaves: dict[str, np.ndarray]) -> Params:
+    """A tree of its leaves under their dotted names."""
+    tree: Params = {}
+    for name, leaf in leaves.items():
+        *path, last = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree

@@ -1,0 +1,114 @@
+"""Google DeepMind's Gemma checkpoints: orbax folders, keys flat ("transformer/layer_0/attn/q_einsum") or nested.
+
+They hold tensors alone: what shapes do not tell (window, scales, rotary bases) is the known size's that fits.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from latent_delib.errors import UserError
+from latent_delib.nn.sizes import SIZES, TransformerConfig
+from latent_delib.weights.source import Source
+from latent_delib.weights.tensors import DTYPES
+
+MARKS = ("_METADATA", "manifest.ocdbt", "checkpoint")  # one of them lies in every orbax folder
+_VISION = ("vision_encoder/", "SigLiPFromPatches_0/", "embedder/mm_")
+
+
+def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
+    """An orbax folder as a source.
+
+    Args:
+      wanted: its architecture, where that is no known size.
+
+    Raises:
+      UserError: not a readable checkpoint of Gemma, or of no known size.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        found = handler.metadata(epath.Path(where))
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(found, "tree", found))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: not a readable orbax checkpoint ({' '.join(str(error).split())[:300]})") from None
+    paths, shapes, dtypes = {}, {}, {}
+    for path, leaf in leaves:
+        name = "/".join(str(key.key) for key in path).removeprefix("params/").removeprefix("transformer/")
+        name = name.removesuffix("/w")
+        if name.startswith(_VISION):
+            continue
+        dtype = np.dtype(leaf.dtype)
+        if dtype not in DTYPES.values():
+            raise UserError(
+                f"{where}: {name} is of type {dtype}, expected one of {', '.join(map(str, DTYPES.values()))}"
+            )
+        paths[name], shapes[name] = tuple(key.key for key in path), tuple(leaf.shape)
+        dtypes[name] = np.dtype(np.float32) if dtype == np.float16 else dtype
+    config = _architecture(shapes, str(where), wanted)
+    turned = {  # [2, F, D] in the larger models, [2, D, F] in the others
+        name
+        for name, shape in shapes.items()
+        if name.endswith("/gating_einsum") and shape == (2, config.ffn_dim, config.embed_dim)
+    }
+    shapes |= {name: (2, config.embed_dim, config.ffn_dim) for name in turned}
+
+    def read(name: str) -> np.ndarray:
+        path = paths[name]
+        item: Any = np.zeros(())
+        how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for key in reversed(path):
+            item, how = {key: item}, {key: how}
+        args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        try:
+            x = handler.restore(epath.Path(where), args=args)
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(f"{where}: {name} cannot be read ({' '.join(str(error).split())[:300]})") from None
+        for key in path:
+            x = x[key]
+        return (x.swapaxes(1, 2) if name in turned else x).astype(dtypes[name], copy=False)
+
+    return Source(str(where), "deepmind", config, shapes, dtypes, read, None)
+
+
+def _architecture(
+    shapes: dict[str, tuple[int, ...]], where: str, wanted: TransformerConfig | None
+) -> TransformerConfig:
+    """The architecture that shapes and a known size, or the one wanted, make together."""
+    if wanted is not None:
+        rows = shapes.get("embedder/input_embedding", (0,))[0]
+        return dataclasses.replace(wanted, vocab_size=max(rows, wanted.vocab_size))
+
+    def dims(*names: str) -> tuple[int, ...]:
+        for name in names:
+            if name in shapes:
+                return shapes[name]
+        raise UserError(f"{where}: not a Gemma checkpoint: has no {' and no '.join(names)}")
+
+    try:
+        vocab_size, width = dims("embedder/input_embedding")
+        heads, _, head_dim = dims("layer_0/attn/q_einsum", "layer_0/attn/qkv_einsum")[-3:]
+        kv_heads = dims("layer_0/attn/kv_einsum", "layer_0/attn/qkv_einsum")[1]
+        ffn_dim = dims("layer_0/mlp/linear")[0]
+    except (ValueError, IndexError):
+        raise UserError(f"{where}: not a Gemma checkpoint: its tensors have other dimensions") from None
+    found = {
+        "num_layers": len({m[0] for m in map(re.compile(r"layer_\d+/").match, shapes) if m}),
+        "embed_dim": width,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "ffn_dim": ffn_dim,
+        "post_norms": "layer_0/post_attention_norm/scale" in shapes,
+        "qk_norm": "layer_0/attn/_key_norm/scale" in shapes,
+        "scale_embeddings": True,
+    }
+    for size in SIZES.values():
+        if all(getattr(size, key) == value for key, value in found.items()) and vocab_size >= size.vocab_size:
+            return dataclasses.replace(size, vocab_size=vocab_size)
+    raise UserError(f"{where}: no known size has {found}; give --size")

@@ -1,0 +1,244 @@
+"""Whose tensor is which of our leaves: one table per family, read in both directions.
+
+A row gives our leaf with its axes, and what Hugging Face, GGUF and DeepMind's own checkpoints call it: the name, `{}`
+for the layer, then the axes as stored (einops). `[0/2]` picks a part of a tensor that fuses several leaves. Axes:
+V vocabulary, D width, N query heads, K key/value heads, H head dim, F feed-forward width.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import einops
+import numpy as np
+
+from latent_delib.errors import UserError
+from latent_delib.nn.sizes import TransformerConfig
+
+
+class Row(NamedTuple):
+    """Names and axes of one leaf; DeepMind has published Gemma alone."""
+
+    ours: str
+    huggingface: str
+    gguf: str
+    deepmind: str = ""
+
+
+_LLAMA = {
+    "embedding": Row("V D", "model.embed_tokens.weight V D", "token_embd.weight V D", "embedder/input_embedding V D"),
+    "final_norm.scale": Row("D", "model.norm.weight D", "output_norm.weight D", "final_norm/scale D"),
+    "layers.pre_attn_norm.scale": Row(
+        "D",
+        "model.layers.{}.input_layernorm.weight D",
+        "blk.{}.attn_norm.weight D",
+        "layer_{}/pre_attention_norm/scale D",
+    ),
+    "layers.attn.q": Row(
+        "D N H",
+        "model.layers.{}.self_attn.q_proj.weight (N H) D",
+        "blk.{}.attn_q.weight (N H) D",
+        "layer_{}/attn/q_einsum N D H",
+    ),
+    "layers.attn.k": Row(
+        "D K H",
+        "model.layers.{}.self_attn.k_proj.weight (K H) D",
+        "blk.{}.attn_k.weight (K H) D",
+        "layer_{}/attn/kv_einsum[0/2] K D H",
+    ),
+    "layers.attn.v": Row(
+        "D K H",
+        "model.layers.{}.self_attn.v_proj.weight (K H) D",
+        "blk.{}.attn_v.weight (K H) D",
+        "layer_{}/attn/kv_einsum[1/2] K D H",
+    ),
+    "layers.attn.out": Row(
+        "N H D",
+        "model.layers.{}.self_attn.o_proj.weight D (N H)",
+        "blk.{}.attn_output.weight D (N H)",
+        "layer_{}/attn/attn_vec_einsum N H D",
+    ),
+    "layers.pre_mlp_norm.scale": Row(
+        "D",
+        "model.layers.{}.post_attention_layernorm.weight D",
+        "blk.{}.ffn_norm.weight D",
+        "layer_{}/pre_ffw_norm/scale D",
+    ),
+    "layers.mlp.gate": Row(
+        "D F",
+        "model.layers.{}.mlp.gate_proj.weight F D",
+        "blk.{}.ffn_gate.weight F D",
+        "layer_{}/mlp/gating_einsum[0/2] D F",
+    ),
+    "layers.mlp.up": Row(
+        "D F",
+        "model.layers.{}.mlp.up_proj.weight F D",
+        "blk.{}.ffn_up.weight F D",
+        "layer_{}/mlp/gating_einsum[1/2] D F",
+    ),
+    "layers.mlp.down": Row(
+        "F D", "model.layers.{}.mlp.down_proj.weight D F", "blk.{}.ffn_down.weight D F", "layer_{}/mlp/linear F D"
+    ),
+}
+_QK_NORMS = {
+    "layers.attn.q_norm.scale": Row(
+        "H",
+        "model.layers.{}.self_attn.q_norm.weight H",
+        "blk.{}.attn_q_norm.weight H",
+        "layer_{}/attn/_query_norm/scale H",
+    ),
+    "layers.attn.k_norm.scale": Row(
+        "H",
+        "model.layers.{}.self_attn.k_norm.weight H",
+        "blk.{}.attn_k_norm.weight H",
+        "layer_{}/attn/_key_norm/scale H",
+    ),
+}
+_POST_NORMS = {  # what Llama calls post_attention_layernorm stands before the MLP; here the name means what it says
+    "layers.post_attn_norm.scale": Row(
+        "D",
+        "model.layers.{}.post_attention_layernorm.weight D",
+        "blk.{}.post_attention_norm.weight D",
+        "layer_{}/post_attention_norm/scale D",
+    ),
+    "layers.pre_mlp_norm.scale": Row(
+        "D",
+        "model.layers.{}.pre_feedforward_layernorm.weight D",
+        "blk.{}.ffn_norm.weight D",
+        "layer_{}/pre_ffw_norm/scale D",
+    ),
+    "layers.post_mlp_norm.scale": Row(
+        "D",
+        "model.layers.{}.post_feedforward_layernorm.weight D",
+        "blk.{}.post_ffw_norm.weight D",
+        "layer_{}/post_ffw_norm/scale D",
+    ),
+}
+FAMILIES = {
+    "llama": _LLAMA,
+    "qwen3": _LLAMA | _QK_NORMS,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA | _POST_NORMS,
+    "gemma3": _LLAMA | _POST_NORMS | _QK_NORMS,
+}
+
+
+def family(config: TransformerConfig) -> str:
+    """The family that an architecture belongs to, by what tells families apart."""
+    gemma, norms = config.scale_embeddings, (config.post_norms, config.qk_norm)
+    known = {(False, False): "gemma", (True, False): "gemma2", (True, True): "gemma3"}
+    if not gemma:
+        known = {(False, False): "llama", (False, True): "qwen3"}
+    if norms not in known:
+        raise UserError(f"no family has post_norms={norms[0]}, qk_norm={norms[1]} and scale_embeddings={gemma}")
+    return known[norms]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One leaf of ours, or one layer of it, as it lies in somebody's checkpoint.
+
+    name: theirs. shape: theirs, of this leaf's part. part: (index, of how many) on a leading axis, or None.
+    theirs, ours: axes. sizes: of the axes. added: what their norms hold beyond ours.
+    """
+
+    leaf: str
+    layer: int | None
+    name: str
+    shape: tuple[int, ...]
+    part: tuple[int, int] | None
+    theirs: str
+    ours: str
+    sizes: Mapping[str, int]
+    added: float
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the whole stored tensor."""
+        return self.shape if self.part is None else (self.part[1], *self.shape)
+
+    def to_ours(self, x: np.ndarray) -> np.ndarray:
+        """Their stored tensor as our leaf, in its dtype."""
+        x = x if self.part is None else x[self.part[0]]
+        x = einops.rearrange(x, f"{self.theirs} -> {self.ours}", **self._sizes(self.theirs))
+        return x - x.dtype.type(self.added) if self.added else x
+
+    def to_theirs(self, x: np.ndarray) -> np.ndarray:
+        """Our leaf as the tensor of theirs; fused ones are never written."""
+        return einops.rearrange(x, f"{self.ours} -> {self.theirs}", **self._sizes(self.ours))
+
+    def _sizes(self, axes: str) -> dict[str, int]:
+        """Of the axes that stand in brackets, which is where einops cannot know them."""
+        inside = " ".join(re.findall(r"\(([^)]*)\)", axes)).split()
+        return {axis: self.sizes[axis] for axis in inside}
+
+
+def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
+    """Every tensor of a decoder in the order of our leaves, layers one after the other.
+
+    Args:
+      form: a column of the tables: "huggingface", "gguf" or "deepmind".
+    """
+    c, family_ = config, family(config)
+    sizes = dict(V=c.vocab_size, D=c.embed_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim, F=c.ffn_dim)
+    sizes |= dict(h=c.head_dim // 2, c=2)
+    for leaf, row in FAMILIES[family_].items():
+        name, _, theirs = getattr(row, form).partition(" ")
+        ours = row.ours
+        if form == "gguf" and family_ == "llama" and leaf in ("layers.attn.q", "layers.attn.k"):
+            # There rotary pairs are neighbours, (0, 1), (2, 3), ...; elsewhere the halves of a head.
+            theirs, ours = theirs.replace("H", "h c"), ours.replace("H", "(c h)")
+        if form == "deepmind" and c.num_heads == c.num_kv_heads and re.fullmatch(r"layers\.attn\.[qkv]", leaf):
+            name = f"layer_{{}}/attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
+        part = re.fullmatch(r"(.*)\[(\d)/(\d)\]", name)
+        groups = re.findall(r"\([^)]*\)|\w", theirs)
+        tensor = Tensor(
+            leaf=leaf,
+            layer=None,
+            name=part[1] if part else name,
+            shape=tuple(math.prod(sizes[axis] for axis in group.strip("()").split()) for group in groups),
+            part=(int(part[2]), int(part[3])) if part else None,
+            theirs=theirs,
+            ours=ours,
+            sizes=sizes,
+            added=c.norm_offset if form == "gguf" and leaf.endswith(".scale") else 0.0,
+        )
+        if not leaf.startswith("layers."):
+            yield tensor
+            continue
+        for layer in range(c.num_layers):
+            yield dataclasses.replace(tensor, layer=layer, name=tensor.name.format(layer))
+
+
+def match(
+    found: Mapping[str, tuple[int, ...]],
+    config: TransformerConfig,
+    form: str,
+    source: str,
+    without: tuple[str, ...] = (),
+) -> list[Tensor]:
+    """The tensors of a checkpoint that holds `found`, name -> shape; `without` names leaves that it does not have.
+
+    Raises:
+      UserError: lists every tensor that is missing, unknown or misshapen, by their name and by ours.
+    """
+    if config.num_layers > len(found):  # before as many names are made
+        raise UserError(f"{source}: {config.num_layers} layers, but only {len(found)} tensors")
+    wanted = [t for t in tensors(config, form) if t.leaf not in without]
+    names: dict[str, tuple[tuple[int, ...], list[str]]] = {}
+    for t in wanted:
+        ours = t.leaf if t.layer is None else f"{t.leaf} of layer {t.layer}"
+        names.setdefault(t.name, (t.stored_shape, []))[1].append(ours)
+    wrong = []
+    for name, (shape, leaves) in names.items():
+        ours = ", ".join(leaves)
+        if name not in found:
+            wrong.append(f"missing {name} {shape} ({ours})")
+        elif tuple(found[name]) != shape:
+            wrong.append(f"{name} is {tuple(found[name])}, expected {shape} ({ours})")
+    wrong += [f"unknown {name} {tuple(shape)}" for name, shape in found.items() if name not in names]
+    if wrong:
+        raise UserError(f"{source}: {'; '.join(wrong)}")
+    return wanted

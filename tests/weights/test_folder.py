@@ -1,0 +1,153 @@
+"""Our own folders: read part by part onto a mesh, written whole or not at all; a coprocessor's folder."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import latent_delib as ld
+from latent_delib import experiment, train
+from latent_delib import mesh as mesh_lib
+from latent_delib.convert import convert
+from latent_delib.errors import UserError
+from latent_delib.nn.transformer import PARAM_AXES
+from latent_delib.weights import folder
+from latent_delib.weights.tensors import TensorFile
+
+
+def same(one, two):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), one, two)
+
+
+def test_a_device_reads_its_own_part(decoder_folder, monkeypatch):
+    """On 2 x 2 x 2 devices no read is larger than a shard, and the whole is what one device reads."""
+    config = folder.read_config(decoder_folder)
+    mesh = mesh_lib.make({"data": 2, "fsdp": 2, "tensor": 2})
+    shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
+    sizes, plain = {}, TensorFile.read
+
+    def counted(self, name, index=...):
+        x = plain(self, name, index)
+        sizes[name] = max(sizes.get(name, 0), x.size)
+        return x
+
+    monkeypatch.setattr(TensorFile, "read", counted)
+    sharded = folder.load(decoder_folder, config, np.float32, shardings)
+    for name, x in folder.by_name(sharded).items():
+        assert sizes[name] == x.addressable_shards[0].data.size, name
+    assert sizes["layers.mlp.gate"] == sharded["layers"]["mlp"]["gate"].size / 4
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, sharded, shardings)))
+    same(sharded, folder.load(decoder_folder, config, np.float32))
+
+
+def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path):
+    out = tmp_path / "decoder"
+    with pytest.raises(OSError), folder.whole(out) as partial:
+        (partial / "config.json").write_text("{}")
+        raise OSError("the disk is full")
+    assert not list(tmp_path.iterdir())
+    shutil.copytree(decoder_folder, out)
+    before = folder.fingerprint(out)
+    with pytest.raises(OSError), folder.whole(out, replace=True) as partial:
+        (partial / "config.json").write_text("{}")
+        raise OSError("the disk is full")
+    assert folder.fingerprint(out) == before and [p.name for p in tmp_path.iterdir()] == ["decoder"]
+    with folder.whole(out, replace=True) as partial:
+        (partial / "config.json").write_text("{}")
+    assert [p.name for p in out.iterdir()] == ["config.json"] and [p.name for p in tmp_path.iterdir()] == ["decoder"]
+
+
+def test_a_full_disk_ends_in_one_line(decoder_folder, tmp_path):
+    """The file size limit of a child process stands for the disk."""
+    import subprocess
+    import sys
+
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"sys.argv = ['convert', '--source={decoder_folder}', '--out={tmp_path / 'out'}'];"
+        "runpy.run_module('latent_delib.convert', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "error: " in done.stderr and "File too large" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def trained_coprocessor(trained):
+    return ld.load_coprocessor(str(trained))
+
+
+def test_a_coprocessor_is_exported_and_read_again(trained, trained_coprocessor, decoder_folder, tmp_path):
+    convert(str(trained), str(tmp_path / "out"))
+    found = ld.load_coprocessor(str(tmp_path / "out"))
+    same(found.params, trained_coprocessor.params)
+    for field in ("method", "num_latents", "placement", "fingerprint", "step"):
+        assert getattr(found, field) == getattr(trained_coprocessor, field)
+    decoder = ld.load_decoder(str(decoder_folder))
+    text, at = np.arange(3, 23)[None], np.array([[2, 9]])
+    ours, theirs = (ld.AugmentedLM(decoder, c).latents(text, at) for c in (found, trained_coprocessor))
+    np.testing.assert_array_equal(ours, theirs)
+
+    # The names and axes of a Hugging Face decoder, which export gives the decoder itself too.
+    convert(str(decoder_folder), str(tmp_path / "hf"), to="huggingface")
+    body, own = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert own.keys() - body.keys() == {"soft_tokens"} and body.keys() - own.keys() == {"model.embed_tokens.weight"}
+    assert all(own[name].shape == body[name].shape for name in own.keys() & body.keys())
+    assert json.loads((tmp_path / "out" / "coprocessor.json").read_text())["step"] == 4
+    assert ld.load_coprocessor(str(tmp_path / "out"), step=4).step == 4
+    with pytest.raises(UserError, match="of step 4, not of step 3"):
+        ld.load_coprocessor(str(tmp_path / "out"), step=3)
+
+
+def test_pause_tokens_are_soft_tokens_alone(make_config, tmp_path):
+    config = make_config({"method.name": "pause_tokens", "train.steps": 1})
+    train.train(config, str(tmp_path / "w"))
+    convert(str(tmp_path / "w"), str(tmp_path / "out"))
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == {"soft_tokens"}
+    same(ld.load_coprocessor(str(tmp_path / "out")).params, ld.load_coprocessor(str(tmp_path / "w")).params)
+
+
+def test_a_trained_decoder_is_no_coprocessor(make_config, tmp_path):
+    train.train(make_config({"method.name": "decoder", "train.steps": 1}), str(tmp_path / "w"))
+    with pytest.raises(UserError, match="'decoder' has no coprocessor"):
+        convert(str(tmp_path / "w"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "file, change, words",
+    [
+        ("coprocessor.json", lambda c: c | {"format": "x"}, "format is 'x'"),
+        ("coprocessor.json", lambda c: c | {"num_latents": "2"}, "num_latents='2', expected int"),
+        ("coprocessor.json", lambda c: c | {"num_latents": 3}, r"soft_tokens is \(2, 32\), expected \(3, 32\)"),
+        ("coprocessor.json", lambda c: c | {"architecture": {}}, "missing fields"),
+        ("model.safetensors", lambda t: {"soft_tokens": t["soft_tokens"], "x": t["soft_tokens"]}, "only 1 tensors"),
+        ("model.safetensors", lambda t: t | {"x": t["soft_tokens"]}, "unknown x"),
+        ("model.safetensors", lambda t: {k: x for k, x in t.items() if "q_proj" not in k}, "missing .*q_proj"),
+    ],
+)
+def test_coprocessor_folders_that_are_broken(trained, tmp_path, file, change, words):
+    convert(str(trained), str(tmp_path / "out"))
+    path = tmp_path / "out" / file
+    if file.endswith("json"):
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        save_file(change(load_file(path)), path)
+    with pytest.raises(UserError, match=words):
+        ld.load_coprocessor(str(tmp_path / "out"))
+
+
+def test_sizes_are_asserted_by_configs_too(make_config, decoder_folder):
+    """A padded token table is no other size; anything else is."""
+    config = make_config()
+    with config.unlocked():
+        config.decoder.architecture.vocab_size = 300
+        config.decoder.architecture.window = 5
+        experiment.read(config)
+        config.decoder.architecture.window = 6
+        with pytest.raises(UserError, match=f"config.decoder.architecture: {decoder_folder} has window=5, expected 6"):
+            experiment.read(config)

