@@ -1,0 +1,45 @@
+"""What `transformers` makes of an exported folder: marked `reference`, skipped where it is not installed."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import FAMILIES
+
+import latent_delib as ld
+from latent_delib.convert import convert
+
+pytestmark = pytest.mark.reference
+TEXTS = ("the cat sat on  a mat\n\tand ran", " leading", "ünïcode 🎉", "x" * 40, "def f(x):\n    return x\n")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_decoder_computes_the_same(hf, tmp_path, family):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    convert(str(hf(family)), str(tmp_path / "ours"))
+    convert(str(tmp_path / "ours"), str(tmp_path / "back"), to="huggingface")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    tokens = np.random.default_rng(0).integers(4, 320, (2, 24))
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    ours = ld.AugmentedLM(ld.load_decoder(str(tmp_path / "ours"))).logits(tokens)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("decoder", ["packaged", "runs/smollm2_135m/decoder"])
+def test_an_exported_tokenizer_reads_the_same(tmp_path, decoder):
+    transformers = pytest.importorskip("transformers")
+    where = Path(ld.__file__).parent / "weights" / "packaged" if decoder == "packaged" else Path(decoder)
+    if not where.is_dir():
+        pytest.skip(f"{where} is not there: launch/smollm2.sh makes it")
+    shutil.copytree(where, tmp_path / "ours")
+    convert(str(tmp_path / "ours"), str(tmp_path / "back"), to="huggingface")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    ours = ld.load_decoder(decoder).tokenizer
+    for text in TEXTS:
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
