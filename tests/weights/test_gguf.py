@@ -288,6 +288,7 @@ def start(tensors=0, keys=0, version=3):
             [],
         ),
         (start(tensors=1) + tensor(dims=()) + bytes(64), ["0 dimensions"]),
+        (start(tensors=1) + tensor("a\nb\0c", dims=()) + bytes(64), ["a\\nb\\x00c has 0 dimensions"]),
         (start(tensors=1) + tensor(dims=(1,) * 5) + bytes(64), ["5 dimensions"]),
         (start(tensors=1) + tensor(dims=(2**32, 2**32)) + bytes(64), ["ends at byte", "the file has"]),
         (start(tensors=1) + tensor(offset=2**63) + bytes(256), ["ends at byte"]),
