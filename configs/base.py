@@ -48,11 +48,13 @@ def get_config() -> ConfigDict:
     c.train.log_every = 10
     c.train.checkpoint_every = 1000
     c.train.keep = 2  # newest checkpoints kept
+    c.train.profile_at = 0  # the step after which three are traced into WORKDIR/profile; 0: none
 
     c.compute = ConfigDict()
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
-    c.compute.remat = "full"  # none, dots or full: what the backward pass computes again
-    c.compute.vocab_chunk = 8192  # rows of the token table that the loss holds at a time
+    c.compute.attention = "auto"  # auto: by platform; or reference, xla, pallas_gpu, pallas_tpu
+    c.compute.remat = "attention"  # none, dots, attention, full: what the backward pass keeps, from most to least
+    c.compute.loss_chunk = 512  # tokens of a sequence whose logits exist at a time
 
     c.mesh = ConfigDict()  # devices along each axis; -1: what the others leave
     c.mesh.data = -1

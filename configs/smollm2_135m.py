@@ -1,7 +1,7 @@
 """SmolLM2-135M for real: a coprocessor for a pretrained decoder, on one GPU.
 
-  ./launch/smollm2.sh                                           decoder, frozen evaluation, training, evaluation
-  CONFIG=smollm2_135m_cpu ./launch/smollm2.sh                   the smallest form, on two CPU cores
+  LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/smollm2.sh    decoder, frozen evaluation, training, evaluation
+  CONFIG=smollm2_135m_cpu ./launch/smollm2.sh                     the smallest form, on two CPU cores
 
 The learning rate is the best of 1e-4, 3e-4 and 1e-3 in a study of this size.
 """

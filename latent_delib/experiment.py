@@ -18,6 +18,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.nn import transformer
+from latent_delib.nn.attention_forms import FORMS, choose
 from latent_delib.nn.sizes import TransformerConfig, differences
 from latent_delib.nn.transformer import PARAM_AXES, REMAT, Params, Transformer
 from latent_delib.tokenizer import Tokenizer
@@ -102,11 +103,17 @@ def read(config: ConfigDict) -> Experiment:
                 f"config.mesh.tensor={mesh.shape['tensor']} does not divide {key}={getattr(architecture, key)}"
             )
     aug = Augmentation(
-        Transformer(architecture, config.compute.remat, mesh_lib.constrain(mesh)),
+        Transformer(
+            architecture,
+            config.compute.remat,
+            mesh_lib.constrain(mesh),
+            mesh_lib.split(mesh),
+            choose(config.compute.attention, mesh.devices.flat[0].platform),
+        ),
         config.method.name,
         config.method.num_latents,
         config.method.placement,
-        config.compute.vocab_chunk,
+        config.compute.loss_chunk,
     )
     return Experiment(config, aug, mesh, jnp.dtype(config.compute.dtype), tokenizer, decoder, fingerprint)
 
@@ -129,17 +136,21 @@ def check(config: ConfigDict) -> None:
     one_of("compute.dtype", config.compute.dtype, ("bfloat16", "float32"))
     one_of("decoder.export_dtype", config.decoder.export_dtype, ("bfloat16", "float32"))
     one_of("compute.remat", config.compute.remat, REMAT)
+    one_of("compute.attention", config.compute.attention, ("auto", *FORMS))
     at_least(1, method__num_latents=m.num_latents, method__num_traces=m.num_traces, method__num_ahead=m.num_ahead)
     at_least(1, train__steps=t.steps, train__batch_size=t.batch_size, train__accumulation=t.accumulation)
     at_least(1, train__log_every=t.log_every, train__checkpoint_every=t.checkpoint_every, train__keep=t.keep)
     at_least(1, evaluate__num_ahead=e.num_ahead, evaluate__batch_size=e.batch_size, evaluate__positions=e.positions)
     at_least(2, data__seq_len=config.data.seq_len, evaluate__max_length=e.max_length)
-    at_least(1, compute__vocab_chunk=config.compute.vocab_chunk)
+    at_least(1, compute__loss_chunk=config.compute.loss_chunk)
     at_least(0, optimizer__soft_token_learning_rate=o.soft_token_learning_rate, optimizer__warmup_steps=o.warmup_steps)
     at_least(0, optimizer__weight_decay=o.weight_decay, evaluate__max_pieces=e.max_pieces)
+    at_least(0, train__profile_at=t.profile_at)
     for key in ("learning_rate", "clip_norm", "eps"):
         if not o[key] > 0:
             raise UserError(f"config.optimizer.{key}={o[key]}: expected more than 0")
+    if t.profile_at and t.profile_at + 3 > t.steps:
+        raise UserError(f"config.train.profile_at={t.profile_at}: three steps after it are past steps={t.steps}")
     if config.seed < 0:
         raise UserError(f"config.seed={config.seed}: expected at least 0")
     if t.batch_size % t.accumulation:

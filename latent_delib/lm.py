@@ -17,6 +17,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.nn import transformer
+from latent_delib.nn.attention_forms import choose
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 from latent_delib.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ class AugmentedLM:
         self.decoder, self.coprocessor, self.tokenizer = decoder, coprocessor, decoder.tokenizer
         self.dtype = decoder.params["embedding"].dtype
         self.params: Params = {"decoder": decoder.params}
-        model = Transformer(decoder.config)
+        model = Transformer(decoder.config, form=choose("auto", jax.default_backend()))
         if coprocessor is None:
             self.aug = Augmentation(model, "decoder", 0)
             return

@@ -90,6 +90,24 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.A
     return place
 
 
+def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
+    """The function that `nn` wraps what a compiler cannot split: every device runs it on its own rows and heads."""
+
+    def on_each_device(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
+        if mesh.size == 1:
+            return function
+
+        def specs(tree: Any) -> Any:
+            def is_axes(x: Any) -> bool:
+                return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
+
+            return jax.tree.map(lambda axes: spec(axes, ACTIVATIONS), tree, is_leaf=is_axes)
+
+        return jax.shard_map(function, mesh=mesh, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False)
+
+    return on_each_device
+
+
 def table(shardings: Any, tree: Any) -> str:
     """One line a leaf: name, shape, spec."""
     lines = []

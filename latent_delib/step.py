@@ -79,23 +79,24 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     at_BM = traces.draw(key, segment_BT, min(num_traces, tokens_BT.shape[1] - 1))  # a plain decoder uses none
 
-    def loss_sum(trainable: Params, part: tuple[jax.Array, ...]):
-        params = frozen | jax.tree.map(lambda x: x.astype(dtype), trainable)
-        return augment.loss(aug, params, *part, num_ahead, dtype)
+    def loss_sum(trained: Params, part: tuple[jax.Array, ...]):
+        return augment.loss(aug, frozen | trained, *part, num_ahead, dtype)
 
+    # Differentiated where it is cast: gradients have the dtype of the computation, and lose nothing by it.
+    trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)
     sums = jax.value_and_grad(loss_sum, has_aux=True)
     whole = (tokens_BT, segment_BT, at_BM)
     if accumulation == 1:
-        (loss, tokens), grads = sums(state.trainable, whole)
+        (loss, tokens), grads = sums(trained, whole)
     else:
         # Part i takes rows i, i + accumulation, ...: rows stay on the devices that hold them.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[1]).swapaxes(0, 1), whole)
         zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.trainable))
         ((loss, tokens), grads), _ = jax.lax.scan(
-            lambda total, part: (jax.tree.map(jnp.add, total, sums(state.trainable, part)), None), zeros, parts
+            lambda total, part: (jax.tree.map(jnp.add, total, sums(trained, part)), None), zeros, parts
         )
     tokens = jnp.maximum(tokens, 1.0)
-    grads = jax.tree.map(lambda g: g / tokens, grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / tokens, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": optax.global_norm(grads)}

@@ -144,10 +144,18 @@ def run(exp: Experiment, workdir: Path | None, stop: dict[str, bool] | None) -> 
         metrics = Metrics(exp, workdir if primary else None, start, frozen_decoder=bool(frozen_shapes))
         last_saved = start if meta is not None else None
         for step in range(start + 1, t.steps + 1):
+            began = time.perf_counter()
             local = next(loader)
+            metrics.waited += time.perf_counter() - began
             batch = {k: jax.make_array_from_process_local_data(mesh_lib.rows(mesh), v) for k, v in local.items()}
             state, values = compiled(state, frozen, batch)
             metrics.push(step, values)
+            if t.profile_at > start and step in (t.profile_at, t.profile_at + 3):
+                jax.block_until_ready(values)  # a trace begins and ends between steps
+                if step == t.profile_at:
+                    jax.profiler.start_trace(str(workdir / "profile"))
+                else:
+                    jax.profiler.stop_trace()
             stopping = stop["requested"]
             if stopping or step % t.checkpoint_every == 0 or step == t.steps:
                 metrics.flush()  # a loss that is not finite must end the run before it is saved
@@ -186,7 +194,8 @@ class Metrics:
         )
         self.peak = flops.PEAK.get(jax.devices()[0].device_kind, math.nan) * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.loss, self.weight, self.since, self.clock = 0.0, 0.0, start, time.perf_counter()
+        self.loss, self.weight, self.waited = 0.0, 0.0, 0.0
+        self.since, self.clock = start, time.perf_counter()
         self.file, self.events = None, None
         if workdir is not None:
             path = workdir / "metrics.jsonl"
@@ -223,6 +232,7 @@ class Metrics:
             "learning_rate": float(self.schedule(step - 1)),
             "tokens_per_second": self.tokens / seconds,
             "step_seconds": seconds,
+            "data_seconds": self.waited / (step - self.since),  # of these, waiting for a batch
         }
         utilisation = self.flops / seconds / self.peak
         if math.isfinite(utilisation):
@@ -239,7 +249,8 @@ class Metrics:
                 f"  {row['tokens_per_second']:,.0f} tokens/s{mfu}  ETA {eta}",
                 flush=True,
             )
-        self.loss, self.weight, self.since, self.clock = 0.0, 0.0, step, time.perf_counter()
+        self.loss, self.weight, self.waited = 0.0, 0.0, 0.0
+        self.since, self.clock = step, time.perf_counter()
 
     def close(self) -> None:
         self.flush()
@@ -291,7 +302,8 @@ def summary(exp: Experiment, state: TrainState, frozen: Params, shardings: Train
         shapes += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}, placement {m.placement}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(exp.mesh.shape)}"
     lines = [
-        f"method {m.name}: {shapes}, {c.compute.dtype}, remat {c.compute.remat}",
+        f"method {m.name}: {shapes}, {c.compute.dtype}, attention {exp.aug.transformer.form}, "
+        f"remat {c.compute.remat}",
         f"decoder {exp.decoder or 'random'} [{exp.fingerprint[:12]}]",
         f"parameters: {count(frozen):,} frozen ({gib(size(frozen))}), {count(state.trainable):,} trainable "
         f"({gib(size(state.trainable))} + optimizer {gib(size(state.opt_state))}), over all devices",

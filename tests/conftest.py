@@ -156,7 +156,7 @@ def tiny(sources, decoder_folder, token_folder) -> dict:
         "train.checkpoint_every": 2,
         "compute.dtype": "float32",
         "compute.remat": "none",
-        "compute.vocab_chunk": 128,
+        "compute.loss_chunk": 8,
         "evaluate.num_ahead": 4,
         "evaluate.max_length": 32,
         "evaluate.positions": 8,

@@ -56,6 +56,8 @@ def named(line, *words):
         ("--config.compute.dtype=float16", ["config.compute.dtype='float16'", "bfloat16"]),
         ("--config.compute.remat=some", ["config.compute.remat='some'", "dots"]),
         ("--config.train.steps=0", ["config.train.steps=0"]),
+        ("--config.train.profile_at=2", ["config.train.profile_at=2", "steps=4"]),
+        ("--config.compute.attention=flash", ["config.compute.attention='flash'", "pallas_tpu"]),
         ("--config.optimizer.learning_rate=-1", ["config.optimizer.learning_rate=-1"]),
         ("--config.optimizer.learning_rate=nan", ["config.optimizer.learning_rate=nan"]),
         ("--config.seed=-1", ["config.seed=-1"]),

@@ -80,7 +80,8 @@ def test_independent_of_batches_and_devices(make_config, decoder_folder, documen
     changes = {"method.placement": "overlay", "method.num_latents": 3}
     exp = experiment.read(make_config(changes | {"evaluate.batch_size": batch_size, "evaluate.positions": positions}))
     mesh = Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), mesh_lib.AXES)
-    transformer = dataclasses.replace(exp.aug.transformer, constrain=mesh_lib.constrain(mesh))
+    placed = {"constrain": mesh_lib.constrain(mesh), "split": mesh_lib.split(mesh)}
+    transformer = dataclasses.replace(exp.aug.transformer, **placed)
     exp = dataclasses.replace(exp, mesh=mesh, aug=dataclasses.replace(exp.aug, transformer=transformer))
     lm = ld.AugmentedLM(
         decoder := ld.load_decoder(str(decoder_folder)), ld.init_coprocessor(decoder, 3, "overlay", seed=5)

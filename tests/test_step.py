@@ -15,6 +15,7 @@ import pytest
 from configs import base
 from latent_delib import checkpoint, experiment, train
 from latent_delib.data import batches
+from latent_delib.nn import attention_forms
 from latent_delib.nn.transformer import Transformer
 from latent_delib.step import TrainState, learning_rate, make_optimizer, train_step
 from latent_delib.weights import folder
@@ -206,3 +207,12 @@ def test_gradients_are_clipped_by_their_global_norm():
     _, state = tx.update(grads, tx.init(params), params)
     mu = jax.tree.leaves(optax.tree.get(state, "mu"))
     assert float(jnp.sqrt(sum(jnp.sum(m**2) for m in mu))) == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["reference", "pallas_gpu"])
+def test_forms_of_attention_train_alike_on_a_mesh(alone, make_config, tmp_path, monkeypatch, form):
+    """Each device runs the kernel on its own rows and heads, whatever the number of queries."""
+    monkeypatch.setattr(attention_forms, "FEW", 0)
+    config = make_config({"compute.attention": form, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    train.train(config, str(tmp_path))
+    check_against_one_device(alone, tmp_path)

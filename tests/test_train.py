@@ -17,7 +17,7 @@ from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import folder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-KEYS = {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds"}
+KEYS = {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds", "data_seconds"}
 
 # The train command, with something that happens to its process just before a step.
 CHILD = """
@@ -247,3 +247,8 @@ def test_a_trained_decoder_is_exported(make_config, decoder_folder, tokenizer_pa
     assert np.abs(original["embedding"] - np.asarray(weights["embedding"])).max() > 1e-3
     assert Tokenizer(where / "tokenizer.model").vocab_size == Tokenizer(tokenizer_path).vocab_size
     assert not list(tmp_path.glob("decoder.tmp*"))
+
+
+def test_three_steps_are_traced(make_config, tmp_path):
+    train.train(make_config({"train.profile_at": 1}), str(tmp_path))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -24,14 +24,14 @@ class Augmentation:
     """What stays fixed while parameters and text change.
 
     transformer: the decoder's, and the coprocessor's. method: a key of `methods.METHODS`. num_latents: N_L.
-    placement: a key of `traces.PLACEMENTS`. vocab_chunk: rows of the token table that the loss holds at a time.
+    placement: a key of `traces.PLACEMENTS`. loss_chunk: tokens of a sequence whose logits exist at a time.
     """
 
     transformer: Transformer
     method: str = "cache_augmentation"
     num_latents: int = 16
     placement: str = "after"
-    vocab_chunk: int = 8192
+    loss_chunk: int = 512
 
     @property
     def has_latents(self) -> bool:
@@ -72,15 +72,10 @@ def decode(aug: Augmentation, params: Params, z_BMLD: jax.Array, cache: Cache, t
 
 
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p of each target [...] from outputs [..., D], nats, float32."""
-    flat = token_nll(
-        x.reshape(-1, x.shape[-1]),
-        params["decoder"]["embedding"],
-        targets.reshape(-1),
-        aug.transformer.config.final_softcap,
-        aug.vocab_chunk,
-    )
-    return flat.reshape(targets.shape)
+    """-log p of each target [B, ...] from outputs [B, ..., D], nats, float32."""
+    B, D = x.shape[0], x.shape[-1]
+    table, cap = params["decoder"]["embedding"], aug.transformer.config.final_softcap
+    return token_nll(x.reshape(B, -1, D), table, targets.reshape(B, -1), cap, aug.loss_chunk).reshape(targets.shape)
 
 
 def loss(

@@ -1,4 +1,4 @@
-"""Negative log-likelihood under a tied vocabulary, a slice of the vocabulary at a time."""
+"""Negative log-likelihood under a tied vocabulary, a few tokens of every sequence at a time."""
 
 from functools import partial
 
@@ -7,78 +7,82 @@ import jax.numpy as jnp
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def token_nll(
-    x_RD: jax.Array, embedding_VD: jax.Array, target_R: jax.Array, softcap: float, vocab_chunk: int
-) -> jax.Array:
-    """-log p(target) of each row, in nats, float32 [R].
+def token_nll(x_BRD: jax.Array, embedding_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int) -> jax.Array:
+    """-log p(target) of every token, in nats, float32 [B, R].
 
-    Logits are x @ embedding.T, softcapped where `softcap` is not 0. No array of R x V elements exists, forward or
-    backward: the vocabulary passes in slices of `vocab_chunk` rows under a running log-sum-exp, and the backward
-    pass computes each slice again.
+    Logits are x @ embedding.T, softcapped where `softcap` is not 0. Those of `chunk` tokens of every sequence exist at
+    a time. Where the table is frozen, the gradient of x is made in the forward pass, while the logits are at hand, up
+    to the factor that the loss puts on each token; where it is trained, the backward pass computes them again.
 
     Args:
-      x_RD: final-normed outputs. embedding_VD: the token table. target_R: int32.
+      x_BRD: final-normed outputs. embedding_VD: the token table. target_BR: int32.
     """
-    return _forward(x_RD, embedding_VD, target_R, softcap, vocab_chunk)[0]
+    parts = _cut(chunk, x_BRD, target_BR)
+    return _join(jax.lax.map(lambda part: _nll(part[0], embedding_VD, part[1], softcap)[0], parts), x_BRD)
 
 
-def _slices(embedding_VD: jax.Array, vocab_chunk: int) -> tuple[jax.Array, jax.Array]:
-    """The table as [slices, chunk, D], padded with zero rows, and the index of each slice's first row."""
-    V, D = embedding_VD.shape
-    chunk = min(vocab_chunk, V)
-    padded = jnp.pad(embedding_VD, ((0, -V % chunk), (0, 0)))
-    return padded.reshape(-1, chunk, D), jnp.arange(0, V, chunk)
+def _cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, R, ...] as [chunks, B, r, ...]: cut along the tokens, because sequences lie on different devices."""
+    B, R = arrays[0].shape[:2]
+    r = min(chunk, R)
+    padded = (jnp.pad(x, [(0, 0), (0, -R % r)] + [(0, 0)] * (x.ndim - 2)) for x in arrays)
+    return tuple(x.reshape(B, -1, r, *x.shape[2:]).swapaxes(0, 1) for x in padded)
 
 
-def _logits(x_RD: jax.Array, slice_CD: jax.Array, first: jax.Array, V: int, softcap: float) -> jax.Array:
-    logits_RC = jnp.einsum("RD,CD->RC", x_RD, slice_CD.astype(x_RD.dtype), preferred_element_type=jnp.float32)
+def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
+    """The inverse of the cut."""
+    B, R = like_BRD.shape[:2]
+    return x.swapaxes(0, 1).reshape(B, -1, *x.shape[3:])[:, :R]
+
+
+def _nll(x_BrD: jax.Array, embedding_VD: jax.Array, target_Br: jax.Array, softcap: float):
+    """-log p of the targets [B, r], and its gradient in the products x . embedding [B, r, V]; float32."""
+    logits_BrV = jnp.einsum("BrD,VD->BrV", x_BrD, embedding_VD.astype(x_BrD.dtype), preferred_element_type=jnp.float32)
+    slope_BrV = 1.0
     if softcap:
-        logits_RC = softcap * jnp.tanh(logits_RC / softcap)
-    return jnp.where(first + jnp.arange(slice_CD.shape[0]) < V, logits_RC, -jnp.inf)
+        bent_BrV = jnp.tanh(logits_BrV / softcap)
+        logits_BrV, slope_BrV = softcap * bent_BrV, 1 - jnp.square(bent_BrV)
+    lse_Br1 = jax.nn.logsumexp(logits_BrV, axis=-1, keepdims=True)
+    is_target_BrV = target_Br[..., None] == jnp.arange(embedding_VD.shape[0])
+    dlogits_BrV = (jnp.exp(logits_BrV - lse_Br1) - is_target_BrV) * slope_BrV
+    picked_Br1 = jnp.take_along_axis(logits_BrV, target_Br[..., None], axis=-1)
+    return (lse_Br1 - picked_Br1)[..., 0], dlogits_BrV
 
 
-def _forward(x_RD, embedding_VD, target_R, softcap, vocab_chunk):
-    V = embedding_VD.shape[0]
-
-    def step(carry, one):
-        highest_R, total_R, picked_R = carry
-        slice_CD, first = one
-        logits_RC = _logits(x_RD, slice_CD, first, V, softcap)
-        new_R = jnp.maximum(highest_R, logits_RC.max(axis=1))
-        total_R = total_R * jnp.exp(highest_R - new_R) + jnp.exp(logits_RC - new_R[:, None]).sum(axis=1)
-        index_R = target_R - first
-        inside_R = (index_R >= 0) & (index_R < slice_CD.shape[0])
-        here_R = jnp.take_along_axis(logits_RC, jnp.clip(index_R, 0, slice_CD.shape[0] - 1)[:, None], axis=1)[:, 0]
-        return (new_R, total_R, jnp.where(inside_R, here_R, picked_R)), None
-
-    zero_R = jnp.zeros(x_RD.shape[0], jnp.float32)
-    (highest_R, total_R, picked_R), _ = jax.lax.scan(
-        step, (zero_R - jnp.inf, zero_R, zero_R), _slices(embedding_VD, vocab_chunk)
-    )
-    lse_R = highest_R + jnp.log(total_R)
-    return lse_R - picked_R, (x_RD, embedding_VD, target_R, lse_R)
+def _into_x(dlogits_BrV: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    dlogits_BrV, embedding_VD = dlogits_BrV.astype(dtype), embedding_VD.astype(dtype)
+    return jnp.einsum("BrV,VD->BrD", dlogits_BrV, embedding_VD, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _backward(softcap, vocab_chunk, residuals, dnll_R):
-    x_RD, embedding_VD, target_R, lse_R = residuals
-    V = embedding_VD.shape[0]
+def _forward(x_BRD, embedding_VD, target_BR, softcap, chunk):
+    trained = embedding_VD.perturbed
+    x_BRD, embedding_VD, target_BR = (a.value for a in (x_BRD, embedding_VD, target_BR))
+    if trained:
+        return token_nll(x_BRD, embedding_VD, target_BR, softcap, chunk), (None, (x_BRD, embedding_VD, target_BR))
 
-    def step(dx_RD, one):
-        slice_CD, first = one
-        logits_RC = _logits(x_RD, slice_CD, first, V, softcap)
-        is_target_RC = target_R[:, None] == first + jnp.arange(slice_CD.shape[0])
-        dlogits_RC = dnll_R[:, None] * (jnp.exp(logits_RC - lse_R[:, None]) - is_target_RC)
-        if softcap:
-            dlogits_RC *= 1 - jnp.square(jnp.where(jnp.isfinite(logits_RC), logits_RC, 0.0) / softcap)
-        dlogits_RC = dlogits_RC.astype(x_RD.dtype)
-        dslice_CD = jnp.einsum("RC,RD->CD", dlogits_RC, x_RD).astype(embedding_VD.dtype)
-        return dx_RD + jnp.einsum(
-            "RC,CD->RD", dlogits_RC, slice_CD.astype(x_RD.dtype), preferred_element_type=jnp.float32
-        ), dslice_CD
+    def one(part):
+        nll_Br, dlogits_BrV = _nll(part[0], embedding_VD, part[1], softcap)
+        return nll_Br, _into_x(dlogits_BrV, embedding_VD, x_BRD.dtype)
 
-    dx_RD, dslices = jax.lax.scan(step, jnp.zeros(x_RD.shape, jnp.float32), _slices(embedding_VD, vocab_chunk))
-    dembedding_VD = dslices.reshape(-1, x_RD.shape[1])[:V]
-    return dx_RD.astype(x_RD.dtype), dembedding_VD, None
+    nll, dx = jax.lax.map(one, _cut(chunk, x_BRD, target_BR))
+    return _join(nll, x_BRD), (_join(dx, x_BRD), None)
 
 
-token_nll.defvjp(_forward, _backward)
+def _backward(softcap, chunk, saved, dnll_BR):
+    dx_BRD, operands = saved
+    if operands is None:
+        return (dx_BRD * dnll_BR[..., None]).astype(dx_BRD.dtype), None, None
+    x_BRD, embedding_VD, target_BR = operands
+
+    def one(dembedding_VD, part):
+        x_BrD, target_Br, dnll_Br = part
+        dlogits_BrV = _nll(x_BrD, embedding_VD, target_Br, softcap)[1] * dnll_Br[..., None]
+        more_VD = jnp.einsum("BrV,BrD->VD", dlogits_BrV.astype(x_BrD.dtype), x_BrD, preferred_element_type=jnp.float32)
+        return dembedding_VD + more_VD, _into_x(dlogits_BrV, embedding_VD, x_BrD.dtype)
+
+    parts = _cut(chunk, x_BRD, target_BR, dnll_BR)
+    dembedding_VD, dx = jax.lax.scan(one, jnp.zeros(embedding_VD.shape, jnp.float32), parts)
+    return _join(dx, x_BRD), dembedding_VD.astype(embedding_VD.dtype), None
+
+
+token_nll.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+Keys = tuple[jax.Array, jax.Array]  # keys and values: of the groups [B, M, S, K, H], or of a prefix [B, T, K, H]
+
 
 class Bounds(NamedTuple):
     """What each query sees, int32 [B, M, S]: prefix slots start <= t < stop, own tokens own_start <= j <= i."""
@@ -22,7 +24,7 @@ def attend(
     q_BMSNH: jax.Array,
     k_BMSKH: jax.Array,
     v_BMSKH: jax.Array,
-    prefix: tuple[jax.Array, jax.Array] | None,
+    prefix: Keys | None,
     bounds: Bounds,
     *,
     scale: float,

@@ -1,17 +1,22 @@
 """The parts of one transformer layer. Parameters are float32 at birth; they compute in the dtype of their input."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from latent_delib.nn import rotary
-from latent_delib.nn.attention import Bounds, attend
+from latent_delib.nn.attention import Bounds
+from latent_delib.nn.attention_forms import attend
 from latent_delib.nn.sizes import TransformerConfig
 
-# Places an activation on the mesh by the names of its axes; below the commands this is all that is known of a mesh.
+# Below the commands this is all that is known of a mesh, both by the names of axes: how an activation is placed on it,
+# and how a function that nothing else may split is run on each device's own part.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+Split = Callable[[Callable, Any, Any], Callable]
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
 
@@ -19,6 +24,12 @@ def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Leaves placement to the compiler."""
     del axes
     return x
+
+
+def unsplit(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
+    """For one device."""
+    del in_axes, out_axes
+    return function
 
 
 def _normal(fan_in: int) -> nn.initializers.Initializer:
@@ -46,7 +57,9 @@ class Attention(nn.Module):
     """Grouped-query attention; returns its output [B, M, S, D] and the own keys and values [B, M, S, K, H]."""
 
     config: TransformerConfig
+    form: str
     constrain: Constrain = unconstrained
+    split: Split = unsplit
 
     @nn.compact
     def __call__(self, x_BMSD, rope_2BMSH, bounds: Bounds, prefix):
@@ -63,7 +76,16 @@ class Attention(nn.Module):
             q_BMSNH = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q_BMSNH)
             k_BMSKH = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k_BMSKH)
         q_BMSNH, k_BMSKH = rotary.rotate(q_BMSNH, rope_2BMSH), rotary.rotate(k_BMSKH, rope_2BMSH)
-        out_BMSNH = attend(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap)
+        heads, text, query = (
+            ("batch", "traces", None, "heads", None),
+            ("batch", None, "heads", None),
+            ("batch", "traces", None),
+        )
+        out_BMSNH = self.split(
+            partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=self.form),
+            (heads, heads, heads, prefix and (text, text), Bounds(query, query, query)),
+            heads,
+        )(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
         return jnp.einsum("BMSNH,NHD->BMSD", out_BMSNH, w_NHD), (k_BMSKH, v_BMSKH)
 
@@ -87,7 +109,9 @@ class Block(nn.Module):
     """One layer: attention and MLP, each normed before, and after where the family does so (Gemma 2 and 3)."""
 
     config: TransformerConfig
+    form: str
     constrain: Constrain = unconstrained
+    split: Split = unsplit
 
     @nn.compact
     def __call__(self, x_BMSD, is_local, prefix, ropes, ranges):
@@ -98,7 +122,7 @@ class Block(nn.Module):
 
         # Window and rotary base are data: both kinds stand side by side, and a layer takes its own.
         rope_2BMSH, bounds = jax.tree.map(lambda both: both[is_local], (ropes, ranges))
-        attended, kv = Attention(c, self.constrain, name="attn")(
+        attended, kv = Attention(c, self.form, self.constrain, self.split, name="attn")(
             norm("pre_attn_norm", x_BMSD), rope_2BMSH, bounds, prefix
         )
         x_BMSD += norm("post_attn_norm", attended) if c.post_norms else attended

@@ -8,16 +8,21 @@ import jax.numpy as jnp
 
 from latent_delib.nn import rotary
 from latent_delib.nn.attention import Bounds, within_window
+from latent_delib.nn.attention_forms import SAVED
 from latent_delib.nn.cache import KV, Cache
-from latent_delib.nn.layers import Block, Constrain, RMSNorm, unconstrained
+from latent_delib.nn.layers import Block, Constrain, RMSNorm, Split, unconstrained, unsplit
 from latent_delib.nn.sizes import TransformerConfig
 
 Params = dict[str, Any]
 
-# What a backward pass keeps of each layer: everything, matrix products, or the layer's input alone.
+# What a backward pass keeps of each layer beside its input: everything, what attention and the products with weights
+# gave, what attention gave, or nothing. What it does not keep it computes again.
+_attention = jax.checkpoint_policies.save_only_these_names(*SAVED)
+_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_dots, _attention),
+    "attention": _attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -46,6 +51,8 @@ class Transformer(nn.Module):
     config: TransformerConfig
     remat: str = "none"
     constrain: Constrain = unconstrained
+    split: Split = unsplit
+    form: str = "xla"  # of attention: one of attention_forms.FORMS
 
     @nn.compact
     def __call__(
@@ -81,7 +88,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-        )(c, self.constrain, name="layers")
+        )(c, self.form, self.constrain, self.split, name="layers")
         prefix = None if cache is None else (cache.k.astype(x_BMSD.dtype), cache.v.astype(x_BMSD.dtype))
         x_BMSD, kv = layers(x_BMSD, jnp.array(c.is_local, jnp.int32), prefix, ropes, ranges)
         return RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BMSD), KV(*kv)

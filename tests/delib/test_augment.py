@@ -30,7 +30,7 @@ WEIGHTS = np.array([[[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [
 
 
 def setup(config, placement, method="cache_augmentation"):
-    aug = Augmentation(Transformer(config), method, L, placement, vocab_chunk=40)
+    aug = Augmentation(Transformer(config), method, L, placement, loss_chunk=5)
     return aug, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, L)}
 
 
@@ -200,7 +200,7 @@ def test_loss_of_a_plain_decoder_is_that_of_all_text():
     """Each token but a document's first, given its own document; no padding."""
     config = small.GEMMA
     _, params = setup(config, "after")
-    aug = Augmentation(Transformer(config), "decoder", 0, vocab_chunk=40)
+    aug = Augmentation(Transformer(config), "decoder", 0, loss_chunk=5)
     total, tokens = loss(aug, {"decoder": params["decoder"]}, TOKENS, SEGMENT, AT)
     expected = 0.0
     for document in (TOKENS[0, :9], TOKENS[0, 9:], TOKENS[1, :12]):

@@ -9,21 +9,21 @@ import pytest
 
 from latent_delib.delib.loss import token_nll
 
-R, D, V = 9, 6, 23
-CHUNKS = [7, V, 100]
+B, R, D, V = 2, 9, 6, 23
+CHUNKS = [1, 4, R, 100]
 
 
 def inputs(size=1.0, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 4)
-    x, embedding = (size * jax.random.normal(k, s) for k, s in zip(keys, ((R, D), (V, D))))
-    target = jnp.array([0, 6, 7, 13, 14, 20, 21, 22, 22])  # both ends of the slices
-    return x.astype(dtype), embedding, target, jax.random.normal(keys[3], (R,))
+    x, embedding = (size * jax.random.normal(k, s) for k, s in zip(keys, ((B, R, D), (V, D))))
+    target = jnp.array([[0, 6, 7, 13, 14, 20, 21, 22, 22], [22, 5, 0, 0, 1, 9, 11, 3, 3]])
+    return x.astype(dtype), embedding, target, jax.random.normal(keys[3], (B, R))
 
 
 def naive(x, embedding, target, softcap):
     logits = x @ embedding.T
     logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
-    return -jax.nn.log_softmax(logits)[jnp.arange(R), target]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -83,14 +83,31 @@ def arrays_in(jaxpr):
                 yield from arrays_in(getattr(inner, "jaxpr", inner))
 
 
-@pytest.mark.parametrize("chunk, whole", [(7, False), (V, True)])
-def test_no_array_of_rows_by_vocabulary(chunk, whole):
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_frozen_table_changes_no_gradient(softcap):
+    """Of x alone, made in the forward pass: the same numbers as when the table's is asked for too."""
+    x, embedding, target, weights = inputs()
+
+    def total(x, embedding):
+        return jnp.sum(token_nll(x, embedding, target, softcap, 4) * weights)
+
+    alone, both = jax.grad(total)(x, embedding), jax.grad(total, argnums=(0, 1))(x, embedding)
+    np.testing.assert_allclose(alone, both[0], rtol=1e-5, atol=1e-6)
+    frozen = jax.make_jaxpr(jax.grad(total))(x, embedding).jaxpr
+    assert not any(a.shape == (V, D) for a in arrays_in(frozen))  # no gradient of the table is made for nothing
+    table = jax.grad(total, argnums=1)(x, embedding)
+    np.testing.assert_allclose(table, both[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("argnums", [0, (0, 1)])
+@pytest.mark.parametrize("chunk, whole", [(4, False), (R, True)])
+def test_no_logits_of_all_tokens(chunk, whole, argnums):
     x, embedding, target, weights = inputs()
 
     def total(x, embedding):
         return jnp.sum(token_nll(x, embedding, target, 2.0, chunk) * weights)
 
-    program = jax.make_jaxpr(jax.value_and_grad(total, (0, 1)))(x, embedding)
+    program = jax.make_jaxpr(jax.value_and_grad(total, argnums))(x, embedding)
     floats = [a.shape for a in arrays_in(program.jaxpr) if jnp.issubdtype(a.dtype, jnp.floating)]
-    assert (R, chunk) in floats  # the slices are seen, so the walk goes in
-    assert any(np.prod(shape) >= R * V and R in shape for shape in floats) == whole
+    assert (B, chunk, V) in floats  # a chunk's are seen, so the walk goes in
+    assert any(np.prod(shape) >= B * R * V and V in shape for shape in floats) == whole

@@ -1,0 +1,139 @@
+"""Every form of the attention primitive that this platform runs, against the reference: forward and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_delib.nn import attention, attention_forms, attention_xla
+from latent_delib.nn.attention import Bounds
+from latent_delib.nn.attention_forms import attend, choose
+
+# B, M, S, K, G, H, T: chunks and blocks are cut to 8, so that all of these go over several, few of them evenly.
+SHAPES = {
+    "traces": (2, 9, 3, 2, 2, 4, 21),
+    "one chunk holds less than a trace": (1, 3, 11, 1, 4, 4, 30),
+    "text": (2, 1, 35, 2, 1, 4, 0),
+    "groups without a prefix": (2, 5, 6, 1, 2, 4, 0),
+    "a prefix shorter than a block": (1, 6, 4, 1, 1, 4, 5),
+    "text after a prefix": (2, 1, 20, 1, 2, 4, 17),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(attention_xla, "QUERIES", 8)
+    monkeypatch.setattr(attention_xla, "KEYS", 8)
+
+
+def inputs(shape, dtype=jnp.float32, sort=False):
+    """Random operands and bounds; slots that nobody sees hold bait: enormous scores, unmistakable values."""
+    B, M, S, K, G, H, T = shape
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    q, k, v = jnp.abs(draw(B, M, S, K * G, H)) + 0.1, draw(B, M, S, K, H), draw(B, M, S, K, H)
+    start, stop = random.integers(1, T + 2, (2, B, M, S)) if T else np.zeros((2, B, M, S), int)
+    stop = np.minimum(stop, T - 1) if T else stop
+    if sort:
+        stop = np.sort(stop.reshape(B, -1)).reshape(stop.shape)
+    own = np.minimum(random.integers(0, S, (B, M, S)), np.arange(S))
+    prefix = None
+    if T:
+        prefix = tuple(x.at[:, (0, -1)].set(bait) for x, bait in ((draw(B, T, K, H), 1e3), (draw(B, T, K, H), 1e6)))
+    return (q, k, v, prefix), Bounds(*(jnp.asarray(x, jnp.int32) for x in (start, stop, own))), draw(*q.shape)
+
+
+def gradients(form, operands, bounds, dout, wanted, softcap):
+    """Output, and gradients of the operands that `wanted` numbers."""
+
+    def total(*chosen):
+        full = list(operands)
+        for i, x in zip(wanted, chosen):
+            full[i] = x
+        out = attend(*full, bounds, scale=0.3, softcap=softcap, form=form)
+        return jnp.sum(out * dout), out
+
+    grads, out = jax.jit(jax.grad(total, argnums=tuple(range(len(wanted))), has_aux=True))(
+        *(operands[i] for i in wanted)
+    )
+    return out, grads
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_the_reference(name, softcap):
+    for sort in (False, True):
+        operands, bounds, dout = inputs(SHAPES[name], sort=sort)
+        for wanted in ((0, 1, 2), (0, 1, 2, 3), (3,), (1,)):
+            if 3 in wanted and operands[3] is None:
+                continue
+            out, grads = gradients("xla", operands, bounds, dout, wanted, softcap)
+            out_wanted, grads_wanted = gradients("reference", operands, bounds, dout, wanted, softcap)
+            np.testing.assert_allclose(out, out_wanted, rtol=1e-5, atol=1e-5)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), grads, grads_wanted)
+
+
+def test_bait_has_no_gradient():
+    operands, bounds, dout = inputs(SHAPES["traces"])
+    _, (_, (dk, dv)) = gradients("xla", operands, bounds, dout, (0, 3), 2.0)
+    for x in (dk, dv):
+        assert np.all(x[:, (0, -1)] == 0) and np.any(x[:, 1:-1] != 0)
+
+
+def test_bfloat16():
+    operands, bounds, dout = inputs(SHAPES["traces"], jnp.bfloat16)
+    out, grads = gradients("xla", operands, bounds, dout, (0, 1, 2), 2.0)
+    whole = jax.tree.map(lambda x: x.astype(jnp.float32), (operands, dout))
+    out_wanted, grads_wanted = gradients("reference", whole[0], bounds, whole[1], (0, 1, 2), 2.0)
+    for x, y in zip((out, *grads), (out_wanted, *grads_wanted)):
+        assert x.dtype == jnp.bfloat16
+        error = np.asarray(x.astype(jnp.float32) - y)
+        assert np.sqrt(np.mean(error**2)) < 0.02 * np.sqrt(np.mean(np.square(y)))
+
+
+def arrays_in(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                yield from arrays_in(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("name", ["traces", "text"])
+def test_no_array_of_queries_by_keys(name):
+    B, M, S, K, G, H, T = SHAPES[name]
+    operands, bounds, dout = inputs(SHAPES[name])
+    full = B * M * S * K * G * (T or S)
+
+    def largest(form):
+        program = jax.make_jaxpr(lambda *x: gradients(form, (*x, operands[3]), bounds, dout, (0, 1, 2), 2.0))(
+            *operands[:3]
+        )
+        return max(int(np.prod(shape)) for shape in arrays_in(program.jaxpr))
+
+    assert largest("reference") >= full > largest("xla")
+
+
+@pytest.mark.parametrize("form", ["pallas_gpu", "pallas_tpu"])
+def test_a_kernel_gives_way_for_the_gradient_of_a_prefix(form):
+    operands, bounds, dout = inputs((1, 4, 6, 1, 2, 64, 40))
+    with pytest.warns(UserWarning, match=f"{form} does not serve the gradient of a prefix; xla does instead"):
+        _, grads = gradients(form, operands, bounds, dout, (0, 3), 2.0)
+    _, wanted = gradients("reference", operands, bounds, dout, (0, 3), 2.0)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), grads, wanted)
+
+
+def test_which_form():
+    assert attention_forms.FORMS == ("reference", "xla", "pallas_gpu", "pallas_tpu")
+    assert [choose("auto", p) for p in ("cpu", "gpu", "tpu", "other")] == ["xla", "pallas_gpu", "pallas_tpu", "xla"]
+    assert choose("reference", "tpu") == "reference"
+
+
+def test_few_queries_are_a_product_with_the_cache():
+    operands, bounds, _ = inputs((2, 1, 3, 2, 2, 4, 21))
+    out = attend(*operands, bounds, scale=0.3, softcap=2.0, form="pallas_tpu")
+    np.testing.assert_array_equal(out, attention.attend(*operands, bounds, scale=0.3, softcap=2.0))
+    assert attention_forms.FEW >= 3

@@ -1,0 +1,179 @@
+"""The GPU's kernels, interpreted, against the reference in value and gradient; and their lowering, without a GPU."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_delib.nn import attention, attention_forms, attention_gpu
+from latent_delib.nn.attention import Bounds, within_window
+
+BAIT = 3  # so many slots at either end of the prefix are outside every bound
+B, K = 2, 2
+
+
+class Case(NamedTuple):
+    """M groups of S tokens over T slots, or over none; in float32 a block has 32 rows and 32 keys."""
+
+    H: int = 64
+    G: int = 2
+    M: int = 7
+    S: int = 11
+    T: int | None = 90
+    softcap: float = 0.0
+    window: int | None = None
+    unsorted: bool = False
+
+
+CASES = {
+    "plain": Case(),
+    "softcap": Case(softcap=2.0),
+    "softcap too high to do without a maximum": Case(H=16, softcap=100.0),
+    "head dim 128": Case(H=128, G=1, softcap=2.0, window=20),
+    "head dim 256": Case(H=256, G=1, M=3, softcap=2.0),
+    "G 3": Case(H=16, G=3, softcap=2.0),
+    "G 4": Case(H=32, G=4, window=8),
+    "G 8": Case(H=16, G=8, M=3, window=20),
+    "whole blocks": Case(H=16, M=4, S=16, T=128),
+    "unsorted": Case(H=16, T=200, unsorted=True, softcap=2.0),
+    "one token a group": Case(H=16, M=40, S=1),
+    "a group of many blocks": Case(H=16, M=2, S=75, T=40, softcap=2.0),
+    "text": Case(H=16, M=1, S=150, T=None),
+    "text, window": Case(H=16, M=1, S=150, T=None, window=40, softcap=2.0),
+    "groups without a prefix": Case(H=16, T=None),
+}
+
+
+def bounds_of(case: Case) -> Bounds:
+    """Two documents a row; groups at random positions, the first of them with an empty range.
+
+    Without a prefix each group is text of two documents.
+    """
+    draw = np.random.default_rng(1)
+    M, S, T = case.M, case.S, case.T
+    own = np.broadcast_to(np.arange(S), (B, M, S))
+    if T is None:
+        middle = draw.integers(0, S, (B, M, 1))
+        own_start = np.where(own >= middle, middle, 0)
+        prefix_start, prefix_stop, position, slots = np.zeros_like(own), np.zeros_like(own), own - own_start, None
+    else:
+        middle = draw.integers(T // 3, T // 2, (B, 1))
+        at = draw.integers(BAIT, T - BAIT, (B, M))
+        at = at if case.unsorted else np.sort(at, axis=1)
+        start = np.where(at >= middle, middle, BAIT)
+        at[:, 0] = start[:, 0]
+        own_start = np.minimum(own, draw.integers(0, 3, own.shape))
+        prefix_start, prefix_stop = (np.broadcast_to(x[..., None], own.shape) for x in (start, at))
+        position = (at - start)[..., None] + own
+        slots = jnp.arange(T) - jnp.where(jnp.arange(T) >= middle, middle, BAIT)
+    bounds = Bounds(*(jnp.array(x, jnp.int32) for x in (prefix_start, prefix_stop, own_start)))
+    return bounds if case.window is None else within_window(bounds, jnp.array(position), slots, case.window)
+
+
+def inputs(case: Case, dtype=jnp.float32):
+    """q, k, v and prefix: positive queries, so that the bait's keys score highest; its values are unmistakable."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q = jnp.abs(jax.random.normal(keys[0], (B, case.M, case.S, K * case.G, case.H), dtype))
+    k, v = (jax.random.normal(key, (B, case.M, case.S, K, case.H), dtype) for key in keys[1:3])
+    if case.T is None:
+        return q, k, v, None
+    prefix = (jax.random.normal(key, (B, case.T, K, case.H), dtype) for key in keys[3:])
+    ends = np.r_[:BAIT, case.T - BAIT : case.T]
+    return q, k, v, tuple(x.at[:, ends].set(bait) for x, bait in zip(prefix, (1e3, 1e6)))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def out_and_grads(attend, arrays, bounds, softcap):
+    """The output, and gradients of q, k and v."""
+
+    def total(own):
+        out = attend(*own, arrays[3], bounds, scale=arrays[0].shape[-1] ** -0.5, softcap=softcap)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape)).astype(out.dtype)), out
+
+    grads, out = jax.grad(total, has_aux=True)(arrays[:3])
+    return out, grads
+
+
+KERNEL = partial(attention_forms.attend, form="pallas_gpu")  # interpreted, where no GPU is
+
+
+def close(x, wanted, within):
+    """No element is further off than `within` of the largest."""
+    x, wanted = np.asarray(x, np.float32), np.asarray(wanted, np.float32)
+    np.testing.assert_allclose(x, wanted, rtol=0, atol=within * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_the_reference(case):
+    arrays, bounds = inputs(case), bounds_of(case)
+    out, grads = out_and_grads(KERNEL, arrays, bounds, case.softcap)
+    expected, expected_grads = out_and_grads(attention.attend, arrays, bounds, case.softcap)
+    close(out, expected, 1e-5)
+    for got, wanted in zip(grads, expected_grads):
+        close(got, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("case", [Case(H=64, M=9, S=20, T=200, softcap=50.0), Case(H=256, M=5, S=30, T=150)])
+def test_bfloat16(case):
+    """Here with the blocks of bfloat16. The reference rounds where it pleases, so float32 has the last word."""
+    arrays, bounds = inputs(case, jnp.bfloat16), bounds_of(case)
+    exact, exact_grads = out_and_grads(
+        attention.attend, jax.tree.map(lambda x: x.astype(jnp.float32), arrays), bounds, case.softcap
+    )
+    out, grads = out_and_grads(KERNEL, arrays, bounds, case.softcap)
+    close(out, exact, 2**-7)
+    for got, x, wanted in zip(grads, arrays, exact_grads):
+        assert got.dtype == x.dtype
+        close(got, wanted, 2**-6)
+
+
+def test_positions_may_stand_in_any_order():
+    """The very same output rows, whichever block they fall into."""
+    case = Case(H=16, M=40, S=3, T=200)
+    (q, k, v, prefix), bounds = inputs(case), bounds_of(case)
+    order = np.random.default_rng(2).permutation(case.M)
+    out, _ = out_and_grads(KERNEL, (q, k, v, prefix), bounds, 0.0)
+    groups = jax.tree.map(lambda x: x[:, order], (q, k, v, bounds))
+    shuffled, _ = out_and_grads(KERNEL, (*groups[:3], prefix), groups[3], 0.0)
+    close(shuffled, out[:, order], 1e-6)
+
+
+def test_a_policy_can_save_what_the_backward_pass_needs(capsys):
+    (q, k, v, prefix), bounds = inputs(Case()), bounds_of(Case())
+    policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+    attend = jax.checkpoint(partial(KERNEL, scale=1.0, softcap=0.0), policy=policy)
+    jax.ad_checkpoint.print_saved_residuals(lambda q: attend(2 * q, k, v, prefix, bounds), q)
+    saved = capsys.readouterr().out
+    assert "named 'attention_out'" in saved and "named 'attention_lse'" in saved
+
+
+def test_what_is_not_served_is_named():
+    def why(shape=(2, 3, 4, 8, 64), kv_heads=4, T=5, dtype=jnp.bfloat16):
+        return attention_gpu.unsupported(shape, kv_heads, T, dtype)
+
+    assert why() is why(T=None) is why(dtype="float32") is None
+    assert why((2, 3, 4, 8, 80)) == "head dim 80"
+    assert why(kv_heads=3) == "8 query heads for 3 key heads"
+    assert why(dtype=jnp.float16) == "dtype float16"
+    assert why(T=0) == why((0, 3, 4, 8, 64)) == "an empty axis"
+    with pytest.warns(UserWarning, match="pallas_gpu does not serve head dim 24; xla does instead"):
+        KERNEL(*inputs(Case(H=24)), bounds_of(Case()), scale=1.0, softcap=0.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("H", [64, 128, 256])
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
+def test_lowers_for_a_gpu(H, softcap, dtype):
+    case = Case(H=H)
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=gpu)
+    arrays, bounds = inputs(case, dtype), bounds_of(case)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = out_and_grads.trace(KERNEL, arrays, bounds, softcap)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("forward", "query_gradient", "own_gradient"):
+        assert f'name = "_{kernel}_kernel"' in text
+    assert text.count("@__gpu$xla.gpu.triton(") == 3
