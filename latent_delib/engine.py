@@ -35,13 +35,18 @@ class Decoding(NamedTuple):
 def sample(key: jax.Array, logits_BV: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
     """A token of each row, int32 [B]: the likeliest where temperature is 0, else one of the smallest set of likeliest
     tokens whose probabilities reach `top_p`."""
+    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(temperature > 0, _draw, lambda *_: likeliest_B, key, logits_BV, temperature, top_p)
+
+
+def _draw(key: jax.Array, logits_BV: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Sorting a vocabulary costs more than reading a small decoder: only where something is drawn."""
     scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
     sorted_BV = jnp.sort(jax.nn.softmax(scaled_BV), axis=-1, descending=True)
     before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
     least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
     kept_BV = jnp.where(jax.nn.softmax(scaled_BV) >= least_B1, scaled_BV, -jnp.inf)
-    drawn_B = jax.random.categorical(key, kept_BV)
-    return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+    return jax.random.categorical(key, kept_BV).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype", "max_new_tokens", "augmented", "delay", "eos_id", "pad_id"))

@@ -120,15 +120,17 @@ def perplexity(exp: Experiment, params: Params, pieces: Sequence[np.ndarray]) ->
             tokens[i, : len(piece)], segment[i, : len(piece)] = piece, 1
         tokens_BT, segment_BT = place(tokens), place(segment)
         cache, text_nll = read(params, tokens_BT, segment_BT)
-        text_nll = np.asarray(text_nll, np.float64)
-        for nll_T, piece in zip(text_nll, rows):
+        longest, parts = max(map(len, rows)) - 1, []  # positions with at least one ahead token
+        for start in range(0, longest if aug.has_latents else 0, M):
+            at_BM = np.minimum(np.arange(start, start + M), T - 1)  # T - 1 has no ahead tokens, so no weight
+            at_BM = place(np.tile(at_BM, (B, 1)).astype(np.int32))
+            parts.append(ahead(params, cache, tokens_BT, segment_BT, at_BM))
+        # Read only now that the device has all it needs to go on.
+        for nll_T, piece in zip(np.asarray(text_nll, np.float64), rows):
             for n in range(1, min(A, len(piece) - 1) + 1):
                 sums.decoder[n - 1] += nll_T[n - 1 : len(piece) - 1].sum()
                 sums.tokens[n - 1] += len(piece) - n
-        longest = max(map(len, rows)) - 1  # positions with at least one ahead token
-        for start in range(0, longest if aug.has_latents else 0, M):
-            at_BM = np.minimum(np.arange(start, start + M), T - 1)  # T - 1 has no ahead tokens, so no weight
-            nll, weights = ahead(params, cache, tokens_BT, segment_BT, place(np.tile(at_BM, (B, 1)).astype(np.int32)))
+        for nll, weights in parts:
             sums.augmented[:] += (np.asarray(nll, np.float64) * np.asarray(weights)).sum(axis=(0, 1))
         done += sum(map(len, rows))
         seconds = time.perf_counter() - began

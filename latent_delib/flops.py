@@ -2,7 +2,8 @@
 
 Useful means what the method needs if nothing were computed twice: the text once forward; the coprocessor forward and
 backward (activations and weights); the decoder's traces forward and backward (activations only, it is frozen); the
-vocabulary likewise; attention on visible pairs only. A multiply-add counts as two.
+vocabulary likewise; attention on visible pairs only, without gradients of the frozen text's keys and values. A
+multiply-add counts as two.
 """
 
 from latent_delib.delib.augment import Augmentation
@@ -27,10 +28,14 @@ def _per_token(c: TransformerConfig) -> int:
     return 2 * c.num_layers * (attention + 3 * c.embed_dim * c.ffn_dim)
 
 
-def _attention(c: TransformerConfig, keys: float) -> float:
-    """Forward FLOPs of one query's scores and sums over all layers, when global layers show it `keys` keys."""
-    visible = sum(min(keys, c.window) if local else keys for local in c.is_local)
-    return 4 * c.num_heads * c.head_dim * visible
+def _attention(c: TransformerConfig, length: int) -> float:
+    """Forward FLOPs of a query's scores and sums over all layers, the mean over its places in `length` tokens."""
+
+    def seen(local: bool) -> float:
+        window = min(c.window, length) if local else length
+        return window - window**2 / (2 * length)
+
+    return 4 * c.num_heads * c.head_dim * sum(map(seen, c.is_local))
 
 
 def train_step_flops(
@@ -39,15 +44,16 @@ def train_step_flops(
     """FLOPs of one step on `batch` rows of `seq_len` tokens; prefixes count with their mean length, T / 2."""
     c = aug.transformer.config
     vocabulary = 2 * c.vocab_size * c.embed_dim
-    text = batch * seq_len * (_per_token(c) + _attention(c, seq_len / 2))
+    text = batch * seq_len * (_per_token(c) + _attention(c, seq_len))
     if not aug.has_latents:
         return 3 * (text + batch * seq_len * vocabulary)
     traces = batch * num_traces
     inputs = aug.num_latents + num_ahead - 1 + PLACEMENTS[aug.placement].reread
-    write = traces * aug.num_latents * (_per_token(c) + _attention(c, (seq_len + aug.num_latents) / 2))
-    decode = traces * inputs * (_per_token(c) + _attention(c, (seq_len + inputs) / 2))
-    if aug.method == "pause_tokens":
-        write = 0.0
-    passes = 2 if frozen_decoder else 3
-    text_passes = 1 if frozen_decoder else 3
-    return text_passes * text + 3 * write + passes * (decode + traces * num_ahead * vocabulary)
+    passes, text_passes = (2, 1) if frozen_decoder else (3, 3)
+
+    def trace(tokens: int, passes: int) -> float:
+        over_text = (2 if frozen_decoder else 3) * _attention(c, seq_len)
+        return traces * tokens * (passes * _per_token(c) + over_text + 3 * _attention(c, tokens))
+
+    write = 0.0 if aug.method == "pause_tokens" else trace(aug.num_latents, 3)
+    return text_passes * text + write + trace(inputs, passes) + passes * traces * num_ahead * vocabulary
