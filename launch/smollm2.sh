@@ -2,8 +2,8 @@
 # A real pretrained decoder: fetches and converts SmolLM2-135M, evaluates it frozen, then does what quickstart.sh does for
 # the packaged one. Arguments go to train and evaluate; run again, it goes on where it stopped.
 #
-#   ./launch/smollm2.sh                                 # on one GPU
-#   CONFIG=smollm2_135m_cpu ./launch/smollm2.sh         # the smallest form, on two CPU cores
+#   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/smollm2.sh    # on one GPU
+#   CONFIG=smollm2_135m_cpu ./launch/smollm2.sh                     # the smallest form, on two CPU cores
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 

@@ -1,0 +1,125 @@
+"""Attention of one layer over all traces: time, useful TFLOP/s and working memory of every form.
+
+  python -m benchmarks.attention [--latents 16 64] [--batch 1] [--forms ...] [--json=FILE]
+
+A trace holds N_L + N_A tokens: the decoder's call with placement overlay. Every form does the same job, and the same
+useful FLOPs count for each (`common.attention_flops`); the dense mask also computes the text's own attention and all
+the pairs that nobody sees. torch is the peer's flex_attention, which also computes the cache's gradient; on a CPU,
+where that has no backward pass, plain attention under the same mask.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common, dense
+from latent_delib.delib.traces import Traces
+from latent_delib.nn.attention_forms import attend
+
+
+def both_passes(attention: Callable) -> dict[str, Any]:
+    """The forward pass, and the forward and backward one, as functions of (q, k, v), of what else attention takes, and
+    of the output's gradient. Only q, k and v are differentiated."""
+
+    def forward_backward(operands: tuple, shown: tuple, dout: jax.Array):
+        out, pull = jax.vjp(lambda *x: attention(*x, *shown), *operands)  # not of a sum: its gradient needs no output
+        return out, pull(dout)
+
+    return {
+        "forward": jax.jit(lambda operands, shown, dout: attention(*operands, *shown)),
+        "both": jax.jit(forward_backward),
+    }
+
+
+def torch_passes(c: Any, marks: Traces, text: dense.Tokens, operands: tuple, prefix: tuple, dout: jax.Array) -> dict:
+    """The peer's forms of the same two, as functions without arguments."""
+    import numpy as np
+    import torch
+
+    from benchmarks import peer_torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def theirs(x: jax.Array) -> Any:
+        """[B, tokens, heads, H] as torch has it."""
+        x32 = np.asarray(x.astype(jnp.float32))
+        return torch.from_numpy(x32).to(device, getattr(torch, x.dtype.name)).transpose(1, 2).contiguous()
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    integers = (marks.position, marks.bounds.prefix_start[..., 0], marks.bounds.prefix_stop[..., 0], text.position)
+    sees = peer_torch.trace_mask(*(torch.tensor(np.asarray(x), device=device) for x in integers), None)
+    q, k, v = (theirs(flat(x)).requires_grad_() for x in operands)
+    before, gradient = [theirs(x) for x in prefix], theirs(flat(dout))
+    create = peer_torch.create_mask if device == "cpu" else peer_torch.create_block_mask
+    mask = create(sees, q.shape[0], None, q.shape[2], before[0].shape[2] + q.shape[2], device=device)
+
+    @torch.compile(dynamic=False)
+    def attention(q, k, v):
+        keys = (torch.cat(pair, dim=2) for pair in zip(before, (k, v)))
+        return peer_torch.attention(q, *keys, mask, c.query_scale, c.attn_softcap)
+
+    def forward() -> None:
+        with torch.no_grad():
+            attention(q, k, v)
+
+    def both() -> None:
+        torch.autograd.grad(attention(q, k, v), (q, k, v), gradient)
+
+    return {name: common.calls(run, peer_torch.wait) for name, run in (("forward", forward), ("both", both))}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    common.share_the_card()
+    forms = ["dense", *common.attention_forms(), *["torch"] * common.has_torch()]
+    published, small = dict(latents=[16, 64], batch=[1]), dict(latents=[16], batch=[1])
+    a = common.arguments(__doc__, argv, forms, common.PUBLISHED | published, common.SMALL | small)
+    c, T, N, K, rows = a.config, a.seq_len, a.config.num_heads, a.config.num_kv_heads, []
+    for B, L in ((B, L) for B in a.batch for L in a.latents):
+        tokens_BT, segment_BT = common.text(a, B)
+        aug = common.augmentation(c, L, "reference", placement="overlay")
+        marks = aug.lay_out(tokens_BT, segment_BT, common.positions(a, segment_BT), a.ahead)
+        text, key = dense.of_text(segment_BT), jax.random.key(0)
+
+        def heads(i: int, *shape: int, key=key, B=B) -> jax.Array:
+            return jax.random.normal(jax.random.fold_in(key, i), (B, *shape, c.head_dim)).astype(a.dtype)
+
+        S = marks.position.shape[2]
+        operands = heads(0, a.traces, S, N), heads(1, a.traces, S, K), heads(2, a.traces, S, K)
+        prefix, dout = (heads(3, T, K), heads(4, T, K)), heads(5, a.traces, S, N)
+
+        compiled, runs = {}, {}
+        for form in a.forms:
+            if form == "torch":
+                runs |= {(form, p): r for p, r in torch_passes(c, marks, text, operands, prefix, dout).items()}
+                continue
+            if form == "dense":
+                whole, total = dense.both(text, dense.of_traces(marks.position, *marks.bounds[:2])), T + a.traces * S
+                everything = heads(6, total, N), heads(7, total, K), heads(8, total, K)
+                arguments = everything, (dense.visible(whole, whole),), heads(9, total, N)
+                function = partial(dense.attend, scale=c.query_scale, softcap=c.attn_softcap)
+            else:
+                arguments = operands, (prefix, marks.bounds), dout
+                function = partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=form)
+            for name, one in both_passes(function).items():
+                compiled[form, name] = one.lower(*arguments).compile()
+                runs[form, name] = common.calls(partial(compiled[form, name], *arguments))
+
+        seconds = common.measure(runs, a.rounds, a.least)
+        for (form, name), found in seconds.items():
+            row = {"batch": B, "latents": L, "form": form, "pass": name, **common.spread(found)}
+            row["tflops"] = row["vs_dense"] = None
+            if row["ms"]:
+                row["tflops"] = common.attention_flops(c, marks.bounds, name == "both") / row["ms"] / 1e9
+            if row["ms"] and seconds.get(("dense", name)):
+                row["vs_dense"] = common.spread(seconds["dense", name])["ms"] / row["ms"]
+            rows.append(row | (common.memory(compiled[form, name]) if (form, name) in compiled else {}))
+    return common.report("attention", a, rows)
+
+
+if __name__ == "__main__":
+    main()

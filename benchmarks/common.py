@@ -1,0 +1,252 @@
+"""What the benchmarks share: presets, forms taking turns under one clock, and the table with what it was made on."""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.util
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_delib.delib import traces
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.methods import METHODS
+from latent_delib.nn import transformer
+from latent_delib.nn.attention import Bounds
+from latent_delib.nn.attention_forms import BY_PLATFORM
+from latent_delib.nn.sizes import SIZES, TransformerConfig
+from latent_delib.nn.transformer import REMAT, Params, Transformer
+
+# "small": a Gemma 2 that two CPU cores train; as in the published setting, no window is shorter than the text.
+ARCHITECTURES = SIZES | {
+    "small": dataclasses.replace(SIZES["gemma2_3m"], embed_dim=256, ffn_dim=1024, window=SIZES["gemma2_2b"].window)
+}
+# The setting of Liu et al. 2025, Section 2.3, and what stands for it on a CPU.
+PUBLISHED = dict(size="gemma2_2b", dtype="bfloat16", seq_len=2048, traces=128, ahead=16)
+SMALL = dict(size="small", dtype="float32", seq_len=512, traces=64, ahead=16)
+
+Run = Callable[[int], Any]  # makes so many calls and waits for the last
+
+
+def arguments(
+    doc: str | None,
+    argv: Sequence[str] | None,
+    forms: Sequence[str],
+    published: Mapping[str, Any],
+    small: Mapping[str, Any],
+    **switches: str,
+) -> argparse.Namespace:
+    """The command line: every key of a preset is a flag, `switches` are flags that are off and their help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser.add_argument("--small", action="store_true", help="the form for two CPU cores; the default without a GPU")
+    preset = small if "--small" in argv or jax.default_backend() == "cpu" else published
+    choices = {"size": sorted(ARCHITECTURES), "dtype": ["bfloat16", "float32"], "remat": sorted(REMAT)}
+    for name, value in preset.items():
+        several = isinstance(value, list)
+        kind = type(value[0] if several else value)
+        nargs = "+" if several else None
+        parser.add_argument(f"--{name}", type=kind, nargs=nargs, default=value, choices=choices.get(name))
+    for name, meaning in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
+    parser.add_argument("--forms", nargs="+", choices=forms, default=list(forms), help="which to run")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of every form")
+    parser.add_argument(
+        "--least", type=float, default=0.3, help="seconds a measurement lasts at least, by calling again"
+    )
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    a = parser.parse_args(argv)
+    a.argv, a.config = argv, ARCHITECTURES[a.size]
+    return a
+
+
+def attention_forms() -> list[str]:
+    """The package's forms of attention that run on this platform (interpreted kernels are no measurement)."""
+    kernel = BY_PLATFORM.get(jax.default_backend(), "xla")
+    return ["reference", "xla"] + [kernel] * (kernel != "xla")
+
+
+def has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def augmentation(
+    config: TransformerConfig, num_latents: int, form: str, remat: str = "none", placement: str = "after"
+) -> Augmentation:
+    return Augmentation(Transformer(config, remat, form=form), num_latents=num_latents, placement=placement)
+
+
+def weights(config: TransformerConfig, num_latents: int, dtype: str) -> Params:
+    """A decoder of random weights and a coprocessor that starts from it, both in `dtype`."""
+
+    @jax.jit
+    def start(key: jax.Array) -> Params:
+        decoder = transformer.init(key, config)
+        trained = METHODS["cache_augmentation"].init(key, decoder, Transformer(config), num_latents)
+        return jax.tree.map(lambda x: x.astype(dtype), {"decoder": decoder} | trained)
+
+    return start(jax.random.key(0))
+
+
+def text(a: argparse.Namespace, batch: int) -> tuple[jax.Array, jax.Array]:
+    """Random tokens and their segments, int32 [B, T] each: every row one document."""
+    tokens = np.random.default_rng(0).integers(0, a.config.vocab_size, (batch, a.seq_len))
+    return jnp.asarray(tokens, jnp.int32), jnp.ones((batch, a.seq_len), jnp.int32)
+
+
+def positions(a: argparse.Namespace, segment_BT: jax.Array) -> jax.Array:
+    """Random sorted trace positions [B, M]."""
+    return traces.draw(jax.random.key(0), segment_BT, a.traces)
+
+
+def attention_flops(config: TransformerConfig, bounds: Bounds, backward: bool) -> float:
+    """Useful FLOPs of one global layer's attention over what `bounds` show, a multiply-add as two.
+
+    Forward, two products a visible pair: scores and sums. Backward, two more over the prefix, whose keys and values
+    get no gradient (of the weights, of q), and four over the own group. Scores computed again do not count: so does
+    `latent_delib.flops` for the step.
+    """
+    S = bounds.own_start.shape[-1]
+    prefix = float(np.sum(np.asarray(bounds.prefix_stop - bounds.prefix_start, np.float64)))
+    own = float(np.sum(np.arange(1, S + 1) - np.asarray(bounds.own_start, np.float64)))
+    products = (4 * prefix + 6 * own) if backward else (2 * prefix + 2 * own)
+    return 2 * config.num_heads * config.head_dim * products
+
+
+def calls(function: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> Run:
+    """A form to measure from a function that dispatches one call."""
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            out = function()
+        wait(out)
+
+    return run
+
+
+def measure(runs: Mapping[str, Run], rounds: int, least: float = 0.0) -> dict[str, list[float]]:
+    """Seconds a call, `rounds` times for each, or none where the device's memory does not hold it.
+
+    The forms take turns, so that a busy machine meets all of them alike.
+    """
+    counts, seconds = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        try:
+            run(3)  # compiles, and lets clocks and caches settle
+        except RuntimeError as error:  # jax's and torch's are
+            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):
+                raise
+            continue
+        began = time.perf_counter()
+        run(1)
+        counts[name] = max(1, math.ceil(least / (time.perf_counter() - began)))
+    for _ in range(rounds):
+        for name, count in counts.items():
+            began = time.perf_counter()
+            runs[name](count)
+            seconds[name].append((time.perf_counter() - began) / count)
+    return seconds
+
+
+def spread(seconds: Sequence[float], scale: float = 1e3, unit: str = "ms") -> dict[str, float | None]:
+    """Median, least and most, times `scale`; None where there is no measurement."""
+    if not seconds:
+        return dict.fromkeys((unit, f"{unit}_min", f"{unit}_max"))
+    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
+    return {unit: scale * middle, f"{unit}_min": scale * low, f"{unit}_max": scale * high}
+
+
+def memory(compiled: Any) -> dict[str, float]:
+    """GiB of a compiled function: all that it needs at once, and what of it is neither input nor output."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return {}
+    outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+    needed = m.argument_size_in_bytes + m.temp_size_in_bytes + outputs
+    return {"needs_gib": needed / 2**30, "temp_gib": m.temp_size_in_bytes / 2**30}
+
+
+def room() -> float:
+    """Bytes that JAX may hold on the device; infinite where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def share_the_card() -> None:
+    """Lets JAX take memory as it needs it, and nearly all: PyTorch computes on the same card, before or after it."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were made on."""
+    found = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    if "torch" in sys.modules:
+        import torch
+
+        found["torch"] = torch.__version__
+        found["torch_device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def report(name: str, a: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **measured: Any) -> dict[str, Any]:
+    """Prints the table, writes it where --json says, and returns what was written."""
+    settings = {k: v for k, v in vars(a).items() if k not in ("json", "argv", "config")}
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *a.argv])
+    result = {"benchmark": name, "command": command, **machine(), "settings": settings, **measured, "rows": list(rows)}
+    load = f"{result['device']}, {result['processor']}, {result['cores']} cores, load {result['load']:.1f}"
+    print(f"{command}\n{load}, jax {result['jax']}, {result['date']}")
+    print("  ".join(f"{k} {v}" for k, v in settings.items() if k not in ("forms", "small")))
+    for key, value in measured.items():
+        print(f"{key}: {_cell(value)}")
+    print(table(rows), flush=True)
+    if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
+        a.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Columns are the keys of all rows, in the order of their first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[_cell(row.get(key)) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    named = {key for row in rows for key, value in row.items() if isinstance(value, str)}
+    lines = (
+        "  ".join(x.ljust(w) if key in named else x.rjust(w) for x, w, key in zip(line, widths, columns))
+        for line in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
+    return str(value)

@@ -1,0 +1,121 @@
+"""What the train step needs on one chip that nobody here has: compiled for it on a CPU, nothing is run.
+
+  LATENT_DELIB_EXTRAS=cuda ./launch/setup.sh          # or tpu
+  ./launch/gpu.sh .venv/bin/python -m benchmarks.memory --target=h100 --latents 16 64 --batch 4 --remat attention full
+
+The true step: Gemma 2 2B, T 2048, M 128, A 16, bfloat16 with float32 master weights, AdamW, donated state. `held` is
+the state and the frozen weights; `working` is what the compiler plans beside them.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from configs import base
+from latent_delib import flops
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.methods import METHODS
+from latent_delib.nn.attention_forms import choose
+from latent_delib.nn.sizes import SIZES
+from latent_delib.nn.transformer import REMAT, Transformer
+from latent_delib.step import TrainState, make_optimizer, train_step
+from latent_delib.weights import folder
+
+# What XLA asks a driver about a card, for one that is not there.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535  block_dim_limit_z: 65535  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98  device_memory_size: 84929347584  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 1 patch: 1 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+TARGETS = {"h100": "cuda", "v5e": "tpu", "v5p": "tpu", "v6e": "tpu"}
+T, M, A = 2048, 128, 16
+
+
+def chip(target: str) -> NamedSharding:
+    """One device of a kind, which compiles and does not run."""
+    jax.config.update("jax_platforms", "cpu")  # nothing runs; plug-ins are looked for at the first use of a device
+    jax.devices()
+    if TARGETS[target] == "cuda":
+        found = topologies.get_topology_desc("1x1x1", "cuda", target_config=H100, topology="1x1x1")
+    else:
+        shape = "2x2x1" if target == "v5p" else "2x2"
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:{shape}")
+    return NamedSharding(Mesh(np.array(found.devices[:1]), ("chip",)), PartitionSpec())
+
+
+def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, form: str) -> dict[str, Any]:
+    """One row: seconds to compile, and GiB."""
+    config, c, method = SIZES[size], base.get_config(), METHODS["cache_augmentation"]
+    aug = Augmentation(Transformer(config, remat, form=form), "cache_augmentation", L)
+    tx = make_optimizer(c.optimizer, c.train.steps)
+
+    def start(key: jax.Array, decoder: Any) -> TrainState:
+        tree = method.init(key, decoder, aug.transformer, L)
+        tree = jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+        return TrainState(jnp.int32(0), tree, tx.init(tree))
+
+    def here(tree: Any, dtype: Any = None) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where), tree)
+
+    decoder = folder.shapes(config)
+    state, frozen = here(jax.eval_shape(start, jax.random.key(0), decoder)), here({"decoder": decoder}, jnp.bfloat16)
+    row = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where)
+    step = partial(train_step, aug=aug, tx=tx, seed=0, num_traces=M, num_ahead=A, accumulation=1, dtype=jnp.bfloat16)
+    began = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, {"tokens": row, "segment": row})
+    memory = lowered.compile().memory_analysis()
+    held, working = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
+    return {
+        "latents": L,
+        "batch": B,
+        "form": form,
+        "remat": remat,
+        "compile_s": round(time.perf_counter() - began, 1),
+        "held_gib": round(held, 2),
+        "working_gib": round(working, 2),
+        "needs_gib": round(held + working, 2),
+        "tflop": round(flops.train_step_flops(aug, B, T, M, A, True) / 1e12, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="h100", choices=TARGETS)
+    parser.add_argument("--size", default="gemma2_2b", choices=SIZES)
+    parser.add_argument("--latents", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--batch", type=int, nargs="+", default=[4])
+    parser.add_argument("--remat", nargs="+", default=["attention", "full"], choices=REMAT)
+    parser.add_argument("--forms", nargs="+", default=["auto"])
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    where, rows = chip(a.target), []
+    for L in a.latents:
+        for B in a.batch:
+            for remat in a.remat:
+                for form in a.forms:
+                    rows.append(compile_step(where, a.size, L, B, remat, choose(form, TARGETS[a.target])))
+                    print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    if a.json:
+        a.json.write_text(
+            json.dumps({"target": a.target, "size": a.size, "jax": jax.__version__, "rows": rows}, indent=2)
+        )
+
+
+if __name__ == "__main__":
+    main()

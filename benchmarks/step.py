@@ -1,0 +1,146 @@
+"""The whole train step at true size, random weights, the real optimizer: time, utilisation and memory of every form.
+
+  python -m benchmarks.step [--latents 16 64] [--batch 1 2 4] [--remat attention dots] [--forms ...] [--json=FILE]
+
+Forms: the dense one-sequence form (`dense`), the package's with each form of attention, and the PyTorch peer
+(`peer_torch`), where torch is installed. Useful FLOPs are those that train logs (`latent_delib.flops`), the same for
+all. Where numbers are missing, a form does not fit. On a CPU the peer has no flex_attention, so it stands there with a
+dense mask of its own. The published setting on one GPU, with the flags it wants:
+
+  ./launch/gpu.sh .venv/bin/python -m benchmarks.step --json=FILE
+"""
+
+import argparse
+import contextlib
+import gc
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common, dense
+from configs import base
+from latent_delib import flops
+from latent_delib.delib import augment
+from latent_delib.step import TrainState, make_optimizer, train_step
+
+OPTIMIZER = base.get_config().optimizer
+
+
+class Job:
+    """A frozen decoder, and one training state that all forms of a table advance in turn: it is donated, not copied."""
+
+    def __init__(self, a: argparse.Namespace, num_latents: int):
+        self.a, self.num_latents, self.tx = a, num_latents, make_optimizer(OPTIMIZER, 100_000)
+        self.frozen, self.state = {"decoder": common.weights(a.config, num_latents, a.dtype)["decoder"]}, None
+
+    def start(self) -> TrainState:
+        def init() -> TrainState:
+            tree = common.weights(self.a.config, self.num_latents, "float32")
+            del tree["decoder"]
+            return TrainState(jnp.int32(0), tree, self.tx.init(tree))
+
+        return jax.jit(init)()
+
+    def compile(self, form: str, remat: str, batch: dict[str, jax.Array]) -> Any:
+        """The step in one form. The dense one is the same step around another loss."""
+        a, is_dense = self.a, form == "dense"
+        step = partial(
+            train_step,
+            aug=common.augmentation(a.config, self.num_latents, "reference" if is_dense else form, remat),
+            tx=self.tx,
+            seed=0,
+            num_traces=a.traces,
+            num_ahead=a.ahead,
+            accumulation=1,
+            dtype=jnp.dtype(a.dtype),
+        )
+        with mock.patch.object(augment, "loss", dense.loss) if is_dense else contextlib.nullcontext():
+            lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(self.start), self.frozen, batch)
+        return lowered.compile()
+
+    def advance(self, compiled: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if self.state is None or jax.tree.leaves(self.state.trainable)[0].is_deleted():  # lost where memory ran out
+            self.state = self.start()
+        self.state, metrics = compiled(self.state, self.frozen, batch)
+        return metrics
+
+
+def measure_ours(a: argparse.Namespace, L: int) -> list[dict[str, Any]]:
+    job, rows = Job(a, L), []
+    for B in a.batch:
+        batch = dict(zip(("tokens", "segment"), common.text(a, B)))
+        found, runs = {}, {}
+        for form in (f for f in a.forms if f != "torch"):
+            # The dense form has one policy, its own; the reference is there to compare.
+            for remat in {"dense": ["full"], "reference": a.remat[:1]}.get(form, a.remat):
+                compiled = job.compile(form, remat, batch)
+                found[form, remat] = common.memory(compiled)
+                if found[form, remat].get("needs_gib", 0) * 2**30 < common.room():
+                    runs[form, remat] = common.calls(partial(job.advance, compiled, batch))
+        seconds = common.measure(runs, a.rounds, a.least)
+        rows += [
+            {
+                "latents": L,
+                "batch": B,
+                "form": form,
+                "remat": remat,
+                **common.spread(seconds.get((form, remat), ())),
+                **m,
+            }
+            for (form, remat), m in found.items()
+        ]
+    return rows
+
+
+def measure_torch(a: argparse.Namespace, L: int, B: int) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from benchmarks.peer_torch import Peer, wait
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer = Peer(a.config, L, a.ahead, "after", OPTIMIZER, device, compiled=not a.eager)
+    batch = [torch.from_numpy(np.array(x)).long().to(device) for x in common.text(a, B)]
+    run = common.calls(partial(peer.step, *batch, a.traces), wait)
+    seconds = common.measure({"torch": run}, a.rounds, a.least)["torch"]
+    row = {"latents": L, "batch": B, "form": "torch", "remat": "full", **common.spread(seconds)}
+    del peer, run
+    if device == "cuda":
+        row["needs_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    common.share_the_card()
+    forms = ["dense", *common.attention_forms(), *["torch"] * common.has_torch()]
+    published = common.PUBLISHED | dict(latents=[16, 64], batch=[1, 2, 4], remat=["attention", "dots"])
+    small = common.SMALL | dict(latents=[16], batch=[1], remat=["attention"])
+    a = common.arguments(__doc__, argv, forms, published, small, eager="the peer without torch.compile")
+    rows = []
+    if "torch" in a.forms:  # first, because JAX gives no memory back
+        rows += [measure_torch(a, L, B) for L in a.latents for B in a.batch]
+    for L in a.latents:
+        rows += measure_ours(a, L)
+    peak = flops.PEAK.get(jax.devices()[0].device_kind)
+    plain = {(r["latents"], r["batch"], r["form"]): r["ms"] for r in rows if r["form"] in ("dense", "torch")}
+    for row in rows:
+        where = row["latents"], row["batch"]
+        aug = common.augmentation(a.config, row["latents"], "reference")
+        useful = flops.train_step_flops(aug, row["batch"], a.seq_len, a.traces, a.ahead, frozen_decoder=True)
+        row["tflop"], row["tflops"] = useful / 1e12, row["ms"] and useful / row["ms"] / 1e9
+        row["mfu"] = row["ms"] and peak and 1e12 * row["tflops"] / peak
+        for other in ("dense", "torch"):
+            row[f"vs_{other}"] = row["ms"] and plain.get((*where, other)) and plain[*where, other] / row["ms"]
+    rows.sort(key=lambda row: (row["latents"], row["batch"]))
+    return common.report("step", a, rows)
+
+
+if __name__ == "__main__":
+    main()

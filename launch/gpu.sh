@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs a command with the settings that NVIDIA GPUs want; docs/performance.md says what each was worth.
+#
+#   LATENT_DELIB_EXTRAS=cuda ./launch/setup.sh
+#   ./launch/gpu.sh .venv/bin/python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR
+#   ./launch/gpu.sh ./launch/smollm2.sh
+set -euo pipefail
+
+# Stacking what the layers of a scan save makes XLA run their products twice, unless this fusion is off.
+flags="--xla_gpu_enable_dynamic_slice_fusion=false --xla_gpu_enable_triton_gemm=false --xla_gpu_enable_command_buffer="
+export XLA_FLAGS="$flags ${XLA_FLAGS:-}"
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/latent_delib}
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}
+exec "$@"

@@ -1,0 +1,41 @@
+"""The dense one-sequence form computes what the package computes: the baseline does the same work."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from benchmarks import dense
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
+from latent_delib.nn.transformer import Transformer
+
+
+@pytest.mark.parametrize("name, placement", [("gemma", "after"), ("gemma", "overlay"), ("llama", "after")])
+def test_loss_and_gradient_equal_ours(name, placement):
+    config = small.CONFIGS[name]
+    params = jax.tree.map(jnp.array, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, 3)})
+    rng = np.random.default_rng(0)
+    tokens_BT = jnp.array(rng.integers(0, config.vocab_size, (2, 40)))
+    segment_BT = jnp.array([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])  # documents, and padding
+    at_BM = jnp.array([[0, 3, 14, 16, 30], [2, 5, 12, 28, 39]])  # starts, ends, beside each other, in the padding
+    aug = Augmentation(Transformer(config), num_latents=3, placement=placement)
+
+    def value_and_gradient(loss):
+        def of_coprocessor(trainable):
+            all_params = params | {"coprocessor": trainable}
+            return loss(aug, all_params, tokens_BT, segment_BT, at_BM, num_ahead=5, dtype=jnp.float32)
+
+        return jax.jit(jax.value_and_grad(of_coprocessor, has_aux=True))(params["coprocessor"])
+
+    (ours, tokens), gradient = value_and_gradient(augment.loss)
+    (theirs, theirs_tokens), theirs_gradient = value_and_gradient(dense.loss)
+    assert tokens == theirs_tokens and 25 < tokens < 50
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+    largest = max(float(abs(x).max()) for x in jax.tree.leaves(gradient))
+    assert largest > 0.1
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5 * largest)
+    jax.tree.map(close, theirs_gradient, gradient)
