@@ -302,8 +302,7 @@ def summary(exp: Experiment, state: TrainState, frozen: Params, shardings: Train
         shapes += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}, placement {m.placement}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(exp.mesh.shape)}"
     lines = [
-        f"method {m.name}: {shapes}, {c.compute.dtype}, attention {exp.aug.transformer.form}, "
-        f"remat {c.compute.remat}",
+        f"method {m.name}: {shapes}, {c.compute.dtype}, attention {exp.aug.transformer.form}, remat {c.compute.remat}",
         f"decoder {exp.decoder or 'random'} [{exp.fingerprint[:12]}]",
         f"parameters: {count(frozen):,} frozen ({gib(size(frozen))}), {count(state.trainable):,} trainable "
         f"({gib(size(state.trainable))} + optimizer {gib(size(state.opt_state))}), over all devices",
