@@ -151,8 +151,8 @@ def test_accumulation_equals_the_large_batch_with_ragged_token_counts(one):
     assert float(found["tokens"]) == float(expected["tokens"]) > 20
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(float(found[key]), float(expected[key]), rtol=1e-6)
-    # Adam's first moment after one step is the gradient, but for a factor.
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-8), parts.opt_state, whole.opt_state)
+    # Adam's first moment after one step is the gradient, but for a factor: some 1e-3, summed in another order.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), parts.opt_state, whole.opt_state)
 
 
 def test_loss_falls_on_a_repeated_batch(one):
