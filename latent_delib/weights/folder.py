@@ -189,7 +189,12 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
         yield partial
         if folder.exists():
             folder.rename(before)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if before.exists():
+                before.rename(folder)
+            raise
     finally:
         for leftover in (partial, before):
             shutil.rmtree(leftover, ignore_errors=True)

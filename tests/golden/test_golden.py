@@ -3,7 +3,6 @@ make_deepmind.py stored.
 """
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -44,7 +43,11 @@ DEEPMIND = {
     ),
 }
 
-equal = partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+
+def equal(found, expected, err_msg=""):
+    """Within 1e-4; `pytest -s` shows by how much."""
+    print(f"largest difference {np.abs(found - expected).max():.1e}  {err_msg}")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, err_msg=err_msg)
 
 
 def stored(name):

@@ -43,7 +43,7 @@ def test_a_device_reads_its_own_part(decoder_folder, monkeypatch):
     same(sharded, folder.load(decoder_folder, config, np.float32))
 
 
-def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path):
+def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypatch):
     out = tmp_path / "decoder"
     with pytest.raises(OSError), folder.whole(out) as partial:
         (partial / "config.json").write_text("{}")
@@ -54,6 +54,16 @@ def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path):
     with pytest.raises(OSError), folder.whole(out, replace=True) as partial:
         (partial / "config.json").write_text("{}")
         raise OSError("the disk is full")
+    assert folder.fingerprint(out) == before and [p.name for p in tmp_path.iterdir()] == ["decoder"]
+    with monkeypatch.context() as patch, pytest.raises(OSError), folder.whole(out, replace=True) as partial:
+        rename = type(partial).rename
+
+        def fails(self, target):
+            if self == partial:
+                raise OSError("no")
+            return rename(self, target)
+
+        patch.setattr(type(partial), "rename", fails)
     assert folder.fingerprint(out) == before and [p.name for p in tmp_path.iterdir()] == ["decoder"]
     with folder.whole(out, replace=True) as partial:
         (partial / "config.json").write_text("{}")
