@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, common, decoding, evaluation, step
+from benchmarks import attention, common, decoding, evaluation, parts, step
 from latent_delib.nn.attention import Bounds
 
 TRACES = "--seq_len 48 --traces 4 --ahead 3 --latents 2".split()
@@ -40,6 +40,13 @@ def test_smallest_form(benchmark, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert found["device"] in printed and found["date"] in printed and found["command"] in printed
     assert all(line in printed for line in common.table(found["rows"]).splitlines())
+
+
+def test_parts_of_a_step(tmp_path):
+    parts.main([*TRACES, "--size", "gemma2_test", "--rounds", "1", "--least", "0", f"--json={tmp_path}/table.json"])
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["part"] for row in rows][::5] == ["text", "+ optimizer"] and len(rows) == 6
+    np.testing.assert_allclose(sum(row["added_ms"] for row in rows), rows[-1]["ms"])
 
 
 def test_useful_flops_of_attention_count_visible_pairs():
