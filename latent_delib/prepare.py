@@ -14,7 +14,7 @@ import numpy as np
 
 from latent_delib import commands
 from latent_delib.data import token_files
-from latent_delib.data.rows import check_data
+from latent_delib.data.rows import BadRecords, check_data
 from latent_delib.errors import UserError
 from latent_delib.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.tokenizer import Tokenizer, fingerprint
@@ -51,7 +51,7 @@ def _difference(found: dict, meta: dict) -> str | None:
 
 
 def _table(meta: dict) -> str:
-    rows = [("source", "documents", "tokens", "rows")]
+    rows = [("source", "documents", "tokens", "rows", "skipped")]
     for entry in (entry for split in SPLITS for entry in meta[split]):
         rows.append((entry["source"], *(f"{entry[key]:,}" if key in entry else "" for key in rows[0][1:])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -64,8 +64,9 @@ def _table(meta: dict) -> str:
 def prepare(config: Any, out: str) -> dict:
     """Writes the token files of `config.data` to `out`, a local directory or gs:// path; returns its meta.json.
 
-    Does nothing where `out` holds them already. Raises UserError where it holds anything else and for sources
-    that are missing, empty or not UTF-8.
+    Does nothing where `out` holds them already. Documents that are not UTF-8, or that the tokenizer makes BOS or
+    padding of, are skipped and counted, up to `data.max_bad_records` in all. Raises UserError for one more, for
+    sources that are missing or empty, and where `out` holds anything else.
     """
     from latent_delib.data import tasks
 
@@ -90,14 +91,16 @@ def prepare(config: Any, out: str) -> dict:
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"--out: {out} exists and holds no finished token files: remove it or name another")
-    tasks.check_sources([*data.sources, *data.validation], tokenizer_path)
+    bad = BadRecords(data.max_bad_records)
+    tasks.check_sources([*data.sources, *data.validation], tokenizer_path, bad)
 
     with token_files.whole_or_nothing(out) as directory:
         for split, write in SPLITS.items():
             for i, entry in enumerate(meta[split]):
-                source = entry["source"]
-                documents = tasks.documents(source, tokenizer_path)
+                source, met = entry["source"], bad.met.total()
+                documents = tasks.documents(source, tokenizer_path, bad)
                 entry |= write(directory, i, _progress(source, documents, tasks.num_bytes(source)), meta)
+                entry["skipped"] = bad.met.total() - met
         token_files.write_meta(directory, meta)
     print(_table(meta))
     return meta

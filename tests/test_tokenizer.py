@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from latent_delib.data import batches
+from latent_delib.data.rows import BadRecords
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import Tokenizer, fingerprint
 from latent_delib.weights import gguf_vocabulary
@@ -442,9 +443,9 @@ def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
     (tmp_path / "text").write_bytes("\n\f\n".join(documents).encode())
     source, path = f"files:{tmp_path}/text", str(tokenizer.path)
     expected = [tokenizer.encode(text) for text in documents]
-    assert [d["tokens"].tolist() for d in tasks.documents(source, path)] == expected
+    assert [d["tokens"].tolist() for d in tasks.documents(source, path, BadRecords(0))] == expected
 
-    data = {"sources": (source,), "weights": (1.0,), "validation": (source,), "seq_len": 16}
+    data = {"sources": (source,), "weights": (1.0,), "validation": (source,), "seq_len": 16, "max_bad_records": 0}
     decoder = {"path": "", "tokenizer": path}
     meta = prepare.prepare(ConfigDict({"data": data, "decoder": decoder}), f"{tmp_path}/out")
     assert (meta["bos_id"], meta["pad_id"], meta["vocab_size"]) == (1, 2, 500)

@@ -1,10 +1,11 @@
-"""Documents to rows of tokens, and rows to segments: numpy only.
+"""Documents to rows of tokens, rows to segments, and a count of what had to be skipped: numpy only.
 
 A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it; a row that
 goes on inside a document begins with BOS again. So every row consists of pieces that each begin with BOS,
 no token of the text is dropped or doubled, and only the last row of a stream carries padding.
 """
 
+import collections
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,34 @@ def check_data(data: Any) -> None:
             raise UserError(f"config.data.weights: {weight} for {source!r}, expected a positive number")
     if data.seq_len < 2:
         raise UserError(f"config.data.seq_len: {data.seq_len}, expected at least 2 (BOS and one token)")
+    if data.max_bad_records < 0:
+        raise UserError(f"config.data.max_bad_records: {data.max_bad_records}, expected at least 0")
+
+
+class BadRecords:
+    """Counts the records that a process skipped, each once however often it is met; more than `limit` are an error.
+
+    The count begins at 0 with the process: a job that resumes may skip as many again.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.met: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, record: str) -> None:
+        """Skips `record`, "FILE: which one: what is wrong with it"; prints the first few and then ever fewer.
+
+        Raises UserError where that is one more than the limit.
+        """
+        if record not in self.met:
+            number = len(self.met) + 1
+            if number > self.limit:
+                raise UserError(
+                    f"config.data: {record} (bad record number {number}, config.data.max_bad_records is {self.limit})"
+                )
+            if number <= 8 or number & (number - 1) == 0:
+                print(UserError(f"bad record number {number}, skipped: {record}"), flush=True)
+        self.met[record] += 1
 
 
 def pack(body, tokens, *, length: int, bos_id: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,12 +17,12 @@ import itertools
 import os
 import pathlib
 import re
-import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from latent_delib.data.rows import pack, segments
+from latent_delib.data.rows import BadRecords, pack, segments
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import Tokenizer, fingerprint
 
@@ -50,6 +50,8 @@ with _quiet():
 
 SPLIT = "train"  # the one split of every task: the source string says what is read
 SHUFFLE_DOCUMENTS = SHUFFLE_ROWS = 1000
+_END = 1 << 16  # bytes
+_LOST = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, tf.errors.DataLossError)
 _CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 
@@ -75,7 +77,7 @@ class Vocabulary(seqio.Vocabulary):
 
     def _encode_tf(self, s):
         def encode(texts):  # of one: a scalar would come as something else outside of a graph
-            text = texts[0].decode(errors="replace")  # who reads text refuses what is not UTF-8
+            text = texts[0].decode(errors="replace")  # who reads text skips what is not UTF-8
             return np.array(self.tokenizer.encode(text), np.int32)
 
         ids = tf.numpy_function(encode, [tf.reshape(s, [1])], tf.int32, stateful=False)
@@ -113,19 +115,20 @@ class _Tfds(_ShuffleDocuments, seqio.TfdsDataSource):
     pass
 
 
+def _numbered(texts: tf.data.Dataset, path: tf.Tensor) -> tf.data.Dataset:
+    """The texts of a file, each with its number there, from 1."""
+    return texts.enumerate(1).map(lambda number, text: {"text": text, "file": path, "number": number})
+
+
 def _documents_of_file(path: tf.Tensor) -> tf.data.Dataset:
     text = tf.strings.join(["\n", tf.io.read_file(path), "\n"])
     text = tf.strings.regex_replace(text, r"(\r?\n\f)+\r?\n", "\n\f\n")
-    return tf.data.Dataset.from_tensor_slices(tf.strings.split(text, "\n\f\n")).map(
-        lambda document: {
-            "text": tf.strings.regex_replace(document, r"\A[\r\n]+|[\r\n]+\z", ""),
-            "origin": path,
-        }
-    )
+    text = tf.strings.regex_replace(tf.strings.split(text, "\n\f\n"), r"\A[\r\n]+|[\r\n]+\z", "")
+    return _numbered(tf.data.Dataset.from_tensor_slices(text), path)
 
 
 def _lines_of_file(path: tf.Tensor) -> tf.data.Dataset:
-    return tf.data.TextLineDataset(path).map(lambda line: {"text": line, "origin": path})
+    return _numbered(tf.data.TextLineDataset(path), path)
 
 
 def _data_source(source: str) -> tuple[seqio.DataSource, str]:
@@ -161,37 +164,61 @@ def _tfds_source(source: str, name: str, split: str, feature: str) -> seqio.Data
 
 
 def _tokenize(dataset, output_features, source: str, feature: str):
-    """Texts -> their tokens without BOS and their size in bytes; texts without a token are left out."""
+    """Texts -> their tokens without BOS, their size in bytes, and in "bad" what is wrong with them, if anything.
+
+    Texts without a token are left out; bad ones stay, without tokens, to be counted by who reads them.
+    """
     vocabulary = output_features["tokens"].vocabulary
 
-    def require(condition, example, message):
-        tf.debugging.Assert(condition, [tf.strings.join([example.get("origin", source), ": ", message])])
+    def numpy_tokenize(text, file, number):
+        try:
+            tokens = np.array(vocabulary.encode(text.decode()), np.int32)
+            if not ((tokens == vocabulary.bos_id) | (tokens == vocabulary.pad_id)).any():
+                return tokens, len(text), b""
+            reason = b"the tokenizer makes BOS or padding of its text"
+        except UnicodeDecodeError:
+            reason = b"not UTF-8 text"
+        unit = b"line" if source.startswith("lines:") else b"document"
+        where = b"%s: %s %d" % (file, unit, number) if file else b"%s: text %a" % (source.encode(), text[:60])
+        return np.empty(0, np.int32), len(text), b"%s: %s" % (where, reason)
 
-    def tokenize(example):
-        text = example[feature]
-        require(text == tf.strings.unicode_transcode(text, "UTF-8", "UTF-8"), example, "not UTF-8 text")
-        tokens = vocabulary.encode_tf(text)
-        special = tf.reduce_any((tokens == vocabulary.bos_id) | (tokens == vocabulary.pad_id))
-        require(~special, example, "the tokenizer makes BOS or padding of its text")
-        return {"tokens": tokens, "bytes": tf.strings.length(text)}
+    def tokenize(example):  # a record of TFDS has no number: the beginning of its text names it
+        texts = [example[feature], example.get("file", tf.constant("")), example.get("number", tf.constant(0))]
+        types = [tf.int32, tf.int64, tf.string]
+        tokens, size, bad = tf.numpy_function(numpy_tokenize, texts, types, stateful=False)
+        return {"tokens": tf.ensure_shape(tokens, [None]), "bytes": size, "bad": tf.ensure_shape(bad, [])}
 
-    return dataset.map(tokenize, tf.data.AUTOTUNE).filter(lambda example: tf.size(example["tokens"]) > 0)
+    return dataset.map(tokenize, tf.data.AUTOTUNE).filter(
+        lambda example: (tf.size(example["tokens"]) > 0) | (example["bad"] != "")
+    )
 
 
 def _pack(dataset, output_features, sequence_length=None):
-    """Documents -> rows of sequence_length["tokens"] tokens (see rows.py); no length, no change."""
+    """Documents -> rows of sequence_length["tokens"] tokens (see rows.py); no length, no change.
+
+    The "bad" of a row are the lines of the bad documents met since the rows before it.
+    """
     if sequence_length is None:
         return dataset
     length, vocabulary = sequence_length["tokens"], output_features["tokens"].vocabulary
-    numpy_step = functools.partial(pack, length=length, bos_id=vocabulary.bos_id, pad_id=vocabulary.pad_id)
 
-    def step(body, tokens):
-        rows, body = tf.numpy_function(numpy_step, [body, tokens], [tf.int32, tf.int32], stateful=False)
-        return tf.ensure_shape(body, [None]), tf.ensure_shape(rows, [None, length])
+    def numpy_step(body, lines, tokens, bad):
+        if bad:
+            return body, lines + bad + b"\n", np.empty([0, length], np.int32), np.empty(0, object)
+        rows, body = pack(body, tokens, length=length, bos_id=vocabulary.bos_id, pad_id=vocabulary.pad_id)
+        return body, b"" if len(rows) else lines, rows, np.full(len(rows), lines, object)
 
-    nothing = tf.zeros([0], tf.int32)
-    documents = dataset.map(lambda example: example["tokens"]).concatenate(tf.data.Dataset.from_tensors(nothing))
-    return documents.scan(nothing, step).unbatch().map(lambda row: {"tokens": row})
+    def step(state, document):
+        types = [tf.int32, tf.string, tf.int32, tf.string]
+        arguments = [*state, document["tokens"], document["bad"]]
+        body, lines, rows, bad = tf.numpy_function(numpy_step, arguments, types, stateful=False)
+        state = tf.ensure_shape(body, [None]), tf.ensure_shape(lines, [])
+        return state, {"tokens": tf.ensure_shape(rows, [None, length]), "bad": tf.ensure_shape(bad, [None])}
+
+    nothing = {"tokens": tf.zeros([0], tf.int32), "bad": tf.constant("")}
+    documents = dataset.map(lambda example: {key: example[key] for key in nothing})
+    documents = documents.concatenate(tf.data.Dataset.from_tensors(nothing))
+    return documents.scan((nothing["tokens"], nothing["bad"]), step).unbatch()
 
 
 def _name(text: str, *identity) -> str:
@@ -200,14 +227,15 @@ def _name(text: str, *identity) -> str:
     return re.sub(r"\W+", "_", f"{text} {digest[:8]}")
 
 
-def add_task(source: str, tokenizer_path: str) -> str:
+def add_task(source: str, tokenizer_path: str, number: int = 0) -> str:
     """Registers the seqio task of a source, unless it is there already, and returns its name.
 
-    Its dataset holds packed rows {"tokens": int32 [T]} when asked for with sequence_length={"tokens": T}, and
-    whole documents {"tokens": int32 [n]} without BOS otherwise.
+    Its dataset holds packed rows {"tokens": int32 [T], "bad": string} when asked for with
+    sequence_length={"tokens": T}, and otherwise whole documents {"tokens": int32 [n] without BOS, "bad": string,
+    "bytes": int64}. "bad" says which documents are left out and why; it is empty as a rule.
     """
     provider, feature = _data_source(source)
-    name = _name(source, fingerprint(tokenizer_path), provider.list_shards(SPLIT))
+    name = _name(f"{number:03} {source}", fingerprint(tokenizer_path), provider.list_shards(SPLIT))
     if name not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(
             name,
@@ -221,15 +249,17 @@ def add_task(source: str, tokenizer_path: str) -> str:
 
 def add_mixture(sources: list[str], weights: list[float], tokenizer_path: str) -> str:
     """Registers the seqio mixture that draws rows of `sources` by `weights`; returns its name."""
-    rates = [(add_task(source, tokenizer_path), weight) for source, weight in zip(sources, weights, strict=True)]
+    # seqio mixes in the order of the tasks' names: numbers keep it the same wherever the files lie
+    tasks = [add_task(source, tokenizer_path, number) for number, source in enumerate(sources)]
+    rates = list(zip(tasks, weights, strict=True))
     name = _name("mixture", rates)
     if name not in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.add(name, rates)
     return name
 
 
-def _elements(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
-    """The elements of a dataset; what `_tokenize` requires fails deep in TensorFlow: a UserError here."""
+def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
+    """The elements of a dataset; a file that vanished or is damaged is a UserError."""
     iterator = dataset.as_numpy_iterator()
     for number in itertools.count():
         try:  # the tokenizer is made, and prints, with the first element
@@ -237,30 +267,35 @@ def _elements(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
                 element = next(iterator)
         except StopIteration:
             return
-        except tf.errors.InvalidArgumentError as error:
-            if found := re.search(r"assertion failed: \[(.*)\]", error.message):
-                raise UserError(f"config.data: {found[1]}") from None
-            raise
+        except _LOST as error:  # file and cause stand in the midst of the pipeline's own affairs
+            cause = error.message.partition("\n")[0].partition(" [Op:")[0]
+            cause = re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
+            raise UserError(f"config.data: reading {', '.join(map(repr, sources))}: {cause}") from None
         yield element
 
 
-def documents(source: str, tokenizer_path: str, shard_info=None) -> Iterator[dict[str, np.ndarray]]:
-    """Every document of a source once, in a fixed order: {"tokens": int32 [n] without BOS, "bytes": int}."""
+def _text(lines: bytes) -> str:
+    return lines.decode(errors="backslashreplace")
+
+
+def documents(source: str, tokenizer_path: str, bad: BadRecords) -> Iterator[dict[str, np.ndarray]]:
+    """Every good document of a source once, in a fixed order: {"tokens": int32 [n] without BOS, "bytes": int}."""
     task = seqio.TaskRegistry.get(add_task(source, tokenizer_path))
-    dataset = task.get_dataset(None, SPLIT, shuffle=False, shard_info=shard_info)
     empty = True
-    for document in _elements(dataset):
-        yield document
-        empty = False
+    for document in _elements(task.get_dataset(None, SPLIT, shuffle=False), [source]):
+        if record := document.pop("bad"):
+            bad(_text(record))
+        else:
+            yield document
+            empty = False
     if empty:
-        share = f" in the share of host {shard_info.index}" if shard_info and shard_info.num_shards > 1 else ""
-        raise UserError(f"config.data: source {source!r} holds no text{share}")
+        raise UserError(f"config.data: source {source!r} holds no text")
 
 
-def check_sources(sources: Iterable[str], tokenizer_path: str, shard_info=None) -> None:
-    """Raises UserError unless each source can be read and holds text; reads the first document of each."""
+def check_sources(sources: Iterable[str], tokenizer_path: str, bad: BadRecords) -> None:
+    """Raises UserError unless each source can be read and holds text; reads up to the first good document of each."""
     for source in sources:
-        next(documents(source, tokenizer_path, shard_info))
+        next(documents(source, tokenizer_path, bad))
 
 
 def num_bytes(source: str) -> int:
@@ -268,31 +303,56 @@ def num_bytes(source: str) -> int:
     return sum(tf.io.gfile.stat(path).length for path in _data_source(source)[0].list_shards(SPLIT))
 
 
-def train_batches(data, *, batch_size, seed, tokenizer_path, host, num_hosts, start_step):
-    """`batches.train_batches` for text: a host reads its share of each source's files, or documents."""
-    shard = seqio.ShardInfo(host, num_hosts)
-    tokenizer = Tokenizer(tokenizer_path)
+def train_batches(data, *, batch_size, seed, tokenizer_path, rows, start_step):
+    """`batches.train_batches` for text: every process runs the whole pipeline and keeps its rows."""
+    tokenizer, bad = Tokenizer(tokenizer_path), BadRecords(data.max_bad_records)
     mixture = seqio.MixtureRegistry.get(add_mixture(list(data.sources), list(data.weights), tokenizer_path))
-    check_sources(data.sources, tokenizer_path, shard)  # an endless repetition of nothing would never return
-    for source in data.sources:
-        if (files := len(_data_source(source)[0].list_shards(SPLIT))) < num_hosts:
-            warnings.warn(f"source {source!r} has {files} files: each of {num_hosts} hosts reads all", stacklevel=2)
-    rows = batch_size // num_hosts
+    check_sources(data.sources, tokenizer_path, bad)  # an endless repetition of nothing would never return
     dataset = mixture.get_dataset(
         {"tokens": data.seq_len},
         SPLIT,
         seed=seed,
-        shard_info=shard,
         num_epochs=None,
         trim_output_features=False,
+        passthrough_features=["bad"],
     )
-    elements = itertools.islice(_elements(dataset.batch(rows).prefetch(2)), start_step, None)
 
-    bos_id, pad_id = tokenizer.bos_id, tokenizer.pad_id
-    return ({**batch, "segment": segments(batch["tokens"], bos_id, pad_id)} for batch in elements)
+    def batch(element):
+        for record in _text(b"".join(element["bad"])).split("\n")[:-1]:
+            bad(record)
+        tokens = element["tokens"][rows]
+        return {"tokens": tokens, "segment": segments(tokens, tokenizer.bos_id, tokenizer.pad_id)}
+
+    elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
+    return itertools.islice(map(batch, elements), start_step, None)
 
 
 def validation_documents(data, *, tokenizer_path):
     """`batches.validation_documents` for text."""
-    check_sources(data.validation, tokenizer_path)
-    return ((source, d["tokens"]) for source in data.validation for d in documents(source, tokenizer_path))
+    bad = BadRecords(data.max_bad_records)
+    check_sources(data.validation, tokenizer_path, bad)
+    return ((source, d["tokens"]) for source in data.validation for d in documents(source, tokenizer_path, bad))
+
+
+def _fingerprint_of_file(path: str) -> tuple[int, str]:
+    """Its size, and a digest of its first and last 64 KiB: what can be had of any file in a moment."""
+    with tf.io.gfile.GFile(path, "rb") as file:
+        size, ends = file.size(), file.read(_END)
+        file.seek(max(0, size - _END))
+        return size, hashlib.sha256(ends + file.read(_END)).hexdigest()
+
+
+def data_fingerprint(data, *, tokenizer_path):
+    """`batches.fingerprint` for text."""
+    found = {}
+    with ThreadPoolExecutor(32) as pool:
+        for i, source in enumerate(data.sources):
+            paths = sorted(_data_source(source)[0].list_shards(SPLIT))
+            folder = os.path.commonprefix(paths).rpartition("/")[0]
+            how = source[:5] if source.startswith(("files:", "lines:")) else source
+            try:
+                files = [(p.removeprefix(folder), *f) for p, f in zip(paths, pool.map(_fingerprint_of_file, paths))]
+            except _LOST as error:
+                raise UserError(f"config.data: reading {source!r}: {error.message}") from None
+            found[f"sources[{i}]"] = hashlib.sha256(repr((how, files)).encode()).hexdigest()
+    return found

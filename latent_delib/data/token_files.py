@@ -3,20 +3,23 @@
     OUT/train/<i>/tokens         [rows, seq_len], the packed rows of source i
     OUT/validation/<i>/tokens    [N], the documents of source i one after the other, without BOS
     OUT/validation/<i>/offsets   int64 [documents + 1], where each begins
-    OUT/meta.json                written last: without it OUT is unfinished
+    OUT/meta.json                written last: without it OUT is unfinished; holds a digest of each source's tokens
 
 The arrays are zarr3, uint16 where the vocabulary fits and int32 elsewhere, on a local disk or gs://. Rows lie
-in small uncompressed chunks of large files, so a row anywhere costs a read of a few kilobytes.
+in small uncompressed chunks of large files, so a row anywhere costs a read of a few kilobytes. Each chunk has a
+checksum (format 1, which is read too, had none).
 """
 
 import collections
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +28,15 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from latent_delib.data.rows import pack, segments
+from latent_delib.data.rows import BadRecords, pack, segments
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import fingerprint
 
-FORMAT = 1
+FORMAT = 2
 BLOCK = 1024  # rows in which each source has exactly its share
 _FILE = 1 << 22  # tokens
+_CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
+_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")  # how tensorstore's message begins: a wrong checksum, a cut-off file
 _CACHE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
 
 
@@ -45,12 +50,34 @@ def _done(future: Any, path: str) -> Any:
     try:
         return future.result()
     except ValueError as error:
-        raise UserError(f"{path}: {str(error).partition(' [')[0]}") from None
+        raise UserError(f"{path}: {_line(error)}") from None
 
 
-def _read(path: str) -> ts.TensorStore:
-    spec = {"driver": "zarr3", "kvstore": _store(path)}
-    return _done(ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False), path)
+def _line(error: ValueError) -> str:
+    return re.split(r" \[[\w ]+='", str(error))[0]  # tensorstore adds its whole specification
+
+
+def _read(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
+    spec = {"driver": "zarr3", "kvstore": _store(path), "fill_missing_data_reads": False}
+    array = _done(ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False), path)
+    if array.shape != shape:
+        raise UserError(f"{path}: an array of shape {list(array.shape)}, its meta.json says {list(shape)}")
+    return array
+
+
+def _tokens(future: Any, where: str, vocab_size: int, bad: BadRecords) -> np.ndarray | None:
+    """What tensorstore reads, int32; None, and counted, if that is damaged or holds an id outside the vocabulary."""
+    try:
+        tokens = future.result().astype(np.int32)
+    except ValueError as error:
+        if not str(error).startswith(_DAMAGED):  # a file that is not there is more than a bad record
+            raise UserError(f"{where}: {_line(error)}") from None
+        bad(f"{where}: {_line(error)}")
+        return None
+    if len(outside := tokens[(tokens < 0) | (tokens >= vocab_size)]):
+        bad(f"{where}: token {outside[0]}, expected 0 ... {vocab_size - 1}")
+        return None
+    return tokens
 
 
 def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -67,22 +94,26 @@ def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.concatenate(held)
 
 
-def _write(path: str, parts: Iterable[np.ndarray], dtype: str, chunk: int, width: tuple[int, ...] = ()) -> int:
-    """Writes arrays [n, *width] as one and returns its length; `chunk` tokens will be read together."""
+def _write(
+    path: str, parts: Iterable[np.ndarray], dtype: str, chunk: int, digest: Any, width: tuple[int, ...] = ()
+) -> int:
+    """Writes arrays [n, *width] as one, also to `digest`; returns its length. `chunk` tokens are read together."""
     chunk_rows = max(1, chunk // math.prod(width))
     file_rows = max(1, _FILE // math.prod(width) // chunk_rows) * chunk_rows
-    codec = {"chunk_shape": [chunk_rows, *width], "codecs": [{"name": "bytes"}]}
+    codec = {"chunk_shape": [chunk_rows, *width], "codecs": _CODECS}
     metadata = {
         "shape": [1 << 48, *width],  # cut down to the true length at the end
         "data_type": dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [file_rows, *width]}},
         "codecs": [{"name": "sharding_indexed", "configuration": codec}],
     }
-    spec = {"driver": "zarr3", "kvstore": _store(path), "metadata": metadata}
+    spec = {"driver": "zarr3", "kvstore": _store(path), "metadata": metadata, "store_data_equal_to_fill_value": True}
     array = _done(ts.open(spec, create=True, delete_existing=True), path)
     length = 0
     for block in _blocks(parts, file_rows):
-        _done(array[length : length + len(block)].write(block.astype(dtype)), path)
+        block = block.astype(dtype)
+        digest.update(block)
+        _done(array[length : length + len(block)].write(block), path)
         length += len(block)
     _done(array.resize(exclusive_max=[length, *width], resize_metadata_only=True), path)
     return length
@@ -109,7 +140,10 @@ def whole_or_nothing(out: str) -> Iterator[str]:
 def read_meta(directory: str) -> dict | None:
     """The content of meta.json, or None where there is none."""
     found = _done(ts.KvStore.open(_store(directory)).result().read("meta.json"), directory)
-    return json.loads(found.value) if found.state == "value" else None
+    try:
+        return json.loads(found.value) if found.state == "value" else None
+    except ValueError:
+        raise UserError(f"{directory}/meta.json: not JSON: damaged") from None
 
 
 def write_meta(directory: str, meta: dict) -> None:
@@ -132,9 +166,9 @@ def write_train(directory: str, number: int, documents: Iterable[np.ndarray], me
             yield complete
         yield step(body, nothing)[0]
 
-    path = f"{directory}/train/{number}/tokens"
-    length = _write(path, rows(), meta["dtype"], 1 << 12, (meta["seq_len"],))
-    return {**count, "rows": length}
+    path, digest = f"{directory}/train/{number}/tokens", hashlib.sha256()
+    length = _write(path, rows(), meta["dtype"], 1 << 12, digest, (meta["seq_len"],))
+    return {**count, "rows": length, "sha256": digest.hexdigest()}
 
 
 def write_validation(directory: str, number: int, documents: Iterable[np.ndarray], meta: dict) -> dict[str, int]:
@@ -146,10 +180,10 @@ def write_validation(directory: str, number: int, documents: Iterable[np.ndarray
             offsets.append(offsets[-1] + len(document))
             yield document
 
-    path = f"{directory}/validation/{number}"
-    length = _write(f"{path}/tokens", tokens(), meta["dtype"], 1 << 16)
-    _write(f"{path}/offsets", [np.array(offsets)], "int64", 1 << 12)
-    return {"documents": len(offsets) - 1, "tokens": length}
+    path, digest = f"{directory}/validation/{number}", hashlib.sha256()
+    length = _write(f"{path}/tokens", tokens(), meta["dtype"], 1 << 16, digest)
+    _write(f"{path}/offsets", [np.array(offsets)], "int64", 1 << 12, digest)
+    return {"documents": len(offsets) - 1, "tokens": length, "sha256": digest.hexdigest()}
 
 
 def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tuple[dict, list[str], list[dict]]:
@@ -159,8 +193,8 @@ def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tupl
         raise UserError(
             f"config.data.token_files: no {where}/meta.json: nothing was prepared there, or it did not finish"
         )
-    if meta["format"] != FORMAT:
-        raise UserError(f"config.data.token_files: {where} has format {meta['format']}, expected {FORMAT}")
+    if not 1 <= meta["format"] <= FORMAT:
+        raise UserError(f"config.data.token_files: {where} has format {meta['format']}, expected 1 ... {FORMAT}")
     if meta["seq_len"] != data.seq_len:
         raise UserError(
             f"config.data.token_files: {where} has rows of {meta['seq_len']}, config.data.seq_len is {data.seq_len}"
@@ -236,20 +270,20 @@ def _ahead(function: Callable[[int], dict], start: int) -> Iterator[dict]:
             pending.append(pool.submit(function, step))
 
 
-def train_batches(data, *, batch_size, seed, tokenizer_path, host, num_hosts, start_step):
-    """`batches.train_batches` for token files: a host reads its own rows of each batch and no others."""
+def train_batches(data, *, batch_size, seed, tokenizer_path, rows, start_step):
+    """`batches.train_batches` for token files: reads these rows of each batch and no others."""
     meta, paths, entries = _open(data, tokenizer_path, "train", data.sources)
-    arrays = [_read(f"{path}/tokens") for path in paths]
+    arrays = [_read(f"{path}/tokens", (e["rows"], data.seq_len)) for path, e in zip(paths, entries, strict=True)]
     order = Order(seed, shares(data.weights), [entry["rows"] for entry in entries])
-    rows = batch_size // num_hosts
+    bad = BadRecords(data.max_bad_records)
 
     def batch(step):
-        start = step * batch_size + host * rows
-        source, row = order(start, start + rows)
-        reads = [array[row[source == s]].read() for s, array in enumerate(arrays)]
-        tokens = np.empty([rows, data.seq_len], np.int32)
-        for s, read in enumerate(reads):
-            tokens[source == s] = _done(read, paths[s])
+        places = list(zip(*(x[rows].tolist() for x in order(step * batch_size, (step + 1) * batch_size)), strict=True))
+        reads = [arrays[source][row].read() for source, row in places]
+        tokens = np.full([len(rows), data.seq_len], meta["pad_id"], np.int32)
+        for i, ((source, row), read) in enumerate(zip(places, reads, strict=True)):
+            if (found := _tokens(read, f"{paths[source]}: row {row}", meta["vocab_size"], bad)) is not None:
+                tokens[i] = found
         return {"tokens": tokens, "segment": segments(tokens, meta["bos_id"], meta["pad_id"])}
 
     return _ahead(batch, start_step)
@@ -257,12 +291,38 @@ def train_batches(data, *, batch_size, seed, tokenizer_path, host, num_hosts, st
 
 def validation_documents(data, *, tokenizer_path):
     """`batches.validation_documents` for token files."""
-    _, paths, _ = _open(data, tokenizer_path, "validation", data.validation)
+    meta, paths, entries = _open(data, tokenizer_path, "validation", data.validation)
+    bad = BadRecords(data.max_bad_records)
 
     def documents():
-        for source, path in zip(data.validation, paths, strict=True):
-            tokens, offsets = _read(f"{path}/tokens"), _done(_read(f"{path}/offsets").read(), path)
-            for begin, end in itertools.pairwise(offsets):
-                yield source, _done(tokens[begin:end].read(), path).astype(np.int32)
+        for source, path, entry in zip(data.validation, paths, entries, strict=True):
+            tokens = _read(f"{path}/tokens", (entry["tokens"],))
+            offsets = _done(_read(f"{path}/offsets", (entry["documents"] + 1,)).read(), path)
+            for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
+                found = _tokens(tokens[begin:end].read(), f"{path}: document {i}", meta["vocab_size"], bad)
+                if found is not None:
+                    yield source, found
 
     return documents()
+
+
+def data_fingerprint(data, *, tokenizer_path):
+    """`batches.fingerprint` for token files."""
+    meta, paths, entries = _open(data, tokenizer_path, "train", data.sources)
+    found = {"token_files/meta.json": _digest(meta)}
+    for i, (path, entry) in enumerate(zip(paths, entries, strict=True)):
+        array, store = _read(f"{path}/tokens", (entry["rows"], data.seq_len)), ts.KvStore.open(_store(f"{path}/tokens"))
+        names = sorted(name.decode() for name in _done(store.result().list(), path))
+        wanted = range(-(-array.shape[0] // array.chunk_layout.write_chunk.shape[0]))
+        if missing := {f"c/{k}/0" for k in wanted} - set(names):
+            raise UserError(f"{path}/tokens/{min(missing)}: no such file")
+        # a file ends with the checksum of its index, that is, of where each chunk lies and how long it is
+        ends = [(name, store.result().read(name, byte_range=slice(-4, None))) for name in names]
+        ends = [(name, _done(end, f"{path}/tokens/{name}").value.hex()) for name, end in ends]
+        number = path.removeprefix(f"{data.token_files}/")
+        found[f"sources[{i}] (token_files/{number})"] = _digest([entry, ends])
+    return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -74,6 +74,7 @@ def test_pieces_hold_every_token_once():
 
 
 GOOD = {"sources": ("lines:a", "lines:b"), "weights": (1.0, 2.0), "validation": ("lines:c",), "seq_len": 8}
+GOOD |= {"token_files": "", "max_bad_records": 0}
 
 
 @pytest.mark.parametrize(
@@ -87,17 +88,16 @@ GOOD = {"sources": ("lines:a", "lines:b"), "weights": (1.0, 2.0), "validation": 
         ({"sources": ("lines:a", "lines:a")}, r"config\.data\.sources: 'lines:a' is listed twice"),
         ({"sources": ("lines:a", 3)}, r"config\.data: source 3 is int, expected a string"),
         ({"seq_len": 1}, r"config\.data\.seq_len: 1"),
+        ({"max_bad_records": -1}, r"config\.data\.max_bad_records: -1"),
     ],
 )
 def test_bad_mixtures(change, message):
-    data = ConfigDict(GOOD | {"token_files": ""} | change)
+    data = ConfigDict(GOOD | change)
     with pytest.raises(UserError, match=message):
         train_batches(data, batch_size=2, seed=0, tokenizer_path="")
 
 
-def test_bad_calls():
-    data = ConfigDict(GOOD | {"token_files": "", "validation": ()})
-    with pytest.raises(UserError, match=r"batch_size: 5, expected a multiple of the number of hosts, 2"):
-        train_batches(data, batch_size=5, seed=0, tokenizer_path="", num_hosts=2)
+def test_no_validation():
+    data = ConfigDict(GOOD | {"validation": ()})
     with pytest.raises(UserError, match=r"config\.data\.validation: empty"):
         validation_documents(data, tokenizer_path="")

@@ -1,8 +1,11 @@
 """Text through seqio, and `prepare`: sources, rows, order, hosts, and what is refused. Imports TensorFlow, once."""
 
+import hashlib
 import itertools
+import os
 import re
-import types
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +57,12 @@ def decode(tokenizer, tokens):
     return sentencepiece.SentencePieceProcessor(model_file=tokenizer).decode(tokens.tolist())
 
 
-def texts(tasks, tokenizer, source, shard=None):
-    return [decode(tokenizer, d["tokens"]) for d in tasks.documents(source, tokenizer, shard)]
+def documents(tasks, tokenizer, source):
+    return [d["tokens"] for d in tasks.documents(source, tokenizer, rows.BadRecords(0))]
+
+
+def texts(tasks, tokenizer, source):
+    return [decode(tokenizer, tokens) for tokens in documents(tasks, tokenizer, source)]
 
 
 def write_files(folder, files, documents_each, start=0):
@@ -71,7 +78,7 @@ def write_files(folder, files, documents_each, start=0):
 def config_data(sources, weights=None, **change):
     weights = weights or (1.0,) * len(sources)
     data = {"sources": sources, "weights": weights, "validation": sources, "token_files": "", "seq_len": T}
-    return ConfigDict(data | change)
+    return ConfigDict(data | {"max_bad_records": 0} | change)
 
 
 def train(data, tokenizer, count, batch_size=4, seed=0, **arguments):
@@ -115,7 +122,8 @@ def test_documents_of_tfds(tasks, tokenizer, tmp_path, monkeypatch):
     for name in ("tiny_notes", "tiny_notes:1.2.0"):
         assert texts(tasks, tokenizer, f"tfds:{name}:train:body") == ["one", "two", "three"]
     assert texts(tasks, tokenizer, "tfds:tiny_notes:train[:1]:body") == ["one"]
-    assert train(config_data(("tfds:tiny_notes:train:body",)), tokenizer, 1)[0]["tokens"].shape == (4, T)
+    data = config_data(("tfds:tiny_notes:train:body",))
+    assert train(data, tokenizer, 1)[0]["tokens"].shape == (4, T)
     for source, message in {
         "tfds:no_such_notes:train:body": f"no dataset 'no_such_notes' in {tmp_path}",
         "tfds:tiny_notes:9.9.9:train:body": f"no dataset 'tiny_notes:9.9.9' in {tmp_path}",
@@ -128,6 +136,16 @@ def test_documents_of_tfds(tasks, tokenizer, tmp_path, monkeypatch):
             train(config_data((source,)), tokenizer, 1)
         assert message in str(error.value)
 
+    (file,) = tmp_path.rglob("*.tfrecord*")
+    before = batches.fingerprint(data, tokenizer_path=tokenizer)
+    file.write_bytes(file.read_bytes()[:-2])
+    assert batches.fingerprint(data, tokenizer_path=tokenizer) != before
+    with pytest.raises(UserError, match=r"reading 'tfds:tiny_notes:train:body': truncated record at \d+"):
+        texts(tasks, tokenizer, "tfds:tiny_notes:train:body")
+    file.unlink()
+    with pytest.raises(UserError, match=f"reading 'tfds:tiny_notes:train:body': {file}; No such file"):
+        batches.fingerprint(data, tokenizer_path=tokenizer)
+
 
 def test_rows_of_a_task_are_its_packed_documents(tasks, tokenizer, tmp_path):
     write_files(tmp_path, files=3, documents_each=5)
@@ -137,7 +155,7 @@ def test_rows_of_a_task_are_its_packed_documents(tasks, tokenizer, tmp_path):
     )
     found = [row["tokens"].tolist() for row in dataset.as_numpy_iterator()]
     body, expected = np.empty(0, np.int32), []
-    for document in [*(d["tokens"] for d in tasks.documents(f"files:{tmp_path}/*", tokenizer)), np.empty(0)]:
+    for document in [*documents(tasks, tokenizer, f"files:{tmp_path}/*"), np.empty(0)]:
         complete, body = rows.pack(body, document, length=T, bos_id=BOS, pad_id=PAD)
         expected += complete.tolist()
     assert found == expected and len(found) > 10
@@ -166,6 +184,36 @@ def test_batch_is_a_function_of_seed_and_step(tokenizer, tmp_path):
         np.testing.assert_array_equal(batch["segment"], batches.segments(batch["tokens"], BOS, PAD))
 
 
+def test_another_process_reads_the_same(tokenizer, tmp_path):
+    """Hosts share batches by each running the whole pipeline: it must be the same everywhere."""
+    write_files(tmp_path / "a", files=20, documents_each=5)
+    write_files(tmp_path / "b", files=1, documents_each=5)
+    data = config_data((f"files:{tmp_path}/a/*", f"files:{tmp_path}/b/*"), (2.0, 1.0))
+    program = f"""
+import hashlib, itertools
+from absl import flags
+from ml_collections import ConfigDict
+from latent_delib.data import batches
+flags.FLAGS(["test"])
+data, digest = ConfigDict({data.to_dict()!r}), hashlib.sha256()
+for batch in itertools.islice(batches.train_batches(data, batch_size=4, seed=0, tokenizer_path={tokenizer!r}), 100):
+    digest.update(batch["tokens"])
+print(digest.hexdigest())
+"""
+    env = os.environ | {"PYTHONHASHSEED": "7"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
+    digest = hashlib.sha256(np.stack([batch["tokens"] for batch in train(data, tokenizer, 100)]))
+    assert result.stdout.strip() == digest.hexdigest()
+
+
+def test_order_does_not_depend_on_where_the_files_lie(tokenizer, tmp_path):
+    for folder in ("a", "z"):
+        write_files(tmp_path / folder, files=2, documents_each=5)
+    write_files(tmp_path / "b", files=1, documents_each=5, start=50)
+    here, there = ((f"files:{tmp_path}/{folder}/*", f"files:{tmp_path}/b/*") for folder in ("a", "z"))
+    assert equal(train(config_data(here), tokenizer, 30), train(config_data(there), tokenizer, 30))
+
+
 def test_weights(tokenizer, tmp_path):
     for name, word in {"a": "cat", "b": "dog"}.items():
         (tmp_path / name).write_text("\n".join([" ".join([word] * 30)] * 20))
@@ -175,38 +223,22 @@ def test_weights(tokenizer, tmp_path):
     assert abs(share - 0.8) < 0.05
 
 
-@pytest.mark.parametrize("files", [4, 1])  # sharing out files, and documents where there are too few files
-def test_hosts_are_disjoint_and_complete(tasks, tokenizer, tmp_path, files):
-    words = sorted(set(WORDS))[:16]
-    for i in range(files):
-        (tmp_path / str(i)).write_text("\n".join(" ".join([word] * 25) for word in words[i::files]))
-    source = f"lines:{tmp_path}/*"
-    token = {}  # of each word
-    for document in tasks.documents(source, tokenizer):
-        (token[decode(tokenizer, document["tokens"]).split()[0]],) = set(document["tokens"].tolist())
-    assert sorted(token) == words
-
-    def seen(found):
-        return set(np.unique(np.concatenate([x["tokens"].reshape(-1) for x in found])).tolist()) - {PAD, BOS}
-
-    data, hosts = config_data((source,)), []
-    for host in range(2):
-        share = seen(tasks.documents(source, tokenizer, tasks.seqio.ShardInfo(host, 2)))
-        if files == 1:  # which documents are whose changes with the order: only the first epoch is shared out
-            with pytest.warns(UserWarning, match="has 1 files: each of 2 hosts reads all"):
-                train(data, tokenizer, 1, host=host, num_hosts=2)
-        else:
-            batch = train(data, tokenizer, 50, batch_size=8, host=host, num_hosts=2)
-            assert batch[0]["tokens"].shape == (4, T) and seen(batch) == share
-        hosts.append(share)
-    assert not hosts[0] & hosts[1] and hosts[0] | hosts[1] == set(token.values())
+def test_hosts_share_one_batch(tokenizer, tmp_path):
+    """Each host keeps exactly its rows, whether they lie together or apart, from any step on."""
+    write_files(tmp_path / "a", files=3, documents_each=5)
+    write_files(tmp_path / "b", files=1, documents_each=5)
+    data = config_data((f"files:{tmp_path}/a/*", f"files:{tmp_path}/b/*"), (2.0, 1.0))
+    whole = train(data, tokenizer, 20, batch_size=8, start_step=3)
+    for mine in (*np.array_split(np.arange(8), 2), *(np.arange(host, 8, 4) for host in range(4))):
+        expected = [{k: v[mine] for k, v in batch.items()} for batch in whole]
+        assert equal(train(data, tokenizer, 20, batch_size=8, rows=mine, start_step=3), expected)
 
 
 def test_training_sees_every_document(tasks, tokenizer, tmp_path):
     """Rows in their own order: nothing is lost at the end of an epoch, at the end of a row or to the shuffling."""
     write_files(tmp_path, files=4, documents_each=5)
     source = f"files:{tmp_path}/*"
-    tokens = np.concatenate([d["tokens"] for d in tasks.documents(source, tokenizer)])
+    tokens = np.concatenate(documents(tasks, tokenizer, source))
     found = np.concatenate([b["tokens"] for b in train(config_data((source,)), tokenizer, 400)])
     assert found.all(), "an endless stream has no padding"
     expected = np.bincount(tokens) / len(tokens)
@@ -240,19 +272,7 @@ def test_bad_sources(tokenizer, tmp_path):
             batches.validation_documents(config_data((source,)), tokenizer_path=tokenizer)
     (tmp_path / "one").write_text("a cat")
     source = f"files:{tmp_path}/one"
-    assert "no text in the share of host 1" in bad(config_data((source,)), tokenizer, host=1, num_hosts=2)
     assert f"{tmp_path}/no.model" in bad(config_data((source,)), f"{tmp_path}/no.model")
-
-
-def test_text_that_is_not_utf8_is_named(tokenizer, tmp_path):
-    (tmp_path / "1").write_text("good text")
-    (tmp_path / "2").write_bytes("caf\u00e9".encode("latin-1"))
-    for kind in ("files", "lines"):
-        data = config_data((f"{kind}:{tmp_path}/*",))
-        with pytest.raises(UserError) as error:
-            list(batches.validation_documents(data, tokenizer_path=tokenizer))
-        assert str(error.value) == f"config.data: {tmp_path}/2: not UTF-8 text"
-        assert f"{tmp_path}/2: not UTF-8 text" in bad(data, tokenizer)
 
 
 def test_a_tokenizer_must_have_bos_and_eos(tokenizer, tmp_path):
@@ -265,23 +285,6 @@ def test_a_tokenizer_must_have_bos_and_eos(tokenizer, tmp_path):
         )
         message = bad(config_data((f"files:{tmp_path}/one",)), f"{prefix}.model")
         assert message == f"tokenizer {prefix}.model: names no token for {name}"
-
-
-@pytest.mark.parametrize("special", [BOS, PAD])
-def test_text_can_not_make_bos_or_padding(tasks, special):
-    import tensorflow as tf
-
-    vocabulary = types.SimpleNamespace(
-        bos_id=BOS,
-        pad_id=PAD,
-        encode_tf=lambda text: tf.where(tf.strings.length(text) > 5, [9, special], [9, 9]),
-    )
-    features = {"tokens": types.SimpleNamespace(vocabulary=vocabulary)}
-    dataset = tf.data.Dataset.from_tensor_slices({"text": ["short", "longer"]})
-    found = tasks._elements(tasks._tokenize(dataset, features, source="lines:x", feature="text"))
-    assert next(found)["tokens"].tolist() == [9, 9]
-    with pytest.raises(UserError, match="^config.data: lines:x: the tokenizer makes BOS or padding of its text$"):
-        next(found)
 
 
 def prepare(data, tokenizer, out):
@@ -300,7 +303,7 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
     printed = capsys.readouterr().out
     assert re.search(r": 9\d%, [\d,]+ tokens, [\d,]+ tokens/s, 0 s left", printed)
     for entry in meta["train"]:
-        assert [entry["source"], f"{entry['documents']:,}", f"{entry['tokens']:,}", f"{entry['rows']:,}"] in [
+        assert [entry["source"], *(f"{entry[key]:,}" for key in ("documents", "tokens", "rows", "skipped"))] in [
             line.split() for line in printed.splitlines()
         ]
     assert meta["dtype"] == "uint16" and meta == token_files.read_meta(str(tmp_path / "out"))
@@ -315,8 +318,8 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
     ):
         assert one[0] == other[0] and np.array_equal(one[1], other[1]) and one[1].dtype == other[1].dtype == np.int32
     for i, source in enumerate(sources):
-        stored = token_files._read(f"{tmp_path}/out/train/{i}/tokens").read().result()
-        text = np.concatenate([d["tokens"] for d in tasks.documents(source, tokenizer)])
+        stored = token_files._read(f"{tmp_path}/out/train/{i}/tokens", (meta["train"][i]["rows"], T)).read().result()
+        text = np.concatenate(documents(tasks, tokenizer, source))
         np.testing.assert_array_equal(stored[stored > BOS], text)
         assert meta["train"][i]["tokens"] == len(text) and meta["train"][i]["rows"] == len(stored)
     assert train(prepared, tokenizer, 1)[0]["tokens"].shape == (4, T)
@@ -345,7 +348,7 @@ def test_prepare_overwrites_nothing(tokenizer, tmp_path, capsys):
 def test_a_failed_prepare_leaves_nothing(tokenizer, tmp_path):
     write_files(tmp_path / "a", files=1, documents_each=3)
     (tmp_path / "a" / "99.txt").write_bytes(b"bad \xff")
-    with pytest.raises(UserError, match="99.txt: not UTF-8"):
+    with pytest.raises(UserError, match="99.txt: document 1: not UTF-8"):
         prepare(config_data((f"files:{tmp_path}/a/*",)), tokenizer, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 

@@ -16,7 +16,7 @@ from latent_delib.data import token_files
 from latent_delib.data.batches import segments, train_batches, validation_documents
 from latent_delib.errors import UserError
 
-PAD, BOS, T = 0, 2, 16
+PAD, BOS, T, VOCAB = 0, 2, 16, 70_000
 SOURCES = ("lines:a", "lines:b", "lines:c")
 
 
@@ -29,6 +29,7 @@ def write(directory, tokenizer, train, validation, dtype="uint16"):
     meta = {
         "format": token_files.FORMAT,
         "seq_len": T,
+        "vocab_size": VOCAB,
         "bos_id": BOS,
         "pad_id": PAD,
         "dtype": dtype,
@@ -61,6 +62,7 @@ class Prepared:
             "validation": ("lines:v", "lines:w"),
             "token_files": self.directory,
             "seq_len": T,
+            "max_bad_records": 0,
         }
         return ConfigDict(data | change)
 
@@ -94,7 +96,7 @@ def test_rows_hold_every_token_of_every_document(prepared):
         np.testing.assert_array_equal(rows[rows > BOS], np.concatenate(documents))
         assert (rows[:, 0] == BOS).all() and (rows[:-1] != PAD).all()
         sizes = {"documents": len(documents), "tokens": sum(map(len, documents)), "rows": len(rows)}
-        assert entry == {"source": source, **sizes}
+        assert entry == {"source": source, **sizes, "sha256": hashlib.sha256(rows.astype("<i4")).hexdigest()}
 
 
 def test_batches_hold_stored_rows_and_their_segments(prepared):
@@ -115,11 +117,14 @@ def test_batch_is_a_function_of_seed_and_step(prepared):
     assert not equal(prepared.batches(20, seed=1), straight[:20])
 
 
-@pytest.mark.parametrize("num_hosts", [2, 4])
-def test_hosts_share_one_batch(prepared, num_hosts):
-    hosts = [prepared.batches(150, host=h, num_hosts=num_hosts, start_step=3) for h in range(num_hosts)]
-    joined = [{k: np.concatenate([part[k] for part in parts]) for k in parts[0]} for parts in zip(*hosts)]
-    assert equal(joined, prepared.batches(150, start_step=3))
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_one_batch(prepared, hosts):
+    """Each host reads exactly its rows, whether they lie together or apart, from any step on."""
+    whole = prepared.batches(150, start_step=3)
+    for rows in (np.array_split(np.arange(8), hosts), [np.arange(host, 8, hosts) for host in range(hosts)]):
+        for mine in rows:
+            expected = [{k: v[mine] for k, v in batch.items()} for batch in whole]
+            assert equal(prepared.batches(150, rows=mine, start_step=3), expected)
 
 
 def test_each_row_once_an_epoch(prepared):
@@ -172,11 +177,24 @@ def test_validation_documents_come_back_whole_and_in_order(prepared):
 def test_arrays_of_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, "_FILE", 100)
     parts = [np.full((n, 3), n, np.int32) for n in (1, 90, 0, 2, 33)]
-    assert token_files._write(str(tmp_path / "x"), parts, "uint16", 10, (3,)) == 126
+    digest = hashlib.sha256()
+    assert token_files._write(str(tmp_path / "x"), parts, "uint16", 10, digest, (3,)) == 126
     assert len(list((tmp_path / "x" / "c").iterdir())) == 4  # of 33 rows
-    found = token_files._read(str(tmp_path / "x")).read().result()
-    assert found.dtype == np.uint16
+    found = token_files._read(str(tmp_path / "x"), (126, 3)).read().result()
+    assert found.dtype == np.uint16 and digest.digest() == hashlib.sha256(found).digest()
     np.testing.assert_array_equal(found, np.concatenate(parts))
+
+
+def test_folders_without_checksums_can_still_be_read(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "_CODECS", [{"name": "bytes"}])
+    directory = str(tmp_path / "old")
+    meta = write(directory, prepared.tokenizer, prepared.train, prepared.validation, "int32")
+    for entry in meta["train"] + meta["validation"]:
+        del entry["sha256"]
+    token_files.write_meta(directory, meta | {"format": 1})
+    data = prepared.data(token_files=directory)
+    found = train_batches(data, batch_size=8, seed=0, tokenizer_path=prepared.tokenizer)
+    assert equal(itertools.islice(found, 20), prepared.batches(20))
 
 
 def test_reading_ahead_ends_with_its_user_and_hands_on_failures(prepared):
@@ -210,7 +228,7 @@ def test_a_failed_write_leaves_no_trace(tmp_path):
 def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(UserError, match="file/x.*[Nn]ot a directory") as error:
-        token_files._write(str(tmp_path / "file" / "x"), [np.zeros(3)], "int32", 8)
+        token_files._write(str(tmp_path / "file" / "x"), [np.zeros(3)], "int32", 8, hashlib.sha256())
     assert "\n" not in str(error.value)
 
 
@@ -233,7 +251,7 @@ def test_bad_directories(prepared, tmp_path):
         validation_documents(prepared.data(validation=("lines:a",)), tokenizer_path=prepared.tokenizer)
     (tmp_path / "old").mkdir()
     token_files.write_meta(str(tmp_path / "old"), prepared.meta | {"format": 0})
-    assert "has format 0, expected 1" in message(token_files=str(tmp_path / "old"))
+    assert "has format 0, expected 1 ... 2" in message(token_files=str(tmp_path / "old"))
 
 
 def test_tensorflow_is_not_imported(prepared):

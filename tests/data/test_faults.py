@@ -1,0 +1,298 @@
+"""Records that cannot be used, files that vanish, and the fingerprint that knows the data again: both routes."""
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+from ml_collections import ConfigDict
+
+from latent_delib import prepare
+from latent_delib.data import batches, rows, token_files
+from latent_delib.errors import UserError
+
+T, PAD, CHUNK = 32, 0, 128  # rows of a chunk
+
+
+def make_data(source, folder="", limit=0, **change):
+    data = {"sources": (source,), "weights": (1.0,), "validation": (source,), "token_files": str(folder), "seq_len": T}
+    return ConfigDict(data | {"max_bad_records": limit} | change)
+
+
+@pytest.fixture
+def read(sources, tokenizer_path):
+    """read(folder, limit, count) -> batches of 16 rows from token files."""
+
+    def found(folder, limit=0, count=30):
+        data = make_data(sources["train"], folder, limit)
+        loader = batches.train_batches(data, batch_size=16, seed=0, tokenizer_path=str(tokenizer_path))
+        return list(itertools.islice(loader, count))
+
+    return found
+
+
+@pytest.fixture
+def folder(token_folder, tmp_path):
+    return Path(shutil.copytree(token_folder, tmp_path / "tokens"))
+
+
+def overwrite(array, index, token):
+    """A wrong token in an array that is whole: its chunk gets a new checksum."""
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{array}/"}}
+    tensorstore.open(spec).result()[index].write(token).result()
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def skipped(found, whole):
+    """The distinct rows that are padding in `found`; everything else must be as in `whole`."""
+    gone = set()
+    for one, other in zip(found, whole, strict=True):
+        padding = (one["tokens"] == PAD).all(-1)
+        assert not one["segment"][padding].any()
+        for key in ("tokens", "segment"):
+            np.testing.assert_array_equal(one[key][~padding], other[key][~padding])
+        gone |= set(map(tuple, other["tokens"][padding].tolist()))
+    return gone
+
+
+def test_bad_records_are_counted_once_and_named(capsys):
+    bad = rows.BadRecords(20)
+    for i in [*range(20), *range(20)]:
+        bad(f"file: line {i}: no\nsense")
+    shown = [f"bad record number {n}, skipped: file: line {n - 1}: no\\nsense" for n in (*range(1, 9), 16)]
+    assert capsys.readouterr().out.splitlines() == shown and len(bad.met) == 20 and bad.met.total() == 40
+    with pytest.raises(UserError) as error:
+        bad("file: line 20: no sense")
+    expected = "file: line 20: no sense (bad record number 21, config.data.max_bad_records is 20)"
+    assert str(error.value) == f"config.data: {expected}"
+
+
+def test_a_damaged_chunk_is_skipped_up_to_the_limit(token_folder, folder, read, capsys):
+    whole, file = read(token_folder), folder / "train/0/tokens/c/0/0"
+    flip(file, 10)
+    assert len(skipped(read(folder, CHUNK), whole)) == CHUNK
+    assert "bad record number 1, skipped: " in capsys.readouterr().out
+    for limit in (0, CHUNK - 1):
+        with pytest.raises(UserError) as error:
+            read(folder, limit)
+        row = re.escape(f"{folder}/train/0") + r": row \d+: DATA_LOSS: .*c/0/0.*Digest mismatch.*"
+        count = rf" \(bad record number {limit + 1}, config\.data\.max_bad_records is {limit}\)"
+        assert re.fullmatch(rf"config\.data: {row}{count}", str(error.value))
+
+
+def test_a_token_outside_the_vocabulary_is_skipped(token_folder, folder, read, sources, tokenizer_path):
+    whole, vocab_size = read(token_folder), token_files.read_meta(str(folder))["vocab_size"]
+    overwrite(folder / "train/0/tokens", (7, 3), vocab_size)
+    overwrite(folder / "validation/0/tokens", 1, 2**16 - 1)
+    assert len(skipped(read(folder, 1), whole)) == 1
+    with pytest.raises(UserError, match=rf"train/0: row 7: token {vocab_size}, expected 0 ... {vocab_size - 1} \(bad"):
+        read(folder)
+
+    def documents(folder, limit=0):
+        data = make_data(sources["validation"], folder, limit)
+        return [tokens.tolist() for _, tokens in batches.validation_documents(data, tokenizer_path=str(tokenizer_path))]
+
+    assert documents(folder, 1) == documents(token_folder)[1:]
+    with pytest.raises(UserError, match=r"validation/0: document 0: token 65535, expected 0 ... \d+ \(bad record"):
+        documents(folder)
+
+
+def test_token_files_that_vanish_or_do_not_fit_their_meta(folder, read, sources, tokenizer_path, monkeypatch):
+    file, meta = folder / "train/0/tokens/c/0/0", folder / "meta.json"
+    monkeypatch.setattr(token_files, "_CACHE", tensorstore.Context())  # a file in the cache is not missed
+    arguments = {"seed": 0, "tokenizer_path": str(tokenizer_path)}
+    loader = batches.train_batches(make_data(sources["train"], folder, 999), batch_size=2, **arguments)
+    next(loader)
+    file.rename(folder / "elsewhere")
+    with pytest.raises(UserError, match=rf"{folder}/train/0: row \d+: NOT_FOUND: .*c/0/0"):
+        for _ in range(4):  # two batches were read ahead
+            next(loader)
+    with pytest.raises(UserError, match=f"{folder}/train/0/tokens/c/0/0: no such file"):
+        batches.fingerprint(make_data(sources["train"], folder), tokenizer_path=str(tokenizer_path))
+    text = meta.read_text()
+    meta.write_text(re.sub(r'"rows": \d+', '"rows": 3', text))
+    with pytest.raises(UserError, match=r"train/0/tokens: an array of shape \[\d+, 32\], its meta.json says \[3, 32\]"):
+        read(folder)
+    meta.write_text(text[:-9])
+    with pytest.raises(UserError, match=f"{meta}: not JSON"):
+        read(folder)
+
+
+@pytest.fixture
+def bad_text(tmp_path):
+    """Lines in two files of which two are not UTF-8."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "1").write_bytes(b"\xff the cat\n" + (b"the cat sat on a mat " * 5 + b"\n") * 20)
+    (tmp_path / "text" / "2").write_bytes((b"a dog ran to the door " * 5 + b"\n") * 20 + b"caf\xe9 cat \x00\n")
+    return f"lines:{tmp_path}/text/*"
+
+
+def test_bad_text_is_skipped_up_to_the_limit(bad_text, tokenizer_path, tmp_path, capsys):
+    path, where = str(tokenizer_path), f"{tmp_path}/text"
+
+    def train(limit):
+        loader = batches.train_batches(make_data(bad_text, "", limit), batch_size=4, seed=0, tokenizer_path=path)
+        return list(itertools.islice(loader, 40))
+
+    found = train(2)
+    lines = sorted(line.partition("skipped: ")[2] for line in capsys.readouterr().out.splitlines())
+    assert lines == [f"{where}/1: line 1: not UTF-8 text", f"{where}/2: line 21: not UTF-8 text"]
+    good = {*itertools.chain(*(b["tokens"].flat for b in found))}
+    source = make_data(bad_text, "", 2)
+    documents = [tokens for _, tokens in batches.validation_documents(source, tokenizer_path=path)]
+    assert len(documents) == 40 and good == {2, *np.concatenate(documents).tolist()}
+    resumed = batches.train_batches(source, batch_size=4, seed=0, tokenizer_path=path, start_step=39)
+    np.testing.assert_array_equal(next(resumed)["tokens"], found[39]["tokens"])
+    for limit in (0, 1):
+        with pytest.raises(
+            UserError, match=rf"^config.data: {where}/.: line \d+: not UTF-8 text \(bad .*is {limit}\)$"
+        ):
+            train(limit)
+        with pytest.raises(UserError, match=rf"is {limit}\)$"):
+            list(batches.validation_documents(make_data(bad_text, "", limit), tokenizer_path=path))
+
+
+def test_rows_name_what_was_skipped_before_them(tokenizer_path, tmp_path):
+    from latent_delib.data import tasks
+
+    lines = [b"cat", b"\xff", b"dog", b"\xfe", *[b"the cat sat on a mat " * 9] * 3, b"end", b"\xff"]
+    (tmp_path / "1").write_bytes(b"\n".join(lines))
+    task = tasks.seqio.TaskRegistry.get(tasks.add_task(f"lines:{tmp_path}/1", str(tokenizer_path)))
+    dataset = task.get_dataset({"tokens": T}, tasks.SPLIT, shuffle=False, trim_output_features=False)
+    found = [row["bad"].decode() for row in dataset.as_numpy_iterator()]  # the same in all rows that a text ends
+    line = f"{tmp_path}/1: line {{}}: not UTF-8 text\n".format
+    assert [bad for bad, _ in itertools.groupby(found)] == [line(2) + line(4), "", line(9)]
+
+
+def test_a_source_of_nothing_else_holds_no_text(tokenizer_path, tmp_path):
+    (tmp_path / "1").write_bytes(b"\xff\n" * 9)
+    with pytest.raises(UserError, match="holds no text"):
+        data = make_data(f"lines:{tmp_path}/1", "", 99)
+        batches.train_batches(data, batch_size=4, seed=0, tokenizer_path=str(tokenizer_path))
+
+
+@pytest.mark.parametrize("special", [2, PAD])
+def test_text_that_becomes_bos_or_padding_is_bad(special):
+    import types
+
+    from latent_delib.data import tasks
+
+    vocabulary = types.SimpleNamespace(bos_id=2, pad_id=PAD, encode=lambda text: [9, special if len(text) > 5 else 9])
+    features = {"tokens": types.SimpleNamespace(vocabulary=vocabulary)}
+    dataset = tasks.tf.data.Dataset.from_tensor_slices({"text": ["short", "longer\n"]})
+    for source, where in {
+        "lines:x": "f: line 2",
+        "files:x": "f: document 2",
+        "tfds:x": "tfds:x: text b'longer\\n'",
+    }.items():
+        texts = dataset if source == "tfds:x" else tasks._numbered(dataset.map(lambda x: x["text"]), "f")
+        good, bad = tasks._tokenize(texts, features, source=source, feature="text").as_numpy_iterator()
+        assert good["tokens"].tolist() == [9, 9] and not good["bad"] and not len(bad["tokens"])
+        assert bad["bad"].decode() == f"{where}: the tokenizer makes BOS or padding of its text"
+
+
+def test_prepare_counts_what_it_skips(bad_text, tokenizer_path, tmp_path, capsys):
+    def run(limit, name):
+        data = make_data(bad_text, "", limit, validation=(f"lines:{tmp_path}/text/2",))
+        config = ConfigDict({"data": data, "decoder": {"path": "", "tokenizer": str(tokenizer_path)}})
+        return prepare.prepare(config, str(tmp_path / name))
+
+    meta = run(2, "out")
+    assert [meta[split][0]["skipped"] for split in ("train", "validation")] == [2, 1]
+    assert [meta[split][0]["documents"] for split in ("train", "validation")] == [40, 20]
+    assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert table[0][-1] == "skipped" and [row[-1] for row in table[1:]] == ["2", "1"]
+    with pytest.raises(UserError, match=r"is 1\)$"):
+        run(1, "another")
+    assert {p.name for p in tmp_path.iterdir()} == {"text", "out"}
+
+
+@pytest.mark.parametrize("kind", ["lines", "files"])
+def test_text_that_vanishes_during_a_run_is_named(kind, tokenizer_path, tmp_path):
+    for i in range(3):
+        (tmp_path / str(i)).write_text("\n".join(["the cat sat on a mat"] * 300))
+    data = make_data(f"{kind}:{tmp_path}/*")
+    loader = batches.train_batches(data, batch_size=64, seed=0, tokenizer_path=str(tokenizer_path))
+    next(loader)
+    (tmp_path / "1").unlink()
+    expected = f"config.data: reading '{kind}:{tmp_path}/*': {tmp_path}/1; No such file or directory"
+    with pytest.raises(UserError) as error:
+        for _ in range(500):
+            next(loader)
+    assert str(error.value) == expected
+
+
+def fingerprint(data, tokenizer_path):
+    return batches.fingerprint(data, tokenizer_path=str(tokenizer_path))
+
+
+def append(path):
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+CHANGES = {
+    "renamed": lambda path: path.rename(path.with_name("2")),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "first byte": lambda path: flip(path, 0),
+    "last byte": lambda path: flip(path, -1),
+    "appended": append,
+    "removed": lambda path: path.unlink(),
+    "added": lambda path: path.with_name("9").write_bytes(b"new file"),
+    "emptied": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_fingerprint_of_text(change, tokenizer_path, tmp_path):
+    for name in ("0", "1"):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        (tmp_path / "a" / name / "1").write_text(name * 200_000)
+    before = fingerprint(make_data(f"lines:{tmp_path}/a/*/*"), tokenizer_path)
+    shutil.copytree(tmp_path / "a", tmp_path / "b" / "c")
+    batches.check_fingerprint(before, fingerprint(make_data(f"lines:{tmp_path}/b/*/*/*"), tokenizer_path))
+    assert fingerprint(make_data(f"files:{tmp_path}/a/*/*"), tokenizer_path) != before
+    CHANGES[change](tmp_path / "a" / "1" / "1")
+    with pytest.raises(UserError, match=r"trained on: sources\[0\] changed; restore the files .* new --workdir$"):
+        batches.check_fingerprint(before, fingerprint(make_data(f"lines:{tmp_path}/a/*/*"), tokenizer_path))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_fingerprint_of_token_files(change, folder, sources, tokenizer_path, tmp_path):
+    before = fingerprint(make_data(sources["train"], folder), tokenizer_path)
+    shutil.copytree(folder, tmp_path / "copy")
+    batches.check_fingerprint(before, fingerprint(make_data(sources["train"], tmp_path / "copy"), tokenizer_path))
+    CHANGES[change](folder / "train/0/tokens/c/0" / "0")
+    message = r"sources\[0\] \(token_files/train/0\) changed; restore the files"
+    if change in ("renamed", "removed"):
+        message = f"^{folder}/train/0/tokens/c/0/0: no such file$"
+    if change == "emptied":
+        message = f"^{folder}/train/0/tokens/c/0/0: OUT_OF_RANGE: .* value of size 0$"
+    if change == "first byte":  # it is the checksum that finds this, when the chunk is read
+        return batches.check_fingerprint(before, fingerprint(make_data(sources["train"], folder), tokenizer_path))
+    with pytest.raises(UserError, match=message):
+        batches.check_fingerprint(before, fingerprint(make_data(sources["train"], folder), tokenizer_path))
+
+
+def test_fingerprint_of_other_contents_and_another_tokenizer(folder, sources, tokenizer_path):
+    data = make_data(sources["train"], folder)
+    before = fingerprint(data, tokenizer_path)
+    meta = token_files.read_meta(str(folder))
+    meta["train"][0]["sha256"] = "0" * 64
+    token_files.write_meta(str(folder), meta)
+    with pytest.raises(
+        UserError, match=r"on: sources\[0\] \(token_files/train/0\) changed, token_files/meta.json changed"
+    ):
+        batches.check_fingerprint(before, fingerprint(data, tokenizer_path))
+    text = {"tokenizer": "1", "sources[0]": "2"}
+    with pytest.raises(UserError, match=r"on: tokenizer changed, sources\[0\] gone, sources\[1\] new; "):
+        batches.check_fingerprint(text, {"tokenizer": "3", "sources[1]": "2"})
