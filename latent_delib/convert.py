@@ -152,8 +152,8 @@ def convert_ours(where: Path, out: Path, to: str, dtype: str, wanted: Transforme
 
 def export_coprocessor(workdir: str, out: Path) -> None:
     """Writes the newest coprocessor of a training job as a folder; see `weights.coprocessor`."""
-    checkpoints, step, meta = checkpoint.open_for_reading(workdir)
-    tree = checkpoints.restore_anywhere(step)
+    checkpoints, *_ = checkpoint.open_for_reading(workdir)
+    step, meta, tree, _ = checkpoints.restore_newest()
     checkpoints.close()
     if "coprocessor" not in tree:
         raise UserError(

@@ -71,13 +71,18 @@ def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
             raise UserError(f"{workdir}: holds the coprocessor of step {fields['step']}, not of step {step}")
         del fields["format"], fields["architecture"]
         return Coprocessor(params, **fields)
-    checkpoints, found, meta = checkpoint.open_for_reading(workdir, step)
-    if METHODS[meta["method.name"]].latents is None:
-        raise UserError(f"{workdir}: method {meta['method.name']!r} has no coprocessor")
-    params = checkpoints.restore_anywhere(found)["coprocessor"]
+
+    def check(meta: dict[str, Any]) -> None:
+        if METHODS[meta["method.name"]].latents is None:
+            raise UserError(f"{workdir}: method {meta['method.name']!r} has no coprocessor")
+
+    checkpoints, *_ = checkpoint.open_for_reading(workdir, step)
+    found = checkpoints.restore_newest(step=step, check=check)
     checkpoints.close()
-    num_latents, placement = meta["method.num_latents"], meta["method.placement"]
-    return Coprocessor(params, meta["method.name"], num_latents, placement, meta["fingerprint"], found)
+    assert found is not None, "open_for_reading saw one"
+    method, num_latents, placement = (found.meta[f"method.{key}"] for key in ("name", "num_latents", "placement"))
+    params = found.trainable["coprocessor"]
+    return Coprocessor(params, method, num_latents, placement, found.meta["fingerprint"], found.step)
 
 
 def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "after", seed: int = 0) -> Coprocessor:
