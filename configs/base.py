@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     c.data.validation = ("packaged/validation",)
     c.data.token_files = ""  # a directory written by `prepare`; "" reads the sources through seqio
     c.data.seq_len = 2048  # T
+    c.data.max_bad_records = 0  # documents or rows skipped because they cannot be used; one more ends the command
 
     c.optimizer = ConfigDict()  # AdamW, linear warm-up, cosine; not published
     c.optimizer.learning_rate = 1e-3
@@ -48,6 +49,9 @@ def get_config() -> ConfigDict:
     c.train.log_every = 10
     c.train.checkpoint_every = 1000
     c.train.keep = 2  # newest checkpoints kept
+    c.train.keep_every = 0  # and those of every step that this divides; 0: none
+    c.train.keep_best = 0  # and that many with the lowest mean training loss since the checkpoint before
+    c.train.max_bad_steps = 0  # steps skipped because their loss or gradient is not finite; one more ends the job
     c.train.profile_at = 0  # the step after which three are traced into WORKDIR/profile; 0: none
 
     c.compute = ConfigDict()
@@ -59,6 +63,7 @@ def get_config() -> ConfigDict:
     c.mesh = ConfigDict()  # devices along each axis; -1: what the others leave
     c.mesh.data = -1
     c.mesh.fsdp = 1
+    c.mesh.traces = 1
     c.mesh.tensor = 1
 
     c.evaluate = ConfigDict()

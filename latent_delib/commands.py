@@ -12,13 +12,14 @@ from ml_collections import config_flags
 
 from latent_delib.errors import UserError
 
+STOPPED = 75  # the exit code of a command that SIGTERM stopped, and that saved: run it again to go on
 REQUIRED = object()
 CONFIG = object()
 DEFINE = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
 
 def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> None:
-    """Parses the command line, calls `main(values)` and exits.
+    """Parses the command line, calls `main(values)` and exits: with 1 for a user's mistake or a failed disk.
 
     Args:
       main: gets the values as attributes.

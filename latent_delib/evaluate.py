@@ -1,29 +1,33 @@
 """Perplexity of the n-th token ahead, with latents after every token and without (Section 3.1, Table 1).
 
-  python -m latent_delib.evaluate --config=configs/X.py --workdir=DIR [--out=DIR] [--step=N]
+  python -m latent_delib.evaluate --config=configs/X.py --workdir=DIR [--out=DIR] [--step=N] [--distributed]
 
-Writes perplexity.json and perplexity.png to --out (the workdir by default) and prints the table.
+Writes perplexity.json and perplexity.png to --out (the workdir by default) and prints the table. Both folders may be
+gs://BUCKET/PATH.
 """
 
+import hashlib
+import io
 import json
-import os
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from latent_delib import checkpoint, commands, experiment
+from latent_delib import checkpoint, commands, distributed, experiment
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
-from latent_delib.nn.transformer import PARAM_AXES, Params
+from latent_delib.nn.layers import PARAM_AXES
+from latent_delib.nn.transformer import Params
 from latent_delib.step import ahead_step, read_step
+from latent_delib.weights import folder
 
 
 class Sums(NamedTuple):
@@ -35,48 +39,54 @@ class Sums(NamedTuple):
 
 
 def main(flags: Any) -> None:
-    evaluate(flags.config, flags.workdir, flags.out or flags.workdir, flags.step)
+    with distributed.job(flags):
+        evaluate(flags.config, flags.workdir, flags.out or flags.workdir, flags.step)
 
 
 def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None) -> dict[str, Any]:
     """Evaluates a checkpoint of `workdir` on the config's validation sources; returns what perplexity.json holds.
 
-    Method "decoder" on a decoder with weights needs no checkpoint: it is the frozen decoder.
+    Method "decoder" on a decoder with weights needs no checkpoint: it is the frozen decoder. Of several processes each
+    reads all of the text and computes its share of it, and all return the same.
 
     Raises:
       UserError: no checkpoint, one of another decoder or method, bad config or data.
     """
     exp = experiment.read(config)
+    plain = json.loads(config.to_json_best_effort())
+    distributed.check_same(config=json.dumps([plain, workdir, step]), decoder=exp.fingerprint)
     untrained = config.method.name == "decoder" and bool(config.decoder.path)
-    if untrained and not (Path(workdir) / "checkpoints").is_dir():
+    if untrained and not (epath.Path(workdir) / "checkpoints").is_dir():
         params, found = {"decoder": experiment.load_decoder(exp, exp.dtype)}, None
     else:
         params, found = load(exp, workdir, step)
     pieces = read_pieces(exp)
+    distributed.check_same(validation=hashlib.sha256(np.concatenate(pieces)).hexdigest())
     rows = table(perplexity(exp, params, pieces))
     result = {
         "rows": rows,
         "pieces": len(pieces),
-        "config": json.loads(config.to_json_best_effort()),
-        "checkpoint": None if found is None else str(Path(workdir) / "checkpoints" / str(found)),
+        "config": plain,
+        "checkpoint": None if found is None else str(epath.Path(workdir) / "checkpoints" / str(found)),
         "fingerprint": exp.fingerprint,
     }
-    write(result, Path(out))
-    print(show(rows, result), flush=True)
+    if jax.process_index() == 0:
+        write(result, epath.Path(out))
+        print(show(rows, result), flush=True)
     return result
 
 
 def load(exp: Experiment, workdir: str, step: int | None) -> tuple[Params, int]:
     """The parameters of a checkpoint, in the config's dtype, and its step."""
-    checkpoints, found, meta = checkpoint.open_for_reading(workdir, step)
-    exp.check_same(meta, workdir)
-    decoder = experiment.load_decoder(exp, exp.dtype)
-    shapes = jax.eval_shape(experiment.init_trainable(exp), jax.random.key(0), decoder)
-    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES)
+    shapes = folder.shapes(exp.aug.transformer.config)
+    shapes = jax.eval_shape(experiment.init_trainable(exp), jax.random.key(0), shapes)
+    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES, mesh_lib.TRAINABLE)
     wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    trainable, _ = checkpoints.restore(found, wanted)
+    checkpoints, *_ = checkpoint.open_for_reading(workdir, step)
+    found = checkpoints.restore_newest(wanted, step=step, check=lambda meta: exp.check_same(meta, workdir))
     checkpoints.close()
-    return {"decoder": decoder} | jax.tree.map(lambda x: x.astype(exp.dtype), trainable), found
+    decoder = experiment.load_decoder(exp, exp.dtype)
+    return {"decoder": decoder} | jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable), found.step
 
 
 def read_pieces(exp: Experiment) -> list[np.ndarray]:
@@ -100,16 +110,21 @@ def perplexity(exp: Experiment, params: Params, pieces: Sequence[np.ndarray]) ->
     """Sums over every token of every piece (int32 [n], BOS first), each counted once for each n that reaches it.
 
     A piece is read once; its cache then serves all its positions, `positions` of them at a time, which bounds the
-    memory. No sum depends on how pieces are batched: they are added up in float64.
+    memory. No sum depends on how pieces are batched, or on the number of hosts: every host gets each token's value and
+    adds up all of them, in float64.
     """
     e, pad = exp.config.evaluate, exp.tokenizer.pad_id
     pieces = sorted(pieces, key=len)  # alike in length together: least padding
     A, B, M, T = e.num_ahead, e.batch_size, min(e.positions, e.max_length), e.max_length
-    aug, place = exp.aug, partial(jax.device_put, device=mesh_lib.rows(exp.mesh))
-    if B % (shards := exp.mesh.shape["data"] * exp.mesh.shape["fsdp"]):
+    aug, whole = exp.aug, mesh_lib.replicated(exp.mesh)
+    if B % (shards := mesh_lib.row_shards(exp.mesh)):
         raise UserError(f"config.evaluate.batch_size={B} does not split over {shards} devices")
-    read = jax.jit(partial(read_step, aug=aug, dtype=exp.dtype))
-    ahead = jax.jit(partial(ahead_step, aug=aug, num_ahead=A))
+    here = mesh_lib.local_rows(exp.mesh, B)
+    read = jax.jit(partial(read_step, aug=aug, dtype=exp.dtype), out_shardings=(None, whole))
+    ahead = jax.jit(partial(ahead_step, aug=aug, num_ahead=A), out_shardings=whole)
+
+    def place(x: np.ndarray) -> jax.Array:
+        return mesh_lib.place_rows(exp.mesh, x[here], B)
 
     sums = Sums(*np.zeros((3, A)))
     began, done, total = time.perf_counter(), 0, sum(map(len, pieces))
@@ -170,10 +185,8 @@ def show(rows: Sequence[dict[str, float]], result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(result: dict[str, Any], out: Path) -> None:
+def write(result: dict[str, Any], out: epath.Path) -> None:
     """perplexity.json and perplexity.png, each under its name only once whole."""
-    if jax.process_index() != 0:
-        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,11 +199,14 @@ def write(result: dict[str, Any], out: Path) -> None:
     axes.plot([r["n"] for r in rows], [r["change_percent"] for r in rows], marker="o", markersize=3, label="augmented")
     axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)")
     axes.legend()
-    figure.savefig(out / ".perplexity.png.tmp", format="png", dpi=150)
+    figure.savefig(png := io.BytesIO(), format="png", dpi=150)
     pyplot.close(figure)
-    (out / ".perplexity.json.tmp").write_text(json.dumps(result, indent=2) + "\n")
-    for name in ("perplexity.png", "perplexity.json"):
-        os.replace(out / f".{name}.tmp", out / name)
+    for name, content in (
+        ("perplexity.png", png.getvalue()),
+        ("perplexity.json", f"{json.dumps(result, indent=2)}\n".encode()),
+    ):
+        (out / f".{name}.tmp").write_bytes(content)
+        (out / f".{name}.tmp").replace(out / name)
 
 
 if __name__ == "__main__":
@@ -201,4 +217,5 @@ if __name__ == "__main__":
         workdir=(commands.REQUIRED, "of a training job"),
         out=("", "where to write; the workdir if left out"),
         step=(None, "checkpoint step; the newest if left out"),
+        **distributed.FLAGS,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.nn import transformer
 from latent_delib.nn.attention_forms import FORMS, choose
+from latent_delib.nn.layers import PARAM_AXES, Partition
 from latent_delib.nn.sizes import TransformerConfig, differences
-from latent_delib.nn.transformer import PARAM_AXES, REMAT, Params, Transformer
+from latent_delib.nn.transformer import REMAT, Params, Transformer
 from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import folder
 
@@ -62,8 +63,8 @@ def tokenizer_path(config: ConfigDict) -> Path:
     return Path(name) if name else folder.tokenizer_path(folder.locate(decoder))
 
 
-def read(config: ConfigDict) -> Experiment:
-    """Checks a config and builds what it describes; loads no weights.
+def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment:
+    """Checks a config and builds what it describes on `devices`, by default all there are; loads no weights.
 
     Raises:
       UserError: the first thing found wrong, by key.
@@ -90,9 +91,9 @@ def read(config: ConfigDict) -> Experiment:
             f"config.decoder.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, "
             f"the decoder only {architecture.vocab_size} rows"
         )
-    mesh = mesh_lib.make(config.mesh)
+    mesh = mesh_lib.make(config.mesh, devices)
     per_step = config.train.batch_size // config.train.accumulation
-    if per_step % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if per_step % mesh_lib.row_shards(mesh):
         raise UserError(
             f"config.train.batch_size={config.train.batch_size} in {config.train.accumulation} parts does not split "
             f"over mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
@@ -102,12 +103,17 @@ def read(config: ConfigDict) -> Experiment:
             raise UserError(
                 f"config.mesh.tensor={mesh.shape['tensor']} does not divide {key}={getattr(architecture, key)}"
             )
+    for key, traces in (
+        ("method.num_traces", config.method.num_traces),
+        ("evaluate.positions", min(config.evaluate.positions, config.evaluate.max_length)),
+    ):
+        if traces % mesh.shape["traces"]:
+            raise UserError(f"config.mesh.traces={mesh.shape['traces']} does not divide config.{key}={traces}")
     aug = Augmentation(
         Transformer(
             architecture,
             config.compute.remat,
-            mesh_lib.constrain(mesh),
-            mesh_lib.split(mesh),
+            Partition(mesh_lib.constrain(mesh), mesh_lib.gather(mesh), mesh_lib.product(mesh), mesh_lib.split(mesh)),
             choose(config.compute.attention, mesh.devices.flat[0].platform),
         ),
         config.method.name,
@@ -145,6 +151,7 @@ def check(config: ConfigDict) -> None:
     at_least(1, compute__loss_chunk=config.compute.loss_chunk)
     at_least(0, optimizer__soft_token_learning_rate=o.soft_token_learning_rate, optimizer__warmup_steps=o.warmup_steps)
     at_least(0, optimizer__weight_decay=o.weight_decay, evaluate__max_pieces=e.max_pieces)
+    at_least(0, train__keep_every=t.keep_every, train__keep_best=t.keep_best, train__max_bad_steps=t.max_bad_steps)
     at_least(0, train__profile_at=t.profile_at)
     for key in ("learning_rate", "clip_norm", "eps"):
         if not o[key] > 0:
@@ -172,7 +179,7 @@ def load_decoder(exp: Experiment, dtype: Any) -> Params:
     """The decoder's weights in `dtype`, each placed on the mesh as it is read; random ones without a folder."""
     architecture = exp.aug.transformer.config
     shapes = folder.shapes(architecture)
-    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES)
+    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES, mesh_lib.FROZEN)
     if exp.decoder is None:
 
         def start(key: jax.Array) -> Params:

@@ -38,13 +38,19 @@ def _attention(c: TransformerConfig, length: int) -> float:
     return 4 * c.num_heads * c.head_dim * sum(map(seen, c.is_local))
 
 
+def text_flops(aug: Augmentation, batch: int, seq_len: int) -> float:
+    """FLOPs of reading the text once, without the vocabulary."""
+    c = aug.transformer.config
+    return batch * seq_len * (_per_token(c) + _attention(c, seq_len))
+
+
 def train_step_flops(
     aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int, frozen_decoder: bool
 ) -> float:
     """FLOPs of one step on `batch` rows of `seq_len` tokens; prefixes count with their mean length, T / 2."""
     c = aug.transformer.config
     vocabulary = 2 * c.vocab_size * c.embed_dim
-    text = batch * seq_len * (_per_token(c) + _attention(c, seq_len))
+    text = text_flops(aug, batch, seq_len)
     if not aug.has_latents:
         return 3 * (text + batch * seq_len * vocabulary)
     traces = batch * num_traces
@@ -57,3 +63,17 @@ def train_step_flops(
 
     write = 0.0 if aug.method == "pause_tokens" else trace(aug.num_latents, 3)
     return text_passes * text + write + trace(inputs, passes) + passes * traces * num_ahead * vocabulary
+
+
+def recomputed_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
+    """FLOPs that the backward pass of such a step does again, under the transformer's `remat`: products of the layers,
+    and attention where that is not kept either."""
+    c, remat = aug.transformer.config, aug.transformer.remat
+    if remat in ("none", "dots"):
+        return 0.0
+    seen = _attention(c, seq_len) if remat == "full" else 0.0
+    if not aug.has_latents:
+        return batch * seq_len * (_per_token(c) + seen)
+    write = 0 if aug.method == "pause_tokens" else aug.num_latents
+    inputs = aug.num_latents + num_ahead - 1 + PLACEMENTS[aug.placement].reread
+    return batch * num_traces * (write + inputs) * (_per_token(c) + seen)

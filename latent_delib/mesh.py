@@ -1,40 +1,51 @@
 """The one file that names mesh axes: the mesh, the rules from logical axes to it, and shardings made of them."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "traces", "tensor")
+ROWS = ("data", "fsdp")
 
-# Logical axis -> mesh axes. Weights lie on fsdp along the width and on tensor along heads, features and vocabulary.
-PARAMETERS = {"vocab": "tensor", "embed": "fsdp", "heads": "tensor", "ffn": "tensor", "layers": None}
-# Activations: rows over data and fsdp together; heads and features follow the weights.
-ACTIVATIONS = {"batch": ("data", "fsdp"), "traces": None, "heads": "tensor", "ffn": "tensor"}
+# Logical axis -> mesh axes. Where weights lie: along the width on fsdp, and on traces, which would hold the same
+# otherwise; along heads, features and vocabulary on tensor.
+TRAINABLE = {"vocab": "tensor", "embed": ("fsdp", "traces"), "heads": "tensor", "ffn": "tensor", "layers": None}
+FROZEN = TRAINABLE
+# Where they stand while they are used: whole along the width.
+IN_USE = TRAINABLE | {"embed": None}
+# Activations: rows over data and fsdp together, the traces of a row over traces; heads and features follow the weights.
+ACTIVATIONS = {"batch": ROWS, "traces": "traces", "heads": "tensor", "ffn": "tensor"}
+
+Axes = tuple[str | None, ...]
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
-def make(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices; one size may be -1 and takes what the others leave.
+def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, neighbours in it being neighbours on a slice; one size may be -1: what the others leave.
 
     Raises:
       UserError: unknown axes, or sizes whose product is not the number of devices.
     """
+    devices = jax.devices() if devices is None else devices
     if unknown := sorted(set(sizes) - set(AXES)):
         raise UserError(f"config.mesh: unknown axes {unknown}, expected {AXES}")
-    shape, count = [sizes[axis] for axis in AXES], jax.device_count()
+    shape, count = [sizes[axis] for axis in AXES], len(devices)
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = count // max(1, math.prod(n for n in shape if n != -1))
     if min(shape) < 1 or math.prod(shape) != count:
         raise UserError(f"config.mesh: {dict(zip(AXES, shape))} does not make the {count} devices at hand")
-    return Mesh(np.asarray(jax.devices()).reshape(shape), AXES)
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
 
 
-def spec(axes: tuple[str | None, ...], rules: Mapping[str, Any]) -> PartitionSpec:
+def spec(axes: Axes, rules: Rules) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes; None is an axis that is never split.
 
     Raises:
@@ -43,17 +54,21 @@ def spec(axes: tuple[str | None, ...], rules: Mapping[str, Any]) -> PartitionSpe
     if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
         raise ValueError(f"no sharding rule for logical axes {unknown}; rules: {dict(rules)}")
     parts = [rules[axis] if axis is not None else None for axis in axes]
-    used = [name for part in parts if part for name in ((part,) if isinstance(part, str) else part)]
+    used = [name for part in parts for name in _names(part)]
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {axes} put two dimensions on one mesh axis: {parts}")
     return PartitionSpec(*parts)
 
 
-def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, tuple[str | None, ...]]) -> Any:
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else part
+
+
+def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes], rules: Rules) -> Any:
     """A NamedSharding for every leaf of a parameter tree (arrays or their shapes), by the leaf's name.
 
     Raises:
-      UserError: a dimension that its mesh axis does not divide.
+      UserError: a dimension that its mesh axes do not divide.
       ValueError: a leaf whose name `axes` does not know.
     """
 
@@ -61,11 +76,12 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, tuple[str | None, ...]]
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if path[-1].key not in axes:
             raise ValueError(f"parameter {name} has no logical axes; there are some for {sorted(axes)}")
-        logical = axes[path[-1].key][-leaf.ndim :]
-        partition = spec(logical, PARAMETERS)
-        for size, axis in zip(leaf.shape, partition):
-            if axis is not None and size % mesh.shape[axis]:
-                raise UserError(f"config.mesh.{axis}={mesh.shape[axis]} does not divide {name} {tuple(leaf.shape)}")
+        partition = spec(axes[path[-1].key][-leaf.ndim :], rules)
+        for size, part in zip(leaf.shape, partition):
+            wanted = {axis: mesh.shape[axis] for axis in _names(part)}
+            if size % math.prod(wanted.values()):
+                split = " x ".join(f"{axis}={n}" for axis, n in wanted.items())
+                raise UserError(f"config.mesh: {split} does not divide {name} {tuple(leaf.shape)}")
         return NamedSharding(mesh, partition)
 
     return jax.tree.map_with_path(one, tree)
@@ -81,37 +97,123 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",), ACTIVATIONS))
 
 
-def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-    """The function that `nn` calls on activations, with the names of their axes."""
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
-    def place(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+
+def local_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """Which of `count` rows lie on this process's devices, in order; int64. Several processes may share a row."""
+    slices = rows(mesh).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
+
+
+def place_rows(mesh: Mesh, local: Any, count: int) -> Any:
+    """A batch of `count` rows over the mesh, from a tree of numpy arrays of this process's `local_rows`."""
+    here = local_rows(mesh, count)
+
+    def one(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            return x[np.searchsorted(here, start) : np.searchsorted(here, stop)]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), rows(mesh), part)
+
+    return jax.tree.map(one, local)
+
+
+def constrain(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
+    """The function that `nn` calls on activations, with the names of their axes; an axis of length 1 is not split."""
+
+    def place(x: jax.Array, axes: Axes) -> jax.Array:
+        axes = tuple(axis if n > 1 else None for axis, n in zip(axes, x.shape, strict=True))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, ACTIVATIONS)))
 
     return place
 
 
+def gather(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
+    """The function that `nn` calls on a table of vectors to have it whole along the width."""
+
+    def place(w: jax.Array, axes: Axes) -> jax.Array:
+        whole, own = (NamedSharding(mesh, spec(axes, rules)) for rules in (IN_USE, TRAINABLE))
+
+        @jax.custom_vjp
+        def gathered(w: jax.Array) -> jax.Array:
+            return jax.lax.with_sharding_constraint(w, whole)
+
+        gathered.defvjp(lambda w: (gathered(w), None), lambda _, dw: (jax.lax.with_sharding_constraint(dw, own),))
+        return gathered(w)
+
+    return place
+
+
+def product(mesh: Mesh) -> Callable[..., jax.Array]:
+    """The function that `nn` calls to multiply activations by a weight: each device gathers the weight, uses it on its
+    own rows and traces, and forgets it; the gradient is reduce-scattered to where the weight lies.
+
+    Written out, because a compiler that splits products by itself sums whole gradients on every chip, or moves
+    activations instead of weights. Heads and features, on tensor, are left to it.
+    """
+    width = TRAINABLE["embed"]
+    by_hand = {*ROWS, *width}
+
+    def specs(axes: Axes, rules: Rules) -> PartitionSpec:
+        return spec(axes, {axis: part if by_hand.issuperset(_names(part)) else None for axis, part in rules.items()})
+
+    def multiply(equation: str, x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
+        if mesh.size == 1:
+            return jnp.einsum(equation, x, w)
+
+        def on_each_device(x: jax.Array, w: jax.Array) -> jax.Array:
+            return jnp.einsum(equation, x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True))
+
+        alone = {axis: None for axis, n in zip(x_axes, x.shape, strict=True) if axis and n == 1}
+        activations = ACTIVATIONS | alone
+        return jax.shard_map(
+            on_each_device,
+            mesh=mesh,
+            in_specs=(specs(x_axes, activations), specs(w_axes, TRAINABLE)),
+            out_specs=specs(y_axes, activations),
+            axis_names=by_hand,
+            check_vma=False,
+        )(x, w)
+
+    return multiply
+
+
 def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
-    """The function that `nn` wraps what a compiler cannot split: every device runs it on its own rows and heads."""
+    """The function that `nn` wraps what a compiler cannot split: each device runs it on its own rows, traces and heads.
+
+    Of the logical axes that its arguments name, those of length 1 are not split.
+    """
 
     def on_each_device(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
         if mesh.size == 1:
             return function
 
-        def specs(tree: Any) -> Any:
-            def is_axes(x: Any) -> bool:
-                return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
+        def is_axes(x: Any) -> bool:
+            return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
 
-            return jax.tree.map(lambda axes: spec(axes, ACTIVATIONS), tree, is_leaf=is_axes)
+        def specs(tree: Any, rules: Rules) -> Any:
+            return jax.tree.map(lambda axes: spec(axes, rules), tree, is_leaf=is_axes)
 
-        return jax.shard_map(function, mesh=mesh, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False)
+        def call(*args: Any) -> Any:
+            named = zip(jax.tree.leaves(in_axes, is_leaf=is_axes), jax.tree.leaves(args), strict=True)
+            lengths = {axis: n for axes, x in named for axis, n in zip(axes, x.shape) if axis}
+            rules = {axis: ACTIVATIONS[axis] if n > 1 else None for axis, n in lengths.items()}
+            inside, out = specs(in_axes, rules), specs(out_axes, rules)
+            return jax.shard_map(function, mesh=mesh, in_specs=inside, out_specs=out, check_vma=False)(*args)
+
+        return call
 
     return on_each_device
 
 
-def table(shardings: Any, tree: Any) -> str:
-    """One line a leaf: name, shape, spec."""
+def table(tree: Any) -> str:
+    """One line a leaf of a tree that carries shardings: name, shape, spec."""
     lines = []
-    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shardings)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        lines.append(f"  {name:<44} {'x'.join(map(str, leaf.shape)):<20} {sharding.spec}")
+        lines.append(f"  {name:<44} {'x'.join(map(str, leaf.shape)):<20} {leaf.sharding.spec}")
     return "\n".join(lines)

@@ -62,6 +62,7 @@ def train_step(
     num_ahead: int,
     accumulation: int,
     dtype: jnp.dtype,
+    skip_bad: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss over all ahead tokens of the batch.
 
@@ -71,6 +72,7 @@ def train_step(
       accumulation: the batch passes in this many equal parts; sums of loss, tokens and gradients are added up and
         divided once, so the step is that of the whole batch whatever the parts hold.
       dtype: of the computation; master weights are cast to it once.
+      skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the learning rate, go on.
 
     Returns:
       The new state, and float32 scalars: loss (nats a token), tokens, grad_norm (before clipping).
@@ -78,6 +80,8 @@ def train_step(
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     at_BM = traces.draw(key, segment_BT, min(num_traces, tokens_BT.shape[1] - 1))  # a plain decoder uses none
+
+    frozen = augment.gathered(aug, frozen)  # before the loop over parts
 
     def loss_sum(trained: Params, part: tuple[jax.Array, ...]):
         return augment.loss(aug, frozen | trained, *part, num_ahead, dtype)
@@ -100,6 +104,13 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+    if skip_bad:
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(good, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+        trainable, opt_state = jax.tree.map(keep, (trainable, opt_state), (state.trainable, state.opt_state))
     return TrainState(state.step + 1, trainable, opt_state), metrics
 
 
@@ -107,6 +118,7 @@ def read_step(
     params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, *, aug: Augmentation, dtype: jnp.dtype
 ) -> tuple[Cache, jax.Array]:
     """The text's cache, and the plain decoder's -log p of text token t + 1 at every t, float32 [B, T - 1]."""
+    params = augment.gathered(aug, params)
     x_BTD, cache = augment.read(aug, params, tokens_BT, segment_BT, dtype)
     return cache, augment.nll(aug, params, x_BTD[:, :-1], tokens_BT[:, 1:])
 
@@ -123,6 +135,7 @@ def ahead_step(
 ) -> tuple[jax.Array, jax.Array]:
     """With latents after text tokens `at_BM`: -log p of the next A text tokens, and their weights (0 past the
     document's end); float32 [B, M, A] each (Section 3.1)."""
+    params = augment.gathered(aug, params)
     marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead)
     x_BMAD, _ = augment.decode(aug, params, augment.latents(aug, params, cache, marks), cache, marks)
     return augment.nll(aug, params, x_BMAD, marks.targets), marks.weights

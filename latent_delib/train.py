@@ -1,8 +1,11 @@
 """Trains a method's parameters on a frozen decoder (or the decoder itself). Run again to resume.
 
-  python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...] [--dry_run]
+  python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...]
+      [--distributed] [--dry_run [--topology=v5e:4x4]]
 
-WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained.
+WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. It may be
+gs://BUCKET/PATH: there, checkpoints/ and metrics.jsonl, and nothing keeps two jobs from the same one.
+Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 1 an error that running again does not cure.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -21,27 +25,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from latent_delib import commands, experiment, flops
+from latent_delib import commands, distributed, dry_run, experiment, flops
 from latent_delib import mesh as mesh_lib
+from latent_delib import plan as planning
 from latent_delib.checkpoint import Checkpoints
 from latent_delib.data import batches
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
-from latent_delib.nn.transformer import PARAM_AXES, Params
-from latent_delib.step import TrainState, learning_rate, make_optimizer, train_step
+from latent_delib.nn.transformer import Params
+from latent_delib.step import TrainState, learning_rate
 from latent_delib.weights import folder
 
 
 def main(flags: Any) -> None:
-    train(flags.config, flags.workdir, flags.dry_run)
+    if flags.dry_run or flags.topology:
+        dry_run.dry_run(flags.config, flags.workdir, flags.topology)
+        return
+    with distributed.job(flags):
+        stopped = train(flags.config, flags.workdir)
+    if stopped:
+        sys.exit(commands.STOPPED)
 
 
-def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> None:
-    """Runs the job to its last step, or until SIGTERM, which saves and returns.
+def train(config: ConfigDict, workdir: str) -> bool:
+    """Runs the job to its last step, or until a SIGTERM to any of its processes, which saves and returns True.
 
     Raises:
       UserError: anything wrong with config, data, decoder or workdir, before training starts; a loss that is not
@@ -49,144 +60,130 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> None:
       OSError: the disk failed; the last checkpoint is whole.
     """
     exp = experiment.read(config)
-    if dry_run:
-        return run(exp, None, None)
-    with exclusive(Path(workdir)), graceful_stop() as stop:
-        run(exp, Path(workdir), stop)
+    if is_remote(workdir) and (config.method.name == "decoder" or config.train.profile_at):
+        raise UserError(f"--workdir={workdir}: a trained decoder and a profile are written to local folders only")
+    with exclusive(workdir), graceful_stop() as stop:
+        return run(exp, workdir, stop)
 
 
-def run(exp: Experiment, workdir: Path | None, stop: dict[str, bool] | None) -> None:
-    """The job itself; without a workdir it ends after the summary."""
+def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
+    """The job itself; on many hosts every process runs it, with its own rows of each batch."""
     config, mesh = exp.config, exp.mesh
     t, primary = config.train, jax.process_index() == 0
     say = partial(print, flush=True) if primary else lambda *_: None
+    tokenizer_path = str(exp.tokenizer.path)
 
     # Shapes, then shardings, then sharded arrays: nothing ever stands unsharded on one device.
-    tx = make_optimizer(config.optimizer, t.steps)
-    init = experiment.init_trainable(exp)
-    decoder_shapes = folder.shapes(exp.aug.transformer.config)
-    trainable_shapes = jax.eval_shape(init, jax.random.key(0), decoder_shapes)
-    state_shapes = jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), trainable_shapes)
-    shardings = state_shardings(exp, tx, state_shapes)
-    frozen_shapes = {} if "decoder" in trainable_shapes else {"decoder": cast(decoder_shapes, exp.dtype)}
-    frozen_shardings = mesh_lib.parameters(mesh, frozen_shapes, PARAM_AXES)
+    plan = planning.make(exp)
+    say(planning.summary(exp, plan))
 
-    step_function = jax.jit(
-        partial(
-            train_step,
-            aug=exp.aug,
-            tx=tx,
-            seed=config.seed,
-            num_traces=config.method.num_traces,
-            num_ahead=config.method.num_ahead,
-            accumulation=t.accumulation,
-            dtype=exp.dtype,
-        ),
-        out_shardings=(shardings, mesh_lib.replicated(mesh)),
-        donate_argnums=0,
-    )
-    row = jax.ShapeDtypeStruct((t.batch_size, config.data.seq_len), jnp.int32, sharding=mesh_lib.rows(mesh))
-    say(summary(exp, state_shapes, frozen_shapes, shardings))
+    data = batches.fingerprint(config.data, tokenizer_path=tokenizer_path)
+    plain = json.loads(config.to_json_best_effort())
+    distributed.check_same(config=json.dumps(plain), decoder=exp.fingerprint, data=json.dumps(data))
 
-    checkpoints, meta, start, loader = None, None, 0, None
-    if workdir is not None:
-        checkpoints = Checkpoints(str(workdir), t.keep)
-        if (latest := checkpoints.latest()) is not None:
-            meta = checkpoints.meta(latest)
-            exp.check_same(meta, str(workdir))
-            start = meta["step"]
-        if start < t.steps:  # before the compile, because it finds what is wrong with the data
-            loader = batches.train_batches(
-                config.data,
-                batch_size=t.batch_size,
-                seed=config.seed,
-                tokenizer_path=str(exp.tokenizer.path),
-                host=jax.process_index(),
-                num_hosts=jax.process_count(),
-                start_step=start,
-            )
+    def check(meta: dict[str, Any]) -> None:
+        exp.check_same(meta, workdir)
+        batches.check_fingerprint(meta["data"]["fingerprint"], data)
 
-    began = time.perf_counter()
-    compiled = step_function.lower(
-        with_shardings(state_shapes, shardings),
-        with_shardings(frozen_shapes, frozen_shardings),
-        {"tokens": row, "segment": row},
-    ).compile()
-    if (memory := compiled.memory_analysis()) is not None:
-        held, working = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        say(f"compiled in {time.perf_counter() - began:.1f} s: {gib(held)} held + {gib(working)} working per device")
-    if workdir is None or checkpoints is None or stop is None:
-        return
-
-    decoder = experiment.load_decoder(exp, jnp.float32 if "decoder" in trainable_shapes else exp.dtype)
-    frozen = {"decoder": decoder} if frozen_shapes else {}
-    if meta is None:
-        trainable = jax.jit(init, out_shardings=shardings.trainable)(jax.random.key(config.seed), decoder)
-        opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(trainable)
-    else:
+    checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
+    found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
+    start = found.step if found else 0
+    if start >= t.steps:
+        finish(exp, workdir, found.trainable)
+        return False
+    if found:
         say(f"resuming {workdir} at step {start}")
-        trainable, opt_state = checkpoints.restore(
-            start,
-            with_shardings(trainable_shapes, shardings.trainable),
-            with_shardings(state_shapes.opt_state, shardings.opt_state),
-        )
-    del decoder
+
+    loader = batches.train_batches(  # before the compile, because it finds what is wrong with the data
+        config.data,
+        batch_size=t.batch_size,
+        seed=config.seed,
+        tokenizer_path=tokenizer_path,
+        rows=mesh_lib.local_rows(mesh, t.batch_size),
+        start_step=start,
+    )
+    began = time.perf_counter()
+    compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
+    say(f"compiled in {time.perf_counter() - began:.1f} s")
+
+    decoder = experiment.load_decoder(exp, exp.dtype if plan.frozen else jnp.float32)
+    frozen = {"decoder": decoder} if plan.frozen else {}
+    if found:
+        trainable, opt_state = found.trainable, found.optimizer
+    else:
+        shardings = planning.shardings_of(plan.state)
+        trainable = jax.jit(plan.init, out_shardings=shardings.trainable)(jax.random.key(config.seed), decoder)
+        opt_state = jax.jit(plan.tx.init, out_shardings=shardings.opt_state)(trainable)
+    del decoder, found
     state = TrainState(jax.device_put(np.int32(start), mesh_lib.replicated(mesh)), trainable, opt_state)
+    del trainable, opt_state
 
-    def save(step: int) -> None:
-        position = {"seed": config.seed, "step": step}
-        plain = json.loads(config.to_json_best_effort())
+    def save(step: int, loss: float | None) -> None:
+        position = {"seed": config.seed, "step": step, "fingerprint": data}
         architecture = dataclasses.asdict(exp.aug.transformer.config)
-        saved = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
-        checkpoints.save(step, state.trainable, state.opt_state, saved)
+        meta = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
+        checkpoints.save(step, state.trainable, state.opt_state, meta, loss)
 
-    if loader is not None:
-        metrics = Metrics(exp, workdir if primary else None, start, frozen_decoder=bool(frozen_shapes))
-        last_saved = start if meta is not None else None
-        for step in range(start + 1, t.steps + 1):
-            began = time.perf_counter()
-            local = next(loader)
-            metrics.waited += time.perf_counter() - began
-            batch = {k: jax.make_array_from_process_local_data(mesh_lib.rows(mesh), v) for k, v in local.items()}
-            state, values = compiled(state, frozen, batch)
-            metrics.push(step, values)
-            if t.profile_at > start and step in (t.profile_at, t.profile_at + 3):
-                jax.block_until_ready(values)  # a trace begins and ends between steps
-                if step == t.profile_at:
-                    jax.profiler.start_trace(str(workdir / "profile"))
-                else:
-                    jax.profiler.stop_trace()
-            stopping = stop["requested"]
-            if stopping or step % t.checkpoint_every == 0 or step == t.steps:
-                metrics.flush()  # a loss that is not finite must end the run before it is saved
-                save(step)
-                last_saved = step
-            if stopping:
-                break
-        metrics.close()
-        checkpoints.wait()
-        if last_saved != t.steps:
-            say(f"stopped by SIGTERM; step {last_saved} is saved, the same command resumes")
-            checkpoints.close()
-            return
+    metrics, vote = Metrics(exp, workdir, start, bool(plan.frozen)), distributed.vote(mesh)
+    for step in range(start + 1, t.steps + 1):
+        began = time.perf_counter()
+        local = next(loader)
+        metrics.waited += time.perf_counter() - began
+        asked = vote(stop["requested"])  # dispatched before the step, so known when the step before is done
+        state, values = compiled(state, frozen, mesh_lib.place_rows(mesh, local, t.batch_size))
+        metrics.push(step, values)
+        if t.profile_at > start and step in (t.profile_at, t.profile_at + 3):
+            jax.block_until_ready(values)  # a trace begins and ends between steps
+            if primary and step == t.profile_at:
+                jax.profiler.start_trace(str(Path(workdir) / "profile"))
+            elif primary:
+                jax.profiler.stop_trace()
+        stopping = bool(asked)  # the same on all processes
+        if stopping or step % t.checkpoint_every == 0 or step == t.steps:
+            metrics.flush()  # a loss that is not finite must end the run before it is saved
+            save(step, metrics.loss_since_save())
+        if stopping and step < t.steps:
+            break
+    metrics.close()
     checkpoints.close()
-    if "decoder" in trainable_shapes and primary:
-        export = jax.tree.map(lambda x: np.asarray(x.astype(config.decoder.export_dtype)), state.trainable["decoder"])
-        write_tokenizer = partial(folder.copy_tokenizer, exp.tokenizer.path)
-        folder.save(workdir / "decoder", exp.aug.transformer.config, export, write_tokenizer)
-        say(f"trained decoder: {workdir / 'decoder'}")
-    say(f"done: step {t.steps} of {workdir}")
+    if step < t.steps:
+        say(f"stopped by SIGTERM; step {step} is saved, the same command resumes")
+        return True
+    finish(exp, workdir, state.trainable)
+    return False
+
+
+def finish(exp: Experiment, workdir: str, trainable: Params) -> None:
+    """Writes the decoder where that was trained. One leaf at a time is whole, on every device."""
+    primary = jax.process_index() == 0
+    if exp.config.method.name == "decoder":
+        leaves, dtype = folder.by_name(trainable["decoder"]), jnp.dtype(exp.config.decoder.export_dtype)
+        whole = jax.jit(lambda x: x.astype(dtype), out_shardings=mesh_lib.replicated(exp.mesh))
+        chunks = (np.asarray(whole(leaf)) for leaf in leaves.values())
+        if primary:
+            with folder.whole(Path(workdir) / "decoder", replace=True) as partial_folder:
+                folder.copy_tokenizer(exp.tokenizer.path, partial_folder)
+                entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
+                folder.write_model(partial_folder, exp.aug.transformer.config, entries, chunks)
+            print(f"trained decoder: {Path(workdir) / 'decoder'}", flush=True)
+        else:
+            for _ in chunks:  # takes part
+                pass
+    if primary:
+        print(f"done: step {exp.config.train.steps} of {workdir}", flush=True)
 
 
 class Metrics:
-    """Metrics of one run: a progress line, metrics.jsonl and TensorBoard events.
+    """Metrics of one run. Process 0 tells of them: on the screen, in metrics.jsonl and as TensorBoard events.
 
-    A step's values are read after the next step is dispatched, so the device never waits for the host.
+    A step's values are read after the next step is dispatched, so the device never waits for the host; they are the
+    same on all processes. What lies on gs:// cannot be appended to: there metrics.jsonl is written anew for each
+    line, and there is no TensorBoard.
     """
 
-    def __init__(self, exp: Experiment, workdir: Path | None, start: int, frozen_decoder: bool):
+    def __init__(self, exp: Experiment, workdir: str, start: int, frozen_decoder: bool):
         c, t = exp.config, exp.config.train
-        self.every, self.steps = t.log_every, t.steps
+        self.every, self.steps, self.allowed = t.log_every, t.steps, t.max_bad_steps
         self.schedule = learning_rate(c.optimizer, t.steps)
         self.tokens = t.batch_size * c.data.seq_len
         self.flops = flops.train_step_flops(
@@ -194,16 +191,19 @@ class Metrics:
         )
         self.peak = flops.PEAK.get(jax.devices()[0].device_kind, math.nan) * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.loss, self.weight, self.waited = 0.0, 0.0, 0.0
+        self.since_row, self.since_save = [0.0, 0.0], [0.0, 0.0]  # sums: nats, tokens
+        self.bad, self.grad_norm, self.waited = 0, math.nan, 0.0
         self.since, self.clock = start, time.perf_counter()
-        self.file, self.events = None, None
-        if workdir is not None:
-            path = workdir / "metrics.jsonl"
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-            path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
-            path.with_suffix(".tmp").replace(path)  # steps after the checkpoint are done again
-            self.file = path.open("a")
-            self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.primary, self.file, self.events = jax.process_index() == 0, None, None
+        if self.primary:
+            self.path = epath.Path(workdir) / "metrics.jsonl"
+            # Steps after the checkpoint are done again.
+            self.lines = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
+            if not is_remote(workdir):
+                partial_file = Path(workdir) / "metrics.tmp"
+                partial_file.write_text("".join(self.lines))
+                self.file = partial_file.replace(self.path).open("a")
+                self.events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1)
 
     def push(self, step: int, values: dict[str, jax.Array]) -> None:
         """Takes a step's values and reads those of the step before."""
@@ -211,46 +211,75 @@ class Metrics:
         self.pending = (step, values)
 
     def flush(self) -> None:
-        """Reads what is pending; raises if its loss is not finite."""
+        """Reads what is pending; raises if its loss is not finite, unless that many steps may be skipped."""
         if self.pending is None:
             return
         (step, values), self.pending = self.pending, None
         loss, tokens, grad_norm = (float(values[k]) for k in ("loss", "tokens", "grad_norm"))
-        if not math.isfinite(loss + grad_norm):  # the loss is that before the update, which the gradient makes
-            raise UserError(
-                f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; the last checkpoint is from before it"
-            )
-        self.loss += loss * tokens
-        self.weight += tokens
-        if step % self.every and step != self.steps:
-            return
+        if math.isfinite(loss + grad_norm):  # the loss is that before the update, which the gradient makes
+            for sums in (self.since_row, self.since_save):
+                sums[0] += loss * tokens
+                sums[1] += tokens
+            self.grad_norm = grad_norm
+        else:
+            self.bad += 1
+            self.skip(f"step {step}: the loss is {loss}, the gradient norm {grad_norm}")
+        if (step % self.every == 0 or step == self.steps) and self.since_row[1]:
+            self.log(step)
+
+    def skip(self, what: str) -> None:
+        """Counts a step that changed nothing; raises where it was one too many, or did change something."""
+        if not self.allowed:
+            raise UserError(f"{what}; the last checkpoint is from before it")
+        if self.bad > self.allowed:
+            raise UserError(f"{what}; config.train.max_bad_steps={self.allowed} such steps were skipped before it")
+        if self.primary:
+            print(f"{what}; skipped, {self.bad} of at most {self.allowed}", flush=True)
+
+    def log(self, step: int) -> None:
+        """One row, of the steps since the last."""
         seconds = (time.perf_counter() - self.clock) / (step - self.since)
         row = {
             "step": step,
-            "loss": self.loss / max(self.weight, 1.0),
-            "grad_norm": grad_norm,
+            "loss": self.since_row[0] / self.since_row[1],
+            "grad_norm": self.grad_norm,
             "learning_rate": float(self.schedule(step - 1)),
             "tokens_per_second": self.tokens / seconds,
             "step_seconds": seconds,
             "data_seconds": self.waited / (step - self.since),  # of these, waiting for a batch
         }
+        if self.allowed:
+            row["bad_steps"] = self.bad
         utilisation = self.flops / seconds / self.peak
         if math.isfinite(utilisation):
             row["model_flops_utilisation"] = utilisation
-        if self.file is not None and self.events is not None:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-            for name in row.keys() - {"step"}:
-                self.events.add_scalar(name, row[name], step)
+        if self.primary:
+            self.write(row)
             eta = time.strftime("%H:%M:%S", time.gmtime((self.steps - step) * seconds))
             mfu = f"  MFU {utilisation:.1%}" if math.isfinite(utilisation) else ""
             print(
-                f"step {step}/{self.steps}  loss {row['loss']:.4f}  grad {grad_norm:.3f}  lr {row['learning_rate']:.2e}"
-                f"  {row['tokens_per_second']:,.0f} tokens/s{mfu}  ETA {eta}",
+                f"step {step}/{self.steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}"
+                f"  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s{mfu}  ETA {eta}",
                 flush=True,
             )
-        self.loss, self.weight, self.waited = 0.0, 0.0, 0.0
+        self.since_row, self.waited = [0.0, 0.0], 0.0
         self.since, self.clock = step, time.perf_counter()
+
+    def write(self, row: dict[str, float]) -> None:
+        line = json.dumps(row) + "\n"
+        if self.file is None or self.events is None:
+            self.lines.append(line)
+            self.path.write_text("".join(self.lines))
+            return
+        self.file.write(line)
+        self.file.flush()
+        for name in row.keys() - {"step"}:
+            self.events.add_scalar(name, row[name], row["step"])
+
+    def loss_since_save(self) -> float | None:
+        """The mean loss, in nats a token, since this was asked last; None where every step was skipped."""
+        (loss, tokens), self.since_save = self.since_save, [0.0, 0.0]
+        return loss / tokens if tokens else None
 
     def close(self) -> None:
         self.flush()
@@ -259,67 +288,27 @@ class Metrics:
             self.events.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a JSON-lines file; a line cut short by a kill is dropped."""
+def _lines(path: epath.Path) -> list[str]:
+    """The whole lines of a JSON-lines file, each with its end; a line cut short by a kill is dropped."""
     text = path.read_text() if path.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
+    return text[: text.rfind("\n") + 1].splitlines(keepends=True)
 
 
-def state_shardings(exp: Experiment, tx: optax.GradientTransformation, shapes: TrainState) -> TrainState:
-    """Every optimizer leaf lies like its parameter; what belongs to no parameter is replicated."""
-    trainable = mesh_lib.parameters(exp.mesh, shapes.trainable, PARAM_AXES)
-    whole = mesh_lib.replicated(exp.mesh)
-    opt_state = optax.tree.map_params(
-        tx, lambda _, sharding: sharding, shapes.opt_state, trainable, transform_non_params=lambda _: whole
-    )
-    return TrainState(whole, trainable, opt_state)
-
-
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def cast(shapes: Params, dtype: Any) -> Params:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
-
-
-def summary(exp: Experiment, state: TrainState, frozen: Params, shardings: TrainState) -> str:
-    """What is about to run, in a few lines."""
-    c, m = exp.config, exp.config.method
-
-    def count(tree: Any) -> int:
-        return sum(x.size for x in jax.tree.leaves(tree))
-
-    def size(tree: Any) -> int:
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-    shapes = f"B {c.train.batch_size} T {c.data.seq_len}"
-    if exp.aug.has_latents:
-        shapes += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}, placement {m.placement}"
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(exp.mesh.shape)}"
-    lines = [
-        f"method {m.name}: {shapes}, {c.compute.dtype}, attention {exp.aug.transformer.form}, remat {c.compute.remat}",
-        f"decoder {exp.decoder or 'random'} [{exp.fingerprint[:12]}]",
-        f"parameters: {count(frozen):,} frozen ({gib(size(frozen))}), {count(state.trainable):,} trainable "
-        f"({gib(size(state.trainable))} + optimizer {gib(size(state.opt_state))}), over all devices",
-        f"devices: {devices}",
-        f"trainable parameters and where they lie:\n{mesh_lib.table(shardings.trainable, state.trainable)}",
-    ]
-    return "\n".join(lines)
+def is_remote(workdir: str) -> bool:
+    return workdir.startswith("gs://")
 
 
 @contextlib.contextmanager
-def exclusive(workdir: Path) -> Iterator[None]:
-    """Holds a workdir for one job; the lock ends with the process, however it ends."""
-    if ":/" in str(workdir):
-        raise UserError(f"--workdir={workdir}: expected a local directory")
+def exclusive(workdir: str) -> Iterator[None]:
+    """Holds a local workdir for one job; the lock is process 0's, and ends with it, however that ends."""
+    if is_remote(workdir) or jax.process_index():
+        yield
+        return
+    if ":/" in workdir:
+        raise UserError(f"--workdir={workdir}: expected a local directory or gs://BUCKET/PATH")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a+")
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(workdir) / ".lock", "a+")
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from None
     with lock:
@@ -355,5 +344,10 @@ if __name__ == "__main__":
         __doc__,
         config=(commands.CONFIG, "a file under configs/"),
         workdir=(commands.REQUIRED, "where the job writes"),
-        dry_run=(False, "stop after the summary and the compile"),
+        dry_run=(False, "compile the step and say what it needs; nothing is run or written"),
+        topology=(
+            "",
+            "the TPU slice to compile for in a dry run: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; here if left out",
+        ),
+        **distributed.FLAGS,
     )

@@ -1,12 +1,10 @@
 """Perplexity n tokens ahead: equal to a naive sum over the Python interface, however it is batched and sharded."""
 
-import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 import latent_delib as ld
 from latent_delib import evaluate, experiment
@@ -69,8 +67,13 @@ def test_a_checkpoint(make_config, trained, decoder_folder, documents, tmp_path,
     assert table[1].split()[3] == f"{result['rows'][0]['augmented_ppl']:.4f}"
 
 
-# batch_size, positions, devices along data, fsdp and tensor.
-SPLITS = {"by rows": (8, MAX, (8, 1, 1)), "every axis": (16, 5, (2, 2, 2)), "one device": (5, 7, (1, 1, 1))}
+# batch_size, positions, devices along data, fsdp, traces and tensor.
+SPLITS = {
+    "by rows": (8, MAX, (8, 1, 1, 1)),
+    "widths and heads": (16, 5, (2, 2, 1, 2)),
+    "traces": (4, 6, (2, 1, 2, 2)),
+    "one device": (5, 7, (1, 1, 1, 1)),
+}
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -78,15 +81,14 @@ def test_independent_of_batches_and_devices(make_config, decoder_folder, documen
     """An untrained overlay coprocessor of three latents, over every token."""
     batch_size, positions, shape = SPLITS[name]
     changes = {"method.placement": "overlay", "method.num_latents": 3}
-    exp = experiment.read(make_config(changes | {"evaluate.batch_size": batch_size, "evaluate.positions": positions}))
-    mesh = Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), mesh_lib.AXES)
-    placed = {"constrain": mesh_lib.constrain(mesh), "split": mesh_lib.split(mesh)}
-    transformer = dataclasses.replace(exp.aug.transformer, **placed)
-    exp = dataclasses.replace(exp, mesh=mesh, aug=dataclasses.replace(exp.aug, transformer=transformer))
+    changes |= {"evaluate.batch_size": batch_size, "evaluate.positions": positions}
+    changes |= {f"mesh.{axis}": n for axis, n in zip(mesh_lib.AXES, shape)}
+    exp = experiment.read(make_config(changes), jax.devices()[: np.prod(shape)])
+    mesh = exp.mesh
     lm = ld.AugmentedLM(
         decoder := ld.load_decoder(str(decoder_folder)), ld.init_coprocessor(decoder, 3, "overlay", seed=5)
     )
-    shardings = mesh_lib.parameters(mesh, lm.params, evaluate.PARAM_AXES)
+    shardings = mesh_lib.parameters(mesh, lm.params, evaluate.PARAM_AXES, mesh_lib.TRAINABLE)
     pieces = evaluate.read_pieces(exp)
     assert len(pieces) > batch_size
     sums = evaluate.perplexity(exp, jax.device_put(lm.params, shardings), pieces)

@@ -7,7 +7,7 @@ import pytest
 import small
 
 from latent_delib.delib.augment import Augmentation
-from latent_delib.flops import train_step_flops
+from latent_delib.flops import recomputed_flops, train_step_flops
 from latent_delib.nn.sizes import SIZES
 from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
@@ -48,3 +48,20 @@ def test_the_published_setting():
     for L, expected in ((16, 73.25), (64, 203.35)):
         aug = Augmentation(Transformer(SIZES["gemma2_2b"]), "cache_augmentation", L)
         assert abs(train_step_flops(aug, 1, 2048, 128, 16, True) / 1e12 - expected) < 0.01
+
+
+def test_what_the_backward_pass_does_again():
+    """Under `attention` the products of the traces once more; under `full` what they see of the text too."""
+    config = dataclasses.replace(small.GEMMA, window=8)
+    leaves = folder.by_name(folder.shapes(config))
+    products = 2 * sum(x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name)
+
+    def again(remat, method="cache_augmentation"):
+        return recomputed_flops(Augmentation(Transformer(config, remat), method, 4), 3, 64, 5, 6)
+
+    tokens = 3 * 5 * (4 + 4 + 6 - 1)
+    assert again("none") == again("dots") == 0
+    assert again("attention") == tokens * products
+    assert again("full") > again("attention")
+    assert again("attention", "pause_tokens") == 3 * 5 * (4 + 6 - 1) * products
+    assert again("attention", "decoder") == 3 * 64 * products

@@ -10,8 +10,9 @@ import pytest
 import latent_delib
 
 PACKAGE = Path(latent_delib.__file__).parent
-COMMANDS = {"train", "evaluate", "generate", "prepare", "convert", "lm", "experiment"}
+COMMANDS = {"train", "evaluate", "generate", "prepare", "convert", "lm", "experiment", "plan", "dry_run"}
 BELOW = {"errors", "nn", "delib", "data", "weights", "tokenizer", "step", "engine", "flops", "mesh", "checkpoint"}
+BELOW |= {"hlo", "distributed"}
 # What a room may import of ours besides itself; who is not named here is a command and may import all.
 ALLOWED = {
     "__init__": {"errors", "lm"},
@@ -23,6 +24,8 @@ ALLOWED = {
     "tokenizer": {"errors"},
     "mesh": {"errors"},
     "checkpoint": {"errors"},
+    "distributed": {"errors"},
+    "hlo": set(),
     "commands": {"errors"},
     "step": {"nn", "delib"},
     "flops": {"nn", "delib"},

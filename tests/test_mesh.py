@@ -6,29 +6,46 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from latent_delib import mesh as mesh_lib
+from latent_delib import plan as planning
 from latent_delib.errors import UserError
+from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.sizes import SIZES
-from latent_delib.nn.transformer import PARAM_AXES
 from latent_delib.weights import folder
 
-TENSOR = {"data": 2, "fsdp": 2, "tensor": 2}
+
+def sizes(data=1, fsdp=1, traces=1, tensor=1):
+    return {"data": data, "fsdp": fsdp, "traces": traces, "tensor": tensor}
+
+
+TENSOR = sizes(2, 2, 1, 2)
+WIDTH = ("fsdp", "traces")
 
 
 def test_minus_one_takes_what_the_others_leave():
-    assert dict(mesh_lib.make({"data": -1, "fsdp": 2, "tensor": 1}).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert dict(mesh_lib.make({"data": 1, "fsdp": 2, "tensor": -1}).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    assert dict(mesh_lib.make(sizes(data=-1, fsdp=2)).shape) == {
+        "data": 4,
+        "fsdp": 2,
+        "traces": 1,
+        "tensor": 1,
+    }
+    assert dict(mesh_lib.make(sizes(fsdp=2, tensor=-1)).shape) == {
+        "data": 1,
+        "fsdp": 2,
+        "traces": 1,
+        "tensor": 4,
+    }
     assert dict(mesh_lib.make(TENSOR).shape) == TENSOR
 
 
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"data": 3, "fsdp": 1, "tensor": 1},
-        {"data": 16, "fsdp": 1, "tensor": 1},
-        {"data": -1, "fsdp": 3, "tensor": 1},
-        {"data": -1, "fsdp": -1, "tensor": 8},
-        {"data": 0, "fsdp": 1, "tensor": 8},
-        {"data": -1, "fsdp": 0, "tensor": 1},
+        sizes(data=3),
+        sizes(data=16),
+        sizes(data=-1, fsdp=3),
+        sizes(data=-1, fsdp=-1, tensor=8),
+        sizes(data=0, tensor=8),
+        sizes(data=-1, fsdp=0),
     ],
 )
 def test_a_wrong_product_is_refused(sizes):
@@ -38,24 +55,24 @@ def test_a_wrong_product_is_refused(sizes):
 
 def test_an_unknown_mesh_axis_is_named():
     with pytest.raises(UserError, match="'model'.*'tensor'"):
-        mesh_lib.make({"data": -1, "fsdp": 1, "tensor": 1, "model": 1})
+        mesh_lib.make({"data": -1, "fsdp": 1, "traces": 1, "tensor": 1, "model": 1})
 
 
 def test_spec_follows_the_rules():
-    assert mesh_lib.spec(("layers", "embed", "heads", None), mesh_lib.PARAMETERS) == P(None, "fsdp", "tensor", None)
+    assert mesh_lib.spec(("layers", "embed", "heads", None), mesh_lib.TRAINABLE) == P(None, WIDTH, "tensor", None)
     assert mesh_lib.spec(("batch", None, "heads"), mesh_lib.ACTIVATIONS) == P(("data", "fsdp"), None, "tensor")
 
 
 def test_an_unknown_logical_axis_is_named():
     with pytest.raises(ValueError, match="'width'.*'embed'"):
-        mesh_lib.spec(("layers", "width"), mesh_lib.PARAMETERS)
+        mesh_lib.spec(("layers", "width"), mesh_lib.TRAINABLE)
 
 
 @pytest.mark.parametrize(
     "axes, rules",
     [
-        (("heads", "ffn"), mesh_lib.PARAMETERS),
-        (("embed", "embed"), mesh_lib.PARAMETERS),
+        (("heads", "ffn"), mesh_lib.TRAINABLE),
+        (("embed", "embed"), mesh_lib.TRAINABLE),
         (("batch", "rows"), {"batch": ("data", "fsdp"), "rows": "fsdp"}),
     ],
 )
@@ -66,33 +83,36 @@ def test_two_dimensions_on_one_mesh_axis_are_refused(axes, rules):
 
 def test_a_dimension_that_does_not_divide_is_named():
     shapes = folder.shapes(SIZES["gemma2_test"])  # 97 token rows
-    with pytest.raises(UserError, match=r"config\.mesh\.tensor=2 does not divide embedding \(97, 32\)"):
-        mesh_lib.parameters(mesh_lib.make(TENSOR), shapes, PARAM_AXES)
+    with pytest.raises(UserError, match=r"config\.mesh: tensor=2 does not divide embedding \(97, 32\)"):
+        mesh_lib.parameters(mesh_lib.make(TENSOR), shapes, PARAM_AXES, mesh_lib.TRAINABLE)
 
 
 def test_where_every_parameter_of_a_decoder_lies():
     shapes = folder.shapes(SIZES["gemma2_test"])
-    shardings = mesh_lib.parameters(mesh_lib.make({"data": 4, "fsdp": 2, "tensor": 1}), shapes, PARAM_AXES)
+    shardings = mesh_lib.parameters(mesh_lib.make(sizes(data=4, fsdp=2)), shapes, PARAM_AXES, mesh_lib.TRAINABLE)
     leaves = jax.tree_util.tree_leaves_with_path(shardings)
     assert {jax.tree_util.keystr(p, simple=True, separator="."): s.spec for p, s in leaves} == {
-        "embedding": P("tensor", "fsdp"),
+        "embedding": P("tensor", WIDTH),
         "final_norm.scale": P(None),
-        "layers.attn.k": P(None, "fsdp", "tensor", None),
-        "layers.attn.out": P(None, "tensor", None, "fsdp"),
-        "layers.attn.q": P(None, "fsdp", "tensor", None),
-        "layers.attn.v": P(None, "fsdp", "tensor", None),
-        "layers.mlp.down": P(None, "tensor", "fsdp"),
-        "layers.mlp.gate": P(None, "fsdp", "tensor"),
-        "layers.mlp.up": P(None, "fsdp", "tensor"),
+        "layers.attn.k": P(None, WIDTH, "tensor", None),
+        "layers.attn.out": P(None, "tensor", None, WIDTH),
+        "layers.attn.q": P(None, WIDTH, "tensor", None),
+        "layers.attn.v": P(None, WIDTH, "tensor", None),
+        "layers.mlp.down": P(None, "tensor", WIDTH),
+        "layers.mlp.gate": P(None, WIDTH, "tensor"),
+        "layers.mlp.up": P(None, WIDTH, "tensor"),
         "layers.post_attn_norm.scale": P(None, None),
         "layers.post_mlp_norm.scale": P(None, None),
         "layers.pre_attn_norm.scale": P(None, None),
         "layers.pre_mlp_norm.scale": P(None, None),
     }
     soft = mesh_lib.parameters(
-        mesh_lib.make(TENSOR), {"soft_tokens": jax.ShapeDtypeStruct((3, 32), np.float32)}, PARAM_AXES
+        mesh_lib.make(TENSOR),
+        {"soft_tokens": jax.ShapeDtypeStruct((3, 32), np.float32)},
+        PARAM_AXES,
+        mesh_lib.TRAINABLE,
     )
-    assert soft["soft_tokens"].spec == P(None, "fsdp")
+    assert soft["soft_tokens"].spec == P(None, WIDTH)
 
 
 def test_rows_lie_on_data_and_fsdp_and_a_replica_is_whole():
@@ -111,7 +131,7 @@ def test_constrain_places_activations():
 
 def test_table_names_every_parameter_once():
     shapes = folder.shapes(SIZES["gemma2_test"])
-    shardings = mesh_lib.parameters(mesh_lib.make({"data": -1, "fsdp": 1, "tensor": 1}), shapes, PARAM_AXES)
-    lines = [line.split() for line in mesh_lib.table(shardings, shapes).splitlines()]
+    shardings = mesh_lib.parameters(mesh_lib.make(sizes(data=-1)), shapes, PARAM_AXES, mesh_lib.TRAINABLE)
+    lines = [line.split() for line in mesh_lib.table(planning.placed(shapes, shardings)).splitlines()]
     assert len(lines) == len(jax.tree.leaves(shapes))
-    assert ["layers.mlp.down", "4x48x32", "P(None,", "'tensor',", "'fsdp')"] in lines
+    assert ["layers.mlp.down", "4x48x32", "P(None,", "'tensor',", "('fsdp',", "'traces'))"] in lines

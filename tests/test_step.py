@@ -209,10 +209,18 @@ def test_gradients_are_clipped_by_their_global_norm():
     assert float(jnp.sqrt(sum(jnp.sum(m**2) for m in mu))) == pytest.approx(0.1, rel=1e-5)
 
 
-@pytest.mark.parametrize("form", ["reference", "pallas_gpu"])
-def test_forms_of_attention_train_alike_on_a_mesh(alone, make_config, tmp_path, monkeypatch, form):
-    """Each device runs the kernel on its own rows and heads, whatever the number of queries."""
+def test_traces_on_a_mesh_axis_of_their_own_equal_one(alone, make_config, tmp_path):
+    """Two devices share the traces of a row, and all eight the weights; remat gathers these again."""
+    mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
+    train.train(make_config(mesh | {"compute.remat": "full", "train.accumulation": 2}), str(tmp_path))
+    check_against_one_device(alone, tmp_path)
+
+
+@pytest.mark.parametrize("form, traces", [("reference", 1), ("pallas_gpu", 2)])
+def test_forms_of_attention_train_alike_on_a_mesh(alone, make_config, tmp_path, monkeypatch, form, traces):
+    """Each device runs the kernel on its own rows, traces and heads, whatever the number of queries."""
     monkeypatch.setattr(attention_forms, "FEW", 0)
-    config = make_config({"compute.attention": form, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    mesh = {"mesh.data": 2 // traces, "mesh.fsdp": 2, "mesh.traces": traces, "mesh.tensor": 2}
+    config = make_config(mesh | {"compute.attention": form})
     train.train(config, str(tmp_path))
     check_against_one_device(alone, tmp_path)

@@ -16,6 +16,7 @@ from latent_delib.delib.traces import Traces
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
 from latent_delib.nn.cache import KV, Cache
+from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.transformer import Params, Transformer
 
 
@@ -40,6 +41,14 @@ class Augmentation:
     def lay_out(self, tokens_BT: jax.Array, segment_BT: jax.Array, at_BM: jax.Array, num_ahead: int) -> Traces:
         """Traces at text tokens `at_BM`; see `traces.lay_out`."""
         return traces_lib.lay_out(tokens_BT, segment_BT, at_BM, self.num_latents, num_ahead, self.placement)
+
+
+def gathered(aug: Augmentation, params: Params) -> Params:
+    """The same parameters with the token table, if it is among them, gathered: once for all its uses in a step."""
+    if "decoder" not in params:
+        return params
+    table_VD = aug.transformer.partition.gather(params["decoder"]["embedding"], PARAM_AXES["embedding"])
+    return params | {"decoder": params["decoder"] | {"embedding": table_VD}}
 
 
 def read(aug: Augmentation, params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, dtype: jnp.dtype):
@@ -91,6 +100,7 @@ def loss(
 
     With latents: cross-entropy of the ahead tokens of every trace (Section 2.3). Without: of all text.
     """
+    params = gathered(aug, params)
     x_BTD, cache = read(aug, params, tokens_BT, segment_BT, dtype)
     if not aug.has_latents:
         same_document = (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)

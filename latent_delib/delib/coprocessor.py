@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from latent_delib.delib.traces import Traces
 from latent_delib.nn import transformer
 from latent_delib.nn.cache import Cache
+from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.transformer import Params, Transformer
 
 
@@ -30,10 +31,11 @@ def from_scratch(key: jax.Array, decoder: Params, model: Transformer, num_latent
     return body | {"soft_tokens": soft_tokens(soft_key, decoder["embedding"], num_latents)}
 
 
-def as_inputs(soft_LD: jax.Array, traces: Traces, dtype: jnp.dtype) -> jax.Array:
+def as_inputs(soft_LD: jax.Array, model: Transformer, traces: Traces, dtype: jnp.dtype) -> jax.Array:
     """The same L vectors for every trace, [B, M, L, D]."""
     B, M, L = traces.latent_position.shape
-    return jnp.broadcast_to(soft_LD.astype(dtype), (B, M, L, soft_LD.shape[-1]))
+    soft_LD = model.partition.gather(soft_LD.astype(dtype), PARAM_AXES["soft_tokens"])
+    return jnp.broadcast_to(soft_LD, (B, M, L, soft_LD.shape[-1]))
 
 
 def latents(params: Params, model: Transformer, cache: Cache, traces: Traces) -> jax.Array:
@@ -42,6 +44,6 @@ def latents(params: Params, model: Transformer, cache: Cache, traces: Traces) ->
     In layer l the soft tokens see the decoder's keys and values of layer l up to x_p, and each other causally. The
     final-normed outputs are the latents: they enter the decoder where token embeddings do, not scaled again.
     """
-    x_BMLD = as_inputs(params["soft_tokens"], traces, cache.k.dtype)
+    x_BMLD = as_inputs(params["soft_tokens"], model, traces, cache.k.dtype)
     z_BMLD, _ = model.apply({"params": params}, x_BMLD, traces.latent_position, traces.latent_bounds, cache)
     return z_BMLD

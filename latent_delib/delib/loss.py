@@ -22,17 +22,18 @@ def token_nll(x_BRD: jax.Array, embedding_VD: jax.Array, target_BR: jax.Array, s
 
 
 def _cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, R, ...] as [chunks, B, r, ...]: cut along the tokens, because sequences lie on different devices."""
+    """[B, R, ...] as [chunks, B, r, ...], token i in chunk i % chunks: what lies together may lie on one device, and
+    every device is to have its part of every chunk."""
     B, R = arrays[0].shape[:2]
     r = min(chunk, R)
     padded = (jnp.pad(x, [(0, 0), (0, -R % r)] + [(0, 0)] * (x.ndim - 2)) for x in arrays)
-    return tuple(x.reshape(B, -1, r, *x.shape[2:]).swapaxes(0, 1) for x in padded)
+    return tuple(jnp.moveaxis(x.reshape(B, r, -1, *x.shape[2:]), 2, 0) for x in padded)
 
 
 def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
     """The inverse of the cut."""
     B, R = like_BRD.shape[:2]
-    return x.swapaxes(0, 1).reshape(B, -1, *x.shape[3:])[:, :R]
+    return jnp.moveaxis(x, 0, 2).reshape(B, -1, *x.shape[3:])[:, :R]
 
 
 def _nll(x_BrD: jax.Array, embedding_VD: jax.Array, target_Br: jax.Array, softcap: float):

@@ -41,8 +41,7 @@ def _pause_tokens(key: jax.Array, decoder: Params, model: Transformer, num_laten
 
 
 def _pause_latents(params: Params, model: Transformer, cache: Cache, traces: Traces) -> jax.Array:
-    del model
-    return coprocessor.as_inputs(params["soft_tokens"], traces, cache.k.dtype)
+    return coprocessor.as_inputs(params["soft_tokens"], model, traces, cache.k.dtype)
 
 
 METHODS = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,23 +13,45 @@ from latent_delib.nn.attention import Bounds
 from latent_delib.nn.attention_forms import attend
 from latent_delib.nn.sizes import TransformerConfig
 
-# Below the commands this is all that is known of a mesh, both by the names of axes: how an activation is placed on it,
-# and how a function that nothing else may split is run on each device's own part.
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-Split = Callable[[Callable, Any, Any], Callable]
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
+# The logical axes of every parameter, by leaf name; norms' scales are ("embed",) or (None,), after "layers".
+PARAM_AXES = {
+    "embedding": ("vocab", "embed"),
+    "soft_tokens": (None, "embed"),
+    "q": ("layers", "embed", "heads", None),
+    "k": ("layers", "embed", "heads", None),
+    "v": ("layers", "embed", "heads", None),
+    "out": ("layers", "heads", None, "embed"),
+    "gate": ("layers", "embed", "ffn"),
+    "up": ("layers", "embed", "ffn"),
+    "down": ("layers", "ffn", "embed"),
+    "scale": (None, None),
+}
 
-def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Leaves placement to the compiler."""
-    del axes
-    return x
+
+Axes = tuple[str | None, ...]
+TRACES = ("batch", "traces", None, None)  # of activations [B, M, S, D]
+HEADS = ("batch", "traces", None, "heads", None)
+FEATURES = ("batch", "traces", None, "ffn")
 
 
-def unsplit(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
-    """For one device."""
-    del in_axes, out_axes
-    return function
+class Partition(NamedTuple):
+    """How work is divided over devices. Below the commands this is all that is known of a mesh, by the names of axes.
+
+    constrain(x, axes): an activation, where it belongs.
+    gather(w, axes): a table of vectors, whole along the width.
+    product(equation, x, w, x_axes, w_axes, y_axes): the einsum of activations with a weight that lies split.
+    split(function, in_axes, out_axes): a function that no compiler splits, run on each device's own part.
+    """
+
+    constrain: Callable[[jax.Array, Axes], jax.Array] = lambda x, axes: x
+    gather: Callable[[jax.Array, Axes], jax.Array] = lambda w, axes: w
+    product: Callable[..., jax.Array] = lambda equation, x, w, *axes: jnp.einsum(equation, x, w)
+    split: Callable[[Callable, Any, Any], Callable] = lambda function, in_axes, out_axes: function
+
+
+WHOLE = Partition()  # for one device
 
 
 def _normal(fan_in: int) -> nn.initializers.Initializer:
@@ -58,8 +80,7 @@ class Attention(nn.Module):
 
     config: TransformerConfig
     form: str
-    constrain: Constrain = unconstrained
-    split: Split = unsplit
+    partition: Partition = WHOLE
 
     @nn.compact
     def __call__(self, x_BMSD, rope_2BMSH, bounds: Bounds, prefix):
@@ -68,41 +89,43 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int) -> jax.Array:
             w_DNH = self.param(name, _normal(D), (D, heads, H)).astype(x_BMSD.dtype)
-            y = jnp.einsum("BMSD,DNH->BMSNH", x_BMSD, w_DNH)
-            return self.constrain(y, ("batch", "traces", None, "heads", None))
+            y = self.partition.product("BMSD,DNH->BMSNH", x_BMSD, w_DNH, TRACES, PARAM_AXES[name][1:], HEADS)
+            return self.partition.constrain(y, HEADS)
 
         q_BMSNH, k_BMSKH, v_BMSKH = project("q", N), project("k", K), project("v", K)
         if c.qk_norm:
             q_BMSNH = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q_BMSNH)
             k_BMSKH = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k_BMSKH)
         q_BMSNH, k_BMSKH = rotary.rotate(q_BMSNH, rope_2BMSH), rotary.rotate(k_BMSKH, rope_2BMSH)
-        heads, text, query = (
-            ("batch", "traces", None, "heads", None),
-            ("batch", None, "heads", None),
-            ("batch", "traces", None),
-        )
-        out_BMSNH = self.split(
+        text, query = ("batch", None, "heads", None), ("batch", "traces", None)
+        out_BMSNH = self.partition.split(
             partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=self.form),
-            (heads, heads, heads, prefix and (text, text), Bounds(query, query, query)),
-            heads,
+            (HEADS, HEADS, HEADS, prefix and (text, text), Bounds(query, query, query)),
+            HEADS,
         )(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
-        return jnp.einsum("BMSNH,NHD->BMSD", out_BMSNH, w_NHD), (k_BMSKH, v_BMSKH)
+        out_BMSD = self.partition.product("BMSNH,NHD->BMSD", out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
+        return out_BMSD, (k_BMSKH, v_BMSKH)
 
 
 class MLP(nn.Module):
     """Gated feed-forward layer (Shazeer 2020)."""
 
     config: TransformerConfig
-    constrain: Constrain = unconstrained
+    partition: Partition = WHOLE
 
     @nn.compact
     def __call__(self, x_BMSD):
         D, F = self.config.embed_dim, self.config.ffn_dim
-        gate_DF, up_DF = (self.param(n, _normal(D), (D, F)).astype(x_BMSD.dtype) for n in ("gate", "up"))
+
+        def widen(name: str) -> jax.Array:
+            w_DF = self.param(name, _normal(D), (D, F)).astype(x_BMSD.dtype)
+            return self.partition.product("BMSD,DF->BMSF", x_BMSD, w_DF, TRACES, PARAM_AXES[name][1:], FEATURES)
+
+        hidden_BMSF = ACTIVATIONS[self.config.activation](widen("gate")) * widen("up")
+        hidden_BMSF = self.partition.constrain(hidden_BMSF, FEATURES)
         down_FD = self.param("down", _normal(F), (F, D)).astype(x_BMSD.dtype)
-        hidden_BMSF = ACTIVATIONS[self.config.activation](x_BMSD @ gate_DF) * (x_BMSD @ up_DF)
-        return self.constrain(hidden_BMSF, ("batch", "traces", None, "ffn")) @ down_FD
+        return self.partition.product("BMSF,FD->BMSD", hidden_BMSF, down_FD, FEATURES, PARAM_AXES["down"][1:], TRACES)
 
 
 class Block(nn.Module):
@@ -110,8 +133,7 @@ class Block(nn.Module):
 
     config: TransformerConfig
     form: str
-    constrain: Constrain = unconstrained
-    split: Split = unsplit
+    partition: Partition = WHOLE
 
     @nn.compact
     def __call__(self, x_BMSD, is_local, prefix, ropes, ranges):
@@ -122,10 +144,10 @@ class Block(nn.Module):
 
         # Window and rotary base are data: both kinds stand side by side, and a layer takes its own.
         rope_2BMSH, bounds = jax.tree.map(lambda both: both[is_local], (ropes, ranges))
-        attended, kv = Attention(c, self.form, self.constrain, self.split, name="attn")(
+        attended, kv = Attention(c, self.form, self.partition, name="attn")(
             norm("pre_attn_norm", x_BMSD), rope_2BMSH, bounds, prefix
         )
         x_BMSD += norm("post_attn_norm", attended) if c.post_norms else attended
-        fed = MLP(c, self.constrain, name="mlp")(norm("pre_mlp_norm", x_BMSD))
+        fed = MLP(c, self.partition, name="mlp")(norm("pre_mlp_norm", x_BMSD))
         x_BMSD += norm("post_mlp_norm", fed) if c.post_norms else fed
-        return self.constrain(x_BMSD, ("batch", "traces", None, None)), kv
+        return self.partition.constrain(x_BMSD, TRACES), kv

@@ -10,7 +10,7 @@ from latent_delib.nn import rotary
 from latent_delib.nn.attention import Bounds, within_window
 from latent_delib.nn.attention_forms import SAVED
 from latent_delib.nn.cache import KV, Cache
-from latent_delib.nn.layers import Block, Constrain, RMSNorm, Split, unconstrained, unsplit
+from latent_delib.nn.layers import TRACES, WHOLE, Block, Partition, RMSNorm
 from latent_delib.nn.sizes import TransformerConfig
 
 Params = dict[str, Any]
@@ -26,20 +26,6 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-# The logical axes of every parameter, by leaf name; norms' scales are ("embed",) or (None,), after "layers".
-PARAM_AXES = {
-    "embedding": ("vocab", "embed"),
-    "soft_tokens": (None, "embed"),
-    "q": ("layers", "embed", "heads", None),
-    "k": ("layers", "embed", "heads", None),
-    "v": ("layers", "embed", "heads", None),
-    "out": ("layers", "heads", None, "embed"),
-    "gate": ("layers", "embed", "ffn"),
-    "up": ("layers", "embed", "ffn"),
-    "down": ("layers", "ffn", "embed"),
-    "scale": (None, None),
-}
-
 
 class Transformer(nn.Module):
     """Reads soft inputs (token embeddings or latents), grouped into M independent traces a row.
@@ -50,8 +36,7 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     remat: str = "none"
-    constrain: Constrain = unconstrained
-    split: Split = unsplit
+    partition: Partition = WHOLE
     form: str = "xla"  # of attention: one of attention_forms.FORMS
 
     @nn.compact
@@ -88,8 +73,9 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-        )(c, self.form, self.constrain, self.split, name="layers")
+        )(c, self.form, self.partition, name="layers")
         prefix = None if cache is None else (cache.k.astype(x_BMSD.dtype), cache.v.astype(x_BMSD.dtype))
+        x_BMSD = self.partition.constrain(x_BMSD, TRACES)
         x_BMSD, kv = layers(x_BMSD, jnp.array(c.is_local, jnp.int32), prefix, ropes, ranges)
         return RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BMSD), KV(*kv)
 

@@ -13,7 +13,7 @@ from latent_delib import experiment, train
 from latent_delib import mesh as mesh_lib
 from latent_delib.convert import convert
 from latent_delib.errors import UserError
-from latent_delib.nn.transformer import PARAM_AXES
+from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.weights import folder
 from latent_delib.weights.tensors import TensorFile
 
@@ -25,8 +25,8 @@ def same(one, two):
 def test_a_device_reads_its_own_part(decoder_folder, monkeypatch):
     """On 2 x 2 x 2 devices no read is larger than a shard, and the whole is what one device reads."""
     config = folder.read_config(decoder_folder)
-    mesh = mesh_lib.make({"data": 2, "fsdp": 2, "tensor": 2})
-    shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
+    mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 1, "tensor": 2})
+    shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES, mesh_lib.TRAINABLE)
     sizes, plain = {}, TensorFile.read
 
     def counted(self, name, index=...):

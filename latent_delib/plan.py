@@ -1,0 +1,114 @@
+"""What a training job is before anything is materialised: shapes, where every leaf lies, and the step over them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from latent_delib import experiment
+from latent_delib import mesh as mesh_lib
+from latent_delib.experiment import Experiment
+from latent_delib.nn.layers import PARAM_AXES
+from latent_delib.nn.transformer import Params
+from latent_delib.step import TrainState, make_optimizer, train_step
+from latent_delib.weights import folder
+
+
+class Plan(NamedTuple):
+    """A job's step, and what it takes.
+
+    state, frozen, batch: trees of jax.ShapeDtypeStruct that carry shardings; nothing else decides where an array lies.
+    init: (key, decoder) -> trainable tree. tx: the optimizer.
+    step: jitted (state, frozen, batch) -> (state, metrics); the state is donated.
+    """
+
+    state: TrainState
+    frozen: Params
+    batch: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[jax.Array, Params], Params]
+    tx: optax.GradientTransformation
+    step: Any
+
+
+def make(exp: Experiment) -> Plan:
+    """The plan of a config on its mesh.
+
+    Raises:
+      UserError: a dimension that the mesh does not divide.
+    """
+    c, mesh = exp.config, exp.mesh
+    tx, init = make_optimizer(c.optimizer, c.train.steps), experiment.init_trainable(exp)
+    decoder = folder.shapes(exp.aug.transformer.config)
+    trainable = jax.eval_shape(init, jax.random.key(0), decoder)
+    trainable = placed(trainable, mesh_lib.parameters(mesh, trainable, PARAM_AXES, mesh_lib.TRAINABLE))
+    # Every optimizer leaf lies like its parameter; what belongs to no parameter is replicated.
+    whole = mesh_lib.replicated(mesh)
+    opt_state = jax.eval_shape(tx.init, trainable)
+    shardings = optax.tree.map_params(
+        tx, lambda _, p: p.sharding, opt_state, trainable, transform_non_params=lambda _: whole
+    )
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trainable, placed(opt_state, shardings))
+    frozen = {}
+    if "decoder" not in trainable:
+        shardings = mesh_lib.parameters(mesh, decoder, PARAM_AXES, mesh_lib.FROZEN)
+        frozen = {"decoder": placed(decoder, shardings, exp.dtype)}
+    row = jax.ShapeDtypeStruct((c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(mesh))
+    step = partial(
+        train_step,
+        aug=exp.aug,
+        tx=tx,
+        seed=c.seed,
+        num_traces=c.method.num_traces,
+        num_ahead=c.method.num_ahead,
+        accumulation=c.train.accumulation,
+        dtype=exp.dtype,
+    )
+    jitted = jax.jit(step, out_shardings=(shardings_of(state), whole), donate_argnums=0)
+    return Plan(state, frozen, {"tokens": row, "segment": row}, init, tx, jitted)
+
+
+def placed(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
+    """Shapes that carry these shardings, in `dtype` where given."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, shardings)
+
+
+def shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def count(tree: Any) -> int:
+    """Elements of all leaves."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def size(tree: Any) -> int:
+    """Bytes of all leaves, over all devices."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def summary(exp: Experiment, plan: Plan) -> str:
+    """What is about to run, and where every parameter lies."""
+    c, m, state = exp.config, exp.config.method, plan.state
+    shapes = f"B {c.train.batch_size} T {c.data.seq_len}"
+    if exp.aug.has_latents:
+        shapes += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}, placement {m.placement}"
+    if c.train.accumulation > 1:
+        shapes += f", in {c.train.accumulation} parts"
+    lines = [
+        f"method {m.name}: {shapes}, {c.compute.dtype}, attention {exp.aug.transformer.form}, remat {c.compute.remat}",
+        f"decoder {exp.decoder or 'random'} [{exp.fingerprint[:12]}]",
+        f"parameters: {count(plan.frozen):,} frozen ({gib(size(plan.frozen))}), {count(state.trainable):,} trainable "
+        f"({gib(size(state.trainable))} + optimizer {gib(size(state.opt_state))}), over all devices",
+        f"devices: {exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}, mesh {dict(exp.mesh.shape)}",
+        f"trainable parameters and where they lie, each with its optimizer moments:\n{mesh_lib.table(state.trainable)}",
+    ]
+    if plan.frozen:
+        lines.append(f"frozen parameters and where they lie:\n{mesh_lib.table(plan.frozen)}")
+    return "\n".join(lines)
