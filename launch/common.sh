@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# What the launch scripts share; they source it. Goes to the repository's root and puts .venv's python first on PATH.
+#
+#   LATENT_DELIB_RETRIES=8    how often a call of gcloud or xpk is tried before it counts as failed
+#   LATENT_DELIB_WAIT=10      seconds before the second try; doubled each time, at most 300
+#   LATENT_DELIB_POLL=60      seconds between two looks at a slice, a job or a folder of checkpoints
+set -euo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+export PATH=$PWD/.venv/bin:$PATH
+exec 3>&1 # where dry runs print, from inside $( ) too
+
+RETRIES=${LATENT_DELIB_RETRIES:-8}
+REST=() COMMAND=() dry_run=
+# What trying again does not cure. A quota "per minute" is a rate: that one passes.
+HOPELESS='PERMISSION_DENIED|INVALID_ARGUMENT|RESOURCE_EXHAUSTED|[Qq]uota|unrecognized arguments|gcloud auth login'
+HOPELESS+='|not present in the SSH agent|terminal state|another job runs here|worker.sh: No such file'
+
+say() { [[ -n $dry_run ]] || echo "$(basename "$0" .sh): $*" >&2; }
+die() { echo "error: $*" >&2 && exit 1; }
+quote() { local line && printf -v line ' %q' "$@" && echo "${line:1}"; }
+call() { if [[ -n $dry_run ]]; then quote "$@" >&3; else "$@"; fi; }
+pause() { [[ -n $dry_run ]] || sleep "${LATENT_DELIB_POLL:-60}"; }
+
+# parse "FLAG ..." "$@": gives each --flag=value to the variable of that name (--flag alone: 1), words to REST, what
+# follows -- to COMMAND. --help prints the head of the script.
+parse() {
+  local allowed=" $1 dry_run" flag
+  while shift && (($#)); do
+    flag=${1#--} flag=${flag%%=*}
+    case $1 in
+      --) COMMAND=("${@:2}") && return ;;
+      --help) sed -nE '2,/^[^#]/s/^# ?//p' "$0" && exit ;;
+      --*=*) [[ "$allowed " == *" $flag "* ]] && printf -v "$flag" %s "${1#*=}" ;;
+      --*) [[ "$allowed " == *" $flag "* ]] && printf -v "$flag" 1 ;;
+      *) REST+=("$1") ;;
+    esac || die "$1: no such flag; there are${allowed// / --}"
+  done
+}
+
+# environment NAME MEANING: what is never written into a file of the repository.
+environment() { [[ -n ${!1:-} ]] || die "$1 is not set in the environment: $2"; }
+
+installed() { [[ -n $dry_run ]] || command -v "$1" >/dev/null || die "$1 is not on PATH: $2"; }
+
+# A command's stdout, once it succeeds. Its stderr is shown only as the reason for another try or for giving up.
+# Returns 4 and 5, without a word, for what is not found and what exists already.
+retry() {
+  local try pause=${LATENT_DELIB_WAIT:-10} errors reason
+  for ((try = 1; ; try++)); do
+    if [[ -n $dry_run ]]; then call "$@" && return; fi
+    { errors=$("$@" 2>&1 >&4 4>&-); } 4>&1 && return
+    [[ ! $errors =~ NOT_FOUND|"was not found" ]] || return 4
+    [[ $errors != *ALREADY_EXISTS* ]] || return 5
+    reason=$(grep -im 1 error <<<"$errors" || tail -n 1 <<<"$errors")
+    if [[ $errors =~ $HOPELESS && $errors != *"per minute"* ]] || ((try >= RETRIES)); then
+      say "gave up at try $try: $reason"
+      return 1
+    fi
+    say "try $try of $RETRIES failed, the next in $pause s: $reason"
+    sleep "$pause"
+    pause=$((pause * 2 < 300 ? pause * 2 : 300))
+  done
+}
+
+# The command after -- as one of many processes. On a slice its workdir must be seen by all of them, and outlive them.
+job() {
+  ((${#COMMAND[@]})) || die "no command: ... -- python -m latent_delib.train --config=... --workdir=..."
+  local argument
+  for argument in "${COMMAND[@]}"; do
+    [[ $1 != slice || $argument != --workdir=* || $argument == --workdir=gs://* ]] ||
+      die "$argument: a slice's disks are not shared and go with it; expected gs://..."
+  done
+  COMMAND+=(--distributed)
+}
+
+# This folder, without what is built or written here, as runs/launch/NAME/code.tar.gz.
+pack() {
+  call mkdir -p "runs/launch/$1"
+  call tar -czf "runs/launch/$1/code.tar.gz" --exclude=./.git --exclude=./.venv --exclude=./runs \
+    --exclude=__pycache__ --exclude='.*_cache' .
+}

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# A job on a slice of a GKE cluster, through XPK (pip install xpk; it wants kubectl, docker and gcloud beside it).
+#
+#   ./launch/gke_xpk.sh create_cluster --accelerator=v5litepod-16 [--spot]
+#   ./launch/gke_xpk.sh run    NAME --accelerator=... -- python -m latent_delib.train --config=... --workdir=gs://...
+#   ./launch/gke_xpk.sh keep   NAME --accelerator=... [--delete] -- python -m latent_delib.train ...
+#   ./launch/gke_xpk.sh status [NAME]
+#   ./launch/gke_xpk.sh logs   NAME
+#   ./launch/gke_xpk.sh delete NAME
+#   ./launch/gke_xpk.sh delete_cluster
+#
+# `run` adds --distributed, puts this folder into an image on top of python:3.12, and returns once the job is queued.
+# Every worker makes .venv before it starts. Kubernetes itself starts the job again after a preemption, a signal, code
+# 69 (another process was lost) or 75 (stopped, and saved), and not after code 1. `keep` does `run` unless NAME is
+# there, and waits for its end.
+#
+#   --accelerator=TYPE   as XPK names them: v5litepod-N, v5p-N, v6e-N
+#   --spot               for the cluster: cheaper, and taken away at any time; without it on demand
+#   --restarts=1000      how often Kubernetes may start the job again; preemptions count
+#   --delete             `keep` deletes the job when it is done or has failed
+#   --dry_run            prints the commands, one a line, and runs none
+#
+# Environment: LATENT_DELIB_PROJECT, LATENT_DELIB_ZONE, LATENT_DELIB_CLUSTER; see also common.sh.
+# shellcheck source=common.sh
+source "$(dirname "$(readlink -f "$0")")/common.sh"
+accelerator='' spot='' restarts=1000 delete=''
+parse "accelerator spot restarts delete" "$@"
+action=${REST[0]:-} name=${REST[1]:-}
+[[ $name =~ ^([a-z]([-a-z0-9]{0,38}[a-z0-9])?)?$ && ${#REST[@]} -le 2 ]] ||
+  die "expected an action and a name of a-z, 0-9 and -, found '${REST[*]}'; --help tells more"
+environment LATENT_DELIB_PROJECT "the Google Cloud project"
+environment LATENT_DELIB_ZONE "the zone of the cluster's slices, such as us-central1-a"
+environment LATENT_DELIB_CLUSTER "the name of the GKE cluster"
+installed xpk "pip install xpk"
+at=(--cluster="$LATENT_DELIB_CLUSTER" --project="$LATENT_DELIB_PROJECT" --zone="$LATENT_DELIB_ZONE")
+
+xpk_workload() { retry xpk workload "$1" "${at[@]}" "${@:2}"; }
+listed() { xpk_workload list --filter-by-job="$name" --filter-by-status="$1" | grep -qE "^$name( |\$)"; }
+
+run() {
+  # `exec`, because XPK passes SIGTERM to what it has started itself, not to the children of that.
+  local line="tar -xzf code.tar.gz && LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh && export PATH=\$PWD/.venv/bin:\$PATH"
+  line+=" PYTHONUNBUFFERED=1 && exec $(quote "${COMMAND[@]}")"
+  pack "$name"
+  xpk_workload create --workload="$name" --tpu-type="$accelerator" --num-slices=1 --base-docker-image=python:3.12 \
+    --script-dir="runs/launch/$name" --command="$line" --max-restarts="$restarts" --restart-on-exit-codes=69,75 \
+    --termination-grace-period-seconds=300
+}
+
+keep() {
+  local code=0
+  ! listed FINISHED || xpk_workload delete --workload="$name" --force # what it was before is over
+  listed EVERYTHING || run
+  for ((try = 1; try <= RETRIES; try++)); do
+    code=0
+    call xpk workload list "${at[@]}" --wait-for-job-completion="$name" || code=$?
+    case $code in
+      0) say "== the job $name is done" && break ;;
+      125) say "== the job $name failed; \`logs $name\` has the reason" && break ;;
+      124) try=0 ;; # it waits a week at most
+    esac
+    pause
+  done
+  [[ -z $delete ]] || xpk_workload delete --workload="$name" --force
+  ((!code)) || exit 1
+}
+
+case $action in
+  create_cluster | run | keep) [[ -n $accelerator ]] || die "--accelerator is missing" ;;&
+  run | keep | logs | delete) [[ -n $name ]] || die "$action: the name of the job is missing" ;;&
+  run | keep) job slice ;;&
+  create_cluster)
+    [[ -n $spot ]] && spot=--spot
+    retry xpk cluster create "${at[@]}" --tpu-type="$accelerator" --num-slices=1 "${spot:---on-demand}"
+    ;;
+  run) run ;;
+  keep) keep ;;
+  status) xpk_workload list ${name:+--filter-by-job="$name"} ;;
+  logs)
+    xpk_workload list --filter-by-job="$name" # which gives kubectl its credentials
+    call kubectl logs --selector="xpk.google.com/workload=$name" --prefix --follow --tail=20 --max-log-requests=1000
+    ;;
+  delete) xpk_workload delete --workload="$name" --force ;;
+  delete_cluster) call xpk cluster delete "${at[@]}" ;;
+  *) die "no action '$action'; --help has them all" ;;
+esac

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Trains every CONFIG with every combination of the values given to KEYs.
+#
+#   ./launch/sweep.sh NAME [--with=LAUNCHER] [--jobs=1] CONFIG[,CONFIG ...] [KEY=VALUE,VALUE ...] [-- MORE OF train]
+#   ./launch/sweep.sh placement configs/quickstart.py method.placement=after,overlay seed=0,1 \
+#     -- --config.data.token_files=runs/quickstart/tokens
+#
+# A run is named after its settings; its output is in runs/NAME/RUN.log, its workdir beside it. Run again, finished ones
+# are skipped and the others resume; failed ones are named at the end.
+#
+#   --with=LAUNCHER   words before the command: './launch/local.sh --processes=2 --'. An @ among them becomes the name
+#                     of a slice of the run's own, and its workdir is gs://$LATENT_DELIB_BUCKET/NAME/RUN:
+#                     './launch/tpu_vm.sh keep @ --accelerator=v5litepod-16 --spot --delete --'
+#   --jobs=1          how many run at a time
+#   --dry_run         prints the commands, one a line, and runs none
+# shellcheck source=common.sh
+source "$(dirname "$(readlink -f "$0")")/common.sh"
+with='' jobs=1
+parse "with jobs" "$@"
+name=${REST[0]:-} folder=runs/${REST[0]:-} root=runs/${REST[0]:-}
+[[ $name =~ ^[a-z][-a-z0-9]{0,24}$ && ${REST[1]:-} == *.py ]] ||
+  die "expected a name of a-z, 0-9 and -, a config and KEY=VALUES, found '${REST[*]}'; --help tells more"
+if [[ $with == *" @ "* ]]; then
+  environment LATENT_DELIB_BUCKET "where the workdirs are, without gs://"
+  root=gs://$LATENT_DELIB_BUCKET/$name
+fi
+
+# One line a run: the config and each key with a value, tabs between.
+IFS=, read -ra runs <<<"${REST[1]}"
+for key in "${REST[@]:2}"; do
+  [[ $key == ?*=?* ]] || die "$key: expected KEY=VALUE,VALUE"
+  IFS=, read -ra values <<<"${key#*=}"
+  grid=()
+  for run in "${runs[@]}"; do
+    for value in "${values[@]}"; do grid+=("$run"$'\t'"${key%%=*}=$value"); done
+  done
+  runs=("${grid[@]}")
+done
+
+declare -A running=() # process id -> run
+finished=0 failed=() stopped=''
+trap 'stopped=1; ((!${#running[@]})) || kill "${!running[@]}" || true' TERM INT
+
+collect() { # waits until one of them has ended
+  local pid code=0 run
+  wait -n -p pid "${!running[@]}" || code=$?
+  [[ -n ${pid:-} ]] || return 0 # a signal ended the wait
+  run=${running[$pid]}
+  unset "running[$pid]"
+  say "$run ended with code $code"
+  if ((code)); then
+    failed+=("$run (code $code, $folder/$run.log)")
+  else
+    finished=$((finished + 1))
+    mv "$folder/$run.started" "$folder/$run.done"
+  fi
+}
+
+call mkdir -p "$folder"
+for line in "${runs[@]}"; do
+  IFS=$'\t' read -ra settings <<<"$line"
+  config=${settings[0]} settings=("${settings[@]:1}")
+  run=$(basename "$config" .py)${line#"$config"}
+  run=${run//$'\t'/,} run=${run//[^A-Za-z0-9.,=_-]/-}
+  read -ra launcher <<<"${with/ @ / $name-$(cksum <<<"$run" | cut -d ' ' -f 1) }"
+  command=("${launcher[@]}" python -m latent_delib.train --config="$config" --workdir="$root/$run"
+    "${settings[@]/#/--config.}" "${COMMAND[@]}")
+
+  if [[ $(cat "$folder/$run.done" 2>/dev/null) == "$(quote "${command[@]}")" ]]; then
+    say "$run is done already"
+  elif [[ -n $dry_run ]]; then
+    call "${command[@]}"
+  else
+    while ((${#running[@]} >= jobs)); do collect; done
+    [[ -z $stopped ]] || break
+    say "$run: starts"
+    quote "${command[@]}" >"$folder/$run.started"
+    "${command[@]}" >>"$folder/$run.log" 2>&1 </dev/null 3>&- &
+    running[$!]=$run
+  fi
+done
+while ((${#running[@]})); do collect; done
+say "$finished finished, ${#failed[@]} failed of ${#runs[@]}"
+((!${#failed[@]})) || die "failed: $(printf '%s; ' "${failed[@]}")the same command tries them again"

@@ -1,0 +1,206 @@
+#!/usr/bin/env bash
+# A Cloud TPU VM slice, through queued resources, and a job on all of its workers.
+#
+#   ./launch/tpu_vm.sh create NAME --accelerator=v5litepod-16 [--spot]    asks for a slice, waits until it is ready
+#   ./launch/tpu_vm.sh setup  NAME                           copies this folder to every worker, makes .venv there
+#   ./launch/tpu_vm.sh run    NAME -- python -m latent_delib.train --config=... --workdir=gs://...
+#   ./launch/tpu_vm.sh keep   NAME --accelerator=... [--spot] [--delete] -- python -m latent_delib.train ...
+#   ./launch/tpu_vm.sh status NAME
+#   ./launch/tpu_vm.sh logs   NAME [--worker=0]
+#   ./launch/tpu_vm.sh stop   NAME                           SIGTERM to the job, which saves
+#   ./launch/tpu_vm.sh delete NAME
+#
+# `run` adds --distributed and returns at once. `keep` does create, setup and run, then watches: a preempted slice is
+# asked for again, a job that died or was stopped runs again and so resumes; it ends when the job is done, or has failed
+# with code 1. The job goes on without `keep`, and the same `keep` finds it again.
+#
+#   --accelerator=TYPE   v5litepod-N (chips), v5p-N (cores, two a chip), v6e-N (chips)
+#   --spot               cheaper, and taken away at any time; without it on demand
+#   --create_flags=...   more flags of `gcloud compute tpus queued-resources create`, such as --network=NAME
+#   --fetch=gs://...     a folder that `setup` copies to every worker, into runs/: a decoder
+#   --restarts=10        how often `keep` starts a job again that died; preemptions and code 75 do not count
+#   --delete             `keep` deletes the slice when the job is done or has failed
+#   --worker=all         whose logs
+#   --dry_run            prints the commands, one a line, and runs none
+#
+# Environment: LATENT_DELIB_PROJECT, LATENT_DELIB_ZONE; see also common.sh.
+# shellcheck source=common.sh
+source "$(dirname "$(readlink -f "$0")")/common.sh"
+accelerator='' spot='' create_flags='' fetch='' restarts=10 delete='' worker=all
+parse "accelerator spot create_flags fetch restarts delete worker" "$@"
+action=${REST[0]:-} name=${REST[1]:-}
+[[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ && ${#REST[@]} == 2 ]] ||
+  die "expected an action and a name of a-z, 0-9 and -, found '${REST[*]}'; --help tells more"
+[[ ! $fetch || $fetch =~ ^gs://.+[^/]$ ]] || die "--fetch=$fetch: expected gs://BUCKET/.../FOLDER"
+environment LATENT_DELIB_PROJECT "the Google Cloud project"
+environment LATENT_DELIB_ZONE "the zone of the slice, such as us-central1-a"
+installed gcloud "https://cloud.google.com/sdk/docs/install"
+tpus=(gcloud compute tpus) at=(--project="$LATENT_DELIB_PROJECT" --zone="$LATENT_DELIB_ZONE")
+known='' had='' shown='' # of the queued resource: asked for, or seen; and whether there ever was one
+
+runtime() {
+  case $accelerator in
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) die "--accelerator=$accelerator: expected v5litepod-N, v5p-N or v6e-N" ;;
+  esac
+}
+
+describe() { retry "${tpus[@]}" queued-resources describe "$name" "${at[@]}" --format="value($1)"; }
+
+# ABSENT, ACTIVE (and its node is ready), PREEMPTED, what else the queued resource or its node is in, or another's type.
+state() {
+  local found type
+  found=$(describe 'state.state,tpu.nodeSpec[0].node.acceleratorType') || { (($? == 4)) && echo ABSENT; return; }
+  read -r found type <<<"${found:-${known:-ABSENT}}" # a dry run finds nothing, then what it has asked for
+  [[ -z $type || -z $accelerator || $type == "$accelerator" ]] || found=$type
+  if [[ $found == ACTIVE || $found == asked ]]; then
+    found=$(retry "${tpus[@]}" tpu-vm describe "$name" "${at[@]}" --format='value(state)') ||
+      { (($? == 4)) && echo PREEMPTED; return; }
+    found=${found:-READY} found=${found/READY/ACTIVE} found=${found/TERMINATED/PREEMPTED}
+  fi
+  echo "$found"
+}
+
+# Asks for the slice unless it is there and waits until it is ready. Fails where that will not come.
+create() {
+  local now flags version
+  version=$(runtime) || exit 1
+  read -ra flags <<<"$create_flags"
+  while now=$(state); do
+    if [[ $now != "$shown" ]]; then
+      say "$name: $now"
+      [[ $now != WAITING* ]] || say "no capacity yet; Ctrl-C leaves the request in its queue, the same command waits on"
+    fi
+    shown=$now
+    case $now$known in
+      v*) die "$name exists already, as a $now" ;;
+      ABSENTseen) die "$name is gone: somebody deleted it" ;;
+      ABSENTasked) ;;
+      ABSENT)
+        retry "${tpus[@]}" queued-resources create "$name" "${at[@]}" --node-id="$name" \
+          --accelerator-type="$accelerator" --runtime-version="$version" ${spot:+--spot} "${flags[@]}" \
+          --async --quiet ||
+          (($? == 5)) || { [[ -n $had ]] && return 1; } ||
+          die "$name is not granted; spot and on-demand chips have separate quotas, in each zone"
+        known=asked
+        ;;
+      *) known=seen had=1 ;;
+    esac
+    case $now in
+      ACTIVE) return ;;
+      FAILED) say "$(describe state.failedData.error.message)" && return 1 ;;
+      SUSPENDED | PREEMPTED) return 1 ;;
+    esac
+    pause
+  done
+  die "the state of $name cannot be seen; a job on it goes on"
+}
+
+release() {
+  retry "${tpus[@]}" queued-resources delete "$name" "${at[@]}" --force --quiet || (($? == 4)) ||
+    die "$name is still there"
+  known=''
+}
+
+on_workers() { retry "${tpus[@]}" tpu-vm ssh "$name" "${at[@]}" --worker=all --quiet --command="$1"; }
+start() { on_workers "latent_delib/launch/worker.sh start $(quote "${COMMAND[@]}")"; }
+if_set_up() { on_workers "test ! -x latent_delib/launch/worker.sh && echo - none || latent_delib/launch/worker.sh $1"; }
+
+# The first connection also makes an ssh key and spreads it, which a copy to many workers at once does not wait for.
+setup() {
+  local commands copy=runs/${fetch##*/}
+  commands="mkdir -p latent_delib && cd latent_delib && rm -rf configs latent_delib launch && tar -xzf ../code.tar.gz"
+  [[ -z $fetch ]] || commands+=" && mkdir -p $copy && gcloud storage rsync --recursive $fetch $copy"
+  if_set_up idle >/dev/null &&
+    retry "${tpus[@]}" tpu-vm scp "runs/launch/$name/code.tar.gz" "$name:" "${at[@]}" --worker=all --quiet &&
+    on_workers "$commands && LATENT_DELIB_EXTRAS=tpu ./launch/worker.sh setup"
+}
+
+# From all workers' status: running, ending (some are done), done, or `ended CODE`, the first code that was not 0.
+verdict() {
+  awk '$2 == "exit" && $3 && (code == "" || $4 < when) { code = $3; when = $4 }
+    $2 == "exit" && !$3 { good++ }
+    $2 == "none" || $2 == "lost" { gone++ }
+    END {
+      if (code != "") print "ended " code
+      else print gone || !NR ? "ended lost" : !good ? "running" : good < NR ? "ending" : "done"
+    }'
+}
+
+finish() { # CODE MESSAGE
+  say "== $2"
+  [[ -z $delete ]] || release
+  exit "$1"
+}
+
+keep() {
+  local started='' lost=0 silent=0 stuck=0 deaths=0 now
+  pack "$name"
+  while true; do
+    until create; do
+      ((++lost < RETRIES)) || die "$lost slices in a row came to nothing"
+      say "== $name is lost: deleting it and asking for another"
+      release
+      started=''
+      pause
+    done
+    lost=0
+
+    if ! now=$(if_set_up status | verdict); then
+      ((++silent < 2)) && continue
+      [[ -n $started ]] || die "$name does not answer"
+      say "== $name does not answer: deleting it and asking for another"
+      release
+      started='' silent=0
+      continue
+    fi
+    silent=0
+    if [[ -z $started && $now == running ]]; then # this very job, or an error
+      start || die "$name is busy"
+      started=1
+    elif [[ -z $started && $now != ending ]]; then
+      now="ended before" # whatever it was
+    fi
+    case $now in
+      "done") finish 0 "the job on $name is done" ;;
+      "ended 1" | "ended 126" | "ended 127")
+        if_set_up stop
+        on_workers "tail -n 20 latent_delib/runs/job/log"
+        finish 1 "the job on $name failed with code ${now#ended }; not started again, its log has the reason"
+        ;;
+      ended*)
+        if [[ -n $started ]]; then
+          [[ $now == "ended 75" ]] || ((deaths++ < restarts)) || finish 1 "the job on $name died $deaths times"
+          say "== the job on $name ended with ${now#ended }: starting it again"
+        fi
+        if if_set_up stop && setup && start; then
+          started=1 stuck=0
+        else
+          ((++stuck < 2)) || die "$name is there, but the job does not start on it"
+        fi
+        ;;
+    esac
+    [[ -z $dry_run ]] || return 0
+    pause
+  done
+}
+
+case $action in
+  create) create || die "$name will not come; delete it before asking again" ;;
+  setup) pack "$name" && { setup || die "$name is not set up; the same command tries again"; } ;;
+  run) job slice && { start || die "the job is not on every worker of $name; was that set up? is another there?"; } ;;
+  keep) job slice && keep ;;
+  status)
+    now=$(state) && say "$name: $now"
+    [[ $now != ACTIVE && -z $dry_run ]] || if_set_up status
+    ;;
+  logs)
+    call "${tpus[@]}" tpu-vm ssh "$name" "${at[@]}" --worker="$worker" --quiet \
+      --command="latent_delib/launch/worker.sh logs"
+    ;;
+  stop) if_set_up stop ;;
+  delete) release ;;
+  *) die "no action '$action'; --help has them all" ;;
+esac

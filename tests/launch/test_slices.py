@@ -1,0 +1,479 @@
+"""tpu_vm.sh, worker.sh and gke_xpk.sh against a `gcloud` and an `xpk` that only pretend, and play a script of states.
+
+The pretended slice has two workers, each a folder, in which commands given over ssh run for real.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("common", "worker", "tpu_vm", "gke_xpk")
+
+# Looks at the queued resource take a line of `states` each; the last one stays. A line STATE deleted or STATE started
+# waits until the slice was deleted, or a job has started on both workers. `failures` has lines PATTERN|MESSAGE: the
+# first call in which PATTERN is found, or ssh to a worker, fails, and the line is gone.
+FAKE_GCLOUD = r"""#!/usr/bin/env bash
+all="$*"
+{ printf '%q ' "${@:1:$#-1}" && printf '%q\n' "${@: -1}"; } >>"$WORLD/calls"
+[[ ! -e $WORLD/hook ]] || source "$WORLD/hook"
+IFS='|' read -r pattern message <"$WORLD/failures"
+passed() { [[ -z $1 || -e $WORLD/$1 || $1 == started && -e $WORLD/started-0 && -e $WORLD/started-1 ]]; }
+failing() { [[ -n $pattern && $1 =~ $pattern ]] && sed -i 1d "$WORLD/failures"; }
+wipe() {
+  local worker
+  for worker in "$WORLD"/worker-*; do
+    [[ ! -e $worker/latent_delib/runs/job/pid ]] || kill -KILL -- "-$(<"$worker/latent_delib/runs/job/pid")" 2>/dev/null
+    rm -rf "${worker:?}"/*
+  done
+}
+case $all in
+  *"--worker=all --quiet --command="*) ;; # may fail on a worker
+  *) if failing "$all"; then echo "ERROR: (gcloud) $message" >&2 && exit 1; fi ;;
+esac
+case $all in
+  *"queued-resources describe"*failedData*) echo "out of luck" ;;
+  *"queued-resources describe"*)
+    if [[ -e $WORLD/looked ]] && read -r _ event < <(sed -n 2p "$WORLD/states") && passed "$event"; then
+      sed -i 1d "$WORLD/states"
+    fi
+    touch "$WORLD/looked"
+    read -r state _ <"$WORLD/states"
+    case $state in
+      ABSENT) echo "ERROR: (gcloud) NOT_FOUND: Resource was not found" >&2 && exit 1 ;;
+      SUSPENDED) wipe ;;
+    esac
+    printf '%s\tv5litepod-16\n' "$state"
+    ;;
+  *"queued-resources create"*) ;;
+  *"queued-resources delete"*) wipe && touch "$WORLD/deleted" ;;
+  *"tpu-vm describe"*) cat "$WORLD/node" ;;
+  *"tpu-vm scp"*) for worker in "$WORLD"/worker-*; do cp "$5" "$worker/"; done ;;
+  *"tpu-vm ssh"*)
+    code=0
+    for worker in "$WORLD"/worker-*; do
+      if failing "${worker##*/} $all"; then echo "ERROR: (gcloud) $message" >&2 && code=255 && continue; fi
+      export HOME=$worker HOSTNAME=t1v-n-0-w-${worker##*-}
+      (cd "$HOME" && exec bash -c "${all##*--command=}" 3>&- 4>&-) || code=$?
+    done
+    exit "$code"
+    ;;
+  *) echo "ERROR: (gcloud) unrecognized arguments" >&2 && exit 2 ;;
+esac
+"""
+
+# Every start takes a line of the worker's `ends`: a code; `later CODE`, when the other has ended; or `hang`, until
+# SIGTERM, and then 75. Like a real job it first waits for the other worker.
+FAKE_PYTHON = r"""#!/usr/bin/env bash
+me=$(cd .. && pwd) && me=${me##*-}
+read -r end <"$WORLD/ends-$me" && sed -i 1d "$WORLD/ends-$me"
+echo "this start ends with $end"
+echo "$*" >>"$WORLD/started-$me"
+starts() { cat "$WORLD/started-$1" 2>/dev/null | wc -l; }
+other=$((1 - me))
+until (($(starts $other) >= $(starts "$me"))); do sleep 0.02; done
+[[ $end != later* ]] || until [[ -e $WORLD/worker-$other/latent_delib/runs/job/exit ]]; do sleep 0.02; done
+if [[ $end == hang ]]; then
+  trap 'kill $!; exit 75' TERM
+  sleep 60 >/dev/null &
+  wait
+fi
+exit "${end#later }"
+"""
+
+FAKE_SETUP = r"""#!/usr/bin/env bash
+mkdir -p .venv/bin && cp "$WORLD/python" .venv/bin/python && echo "ready, $LATENT_DELIB_EXTRAS"
+"""
+
+FAKE_XPK = r"""#!/usr/bin/env bash
+{ printf '%q ' "${@:1:$#-1}" && printf '%q\n' "${@: -1}"; } >>"$WORLD/calls"
+all="$*"
+[[ ! -e $WORLD/hook ]] || source "$WORLD/hook"
+case $all in
+  *wait-for-job-completion*) read -r code <"$WORLD/waits" && sed -i 1d "$WORLD/waits" && exit "$code" ;;
+  *filter-by-status=*) cat "$WORLD/listed-${all##*filter-by-status=}" 2>/dev/null || true ;;
+esac
+"""
+
+TRAIN = ("python", "-m", "latent_delib.train", "--config=configs/x.py", "--workdir=gs://bucket/a run")
+QUOTED = r"python -m latent_delib.train --config=configs/x.py --workdir=gs://bucket/a\ run"
+STARTED = "-m latent_delib.train --config=configs/x.py --workdir=gs://bucket/a run --distributed"
+AT = "--project=project --zone=zone"
+STATE = f"gcloud compute tpus queued-resources describe a {AT} "
+STATE += r"--format=value\(state.state\,tpu.nodeSpec\[0\].node.acceleratorType\)"
+NODE = rf"gcloud compute tpus tpu-vm describe a {AT} --format=value\(state\)"
+CREATE = (
+    f"gcloud compute tpus queued-resources create a {AT} --node-id=a --accelerator-type=v5litepod-16 "
+    "--runtime-version=v2-alpha-tpuv5-lite --spot --async --quiet"
+)
+DELETE = f"gcloud compute tpus queued-resources delete a {AT} --force --quiet"
+SSH = f"gcloud compute tpus tpu-vm ssh a {AT} --worker=all --quiet".split()
+XPK_AT = "--cluster=cluster --project=project --zone=zone"
+
+
+class World:
+    """A checkout with the launch scripts alone, and the cloud they see."""
+
+    def __init__(self, root: Path):
+        self.root, self.world = root / "repo", root / "world"
+        for folder in (self.root / "launch", self.root / "configs", self.world / "bin"):
+            folder.mkdir(parents=True)
+        for name in SCRIPTS:
+            shutil.copy(ROOT / "launch" / f"{name}.sh", self.root / "launch")
+        self.script("../repo/launch/setup.sh", FAKE_SETUP)
+        self.script("python", FAKE_PYTHON)
+        self.script("bin/gcloud", FAKE_GCLOUD)
+        self.script("bin/xpk", FAKE_XPK)
+        self.script("bin/kubectl", FAKE_XPK)
+        self.plays(states=["ACTIVE"], failures=[], node=["READY"])
+        for worker in (0, 1):
+            (self.world / f"worker-{worker}").mkdir()
+            self.plays(**{f"ends-{worker}": ["0"] * 9})
+        self.env = {
+            "PATH": f"{self.world}/bin:{os.defpath}",
+            "WORLD": str(self.world),
+            "HOME": str(root),
+            "LATENT_DELIB_PROJECT": "project",
+            "LATENT_DELIB_ZONE": "zone",
+            "LATENT_DELIB_CLUSTER": "cluster",
+            "LATENT_DELIB_WAIT": "0",
+            "LATENT_DELIB_POLL": "0",
+            "LATENT_DELIB_RETRIES": "3",
+        }
+
+    def script(self, name: str, text: str) -> None:
+        (self.world / name).write_text(text)
+        (self.world / name).chmod(0o755)
+
+    def plays(self, **files: list[str]) -> None:
+        if "states" in files:
+            (self.world / "looked").unlink(missing_ok=True)
+        for name, lines in files.items():
+            (self.world / name).write_text("".join(line + "\n" for line in lines))
+
+    def launch(self, script: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+        command = [self.root / "launch" / f"{script}.sh", *arguments]
+        done = subprocess.run(command, cwd="/", env=self.env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def keep(self, *flags: str, command: tuple[str, ...] = TRAIN, code: int = 0) -> subprocess.CompletedProcess:
+        return self.launch("tpu_vm", "keep", "a", "--accelerator=v5litepod-16", *flags, "--", *command, code=code)
+
+    def calls(self, part: str = "") -> list[str]:
+        log = self.world / "calls"
+        return [line for line in log.read_text().splitlines() if part in line] if log.exists() else []
+
+    def started(self, times: int) -> None:
+        """The command ran so often on both workers, each time the same; the last start may be on its way."""
+        logs, end = [self.world / f"started-{worker}" for worker in (0, 1)], time.monotonic() + 20
+        while not all(log.exists() and log.read_text().count("\n") >= times for log in logs):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert [log.read_text().splitlines() for log in logs] == [[STARTED] * times] * 2
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    for pid in world.world.glob("worker-*/latent_delib/runs/job/pid"):
+        try:
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def test_create_asks_once_and_waits_until_the_node_is_ready(world: World) -> None:
+    world.plays(states=["ABSENT", "ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
+    done = world.launch("tpu_vm", "create", "a", "--accelerator=v5litepod-16", "--spot")
+    calls = world.calls()
+    assert [f"gcloud {call}" for call in calls] == [STATE, CREATE, STATE, STATE, STATE, STATE, NODE]
+    assert "no capacity yet" in done.stderr
+
+    world.launch("tpu_vm", "create", "a", "--accelerator=v5litepod-16")  # it is there: nothing to do
+    assert len(world.calls("create")) == 1
+
+
+@pytest.mark.parametrize(
+    "accelerator, version", [("v5p-128", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e"), ("v5e-16", None)]
+)
+def test_runtime_version_follows_the_generation(world: World, accelerator: str, version: str | None) -> None:
+    done = world.launch("tpu_vm", "create", "a", f"--accelerator={accelerator}", "--dry_run", code=int(not version))
+    assert f"--runtime-version={version} --async" in done.stdout or "expected v5litepod-N" in done.stderr
+    assert "--spot" not in done.stdout
+
+
+def test_quota_is_not_tried_again_and_passing_failures_are(world: World) -> None:
+    create = ("create", "a", "--accelerator=v5litepod-16")
+    quota = "queued-resources create|RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' has been exceeded."
+    world.plays(states=["ABSENT"], failures=[quota] * 3)
+    done = world.launch("tpu_vm", *create, code=1)
+    assert "TPUV5s" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: a is not granted; spot and on-demand")
+    assert len(world.calls("create")) == 1
+
+    rate = "queued-resources create|RESOURCE_EXHAUSTED: Quota exceeded: requests per minute"
+    world.plays(states=["ABSENT", "ACTIVE"], failures=[rate, "queued-resources create|UNAVAILABLE"])
+    world.launch("tpu_vm", *create)
+    assert len(world.calls("create")) == 4
+
+    world.plays(failures=["queued-resources describe|UNAVAILABLE: try later"] * 9)
+    done = world.launch("tpu_vm", *create, code=1)
+    assert "gave up at try 3: ERROR: (gcloud) UNAVAILABLE: try later" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the state of a cannot be seen")
+
+
+def test_what_exists_already(world: World) -> None:
+    """The first try did its work and its answer was lost; the name is another slice's; it came to nothing."""
+    create = ("tpu_vm", "create", "a", "--accelerator=v5litepod-16")
+    world.plays(states=["ABSENT", "ACTIVE"], failures=["queued-resources create|ALREADY_EXISTS: a"])
+    world.launch(*create)
+
+    done = world.launch("tpu_vm", "create", "a", "--accelerator=v6e-16", code=1)
+    assert done.stderr.endswith("error: a exists already, as a v5litepod-16\n")
+
+    world.plays(states=["FAILED"])
+    assert "out of luck" in world.launch(*create, code=1).stderr
+    assert len(world.calls("create")) == 1
+
+
+def test_run_is_detached_on_every_worker(world: World) -> None:
+    world.plays(**{"ends-0": ["hang"], "ends-1": ["hang"]})
+    assert "set up?" in world.launch("tpu_vm", "run", "a", "--", *TRAIN, code=1).stderr
+    (world.root / "configs" / "x.py").touch()
+    (world.root / "runs").mkdir(exist_ok=True)
+    (world.root / "runs" / "mine").touch()
+    assert world.launch("tpu_vm", "setup", "a").stdout == "0 ready, tpu\n1 ready, tpu\n"
+    for worker in (0, 1):
+        home = world.world / f"worker-{worker}" / "latent_delib"
+        assert (home / "configs" / "x.py").exists()
+        assert not (home / "runs" / "mine").exists()
+        (home / "configs" / "gone.py").touch()
+    assert world.launch("tpu_vm", "status", "a").stdout == "0 none\n1 none\n"
+
+    world.launch("tpu_vm", "run", "a", "--", *TRAIN)
+    assert world.launch("tpu_vm", "status", "a").stdout == "0 running\n1 running\n"
+    world.launch("tpu_vm", "run", "a", "--", *TRAIN)  # as after an answer that was lost
+    assert "another job runs here" in world.launch("tpu_vm", "run", "a", "--", "python", "-m", "y", code=1).stderr
+
+    assert "another job runs here" in world.launch("tpu_vm", "setup", "a", code=1).stderr
+
+    world.launch("tpu_vm", "stop", "a")
+    lines = world.launch("tpu_vm", "status", "a").stdout.splitlines()
+    assert [line.split()[:3] for line in lines] == [["0", "exit", "75"], ["1", "exit", "75"]]
+    world.started(1)
+    logs = world.launch("tpu_vm", "logs", "a").stdout
+    assert "[0] this start ends with hang\n" in logs and "[1] this start ends with hang\n" in logs
+
+    world.launch("tpu_vm", "setup", "a")
+    assert not (world.world / "worker-0" / "latent_delib" / "configs" / "gone.py").exists()
+
+
+def test_a_start_that_reached_one_worker_is_completed(world: World) -> None:
+    """Started on some workers only, a job hangs without a word."""
+    world.launch("tpu_vm", "setup", "a")
+    world.plays(
+        **{"ends-0": ["hang"], "ends-1": ["hang"]}, failures=["worker-1 .*worker.sh start|ssh: connection reset"]
+    )
+    world.launch("tpu_vm", "run", "a", "--", *TRAIN)
+    world.started(1)
+
+
+def test_keep_sees_a_job_through(world: World) -> None:
+    world.plays(states=["ABSENT", "ACTIVE"])
+    assert "the job on a is done" in world.keep("--spot", "--delete").stderr
+    world.started(1)
+    assert len(world.calls("create")) == len(world.calls("delete")) == 1
+
+
+@pytest.mark.parametrize("how", ["queued resource", "node", "gone node"])
+def test_keep_after_a_preemption(world: World, how: str) -> None:
+    world.plays(**{"ends-0": ["hang", "0"], "ends-1": ["hang", "0"]})
+    world.plays(states=["ABSENT", "ACTIVE", "SUSPENDED started", "ABSENT deleted", "ACTIVE"])
+    if how != "queued resource":
+        world.plays(states=["ABSENT", "ACTIVE", "ABSENT deleted", "ACTIVE"])
+        says = "echo PREEMPTED && exit" if how == "node" else "echo NOT_FOUND >&2 && exit 1"
+        lost = '$all == *"tpu-vm describe"* && -e $WORLD/started-0 && -e $WORLD/started-1 && ! -e $WORLD/deleted'
+        world.plays(hook=[f"if [[ {lost} ]]; then {says}; fi"])
+    done = world.keep("--restarts=0")
+    assert "== a is lost: deleting it and asking for another" in done.stderr
+    world.started(2)
+    assert len(world.calls("create")) == 2
+    assert len(world.calls("delete")) == 1
+
+
+def test_keep_does_not_fight_who_deletes_the_slice(world: World) -> None:
+    world.plays(**{"ends-0": ["hang"], "ends-1": ["hang"]})
+    world.plays(states=["ABSENT", "ACTIVE", "ABSENT started"])
+    assert world.keep(code=1).stderr.endswith("error: a is gone: somebody deleted it\n")
+    assert len(world.calls("create")) == 1
+
+
+def test_keep_stops_after_code_1(world: World) -> None:
+    world.plays(**{"ends-0": ["hang"], "ends-1": ["1"]})
+    done = world.keep("--delete", code=1)
+    assert "failed with code 1" in done.stderr
+    assert "this start ends with 1" in done.stdout  # the log
+    world.started(1)
+    order = [max(i for i, call in enumerate(world.calls()) if part in call) for part in ("start", "stop", "delete")]
+    assert order == sorted(order)
+
+
+def test_keep_restarts_what_saved_and_what_died(world: World) -> None:
+    """Code 75 always, a death `restarts` times; what ended first is the cause, whatever the others make of it."""
+    world.plays(**{"ends-0": ["75", "75", "137", "0"], "ends-1": ["hang", "75", "hang", "0"]})
+    world.keep("--restarts=1")
+    world.started(4)
+
+    exits = [f"$WORLD/worker-{worker}/latent_delib/runs/job/exit" for worker in (0, 1)]
+    status_after_both = f"until [[ $all != *status* || -e {exits[0]} && -e {exits[1]} ]]; do sleep 0.02; done"
+    world.plays(**{"ends-0": ["134", "0"], "ends-1": ["later 1", "0"], "hook": [status_after_both]})
+    world.keep()
+    world.started(6)
+
+    world.plays(**{"ends-0": ["hang"] * 2, "ends-1": ["134"] * 2, "hook": []})
+    assert "the job on a died 2 times" in world.keep("--restarts=1", code=1).stderr
+
+
+@pytest.mark.parametrize("end", ["hang", "0"])  # of the first worker, while the second goes on
+def test_keep_finds_a_running_job_again(world: World, end: str) -> None:
+    world.launch("tpu_vm", "setup", "a")
+    world.plays(**{"ends-0": [end, "hang"], "ends-1": ["hang", "hang"]})
+    world.launch("tpu_vm", "run", "a", "--", *TRAIN)
+    if end == "hang":
+        assert "error: a is busy" in world.keep(command=("python", "-m", "another"), code=1).stderr
+    while end == "0" and "exit 0" not in world.launch("tpu_vm", "status", "a").stdout:
+        pass
+
+    command = [world.root / "launch" / "tpu_vm.sh", "keep", "a", "--accelerator=v5litepod-16", "--", *TRAIN]
+    looks = len(world.calls("worker.sh\\ status"))
+    with subprocess.Popen(command, env=world.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as keep:
+        try:
+            while len(world.calls("worker.sh\\ status")) < looks + 3 and keep.poll() is None:
+                time.sleep(0.02)
+        finally:
+            keep.terminate()
+    world.started(1)
+    assert len(world.calls("scp")) == 1
+
+
+def test_keep_replaces_a_slice_that_does_not_answer(world: World) -> None:
+    world.plays(**{"ends-0": ["hang", "0"], "ends-1": ["hang", "0"]})
+    world.plays(states=["ABSENT", "ACTIVE", "ABSENT deleted", "ACTIVE"])
+    silent = '$all == *"worker.sh status"* && -e $WORLD/started-0 && -e $WORLD/started-1 && ! -e $WORLD/deleted'
+    world.plays(hook=[f"[[ ! ({silent}) ]] || exit 255"])
+    assert "does not answer: deleting it" in world.keep().stderr
+    world.started(2)
+
+
+@pytest.mark.parametrize(
+    "arguments, missing, message",
+    [
+        ("create a", "LATENT_DELIB_PROJECT", "LATENT_DELIB_PROJECT is not set in the environment"),
+        ("create a", "PATH", "gcloud is not on PATH"),
+        ("create A_b", "ANY", "a name of a-z, 0-9 and -"),
+        ("create a", "ANY", "--accelerator=: expected"),
+        ("restart a", "ANY", "no action 'restart'"),
+        ("run a --flag=1", "ANY", "--flag=1: no such flag; there are --accelerator --spot"),
+        ("run a", "ANY", "no command"),
+        ("keep a -- python --workdir=runs/x", "ANY", "--workdir=runs/x: a slice's disks are not shared"),
+    ],
+)
+def test_mistakes_are_one_line(world: World, arguments: str, missing: str, message: str) -> None:
+    tools = world.world / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "readlink"):
+        (tools / name).symlink_to(shutil.which(name))
+    world.env[missing] = str(tools) if missing == "PATH" else ""
+    done = world.launch("tpu_vm", *arguments.split(), code=1)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not world.calls()
+
+
+def test_dry_run_prints_what_would_run(world: World) -> None:
+    done = world.keep("--spot", "--dry_run")
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[2:6] == [STATE, CREATE, STATE, NODE]
+    assert lines[-1].endswith(r"\ --workdir=gs://bucket/a\\\ run\ --distributed")
+    pack = "-czf runs/launch/a/code.tar.gz --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=__pycache__"
+    worker_sh = "latent_delib/launch/worker.sh"
+    there = f"test ! -x {worker_sh} && echo - none || {worker_sh}"
+    unpack = "mkdir -p latent_delib && cd latent_delib && rm -rf configs latent_delib launch && tar -xzf ../code.tar.gz"
+    assert [shlex.split(line) for line in lines[:2] + lines[6:]] == [
+        ["mkdir", "-p", "runs/launch/a"],
+        ["tar", *pack.split(), "--exclude=.*_cache", "."],
+        [*SSH, f"--command={there} status"],
+        [*SSH, f"--command={there} stop"],
+        [*SSH, f"--command={there} idle"],
+        f"gcloud compute tpus tpu-vm scp runs/launch/a/code.tar.gz a: {AT} --worker=all --quiet".split(),
+        [*SSH, f"--command={unpack} && LATENT_DELIB_EXTRAS=tpu ./launch/worker.sh setup"],
+        [*SSH, f"--command={worker_sh} start {QUOTED} --distributed"],
+    ]
+    fetched = "mkdir -p runs/d && gcloud storage rsync --recursive gs://bucket/d runs/d && LATENT_DELIB_EXTRAS=tpu"
+    assert fetched in shlex.split(world.keep("--fetch=gs://bucket/d", "--dry_run").stdout.splitlines()[-2])[-1]
+    assert world.launch("tpu_vm", "delete", "a", "--dry_run").stdout == DELETE + "\n"
+    logs = world.launch("tpu_vm", "logs", "a", "--worker=1", "--dry_run").stdout
+    assert shlex.split(logs)[-3:] == ["--worker=1", "--quiet", f"--command={worker_sh} logs"]
+    assert not world.calls()
+    assert not (world.root / "runs").exists()
+
+
+def test_xpk_commands(world: World) -> None:
+    done = world.launch("gke_xpk", "run", "a", "--accelerator=v5litepod-16", "--dry_run", "--", *TRAIN)
+    inside = "tar -xzf code.tar.gz && LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh && export PATH=$PWD/.venv/bin:$PATH "
+    inside += f"PYTHONUNBUFFERED=1 && exec {QUOTED} --distributed"
+    assert shlex.split(done.stdout.splitlines()[2]) == [
+        *f"xpk workload create {XPK_AT} --workload=a --tpu-type=v5litepod-16 --num-slices=1".split(),
+        *("--base-docker-image=python:3.12", "--script-dir=runs/launch/a", f"--command={inside}"),
+        *("--max-restarts=1000", "--restart-on-exit-codes=69,75", "--termination-grace-period-seconds=300"),
+    ]
+    for arguments, expected in {
+        "create_cluster --accelerator=v6e-16": f"cluster create {XPK_AT} --tpu-type=v6e-16 --num-slices=1 --on-demand",
+        "status": f"workload list {XPK_AT}",
+        "logs a": "logs --selector=xpk.google.com/workload=a --prefix --follow --tail=20 --max-log-requests=1000",
+        "delete a": f"workload delete {XPK_AT} --workload=a --force",
+        "delete_cluster": f"cluster delete {XPK_AT}",
+    }.items():
+        world.launch("gke_xpk", *arguments.split())
+        assert world.calls()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    "before, waits, code",
+    [("", ["124", "124", "1", "0"], 0), ("RUNNING", ["125"], 1), ("FINISHED", ["1", "1", "1"], 1)],
+)
+def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> None:
+    """Waits a week at a time, over failures to ask, for a job that it started itself unless it was there."""
+    there = {"FINISHED": ["EVERYTHING", "FINISHED"], "RUNNING": ["EVERYTHING"], "": []}[before]
+    for status in ("EVERYTHING", "FINISHED"):
+        world.plays(**{f"listed-{status}": ["Jobset   Status", "ab   x", *["a   x"] * (status in there)]})
+    world.plays(waits=waits, hook=['[[ $all != *delete* ]] || echo >"$WORLD/listed-EVERYTHING"'])
+    world.launch("gke_xpk", "keep", "a", "--accelerator=v5litepod-16", "--", *TRAIN, code=code)
+    assert len(world.calls("wait-for-job-completion")) == len(waits)
+    assert len(world.calls("workload create")) == (before != "RUNNING")
+    assert len(world.calls("workload delete")) == (before == "FINISHED")
+    assert (world.root / "runs" / "launch" / "a" / "code.tar.gz").exists() == (before != "RUNNING")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="needs gcloud, though no cloud")
+def test_gcloud_knows_every_flag(world: World) -> None:
+    lines = world.keep("--spot", "--dry_run").stdout + world.launch("tpu_vm", "delete", "a", "--dry_run").stdout
+    used: dict[tuple[str, ...], set[str]] = {}
+    for words in map(shlex.split, lines.splitlines()):
+        if words[0] == "gcloud":
+            used.setdefault(tuple(words[:5]), set()).update(w.split("=")[0] for w in words if w.startswith("--"))
+    assert len(used) == 6
+    for command, flags in used.items():
+        text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+        assert [flag for flag in flags if flag not in text] == []
