@@ -85,7 +85,10 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
             # Folders at once: where one cannot be made, threads that wait for it would keep the process for 5 minutes.
-            async_options=ocp.options.AsyncOptions(barrier_sync_fn=_barrier, create_directories_asynchronously=False),
+            # Time-outs are by the clock on the wall, which may jump; stores have time-outs of their own.
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=10**7, barrier_sync_fn=_barrier, create_directories_asynchronously=False
+            ),
         )
         self._trees, self._json = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
         handlers = {"trainable": self._trees, "optimizer": self._trees, "meta": self._json, "contents": self._json}

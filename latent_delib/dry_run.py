@@ -40,9 +40,11 @@ CHIPS = {
     "TPU v5": Chip(95.74, 2765e9, 600e9),
     "TPU v6 lite": Chip(31.25, 1640e9, 448e9),
 }
-# A step's products and all between them, on an H100, run at 51 % of its peak (docs/performance.md); of the links a
-# collective has half: rings use some directions only, and small slices have no wrap-around.
+# All work of a step ran at half of the peak in an earlier form of this program, on an H100; none was measured on a TPU.
+# Of the links a collective has half: rings use some directions only, and small slices have no wrap-around.
 PEAK_SHARE, LINK_SHARE = 0.5, 0.5
+# How the compiler says so: of a whole program, or of its temporaries alone.
+OUT_OF_MEMORY = re.compile(r"(?:Used |temporaries \()([\d.]+\w)\)? (?:of|exceeds available HBM \()\s?([\d.]+\w)")
 
 
 def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, Any]:
@@ -91,7 +93,7 @@ def needs(exp: Experiment, plan: Plan) -> dict[str, Any]:
     try:
         compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        if not (found := re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))):
+        if not (found := OUT_OF_MEMORY.search(str(error))):
             raise
         raise UserError(
             f"does not fit: a chip needs {found[1]}iB of {found[2]}iB; split the batch (config.train.accumulation), "

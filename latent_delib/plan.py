@@ -65,6 +65,7 @@ def make(exp: Experiment) -> Plan:
         num_ahead=c.method.num_ahead,
         accumulation=c.train.accumulation,
         dtype=exp.dtype,
+        skip_bad=c.train.max_bad_steps > 0,
     )
     jitted = jax.jit(step, out_shardings=(shardings_of(state), whole), donate_argnums=0)
     return Plan(state, frozen, {"tokens": row, "segment": row}, init, tx, jitted)

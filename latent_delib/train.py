@@ -27,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from latent_delib import commands, distributed, dry_run, experiment, flops
 from latent_delib import mesh as mesh_lib
@@ -197,13 +199,15 @@ class Metrics:
         self.primary, self.file, self.events = jax.process_index() == 0, None, None
         if self.primary:
             self.path = epath.Path(workdir) / "metrics.jsonl"
-            # Steps after the checkpoint are done again.
-            self.lines = [line for line in _lines(self.path) if json.loads(line)["step"] <= start]
+            self.lines = _lines(self.path, start)
             if not is_remote(workdir):
                 partial_file = Path(workdir) / "metrics.tmp"
                 partial_file.write_text("".join(self.lines))
                 self.file = partial_file.replace(self.path).open("a")
-                self.events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1)
+                # Not SummaryWriter: its thread ends where the disk is full, and its queue then blocks for ever.
+                (Path(workdir) / "tensorboard").mkdir(exist_ok=True)
+                self.events = EventsWriter(str(Path(workdir) / "tensorboard" / "events"), f".{os.getpid()}")
+                self.event(start + 1, session_log=SessionLog(status=SessionLog.START))  # forget what is done again
 
     def push(self, step: int, values: dict[str, jax.Array]) -> None:
         """Takes a step's values and reads those of the step before."""
@@ -273,8 +277,12 @@ class Metrics:
             return
         self.file.write(line)
         self.file.flush()
-        for name in row.keys() - {"step"}:
-            self.events.add_scalar(name, row[name], row["step"])
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
+        self.event(int(row["step"]), summary=Summary(value=values))
+
+    def event(self, step: int, **content: Any) -> None:
+        self.events.write_event(Event(wall_time=time.time(), step=step, **content))
+        self.events.flush()
 
     def loss_since_save(self) -> float | None:
         """The mean loss, in nats a token, since this was asked last; None where every step was skipped."""
@@ -288,10 +296,15 @@ class Metrics:
             self.events.close()
 
 
-def _lines(path: epath.Path) -> list[str]:
-    """The whole lines of a JSON-lines file, each with its end; a line cut short by a kill is dropped."""
-    text = path.read_text() if path.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines(keepends=True)
+def _lines(path: epath.Path, last: int) -> list[str]:
+    """The whole lines of a metrics.jsonl up to a step; those after it are done again."""
+    lines = []
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= last and line.endswith("\n"):
+                lines.append(line)
+    return lines
 
 
 def is_remote(workdir: str) -> bool:

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.processes import free_port
+
 ARCHITECTURE = {
     "num_layers": 1,
     "embed_dim": 32,
@@ -57,6 +59,9 @@ def named(line, *words):
         ("--config.compute.remat=some", ["config.compute.remat='some'", "dots"]),
         ("--config.train.steps=0", ["config.train.steps=0"]),
         ("--config.train.profile_at=2", ["config.train.profile_at=2", "steps=4"]),
+        ("--config.train.keep_every=-1", ["config.train.keep_every=-1"]),
+        ("--config.train.keep_best=-1", ["config.train.keep_best=-1"]),
+        ("--config.train.max_bad_steps=-1", ["config.train.max_bad_steps=-1"]),
         ("--config.compute.attention=flash", ["config.compute.attention='flash'", "pallas_tpu"]),
         ("--config.optimizer.learning_rate=-1", ["config.optimizer.learning_rate=-1"]),
         ("--config.optimizer.learning_rate=nan", ["config.optimizer.learning_rate=nan"]),
@@ -192,10 +197,40 @@ def test_a_workdir_that_cannot_be_written(error, config_file, tmp_path):
     assert (tmp_path / "file").read_text() == "a regular file"
 
 
+def test_workdirs_elsewhere(error, config_file):
+    config = f"--config={config_file()}"
+    named(error("train", config, "--workdir=s3://bucket/run"), "s3://bucket/run", "gs://BUCKET/PATH")
+    for changes in ({"method.name": "decoder"}, {"train.profile_at": 1}):
+        line = error("train", f"--config={config_file(changes)}", "--workdir=gs://bucket/run")
+        named(line, "gs://bucket/run", "local folders only")
+
+
+def test_a_checkpoints_folder_that_cannot_be_written(error, config_file, tmp_path):
+    """As root nothing is read-only: the folder's name is taken by a file."""
+    (tmp_path / "workdir").mkdir()
+    (tmp_path / "workdir" / "checkpoints").write_text("")
+    line = error("train", f"--config={config_file()}", f"--workdir={tmp_path / 'workdir'}")
+    named(line, tmp_path / "workdir", "cannot be written")
+
+
+def test_processes_that_are_not_there(error, config_file, trained, tmp_path, monkeypatch):
+    """Found out before jax looks for its devices; evaluation waits for them as training does."""
+    config = f"--config={config_file()}"
+    named(error("train", config, f"--workdir={tmp_path}", "--distributed"), "--distributed", "JAX_COORDINATOR_ADDRESS")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address := f"127.0.0.1:{free_port()}")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    line = error("train", config, f"--workdir={tmp_path}", "--distributed", "--start_timeout=1")
+    named(line, "2 of 3 processes did not connect", address, "within 1 s", "number 1, 2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    line = error("evaluate", config, f"--workdir={trained}", "--distributed", "--start_timeout=1")
+    named(line, "process 0 does not answer", address, "within 1 s")
+
+
 def test_a_second_job(error, config_file, tmp_path):
     from latent_delib import train
 
-    with train.exclusive(tmp_path / "workdir"):
+    with train.exclusive(str(tmp_path / "workdir")):
         line = error("train", f"--config={config_file()}", f"--workdir={tmp_path / 'workdir'}")
     named(line, tmp_path / "workdir", "in use by another job", os.getpid())
 

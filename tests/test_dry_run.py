@@ -103,11 +103,17 @@ def test_a_slice(topology, limit, tmp_path):
     assert 0 < found["model_flops_utilisation"] < 0.5 and found["largest_rows"] > 1
 
 
-def test_what_does_not_fit_is_said_in_one_line(make_config, tmp_path):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Ran out of memory in memory space hbm. Used 25.29G of 15.75G hbm. Exceeded hbm capacity by 9.54G.",
+        "Ran out of memory on HBM, the total required for HLO temporaries (25.29G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(make_config, said):
     class TooLarge:
         def lower(self, *_):
-            said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.29G of 15.75G hbm. Exceeded"
-            raise jax.errors.JaxRuntimeError(said)
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
     exp = experiment.read(make_config())
     plan = dry_run.planning.make(exp)._replace(step=TooLarge())

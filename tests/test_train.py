@@ -19,6 +19,7 @@ from latent_delib.data import batches
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import folder
+from tests import fake_gcs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEYS = {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds", "data_seconds"}
@@ -43,6 +44,25 @@ def interrupted(*args, **kwargs):
 batches.train_batches = interrupted
 sys.argv = ["train", "--config=" + os.environ["CONFIG"], "--workdir=" + os.environ["WORKDIR"]]
 runpy.run_module("latent_delib.train", run_name="__main__")
+"""
+# Stopped in its first step, resumed, evaluated.
+IN_STORAGE = """
+import os, signal, sys
+from configs import base
+from latent_delib import evaluate, train
+from latent_delib.data import batches
+
+def interrupted(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return read(*args, **kwargs)
+
+config, workdir, read = base.get_config(), "gs://bucket/a/run", batches.train_batches
+config.update_from_flattened_dict(eval(sys.argv[1]))
+batches.train_batches = interrupted
+assert train.train(config, workdir) is True
+batches.train_batches = read
+assert train.train(config, workdir) is False
+print(len(evaluate.evaluate(config, workdir, workdir + "/out")["rows"]))
 """
 KILL = "step_2_is_saved(); os.kill(os.getpid(), signal.SIGKILL)"
 TERMINATE = "os.kill(os.getpid(), signal.SIGTERM)"
@@ -98,8 +118,10 @@ def test_killed_and_resumed_equals_straight(trained, config_file, make_config, t
     done = run_until(KILL, config_file(), workdir)
     assert done.returncode == -9, done.stderr
     assert [row["step"] for row in metrics(workdir)] == [1, 2]  # a step is written during the next
-    with open(workdir / "metrics.jsonl", "a") as file:  # of steps after the checkpoint, the last one cut short
-        file.write('{"step": 3, "loss": 9.0}\n{"step": 4, "lo')
+    with open(
+        workdir / "metrics.jsonl", "a"
+    ) as file:  # of steps after the checkpoint; one that is not text; one cut short
+        file.write('{"step": 3, "loss": 9.0}\n\0\0\n{"step": 4, "lo')
     train.train(make_config(), str(workdir))
     assert_same(workdir, trained)
 
@@ -245,6 +267,25 @@ def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now() - 7 * 86400 + next(jumps))
     train.train(make_config(), str(tmp_path))
     assert_same(tmp_path, trained)
+
+
+def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
+    """Nothing of it on this machine's disk."""
+    pytest.importorskip("google.cloud.storage")
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the server's certificate")
+    with fake_gcs.running(tmp_path) as server:
+        env = os.environ | server.environment | {"PYTHONPATH": ROOT}
+        command = [sys.executable, "-c", IN_STORAGE, repr(tiny)]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.endswith("\n4\n"), done.stdout + done.stderr
+        rows = [json.loads(line) for line in server.objects["bucket/a/run/metrics.jsonl"].splitlines()]
+        files = [name for name in server.objects if not name.endswith("/")]
+    for words in ("stopped by SIGTERM; step 1 is saved", "resuming gs://bucket/a/run at step 1"):
+        assert words in done.stdout
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] == metrics(trained)[3]["loss"]
+    assert {f.removeprefix("bucket/a/run/").split("/")[0] for f in files} == {"checkpoints", "metrics.jsonl", "out"}
+    assert not list(tmp_path.glob("gs:*"))
 
 
 def test_a_second_job_on_the_same_workdir_is_refused(trained, make_config, tmp_path, capsys):

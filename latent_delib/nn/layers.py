@@ -120,12 +120,12 @@ class MLP(nn.Module):
 
         def widen(name: str) -> jax.Array:
             w_DF = self.param(name, _normal(D), (D, F)).astype(x_BMSD.dtype)
-            return self.partition.product("BMSD,DF->BMSF", x_BMSD, w_DF, TRACES, PARAM_AXES[name][1:], FEATURES)
+            return self.partition.product("...D,DF->...F", x_BMSD, w_DF, TRACES, PARAM_AXES[name][1:], FEATURES)
 
         hidden_BMSF = ACTIVATIONS[self.config.activation](widen("gate")) * widen("up")
         hidden_BMSF = self.partition.constrain(hidden_BMSF, FEATURES)
         down_FD = self.param("down", _normal(F), (F, D)).astype(x_BMSD.dtype)
-        return self.partition.product("BMSF,FD->BMSD", hidden_BMSF, down_FD, FEATURES, PARAM_AXES["down"][1:], TRACES)
+        return self.partition.product("...F,FD->...D", hidden_BMSF, down_FD, FEATURES, PARAM_AXES["down"][1:], TRACES)
 
 
 class Block(nn.Module):
