@@ -61,8 +61,12 @@ TABLES = {
         Row("gemma2_2b", topology, (data, 16, 1), 1024 // (2 * 16 * data) or 1, 16, batch=max(1024, 2 * 16 * data))
         for topology, data in (("v5p:2x2x4", 1), ("v5p:4x4x4", 4), ("v5p:4x8x8", 16), ("v5p:8x8x16", 64))
     ],
-    # More chips than rows: traces share them out.
-    "traces": [Row("gemma2_2b", "v5e:16x16", (4, 16, 4), 16, 64), Row("gemma2_2b", "v5e:16x16", (16, 16, 1), 4, 64)],
+    # Traces of a row shared out over four chips: for more chips than rows, or for a row that does not fit on one.
+    "traces": [
+        Row("gemma2_2b", "v5e:16x16", (4, 16, 4), 16, 64),
+        Row("gemma2_9b", "v5e:4x4", (1, 4, 4), 256, 64),
+        Row("gemma2_9b", "v5e:16x16", (16, 4, 4), 16, 64),
+    ],
     "shapes": [
         Row("gemma2_2b", "v5p:4x4x4", (4, 16, 1), 16, latents, traces, seq_len)
         for latents, traces, seq_len in (
