@@ -28,17 +28,19 @@ class Row(NamedTuple):
     traces: int = 128
     seq_len: int = 2048
     batch: int = 1024
+    remat: str = "attention"
 
     @property
     def name(self) -> str:
         data, fsdp, traces = self.mesh
         where = f"{self.topology.replace(':', '-')}_{data}x{fsdp}x{traces}"
-        return f"{self.size}_L{self.latents}_M{self.traces}_T{self.seq_len}_B{self.batch}in{self.parts}_{where}"
+        shape = f"L{self.latents}_M{self.traces}_T{self.seq_len}_B{self.batch}in{self.parts}"
+        return f"{self.size}_{shape}_{where}" + (f"_{self.remat}" if self.remat != "attention" else "")
 
     def arguments(self) -> list[str]:
         values = {"mesh.data": self.mesh[0], "mesh.fsdp": self.mesh[1], "mesh.traces": self.mesh[2]}
         values |= {"train.accumulation": self.parts, "train.batch_size": self.batch, "data.seq_len": self.seq_len}
-        values |= {"method.num_latents": self.latents, "method.num_traces": self.traces}
+        values |= {"method.num_latents": self.latents, "method.num_traces": self.traces, "compute.remat": self.remat}
         return [
             f"--config=configs/{self.size}.py",
             f"--topology={self.topology}",
@@ -65,7 +67,12 @@ TABLES = {
     "traces": [
         Row("gemma2_2b", "v5e:16x16", (4, 16, 4), 16, 64),
         Row("gemma2_9b", "v5e:4x4", (1, 4, 4), 256, 64),
-        Row("gemma2_9b", "v5e:16x16", (16, 4, 4), 16, 64),
+    ],
+    # Where `attention` does not fit: each layer's input alone is kept.
+    "full": [
+        Row("gemma2_9b", "v5e:4x4", (1, 16, 1), 64, 16, remat="full"),
+        Row("gemma2_9b", "v5e:4x4", (1, 4, 4), 256, 64, remat="full"),
+        Row("gemma2_9b", "v6e:16x16", (16, 16, 1), 4, 64, remat="full"),
     ],
     "shapes": [
         Row("gemma2_2b", "v5p:4x4x4", (4, 16, 1), 16, latents, traces, seq_len)
@@ -100,8 +107,8 @@ def dry_run(row: Row, out: Path) -> dict | None:
 
 def show(rows: list[Row], out: Path) -> str:
     """A table in Markdown."""
-    head = "model | N_L | M | T | slice | data x fsdp x traces | rows a chip x parts | state, GiB | needs, GiB | of"
-    head += " | rows that fit | received, GiB | TFLOP | step, s | MFU | compile, s"
+    head = "model | N_L | M | T | remat | slice | data x fsdp x traces | rows a chip x parts | state, GiB | needs, GiB"
+    head += " | of | rows that fit | received, GiB | TFLOP | step, s | MFU | compile, s"
     lines = ["| " + head + " |", "|" + "---|" * (head.count("|") + 1)]
     for row in rows:
         found = dry_run(row, out)
@@ -112,6 +119,7 @@ def show(rows: list[Row], out: Path) -> str:
             row.latents,
             row.traces,
             row.seq_len,
+            row.remat,
             row.topology,
             f"{data} x {fsdp} x {traces}",
             f"{here:g} x {row.parts}",

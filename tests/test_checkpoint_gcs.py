@@ -36,7 +36,8 @@ def job(workdir: str) -> None:
     said, wanted = [], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree(0))
     found = checkpoints.restore_newest(wanted, {"mu": wanted}, say=said.append)
     assert (found.step, found.meta) == (4, {"step": 4})
-    assert "checkpoint 6 is damaged (trainable: w not as saved), checkpoint 4 is used instead" in said[0], said
+    for words in ("checkpoint 6 is damaged (trainable: ", ", checkpoint 4 is used instead"):
+        assert words in said[0], said
     aside = checkpoints.path / said[0].rpartition(" ")[2]
     assert "DAMAGED-6-" in str(aside) and (aside / file.relative_to(folder)).read_bytes() == data
     save(checkpoints, 6)  # again, and 4 goes

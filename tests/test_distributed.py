@@ -24,10 +24,18 @@ CHILD = """
 import json, sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 
 from configs import base
 from latent_delib import distributed, evaluate, experiment, train
+
+def differ(config):
+    distributed.check_same(config="one", decoder="two")
+    try:
+        distributed.check_same(config="one", data=f"of {jax.process_index()}")
+    except distributed.UserError as error:
+        return str(error)
 
 def export(config, workdir):
     exp = experiment.read(config)
@@ -37,7 +45,8 @@ with distributed.job(SimpleNamespace(distributed=True, start_timeout=300)):
     for kind, changes, *folders in eval(sys.argv[1]):
         config = base.get_config()
         config.update_from_flattened_dict(changes)
-        result = {"train": train.train, "evaluate": evaluate.evaluate, "export": export}[kind](config, *folders)
+        kinds = {"train": train.train, "evaluate": evaluate.evaluate, "export": export, "differ": differ}
+        result = kinds[kind](config, *folders)
         print("RESULT", json.dumps(result), flush=True)
 """
 
@@ -78,9 +87,10 @@ def copy_at_step_2(workdir, copy):
 
 def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp_path):
     """Training, evaluation, going on from the other's checkpoint, writing a decoder that none of them holds whole."""
+    other = "process 1 has another data than process 0: expected the same command and files on every worker"
     copy_at_step_2(trained, tmp_path / "resumed")
     decoder = tiny | {"method.name": "decoder", "mesh.data": 1, "mesh.fsdp": 8}
-    stopped, result, *_ = run(
+    stopped, result, *_, said = run(
         2,
         4,
         tmp_path / "said",
@@ -88,8 +98,9 @@ def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp
         ("evaluate", tiny, str(tmp_path / "fresh"), str(tmp_path / "out")),
         ("train", tiny, str(tmp_path / "resumed")),
         ("export", decoder, str(tmp_path / "exported")),
+        ("differ", tiny),
     )
-    assert stopped is False
+    assert stopped is False and said == other
     assert_close(tmp_path / "fresh", trained)
     assert_close(tmp_path / "resumed", trained)
     assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == result
