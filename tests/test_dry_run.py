@@ -90,8 +90,8 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 @needs_libtpu
 @pytest.mark.parametrize("topology, limit", [("v5e:2x4", 15.75), ("v6e:2x4", 31.25), ("v5p:2x2x2", 95.74)])
 def test_a_slice(topology, limit, tmp_path):
-    """Weights are gathered once for each use, the token table once. Of matrices as small as these the compiler sums some
-    gradients whole, where it scatters those of true size (docs/scaling.md)."""
+    """Weights are gathered once for each use, the token table once. Of matrices as small as these the compiler sums
+    some gradients whole, where it scatters those of true size (docs/scaling.md)."""
     found = dry_run.dry_run(small_gemma(data=2, fsdp=4), str(tmp_path), topology)
     assert found["chips"] == 8 and found["memory_limit"] == limit * 2**30
     c = small_gemma().decoder.architecture
