@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -60,9 +61,11 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
 def _quiet() -> None:
     """Leaves the error line alone on the screen: what libraries log of a failure on the way is also raised.
 
-    After a failed write, tensorstore's threads go on reporting to event loops that orbax has closed.
+    After a failed write, tensorstore's threads go on reporting to event loops that orbax has closed, with coroutines in
+    them that it never came to.
     """
     logging.disable(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     sys.unraisablehook = lambda _: None
 
 

@@ -142,7 +142,7 @@ def _call_roll(address: str, count: int, index: int, seconds: float) -> Connecti
         return UserError(f"--distributed: {text}")
 
     with listener:
-        while len(there) < count - 1:
+        while len(there := {p: c for p, c in there.items() if not _closed(c)}) < count - 1:  # one may start again
             listener.settimeout(max(0.01, until - time.monotonic()))
             try:
                 connection = listener.accept()[0]
@@ -164,7 +164,7 @@ def _call_roll(address: str, count: int, index: int, seconds: float) -> Connecti
                 raise refuse(f"process {process} was started as one of {said}, process 0 as one of {count}")
             if not 0 < process < count:
                 raise refuse(f"a process was started as number {process}, expected 1 ... {count - 1} besides process 0")
-            if before is not None and not _closed(before):  # else it was started again
+            if before is not None and not _closed(before):
                 there[-1] = before
                 hosts = " and ".join(c.getpeername()[0].removeprefix("::ffff:") for c in (before, connection))
                 raise refuse(f"two processes were started as number {process}, on {hosts}")
@@ -211,8 +211,7 @@ class _Others:
 
     def tell(self, text: str) -> None:
         for connection in self.connections.values():
-            with contextlib.suppress(OSError):
-                _send(connection, text)
+            _send(connection, text)
 
     def finish(self) -> None:
         """Returns when all processes have come here."""
@@ -293,7 +292,9 @@ def _keep_alive(connection: socket.socket) -> socket.socket:
 
 
 def _send(connection: socket.socket, text: str) -> None:
-    connection.sendall(f"{text}\n".encode())
+    """Sends a line; that the other side is gone is found when it is read."""
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{text}\n".encode())
 
 
 def _line(connection: socket.socket) -> str:

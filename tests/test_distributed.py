@@ -199,17 +199,19 @@ def test_the_roll():
 
 
 def test_a_process_that_is_started_again_before_all_are_there():
-    address = f"127.0.0.1:{free_port()}"
-    thread = threading.Thread(target=lambda: found.append(distributed._call_roll(address, 3, 0, 30)))
-    found = []
-    thread.start()
+    address, found = f"127.0.0.1:{free_port()}", []
+    first = threading.Thread(target=lambda: found.append(distributed._call_roll(address, 3, 0, 30)))
+    first.start()
     for line in ("GET / HTTP/1.1", "latent_delib 1 3"):  # a stranger, and one that is gone at once
         with connect(address) as connection:
             connection.sendall(f"{line}\n".encode())
-    for index in (1, 2):
-        threading.Thread(target=distributed._answer_roll, args=(address, 3, index, 30)).start()
-    thread.join()
-    assert sorted(found[0]) == [1, 2]
+    others = [threading.Thread(target=distributed._answer_roll, args=(address, 3, i, 30), daemon=True) for i in (2, 1)]
+    for thread in others:  # the second one last, or all would seem to be there
+        thread.start()
+        time.sleep(0.2)
+    for thread in (first, *others):
+        thread.join(10)
+    assert sorted(found[0]) == [1, 2] and not any(thread.is_alive() for thread in others)
 
 
 def connect(address):
