@@ -9,7 +9,6 @@ gs://BUCKET/PATH.
 import hashlib
 import io
 import json
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.transformer import Params
+from latent_delib.progress import Progress
 from latent_delib.step import ahead_step, read_step
 from latent_delib.weights import folder
 
@@ -127,7 +127,7 @@ def perplexity(exp: Experiment, params: Params, pieces: Sequence[np.ndarray]) ->
         return mesh_lib.place_rows(exp.mesh, x[here], B)
 
     sums = Sums(*np.zeros((3, A)))
-    began, done, total = time.perf_counter(), 0, sum(map(len, pieces))
+    done, progress = 0, Progress("evaluated", sum(map(len, pieces)), "tokens")
     for first in range(0, len(pieces), B):
         rows = pieces[first : first + B]
         tokens, segment = np.full((B, T), pad, np.int32), np.zeros((B, T), np.int32)
@@ -148,10 +148,8 @@ def perplexity(exp: Experiment, params: Params, pieces: Sequence[np.ndarray]) ->
         for nll, weights in parts:
             sums.augmented[:] += (np.asarray(nll, np.float64) * np.asarray(weights)).sum(axis=(0, 1))
         done += sum(map(len, rows))
-        seconds = time.perf_counter() - began
         if jax.process_index() == 0:
-            eta = time.strftime("%H:%M:%S", time.gmtime((total - done) / done * seconds))
-            print(f"evaluated {done}/{total} tokens  {done / seconds:,.0f} tokens/s  ETA {eta}", flush=True)
+            progress(done)
     return sums if aug.has_latents else sums._replace(augmented=sums.decoder)
 
 

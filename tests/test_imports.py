@@ -12,7 +12,7 @@ import latent_delib
 PACKAGE = Path(latent_delib.__file__).parent
 COMMANDS = {"train", "evaluate", "generate", "prepare", "convert", "lm", "experiment", "plan", "dry_run"}
 BELOW = {"errors", "nn", "delib", "data", "weights", "tokenizer", "step", "engine", "flops", "mesh", "checkpoint"}
-BELOW |= {"hlo", "distributed"}
+BELOW |= {"hlo", "distributed", "progress", "provenance"}
 # What a room may import of ours besides itself; who is not named here is a command and may import all.
 ALLOWED = {
     "__init__": {"errors", "lm"},
@@ -26,6 +26,8 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "distributed": {"errors"},
     "hlo": set(),
+    "progress": set(),
+    "provenance": set(),
     "commands": {"errors"},
     "step": {"nn", "delib"},
     "flops": {"nn", "delib"},

@@ -1,0 +1,26 @@
+"""How far a long job is: a line with rate and ETA."""
+
+import time
+
+
+class Progress:
+    """Prints "WHAT DONE/TOTAL UNIT  RATE UNIT/s  ETA H:MM:SS", the first line after `every` seconds, then as often.
+
+    What ends sooner prints nothing. A job that goes on where it stopped begins at `done`, which does not count as fast.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, every: float = 5.0):
+        self.what, self.total, self.unit, self.every = what, total, unit, every
+        self.began_with = done
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.said < self.every or done <= self.began_with:
+            return
+        self.said = now
+        rate = (done - self.began_with) / (now - self.began)
+        minutes, seconds = divmod(round((self.total - done) / rate), 60)
+        eta = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        unit = self.unit
+        print(f"{self.what} {done:,}/{self.total:,} {unit}  {rate:,.3g} {unit}/s  ETA {eta}", flush=True)
