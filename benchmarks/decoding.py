@@ -2,7 +2,7 @@
 
   python -m benchmarks.decoding [--batch 1 8] [--seq_len 128] [--new 128] [--forms ...] [--json=FILE]
 
-Prompts hold `seq_len` tokens. A token's time is that of `engine.generate` for `new` tokens less that for one, which
+Prompts hold `seq_len` tokens. A token's time is that of `engine.run` for `new` tokens less that for one, which
 also reads the prompt and writes latents, over new - 1. A token reads all weights of the decoder, the token table as the
 output layer among them, and the entries of the cache that it sees; at the bandwidth of a copy, measured here, that has
 a least time: its share of the time is the figure to raise.
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import common
 from latent_delib import engine
@@ -50,18 +51,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         params = common.weights(a.config, L, a.dtype)
         prompt_BT, length_B = common.text(a, B)[0], jnp.full((B,), a.seq_len)
 
-        def form_of(name: str, new: int, L=L, params=params, prompt_BT=prompt_BT, length_B=length_B):
-            sampling = jax.random.key(0), jnp.float32(0), jnp.float32(1)
+        aug = common.augmentation(a.config, L, common.attention_forms()[-1])
+        sampling = engine.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), jax.random.split(jax.random.key(0), B))
+
+        def form_of(name: str, new: int, B=B, aug=aug, params=params, prompt=(prompt_BT, length_B), sampling=sampling):
+            write = partial(engine.latents, params, aug=aug)
             return partial(
-                engine.generate,
-                *(params, prompt_BT, length_B, *sampling),
-                aug=common.augmentation(a.config, L, common.attention_forms()[-1]),
-                dtype=dtype,
+                engine.run,
+                *(params, *prompt, sampling, engine.Delayed(write, 0) if name == "latents" else engine.Absent()),
+                aug=aug,
+                room=a.new,
                 max_new_tokens=new,
-                augmented=name == "latents",
-                delay=0,
+                every=0,
                 eos_id=-1,  # no row ends early
                 pad_id=0,
+                look=lambda new: np.zeros(B, bool),
             )
 
         runs = {(name, new): common.calls(form_of(name, new)) for name in a.forms for new in (1, a.new)}

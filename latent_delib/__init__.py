@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from latent_delib.errors import UserError
 
 if TYPE_CHECKING:
-    from latent_delib.lm import AugmentedLM, Coprocessor, Decoder, init_coprocessor, load_coprocessor, load_decoder
+    from latent_delib.lm import AugmentedLM
+    from latent_delib.models import Coprocessor, Decoder, init_coprocessor, load_coprocessor, load_decoder
 
 __all__ = [
     "AugmentedLM",
@@ -22,6 +23,6 @@ def __getattr__(name: str) -> Any:
     """The interface is loaded at its first use, so that `latent_delib.data` alone needs no JAX."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from latent_delib import lm
+    from latent_delib import lm, models
 
-    return getattr(lm, name)
+    return getattr(lm if name == "AugmentedLM" else models, name)

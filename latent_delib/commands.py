@@ -16,6 +16,7 @@ from latent_delib.errors import UserError
 STOPPED = 75  # the exit code of a command that SIGTERM stopped, and that saved: run it again to go on
 REQUIRED = object()
 CONFIG = object()
+FOLDERS = object()
 DEFINE = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
 
 
@@ -26,7 +27,8 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
       main: gets the values as attributes.
       doc: printed by --help.
       options: flag name -> (default, help). The default gives the type; REQUIRED is a string that must be given,
-        CONFIG a config file whose keys can be overridden as --NAME.key=value, None an integer that may be left out.
+        CONFIG a config file whose keys can be overridden as --NAME.key=value, None an integer that may be left out,
+        FOLDERS the list of what stands on the command line without a flag: at least one.
     """
     values = flags.FlagValues()
     for name, (default, text) in options.items():
@@ -34,10 +36,11 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
             config_flags.DEFINE_config_file(name, None, text, lock_config=True, flag_values=values)
         elif default is REQUIRED:
             flags.DEFINE_string(name, None, text, flag_values=values)
-        else:
+        elif default is not FOLDERS:
             DEFINE[int if default is None else type(default)](name, default, text, flag_values=values)
+    shown = {name: "DIR" if default is FOLDERS else f"--{name}" for name, (default, _) in options.items()}
     if {"--help", "-h", "--helpfull"} & set(sys.argv[1:]):
-        rows = "\n".join(f"  --{name}: {text}" for name, (_, text) in options.items())
+        rows = "\n".join(f"  {shown[name]}: {text}" for name, (_, text) in options.items())
         print(f"{doc.strip()}\n\nflags:\n{rows}")
         sys.exit(0)
 
@@ -45,10 +48,15 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
     flags.FLAGS(sys.argv[:1])  # seqio reads absl's own flags and wants them parsed
     try:
         rest = _parse(values, [name for name, (default, _) in options.items() if default is CONFIG])
+        for name, (default, text) in options.items():
+            if default is FOLDERS:  # parsing is over, so this makes no flag
+                flags.DEFINE_multi_string(name, rest or None, text, flag_values=values)
+                rest = []
         if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}; flags are {['--' + name for name in options]}")
-        if absent := [n for n, (d, _) in options.items() if d in (REQUIRED, CONFIG) and values[n].value is None]:
-            raise UserError(f"--{absent[0]} is missing: {options[absent[0]][1]}")
+            raise UserError(f"unexpected argument {rest[0]!r}; flags are {list(shown.values())}")
+        needed = (REQUIRED, CONFIG, FOLDERS)
+        if absent := [n for n, (default, _) in options.items() if default in needed and values[n].value is None]:
+            raise UserError(f"{shown[absent[0]]} is missing: {options[absent[0]][1]}")
         main(values)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -13,15 +13,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
+from latent_delib import models
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.nn import transformer
-from latent_delib.nn.attention_forms import FORMS, choose
-from latent_delib.nn.layers import PARAM_AXES, Partition
+from latent_delib.nn.attention_forms import FORMS
+from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.sizes import TransformerConfig, differences
-from latent_delib.nn.transformer import REMAT, Params, Transformer
+from latent_delib.nn.transformer import REMAT, Params
 from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import folder
 
@@ -110,12 +111,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         if traces % mesh.shape["traces"]:
             raise UserError(f"config.mesh.traces={mesh.shape['traces']} does not divide config.{key}={traces}")
     aug = Augmentation(
-        Transformer(
-            architecture,
-            config.compute.remat,
-            Partition(mesh_lib.constrain(mesh), mesh_lib.gather(mesh), mesh_lib.product(mesh), mesh_lib.split(mesh)),
-            choose(config.compute.attention, mesh.devices.flat[0].platform),
-        ),
+        models.transformer(architecture, mesh, config.compute.remat, config.compute.attention),
         config.method.name,
         config.method.num_latents,
         config.method.placement,
@@ -150,7 +146,8 @@ def check(config: ConfigDict) -> None:
     at_least(2, data__seq_len=config.data.seq_len, evaluate__max_length=e.max_length)
     at_least(1, compute__loss_chunk=config.compute.loss_chunk)
     at_least(0, optimizer__soft_token_learning_rate=o.soft_token_learning_rate, optimizer__warmup_steps=o.warmup_steps)
-    at_least(0, optimizer__weight_decay=o.weight_decay, evaluate__max_pieces=e.max_pieces)
+    at_least(0, optimizer__weight_decay=o.weight_decay)
+    at_least(0, evaluate__max_pieces=e.max_pieces, evaluate__max_positions=e.max_positions, evaluate__seed=e.seed)
     at_least(0, train__keep_every=t.keep_every, train__keep_best=t.keep_best, train__max_bad_steps=t.max_bad_steps)
     at_least(0, train__profile_at=t.profile_at)
     for key in ("learning_rate", "clip_norm", "eps"):

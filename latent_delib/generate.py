@@ -1,36 +1,103 @@
-"""Continues a prompt with the plain decoder and with latents.
+"""Continues prompts with the plain decoder and with latents.
 
   python -m latent_delib.generate --workdir=DIR --prompt=TEXT [--no_augment]
+  python -m latent_delib.generate --workdir=DIR --prompts=FILE --out=FILE      many prompts, JSON lines in and out
 
-Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on.
+Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. A line of --prompts is
+{"prompt": TEXT}, and may have a "seed" of its own; a line of --out adds "decoder", "augmented" and "joined".
 """
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
-from latent_delib import checkpoint, commands, lm
+import jax
+
+from latent_delib import checkpoint, commands, lm, models
+from latent_delib import mesh as mesh_lib
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
+from latent_delib.progress import Progress
 
 
 def main(flags: Any) -> None:
-    if not flags.prompt:
-        raise UserError("--prompt is empty")
+    requests = read_prompts(flags)
+    model = load(flags)
+    delay = None if flags.coprocessor_devices else flags.delay
+    options = {k: getattr(flags, k) for k in ("temperature", "top_k", "top_p", "every", "batch_size")}
+    options |= {"stop": flags.stop and [flags.stop] or [], "seed": [r["seed"] for r in requests]}
+    for name, augment in (("decoder", False), ("augmented", True)):
+        if augment and model.coprocessor is None:
+            continue
+        total = len(requests) * flags.max_new_tokens
+        found = model.continuations(
+            [r["prompt"] for r in requests],
+            flags.max_new_tokens,
+            augment=augment,
+            delay=delay if augment else 0,
+            progress=Progress(f"{name}: decoded", total, "tokens"),
+            **options,
+        )
+        for request, continuation in zip(requests, found):
+            request |= {name: continuation.text} | ({"joined": list(continuation.joined)} if augment else {})
+            if not flags.out:
+                print(f"--- {name}\n{request['prompt']}{continuation.text}", flush=True)
+    if flags.out:
+        temporary = Path(f"{flags.out}.tmp")
+        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in requests), encoding="utf-8")
+        temporary.replace(flags.out)
+        print(f"{len(requests)} continuations are in {flags.out}", flush=True)
+
+
+def read_prompts(flags: Any) -> list[dict[str, Any]]:
+    """What is asked for, each a "prompt" and its "seed"."""
+    if bool(flags.prompt) == bool(flags.prompts):
+        raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
+    if flags.prompt:
+        return [{"prompt": flags.prompt, "seed": flags.seed}]
+    requests = []
+    try:
+        lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flags.prompts}: not UTF-8 at byte {error.start}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{flags.prompts}:{number}: {error.msg}, expected one JSON object a line") from None
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError(f'{flags.prompts}:{number}: expected a "prompt" that is text and not empty')
+        seed = row.get("seed", flags.seed + number - 1)
+        if not isinstance(seed, int) or seed < 0:
+            raise UserError(f"{flags.prompts}:{number}: seed {seed!r}, expected an integer of at least 0")
+        requests.append({"prompt": prompt, "seed": seed})
+    if not requests:
+        raise UserError(f"{flags.prompts}: holds no prompts")
+    return requests
+
+
+def load(flags: Any) -> lm.AugmentedLM:
+    """The model of a workdir, on all devices; with --coprocessor_devices the last of them are the coprocessor's own."""
+    if not 0 <= flags.coprocessor_devices < jax.device_count():
+        raise UserError(
+            f"--coprocessor_devices={flags.coprocessor_devices}: of the {jax.device_count()} devices at hand the "
+            "decoder needs at least one"
+        )
     checkpoints, _, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
     checkpoints.close()
     trained = METHODS[meta["method.name"]].latents is None  # the decoder itself: it writes no latents
-    path = str(Path(flags.workdir) / "decoder") if trained else meta["config"]["decoder"]["path"]
+    path = os.path.join(flags.workdir, "decoder") if trained else meta["config"]["decoder"]["path"]
     if not path:
         raise UserError(f"--workdir={flags.workdir}: trained on random weights, there is nothing to generate with")
-    plain = trained or flags.no_augment
-    model = lm.AugmentedLM(lm.load_decoder(path), None if plain else lm.load_coprocessor(flags.workdir, flags.step))
-    for title, augment in (("decoder", False), ("augmented", True)):
-        if augment and plain:
-            continue
-        (text,) = model.generate(
-            [flags.prompt], flags.max_new_tokens, flags.temperature, flags.top_p, augment, flags.delay, flags.seed
-        )
-        print(f"--- {title}\n{flags.prompt}{text}", flush=True)
+    split = jax.device_count() - flags.coprocessor_devices
+    here, there = jax.devices()[:split], jax.devices()[split:]
+    mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor}, here)
+    decoder = models.load_decoder(path, mesh=mesh)
+    coprocessor = None if trained or flags.no_augment else models.load_coprocessor(flags.workdir, flags.step)
+    beside = mesh_lib.make({"data": 1, "tensor": -1}, there) if there else None
+    return lm.AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length)
 
 
 if __name__ == "__main__":
@@ -38,12 +105,21 @@ if __name__ == "__main__":
         main,
         __doc__,
         workdir=(commands.REQUIRED, "of a training job"),
-        prompt=(commands.REQUIRED, "the text to continue"),
+        prompt=("", "the text to continue"),
+        prompts=("", "or a file of them, JSON lines"),
+        out=("", "where continuations go, JSON lines; the screen if left out"),
         no_augment=(False, "the plain decoder alone"),
         max_new_tokens=(64, "tokens to decode"),
         temperature=(0.0, "0: the likeliest token each time"),
+        top_k=(0, "sample from that many likeliest tokens; 0: from all"),
         top_p=(1.0, "sample from the likeliest tokens that reach this probability together"),
-        delay=(0, "tokens decoded before the latents join (asynchronous coprocessor)"),
-        seed=(0, "of the sampling"),
+        stop=("", "a text ends before this string"),
+        seed=(0, "of the sampling; prompt i of a file has seed + i where it names none"),
+        every=(0, "latents are written again after so many tokens; 0: once, at the end of the prompt"),
+        delay=(0, "tokens decoded before the latents join (asynchronous coprocessor, simulated)"),
+        coprocessor_devices=(0, "devices of the coprocessor's own: latents join when they are ready"),
+        tensor=(1, "devices that split each layer between them; prompts are split over the rest"),
+        batch_size=(16, "prompts at once"),
+        max_length=(8192, "tokens of a prompt and its continuation"),
         step=(None, "checkpoint step; the newest if left out"),
     )

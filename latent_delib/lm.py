@@ -1,137 +1,95 @@
-"""The Python interface: a decoder, a coprocessor, and the language model the two make."""
+"""The language model that a decoder and a coprocessor make."""
 
 import dataclasses
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from latent_delib import checkpoint, engine, step
-from latent_delib.delib import augment
+from latent_delib import engine, models, scoring
+from latent_delib import mesh as mesh_lib
+from latent_delib.asynchronous import Beside
+from latent_delib.data import batches
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.methods import METHODS
-from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
-from latent_delib.nn import transformer
-from latent_delib.nn.attention_forms import choose
-from latent_delib.nn.sizes import TransformerConfig
-from latent_delib.nn.transformer import Params, Transformer
-from latent_delib.tokenizer import Tokenizer
-from latent_delib.weights import coprocessor as exported
-from latent_delib.weights import folder
+from latent_delib.models import Coprocessor, Decoder
+from latent_delib.nn.layers import PARAM_AXES
+from latent_delib.nn.transformer import Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """A frozen decoder. params: {"layers", "final_norm", "embedding" [V, D]}; fingerprint: SHA-256, hex."""
+class Continuation(NamedTuple):
+    """What followed a prompt. tokens: int32 [new], padded after EOS. joined: after how many of them latents joined."""
 
-    config: TransformerConfig
-    params: Params
-    tokenizer: Tokenizer
-    fingerprint: str
+    text: str
+    tokens: np.ndarray
+    joined: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Coprocessor:
-    """What writes latents for one decoder. params["soft_tokens"] is [L, D]; step is None where untrained."""
-
-    params: Params
-    method: str
-    num_latents: int
-    placement: str
-    fingerprint: str
-    step: int | None = None
-
-
-def load_decoder(path: str, dtype: Any = jnp.float32) -> Decoder:
-    """A decoder folder, or "packaged"; parameters in `dtype`, which is the dtype everything computes in.
-
-    Raises:
-      UserError: missing files, or tensors that do not fit the architecture.
-    """
-    where = folder.locate(path)
-    config = folder.read_config(where)
-    params = folder.load(where, config, dtype)
-    return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where))
-
-
-def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
-    """The coprocessor a training job wrote to `workdir`, at its newest step or at `step`; or one that was exported.
-
-    Raises:
-      UserError: no such checkpoint or folder, or a checkpoint of a method that writes no latents.
-    """
-    if (Path(workdir) / exported.FILE).is_file():
-        fields, params = exported.load(Path(workdir))
-        if step not in (None, fields["step"]):
-            raise UserError(f"{workdir}: holds the coprocessor of step {fields['step']}, not of step {step}")
-        del fields["format"], fields["architecture"]
-        return Coprocessor(params, **fields)
-
-    def check(meta: dict[str, Any]) -> None:
-        if METHODS[meta["method.name"]].latents is None:
-            raise UserError(f"{workdir}: method {meta['method.name']!r} has no coprocessor")
-
-    checkpoints, *_ = checkpoint.open_for_reading(workdir, step)
-    found = checkpoints.restore_newest(step=step, check=check)
-    checkpoints.close()
-    assert found is not None, "open_for_reading saw one"
-    method, num_latents, placement = (found.meta[f"method.{key}"] for key in ("name", "num_latents", "placement"))
-    params = found.trainable["coprocessor"]
-    return Coprocessor(params, method, num_latents, placement, found.meta["fingerprint"], found.step)
-
-
-def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "after", seed: int = 0) -> Coprocessor:
-    """An untrained coprocessor: the decoder's weights, and soft tokens from random rows of its token table."""
-    if placement not in PLACEMENTS:
-        raise UserError(f"placement={placement!r}: expected one of {sorted(PLACEMENTS)}")
-    if not 1 <= num_latents <= decoder.config.vocab_size:
-        raise UserError(f"num_latents={num_latents}: expected 1 to {decoder.config.vocab_size}")
-    method = "cache_augmentation"
-    tree = METHODS[method].init(jax.random.key(seed), decoder.params, Transformer(decoder.config), num_latents)
-    return Coprocessor(tree["coprocessor"], method, num_latents, placement, decoder.fingerprint)
+Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as they are
+Report = Callable[[int], None]  # is told how much is done
 
 
 class AugmentedLM:
     """A decoder and a coprocessor as one language model; without a coprocessor, the decoder as it is.
 
     Arrays of tokens hold one document a row, BOS first; padding on the right does not change what stands before it.
+    Lists of prompts may be of any length: they are taken `batch_size` at a time, those of like length together, in few
+    shapes, each compiled once. What comes back is in the order of the prompts.
+
+    Args:
+      mesh: where the decoder and its caches lie (`mesh.make`); by default the first device.
+      coprocessor_mesh: devices of the coprocessor's own, where it is to work beside the decoder (`delay=None`).
+      max_length: tokens of a prompt and its continuation together. What a decoder was trained on bounds what makes
+        sense, memory what fits.
 
     Raises:
       UserError: a coprocessor of another decoder.
     """
 
-    def __init__(self, decoder: Decoder, coprocessor: Coprocessor | None = None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        coprocessor: Coprocessor | None = None,
+        mesh: Mesh | None = None,
+        coprocessor_mesh: Mesh | None = None,
+        max_length: int = 8192,
+    ):
         self.decoder, self.coprocessor, self.tokenizer = decoder, coprocessor, decoder.tokenizer
-        self.dtype = decoder.params["embedding"].dtype
-        self.params: Params = {"decoder": decoder.params}
-        model = Transformer(decoder.config, form=choose("auto", jax.default_backend()))
+        self.dtype, self.max_length = decoder.params["embedding"].dtype, max_length
+        self.mesh, self.coprocessor_mesh = mesh or models.one_device(), coprocessor_mesh
+        self.plain = Augmentation(models.transformer(decoder.config, self.mesh), "decoder", 0)
+        self.params: Params = {"decoder": _place(self.mesh, decoder.params, self.dtype)}
+        self.aug = self.plain
         if coprocessor is None:
-            self.aug = Augmentation(model, "decoder", 0)
             return
         if coprocessor.fingerprint != decoder.fingerprint:
             raise UserError(
                 f"coprocessor belongs to decoder {coprocessor.fingerprint[:12]}, "
                 f"this decoder is {decoder.fingerprint[:12]}"
             )
-        self.aug = Augmentation(model, coprocessor.method, coprocessor.num_latents, coprocessor.placement)
-        self.params["coprocessor"] = jax.tree.map(lambda x: jnp.asarray(x, self.dtype), coprocessor.params)
+        of = coprocessor
+        self.aug = Augmentation(self.plain.transformer, of.method, of.num_latents, of.placement)
+        self.params["coprocessor"] = _place(self.mesh, of.params, self.dtype)
+        if coprocessor_mesh is not None:
+            model = models.transformer(decoder.config, coprocessor_mesh)
+            self.aug_beside = dataclasses.replace(self.aug, transformer=model)
+            self.params_beside = {"coprocessor": _place(coprocessor_mesh, of.params, self.dtype)}
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """The plain decoder's logits, float32 [B, T, V]."""
         tokens = self._check_tokens(tokens_BT)
-        return _logits(self.params, tokens, aug=self.aug, dtype=self.dtype)
+        return scoring.logits(self.params, tokens, aug=self.aug, dtype=self.dtype)
 
     def latents(self, tokens_BT: jax.Array, positions_BM: jax.Array) -> jax.Array:
         """Latents [B, M, L, D] written after reading row b up to and with token positions[b, m]."""
         self._check_augmented()
         tokens = self._check_tokens(tokens_BT)
         positions = self._check_positions(tokens, positions_BM, 0)
-        return _latents(self.params, tokens, positions, aug=self.aug, dtype=self.dtype)
+        return scoring.latents(self.params, tokens, positions, aug=self.aug, dtype=self.dtype)
 
     def ahead_logprobs(self, tokens_BT: jax.Array, positions_BM: jax.Array, ahead: int) -> tuple[jax.Array, jax.Array]:
         """log p of the `ahead` text tokens after each position: (decoder, augmented), float32 [B, M, A] each.
@@ -143,82 +101,236 @@ class AugmentedLM:
             raise UserError(f"ahead={ahead}: expected at least 1")
         tokens = self._check_tokens(tokens_BT)
         positions = self._check_positions(tokens, positions_BM, ahead)
-        return _ahead_logprobs(self.params, tokens, positions, aug=self.aug, dtype=self.dtype, ahead=ahead)
+        return scoring.ahead_logprobs(self.params, tokens, positions, aug=self.aug, dtype=self.dtype, ahead=ahead)
 
     def logprobs(
-        self, prompts: Sequence[str], continuations: Sequence[str], augment: bool = True
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Prompt],
+        augment: bool = True,
+        batch_size: int = 16,
+        progress: Report | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """log p of each continuation after its prompt, summed over its tokens (float32 [B]), and whether every one
-        of them is the likeliest token (bool [B]). Latents join once, at the end of the prompt."""
+        """log p of each continuation after its prompt, summed over its tokens (float32 [N]), and whether every one
+        of them is the likeliest token (bool [N]). Latents join once, at the end of the prompt.
+
+        Equal prompts are read once. progress: is told how many continuations are done.
+        """
         if len(prompts) != len(continuations):
             raise UserError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
-        heads = [self._prompt(p) for p in prompts]
-        tails = [self.tokenizer.encode(c) for c in continuations]
+        tails = [self._ids(c, f"continuations[{i}]") for i, c in enumerate(continuations)]
         if empty := [i for i, tail in enumerate(tails) if not tail]:
-            raise UserError(f"continuation {empty[0]} is empty")
-        text, _ = self._pad([h + t for h, t in zip(heads, tails)])
-        at = jnp.array([[len(h) - 1] for h in heads])
-        ahead = _round_up(max(map(len, tails)), 8)
-        text = jnp.pad(text, ((0, 0), (0, ahead)), constant_values=self.tokenizer.pad_id)
-        nll, greedy = _continuations(
-            self.params, text, at, aug=self.aug, dtype=self.dtype, ahead=ahead, augmented=self._augments(augment)
-        )
-        inside = np.arange(ahead) < np.array([[len(t)] for t in tails])
-        return -np.where(inside, nll, 0).sum(axis=1), np.all(np.where(inside, greedy, True), axis=1)
+            raise UserError(f"continuations[{empty[0]}] is empty")
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, prompt in enumerate(prompts):
+            head = self._prompt(prompt, f"prompts[{i}]")
+            self._check_length(f"prompts[{i}]", len(head), len(tails[i]))
+            groups[tuple(head)].append(i)
+        # A row is a prompt with some of its continuations, alike in number.
+        rows = [(h, some[i : i + 8]) for h, some in groups.items() for i in range(0, len(some), 8)]
+        sums, greedy, done = np.zeros(len(tails), np.float32), np.zeros(len(tails), bool), 0
+        keys = [(_power(len(some)), len(h) + max(len(tails[i]) for i in some)) for h, some in rows]
+        for chosen in self._batches(keys, lambda key: max(1, batch_size // key[0])):
+            M = max(keys[r][0] for r in chosen)
+            A = _round_up(max(len(tails[i]) for r in chosen for i in rows[r][1]), 8)
+            text, length = self._pad([rows[r][0] for r in chosen])
+            tails_BMA = np.full((len(length), M, A), self.tokenizer.pad_id, np.int32)
+            inside = np.zeros(tails_BMA.shape, bool)
+            for b, m, i in (at := [(b, m, i) for b, r in enumerate(chosen) for m, i in enumerate(rows[r][1])]):
+                tails_BMA[b, m, : len(tails[i])], inside[b, m, : len(tails[i])] = tails[i], True
+            logp, likeliest = scoring.continuations(
+                self.params, text, length, self._rows(tails_BMA), aug=self._aug(augment), dtype=self.dtype
+            )
+            total, all_likeliest = (
+                np.where(inside, np.asarray(logp), 0).sum(axis=2),
+                np.all(np.asarray(likeliest) | ~inside, axis=2),
+            )
+            for b, m, i in at:
+                sums[i], greedy[i] = total[b, m], all_likeliest[b, m]
+            done += len(at)
+            if progress:
+                progress(done)
+        return sums, greedy
 
-    def generate(
+    def rolling_logprobs(
         self,
-        prompts: Sequence[str],
+        texts: Sequence[Prompt],
+        augment: bool = True,
+        every: int = 0,
+        batch_size: int = 16,
+        progress: Report | None = None,
+    ) -> np.ndarray:
+        """log p of all tokens of each text after BOS, summed, float64 [N].
+
+        Latents join after BOS, and where `every` is not 0 again after each `every` tokens more. A text longer than
+        max_length is cut into pieces that each begin with BOS. progress: is told how many pieces are done.
+        """
+        if every < 0:
+            raise UserError(f"every={every}: expected at least 0")
+        pieces: list[np.ndarray] = []
+        owner: list[int] = []
+        for i, text in enumerate(texts):
+            ids = np.array(self._ids(text, f"texts[{i}]"), np.int32)
+            more = [p for p in batches.pieces(ids, self.max_length, self.tokenizer.bos_id) if len(p) > 1]
+            pieces, owner = pieces + more, owner + [i] * len(more)
+        sums, done = np.zeros(len(texts)), 0
+        for chosen in self._batches([(1, len(p)) for p in pieces], lambda key: batch_size):
+            tokens, length = self._pad([pieces[r] for r in chosen])
+            segment = self._rows((np.arange(tokens.shape[1]) < np.asarray(length)[:, None]).astype(np.int32))
+            aug = self._aug(augment)
+            found = scoring.text_logprob(self.params, tokens, segment, aug=aug, dtype=self.dtype, every=every)
+            np.add.at(sums, [owner[r] for r in chosen], np.asarray(found, np.float64)[: len(chosen)])
+            done += len(chosen)
+            if progress:
+                progress(done)
+        return sums
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """Continuations of the prompts, without the prompts; options as for `continuations`."""
+        return [c.text for c in self.continuations(prompts, max_new_tokens, **options)]
+
+    def continuations(
+        self,
+        prompts: Sequence[Prompt],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
+        top_k: int = 0,
         top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int | Sequence[int] = 0,
         augment: bool = True,
-        delay: int = 0,
-        seed: int = 0,
-    ) -> list[str]:
-        """Continuations of the prompts, without the prompts.
+        every: int = 0,
+        delay: int | None = 0,
+        batch_size: int = 16,
+        progress: Report | None = None,
+    ) -> list[Continuation]:
+        """Continues the prompts.
 
         Args:
-          temperature: 0 takes the likeliest token. top_p: samples from the likeliest tokens that reach it together.
-          augment: latents join once, at the end of the prompt, or `delay` tokens later.
+          temperature: 0 takes the likeliest token. top_k, top_p: samples from the likeliest tokens, that many (0: all),
+            or as many as reach that probability together.
+          stop: a text ends before the first of these strings.
+          seed: one for each prompt, or one from which each gets its own by its place in the list.
+          augment: latents join at the end of the prompt, and where `every` is not 0 again after each `every` tokens.
+          delay: latents join that many tokens after the text they were written for (Section 3.7). None: when they are
+            ready; the coprocessor works on devices of its own meanwhile, and a failure of it costs the latents alone.
+          progress: is told how many tokens are decoded, over all prompts.
         """
-        if max_new_tokens < 1 or delay < 0 or temperature < 0 or not 0 < top_p <= 1:
+        if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
             raise UserError(
-                f"max_new_tokens={max_new_tokens} (at least 1), delay={delay} (at least 0), temperature={temperature} "
-                f"(at least 0), top_p={top_p} (above 0, at most 1): out of range"
+                f"max_new_tokens={max_new_tokens} (at least 1), temperature={temperature} (at least 0), top_k={top_k} "
+                f"(at least 0), top_p={top_p} (above 0, at most 1), batch_size={batch_size} (at least 1): out of range"
             )
-        text, lengths = self._pad([self._prompt(p) for p in prompts])
-        new = engine.generate(
-            self.params,
-            text,
-            lengths,
-            jax.random.key(seed),
-            jnp.float32(temperature),
-            jnp.float32(top_p),
-            aug=self.aug,
-            dtype=self.dtype,
-            max_new_tokens=max_new_tokens,
-            augmented=self._augments(augment),
-            delay=delay,
-            eos_id=self.tokenizer.eos_id,
-            pad_id=self.tokenizer.pad_id,
-        )
-        return [self.tokenizer.decode(row) for row in np.asarray(new)]
+        if every < 0 or (delay or 0) < 0 or (every and (delay or 0) >= every):
+            raise UserError(f"every={every}, delay={delay}: expected at least 0, and a delay shorter than every")
+        if delay is None and self.coprocessor is not None and self.coprocessor_mesh is None:
+            raise UserError("delay=None: give the coprocessor devices of its own (coprocessor_mesh)")
+        if "" in stop:
+            raise UserError("stop: holds an empty string")
+        seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else [(s, 0) for s in seed]
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
+        heads = [self._prompt(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
+        for i, (prompt, head) in enumerate(zip(prompts, heads)):
+            if not prompt:
+                raise UserError(f"prompts[{i}] is empty")
+            self._check_length(f"prompts[{i}]", len(head), max_new_tokens)
+        room = _bucket(max_new_tokens)
+        found: dict[int, Continuation] = {}
+        for chosen in self._batches([(1, len(h)) for h in heads], lambda key: batch_size):
+            text, length = self._pad([heads[i] for i in chosen])
+            keys = [jax.random.fold_in(jax.random.key(a), b) for a, b in (seeds[i] for i in chosen)]
+            keys += keys[:1] * (len(length) - len(keys))
+            sampling = engine.Sampling(
+                jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), self._rows(jnp.stack(keys))
+            )
+
+            def look(new: np.ndarray, chosen: Sequence[int] = chosen) -> np.ndarray:
+                if progress:
+                    progress(max_new_tokens * len(found) + new.shape[1] * len(chosen))
+                texts = [self.tokenizer.decode(row) if stop else "" for row in new]
+                return np.array([any(s in text for s in stop) for text in texts])
+
+            new, joined = engine.run(
+                self.params,
+                text,
+                length,
+                sampling,
+                self._coprocessor(augment, delay),
+                aug=self.aug,
+                room=room,
+                max_new_tokens=max_new_tokens,
+                every=every if self._augments(augment) else 0,
+                eos_id=self.tokenizer.eos_id,
+                pad_id=self.tokenizer.pad_id,
+                look=look,
+            )
+            for i, row in zip(chosen, new):
+                found[i] = Continuation(self._cut(row, stop), row, joined)
+        return [found[i] for i in range(len(prompts))]
+
+    def _aug(self, augment: bool) -> Augmentation:
+        return self.aug if augment else self.plain
 
     def _augments(self, augment: bool) -> bool:
         return augment and self.coprocessor is not None
 
-    def _prompt(self, text: str) -> list[int]:
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+    def _coprocessor(self, augment: bool, delay: int | None) -> engine.Coprocessor:
+        """Who writes latents: nobody, this model's coprocessor after a delay, or the one beside it."""
+        if not self._augments(augment):
+            return engine.Absent()
+        if delay is not None:
+            return engine.Delayed(lambda cache, text: engine.latents(self.params, cache, text, aug=self.aug), delay)
+        assert self.coprocessor_mesh is not None, "checked"
+        return Beside(self.params_beside, self.aug_beside, self.coprocessor_mesh, self.mesh)
 
-    def _pad(self, rows: Sequence[list[int]]) -> tuple[jax.Array, jax.Array]:
-        """Rows padded to a common length, rounded up so that few lengths are ever compiled; and their lengths."""
-        if not rows:
+    def _ids(self, text: Prompt, what: str) -> list[int]:
+        """Token ids of a text, without BOS; ids are checked and stay what they are."""
+        if isinstance(text, str):
+            return self.tokenizer.encode(text)
+        ids, V = [int(i) for i in text], self.decoder.config.vocab_size
+        if wrong := [i for i in ids if not 0 <= i < V]:
+            raise UserError(f"{what}: token {wrong[0]}, the vocabulary has {V}")
+        return ids
+
+    def _prompt(self, prompt: Prompt, what: str) -> list[int]:
+        ids = self._ids(prompt, what)
+        if not isinstance(prompt, str) and not ids:
+            raise UserError(f"{what}: holds no token, not even BOS")
+        return [self.tokenizer.bos_id, *ids] if isinstance(prompt, str) else ids
+
+    def _check_length(self, what: str, prompt: int, new: int) -> None:
+        if prompt + new > self.max_length:
+            raise UserError(f"{what}: {prompt} tokens and {new} after them, max_length is {self.max_length}")
+
+    def _batches(self, keys: Sequence[tuple[int, int]], size: Callable[[tuple[int, int]], int]) -> Iterator[list[int]]:
+        """Indices of rows with keys (continuations, length), alike ones together, at most `size(key)` at a time."""
+        if not keys:
             raise UserError("no prompts were given")
-        padded = np.full((len(rows), _round_up(max(map(len, rows)), 32)), self.tokenizer.pad_id, np.int32)
+        order = sorted(range(len(keys)), key=lambda i: keys[i], reverse=True)  # the largest first: they must fit
+        while order:
+            count = size(keys[order[0]])
+            yield order[:count]
+            order = order[count:]
+
+    def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+        """Rows [B, T] padded to one of few shapes, and their lengths [B]: 0 for those that only fill the batch."""
+        shards = mesh_lib.row_shards(self.mesh)
+        length = np.zeros(_round_up(_power(len(rows)), shards), np.int32)
+        length[: len(rows)] = [len(row) for row in rows]
+        padded = np.full((len(length), _bucket(int(max(length)))), self.tokenizer.pad_id, np.int32)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
-        return jnp.asarray(padded), jnp.asarray([len(row) for row in rows], jnp.int32)
+        return self._rows(padded), self._rows(length)
+
+    def _rows(self, x: Any) -> jax.Array:
+        return jax.device_put(x, mesh_lib.rows(self.mesh))
+
+    def _cut(self, tokens: np.ndarray, stop: Sequence[str]) -> str:
+        """The text of new tokens, up to the first stop string."""
+        text = self.tokenizer.decode(tokens.tolist())
+        ends = [at for at in (text.find(s) for s in stop) if at >= 0]
+        return text[: min(ends)] if ends else text
 
     def _check_augmented(self) -> None:
         if self.coprocessor is None:
@@ -231,6 +343,8 @@ class AugmentedLM:
             raise UserError(f"tokens: {tokens.dtype} of shape {tokens.shape}, expected integers [B, T]")
         if tokens.size and not (0 <= tokens.min() and tokens.max() < V):
             raise UserError(f"tokens: from {tokens.min()} to {tokens.max()}, the vocabulary has {V}")
+        if len(tokens) > 1 and len(tokens) % (shards := mesh_lib.row_shards(self.mesh)):
+            raise UserError(f"tokens: {len(tokens)} rows do not split over {shards} devices")
         return jnp.asarray(tokens, jnp.int32)
 
     def _check_positions(self, tokens: jax.Array, positions_BM: Any, ahead: int) -> jax.Array:
@@ -248,46 +362,17 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype"))
-def _logits(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
-    x_BTD, _ = augment.read(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
-    return transformer.unembed(params["decoder"]["embedding"], x_BTD, aug.transformer.config)
+def _power(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype"))
-def _latents(params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
-    segment_BT = jnp.ones_like(tokens_BT)
-    _, cache = augment.read(aug, params, tokens_BT, segment_BT, dtype)
-    return augment.latents(aug, params, cache, aug.lay_out(tokens_BT, segment_BT, at_BM, 1))
+def _bucket(n: int) -> int:
+    """A length in tokens rounded up, by a fourth at most once it is past 128: so that few are ever compiled."""
+    return _round_up(n, max(32, _power(n) // 8))
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
-def _ahead_logprobs(
-    params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int
-) -> tuple[jax.Array, jax.Array]:
-    segment_BT = jnp.ones_like(tokens_BT)
-    cache, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
-    index = at_BM[..., None] + jnp.arange(ahead)
-    decoder_BMA = -jnp.take_along_axis(text_nll[:, None], index, axis=2)
-    if not aug.has_latents:
-        return decoder_BMA, decoder_BMA
-    nll_BMA, _ = step.ahead_step(params, cache, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=ahead)
-    return decoder_BMA, -nll_BMA
-
-
-@partial(jax.jit, static_argnames=("aug", "dtype", "ahead", "augmented"))
-def _continuations(
-    params: Params, text_BT: jax.Array, at_B1: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int, augmented: bool
-) -> tuple[jax.Array, jax.Array]:
-    """-log p, and whether it is the likeliest token, of the `ahead` text tokens after each position; [B, A] each."""
-    segment_BT = jnp.ones_like(text_BT)
-    x_BTD, cache = augment.read(aug, params, text_BT, segment_BT, dtype)
-    marks = aug.lay_out(text_BT, segment_BT, at_B1, ahead)
-    if augmented:
-        x_BMAD, _ = augment.decode(aug, params, augment.latents(aug, params, cache, marks), cache, marks)
-        x_BAD = x_BMAD[:, 0]
-    else:
-        x_BAD = jnp.take_along_axis(x_BTD, (at_B1 + jnp.arange(ahead))[..., None], axis=1)
-    targets_BA = marks.targets[:, 0]
-    logits_BAV = transformer.unembed(params["decoder"]["embedding"], x_BAD, aug.transformer.config)
-    return augment.nll(aug, params, x_BAD, targets_BA), jnp.argmax(logits_BAV, axis=-1) == targets_BA
+def _place(mesh: Mesh, params: Params, dtype: Any) -> Params:
+    """Parameters where they lie on a mesh."""
+    params = jax.tree.map(lambda x: x if x.dtype == dtype else jnp.asarray(x, dtype), params)
+    return jax.device_put(params, mesh_lib.parameters(mesh, params, PARAM_AXES, mesh_lib.FROZEN))

@@ -30,6 +30,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, neighbours in it being neighbours on a slice; one size may be -1: what the others leave.
+    An axis without a size has length 1.
 
     Raises:
       UserError: unknown axes, or sizes whose product is not the number of devices.
@@ -37,7 +38,7 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
     devices = jax.devices() if devices is None else devices
     if unknown := sorted(set(sizes) - set(AXES)):
         raise UserError(f"config.mesh: unknown axes {unknown}, expected {AXES}")
-    shape, count = [sizes[axis] for axis in AXES], len(devices)
+    shape, count = [sizes.get(axis, 1) for axis in AXES], len(devices)
     if shape.count(-1) == 1:
         shape[shape.index(-1)] = count // max(1, math.prod(n for n in shape if n != -1))
     if min(shape) < 1 or math.prod(shape) != count:

@@ -1,6 +1,7 @@
 """The Python interface: against the dense oracle, and against what each call promises of the others."""
 
 import dataclasses
+import warnings
 
 import jax
 import naive
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 
 import latent_delib as ld
-from latent_delib import engine, train
+from latent_delib import asynchronous, engine, mesh, train
 from latent_delib.checkpoint import Checkpoints
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.tokenizer import Tokenizer
 
+WORDS = "the cat sat on a mat and dog ran".split()
 L, NEW = 4, 9  # latents; new tokens, enough for the window of 5 to leave latents and prompt behind
-PROMPTS = ["the cat sat on a mat and a dog", "rain", "", "green hills at night when the dog ran"]
+PROMPTS = ["the cat sat on a mat and a dog", "rain", "a", "green hills at night when the dog ran"]
 
 
 class Ids(Tokenizer):
@@ -82,10 +84,12 @@ def naive_logits(lm, prompt, new, delay=0):
     return np.concatenate([np.full((at, config.vocab_size), np.nan), naive.logits(config, weights, out[at + L :])])
 
 
-def naive_greedy(lm, prompt, delay=0):
+def naive_greedy(lm, prompt, delay=0, every=0):
+    """Latents are those of the text as it was `delay` tokens before they joined: the last that have joined, alone."""
     ids, new = [lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)], []
-    for _ in range(NEW):
-        new.append(int(naive_logits(lm, ids, new, delay)[-1].argmax()))
+    for made in range(NEW):
+        asked = max(0, made - delay) // every * every if every else 0
+        new.append(int(naive_logits(lm, ids + new[:asked], new[asked:], delay)[-1].argmax()))
     return new
 
 
@@ -102,6 +106,16 @@ def test_delayed_latents_are_the_prompts(lms, name):
     plain = lms["decoder"].generate(PROMPTS, NEW)
     assert found == [naive_greedy(lms[name], prompt, delay=2) for prompt in PROMPTS]
     assert [f[:2] for f in found] == [p[:2] for p in plain] and found != plain
+
+
+@pytest.mark.parametrize("every, delay", [(1, 0), (3, 0), (4, 2)])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_latents_again_every_few_tokens(lms, name, every, delay):
+    lm = lms[name]
+    found = lm.continuations(PROMPTS[:3], NEW, every=every, delay=delay)
+    assert [c.text for c in found] == [naive_greedy(lm, prompt, delay, every) for prompt in PROMPTS[:3]]
+    assert {c.joined for c in found} == {tuple(range(delay, NEW, every))}
+    assert [c.text for c in found] != lm.generate(PROMPTS[:3], NEW, delay=delay)
 
 
 def test_without_coprocessor_is_the_decoder(lms, text):
@@ -125,16 +139,37 @@ def test_sampling(lms):
     assert lm.generate(PROMPTS, NEW, temperature=1e-4, seed=3) == greedy
     even = lm.generate(PROMPTS, NEW, temperature=1e6, seed=3)  # all tokens alike: only fresh noise tells steps apart
     assert all(len(set(row)) > NEW // 2 for row in even) and len(set(map(tuple, even))) == len(even)
+    assert lm.generate(PROMPTS, NEW, temperature=2.0, top_k=1, seed=3) == greedy
+
+
+def test_a_request_has_a_seed_of_its_own(lms):
+    """Its tokens depend on no other request of the batch, nor on the size of the batch."""
+    lm, options = lms["after"], {"temperature": 1.0, "top_k": 50, "every": 4}
+    together = lm.generate(PROMPTS, NEW, seed=[5, 6, 7, 5], **options)
+    for i, seed in ((0, 5), (2, 7)):
+        assert lm.generate([PROMPTS[i]], NEW, seed=[seed], **options) == [together[i]]
+    again = lm.generate([*PROMPTS, PROMPTS[0]], NEW, seed=[5, 6, 7, 5, 8], batch_size=2, **options)
+    assert again[:4] == together and again[4] != again[0]
+    same = lm.generate([PROMPTS[0]] * 3, NEW, seed=5, **options)
+    assert len(set(map(tuple, same))) == 3  # one seed for a list, and yet each draws for itself
 
 
 @pytest.mark.parametrize(
-    "temperature, top_p, weights",
-    [(1.0, 1.0, [4, 3, 2, 1]), (1.0, 0.6, [4, 3, 0, 0]), (0.5, 0.9, [16, 9, 4, 0]), (0.0, 1.0, [1, 0, 0, 0])],
+    "temperature, top_k, top_p, weights",
+    [
+        (1.0, 0, 1.0, [4, 3, 2, 1]),
+        (1.0, 0, 0.6, [4, 3, 0, 0]),
+        (0.5, 0, 0.9, [16, 9, 4, 0]),
+        (1.0, 3, 1.0, [4, 3, 2, 0]),
+        (1.0, 3, 0.6, [4, 3, 0, 0]),
+        (0.0, 0, 1.0, [1, 0, 0, 0]),
+    ],
 )
-def test_frequencies_of_samples(temperature, top_p, weights):
+def test_frequencies_of_samples(temperature, top_k, top_p, weights):
     rows, order = 20_000, [2, 0, 3, 1]
     logits = np.tile(np.log([4, 3, 2, 1])[order], (rows, 1))
-    drawn = engine.sample(jax.random.key(0), jax.numpy.asarray(logits), temperature, top_p)
+    keys = jax.random.split(jax.random.key(0), rows)
+    drawn = engine.sample(keys, jax.numpy.asarray(logits), temperature, top_k, top_p)
     expected = np.array(weights)[order] / sum(weights)
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / rows, expected, atol=0.02)
 
@@ -152,6 +187,130 @@ def test_eos_ends_a_row_and_pads_it(decoder, lms):
     assert found[0] != plain[0] and any(end not in row for row in plain)
 
 
+class Letters(Ids):
+    """Its text is a letter a token, so that a stop string may begin and end anywhere."""
+
+    def decode(self, ids):
+        return "".join(chr(97 + int(i) % 26) for i in ids)
+
+
+def test_stop_strings_end_a_text_before_them(decoder, lms):
+    tokenizer, new = Letters(decoder.tokenizer.path), 40  # more than one look at what was decoded
+    lm = ld.AugmentedLM(dataclasses.replace(decoder, tokenizer=tokenizer), lms["after"].coprocessor)
+    whole, done = lm.generate(PROMPTS, new), []
+    stop = [whole[0][19:22], whole[1][3:5]]
+    found = lm.continuations(PROMPTS, new, stop=stop, progress=done.append)
+    assert [c.text for c in found] == [min((text.partition(s)[0] for s in stop), key=len) for text in whole]
+    assert 3 < len(found[0].text) <= 19 and len(found[1].text) <= 3
+    assert done == sorted(done) and done[-1] <= 4 * new
+    early = lm.continuations(PROMPTS[1:2], new, stop=stop)[0]
+    assert early.text == found[1].text and set(early.tokens[16:]) == {tokenizer.pad_id}  # and decoding ends with it
+
+
+def test_few_shapes_are_compiled(lms):
+    lm = lms["decoder"]
+    lm.generate(PROMPTS, NEW)
+    before = engine.prefill._cache_size(), engine.decode._cache_size()
+    lm.generate(PROMPTS[:3], NEW - 3, temperature=0.5, top_k=4, seed=8)
+    lm.generate([p + " rain rain" for p in PROMPTS], NEW + 4)
+    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == before
+
+
+def test_sharded_equals_one_device(decoder, lms, text):
+    one, on = lms["overlay"], mesh.make({"data": 2, "fsdp": 2, "tensor": 2})
+    lm = ld.AugmentedLM(decoder, one.coprocessor, on)
+    out = lm.params["decoder"]["layers"]["attn"]["out"]
+    assert out.sharding.shard_shape(out.shape)[1:] == (2, 16, 16)  # of 4 heads and a width of 32
+    assert lm.generate(PROMPTS, NEW, every=4, delay=2) == one.generate(PROMPTS, NEW, every=4, delay=2)
+    for ours, theirs in zip(lm.logprobs(PROMPTS, ["the mat"] * 4), one.logprobs(PROMPTS, ["the mat"] * 4)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    four = np.concatenate([text, text])
+    np.testing.assert_allclose(lm.latents(four, [[3], [8]] * 2), one.latents(four, [[3], [8]] * 2), atol=1e-4)
+    _, cache = engine.prefill(lm.params, *lm._pad([[2, 5, 6]] * 4), aug=lm.aug, room=32, pad_id=0)
+    assert cache.k.shape[1:4:2] == (4, 2) and cache.k.sharding.shard_shape(cache.k.shape)[1:4:2] == (1, 1)
+    with pytest.raises(ld.UserError, match="tokens: 3 rows do not split over"):
+        lm.logits(four[:3])
+
+
+@pytest.fixture
+def beside(decoder, lms):
+    """Decoder on the first device, coprocessor on the second."""
+    one, other = (mesh.make({}, [device]) for device in jax.devices()[:2])
+    return ld.AugmentedLM(decoder, lms["after"].coprocessor, one, other)
+
+
+@pytest.mark.parametrize("every", [0, 5])
+def test_a_coprocessor_beside_the_decoder(lms, beside, monkeypatch, every):
+    """Latents that come three tokens late are those of the published simulation."""
+    devices, take, write = [], asynchronous.Beside.answer, asynchronous.Beside._write
+
+    def answer(self, made):
+        if made % 5 == 3 and self.latents is not None:
+            self.latents.block_until_ready()
+        return take(self, made) if made % 5 == 3 else None
+
+    def watched(self, cache, text):
+        devices.append(self.params["coprocessor"]["soft_tokens"].devices() | cache.k.devices())
+        return write(self, cache, text)
+
+    monkeypatch.setattr(asynchronous.Beside, "answer", answer)
+    monkeypatch.setattr(asynchronous.Beside, "_write", watched)
+    found = beside.continuations(PROMPTS, NEW, every=every, delay=None)
+    assert {c.joined for c in found} == {(3, 8) if every else (3,)}
+    assert [c.text for c in found] == lms["after"].generate(PROMPTS, NEW, every=every, delay=3)
+    assert devices[0] == set(jax.devices()[:2])
+
+
+def test_latents_join_when_they_are_ready(lms, beside):
+    """Whenever that is, what is decoded is what the simulation decodes with that delay."""
+    (found,) = beside.continuations(PROMPTS[:1], 8 * NEW, delay=None)
+    assert len(found.joined) == 1
+    assert [found.text] == lms["after"].generate(PROMPTS[:1], 8 * NEW, delay=found.joined[0])
+
+
+class Late:
+    """Latents that never come, or that turn out to be an error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def is_ready(self):
+        return bool(self.error)
+
+    def block_until_ready(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("fault", ["fails at once", "fails later", "never answers"])
+def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, fault):
+    """Bit for bit: the logits after the last token are the plain decoder's."""
+    last, decode, error = [], engine.decode, RuntimeError("the slice is gone")
+
+    def watched(*args, **options):
+        state, cache = decode(*args, **options)
+        last.append(np.asarray(state.logits))
+        return state, cache
+
+    def broken(self, cache, text):
+        if fault == "fails at once":
+            raise error
+        return Late(error if fault == "fails later" else None)
+
+    monkeypatch.setattr(engine, "decode", watched)
+    monkeypatch.setattr(asynchronous.Beside, "_write", broken)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = beside.continuations(PROMPTS, 4 * NEW, every=4, delay=None)
+    assert {c.joined for c in found} == {()}
+    assert sum("goes on without latents: RuntimeError('the slice is gone')" in str(w.message) for w in said) == (
+        fault != "never answers"
+    )
+    without = last[-1]
+    assert [c.text for c in found] == beside.generate(PROMPTS, 4 * NEW, augment=False)
+    np.testing.assert_array_equal(without, last[-1])
+    assert [c.text for c in found] == lms["decoder"].generate(PROMPTS, 4 * NEW)
+
+
 @pytest.mark.parametrize("name", ["decoder", *PLACEMENTS])
 def test_logprobs(lms, name):
     lm = lms[name]
@@ -164,6 +323,39 @@ def test_logprobs(lms, name):
         expected = np.log(naive.softmax(logits))[np.arange(len(tail)), tail].sum()
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert sums.dtype == np.float32 and not greedy.any()
+
+
+def test_continuations_of_one_prompt_are_read_together(lms):
+    """Whatever they are read with, each has the log-probability it has alone."""
+    lm = lms["after"]
+    pairs = [(p, t) for p in PROMPTS[:3] for t in ("the mat", "on a green door", "a")] + [(PROMPTS[3], "rain")]
+    pairs += [(PROMPTS[1], f"{t} {u}") for t in WORDS[:5] for u in WORDS[:2]]  # more than one row takes
+    done = []
+    together = lm.logprobs(*zip(*pairs), batch_size=16, progress=done.append)
+    alone = [lm.logprobs([p], [t]) for p, t in pairs[::4]]
+    np.testing.assert_allclose(together[0][::4], [s[0] for s, _ in alone], rtol=1e-5)
+    assert done == sorted(done) and done[-1] == len(pairs)
+    ids = [([2, *lm.tokenizer.encode(p)], lm.tokenizer.encode(t)) for p, t in pairs]
+    np.testing.assert_array_equal(lm.logprobs(*zip(*ids))[0], together[0])
+
+
+@pytest.mark.parametrize("name, every", [("decoder", 0), ("after", 0), ("overlay", 1), ("after", 3)])
+def test_rolling_logprobs(lms, name, every):
+    """Stretch after stretch, each ahead of its own latents; a long text is cut, and every piece begins with BOS."""
+    lm = ld.AugmentedLM(lms[name].decoder, lms[name].coprocessor, max_length=12)
+    texts, stretch = [PROMPTS[0], "rain " * 9, "", "a"], every or 11
+    found = lm.rolling_logprobs(texts, every=every, batch_size=3)
+    for text, logprob in zip(texts, found):
+        ids, expected = lm.tokenizer.encode(text), 0.0
+        for i in range(0, len(ids), 11):
+            piece = [2, *ids[i : i + 11]]
+            at = np.arange(0, 11, stretch)
+            ahead = lm.ahead_logprobs(np.array([piece + [0] * (24 - len(piece))]), at[None], stretch)[1][0]
+            expected += ahead[at[:, None] + 1 + np.arange(stretch) < len(piece)].sum()
+        np.testing.assert_allclose(logprob, expected, rtol=1e-5, atol=1e-5)
+    assert found[2] == 0
+    plain = lms["decoder"].rolling_logprobs(texts[:1])
+    assert lms[name].rolling_logprobs(texts[:1], augment=False) == plain
 
 
 def test_logprobs_know_the_likeliest(decoder, lms, monkeypatch):
@@ -241,13 +433,33 @@ MISTAKES = {
     "no ahead token": (lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[1]], 2), "positions: .* with 2 ahead tokens"),
     "ahead 0": (lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[1]], 0), "ahead=0: expected at least 1"),
     "no prompt": (lambda lm, d: lm.generate([]), "no prompts were given"),
+    "empty prompt": (lambda lm, d: lm.generate(["a", ""]), r"prompts\[1\] is empty"),
+    "no token": (lambda lm, d: lm.logprobs([[]], ["a"]), r"prompts\[0\]: holds no token, not even BOS"),
+    "token id": (lambda lm, d: lm.generate([[2, 320]]), r"prompts\[0\]: token 320, the vocabulary has 320"),
+    "continued token": (lambda lm, d: lm.logprobs(["a"], [[-1]]), r"continuations\[0\]: token -1, the vocabulary"),
+    "long prompt": (
+        lambda lm, d: ld.AugmentedLM(d, max_length=20).generate(["a", [2] * 15], 6),
+        r"prompts\[1\]: 15 tokens and 6 after them, max_length is 20",
+    ),
+    "long continuation": (
+        lambda lm, d: ld.AugmentedLM(d, max_length=20).logprobs([[2] * 15], [[2] * 6]),
+        r"prompts\[0\]: 15 tokens and 6 after them, max_length is 20",
+    ),
+    "every": (lambda lm, d: lm.generate(["a"], every=-1), "every=-1, delay=0: expected at least 0"),
+    "late": (lambda lm, d: lm.generate(["a"], every=2, delay=2), "every=2, delay=2: .* a delay shorter than every"),
+    "rolling": (lambda lm, d: lm.rolling_logprobs(["a"], every=-1), "every=-1: expected at least 0"),
+    "no device": (lambda lm, d: lm.generate(["a"], delay=None), "delay=None: give the coprocessor devices of its own"),
+    "stop": (lambda lm, d: lm.generate(["a"], stop=["b", ""]), "stop: holds an empty string"),
+    "seeds": (lambda lm, d: lm.generate(["a"], seed=[1, 2]), "1 prompts, but 2 seeds"),
+    "top_k": (lambda lm, d: lm.generate(["a"], top_k=-1), r"top_k=-1 \(at least 0\)"),
+    "batch": (lambda lm, d: lm.generate(["a"], batch_size=0), r"batch_size=0 \(at least 1\)"),
     "no new token": (lambda lm, d: lm.generate(["a"], 0), r"max_new_tokens=0 \(at least 1\)"),
-    "delay": (lambda lm, d: lm.generate(["a"], delay=-1), r"delay=-1 \(at least 0\)"),
+    "delay": (lambda lm, d: lm.generate(["a"], delay=-1), "every=0, delay=-1: expected at least 0"),
     "temperature": (lambda lm, d: lm.generate(["a"], temperature=-0.1), r"temperature=-0.1 \(at least 0\)"),
     "top_p 0": (lambda lm, d: lm.generate(["a"], top_p=0.0), r"top_p=0.0 \(above 0, at most 1\)"),
     "top_p 2": (lambda lm, d: lm.generate(["a"], top_p=2.0), r"top_p=2.0 \(above 0, at most 1\)"),
     "continuations": (lambda lm, d: lm.logprobs(["a", "b"], ["c"]), "2 prompts, but 1 continuations"),
-    "empty continuation": (lambda lm, d: lm.logprobs(["a", "b"], ["c", ""]), "continuation 1 is empty"),
+    "empty continuation": (lambda lm, d: lm.logprobs(["a", "b"], ["c", ""]), r"continuations\[1\] is empty"),
     "nothing to score": (lambda lm, d: lm.logprobs([], []), "no prompts were given"),
 }
 

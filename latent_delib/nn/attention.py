@@ -41,6 +41,22 @@ def attend(
     Returns:
       [B, M, S, N, H] in the dtype of v; scores and softmax are float32.
     """
+    S = q_BMSNH.shape[2]
+    weights_BMKGSU = weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=scale, softcap=softcap).astype(v_BMSKH.dtype)
+    out = jnp.einsum("BMKGSU,BMUKH->BMSKGH", weights_BMKGSU[..., -S:], v_BMSKH)
+    if prefix is not None:
+        out += jnp.einsum("BMKGST,BTKH->BMSKGH", weights_BMKGSU[..., :-S], prefix[1])
+    return out.reshape(q_BMSNH.shape)
+
+
+def weights(
+    q_BMSNH: jax.Array, k_BMSKH: jax.Array, prefix: Keys | None, bounds: Bounds, *, scale: float, softcap: float
+) -> jax.Array:
+    """What each query attends to: float32 [B, M, K, G, S, T + S], the prefix's slots and then the own tokens.
+
+    Arguments as for `attend`. Rows add up to 1 and are 0 where nothing is visible; query head n is key head n // G's
+    number n % G.
+    """
     B, M, S, N, H = q_BMSNH.shape
     K = k_BMSKH.shape[-2]
     q = q_BMSNH.reshape(B, M, S, K, N // K, H)
@@ -48,7 +64,7 @@ def attend(
     scores = jnp.einsum("BMSKGH,BMUKH->BMKGSU", q, k_BMSKH, preferred_element_type=jnp.float32)
     visible = (own >= bounds.own_start[..., None]) & (own <= own[:, None])
     if prefix is not None:
-        k_BTKH, v_BTKH = prefix
+        k_BTKH = prefix[0]
         slot = jnp.arange(k_BTKH.shape[1])
         over_prefix = jnp.einsum("BMSKGH,BTKH->BMKGST", q, k_BTKH, preferred_element_type=jnp.float32)
         in_range = (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
@@ -57,12 +73,7 @@ def attend(
     scores = scores * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BMSKH.dtype)
-    out = jnp.einsum("BMKGSU,BMUKH->BMSKGH", weights[..., -S:], v_BMSKH)
-    if prefix is not None:
-        out += jnp.einsum("BMKGST,BTKH->BMSKGH", weights[..., :-S], v_BTKH)
-    return out.reshape(B, M, S, N, H)
+    return jax.nn.softmax(jnp.where(visible[:, :, None, None], scores, -jnp.inf), axis=-1)
 
 
 def within_window(bounds: Bounds, position_BMS: jax.Array, prefix_position_BT: jax.Array | None, window: int) -> Bounds:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from latent_delib.nn.sizes import TransformerConfig
 
+AXES = (None, "batch", None, "heads", None)  # logical axes of k and v
+
 
 class KV(NamedTuple):
     """Keys and values of one call, stacked over layers: [layers, B, M, S, K, H] each."""

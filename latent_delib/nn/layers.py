@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_delib.nn import rotary
+from latent_delib.nn import attention, rotary
 from latent_delib.nn.attention import Bounds
 from latent_delib.nn.attention_forms import attend
 from latent_delib.nn.sizes import TransformerConfig
@@ -76,7 +76,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; returns its output [B, M, S, D] and the own keys and values [B, M, S, K, H]."""
+    """Grouped-query attention; returns its output [B, M, S, D] and the own keys and values [B, M, S, K, H].
+
+    Who makes the collection "intermediates" mutable also gets `attention.weights`; no other call computes them.
+    """
 
     config: TransformerConfig
     form: str
@@ -97,6 +100,9 @@ class Attention(nn.Module):
             q_BMSNH = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q_BMSNH)
             k_BMSKH = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k_BMSKH)
         q_BMSNH, k_BMSKH = rotary.rotate(q_BMSNH, rope_2BMSH), rotary.rotate(k_BMSKH, rope_2BMSH)
+        if self.is_mutable_collection("intermediates"):
+            seen = attention.weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap)
+            self.sow("intermediates", "weights", seen)
         text, query = ("batch", None, "heads", None), ("batch", "traces", None)
         out_BMSNH = self.partition.split(
             partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=self.form),

@@ -52,7 +52,8 @@ class Transformer(nn.Module):
           cache: the shared prefix, or None.
 
         Returns:
-          Final-normed outputs [B, M, S, D], and the keys and values of these tokens.
+          Final-normed outputs [B, M, S, D], and the keys and values of these tokens. With mutable="intermediates",
+          `apply` also returns what each layer attended to; see `layers.Attention`.
         """
         c = self.config
         prefix_position = None if cache is None else cache.position
@@ -69,7 +70,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,

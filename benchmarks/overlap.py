@@ -1,0 +1,101 @@
+"""The asynchronous coprocessor for real: does the decoder wait for it? On two devices, one for each model.
+
+  python -m benchmarks.overlap [--size=smollm2_135m] [--latents=16] [--seq_len=128] [--new=64]
+
+On a CPU the two devices are simulated, a core each. "plain" is the decoder alone, "waits" the decoder that waits for
+latents at the end of the prompt, "beside" the decoder that goes on until they are ready. Of "beside" also: after how
+many tokens latents joined, how long the coprocessor worked, and what a token took meanwhile.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
+)
+
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common
+from latent_delib import engine, mesh
+from latent_delib.asynchronous import Beside
+from latent_delib.nn.cache import Cache
+from latent_delib.nn.transformer import Params
+
+
+class Timed(Beside):
+    """Knows when it was asked, and when its answer was seen."""
+
+    def ask(self, cache: Cache, *args: Any) -> None:
+        jax.block_until_ready(cache)  # reading the prompt does not count
+        self.asked = time.perf_counter()
+        super().ask(cache, *args)
+
+    def answer(self, made: int) -> jax.Array | None:
+        found = super().answer(made)
+        if found is not None:
+            self.worked, self.meanwhile = time.perf_counter() - self.asked, made
+        return found
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    preset = dict(size="gemma2_2b", dtype="bfloat16", latents=16, batch=1, seq_len=1024, new=64)
+    small = preset | dict(size="smollm2_135m", dtype="float32", seq_len=128)
+    a = common.arguments(__doc__, argv, ["plain", "waits", "beside"], preset, small)
+    home, there = (mesh.make({}, [device]) for device in jax.devices()[:2])
+    params = common.weights(a.config, a.latents, a.dtype)
+    aug = common.augmentation(a.config, a.latents, common.attention_forms()[-1])
+
+    def place(params: Params, where: Any) -> Params:
+        return jax.device_put(params, mesh.replicated(where))
+
+    decoder, coprocessor = place({"decoder": params["decoder"]}, home), {"coprocessor": params["coprocessor"]}
+    here, beside = place(coprocessor, home), place(coprocessor, there)
+    prompt_BT, length_B = jax.device_put((common.text(a, a.batch)[0], jnp.full((a.batch,), a.seq_len)), mesh.rows(home))
+    key_B = jax.device_put(jax.random.split(jax.random.key(0), a.batch), mesh.rows(home))
+    sampling = engine.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), key_B)
+    timed: list[Timed] = []
+
+    def who(form: str) -> engine.Coprocessor:
+        if form == "beside":
+            timed.append(Timed(beside, aug, there, home))
+            return timed[-1]
+        return engine.Delayed(partial(engine.latents, here, aug=aug), 0) if form == "waits" else engine.Absent()
+
+    def form_of(form: str, new: int) -> Any:
+        def call() -> Any:
+            return engine.run(
+                decoder, prompt_BT, length_B, sampling, who(form), aug=aug, room=a.new, max_new_tokens=new, every=0,
+                eos_id=-1, pad_id=0, look=lambda tokens: np.zeros(a.batch, bool),
+            )  # fmt: skip
+
+        return call
+
+    runs = {(form, new): common.calls(form_of(form, new), lambda _: None) for form in a.forms for new in (1, a.new)}
+    seconds = common.measure(runs, a.rounds, a.least)
+    rows = []
+    for form in a.forms:
+        row = {"form": form, **common.spread(seconds[form, a.new])}
+        row["first_ms"] = 1e3 * statistics.median(seconds[form, 1])
+        if form == "beside":
+            seen = [t for t in timed if hasattr(t, "worked")]
+            row["joined_after"] = statistics.median(t.meanwhile for t in seen)
+            row["coprocessor_ms"] = 1e3 * statistics.median(t.worked for t in seen)
+            row["token_ms_meanwhile"] = 1e3 * statistics.median(t.worked / t.meanwhile for t in seen if t.meanwhile)
+        else:
+            row["token_ms"] = 1e3 * statistics.median(
+                (x - y) / (a.new - 1) for x, y in zip(seconds[form, a.new], seconds[form, 1])
+            )
+        rows.append(row)
+    return common.report("overlap", a, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A coprocessor that works beside the decoder, on devices of its own (Section 3.7): the decoder never waits for it."""
+
+import warnings
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from latent_delib import engine
+from latent_delib import mesh as mesh_lib
+from latent_delib.delib.augment import Augmentation
+from latent_delib.nn import cache as cache_lib
+from latent_delib.nn.cache import Cache
+from latent_delib.nn.transformer import Params
+
+
+class Beside:
+    """An `engine.Coprocessor` whose latents join when they are ready, whenever that is.
+
+    Its work is queued on its devices, behind the text that it reads, and looked at without waiting. Where it fails, it
+    says so once and answers no more: decoding goes on, and without latents it is the plain decoder's, bit for bit.
+
+    Args:
+      params, aug: the coprocessor's, as they lie on `mesh`. home: the mesh that latents are brought to.
+    """
+
+    def __init__(self, params: Params, aug: Augmentation, mesh: Mesh, home: Mesh):
+        self.params, self.aug, self.mesh, self.home = params, aug, mesh, home
+        self.latents: jax.Array | None = None
+        self.failed = False
+
+    def ask(self, cache: Cache, text_BX: jax.Array, made: int) -> None:
+        if not self.failed:
+            try:
+                self.latents = self._write(cache, text_BX)
+            except Exception as error:  # whatever it is, the decoder goes on
+                self._give_up(error)
+
+    def _write(self, cache: Cache, text_BX: jax.Array) -> jax.Array:
+        """Latents [B, L, D] of the text that the cache holds: it travels to the coprocessor, they travel back."""
+        row = mesh_lib.rows(self.mesh)
+        kv = NamedSharding(self.mesh, mesh_lib.spec(cache_lib.AXES, mesh_lib.ACTIVATIONS))
+        cache = Cache(*jax.device_put(tuple(cache), (kv, kv, row, row)))
+        z_BLD = engine.latents(self.params, cache, jax.device_put(text_BX, row), aug=self.aug)
+        return jax.device_put(z_BLD, mesh_lib.rows(self.home))
+
+    def answer(self, made: int) -> jax.Array | None:
+        if self.latents is None or not self.latents.is_ready():
+            return None
+        z_BLD, self.latents = self.latents, None
+        try:
+            return z_BLD.block_until_ready()
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed = True
+        warnings.warn(f"the coprocessor failed, the decoder goes on without latents: {error!r}", stacklevel=3)
+
+    def next_look(self, made: int) -> int | None:
+        return None if self.latents is None else made + 1

@@ -1,0 +1,106 @@
+"""Decoders and coprocessors, loaded or begun: what `lm.AugmentedLM` is made of."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from latent_delib import checkpoint
+from latent_delib import mesh as mesh_lib
+from latent_delib.delib.methods import METHODS
+from latent_delib.delib.traces import PLACEMENTS
+from latent_delib.errors import UserError
+from latent_delib.nn.attention_forms import choose
+from latent_delib.nn.layers import PARAM_AXES, Partition
+from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.transformer import Params, Transformer
+from latent_delib.tokenizer import Tokenizer
+from latent_delib.weights import coprocessor as exported
+from latent_delib.weights import folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A frozen decoder. params: {"layers", "final_norm", "embedding" [V, D]}; fingerprint: SHA-256, hex."""
+
+    config: TransformerConfig
+    params: Params
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Coprocessor:
+    """What writes latents for one decoder. params["soft_tokens"] is [L, D]; step is None where untrained."""
+
+    params: Params
+    method: str
+    num_latents: int
+    placement: str
+    fingerprint: str
+    step: int | None = None
+
+
+def one_device() -> Mesh:
+    """The mesh of this process's first device."""
+    return mesh_lib.make({}, jax.local_devices()[:1])
+
+
+def transformer(config: TransformerConfig, mesh: Mesh, remat: str = "none", form: str = "auto") -> Transformer:
+    """The model as it runs on a mesh: how its work is divided, and the form of attention its platform has."""
+    partition = Partition(mesh_lib.constrain(mesh), mesh_lib.gather(mesh), mesh_lib.product(mesh), mesh_lib.split(mesh))
+    return Transformer(config, remat, partition, choose(form, mesh.devices.flat[0].platform))
+
+
+def load_decoder(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
+    """A decoder folder, or "packaged"; parameters in `dtype`, which is the dtype everything computes in, read straight
+    to where they lie on `mesh` (by default the first device).
+
+    Raises:
+      UserError: missing files, or tensors that do not fit the architecture.
+    """
+    where = folder.locate(path)
+    config = folder.read_config(where)
+    shardings = mesh_lib.parameters(mesh or one_device(), folder.shapes(config), PARAM_AXES, mesh_lib.FROZEN)
+    params = folder.load(where, config, dtype, shardings)
+    return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where))
+
+
+def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
+    """The coprocessor a training job wrote to `workdir`, at its newest step or at `step`; or one that was exported.
+
+    Raises:
+      UserError: no such checkpoint or folder, or a checkpoint of a method that writes no latents.
+    """
+    if (Path(workdir) / exported.FILE).is_file():
+        fields, params = exported.load(Path(workdir))
+        if step not in (None, fields["step"]):
+            raise UserError(f"{workdir}: holds the coprocessor of step {fields['step']}, not of step {step}")
+        del fields["format"], fields["architecture"]
+        return Coprocessor(params, **fields)
+
+    def check(meta: dict[str, Any]) -> None:
+        if METHODS[meta["method.name"]].latents is None:
+            raise UserError(f"{workdir}: method {meta['method.name']!r} has no coprocessor")
+
+    checkpoints, *_ = checkpoint.open_for_reading(workdir, step)
+    found = checkpoints.restore_newest(step=step, check=check)
+    checkpoints.close()
+    assert found is not None, "open_for_reading saw one"
+    method, num_latents, placement = (found.meta[f"method.{key}"] for key in ("name", "num_latents", "placement"))
+    params = found.trainable["coprocessor"]
+    return Coprocessor(params, method, num_latents, placement, found.meta["fingerprint"], found.step)
+
+
+def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "after", seed: int = 0) -> Coprocessor:
+    """An untrained coprocessor: the decoder's weights, and soft tokens from random rows of its token table."""
+    if placement not in PLACEMENTS:
+        raise UserError(f"placement={placement!r}: expected one of {sorted(PLACEMENTS)}")
+    if not 1 <= num_latents <= decoder.config.vocab_size:
+        raise UserError(f"num_latents={num_latents}: expected 1 to {decoder.config.vocab_size}")
+    method = "cache_augmentation"
+    tree = METHODS[method].init(jax.random.key(seed), decoder.params, Transformer(decoder.config), num_latents)
+    return Coprocessor(tree["coprocessor"], method, num_latents, placement, decoder.fingerprint)
