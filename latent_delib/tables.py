@@ -1,0 +1,348 @@
+"""The tables: figures of finished runs beside the published ones, and a table in Markdown, CSV and HTML."""
+
+import csv
+import dataclasses
+import html
+import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from latent_delib import published
+from latent_delib.published import Variant
+from latent_delib.runs import Result, Runs
+
+AHEAD = (1, 2, 4, 8, 16, 32)  # n of Table 1
+CHANGE, SCORE = "{:+.2f}%", "{:.2f}"
+
+
+class Figure(NamedTuple):
+    """A figure with its 95 % interval where that is known, and the key of its file where a row has several."""
+
+    value: float
+    form: str = SCORE
+    low: float | None = None
+    high: float | None = None
+    key: str = ""
+
+    def __str__(self) -> str:
+        text = self.form.format(self.value)
+        if self.low is not None and self.high is not None:
+            low, high = (self.form.rstrip("%").format(x) for x in (self.low, self.high))
+            text += f" [{low}, {high}]"
+        return f"{text} {self.key}".rstrip()
+
+
+Cell = str | int | Figure
+
+
+class Table(NamedTuple):
+    """name: of its files. rows: cells as many as columns. note: a line below. origins: of the figures, a line each."""
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str
+    origins: list[str]
+
+
+@dataclasses.dataclass
+class Entry:
+    """What one model came to: a line of the tables of variants.
+
+    results: the files it is from, at least one. model: "augmented", "decoder" or "zero_shot_cot".
+    perplexity: of the first token ahead. scores: benchmark -> its row, and the key of its file.
+    """
+
+    results: list[Result]
+    model: str
+    delay: int = 0
+    every: int = 0
+    perplexity: dict[str, Any] | None = None
+    scores: dict[str, tuple[dict[str, Any], str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def result(self) -> Result:
+        return self.results[0]
+
+    @property
+    def method(self) -> str:
+        """Of what latents come from; "" where there are none."""
+        return self.result.method["name"] if self.model == "augmented" else ""
+
+    @property
+    def latents(self) -> int:
+        return self.result.method["num_latents"] if self.model == "augmented" else 0
+
+
+def of(result: Result) -> Entry:
+    """A perplexity.json alone."""
+    return Entry([result], "decoder" if result.method["name"] == "decoder" else "augmented")
+
+
+def entries(runs: Runs) -> list[Entry]:
+    """Perplexity and benchmarks of the same checkpoint in one entry; decoders first, then by number of latents."""
+    found: dict[tuple, Entry] = {}
+
+    def entry(result: Result, model: str, delay: int, every: int) -> Entry:
+        own = model == "augmented" or result.method["name"] == "decoder"  # else it is the decoder that was frozen
+        checkpoint = result.data.get("checkpoint") if own else None
+        identity = (result.data["fingerprint"], checkpoint, model, delay, every)
+        one = found.setdefault(identity, Entry([result], model, delay, every))
+        if result not in one.results:
+            one.results.append(result)
+        return one
+
+    for result in runs.perplexity:
+        one = entry(result, of(result).model, 0, 0)
+        one.perplexity = one.perplexity or result.data["rows"][0]
+    for result in runs.benchmarks:
+        for row in result.data["rows"]:
+            one = entry(result, row["model"], row.get("delay") or 0, row.get("every") or 0)
+            one.scores.setdefault(row["benchmark"], (row, result.key))
+    return sorted(found.values(), key=lambda e: (e.model == "augmented", e.latents, e.delay, e.every))
+
+
+def label(entry: Entry) -> str:
+    """What an entry is, in words; the number of latents has a column of its own."""
+    method, config = entry.result.method, entry.result.data["config"]
+    trained = method["name"] == "decoder" and entry.result.data.get("checkpoint")
+    if entry.model != "augmented" and not (trained and entry.model == "decoder"):
+        return {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}.get(entry.model, entry.model)
+    words = ["trained decoder"] if trained else [method["name"].replace("_", " "), method.get("placement", "")]
+    words += [f"{key.removeprefix('lora_')} {method[key]}" for key in method if key.endswith("rank") and method[key]]
+    words += [f"{method['num_ahead']} ahead tokens"] if "num_ahead" in method and not trained else []
+    words += [f"step {entry.result.step:,}"] if entry.result.step else []
+    words += [f"seed {config['seed']}"] if "seed" in config else []
+    words += [f"latents every {entry.every} tokens"] if entry.every else []
+    words += [f"delay {entry.delay}"] if entry.delay else []
+    return ", ".join(word for word in words if word)
+
+
+def change(row: dict[str, Any]) -> Figure:
+    """A row of perplexity.json."""
+    return Figure(row["change_percent"], CHANGE, row.get("change_low"), row.get("change_high"))
+
+
+def score(row: dict[str, Any], key: str = "") -> Figure:
+    """A row of benchmarks.json."""
+    return Figure(row["value"], SCORE, row.get("low"), row.get("high"), key)
+
+
+def tables(runs: Runs) -> list[Table]:
+    """All runs, then the eight tables; one that no run is about has the published lines and says so."""
+    every = entries(runs)
+    full, late = "cache_augmentation", {e.result.data.get("checkpoint") for e in every if e.delay}
+
+    def variants(
+        name: str, title: str, lines: Sequence[Variant], about: Callable[[Entry], Any], beside: Callable[[Entry], Any]
+    ) -> Table:
+        """about: what the table is about. beside: what else belongs in it, if there is any of that."""
+        chosen = [e for e in every if about(e) or beside(e)] if any(about(e) for e in every) else []
+        return _variants(name, f"{title} (Section 3)", lines, chosen)
+
+    def at_once(e: Entry) -> bool:
+        return e.method == full and not e.delay
+
+    def decoder(e: Entry) -> bool:
+        return e.model == "decoder"
+
+    def both(e: Entry) -> bool:
+        return decoder(e) or at_once(e)
+
+    return [
+        _variants("0_runs", "All runs", (), every),
+        _perplexity([r for r in runs.perplexity if r.method["name"] == full]),
+        _benchmarks([e for e in every if at_once(e)], [e for e in every if decoder(e)]),
+        variants(
+            "3_pause_tokens",
+            "Pause tokens (Goyal et al. 2023) against cache augmentation",
+            published.PAUSE_TOKENS,
+            lambda e: e.method == "pause_tokens",
+            both,
+        ),
+        variants(
+            "4_zero_shot_cot",
+            "Zero-shot chain of thought against cache augmentation",
+            published.ZERO_SHOT_COT,
+            lambda e: e.model == "zero_shot_cot",
+            both,
+        ),
+        variants(
+            "5_coprocessors",
+            "Coprocessors from scratch and as low-rank parts",
+            published.COPROCESSORS,
+            lambda e: e.method in ("from_scratch", "lora"),
+            both,
+        ),
+        variants(
+            "6_last_layer",
+            "Last-layer activations instead of the cache",
+            published.LAST_LAYER,
+            lambda e: e.method == "last_layer",
+            both,
+        ),
+        variants("7_ahead_tokens", "Ahead tokens in training", published.NUM_AHEAD, at_once, decoder),
+        variants(
+            "8_asynchronous",
+            "Asynchronous coprocessor: latents that come some tokens late",
+            published.DELAY,
+            lambda e: e.delay,
+            lambda e: decoder(e) or at_once(e) and e.result.data.get("checkpoint") in late,
+        ),
+    ]
+
+
+def _perplexity(results: Sequence[Result]) -> Table:
+    """Table 1: a row for each published number of latents and for each of ours, by number of latents."""
+    rows: list[list[Cell]] = []
+    for latents, by_n in published.PERPLEXITY_CHANGE.items():
+        cells = [Figure(by_n[n], CHANGE) for n in AHEAD]
+        rows.append([latents, f"published, {published.DECODER}", "", Figure(published.FROZEN.ppl), *cells])
+    for result in results:
+        parts = {"": result.data}
+        if len(result.data.get("sets") or {}) > 1:
+            parts |= result.data["sets"]
+        what = label(of(result))
+        for source, part in parts.items():
+            by_n = {row["n"]: row for row in part["rows"]}
+            cells = [change(by_n[n]) if n in by_n else "" for n in AHEAD]
+            first = Figure(by_n[1]["decoder_ppl"]) if 1 in by_n else ""
+            words = f"{what}: {source} alone" if source else what
+            rows.append([result.method["num_latents"], words, result.key, first, *cells])
+    columns = ["latents", "what", "from", "decoder, n = 1", *(f"n = {n}" for n in AHEAD)]
+    rows.sort(key=lambda row: row[0])
+    title = "Change in perplexity of the n-th token ahead, by number of latents (Table 1)"
+    return _finished("1_perplexity", title, columns, rows, results)
+
+
+def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
+    """Table 2: of each benchmark the published line, then ours, a line for each kind of run."""
+    latents = sorted({*published.LATENTS, *(e.latents for e in ours if e.scores)})
+    rows: list[list[Cell]] = []
+    for benchmark in dict.fromkeys([*published.BENCHMARKS, *(b for e in [*decoders, *ours] for b in e.scores)]):
+        title = benchmark
+        if known := published.BENCHMARKS.get(benchmark):
+            title = known.title
+            cells = [Figure(known.scores[n]) if n in known.scores else "" for n in (0, *latents)]
+            rows.append([title, known.setting, f"published, {published.DECODER}", *cells])
+        for what, setting, by_latents in _lines(benchmark, [*ours, *decoders]):
+            rows.append(
+                [known.title if known else benchmark, setting, what, *(by_latents.get(n, "") for n in (0, *latents))]
+            )
+    columns = ["benchmark", "setting", "what", "decoder", *(f"{n} latents" for n in latents)]
+    used = [r for e in [*decoders, *ours] for r in e.results if r.path.name == "benchmarks.json"]
+    return _finished("2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used)
+
+
+def _lines(benchmark: str, models: Sequence[Entry]) -> list[tuple[str, str, dict[int, Cell]]]:
+    """(what, setting, number of latents -> figure): models that differ in nothing but that number share a line.
+
+    A decoder joins the lines of all that stand on it, and has one of its own where there are none.
+    """
+    lines: dict[tuple[str, str], list[tuple[str, str, dict[int, Cell]]]] = {}
+    for e in models:
+        if benchmark not in e.scores:
+            continue
+        row, key = e.scores[benchmark]
+        decoder, figure = e.result.data["fingerprint"], score(row, key)
+        if e.model == "decoder" and (above := [x for kind, of in lines.items() if kind[0] == decoder for x in of]):
+            for _, _, by_latents in above:
+                by_latents[0] = figure
+            continue
+        alike = lines.setdefault((decoder, label(e)), [])
+        if (line := next((x for x in alike if e.latents not in x[2]), None)) is None:
+            words = [row.get("metric") or "", f"{row['shots']}-shot" if row.get("shots") is not None else ""]
+            words += [f"{row['documents']:,} documents"] if row.get("documents") else []
+            alike.append(line := (label(e), ", ".join(filter(None, words)), {}))
+        line[2][e.latents] = figure
+    return [line for alike in lines.values() for line in alike]
+
+
+def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[Entry]) -> Table:
+    """Perplexity of the first token ahead, and every benchmark that ours have, GSM8K first."""
+    benchmarks = list(dict.fromkeys(["gsm8k", *(b for e in ours for b in e.scores)]))
+    titles = [published.BENCHMARKS[b].title if b in published.BENCHMARKS else b for b in benchmarks]
+    rows: list[list[Cell]] = []
+    for line in lines:
+        before, after = published.FROZEN.ppl, line.ppl
+        row = [Figure(before), Figure(after)] if after else ["", ""]
+        row += [Figure(100 * (after / before - 1), CHANGE) if after and line is not published.FROZEN else ""]
+        gsm8k = "" if line.gsm8k is None else Figure(line.gsm8k)
+        blank = [""] * (len(titles) - 1)
+        rows.append([line.what, line.latents or "", f"published, {published.DECODER}", *row, gsm8k, *blank])
+    for e in ours:
+        p = e.perplexity
+        row = [Figure(p["decoder_ppl"]), Figure(p["augmented_ppl"]), change(p)] if p else [""] * 3
+        if p and e.model == "decoder":
+            row[2] = ""
+        scores = [score(e.scores[b][0]) if b in e.scores else "" for b in benchmarks]
+        rows.append([label(e), e.latents or "", " ".join(r.key for r in e.results), *row, *scores])
+    columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change", *titles]
+    return _finished(name, title, columns, rows, [r for e in ours for r in e.results])
+
+
+def _finished(name: str, title: str, columns: list[str], rows: list[list[Cell]], results: Iterable[Result]) -> Table:
+    used = {r.key: r for r in sorted(results, key=lambda r: (r.path.name, int(r.key[1:])))}
+    if not used:
+        return Table(name, title, columns, [*rows, ["no run of ours", *[""] * (len(columns) - 1)]], "", [])
+    decoders = ", ".join(dict.fromkeys(r.decoder for r in used.values()))
+    note = (
+        f"Ours are on {decoders}, the published on {published.DECODER}: changes in percent compare, absolute figures "
+        "do not. Brackets: 95 % interval. Blank: not published, or not measured."
+    )
+    return Table(name, title, columns, rows, note, [origin(r) for r in used.values()])
+
+
+def origin(result: Result) -> str:
+    """Where a file's figures come from, in a line; what an older file does not tell is left out."""
+    data, p = result.data, result.data.get("provenance") or {}
+    words = [
+        f"{result.key}: {result.path}",
+        f"checkpoint {data.get('checkpoint') or 'none'}",
+        f"decoder {result.decoder}",
+    ]
+    words += [f"{data['documents']:,} documents"] if data.get("documents") else []
+    words += [str(p[name]) for name in ("date", "hardware", "command") if p.get(name)]
+    return "; ".join(words)
+
+
+def markdown(table: Table) -> str:
+    def line(cells: Iterable[Any]) -> str:
+        return "| " + " | ".join(" ".join(str(c).replace("|", "\\|").split()) for c in cells) + " |"
+
+    lines = [f"**{table.title}**", "", line(table.columns), line(["---"] * len(table.columns)), *map(line, table.rows)]
+    lines += ["", table.note] if table.note else []
+    lines += ["", *(f"- {origin}" for origin in table.origins)] if table.origins else []
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(table: Table) -> str:
+    """Numbers as they are, not rounded; a column with intervals is three: X, "X low", "X high"."""
+    wide = [any(isinstance(c, Figure) and c.low is not None for c in column) for column in zip(*table.rows)]
+    text = io.StringIO()
+    write = csv.writer(text, lineterminator="\n").writerow
+    names = [[n, f"{n} low", f"{n} high"] if three else [n] for n, three in zip(table.columns, wide)]
+    write([name for three in names for name in three])
+    for row in table.rows:
+        cells: list[Any] = []
+        for cell, three in zip(row, wide):
+            value, low, high = (cell.value, cell.low, cell.high) if isinstance(cell, Figure) else (cell, "", "")
+            cells += [value, low, high] if three else [value]
+        write(cells)
+    return text.getvalue()
+
+
+def as_html(table: Table) -> str:
+    """Without its origins: the page has them once for all tables."""
+
+    def line(tag: str, cells: Iterable[Any]) -> str:
+        kinds = [' class="figure"' if isinstance(c, Figure | int) else "" for c in cells]
+        return "<tr>" + "".join(f"<{tag}{k}>{html.escape(str(c))}</{tag}>" for c, k in zip(cells, kinds)) + "</tr>"
+
+    head, body = line("th", table.columns), "\n".join(line("td", row) for row in table.rows)
+    return (
+        f"<h3>{html.escape(table.title)}</h3>\n"
+        f'<div class="table"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>\n'
+        f'<p class="note">{html.escape(table.note)}</p>\n'
+    )

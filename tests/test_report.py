@@ -1,0 +1,343 @@
+"""From finished runs to tables, curves and one page: literal cells, hostile names, files of older and broken runs."""
+
+import base64
+import csv
+import io
+import json
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+from etils import epath
+
+import latent_delib as ld
+from latent_delib import evaluate, figures, published, report, runs, tables
+
+FINGERPRINT = "ab12cd34ef56" + 52 * "0"
+PROVENANCE = {"command": "python -m x <y>", "date": "2026-11-25T09:00:00+00:00", "hardware": "2 cores", "versions": {}}
+HOSTILE = 'lines:<script>alert("$x$")</script>|*.txt'
+
+
+def config(name="cache_augmentation", latents=8, ahead=16, **method):
+    method |= {"name": name, "num_latents": latents, "placement": "after", "num_ahead": ahead}
+    return {"seed": 3, "decoder": {"path": "packaged"}, "method": method}
+
+
+def perplexity(folder, change, of, step: int | None = 180, sets=()):
+    """Of n = 1, 2, 4; change percent at n = 1, and half of that at 2, a quarter at 4."""
+    rows = [
+        {"n": n, "tokens": 100, "decoder_ppl": 50.0, "augmented_ppl": 50 + change / 2 / n, "change_percent": change / n}
+        | {"change_low": change / n - 0.25, "change_high": change / n + 0.25}
+        for n in (1, 2, 4)
+    ]
+    checkpoint = None if step is None else f"runs/{folder.name}/checkpoints/{step}"
+    data = {"rows": rows, "sets": {name: {"rows": rows[:1], "documents": 2} for name in sets}, "documents": 5}
+    data |= {"pieces": 5, "config": of, "checkpoint": checkpoint, "step": step, "fingerprint": FINGERPRINT}
+    write(folder / "perplexity.json", data | {"provenance": PROVENANCE})
+
+
+def benchmarks(folder, values, of=None):
+    """values: {(benchmark, model, delay): value}."""
+    rows = [
+        {"benchmark": b, "model": model, "metric": "acc", "value": value, "stderr": 1.0, "low": value - 2}
+        | {"high": value + 2, "documents": 200, "shots": 4, "every": 0, "delay": delay}
+        for (b, model, delay), value in values.items()
+    ]
+    data = {"rows": rows, "config": of or config(), "checkpoint": f"runs/{folder.name}/checkpoints/180", "step": 180}
+    write(folder / "benchmarks.json", data | {"fingerprint": FINGERPRINT, "provenance": PROVENANCE})
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, monkeypatch_module):
+    """Runs of every kind a table is about, found from the folder above them."""
+    root = tmp_path_factory.mktemp("found")
+    monkeypatch_module.chdir(root)
+    main = epath.Path("runs/a")
+    perplexity(main, -0.5, config(), sets=("packaged/validation", HOSTILE))
+    for step in (120, 60):
+        perplexity(main / "evaluations" / str(step), -0.25, config(), step)
+    scores = {("gsm8k", "decoder", 0): 10, ("gsm8k", "zero_shot_cot", 0): 11, ("gsm8k", "augmented", 0): 12.345}
+    benchmarks(main, scores | {("chain_sum", "decoder", 0): 40} | {("gsm8k", "augmented", d): 12 - d for d in (1, 2)})
+    (main / "metrics.jsonl").write_text('{"step": 10, "loss": 4.5}\n{"step": 20, "loss": 4.0}\n{"step": 30, "lo')
+    perplexity(epath.Path("runs/b"), -1, config(latents=16))
+    benchmarks(epath.Path("runs/b"), {("gsm8k", "augmented", 0): 20}, config(latents=16))
+    perplexity(
+        epath.Path("runs/frozen"), 0, config("decoder", 16), None
+    )  # base.py's number of latents, which it has none of
+    perplexity(epath.Path("runs/trained"), 0, config("decoder", 16))
+    for name in ("pause_tokens", "from_scratch"):
+        perplexity(epath.Path("runs") / name, 200, config(name))
+    perplexity(epath.Path("runs/lora"), -0.125, config("lora", 32, lora_rank=64))
+    perplexity(epath.Path("runs/only/evaluations/60"), 2, config(ahead=4), 60)
+    perplexity(epath.Path("runs/only/evaluations/90"), 1, config(ahead=4), 90)
+    old = json.loads((main / "perplexity.json").read_text())
+    for name in ("sets", "documents", "step", "provenance"):
+        del old[name]
+    old["rows"] = [{k: v for k, v in row.items() if k not in ("change_low", "change_high")} for row in old["rows"]]
+    write(epath.Path("runs/old/perplexity.json"), old | {"checkpoint": "runs/old/checkpoints/7"})
+    return runs.find(["runs", "runs/a"])
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def by_name(found):
+    return {table.name: table for table in tables.tables(found)}
+
+
+@pytest.fixture(scope="module")
+def out(found, tmp_path_factory):
+    out = epath.Path(tmp_path_factory.mktemp("out")) / "report"
+    report.report(found, out)
+    return out
+
+
+def test_what_is_found(found):
+    """Each once; of a run with evaluations only, the last; curves in the order of their steps."""
+    assert [str(r.path.parent) for r in found.perplexity] == [
+        f"runs/{name}" for name in ("a", "b", "from_scratch", "frozen", "lora", "old", "pause_tokens", "trained")
+    ] + ["runs/only/evaluations/90"]
+    assert [r.key for r in found.perplexity] == [f"P{i}" for i in range(1, 10)]
+    assert [str(r.path) for r in found.benchmarks] == ["runs/a/benchmarks.json", "runs/b/benchmarks.json"]
+    steps = {str(folder): [r.step for r in results] for folder, results in found.curves.items()}
+    assert steps == {"runs/a": [60, 120], "runs/only": [60, 90]}
+    assert {str(f): rows for f, rows in found.losses.items()} == {"runs/a": [(10, 4.5), (20, 4.0)]}
+
+
+def texts(table):
+    return [[str(cell) for cell in row] for row in table.rows]
+
+
+def test_perplexity_by_number_of_latents(by_name):
+    table = by_name["1_perplexity"]
+    rows = texts(table)
+    assert table.columns == ["latents", "what", "from", "decoder, n = 1"] + [f"n = {n}" for n in (1, 2, 4, 8, 16, 32)]
+    assert rows[0] == [
+        "8",
+        "published, Gemma-2 2B",
+        "",
+        "10.96",
+        "-1.53%",
+        "-1.67%",
+        "-1.39%",
+        "-1.22%",
+        "-0.85%",
+        "-0.55%",
+    ]
+    ours = "cache augmentation, after, 16 ahead tokens, step 180, seed 3"
+    changes = ["-0.50% [-0.75, -0.25]", "-0.25% [-0.50, +0.00]", "-0.12% [-0.38, +0.12]"]
+    assert rows[1] == ["8", ours, "P1", "50.00", *changes, "", "", ""]
+    assert rows[3] == ["8", f"{ours}: {HOSTILE} alone", "P1", "50.00", changes[0], "", "", "", "", ""]
+    old = ["8", ours.replace("180", "7"), "P6", "50.00", "-0.50%", "-0.25%", "-0.12%", "", "", ""]
+    assert old in rows, "an older file: blanks for what it does not tell"
+    assert [row[0] for row in rows] == ["8"] * 6 + ["16"] * 2 + ["32", "64"]
+    assert "packaged (ab12cd34ef56), the published on Gemma-2 2B: changes in percent compare" in table.note
+    assert table.origins[0] == (
+        "P1: runs/a/perplexity.json; checkpoint runs/a/checkpoints/180; decoder packaged (ab12cd34ef56); 5 documents; "
+        "2026-11-25T09:00:00+00:00; 2 cores; python -m x <y>"
+    )
+    assert [origin[:2] for origin in table.origins] == ["P1", "P2", "P6", "P9"]
+
+
+def test_benchmarks_by_number_of_latents(by_name):
+    table = by_name["2_benchmarks"]
+    rows = texts(table)
+    assert table.columns[3:] == ["decoder", *(f"{n} latents" for n in (4, 8, 16, 32, 64))]
+    assert sum(row[2].startswith("published") for row in rows) == len(published.BENCHMARKS) == 17
+    first = next(i for i, row in enumerate(rows) if row[0] == "GSM8K")
+    assert rows[first][3:] == ["21.38", "22.67", "23.12", "24.72", "26.76", "31.43"]
+    figures = ["10.00 [8.00, 12.00] B1", "", "12.35 [10.35, 14.35] B1", "20.00 [18.00, 22.00] B2", "", ""]
+    assert rows[first + 1][:2] == ["GSM8K", "acc, 4-shot, 200 documents"] and rows[first + 1][3:] == figures
+    assert (
+        rows[-1] == ["chain_sum", "acc, 4-shot, 200 documents", "frozen decoder", "40.00 [38.00, 42.00] B1"] + [""] * 5
+    )
+
+
+def test_tables_of_variants(by_name):
+    ours = {name: [r for r in texts(by_name[name]) if "published" not in r[2]] for name in by_name}
+    pause = [row[:6] for row in texts(by_name["3_pause_tokens"]) if row[0].startswith("pause tokens")]
+    assert pause[0] == ["pause tokens", "32", "published, Gemma-2 2B", "10.96", "11.63", "+6.11%"]
+    assert pause[1][2:] == ["P7", "50.00", "150.00", "+200.00% [+199.75, +200.25]"]
+    assert [[row[0], row[2], row[6]] for row in ours["4_zero_shot_cot"][:3]] == [
+        ["frozen decoder", "P4 B1", "10.00 [8.00, 12.00]"],
+        ["trained decoder, step 180, seed 3", "P8", ""],
+        ["zero-shot CoT", "B1", "11.00 [9.00, 13.00]"],
+    ]
+    assert {row[0].split(",")[0] for row in ours["5_coprocessors"]} == {
+        "frozen decoder",
+        "trained decoder",
+        "cache augmentation",
+        "from scratch",
+        "lora",
+    }
+    assert any("rank 64" in row[0] for row in ours["5_coprocessors"])
+    assert texts(by_name["6_last_layer"])[-1] == ["no run of ours"] + [""] * 6 and not by_name["6_last_layer"].note
+    assert any("4 ahead tokens" in row[0] and row[2] == "P9" for row in ours["7_ahead_tokens"])
+    late = [(row[0].rpartition(", ")[2], row[2], row[6]) for row in ours["8_asynchronous"][2:]]
+    assert late == [
+        ("seed 3", "P1 B1", "12.35 [10.35, 14.35]"),
+        ("delay 1", "B1", "11.00 [9.00, 13.00]"),
+        ("delay 2", "B1", "10.00 [8.00, 12.00]"),
+    ]
+    assert len(by_name["0_runs"].rows) == 12
+
+
+def test_published_figures_agree_with_each_other():
+    """What the paper gives twice is written down twice here."""
+    for line in (published.OURS_32, *published.COPROCESSORS[:2], published.NUM_AHEAD[2], published.DELAY[0]):
+        assert published.BENCHMARKS["gsm8k"].scores[line.latents] == line.gsm8k
+    change = 100 * (published.OURS_32.ppl / published.FROZEN.ppl - 1)
+    assert published.PERPLEXITY_CHANGE[32][1] == pytest.approx(change, abs=0.01)
+    assert published.BENCHMARKS["gsm8k"].scores[0] == published.FROZEN.gsm8k
+    for by_n in published.PERPLEXITY_CHANGE.values():
+        assert tuple(by_n) == tables.AHEAD
+
+
+def test_markdown_and_csv(by_name, out):
+    table = by_name["1_perplexity"]
+    markdown = (out / "1_perplexity.md").read_text()
+    assert markdown == tables.markdown(table)
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(lines) == len(table.rows) + 2
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(table.columns) + 1}, "a name's | is escaped"
+    rows = list(csv.reader(io.StringIO((out / "1_perplexity.csv").read_text())))
+    assert rows[0][4:7] == ["n = 1", "n = 1 low", "n = 1 high"] and "n = 32 low" not in rows[0]
+    assert rows[2][4:7] == ["-0.5", "-0.75", "-0.25"] and rows[1][4:7] == ["-1.53", "", ""]
+    assert {len(row) for row in rows} == {len(table.columns) + 6}
+
+
+class Page(HTMLParser):
+    """Tags that are open at the end, all attributes, all text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.attributes, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, *a) for a in attrs]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_is_whole_by_itself_and_escapes_everything(out):
+    text = (out / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    links = [value for _, name, value in page.attributes if name in ("src", "href")]
+    assert len(links) == 4 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert base64.b64decode(links[0].partition(",")[2]) == (out / "loss.png").read_bytes()
+    assert "http" not in text and "@import" not in text and "url(" not in text and "<script" not in text
+    assert any(HOSTILE in data for data in page.texts)
+    assert sum("python -m x <y>" in data for data in page.texts) == 10, "each origin once"
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_files(out, by_name):
+    names = {f"{name}.{form}" for name in by_name for form in ("md", "csv", "png")}
+    names |= {f"{name}.png" for name in ("loss", "change_by_n", "change_by_latents", "change_by_step")} | {
+        "report.html"
+    }
+    assert {path.name for path in out.iterdir()} == names
+    for path in out.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_the_same_runs_give_the_same_bytes(found, out, by_name):
+    again = {name: draw for name, _, draw in figures.curves(runs.find(["runs"]))}
+    assert again["change_by_n"]() == (out / "change_by_n.png").read_bytes()
+    assert figures.table(by_name["6_last_layer"]) == (out / "6_last_layer.png").read_bytes()
+    assert tables.tables(runs.find(["runs"])) == list(by_name.values())
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("perplexity.json", "{", "perplexity.json: not JSON"),
+        ("perplexity.json", b"\xff", "perplexity.json: not JSON"),
+        ("perplexity.json", "[]", "perplexity.json: holds list, expected an object"),
+        ("perplexity.json", {"rows": None}, "perplexity.json: rows=None: expected list"),
+        ("perplexity.json", {"rows": []}, "perplexity.json: 0 rows"),
+        ("perplexity.json", {"rows": [{"n": 1}]}, r"perplexity.json: rows\[0\]: tokens=None: expected int"),
+        ("perplexity.json", {"rows": [3]}, r"perplexity.json: rows\[0\]: holds int, expected an object"),
+        ("perplexity.json", {"config": {}}, "perplexity.json: config: method=None: expected dict"),
+        ("perplexity.json", {"fingerprint": 3}, "perplexity.json: fingerprint=3: expected str"),
+        ("perplexity.json", {"sets": {"x": {}}}, r"perplexity.json: sets\['x'\]: rows=None"),
+        ("benchmarks.json", {"rows": [{"benchmark": "x"}]}, r"benchmarks.json: rows\[0\]: model=None"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step"\n', "metrics.jsonl:2: not JSON"),
+        ("metrics.jsonl", '{"step": 1, "loss": NaN}\n', "metrics.jsonl:1: loss=nan: expected int or float"),
+    ],
+)
+def test_broken_files_are_named(found, tmp_path, name, content, message):
+    folder = epath.Path(tmp_path / "run")
+    folder.mkdir()
+    if isinstance(content, dict):
+        write(folder / name, json.loads(epath.Path(f"runs/a/{name}").read_text()) | content)
+    else:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ld.UserError, match=message) as caught:
+        runs.find([str(folder)])
+    assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    def error(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        monkeypatch.delitem(sys.modules, "latent_delib.report", raising=False)
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_module("latent_delib.report", run_name="__main__")
+        return str(exit_.value.code)
+
+    (tmp_path / "empty").mkdir()
+    out = f"--out={tmp_path / 'out'}"
+    assert error("nowhere", out) == "error: nowhere: no such folder"
+    assert "empty: holds no perplexity.json, benchmarks.json" in error(out, tmp_path / "empty")
+    assert error(out).startswith("error: DIR is missing: ")
+    assert error("runs").startswith("error: --out is missing")
+    assert "folders" in error("--folders=runs", out)
+    assert "holds no checkpoints" in error("runs", out, f"--look={tmp_path}")
+    assert not (tmp_path / "out").exists()
+    assert error("--help") == "0" and "\n  DIR: folders of finished runs" in capsys.readouterr().out
+
+
+def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, capsys):
+    """What `train` and `evaluate` really write, and a look into the latents of the checkpoint."""
+    evaluate.evaluate(make_config(), str(trained), str(tmp_path / "evaluated"))
+    text = max(texts["validation"], key=len)
+    flags = SimpleNamespace(
+        folders=[str(trained), str(tmp_path)], out=str(tmp_path / "out"), look=str(trained), text=text
+    )
+    report.main(flags)
+    out = tmp_path / "out"
+    assert "read 1 perplexity.json, 0 benchmarks.json, 1 metrics.jsonl" in capsys.readouterr().out
+    change = json.loads((tmp_path / "evaluated" / "perplexity.json").read_text())["rows"][0]["change_percent"]
+    table = (out / "1_perplexity.md").read_text()
+    assert "| 2 | cache augmentation, after, 3 ahead tokens, step 4, seed 0 | P1 | " in table
+    assert f" | {change:+.2f}%" in table
+    nearest = list(csv.reader((out / "look_nearest.csv").open()))
+    assert [row[0] for row in nearest] == ["latent", "z1", "z2"] and len(nearest[1]) == 11
+    page = (out / "report.html").read_text()
+    assert page.count("<img") == 3 + 2 and "[2 latents]" in page
+    assert (out / "look_coprocessor.png").exists() and (out / "look_decoder.png").exists()
+    flags.text = "the cat"
+    with pytest.raises(ld.UserError, match="--text='the cat': .* tokens with BOS, expected at least 14"):
+        report.main(flags)
