@@ -72,4 +72,6 @@ def get_config() -> ConfigDict:
     c.evaluate.batch_size = 8  # pieces at once
     c.evaluate.positions = 64  # augmented positions of each piece at once: bounds memory
     c.evaluate.max_pieces = 0  # per validation source, spread over it; 0: all
+    c.evaluate.max_positions = 0  # of each piece, drawn at random; 0: all
+    c.evaluate.seed = 0  # of that draw, and of the confidence intervals
     return c

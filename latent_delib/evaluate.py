@@ -1,46 +1,61 @@
 """Perplexity of the n-th token ahead, with latents after every token and without (Section 3.1, Table 1).
 
-  python -m latent_delib.evaluate --config=configs/X.py --workdir=DIR [--out=DIR] [--step=N] [--distributed]
+  python -m latent_delib.evaluate --config=configs/X.py --workdir=DIR [--out=DIR] [--distributed]
+      [--step=N | --steps=all | --steps=N,N,... | --watch [--patience=SECONDS]]
 
-Writes perplexity.json and perplexity.png to --out (the workdir by default) and prints the table. Both folders may be
-gs://BUCKET/PATH.
+Prints the table and writes to OUT, the workdir if left out: perplexity.json, perplexity.png, and documents.npz, the
+sums of each document. With --steps or --watch each checkpoint has its own in OUT/evaluations/STEP, those that are there
+are not made again, and OUT/evaluations/curves.png shows all. --watch evaluates the checkpoints of a running training as
+they appear, until its last. Killed at any time, the same command goes on. Both folders may be gs://BUCKET/PATH.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+import re
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latent_delib import checkpoint, commands, distributed, experiment
+from latent_delib import checkpoint, commands, distributed, experiment, perplexity
 from latent_delib import mesh as mesh_lib
-from latent_delib.data import batches
+from latent_delib.checkpoint import Restored, warn
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.transformer import Params
+from latent_delib.perplexity import Sums, Text
 from latent_delib.progress import Progress
-from latent_delib.step import ahead_step, read_step
+from latent_delib.provenance import provenance
 from latent_delib.weights import folder
 
-
-class Sums(NamedTuple):
-    """For n = 1 ... A: Σ -log p under the decoder and with latents, in nats, and Σ tokens; float64 [A] each."""
-
-    decoder: np.ndarray
-    augmented: np.ndarray
-    tokens: np.ndarray
+SAVE_EVERY = 30.0  # seconds between two savings of partial sums
+POLL = 20.0  # seconds between two looks for new checkpoints
 
 
 def main(flags: Any) -> None:
+    if (flags.step is not None) + bool(flags.steps) + flags.watch > 1:
+        raise UserError("--step, --steps, --watch: expected one of them")
+    if flags.steps and not re.fullmatch(r"all|\d+(,\d+)*", flags.steps):
+        raise UserError(f"--steps={flags.steps}: expected all, or numbers with commas between")
+    if flags.patience < 0:
+        raise UserError(f"--patience={flags.patience}: expected at least 0")
+    config, workdir, out = flags.config, flags.workdir, flags.out or flags.workdir
     with distributed.job(flags):
-        evaluate(flags.config, flags.workdir, flags.out or flags.workdir, flags.step)
+        if flags.steps or flags.watch:
+            steps = None if flags.steps in ("", "all") else [int(step) for step in flags.steps.split(",")]
+            evaluate_many(config, workdir, out, steps, flags.patience if flags.watch else None)
+        else:
+            evaluate(config, workdir, out, flags.step)
 
 
 def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None) -> dict[str, Any]:
@@ -52,159 +67,326 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
     Raises:
       UserError: no checkpoint, one of another decoder or method, bad config or data.
     """
-    exp = experiment.read(config)
-    plain = json.loads(config.to_json_best_effort())
-    distributed.check_same(config=json.dumps([plain, workdir, step]), decoder=exp.fingerprint)
+    job = Job(config, workdir, [step])
     untrained = config.method.name == "decoder" and bool(config.decoder.path)
     if untrained and not (epath.Path(workdir) / "checkpoints").is_dir():
-        params, found = {"decoder": experiment.load_decoder(exp, exp.dtype)}, None
-    else:
-        params, found = load(exp, workdir, step)
-    pieces = read_pieces(exp)
-    distributed.check_same(validation=hashlib.sha256(np.concatenate(pieces)).hexdigest())
-    rows = table(perplexity(exp, params, pieces))
-    result = {
-        "rows": rows,
-        "pieces": len(pieces),
-        "config": plain,
-        "checkpoint": None if found is None else str(epath.Path(workdir) / "checkpoints" / str(found)),
-        "fingerprint": exp.fingerprint,
-    }
-    if jax.process_index() == 0:
-        write(result, epath.Path(out))
-        print(show(rows, result), flush=True)
-    return result
+        return job.run(None, epath.Path(out))
+    return job.run(load(job.exp, workdir, step), epath.Path(out))
 
 
-def load(exp: Experiment, workdir: str, step: int | None) -> tuple[Params, int]:
-    """The parameters of a checkpoint, in the config's dtype, and its step."""
+def evaluate_many(
+    config: ConfigDict,
+    workdir: str,
+    out: str,
+    steps: Sequence[int] | None = None,
+    patience: float | None = None,
+) -> None:
+    """Evaluates checkpoints of `workdir`, the smallest step first, each under OUT/evaluations/STEP.
+
+    Args:
+      steps: which; None: all. Those that have a perplexity.json there are skipped.
+      patience: None: those that are there now. Otherwise new ones too, until the training's last step is done, or for
+        so many seconds none has come.
+
+    Raises:
+      UserError: as `evaluate`; there is no checkpoint of one of `steps`; OUT has evaluations of another config; in the
+        end, when all others are done, for checkpoints that could not be read.
+    """
+    job, evaluations, failed = Job(config, workdir, [steps, patience]), epath.Path(out) / "evaluations", []
+    for step in _arriving(job, evaluations, steps, patience):
+        try:
+            found = load(job.exp, workdir, step)
+        except OtherRun:
+            raise
+        except (UserError, OSError) as error:
+            if _from_first(jax.process_index() == 0 and step not in _there(workdir)):
+                warn(f"{workdir}: checkpoint {step} was removed before it was read; skipped")
+            else:
+                warn(f"checkpoint {step} is not evaluated: {error}")
+                failed.append(step)
+            continue
+        job.run(found, evaluations / str(step))
+        del found  # before the next is read
+        if jax.process_index() == 0:
+            draw_curves(evaluations)
+    if failed:
+        raise UserError(f"--workdir={workdir}: checkpoints {failed} could not be read; the same command tries again")
+
+
+class OtherRun(UserError):
+    """A checkpoint is of another decoder or method than the config: none of its workdir will fit."""
+
+
+def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
+    """A checkpoint, the newest without `step`: its trainable tree in the config's dtype, its step and its meta.
+
+    Raises:
+      UserError: there is none, or it is damaged; OtherRun.
+    """
     shapes = folder.shapes(exp.aug.transformer.config)
     shapes = jax.eval_shape(experiment.init_trainable(exp), jax.random.key(0), shapes)
     shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES, mesh_lib.TRAINABLE)
     wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    checkpoints, *_ = checkpoint.open_for_reading(workdir, step)
-    found = checkpoints.restore_newest(wanted, step=step, check=lambda meta: exp.check_same(meta, workdir))
-    checkpoints.close()
-    decoder = experiment.load_decoder(exp, exp.dtype)
-    return {"decoder": decoder} | jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable), found.step
+    checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
+    with contextlib.closing(checkpoints):
+        try:
+            exp.check_same(meta, workdir)
+        except UserError as error:
+            raise OtherRun(str(error)) from None
+        found = checkpoints.restore_newest(wanted, step=step, check=lambda meta: exp.check_same(meta, workdir))
+    return found._replace(trainable=jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable))
 
 
-def read_pieces(exp: Experiment) -> list[np.ndarray]:
-    """The validation text: every document, cut where longer than `max_length` into pieces that each begin with BOS.
+class Job:
+    """What all checkpoints of a job share, each read or compiled once, when it is first needed: steps, text, decoder.
 
-    With `max_pieces`, that many of each source, evenly spread over it: a quick look.
+    `arguments`: what else must be the same on all processes.
     """
-    e, by_source = exp.config.evaluate, {source: [] for source in exp.config.data.validation}
-    for source, tokens in batches.validation_documents(exp.config.data, tokenizer_path=str(exp.tokenizer.path)):
-        by_source[source] += [p for p in batches.pieces(tokens, e.max_length, exp.tokenizer.bos_id) if len(p) > 1]
-    chosen: list[np.ndarray] = []
-    for pieces in by_source.values():
-        wanted = min(e.max_pieces or len(pieces), len(pieces))
-        chosen += [pieces[i * len(pieces) // wanted] for i in range(wanted)]
-    if not chosen:
-        raise UserError(f"config.data.validation={exp.config.data.validation}: holds no text")
-    return chosen
 
+    def __init__(self, config: ConfigDict, workdir: str, arguments: Sequence[Any]):
+        self.exp, self.workdir = experiment.read(config), workdir
+        self.plain = json.loads(config.to_json_best_effort())
+        same = json.dumps([self.plain, workdir, *arguments])
+        distributed.check_same(config=same, decoder=self.exp.fingerprint)
+        self.steps = perplexity.jit_steps(self.exp)
 
-def perplexity(exp: Experiment, params: Params, pieces: Sequence[np.ndarray]) -> Sums:
-    """Sums over every token of every piece (int32 [n], BOS first), each counted once for each n that reaches it.
+    @functools.cached_property
+    def text(self) -> Text:
+        text = perplexity.read_text(self.exp)
+        distributed.check_same(validation=text.digest())
+        return text
 
-    A piece is read once; its cache then serves all its positions, `positions` of them at a time, which bounds the
-    memory. No sum depends on how pieces are batched, or on the number of hosts: every host gets each token's value and
-    adds up all of them, in float64.
-    """
-    e, pad = exp.config.evaluate, exp.tokenizer.pad_id
-    pieces = sorted(pieces, key=len)  # alike in length together: least padding
-    A, B, M, T = e.num_ahead, e.batch_size, min(e.positions, e.max_length), e.max_length
-    aug, whole = exp.aug, mesh_lib.replicated(exp.mesh)
-    if B % (shards := mesh_lib.row_shards(exp.mesh)):
-        raise UserError(f"config.evaluate.batch_size={B} does not split over {shards} devices")
-    here = mesh_lib.local_rows(exp.mesh, B)
-    read = jax.jit(partial(read_step, aug=aug, dtype=exp.dtype), out_shardings=(None, whole))
-    ahead = jax.jit(partial(ahead_step, aug=aug, num_ahead=A), out_shardings=whole)
+    @functools.cached_property
+    def decoder(self) -> Params:
+        return experiment.load_decoder(self.exp, self.exp.dtype)
 
-    def place(x: np.ndarray) -> jax.Array:
-        return mesh_lib.place_rows(exp.mesh, x[here], B)
-
-    sums = Sums(*np.zeros((3, A)))
-    done, progress = 0, Progress("evaluated", sum(map(len, pieces)), "tokens")
-    for first in range(0, len(pieces), B):
-        rows = pieces[first : first + B]
-        tokens, segment = np.full((B, T), pad, np.int32), np.zeros((B, T), np.int32)
-        for i, piece in enumerate(rows):
-            tokens[i, : len(piece)], segment[i, : len(piece)] = piece, 1
-        tokens_BT, segment_BT = place(tokens), place(segment)
-        cache, text_nll = read(params, tokens_BT, segment_BT)
-        longest, parts = max(map(len, rows)) - 1, []  # positions with at least one ahead token
-        for start in range(0, longest if aug.has_latents else 0, M):
-            at_BM = np.minimum(np.arange(start, start + M), T - 1)  # T - 1 has no ahead tokens, so no weight
-            at_BM = place(np.tile(at_BM, (B, 1)).astype(np.int32))
-            parts.append(ahead(params, cache, tokens_BT, segment_BT, at_BM))
-        # Read only now that the device has all it needs to go on.
-        for nll_T, piece in zip(np.asarray(text_nll, np.float64), rows):
-            for n in range(1, min(A, len(piece) - 1) + 1):
-                sums.decoder[n - 1] += nll_T[n - 1 : len(piece) - 1].sum()
-                sums.tokens[n - 1] += len(piece) - n
-        for nll, weights in parts:
-            sums.augmented[:] += (np.asarray(nll, np.float64) * np.asarray(weights)).sum(axis=(0, 1))
-        done += sum(map(len, rows))
+    def run(self, found: Restored | None, out: epath.Path) -> dict[str, Any]:
+        """Evaluates a checkpoint, or without one the frozen decoder; returns what perplexity.json holds."""
+        sums, text, seed = self.add_up(found, out / "partial.npz"), self.text, self.exp.config.evaluate.seed
+        each = {s: sums.of(text.source == number) for number, s in enumerate(text.sources)}
+        sets = {s: {"rows": perplexity.table(x, seed), "documents": len(x.tokens)} for s, x in each.items()}
+        step = None if found is None else found.step
+        result = {
+            "rows": perplexity.table(sums, seed) if len(sets) > 1 else sets[text.sources[0]]["rows"],
+            "documents": len(text.source),
+            "pieces": len(text.pieces),
+            "sets": sets,
+            "config": self.plain,
+            "checkpoint": None if step is None else str(epath.Path(self.workdir) / "checkpoints" / str(step)),
+            "step": step,
+            "fingerprint": self.exp.fingerprint,
+            "provenance": _from_first(provenance()),
+        }
         if jax.process_index() == 0:
-            progress(done)
-    return sums if aug.has_latents else sums._replace(augmented=sums.decoder)
+            write(result, text, sums, out)
+            (out / "partial.npz").unlink(missing_ok=True)
+            print(show(result), flush=True)
+        return result
+
+    def add_up(self, found: Restored | None, partial: epath.Path) -> Sums:
+        """The sums of a checkpoint; what is done is saved now and then, and what was saved is not done again.
+
+        A saved part that is of another config, checkpoint, decoder, text or mesh is told of, and not used.
+        """
+        exp, text = self.exp, self.text
+        checkpointed = None if found is None else [found.step, found.meta]
+        identity = [self.plain, checkpointed, exp.fingerprint, text.digest(), dict(exp.mesh.shape)]
+        identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        sums, before = _saved(partial, identity) or (perplexity.zeros(exp, text), 0)
+
+        trainable = {} if found is None else found.trainable
+        params = trainable if "decoder" in trainable else {"decoder": self.decoder} | trainable
+        lengths = np.cumsum(sorted(map(len, text.pieces)))  # of all pieces up to each, in the order they are added
+        what = "evaluated" if found is None else f"checkpoint {found.step} evaluated"
+        progress = Progress(what, int(lengths[-1]), "tokens", int(lengths[before - 1]) if before else 0)
+        since = time.monotonic()
+        for done in perplexity.add_up(exp, self.steps, params, text, sums, before):
+            if jax.process_index() == 0:
+                progress(int(lengths[done - 1]))
+                if time.monotonic() - since >= SAVE_EVERY:
+                    _write_npz(partial, identity=identity, done=done, **sums._asdict())
+                    since = time.monotonic()
+        return sums
 
 
-def table(sums: Sums) -> list[dict[str, float]]:
-    """One row for each n that some document reaches."""
-    rows = []
-    for n, (decoder, augmented, tokens) in enumerate(zip(*sums), start=1):
-        if tokens:
-            plain, ours = float(np.exp(decoder / tokens)), float(np.exp(augmented / tokens))
-            change = 100 * float(np.expm1((augmented - decoder) / tokens))
-            rows.append(
-                {"n": n, "tokens": int(tokens), "decoder_ppl": plain, "augmented_ppl": ours, "change_percent": change}
-            )
-    return rows
+def _saved(partial: epath.Path, identity: str) -> tuple[Sums, int] | None:
+    """The sums that process 0 finds in a partial.npz, and how many pieces are in them, the same on every process."""
+    content = partial.read_bytes() if jax.process_index() == 0 and partial.exists() else b""
+    if not (content := _bytes_from_first(content)):
+        return None
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            if str(file["identity"]) == identity:
+                return Sums(*(file[name] for name in Sums._fields)), int(file["done"])
+        problem = "of another config, checkpoint, decoder, text or mesh"
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        problem = f"damaged ({' '.join(str(error).split())})"
+    warn(f"{partial} is {problem}: the evaluation begins anew")
+    return None
 
 
-def show(rows: Sequence[dict[str, float]], result: dict[str, Any]) -> str:
-    """The table in plain text: n = 1, 2, 4, 8, ..."""
-    method = result["config"]["method"]
+def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, patience: float | None) -> Iterator[int]:
+    """The steps to evaluate, as `evaluate_many` says. Process 0 looks and decides, and tells the others."""
+    first, since, over = jax.process_index() == 0, time.monotonic(), False
+    wanted = set(steps or ())  # without `steps`: all that were there at some look
+    settled: set[int] = set()  # evaluated before, yielded, or gone
+    if first and patience is None:
+        there = _there(job.workdir)
+        if not (there or wanted):
+            raise UserError(f"--workdir={job.workdir}: holds no checkpoints; train it first")
+        if absent := [s for s in sorted(wanted - there) if not _is_done(job, evaluations, s)]:
+            raise UserError(f"--steps: no checkpoint of step {absent[0]}; there are {sorted(there)}")
+    while True:
+        step, newest = None, None
+        if first:
+            there = _there(job.workdir)
+            wanted |= there if steps is None else set()
+            settled |= {s for s in wanted - settled if _is_done(job, evaluations, s)}
+            for gone in sorted(wanted - settled - there):
+                warn(f"{job.workdir}: checkpoint {gone} was removed before its turn; skipped")
+                settled.add(gone)
+            step, newest = min(wanted - settled, default=None), max(there, default=None)
+            over = patience is not None and time.monotonic() - since >= patience
+        step, newest, over = _from_first((step, newest, over))
+        if step is not None:
+            settled.add(step)
+            yield step
+            since = time.monotonic()
+            continue
+        last = patience is not None and newest is not None and _is_last(job.workdir, newest)
+        if patience is None or last or over:
+            if first and patience is not None:
+                print(f"step {newest} was the last" if last else f"no new checkpoint for {patience:g} s", flush=True)
+            return
+        time.sleep(POLL)
+
+
+def _there(workdir: str) -> set[int]:
+    """The steps of whole checkpoints: a folder takes its name once whole; in a bucket one file comes last."""
+    checkpoints = epath.Path(workdir) / "checkpoints"
+    last = "commit_success.txt" if workdir.startswith("gs://") else "_CHECKPOINT_METADATA"
+    folders = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return {int(f.name) for f in folders if f.name.isdigit() and (f / last).exists()}
+
+
+def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
+    """Whether a step is evaluated. Raises UserError where that was of something else: a curve shows one thing."""
+    file = evaluations / str(step) / "perplexity.json"
+    if not file.exists():
+        return False
+    found = json.loads(file.read_text())
+    ours = _subject(job.plain, job.exp.fingerprint)
+    for key, value in _subject(found["config"], found["fingerprint"]).items():
+        if value != ours[key]:
+            raise UserError(f"{file}: has {key}={value}, this config {ours[key]}; give another --out, or remove it")
+    return True
+
+
+def _subject(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """What evaluations must agree on to be compared."""
+    keys = {
+        "method": ("name", "num_latents", "placement"),
+        "data": ("validation",),
+        "evaluate": ("num_ahead", "max_length", "max_pieces", "max_positions", "seed"),
+    }
+    named = {f"config.{room}.{key}": config[room].get(key) for room in keys for key in keys[room]}
+    return {"fingerprint": fingerprint} | named
+
+
+def _is_last(workdir: str, newest: int) -> bool:
+    """Whether the newest checkpoint is the last that its training makes, as far as any can be read."""
+    try:
+        checkpoints, _, meta = checkpoint.open_for_reading(workdir)
+    except (UserError, OSError):
+        return False
+    checkpoints.close()
+    return newest >= meta["config"]["train"]["steps"]
+
+
+def _from_first(value: Any) -> Any:
+    """What process 0 calls this with, on every process; something JSON can hold."""
+    return json.loads(_bytes_from_first(json.dumps(value).encode()))
+
+
+def _bytes_from_first(content: bytes) -> bytes:
+    if jax.process_count() == 1:
+        return content
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    padded = np.frombuffer(content[:size].ljust(size, b"\0"), np.uint8)
+    return multihost_utils.broadcast_one_to_all(padded).tobytes()
+
+
+def show(result: dict[str, Any]) -> str:
+    """The tables in plain text: of each set if there are several, then of all."""
+    method, sets = result["config"]["method"], result["sets"]
+    at = "" if result["step"] is None else f", step {result['step']}"
     lines = [
-        f"perplexity of the n-th token ahead; {method['name']}, {method['num_latents']} latents, "
-        f"placement {method['placement']}, {result['pieces']} pieces of text",
-        f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}",
+        f"perplexity of the n-th token ahead; {method['name']}{at}, {method['num_latents']} latents, "
+        f"placement {method['placement']}, {result['pieces']} pieces of {result['documents']} documents"
     ]
-    for row in rows:
-        if row["n"] & (row["n"] - 1) == 0:
-            lines.append(
-                f"{row['n']:>3} {row['tokens']:>10,} {row['decoder_ppl']:>10.4f} {row['augmented_ppl']:>10.4f} "
-                f"{row['change_percent']:>+8.2f}%"
-            )
-    return "\n".join(lines)
+    for source, found in sets.items() if len(sets) > 1 else ():
+        lines += [f"{source}, {found['documents']} documents", perplexity.show(found["rows"])]
+    return "\n".join([*lines, *(["all"] if len(sets) > 1 else []), perplexity.show(result["rows"])])
 
 
-def write(result: dict[str, Any], out: epath.Path) -> None:
-    """perplexity.json and perplexity.png, each under its name only once whole."""
+def write(result: dict[str, Any], text: Text, sums: Sums, out: epath.Path) -> None:
+    """documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
+    _write_npz(out / "documents.npz", source=text.source, sources=np.array(text.sources), **sums._asdict())
+    rows = result["rows"]
+    n, change = [r["n"] for r in rows], [r["change_percent"] for r in rows]
+    low, high = ([np.nan if r[key] is None else r[key] for r in rows] for key in ("change_low", "change_high"))
+
+    def draw(axes: Any) -> None:
+        axes.axhline(0, color="black", linewidth=0.8, label="frozen decoder")
+        axes.plot(n, change, marker="o", markersize=3, label="augmented")
+        axes.fill_between(n, low, high, alpha=0.2, linewidth=0, label="95 % over documents")
+        axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)")
+        axes.legend()
+
+    _write_png(out / "perplexity.png", draw)
+    _write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
+
+
+def draw_curves(evaluations: epath.Path) -> None:
+    """curves.png: the change at a few n against the step, of all evaluations that are there (Figure 3)."""
+    files = {int(f.name): f / "perplexity.json" for f in evaluations.iterdir() if f.name.isdigit()}
+    results = {step: json.loads(file.read_text())["rows"] for step, file in sorted(files.items()) if file.exists()}
+
+    def draw(axes: Any) -> None:
+        axes.axhline(0, color="black", linewidth=0.8, label="frozen decoder")
+        for n in (1, 4, 16, 32):
+            points = [(step, r["change_percent"]) for step, rows in results.items() for r in rows if r["n"] == n]
+            if points:
+                axes.plot(*zip(*points), marker="o", markersize=3, label=f"n = {n}")
+        axes.set(xlabel="training step", ylabel="change in perplexity (%)")
+        axes.legend()
+
+    _write_png(evaluations / "curves.png", draw)
+
+
+def _write_png(path: epath.Path, draw: Callable[[Any], None]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    out.mkdir(parents=True, exist_ok=True)
-    rows = result["rows"]
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.axhline(0, color="black", linewidth=0.8, label="frozen decoder")
-    axes.plot([r["n"] for r in rows], [r["change_percent"] for r in rows], marker="o", markersize=3, label="augmented")
-    axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)")
-    axes.legend()
+    draw(axes)
     figure.savefig(png := io.BytesIO(), format="png", dpi=150)
     pyplot.close(figure)
-    for name, content in (
-        ("perplexity.png", png.getvalue()),
-        ("perplexity.json", f"{json.dumps(result, indent=2)}\n".encode()),
-    ):
-        (out / f".{name}.tmp").write_bytes(content)
-        (out / f".{name}.tmp").replace(out / name)
+    _write(path, png.getvalue())
+
+
+def _write_npz(path: epath.Path, **arrays: Any) -> None:
+    np.savez(content := io.BytesIO(), **arrays)
+    _write(path, content.getvalue())
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    """A file under its name only once whole; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (partial := path.parent / f".{path.name}.tmp").write_bytes(content)
+    partial.replace(path)
 
 
 if __name__ == "__main__":
@@ -215,5 +397,8 @@ if __name__ == "__main__":
         workdir=(commands.REQUIRED, "of a training job"),
         out=("", "where to write; the workdir if left out"),
         step=(None, "checkpoint step; the newest if left out"),
+        steps=("", "several: all, or their numbers with commas between"),
+        watch=(False, "evaluate each checkpoint of a running training as it appears"),
+        patience=(86400.0, "seconds without a new checkpoint after which --watch ends"),
         **distributed.FLAGS,
     )

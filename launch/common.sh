@@ -3,7 +3,7 @@
 #
 #   LATENT_DELIB_RETRIES=8    how often a call of gcloud or xpk is tried before it counts as failed
 #   LATENT_DELIB_WAIT=10      seconds before the second try; doubled each time, at most 300
-#   LATENT_DELIB_POLL=60      seconds between two looks at a slice, a job or a folder of checkpoints
+#   LATENT_DELIB_POLL=60      seconds between two looks at a slice or a job
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 export PATH=$PWD/.venv/bin:$PATH

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 import latent_delib as ld
-from latent_delib import evaluate, experiment
+from latent_delib import evaluate, experiment, perplexity
 from latent_delib import mesh as mesh_lib
+from latent_delib.data import token_files
 from latent_delib.tokenizer import Tokenizer
 
 A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
+KEYS = ["n", "tokens", "decoder_ppl", "augmented_ppl", "change_percent", "change_low", "change_high"]
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +25,16 @@ def cut(documents, length, bos=2):
     return [[bos, *d[i : i + length - 1]] for d in documents for i in range(0, len(d), length - 1)]
 
 
-def naive_rows(lm, pieces):
-    """The table, from log-probabilities after every token of every piece."""
+def naive_rows(lm, pieces, chosen=None):
+    """The table, from log-probabilities after every token of every piece, or after the chosen ones of each."""
+    chosen = chosen or [range(len(piece)) for piece in pieces]
     rows = []
     text = np.zeros((len(pieces), MAX + A), np.int32)
     for row, piece in zip(text, pieces):
         row[: len(piece)] = piece
     logprobs = lm.ahead_logprobs(text, np.tile(np.arange(MAX), (len(pieces), 1)), A)
     for n in range(1, A + 1):
-        counted = [(b, t) for b, piece in enumerate(pieces) for t in range(len(piece) - n)]
+        counted = [(b, t) for b, piece in enumerate(pieces) for t in chosen[b] if t < len(piece) - n]
         plain, ours = (np.exp(-np.mean([x[b, t, n - 1] for b, t in counted], dtype=np.float64)) for x in logprobs)
         rows.append([n, len(counted), plain, ours, 100 * (ours / plain - 1)])
     return rows
@@ -39,8 +42,9 @@ def naive_rows(lm, pieces):
 
 def assert_same(rows, expected):
     """Perplexities to 1e-6 relative, so changes to a few 1e-4 of a percent; counts exactly."""
-    assert [list(row) for row in rows] == [["n", "tokens", "decoder_ppl", "augmented_ppl", "change_percent"]] * A
-    rows, expected = (np.array([list(r.values()) if isinstance(r, dict) else r for r in x]) for x in (rows, expected))
+    assert [list(row) for row in rows] == [KEYS] * A
+    assert all(row["change_low"] <= row["change_percent"] <= row["change_high"] for row in rows)
+    rows, expected = np.array([list(row.values())[:5] for row in rows]), np.array(expected)
     np.testing.assert_array_equal(rows[:, :2], expected[:, :2])
     np.testing.assert_allclose(rows[:, 2:4], expected[:, 2:4], rtol=1e-6)
     np.testing.assert_allclose(rows[:, 4], expected[:, 4], atol=3e-4)
@@ -55,16 +59,99 @@ def test_a_checkpoint(make_config, trained, decoder_folder, documents, tmp_path,
     assert result["rows"][0]["tokens"] == sum(map(len, documents)) and len(pieces) > len(documents)
     assert abs(result["rows"][0]["change_percent"]) > 0.1  # latents do something
 
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["perplexity.json", "perplexity.png"]
-    assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == result
-    assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert set(result) == {"rows", "pieces", "config", "checkpoint", "fingerprint"}
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["documents.npz", "perplexity.json", "perplexity.png"]
+    assert json.loads((out / "perplexity.json").read_text()) == result
+    assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG\r\n")
+    keys = {"rows", "sets", "documents", "pieces", "config", "checkpoint", "step", "fingerprint", "provenance"}
+    assert set(result) == keys and set(result["provenance"]) == {"command", "date", "hardware", "versions"}
     assert result["pieces"] == len(pieces) and result["config"]["method"]["num_ahead"] == config.method.num_ahead
-    assert result["checkpoint"] == str(trained / "checkpoints" / "4")
+    assert (result["checkpoint"], result["step"]) == (str(trained / "checkpoints" / "4"), 4)
     assert result["fingerprint"] == lm.decoder.fingerprint
     table = capsys.readouterr().out.splitlines()[-4:]
     assert [line.split()[0] for line in table] == ["n", "1", "2", "4"]
-    assert table[1].split()[3] == f"{result['rows'][0]['augmented_ppl']:.4f}"
+    row = result["rows"][0]
+    assert table[1].split()[3] == f"{row['augmented_ppl']:.4f}"
+    assert table[1].endswith(f"[{row['change_low']:+.2f}, {row['change_high']:+.2f}]")
+
+    with np.load(out / "documents.npz") as saved:
+        source, sources, tokens, decoder, augmented = (
+            saved[k] for k in ("source", "sources", *perplexity.Sums._fields)
+        )
+    assert source.tolist() == [0] * len(documents) and sources.tolist() == list(config.data.validation)
+    assert (tokens.dtype, decoder.dtype, augmented.dtype) == (np.int64, np.float64, np.float64)
+    assert decoder.shape == augmented.shape == tokens.shape == (len(documents), A)
+    assert tokens[:, 0].tolist() == [len(document) for document in documents]
+    longest = int(np.argmax(tokens[:, 0]))
+    alone = naive_rows(lm, cut([documents[longest]], MAX))
+    for n, count, plain, ours, _ in alone:
+        assert tokens[longest, n - 1] == count
+        assert np.exp(decoder[longest, n - 1] / count) == pytest.approx(plain, rel=1e-6)
+        assert np.exp(augmented[longest, n - 1] / count) == pytest.approx(ours, rel=1e-6)
+
+
+def test_sets_apart_and_together(make_config, trained, texts, token_folder, tokenizer_path, tmp_path, capsys):
+    """The same documents as two sources: the first has five of them."""
+    encode, parts = Tokenizer(tokenizer_path).encode, {"lines:first": slice(0, 5), "lines:second": slice(5, None)}
+    folder, meta = str(tmp_path / "tokens"), json.loads((token_folder / "meta.json").read_text())
+    meta["validation"] = []
+    for number, (name, part) in enumerate(parts.items()):
+        found = (np.array(encode(text), np.int32) for text in texts["validation"][part])
+        meta["validation"].append({"source": name, **token_files.write_validation(folder, number, found, meta)})
+    token_files.write_meta(folder, meta)
+    both = {"data.token_files": folder, "data.validation": tuple(parts)}
+    result = evaluate.evaluate(make_config(both), str(trained), str(tmp_path / "both"))
+    said = capsys.readouterr().out
+    pooled = evaluate.evaluate(make_config(), str(trained), str(tmp_path / "pooled"))
+    assert {name: found["documents"] for name, found in result["sets"].items()} == {"lines:first": 5, "lines:second": 7}
+    for key in ("documents", "pieces"):
+        assert result[key] == pooled[key]
+    for row, known, *apart in zip(result["rows"], pooled["rows"], *(x["rows"] for x in result["sets"].values())):
+        assert row == pytest.approx(known, rel=1e-6)
+        assert row["tokens"] == sum(x["tokens"] for x in apart)
+        for key in ("decoder_ppl", "augmented_ppl"):
+            nats = sum(x["tokens"] * np.log(x[key]) for x in apart)
+            assert row[key] == pytest.approx(np.exp(nats / row["tokens"]))
+    heads = [line for line in said.splitlines() if line[0] not in " 0123456789"]
+    assert heads[1:] == ["lines:first, 5 documents", "lines:second, 7 documents", "all"]
+
+    with pytest.raises(ld.UserError, match="config.data.validation: 'lines:first' is listed twice"):
+        perplexity.read_text(experiment.read(make_config(both | {"data.validation": ("lines:first",) * 2})))
+
+
+def test_positions_are_a_function_of_seed_and_piece():
+    drawn = [perplexity.positions(0, number, 500, 20) for number in range(3)]
+    for at in drawn:
+        assert len(set(at)) == 20 and (np.diff(at) > 0).all() and 0 <= at.min() and at.max() < 499
+    assert len({tuple(at) for at in [*drawn, perplexity.positions(1, 0, 500, 20)]}) == 4
+    np.testing.assert_array_equal(drawn[1], perplexity.positions(0, 1, 500, 20))
+    every = np.concatenate([perplexity.positions(0, number, 11, 3) for number in range(1000)])
+    assert np.bincount(every).min() > 240 and np.bincount(every).max() < 360, "10 positions, 300 each"
+    for most in (0, 9, 10):
+        assert len(perplexity.positions(0, 0, 11, most)) == (most or 10)
+
+
+def test_some_positions(make_config, trained, decoder_folder, documents, tmp_path, monkeypatch):
+    """Their values are those of a naive sum, for both sides, however they are batched; no others are computed."""
+    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
+    pieces, computed = cut(documents, MAX), []
+    jit_steps = perplexity.jit_steps
+
+    def counting(exp):
+        steps = jit_steps(exp)
+        return steps._replace(ahead=lambda *x: computed.append(np.asarray(x[-1])) or steps.ahead(*x))
+
+    monkeypatch.setattr(perplexity, "jit_steps", counting)
+    chosen = [perplexity.positions(7, i, len(piece), 3) for i, piece in enumerate(pieces)]
+    expected = naive_rows(lm, pieces, chosen)
+    for batch_size, positions in ((8, 8), (16, 2)):
+        changes = {"evaluate.max_positions": 3, "evaluate.seed": 7, "evaluate.batch_size": batch_size}
+        config = make_config(changes | {"evaluate.positions": positions})
+        assert_same(evaluate.evaluate(config, str(trained), str(tmp_path / "out"))["rows"], expected)
+        assert max(at.shape[1] for at in computed) == min(positions, 3)
+        at = np.concatenate([at.ravel() for at in computed])
+        assert np.count_nonzero(at < MAX - 1) == sum(map(len, chosen))
+        computed.clear()
 
 
 # batch_size, positions, devices along data, fsdp, traces and tensor.
@@ -89,10 +176,12 @@ def test_independent_of_batches_and_devices(make_config, decoder_folder, documen
         decoder := ld.load_decoder(str(decoder_folder)), ld.init_coprocessor(decoder, 3, "overlay", seed=5)
     )
     shardings = mesh_lib.parameters(mesh, lm.params, evaluate.PARAM_AXES, mesh_lib.TRAINABLE)
-    pieces = evaluate.read_pieces(exp)
-    assert len(pieces) > batch_size
-    sums = evaluate.perplexity(exp, jax.device_put(lm.params, shardings), pieces)
-    assert_same(evaluate.table(sums), naive_rows(lm, cut(documents, MAX)))
+    text = perplexity.read_text(exp)
+    assert len(text.pieces) > batch_size
+    params, sums = jax.device_put(lm.params, shardings), perplexity.zeros(exp, text)
+    done = list(perplexity.add_up(exp, perplexity.jit_steps(exp), params, text, sums))
+    assert done[-1] == len(text.pieces) and np.diff([0, *done]).max() <= batch_size
+    assert_same(perplexity.table(sums, 0), naive_rows(lm, cut(documents, MAX)))
 
 
 def test_the_decoder_needs_no_checkpoint(make_config, decoder_folder, documents, tmp_path):
@@ -104,24 +193,54 @@ def test_the_decoder_needs_no_checkpoint(make_config, decoder_folder, documents,
 
 @pytest.mark.parametrize("length", [2, 7, 16, 500])
 def test_long_documents_are_cut_and_nothing_is_lost(make_config, documents, length):
-    pieces = evaluate.read_pieces(experiment.read(make_config({"evaluate.max_length": length})))
+    text = perplexity.read_text(experiment.read(make_config({"evaluate.max_length": length})))
+    pieces = text.pieces
     assert [piece.tolist() for piece in pieces] == cut(documents, length)
     assert max(map(len, pieces)) <= length and sum(len(piece) - 1 for piece in pieces) == sum(map(len, documents))
+    owned = np.bincount(text.document, weights=[len(piece) - 1 for piece in pieces])
+    assert owned.tolist() == [len(document) for document in documents]
 
 
 def test_a_quick_look_is_spread_over_the_source(make_config, documents):
-    exp = experiment.read(make_config({"evaluate.max_pieces": 5}))
-    pieces, wanted = [piece.tolist() for piece in evaluate.read_pieces(exp)], cut(documents, MAX)
-    assert len(pieces) == 5 and pieces == [wanted[i * len(wanted) // 5] for i in range(5)]
+    text = perplexity.read_text(experiment.read(make_config({"evaluate.max_pieces": 5})))
+    owners = [i for i, document in enumerate(documents) for _ in cut([document], MAX)]
+    wanted = [i * len(owners) // 5 for i in range(5)]
+    assert [piece.tolist() for piece in text.pieces] == [cut(documents, MAX)[i] for i in wanted]
+    kept = sorted({owners[i] for i in wanted})
+    assert [kept[d] for d in text.document] == [owners[i] for i in wanted]
+    assert len(text.source) == len(kept) < len(documents)
 
 
 def test_no_row_where_no_document_reaches():
-    tokens = np.array([4.0, 2.0, 0.0])
-    rows = evaluate.table(evaluate.Sums(np.log([2.0, 8.0, 1.0]) * tokens, np.log([2.0, 4.0, 1.0]) * tokens, tokens))
+    tokens = np.array([[3, 2, 0], [1, 0, 0]])
+    decoder, augmented = np.log([2.0, 8.0, 1.0]) * tokens, np.log([2.0, 4.0, 1.0]) * tokens
+    rows = perplexity.table(perplexity.Sums(tokens, decoder, augmented), 0)
+    close = pytest.approx
     assert [list(row.values()) for row in rows] == [
-        [1, 4, pytest.approx(2), pytest.approx(2), pytest.approx(0)],
-        [2, 2, pytest.approx(8), pytest.approx(4), pytest.approx(-50)],
+        [1, 4, close(2), close(2), close(0), close(0), close(0)],
+        [2, 2, close(8), close(4), close(-50), None, None],  # one document says nothing of others
     ]
+    assert perplexity.show(rows).splitlines()[-1].endswith("one document")
+
+
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_intervals_are_a_bootstrap_over_documents(monkeypatch, at_once):
+    """Resample by resample, whatever the number of them in memory; and the right width for means of a normal."""
+    monkeypatch.setattr(perplexity, "DRAWN_AT_ONCE", at_once)
+    draw = np.random.default_rng(3)
+    tokens = draw.integers(0, 9, (400, 2))
+    tokens[0] = 9
+    decoder = draw.normal(3, 1, tokens.shape) * tokens
+    augmented = decoder + draw.normal(-0.01, 0.05, tokens.shape) * tokens
+    found = perplexity.interval(perplexity.Sums(tokens, decoder, augmented), 11)
+    resample, changes = np.random.default_rng(11), []
+    for _ in range(2000):
+        drawn = resample.integers(400, size=400)
+        changes.append((augmented - decoder)[drawn].sum(0) / tokens[drawn].sum(0))
+    np.testing.assert_allclose(found, 100 * np.expm1(np.percentile(changes, [2.5, 97.5], axis=0)), rtol=1e-9)
+    each, mean = (augmented - decoder)[:, 0], tokens[:, 0].mean()
+    spread = np.std(each - tokens[:, 0] * each.sum() / tokens[:, 0].sum()) / mean / 400**0.5  # of a ratio of sums
+    assert (found[1] - found[0])[0] == pytest.approx(100 * 2 * 1.96 * spread, rel=0.1)
 
 
 def test_mistakes(make_config, trained, make_decoder, tmp_path):
@@ -136,4 +255,6 @@ def test_mistakes(make_config, trained, make_decoder, tmp_path):
     refused("checkpoint has method.placement=after, this config has overlay", {"method.placement": "overlay"})
     refused("checkpoint has method.name=cache_aug", {"method.name": "pause_tokens"})
     refused("checkpoint has fingerprint=", {"decoder.path": str(make_decoder(8))})
+    refused("config.evaluate.max_positions=-1: expected at least 0", {"evaluate.max_positions": -1})
+    refused("config.evaluate.seed=-1: expected at least 0", {"evaluate.seed": -1})
     refused("config.evaluate.batch_size=3 does not split over 8 devices", {"evaluate.batch_size": 3})

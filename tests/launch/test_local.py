@@ -1,12 +1,10 @@
-"""local.sh, sweep.sh and evaluate.sh, around commands that only pretend to train."""
+"""local.sh and sweep.sh, around commands that only pretend to train."""
 
-import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Checkout:
-    """The launch scripts alone, with a `python` of .venv and a `gcloud` that pretend."""
+    """The launch scripts alone, with a `python` of .venv that pretends."""
 
     def __init__(self, root: Path):
         self.root = root
         for folder in ("launch", ".venv/bin", "bin"):
             (root / folder).mkdir(parents=True)
-        for script in ("common", "local", "sweep", "evaluate"):
+        for script in ("common", "local", "sweep"):
             shutil.copy(ROOT / "launch" / f"{script}.sh", root / "launch")
         self.started: list[subprocess.Popen] = []
         self.env = {"PATH": f"{root}/bin:{os.defpath}", "HOME": str(root), "LATENT_DELIB_POLL": "0.02"}
@@ -132,7 +130,6 @@ def test_what_ignores_sigterm_is_killed(here: Checkout) -> None:
         ("sweep", "name seed=0,1", "a config"),
         ("sweep", "name configs/x.py seed", "seed: expected KEY=VALUE,VALUE"),
         ("sweep", "name configs/x.py --with={launcher}", "LATENT_DELIB_BUCKET is not set"),
-        ("evaluate", "--config=x", "expected --config=FILE --workdir=DIR"),
     ],
 )
 def test_mistakes_are_one_line(here: Checkout, script: str, arguments: str, message: str) -> None:
@@ -209,79 +206,3 @@ def test_sweep_passes_sigterm_on_and_starts_no_more(here: Checkout) -> None:
     assert process.returncode == 1
     assert "x,seed=0 (code 75" in err
     assert len(here.lines("trained")) == 1
-
-
-# evaluate.sh. Its python runs `-c` for real, and writes a result unless the step is in `failing`.
-EVALUATE = f"""[[ $1 != -c ]] || exec {sys.executable} "$@"
-echo "${{*:3}}" >>evaluated
-for argument in "$@"; do case $argument in
-  --step=*) [[ $argument != --step=20 || ! -e failing ]] || exit 1 ;;
-  --out=*) out=${{argument#--out=}} ;;
-esac; done
-out=${{out/gs:\\/\\//cloud/}}
-mkdir -p "$out" && touch "$out/perplexity.json"
-"""
-GCLOUD = """url=${!#}
-echo "$*" >>gcloud_calls
-case "$1 $2" in
-  "storage ls") compgen -G "cloud/${url#gs://}" | sed 's|^cloud/|gs://|' ;;
-  "storage cat") cat "cloud/${url#gs://}" ;;
-esac
-"""
-
-
-def checkpoint(workdir: Path, step: int) -> None:
-    folder = workdir / "checkpoints" / str(step)
-    (folder / "meta").mkdir(parents=True)
-    (folder / "commit_success.txt").touch()
-    (folder / "meta" / "metadata").write_text(json.dumps({"step": step, "config": {"train": {"steps": 30}}}))
-
-
-def expected(workdir: str, *steps: int) -> list[str]:
-    return [f"--config=c.py --workdir={workdir} --step={n} --out={workdir}/evaluations/{n} --config.x=1" for n in steps]
-
-
-def test_evaluate_once(here: Checkout) -> None:
-    """What is half-written is left alone, what is done is skipped, what failed is named and tried by the next call."""
-    here.script(".venv/bin/python", EVALUATE)
-    for step in (5, 10, 20):
-        checkpoint(here.root / "w", step)
-    (here.root / "w" / "checkpoints" / "25.orbax-checkpoint-tmp-7" / "meta").mkdir(parents=True)
-    (here.root / "w" / "checkpoints" / "25.orbax-checkpoint-tmp-7" / "meta" / "metadata").touch()
-    (here.root / "w" / "evaluations" / "5").mkdir(parents=True)
-    (here.root / "w" / "evaluations" / "5" / "perplexity.json").touch()
-    (here.root / "failing").touch()
-    job = ("evaluate", "--config=c.py", "--workdir=w", "--once")
-    more = ("--", "--config.x=1")
-    out, _ = here.launch(*job, "--dry_run", *more)
-    assert out.splitlines() == [f"python -m latent_delib.evaluate {line}" for line in expected("w", 10, 20)]
-    _, err = here.launch(*job, *more, code=1)
-    assert err == "error: failed: 20; the same command tries them again\n"
-    assert here.lines("evaluated") == expected("w", 10, 20)
-    (here.root / "failing").unlink()
-    here.launch(*job, *more)
-    assert here.lines("evaluated") == expected("w", 10, 20, 20)
-
-
-@pytest.mark.parametrize("workdir", ["w", "gs://bucket/w"])
-def test_evaluate_follows_a_training_to_its_end(here: Checkout, workdir: str) -> None:
-    here.script(".venv/bin/python", EVALUATE)
-    here.script("bin/gcloud", GCLOUD)
-    disk = here.root / workdir.replace("gs://", "cloud/")
-    process = here.start("evaluate", "--config=c.py", f"--workdir={workdir}", "--", "--config.x=1")
-    for count, step in enumerate((10, 20, 30), start=1):
-        checkpoint(disk, step)
-        here.wait_for("evaluated", count)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert "step 30 was the last" in err
-    assert here.lines("evaluated") == expected(workdir, 10, 20, 30)
-    assert bool(here.lines("gcloud_calls")) == workdir.startswith("gs://")
-
-
-def test_evaluate_gives_up_on_a_dead_training(here: Checkout) -> None:
-    here.script(".venv/bin/python", EVALUATE)
-    checkpoint(here.root / "w", 10)
-    _, err = here.launch("evaluate", "--config=c.py", "--workdir=w", "--patience=0", "--", "--config.x=1")
-    assert "no checkpoint after 10 for 0 s" in err
-    assert here.lines("evaluated") == expected("w", 10)
