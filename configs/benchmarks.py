@@ -1,0 +1,51 @@
+"""The benchmarks, a row each: what the lm-eval harness calls it, shots, and the metric reported.
+
+PUBLISHED are those of Liu et al. 2025, Table 2; they need the network once, for their data. OFFLINE are made on the
+spot by `make_tasks`. `benchmark` reads this file, or another of its form: --table=FILE.
+
+  task     a task or group of the harness; of a group, every document counts the same
+  shots    worked examples in the prompt
+  metric   as the harness names it; percent, except for bits_per_byte
+  filter   which reading of a generated answer counts, where the harness has several
+  runs_code   what the model writes is run: only with --confirm_run_unsafe_code
+
+The paper gives shots and, for DROP, the metric. The rest is the harness's custom: acc_norm (choices divided by their
+length) where choices are sentences of unlike length, acc elsewhere. All of a task's metrics are in OUT/samples.
+"""
+
+PUBLISHED = {
+    "mmlu": {"task": "mmlu", "shots": 5, "metric": "acc"},
+    # gsm8k_cot has the usual eight worked examples, fixed; the harness's gsm8k draws five from the training set. The
+    # last number counts: the one reading that suits the decoder, latents and zero-shot CoT alike.
+    "gsm8k": {"task": "gsm8k_cot", "shots": 8, "metric": "exact_match", "filter": "flexible-extract"},
+    "drop": {"task": "drop", "shots": 3, "metric": "f1"},
+    "arc_easy": {"task": "arc_easy", "shots": 0, "metric": "acc"},
+    "arc_challenge": {"task": "arc_challenge", "shots": 0, "metric": "acc_norm"},
+    "math": {"task": "minerva_math", "shots": 4, "metric": "exact_match"},
+    "winogrande": {"task": "winogrande", "shots": 0, "metric": "acc"},
+    "piqa": {"task": "piqa", "shots": 0, "metric": "acc"},
+    "siqa": {"task": "social_iqa", "shots": 0, "metric": "acc"},
+    "hellaswag": {"task": "hellaswag", "shots": 0, "metric": "acc_norm"},
+    "boolq": {"task": "boolq", "shots": 0, "metric": "acc"},
+    "mbpp": {"task": "mbpp", "shots": 3, "metric": "pass_at_1", "runs_code": True},
+    "humaneval": {"task": "humaneval", "shots": 0, "metric": "pass@1", "filter": "create_test", "runs_code": True},
+    # The English part. Its data have no training split: the examples are other documents of the test split.
+    "agieval": {"task": "agieval_en", "shots": 3, "metric": "acc"},
+    "bbh": {"task": "bbh_cot_fewshot", "shots": 3, "metric": "exact_match", "filter": "get-answer"},
+    "triviaqa": {"task": "triviaqa", "shots": 5, "metric": "exact_match", "filter": "remove_whitespace"},
+    "nq": {"task": "nq_open", "shots": 5, "metric": "exact_match", "filter": "remove_whitespace"},
+}
+
+OFFLINE = {
+    "gsm_symbolic": {"task": "gsm_symbolic", "shots": 4, "metric": "exact_match", "filter": "answer"},
+    "chain_sum": {"task": "chain_sum", "shots": 4, "metric": "exact_match", "filter": "answer"},
+    "basic_arithmetic": {"task": "basic_arithmetic", "shots": 4, "metric": "exact_match", "filter": "answer"},
+    "chain_sum_choice": {"task": "chain_sum_choice", "shots": 4, "metric": "acc"},
+    "countdown": {"task": "countdown", "shots": 4, "metric": "acc"},
+    "syllogism": {"task": "syllogism", "shots": 4, "metric": "acc"},
+    "next_sentence": {"task": "next_sentence", "shots": 0, "metric": "acc_norm"},
+    "held_out_text": {"task": "held_out_text", "shots": 0, "metric": "bits_per_byte"},
+}
+
+# Model zero_shot_cot: no worked examples, and this where the answer would begin (the paper's baseline, on GSM8K).
+COT = "Let's think step by step."
