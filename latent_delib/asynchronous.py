@@ -1,4 +1,4 @@
-"""A coprocessor that works beside the decoder, on devices of its own (Section 3.7): the decoder never waits for it."""
+"""An asynchronous coprocessor, on devices of its own: the decoder never waits for it (the paper simulates it)."""
 
 import warnings
 

@@ -67,7 +67,7 @@ class Coprocessor(Protocol):
 
 class Delayed:
     """Latents arrive exactly `delay` tokens after they were asked for: the published simulation of an asynchronous
-    coprocessor (Section 3.7), and with 0 the synchronous one."""
+    coprocessor, and with 0 the synchronous one."""
 
     def __init__(self, write: Callable[[Cache, jax.Array], jax.Array], delay: int):
         self.write, self.delay = write, delay

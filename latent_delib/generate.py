@@ -23,9 +23,10 @@ from latent_delib.progress import Progress
 
 def main(flags: Any) -> None:
     requests = read_prompts(flags)
-    model = load(flags)
     delay = None if flags.coprocessor_devices else flags.delay
     options = {k: getattr(flags, k) for k in ("temperature", "top_k", "top_p", "every", "batch_size")}
+    lm.check_options(flags.max_new_tokens, delay=delay, **options)
+    model = load(flags)
     options |= {"stop": flags.stop and [flags.stop] or [], "seed": [r["seed"] for r in requests]}
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and model.coprocessor is None:

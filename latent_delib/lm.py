@@ -212,17 +212,11 @@ class AugmentedLM:
           stop: a text ends before the first of these strings.
           seed: one for each prompt, or one from which each gets its own by its place in the list.
           augment: latents join at the end of the prompt, and where `every` is not 0 again after each `every` tokens.
-          delay: latents join that many tokens after the text they were written for (Section 3.7). None: when they are
+          delay: latents join that many tokens after the text they were written for. None: when they are
             ready; the coprocessor works on devices of its own meanwhile, and a failure of it costs the latents alone.
           progress: is told how many tokens are decoded, over all prompts.
         """
-        if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
-            raise UserError(
-                f"max_new_tokens={max_new_tokens} (at least 1), temperature={temperature} (at least 0), top_k={top_k} "
-                f"(at least 0), top_p={top_p} (above 0, at most 1), batch_size={batch_size} (at least 1): out of range"
-            )
-        if every < 0 or (delay or 0) < 0 or (every and (delay or 0) >= every):
-            raise UserError(f"every={every}, delay={delay}: expected at least 0, and a delay shorter than every")
+        check_options(max_new_tokens, temperature, top_k, top_p, every, delay, batch_size)
         if delay is None and self.coprocessor is not None and self.coprocessor_mesh is None:
             raise UserError("delay=None: give the coprocessor devices of its own (coprocessor_mesh)")
         if "" in stop:
@@ -356,6 +350,19 @@ class AugmentedLM:
                 f"positions: from {positions.min()} to {positions.max()} with {ahead} ahead tokens, the text has {T}"
             )
         return jnp.asarray(positions, jnp.int32)
+
+
+def check_options(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, every: int, delay: int | None, batch_size: int
+) -> None:
+    """Raises UserError for options of `AugmentedLM.continuations` that are out of range."""
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} (at least 1), temperature={temperature} (at least 0), top_k={top_k} "
+            f"(at least 0), top_p={top_p} (above 0, at most 1), batch_size={batch_size} (at least 1): out of range"
+        )
+    if every < 0 or (delay or 0) < 0 or (every and (delay or 0) >= every):
+        raise UserError(f"every={every}, delay={delay}: expected at least 0, and a delay shorter than every")
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -248,11 +248,34 @@ def test_evaluate_and_generate_need_a_checkpoint(error, config_file, trained, tm
 
 
 def test_generate_refuses(error, trained):
-    named(error("generate", f"--workdir={trained}", "--prompt="), "--prompt is empty")
-    named(error("generate", f"--workdir={trained}"), "--prompt is missing")
-    for argument in ("max_new_tokens=0", "temperature=-1.0", "top_p=0.0", "delay=-1"):
-        named(error("generate", f"--workdir={trained}", "--prompt=a", f"--{argument}"), argument, "out of range")
+    for arguments in ([], ["--prompt="], ["--prompt=a", "--prompts=FILE"]):
+        named(error("generate", f"--workdir={trained}", *arguments), "--prompt=TEXT or --prompts=FILE, one of them")
+    for argument in ("max_new_tokens=0", "temperature=-1.0", "top_k=-1", "top_p=0.0", "batch_size=0"):
+        named(error("generate", "--workdir=nowhere", "--prompt=a", f"--{argument}"), argument, "out of range")
+    for arguments in (["--every=-1"], ["--delay=-1"], ["--every=2", "--delay=2"]):
+        named(error("generate", "--workdir=nowhere", "--prompt=a", *arguments), "expected at least 0, and a delay")
     named(error("generate", f"--workdir={trained}", "--prompt=a", "--top_p=high"), "top_p", "high")
+    named(error("generate", f"--workdir={trained}", "--prompt=a", "--max_length=8"), "prompts[0]", "max_length is 8")
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ("", ["holds no prompts"]),
+        ('{"prompt": "a"}\n{"prompt": \n', [":2:", "JSON"]),
+        ('{"prompt": "a"}\n\n', [":2:", "JSON"]),
+        ('["a"]\n', [":1:", '"prompt"']),
+        ('{"prompt": ""}\n', [":1:", '"prompt"']),
+        ('{"prompt": "a", "seed": -1}\n', [":1:", "seed -1"]),
+        (b"\xff", ["not UTF-8 at byte 0"]),
+        (None, ["No such file"]),
+    ],
+)
+def test_generate_refuses_a_file_of_prompts(lines, said, error, trained, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    if lines is not None:
+        path.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+    named(error("generate", f"--workdir={trained}", f"--prompts={path}", f"--out={tmp_path}/o"), str(path), *said)
 
 
 def test_evaluate_refuses_bad_validation_data(error, config_file, trained):

@@ -24,7 +24,7 @@ def from_decoder(key: jax.Array, decoder: Params, model: Transformer, num_latent
 
 
 def from_scratch(key: jax.Array, decoder: Params, model: Transformer, num_latents: int) -> Params:
-    """Starts from random layers of the decoder's shape (Section 3.5)."""
+    """Starts from random layers of the decoder's shape."""
     body_key, soft_key = jax.random.split(key)
     body = transformer.init(body_key, model.config)
     del body["embedding"]

@@ -49,7 +49,7 @@ METHODS = {
     "decoder": Method(_plain_decoder, None),
     # Liu et al. 2025: the coprocessor starts from the decoder's weights, every weight trained.
     "cache_augmentation": Method(_coprocessor(coprocessor.from_decoder), coprocessor.latents),
-    # Section 3.5: the same from a random start.
+    # The paper's own baseline: the same from a random start.
     "from_scratch": Method(_coprocessor(coprocessor.from_scratch), coprocessor.latents),
     # Goyal et al. 2023: trained vectors fed to the frozen decoder, the same whatever was read; no coprocessor.
     "pause_tokens": Method(_pause_tokens, _pause_latents),

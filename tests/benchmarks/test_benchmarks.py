@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, common, decoding, evaluation, parts, step
+from benchmarks import attention, common, decoding, evaluation, overlap, parts, step
 from latent_delib.nn.attention import Bounds
 
 TRACES = "--seq_len 48 --traces 4 --ahead 3 --latents 2".split()
@@ -24,6 +24,11 @@ FORMS = {
         ["plain", "latents"],
         "--seq_len 8 --new 4 --latents 2 --batch 2".split(),
         TIMES | {"tokens_per_second", "bandwidth_share"},
+    ),
+    overlap: (
+        ["plain", "waits", "beside"],
+        "--seq_len 8 --new 40 --latents 2".split(),
+        {"form", "ms", "ms_min", "ms_max", "first_ms"},
     ),
 }
 
