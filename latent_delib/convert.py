@@ -8,7 +8,6 @@ ours. The workdir of a training job gives its coprocessor, as a folder of its ow
 """
 
 import json
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from latent_delib import checkpoint, commands
 from latent_delib.errors import UserError
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences
+from latent_delib.progress import Progress
 from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import coprocessor, deepmind, folder, gguf, huggingface, names, tensors
 from latent_delib.weights.source import Source
@@ -181,17 +181,13 @@ def describe(config: TransformerConfig, wanted: TransformerConfig | None, where:
 
 
 def progress(chunks: Iterator[np.ndarray], entries: dict[str, tuple]) -> Iterator[np.ndarray]:
-    """Passes chunks on; says every few seconds how many of the bytes are through, the rate and the time left."""
+    """Passes chunks on and says how many of the bytes are through."""
     total = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in entries.values())
-    began = said = time.monotonic()
-    done = 0
+    done, say = 0, Progress("written", total, "bytes")
     for chunk in chunks:
         yield chunk
-        done, now = done + chunk.nbytes, time.monotonic()
-        if now > said + 5:
-            said, rate = now, done / (now - began)
-            left = (total - done) / rate
-            print(f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left", flush=True)
+        done += chunk.nbytes
+        say(done)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ TensorFlow.
 """
 
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,26 +16,19 @@ from latent_delib.data import token_files
 from latent_delib.data.rows import BadRecords, check_data
 from latent_delib.errors import UserError
 from latent_delib.experiment import tokenizer_path as tokenizer_path_of
+from latent_delib.progress import Progress
 from latent_delib.tokenizer import Tokenizer, fingerprint
 
 SPLITS = {"train": token_files.write_train, "validation": token_files.write_validation}
-_SECONDS = 5  # between progress lines
 
 
 def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[np.ndarray]:
-    """The tokens of `documents`; prints how far in `total` bytes it is, its rate and the time left."""
-    start = shown = time.monotonic()
-    done = tokens = 0
+    """The tokens of `documents`, of `total` bytes of text in all; says how many are through."""
+    done, say = 0, Progress(f"{source}: prepared", total, "bytes")
     for document in documents:
         yield document["tokens"]
-        done, tokens, now = done + int(document["bytes"]), tokens + len(document["tokens"]), time.monotonic()
-        if now > shown + _SECONDS:
-            shown, rate, left = now, tokens / (now - start), max(0, total / done - 1) * (now - start)
-            share = min(1, done / total)
-            print(
-                f"{source}: {share:.0%}, {tokens:,} tokens, {rate:,.0f} tokens/s, {left:,.0f} s left",
-                flush=True,
-            )
+        done += int(document["bytes"])
+        say(min(done, total))
 
 
 def _difference(found: dict, meta: dict) -> str | None:
