@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+EVAL = ["lm-eval[math]>=0.4.13", "reasoning-gym>=0.1.25"]  # math: what minerva_math imports
+
 setup(
     name="latent_delib",
     version="0.1.0",
@@ -46,9 +48,10 @@ setup(
     extras_require={
         "tpu": ["google-cloud-storage>=3", "jax[tpu]"],  # the first is for orbax, where a workdir is gs://
         "cuda": ["jax[cuda12]"],
-        "eval": ["lm-eval>=0.4.13"],
+        "eval": EVAL,
         "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],  # golden values are made with them
         "test": [
+            *EVAL,
             "google-cloud-storage>=3",
             "mypy>=1.15",
             "pytest>=8",

@@ -111,7 +111,7 @@ def benchmark(
             if one == "zero_shot_cot" and asked != {"generate_until"}:
                 raise UserError(f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated")
             made = key | {"shots": 0 if one == "zero_shot_cot" else row["shots"], "limit": limit}
-            if not any(all(old.get(k) == v for k, v in made.items()) for old in found):
+            if not any(_serves(old, made) for old in found):
                 todo.append((made, row))
     if todo:
         dtype = about["config"].get("compute", {}).get("dtype", "float32")
@@ -206,7 +206,12 @@ def write(out: epath.Path, result: dict[str, Any], row: Row, samples: Sequence[R
 
 
 def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
+    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+
+
+def _serves(old: Row, asked: Row) -> bool:
+    """Whether a row is what is asked for, or that over all documents: a quick look does not replace hours of work."""
+    return all(old.get(k) == v or (k == "limit" and old.get(k) is None) for k, v in asked.items())
 
 
 def _chosen(rows: dict[str, Any], benchmarks: str) -> dict[str, Row]:

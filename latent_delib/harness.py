@@ -4,6 +4,7 @@ Token for token it asks what the harness's own `hf` model asks with add_bos_toke
 no right answer: BOS stays when a prompt is cut, and each piece of a long text begins with it.
 """
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ class Adapter(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
-        progress = Progress("read", len(texts), "texts")
+        pieces = sum(-(-len(text) // (self.lm.max_length - 1)) for text in texts)
+        progress = Progress("read", pieces, "pieces of text")
         return self.lm.rolling_logprobs(texts, self.augment, self.every, self.rows, progress).tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
@@ -91,12 +93,12 @@ class Adapter(TemplateLM):
             kwargs = normalize_gen_kwargs(json.loads(options), MAX_NEW_TOKENS)
             if unknown := kwargs.keys() - SAMPLING:
                 raise UserError(f"{requests[some[0]].task_name}: generation_kwargs {sorted(unknown)} are not supported")
-            new = kwargs["max_gen_toks"]
+            new, drawn = kwargs["max_gen_toks"], kwargs["do_sample"]
             prompts = [self._cut(self.tok_encode(self._asked(requests[i].args[0])), new) for i in some]
             texts = self.lm.generate(
                 prompts,
                 new,
-                temperature=kwargs["temperature"],
+                temperature=kwargs.get("temperature", 1.0 if drawn else 0.0),
                 top_k=kwargs.get("top_k", 0),
                 top_p=kwargs.get("top_p", 1.0),
                 stop=tuple(filter(None, kwargs["until"])),
@@ -155,10 +157,17 @@ def run(
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOTS_SEED)
+        if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_target:  # AGIEval; a worked example shows the first
+            task.fewshot_cfg.doc_to_target = functools.partial(_first_right, task)
     results = evaluator.evaluate(
         adapter, loaded, limit=limit, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=unsafe_code
     )
     return [{"task": task, **sample} for task, samples in results["samples"].items() for sample in samples]
+
+
+def _first_right(task: Any, doc: dict[str, Any]) -> str:
+    """The text of the first right choice, where a document has several: the harness (0.4.13) cannot show their list."""
+    return task.doc_to_choice(doc)[task.doc_to_target(doc)[0]]
 
 
 def _spelled_bos(tokenizer: Tokenizer) -> str:
