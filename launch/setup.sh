@@ -3,7 +3,7 @@
 # that is done already, and makes anew what was cut short.
 #
 #   PYTHON=/opt/py312/bin/python   a Python 3.11 or 3.12 to try before those on PATH
-#   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, eval, or several with commas between
+#   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, reference, or several with commas between
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -61,7 +61,7 @@ if [[ ! -e .venv/bin/python ]]; then
   echo "setup: making .venv with $executable (Python $version)"
   "$executable" -m venv .venv
 fi
-echo "setup: installing latent_delib[$extras]: some 3.4 GB, about two minutes"
+echo "setup: installing latent_delib[$extras]: some 4 GB, about two minutes"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
 echo "$want" >$stamp
 echo "setup: .venv is ready (Python $version), $SECONDS s"
