@@ -40,7 +40,7 @@ class Checkout:
 
     def launch(self, script: str, *arguments: str, code: int = 0) -> tuple[str, str]:
         process = self.start(script, *arguments)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=90)
         assert process.returncode == code, out + err
         return out, err
 
@@ -107,7 +107,7 @@ def test_signals_reach_every_process(here: Checkout, number: signal.Signals, cod
     process = here.start("local", "--processes=2", "--", str(job))
     here.wait_for("up", 2)
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=90)
     assert process.returncode == code
     assert sorted(here.lines("term" if code == 75 else "int")) == ["0", "1"]
     assert len(here.lines("up")) == 2  # not started again
@@ -202,7 +202,7 @@ def test_sweep_passes_sigterm_on_and_starts_no_more(here: Checkout) -> None:
     process = here.start("sweep", "s", "configs/x.py", "seed=0,1,2")
     here.wait_for("trained", 1)
     process.terminate()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "x,seed=0 (code 75" in err
     assert len(here.lines("trained")) == 1
