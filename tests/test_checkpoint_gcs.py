@@ -47,6 +47,7 @@ def job(workdir: str) -> None:
     print("done")
 
 
+@pytest.mark.slow
 def test_a_job_on_gs(tmp_path):
     pytest.importorskip("google.cloud.storage")
     if shutil.which("openssl") is None:

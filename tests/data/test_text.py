@@ -186,6 +186,7 @@ def test_batch_is_a_function_of_seed_and_step(tokenizer, tmp_path):
         np.testing.assert_array_equal(batch["segment"], batches.segments(batch["tokens"], BOS, PAD))
 
 
+@pytest.mark.slow
 def test_another_process_reads_the_same(tokenizer, tmp_path):
     """Hosts share batches by each running the whole pipeline: it must be the same everywhere."""
     write_files(tmp_path / "a", files=20, documents_each=5)

@@ -34,7 +34,16 @@ class Checkout:
 
     def start(self, script: str, *arguments: str) -> subprocess.Popen:
         command, pipe = [self.root / "launch" / f"{script}.sh", *arguments], subprocess.PIPE
-        process = subprocess.Popen(command, cwd=self.root, env=self.env, stdout=pipe, stderr=pipe, text=True)
+        # A job that a shell put in the background ignores SIGINT, and so would what it starts.
+        process = subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=self.env,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         self.started.append(process)
         return process
 

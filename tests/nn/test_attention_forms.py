@@ -62,8 +62,14 @@ def gradients(form, operands, bounds, dout, wanted, softcap):
     return out, grads
 
 
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name, softcap",  # each shape with one of the two; with the other among the slow tests
+    [
+        pytest.param(name, cap, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, name in enumerate(SHAPES)
+        for j, cap in enumerate((2.0, 0.0))
+    ],
+)
 def test_equals_the_reference(name, softcap):
     for sort in (False, True):
         operands, bounds, dout = inputs(SHAPES[name], sort=sort)
