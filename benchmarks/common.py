@@ -94,7 +94,9 @@ def weights(config: TransformerConfig, num_latents: int, dtype: str) -> Params:
     @jax.jit
     def start(key: jax.Array) -> Params:
         decoder = transformer.init(key, config)
-        trained = METHODS["cache_augmentation"].init(key, decoder, Transformer(config), num_latents)
+        trained = METHODS["cache_augmentation"].init(
+            key, decoder, augmentation(config, num_latents, "xla").models, num_latents
+        )
         return jax.tree.map(lambda x: x.astype(dtype), {"decoder": decoder} | trained)
 
     return start(jax.random.key(0))

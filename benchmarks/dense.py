@@ -121,11 +121,12 @@ def loss(
     at_BM: jax.Array,
     num_ahead: int,
     dtype: jnp.dtype,
+    delay_BM: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """What `augment.loss` computes for a coprocessor's training: Σ loss in nats and Σ tokens."""
     c, (B, T), M = aug.transformer.config, tokens_BT.shape, at_BM.shape[1]
     decoder, coprocessor = params["decoder"], params["coprocessor"]
-    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead)
+    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)
     text = of_text(segment_BT)
     soft = of_traces(traces.latent_position, *traces.latent_bounds[:2])
     whole = both(text, of_traces(traces.position, *traces.bounds[:2]))

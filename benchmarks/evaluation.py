@@ -42,19 +42,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 return jnp.sum(nll_BMA * weights_BMA, axis=(0, 1))
 
             @jax.jit
-            def part(params, cache, at_BM):
-                return sums(*ahead(params, cache, tokens_BT, segment_BT, at_BM))
+            def part(params, text, at_BM):
+                return sums(*ahead(params, text, tokens_BT, segment_BT, at_BM))
 
             @jax.jit
             def whole(params, at_BM):
-                cache, _ = read(params, tokens_BT, segment_BT)  # the loss of the text is not computed again
-                return sums(*ahead(params, cache, tokens_BT, segment_BT, at_BM))
+                text, _ = read(params, tokens_BT, segment_BT)  # the loss of the text is not computed again
+                return sums(*ahead(params, text, tokens_BT, segment_BT, at_BM))
 
             read = jax.jit(read)
 
             def reused():
-                cache, text_nll = read(params, tokens_BT, segment_BT)
-                return [part(params, cache, at_BM) for at_BM in parts], text_nll
+                text, text_nll = read(params, tokens_BT, segment_BT)
+                return [part(params, text, at_BM) for at_BM in parts], text_nll
 
             return reused if way == "reused" else lambda: [whole(params, at_BM) for at_BM in parts]
 

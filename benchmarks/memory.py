@@ -66,7 +66,7 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
     tx = make_optimizer(c.optimizer, c.train.steps)
 
     def start(key: jax.Array, decoder: Any) -> TrainState:
-        tree = method.init(key, decoder, aug.transformer, L)
+        tree = method.init(key, decoder, aug.models, L)
         tree = jax.tree.map(lambda x: x.astype(jnp.float32), tree)
         return TrainState(jnp.int32(0), tree, tx.init(tree))
 
@@ -90,7 +90,7 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
         "held_gib": round(held, 2),
         "working_gib": round(working, 2),
         "needs_gib": round(held + working, 2),
-        "tflop": round(flops.train_step_flops(aug, B, T, M, A, True) / 1e12, 1),
+        "tflop": round(flops.train_step_flops(aug, B, T, M, A) / 1e12, 1),
     }
 
 

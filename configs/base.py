@@ -22,6 +22,12 @@ def get_config() -> ConfigDict:
     c.method.placement = "after"  # the paper's; or "overlay": latents share positions with the text they follow
     c.method.num_traces = 128  # M, per packed sequence
     c.method.num_ahead = 16  # N_A, the ahead tokens that carry the loss
+    c.method.lora_rank = 0  # train low-rank adapters of that rank instead of every matrix; 0: train all
+    c.method.start = ""  # WORKDIR/checkpoints/STEP of a coprocessor of the same method to begin with
+    c.method.max_delay = 0  # latents are written up to so many tokens before they join, drawn for each trace
+    c.method.coprocessor = (
+        ConfigDict()
+    )  # of method "resized": fields of TransformerConfig that differ from the decoder's
 
     c.data = ConfigDict()
     c.data.sources = ("packaged/train",)  # packaged/SPLIT, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE
@@ -74,4 +80,6 @@ def get_config() -> ConfigDict:
     c.evaluate.max_pieces = 0  # per validation source, spread over it; 0: all
     c.evaluate.max_positions = 0  # of each piece, drawn at random; 0: all
     c.evaluate.seed = 0  # of that draw, and of the confidence intervals
+    c.evaluate.delay = 0  # latents are written so many tokens before they join
+    c.evaluate.swap = False  # a control: every piece is given the latents of another
     return c

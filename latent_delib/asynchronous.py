@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from latent_delib import engine
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.coprocessor import Latents, Text
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn.cache import Cache
 from latent_delib.nn.transformer import Params
@@ -25,30 +26,30 @@ class Beside:
 
     def __init__(self, params: Params, aug: Augmentation, mesh: Mesh, home: Mesh):
         self.params, self.aug, self.mesh, self.home = params, aug, mesh, home
-        self.latents: jax.Array | None = None
+        self.latents: Latents | None = None
         self.failed = False
 
-    def ask(self, cache: Cache, text_BX: jax.Array, made: int) -> None:
+    def ask(self, read: Text, text_BX: jax.Array, made: int) -> None:
         if not self.failed:
             try:
-                self.latents = self._write(cache, text_BX)
+                self.latents = self._write(read, text_BX)
             except Exception as error:  # whatever it is, the decoder goes on
                 self._give_up(error)
 
-    def _write(self, cache: Cache, text_BX: jax.Array) -> jax.Array:
-        """Latents [B, L, D] of the text that the cache holds: it travels to the coprocessor, they travel back."""
+    def _write(self, read: Text, text_BX: jax.Array) -> Latents:
+        """Latents of the text that was read: it travels to the coprocessor, they travel back."""
         row = mesh_lib.rows(self.mesh)
         kv = NamedSharding(self.mesh, mesh_lib.spec(cache_lib.AXES, mesh_lib.ACTIVATIONS))
-        cache = Cache(*jax.device_put(tuple(cache), (kv, kv, row, row)))
-        z_BLD = engine.latents(self.params, cache, jax.device_put(text_BX, row), aug=self.aug)
-        return jax.device_put(z_BLD, mesh_lib.rows(self.home))
+        read = jax.device_put(read, Text(row, Cache(kv, kv, row, row)))
+        z = engine.latents(self.params, read, jax.device_put(text_BX, row), aug=self.aug)
+        return jax.device_put(z, mesh_lib.rows(self.home))
 
-    def answer(self, made: int) -> jax.Array | None:
-        if self.latents is None or not self.latents.is_ready():
+    def answer(self, made: int) -> Latents | None:
+        if self.latents is None or not all(x.is_ready() for x in jax.tree.leaves(self.latents)):
             return None
-        z_BLD, self.latents = self.latents, None
+        z, self.latents = self.latents, None
         try:
-            return z_BLD.block_until_ready()
+            return jax.block_until_ready(z)
         except Exception as error:
             self._give_up(error)
             return None

@@ -19,7 +19,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -238,13 +237,9 @@ def _identity(workdir: str, decoder: str, step: int | None) -> tuple[dict[str, A
         return about | {"fingerprint": folder.fingerprint(folder.locate(decoder))}, decoder
     checkpoints, found, meta = checkpoint.open_for_reading(workdir, step)
     checkpoints.close()
-    config = meta["config"]
-    trained = METHODS[meta["method.name"]].latents is None  # the decoder itself
-    if trained:
+    config, path = meta["config"], models.decoder_of(workdir, meta)
+    if METHODS[meta["method.name"]].write is None:
         config = config | {"method": config["method"] | {"num_latents": 0}}
-    path = str(Path(workdir) / "decoder") if trained else config["decoder"]["path"]
-    if not path:
-        raise UserError(f"--workdir={workdir}: trained on random weights, there is nothing to measure")
     where = str(epath.Path(workdir) / "checkpoints" / str(found))
     fingerprint = folder.fingerprint(folder.locate(path))
     return {"config": config, "checkpoint": where, "step": found, "fingerprint": fingerprint}, path

@@ -17,7 +17,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from latent_delib import checkpoint, commands
+from latent_delib import checkpoint, commands, models
+from latent_delib.delib import augment
 from latent_delib.errors import UserError
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences
 from latent_delib.progress import Progress
@@ -166,8 +167,14 @@ def export_coprocessor(workdir: str, out: Path) -> None:
         "step": step,
         "fingerprint": meta["fingerprint"],
     }
-    config = TransformerConfig.from_dict(meta["architecture"], workdir)
-    coprocessor.save(out, fields, config, tree["coprocessor"])
+    if meta["method.name"] == "resized":
+        raise UserError(f"{workdir}: a resized coprocessor has no form of its own to be exported in")
+    config, params = TransformerConfig.from_dict(meta["architecture"], workdir), tree["coprocessor"]
+    if meta["method.lora_rank"]:  # multiplied out
+        decoder = models.load_decoder(models.decoder_of(workdir, meta)).params
+        params = models.load_coprocessor(workdir, step).params
+        params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
+    coprocessor.save(out, fields, config, params)
     print(f"{out}: the coprocessor of step {step}", flush=True)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.coprocessor import Latents, Text
 from latent_delib.delib.traces import Traces
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
@@ -55,11 +56,11 @@ class Decoding(NamedTuple):
 class Coprocessor(Protocol):
     """Who writes latents for `run`: at once, after a fixed delay, or whenever it is ready (`asynchronous`)."""
 
-    def ask(self, cache: Cache, text_BX: jax.Array, made: int) -> None:
-        """Latents of the text that the cache holds are wanted; `made` new tokens are there."""
+    def ask(self, read: Text, text_BX: jax.Array, made: int) -> None:
+        """Latents of the text that was read are wanted; `made` new tokens are there."""
 
-    def answer(self, made: int) -> jax.Array | None:
-        """Latents [B, L, D], once, when they have come."""
+    def answer(self, made: int) -> Latents | None:
+        """Latents of one trace a row, once, when they have come."""
 
     def next_look(self, made: int) -> int | None:
         """The number of new tokens at which to ask for the answer again; None: no answer is to come."""
@@ -69,14 +70,14 @@ class Delayed:
     """Latents arrive exactly `delay` tokens after they were asked for: the published simulation of an asynchronous
     coprocessor, and with 0 the synchronous one."""
 
-    def __init__(self, write: Callable[[Cache, jax.Array], jax.Array], delay: int):
+    def __init__(self, write: Callable[[Text, jax.Array], Latents], delay: int):
         self.write, self.delay = write, delay
         self.due: int | None = None
 
-    def ask(self, cache: Cache, text_BX: jax.Array, made: int) -> None:
-        self.due, self.latents = made + self.delay, self.write(cache, text_BX)
+    def ask(self, read: Text, text_BX: jax.Array, made: int) -> None:
+        self.due, self.latents = made + self.delay, self.write(read, text_BX)
 
-    def answer(self, made: int) -> jax.Array | None:
+    def answer(self, made: int) -> Latents | None:
         if made != self.due:
             return None
         self.due = None
@@ -89,7 +90,7 @@ class Delayed:
 class Absent:
     """No coprocessor: the decoder as it is."""
 
-    def ask(self, cache: Cache, text_BX: jax.Array, made: int) -> None: ...
+    def ask(self, read: Text, text_BX: jax.Array, made: int) -> None: ...
 
     def answer(self, made: int) -> None: ...
 
@@ -121,12 +122,12 @@ def run(
       look: gets the new tokens [B, n], every CHUNK of them at least, and says which rows are to end, bool [B].
     """
     state, plain = prefill(params, text_BT, length_B, aug=aug, room=room, pad_id=pad_id)
-    cache: Cache = plain
-    made = held = 0  # new tokens; those of them that the cache of plain text holds
+    cache: Cache = plain.cache
+    made = held = 0  # new tokens; those of them that were read as plain text
     due: int | None = 0
     joined: list[int] = []
 
-    def read_on() -> Cache:
+    def read_on() -> Text:
         if made == held:
             return plain
         size = 1 << (made - held - 1).bit_length()
@@ -137,15 +138,15 @@ def run(
             plain, held = read_on(), made
             coprocessor.ask(plain, state.text, made)
             due = made + every if every else None
-        if (z_BLD := coprocessor.answer(made)) is not None:
+        if (z := coprocessor.answer(made)) is not None:
             plain, held = read_on(), made
-            state, cache = join(params, state, plain, z_BLD, aug=aug)
+            state, cache = join(params, state, plain.cache, z, aug=aug)
             joined.append(made)
         next_look = coprocessor.next_look(made)
         if due is None and next_look is None:
             plain = None  # nothing is to join any more
-        elif cache is plain:
-            cache = jax.tree.map(jnp.copy, plain)  # decoding overwrites what it is given
+        elif cache is plain.cache:
+            cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites what it is given
         stops = [max_new_tokens, made + CHUNK, due and max(due, made + 1), next_look]
         until = min(stop for stop in stops if stop is not None)
         state, cache = decode(params, state, cache, sampling, until - made, aug=aug, eos_id=eos_id, pad_id=pad_id)
@@ -184,8 +185,8 @@ def _draw(key_B: jax.Array, logits_BV: jax.Array, temperature: jax.Array, top_k:
 @partial(jax.jit, static_argnames=("aug", "room", "pad_id"))
 def prefill(
     params: Params, text_BT: jax.Array, length_B: jax.Array, *, aug: Augmentation, room: int, pad_id: int
-) -> tuple[Decoding, Cache]:
-    """Reads the prompts; text and cache get room for `room` tokens more, and the cache for latents."""
+) -> tuple[Decoding, Text]:
+    """Reads the prompts; there is room for `room` tokens more, and in the cache for latents."""
     table_VD = params["decoder"]["embedding"]
     segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
     out_BTD, cache = augment.read(aug, params, text_BT, segment_BT, table_VD.dtype)
@@ -199,9 +200,8 @@ def prefill(
     )
     capacity = [(0, 0), (0, room + aug.num_latents)]
     wide = [(0, 0), *capacity, (0, 0), (0, 0)]
-    return state, _place(
-        aug, Cache(jnp.pad(cache.k, wide), jnp.pad(cache.v, wide), jnp.pad(cache.position, capacity), length_B)
-    )
+    cache = Cache(jnp.pad(cache.k, wide), jnp.pad(cache.v, wide), jnp.pad(cache.position, capacity), length_B)
+    return state, Text(jnp.pad(out_BTD, [*capacity, (0, 0)]), _place(aug, cache))
 
 
 def _place(aug: Augmentation, cache: Cache) -> Cache:
@@ -212,13 +212,15 @@ def _place(aug: Augmentation, cache: Cache) -> Cache:
 
 
 @partial(jax.jit, static_argnames=("aug", "size"))
-def extend(params: Params, cache: Cache, text_BX: jax.Array, new: jax.Array, *, aug: Augmentation, size: int) -> Cache:
-    """The plain decoder reads the next `new` tokens of every text, at most `size`, into the cache of those before."""
-    table_VD = params["decoder"]["embedding"]
+def extend(params: Params, read: Text, text_BX: jax.Array, new: jax.Array, *, aug: Augmentation, size: int) -> Text:
+    """The plain decoder reads the next `new` tokens of every text, at most `size`, after those it has read."""
+    table_VD, (outputs_BXD, cache) = params["decoder"]["embedding"], read
     index_BS = cache.length[:, None] + jnp.arange(size)  # of the tokens, and in plain text their positions
     tokens_BS = jnp.take_along_axis(text_BX, jnp.minimum(index_BS, text_BX.shape[1] - 1), axis=1)
-    kv = _read_on(params, transformer.embed(table_VD, tokens_BS, aug.transformer.config), index_BS, cache, aug)[1]
-    return _place(aug, cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new)))
+    x_BSD = transformer.embed(table_VD, tokens_BS, aug.transformer.config)
+    out_BMSD, kv = _read_on(params, x_BSD, index_BS, cache, aug)
+    outputs_BXD = outputs_BXD.at[jnp.arange(len(text_BX))[:, None], index_BS].set(out_BMSD[:, 0], mode="drop")
+    return Text(outputs_BXD, _place(aug, cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))))
 
 
 def _read_on(params: Params, x_BSD: jax.Array, position_BS: jax.Array, cache: Cache, aug: Augmentation):
@@ -236,20 +238,18 @@ def _trace(aug: Augmentation, text_BX: jax.Array, length_B: jax.Array) -> Traces
 
 
 @partial(jax.jit, static_argnames=("aug",))
-def latents(params: Params, cache: Cache, text_BX: jax.Array, *, aug: Augmentation) -> jax.Array:
-    """Latents z [B, L, D] of the text that the cache holds; of `params`, the coprocessor's alone are read."""
-    return augment.latents(aug, params, cache, _trace(aug, text_BX, cache.length))[:, 0]
+def latents(params: Params, read: Text, text_BX: jax.Array, *, aug: Augmentation) -> Latents:
+    """Latents of one trace a row, after the text that was read; of `params`, the coprocessor's alone are used."""
+    return augment.latents(aug, params, read, _trace(aug, text_BX, read.cache.length))
 
 
 @partial(jax.jit, static_argnames=("aug",))
-def join(
-    params: Params, state: Decoding, plain: Cache, z_BLD: jax.Array, *, aug: Augmentation
-) -> tuple[Decoding, Cache]:
+def join(params: Params, state: Decoding, plain: Cache, z: Latents, *, aug: Augmentation) -> tuple[Decoding, Cache]:
     """Latents follow the text so far, which `plain` holds: what to decode next, and the cache to decode with."""
     now = _trace(aug, state.text, state.length)
     reread = now.inputs.shape[2]  # the last token's entry gives way to latents and the token itself
     read = plain._replace(length=plain.length - reread)
-    out_BMAD, kv = augment.decode(aug, params, z_BLD[:, None], read, now)
+    out_BMAD, kv = augment.decode(aug, params, z, read, now)
     cache = cache_lib.append(read, kv, now.position[:, 0], jnp.full_like(read.length, aug.num_latents + reread))
     state = state._replace(
         position=now.position[:, 0, -1] + 1,

@@ -157,8 +157,12 @@ class Job:
         return text
 
     @functools.cached_property
-    def decoder(self) -> Params:
-        return experiment.load_decoder(self.exp, self.exp.dtype)
+    def frozen(self) -> Params:
+        """The decoder everything is compared with, and the coprocessor below adapters where there is one."""
+        frozen = {"decoder": experiment.load_decoder(self.exp, self.exp.dtype)}
+        if self.exp.start and self.exp.config.method.lora_rank:
+            frozen["coprocessor"] = experiment.load_start(self.exp, self.exp.dtype)
+        return frozen
 
     def run(self, found: Restored | None, out: epath.Path) -> dict[str, Any]:
         """Evaluates a checkpoint, or without one the frozen decoder; returns what perplexity.json holds."""
@@ -195,12 +199,11 @@ class Job:
         sums, before = _saved(partial, identity) or (perplexity.zeros(exp, text), 0)
 
         trainable = {} if found is None else found.trainable
-        params = trainable if "decoder" in trainable else {"decoder": self.decoder} | trainable
         lengths = np.cumsum(sorted(map(len, text.pieces)))  # of all pieces up to each, in the order they are added
         what = "evaluated" if found is None else f"checkpoint {found.step} evaluated"
         progress = Progress(what, int(lengths[-1]), "tokens", int(lengths[before - 1]) if before else 0)
         since = time.monotonic()
-        for done in perplexity.add_up(exp, self.steps, params, text, sums, before):
+        for done in perplexity.add_up(exp, self.steps, self.frozen, trainable, text, sums, before):
             if jax.process_index() == 0:
                 progress(int(lengths[done - 1]))
                 if time.monotonic() - since >= SAVE_EVERY:
@@ -285,9 +288,9 @@ def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
 def _subject(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     """What evaluations must agree on to be compared."""
     keys = {
-        "method": ("name", "num_latents", "placement"),
+        "method": ("name", "num_latents", "placement", "lora_rank", "start", "coprocessor"),
         "data": ("validation",),
-        "evaluate": ("num_ahead", "max_length", "max_pieces", "max_positions", "seed"),
+        "evaluate": ("num_ahead", "max_length", "max_pieces", "max_positions", "seed", "delay", "swap"),
     }
     named = {f"config.{room}.{key}": config[room].get(key) for room in keys for key in keys[room]}
     return {"fingerprint": fingerprint} | named

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from latent_delib import checkpoint, models
 from latent_delib import mesh as mesh_lib
-from latent_delib import models
+from latent_delib.delib import lora
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
@@ -22,10 +24,11 @@ from latent_delib.nn import transformer
 from latent_delib.nn.attention_forms import FORMS
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.sizes import TransformerConfig, differences
-from latent_delib.nn.transformer import REMAT, Params
+from latent_delib.nn.transformer import REMAT, Params, Transformer
 from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import folder
 
+NOTHING_TO_ADAPT = ("pause_tokens", "static_tokens")  # methods that train vectors alone
 CORPUS_TOKENIZER = Path(__file__).parent / "data" / "corpus" / "tokenizer.model"
 
 
@@ -33,7 +36,8 @@ CORPUS_TOKENIZER = Path(__file__).parent / "data" / "corpus" / "tokenizer.model"
 class Experiment:
     """A checked config and what follows from it.
 
-    decoder: the decoder's folder; None for random weights. fingerprint: SHA-256 of that decoder, hex.
+    decoder: the decoder's folder; None for random weights. fingerprint: SHA-256 of that decoder, hex. start: workdir
+    and step of the coprocessor that training begins with, or None.
     """
 
     config: ConfigDict
@@ -43,17 +47,19 @@ class Experiment:
     tokenizer: Tokenizer
     decoder: Path | None
     fingerprint: str
+    start: tuple[str, int] | None
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued or evaluated here."""
-        keys = ("name", "num_latents", "placement")
-        return {"fingerprint": self.fingerprint, **{f"method.{k}": self.config.method[k] for k in keys}}
+        method = self.config.method.to_dict()
+        keys = ("name", "num_latents", "placement", "lora_rank", "start", "coprocessor")
+        return {"fingerprint": self.fingerprint, **{f"method.{k}": method[k] for k in keys}}
 
     def check_same(self, meta: dict[str, Any], where: str) -> None:
         """Raises UserError unless a checkpoint's meta is of this decoder and this method."""
         for key, value in self.identity().items():
-            if meta[key] != value:
-                raise UserError(f"{where}: its checkpoint has {key}={meta[key]}, this config has {value}")
+            if meta.get(key) != value:
+                raise UserError(f"{where}: its checkpoint has {key}={meta.get(key)}, this config has {value}")
 
 
 def tokenizer_path(config: ConfigDict) -> Path:
@@ -99,25 +105,33 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
             f"config.train.batch_size={config.train.batch_size} in {config.train.accumulation} parts does not split "
             f"over mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
         )
-    for key in ("num_heads", "num_kv_heads", "ffn_dim"):
-        if getattr(architecture, key) % mesh.shape["tensor"]:
-            raise UserError(
-                f"config.mesh.tensor={mesh.shape['tensor']} does not divide {key}={getattr(architecture, key)}"
-            )
+    changed = config.method.coprocessor.to_dict()
+    coprocessor = models.coprocessor_config(architecture, changed) if changed else None
+    for of, key in itertools.product(
+        filter(None, (architecture, coprocessor)), ("num_heads", "num_kv_heads", "ffn_dim")
+    ):
+        if getattr(of, key) % mesh.shape["tensor"]:
+            raise UserError(f"config.mesh.tensor={mesh.shape['tensor']} does not divide {key}={getattr(of, key)}")
     for key, traces in (
         ("method.num_traces", config.method.num_traces),
         ("evaluate.positions", min(config.evaluate.positions, config.evaluate.max_length)),
     ):
         if traces % mesh.shape["traces"]:
             raise UserError(f"config.mesh.traces={mesh.shape['traces']} does not divide config.{key}={traces}")
+
+    def transformer_of(architecture: TransformerConfig) -> Transformer:
+        return models.transformer(architecture, mesh, config.compute.remat, config.compute.attention)
+
     aug = Augmentation(
-        models.transformer(architecture, mesh, config.compute.remat, config.compute.attention),
+        transformer_of(architecture),
         config.method.name,
         config.method.num_latents,
         config.method.placement,
         config.compute.loss_chunk,
+        coprocessor and transformer_of(coprocessor),
     )
-    return Experiment(config, aug, mesh, jnp.dtype(config.compute.dtype), tokenizer, decoder, fingerprint)
+    start = models.split_start(config.method.start) if config.method.start else None
+    return Experiment(config, aug, mesh, jnp.dtype(config.compute.dtype), tokenizer, decoder, fingerprint, start)
 
 
 def check(config: ConfigDict) -> None:
@@ -142,6 +156,7 @@ def check(config: ConfigDict) -> None:
     at_least(1, method__num_latents=m.num_latents, method__num_traces=m.num_traces, method__num_ahead=m.num_ahead)
     at_least(1, train__steps=t.steps, train__batch_size=t.batch_size, train__accumulation=t.accumulation)
     at_least(1, train__log_every=t.log_every, train__checkpoint_every=t.checkpoint_every, train__keep=t.keep)
+    at_least(0, method__lora_rank=m.lora_rank, method__max_delay=m.max_delay, evaluate__delay=e.delay)
     at_least(1, evaluate__num_ahead=e.num_ahead, evaluate__batch_size=e.batch_size, evaluate__positions=e.positions)
     at_least(2, data__seq_len=config.data.seq_len, evaluate__max_length=e.max_length)
     at_least(1, compute__loss_chunk=config.compute.loss_chunk)
@@ -159,7 +174,25 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.seed={config.seed}: expected at least 0")
     if t.batch_size % t.accumulation:
         raise UserError(f"config.train.accumulation={t.accumulation} does not divide batch_size={t.batch_size}")
-    if METHODS[m.name].latents is not None:
+    if m.coprocessor and m.name != "resized":
+        raise UserError(f"config.method.coprocessor: only method 'resized' has one, this is {m.name!r}")
+    if m.start and METHODS[m.name].write is None:
+        raise UserError(f"config.method.start={m.start}: method {m.name!r} has no coprocessor")
+    if m.lora_rank and m.name in NOTHING_TO_ADAPT:
+        raise UserError(f"config.method.lora_rank={m.lora_rank}: method {m.name!r} trains no matrix")
+    if m.lora_rank and m.name in ("from_scratch", "resized") and not m.start:
+        raise UserError(f"config.method.lora_rank={m.lora_rank}: {m.name!r} begins at random; give config.method.start")
+    if m.name == "inserted" and not PLACEMENTS[m.placement].reread:
+        raise UserError(
+            f"config.method.placement={m.placement!r}: method 'inserted' has no vector to predict the next token from; "
+            "expected one that reads x_p again: " + ", ".join(sorted(p for p in PLACEMENTS if PLACEMENTS[p].reread))
+        )
+    if e.swap and (METHODS[m.name].write is None or e.batch_size < 2):
+        raise UserError(
+            f"config.evaluate.swap: method {m.name!r}, evaluate.batch_size={e.batch_size}; expected two texts "
+            "at once, and a method that writes latents"
+        )
+    if METHODS[m.name].write is not None:
         if config.data.seq_len < m.num_latents + m.num_ahead:
             raise UserError(
                 f"config.data.seq_len={config.data.seq_len} is shorter than a trace: "
@@ -187,11 +220,55 @@ def load_decoder(exp: Experiment, dtype: Any) -> Params:
 
 
 def init_trainable(exp: Experiment) -> Any:
-    """The function (key, decoder) -> trainable tree of the config's method, float32."""
-    aug = exp.aug
+    """The function (key, decoder, start) -> trainable tree of the config's method, float32; start: a coprocessor."""
+    aug, rank = exp.aug, exp.config.method.lora_rank
 
-    def init(key: jax.Array, decoder: Params) -> Params:
-        tree = METHODS[aug.method].init(key, decoder, aug.transformer, aug.num_latents)
+    def init(key: jax.Array, decoder: Params, start: Params | None = None) -> Params:
+        tree = METHODS[aug.method].init(key, decoder, aug.models, aug.num_latents)
+        tree |= {} if start is None else {"coprocessor": start}
+        if rank:
+            tree = {
+                room: _adapters(jax.random.fold_in(key, i), tree[room], rank) for i, room in enumerate(sorted(tree))
+            }
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
     return init
+
+
+def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
+    """What is trained of a decoder or coprocessor under low-rank adaptation: adapters, and all that is not its body."""
+    rest = {name: leaf for name, leaf in tree.items() if name not in ("layers", "final_norm", "embedding")}
+    return rest | ({"layers": lora.init(key, tree["layers"], rank)} if "layers" in tree else {})
+
+
+def load_start(exp: Experiment, dtype: Any) -> Params | None:
+    """The coprocessor that training begins with, in `dtype`, each array read to where it lies on the mesh.
+
+    Raises:
+      UserError: no such checkpoint, or one of another decoder or method, or of adapters.
+    """
+    if exp.start is None:
+        return None
+    wanted = start_shapes(exp)
+    expected = exp.identity() | {"method.lora_rank": 0, "method.start": ""}
+
+    def check(meta: dict[str, Any]) -> None:
+        for key, value in expected.items():
+            if meta.get(key) != value:
+                raise UserError(f"config.method.start: the checkpoint has {key}={meta.get(key)!r}, expected {value!r}")
+
+    checkpoints, *_ = checkpoint.open_for_reading(*exp.start)
+    found = checkpoints.restore_newest({"coprocessor": wanted}, step=exp.start[1], check=check)
+    checkpoints.close()
+    return jax.tree.map(lambda x: x.astype(dtype), found.trainable["coprocessor"])
+
+
+def start_shapes(exp: Experiment) -> Params:
+    """The shapes of a whole coprocessor of the config's method, with their shardings."""
+
+    def init(key: jax.Array, decoder: Params) -> Params:
+        return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, exp.aug.num_latents)["coprocessor"]
+
+    shapes = jax.eval_shape(init, jax.random.key(0), folder.shapes(exp.aug.transformer.config))
+    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES, mesh_lib.TRAINABLE)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,12 +1,14 @@
 """Useful floating-point operations of a training step, and the peak of known devices: together, utilisation.
 
 Useful means what the method needs if nothing were computed twice: the text once forward; the coprocessor forward and
-backward (activations and weights); the decoder's traces forward and backward (activations only, it is frozen); the
+backward (activations and weights); the decoder's traces forward and backward (activations only where it is frozen); the
 vocabulary likewise; attention on visible pairs only, without gradients of the frozen text's keys and values. A
-multiply-add counts as two.
+multiply-add counts as two. Not counted: the products that make adapters into weights, and maps between caches.
 """
 
+from latent_delib.delib import coprocessor
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.nn.sizes import TransformerConfig
 
@@ -44,25 +46,33 @@ def text_flops(aug: Augmentation, batch: int, seq_len: int) -> float:
     return batch * seq_len * (_per_token(c) + _attention(c, seq_len))
 
 
-def train_step_flops(
-    aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int, frozen_decoder: bool
-) -> float:
+def _tokens(aug: Augmentation, num_ahead: int) -> tuple[int, int]:
+    """Tokens of a trace: that the coprocessor reads, and the decoder."""
+    write = METHODS[aug.method].write
+    text = num_ahead - 1 + PLACEMENTS[aug.placement].reread
+    by_decoder = text if write is coprocessor.inserted else aug.num_latents + text
+    return 0 if write is coprocessor.unread else aug.num_latents, by_decoder
+
+
+def train_step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
     """FLOPs of one step on `batch` rows of `seq_len` tokens; prefixes count with their mean length, T / 2."""
-    c = aug.transformer.config
+    method, c = METHODS[aug.method], aug.transformer.config
     vocabulary = 2 * c.vocab_size * c.embed_dim
     text = text_flops(aug, batch, seq_len)
     if not aug.has_latents:
         return 3 * (text + batch * seq_len * vocabulary)
     traces = batch * num_traces
-    inputs = aug.num_latents + num_ahead - 1 + PLACEMENTS[aug.placement].reread
-    passes, text_passes = (2, 1) if frozen_decoder else (3, 3)
+    written, inputs = _tokens(aug, num_ahead)
+    passes, text_passes = (3, 3) if method.trains_decoder else (2, 1)
 
-    def trace(tokens: int, passes: int) -> float:
-        over_text = (2 if frozen_decoder else 3) * _attention(c, seq_len)
-        return traces * tokens * (passes * _per_token(c) + over_text + 3 * _attention(c, tokens))
+    def trace(c: TransformerConfig, tokens: int, passes: int, text_passes: int) -> float:
+        over_text = text_passes * _attention(c, seq_len)
+        return traces * tokens * (passes * _per_token(c) + over_text + 3 * _attention(c, tokens)) if tokens else 0.0
 
-    write = 0.0 if aug.method == "pause_tokens" else trace(aug.num_latents, 3)
-    return text_passes * text + write + trace(inputs, passes) + passes * traces * num_ahead * vocabulary
+    of_last_layer = method.write is coprocessor.of_last_layer  # it reads the text too
+    write = trace(aug.models.coprocessor.config, written, 3, 3 if method.trains_decoder or of_last_layer else 2)
+    read = text_passes * text + (3 * text if of_last_layer else 0.0)
+    return read + write + trace(c, inputs, passes, passes) + passes * traces * num_ahead * vocabulary
 
 
 def recomputed_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
@@ -74,6 +84,4 @@ def recomputed_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: in
     seen = _attention(c, seq_len) if remat == "full" else 0.0
     if not aug.has_latents:
         return batch * seq_len * (_per_token(c) + seen)
-    write = 0 if aug.method == "pause_tokens" else aug.num_latents
-    inputs = aug.num_latents + num_ahead - 1 + PLACEMENTS[aug.placement].reread
-    return batch * num_traces * (write + inputs) * (_per_token(c) + seen)
+    return batch * num_traces * sum(_tokens(aug, num_ahead)) * (_per_token(c) + seen)

@@ -8,7 +8,6 @@ Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was traine
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +87,13 @@ def load(flags: Any) -> lm.AugmentedLM:
         )
     checkpoints, _, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
     checkpoints.close()
-    trained = METHODS[meta["method.name"]].latents is None  # the decoder itself: it writes no latents
-    path = os.path.join(flags.workdir, "decoder") if trained else meta["config"]["decoder"]["path"]
-    if not path:
-        raise UserError(f"--workdir={flags.workdir}: trained on random weights, there is nothing to generate with")
+    path, has_latents = models.decoder_of(flags.workdir, meta), METHODS[meta["method.name"]].write is not None
     split = jax.device_count() - flags.coprocessor_devices
     here, there = jax.devices()[:split], jax.devices()[split:]
     mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor}, here)
     decoder = models.load_decoder(path, mesh=mesh)
-    coprocessor = None if trained or flags.no_augment else models.load_coprocessor(flags.workdir, flags.step)
+    augment = has_latents and not flags.no_augment
+    coprocessor = models.load_coprocessor(flags.workdir, flags.step) if augment else None
     beside = mesh_lib.make({"data": 1, "tensor": -1}, there) if there else None
     return lm.AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length)
 

@@ -14,7 +14,9 @@ from latent_delib import engine, models, scoring
 from latent_delib import mesh as mesh_lib
 from latent_delib.asynchronous import Beside
 from latent_delib.data import batches
+from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.coprocessor import Latents
 from latent_delib.errors import UserError
 from latent_delib.models import Coprocessor, Decoder
 from latent_delib.nn.layers import PARAM_AXES
@@ -72,20 +74,23 @@ class AugmentedLM:
                 f"this decoder is {decoder.fingerprint[:12]}"
             )
         of = coprocessor
-        self.aug = Augmentation(self.plain.transformer, of.method, of.num_latents, of.placement)
-        self.params["coprocessor"] = _place(self.mesh, of.params, self.dtype)
+        own = models.transformer(of.architecture, self.mesh) if of.architecture else None
+        self.aug = Augmentation(self.plain.transformer, of.method, of.num_latents, of.placement, coprocessor=own)
+        self.params = augment.assemble(self.params, {"coprocessor": _place(self.mesh, of.params, self.dtype)})
         if coprocessor_mesh is not None:
             model = models.transformer(decoder.config, coprocessor_mesh)
-            self.aug_beside = dataclasses.replace(self.aug, transformer=model)
-            self.params_beside = {"coprocessor": _place(coprocessor_mesh, of.params, self.dtype)}
+            own = models.transformer(of.architecture, coprocessor_mesh) if of.architecture else None
+            self.aug_beside = dataclasses.replace(self.aug, transformer=model, coprocessor=own)
+            self.params_beside = {"coprocessor": _place(coprocessor_mesh, self.params["coprocessor"], self.dtype)}
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """The plain decoder's logits, float32 [B, T, V]."""
         tokens = self._check_tokens(tokens_BT)
         return scoring.logits(self.params, tokens, aug=self.aug, dtype=self.dtype)
 
-    def latents(self, tokens_BT: jax.Array, positions_BM: jax.Array) -> jax.Array:
-        """Latents [B, M, L, D] written after reading row b up to and with token positions[b, m]."""
+    def latents(self, tokens_BT: jax.Array, positions_BM: jax.Array) -> Latents:
+        """Latents [B, M, L, D] written after reading row b up to and with token positions[b, m]; of a method that
+        inserts keys and values, those."""
         self._check_augmented()
         tokens = self._check_tokens(tokens_BT)
         positions = self._check_positions(tokens, positions_BM, 0)

@@ -43,14 +43,11 @@ class Near(NamedTuple):
 
 
 class Watched:
-    """Stands for a transformer in the calls of `delib.augment`, and keeps the attention weights of each.
+    """Stands for a transformer in the calls of `delib.augment`, and adds the attention weights of each to `seen`:
+    [layers, B, M, K, G, S, T + S]."""
 
-    seen: of each call in turn, [layers, B, M, K, G, S, T + S].
-    """
-
-    def __init__(self, transformer: Transformer):
-        self.transformer = transformer
-        self.seen: list[jax.Array] = []
+    def __init__(self, transformer: Transformer, seen: list[jax.Array]):
+        self.transformer, self.seen = transformer, seen
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transformer, name)
@@ -97,13 +94,14 @@ def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attentio
 def _called(
     params: Params, text_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int
 ) -> list[jax.Array]:
-    """Attention weights of the calls that follow the text's: the coprocessor's if there is one, the decoder's."""
-    watched = Watched(aug.transformer)
-    aug, segment_BT = dataclasses.replace(aug, transformer=watched), jnp.ones_like(text_BT)
-    _, cache = augment.read(aug, params, text_BT, segment_BT, dtype)
+    """Attention weights of the coprocessor's last call, if there is one, and of the decoder's."""
+    seen: list[jax.Array] = []
+    aug = dataclasses.replace(aug, **{name: Watched(model, seen) for name, model in aug.models._asdict().items()})
+    segment_BT = jnp.ones_like(text_BT)
+    text = augment.read(aug, params, text_BT, segment_BT, dtype)
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
-    augment.decode(aug, params, augment.latents(aug, params, cache, traces), cache, traces)
-    return watched.seen[1:]
+    augment.decode(aug, params, augment.latents(aug, params, text, traces), text.cache, traces)
+    return seen[1:][-2:]
 
 
 def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]]:

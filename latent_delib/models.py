@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 
 from latent_delib import checkpoint
 from latent_delib import mesh as mesh_lib
+from latent_delib.delib import lora
+from latent_delib.delib.coprocessor import Models
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
@@ -34,7 +36,11 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True)
 class Coprocessor:
-    """What writes latents for one decoder. params["soft_tokens"] is [L, D]; step is None where untrained."""
+    """What writes latents for one decoder.
+
+    params: what it does not have are the decoder's own layers (`delib.augment.assemble`); "soft_tokens" is [L, D].
+    step: None where untrained. architecture: None where it is the decoder's.
+    """
 
     params: Params
     method: str
@@ -42,6 +48,7 @@ class Coprocessor:
     placement: str
     fingerprint: str
     step: int | None = None
+    architecture: TransformerConfig | None = None
 
 
 def one_device() -> Mesh:
@@ -83,16 +90,50 @@ def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
         return Coprocessor(params, **fields)
 
     def check(meta: dict[str, Any]) -> None:
-        if METHODS[meta["method.name"]].latents is None:
+        if METHODS[meta["method.name"]].write is None:
             raise UserError(f"{workdir}: method {meta['method.name']!r} has no coprocessor")
 
     checkpoints, *_ = checkpoint.open_for_reading(workdir, step)
     found = checkpoints.restore_newest(step=step, check=check)
     checkpoints.close()
     assert found is not None, "open_for_reading saw one"
-    method, num_latents, placement = (found.meta[f"method.{key}"] for key in ("name", "num_latents", "placement"))
-    params = found.trainable["coprocessor"]
-    return Coprocessor(params, method, num_latents, placement, found.meta["fingerprint"], found.step)
+    meta, params = found.meta, found.trainable["coprocessor"]
+    method, num_latents, placement = (meta[f"method.{key}"] for key in ("name", "num_latents", "placement"))
+    if start := meta["config"]["method"].get("start", ""):
+        below, begun = split_start(start)
+        params = lora.lay_over(load_coprocessor(below, begun).params, params)
+    fingerprint = meta["fingerprint"]
+    if METHODS[method].trains_decoder:  # it belongs to the decoder that was trained with it
+        fingerprint = folder.fingerprint(folder.locate(decoder_of(workdir, meta)))
+    changed = meta["config"]["method"].get("coprocessor")
+    architecture = coprocessor_config(TransformerConfig(**meta["architecture"]), changed) if changed else None
+    return Coprocessor(params, method, num_latents, placement, fingerprint, found.step, architecture)
+
+
+def decoder_of(workdir: str, meta: dict[str, Any]) -> str:
+    """The folder of the decoder that a checkpoint in `workdir` goes with: the one it trained, or the one left frozen.
+
+    Raises:
+      UserError: it is one of random weights, which has no folder.
+    """
+    if METHODS[meta["method.name"]].trains_decoder:
+        return f"{workdir}/decoder"
+    if not (path := meta["config"]["decoder"]["path"]):
+        raise UserError(f"--workdir={workdir}: trained on random weights, there is no decoder to load")
+    return path
+
+
+def split_start(path: str) -> tuple[str, int]:
+    """The workdir and the step of WORKDIR/checkpoints/STEP."""
+    folders, step = Path(path).parent, Path(path).name
+    if folders.name != "checkpoints" or not step.isdigit():
+        raise UserError(f"config.method.start={path}: expected WORKDIR/checkpoints/STEP")
+    return path.removesuffix(f"/checkpoints/{step}"), int(step)
+
+
+def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:
+    """The architecture of a coprocessor that differs from the decoder's in some fields."""
+    return TransformerConfig.from_dict(dataclasses.asdict(decoder) | changed, "config.method.coprocessor")
 
 
 def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "after", seed: int = 0) -> Coprocessor:
@@ -102,5 +143,6 @@ def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "
     if not 1 <= num_latents <= decoder.config.vocab_size:
         raise UserError(f"num_latents={num_latents}: expected 1 to {decoder.config.vocab_size}")
     method = "cache_augmentation"
-    tree = METHODS[method].init(jax.random.key(seed), decoder.params, Transformer(decoder.config), num_latents)
+    model = Transformer(decoder.config)
+    tree = METHODS[method].init(jax.random.key(seed), decoder.params, Models(model, model), num_latents)
     return Coprocessor(tree["coprocessor"], method, num_latents, placement, decoder.fingerprint)

@@ -13,6 +13,7 @@ import numpy as np
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
+from latent_delib.delib import augment
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
 from latent_delib.nn.transformer import Params
@@ -57,7 +58,7 @@ class Sums(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The two jitted steps. Compiled once: no shape depends on the text."""
+    """The two jitted steps, `step.read_step` and `step.ahead_step`. Compiled once: no shape depends on the text."""
 
     read: Callable[..., Any]
     ahead: Callable[..., Any]
@@ -87,6 +88,8 @@ def read_text(exp: Experiment) -> Text:
         chosen += [there[i * len(there) // wanted] for i in range(wanted)]
     if not chosen:
         raise UserError(f"config.data.validation={sources}: holds no text")
+    if e.swap and len(chosen) < 2:
+        raise UserError(f"config.evaluate.swap: config.data.validation={sources} is a single piece, expected two")
     kept, renumbered = np.unique([document[i] for i in chosen], return_inverse=True)
     return Text([pieces[i] for i in chosen], renumbered, np.array(source)[kept], sources)
 
@@ -104,12 +107,13 @@ def positions(seed: int, number: int, length: int, most: int) -> np.ndarray:
 
 def jit_steps(exp: Experiment) -> Steps:
     """The steps for the config's mesh. Raises UserError if a batch does not split over it."""
-    B, aug, whole = exp.config.evaluate.batch_size, exp.aug, mesh_lib.replicated(exp.mesh)
+    e, aug, whole = exp.config.evaluate, exp.aug, mesh_lib.replicated(exp.mesh)
+    B = e.batch_size
     if B % (shards := mesh_lib.row_shards(exp.mesh)):
         raise UserError(f"config.evaluate.batch_size={B} does not split over {shards} devices")
     return Steps(
         jax.jit(partial(read_step, aug=aug, dtype=exp.dtype), out_shardings=(None, whole)),
-        jax.jit(partial(ahead_step, aug=aug, num_ahead=exp.config.evaluate.num_ahead), out_shardings=whole),
+        jax.jit(partial(ahead_step, aug=aug, num_ahead=e.num_ahead, delay=e.delay), out_shardings=whole),
     )
 
 
@@ -119,17 +123,23 @@ def zeros(exp: Experiment, text: Text) -> Sums:
     return Sums(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
 
 
-def add_up(exp: Experiment, steps: Steps, params: Params, text: Text, sums: Sums, done: int = 0) -> Iterator[int]:
+def add_up(
+    exp: Experiment, steps: Steps, frozen: Params, trainable: Params, text: Text, sums: Sums, done: int = 0
+) -> Iterator[int]:
     """Adds to `sums`, in place, all pieces but the first `done`, a batch at a time; yields how many are done by then.
 
     Pieces go by length, those alike together for least padding. Each position's value is added once for each n, in
     float64, with and without latents for the same targets, and always in the same order: who goes on from a number this
     yielded ends with the same bits. Every process gets every value and adds up all of them.
 
-    A piece is read once; its cache then serves all its positions, `positions` of them at a time. So the device holds
+    A piece is read once, and again by a decoder that was trained; its cache then serves all its positions, `positions`
+    of them at a time. So the device holds
     the cache of batch_size x max_length tokens and traces at batch_size x positions, and the host one batch's values,
     batch_size x max_length x num_ahead, however long a document is. Of the whole text the host holds the tokens and
     the sums.
+
+    Args:
+      frozen: the decoder that everything is compared with, and what lies below the trainable tree.
     """
     e, has_latents = exp.config.evaluate, exp.aug.has_latents
     A, B, T, M = e.num_ahead, e.batch_size, e.max_length, min(e.positions, e.max_length)
@@ -142,8 +152,12 @@ def add_up(exp: Experiment, steps: Steps, params: Params, text: Text, sums: Sums
     def place(x: np.ndarray) -> jax.Array:
         return mesh_lib.place_rows(exp.mesh, x[here], B)
 
+    params = augment.assemble(frozen, trainable)
     for first in range(done, len(order), B):
         batch = order[first : first + B]
+        counted = len(batch)
+        if e.swap and counted == 1:  # a piece alone is given the latents of the one before
+            batch = order[first - 1 : first + 1][::-1]
         pieces = [text.pieces[i] for i in batch]
         chosen = [positions(e.seed, int(i), len(p), e.max_positions) for i, p in zip(batch, pieces)]
         tokens, segment = np.full((B, T), exp.tokenizer.pad_id, np.int32), np.zeros((B, T), np.int32)
@@ -151,25 +165,34 @@ def add_up(exp: Experiment, steps: Steps, params: Params, text: Text, sums: Sums
         for row, (piece, positions_k) in enumerate(zip(pieces, chosen)):
             tokens[row, : len(piece)], segment[row, : len(piece)] = piece, 1
             at[row, : len(positions_k)] = positions_k
+            if e.swap:  # a longer piece is to be given latents of text too
+                at[row] = np.resize(positions_k, at.shape[1])
         tokens_BT, segment_BT = place(tokens), place(segment)
-        cache, text_nll = steps.read(params, tokens_BT, segment_BT)
+        ours, plain_nll = steps.read({"decoder": frozen["decoder"]}, tokens_BT, segment_BT)
+        own_nll = plain_nll
+        if "decoder" in trainable:
+            ours, own_nll = steps.read(params, tokens_BT, segment_BT)
+        donor_B = np.arange(B)
+        donor_B[: len(batch)] = np.roll(donor_B[: len(batch)], -1)
+        swap = (place(donor_B),) if e.swap else ()
         parts = [
-            steps.ahead(params, cache, tokens_BT, segment_BT, place(at[:, start : start + M]))[0]
+            steps.ahead(params, ours, tokens_BT, segment_BT, place(at[:, start : start + M]), *swap)[0]
             for start in range(0, at.shape[1] if has_latents else 0, M)
         ]
         # Read only now that the device has all it needs to go on.
-        plain_BT = np.asarray(text_nll)
-        ours = np.concatenate([np.asarray(nll) for nll in parts], axis=1) if has_latents else None
-        for row, (i, piece, positions_k) in enumerate(zip(batch, pieces, chosen)):
+        plain_BT, own_BT = np.asarray(plain_nll), np.asarray(own_nll)
+        ahead = np.concatenate([np.asarray(nll) for nll in parts], axis=1) if has_latents else None
+        for row, (i, piece, positions_k) in enumerate(zip(batch[:counted], pieces, chosen)):
             before_kA = positions_k[:, None] + np.arange(A)  # the token before the n-th one ahead
             counts_kA = before_kA < len(piece) - 1
-            plain_kA = plain_BT[row, np.minimum(before_kA, T - 2)]
-            ours_kA = plain_kA if ours is None else ours[row, : len(positions_k)]
+            index_kA = np.minimum(before_kA, T - 2)
+            plain_kA = plain_BT[row, index_kA]
+            ours_kA = own_BT[row, index_kA] if ahead is None else ahead[row, : len(positions_k)]
             document = text.document[i]
             sums.tokens[document] += counts_kA.sum(axis=0)
             sums.decoder[document] += plain_kA.sum(axis=0, dtype=np.float64, where=counts_kA)
             sums.augmented[document] += ours_kA.sum(axis=0, dtype=np.float64, where=counts_kA)
-        yield first + len(batch)
+        yield first + counted
 
 
 def interval(sums: Sums, seed: int) -> np.ndarray:

@@ -21,14 +21,14 @@ class Plan(NamedTuple):
     """A job's step, and what it takes.
 
     state, frozen, batch: trees of jax.ShapeDtypeStruct that carry shardings; nothing else decides where an array lies.
-    init: (key, decoder) -> trainable tree. tx: the optimizer.
+    init: (key, decoder, start) -> trainable tree. tx: the optimizer.
     step: jitted (state, frozen, batch) -> (state, metrics); the state is donated.
     """
 
     state: TrainState
     frozen: Params
     batch: dict[str, jax.ShapeDtypeStruct]
-    init: Callable[[jax.Array, Params], Params]
+    init: Callable[..., Params]
     tx: optax.GradientTransformation
     step: Any
 
@@ -52,9 +52,12 @@ def make(exp: Experiment) -> Plan:
     )
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trainable, placed(opt_state, shardings))
     frozen = {}
-    if "decoder" not in trainable:
+    if "embedding" not in trainable.get("decoder", {}):  # the decoder is not trained as a whole
         shardings = mesh_lib.parameters(mesh, decoder, PARAM_AXES, mesh_lib.FROZEN)
         frozen = {"decoder": placed(decoder, shardings, exp.dtype)}
+    if exp.start and c.method.lora_rank:
+        start = experiment.start_shapes(exp)
+        frozen["coprocessor"] = placed(start, shardings_of(start), exp.dtype)
     row = jax.ShapeDtypeStruct((c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(mesh))
     step = partial(
         train_step,
@@ -63,6 +66,7 @@ def make(exp: Experiment) -> Plan:
         seed=c.seed,
         num_traces=c.method.num_traces,
         num_ahead=c.method.num_ahead,
+        max_delay=c.method.max_delay,
         accumulation=c.train.accumulation,
         dtype=exp.dtype,
         skip_bad=c.train.max_bad_steps > 0,
@@ -100,6 +104,9 @@ def summary(exp: Experiment, plan: Plan) -> str:
     shapes = f"B {c.train.batch_size} T {c.data.seq_len}"
     if exp.aug.has_latents:
         shapes += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}, placement {m.placement}"
+        shapes += f", delays up to {m.max_delay}" if m.max_delay else ""
+    if m.lora_rank:
+        shapes += f", adapters of rank {m.lora_rank}"
     if c.train.accumulation > 1:
         shapes += f", in {c.train.accumulation} parts"
     lines = [

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from latent_delib import step
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.coprocessor import Latents
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
 
@@ -18,16 +19,16 @@ from latent_delib.nn.transformer import Params
 @partial(jax.jit, static_argnames=("aug", "dtype"))
 def logits(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
     """The plain decoder's, float32 [B, T, V]."""
-    x_BTD, _ = augment.read(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
-    return transformer.unembed(params["decoder"]["embedding"], x_BTD, aug.transformer.config)
+    text = augment.read(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
+    return transformer.unembed(params["decoder"]["embedding"], text.outputs, aug.transformer.config)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
-def latents(params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
-    """Written after text tokens `at_BM`, [B, M, L, D]."""
+def latents(params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any) -> Latents:
+    """Written after text tokens `at_BM`."""
     segment_BT = jnp.ones_like(tokens_BT)
-    _, cache = augment.read(aug, params, tokens_BT, segment_BT, dtype)
-    return augment.latents(aug, params, cache, aug.lay_out(tokens_BT, segment_BT, at_BM, 1))
+    text = augment.read(aug, params, tokens_BT, segment_BT, dtype)
+    return augment.latents(aug, params, text, aug.lay_out(tokens_BT, segment_BT, at_BM, 1))
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
@@ -36,12 +37,12 @@ def ahead_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """log p of the next `ahead` text tokens, by the decoder and with latents, [B, M, A] each."""
     segment_BT = jnp.ones_like(tokens_BT)
-    cache, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
+    text, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
     index = at_BM[..., None] + jnp.arange(ahead)
     decoder_BMA = -jnp.take_along_axis(text_nll[:, None], index, axis=2)
     if not aug.has_latents:
         return decoder_BMA, decoder_BMA
-    nll_BMA, _ = step.ahead_step(params, cache, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=ahead)
+    nll_BMA, _ = step.ahead_step(params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=ahead)
     return decoder_BMA, -nll_BMA
 
 
@@ -59,21 +60,21 @@ def continuations(
     """
     table_VD, config = params["decoder"]["embedding"], aug.transformer.config
     segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
-    _, cache = augment.read(aug, params, text_BT, segment_BT, dtype)
+    text = augment.read(aug, params, text_BT, segment_BT, dtype)
     B, M, A = tails_BMA.shape
     last_B1 = length_B[:, None] - 1
     if aug.has_latents:
-        z_B1LD = augment.latents(aug, params, cache, aug.lay_out(text_BT, segment_BT, last_B1, 1))
+        z = augment.latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, 1))
     else:
         aug = dataclasses.replace(aug, num_latents=0, placement="overlay")
-        z_B1LD = jnp.zeros((B, 1, 0, table_VD.shape[1]), dtype)
+        z = jnp.zeros((B, 1, 0, table_VD.shape[1]), dtype)
     marks = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
     reread = marks.inputs.shape[2] - (A - 1)
     marks = marks._replace(
         inputs=jnp.concatenate([marks.inputs[..., :reread], tails_BMA[..., :-1]], axis=2), targets=tails_BMA
     )
-    z_BMLD = jnp.broadcast_to(z_B1LD, (B, M, *z_B1LD.shape[2:]))
-    x_BMAD, _ = augment.decode(aug, params, z_BMLD, cache, marks)
+    z = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, M, *x.shape[2:])), z)
+    x_BMAD, _ = augment.decode(aug, params, z, text.cache, marks)
 
     def one(x_BMD: jax.Array, target_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BMV = transformer.unembed(table_VD, x_BMD, config)
@@ -94,7 +95,7 @@ def text_logprob(
     With latents after the first token, and where `every` is not 0 again after each `every` tokens more: each stretch
     is a trace, as when text is generated so. Without latents, where the method writes none: the decoder's.
     """
-    cache, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
+    text, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
     B, T = tokens_BT.shape
     if not aug.has_latents:
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
@@ -105,7 +106,7 @@ def text_logprob(
 
     def some(at_M: jax.Array) -> jax.Array:
         at_BM = jnp.broadcast_to(at_M, (B, together))
-        more, weights = step.ahead_step(params, cache, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=stretch)
+        more, weights = step.ahead_step(params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=stretch)
         return -jnp.sum(more * weights, axis=(1, 2))
 
     return jnp.sum(jax.lax.map(some, at.reshape(-1, together)), axis=0)

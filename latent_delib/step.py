@@ -8,7 +8,7 @@ import optax
 
 from latent_delib.delib import augment, traces
 from latent_delib.delib.augment import Augmentation
-from latent_delib.nn.cache import Cache
+from latent_delib.delib.coprocessor import Text
 from latent_delib.nn.transformer import Params
 
 
@@ -62,6 +62,7 @@ def train_step(
     num_ahead: int,
     accumulation: int,
     dtype: jnp.dtype,
+    max_delay: int = 0,
     skip_bad: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean loss over all ahead tokens of the batch.
@@ -72,6 +73,7 @@ def train_step(
       accumulation: the batch passes in this many equal parts; sums of loss, tokens and gradients are added up and
         divided once, so the step is that of the whole batch whatever the parts hold.
       dtype: of the computation; master weights are cast to it once.
+      max_delay: latents of a trace are written up to so many tokens before they join, drawn at random.
       skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the learning rate, go on.
 
     Returns:
@@ -80,16 +82,18 @@ def train_step(
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     at_BM = traces.draw(key, segment_BT, min(num_traces, tokens_BT.shape[1] - 1))  # a plain decoder uses none
+    delay_BM = traces.draw_delays(jax.random.fold_in(key, 1), at_BM, max_delay)
 
     frozen = augment.gathered(aug, frozen)  # before the loop over parts
 
     def loss_sum(trained: Params, part: tuple[jax.Array, ...]):
-        return augment.loss(aug, frozen | trained, *part, num_ahead, dtype)
+        *text, delay_BM = part
+        return augment.loss(aug, augment.assemble(frozen, trained), *text, num_ahead, dtype, delay_BM)
 
     # Differentiated where it is cast: gradients have the dtype of the computation, and lose nothing by it.
     trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)
     sums = jax.value_and_grad(loss_sum, has_aux=True)
-    whole = (tokens_BT, segment_BT, at_BM)
+    whole = (tokens_BT, segment_BT, at_BM, delay_BM)
     if accumulation == 1:
         (loss, tokens), grads = sums(trained, whole)
     else:
@@ -116,26 +120,35 @@ def train_step(
 
 def read_step(
     params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, *, aug: Augmentation, dtype: jnp.dtype
-) -> tuple[Cache, jax.Array]:
-    """The text's cache, and the plain decoder's -log p of text token t + 1 at every t, float32 [B, T - 1]."""
+) -> tuple[Text, jax.Array]:
+    """What the plain decoder makes of text, and its -log p of text token t + 1 at every t, float32 [B, T - 1]."""
     params = augment.gathered(aug, params)
-    x_BTD, cache = augment.read(aug, params, tokens_BT, segment_BT, dtype)
-    return cache, augment.nll(aug, params, x_BTD[:, :-1], tokens_BT[:, 1:])
+    text = augment.read(aug, params, tokens_BT, segment_BT, dtype)
+    return text, augment.nll(aug, params, text.outputs[:, :-1], tokens_BT[:, 1:])
 
 
 def ahead_step(
     params: Params,
-    cache: Cache,
+    text: Text,
     tokens_BT: jax.Array,
     segment_BT: jax.Array,
     at_BM: jax.Array,
+    from_B: jax.Array | None = None,
     *,
     aug: Augmentation,
     num_ahead: int,
+    delay: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """With latents after text tokens `at_BM`: -log p of the next A text tokens, and their weights (0 past the
-    document's end); float32 [B, M, A] each (Section 3.1)."""
+    document's end); float32 [B, M, A] each (Section 3.1).
+
+    Args:
+      from_B: the row whose latents a row is given instead of its own. delay: latents are written so many tokens before.
+    """
     params = augment.gathered(aug, params)
-    marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead)
-    x_BMAD, _ = augment.decode(aug, params, augment.latents(aug, params, cache, marks), cache, marks)
+    marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)
+    z = augment.latents(aug, params, text, marks)
+    if from_B is not None:
+        z = jax.tree.map(lambda x: x[from_B], z)
+    x_BMAD, _ = augment.decode(aug, params, z, text.cache, marks)
     return augment.nll(aug, params, x_BMAD, marks.targets), marks.weights

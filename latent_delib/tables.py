@@ -67,8 +67,9 @@ class Entry:
 
     @property
     def method(self) -> str:
-        """Of what latents come from; "" where there are none."""
-        return self.result.method["name"] if self.model == "augmented" else ""
+        """Of what latents come from, "lora" where only adapters of it were trained; "" where there are none."""
+        method = self.result.method
+        return ("lora" if method.get("lora_rank") else method["name"]) if self.model == "augmented" else ""
 
     @property
     def latents(self) -> int:
@@ -116,6 +117,10 @@ def label(entry: Entry) -> str:
     words += [f"seed {config['seed']}"] if "seed" in config else []
     words += [f"latents every {entry.every} tokens"] if entry.every else []
     words += [f"delay {entry.delay}"] if entry.delay else []
+    words += [f"trained for delays up to {method['max_delay']}"] if method.get("max_delay") else []
+    evaluated = config.get("evaluate", {})
+    words += ["latents of another text"] if evaluated.get("swap") else []
+    words += [f"evaluated with delay {evaluated['delay']}"] if evaluated.get("delay") else []
     return ", ".join(word for word in words if word)
 
 
@@ -130,7 +135,7 @@ def score(row: dict[str, Any], key: str = "") -> Figure:
 
 
 def tables(runs: Runs) -> list[Table]:
-    """All runs, then the eight tables; one that no run is about has the published lines and says so."""
+    """All runs, the paper's eight tables and two more; one that no run is about has the published lines and says so."""
     every = entries(runs)
     full, late = "cache_augmentation", {e.result.data.get("checkpoint") for e in every if e.delay}
 
@@ -152,13 +157,13 @@ def tables(runs: Runs) -> list[Table]:
 
     return [
         _variants("0_runs", "All runs", (), every),
-        _perplexity([r for r in runs.perplexity if r.method["name"] == full]),
+        _perplexity([r for r in runs.perplexity if of(r).method == full]),
         _benchmarks([e for e in every if at_once(e)], [e for e in every if decoder(e)]),
         variants(
             "3_pause_tokens",
             "Pause tokens (Goyal et al. 2023) against cache augmentation",
             published.PAUSE_TOKENS,
-            lambda e: e.method == "pause_tokens",
+            lambda e: e.method in ("pause_tokens", "static_tokens"),
             both,
         ),
         variants(
@@ -189,6 +194,20 @@ def tables(runs: Runs) -> list[Table]:
             published.DELAY,
             lambda e: e.delay,
             lambda e: decoder(e) or at_once(e) and e.result.data.get("checkpoint") in late,
+        ),
+        variants(
+            "9_follow_up",
+            "Keys and values inserted (H1), joint training (H2), one model for both (Coda-Forno et al. 2025)",
+            (),
+            lambda e: e.method in ("inserted", "joint", "unified"),
+            both,
+        ),
+        variants(
+            "10_beyond",
+            "Latents one after another, and coprocessors of another size",
+            (),
+            lambda e: e.method in ("sequential", "resized"),
+            both,
         ),
     ]
 

@@ -36,6 +36,8 @@ from latent_delib import mesh as mesh_lib
 from latent_delib import plan as planning
 from latent_delib.checkpoint import Checkpoints
 from latent_delib.data import batches
+from latent_delib.delib import lora
+from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
 from latent_delib.nn.transformer import Params
@@ -62,7 +64,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
       OSError: the disk failed; the last checkpoint is whole.
     """
     exp = experiment.read(config)
-    if is_remote(workdir) and (config.method.name == "decoder" or config.train.profile_at):
+    if is_remote(workdir) and (METHODS[config.method.name].trains_decoder or config.train.profile_at):
         raise UserError(f"--workdir={workdir}: a trained decoder and a profile are written to local folders only")
     with exclusive(workdir), graceful_stop() as stop:
         return run(exp, workdir, stop)
@@ -91,7 +93,7 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
     found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
     start = found.step if found else 0
     if start >= t.steps:
-        finish(exp, workdir, found.trainable)
+        finish(exp, workdir, found.trainable, None)
         return False
     if found:
         say(f"resuming {workdir} at step {start}")
@@ -108,15 +110,17 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
     compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
-    decoder = experiment.load_decoder(exp, exp.dtype if plan.frozen else jnp.float32)
-    frozen = {"decoder": decoder} if plan.frozen else {}
+    decoder = experiment.load_decoder(exp, exp.dtype if "decoder" in plan.frozen else jnp.float32)
+    begun = experiment.load_start(exp, exp.dtype if "coprocessor" in plan.frozen else jnp.float32)
+    frozen = {room: tree for room, tree in (("decoder", decoder), ("coprocessor", begun)) if room in plan.frozen}
     if found:
         trainable, opt_state = found.trainable, found.optimizer
     else:
         shardings = planning.shardings_of(plan.state)
-        trainable = jax.jit(plan.init, out_shardings=shardings.trainable)(jax.random.key(config.seed), decoder)
+        key = jax.random.key(config.seed)
+        trainable = jax.jit(plan.init, out_shardings=shardings.trainable)(key, decoder, begun)
         opt_state = jax.jit(plan.tx.init, out_shardings=shardings.opt_state)(trainable)
-    del decoder, found
+    del decoder, begun, found
     state = TrainState(jax.device_put(np.int32(start), mesh_lib.replicated(mesh)), trainable, opt_state)
     del trainable, opt_state
 
@@ -126,7 +130,7 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
         meta = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
         checkpoints.save(step, state.trainable, state.opt_state, meta, loss)
 
-    metrics, vote = Metrics(exp, workdir, start, bool(plan.frozen)), distributed.vote(mesh)
+    metrics, vote = Metrics(exp, workdir, start), distributed.vote(mesh)
     for step in range(start + 1, t.steps + 1):
         began = time.perf_counter()
         local = next(loader)
@@ -151,15 +155,20 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
     if step < t.steps:
         say(f"stopped by SIGTERM; step {step} is saved, the same command resumes")
         return True
-    finish(exp, workdir, state.trainable)
+    finish(exp, workdir, state.trainable, frozen.get("decoder"))
     return False
 
 
-def finish(exp: Experiment, workdir: str, trainable: Params) -> None:
-    """Writes the decoder where that was trained. One leaf at a time is whole, on every device."""
+def finish(exp: Experiment, workdir: str, trainable: Params, frozen: Params | None) -> None:
+    """Writes the decoder where that was trained, in whole or by adapters of the frozen one (None: not read yet). One
+    leaf at a time is whole, on every device."""
     primary = jax.process_index() == 0
-    if exp.config.method.name == "decoder":
-        leaves, dtype = folder.by_name(trainable["decoder"]), jnp.dtype(exp.config.decoder.export_dtype)
+    if "decoder" in trainable:
+        tree = trainable["decoder"]
+        if "embedding" not in tree:
+            below = jax.tree.map(lambda x: x.astype(jnp.float32), frozen or experiment.load_decoder(exp, jnp.float32))
+            tree = jax.jit(lora.lay_over)(below, tree)
+        leaves, dtype = folder.by_name(tree), jnp.dtype(exp.config.decoder.export_dtype)
         whole = jax.jit(lambda x: x.astype(dtype), out_shardings=mesh_lib.replicated(exp.mesh))
         chunks = (np.asarray(whole(leaf)) for leaf in leaves.values())
         if primary:
@@ -183,13 +192,13 @@ class Metrics:
     line, and there is no TensorBoard.
     """
 
-    def __init__(self, exp: Experiment, workdir: str, start: int, frozen_decoder: bool):
+    def __init__(self, exp: Experiment, workdir: str, start: int):
         c, t = exp.config, exp.config.train
         self.every, self.steps, self.allowed = t.log_every, t.steps, t.max_bad_steps
         self.schedule = learning_rate(c.optimizer, t.steps)
         self.tokens = t.batch_size * c.data.seq_len
         self.flops = flops.train_step_flops(
-            exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead, frozen_decoder
+            exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead
         )
         self.peak = flops.PEAK.get(jax.devices()[0].device_kind, math.nan) * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None

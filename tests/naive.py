@@ -124,30 +124,59 @@ def text_outputs(config, decoder, tokens, document):
     return forward(config, [(decoder, embed(config, decoder, tokens))], position, visible)
 
 
-def trace_nll(config, decoder, coprocessor, document, p, num_ahead, placement):
-    """-log p of the (at most) `num_ahead` tokens after document[p], given document[: p + 1] and its latents.
+def causal(n):
+    return np.tri(n, dtype=bool)
 
-    The coprocessor's call is one dense sequence, text read by the decoder and soft tokens by the coprocessor; the
-    decoder's call is another: text, latents, text again.
+
+def latent_position(p, L, placement):
+    first = {"after": p + 1, "before": p, "overlay": p - L + 1}[placement]
+    return np.maximum(np.arange(first, first + L), 0)
+
+
+def written(config, decoder, coprocessor, text, q, placement, method="cache_augmentation"):
+    """Latents [L, D] after token q of a document: one dense sequence, text by the decoder, soft tokens by the
+    coprocessor."""
+    soft = np.asarray(coprocessor["soft_tokens"], np.float64)
+    position = np.concatenate([np.arange(q + 1), latent_position(q, len(soft), placement)])
+    visible = causal(len(position))
+    if method == "static_tokens":
+        return soft
+    if method == "last_layer":  # all of it by the coprocessor, over what the decoder made of the text
+        read = forward(config, [(decoder, text[: q + 1])], np.arange(q + 1), causal(q + 1))
+        return forward(config, [(coprocessor, np.concatenate([read, soft]))], position, visible)[q + 1 :]
+    for i in range(1, len(soft)) if method == "sequential" else ():
+        before = forward(config, [(decoder, text[: q + 1]), (coprocessor, soft)], position, visible)[q + i]
+        soft = np.concatenate([soft[:i], soft[i : i + 1] + before, soft[i + 1 :]])
+    return forward(config, [(decoder, text[: q + 1]), (coprocessor, soft)], position, visible)[q + 1 :]
+
+
+def trace_nll(config, decoder, coprocessor, document, p, num_ahead, placement, method="cache_augmentation", delay=0):
+    """-log p of the (at most) `num_ahead` tokens after document[p], given document[: p + 1] and its latents, which
+    were written `delay` tokens before.
+
+    The coprocessor's call is one dense sequence; the decoder's is another: text, latents, text again.
     """
-
-    def causal(n):
-        return np.tri(n, dtype=bool)
-
     L = len(coprocessor["soft_tokens"])
-    if placement == "after":
-        kept, latent_position, shift = p + 1, np.arange(p + 1, p + 1 + L), L
-    else:
-        kept, latent_position, shift = p, np.maximum(np.arange(p - L + 1, p + 1), 0), 0
-
-    text = embed(config, decoder, document[: p + num_ahead])
-    position = np.concatenate([np.arange(p + 1), latent_position])
-    parts = [(decoder, text[: p + 1]), (coprocessor, coprocessor["soft_tokens"])]
-    z = forward(config, parts, position, causal(len(position)))[p + 1 :]
-
-    x = np.concatenate([text[:kept], z, text[kept:]])
-    position = np.concatenate([np.arange(kept), latent_position, np.arange(kept, len(text)) + shift])
+    kept = p + 1 if placement == "after" else p
+    shift = 0 if placement == "overlay" else L
+    text, q = embed(config, decoder, document[: p + num_ahead]), max(p - delay, 0)
     targets = document[p + 1 : p + 1 + num_ahead]
-    out = forward(config, [(decoder, x)], position, causal(len(x)))
-    predicting = out[p + L :][: len(targets)]  # from the last latent on, or, in overlay, from x_p that follows it
+    if method == "inserted":
+        return nll(config, decoder, inserted(config, decoder, coprocessor, text, p, placement)[: len(targets)], targets)
+    z = written(config, decoder, coprocessor, text, q, placement, method)
+    x = np.concatenate([text[:kept], z, text[kept:]])
+    position = [np.arange(kept), latent_position(p, L, placement), np.arange(kept, len(text)) + shift]
+    out = forward(config, [(decoder, x)], np.concatenate(position), causal(len(x)))
+    predicting = out[p + L :][: len(targets)]  # from the last latent on, or from x_p where that follows the latents
     return nll(config, decoder, predicting, targets)
+
+
+def inserted(config, decoder, coprocessor, text, p, placement):
+    """Outputs from x_p on where the latents are keys and values: one dense sequence in which the text after the latents
+    sees the coprocessor's own tokens. x_p stands in it twice: as the coprocessor reads it, and after the latents."""
+    L, shift = len(coprocessor["soft_tokens"]), 0 if placement == "overlay" else len(coprocessor["soft_tokens"])
+    parts = [(decoder, text[: p + 1]), (coprocessor, coprocessor["soft_tokens"]), (decoder, text[p:])]
+    position = [np.arange(p + 1), latent_position(p, L, placement), np.arange(p, len(text)) + shift]
+    visible = causal(p + 1 + L + len(text) - p)
+    visible[p + 1 + L :, p] = False  # not the x_p before the latents
+    return forward(config, parts, np.concatenate(position), visible)[p + 1 + L :]

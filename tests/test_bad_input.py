@@ -54,7 +54,7 @@ def named(line, *words):
         ("--config.train.steps=many", ["steps", "many"]),
         ("--config.train.steps=1.5", ["steps", "1.5"]),
         ("--config.method.name=coprocesor", ["config.method.name='coprocesor'", "cache_augmentation"]),
-        ("--config.method.placement=before", ["config.method.placement='before'", "overlay"]),
+        ("--config.method.placement=beside", ["config.method.placement='beside'", "overlay"]),
         ("--config.compute.dtype=float16", ["config.compute.dtype='float16'", "bfloat16"]),
         ("--config.compute.remat=some", ["config.compute.remat='some'", "dots"]),
         ("--config.train.steps=0", ["config.train.steps=0"]),

@@ -179,7 +179,8 @@ def test_independent_of_batches_and_devices(make_config, decoder_folder, documen
     text = perplexity.read_text(exp)
     assert len(text.pieces) > batch_size
     params, sums = jax.device_put(lm.params, shardings), perplexity.zeros(exp, text)
-    done = list(perplexity.add_up(exp, perplexity.jit_steps(exp), params, text, sums))
+    rooms = ({"decoder": params["decoder"]}, {"coprocessor": params["coprocessor"]})
+    done = list(perplexity.add_up(exp, perplexity.jit_steps(exp), *rooms, text, sums))
     assert done[-1] == len(text.pieces) and np.diff([0, *done]).max() <= batch_size
     assert_same(perplexity.table(sums, 0), naive_rows(lm, cut(documents, MAX)))
 

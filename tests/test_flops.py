@@ -38,7 +38,7 @@ def counted(config, L, placement, T, M, A):
 def test_counted_pair_by_pair(placement):
     config = dataclasses.replace(small.GEMMA, window=8)
     aug = Augmentation(Transformer(config), "cache_augmentation", 4, placement)
-    ours = train_step_flops(aug, 3, 64, 5, 6, frozen_decoder=True)
+    ours = train_step_flops(aug, 3, 64, 5, 6)
     # In a window the first half pair is counted whole.
     np.testing.assert_allclose(ours, 3 * counted(config, 4, placement, 64, 5, 6), rtol=1e-3)
 
@@ -47,7 +47,7 @@ def test_the_published_setting():
     """TFLOP a sequence of Gemma 2 2B."""
     for L, expected in ((16, 73.25), (64, 203.35)):
         aug = Augmentation(Transformer(SIZES["gemma2_2b"]), "cache_augmentation", L)
-        assert abs(train_step_flops(aug, 1, 2048, 128, 16, True) / 1e12 - expected) < 0.01
+        assert abs(train_step_flops(aug, 1, 2048, 128, 16) / 1e12 - expected) < 0.01
 
 
 def test_what_the_backward_pass_does_again():

@@ -67,18 +67,16 @@ def naive_logits(lm, prompt, new, delay=0):
     if lm.coprocessor is None or at >= len(tokens):
         out = naive.forward(config, [(weights, x)], np.arange(len(x)), np.tri(len(x), dtype=bool))
         return naive.logits(config, weights, out)
-    after = lm.coprocessor.placement == "after"
-
-    def latent_position(p):
-        return p + 1 + np.arange(L) if after else np.maximum(p - L + 1 + np.arange(L), 0)
+    placement = lm.coprocessor.placement
+    moves = L if placement != "overlay" else 0
 
     P = len(prompt)
     parts = [(weights, x[:P]), (lm.coprocessor.params, lm.coprocessor.params["soft_tokens"])]
-    position = np.concatenate([np.arange(P), latent_position(P - 1)])
+    position = np.concatenate([np.arange(P), naive.latent_position(P - 1, L, placement)])
     z = naive.forward(config, parts, position, np.tri(P + L, dtype=bool))[P:]
-    kept = at + 1 if after else at
-    position = np.arange(len(tokens)) + np.where(np.arange(len(tokens)) >= kept, L * after, 0)
-    position = np.insert(position, kept, latent_position(at))
+    kept = at + 1 if placement == "after" else at
+    position = np.arange(len(tokens)) + np.where(np.arange(len(tokens)) >= kept, moves, 0)
+    position = np.insert(position, kept, naive.latent_position(at, L, placement))
     out = naive.forward(config, [(weights, np.insert(x, kept, z, axis=0))], position, np.tri(len(position), dtype=bool))
     # Up to x_at it is the plain decoder that spoke; what follows x_at comes from the last latent or from x_at again.
     return np.concatenate([np.full((at, config.vocab_size), np.nan), naive.logits(config, weights, out[at + L :])])
@@ -109,7 +107,7 @@ def test_delayed_latents_are_the_prompts(lms, name):
 
 
 @pytest.mark.parametrize("every, delay", [(1, 0), (3, 0), (4, 2)])
-@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("name", ["after", "overlay"])
 def test_latents_again_every_few_tokens(lms, name, every, delay):
     lm = lms[name]
     found = lm.continuations(PROMPTS[:3], NEW, every=every, delay=delay)
@@ -226,7 +224,7 @@ def test_sharded_equals_one_device(decoder, lms, text):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     four = np.concatenate([text, text])
     np.testing.assert_allclose(lm.latents(four, [[3], [8]] * 2), one.latents(four, [[3], [8]] * 2), atol=1e-4)
-    _, cache = engine.prefill(lm.params, *lm._pad([[2, 5, 6]] * 4), aug=lm.aug, room=32, pad_id=0)
+    _, (_, cache) = engine.prefill(lm.params, *lm._pad([[2, 5, 6]] * 4), aug=lm.aug, room=32, pad_id=0)
     assert cache.k.shape[1:4:2] == (4, 2) and cache.k.sharding.shard_shape(cache.k.shape)[1:4:2] == (1, 1)
     with pytest.raises(ld.UserError, match="tokens: 3 rows do not split over"):
         lm.logits(four[:3])
@@ -249,9 +247,9 @@ def test_a_coprocessor_beside_the_decoder(lms, beside, monkeypatch, every):
             self.latents.block_until_ready()
         return take(self, made) if made % 5 == 3 else None
 
-    def watched(self, cache, text):
-        devices.append(self.params["coprocessor"]["soft_tokens"].devices() | cache.k.devices())
-        return write(self, cache, text)
+    def watched(self, read, text):
+        devices.append(self.params["coprocessor"]["soft_tokens"].devices() | read.cache.k.devices())
+        return write(self, read, text)
 
     monkeypatch.setattr(asynchronous.Beside, "answer", answer)
     monkeypatch.setattr(asynchronous.Beside, "_write", watched)
@@ -367,7 +365,7 @@ def test_logprobs_know_the_likeliest(decoder, lms, monkeypatch):
     assert lm.logprobs([PROMPTS[0]] * 2, ["best", "but one"])[1].tolist() == [True, False]
 
 
-@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("name", ["after", "overlay"])
 def test_ahead_logprobs_and_what_follows_the_text(lms, name, text):
     lm, at, A = lms[name], np.array([[0, 3, 9], [1, 7, 9]]), 6
     plain, augmented = lm.ahead_logprobs(text, at, A)
@@ -411,7 +409,7 @@ def test_load_coprocessor_is_what_was_trained(make_config, decoder, tmp_path, mo
 MISTAKES = {
     "no decoder": (lambda lm, d: ld.load_decoder("nowhere"), "decoder 'nowhere': .*config.json does not exist"),
     "no checkpoint": (lambda lm, d: ld.load_coprocessor("nowhere"), "--workdir=nowhere: holds no checkpoints"),
-    "placement": (lambda lm, d: ld.init_coprocessor(d, 2, "before"), "placement='before': expected one of"),
+    "placement": (lambda lm, d: ld.init_coprocessor(d, 2, "beside"), "placement='beside': expected one of"),
     "no latents": (lambda lm, d: ld.init_coprocessor(d, 0), "num_latents=0: expected 1 to 320"),
     "many latents": (lambda lm, d: ld.init_coprocessor(d, 321), "num_latents=321: expected 1 to 320"),
     "another decoder": (

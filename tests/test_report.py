@@ -75,7 +75,7 @@ def found(tmp_path_factory, monkeypatch_module):
     perplexity(epath.Path("runs/trained"), 0, config("decoder", 16))
     for name in ("pause_tokens", "from_scratch"):
         perplexity(epath.Path("runs") / name, 200, config(name))
-    perplexity(epath.Path("runs/lora"), -0.125, config("lora", 32, lora_rank=64))
+    perplexity(epath.Path("runs/lora"), -0.125, config("cache_augmentation", 32, lora_rank=64))
     perplexity(epath.Path("runs/only/evaluations/60"), 2, config(ahead=4), 60)
     perplexity(epath.Path("runs/only/evaluations/90"), 1, config(ahead=4), 90)
     old = json.loads((main / "perplexity.json").read_text())
@@ -180,7 +180,6 @@ def test_tables_of_variants(by_name):
         "trained decoder",
         "cache augmentation",
         "from scratch",
-        "lora",
     }
     assert any("rank 64" in row[0] for row in ours["5_coprocessors"])
     assert texts(by_name["6_last_layer"])[-1] == ["no run of ours"] + [""] * 6 and not by_name["6_last_layer"].note

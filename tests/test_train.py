@@ -329,7 +329,7 @@ def test_a_finished_run_is_left_alone(trained, make_config, tmp_path, capsys):
 
 
 def test_pause_tokens_train_soft_tokens_alone(make_config, tmp_path):
-    train.train(make_config({"method.name": "pause_tokens"}), str(tmp_path))
+    train.train(make_config({"method.name": "static_tokens"}), str(tmp_path))
     found = [everything(tmp_path, step)[1] for step in (2, 4)]
     trainable = [{k: v for k, v in leaves.items() if k.startswith("[0]")} for leaves in found]
     assert trainable[0].keys() == trainable[1].keys() == {"[0]['coprocessor']['soft_tokens']"}

@@ -1,7 +1,7 @@
 """The three calls everything is made of: read the text, write latents, decode the ahead tokens (Section 2.1).
 
 `params` is one dict: "decoder" (layers, final_norm, embedding) and, for methods that write latents, "coprocessor".
-Which of the two is trained is not known here.
+Which of the two is trained is known to `assemble` alone.
 """
 
 import dataclasses
@@ -9,7 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from latent_delib.delib import coprocessor, lora
 from latent_delib.delib import traces as traces_lib
+from latent_delib.delib.coprocessor import Inserted, Latents, Models, Text
 from latent_delib.delib.loss import token_nll
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import Traces
@@ -24,8 +26,9 @@ from latent_delib.nn.transformer import Params, Transformer
 class Augmentation:
     """What stays fixed while parameters and text change.
 
-    transformer: the decoder's, and the coprocessor's. method: a key of `methods.METHODS`. num_latents: N_L.
-    placement: a key of `traces.PLACEMENTS`. loss_chunk: tokens of a sequence whose logits exist at a time.
+    transformer: the decoder's. method: a key of `methods.METHODS`. num_latents: N_L. placement: a key of
+    `traces.PLACEMENTS`. loss_chunk: tokens of a sequence whose logits exist at a time. coprocessor: its transformer,
+    where that is not the decoder's.
     """
 
     transformer: Transformer
@@ -33,14 +36,38 @@ class Augmentation:
     num_latents: int = 16
     placement: str = "after"
     loss_chunk: int = 512
+    coprocessor: Transformer | None = None
 
     @property
     def has_latents(self) -> bool:
-        return METHODS[self.method].latents is not None
+        return METHODS[self.method].write is not None
 
-    def lay_out(self, tokens_BT: jax.Array, segment_BT: jax.Array, at_BM: jax.Array, num_ahead: int) -> Traces:
+    @property
+    def models(self) -> Models:
+        return Models(self.transformer, self.coprocessor or self.transformer)
+
+    def lay_out(
+        self,
+        tokens_BT: jax.Array,
+        segment_BT: jax.Array,
+        at_BM: jax.Array,
+        num_ahead: int,
+        delay_BM: jax.Array | int = 0,
+    ) -> Traces:
         """Traces at text tokens `at_BM`; see `traces.lay_out`."""
-        return traces_lib.lay_out(tokens_BT, segment_BT, at_BM, self.num_latents, num_ahead, self.placement)
+        return traces_lib.lay_out(tokens_BT, segment_BT, at_BM, self.num_latents, num_ahead, self.placement, delay_BM)
+
+
+def assemble(frozen: Params, trainable: Params) -> Params:
+    """The parameters that a frozen and a trainable tree make: each room of the trainable one lies over what is below.
+
+    Below the decoder is the frozen one; below the coprocessor one that is frozen, or else the decoder's own layers.
+    """
+    decoder = lora.lay_over(frozen.get("decoder", {}), trainable.get("decoder", {}))
+    if "coprocessor" not in trainable:
+        return {"decoder": decoder}
+    below = frozen.get("coprocessor") or coprocessor.body(decoder)
+    return {"decoder": decoder, "coprocessor": lora.lay_over(below, trainable["coprocessor"])}
 
 
 def gathered(aug: Augmentation, params: Params) -> Params:
@@ -51,32 +78,38 @@ def gathered(aug: Augmentation, params: Params) -> Params:
     return params | {"decoder": params["decoder"] | {"embedding": table_VD}}
 
 
-def read(aug: Augmentation, params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, dtype: jnp.dtype):
-    """The plain decoder over packed text: final-normed outputs [B, T, D], and the cache of the text."""
+def read(aug: Augmentation, params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, dtype: jnp.dtype) -> Text:
+    """The plain decoder over packed text."""
     start_BT = traces_lib.document_start(segment_BT)
     position_BT = jnp.arange(tokens_BT.shape[1]) - start_BT
     x_BTD = transformer.embed(params["decoder"]["embedding"].astype(dtype), tokens_BT, aug.transformer.config)
     bounds = transformer.own_text(start_BT)
     x_BMTD, kv = aug.transformer.apply({"params": params["decoder"]}, x_BTD[:, None], position_BT[:, None], bounds)
-    return x_BMTD[:, 0], cache_lib.of_text(kv, position_BT)
+    return Text(x_BMTD[:, 0], cache_lib.of_text(kv, position_BT))
 
 
-def latents(aug: Augmentation, params: Params, cache: Cache, traces: Traces) -> jax.Array:
-    """Latents z [B, M, L, D] of every trace."""
-    write = METHODS[aug.method].latents
+def latents(aug: Augmentation, params: Params, text: Text, traces: Traces) -> Latents:
+    """Latents of every trace."""
+    write = METHODS[aug.method].write
     assert write is not None, aug.method
-    return write(params["coprocessor"], aug.transformer, cache, traces)
+    return write(params, aug.models, text, traces)
 
 
-def decode(aug: Augmentation, params: Params, z_BMLD: jax.Array, cache: Cache, traces: Traces) -> tuple[jax.Array, KV]:
+def decode(aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: Traces) -> tuple[jax.Array, KV]:
     """The decoder over latents and ahead tokens.
 
     Returns the outputs [B, M, A, D] that predict the A targets, and the keys and values of latents and tokens.
     """
-    embedding_VD = params["decoder"]["embedding"].astype(z_BMLD.dtype)
+    embedding_VD = params["decoder"]["embedding"].astype(cache.k.dtype)
     text = transformer.embed(embedding_VD, traces.inputs, aug.transformer.config)
-    x_BMSD = jnp.concatenate([z_BMLD, text], axis=2)
-    out_BMSD, kv = aug.transformer.apply({"params": params["decoder"]}, x_BMSD, traces.position, traces.bounds, cache)
+    given = None
+    if isinstance(z, Inserted):  # no vectors enter: what stands in their place is overwritten in every layer
+        given = KV(*(jnp.moveaxis(x, 2, 0) for x in z))
+        z = jnp.zeros((*text.shape[:2], aug.num_latents, text.shape[-1]), text.dtype)
+    x_BMSD = jnp.concatenate([z, text], axis=2)
+    out_BMSD, kv = aug.transformer.apply(
+        {"params": params["decoder"]}, x_BMSD, traces.position, traces.bounds, cache, given
+    )
     return out_BMSD[:, :, -traces.targets.shape[2] :], kv
 
 
@@ -95,18 +128,20 @@ def loss(
     at_BM: jax.Array,
     num_ahead: int,
     dtype: jnp.dtype,
+    delay_BM: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """The training objective of one batch: Σ loss in nats and Σ tokens, both float32 scalars.
 
     With latents: cross-entropy of the ahead tokens of every trace (Section 2.3). Without: of all text.
     """
     params = gathered(aug, params)
-    x_BTD, cache = read(aug, params, tokens_BT, segment_BT, dtype)
+    text = read(aug, params, tokens_BT, segment_BT, dtype)
     if not aug.has_latents:
         same_document = (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)
-        losses, weights = nll(aug, params, x_BTD[:, :-1], tokens_BT[:, 1:]), same_document.astype(jnp.float32)
+        losses = nll(aug, params, text.outputs[:, :-1], tokens_BT[:, 1:])
+        weights = same_document.astype(jnp.float32)
     else:
-        traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead)
-        x_BMAD, _ = decode(aug, params, latents(aug, params, cache, traces), cache, traces)
+        traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)
+        x_BMAD, _ = decode(aug, params, latents(aug, params, text, traces), text.cache, traces)
         losses, weights = nll(aug, params, x_BMAD, traces.targets), traces.weights
     return jnp.sum(losses * weights), jnp.sum(weights)

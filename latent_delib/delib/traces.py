@@ -29,6 +29,8 @@ class Placement(NamedTuple):
 PLACEMENTS = {
     # The paper's: latents follow x_p, text moves on by L, the last latent predicts ahead token 1.
     "after": Placement(first_latent=1, per_latent=0, reread=0, shift=1),
+    # Latents stand before x_p, which is read after them and predicts ahead token 1; x_p moves on by L too.
+    "before": Placement(first_latent=0, per_latent=0, reread=1, shift=1),
     # Latents share the positions p-L+1 ... p, no text moves; x_p is read after them and predicts ahead token 1.
     "overlay": Placement(first_latent=1, per_latent=-1, reread=1, shift=0),
 }
@@ -74,10 +76,26 @@ def draw(key: jax.Array, segment_BT: jax.Array, num_traces: int) -> jax.Array:
     return jnp.sort(jnp.where(score >= 0, at, segment_BT.shape[1] - 1), axis=1).astype(jnp.int32)
 
 
+def draw_delays(key: jax.Array, at_BM: jax.Array, max_delay: int) -> jax.Array:
+    """For each trace how many tokens before it its latents are written: 0 to max_delay, int32 [B, M]."""
+    return jax.random.randint(key, at_BM.shape, 0, max_delay + 1)
+
+
 def lay_out(
-    tokens_BT: jax.Array, segment_BT: jax.Array, at_BM: jax.Array, num_latents: int, num_ahead: int, placement: str
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    at_BM: jax.Array,
+    num_latents: int,
+    num_ahead: int,
+    placement: str,
+    delay_BM: jax.Array | int = 0,
 ) -> Traces:
-    """Lays out the traces at text tokens `at_BM` of packed rows. See `Traces`."""
+    """Lays out the traces at text tokens `at_BM` of packed rows. See `Traces`.
+
+    Args:
+      delay_BM: the coprocessor was called so many tokens before, and knows the text only up to there (not before the
+        document's first token); its latents join at `at_BM` nevertheless, as those of an asynchronous coprocessor do.
+    """
     place = PLACEMENTS[placement]
     T = tokens_BT.shape[1]
 
@@ -88,20 +106,24 @@ def lay_out(
     at = at_BM[..., None]
     start = take(document_start(segment_BT), at)
     p = at - start  # position of x_p in its document
-    latent_position = p + place.first_latent + place.per_latent * num_latents + jnp.arange(num_latents)
-    latent_position = jnp.maximum(latent_position, 0)
+    written = jnp.maximum(p - jnp.broadcast_to(delay_BM, at_BM.shape)[..., None], 0)  # position of x at the call
+
+    def latents_at(p: jax.Array) -> jax.Array:
+        first = p + place.first_latent + place.per_latent * num_latents
+        return jnp.maximum(first + jnp.arange(num_latents), 0)
 
     offset = jnp.arange(1 - place.reread, num_ahead)  # of the inputs, from p
     ahead = at + jnp.arange(1, num_ahead + 1)
     same_document = (ahead < T) & (take(segment_BT, ahead) == take(segment_BT, at)) & (take(segment_BT, at) > 0)
-    position = jnp.concatenate([latent_position, p + offset + place.shift * num_latents], axis=-1)
+    latent_position = latents_at(written)
+    position = jnp.concatenate([latents_at(p), p + offset + place.shift * num_latents], axis=-1)
 
     def bounds(like: jax.Array, stop: jax.Array) -> Bounds:
         return Bounds(*(jnp.broadcast_to(x, like.shape).astype(jnp.int32) for x in (start, stop, 0)))
 
     return Traces(
         latent_position=latent_position,
-        latent_bounds=bounds(latent_position, at + 1),
+        latent_bounds=bounds(latent_position, start + written + 1),
         position=position,
         bounds=bounds(position, at + 1 - place.reread),
         inputs=take(tokens_BT, at + offset),

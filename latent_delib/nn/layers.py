@@ -27,7 +27,16 @@ PARAM_AXES = {
     "up": ("layers", "embed", "ffn"),
     "down": ("layers", "ffn", "embed"),
     "scale": (None, None),
+    # Between a decoder's cache and a coprocessor of another shape.
+    "keys_in": ("layers", None, None, "heads", None),
+    "values_in": ("layers", None, None, "heads", None),
+    "latents_out": (None, "embed"),
 }
+# The matrices of a layer, and how many of their axes after "layers" are those of the input: the rest is the output's.
+INPUT_AXES = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
+for _name, _count in INPUT_AXES.items():  # low-rank adapters lie as the matrix does
+    _axes = PARAM_AXES[_name]
+    PARAM_AXES |= {f"{_name}_a": (*_axes[: 1 + _count], None), f"{_name}_b": ("layers", None, *_axes[1 + _count :])}
 
 
 Axes = tuple[str | None, ...]
@@ -78,6 +87,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention; returns its output [B, M, S, D] and the own keys and values [B, M, S, K, H].
 
+    given: None, or keys and values [B, M, L, K, H], keys rotated, that stand in for those of the first L tokens.
+
     Who makes the collection "intermediates" mutable also gets `attention.weights`; no other call computes them.
     """
 
@@ -86,7 +97,7 @@ class Attention(nn.Module):
     partition: Partition = WHOLE
 
     @nn.compact
-    def __call__(self, x_BMSD, rope_2BMSH, bounds: Bounds, prefix):
+    def __call__(self, x_BMSD, rope_2BMSH, bounds: Bounds, prefix, given):
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
 
@@ -100,6 +111,10 @@ class Attention(nn.Module):
             q_BMSNH = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q_BMSNH)
             k_BMSKH = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k_BMSKH)
         q_BMSNH, k_BMSKH = rotary.rotate(q_BMSNH, rope_2BMSH), rotary.rotate(k_BMSKH, rope_2BMSH)
+        if given is not None:
+            k_BMSKH, v_BMSKH = (
+                jnp.concatenate([g, x[:, :, g.shape[2] :]], 2) for g, x in zip(given, (k_BMSKH, v_BMSKH))
+            )
         if self.is_mutable_collection("intermediates"):
             seen = attention.weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap)
             self.sow("intermediates", "weights", seen)
@@ -142,7 +157,7 @@ class Block(nn.Module):
     partition: Partition = WHOLE
 
     @nn.compact
-    def __call__(self, x_BMSD, is_local, prefix, ropes, ranges):
+    def __call__(self, x_BMSD, is_local, prefix, given, ropes, ranges):
         c = self.config
 
         def norm(name: str, x: jax.Array) -> jax.Array:
@@ -151,7 +166,7 @@ class Block(nn.Module):
         # Window and rotary base are data: both kinds stand side by side, and a layer takes its own.
         rope_2BMSH, bounds = jax.tree.map(lambda both: both[is_local], (ropes, ranges))
         attended, kv = Attention(c, self.form, self.partition, name="attn")(
-            norm("pre_attn_norm", x_BMSD), rope_2BMSH, bounds, prefix
+            norm("pre_attn_norm", x_BMSD), rope_2BMSH, bounds, prefix, given
         )
         x_BMSD += norm("post_attn_norm", attended) if c.post_norms else attended
         fed = MLP(c, self.partition, name="mlp")(norm("pre_mlp_norm", x_BMSD))

@@ -41,7 +41,12 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BMSD: jax.Array, position_BMS: jax.Array, bounds: Bounds, cache: Cache | None = None
+        self,
+        x_BMSD: jax.Array,
+        position_BMS: jax.Array,
+        bounds: Bounds,
+        cache: Cache | None = None,
+        given: KV | None = None,
     ) -> tuple[jax.Array, KV]:
         """One forward pass.
 
@@ -50,6 +55,7 @@ class Transformer(nn.Module):
           position_BMS: int32 rotary positions, never falling inside a group.
           bounds: what each token sees of the cache's slots and of its own group.
           cache: the shared prefix, or None.
+          given: keys and values [layers, B, M, L, K, H] that stand in for those of the first L tokens, or None.
 
         Returns:
           Final-normed outputs [B, M, S, D], and the keys and values of these tokens. With mutable="intermediates",
@@ -72,12 +78,13 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, self.form, self.partition, name="layers")
         prefix = None if cache is None else (cache.k.astype(x_BMSD.dtype), cache.v.astype(x_BMSD.dtype))
         x_BMSD = self.partition.constrain(x_BMSD, TRACES)
-        x_BMSD, kv = layers(x_BMSD, jnp.array(c.is_local, jnp.int32), prefix, ropes, ranges)
+        given = None if given is None else tuple(x.astype(x_BMSD.dtype) for x in given)
+        x_BMSD, kv = layers(x_BMSD, jnp.array(c.is_local, jnp.int32), prefix, given, ropes, ranges)
         return RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BMSD), KV(*kv)
 
 

@@ -59,7 +59,7 @@ def load(where: Path) -> tuple[dict[str, Any], Params]:
     config = TransformerConfig.from_dict(fields["architecture"], str(where / FILE))
     file = TensorFile(where / "model.safetensors")
     soft = (fields["num_latents"], config.embed_dim)
-    if (found := file.shapes.get(SOFT_TOKENS)) != soft:
+    if (found := file.shapes.get(SOFT_TOKENS)) not in (soft, (1, config.embed_dim)):  # one stands for all
         raise UserError(f"{file.path}: {SOFT_TOKENS} is {found}, expected {soft}")
     layers: dict[str, list[np.ndarray]] = {}
     if len(file.shapes) > 1:

@@ -14,6 +14,7 @@ import small
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.coprocessor import Text
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
@@ -34,6 +35,9 @@ def setup(config, placement, method="cache_augmentation"):
     return aug, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, L)}
 
 
+METHODS = ("last_layer", "static_tokens", "inserted", "sequential")  # that write in a way of their own
+
+
 def document_of(b, m):
     """The document that holds a trace, and where in it the trace is."""
     p = AT[b, m]
@@ -41,11 +45,11 @@ def document_of(b, m):
 
 
 @partial(jax.jit, static_argnums=0)
-def trace_nll(aug, params, tokens_BT, segment_BT, at_BM):
+def trace_nll(aug, params, tokens_BT, segment_BT, at_BM, delay_BM=0):
     """-log p of every ahead token [B, M, A], and the weights."""
-    _, cache = augment.read(aug, params, tokens_BT, segment_BT, jnp.float32)
-    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, A)
-    out, _ = augment.decode(aug, params, augment.latents(aug, params, cache, traces), cache, traces)
+    text = augment.read(aug, params, tokens_BT, segment_BT, jnp.float32)
+    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, A, delay_BM)
+    out, _ = augment.decode(aug, params, augment.latents(aug, params, text, traces), text.cache, traces)
     return augment.nll(aug, params, out, traces.targets), traces.weights
 
 
@@ -64,6 +68,30 @@ def test_traces_together_equal_the_naive_reading_of_each(family, placement):
     for b, m in np.ndindex(AT.shape):
         expected = naive.trace_nll(config, params["decoder"], params["coprocessor"], *document_of(b, m), A, placement)
         assert len(expected) == WEIGHTS[b, m].sum()
+        np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family, placement", [("gemma", "overlay"), ("llama", "before")])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_way_of_writing_equals_its_naive_reading(method, family, placement):
+    config = small.CONFIGS[family]
+    aug, params = setup(config, placement, method)
+    nll, _ = trace_nll(aug, params, TOKENS, SEGMENT, AT)
+    for b, m in np.ndindex(AT.shape):
+        where = (*document_of(b, m), A, placement, method)
+        expected = naive.trace_nll(config, params["decoder"], params["coprocessor"], *where)
+        np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_latents_of_an_earlier_call(placement):
+    """Written before they join; where the document begins later than that, at its first token."""
+    config, delay_BM = small.GEMMA, np.array([[1, 4, 2], [3, 0, 5]])
+    aug, params = setup(config, placement)
+    nll, _ = trace_nll(aug, params, TOKENS, SEGMENT, AT, delay_BM)
+    for b, m in np.ndindex(AT.shape):
+        where = (*document_of(b, m), A, placement, "cache_augmentation", delay_BM[b, m])
+        expected = naive.trace_nll(config, params["decoder"], params["coprocessor"], *where)
         np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -90,21 +118,21 @@ def test_traces_together_equal_separate_runs_through_the_cache(placement):
         return transformer.embed(params["decoder"]["embedding"], jnp.array(tokens), config)[None]
 
     def one_trace(document, p):
-        overlay = placement == "overlay"
+        reread = placement != "after"
         cache = cache_lib.empty(config, 1, T + L + A, jnp.float32)
         text = np.pad(document, (0, T - len(document)))
         _, cache = extend(config, decoder, cache, embed(text), np.arange(T)[None], np.array([p + 1]))
-        latent_position = (np.maximum(np.arange(p - L + 1, p + 1), 0) if overlay else np.arange(p + 1, p + 1 + L))[None]
+        latent_position = naive.latent_position(p, L, placement)[None]
         z, _ = extend(
             config, coprocessor, cache, params["coprocessor"]["soft_tokens"][None], latent_position, np.array([0])
         )
-        cache = cache._replace(length=cache.length - overlay)
+        cache = cache._replace(length=cache.length - reread)
         out, cache = extend(config, decoder, cache, z[None], latent_position, np.array([L]))
         cache = cache_lib.by_position(cache)
-        outputs = [] if overlay else [out[-1]]
-        shift = 0 if overlay else L
+        outputs = [] if reread else [out[-1]]
+        shift = 0 if placement == "overlay" else L
         targets = document[p + 1 : p + 1 + A]
-        for at in range(p + 1 - overlay, p + len(targets)):
+        for at in range(p + 1 - reread, p + len(targets)):
             position = np.array([[at + shift]])
             out, cache = extend(config, decoder, cache, embed([document[at]]), position, np.array([1]))
             outputs.append(out[0])
@@ -139,12 +167,12 @@ def test_packed_documents_equal_each_document_alone(placement):
 def test_visibility_by_gradients(placement):
     """Exactly zero from what a trace must not see, not zero from each thing it sees."""
     aug, params = setup(small.GEMMA, placement)
-    _, text = jax.jit(lambda p: augment.read(aug, p, TOKENS, SEGMENT, jnp.float32))(params)
+    outputs, text = jax.jit(lambda p: augment.read(aug, p, TOKENS, SEGMENT, jnp.float32))(params)
     traces = aug.lay_out(TOKENS, SEGMENT, AT, A)
 
     def losses(k, v, change_BMLD):
         cache = text._replace(k=k, v=v)
-        z = augment.latents(aug, params, cache, traces) + change_BMLD
+        z = augment.latents(aug, params, Text(outputs, cache), traces) + change_BMLD
         out, _ = augment.decode(aug, params, z, cache, traces)
         return jnp.sum(augment.nll(aug, params, out, traces.targets) * traces.weights, axis=-1)
 

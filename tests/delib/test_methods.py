@@ -1,95 +1,125 @@
 """Every row of the table keeps the contract, and each begins as it says."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 
-from latent_delib.delib import traces
+from latent_delib.delib import augment, traces
+from latent_delib.delib.coprocessor import Inserted, Models, Text
 from latent_delib.delib.methods import METHODS
 from latent_delib.nn import cache as cache_lib
+from latent_delib.nn import rotary
 from latent_delib.nn.transformer import Transformer
 
 B, T, M, L = 2, 6, 3, 5
 CONFIG = small.GEMMA
 MODEL = Transformer(CONFIG)
+OTHER = Transformer(
+    dataclasses.replace(CONFIG, num_layers=2, embed_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=20)
+)
 DECODER = jax.tree.map(jnp.asarray, small.decoder(CONFIG))
 AT = jnp.array([[0, 2, 4], [1, 2, 3]])
-TRACES = traces.lay_out(jnp.zeros((B, T), int), jnp.ones((B, T), int), AT, L, 2, "after")
-WRITING = [name for name, method in METHODS.items() if method.latents]
+TRACES = traces.lay_out(jnp.zeros((B, T), int), jnp.ones((B, T), int), AT, L, 2, "overlay")
+WRITING = [name for name, method in METHODS.items() if method.write]
+WITH_BODY = ["cache_augmentation", "from_scratch", "last_layer", "inserted", "joint", "sequential"]
+
+
+def models(name):
+    return Models(MODEL, OTHER if name == "resized" else MODEL)
 
 
 def begin(name, seed=0, decoder=DECODER):
-    return jax.jit(lambda key: METHODS[name].init(key, decoder, MODEL, L))(jax.random.key(seed))
+    return jax.jit(lambda key: METHODS[name].init(key, decoder, models(name), L))(jax.random.key(seed))
 
 
-def cache_of(seed, dtype=jnp.float32):
+def write(name, tree, text):
+    """Latents of a tree; where that has no decoder, over the one that is frozen."""
+    params = augment.assemble({"decoder": DECODER}, tree)
+    return METHODS[name].write(params, models(name), text, TRACES)
+
+
+def text_of(seed, dtype=jnp.float32):
     """What some decoder might have read."""
     cache = cache_lib.empty(CONFIG, B, T, dtype)
     k, v = jax.random.normal(jax.random.key(seed), (2, *cache.k.shape), dtype)
-    return cache._replace(k=k, v=v, position=jnp.tile(jnp.arange(T), (B, 1)), length=jnp.full((B,), T))
+    cache = cache._replace(k=k, v=v, position=jnp.tile(jnp.arange(T), (B, 1)), length=jnp.full((B,), T))
+    return Text(jax.random.normal(jax.random.key(seed), (B, T, CONFIG.embed_dim), dtype), cache)
 
 
 def test_the_rows_there_are():
-    assert set(METHODS) == {"decoder", "cache_augmentation", "from_scratch", "pause_tokens"}
-    assert WRITING == ["cache_augmentation", "from_scratch", "pause_tokens"]
+    paper = {"decoder", "cache_augmentation", "from_scratch", "last_layer", "pause_tokens", "static_tokens"}
+    assert set(METHODS) == paper | {"inserted", "joint", "unified", "sequential", "resized"}
+    assert set(METHODS) - set(WRITING) == {"decoder"}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_trainable_tree(name):
-    """What writes latents is a coprocessor that reads no tokens; what writes none trains the decoder."""
-    shapes = jax.eval_shape(lambda: METHODS[name].init(jax.random.key(0), DECODER, MODEL, L))
-    assert list(shapes) == ["coprocessor" if name in WRITING else "decoder"]
+    """What writes latents is a coprocessor that reads no tokens; a decoder is in it where that is trained."""
+    shapes = jax.eval_shape(lambda: METHODS[name].init(jax.random.key(0), DECODER, models(name), L))
+    assert ("coprocessor" in shapes) == (name in WRITING)
+    assert ("decoder" in shapes) == METHODS[name].trains_decoder == (name in ("decoder", "joint", "unified"))
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    if name not in WRITING:
+    if "decoder" in shapes:
         assert jax.tree.map(jnp.shape, shapes["decoder"]) == jax.tree.map(jnp.shape, DECODER)
+    if name not in WRITING:
         return
     tree = shapes["coprocessor"]
-    assert "embedding" not in str(jax.tree.structure(shapes))
-    assert tree["soft_tokens"].shape == (L, CONFIG.embed_dim)
-    if name != "pause_tokens":
+    assert "embedding" not in str(jax.tree.structure(tree))
+    config = models(name).coprocessor.config
+    assert tree["soft_tokens"].shape == (1 if name == "pause_tokens" else L, config.embed_dim)
+    if name in WITH_BODY:
         body, wanted = ({n: t[n] for n in ("layers", "final_norm")} for t in (tree, DECODER))
         assert set(tree) == {"layers", "final_norm", "soft_tokens"}
         assert jax.tree.map(jnp.shape, body) == jax.tree.map(jnp.shape, wanted)
+    elif name != "resized":
+        assert set(tree) == {"soft_tokens"}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", WRITING)
-def test_latents_have_the_shape_and_the_dtype_of_the_cache(name, dtype):
-    def write():
-        tree = METHODS[name].init(jax.random.key(0), DECODER, MODEL, L)
-        params = jax.tree.map(lambda x: x.astype(dtype), tree["coprocessor"])
-        return METHODS[name].latents(params, MODEL, cache_of(0, dtype), TRACES)
+def test_latents_have_the_shape_and_the_dtype_of_the_text(name, dtype):
+    def latents():
+        tree = METHODS[name].init(jax.random.key(0), DECODER, models(name), L)
+        return write(name, jax.tree.map(lambda x: x.astype(dtype), tree), text_of(0, dtype))
 
-    z = jax.eval_shape(write)
-    assert z.shape == (B, M, L, CONFIG.embed_dim) and z.dtype == dtype
+    z = jax.eval_shape(latents)
+    if name == "inserted":
+        assert isinstance(z, Inserted)
+        shape = (B, M, CONFIG.num_layers, L, CONFIG.num_kv_heads, CONFIG.head_dim)
+        assert {(x.shape, x.dtype) for x in z} == {(shape, jnp.dtype(dtype))}
+    else:
+        assert z.shape == (B, M, L, CONFIG.embed_dim) and z.dtype == dtype
 
 
-@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("name", [name for name in WRITING if name != "resized"])
 def test_soft_tokens_are_distinct_rows_of_the_token_table(name):
     table = DECODER["embedding"]
     for seed in range(2):
         soft = np.array(begin(name, seed)["coprocessor"]["soft_tokens"])
         rows = np.argmax(np.all(soft[:, None] == table, axis=-1), axis=1)
         np.testing.assert_array_equal(soft, table[rows])
-        assert len(set(rows.tolist())) == L
+        assert len(set(rows.tolist())) == len(soft)
     assert not np.array_equal(soft, begin(name, 0)["coprocessor"]["soft_tokens"])
 
 
 def test_soft_tokens_do_not_repeat_when_all_rows_are_taken():
     decoder = DECODER | {"embedding": DECODER["embedding"][:L]}
-    soft = begin("pause_tokens", 0, decoder)["coprocessor"]["soft_tokens"]
+    soft = begin("static_tokens", 0, decoder)["coprocessor"]["soft_tokens"]
     np.testing.assert_array_equal(np.sort(soft[:, 0]), np.sort(decoder["embedding"][:, 0]))
 
 
-def test_cache_augmentation_starts_as_the_decoder():
+@pytest.mark.parametrize("name", [name for name in WITH_BODY if name != "from_scratch"])
+def test_a_coprocessor_starts_as_the_decoder(name):
     """Float32 master weights, of a decoder in bfloat16 too."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), DECODER)
     for decoder in (DECODER, half):
-        tree = begin("cache_augmentation", 0, decoder)["coprocessor"]
-        for name in ("layers", "final_norm"):
-            jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float32)), tree[name], decoder[name])
+        tree = begin(name, 0, decoder)["coprocessor"]
+        for part in ("layers", "final_norm"):
+            jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float32)), tree[part], decoder[part])
         assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
 
 
@@ -100,21 +130,88 @@ def test_from_scratch_starts_at_random():
     assert 0.8 < np.std(q) * CONFIG.embed_dim**0.5 < 1.2
 
 
-def test_decoder_trains_the_decoder_itself():
-    tree = METHODS["decoder"].init(jax.random.key(0), DECODER, MODEL, 0)
+@pytest.mark.parametrize("name", ["decoder", "joint", "unified"])
+def test_a_trained_decoder_starts_as_it_is(name):
+    tree = METHODS[name].init(jax.random.key(0), DECODER, models(name), L)
     assert tree["decoder"] is DECODER
 
 
-def test_pause_tokens_ignore_the_text():
-    tree = begin("pause_tokens")["coprocessor"]
+@pytest.mark.parametrize("name", ["pause_tokens", "static_tokens"])
+def test_pause_tokens_ignore_the_text(name):
+    tree = begin(name)
     for seed in range(2):
-        z = METHODS["pause_tokens"].latents(tree, MODEL, cache_of(seed), TRACES)
-        np.testing.assert_array_equal(z, np.broadcast_to(tree["soft_tokens"], z.shape))
+        z = write(name, tree, text_of(seed))
+        np.testing.assert_array_equal(z, np.broadcast_to(tree["coprocessor"]["soft_tokens"], z.shape))
 
 
-def test_a_coprocessor_reads_the_text():
-    """The same weights over two caches: latents of every trace differ."""
-    tree = begin("cache_augmentation")["coprocessor"]
-    write = jax.jit(lambda cache: METHODS["cache_augmentation"].latents(tree, MODEL, cache, TRACES))
-    one, other = write(cache_of(0)), write(cache_of(1))
-    assert np.all(np.abs(one - other).max(axis=-1) > 1e-3)
+@pytest.mark.parametrize("name", [name for name in WRITING if name not in ("pause_tokens", "static_tokens")])
+def test_a_coprocessor_reads_the_text(name):
+    """The same weights over two texts: latents of every trace differ."""
+    tree = begin(name)
+    latents = jax.jit(lambda text: jax.tree.leaves(write(name, tree, text)))
+    for one, other in zip(latents(text_of(0)), latents(text_of(1))):
+        differ = np.abs(one - other)
+        if name == "inserted":  # the first layer's keys and values are the soft tokens'
+            differ = differ[:, :, 1:]
+        assert np.all(differ.max(axis=-1) > 1e-3)
+
+
+def test_the_unified_model_is_a_coprocessor_of_the_decoders_weights():
+    tree, text = begin("unified"), text_of(0)
+    trained = {"decoder": jax.tree.map(lambda x: x + 0.1, DECODER), "coprocessor": tree["coprocessor"]}
+    whole = {"coprocessor": {n: trained["decoder"][n] for n in ("layers", "final_norm")} | tree["coprocessor"]}
+    np.testing.assert_array_equal(write("unified", trained, text), write("cache_augmentation", whole, text))
+
+
+def test_the_first_latent_is_the_same_one_after_another():
+    """It has none before it; every other one has been told of that."""
+    tree, text = begin("sequential"), text_of(0)
+    one, other = write("sequential", tree, text), write("cache_augmentation", tree, text)
+    np.testing.assert_allclose(one[:, :, 0], other[:, :, 0], rtol=1e-5, atol=1e-5)
+    assert np.all(np.abs(one[:, :, 1:] - other[:, :, 1:]).max(axis=-1) > 1e-3)
+
+
+def through_identity(config, tree):
+    """A coprocessor's tree with maps that change nothing."""
+    K, H, D = config.num_kv_heads, config.head_dim, config.embed_dim
+    same = jnp.tile(jnp.eye(K * H).reshape(K, H, K, H), (config.num_layers, 1, 1, 1, 1))
+    return tree | {"keys_in": same, "values_in": same, "latents_out": jnp.eye(D)}
+
+
+@pytest.mark.parametrize("num_layers", [4, 2])
+@pytest.mark.parametrize("family", small.CONFIGS)
+def test_maps_that_change_nothing(family, num_layers):
+    """Of the same shape: the coprocessor without maps. Of half the depth: it reads the first and the last layer."""
+    config = dataclasses.replace(small.CONFIGS[family], num_layers=4)
+    decoder = jax.tree.map(jnp.asarray, small.decoder(config))
+    own = dataclasses.replace(config, num_layers=num_layers)
+    tree = jax.tree.map(jnp.asarray, small.coprocessor(own, L))
+    params = {"decoder": decoder, "coprocessor": through_identity(own, tree)}
+    position = jnp.array([[3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5]])
+    cache = cache_lib.empty(config, B, T, jnp.float32)
+    k, v = jax.random.normal(jax.random.key(0), (2, *cache.k.shape))
+    text = Text(jnp.zeros((B, T, config.embed_dim)), cache._replace(k=k, v=v, position=position))
+    found = METHODS["resized"].write(params, Models(Transformer(config), Transformer(own)), text, TRACES)
+
+    layers = jnp.array([0, 3] if num_layers == 2 else [0, 1, 2, 3])
+    if num_layers == 2 and family == "gemma":  # layers 0 and 3 are a local and a global one, and so are its own 0 and 1
+        assert [config.is_local[l] for l in (0, 3)] == list(own.is_local)
+    read = text._replace(cache=text.cache._replace(k=k[layers], v=v[layers]))
+    expected = METHODS["cache_augmentation"].write(params, Models(*[Transformer(own)] * 2), read, TRACES)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_do_not_depend_on_the_position():
+    """Text and latents moved on together: the latents stay."""
+    tree, text = begin("resized"), text_of(0)
+    theirs, own = (Transformer(dataclasses.replace(m.config, layer_pattern=("global",))) for m in (MODEL, OTHER))
+    found = []
+    for moved in (0, 1000):
+        cache = text.cache._replace(position=text.cache.position + moved)
+        marks = TRACES._replace(latent_position=TRACES.latent_position + moved)
+        # Keys as a decoder at these positions would have turned them.
+        table = rotary.table(cache.position, CONFIG.head_dim, CONFIG.rope_base, CONFIG.rope_scaling)
+        cache = cache._replace(k=jnp.stack([rotary.rotate(k, table) for k in text.cache.k]))
+        params = augment.assemble({"decoder": DECODER}, tree)
+        found.append(METHODS["resized"].write(params, Models(theirs, own), text._replace(cache=cache), marks))
+    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,217 @@
+"""Every variant as a job: trained, resumed, evaluated, loaded and used; what it is compared with; what it refuses."""
+
+import json
+import shutil
+
+import jax
+import naive
+import numpy as np
+import pytest
+import test_evaluate
+
+import latent_delib as ld
+from latent_delib import convert, evaluate, experiment, models, perplexity, train
+from latent_delib.delib import augment
+from latent_delib.errors import UserError
+from latent_delib.weights import folder
+
+HALF = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_dim": 20}
+VARIANTS = {
+    "last_layer": {},
+    "static_tokens": {},
+    "inserted": {"method.placement": "overlay"},
+    "joint": {},
+    "unified": {},
+    "sequential": {},
+    "resized": {"method.coprocessor": HALF},
+    "lora": {"method.name": "cache_augmentation", "method.lora_rank": 2},
+    "decoder lora": {"method.name": "decoder", "method.lora_rank": 2},
+    "delayed": {"method.name": "cache_augmentation", "method.max_delay": 3, "method.placement": "overlay"},
+}
+TRAINS_DECODER = ("joint", "unified", "decoder lora")
+
+
+def changes(variant):
+    return {"method.name": variant} | VARIANTS[variant]
+
+
+def weights(workdir, step):
+    checkpoints, *_ = ld.models.checkpoint.open_for_reading(str(workdir), step)
+    found = checkpoints.restore_newest(step=step)
+    checkpoints.close()
+    return jax.device_get(found.trainable)
+
+
+FAST = ("unified", "inserted", "lora")  # one of each kind; the others take their minutes elsewhere
+PARAMS = [v if v in FAST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
+def job(request, make_config, tmp_path_factory):
+    """The name of a variant, its config, and the workdir of its four steps."""
+    workdir = tmp_path_factory.mktemp("variant") / "workdir"
+    config = make_config(changes(request.param))
+    train.train(config, str(workdir))
+    return request.param, config, workdir
+
+
+def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
+    """Every leaf of the trainable tree; the run is the same bit for bit when it begins again in the middle."""
+    variant, config, workdir = job
+    one, other = weights(workdir, 2), weights(workdir, 4)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(other):
+        before = one
+        for key in path:
+            before = before[key.key]
+        moves = np.any(np.asarray(before) != np.asarray(leaf))
+        name = jax.tree_util.keystr(path)
+        if variant == "last_layer" or "scale" not in name or "norm" not in name:
+            assert moves, name
+    assert ("decoder" in other) == (variant in TRAINS_DECODER)
+    assert ("coprocessor" in other) == (variant != "decoder lora")
+
+    shutil.copytree(workdir, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    train.train(config, str(tmp_path / "again"))
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "again", 4), other)
+
+
+def test_it_is_evaluated_against_the_decoder_that_was_frozen(job, decoder_folder, tmp_path):
+    """The rows say what the loaded model says, and the decoder's column is the same for every variant."""
+    variant, config, workdir = job
+    rows = evaluate.evaluate(config, str(workdir), str(tmp_path))["rows"]
+    plain = evaluate.evaluate(experiment_config(config), "nowhere", str(tmp_path / "plain"))["rows"]
+    assert [row["decoder_ppl"] for row in rows] == [row["decoder_ppl"] for row in plain]
+    assert abs(rows[0]["change_percent"]) > 1e-3
+    lm = load(workdir, decoder_folder, variant)
+    expected = test_evaluate.naive_rows(lm, perplexity.read_text(experiment.read(config)).pieces)
+    np.testing.assert_allclose([row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5)
+
+
+def experiment_config(config):
+    """The frozen decoder of a config."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.method.name, config.method.lora_rank, config.method.coprocessor = "decoder", 0, {}
+    return config
+
+
+def load(workdir, decoder_folder, variant):
+    decoder = workdir / "decoder" if variant in TRAINS_DECODER else decoder_folder
+    coprocessor = None if variant == "decoder lora" else ld.load_coprocessor(str(workdir))
+    return ld.AugmentedLM(ld.load_decoder(str(decoder)), coprocessor)
+
+
+def test_it_generates_what_it_scores(job, decoder_folder):
+    """Greedy text is the likeliest, by the model's own scores; and again after three tokens."""
+    variant, _, workdir = job
+    lm = load(workdir, decoder_folder, variant)
+    (found,) = lm.continuations(["the cat sat on"], 5)
+    total, greedy = lm.logprobs(["the cat sat on"], [found.tokens.tolist()])
+    assert greedy[0] and total[0] < 0
+    assert found.joined == (() if variant == "decoder lora" else (0,))
+    (again,) = lm.continuations(["the cat sat on"], 6, every=3)
+    prompt = [lm.tokenizer.bos_id, *lm.tokenizer.encode("the cat sat on")]
+    assert again.tokens[:3].tolist() == found.tokens[:3].tolist()
+    _, greedy = lm.logprobs([prompt + again.tokens[:3].tolist()], [again.tokens[3:].tolist()])
+    assert greedy[0]
+
+
+def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_folder, tmp_path):
+    config = make_config(changes("decoder lora"))
+    train.train(config, str(tmp_path))
+    exp = experiment.read(config)
+    original = folder.load(decoder_folder, exp.aug.transformer.config, np.float32)
+    expected = augment.assemble({"decoder": original}, weights(tmp_path, 4))["decoder"]
+    found = folder.load(tmp_path / "decoder", exp.aug.transformer.config, np.float32)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), found, expected)
+    assert np.any(found["layers"]["mlp"]["up"] != original["layers"]["mlp"]["up"])
+    np.testing.assert_array_equal(found["embedding"], original["embedding"])
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_path, rank):
+    """In whole or under adapters; the first loss is that of what it starts from, and it is loaded with it."""
+    start = f"{trained}/checkpoints/4"
+    config = make_config({"method.start": start, "method.lora_rank": rank, "optimizer.warmup_steps": 0})
+    train.train(config, str(tmp_path / "w"))
+    first = json.loads((tmp_path / "w" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert abs(first - untrained_loss(make_config, tmp_path)) > 1e-3
+    own, begun = ld.load_coprocessor(str(tmp_path / "w")), ld.load_coprocessor(str(trained))
+    assert jax.tree.structure(own.params) == jax.tree.structure(begun.params)
+    moved = np.abs(own.params["layers"]["mlp"]["up"] - begun.params["layers"]["mlp"]["up"]).max()
+    assert 1e-5 < moved < 0.1
+    result = evaluate.evaluate(config, str(tmp_path / "w"), str(tmp_path / "out"))
+    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), own)
+    assert result["rows"][0]["augmented_ppl"] > 0 and lm.generate(["the cat"], 2)
+
+
+def untrained_loss(make_config, tmp_path):
+    train.train(make_config({"train.steps": 1}), str(tmp_path / "u"))
+    return json.loads((tmp_path / "u" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def test_latents_of_another_text_and_of_an_earlier_call(make_config, trained, decoder_folder, tmp_path):
+    """Controls in evaluation: each against the same thing done by hand."""
+    config = make_config({"evaluate.batch_size": 8})
+    own = evaluate.evaluate(config, str(trained), str(tmp_path / "own"))["rows"]
+    swapped = evaluate.evaluate(make_config({"evaluate.swap": True}), str(trained), str(tmp_path / "swap"))["rows"]
+    late = evaluate.evaluate(make_config({"evaluate.delay": 2}), str(trained), str(tmp_path / "late"))["rows"]
+    for rows in (swapped, late):
+        assert [r["tokens"] for r in rows] == [r["tokens"] for r in own]
+        assert [r["decoder_ppl"] for r in rows] == [r["decoder_ppl"] for r in own]
+        assert abs(rows[0]["augmented_ppl"] - own[0]["augmented_ppl"]) > 1e-4
+    expected = late_by_hand(config, trained, decoder_folder, 2)
+    np.testing.assert_allclose([row["augmented_ppl"] for row in late[:3]], expected, rtol=1e-5)
+
+
+def late_by_hand(config, trained, decoder_folder, delay):
+    """Perplexity of the n-th token, n = 1, 2, 3, in the naive reading of every position."""
+    decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
+    params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
+    for piece in perplexity.read_text(experiment.read(config)).pieces:
+        for p in range(len(piece) - 1):
+            where = (np.array(piece), p, 3, coprocessor.placement, "cache_augmentation", delay)
+            for n, nll in enumerate(naive.trace_nll(decoder.config, *params, *where)):
+                found[n].append(nll)
+    return [np.exp(np.mean(nll)) for nll in found]
+
+
+MISTAKES = [
+    ({"method.lora_rank": -1}, "config.method.lora_rank=-1"),
+    ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
+    ({"method.name": "from_scratch", "method.lora_rank": 2}, "begins at random"),
+    ({"method.name": "inserted"}, "config.method.placement='after'"),
+    ({"method.coprocessor": {"num_layers": 2}}, "only method 'resized'"),
+    ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
+    ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
+    ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "has no coprocessor"),
+    ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),
+]
+
+
+@pytest.mark.parametrize("change, said", MISTAKES)
+def test_mistakes(make_config, change, said):
+    with pytest.raises(UserError, match=said.replace("[", r"\[")):
+        experiment.read(make_config(change))
+
+
+def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
+    config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
+    with pytest.raises(UserError, match="config.method.start: the checkpoint has method.name"):
+        train.train(config, str(tmp_path / "w"))
+    assert models.split_start("gs://b/run/checkpoints/12") == ("gs://b/run", 12)
+
+
+def test_exports(make_config, trained, tmp_path):
+    """Adapters are exported multiplied out; a coprocessor of another size has no names in the other form."""
+    train.train(make_config(changes("lora")), str(tmp_path / "w"))
+    convert.convert(str(tmp_path / "w"), str(tmp_path / "out"))
+    found, expected = ld.load_coprocessor(str(tmp_path / "out")), ld.load_coprocessor(str(tmp_path / "w"))
+    decoder = ld.load_decoder(make_config().decoder.path)
+    below = jax.device_get(decoder.params)
+    params = augment.assemble({"decoder": below}, {"coprocessor": jax.device_get(expected.params)})["coprocessor"]
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+    train.train(make_config(changes("resized")), str(tmp_path / "r"))
+    with pytest.raises(UserError, match="resized"):
+        convert.convert(str(tmp_path / "r"), str(tmp_path / "other"))
