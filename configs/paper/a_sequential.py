@@ -1,0 +1,11 @@
+"""Latents one after another; named as future work by the paper."""
+
+from ml_collections import ConfigDict
+
+from configs.paper import protocol_a
+
+
+def get_config() -> ConfigDict:
+    c = protocol_a.get_config()
+    c.method.name = "sequential"
+    return c

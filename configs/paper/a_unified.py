@@ -1,0 +1,12 @@
+"""One model that writes its own latents, the unified baseline (Coda-Forno et al. 2025)."""
+
+from ml_collections import ConfigDict
+
+from configs.paper import protocol_a
+
+
+def get_config() -> ConfigDict:
+    c = protocol_a.get_config()
+    c.method.name = "unified"
+    c.optimizer.learning_rate = 3e-4
+    return c
