@@ -114,7 +114,7 @@ def smollm2(tmp_path_factory):
         pytest.param("next_sentence", 0, 24, marks=pytest.mark.slow),
         pytest.param("gsm_symbolic", 0, 20, marks=pytest.mark.slow),
         pytest.param("held_out_text", 3, 2, marks=pytest.mark.slow),  # the first of them has some 4,500 tokens
-        ("held_out_text", 4, 8),
+        pytest.param("held_out_text", 4, 8, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_harness_own_model(smollm2, tmp_path, name, first, count):

@@ -115,6 +115,7 @@ def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp
     assert_close(tmp_path / "alone again", trained)
 
 
+@pytest.mark.slow
 def test_four_processes_on_every_mesh_axis_equal_one(tiny, trained, make_config, tmp_path):
     """Weights, heads and traces are split across processes; a row lies on four of them."""
     split = tiny | {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}

@@ -126,6 +126,7 @@ def test_killed_and_resumed_equals_straight(trained, config_file, make_config, t
     assert_same(workdir, trained)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_straight_from_text(trained, config_file, make_config, tmp_path):
     """Text through seqio: its own order, the same promise."""
     text, straight, workdir = {"data.token_files": ""}, tmp_path / "straight", tmp_path / "workdir"

@@ -42,7 +42,7 @@ def weights(workdir, step):
     return jax.device_get(found.trainable)
 
 
-FAST = ("unified", "inserted", "lora")  # one of each kind; the others take their minutes elsewhere
+FAST = ("unified", "lora")  # these two stand for all; the others take their minutes elsewhere
 PARAMS = [v if v in FAST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
 
 
@@ -129,7 +129,7 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
     np.testing.assert_array_equal(found["embedding"], original["embedding"])
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_path, rank):
     """In whole or under adapters; the first loss is that of what it starts from, and it is loaded with it."""
     start = f"{trained}/checkpoints/4"
@@ -203,6 +203,7 @@ def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     assert models.split_start("gs://b/run/checkpoints/12") == ("gs://b/run", 12)
 
 
+@pytest.mark.slow
 def test_exports(make_config, trained, tmp_path):
     """Adapters are exported multiplied out; a coprocessor of another size has no names in the other form."""
     train.train(make_config(changes("lora")), str(tmp_path / "w"))

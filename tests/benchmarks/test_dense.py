@@ -14,7 +14,10 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.nn.transformer import Transformer
 
 
-@pytest.mark.parametrize("name, placement", [("gemma", "after"), ("gemma", "overlay"), ("llama", "after")])
+@pytest.mark.parametrize(
+    "name, placement",
+    [pytest.param("gemma", "after", marks=pytest.mark.slow), ("gemma", "overlay"), ("llama", "after")],
+)
 def test_loss_and_gradient_equal_ours(name, placement):
     config = small.CONFIGS[name]
     params = jax.tree.map(jnp.array, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, 3)})
