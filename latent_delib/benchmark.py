@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from latent_delib import checkpoint, commands, models
+from latent_delib import checkpoint, commands, files, models
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.lm import AugmentedLM
@@ -198,10 +198,7 @@ def write(out: epath.Path, result: dict[str, Any], row: Row, samples: Sequence[R
         (out / "samples" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines)),
         (out / "benchmarks.json", json.dumps(result, indent=2) + "\n"),
     ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(text.encode())
-        temporary.replace(path)
+        files.write(path, text.encode())
 
 
 def _split(names: str) -> list[str]:

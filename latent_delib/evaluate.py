@@ -26,7 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latent_delib import checkpoint, commands, distributed, experiment, perplexity
+from latent_delib import checkpoint, commands, distributed, experiment, files, perplexity
 from latent_delib import mesh as mesh_lib
 from latent_delib.checkpoint import Restored, warn
 from latent_delib.errors import UserError
@@ -347,13 +347,13 @@ def write(result: dict[str, Any], text: Text, sums: Sums, out: epath.Path) -> No
         axes.legend()
 
     _write_png(out / "perplexity.png", draw)
-    _write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
+    files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
 
 
 def draw_curves(evaluations: epath.Path) -> None:
     """curves.png: the change at a few n against the step, of all evaluations that are there (Figure 3)."""
-    files = {int(f.name): f / "perplexity.json" for f in evaluations.iterdir() if f.name.isdigit()}
-    results = {step: json.loads(file.read_text())["rows"] for step, file in sorted(files.items()) if file.exists()}
+    found = {int(f.name): f / "perplexity.json" for f in evaluations.iterdir() if f.name.isdigit()}
+    results = {step: json.loads(file.read_text())["rows"] for step, file in sorted(found.items()) if file.exists()}
 
     def draw(axes: Any) -> None:
         axes.axhline(0, color="black", linewidth=0.8, label="frozen decoder")
@@ -377,19 +377,12 @@ def _write_png(path: epath.Path, draw: Callable[[Any], None]) -> None:
     draw(axes)
     figure.savefig(png := io.BytesIO(), format="png", dpi=150)
     pyplot.close(figure)
-    _write(path, png.getvalue())
+    files.write(path, png.getvalue())
 
 
 def _write_npz(path: epath.Path, **arrays: Any) -> None:
     np.savez(content := io.BytesIO(), **arrays)
-    _write(path, content.getvalue())
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """A file under its name only once whole; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (partial := path.parent / f".{path.name}.tmp").write_bytes(content)
-    partial.replace(path)
+    files.write(path, content.getvalue())
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
-from latent_delib import checkpoint, commands, lm, models
+from latent_delib import checkpoint, commands, files, lm, models
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
@@ -44,9 +45,8 @@ def main(flags: Any) -> None:
             if not flags.out:
                 print(f"--- {name}\n{request['prompt']}{continuation.text}", flush=True)
     if flags.out:
-        temporary = Path(f"{flags.out}.tmp")
-        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in requests), encoding="utf-8")
-        temporary.replace(flags.out)
+        lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in requests)
+        files.write(epath.Path(flags.out), "".join(lines).encode())
         print(f"{len(requests)} continuations are in {flags.out}", flush=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from latent_delib import checkpoint, commands, figures, lm, look, models, published, runs, tables
+from latent_delib import checkpoint, commands, figures, files, lm, look, models, published, runs, tables
 from latent_delib.errors import UserError
 from latent_delib.progress import Progress
 from latent_delib.tables import Figure, Table
@@ -70,23 +70,17 @@ def report(found: runs.Runs, out: epath.Path, seen: Look | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for done, (name, draw) in enumerate(drawn, 1):
         pngs[name] = draw()
-        write(out / f"{name}.png", pngs[name])
+        files.write(out / f"{name}.png", pngs[name])
         progress(done)
     for table in [*every, *([seen.nearest] if seen else [])]:
-        write(out / f"{table.name}.md", tables.markdown(table).encode())
-        write(out / f"{table.name}.csv", tables.as_csv(table).encode())
+        files.write(out / f"{table.name}.md", tables.markdown(table).encode())
+        files.write(out / f"{table.name}.csv", tables.as_csv(table).encode())
     for name, _, png in seen.pictures if seen else []:
-        write(out / f"{name}.png", png)
-    write(out / "report.html", page(every, [(c, pngs[name]) for name, c, _ in curves], seen).encode())
+        files.write(out / f"{name}.png", png)
+    files.write(out / "report.html", page(every, [(c, pngs[name]) for name, c, _ in curves], seen).encode())
     counts = len(found.perplexity), len(found.benchmarks), len(found.losses)
     print("read {} perplexity.json, {} benchmarks.json, {} metrics.jsonl".format(*counts))
     print(f"wrote {out / 'report.html'}, and {len(every)} tables and {len(curves)} figures beside it", flush=True)
-
-
-def write(path: epath.Path, content: bytes) -> None:
-    partial = path.parent / f".{path.name}.tmp"
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def page(every: list[Table], curves: list[tuple[str, bytes]], seen: Look | None) -> str:
