@@ -81,7 +81,7 @@ def _parse(values: flags.FlagValues, configs: list[str]) -> list[str]:
     """Parses sys.argv, loads the config files it names, and returns what is left over."""
     for argument in sys.argv[1:]:
         name, _, path = argument.removeprefix("--").partition("=")
-        if name in configs and not os.path.isfile(path):
+        if name in configs and not os.path.isfile(path.partition(":")[0]):  # FILE.py:ARGUMENT gives get_config one
             raise UserError(f"{argument}: no such file")
     try:
         rest = values(sys.argv)[1:]
@@ -93,4 +93,5 @@ def _parse(values: flags.FlagValues, configs: list[str]) -> list[str]:
         given = [a for a in sys.argv[1:] if key in a.split("=")[0].split(".")] or [key]
         raise UserError(f"{given[0]}: no such key; the config file and configs/base.py declare all there are") from None
     except Exception as error:  # and it raises what it likes for a wrong type or a file that fails
-        raise UserError(" ".join(str(error).split())) from None
+        text = re.sub(r"(?s)Error whilst parsing config file:\s+Traceback .*\n(?=\S)", "", str(error))
+        raise UserError(" ".join(text.split())) from None

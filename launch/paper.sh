@@ -2,27 +2,54 @@
 # Trains and evaluates experiments of configs/paper, and makes the report over all that are there. Run again, it goes on
 # where it stopped; what is done is not done again.
 #
-#   ./launch/paper.sh                        all of Protocol A, seed 0: a night on two CPU cores
-#   ./launch/paper.sh a_overlay a_after@1    some; @1 is another seed
-#   ./launch/paper.sh a_overlay -- --config.train.steps=20    more arguments for train and evaluate
+#   ./launch/paper.sh                               all of protocol a, seed 0: a night on two CPU cores
+#   ./launch/paper.sh a/overlay a/after@1           some; @1 is another seed
+#   ./launch/paper.sh a/overlay -- --config.train.steps=20      more arguments for train and evaluate
+#   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
-# Runs lie in runs/paper/NAME@SEED: of the placements also swap/ (every text is given the latents of another), delay1/ to
-# delay3/ (latents come late), and evaluations/ (every checkpoint).
+# configs/paper/protocols.py says what a protocol is. Runs lie in runs/paper/PROTOCOL/NAME@SEED: of the placements also
+# swap/ (every text is given the latents of another), delay1/ to delay3/ (latents come late), and evaluations/ (every
+# checkpoint).
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
-experiments=()
+wanted=()
 while (($#)) && [[ $1 != -- ]]; do
-  [[ -e configs/paper/${1%@*}.py ]] || { echo "error: $1: configs/paper has $(ls configs/paper)" >&2 && exit 1; }
-  experiments+=("$1")
+  name=${1#*/}
+  if [[ $1 != */* || ! -e configs/paper/${name%@*}.py || ${name%@*} == protocols ]]; then
+    echo "error: $1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, NAME.py one of" configs/paper/*.py >&2
+    exit 1
+  fi
+  wanted+=("$1")
   shift
 done
 more=("${@:2}")
-if ((!${#experiments[@]})); then
-  for file in configs/paper/a_*.py; do experiments+=("$(basename "$file" .py)"); done
+if ((!${#wanted[@]})); then
+  for file in configs/paper/*.py; do
+    name=$(basename "$file" .py)
+    [[ $name == protocols || $name == pretrain ]] || wanted+=("a/$name")
+  done
 fi
 
 latent_delib() { echo "== $*" && .venv/bin/python -m "latent_delib.$1" "${@:2}"; }
+
+prepare() { # PROTOCOL: its decoder and its tokens
+  if [[ $1 != a && ! -e runs/mixture/MIXTURE.md ]]; then
+    ./launch/mixture.sh runs/mixture
+  fi
+  if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
+    latent_delib convert --source="$(./launch/get_smollm2.sh)" --out=runs/smollm2_135m/decoder --size=smollm2_135m
+  fi
+  if [[ ! -e runs/paper/$1/tokens/meta.json ]]; then
+    local config=configs/paper/overlay.py:$1
+    [[ $1 == a_gpu ]] && config=configs/paper/pretrain.py # the same text and vocabulary, and needs no decoder yet
+    latent_delib prepare --config="$config" --config.data.token_files= --out="runs/paper/$1/tokens"
+  fi
+  if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/pretrain/perplexity.json ]]; then
+    latent_delib train --config=configs/paper/pretrain.py --workdir=runs/paper/a_gpu/pretrain
+    latent_delib evaluate --config=configs/paper/decoder.py:a_gpu --workdir=runs/paper/a_gpu/frozen
+  fi
+}
 
 evaluate() { # OUT, then what goes to the command; what is there already stays
   [[ -e $1/perplexity.json ]] || latent_delib evaluate --config="$config" --workdir="$run" --out="$1" "${@:2}" "${more[@]}"
@@ -32,19 +59,19 @@ evaluate() { # OUT, then what goes to the command; what is there already stays
 export XLA_FLAGS="--xla_force_host_platform_device_count=2 ${XLA_FLAGS:-}"
 
 ./launch/setup.sh
-if [[ ! -e runs/paper/tokens/meta.json ]]; then
-  latent_delib prepare --config=configs/paper/protocol_a.py --config.data.token_files= --out=runs/paper/tokens
-fi
-for experiment in "${experiments[@]}"; do
+for each in "${wanted[@]}"; do
+  protocol=${each%%/*} experiment=${each#*/}
   [[ $experiment == *@* ]] && seed=${experiment#*@} || seed=0
-  config=configs/paper/${experiment%@*}.py run=runs/paper/${experiment%@*}@$seed
+  name=${experiment%@*}
+  config=configs/paper/$name.py:$protocol run=runs/paper/$protocol/$name@$seed
+  prepare "$protocol"
   [[ -e $run/perplexity.json ]] || latent_delib train --config="$config" --workdir="$run" --config.seed="$seed" "${more[@]}"
   evaluate "$run" --config.seed="$seed"
-  if [[ ${experiment%@*} == a_overlay || ${experiment%@*} == a_after ]]; then
+  if [[ $name == overlay || $name == after ]]; then
     evaluate "$run/swap" --config.seed="$seed" --config.evaluate.swap
-    for delay in 1 2 3; do evaluate "$run/delay$delay" --config.seed="$seed" --config.evaluate.delay="$delay"; done
     latent_delib evaluate --config="$config" --workdir="$run" --config.seed="$seed" --steps=all "${more[@]}"
-  elif [[ ${experiment%@*} == a_delay ]]; then
+  fi
+  if [[ $name == overlay || $name == after || $name == delay ]]; then
     for delay in 1 2 3; do evaluate "$run/delay$delay" --config.seed="$seed" --config.evaluate.delay="$delay"; done
   fi
 done

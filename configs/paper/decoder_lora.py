@@ -2,11 +2,11 @@
 
 from ml_collections import ConfigDict
 
-from configs.paper import protocol_a
+from configs.paper import protocols
 
 
-def get_config() -> ConfigDict:
-    c = protocol_a.get_config()
+def get_config(protocol: str = "a") -> ConfigDict:
+    c = protocols.get_config(protocol)
     c.method.name = "decoder"
     c.method.lora_rank = 64
     return c

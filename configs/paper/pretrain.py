@@ -1,0 +1,28 @@
+"""The decoder of protocol a_gpu, trained from random weights on the mixture until its validation loss is flat.
+
+240 M tokens: four times the mixture. `launch/paper.sh` runs it before the first experiment; the decoder comes to lie in
+runs/paper/a_gpu/pretrain/decoder, where the protocol looks for it.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.paper import protocols
+from latent_delib.nn.sizes import SIZES
+
+
+def get_config(protocol: str = "a_gpu") -> ConfigDict:
+    c = protocols.get_config(protocol)
+    c.decoder.path = ""
+    c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES["gemma2_49m"]))
+    c.decoder.tokenizer = "packaged"
+    c.decoder.export_dtype = "bfloat16"
+    c.method.name = "decoder"
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup_steps = 200
+    c.optimizer.weight_decay = 0.1
+    c.train.batch_size = 64
+    c.train.steps = 7400
+    c.train.checkpoint_every = 1000
+    return c
