@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 EVAL = ["lm-eval[math]>=0.4.13", "reasoning-gym>=0.1.25"]  # math: what minerva_math imports
+MIXTURE = ["lxml>=5"]
 
 setup(
     name="latent_delib",
@@ -49,9 +50,11 @@ setup(
         "tpu": ["google-cloud-storage>=3", "jax[tpu]"],  # the first is for orbax, where a workdir is gs://
         "cuda": ["jax[cuda12]"],
         "eval": EVAL,
+        "mixture": MIXTURE,
         "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],  # golden values are made with them
         "test": [
             *EVAL,
+            *MIXTURE,
             "google-cloud-storage>=3",
             "mypy>=1.15",
             "pytest>=8",

@@ -35,7 +35,7 @@ latent_delib() { echo "== $*" && .venv/bin/python -m "latent_delib.$1" "${@:2}";
 
 prepare() { # PROTOCOL: its decoder and its tokens
   if [[ $1 != a && ! -e runs/mixture/MIXTURE.md ]]; then
-    ./launch/mixture.sh runs/mixture
+    latent_delib make_mixture --out=runs/mixture
   fi
   if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
     latent_delib convert --source="$(./launch/get_smollm2.sh)" --out=runs/smollm2_135m/decoder --size=smollm2_135m

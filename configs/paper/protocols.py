@@ -3,7 +3,7 @@
   a      the paper's logic on two CPU cores: decoder and coprocessor are trained on the same text. The packaged decoder
          (3.1 M parameters) and the packaged corpus; a run of 1,000 steps takes some twenty minutes.
   a_gpu  the same with a decoder of 49 M parameters that `pretrain.py` trains on the mixture of
-         `latent_delib/data/mixture.py`; one GPU.
+         `make_mixture`; one GPU.
   b      SmolLM2-135M, on the same mixture, which is not what it was pretrained on; one GPU.
 
 `--config=configs/paper/overlay.py:b` is an experiment in a protocol, a where none is named; `launch/paper.sh` prepares,

