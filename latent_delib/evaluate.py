@@ -290,7 +290,16 @@ def _subject(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     keys = {
         "method": ("name", "num_latents", "placement", "lora_rank", "start", "coprocessor"),
         "data": ("validation",),
-        "evaluate": ("num_ahead", "max_length", "max_pieces", "max_positions", "seed", "delay", "swap"),
+        "evaluate": (
+            "num_ahead",
+            "max_length",
+            "max_pieces",
+            "max_positions",
+            "seed",
+            "delay",
+            "swap",
+            "longer_prompt",
+        ),
     }
     named = {f"config.{room}.{key}": config[room].get(key) for room in keys for key in keys[room]}
     return {"fingerprint": fingerprint} | named

@@ -162,6 +162,7 @@ def check(config: ConfigDict) -> None:
     at_least(1, compute__loss_chunk=config.compute.loss_chunk)
     at_least(0, optimizer__soft_token_learning_rate=o.soft_token_learning_rate, optimizer__warmup_steps=o.warmup_steps)
     at_least(0, optimizer__weight_decay=o.weight_decay)
+    at_least(0, evaluate__longer_prompt=e.longer_prompt)
     at_least(0, evaluate__max_pieces=e.max_pieces, evaluate__max_positions=e.max_positions, evaluate__seed=e.seed)
     at_least(0, train__keep_every=t.keep_every, train__keep_best=t.keep_best, train__max_bad_steps=t.max_bad_steps)
     at_least(0, train__profile_at=t.profile_at)

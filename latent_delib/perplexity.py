@@ -94,15 +94,16 @@ def read_text(exp: Experiment) -> Text:
     return Text([pieces[i] for i in chosen], renumbered, np.array(source)[kept], sources)
 
 
-def positions(seed: int, number: int, length: int, most: int) -> np.ndarray:
+def positions(seed: int, number: int, length: int, most: int, first: int = 0) -> np.ndarray:
     """After which tokens of piece `number`, of `length` tokens, latents are put: int64 [k], ascending.
 
-    All that have a next token; with `most`, at most that many of them, drawn by the seed and the piece's number alone.
+    All from `first` on that have a next token; with `most`, at most that many of them, drawn by the seed and the number
+    of the piece alone.
     """
-    usable = length - 1
+    usable = max(0, length - 1 - first)
     if not most or most >= usable:
-        return np.arange(usable)
-    return np.sort(np.random.default_rng([seed, number]).choice(usable, most, replace=False))
+        return first + np.arange(usable)
+    return first + np.sort(np.random.default_rng([seed, number]).choice(usable, most, replace=False))
 
 
 def jit_steps(exp: Experiment) -> Steps:
@@ -133,16 +134,19 @@ def add_up(
     yielded ends with the same bits. Every process gets every value and adds up all of them.
 
     A piece is read once, and again by a decoder that was trained; its cache then serves all its positions, `positions`
-    of them at a time. So the device holds
-    the cache of batch_size x max_length tokens and traces at batch_size x positions, and the host one batch's values,
-    batch_size x max_length x num_ahead, however long a document is. Of the whole text the host holds the tokens and
-    the sums.
+    of them at a time. So the device holds the cache of batch_size x max_length tokens and traces at batch_size x
+    positions, and the host one batch's values, batch_size x max_length x num_ahead, however long a document is. Of the
+    whole text the host holds the tokens and the sums.
+
+    With `longer_prompt`=N only the decoder that everything is compared with reads a piece whole: to the model that is
+    evaluated, the first N tokens after BOS are lost. Latents cost about as much as reading 2 N_L tokens.
 
     Args:
       frozen: the decoder that everything is compared with, and what lies below the trainable tree.
     """
     e, has_latents = exp.config.evaluate, exp.aug.has_latents
     A, B, T, M = e.num_ahead, e.batch_size, e.max_length, min(e.positions, e.max_length)
+    N = e.longer_prompt
     if e.max_positions:  # no longer than what is chosen, but still split over the mesh
         shards = exp.mesh.shape["traces"]
         M = min(M, -(-e.max_positions // shards) * shards)
@@ -152,6 +156,12 @@ def add_up(
     def place(x: np.ndarray) -> jax.Array:
         return mesh_lib.place_rows(exp.mesh, x[here], B)
 
+    def place_text(pieces: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        tokens, segment = np.full((B, T), exp.tokenizer.pad_id, np.int32), np.zeros((B, T), np.int32)
+        for row, piece in enumerate(pieces):
+            tokens[row, : len(piece)], segment[row, : len(piece)] = piece, 1
+        return place(tokens), place(segment)
+
     params = augment.assemble(frozen, trainable)
     for first in range(done, len(order), B):
         batch = order[first : first + B]
@@ -159,24 +169,24 @@ def add_up(
         if e.swap and counted == 1:  # a piece alone is given the latents of the one before
             batch = order[first - 1 : first + 1][::-1]
         pieces = [text.pieces[i] for i in batch]
-        chosen = [positions(e.seed, int(i), len(p), e.max_positions) for i, p in zip(batch, pieces)]
-        tokens, segment = np.full((B, T), exp.tokenizer.pad_id, np.int32), np.zeros((B, T), np.int32)
-        at = np.full((B, -(-max(map(len, chosen)) // M) * M), T - 1, np.int32)  # T - 1 has no ahead tokens
-        for row, (piece, positions_k) in enumerate(zip(pieces, chosen)):
-            tokens[row, : len(piece)], segment[row, : len(piece)] = piece, 1
-            at[row, : len(positions_k)] = positions_k
+        chosen = [positions(e.seed, int(i), len(p), e.max_positions, N) for i, p in zip(batch, pieces)]
+        at = np.full((B, max(1, -(-max(map(len, chosen)) // M)) * M), T - 1, np.int32)  # T - 1 has no ahead tokens
+        for row, positions_k in enumerate(chosen):
+            at[row, : len(positions_k)] = positions_k - N
             if e.swap:  # a longer piece is to be given latents of text too
-                at[row] = np.resize(positions_k, at.shape[1])
-        tokens_BT, segment_BT = place(tokens), place(segment)
-        ours, plain_nll = steps.read({"decoder": frozen["decoder"]}, tokens_BT, segment_BT)
+                at[row] = np.resize(positions_k - N, at.shape[1])
+        text_BT = place_text(pieces)
+        ours, plain_nll = steps.read({"decoder": frozen["decoder"]}, *text_BT)
         own_nll = plain_nll
-        if "decoder" in trainable:
-            ours, own_nll = steps.read(params, tokens_BT, segment_BT)
+        if N:  # BOS stays
+            text_BT = place_text([np.delete(piece, slice(1, 1 + N)) for piece in pieces])
+        if N or "decoder" in trainable:
+            ours, own_nll = steps.read(params, *text_BT)
         donor_B = np.arange(B)
         donor_B[: len(batch)] = np.roll(donor_B[: len(batch)], -1)
         swap = (place(donor_B),) if e.swap else ()
         parts = [
-            steps.ahead(params, ours, tokens_BT, segment_BT, place(at[:, start : start + M]), *swap)[0]
+            steps.ahead(params, ours, *text_BT, place(at[:, start : start + M]), *swap)[0]
             for start in range(0, at.shape[1] if has_latents else 0, M)
         ]
         # Read only now that the device has all it needs to go on.
@@ -187,7 +197,7 @@ def add_up(
             counts_kA = before_kA < len(piece) - 1
             index_kA = np.minimum(before_kA, T - 2)
             plain_kA = plain_BT[row, index_kA]
-            ours_kA = own_BT[row, index_kA] if ahead is None else ahead[row, : len(positions_k)]
+            ours_kA = own_BT[row, index_kA - N] if ahead is None else ahead[row, : len(positions_k)]
             document = text.document[i]
             sums.tokens[document] += counts_kA.sum(axis=0)
             sums.decoder[document] += plain_kA.sum(axis=0, dtype=np.float64, where=counts_kA)

@@ -121,6 +121,7 @@ def label(entry: Entry) -> str:
     evaluated = config.get("evaluate", {})
     words += ["latents of another text"] if evaluated.get("swap") else []
     words += [f"evaluated with delay {evaluated['delay']}"] if evaluated.get("delay") else []
+    words += [f"without the first {n} tokens that the decoder reads"] if (n := evaluated.get("longer_prompt")) else []
     return ", ".join(word for word in words if word)
 
 

@@ -8,7 +8,8 @@
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper/protocols.py says what a protocol is. Runs lie in runs/paper/PROTOCOL/NAME@SEED: of the placements also
-# swap/ (every text is given the latents of another), delay1/ to delay3/ (latents come late), and evaluations/ (every
+# swap/ (every text is given the latents of another), longer/ (the plain decoder reads as much more text as latents cost),
+# delay1/ to delay3/ (latents come late), unseen/ (of protocol a, where runs/mixture is there) and evaluations/ (every
 # checkpoint).
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
@@ -58,6 +59,8 @@ evaluate() { # OUT, then what goes to the command; what is there already stays
 # Without an accelerator: one device a core, each with half the batch. XLA runs much of a CPU program on one thread.
 export XLA_FLAGS="--xla_force_host_platform_device_count=2 ${XLA_FLAGS:-}"
 
+unseen="('files:runs/mixture/unseen/*.txt',)"
+
 ./launch/setup.sh
 for each in "${wanted[@]}"; do
   protocol=${each%%/*} experiment=${each#*/}
@@ -67,8 +70,12 @@ for each in "${wanted[@]}"; do
   prepare "$protocol"
   [[ -e $run/perplexity.json ]] || latent_delib train --config="$config" --workdir="$run" --config.seed="$seed" "${more[@]}"
   evaluate "$run" --config.seed="$seed"
+  if [[ $protocol == a && -e runs/mixture ]]; then
+    evaluate "$run/unseen" --config.seed="$seed" --config.data.token_files= --config.data.validation="$unseen"
+  fi
   if [[ $name == overlay || $name == after ]]; then
     evaluate "$run/swap" --config.seed="$seed" --config.evaluate.swap
+    evaluate "$run/longer" --config.seed="$seed" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
     latent_delib evaluate --config="$config" --workdir="$run" --config.seed="$seed" --steps=all "${more[@]}"
   fi
   if [[ $name == overlay || $name == after || $name == delay ]]; then

@@ -154,6 +154,27 @@ def test_some_positions(make_config, trained, decoder_folder, documents, tmp_pat
         computed.clear()
 
 
+@pytest.mark.parametrize("method", ["cache_augmentation", "decoder"])
+def test_a_longer_prompt_for_the_decoder_alone(make_config, trained, decoder_folder, documents, tmp_path, method):
+    """The first tokens of each piece are lost to the evaluated model; both are asked for the same tokens."""
+    lost, pieces = 5, cut(documents, MAX)
+    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
+    texts = np.zeros((2, len(pieces), MAX + A), np.int32)
+    for row, piece in enumerate(pieces):
+        texts[0, row, : len(piece)] = piece
+        texts[1, row, : max(1, len(piece) - lost)] = piece[:1] + piece[1 + lost :]
+    at = np.tile(np.arange(MAX), (len(pieces), 1))
+    plain, ours = lm.ahead_logprobs(texts[0], at, A)[0], lm.ahead_logprobs(texts[1], at, A)[method != "decoder"]
+    changes = {"method.name": method, "evaluate.longer_prompt": lost}
+    workdir = trained if method != "decoder" else tmp_path / "none"
+    rows = evaluate.evaluate(make_config(changes), str(workdir), str(tmp_path / "out"))["rows"]
+    for n, row in enumerate(rows, start=1):
+        counted = [(b, t) for b, piece in enumerate(pieces) for t in range(lost, len(piece) - n)]
+        nll = [np.mean([-x[b, t - shift, n - 1] for b, t in counted]) for x, shift in ((plain, 0), (ours, lost))]
+        assert row["tokens"] == len(counted)
+        np.testing.assert_allclose([row["decoder_ppl"], row["augmented_ppl"]], np.exp(nll), rtol=1e-6)
+
+
 # batch_size, positions, devices along data, fsdp, traces and tensor.
 SPLITS = {
     "by rows": (8, MAX, (8, 1, 1, 1)),
