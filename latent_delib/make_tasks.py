@@ -3,7 +3,8 @@
   python -m latent_delib.make_tasks --out=runs/tasks
 
 Writes for each task NAME.yaml, which the lm-eval harness reads, and NAME.test.jsonl; where problems can be made without
-end, NAME.train.jsonl too, for adaptation and for worked examples in prompts, none of its questions in the test split.
+end, NAME.train.jsonl too, for worked examples in prompts, and text/train/NAME.txt, text/test/NAME.txt, both splits as
+text to adapt a model to (`data.sources=files:OUT/text/train/*.txt`). No question of the test split is in the other.
 Seeds and sizes are fixed: everybody who has the same reasoning-gym has the same tasks. `benchmark` runs them.
 """
 
@@ -221,8 +222,17 @@ def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
         path = folder / f"{name}.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8")
         check_rows(path, asked["output_type"])
+        if "train" in rows and not name.endswith("_choice"):  # problems of another task, asked otherwise
+            text = folder / "text" / split / f"{name}.txt"
+            text.parent.mkdir(parents=True, exist_ok=True)
+            text.write_text("\n\f\n".join(map(solved, some)) + "\n", encoding="utf-8")
     settings |= asked | {"metadata": {"version": 1.0}}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def solved(row: Row) -> str:
+    """A problem and its answer, as the harness puts them."""
+    return f"Question: {row['question']}\nAnswer: {row['answer'] if 'answer' in row else row['choices'][row['gold']]}"
 
 
 def check_rows(path: Path, output_type: str) -> None:

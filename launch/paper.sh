@@ -26,15 +26,16 @@ while (($#)) && [[ $1 != -- ]]; do
 done
 more=("${@:2}")
 if ((!${#wanted[@]})); then
+  wanted=(a/overlay a/after a/decoder) # what the others are compared with, or start from
   for file in configs/paper/*.py; do
     name=$(basename "$file" .py)
-    [[ $name == protocols || $name == pretrain ]] || wanted+=("a/$name")
+    [[ " ${wanted[*]} a/protocols a/pretrain " == *" a/$name "* ]] || wanted+=("a/$name")
   done
 fi
 
 latent_delib() { echo "== $*" && .venv/bin/python -m "latent_delib.$1" "${@:2}"; }
 
-prepare() { # PROTOCOL: its decoder and its tokens
+prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens
   if [[ $1 != a && ! -e runs/mixture/MIXTURE.md ]]; then
     latent_delib make_mixture --out=runs/mixture
   fi
@@ -49,6 +50,12 @@ prepare() { # PROTOCOL: its decoder and its tokens
   if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/pretrain/perplexity.json ]]; then
     latent_delib train --config=configs/paper/pretrain.py --workdir=runs/paper/a_gpu/pretrain
     latent_delib evaluate --config=configs/paper/decoder.py:a_gpu --workdir=runs/paper/a_gpu/frozen
+  fi
+  if [[ $2 == adapt_* ]]; then
+    [[ -e runs/tasks ]] || latent_delib make_tasks --out=runs/tasks
+    if [[ ! -e runs/paper/$1/task_tokens/meta.json ]]; then
+      latent_delib prepare --config="configs/paper/$2.py:$1" --config.data.token_files= --out="runs/paper/$1/task_tokens"
+    fi
   fi
 }
 
@@ -67,15 +74,17 @@ for each in "${wanted[@]}"; do
   [[ $experiment == *@* ]] && seed=${experiment#*@} || seed=0
   name=${experiment%@*}
   config=configs/paper/$name.py:$protocol run=runs/paper/$protocol/$name@$seed
-  prepare "$protocol"
+  prepare "$protocol" "$name"
   [[ -e $run/perplexity.json ]] || latent_delib train --config="$config" --workdir="$run" --config.seed="$seed" "${more[@]}"
   evaluate "$run" --config.seed="$seed"
-  if [[ $protocol == a && -e runs/mixture ]]; then
+  if [[ $protocol == a && $name != adapt_* && -e runs/mixture ]]; then
     evaluate "$run/unseen" --config.seed="$seed" --config.data.token_files= --config.data.validation="$unseen"
   fi
   if [[ $name == overlay || $name == after ]]; then
     evaluate "$run/swap" --config.seed="$seed" --config.evaluate.swap
     evaluate "$run/longer" --config.seed="$seed" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
+  fi
+  if [[ $name =~ ^(overlay|after|adapt_) ]]; then
     latent_delib evaluate --config="$config" --workdir="$run" --config.seed="$seed" --steps=all "${more[@]}"
   fi
   if [[ $name == overlay || $name == after || $name == delay ]]; then

@@ -55,6 +55,19 @@ def sizes(folder):
     return {(n, s): len(rows(folder, n, s)) for n, (_, _, splits) in make_tasks.TASKS.items() for s in splits}
 
 
+def test_both_splits_as_text(folder):
+    taught = [name for name, (_, _, splits) in make_tasks.TASKS.items() if "train" in splits]
+    for split in ("train", "test"):
+        texts = {file.stem: file.read_text(encoding="utf-8") for file in (folder / "text" / split).iterdir()}
+        assert set(texts) == set(taught) - {"chain_sum_choice"}
+        assert texts["chain_sum"].removesuffix("\n").split("\n\f\n") == [
+            f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows(folder, "chain_sum", split)
+        ]
+        first = rows(folder, "countdown", split)[0]
+        right = first["choices"][first["gold"]]
+        assert texts["countdown"].startswith(f"Question: {first['question']}\nAnswer: {right}\n\f\n")
+
+
 def test_sizes(folder):
     assert sizes(folder) == {(n, s): 120 if s == "train" else 200 for n, s in sizes(folder)}
     about = json.loads((folder / "about.json").read_text())

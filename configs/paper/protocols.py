@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs import base
 from latent_delib.nn.sizes import SIZES
 
-MIXTURE = "runs/mixture"
+MIXTURE, TASKS = "runs/mixture", "runs/tasks"  # what make_mixture and make_tasks wrote
 
 
 def get_config(protocol: str) -> ConfigDict:
@@ -74,3 +74,13 @@ def b(c: ConfigDict) -> None:
     _gpu(c)
     c.decoder.path = "runs/smollm2_135m/decoder"
     c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES["smollm2_135m"]))
+
+
+def adapt_to_tasks(c: ConfigDict, protocol: str) -> None:
+    """The text of `make_tasks` instead of the protocol's, and as many steps as see each problem a few times."""
+    c.data.sources = (f"files:{TASKS}/text/train/*.txt",)
+    c.data.validation = (f"files:{TASKS}/text/test/*.txt",)
+    c.data.token_files = f"runs/paper/{protocol}/task_tokens"
+    c.train.steps = 300
+    c.train.checkpoint_every = 60
+    c.train.keep = 5

@@ -1,0 +1,13 @@
+"""Adaptation to tasks: adapters of rank 64 on the decoder, trained on problems of `make_tasks` (the paper: Figure 6)."""
+
+from ml_collections import ConfigDict
+
+from configs.paper import protocols
+
+
+def get_config(protocol: str = "a") -> ConfigDict:
+    c = protocols.get_config(protocol)
+    protocols.adapt_to_tasks(c, protocol)
+    c.method.name = "decoder"
+    c.method.lora_rank = 64
+    return c

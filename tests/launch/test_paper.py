@@ -1,0 +1,115 @@
+"""paper.sh around a python that only pretends, and the configs it runs."""
+
+import importlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+
+from latent_delib import experiment
+from latent_delib.delib.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "configs/paper").glob("*.py") if path.stem != "protocols")
+PYTHON = """#!/usr/bin/env bash
+echo "${*:2}" >>calls
+for argument; do
+  case $argument in
+    --workdir=*) out=${argument#*=} ;;
+    --out=*) out=${argument#*=} ;;
+  esac
+done
+[[ $2 == latent_delib.report ]] && exit
+mkdir -p "$out"
+case $2 in
+  *.evaluate) [[ $* == *--steps=all* ]] || touch "$out/perplexity.json" ;;
+  *.prepare) touch "$out/meta.json" ;;
+  *.make_mixture) touch "$out/MIXTURE.md" ;;
+esac
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "launch").mkdir()
+    shutil.copytree(ROOT / "configs/paper", tmp_path / "configs/paper")
+    shutil.copy(ROOT / "launch/paper.sh", tmp_path / "launch")
+    scripts = {"launch/setup.sh": "", "launch/get_smollm2.sh": "echo model.gguf", ".venv/bin/python": PYTHON}
+    for name, text in scripts.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text if text.startswith("#!") else f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    return tmp_path
+
+
+def paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
+    """The commands it ran, without `latent_delib.`; or what it said, where it fails."""
+    (here / "calls").unlink(missing_ok=True)
+    command = [here / "launch/paper.sh", *arguments]
+    done = subprocess.run(command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        return done.stderr.splitlines()
+    return [line.removeprefix("latent_delib.") for line in (here / "calls").read_text().splitlines()]
+
+
+def test_a_run_of_protocol_a(here: Path) -> None:
+    calls = paper(here, "a/overlay@1", "--", "--config.train.steps=20")
+    run = "--workdir=runs/paper/a/overlay@1"
+    seed = "--config.seed=1"
+    assert (
+        calls[0] == "prepare --config=configs/paper/overlay.py:a --config.data.token_files= --out=runs/paper/a/tokens"
+    )
+    assert calls[1] == f"train --config=configs/paper/overlay.py:a {run} {seed} --config.train.steps=20"
+    kinds = ["", "/swap", "/longer", None, "/delay1", "/delay2", "/delay3"]
+    evaluated = [call for call in calls if call.startswith("evaluate")]
+    assert len(evaluated) == len(kinds) and all(call.endswith(" --config.train.steps=20") for call in evaluated)
+    for call, kind in zip(evaluated, kinds):
+        assert f"{run} " in call and seed in call
+        assert "--steps=all" in call if kind is None else f"--out=runs/paper/a/overlay@1{kind} " in call
+    assert calls[-1] == "report runs/paper --out=runs/paper/report"
+
+    again = paper(here, "a/overlay@1")
+    assert [call.split()[0] for call in again] == ["evaluate", "report"] and "--steps=all" in again[0]
+
+
+def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
+    calls = paper(here, "b/pause_tokens", "a_gpu/decoder", "a/pause_tokens", "a/adapt_decoder")
+    made = [call.split()[0] for call in calls if call.split()[0] not in ("train", "evaluate")]
+    assert made == ["make_mixture", "convert", *["prepare"] * 3, "make_tasks", "prepare", "report"]
+    assert "convert --source=model.gguf --out=runs/smollm2_135m/decoder --size=smollm2_135m" in calls
+    pretrained = calls.index("train --config=configs/paper/pretrain.py --workdir=runs/paper/a_gpu/pretrain")
+    assert pretrained < next(i for i, call in enumerate(calls) if "paper/decoder.py:a_gpu --workdir=" in call)
+    assert any("--out=runs/paper/a/pause_tokens@0/unseen" in call for call in calls)  # the mixture is there
+    assert not any("--out=runs/paper/b/pause_tokens@0/unseen" in call for call in calls)  # it is in the tokens
+    assert not any("--out=runs/paper/a/adapt_decoder@0/unseen" in call for call in calls)
+
+
+def test_without_names_all_of_protocol_a(here: Path) -> None:
+    trained = [call.split()[1] for call in paper(here) if call.startswith("train")]
+    assert sorted(trained) == [f"--config=configs/paper/{name}.py:a" for name in NAMES if name != "pretrain"]
+    started = {name: trained.index(f"--config=configs/paper/{name}.py:a") for name in ("overlay", "adapt_coprocessor")}
+    assert started["overlay"] < started["adapt_coprocessor"]  # which starts from it
+
+
+@pytest.mark.parametrize("name", ["overlay", "a/nothing", "a/protocols", "a/"])
+def test_a_name_that_is_none(here: Path, name: str) -> None:
+    (said,) = paper(here, name, code=1)
+    assert said.startswith(f"error: {name}: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED")
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("protocol", ["a", "a_gpu", "b"])
+def test_every_experiment_is_a_config_that_can_run(protocol: str) -> None:
+    """With random weights where a protocol's decoder is made elsewhere."""
+    methods = set()
+    for name in NAMES:
+        config = importlib.import_module(f"configs.paper.{name}").get_config(protocol)
+        if config.decoder.path != "packaged":
+            config.decoder.path, config.decoder.tokenizer = "", "packaged"
+        methods.add(experiment.read(config, jax.devices()[:1]).aug.method)
+    assert methods == set(METHODS)
