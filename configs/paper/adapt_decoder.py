@@ -1,4 +1,4 @@
-"""Adaptation to tasks: adapters of rank 64 on the decoder, trained on problems of `make_tasks` (the paper: Figure 6)."""
+"""Adaptation to tasks: adapters of rank 64 on the decoder, trained on `make_tasks` (Figure 6 of the paper)."""
 
 from ml_collections import ConfigDict
 
