@@ -4,7 +4,8 @@ import csv
 import dataclasses
 import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from latent_delib import published
@@ -118,6 +119,7 @@ def label(entry: Entry) -> str:
     words += [f"latents every {entry.every} tokens"] if entry.every else []
     words += [f"delay {entry.delay}"] if entry.delay else []
     words += [f"trained for delays up to {method['max_delay']}"] if method.get("max_delay") else []
+    words += [f"begun with {method['start']}"] if method.get("start") else []
     evaluated = config.get("evaluate", {})
     words += ["latents of another text"] if evaluated.get("swap") else []
     words += [f"evaluated with delay {evaluated['delay']}"] if evaluated.get("delay") else []
@@ -136,7 +138,7 @@ def score(row: dict[str, Any], key: str = "") -> Figure:
 
 
 def tables(runs: Runs) -> list[Table]:
-    """All runs, the paper's eight tables and two more; one that no run is about has the published lines and says so."""
+    """All runs, the paper's eight tables, three more; one that no run is about has the published lines and says so."""
     every = entries(runs)
     full, late = "cache_augmentation", {e.result.data.get("checkpoint") for e in every if e.delay}
 
@@ -158,7 +160,12 @@ def tables(runs: Runs) -> list[Table]:
 
     return [
         _variants("0_runs", "All runs", (), every),
-        _perplexity([r for r in runs.perplexity if of(r).method == full]),
+        _perplexity(
+            "1_perplexity",
+            "Change in perplexity of the n-th token ahead, by number of latents (Table 1)",
+            [r for r in runs.perplexity if of(r).method == full],
+            published.PERPLEXITY_CHANGE,
+        ),
         _benchmarks([e for e in every if at_once(e)], [e for e in every if decoder(e)]),
         variants(
             "3_pause_tokens",
@@ -210,30 +217,34 @@ def tables(runs: Runs) -> list[Table]:
             lambda e: e.method in ("sequential", "resized"),
             both,
         ),
+        _perplexity("11_every_method", "Change in perplexity of the n-th token ahead, every run", runs.perplexity),
     ]
 
 
-def _perplexity(results: Sequence[Result]) -> Table:
-    """Table 1: a row for each published number of latents and for each of ours, by number of latents."""
+def _perplexity(
+    name: str, title: str, results: Sequence[Result], lines: Mapping[int, Mapping[int, float]] = MappingProxyType({})
+) -> Table:
+    """A row for each published number of latents and for each of ours, by number of latents; a row says on which text
+    it is where that is not the same for all."""
     rows: list[list[Cell]] = []
-    for latents, by_n in published.PERPLEXITY_CHANGE.items():
+    for latents, by_n in lines.items():
         cells = [Figure(by_n[n], CHANGE) for n in AHEAD]
         rows.append([latents, f"published, {published.DECODER}", "", Figure(published.FROZEN.ppl), *cells])
-    for result in results:
+    texts = [", ".join(r.data["config"].get("data", {}).get("validation", ())) for r in results]
+    for result, text in zip(results, texts):
         parts = {"": result.data}
         if len(result.data.get("sets") or {}) > 1:
             parts |= result.data["sets"]
-        what = label(of(result))
+        what = label(of(result)) + (f", on {text}" if len(set(texts)) > 1 else "")
         for source, part in parts.items():
             by_n = {row["n"]: row for row in part["rows"]}
             cells = [change(by_n[n]) if n in by_n else "" for n in AHEAD]
             first = Figure(by_n[1]["decoder_ppl"]) if 1 in by_n else ""
             words = f"{what}: {source} alone" if source else what
-            rows.append([result.method["num_latents"], words, result.key, first, *cells])
+            rows.append([of(result).latents, words, result.key, first, *cells])
     columns = ["latents", "what", "from", "decoder, n = 1", *(f"n = {n}" for n in AHEAD)]
     rows.sort(key=lambda row: row[0])
-    title = "Change in perplexity of the n-th token ahead, by number of latents (Table 1)"
-    return _finished("1_perplexity", title, columns, rows, results)
+    return _finished(name, title, columns, rows, results)
 
 
 def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
