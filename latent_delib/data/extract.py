@@ -149,7 +149,7 @@ def _man_page(file: Path) -> list[str]:
     command = ["groff", "-mandoc", "-t", "-Kutf8", "-Tutf8", "-P-cbou", f"-rLL={WIDE}n", "-rHY=0", "-dAD=l"]
     done = subprocess.run(command, input=source, capture_output=True)
     text = re.sub(r"(?<=\S) {3,}", "  ", done.stdout.decode(errors="replace"))  # columns of tables, set wide apart
-    return blocks(text)[1:-1]
+    return blocks(re.sub(r"(?m)^ *[\u2500-\u257f][ \u2500-\u257f]*\n", "", text))[1:-1]  # and the rules between rows
 
 
 def pods(root: Path) -> Pages:

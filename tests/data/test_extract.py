@@ -54,8 +54,10 @@ def test_a_man_page_is_set_a_paragraph_a_line(tmp_path):
     text = ".TH TEST 1\n.SH NAME\ntest \\- a page\n.SH DESCRIPTION\n" + "one two three\n" * 60
     write(tmp_path / "man/man1/test.1.gz", text + ".PP\n.nf\nint x;\n    int y;\n.fi\n")
     write(tmp_path / "man/man1/other.1.gz", ".so man1/test.1\n")
+    write(tmp_path / "man/man1/table.1.gz", ".TH T 1\n.SH A\n.TS\nallbox;\nl l.\nname\tmeaning\n.TE\n")
     pages = extract.man_pages(tmp_path)
     assert pages["other.1.gz"]() == []
+    assert pages["table.1.gz"]() == ["A\n       │name │ meaning │"]
     name, description, code = pages["test.1.gz"]()
     assert "test - a page" in name and description.count("one two three") == 60
     assert len(description.splitlines()) == 2  # its heading, and one line
