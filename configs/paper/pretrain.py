@@ -1,7 +1,7 @@
-"""The decoder of protocol a_gpu, trained from random weights on the mixture until its validation loss is flat.
+"""The decoder of protocol a_gpu: from random weights, 240 M tokens, which is the mixture between two and three times.
 
-240 M tokens: four times the mixture. `launch/paper.sh` runs it before the first experiment; the decoder comes to lie in
-runs/paper/a_gpu/pretrain/decoder, where the protocol looks for it.
+`launch/paper.sh` runs it before the first experiment; the decoder comes to lie in runs/paper/a_gpu/pretrain/decoder,
+where the protocol looks for it. Its validation loss should be flat at the end; if it is not, give it more steps.
 """
 
 import dataclasses

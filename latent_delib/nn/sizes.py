@@ -153,7 +153,7 @@ SIZES: dict[str, TransformerConfig] = {
     "qwen3_1.7b": _size(_QWEN3, 28, 2048, 16, 8, 128, 6144, 151_936),
     # The packaged decoder: the Gemma 2 architecture, small enough to ship and to train on a laptop.
     "gemma2_3m": _size(_GEMMA2, 4, 192, 4, 2, 64, 768, 4096, window=128),
-    # Protocol A on a GPU: the same family at a size that 60 M tokens of the mixture and minutes of a GPU can train.
+    # Protocol a_gpu of configs/paper: the same family at a size that the mixture and minutes of a GPU can train.
     "gemma2_49m": _size(_GEMMA2, 12, 512, 8, 4, 64, 2048, 4096, window=256),
     # For tests: every feature of the architecture in a few thousand parameters.
     "gemma2_test": _size(_GEMMA2, 4, 32, 4, 2, 16, 48, 97, window=5, query_scale=0.2),
