@@ -288,20 +288,11 @@ def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
 def _subject(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     """What evaluations must agree on to be compared."""
     keys = {
-        "method": ("name", "num_latents", "placement", "lora_rank", "start", "coprocessor"),
-        "data": ("validation",),
-        "evaluate": (
-            "num_ahead",
-            "max_length",
-            "max_pieces",
-            "max_positions",
-            "seed",
-            "delay",
-            "swap",
-            "longer_prompt",
-        ),
+        "method": "name num_latents placement lora_rank start coprocessor",
+        "data": "validation",
+        "evaluate": "num_ahead max_length max_pieces max_positions seed delay swap longer_prompt",
     }
-    named = {f"config.{room}.{key}": config[room].get(key) for room in keys for key in keys[room]}
+    named = {f"config.{room}.{key}": config[room].get(key) for room in keys for key in keys[room].split()}
     return {"fingerprint": fingerprint} | named
 
 

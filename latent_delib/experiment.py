@@ -193,6 +193,11 @@ def check(config: ConfigDict) -> None:
             f"config.evaluate.swap: method {m.name!r}, evaluate.batch_size={e.batch_size}; expected two texts "
             "at once, and a method that writes latents"
         )
+    if e.longer_prompt > e.max_length - 2:
+        raise UserError(
+            f"config.evaluate.longer_prompt={e.longer_prompt}: expected at most {e.max_length - 2}, so that something "
+            f"is left of pieces of evaluate.max_length={e.max_length}"
+        )
     if METHODS[m.name].write is not None:
         if config.data.seq_len < m.num_latents + m.num_ahead:
             raise UserError(

@@ -187,6 +187,10 @@ MISTAKES = [
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
     ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "has no coprocessor"),
     ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),
+    (
+        {"evaluate.longer_prompt": 31, "evaluate.max_length": 32},
+        "config.evaluate.longer_prompt=31: expected at most 30",
+    ),
 ]
 
 

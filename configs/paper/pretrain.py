@@ -4,18 +4,14 @@
 where the protocol looks for it. Its validation loss should be flat at the end; if it is not, give it more steps.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from configs.paper import protocols
-from latent_delib.nn.sizes import SIZES
 
 
 def get_config(protocol: str = "a_gpu") -> ConfigDict:
     c = protocols.get_config(protocol)
     c.decoder.path = ""
-    c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES["gemma2_49m"]))
     c.decoder.tokenizer = "packaged"
     c.decoder.export_dtype = "bfloat16"
     c.method.name = "decoder"
