@@ -15,7 +15,8 @@ REST=() COMMAND=() dry_run=
 HOPELESS='PERMISSION_DENIED|INVALID_ARGUMENT|RESOURCE_EXHAUSTED|[Qq]uota|unrecognized arguments|gcloud auth login'
 HOPELESS+='|not present in the SSH agent|terminal state|another job runs here|worker.sh: No such file'
 
-say() { [[ -n $dry_run ]] || echo "$(basename "$0" .sh): $*" >&2; }
+script=${0##*/}
+say() { [[ -n $dry_run ]] || echo "${script%.sh}: $*" >&2; }
 die() { echo "error: $*" >&2 && exit 1; }
 quote() { local line && printf -v line ' %q' "$@" && echo "${line:1}"; }
 call() { if [[ -n $dry_run ]]; then quote "$@" >&3; else "$@"; fi; }

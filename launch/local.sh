@@ -21,6 +21,7 @@ shared=(env PYTHONUNBUFFERED=1 JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_NUM_CPU
   JAX_NUM_PROCESSES="$processes")
 declare -A running=() # process id -> number
 stopped=''            # the signal that came
+pipe=$(mktemp -u)     # from a process to what numbers its lines
 set -m                # each process in a group of its own: a Ctrl-C reaches it through this script alone
 
 send() {
@@ -29,26 +30,28 @@ send() {
 }
 trap 'stopped=TERM; send TERM' TERM
 trap 'stopped=INT; send INT' INT
+# From here on no $( ) and no >( ): a signal that arrives while bash 5.2 reads one ends the script with a syntax error.
 
-free_port() { # below those that the system hands out
-  local port
+free_port() { # sets port: one below those that the system hands out
   for _ in {1..100}; do
     port=$((10000 + RANDOM % 20000))
     (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
   done
-  echo "$port"
 }
 
 # Starts every process and waits for all. Returns the first code that is not 0.
 attempt() {
   local first=0 printers=() port timer='' i out command pid code
   port=${dry_run:+PORT}
-  port=${port:-$(free_port)}
+  [[ -n $port ]] || free_port
   for ((i = 0; i < processes; i++)); do
     command=("${shared[@]}" JAX_PROCESS_ID="$i" JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" "${COMMAND[@]}")
     [[ -z $dry_run ]] || { call "${command[@]}" && continue; }
-    exec {out}> >(trap '' INT TERM && exec sed -u "s/^/[$i] /")
+    mkfifo "$pipe"
+    (trap '' INT TERM && exec sed -u "s/^/[$i] /" <"$pipe") &
     printers+=($!)
+    exec {out}>"$pipe"
+    rm "$pipe"
     "${command[@]}" >&"$out" 2>&1 </dev/null 3>&- &
     running[$!]=$i
     exec {out}>&-

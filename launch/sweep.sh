@@ -37,9 +37,25 @@ for key in "${REST[@]:2}"; do
   runs=("${grid[@]}")
 done
 
+# What each is called and what it comes to. No $( ) once something runs: a signal that arrives while bash 5.2 reads one
+# ends the script with a syntax error, and leaves what runs running.
+names=() commands=() finished_commands=()
+for line in "${runs[@]}"; do
+  IFS=$'\t' read -ra settings <<<"$line"
+  config=${settings[0]} settings=("${settings[@]:1}")
+  run=$(basename "$config" .py)${line#"$config"}
+  run=${run//$'\t'/,} run=${run//[^A-Za-z0-9.,=_-]/-}
+  read -ra launcher <<<"${with/ @ / $name-$(cksum <<<"$run" | cut -d ' ' -f 1) }"
+  names+=("$run")
+  commands+=("$(quote "${launcher[@]}" python -m latent_delib.train --config="$config" --workdir="$root/$run" \
+    "${settings[@]/#/--config.}" "${COMMAND[@]}")")
+  finished_commands+=("$(cat "$folder/$run.done" 2>/dev/null || true)")
+done
+
 declare -A running=() # process id -> run
 finished=0 failed=() stopped=''
-trap 'stopped=1; ((!${#running[@]})) || kill "${!running[@]}" || true' TERM INT
+stop() { stopped=1 && { ((!${#running[@]})) || kill "${!running[@]}" || true; }; }
+trap stop TERM INT
 
 collect() { # waits until one of them has ended
   local pid code=0 run
@@ -57,26 +73,20 @@ collect() { # waits until one of them has ended
 }
 
 call mkdir -p "$folder"
-for line in "${runs[@]}"; do
-  IFS=$'\t' read -ra settings <<<"$line"
-  config=${settings[0]} settings=("${settings[@]:1}")
-  run=$(basename "$config" .py)${line#"$config"}
-  run=${run//$'\t'/,} run=${run//[^A-Za-z0-9.,=_-]/-}
-  read -ra launcher <<<"${with/ @ / $name-$(cksum <<<"$run" | cut -d ' ' -f 1) }"
-  command=("${launcher[@]}" python -m latent_delib.train --config="$config" --workdir="$root/$run"
-    "${settings[@]/#/--config.}" "${COMMAND[@]}")
-
-  if [[ $(cat "$folder/$run.done" 2>/dev/null) == "$(quote "${command[@]}")" ]]; then
+for i in "${!names[@]}"; do
+  run=${names[i]}
+  if [[ ${finished_commands[i]} == "${commands[i]}" ]]; then
     say "$run is done already"
   elif [[ -n $dry_run ]]; then
-    call "${command[@]}"
+    echo "${commands[i]}"
   else
     while ((${#running[@]} >= jobs)); do collect; done
     [[ -z $stopped ]] || break
     say "$run: starts"
-    quote "${command[@]}" >"$folder/$run.started"
-    "${command[@]}" >>"$folder/$run.log" 2>&1 </dev/null 3>&- &
+    echo "${commands[i]}" >"$folder/$run.started"
+    eval "exec ${commands[i]}" >>"$folder/$run.log" 2>&1 </dev/null 3>&- &
     running[$!]=$run
+    [[ -z $stopped ]] || stop # the signal came before its number was noted
   fi
 done
 while ((${#running[@]})); do collect; done
