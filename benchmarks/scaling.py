@@ -108,7 +108,7 @@ def dry_run(row: Row, out: Path) -> dict | None:
 def show(rows: list[Row], out: Path) -> str:
     """A table in Markdown."""
     head = "model | N_L | M | T | remat | slice | data x fsdp x traces | rows a chip x parts | state, GiB | needs, GiB"
-    head += " | of | rows that fit | received, GiB | TFLOP | step, s | MFU | compile, s"
+    head += " | of | rows that fit | received, GiB | TFLOP | step, s | MFU"
     lines = ["| " + head + " |", "|" + "---|" * (head.count("|") + 1)]
     for row in rows:
         found = dry_run(row, out)
@@ -128,7 +128,7 @@ def show(rows: list[Row], out: Path) -> str:
             cells += [
                 "",
                 (out / row.name / "error.txt").read_text().partition(";")[0].removeprefix("error: "),
-                *[""] * 7,
+                *[""] * 6,
             ]
         else:
             m = found["memory"]
@@ -136,7 +136,7 @@ def show(rows: list[Row], out: Path) -> str:
             received = sum(t["received"] for t in found["received"].values())
             cells += [gib(state), gib(m["total"]), gib(found["memory_limit"]), found["largest_rows"], gib(received)]
             cells += [f"{sum(found['flops'].values()) / 1e12:,.0f}", f"{found['seconds']['step']:.2f}"]
-            cells += [f"{found['model_flops_utilisation']:.1%}", f"{found['compile_seconds']:.0f}"]
+            cells += [f"{found['model_flops_utilisation']:.1%}"]
         lines.append("| " + " | ".join(str(cell).removesuffix(" GiB") for cell in cells) + " |")
     return "\n".join(lines)
 

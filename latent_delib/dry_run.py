@@ -40,7 +40,7 @@ CHIPS = {
     "TPU v5": Chip(95.74, 2765e9, 600e9),
     "TPU v6 lite": Chip(31.25, 1640e9, 448e9),
 }
-# All work of a step ran at half of the peak in an earlier form of this program, on an H100; none was measured on a TPU.
+# Of the peak a step reaches half: an assumption, no chip was at hand to measure it on.
 # Of the links a collective has half: rings use some directions only, and small slices have no wrap-around.
 PEAK_SHARE, LINK_SHARE = 0.5, 0.5
 # How the compiler says so: of a whole program, or of its temporaries alone.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command with the settings that NVIDIA GPUs want; docs/performance.md says what each was worth.
+# Runs a command with the settings that NVIDIA GPUs want.
 #
 #   LATENT_DELIB_EXTRAS=cuda ./launch/setup.sh
 #   ./launch/gpu.sh .venv/bin/python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR

@@ -8,9 +8,10 @@
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper/protocols.py says what a protocol is. Runs lie in runs/paper/PROTOCOL/NAME@SEED: of the placements also
-# swap/ (every text is given the latents of another), longer/ (the plain decoder reads as much more text as latents cost),
-# delay1/ to delay3/ (latents come late), unseen/ (of protocol a, where runs/mixture is there) and evaluations/ (every
-# checkpoint).
+# swap/ (every text is given the latents of another; of adapt_coprocessor too), longer/ (the plain decoder reads as much
+# more text as latents cost), delay1/ to delay3/ (latents come late), unseen/ (of protocol a, where runs/mixture is
+# there) and evaluations/ (every checkpoint). What more arguments change is not what an experiment's name says: such runs
+# lie in runs/trials/PROTOCOL/NAME@SEED, and have no report.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -47,7 +48,7 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens
     [[ $1 == a_gpu ]] && config=configs/paper/pretrain.py # the same text and vocabulary, and needs no decoder yet
     latent_delib prepare --config="$config" --config.data.token_files= --out="runs/paper/$1/tokens"
   fi
-  if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/pretrain/perplexity.json ]]; then
+  if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/frozen/perplexity.json ]]; then
     latent_delib train --config=configs/paper/pretrain.py --workdir=runs/paper/a_gpu/pretrain
     latent_delib evaluate --config=configs/paper/decoder.py:a_gpu --workdir=runs/paper/a_gpu/frozen
   fi
@@ -80,8 +81,10 @@ for each in "${wanted[@]}"; do
   if [[ $protocol == a && $name != adapt_* && -e runs/mixture ]]; then
     evaluate "$run/unseen" --config.seed="$seed" --config.data.token_files= --config.data.validation="$unseen"
   fi
-  if [[ $name == overlay || $name == after ]]; then
+  if [[ $name == overlay || $name == after || $name == adapt_coprocessor ]]; then
     evaluate "$run/swap" --config.seed="$seed" --config.evaluate.swap
+  fi
+  if [[ $name == overlay || $name == after ]]; then
     evaluate "$run/longer" --config.seed="$seed" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
   fi
   if [[ $name =~ ^(overlay|after|adapt_) ]]; then

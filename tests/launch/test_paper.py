@@ -78,11 +78,13 @@ def test_a_run_of_protocol_a(here: Path) -> None:
 
 
 def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
-    calls = paper(here, "b/pause_tokens", "a_gpu/decoder", "a/pause_tokens", "a/adapt_decoder")
+    calls = paper(here, "b/pause_tokens", "a_gpu/decoder", "a_gpu/joint", "a/pause_tokens", "a/adapt_decoder")
     made = [call.split()[0] for call in calls if call.split()[0] not in ("train", "evaluate")]
     assert made == ["make_mixture", "convert", *["prepare"] * 3, "make_tasks", "prepare", "report"]
     assert "convert --source=model.gguf --out=runs/smollm2_135m/decoder --size=smollm2_135m" in calls
-    pretrained = calls.index("train --config=configs/paper/pretrain.py --workdir=runs/paper/a_gpu/pretrain")
+    pretrain = "train --config=configs/paper/pretrain.py --workdir=runs/paper/a_gpu/pretrain"
+    pretrained = calls.index(pretrain)
+    assert calls.count(pretrain) == 1
     assert pretrained < next(i for i, call in enumerate(calls) if "paper/decoder.py:a_gpu --workdir=" in call)
     assert any("--out=runs/paper/a/pause_tokens@0/unseen" in call for call in calls)  # the mixture is there
     assert not any("--out=runs/paper/b/pause_tokens@0/unseen" in call for call in calls)  # it is in the tokens
