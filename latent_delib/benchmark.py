@@ -82,7 +82,7 @@ def benchmark(
         raise UserError(f"--table={table}: no such file")
     rows = runpy.run_path(table)
     chosen, names = _chosen(rows, benchmarks), _split(model)
-    if wrong := [name for name in names if name not in MODELS] or not names:
+    if (wrong := [name for name in names if name not in MODELS]) or not names:
         raise UserError(f"--model={model}: expected some of {', '.join(MODELS)}, got {wrong}")
     if every < 0 or delay < 0 or (every and delay >= every):
         raise UserError(f"--every={every}, --delay={delay}: expected at least 0, and a delay shorter than every")
@@ -130,7 +130,8 @@ def benchmark(
         print(f"{name}, {made['model']}", flush=True)
         samples = harness.run(adapter, loaded[name], made["shots"], limit, unsafe_code)
         made |= figures([s for s in samples if s["filter"] == row.get("filter", "none")], row["metric"], name)
-        found = [old for old in found if any(old[k] != made[k] for k in KEY)] + [made | {"provenance": _provenance()}]
+        there = _read(epath.Path(out) / "benchmarks.json", about)  # another call may have written since
+        found = [old for old in there if any(old[k] != made[k] for k in KEY)] + [made | {"provenance": _provenance()}]
         write(epath.Path(out), {"rows": found, **about, "provenance": _provenance()}, made, samples)
     print(show(found), flush=True)
     return {"rows": found, **about}
@@ -306,7 +307,7 @@ def _hub_answers() -> bool:
         urllib.request.urlopen(urllib.request.Request(_hub(), method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
         return True  # an answer
-    except OSError:
+    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no address
         return False
     return True
 

@@ -17,7 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from latent_delib import checkpoint, commands, models
+from latent_delib import checkpoint, commands, files, models
 from latent_delib.delib import augment
 from latent_delib.errors import UserError
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences
@@ -60,8 +60,10 @@ def convert(
     wanted = SIZES[size] if size else architecture
     where = Path(source)
     if (where / "checkpoints").is_dir():
+        if to != "latent_delib" or dtype or size or tokenizer:
+            raise UserError(f"{source}: --to, --dtype, --size and --tokenizer are of decoders, this is a coprocessor")
         return export_coprocessor(source, Path(out))
-    with folder.whole(Path(out)) as partial_:
+    with files.whole(Path(out)) as partial_:
         if is_ours(where):
             convert_ours(where, partial_, to, dtype, wanted)
         elif to == "huggingface":
@@ -153,29 +155,18 @@ def convert_ours(where: Path, out: Path, to: str, dtype: str, wanted: Transforme
 
 def export_coprocessor(workdir: str, out: Path) -> None:
     """Writes the newest coprocessor of a training job as a folder; see `weights.coprocessor`."""
-    checkpoints, *_ = checkpoint.open_for_reading(workdir)
-    step, meta, tree, _ = checkpoints.restore_newest()
-    checkpoints.close()
-    if "coprocessor" not in tree:
-        raise UserError(
-            f"{workdir}: method {meta['method.name']!r} has no coprocessor; its decoder is a folder already"
-        )
-    fields = {
-        "method": meta["method.name"],
-        "num_latents": meta["method.num_latents"],
-        "placement": meta["method.placement"],
-        "step": step,
-        "fingerprint": meta["fingerprint"],
-    }
-    if meta["method.name"] == "resized":
+    trained = models.load_coprocessor(workdir)
+    if trained.architecture is not None:
         raise UserError(f"{workdir}: a resized coprocessor has no form of its own to be exported in")
-    config, params = TransformerConfig.from_dict(meta["architecture"], workdir), tree["coprocessor"]
+    checkpoints, _, meta = checkpoint.open_for_reading(workdir, trained.step)
+    checkpoints.close()
+    params = trained.params
     if meta["method.lora_rank"]:  # multiplied out
         decoder = models.load_decoder(models.decoder_of(workdir, meta)).params
-        params = models.load_coprocessor(workdir, step).params
         params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
-    coprocessor.save(out, fields, config, params)
-    print(f"{out}: the coprocessor of step {step}", flush=True)
+    fields = {name: getattr(trained, name) for name in ("method", "num_latents", "placement", "step", "fingerprint")}
+    coprocessor.save(out, fields, TransformerConfig.from_dict(meta["architecture"], workdir), params)
+    print(f"{out}: the coprocessor of step {trained.step}", flush=True)
 
 
 def describe(config: TransformerConfig, wanted: TransformerConfig | None, where: str) -> None:

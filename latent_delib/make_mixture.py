@@ -26,9 +26,9 @@ from latent_delib import commands
 from latent_delib.data import extract
 from latent_delib.data.extract import Pages, dictionary, man_pages, manual, pods, sayings
 from latent_delib.errors import UserError
+from latent_delib.files import whole
 from latent_delib.progress import Progress
 from latent_delib.provenance import provenance
-from latent_delib.weights.folder import whole
 
 SPLITS = ("validation", "unseen", "train")  # in the order in which a paragraph that is met again goes
 LICENCES = ("public_domain", "permissive", "copyleft")

@@ -20,9 +20,9 @@ from typing import Any
 
 from latent_delib import commands
 from latent_delib.errors import UserError
+from latent_delib.files import whole
 from latent_delib.progress import Progress
 from latent_delib.provenance import provenance
-from latent_delib.weights.folder import whole
 
 Row = dict[str, Any]
 

@@ -88,9 +88,9 @@ def read_text(exp: Experiment) -> Text:
         chosen += [there[i * len(there) // wanted] for i in range(wanted)]
     if not chosen:
         raise UserError(f"config.data.validation={sources}: holds no text")
-    if e.swap and len(chosen) < 2:
-        raise UserError(f"config.evaluate.swap: config.data.validation={sources} is a single piece, expected two")
     kept, renumbered = np.unique([document[i] for i in chosen], return_inverse=True)
+    if e.swap and len(kept) < 2:
+        raise UserError(f"config.evaluate.swap: config.data.validation={sources} is a single document, expected two")
     return Text([pieces[i] for i in chosen], renumbered, np.array(source)[kept], sources)
 
 
@@ -104,6 +104,16 @@ def positions(seed: int, number: int, length: int, most: int, first: int = 0) ->
     if not most or most >= usable:
         return first + np.arange(usable)
     return first + np.sort(np.random.default_rng([seed, number]).choice(usable, most, replace=False))
+
+
+def donors(seed: int, document: np.ndarray) -> np.ndarray:
+    """Of each piece, whose documents are `document`, [P], a random piece of another document: int64 [P]."""
+    at_random = np.random.default_rng(seed).permutation(len(document))
+    found = np.empty(len(document), np.int64)
+    for i, piece in enumerate(at_random):
+        others = np.roll(at_random, -i)
+        found[piece] = next(other for other in others if document[other] != document[piece])
+    return found
 
 
 def jit_steps(exp: Experiment) -> Steps:
@@ -141,6 +151,8 @@ def add_up(
     With `longer_prompt`=N only the decoder that everything is compared with reads a piece whole: to the model that is
     evaluated, the first N tokens after BOS are lost. Latents cost about as much as reading 2 N_L tokens.
 
+    With `swap` half of a batch is counted; the other half are the pieces whose latents those are given, one for one.
+
     Args:
       frozen: the decoder that everything is compared with, and what lies below the trainable tree.
     """
@@ -151,6 +163,8 @@ def add_up(
         shards = exp.mesh.shape["traces"]
         M = min(M, -(-e.max_positions // shards) * shards)
     order = np.argsort([len(piece) for piece in text.pieces], kind="stable")
+    donor = donors(e.seed, text.document) if e.swap else None
+    at_once = B // 2 if e.swap else B
     here = mesh_lib.local_rows(exp.mesh, B)
 
     def place(x: np.ndarray) -> jax.Array:
@@ -163,17 +177,17 @@ def add_up(
         return place(tokens), place(segment)
 
     params = augment.assemble(frozen, trainable)
-    for first in range(done, len(order), B):
-        batch = order[first : first + B]
+    for first in range(done, len(order), at_once):
+        batch = order[first : first + at_once]
         counted = len(batch)
-        if e.swap and counted == 1:  # a piece alone is given the latents of the one before
-            batch = order[first - 1 : first + 1][::-1]
+        if donor is not None:
+            batch = np.concatenate([batch, donor[batch]])
         pieces = [text.pieces[i] for i in batch]
         chosen = [positions(e.seed, int(i), len(p), e.max_positions, N) for i, p in zip(batch, pieces)]
         at = np.full((B, max(1, -(-max(map(len, chosen)) // M)) * M), T - 1, np.int32)  # T - 1 has no ahead tokens
         for row, positions_k in enumerate(chosen):
             at[row, : len(positions_k)] = positions_k - N
-            if e.swap:  # a longer piece is to be given latents of text too
+            if row >= counted:  # a longer piece is to be given latents of text too
                 at[row] = np.resize(positions_k - N, at.shape[1])
         text_BT = place_text(pieces)
         ours, plain_nll = steps.read({"decoder": frozen["decoder"]}, *text_BT)
@@ -182,9 +196,9 @@ def add_up(
             text_BT = place_text([np.delete(piece, slice(1, 1 + N)) for piece in pieces])
         if N or "decoder" in trainable:
             ours, own_nll = steps.read(params, *text_BT)
-        donor_B = np.arange(B)
-        donor_B[: len(batch)] = np.roll(donor_B[: len(batch)], -1)
-        swap = (place(donor_B),) if e.swap else ()
+        from_B = np.arange(B)
+        from_B[:counted] += counted
+        swap = (place(from_B),) if e.swap else ()
         parts = [
             steps.ahead(params, ours, *text_BT, place(at[:, start : start + M]), *swap)[0]
             for start in range(0, at.shape[1] if has_latents else 0, M)

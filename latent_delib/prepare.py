@@ -5,13 +5,15 @@ training from text uses too. Training and evaluation then read DIR, named in `co
 TensorFlow.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from latent_delib import commands
+from latent_delib import commands, files
 from latent_delib.data import token_files
 from latent_delib.data.rows import BadRecords, check_data
 from latent_delib.errors import UserError
@@ -86,7 +88,9 @@ def prepare(config: Any, out: str) -> dict:
     bad = BadRecords(data.max_bad_records)
     tasks.check_sources([*data.sources, *data.validation], tokenizer_path, bad)
 
-    with token_files.whole_or_nothing(out) as directory:
+    remote = "://" in out  # renames nothing: there meta.json alone tells finished from unfinished
+    with contextlib.nullcontext(out) if remote else files.whole(Path(out)) as where:
+        directory = str(where)
         for split, write in SPLITS.items():
             for i, entry in enumerate(meta[split]):
                 source, met = entry["source"], bad.met.total()

@@ -122,10 +122,7 @@ def look_into(workdir: str, text: str) -> Look:
     """
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, None)
     checkpoints.close()
-    path = meta["config"]["decoder"]["path"]
-    if not path:
-        raise UserError(f"--look={workdir}: trained on random weights, there is nothing to look into")
-    model = lm.AugmentedLM(models.load_decoder(path), models.load_coprocessor(workdir))
+    model = lm.AugmentedLM(models.load_decoder(models.decoder_of(workdir, meta)), models.load_coprocessor(workdir))
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
         raise UserError(f"--text={text!r}: {len(tokens)} tokens with BOS, expected at least {AHEAD + 2}")

@@ -31,7 +31,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from latent_delib import commands, distributed, dry_run, experiment, flops
+from latent_delib import commands, distributed, dry_run, experiment, files, flops
 from latent_delib import mesh as mesh_lib
 from latent_delib import plan as planning
 from latent_delib.checkpoint import Checkpoints
@@ -172,7 +172,7 @@ def finish(exp: Experiment, workdir: str, trainable: Params, frozen: Params | No
         whole = jax.jit(lambda x: x.astype(dtype), out_shardings=mesh_lib.replicated(exp.mesh))
         chunks = (np.asarray(whole(leaf)) for leaf in leaves.values())
         if primary:
-            with folder.whole(Path(workdir) / "decoder", replace=True) as partial_folder:
+            with files.whole(Path(workdir) / "decoder", replace=True) as partial_folder:
                 folder.copy_tokenizer(exp.tokenizer.path, partial_folder)
                 entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
                 folder.write_model(partial_folder, exp.aug.transformer.config, entries, chunks)

@@ -35,7 +35,7 @@ installed xpk "pip install xpk"
 at=(--cluster="$LATENT_DELIB_CLUSTER" --project="$LATENT_DELIB_PROJECT" --zone="$LATENT_DELIB_ZONE")
 
 xpk_workload() { retry xpk workload "$1" "${at[@]}" "${@:2}"; }
-listed() { xpk_workload list --filter-by-job="$name" --filter-by-status="$1" | grep -qE "^$name( |\$)"; }
+listed() { xpk_workload list --filter-by-job="$name" --filter-by-status="$1" | grep -E "^$name( |\$)" >/dev/null; } # -q would end xpk at the match
 
 run() {
   # `exec`, because XPK passes SIGTERM to what it has started itself, not to the children of that.

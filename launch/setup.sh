@@ -3,7 +3,7 @@
 # that is done already, and makes anew what was cut short.
 #
 #   PYTHON=/opt/py312/bin/python   a Python 3.11 or 3.12 to try before those on PATH
-#   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, reference, or several with commas between
+#   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, eval, mixture, reference, or several with commas between
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 

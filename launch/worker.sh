@@ -47,7 +47,7 @@ case $1 in
     echo $$ >$job/pid
     code=0
     PYTHONUNBUFFERED=1 PATH=$PWD/.venv/bin:$PATH "${@:2}" 9>&- || code=$?
-    echo "exit $code $(date +%s.%N)" >$job/exit.tmp
+    echo "exit $code $EPOCHREALTIME" >$job/exit.tmp # no $( ) under a trap: see sweep.sh
     mv $job/exit.tmp $job/exit
     ;;
   status)

@@ -165,6 +165,28 @@ def test_latents_of_another_text_and_of_an_earlier_call(make_config, trained, de
     np.testing.assert_allclose([row["augmented_ppl"] for row in late[:3]], expected, rtol=1e-5)
 
 
+def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
+    """Latents of a document's copy are its own, so the donor's row and position are the right ones."""
+    document = np.random.default_rng(0).integers(5, size=40)
+    document[:5] = np.arange(5)
+    found = perplexity.donors(1, document)
+    assert (document[found] != document).all() and len(set(found)) > 20
+    assert (found != perplexity.donors(2, document)).any()
+
+    copies = tmp_path / "copies.txt"
+    copies.write_text("\n\f\n".join(["the cat sat on the mat and looked at the other cat"] * 10))
+    changed = {"data.token_files": "", "data.validation": (f"files:{copies}",), "evaluate.batch_size": 8}
+    rows = [
+        evaluate.evaluate(make_config(changed | {"evaluate.swap": swap}), str(trained), str(tmp_path / str(swap)))[
+            "rows"
+        ]
+        for swap in (False, True)
+    ]
+    own, swapped = ([row["augmented_ppl"] for row in each] for each in rows)
+    assert len(own) > 2
+    np.testing.assert_allclose(swapped, own, rtol=1e-6)
+
+
 def late_by_hand(config, trained, decoder_folder, delay):
     """Perplexity of the n-th token, n = 1, 2, 3, in the naive reading of every position."""
     decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))

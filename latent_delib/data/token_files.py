@@ -11,16 +11,13 @@ checksum (format 1, which is read too, had none).
 """
 
 import collections
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
 import os
-import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -117,24 +114,6 @@ def _write(
         length += len(block)
     _done(array.resize(exclusive_max=[length, *width], resize_metadata_only=True), path)
     return length
-
-
-@contextlib.contextmanager
-def whole_or_nothing(out: str) -> Iterator[str]:
-    """A directory to write in that becomes the local `out` at the end and leaves no trace if that fails.
-
-    On gs://, which renames nothing, it is `out` itself: there meta.json alone tells finished from unfinished.
-    """
-    if "://" in out:
-        yield out
-        return
-    begun = pathlib.Path(f"{out}.tmp-{os.getpid()}")
-    try:
-        begun.mkdir(parents=True)
-        yield str(begun)
-        begun.rename(out)
-    finally:
-        shutil.rmtree(begun, ignore_errors=True)
 
 
 def read_meta(directory: str) -> dict | None:

@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
 import numpy as np
 
+from latent_delib import files
 from latent_delib.errors import UserError
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params
@@ -38,7 +40,7 @@ def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Par
         for t in body:
             yield t.to_theirs(leaves[t.leaf] if t.layer is None else leaves[t.leaf][t.layer])
 
-    with folder.whole(out) as partial:
+    with files.whole(out) as partial:
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})
         fields = {"format": FORMAT, **fields, "architecture": dataclasses.asdict(config)}
         (partial / FILE).write_text(json.dumps(fields, indent=2) + "\n")
@@ -67,16 +69,5 @@ def load(where: Path) -> tuple[dict[str, Any], Params]:
         for t in names.match(rest, config, "huggingface", str(file.path), without=("embedding",)):
             layers.setdefault(t.leaf, []).append(t.to_ours(file.read(t.name)))
     leaves = {leaf: np.stack(parts) if leaf.startswith("layers.") else parts[0] for leaf, parts in layers.items()}
-    return fields, jax.tree.map(jax.numpy.asarray, nested(leaves | {SOFT_TOKENS: file.read(SOFT_TOKENS)}))
-
-
-def nested(leaves: dict[str, np.ndarray]) -> Params:
-    """A tree of its leaves under their dotted names."""
-    tree: Params = {}
-    for name, leaf in leaves.items():
-        *path, last = name.split(".")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
+    tree = flax.traverse_util.unflatten_dict(leaves | {SOFT_TOKENS: file.read(SOFT_TOKENS)}, sep=".")
+    return fields, jax.tree.map(jax.numpy.asarray, tree)

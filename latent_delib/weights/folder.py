@@ -6,20 +6,19 @@ TransformerConfig}}. The tensors are the leaves of the parameter tree under thei
 first axis ("layers.attn.q").
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from latent_delib import files
 from latent_delib.errors import UserError
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig
@@ -159,7 +158,7 @@ def save(folder: Path, config: TransformerConfig, params: Params, write_tokenize
     """Writes a decoder folder in the dtypes of `params`, arrays or numpy; replaces one that is there."""
     leaves = by_name(params)
     entries = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in leaves.items()}
-    with whole(folder, replace=True) as partial:
+    with files.whole(folder, replace=True) as partial:
         write_tokenizer(partial)
         write_model(partial, config, entries, (np.asarray(leaf) for leaf in leaves.values()))
 
@@ -171,30 +170,3 @@ def write_model(
     tensors.write(folder / "model.safetensors", entries, chunks)
     fields = {"format": FORMAT, "architecture": dataclasses.asdict(config)}
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A new folder to write in that appears under its name only once whole, and leaves nothing if that fails.
-
-    Raises:
-      UserError: it is there already, and is not to be replaced.
-    """
-    if folder.exists() and not replace and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: exists; remove it or name another")
-    partial, before = (folder.with_name(f"{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rename(before)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if before.exists():
-                before.rename(folder)
-            raise
-    finally:
-        for leftover in (partial, before):
-            shutil.rmtree(leftover, ignore_errors=True)

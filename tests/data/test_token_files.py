@@ -12,6 +12,7 @@ import pytest
 import tensorstore
 from ml_collections import ConfigDict
 
+from latent_delib import files
 from latent_delib.data import token_files
 from latent_delib.data.batches import segments, train_batches, validation_documents
 from latent_delib.errors import UserError
@@ -215,13 +216,13 @@ def test_reading_ahead_ends_with_its_user_and_hands_on_failures(prepared):
 
 
 def test_a_failed_write_leaves_no_trace(tmp_path):
-    with pytest.raises(OSError, match="disk"), token_files.whole_or_nothing(str(tmp_path / "out")) as directory:
-        token_files.write_meta(directory, {})
+    with pytest.raises(OSError, match="disk"), files.whole(tmp_path / "out") as directory:
+        token_files.write_meta(str(directory), {})
         raise OSError("disk")
     assert not list(tmp_path.iterdir())
-    with token_files.whole_or_nothing(str(tmp_path / "out")) as directory:
+    with files.whole(tmp_path / "out") as directory:
         assert not (tmp_path / "out").exists()
-        token_files.write_meta(directory, {"format": 1})
+        token_files.write_meta(str(directory), {"format": 1})
     assert token_files.read_meta(str(tmp_path / "out")) == {"format": 1} and len(list(tmp_path.iterdir())) == 1
 
 
