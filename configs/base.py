@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     c.method = ConfigDict()
     c.method.name = "cache_augmentation"  # a row of latent_delib/delib/methods.py
     c.method.num_latents = 16  # N_L
-    c.method.placement = "after"  # the paper's; or "overlay": latents share positions with the text they follow
+    c.method.placement = "after"  # the paper's; or a row of PLACEMENTS in delib/traces.py: "overlay", "before"
     c.method.num_traces = 128  # M, per packed sequence
     c.method.num_ahead = 16  # N_A, the ahead tokens that carry the loss
     c.method.lora_rank = 0  # train low-rank adapters of that rank instead of every matrix; 0: train all

@@ -17,7 +17,7 @@ import json
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,17 +26,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latent_delib import checkpoint, commands, distributed, experiment, files, perplexity
-from latent_delib import mesh as mesh_lib
+from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity
 from latent_delib.checkpoint import Restored, warn
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
-from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.transformer import Params
 from latent_delib.perplexity import Sums, Text
 from latent_delib.progress import Progress
 from latent_delib.provenance import provenance
-from latent_delib.weights import folder
+from latent_delib.runs import Result
 
 SAVE_EVERY = 30.0  # seconds between two savings of partial sums
 POLL = 20.0  # seconds between two looks for new checkpoints
@@ -123,10 +121,7 @@ def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
     Raises:
       UserError: there is none, or it is damaged; OtherRun.
     """
-    shapes = folder.shapes(exp.aug.transformer.config)
-    shapes = jax.eval_shape(experiment.init_trainable(exp), jax.random.key(0), shapes)
-    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES, mesh_lib.TRAINABLE)
-    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    wanted = experiment.trainable_shapes(exp)
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
     with contextlib.closing(checkpoints):
         try:
@@ -335,49 +330,15 @@ def show(result: dict[str, Any]) -> str:
 def write(result: dict[str, Any], text: Text, sums: Sums, out: epath.Path) -> None:
     """documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
     _write_npz(out / "documents.npz", source=text.source, sources=np.array(text.sources), **sums._asdict())
-    rows = result["rows"]
-    n, change = [r["n"] for r in rows], [r["change_percent"] for r in rows]
-    low, high = ([np.nan if r[key] is None else r[key] for r in rows] for key in ("change_low", "change_high"))
-
-    def draw(axes: Any) -> None:
-        axes.axhline(0, color="black", linewidth=0.8, label="frozen decoder")
-        axes.plot(n, change, marker="o", markersize=3, label="augmented")
-        axes.fill_between(n, low, high, alpha=0.2, linewidth=0, label="95 % over documents")
-        axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)")
-        axes.legend()
-
-    _write_png(out / "perplexity.png", draw)
+    files.write(out / "perplexity.png", figures.by_n(result["rows"], "augmented"))
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
 
 
 def draw_curves(evaluations: epath.Path) -> None:
     """curves.png: the change at a few n against the step, of all evaluations that are there (Figure 3)."""
     found = {int(f.name): f / "perplexity.json" for f in evaluations.iterdir() if f.name.isdigit()}
-    results = {step: json.loads(file.read_text())["rows"] for step, file in sorted(found.items()) if file.exists()}
-
-    def draw(axes: Any) -> None:
-        axes.axhline(0, color="black", linewidth=0.8, label="frozen decoder")
-        for n in (1, 4, 16, 32):
-            points = [(step, r["change_percent"]) for step, rows in results.items() for r in rows if r["n"] == n]
-            if points:
-                axes.plot(*zip(*points), marker="o", markersize=3, label=f"n = {n}")
-        axes.set(xlabel="training step", ylabel="change in perplexity (%)")
-        axes.legend()
-
-    _write_png(evaluations / "curves.png", draw)
-
-
-def _write_png(path: epath.Path, draw: Callable[[Any], None]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    draw(axes)
-    figure.savefig(png := io.BytesIO(), format="png", dpi=150)
-    pyplot.close(figure)
-    files.write(path, png.getvalue())
+    results = [Result("", file, json.loads(file.read_text())) for _, file in sorted(found.items()) if file.exists()]
+    files.write(evaluations / "curves.png", figures.by_step({str(evaluations.parent): results}))
 
 
 def _write_npz(path: epath.Path, **arrays: Any) -> None:

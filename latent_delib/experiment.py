@@ -1,5 +1,6 @@
 """From a config to what a job works on: architecture, mesh, augmentation, decoder. Every check of a config is here."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from latent_delib import checkpoint, models
 from latent_delib import mesh as mesh_lib
+from latent_delib.checkpoint import Checkpoints
 from latent_delib.delib import lora
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
@@ -53,7 +55,8 @@ class Experiment:
         """What a checkpoint must agree on to be continued or evaluated here."""
         method = self.config.method.to_dict()
         keys = ("name", "num_latents", "placement", "lora_rank", "start", "coprocessor")
-        return {"fingerprint": self.fingerprint, **{f"method.{k}": method[k] for k in keys}}
+        identity = {"fingerprint": self.fingerprint, **{f"method.{k}": method[k] for k in keys}}
+        return json.loads(json.dumps(identity))  # as a checkpoint tells it: JSON has no tuples
 
     def check_same(self, meta: dict[str, Any], where: str) -> None:
         """Raises UserError unless a checkpoint's meta is of this decoder and this method."""
@@ -99,12 +102,6 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
             f"the decoder only {architecture.vocab_size} rows"
         )
     mesh = mesh_lib.make(config.mesh, devices)
-    per_step = config.train.batch_size // config.train.accumulation
-    if per_step % mesh_lib.row_shards(mesh):
-        raise UserError(
-            f"config.train.batch_size={config.train.batch_size} in {config.train.accumulation} parts does not split "
-            f"over mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
-        )
     changed = config.method.coprocessor.to_dict()
     coprocessor = models.coprocessor_config(architecture, changed) if changed else None
     for of, key in itertools.product(
@@ -177,8 +174,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.train.accumulation={t.accumulation} does not divide batch_size={t.batch_size}")
     if m.coprocessor and m.name != "resized":
         raise UserError(f"config.method.coprocessor: only method 'resized' has one, this is {m.name!r}")
-    if m.start and METHODS[m.name].write is None:
-        raise UserError(f"config.method.start={m.start}: method {m.name!r} has no coprocessor")
+    if m.start and (METHODS[m.name].write is None or METHODS[m.name].trains_decoder):
+        raise UserError(f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone")
     if m.lora_rank and m.name in NOTHING_TO_ADAPT:
         raise UserError(f"config.method.lora_rank={m.lora_rank}: method {m.name!r} trains no matrix")
     if m.lora_rank and m.name in ("from_scratch", "resized") and not m.start:
@@ -215,7 +212,7 @@ def load_decoder(exp: Experiment, dtype: Any) -> Params:
     """The decoder's weights in `dtype`, each placed on the mesh as it is read; random ones without a folder."""
     architecture = exp.aug.transformer.config
     shapes = folder.shapes(architecture)
-    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES, mesh_lib.FROZEN)
+    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES)
     if exp.decoder is None:
 
         def start(key: jax.Array) -> Params:
@@ -247,25 +244,27 @@ def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
     return rest | ({"layers": lora.init(key, tree["layers"], rank)} if "layers" in tree else {})
 
 
-def load_start(exp: Experiment, dtype: Any) -> Params | None:
-    """The coprocessor that training begins with, in `dtype`, each array read to where it lies on the mesh.
+def open_start(exp: Experiment) -> Checkpoints:
+    """Where the coprocessor is that training begins with; its meta is checked, no weights are read.
 
     Raises:
       UserError: no such checkpoint, or one of another decoder or method, or of adapters.
     """
-    if exp.start is None:
-        return None
-    wanted = start_shapes(exp)
-    expected = exp.identity() | {"method.lora_rank": 0, "method.start": ""}
+    checkpoints, _, meta = checkpoint.open_for_reading(*exp.start)
+    for key, value in (exp.identity() | {"method.lora_rank": 0, "method.start": ""}).items():
+        if meta.get(key) != value:
+            raise UserError(f"config.method.start: the checkpoint has {key}={meta.get(key)!r}, expected {value!r}")
+    return checkpoints
 
-    def check(meta: dict[str, Any]) -> None:
-        for key, value in expected.items():
-            if meta.get(key) != value:
-                raise UserError(f"config.method.start: the checkpoint has {key}={meta.get(key)!r}, expected {value!r}")
 
-    checkpoints, *_ = checkpoint.open_for_reading(*exp.start)
-    found = checkpoints.restore_newest({"coprocessor": wanted}, step=exp.start[1], check=check)
-    checkpoints.close()
+def load_start(exp: Experiment, dtype: Any) -> Params:
+    """The coprocessor that training begins with, in `dtype`, each array read to where it lies on the mesh.
+
+    Raises:
+      UserError: as `open_start`; or it is damaged.
+    """
+    with contextlib.closing(open_start(exp)) as checkpoints:
+        found = checkpoints.restore_newest({"coprocessor": start_shapes(exp)}, step=exp.start[1])
     return jax.tree.map(lambda x: x.astype(dtype), found.trainable["coprocessor"])
 
 
@@ -276,5 +275,16 @@ def start_shapes(exp: Experiment) -> Params:
         return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, exp.aug.num_latents)["coprocessor"]
 
     shapes = jax.eval_shape(init, jax.random.key(0), folder.shapes(exp.aug.transformer.config))
-    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES, mesh_lib.TRAINABLE)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES))
+
+
+def trainable_shapes(exp: Experiment) -> Params:
+    """The shapes of the trainable tree, with their shardings."""
+    decoder = folder.shapes(exp.aug.transformer.config)
+    shapes = jax.eval_shape(init_trainable(exp), jax.random.key(0), decoder)
+    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES))
+
+
+def placed(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
+    """Shapes that carry these shardings, in `dtype` where given."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, shardings)

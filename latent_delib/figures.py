@@ -3,7 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from latent_delib import published
@@ -20,10 +20,10 @@ def curves(runs: Runs) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     if any(runs.losses.values()):
         yield "loss", "Training loss, nats a token", lambda: _losses(runs)
     if runs.perplexity:
-        yield "change_by_n", "Change in perplexity of the n-th token ahead (Figure 3)", lambda: _by_n(runs)
+        yield "change_by_n", "Change in perplexity of the n-th token ahead (Figure 3)", lambda: _all_by_n(runs)
         yield "change_by_latents", "Change in perplexity by number of latents", lambda: _by_latents(runs)
     if runs.curves:
-        yield "change_by_step", "Change in perplexity by training step (Figure 5)", lambda: _by_step(runs)
+        yield "change_by_step", "Change in perplexity by training step (Figure 5)", lambda: by_step(runs.curves)
 
 
 def _losses(runs: Runs) -> bytes:
@@ -34,7 +34,15 @@ def _losses(runs: Runs) -> bytes:
     return _finished(figure, axes)
 
 
-def _by_n(runs: Runs) -> bytes:
+def by_n(rows: Sequence[dict[str, Any]], name: str) -> bytes:
+    """The change by n of one evaluation."""
+    figure, (axes,) = _panels(1, (6, 4))
+    _line(axes, rows, [row["n"] for row in rows], name)
+    axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)")
+    return _finished(figure, axes)
+
+
+def _all_by_n(runs: Runs) -> bytes:
     figure, (axes,) = _panels(1, (9, 4.5))
     for result in runs.perplexity:
         _line(axes, result.data["rows"], [row["n"] for row in result.data["rows"]], _name(result))
@@ -68,10 +76,11 @@ def _by_latents(runs: Runs) -> bytes:
     return _finished(figure, panels[0])
 
 
-def _by_step(runs: Runs) -> bytes:
+def by_step(curves: Mapping[Any, Sequence[Result]]) -> bytes:
+    """The change by training step, of one evaluation after another in each folder."""
     figure, panels = _panels(len(CURVES), (9, 6))
     for axes, n in zip(panels, CURVES):
-        for folder, results in runs.curves.items():
+        for folder, results in curves.items():
             rows = [(r.step, row) for r in results for row in r.data["rows"] if row["n"] == n]
             _line(axes, [row for _, row in rows], [step for step, _ in rows], _plain(str(folder)))
         axes.set(title=f"n = {n}", xlabel="step", ylabel="change (%)")

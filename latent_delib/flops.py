@@ -78,10 +78,18 @@ def train_step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: in
 def recomputed_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
     """FLOPs that the backward pass of such a step does again, under the transformer's `remat`: products of the layers,
     and attention where that is not kept either."""
-    c, remat = aug.transformer.config, aug.transformer.remat
+    remat, decoder, writer = aug.transformer.remat, aug.transformer.config, aug.models.coprocessor.config
     if remat in ("none", "dots"):
         return 0.0
-    seen = _attention(c, seq_len) if remat == "full" else 0.0
+
+    def again(c: TransformerConfig, tokens: int) -> float:
+        return batch * tokens * (_per_token(c) + (_attention(c, seq_len) if remat == "full" else 0.0))
+
+    method = METHODS[aug.method]
+    text = again(decoder, seq_len) if method.trains_decoder else 0.0
     if not aug.has_latents:
-        return batch * seq_len * (_per_token(c) + seen)
-    return batch * num_traces * sum(_tokens(aug, num_ahead)) * (_per_token(c) + seen)
+        return text
+    written, inputs = _tokens(aug, num_ahead)
+    if method.write is coprocessor.of_last_layer:  # it reads the text too
+        text += again(writer, seq_len)
+    return text + again(writer, num_traces * written) + again(decoder, num_traces * inputs)

@@ -26,6 +26,10 @@ def main(flags: Any) -> None:
     delay = None if flags.coprocessor_devices else flags.delay
     options = {k: getattr(flags, k) for k in ("temperature", "top_k", "top_p", "every", "batch_size")}
     lm.check_options(flags.max_new_tokens, delay=delay, **options)
+    if flags.out and (out := epath.Path(flags.out)).is_dir():
+        raise UserError(f"--out={flags.out}: is a folder, expected a file")
+    elif flags.out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     model = load(flags)
     options |= {"stop": flags.stop and [flags.stop] or [], "seed": [r["seed"] for r in requests]}
     for name, augment in (("decoder", False), ("augmented", True)):
@@ -46,7 +50,7 @@ def main(flags: Any) -> None:
                 print(f"--- {name}\n{request['prompt']}{continuation.text}", flush=True)
     if flags.out:
         lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in requests)
-        files.write(epath.Path(flags.out), "".join(lines).encode())
+        files.write(out, "".join(lines).encode())
         print(f"{len(requests)} continuations are in {flags.out}", flush=True)
 
 

@@ -304,8 +304,6 @@ class AugmentedLM:
 
     def _batches(self, keys: Sequence[tuple[int, int]], size: Callable[[tuple[int, int]], int]) -> Iterator[list[int]]:
         """Indices of rows with keys (continuations, length), alike ones together, at most `size(key)` at a time."""
-        if not keys:
-            raise UserError("no prompts were given")
         order = sorted(range(len(keys)), key=lambda i: keys[i], reverse=True)  # the largest first: they must fit
         while order:
             count = size(keys[order[0]])
@@ -387,4 +385,4 @@ def _bucket(n: int) -> int:
 def _place(mesh: Mesh, params: Params, dtype: Any) -> Params:
     """Parameters where they lie on a mesh."""
     params = jax.tree.map(lambda x: x if x.dtype == dtype else jnp.asarray(x, dtype), params)
-    return jax.device_put(params, mesh_lib.parameters(mesh, params, PARAM_AXES, mesh_lib.FROZEN))
+    return jax.device_put(params, mesh_lib.parameters(mesh, params, PARAM_AXES))

@@ -17,10 +17,9 @@ ROWS = ("data", "fsdp")
 
 # Logical axis -> mesh axes. Where weights lie: along the width on fsdp, and on traces, which would hold the same
 # otherwise; along heads, features and vocabulary on tensor.
-TRAINABLE = {"vocab": "tensor", "embed": ("fsdp", "traces"), "heads": "tensor", "ffn": "tensor", "layers": None}
-FROZEN = TRAINABLE
+WEIGHTS = {"vocab": "tensor", "embed": ("fsdp", "traces"), "heads": "tensor", "ffn": "tensor", "layers": None}
 # Where they stand while they are used: whole along the width.
-IN_USE = TRAINABLE | {"embed": None}
+IN_USE = WEIGHTS | {"embed": None}
 # Activations: rows over data and fsdp together, the traces of a row over traces; heads and features follow the weights.
 ACTIVATIONS = {"batch": ROWS, "traces": "traces", "heads": "tensor", "ffn": "tensor"}
 
@@ -65,7 +64,7 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else part
 
 
-def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes], rules: Rules) -> Any:
+def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
     """A NamedSharding for every leaf of a parameter tree (arrays or their shapes), by the leaf's name.
 
     Raises:
@@ -77,7 +76,7 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes], rules: Rules) ->
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if path[-1].key not in axes:
             raise ValueError(f"parameter {name} has no logical axes; there are some for {sorted(axes)}")
-        partition = spec(axes[path[-1].key][-leaf.ndim :], rules)
+        partition = spec(axes[path[-1].key][-leaf.ndim :], WEIGHTS)
         for size, part in zip(leaf.shape, partition):
             wanted = {axis: mesh.shape[axis] for axis in _names(part)}
             if size % math.prod(wanted.values()):
@@ -137,7 +136,7 @@ def gather(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
     """The function that `nn` calls on a table of vectors to have it whole along the width."""
 
     def place(w: jax.Array, axes: Axes) -> jax.Array:
-        whole, own = (NamedSharding(mesh, spec(axes, rules)) for rules in (IN_USE, TRAINABLE))
+        whole, own = (NamedSharding(mesh, spec(axes, rules)) for rules in (IN_USE, WEIGHTS))
 
         @jax.custom_vjp
         def gathered(w: jax.Array) -> jax.Array:
@@ -156,7 +155,7 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     Written out, because a compiler that splits products by itself sums whole gradients on every chip, or moves
     activations instead of weights. Heads and features, on tensor, are left to it.
     """
-    width = TRAINABLE["embed"]
+    width = WEIGHTS["embed"]
     by_hand = {*ROWS, *width}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
@@ -174,7 +173,7 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
         return jax.shard_map(
             on_each_device,
             mesh=mesh,
-            in_specs=(specs(x_axes, activations), specs(w_axes, TRAINABLE)),
+            in_specs=(specs(x_axes, activations), specs(w_axes, WEIGHTS)),
             out_specs=specs(y_axes, activations),
             axis_names=by_hand,
             check_vma=False,

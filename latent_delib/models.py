@@ -23,6 +23,8 @@ from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
+TRAINED = "trained.json"  # in the folder of a decoder that a job has trained: {"step": N}
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
@@ -71,7 +73,7 @@ def load_decoder(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) 
     """
     where = folder.locate(path)
     config = folder.read_config(where)
-    shardings = mesh_lib.parameters(mesh or one_device(), folder.shapes(config), PARAM_AXES, mesh_lib.FROZEN)
+    shardings = mesh_lib.parameters(mesh or one_device(), folder.shapes(config), PARAM_AXES)
     params = folder.load(where, config, dtype, shardings)
     return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where))
 
@@ -99,8 +101,8 @@ def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
     assert found is not None, "open_for_reading saw one"
     meta, params = found.meta, found.trainable["coprocessor"]
     method, num_latents, placement = (meta[f"method.{key}"] for key in ("name", "num_latents", "placement"))
-    if start := meta["config"]["method"].get("start", ""):
-        below, begun = split_start(start)
+    if meta["method.lora_rank"] and meta["method.start"]:
+        below, begun = split_start(meta["method.start"])
         params = lora.lay_over(load_coprocessor(below, begun).params, params)
     fingerprint = meta["fingerprint"]
     if METHODS[method].trains_decoder:  # it belongs to the decoder that was trained with it
@@ -110,13 +112,25 @@ def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
     return Coprocessor(params, method, num_latents, placement, fingerprint, found.step, architecture)
 
 
+def step_of_decoder(workdir: str) -> int | None:
+    """The step of the decoder that a training job has left in `workdir`; None where there is none."""
+    file = Path(workdir) / "decoder" / TRAINED
+    return folder.read_json(file)["step"] if file.is_file() else None
+
+
 def decoder_of(workdir: str, meta: dict[str, Any]) -> str:
     """The folder of the decoder that a checkpoint in `workdir` goes with: the one it trained, or the one left frozen.
 
     Raises:
-      UserError: it is one of random weights, which has no folder.
+      UserError: it is one of random weights, which has no folder; or it was trained, and is there of another step.
     """
     if METHODS[meta["method.name"]].trains_decoder:
+        if (there := step_of_decoder(workdir)) != meta["step"]:
+            found = "not written yet" if there is None else f"of step {there}"
+            raise UserError(
+                f"--workdir={workdir}: the decoder trained there is {found}, the checkpoint is of step {meta['step']}; "
+                "it is written when training ends"
+            )
         return f"{workdir}/decoder"
     if not (path := meta["config"]["decoder"]["path"]):
         raise UserError(f"--workdir={workdir}: trained on random weights, there is no decoder to load")
@@ -125,10 +139,10 @@ def decoder_of(workdir: str, meta: dict[str, Any]) -> str:
 
 def split_start(path: str) -> tuple[str, int]:
     """The workdir and the step of WORKDIR/checkpoints/STEP."""
-    folders, step = Path(path).parent, Path(path).name
-    if folders.name != "checkpoints" or not step.isdigit():
+    workdir, _, step = path.rstrip("/").rpartition("/checkpoints/")
+    if not workdir or not step.isdigit():
         raise UserError(f"config.method.start={path}: expected WORKDIR/checkpoints/STEP")
-    return path.removesuffix(f"/checkpoints/{step}"), int(step)
+    return workdir, int(step)
 
 
 def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:

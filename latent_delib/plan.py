@@ -1,6 +1,5 @@
 """What a training job is before anything is materialised: shapes, where every leaf lies, and the step over them."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,8 @@ import optax
 
 from latent_delib import experiment
 from latent_delib import mesh as mesh_lib
-from latent_delib.experiment import Experiment
+from latent_delib.errors import UserError
+from latent_delib.experiment import Experiment, placed
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.transformer import Params
 from latent_delib.step import TrainState, make_optimizer, train_step
@@ -21,14 +21,13 @@ class Plan(NamedTuple):
     """A job's step, and what it takes.
 
     state, frozen, batch: trees of jax.ShapeDtypeStruct that carry shardings; nothing else decides where an array lies.
-    init: (key, decoder, start) -> trainable tree. tx: the optimizer.
+    tx: the optimizer.
     step: jitted (state, frozen, batch) -> (state, metrics); the state is donated.
     """
 
     state: TrainState
     frozen: Params
     batch: dict[str, jax.ShapeDtypeStruct]
-    init: Callable[..., Params]
     tx: optax.GradientTransformation
     step: Any
 
@@ -40,10 +39,12 @@ def make(exp: Experiment) -> Plan:
       UserError: a dimension that the mesh does not divide.
     """
     c, mesh = exp.config, exp.mesh
-    tx, init = make_optimizer(c.optimizer, c.train.steps), experiment.init_trainable(exp)
-    decoder = folder.shapes(exp.aug.transformer.config)
-    trainable = jax.eval_shape(init, jax.random.key(0), decoder)
-    trainable = placed(trainable, mesh_lib.parameters(mesh, trainable, PARAM_AXES, mesh_lib.TRAINABLE))
+    if (c.train.batch_size // c.train.accumulation) % mesh_lib.row_shards(mesh):
+        raise UserError(
+            f"config.train.batch_size={c.train.batch_size} in {c.train.accumulation} parts does not split "
+            f"over mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
+        )
+    tx, trainable = make_optimizer(c.optimizer, c.train.steps), experiment.trainable_shapes(exp)
     # Every optimizer leaf lies like its parameter; what belongs to no parameter is replicated.
     whole = mesh_lib.replicated(mesh)
     opt_state = jax.eval_shape(tx.init, trainable)
@@ -53,7 +54,8 @@ def make(exp: Experiment) -> Plan:
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trainable, placed(opt_state, shardings))
     frozen = {}
     if "embedding" not in trainable.get("decoder", {}):  # the decoder is not trained as a whole
-        shardings = mesh_lib.parameters(mesh, decoder, PARAM_AXES, mesh_lib.FROZEN)
+        decoder = folder.shapes(exp.aug.transformer.config)
+        shardings = mesh_lib.parameters(mesh, decoder, PARAM_AXES)
         frozen = {"decoder": placed(decoder, shardings, exp.dtype)}
     if exp.start and c.method.lora_rank:
         start = experiment.start_shapes(exp)
@@ -72,12 +74,7 @@ def make(exp: Experiment) -> Plan:
         skip_bad=c.train.max_bad_steps > 0,
     )
     jitted = jax.jit(step, out_shardings=(shardings_of(state), whole), donate_argnums=0)
-    return Plan(state, frozen, {"tokens": row, "segment": row}, init, tx, jitted)
-
-
-def placed(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
-    """Shapes that carry these shardings, in `dtype` where given."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, shardings)
+    return Plan(state, frozen, {"tokens": row, "segment": row}, tx, jitted)
 
 
 def shardings_of(tree: Any) -> Any:

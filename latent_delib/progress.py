@@ -20,7 +20,11 @@ class Progress:
             return
         self.said = now
         rate = (done - self.began_with) / (now - self.began)
-        minutes, seconds = divmod(round((self.total - done) / rate), 60)
-        eta = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-        unit = self.unit
+        eta, unit = hours((self.total - done) / rate), self.unit
         print(f"{self.what} {done:,}/{self.total:,} {unit}  {rate:,.3g} {unit}/s  ETA {eta}", flush=True)
+
+
+def hours(seconds: float) -> str:
+    """H:MM:SS."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

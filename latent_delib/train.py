@@ -31,7 +31,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from latent_delib import commands, distributed, dry_run, experiment, files, flops
+from latent_delib import commands, distributed, dry_run, experiment, files, flops, models
 from latent_delib import mesh as mesh_lib
 from latent_delib import plan as planning
 from latent_delib.checkpoint import Checkpoints
@@ -41,6 +41,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
 from latent_delib.nn.transformer import Params
+from latent_delib.progress import hours
 from latent_delib.step import TrainState, learning_rate
 from latent_delib.weights import folder
 
@@ -87,16 +88,22 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
 
     def check(meta: dict[str, Any]) -> None:
         exp.check_same(meta, workdir)
+        if meta["data"]["seed"] != config.seed:
+            there = meta["data"]["seed"]
+            raise UserError(f"config.seed={config.seed}: the data of {workdir} come in the order of {there}")
         batches.check_fingerprint(meta["data"]["fingerprint"], data)
 
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
     found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
     start = found.step if found else 0
     if start >= t.steps:
-        finish(exp, workdir, found.trainable, None)
+        finish(exp, workdir, start, found.trainable, None)
         return False
     if found:
         say(f"resuming {workdir} at step {start}")
+    begins = exp.start and (config.method.lora_rank or not found)  # what was trained in whole no longer needs its start
+    if begins:
+        experiment.open_start(exp).close()
 
     loader = batches.train_batches(  # before the compile, because it finds what is wrong with the data
         config.data,
@@ -111,21 +118,21 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     decoder = experiment.load_decoder(exp, exp.dtype if "decoder" in plan.frozen else jnp.float32)
-    begun = experiment.load_start(exp, exp.dtype if "coprocessor" in plan.frozen else jnp.float32)
+    begun = experiment.load_start(exp, exp.dtype if config.method.lora_rank else jnp.float32) if begins else None
     frozen = {room: tree for room, tree in (("decoder", decoder), ("coprocessor", begun)) if room in plan.frozen}
     if found:
         trainable, opt_state = found.trainable, found.optimizer
     else:
         shardings = planning.shardings_of(plan.state)
         key = jax.random.key(config.seed)
-        trainable = jax.jit(plan.init, out_shardings=shardings.trainable)(key, decoder, begun)
+        trainable = jax.jit(experiment.init_trainable(exp), out_shardings=shardings.trainable)(key, decoder, begun)
         opt_state = jax.jit(plan.tx.init, out_shardings=shardings.opt_state)(trainable)
     del decoder, begun, found
     state = TrainState(jax.device_put(np.int32(start), mesh_lib.replicated(mesh)), trainable, opt_state)
     del trainable, opt_state
 
     def save(step: int, loss: float | None) -> None:
-        position = {"seed": config.seed, "step": step, "fingerprint": data}
+        position = {"seed": config.seed, "fingerprint": data}
         architecture = dataclasses.asdict(exp.aug.transformer.config)
         meta = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
         checkpoints.save(step, state.trainable, state.opt_state, meta, loss)
@@ -155,18 +162,18 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
     if step < t.steps:
         say(f"stopped by SIGTERM; step {step} is saved, the same command resumes")
         return True
-    finish(exp, workdir, state.trainable, frozen.get("decoder"))
+    finish(exp, workdir, step, state.trainable, frozen.get("decoder"))
     return False
 
 
-def finish(exp: Experiment, workdir: str, trainable: Params, frozen: Params | None) -> None:
-    """Writes the decoder where that was trained, in whole or by adapters of the frozen one (None: not read yet). One
-    leaf at a time is whole, on every device."""
+def finish(exp: Experiment, workdir: str, step: int, trainable: Params, frozen: Params | None) -> None:
+    """Writes the decoder where that was trained, in whole or by adapters of the frozen one (None: not read yet), unless
+    that of this step is there. One leaf at a time is whole, on every device."""
     primary = jax.process_index() == 0
-    if "decoder" in trainable:
+    if "decoder" in trainable and models.step_of_decoder(workdir) != step:
         tree = trainable["decoder"]
         if "embedding" not in tree:
-            below = jax.tree.map(lambda x: x.astype(jnp.float32), frozen or experiment.load_decoder(exp, jnp.float32))
+            below = jax.tree.map(lambda x: x.astype(jnp.float32), frozen or experiment.load_decoder(exp, exp.dtype))
             tree = jax.jit(lora.lay_over)(below, tree)
         leaves, dtype = folder.by_name(tree), jnp.dtype(exp.config.decoder.export_dtype)
         whole = jax.jit(lambda x: x.astype(dtype), out_shardings=mesh_lib.replicated(exp.mesh))
@@ -176,12 +183,13 @@ def finish(exp: Experiment, workdir: str, trainable: Params, frozen: Params | No
                 folder.copy_tokenizer(exp.tokenizer.path, partial_folder)
                 entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
                 folder.write_model(partial_folder, exp.aug.transformer.config, entries, chunks)
+                (partial_folder / models.TRAINED).write_text(json.dumps({"step": step}) + "\n")
             print(f"trained decoder: {Path(workdir) / 'decoder'}", flush=True)
         else:
             for _ in chunks:  # takes part
                 pass
     if primary:
-        print(f"done: step {exp.config.train.steps} of {workdir}", flush=True)
+        print(f"done: step {step} of {workdir}", flush=True)
 
 
 class Metrics:
@@ -268,11 +276,11 @@ class Metrics:
             row["model_flops_utilisation"] = utilisation
         if self.primary:
             self.write(row)
-            eta = time.strftime("%H:%M:%S", time.gmtime((self.steps - step) * seconds))
             mfu = f"  MFU {utilisation:.1%}" if math.isfinite(utilisation) else ""
             print(
                 f"step {step}/{self.steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}"
-                f"  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s{mfu}  ETA {eta}",
+                f"  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
+                f"  ETA {hours((self.steps - step) * seconds)}",
                 flush=True,
             )
         self.since_row, self.waited = [0.0, 0.0], 0.0
@@ -366,7 +374,7 @@ if __name__ == "__main__":
         __doc__,
         config=(commands.CONFIG, "a file under configs/"),
         workdir=(commands.REQUIRED, "where the job writes"),
-        dry_run=(False, "compile the step and say what it needs; nothing is run or written"),
+        dry_run=(False, "compile the step, say what it needs, write that to dry_run.json; nothing is run"),
         topology=(
             "",
             "the TPU slice to compile for in a dry run: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; here if left out",

@@ -10,6 +10,7 @@ import latent_delib as ld
 from latent_delib import evaluate, experiment, perplexity
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import token_files
+from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.tokenizer import Tokenizer
 
 A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
@@ -196,7 +197,7 @@ def test_independent_of_batches_and_devices(make_config, decoder_folder, documen
     lm = ld.AugmentedLM(
         decoder := ld.load_decoder(str(decoder_folder)), ld.init_coprocessor(decoder, 3, "overlay", seed=5)
     )
-    shardings = mesh_lib.parameters(mesh, lm.params, evaluate.PARAM_AXES, mesh_lib.TRAINABLE)
+    shardings = mesh_lib.parameters(mesh, lm.params, PARAM_AXES)
     text = perplexity.read_text(exp)
     assert len(text.pieces) > batch_size
     params, sums = jax.device_put(lm.params, shardings), perplexity.zeros(exp, text)

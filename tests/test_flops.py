@@ -65,3 +65,4 @@ def test_what_the_backward_pass_does_again():
     assert again("full") > again("attention")
     assert again("attention", "pause_tokens") == 3 * 5 * (4 + 6 - 1) * products
     assert again("attention", "decoder") == 3 * 64 * products
+    assert again("attention", "joint") == again("attention", "last_layer") == (tokens + 3 * 64) * products

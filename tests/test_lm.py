@@ -430,7 +430,6 @@ MISTAKES = {
     "position 2": (lambda lm, d: lm.latents([[2, 5]], [[2]]), "positions: from 2 to 2 with 0 ahead tokens"),
     "no ahead token": (lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[1]], 2), "positions: .* with 2 ahead tokens"),
     "ahead 0": (lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[1]], 0), "ahead=0: expected at least 1"),
-    "no prompt": (lambda lm, d: lm.generate([]), "no prompts were given"),
     "empty prompt": (lambda lm, d: lm.generate(["a", ""]), r"prompts\[1\] is empty"),
     "no token": (lambda lm, d: lm.logprobs([[]], ["a"]), r"prompts\[0\]: holds no token, not even BOS"),
     "token id": (lambda lm, d: lm.generate([[2, 320]]), r"prompts\[0\]: token 320, the vocabulary has 320"),
@@ -458,7 +457,6 @@ MISTAKES = {
     "top_p 2": (lambda lm, d: lm.generate(["a"], top_p=2.0), r"top_p=2.0 \(above 0, at most 1\)"),
     "continuations": (lambda lm, d: lm.logprobs(["a", "b"], ["c"]), "2 prompts, but 1 continuations"),
     "empty continuation": (lambda lm, d: lm.logprobs(["a", "b"], ["c", ""]), r"continuations\[1\] is empty"),
-    "nothing to score": (lambda lm, d: lm.logprobs([], []), "no prompts were given"),
 }
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from latent_delib import experiment
 from latent_delib import mesh as mesh_lib
-from latent_delib import plan as planning
 from latent_delib.errors import UserError
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.sizes import SIZES
@@ -59,20 +59,20 @@ def test_an_unknown_mesh_axis_is_named():
 
 
 def test_spec_follows_the_rules():
-    assert mesh_lib.spec(("layers", "embed", "heads", None), mesh_lib.TRAINABLE) == P(None, WIDTH, "tensor", None)
+    assert mesh_lib.spec(("layers", "embed", "heads", None), mesh_lib.WEIGHTS) == P(None, WIDTH, "tensor", None)
     assert mesh_lib.spec(("batch", None, "heads"), mesh_lib.ACTIVATIONS) == P(("data", "fsdp"), None, "tensor")
 
 
 def test_an_unknown_logical_axis_is_named():
     with pytest.raises(ValueError, match="'width'.*'embed'"):
-        mesh_lib.spec(("layers", "width"), mesh_lib.TRAINABLE)
+        mesh_lib.spec(("layers", "width"), mesh_lib.WEIGHTS)
 
 
 @pytest.mark.parametrize(
     "axes, rules",
     [
-        (("heads", "ffn"), mesh_lib.TRAINABLE),
-        (("embed", "embed"), mesh_lib.TRAINABLE),
+        (("heads", "ffn"), mesh_lib.WEIGHTS),
+        (("embed", "embed"), mesh_lib.WEIGHTS),
         (("batch", "rows"), {"batch": ("data", "fsdp"), "rows": "fsdp"}),
     ],
 )
@@ -84,12 +84,12 @@ def test_two_dimensions_on_one_mesh_axis_are_refused(axes, rules):
 def test_a_dimension_that_does_not_divide_is_named():
     shapes = folder.shapes(SIZES["gemma2_test"])  # 97 token rows
     with pytest.raises(UserError, match=r"config\.mesh: tensor=2 does not divide embedding \(97, 32\)"):
-        mesh_lib.parameters(mesh_lib.make(TENSOR), shapes, PARAM_AXES, mesh_lib.TRAINABLE)
+        mesh_lib.parameters(mesh_lib.make(TENSOR), shapes, PARAM_AXES)
 
 
 def test_where_every_parameter_of_a_decoder_lies():
     shapes = folder.shapes(SIZES["gemma2_test"])
-    shardings = mesh_lib.parameters(mesh_lib.make(sizes(data=4, fsdp=2)), shapes, PARAM_AXES, mesh_lib.TRAINABLE)
+    shardings = mesh_lib.parameters(mesh_lib.make(sizes(data=4, fsdp=2)), shapes, PARAM_AXES)
     leaves = jax.tree_util.tree_leaves_with_path(shardings)
     assert {jax.tree_util.keystr(p, simple=True, separator="."): s.spec for p, s in leaves} == {
         "embedding": P("tensor", WIDTH),
@@ -107,10 +107,7 @@ def test_where_every_parameter_of_a_decoder_lies():
         "layers.pre_mlp_norm.scale": P(None, None),
     }
     soft = mesh_lib.parameters(
-        mesh_lib.make(TENSOR),
-        {"soft_tokens": jax.ShapeDtypeStruct((3, 32), np.float32)},
-        PARAM_AXES,
-        mesh_lib.TRAINABLE,
+        mesh_lib.make(TENSOR), {"soft_tokens": jax.ShapeDtypeStruct((3, 32), np.float32)}, PARAM_AXES
     )
     assert soft["soft_tokens"].spec == P(None, WIDTH)
 
@@ -131,7 +128,7 @@ def test_constrain_places_activations():
 
 def test_table_names_every_parameter_once():
     shapes = folder.shapes(SIZES["gemma2_test"])
-    shardings = mesh_lib.parameters(mesh_lib.make(sizes(data=-1)), shapes, PARAM_AXES, mesh_lib.TRAINABLE)
-    lines = [line.split() for line in mesh_lib.table(planning.placed(shapes, shardings)).splitlines()]
+    shardings = mesh_lib.parameters(mesh_lib.make(sizes(data=-1)), shapes, PARAM_AXES)
+    lines = [line.split() for line in mesh_lib.table(experiment.placed(shapes, shardings)).splitlines()]
     assert len(lines) == len(jax.tree.leaves(shapes))
     assert ["layers.mlp.down", "4x48x32", "P(None,", "'tensor',", "('fsdp',", "'traces'))"] in lines

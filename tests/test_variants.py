@@ -117,6 +117,27 @@ def test_it_generates_what_it_scores(job, decoder_folder):
     assert greedy[0]
 
 
+def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path, capsys):
+    """The decoder in a workdir is that of its last step; called again, the job leaves it as it is."""
+    variant, config, workdir = job
+    if variant not in TRAINS_DECODER:
+        assert ld.load_coprocessor(str(workdir), 2).step == 2
+        return
+    checkpoints, _, meta = models.checkpoint.open_for_reading(str(workdir), 2)
+    checkpoints.close()
+    with pytest.raises(UserError, match="decoder trained there is of step 4, the checkpoint is of step 2"):
+        models.decoder_of(str(workdir), meta)
+    written = (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns
+    train.train(config, str(workdir))
+    assert (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns == written
+    if variant != "decoder lora":
+        convert.convert(str(workdir), str(tmp_path / "out"))
+        exported = ld.load_coprocessor(str(tmp_path / "out"))
+        ld.AugmentedLM(ld.load_decoder(str(workdir / "decoder")), exported)
+        with pytest.raises(UserError, match="belongs to decoder"):
+            ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), exported)
+
+
 def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_folder, tmp_path):
     config = make_config(changes("decoder lora"))
     train.train(config, str(tmp_path))
@@ -132,11 +153,14 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_path, rank):
     """In whole or under adapters; the first loss is that of what it starts from, and it is loaded with it."""
-    start = f"{trained}/checkpoints/4"
+    start = f"{shutil.copytree(trained, tmp_path / 's')}/checkpoints/4"
     config = make_config({"method.start": start, "method.lora_rank": rank, "optimizer.warmup_steps": 0})
     train.train(config, str(tmp_path / "w"))
     first = json.loads((tmp_path / "w" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert abs(first - untrained_loss(make_config, tmp_path)) > 1e-3
+    if not rank:  # then what it began with is needed no longer
+        shutil.rmtree(tmp_path / "s")
+        train.train(config, str(tmp_path / "w"))
     own, begun = ld.load_coprocessor(str(tmp_path / "w")), ld.load_coprocessor(str(trained))
     assert jax.tree.structure(own.params) == jax.tree.structure(begun.params)
     moved = np.abs(own.params["layers"]["mlp"]["up"] - begun.params["layers"]["mlp"]["up"]).max()
@@ -207,7 +231,9 @@ MISTAKES = [
     ({"method.coprocessor": {"num_layers": 2}}, "only method 'resized'"),
     ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
-    ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "has no coprocessor"),
+    ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
+    ({"method.name": "joint", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
+    ({"method.start": "checkpoints/1"}, "expected WORKDIR/checkpoints/STEP"),
     ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),
     (
         {"evaluate.longer_prompt": 31, "evaluate.max_length": 32},
@@ -226,7 +252,13 @@ def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
     with pytest.raises(UserError, match="config.method.start: the checkpoint has method.name"):
         train.train(config, str(tmp_path / "w"))
-    assert models.split_start("gs://b/run/checkpoints/12") == ("gs://b/run", 12)
+    assert models.split_start("gs://b/run/checkpoints/12/") == ("gs://b/run", 12)
+
+
+def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):
+    changed = {"method.name": "resized", "method.coprocessor": {"layer_pattern": ("global",)}}
+    identity = experiment.read(make_config(changed)).identity()
+    assert json.loads(json.dumps(identity)) == identity
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ def adapt_to_tasks(c: ConfigDict, protocol: str) -> None:
     c.data.sources = (f"files:{TASKS}/text/train/*.txt",)
     c.data.validation = (f"files:{TASKS}/text/test/*.txt",)
     c.data.token_files = f"runs/paper/{protocol}/task_tokens"
+    c.optimizer.warmup_steps = 50
     c.train.steps = 300
     c.train.checkpoint_every = 60
     c.train.keep = 5

@@ -26,7 +26,7 @@ def test_a_device_reads_its_own_part(decoder_folder, monkeypatch):
     """On 2 x 2 x 2 devices no read is larger than a shard, and the whole is what one device reads."""
     config = folder.read_config(decoder_folder)
     mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 1, "tensor": 2})
-    shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES, mesh_lib.TRAINABLE)
+    shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
     sizes, plain = {}, TensorFile.read
 
     def counted(self, name, index=...):
