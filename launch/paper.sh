@@ -10,8 +10,8 @@
 # configs/paper/protocols.py says what a protocol is. Runs lie in runs/paper/PROTOCOL/NAME@SEED: of the placements also
 # swap/ (every text is given the latents of another; of adapt_coprocessor too), longer/ (the plain decoder reads as much
 # more text as latents cost), delay1/ to delay3/ (latents come late), unseen/ (of protocol a, where runs/mixture is
-# there) and evaluations/ (every checkpoint). What more arguments change is not what an experiment's name says: such runs
-# lie in runs/trials/PROTOCOL/NAME@SEED, and have no report.
+# there) and evaluations/ (every checkpoint). A run with more arguments is not what its name says: it lies in
+# runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves it out.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -25,7 +25,11 @@ while (($#)) && [[ $1 != -- ]]; do
   wanted+=("$1")
   shift
 done
-more=("${@:2}")
+more=("${@:2}") root=runs/paper suffix=''
+if ((${#more[@]})); then
+  root=runs/trials suffix=$(printf ',%s' "${more[@]#--config.}")
+  suffix=${suffix//[^A-Za-z0-9.,=_-]/-}
+fi
 if ((!${#wanted[@]})); then
   wanted=(a/overlay a/after a/decoder) # what the others are compared with, or start from
   for file in configs/paper/*.py; do
@@ -74,7 +78,7 @@ for each in "${wanted[@]}"; do
   protocol=${each%%/*} experiment=${each#*/}
   [[ $experiment == *@* ]] && seed=${experiment#*@} || seed=0
   name=${experiment%@*}
-  config=configs/paper/$name.py:$protocol run=runs/paper/$protocol/$name@$seed
+  config=configs/paper/$name.py:$protocol run=$root/$protocol/$name@$seed$suffix
   prepare "$protocol" "$name"
   [[ -e $run/perplexity.json ]] || latent_delib train --config="$config" --workdir="$run" --config.seed="$seed" "${more[@]}"
   evaluate "$run" --config.seed="$seed"
@@ -94,4 +98,4 @@ for each in "${wanted[@]}"; do
     for delay in 1 2 3; do evaluate "$run/delay$delay" --config.seed="$seed" --config.evaluate.delay="$delay"; done
   fi
 done
-latent_delib report runs/paper --out=runs/paper/report
+[[ $root == runs/trials ]] || latent_delib report runs/paper --out=runs/paper/report

@@ -3,11 +3,11 @@
 # that is done already, and makes anew what was cut short.
 #
 #   PYTHON=/opt/py312/bin/python   a Python 3.11 or 3.12 to try before those on PATH
-#   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, eval, mixture, reference, or several with commas between
+#   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, eval, mixture, reference, or several with commas between;
+#                                  what an earlier call added stays
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
-extras=test${LATENT_DELIB_EXTRAS:+,$LATENT_DELIB_EXTRAS}
 stamp=.venv/setup.stamp # what .venv was made from, or `unfinished`
 
 if command -v flock >/dev/null; then # a second call at the same time waits, then finds the work done
@@ -43,8 +43,13 @@ if [[ -z ${answer:-} ]]; then
 fi
 read -r version executable <<<"$answer"
 
-want="$version $extras $PWD $(cksum setup.py constraints.txt)"
 have=$(cat $stamp 2>/dev/null || true)
+extras="test"
+[[ $have != "$version "* ]] || read -r _ extras _ <<<"$have"
+for extra in $(tr , ' ' <<<"${LATENT_DELIB_EXTRAS:-}"); do
+  [[ ,$extras, == *",$extra,"* ]] || extras+=,$extra
+done
+want="$version $extras $PWD $(cat setup.py constraints.txt | cksum)"
 usable() {
   [[ $have != unfinished && $(.venv/bin/python -c "$probe" 2>/dev/null) == "$version "* ]] &&
     .venv/bin/python -m pip --version &>/dev/null
@@ -54,7 +59,7 @@ if [[ $have == "$want" ]] && usable; then
   exit
 fi
 
-usable || rm -rf .venv
+usable || { rm -rf .venv && have=''; }
 mkdir -p .venv
 echo unfinished >$stamp
 if [[ ! -e .venv/bin/python ]]; then
@@ -62,6 +67,10 @@ if [[ ! -e .venv/bin/python ]]; then
   "$executable" -m venv .venv
 fi
 echo "setup: installing latent_delib[$extras]: some 4 GB, about two minutes"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"; then
+  # Where it got nothing, without a network, all is as it was.
+  [[ -z $have ]] || ! .venv/bin/python -m pip check &>/dev/null || echo "$have" >$stamp
+  exit 1
+fi
 echo "$want" >$stamp
 echo "setup: .venv is ready (Python $version), $SECONDS s"

@@ -23,6 +23,7 @@ case "$*" in
 exec(sys.argv[1])' "$2" ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "{path}" "$3/bin/python" ;;
   "-m pip --version") ;;
+  "-m pip check") ;;
   "-m pip install "*) echo "$*" >>pip.log && sleep 0.2 && exit "${{PIP_STATUS:-0}}" ;;
   *) exit 2 ;;
 esac
@@ -119,6 +120,8 @@ def test_second_run_does_nothing_until_something_changes(sandbox: Sandbox) -> No
 
     assert sandbox.setup(LATENT_DELIB_EXTRAS="tpu,eval")[0] == 0
     assert sandbox.pip_calls()[1].endswith("-e .[test,tpu,eval]")
+    assert "is ready" in sandbox.setup(LATENT_DELIB_EXTRAS="eval")[1] and sandbox.setup()[0] == 0
+    assert len(sandbox.pip_calls()) == 2  # what is there is enough
 
     with open(sandbox.root / "constraints.txt", "a") as file:
         file.write("# another\n")
@@ -126,6 +129,9 @@ def test_second_run_does_nothing_until_something_changes(sandbox: Sandbox) -> No
     assert code == 0
     assert "making .venv" not in out  # installed over the old one
     assert len(sandbox.pip_calls()) == 3
+
+    assert sandbox.setup(LATENT_DELIB_EXTRAS="cuda", PIP_STATUS="1")[0] == 1  # no network
+    assert "is ready" in sandbox.setup()[1] and len(sandbox.pip_calls()) == 4
 
 
 @pytest.mark.parametrize("damage", ["pip fails", "no interpreter", "no pip"])

@@ -58,16 +58,16 @@ def paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
 
 
 def test_a_run_of_protocol_a(here: Path) -> None:
-    calls = paper(here, "a/overlay@1", "--", "--config.train.steps=20")
+    calls = paper(here, "a/overlay@1")
     run = "--workdir=runs/paper/a/overlay@1"
     seed = "--config.seed=1"
     assert (
         calls[0] == "prepare --config=configs/paper/overlay.py:a --config.data.token_files= --out=runs/paper/a/tokens"
     )
-    assert calls[1] == f"train --config=configs/paper/overlay.py:a {run} {seed} --config.train.steps=20"
+    assert calls[1] == f"train --config=configs/paper/overlay.py:a {run} {seed}"
     kinds = ["", "/swap", "/longer", None, "/delay1", "/delay2", "/delay3"]
     evaluated = [call for call in calls if call.startswith("evaluate")]
-    assert len(evaluated) == len(kinds) and all(call.endswith(" --config.train.steps=20") for call in evaluated)
+    assert len(evaluated) == len(kinds)
     for call, kind in zip(evaluated, kinds):
         assert f"{run} " in call and seed in call
         assert "--steps=all" in call if kind is None else f"--out=runs/paper/a/overlay@1{kind} " in call
@@ -75,6 +75,19 @@ def test_a_run_of_protocol_a(here: Path) -> None:
 
     again = paper(here, "a/overlay@1")
     assert [call.split()[0] for call in again] == ["evaluate", "report"] and "--steps=all" in again[0]
+
+
+def test_a_trial_is_not_the_experiment(here: Path) -> None:
+    """More arguments: a folder of its own, so that the run they are left out of is made too."""
+    more = ("--config.train.steps=20", "--config.a=(1, 'b')")
+    calls = paper(here, "a/pause_tokens", "--", *more)
+    workdir = "--workdir=runs/trials/a/pause_tokens@0,train.steps=20,a=-1,--b--"
+    assert calls[1:] == [
+        f"train --config=configs/paper/pause_tokens.py:a {workdir} --config.seed=0 {' '.join(more)}",
+        f"evaluate --config=configs/paper/pause_tokens.py:a {workdir} --out={workdir[10:]} --config.seed=0 "
+        + " ".join(more),
+    ]
+    assert "train" in [call.split()[0] for call in paper(here, "a/pause_tokens")]
 
 
 def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
