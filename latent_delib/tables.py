@@ -14,6 +14,7 @@ from latent_delib.runs import Result, Runs
 
 AHEAD = (1, 2, 4, 8, 16, 32)  # n of Table 1
 CHANGE, SCORE = "{:+.2f}%", "{:.2f}"
+TRAIN_DECODER = ("decoder", "joint", "unified")  # methods whose checkpoints have a decoder of their own
 
 
 class Figure(NamedTuple):
@@ -83,20 +84,27 @@ def of(result: Result) -> Entry:
 
 
 def entries(runs: Runs) -> list[Entry]:
-    """Perplexity and benchmarks of the same checkpoint in one entry; decoders first, then by number of latents."""
+    """Perplexity and benchmarks of the same checkpoint in one entry, of each text and each control its own; decoders
+    first, then by number of latents."""
     found: dict[tuple, Entry] = {}
+    first: dict[tuple, tuple] = {}  # how the perplexity was made that benchmarks stand beside
 
-    def entry(result: Result, model: str, delay: int, every: int) -> Entry:
-        own = model == "augmented" or result.method["name"] == "decoder"  # else it is the decoder that was frozen
-        checkpoint = result.data.get("checkpoint") if own else None
-        identity = (result.data["fingerprint"], checkpoint, model, delay, every)
-        one = found.setdefault(identity, Entry([result], model, delay, every))
+    def entry(result: Result, model: str, delay: int, every: int, how: tuple | None = None) -> Entry:
+        decoder, checkpoint = result.data["fingerprint"], result.data.get("checkpoint")
+        if result.method["name"] in TRAIN_DECODER and checkpoint:
+            decoder = ""  # benchmarks tell of the one trained, perplexity of the one it is compared with
+        elif model != "augmented":
+            checkpoint = None
+        identity = (decoder, checkpoint, model, delay, every)
+        if how is not None and not any(how[1:]):
+            first.setdefault(identity, how)
+        one = found.setdefault((identity, how or first.get(identity)), Entry([result], model, delay, every))
         if result not in one.results:
             one.results.append(result)
         return one
 
     for result in runs.perplexity:
-        one = entry(result, of(result).model, 0, 0)
+        one = entry(result, of(result).model, 0, 0, (text_of(result), *controls(result).values()))
         one.perplexity = one.perplexity or result.data["rows"][0]
     for result in runs.benchmarks:
         for row in result.data["rows"]:
@@ -105,13 +113,26 @@ def entries(runs: Runs) -> list[Entry]:
     return sorted(found.values(), key=lambda e: (e.model == "augmented", e.latents, e.delay, e.every))
 
 
+def text_of(result: Result) -> str:
+    """The validation sources of a perplexity.json."""
+    return ", ".join(result.data["config"].get("data", {}).get("validation", ()))
+
+
+def controls(result: Result) -> dict[str, Any]:
+    """Of a perplexity.json, what was done to the latents or to the text."""
+    evaluated = result.data["config"].get("evaluate", {})
+    return {key: evaluated.get(key) for key in ("swap", "delay", "longer_prompt")}
+
+
 def label(entry: Entry) -> str:
     """What an entry is, in words; the number of latents has a column of its own."""
-    method, config = entry.result.method, entry.result.data["config"]
-    trained = method["name"] == "decoder" and entry.result.data.get("checkpoint")
-    if entry.model != "augmented" and not (trained and entry.model == "decoder"):
+    method, data, config = entry.result.method, entry.result.data, entry.result.data["config"]
+    trained = entry.model == "decoder" and method["name"] in TRAIN_DECODER and data.get("checkpoint")
+    if entry.model != "augmented" and not trained:
         return {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}.get(entry.model, entry.model)
-    words = ["trained decoder"] if trained else [method["name"].replace("_", " "), method.get("placement", "")]
+    words = [method["name"].replace("_", " "), method.get("placement", "")]
+    if trained:
+        words = ["trained decoder", "" if method["name"] == "decoder" else f"of {method['name']}, without its latents"]
     words += [f"{key.removeprefix('lora_')} {method[key]}" for key in method if key.endswith("rank") and method[key]]
     words += [f"{method['num_ahead']} ahead tokens"] if "num_ahead" in method and not trained else []
     words += [f"step {entry.result.step:,}"] if entry.result.step else []
@@ -120,10 +141,12 @@ def label(entry: Entry) -> str:
     words += [f"delay {entry.delay}"] if entry.delay else []
     words += [f"trained for delays up to {method['max_delay']}"] if method.get("max_delay") else []
     words += [f"begun with {method['start']}"] if method.get("start") else []
-    evaluated = config.get("evaluate", {})
-    words += ["latents of another text"] if evaluated.get("swap") else []
-    words += [f"evaluated with delay {evaluated['delay']}"] if evaluated.get("delay") else []
-    words += [f"without the first {n} tokens that the decoder reads"] if (n := evaluated.get("longer_prompt")) else []
+    done = controls(entry.result)
+    words += ["latents of another text"] if done["swap"] else []
+    words += [f"evaluated with delay {done['delay']}"] if done["delay"] else []
+    words += (
+        [f"without the first {done['longer_prompt']} tokens that the decoder reads"] if done["longer_prompt"] else []
+    )
     return ", ".join(word for word in words if word)
 
 
@@ -230,12 +253,12 @@ def _perplexity(
     for latents, by_n in lines.items():
         cells = [Figure(by_n[n], CHANGE) for n in AHEAD]
         rows.append([latents, f"published, {published.DECODER}", "", Figure(published.FROZEN.ppl), *cells])
-    texts = [", ".join(r.data["config"].get("data", {}).get("validation", ())) for r in results]
-    for result, text in zip(results, texts):
+    texts = {text_of(r) for r in results}
+    for result in results:
         parts = {"": result.data}
         if len(result.data.get("sets") or {}) > 1:
             parts |= result.data["sets"]
-        what = label(of(result)) + (f", on {text}" if len(set(texts)) > 1 else "")
+        what = label(of(result)) + (f", on {text_of(result)}" if len(texts) > 1 else "")
         for source, part in parts.items():
             by_n = {row["n"]: row for row in part["rows"]}
             cells = [change(by_n[n]) if n in by_n else "" for n in AHEAD]
@@ -252,15 +275,13 @@ def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
     latents = sorted({*published.LATENTS, *(e.latents for e in ours if e.scores)})
     rows: list[list[Cell]] = []
     for benchmark in dict.fromkeys([*published.BENCHMARKS, *(b for e in [*decoders, *ours] for b in e.scores)]):
-        title = benchmark
-        if known := published.BENCHMARKS.get(benchmark):
-            title = known.title
+        known = published.BENCHMARKS.get(benchmark)
+        title = known.title if known else benchmark
+        if known:
             cells = [Figure(known.scores[n]) if n in known.scores else "" for n in (0, *latents)]
             rows.append([title, known.setting, f"published, {published.DECODER}", *cells])
         for what, setting, by_latents in _lines(benchmark, [*ours, *decoders]):
-            rows.append(
-                [known.title if known else benchmark, setting, what, *(by_latents.get(n, "") for n in (0, *latents))]
-            )
+            rows.append([title, setting, what, *(by_latents.get(n, "") for n in (0, *latents))])
     columns = ["benchmark", "setting", "what", "decoder", *(f"{n} latents" for n in latents)]
     used = [r for e in [*decoders, *ours] for r in e.results if r.path.name == "benchmarks.json"]
     return _finished("2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used)
@@ -302,13 +323,15 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
         gsm8k = "" if line.gsm8k is None else Figure(line.gsm8k)
         blank = [""] * (len(titles) - 1)
         rows.append([line.what, line.latents or "", f"published, {published.DECODER}", *row, gsm8k, *blank])
+    texts = {text_of(e.result) for e in ours if e.perplexity}
     for e in ours:
         p = e.perplexity
         row = [Figure(p["decoder_ppl"]), Figure(p["augmented_ppl"]), change(p)] if p else [""] * 3
         if p and e.model == "decoder":
             row[2] = ""
         scores = [score(e.scores[b][0]) if b in e.scores else "" for b in benchmarks]
-        rows.append([label(e), e.latents or "", " ".join(r.key for r in e.results), *row, *scores])
+        what = label(e) + (f", on {text_of(e.result)}" if p and len(texts) > 1 else "")
+        rows.append([what, e.latents or "", " ".join(r.key for r in e.results), *row, *scores])
     columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change", *titles]
     return _finished(name, title, columns, rows, [r for e in ours for r in e.results])
 

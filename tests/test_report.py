@@ -193,6 +193,26 @@ def test_tables_of_variants(by_name):
     assert len(by_name["0_runs"].rows) == 12
 
 
+def test_what_is_one_entry_and_what_is_not(tmp_path):
+    """A checkpoint's perplexity and benchmarks are one; each control, each text and each decoder is its own."""
+    for name, more in (("joint", {}), ("swap", {"swap": True}), ("text", {})):
+        of = config("joint" if name == "joint" else "cache_augmentation") | {"evaluate": more}
+        of["data"] = {"validation": ["other" if name == "text" else "same"]}
+        perplexity(tmp_path / "run" / name, -1.0, of)
+        path = tmp_path / "run" / name / "perplexity.json"
+        write(path, json.loads(path.read_text()) | {"checkpoint": f"{name == 'joint'}/checkpoints/180"})
+    path = tmp_path / "run" / "joint" / "benchmarks.json"
+    benchmarks(path.parent, {("gsm8k", "augmented", 0): 50.0, ("gsm8k", "decoder", 0): 40.0}, config("joint"))
+    write(path, json.loads(path.read_text()) | {"fingerprint": "trained", "checkpoint": "True/checkpoints/180"})
+    decoder, *others = tables.entries(runs.find([str(tmp_path / "run")]))
+    assert tables.label(decoder).startswith("trained decoder, of joint, without its latents")
+    assert decoder.perplexity is None and decoder.scores["gsm8k"][0]["value"] == 40.0
+    by_label = {tables.label(e).partition(",")[0] + str(e.result.path.parent.name): e for e in others}
+    assert set(by_label) == {"jointjoint", "cache augmentationswap", "cache augmentationtext"}
+    assert [r.path.name for r in by_label["jointjoint"].results] == ["perplexity.json", "benchmarks.json"]
+    assert by_label["jointjoint"].scores["gsm8k"][0]["value"] == 50.0
+
+
 def test_published_figures_agree_with_each_other():
     """What the paper gives twice is written down twice here."""
     for line in (published.OURS_32, *published.COPROCESSORS[:2], published.NUM_AHEAD[2], published.DELAY[0]):
