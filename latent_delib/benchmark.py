@@ -39,21 +39,7 @@ Z = 1.96  # standard errors, for 95 %
 
 
 def main(flags: Any) -> None:
-    benchmark(
-        flags.out,
-        flags.benchmarks,
-        flags.model,
-        workdir=flags.workdir,
-        decoder=flags.decoder,
-        step=flags.step,
-        tasks=flags.tasks,
-        table=flags.table,
-        limit=flags.limit,
-        every=flags.every,
-        delay=flags.delay,
-        batch_size=flags.batch_size,
-        unsafe_code=flags.confirm_run_unsafe_code,
-    )
+    benchmark(**flags.flag_values_dict())
 
 
 def benchmark(
@@ -69,7 +55,7 @@ def benchmark(
     every: int = 0,
     delay: int = 0,
     batch_size: int = 16,
-    unsafe_code: bool = False,
+    confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Runs every benchmark on every model of which OUT/benchmarks.json has no row yet; returns what that holds then.
 
@@ -89,7 +75,7 @@ def benchmark(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UserError(f"--batch_size={batch_size}, --limit={limit}: expected at least 1")
     for name, row in chosen.items():
-        if row.get("runs_code") and not unsafe_code:
+        if row.get("runs_code") and not confirm_run_unsafe_code:
             raise UserError(f"{name}: runs code that the model writes; --confirm_run_unsafe_code allows it")
     about, path = _identity(workdir, decoder, step)
     if "augmented" in names and about["config"]["method"]["num_latents"] == 0:
@@ -128,7 +114,7 @@ def benchmark(
         )
         name = made["benchmark"]
         print(f"{name}, {made['model']}", flush=True)
-        samples = harness.run(adapter, loaded[name], made["shots"], limit, unsafe_code)
+        samples = harness.run(adapter, loaded[name], made["shots"], limit, confirm_run_unsafe_code)
         made |= figures([s for s in samples if s["filter"] == row.get("filter", "none")], row["metric"], name)
         there = _read(epath.Path(out) / "benchmarks.json", about)  # another call may have written since
         found = [old for old in there if any(old[k] != made[k] for k in KEY)] + [made | {"provenance": _provenance()}]

@@ -38,7 +38,10 @@ def debian(folder: Path, package: str) -> tuple[Path, str]:
     if done.returncode or not archives:
         reason = done.stderr.strip().splitlines()[-1:] or ["no archive came"]
         raise UserError(f"Debian package {package}: {reason[0]} (apt-get update brings the list of packages)")
-    subprocess.run(["dpkg-deb", "--extract", archives[0], root], check=True)
+    done = subprocess.run(["dpkg-deb", "--extract", archives[0], root], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"Debian package {package}: {' '.join(done.stderr.split())}")
+    archives[0].unlink()
     return root, archives[0].name.split("_")[1].replace("%3a", ":")
 
 

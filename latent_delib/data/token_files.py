@@ -117,12 +117,20 @@ def _write(
 
 
 def read_meta(directory: str) -> dict | None:
-    """The content of meta.json, or None where there is none."""
+    """The content of meta.json, or None where there is none. Raises UserError where it is another program's."""
     found = _done(ts.KvStore.open(_store(directory)).result().read("meta.json"), directory)
+    if found.state != "value":
+        return None
     try:
-        return json.loads(found.value) if found.state == "value" else None
+        meta = json.loads(found.value)
     except ValueError:
         raise UserError(f"{directory}/meta.json: not JSON: damaged") from None
+    if (
+        not isinstance(meta, dict)
+        or not {"format", "seq_len", "tokenizer_sha256", "train", "validation"} <= meta.keys()
+    ):
+        raise UserError(f"{directory}/meta.json: not what `prepare` writes")
+    return meta
 
 
 def write_meta(directory: str, meta: dict) -> None:

@@ -35,11 +35,12 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
     try:
         found = handler.metadata(epath.Path(where))
         leaves = jax.tree_util.tree_leaves_with_path(getattr(found, "tree", found))
-    except (ValueError, OSError, KeyError, TypeError) as error:
+        leaves = [(tuple(key.key for key in path), leaf) for path, leaf in leaves]  # a list has no keys: no weights
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a readable orbax checkpoint ({' '.join(str(error).split())[:300]})") from None
     paths, shapes, dtypes = {}, {}, {}
     for path, leaf in leaves:
-        name = "/".join(str(key.key) for key in path).removeprefix("params/").removeprefix("transformer/")
+        name = "/".join(map(str, path)).removeprefix("params/").removeprefix("transformer/")
         name = name.removesuffix("/w")
         if name.startswith(_VISION):
             continue
@@ -48,7 +49,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
             raise UserError(
                 f"{where}: {name} is of type {dtype}, expected one of {', '.join(map(str, DTYPES.values()))}"
             )
-        paths[name], shapes[name] = tuple(key.key for key in path), tuple(leaf.shape)
+        paths[name], shapes[name] = path, tuple(leaf.shape)
         dtypes[name] = np.dtype(np.float32) if dtype == np.float16 else dtype
     config = _architecture(shapes, str(where), wanted)
     turned = {  # [2, F, D] in the larger models, [2, D, F] in the others

@@ -52,7 +52,7 @@ CLASSES = {
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
-# Parts of multimodal checkpoints that a text decoder does not have, and buffers that hold no weights.
+# Parts of multimodal checkpoints that a text decoder does not have.
 _IGNORED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
@@ -75,7 +75,10 @@ def open_source(where: Path) -> Source:
         file, stored_name = place[name]
         return file.read(stored_name).astype(dtypes[name], copy=False)
 
-    if "lm_head.weight" in shapes:  # a copy of the token table, which some exporters write
+    if {
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    } <= shapes.keys():  # a copy of the token table, which some exporters write
         if not np.array_equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
             raise UserError(f"{where}: lm_head.weight differs from model.embed_tokens.weight, expected tied embeddings")
         del shapes["lm_head.weight"]

@@ -215,15 +215,15 @@ def test_reading_ahead_ends_with_its_user_and_hands_on_failures(prepared):
     assert threading.active_count() == running
 
 
-def test_a_failed_write_leaves_no_trace(tmp_path):
+def test_a_failed_write_leaves_no_trace(prepared, tmp_path):
     with pytest.raises(OSError, match="disk"), files.whole(tmp_path / "out") as directory:
         token_files.write_meta(str(directory), {})
         raise OSError("disk")
     assert not list(tmp_path.iterdir())
     with files.whole(tmp_path / "out") as directory:
         assert not (tmp_path / "out").exists()
-        token_files.write_meta(str(directory), {"format": 1})
-    assert token_files.read_meta(str(tmp_path / "out")) == {"format": 1} and len(list(tmp_path.iterdir())) == 1
+        token_files.write_meta(str(directory), prepared.meta)
+    assert token_files.read_meta(str(tmp_path / "out")) == prepared.meta and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
@@ -253,6 +253,8 @@ def test_bad_directories(prepared, tmp_path):
     (tmp_path / "old").mkdir()
     token_files.write_meta(str(tmp_path / "old"), prepared.meta | {"format": 0})
     assert "has format 0, expected 1 ... 2" in message(token_files=str(tmp_path / "old"))
+    token_files.write_meta(str(tmp_path / "old"), {"name": "another program's"})
+    assert "old/meta.json: not what `prepare` writes" in message(token_files=str(tmp_path / "old"))
 
 
 def test_tensorflow_is_not_imported(prepared):
