@@ -94,10 +94,6 @@ class Checkpoints:
         handlers = {"trainable": self._trees, "optimizer": self._trees, "meta": self._json, "contents": self._json}
         self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
-    def latest(self) -> int | None:
-        """The newest checkpoint's step; whether it can be read is known only once it was."""
-        return self._manager.latest_step()
-
     def save(
         self, step: int, trainable: Any, optimizer: Any, meta: Mapping[str, Any], loss: float | None = None
     ) -> None:
@@ -139,7 +135,6 @@ class Checkpoints:
         *,
         step: int | None = None,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
-        say: Callable[[str], None] = warn,
     ) -> Restored | None:
         """The newest checkpoint that can be read, bit for bit as it was saved, or just `step`; None if there is none.
 
@@ -150,31 +145,18 @@ class Checkpoints:
           trainable, optimizer: trees of jax.ShapeDtypeStruct with the shardings wanted here, whatever wrote them.
             Without `trainable`: that tree as it was saved, on this process's first device. Without `optimizer`: none.
           check: gets the meta before any array is read; a UserError from it ends the search.
-          say: gets the lines.
 
         Raises:
           UserError: none can be read, or not the one asked for; or a tree wanted is not the one that was saved.
           OSError: the disk does not answer or denies access, which is no damage.
         """
-        return self._newest(lambda at: self._restore(at, trainable, optimizer, check), step, say)
+        return self._newest(lambda at: self._restore(at, trainable, optimizer, check), step)
 
-    def newest_meta(self, step: int | None = None, say: Callable[[str], None] = warn) -> tuple[int, dict] | None:
+    def newest_meta(self, step: int | None = None) -> tuple[int, dict] | None:
         """Step and meta alone, otherwise as `restore_newest`."""
-        return self._newest(lambda at: self._together(lambda: (at, self._read_json(at)[0])), step, say)
+        return self._newest(lambda at: self._together(lambda: (at, self._read_json(at)[0])), step)
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """The meta of one step."""
-        return self.newest_meta(step)[1]
-
-    def restore(self, step: int, trainable: Any, optimizer: Any = None) -> tuple[Any, Any]:
-        """Trainable tree and optimizer state of one step."""
-        return self.restore_newest(trainable, optimizer, step=step)[2:]
-
-    def restore_anywhere(self, step: int) -> Any:
-        """The trainable tree of one step, on this process's first device."""
-        return self.restore_newest(step=step).trainable
-
-    def _newest(self, read: Callable[[int], T], step: int | None, say: Callable[[str], None]) -> T | None:
+    def _newest(self, read: Callable[[int], T], step: int | None) -> T | None:
         """What `read` gives for the newest step that is not damaged, or for `step`."""
         self.wait()
         self._manager.reload()
@@ -191,7 +173,7 @@ class Checkpoints:
                 continue
             for bad, why in damaged.items():
                 aside = "" if self.read_only else f"; its folder is now {self._put_aside(bad)}"
-                say(f"{self.workdir}: checkpoint {bad} is damaged ({why}), checkpoint {at} is used instead{aside}")
+                warn(f"{self.workdir}: checkpoint {bad} is damaged ({why}), checkpoint {at} is used instead{aside}")
             return found
         if damaged:  # all keep their names, or the next try would start from scratch
             each = ", ".join(f"checkpoint {bad} is damaged ({why})" for bad, why in damaged.items())

@@ -100,7 +100,7 @@ def saved(finished, tmp_path):
 def test_round_trip_onto_this_and_other_meshes(finished, shape):
     place, (tree, state) = sharding(*shape), make(4, sharding(*HERE))
     checkpoints, step, _ = open_for_reading(str(finished))
-    restored = checkpoints.restore(step, *both(place))
+    restored = checkpoints.restore_newest(*both(place), step=step)[2:]
     assert_equal(restored, (tree, state))
     for leaf in jax.tree.leaves(restored):
         assert not leaf.ndim or leaf.sharding == place
@@ -111,14 +111,14 @@ def test_the_trainable_tree_alone(saved):
     checkpoints, step, meta = open_for_reading(str(saved))
     tree, _ = make(4, sharding(*HERE))
     assert (step, meta) == (4, META | {"step": 4})
-    restored, optimizer = checkpoints.restore(4, wanted(tree, sharding(1, 1, 8)))
+    restored, optimizer = checkpoints.restore_newest(wanted(tree, sharding(1, 1, 8)), step=4)[2:]
     assert optimizer is None
     assert_equal(restored, tree)
 
 
 def test_shapes_need_not_be_known(finished):
     checkpoints, step, _ = open_for_reading(str(finished), step=2)
-    restored = checkpoints.restore_anywhere(step)
+    restored = checkpoints.restore_newest(step=step).trainable
     assert_equal(restored, make(2, sharding(*HERE))[0])
     assert {x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(restored)} == {True}
 
@@ -132,12 +132,12 @@ def test_a_half_written_checkpoint_is_ignored(saved):
     assert open_for_reading(str(saved))[1] == 4
     assert half.exists(), "a reader cleans nothing up: the job may be about to finish it"
     checkpoints = Checkpoints(str(saved))
-    assert checkpoints.latest() == 4
+    assert checkpoints.newest_meta()[0] == 4
     tree, state = make(6, sharding(*HERE))
     checkpoints.save(6, tree, state, {"step": 6})
     checkpoints.close()
     assert not half.exists()
-    assert_equal(open_for_reading(str(saved))[0].restore_anywhere(6), tree)
+    assert_equal(open_for_reading(str(saved))[0].restore_newest(step=6).trainable, tree)
 
 
 def test_what_is_not_there_is_named(finished, tmp_path):
@@ -227,26 +227,26 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved, name):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved, name, capsys):
     damage, words = DAMAGE[name]
     damage(saved / "checkpoints" / "4")
-    before, said = files(saved / "checkpoints" / "4"), []
-    found = Checkpoints(str(saved)).restore_newest(*both(), say=said.append)
+    before = files(saved / "checkpoints" / "4")
+    found = Checkpoints(str(saved)).restore_newest(*both())
     assert (found.step, found.meta) == (2, META | {"step": 2})
     assert_equal(found[2:], make(2, sharding(*HERE)))
     names, folder = aside(saved)
     assert steps(saved) == [2] and names == [["DAMAGED", "4"]] and files(folder) == before
-    (line,) = said
+    (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"checkpoint 4 is damaged .*{words}.*, checkpoint 2 is used instead; .* {folder.name}$", line), (
         line
     )
-    assert line.startswith(f"{saved}: ") and "\n" not in line and len(line) < 700
+    assert line.startswith(f"warning: {saved}: ") and "\n" not in line and len(line) < 700
 
 
 def test_after_damage_the_step_is_saved_again(saved):
     flip(largest(saved / "checkpoints" / "4", "trainable"), 0.5)
     checkpoints = Checkpoints(str(saved))
-    assert checkpoints.restore_newest(*both(), say=lambda line: None).step == 2
+    assert checkpoints.restore_newest(*both()).step == 2
     new = make(44, sharding(*HERE))
     checkpoints.save(4, *new, {"again": True})
     checkpoints.save(6, *new, {})
@@ -273,12 +273,16 @@ def test_a_damaged_checkpoint_that_was_asked_for(saved):
     flip(largest(saved / "checkpoints" / "4", "trainable"), 0.5)
     checkpoints = Checkpoints(str(saved))
     with pytest.raises(UserError, match=f"--workdir={saved}: checkpoint 4 is damaged .trainable: coprocessor.w not as"):
-        checkpoints.restore(4, *both())
+        checkpoints.restore_newest(*both(), step=4)
     cut(saved / "checkpoints" / "4" / "meta" / "metadata", 0.5)
-    for read in (checkpoints.meta, checkpoints.restore_anywhere, lambda step: open_for_reading(str(saved), step)):
+    for read in (
+        checkpoints.newest_meta,
+        lambda step: checkpoints.restore_newest(step=step),
+        lambda step: open_for_reading(str(saved), step),
+    ):
         with pytest.raises(UserError, match=r"checkpoint 4 is damaged \(meta: "):
             read(4)
-    assert steps(saved) == [2, 4] and checkpoints.meta(2) == META | {"step": 2}
+    assert steps(saved) == [2, 4] and checkpoints.newest_meta(2)[1] == META | {"step": 2}
 
 
 def test_where_all_are_damaged_nothing_starts_from_scratch(saved):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from latent_delib import checkpoint
 from latent_delib.checkpoint import Checkpoints, open_for_reading
 from tests.fake_gcs import running
 
@@ -34,7 +35,8 @@ def job(workdir: str) -> None:
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
     said, wanted = [], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree(0))
-    found = checkpoints.restore_newest(wanted, {"mu": wanted}, say=said.append)
+    checkpoint.warn = said.append
+    found = checkpoints.restore_newest(wanted, {"mu": wanted})
     assert (found.step, found.meta) == (4, {"step": 4})
     for words in ("checkpoint 6 is damaged (trainable: ", ", checkpoint 4 is used instead"):
         assert words in said[0], said
@@ -43,7 +45,7 @@ def job(workdir: str) -> None:
     save(checkpoints, 6)  # again, and 4 goes
     checkpoints, step, _ = open_for_reading(workdir)
     assert step == 6 and {p.name for p in checkpoints.path.iterdir()} == {"6", aside.name}
-    np.testing.assert_array_equal(checkpoints.restore_anywhere(step)["w"], tree(6)["w"])
+    np.testing.assert_array_equal(checkpoints.restore_newest(step=step).trainable["w"], tree(6)["w"])
     print("done")
 
 

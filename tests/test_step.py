@@ -87,11 +87,11 @@ def check_against_one_device(alone, workdir):
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose([r[key] for r in found], [r[key] for r in rows], rtol=2e-5)
     checkpoints, step, _ = checkpoint.open_for_reading(str(workdir))
-    weights = checkpoints.restore_anywhere(step)
+    weights = checkpoints.restore_newest(step=step).trainable
     assert step == 4
     assert jax.tree.structure(weights) == jax.tree.structure(state.trainable)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), weights, jax.device_get(state.trainable))
-    moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), weights, checkpoints.restore_anywhere(2))
+    moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), weights, checkpoints.restore_newest(step=2).trainable)
     assert min(jax.tree.leaves(moved)) > 1e-4, "weights that do not move agree with anything"
 
 
