@@ -36,10 +36,10 @@ def empty(config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype
     return Cache(kv, kv, jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
-def of_text(kv: KV, position_BT: jax.Array, length_B: jax.Array | None = None) -> Cache:
-    """The cache of one call over text (M = 1), without a copy; `length_B` where rows end in padding."""
+def of_text(kv: KV, position_BT: jax.Array) -> Cache:
+    """The cache of one call over text (M = 1), without a copy."""
     B, T = position_BT.shape
-    return Cache(kv.k[:, :, 0], kv.v[:, :, 0], position_BT, jnp.full((B,), T) if length_B is None else length_B)
+    return Cache(kv.k[:, :, 0], kv.v[:, :, 0], position_BT, jnp.full((B,), T))
 
 
 def append(cache: Cache, kv: KV, position_BS: jax.Array, count_B: jax.Array) -> Cache:
