@@ -38,6 +38,19 @@ parse() {
   done
 }
 
+# wait_one PID...: until one of these children has ended. Sets `ended`, empty where a signal ended the wait, and `code`.
+# `wait -n` alone never tells of a child that was killed while bash ran another command.
+# shellcheck disable=SC2034 # the callers read them
+wait_one() {
+  code=0
+  for ended in "$@"; do
+    kill -0 "$ended" 2>/dev/null || { wait "$ended" 2>/dev/null || code=$? && return; }
+  done
+  ended=''
+  wait -n -p ended "$@" 2>/dev/null || code=$?
+  ended=${ended:-}
+}
+
 # environment NAME MEANING: what is never written into a file of the repository.
 environment() { [[ -n ${!1:-} ]] || die "$1 is not set in the environment: $2"; }
 

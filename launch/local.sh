@@ -41,7 +41,7 @@ free_port() { # sets port: one below those that the system hands out
 
 # Starts every process and waits for all. Returns the first code that is not 0.
 attempt() {
-  local first=0 printers=() port timer='' i out command pid code
+  local first=0 printers=() port timer='' i out command ended code
   port=${dry_run:+PORT}
   [[ -n $port ]] || free_port
   for ((i = 0; i < processes; i++)); do
@@ -58,12 +58,11 @@ attempt() {
   done
   [[ -z $stopped ]] || send "$stopped"
   while ((${#running[@]})); do
-    code=0
-    wait -n -p pid "${!running[@]}" 2>/dev/null || code=$?
-    [[ -n ${pid:-} ]] || continue # a signal ended the wait
-    say "process ${running[$pid]} ended with code $code"
-    kill -KILL -- "-$pid" 2>/dev/null || true # what it has left behind
-    unset "running[$pid]"
+    wait_one "${!running[@]}"
+    [[ -n $ended ]] || continue
+    say "process ${running[$ended]} ended with code $code"
+    kill -KILL -- "-$ended" 2>/dev/null || true # what it has left behind
+    unset "running[$ended]"
     if ((code && !first)); then
       first=$code
       [[ -n $stopped ]] || send TERM

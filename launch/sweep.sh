@@ -58,11 +58,11 @@ stop() { stopped=1 && { ((!${#running[@]})) || kill "${!running[@]}" || true; };
 trap stop TERM INT
 
 collect() { # waits until one of them has ended
-  local pid code=0 run
-  wait -n -p pid "${!running[@]}" || code=$?
-  [[ -n ${pid:-} ]] || return 0 # a signal ended the wait
-  run=${running[$pid]}
-  unset "running[$pid]"
+  local ended code run
+  wait_one "${!running[@]}"
+  [[ -n $ended ]] || return 0
+  run=${running[$ended]}
+  unset "running[$ended]"
   say "$run ended with code $code"
   if ((code)); then
     failed+=("$run (code $code, $folder/$run.log)")

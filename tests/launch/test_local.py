@@ -173,6 +173,19 @@ def test_dry_runs(here: Checkout) -> None:
     assert not (here.root / "runs").exists()
 
 
+def test_a_child_that_was_killed_meanwhile_is_not_forgotten(here: Checkout) -> None:
+    """One that dies while bash runs another command, which bash's own `wait -n` forgets."""
+    script = here.script(
+        "launch/waits.sh",
+        'source "${0%/*}/common.sh"\n'
+        "sleep 60 & one=$!\nbash -c 'kill -KILL $$' & other=$!\n"
+        "/bin/sleep 0.3\nwait_one $one $other\n"
+        '[[ $ended == "$other" ]] && echo "$code"\nkill $one; wait_one $one; echo "$code"\n',
+    )
+    done = subprocess.run([script], capture_output=True, text=True, timeout=30)
+    assert done.stdout.split() == ["137", "143"], done
+
+
 # sweep.sh. Its python fails where a line of `failing` is in the arguments.
 TRAIN = 'echo "${*:3}" >>trained\nwhile read -r part; do [[ $* != *$part* ]] || exit 1; done <failing\n'
 
@@ -202,7 +215,7 @@ def test_sweep_of_slices_runs_several_at_a_time(here: Checkout) -> None:
     here.env["LATENT_DELIB_BUCKET"] = "bucket"
     launcher = here.script("keep", 'echo "$*" >>kept\nuntil [[ $(wc -l <kept) -ge 2 ]]; do sleep 0.02; done\n')
     here.launch("sweep", "s", "configs/x.py,configs/y.py", f"--with={launcher} @ --", "--jobs=2")
-    for line, config in zip(sorted(here.lines("kept"), key=lambda line: line.split("--")[1]), "xy"):
+    for line, config in zip(sorted(here.lines("kept"), key=lambda line: line.split("--config=")[1]), "xy"):
         assert f"-- python -m latent_delib.train --config=configs/{config}.py --workdir=gs://bucket/s/{config}" in line
 
 
