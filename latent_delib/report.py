@@ -1,21 +1,24 @@
 """From finished runs to tables, pictures and one page: ours beside the published figures (Liu et al. 2025).
 
-  python -m latent_delib.report DIR [DIR ...] --out=DIR [--look=WORKDIR [--text=TEXT]]
+  python -m latent_delib.report DIR [DIR ...] --out=DIR [--against=RUN] [--look=WORKDIR [--text=TEXT]]
 
 Reads every perplexity.json, benchmarks.json and metrics.jsonl below the folders. Writes to --out, a local folder or
 gs://BUCKET/PATH: report.html (one file that needs no other), each table as .md, .csv and .png, each figure as .png.
+--against adds a table of all runs compared with one of them, document by document.
 --look adds what the latents of a checkpoint attend to, what attends to them, and the words they lie near.
 The same runs give the same files, byte for byte.
 """
 
 import base64
 import html
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
-from latent_delib import checkpoint, commands, figures, files, lm, look, models, published, runs, tables
+from latent_delib import checkpoint, commands, figures, files, lm, look, models, perplexity, published, runs, tables
 from latent_delib.errors import UserError
 from latent_delib.progress import Progress
 from latent_delib.tables import Figure, Table
@@ -56,13 +59,14 @@ class Look(NamedTuple):
 
 def main(flags: Any) -> None:
     found = runs.find(flags.folders)
+    beside = [compare(found, flags.against)] if flags.against else []
     seen = look_into(flags.look, flags.text) if flags.look else None
-    report(found, epath.Path(flags.out), seen)
+    report(found, epath.Path(flags.out), beside, seen)
 
 
-def report(found: runs.Runs, out: epath.Path, seen: Look | None = None) -> None:
-    """Writes everything, each file under its name only once whole; report.html last."""
-    every = tables.tables(found)
+def report(found: runs.Runs, out: epath.Path, beside: Sequence[Table] = (), seen: Look | None = None) -> None:
+    """Writes everything, and the tables `beside` it, each file under its name only once whole; report.html last."""
+    every = [*tables.tables(found), *beside]
     drawn: list[tuple[str, Callable[[], bytes]]] = [(t.name, lambda t=t: figures.table(t)) for t in every]
     curves = list(figures.curves(found))
     drawn += [(name, draw) for name, _, draw in curves]
@@ -114,6 +118,37 @@ def page(every: list[Table], curves: list[tuple[str, bytes]], seen: Look | None)
     )
 
 
+def compare(found: runs.Runs, against: str) -> Table:
+    """All runs on the same text against one, by the sums of documents.npz: the change in perplexity of the n-th token
+    ahead. What is hard for both cancels, so this tells more than two intervals side by side.
+
+    Raises:
+      UserError: `against` holds no documents.npz.
+    """
+    if (base := _sums(epath.Path(against))) is None:
+        raise UserError(f"--against={against}: holds no documents.npz, which `evaluate` writes")
+    rows, used = [], []
+    for result in found.perplexity:
+        ours = _sums(epath.Path(result.path).parent)
+        if ours is None or not np.array_equal(ours.tokens, base.tokens) or not np.allclose(ours.decoder, base.decoder):
+            continue  # another text, or another frozen decoder
+        pair = perplexity.Sums(base.tokens, base.augmented, ours.augmented)
+        by_n = {row["n"]: row for row in perplexity.table(pair, seed=0)}
+        cells = [tables.change(by_n[n]) if n in by_n else "" for n in tables.AHEAD]
+        rows.append([tables.of(result).latents, tables.label(tables.of(result)), result.key, *cells])
+        used.append(result)
+    columns = ["latents", "what", "from", *(f"n = {n}" for n in tables.AHEAD)]
+    title = f"Change in perplexity of the n-th token ahead against {against}"
+    return tables.finished("12_against", title, columns, rows, used)
+
+
+def _sums(folder: epath.Path) -> perplexity.Sums | None:
+    if not (file := folder / "documents.npz").exists():
+        return None
+    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
+        return perplexity.Sums(*(found[name] for name in perplexity.Sums._fields))
+
+
 def look_into(workdir: str, text: str) -> Look:
     """Latents of the newest checkpoint of `workdir`, in front of the last AHEAD tokens of a text.
 
@@ -157,6 +192,7 @@ if __name__ == "__main__":
         __doc__,
         folders=(commands.FOLDERS, "folders of finished runs, with all that lies below them"),
         out=(commands.REQUIRED, "where to write"),
+        against=("", "a folder with documents.npz, that of the run to compare with"),
         look=("", "a workdir whose latents are looked into"),
         text=(TEXT, "what they are looked at in"),
     )

@@ -267,7 +267,7 @@ def _perplexity(
             rows.append([of(result).latents, words, result.key, first, *cells])
     columns = ["latents", "what", "from", "decoder, n = 1", *(f"n = {n}" for n in AHEAD)]
     rows.sort(key=lambda row: row[0])
-    return _finished(name, title, columns, rows, results)
+    return finished(name, title, columns, rows, results)
 
 
 def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
@@ -284,7 +284,7 @@ def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
             rows.append([title, setting, what, *(by_latents.get(n, "") for n in (0, *latents))])
     columns = ["benchmark", "setting", "what", "decoder", *(f"{n} latents" for n in latents)]
     used = [r for e in [*decoders, *ours] for r in e.results if r.path.name == "benchmarks.json"]
-    return _finished("2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used)
+    return finished("2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used)
 
 
 def _lines(benchmark: str, models: Sequence[Entry]) -> list[tuple[str, str, dict[int, Cell]]]:
@@ -333,10 +333,11 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
         what = label(e) + (f", on {text_of(e.result)}" if p and len(texts) > 1 else "")
         rows.append([what, e.latents or "", " ".join(r.key for r in e.results), *row, *scores])
     columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change", *titles]
-    return _finished(name, title, columns, rows, [r for e in ours for r in e.results])
+    return finished(name, title, columns, rows, [r for e in ours for r in e.results])
 
 
-def _finished(name: str, title: str, columns: list[str], rows: list[list[Cell]], results: Iterable[Result]) -> Table:
+def finished(name: str, title: str, columns: list[str], rows: list[list[Cell]], results: Iterable[Result]) -> Table:
+    """The table with its note, and with where the figures of `results` come from."""
     used = {r.key: r for r in sorted(results, key=lambda r: (r.path.name, int(r.key[1:])))}
     if not used:
         return Table(name, title, columns, [*rows, ["no run of ours", *[""] * (len(columns) - 1)]], "", [])

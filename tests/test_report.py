@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -213,6 +214,25 @@ def test_what_is_one_entry_and_what_is_not(tmp_path):
     assert by_label["jointjoint"].scores["gsm8k"][0]["value"] == 50.0
 
 
+def test_runs_against_one_of_them(tmp_path):
+    """Paired over documents: a difference that is the same in each has no width, however much documents differ."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(5, 50, (6, 4))
+    decoder, before = tokens * draw.normal(4, 1, (6, 1)), tokens * draw.normal(4, 1, (6, 1))
+    sums = {"base": (tokens, before), "worse": (tokens, before + 0.1 * tokens), "other text": (tokens + 1, before)}
+    for name, (counts, augmented) in sums.items():
+        perplexity(tmp_path / name, -1.0, config())
+        np.savez(tmp_path / name / "documents.npz", tokens=counts, decoder=decoder, augmented=augmented)
+    perplexity(tmp_path / "without", -1.0, config())
+    table = report.compare(runs.find([str(tmp_path)]), str(tmp_path / "base"))
+    same, worse = table.rows
+    assert [str(cell) for cell in same[3:]] == ["+0.00% [+0.00, +0.00]"] * 3 + [""] * 3
+    assert [str(cell) for cell in worse[3:]] == ["+10.52% [+10.52, +10.52]"] * 3 + [""] * 3
+    assert len(table.origins) == 2 and "worse" in table.origins[1]
+    with pytest.raises(ld.UserError, match="without: holds no documents.npz"):
+        report.compare(runs.find([str(tmp_path)]), str(tmp_path / "without"))
+
+
 def test_published_figures_agree_with_each_other():
     """What the paper gives twice is written down twice here."""
     for line in (published.OURS_32, *published.COPROCESSORS[:2], published.NUM_AHEAD[2], published.DELAY[0]):
@@ -343,7 +363,11 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     evaluate.evaluate(make_config(), str(trained), str(tmp_path / "evaluated"))
     text = max(texts["validation"], key=len)
     flags = SimpleNamespace(
-        folders=[str(trained), str(tmp_path)], out=str(tmp_path / "out"), look=str(trained), text=text
+        folders=[str(trained), str(tmp_path)],
+        out=str(tmp_path / "out"),
+        look=str(trained),
+        text=text,
+        against=str(tmp_path / "evaluated"),
     )
     report.main(flags)
     out = tmp_path / "out"
@@ -352,6 +376,7 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     table = (out / "1_perplexity.md").read_text()
     assert "| 2 | cache augmentation, after, 3 ahead tokens, step 4, seed 0 | P1 | " in table
     assert f" | {change:+.2f}%" in table
+    assert "| P1 | +0.00% [+0.00, +0.00] |" in (out / "12_against.md").read_text()
     nearest = list(csv.reader((out / "look_nearest.csv").open()))
     assert [row[0] for row in nearest] == ["latent", "z1", "z2"] and len(nearest[1]) == 11
     page = (out / "report.html").read_text()
