@@ -1,6 +1,7 @@
 """Decoders and coprocessors, loaded or begun: what `lm.AugmentedLM` is made of."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,15 @@ def one_device() -> Mesh:
     return mesh_lib.make({}, jax.local_devices()[:1])
 
 
+@functools.cache
+def partition(mesh: Mesh) -> Partition:
+    """How work is divided over a mesh; one object for each, so that models that are alike are compiled once."""
+    return Partition(mesh_lib.constrain(mesh), mesh_lib.gather(mesh), mesh_lib.product(mesh), mesh_lib.split(mesh))
+
+
 def transformer(config: TransformerConfig, mesh: Mesh, remat: str = "none", form: str = "auto") -> Transformer:
     """The model as it runs on a mesh: how its work is divided, and the form of attention its platform has."""
-    partition = Partition(mesh_lib.constrain(mesh), mesh_lib.gather(mesh), mesh_lib.product(mesh), mesh_lib.split(mesh))
-    return Transformer(config, remat, partition, choose(form, mesh.devices.flat[0].platform))
+    return Transformer(config, remat, partition(mesh), choose(form, mesh.devices.flat[0].platform))
 
 
 def load_decoder(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:

@@ -150,9 +150,11 @@ def written(config, decoder, coprocessor, text, q, placement, method="cache_augm
     return forward(config, [(decoder, text[: q + 1]), (coprocessor, soft)], position, visible)[q + 1 :]
 
 
-def trace_nll(config, decoder, coprocessor, document, p, num_ahead, placement, method="cache_augmentation", delay=0):
+def trace_nll(
+    config, decoder, coprocessor, document, p, num_ahead, placement, method="cache_augmentation", delay=0, z=None
+):
     """-log p of the (at most) `num_ahead` tokens after document[p], given document[: p + 1] and its latents, which
-    were written `delay` tokens before.
+    were written `delay` tokens before; or given the latents `z` [L, D].
 
     The coprocessor's call is one dense sequence; the decoder's is another: text, latents, text again.
     """
@@ -163,7 +165,7 @@ def trace_nll(config, decoder, coprocessor, document, p, num_ahead, placement, m
     targets = document[p + 1 : p + 1 + num_ahead]
     if method == "inserted":
         return nll(config, decoder, inserted(config, decoder, coprocessor, text, p, placement)[: len(targets)], targets)
-    z = written(config, decoder, coprocessor, text, q, placement, method)
+    z = written(config, decoder, coprocessor, text, q, placement, method) if z is None else z
     x = np.concatenate([text[:kept], z, text[kept:]])
     position = [np.arange(kept), latent_position(p, L, placement), np.arange(kept, len(text)) + shift]
     out = forward(config, [(decoder, x)], np.concatenate(position), causal(len(x)))

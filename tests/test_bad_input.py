@@ -187,6 +187,8 @@ def test_a_checkpoint_of_another_decoder_or_method(error, config_file, trained, 
         for command in ("train", "evaluate"):
             line = error(command, f"--config={config_file(changes)}", f"--workdir={workdir}")
             named(line, workdir, "its checkpoint has " + key)
+    line = error("train", f"--config={config_file({'seed': 1})}", f"--workdir={workdir}")
+    named(line, workdir, "config.seed=1: the data of", "come in the order of 0")
     assert sorted(p for p in workdir.rglob("*")) == before
 
 

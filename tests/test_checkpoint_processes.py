@@ -102,7 +102,7 @@ def test_two_processes(tmp_path):
     with Job(2, 2, tmp_path / "output", "-m", "tests.test_checkpoint_processes", str(workdir)) as job:
         for i in range(2):
             job.wait_for(i, "done", 120)
-        assert int(job.said(1).rpartition("done, ")[2].split()[0]) < 20
+        assert int(job.said(1).rpartition("done, ")[2].split()[0]) < 60
 
     names = sorted(path.name.rpartition("-")[0] or path.name for path in (workdir / "checkpoints").iterdir())
     assert names == ["2", "4", "6", "8.orbax-checkpoint", "DAMAGED-4", "DAMAGED-6"]

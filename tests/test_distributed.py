@@ -156,7 +156,7 @@ def test_sigterm_to_one_saves_on_both_and_a_kill_ends_both(config_file, tmp_path
         began = time.monotonic()
         job.processes[1].kill()
         assert job.wait() == [distributed.LOST, -9], job.said(0)
-        assert time.monotonic() - began < distributed.GRACE + 5
+        assert time.monotonic() - began < distributed.GRACE + 30
         errors = [line for line in job.said(0).splitlines() if line.startswith("error")]
         assert errors == ["error: process 1 is gone: crashed, killed, or its machine lost; run again to resume"]
         assert "Traceback" not in job.said(0)
@@ -187,10 +187,10 @@ def call_roll(count, *others, seconds=5.0):
 def test_the_roll():
     assert call_roll(3, (3, 2), (3, 1)) == ([1, 2], [0], [0])
     missing = (
-        "--distributed: 2 of 4 processes did not connect to ADDRESS within 1 s: number 1, 3; "
+        "--distributed: 2 of 4 processes did not connect to ADDRESS within 3 s: number 1, 3; "
         "is the command running on every worker, and the port open between them?"
     )
-    assert call_roll(4, (4, 2), seconds=1.0) == (missing, missing), "everyone is told"
+    assert call_roll(4, (4, 2), seconds=3.0) == (missing, missing), "everyone is told"
     twice = "--distributed: two processes were started as number 1, on 127.0.0.1 and 127.0.0.1"
     assert call_roll(3, (3, 1), (3, 1)) == (twice, twice, twice)
     other = "--distributed: process 1 was started as one of 3, process 0 as one of 2"

@@ -31,6 +31,7 @@ def test_form(notebook):
     assert PATH.read_text(encoding="utf-8") == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
+@pytest.mark.slow
 def test_its_cells_run_and_show_what_they_say(notebook, tmp_path):
     """In a process of their own: with the devices and flags that they ask for."""
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

@@ -209,6 +209,8 @@ def test_what_is_one_entry_and_what_is_not(tmp_path):
     assert tables.label(decoder).startswith("trained decoder, of joint, without its latents")
     assert decoder.perplexity is None and decoder.scores["gsm8k"][0]["value"] == 40.0
     by_label = {tables.label(e).partition(",")[0] + str(e.result.path.parent.name): e for e in others}
+    assert tables.label(by_label["cache augmentationswap"]).endswith(", seed 3, latents of another text")
+    assert tables.label(by_label["cache augmentationtext"]).endswith(", seed 3")
     assert set(by_label) == {"jointjoint", "cache augmentationswap", "cache augmentationtext"}
     assert [r.path.name for r in by_label["jointjoint"].results] == ["perplexity.json", "benchmarks.json"]
     assert by_label["jointjoint"].scores["gsm8k"][0]["value"] == 50.0
@@ -219,10 +221,20 @@ def test_runs_against_one_of_them(tmp_path):
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, 50, (6, 4))
     decoder, before = tokens * draw.normal(4, 1, (6, 1)), tokens * draw.normal(4, 1, (6, 1))
-    sums = {"base": (tokens, before), "worse": (tokens, before + 0.1 * tokens), "other text": (tokens + 1, before)}
+    sums = {
+        "base": (tokens, before),
+        "worse": (tokens, before + 0.1 * tokens),
+        "other text": (tokens + 1, before),
+        "other decoder": (tokens, before),
+    }
     for name, (counts, augmented) in sums.items():
         perplexity(tmp_path / name, -1.0, config())
-        np.savez(tmp_path / name / "documents.npz", tokens=counts, decoder=decoder, augmented=augmented)
+        np.savez(
+            tmp_path / name / "documents.npz",
+            tokens=counts,
+            decoder=decoder * (1 + (name == "other decoder")),
+            augmented=augmented,
+        )
     perplexity(tmp_path / "without", -1.0, config())
     table = report.compare(runs.find([str(tmp_path)]), str(tmp_path / "base"))
     same, worse = table.rows
@@ -337,7 +349,7 @@ def test_broken_files_are_named(found, tmp_path, name, content, message):
     assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
 
 
-def test_the_command_line(tmp_path, monkeypatch, capsys):
+def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     def error(*arguments):
         monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
         monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)

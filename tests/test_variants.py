@@ -11,8 +11,12 @@ import test_evaluate
 
 import latent_delib as ld
 from latent_delib import convert, evaluate, experiment, models, perplexity, train
+from latent_delib import mesh as mesh_lib
+from latent_delib import plan as planning
+from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.errors import UserError
+from latent_delib.step import TrainState
 from latent_delib.weights import folder
 
 HALF = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_dim": 20}
@@ -130,6 +134,15 @@ def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path,
     written = (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns
     train.train(config, str(workdir))
     assert (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns == written
+    again = shutil.copytree(workdir, tmp_path / "again")  # killed before it was written; or trained on since
+    for damage in (
+        lambda: shutil.rmtree(again / "decoder"),
+        lambda: (again / "decoder/trained.json").write_text('{"step": 2}'),
+    ):
+        damage()
+        train.train(config, str(again))
+        assert folder.fingerprint(again / "decoder") == folder.fingerprint(workdir / "decoder")
+        assert models.step_of_decoder(str(again)) == 4
     if variant != "decoder lora":
         convert.convert(str(workdir), str(tmp_path / "out"))
         exported = ld.load_coprocessor(str(tmp_path / "out"))
@@ -152,27 +165,45 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_path, rank):
-    """In whole or under adapters; the first loss is that of what it starts from, and it is loaded with it."""
+    """In whole or under adapters: the first loss is its own, the run resumes bit for bit, and what is loaded is what is
+    evaluated."""
+    begun = ld.load_coprocessor(str(trained))
     start = f"{shutil.copytree(trained, tmp_path / 's')}/checkpoints/4"
     config = make_config({"method.start": start, "method.lora_rank": rank, "optimizer.warmup_steps": 0})
     train.train(config, str(tmp_path / "w"))
     first = json.loads((tmp_path / "w" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
-    assert abs(first - untrained_loss(make_config, tmp_path)) > 1e-3
+    np.testing.assert_allclose(first, first_loss(make_config(), begun.params), rtol=1e-5)
+    done = weights(tmp_path / "w", 4)
     if not rank:  # then what it began with is needed no longer
         shutil.rmtree(tmp_path / "s")
-        train.train(config, str(tmp_path / "w"))
-    own, begun = ld.load_coprocessor(str(tmp_path / "w")), ld.load_coprocessor(str(trained))
+    shutil.rmtree(tmp_path / "w" / "checkpoints" / "4")
+    train.train(config, str(tmp_path / "w"))
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "w", 4), done)
+    own = ld.load_coprocessor(str(tmp_path / "w"))
     assert jax.tree.structure(own.params) == jax.tree.structure(begun.params)
-    moved = np.abs(own.params["layers"]["mlp"]["up"] - begun.params["layers"]["mlp"]["up"]).max()
-    assert 1e-5 < moved < 0.1
-    result = evaluate.evaluate(config, str(tmp_path / "w"), str(tmp_path / "out"))
+    assert np.abs(own.params["layers"]["mlp"]["up"] - begun.params["layers"]["mlp"]["up"]).max() > 1e-5
+    rows = evaluate.evaluate(config, str(tmp_path / "w"), str(tmp_path / "out"))["rows"]
     lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), own)
-    assert result["rows"][0]["augmented_ppl"] > 0 and lm.generate(["the cat"], 2)
+    expected = test_evaluate.naive_rows(lm, perplexity.read_text(experiment.read(config)).pieces)
+    np.testing.assert_allclose([row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5)
 
 
-def untrained_loss(make_config, tmp_path):
-    train.train(make_config({"train.steps": 1}), str(tmp_path / "u"))
-    return json.loads((tmp_path / "u" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+def first_loss(config, coprocessor):
+    """Of a coprocessor on the first batch of a job."""
+    exp = experiment.read(config)
+    plan, data = (
+        planning.make(exp),
+        batches.train_batches(
+            config.data, batch_size=config.train.batch_size, seed=config.seed, tokenizer_path=str(exp.tokenizer.path)
+        ),
+    )
+    trainable = jax.device_put(
+        {"coprocessor": jax.device_get(coprocessor)}, planning.shardings_of(plan.state.trainable)
+    )
+    state = TrainState(jax.numpy.int32(0), trainable, plan.tx.init(trainable))
+    frozen = {"decoder": experiment.load_decoder(exp, exp.dtype)}
+    batch = mesh_lib.place_rows(exp.mesh, next(data), config.train.batch_size)
+    return float(plan.step(state, frozen, batch)[1]["loss"])
 
 
 def test_latents_of_another_text_and_of_an_earlier_call(make_config, trained, decoder_folder, tmp_path):
@@ -185,8 +216,9 @@ def test_latents_of_another_text_and_of_an_earlier_call(make_config, trained, de
         assert [r["tokens"] for r in rows] == [r["tokens"] for r in own]
         assert [r["decoder_ppl"] for r in rows] == [r["decoder_ppl"] for r in own]
         assert abs(rows[0]["augmented_ppl"] - own[0]["augmented_ppl"]) > 1e-4
-    expected = late_by_hand(config, trained, decoder_folder, 2)
-    np.testing.assert_allclose([row["augmented_ppl"] for row in late[:3]], expected, rtol=1e-5)
+    for rows, by_hand in ((late, late_by_hand), (swapped, swapped_by_hand)):
+        expected = by_hand(config, trained, decoder_folder)
+        np.testing.assert_allclose([row["augmented_ppl"] for row in rows[:3]], expected, rtol=1e-5)
 
 
 def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
@@ -211,7 +243,25 @@ def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
     np.testing.assert_allclose(swapped, own, rtol=1e-6)
 
 
-def late_by_hand(config, trained, decoder_folder, delay):
+def swapped_by_hand(config, trained, decoder_folder):
+    """The k-th position of a piece is given the latents of the k-th of its donor, which begins again where it ends."""
+    decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
+    params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
+    text = perplexity.read_text(experiment.read(config))
+    for piece, other in zip(text.pieces, perplexity.donors(config.evaluate.seed, text.document)):
+        donor = np.array(text.pieces[other])
+        for p in range(len(piece) - 1):
+            q = p % (len(donor) - 1)
+            read = naive.embed(decoder.config, params[0], donor[: q + 1])
+            z = naive.written(decoder.config, *params, read, q, coprocessor.placement)
+            for n, nll in enumerate(
+                naive.trace_nll(decoder.config, *params, np.array(piece), p, 3, coprocessor.placement, z=z)
+            ):
+                found[n].append(nll)
+    return [np.exp(np.mean(nll)) for nll in found]
+
+
+def late_by_hand(config, trained, decoder_folder, delay=2):
     """Perplexity of the n-th token, n = 1, 2, 3, in the naive reading of every position."""
     decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
     params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]

@@ -168,6 +168,13 @@ def test_draw():
     assert len(np.unique(drawn[:, 0], axis=0)) > 50
 
 
+def test_delays_are_drawn_from_none_to_the_most():
+    drawn = np.array(traces.draw_delays(jax.random.key(0), np.zeros((40, 50)), 3))
+    assert drawn.dtype == np.int32 and drawn.shape == (40, 50)
+    assert np.all(np.abs(np.bincount(drawn.ravel(), minlength=5)[:4] - 500) < 90) and drawn.max() == 3
+    assert np.all(np.array(traces.draw_delays(jax.random.key(0), np.zeros((4, 5)), 0)) == 0)
+
+
 @pytest.mark.parametrize("placement", traces.PLACEMENTS)
 def test_what_is_drawn_has_an_ahead_token_and_the_rest_no_weight(placement):
     tokens = jnp.zeros_like(PACKED)

@@ -33,17 +33,10 @@ class Checkout:
         return path
 
     def start(self, script: str, *arguments: str) -> subprocess.Popen:
-        command, pipe = [self.root / "launch" / f"{script}.sh", *arguments], subprocess.PIPE
         # A job that a shell put in the background ignores SIGINT, and so would what it starts.
-        process = subprocess.Popen(
-            command,
-            cwd=self.root,
-            env=self.env,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        command = ["env", "--default-signal=INT", self.root / "launch" / f"{script}.sh", *arguments]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, cwd=self.root, env=self.env, stdout=pipe, stderr=pipe, text=True)
         self.started.append(process)
         return process
 

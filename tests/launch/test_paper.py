@@ -65,12 +65,15 @@ def test_a_run_of_protocol_a(here: Path) -> None:
         calls[0] == "prepare --config=configs/paper/overlay.py:a --config.data.token_files= --out=runs/paper/a/tokens"
     )
     assert calls[1] == f"train --config=configs/paper/overlay.py:a {run} {seed}"
-    kinds = ["", "/swap", "/longer", None, "/delay1", "/delay2", "/delay3"]
-    evaluated = [call for call in calls if call.startswith("evaluate")]
-    assert len(evaluated) == len(kinds)
-    for call, kind in zip(evaluated, kinds):
-        assert f"{run} " in call and seed in call
-        assert "--steps=all" in call if kind is None else f"--out=runs/paper/a/overlay@1{kind} " in call
+    controls = {"": "", "/swap": " --config.evaluate.swap", "/longer": " --config.evaluate.longer_prompt=32"}
+    late = {f"/delay{n}": f" --config.evaluate.delay={n}" for n in (1, 2, 3)}
+    at = f"evaluate --config=configs/paper/overlay.py:a {run}"
+    once, curve, delayed = [
+        [f"{at} --out=runs/paper/a/overlay@1{kind} {seed}{more}" for kind, more in controls.items()],
+        [f"{at} {seed} --steps=all"],
+        [f"{at} --out=runs/paper/a/overlay@1{kind} {seed}{more}" for kind, more in late.items()],
+    ]
+    assert calls[2:-1] == [*once, *curve, *delayed]
     assert calls[-1] == "report runs/paper --out=runs/paper/report"
 
     again = paper(here, "a/overlay@1")
@@ -99,9 +102,16 @@ def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
     pretrained = calls.index(pretrain)
     assert calls.count(pretrain) == 1
     assert pretrained < next(i for i, call in enumerate(calls) if "paper/decoder.py:a_gpu --workdir=" in call)
-    assert any("--out=runs/paper/a/pause_tokens@0/unseen" in call for call in calls)  # the mixture is there
+    unseen = " --config.data.token_files= --config.data.validation=('files:runs/mixture/unseen/*.txt',)"
+    (call,) = (call for call in calls if "--out=runs/paper/a/pause_tokens@0/unseen" in call)  # the mixture is there
+    assert call.endswith(unseen)
     assert not any("--out=runs/paper/b/pause_tokens@0/unseen" in call for call in calls)  # it is in the tokens
     assert not any("--out=runs/paper/a/adapt_decoder@0/unseen" in call for call in calls)
+
+
+def test_the_adapted_coprocessor_has_its_control(here: Path) -> None:
+    calls = paper(here, "a/adapt_coprocessor")
+    assert any("adapt_coprocessor@0/swap " in call and call.endswith(" --config.evaluate.swap") for call in calls)
 
 
 def test_without_names_all_of_protocol_a(here: Path) -> None:

@@ -14,7 +14,7 @@ from test_gguf import write
 from latent_delib.convert import convert
 from latent_delib.errors import UserError
 
-RUNS = 500  # of each kind of file
+RUNS = 150  # of each kind of file
 MEMORY = 64 << 20  # bytes; the files are a few hundred kilobytes
 NUMBERS = (0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 

@@ -1,7 +1,6 @@
 """GGUF files, written by the `gguf` library under its own names, against the same models as Hugging Face folders."""
 
 import dataclasses
-import json
 import struct
 
 import gguf
@@ -316,4 +315,4 @@ def test_the_real_one(tmp_path):
     (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     source = ours.open_source(path)
     assert not differences(source.architecture, SIZES["smollm2_135m"])
-    assert json.dumps(sorted(ours.GGUF(path).tensors)) and len(source.shapes) == 272
+    assert len(source.shapes) == 272
