@@ -135,7 +135,11 @@ def held(exp: Experiment, plan: Plan) -> dict[str, float]:
         "optimizer": per_chip(plan.state.opt_state),
         "gradients, and weights cast": per_chip(plan.state.trainable, exp.dtype) * 2
         + (per_chip(plan.state.trainable) if c.train.accumulation > 1 else 0),
-        "token table, gathered": a.vocab_size * a.embed_dim * width / mesh["tensor"],
+        "token table, gathered": (mesh["fsdp"] * mesh["traces"] > 1)
+        * a.vocab_size
+        * a.embed_dim
+        * width
+        / mesh["tensor"],
         "cache of the text": cache if exp.aug.has_latents else 0.0,
     }
 

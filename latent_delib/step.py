@@ -90,7 +90,7 @@ def train_step(
         *text, delay_BM = part
         return augment.loss(aug, augment.assemble(frozen, trained), *text, num_ahead, dtype, delay_BM)
 
-    # Differentiated where it is cast: gradients have the dtype of the computation, and lose nothing by it.
+    # Differentiated where it is cast: gradients, and their sums over devices, have the dtype of the computation.
     trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)
     sums = jax.value_and_grad(loss_sum, has_aux=True)
     whole = (tokens_BT, segment_BT, at_BM, delay_BM)

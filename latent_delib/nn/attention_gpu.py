@@ -273,8 +273,10 @@ def _fold(program, rows, sources, cut, step, carry):
 
 
 def _dot(a, b, contract):
-    """a and b contracted over these axes, float32."""
-    return lax.dot_general(a, b, ((contract[:1], contract[1:]), ((), ())), preferred_element_type=jnp.float32)
+    """a and b contracted over these axes, float32; operands in float32 are not rounded to TF32 first."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    axes = ((contract[:1], contract[1:]), ((), ()))
+    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _exp2(x, options):

@@ -4,7 +4,8 @@ Queries pass in chunks of groups; a chunk goes over the blocks of shared keys th
 sorted by position, so that is few), under a running softmax. The backward pass computes the scores again from the saved
 log-sum-exp. No array of all queries x all keys exists in either.
 
-Two letters of its own: c groups of a chunk, U keys of a block.
+Letters of its own: c groups of a chunk, R = S x G rows of a group, U keys of a block. Heads come first and rows are one
+axis in every product: with any other order XLA copies the operands, of a block or as large as the scores.
 """
 
 from typing import NamedTuple
@@ -23,14 +24,15 @@ FLOAT32 = dict(preferred_element_type=jnp.float32)
 class Chunk(NamedTuple):
     """Operands of c groups; stacked over chunks on the first axis where all of them are meant.
 
-    q [B, K, c, S, G, H]. own: keys and values [B, c, S, K, H], or None. start, stop, own_start: int32 [B, c, S].
+    q [B, K, c, R, H]. own: keys and values [B, K, c, S, H], or None; own_start: int32 [B, c, S]. start, stop: of each
+    of the shared sources, int32 [B, c, S].
     """
 
     q: jax.Array
     own: Keys | None
-    start: jax.Array
-    stop: jax.Array
     own_start: jax.Array
+    start: tuple[jax.Array, ...]
+    stop: tuple[jax.Array, ...]
 
 
 def forward(
@@ -40,28 +42,27 @@ def forward(
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
 
     def attend(chunk: Chunk):
-        def see(state, score, values, equation):
+        def see(state, keys, seen):
             high, total, out = state
-            scores, _, visible = score
+            scores, _, visible = _scores(chunk.q, keys[0], seen, scale, softcap)
             new = jnp.maximum(high, scores.max(-1))
             weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0.0)
             fade = jnp.exp(high - new)
-            more = jnp.einsum(equation, weights.astype(values.dtype), values, **FLOAT32)
+            more = _weighted(weights.astype(keys[1].dtype), keys[1])
             return new, total * fade + weights.sum(-1), out * fade[..., None] + more
 
-        def block(i, state):
-            (k, v), seen = _block(shared, chunk, i)
-            return see(state, _scores(chunk.q, k, seen, scale, softcap), v, "BKcSGU,BUKH->BKcSGH")
+        def see_shared(state, keys, start, stop):
+            def block(i, state):
+                return see(state, *_block(keys, start, stop, i))
+
+            return jax.lax.fori_loop(*_range(keys, start, stop), block, state)
 
         zeros = jnp.zeros(chunk.q.shape, jnp.float32)
         state = zeros[..., 0] + NEVER, zeros[..., 0], zeros
         if chunk.own is not None:
-            seen = _own_seen(chunk)
-            state = see(
-                state, _scores(chunk.q, chunk.own[0], seen, scale, softcap), chunk.own[1], "BKcSGU,BcUKH->BKcSGH"
-            )
-        if shared is not None:
-            state = jax.lax.fori_loop(*_range(chunk, shared), block, state)
+            state = see(state, chunk.own, _own_seen(chunk))
+        for source in zip(shared, chunk.start, chunk.stop):
+            state = see_shared(state, *source)
         high, total, out = state
         total = jnp.where(total > 0, total, 1.0)  # rows of padding
         return (out / total[..., None]).astype(own[1].dtype), high + jnp.log(total)
@@ -84,68 +85,78 @@ def backward(
 ) -> tuple[jax.Array, Keys, Keys | None]:
     """Gradients of q, of own keys and values and, where asked for, of the prefix; each in its operand's dtype."""
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
-    into_shared = into_prefix or (shared is not None and chunks.own is None)
     delta_BMSN = jnp.sum(out_BMSNH.astype(jnp.float32) * dout_BMSNH, axis=-1)
     like_q = [_cut(x, own, prefix, bounds)[0].q for x in (dout_BMSNH, lse_BMSN[..., None], delta_BMSN[..., None])]
-    zeros = None if shared is None or not into_shared else tuple(jnp.zeros(x.shape, jnp.float32) for x in shared)
+    wanted = [into_prefix] * (prefix is not None) + [True] * (chunks.own is None)  # of each shared source
+    zeros = [
+        tuple(jnp.zeros_like(x.swapaxes(-1, -2), jnp.float32) for x in keys) if w else None
+        for keys, w in zip(shared, wanted)
+    ]
 
     def differentiate(dshared, operands):
         chunk, dout, lse, delta = operands
 
-        def see(score, values, equation):
+        def see(keys, seen):
             """Weights, and the gradient of the bare products q . k, both in the dtype of the operands."""
-            scores, slope, visible = score
+            scores, slope, visible = _scores(chunk.q, keys[0], seen, scale, softcap)
             weights = jnp.where(visible, jnp.exp(scores - lse), 0.0)
-            dweights = jnp.einsum(equation, dout, values, **FLOAT32)
+            dweights = _products(dout, keys[1])
             return weights.astype(dout.dtype), (weights * (dweights - delta) * slope).astype(chunk.q.dtype)
 
-        def block(i, carry):
-            dq, dshared = carry
-            (k, v), seen = _block(shared, chunk, i)
-            p, ds = see(_scores(chunk.q, k, seen, scale, softcap), v, "BKcSGH,BUKH->BKcSGU")
-            dq += jnp.einsum("BKcSGU,BUKH->BKcSGH", ds, k, **FLOAT32)
-            if into_shared:
-                dk = jnp.einsum("BKcSGU,BKcSGH->BUKH", ds, chunk.q, **FLOAT32)
-                dv = jnp.einsum("BKcSGU,BKcSGH->BUKH", p, dout, **FLOAT32)
-                at = _first(shared, i)
-                dshared = tuple(_add(total, part, at) for total, part in zip(dshared, (dk, dv)))
-            return dq, dshared
+        def into_keys(p, ds, of_all):
+            """Gradients of keys and values, [B, K, c, H, U], or summed over the chunk, [B, K, H, U]."""
+            return tuple(_onto(x, y, of_all) for x, y in ((ds, chunk.q), (p, dout)))
 
-        dq, down = jnp.zeros(chunk.q.shape, jnp.float32), None
+        def see_shared(dq, dkeys, keys, start, stop):
+            def block(i, carry):
+                dq, dkeys = carry
+                found, seen = _block(keys, start, stop, i)
+                p, ds = see(found, seen)
+                if dkeys is not None:
+                    at = _first(keys, i)
+                    dkeys = tuple(_add(total, part, at) for total, part in zip(dkeys, into_keys(p, ds, True)))
+                return dq + _weighted(ds, found[0]), dkeys
+
+            return jax.lax.fori_loop(*_range(keys, start, stop), block, (dq, dkeys))
+
+        dq, down, done = jnp.zeros(chunk.q.shape, jnp.float32), None, []
         if chunk.own is not None:
-            k, v = chunk.own
-            p, ds = see(_scores(chunk.q, k, _own_seen(chunk), scale, softcap), v, "BKcSGH,BcUKH->BKcSGU")
-            dq += jnp.einsum("BKcSGU,BcUKH->BKcSGH", ds, k, **FLOAT32)
-            dk = jnp.einsum("BKcSGU,BKcSGH->BcUKH", ds, chunk.q, **FLOAT32)
-            dv = jnp.einsum("BKcSGU,BKcSGH->BcUKH", p, dout, **FLOAT32)
-            down = dk.astype(k.dtype), dv.astype(v.dtype)
-        if shared is not None:
-            dq, dshared = jax.lax.fori_loop(*_range(chunk, shared), block, (dq, dshared))
-        return dshared, (dq.astype(chunk.q.dtype), down)
+            p, ds = see(chunk.own, _own_seen(chunk))
+            dq += _weighted(ds, chunk.own[0])
+            down = tuple(d.swapaxes(-1, -2).astype(x.dtype) for d, x in zip(into_keys(p, ds, False), chunk.own))
+        for dkeys, *source in zip(dshared, shared, chunk.start, chunk.stop):
+            dq, dkeys = see_shared(dq, dkeys, *source)
+            done.append(dkeys)
+        return done, (dq.astype(chunk.q.dtype), down)
 
     dshared, (dq, down) = jax.lax.scan(differentiate, zeros, (chunks, *like_q))
-    dq_BMSNH = _join(dq, q_BMSNH.shape)
-    if dshared is not None:
-        dshared = tuple(d.astype(x.dtype) for d, x in zip(dshared, shared))
-    if chunks.own is None:  # the text's keys were the shared ones
-        return dq_BMSNH, tuple(d[:, None] for d in dshared), None
-    B, M, S = q_BMSNH.shape[:3]
-    down = tuple(jnp.moveaxis(d, 0, 1).reshape(B, -1, *d.shape[3:])[:, :M] for d in down)
-    return dq_BMSNH, down, dshared
+
+    def as_given(d: jax.Array, like: jax.Array) -> jax.Array:
+        return jnp.moveaxis(d, 3, 1).astype(like.dtype)  # [B, K, H, T] to [B, T, K, H]
+
+    dshared = [d and tuple(map(as_given, d, keys)) for d, keys in zip(dshared, shared)]
+    dprefix = dshared[0] if prefix is not None else None
+    if chunks.own is None:  # the text's own keys were a shared source
+        down = tuple(d[:, None] for d in dshared[-1])
+    else:
+        B, M = q_BMSNH.shape[:2]
+        down = tuple(jnp.moveaxis(d, (1, 2), (0, 4)) for d in down)  # [B, chunks, c, S, K, H]
+        down = tuple(d.reshape(B, -1, *d.shape[3:])[:, :M] for d in down)
+    return _join(dq, q_BMSNH.shape), down, dprefix
 
 
-def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> tuple[Chunk, Keys | None]:
-    """All chunks, and the keys and values [B, T, K, H] that every group shares.
-
-    A text alone is cut between its tokens: each is a group of one, and the text is what they share.
-    """
+def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> tuple[Chunk, tuple[Keys, ...]]:
+    """All chunks, and the keys and values [B, K, T, H] of each source that every group shares: the prefix, and a long
+    text's own, which is cut between its tokens: each is a group of one then, and the text is what they share."""
     B, M, S, N, H = q_BMSNH.shape
     K = own[0].shape[3]
     start, stop, own_start = bounds
-    if prefix is None and M == 1:
-        prefix, own = (own[0][:, 0], own[1][:, 0]), None
-        start, stop = own_start, jnp.broadcast_to(jnp.arange(1, S + 1, dtype=jnp.int32), own_start.shape)
-        q_BMSNH, start, stop, own_start = (x.swapaxes(1, 2) for x in (q_BMSNH, start, stop, own_start))
+    sources = [] if prefix is None else [(prefix, start, stop)]
+    if M == 1 and S > QUERIES:
+        until = jnp.broadcast_to(jnp.arange(1, S + 1, dtype=jnp.int32), own_start.shape)
+        sources.append(((own[0][:, 0], own[1][:, 0]), own_start, until))
+        sources = [(keys, start.swapaxes(1, 2), stop.swapaxes(1, 2)) for keys, start, stop in sources]
+        q_BMSNH, own_start, own = q_BMSNH.swapaxes(1, 2), own_start.swapaxes(1, 2), None
         M, S = S, 1
     c = min(M, max(1, QUERIES // S))
 
@@ -153,23 +164,52 @@ def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> 
         x = jnp.pad(x, [(0, 0), (0, -M % c)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, c, *x.shape[2:]), 1, 0)
 
-    q = jnp.moveaxis(cut(q_BMSNH.reshape(B, M, S, K, N // K, -1)), 4, 2)
-    own_cut = None if own is None else (cut(own[0]), cut(own[1]))
-    return Chunk(q, own_cut, cut(start), cut(stop), cut(own_start)), prefix
+    q = jnp.moveaxis(cut(q_BMSNH.reshape(B, M, S, K, N // K, -1)), 4, 2)  # [chunks, B, K, c, S, G, H]
+    q = q.reshape(*q.shape[:4], S * (N // K), -1)
+    own_cut = None if own is None else tuple(jnp.moveaxis(cut(x), 4, 2) for x in own)
+    chunks = Chunk(q, own_cut, cut(own_start), *(tuple(cut(of[i]) for of in sources) for i in (1, 2)))
+    return chunks, tuple(tuple(x.swapaxes(1, 2) for x in keys) for keys, _, _ in sources)
 
 
 def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of the cut: [chunks, B, K, c, S, G, H] to [B, M, S, N, H]."""
-    B, M, S = shape[:3]
+    """The inverse of the cut: [chunks, B, K, c, R, H] to [B, M, S, N, H]."""
+    B, M, S, N, H = shape
+    chunks, _, K, c, R, _ = x.shape
+    x = x.reshape(chunks, B, K, c, R * K // N, N // K, H)
     x = jnp.moveaxis(x, (1, 0, 3, 4, 2), (0, 1, 2, 3, 4))  # [B, chunks, c, S, K, G, H]
-    return x.reshape(B, -1, *shape[3:])[:, : M * S].reshape(shape)
+    return x.reshape(B, -1, N, H)[:, : M * S].reshape(shape)
+
+
+def _products(x: jax.Array, keys: jax.Array) -> jax.Array:
+    """x . keys: [B, K, c, R, U] of [B, K, c, R, H] and keys that are shared, [B, K, U, H], or own, [B, K, c, U, H]."""
+    if keys.ndim == 5:
+        return jnp.einsum("BKcRH,BKcUH->BKcRU", x, keys, **FLOAT32)
+    rows = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return jnp.einsum("BKRH,BKUH->BKRU", rows, keys, **FLOAT32).reshape(*x.shape[:-1], -1)
+
+
+def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Sums of values: [B, K, c, R, H] of weights [B, K, c, R, U]; values as the keys of `_products`."""
+    if values.ndim == 5:
+        return jnp.einsum("BKcRU,BKcUH->BKcRH", weights, values, **FLOAT32)
+    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+    return jnp.einsum("BKRU,BKUH->BKRH", rows, values, **FLOAT32).reshape(*weights.shape[:-1], -1)
+
+
+def _onto(weights: jax.Array, x: jax.Array, of_all: bool) -> jax.Array:
+    """What x [B, K, c, R, H] is to the keys: [B, K, c, H, U], or, `of_all` groups together, [B, K, H, U]. In that order
+    it is x that XLA transposes; in the other the weights, which are many more."""
+    if not of_all:
+        return jnp.einsum("BKcRH,BKcRU->BKcHU", x, weights, **FLOAT32)
+    x, weights = (y.reshape(*y.shape[:2], -1, y.shape[-1]) for y in (x, weights))
+    return jnp.einsum("BKRH,BKRU->BKHU", x, weights, **FLOAT32)
 
 
 def _scores(q, k, seen, scale: float, softcap: float):
-    """Scores [B, K, c, S, G, U], their slope in q . k, and what is visible; keys are shared (BUKH) or own (BcUKH)."""
-    equation = "BKcSGH,BUKH->BKcSGU" if k.ndim == 4 else "BKcSGH,BcUKH->BKcSGU"
-    scores = jnp.einsum(equation, q, k, **FLOAT32) * scale
-    visible, slope = seen[:, None, :, :, None, :], scale
+    """Scores [B, K, c, R, U], their slope in q . k, and what is visible."""
+    scores = _products(q, k) * scale
+    G = q.shape[3] // seen.shape[2]
+    visible, slope = jnp.repeat(seen, G, axis=2)[:, None], scale
     if softcap:
         bent = jnp.tanh(scores / softcap)
         scores, slope = softcap * bent, scale * (1 - jnp.square(bent))
@@ -184,30 +224,30 @@ def _own_seen(chunk: Chunk) -> jax.Array:
 
 def _first(shared: Keys, i: jax.Array) -> jax.Array:
     """The first slot of block i: the last block is moved back so that it ends where the keys end."""
-    T = shared[0].shape[1]
+    T = shared[0].shape[2]
     return jnp.minimum(i * KEYS, max(T - KEYS, 0))
 
 
-def _block(shared: Keys, chunk: Chunk, i: jax.Array) -> tuple[Keys, jax.Array]:
-    """Keys and values [B, U, K, H] of block i, and which a query sees, bool [B, c, S, U]."""
-    at, size = _first(shared, i), min(KEYS, shared[0].shape[1])
+def _block(shared: Keys, start: jax.Array, stop: jax.Array, i: jax.Array) -> tuple[Keys, jax.Array]:
+    """Keys and values [B, K, U, H] of block i, and which a query sees, bool [B, c, S, U]."""
+    at, size = _first(shared, i), min(KEYS, shared[0].shape[2])
     slot = at + jnp.arange(size)
-    seen = (slot >= chunk.start[..., None]) & (slot < chunk.stop[..., None]) & (slot >= i * KEYS)
-    k, v = (jax.lax.dynamic_slice_in_dim(x, at, size, axis=1) for x in shared)
+    seen = (slot >= start[..., None]) & (slot < stop[..., None]) & (slot >= i * KEYS)
+    k, v = (jax.lax.dynamic_slice_in_dim(x, at, size, axis=2) for x in shared)
     return (k, v), seen
 
 
-def _range(chunk: Chunk, shared: Keys) -> tuple[jax.Array, jax.Array]:
+def _range(shared: Keys, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The blocks that some query of the chunk sees, from and up to."""
-    T, some = shared[0].shape[1], chunk.start < chunk.stop
-    first = jnp.min(jnp.where(some, chunk.start, T)) // KEYS
-    last = -(-jnp.max(jnp.where(some, chunk.stop, 0)) // KEYS)
+    T, some = shared[0].shape[2], start < stop
+    first = jnp.min(jnp.where(some, start, T)) // KEYS
+    last = -(-jnp.max(jnp.where(some, stop, 0)) // KEYS)
     return first, jnp.minimum(last, -(-T // KEYS))
 
 
 def _add(total: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
-    """Adds a block's part [B, U, K, H] to what it belongs to [B, T, K, H]."""
-    size = part.shape[1]
+    """Adds a block's part [B, K, H, U] to what it belongs to [B, K, H, T]."""
+    size = part.shape[3]
     return jax.lax.dynamic_update_slice_in_dim(
-        total, jax.lax.dynamic_slice_in_dim(total, at, size, axis=1) + part, at, axis=1
+        total, jax.lax.dynamic_slice_in_dim(total, at, size, axis=3) + part, at, axis=3
     )

@@ -98,8 +98,19 @@ def init(key: jax.Array, config: TransformerConfig) -> Params:
 
 
 def embed(embedding_VD: jax.Array, tokens: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Token embeddings as they enter the residual stream: [..., D], scaled by sqrt(D) where the family does so."""
-    x = embedding_VD[tokens]
+    """Token embeddings as they enter the residual stream: [..., D], scaled by sqrt(D) where the family does so. The
+    gradient of a row is summed in float32: a frequent token has thousands of addends."""
+    V, dtype = embedding_VD.shape[0], embedding_VD.dtype
+
+    @jax.custom_vjp
+    def rows(embedding_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+        return embedding_VD[tokens]
+
+    def back(tokens: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.zeros((V, dx.shape[-1])).at[tokens].add(dx.astype(jnp.float32)).astype(dtype), None
+
+    rows.defvjp(lambda embedding_VD, tokens: (embedding_VD[tokens], tokens), back)
+    x = rows(embedding_VD, tokens)
     return x * jnp.asarray(config.embed_dim**0.5, x.dtype) if config.scale_embeddings else x
 
 
