@@ -318,9 +318,12 @@ def show(result: dict[str, Any]) -> str:
     """The tables in plain text: of each set if there are several, then of all."""
     method, sets = result["config"]["method"], result["sets"]
     at = "" if result["step"] is None else f", step {result['step']}"
+    latents = (
+        f"{method['num_latents']} latents, placement {method['placement']}, " if method["name"] != "decoder" else ""
+    )
     lines = [
-        f"perplexity of the n-th token ahead; {method['name']}{at}, {method['num_latents']} latents, "
-        f"placement {method['placement']}, {result['pieces']} pieces of {result['documents']} documents"
+        f"perplexity of the n-th token ahead; {method['name']}{at}, {latents}{result['pieces']} pieces of "
+        f"{result['documents']} documents"
     ]
     for source, found in sets.items() if len(sets) > 1 else ():
         lines += [f"{source}, {found['documents']} documents", perplexity.show(found["rows"])]

@@ -54,7 +54,7 @@ class Result(NamedTuple):
 class Runs(NamedTuple):
     """All that was found, in the order of the folders given, and below each by name.
 
-    perplexity: one a folder: its own, or the last of its evaluations/STEP. benchmarks: one a file.
+    perplexity: one a folder: its own, or, after all of these, the last of its evaluations/STEP. benchmarks: one a file.
     curves: folder -> the results of its evaluations/STEP, by step. losses: folder -> (step, loss in nats) of its
     training.
     """

@@ -1,7 +1,7 @@
 """The decoder of protocol a_gpu: from random weights, 240 M tokens, which is the mixture between two and three times.
 
 `launch/paper.sh` runs it before the first experiment; the decoder comes to lie in runs/paper/a_gpu/pretrain/decoder,
-where the protocol looks for it. Its validation loss should be flat at the end; if it is not, give it more steps.
+where the protocol looks for it. Its training loss (metrics.jsonl) should be flat at the end; or give it more steps.
 """
 
 from ml_collections import ConfigDict
