@@ -316,7 +316,7 @@ def test_what_a_run_leaves(trained, make_config):
     data = batches.fingerprint(
         make_config().data, tokenizer_path=meta["config"]["decoder"]["path"] + "/tokenizer.model"
     )
-    assert (meta["step"], meta["data"]) == (4, {"seed": 0, "step": 4, "fingerprint": data})
+    assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
     assert meta["config"]["method"]["num_latents"] == meta["method.num_latents"] == 2
     assert meta["fingerprint"] == folder.fingerprint(folder.locate(meta["config"]["decoder"]["path"]))
     assert not list(trained.glob("*tmp*")) and not list(trained.glob(".*tmp*"))
