@@ -2,7 +2,7 @@
 # Trains and evaluates experiments of configs/paper, and makes the report over all that are there. Run again, it goes on
 # where it stopped; what is done is not done again.
 #
-#   ./launch/paper.sh                               all of protocol a, seed 0: a night on two CPU cores
+#   ./launch/paper.sh                               all of protocol a, seed 0: ten hours and more on two CPU cores
 #   ./launch/paper.sh a/overlay a/after@1           some; @1 is another seed
 #   ./launch/paper.sh a/overlay -- --config.train.steps=20      more arguments for train and evaluate
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
