@@ -126,7 +126,7 @@ def controls(result: Result) -> dict[str, Any]:
 
 def label(entry: Entry) -> str:
     """What an entry is, in words; the number of latents has a column of its own."""
-    method, data, config = entry.result.method, entry.result.data, entry.result.data["config"]
+    method, data, done = entry.result.method, entry.result.data, controls(entry.result)
     trained = entry.model == "decoder" and method["name"] in TRAIN_DECODER and data.get("checkpoint")
     if entry.model != "augmented" and not trained:
         return {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}.get(entry.model, entry.model)
@@ -136,17 +136,14 @@ def label(entry: Entry) -> str:
     words += [f"{key.removeprefix('lora_')} {method[key]}" for key in method if key.endswith("rank") and method[key]]
     words += [f"{method['num_ahead']} ahead tokens"] if "num_ahead" in method and not trained else []
     words += [f"step {entry.result.step:,}"] if entry.result.step else []
-    words += [f"seed {config['seed']}"] if "seed" in config else []
+    words += [f"seed {data['config']['seed']}"] if "seed" in data["config"] else []
     words += [f"latents every {entry.every} tokens"] if entry.every else []
     words += [f"delay {entry.delay}"] if entry.delay else []
     words += [f"trained for delays up to {method['max_delay']}"] if method.get("max_delay") else []
     words += [f"begun with {method['start']}"] if method.get("start") else []
-    done = controls(entry.result)
     words += ["latents of another text"] if done["swap"] else []
     words += [f"evaluated with delay {done['delay']}"] if done["delay"] else []
-    words += (
-        [f"without the first {done['longer_prompt']} tokens that the decoder reads"] if done["longer_prompt"] else []
-    )
+    words += [f"without the first {n} tokens that the decoder reads"] if (n := done["longer_prompt"]) else []
     return ", ".join(word for word in words if word)
 
 
