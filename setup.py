@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-EVAL = ["lm-eval[math]>=0.4.13", "reasoning-gym>=0.1.25"]  # math: what minerva_math imports
+EVAL = ["lm-eval[math]>=0.4.13"]  # math: what minerva_math imports
 MIXTURE = ["lxml>=5"]
 
 setup(
@@ -50,6 +50,7 @@ setup(
         "tpu": ["google-cloud-storage>=3", "jax[tpu]"],  # the first is for orbax, where a workdir is gs://
         "cuda": ["jax[cuda12]"],
         "eval": EVAL,
+        "tasks": ["reasoning-gym>=0.1.25"],  # needs pycosat, which wants a C compiler and Python's headers
         "mixture": MIXTURE,
         "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],  # golden values are made with them
         "test": [

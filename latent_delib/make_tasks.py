@@ -274,7 +274,8 @@ def _version() -> str:
         return metadata.version("reasoning-gym")
     except metadata.PackageNotFoundError:
         raise UserError(
-            "reasoning-gym is not installed: LATENT_DELIB_EXTRAS=eval ./launch/setup.sh brings it"
+            "reasoning-gym is not installed: with a C compiler and Python's headers (on Debian: apt-get install gcc "
+            "python3-dev) LATENT_DELIB_EXTRAS=tasks ./launch/setup.sh brings it"
         ) from None
 
 

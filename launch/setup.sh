@@ -5,6 +5,8 @@
 #   PYTHON=/opt/py312/bin/python   a Python 3.11 or 3.12 to try before those on PATH
 #   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, eval, mixture, reference, or several with commas between;
 #                                  what an earlier call added stays
+#
+# `test` is always there, and `tasks` where Python can build extensions: of one of its parts PyPI has the source only.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -16,9 +18,9 @@ if command -v flock >/dev/null; then # a second call at the same time waits, the
 fi
 
 # Each interpreter is asked by running it: a name on PATH may be a shim with nothing behind it. It answers with its base
-# executable, because an environment cannot be replaced by the interpreter inside it.
+# executable, because an environment cannot be replaced by the interpreter inside it, and with the extras it can have.
 probe='
-import sys
+import os, shutil, sys, sysconfig
 version = "%d.%d.%d" % sys.version_info[:3]
 if sys.version_info[:2] not in ((3, 11), (3, 12)):
     print(version)
@@ -28,7 +30,9 @@ try:
 except ImportError:
     print("%s without ensurepip (on Debian: apt-get install python%d.%d-venv)" % ((version,) + sys.version_info[:2]))
     sys.exit(1)
-print(version + " " + sys._base_executable)
+compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0])
+builds = compiler and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+print(version, sys._base_executable, "test,tasks" if builds else "test")
 '
 found=
 for candidate in ${PYTHON:+"$PYTHON"} .venv/bin/python python3.12 python3.11 python3; do
@@ -41,12 +45,12 @@ if [[ -z ${answer:-} ]]; then
   echo "error: Python 3.11 or 3.12 with ensurepip is needed, found: ${found:-none}; PYTHON=... names another" >&2
   exit 1
 fi
-read -r version executable <<<"$answer"
+read -r version executable default <<<"$answer"
 
 have=$(cat $stamp 2>/dev/null || true)
 extras="test"
 [[ $have != "$version "* ]] || read -r _ extras _ <<<"$have"
-for extra in $(tr , ' ' <<<"${LATENT_DELIB_EXTRAS:-}"); do
+for extra in $(tr , ' ' <<<"$default,${LATENT_DELIB_EXTRAS:-}"); do
   [[ ,$extras, == *",$extra,"* ]] || extras+=,$extra
 done
 want="$version $extras $PWD $(cat setup.py constraints.txt | cksum)"

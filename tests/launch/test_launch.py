@@ -16,10 +16,12 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
-# Runs the script's own probe under another version, copies itself for `-m venv`, and notes what pip is asked for.
+# Runs the script's own probe under another version and without a C compiler, copies itself for `-m venv`, and notes
+# what pip is asked for.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  -c*) exec "{python}" -c 'import sys; sys.version_info, sys._base_executable = {version}, "{path}"; {more}
+  -c*) exec "{python}" -c 'import os, shutil, sys; shutil.which = lambda name: None
+sys.version_info, sys._base_executable = {version}, "{path}"; {more}
 exec(sys.argv[1])' "$2" ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "{path}" "$3/bin/python" ;;
   "-m pip --version") ;;
@@ -132,6 +134,19 @@ def test_second_run_does_nothing_until_something_changes(sandbox: Sandbox) -> No
 
     assert sandbox.setup(LATENT_DELIB_EXTRAS="cuda", PIP_STATUS="1")[0] == 1  # no network
     assert "is ready" in sandbox.setup()[1] and len(sandbox.pip_calls()) == 4
+
+
+def test_what_must_be_compiled_is_for_those_who_can(sandbox: Sandbox) -> None:
+    sandbox.python("python3.12", (3, 12, 1))
+    assert sandbox.setup()[0] == 0
+    can = f'import ensurepip, sysconfig; shutil.which = str; sysconfig.get_path = {{"include": "{sandbox.root}"}}.get'
+    sandbox.python("python3.12", (3, 12, 1), can)
+    shutil.copy(sandbox.bin / "python3.12", sandbox.root / ".venv" / "bin" / "python")
+    assert sandbox.setup()[0] == 0
+    assert len(sandbox.pip_calls()) == 1  # a compiler, but no headers
+    (sandbox.root / "Python.h").touch()
+    assert sandbox.setup()[0] == 0
+    assert sandbox.pip_calls()[1].endswith("-e .[test,tasks]")
 
 
 @pytest.mark.parametrize("damage", ["pip fails", "no interpreter", "no pip"])
