@@ -375,7 +375,7 @@ def test_ahead_logprobs_and_what_follows_the_text(lms, name, text):
         ahead = text[b, p + 1 : p + 1 + A]
         np.testing.assert_allclose(plain[b, m], logp[b, np.arange(p, p + A), ahead], atol=1e-5)
         logits = naive_logits(lm, list(text[b, : p + 1]), list(ahead[:-1]))[p:]
-        np.testing.assert_allclose(augmented[b, m], np.log(naive.softmax(logits))[np.arange(A), ahead], atol=1e-4)
+        np.testing.assert_allclose(augmented[b, m], np.log(naive.softmax(logits))[np.arange(A), ahead], atol=2e-4)
 
     padded = text.copy()
     padded[:, at.max() + A + 1 :] = lm.tokenizer.pad_id
