@@ -2,8 +2,8 @@
 
   python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR --dry_run --topology=v5e:4x4 \
       --config.mesh.fsdp=16 --config.train.accumulation=64    random weights: the true step, compiled for 16 chips
-  python -m latent_delib.convert --source=GEMMA --out=decoders/gemma2_2b --size=gemma2_2b
-  python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR --config.decoder.path=decoders/gemma2_2b \
+  python -m latent_delib.convert --source=GEMMA --out=runs/gemma2_2b --size=gemma2_2b
+  python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR --config.decoder.path=runs/gemma2_2b \
       --config.data.sources="('files:TEXT/*.txt',)" --config.mesh.fsdp=16 --config.train.accumulation=64
 
 A batch of 1024 passes in parts: docs/scaling.md has what fits on which slice.

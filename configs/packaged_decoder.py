@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_steps = 100
     c.optimizer.weight_decay = 0.1
-    c.train.steps = 4000
+    c.train.steps = 3000
     c.train.batch_size = 8
     c.train.checkpoint_every = 100
     c.compute.dtype = "float32"

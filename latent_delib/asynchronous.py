@@ -18,7 +18,8 @@ class Beside:
     """An `engine.Coprocessor` whose latents join when they are ready, whenever that is.
 
     Its work is queued on its devices, behind the text that it reads, and looked at without waiting. Where it fails, it
-    says so once and answers no more: decoding goes on, and without latents it is the plain decoder's, bit for bit.
+    says so once and answers no more: decoding goes on with the latents that have joined before; where none have, it is
+    the plain decoder's, bit for bit.
 
     Args:
       params, aug: the coprocessor's, as they lie on `mesh`. home: the mesh that latents are brought to.
@@ -45,18 +46,20 @@ class Beside:
         return jax.device_put(z, mesh_lib.rows(self.home))
 
     def answer(self, made: int) -> Latents | None:
-        if self.latents is None or not all(x.is_ready() for x in jax.tree.leaves(self.latents)):
+        if self.latents is None:
             return None
-        z, self.latents = self.latents, None
         try:
+            if not all(x.is_ready() for x in jax.tree.leaves(self.latents)):
+                return None
+            z, self.latents = self.latents, None
             return jax.block_until_ready(z)
         except Exception as error:
             self._give_up(error)
             return None
 
     def _give_up(self, error: Exception) -> None:
-        self.failed = True
-        warnings.warn(f"the coprocessor failed, the decoder goes on without latents: {error!r}", stacklevel=3)
+        self.failed, self.latents = True, None
+        warnings.warn(f"the coprocessor failed, the decoder goes on without new latents: {error!r}", stacklevel=3)
 
     def next_look(self, made: int) -> int | None:
         return None if self.latents is None else made + 1

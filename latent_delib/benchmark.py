@@ -55,6 +55,7 @@ def benchmark(
     every: int = 0,
     delay: int = 0,
     batch_size: int = 16,
+    max_length: int = 8192,
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Runs every benchmark on every model of which OUT/benchmarks.json has no row yet; returns what that holds then.
@@ -95,13 +96,15 @@ def benchmark(
                 key["delay"] = delay if "generate_until" in asked else 0
             if one == "zero_shot_cot" and asked != {"generate_until"}:
                 raise UserError(f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated")
-            made = key | {"shots": 0 if one == "zero_shot_cot" else row["shots"], "limit": limit}
+            shots = 0 if one == "zero_shot_cot" else row["shots"]
+            made = key | {"shots": shots, "max_length": max_length, "limit": limit}
             if not any(_serves(old, made) for old in found):
                 todo.append((made, row))
     if todo:
         dtype = about["config"].get("compute", {}).get("dtype", "float32")
         latents = any(made["model"] == "augmented" for made, _ in todo)
-        lm = AugmentedLM(models.load_decoder(path, dtype), models.load_coprocessor(workdir, step) if latents else None)
+        coprocessor = models.load_coprocessor(workdir, about["step"]) if latents else None
+        lm = AugmentedLM(models.load_decoder(path, dtype), coprocessor, max_length=max_length)
     for made, row in todo:
         cot = made["model"] == "zero_shot_cot"
         adapter = harness.Adapter(
@@ -146,8 +149,9 @@ def figures(samples: Sequence[Row], metric: str, name: str = "") -> Row:
         unit = metric
     else:
         p = sum(map(float, values)) / n
-        stderr = 100 * math.sqrt(sum((float(v) - p) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
-        middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        variance = sum((float(v) - p) ** 2 for v in values) / n  # p (1 - p) where every score is 0 or 1
+        stderr = 100 * math.sqrt(variance / (n - 1)) if n > 1 else None
+        middle, half = p + Z**2 / (2 * n), Z * math.sqrt(variance / n + Z**2 / (4 * n**2))
         low, high = (max(0.0, min(100.0, 100 * (middle + side) / (1 + Z**2 / n))) for side in (-half, half))
         value, unit = 100 * p, "percent"
     return {
@@ -317,6 +321,7 @@ if __name__ == "__main__":
         every=(0, "latents join again after each so many tokens; 0: once"),
         delay=(0, "tokens decoded before the latents join (asynchronous coprocessor)"),
         batch_size=(16, "prompts at once"),
+        max_length=(8192, "tokens of a document and its answer; what a decoder was trained on bounds what makes sense"),
         tasks=("runs/tasks", "the folder that make_tasks wrote"),
         table=("configs/benchmarks.py", "the benchmarks, a row each"),
         confirm_run_unsafe_code=(False, "let mbpp and humaneval run code that the model writes"),

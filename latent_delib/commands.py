@@ -80,8 +80,9 @@ def _quiet() -> None:
 def _parse(values: flags.FlagValues, configs: list[str]) -> list[str]:
     """Parses sys.argv, loads the config files it names, and returns what is left over."""
     for argument in sys.argv[1:]:
-        name, _, path = argument.removeprefix("--").partition("=")
-        if name in configs and not os.path.isfile(path.partition(":")[0]):  # FILE.py:ARGUMENT gives get_config one
+        name, given, path = argument.removeprefix("--").partition("=")
+        path = path.partition(":")[0]  # FILE.py:ARGUMENT gives get_config one
+        if name in configs and given and not os.path.isfile(path):
             raise UserError(f"{argument}: no such file")
     try:
         rest = values(sys.argv)[1:]

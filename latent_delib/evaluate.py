@@ -107,7 +107,7 @@ def evaluate_many(
         del found  # before the next is read
         if jax.process_index() == 0:
             draw_curves(evaluations)
-    if failed:
+    if failed := _from_first([step for step in failed if step in _there(workdir)]):  # others were being removed
         raise UserError(f"--workdir={workdir}: checkpoints {failed} could not be read; the same command tries again")
 
 
@@ -228,6 +228,10 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
     first, since, over = jax.process_index() == 0, time.monotonic(), False
     wanted = set(steps or ())  # without `steps`: all that were there at some look
     settled: set[int] = set()  # evaluated before, yielded, or gone
+    if first and evaluations.exists():
+        for folder in evaluations.iterdir():  # one curve goes through all that are there
+            if folder.name.isdigit():
+                _is_done(job, evaluations, int(folder.name))
     if first and patience is None:
         there = _there(job.workdir)
         if not (there or wanted):

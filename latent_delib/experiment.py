@@ -166,6 +166,11 @@ def check(config: ConfigDict) -> None:
     for key in ("learning_rate", "clip_norm", "eps"):
         if not o[key] > 0:
             raise UserError(f"config.optimizer.{key}={o[key]}: expected more than 0")
+    for key in ("b1", "b2"):
+        if not 0 <= o[key] < 1:
+            raise UserError(f"config.optimizer.{key}={o[key]}: expected at least 0 and less than 1")
+    if not 0 <= o.final_fraction <= 1:
+        raise UserError(f"config.optimizer.final_fraction={o.final_fraction}: expected 0 to 1")
     if t.profile_at and t.profile_at + 3 > t.steps:
         raise UserError(f"config.train.profile_at={t.profile_at}: three steps after it are past steps={t.steps}")
     if config.seed < 0:
@@ -185,6 +190,8 @@ def check(config: ConfigDict) -> None:
             f"config.method.placement={m.placement!r}: method 'inserted' has no vector to predict the next token from; "
             "expected one that reads x_p again: " + ", ".join(sorted(p for p in PLACEMENTS if PLACEMENTS[p].reread))
         )
+    if e.swap and m.name == "inserted":
+        raise UserError("config.evaluate.swap: the keys that method 'inserted' writes are of the position they are for")
     if e.swap and (METHODS[m.name].write is None or e.batch_size < 2):
         raise UserError(
             f"config.evaluate.swap: method {m.name!r}, evaluate.batch_size={e.batch_size}; expected two texts "

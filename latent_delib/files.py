@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,10 +24,13 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A new local folder to write in that appears under its name only once whole, and leaves nothing if that fails.
 
     Raises:
-      UserError: it is there already, and is not to be replaced; or it is gs:// or the like, which renames no folder.
+      UserError: it is there already, and is not to be replaced; or it cannot be renamed to: gs:// and the like, a mount
+        point.
     """
     if str(folder).partition("/")[0].endswith(":"):
         raise UserError(f"{folder}: expected a local folder; copy it from there")
+    if folder.is_mount():
+        raise UserError(f"{folder}: a mount point cannot be put in place whole; name a folder in it")
     if folder.exists() and not replace and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: exists; remove it or name another")
     partial, before = (folder.with_name(f"{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
@@ -34,13 +38,15 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
+        if replace and folder.exists():
             folder.rename(before)
         try:
             partial.rename(folder)
-        except OSError:
+        except OSError as error:
             if before.exists():
                 before.rename(folder)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise UserError(f"{folder}: made by another job meanwhile") from None
             raise
     finally:
         for leftover in (partial, before):

@@ -56,15 +56,18 @@ def main(flags: Any) -> None:
 
 def read_prompts(flags: Any) -> list[dict[str, Any]]:
     """What is asked for, each a "prompt" and its "seed"."""
+    if flags.coprocessor_devices and flags.delay:
+        raise UserError(f"--delay={flags.delay}: with --coprocessor_devices latents join when they are ready")
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
     if flags.prompt:
         return [{"prompt": flags.prompt, "seed": flags.seed}]
     requests = []
     try:
-        lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+        text = Path(flags.prompts).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{flags.prompts}: not UTF-8 at byte {error.start}") from None
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines knows ends of lines that JSON does not
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -89,15 +92,15 @@ def load(flags: Any) -> lm.AugmentedLM:
             f"--coprocessor_devices={flags.coprocessor_devices}: of the {jax.device_count()} devices at hand the "
             "decoder needs at least one"
         )
-    checkpoints, _, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
+    checkpoints, step, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
     checkpoints.close()
     path, has_latents = models.decoder_of(flags.workdir, meta), METHODS[meta["method.name"]].write is not None
     split = jax.device_count() - flags.coprocessor_devices
     here, there = jax.devices()[:split], jax.devices()[split:]
     mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor}, here)
-    decoder = models.load_decoder(path, mesh=mesh)
+    decoder = models.load_decoder(path, meta["config"]["compute"]["dtype"], mesh)
     augment = has_latents and not flags.no_augment
-    coprocessor = models.load_coprocessor(flags.workdir, flags.step) if augment else None
+    coprocessor = models.load_coprocessor(flags.workdir, step) if augment else None
     beside = mesh_lib.make({"data": 1, "tensor": -1}, there) if there else None
     return lm.AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length)
 

@@ -176,6 +176,7 @@ class AugmentedLM:
         owner: list[int] = []
         for i, text in enumerate(texts):
             ids = np.array(self._ids(text, f"texts[{i}]"), np.int32)
+            ids = ids[1:] if len(ids) and ids[0] == self.tokenizer.bos_id else ids
             more = [p for p in batches.pieces(ids, self.max_length, self.tokenizer.bos_id) if len(p) > 1]
             pieces, owner = pieces + more, owner + [i] * len(more)
         sums, done = np.zeros(len(texts)), 0
@@ -231,7 +232,7 @@ class AugmentedLM:
             raise UserError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
         heads = [self._prompt(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
         for i, (prompt, head) in enumerate(zip(prompts, heads)):
-            if not prompt:
+            if len(prompt) == 0:
                 raise UserError(f"prompts[{i}] is empty")
             self._check_length(f"prompts[{i}]", len(head), max_new_tokens)
         room = _bucket(max_new_tokens)
@@ -265,7 +266,8 @@ class AugmentedLM:
                 look=look,
             )
             for i, row in zip(chosen, new):
-                found[i] = Continuation(self._cut(row, stop), row, joined)
+                last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)  # other rows may go on
+                found[i] = Continuation(self._cut(row, stop), row, tuple(at for at in joined if at <= last))
         return [found[i] for i in range(len(prompts))]
 
     def _aug(self, augment: bool) -> Augmentation:

@@ -14,6 +14,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def make_tasks(out: str) -> None:
     """Writes all tasks to the folder `out`, whole or not at all.
 
     Raises:
-      UserError: `out` is there already, or reasoning-gym is not installed.
+      UserError: `out` is there already; reasoning-gym is not installed, or makes too few different problems.
     """
     version = _version()
     total = sum(SIZES[split] for _, _, splits in TASKS.values() for split in splits)
@@ -197,10 +198,12 @@ def make_tasks(out: str) -> None:
                         progress(done + len(rows))
                     if len(rows) == SIZES[split]:
                         break
+                if len(rows) < SIZES[split]:
+                    raise UserError(f"{name}: {len(rows)} {split} problems, expected {SIZES[split]}")
                 done += SIZES[split]
                 lines.append(f"{name:18} {split:6} {len(rows):>6,}")
             write_task(folder, name, made)
-        about = {"seeds": SEEDS, "sizes": SIZES, "reasoning_gym": version, "provenance": provenance()}
+        about = {"seeds": SEEDS, "sizes": SIZES, "reasoning_gym": version, "provenance": provenance(computed=False)}
         (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     print("\n".join(lines))
 
@@ -313,11 +316,11 @@ def _follows(*form: tuple[str, int, bool, int]) -> bool:
     )
 
 
-def _value(expression: str) -> float | None:
-    """What an expression of numbers, + - * / and brackets comes to."""
+def _value(expression: str) -> Fraction | None:
+    """What an expression of whole numbers, + - * / and brackets comes to."""
     assert re.fullmatch(r"[-+*/() \d]+", expression), expression
     try:
-        return eval(expression)
+        return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression))
     except ZeroDivisionError:
         return None
 

@@ -34,13 +34,17 @@ def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[np
 
 
 def _difference(found: dict, meta: dict) -> str | None:
-    """The first thing in which finished token files are not what would be written, both sides named."""
+    """The first thing in which finished token files are not what would be written."""
     for key, value in meta.items():
         there = found.get(key)
         if key in SPLITS:
             there, value = ([entry["source"] for entry in entries or ()] for entries in (there, value))
         if there != value:
             return f"{key} is {there} there and {value} here"
+    for split in SPLITS:
+        for theirs, ours in zip(found[split], meta[split]):
+            if theirs.get("text", ours["text"]) != ours["text"]:  # older token files do not say
+                return f"the text of {ours['source']} is another now"
     return None
 
 
@@ -75,8 +79,8 @@ def prepare(config: Any, out: str) -> dict:
         "pad_id": tokenizer.pad_id,
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32",
         "tokenizer_sha256": fingerprint(tokenizer_path),
-        "train": [{"source": source} for source in data.sources],
-        "validation": [{"source": source} for source in data.validation],
+        "train": [{"source": source, "text": tasks.source_fingerprint(source)} for source in data.sources],
+        "validation": [{"source": source, "text": tasks.source_fingerprint(source)} for source in data.validation],
     }
     if found := token_files.read_meta(out):
         if differing := _difference(found, meta):

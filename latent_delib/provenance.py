@@ -10,12 +10,15 @@ from typing import Any
 import jax
 
 
-def provenance() -> dict[str, Any]:
-    """The command, the date (UTC, ISO 8601), the hardware, and the versions that a result was made with."""
+def provenance(computed: bool = True) -> dict[str, Any]:
+    """The command, the date (UTC, ISO 8601), the hardware, and the versions that a result was made with.
+
+    computed: by jax; to ask for its devices would take an accelerator from another job.
+    """
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
+        **({"hardware": hardware()} if computed else {}),
         "versions": {package: metadata.version(package) for package in ("latent_delib", "jax", "flax", "numpy")},
     }
 

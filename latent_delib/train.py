@@ -88,9 +88,15 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
 
     def check(meta: dict[str, Any]) -> None:
         exp.check_same(meta, workdir)
-        if meta["data"]["seed"] != config.seed:
-            there = meta["data"]["seed"]
-            raise UserError(f"config.seed={config.seed}: the data of {workdir} come in the order of {there}")
+        was = meta["config"]
+        for key, there, here in (
+            ("seed", meta["data"]["seed"], config.seed),
+            ("train.batch_size", was["train"]["batch_size"], t.batch_size),
+            ("data.weights", was["data"]["weights"], plain["data"]["weights"]),
+            ("data.seq_len", was["data"]["seq_len"], config.data.seq_len),
+        ):
+            if there != here:
+                raise UserError(f"config.{key}={here}: the data of {workdir} come in the order of {there}")
         batches.check_fingerprint(meta["data"]["fingerprint"], data)
 
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)

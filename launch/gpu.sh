@@ -2,7 +2,8 @@
 # Runs a command with the settings that NVIDIA GPUs want.
 #
 #   LATENT_DELIB_EXTRAS=cuda ./launch/setup.sh
-#   ./launch/gpu.sh .venv/bin/python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR
+#   ./launch/gpu.sh .venv/bin/python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR \
+#       --config.decoder.path=DECODER --config.train.accumulation=256
 #   ./launch/gpu.sh ./launch/smollm2.sh
 set -euo pipefail
 

@@ -8,10 +8,10 @@
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper/protocols.py says what a protocol is. Runs lie in runs/paper/PROTOCOL/NAME@SEED: of the placements also
-# swap/ (every text is given the latents of another; of adapt_coprocessor too), longer/ (the plain decoder reads as much
-# more text as latents cost), delay1/ to delay3/ (latents come late), unseen/ (of protocol a, where runs/mixture is
-# there) and evaluations/ (every checkpoint). A run with more arguments is not what its name says: it lies in
-# runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves it out.
+# swap/ (every text is given the latents of another; of joint, unified and adapt_coprocessor too), longer/ (the plain
+# decoder reads as much more text as latents cost), delay1/ to delay3/ (latents come late), unseen/ (of protocol a, where
+# runs/mixture is there) and evaluations/ (every checkpoint). A run with more arguments is not what its name says: it
+# lies in runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves it out.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -34,8 +34,9 @@ if ((!${#wanted[@]})); then
   wanted=(a/overlay a/after a/decoder) # what the others are compared with, or start from
   for file in configs/paper/*.py; do
     name=$(basename "$file" .py)
-    [[ " ${wanted[*]} a/protocols a/pretrain " == *" a/$name "* ]] || wanted+=("a/$name")
+    [[ " ${wanted[*]} a/protocols a/pretrain " == *" a/$name "* || $name == adapt_* ]] || wanted+=("a/$name")
   done
+  wanted+=(a/adapt_decoder a/adapt_coprocessor) # last: they want reasoning-gym, which is not everywhere
 fi
 
 latent_delib() { echo "== $*" && .venv/bin/python -m "latent_delib.$1" "${@:2}"; }
@@ -86,7 +87,7 @@ for each in "${wanted[@]}"; do
   if [[ $protocol == a && $name != adapt_* && -e runs/mixture ]]; then
     evaluate "$run/unseen" --config.seed="$seed" --config.data.token_files= --config.data.validation="$unseen"
   fi
-  if [[ $name == overlay || $name == after || $name == adapt_coprocessor ]]; then
+  if [[ $name =~ ^(overlay|after|joint|unified|adapt_coprocessor)$ ]]; then
     evaluate "$run/swap" --config.seed="$seed" --config.evaluate.swap
   fi
   if [[ $name == overlay || $name == after ]]; then

@@ -58,6 +58,9 @@ def named(line, *words):
         ("--config.compute.dtype=float16", ["config.compute.dtype='float16'", "bfloat16"]),
         ("--config.compute.remat=some", ["config.compute.remat='some'", "dots"]),
         ("--config.train.steps=0", ["config.train.steps=0"]),
+        ("--config.optimizer.b2=1", ["config.optimizer.b2=1", "less than 1"]),
+        ("--config.optimizer.final_fraction=-1", ["config.optimizer.final_fraction=-1", "0 to 1"]),
+        ("--config.data.token_files=s4://nowhere/tokens", ["s4://nowhere/tokens"]),
         ("--config.train.profile_at=2", ["config.train.profile_at=2", "steps=4"]),
         ("--config.train.keep_every=-1", ["config.train.keep_every=-1"]),
         ("--config.train.keep_best=-1", ["config.train.keep_best=-1"]),
@@ -107,6 +110,7 @@ def test_config_files_and_flags(error, config_file, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
     named(error("train", f"--config={broken}", "--workdir=w"), "division by zero")
+    named(error("train", "--config", str(broken), "--workdir=w"), "division by zero")
 
 
 @pytest.mark.parametrize(
@@ -187,8 +191,11 @@ def test_a_checkpoint_of_another_decoder_or_method(error, config_file, trained, 
         for command in ("train", "evaluate"):
             line = error(command, f"--config={config_file(changes)}", f"--workdir={workdir}")
             named(line, workdir, "its checkpoint has " + key)
-    line = error("train", f"--config={config_file({'seed': 1})}", f"--workdir={workdir}")
-    named(line, workdir, "config.seed=1: the data of", "come in the order of 0")
+    for changes, words in (
+        ({"seed": 1}, ["config.seed=1: the data of", "come in the order of 0"]),
+        ({"train.batch_size": 16}, ["config.train.batch_size=16: the data of", "come in the order of 8"]),
+    ):
+        named(error("train", f"--config={config_file(changes)}", f"--workdir={workdir}"), workdir, *words)
     assert sorted(p for p in workdir.rglob("*")) == before
 
 

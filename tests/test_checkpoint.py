@@ -120,7 +120,7 @@ def test_shapes_need_not_be_known(finished):
     checkpoints, step, _ = open_for_reading(str(finished), step=2)
     restored = checkpoints.restore_newest(step=step).trainable
     assert_equal(restored, make(2, sharding(*HERE))[0])
-    assert {x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(restored)} == {True}
+    assert {type(x) for x in jax.tree.leaves(restored)} == {np.ndarray}  # on no device
 
 
 def test_a_half_written_checkpoint_is_ignored(saved):

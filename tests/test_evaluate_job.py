@@ -134,6 +134,9 @@ def test_many_checkpoints(make_config, trained, alone, calls, tmp_path):
 
     with pytest.raises(ld.UserError, match=r"perplexity.json: has config.evaluate.max_pieces=0, this config 3; give"):
         evaluate.evaluate_many(make_config({"evaluate.max_pieces": 3}), str(trained), str(tmp_path))
+    shutil.rmtree(tmp_path / "evaluations/4")  # what is asked for is not there, but what would share a curve with it
+    with pytest.raises(ld.UserError, match="evaluations/2"):
+        evaluate.evaluate_many(make_config({"evaluate.max_pieces": 3}), str(trained), str(tmp_path), [4])
 
 
 def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alone, tmp_path, capsys, monkeypatch):

@@ -7,14 +7,14 @@ from latent_delib import generate
 
 
 def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
-    asked = [{"prompt": "the cat", "seed": 3}, {"prompt": "a dog ran to the door when"}]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    asked = [{"prompt": "the cat\u2028", "seed": 3}, {"prompt": "a dog ran to the door when"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked))
     out = tmp_path / "folder" / "out.jsonl"
     options = dict(max_new_tokens=5, temperature=0.7, top_k=0, top_p=1.0, stop="", seed=11, every=0, delay=0)
     options |= dict(batch_size=2, prompt="", prompts=str(tmp_path / "in.jsonl"), out=str(out), no_augment=False)
     options |= dict(workdir=str(trained), step=None, coprocessor_devices=0, tensor=1, max_length=64)
     generate.main(type("Flags", (), options))
-    found = [json.loads(line) for line in out.read_text().splitlines()]
+    found = [json.loads(line) for line in out.read_text().removesuffix("\n").split("\n")]
     assert [row["prompt"] for row in found] == [row["prompt"] for row in asked]
     assert [row["seed"] for row in found] == [3, 12]  # its own, and the flag's with its place
     lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))

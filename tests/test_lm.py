@@ -185,6 +185,19 @@ def test_eos_ends_a_row_and_pads_it(decoder, lms):
     assert found[0] != plain[0] and any(end not in row for row in plain)
 
 
+def test_latents_joined_as_often_as_if_alone(decoder, lms):
+    """EOS ends one row of a batch early; others go on, and get latents."""
+    coprocessor, tokenizer = lms["overlay"].coprocessor, Ids(decoder.tokenizer.path)
+    new = lms["overlay"].continuations(PROMPTS, NEW, every=2)
+    tokenizer.eos_id = new[0].tokens[2]
+    lm = ld.AugmentedLM(dataclasses.replace(decoder, tokenizer=tokenizer), coprocessor)
+    together = lm.continuations(PROMPTS, NEW, every=2)
+    for prompt, found in zip(PROMPTS, together):
+        (alone,) = lm.continuations([prompt], NEW, every=2)
+        assert alone.joined == found.joined
+    assert len({found.joined for found in together}) > 1
+
+
 class Letters(Ids):
     """Its text is a letter a token, so that a stop string may begin and end anywhere."""
 
@@ -300,7 +313,7 @@ def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, f
         warnings.simplefilter("always")
         found = beside.continuations(PROMPTS, 4 * NEW, every=4, delay=None)
     assert {c.joined for c in found} == {()}
-    assert sum("goes on without latents: RuntimeError('the slice is gone')" in str(w.message) for w in said) == (
+    assert sum("goes on without new latents: RuntimeError('the slice is gone')" in str(w.message) for w in said) == (
         fault != "never answers"
     )
     without = last[-1]
@@ -352,6 +365,9 @@ def test_rolling_logprobs(lms, name, every):
             expected += ahead[at[:, None] + 1 + np.arange(stretch) < len(piece)].sum()
         np.testing.assert_allclose(logprob, expected, rtol=1e-5, atol=1e-5)
     assert found[2] == 0
+    ids = lm.tokenizer.encode(texts[0])
+    again = lm.rolling_logprobs([ids, [2, *ids], np.array(ids)], every=every)
+    np.testing.assert_allclose(again, found[0], rtol=1e-6)
     plain = lms["decoder"].rolling_logprobs(texts[:1])
     assert lms[name].rolling_logprobs(texts[:1], augment=False) == plain
 

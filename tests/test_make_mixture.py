@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -97,6 +99,7 @@ def test_every_source_is_of_a_known_split_and_group():
         (("mit", 1e6), "--licences: 'mit', expected some of public_domain,permissive,copyleft"),
         (("permissive", 10), "--budget=10: expected at least 500 characters"),
         (("permissive", float("nan")), "--budget=nan"),
+        (("permissive", float("inf")), "--budget=inf"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
@@ -109,3 +112,29 @@ def test_a_missing_program_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="apt-get is not installed"):
         make_mixture.make_mixture(str(tmp_path / "out"), "permissive", 1e6)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_whole_way(tmp_path, monkeypatch):
+    """With packages of one group, or of all; the same bytes again."""
+
+    def debian(folder, package):
+        page = folder / package / f"usr/share/doc/{package}/page.html"
+        page.parent.mkdir(parents=True)
+        page.write_text(f"<html><body><p>{own(package[1])}</p></body></html>")
+        (page.parent / "copyright").write_text(f"{package} is free.")
+        return folder / package, "1.0"
+
+    monkeypatch.setattr(extract, "debian", debian)
+    monkeypatch.setattr(shutil, "which", str)
+    monkeypatch.setattr(make_mixture, "SOURCES", CHOSEN)
+    monkeypatch.setattr(make_mixture, "ProcessPoolExecutor", ThreadPoolExecutor)
+    for out in ("one", "two"):
+        make_mixture.make_mixture(str(tmp_path / out), "permissive,copyleft", 1e6)
+    assert (tmp_path / "one/train/ours.txt").read_text() == own("u").strip() + "\n"
+    assert "| validation | held | 1.0 | GPL-2 | 1 |" in (tmp_path / "one/MIXTURE.md").read_text()
+    assert (tmp_path / "one/licences/held.txt").read_text() == "held is free."
+    first, second = (json.loads((tmp_path / out / "about.json").read_text())["sha256"] for out in ("one", "two"))
+    assert first == second
+
+    make_mixture.make_mixture(str(tmp_path / "three"), "permissive", 1e6)
+    assert not (tmp_path / "three/validation/held.txt").exists() and (tmp_path / "three/train/ours.txt").exists()

@@ -286,6 +286,10 @@ MISTAKES = [
     ({"method.start": "checkpoints/1"}, "expected WORKDIR/checkpoints/STEP"),
     ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),
     (
+        {"evaluate.swap": True, "method.name": "inserted", "method.placement": "overlay"},
+        "config.evaluate.swap: the keys that method 'inserted' writes",
+    ),
+    (
         {"evaluate.longer_prompt": 31, "evaluate.max_length": 32},
         "config.evaluate.longer_prompt=31: expected at most 30",
     ),

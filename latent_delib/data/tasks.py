@@ -342,17 +342,19 @@ def _fingerprint_of_file(path: str) -> tuple[int, str]:
         return size, hashlib.sha256(ends + file.read(_END)).hexdigest()
 
 
+def source_fingerprint(source: str) -> str:
+    """A digest of a source's files, wherever they lie."""
+    paths = sorted(_data_source(source)[0].list_shards(SPLIT))
+    folder = os.path.commonprefix(paths).rpartition("/")[0]
+    how = source[:5] if source.startswith(("files:", "lines:")) else source
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            files = [(p.removeprefix(folder), *f) for p, f in zip(paths, pool.map(_fingerprint_of_file, paths))]
+    except _LOST as error:
+        raise UserError(f"config.data: reading {source!r}: {error.message}") from None
+    return hashlib.sha256(repr((how, files)).encode()).hexdigest()
+
+
 def data_fingerprint(data, *, tokenizer_path):
     """`batches.fingerprint` for text."""
-    found = {}
-    with ThreadPoolExecutor(32) as pool:
-        for i, source in enumerate(data.sources):
-            paths = sorted(_data_source(source)[0].list_shards(SPLIT))
-            folder = os.path.commonprefix(paths).rpartition("/")[0]
-            how = source[:5] if source.startswith(("files:", "lines:")) else source
-            try:
-                files = [(p.removeprefix(folder), *f) for p, f in zip(paths, pool.map(_fingerprint_of_file, paths))]
-            except _LOST as error:
-                raise UserError(f"config.data: reading {source!r}: {error.message}") from None
-            found[f"sources[{i}]"] = hashlib.sha256(repr((how, files)).encode()).hexdigest()
-    return found
+    return {f"sources[{i}]": source_fingerprint(source) for i, source in enumerate(data.sources)}

@@ -50,6 +50,13 @@ def _done(future: Any, path: str) -> Any:
         raise UserError(f"{path}: {_line(error)}") from None
 
 
+def _folder(directory: str) -> ts.KvStore:
+    try:
+        return ts.KvStore.open(_store(directory)).result()
+    except ValueError as error:  # gs:///tokens
+        raise UserError(f"{directory}: {_line(error)}") from None
+
+
 def _line(error: ValueError) -> str:
     return re.split(r" \[[\w ]+='", str(error))[0]  # tensorstore adds its whole specification
 
@@ -118,7 +125,7 @@ def _write(
 
 def read_meta(directory: str) -> dict | None:
     """The content of meta.json, or None where there is none. Raises UserError where it is another program's."""
-    found = _done(ts.KvStore.open(_store(directory)).result().read("meta.json"), directory)
+    found = _done(_folder(directory).read("meta.json"), directory)
     if found.state != "value":
         return None
     try:
@@ -136,7 +143,7 @@ def read_meta(directory: str) -> dict | None:
 def write_meta(directory: str, meta: dict) -> None:
     """Marks `directory` as finished."""
     text = json.dumps(meta, indent=2).encode()
-    _done(ts.KvStore.open(_store(directory)).result().write("meta.json", text), directory)
+    _done(_folder(directory).write("meta.json", text), directory)
 
 
 def write_train(directory: str, number: int, documents: Iterable[np.ndarray], meta: dict) -> dict[str, int]:

@@ -338,6 +338,10 @@ def test_prepare_overwrites_nothing(tokenizer, tmp_path, capsys):
     capsys.readouterr()
     assert prepare(data, tokenizer, out) == meta
     assert "already prepared" in capsys.readouterr().out
+    (extra := tmp_path / "a" / "extra.txt").write_text("One more document.")
+    with pytest.raises(UserError, match=r"other token files: the text of files:.* is another now"):
+        prepare(data, tokenizer, out)
+    extra.unlink()
     data.seq_len = 32
     with pytest.raises(UserError, match="other token files: seq_len is 16 there and 32 here"):
         prepare(data, tokenizer, out)

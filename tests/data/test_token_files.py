@@ -226,6 +226,21 @@ def test_a_failed_write_leaves_no_trace(prepared, tmp_path):
     assert token_files.read_meta(str(tmp_path / "out")) == prepared.meta and len(list(tmp_path.iterdir())) == 1
 
 
+def test_of_two_at_once_the_first_stays(tmp_path):
+    with pytest.raises(UserError, match="out: made by another job meanwhile"), files.whole(tmp_path / "out") as second:
+        with files.whole(tmp_path / "elsewhere") as first:
+            (first / "who").write_text("first")
+        (tmp_path / "elsewhere").rename(tmp_path / "out")
+        (second / "who").write_text("second")
+    assert (tmp_path / "out" / "who").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tmp_path), "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(UserError, match="a mount point"), files.whole(tmp_path):
+        raise AssertionError
+
+
 def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(UserError, match="file/x.*[Nn]ot a directory") as error:
