@@ -3,9 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from latent_delib.nn import transformer
+from latent_delib.nn.cache import Cache
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 
 # Softcaps low enough to bend these small scores and logits; two rotary bases that cannot be mistaken.
@@ -49,3 +51,9 @@ def coprocessor(config, num_latents, seed=1):
     tree = decoder(config, seed)
     del tree["embedding"]
     return tree | at_random(seed + 1, {"soft_tokens": np.zeros((num_latents, config.embed_dim))})
+
+
+def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+    """A cache with room for `capacity` entries a row."""
+    kv = jnp.zeros((config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), dtype)
+    return Cache(kv, kv, jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))

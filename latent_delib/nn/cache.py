@@ -5,8 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from latent_delib.nn.sizes import TransformerConfig
-
 AXES = (None, "batch", None, "heads", None)  # logical axes of k and v
 
 
@@ -28,12 +26,6 @@ class Cache(NamedTuple):
     v: jax.Array
     position: jax.Array
     length: jax.Array
-
-
-def empty(config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
-    """A cache with room for `capacity` entries a row."""
-    kv = jnp.zeros((config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), dtype)
-    return Cache(kv, kv, jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
 def of_text(kv: KV, position_BT: jax.Array) -> Cache:

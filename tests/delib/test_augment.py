@@ -119,7 +119,7 @@ def test_traces_together_equal_separate_runs_through_the_cache(placement):
 
     def one_trace(document, p):
         reread = placement != "after"
-        cache = cache_lib.empty(config, 1, T + L + A, jnp.float32)
+        cache = small.empty_cache(config, 1, T + L + A, jnp.float32)
         text = np.pad(document, (0, T - len(document)))
         _, cache = extend(config, decoder, cache, embed(text), np.arange(T)[None], np.array([p + 1]))
         latent_position = naive.latent_position(p, L, placement)[None]

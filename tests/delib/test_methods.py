@@ -11,7 +11,6 @@ import small
 from latent_delib.delib import augment, traces
 from latent_delib.delib.coprocessor import Inserted, Models, Text
 from latent_delib.delib.methods import METHODS
-from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import rotary
 from latent_delib.nn.transformer import Transformer
 
@@ -44,7 +43,7 @@ def write(name, tree, text):
 
 def text_of(seed, dtype=jnp.float32):
     """What some decoder might have read."""
-    cache = cache_lib.empty(CONFIG, B, T, dtype)
+    cache = small.empty_cache(CONFIG, B, T, dtype)
     k, v = jax.random.normal(jax.random.key(seed), (2, *cache.k.shape), dtype)
     cache = cache._replace(k=k, v=v, position=jnp.tile(jnp.arange(T), (B, 1)), length=jnp.full((B,), T))
     return Text(jax.random.normal(jax.random.key(seed), (B, T, CONFIG.embed_dim), dtype), cache)
@@ -188,7 +187,7 @@ def test_maps_that_change_nothing(family, num_layers):
     tree = jax.tree.map(jnp.asarray, small.coprocessor(own, L))
     params = {"decoder": decoder, "coprocessor": through_identity(own, tree)}
     position = jnp.array([[3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5]])
-    cache = cache_lib.empty(config, B, T, jnp.float32)
+    cache = small.empty_cache(config, B, T, jnp.float32)
     k, v = jax.random.normal(jax.random.key(0), (2, *cache.k.shape))
     text = Text(jnp.zeros((B, T, config.embed_dim)), cache._replace(k=k, v=v, position=position))
     found = METHODS["resized"].write(params, Models(Transformer(config), Transformer(own)), text, TRACES)

@@ -67,7 +67,7 @@ def test_cached_equals_uncached_at_every_split(model):
 
     splits = [([s, T - s], [T - s, s]) for s in range(T + 1)]
     for pieces in [*splits, ([1, 4, 0, 2, 7], [6, 1, 1, 5, 1])]:
-        cache = cache_lib.empty(config, 2, T, jnp.float32)
+        cache = small.empty_cache(config, 2, T, jnp.float32)
         for count in np.transpose(pieces):
             done = np.array(cache.length)
             # What stands past a row's count is somebody's padding: it must not matter.
