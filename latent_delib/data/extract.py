@@ -174,7 +174,7 @@ def blocks(text: str) -> list[str]:
     return [block for block in found if block]
 
 
-def dictionary(root: Path, drop: str = "$^") -> Pages:
+def dictionary(root: Path, drop: str = "(?!)") -> Pages:
     """A dictionary in the format of dictd, ENTRIES a page: a headword begins a line, what it means stands indented.
 
     drop: a pattern of entries to leave out.
