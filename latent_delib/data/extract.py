@@ -174,14 +174,11 @@ def blocks(text: str) -> list[str]:
     return [block for block in found if block]
 
 
-def dictionary(root: Path, drop: str = "(?!)") -> Pages:
-    """A dictionary in the format of dictd, ENTRIES a page: a headword begins a line, what it means stands indented.
-
-    drop: a pattern of entries to leave out.
-    """
+def dictionary(root: Path) -> Pages:
+    """A dictionary in the format of dictd, ENTRIES a page: a headword begins a line, what it means stands indented."""
     (file,) = root.rglob("*.dict.dz")
     text = gzip.decompress(file.read_bytes()).decode(errors="replace")
-    entries = [entry for entry in re.split(r"\n(?=\S)", text) if not re.search(drop, entry)]
+    entries = re.split(r"\n(?=\S)", text)
     firsts = range(0, len(entries), ENTRIES)
     return {f"{first:08}": functools.partial(_entries, entries[first : first + ENTRIES]) for first in firsts}
 

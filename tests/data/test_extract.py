@@ -77,8 +77,6 @@ def test_a_dictionary_and_sayings(tmp_path):
     )
     (page,) = extract.dictionary(tmp_path).values()
     assert page() == ["Abase To lower.\nSyn: degrade.", "Abate To lessen."]
-    (page,) = extract.dictionary(tmp_path, drop=r"\[1913").values()
-    assert page() == ["Abate To lessen."]
     write(tmp_path / "fun", "One.\n\t-- A\n%\nTwo.\n%\n")
     write(tmp_path / "fun.dat", "")
     assert extract.sayings(tmp_path)["fun"]() == ["One.\n    -- A", "Two.", ""]
