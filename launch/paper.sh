@@ -87,7 +87,7 @@ for each in "${wanted[@]}"; do
   if [[ $protocol == a && $name != adapt_* && -e runs/mixture ]]; then
     evaluate "$run/unseen" --config.seed="$seed" --config.data.token_files= --config.data.validation="$unseen"
   fi
-  if [[ $name =~ ^(overlay|after|joint|unified|adapt_coprocessor)$ ]]; then
+  if [[ $name =~ ^((overlay|after)(_[0-9]+)?|joint|unified|adapt_coprocessor)$ ]]; then
     evaluate "$run/swap" --config.seed="$seed" --config.evaluate.swap
   fi
   if [[ $name == overlay || $name == after ]]; then
