@@ -7,11 +7,11 @@
 #   ./launch/paper.sh a/overlay -- --config.train.steps=20      more arguments for train and evaluate
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
-# configs/paper/protocols.py says what a protocol is. Runs lie in runs/paper/PROTOCOL/NAME@SEED: of the placements also
-# swap/ (every text is given the latents of another; of joint, unified and adapt_coprocessor too), longer/ (the plain
-# decoder reads as much more text as latents cost), delay1/ to delay3/ (latents come late), unseen/ (of protocol a, where
-# runs/mixture is there) and evaluations/ (every checkpoint). A run with more arguments is not what its name says: it
-# lies in runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves it out.
+# configs/paper/protocols.py says what a protocol is. Runs lie in runs/paper/PROTOCOL/NAME@SEED. Of the placements, with any
+# number of latents, also evaluations/ (every checkpoint) and swap/ (every text is given the latents of another; of joint,
+# unified and adapt_coprocessor too); of overlay and after longer/ (the plain decoder reads as much more text as latents
+# cost) and delay1/ to delay3/ (latents come late); in protocol a unseen/, where runs/mixture is there. A run with more
+# arguments is not what its name says: it lies in runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves it out.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 

@@ -109,9 +109,11 @@ def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
     assert not any("--out=runs/paper/a/adapt_decoder@0/unseen" in call for call in calls)
 
 
-def test_the_adapted_coprocessor_has_its_control(here: Path) -> None:
-    calls = paper(here, "a/adapt_coprocessor")
-    assert any("adapt_coprocessor@0/swap " in call and call.endswith(" --config.evaluate.swap") for call in calls)
+@pytest.mark.parametrize("name", ["adapt_coprocessor", "joint", "unified", "after_8", "overlay_64"])
+def test_latents_of_another_document_are_a_control(here: Path, name: str) -> None:
+    calls = paper(here, f"a/{name}")
+    assert any(f"a/{name}@0/swap " in call and call.endswith(" --config.evaluate.swap") for call in calls)
+    assert not any("/swap" in call for call in paper(here, "a/pause_tokens"))  # theirs depend on no document
 
 
 def test_without_names_all_of_protocol_a(here: Path) -> None:
