@@ -5,6 +5,7 @@
   a_gpu  the same with a decoder of 49 M parameters that `pretrain.py` trains on the mixture of
          `make_mixture`; one GPU.
   b      SmolLM2-135M, on the same mixture, which is not what it was pretrained on; one GPU.
+  b_cpu  the same with the packaged decoder, as in a; it has read a twentieth of the mixture.
 
 `--config=configs/paper/overlay.py:b` is an experiment in a protocol, a where none is named; `launch/paper.sh` prepares,
 trains, evaluates and reports them. Validation is by work: nothing is trained on any part of a work that is evaluated.
@@ -22,7 +23,7 @@ MIXTURE, TASKS = "runs/mixture", "runs/tasks"  # what make_mixture and make_task
 
 def get_config(protocol: str) -> ConfigDict:
     """Raises ValueError for a name that is no protocol."""
-    protocols = {"a": a, "a_gpu": a_gpu, "b": b}
+    protocols = {"a": a, "a_gpu": a_gpu, "b": b, "b_cpu": b_cpu}
     if protocol not in protocols:
         raise ValueError(f"protocol {protocol!r}: expected one of {', '.join(protocols)}")
     c = base.get_config()
@@ -49,10 +50,20 @@ def a(c: ConfigDict) -> None:
     c.evaluate.max_positions = 32
 
 
-def _gpu(c: ConfigDict) -> None:
-    c.method.num_traces = 32
+def _mixture(c: ConfigDict) -> None:
     c.data.sources = (f"files:{MIXTURE}/train/*.txt",)
     c.data.validation = (f"files:{MIXTURE}/validation/*.txt", f"files:{MIXTURE}/unseen/*.txt")
+
+
+def b_cpu(c: ConfigDict) -> None:
+    a(c)
+    _mixture(c)
+    c.evaluate.max_pieces = 100  # of each of two
+
+
+def _gpu(c: ConfigDict) -> None:
+    _mixture(c)
+    c.method.num_traces = 32
     c.data.seq_len = 512
     c.optimizer.warmup_steps = 200
     c.train.steps = 4300

@@ -130,7 +130,7 @@ def test_a_name_that_is_none(here: Path, name: str) -> None:
     assert not (here / "runs").exists()
 
 
-@pytest.mark.parametrize("protocol", ["a", "a_gpu", "b"])
+@pytest.mark.parametrize("protocol", ["a", "a_gpu", "b", "b_cpu"])
 def test_every_experiment_is_a_config_that_can_run(protocol: str) -> None:
     """With random weights where a protocol's decoder is made elsewhere."""
     methods = set()
