@@ -1,7 +1,8 @@
 """The decoder of protocol a_gpu: from random weights, 240 M tokens, which is the mixture between two and three times.
 
 `launch/paper.sh` runs it before the first experiment; the decoder comes to lie in runs/paper/a_gpu/pretrain/decoder,
-where the protocol looks for it. Its training loss (metrics.jsonl) should be flat at the end; or give it more steps.
+where the protocol looks for it. Its training loss (metrics.jsonl) should be flat at the end; or give it more steps. But
+what a decoder knows by heart teaches a coprocessor nothing (docs/results.md): where there is more text, read it once.
 """
 
 from ml_collections import ConfigDict
