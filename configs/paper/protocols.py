@@ -5,7 +5,7 @@
   a_gpu  the same with a decoder of 49 M parameters that `pretrain.py` trains on the mixture of
          `make_mixture`; one GPU.
   b      SmolLM2-135M, on the same mixture, which is not what it was pretrained on; one GPU.
-  b_cpu  the same with the packaged decoder, as in a; it has read a twentieth of the mixture.
+  b_cpu  the same with the packaged decoder, as in a but twice as long; it has read a twentieth of the mixture.
 
 `--config=configs/paper/overlay.py:b` is an experiment in a protocol, a where none is named; `launch/paper.sh` prepares,
 trains, evaluates and reports them. Validation is by work: nothing is trained on any part of a work that is evaluated.
@@ -58,6 +58,8 @@ def _mixture(c: ConfigDict) -> None:
 def b_cpu(c: ConfigDict) -> None:
     a(c)
     _mixture(c)
+    c.train.steps = 2000  # twice a's: there is more to learn here, and no row comes twice
+    c.train.checkpoint_every = 500
     c.evaluate.max_pieces = 100  # of each of two
 
 
