@@ -164,13 +164,13 @@ class Job:
         sums, text, seed = self.add_up(found, out / "partial.npz"), self.text, self.exp.config.evaluate.seed
         each = {s: sums.of(text.source == number) for number, s in enumerate(text.sources)}
         sets = {s: {"rows": perplexity.table(x, seed), "documents": len(x.tokens)} for s, x in each.items()}
-        step = None if found is None else found.step
+        step, config = (None, self.plain) if found is None else (found.step, self.plain | _trained_as(found.meta))
         result = {
             "rows": perplexity.table(sums, seed) if len(sets) > 1 else sets[text.sources[0]]["rows"],
             "documents": len(text.source),
             "pieces": len(text.pieces),
             "sets": sets,
-            "config": self.plain,
+            "config": config,
             "checkpoint": None if step is None else str(epath.Path(self.workdir) / "checkpoints" / str(step)),
             "step": step,
             "fingerprint": self.exp.fingerprint,
@@ -207,6 +207,11 @@ class Job:
         return sums
 
 
+def _trained_as(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's own config says that evaluating it takes no notice of, such as the ahead tokens."""
+    return {key: meta["config"][key] for key in ("method", "seed")}
+
+
 def _saved(partial: epath.Path, identity: str) -> tuple[Sums, int] | None:
     """The sums that process 0 finds in a partial.npz, and how many pieces are in them, the same on every process."""
     content = partial.read_bytes() if jax.process_index() == 0 and partial.exists() else b""
@@ -228,13 +233,13 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
     first, since, over = jax.process_index() == 0, time.monotonic(), False
     wanted = set(steps or ())  # without `steps`: all that were there at some look
     settled: set[int] = set()  # evaluated before, yielded, or gone
+    evaluated: list[int] = []  # of all that are there, because one curve goes through them
     if first and evaluations.exists():
-        for folder in evaluations.iterdir():  # one curve goes through all that are there
-            if folder.name.isdigit():
-                _is_done(job, evaluations, int(folder.name))
+        numbers = (int(folder.name) for folder in evaluations.iterdir() if folder.name.isdigit())
+        evaluated = [number for number in numbers if _is_done(job, evaluations, number)]
     if first and patience is None:
         there = _there(job.workdir)
-        if not (there or wanted):
+        if not (there or wanted or evaluated):
             raise UserError(f"--workdir={job.workdir}: holds no checkpoints; train it first")
         if absent := [s for s in sorted(wanted - there) if not _is_done(job, evaluations, s)]:
             raise UserError(f"--steps: no checkpoint of step {absent[0]}; there are {sorted(there)}")

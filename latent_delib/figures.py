@@ -9,7 +9,7 @@ from typing import Any
 from latent_delib import published
 from latent_delib.look import Attention
 from latent_delib.runs import Result, Runs
-from latent_delib.tables import AHEAD, Table, label, of
+from latent_delib.tables import AHEAD, Table, labels, of
 
 CURVES = (1, 4, 16, 32)  # n of the panels
 DASHED = {"linestyle": "--", "marker": ".", "color": "black", "linewidth": 0.8}
@@ -44,8 +44,10 @@ def by_n(rows: Sequence[dict[str, Any]], name: str) -> bytes:
 
 def _all_by_n(runs: Runs) -> bytes:
     figure, (axes,) = _panels(1, (9, 4.5))
-    for result in runs.perplexity:
-        _line(axes, result.data["rows"], [row["n"] for row in result.data["rows"]], _name(result))
+    for result, what in zip(runs.perplexity, labels(runs.perplexity)):
+        latents = f"{of(result).latents} latents, " if of(result).latents else ""
+        rows = result.data["rows"]
+        _line(axes, rows, [row["n"] for row in rows], _plain(f"{result.key}: {latents}{what}"))
     for latents, by_n in published.PERPLEXITY_CHANGE.items():
         axes.plot(by_n.keys(), by_n.values(), **DASHED)
         axes.annotate(f"{latents}", (1, by_n[1]), xytext=(-14, -3), textcoords="offset points", fontsize=7)
@@ -58,16 +60,16 @@ def _all_by_n(runs: Runs) -> bytes:
 def _by_latents(runs: Runs) -> bytes:
     """Runs that differ in nothing but their number of latents are a line."""
     alike: dict[tuple[str, str], list[Result]] = {}
-    for result in runs.perplexity:
+    for result, what in zip(runs.perplexity, labels(runs.perplexity)):
         if of(result).latents:
-            alike.setdefault((result.decoder, label(of(result))), []).append(result)
+            alike.setdefault((result.decoder, what), []).append(result)
     figure, panels = _panels(len(CURVES), (9, 6))
     for axes, n in zip(panels, CURVES):
         for (_, what), results in alike.items():
             by_latents = sorted((r.method["num_latents"], i) for i, r in enumerate(results))
             rows = [(x, row) for x, i in by_latents for row in results[i].data["rows"] if row["n"] == n]
             keys = " ".join(r.key for r in results)
-            _line(axes, [row for _, row in rows], [x for x, _ in rows], f"{keys}: {what}")
+            _line(axes, [row for _, row in rows], [x for x, _ in rows], _plain(f"{keys}: {what}"))
         known = published.PERPLEXITY_CHANGE
         axes.plot(known.keys(), [by_n[n] for by_n in known.values()], label=f"published, {published.DECODER}", **DASHED)
         axes.set(title=f"n = {n}", xlabel="latents", ylabel="change (%)", xscale="log")
@@ -174,11 +176,6 @@ def _png(figure: Any) -> bytes:
         figure.savefig(png := io.BytesIO(), format="png", dpi=130)
     pyplot.close(figure)
     return png.getvalue()
-
-
-def _name(result: Result) -> str:
-    latents = f"{of(result).latents} latents, " if of(result).latents else ""
-    return _plain(f"{result.key}: {latents}{label(of(result))}")
 
 
 def _plain(text: str) -> str:

@@ -21,7 +21,7 @@ ROWS = {
 }
 FIELDS = {"rows": list, "config": dict, "fingerprint": str, "checkpoint": (str, NOTHING), "step": (int, NOTHING)}
 FIELDS |= {"sets": (dict, NOTHING), "provenance": (dict, NOTHING), "documents": (int, NOTHING)}
-NOT_LOOKED_INTO = ("checkpoints", "tensorboard", "decoder", "samples", "profile")
+NOT_LOOKED_INTO = ("checkpoints", "tensorboard")  # large, and hold no run
 
 
 class Result(NamedTuple):

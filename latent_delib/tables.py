@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import html
 import io
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ class Entry:
     """What one model came to: a line of the tables of variants.
 
     results: the files it is from, at least one. model: "augmented", "decoder" or "zero_shot_cot".
-    perplexity: of the first token ahead. scores: benchmark -> its row, and the key of its file.
+    perplexity: of the first token ahead. scores: benchmark -> its row, and its file.
     """
 
     results: list[Result]
@@ -61,7 +62,7 @@ class Entry:
     delay: int = 0
     every: int = 0
     perplexity: dict[str, Any] | None = None
-    scores: dict[str, tuple[dict[str, Any], str]] = dataclasses.field(default_factory=dict)
+    scores: dict[str, tuple[dict[str, Any], Result]] = dataclasses.field(default_factory=dict)
 
     @property
     def result(self) -> Result:
@@ -74,6 +75,12 @@ class Entry:
         return ("lora" if method.get("lora_rank") else method["name"]) if self.model == "augmented" else ""
 
     @property
+    def trained(self) -> bool:
+        """Whether this is a decoder alone that was itself trained."""
+        data, name = self.result.data, self.result.method["name"]
+        return self.model != "augmented" and name in TRAIN_DECODER and bool(data.get("checkpoint"))
+
+    @property
     def latents(self) -> int:
         return self.result.method["num_latents"] if self.model == "augmented" else 0
 
@@ -84,8 +91,8 @@ def of(result: Result) -> Entry:
 
 
 def entries(runs: Runs) -> list[Entry]:
-    """Perplexity and benchmarks of the same checkpoint in one entry, of each text and each control its own; decoders
-    first, then by number of latents."""
+    """Perplexity and benchmarks of the same checkpoint in one entry, but of each text, each control and each other
+    evaluation that came to other figures its own; decoders first, then by number of latents."""
     found: dict[tuple, Entry] = {}
     first: dict[tuple, tuple] = {}  # how the perplexity was made that benchmarks stand beside
 
@@ -96,7 +103,7 @@ def entries(runs: Runs) -> list[Entry]:
         elif model != "augmented":
             checkpoint = None
         identity = (decoder, checkpoint, model, delay, every)
-        if how is not None and not any(how[1:]):
+        if how is not None and not any(how[-1]):
             first.setdefault(identity, how)
         one = found.setdefault((identity, how or first.get(identity)), Entry([result], model, delay, every))
         if result not in one.results:
@@ -104,12 +111,12 @@ def entries(runs: Runs) -> list[Entry]:
         return one
 
     for result in runs.perplexity:
-        one = entry(result, of(result).model, 0, 0, (text_of(result), *controls(result).values()))
-        one.perplexity = one.perplexity or result.data["rows"][0]
+        how = (text_of(result), json.dumps(result.data["rows"]), tuple(controls(result).values()))
+        entry(result, of(result).model, 0, 0, how).perplexity = result.data["rows"][0]
     for result in runs.benchmarks:
         for row in result.data["rows"]:
             one = entry(result, row["model"], row.get("delay") or 0, row.get("every") or 0)
-            one.scores.setdefault(row["benchmark"], (row, result.key))
+            one.scores.setdefault(row["benchmark"], (row, result))
     return sorted(found.values(), key=lambda e: (e.model == "augmented", e.latents, e.delay, e.every))
 
 
@@ -127,14 +134,15 @@ def controls(result: Result) -> dict[str, Any]:
 def label(entry: Entry) -> str:
     """What an entry is, in words; the number of latents has a column of its own."""
     method, data, done = entry.result.method, entry.result.data, controls(entry.result)
-    trained = entry.model == "decoder" and method["name"] in TRAIN_DECODER and data.get("checkpoint")
-    if entry.model != "augmented" and not trained:
+    if entry.model != "augmented" and not entry.trained:
         return {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}.get(entry.model, entry.model)
     words = [method["name"].replace("_", " "), method.get("placement", "")]
-    if trained:
-        words = ["trained decoder", "" if method["name"] == "decoder" else f"of {method['name']}, without its latents"]
+    words += [f"{key.replace('_', ' ')} {value}" for key, value in (method.get("coprocessor") or {}).items()]
+    if entry.trained:
+        words = ["zero-shot CoT" if entry.model == "zero_shot_cot" else ""]
+        words += ["trained decoder", "" if method["name"] == "decoder" else f"of {method['name']}, without its latents"]
     words += [f"{key.removeprefix('lora_')} {method[key]}" for key in method if key.endswith("rank") and method[key]]
-    words += [f"{method['num_ahead']} ahead tokens"] if "num_ahead" in method and not trained else []
+    words += [f"{method['num_ahead']} ahead tokens"] if "num_ahead" in method and not entry.trained else []
     words += [f"step {entry.result.step:,}"] if entry.result.step else []
     words += [f"seed {data['config']['seed']}"] if "seed" in data["config"] else []
     words += [f"latents every {entry.every} tokens"] if entry.every else []
@@ -145,6 +153,12 @@ def label(entry: Entry) -> str:
     words += [f"evaluated with delay {done['delay']}"] if done["delay"] else []
     words += [f"without the first {n} tokens that the decoder reads"] if (n := done["longer_prompt"]) else []
     return ", ".join(word for word in words if word)
+
+
+def labels(results: Sequence[Result]) -> list[str]:
+    """What each perplexity.json is, in words; on which text, too, where that is not the same for all."""
+    several = len({text_of(r) for r in results}) > 1
+    return [label(of(r)) + (f", on {text_of(r)}" if several else "") for r in results]
 
 
 def change(row: dict[str, Any]) -> Figure:
@@ -250,12 +264,10 @@ def _perplexity(
     for latents, by_n in lines.items():
         cells = [Figure(by_n[n], CHANGE) for n in AHEAD]
         rows.append([latents, f"published, {published.DECODER}", "", Figure(published.FROZEN.ppl), *cells])
-    texts = {text_of(r) for r in results}
-    for result in results:
+    for result, what in zip(results, labels(results)):
         parts = {"": result.data}
         if len(result.data.get("sets") or {}) > 1:
             parts |= result.data["sets"]
-        what = label(of(result)) + (f", on {text_of(result)}" if len(texts) > 1 else "")
         for source, part in parts.items():
             by_n = {row["n"]: row for row in part["rows"]}
             cells = [change(by_n[n]) if n in by_n else "" for n in AHEAD]
@@ -293,8 +305,8 @@ def _lines(benchmark: str, models: Sequence[Entry]) -> list[tuple[str, str, dict
     for e in models:
         if benchmark not in e.scores:
             continue
-        row, key = e.scores[benchmark]
-        decoder, figure = e.result.data["fingerprint"], score(row, key)
+        row, result = e.scores[benchmark]
+        decoder, figure = result.data["fingerprint"], score(row, result.key)
         if e.model == "decoder" and (above := [x for kind, of in lines.items() if kind[0] == decoder for x in of]):
             for _, _, by_latents in above:
                 by_latents[0] = figure
@@ -324,7 +336,7 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
     for e in ours:
         p = e.perplexity
         row = [Figure(p["decoder_ppl"]), Figure(p["augmented_ppl"]), change(p)] if p else [""] * 3
-        if p and e.model == "decoder":
+        if p and e.model == "decoder" and not e.trained:
             row[2] = ""
         scores = [score(e.scores[b][0]) if b in e.scores else "" for b in benchmarks]
         what = label(e) + (f", on {text_of(e.result)}" if p and len(texts) > 1 else "")

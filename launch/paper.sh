@@ -18,8 +18,9 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 wanted=()
 while (($#)) && [[ $1 != -- ]]; do
   name=${1#*/}
-  if [[ $1 != */* || ! -e configs/paper/${name%@*}.py || ${name%@*} == protocols ]]; then
-    echo "error: $1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, NAME.py one of" configs/paper/*.py >&2
+  if [[ ! $1 =~ ^(a|a_gpu|b|b_cpu)/ || ! -e configs/paper/${name%@*}.py || ${name%@*} == protocols ]]; then
+    echo "error: $1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, PROTOCOL one of a a_gpu b b_cpu, NAME.py one of" \
+      configs/paper/*.py >&2
     exit 1
   fi
   wanted+=("$1")
@@ -83,21 +84,21 @@ for each in "${wanted[@]}"; do
   config=configs/paper/$name.py:$protocol run=$root/$protocol/$name@$seed$suffix
   prepare "$protocol" "$name"
   [[ -e $run/perplexity.json ]] || latent_delib train --config="$config" --workdir="$run" --config.seed="$seed" "${more[@]}"
-  evaluate "$run" --config.seed="$seed"
+  evaluate "$run"
   if [[ $protocol == a && $name != adapt_* && -e runs/mixture ]]; then
-    evaluate "$run/unseen" --config.seed="$seed" --config.data.token_files= --config.data.validation="$unseen"
+    evaluate "$run/unseen" --config.data.token_files= --config.data.validation="$unseen"
   fi
   if [[ $name =~ ^((overlay|after)(_[0-9]+)?|joint|unified|adapt_coprocessor)$ ]]; then
-    evaluate "$run/swap" --config.seed="$seed" --config.evaluate.swap
+    evaluate "$run/swap" --config.evaluate.swap
   fi
   if [[ $name == overlay || $name == after ]]; then
-    evaluate "$run/longer" --config.seed="$seed" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
+    evaluate "$run/longer" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
   fi
   if [[ $name =~ ^(overlay|after|adapt_) ]]; then
-    latent_delib evaluate --config="$config" --workdir="$run" --config.seed="$seed" --steps=all "${more[@]}"
+    latent_delib evaluate --config="$config" --workdir="$run" --steps=all "${more[@]}"
   fi
   if [[ $name == overlay || $name == after || $name == delay ]]; then
-    for delay in 1 2 3; do evaluate "$run/delay$delay" --config.seed="$seed" --config.evaluate.delay="$delay"; done
+    for delay in 1 2 3; do evaluate "$run/delay$delay" --config.evaluate.delay="$delay"; done
   fi
 done
 [[ $root == runs/trials ]] || latent_delib report runs/paper --out=runs/paper/report

@@ -73,6 +73,23 @@ def assert_same(folder, expected):
     assert not [path for path in folder.iterdir() if "partial" in path.name or path.name.endswith(".tmp")]
 
 
+def test_how_it_was_trained_is_told_by_the_checkpoint(make_config, trained, tmp_path):
+    """Not by the config of the evaluation, which may be another in what evaluating takes no notice of."""
+    other = {"seed": 7, "method.num_ahead": 2, "method.max_delay": 1, "evaluate.positions": 4}
+    result = evaluate.evaluate(make_config(other), str(trained), str(tmp_path))["config"]
+    assert (result["seed"], result["method"]["num_ahead"], result["method"]["max_delay"]) == (0, 3, 0)
+    assert result["evaluate"]["positions"] == 4
+
+
+def test_evaluated_checkpoints_may_be_removed(make_config, trained, alone, tmp_path):
+    """All are evaluated, so nothing is left to do; without evaluations it is a workdir that was not trained."""
+    for step, folder in alone.items():
+        shutil.copytree(folder, tmp_path / "evaluations" / str(step))
+    evaluate.evaluate_many(make_config(), str(tmp_path), str(tmp_path))
+    with pytest.raises(ld.UserError, match="holds no checkpoints; train it first"):
+        evaluate.evaluate_many(make_config(), str(tmp_path), str(tmp_path / "other"))
+
+
 def test_killed_and_continued(make_config, trained, alone, calls, tmp_path, capsys):
     config, out = make_config(), tmp_path / "out"
     batches = -(-len(perplexity.read_text(experiment.read(config)).pieces) // config.evaluate.batch_size)

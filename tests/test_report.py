@@ -216,6 +216,59 @@ def test_what_is_one_entry_and_what_is_not(tmp_path):
     assert by_label["jointjoint"].scores["gsm8k"][0]["value"] == 50.0
 
 
+def test_a_trained_decoder_is_not_the_frozen_one(tmp_path):
+    """Its perplexity names the decoder that it is compared with, its benchmarks the one that was trained."""
+    perplexity(tmp_path / "latents", -1, config())
+    benchmarks(tmp_path / "latents", {("gsm8k", "augmented", 0): 20})
+    perplexity(tmp_path / "trained", -5, config("decoder"))
+    scores = {("gsm8k", "decoder", 0): 99, ("gsm8k", "zero_shot_cot", 0): 98}
+    benchmarks(tmp_path / "trained", scores, config("decoder"))
+    file = tmp_path / "trained" / "benchmarks.json"
+    write(file, json.loads(file.read_text()) | {"fingerprint": "trained"})
+    by_name = {table.name: texts(table) for table in tables.tables(runs.find([str(tmp_path)]))}
+    ours = [row[2:6] for row in by_name["2_benchmarks"] if row[0] == "GSM8K" and not row[2].startswith("published")]
+    assert ours == [
+        ["cache augmentation, after, 16 ahead tokens, step 180, seed 3", "", "", "20.00 [18.00, 22.00] B1"],
+        ["trained decoder, step 180, seed 3", "99.00 [97.00, 101.00] B2", "", ""],
+    ]
+    (trained, cot, _) = by_name["0_runs"]
+    assert trained[0].startswith("trained decoder") and trained[5] == "-5.00% [-5.25, -4.75]"
+    assert cot[0].startswith("zero-shot CoT, trained decoder")
+
+
+def test_every_evaluation_is_there(tmp_path):
+    """The same figures once, others of the same checkpoint beside them; under a name that a workdir has inside, too."""
+    for name, change in (("run", -1.0), ("run/decoder", -1.0), ("run/samples", -2.0)):
+        perplexity(tmp_path / name, change, config())
+        path = tmp_path / name / "perplexity.json"
+        write(path, json.loads(path.read_text()) | {"checkpoint": "run/checkpoints/180"})
+    entries = tables.entries(runs.find([str(tmp_path)]))
+    assert [(" ".join(r.key for r in e.results), e.perplexity["change_percent"]) for e in entries] == [
+        ("P1 P2", -1.0),
+        ("P3", -2.0),
+    ]
+
+
+def test_runs_of_different_text_or_size_are_no_line(tmp_path, monkeypatch):
+    for latents in (8, 16):
+        for text in ("seen", "unseen"):
+            of = config(latents=latents) | {"data": {"validation": [text]}}
+            perplexity(tmp_path / f"{latents}{text}", -1.0, of)
+    for layers in (1, 2):
+        of = config("resized", coprocessor={"num_layers": layers}) | {"data": {"validation": ["seen"]}}
+        perplexity(tmp_path / f"resized{layers}", -1.0, of)
+    drawn = {}
+    monkeypatch.setattr(figures, "_line", lambda axes, rows, x, name: drawn.setdefault(name.partition(":")[2], x))
+    figures._by_latents(runs.find([str(tmp_path)]))
+    rest = "16 ahead tokens, step 180, seed 3, on"
+    assert drawn == {
+        f" cache augmentation, after, {rest} seen": [8, 16],
+        f" cache augmentation, after, {rest} unseen": [8, 16],
+        f" resized, after, num layers 1, {rest} seen": [8],
+        f" resized, after, num layers 2, {rest} seen": [8],
+    }
+
+
 def test_runs_against_one_of_them(tmp_path):
     """Paired over documents: a difference that is the same in each has no width, however much documents differ."""
     draw = np.random.default_rng(0)

@@ -40,8 +40,7 @@ def a(c: ConfigDict) -> None:
     c.optimizer.warmup_steps = 50
     c.train.steps = 1000
     c.train.batch_size = 8
-    c.train.checkpoint_every = 250
-    c.train.keep = 4
+    c.train.checkpoint_every = c.train.keep_every = 250  # all stay: the learning curve
     c.compute.dtype = "float32"
     c.compute.remat = "none"
     c.evaluate.max_length = 256
@@ -59,7 +58,7 @@ def b_cpu(c: ConfigDict) -> None:
     a(c)
     _mixture(c)
     c.train.steps = 2000  # twice a's: there is more to learn here, and no row comes twice
-    c.train.checkpoint_every = 500
+    c.train.checkpoint_every = c.train.keep_every = 500
     c.evaluate.max_pieces = 100  # of each of two
 
 
@@ -70,8 +69,7 @@ def _gpu(c: ConfigDict) -> None:
     c.optimizer.warmup_steps = 200
     c.train.steps = 4300
     c.train.batch_size = 16
-    c.train.checkpoint_every = 430
-    c.train.keep = 10
+    c.train.checkpoint_every = c.train.keep_every = 430
     c.evaluate.max_length = 512
     c.evaluate.max_pieces = 400
     c.evaluate.max_positions = 64
@@ -96,5 +94,4 @@ def adapt_to_tasks(c: ConfigDict, protocol: str) -> None:
     c.data.token_files = f"runs/paper/{protocol}/task_tokens"
     c.optimizer.warmup_steps = 50
     c.train.steps = 300
-    c.train.checkpoint_every = 60
-    c.train.keep = 5
+    c.train.checkpoint_every = c.train.keep_every = 60

@@ -60,18 +60,17 @@ def paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
 def test_a_run_of_protocol_a(here: Path) -> None:
     calls = paper(here, "a/overlay@1")
     run = "--workdir=runs/paper/a/overlay@1"
-    seed = "--config.seed=1"
     assert (
         calls[0] == "prepare --config=configs/paper/overlay.py:a --config.data.token_files= --out=runs/paper/a/tokens"
     )
-    assert calls[1] == f"train --config=configs/paper/overlay.py:a {run} {seed}"
+    assert calls[1] == f"train --config=configs/paper/overlay.py:a {run} --config.seed=1"
     controls = {"": "", "/swap": " --config.evaluate.swap", "/longer": " --config.evaluate.longer_prompt=32"}
     late = {f"/delay{n}": f" --config.evaluate.delay={n}" for n in (1, 2, 3)}
     at = f"evaluate --config=configs/paper/overlay.py:a {run}"
     once, curve, delayed = [
-        [f"{at} --out=runs/paper/a/overlay@1{kind} {seed}{more}" for kind, more in controls.items()],
-        [f"{at} {seed} --steps=all"],
-        [f"{at} --out=runs/paper/a/overlay@1{kind} {seed}{more}" for kind, more in late.items()],
+        [f"{at} --out=runs/paper/a/overlay@1{kind}{more}" for kind, more in controls.items()],
+        [f"{at} --steps=all"],
+        [f"{at} --out=runs/paper/a/overlay@1{kind}{more}" for kind, more in late.items()],
     ]
     assert calls[2:-1] == [*once, *curve, *delayed]
     assert calls[-1] == "report runs/paper --out=runs/paper/report"
@@ -87,8 +86,7 @@ def test_a_trial_is_not_the_experiment(here: Path) -> None:
     workdir = "--workdir=runs/trials/a/pause_tokens@0,train.steps=20,a=-1,--b--"
     assert calls[1:] == [
         f"train --config=configs/paper/pause_tokens.py:a {workdir} --config.seed=0 {' '.join(more)}",
-        f"evaluate --config=configs/paper/pause_tokens.py:a {workdir} --out={workdir[10:]} --config.seed=0 "
-        + " ".join(more),
+        f"evaluate --config=configs/paper/pause_tokens.py:a {workdir} --out={workdir[10:]} " + " ".join(more),
     ]
     assert "train" in [call.split()[0] for call in paper(here, "a/pause_tokens")]
 
@@ -116,6 +114,14 @@ def test_latents_of_another_document_are_a_control(here: Path, name: str) -> Non
     assert not any("/swap" in call for call in paper(here, "a/pause_tokens"))  # theirs depend on no document
 
 
+@pytest.mark.parametrize("name", ["overlay", "adapt_decoder"])
+@pytest.mark.parametrize("protocol", ["a", "a_gpu", "b", "b_cpu"])
+def test_a_run_that_is_stopped_keeps_its_curve(protocol: str, name: str) -> None:
+    """Every checkpoint that is evaluated stays, whatever else a signal saves between them."""
+    c = importlib.import_module(f"configs.paper.{name}").get_config(protocol).train
+    assert c.steps % c.checkpoint_every == 0 and c.keep_every == c.checkpoint_every
+
+
 def test_without_names_all_of_protocol_a(here: Path) -> None:
     trained = [call.split()[1] for call in paper(here) if call.startswith("train")]
     assert sorted(trained) == [f"--config=configs/paper/{name}.py:a" for name in NAMES if name != "pretrain"]
@@ -123,7 +129,7 @@ def test_without_names_all_of_protocol_a(here: Path) -> None:
     assert started["overlay"] < started["adapt_coprocessor"]  # which starts from it
 
 
-@pytest.mark.parametrize("name", ["overlay", "a/nothing", "a/protocols", "a/"])
+@pytest.mark.parametrize("name", ["overlay", "a/nothing", "a/protocols", "a/", "c/overlay"])
 def test_a_name_that_is_none(here: Path, name: str) -> None:
     (said,) = paper(here, name, code=1)
     assert said.startswith(f"error: {name}: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED")
