@@ -58,11 +58,13 @@ def _all_by_n(runs: Runs) -> bytes:
 
 
 def _by_latents(runs: Runs) -> bytes:
-    """Runs that differ in nothing but their number of latents are a line."""
+    """Runs that differ in nothing but their number of latents are a line; where there are lines, no lone points."""
     alike: dict[tuple[str, str], list[Result]] = {}
     for result, what in zip(runs.perplexity, labels(runs.perplexity)):
         if of(result).latents:
             alike.setdefault((result.decoder, what), []).append(result)
+    lines = {key: results for key, results in alike.items() if len({of(r).latents for r in results}) > 1}
+    alike = lines or alike
     figure, panels = _panels(len(CURVES), (9, 6))
     for axes, n in zip(panels, CURVES):
         for (_, what), results in alike.items():

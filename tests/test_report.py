@@ -254,8 +254,8 @@ def test_runs_of_different_text_or_size_are_no_line(tmp_path, monkeypatch):
         for text in ("seen", "unseen"):
             of = config(latents=latents) | {"data": {"validation": [text]}}
             perplexity(tmp_path / f"{latents}{text}", -1.0, of)
-    for layers in (1, 2):
-        of = config("resized", coprocessor={"num_layers": layers}) | {"data": {"validation": ["seen"]}}
+    for layers, latents in ((1, 8), (2, 16)):
+        of = config("resized", latents, coprocessor={"num_layers": layers}) | {"data": {"validation": ["seen"]}}
         perplexity(tmp_path / f"resized{layers}", -1.0, of)
     drawn = {}
     monkeypatch.setattr(figures, "_line", lambda axes, rows, x, name: drawn.setdefault(name.partition(":")[2], x))
@@ -264,9 +264,13 @@ def test_runs_of_different_text_or_size_are_no_line(tmp_path, monkeypatch):
     assert drawn == {
         f" cache augmentation, after, {rest} seen": [8, 16],
         f" cache augmentation, after, {rest} unseen": [8, 16],
-        f" resized, after, num layers 1, {rest} seen": [8],
-        f" resized, after, num layers 2, {rest} seen": [8],
     }
+    for folder in tmp_path.glob("16*"):
+        (folder / "perplexity.json").unlink()
+    drawn.clear()
+    figures._by_latents(runs.find([str(tmp_path)]))
+    assert drawn[f" resized, after, num layers 1, {rest} seen"] == [8]
+    assert drawn[f" resized, after, num layers 2, {rest} seen"] == [16]
 
 
 def test_runs_against_one_of_them(tmp_path):
