@@ -11,6 +11,7 @@ Writes benchmarks.json to --out (may be gs://), a row saved as soon as it is the
 Each document's result is in OUT/samples.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -84,11 +85,14 @@ def benchmark(
     found = _read(epath.Path(out) / "benchmarks.json", about)
 
     loaded = _load(chosen, rows["OFFLINE"], tasks)
+    data = {name: _digest(row["task"], tasks) for name, row in chosen.items() if name in rows["OFFLINE"]}
     from latent_delib import harness
 
     todo = []
     for name, row in chosen.items():
         asked = harness.kinds(loaded[name])
+        if (answer := harness.longest_answer(loaded[name])) + 2 > max_length:  # BOS, and one token that asks
+            raise UserError(f"--max_length={max_length}: {name} has answers of up to {answer} tokens")
         for one in names:
             key = {"benchmark": name, "model": one, "every": 0, "delay": 0}
             if one == "augmented":  # a choice's latents join once, a text that is read has nothing to wait for
@@ -98,7 +102,10 @@ def benchmark(
                 raise UserError(f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated")
             shots = 0 if one == "zero_shot_cot" else row["shots"]
             made = key | {"shots": shots, "max_length": max_length, "limit": limit}
+            made |= {"task": row["task"], "metric": row["metric"], "filter": row.get("filter", "none")}
+            made |= {"cot": rows["COT"] if one == "zero_shot_cot" else "", "data": data.get(name)}
             if not any(_serves(old, made) for old in found):
+                _check_no_fewer(found, made, out)
                 todo.append((made, row))
     if todo:
         dtype = about["config"].get("compute", {}).get("dtype", "float32")
@@ -106,19 +113,18 @@ def benchmark(
         coprocessor = models.load_coprocessor(workdir, about["step"]) if latents else None
         lm = AugmentedLM(models.load_decoder(path, dtype), coprocessor, max_length=max_length)
     for made, row in todo:
-        cot = made["model"] == "zero_shot_cot"
         adapter = harness.Adapter(
             lm,
             made["model"] == "augmented",
             made["every"],
             made["delay"],
             batch_size,
-            rows["COT"] if cot else "",
+            made["cot"],
         )
         name = made["benchmark"]
         print(f"{name}, {made['model']}", flush=True)
         samples = harness.run(adapter, loaded[name], made["shots"], limit, confirm_run_unsafe_code)
-        made |= figures([s for s in samples if s["filter"] == row.get("filter", "none")], row["metric"], name)
+        made |= figures([s for s in samples if s["filter"] == made["filter"]], row["metric"], name)
         there = _read(epath.Path(out) / "benchmarks.json", about)  # another call may have written since
         found = [old for old in there if any(old[k] != made[k] for k in KEY)] + [made | {"provenance": _provenance()}]
         write(epath.Path(out), {"rows": found, **about, "provenance": _provenance()}, made, samples)
@@ -201,6 +207,21 @@ def _serves(old: Row, asked: Row) -> bool:
     return all(old.get(k) == v or (k == "limit" and old.get(k) is None) for k, v in asked.items())
 
 
+def _check_no_fewer(found: Sequence[Row], asked: Row, out: str) -> None:
+    """Raises UserError where the row would take the place of one over more documents, made otherwise."""
+    for old in found:
+        fewer = asked["limit"] and (old["limit"] is None or old["limit"] > asked["limit"])
+        if fewer and all(old[k] == asked[k] for k in KEY):
+            what = f"{old['benchmark']} of {old['model']} over {old['limit'] or 'all'} documents, made otherwise"
+            raise UserError(f"--limit={asked['limit']}: {out} has {what}; name another --out")
+
+
+def _digest(task: str, folder: str) -> str:
+    """SHA-256 over the files of a task of `make_tasks`, hex."""
+    files = sorted(epath.Path(folder).glob(f"{task}.*"))
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
 def _chosen(rows: dict[str, Any], benchmarks: str) -> dict[str, Row]:
     """The rows that --benchmarks names, in its order."""
     sets = {"published": rows["PUBLISHED"], "offline": rows["OFFLINE"]}
@@ -244,12 +265,15 @@ def _read(path: epath.Path, about: dict[str, Any]) -> list[Row]:
     try:
         found = json.loads(path.read_text())
         rows, theirs = found["rows"], {key: found[key] for key in ("fingerprint", "checkpoint")}
-        [row[key] for row in rows for key in KEY]
+        same = found["config"] == json.loads(json.dumps(about["config"]))
+        [row[key] for row in rows for key in (*KEY, "limit")]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not what `benchmark` writes ({type(error).__name__}: {error})") from None
     for key, there in theirs.items():
         if there != about[key]:
             raise UserError(f"{path}: its rows have {key} {there}, this call {about[key]}; name another --out")
+    if not same:
+        raise UserError(f"{path}: its rows are of a training with another config; name another --out")
     return rows
 
 

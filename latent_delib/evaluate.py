@@ -209,7 +209,7 @@ class Job:
 
 def _trained_as(meta: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint's own config says that evaluating it takes no notice of, such as the ahead tokens."""
-    return {key: meta["config"][key] for key in ("method", "seed")}
+    return {key: meta["config"][key] for key in ("method", "optimizer", "seed", "train")}
 
 
 def _saved(partial: epath.Path, identity: str) -> tuple[Sums, int] | None:

@@ -79,7 +79,7 @@ def read_prompts(flags: Any) -> list[dict[str, Any]]:
         seed = row.get("seed", flags.seed + number - 1)
         if not isinstance(seed, int) or seed < 0:
             raise UserError(f"{flags.prompts}:{number}: seed {seed!r}, expected an integer of at least 0")
-        requests.append({"prompt": prompt, "seed": seed})
+        requests.append(row | {"seed": seed})
     if not requests:
         raise UserError(f"{flags.prompts}: holds no prompts")
     return requests

@@ -150,6 +150,12 @@ def kinds(loaded: dict[str, Any]) -> set[str]:
     return {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
 
 
+def longest_answer(loaded: dict[str, Any]) -> int:
+    """Tokens of the longest answer that a benchmark generates; 0 for one that generates none."""
+    asked = [t.config.generation_kwargs for t in loaded["tasks"].values() if t.OUTPUT_TYPE == "generate_until"]
+    return max((normalize_gen_kwargs(dict(kwargs), MAX_NEW_TOKENS)["max_gen_toks"] for kwargs in asked), default=0)
+
+
 def run(
     adapter: Adapter, loaded: dict[str, Any], shots: int, limit: int | None = None, unsafe_code: bool = False
 ) -> list[dict[str, Any]]:

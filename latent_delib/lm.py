@@ -1,8 +1,9 @@
 """The language model that a decoder and a coprocessor make."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -236,6 +237,7 @@ class AugmentedLM:
                 raise UserError(f"prompts[{i}] is empty")
             self._check_length(f"prompts[{i}]", len(head), max_new_tokens)
         room = _bucket(max_new_tokens)
+        ends = {self.tokenizer.control[s] for s in stop if s in self.tokenizer.control}  # of which text shows no trace
         found: dict[int, Continuation] = {}
         for chosen in self._batches([(1, len(h)) for h in heads], lambda key: batch_size):
             text, length = self._pad([heads[i] for i in chosen])
@@ -249,7 +251,8 @@ class AugmentedLM:
                 if progress:
                     progress(max_new_tokens * len(found) + new.shape[1] * len(chosen))
                 texts = [self.tokenizer.decode(row) if stop else "" for row in new]
-                return np.array([any(s in text for s in stop) for text in texts])
+                ended = np.isin(new, list(ends)).any(axis=1)
+                return ended | np.array([any(s in text for s in stop) for text in texts])
 
             new, joined = engine.run(
                 self.params,
@@ -267,7 +270,7 @@ class AugmentedLM:
             )
             for i, row in zip(chosen, new):
                 last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)  # other rows may go on
-                found[i] = Continuation(self._cut(row, stop), row, tuple(at for at in joined if at <= last))
+                found[i] = Continuation(self._cut(row, stop, ends), row, tuple(at for at in joined if at <= last))
         return [found[i] for i in range(len(prompts))]
 
     def _aug(self, augment: bool) -> Augmentation:
@@ -325,11 +328,11 @@ class AugmentedLM:
     def _rows(self, x: Any) -> jax.Array:
         return jax.device_put(x, mesh_lib.rows(self.mesh))
 
-    def _cut(self, tokens: np.ndarray, stop: Sequence[str]) -> str:
-        """The text of new tokens, up to the first stop string."""
-        text = self.tokenizer.decode(tokens.tolist())
-        ends = [at for at in (text.find(s) for s in stop) if at >= 0]
-        return text[: min(ends)] if ends else text
+    def _cut(self, tokens: np.ndarray, stop: Sequence[str], ends: Set[int]) -> str:
+        """The text of new tokens, up to the first of `ends` among them and the first stop string."""
+        text = self.tokenizer.decode(list(itertools.takewhile(lambda token: token not in ends, tokens.tolist())))
+        found = [at for at in (text.find(s) for s in stop) if at >= 0]
+        return text[: min(found)] if found else text
 
     def _check_augmented(self) -> None:
         if self.coprocessor is None:
@@ -385,6 +388,6 @@ def _bucket(n: int) -> int:
 
 
 def _place(mesh: Mesh, params: Params, dtype: Any) -> Params:
-    """Parameters where they lie on a mesh."""
-    params = jax.tree.map(lambda x: x if x.dtype == dtype else jnp.asarray(x, dtype), params)
-    return jax.device_put(params, mesh_lib.parameters(mesh, params, PARAM_AXES))
+    """Parameters where they lie on a mesh. Cast where they are, each by itself: they need not fit one device."""
+    shardings = mesh_lib.parameters(mesh, params, PARAM_AXES)
+    return jax.tree.map(lambda x, s: jax.device_put(x.astype(dtype, copy=False), s), params, shardings)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ class _Model(NamedTuple):
     eos_id: int | None
     pad_id: int | None
     unk_id: int | None
-    control_ids: Iterable[int]
+    control: dict[str, int]
 
 
 class Tokenizer:
@@ -58,6 +58,7 @@ class Tokenizer:
       vocab_size: the highest id + 1.
       bos_id, eos_id, pad_id: pad differs from BOS; text that spells one of them does not become it.
       unk_id: None for a vocabulary without such a token.
+      control: how a control token is spelled -> its id.
 
     Raises:
       UserError: a file is missing or broken, or there is no BOS, no EOS or nothing to pad with.
@@ -74,9 +75,9 @@ class Tokenizer:
             return value
 
         self._encode, self._decode = model.encode, model.decode
-        self.vocab_size, self.unk_id = model.vocab_size, model.unk_id
+        self.vocab_size, self.unk_id, self.control = model.vocab_size, model.unk_id, model.control
         self.bos_id, self.eos_id = required("BOS", model.bos_id), required("EOS", model.eos_id)
-        pads = (model.pad_id, self.eos_id, *sorted(model.control_ids))
+        pads = (model.pad_id, self.eos_id, *sorted(self.control.values()))
         self.pad_id = required("padding", next((i for i in pads if i not in (None, self.bos_id)), None))
 
     def encode(self, text: str) -> list[int]:
@@ -101,7 +102,7 @@ def _read_sentencepiece(path: Path) -> _Model:
         None if i < 0 else i for i in (model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id())
     )
     size = model.vocab_size()
-    control = [i for i in range(size) if model.is_control(i)]
+    control = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
     return _Model(model.encode, model.decode, size, bos, eos, pad, unk, control)
 
 
@@ -139,7 +140,7 @@ def _read_json(path: Path) -> _Model:
         return found
 
     bos, eos, pad = (token_id(key) for key in ("bos_token", "eos_token", "pad_token"))
-    control = [i for i, token in model.get_added_tokens_decoder().items() if token.special]
+    control = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
     unk = getattr(model.model, "unk_token", None)
     return _Model(
         lambda text: model.encode(text, add_special_tokens=False).ids,

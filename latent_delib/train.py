@@ -98,15 +98,23 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
             if there != here:
                 raise UserError(f"config.{key}={here}: the data of {workdir} come in the order of {there}")
         batches.check_fingerprint(meta["data"]["fingerprint"], data)
+        for room in ("method", "optimizer"):
+            for name, there in was[room].items():
+                if (here := plain[room].get(name)) != there:
+                    raise UserError(f"config.{room}.{name}={here}: {workdir} has {there}; give another --workdir")
 
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
     found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
     start = found.step if found else 0
     if start >= t.steps:
-        finish(exp, workdir, start, found.trainable, None)
+        if models.step_of_decoder(workdir) != start:
+            export_decoder(exp, workdir, start, found.trainable, None)
+        say(f"done: step {start} of {workdir}")
         return False
     if found:
         say(f"resuming {workdir} at step {start}")
+        if (before := found.meta["config"]["train"]["steps"]) != t.steps:
+            say(f"of {t.steps} steps, once of {before}: the learning rate goes on where it would be by now")
     begins = exp.start and (config.method.lora_rank or not found)  # what was trained in whole no longer needs its start
     if begins:
         experiment.open_start(exp).close()
@@ -160,7 +168,8 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
         stopping = bool(asked)  # the same on all processes
         if stopping or step % t.checkpoint_every == 0 or step == t.steps:
             metrics.flush()  # a loss that is not finite must end the run before it is saved
-            save(step, metrics.loss_since_save())
+            whole = step % t.checkpoint_every == 0 or step == t.steps  # a mean over few steps is no best one
+            save(step, metrics.loss_since_save() if whole else None)
         if stopping and step < t.steps:
             break
     metrics.close()
@@ -168,15 +177,16 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
     if step < t.steps:
         say(f"stopped by SIGTERM; step {step} is saved, the same command resumes")
         return True
-    finish(exp, workdir, step, state.trainable, frozen.get("decoder"))
+    export_decoder(exp, workdir, step, state.trainable, frozen.get("decoder"))
+    say(f"done: step {step} of {workdir}")
     return False
 
 
-def finish(exp: Experiment, workdir: str, step: int, trainable: Params, frozen: Params | None) -> None:
-    """Writes the decoder where that was trained, in whole or by adapters of the frozen one (None: not read yet), unless
-    that of this step is there. One leaf at a time is whole, on every device."""
+def export_decoder(exp: Experiment, workdir: str, step: int, trainable: Params, frozen: Params | None) -> None:
+    """Writes the decoder where that was trained, in whole or by adapters of the frozen one (None: not read yet). One
+    leaf at a time is whole, on every device."""
     primary = jax.process_index() == 0
-    if "decoder" in trainable and models.step_of_decoder(workdir) != step:
+    if "decoder" in trainable:
         tree = trainable["decoder"]
         if "embedding" not in tree:
             below = jax.tree.map(lambda x: x.astype(jnp.float32), frozen or experiment.load_decoder(exp, exp.dtype))
@@ -194,8 +204,6 @@ def finish(exp: Experiment, workdir: str, step: int, trainable: Params, frozen: 
         else:
             for _ in chunks:  # takes part
                 pass
-    if primary:
-        print(f"done: step {step} of {workdir}", flush=True)
 
 
 class Metrics:

@@ -52,6 +52,9 @@ for line in "${runs[@]}"; do
   finished_commands+=("$(cat "$folder/$run.done" 2>/dev/null || true)")
 done
 
+twice=$(printf '%s\n' "${names[@]}" | sort | uniq -d | head -n 1)
+[[ ! $twice ]] || die "$twice: two runs of the grid have this name, and would share a folder"
+
 declare -A running=() # process id -> run
 finished=0 failed=() stopped=''
 stop() { stopped=1 && { ((!${#running[@]})) || kill "${!running[@]}" || true; }; }

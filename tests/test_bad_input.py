@@ -194,6 +194,8 @@ def test_a_checkpoint_of_another_decoder_or_method(error, config_file, trained, 
     for changes, words in (
         ({"seed": 1}, ["config.seed=1: the data of", "come in the order of 0"]),
         ({"train.batch_size": 16}, ["config.train.batch_size=16: the data of", "come in the order of 8"]),
+        ({"optimizer.learning_rate": 0.5}, ["config.optimizer.learning_rate=0.5:", "has 0.01; give another --workdir"]),
+        ({"method.num_ahead": 2}, ["config.method.num_ahead=2:", "has 3; give another --workdir"]),
     ):
         named(error("train", f"--config={config_file(changes)}", f"--workdir={workdir}"), workdir, *words)
     assert sorted(p for p in workdir.rglob("*")) == before

@@ -434,10 +434,33 @@ def test_rows_and_resume(trained, tasks, tmp_path, monkeypatch, capsys):
         expected = lm.logprobs(*answers, augment=model == "augmented")[0]
         np.testing.assert_allclose([float(r[0][0]) for r in sample["resps"]], expected, rtol=1e-5)
 
+    with pytest.raises(ld.UserError, match="--limit=2: .* has syllogism of decoder over all documents, made otherwise"):
+        call("syllogism", "decoder", limit=2, max_length=64)
+    with pytest.raises(ld.UserError, match="--max_length=17: chain_sum has answers of up to 16 tokens"):
+        call("chain_sum", "decoder", max_length=17)
+    other, table = tmp_path / "other", tmp_path / "table.py"  # other problems, and another table
+    other.mkdir()
+    for name in ("syllogism", "chain_sum"):
+        make_tasks.write_task(other, name, ROWS[name] | {"test": ROWS[name]["test"][:3]})
+    monkeypatch.setattr(harness, "run", watch)
+    rows = call("syllogism,chain_sum", "decoder", tasks=str(other))
+    assert {r["benchmark"]: r["documents"] for r in rows if r["model"] == "decoder"} == {
+        "syllogism": 3,
+        "chain_sum": 3,
+        "held_out_text": 3,
+    }
+    table.write_text((ROOT / "configs" / "benchmarks.py").read_text().replace("COT = ", "COT = 'Well. ' + "))
+    call("chain_sum", "decoder,zero_shot_cot", tasks=str(other), table=str(table))
+    assert [r[4] for r in ran] == ["Well. " + TABLE["COT"]]
+
     with pytest.raises(ld.UserError, match=r"benchmarks.json: its rows have checkpoint .*/4, this call .*/2; name ano"):
         call("syllogism", "decoder", step=2)
     with pytest.raises(ld.UserError, match=r"benchmarks.json: its rows have .* name another --out"):
         call("syllogism", "decoder", workdir="", decoder="packaged")
+    written["config"]["seed"] += 1
+    (out / "benchmarks.json").write_text(json.dumps(written))
+    with pytest.raises(ld.UserError, match=r"benchmarks.json: its rows are of a training with another config; name"):
+        call("syllogism", "decoder")
     (out / "benchmarks.json").write_text('{"rows": 3}')
     with pytest.raises(ld.UserError, match=r"benchmarks.json: not what `benchmark` writes"):
         call("syllogism", "decoder")

@@ -7,7 +7,7 @@ from latent_delib import generate
 
 
 def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
-    asked = [{"prompt": "the cat\u2028", "seed": 3}, {"prompt": "a dog ran to the door when"}]
+    asked = [{"prompt": "the cat\u2028", "seed": 3}, {"prompt": "a dog ran to the door when", "id": "x"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked))
     out = tmp_path / "folder" / "out.jsonl"
     options = dict(max_new_tokens=5, temperature=0.7, top_k=0, top_p=1.0, stop="", seed=11, every=0, delay=0)
@@ -17,6 +17,7 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
     found = [json.loads(line) for line in out.read_text().removesuffix("\n").split("\n")]
     assert [row["prompt"] for row in found] == [row["prompt"] for row in asked]
     assert [row["seed"] for row in found] == [3, 12]  # its own, and the flag's with its place
+    assert [row.get("id") for row in found] == [None, "x"]  # what else a line holds stays
     lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
     for name, augment in (("decoder", False), ("augmented", True)):
         texts = lm.generate([r["prompt"] for r in asked], 5, temperature=0.7, seed=[3, 12], augment=augment)

@@ -10,6 +10,7 @@ import pytest
 
 import latent_delib as ld
 from latent_delib import asynchronous, engine, mesh, train
+from latent_delib import lm as lm_of
 from latent_delib.checkpoint import Checkpoints
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.tokenizer import Tokenizer
@@ -218,6 +219,17 @@ def test_stop_strings_end_a_text_before_them(decoder, lms):
     assert early.text == found[1].text and set(early.tokens[16:]) == {tokenizer.pad_id}  # and decoding ends with it
 
 
+def test_a_control_token_ends_a_text_that_shows_no_trace_of_it(decoder, lms):
+    tokenizer = Letters(decoder.tokenizer.path)
+    lm = ld.AugmentedLM(dataclasses.replace(decoder, tokenizer=tokenizer), lms["after"].coprocessor)
+    whole = [c.tokens for c in lm.continuations(PROMPTS[:2], NEW)]
+    tokenizer.control = {"<|end|>": int(whole[0][3])}
+    found = lm.continuations(PROMPTS[:2], NEW, stop=["<|end|>"])
+    for ours, tokens in zip(found, whole):
+        assert ours.text == tokenizer.decode(tokens[: min([*np.flatnonzero(tokens == whole[0][3]), NEW])])
+    assert len(found[0].text) <= 3
+
+
 def test_few_shapes_are_compiled(lms):
     lm = lms["decoder"]
     lm.generate(PROMPTS, NEW)
@@ -241,6 +253,15 @@ def test_sharded_equals_one_device(decoder, lms, text):
     assert cache.k.shape[1:4:2] == (4, 2) and cache.k.sharding.shard_shape(cache.k.shape)[1:4:2] == (1, 1)
     with pytest.raises(ld.UserError, match="tokens: 3 rows do not split over"):
         lm.logits(four[:3])
+
+
+def test_no_device_holds_a_whole_model(lms):
+    """A checkpoint's leaves are numpy, float32: what is cast is cast before it has a place, and placed once."""
+    on = mesh.make({"fsdp": 8})
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), lms["overlay"].coprocessor.params)
+    with jax.transfer_guard_device_to_device("disallow_explicit"):
+        placed = lm_of._place(on, params, jax.numpy.bfloat16)
+    assert {(x.dtype.name, len(x.sharding.device_set)) for x in jax.tree.leaves(placed)} == {("bfloat16", 8)}
 
 
 @pytest.fixture

@@ -240,6 +240,27 @@ def test_which_checkpoints_are_kept(make_config, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "4"]
 
 
+def test_what_a_signal_saves_is_no_best_one(make_config, tmp_path, monkeypatch):
+    """Its loss is a mean over the few steps since the checkpoint before."""
+    saves, save = [], checkpoint.Checkpoints.save
+
+    def watched(self, step, trainable, opt_state, meta, loss):
+        saves.append((step, loss is not None))
+        return save(self, step, trainable, opt_state, meta, loss)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
+    monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: len(saves) == 1)
+    assert train.train(make_config({"train.checkpoint_every": 2, "train.keep_best": 1}), str(tmp_path)) is True
+    assert saves == [(2, True), (3, False)]
+
+
+def test_a_longer_schedule_is_told_of(trained, make_config, tmp_path, capsys):
+    shutil.copytree(trained, workdir := tmp_path / "workdir")
+    train.train(make_config({"train.steps": 6}), str(workdir))
+    assert "of 6 steps, once of 4: the learning rate goes on where it would be by now" in capsys.readouterr().out
+    assert everything(workdir)[0] == 6
+
+
 def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_path):
     copy_at_step_2(trained, workdir := tmp_path / "workdir")
     shutil.copytree(token_folder, other := tmp_path / "tokens")
@@ -359,6 +380,21 @@ def test_a_trained_decoder_is_exported(make_config, decoder_folder, tokenizer_pa
     assert np.abs(original["embedding"] - np.asarray(weights["embedding"])).max() > 1e-3
     assert Tokenizer(where / "tokenizer.model").vocab_size == Tokenizer(tokenizer_path).vocab_size
     assert not list(tmp_path.glob("decoder.tmp*"))
+
+
+def test_a_decoder_that_is_trained_again_takes_the_place_of_the_old(make_config, tmp_path):
+    """Though of the same step; a finished job that is called again writes nothing."""
+    weights = tmp_path / "decoder" / "model.safetensors"
+    written = []
+    for rate in (1e-2, 2e-2):
+        config = make_config({"method.name": "decoder", "train.steps": 3, "optimizer.learning_rate": rate})
+        train.train(config, str(tmp_path))
+        written.append(weights.read_bytes())
+        before = weights.stat().st_mtime_ns
+        train.train(config, str(tmp_path))
+        assert weights.stat().st_mtime_ns == before
+        shutil.rmtree(tmp_path / "checkpoints")
+    assert written[0] != written[1]
 
 
 def test_three_steps_are_traced(make_config, tmp_path):

@@ -182,7 +182,8 @@ def write_validation(directory: str, number: int, documents: Iterable[np.ndarray
 
 def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tuple[dict, list[str], list[dict]]:
     """Checks that a directory fits the config; returns its meta, and path and meta entry of each source."""
-    where, meta = data.token_files, read_meta(data.token_files)
+    where = data.token_files.rstrip("/")
+    meta = read_meta(where)
     if meta is None:
         raise UserError(
             f"config.data.token_files: no {where}/meta.json: nothing was prepared there, or it did not finish"
@@ -313,7 +314,7 @@ def data_fingerprint(data, *, tokenizer_path):
         # a file ends with the checksum of its index, that is, of where each chunk lies and how long it is
         ends = [(name, store.result().read(name, byte_range=slice(-4, None))) for name in names]
         ends = [(name, _done(end, f"{path}/tokens/{name}").value.hex()) for name, end in ends]
-        number = path.removeprefix(f"{data.token_files}/")
+        number = path.removeprefix(f"{data.token_files.rstrip('/')}/")
         found[f"sources[{i}] (token_files/{number})"] = _digest([entry, ends])
     return found
 

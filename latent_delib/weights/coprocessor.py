@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
-import jax
 import numpy as np
 
 from latent_delib import files
@@ -47,7 +46,7 @@ def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Par
 
 
 def load(where: Path) -> tuple[dict[str, Any], Params]:
-    """The fields of a coprocessor's folder, and its parameter tree on the first device.
+    """The fields of a coprocessor's folder, and its parameter tree, numpy.
 
     Raises:
       UserError: not such a folder, or tensors that do not fit its architecture.
@@ -70,4 +69,4 @@ def load(where: Path) -> tuple[dict[str, Any], Params]:
             layers.setdefault(t.leaf, []).append(t.to_ours(file.read(t.name)))
     leaves = {leaf: np.stack(parts) if leaf.startswith("layers.") else parts[0] for leaf, parts in layers.items()}
     tree = flax.traverse_util.unflatten_dict(leaves | {SOFT_TOKENS: file.read(SOFT_TOKENS)}, sep=".")
-    return fields, jax.tree.map(jax.numpy.asarray, tree)
+    return fields, tree

@@ -204,6 +204,12 @@ def test_sweep_skips_what_is_done_and_names_what_failed(here: Checkout) -> None:
     assert len(here.lines("trained")) == 9
 
 
+def test_sweep_of_runs_that_would_share_a_folder(here: Checkout) -> None:
+    _, err = here.launch("sweep", "s", "configs/x.py", "data.sources=a*b,a?b", code=1)
+    assert err.startswith("error: x,data.sources=a-b: two runs of the grid have this name")
+    assert not (here.root / "runs").exists()
+
+
 def test_sweep_of_slices_runs_several_at_a_time(here: Checkout) -> None:
     here.env["LATENT_DELIB_BUCKET"] = "bucket"
     launcher = here.script("keep", 'echo "$*" >>kept\nuntil [[ $(wc -l <kept) -ge 2 ]]; do sleep 0.02; done\n')
