@@ -39,7 +39,7 @@ def differ(config):
 
 def export(config, workdir):
     exp = experiment.read(config)
-    train.finish(exp, workdir, 4, {"decoder": experiment.load_decoder(exp, jnp.float32)}, None)
+    train.export_decoder(exp, workdir, 4, {"decoder": experiment.load_decoder(exp, jnp.float32)}, None)
 
 with distributed.job(SimpleNamespace(distributed=True, start_timeout=300)):
     for kind, changes, *folders in eval(sys.argv[1]):
@@ -138,6 +138,7 @@ def assert_same_perplexity(result, expected):
             assert row[key] == pytest.approx(known[key], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_on_both_and_a_kill_ends_both(config_file, tmp_path):
     config = config_file({"train.steps": 100_000, "train.checkpoint_every": 100_000})
     command = ["-m", "latent_delib.train", f"--config={config}", f"--workdir={tmp_path / 'workdir'}"]

@@ -371,7 +371,9 @@ def test_continuations_of_one_prompt_are_read_together(lms):
     np.testing.assert_array_equal(lm.logprobs(*zip(*ids))[0], together[0])
 
 
-@pytest.mark.parametrize("name, every", [("decoder", 0), ("after", 0), ("overlay", 3)])
+@pytest.mark.parametrize(
+    "name, every", [("decoder", 0), pytest.param("after", 0, marks=pytest.mark.slow), ("overlay", 3)]
+)
 def test_rolling_logprobs(lms, name, every):
     """Stretch after stretch, each ahead of its own latents; a long text is cut, and every piece begins with BOS."""
     lm = ld.AugmentedLM(lms[name].decoder, lms[name].coprocessor, max_length=12)

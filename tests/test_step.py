@@ -211,7 +211,8 @@ def test_traces_on_a_mesh_axis_of_their_own_equal_one(alone, make_config, tmp_pa
     check_against_one_device(alone, tmp_path)
 
 
-@pytest.mark.parametrize("form, traces", [pytest.param("reference", 1, marks=pytest.mark.slow), ("pallas_gpu", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form, traces", [("reference", 1), ("pallas_gpu", 2)])
 def test_forms_of_attention_train_alike_on_a_mesh(alone, make_config, tmp_path, monkeypatch, form, traces):
     """Each device runs the kernel on its own rows, traces and heads, whatever the number of queries."""
     monkeypatch.setattr(attention_forms, "FEW", 0)

@@ -293,6 +293,7 @@ def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
     assert_same(tmp_path, trained)
 
 
+@pytest.mark.slow
 def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
     """Nothing of it on this machine's disk."""
     pytest.importorskip("google.cloud.storage")

@@ -33,7 +33,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("benchmark", FORMS, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "benchmark",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m is overlap), id=m.__name__) for m in FORMS],
+)
 def test_smallest_form(benchmark, tmp_path, capsys):
     forms, arguments, columns = FORMS[benchmark]
     common_arguments = ["--size", "gemma2_test", "--rounds", "1", "--least", "0", f"--json={tmp_path}/table.json"]
@@ -47,6 +50,7 @@ def test_smallest_form(benchmark, tmp_path, capsys):
     assert all(line in printed for line in common.table(found["rows"]).splitlines())
 
 
+@pytest.mark.slow
 def test_parts_of_a_step(tmp_path):
     parts.main([*TRACES, "--size", "gemma2_test", "--rounds", "1", "--least", "0", f"--json={tmp_path}/table.json"])
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]

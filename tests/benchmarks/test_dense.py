@@ -16,7 +16,11 @@ from latent_delib.nn.transformer import Transformer
 
 @pytest.mark.parametrize(
     "name, placement",
-    [pytest.param("gemma", "after", marks=pytest.mark.slow), ("gemma", "overlay"), ("llama", "after")],
+    [
+        pytest.param("gemma", "after", marks=pytest.mark.slow),
+        ("gemma", "overlay"),
+        pytest.param("llama", "after", marks=pytest.mark.slow),
+    ],
 )
 def test_loss_and_gradient_equal_ours(name, placement):
     config = small.CONFIGS[name]
