@@ -314,7 +314,7 @@ def data_fingerprint(data, *, tokenizer_path):
         # a file ends with the checksum of its index, that is, of where each chunk lies and how long it is
         ends = [(name, store.result().read(name, byte_range=slice(-4, None))) for name in names]
         ends = [(name, _done(end, f"{path}/tokens/{name}").value.hex()) for name, end in ends]
-        number = path.removeprefix(f"{data.token_files.rstrip('/')}/")
+        number = "/".join(path.rsplit("/", 2)[1:])  # SPLIT/NUMBER
         found[f"sources[{i}] (token_files/{number})"] = _digest([entry, ends])
     return found
 

@@ -87,6 +87,17 @@ def equal(one, other):
     return all(np.array_equal(a[k], b[k]) for a, b in zip(one, other, strict=True) for k in ("tokens", "segment"))
 
 
+def test_a_slash_at_the_end_of_a_folder_is_no_part_of_its_name(prepared, monkeypatch):
+    """A bucket has objects by their names, and none called tokens//meta.json."""
+    asked, read_meta = [], token_files.read_meta
+    monkeypatch.setattr(token_files, "read_meta", lambda where: asked.append(where) or read_meta(where))
+    found = [
+        token_files.data_fingerprint(prepared.data(token_files=where), tokenizer_path=prepared.tokenizer)
+        for where in (prepared.directory, f"{prepared.directory}/")
+    ]
+    assert found[0] == found[1] and set(asked) == {prepared.directory}
+
+
 def counts(rows):
     return collections.Counter(map(tuple, rows.tolist()))
 
