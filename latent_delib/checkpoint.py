@@ -24,13 +24,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError
 
 T = TypeVar("T")
-# How the errors of a store begin that does not answer or denies access.
-OUTAGE = re.compile(
-    "unavailable|denied|forbidden|unauth|credential|deadline|exhausted|aborted|cancelled", re.IGNORECASE
+# How the errors of a store begin that does not answer, or that denies access.
+NO_ANSWER = re.compile(
+    "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport|gateway|internal ?server"
+    "|too ?many ?requests",
+    re.IGNORECASE,
 )
+DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
 
 
 class Damaged(UserError):
@@ -62,6 +65,7 @@ class Checkpoints:
 
     Raises:
       UserError: the folder cannot be written, is not the same one for all processes, or gs:// lacks a package.
+      Outage: the store does not answer.
     """
 
     def __init__(self, workdir: str, keep: int = 2, keep_every: int = 0, keep_best: int = 0, read_only: bool = False):
@@ -91,7 +95,8 @@ class Checkpoints:
         )
         self._trees, self._json = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
         handlers = {"trainable": self._trees, "optimizer": self._trees, "meta": self._json, "contents": self._json}
-        self._manager = _Manager(self.path, options=options, item_handlers=handlers)
+        with self._disk_errors():
+            self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
     def save(
         self, step: int, trainable: Any, optimizer: Any, meta: Mapping[str, Any], loss: float | None = None
@@ -103,7 +108,7 @@ class Checkpoints:
           loss: what `keep_best` goes by, the same on every process; None or not finite: not among the best.
 
         Raises:
-          OSError: the disk is full or not writable. What was saved before stays whole.
+          OSError: the disk is full or not writable (Outage: the store does not answer); what was saved stays whole.
         """
         contents = _contents(meta, {"trainable": trainable, "optimizer": optimizer})
         args = ocp.args.Composite(
@@ -147,7 +152,7 @@ class Checkpoints:
 
         Raises:
           UserError: none can be read, or not the one asked for; or a tree wanted is not the one that was saved.
-          OSError: the disk does not answer or denies access, which is no damage.
+          OSError: the disk fails or denies access (Outage: the store does not answer), which is no damage.
         """
         return self._newest(lambda at: self._restore(at, trainable, optimizer, check), step)
 
@@ -158,7 +163,8 @@ class Checkpoints:
     def _newest(self, read: Callable[[int], T], step: int | None) -> T | None:
         """What `read` gives for the newest step that is not damaged, or for `step`."""
         self.wait()
-        self._manager.reload()
+        with self._disk_errors():
+            self._manager.reload()
         damaged: dict[int, str] = {}
         while True:
             left = [s for s in self._manager.all_steps() if s not in damaged and step in (None, s)]
@@ -265,6 +271,8 @@ class Checkpoints:
                 self.path.mkdir(parents=True, exist_ok=True)
                 marker.write_text("")
             except Exception as error:
+                if self._kind(error) == "outage":
+                    raise
                 raise UserError(f"--workdir={self.workdir}: cannot be written ({_reason(error)})") from None
 
         def see() -> None:
@@ -286,8 +294,8 @@ class Checkpoints:
             problem = f"{self._kind(error)} {where}{_reason(error).replace(f'{self.path}/', '')}"
         if worst := max(_from_all(problem)):
             kind, text = worst.split(" ", 1)
-            if kind == "failed":
-                raise OSError(errno.EIO, text, str(self.path))
+            if kind in ("failed", "outage"):
+                raise (Outage if kind == "outage" else OSError)(errno.EIO, text, str(self.path))
             raise Damaged(text) if kind == "damaged" else UserError(text)
         return result
 
@@ -298,6 +306,8 @@ class Checkpoints:
         if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
             return "failed"
         failed = self._os_error(error)
+        if isinstance(failed, Outage):
+            return "outage"
         missing = isinstance(failed, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         return "damaged" if failed is None or missing or failed.errno == errno.EIO else "failed"
 
@@ -310,13 +320,14 @@ class Checkpoints:
 
     def _os_error(self, error: Exception) -> OSError | None:
         """The failure of a disk or store that an exception tells of; tensorstore does so in a ValueError's text."""
-        if isinstance(error, OSError):
-            return error
-        if found := re.search(r"os_error_code='(\d+)'", str(error)):
-            return OSError(int(found[1]), os.strerror(int(found[1])), str(self.path))
-        if OUTAGE.search(f"{type(error).__name__} {_reason(error)}"[:60]):
-            return OSError(errno.EREMOTEIO, _reason(error), str(self.path))
-        return None
+        if not isinstance(error, OSError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
+            error = OSError(int(found[1]), os.strerror(int(found[1])), str(self.path))
+        text = f"{type(error).__name__} {_reason(error)}"[:60]
+        if NO_ANSWER.search(text):
+            return Outage(errno.ECONNABORTED, _reason(error), str(self.path))
+        if not isinstance(error, OSError) and DENIED.search(text):
+            return OSError(errno.EACCES, _reason(error), str(self.path))
+        return error if isinstance(error, OSError) else None
 
 
 class _Manager(ocp.CheckpointManager):

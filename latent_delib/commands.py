@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from latent_delib.errors import UserError
+from latent_delib.errors import LOST, Outage, UserError
 
 STOPPED = 75  # the exit code of a command that SIGTERM stopped, and that saved: run it again to go on
 REQUIRED = object()
@@ -21,7 +21,8 @@ DEFINE = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DE
 
 
 def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> None:
-    """Parses the command line, calls `main(values)` and exits: with 1 for a user's mistake or a failed disk.
+    """Parses the command line, calls `main(values)` and exits: with 1 for a user's mistake or a failed disk,
+    with LOST for a store that does not answer.
 
     Args:
       main: gets the values as attributes.
@@ -60,6 +61,9 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         main(values)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except Outage as error:
+        print(f"error: {error.filename}: {error.strerror}; run again to go on", file=sys.stderr)
+        sys.exit(LOST)
     except OSError as error:
         sys.exit(f"error: {error.filename or 'disk'}: {error.strerror or error}")
     except KeyboardInterrupt:

@@ -24,13 +24,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from latent_delib.errors import UserError
+from latent_delib.errors import LOST, Outage, UserError
 
 FLAGS = {
     "distributed": (False, "this is one of several processes of the job"),
     "start_timeout": (300, "seconds within which all processes of a --distributed job must have started"),
 }
-LOST = 69  # the exit code where another process is gone
 GRACE = 5.0  # seconds in which a process can still end by itself, and say why, once another has ended
 SILENCE = 40  # seconds after which a machine that no longer answers counts as gone
 HELLO = "latent_delib"
@@ -45,8 +44,8 @@ def job(flags: Any) -> Iterator[None]:
     To be entered before any device is used. The coordinator's HOST:PORT, the number of processes and this one's come
     from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where set, else from the cluster (Cloud TPU, GKE,
     Slurm). If another process ends with exit code 1, a mistake or a failed disk, so does this one; if it crashes, is
-    killed or its machine lost, this one ends with LOST: GRACE seconds later, SILENCE more where the network does not
-    tell.
+    killed, its machine lost or its checkpoints' store does not answer, this one ends with LOST: GRACE seconds later,
+    SILENCE more where the network does not tell.
 
     Raises:
       UserError: processes that did not start within `flags.start_timeout` seconds, by number; a number given twice, or
@@ -65,7 +64,8 @@ def job(flags: Any) -> Iterator[None]:
         print(f"process {index} of {count}: {here}, coordinator {address}", flush=True)
         yield
     except BaseException as error:
-        code = 1 if isinstance(error, UserError | OSError) else 130 if isinstance(error, KeyboardInterrupt) else LOST
+        lasting = isinstance(error, UserError | OSError) and not isinstance(error, Outage)
+        code = 1 if lasting else 130 if isinstance(error, KeyboardInterrupt) else LOST
         if code == LOST:
             time.sleep(2 * GRACE)  # a collective fails where another process is gone: then this one ends here
         others.fail(code)
@@ -252,7 +252,7 @@ class _Others:
         if code == 1:
             text = f"process {process} ended with an error, which its own output tells; this one ends with it"
         else:
-            code, text = LOST, f"process {process} is gone: crashed, killed, or its machine lost; run again to resume"
+            code, text = LOST, f"process {process} is gone: crashed, killed, or cut off; run again to resume"
         print(f"error: {text}", file=sys.stderr)
         _exit(code)
 

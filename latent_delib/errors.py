@@ -1,4 +1,6 @@
-"""The one exception a user's mistake raises; the commands print it as a single line."""
+"""The exceptions that the commands print as a single line."""
+
+LOST = 69  # the exit code where another process is gone or a store does not answer: run it again to go on
 
 
 class UserError(ValueError):
@@ -9,3 +11,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+class Outage(OSError):
+    """A store that does not answer, as (errno, text, filename): it may do so later, and nothing in it is damaged."""

@@ -11,7 +11,8 @@
 #
 # `run` adds --distributed, puts this folder into an image on top of python:3.12, and returns once the job is queued.
 # Every worker makes .venv before it starts. Kubernetes itself starts the job again after a preemption, a signal, code
-# 69 (another process was lost), 75 (stopped, and saved) or what XPK adds (42, 127 and more), and not after code 1.
+# 69 (another process or the store was lost), 75 (stopped, and saved) or what XPK adds (42, 127 and more), and not after
+# code 1.
 # `keep` does `run` unless NAME is there, and waits for its end.
 #
 #   --accelerator=TYPE   as XPK names them: v5litepod-N, v5p-N, v6e-N

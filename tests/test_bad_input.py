@@ -1,5 +1,6 @@
 """A user's mistake ends each command in one line that names the thing, before anything is trained."""
 
+import errno
 import logging
 import os
 import runpy
@@ -9,6 +10,8 @@ import sys
 
 import pytest
 
+from latent_delib import commands
+from latent_delib.errors import Outage
 from tests.processes import free_port
 
 ARCHITECTURE = {
@@ -39,6 +42,19 @@ def error(monkeypatch, capsys):
 
     yield run
     logging.disable(logging.NOTSET)
+
+
+def test_a_store_that_does_not_answer_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    def main(values):
+        raise Outage(errno.ECONNABORTED, "UNAVAILABLE: later", "gs://bucket/run")
+
+    monkeypatch.setattr(sys, "argv", ["train"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with pytest.raises(SystemExit) as exit_:
+        commands.run(main, "")
+    logging.disable(logging.NOTSET)
+    assert exit_.value.code == 69
+    assert capsys.readouterr().err == "error: gs://bucket/run: UNAVAILABLE: later; run again to go on\n"
 
 
 def named(line, *words):

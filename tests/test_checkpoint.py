@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib import checkpoint
 from latent_delib.checkpoint import Checkpoints, open_for_reading
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError
 
 # What orbax leaves to the garbage collector of a read that failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -294,16 +294,45 @@ def test_where_all_are_damaged_nothing_starts_from_scratch(saved):
         assert steps(saved) == [2, 4]
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ValueError("UNAVAILABLE: later")])
-def test_a_disk_that_does_not_answer_is_no_damage(saved, error):
+class TooManyRequests(Exception):
+    """As Google's client has it."""
+
+
+@pytest.mark.parametrize(
+    "error, outage",
+    [
+        (PermissionError(13, "Permission denied"), False),
+        (ValueError("PERMISSION_DENIED: Error reading gs://b/x"), False),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing [os_error_code='28']"), False),
+        (ValueError("UNAVAILABLE: later"), True),
+        (TooManyRequests("429 later"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+    ],
+)
+def test_a_disk_or_store_that_fails_is_no_damage(saved, monkeypatch, error, outage):
     def fails(*args, **kwargs):
         raise error
 
     checkpoints = Checkpoints(str(saved))
-    checkpoints._trees.restore = fails
-    with pytest.raises(OSError, match="trainable: (Permission denied|UNAVAILABLE: later)"):
-        checkpoints.restore_newest(*both())
+    monkeypatch.setattr(checkpoints._trees, "restore", fails)
+    monkeypatch.setattr(checkpoints._manager, "save", fails)
+    monkeypatch.setattr(checkpoints._manager, "reload", lambda: None)
+    trees = make(6, sharding(*HERE))
+    for call in (lambda: checkpoints.restore_newest(*both()), lambda: checkpoints.save(6, *trees, META)):
+        with pytest.raises(OSError) as raised:
+            call()
+        assert isinstance(raised.value, Outage) == outage
     assert steps(saved) == [2, 4]
+
+
+def test_where_a_store_does_not_answer_at_the_start_nothing_is_a_mistake(saved, monkeypatch):
+    def fails(*args, **kwargs):
+        raise TimeoutError(110, "Connection timed out")
+
+    for owner, name in ((type(Checkpoints(str(saved)).path), "mkdir"), (checkpoint._Manager, "reload")):
+        with monkeypatch.context() as patch, pytest.raises(Outage, match="Connection timed out"):
+            patch.setattr(owner, name, fails)
+            Checkpoints(str(saved)).newest_meta()
 
 
 def test_another_tree_or_meta_is_no_damage(saved):

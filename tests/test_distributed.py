@@ -159,7 +159,7 @@ def test_sigterm_to_one_saves_on_both_and_a_kill_ends_both(config_file, tmp_path
         assert job.wait() == [distributed.LOST, -9], job.said(0)
         assert time.monotonic() - began < distributed.GRACE + 30
         errors = [line for line in job.said(0).splitlines() if line.startswith("error")]
-        assert errors == ["error: process 1 is gone: crashed, killed, or its machine lost; run again to resume"]
+        assert errors == ["error: process 1 is gone: crashed, killed, or cut off; run again to resume"]
         assert "Traceback" not in job.said(0)
 
 
