@@ -240,6 +240,8 @@ def _identity(workdir: str, decoder: str, step: int | None) -> tuple[dict[str, A
     """What the figures are of (config, checkpoint, step, fingerprint of the decoder), and the decoder's folder."""
     if bool(workdir) == bool(decoder):
         raise UserError("give --workdir of a training job, or --decoder, a decoder folder; one of them")
+    if decoder and step is not None:
+        raise UserError(f"--step={step}: a checkpoint of --workdir; a --decoder has none")
     if decoder:
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
         about = {"config": config, "checkpoint": None, "step": None}

@@ -147,7 +147,7 @@ class Checkpoints:
 
         Args:
           trainable, optimizer: trees of jax.ShapeDtypeStruct with the shardings wanted here, whatever wrote them.
-            Without `trainable`: that tree as it was saved, on this process's first device. Without `optimizer`: none.
+            Without `trainable`: that tree as it was saved, as numpy arrays. Without `optimizer`: none.
           check: gets the meta before any array is read; a UserError from it ends the search.
 
         Raises:

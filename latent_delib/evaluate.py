@@ -59,15 +59,15 @@ def main(flags: Any) -> None:
 def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None) -> dict[str, Any]:
     """Evaluates a checkpoint of `workdir` on the config's validation sources; returns what perplexity.json holds.
 
-    Method "decoder" on a decoder with weights needs no checkpoint: it is the frozen decoder. Of several processes each
-    reads all of the text and computes its share of it, and all return the same.
+    Method "decoder" on a decoder with weights needs no checkpoint, unless a step is asked for: it is the frozen
+    decoder. Of several processes each reads all of the text and computes its share of it, and all return the same.
 
     Raises:
       UserError: no checkpoint, one of another decoder or method, bad config or data.
     """
     job = Job(config, workdir, [step])
     untrained = config.method.name == "decoder" and bool(config.decoder.path)
-    if untrained and not (epath.Path(workdir) / "checkpoints").is_dir():
+    if untrained and step is None and not (epath.Path(workdir) / "checkpoints").is_dir():
         return job.run(None, epath.Path(out))
     return job.run(load(job.exp, workdir, step), epath.Path(out))
 

@@ -1,4 +1,4 @@
-"""From a config to what a job works on: architecture, mesh, augmentation, decoder. Every check of a config is here."""
+"""From a config to what a job works on: architecture, mesh, augmentation, decoder; and the checks that need no data."""
 
 import contextlib
 import dataclasses

@@ -96,6 +96,8 @@ def load(flags: Any) -> lm.AugmentedLM:
     checkpoints.close()
     path, has_latents = models.decoder_of(flags.workdir, meta), METHODS[meta["method.name"]].write is not None
     split = jax.device_count() - flags.coprocessor_devices
+    if flags.tensor < 1 or split % flags.tensor:
+        raise UserError(f"--tensor={flags.tensor}: does not divide the {split} devices of the decoder")
     here, there = jax.devices()[:split], jax.devices()[split:]
     mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor}, here)
     decoder = models.load_decoder(path, meta["config"]["compute"]["dtype"], mesh)

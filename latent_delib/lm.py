@@ -171,8 +171,8 @@ class AugmentedLM:
         Latents join after BOS, and where `every` is not 0 again after each `every` tokens more. A text longer than
         max_length is cut into pieces that each begin with BOS. progress: is told how many pieces are done.
         """
-        if every < 0:
-            raise UserError(f"every={every}: expected at least 0")
+        if every < 0 or batch_size < 1:
+            raise UserError(f"every={every}, batch_size={batch_size}: expected at least 0 and 1")
         pieces: list[np.ndarray] = []
         owner: list[int] = []
         for i, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""The one file that names mesh axes: the mesh, the rules from logical axes to it, and shardings made of them."""
+"""The one file that maps arrays to mesh axes: the mesh, the rules from logical axes to it, and shardings."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

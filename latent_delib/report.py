@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from latent_delib import checkpoint, commands, figures, files, lm, look, models, perplexity, published, runs, tables
+from latent_delib.delib.coprocessor import Inserted
 from latent_delib.errors import UserError
 from latent_delib.progress import Progress
 from latent_delib.tables import Figure, Table
@@ -120,23 +121,29 @@ def page(every: list[Table], curves: list[tuple[str, bytes]], seen: Look | None)
 
 def compare(found: runs.Runs, against: str) -> Table:
     """All runs on the same text against one, by the sums of documents.npz: the change in perplexity of the n-th token
-    ahead. What is hard for both cancels, so this tells more than two intervals side by side.
+    ahead. What is hard for both cancels, so this tells more than two intervals side by side. Where the frozen decoder
+    has other figures, a warning says so and that run is left out.
 
     Raises:
       UserError: `against` holds no documents.npz.
     """
     if (base := _sums(epath.Path(against))) is None:
         raise UserError(f"--against={against}: holds no documents.npz, which `evaluate` writes")
-    rows, used = [], []
+    rows, used, others = [], [], []
     for result in found.perplexity:
         ours = _sums(epath.Path(result.path).parent)
-        if ours is None or not np.array_equal(ours.tokens, base.tokens) or not np.allclose(ours.decoder, base.decoder):
-            continue  # another text, or another frozen decoder
+        if ours is None or not np.array_equal(ours.tokens, base.tokens):
+            continue  # another text
+        if not np.allclose(ours.decoder, base.decoder):
+            others.append(str(result.path.parent))
+            continue
         pair = perplexity.Sums(base.tokens, base.augmented, ours.augmented)
         by_n = {row["n"]: row for row in perplexity.table(pair, seed=0)}
         cells = [tables.change(by_n[n]) if n in by_n else "" for n in tables.AHEAD]
         rows.append([tables.of(result).latents, tables.label(tables.of(result)), result.key, *cells])
         used.append(result)
+    if others:
+        checkpoint.warn(f"--against={against}: the frozen decoder has other figures in {', '.join(others)}: left out")
     columns = ["latents", "what", "from", *(f"n = {n}" for n in tables.AHEAD)]
     title = f"Change in perplexity of the n-th token ahead against {against}"
     return tables.finished("12_against", title, columns, rows, used)
@@ -165,10 +172,12 @@ def look_into(workdir: str, text: str) -> Look:
     step = model.coprocessor.step
     before, after = model.tokenizer.decode(tokens[: at + 1]), model.tokenizer.decode(tokens[at + 1 :])
 
-    z_LD = model.latents([tokens], [[at]])[0, 0]
+    z_BMLD = model.latents([tokens], [[at]])
+    if isinstance(z_BMLD, Inserted):
+        raise UserError(f"--look={workdir}: method {meta['method.name']!r} writes keys and values, no vectors")
     rows = [
         [f"z{i + 1}", *(cell for near in row for cell in (near.word, Figure(near.cosine)))]
-        for i, row in enumerate(look.nearest(model, z_LD))
+        for i, row in enumerate(look.nearest(model, z_BMLD[0, 0]))
     ]
     columns = ["latent", *(name for i in range(1, len(rows[0]) // 2 + 1) for name in (f"nearest {i}", f"cosine {i}"))]
     note = f"Cosine with the rows of the decoder's token table. Checkpoint: {workdir}, step {step}."

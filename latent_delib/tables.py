@@ -87,7 +87,8 @@ class Entry:
 
 def of(result: Result) -> Entry:
     """A perplexity.json alone."""
-    return Entry([result], "decoder" if result.method["name"] == "decoder" else "augmented")
+    model = "decoder" if result.method["name"] == "decoder" else "augmented"
+    return Entry([result], model, controls(result)["delay"] or 0)
 
 
 def entries(runs: Runs) -> list[Entry]:
@@ -112,7 +113,7 @@ def entries(runs: Runs) -> list[Entry]:
 
     for result in runs.perplexity:
         how = (text_of(result), json.dumps(result.data["rows"]), tuple(controls(result).values()))
-        entry(result, of(result).model, 0, 0, how).perplexity = result.data["rows"][0]
+        entry(result, of(result).model, of(result).delay, 0, how).perplexity = result.data["rows"][0]
     for result in runs.benchmarks:
         for row in result.data["rows"]:
             one = entry(result, row["model"], row.get("delay") or 0, row.get("every") or 0)
@@ -150,7 +151,6 @@ def label(entry: Entry) -> str:
     words += [f"trained for delays up to {method['max_delay']}"] if method.get("max_delay") else []
     words += [f"begun with {method['start']}"] if method.get("start") else []
     words += ["latents of another text"] if done["swap"] else []
-    words += [f"evaluated with delay {done['delay']}"] if done["delay"] else []
     words += [f"without the first {n} tokens that the decoder reads"] if (n := done["longer_prompt"]) else []
     return ", ".join(word for word in words if word)
 
@@ -184,7 +184,7 @@ def tables(runs: Runs) -> list[Table]:
         return _variants(name, f"{title} (Section 3)", lines, chosen)
 
     def at_once(e: Entry) -> bool:
-        return e.method == full and not e.delay
+        return e.method == full and not any(controls(e.result).values()) and not e.delay
 
     def decoder(e: Entry) -> bool:
         return e.model == "decoder"
@@ -197,7 +197,7 @@ def tables(runs: Runs) -> list[Table]:
         _perplexity(
             "1_perplexity",
             "Change in perplexity of the n-th token ahead, by number of latents (Table 1)",
-            [r for r in runs.perplexity if of(r).method == full],
+            [r for r in runs.perplexity if at_once(of(r))],
             published.PERPLEXITY_CHANGE,
         ),
         _benchmarks([e for e in every if at_once(e)], [e for e in every if decoder(e)]),
@@ -249,7 +249,7 @@ def tables(runs: Runs) -> list[Table]:
             "Latents one after another, and coprocessors of another size",
             (),
             lambda e: e.method in ("sequential", "resized"),
-            both,
+            lambda e: both(e) or e.method == "from_scratch",  # as a coprocessor of another size begins
         ),
         _perplexity("11_every_method", "Change in perplexity of the n-th token ahead, every run", runs.perplexity),
     ]

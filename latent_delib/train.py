@@ -5,7 +5,8 @@
 
 WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. It may be
 gs://BUCKET/PATH: there, checkpoints/ and metrics.jsonl, and nothing keeps two jobs from the same one.
-Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 1 an error that running again does not cure.
+Exit codes: 0 done; 75 stopped by SIGTERM and saved, 69 another process or the store was lost: run again for both; 1 an
+error that running again does not cure.
 """
 
 import contextlib

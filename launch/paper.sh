@@ -8,10 +8,11 @@
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper/protocols.py says what a protocol is. Runs lie in runs/paper/PROTOCOL/NAME@SEED. Of the placements, with any
-# number of latents, also evaluations/ (every checkpoint) and swap/ (every text is given the latents of another; of joint,
-# unified and adapt_coprocessor too); of overlay and after longer/ (the plain decoder reads as much more text as latents
-# cost) and delay1/ to delay3/ (latents come late); in protocol a unseen/, where runs/mixture is there. A run with more
-# arguments is not what its name says: it lies in runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves it out.
+# number of latents, also evaluations/ (every checkpoint; of adapt_* too) and swap/ (every text is given the latents of
+# another; of joint, unified and adapt_coprocessor too); of overlay and after longer/ (the plain decoder reads as much more
+# text as latents cost) and, of delay too, delay1/ to delay3/ (latents come late); in protocol a unseen/, where runs/mixture
+# is there (`make_mixture` first). A run with more arguments is not what its name says: it lies in
+# runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves it out.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -59,10 +60,8 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens
     latent_delib evaluate --config=configs/paper/decoder.py:a_gpu --workdir=runs/paper/a_gpu/frozen
   fi
   if [[ $2 == adapt_* ]]; then
-    [[ -e runs/tasks ]] || latent_delib make_tasks --out=runs/tasks
-    if [[ ! -e runs/paper/$1/task_tokens/meta.json ]]; then
+    [[ -e runs/paper/$1/task_tokens/meta.json ]] ||
       latent_delib prepare --config="configs/paper/$2.py:$1" --config.data.token_files= --out="runs/paper/$1/task_tokens"
-    fi
   fi
 }
 
@@ -77,24 +76,29 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # a step's array
 unseen="('files:runs/mixture/unseen/*.txt',)"
 
 ./launch/setup.sh
+left_out=()
 for each in "${wanted[@]}"; do
   protocol=${each%%/*} experiment=${each#*/}
   [[ $experiment == *@* ]] && seed=${experiment#*@} || seed=0
   name=${experiment%@*}
   config=configs/paper/$name.py:$protocol run=$root/$protocol/$name@$seed$suffix
+  if [[ $name == adapt_* && ! -e runs/tasks ]] && ! latent_delib make_tasks --out=runs/tasks; then
+    left_out+=("$each")
+    continue
+  fi
   prepare "$protocol" "$name"
   [[ -e $run/perplexity.json ]] || latent_delib train --config="$config" --workdir="$run" --config.seed="$seed" "${more[@]}"
   evaluate "$run"
   if [[ $protocol == a && $name != adapt_* && -e runs/mixture ]]; then
     evaluate "$run/unseen" --config.data.token_files= --config.data.validation="$unseen"
   fi
-  if [[ $name =~ ^((overlay|after)(_[0-9]+)?|joint|unified|adapt_coprocessor)$ ]]; then
+  if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|joint|unified|adapt_coprocessor)$ ]]; then
     evaluate "$run/swap" --config.evaluate.swap
   fi
   if [[ $name == overlay || $name == after ]]; then
     evaluate "$run/longer" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
   fi
-  if [[ $name =~ ^(overlay|after|adapt_) ]]; then
+  if [[ $name =~ ^(overlay|after|before|adapt_) ]]; then
     latent_delib evaluate --config="$config" --workdir="$run" --steps=all "${more[@]}"
   fi
   if [[ $name == overlay || $name == after || $name == delay ]]; then
@@ -102,3 +106,7 @@ for each in "${wanted[@]}"; do
   fi
 done
 [[ $root == runs/trials ]] || latent_delib report runs/paper --out=runs/paper/report
+if ((${#left_out[@]})); then
+  echo "error: left out, for want of runs/tasks: ${left_out[*]}" >&2
+  exit 1
+fi

@@ -509,6 +509,7 @@ MISTAKES = {
     "limit": (dict(limit=0), "--batch_size=16, --limit=0: expected at least 1"),
     "code": (dict(benchmarks="published"), "mbpp: runs code that the model writes; --confirm_run_unsafe_code"),
     "decoder": (dict(decoder="nowhere"), "decoder 'nowhere': .* does not exist"),
+    "step": (dict(decoder="packaged", step=3), "--step=3: a checkpoint of --workdir"),
     "neither": (dict(decoder=""), "give --workdir of a training job, or --decoder"),
     "both": (dict(workdir="w"), "give --workdir of a training job, or --decoder"),
     "workdir": (dict(decoder="", workdir="nowhere"), "--workdir=nowhere: holds no checkpoints"),

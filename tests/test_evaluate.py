@@ -208,7 +208,10 @@ def test_independent_of_batches_and_devices(make_config, decoder_folder, documen
 
 
 def test_the_decoder_needs_no_checkpoint(make_config, decoder_folder, documents, tmp_path):
-    result = evaluate.evaluate(make_config({"method.name": "decoder"}), str(tmp_path / "no job"), str(tmp_path / "out"))
+    config, nothing = make_config({"method.name": "decoder"}), str(tmp_path / "no job")
+    with pytest.raises(ld.UserError, match="no job: holds no checkpoints"):
+        evaluate.evaluate(config, nothing, str(tmp_path / "out"), step=3)
+    result = evaluate.evaluate(config, nothing, str(tmp_path / "out"))
     assert_same(result["rows"], naive_rows(ld.AugmentedLM(ld.load_decoder(str(decoder_folder))), cut(documents, MAX)))
     assert result["checkpoint"] is None and not (tmp_path / "no job").exists()
     assert all(row["change_percent"] == 0 and row["augmented_ppl"] == row["decoder_ppl"] for row in result["rows"])

@@ -2,6 +2,9 @@
 
 import json
 
+import jax
+import pytest
+
 import latent_delib as ld
 from latent_delib import generate
 
@@ -24,3 +27,5 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
         assert [row[name] for row in found] == texts
     assert [row["joined"] for row in found] == [[0], [0]] and "2 continuations are in" in capsys.readouterr().out
     assert [p.name for p in out.parent.iterdir()] == ["out.jsonl"]
+    with pytest.raises(ld.UserError, match=f"--tensor=3: does not divide the {jax.device_count()} devices"):
+        generate.main(type("Flags", (), options | {"tensor": 3}))

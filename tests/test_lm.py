@@ -483,7 +483,11 @@ MISTAKES = {
     ),
     "every": (lambda lm, d: lm.generate(["a"], every=-1), "every=-1, delay=0: expected at least 0"),
     "late": (lambda lm, d: lm.generate(["a"], every=2, delay=2), "every=2, delay=2: .* a delay shorter than every"),
-    "rolling": (lambda lm, d: lm.rolling_logprobs(["a"], every=-1), "every=-1: expected at least 0"),
+    "rolling": (lambda lm, d: lm.rolling_logprobs(["a"], every=-1), "every=-1, batch_size=16: expected at least 0"),
+    "rolling batch": (
+        lambda lm, d: lm.rolling_logprobs(["a"], batch_size=0),
+        "every=0, batch_size=0: expected at least 0 and 1",
+    ),
     "no device": (lambda lm, d: lm.generate(["a"], delay=None), "delay=None: give the coprocessor devices of its own"),
     "stop": (lambda lm, d: lm.generate(["a"], stop=["b", ""]), "stop: holds an empty string"),
     "seeds": (lambda lm, d: lm.generate(["a"], seed=[1, 2]), "1 prompts, but 2 seeds"),

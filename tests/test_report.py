@@ -16,6 +16,8 @@ from etils import epath
 
 import latent_delib as ld
 from latent_delib import evaluate, figures, published, report, runs, tables
+from latent_delib.delib.coprocessor import Inserted
+from latent_delib.delib.methods import METHODS
 
 FINGERPRINT = "ab12cd34ef56" + 52 * "0"
 PROVENANCE = {"command": "python -m x <y>", "date": "2026-11-25T09:00:00+00:00", "hardware": "2 cores", "versions": {}}
@@ -249,6 +251,23 @@ def test_every_evaluation_is_there(tmp_path):
     ]
 
 
+def test_late_latents_are_the_asynchronous_table_and_controls_are_in_none(tmp_path):
+    for name, evaluated in (("run", {}), ("late", {"delay": 2}), ("swap", {"swap": True})):
+        perplexity(tmp_path / name, -1.0, config() | {"evaluate": evaluated})
+        path = tmp_path / name / "perplexity.json"
+        write(path, json.loads(path.read_text()) | {"checkpoint": "run/checkpoints/180"})
+    by_name = {table.name: texts(table) for table in tables.tables(runs.find([str(tmp_path)]))}
+    ours = {name: [row[0] for row in rows if "P" in row[2]] for name, rows in by_name.items()}
+    what = "cache augmentation, after, 16 ahead tokens, step 180, seed 3"
+    assert ours["8_asynchronous"] == [what, f"{what}, delay 2"] and ours["7_ahead_tokens"] == [what]
+    assert ours["0_runs"] == [what, f"{what}, latents of another text", f"{what}, delay 2"]
+    assert [row[1] for row in by_name["1_perplexity"] if row[2]] == [what]
+
+
+def test_methods_that_train_the_decoder():
+    assert set(tables.TRAIN_DECODER) == {name for name, method in METHODS.items() if method.trains_decoder}
+
+
 def test_runs_of_different_text_or_size_are_no_line(tmp_path, monkeypatch):
     for latents in (8, 16):
         for text in ("seen", "unseen"):
@@ -273,7 +292,7 @@ def test_runs_of_different_text_or_size_are_no_line(tmp_path, monkeypatch):
     assert drawn[f" resized, after, num layers 2, {rest} seen"] == [16]
 
 
-def test_runs_against_one_of_them(tmp_path):
+def test_runs_against_one_of_them(tmp_path, capsys):
     """Paired over documents: a difference that is the same in each has no width, however much documents differ."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, 50, (6, 4))
@@ -298,6 +317,8 @@ def test_runs_against_one_of_them(tmp_path):
     assert [str(cell) for cell in same[3:]] == ["+0.00% [+0.00, +0.00]"] * 3 + [""] * 3
     assert [str(cell) for cell in worse[3:]] == ["+10.52% [+10.52, +10.52]"] * 3 + [""] * 3
     assert len(table.origins) == 2 and "worse" in table.origins[1]
+    left_out = f"the frozen decoder has other figures in {tmp_path / 'other decoder'}: left out"
+    assert capsys.readouterr().err == f"warning: --against={tmp_path / 'base'}: {left_out}\n"
     with pytest.raises(ld.UserError, match="without: holds no documents.npz"):
         report.compare(runs.find([str(tmp_path)]), str(tmp_path / "without"))
 
@@ -427,7 +448,7 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     assert error("--help") == "0" and "\n  DIR: folders of finished runs" in capsys.readouterr().out
 
 
-def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, capsys):
+def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, capsys, monkeypatch):
     """What `train` and `evaluate` really write, and a look into the latents of the checkpoint."""
     evaluate.evaluate(make_config(), str(trained), str(tmp_path / "evaluated"))
     text = max(texts["validation"], key=len)
@@ -451,6 +472,10 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     page = (out / "report.html").read_text()
     assert page.count("<img") == 3 + 2 and "[2 latents]" in page
     assert (out / "look_coprocessor.png").exists() and (out / "look_decoder.png").exists()
+    monkeypatch.setattr(ld.AugmentedLM, "latents", lambda *args: Inserted(None, None))
+    with pytest.raises(ld.UserError, match="writes keys and values, no vectors"):
+        report.main(flags)
+    monkeypatch.undo()
     flags.text = "the cat"
     with pytest.raises(ld.UserError, match="--text='the cat': .* tokens with BOS, expected at least 14"):
         report.main(flags)

@@ -1,4 +1,4 @@
-"""Control: the decoder trained on for as long, on the same text."""
+"""Control: the decoder trained on for as long, on the same text, at a rate of 3e-4."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""Control: the same by adapters of rank 64."""
+"""Control: the decoder trained on by adapters of rank 64, at the rate of the coprocessors, 1e-3."""
 
 from ml_collections import ConfigDict
 

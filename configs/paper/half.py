@@ -1,4 +1,5 @@
-"""A coprocessor of half the decoder's depth; named as future work by the paper."""
+"""A coprocessor of half the decoder's depth, from random weights, so to be compared with from_scratch; the paper names
+smaller ones as future work."""
 
 from ml_collections import ConfigDict
 

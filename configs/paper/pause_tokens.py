@@ -1,4 +1,4 @@
-"""Pause tokens: one trained vector, N_L times (Goyal et al. 2023; the paper's baseline)."""
+"""Pause tokens: one trained vector, N_L times (Goyal et al. 2023)."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""Static soft tokens: N_L trained vectors."""
+"""Static soft tokens: N_L trained vectors, which the paper calls pause tokens."""
 
 from ml_collections import ConfigDict
 

@@ -15,7 +15,7 @@ from latent_delib.nn.sizes import TransformerConfig
 
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
-# The logical axes of every parameter, by leaf name; norms' scales are ("embed",) or (None,), after "layers".
+# The logical axes of every parameter, by leaf name; norms' scales lie whole.
 PARAM_AXES = {
     "embedding": ("vocab", "embed"),
     "soft_tokens": (None, "embed"),

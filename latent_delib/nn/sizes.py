@@ -143,6 +143,10 @@ SIZES: dict[str, TransformerConfig] = {
     "gemma3_270m": _size(_GEMMA3, 18, 640, 4, 1, 256, 2048, 262_144, window=512),
     "gemma3_1b": _size(_GEMMA3, 26, 1152, 4, 1, 256, 6912, 262_144, window=512),
     "gemma3_4b": _size(_GEMMA3, 34, 2560, 8, 4, 256, 10240, 262_144, window=1024, rope_scaling=(8.0, 1.0, 4.0, 0.0)),
+    "gemma3_27b": _size(
+        *(_GEMMA3, 62, 5376, 32, 16, 128, 21504, 262_144),
+        **dict(window=1024, rope_scaling=(8.0, 1.0, 4.0, 0.0), query_scale=168**-0.5),
+    ),
     "smollm2_135m": _size(_LLAMA, 30, 576, 9, 3, 64, 1536, 49_152, rope_base=1e5),
     "smollm2_360m": _size(_LLAMA, 32, 960, 15, 5, 64, 2560, 49_152, rope_base=1e5),
     "smollm2_1.7b": _size(_LLAMA, 24, 2048, 32, 32, 64, 8192, 49_152, rope_base=1.3e5),

@@ -34,7 +34,6 @@ class Info(NamedTuple):
     shape: tuple[int, ...]
     type: Any
     begin: int
-    size: int
 
 
 class _Cursor:
@@ -143,7 +142,7 @@ class GGUF:
                     f"{where}: truncated or damaged: {name} {shape} ends at byte {start + offset + size}, "
                     f"the file has {len(data)}"
                 )
-            self.tensors[name] = Info(shape, kind, start + offset, size)
+            self.tensors[name] = Info(shape, kind, start + offset)
 
     def dtype(self, name: str) -> np.dtype:
         """What `read` returns: bfloat16 as stored, float32 for all else."""
@@ -154,7 +153,7 @@ class GGUF:
         from gguf import GGML_QUANT_SIZES
         from gguf.quants import dequantize
 
-        shape, kind, begin, _ = self.tensors[name]
+        shape, kind, begin = self.tensors[name]
         plain = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
         if kind.name in plain:
             stored = self._bytes(name, begin, math.prod(shape) * plain[kind.name].itemsize).view(plain[kind.name])

@@ -208,11 +208,10 @@ def _rope(c: Mapping[str, Any], where: str) -> tuple[float, tuple[float, ...], f
         kinds = [rope.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
     else:
         rope = rope or {"rope_theta": c["rope_theta"]} | (c.get("rope_scaling") or {})
-        local = {"rope_theta": c["rope_local_base_freq"]} if "rope_local_base_freq" in c else rope
-        kinds = [rope, local]
+        kinds = [rope, {} if "rope_local_base_freq" in c else rope]
     bases = []
-    for kind in kinds:
-        base = kind.get("rope_theta", c["rope_theta"]) if isinstance(kind, dict) else kind
+    for kind, default in zip(kinds, (c["rope_theta"], c.get("rope_local_base_freq", c["rope_theta"]))):
+        base = kind.get("rope_theta", default) if isinstance(kind, dict) else kind
         if not isinstance(base, int | float) or not base > 0:
             raise UserError(f"{where}: rope_theta={base!r}, expected a positive number")
         bases.append(float(base))

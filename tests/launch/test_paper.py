@@ -107,7 +107,7 @@ def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
     assert not any("--out=runs/paper/a/adapt_decoder@0/unseen" in call for call in calls)
 
 
-@pytest.mark.parametrize("name", ["adapt_coprocessor", "joint", "unified", "after_8", "overlay_64"])
+@pytest.mark.parametrize("name", ["adapt_coprocessor", "joint", "unified", "after_8", "overlay_64", "before"])
 def test_latents_of_another_document_are_a_control(here: Path, name: str) -> None:
     calls = paper(here, f"a/{name}")
     assert any(f"a/{name}@0/swap " in call and call.endswith(" --config.evaluate.swap") for call in calls)
@@ -127,6 +127,16 @@ def test_without_names_all_of_protocol_a(here: Path) -> None:
     assert sorted(trained) == [f"--config=configs/paper/{name}.py:a" for name in NAMES if name != "pretrain"]
     started = {name: trained.index(f"--config=configs/paper/{name}.py:a") for name in ("overlay", "adapt_coprocessor")}
     assert started["overlay"] < started["adapt_coprocessor"]  # which starts from it
+
+
+def test_without_tasks_all_else_is_made_and_reported(here: Path) -> None:
+    python = here / ".venv/bin/python"
+    python.write_text(PYTHON.replace("mkdir -p", "[[ $2 != *.make_tasks ]] || exit 1\nmkdir -p"))
+    (said,) = paper(here, "a/adapt_decoder", "a/pause_tokens", code=1)
+    assert said == "error: left out, for want of runs/tasks: a/adapt_decoder"
+    calls = (here / "calls").read_text()
+    assert "train --config=configs/paper/pause_tokens.py:a" in calls and "adapt_decoder" not in calls
+    assert calls.endswith("report runs/paper --out=runs/paper/report\n")
 
 
 @pytest.mark.parametrize("name", ["overlay", "a/nothing", "a/protocols", "a/", "c/overlay"])

@@ -92,6 +92,17 @@ PUBLISHED = {
             sliding_window=1024,
         ),
     ),
+    "gemma3_27b": dict(  # scalings in the form of transformers 5, the local base in that of 4
+        model_type="gemma3",
+        text_config=GEMMA3
+        | numbers(62, 5376, 21504, 32, 16, head_dim=128, query_pre_attn_scalar=168, sliding_window=1024)
+        | dict(
+            rope_parameters={
+                "full_attention": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_attention": {"rope_type": "default"},
+            }
+        ),
+    ),
     "smollm2_135m": LLAMA | numbers(30, 576, 1536, 9, 3, rope_theta=100000, vocab_size=49152, rope_scaling=None),
     "smollm2_360m": LLAMA | numbers(32, 960, 2560, 15, 5, rope_theta=100000, vocab_size=49152),
     "smollm2_1.7b": LLAMA | numbers(24, 2048, 8192, 32, 32, rope_theta=130000, vocab_size=49152),
