@@ -342,7 +342,7 @@ def show(result: dict[str, Any]) -> str:
 def write(result: dict[str, Any], text: Text, sums: Sums, out: epath.Path) -> None:
     """documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
     _write_npz(out / "documents.npz", source=text.source, sources=np.array(text.sources), **sums._asdict())
-    files.write(out / "perplexity.png", figures.by_n(result["rows"], "augmented"))
+    files.write(out / "perplexity.png", figures.by_n(result["rows"]))
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
 
 

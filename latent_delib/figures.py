@@ -34,10 +34,10 @@ def _losses(runs: Runs) -> bytes:
     return _finished(figure, axes)
 
 
-def by_n(rows: Sequence[dict[str, Any]], name: str) -> bytes:
+def by_n(rows: Sequence[dict[str, Any]]) -> bytes:
     """The change by n of one evaluation."""
     figure, (axes,) = _panels(1, (6, 4))
-    _line(axes, rows, [row["n"] for row in rows], name)
+    _line(axes, rows, [row["n"] for row in rows], "augmented")
     axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)")
     return _finished(figure, axes)
 

@@ -9,7 +9,6 @@ import os
 import random
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,9 @@ def tokenizer_path(texts, tmp_path_factory) -> Path:
 def make_decoder(tokenizer_path, tmp_path_factory):
     """make_decoder(seed) -> a decoder folder: every feature of Gemma 2 in some 30 k random parameters."""
     import jax
+    import numpy as np
 
+    from latent_delib import files
     from latent_delib.nn import transformer
     from latent_delib.nn.sizes import SIZES
     from latent_delib.tokenizer import Tokenizer
@@ -97,7 +98,11 @@ def make_decoder(tokenizer_path, tmp_path_factory):
         architecture = dataclasses.replace(SIZES["gemma2_test"], vocab_size=vocab_size)
         params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), architecture)
         path = tmp_path_factory.mktemp("decoder") / "decoder"
-        folder.save(path, architecture, params, partial(folder.copy_tokenizer, tokenizer_path))
+        leaves = folder.by_name(params)
+        entries = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+        with files.whole(path) as partial:
+            folder.copy_tokenizer(tokenizer_path, partial)
+            folder.write_model(partial, architecture, entries, (np.asarray(leaf) for leaf in leaves.values()))
         return path
 
     return make

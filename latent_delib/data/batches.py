@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from latent_delib.data.rows import check_data, pieces, segments
+from latent_delib.data.rows import check_data, pieces
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import fingerprint as fingerprint_of_tokenizer
 
-__all__ = ["check_fingerprint", "fingerprint", "pieces", "segments", "train_batches", "validation_documents"]
+__all__ = ["check_fingerprint", "fingerprint", "pieces", "train_batches", "validation_documents"]
 
 
 def _route(data):

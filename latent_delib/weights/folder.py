@@ -1,6 +1,6 @@
-"""Our own folders: a decoder's and a coprocessor's.
+"""A decoder's folder.
 
-A decoder is `config.json`, `model.safetensors` and a tokenizer: `tokenizer.model` (SentencePiece), or `tokenizer.json`
+It holds `config.json`, `model.safetensors` and a tokenizer: `tokenizer.model` (SentencePiece), or `tokenizer.json`
 with `tokenizer_config.json`. config.json holds {"format": "latent_delib decoder 1", "architecture": {fields of
 TransformerConfig}}. The tensors are the leaves of the parameter tree under their dotted names, layers stacked on the
 first axis ("layers.attn.q").
@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_delib import files
 from latent_delib.errors import UserError
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig
@@ -152,15 +151,6 @@ def load(folder: Path, config: TransformerConfig, dtype: Any, shardings: Params 
         )
 
     return jax.tree.map_with_path(place, tree, shardings)
-
-
-def save(folder: Path, config: TransformerConfig, params: Params, write_tokenizer: Callable[[Path], Any]) -> None:
-    """Writes a decoder folder in the dtypes of `params`, arrays or numpy; replaces one that is there."""
-    leaves = by_name(params)
-    entries = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in leaves.items()}
-    with files.whole(folder, replace=True) as partial:
-        write_tokenizer(partial)
-        write_model(partial, config, entries, (np.asarray(leaf) for leaf in leaves.values()))
 
 
 def write_model(

@@ -5,7 +5,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from latent_delib.data import rows
-from latent_delib.data.batches import pieces, segments, train_batches, validation_documents
+from latent_delib.data.batches import pieces, train_batches, validation_documents
+from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
 
 PAD, BOS = 0, 2

@@ -183,7 +183,7 @@ def test_batch_is_a_function_of_seed_and_step(tokenizer, tmp_path):
     assert not equal(train(data, tokenizer, 60, seed=1), straight)
     for batch in straight:
         assert batch["tokens"].shape == (4, T) and batch["tokens"].dtype == np.int32
-        np.testing.assert_array_equal(batch["segment"], batches.segments(batch["tokens"], BOS, PAD))
+        np.testing.assert_array_equal(batch["segment"], rows.segments(batch["tokens"], BOS, PAD))
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from latent_delib import files
 from latent_delib.data import token_files
-from latent_delib.data.batches import segments, train_batches, validation_documents
+from latent_delib.data.batches import train_batches, validation_documents
+from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
 
 PAD, BOS, T, VOCAB = 0, 2, 16, 70_000
