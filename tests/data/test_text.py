@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ import sentencepiece
 from ml_collections import ConfigDict
 
 from latent_delib import prepare as prepare_command
+from latent_delib import progress
 from latent_delib.data import batches, rows, token_files
 from latent_delib.errors import UserError
-from latent_delib.progress import Progress
 
 BOS, PAD, T = 2, 0, 16
 WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
@@ -301,7 +300,7 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
     write_files(tmp_path / "b", files=2, documents_each=4, start=50)
     sources = (f"files:{tmp_path}/a/*", f"files:{tmp_path}/b/*")
     data = config_data(sources, (2.0, 1.0), validation=sources[1:])
-    monkeypatch.setattr(prepare_command, "Progress", partial(Progress, every=0.0))
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     meta = prepare(data, tokenizer, tmp_path / "out")
     printed = capsys.readouterr().out
     *_, last = re.findall(r"/a/\*: prepared ([\d,]+)/([\d,]+) bytes  [\d,.e+]+ bytes/s  ETA 0:00:00", printed)
