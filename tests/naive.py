@@ -104,8 +104,11 @@ def forward(config, parts, position_S, visible_SS):
 
 
 def embed(config, decoder, tokens):
-    x = np.asarray(decoder["embedding"], np.float64)[tokens]
-    return x * np.sqrt(config.embed_dim) if config.scale_embeddings else x
+    return scaled(config, np.asarray(decoder["embedding"], np.float64)[tokens])
+
+
+def scaled(config, rows):
+    return rows * np.sqrt(config.embed_dim) if config.scale_embeddings else rows
 
 
 def logits(config, decoder, x):
@@ -140,7 +143,7 @@ def written(config, decoder, coprocessor, text, q, placement, method="cache_augm
     position = np.concatenate([np.arange(q + 1), latent_position(q, len(soft), placement)])
     visible = causal(len(position))
     if method == "static_tokens":
-        return soft
+        return scaled(config, soft)
     if method == "last_layer":  # all of it by the coprocessor, over what the decoder made of the text
         read = forward(config, [(decoder, text[: q + 1])], np.arange(q + 1), causal(q + 1))
         return forward(config, [(coprocessor, np.concatenate([read, soft]))], position, visible)[q + 1 :]

@@ -113,8 +113,10 @@ def as_inputs(params: Params, model: Transformer, traces: Traces, dtype: jnp.dty
 
 
 def unread(params: Params, models: Models, text: Text, traces: Traces) -> jax.Array:
-    """The soft tokens themselves, whatever was read."""
-    return as_inputs(params, models.transformer, traces, text.cache.k.dtype)
+    """The soft tokens themselves, whatever was read: rows of the token table for tokens that stand nowhere in it, and
+    scaled as its rows are. Unscaled they would enter a Gemma decoder sqrt(D) times shorter than its tokens do."""
+    soft_BMLD = as_inputs(params, models.transformer, traces, text.cache.k.dtype)
+    return transformer.scaled(soft_BMLD, models.transformer.config)
 
 
 def latents(params: Params, models: Models, text: Text, traces: Traces) -> jax.Array:

@@ -111,6 +111,11 @@ def embed(embedding_VD: jax.Array, tokens: jax.Array, config: TransformerConfig)
 
     rows.defvjp(lambda embedding_VD, tokens: (embedding_VD[tokens], tokens), back)
     x = rows(embedding_VD, tokens)
+    return scaled(x, config)
+
+
+def scaled(x: jax.Array, config: TransformerConfig) -> jax.Array:
+    """Rows of the token table [..., D] as they enter the residual stream."""
     return x * jnp.asarray(config.embed_dim**0.5, x.dtype) if config.scale_embeddings else x
 
 

@@ -11,7 +11,7 @@ import small
 from latent_delib.delib import augment, traces
 from latent_delib.delib.coprocessor import Inserted, Models, Text
 from latent_delib.delib.methods import METHODS
-from latent_delib.nn import rotary
+from latent_delib.nn import rotary, transformer
 from latent_delib.nn.transformer import Transformer
 
 B, T, M, L = 2, 6, 3, 5
@@ -136,11 +136,14 @@ def test_a_trained_decoder_starts_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", ["pause_tokens", "static_tokens"])
-def test_pause_tokens_ignore_the_text(name):
+def test_pause_tokens_are_read_as_tokens_are_whatever_the_text(name):
     tree = begin(name)
+    soft_LD = tree["coprocessor"]["soft_tokens"]
+    as_tokens_LD = transformer.embed(soft_LD, np.arange(len(soft_LD)), CONFIG)
+    assert CONFIG.scale_embeddings and np.all(as_tokens_LD != soft_LD)
     for seed in range(2):
         z = write(name, tree, text_of(seed))
-        np.testing.assert_array_equal(z, np.broadcast_to(tree["coprocessor"]["soft_tokens"], z.shape))
+        np.testing.assert_array_equal(z, np.broadcast_to(as_tokens_LD, z.shape))
 
 
 @pytest.mark.parametrize("name", [name for name in WRITING if name not in ("pause_tokens", "static_tokens")])
