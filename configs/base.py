@@ -81,6 +81,6 @@ def get_config() -> ConfigDict:
     c.evaluate.max_positions = 0  # of each piece, drawn at random; 0: all
     c.evaluate.seed = 0  # of that draw, and of the confidence intervals
     c.evaluate.delay = 0  # latents are written so many tokens before they join
-    c.evaluate.swap = False  # a control: every piece is given the latents of another
+    c.evaluate.swap = False  # a control: every piece is given the latents of another document of its source
     c.evaluate.longer_prompt = 0  # a control: so many tokens of each piece are read by the plain decoder alone
     return c

@@ -89,9 +89,10 @@ def read_text(exp: Experiment) -> Text:
     if not chosen:
         raise UserError(f"config.data.validation={sources}: holds no text")
     kept, renumbered = np.unique([document[i] for i in chosen], return_inverse=True)
-    if e.swap and len(kept) < 2:
-        raise UserError(f"config.evaluate.swap: config.data.validation={sources} is a single document, expected two")
-    return Text([pieces[i] for i in chosen], renumbered, np.array(source)[kept], sources)
+    of_each = np.array(source)[kept]
+    if e.swap and (alone := [name for i, name in enumerate(sources) if np.count_nonzero(of_each == i) == 1]):
+        raise UserError(f"config.evaluate.swap: {alone[0]!r} of config.data.validation has one document, expected two")
+    return Text([pieces[i] for i in chosen], renumbered, of_each, sources)
 
 
 def positions(seed: int, number: int, length: int, most: int, first: int = 0) -> np.ndarray:
@@ -106,13 +107,16 @@ def positions(seed: int, number: int, length: int, most: int, first: int = 0) ->
     return first + np.sort(np.random.default_rng([seed, number]).choice(usable, most, replace=False))
 
 
-def donors(seed: int, document: np.ndarray) -> np.ndarray:
-    """Of each piece, whose documents are `document`, [P], a random piece of another document: int64 [P]."""
+def donors(seed: int, text: Text) -> np.ndarray:
+    """Of each piece a random piece of another document, int64 [P]; of its own source: latents of another kind of text
+    would be told from its own by the kind alone."""
+    document, source = text.document, text.source[text.document]
     at_random = np.random.default_rng(seed).permutation(len(document))
     found = np.empty(len(document), np.int64)
     for i, piece in enumerate(at_random):
         others = np.roll(at_random, -i)
-        found[piece] = next(other for other in others if document[other] != document[piece])
+        fit = (document[others] != document[piece]) & (source[others] == source[piece])
+        found[piece] = others[np.argmax(fit)]
     return found
 
 
@@ -163,7 +167,7 @@ def add_up(
         shards = exp.mesh.shape["traces"]
         M = min(M, -(-e.max_positions // shards) * shards)
     order = np.argsort([len(piece) for piece in text.pieces], kind="stable")
-    donor = donors(e.seed, text.document) if e.swap else None
+    donor = donors(e.seed, text) if e.swap else None
     at_once = B // 2 if e.swap else B
     here = mesh_lib.local_rows(exp.mesh, B)
 

@@ -223,11 +223,12 @@ def test_latents_of_another_text_and_of_an_earlier_call(make_config, trained, de
 
 def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
     """Latents of a document's copy are its own, so the donor's row and position are the right ones."""
-    document = np.random.default_rng(0).integers(5, size=40)
-    document[:5] = np.arange(5)
-    found = perplexity.donors(1, document)
-    assert (document[found] != document).all() and len(set(found)) > 20
-    assert (found != perplexity.donors(2, document)).any()
+    document = np.random.default_rng(0).integers(7, size=60)
+    document[:7] = np.arange(7)
+    text = perplexity.Text([], document, np.array([0, 0, 0, 1, 1, 0, 1]), ("one", "other"))
+    found, source = perplexity.donors(1, text), text.source[document]
+    assert (document[found] != document).all() and (source[found] == source).all() and len(set(found)) > 30
+    assert (found != perplexity.donors(2, text)).any()
 
     copies = tmp_path / "copies.txt"
     copies.write_text("\n\f\n".join(["the cat sat on the mat and looked at the other cat"] * 10))
@@ -242,13 +243,19 @@ def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
     assert len(own) > 2
     np.testing.assert_allclose(swapped, own, rtol=1e-6)
 
+    alone = tmp_path / "alone.txt"
+    alone.write_text("the dog sat")
+    config = make_config({**changed, "data.validation": (f"files:{copies}", f"files:{alone}"), "evaluate.swap": True})
+    with pytest.raises(UserError, match="swap: 'files:.*alone.txt' of .* has one document, expected two"):
+        perplexity.read_text(experiment.read(config))
+
 
 def swapped_by_hand(config, trained, decoder_folder):
     """The k-th position of a piece is given the latents of the k-th of its donor, which begins again where it ends."""
     decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
     params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
     text = perplexity.read_text(experiment.read(config))
-    for piece, other in zip(text.pieces, perplexity.donors(config.evaluate.seed, text.document)):
+    for piece, other in zip(text.pieces, perplexity.donors(config.evaluate.seed, text)):
         donor = np.array(text.pieces[other])
         for p in range(len(piece) - 1):
             q = p % (len(donor) - 1)
