@@ -108,7 +108,7 @@ def needs(exp: Experiment, plan: Plan) -> dict[str, Any]:
 
     shape = c.data.seq_len, c.method.num_traces, c.method.num_ahead
     useful = flops.train_step_flops(aug, c.train.batch_size, *shape) / exp.mesh.size
-    again = flops.recomputed_flops(aug, c.train.batch_size, *shape) / exp.mesh.size
+    again = flops.repeated_flops(aug, c.train.batch_size, *shape) / exp.mesh.size
     again += (exp.mesh.shape["traces"] - 1) * flops.text_flops(aug, c.train.batch_size, shape[0]) / exp.mesh.size
     result["flops"] = {"useful": useful, "done again": again}
     result["received"] = {kind: traffic._asdict() for kind, traffic in hlo.collectives(compiled.as_text()).items()}

@@ -75,21 +75,28 @@ def train_step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: in
     return read + write + trace(c, inputs, passes, passes) + passes * traces * num_ahead * vocabulary
 
 
-def recomputed_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
-    """FLOPs that the backward pass of such a step does again, under the transformer's `remat`: products of the layers,
-    and attention where that is not kept either."""
+def repeated_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
+    """FLOPs of such a step beyond the useful ones, without attention of a trace's own tokens.
+
+    What the backward pass does again under the transformer's `remat`: products of the layers, and attention where that
+    is not kept either. Latents that are written one after another take a pass over all of them each, which the backward
+    pass does again in any case. Where keys and values are inserted, the decoder reads as many zeros.
+    """
     remat, decoder, writer = aug.transformer.remat, aug.transformer.config, aug.models.coprocessor.config
-    if remat in ("none", "dots"):
-        return 0.0
+    method, L = METHODS[aug.method], aug.num_latents
 
-    def again(c: TransformerConfig, tokens: int) -> float:
-        return batch * tokens * (_per_token(c) + (_attention(c, seq_len) if remat == "full" else 0.0))
+    def again(c: TransformerConfig, tokens: int, passes: int = 0) -> float:
+        products, attention = passes + (remat not in ("none", "dots")), passes + (remat == "full")
+        return batch * tokens * (products * _per_token(c) + attention * _attention(c, seq_len))
 
-    method = METHODS[aug.method]
-    text = again(decoder, seq_len) if method.trains_decoder else 0.0
+    more = again(decoder, seq_len) if method.trains_decoder else 0.0
     if not aug.has_latents:
-        return text
+        return more
     written, inputs = _tokens(aug, num_ahead)
     if method.write is coprocessor.of_last_layer:  # it reads the text too
-        text += again(writer, seq_len)
-    return text + again(writer, num_traces * written) + again(decoder, num_traces * inputs)
+        more += again(writer, seq_len)
+    if method.write is coprocessor.one_after_another:
+        more += again(writer, num_traces * (L - 1) * L, passes=4)
+    if method.write is coprocessor.inserted:
+        more += again(decoder, num_traces * L, passes=2)
+    return more + again(writer, num_traces * written) + again(decoder, num_traces * inputs)

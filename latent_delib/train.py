@@ -152,7 +152,7 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
         meta = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
         checkpoints.save(step, state.trainable, state.opt_state, meta, loss)
 
-    metrics, vote = Metrics(exp, workdir, start), distributed.vote(mesh)
+    metrics, vote, saved = Metrics(exp, workdir, start), distributed.vote(mesh), start
     for step in range(start + 1, t.steps + 1):
         began = time.perf_counter()
         local = next(loader)
@@ -169,8 +169,11 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
         stopping = bool(asked)  # the same on all processes
         if stopping or step % t.checkpoint_every == 0 or step == t.steps:
             metrics.flush()  # a loss that is not finite must end the run before it is saved
-            whole = step % t.checkpoint_every == 0 or step == t.steps  # a mean over few steps is no best one
-            save(step, metrics.loss_since_save() if whole else None)
+            loss = metrics.loss_since_save()
+            save(
+                step, loss if step - saved >= min(t.checkpoint_every, t.steps) else None
+            )  # of few steps is no best one
+            saved = step
         if stopping and step < t.steps:
             break
     metrics.close()

@@ -7,7 +7,7 @@ import pytest
 import small
 
 from latent_delib.delib.augment import Augmentation
-from latent_delib.flops import recomputed_flops, train_step_flops
+from latent_delib.flops import repeated_flops, train_step_flops
 from latent_delib.nn.sizes import SIZES
 from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
@@ -50,14 +50,14 @@ def test_the_published_setting():
         assert abs(train_step_flops(aug, 1, 2048, 128, 16) / 1e12 - expected) < 0.01
 
 
-def test_what_the_backward_pass_does_again():
+def test_what_is_done_beyond_that():
     """Under `attention` the products of the traces once more; under `full` what they see of the text too."""
     config = dataclasses.replace(small.GEMMA, window=8)
     leaves = folder.by_name(folder.shapes(config))
     products = 2 * sum(x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name)
 
     def again(remat, method="cache_augmentation"):
-        return recomputed_flops(Augmentation(Transformer(config, remat), method, 4), 3, 64, 5, 6)
+        return repeated_flops(Augmentation(Transformer(config, remat), method, 4), 3, 64, 5, 6)
 
     tokens = 3 * 5 * (4 + 4 + 6 - 1)
     assert again("none") == again("dots") == 0
@@ -65,4 +65,12 @@ def test_what_the_backward_pass_does_again():
     assert again("full") > again("attention")
     assert again("attention", "pause_tokens") == 3 * 5 * (4 + 6 - 1) * products
     assert again("attention", "decoder") == 3 * 64 * products
+    # Latents one after another: three passes more over four, forward twice and backward. Inserted: zeros in their places.
+    one_after_another, zeros = 3 * 5 * 3 * 4, 3 * 5 * 4
+    pair = 4 * config.num_heads * config.head_dim
+    seen = pair * sum(np.minimum(np.arange(64) + 0.5, 8 if local else 64).mean() for local in config.is_local)
+    for method, base, more in (("sequential", tokens, 4 * one_after_another), ("inserted", tokens - zeros, 2 * zeros)):
+        np.testing.assert_allclose(again("none", method), more * (products + seen), rtol=1e-2)
+        more_products = base + (one_after_another if method == "sequential" else zeros)
+        np.testing.assert_allclose(again("attention", method) - again("none", method), more_products * products)
     assert again("attention", "joint") == again("attention", "last_layer") == (tokens + 3 * 64) * products

@@ -252,6 +252,9 @@ def test_what_a_signal_saves_is_no_best_one(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: len(saves) == 1)
     assert train.train(make_config({"train.checkpoint_every": 2, "train.keep_best": 1}), str(tmp_path)) is True
     assert saves == [(2, True), (3, False)]
+    monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: False)
+    train.train(make_config({"train.checkpoint_every": 2, "train.keep_best": 1}), str(tmp_path))
+    assert saves[2:] == [(4, False)]  # of step 4 alone
 
 
 def test_a_longer_schedule_is_told_of(trained, make_config, tmp_path, capsys):

@@ -65,6 +65,7 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[tuple[st
 
     Raises UserError, before the first document, for sources that are missing or empty.
     """
+    check_data(data)
     if not data.validation:
         raise UserError("config.data.validation: empty, expected at least one source")
     return _route(data).validation_documents(data, tokenizer_path=tokenizer_path)

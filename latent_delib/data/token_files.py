@@ -219,7 +219,7 @@ def shares(weights: Iterable[float]) -> np.ndarray:
     share[np.argsort(share - exact, kind="stable")[: BLOCK - share.sum()]] += 1
     if not share.all():
         raise UserError(
-            f"config.data.weights: {tuple(weights)}: one is under half a row in {BLOCK} and would never be read"
+            f"config.data.weights: {tuple(weights)}: in rows of {BLOCK}, {share.tolist()}: one would never be read"
         )
     return share
 
