@@ -1,4 +1,5 @@
-"""Every configuration key, declared once; the values are the published setting (Liu et al. 2025, Section 2.3).
+"""Every configuration key, declared once. Shapes, batch and steps are the published ones (Liu et al. 2025, Section
+2.3), decoder and text the packaged ones; the optimizer was not published.
 
 Other files start from `get_config()` here and change what differs. A key that is not declared here is refused.
 """
@@ -12,7 +13,7 @@ def get_config() -> ConfigDict:
 
     c.decoder = ConfigDict()
     c.decoder.path = "packaged"  # a decoder folder, "packaged", or "" for random weights of `architecture`
-    c.decoder.architecture = ConfigDict()  # fields of TransformerConfig; read from the folder where there is one
+    c.decoder.architecture = ConfigDict()  # fields of TransformerConfig; a decoder folder has its own, and must agree
     c.decoder.tokenizer = ""  # tokenizer.model or .json; "" is the decoder's own, "packaged" the packaged corpus's
     c.decoder.export_dtype = "float32"  # of the decoder folder that training a decoder ends with
 

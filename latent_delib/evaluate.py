@@ -26,7 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity
+from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity, tokenizer
 from latent_delib.checkpoint import Restored, warn
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
@@ -103,6 +103,7 @@ def evaluate_many(
                 warn(f"checkpoint {step} is not evaluated: {error}")
                 failed.append(step)
             continue
+        _check_text(evaluations, job.text)
         job.run(found, evaluations / str(step))
         del found  # before the next is read
         if jax.process_index() == 0:
@@ -121,14 +122,20 @@ def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
     Raises:
       UserError: there is none, or it is damaged; OtherRun.
     """
+
+    def check(meta: dict[str, Any]) -> None:
+        exp.check_same(meta, workdir)
+        if meta["data"]["fingerprint"]["tokenizer"] != tokenizer.fingerprint(exp.tokenizer.path):
+            raise UserError(f"config.decoder.tokenizer: {workdir} was trained with another than {exp.tokenizer.path}")
+
     wanted = experiment.trainable_shapes(exp)
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
     with contextlib.closing(checkpoints):
         try:
-            exp.check_same(meta, workdir)
+            check(meta)
         except UserError as error:
             raise OtherRun(str(error)) from None
-        found = checkpoints.restore_newest(wanted, step=step, check=lambda meta: exp.check_same(meta, workdir))
+        found = checkpoints.restore_newest(wanted, step=step, check=check)
     return found._replace(trainable=jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable))
 
 
@@ -174,6 +181,7 @@ class Job:
             "checkpoint": None if step is None else str(epath.Path(self.workdir) / "checkpoints" / str(step)),
             "step": step,
             "fingerprint": self.exp.fingerprint,
+            "text": text.digest(),
             "provenance": _from_first(provenance()),
         }
         if jax.process_index() == 0:
@@ -287,6 +295,13 @@ def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
         if value != ours[key]:
             raise UserError(f"{file}: has {key}={value}, this config {ours[key]}; give another --out, or remove it")
     return True
+
+
+def _check_text(evaluations: epath.Path, text: Text) -> None:
+    """Raises UserError where a step was evaluated on another text: that is read only where a step is left to do."""
+    for file in sorted(evaluations.glob("*/perplexity.json")) if jax.process_index() == 0 else ():
+        if json.loads(file.read_text()).get("text", text.digest()) != text.digest():
+            raise UserError(f"{file}: is of another text, under the same names; give another --out, or remove it")
 
 
 def _subject(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:

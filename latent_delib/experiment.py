@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -30,7 +31,7 @@ from latent_delib.nn.transformer import REMAT, Params, Transformer
 from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import folder
 
-NOTHING_TO_ADAPT = ("pause_tokens", "static_tokens")  # methods that train vectors alone
+VECTORS_ALONE = ("pause_tokens", "static_tokens")  # methods that train no matrix, and whose latents read no text
 CORPUS_TOKENIZER = Path(__file__).parent / "data" / "corpus" / "tokenizer.model"
 
 
@@ -51,11 +52,17 @@ class Experiment:
     fingerprint: str
     start: tuple[str, int] | None
 
+    @functools.cached_property
+    def start_digest(self) -> str | None:
+        """Which training made the coprocessor that adapters lie over; it is read again whenever they are."""
+        return models.digest_of_start(self.config.method.start) if self.start and self.config.method.lora_rank else None
+
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued or evaluated here."""
         method = self.config.method.to_dict()
         keys = ("name", "num_latents", "placement", "lora_rank", "start", "coprocessor")
         identity = {"fingerprint": self.fingerprint, **{f"method.{k}": method[k] for k in keys}}
+        identity["method.start.digest"] = self.start_digest
         return json.loads(json.dumps(identity))  # as a checkpoint tells it: JSON has no tuples
 
     def check_same(self, meta: dict[str, Any], where: str) -> None:
@@ -100,6 +107,11 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         raise UserError(
             f"config.decoder.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, "
             f"the decoder only {architecture.vocab_size} rows"
+        )
+    if METHODS[config.method.name].write is not None and config.method.num_latents > architecture.vocab_size:
+        raise UserError(
+            f"config.method.num_latents={config.method.num_latents}: expected at most a latent for each of "
+            f"the decoder's {architecture.vocab_size} rows, which soft tokens start from"
         )
     mesh = mesh_lib.make(config.mesh, devices)
     changed = config.method.coprocessor.to_dict()
@@ -181,7 +193,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.method.coprocessor: only method 'resized' has one, this is {m.name!r}")
     if m.start and (METHODS[m.name].write is None or METHODS[m.name].trains_decoder):
         raise UserError(f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone")
-    if m.lora_rank and m.name in NOTHING_TO_ADAPT:
+    if m.lora_rank and m.name in VECTORS_ALONE:
         raise UserError(f"config.method.lora_rank={m.lora_rank}: method {m.name!r} trains no matrix")
     if m.lora_rank and m.name in ("from_scratch", "resized") and not m.start:
         raise UserError(f"config.method.lora_rank={m.lora_rank}: {m.name!r} begins at random; give config.method.start")
@@ -192,11 +204,11 @@ def check(config: ConfigDict) -> None:
         )
     if e.swap and m.name == "inserted":
         raise UserError("config.evaluate.swap: the keys that method 'inserted' writes are of the position they are for")
-    if e.swap and (METHODS[m.name].write is None or e.batch_size < 2):
-        raise UserError(
-            f"config.evaluate.swap: method {m.name!r}, evaluate.batch_size={e.batch_size}; expected two texts "
-            "at once, and a method that writes latents"
-        )
+    for key, value in (("evaluate.swap", e.swap), ("evaluate.delay", e.delay), ("method.max_delay", m.max_delay)):
+        if value and (m.name in VECTORS_ALONE or (m.name == "decoder" and key != "method.max_delay")):
+            raise UserError(f"config.{key}={value}: method {m.name!r} writes no latents that depend on a text")
+    if e.swap and e.batch_size < 2:
+        raise UserError(f"config.evaluate.swap: evaluate.batch_size={e.batch_size}, expected two texts at once")
     if e.longer_prompt > e.max_length - 2:
         raise UserError(
             f"config.evaluate.longer_prompt={e.longer_prompt}: expected at most {e.max_length - 2}, so that something "
@@ -258,7 +270,9 @@ def open_start(exp: Experiment) -> Checkpoints:
       UserError: no such checkpoint, or one of another decoder or method, or of adapters.
     """
     checkpoints, _, meta = checkpoint.open_for_reading(*exp.start)
-    for key, value in (exp.identity() | {"method.lora_rank": 0, "method.start": ""}).items():
+    for key, value in (
+        exp.identity() | {"method.lora_rank": 0, "method.start": "", "method.start.digest": None}
+    ).items():
         if meta.get(key) != value:
             raise UserError(f"config.method.start: the checkpoint has {key}={meta.get(key)!r}, expected {value!r}")
     return checkpoints

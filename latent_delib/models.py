@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from latent_delib import checkpoint
+from latent_delib import checkpoint, tokenizer
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib import lora
 from latent_delib.delib.coprocessor import Models
@@ -109,6 +111,8 @@ def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
     method, num_latents, placement = (meta[f"method.{key}"] for key in ("name", "num_latents", "placement"))
     if meta["method.lora_rank"] and meta["method.start"]:
         below, begun = split_start(meta["method.start"])
+        if digest_of_start(meta["method.start"]) != meta["method.start.digest"]:
+            raise UserError(f"{workdir}: its adapters are of another {meta['method.start']} than is there now")
         params = lora.lay_over(load_coprocessor(below, begun).params, params)
     fingerprint = meta["fingerprint"]
     if METHODS[method].trains_decoder:  # it belongs to the decoder that was trained with it
@@ -128,7 +132,8 @@ def decoder_of(workdir: str, meta: dict[str, Any]) -> str:
     """The folder of the decoder that a checkpoint in `workdir` goes with: the one it trained, or the one left frozen.
 
     Raises:
-      UserError: it is one of random weights, which has no folder; or it was trained, and is there of another step.
+      UserError: it is one of random weights, which has no folder; or it was trained, and is there of another step; or
+        training had another tokenizer than it has.
     """
     if METHODS[meta["method.name"]].trains_decoder:
         if (there := step_of_decoder(workdir)) != meta["step"]:
@@ -140,6 +145,9 @@ def decoder_of(workdir: str, meta: dict[str, Any]) -> str:
         return f"{workdir}/decoder"
     if not (path := meta["config"]["decoder"]["path"]):
         raise UserError(f"--workdir={workdir}: trained on random weights, there is no decoder to load")
+    own = folder.tokenizer_path(folder.locate(path))
+    if meta["data"]["fingerprint"]["tokenizer"] != tokenizer.fingerprint(own):
+        raise UserError(f"--workdir={workdir}: trained with another tokenizer than {own}, the decoder's")
     return path
 
 
@@ -149,6 +157,13 @@ def split_start(path: str) -> tuple[str, int]:
     if not workdir or not step.isdigit():
         raise UserError(f"config.method.start={path}: expected WORKDIR/checkpoints/STEP")
     return workdir, int(step)
+
+
+def digest_of_start(path: str) -> str:
+    """SHA-256, hex, of the meta of WORKDIR/checkpoints/STEP: config, decoder and data of its training."""
+    checkpoints, _, meta = checkpoint.open_for_reading(*split_start(path))
+    checkpoints.close()
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:

@@ -132,12 +132,16 @@ def compare(found: runs.Runs, against: str) -> Table:
     rows, used, others = [], [], []
     for result in found.perplexity:
         ours = _sums(epath.Path(result.path).parent)
-        if ours is None or not np.array_equal(ours.tokens, base.tokens):
+        if ours is None:
+            continue
+        A = min(ours.tokens.shape[1], base.tokens.shape[1])  # what both were asked for
+        ours, there = (perplexity.Sums(*(x[:, :A] for x in sums)) for sums in (ours, base))
+        if not np.array_equal(ours.tokens, there.tokens):
             continue  # another text
-        if not np.allclose(ours.decoder, base.decoder):
+        if not np.allclose(ours.decoder, there.decoder):
             others.append(str(result.path.parent))
             continue
-        pair = perplexity.Sums(base.tokens, base.augmented, ours.augmented)
+        pair = perplexity.Sums(there.tokens, there.augmented, ours.augmented)
         by_n = {row["n"]: row for row in perplexity.table(pair, seed=0)}
         cells = [tables.change(by_n[n]) if n in by_n else "" for n in tables.AHEAD]
         rows.append([tables.of(result).latents, tables.label(tables.of(result)), result.key, *cells])

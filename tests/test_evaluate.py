@@ -1,6 +1,7 @@
 """Perplexity n tokens ahead: equal to a naive sum over the Python interface, however it is batched and sharded."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -64,7 +65,7 @@ def test_a_checkpoint(make_config, trained, decoder_folder, documents, tmp_path,
     assert sorted(path.name for path in out.iterdir()) == ["documents.npz", "perplexity.json", "perplexity.png"]
     assert json.loads((out / "perplexity.json").read_text()) == result
     assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG\r\n")
-    keys = {"rows", "sets", "documents", "pieces", "config", "checkpoint", "step", "fingerprint", "provenance"}
+    keys = {"rows", "sets", "documents", "pieces", "config", "checkpoint", "step", "fingerprint", "text", "provenance"}
     assert set(result) == keys and set(result["provenance"]) == {"command", "date", "hardware", "versions"}
     assert result["pieces"] == len(pieces) and result["config"]["method"]["num_ahead"] == config.method.num_ahead
     assert (result["checkpoint"], result["step"]) == (str(trained / "checkpoints" / "4"), 4)
@@ -281,6 +282,10 @@ def test_mistakes(make_config, trained, make_decoder, tmp_path):
     refused("checkpoint has method.placement=after, this config has overlay", {"method.placement": "overlay"})
     refused("checkpoint has method.name=cache_aug", {"method.name": "pause_tokens"})
     refused("checkpoint has fingerprint=", {"decoder.path": str(make_decoder(8))})
+    other = shutil.copytree(make_config().decoder.path, tmp_path / "other")  # a field that SentencePiece does not know
+    (model := other / "tokenizer.model").write_bytes(model.read_bytes() + b"\xc2\x3e\x01a")
+    changes = {"decoder.path": str(other), "data.token_files": ""}
+    refused("config.decoder.tokenizer: .* was trained with another than .*other", changes)
     refused("config.evaluate.max_positions=-1: expected at least 0", {"evaluate.max_positions": -1})
     refused("config.evaluate.seed=-1: expected at least 0", {"evaluate.seed": -1})
     refused("config.evaluate.batch_size=3 does not split over 8 devices", {"evaluate.batch_size": 3})

@@ -149,6 +149,15 @@ def test_many_checkpoints(make_config, trained, alone, calls, tmp_path):
     assert (calls["read"], calls["text"], calls["decoder"]) == (0, 0, 0)
     assert (evaluations / "4" / "perplexity.json").stat().st_mtime_ns == written
 
+    file = evaluations / "2" / "perplexity.json"
+    shutil.rmtree(evaluations / "4")
+    file.write_text(file.read_text().replace((known := json.loads(file.read_text())["text"]), known[::-1]))
+    with pytest.raises(ld.UserError, match=r"2/perplexity.json: is of another text"):
+        evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
+    assert not (evaluations / "4").exists()
+    file.write_text(file.read_text().replace(known[::-1], known))
+    evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
+
     with pytest.raises(ld.UserError, match=r"perplexity.json: has config.evaluate.max_pieces=0, this config 3; give"):
         evaluate.evaluate_many(make_config({"evaluate.max_pieces": 3}), str(trained), str(tmp_path))
     shutil.rmtree(tmp_path / "evaluations/4")  # what is asked for is not there, but what would share a curve with it

@@ -65,7 +65,7 @@ def test_what_is_done_beyond_that():
     assert again("full") > again("attention")
     assert again("attention", "pause_tokens") == 3 * 5 * (4 + 6 - 1) * products
     assert again("attention", "decoder") == 3 * 64 * products
-    # Latents one after another: three passes more over four, forward twice and backward. Inserted: zeros in their places.
+    # One after another: three passes more over four, forward twice and backward. Inserted: zeros in their places.
     one_after_another, zeros = 3 * 5 * 3 * 4, 3 * 5 * 4
     pair = 4 * config.num_heads * config.head_dim
     seen = pair * sum(np.minimum(np.arange(64) + 0.5, 8 if local else 64).mean() for local in config.is_local)

@@ -300,6 +300,7 @@ def test_runs_against_one_of_them(tmp_path, capsys):
     sums = {
         "base": (tokens, before),
         "worse": (tokens, before + 0.1 * tokens),
+        "worse, to n = 2": (tokens[:, :2], before[:, :2] + 0.1 * tokens[:, :2]),
         "other text": (tokens + 1, before),
         "other decoder": (tokens, before),
     }
@@ -308,15 +309,16 @@ def test_runs_against_one_of_them(tmp_path, capsys):
         np.savez(
             tmp_path / name / "documents.npz",
             tokens=counts,
-            decoder=decoder * (1 + (name == "other decoder")),
+            decoder=decoder[:, : counts.shape[1]] * (1 + (name == "other decoder")),
             augmented=augmented,
         )
     perplexity(tmp_path / "without", -1.0, config())
     table = report.compare(runs.find([str(tmp_path)]), str(tmp_path / "base"))
-    same, worse = table.rows
+    same, worse, near = table.rows
     assert [str(cell) for cell in same[3:]] == ["+0.00% [+0.00, +0.00]"] * 3 + [""] * 3
     assert [str(cell) for cell in worse[3:]] == ["+10.52% [+10.52, +10.52]"] * 3 + [""] * 3
-    assert len(table.origins) == 2 and "worse" in table.origins[1]
+    assert [str(cell) for cell in near[3:]] == ["+10.52% [+10.52, +10.52]"] * 2 + [""] * 4
+    assert len(table.origins) == 3 and "worse" in table.origins[1]
     left_out = f"the frozen decoder has other figures in {tmp_path / 'other decoder'}: left out"
     assert capsys.readouterr().err == f"warning: --against={tmp_path / 'base'}: {left_out}\n"
     with pytest.raises(ld.UserError, match="without: holds no documents.npz"):

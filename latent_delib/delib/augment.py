@@ -61,7 +61,8 @@ class Augmentation:
 def assemble(frozen: Params, trainable: Params) -> Params:
     """The parameters that a frozen and a trainable tree make: each room of the trainable one lies over what is below.
 
-    Below the decoder is the frozen one; below the coprocessor one that is frozen, or else the decoder's own layers.
+    Below the decoder is the frozen one; below the coprocessor one that is frozen, or else the decoder's own layers, as
+    they are trained: adapters of `joint` lie over the adapted decoder's.
     """
     decoder = lora.lay_over(frozen.get("decoder", {}), trainable.get("decoder", {}))
     if "coprocessor" not in trainable:
