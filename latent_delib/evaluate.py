@@ -299,8 +299,10 @@ def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
 
 def _check_text(evaluations: epath.Path, text: Text) -> None:
     """Raises UserError where a step was evaluated on another text: that is read only where a step is left to do."""
-    for file in sorted(evaluations.glob("*/perplexity.json")) if jax.process_index() == 0 else ():
-        if json.loads(file.read_text()).get("text", text.digest()) != text.digest():
+    digest, first = text.digest(), jax.process_index() == 0
+    folders = evaluations.iterdir() if first and evaluations.exists() else ()
+    for file in sorted(f / "perplexity.json" for f in folders if f.name.isdigit()):
+        if file.exists() and json.loads(file.read_text()).get("text", digest) != digest:
             raise UserError(f"{file}: is of another text, under the same names; give another --out, or remove it")
 
 

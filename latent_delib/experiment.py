@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -52,17 +51,11 @@ class Experiment:
     fingerprint: str
     start: tuple[str, int] | None
 
-    @functools.cached_property
-    def start_digest(self) -> str | None:
-        """Which training made the coprocessor that adapters lie over; it is read again whenever they are."""
-        return models.digest_of_start(self.config.method.start) if self.start and self.config.method.lora_rank else None
-
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued or evaluated here."""
         method = self.config.method.to_dict()
         keys = ("name", "num_latents", "placement", "lora_rank", "start", "coprocessor")
         identity = {"fingerprint": self.fingerprint, **{f"method.{k}": method[k] for k in keys}}
-        identity["method.start.digest"] = self.start_digest
         return json.loads(json.dumps(identity))  # as a checkpoint tells it: JSON has no tuples
 
     def check_same(self, meta: dict[str, Any], where: str) -> None:
@@ -107,11 +100,6 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         raise UserError(
             f"config.decoder.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, "
             f"the decoder only {architecture.vocab_size} rows"
-        )
-    if METHODS[config.method.name].write is not None and config.method.num_latents > architecture.vocab_size:
-        raise UserError(
-            f"config.method.num_latents={config.method.num_latents}: expected at most a latent for each of "
-            f"the decoder's {architecture.vocab_size} rows, which soft tokens start from"
         )
     mesh = mesh_lib.make(config.mesh, devices)
     changed = config.method.coprocessor.to_dict()
@@ -270,9 +258,7 @@ def open_start(exp: Experiment) -> Checkpoints:
       UserError: no such checkpoint, or one of another decoder or method, or of adapters.
     """
     checkpoints, _, meta = checkpoint.open_for_reading(*exp.start)
-    for key, value in (
-        exp.identity() | {"method.lora_rank": 0, "method.start": "", "method.start.digest": None}
-    ).items():
+    for key, value in (exp.identity() | {"method.lora_rank": 0, "method.start": ""}).items():
         if meta.get(key) != value:
             raise UserError(f"config.method.start: the checkpoint has {key}={meta.get(key)!r}, expected {value!r}")
     return checkpoints

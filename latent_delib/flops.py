@@ -85,8 +85,8 @@ def repeated_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int,
     remat, decoder, writer = aug.transformer.remat, aug.transformer.config, aug.models.coprocessor.config
     method, L = METHODS[aug.method], aug.num_latents
 
-    def again(c: TransformerConfig, tokens: int, passes: int = 0) -> float:
-        products, attention = passes + (remat not in ("none", "dots")), passes + (remat == "full")
+    def again(c: TransformerConfig, tokens: int, products: int = 0, attention: int = 0) -> float:
+        products, attention = products + (remat not in ("none", "dots")), attention + (remat == "full")
         return batch * tokens * (products * _per_token(c) + attention * _attention(c, seq_len))
 
     more = again(decoder, seq_len) if method.trains_decoder else 0.0
@@ -96,7 +96,7 @@ def repeated_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int,
     if method.write is coprocessor.of_last_layer:  # it reads the text too
         more += again(writer, seq_len)
     if method.write is coprocessor.one_after_another:
-        more += again(writer, num_traces * (L - 1) * L, passes=4)
+        more += again(writer, num_traces * (L - 1) * L, products=4, attention=3)
     if method.write is coprocessor.inserted:
-        more += again(decoder, num_traces * L, passes=2)
+        more += again(decoder, num_traces * L, products=2, attention=2)
     return more + again(writer, num_traces * written) + again(decoder, num_traces * inputs)

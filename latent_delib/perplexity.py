@@ -91,7 +91,9 @@ def read_text(exp: Experiment) -> Text:
     kept, renumbered = np.unique([document[i] for i in chosen], return_inverse=True)
     of_each = np.array(source)[kept]
     if e.swap and (alone := [name for i, name in enumerate(sources) if np.count_nonzero(of_each == i) == 1]):
-        raise UserError(f"config.evaluate.swap: {alone[0]!r} of config.data.validation has one document, expected two")
+        raise UserError(
+            f"config.evaluate.swap: {alone[0]!r} of config.data.validation has one document among the pieces"
+        )
     return Text([pieces[i] for i in chosen], renumbered, of_each, sources)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import latent_delib as ld
-from latent_delib import evaluate, experiment, perplexity
+from latent_delib import checkpoint, evaluate, experiment, models, perplexity
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import token_files
 from latent_delib.nn.layers import PARAM_AXES
@@ -282,10 +282,22 @@ def test_mistakes(make_config, trained, make_decoder, tmp_path):
     refused("checkpoint has method.placement=after, this config has overlay", {"method.placement": "overlay"})
     refused("checkpoint has method.name=cache_aug", {"method.name": "pause_tokens"})
     refused("checkpoint has fingerprint=", {"decoder.path": str(make_decoder(8))})
-    other = shutil.copytree(make_config().decoder.path, tmp_path / "other")  # a field that SentencePiece does not know
-    (model := other / "tokenizer.model").write_bytes(model.read_bytes() + b"\xc2\x3e\x01a")
-    changes = {"decoder.path": str(other), "data.token_files": ""}
-    refused("config.decoder.tokenizer: .* was trained with another than .*other", changes)
     refused("config.evaluate.max_positions=-1: expected at least 0", {"evaluate.max_positions": -1})
     refused("config.evaluate.seed=-1: expected at least 0", {"evaluate.seed": -1})
     refused("config.evaluate.batch_size=3 does not split over 8 devices", {"evaluate.batch_size": 3})
+
+
+def test_a_tokenizer_that_was_exchanged(make_config, trained, decoder_folder, tmp_path):
+    """By one with a field more, which SentencePiece does not know; the decoder's weights are the same."""
+    other = shutil.copytree(decoder_folder, tmp_path / "other")
+    (model := other / "tokenizer.model").write_bytes(model.read_bytes() + b"\xc2\x3e\x01a")
+    config = make_config({"decoder.path": str(other), "data.token_files": ""})
+    with pytest.raises(ld.UserError, match="config.decoder.tokenizer: .* was trained with another than .*other"):
+        evaluate.evaluate(config, str(trained), str(tmp_path / "out"))
+
+    checkpoints, _, meta = checkpoint.open_for_reading(str(trained))
+    checkpoints.close()
+    assert models.decoder_of(str(trained), meta) == str(decoder_folder)
+    meta["config"]["decoder"]["path"] = str(other)
+    with pytest.raises(ld.UserError, match="trained with another tokenizer than .*other/tokenizer.model"):
+        models.decoder_of(str(trained), meta)

@@ -187,19 +187,6 @@ def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_p
     expected = test_evaluate.naive_rows(lm, perplexity.read_text(experiment.read(config)).pieces)
     np.testing.assert_allclose([row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5)
 
-    if rank:  # trained again with another seed, what adapters are laid over is another
-        shutil.rmtree(tmp_path / "s")
-        train.train(make_config({"seed": 1}), str(tmp_path / "s"))
-        shutil.rmtree(tmp_path / "w" / "checkpoints" / "4")
-        for read in (
-            lambda: train.train(config, str(tmp_path / "w")),
-            lambda: evaluate.evaluate(config, str(tmp_path / "w"), str(tmp_path / "again")),
-        ):
-            with pytest.raises(UserError, match="its checkpoint has method.start.digest="):
-                read()
-        with pytest.raises(UserError, match="its adapters are of another .*/s/checkpoints/4 than is there now"):
-            ld.load_coprocessor(str(tmp_path / "w"))
-
 
 def first_loss(config, coprocessor):
     """Of a coprocessor on the first batch of a job."""
@@ -259,7 +246,7 @@ def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
     alone = tmp_path / "alone.txt"
     alone.write_text("the dog sat")
     config = make_config({**changed, "data.validation": (f"files:{copies}", f"files:{alone}"), "evaluate.swap": True})
-    with pytest.raises(UserError, match="swap: 'files:.*alone.txt' of .* has one document, expected two"):
+    with pytest.raises(UserError, match="swap: 'files:.*alone.txt' of .* has one document among the pieces"):
         perplexity.read_text(experiment.read(config))
 
 
@@ -308,7 +295,6 @@ MISTAKES = [
     ({"method.name": "static_tokens", "evaluate.swap": True}, "config.evaluate.swap=True: method 'static_tokens'"),
     ({"method.name": "decoder", "evaluate.delay": 2}, "config.evaluate.delay=2: method 'decoder' writes no latents"),
     ({"method.name": "pause_tokens", "method.max_delay": 1}, "config.method.max_delay=1: method 'pause_tokens'"),
-    ({"method.num_latents": 9999, "data.seq_len": 20000}, "config.method.num_latents=9999: expected at most a latent"),
     (
         {"evaluate.swap": True, "method.name": "inserted", "method.placement": "overlay"},
         "config.evaluate.swap: the keys that method 'inserted' writes",

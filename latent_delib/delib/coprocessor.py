@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_delib.delib.traces import Traces
+from latent_delib.errors import UserError
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import rotary, transformer
 from latent_delib.nn.cache import Cache
@@ -48,7 +49,10 @@ Latents = jax.Array | Inserted
 
 
 def soft_tokens(key: jax.Array, embedding_VD: jax.Array, num_latents: int) -> jax.Array:
-    """N_L distinct starting vectors [L, D], float32: random rows of the token table."""
+    """N_L distinct starting vectors [L, D], float32: random rows of the token table. Raises UserError for more than it
+    has."""
+    if num_latents > embedding_VD.shape[0]:
+        raise UserError(f"{num_latents} latents: expected at most {embedding_VD.shape[0]}, the rows of the token table")
     rows = jax.random.choice(key, embedding_VD.shape[0], (num_latents,), replace=False)
     return embedding_VD[rows].astype(jnp.float32)
 

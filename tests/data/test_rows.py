@@ -102,3 +102,5 @@ def test_no_validation():
     data = ConfigDict(GOOD | {"validation": ()})
     with pytest.raises(UserError, match=r"config\.data\.validation: empty"):
         validation_documents(data, tokenizer_path="")
+    with pytest.raises(UserError, match="source 1 is int, expected a string"):
+        validation_documents(ConfigDict(GOOD | {"validation": (1,)}), tokenizer_path="")

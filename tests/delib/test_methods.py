@@ -11,6 +11,7 @@ import small
 from latent_delib.delib import augment, traces
 from latent_delib.delib.coprocessor import Inserted, Models, Text
 from latent_delib.delib.methods import METHODS
+from latent_delib.errors import UserError
 from latent_delib.nn import rotary, transformer
 from latent_delib.nn.transformer import Transformer
 
@@ -109,6 +110,8 @@ def test_soft_tokens_do_not_repeat_when_all_rows_are_taken():
     decoder = DECODER | {"embedding": DECODER["embedding"][:L]}
     soft = begin("static_tokens", 0, decoder)["coprocessor"]["soft_tokens"]
     np.testing.assert_array_equal(np.sort(soft[:, 0]), np.sort(decoder["embedding"][:, 0]))
+    with pytest.raises(UserError, match=f"{L} latents: expected at most {L - 1}, the rows"):
+        begin("static_tokens", 0, DECODER | {"embedding": DECODER["embedding"][: L - 1]})
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_BODY if name != "from_scratch"])
