@@ -56,7 +56,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; flags are {list(shown.values())}")
         needed = (REQUIRED, CONFIG, FOLDERS)
-        if absent := [n for n, (default, _) in options.items() if default in needed and values[n].value is None]:
+        if absent := [n for n, (default, _) in options.items() if default in needed and values[n].value in (None, "")]:
             raise UserError(f"{shown[absent[0]]} is missing: {options[absent[0]][1]}")
         main(values)
     except UserError as error:

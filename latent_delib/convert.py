@@ -65,6 +65,8 @@ def convert(
         return export_coprocessor(source, Path(out))
     with files.whole(Path(out)) as partial_:
         if is_ours(where):
+            if tokenizer:
+                raise UserError(f"--tokenizer={tokenizer}: {source} is a decoder folder of ours, which has its own")
             convert_ours(where, partial_, to, dtype, wanted)
         elif to == "huggingface":
             raise UserError(f"--to=huggingface: {source} is no decoder folder of ours; convert it to one first")

@@ -173,8 +173,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.optimizer.final_fraction={o.final_fraction}: expected 0 to 1")
     if t.profile_at and t.profile_at + 3 > t.steps:
         raise UserError(f"config.train.profile_at={t.profile_at}: three steps after it are past steps={t.steps}")
-    if config.seed < 0:
-        raise UserError(f"config.seed={config.seed}: expected at least 0")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"config.seed={config.seed}: expected at least 0, below 2**63")
     if t.batch_size % t.accumulation:
         raise UserError(f"config.train.accumulation={t.accumulation} does not divide batch_size={t.batch_size}")
     if m.coprocessor and m.name != "resized":

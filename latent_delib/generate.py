@@ -49,7 +49,7 @@ def main(flags: Any) -> None:
             if not flags.out:
                 print(f"--- {name}\n{request['prompt']}{continuation.text}", flush=True)
     if flags.out:
-        lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in requests)
+        lines = (json.dumps(r) + "\n" for r in requests)  # ASCII: JSON has halves of characters that UTF-8 lacks
         files.write(out, "".join(lines).encode())
         print(f"{len(requests)} continuations are in {flags.out}", flush=True)
 
@@ -60,6 +60,8 @@ def read_prompts(flags: Any) -> list[dict[str, Any]]:
         raise UserError(f"--delay={flags.delay}: with --coprocessor_devices latents join when they are ready")
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
+    if not 0 <= flags.seed < 2**63:
+        raise UserError(f"--seed={flags.seed}: expected at least 0, below 2**63")
     if flags.prompt:
         return [{"prompt": flags.prompt, "seed": flags.seed}]
     requests = []
@@ -77,8 +79,8 @@ def read_prompts(flags: Any) -> list[dict[str, Any]]:
         if not isinstance(prompt, str) or not prompt:
             raise UserError(f'{flags.prompts}:{number}: expected a "prompt" that is text and not empty')
         seed = row.get("seed", flags.seed + number - 1)
-        if not isinstance(seed, int) or seed < 0:
-            raise UserError(f"{flags.prompts}:{number}: seed {seed!r}, expected an integer of at least 0")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise UserError(f"{flags.prompts}:{number}: seed {seed!r}, expected an integer of at least 0, below 2**63")
         requests.append(row | {"seed": seed})
     if not requests:
         raise UserError(f"{flags.prompts}: holds no prompts")
@@ -102,6 +104,10 @@ def load(flags: Any) -> lm.AugmentedLM:
     mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor}, here)
     decoder = models.load_decoder(path, meta["config"]["compute"]["dtype"], mesh)
     augment = has_latents and not flags.no_augment
+    if not augment and (flags.every or flags.delay or there):
+        raise UserError(
+            "--every, --delay, --coprocessor_devices: of latents, which --no_augment or the method leaves out"
+        )
     coprocessor = models.load_coprocessor(flags.workdir, step) if augment else None
     beside = mesh_lib.make({"data": 1, "tensor": -1}, there) if there else None
     return lm.AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length)

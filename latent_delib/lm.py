@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
@@ -122,6 +123,7 @@ class AugmentedLM:
 
         Equal prompts are read once. progress: is told how many continuations are done.
         """
+        _check_several(prompts=prompts, continuations=continuations)
         if len(prompts) != len(continuations):
             raise UserError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
         tails = [self._ids(c, f"continuations[{i}]") for i, c in enumerate(continuations)]
@@ -171,6 +173,7 @@ class AugmentedLM:
         Latents join after BOS, and where `every` is not 0 again after each `every` tokens more. A text longer than
         max_length is cut into pieces that each begin with BOS. progress: is told how many pieces are done.
         """
+        _check_several(texts=texts)
         if every < 0 or batch_size < 1:
             raise UserError(f"every={every}, batch_size={batch_size}: expected at least 0 and 1")
         pieces: list[np.ndarray] = []
@@ -224,6 +227,7 @@ class AugmentedLM:
           progress: is told how many tokens are decoded, over all prompts.
         """
         check_options(max_new_tokens, temperature, top_k, top_p, every, delay, batch_size)
+        _check_several(prompts=prompts)
         if delay is None and self.coprocessor is not None and self.coprocessor_mesh is None:
             raise UserError("delay=None: give the coprocessor devices of its own (coprocessor_mesh)")
         if "" in stop:
@@ -317,7 +321,7 @@ class AugmentedLM:
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         """Rows [B, T] padded to one of few shapes, and their lengths [B]: 0 for those that only fill the batch."""
-        shards = mesh_lib.row_shards(self.mesh)
+        shards = math.lcm(*(mesh_lib.row_shards(mesh) for mesh in (self.mesh, self.coprocessor_mesh) if mesh))
         length = np.zeros(_round_up(_power(len(rows)), shards), np.int32)
         length[: len(rows)] = [len(row) for row in rows]
         padded = np.full((len(length), _bucket(int(max(length)))), self.tokenizer.pad_id, np.int32)
@@ -364,13 +368,20 @@ def check_options(
     max_new_tokens: int, temperature: float, top_k: int, top_p: float, every: int, delay: int | None, batch_size: int
 ) -> None:
     """Raises UserError for options of `AugmentedLM.continuations` that are out of range."""
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
+    if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
         raise UserError(
             f"max_new_tokens={max_new_tokens} (at least 1), temperature={temperature} (at least 0), top_k={top_k} "
             f"(at least 0), top_p={top_p} (above 0, at most 1), batch_size={batch_size} (at least 1): out of range"
         )
     if every < 0 or (delay or 0) < 0 or (every and (delay or 0) >= every):
         raise UserError(f"every={every}, delay={delay}: expected at least 0, and a delay shorter than every")
+
+
+def _check_several(**given: Sequence[Prompt]) -> None:
+    """Raises UserError for a single text, whose letters would be taken for texts."""
+    for name, texts in given.items():
+        if isinstance(texts, str):
+            raise UserError(f"{name}={texts[:40]!r}: expected a sequence of texts")
 
 
 def _round_up(n: int, multiple: int) -> int:

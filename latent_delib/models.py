@@ -94,6 +94,9 @@ def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
         fields, params = exported.load(Path(workdir))
         if step not in (None, fields["step"]):
             raise UserError(f"{workdir}: holds the coprocessor of step {fields['step']}, not of step {step}")
+        for key, known in (("method", METHODS), ("placement", PLACEMENTS)):
+            if fields[key] not in known:
+                raise UserError(f"{workdir}: {key}={fields[key]!r}, expected one of {', '.join(sorted(known))}")
         del fields["format"], fields["architecture"]
         return Coprocessor(params, **fields)
 

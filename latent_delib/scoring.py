@@ -99,7 +99,7 @@ def text_logprob(
     B, T = tokens_BT.shape
     if not aug.has_latents:
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
-    stretch = every or T - 1
+    stretch = min(every or T - 1, T - 1)
     at = jnp.arange(0, T - 1, stretch)
     together = min(len(at), max(1, T // (aug.num_latents + stretch)))  # traces at once: no more tokens than the text
     at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)  # T - 1 has no ahead tokens, so no weight

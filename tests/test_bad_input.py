@@ -122,6 +122,7 @@ def test_nothing_is_compiled_for_bad_data(error, config_file, tmp_path, monkeypa
 def test_config_files_and_flags(error, config_file, tmp_path):
     named(error("train", "--config=no.py", "--workdir=w"), "--config=no.py", "no such file")
     named(error("train", f"--config={config_file()}"), "--workdir is missing")
+    named(error("train", f"--config={config_file()}", "--workdir="), "--workdir is missing")
     named(error("train", "--workdir=w"), "--config is missing")
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
@@ -282,6 +283,7 @@ def test_generate_refuses(error, trained):
     for arguments in (["--every=-1"], ["--delay=-1"], ["--every=2", "--delay=2"]):
         named(error("generate", "--workdir=nowhere", "--prompt=a", *arguments), "expected at least 0, and a delay")
     named(error("generate", f"--workdir={trained}", "--prompt=a", "--top_p=high"), "top_p", "high")
+    named(error("generate", f"--workdir={trained}", "--prompt=a", "--seed=-1"), "--seed=-1", "expected at least 0")
     named(error("generate", f"--workdir={trained}", "--prompt=a", "--max_length=8"), "prompts[0]", "max_length is 8")
 
 
@@ -294,6 +296,7 @@ def test_generate_refuses(error, trained):
         ('["a"]\n', [":1:", '"prompt"']),
         ('{"prompt": ""}\n', [":1:", '"prompt"']),
         ('{"prompt": "a", "seed": -1}\n', [":1:", "seed -1"]),
+        ('{"prompt": "a", "seed": 9223372036854775808}\n', [":1:", "seed 9223372036854775808", "below 2**63"]),
         (b"\xff", ["not UTF-8 at byte 0"]),
         (None, ["No such file"]),
     ],

@@ -298,6 +298,9 @@ def test_latents_join_when_they_are_ready(lms, beside):
     (found,) = beside.continuations(PROMPTS[:1], 8 * NEW, delay=None)
     assert len(found.joined) == 1
     assert [found.text] == lms["after"].generate(PROMPTS[:1], 8 * NEW, delay=found.joined[0])
+    rows = mesh.make({"data": 4}, jax.devices()[1:5])  # one prompt is fewer than its devices
+    split = ld.AugmentedLM(beside.decoder, beside.coprocessor, beside.mesh, rows)
+    assert len(split.continuations(PROMPTS[:1], 8 * NEW, delay=None)[0].joined) == 1
 
 
 class Late:
@@ -393,6 +396,8 @@ def test_rolling_logprobs(lms, name, every):
     np.testing.assert_allclose(again, found[0], rtol=1e-6)
     plain = lms["decoder"].rolling_logprobs(texts[:1])
     assert lms[name].rolling_logprobs(texts[:1], augment=False) == plain
+    once = lm.rolling_logprobs(texts)
+    np.testing.assert_array_equal(lm.rolling_logprobs(texts, every=10**6), once)  # takes no room for a million tokens
 
 
 def test_logprobs_know_the_likeliest(decoder, lms, monkeypatch):
@@ -489,6 +494,9 @@ MISTAKES = {
         "every=0, batch_size=0: expected at least 0 and 1",
     ),
     "no device": (lambda lm, d: lm.generate(["a"], delay=None), "delay=None: give the coprocessor devices of its own"),
+    "one prompt": (lambda lm, d: lm.generate("a cat"), "prompts='a cat': expected a sequence of texts"),
+    "one text": (lambda lm, d: lm.rolling_logprobs("a cat"), "texts='a cat': expected a sequence of texts"),
+    "no temperature": (lambda lm, d: lm.generate(["a"], temperature=float("nan")), r"temperature=nan \(at least 0\)"),
     "stop": (lambda lm, d: lm.generate(["a"], stop=["b", ""]), "stop: holds an empty string"),
     "seeds": (lambda lm, d: lm.generate(["a"], seed=[1, 2]), "1 prompts, but 2 seeds"),
     "top_k": (lambda lm, d: lm.generate(["a"], top_k=-1), r"top_k=-1 \(at least 0\)"),

@@ -67,8 +67,11 @@ def assemble(frozen: Params, trainable: Params) -> Params:
     decoder = lora.lay_over(frozen.get("decoder", {}), trainable.get("decoder", {}))
     if "coprocessor" not in trainable:
         return {"decoder": decoder}
+    own = trainable["coprocessor"]
+    if "final_norm" in own:  # whole, and perhaps of another architecture
+        return {"decoder": decoder, "coprocessor": own}
     below = frozen.get("coprocessor") or coprocessor.body(decoder)
-    return {"decoder": decoder, "coprocessor": lora.lay_over(below, trainable["coprocessor"])}
+    return {"decoder": decoder, "coprocessor": lora.lay_over(below, own)}
 
 
 def gathered(aug: Augmentation, params: Params) -> Params:

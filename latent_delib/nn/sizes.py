@@ -51,6 +51,9 @@ class TransformerConfig:
             if self.embed_dim % self.num_heads:
                 raise UserError(f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}")
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+        for name in ("head_dim", "rope_base", "local_rope_base", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)}: expected more than 0")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
@@ -81,6 +84,8 @@ class TransformerConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str) -> "TransformerConfig":
         """Builds from plain values, for example JSON or a config; `source` is named when a field is wrong."""
+        if not isinstance(fields, Mapping):
+            raise UserError(f"{source}: architecture is {fields!r}, expected an object")
         known = {field.name: field for field in dataclasses.fields(cls)}
         required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
         if unknown := sorted(set(fields) - set(known)):

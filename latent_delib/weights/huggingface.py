@@ -207,7 +207,9 @@ def _rope(c: Mapping[str, Any], where: str) -> tuple[float, tuple[float, ...], f
     if "full_attention" in rope or "sliding_attention" in rope:
         kinds = [rope.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
     else:
-        rope = rope or {"rope_theta": c["rope_theta"]} | (c.get("rope_scaling") or {})
+        if not isinstance(scaling := c.get("rope_scaling") or {}, dict):
+            raise UserError(f"{where}: rope_scaling={scaling!r}, expected an object")
+        rope = rope or {"rope_theta": c["rope_theta"]} | scaling
         kinds = [rope, {} if "rope_local_base_freq" in c else rope]
     bases = []
     for kind, default in zip(kinds, (c["rope_theta"], c.get("rope_local_base_freq", c["rope_theta"]))):

@@ -96,3 +96,9 @@ def test_a_coprocessor_below_adapters_comes_before_the_decoder():
     other = small.coprocessor(small.GEMMA, 2)
     found = augment.assemble({"decoder": TREE, "coprocessor": other}, {"coprocessor": adapters(2)})
     jax.tree.map(np.testing.assert_array_equal, found["coprocessor"], lora.lay_over(other, adapters(2)))
+
+
+def test_a_whole_coprocessor_has_nothing_of_the_decoder():
+    """Its architecture may be another, without norms that the decoder has."""
+    own = {"layers": {"attn": {}}, "final_norm": {}, "soft_tokens": 0}
+    assert augment.assemble({"decoder": TREE}, {"coprocessor": own})["coprocessor"] is own

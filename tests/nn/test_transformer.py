@@ -140,6 +140,8 @@ def test_rotary_is_float32_inside_far_into_the_text():
         (dict(embed_dim=34, head_dim=0), "embed_dim=34 is not divisible by num_heads=4"),
         (dict(num_heads=3), "num_heads=3 is not divisible by num_kv_heads=2"),
         (dict(head_dim=15), "head_dim=15: rotary positions need an even number"),
+        (dict(head_dim=-2), "head_dim=-2: expected more than 0"),
+        (dict(local_rope_base=0.0), "local_rope_base=0.0: expected more than 0"),
         (dict(activation="relu"), "activation='relu': expected 'gelu' or 'silu'"),
         (dict(layer_pattern=("local", "far")), "layer_pattern=.*'far'.*: expected a sequence of 'local' and 'global'"),
         (dict(layer_pattern=()), "layer_pattern=.*: expected a sequence"),
@@ -158,6 +160,8 @@ def test_config_from_dict():
     assert TransformerConfig.from_dict(fields, "x") == SIZES["gemma2_test"]
     with pytest.raises(UserError, match=r"^x: unknown fields \['widht'\], expected some of \[.*'window'"):
         TransformerConfig.from_dict(fields | {"widht": 3}, "x")
+    with pytest.raises(UserError, match="^x: architecture is None, expected an object"):
+        TransformerConfig.from_dict(None, "x")
     del fields["embed_dim"]
     with pytest.raises(UserError, match=r"^x: missing fields \['embed_dim'\]"):
         TransformerConfig.from_dict(fields, "x")

@@ -103,6 +103,8 @@ def test_a_coprocessor_is_exported_and_read_again(trained, trained_coprocessor, 
     np.testing.assert_array_equal(ours, theirs)
 
     # The names and axes of a Hugging Face decoder, which export gives the decoder itself too.
+    with pytest.raises(UserError, match="--tokenizer=x: .* is a decoder folder of ours, which has its own"):
+        convert(str(decoder_folder), str(tmp_path / "hf"), to="huggingface", tokenizer="x")
     convert(str(decoder_folder), str(tmp_path / "hf"), to="huggingface")
     body, own = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert own.keys() - body.keys() == {"soft_tokens"} and body.keys() - own.keys() == {"model.embed_tokens.weight"}
@@ -135,6 +137,8 @@ def test_a_trained_decoder_is_no_coprocessor(make_config, tmp_path):
         ("coprocessor.json", lambda c: c | {"num_latents": "2"}, "num_latents='2', expected int"),
         ("coprocessor.json", lambda c: c | {"num_latents": 3}, r"soft_tokens is \(2, 32\), expected \(3, 32\)"),
         ("coprocessor.json", lambda c: c | {"architecture": {}}, "missing fields"),
+        ("coprocessor.json", lambda c: c | {"method": "x"}, "method='x', expected one of cache_augmentation"),
+        ("coprocessor.json", lambda c: c | {"placement": "x"}, "placement='x', expected one of after"),
         ("model.safetensors", lambda t: {"soft_tokens": t["soft_tokens"], "x": t["soft_tokens"]}, "only 1 tensors"),
         ("model.safetensors", lambda t: t | {"x": t["soft_tokens"]}, "unknown x"),
         ("model.safetensors", lambda t: {k: x for k, x in t.items() if "q_proj" not in k}, "missing .*q_proj"),

@@ -280,6 +280,7 @@ def test_every_wrong_tensor_is_listed_by_both_names(hf, tmp_path):
         ("llama", dict(rope_parameters={"rope_type": "llama3", "factor": 2.0}), ["llama3", "low_freq_factor"]),
         ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
         ("llama", dict(rope_parameters=3), ["rope_parameters=3"]),
+        ("llama", dict(rope_parameters={}, rope_scaling="linear"), ["rope_scaling='linear'"]),
         ("llama", dict(rope_parameters={"rope_theta": "big"}), ["rope_theta='big'"]),
         ("llama", dict(num_hidden_layers=10**9), ["1000000000 layers", "29 tensors"]),
         ("llama", dict(num_hidden_layers="3"), ["num_hidden_layers='3'"]),
