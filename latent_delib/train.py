@@ -169,11 +169,8 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
         stopping = bool(asked)  # the same on all processes
         if stopping or step % t.checkpoint_every == 0 or step == t.steps:
             metrics.flush()  # a loss that is not finite must end the run before it is saved
-            loss = metrics.loss_since_save()
-            save(
-                step, loss if step - saved >= min(t.checkpoint_every, t.steps) else None
-            )  # of few steps is no best one
-            saved = step
+            loss, steps, saved = metrics.loss_since_save(), step - saved, step
+            save(step, loss if steps >= min(t.checkpoint_every, t.steps) else None)  # of few steps is no best one
         if stopping and step < t.steps:
             break
     metrics.close()
