@@ -19,7 +19,7 @@ from latent_delib.nn.attention import Bounds, Keys
 KERNELS = {"pallas_gpu": (attention_gpu, "cuda"), "pallas_tpu": (attention_tpu, "tpu")}
 FORMS = ("reference", "xla", *KERNELS)
 BY_PLATFORM = {"gpu": "pallas_gpu", "cuda": "pallas_gpu", "tpu": "pallas_tpu"}
-FEW = 16  # queries, so few that their scores fit anywhere: decoding is a product with the cache, whatever the form
+FEW = 16  # queries per row, so few that their scores fit anywhere: decoding is a product with the cache in any form
 SAVED = ("attention_out", "attention_lse")  # what a backward pass needs of attention beside q, k and v
 
 
@@ -38,13 +38,14 @@ def attend(
     scale: float,
     softcap: float,
     form: str,
+    few: int = FEW,
 ) -> jax.Array:
     """`attention.attend` in one of FORMS; gradients reach every input that is differentiated.
 
     A kernel that does not serve these shapes, or not the gradient of a prefix, warns and gives way to "xla". Calls of
-    at most FEW queries a row are computed by the reference.
+    at most `few` queries per row are computed by the reference.
     """
-    if form == "reference" or q_BMSNH.shape[1] * q_BMSNH.shape[2] <= FEW:
+    if form == "reference" or q_BMSNH.shape[1] * q_BMSNH.shape[2] <= few:
         return attention.attend(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=scale, softcap=softcap)
     if form in KERNELS:
         length = None if prefix is None else prefix[0].shape[1]

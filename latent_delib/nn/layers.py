@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from latent_delib.nn import attention, rotary
 from latent_delib.nn.attention import Bounds
-from latent_delib.nn.attention_forms import attend
+from latent_delib.nn.attention_forms import FEW, attend
 from latent_delib.nn.sizes import TransformerConfig
 
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
@@ -95,6 +95,7 @@ class Attention(nn.Module):
     config: TransformerConfig
     form: str
     partition: Partition = WHOLE
+    few: int = FEW
 
     @nn.compact
     def __call__(self, x_BMSD, rope_2BMSH, bounds: Bounds, prefix, given):
@@ -120,7 +121,7 @@ class Attention(nn.Module):
             self.sow("intermediates", "weights", seen)
         text, query = ("batch", None, "heads", None), ("batch", "traces", None)
         out_BMSNH = self.partition.split(
-            partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=self.form),
+            partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=self.form, few=self.few),
             (HEADS, HEADS, HEADS, prefix and (text, text), Bounds(query, query, query)),
             HEADS,
         )(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
@@ -155,6 +156,7 @@ class Block(nn.Module):
     config: TransformerConfig
     form: str
     partition: Partition = WHOLE
+    few: int = FEW
 
     @nn.compact
     def __call__(self, x_BMSD, is_local, prefix, given, ropes, ranges):
@@ -165,7 +167,7 @@ class Block(nn.Module):
 
         # Window and rotary base are data: both kinds stand side by side, and a layer takes its own.
         rope_2BMSH, bounds = jax.tree.map(lambda both: both[is_local], (ropes, ranges))
-        attended, kv = Attention(c, self.form, self.partition, name="attn")(
+        attended, kv = Attention(c, self.form, self.partition, self.few, name="attn")(
             norm("pre_attn_norm", x_BMSD), rope_2BMSH, bounds, prefix, given
         )
         x_BMSD += norm("post_attn_norm", attended) if c.post_norms else attended

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from latent_delib.nn import rotary
 from latent_delib.nn.attention import Bounds, within_window
-from latent_delib.nn.attention_forms import SAVED
+from latent_delib.nn.attention_forms import FEW, SAVED
 from latent_delib.nn.cache import KV, Cache
 from latent_delib.nn.layers import TRACES, WHOLE, Block, Partition, RMSNorm
 from latent_delib.nn.sizes import TransformerConfig
@@ -38,6 +38,7 @@ class Transformer(nn.Module):
     remat: str = "none"
     partition: Partition = WHOLE
     form: str = "xla"  # of attention: one of attention_forms.FORMS
+    few: int = FEW  # queries per row up to which the reference computes, whatever the form
 
     @nn.compact
     def __call__(
@@ -80,7 +81,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-        )(c, self.form, self.partition, name="layers")
+        )(c, self.form, self.partition, self.few, name="layers")
         prefix = None if cache is None else (cache.k.astype(x_BMSD.dtype), cache.v.astype(x_BMSD.dtype))
         x_BMSD = self.partition.constrain(x_BMSD, TRACES)
         given = None if given is None else tuple(x.astype(x_BMSD.dtype) for x in given)

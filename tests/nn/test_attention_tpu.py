@@ -100,12 +100,7 @@ def out_and_grads(attend, bounds, softcap, q, k, v, prefix, cotangent):
     return out, vjp(cotangent)
 
 
-kernel = partial(attention_forms.attend, form="pallas_tpu")  # interpreted, where no TPU is
-
-
-@pytest.fixture(autouse=True)
-def kernels_even_for_few_queries(monkeypatch):
-    monkeypatch.setattr(attention_forms, "FEW", 0)
+kernel = partial(attention_forms.attend, form="pallas_tpu", few=0)  # interpreted, where no TPU is
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
