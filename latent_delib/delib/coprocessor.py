@@ -110,10 +110,15 @@ def resized(key: jax.Array, decoder: Params, models: Models, num_latents: int) -
 
 
 def as_inputs(params: Params, model: Transformer, traces: Traces, dtype: jnp.dtype) -> jax.Array:
-    """The soft tokens for every trace, [B, M, L, D]; a single one stands L times."""
+    """Returns the soft tokens for every trace, [B, M, L, D] in `dtype`; a single one stands L times.
+
+    They are repeated as float32, because their gradient is the sum over all traces: thousands of addends, of which a
+    sum in bfloat16 would lose most.
+    """
     B, M, L = traces.latent_position.shape
     soft_LD = model.partition.gather(params["coprocessor"]["soft_tokens"].astype(dtype), PARAM_AXES["soft_tokens"])
-    return jnp.broadcast_to(soft_LD, (B, M, L, soft_LD.shape[-1]))
+    soft_BMLD = jnp.broadcast_to(soft_LD.astype(jnp.float32), (B, M, L, soft_LD.shape[-1]))
+    return soft_BMLD.astype(dtype)
 
 
 def unread(params: Params, models: Models, text: Text, traces: Traces) -> jax.Array:

@@ -1,0 +1,117 @@
+"""The gradient of the whole method, on the path that training takes, against finite differences of the naive reading.
+
+`augment.loss` runs as a training job runs it: the xla form of attention, remat "attention", the loss in chunks. The
+naive reading is float64 numpy and knows no autodiff. Each trained leaf is moved along a random direction, forth and
+back: the difference of the two losses is the gradient's product with that direction.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+import small
+from test_augment import AT, SEGMENT, TOKENS, WEIGHTS, A, L, document_of
+
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.methods import METHODS
+from latent_delib.nn.transformer import Transformer
+
+STEP = 1e-4  # of the finite differences: their own error is of its square
+BOTH = [("gemma", "after"), ("llama", "overlay")]  # between them every feature of the architecture
+CASES = [
+    *(("cache_augmentation", *case) for case in [*BOTH, ("gemma", "overlay"), ("gemma", "before")]),
+    *(("last_layer", *case) for case in BOTH),
+    *(("pause_tokens", *case) for case in BOTH),
+    *(("static_tokens", *case) for case in BOTH),
+    *(("inserted", *case) for case in [("gemma", "overlay"), ("llama", "before")]),  # it has no other placement
+    *(("joint", *case) for case in BOTH),
+    *(("unified", *case) for case in BOTH),
+    *(("sequential", *case) for case in BOTH),
+    ("decoder", "gemma", "after"),  # ordinary language modelling: placement means nothing
+]
+
+
+def parameters(method, config):
+    """What is trained, and what is frozen."""
+    decoder, coprocessor = small.decoder(config), small.coprocessor(config, L)
+    soft_tokens = coprocessor["soft_tokens"]
+    trained = {
+        "pause_tokens": {"coprocessor": {"soft_tokens": soft_tokens[:1]}},
+        "static_tokens": {"coprocessor": {"soft_tokens": soft_tokens}},
+        "joint": {"decoder": decoder, "coprocessor": coprocessor},
+        "unified": {"decoder": decoder, "coprocessor": {"soft_tokens": soft_tokens}},
+        "decoder": {"decoder": decoder},
+    }.get(method, {"coprocessor": coprocessor})
+    return trained, {"decoder": decoder}
+
+
+def naive_loss(method, config, placement, params):
+    """Σ -log p over the tokens that `augment.loss` counts, one document or trace after the other."""
+    decoder = params["decoder"]
+    if method == "decoder":
+        documents = (TOKENS[0, :9], TOKENS[0, 9:], TOKENS[1, :12])
+        return sum(naive_text_loss(config, decoder, document) for document in documents)
+    coprocessor = params["coprocessor"]
+    if method == "unified":
+        coprocessor = decoder | coprocessor
+    if method == "pause_tokens":
+        coprocessor = {"soft_tokens": np.repeat(coprocessor["soft_tokens"], L, axis=0)}
+    read = "static_tokens" if method == "pause_tokens" else method
+    total = 0.0
+    for b, m in np.ndindex(AT.shape):
+        nll = naive.trace_nll(config, decoder, coprocessor, *document_of(b, m), A, placement, read)
+        total += nll.sum()
+    return total
+
+
+def naive_text_loss(config, decoder, document):
+    outputs = naive.text_outputs(config, decoder, document, np.zeros(len(document)))
+    return naive.nll(config, decoder, outputs[:-1], document[1:]).sum()
+
+
+def moved(tree, path, change):
+    """The tree with `change` added to the leaf at `path`, in float64."""
+
+    def one(here, leaf):
+        return np.asarray(leaf, np.float64) + change if here == path else leaf
+
+    return jax.tree.map_with_path(one, tree)
+
+
+@pytest.mark.parametrize("method, family, placement", CASES)
+def test_loss_and_gradient_equal_the_naive_reading(method, family, placement):
+    config = small.CONFIGS[family]
+    trained, frozen = parameters(method, config)
+    model = Transformer(config, remat="attention", form="xla", few=0)
+    aug = Augmentation(model, method, L, placement, loss_chunk=5)
+
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(trained):
+        params = augment.assemble(frozen, trained)
+        return augment.loss(aug, params, TOKENS, SEGMENT, AT, A, jnp.float32)
+
+    (total, tokens), gradient = jax.jit(loss)(trained)
+    expected = naive_loss(method, config, placement, frozen | trained)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert tokens == (8 + 6 + 11 if method == "decoder" else WEIGHTS.sum())
+
+    rng = np.random.default_rng(0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        direction = rng.normal(size=leaf.shape)
+        forth, back = (moved(frozen | trained, path, sign * STEP * direction) for sign in (1, -1))
+        slope = naive_loss(method, config, placement, forth) - naive_loss(method, config, placement, back)
+        found = np.sum(np.asarray(leaf, np.float64) * direction)
+        size = np.linalg.norm(np.asarray(leaf, np.float64))
+        name = jax.tree_util.keystr(path)
+        unused = method == "inserted" and "final_norm" in name  # it writes keys and values, no outputs
+        assert (size == 0) if unused else (size > 1e-3), name
+        np.testing.assert_allclose(found, slope / (2 * STEP), rtol=0, atol=3e-5 * size + 1e-5, err_msg=name)
+
+
+def test_every_method_that_the_naive_reading_knows_is_here():
+    """from_scratch computes what cache_augmentation does; resized has tests of its maps, in test_methods.py."""
+    assert {method for method, *_ in CASES} == set(METHODS) - {"from_scratch", "resized"}
