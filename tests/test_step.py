@@ -1,4 +1,7 @@
-"""The train step: what it changes and what it cannot change, sums over ragged parts, the same on every mesh."""
+"""The train step: what it changes and what it cannot change, sums over ragged parts, the same on every mesh.
+
+One device computes attention by the reference; every mesh computes it by the form that a job runs there.
+"""
 
 import dataclasses
 import itertools
@@ -15,19 +18,21 @@ import pytest
 from configs import base
 from latent_delib import checkpoint, experiment, train
 from latent_delib.data import batches
-from latent_delib.nn import attention_forms
+from latent_delib.nn import attention
 from latent_delib.nn.transformer import Transformer
 from latent_delib.step import TrainState, learning_rate, make_optimizer, train_step
 from latent_delib.weights import folder
 
+MANY = {"method.num_traces": 20}  # so many that a device's own share of them is not left to the reference
+
 
 class OneDevice:
-    """The tiny experiment without a mesh: the same step on the first device."""
+    """The tiny experiment without a mesh: the same step on the first device, with the reference attention."""
 
     def __init__(self, config):
         self.exp = experiment.read(config)
         architecture = self.exp.aug.transformer.config
-        self.aug = dataclasses.replace(self.exp.aug, transformer=Transformer(architecture))
+        self.aug = dataclasses.replace(self.exp.aug, transformer=Transformer(architecture, form="reference"))
         self.frozen = {"decoder": folder.load(self.exp.decoder, architecture, jnp.float32)}
         self.tx = make_optimizer(config.optimizer, config.train.steps)
         self.step = jax.jit(partial(self.uncompiled, tx=self.tx), static_argnames="accumulation")
@@ -60,7 +65,7 @@ class OneDevice:
 
 @pytest.fixture(scope="module")
 def one(make_config):
-    return OneDevice(make_config())
+    return OneDevice(make_config(MANY))
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +100,32 @@ def check_against_one_device(alone, workdir):
     assert min(jax.tree.leaves(moved)) > 1e-4, "weights that do not move agree with anything"
 
 
-def test_eight_devices_data_parallel_equal_one(alone, trained):
-    check_against_one_device(alone, trained)
+@pytest.fixture
+def train_on_mesh(make_config, tmp_path, monkeypatch):
+    """train_on_mesh(changes) -> the workdir of four steps in which the reference attention is never called."""
+
+    def train_without_reference(changes):
+        def refuse(*args, **options):
+            raise AssertionError("the reference attention was called: these shapes test nothing")
+
+        monkeypatch.setattr(attention, "attend", refuse)
+        train.train(make_config(MANY | changes), str(tmp_path))
+        return tmp_path
+
+    return train_without_reference
+
+
+def test_eight_devices_data_parallel_equal_one(alone, train_on_mesh):
+    check_against_one_device(alone, train_on_mesh({}))
 
 
 def test_weights_sharded_three_ways_equal_one_and_the_frozen_tree_stays(
-    alone, one, make_config, decoder_folder, tmp_path, monkeypatch
+    alone, one, train_on_mesh, decoder_folder, monkeypatch
 ):
     """Training as the command does it, on a mesh that splits rows, widths, heads, features and vocabulary."""
     kept, load = [], experiment.load_decoder
     monkeypatch.setattr(experiment, "load_decoder", lambda *args: kept.append(load(*args)) or kept[-1])
-    train.train(make_config({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), str(tmp_path))
-    check_against_one_device(alone, tmp_path)
+    check_against_one_device(alone, train_on_mesh({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
     (decoder,) = kept
     assert {s.data.shape for s in decoder["embedding"].addressable_shards} == {(160, 16)}
     original = folder.load(decoder_folder, one.aug.transformer.config, np.float32)
@@ -204,19 +223,15 @@ def test_gradients_are_clipped_by_their_global_norm():
     assert float(jnp.sqrt(sum(jnp.sum(m**2) for m in mu))) == pytest.approx(0.1, rel=1e-5)
 
 
-def test_traces_on_a_mesh_axis_of_their_own_equal_one(alone, make_config, tmp_path):
-    """Two devices share the traces of a row, and all eight the weights; remat gathers these again."""
+def test_traces_on_a_mesh_axis_of_their_own_equal_one(alone, train_on_mesh):
+    """Two devices share the traces of a row, and all eight the weights; the default remat gathers these again."""
     mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
-    train.train(make_config(mesh | {"compute.remat": "full", "train.accumulation": 2}), str(tmp_path))
-    check_against_one_device(alone, tmp_path)
+    workdir = train_on_mesh(mesh | {"compute.remat": "attention", "train.accumulation": 2})
+    check_against_one_device(alone, workdir)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form, traces", [("reference", 1), ("pallas_gpu", 2)])
-def test_forms_of_attention_train_alike_on_a_mesh(alone, make_config, tmp_path, monkeypatch, form, traces):
-    """Each device runs the kernel on its own rows, traces and heads, whatever the number of queries."""
-    monkeypatch.setattr(attention_forms, "FEW", 0)
-    mesh = {"mesh.data": 2 // traces, "mesh.fsdp": 2, "mesh.traces": traces, "mesh.tensor": 2}
-    config = make_config(mesh | {"compute.attention": form})
-    train.train(config, str(tmp_path))
-    check_against_one_device(alone, tmp_path)
+def test_kernels_train_alike_on_a_mesh(alone, train_on_mesh):
+    """Each device runs the kernel on its own rows, traces and heads."""
+    mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
+    check_against_one_device(alone, train_on_mesh(mesh | {"compute.attention": "pallas_gpu"}))

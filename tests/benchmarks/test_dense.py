@@ -17,8 +17,8 @@ from latent_delib.nn.transformer import Transformer
 @pytest.mark.parametrize(
     "name, placement",
     [
-        pytest.param("gemma", "after", marks=pytest.mark.slow),
-        ("gemma", "overlay"),
+        ("gemma", "after"),
+        pytest.param("gemma", "overlay", marks=pytest.mark.slow),
         pytest.param("llama", "after", marks=pytest.mark.slow),
     ],
 )
@@ -29,7 +29,7 @@ def test_loss_and_gradient_equal_ours(name, placement):
     tokens_BT = jnp.array(rng.integers(0, config.vocab_size, (2, 40)))
     segment_BT = jnp.array([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])  # documents, and padding
     at_BM = jnp.array([[0, 3, 14, 16, 30], [2, 5, 12, 28, 39]])  # starts, ends, beside each other, in the padding
-    aug = Augmentation(Transformer(config), num_latents=3, placement=placement)
+    aug = Augmentation(Transformer(config, few=0), num_latents=3, placement=placement)
 
     def value_and_gradient(loss):
         def of_coprocessor(trainable):
