@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import sys
 import time
 import zlib
@@ -24,16 +23,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from latent_delib.errors import Outage, UserError
+from latent_delib.errors import Outage, UserError, reason, store_error
 
 T = TypeVar("T")
-# How the errors of a store begin that does not answer, or that denies access.
-NO_ANSWER = re.compile(
-    "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport|gateway|internal ?server"
-    "|too ?many ?requests",
-    re.IGNORECASE,
-)
-DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
 
 
 class Damaged(UserError):
@@ -273,7 +265,7 @@ class Checkpoints:
             except Exception as error:
                 if self._kind(error) == "outage":
                     raise
-                raise UserError(f"--workdir={self.workdir}: cannot be written ({_reason(error)})") from None
+                raise UserError(f"--workdir={self.workdir}: cannot be written ({reason(error)})") from None
 
         def see() -> None:
             if not marker.exists():
@@ -291,7 +283,7 @@ class Checkpoints:
             result = work()
         except Exception as error:
             where = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-            problem = f"{self._kind(error)} {where}{_reason(error).replace(f'{self.path}/', '')}"
+            problem = f"{self._kind(error)} {where}{reason(error).replace(f'{self.path}/', '')}"
         if worst := max(_from_all(problem)):
             kind, text = worst.split(" ", 1)
             if kind in ("failed", "outage"):
@@ -305,7 +297,7 @@ class Checkpoints:
             return "refused"
         if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
             return "failed"
-        failed = self._os_error(error)
+        failed = store_error(error, self.path)
         if isinstance(failed, Outage):
             return "outage"
         missing = isinstance(failed, FileNotFoundError | NotADirectoryError | IsADirectoryError)
@@ -316,18 +308,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise self._os_error(error) or error from None
-
-    def _os_error(self, error: Exception) -> OSError | None:
-        """The failure of a disk or store that an exception tells of; tensorstore does so in a ValueError's text."""
-        if not isinstance(error, OSError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
-            error = OSError(int(found[1]), os.strerror(int(found[1])), str(self.path))
-        text = f"{type(error).__name__} {_reason(error)}"[:60]
-        if NO_ANSWER.search(text):
-            return Outage(errno.ECONNABORTED, _reason(error), str(self.path))
-        if not isinstance(error, OSError) and DENIED.search(text):
-            return OSError(errno.EACCES, _reason(error), str(self.path))
-        return error if isinstance(error, OSError) else None
+            raise store_error(error, self.path) or error from None
 
 
 class _Manager(ocp.CheckpointManager):
@@ -370,18 +351,6 @@ def _from_all(text: str) -> list[str]:
     padded = text.encode()[:1000].ljust(1000, b"\0")
     rows = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
-
-
-def _reason(error: BaseException) -> str:
-    """One line on what went wrong, without what tensorstore tells of itself."""
-    if isinstance(error, UserError):
-        return str(error)
-    notes = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-    while error.__cause__ is not None:
-        error = error.__cause__
-    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    text = " ".join(str((isinstance(error, OSError) and error.strerror) or error).split())
-    return notes + kind + re.sub(r'Error opening "\w+" driver: | \[(tensorstore|source|os_error).*', "", text)[:400]
 
 
 def _contents(meta: Mapping[str, Any], trees: Mapping[str, Any]) -> dict[str, Any]:
