@@ -307,6 +307,8 @@ class Checkpoints:
     def _disk_errors(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of a device, or of a process that is gone
+            raise
         except Exception as error:
             raise store_error(error, self.path) or error from None
 

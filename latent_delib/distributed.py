@@ -43,9 +43,10 @@ def job(flags: Any) -> Iterator[None]:
 
     To be entered before any device is used. The coordinator's HOST:PORT, the number of processes and this one's come
     from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where set, else from the cluster (Cloud TPU, GKE,
-    Slurm). If another process ends with exit code 1, a mistake or a failed disk, so does this one; if it crashes, is
-    killed, its machine lost or its checkpoints' store does not answer, this one ends with LOST: GRACE seconds later,
-    SILENCE more where the network does not tell.
+    Slurm). If another process ends with exit code 1, so does this one; if it is killed, its machine lost or its
+    checkpoints' store does not answer, this one ends with LOST: GRACE seconds later, SILENCE more where the network
+    does not tell. What goes wrong while all others are there goes wrong again: a mistake, a failed disk, a bug or too
+    little memory ends with 1.
 
     Raises:
       UserError: processes that did not start within `flags.start_timeout` seconds, by number; a number given twice, or
@@ -64,14 +65,34 @@ def job(flags: Any) -> Iterator[None]:
         print(f"process {index} of {count}: {here}, coordinator {address}", flush=True)
         yield
     except BaseException as error:
-        lasting = isinstance(error, UserError | OSError) and not isinstance(error, Outage)
-        code = 1 if lasting else 130 if isinstance(error, KeyboardInterrupt) else LOST
-        if code == LOST:
-            time.sleep(2 * GRACE)  # a collective fails where another process is gone: then this one ends here
+        code = _exit_code(error, others)
         others.fail(code)
         atexit.register(_exit, code)  # runs before jax's own, which waits for all processes
         raise
     others.finish()
+
+
+def _exit_code(error: BaseException, others: "_Others") -> int:
+    """Returns the exit code for what ended the work here.
+
+    A collective fails where another process is gone, maybe before that is known: it is waited for, and where it is so,
+    the thread that watches ends this process.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, Outage):
+        return LOST
+    if not isinstance(error, RuntimeError):  # as which jax raises what fails in a collective
+        return 1
+    if not others.connections:
+        return 1
+    if not others.lost(within=GRACE):
+        text = " ".join(str(error).split())[:200]
+        print(f"failed: {text}; waiting {SILENCE} s for news of the other processes", file=sys.stderr, flush=True)
+    if others.lost(within=SILENCE):
+        time.sleep(2 * GRACE)
+        return LOST
+    return 1
 
 
 def check_same(**texts: str) -> None:
@@ -180,12 +201,14 @@ def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connec
     while True:
         try:
             connection = _keep_alive(socket.create_connection((host.strip("[]"), int(port)), timeout=5))
+            connection.settimeout(seconds + GRACE)  # process 0 has a limit of its own, and may have begun to wait later
             _send(connection, f"{HELLO} {index} {count}")
-            answer = _line(connection)  # process 0 has a limit of its own
+            answer = _line(connection)
         except OSError as error:
             answer = error.strerror or str(error)
         else:
             if answer == "all are there":
+                connection.settimeout(None)
                 return {0: connection}
             if answer.startswith("refused "):
                 raise UserError(f"--distributed: {answer.removeprefix('refused ')}")
@@ -193,7 +216,7 @@ def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connec
         if time.monotonic() > until:
             raise UserError(
                 f"--distributed: process 0 does not answer at {address} within {seconds:g} s "
-                f"({answer or 'it hung up'}): is the command running there, and the port open?"
+                f"({answer or 'it hung up, or said nothing'}): is the command running there, and the port open?"
             )
         time.sleep(0.5)
 
@@ -206,7 +229,7 @@ class _Others:
 
     def __init__(self, index: int, connections: Connections):
         self.index, self.connections = index, connections
-        self.failing, self.none_left = threading.Event(), threading.Event()
+        self.failing, self.none_left, self.one_lost = threading.Event(), threading.Event(), threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def tell(self, text: str) -> None:
@@ -220,6 +243,10 @@ class _Others:
         self.none_left.wait()
         if not self.index:
             self.tell("done")
+
+    def lost(self, within: float) -> bool:
+        """Whether another process is gone, or has lost one, now or within so many seconds."""
+        return self.one_lost.wait(within)
 
     def fail(self, code: int) -> None:
         """Tells the others that this process ends with an exit code."""
@@ -246,6 +273,8 @@ class _Others:
         """Ends this process because another has ended, unless it is ending by itself."""
         if not self.index:
             self.tell(f"{code} {process}")
+        if code != 1:
+            self.one_lost.set()
         abandoned = self.index and not process and code == LOST  # process 0 is gone
         if self.failing.wait(0 if abandoned else GRACE if self.index else GRACE + 1):
             return

@@ -1,8 +1,10 @@
-"""The exceptions that the commands print as a single line, and the one rule for errors of disks and stores."""
+"""The exceptions that the commands print as a single line, and the one rule for errors of disks, stores and memory."""
 
+import contextlib
 import errno
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 LOST = 69  # the exit code where another process is gone or a store does not answer: run it again to go on
@@ -20,6 +22,22 @@ class UserError(ValueError):
 
 class Outage(OSError):
     """A store that does not answer, as (errno, text, filename): it may do so later, and nothing in it is damaged."""
+
+
+# How jax says that a device has no memory left, at a compile or in a step.
+NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def device_memory(remedy: str) -> Iterator[None]:
+    """Raises UserError, with the remedy, where a device runs out of memory inside."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not NO_MEMORY.search(str(error)):
+            raise
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"out of device memory; {remedy} ({text})") from None
 
 
 # How the errors of a store begin that does not answer, or that denies access.

@@ -39,12 +39,14 @@ from latent_delib.checkpoint import Checkpoints
 from latent_delib.data import batches
 from latent_delib.delib import lora
 from latent_delib.delib.methods import METHODS
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, device_memory
 from latent_delib.experiment import Experiment
 from latent_delib.nn.transformer import Params
 from latent_delib.progress import hours
 from latent_delib.step import TrainState, learning_rate
 from latent_delib.weights import folder
+
+MORE_MEMORY = "lower train.batch_size or data.seq_len, or raise train.accumulation or mesh.fsdp"
 
 
 def main(flags: Any) -> None:
@@ -68,7 +70,7 @@ def train(config: ConfigDict, workdir: str) -> bool:
     exp = experiment.read(config)
     if is_remote(workdir) and (METHODS[config.method.name].trains_decoder or config.train.profile_at):
         raise UserError(f"--workdir={workdir}: a trained decoder and a profile are written to local folders only")
-    with exclusive(workdir), graceful_stop() as stop:
+    with exclusive(workdir), graceful_stop() as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)
 
 

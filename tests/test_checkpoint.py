@@ -325,6 +325,18 @@ def test_a_disk_or_store_that_fails_is_no_damage(saved, monkeypatch, error, outa
     assert steps(saved) == [2, 4]
 
 
+def test_a_device_that_fails_is_no_store(saved, monkeypatch):
+    """Or a lack of memory would be an outage, after which a launcher starts the job again."""
+    checkpoints = Checkpoints(str(saved))
+
+    def fails(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(checkpoints._manager, "save", fails)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        checkpoints.save(6, *make(6, sharding(*HERE)), META)
+
+
 def test_where_a_store_does_not_answer_at_the_start_nothing_is_a_mistake(saved, monkeypatch):
     def fails(*args, **kwargs):
         raise TimeoutError(110, "Connection timed out")

@@ -214,6 +214,18 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trained, make_confi
     assert "bad_steps" not in rows[1] and rows[2]["bad_steps"] == 1 and np.isfinite(rows[2]["grad_norm"])
 
 
+@pytest.mark.parametrize(
+    "error", ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: Error dispatching computation: Out of memory"]
+)
+def test_too_little_memory_is_told_in_one_line_with_the_remedy(make_config, tmp_path, monkeypatch, error):
+    def fails(*args):
+        raise jax.errors.JaxRuntimeError(error)
+
+    monkeypatch.setattr(train, "run", fails)
+    with pytest.raises(UserError, match="out of device memory; lower train.batch_size .*Out of memory"):
+        train.train(make_config(), str(tmp_path))
+
+
 def test_a_gradient_that_is_not_finite_is_not_saved(trained, make_config, tmp_path, monkeypatch):
     """The loss of a step is that of the weights before it: bad weights would be saved before a loss shows them."""
     copy_at_step_2(trained, tmp_path / "workdir")
