@@ -23,6 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
+from latent_delib import files
 from latent_delib.errors import Outage, UserError, reason, store_error
 
 T = TypeVar("T")
@@ -260,7 +261,7 @@ class Checkpoints:
 
         def make() -> None:
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
+                files.make_folder(self.path)
                 marker.write_text("")
             except Exception as error:
                 if self._kind(error) == "outage":
@@ -344,6 +345,13 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
     if (found := checkpoints.newest_meta(step)) is None:
         raise UserError(f"--workdir={workdir}: no checkpoint; there are []")
     return checkpoints, *found
+
+
+def newest_whole(workdir: str) -> int:
+    """Returns the newest step that is whole on disk, 0 without one; asks no other process."""
+    marks = (epath.Path(workdir) / "checkpoints").glob("*/_CHECKPOINT_METADATA")
+    names = [mark.parent.name for mark in marks]
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _from_all(text: str) -> list[str]:

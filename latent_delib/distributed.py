@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from latent_delib.errors import LOST, Outage, UserError
+from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError
 
 FLAGS = {
     "distributed": (False, "this is one of several processes of the job"),
@@ -79,7 +79,7 @@ def _exit_code(error: BaseException, others: "_Others") -> int:
     the thread that watches ends this process.
     """
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return INTERRUPTED
     if isinstance(error, Outage):
         return LOST
     if not isinstance(error, RuntimeError):  # as which jax raises what fails in a collective

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 LOST = 69  # the exit code where another process is gone or a store does not answer: run it again to go on
+INTERRUPTED = 130  # the exit code after Ctrl-C, as shells expect it
 
 
 class UserError(ValueError):
