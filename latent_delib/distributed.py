@@ -75,19 +75,17 @@ def job(flags: Any) -> Iterator[None]:
 def _exit_code(error: BaseException, others: "_Others") -> int:
     """Returns the exit code for what ended the work here.
 
-    A collective fails where another process is gone, maybe before that is known: it is waited for, and where it is so,
-    the thread that watches ends this process.
+    A collective fails where another process is gone, with an exception of any kind and maybe before that is known: so
+    news is waited for, and where one is gone, the thread that watches ends this process.
     """
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if isinstance(error, Outage):
         return LOST
-    if not isinstance(error, RuntimeError):  # as which jax raises what fails in a collective
-        return 1
-    if not others.connections:
+    if isinstance(error, UserError | OSError) or not others.connections:
         return 1
     if not others.lost(within=GRACE):
-        text = " ".join(str(error).split())[:200]
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         print(f"failed: {text}; waiting {SILENCE} s for news of the other processes", file=sys.stderr, flush=True)
     if others.lost(within=SILENCE):
         time.sleep(2 * GRACE)

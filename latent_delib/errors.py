@@ -25,8 +25,7 @@ class Outage(OSError):
     """A store that does not answer, as (errno, text, filename): it may do so later, and nothing in it is damaged."""
 
 
-# How jax says that a device has no memory left, at a compile or in a step.
-NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+NO_MEMORY = re.compile("out of memory", re.IGNORECASE)  # so jax says, of a compile as of a step
 
 
 @contextlib.contextmanager
@@ -34,7 +33,7 @@ def device_memory(remedy: str) -> Iterator[None]:
     """Raises UserError, with the remedy, where a device runs out of memory inside."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # jax raises either
         if not NO_MEMORY.search(str(error)):
             raise
         text = " ".join(str(error).split())[:200]
@@ -56,6 +55,8 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
     It is an Outage where a store does not answer. A store's client raises what it likes: tensorstore a ValueError with
     the code in its text.
     """
+    if NO_MEMORY.search(str(error)):  # of a device
+        return None
     if not isinstance(error, OSError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
         error = OSError(int(found[1]), os.strerror(int(found[1])), str(path))
     text = f"{type(error).__name__} {reason(error)}"[:60]

@@ -325,15 +325,16 @@ def test_a_disk_or_store_that_fails_is_no_damage(saved, monkeypatch, error, outa
     assert steps(saved) == [2, 4]
 
 
-def test_a_device_that_fails_is_no_store(saved, monkeypatch):
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_a_device_that_fails_is_no_store(saved, monkeypatch, kind):
     """Or a lack of memory would be an outage, after which a launcher starts the job again."""
     checkpoints = Checkpoints(str(saved))
 
     def fails(*args, **kwargs):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        raise kind("RESOURCE_EXHAUSTED: Out of memory")
 
     monkeypatch.setattr(checkpoints._manager, "save", fails)
-    with pytest.raises(jax.errors.JaxRuntimeError):
+    with pytest.raises(kind):
         checkpoints.save(6, *make(6, sharding(*HERE)), META)
 
 

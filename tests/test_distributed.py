@@ -164,15 +164,17 @@ def test_sigterm_to_one_saves_on_both_and_a_kill_ends_both(config_file, tmp_path
         assert "Traceback" not in job.said(0)
 
 
-GLOO = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+GLOO = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer"
+LOST_PEER = jax.errors.JaxRuntimeError(GLOO)
 
 
 @pytest.mark.parametrize(
     "error, meanwhile, code",
     [
-        (GLOO, "the other closes its connection", distributed.LOST),
-        (GLOO, "the other lost a third", distributed.LOST),
-        (GLOO, "nothing", 1),
+        (LOST_PEER, "the other closes its connection", distributed.LOST),
+        (ValueError(GLOO), "the other closes its connection", distributed.LOST),
+        (LOST_PEER, "the other lost a third", distributed.LOST),
+        (LOST_PEER, "nothing", 1),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "nothing", 1),
         (TypeError("a bug"), "nothing", 1),
         (UserError("a mistake"), "nothing", 1),
