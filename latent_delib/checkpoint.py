@@ -133,7 +133,7 @@ class Checkpoints:
         step: int | None = None,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
     ) -> Restored | None:
-        """The newest checkpoint that can be read, bit for bit as it was saved, or just `step`; None if there is none.
+        """Returns the newest checkpoint that can be read, bit for bit as it was saved, or `step`; None without one.
 
         Each newer one, being damaged, is told of in one line, and its folder renamed to DAMAGED-STEP-TIME, so that the
         run can save that step again; a reader renames nothing.
@@ -150,11 +150,11 @@ class Checkpoints:
         return self._newest(lambda at: self._restore(at, trainable, optimizer, check), step)
 
     def newest_meta(self, step: int | None = None) -> tuple[int, dict] | None:
-        """Step and meta alone, otherwise as `restore_newest`."""
+        """Returns step and meta alone, otherwise as `restore_newest`."""
         return self._newest(lambda at: self._together(lambda: (at, self._read_json(at)[0])), step)
 
     def _newest(self, read: Callable[[int], T], step: int | None) -> T | None:
-        """What `read` gives for the newest step that is not damaged, or for `step`."""
+        """Returns what `read` gives for the newest step that is not damaged, or for `step`."""
         self.wait()
         with self._disk_errors():
             self._manager.reload()
@@ -182,7 +182,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, trainable: Any, optimizer: Any, check: Callable[[dict], None]) -> Restored:
-        """One checkpoint. Not through the manager: its `restore` ends in a barrier, where others would wait forever."""
+        """Reads one checkpoint. Not through the manager: its `restore` ends in a barrier, where others would wait."""
 
         def read() -> tuple[Restored, dict[str, Any]]:
             meta, contents = self._read_json(step)
@@ -207,7 +207,7 @@ class Checkpoints:
         return restored
 
     def _read_json(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Meta and contents."""
+        """Returns meta and contents."""
         if not (self.path / str(step) / "_CHECKPOINT_METADATA").exists():
             raise FileNotFoundError("no file _CHECKPOINT_METADATA")
         found = []
@@ -221,7 +221,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _folder(self, step: int, item: str) -> Iterator[epath.Path]:
-        """The folder of an item; what fails inside is told with the item's name."""
+        """Gives the folder of an item; what fails inside is told with the item's name."""
         folder = self.path / str(step) / item
         try:
             if not folder.is_dir():
@@ -246,7 +246,7 @@ class Checkpoints:
                 )
 
     def _put_aside(self, step: int) -> str:
-        """Renames the folder of a step; its new name."""
+        """Renames the folder of a step; returns its new name."""
         name = _from_all(f"DAMAGED-{step}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}")[0]
         self._together(lambda: jax.process_index() or (self.path / str(step)).rename(self.path / name))
         self._manager.reload()
@@ -293,7 +293,7 @@ class Checkpoints:
         return result
 
     def _kind(self, error: Exception) -> str:
-        """What a failed read tells of, "damaged" files the last of all: only the others stop the search."""
+        """Returns what a failed read tells of, "damaged" files the last of all: only the others stop the search."""
         if isinstance(error, UserError):
             return "refused"
         if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
@@ -316,7 +316,7 @@ class Checkpoints:
 
 class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> dict[str, float] | None:
-        """Here a damaged loss is none, where orbax would find no checkpoint at all."""
+        """Returns None for a damaged loss, where orbax would find no checkpoint at all."""
         try:
             return {"loss": float(super().metrics(step)["loss"])}
         except (KeyError, TypeError, ValueError):
@@ -328,13 +328,13 @@ def _loss(metrics: dict[str, float]) -> float:
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's own, but a process whose save has failed waits for nobody: 20 minutes would hide the error."""
+    """Does as orbax's own, but a process whose save has failed waits for nobody: 20 minutes would hide the error."""
     if sys.exc_info()[0] is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, int, dict[str, Any]]:
-    """A finished or running job's checkpoints, the step asked for or the newest, and its meta.
+    """Returns a finished or running job's checkpoints, the step asked for or the newest, and its meta.
 
     Raises:
       UserError: there is no checkpoint, or not that one.
@@ -355,7 +355,7 @@ def newest_whole(workdir: str) -> int:
 
 
 def _from_all(text: str) -> list[str]:
-    """What each process says, in order; at most 1000 bytes of it."""
+    """Returns what each process says, in order; at most 1000 bytes of it."""
     if jax.process_count() == 1:
         return [text]
     padded = text.encode()[:1000].ljust(1000, b"\0")
@@ -364,7 +364,7 @@ def _from_all(text: str) -> list[str]:
 
 
 def _contents(meta: Mapping[str, Any], trees: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint is compared with when read: each leaf's type and sum, and a checksum of these and the meta."""
+    """Returns what a checkpoint is compared with: types and sums of leaves, a checksum of these and the meta."""
     sums = _sums(trees)
     leaves = {
         item: {name: [_type(x), sums[item][name]] for name, x in _named(tree).items()} for item, tree in trees.items()
@@ -386,7 +386,7 @@ def _crc32(*trees: Any) -> int:
 
 
 def _sums(trees: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Of each leaf the sum of its bits, read as integers, modulo 2**32: any flipped bit changes it, no mesh does."""
+    """Returns each leaf's sum of bits, read as integers, modulo 2**32: any flipped bit changes it, no mesh does."""
     return {item: _sums_of_leaves(_named(tree)) for item, tree in trees.items()}
 
 

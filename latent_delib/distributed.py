@@ -107,7 +107,7 @@ def check_same(**texts: str) -> None:
 
 
 def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
-    """The function that takes this process's yes or no and gives how many devices' processes say yes, int32.
+    """Returns the function from this process's yes or no to how many devices' processes say yes, int32.
 
     All processes of the mesh call it in turn. It waits for nothing; reading what it gives does.
     """
@@ -121,7 +121,7 @@ def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
 
 
 def _place(seconds: float) -> tuple[str, int, int]:
-    """The coordinator's address, the number of processes and this one's."""
+    """Returns the coordinator's address, the number of processes and this one's."""
     address, numbers = os.environ.get("JAX_COORDINATOR_ADDRESS"), []
     for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         if not re.fullmatch(r"\d*", value := os.environ.get(name, "")):
@@ -150,7 +150,7 @@ def _place(seconds: float) -> tuple[str, int, int]:
 
 
 def _call_roll(address: str, count: int, index: int, seconds: float) -> Connections:
-    """Process 0: waits for all others, and tells them that all are there."""
+    """As process 0, waits for all others, and tells them that all are there."""
     del index
     until, there = time.monotonic() + seconds, {}
     listener = _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30))
@@ -193,7 +193,7 @@ def _call_roll(address: str, count: int, index: int, seconds: float) -> Connecti
 
 
 def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connections:
-    """Every other process: finds process 0, and waits until it says that all are there."""
+    """As every other process, finds process 0, and waits until it says that all are there."""
     host, _, port = address.rpartition(":")
     until = time.monotonic() + seconds
     while True:
@@ -243,7 +243,7 @@ class _Others:
             self.tell("done")
 
     def lost(self, within: float) -> bool:
-        """Whether another process is gone, or has lost one, now or within so many seconds."""
+        """Returns whether another process is gone, or has lost one, now or within so many seconds."""
         return self.one_lost.wait(within)
 
     def fail(self, code: int) -> None:
@@ -291,7 +291,7 @@ def _exit(code: int) -> None:
 
 
 def _listen(port: int, until: float) -> socket.socket:
-    """A socket that listens on all addresses of this machine; a job that just ended may hold the port for a moment."""
+    """Returns a socket that listens on all addresses; a job that just ended may hold the port for a moment."""
     while True:
         try:
             if socket.has_dualstack_ipv6():
@@ -305,7 +305,7 @@ def _listen(port: int, until: float) -> socket.socket:
 
 
 def _keep_alive(connection: socket.socket) -> socket.socket:
-    """It may be silent for ever, but not without the other machine's kernel answering."""
+    """Lets a connection be silent for ever, but not without the other machine's kernel answering."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
@@ -325,7 +325,7 @@ def _send(connection: socket.socket, text: str) -> None:
 
 
 def _line(connection: socket.socket) -> str:
-    """One line; "" where the connection ends before its end."""
+    """Returns one line; "" where the connection ends before its end."""
     line = b""
     with contextlib.suppress(OSError):
         while len(line) < 10_000 and (byte := connection.recv(1)):
@@ -336,7 +336,7 @@ def _line(connection: socket.socket) -> str:
 
 
 def _closed(connection: socket.socket) -> bool:
-    """Whether the other side has hung up."""
+    """Returns whether the other side has hung up."""
     try:
         return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:

@@ -34,7 +34,7 @@ def write(path: epath.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A new local folder to write in that appears under its name only once whole, and leaves nothing if that fails.
+    """Gives a new local folder that appears under its name only once whole, and leaves nothing if that fails.
 
     Raises:
       UserError: it is there already, and is not to be replaced; or it cannot be renamed to: gs:// and the like, a mount
@@ -101,7 +101,7 @@ def named(path: Path, partial: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """A new file or folder beside `path` that is locked while it is used; at the end, what is still there is removed.
+    """Gives a new file or folder beside `path`, locked while it is used, and removed at the end if still there.
 
     What killed processes have left of these is removed first: their locks have ended with them. Another machine need
     not see a lock, so its files stay.
@@ -125,7 +125,7 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _new(prefix: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
-    """What `make` makes under a name of its own, and its lock."""
+    """Returns what `make` makes under a name of its own, and its lock."""
     while True:
         partial = prefix.with_name(prefix.name + secrets.token_hex(4))
         make(partial)
@@ -137,7 +137,7 @@ def _new(prefix: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
 
 
 def _lock(path: Path, how: int = 0) -> int | None:
-    """The descriptor that holds a lock until it is closed; None where another has it, or disks have no locks."""
+    """Returns the descriptor that holds a lock while open; None where another has it, or disks have no locks."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:

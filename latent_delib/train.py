@@ -82,7 +82,7 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
 
 
 def run(exp: Experiment, workdir: str, stop: Stop) -> int:
-    """The job itself; on many hosts every process runs it, with its own rows of each batch."""
+    """Runs the job itself; on many hosts every process does so, with its own rows of each batch."""
     config, mesh = exp.config, exp.mesh
     t, primary = config.train, jax.process_index() == 0
     say = partial(print, flush=True) if primary else lambda *_: None
@@ -286,7 +286,7 @@ class Metrics:
             print(f"{what}; skipped, {self.bad} of at most {self.allowed}", flush=True)
 
     def log(self, step: int) -> None:
-        """One row, of the steps since the last."""
+        """Writes one row, of the steps since the last."""
         seconds = (time.perf_counter() - self.clock) / (step - self.since)
         row = {
             "step": step,
@@ -329,7 +329,7 @@ class Metrics:
             self.events.flush()
 
     def loss_since_save(self) -> float | None:
-        """The mean loss, in nats a token, since this was asked last; None where every step was skipped."""
+        """Returns the mean loss, in nats per token, since this was asked last; None where every step was skipped."""
         (loss, tokens), self.since_save = self.since_save, [0.0, 0.0]
         return loss / tokens if tokens else None
 
@@ -376,7 +376,7 @@ class StoredLines:
 
 
 def _lines(path: epath.Path, last: int) -> list[str]:
-    """The whole lines of a metrics.jsonl up to a step; those after it are done again."""
+    """Returns the whole lines of a metrics.jsonl up to a step; those after it are done again."""
     lines = []
     try:
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
