@@ -27,7 +27,10 @@ class Stop:
         self.by = self.by or number
 
     def ctrl_c(self) -> None:
-        """Says what will happen; ends the process where nothing needs to be waited for, or it was told before."""
+        """Says what will happen; ends the process where nothing needs to be waited for, or it was told before.
+
+        Not by an exception: after a compile that one has ended, jax's clean-up at exit crashes now and then.
+        """
         if self.steps and not self.warned:
             self.warned = True
             _say("stopping after this step, saving; press Ctrl-C again to stop at once")
