@@ -9,12 +9,14 @@ import re
 import secrets
 import shutil
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from etils import epath
 
-from latent_delib.errors import Outage, UserError
+from latent_delib.errors import Outage, UserError, reason
 
 HOST = re.sub(r"\W", "-", socket.gethostname())
 
@@ -97,6 +99,41 @@ def named(path: Path, partial: Path | None = None) -> Iterator[None]:
             raise
         kind = Outage if isinstance(error, Outage) else OSError
         raise kind(error.errno, error.strerror or str(error), str(path)) from None
+
+
+class StoredLines:
+    """A file on a store, where nothing can be appended: written whole for each line, in a thread beside the job.
+
+    While a write goes on, lines wait for the next. One that fails ends nothing: it is told of once, and the next line
+    tries again, and so does `close`.
+    """
+
+    def __init__(self, path: epath.Path, lines: list[str]):
+        self.path, self.lines = path, lines
+        self.writing, self.warned = threading.Thread(), False
+
+    def write(self, line: str) -> None:
+        self.lines.append(line)
+
+    def flush(self) -> None:
+        if not self.writing.is_alive():
+            self.writing = threading.Thread(target=self._put, args=["".join(self.lines)], daemon=True)
+            self.writing.start()
+
+    def close(self) -> None:
+        if self.writing.is_alive():
+            self.writing.join()
+        self.warned = False
+        self._put("".join(self.lines))
+
+    def _put(self, text: str) -> None:
+        try:
+            self.path.write_text(text)
+        except Exception as error:  # a store's client raises what it likes
+            if not self.warned:
+                text = f"{self.path}: not written ({reason(error)}); the job goes on"
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+            self.warned = True
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -37,7 +36,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from latent_delib import commands, distributed, dry_run, experiment, files, flops, models
 from latent_delib import mesh as mesh_lib
 from latent_delib import plan as planning
-from latent_delib.checkpoint import Checkpoints, newest_whole, warn
+from latent_delib.checkpoint import Checkpoints, newest_whole
 from latent_delib.data import batches
 from latent_delib.delib import lora
 from latent_delib.delib.methods import METHODS
@@ -244,7 +243,7 @@ class Metrics:
             self.path = epath.Path(workdir) / "metrics.jsonl"
             lines = _lines(self.path, start)
             if is_remote(workdir):
-                self.file = StoredLines(self.path, lines)
+                self.file = files.StoredLines(self.path, lines)
             else:
                 files.write(self.path, "".join(lines).encode())
                 self.file = self.path.open("a")
@@ -339,40 +338,6 @@ class Metrics:
             self.file.close()
         if self.events is not None:
             self.events.close()
-
-
-class StoredLines:
-    """A file on a store, where nothing can be appended: written whole for each line, in a thread beside the training.
-
-    While a write goes on, lines wait for the next. One that fails ends nothing: it is told of once, and the next line
-    tries again, and so does `close`.
-    """
-
-    def __init__(self, path: epath.Path, lines: list[str]):
-        self.path, self.lines = path, lines
-        self.writing, self.warned = threading.Thread(), False
-
-    def write(self, line: str) -> None:
-        self.lines.append(line)
-
-    def flush(self) -> None:
-        if not self.writing.is_alive():
-            self.writing = threading.Thread(target=self._put, args=["".join(self.lines)], daemon=True)
-            self.writing.start()
-
-    def close(self) -> None:
-        if self.writing.is_alive():
-            self.writing.join()
-        self.warned = False
-        self._put("".join(self.lines))
-
-    def _put(self, text: str) -> None:
-        try:
-            self.path.write_text(text)
-        except Exception as error:  # a store's client raises what it likes
-            if not self.warned:
-                warn(f"{self.path}: not written ({reason(error)}); the training goes on")
-            self.warned = True
 
 
 def _lines(path: epath.Path, last: int) -> list[str]:

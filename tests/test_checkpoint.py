@@ -409,7 +409,10 @@ def test_a_folder_that_cannot_be_written(saved, tmp_path):
     """Not by permissions, which root does not feel: a file lies where the folder should."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "checkpoints").touch()
-    with pytest.raises(UserError, match=f"--workdir={tmp_path / 'other'}: cannot be written .*checkpoints: is a file, expected a folder"):
+    with pytest.raises(
+        UserError,
+        match=f"--workdir={tmp_path / 'other'}: cannot be written .*checkpoints: is a file, expected a folder",
+    ):
         Checkpoints(str(tmp_path / "other"))
     checkpoints = Checkpoints(str(saved))
     os.rename(saved / "checkpoints", saved / "moved")
