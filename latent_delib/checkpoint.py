@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import sys
 import time
 import zlib
@@ -24,16 +23,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from latent_delib.errors import Outage, UserError
+from latent_delib import files
+from latent_delib.errors import Outage, UserError, reason, store_error
 
 T = TypeVar("T")
-# How the errors of a store begin that does not answer, or that denies access.
-NO_ANSWER = re.compile(
-    "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport|gateway|internal ?server"
-    "|too ?many ?requests",
-    re.IGNORECASE,
-)
-DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
 
 
 class Damaged(UserError):
@@ -140,7 +133,7 @@ class Checkpoints:
         step: int | None = None,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
     ) -> Restored | None:
-        """The newest checkpoint that can be read, bit for bit as it was saved, or just `step`; None if there is none.
+        """Returns the newest checkpoint that can be read, bit for bit as it was saved, or `step`; None without one.
 
         Each newer one, being damaged, is told of in one line, and its folder renamed to DAMAGED-STEP-TIME, so that the
         run can save that step again; a reader renames nothing.
@@ -157,11 +150,11 @@ class Checkpoints:
         return self._newest(lambda at: self._restore(at, trainable, optimizer, check), step)
 
     def newest_meta(self, step: int | None = None) -> tuple[int, dict] | None:
-        """Step and meta alone, otherwise as `restore_newest`."""
+        """Returns step and meta alone, otherwise as `restore_newest`."""
         return self._newest(lambda at: self._together(lambda: (at, self._read_json(at)[0])), step)
 
     def _newest(self, read: Callable[[int], T], step: int | None) -> T | None:
-        """What `read` gives for the newest step that is not damaged, or for `step`."""
+        """Returns what `read` gives for the newest step that is not damaged, or for `step`."""
         self.wait()
         with self._disk_errors():
             self._manager.reload()
@@ -189,7 +182,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, trainable: Any, optimizer: Any, check: Callable[[dict], None]) -> Restored:
-        """One checkpoint. Not through the manager: its `restore` ends in a barrier, where others would wait forever."""
+        """Reads one checkpoint. Not through the manager: its `restore` ends in a barrier, where others would wait."""
 
         def read() -> tuple[Restored, dict[str, Any]]:
             meta, contents = self._read_json(step)
@@ -214,7 +207,7 @@ class Checkpoints:
         return restored
 
     def _read_json(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Meta and contents."""
+        """Returns meta and contents."""
         if not (self.path / str(step) / "_CHECKPOINT_METADATA").exists():
             raise FileNotFoundError("no file _CHECKPOINT_METADATA")
         found = []
@@ -228,7 +221,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _folder(self, step: int, item: str) -> Iterator[epath.Path]:
-        """The folder of an item; what fails inside is told with the item's name."""
+        """Gives the folder of an item; what fails inside is told with the item's name."""
         folder = self.path / str(step) / item
         try:
             if not folder.is_dir():
@@ -253,7 +246,7 @@ class Checkpoints:
                 )
 
     def _put_aside(self, step: int) -> str:
-        """Renames the folder of a step; its new name."""
+        """Renames the folder of a step; returns its new name."""
         name = _from_all(f"DAMAGED-{step}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}")[0]
         self._together(lambda: jax.process_index() or (self.path / str(step)).rename(self.path / name))
         self._manager.reload()
@@ -268,12 +261,12 @@ class Checkpoints:
 
         def make() -> None:
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
+                files.make_folder(self.path)
                 marker.write_text("")
             except Exception as error:
                 if self._kind(error) == "outage":
                     raise
-                raise UserError(f"--workdir={self.workdir}: cannot be written ({_reason(error)})") from None
+                raise UserError(f"--workdir={self.workdir}: cannot be written ({reason(error)})") from None
 
         def see() -> None:
             if not marker.exists():
@@ -291,7 +284,7 @@ class Checkpoints:
             result = work()
         except Exception as error:
             where = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-            problem = f"{self._kind(error)} {where}{_reason(error).replace(f'{self.path}/', '')}"
+            problem = f"{self._kind(error)} {where}{reason(error).replace(f'{self.path}/', '')}"
         if worst := max(_from_all(problem)):
             kind, text = worst.split(" ", 1)
             if kind in ("failed", "outage"):
@@ -300,12 +293,12 @@ class Checkpoints:
         return result
 
     def _kind(self, error: Exception) -> str:
-        """What a failed read tells of, "damaged" files the last of all: only the others stop the search."""
+        """Returns what a failed read tells of, "damaged" files the last of all: only the others stop the search."""
         if isinstance(error, UserError):
             return "refused"
         if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
             return "failed"
-        failed = self._os_error(error)
+        failed = store_error(error, self.path)
         if isinstance(failed, Outage):
             return "outage"
         missing = isinstance(failed, FileNotFoundError | NotADirectoryError | IsADirectoryError)
@@ -315,24 +308,15 @@ class Checkpoints:
     def _disk_errors(self) -> Iterator[None]:
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # of a device, or of a process that is gone
+            raise
         except Exception as error:
-            raise self._os_error(error) or error from None
-
-    def _os_error(self, error: Exception) -> OSError | None:
-        """The failure of a disk or store that an exception tells of; tensorstore does so in a ValueError's text."""
-        if not isinstance(error, OSError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
-            error = OSError(int(found[1]), os.strerror(int(found[1])), str(self.path))
-        text = f"{type(error).__name__} {_reason(error)}"[:60]
-        if NO_ANSWER.search(text):
-            return Outage(errno.ECONNABORTED, _reason(error), str(self.path))
-        if not isinstance(error, OSError) and DENIED.search(text):
-            return OSError(errno.EACCES, _reason(error), str(self.path))
-        return error if isinstance(error, OSError) else None
+            raise store_error(error, self.path) or error from None
 
 
 class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> dict[str, float] | None:
-        """Here a damaged loss is none, where orbax would find no checkpoint at all."""
+        """Returns None for a damaged loss, where orbax would find no checkpoint at all."""
         try:
             return {"loss": float(super().metrics(step)["loss"])}
         except (KeyError, TypeError, ValueError):
@@ -344,13 +328,13 @@ def _loss(metrics: dict[str, float]) -> float:
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's own, but a process whose save has failed waits for nobody: 20 minutes would hide the error."""
+    """Does as orbax's own, but a process whose save has failed waits for nobody: 20 minutes would hide the error."""
     if sys.exc_info()[0] is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, int, dict[str, Any]]:
-    """A finished or running job's checkpoints, the step asked for or the newest, and its meta.
+    """Returns a finished or running job's checkpoints, the step asked for or the newest, and its meta.
 
     Raises:
       UserError: there is no checkpoint, or not that one.
@@ -363,8 +347,15 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
     return checkpoints, *found
 
 
+def newest_whole(workdir: str) -> int:
+    """Returns the newest step that is whole on disk, 0 without one; asks no other process."""
+    marks = (epath.Path(workdir) / "checkpoints").glob("*/_CHECKPOINT_METADATA")
+    names = [mark.parent.name for mark in marks]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def _from_all(text: str) -> list[str]:
-    """What each process says, in order; at most 1000 bytes of it."""
+    """Returns what each process says, in order; at most 1000 bytes of it."""
     if jax.process_count() == 1:
         return [text]
     padded = text.encode()[:1000].ljust(1000, b"\0")
@@ -372,20 +363,8 @@ def _from_all(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
-def _reason(error: BaseException) -> str:
-    """One line on what went wrong, without what tensorstore tells of itself."""
-    if isinstance(error, UserError):
-        return str(error)
-    notes = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-    while error.__cause__ is not None:
-        error = error.__cause__
-    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    text = " ".join(str((isinstance(error, OSError) and error.strerror) or error).split())
-    return notes + kind + re.sub(r'Error opening "\w+" driver: | \[(tensorstore|source|os_error).*', "", text)[:400]
-
-
 def _contents(meta: Mapping[str, Any], trees: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint is compared with when read: each leaf's type and sum, and a checksum of these and the meta."""
+    """Returns what a checkpoint is compared with: types and sums of leaves, a checksum of these and the meta."""
     sums = _sums(trees)
     leaves = {
         item: {name: [_type(x), sums[item][name]] for name, x in _named(tree).items()} for item, tree in trees.items()
@@ -407,7 +386,7 @@ def _crc32(*trees: Any) -> int:
 
 
 def _sums(trees: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Of each leaf the sum of its bits, read as integers, modulo 2**32: any flipped bit changes it, no mesh does."""
+    """Returns each leaf's sum of bits, read as integers, modulo 2**32: any flipped bit changes it, no mesh does."""
     return {item: _sums_of_leaves(_named(tree)) for item, tree in trees.items()}
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from latent_delib.errors import LOST, Outage, UserError
+from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError
 
 FLAGS = {
     "distributed": (False, "this is one of several processes of the job"),
@@ -43,9 +43,10 @@ def job(flags: Any) -> Iterator[None]:
 
     To be entered before any device is used. The coordinator's HOST:PORT, the number of processes and this one's come
     from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where set, else from the cluster (Cloud TPU, GKE,
-    Slurm). If another process ends with exit code 1, a mistake or a failed disk, so does this one; if it crashes, is
-    killed, its machine lost or its checkpoints' store does not answer, this one ends with LOST: GRACE seconds later,
-    SILENCE more where the network does not tell.
+    Slurm). If another process ends with exit code 1, so does this one; if it is killed, its machine lost or its
+    checkpoints' store does not answer, this one ends with LOST: GRACE seconds later, SILENCE more where the network
+    does not tell. What goes wrong while all others are there goes wrong again: a mistake, a failed disk, a bug or too
+    little memory ends with 1.
 
     Raises:
       UserError: processes that did not start within `flags.start_timeout` seconds, by number; a number given twice, or
@@ -64,14 +65,32 @@ def job(flags: Any) -> Iterator[None]:
         print(f"process {index} of {count}: {here}, coordinator {address}", flush=True)
         yield
     except BaseException as error:
-        lasting = isinstance(error, UserError | OSError) and not isinstance(error, Outage)
-        code = 1 if lasting else 130 if isinstance(error, KeyboardInterrupt) else LOST
-        if code == LOST:
-            time.sleep(2 * GRACE)  # a collective fails where another process is gone: then this one ends here
+        code = _exit_code(error, others)
         others.fail(code)
         atexit.register(_exit, code)  # runs before jax's own, which waits for all processes
         raise
     others.finish()
+
+
+def _exit_code(error: BaseException, others: "_Others") -> int:
+    """Returns the exit code for what ended the work here.
+
+    A collective fails where another process is gone, with an exception of any kind and maybe before that is known: so
+    news is waited for, and where one is gone, the thread that watches ends this process.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, Outage):
+        return LOST
+    if isinstance(error, UserError | OSError) or not others.connections:
+        return 1
+    if not others.lost(within=GRACE):
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(f"failed: {text}; waiting {SILENCE} s for news of the other processes", file=sys.stderr, flush=True)
+    if others.lost(within=SILENCE):
+        time.sleep(2 * GRACE)
+        return LOST
+    return 1
 
 
 def check_same(**texts: str) -> None:
@@ -88,7 +107,7 @@ def check_same(**texts: str) -> None:
 
 
 def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
-    """The function that takes this process's yes or no and gives how many devices' processes say yes, int32.
+    """Returns the function from this process's yes or no to how many devices' processes say yes, int32.
 
     All processes of the mesh call it in turn. It waits for nothing; reading what it gives does.
     """
@@ -102,7 +121,7 @@ def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
 
 
 def _place(seconds: float) -> tuple[str, int, int]:
-    """The coordinator's address, the number of processes and this one's."""
+    """Returns the coordinator's address, the number of processes and this one's."""
     address, numbers = os.environ.get("JAX_COORDINATOR_ADDRESS"), []
     for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         if not re.fullmatch(r"\d*", value := os.environ.get(name, "")):
@@ -131,7 +150,7 @@ def _place(seconds: float) -> tuple[str, int, int]:
 
 
 def _call_roll(address: str, count: int, index: int, seconds: float) -> Connections:
-    """Process 0: waits for all others, and tells them that all are there."""
+    """As process 0, waits for all others, and tells them that all are there."""
     del index
     until, there = time.monotonic() + seconds, {}
     listener = _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30))
@@ -174,18 +193,20 @@ def _call_roll(address: str, count: int, index: int, seconds: float) -> Connecti
 
 
 def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connections:
-    """Every other process: finds process 0, and waits until it says that all are there."""
+    """As every other process, finds process 0, and waits until it says that all are there."""
     host, _, port = address.rpartition(":")
     until = time.monotonic() + seconds
     while True:
         try:
             connection = _keep_alive(socket.create_connection((host.strip("[]"), int(port)), timeout=5))
+            connection.settimeout(seconds + GRACE)  # process 0 has a limit of its own, and may have begun to wait later
             _send(connection, f"{HELLO} {index} {count}")
-            answer = _line(connection)  # process 0 has a limit of its own
+            answer = _line(connection)
         except OSError as error:
             answer = error.strerror or str(error)
         else:
             if answer == "all are there":
+                connection.settimeout(None)
                 return {0: connection}
             if answer.startswith("refused "):
                 raise UserError(f"--distributed: {answer.removeprefix('refused ')}")
@@ -193,7 +214,7 @@ def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connec
         if time.monotonic() > until:
             raise UserError(
                 f"--distributed: process 0 does not answer at {address} within {seconds:g} s "
-                f"({answer or 'it hung up'}): is the command running there, and the port open?"
+                f"({answer or 'it hung up, or said nothing'}): is the command running there, and the port open?"
             )
         time.sleep(0.5)
 
@@ -206,7 +227,7 @@ class _Others:
 
     def __init__(self, index: int, connections: Connections):
         self.index, self.connections = index, connections
-        self.failing, self.none_left = threading.Event(), threading.Event()
+        self.failing, self.none_left, self.one_lost = threading.Event(), threading.Event(), threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def tell(self, text: str) -> None:
@@ -220,6 +241,10 @@ class _Others:
         self.none_left.wait()
         if not self.index:
             self.tell("done")
+
+    def lost(self, within: float) -> bool:
+        """Returns whether another process is gone, or has lost one, now or within so many seconds."""
+        return self.one_lost.wait(within)
 
     def fail(self, code: int) -> None:
         """Tells the others that this process ends with an exit code."""
@@ -246,6 +271,8 @@ class _Others:
         """Ends this process because another has ended, unless it is ending by itself."""
         if not self.index:
             self.tell(f"{code} {process}")
+        if code != 1:
+            self.one_lost.set()
         abandoned = self.index and not process and code == LOST  # process 0 is gone
         if self.failing.wait(0 if abandoned else GRACE if self.index else GRACE + 1):
             return
@@ -264,7 +291,7 @@ def _exit(code: int) -> None:
 
 
 def _listen(port: int, until: float) -> socket.socket:
-    """A socket that listens on all addresses of this machine; a job that just ended may hold the port for a moment."""
+    """Returns a socket that listens on all addresses; a job that just ended may hold the port for a moment."""
     while True:
         try:
             if socket.has_dualstack_ipv6():
@@ -278,7 +305,7 @@ def _listen(port: int, until: float) -> socket.socket:
 
 
 def _keep_alive(connection: socket.socket) -> socket.socket:
-    """It may be silent for ever, but not without the other machine's kernel answering."""
+    """Lets a connection be silent for ever, but not without the other machine's kernel answering."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
@@ -298,7 +325,7 @@ def _send(connection: socket.socket, text: str) -> None:
 
 
 def _line(connection: socket.socket) -> str:
-    """One line; "" where the connection ends before its end."""
+    """Returns one line; "" where the connection ends before its end."""
     line = b""
     with contextlib.suppress(OSError):
         while len(line) < 10_000 and (byte := connection.recv(1)):
@@ -309,7 +336,7 @@ def _line(connection: socket.socket) -> str:
 
 
 def _closed(connection: socket.socket) -> bool:
-    """Whether the other side has hung up."""
+    """Returns whether the other side has hung up."""
     try:
         return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:

@@ -18,7 +18,7 @@ from etils import epath
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from latent_delib import experiment, flops, hlo
+from latent_delib import experiment, files, flops, hlo
 from latent_delib import plan as planning
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
@@ -59,9 +59,8 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
     result = {"topology": topology, "chip": exp.mesh.devices.flat[0].device_kind, "chips": exp.mesh.size}
     result |= {"mesh": dict(exp.mesh.shape)} | needs(exp, plan)
     print(show(result), flush=True)
-    path = epath.Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "dry_run.json").write_text(json.dumps(result | {"config": _plain(config)}, indent=2) + "\n")
+    text = json.dumps(result | {"config": _plain(config)}, indent=2)
+    files.write(epath.Path(workdir) / "dry_run.json", f"{text}\n".encode())
     return result
 
 

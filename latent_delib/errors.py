@@ -1,6 +1,14 @@
-"""The exceptions that the commands print as a single line."""
+"""The exceptions that the commands print as a single line, and the one rule for errors of disks, stores and memory."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
 
 LOST = 69  # the exit code where another process is gone or a store does not answer: run it again to go on
+INTERRUPTED = 130  # the exit code after Ctrl-C, as shells expect it
 
 
 class UserError(ValueError):
@@ -15,3 +23,57 @@ class UserError(ValueError):
 
 class Outage(OSError):
     """A store that does not answer, as (errno, text, filename): it may do so later, and nothing in it is damaged."""
+
+
+NO_MEMORY = re.compile("out of memory", re.IGNORECASE)  # so jax says, of a compile as of a step
+
+
+@contextlib.contextmanager
+def device_memory(remedy: str) -> Iterator[None]:
+    """Raises UserError, with the remedy, where a device runs out of memory inside."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # jax raises either
+        if not NO_MEMORY.search(str(error)):
+            raise
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"out of device memory; {remedy} ({text})") from None
+
+
+# How the errors of a store begin that does not answer, or that denies access.
+NO_ANSWER = re.compile(
+    "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport|gateway|internal ?server"
+    "|too ?many ?requests",
+    re.IGNORECASE,
+)
+DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
+
+
+def store_error(error: BaseException, path: Any) -> OSError | None:
+    """Returns the failure of a disk or store, of which `path` is a part, that an exception tells of; else None.
+
+    It is an Outage where a store does not answer. A store's client raises what it likes: tensorstore a ValueError with
+    the code in its text.
+    """
+    if NO_MEMORY.search(str(error)):  # of a device
+        return None
+    if not isinstance(error, OSError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
+        error = OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+    text = f"{type(error).__name__} {reason(error)}"[:60]
+    if NO_ANSWER.search(text):
+        return Outage(errno.ECONNABORTED, reason(error), str(path))
+    if not isinstance(error, OSError) and DENIED.search(text):
+        return OSError(errno.EACCES, reason(error), str(path))
+    return error if isinstance(error, OSError) else None
+
+
+def reason(error: BaseException) -> str:
+    """Returns one line on what went wrong, without what tensorstore tells of itself."""
+    if isinstance(error, UserError):
+        return str(error)
+    notes = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    while error.__cause__ is not None:
+        error = error.__cause__
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    text = " ".join(str((isinstance(error, OSError) and error.strerror) or error).split())
+    return notes + kind + re.sub(r'Error opening "\w+" driver: | \[(tensorstore|source|os_error).*', "", text)[:400]

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from latent_delib import checkpoint, models
 from latent_delib import mesh as mesh_lib
 from latent_delib.checkpoint import Checkpoints
+from latent_delib.data.rows import check_data
 from latent_delib.delib import lora
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
@@ -80,6 +81,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
       UserError: the first thing found wrong, by key.
     """
     check(config)
+    check_data(config.data)
     if config.decoder.path:
         decoder = folder.locate(config.decoder.path)
         architecture, fingerprint = folder.read_config(decoder), folder.fingerprint(decoder)

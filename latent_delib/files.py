@@ -2,52 +2,197 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from etils import epath
 
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError, reason
+
+HOST = re.sub(r"\W", "-", socket.gethostname())
 
 
 def write(path: epath.Path, content: bytes) -> None:
-    """A file, local or on gs://, under its name only once whole; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (partial := path.parent / f".{path.name}.tmp-{os.getpid()}").write_bytes(content)
-    partial.replace(path)
+    """Writes a file, local or on gs://, that appears under its name only once whole; its folder is made."""
+    if "://" in str(path):  # a store shows nothing less
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return
+    path = Path(path)
+    make_folder(path.parent)
+    with _beside(path, _new_file) as partial:
+        partial.write_bytes(content)
+        partial.replace(path)
 
 
 @contextlib.contextmanager
 def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A new local folder to write in that appears under its name only once whole, and leaves nothing if that fails.
+    """Gives a new local folder that appears under its name only once whole, and leaves nothing if that fails.
 
     Raises:
       UserError: it is there already, and is not to be replaced; or it cannot be renamed to: gs:// and the like, a mount
         point.
+      OSError: with the folder's name, where the disk is full or not writable.
     """
     if str(folder).partition("/")[0].endswith(":"):
         raise UserError(f"{folder}: expected a local folder; copy it from there")
     if folder.is_mount():
         raise UserError(f"{folder}: a mount point cannot be put in place whole; name a folder in it")
-    if folder.exists() and not replace and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: exists; remove it or name another")
-    partial, before = (folder.with_name(f"{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, expected a new folder; name another")
+    if folder.exists() and not replace and any(folder.iterdir()):
+        raise UserError(f"{folder}: already exists and is not empty; name another")
+    make_folder(folder.parent)
+    with _beside(folder, os.mkdir) as partial:
         yield partial
         if replace and folder.exists():
-            folder.rename(before)
+            with _beside(folder, os.mkdir) as before:
+                folder.rename(before)
+                try:
+                    partial.rename(folder)
+                except OSError:
+                    before.rename(folder)
+                    raise
+            return
         try:
             partial.rename(folder)
         except OSError as error:
-            if before.exists():
-                before.rename(folder)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise UserError(f"{folder}: made by another job meanwhile") from None
             raise
+
+
+def make_folder(path: Path) -> None:
+    """Makes a local folder and those above it, unless they are there.
+
+    Raises:
+      UserError: a file is in the place of one of them.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        taken = next(each for each in (path, *path.parents) if each.exists())
+        raise UserError(f"{taken}: is a file, expected a folder") from None
+
+
+@contextlib.contextmanager
+def named(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Lets errors name the path that the user knows: where a full disk names none, and not what `partial` begins."""
+    try:
+        yield
+    except UserError as error:
+        if partial is None:
+            raise
+        raise UserError(str(error).replace(str(partial), str(path))) from None
+    except OSError as error:
+        inside = partial is not None and str(error.filename).startswith(str(partial))
+        if error.filename is not None and not inside:
+            raise
+        kind = Outage if isinstance(error, Outage) else OSError
+        raise kind(error.errno, error.strerror or str(error), str(path)) from None
+
+
+class StoredLines:
+    """A file on a store, where nothing can be appended: written whole for each line, in a thread beside the job.
+
+    While a write goes on, lines wait for the next. One that fails ends nothing: it is told of once, and the next line
+    tries again, and so does `close`.
+    """
+
+    def __init__(self, path: epath.Path, lines: list[str]):
+        self.path, self.lines = path, lines
+        self.writing, self.warned = threading.Thread(), False
+
+    def write(self, line: str) -> None:
+        self.lines.append(line)
+
+    def flush(self) -> None:
+        if not self.writing.is_alive():
+            self.writing = threading.Thread(target=self._put, args=["".join(self.lines)], daemon=True)
+            self.writing.start()
+
+    def close(self) -> None:
+        if self.writing.is_alive():
+            self.writing.join()
+        self.warned = False
+        self._put("".join(self.lines))
+
+    def _put(self, text: str) -> None:
+        try:
+            self.path.write_text(text)
+        except Exception as error:  # a store's client raises what it likes
+            if not self.warned:
+                text = f"{self.path}: not written ({reason(error)}); the job goes on"
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+            self.warned = True
+
+
+@contextlib.contextmanager
+def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Gives a new file or folder beside `path`, locked while it is used, and removed at the end if still there.
+
+    What killed processes have left of these is removed first: their locks have ended with them. Another machine need
+    not see a lock, so its files stay.
+    """
+    here = path.absolute()
+    prefix = here.with_name(f"{here.name}.tmp-{HOST}-")
+    for leftover in here.parent.glob(f"{glob.escape(prefix.name)}*"):
+        lock = _lock(leftover, fcntl.LOCK_NB)
+        if lock:
+            _remove(leftover)
+            os.close(lock)
+    with named(path, prefix):
+        partial, lock = _new(prefix, make)
+    try:
+        with named(path, partial):
+            yield partial
     finally:
-        for leftover in (partial, before):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove(partial)
+        if lock:
+            os.close(lock)
+
+
+def _new(prefix: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
+    """Returns what `make` makes under a name of its own, and its lock."""
+    while True:
+        partial = prefix.with_name(prefix.name + secrets.token_hex(4))
+        make(partial)
+        lock = _lock(partial)
+        if partial.exists():  # unlocked for a moment, it may have looked like a leftover
+            return partial, lock
+        if lock:
+            os.close(lock)
+
+
+def _lock(path: Path, how: int = 0) -> int | None:
+    """Returns the descriptor that holds a lock while open; None where another has it, or disks have no locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _new_file(path: Path) -> None:
+    path.open("xb").close()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

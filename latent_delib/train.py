@@ -5,8 +5,9 @@
 
 WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. It may be
 gs://BUCKET/PATH: there, checkpoints/ and metrics.jsonl, and nothing keeps two jobs from the same one.
-Exit codes: 0 done; 75 stopped by SIGTERM and saved, 69 another process or the store was lost: run again for both; 1 an
-error that running again does not cure.
+Ctrl-C saves after the step that runs; a second one, or one before the first step, ends at once.
+Exit codes: 0 done; 75 stopped by SIGTERM and saved, 69 another process or the store was lost: run again for both; 130
+stopped by Ctrl-C, the last line says what is saved; 1 an error that running again does not cure.
 """
 
 import contextlib
@@ -35,16 +36,20 @@ from tensorboardX.proto.summary_pb2 import Summary
 from latent_delib import commands, distributed, dry_run, experiment, files, flops, models
 from latent_delib import mesh as mesh_lib
 from latent_delib import plan as planning
-from latent_delib.checkpoint import Checkpoints
+from latent_delib.checkpoint import Checkpoints, newest_whole
 from latent_delib.data import batches
 from latent_delib.delib import lora
 from latent_delib.delib.methods import METHODS
-from latent_delib.errors import UserError
+from latent_delib.errors import INTERRUPTED, UserError, device_memory, reason, store_error
 from latent_delib.experiment import Experiment
 from latent_delib.nn.transformer import Params
 from latent_delib.progress import hours
 from latent_delib.step import TrainState, learning_rate
+from latent_delib.stopping import Stop, graceful_stop
 from latent_delib.weights import folder
+
+OTHERWISE = "use that, or another --workdir"
+MORE_MEMORY = "lower train.batch_size or data.seq_len, or raise train.accumulation or mesh.fsdp"
 
 
 def main(flags: Any) -> None:
@@ -52,13 +57,15 @@ def main(flags: Any) -> None:
         dry_run.dry_run(flags.config, flags.workdir, flags.topology)
         return
     with distributed.job(flags):
-        stopped = train(flags.config, flags.workdir)
-    if stopped:
-        sys.exit(commands.STOPPED)
+        code = train(flags.config, flags.workdir, ctrl_c=True)
+    if code:
+        sys.exit(code)
 
 
-def train(config: ConfigDict, workdir: str) -> bool:
-    """Runs the job to its last step, or until a SIGTERM to any of its processes, which saves and returns True.
+def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
+    """Runs the job to its last step, or until a SIGTERM to any of its processes, which saves; returns the exit code.
+
+    With `ctrl_c`, Ctrl-C does as SIGTERM does, and may end the process.
 
     Raises:
       UserError: anything wrong with config, data, decoder or workdir, before training starts; a loss that is not
@@ -68,12 +75,13 @@ def train(config: ConfigDict, workdir: str) -> bool:
     exp = experiment.read(config)
     if is_remote(workdir) and (METHODS[config.method.name].trains_decoder or config.train.profile_at):
         raise UserError(f"--workdir={workdir}: a trained decoder and a profile are written to local folders only")
-    with exclusive(workdir), graceful_stop() as stop:
+    with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
+        stop.saved = partial(newest_whole, workdir)
         return run(exp, workdir, stop)
 
 
-def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
-    """The job itself; on many hosts every process runs it, with its own rows of each batch."""
+def run(exp: Experiment, workdir: str, stop: Stop) -> int:
+    """Runs the job itself; on many hosts every process does so, with its own rows of each batch."""
     config, mesh = exp.config, exp.mesh
     t, primary = config.train, jax.process_index() == 0
     say = partial(print, flush=True) if primary else lambda *_: None
@@ -97,12 +105,12 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
             ("data.seq_len", was["data"]["seq_len"], config.data.seq_len),
         ):
             if there != here:
-                raise UserError(f"config.{key}={here}: the data of {workdir} come in the order of {there}")
+                raise UserError(f"config.{key}={here}: {workdir} was started with {there}; {OTHERWISE}")
         batches.check_fingerprint(meta["data"]["fingerprint"], data)
         for room in ("method", "optimizer"):
             for name, there in was[room].items():
                 if (here := plain[room].get(name)) != there:
-                    raise UserError(f"config.{room}.{name}={here}: {workdir} has {there}; give another --workdir")
+                    raise UserError(f"config.{room}.{name}={here}: {workdir} was started with {there}; {OTHERWISE}")
 
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
     found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
@@ -111,7 +119,7 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
         if models.step_of_decoder(workdir) != start:
             export_decoder(exp, workdir, start, found.trainable, None)
         say(f"done: step {start} of {workdir}")
-        return False
+        return 0
     if found:
         say(f"resuming {workdir} at step {start}")
         if (before := found.meta["config"]["train"]["steps"]) != t.steps:
@@ -152,12 +160,13 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
         meta = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
         checkpoints.save(step, state.trainable, state.opt_state, meta, loss)
 
-    metrics, vote, saved = Metrics(exp, workdir, start), distributed.vote(mesh), start
+    metrics, vote = Metrics(exp, workdir, start), distributed.vote(mesh)
+    stop.steps = True
     for step in range(start + 1, t.steps + 1):
         began = time.perf_counter()
         local = next(loader)
         metrics.waited += time.perf_counter() - began
-        asked = vote(stop["requested"])  # dispatched before the step, so known when the step before is done
+        asked = vote(bool(stop.by))  # dispatched before the step, so known when the step before is done
         state, values = compiled(state, frozen, mesh_lib.place_rows(mesh, local, t.batch_size))
         metrics.push(step, values)
         if t.profile_at > start and step in (t.profile_at, t.profile_at + 3):
@@ -169,18 +178,20 @@ def run(exp: Experiment, workdir: str, stop: dict[str, bool]) -> bool:
         stopping = bool(asked)  # the same on all processes
         if stopping or step % t.checkpoint_every == 0 or step == t.steps:
             metrics.flush()  # a loss that is not finite must end the run before it is saved
-            loss, steps, saved = metrics.loss_since_save(), step - saved, step
+            loss, steps, metrics.saved = metrics.loss_since_save(), step - metrics.saved, step
             save(step, loss if steps >= min(t.checkpoint_every, t.steps) else None)  # of few steps is no best one
         if stopping and step < t.steps:
             break
     metrics.close()
     checkpoints.close()
+    stop.steps = False
     if step < t.steps:
-        say(f"stopped by SIGTERM; step {step} is saved, the same command resumes")
-        return True
+        by, code = ("Ctrl-C", INTERRUPTED) if stop.by == signal.SIGINT else ("SIGTERM", commands.STOPPED)
+        say(f"stopped by {by}; step {step} is saved, the same command resumes")
+        return code
     export_decoder(exp, workdir, step, state.trainable, frozen.get("decoder"))
     say(f"done: step {step} of {workdir}")
-    return False
+    return 0
 
 
 def export_decoder(exp: Experiment, workdir: str, step: int, trainable: Params, frozen: Params | None) -> None:
@@ -211,8 +222,7 @@ class Metrics:
     """Metrics of one run. Process 0 tells of them: on the screen, in metrics.jsonl and as TensorBoard events.
 
     A step's values are read after the next step is dispatched, so the device never waits for the host; they are the
-    same on all processes. What lies on gs:// cannot be appended to: there metrics.jsonl is written anew for each
-    line, and there is no TensorBoard.
+    same on all processes. On gs:// there is no TensorBoard.
     """
 
     def __init__(self, exp: Experiment, workdir: str, start: int):
@@ -227,15 +237,16 @@ class Metrics:
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.since_row, self.since_save = [0.0, 0.0], [0.0, 0.0]  # sums: nats, tokens
         self.bad, self.grad_norm, self.waited = 0, math.nan, 0.0
-        self.since, self.clock = start, time.perf_counter()
+        self.since, self.clock, self.saved = start, time.perf_counter(), start
         self.primary, self.file, self.events = jax.process_index() == 0, None, None
         if self.primary:
             self.path = epath.Path(workdir) / "metrics.jsonl"
-            self.lines = _lines(self.path, start)
-            if not is_remote(workdir):
-                partial_file = Path(workdir) / "metrics.tmp"
-                partial_file.write_text("".join(self.lines))
-                self.file = partial_file.replace(self.path).open("a")
+            lines = _lines(self.path, start)
+            if is_remote(workdir):
+                self.file = files.StoredLines(self.path, lines)
+            else:
+                files.write(self.path, "".join(lines).encode())
+                self.file = self.path.open("a")
                 # Not SummaryWriter: its thread ends where the disk is full, and its queue then blocks for ever.
                 (Path(workdir) / "tensorboard").mkdir(exist_ok=True)
                 self.events = EventsWriter(str(Path(workdir) / "tensorboard" / "events"), f".{os.getpid()}")
@@ -266,14 +277,15 @@ class Metrics:
     def skip(self, what: str) -> None:
         """Counts a step that changed nothing; raises where it was one too many, or did change something."""
         if not self.allowed:
-            raise UserError(f"{what}; the last checkpoint is from before it")
+            saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
+            raise UserError(f"{what}; {saved}; expected a lower learning rate, or config.train.max_bad_steps above 0")
         if self.bad > self.allowed:
             raise UserError(f"{what}; config.train.max_bad_steps={self.allowed} such steps were skipped before it")
         if self.primary:
             print(f"{what}; skipped, {self.bad} of at most {self.allowed}", flush=True)
 
     def log(self, step: int) -> None:
-        """One row, of the steps since the last."""
+        """Writes one row, of the steps since the last."""
         seconds = (time.perf_counter() - self.clock) / (step - self.since)
         row = {
             "step": step,
@@ -302,36 +314,39 @@ class Metrics:
         self.since, self.clock = step, time.perf_counter()
 
     def write(self, row: dict[str, float]) -> None:
-        line = json.dumps(row) + "\n"
-        if self.file is None or self.events is None:
-            self.lines.append(line)
-            self.path.write_text("".join(self.lines))
+        with files.named(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        if self.events is None:
             return
-        self.file.write(line)
-        self.file.flush()
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
         self.event(int(row["step"]), summary=Summary(value=values))
 
     def event(self, step: int, **content: Any) -> None:
-        self.events.write_event(Event(wall_time=time.time(), step=step, **content))
-        self.events.flush()
+        with files.named(self.path.parent / "tensorboard"):
+            self.events.write_event(Event(wall_time=time.time(), step=step, **content))
+            self.events.flush()
 
     def loss_since_save(self) -> float | None:
-        """The mean loss, in nats a token, since this was asked last; None where every step was skipped."""
+        """Returns the mean loss, in nats per token, since this was asked last; None where every step was skipped."""
         (loss, tokens), self.since_save = self.since_save, [0.0, 0.0]
         return loss / tokens if tokens else None
 
     def close(self) -> None:
         self.flush()
-        if self.file is not None and self.events is not None:
+        if self.file is not None:
             self.file.close()
+        if self.events is not None:
             self.events.close()
 
 
 def _lines(path: epath.Path, last: int) -> list[str]:
-    """The whole lines of a metrics.jsonl up to a step; those after it are done again."""
+    """Returns the whole lines of a metrics.jsonl up to a step; those after it are done again."""
     lines = []
-    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    try:
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    except Exception as error:  # a store's client raises what it likes
+        raise store_error(error, path) or error from None
     for line in text.splitlines(keepends=True):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= last and line.endswith("\n"):
@@ -352,10 +367,10 @@ def exclusive(workdir: str) -> Iterator[None]:
     if ":/" in workdir:
         raise UserError(f"--workdir={workdir}: expected a local directory or gs://BUCKET/PATH")
     try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
+        files.make_folder(Path(workdir))
         lock = open(Path(workdir) / ".lock", "a+")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from None
+    except (UserError, OSError) as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({reason(error)})") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -366,21 +381,6 @@ def exclusive(workdir: str) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
-
-
-@contextlib.contextmanager
-def graceful_stop() -> Iterator[dict[str, bool]]:
-    """Turns SIGTERM into a request that the loop sees after the step it is in."""
-    state = {"requested": False}
-
-    def request(*_: Any) -> None:
-        state["requested"] = True
-
-    before = signal.signal(signal.SIGTERM, request)
-    try:
-        yield state
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

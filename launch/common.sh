@@ -5,6 +5,7 @@
 #   LATENT_DELIB_WAIT=10      seconds before the second try; doubled each time, at most 300
 #   LATENT_DELIB_POLL=60      seconds between two looks at a slice or a job
 set -euo pipefail
+self=$(readlink -f "$0") script=${0##*/}
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 export PATH=$PWD/.venv/bin:$PATH
 exec 3>&1 # where dry runs print, from inside $( ) too
@@ -15,12 +16,14 @@ REST=() COMMAND=() dry_run=
 HOPELESS='PERMISSION_DENIED|INVALID_ARGUMENT|RESOURCE_EXHAUSTED|[Qq]uota|unrecognized arguments|gcloud auth login'
 HOPELESS+='|not present in the SSH agent|terminal state|another job runs here|worker.sh: No such file'
 
-script=${0##*/}
 say() { [[ -n $dry_run ]] || echo "${script%.sh}: $*" >&2; }
 die() { echo "error: $*" >&2 && exit 1; }
 quote() { local line && printf -v line ' %q' "$@" && echo "${line:1}"; }
 call() { if [[ -n $dry_run ]]; then quote "$@" >&3; else "$@"; fi; }
 pause() { [[ -n $dry_run ]] || sleep "${LATENT_DELIB_POLL:-60}"; }
+
+# The head of the script.
+usage() { sed -nE '/^# shellcheck/d; 2,/^[^#]/s/^# ?//p' "$self" && exit; }
 
 # parse "FLAG ..." "$@": gives each --flag=value to the variable of that name (--flag alone: 1), words to REST, what
 # follows -- to COMMAND. --help prints the head of the script.
@@ -30,11 +33,23 @@ parse() {
     flag=${1#--} flag=${flag%%=*}
     case $1 in
       --) COMMAND=("${@:2}") && return ;;
-      --help) sed -nE '2,/^[^#]/s/^# ?//p' "$0" && exit ;;
+      --help | -h) usage ;;
       --*=*) [[ "$allowed " == *" $flag "* ]] && printf -v "$flag" %s "${1#*=}" ;;
       --*) [[ "$allowed " == *" $flag "* ]] && printf -v "$flag" 1 ;;
       *) REST+=("$1") ;;
     esac || die "$1: no such flag; there are${allowed// / --}"
+  done
+}
+
+# overrides "$@": each must be a change of the config, which prepare, train and evaluate all take.
+overrides() {
+  local argument
+  for argument; do
+    case $argument in
+      --help | -h) usage ;;
+      --config.?*) ;;
+      *) die "$argument: expected --config.KEY=VALUE; --help tells more" ;;
+    esac
   done
 }
 
@@ -93,3 +108,5 @@ pack() {
   call tar -czf "runs/launch/$1/code.tar.gz" --exclude=./.git --exclude=./.venv --exclude=./runs \
     --exclude=__pycache__ --exclude='.*_cache' .
 }
+
+[[ $script != common.sh ]] || usage

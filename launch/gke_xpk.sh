@@ -27,6 +27,8 @@ source "$(dirname "$(readlink -f "$0")")/common.sh"
 accelerator='' spot='' restarts=1000 delete=''
 parse "accelerator spot restarts delete" "$@"
 action=${REST[0]:-} name=${REST[1]:-}
+[[ " create_cluster run keep status logs delete delete_cluster " == *" $action "* ]] ||
+  die "no action '$action'; --help has them all"
 [[ $name =~ ^([a-z]([-a-z0-9]{0,38}[a-z0-9])?)?$ && ${#REST[@]} -le 2 ]] ||
   die "expected an action and a name of a-z, 0-9 and -, found '${REST[*]}'; --help tells more"
 environment LATENT_DELIB_PROJECT "the Google Cloud project"
@@ -83,5 +85,4 @@ case $action in
     ;;
   delete) xpk_workload delete --workload="$name" --force ;;
   delete_cluster) call xpk cluster delete "${at[@]}" ;;
-  *) die "no action '$action'; --help has them all" ;;
 esac

@@ -6,6 +6,13 @@
 #       --config.decoder.path=DECODER --config.train.accumulation=256
 #   ./launch/gpu.sh ./launch/smollm2.sh
 set -euo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -nE '2,/^[^#]/s/^# ?//p' "$0" && exit
+fi
+if [[ ! ${1:-} =~ ^[^-] ]]; then
+  echo "error: ${1:-nothing to run}: expected a command; --help tells more" >&2
+  exit 1
+fi
 
 # Stacking what the layers of a scan save makes XLA run their products twice, unless this fusion is off.
 flags="--xla_gpu_enable_dynamic_slice_fusion=false --xla_gpu_enable_triton_gemm=false --xla_gpu_enable_command_buffer="

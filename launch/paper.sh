@@ -13,21 +13,23 @@
 # text as latents cost) and, of delay too, delay1/ to delay3/ (latents come late); in protocol a unseen/, where runs/mixture
 # is there (`make_mixture` first). A run with more arguments is not what its name says: it lies in
 # runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves it out.
-set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+# shellcheck source=common.sh
+source "$(dirname "$(readlink -f "$0")")/common.sh"
 
 wanted=()
 while (($#)) && [[ $1 != -- ]]; do
+  [[ $1 != --help && $1 != -h ]] || usage
   name=${1#*/}
   if [[ ! $1 =~ ^(a|a_gpu|b|b_cpu)/ || ! -e configs/paper/${name%@*}.py || ${name%@*} == protocols ]]; then
-    echo "error: $1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, PROTOCOL one of a a_gpu b b_cpu, NAME.py one of" \
-      configs/paper/*.py >&2
-    exit 1
+    die "$1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, PROTOCOL one of a a_gpu b b_cpu, NAME.py one of" \
+      configs/paper/*.py
   fi
   wanted+=("$1")
   shift
 done
-more=("${@:2}") root=runs/paper suffix=''
+more=("${@:2}")
+overrides "${more[@]}"
+root=runs/paper suffix=''
 if ((${#more[@]})); then
   root=runs/trials suffix=$(printf ',%s' "${more[@]#--config.}")
   suffix=${suffix//[^A-Za-z0-9.,=_-]/-}
@@ -107,6 +109,5 @@ for each in "${wanted[@]}"; do
 done
 [[ $root == runs/trials ]] || latent_delib report runs/paper --out=runs/paper/report
 if ((${#left_out[@]})); then
-  echo "error: left out, for want of runs/tasks: ${left_out[*]}" >&2
-  exit 1
+  die "left out, for want of runs/tasks: ${left_out[*]}"
 fi

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# From nothing to a trained coprocessor and its perplexity table. Arguments go to train and evaluate; run again, it goes on
-# where it stopped.
+# From nothing to a trained coprocessor and its perplexity table. Arguments, --config.KEY=VALUE, go to prepare, train and
+# evaluate; run again, it goes on where it stopped.
 #
 #   ./launch/quickstart.sh
 #   RUN=runs/after ./launch/quickstart.sh --config.method.placement=after    # another run, on the same tokens
 #   CONFIG=X ./launch/quickstart.sh                                          # configs/X.py, under runs/X
-set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+# shellcheck source=common.sh
+source "$(dirname "$(readlink -f "$0")")/common.sh"
+overrides "$@"
 
 config=configs/${CONFIG:=quickstart}.py
 run=${RUN:-runs/$CONFIG}
 tokens=runs/$CONFIG/tokens
+[[ -e $config ]] || die "CONFIG=$CONFIG: there is no $config"
 
 step() { # what it is called, then a latent_delib command
   local start=$SECONDS
@@ -25,7 +27,7 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # a step's array
 
 ./launch/setup.sh
 if [[ ! -e $tokens/meta.json ]]; then
-  step prepare --config="$config" --out="$tokens"
+  step prepare --config="$config" --out="$tokens" "$@" # which refuses a wrong key or value before it begins
 fi
 step train --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
 step evaluate --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"

@@ -8,6 +8,13 @@
 #
 # `test` is always there, and `tasks` where Python can build extensions: of one of its parts PyPI has the source only.
 set -euo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -nE '2,/^[^#]/s/^# ?//p' "$0" && exit
+fi
+if (($#)); then
+  echo "error: $1: expected no arguments; --help tells more" >&2
+  exit 1
+fi
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 stamp=.venv/setup.stamp # what .venv was made from, or `unfinished`

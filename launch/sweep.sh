@@ -20,6 +20,7 @@ parse "with jobs" "$@"
 name=${REST[0]:-} folder=runs/${REST[0]:-} root=runs/${REST[0]:-}
 [[ $name =~ ^[a-z][-a-z0-9]{0,24}$ && ${REST[1]:-} == *.py ]] ||
   die "expected a name of a-z, 0-9 and -, a config and KEY=VALUES, found '${REST[*]}'; --help tells more"
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs=$jobs: expected 1 or more"
 if [[ $with == *" @ "* ]]; then
   environment LATENT_DELIB_BUCKET "where the workdirs are, without gs://"
   root=gs://$LATENT_DELIB_BUCKET/$name
@@ -27,8 +28,12 @@ fi
 
 # One line a run: the config and each key with a value, tabs between.
 IFS=, read -ra runs <<<"${REST[1]}"
+for config in "${runs[@]}"; do
+  [[ -f $config ]] || die "$config: no such file"
+done
 for key in "${REST[@]:2}"; do
-  [[ $key == ?*=?* ]] || die "$key: expected KEY=VALUE,VALUE"
+  [[ $key == ?*=* ]] || die "$key: expected KEY=VALUE,VALUE"
+  [[ ,${key#*=}, != *,,* ]] || die "$key: one of the values is empty"
   IFS=, read -ra values <<<"${key#*=}"
   grid=()
   for run in "${runs[@]}"; do

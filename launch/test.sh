@@ -5,8 +5,9 @@
 #   ./launch/test.sh -m slow             # the slow ones
 #   LATENT_DELIB_EXTRAS=reference ./launch/test.sh -m reference    # makes golden values again, with torch
 #   ./launch/test.sh -n 0 tests/nn -k rotary
-set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+# shellcheck source=common.sh
+source "$(dirname "$(readlink -f "$0")")/common.sh"
+[[ ${1:-} != --help && ${1:-} != -h ]] || usage
 
 ./launch/setup.sh
 ./launch/get_smollm2.sh >/dev/null # a real decoder, for the tests that compare with its reference

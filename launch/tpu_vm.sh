@@ -29,6 +29,8 @@ source "$(dirname "$(readlink -f "$0")")/common.sh"
 accelerator='' spot='' create_flags='' fetch='' restarts=10 delete='' worker=all
 parse "accelerator spot create_flags fetch restarts delete worker" "$@"
 action=${REST[0]:-} name=${REST[1]:-}
+[[ " create setup run keep status logs stop delete " == *" $action "* ]] ||
+  die "no action '$action'; --help has them all"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ && ${#REST[@]} == 2 ]] ||
   die "expected an action and a name of a-z, 0-9 and -, found '${REST[*]}'; --help tells more"
 [[ ! $fetch || $fetch =~ ^gs://.+[^/]$ ]] || die "--fetch=$fetch: expected gs://BUCKET/.../FOLDER"
@@ -36,6 +38,8 @@ environment LATENT_DELIB_PROJECT "the Google Cloud project"
 environment LATENT_DELIB_ZONE "the zone of the slice, such as us-central1-a"
 installed gcloud "https://cloud.google.com/sdk/docs/install"
 tpus=(gcloud compute tpus) at=(--project="$LATENT_DELIB_PROJECT" --zone="$LATENT_DELIB_ZONE")
+unseen="the state of $name cannot be seen; is gcloud logged in (gcloud auth login), and allowed to see"
+unseen+=" $LATENT_DELIB_PROJECT? A job on $name goes on"
 known='' had='' shown='' # of the queued resource: asked for, or seen; and whether there ever was one
 
 runtime() {
@@ -95,7 +99,7 @@ create() {
     esac
     pause
   done
-  die "the state of $name cannot be seen; a job on it goes on"
+  die "$unseen"
 }
 
 release() {
@@ -112,7 +116,8 @@ if_set_up() { on_workers "test ! -x latent_delib/launch/worker.sh && echo - none
 setup() {
   local commands copy=runs/${fetch##*/}
   commands="mkdir -p latent_delib && cd latent_delib && rm -rf configs latent_delib launch && tar -xzf ../code.tar.gz"
-  [[ -z $fetch ]] || commands+=" && mkdir -p $copy && gcloud storage rsync --recursive $fetch $copy"
+  [[ -z $fetch ]] ||
+    commands+=" && mkdir -p $(quote "$copy") && gcloud storage rsync --recursive $(quote "$fetch" "$copy")"
   if_set_up idle >/dev/null &&
     retry "${tpus[@]}" tpu-vm scp "runs/launch/$name/code.tar.gz" "$name:" "${at[@]}" --worker=all --quiet &&
     on_workers "$commands && LATENT_DELIB_EXTRAS=tpu ./launch/worker.sh setup"
@@ -193,7 +198,8 @@ case $action in
   run) job slice && { start || die "the job is not on every worker of $name; was that set up? is another there?"; } ;;
   keep) job slice && keep ;;
   status)
-    now=$(state) && say "$name: $now"
+    now=$(state) || die "$unseen"
+    say "$name: $now"
     [[ $now != ACTIVE && -z $dry_run ]] || if_set_up status
     ;;
   logs)
@@ -202,5 +208,4 @@ case $action in
     ;;
   stop) if_set_up stop ;;
   delete) release ;;
-  *) die "no action '$action'; --help has them all" ;;
 esac

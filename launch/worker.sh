@@ -8,6 +8,9 @@
 #   worker.sh idle             fails while a job runs
 #   worker.sh stop             SIGTERM, which saves; SIGKILL after 120 s
 set -euo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  sed -nE '2,/^[^#]/s/^# ?//p' "$0" && exit
+fi
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 worker=${HOSTNAME##*-w-} job=runs/job
 mkdir -p $job
@@ -17,7 +20,7 @@ running() { ! flock --nonblock $job/lock true; }
 busy() { echo "error: another job runs here: $(<$job/command)" >&2 && exit 1; }
 signal() { kill "-$1" -- "-$(<$job/pid)" 2>/dev/null || true; }
 
-case $1 in
+case ${1:-} in
   setup)
     with_uv() {
       curl -LsSf https://astral.sh/uv/install.sh | sh
@@ -69,4 +72,5 @@ case $1 in
     done
     signal KILL
     ;;
+  *) echo "error: no action '${1:-}'; --help has them all" >&2 && exit 1 ;;
 esac

@@ -209,10 +209,10 @@ def test_a_checkpoint_of_another_decoder_or_method(error, config_file, trained, 
             line = error(command, f"--config={config_file(changes)}", f"--workdir={workdir}")
             named(line, workdir, "its checkpoint has " + key)
     for changes, words in (
-        ({"seed": 1}, ["config.seed=1: the data of", "come in the order of 0"]),
-        ({"train.batch_size": 16}, ["config.train.batch_size=16: the data of", "come in the order of 8"]),
-        ({"optimizer.learning_rate": 0.5}, ["config.optimizer.learning_rate=0.5:", "has 0.01; give another --workdir"]),
-        ({"method.num_ahead": 2}, ["config.method.num_ahead=2:", "has 3; give another --workdir"]),
+        ({"seed": 1}, ["config.seed=1:", "was started with 0; use that, or another --workdir"]),
+        ({"train.batch_size": 16}, ["config.train.batch_size=16:", "was started with 8; use that"]),
+        ({"optimizer.learning_rate": 0.5}, ["config.optimizer.learning_rate=0.5:", "was started with 0.01; use"]),
+        ({"method.num_ahead": 2}, ["config.method.num_ahead=2:", "was started with 3; use that"]),
     ):
         named(error("train", f"--config={config_file(changes)}", f"--workdir={workdir}"), workdir, *words)
     assert sorted(p for p in workdir.rglob("*")) == before
@@ -221,7 +221,9 @@ def test_a_checkpoint_of_another_decoder_or_method(error, config_file, trained, 
 def test_a_workdir_that_cannot_be_written(error, config_file, tmp_path):
     (tmp_path / "file").write_text("a regular file")
     line = error("train", f"--config={config_file()}", f"--workdir={tmp_path / 'file' / 'workdir'}")
-    named(line, tmp_path / "file" / "workdir", "cannot be written", "Not a directory")
+    named(
+        line, tmp_path / "file" / "workdir", "cannot be written", f"{tmp_path / 'file'}: is a file, expected a folder"
+    )
     assert (tmp_path / "file").read_text() == "a regular file"
 
 
@@ -238,7 +240,7 @@ def test_a_checkpoints_folder_that_cannot_be_written(error, config_file, tmp_pat
     (tmp_path / "workdir").mkdir()
     (tmp_path / "workdir" / "checkpoints").write_text("")
     line = error("train", f"--config={config_file()}", f"--workdir={tmp_path / 'workdir'}")
-    named(line, tmp_path / "workdir", "cannot be written")
+    named(line, tmp_path / "workdir", "cannot be written", "checkpoints: is a file, expected a folder")
 
 
 def test_processes_that_are_not_there(error, config_file, trained, tmp_path, monkeypatch):

@@ -325,6 +325,19 @@ def test_a_disk_or_store_that_fails_is_no_damage(saved, monkeypatch, error, outa
     assert steps(saved) == [2, 4]
 
 
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_a_device_that_fails_is_no_store(saved, monkeypatch, kind):
+    """Or a lack of memory would be an outage, after which a launcher starts the job again."""
+    checkpoints = Checkpoints(str(saved))
+
+    def fails(*args, **kwargs):
+        raise kind("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(checkpoints._manager, "save", fails)
+    with pytest.raises(kind):
+        checkpoints.save(6, *make(6, sharding(*HERE)), META)
+
+
 def test_where_a_store_does_not_answer_at_the_start_nothing_is_a_mistake(saved, monkeypatch):
     def fails(*args, **kwargs):
         raise TimeoutError(110, "Connection timed out")
@@ -396,7 +409,10 @@ def test_a_folder_that_cannot_be_written(saved, tmp_path):
     """Not by permissions, which root does not feel: a file lies where the folder should."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "checkpoints").touch()
-    with pytest.raises(UserError, match=f"--workdir={tmp_path / 'other'}: cannot be written .File exists"):
+    with pytest.raises(
+        UserError,
+        match=f"--workdir={tmp_path / 'other'}: cannot be written .*checkpoints: is a file, expected a folder",
+    ):
         Checkpoints(str(tmp_path / "other"))
     checkpoints = Checkpoints(str(saved))
     os.rename(saved / "checkpoints", saved / "moved")

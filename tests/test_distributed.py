@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 
 from latent_delib import checkpoint, distributed, evaluate, train
 from latent_delib import mesh as mesh_lib
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError
 from latent_delib.weights import folder
 from tests.processes import Job, free_port
 
@@ -100,7 +101,7 @@ def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp
         ("export", decoder, str(tmp_path / "exported")),
         ("differ", tiny),
     )
-    assert stopped is False and said == other
+    assert stopped == 0 and said == other
     assert_close(tmp_path / "fresh", trained)
     assert_close(tmp_path / "resumed", trained)
     assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == result
@@ -163,6 +164,45 @@ def test_sigterm_to_one_saves_on_both_and_a_kill_ends_both(config_file, tmp_path
         assert "Traceback" not in job.said(0)
 
 
+GLOO = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer"
+LOST_PEER = jax.errors.JaxRuntimeError(GLOO)
+
+
+@pytest.mark.parametrize(
+    "error, meanwhile, code",
+    [
+        (LOST_PEER, "the other closes its connection", distributed.LOST),
+        (ValueError(GLOO), "the other closes its connection", distributed.LOST),
+        (LOST_PEER, "the other lost a third", distributed.LOST),
+        (LOST_PEER, "nothing", 1),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "nothing", 1),
+        (TypeError("a bug"), "nothing", 1),
+        (UserError("a mistake"), "nothing", 1),
+        (OSError(28, "No space left on device"), "nothing", 1),
+        (Outage(103, "UNAVAILABLE"), "nothing", distributed.LOST),
+        (KeyboardInterrupt(), "nothing", 130),
+    ],
+)
+def test_only_where_something_was_lost_is_a_job_to_start_again(monkeypatch, error, meanwhile, code):
+    here, other = socket.socketpair()
+    codes, ended = [], []
+    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    monkeypatch.setattr(distributed, "SILENCE", 0.5)
+    monkeypatch.setattr(distributed, "_place", lambda seconds: ("127.0.0.1:1", 3, 1))
+    monkeypatch.setattr(distributed, "_answer_roll", lambda *_: {0: here})
+    monkeypatch.setattr(distributed, "_exit", ended.append)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(distributed.atexit, "register", lambda _, code: codes.append(code))
+    with other, pytest.raises(type(error)):
+        with distributed.job(SimpleNamespace(distributed=True, start_timeout=1)):
+            if meanwhile != "nothing":  # the collective fails before it is known here
+                end = other.close if "closes" in meanwhile else partial(other.sendall, b"69 2\n")
+                threading.Timer(0.1, end).start()
+            raise error
+    assert codes == [code] and ended in ([], [code])
+
+
 def call_roll(count, *others, seconds=5.0):
     """Process 0 and `others`, each (count, index) as it was told, in threads: what each of them ends with."""
     address, ends = f"127.0.0.1:{free_port()}", {}
@@ -223,6 +263,24 @@ def connect(address):
             return socket.create_connection((host, int(port)))
         except ConnectionRefusedError:
             time.sleep(0.05)
+
+
+def test_a_listener_that_says_nothing(monkeypatch):
+    """Another service's, or a process 0 that was stopped: its kernel answers."""
+    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address, ends = f"127.0.0.1:{silent.getsockname()[1]}", []
+
+        def join():
+            try:
+                distributed._answer_roll(address, 2, 1, 0.3)
+            except UserError as error:
+                ends.append(str(error))
+
+        thread = threading.Thread(target=join, daemon=True)
+        thread.start()
+        thread.join(10)
+    assert len(ends) == 1 and f"process 0 does not answer at {address} within 0.3 s" in ends[0]
 
 
 def test_no_coordinator():

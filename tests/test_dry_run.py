@@ -69,6 +69,11 @@ def test_an_estimate_follows_from_what_was_found(make_config):
     assert result["largest_rows"] == 2  # 1 row takes 3 GiB; 2 are held, 8 are left
 
 
+def test_data_that_no_job_would_take_are_refused(make_config, tmp_path):
+    with pytest.raises(UserError, match="config.data.max_bad_records: -1, expected at least 0"):
+        dry_run.dry_run(make_config({"data.max_bad_records": -1}), str(tmp_path))
+
+
 # -- with the compiler for TPUs
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(latent_delib.__file__).parent
 COMMANDS = {"train", "evaluate", "generate", "prepare", "convert", "report", "benchmark", "make_tasks", "make_mixture"}
 COMMANDS |= {"lm", "models", "experiment", "perplexity", "harness", "look", "plan", "dry_run"}
 BELOW = {"errors", "nn", "delib", "data", "weights", "tokenizer", "step", "engine", "flops", "mesh", "checkpoint"}
-BELOW |= {"hlo", "distributed", "progress", "provenance", "files", "scoring", "asynchronous"}
+BELOW |= {"hlo", "distributed", "progress", "provenance", "files", "stopping", "scoring", "asynchronous"}
 BELOW |= {"published", "runs", "tables", "figures"}
 # What a room may import of ours besides itself; who is not named here is a command and may import all.
 ALLOWED = {
@@ -25,11 +25,12 @@ ALLOWED = {
     "weights": {"nn", "files", "errors"},
     "tokenizer": {"errors"},
     "mesh": {"errors"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"files", "errors"},
     "distributed": {"errors"},
     "hlo": set(),
     "progress": set(),
     "files": {"errors"},
+    "stopping": {"errors"},
     "provenance": set(),
     "commands": {"errors"},
     "step": {"nn", "delib"},

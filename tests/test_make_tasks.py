@@ -201,7 +201,7 @@ def test_held_out_text(folder):
 
 
 def test_mistakes(folder, tmp_path, monkeypatch):
-    with pytest.raises(ld.UserError, match="tasks: exists; remove it"):
+    with pytest.raises(ld.UserError, match="tasks: already exists and is not empty; name another"):
         make_tasks.make_tasks(str(folder))
     monkeypatch.setattr(make_tasks.metadata, "version", _missing)
     with pytest.raises(ld.UserError, match="reasoning-gym is not installed: .*LATENT_DELIB_EXTRAS=tasks"):

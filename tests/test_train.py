@@ -4,9 +4,12 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from latent_delib import checkpoint, plan, train
+from latent_delib import checkpoint, experiment, plan, train
 from latent_delib.data import batches
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import Tokenizer
@@ -59,9 +62,9 @@ def interrupted(*args, **kwargs):
 config, workdir, read = base.get_config(), "gs://bucket/a/run", batches.train_batches
 config.update_from_flattened_dict(eval(sys.argv[1]))
 batches.train_batches = interrupted
-assert train.train(config, workdir) is True
+assert train.train(config, workdir) == 75
 batches.train_batches = read
-assert train.train(config, workdir) is False
+assert train.train(config, workdir) == 0
 print(len(evaluate.evaluate(config, workdir, workdir + "/out")["rows"]))
 """
 KILL = "step_2_is_saved(); os.kill(os.getpid(), signal.SIGKILL)"
@@ -151,6 +154,74 @@ def test_sigterm_saves_and_exits_with_75(trained, config_file, make_config, tmp_
     assert_same(workdir, trained)
 
 
+def test_ctrl_c_saves_and_exits_with_130(make_config, tmp_path, monkeypatch, capfd):
+    read = batches.train_batches
+
+    def interrupted(*args, **kwargs):
+        for step, batch in enumerate(read(*args, **kwargs), start=1):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(batches, "train_batches", interrupted)
+    config = make_config({"train.checkpoint_every": 1000})
+    flags = SimpleNamespace(config=config, workdir=str(tmp_path), distributed=False, dry_run=False, topology="")
+    assert checkpoint.newest_whole(str(tmp_path)) == 0
+    with pytest.raises(SystemExit) as end:
+        train.main(flags)
+    out, err = capfd.readouterr()
+    assert end.value.code == 130
+    assert "stopping after this step, saving; press Ctrl-C again to stop at once\n" in err
+    assert out.endswith("stopped by Ctrl-C; step 3 is saved, the same command resumes\n")
+    assert checkpoint.newest_whole(str(tmp_path)) == everything(tmp_path)[0] == 3
+
+
+class Store:
+    """A folder on a store, and the one file in it; `failures` of its first writes fail."""
+
+    def __init__(self, failures):
+        self.failures, self.content, self.answers = failures, None, threading.Event()
+
+    def __truediv__(self, name):
+        return self
+
+    def __str__(self):
+        return "gs://bucket/run/metrics.jsonl"
+
+    def exists(self):
+        return False
+
+    def write_text(self, text):
+        self.answers.wait()
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("503 later")
+        self.content = text
+
+
+@pytest.mark.parametrize("failures", [0, 2, 99])
+def test_a_store_that_does_not_take_metrics_ends_nothing(make_config, monkeypatch, capsys, failures):
+    """Nor does one that is slow: the training goes on beside it."""
+    store = Store(failures)
+    monkeypatch.setattr(train.epath, "Path", lambda _: store)
+    metrics = train.Metrics(experiment.read(make_config()), "gs://bucket/run", 0)
+    rows = [{"step": step, "loss": 1.0} for step in range(1, 5)]
+    for row in rows:
+        metrics.write(row)
+        if row["step"] == 2:  # two lines came while the store was silent
+            store.answers.set()
+            metrics.file.writing.join()
+        if row["step"] == 3:
+            metrics.file.writing.join()
+    metrics.close()
+    said = capsys.readouterr().err
+    if failures < 99:
+        assert [json.loads(line) for line in store.content.splitlines()] == rows
+        assert said.count("warning") == bool(failures)
+    else:
+        assert said.count("warning: gs://bucket/run/metrics.jsonl: not written (RuntimeError: 503 later)") == 2
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(trained, config_file, make_config, tmp_path):
     """Every file is limited to 4 KiB from step 4 on, so its checkpoint cannot be written."""
     workdir = tmp_path / "workdir"
@@ -185,7 +256,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, make_config, tmp_path, 
     not_finite_at(monkeypatch, 3)
     saves = []
     monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, step, *_: saves.append(step))
-    with pytest.raises(UserError, match="step 3: the loss is nan"):
+    with pytest.raises(UserError, match="step 3: the loss is nan, .* step 2 is saved; expected"):
         train.train(make_config({"train.checkpoint_every": 1}), str(tmp_path / "workdir"))
     assert not saves
     step, found = everything(tmp_path / "workdir")
@@ -214,6 +285,18 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trained, make_confi
     assert "bad_steps" not in rows[1] and rows[2]["bad_steps"] == 1 and np.isfinite(rows[2]["grad_norm"])
 
 
+@pytest.mark.parametrize(
+    "error", ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: Error dispatching computation: Out of memory"]
+)
+def test_too_little_memory_is_told_in_one_line_with_the_remedy(make_config, tmp_path, monkeypatch, error):
+    def fails(*args):
+        raise jax.errors.JaxRuntimeError(error)
+
+    monkeypatch.setattr(train, "run", fails)
+    with pytest.raises(UserError, match="out of device memory; lower train.batch_size .*Out of memory"):
+        train.train(make_config(), str(tmp_path))
+
+
 def test_a_gradient_that_is_not_finite_is_not_saved(trained, make_config, tmp_path, monkeypatch):
     """The loss of a step is that of the weights before it: bad weights would be saved before a loss shows them."""
     copy_at_step_2(trained, tmp_path / "workdir")
@@ -228,6 +311,8 @@ def test_a_gradient_that_is_not_finite_is_not_saved(trained, make_config, tmp_pa
     monkeypatch.setattr(plan, "train_step", overflowing)
     with pytest.raises(UserError, match="step 3: .*gradient"):
         train.train(make_config({"train.checkpoint_every": 1}), str(tmp_path / "workdir"))
+    with pytest.raises(UserError, match="step 1: .*gradient.* nothing is saved yet"):
+        train.train(make_config({"train.checkpoint_every": 1}), str(tmp_path / "another"))
     assert not saves
 
 
@@ -250,7 +335,7 @@ def test_what_a_signal_saves_is_no_best_one(make_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
     monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: len(saves) == 1)
-    assert train.train(make_config({"train.checkpoint_every": 2, "train.keep_best": 1}), str(tmp_path)) is True
+    assert train.train(make_config({"train.checkpoint_every": 2, "train.keep_best": 1}), str(tmp_path)) == 75
     assert saves == [(2, True), (3, False)]
     monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: False)
     train.train(make_config({"train.checkpoint_every": 2, "train.keep_best": 1}), str(tmp_path))
@@ -383,7 +468,7 @@ def test_a_trained_decoder_is_exported(make_config, decoder_folder, tokenizer_pa
     original = folder.load(decoder_folder, architecture, np.float32)
     assert np.abs(original["embedding"] - np.asarray(weights["embedding"])).max() > 1e-3
     assert Tokenizer(where / "tokenizer.model").vocab_size == Tokenizer(tokenizer_path).vocab_size
-    assert not list(tmp_path.glob("decoder.tmp*"))
+    assert not list(tmp_path.glob("*tmp*"))
 
 
 def test_a_decoder_that_is_trained_again_takes_the_place_of_the_old(make_config, tmp_path):

@@ -81,6 +81,70 @@ def test_shellcheck(script: Path) -> None:
     assert os.access(script, os.X_OK)
 
 
+@pytest.fixture
+def scripts(tmp_path: Path) -> Path:
+    """A checkout of launch/ alone, where nothing can be installed without a trace."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch", ignore=shutil.ignore_patterns("*.md"))
+    return tmp_path
+
+
+def run(here: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """From inside launch/, as a script is called by who has gone there."""
+    command, env = [f"./{script}", *arguments], {"PATH": os.defpath, "HOME": str(here)}
+    return subprocess.run(command, cwd=here / "launch", env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.suffix == ".sh"])
+def test_help_is_the_head_and_starts_nothing(scripts: Path, script: str) -> None:
+    done = run(scripts, script, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    head = (scripts / "launch" / script).read_text().splitlines()[1]
+    assert done.stdout.splitlines()[0] == head.removeprefix("# ") and "shellcheck source" not in done.stdout
+    assert [path.name for path in scripts.iterdir()] == ["launch"]
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("setup.sh", ["tpu"], "tpu: expected no arguments"),
+        ("get_smollm2.sh", ["--all"], "--all: no such flag"),
+        ("get_smollm2.sh", ["all"], "all: expected no arguments"),
+        ("quickstart.sh", ["--steps=3"], "--steps=3: expected --config.KEY=VALUE"),
+        ("quickstart.sh", [], "CONFIG=quickstart: there is no configs/quickstart.py"),
+        ("smollm2.sh", ["train.steps=3"], "train.steps=3: expected --config.KEY=VALUE"),
+        ("smollm2.sh", [], "CONFIG=smollm2_135m: there is no configs/smollm2_135m.py"),
+        ("gpu.sh", [], "nothing to run: expected a command"),
+        ("gpu.sh", ["--flag"], "--flag: expected a command"),
+        ("worker.sh", ["restart"], "no action 'restart'"),
+        ("gke_xpk.sh", ["restart"], "no action 'restart'"),
+    ],
+)
+def test_unknown_arguments_are_refused_before_anything_starts(scripts, script, arguments, message) -> None:
+    done = run(scripts, script, *arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert not (scripts / ".venv").exists()
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "smollm2.sh"])
+def test_a_wrong_key_is_met_by_the_first_command(scripts: Path, script: str) -> None:
+    """Not after minutes of preparation: that gets the changes of the config too."""
+    for name, text in {
+        "launch/setup.sh": "",
+        "launch/get_smollm2.sh": "echo model.gguf",
+        ".venv/bin/python": 'echo "${*:2}" >>calls; [[ $* != *prepare* ]]',
+    }.items():
+        path = scripts / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    shutil.copytree(ROOT / "configs", scripts / "configs")
+    assert run(scripts, script, "--config.train.stpes=3").returncode == 1
+    last = (scripts / "calls").read_text().splitlines()[-1].split()
+    assert last[0] == "latent_delib.prepare" and last[-1] == "--config.train.stpes=3"
+
+
 def test_unsuitable_interpreters_are_named_in_one_line(sandbox: Sandbox) -> None:
     sandbox.python("python3.11", (3, 11, 2), 'sys.modules["ensurepip"] = None')
     (sandbox.bin / "python3.12").write_text("#!/bin/sh\necho no such version >&2\nexit 127\n")

@@ -19,8 +19,10 @@ class Checkout:
 
     def __init__(self, root: Path):
         self.root = root
-        for folder in ("launch", ".venv/bin", "bin"):
+        for folder in ("launch", "configs", ".venv/bin", "bin"):
             (root / folder).mkdir(parents=True)
+        for config in ("x", "y"):
+            (root / "configs" / f"{config}.py").touch()
         for script in ("common", "local", "sweep"):
             shutil.copy(ROOT / "launch" / f"{script}.sh", root / "launch")
         self.started: list[subprocess.Popen] = []
@@ -131,6 +133,11 @@ def test_what_ignores_sigterm_is_killed(here: Checkout) -> None:
         ("sweep", "Name configs/x.py", "a name of a-z, 0-9 and -"),
         ("sweep", "name seed=0,1", "a config"),
         ("sweep", "name configs/x.py seed", "seed: expected KEY=VALUE,VALUE"),
+        ("sweep", "name configs/x.py seed=", "seed=: one of the values is empty"),
+        ("sweep", "name configs/x.py seed=,", "seed=,: one of the values is empty"),
+        ("sweep", "name configs/x.py seed=0,,1 --dry_run", "seed=0,,1: one of the values is empty"),
+        ("sweep", "name configs/x.py,configs/none.py --dry_run", "configs/none.py: no such file"),
+        ("sweep", "name configs/x.py --jobs=0 --dry_run", "--jobs=0: expected 1 or more"),
         ("sweep", "name configs/x.py --with={launcher}", "LATENT_DELIB_BUCKET is not set"),
     ],
 )

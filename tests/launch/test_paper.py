@@ -36,7 +36,8 @@ esac
 def here(tmp_path: Path) -> Path:
     (tmp_path / "launch").mkdir()
     shutil.copytree(ROOT / "configs/paper", tmp_path / "configs/paper")
-    shutil.copy(ROOT / "launch/paper.sh", tmp_path / "launch")
+    for name in ("common", "paper"):
+        shutil.copy(ROOT / f"launch/{name}.sh", tmp_path / "launch")
     scripts = {"launch/setup.sh": "", "launch/get_smollm2.sh": "echo model.gguf", ".venv/bin/python": PYTHON}
     for name, text in scripts.items():
         path = tmp_path / name
@@ -137,6 +138,12 @@ def test_without_tasks_all_else_is_made_and_reported(here: Path) -> None:
     calls = (here / "calls").read_text()
     assert "train --config=configs/paper/pause_tokens.py:a" in calls and "adapt_decoder" not in calls
     assert calls.endswith("report runs/paper --out=runs/paper/report\n")
+
+
+def test_more_arguments_are_of_the_config(here: Path) -> None:
+    (said,) = paper(here, "a/overlay", "--", "--steps=all", code=1)
+    assert said == "error: --steps=all: expected --config.KEY=VALUE; --help tells more"
+    assert not (here / "runs").exists()
 
 
 @pytest.mark.parametrize("name", ["overlay", "a/nothing", "a/protocols", "a/", "c/overlay"])

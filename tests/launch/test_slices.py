@@ -228,7 +228,10 @@ def test_quota_is_not_tried_again_and_passing_failures_are(world: World) -> None
     world.plays(failures=["queued-resources describe|UNAVAILABLE: try later"] * 9)
     done = world.launch("tpu_vm", *create, code=1)
     assert "gave up at try 3: ERROR: (gcloud) UNAVAILABLE: try later" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: the state of a cannot be seen")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the state of a cannot be seen; is gcloud logged in (gcloud auth login), and")
+    world.plays(failures=["queued-resources describe|UNAVAILABLE: try later"] * 9)
+    assert world.launch("tpu_vm", "status", "a", code=1).stderr.splitlines()[-1] == last
 
 
 def test_what_exists_already(world: World) -> None:
@@ -382,6 +385,7 @@ def test_keep_replaces_a_slice_that_does_not_answer(world: World) -> None:
         ("create A_b", "ANY", "a name of a-z, 0-9 and -"),
         ("create a", "ANY", "--accelerator=: expected"),
         ("restart a", "ANY", "no action 'restart'"),
+        ("restart", "LATENT_DELIB_PROJECT", "no action 'restart'"),
         ("run a --flag=1", "ANY", "--flag=1: no such flag; there are --accelerator --spot"),
         ("run a", "ANY", "no command"),
         ("keep a -- python --workdir=runs/x", "ANY", "--workdir=runs/x: a slice's disks are not shared"),
@@ -421,6 +425,8 @@ def test_dry_run_prints_what_would_run(world: World) -> None:
     ]
     fetched = "mkdir -p runs/d && gcloud storage rsync --recursive gs://bucket/d runs/d && LATENT_DELIB_EXTRAS=tpu"
     assert fetched in shlex.split(world.keep("--fetch=gs://bucket/d", "--dry_run").stdout.splitlines()[-2])[-1]
+    setup = shlex.split(world.keep("--fetch=gs://b/x & y", "--dry_run").stdout.splitlines()[-2])[-1]
+    assert r"mkdir -p runs/x\ \&\ y && gcloud storage rsync --recursive gs://b/x\ \&\ y runs/x\ \&\ y &&" in setup
     assert world.launch("tpu_vm", "delete", "a", "--dry_run").stdout == DELETE + "\n"
     logs = world.launch("tpu_vm", "logs", "a", "--worker=1", "--dry_run").stdout
     assert shlex.split(logs)[-3:] == ["--worker=1", "--quiet", f"--command={worker_sh} logs"]
