@@ -11,13 +11,13 @@ checksum (format 1, which is read too, had none).
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 import tensorstore as ts
 
 from latent_delib.data.rows import BadRecords, pack, segments
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, reason, store_error
 from latent_delib.tokenizer import fingerprint
 
 FORMAT = 2
@@ -42,23 +42,24 @@ def _store(path: str):
     return f"{path}/" if "://" in path else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
 
 
-def _done(future: Any, path: str) -> Any:
-    """Waits for tensorstore; a full disk or a damaged file becomes one line."""
+@contextlib.contextmanager
+def _store_errors(path: str) -> Iterator[None]:
+    """Makes of tensorstore's errors an OSError where a store or disk fails, otherwise a UserError."""
     try:
-        return future.result()
+        yield
     except ValueError as error:
-        raise UserError(f"{path}: {_line(error)}") from None
+        raise store_error(error, path) or UserError(f"{path}: {reason(error)}") from None
+
+
+def _done(future: Any, path: str) -> Any:
+    """Waits for tensorstore."""
+    with _store_errors(path):
+        return future.result()
 
 
 def _folder(directory: str) -> ts.KvStore:
-    try:
+    with _store_errors(directory):  # a URL of no known kind is refused at once
         return ts.KvStore.open(_store(directory)).result()
-    except ValueError as error:  # gs:///tokens
-        raise UserError(f"{directory}: {_line(error)}") from None
-
-
-def _line(error: ValueError) -> str:
-    return re.split(r" \[[\w ]+='", str(error))[0]  # tensorstore adds its whole specification
 
 
 def _read(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
@@ -74,9 +75,13 @@ def _tokens(future: Any, where: str, vocab_size: int, bad: BadRecords) -> np.nda
     try:
         tokens = future.result().astype(np.int32)
     except ValueError as error:
+        if failed := store_error(error, where):
+            raise failed from None
         if not str(error).startswith(_DAMAGED):  # a file that is not there is more than a bad record
-            raise UserError(f"{where}: {_line(error)}") from None
-        bad(f"{where}: {_line(error)}")
+            raise UserError(
+                f"{where}: cannot be read: {reason(error)}; copy the token files again, or prepare them again"
+            ) from None
+        bad(f"{where}: {reason(error)}")
         return None
     if len(outside := tokens[(tokens < 0) | (tokens >= vocab_size)]):
         bad(f"{where}: token {outside[0]}, expected 0 ... {vocab_size - 1}")

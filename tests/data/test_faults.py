@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from latent_delib import prepare
 from latent_delib.data import batches, rows, token_files
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError
 
 T, PAD, CHUNK = 32, 0, 128  # rows of a chunk
 
@@ -113,7 +114,7 @@ def test_token_files_that_vanish_or_do_not_fit_their_meta(folder, read, sources,
     loader = batches.train_batches(make_data(sources["train"], folder, 999), batch_size=2, **arguments)
     next(loader)
     file.rename(folder / "elsewhere")
-    with pytest.raises(UserError, match=rf"{folder}/train/0: row \d+: NOT_FOUND: .*c/0/0"):
+    with pytest.raises(UserError, match=rf"{folder}/train/0: row \d+: cannot be read: NOT_FOUND: .*c/0/0.*again$"):
         for _ in range(4):  # two batches were read ahead
             next(loader)
     with pytest.raises(UserError, match=f"{folder}/train/0/tokens/c/0/0: no such file"):
@@ -125,6 +126,52 @@ def test_token_files_that_vanish_or_do_not_fit_their_meta(folder, read, sources,
     meta.write_text(text[:-9])
     with pytest.raises(UserError, match=f"{meta}: not JSON"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('UNAVAILABLE: Error reading "gs://b/t/c/0": Connection reset', Outage),
+        ("DEADLINE_EXCEEDED: All 33 retry attempts failed: HTTP 503", Outage),
+        ("RESOURCE_EXHAUSTED: HTTP response code: 429", Outage),
+        ("ABORTED: HTTP response code: 503", Outage),
+        ("CANCELLED: the request", Outage),
+        ("PERMISSION_DENIED: HTTP response code: 403", PermissionError),
+        ("UNAUTHENTICATED: HTTP response code: 401", PermissionError),
+        ("UNKNOWN: Error reading local file [os_error_code='5']", OSError),
+        ('NOT_FOUND: chunk {0} in "gs://b/t/c/0" is missing', UserError),
+        ("INVALID_ARGUMENT: Invalid GCS bucket name", UserError),
+        ("DATA_LOSS: Digest mismatch", None),
+        ("FAILED_PRECONDITION: Requested byte range is not valid for value of size 0", None),
+    ],
+)
+def test_what_a_failed_read_of_token_files_is(monkeypatch, text, kind):
+    """As for checkpoints: an outage (exit 69) is no mistake of the user's, and no damage."""
+
+    def fail():
+        raise ValueError(text)
+
+    future, bad = types.SimpleNamespace(result=fail), rows.BadRecords(1)
+    store = types.SimpleNamespace(open=lambda where: future)
+    monkeypatch.setattr(token_files, "ts", types.SimpleNamespace(KvStore=store))
+
+    def kind_of(call):
+        with pytest.raises((OSError, UserError)) as error:
+            call()
+        assert "\n" not in str(error.value)
+        return type(error.value)
+
+    assert kind_of(lambda: token_files._done(future, "gs://b/t")) == (kind or UserError)
+    assert kind_of(lambda: token_files.read_meta("gs://b/t")) == (kind or UserError)
+    if kind is None:
+        assert token_files._tokens(future, "gs://b/t: row 3", 9, bad) is None and len(bad.met) == 1
+    else:
+        assert kind_of(lambda: token_files._tokens(future, "gs://b/t: row 3", 9, bad)) == kind and not bad.met
+
+
+def test_a_url_of_no_known_kind():
+    with pytest.raises(UserError, match='^s4://nowhere/tokens: .*unsupported URL scheme "s4"'):
+        token_files.read_meta("s4://nowhere/tokens")
 
 
 @pytest.fixture
@@ -182,8 +229,6 @@ def test_a_source_of_nothing_else_holds_no_text(tokenizer_path, tmp_path):
 
 @pytest.mark.parametrize("special", [2, PAD])
 def test_text_that_becomes_bos_or_padding_is_bad(special):
-    import types
-
     from latent_delib.data import tasks
 
     vocabulary = types.SimpleNamespace(bos_id=2, pad_id=PAD, encode=lambda text: [9, special if len(text) > 5 else 9])
