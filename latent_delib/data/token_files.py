@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from latent_delib.data.order import VERSION, Order, shares
 from latent_delib.data.rows import BadRecords, pack, segments
 from latent_delib.errors import UserError, reason, store_error
 from latent_delib.tokenizer import fingerprint
 
 FORMAT = 2
-BLOCK = 1024  # rows in which each source has exactly its share
 _FILE = 1 << 22  # tokens
 _CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
 _DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")  # how tensorstore's message begins: a wrong checksum, a cut-off file
@@ -212,55 +212,6 @@ def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tupl
     return meta, [f"{where}/{split}/{i}" for i in chosen], [meta[split][i] for i in chosen]
 
 
-def _permutation(size: int, *key: int) -> np.ndarray:
-    """A random order of range(size), a function of `key` alone: numpy never changes Philox's raw bits."""
-    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size), kind="stable")
-
-
-def shares(weights: Iterable[float]) -> np.ndarray:
-    """How many rows of a block each source has, by largest remainders: int64 [sources], the sum is BLOCK."""
-    exact = np.array(list(weights)) / sum(weights) * BLOCK
-    share = np.floor(exact).astype(int)
-    share[np.argsort(share - exact, kind="stable")[: BLOCK - share.sum()]] += 1
-    if not share.all():
-        raise UserError(
-            f"config.data.weights: {tuple(weights)}: in rows of {BLOCK}, {share.tolist()}: one would never be read"
-        )
-    return share
-
-
-class Order:
-    """Which row of which source is row i of the training: a pure function of (seed, i).
-
-    Rows come in blocks in which each source has its share, in an order drawn for (seed, block). A source is read
-    in epochs, each in an order drawn for (seed, source, epoch); the latest is kept, 8 bytes a row.
-    """
-
-    def __init__(self, seed: int, share: np.ndarray, rows: list[int]):
-        self.seed, self.share, self.rows = seed, share, np.array(rows)
-        self.epochs: dict[int, tuple[int, np.ndarray]] = {}
-
-    def __call__(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, row of that source), each int64 [stop - start], of the rows start ... stop - 1."""
-        blocks = [self._block(block) for block in range(start // BLOCK, -(-stop // BLOCK))]
-        here = slice(start % BLOCK, start % BLOCK + stop - start)
-        source, count = (np.concatenate(part)[here] for part in zip(*blocks, strict=True))
-        epoch, row = np.divmod(count, self.rows[source])
-        for s, e in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
-            if s not in self.epochs or self.epochs[s][0] != e:
-                self.epochs[s] = e, _permutation(self.rows[s], self.seed, 1, s, e)
-            chosen = (source == s) & (epoch == e)
-            row[chosen] = self.epochs[s][1][row[chosen]]
-        return source, row
-
-    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, number of rows of that source before it), each int64 [BLOCK], of the rows of a block."""
-        source = np.repeat(np.arange(len(self.share)), self.share)[_permutation(BLOCK, self.seed, 0, block)]
-        count = np.empty_like(source)
-        count[np.argsort(source, kind="stable")] = np.concatenate([np.arange(n) + block * n for n in self.share])
-        return source, count
-
-
 def _ahead(function: Callable[[int], dict], start: int) -> Iterator[dict]:
     """function(start), function(start + 1), ... without end; a thread works on the next two meanwhile."""
     with ThreadPoolExecutor(1) as pool:
@@ -307,20 +258,12 @@ def validation_documents(data, *, tokenizer_path):
 
 
 def data_fingerprint(data, *, tokenizer_path):
-    """`batches.fingerprint` for token files."""
+    """`batches.fingerprint` for token files: of meta.json alone, however many files there are."""
     meta, paths, entries = _open(data, tokenizer_path, "train", data.sources)
-    found = {"token_files/meta.json": _digest(meta)}
+    found = {"order": VERSION, "token_files/meta.json": _digest(meta)}
     for i, (path, entry) in enumerate(zip(paths, entries, strict=True)):
-        array, store = _read(f"{path}/tokens", (entry["rows"], data.seq_len)), ts.KvStore.open(_store(f"{path}/tokens"))
-        names = sorted(name.decode() for name in _done(store.result().list(), path))
-        wanted = range(-(-array.shape[0] // array.chunk_layout.write_chunk.shape[0]))
-        if missing := {f"c/{k}/0" for k in wanted} - set(names):
-            raise UserError(f"{path}/tokens/{min(missing)}: no such file")
-        # a file ends with the checksum of its index, that is, of where each chunk lies and how long it is
-        ends = [(name, store.result().read(name, byte_range=slice(-4, None))) for name in names]
-        ends = [(name, _done(end, f"{path}/tokens/{name}").value.hex()) for name, end in ends]
         number = "/".join(path.rsplit("/", 2)[1:])  # SPLIT/NUMBER
-        found[f"sources[{i}] (token_files/{number})"] = _digest([entry, ends])
+        found[f"sources[{i}] (token_files/{number})"] = _digest(entry)
     return found
 
 

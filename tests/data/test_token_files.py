@@ -13,7 +13,7 @@ import tensorstore
 from ml_collections import ConfigDict
 
 from latent_delib import files
-from latent_delib.data import token_files
+from latent_delib.data import order, token_files
 from latent_delib.data.batches import train_batches, validation_documents
 from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
@@ -151,9 +151,9 @@ def test_each_row_once_an_epoch(prepared):
 
 def test_each_block_holds_each_source_by_its_weight(prepared):
     first = counts(prepared.rows("lines:a"))
-    tokens = np.concatenate([b["tokens"] for b in prepared.batches(3, batch_size=token_files.BLOCK)])
+    tokens = np.concatenate([b["tokens"] for b in prepared.batches(3, batch_size=order.BLOCK)])
     of_first = np.array([tuple(row) in first for row in tokens.tolist()]).reshape(3, -1)
-    np.testing.assert_array_equal(of_first.sum(1), token_files.BLOCK * 3 // 4)
+    np.testing.assert_array_equal(of_first.sum(1), order.BLOCK * 3 // 4)
     assert 0.6 < of_first[0, :100].mean() < 0.9, "the sources of a block are not mixed"
 
 
@@ -161,26 +161,6 @@ def test_a_source_smaller_than_a_batch_repeats(prepared):
     rows = prepared.rows("lines:c")
     (batch,) = prepared.batches(1, batch_size=4 * len(rows), sources=("lines:c",), weights=(2.0,))
     assert counts(batch["tokens"]) == counts(np.repeat(rows, 4, axis=0))
-
-
-def test_order_stays_what_it_is():
-    """A run resumes on any later version: these numbers must not change."""
-    order = token_files.Order(5, token_files.shares([2, 1]), [1000, 7])
-    source, row = order(1020, 1028)
-    assert source.tolist() == ORDER[0] and row.tolist() == ORDER[1]
-
-
-ORDER = [[0, 0, 0, 1, 1, 0, 0, 0], [323, 720, 330, 0, 3, 606, 656, 812]]
-
-
-def test_shares_by_largest_remainders():
-    assert token_files.shares([1, 1, 1]).tolist() == [342, 341, 341]
-    assert token_files.shares([0.7, 0.2, 0.1]).tolist() == [717, 205, 102]
-    with pytest.raises(
-        UserError,
-        match=r"config\.data\.weights: \(1000\.0, 0\.1\): in rows of 1024, \[1024, 0\]: one would never be read",
-    ):
-        token_files.shares([1000.0, 0.1])
 
 
 def test_validation_documents_come_back_whole_and_in_order(prepared):
