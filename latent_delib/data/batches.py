@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from latent_delib.data.rows import check_data, pieces
+from latent_delib.data.sources import check_files
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import fingerprint as fingerprint_of_tokenizer
 
-__all__ = ["check_fingerprint", "fingerprint", "pieces", "train_batches", "validation_documents"]
+__all__ = ["check", "check_fingerprint", "fingerprint", "pieces", "train_batches", "validation_documents"]
 
 
 def _route(data):
@@ -19,6 +20,19 @@ def _route(data):
     else:
         from latent_delib.data import tasks as route
     return route
+
+
+def check(data: Any, field: str) -> None:
+    """Raises UserError for what is wrong with `data`, as far as that is seen in a moment and without TensorFlow.
+
+    `field` is the text that is about to be read: "sources" or "validation". Its local files must be there, unless they
+    are prepared as token files.
+    """
+    check_data(data)
+    if not data[field]:
+        raise UserError(f"config.data.{field}: empty, expected at least one source")
+    if not data.token_files:
+        check_files(data[field])
 
 
 def train_batches(
@@ -42,14 +56,15 @@ def train_batches(
     reads and tokenizes all of the text and drops the rows of others, and runs through `start_step` batches before
     it yields one: many hosts, or long runs, want token files.
 
-    Bad records (text that is not UTF-8 or that the tokenizer makes BOS or padding of; a row of token files that
-    cannot be read or holds an id outside the vocabulary) are skipped and counted up to `data.max_bad_records`: of
-    text nothing is left, a row becomes padding. From text every process counts all; from token files its own rows.
+    Bad records are skipped and counted up to `data.max_bad_records`. Bad text is not UTF-8, holds NUL characters or
+    becomes BOS or padding in the tokenizer: nothing of it is left, and every process counts all of it. A bad row of
+    token files is damaged or holds an id outside the vocabulary: it becomes padding, and a process counts its own.
 
     Raises UserError: before the first batch for sources that are missing, empty or do not fit `data`; later for one
-    bad record too many and for files that vanish.
+    bad record too many and for files that are gone. Raises OSError: the disk fails, the store denies access or
+    (Outage) does not answer.
     """
-    check_data(data)
+    check(data, "sources")
     return _route(data).train_batches(
         data,
         batch_size=batch_size,
@@ -67,9 +82,7 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[tuple[st
 
     Raises UserError, before the first document, for sources that are missing or empty.
     """
-    check_data(data)
-    if not data.validation:
-        raise UserError("config.data.validation: empty, expected at least one source")
+    check(data, "validation")
     return _route(data).validation_documents(data, tokenizer_path=tokenizer_path)
 
 
@@ -85,7 +98,7 @@ def fingerprint(data: Any, *, tokenizer_path: str) -> dict[str, str]:
 
     Raises UserError for token files without meta.json, and for text that is missing or cannot be read.
     """
-    check_data(data)
+    check(data, "sources")
     return {
         "tokenizer": fingerprint_of_tokenizer(tokenizer_path),
         **_route(data).data_fingerprint(data, tokenizer_path=tokenizer_path),
