@@ -66,7 +66,10 @@ def _read(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
     spec = {"driver": "zarr3", "kvstore": _store(path), "fill_missing_data_reads": False}
     array = _done(ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False), path)
     if array.shape != shape:
-        raise UserError(f"{path}: an array of shape {list(array.shape)}, its meta.json says {list(shape)}")
+        raise UserError(
+            f"{path}: an array of shape {list(array.shape)}, meta.json says {list(shape)}; "
+            "copy the token files again, or prepare them again"
+        )
     return array
 
 
@@ -84,7 +87,7 @@ def _tokens(future: Any, where: str, vocab_size: int, bad: BadRecords) -> np.nda
         bad(f"{where}: {reason(error)}")
         return None
     if len(outside := tokens[(tokens < 0) | (tokens >= vocab_size)]):
-        bad(f"{where}: token {outside[0]}, expected 0 ... {vocab_size - 1}")
+        bad(f"{where}: token {outside[0]}, expected one of 0 to {vocab_size - 1}")
         return None
     return tokens
 
@@ -136,12 +139,12 @@ def read_meta(directory: str) -> dict | None:
     try:
         meta = json.loads(found.value)
     except ValueError:
-        raise UserError(f"{directory}/meta.json: not JSON: damaged") from None
+        raise UserError(f"{directory}/meta.json: damaged, expected JSON; prepare the token files again") from None
     if (
         not isinstance(meta, dict)
         or not {"format", "seq_len", "tokenizer_sha256", "train", "validation"} <= meta.keys()
     ):
-        raise UserError(f"{directory}/meta.json: not what `prepare` writes")
+        raise UserError(f"{directory}/meta.json: not of token files; name a folder that prepare has written")
     return meta
 
 
@@ -191,23 +194,32 @@ def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tupl
     meta = read_meta(where)
     if meta is None:
         raise UserError(
-            f"config.data.token_files: no {where}/meta.json: nothing was prepared there, or it did not finish"
+            f"config.data.token_files: no {where}/meta.json, which is written last; "
+            f"run python -m latent_delib.prepare with --out={where} to its end"
         )
     if not 1 <= meta["format"] <= FORMAT:
-        raise UserError(f"config.data.token_files: {where} has format {meta['format']}, expected 1 ... {FORMAT}")
+        raise UserError(
+            f"config.data.token_files: {where} has format {meta['format']}, expected 1 to {FORMAT}; "
+            "prepare the token files with this version, or use a newer one"
+        )
     if meta["seq_len"] != data.seq_len:
         raise UserError(
-            f"config.data.token_files: {where} has rows of {meta['seq_len']}, config.data.seq_len is {data.seq_len}"
+            f"config.data.token_files: {where} has rows of {meta['seq_len']} tokens, config.data.seq_len is "
+            f"{data.seq_len}; prepare token files of that length, or change it"
         )
     if (found := fingerprint(tokenizer_path)) != meta["tokenizer_sha256"]:
         raise UserError(
             f"config.data.token_files: {where} was prepared with tokenizer sha256 {meta['tokenizer_sha256']}, "
-            f"{tokenizer_path} has {found}"
+            f"{tokenizer_path} has {found}; use that one (config.decoder.tokenizer), or prepare with this one"
         )
     numbers = {entry["source"]: i for i, entry in enumerate(meta[split])}
+    field = "sources" if split == "train" else "validation"
     for source in sources:
         if source not in numbers:
-            raise UserError(f"config.data: {split} source {source!r} is not in {where}, which has {', '.join(numbers)}")
+            raise UserError(
+                f"config.data.{field}: {source!r} is not in {where}, which has {', '.join(map(repr, numbers))}; "
+                "name sources as they were when it was prepared"
+            )
     chosen = [numbers[source] for source in sources]
     return meta, [f"{where}/{split}/{i}" for i in chosen], [meta[split][i] for i in chosen]
 

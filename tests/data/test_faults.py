@@ -95,7 +95,9 @@ def test_a_token_outside_the_vocabulary_is_skipped(token_folder, folder, read, s
     overwrite(folder / "train/0/tokens", (7, 3), vocab_size)
     overwrite(folder / "validation/0/tokens", 1, 2**16 - 1)
     assert len(skipped(read(folder, 1), whole)) == 1
-    with pytest.raises(UserError, match=rf"train/0: row 7: token {vocab_size}, expected 0 ... {vocab_size - 1} \(bad"):
+    with pytest.raises(
+        UserError, match=rf"train/0: row 7: token {vocab_size}, expected one of 0 to {vocab_size - 1} \(bad"
+    ):
         read(folder)
 
     def documents(folder, limit=0):
@@ -103,7 +105,9 @@ def test_a_token_outside_the_vocabulary_is_skipped(token_folder, folder, read, s
         return [tokens.tolist() for _, tokens in batches.validation_documents(data, tokenizer_path=str(tokenizer_path))]
 
     assert documents(folder, 1) == documents(token_folder)[1:]
-    with pytest.raises(UserError, match=r"validation/0: document 0: token 65535, expected 0 ... \d+ \(bad record"):
+    with pytest.raises(
+        UserError, match=r"validation/0: document 0: token 65535, expected one of 0 to \d+ \(bad record"
+    ):
         documents(folder)
 
 
@@ -121,10 +125,12 @@ def test_token_files_that_vanish_or_do_not_fit_their_meta(folder, read, sources,
         read(folder)
     text = meta.read_text()
     meta.write_text(re.sub(r'"rows": \d+', '"rows": 3', text))
-    with pytest.raises(UserError, match=r"train/0/tokens: an array of shape \[\d+, 32\], its meta.json says \[3, 32\]"):
+    with pytest.raises(
+        UserError, match=r"train/0/tokens: an array of shape \[\d+, 32\], meta.json says \[3, 32\]; copy"
+    ):
         read(folder)
     meta.write_text(text[:-9])
-    with pytest.raises(UserError, match=f"{meta}: not JSON"):
+    with pytest.raises(UserError, match=f"{meta}: damaged, expected JSON"):
         read(folder)
 
 
@@ -172,6 +178,18 @@ def test_what_a_failed_read_of_token_files_is(monkeypatch, text, kind):
 def test_a_url_of_no_known_kind():
     with pytest.raises(UserError, match='^s4://nowhere/tokens: .*unsupported URL scheme "s4"'):
         token_files.read_meta("s4://nowhere/tokens")
+
+
+def test_what_a_failed_read_of_text_is():
+    from latent_delib.data import tasks
+
+    def failed(kind):
+        return tasks._failure(kind(None, None, "the cause [Op:ReadFile]"), ["lines:gs://b/a"])
+
+    assert isinstance(failed(tasks.tf.errors.UnavailableError), Outage)
+    assert isinstance(failed(tasks.tf.errors.DeadlineExceededError), Outage)
+    assert str(failed(tasks.tf.errors.NotFoundError)) == "config.data: reading 'lines:gs://b/a': the cause"
+    assert isinstance(failed(tasks.tf.errors.InvalidArgumentError), tasks.tf.errors.InvalidArgumentError)
 
 
 @pytest.fixture

@@ -252,19 +252,21 @@ def test_bad_directories(prepared, tmp_path):
     (tmp_path / "unfinished" / "train").mkdir(parents=True)
     for directory in ("missing", "unfinished"):
         assert f"no {tmp_path / directory}/meta.json" in message(token_files=str(tmp_path / directory))
-    assert f"rows of {T}, config.data.seq_len is 8" in message(seq_len=8)
+    assert f"rows of {T} tokens, config.data.seq_len is 8" in message(seq_len=8)
     other = tmp_path / "other.model"
     other.write_bytes(b"another")
     assert all(hashlib.sha256(b).hexdigest() in message(other) for b in (b"a tokenizer", b"another"))
     assert str(tmp_path / "none") in message(tmp_path / "none")
     assert "'lines:z' is not in" in message(sources=("lines:a", "lines:z"))
-    with pytest.raises(UserError, match="validation source 'lines:a' is not in .* has lines:v, lines:w"):
+    with pytest.raises(
+        UserError, match=r"^config\.data\.validation: 'lines:a' is not in .* has 'lines:v', 'lines:w'; "
+    ):
         validation_documents(prepared.data(validation=("lines:a",)), tokenizer_path=prepared.tokenizer)
     (tmp_path / "old").mkdir()
     token_files.write_meta(str(tmp_path / "old"), prepared.meta | {"format": 0})
-    assert "has format 0, expected 1 ... 2" in message(token_files=str(tmp_path / "old"))
+    assert "has format 0, expected 1 to 2" in message(token_files=str(tmp_path / "old"))
     token_files.write_meta(str(tmp_path / "old"), {"name": "another program's"})
-    assert "old/meta.json: not what `prepare` writes" in message(token_files=str(tmp_path / "old"))
+    assert "old/meta.json: not of token files" in message(token_files=str(tmp_path / "old"))
 
 
 def test_tensorflow_is_not_imported(prepared):
