@@ -66,7 +66,7 @@ class BadRecords:
 
 
 def pack(body, tokens, *, length: int, bos_id: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """One step of packing: adds a document to the row begun so far and cuts off what is complete.
+    """Adds a document to the row begun so far and cuts off what is complete: one step of packing.
 
     `body` int32 [< length - 1] is the row begun so far without its leading BOS; start with an empty one.
     `tokens` int32 [n] is a document without BOS; an empty one ends the stream and pads what is left.
@@ -83,7 +83,7 @@ def pack(body, tokens, *, length: int, bos_id: int, pad_id: int) -> tuple[np.nda
 
 
 def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
-    """Number, from 1 in each row, of the BOS-led piece that a token belongs to; 0 on padding. int32 [B, T]."""
+    """Returns the number, from 1 in each row, of the BOS-led piece of each token; 0 on padding. int32 [B, T]."""
     return np.where(tokens_BT == pad_id, 0, np.cumsum(tokens_BT == bos_id, axis=-1)).astype(np.int32)
 
 

@@ -243,7 +243,7 @@ def _pack(dataset, output_features, sequence_length=None):
 
 
 def _name(text: str, *identity) -> str:
-    """A name that seqio accepts, the same for the same identity only."""
+    """Returns a name that seqio accepts, the same for the same identity only."""
     digest = hashlib.sha256(repr((text, *identity)).encode()).hexdigest()
     return re.sub(r"\W+", "_", f"{text} {digest[:8]}")
 
@@ -318,7 +318,7 @@ def check_sources(sources: Iterable[str], tokenizer_path: str, bad: BadRecords) 
 
 
 def num_bytes(source: str) -> int:
-    """Size of the files of a source: what a progress line measures itself against."""
+    """Returns the size of the files of a source: what a progress line measures itself against."""
     return sum(tf.io.gfile.stat(path).length for path in _data_source(source)[0].list_shards(SPLIT))
 
 
@@ -354,7 +354,7 @@ def validation_documents(data, *, tokenizer_path):
 
 
 def _fingerprint_of_file(path: str) -> tuple[int, str]:
-    """Its size, and a digest of its first and last 64 KiB: what can be had of any file in a moment."""
+    """Returns its size, and a digest of its first and last 64 KiB: what can be had of any file in a moment."""
     with tf.io.gfile.GFile(path, "rb") as file:
         size, ends = file.size(), file.read(_END)
         file.seek(max(0, size - _END))
@@ -362,7 +362,7 @@ def _fingerprint_of_file(path: str) -> tuple[int, str]:
 
 
 def source_fingerprint(source: str) -> str:
-    """A digest of a source's files, wherever they lie."""
+    """Returns a digest of a source's files, wherever they lie."""
     paths = sorted(_data_source(source)[0].list_shards(SPLIT))
     folder = os.path.commonprefix(paths).rpartition("/")[0]
     how = source[:5] if source.startswith(("files:", "lines:")) else source

@@ -38,7 +38,7 @@ _CACHE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
 
 
 def _store(path: str):
-    """tensorstore's name for a directory: a URL as it is, or a local path."""
+    """Returns tensorstore's name for a directory: a URL as it is, or a local path."""
     return f"{path}/" if "://" in path else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
 
 
@@ -74,17 +74,20 @@ def _read(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
 
 
 def _tokens(future: Any, where: str, vocab_size: int, bad: BadRecords) -> np.ndarray | None:
-    """What tensorstore reads, int32; None, and counted, if that is damaged or holds an id outside the vocabulary."""
+    """Returns what tensorstore reads, int32; or counts it as bad and returns None.
+
+    Bad is what is damaged or holds an id outside the vocabulary. A store that fails or a file that is gone is more.
+    """
     try:
         tokens = future.result().astype(np.int32)
     except ValueError as error:
         if failed := store_error(error, where):
             raise failed from None
-        if not str(error).startswith(_DAMAGED):  # a file that is not there is more than a bad record
+        if not str(error).startswith(_DAMAGED):
             raise UserError(
                 f"{where}: cannot be read: {reason(error)}; copy the token files again, or prepare them again"
             ) from None
-        bad(f"{where}: {reason(error)}")
+        bad(f"{where}: damaged: {reason(error)}")
         return None
     if len(outside := tokens[(tokens < 0) | (tokens >= vocab_size)]):
         bad(f"{where}: token {outside[0]}, expected one of 0 to {vocab_size - 1}")
@@ -132,7 +135,7 @@ def _write(
 
 
 def read_meta(directory: str) -> dict | None:
-    """The content of meta.json, or None where there is none. Raises UserError where it is another program's."""
+    """Returns the content of meta.json, or None where there is none. Raises UserError where it is another program's."""
     found = _done(_folder(directory).read("meta.json"), directory)
     if found.state != "value":
         return None
@@ -225,7 +228,7 @@ def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tupl
 
 
 def _ahead(function: Callable[[int], dict], start: int) -> Iterator[dict]:
-    """function(start), function(start + 1), ... without end; a thread works on the next two meanwhile."""
+    """Yields function(start), function(start + 1), ... without end; a thread works on the next two meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         pending = collections.deque(pool.submit(function, start + k) for k in range(2))
         for step in itertools.count(start + 2):

@@ -85,7 +85,7 @@ def test_a_damaged_chunk_is_skipped_up_to_the_limit(token_folder, folder, read, 
     for limit in (0, CHUNK - 1):
         with pytest.raises(UserError) as error:
             read(folder, limit)
-        row = re.escape(f"{folder}/train/0") + r": row \d+: DATA_LOSS: .*c/0/0.*Digest mismatch.*"
+        row = re.escape(f"{folder}/train/0") + r": row \d+: damaged: DATA_LOSS: .*c/0/0.*Digest mismatch.*"
         count = rf" \(bad record number {limit + 1}, config\.data\.max_bad_records is {limit}\)"
         assert re.fullmatch(rf"config\.data: {row}{count}", str(error.value))
 
