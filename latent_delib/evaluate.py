@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity, tokenizer
 from latent_delib.checkpoint import Restored, warn
+from latent_delib.data import batches
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
 from latent_delib.nn.transformer import Params
@@ -146,6 +147,7 @@ class Job:
     """
 
     def __init__(self, config: ConfigDict, workdir: str, arguments: Sequence[Any]):
+        batches.check(config.data, "validation")
         self.exp, self.workdir = experiment.read(config), workdir
         self.plain = json.loads(config.to_json_best_effort())
         same = json.dumps([self.plain, workdir, *arguments])

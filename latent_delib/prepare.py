@@ -16,6 +16,7 @@ import numpy as np
 from latent_delib import commands, files
 from latent_delib.data import token_files
 from latent_delib.data.rows import BadRecords, check_data
+from latent_delib.data.sources import check_files
 from latent_delib.errors import UserError
 from latent_delib.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.progress import Progress
@@ -62,14 +63,16 @@ def _table(meta: dict) -> str:
 def prepare(config: Any, out: str) -> dict:
     """Writes the token files of `config.data` to `out`, a local directory or gs:// path; returns its meta.json.
 
-    Does nothing where `out` holds them already. Documents that are not UTF-8, or that the tokenizer makes BOS or
-    padding of, are skipped and counted, up to `data.max_bad_records` in all. Raises UserError for one more, for
+    Does nothing where `out` holds them already. Bad documents (`batches.train_batches` says which) are skipped and
+    counted, up to `data.max_bad_records` in all. Raises UserError for one more, for
     sources that are missing or empty, and where `out` holds anything else.
     """
-    from latent_delib.data import tasks
-
-    data, tokenizer_path, out = config.data, str(tokenizer_path_of(config)), out.rstrip("/")
+    data, out = config.data, out.rstrip("/")
     check_data(data)
+    check_files([*data.sources, *data.validation])
+    from latent_delib.data import tasks  # and with it TensorFlow, which takes its time
+
+    tokenizer_path = str(tokenizer_path_of(config))
     tokenizer = Tokenizer(tokenizer_path)
     meta = {
         "format": token_files.FORMAT,

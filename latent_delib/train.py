@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
         finite, with its step.
       OSError: the disk failed; the last checkpoint is whole.
     """
+    batches.check(config.data, "sources")
     exp = experiment.read(config)
     if is_remote(workdir) and (METHODS[config.method.name].trains_decoder or config.train.profile_at):
         raise UserError(f"--workdir={workdir}: a trained decoder and a profile are written to local folders only")

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from latent_delib import checkpoint, experiment, plan, train
+from latent_delib import checkpoint, evaluate, experiment, models, plan, train
 from latent_delib.data import batches
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import Tokenizer
@@ -319,6 +319,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(trained, make_config, tmp_pa
 def test_which_checkpoints_are_kept(make_config, tmp_path):
     """The newest, every third, and the two with the lowest loss since the checkpoint before: steps 2 and 4."""
     keep = {"train.keep": 1, "train.keep_every": 3, "train.keep_best": 2, "train.checkpoint_every": 1}
+    keep["seed"] = 5  # of which these two are the lowest
     train.train(make_config(keep), str(tmp_path))
     losses = {row["step"]: row["loss"] for row in metrics(tmp_path)}
     assert sorted(losses, key=losses.get)[:2] == [4, 2]
@@ -353,19 +354,34 @@ def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_pa
     copy_at_step_2(trained, workdir := tmp_path / "workdir")
     shutil.copytree(token_folder, other := tmp_path / "tokens")
     config = make_config({"data.token_files": str(other)})
-    file = other / "train" / "0" / "tokens" / "c" / "0" / "0"
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    meta = json.loads((token_folder / "meta.json").read_text())
+    meta["train"][0]["sha256"] = "0" * 64
+    (other / "meta.json").write_text(json.dumps(meta))
     before = sorted(workdir.rglob("*"))
     with pytest.raises(UserError, match=r"not the data that the checkpoint was trained on: .*train/0\) changed"):
         train.train(config, str(workdir))
-    file.unlink()
-    with pytest.raises(UserError, match=f"{file}.*no such file"):
+    (other / "meta.json").unlink()
+    with pytest.raises(UserError, match=f"config.data.token_files: no {other}/meta.json"):
         train.train(config, str(workdir))
     assert sorted(workdir.rglob("*")) == before
-    file.write_bytes(content)
+    shutil.copy(token_folder / "meta.json", other)
     train.train(config, str(workdir))
     assert_same(workdir, trained)
+
+
+def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_config, tmp_path):
+    """A checkpoint as it was before there were versions of the order."""
+    copy_at_step_2(trained, workdir := tmp_path / "workdir")
+    of_meta, of_contents = (workdir / "checkpoints" / "2" / item / "metadata" for item in ("meta", "contents"))
+    meta, contents = json.loads(of_meta.read_text()), json.loads(of_contents.read_text())
+    del meta["data"]["fingerprint"]["order"], contents["crc32"]
+    contents["crc32"] = checkpoint._crc32(meta, contents)
+    of_meta.write_text(json.dumps(meta))
+    of_contents.write_text(json.dumps(contents))
+    with pytest.raises(UserError, match="config.data.token_files: .* read the rows in another order"):
+        train.train(make_config(), str(workdir))
+    assert evaluate.load(experiment.read(make_config()), str(workdir), None).step == 2
+    assert models.load_coprocessor(str(workdir)).step == 2
 
 
 def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):

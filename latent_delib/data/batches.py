@@ -6,19 +6,33 @@ from typing import Any
 import numpy as np
 
 from latent_delib.data.rows import check_data, pieces
+from latent_delib.data.sources import check_files
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import fingerprint as fingerprint_of_tokenizer
 
-__all__ = ["check_fingerprint", "fingerprint", "pieces", "train_batches", "validation_documents"]
+__all__ = ["check", "check_fingerprint", "fingerprint", "pieces", "train_batches", "validation_documents"]
 
 
 def _route(data):
-    """The module that reads `data`. Only the second one imports TensorFlow."""
+    """Returns the module that reads `data`. Only the second one imports TensorFlow."""
     if data.token_files:
         from latent_delib.data import token_files as route
     else:
         from latent_delib.data import tasks as route
     return route
+
+
+def check(data: Any, field: str) -> None:
+    """Raises UserError for what is wrong with `data`, as far as that is seen in a moment and without TensorFlow.
+
+    `field` is the text that is about to be read: "sources" or "validation". Its local files must be there, unless they
+    are prepared as token files.
+    """
+    check_data(data)
+    if not data[field]:
+        raise UserError(f"config.data.{field}: empty, expected at least one source")
+    if not data.token_files:
+        check_files(data[field])
 
 
 def train_batches(
@@ -30,7 +44,9 @@ def train_batches(
     rows: np.ndarray | None = None,
     start_step: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches, batch `start_step` first: a function of (seed, step) that knows nothing of hosts or mesh.
+    """Yields batches without end, batch `start_step` first.
+
+    A batch is a function of (seed, step) that knows nothing of hosts or mesh.
 
     `rows`, int [b] sorted, are the rows of each batch that this process needs; None: all `batch_size` of them.
     Each batch is {"tokens": int32 [b, T], "segment": int32 [b, T]} with T = data.seq_len; segment numbers the
@@ -40,14 +56,15 @@ def train_batches(
     reads and tokenizes all of the text and drops the rows of others, and runs through `start_step` batches before
     it yields one: many hosts, or long runs, want token files.
 
-    Bad records (text that is not UTF-8 or that the tokenizer makes BOS or padding of; a row of token files that
-    cannot be read or holds an id outside the vocabulary) are skipped and counted up to `data.max_bad_records`: of
-    text nothing is left, a row becomes padding. From text every process counts all; from token files its own rows.
+    Bad records are skipped and counted up to `data.max_bad_records`. Bad text is not UTF-8, holds NUL characters or
+    becomes BOS or padding in the tokenizer: nothing of it is left, and every process counts all of it. A bad row of
+    token files is damaged or holds an id outside the vocabulary: it becomes padding, and a process counts its own.
 
     Raises UserError: before the first batch for sources that are missing, empty or do not fit `data`; later for one
-    bad record too many and for files that vanish.
+    bad record too many and for files that are gone. Raises OSError: the disk fails, the store denies access or
+    (Outage) does not answer.
     """
-    check_data(data)
+    check(data, "sources")
     return _route(data).train_batches(
         data,
         batch_size=batch_size,
@@ -65,23 +82,23 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[tuple[st
 
     Raises UserError, before the first document, for sources that are missing or empty.
     """
-    check_data(data)
-    if not data.validation:
-        raise UserError("config.data.validation: empty, expected at least one source")
+    check(data, "validation")
     return _route(data).validation_documents(data, tokenizer_path=tokenizer_path)
 
 
 def fingerprint(data: Any, *, tokenizer_path: str) -> dict[str, str]:
-    """What training reads: name -> SHA-256 of a part of it, the same wherever the files lie.
+    """Returns what training reads: name -> SHA-256 of a part of it, the same wherever the files lie.
 
-    Of token files it covers meta.json, which holds a digest of all tokens, and the names and ends of the files; of
-    text the names and sizes of the files and their first and last 64 KiB. So it takes seconds for any amount of
-    data, and a change in the middle of a file that keeps its size goes unseen (in token files a checksum finds it
-    when it is read).
+    Of token files it covers meta.json, which holds a digest of the tokens of each source (in format 1 their numbers
+    alone), and the version of the order in which rows are read. So it costs one small read for any amount of data. A
+    file that is missing or damaged is found when it is read.
 
-    Raises UserError for files that are missing or cannot be read.
+    Of text it covers the names and sizes of the files and their first and last 64 KiB: two small reads per file. A
+    change in the middle of a file that keeps its size goes unseen.
+
+    Raises UserError for token files without meta.json, and for text that is missing or cannot be read.
     """
-    check_data(data)
+    check(data, "sources")
     return {
         "tokenizer": fingerprint_of_tokenizer(tokenizer_path),
         **_route(data).data_fingerprint(data, tokenizer_path=tokenizer_path),
@@ -89,15 +106,17 @@ def fingerprint(data: Any, *, tokenizer_path: str) -> dict[str, str]:
 
 
 def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:
-    """Raises UserError, naming every part that differs, unless both are of the same data."""
-    words = {"changed": stored.keys() & found.keys(), "gone": stored.keys() - found.keys()}
-    words["new"] = found.keys() - stored.keys()
-    parts = [
-        f"{name} {word}"
-        for word, names in words.items()
-        for name in sorted(names)
-        if word != "changed" or stored[name] != found[name]
-    ]
+    """Raises UserError, naming every part that differs, unless both are of the same data in the same order."""
+    from_token_files = "token_files/meta.json" in stored.keys() & found.keys()
+    if from_token_files and stored.get("order") != found["order"]:
+        raise UserError(
+            "config.data.token_files: the checkpoint was trained by an older version, which read the rows in another "
+            "order: it can still be evaluated and generated from; to train it on, use the version that started it, "
+            "or begin with its weights (method.start) in a new --workdir"
+        )
+    parts = [f"{name} changed" for name in sorted(stored.keys() & found.keys()) if stored[name] != found[name]]
+    parts += [f"{name} gone" for name in sorted(stored.keys() - found.keys())]
+    parts += [f"{name} new" for name in sorted(found.keys() - stored.keys())]
     if parts:
         raise UserError(
             f"config.data: not the data that the checkpoint was trained on: {', '.join(parts)}; "

@@ -10,21 +10,26 @@ from typing import Any
 
 import numpy as np
 
+from latent_delib.data.sources import parse
 from latent_delib.errors import UserError
 
 
 def check_data(data: Any) -> None:
-    """Raises UserError unless the `data` config names a possible mixture; looks at no file."""
+    """Raises UserError unless the `data` config names a possible mixture; looks at no file, imports no TensorFlow."""
     sources, weights = list(data.sources), list(data.weights)
     for source in [*sources, *data.validation]:
         if not isinstance(source, str):
             raise UserError(f"config.data: source {source!r} is {type(source).__name__}, expected a string")
+        parse(source)
     if not sources:
         raise UserError("config.data.sources: empty, expected at least one source")
     if len(sources) != len(weights):
-        raise UserError(f"config.data.weights: {len(weights)} weights for {len(sources)} config.data.sources")
+        raise UserError(
+            f"config.data.weights has {len(weights)}, config.data.sources {len(sources)}: "
+            "expected one weight per source"
+        )
     if repeated := {s for s in sources if sources.count(s) > 1}:
-        raise UserError(f"config.data.sources: {min(repeated)!r} is listed twice, expected one weight for each source")
+        raise UserError(f"config.data.sources: {min(repeated)!r} is listed twice, expected each source once")
     for source, weight in zip(sources, weights, strict=True):
         if not 0 < weight < np.inf:
             raise UserError(f"config.data.weights: {weight} for {source!r}, expected a positive number")
@@ -61,7 +66,7 @@ class BadRecords:
 
 
 def pack(body, tokens, *, length: int, bos_id: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """One step of packing: adds a document to the row begun so far and cuts off what is complete.
+    """Adds a document to the row begun so far and cuts off what is complete: one step of packing.
 
     `body` int32 [< length - 1] is the row begun so far without its leading BOS; start with an empty one.
     `tokens` int32 [n] is a document without BOS; an empty one ends the stream and pads what is left.
@@ -78,7 +83,7 @@ def pack(body, tokens, *, length: int, bos_id: int, pad_id: int) -> tuple[np.nda
 
 
 def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
-    """Number, from 1 in each row, of the BOS-led piece that a token belongs to; 0 on padding. int32 [B, T]."""
+    """Returns the number, from 1 in each row, of the BOS-led piece of each token; 0 on padding. int32 [B, T]."""
     return np.where(tokens_BT == pad_id, 0, np.cumsum(tokens_BT == bos_id, axis=-1)).astype(np.int32)
 
 

@@ -1,21 +1,14 @@
-"""seqio tasks and mixtures of text sources, and what training and evaluation read from them.
-
-A source is a string:
-
-    packaged/train, packaged/validation   the text in data/corpus
-    files:GLOB                            files of documents, separated by lines that hold only a form feed
-    lines:GLOB                            files with a document on each line
-    tfds:NAME:SPLIT:FEATURE               a prepared TFDS dataset in $TFDS_DATA_DIR; never downloaded
+"""seqio tasks and mixtures of text sources, and what training and evaluation read from them (see sources.py).
 
 Importing this module imports TensorFlow, so it is itself imported only where text is read.
 """
 
+import codecs
 import contextlib
 import functools
 import hashlib
 import itertools
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from latent_delib.data.rows import BadRecords, pack, segments
-from latent_delib.errors import UserError
+from latent_delib.data.sources import Tfds, local_files, only_files, parse
+from latent_delib.errors import UserError, store_error
 from latent_delib.tokenizer import Tokenizer, fingerprint
 
 
@@ -52,7 +46,19 @@ SPLIT = "train"  # the one split of every task: the source string says what is r
 SHUFFLE_DOCUMENTS = SHUFFLE_ROWS = 1000
 _END = 1 << 16  # bytes
 _LOST = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, tf.errors.DataLossError)
-_CORPUS = pathlib.Path(__file__).parent / "corpus"
+_LOST += (tf.errors.UnimplementedError,)  # a kind of store that TensorFlow does not know
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first begins UTF-32 too
+
+
+def _failure(error: tf.errors.OpError, sources: Iterable[str]) -> Exception:
+    """Returns what to raise where reading sources failed: a fault of the program itself stays as it is."""
+    read = ", ".join(map(repr, sources))
+    if not isinstance(error, _LOST):
+        return store_error(error, read) or error
+    # file and cause stand in the midst of the pipeline's own affairs
+    cause = error.message.partition("\n")[0].partition(" [Op:")[0]
+    cause = re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
+    return UserError(f"config.data: reading {read}: {cause}")
 
 
 class Vocabulary(seqio.Vocabulary):
@@ -116,8 +122,13 @@ class _Tfds(_ShuffleDocuments, seqio.TfdsDataSource):
 
 
 def _numbered(texts: tf.data.Dataset, path: tf.Tensor) -> tf.data.Dataset:
-    """The texts of a file, each with its number there, from 1."""
-    return texts.enumerate(1).map(lambda number, text: {"text": text, "file": path, "number": number})
+    """Returns the texts of a file, each with its number there, from 1; without the mark that may begin a UTF-8 file."""
+
+    def record(number, text):
+        unmarked = tf.strings.regex_replace(text, r"\A\x{FEFF}[\r\n]*", "")
+        return {"text": tf.where(number == 1, unmarked, text), "file": path, "number": number}
+
+    return texts.enumerate(1).map(record)
 
 
 def _documents_of_file(path: tf.Tensor) -> tf.data.Dataset:
@@ -132,20 +143,20 @@ def _lines_of_file(path: tf.Tensor) -> tf.data.Dataset:
 
 
 def _data_source(source: str) -> tuple[seqio.DataSource, str]:
-    """The seqio source that a source string means, and the feature that holds its text."""
-    kind, _, rest = source.partition(":")
-    if source in ("packaged/train", "packaged/validation"):
-        kind, rest = "files", f"{_CORPUS / source.removeprefix('packaged/')}/*.txt"
-    if kind in ("files", "lines"):
-        files = sorted(path for path in tf.io.gfile.glob(rest) if not tf.io.gfile.isdir(path))
-        if not files:
-            raise UserError(f"config.data: source {source!r}: no file matches {rest!r}")
-        return _Files({"files": _documents_of_file, "lines": _lines_of_file}[kind], {SPLIT: files}), "text"
-    if kind == "tfds" and (parts := re.fullmatch(r"(.+):([^:[\]]+(?:\[.*\])?):([^:]+)", rest)):
-        name, split, feature = parts.groups()
-        return _tfds_source(source, name, split, feature), feature
-    forms = "packaged/train, packaged/validation, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE"
-    raise UserError(f"config.data: unknown source {source!r}, expected one of the forms {forms}")
+    """Returns the seqio source that a source string means, and the feature that holds its text."""
+    meant = parse(source)
+    if isinstance(meant, Tfds):
+        return _tfds_source(source, *meant), meant.feature
+    if "://" in meant.pattern:
+        try:
+            found = tf.io.gfile.glob(meant.pattern)
+        except tf.errors.OpError as error:
+            raise _failure(error, [source]) from None
+    else:
+        found = local_files(meant.pattern)
+    files = only_files(source, found, tf.io.gfile.isdir)
+    read = {"files": _documents_of_file, "lines": _lines_of_file}[meant.kind]
+    return _Files(read, {SPLIT: files}), "text"
 
 
 def _tfds_source(source: str, name: str, split: str, feature: str) -> seqio.DataSource:
@@ -163,6 +174,17 @@ def _tfds_source(source: str, name: str, split: str, feature: str) -> seqio.Data
     return provider
 
 
+def _fault(text: bytes) -> bytes:
+    """Returns what is wrong with the bytes of a text; nothing if they are UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return b"UTF-16 text, convert the file to UTF-8" if text.startswith(_UTF_16) else b"not UTF-8 text"
+    if b"\0" in text:
+        return b"holds NUL characters, is it UTF-16? convert the file to UTF-8"
+    return b""
+
+
 def _tokenize(dataset, output_features, source: str, feature: str):
     """Texts -> their tokens without BOS, their size in bytes, and in "bad" what is wrong with them, if anything.
 
@@ -171,16 +193,15 @@ def _tokenize(dataset, output_features, source: str, feature: str):
     vocabulary = output_features["tokens"].vocabulary
 
     def numpy_tokenize(text, file, number):
-        try:
+        fault = _fault(text)
+        if not fault:
             tokens = np.array(vocabulary.encode(text.decode()), np.int32)
             if not ((tokens == vocabulary.bos_id) | (tokens == vocabulary.pad_id)).any():
                 return tokens, len(text), b""
-            reason = b"the tokenizer makes BOS or padding of its text"
-        except UnicodeDecodeError:
-            reason = b"not UTF-8 text"
+            fault = b"the tokenizer makes BOS or padding of its text"
         unit = b"line" if source.startswith("lines:") else b"document"
         where = b"%s: %s %d" % (file, unit, number) if file else b"%s: text %a" % (source.encode(), text[:60])
-        return np.empty(0, np.int32), len(text), b"%s: %s" % (where, reason)
+        return np.empty(0, np.int32), len(text), b"%s: %s" % (where, fault)
 
     def tokenize(example):  # a record of TFDS has no number: the beginning of its text names it
         texts = [example[feature], example.get("file", tf.constant("")), example.get("number", tf.constant(0))]
@@ -222,7 +243,7 @@ def _pack(dataset, output_features, sequence_length=None):
 
 
 def _name(text: str, *identity) -> str:
-    """A name that seqio accepts, the same for the same identity only."""
+    """Returns a name that seqio accepts, the same for the same identity only."""
     digest = hashlib.sha256(repr((text, *identity)).encode()).hexdigest()
     return re.sub(r"\W+", "_", f"{text} {digest[:8]}")
 
@@ -259,7 +280,7 @@ def add_mixture(sources: list[str], weights: list[float], tokenizer_path: str) -
 
 
 def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
-    """The elements of a dataset; a file that vanished or is damaged is a UserError."""
+    """Yields the elements of a dataset; a file that vanished or is damaged is a UserError."""
     iterator = dataset.as_numpy_iterator()
     for number in itertools.count():
         try:  # the tokenizer is made, and prints, with the first element
@@ -267,10 +288,8 @@ def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict
                 element = next(iterator)
         except StopIteration:
             return
-        except _LOST as error:  # file and cause stand in the midst of the pipeline's own affairs
-            cause = error.message.partition("\n")[0].partition(" [Op:")[0]
-            cause = re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
-            raise UserError(f"config.data: reading {', '.join(map(repr, sources))}: {cause}") from None
+        except tf.errors.OpError as error:
+            raise _failure(error, sources) from None
         yield element
 
 
@@ -299,7 +318,7 @@ def check_sources(sources: Iterable[str], tokenizer_path: str, bad: BadRecords) 
 
 
 def num_bytes(source: str) -> int:
-    """Size of the files of a source: what a progress line measures itself against."""
+    """Returns the size of the files of a source: what a progress line measures itself against."""
     return sum(tf.io.gfile.stat(path).length for path in _data_source(source)[0].list_shards(SPLIT))
 
 
@@ -335,7 +354,7 @@ def validation_documents(data, *, tokenizer_path):
 
 
 def _fingerprint_of_file(path: str) -> tuple[int, str]:
-    """Its size, and a digest of its first and last 64 KiB: what can be had of any file in a moment."""
+    """Returns its size, and a digest of its first and last 64 KiB: what can be had of any file in a moment."""
     with tf.io.gfile.GFile(path, "rb") as file:
         size, ends = file.size(), file.read(_END)
         file.seek(max(0, size - _END))
@@ -343,15 +362,15 @@ def _fingerprint_of_file(path: str) -> tuple[int, str]:
 
 
 def source_fingerprint(source: str) -> str:
-    """A digest of a source's files, wherever they lie."""
+    """Returns a digest of a source's files, wherever they lie."""
     paths = sorted(_data_source(source)[0].list_shards(SPLIT))
     folder = os.path.commonprefix(paths).rpartition("/")[0]
     how = source[:5] if source.startswith(("files:", "lines:")) else source
     try:
         with ThreadPoolExecutor(32) as pool:
             files = [(p.removeprefix(folder), *f) for p, f in zip(paths, pool.map(_fingerprint_of_file, paths))]
-    except _LOST as error:
-        raise UserError(f"config.data: reading {source!r}: {error.message}") from None
+    except tf.errors.OpError as error:
+        raise _failure(error, [source]) from None
     return hashlib.sha256(repr((how, files)).encode()).hexdigest()
 
 

@@ -11,13 +11,13 @@ checksum (format 1, which is read too, had none).
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from latent_delib.data.order import VERSION, Order, shares
 from latent_delib.data.rows import BadRecords, pack, segments
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, reason, store_error
 from latent_delib.tokenizer import fingerprint
 
 FORMAT = 2
-BLOCK = 1024  # rows in which each source has exactly its share
 _FILE = 1 << 22  # tokens
 _CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
 _DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")  # how tensorstore's message begins: a wrong checksum, a cut-off file
@@ -38,48 +38,59 @@ _CACHE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
 
 
 def _store(path: str):
-    """tensorstore's name for a directory: a URL as it is, or a local path."""
+    """Returns tensorstore's name for a directory: a URL as it is, or a local path."""
     return f"{path}/" if "://" in path else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
 
 
-def _done(future: Any, path: str) -> Any:
-    """Waits for tensorstore; a full disk or a damaged file becomes one line."""
+@contextlib.contextmanager
+def _store_errors(path: str) -> Iterator[None]:
+    """Makes of tensorstore's errors an OSError where a store or disk fails, otherwise a UserError."""
     try:
-        return future.result()
+        yield
     except ValueError as error:
-        raise UserError(f"{path}: {_line(error)}") from None
+        raise store_error(error, path) or UserError(f"{path}: {reason(error)}") from None
+
+
+def _done(future: Any, path: str) -> Any:
+    """Waits for tensorstore."""
+    with _store_errors(path):
+        return future.result()
 
 
 def _folder(directory: str) -> ts.KvStore:
-    try:
+    with _store_errors(directory):  # a URL of no known kind is refused at once
         return ts.KvStore.open(_store(directory)).result()
-    except ValueError as error:  # gs:///tokens
-        raise UserError(f"{directory}: {_line(error)}") from None
-
-
-def _line(error: ValueError) -> str:
-    return re.split(r" \[[\w ]+='", str(error))[0]  # tensorstore adds its whole specification
 
 
 def _read(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
     spec = {"driver": "zarr3", "kvstore": _store(path), "fill_missing_data_reads": False}
     array = _done(ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False), path)
     if array.shape != shape:
-        raise UserError(f"{path}: an array of shape {list(array.shape)}, its meta.json says {list(shape)}")
+        raise UserError(
+            f"{path}: an array of shape {list(array.shape)}, meta.json says {list(shape)}; "
+            "copy the token files again, or prepare them again"
+        )
     return array
 
 
 def _tokens(future: Any, where: str, vocab_size: int, bad: BadRecords) -> np.ndarray | None:
-    """What tensorstore reads, int32; None, and counted, if that is damaged or holds an id outside the vocabulary."""
+    """Returns what tensorstore reads, int32; or counts it as bad and returns None.
+
+    Bad is what is damaged or holds an id outside the vocabulary. A store that fails or a file that is gone is more.
+    """
     try:
         tokens = future.result().astype(np.int32)
     except ValueError as error:
-        if not str(error).startswith(_DAMAGED):  # a file that is not there is more than a bad record
-            raise UserError(f"{where}: {_line(error)}") from None
-        bad(f"{where}: {_line(error)}")
+        if failed := store_error(error, where):
+            raise failed from None
+        if not str(error).startswith(_DAMAGED):
+            raise UserError(
+                f"{where}: cannot be read: {reason(error)}; copy the token files again, or prepare them again"
+            ) from None
+        bad(f"{where}: damaged: {reason(error)}")
         return None
     if len(outside := tokens[(tokens < 0) | (tokens >= vocab_size)]):
-        bad(f"{where}: token {outside[0]}, expected 0 ... {vocab_size - 1}")
+        bad(f"{where}: token {outside[0]}, expected one of 0 to {vocab_size - 1}")
         return None
     return tokens
 
@@ -124,19 +135,19 @@ def _write(
 
 
 def read_meta(directory: str) -> dict | None:
-    """The content of meta.json, or None where there is none. Raises UserError where it is another program's."""
+    """Returns the content of meta.json, or None where there is none. Raises UserError where it is another program's."""
     found = _done(_folder(directory).read("meta.json"), directory)
     if found.state != "value":
         return None
     try:
         meta = json.loads(found.value)
     except ValueError:
-        raise UserError(f"{directory}/meta.json: not JSON: damaged") from None
+        raise UserError(f"{directory}/meta.json: damaged, expected JSON; prepare the token files again") from None
     if (
         not isinstance(meta, dict)
         or not {"format", "seq_len", "tokenizer_sha256", "train", "validation"} <= meta.keys()
     ):
-        raise UserError(f"{directory}/meta.json: not what `prepare` writes")
+        raise UserError(f"{directory}/meta.json: not of token files; name a folder that prepare has written")
     return meta
 
 
@@ -186,78 +197,38 @@ def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tupl
     meta = read_meta(where)
     if meta is None:
         raise UserError(
-            f"config.data.token_files: no {where}/meta.json: nothing was prepared there, or it did not finish"
+            f"config.data.token_files: no {where}/meta.json, which is written last; "
+            f"run python -m latent_delib.prepare with --out={where} to its end"
         )
     if not 1 <= meta["format"] <= FORMAT:
-        raise UserError(f"config.data.token_files: {where} has format {meta['format']}, expected 1 ... {FORMAT}")
+        raise UserError(
+            f"config.data.token_files: {where} has format {meta['format']}, expected 1 to {FORMAT}; "
+            "prepare the token files with this version, or use a newer one"
+        )
     if meta["seq_len"] != data.seq_len:
         raise UserError(
-            f"config.data.token_files: {where} has rows of {meta['seq_len']}, config.data.seq_len is {data.seq_len}"
+            f"config.data.token_files: {where} has rows of {meta['seq_len']} tokens, config.data.seq_len is "
+            f"{data.seq_len}; prepare token files of that length, or change it"
         )
     if (found := fingerprint(tokenizer_path)) != meta["tokenizer_sha256"]:
         raise UserError(
             f"config.data.token_files: {where} was prepared with tokenizer sha256 {meta['tokenizer_sha256']}, "
-            f"{tokenizer_path} has {found}"
+            f"{tokenizer_path} has {found}; use that one (config.decoder.tokenizer), or prepare with this one"
         )
     numbers = {entry["source"]: i for i, entry in enumerate(meta[split])}
+    field = "sources" if split == "train" else "validation"
     for source in sources:
         if source not in numbers:
-            raise UserError(f"config.data: {split} source {source!r} is not in {where}, which has {', '.join(numbers)}")
+            raise UserError(
+                f"config.data.{field}: {source!r} is not in {where}, which has {', '.join(map(repr, numbers))}; "
+                "name sources as they were when it was prepared"
+            )
     chosen = [numbers[source] for source in sources]
     return meta, [f"{where}/{split}/{i}" for i in chosen], [meta[split][i] for i in chosen]
 
 
-def _permutation(size: int, *key: int) -> np.ndarray:
-    """A random order of range(size), a function of `key` alone: numpy never changes Philox's raw bits."""
-    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size), kind="stable")
-
-
-def shares(weights: Iterable[float]) -> np.ndarray:
-    """How many rows of a block each source has, by largest remainders: int64 [sources], the sum is BLOCK."""
-    exact = np.array(list(weights)) / sum(weights) * BLOCK
-    share = np.floor(exact).astype(int)
-    share[np.argsort(share - exact, kind="stable")[: BLOCK - share.sum()]] += 1
-    if not share.all():
-        raise UserError(
-            f"config.data.weights: {tuple(weights)}: in rows of {BLOCK}, {share.tolist()}: one would never be read"
-        )
-    return share
-
-
-class Order:
-    """Which row of which source is row i of the training: a pure function of (seed, i).
-
-    Rows come in blocks in which each source has its share, in an order drawn for (seed, block). A source is read
-    in epochs, each in an order drawn for (seed, source, epoch); the latest is kept, 8 bytes a row.
-    """
-
-    def __init__(self, seed: int, share: np.ndarray, rows: list[int]):
-        self.seed, self.share, self.rows = seed, share, np.array(rows)
-        self.epochs: dict[int, tuple[int, np.ndarray]] = {}
-
-    def __call__(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, row of that source), each int64 [stop - start], of the rows start ... stop - 1."""
-        blocks = [self._block(block) for block in range(start // BLOCK, -(-stop // BLOCK))]
-        here = slice(start % BLOCK, start % BLOCK + stop - start)
-        source, count = (np.concatenate(part)[here] for part in zip(*blocks, strict=True))
-        epoch, row = np.divmod(count, self.rows[source])
-        for s, e in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
-            if s not in self.epochs or self.epochs[s][0] != e:
-                self.epochs[s] = e, _permutation(self.rows[s], self.seed, 1, s, e)
-            chosen = (source == s) & (epoch == e)
-            row[chosen] = self.epochs[s][1][row[chosen]]
-        return source, row
-
-    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, number of rows of that source before it), each int64 [BLOCK], of the rows of a block."""
-        source = np.repeat(np.arange(len(self.share)), self.share)[_permutation(BLOCK, self.seed, 0, block)]
-        count = np.empty_like(source)
-        count[np.argsort(source, kind="stable")] = np.concatenate([np.arange(n) + block * n for n in self.share])
-        return source, count
-
-
 def _ahead(function: Callable[[int], dict], start: int) -> Iterator[dict]:
-    """function(start), function(start + 1), ... without end; a thread works on the next two meanwhile."""
+    """Yields function(start), function(start + 1), ... without end; a thread works on the next two meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         pending = collections.deque(pool.submit(function, start + k) for k in range(2))
         for step in itertools.count(start + 2):
@@ -302,20 +273,12 @@ def validation_documents(data, *, tokenizer_path):
 
 
 def data_fingerprint(data, *, tokenizer_path):
-    """`batches.fingerprint` for token files."""
+    """`batches.fingerprint` for token files: of meta.json alone, however many files there are."""
     meta, paths, entries = _open(data, tokenizer_path, "train", data.sources)
-    found = {"token_files/meta.json": _digest(meta)}
+    found = {"order": VERSION, "token_files/meta.json": _digest(meta)}
     for i, (path, entry) in enumerate(zip(paths, entries, strict=True)):
-        array, store = _read(f"{path}/tokens", (entry["rows"], data.seq_len)), ts.KvStore.open(_store(f"{path}/tokens"))
-        names = sorted(name.decode() for name in _done(store.result().list(), path))
-        wanted = range(-(-array.shape[0] // array.chunk_layout.write_chunk.shape[0]))
-        if missing := {f"c/{k}/0" for k in wanted} - set(names):
-            raise UserError(f"{path}/tokens/{min(missing)}: no such file")
-        # a file ends with the checksum of its index, that is, of where each chunk lies and how long it is
-        ends = [(name, store.result().read(name, byte_range=slice(-4, None))) for name in names]
-        ends = [(name, _done(end, f"{path}/tokens/{name}").value.hex()) for name, end in ends]
         number = "/".join(path.rsplit("/", 2)[1:])  # SPLIT/NUMBER
-        found[f"sources[{i}] (token_files/{number})"] = _digest([entry, ends])
+        found[f"sources[{i}] (token_files/{number})"] = _digest(entry)
     return found
 
 

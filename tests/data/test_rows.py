@@ -82,11 +82,16 @@ GOOD |= {"token_files": "", "max_bad_records": 0}
     ("change", "message"),
     [
         ({"sources": (), "weights": ()}, r"config\.data\.sources: empty"),
-        ({"weights": (1.0,)}, r"config\.data\.weights: 1 weights for 2 config\.data\.sources"),
+        ({"weights": (1.0,)}, r"config\.data\.weights has 1, config\.data\.sources 2: expected one weight per source"),
         ({"weights": (1.0, 0.0)}, r"config\.data\.weights: 0\.0 for 'lines:b'"),
         ({"weights": (-1.0, 1.0)}, r"config\.data\.weights: -1\.0 for 'lines:a'"),
         ({"weights": (float("nan"), 1.0)}, r"config\.data\.weights: nan for 'lines:a'"),
         ({"sources": ("lines:a", "lines:a")}, r"config\.data\.sources: 'lines:a' is listed twice"),
+        (
+            {"sources": ("lines:a", "packaged/trian")},
+            r"unknown source 'packaged/trian', did you mean 'packaged/train'\?",
+        ),
+        ({"validation": ("file:c",)}, r"unknown source 'file:c', did you mean 'files:c'\?"),
         ({"sources": ("lines:a", 3)}, r"config\.data: source 3 is int, expected a string"),
         ({"seq_len": 1}, r"config\.data\.seq_len: 1"),
         ({"max_bad_records": -1}, r"config\.data\.max_bad_records: -1"),

@@ -1,0 +1,119 @@
+"""Source strings: what each form means, what is refused, and that it is refused before anything else is done."""
+
+import os
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+import latent_delib.data
+from latent_delib import evaluate, prepare, train
+from latent_delib.data import sources
+from latent_delib.errors import UserError
+
+
+def test_each_form():
+    assert sources.parse("files:a/*.txt") == sources.Files("files", "a/*.txt")
+    assert sources.parse("lines:gs://bucket/a:b") == sources.Files("lines", "gs://bucket/a:b")
+    assert sources.parse("tfds:c4/en:3.0.1:train[:1%]:text") == sources.Tfds("c4/en:3.0.1", "train[:1%]", "text")
+    kind, pattern = sources.parse("packaged/validation")
+    assert kind == "files" and pattern.endswith("/corpus/validation/*.txt")
+    sources.check_files(sources.PACKAGED)
+
+
+@pytest.mark.parametrize(
+    ("source", "guess"),
+    [
+        ("packaged/trian", "packaged/train"),
+        ("packaged/valid", "packaged/validation"),
+        ("file:a.txt", "files:a.txt"),
+        ("line:a:b", "lines:a:b"),
+        ("texts/*.txt", "files:texts/*.txt"),
+        ("gs://bucket/a", "files:gs://bucket/a"),
+        ("words:a", None),
+        ("tfds:tiny_notes", None),
+        ("files:", None),
+        ("", None),
+    ],
+)
+def test_another_form_is_refused(source, guess):
+    with pytest.raises(UserError) as error:
+        sources.parse(source)
+    question = f", did you mean {guess!r}? expected" if guess else ", expected"
+    forms = "packaged/train, packaged/validation, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE"
+    assert str(error.value) == f"config.data: unknown source {source!r}{question} one of the forms {forms}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("a[1].txt", "a1.txt", ".hidden"):
+        (tmp_path / name).write_text("text")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a[1].txt", ["a[1].txt"]),  # the file of that name, though [1] is a glob for 1
+        ("a[12].txt", ["a1.txt"]),
+        ("a*", ["a1.txt", "a[1].txt"]),
+        ("*", [".hidden", "a1.txt", "a[1].txt"]),
+    ],
+)
+def test_the_files_that_a_pattern_means(folder, pattern, names):
+    found = sources.local_files(f"{folder}/{pattern}")
+    found = sources.only_files("files:x", found, os.path.isdir)
+    assert found == [f"{folder}/{name}" for name in names]
+
+
+def test_local_files_that_are_not_there(folder):
+    for name in ("folder", "folder/", "fold*"):
+        source = f"lines:{folder}/{name}"
+        with pytest.raises(UserError) as error:
+            sources.check_files([source])
+        meant = f"{folder}/folder is a folder, did you mean lines:{folder}/folder/*.txt?"
+        assert str(error.value) == f"config.data: source {source!r}: {meant}"
+    with pytest.raises(UserError, match=f"source 'files:{folder}/none': no file matches '{folder}/none'$"):
+        sources.check_files([f"files:{folder}/a1.txt", f"files:{folder}/none"])
+    sources.check_files(["files:gs://bucket/none", "tfds:none:train:text"])  # told when they are read
+
+
+def config_of(**change):
+    data = {"sources": ("packaged/train",), "weights": (1.0,), "validation": ("packaged/validation",), "seq_len": 8}
+    return ConfigDict({"data": data | {"token_files": "", "max_bad_records": 0} | change})
+
+
+COMMANDS = {
+    "prepare": lambda config: prepare.prepare(config, "out"),
+    "train": lambda config: train.train(config, "workdir"),
+    "evaluate": lambda config: evaluate.evaluate(config, "workdir", "out"),
+}
+MISTAKES = {
+    "packaged/trian": "did you mean 'packaged/train'",
+    "files:no such": "no file matches 'no such'",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("source", MISTAKES)
+def test_a_wrong_source_is_told_before_anything_is_done(command, source, monkeypatch, tmp_path):
+    """Before TensorFlow is imported, a model described, a decoder's folder read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(latent_delib.data, "tasks", raising=False)
+    monkeypatch.setitem(sys.modules, "latent_delib.data.tasks", None)  # its import would fail
+    field = "validation" if command == "evaluate" else "sources"
+    with pytest.raises(UserError, match=MISTAKES[source]):
+        COMMANDS[command](config_of(**{field: (source,)}))  # a config that holds nothing else
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_with_token_files_sources_need_no_files(command):
+    """Nor the training text where only validation text is read."""
+    of_form = {"sources": ("files:none",), "validation": ("files:none",), "token_files": "tokens"}
+    with pytest.raises(AttributeError):  # of the config that holds nothing else
+        COMMANDS[command](config_of(**of_form))
+    if command == "evaluate":
+        with pytest.raises(AttributeError):
+            COMMANDS[command](config_of(sources=("files:none",)))
