@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from latent_delib.nn.attention import Bounds, Keys
+from latent_delib.nn.products import precision
 
 LOG2E = 1.4426950408889634  # the hardware's exponential is exp2: inside the kernels scores are in units of log(2)
 MASKED = -1e30  # finite: a row that sees nothing of a block must not become NaN
@@ -273,10 +274,9 @@ def _fold(program, rows, sources, cut, step, carry):
 
 
 def _dot(a, b, contract):
-    """a and b contracted over these axes, float32; operands in float32 are not rounded to TF32 first."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    """a and b contracted over these axes, float32."""
     axes = ((contract[:1], contract[1:]), ((), ()))
-    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, axes, precision=precision(a, b), preferred_element_type=jnp.float32)
 
 
 def _exp2(x, options):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from latent_delib.nn import attention, rotary
 from latent_delib.nn.attention import Bounds
 from latent_delib.nn.attention_forms import FEW, attend
+from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
@@ -56,7 +57,7 @@ class Partition(NamedTuple):
 
     constrain: Callable[[jax.Array, Axes], jax.Array] = lambda x, axes: x
     gather: Callable[[jax.Array, Axes], jax.Array] = lambda w, axes: w
-    product: Callable[..., jax.Array] = lambda equation, x, w, *axes: jnp.einsum(equation, x, w)
+    product: Callable[..., jax.Array] = lambda equation, x, w, *axes: einsum(equation, x, w)
     split: Callable[[Callable, Any, Any], Callable] = lambda function, in_axes, out_axes: function
 
 
