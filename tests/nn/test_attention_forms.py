@@ -1,5 +1,8 @@
 """Every form of the attention primitive that this platform runs, against the reference: forward and gradients."""
 
+import re
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,8 +137,21 @@ def test_a_kernel_gives_way_for_the_gradient_of_a_prefix(form):
 
 def test_which_form():
     assert attention_forms.FORMS == ("reference", "xla", "pallas_gpu", "pallas_tpu")
-    assert [choose("auto", p) for p in ("cpu", "gpu", "tpu", "other")] == ["xla", "pallas_gpu", "pallas_tpu", "xla"]
-    assert choose("reference", "tpu") == "reference"
+    cpu, tpu, other = (SimpleNamespace(platform=platform) for platform in ("cpu", "tpu", "other"))
+    card = SimpleNamespace(platform="gpu", compute_capability="8.9")
+    assert [choose("auto", x) for x in (cpu, card, tpu, other)] == ["xla", "pallas_gpu", "pallas_tpu", "xla"]
+    assert choose("reference", tpu) == "reference"
+    assert choose("pallas_gpu", cpu) == "pallas_gpu"  # interpreted
+
+
+@pytest.mark.parametrize("form", ["auto", "pallas_gpu"])
+@pytest.mark.parametrize("kind, capability", [("Tesla T4", "7.5"), ("AMD Instinct MI300X", "gfx942")])
+def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capability):
+    card = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    line = f"attention: pallas_gpu does not serve {kind} (it needs NVIDIA's compute capability 8.0); xla does instead"
+    with pytest.warns(UserWarning, match=re.escape(line)) as found:
+        assert choose(form, card) == "xla"
+    assert len(found) == 1
 
 
 def test_few_queries_are_a_product_with_the_cache():
