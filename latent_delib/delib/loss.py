@@ -7,6 +7,14 @@ import jax.numpy as jnp
 
 from latent_delib.nn.products import einsum
 
+SEQUENCES = 4  # on a device, of which a whole chunk is taken at a time; of more, a part
+
+
+def tokens_at_a_time(chunk: int, sequences: int, shards: int) -> int:
+    """Returns how many tokens of every sequence to compute at a time: `chunk`, or as many fewer as bound those of all
+    sequences on a device. shards: into how many parts the sequences are split over devices."""
+    return max(1, min(chunk, chunk * SEQUENCES * shards // sequences))
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_nll(x_BRD: jax.Array, embedding_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int) -> jax.Array:
