@@ -276,7 +276,9 @@ def test_every_card_has_blocks_that_fit(kernel, dtype, H):
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs XLA's CUDA plug-in")
 @pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("H", [64, 128, 256])
+@pytest.mark.parametrize(
+    "H", [pytest.param(64, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 256]
+)
 @pytest.mark.parametrize("card", memory.CARDS)
 def test_compiles_for_cards_that_are_not_there(card, H, dtype):
     """The published setting: traces of 31 tokens over a text of 2048."""
