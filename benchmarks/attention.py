@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 function = partial(dense.attend, scale=c.query_scale, softcap=c.attn_softcap)
             else:
                 arguments = operands, (prefix, marks.bounds), dout
+                partition = aug.transformer.partition
                 function = partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=form)
+                function = partial(function, shared_memory=partition.shared_memory)
             for name, one in both_passes(function).items():
                 compiled[form, name] = one.lower(*arguments).compile()
                 runs[form, name] = common.calls(partial(compiled[form, name], *arguments))

@@ -25,7 +25,9 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.nn import transformer
 from latent_delib.nn.attention import Bounds
-from latent_delib.nn.attention_forms import BY_PLATFORM
+from latent_delib.nn.attention_forms import choose
+from latent_delib.nn.attention_gpu import shared_memory_of
+from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.nn.transformer import REMAT, Params, Transformer
 
@@ -74,7 +76,7 @@ def arguments(
 
 def attention_forms() -> list[str]:
     """The package's forms of attention that run on this platform (interpreted kernels are no measurement)."""
-    kernel = BY_PLATFORM.get(jax.default_backend(), "xla")
+    kernel = choose("auto", jax.local_devices()[0])
     return ["reference", "xla"] + [kernel] * (kernel != "xla")
 
 
@@ -85,7 +87,8 @@ def has_torch() -> bool:
 def augmentation(
     config: TransformerConfig, num_latents: int, form: str, remat: str = "none", placement: str = "after"
 ) -> Augmentation:
-    return Augmentation(Transformer(config, remat, form=form), num_latents=num_latents, placement=placement)
+    partition = WHOLE._replace(shared_memory=shared_memory_of(jax.local_devices()[0]))
+    return Augmentation(Transformer(config, remat, partition, form), num_latents=num_latents, placement=placement)
 
 
 def weights(config: TransformerConfig, num_latents: int, dtype: str) -> Params:

@@ -12,7 +12,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,25 +25,54 @@ from latent_delib import flops
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.nn.attention_forms import choose
+from latent_delib.nn.attention_gpu import shared_memory_of
+from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES
 from latent_delib.nn.transformer import REMAT, Transformer
 from latent_delib.step import TrainState, make_optimizer, train_step
 from latent_delib.weights import folder
 
 # What XLA asks a driver about a card, for one that is not there.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535  block_dim_limit_z: 65535  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98  device_memory_size: 84929347584  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
+CARD = """
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
+  shared_memory_per_core: {core_memory}  shared_memory_per_block_optin: {block_memory}
+  threads_per_core_limit: {threads}  core_count: {cores}  fpus_per_core: 128  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535  block_dim_limit_z: 65535  memory_bandwidth: {bandwidth:.0f}  l2_cache_size: {cache}
+  clock_rate_ghz: {clock}  device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 1 patch: 1 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 1 patch: 1 }}
+device_description_str: "{name}"
 """
-TARGETS = {"h100": "cuda", "v5e": "tpu", "v5p": "tpu", "v6e": "tpu"}
+
+
+class Card(NamedTuple):
+    """The fields of CARD, from the makers' data sheets."""
+
+    name: str
+    major: int
+    minor: int
+    core_memory: int
+    block_memory: int
+    threads: int
+    cores: int
+    bandwidth: float
+    cache: int
+    clock: float
+    memory: int
+
+
+CARDS = {
+    "a100": Card("NVIDIA A100-SXM4-80GB", 8, 0, 167936, 166912, 2048, 108, 2039e9, 40 << 20, 1.41, 80 << 30),
+    "l4": Card("NVIDIA L4", 8, 9, 102400, 101376, 1536, 58, 300e9, 48 << 20, 2.04, 24 << 30),
+    "h100": Card("NVIDIA H100 80GB HBM3", 9, 0, 233472, 232448, 2048, 132, 3352.32e9, 50 << 20, 1.98, 84929347584),
+    "b200": Card("NVIDIA B200", 10, 0, 233472, 232448, 2048, 148, 8000e9, 126 << 20, 1.97, 180 << 30),
+    "rtx5090": Card("NVIDIA GeForce RTX 5090", 12, 0, 102400, 101376, 1536, 170, 1792e9, 96 << 20, 2.41, 32 << 30),
+}
+TARGETS = dict.fromkeys(CARDS, "cuda") | dict.fromkeys(("v5e", "v5p", "v6e"), "tpu")
 T, M, A = 2048, 128, 16
 
 
@@ -52,7 +81,8 @@ def chip(target: str) -> NamedSharding:
     jax.config.update("jax_platforms", "cpu")  # nothing runs; plug-ins are looked for at the first use of a device
     jax.devices()
     if TARGETS[target] == "cuda":
-        found = topologies.get_topology_desc("1x1x1", "cuda", target_config=H100, topology="1x1x1")
+        card = CARD.format(**CARDS[target]._asdict())
+        found = topologies.get_topology_desc("1x1x1", "cuda", target_config=card, topology="1x1x1")
     else:
         shape = "2x2x1" if target == "v5p" else "2x2"
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:{shape}")
@@ -62,7 +92,9 @@ def chip(target: str) -> NamedSharding:
 def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, form: str) -> dict[str, Any]:
     """One row: seconds to compile, and GiB."""
     config, c, method = SIZES[size], base.get_config(), METHODS["cache_augmentation"]
-    aug = Augmentation(Transformer(config, remat, form=form), "cache_augmentation", L)
+    device = where.mesh.devices.flat[0]
+    partition = WHOLE._replace(shared_memory=shared_memory_of(device))
+    aug = Augmentation(Transformer(config, remat, partition, choose(form, device)), "cache_augmentation", L)
     tx = make_optimizer(c.optimizer, c.train.steps)
 
     def start(key: jax.Array, decoder: Any) -> TrainState:
@@ -84,7 +116,7 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
     return {
         "latents": L,
         "batch": B,
-        "form": form,
+        "form": aug.transformer.form,
         "remat": remat,
         "compile_s": round(time.perf_counter() - began, 1),
         "held_gib": round(held, 2),
@@ -109,7 +141,7 @@ def main() -> None:
         for B in a.batch:
             for remat in a.remat:
                 for form in a.forms:
-                    rows.append(compile_step(where, a.size, L, B, remat, choose(form, TARGETS[a.target])))
+                    rows.append(compile_step(where, a.size, L, B, remat, form))
                     print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if a.json:
         a.json.write_text(

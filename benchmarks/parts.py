@@ -20,7 +20,7 @@ PRESET = dict(latents=16, batch=1, remat="attention")
 
 def main(argv: Sequence[str] | None = None) -> None:
     a = common.arguments(__doc__, argv, (), common.PUBLISHED | PRESET, common.SMALL | PRESET)
-    dtype, form = jnp.dtype(a.dtype), choose("auto", jax.default_backend())
+    dtype, form = jnp.dtype(a.dtype), choose("auto", jax.local_devices()[0])
     aug = common.augmentation(a.config, a.latents, form, a.remat)
     tree = common.weights(a.config, a.latents, "float32")
     frozen = {"decoder": jax.tree.map(lambda x: x.astype(dtype), tree["decoder"])}

@@ -64,15 +64,27 @@ def collectives(text: str) -> dict[str, Traffic]:
                 continue
             if math.isnan(runs[name]):
                 raise ValueError(f"{i.name}: is in a loop of which the program does not say how often it runs")
-            n, sizes = 1 if kind == "collective-permute" else _group(i.rest), _sizes(i.shape)
-            whole = sum(sizes) * (n if kind == "reduce-scatter" else 1)
-            if i.opcode == "all-gather-start":  # of operands, then results
-                whole = sum(sizes) * n / (n + 1)
-            elif i.opcode == "collective-permute-start":  # of operand, result, and counters
-                whole = sizes[1]
+            n = 1 if kind == "collective-permute" else _group(i.rest)
             calls[kind] += runs[name]
-            received[kind] += runs[name] * whole * RECEIVED[kind](n)
+            received[kind] += runs[name] * _whole(i, n) * RECEIVED[kind](n)
     return {kind: Traffic(calls[kind], received[kind]) for kind in RECEIVED if calls[kind]}
+
+
+def _whole(i: Instruction, n: int) -> float:
+    """Returns the bytes of the whole array of a collective in groups of n: from its result, or, where it starts an
+    asynchronous one, from a tuple of operands and results."""
+    sizes = _sizes(i.shape)
+    match i.opcode:
+        case "reduce-scatter":
+            return sum(sizes) * n
+        case "all-gather-start" | "reduce-scatter-start":  # one of the two is the whole, the other an n-th of it
+            return sum(sizes) * n / (n + 1)
+        case "all-to-all-start":
+            return sum(sizes) / 2
+        case "collective-permute-start":  # counters stand behind the two
+            return sizes[1]
+        case _:  # all-reduce-start too has its result alone
+            return sum(sizes)
 
 
 def computations(text: str) -> dict[str, list[Instruction]]:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import UserError
+from latent_delib.nn.products import einsum
 
 AXES = ("data", "fsdp", "traces", "tensor")
 ROWS = ("data", "fsdp")
@@ -163,10 +163,10 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
 
     def multiply(equation: str, x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
         if mesh.size == 1:
-            return jnp.einsum(equation, x, w)
+            return einsum(equation, x, w)
 
         def on_each_device(x: jax.Array, w: jax.Array) -> jax.Array:
-            return jnp.einsum(equation, x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True))
+            return einsum(equation, x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True))
 
         alone = {axis: None for axis, n in zip(x_axes, x.shape, strict=True) if axis and n == 1}
         activations = ACTIVATIONS | alone

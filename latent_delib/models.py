@@ -17,6 +17,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.nn.attention_forms import choose
+from latent_delib.nn.attention_gpu import shared_memory_of
 from latent_delib.nn.layers import PARAM_AXES, Partition
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
@@ -62,12 +63,19 @@ def one_device() -> Mesh:
 @functools.cache
 def partition(mesh: Mesh) -> Partition:
     """How work is divided over a mesh; one object for each, so that models that are alike are compiled once."""
-    return Partition(mesh_lib.constrain(mesh), mesh_lib.gather(mesh), mesh_lib.product(mesh), mesh_lib.split(mesh))
+    return Partition(
+        mesh_lib.constrain(mesh),
+        mesh_lib.gather(mesh),
+        mesh_lib.product(mesh),
+        mesh_lib.split(mesh),
+        mesh_lib.row_shards(mesh),
+        shared_memory_of(mesh.devices.flat[0]),
+    )
 
 
 def transformer(config: TransformerConfig, mesh: Mesh, remat: str = "none", form: str = "auto") -> Transformer:
-    """The model as it runs on a mesh: how its work is divided, and the form of attention its platform has."""
-    return Transformer(config, remat, partition(mesh), choose(form, mesh.devices.flat[0].platform))
+    """The model as it runs on a mesh: how its work is divided, and the form of attention its devices have."""
+    return Transformer(config, remat, partition(mesh), choose(form, mesh.devices.flat[0]))
 
 
 def load_decoder(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:

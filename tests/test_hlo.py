@@ -116,6 +116,25 @@ def test_groups_in_every_form(groups, size):
         hlo.collectives(TEXT.replace("replica_groups=[4,4]<=[16]", "replica_groups=?"))
 
 
+@pytest.mark.parametrize(
+    "kind, shape, of_start",
+    [
+        ("all-gather", "f32[32]", "(f32[4], f32[32])"),
+        ("reduce-scatter", "f32[4]", "((f32[32]), f32[4])"),
+        ("reduce-scatter", "(f32[4], bf16[2])", "((f32[32], bf16[16]), (f32[4], bf16[2]))"),
+        ("all-reduce", "f32[32]", "f32[32]"),
+        ("all-to-all", "f32[32]", "((f32[32]), f32[32])"),
+    ],
+)
+def test_an_asynchronous_collective_receives_as_much(kind, shape, of_start):
+    """As the compiler for GPUs writes it: what starts one holds its operands too, or not."""
+    whole = 32 * 4 + (16 * 2 if "bf16" in shape else 0)
+    for name, result in ((kind, shape), (f"{kind}-start", of_start)):
+        line = f"  %c = {result} {name}(%x), channel_id=1, replica_groups={{{{0,1,2,3,4,5,6,7}}}}"
+        found = hlo.collectives("ENTRY %main (x: f32[32]) -> f32[] {\n" + line + "\n}\n")
+        assert found == {kind: hlo.Traffic(1, whole * hlo.RECEIVED[kind](8))}
+
+
 def test_a_loop_of_unknown_length_is_refused_where_it_holds_a_collective():
     with pytest.raises(ValueError, match="permute: is in a loop"):
         hlo.collectives(TEXT.replace("compare(%i, %bound)", "compare(%bound, %i)", 1))

@@ -24,7 +24,7 @@ ALLOWED = {
     "data": {"tokenizer", "errors"},
     "weights": {"nn", "files", "errors"},
     "tokenizer": {"errors"},
-    "mesh": {"errors"},
+    "mesh": {"nn", "errors"},
     "checkpoint": {"files", "errors"},
     "distributed": {"errors"},
     "hlo": set(),

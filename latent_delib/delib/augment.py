@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from latent_delib.delib import coprocessor, lora
 from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.coprocessor import Inserted, Latents, Models, Text
-from latent_delib.delib.loss import token_nll
+from latent_delib.delib.loss import token_nll, tokens_at_a_time
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import Traces
 from latent_delib.nn import cache as cache_lib
@@ -27,8 +27,8 @@ class Augmentation:
     """What stays fixed while parameters and text change.
 
     transformer: the decoder's. method: a key of `methods.METHODS`. num_latents: N_L. placement: a key of
-    `traces.PLACEMENTS`. loss_chunk: tokens of a sequence whose logits exist at a time. coprocessor: its transformer,
-    where that is not the decoder's.
+    `traces.PLACEMENTS`. loss_chunk: tokens of a sequence whose logits exist at a time, four times as many at most on a
+    device. coprocessor: its transformer, where that is not the decoder's.
     """
 
     transformer: Transformer
@@ -121,7 +121,8 @@ def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> 
     """-log p of each target [B, ...] from outputs [B, ..., D], nats, float32."""
     B, D = x.shape[0], x.shape[-1]
     table, cap = params["decoder"]["embedding"], aug.transformer.config.final_softcap
-    return token_nll(x.reshape(B, -1, D), table, targets.reshape(B, -1), cap, aug.loss_chunk).reshape(targets.shape)
+    chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
+    return token_nll(x.reshape(B, -1, D), table, targets.reshape(B, -1), cap, chunk).reshape(targets.shape)
 
 
 def loss(

@@ -17,6 +17,7 @@ from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import rotary, transformer
 from latent_delib.nn.cache import Cache
 from latent_delib.nn.layers import PARAM_AXES
+from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 
@@ -175,11 +176,11 @@ def through_maps(params: Params, models: Models, text: Text, traces: Traces) -> 
     tree = params["coprocessor"]
     source = np.linspace(0, theirs.num_layers - 1, ours.num_layers).round().astype(int)
     k = jnp.stack([_rotated(cache.k[l], -cache.position, theirs, l) for l in source])
-    k = jnp.einsum("lBTKH,lKHkh->lBTkh", k, tree["keys_in"].astype(k.dtype))
+    k = einsum("lBTKH,lKHkh->lBTkh", k, tree["keys_in"].astype(k.dtype))
     k = jnp.stack([_rotated(k[l], cache.position, ours, l) for l in range(ours.num_layers)])
-    v = jnp.einsum("lBTKH,lKHkh->lBTkh", cache.v[source], tree["values_in"].astype(k.dtype))
+    v = einsum("lBTKH,lKHkh->lBTkh", cache.v[source], tree["values_in"].astype(k.dtype))
     z_BMLd, _ = _over(params, models.coprocessor, cache._replace(k=k, v=v), traces)
-    return jnp.einsum("BMLd,dD->BMLD", z_BMLd, tree["latents_out"].astype(z_BMLd.dtype))
+    return einsum("BMLd,dD->BMLD", z_BMLd, tree["latents_out"].astype(z_BMLd.dtype))
 
 
 def _over(params: Params, model: Transformer, cache: Cache, traces: Traces, x_BMLD: jax.Array | None = None):

@@ -5,11 +5,13 @@ for "q" of the tree below.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from latent_delib.nn.layers import INPUT_AXES
+from latent_delib.nn.products import precision
 from latent_delib.nn.transformer import Params
 
 
@@ -39,7 +41,8 @@ def lay_over(below: Params, tree: Params) -> Params:
         if isinstance(leaf, dict):
             found[name] = lay_over(leaf, tree.get(name, {}))
         elif f"{name}_a" in tree:
-            change = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1))(tree[f"{name}_a"], tree[f"{name}_b"])
+            a, b = tree[f"{name}_a"], tree[f"{name}_b"]
+            change = jax.vmap(partial(jnp.tensordot, axes=1, precision=precision(a, b)))(a, b)
             found[name] = leaf + change.astype(leaf.dtype)
         else:
             found[name] = tree.get(name, leaf)

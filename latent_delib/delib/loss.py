@@ -5,6 +5,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from latent_delib.nn.products import einsum
+
+SEQUENCES = 4  # on a device, of which a whole chunk is taken at a time; of more, a part
+
+
+def tokens_at_a_time(chunk: int, sequences: int, shards: int) -> int:
+    """Returns how many tokens of every sequence to compute at a time: `chunk`, or as many fewer as bound those of all
+    sequences on a device. shards: into how many parts the sequences are split over devices."""
+    return max(1, min(chunk, chunk * SEQUENCES * shards // sequences))
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_nll(x_BRD: jax.Array, embedding_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int) -> jax.Array:
@@ -38,7 +48,7 @@ def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
 
 def _nll(x_BrD: jax.Array, embedding_VD: jax.Array, target_Br: jax.Array, softcap: float):
     """-log p of the targets [B, r], and its gradient in the products x . embedding [B, r, V]; float32."""
-    logits_BrV = jnp.einsum("BrD,VD->BrV", x_BrD, embedding_VD.astype(x_BrD.dtype), preferred_element_type=jnp.float32)
+    logits_BrV = einsum("BrD,VD->BrV", x_BrD, embedding_VD.astype(x_BrD.dtype), jnp.float32)
     slope_BrV = 1.0
     if softcap:
         bent_BrV = jnp.tanh(logits_BrV / softcap)
@@ -52,7 +62,7 @@ def _nll(x_BrD: jax.Array, embedding_VD: jax.Array, target_Br: jax.Array, softca
 
 def _into_x(dlogits_BrV: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     dlogits_BrV, embedding_VD = dlogits_BrV.astype(dtype), embedding_VD.astype(dtype)
-    return jnp.einsum("BrV,VD->BrD", dlogits_BrV, embedding_VD, preferred_element_type=jnp.float32).astype(dtype)
+    return einsum("BrV,VD->BrD", dlogits_BrV, embedding_VD, jnp.float32).astype(dtype)
 
 
 def _forward(x_BRD, embedding_VD, target_BR, softcap, chunk):
@@ -78,7 +88,7 @@ def _backward(softcap, chunk, saved, dnll_BR):
     def one(dembedding_VD, part):
         x_BrD, target_Br, dnll_Br = part
         dlogits_BrV = _nll(x_BrD, embedding_VD, target_Br, softcap)[1] * dnll_Br[..., None]
-        more_VD = jnp.einsum("BrV,BrD->VD", dlogits_BrV.astype(x_BrD.dtype), x_BrD, preferred_element_type=jnp.float32)
+        more_VD = einsum("BrV,BrD->VD", dlogits_BrV.astype(x_BrD.dtype), x_BrD, jnp.float32)
         return dembedding_VD + more_VD, _into_x(dlogits_BrV, embedding_VD, x_BrD.dtype)
 
     parts = _cut(chunk, x_BRD, target_BR, dnll_BR)

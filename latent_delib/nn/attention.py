@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from latent_delib.nn.products import einsum
+
 Keys = tuple[jax.Array, jax.Array]  # keys and values: of the groups [B, M, S, K, H], or of a prefix [B, T, K, H]
 
 
@@ -43,9 +45,9 @@ def attend(
     """
     S = q_BMSNH.shape[2]
     weights_BMKGSU = weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=scale, softcap=softcap).astype(v_BMSKH.dtype)
-    out = jnp.einsum("BMKGSU,BMUKH->BMSKGH", weights_BMKGSU[..., -S:], v_BMSKH)
+    out = einsum("BMKGSU,BMUKH->BMSKGH", weights_BMKGSU[..., -S:], v_BMSKH)
     if prefix is not None:
-        out += jnp.einsum("BMKGST,BTKH->BMSKGH", weights_BMKGSU[..., :-S], prefix[1])
+        out += einsum("BMKGST,BTKH->BMSKGH", weights_BMKGSU[..., :-S], prefix[1])
     return out.reshape(q_BMSNH.shape)
 
 
@@ -61,12 +63,12 @@ def weights(
     K = k_BMSKH.shape[-2]
     q = q_BMSNH.reshape(B, M, S, K, N // K, H)
     own = jnp.arange(S)
-    scores = jnp.einsum("BMSKGH,BMUKH->BMKGSU", q, k_BMSKH, preferred_element_type=jnp.float32)
+    scores = einsum("BMSKGH,BMUKH->BMKGSU", q, k_BMSKH, jnp.float32)
     visible = (own >= bounds.own_start[..., None]) & (own <= own[:, None])
     if prefix is not None:
         k_BTKH = prefix[0]
         slot = jnp.arange(k_BTKH.shape[1])
-        over_prefix = jnp.einsum("BMSKGH,BTKH->BMKGST", q, k_BTKH, preferred_element_type=jnp.float32)
+        over_prefix = einsum("BMSKGH,BTKH->BMKGST", q, k_BTKH, jnp.float32)
         in_range = (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
         scores = jnp.concatenate([over_prefix, scores], axis=-1)
         visible = jnp.concatenate([in_range, visible], axis=-1)

@@ -11,7 +11,7 @@ summed across programs.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from latent_delib.nn.attention import Bounds, Keys
+from latent_delib.nn.products import precision
 
 LOG2E = 1.4426950408889634  # the hardware's exponential is exp2: inside the kernels scores are in units of log(2)
 MASKED = -1e30  # finite: a row that sees nothing of a block must not become NaN
@@ -37,13 +38,36 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# For bfloat16, by head dim: what XLA compiles for an H100 without spilled registers, and with products that overlap.
-BLOCKS = {
-    "forward": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 64, 8, 2)},
-    "query_gradient": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 32, 8, 2)},
-    "own_gradient": {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(32, 64, 8, 2)},
+# Bytes of shared memory that one program may have: on these cards, by compute capability (CUDA programming guide), and
+# on every card that runs these kernels.
+H100, A100, L4 = 227 * 1024, 163 * 1024, 99 * 1024
+SHARED_MEMORY = {"8.0": A100, "8.6": L4, "8.7": A100, "8.9": L4, "9.0": H100, "10.0": H100, "12.0": L4}
+LEAST = L4
+
+# By head dim, and by the shared memory that they take, most first: what XLA compiles for such a card, for an H100
+# without spilled registers and with products that overlap.
+BFLOAT16 = {
+    "forward": {
+        64: {L4: Blocks(128, 64, 8, 3)},
+        128: {L4: Blocks(128, 64, 8, 3)},
+        256: {A100: Blocks(128, 64, 8, 2), L4: Blocks(64, 32, 8, 2)},
+    },
+    "query_gradient": {
+        64: {L4: Blocks(128, 64, 8, 2)},
+        128: {L4: Blocks(128, 64, 8, 2)},
+        256: {H100: Blocks(128, 32, 8, 2), A100: Blocks(64, 64, 8, 2), L4: Blocks(64, 32, 8, 1)},
+    },
+    "own_gradient": {
+        64: {L4: Blocks(64, 64, 8, 2)},
+        128: {L4: Blocks(64, 64, 8, 2)},
+        256: {A100: Blocks(32, 64, 8, 2), L4: Blocks(32, 32, 4, 2)},
+    },
 }
-FLOAT32 = Blocks(32, 32, 8, 1)
+FLOAT32 = {
+    64: {L4: Blocks(32, 32, 8, 1)},
+    128: {L4: Blocks(32, 32, 8, 1)},
+    256: {A100: Blocks(32, 32, 8, 1), L4: Blocks(32, 16, 8, 1)},
+}
 
 
 class Options(NamedTuple):
@@ -51,6 +75,7 @@ class Options(NamedTuple):
 
     scale: float
     softcap: float
+    shared_memory: int
     interpret: bool
 
 
@@ -67,6 +92,21 @@ class Source(NamedTuple):
     hi: jax.Array
     first: jax.Array
     last: jax.Array
+
+
+def shared_memory_of(device: Any) -> int:
+    """Returns the bytes of shared memory that one program may have on a device.
+
+    LEAST for a card that is not listed, and for what is no GPU: kernels are interpreted there. 0 for a GPU that cannot
+    run these kernels: of a compute capability below 8.0, or not NVIDIA's.
+    """
+    if device.platform not in ("gpu", "cuda"):
+        return LEAST
+    capability = str(getattr(device, "compute_capability", ""))
+    major = capability.partition(".")[0]
+    if not major.isdigit() or int(major) < 8:
+        return 0
+    return SHARED_MEMORY.get(capability, LEAST)
 
 
 def unsupported(q_shape: tuple[int, ...], kv_heads: int, prefix_length: int | None, dtype) -> str | None:
@@ -99,6 +139,7 @@ def forward(
     *,
     scale: float,
     softcap: float,
+    shared_memory: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
@@ -109,11 +150,12 @@ def forward(
       bounds: the visible ranges, int32 [B, M, S]. A query always sees itself: own_start <= i.
       scale: factor on the scores. softcap: c in c * tanh(score / c); 0 for none. With bfloat16 inputs the tanh is the
         hardware's, of relative error 2^-11.
+      shared_memory: bytes that one program may have; the largest blocks that fit are taken.
       interpret: run the kernels as ordinary JAX, on any platform.
     """
-    options = Options(scale, softcap, interpret)
+    options = Options(scale, softcap, shared_memory, interpret)
     rows = _by_head(q_BMSNH, k_BMSKH.shape[3])
-    cut = _cut("forward", rows)
+    cut = _cut("forward", rows, shared_memory)
     outputs = jax.ShapeDtypeStruct(rows.shape, v_BMSKH.dtype), jax.ShapeDtypeStruct(rows.shape[:-1], jnp.float32)
     out, lse = _call(
         _forward_kernel, [rows], _sources(k_BMSKH, v_BMSKH, prefix, bounds, rows, cut), outputs, cut, options
@@ -121,9 +163,11 @@ def forward(
     return out.reshape(q_BMSNH.shape), lse.reshape(q_BMSNH.shape[:-1])
 
 
-def backward(q, k, v, prefix, bounds, out, lse, dout, *, scale: float, softcap: float, interpret: bool):
+def backward(
+    q, k, v, prefix, bounds, out, lse, dout, *, scale: float, softcap: float, shared_memory: int, interpret: bool
+):
     """Gradients of q, k and v, each like its operand; the prefix is a constant, whatever it was computed from."""
-    options = Options(scale, softcap, interpret)
+    options = Options(scale, softcap, shared_memory, interpret)
     dq = query_gradient(q, k, v, prefix, bounds, out, lse, dout, options)
     return dq, *own_gradient(q, k, v, bounds, out, lse, dout, options)
 
@@ -131,7 +175,7 @@ def backward(q, k, v, prefix, bounds, out, lse, dout, *, scale: float, softcap: 
 def query_gradient(q, k, v, prefix, bounds, out, lse, dout, options):
     """dq [B, M, S, N, H]."""
     rows = [_by_head(x, k.shape[3]) for x in (q, dout, lse, _delta(out, dout))]
-    cut = _cut("query_gradient", rows[0])
+    cut = _cut("query_gradient", rows[0], options.shared_memory)
     sources = _sources(k, v, prefix, bounds, rows[0], cut)
     outputs = jax.ShapeDtypeStruct(rows[0].shape, q.dtype)
     return _call(_query_gradient_kernel, rows, sources, outputs, cut, options).reshape(q.shape)
@@ -140,7 +184,7 @@ def query_gradient(q, k, v, prefix, bounds, out, lse, dout, options):
 def own_gradient(q, k, v, bounds, out, lse, dout, options):
     """dk and dv [B, M, S, K, H]."""
     rows = [_by_head(x, k.shape[3]) for x in (q, dout, lse, _delta(out, dout))]
-    cut = _cut("own_gradient", rows[0])
+    cut = _cut("own_gradient", rows[0], options.shared_memory)
     [own] = _sources(k, v, None, bounds, rows[0], cut)
     # Here a program holds keys and walks rows: from those of its first key to the last that sees one of its keys.
     (B, U), G = own.lo.shape, rows[0].shape[3]
@@ -168,9 +212,11 @@ def _by_head(x, K):
     return _flat(x).reshape(x.shape[0], -1, K, x.shape[3] // K, *x.shape[4:])
 
 
-def _cut(kernel, q_BUKGH) -> Blocks:
+def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
+    """The largest blocks that fit, and no more rows than there are."""
     _, U, _, G, H = q_BUKGH.shape
-    cut = FLOAT32 if q_BUKGH.dtype == jnp.float32 else BLOCKS[kernel][max(H, 64)]
+    by_head_dim = FLOAT32 if q_BUKGH.dtype == jnp.float32 else BFLOAT16[kernel]
+    cut = next(cut for least, cut in by_head_dim[max(H, 64)].items() if least <= shared_memory)
     return cut._replace(rows=min(cut.rows, max(16, pl.next_power_of_2(U * G))))
 
 
@@ -273,10 +319,9 @@ def _fold(program, rows, sources, cut, step, carry):
 
 
 def _dot(a, b, contract):
-    """a and b contracted over these axes, float32; operands in float32 are not rounded to TF32 first."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    """a and b contracted over these axes, float32."""
     axes = ((contract[:1], contract[1:]), ((), ()))
-    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, axes, precision=precision(a, b), preferred_element_type=jnp.float32)
 
 
 def _exp2(x, options):

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from latent_delib.nn.attention import Bounds, Keys
+from latent_delib.nn.products import einsum
 
 HEAD_DIMS = (64, 128, 256)
 ROWS, KEYS, LANES = 512, 256, 128  # the largest query and key block, and what their sizes are multiples of
@@ -304,9 +305,8 @@ def _bend(product: jax.Array, scale: float, softcap: float) -> tuple[jax.Array, 
 
 
 def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """A product in float32; operands in float32 are not rounded first, as TPUs would."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+    """A product, float32."""
+    return einsum(equation, x, y, jnp.float32)
 
 
 def _delta(out_BMSNH: jax.Array, dout_BMSNH: jax.Array) -> jax.Array:

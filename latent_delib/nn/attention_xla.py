@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from latent_delib.nn.attention import Bounds, Keys
+from latent_delib.nn.products import einsum
 
 QUERIES = 256  # tokens of a chunk, and
 KEYS = 256  # slots of a block: for every head this many scores are in flight
 NEVER = -1e30  # a score that leaves no weight, and finite: a row that has seen nothing yet computes with it
-FLOAT32 = dict(preferred_element_type=jnp.float32)
 
 
 class Chunk(NamedTuple):
@@ -183,26 +183,26 @@ def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _products(x: jax.Array, keys: jax.Array) -> jax.Array:
     """x . keys: [B, K, c, R, U] of [B, K, c, R, H] and keys that are shared, [B, K, U, H], or own, [B, K, c, U, H]."""
     if keys.ndim == 5:
-        return jnp.einsum("BKcRH,BKcUH->BKcRU", x, keys, **FLOAT32)
+        return einsum("BKcRH,BKcUH->BKcRU", x, keys, jnp.float32)
     rows = x.reshape(*x.shape[:2], -1, x.shape[-1])
-    return jnp.einsum("BKRH,BKUH->BKRU", rows, keys, **FLOAT32).reshape(*x.shape[:-1], -1)
+    return einsum("BKRH,BKUH->BKRU", rows, keys, jnp.float32).reshape(*x.shape[:-1], -1)
 
 
 def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
     """Sums of values: [B, K, c, R, H] of weights [B, K, c, R, U]; values as the keys of `_products`."""
     if values.ndim == 5:
-        return jnp.einsum("BKcRU,BKcUH->BKcRH", weights, values, **FLOAT32)
+        return einsum("BKcRU,BKcUH->BKcRH", weights, values, jnp.float32)
     rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
-    return jnp.einsum("BKRU,BKUH->BKRH", rows, values, **FLOAT32).reshape(*weights.shape[:-1], -1)
+    return einsum("BKRU,BKUH->BKRH", rows, values, jnp.float32).reshape(*weights.shape[:-1], -1)
 
 
 def _onto(weights: jax.Array, x: jax.Array, of_all: bool) -> jax.Array:
     """What x [B, K, c, R, H] is to the keys: [B, K, c, H, U], or, `of_all` groups together, [B, K, H, U]. In that order
     it is x that XLA transposes; in the other the weights, which are many more."""
     if not of_all:
-        return jnp.einsum("BKcRH,BKcRU->BKcHU", x, weights, **FLOAT32)
+        return einsum("BKcRH,BKcRU->BKcHU", x, weights, jnp.float32)
     x, weights = (y.reshape(*y.shape[:2], -1, y.shape[-1]) for y in (x, weights))
-    return jnp.einsum("BKRH,BKRU->BKHU", x, weights, **FLOAT32)
+    return einsum("BKRH,BKRU->BKHU", x, weights, jnp.float32)
 
 
 def _scores(q, k, seen, scale: float, softcap: float):

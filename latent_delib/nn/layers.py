@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from latent_delib.nn import attention, rotary
 from latent_delib.nn.attention import Bounds
 from latent_delib.nn.attention_forms import FEW, attend
+from latent_delib.nn.attention_gpu import LEAST
+from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
@@ -46,18 +48,23 @@ FEATURES = ("batch", "traces", None, "ffn")
 
 
 class Partition(NamedTuple):
-    """How work is divided over devices. Below the commands this is all that is known of a mesh, by the names of axes.
+    """How work is divided over devices. Below the commands this is all that is known of a mesh, by the names of axes,
+    and of its devices.
 
     constrain(x, axes): an activation, where it belongs.
     gather(w, axes): a table of vectors, whole along the width.
     product(equation, x, w, x_axes, w_axes, y_axes): the einsum of activations with a weight that lies split.
     split(function, in_axes, out_axes): a function that no compiler splits, run on each device's own part.
+    row_shards: into how many parts the rows of a batch are split.
+    shared_memory: bytes that one program of the GPU's kernels may have on each device.
     """
 
     constrain: Callable[[jax.Array, Axes], jax.Array] = lambda x, axes: x
     gather: Callable[[jax.Array, Axes], jax.Array] = lambda w, axes: w
-    product: Callable[..., jax.Array] = lambda equation, x, w, *axes: jnp.einsum(equation, x, w)
+    product: Callable[..., jax.Array] = lambda equation, x, w, *axes: einsum(equation, x, w)
     split: Callable[[Callable, Any, Any], Callable] = lambda function, in_axes, out_axes: function
+    row_shards: int = 1
+    shared_memory: int = LEAST
 
 
 WHOLE = Partition()  # for one device
@@ -121,7 +128,14 @@ class Attention(nn.Module):
             self.sow("intermediates", "weights", seen)
         text, query = ("batch", None, "heads", None), ("batch", "traces", None)
         out_BMSNH = self.partition.split(
-            partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=self.form, few=self.few),
+            partial(
+                attend,
+                scale=c.query_scale,
+                softcap=c.attn_softcap,
+                form=self.form,
+                few=self.few,
+                shared_memory=self.partition.shared_memory,
+            ),
             (HEADS, HEADS, HEADS, prefix and (text, text), Bounds(query, query, query)),
             HEADS,
         )(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)

@@ -11,6 +11,7 @@ from latent_delib.nn.attention import Bounds, within_window
 from latent_delib.nn.attention_forms import FEW, SAVED
 from latent_delib.nn.cache import KV, Cache
 from latent_delib.nn.layers import TRACES, WHOLE, Block, Partition, RMSNorm
+from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 
 Params = dict[str, Any]
@@ -122,7 +123,7 @@ def scaled(x: jax.Array, config: TransformerConfig) -> jax.Array:
 
 def unembed(embedding_VD: jax.Array, x: jax.Array, config: TransformerConfig) -> jax.Array:
     """Logits, float32 [..., V], softcapped where the family does so."""
-    logits = jnp.einsum("...D,VD->...V", x, embedding_VD.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = einsum("...D,VD->...V", x, embedding_VD.astype(x.dtype), jnp.float32)
     cap = config.final_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 

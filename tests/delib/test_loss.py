@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
-from latent_delib.delib.loss import token_nll
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.loss import token_nll, tokens_at_a_time
+from latent_delib.nn.layers import WHOLE
+from latent_delib.nn.transformer import Transformer
 
 B, R, D, V = 2, 9, 6, 23
 CHUNKS = [1, 4, R, 100]
@@ -111,3 +116,30 @@ def test_no_logits_of_all_tokens(chunk, whole, argnums):
     floats = [a.shape for a in arrays_in(program.jaxpr) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert (B, chunk, V) in floats  # a chunk's are seen, so the walk goes in
     assert any(np.prod(shape) >= B * R * V and V in shape for shape in floats) == whole
+
+
+@pytest.mark.parametrize(
+    "sequences, shards, tokens",
+    [(1, 1, 512), (4, 1, 512), (8, 1, 256), (16, 1, 128), (4096, 1, 1), (256, 256, 512), (256, 16, 128)],
+)
+def test_tokens_at_a_time(sequences, shards, tokens):
+    assert tokens_at_a_time(512, sequences, shards) == tokens
+
+
+@pytest.mark.parametrize("shards, tokens", [(1, 8), (4, 32)])
+def test_logits_at_a_time_do_not_grow_with_the_batch(shards, tokens):
+    """Of 128 sequences on `shards` devices: four times the chunk on each."""
+    config, chunk, sequences = small.GEMMA, 256, 128
+    aug = Augmentation(Transformer(config, partition=WHOLE._replace(row_shards=shards)), loss_chunk=chunk)
+    x = jax.ShapeDtypeStruct((sequences, 1, 300, config.embed_dim), jnp.float32)
+    table = jax.ShapeDtypeStruct((config.vocab_size, config.embed_dim), jnp.float32)
+    targets = jax.ShapeDtypeStruct((sequences, 1, 300), jnp.int32)
+
+    def total(x, table, targets):
+        return augment.nll(aug, {"decoder": {"embedding": table}}, x, targets).sum()
+
+    for program in (total, jax.grad(total), jax.grad(total, argnums=(0, 1))):
+        shapes = (a.shape for a in arrays_in(jax.make_jaxpr(program)(x, table, targets).jaxpr))
+        logits = [shape for shape in shapes if shape[-1:] == (config.vocab_size,)]
+        assert max(logits, key=np.prod) == (sequences, tokens, config.vocab_size)
+    assert sequences * tokens == 4 * chunk * shards

@@ -1,11 +1,17 @@
 """Every form of the attention primitive that this platform runs, against the reference: forward and gradients."""
 
+import re
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
-from latent_delib.nn import attention, attention_forms, attention_xla
+from latent_delib import mesh as mesh_lib
+from latent_delib import models
+from latent_delib.nn import attention, attention_forms, attention_xla, layers, transformer
 from latent_delib.nn.attention import Bounds
 from latent_delib.nn.attention_forms import attend, choose
 
@@ -134,8 +140,42 @@ def test_a_kernel_gives_way_for_the_gradient_of_a_prefix(form):
 
 def test_which_form():
     assert attention_forms.FORMS == ("reference", "xla", "pallas_gpu", "pallas_tpu")
-    assert [choose("auto", p) for p in ("cpu", "gpu", "tpu", "other")] == ["xla", "pallas_gpu", "pallas_tpu", "xla"]
-    assert choose("reference", "tpu") == "reference"
+    cpu, tpu, other = (SimpleNamespace(platform=platform) for platform in ("cpu", "tpu", "other"))
+    card = SimpleNamespace(platform="gpu", compute_capability="8.9")
+    assert [choose("auto", x) for x in (cpu, card, tpu, other)] == ["xla", "pallas_gpu", "pallas_tpu", "xla"]
+    assert choose("reference", tpu) == "reference"
+    assert choose("pallas_gpu", cpu) == "pallas_gpu"  # interpreted
+
+
+@pytest.mark.parametrize("form", ["auto", "pallas_gpu"])
+@pytest.mark.parametrize("kind, capability", [("Tesla T4", "7.5"), ("AMD Instinct MI300X", "gfx942")])
+def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capability):
+    card = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    line = f"attention: pallas_gpu does not serve {kind} (it needs NVIDIA's compute capability 8.0); xla does instead"
+    with pytest.warns(UserWarning, match=re.escape(line)) as found:
+        assert choose(form, card) == "xla"
+    assert len(found) == 1
+
+
+def test_a_model_on_a_mesh_knows_its_devices(monkeypatch):
+    """Attention is called with the shared memory of the mesh's device; the rows' parts are those of the mesh."""
+    mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 2}, jax.devices()[:8])
+    monkeypatch.setattr(models, "shared_memory_of", {mesh.devices.flat[0]: 163 * 1024}.get)
+    monkeypatch.setattr(models, "partition", models.partition.__wrapped__)  # without what it has kept
+    model = models.transformer(small.LLAMA, mesh)
+    assert model.partition.row_shards == 4
+
+    def attend(q, k, v, prefix, bounds, *, shared_memory, **_):
+        asked.append(shared_memory)
+        return q
+
+    asked = []
+    monkeypatch.setattr(layers, "attend", attend)
+    params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), small.LLAMA))
+    asked.clear()
+    x, zero = jnp.zeros((4, 2, 3, small.LLAMA.embed_dim)), jnp.zeros((4, 2, 3), jnp.int32)
+    jax.eval_shape(lambda p: model.apply({"params": p}, x, zero, Bounds(zero, zero, zero)), params)
+    assert set(asked) == {163 * 1024}
 
 
 def test_few_queries_are_a_product_with_the_cache():

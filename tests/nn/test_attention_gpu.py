@@ -1,6 +1,10 @@
-"""The GPU's kernels, interpreted, against the reference in value and gradient; and their lowering, without a GPU."""
+"""The GPU's kernels, interpreted, against the reference in value and gradient; lowered, and compiled where XLA's CUDA
+plug-in is installed, for cards that are not there."""
 
+import importlib.util
+import re
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -8,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import memory
 from latent_delib.nn import attention, attention_forms, attention_gpu
 from latent_delib.nn.attention import Bounds, within_window
+from latent_delib.nn.attention_gpu import A100, H100, L4
 
 BAIT = 3  # so many slots at either end of the prefix are outside every bound
 B, K = 2, 2
@@ -121,14 +127,19 @@ def test_equals_the_reference(case):
         close(got, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("case", [Case(H=64, M=9, S=20, T=200, softcap=50.0), Case(H=256, M=5, S=30, T=150)])
-def test_bfloat16(case):
+WIDE = Case(H=256, M=5, S=30, T=150)
+
+
+@pytest.mark.parametrize(
+    "case, card", [(Case(H=64, M=9, S=20, T=200, softcap=50.0), L4), (WIDE, H100), (WIDE, A100), (WIDE, L4)]
+)
+def test_bfloat16(case, card):
     """Here with the blocks of bfloat16. The reference rounds where it pleases, so float32 has the last word."""
     arrays, bounds = inputs(case, jnp.bfloat16), bounds_of(case)
     exact, exact_grads = out_and_grads(
         attention.attend, jax.tree.map(lambda x: x.astype(jnp.float32), arrays), bounds, case.softcap
     )
-    out, grads = out_and_grads(KERNEL, arrays, bounds, case.softcap)
+    out, grads = out_and_grads(partial(KERNEL, shared_memory=card), arrays, bounds, case.softcap)
     close(out, exact, 2**-7)
     for got, x, wanted in zip(grads, arrays, exact_grads):
         assert got.dtype == x.dtype
@@ -168,17 +179,112 @@ def test_what_is_not_served_is_named():
         KERNEL(*inputs(Case(H=24)), bounds_of(Case()), scale=1.0, softcap=0.0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("H", [64, 128, 256])
-@pytest.mark.parametrize("softcap", [0.0, 50.0])
-def test_lowers_for_a_gpu(H, softcap, dtype):
-    case = Case(H=H)
+@pytest.mark.parametrize(
+    "platform, capability, found",
+    [
+        ("gpu", "8.0", 166912),
+        ("gpu", "8.6", 101376),
+        ("cuda", "8.9", 101376),
+        ("gpu", "9.0", 232448),
+        ("gpu", "10.0", 232448),
+        ("gpu", "12.0", 101376),
+        ("gpu", "13.7", 101376),  # not known: what all have
+        ("gpu", "7.5", 0),
+        ("gpu", "gfx942", 0),  # AMD's
+        ("cpu", "", 101376),
+    ],
+)
+def test_shared_memory_of_a_card(platform, capability, found):
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert attention_gpu.shared_memory_of(device) == found
+    assert attention_gpu.shared_memory_of(SimpleNamespace(platform=platform)) == (found if platform == "cpu" else 0)
+
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+@pytest.mark.parametrize(
+    "dtype, H, softcap, card, forward, query_gradient, own_gradient",  # each: programs, warps, stages
+    [
+        (BF16, 64, 0.0, L4, (4, 8, 3), (4, 8, 2), (4, 8, 2)),
+        (BF16, 128, 50.0, L4, (4, 8, 3), (4, 8, 2), (4, 8, 2)),
+        (BF16, 256, 50.0, H100, (4, 8, 2), (4, 8, 2), (4, 8, 2)),
+        (BF16, 256, 0.0, A100, (4, 8, 2), (8, 8, 2), (4, 8, 2)),
+        (BF16, 256, 50.0, L4, (8, 8, 2), (8, 8, 1), (8, 4, 2)),
+        (F32, 64, 50.0, L4, (16, 8, 1), (16, 8, 1), (8, 8, 1)),
+        (F32, 128, 0.0, L4, (16, 8, 1), (16, 8, 1), (8, 8, 1)),
+        (F32, 256, 0.0, A100, (16, 8, 1), (16, 8, 1), (8, 8, 1)),
+        (F32, 256, 50.0, L4, (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+    ],
+)
+def test_lowers_with_the_blocks_of_the_card(dtype, H, softcap, card, forward, query_gradient, own_gradient):
+    """256 tokens of two rows each."""
+    case = Case(H=H, M=16, S=16)
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=gpu)
     arrays, bounds = inputs(case, dtype), bounds_of(case)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = out_and_grads.trace(KERNEL, arrays, bounds, softcap)
+        traced = out_and_grads.trace(partial(KERNEL, shared_memory=card), arrays, bounds, softcap)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("forward", "query_gradient", "own_gradient"):
-        assert f'name = "_{kernel}_kernel"' in text
     assert text.count("@__gpu$xla.gpu.triton(") == 3
+    calls = r'grid_x = (\d+) : .*?name = "_(\w+)_kernel", num_stages = (\d+) : i32, num_warps = (\d+)'
+    found = {name: (int(n), int(warps), int(stages)) for n, name, stages, warps in re.findall(calls, text)}
+    assert found == dict(forward=forward, query_gradient=query_gradient, own_gradient=own_gradient)
+
+
+# Bytes of shared memory that XLA asked for (jax 0.10.2), by kernel, bytes of an operand, head dim and blocks: on sm_80,
+# sm_86, sm_89 and sm_120 alike, and at most on sm_90 and sm_100.
+ASKED = {
+    ("forward", 2, 64, (128, 64, 8, 3)): (49152, 66592),
+    ("forward", 2, 128, (128, 64, 8, 3)): (98304, 132128),
+    ("forward", 2, 256, (128, 64, 8, 2)): (147456, 197664),
+    ("forward", 2, 256, (64, 32, 8, 2)): (69632, 98848),
+    ("query_gradient", 2, 64, (128, 64, 8, 2)): (49152, 74752),
+    ("query_gradient", 2, 128, (128, 64, 8, 2)): (98304, 148480),
+    ("query_gradient", 2, 256, (128, 32, 8, 2)): (172032, 213040),
+    ("query_gradient", 2, 256, (64, 64, 8, 2)): (139264, 230400),
+    ("query_gradient", 2, 256, (64, 32, 8, 1)): (98304, 98312),
+    ("own_gradient", 2, 64, (64, 64, 8, 2)): (33792, 66624),
+    ("own_gradient", 2, 128, (64, 64, 8, 2)): (74752, 132160),
+    ("own_gradient", 2, 256, (32, 64, 8, 2)): (102912, 164416),
+    ("own_gradient", 2, 256, (32, 32, 4, 2)): (68096, 68096),
+    ("forward", 4, 64, (32, 32, 8, 1)): (24576, 24576),
+    ("forward", 4, 128, (32, 32, 8, 1)): (49152, 49152),
+    ("forward", 4, 256, (32, 32, 8, 1)): (98304, 98304),
+    ("forward", 4, 256, (32, 16, 8, 1)): (65536, 65536),
+    ("query_gradient", 4, 64, (32, 32, 8, 1)): (32768, 32768),
+    ("query_gradient", 4, 128, (32, 32, 8, 1)): (65536, 65536),
+    ("query_gradient", 4, 256, (32, 32, 8, 1)): (131072, 131072),
+    ("query_gradient", 4, 256, (32, 16, 8, 1)): (98304, 98304),
+    ("own_gradient", 4, 64, (32, 32, 8, 1)): (36864, 36864),
+    ("own_gradient", 4, 128, (32, 32, 8, 1)): (69632, 69632),
+    ("own_gradient", 4, 256, (32, 32, 8, 1)): (135168, 135168),
+    ("own_gradient", 4, 256, (32, 16, 8, 1)): (100352, 100352),
+}
+
+
+@pytest.mark.parametrize("kernel", ["forward", "query_gradient", "own_gradient"])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("H", [64, 128, 256])
+def test_every_card_has_blocks_that_fit(kernel, dtype, H):
+    rows = jax.ShapeDtypeStruct((1, 1024, 1, 1, H), dtype)
+    for card in (L4, A100, H100):
+        cut = attention_gpu._cut(kernel, rows, card)
+        on_ampere, on_hopper = ASKED[kernel, rows.dtype.itemsize, H, cut]
+        assert (on_hopper if card == H100 else on_ampere) <= card
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs XLA's CUDA plug-in")
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(
+    "H", [pytest.param(64, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 256]
+)
+@pytest.mark.parametrize("card", memory.CARDS)
+def test_compiles_for_cards_that_are_not_there(card, H, dtype):
+    """The published setting: traces of 31 tokens over a text of 2048."""
+    one = memory.chip(card)
+    array = partial(jax.ShapeDtypeStruct, sharding=one)
+    q, k, prefix = (array(shape, dtype) for shape in ((1, 128, 31, 8, H), (1, 128, 31, 4, H), (1, 2048, 4, H)))
+    bounds = Bounds(*[array((1, 128, 31), jnp.int32)] * 3)
+    attend = partial(KERNEL, shared_memory=attention_gpu.shared_memory_of(one.mesh.devices.flat[0]))
+    out_and_grads.lower(attend, (q, k, k, (prefix, prefix)), bounds, 50.0).compile()

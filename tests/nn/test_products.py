@@ -1,0 +1,64 @@
+"""The precision that a training loss and its gradients ask of the platform, read from the lowered program."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small
+
+from latent_delib import mesh as mesh_lib
+from latent_delib.delib import augment, lora
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.methods import METHODS
+from latent_delib.nn import transformer
+from latent_delib.nn.products import einsum
+from latent_delib.nn.transformer import Transformer
+
+CONFIG, KEY, L, A = small.GEMMA, jax.random.key(0), 2, 3
+
+
+def asked(lowered) -> set[str]:
+    """The precisions of all products in a program."""
+    products = re.findall(r"stablehlo\.dot_general .*", lowered.as_text())
+    assert products
+    return {found for line in products for found in re.findall(r"precision = \[(\w+), (\w+)\]", line)}
+
+
+def loss(params, aug, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    decoder = lora.lay_over(params["decoder"], params.get("adapters", {}))
+    tokens, at = jnp.zeros((2, 40), jnp.int32), jnp.zeros((2, 8), jnp.int32)
+    return augment.loss(aug, params | {"decoder": decoder}, tokens, tokens + 1, at, A, dtype)[0]
+
+
+@pytest.mark.parametrize("method, form", [("resized", "xla"), ("decoder", "reference")])
+@pytest.mark.parametrize("dtype, wanted", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_every_product_has_the_precision_of_its_operands(method, form, dtype, wanted):
+    model = Transformer(CONFIG, form=form, few=0)
+    aug = Augmentation(model, method, L if METHODS[method].write else 0)
+    decoder = jax.eval_shape(partial(transformer.init, config=CONFIG), KEY)
+    tree = jax.eval_shape(lambda key, decoder: METHODS[method].init(key, decoder, aug.models, L), KEY, decoder)
+    adapters = jax.eval_shape(partial(lora.init, rank=2), KEY, decoder)
+    params = {"decoder": decoder, "adapters": adapters} | tree
+    lowered = jax.jit(jax.grad(partial(loss, aug=aug, dtype=jnp.dtype(dtype)))).lower(params)
+    assert asked(lowered) == {(wanted, wanted)}
+
+
+@pytest.mark.parametrize("dtype, wanted", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_and_so_on_a_mesh_and_in_logits(dtype, wanted):
+    mesh = mesh_lib.make({"data": 1, "fsdp": 2}, jax.devices()[:2])
+    x, w = jnp.zeros((2, 1, 4, 8), dtype), jnp.zeros((8, 6), dtype)
+    axes = ("batch", "traces", None, None), ("embed", "ffn"), ("batch", "traces", None, "ffn")
+    product = partial(mesh_lib.product(mesh), "...D,DF->...F", x_axes=axes[0], w_axes=axes[1], y_axes=axes[2])
+    assert asked(jax.jit(product).lower(x=x, w=w)) == {(wanted, wanted)}
+    logits = partial(transformer.unembed, config=CONFIG)
+    assert asked(jax.jit(logits).lower(w.T, x)) == {(wanted, wanted)}
+
+
+def test_an_operand_of_less_is_not_the_precision_of_the_other():
+    """A product of bfloat16 with float32 is one of float32."""
+    x, y = jnp.zeros((2, 3), jnp.bfloat16), jnp.zeros((3, 4))
+    assert asked(jax.jit(partial(einsum, "ab,bc->ac")).lower(x, y)) == {("HIGHEST", "HIGHEST")}
+    assert einsum("ab,bc->ac", x, x.T, jnp.float32).dtype == jnp.float32
