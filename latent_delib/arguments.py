@@ -16,15 +16,16 @@ INT32, INT64 = 2**31 - 1, 2**63 - 1  # the largest
 def whole(name: str, value: Any, low: int, high: int = INT32) -> int:
     """Returns a whole number from low to high; numpy's are such numbers, True and 2.0 are none."""
     try:
-        number = operator.index(value)
+        found = operator.index(value)
     except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
+        found = None
+    if found is None or isinstance(value, bool):
         raise UserError(f"{name}={reprlib.repr(value)}: expected a whole number")
-    if not low <= number <= high:
-        expected = f"at least {low}" if number < low else f"at most {high}"
-        raise UserError(f"{name}={number}: expected {expected}")
-    return number
+    if found < low:
+        raise UserError(f"{name}={found}: expected at least {low}")
+    if found > high:
+        raise UserError(f"{name}={found}: expected at most {high}")
+    return found
 
 
 def number(name: str, value: Any) -> float:
@@ -62,7 +63,7 @@ def token_ids(name: str, value: Any, expected: str = "a list of token ids") -> l
 
 
 def instance(name: str, value: Any, kind: type, maker: str) -> None:
-    """Raises UserError for anything but an object of this package's own type."""
+    """Raises UserError for anything but an object of one of this package's own types."""
     if not isinstance(value, kind):
         found = type(value).__name__
         raise UserError(f"{name}: got {found}, expected a {kind.__name__}, which `{maker}` returns")

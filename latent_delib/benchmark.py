@@ -113,8 +113,8 @@ def benchmark(
         dtype = about["config"].get("compute", {}).get("dtype", "float32")
         latents = any(made["model"] == "augmented" for made, _ in todo)
         coprocessor = models.load_coprocessor(workdir, about["step"]) if latents else None
-        decoder_ = models.load_decoder(path, dtype)
-        lm = AugmentedLM(decoder_, coprocessor, max_length=max_length, attention=attention)
+        frozen = models.load_decoder(path, dtype)
+        lm = AugmentedLM(frozen, coprocessor, max_length=max_length, attention=attention)
     for made, row in todo:
         adapter = harness.Adapter(
             lm,

@@ -403,7 +403,7 @@ def check_attention(attention: str) -> None:
 
 
 def _stops(stop: str | Sequence[str]) -> list[str]:
-    """Stop strings as a list."""
+    """Returns stop strings as a list."""
     found = [stop] if isinstance(stop, str) else arguments.several("stop", stop)
     for text in found:
         if not isinstance(text, str) or not text:
@@ -412,7 +412,7 @@ def _stops(stop: str | Sequence[str]) -> list[str]:
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
-    """For each of `count` prompts a seed, and what tells those apart that share it."""
+    """Returns a seed for each of `count` prompts, and what tells those apart that share it."""
     if isinstance(seed, str) or not isinstance(seed, Iterable):
         one = arguments.whole("seed", seed, 0, arguments.INT64)
         return [(one, i) for i in range(count)]
@@ -423,7 +423,7 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
 
 
 def _integers(name: str, value: Any, shape: str) -> np.ndarray:
-    """An array of two axes; `shape` says in words what it is to be."""
+    """Returns an array of two axes; `shape` tells a user which ones."""
     try:
         array = np.asarray(value)
     except ValueError:
