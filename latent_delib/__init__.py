@@ -1,5 +1,6 @@
 """Deliberation in latent space: a frozen decoder whose key-value cache a coprocessor extends (Liu et al. 2025)."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from latent_delib.errors import UserError
@@ -16,6 +17,7 @@ __all__ = [
     "init_coprocessor",
     "load_coprocessor",
     "load_decoder",
+    "mesh",
 ]
 
 
@@ -23,6 +25,12 @@ def __getattr__(name: str) -> Any:
     """The interface is loaded at its first use, so that `latent_delib.data` alone needs no JAX."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "mesh":
+        return importlib.import_module("latent_delib.mesh")
     from latent_delib import lm, models
 
     return getattr(lm if name == "AugmentedLM" else models, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -24,10 +24,10 @@ from typing import Any
 
 from etils import epath
 
-from latent_delib import checkpoint, commands, files, models
+from latent_delib import arguments, checkpoint, commands, files, models
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
-from latent_delib.lm import AugmentedLM
+from latent_delib.lm import AugmentedLM, check_attention, check_rhythm
 from latent_delib.provenance import provenance
 from latent_delib.weights import folder
 
@@ -57,6 +57,7 @@ def benchmark(
     delay: int = 0,
     batch_size: int = 16,
     max_length: int = 8192,
+    attention: str = "auto",
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Runs every benchmark on every model of which OUT/benchmarks.json has no row yet; returns what that holds then.
@@ -72,10 +73,11 @@ def benchmark(
     chosen, names = _chosen(rows, benchmarks), _split(model)
     if (wrong := [name for name in names if name not in MODELS]) or not names:
         raise UserError(f"--model={model}: expected some of {', '.join(MODELS)}, got {wrong}")
-    if every < 0 or delay < 0 or (every and delay >= every):
-        raise UserError(f"--every={every}, --delay={delay}: expected at least 0, and a delay shorter than every")
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise UserError(f"--batch_size={batch_size}, --limit={limit}: expected at least 1")
+    check_rhythm(every, delay)
+    check_attention(attention)
+    arguments.whole("--batch_size", batch_size, 1)
+    if limit is not None:
+        arguments.whole("--limit", limit, 1)
     for name, row in chosen.items():
         if row.get("runs_code") and not confirm_run_unsafe_code:
             raise UserError(f"{name}: runs code that the model writes; --confirm_run_unsafe_code allows it")
@@ -111,7 +113,8 @@ def benchmark(
         dtype = about["config"].get("compute", {}).get("dtype", "float32")
         latents = any(made["model"] == "augmented" for made, _ in todo)
         coprocessor = models.load_coprocessor(workdir, about["step"]) if latents else None
-        lm = AugmentedLM(models.load_decoder(path, dtype), coprocessor, max_length=max_length)
+        frozen = models.load_decoder(path, dtype)
+        lm = AugmentedLM(frozen, coprocessor, max_length=max_length, attention=attention)
     for made, row in todo:
         adapter = harness.Adapter(
             lm,
@@ -348,6 +351,7 @@ if __name__ == "__main__":
         delay=(0, "tokens decoded before the latents join (asynchronous coprocessor)"),
         batch_size=(16, "prompts at once"),
         max_length=(8192, "tokens of a document and its answer; what a decoder was trained on bounds what makes sense"),
+        attention=("auto", "its form: auto, by platform, or reference, xla, pallas_gpu, pallas_tpu"),
         tasks=("runs/tasks", "the folder that make_tasks wrote"),
         table=("configs/benchmarks.py", "the benchmarks, a row each"),
         confirm_run_unsafe_code=(False, "let mbpp and humaneval run code that the model writes"),

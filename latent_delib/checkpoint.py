@@ -7,8 +7,10 @@ import contextlib
 import errno
 import importlib.util
 import json
+import logging
 import math
 import os
+import re
 import sys
 import time
 import zlib
@@ -77,6 +79,7 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy(policies),
             best_fn=_loss,  # without it no loss is written
             create=False,
+            save_interval_steps=0 if read_only else 1,
             save_root_metadata=False,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
@@ -175,10 +178,12 @@ class Checkpoints:
             return found
         if damaged:  # all keep their names, or the next try would start from scratch
             each = ", ".join(f"checkpoint {bad} is damaged ({why})" for bad, why in damaged.items())
-            raise UserError(f"--workdir={self.workdir}: {each}" + (", and there is no other" if step is None else ""))
+            others = [s for s in self._manager.all_steps() if s not in damaged]
+            remedy = f"; name another step, one of {others}" if others else ", and there is no other"
+            raise UserError(f"{self.workdir}: {each}{remedy}")
         if step is not None:
             there = self._manager.all_steps()
-            raise UserError(f"--workdir={self.workdir}: no checkpoint of step {step}; there are {there}")
+            raise UserError(f"{self.workdir}: no checkpoint of step {step}; there are {there}")
         return None
 
     def _restore(self, step: int, trainable: Any, optimizer: Any, check: Callable[[dict], None]) -> Restored:
@@ -314,6 +319,10 @@ class Checkpoints:
             raise store_error(error, self.path) or error from None
 
 
+# Orbax warns of each folder that it is asked to open for reading alone.
+logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith("Given directory is read only"))
+
+
 class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> dict[str, float] | None:
         """Returns None for a damaged loss, where orbax would find no checkpoint at all."""
@@ -333,6 +342,15 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
+def _no_checkpoints(workdir: str) -> str:
+    """Returns why a folder holds no checkpoints, and the remedy."""
+    inside = re.fullmatch(r"(.+)/checkpoints(?:/(\d+))?/*", workdir)
+    if inside is None:
+        return "holds no checkpoints; train it first"
+    step = f", with step={inside[2]}" if inside[2] else ""
+    return f"is inside the workdir {inside[1]}; name that{step}"
+
+
 def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, int, dict[str, Any]]:
     """Returns a finished or running job's checkpoints, the step asked for or the newest, and its meta.
 
@@ -340,10 +358,12 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
       UserError: there is no checkpoint, or not that one.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
-    if not checkpoints.path.is_dir():
-        raise UserError(f"--workdir={workdir}: holds no checkpoints; train it first")
+    with checkpoints._disk_errors():
+        there = checkpoints.path.is_dir()
+    if not there:
+        raise UserError(f"{workdir}: {_no_checkpoints(workdir)}")
     if (found := checkpoints.newest_meta(step)) is None:
-        raise UserError(f"--workdir={workdir}: no checkpoint; there are []")
+        raise UserError(f"{workdir}: no checkpoint; there are []")
     return checkpoints, *found
 
 
@@ -415,4 +435,4 @@ def _check_packages(workdir: str) -> None:
         file_systems = [importlib.util.find_spec(name) for name in ("tensorflow", "gcsfs")]
         if importlib.util.find_spec("google.cloud.storage") and any(file_systems):
             return
-    raise UserError(f"--workdir={workdir}: gs:// needs the packages google-cloud-storage, and tensorflow or gcsfs")
+    raise UserError(f"{workdir}: gs:// needs the packages google-cloud-storage, and tensorflow or gcsfs")

@@ -4,7 +4,7 @@
   python -m latent_delib.convert --source=PATH --out=DIR --to=huggingface
 
 PATH is a Hugging Face folder, a GGUF file, one of Google DeepMind's Gemma checkpoints (orbax), or a decoder folder of
-ours. The workdir of a training job gives its coprocessor, as a folder of its own (docs/weights.md).
+ours (`packaged` is one). The workdir of a training job gives its coprocessor, as a folder of its own (docs/weights.md).
 """
 
 import json
@@ -57,8 +57,13 @@ def convert(
     for name, value, allowed in (("to", to, FORMS), ("dtype", dtype, ("", *DTYPES)), ("size", size, ("", *SIZES))):
         if value not in allowed:
             raise UserError(f"--{name}={value!r}: expected one of {', '.join(filter(None, allowed))}")
+    for name, value in (("source", source), ("tokenizer", tokenizer)):
+        if "://" in value:
+            raise UserError(f"--{name}={value}: expected a local path; download it, and name that")
+    if "://" in out:
+        raise UserError(f"--out={out}: expected a local path; copy it there afterwards")
     wanted = SIZES[size] if size else architecture
-    where = Path(source)
+    where = folder.PACKAGED if source == "packaged" else Path(source)
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
             raise UserError(f"{source}: --to, --dtype, --size and --tokenizer are of decoders, this is a coprocessor")
@@ -88,6 +93,8 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
         return huggingface.open_source(where)
     if any((where / mark).exists() for mark in deepmind.MARKS):
         return deepmind.open_source(where, wanted)
+    if where.is_dir() and where.parent.name == "checkpoints" and where.name.isdigit():
+        raise UserError(f"--source={where}: is inside the workdir {where.parents[1]}; name that")
     found = "is a folder with nothing known in it" if where.is_dir() else "does not exist"
     raise UserError(
         f"--source={where}: {found}; expected a GGUF file, a folder with config.json, or an orbax checkpoint of Gemma"

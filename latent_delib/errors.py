@@ -60,7 +60,7 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
     if not isinstance(error, OSError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
         error = OSError(int(found[1]), os.strerror(int(found[1])), str(path))
     text = f"{type(error).__name__} {reason(error)}"[:60]
-    if NO_ANSWER.search(text):
+    if NO_ANSWER.search(text) or "libcurl code" in reason(error):  # TensorFlow's words for a host that is not found
         return Outage(errno.ECONNABORTED, reason(error), str(path))
     if not isinstance(error, OSError) and DENIED.search(text):
         return OSError(errno.EACCES, reason(error), str(path))

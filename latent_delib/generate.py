@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from latent_delib import checkpoint, commands, files, lm, models
+from latent_delib import arguments, checkpoint, commands, files, lm, models
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
@@ -26,12 +26,13 @@ def main(flags: Any) -> None:
     delay = None if flags.coprocessor_devices else flags.delay
     options = {k: getattr(flags, k) for k in ("temperature", "top_k", "top_p", "every", "batch_size")}
     lm.check_options(flags.max_new_tokens, delay=delay, **options)
+    lm.check_attention(flags.attention)
     if flags.out and (out := epath.Path(flags.out)).is_dir():
         raise UserError(f"--out={flags.out}: is a folder, expected a file")
     elif flags.out:
         out.parent.mkdir(parents=True, exist_ok=True)
     model = load(flags)
-    options |= {"stop": flags.stop and [flags.stop] or [], "seed": [r["seed"] for r in requests]}
+    options |= {"stop": flags.stop or [], "seed": [r["seed"] for r in requests]}
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and model.coprocessor is None:
             continue
@@ -60,27 +61,25 @@ def read_prompts(flags: Any) -> list[dict[str, Any]]:
         raise UserError(f"--delay={flags.delay}: with --coprocessor_devices latents join when they are ready")
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
-    if not 0 <= flags.seed < 2**63:
-        raise UserError(f"--seed={flags.seed}: expected at least 0, below 2**63")
+    arguments.whole("--seed", flags.seed, 0, arguments.INT64)
     if flags.prompt:
         return [{"prompt": flags.prompt, "seed": flags.seed}]
     requests = []
     try:
-        text = Path(flags.prompts).read_text(encoding="utf-8")
+        text = Path(flags.prompts).read_text(encoding="utf-8-sig")  # with or without a mark of the byte order
     except UnicodeDecodeError as error:
         raise UserError(f"{flags.prompts}: not UTF-8 at byte {error.start}") from None
     lines = text.removesuffix("\n").split("\n") if text else []  # splitlines knows ends of lines that JSON does not
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{flags.prompts}:{number}: {error.msg}, expected one JSON object a line") from None
+        except (ValueError, RecursionError):
+            raise UserError(f'{flags.prompts}:{number}: not JSON, expected {{"prompt": TEXT}} on each line') from None
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt:
             raise UserError(f'{flags.prompts}:{number}: expected a "prompt" that is text and not empty')
         seed = row.get("seed", flags.seed + number - 1)
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise UserError(f"{flags.prompts}:{number}: seed {seed!r}, expected an integer of at least 0, below 2**63")
+        seed = arguments.whole(f"{flags.prompts}:{number}: seed", seed, 0, arguments.INT64)
         requests.append(row | {"seed": seed})
     if not requests:
         raise UserError(f"{flags.prompts}: holds no prompts")
@@ -90,27 +89,31 @@ def read_prompts(flags: Any) -> list[dict[str, Any]]:
 def load(flags: Any) -> lm.AugmentedLM:
     """The model of a workdir, on all devices; with --coprocessor_devices the last of them are the coprocessor's own."""
     if not 0 <= flags.coprocessor_devices < jax.device_count():
+        has = _devices(jax.device_count())
         raise UserError(
-            f"--coprocessor_devices={flags.coprocessor_devices}: of the {jax.device_count()} devices at hand the "
-            "decoder needs at least one"
+            f"--coprocessor_devices={flags.coprocessor_devices}: this machine has {has}, and the decoder needs one"
         )
-    checkpoints, step, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
+    checkpoints, _, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
     checkpoints.close()
     path, has_latents = models.decoder_of(flags.workdir, meta), METHODS[meta["method.name"]].write is not None
     split = jax.device_count() - flags.coprocessor_devices
     if flags.tensor < 1 or split % flags.tensor:
-        raise UserError(f"--tensor={flags.tensor}: does not divide the {split} devices of the decoder")
+        raise UserError(f"--tensor={flags.tensor}: does not divide the {_devices(split)} of the decoder")
     here, there = jax.devices()[:split], jax.devices()[split:]
+    augment = has_latents and not flags.no_augment
+    for name in () if augment else ("every", "delay", "coprocessor_devices"):
+        if value := getattr(flags, name):
+            why = "--no_augment" if has_latents else f"method {meta['method.name']}"
+            raise UserError(f"--{name}={value}: says when latents join, and with {why} there are none")
     mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor}, here)
     decoder = models.load_decoder(path, meta["config"]["compute"]["dtype"], mesh)
-    augment = has_latents and not flags.no_augment
-    if not augment and (flags.every or flags.delay or there):
-        raise UserError(
-            "--every, --delay, --coprocessor_devices: of latents, which --no_augment or the method leaves out"
-        )
-    coprocessor = models.load_coprocessor(flags.workdir, step) if augment else None
+    coprocessor = models.load_coprocessor(flags.workdir, flags.step) if augment else None
     beside = mesh_lib.make({"data": 1, "tensor": -1}, there) if there else None
-    return lm.AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length)
+    return lm.AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length, flags.attention)
+
+
+def _devices(count: int) -> str:
+    return f"{count} device" if count == 1 else f"{count} devices"
 
 
 if __name__ == "__main__":
@@ -134,5 +137,6 @@ if __name__ == "__main__":
         tensor=(1, "devices that split each layer between them; prompts are split over the rest"),
         batch_size=(16, "prompts at once"),
         max_length=(8192, "tokens of a prompt and its continuation"),
+        attention=("auto", "its form: auto, by platform, or reference, xla, pallas_gpu, pallas_tpu"),
         step=(None, "checkpoint step; the newest if left out"),
     )

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from latent_delib import engine, models, scoring
+from latent_delib import arguments, engine, models, scoring
 from latent_delib import mesh as mesh_lib
 from latent_delib.asynchronous import Beside
 from latent_delib.data import batches
@@ -21,6 +21,7 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Latents
 from latent_delib.errors import UserError
 from latent_delib.models import Coprocessor, Decoder
+from latent_delib.nn.attention_forms import FORMS
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.transformer import Params
 
@@ -49,9 +50,11 @@ class AugmentedLM:
       coprocessor_mesh: devices of the coprocessor's own, where it is to work beside the decoder (`delay=None`).
       max_length: tokens of a prompt and its continuation together. What a decoder was trained on bounds what makes
         sense, memory what fits.
+      attention: the form of attention, as `compute.attention` of a config: "auto", by platform, or one of
+        `nn.attention_forms.FORMS`.
 
     Raises:
-      UserError: a coprocessor of another decoder.
+      UserError: a coprocessor of another decoder, or an argument of another kind.
     """
 
     def __init__(
@@ -61,11 +64,17 @@ class AugmentedLM:
         mesh: Mesh | None = None,
         coprocessor_mesh: Mesh | None = None,
         max_length: int = 8192,
+        attention: str = "auto",
     ):
+        arguments.instance("decoder", decoder, Decoder, "load_decoder")
+        if coprocessor is not None:
+            arguments.instance("coprocessor", coprocessor, Coprocessor, "load_coprocessor")
+        check_attention(attention)
         self.decoder, self.coprocessor, self.tokenizer = decoder, coprocessor, decoder.tokenizer
-        self.dtype, self.max_length = decoder.params["embedding"].dtype, max_length
+        self.dtype = decoder.params["embedding"].dtype
+        self.max_length = arguments.whole("max_length", max_length, 2)
         self.mesh, self.coprocessor_mesh = mesh or models.one_device(), coprocessor_mesh
-        self.plain = Augmentation(models.transformer(decoder.config, self.mesh), "decoder", 0)
+        self.plain = Augmentation(models.transformer(decoder.config, self.mesh, form=attention), "decoder", 0)
         self.params: Params = {"decoder": _place(self.mesh, decoder.params, self.dtype)}
         self.aug = self.plain
         if coprocessor is None:
@@ -76,12 +85,12 @@ class AugmentedLM:
                 f"this decoder is {decoder.fingerprint[:12]}"
             )
         of = coprocessor
-        own = models.transformer(of.architecture, self.mesh) if of.architecture else None
+        own = models.transformer(of.architecture, self.mesh, form=attention) if of.architecture else None
         self.aug = Augmentation(self.plain.transformer, of.method, of.num_latents, of.placement, coprocessor=own)
         self.params = augment.assemble(self.params, {"coprocessor": _place(self.mesh, of.params, self.dtype)})
         if coprocessor_mesh is not None:
-            model = models.transformer(decoder.config, coprocessor_mesh)
-            own = models.transformer(of.architecture, coprocessor_mesh) if of.architecture else None
+            model = models.transformer(decoder.config, coprocessor_mesh, form=attention)
+            own = models.transformer(of.architecture, coprocessor_mesh, form=attention) if of.architecture else None
             self.aug_beside = dataclasses.replace(self.aug, transformer=model, coprocessor=own)
             self.params_beside = {"coprocessor": _place(coprocessor_mesh, self.params["coprocessor"], self.dtype)}
 
@@ -104,8 +113,7 @@ class AugmentedLM:
         Augmented: given the text up to the position, its latents, and the ahead tokens before. Every position needs
         `ahead` tokens after it. Without a coprocessor both are the decoder's.
         """
-        if ahead < 1:
-            raise UserError(f"ahead={ahead}: expected at least 1")
+        ahead = arguments.whole("ahead", ahead, 1)
         tokens = self._check_tokens(tokens_BT)
         positions = self._check_positions(tokens, positions_BM, ahead)
         return scoring.ahead_logprobs(self.params, tokens, positions, aug=self.aug, dtype=self.dtype, ahead=ahead)
@@ -123,7 +131,9 @@ class AugmentedLM:
 
         Equal prompts are read once. progress: is told how many continuations are done.
         """
-        _check_several(prompts=prompts, continuations=continuations)
+        prompts = arguments.several("prompts", prompts)
+        continuations = arguments.several("continuations", continuations)
+        batch_size = arguments.whole("batch_size", batch_size, 1)
         if len(prompts) != len(continuations):
             raise UserError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
         tails = [self._ids(c, f"continuations[{i}]") for i, c in enumerate(continuations)]
@@ -173,9 +183,9 @@ class AugmentedLM:
         Latents join after BOS, and where `every` is not 0 again after each `every` tokens more. A text longer than
         max_length is cut into pieces that each begin with BOS. progress: is told how many pieces are done.
         """
-        _check_several(texts=texts)
-        if every < 0 or batch_size < 1:
-            raise UserError(f"every={every}, batch_size={batch_size}: expected at least 0 and 1")
+        texts = arguments.several("texts", texts)
+        every = arguments.whole("every", every, 0)
+        batch_size = arguments.whole("batch_size", batch_size, 1)
         pieces: list[np.ndarray] = []
         owner: list[int] = []
         for i, text in enumerate(texts):
@@ -206,7 +216,7 @@ class AugmentedLM:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int | Sequence[int] = 0,
         augment: bool = True,
         every: int = 0,
@@ -219,7 +229,7 @@ class AugmentedLM:
         Args:
           temperature: 0 takes the likeliest token. top_k, top_p: samples from the likeliest tokens, that many (0: all),
             or as many as reach that probability together.
-          stop: a text ends before the first of these strings.
+          stop: a text ends before the first of these strings; one string alone is the list of it.
           seed: one for each prompt, or one from which each gets its own by its place in the list.
           augment: latents join at the end of the prompt, and where `every` is not 0 again after each `every` tokens.
           delay: latents join that many tokens after the text they were written for. None: when they are
@@ -227,17 +237,14 @@ class AugmentedLM:
           progress: is told how many tokens are decoded, over all prompts.
         """
         check_options(max_new_tokens, temperature, top_k, top_p, every, delay, batch_size)
-        _check_several(prompts=prompts)
+        prompts = arguments.several("prompts", prompts)
+        stop = _stops(stop)
         if delay is None and self.coprocessor is not None and self.coprocessor_mesh is None:
             raise UserError("delay=None: give the coprocessor devices of its own (coprocessor_mesh)")
-        if "" in stop:
-            raise UserError("stop: holds an empty string")
-        seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else [(s, 0) for s in seed]
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
+        seeds = _seeds(seed, len(prompts))
         heads = [self._prompt(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
         for i, (prompt, head) in enumerate(zip(prompts, heads)):
-            if len(prompt) == 0:
+            if isinstance(prompt, str) and not prompt:
                 raise UserError(f"prompts[{i}] is empty")
             self._check_length(f"prompts[{i}]", len(head), max_new_tokens)
         room = _bucket(max_new_tokens)
@@ -247,8 +254,9 @@ class AugmentedLM:
             text, length = self._pad([heads[i] for i in chosen])
             keys = [jax.random.fold_in(jax.random.key(a), b) for a, b in (seeds[i] for i in chosen)]
             keys += keys[:1] * (len(length) - len(keys))
+            likeliest = jnp.int32(min(top_k, self.decoder.config.vocab_size))  # there are no more tokens
             sampling = engine.Sampling(
-                jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), self._rows(jnp.stack(keys))
+                jnp.float32(temperature), likeliest, jnp.float32(top_p), self._rows(jnp.stack(keys))
             )
 
             def look(new: np.ndarray, chosen: Sequence[int] = chosen) -> np.ndarray:
@@ -296,9 +304,11 @@ class AugmentedLM:
         """Token ids of a text, without BOS; ids are checked and stay what they are."""
         if isinstance(text, str):
             return self.tokenizer.encode(text)
-        ids, V = [int(i) for i in text], self.decoder.config.vocab_size
-        if wrong := [i for i in ids if not 0 <= i < V]:
-            raise UserError(f"{what}: token {wrong[0]}, the vocabulary has {V}")
+        ids = arguments.token_ids(what, text, "text or a list of token ids")
+        V = self.decoder.config.vocab_size
+        for id_ in ids:
+            if not 0 <= id_ < V:
+                raise UserError(f"{what}: token {id_}, the vocabulary has {V}: expected 0 to {V - 1}")
         return ids
 
     def _prompt(self, prompt: Prompt, what: str) -> list[int]:
@@ -309,7 +319,8 @@ class AugmentedLM:
 
     def _check_length(self, what: str, prompt: int, new: int) -> None:
         if prompt + new > self.max_length:
-            raise UserError(f"{what}: {prompt} tokens and {new} after them, max_length is {self.max_length}")
+            found = f"{prompt} tokens and {new} after them are more than max_length={self.max_length}"
+            raise UserError(f"{what}: {found}; shorten it, or raise max_length")
 
     def _batches(self, keys: Sequence[tuple[int, int]], size: Callable[[tuple[int, int]], int]) -> Iterator[list[int]]:
         """Indices of rows with keys (continuations, length), alike ones together, at most `size(key)` at a time."""
@@ -343,45 +354,91 @@ class AugmentedLM:
             raise UserError("this model has no coprocessor, so no latents")
 
     def _check_tokens(self, tokens_BT: Any) -> jax.Array:
-        tokens = np.asarray(tokens_BT)
+        tokens = _integers("tokens", tokens_BT, "[B, T]")
         V = self.decoder.config.vocab_size
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-            raise UserError(f"tokens: {tokens.dtype} of shape {tokens.shape}, expected integers [B, T]")
-        if tokens.size and not (0 <= tokens.min() and tokens.max() < V):
-            raise UserError(f"tokens: from {tokens.min()} to {tokens.max()}, the vocabulary has {V}")
+        _check_range("tokens", tokens, V - 1, f"the vocabulary has {V}")
         if len(tokens) > 1 and len(tokens) % (shards := mesh_lib.row_shards(self.mesh)):
             raise UserError(f"tokens: {len(tokens)} rows do not split over {shards} devices")
         return jnp.asarray(tokens, jnp.int32)
 
     def _check_positions(self, tokens: jax.Array, positions_BM: Any, ahead: int) -> jax.Array:
-        positions, (B, T) = np.asarray(positions_BM), tokens.shape
-        if positions.ndim != 2 or positions.shape[0] != B or not np.issubdtype(positions.dtype, np.integer):
-            raise UserError(f"positions: {positions.dtype} of shape {positions.shape}, expected integers [{B}, M]")
-        if positions.size and not (0 <= positions.min() and positions.max() + ahead < T):
-            raise UserError(
-                f"positions: from {positions.min()} to {positions.max()} with {ahead} ahead tokens, the text has {T}"
-            )
+        B, T = tokens.shape
+        positions = _integers("positions", positions_BM, f"[{B}, M]")
+        if len(positions) != B:
+            raise UserError(f"positions: {len(positions)} rows, expected {B}, as many as tokens")
+        if ahead >= T:
+            raise UserError(f"ahead={ahead}: the text has {T} tokens, expected less")
+        after = f", and {ahead} are to follow" if ahead else ""
+        _check_range("positions", positions, T - 1 - ahead, f"the text has {T} tokens{after}")
         return jnp.asarray(positions, jnp.int32)
 
 
 def check_options(
     max_new_tokens: int, temperature: float, top_k: int, top_p: float, every: int, delay: int | None, batch_size: int
 ) -> None:
-    """Raises UserError for options of `AugmentedLM.continuations` that are out of range."""
-    if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or batch_size < 1:
-        raise UserError(
-            f"max_new_tokens={max_new_tokens} (at least 1), temperature={temperature} (at least 0), top_k={top_k} "
-            f"(at least 0), top_p={top_p} (above 0, at most 1), batch_size={batch_size} (at least 1): out of range"
-        )
-    if every < 0 or (delay or 0) < 0 or (every and (delay or 0) >= every):
-        raise UserError(f"every={every}, delay={delay}: expected at least 0, and a delay shorter than every")
+    """Raises UserError for an option of `AugmentedLM.continuations` that is out of range."""
+    arguments.whole("max_new_tokens", max_new_tokens, 1)
+    if not arguments.number("temperature", temperature) >= 0:
+        raise UserError(f"temperature={temperature}: expected at least 0")
+    arguments.whole("top_k", top_k, 0, arguments.INT64)
+    if not 0 < arguments.number("top_p", top_p) <= 1:
+        raise UserError(f"top_p={top_p}: expected above 0, at most 1")
+    arguments.whole("batch_size", batch_size, 1)
+    check_rhythm(every, 0 if delay is None else delay)
 
 
-def _check_several(**given: Sequence[Prompt]) -> None:
-    """Raises UserError for a single text, whose letters would be taken for texts."""
-    for name, texts in given.items():
-        if isinstance(texts, str):
-            raise UserError(f"{name}={texts[:40]!r}: expected a sequence of texts")
+def check_rhythm(every: int, delay: int) -> None:
+    """Raises UserError unless latents join, late by `delay`, before `every` tokens are there and new ones are due."""
+    arguments.whole("every", every, 0)
+    arguments.whole("delay", delay, 0)
+    if every and delay >= every:
+        raise UserError(f"delay={delay}: expected less than every={every}")
+
+
+def check_attention(attention: str) -> None:
+    """Raises UserError for a form of attention that there is not."""
+    forms = ("auto", *FORMS)
+    if attention not in forms:
+        raise UserError(f"attention={attention!r}: expected one of {', '.join(forms)}")
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    """Returns stop strings as a list."""
+    found = [stop] if isinstance(stop, str) else arguments.several("stop", stop)
+    for text in found:
+        if not isinstance(text, str) or not text:
+            raise UserError(f"stop: holds {text!r}, expected texts that are not empty")
+    return found
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
+    """Returns a seed for each of `count` prompts, and what tells those apart that share it."""
+    if isinstance(seed, str) or not isinstance(seed, Iterable):
+        one = arguments.whole("seed", seed, 0, arguments.INT64)
+        return [(one, i) for i in range(count)]
+    found = [(arguments.whole(f"seed[{i}]", one, 0, arguments.INT64), 0) for i, one in enumerate(seed)]
+    if len(found) != count:
+        raise UserError(f"{count} prompts, but {len(found)} seeds")
+    return found
+
+
+def _integers(name: str, value: Any, shape: str) -> np.ndarray:
+    """Returns an array of two axes; `shape` tells a user which ones."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise UserError(f"{name}: rows of unequal length, expected integers {shape}") from None
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{name}: {array.dtype} of shape {array.shape}, expected integers {shape}")
+    return array
+
+
+def _check_range(name: str, array: np.ndarray, high: int, why: str) -> None:
+    """Raises UserError that names the first number of an array which is not one from 0 to `high`."""
+    wrong = np.argwhere((array < 0) | (array > high))
+    if len(wrong):
+        at = ", ".join(map(str, wrong[0]))
+        raise UserError(f"{name}[{at}]={array[tuple(wrong[0])]}: {why}, expected 0 to {high}")
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from latent_delib import checkpoint, tokenizer
+from latent_delib import arguments, checkpoint, tokenizer
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib import lora
 from latent_delib.delib.coprocessor import Models
@@ -25,6 +27,7 @@ from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
+DTYPES = ("float32", "bfloat16")  # of parameters, and of what is computed with them
 TRAINED = "trained.json"  # in the folder of a decoder that a job has trained: {"step": N}
 
 
@@ -78,26 +81,40 @@ def transformer(config: TransformerConfig, mesh: Mesh, remat: str = "none", form
     return Transformer(config, remat, partition(mesh), choose(form, mesh.devices.flat[0]))
 
 
-def load_decoder(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
-    """A decoder folder, or "packaged"; parameters in `dtype`, which is the dtype everything computes in, read straight
-    to where they lie on `mesh` (by default the first device).
+def load_decoder(path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
+    """A decoder folder, or "packaged"; parameters in `dtype`, which is the dtype everything computes in, float32 or
+    bfloat16, read straight to where they lie on `mesh` (by default the first device).
 
     Raises:
-      UserError: missing files, or tensors that do not fit the architecture.
+      UserError: missing files, or tensors that do not fit the architecture; another dtype.
     """
-    where = folder.locate(path)
+    where = folder.locate(arguments.path("path", path))
+    dtype = _dtype(dtype)
     config = folder.read_config(where)
     shardings = mesh_lib.parameters(mesh or one_device(), folder.shapes(config), PARAM_AXES)
     params = folder.load(where, config, dtype, shardings)
     return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where))
 
 
-def load_coprocessor(workdir: str, step: int | None = None) -> Coprocessor:
+def _dtype(dtype: Any) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise UserError(f"dtype={getattr(dtype, '__name__', dtype)}: expected {' or '.join(DTYPES)}")
+    return found
+
+
+def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Coprocessor:
     """The coprocessor a training job wrote to `workdir`, at its newest step or at `step`; or one that was exported.
 
     Raises:
       UserError: no such checkpoint or folder, or a checkpoint of a method that writes no latents.
     """
+    workdir = arguments.path("workdir", workdir)
+    if step is not None:
+        step = arguments.whole("step", step, 0)
     if (Path(workdir) / exported.FILE).is_file():
         fields, params = exported.load(Path(workdir))
         if step not in (None, fields["step"]):
@@ -146,15 +163,18 @@ def decoder_of(workdir: str, meta: dict[str, Any]) -> str:
         if (there := step_of_decoder(workdir)) != meta["step"]:
             found = "not written yet" if there is None else f"of step {there}"
             raise UserError(
-                f"--workdir={workdir}: the decoder trained there is {found}, the checkpoint is of step {meta['step']}; "
+                f"{workdir}: the decoder trained there is {found}, the checkpoint is of step {meta['step']}; "
                 "it is written when training ends"
             )
         return f"{workdir}/decoder"
     if not (path := meta["config"]["decoder"]["path"]):
-        raise UserError(f"--workdir={workdir}: trained on random weights, there is no decoder to load")
+        raise UserError(
+            f"{workdir}: trained with config.decoder.path='', on random weights that no folder holds; "
+            "train on a decoder folder"
+        )
     own = folder.tokenizer_path(folder.locate(path))
     if meta["data"]["fingerprint"]["tokenizer"] != tokenizer.fingerprint(own):
-        raise UserError(f"--workdir={workdir}: trained with another tokenizer than {own}, the decoder's")
+        raise UserError(f"{workdir}: trained with another tokenizer than {own}, the decoder's")
     return path
 
 
@@ -172,11 +192,16 @@ def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> T
 
 
 def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "after", seed: int = 0) -> Coprocessor:
-    """An untrained coprocessor: the decoder's weights, and soft tokens from random rows of its token table."""
+    """An untrained coprocessor: the decoder's weights, and soft tokens from random rows of its token table.
+
+    Raises:
+      UserError: an argument of another kind or out of range.
+    """
+    arguments.instance("decoder", decoder, Decoder, "load_decoder")
     if placement not in PLACEMENTS:
         raise UserError(f"placement={placement!r}: expected one of {sorted(PLACEMENTS)}")
-    if not 1 <= num_latents <= decoder.config.vocab_size:
-        raise UserError(f"num_latents={num_latents}: expected 1 to {decoder.config.vocab_size}")
+    num_latents = arguments.whole("num_latents", num_latents, 1, decoder.config.vocab_size)
+    seed = arguments.whole("seed", seed, 0, arguments.INT64)
     method = "cache_augmentation"
     model = Transformer(decoder.config)
     tree = METHODS[method].init(jax.random.key(seed), decoder.params, Models(model, model), num_latents)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import sentencepiece
 
+from latent_delib import arguments
 from latent_delib.errors import UserError
 
 _SEPARATOR = "<|endoftext|>"  # between documents, where a vocabulary has no BOS (Qwen's)
@@ -82,6 +83,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS: whoever starts a document or a prompt adds it."""
+        if not isinstance(text, str):
+            raise UserError(f"text={reprlib.repr(text)}: expected a str")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -90,7 +93,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; control tokens, and ids of table rows beyond the vocabulary, leave no trace."""
-        return self._decode([int(i) for i in ids if i < self.vocab_size])
+        found = arguments.token_ids("ids", ids)
+        for id_ in found:
+            if id_ < 0:
+                raise UserError(f"ids: token {id_}, the vocabulary has {self.vocab_size}: expected at least 0")
+        return self._decode([id_ for id_ in found if id_ < self.vocab_size])
 
 
 def _read_sentencepiece(path: Path) -> _Model:

@@ -270,9 +270,9 @@ def test_evaluate_and_generate_need_a_checkpoint(error, config_file, trained, tm
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     config = config_file()
     for workdir, words in (("nowhere", "holds no checkpoints"), ("empty", "no checkpoint; there are []")):
-        at = f"--workdir={tmp_path / workdir}"
-        named(error("evaluate", f"--config={config}", at), at, words)
-        named(error("generate", at, "--prompt=the cat"), at, words)
+        at = tmp_path / workdir
+        named(error("evaluate", f"--config={config}", f"--workdir={at}"), at, words)
+        named(error("generate", f"--workdir={at}", "--prompt=the cat"), f"error: {at}: ", words)
     named(error("generate", f"--workdir={trained}", "--prompt=a", "--step=3"), "no checkpoint of step 3", "[2, 4]")
     named(error("evaluate", f"--config={config}", f"--workdir={trained}", "--step=3"), "no checkpoint of step 3")
     assert not (tmp_path / "nowhere").exists()
@@ -282,24 +282,37 @@ def test_generate_refuses(error, trained):
     for arguments in ([], ["--prompt="], ["--prompt=a", "--prompts=FILE"]):
         named(error("generate", f"--workdir={trained}", *arguments), "--prompt=TEXT or --prompts=FILE, one of them")
     for argument in ("max_new_tokens=0", "temperature=-1.0", "top_k=-1", "top_p=0.0", "batch_size=0"):
-        named(error("generate", "--workdir=nowhere", "--prompt=a", f"--{argument}"), argument, "out of range")
-    for arguments in (["--every=-1"], ["--delay=-1"], ["--every=2", "--delay=2"]):
-        named(error("generate", "--workdir=nowhere", "--prompt=a", *arguments), "expected at least 0, and a delay")
+        named(error("generate", "--workdir=nowhere", "--prompt=a", f"--{argument}"), f"error: {argument}: expected")
+    for arguments, words in (
+        (["--every=-1"], "every=-1: expected at least 0"),
+        (["--delay=-1"], "delay=-1: expected at least 0"),
+        (["--every=2", "--delay=2"], "delay=2: expected less than every=2"),
+    ):
+        named(error("generate", "--workdir=nowhere", "--prompt=a", *arguments), words)
     named(error("generate", f"--workdir={trained}", "--prompt=a", "--top_p=high"), "top_p", "high")
     named(error("generate", f"--workdir={trained}", "--prompt=a", "--seed=-1"), "--seed=-1", "expected at least 0")
-    named(error("generate", f"--workdir={trained}", "--prompt=a", "--max_length=8"), "prompts[0]", "max_length is 8")
+    named(
+        error("generate", f"--workdir={trained}", "--prompt=a", "--max_length=8"),
+        "prompts[0]",
+        "more than max_length=8",
+    )
 
 
 @pytest.mark.parametrize(
     "lines, said",
     [
         ("", ["holds no prompts"]),
-        ('{"prompt": "a"}\n{"prompt": \n', [":2:", "JSON"]),
+        ('{"prompt": "a"}\n{"prompt": \n', [":2: not JSON, expected", '{"prompt": TEXT}']),
+        ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", [":1: not JSON"]),
+        ('\ufeff{"prompt": "a", "seed": true}', [":1: seed=True: expected a whole number"]),  # the mark is no mistake
         ('{"prompt": "a"}\n\n', [":2:", "JSON"]),
         ('["a"]\n', [":1:", '"prompt"']),
         ('{"prompt": ""}\n', [":1:", '"prompt"']),
-        ('{"prompt": "a", "seed": -1}\n', [":1:", "seed -1"]),
-        ('{"prompt": "a", "seed": 9223372036854775808}\n', [":1:", "seed 9223372036854775808", "below 2**63"]),
+        ('{"prompt": "a", "seed": -1}\n', [":1: seed=-1: expected at least 0"]),
+        (
+            '{"prompt": "a", "seed": 9223372036854775808}\n',
+            [":1: seed=9223372036854775808: expected at most 9223372036854775807"],
+        ),
         (b"\xff", ["not UTF-8 at byte 0"]),
         (None, ["No such file"]),
     ],

@@ -377,9 +377,10 @@ ROW = {"benchmark": "b", "model": "decoder", "shots": 0, "every": 0, "delay": 0}
 
 def test_rows_and_resume(trained, tasks, tmp_path, monkeypatch, capsys):
     """Latents are in the rows that name them; a row that is there is not made again; samples stand beside."""
-    out, ran, run = tmp_path / "out", [], harness.run
+    out, ran, run, forms = tmp_path / "out", [], harness.run, []
 
     def watch(adapter, loaded, *rest):
+        forms.append(adapter.lm.aug.transformer.form)
         ran.append((*loaded["tasks"], adapter.augment, adapter.every, adapter.delay, adapter.cot, rest[0]))
         return run(adapter, loaded, *rest)
 
@@ -400,8 +401,11 @@ def test_rows_and_resume(trained, tasks, tmp_path, monkeypatch, capsys):
         ("held_out_text", False, 0, 0, "", 0),
         ("held_out_text", True, 4, 0, "", 0),
     ]
-    rows = call("chain_sum", "zero_shot_cot,decoder", limit=2)  # all documents of decoder are there: more than 2
-    assert ran == [("chain_sum", False, 0, 0, TABLE["COT"], 0)]
+    assert "reference" not in forms
+    rows = call(
+        "chain_sum", "zero_shot_cot,decoder", limit=2, attention="reference"
+    )  # all documents of decoder are there: more than 2
+    assert ran == [("chain_sum", False, 0, 0, TABLE["COT"], 0)] and forms[-1] == "reference"
     assert rows[0] == first[0] and len(rows) == 7
     assert {(r["benchmark"], r["model"], r["documents"]) for r in rows if r["limit"]} == {
         ("chain_sum", "zero_shot_cot", 2)
@@ -504,15 +508,16 @@ MISTAKES = {
     "no model": (dict(model=""), "--model=: expected some of"),
     "table": (dict(table="none.py"), "--table=none.py: no such file"),
     "tasks": (dict(tasks="nowhere"), "nowhere/syllogism.yaml: no such file; `python -m latent_delib.make_tasks --out="),
-    "delay": (dict(every=2, delay=2), "--every=2, --delay=2: expected at least 0, and a delay shorter than every"),
-    "batch": (dict(batch_size=0), "--batch_size=0, --limit=None: expected at least 1"),
-    "limit": (dict(limit=0), "--batch_size=16, --limit=0: expected at least 1"),
+    "delay": (dict(every=2, delay=2), "delay=2: expected less than every=2"),
+    "batch": (dict(batch_size=0), "--batch_size=0: expected at least 1"),
+    "limit": (dict(limit=0), "--limit=0: expected at least 1"),
+    "attention": (dict(attention="flash"), "attention='flash': expected one of auto, reference, xla"),
     "code": (dict(benchmarks="published"), "mbpp: runs code that the model writes; --confirm_run_unsafe_code"),
     "decoder": (dict(decoder="nowhere"), "decoder 'nowhere': .* does not exist"),
     "step": (dict(decoder="packaged", step=3), "--step=3: a checkpoint of --workdir"),
     "neither": (dict(decoder=""), "give --workdir of a training job, or --decoder"),
     "both": (dict(workdir="w"), "give --workdir of a training job, or --decoder"),
-    "workdir": (dict(decoder="", workdir="nowhere"), "--workdir=nowhere: holds no checkpoints"),
+    "workdir": (dict(decoder="", workdir="nowhere"), "^nowhere: holds no checkpoints"),
     "latents": (dict(model="augmented"), "--model=augmented: there is no coprocessor; give the --workdir"),
     "cot": (dict(model="zero_shot_cot"), "--model=zero_shot_cot: syllogism has choices or text to score"),
 }

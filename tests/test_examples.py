@@ -1,4 +1,4 @@
-"""The notebook under examples/: its cells run in order, in its folder, and what they show is so."""
+"""What is shown to be run: the README's block of Python, and the cells of the notebook under examples/, in order."""
 
 import json
 import os
@@ -11,6 +11,18 @@ import pytest
 
 PATH = Path(__file__).parents[1] / "examples" / "tour.ipynb"
 CHECK = "import test_examples\n\ntest_examples.check(globals())"
+
+
+def test_the_block_of_the_readme_runs_as_it_stands(trained, decoder_folder):
+    """But for the decoder and the workdir, which are small ones here."""
+    text = (PATH.parents[1] / "README.md").read_text(encoding="utf-8")
+    block = text.partition("```python\n")[2].partition("```")[0]
+    code = block.replace('"packaged"', repr(str(decoder_folder))).replace('"runs/quickstart"', repr(str(trained)))
+    assert code.count(str(decoder_folder)) == code.count(str(trained)) == 1
+    left = {}
+    exec(code, left)
+    assert left["ld"].mesh.make({"data": -1, "tensor": 2}).size == 8
+    assert left["lm"].coprocessor.step == 4
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,18 @@ PACKAGE = Path(latent_delib.__file__).parent
 COMMANDS = {"train", "evaluate", "generate", "prepare", "convert", "report", "benchmark", "make_tasks", "make_mixture"}
 COMMANDS |= {"lm", "models", "experiment", "perplexity", "harness", "look", "plan", "dry_run"}
 BELOW = {"errors", "nn", "delib", "data", "weights", "tokenizer", "step", "engine", "flops", "mesh", "checkpoint"}
-BELOW |= {"hlo", "distributed", "progress", "provenance", "files", "stopping", "scoring", "asynchronous"}
+BELOW |= {"arguments", "hlo", "distributed", "progress", "provenance", "files", "stopping", "scoring", "asynchronous"}
 BELOW |= {"published", "runs", "tables", "figures"}
 # What a room may import of ours besides itself; who is not named here is a command and may import all.
 ALLOWED = {
     "__init__": {"errors", "lm", "models"},
     "errors": set(),
+    "arguments": {"errors"},
     "nn": {"errors"},
     "delib": {"nn", "errors"},
     "data": {"tokenizer", "errors"},
     "weights": {"nn", "files", "errors"},
-    "tokenizer": {"errors"},
+    "tokenizer": {"arguments", "errors"},
     "mesh": {"nn", "errors"},
     "checkpoint": {"files", "errors"},
     "distributed": {"errors"},

@@ -1,6 +1,7 @@
 """The Python interface: against the dense oracle, and against what each call promises of the others."""
 
 import dataclasses
+import logging
 import warnings
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import latent_delib as ld
-from latent_delib import asynchronous, engine, mesh, train
+from latent_delib import asynchronous, engine, mesh, models, train
 from latent_delib import lm as lm_of
 from latent_delib.checkpoint import Checkpoints
 from latent_delib.delib.traces import PLACEMENTS
@@ -134,6 +135,8 @@ def test_sampling(lms):
     greedy, drawn = lm.generate(PROMPTS, NEW), lm.generate(PROMPTS, NEW, temperature=1.0, seed=3)
     assert drawn == lm.generate(PROMPTS, NEW, temperature=1.0, seed=3)
     assert drawn != lm.generate(PROMPTS, NEW, temperature=1.0, seed=4) and drawn != greedy
+    assert drawn == lm.generate(PROMPTS, NEW, temperature=1.0, seed=np.int64(3), top_k=2**40)  # more than there are
+    assert drawn == lm.generate(iter(PROMPTS), NEW, temperature=1.0, seed=3)
     assert lm.generate(PROMPTS, NEW, temperature=1.0, top_p=1e-6, seed=3) == greedy
     assert lm.generate(PROMPTS, NEW, temperature=1e-4, seed=3) == greedy
     even = lm.generate(PROMPTS, NEW, temperature=1e6, seed=3)  # all tokens alike: only fresh noise tells steps apart
@@ -215,6 +218,8 @@ def test_stop_strings_end_a_text_before_them(decoder, lms):
     assert [c.text for c in found] == [min((text.partition(s)[0] for s in stop), key=len) for text in whole]
     assert 3 < len(found[0].text) <= 19 and len(found[1].text) <= 3
     assert done == sorted(done) and done[-1] <= 4 * new
+    one = [lm.generate(PROMPTS[:1], new, stop=strings) for strings in (stop[0], stop[:1])]
+    assert one[0] == one[1] != whole[:1]
     early = lm.continuations(PROMPTS[1:2], new, stop=stop)[0]
     assert early.text == found[1].text and set(early.tokens[16:]) == {tokenizer.pad_id}  # and decoding ends with it
 
@@ -448,14 +453,77 @@ def test_load_coprocessor_is_what_was_trained(make_config, decoder, tmp_path, mo
         assert (found.step, found.fingerprint) == (wanted, decoder.fingerprint)
         jax.tree.map(np.testing.assert_array_equal, found.params, saved[wanted]["coprocessor"])
     assert ld.AugmentedLM(decoder, found).latents([[2, 5, 7]], [[1]]).shape == (1, 1, 2, decoder.config.embed_dim)
+    assert ld.load_coprocessor(tmp_path, np.int64(2)).step == 2
+    inside = tmp_path / "checkpoints" / "4"
+    with pytest.raises(ld.UserError, match=f"{inside}: is inside the workdir {tmp_path}; name that, with step=4"):
+        ld.load_coprocessor(inside)
+
+
+def test_loading_says_nothing(trained):
+    """Orbax warns of a folder that is only read, and of options that follow from that."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("absl").addHandler(handler)
+    try:
+        ld.load_coprocessor(trained)
+    finally:
+        logging.getLogger("absl").removeHandler(handler)
+    assert [record.getMessage() for record in said if record.levelno > logging.INFO] == []
+
+
+def test_the_package_shows_its_interface(monkeypatch):
+    monkeypatch.delattr(ld, "mesh", raising=False)  # as before anybody has imported it
+    assert ld.mesh is mesh and dir(ld) == sorted(ld.__all__)
+    assert not hasattr(ld, "meshes")
+
+
+def test_attention_is_a_choice(decoder, lms, text):
+    """Everywhere: in the decoder, in a coprocessor of its own size, and in both beside the decoder."""
+    architecture = dataclasses.replace(decoder.config, num_layers=2)
+    start = dataclasses.replace(lms["overlay"].coprocessor, architecture=architecture)
+    lm = ld.AugmentedLM(decoder, start, None, models.one_device(), attention="reference")
+    for aug in (lm.plain, lm.aug, lm.aug_beside):
+        assert aug.transformer.form == "reference" and aug.coprocessor in (None, lm.aug.coprocessor)
+    assert lm.aug.coprocessor.form == "reference"
+    assert lms["overlay"].aug.transformer.form == "xla"  # what "auto" is on a CPU
+    found = ld.AugmentedLM(decoder, attention="reference").logits(text)
+    expected = lms["decoder"].logits(text)
+    assert (found != expected).any()  # on 24 tokens the other form runs
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 MISTAKES = {
     "no decoder": (lambda lm, d: ld.load_decoder("nowhere"), "decoder 'nowhere': .*config.json does not exist"),
-    "no checkpoint": (lambda lm, d: ld.load_coprocessor("nowhere"), "--workdir=nowhere: holds no checkpoints"),
+    "no checkpoint": (lambda lm, d: ld.load_coprocessor("nowhere"), "^nowhere: holds no checkpoints"),
+    "random weights": (
+        lambda lm, d: models.decoder_of("W", {"method.name": "static_tokens", "config": {"decoder": {"path": ""}}}),
+        "^W: trained with config.decoder.path='', on random weights that no folder holds; train on a decoder folder",
+    ),
+    "no path": (lambda lm, d: ld.load_decoder(None), "path=None: expected a path"),
+    "a decoder far away": (lambda lm, d: ld.load_decoder("gs://b/x"), "decoder 'gs://b/x': expected a local folder"),
+    "int8": (lambda lm, d: ld.load_decoder("packaged", "int8"), "dtype=int8: expected float32 or bfloat16"),
+    "float99": (lambda lm, d: ld.load_decoder("packaged", "float99"), "dtype=float99: expected float32 or bfloat16"),
+    "float16": (lambda lm, d: ld.load_decoder("packaged", np.float16), "dtype=float16: expected float32 or bfloat16"),
+    "no workdir": (lambda lm, d: ld.load_coprocessor(3), "workdir=3: expected a path"),
+    "step": (lambda lm, d: ld.load_coprocessor("nowhere", "4"), "step='4': expected a whole number"),
+    "swapped": (
+        lambda lm, d: ld.AugmentedLM(lm.coprocessor, d),
+        "decoder: got Coprocessor, expected a Decoder, which `load_decoder` returns",
+    ),
+    "no Decoder": (lambda lm, d: ld.AugmentedLM("packaged"), "decoder: got str, expected a Decoder"),
+    "no Coprocessor": (lambda lm, d: ld.AugmentedLM(d, "runs/x"), "coprocessor: got str, expected a Coprocessor"),
+    "attention": (
+        lambda lm, d: ld.AugmentedLM(d, attention="flash"),
+        "attention='flash': expected one of auto, reference, xla, pallas_gpu, pallas_tpu",
+    ),
+    "no room": (lambda lm, d: ld.AugmentedLM(d, max_length=1), "max_length=1: expected at least 2"),
+    "begun of a path": (lambda lm, d: ld.init_coprocessor("packaged", 2), "decoder: got str, expected a Decoder"),
+    "half a latent": (lambda lm, d: ld.init_coprocessor(d, 2.0), "num_latents=2.0: expected a whole number"),
+    "seed of a coprocessor": (lambda lm, d: ld.init_coprocessor(d, 2, seed=2**70), "seed=.*: expected at most"),
     "placement": (lambda lm, d: ld.init_coprocessor(d, 2, "beside"), "placement='beside': expected one of"),
-    "no latents": (lambda lm, d: ld.init_coprocessor(d, 0), "num_latents=0: expected 1 to 320"),
-    "many latents": (lambda lm, d: ld.init_coprocessor(d, 321), "num_latents=321: expected 1 to 320"),
+    "no latents": (lambda lm, d: ld.init_coprocessor(d, 0), "num_latents=0: expected at least 1"),
+    "many latents": (lambda lm, d: ld.init_coprocessor(d, 321), "num_latents=321: expected at most 320"),
     "another decoder": (
         lambda lm, d: ld.AugmentedLM(dataclasses.replace(d, fingerprint="f" * 64), lm.coprocessor),
         "coprocessor belongs to decoder .*, this decoder is ffffffffffff",
@@ -463,49 +531,81 @@ MISTAKES = {
     "no coprocessor": (lambda lm, d: ld.AugmentedLM(d).latents([[2, 5]], [[1]]), "no coprocessor, so no latents"),
     "one row": (lambda lm, d: lm.logits([2, 5]), r"tokens: int64 of shape \(2,\), expected integers \[B, T\]"),
     "floats": (lambda lm, d: lm.logits([[2.0, 5.0]]), "tokens: float64 of shape"),
-    "token 320": (lambda lm, d: lm.logits([[2, 320]]), "tokens: from 2 to 320, the vocabulary has 320"),
-    "token -1": (lambda lm, d: lm.logits([[2, -1]]), "tokens: from -1 to 2, the vocabulary has 320"),
+    "token 320": (
+        lambda lm, d: lm.logits([[2, 320]]),
+        r"tokens\[0, 1\]=320: the vocabulary has 320, expected 0 to 319",
+    ),
+    "token -1": (lambda lm, d: lm.logits([[2, -1]]), r"tokens\[0, 1\]=-1: the vocabulary has 320"),
+    "ragged": (lambda lm, d: lm.logits([[2, 5], [2]]), r"tokens: rows of unequal length, expected integers \[B, T\]"),
+    "no tokens": (lambda lm, d: lm.logits(None), r"tokens: object of shape \(\), expected integers \[B, T\]"),
     "rows of positions": (
         lambda lm, d: lm.latents([[2, 5]], [[1], [1]]),
-        r"int64 of shape \(2, 1\), expected integers \[1, M",
+        "positions: 2 rows, expected 1, as many as tokens",
     ),
     "half a position": (lambda lm, d: lm.latents([[2, 5]], [[0.5]]), "positions: float64 of shape"),
-    "position -1": (lambda lm, d: lm.latents([[2, 5]], [[-1]]), "positions: from -1 to -1 .* the text has 2"),
-    "position 2": (lambda lm, d: lm.latents([[2, 5]], [[2]]), "positions: from 2 to 2 with 0 ahead tokens"),
-    "no ahead token": (lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[1]], 2), "positions: .* with 2 ahead tokens"),
+    "position -1": (
+        lambda lm, d: lm.latents([[2, 5]], [[-1]]),
+        r"positions\[0, 0\]=-1: the text has 2 tokens, expected 0 to 1",
+    ),
+    "position 2": (
+        lambda lm, d: lm.latents([[2, 5]], [[2]]),
+        r"positions\[0, 0\]=2: the text has 2 tokens, expected 0 to 1",
+    ),
+    "no ahead token": (
+        lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[0, 1]], 2),
+        r"positions\[0, 1\]=1: the text has 3 tokens, and 2 are to follow, expected 0 to 0",
+    ),
+    "ahead 3": (
+        lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[0]], 3),
+        "ahead=3: the text has 3 tokens, expected less",
+    ),
+    "ahead text": (lambda lm, d: lm.ahead_logprobs([[2, 5]], [[0]], "1"), "ahead='1': expected a whole number"),
     "ahead 0": (lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[1]], 0), "ahead=0: expected at least 1"),
     "empty prompt": (lambda lm, d: lm.generate(["a", ""]), r"prompts\[1\] is empty"),
     "no token": (lambda lm, d: lm.logprobs([[]], ["a"]), r"prompts\[0\]: holds no token, not even BOS"),
     "token id": (lambda lm, d: lm.generate([[2, 320]]), r"prompts\[0\]: token 320, the vocabulary has 320"),
+    "bytes": (lambda lm, d: lm.generate([b"abc"]), r"prompts\[0\]=b'abc': expected text or a list of token ids"),
+    "half tokens": (lambda lm, d: lm.generate([[2.7, 5.9]]), r"prompts\[0\]=\[2.7, 5.9\]: expected text or a list"),
+    "letters": (lambda lm, d: lm.generate([["a"]]), r"prompts\[0\]=\['a'\]: expected text or a list of token ids"),
+    "one prompt of ids": (lambda lm, d: lm.generate([2, 5]), r"prompts\[0\]=2: expected text or a list of token ids"),
+    "no prompt": (lambda lm, d: lm.generate(None), "prompts=None: expected a list"),
+    "a number": (lambda lm, d: lm.logprobs(["a"], 3), "continuations=3: expected a list"),
     "continued token": (lambda lm, d: lm.logprobs(["a"], [[-1]]), r"continuations\[0\]: token -1, the vocabulary"),
     "long prompt": (
         lambda lm, d: ld.AugmentedLM(d, max_length=20).generate(["a", [2] * 15], 6),
-        r"prompts\[1\]: 15 tokens and 6 after them, max_length is 20",
+        r"prompts\[1\]: 15 tokens and 6 after them are more than max_length=20; shorten it, or raise max_length",
     ),
     "long continuation": (
         lambda lm, d: ld.AugmentedLM(d, max_length=20).logprobs([[2] * 15], [[2] * 6]),
-        r"prompts\[0\]: 15 tokens and 6 after them, max_length is 20",
+        r"prompts\[0\]: 15 tokens and 6 after them are more than max_length=20",
     ),
-    "every": (lambda lm, d: lm.generate(["a"], every=-1), "every=-1, delay=0: expected at least 0"),
-    "late": (lambda lm, d: lm.generate(["a"], every=2, delay=2), "every=2, delay=2: .* a delay shorter than every"),
-    "rolling": (lambda lm, d: lm.rolling_logprobs(["a"], every=-1), "every=-1, batch_size=16: expected at least 0"),
-    "rolling batch": (
-        lambda lm, d: lm.rolling_logprobs(["a"], batch_size=0),
-        "every=0, batch_size=0: expected at least 0 and 1",
-    ),
+    "every": (lambda lm, d: lm.generate(["a"], every=-1), "every=-1: expected at least 0"),
+    "late": (lambda lm, d: lm.generate(["a"], every=2, delay=2), "delay=2: expected less than every=2"),
+    "rolling": (lambda lm, d: lm.rolling_logprobs(["a"], every=-1), "every=-1: expected at least 0"),
+    "rolling batch": (lambda lm, d: lm.rolling_logprobs(["a"], batch_size=0), "batch_size=0: expected at least 1"),
+    "scored batch": (lambda lm, d: lm.logprobs(["a"], ["b"], batch_size=0), "batch_size=0: expected at least 1"),
     "no device": (lambda lm, d: lm.generate(["a"], delay=None), "delay=None: give the coprocessor devices of its own"),
-    "one prompt": (lambda lm, d: lm.generate("a cat"), "prompts='a cat': expected a sequence of texts"),
-    "one text": (lambda lm, d: lm.rolling_logprobs("a cat"), "texts='a cat': expected a sequence of texts"),
-    "no temperature": (lambda lm, d: lm.generate(["a"], temperature=float("nan")), r"temperature=nan \(at least 0\)"),
-    "stop": (lambda lm, d: lm.generate(["a"], stop=["b", ""]), "stop: holds an empty string"),
+    "one prompt": (lambda lm, d: lm.generate("a cat"), "prompts='a cat': expected a list"),
+    "one text": (lambda lm, d: lm.rolling_logprobs("a cat"), "texts='a cat': expected a list"),
+    "no temperature": (
+        lambda lm, d: lm.generate(["a"], temperature=float("nan")),
+        "^temperature=nan: expected at least 0",
+    ),
+    "warm": (lambda lm, d: lm.generate(["a"], temperature="1"), "temperature='1': expected a number"),
+    "stop": (lambda lm, d: lm.generate(["a"], stop=["b", ""]), "stop: holds '', expected texts that are not empty"),
+    "stop token": (lambda lm, d: lm.generate(["a"], stop=[3]), "stop: holds 3, expected texts"),
+    "seed": (lambda lm, d: lm.generate(["a"], seed=2**70), "seed=1180591620717411303424: expected at most"),
+    "seed text": (lambda lm, d: lm.generate(["a"], seed="x"), "seed='x': expected a whole number"),
     "seeds": (lambda lm, d: lm.generate(["a"], seed=[1, 2]), "1 prompts, but 2 seeds"),
-    "top_k": (lambda lm, d: lm.generate(["a"], top_k=-1), r"top_k=-1 \(at least 0\)"),
-    "batch": (lambda lm, d: lm.generate(["a"], batch_size=0), r"batch_size=0 \(at least 1\)"),
-    "no new token": (lambda lm, d: lm.generate(["a"], 0), r"max_new_tokens=0 \(at least 1\)"),
-    "delay": (lambda lm, d: lm.generate(["a"], delay=-1), "every=0, delay=-1: expected at least 0"),
-    "temperature": (lambda lm, d: lm.generate(["a"], temperature=-0.1), r"temperature=-0.1 \(at least 0\)"),
-    "top_p 0": (lambda lm, d: lm.generate(["a"], top_p=0.0), r"top_p=0.0 \(above 0, at most 1\)"),
-    "top_p 2": (lambda lm, d: lm.generate(["a"], top_p=2.0), r"top_p=2.0 \(above 0, at most 1\)"),
+    "top_k": (lambda lm, d: lm.generate(["a"], top_k=-1), "^top_k=-1: expected at least 0"),
+    "batch": (lambda lm, d: lm.generate(["a"], batch_size=0), "^batch_size=0: expected at least 1"),
+    "no new token": (lambda lm, d: lm.generate(["a"], 0), "^max_new_tokens=0: expected at least 1"),
+    "half a token": (lambda lm, d: lm.generate(["a"], 2.5), "max_new_tokens=2.5: expected a whole number"),
+    "yes": (lambda lm, d: lm.generate(["a"], True), "max_new_tokens=True: expected a whole number"),
+    "delay": (lambda lm, d: lm.generate(["a"], delay=-1), "delay=-1: expected at least 0"),
+    "temperature": (lambda lm, d: lm.generate(["a"], temperature=-0.1), "^temperature=-0.1: expected at least 0"),
+    "top_p 0": (lambda lm, d: lm.generate(["a"], top_p=0.0), "^top_p=0.0: expected above 0, at most 1"),
+    "top_p 2": (lambda lm, d: lm.generate(["a"], top_p=2.0), "^top_p=2.0: expected above 0, at most 1"),
     "continuations": (lambda lm, d: lm.logprobs(["a", "b"], ["c"]), "2 prompts, but 1 continuations"),
     "empty continuation": (lambda lm, d: lm.logprobs(["a", "b"], ["c", ""]), r"continuations\[1\] is empty"),
 }

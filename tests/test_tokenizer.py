@@ -159,6 +159,27 @@ def test_what_is_not_text_leaves_no_trace(every, kind):
         tokenizer.encode("a\udcff")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "ids, words",
+    [
+        ([5, -1], "ids: token -1, the vocabulary has 500: expected at least 0"),
+        ([2.7], r"ids=\[2.7\]: expected a list of token ids"),
+        (b"abc", "ids=b'abc': expected a list of token ids"),
+        (3, "ids=3: expected a list of token ids"),
+    ],
+)
+def test_what_is_no_token_is_refused(every, kind, ids, words):
+    with pytest.raises(UserError, match=words):
+        every[kind].decode(ids)
+
+
+@pytest.mark.parametrize("text", [None, b"abc", 3])
+def test_what_is_no_text_is_refused(every, text):
+    with pytest.raises(UserError, match=f"text={text!r}: expected a str"):
+        every["json"].encode(text)
+
+
 def test_json_gives_what_its_library_gives(every, library):
     library.encode_special_tokens = True
     for text in TEXTS:

@@ -32,6 +32,8 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
 
 def locate(path: str) -> Path:
     """The folder a decoder's path means: "packaged" is the one that comes with this package."""
+    if "://" in path:
+        raise UserError(f"decoder {path!r}: expected a local folder; download it, and name that")
     folder = PACKAGED if path == "packaged" else Path(path)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,22 @@ _COMMON = dict(
     final_logit_softcapping=None,
     use_bidirectional_attention=False,
 )
+# Our field -> the key of a config.json that says it.
+KEYS = {
+    "num_layers": "num_hidden_layers",
+    "embed_dim": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "layer_pattern": "layer_types",
+    "window": "sliding_window",
+    "rope_base": "rope_theta",
+    "local_rope_base": "rope_local_base_freq",
+    "query_scale": "query_pre_attn_scalar",
+    "attn_softcap": "attn_logit_softcapping",
+    "final_softcap": "final_logit_softcapping",
+    "norm_eps": "rms_norm_eps",
+}
 # Our family -> theirs: model_type and class.
 CLASSES = {
     "llama": ("llama", "LlamaForCausalLM"),
@@ -151,11 +168,11 @@ def architecture(config: Mapping[str, Any], where: str) -> TransformerConfig:
     scalar = need("query_pre_attn_scalar", (int, float)) if "query_pre_attn_scalar" in c else 0
     base, scaling, local_base = _rope(c, where)
     fields = dict(
-        num_layers=need("num_hidden_layers", int),
-        embed_dim=need("hidden_size", int),
-        num_heads=need("num_attention_heads", int),
-        num_kv_heads=need("num_key_value_heads" if "num_key_value_heads" in c else "num_attention_heads", int),
-        ffn_dim=need("intermediate_size", int),
+        num_layers=need(KEYS["num_layers"], int),
+        embed_dim=need(KEYS["embed_dim"], int),
+        num_heads=need(KEYS["num_heads"], int),
+        num_kv_heads=need(KEYS["num_kv_heads"] if KEYS["num_kv_heads"] in c else KEYS["num_heads"], int),
+        ffn_dim=need(KEYS["ffn_dim"], int),
         vocab_size=need("vocab_size", int),
         head_dim=need("head_dim", int) if "head_dim" in c else 0,
         activation="gelu" if gemma else "silu",
@@ -173,7 +190,12 @@ def architecture(config: Mapping[str, Any], where: str) -> TransformerConfig:
         norm_eps=need("rms_norm_eps", (int, float)),
         norm_offset=1.0 if gemma else 0.0,
     )
-    return TransformerConfig.from_dict(fields, where)
+    try:
+        return TransformerConfig.from_dict(fields, where)
+    except UserError as error:
+        wrong = str(error).removeprefix(f"{where}: ")
+        wrong = re.sub(r"\w+(?==)", lambda found: KEYS.get(found[0], found[0]), wrong)
+        raise UserError(f"{where}: {wrong}") from None
 
 
 def _pattern(c: Mapping[str, Any], num_layers: int, where: str) -> tuple[str, ...]:

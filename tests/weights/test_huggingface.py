@@ -286,7 +286,15 @@ def test_every_wrong_tensor_is_listed_by_both_names(hf, tmp_path):
         ("llama", dict(num_hidden_layers="3"), ["num_hidden_layers='3'"]),
         ("llama", dict(hidden_size=True), ["hidden_size=True"]),
         ("llama", dict(hidden_size=None), ["hidden_size is missing"]),
-        ("llama", dict(num_key_value_heads=2), ["num_heads=9", "num_kv_heads=2"]),
+        ("llama", dict(hidden_size=10**18), ["config.json: hidden_size=1000000000000000000, expected a number below"]),
+        ("llama", dict(num_hidden_layers=-1), ["config.json: num_hidden_layers=-1: expected at least 1"]),
+        ("llama", dict(num_attention_heads=0), ["config.json: num_attention_heads=0: expected at least 1"]),
+        ("llama", dict(rms_norm_eps=0), ["config.json: rms_norm_eps=0.0: expected more than 0"]),
+        (
+            "llama",
+            dict(num_key_value_heads=2),
+            ["config.json: num_attention_heads=9 is not divisible by num_key_value_heads=2"],
+        ),
         ("llama", dict(rms_norm_eps="small"), ["rms_norm_eps='small'"]),
         ("gemma3", dict(layer_types=["full_attention"]), ["layer_types", "7"]),
         ("gemma3", dict(layer_types=[[]] * 7), ["layer_types"]),
@@ -315,6 +323,22 @@ def test_files_that_are_refused(hf, tmp_path):
     refused(tmp_path / "nothing", out, "does not exist")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", out, "nothing known in it")
+    for far in ("gs://bucket/x", "https://huggingface.co/x"):
+        refused(far, out, f"--source={far}: expected a local path; download it")
+    with pytest.raises(UserError, match="--out=gs://bucket/x: expected a local path; copy it there"):
+        convert(str(where), "gs://bucket/x")
+
+
+def test_a_checkpoint_is_inside_a_workdir(tmp_path):
+    where = tmp_path / "run" / "checkpoints" / "4"
+    where.mkdir(parents=True)
+    refused(where, tmp_path / "out", f"--source={where}: is inside the workdir {tmp_path / 'run'}; name that")
+
+
+def test_the_packaged_decoder_is_a_source(tmp_path):
+    convert("packaged", str(tmp_path / "out"))
+    theirs, ours = (folder.open_tensors(f, folder.read_config(f)) for f in (folder.PACKAGED, tmp_path / "out"))
+    assert theirs.shapes == ours.shapes
 
 
 def test_arguments_that_are_refused(hf, tmp_path):

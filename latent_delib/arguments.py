@@ -1,0 +1,69 @@
+"""Checks of what a caller gave, each of which raises UserError with the argument's name: nothing is cut, and nothing is
+taken for something else."""
+
+import operator
+import os
+import reprlib
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+from latent_delib.errors import UserError
+
+INT32, INT64 = 2**31 - 1, 2**63 - 1  # the largest
+
+
+def whole(name: str, value: Any, low: int, high: int = INT32) -> int:
+    """Returns a whole number from low to high; numpy's are such numbers, True and 2.0 are none."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool):
+        raise UserError(f"{name}={reprlib.repr(value)}: expected a whole number")
+    if found < low:
+        raise UserError(f"{name}={found}: expected at least {low}")
+    if found > high:
+        raise UserError(f"{name}={found}: expected at most {high}")
+    return found
+
+
+def number(name: str, value: Any) -> float:
+    """Returns a number, which may be infinite or NaN."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise UserError(f"{name}={reprlib.repr(value)}: expected a number")
+    return float(value)
+
+
+def path(name: str, value: Any) -> str:
+    """Returns a path as a string."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        raise UserError(f"{name}={reprlib.repr(value)}: expected a path")
+    return value
+
+
+def several(name: str, value: Any) -> list[Any]:
+    """Returns the list of what there is several of; a single text is none, though it has letters."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise UserError(f"{name}={reprlib.repr(value)}: expected a list")
+    return list(value)
+
+
+def token_ids(name: str, value: Any, expected: str = "a list of token ids") -> list[int]:
+    """Returns the whole numbers of a sequence; bytes are none."""
+    try:
+        found = None if isinstance(value, str | bytes | bytearray) else [operator.index(i) for i in value]
+    except TypeError:
+        found = None
+    if found is None:
+        raise UserError(f"{name}={reprlib.repr(value)}: expected {expected}")
+    return found
+
+
+def instance(name: str, value: Any, kind: type, maker: str) -> None:
+    """Raises UserError for anything but an object of one of this package's own types."""
+    if not isinstance(value, kind):
+        found = type(value).__name__
+        raise UserError(f"{name}: got {found}, expected a {kind.__name__}, which `{maker}` returns")
