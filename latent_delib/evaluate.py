@@ -26,7 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity, tokenizer
+from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity, tables, tokenizer
 from latent_delib.checkpoint import Restored, warn
 from latent_delib.errors import UserError
 from latent_delib.experiment import Experiment
@@ -38,6 +38,7 @@ from latent_delib.runs import Result
 
 SAVE_EVERY = 30.0  # seconds between two savings of partial sums
 POLL = 20.0  # seconds between two looks for new checkpoints
+FEW_WORKS = 20  # of a source, so many are reported each
 
 
 def main(flags: Any) -> None:
@@ -168,15 +169,24 @@ class Job:
 
     def run(self, found: Restored | None, out: epath.Path) -> dict[str, Any]:
         """Evaluates a checkpoint, or without one the frozen decoder; returns what perplexity.json holds."""
-        sums, text, seed = self.add_up(found, out / "partial.npz"), self.text, self.exp.config.evaluate.seed
-        each = {s: sums.of(text.source == number) for number, s in enumerate(text.sources)}
-        sets = {s: {"rows": perplexity.table(x, seed), "documents": len(x.tokens)} for s, x in each.items()}
+        sums, text, e = self.add_up(found, out / "partial.npz"), self.text, self.exp.config.evaluate
+        if not sums.tokens.any():
+            raise UserError(
+                f"config.evaluate: max_positions={e.max_positions} and longer_prompt={e.longer_prompt} leave no token "
+                "to count; give more positions (0: all), or a shorter prompt"
+            )
         step, config = (None, self.plain) if found is None else (found.step, self.plain | _trained_as(found.meta))
+        sets = {name: _of_source(sums, text, i, e.seed) for i, name in enumerate(text.sources)}
+        if len(sets) > 1:
+            whole = perplexity.summary(sums, text.work, e.seed)
+        else:
+            whole = {key: value for key, value in sets[text.sources[0]].items() if key != "works"}
         result = {
-            "rows": perplexity.table(sums, seed) if len(sets) > 1 else sets[text.sources[0]]["rows"],
-            "documents": len(text.source),
+            **whole,
             "pieces": len(text.pieces),
             "sets": sets,
+            "past_donors": perplexity.past_donors(self.exp, text) if e.swap else 0,
+            "draws": perplexity.DRAWS,
             "config": config,
             "checkpoint": None if step is None else str(epath.Path(self.workdir) / "checkpoints" / str(step)),
             "step": step,
@@ -197,7 +207,7 @@ class Job:
         """
         exp, text = self.exp, self.text
         checkpointed = None if found is None else [found.step, found.meta]
-        identity = [self.plain, checkpointed, exp.fingerprint, text.digest(), dict(exp.mesh.shape)]
+        identity = [self.plain, checkpointed, exp.fingerprint, text.digest(), dict(exp.mesh.shape), perplexity.DRAWS]
         identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         sums, before = _saved(partial, identity) or (perplexity.zeros(exp, text), 0)
 
@@ -213,6 +223,18 @@ class Job:
                     _write_npz(partial, identity=identity, done=done, **sums._asdict())
                     since = time.monotonic()
         return sums
+
+
+def _of_source(sums: Sums, text: Text, number: int, seed: int) -> dict[str, Any]:
+    """What perplexity.json says of a source, and in "works" of each work with a name, where they are few."""
+    here = text.source == number
+
+    def of(documents: np.ndarray) -> dict[str, Any]:
+        return perplexity.summary(sums.of(documents), text.work[documents], seed)
+
+    named = [work for work in np.unique(text.work[here]) if text.works[work]]
+    works = {text.works[work]: of(text.work == work) for work in named} if len(named) <= FEW_WORKS else {}
+    return of(here) | {"works": works}
 
 
 def _trained_as(meta: dict[str, Any]) -> dict[str, Any]:
@@ -294,6 +316,9 @@ def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
     for key, value in _subject(found["config"], found["fingerprint"]).items():
         if value != ours[key]:
             raise UserError(f"{file}: has {key}={value}, this config {ours[key]}; give another --out, or remove it")
+    e = job.exp.config.evaluate
+    if (e.max_positions or e.swap) and found.get("draws", 1) != perplexity.DRAWS:
+        raise UserError(f"{file}: an older version drew its positions and donors in another way; give another --out")
     return True
 
 
@@ -341,24 +366,56 @@ def _bytes_from_first(content: bytes) -> bytes:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The tables in plain text: of each set if there are several, then of all."""
-    method, sets = result["config"]["method"], result["sets"]
-    at = "" if result["step"] is None else f", step {result['step']}"
-    latents = (
-        f"{method['num_latents']} latents, placement {method['placement']}, " if method["name"] != "decoder" else ""
-    )
-    lines = [
-        f"perplexity of the n-th token ahead; {method['name']}{at}, {latents}{result['pieces']} pieces of "
-        f"{result['documents']} documents"
-    ]
-    for source, found in sets.items() if len(sets) > 1 else ():
-        lines += [f"{source}, {found['documents']} documents", perplexity.show(found["rows"])]
-    return "\n".join([*lines, *(["all"] if len(sets) > 1 else []), perplexity.show(result["rows"])])
+    """The tables in plain text: of each set if there are several, each followed by its works, then of all."""
+    sets = result["sets"]
+    lines = [_heading(result)]
+    for source, found in sets.items():
+        if len(sets) > 1:
+            lines += [f"{source}, {_documents(found)}"]
+        lines += [perplexity.show(found["rows"], found["interval_over"]), *_show_works(found["works"])]
+    if len(sets) > 1:
+        lines += ["all", perplexity.show(result["rows"], result["interval_over"])]
+    return "\n".join(lines)
+
+
+def _heading(result: dict[str, Any]) -> str:
+    """What was evaluated, how, and on how much text."""
+    method = result["config"]["method"]
+    words = [method["name"] if result["step"] is None else f"{method['name']}, step {result['step']}"]
+    if method["name"] != "decoder":
+        words += [f"{method['num_latents']} latents, placement {method['placement']}"]
+    words += tables.controls_in_words(result["config"]["evaluate"])
+    if result["past_donors"]:
+        words += [f"at {result['past_donors']:,} positions past its end those after its last token"]
+    words += [f"{result['pieces']} pieces of {_documents(result)}"]
+    return f"perplexity of the n-th token ahead; {', '.join(words)}"
+
+
+def _documents(part: dict[str, Any]) -> str:
+    """How many there are, and of how many works where each is not a work of its own."""
+    counts = {"works": f" of {part['num_works']} works", "documents": "", "documents of one work": " of one work"}
+    return f"{part['documents']} documents{counts[part['interval_over']]}"
+
+
+def _show_works(works: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each of several works: its change at a few n."""
+    if len(works) < 2:
+        return []
+    deepest = max(len(part["rows"]) for part in works.values())
+    shown = [n for n in figures.CURVES if n <= deepest]
+    lines = [["by work", *(f"n = {n}" for n in shown)]]
+    for name, part in works.items():
+        by_n = {row["n"]: row for row in part["rows"]}
+        cells = [str(tables.change(by_n[n])) if n in by_n else "" for n in shown]
+        lines.append([f"{name}, {part['documents']} documents", *cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(["", *map(str.ljust, line, widths)]).rstrip() for line in lines]
 
 
 def write(result: dict[str, Any], text: Text, sums: Sums, out: epath.Path) -> None:
     """documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
-    _write_npz(out / "documents.npz", source=text.source, sources=np.array(text.sources), **sums._asdict())
+    names = {"sources": np.array(text.sources), "works": np.array(text.works)}
+    _write_npz(out / "documents.npz", source=text.source, work=text.work, **names, **sums._asdict())
     files.write(out / "perplexity.png", figures.by_n(result["rows"]))
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
 

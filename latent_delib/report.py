@@ -121,28 +121,35 @@ def page(every: list[Table], curves: list[tuple[str, bytes]], seen: Look | None)
 
 def compare(found: runs.Runs, against: str) -> Table:
     """All runs on the same text against one, by the sums of documents.npz: the change in perplexity of the n-th token
-    ahead. What is hard for both cancels, so this tells more than two intervals side by side. Where the frozen decoder
-    has other figures, a warning says so and that run is left out.
+    ahead. What is hard for both cancels, so this tells more than two intervals side by side. Intervals draw works, as
+    far as one of the two files says which document is of which. Where the frozen decoder has other figures, a warning
+    says so and that run is left out.
 
     Raises:
       UserError: `against` holds no documents.npz.
     """
-    if (base := _sums(epath.Path(against))) is None:
+    if (base := _documents(epath.Path(against))) is None:
         raise UserError(f"--against={against}: holds no documents.npz, which `evaluate` writes")
     rows, used, others = [], [], []
+    over: dict[str, str | None] = {}
     for result in found.perplexity:
-        ours = _sums(epath.Path(result.path).parent)
-        if ours is None:
+        read = _documents(epath.Path(result.path).parent)
+        if read is None:
             continue
-        A = min(ours.tokens.shape[1], base.tokens.shape[1])  # what both were asked for
-        ours, there = (perplexity.Sums(*(x[:, :A] for x in sums)) for sums in (ours, base))
+        ours, there = read.sums, base.sums
+        A = min(ours.tokens.shape[1], there.tokens.shape[1])  # what both were asked for
+        ours, there = (perplexity.Sums(*(x[:, :A] for x in sums)) for sums in (ours, there))
         if not np.array_equal(ours.tokens, there.tokens):
             continue  # another text
         if not np.allclose(ours.decoder, there.decoder):
             others.append(str(result.path.parent))
             continue
         pair = perplexity.Sums(there.tokens, there.augmented, ours.augmented)
-        by_n = {row["n"]: row for row in perplexity.table(pair, seed=0)}
+        work = base.work if read.work is None else read.work
+        over[result.key] = None if work is None else perplexity.over(work)
+        if work is None:
+            work = np.arange(len(pair.tokens))
+        by_n = {row["n"]: row for row in perplexity.table(pair, work, seed=0)}
         cells = [tables.change(by_n[n]) if n in by_n else "" for n in tables.AHEAD]
         rows.append([tables.of(result).latents, tables.label(tables.of(result)), result.key, *cells])
         used.append(result)
@@ -150,14 +157,24 @@ def compare(found: runs.Runs, against: str) -> Table:
         checkpoint.warn(f"--against={against}: the frozen decoder has other figures in {', '.join(others)}: left out")
     columns = ["latents", "what", "from", *(f"n = {n}" for n in tables.AHEAD)]
     title = f"Change in perplexity of the n-th token ahead against {against}"
-    return tables.finished("12_against", title, columns, rows, used)
+    return tables.finished("12_against", title, columns, rows, used, over)
 
 
-def _sums(folder: epath.Path) -> perplexity.Sums | None:
-    if not (file := folder / "documents.npz").exists():
+class Documents(NamedTuple):
+    """A documents.npz. work: the work each document is of; None: an older file, which does not say."""
+
+    sums: perplexity.Sums
+    work: np.ndarray | None
+
+
+def _documents(folder: epath.Path) -> Documents | None:
+    """That of a folder, if it has one."""
+    file = folder / "documents.npz"
+    if not file.exists():
         return None
     with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
-        return perplexity.Sums(*(found[name] for name in perplexity.Sums._fields))
+        sums = perplexity.Sums(*(found[name] for name in perplexity.Sums._fields))
+        return Documents(sums, found["work"] if "work" in found else None)
 
 
 def look_into(workdir: str, text: str) -> Look:

@@ -21,6 +21,7 @@ ROWS = {
 }
 FIELDS = {"rows": list, "config": dict, "fingerprint": str, "checkpoint": (str, NOTHING), "step": (int, NOTHING)}
 FIELDS |= {"sets": (dict, NOTHING), "provenance": (dict, NOTHING), "documents": (int, NOTHING)}
+FIELDS |= {"interval_over": (str, NOTHING)}
 NOT_LOOKED_INTO = ("checkpoints", "tensorboard")  # large, and hold no run
 
 
@@ -114,8 +115,12 @@ def _result(path: Path, key: str = "") -> Result:
     _check(f"{path}: config.method:", data["config"]["method"], {"name": str, "num_latents": int})
     tables = {"": data}
     for source, part in (data.get("sets") or {}).items():
-        _check(f"{path}: sets[{source!r}]:", part, {"rows": list})
+        _check(f"{path}: sets[{source!r}]:", part, {"rows": list, "works": (dict, NOTHING)})
         tables[f"sets[{source!r}]."] = part
+        for work, found in (part.get("works") or {}).items():
+            where = f"sets[{source!r}].works[{work!r}]"
+            _check(f"{path}: {where}:", found, {"rows": list})
+            tables[f"{where}."] = found
     for name, part in tables.items():
         for i, row in enumerate(part["rows"]):
             _check(f"{path}: {name}rows[{i}]:", row, ROWS[path.name])

@@ -15,6 +15,13 @@ from latent_delib.runs import Result, Runs
 
 AHEAD = (1, 2, 4, 8, 16, 32)  # n of Table 1
 CHANGE, SCORE = "{:+.2f}%", "{:.2f}"
+# "interval_over" of a perplexity.json, in words.
+INTERVALS = {
+    "works": "over works",
+    "documents": "over documents, each a work of its own",
+    "documents of one work": "over the documents of one work",
+    None: "over documents, whose works were not kept",
+}
 TRAIN_DECODER = ("decoder", "joint", "unified")  # methods whose checkpoints have a decoder of their own
 
 
@@ -132,6 +139,18 @@ def controls(result: Result) -> dict[str, Any]:
     return {key: evaluated.get(key) for key in ("swap", "delay", "longer_prompt")}
 
 
+def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
+    """Of a config's `evaluate`, what was done to the latents or to the text."""
+    words = []
+    if delay := evaluated.get("delay"):
+        words += [f"delay {delay}"]
+    if evaluated.get("swap"):
+        words += ["latents of another text"]
+    if lost := evaluated.get("longer_prompt"):
+        words += [f"without the first {lost} tokens that the decoder reads"]
+    return words
+
+
 def label(entry: Entry) -> str:
     """What an entry is, in words; the number of latents has a column of its own."""
     method, data, done = entry.result.method, entry.result.data, controls(entry.result)
@@ -150,8 +169,7 @@ def label(entry: Entry) -> str:
     words += [f"delay {entry.delay}"] if entry.delay else []
     words += [f"trained for delays up to {method['max_delay']}"] if method.get("max_delay") else []
     words += [f"begun with {method['start']}"] if method.get("start") else []
-    words += ["latents of another text"] if done["swap"] else []
-    words += [f"without the first {n} tokens that the decoder reads"] if (n := done["longer_prompt"]) else []
+    words += controls_in_words({key: done[key] for key in ("swap", "longer_prompt")})
     return ", ".join(word for word in words if word)
 
 
@@ -258,25 +276,34 @@ def tables(runs: Runs) -> list[Table]:
 def _perplexity(
     name: str, title: str, results: Sequence[Result], lines: Mapping[int, Mapping[int, float]] = MappingProxyType({})
 ) -> Table:
-    """A row for each published number of latents and for each of ours, by number of latents; a row says on which text
-    it is where that is not the same for all."""
+    """A row for each published number of latents and for each of ours, by number of latents, and for each source and
+    work of ours where there are several; a row says on which text it is where that is not the same for all."""
     rows: list[list[Cell]] = []
     for latents, by_n in lines.items():
         cells = [Figure(by_n[n], CHANGE) for n in AHEAD]
         rows.append([latents, f"published, {published.DECODER}", "", Figure(published.FROZEN.ppl), *cells])
     for result, what in zip(results, labels(results)):
-        parts = {"": result.data}
-        if len(result.data.get("sets") or {}) > 1:
-            parts |= result.data["sets"]
-        for source, part in parts.items():
+        for where, part in _parts(result.data).items():
             by_n = {row["n"]: row for row in part["rows"]}
             cells = [change(by_n[n]) if n in by_n else "" for n in AHEAD]
             first = Figure(by_n[1]["decoder_ppl"]) if 1 in by_n else ""
-            words = f"{what}: {source} alone" if source else what
+            words = f"{what}: {where} alone" if where else what
             rows.append([of(result).latents, words, result.key, first, *cells])
     columns = ["latents", "what", "from", "decoder, n = 1", *(f"n = {n}" for n in AHEAD)]
     rows.sort(key=lambda row: row[0])
     return finished(name, title, columns, rows, results)
+
+
+def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a perplexity.json reports: all of it, named "", and where there are several each source and each work."""
+    parts, sets = {"": data}, data.get("sets") or {}
+    for source, part in sets.items():
+        if len(sets) > 1:
+            parts[source] = part
+        works = part.get("works") or {}
+        if len(works) > 1:
+            parts |= {f"{work} of {source}": found for work, found in works.items()}
+    return parts
 
 
 def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
@@ -345,17 +372,39 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
     return finished(name, title, columns, rows, [r for e in ours for r in e.results])
 
 
-def finished(name: str, title: str, columns: list[str], rows: list[list[Cell]], results: Iterable[Result]) -> Table:
-    """The table with its note, and with where the figures of `results` come from."""
+def finished(
+    name: str,
+    title: str,
+    columns: list[str],
+    rows: list[list[Cell]],
+    results: Iterable[Result],
+    over: Mapping[str, str | None] | None = None,
+) -> Table:
+    """The table with its note, and with where the figures of `results` come from.
+
+    Args:
+      over: what the intervals of each key are over, a key of INTERVALS; None: what the files say of theirs.
+    """
     used = {r.key: r for r in sorted(results, key=lambda r: (r.path.name, int(r.key[1:])))}
     if not used:
         return Table(name, title, columns, [*rows, ["no run of ours", *[""] * (len(columns) - 1)]], "", [])
+    if over is None:
+        over = {r.key: r.data.get("interval_over") for r in used.values() if r.path.name == "perplexity.json"}
     decoders = ", ".join(dict.fromkeys(r.decoder for r in used.values()))
     note = (
         f"Ours are on {decoders}, the published on {published.DECODER}: changes in percent compare, absolute figures "
-        "do not. Brackets: 95 % interval. Blank: not published, or not measured."
+        f"do not. Brackets: 95 % interval{_over(over)}. Blank: not published, or not measured."
     )
     return Table(name, title, columns, rows, note, [origin(r) for r in used.values()])
+
+
+def _over(over: Mapping[str, str | None]) -> str:
+    """What intervals of perplexity are over, with the keys of each kind where there are several."""
+    keys: dict[str, list[str]] = {}
+    for key, drawn in over.items():
+        keys.setdefault(INTERVALS.get(drawn, f"over {drawn}"), []).append(key)
+    words = [f"{kind} ({' '.join(of)})" if len(keys) > 1 else kind for kind, of in keys.items()]
+    return f", of perplexity {'; '.join(words)}" if words else ""
 
 
 def origin(result: Result) -> str:

@@ -64,7 +64,7 @@ def alone(make_config, trained, tmp_path_factory):
 def assert_same(folder, expected):
     """The same bits, and nothing left over."""
     with np.load(folder / "documents.npz") as one, np.load(expected / "documents.npz") as other:
-        for name in (*perplexity.Sums._fields, "source", "sources"):
+        for name in (*perplexity.Sums._fields, "source", "sources", "work", "works"):
             np.testing.assert_array_equal(one[name], other[name])
     found, known = (json.loads((where / "perplexity.json").read_text()) for where in (folder, expected))
     for key in ("rows", "sets", "step", "pieces", "documents", "fingerprint"):
@@ -157,6 +157,20 @@ def test_many_checkpoints(make_config, trained, alone, calls, tmp_path):
     assert not (evaluations / "4").exists()
     file.write_text(file.read_text().replace(known[::-1], known))
     evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
+
+    positions = {"evaluate.max_positions": 3}
+    for step in (2, 4):
+        file = evaluations / str(step) / "perplexity.json"
+        old = json.loads(file.read_text())
+        old["config"]["evaluate"] |= {"max_positions": 3}
+        file.with_name("kept").write_text(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in old.items() if key != "draws"}))
+    with pytest.raises(
+        ld.UserError, match=r"perplexity.json: an older version drew its positions and donors in another"
+    ):
+        evaluate.evaluate_many(make_config(positions), str(trained), str(tmp_path))
+    for step in (2, 4):
+        (evaluations / str(step) / "kept").rename(evaluations / str(step) / "perplexity.json")
 
     with pytest.raises(ld.UserError, match=r"perplexity.json: has config.evaluate.max_pieces=0, this config 3; give"):
         evaluate.evaluate_many(make_config({"evaluate.max_pieces": 3}), str(trained), str(tmp_path))
