@@ -357,6 +357,7 @@ def test_mistakes(make_config, trained, make_decoder, tmp_path):
     refused("checkpoint has fingerprint=", {"decoder.path": str(make_decoder(8))})
     refused("config.evaluate.max_positions=-1: expected at least 0", {"evaluate.max_positions": -1})
     refused("config.evaluate.seed=-1: expected at least 0", {"evaluate.seed": -1})
+    refused("config.evaluate.delay=31: expected at most 30", {"evaluate.delay": 31})
     refused("config.evaluate.batch_size=3 does not split over 8 devices", {"evaluate.batch_size": 3})
 
 
