@@ -267,6 +267,8 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
     if first and evaluations.exists():
         numbers = (int(folder.name) for folder in evaluations.iterdir() if folder.name.isdigit())
         evaluated = [number for number in numbers if _is_done(job, evaluations, number)]
+    if first and patience is not None and not epath.Path(job.workdir).is_dir():
+        raise UserError(f"--watch: --workdir={job.workdir}: no such folder; start the training first, it makes it")
     if first and patience is None:
         there = _there(job.workdir)
         if not (there or wanted or evaluated):
@@ -274,7 +276,7 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
         if absent := [s for s in sorted(wanted - there) if not _is_done(job, evaluations, s)]:
             raise UserError(f"--steps: no checkpoint of step {absent[0]}; there are {sorted(there)}")
     while True:
-        step, newest = None, None
+        step, newest, nothing, pause = None, None, False, POLL
         if first:
             there = _there(job.workdir)
             wanted |= there if steps is None else set()
@@ -283,19 +285,24 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
                 warn(f"{job.workdir}: checkpoint {gone} was removed before its turn; skipped")
                 settled.add(gone)
             step, newest = min(wanted - settled, default=None), max(there, default=None)
-            over = patience is not None and time.monotonic() - since >= patience
-        step, newest, over = _from_first((step, newest, over))
+            nothing = not (settled or evaluated)
+            if patience is not None:
+                left = patience - (time.monotonic() - since)
+                over, pause = left <= 0, min(POLL, left)
+        step, newest, over, nothing, pause = _from_first((step, newest, over, nothing, pause))
         if step is not None:
             settled.add(step)
             yield step
             since = time.monotonic()
             continue
         last = patience is not None and newest is not None and _is_last(job.workdir, newest)
+        if over and nothing:
+            raise UserError(f"--watch: no checkpoint came to {job.workdir} in {patience:g} s, so nothing was evaluated")
         if patience is None or last or over:
             if first and patience is not None:
                 print(f"step {newest} was the last" if last else f"no new checkpoint for {patience:g} s", flush=True)
             return
-        time.sleep(POLL)
+        time.sleep(pause)
 
 
 def _there(workdir: str) -> set[int]:

@@ -205,7 +205,8 @@ def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alon
 
 def test_beside_a_training(make_config, trained, alone, tmp_path, capsys, monkeypatch):
     """Nothing there, then two checkpoints of which one goes before its turn, then the last."""
-    workdir, moments = tmp_path / "workdir", iter(((2, 3), (4,)))
+    (workdir := tmp_path / "workdir").mkdir()
+    moments = iter(((2, 3), (4,)))
     there = {2: trained / "checkpoints" / "2", 3: trained / "checkpoints" / "2", 4: trained / "checkpoints" / "4"}
 
     def train(_):
@@ -231,8 +232,14 @@ def test_beside_a_training(make_config, trained, alone, tmp_path, capsys, monkey
 
 
 def test_a_training_that_died_or_is_another(make_config, trained, tmp_path, capsys):
-    evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"), patience=0.0)
-    assert capsys.readouterr().out == "no new checkpoint for 0 s\n" and not list(tmp_path.iterdir())
+    with pytest.raises(ld.UserError, match="--watch: --workdir=.*none: no such folder; start the training first"):
+        evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"), patience=86400.0)
+    (begun := tmp_path / "begun").mkdir()
+    since = time.monotonic()
+    with pytest.raises(ld.UserError, match="--watch: no checkpoint came to .*begun in 0.5 s, so nothing was evaluated"):
+        evaluate.evaluate_many(make_config(), str(begun), str(tmp_path / "out"), patience=0.5)
+    assert time.monotonic() - since < evaluate.POLL / 2
+    assert list(tmp_path.iterdir()) == [begun]
     with pytest.raises(ld.UserError, match="its checkpoint has method.num_latents=2, this config has 3"):
         evaluate.evaluate_many(make_config({"method.num_latents": 3}), str(trained), str(tmp_path), patience=3600.0)
     with pytest.raises(ld.UserError, match="holds no checkpoints"):
