@@ -49,6 +49,8 @@ def main(flags: Any) -> None:
     if flags.patience < 0:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
     config, workdir, out = flags.config, flags.workdir, flags.out or flags.workdir
+    files.check_folder("workdir", workdir)
+    files.check_folder("out", out)
     with distributed.job(flags):
         if flags.steps or flags.watch:
             steps = None if flags.steps in ("", "all") else [int(step) for step in flags.steps.split(",")]

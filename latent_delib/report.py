@@ -24,6 +24,7 @@ from latent_delib.errors import UserError
 from latent_delib.progress import Progress
 from latent_delib.tables import Figure, Table
 
+LONGEST = 512  # tokens of --text: the pictures have a column for each
 AHEAD = 12  # of the text, the last tokens that --look reads after the latents
 TEXT = (
     "Tom had four apples and gave one of them to his sister. His mother then bought six more at the market, and put "
@@ -59,6 +60,7 @@ class Look(NamedTuple):
 
 
 def main(flags: Any) -> None:
+    files.check_folder("out", flags.out)
     found = runs.find(flags.folders)
     beside = [compare(found, flags.against)] if flags.against else []
     seen = look_into(flags.look, flags.text) if flags.look else None
@@ -181,14 +183,18 @@ def look_into(workdir: str, text: str) -> Look:
     """Latents of the newest checkpoint of `workdir`, in front of the last AHEAD tokens of a text.
 
     Raises:
-      UserError: no such checkpoint, one without latents or without a decoder on disk, a text that is too short.
+      UserError: no such checkpoint, one without latents or without a decoder on disk, a text that is too short or long.
     """
+    if not (epath.Path(workdir) / "checkpoints").is_dir():
+        raise UserError(f"--look={workdir}: holds no checkpoints; train it first")
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, None)
     checkpoints.close()
     model = lm.AugmentedLM(models.load_decoder(models.decoder_of(workdir, meta)), models.load_coprocessor(workdir))
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
         raise UserError(f"--text={text!r}: {len(tokens)} tokens with BOS, expected at least {AHEAD + 2}")
+    if len(tokens) > LONGEST:
+        raise UserError(f"--text: {len(tokens):,} tokens with BOS, expected at most {LONGEST}")
     at = len(tokens) - 1 - AHEAD
     step = model.coprocessor.step
     before, after = model.tokenizer.decode(tokens[: at + 1]), model.tokenizer.decode(tokens[at + 1 :])

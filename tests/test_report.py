@@ -472,7 +472,10 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     assert error(out).startswith("error: DIR is missing: ")
     assert error("runs").startswith("error: --out is missing")
     assert "folders" in error("--folders=runs", out)
-    assert "holds no checkpoints" in error("runs", out, f"--look={tmp_path}")
+    assert error("runs", out, f"--look={tmp_path}") == f"error: --look={tmp_path}: holds no checkpoints; train it first"
+    (tmp_path / "file").write_text("")
+    in_file = f"--out={tmp_path / 'file'}"
+    assert error("runs", in_file) == f"error: {in_file}: is a file, expected a folder"
     assert not (tmp_path / "out").exists()
     assert error("--help") == "0" and "\n  DIR: folders of finished runs" in capsys.readouterr().out
 
@@ -505,6 +508,9 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     with pytest.raises(ld.UserError, match="writes keys and values, no vectors"):
         report.main(flags)
     monkeypatch.undo()
+    flags.text = text * 100
+    with pytest.raises(ld.UserError, match="--text: [0-9,]+ tokens with BOS, expected at most 512"):
+        report.main(flags)
     flags.text = "the cat"
     with pytest.raises(ld.UserError, match="--text='the cat': .* tokens with BOS, expected at least 14"):
         report.main(flags)
