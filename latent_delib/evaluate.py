@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 import time
 import zipfile
@@ -49,8 +50,8 @@ def main(flags: Any) -> None:
     if flags.patience < 0:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
     config, workdir, out = flags.config, flags.workdir, flags.out or flags.workdir
-    files.check_folder("workdir", workdir)
-    files.check_folder("out", out)
+    if os.path.isfile(out):
+        raise UserError(f"{out}: is a file, expected a folder")
     with distributed.job(flags):
         if flags.steps or flags.watch:
             steps = None if flags.steps in ("", "all") else [int(step) for step in flags.steps.split(",")]
@@ -120,7 +121,7 @@ class OtherRun(UserError):
 
 
 def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
-    """A checkpoint, the newest without `step`: its trainable tree in the config's dtype, its step and its meta.
+    """Reads a checkpoint, the newest without `step`: its trainable tree in the config's dtype, its step and its meta.
 
     Raises:
       UserError: there is none, or it is damaged; OtherRun.
@@ -163,7 +164,7 @@ class Job:
 
     @functools.cached_property
     def frozen(self) -> Params:
-        """The decoder everything is compared with, and the coprocessor below adapters where there is one."""
+        """Reads the decoder everything is compared with, and the coprocessor below adapters where there is one."""
         frozen = {"decoder": experiment.load_decoder(self.exp, self.exp.dtype)}
         if self.exp.start and self.exp.config.method.lora_rank:
             frozen["coprocessor"] = experiment.load_start(self.exp, self.exp.dtype)
@@ -203,7 +204,7 @@ class Job:
         return result
 
     def add_up(self, found: Restored | None, partial: epath.Path) -> Sums:
-        """The sums of a checkpoint; what is done is saved now and then, and what was saved is not done again.
+        """Adds up the sums of a checkpoint; what is done is saved now and then, and what was saved is not done again.
 
         A saved part that is of another config, checkpoint, decoder, text or mesh is told of, and not used.
         """
@@ -228,7 +229,7 @@ class Job:
 
 
 def _of_source(sums: Sums, text: Text, number: int, seed: int) -> dict[str, Any]:
-    """What perplexity.json says of a source, and in "works" of each work with a name, where they are few."""
+    """Returns the part of perplexity.json on a source; "works" has a part on each with a name, where they are few."""
     here = text.source == number
 
     def of(documents: np.ndarray) -> dict[str, Any]:
@@ -240,12 +241,12 @@ def _of_source(sums: Sums, text: Text, number: int, seed: int) -> dict[str, Any]
 
 
 def _trained_as(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's own config says that evaluating it takes no notice of, such as the ahead tokens."""
+    """Returns the keys of a checkpoint's own config that evaluating takes no notice of, such as the ahead tokens."""
     return {key: meta["config"][key] for key in ("method", "optimizer", "seed", "train")}
 
 
 def _saved(partial: epath.Path, identity: str) -> tuple[Sums, int] | None:
-    """The sums that process 0 finds in a partial.npz, and how many pieces are in them, the same on every process."""
+    """Returns on every process the sums that process 0 finds in a partial.npz, and how many pieces they hold."""
     content = partial.read_bytes() if jax.process_index() == 0 and partial.exists() else b""
     if not (content := _bytes_from_first(content)):
         return None
@@ -261,7 +262,7 @@ def _saved(partial: epath.Path, identity: str) -> tuple[Sums, int] | None:
 
 
 def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, patience: float | None) -> Iterator[int]:
-    """The steps to evaluate, as `evaluate_many` says. Process 0 looks and decides, and tells the others."""
+    """Yields the steps to evaluate, as `evaluate_many` says. Process 0 looks and decides, and tells the others."""
     first, since, over = jax.process_index() == 0, time.monotonic(), False
     wanted = set(steps or ())  # without `steps`: all that were there at some look
     settled: set[int] = set()  # evaluated before, yielded, or gone
@@ -308,7 +309,7 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
 
 
 def _there(workdir: str) -> set[int]:
-    """The steps of whole checkpoints: a folder takes its name once whole; in a bucket one file comes last."""
+    """Returns the steps of whole checkpoints: a folder takes its name once whole; in a bucket one file comes last."""
     checkpoints = epath.Path(workdir) / "checkpoints"
     last = "commit_success.txt" if workdir.startswith("gs://") else "_CHECKPOINT_METADATA"
     folders = checkpoints.iterdir() if checkpoints.is_dir() else ()
@@ -316,7 +317,7 @@ def _there(workdir: str) -> set[int]:
 
 
 def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
-    """Whether a step is evaluated. Raises UserError where that was of something else: a curve shows one thing."""
+    """Tells whether a step is evaluated. Raises UserError where that was of something else: a curve shows one thing."""
     file = evaluations / str(step) / "perplexity.json"
     if not file.exists():
         return False
@@ -341,7 +342,7 @@ def _check_text(evaluations: epath.Path, text: Text) -> None:
 
 
 def _subject(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
-    """What evaluations must agree on to be compared."""
+    """Returns the things that evaluations must agree on to be compared."""
     keys = {
         "method": "name num_latents placement lora_rank start coprocessor",
         "data": "validation",
@@ -352,7 +353,7 @@ def _subject(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
 
 
 def _is_last(workdir: str, newest: int) -> bool:
-    """Whether the newest checkpoint is the last that its training makes, as far as any can be read."""
+    """Tells whether the newest checkpoint is the last that its training makes, as far as any can be read."""
     try:
         checkpoints, _, meta = checkpoint.open_for_reading(workdir)
     except (UserError, OSError):
@@ -362,7 +363,7 @@ def _is_last(workdir: str, newest: int) -> bool:
 
 
 def _from_first(value: Any) -> Any:
-    """What process 0 calls this with, on every process; something JSON can hold."""
+    """Returns on every process the value that process 0 calls this with; something JSON can hold."""
     return json.loads(_bytes_from_first(json.dumps(value).encode()))
 
 
@@ -375,7 +376,7 @@ def _bytes_from_first(content: bytes) -> bytes:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The tables in plain text: of each set if there are several, each followed by its works, then of all."""
+    """Writes the tables as plain text: of each set if there are several, each followed by its works, then of all."""
     sets = result["sets"]
     lines = [_heading(result)]
     for source, found in sets.items():
@@ -388,7 +389,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def _heading(result: dict[str, Any]) -> str:
-    """What was evaluated, how, and on how much text."""
+    """Says which method was evaluated, how, and on how much text."""
     method = result["config"]["method"]
     words = [method["name"] if result["step"] is None else f"{method['name']}, step {result['step']}"]
     if method["name"] != "decoder":
@@ -401,13 +402,13 @@ def _heading(result: dict[str, Any]) -> str:
 
 
 def _documents(part: dict[str, Any]) -> str:
-    """How many there are, and of how many works where each is not a work of its own."""
+    """Says how many documents there are, and of how many works where each is not a work of its own."""
     counts = {"works": f" of {part['num_works']} works", "documents": "", "documents of one work": " of one work"}
     return f"{part['documents']} documents{counts[part['interval_over']]}"
 
 
 def _show_works(works: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each of several works: its change at a few n."""
+    """Writes a line for each of several works: its change at a few n."""
     if len(works) < 2:
         return []
     deepest = max(len(part["rows"]) for part in works.values())
@@ -422,7 +423,7 @@ def _show_works(works: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def write(result: dict[str, Any], text: Text, sums: Sums, out: epath.Path) -> None:
-    """documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
+    """Writes documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
     names = {"sources": np.array(text.sources), "works": np.array(text.works)}
     _write_npz(out / "documents.npz", source=text.source, work=text.work, **names, **sums._asdict())
     files.write(out / "perplexity.png", figures.by_n(result["rows"]))
@@ -430,7 +431,7 @@ def write(result: dict[str, Any], text: Text, sums: Sums, out: epath.Path) -> No
 
 
 def draw_curves(evaluations: epath.Path) -> None:
-    """curves.png: the change at a few n against the step, of all evaluations that are there (Figure 3)."""
+    """Draws curves.png: the change at a few n against the step, of all evaluations that are there (Figure 3)."""
     found = {int(f.name): f / "perplexity.json" for f in evaluations.iterdir() if f.name.isdigit()}
     results = [Result("", file, json.loads(file.read_text())) for _, file in sorted(found.items()) if file.exists()]
     files.write(evaluations / "curves.png", figures.by_step({str(evaluations.parent): results}))

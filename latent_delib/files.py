@@ -19,12 +19,6 @@ def write(path: epath.Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def check_folder(flag: str, path: str) -> None:
-    """Raises UserError where the folder that a flag names, to write in, is a file."""
-    if os.path.isfile(path):
-        raise UserError(f"--{flag}={path}: is a file, expected a folder")
-
-
 @contextlib.contextmanager
 def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A new local folder to write in that appears under its name only once whole, and leaves nothing if that fails.

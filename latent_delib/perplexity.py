@@ -43,7 +43,7 @@ class Text(NamedTuple):
     works: tuple[str, ...]
 
     def digest(self) -> str:
-        """SHA-256, hex, of the pieces, and of which document and source each is of: what figures depend on."""
+        """Returns the SHA-256, hex, of the pieces, and of which document and source each is of."""
         names, lengths = repr(self.sources).encode(), np.array([len(piece) for piece in self.pieces])
         parts = [*self.pieces, lengths, self.document, self.source, np.frombuffer(names, np.uint8)]
         sha = hashlib.sha256()
@@ -72,7 +72,7 @@ class Steps(NamedTuple):
 
 
 def read_text(exp: Experiment) -> Text:
-    """Every document of the validation sources, cut where longer than `max_length`; BOS begins each piece.
+    """Reads every document of the validation sources, cut where longer than `max_length`; BOS begins each piece.
 
     With `max_pieces`, that many pieces of each source, evenly spread over it, and the documents that have some of them.
     """
@@ -119,7 +119,7 @@ def read_text(exp: Experiment) -> Text:
 
 
 def positions(seed: int, number: int, length: int, most: int, longest: int, first: int = 0) -> np.ndarray:
-    """After which tokens of piece `number`, of `length` tokens, latents are put: int64 [k], ascending.
+    """Returns after which tokens of piece `number`, of `length` tokens, latents are put: int64 [k], ascending.
 
     All from `first` on that have a next token. With `most`, that many of a piece of `longest` tokens, and of a shorter
     one its share, so that each token of the text is as likely as any other. The draw is a function of the seed and the
@@ -135,13 +135,13 @@ def positions(seed: int, number: int, length: int, most: int, longest: int, firs
 
 
 def chosen_positions(exp: Experiment, text: Text, number: int) -> np.ndarray:
-    """`positions` of piece `number` by the config."""
+    """Returns `positions` of piece `number` by the config."""
     e = exp.config.evaluate
     return positions(e.seed, number, len(text.pieces[number]), e.max_positions, e.max_length, e.longer_prompt)
 
 
 def donors(seed: int, text: Text) -> np.ndarray:
-    """Of each piece another whose latents it is given with `swap`, int64 [P].
+    """Draws for each piece another whose latents it is given with `swap`, int64 [P].
 
     One of another document of the same source: another kind of text would be told from its own by the kind alone. At
     random among those at least as long, which have a token at each of its positions; where there are none, the longest.
@@ -158,12 +158,12 @@ def donors(seed: int, text: Text) -> np.ndarray:
 
 
 def last_position(exp: Experiment, piece: np.ndarray) -> int:
-    """The last position of a donor that latents can be written after."""
+    """Returns the last position of a donor that latents can be written after."""
     return max(len(piece) - 1, exp.config.evaluate.longer_prompt)
 
 
 def past_donors(exp: Experiment, text: Text) -> int:
-    """Of `swap`: how many positions lie past the end of their donor, and are given the latents after its last token."""
+    """Counts the positions that, with `swap`, lie past the end of their donor: given are the latents after its end."""
     count = 0
     for number, donor in enumerate(donors(exp.config.evaluate.seed, text)):
         last = last_position(exp, text.pieces[donor])
@@ -172,7 +172,7 @@ def past_donors(exp: Experiment, text: Text) -> int:
 
 
 def jit_steps(exp: Experiment) -> Steps:
-    """The steps for the config's mesh. Raises UserError if a batch does not split over it."""
+    """Jits the steps for the config's mesh. Raises UserError if a batch does not split over it."""
     e, aug, whole = exp.config.evaluate, exp.aug, mesh_lib.replicated(exp.mesh)
     B = e.batch_size
     if B % (shards := mesh_lib.row_shards(exp.mesh)):
@@ -184,7 +184,7 @@ def jit_steps(exp: Experiment) -> Steps:
 
 
 def zeros(exp: Experiment, text: Text) -> Sums:
-    """Where adding up begins."""
+    """Returns the sums that adding up begins with."""
     shape = (len(text.source), exp.config.evaluate.num_ahead)
     return Sums(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
 
@@ -281,13 +281,13 @@ def _values(
 
 
 def _place(exp: Experiment, x: np.ndarray) -> jax.Array:
-    """The rows of a batch, each on the devices that compute it."""
+    """Puts the rows of a batch on the devices that compute them."""
     B = exp.config.evaluate.batch_size
     return mesh_lib.place_rows(exp.mesh, x[mesh_lib.local_rows(exp.mesh, B)], B)
 
 
 def _place_text(exp: Experiment, pieces: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
-    """Tokens and segments of a batch, int32 [B, T] each, padded."""
+    """Places tokens and segments of a batch, int32 [B, T] each, padded."""
     shape = (exp.config.evaluate.batch_size, exp.config.evaluate.max_length)
     tokens, segment = np.full(shape, exp.tokenizer.pad_id, np.int32), np.zeros(shape, np.int32)
     for row, piece in enumerate(pieces):
@@ -297,14 +297,14 @@ def _place_text(exp: Experiment, pieces: Sequence[np.ndarray]) -> tuple[jax.Arra
 
 
 def _traces_at_once(exp: Experiment) -> int:
-    """Of each piece; no more than are chosen, but split over the mesh."""
+    """Returns how many traces of a piece are computed together: no more than are chosen, but split over the mesh."""
     e, shards = exp.config.evaluate, exp.mesh.shape["traces"]
     M = min(e.positions, e.max_length)
     return min(M, -(-e.max_positions // shards) * shards) if e.max_positions else M
 
 
 def _trace_positions(exp: Experiment, chosen: Sequence[np.ndarray], givers: Sequence[np.ndarray], M: int) -> np.ndarray:
-    """Where latents are written: of each piece, and after the same tokens of each giver, int32 [B, a multiple of M].
+    """Returns where latents are written in each piece, and at the same places in each giver: int32 [B, multiple of M].
 
     Filled up with T - 1, which has no ahead tokens.
     """
@@ -319,7 +319,7 @@ def _trace_positions(exp: Experiment, chosen: Sequence[np.ndarray], givers: Sequ
 
 
 def _rows_of_givers(exp: Experiment, counted: int) -> np.ndarray:
-    """The row whose latents each row is given, int64 [B]: the givers follow the `counted` pieces."""
+    """Returns the row whose latents each row is given, int64 [B]: the givers follow the `counted` pieces."""
     rows = np.arange(exp.config.evaluate.batch_size)
     rows[:counted] += counted
     return rows
@@ -339,8 +339,10 @@ def _add(exp: Experiment, sums: Sums, document: int, length: int, at: np.ndarray
 
 
 def over(work: np.ndarray) -> str:
-    """What `interval` draws of documents of these works: "works", "documents" where each is a work of its own, or
-    "documents of one work", which says nothing of other works."""
+    """Names the things that `interval` draws, where documents are of these works.
+
+    "works"; "documents", where each is a work of its own; "documents of one work", which tell nothing of other works.
+    """
     works = len(np.unique(work))
     if works == len(work) > 1:
         return "documents"
@@ -348,7 +350,7 @@ def over(work: np.ndarray) -> str:
 
 
 def interval(sums: Sums, work: np.ndarray, seed: int) -> np.ndarray:
-    """From where to where the change of perplexity, in %, goes over works: float64 [2, A].
+    """Estimates from where to where the change of perplexity, in %, goes over works: float64 [2, A].
 
     A bootstrap's 2.5th and 97.5th percentile over RESAMPLES draws: of W works W are drawn, and of each of these as many
     documents as it has. NaN for an n that fewer than two documents reach: one says nothing of others. Draws without any
@@ -377,7 +379,7 @@ def interval(sums: Sums, work: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
-    """How many times a resample has each document, int [N], those of a work together.
+    """Draws how many times a resample has each document, int [N], those of a work together.
 
     Args:
       size: int [W], how many documents each work has.
@@ -390,7 +392,7 @@ def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
 
 
 def summary(sums: Sums, work: np.ndarray, seed: int) -> dict[str, Any]:
-    """What perplexity.json says of documents together: `table`, how many documents and works, what intervals draw."""
+    """Returns the part of perplexity.json on some documents: their table, their number, what the intervals draw."""
     return {
         "rows": table(sums, work, seed),
         "documents": len(work),
@@ -400,7 +402,7 @@ def summary(sums: Sums, work: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def table(sums: Sums, work: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """One row for each n that some document reaches; its interval is None where `interval` has none."""
+    """Makes one row for each n that some document reaches; its interval is None where `interval` has none."""
     rows = []
     totals = zip(*(x.sum(axis=0) for x in sums), *interval(sums, work, seed))
     for n, (tokens, decoder, augmented, low, high) in enumerate(totals, start=1):
@@ -420,7 +422,7 @@ def table(sums: Sums, work: np.ndarray, seed: int) -> list[dict[str, Any]]:
 
 
 def show(rows: Sequence[dict[str, Any]], over: str) -> str:
-    """The table in plain text: n = 1, 2, 4, 8, ..."""
+    """Writes the table as plain text: n = 1, 2, 4, 8, ..."""
     interval = f"95 % interval over {over}"
     lines = [f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"]
     for row in rows:

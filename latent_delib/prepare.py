@@ -21,7 +21,7 @@ from latent_delib.tokenizer import Tokenizer, fingerprint
 
 
 def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[dict]:
-    """The same documents, of `total` bytes of text in all; says how many are through."""
+    """Yields the same documents, of `total` bytes of text in all; says how many are through."""
     done, say = 0, Progress(f"{source}: prepared", total, "bytes")
     for document in documents:
         yield document

@@ -12,6 +12,7 @@ The same runs give the same files, byte for byte.
 import base64
 import html
 import io
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ class Look(NamedTuple):
 
 
 def main(flags: Any) -> None:
-    files.check_folder("out", flags.out)
+    if os.path.isfile(flags.out):
+        raise UserError(f"--out={flags.out}: is a file, expected a folder")
     found = runs.find(flags.folders)
     beside = [compare(found, flags.against)] if flags.against else []
     seen = look_into(flags.look, flags.text) if flags.look else None
@@ -91,7 +93,7 @@ def report(found: runs.Runs, out: epath.Path, beside: Sequence[Table] = (), seen
 
 
 def page(every: list[Table], curves: list[tuple[str, bytes]], seen: Look | None) -> str:
-    """The report as one HTML file: pictures inside it, no scripts, nothing to load."""
+    """Makes the report as one HTML file: pictures inside it, no scripts, nothing to load."""
 
     def picture(caption: str, png: bytes) -> str:
         data = base64.b64encode(png).decode()
@@ -122,9 +124,9 @@ def page(every: list[Table], curves: list[tuple[str, bytes]], seen: Look | None)
 
 
 def compare(found: runs.Runs, against: str) -> Table:
-    """All runs on the same text against one, by the sums of documents.npz: the change in perplexity of the n-th token
-    ahead. What is hard for both cancels, so this tells more than two intervals side by side. Intervals draw works, as
-    far as one of the two files says which document is of which. Where the frozen decoder has other figures, a warning
+    """Compares all runs on the same text with one, by the sums of documents.npz: the change in perplexity of the n-th
+    token ahead. What is hard for both cancels, so this tells more than two intervals side by side. Intervals draw works
+    where one of the two files says which document is of which. Where the frozen decoder has other figures, a warning
     says so and that run is left out.
 
     Raises:
@@ -170,7 +172,7 @@ class Documents(NamedTuple):
 
 
 def _documents(folder: epath.Path) -> Documents | None:
-    """That of a folder, if it has one."""
+    """Reads the documents.npz of a folder, if it has one."""
     file = folder / "documents.npz"
     if not file.exists():
         return None
@@ -180,7 +182,7 @@ def _documents(folder: epath.Path) -> Documents | None:
 
 
 def look_into(workdir: str, text: str) -> Look:
-    """Latents of the newest checkpoint of `workdir`, in front of the last AHEAD tokens of a text.
+    """Looks into latents of the newest checkpoint of `workdir`, in front of the last AHEAD tokens of a text.
 
     Raises:
       UserError: no such checkpoint, one without latents or without a decoder on disk, a text that is too short or long.

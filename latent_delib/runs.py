@@ -41,13 +41,13 @@ class Result(NamedTuple):
 
     @property
     def step(self) -> int | None:
-        """Of the checkpoint; older files tell it by the checkpoint's folder alone."""
+        """Returns the step of the checkpoint; older files tell it by the checkpoint's folder alone."""
         name = os.path.basename(self.data.get("checkpoint") or "")
         return int(name) if name.isdecimal() else self.data.get("step")
 
     @property
     def decoder(self) -> str:
-        """Which decoder the figures are on."""
+        """Names the decoder that the figures are on."""
         path = self.data["config"].get("decoder", {}).get("path", "")
         return f"{path or 'unnamed'} ({self.data['fingerprint'][:12]})"
 
@@ -67,7 +67,7 @@ class Runs(NamedTuple):
 
 
 def find(folders: Sequence[str]) -> Runs:
-    """Everything under the folders; what two of them reach counts once.
+    """Finds everything under the folders; what two of them reach counts once.
 
     Raises:
       UserError: a folder that is not there or holds no run; a file that is not what it should be.
@@ -130,7 +130,7 @@ def _result(path: Path, key: str = "") -> Result:
 
 
 def _losses(path: Path) -> list[tuple[int, float]]:
-    """A last line without an end is of a job that is still writing it."""
+    """Reads the losses; a last line without an end is of a job that is still writing it."""
     losses = []
     for i, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
