@@ -189,6 +189,18 @@ def zeros(exp: Experiment, text: Text) -> Sums:
     return Sums(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
 
 
+class Batch(NamedTuple):
+    """What is computed at once.
+
+    pieces: int32 [n] each. chosen: after which tokens of each piece latents are put. givers: the pieces whose latents
+    each is given, one for one; none: its own.
+    """
+
+    pieces: list[np.ndarray]
+    chosen: list[np.ndarray]
+    givers: list[np.ndarray]
+
+
 class Values(NamedTuple):
     """-log p of a batch, nats, float32, on the host.
 
@@ -234,43 +246,30 @@ def add_up(
     at_once = e.batch_size // 2 if e.swap else e.batch_size
     params = augment.assemble(frozen, trainable)
     for first in range(done, len(order), at_once):
-        batch = order[first : first + at_once]
-        pieces = [text.pieces[i] for i in batch]
-        givers = [] if donor is None else [text.pieces[i] for i in donor[batch]]
-        chosen = [chosen_positions(exp, text, i) for i in batch]
-        values = _values(exp, steps, frozen, params, "decoder" in trainable, pieces, givers, chosen)
-        for row, (i, piece, at) in enumerate(zip(batch, pieces, chosen)):
-            _add(exp, sums, text.document[i], len(piece), at, values.of(row))
-        yield first + len(batch)
+        numbers = order[first : first + at_once]
+        pieces = [text.pieces[i] for i in numbers]
+        chosen = [chosen_positions(exp, text, i) for i in numbers]
+        givers = [] if donor is None else [text.pieces[i] for i in donor[numbers]]
+        values = _values(exp, steps, frozen, params, "decoder" in trainable, Batch(pieces, chosen, givers))
+        for row, i in enumerate(numbers):
+            _add(exp, sums, text.document[i], len(pieces[row]), chosen[row], values.of(row))
+        yield first + len(numbers)
 
 
-def _values(
-    exp: Experiment,
-    steps: Steps,
-    frozen: Params,
-    params: Params,
-    trained: bool,
-    pieces: Sequence[np.ndarray],
-    givers: Sequence[np.ndarray],
-    chosen: Sequence[np.ndarray],
-) -> Values:
-    """Computes a batch: `pieces` with latents after the `chosen` tokens of each.
-
-    Args:
-      trained: whether the decoder is another than the frozen one. givers: the pieces whose latents are given, one for
-        each of `pieces`; none: their own.
-    """
+def _values(exp: Experiment, steps: Steps, frozen: Params, params: Params, trained: bool, batch: Batch) -> Values:
+    """Computes a batch under the frozen decoder and under `params`; `trained`: these have another decoder."""
     N = exp.config.evaluate.longer_prompt
-    text_BT = _place_text(exp, [*pieces, *givers])
+    texts = [*batch.pieces, *batch.givers]
+    text_BT = _place_text(exp, texts)
     ours, plain = steps.read({"decoder": frozen["decoder"]}, *text_BT)
     own = plain
     if N:  # BOS stays
-        text_BT = _place_text(exp, [np.delete(piece, slice(1, 1 + N)) for piece in [*pieces, *givers]])
+        text_BT = _place_text(exp, [np.delete(piece, slice(1, 1 + N)) for piece in texts])
     if N or trained:
         ours, own = steps.read(params, *text_BT)
     M = _traces_at_once(exp)
-    at = _trace_positions(exp, chosen, givers, M)
-    swapped = (_place(exp, _rows_of_givers(exp, len(pieces))),) if givers else ()
+    at = _trace_positions(exp, batch, M)
+    swapped = (_place(exp, _rows_of_givers(exp, len(batch.pieces))),) if batch.givers else ()
     parts = [
         steps.ahead(params, ours, *text_BT, _place(exp, at[:, start : start + M]), *swapped)[0]
         for start in range(0, at.shape[1] if exp.aug.has_latents else 0, M)
@@ -303,18 +302,18 @@ def _traces_at_once(exp: Experiment) -> int:
     return min(M, -(-e.max_positions // shards) * shards) if e.max_positions else M
 
 
-def _trace_positions(exp: Experiment, chosen: Sequence[np.ndarray], givers: Sequence[np.ndarray], M: int) -> np.ndarray:
+def _trace_positions(exp: Experiment, batch: Batch, M: int) -> np.ndarray:
     """Returns where latents are written in each piece, and at the same places in each giver: int32 [B, multiple of M].
 
     Filled up with T - 1, which has no ahead tokens.
     """
     e = exp.config.evaluate
-    columns = max(1, -(-max(map(len, chosen)) // M)) * M
+    columns = max(1, -(-max(map(len, batch.chosen)) // M)) * M
     at = np.full((e.batch_size, columns), e.max_length - 1, np.int32)
-    for row, positions_k in enumerate(chosen):
+    for row, positions_k in enumerate(batch.chosen):
         at[row, : len(positions_k)] = positions_k - e.longer_prompt
-    for row, piece in enumerate(givers):
-        at[len(chosen) + row] = np.minimum(at[row], last_position(exp, piece) - e.longer_prompt)
+    for row, piece in enumerate(batch.givers):
+        at[len(batch.pieces) + row] = np.minimum(at[row], last_position(exp, piece) - e.longer_prompt)
     return at
 
 
