@@ -253,11 +253,13 @@ def test_a_training_that_died_or_is_another(make_config, trained, tmp_path, caps
         ({"steps": "all", "watch": True}, "expected one of them"),
         ({"steps": "all", "step": 2}, "expected one of them"),
         ({"watch": True, "patience": -1.0}, "--patience=-1.0: expected at least 0"),
+        ({"out": __file__}, "test_evaluate_job.py: is a file, expected a folder"),
     ],
 )
 def test_flags(flags, message):
     with pytest.raises(ld.UserError, match=message):
-        evaluate.main(SimpleNamespace(**{"step": None, "steps": "", "watch": False, "patience": 1.0} | flags))
+        given = {"config": None, "workdir": "", "out": "", "step": None, "steps": "", "watch": False, "patience": 1.0}
+        evaluate.main(SimpleNamespace(**given | flags))
 
 
 # The command, but partial sums are saved after every batch.
