@@ -79,9 +79,9 @@ def get_config() -> ConfigDict:
     c.evaluate.batch_size = 8  # pieces at once
     c.evaluate.positions = 64  # augmented positions of each piece at once: bounds memory
     c.evaluate.max_pieces = 0  # per validation source, spread over it; 0: all
-    c.evaluate.max_positions = 0  # of each piece, drawn at random; 0: all
+    c.evaluate.max_positions = 0  # of a piece of max_length, and of a shorter one its share, drawn at random; 0: all
     c.evaluate.seed = 0  # of that draw, and of the confidence intervals
     c.evaluate.delay = 0  # latents are written so many tokens before they join
-    c.evaluate.swap = False  # a control: every piece is given the latents of another document of its source
+    c.evaluate.swap = False  # a control: every piece is given the latents of another document at the same positions
     c.evaluate.longer_prompt = 0  # a control: so many tokens of each piece are read by the plain decoder alone
     return c

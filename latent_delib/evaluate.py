@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 import time
 import zipfile
@@ -26,7 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity, tokenizer
+from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity, tables, tokenizer
 from latent_delib.checkpoint import Restored, warn
 from latent_delib.data import batches
 from latent_delib.errors import UserError
@@ -39,6 +40,7 @@ from latent_delib.runs import Result
 
 SAVE_EVERY = 30.0  # seconds between two savings of partial sums
 POLL = 20.0  # seconds between two looks for new checkpoints
+FEW_WORKS = 20  # of a source, so many are reported each
 
 
 def main(flags: Any) -> None:
@@ -49,6 +51,8 @@ def main(flags: Any) -> None:
     if flags.patience < 0:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
     config, workdir, out = flags.config, flags.workdir, flags.out or flags.workdir
+    if os.path.isfile(out):
+        raise UserError(f"{out}: is a file, expected a folder")
     with distributed.job(flags):
         if flags.steps or flags.watch:
             steps = None if flags.steps in ("", "all") else [int(step) for step in flags.steps.split(",")]
@@ -118,7 +122,7 @@ class OtherRun(UserError):
 
 
 def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
-    """A checkpoint, the newest without `step`: its trainable tree in the config's dtype, its step and its meta.
+    """Reads a checkpoint, the newest without `step`: its trainable tree in the config's dtype, its step and its meta.
 
     Raises:
       UserError: there is none, or it is damaged; OtherRun.
@@ -162,7 +166,7 @@ class Job:
 
     @functools.cached_property
     def frozen(self) -> Params:
-        """The decoder everything is compared with, and the coprocessor below adapters where there is one."""
+        """Reads the decoder everything is compared with, and the coprocessor below adapters where there is one."""
         frozen = {"decoder": experiment.load_decoder(self.exp, self.exp.dtype)}
         if self.exp.start and self.exp.config.method.lora_rank:
             frozen["coprocessor"] = experiment.load_start(self.exp, self.exp.dtype)
@@ -170,15 +174,24 @@ class Job:
 
     def run(self, found: Restored | None, out: epath.Path) -> dict[str, Any]:
         """Evaluates a checkpoint, or without one the frozen decoder; returns what perplexity.json holds."""
-        sums, text, seed = self.add_up(found, out / "partial.npz"), self.text, self.exp.config.evaluate.seed
-        each = {s: sums.of(text.source == number) for number, s in enumerate(text.sources)}
-        sets = {s: {"rows": perplexity.table(x, seed), "documents": len(x.tokens)} for s, x in each.items()}
+        sums, text, e = self.add_up(found, out / "partial.npz"), self.text, self.exp.config.evaluate
+        if not sums.tokens.any():
+            raise UserError(
+                f"config.evaluate: max_positions={e.max_positions} and longer_prompt={e.longer_prompt} leave no token "
+                "to count; give more positions (0: all), or a shorter prompt"
+            )
         step, config = (None, self.plain) if found is None else (found.step, self.plain | _trained_as(found.meta))
+        sets = {name: _of_source(sums, text, i, e.seed) for i, name in enumerate(text.sources)}
+        if len(sets) > 1:
+            whole = perplexity.summary(sums, text.work, e.seed)
+        else:
+            whole = {key: value for key, value in sets[text.sources[0]].items() if key != "works"}
         result = {
-            "rows": perplexity.table(sums, seed) if len(sets) > 1 else sets[text.sources[0]]["rows"],
-            "documents": len(text.source),
+            **whole,
             "pieces": len(text.pieces),
             "sets": sets,
+            "past_donors": perplexity.past_donors(self.exp, text) if e.swap else 0,
+            "draws": perplexity.DRAWS,
             "config": config,
             "checkpoint": None if step is None else str(epath.Path(self.workdir) / "checkpoints" / str(step)),
             "step": step,
@@ -193,13 +206,13 @@ class Job:
         return result
 
     def add_up(self, found: Restored | None, partial: epath.Path) -> Sums:
-        """The sums of a checkpoint; what is done is saved now and then, and what was saved is not done again.
+        """Adds up the sums of a checkpoint; what is done is saved now and then, and what was saved is not done again.
 
         A saved part that is of another config, checkpoint, decoder, text or mesh is told of, and not used.
         """
         exp, text = self.exp, self.text
         checkpointed = None if found is None else [found.step, found.meta]
-        identity = [self.plain, checkpointed, exp.fingerprint, text.digest(), dict(exp.mesh.shape)]
+        identity = [self.plain, checkpointed, exp.fingerprint, text.digest(), dict(exp.mesh.shape), perplexity.DRAWS]
         identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         sums, before = _saved(partial, identity) or (perplexity.zeros(exp, text), 0)
 
@@ -217,13 +230,25 @@ class Job:
         return sums
 
 
+def _of_source(sums: Sums, text: Text, number: int, seed: int) -> dict[str, Any]:
+    """Returns the part of perplexity.json on a source; "works" has a part on each with a name, where they are few."""
+    here = text.source == number
+
+    def of(documents: np.ndarray) -> dict[str, Any]:
+        return perplexity.summary(sums.of(documents), text.work[documents], seed)
+
+    named = [work for work in np.unique(text.work[here]) if text.works[work]]
+    works = {text.works[work]: of(text.work == work) for work in named} if len(named) <= FEW_WORKS else {}
+    return of(here) | {"works": works}
+
+
 def _trained_as(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's own config says that evaluating it takes no notice of, such as the ahead tokens."""
+    """Returns the keys of a checkpoint's own config that evaluating takes no notice of, such as the ahead tokens."""
     return {key: meta["config"][key] for key in ("method", "optimizer", "seed", "train")}
 
 
 def _saved(partial: epath.Path, identity: str) -> tuple[Sums, int] | None:
-    """The sums that process 0 finds in a partial.npz, and how many pieces are in them, the same on every process."""
+    """Returns on every process the sums that process 0 finds in a partial.npz, and how many pieces they hold."""
     content = partial.read_bytes() if jax.process_index() == 0 and partial.exists() else b""
     if not (content := _bytes_from_first(content)):
         return None
@@ -239,7 +264,7 @@ def _saved(partial: epath.Path, identity: str) -> tuple[Sums, int] | None:
 
 
 def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, patience: float | None) -> Iterator[int]:
-    """The steps to evaluate, as `evaluate_many` says. Process 0 looks and decides, and tells the others."""
+    """Yields the steps to evaluate, as `evaluate_many` says. Process 0 looks and decides, and tells the others."""
     first, since, over = jax.process_index() == 0, time.monotonic(), False
     wanted = set(steps or ())  # without `steps`: all that were there at some look
     settled: set[int] = set()  # evaluated before, yielded, or gone
@@ -247,6 +272,8 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
     if first and evaluations.exists():
         numbers = (int(folder.name) for folder in evaluations.iterdir() if folder.name.isdigit())
         evaluated = [number for number in numbers if _is_done(job, evaluations, number)]
+    if first and patience is not None and not epath.Path(job.workdir).is_dir():
+        raise UserError(f"--watch: --workdir={job.workdir}: no such folder; start the training first, it makes it")
     if first and patience is None:
         there = _there(job.workdir)
         if not (there or wanted or evaluated):
@@ -254,7 +281,7 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
         if absent := [s for s in sorted(wanted - there) if not _is_done(job, evaluations, s)]:
             raise UserError(f"--steps: no checkpoint of step {absent[0]}; there are {sorted(there)}")
     while True:
-        step, newest = None, None
+        step, newest, nothing, pause = None, None, False, POLL
         if first:
             there = _there(job.workdir)
             wanted |= there if steps is None else set()
@@ -263,23 +290,28 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
                 warn(f"{job.workdir}: checkpoint {gone} was removed before its turn; skipped")
                 settled.add(gone)
             step, newest = min(wanted - settled, default=None), max(there, default=None)
-            over = patience is not None and time.monotonic() - since >= patience
-        step, newest, over = _from_first((step, newest, over))
+            nothing = not (settled or evaluated)
+            if patience is not None:
+                left = patience - (time.monotonic() - since)
+                over, pause = left <= 0, min(POLL, left)
+        step, newest, over, nothing, pause = _from_first((step, newest, over, nothing, pause))
         if step is not None:
             settled.add(step)
             yield step
             since = time.monotonic()
             continue
         last = patience is not None and newest is not None and _is_last(job.workdir, newest)
+        if over and nothing:
+            raise UserError(f"--watch: no checkpoint came to {job.workdir} in {patience:g} s, so nothing was evaluated")
         if patience is None or last or over:
             if first and patience is not None:
                 print(f"step {newest} was the last" if last else f"no new checkpoint for {patience:g} s", flush=True)
             return
-        time.sleep(POLL)
+        time.sleep(pause)
 
 
 def _there(workdir: str) -> set[int]:
-    """The steps of whole checkpoints: a folder takes its name once whole; in a bucket one file comes last."""
+    """Returns the steps of whole checkpoints: a folder takes its name once whole; in a bucket one file comes last."""
     checkpoints = epath.Path(workdir) / "checkpoints"
     last = "commit_success.txt" if workdir.startswith("gs://") else "_CHECKPOINT_METADATA"
     folders = checkpoints.iterdir() if checkpoints.is_dir() else ()
@@ -287,7 +319,7 @@ def _there(workdir: str) -> set[int]:
 
 
 def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
-    """Whether a step is evaluated. Raises UserError where that was of something else: a curve shows one thing."""
+    """Tells whether a step is evaluated. Raises UserError where that was of something else: a curve shows one thing."""
     file = evaluations / str(step) / "perplexity.json"
     if not file.exists():
         return False
@@ -296,6 +328,9 @@ def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
     for key, value in _subject(found["config"], found["fingerprint"]).items():
         if value != ours[key]:
             raise UserError(f"{file}: has {key}={value}, this config {ours[key]}; give another --out, or remove it")
+    e = job.exp.config.evaluate
+    if (e.max_positions or e.swap) and found.get("draws", 1) != perplexity.DRAWS:
+        raise UserError(f"{file}: an older version drew its positions and donors in another way; give another --out")
     return True
 
 
@@ -309,7 +344,7 @@ def _check_text(evaluations: epath.Path, text: Text) -> None:
 
 
 def _subject(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
-    """What evaluations must agree on to be compared."""
+    """Returns the things that evaluations must agree on to be compared."""
     keys = {
         "method": "name num_latents placement lora_rank start coprocessor",
         "data": "validation",
@@ -320,7 +355,7 @@ def _subject(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
 
 
 def _is_last(workdir: str, newest: int) -> bool:
-    """Whether the newest checkpoint is the last that its training makes, as far as any can be read."""
+    """Tells whether the newest checkpoint is the last that its training makes, as far as any can be read."""
     try:
         checkpoints, _, meta = checkpoint.open_for_reading(workdir)
     except (UserError, OSError):
@@ -330,7 +365,7 @@ def _is_last(workdir: str, newest: int) -> bool:
 
 
 def _from_first(value: Any) -> Any:
-    """What process 0 calls this with, on every process; something JSON can hold."""
+    """Returns on every process the value that process 0 calls this with; something JSON can hold."""
     return json.loads(_bytes_from_first(json.dumps(value).encode()))
 
 
@@ -343,30 +378,62 @@ def _bytes_from_first(content: bytes) -> bytes:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The tables in plain text: of each set if there are several, then of all."""
-    method, sets = result["config"]["method"], result["sets"]
-    at = "" if result["step"] is None else f", step {result['step']}"
-    latents = (
-        f"{method['num_latents']} latents, placement {method['placement']}, " if method["name"] != "decoder" else ""
-    )
-    lines = [
-        f"perplexity of the n-th token ahead; {method['name']}{at}, {latents}{result['pieces']} pieces of "
-        f"{result['documents']} documents"
-    ]
-    for source, found in sets.items() if len(sets) > 1 else ():
-        lines += [f"{source}, {found['documents']} documents", perplexity.show(found["rows"])]
-    return "\n".join([*lines, *(["all"] if len(sets) > 1 else []), perplexity.show(result["rows"])])
+    """Writes the tables as plain text: of each set if there are several, each followed by its works, then of all."""
+    sets = result["sets"]
+    lines = [_heading(result)]
+    for source, found in sets.items():
+        if len(sets) > 1:
+            lines += [f"{source}, {_documents(found)}"]
+        lines += [perplexity.show(found["rows"], found["interval_over"]), *_show_works(found["works"])]
+    if len(sets) > 1:
+        lines += ["all", perplexity.show(result["rows"], result["interval_over"])]
+    return "\n".join(lines)
+
+
+def _heading(result: dict[str, Any]) -> str:
+    """Says which method was evaluated, how, and on how much text."""
+    method = result["config"]["method"]
+    words = [method["name"] if result["step"] is None else f"{method['name']}, step {result['step']}"]
+    if method["name"] != "decoder":
+        words += [f"{method['num_latents']} latents, placement {method['placement']}"]
+    words += tables.controls_in_words(result["config"]["evaluate"])
+    if result["past_donors"]:
+        words += [f"at {result['past_donors']:,} positions past its end those after its last token"]
+    words += [f"{result['pieces']} pieces of {_documents(result)}"]
+    return f"perplexity of the n-th token ahead; {', '.join(words)}"
+
+
+def _documents(part: dict[str, Any]) -> str:
+    """Says how many documents there are, and of how many works where each is not a work of its own."""
+    counts = {"works": f" of {part['num_works']} works", "documents": "", "documents of one work": " of one work"}
+    return f"{part['documents']} documents{counts[part['interval_over']]}"
+
+
+def _show_works(works: dict[str, dict[str, Any]]) -> list[str]:
+    """Writes a line for each of several works: its change at a few n."""
+    if len(works) < 2:
+        return []
+    deepest = max(len(part["rows"]) for part in works.values())
+    shown = [n for n in figures.CURVES if n <= deepest]
+    lines = [["by work", *(f"n = {n}" for n in shown)]]
+    for name, part in works.items():
+        by_n = {row["n"]: row for row in part["rows"]}
+        cells = [str(tables.change(by_n[n])) if n in by_n else "" for n in shown]
+        lines.append([f"{name}, {part['documents']} documents", *cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(["", *map(str.ljust, line, widths)]).rstrip() for line in lines]
 
 
 def write(result: dict[str, Any], text: Text, sums: Sums, out: epath.Path) -> None:
-    """documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
-    _write_npz(out / "documents.npz", source=text.source, sources=np.array(text.sources), **sums._asdict())
+    """Writes documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
+    names = {"sources": np.array(text.sources), "works": np.array(text.works)}
+    _write_npz(out / "documents.npz", source=text.source, work=text.work, **names, **sums._asdict())
     files.write(out / "perplexity.png", figures.by_n(result["rows"]))
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
 
 
 def draw_curves(evaluations: epath.Path) -> None:
-    """curves.png: the change at a few n against the step, of all evaluations that are there (Figure 3)."""
+    """Draws curves.png: the change at a few n against the step, of all evaluations that are there (Figure 3)."""
     found = {int(f.name): f / "perplexity.json" for f in evaluations.iterdir() if f.name.isdigit()}
     results = [Result("", file, json.loads(file.read_text())) for _, file in sorted(found.items()) if file.exists()]
     files.write(evaluations / "curves.png", figures.by_step({str(evaluations.parent): results}))

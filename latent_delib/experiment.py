@@ -197,6 +197,11 @@ def check(config: ConfigDict) -> None:
     for key, value in (("evaluate.swap", e.swap), ("evaluate.delay", e.delay), ("method.max_delay", m.max_delay)):
         if value and (m.name in VECTORS_ALONE or (m.name == "decoder" and key != "method.max_delay")):
             raise UserError(f"config.{key}={value}: method {m.name!r} writes no latents that depend on a text")
+    if e.delay > e.max_length - 2:
+        raise UserError(
+            f"config.evaluate.delay={e.delay}: expected at most {e.max_length - 2}, so that latents are written within "
+            f"pieces of evaluate.max_length={e.max_length}"
+        )
     if e.swap and e.batch_size < 2:
         raise UserError(f"config.evaluate.swap: evaluate.batch_size={e.batch_size}, expected two texts at once")
     if e.longer_prompt > e.max_length - 2:

@@ -16,7 +16,7 @@ DASHED = {"linestyle": "--", "marker": ".", "color": "black", "linewidth": 0.8}
 
 
 def curves(runs: Runs) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
-    """(file name without suffix, caption, what draws it), of those that there is something to draw for."""
+    """Yields (file name without suffix, caption, what draws it) of those that there is something to draw for."""
     if any(runs.losses.values()):
         yield "loss", "Training loss, nats a token", lambda: _losses(runs)
     if runs.perplexity:
@@ -35,7 +35,7 @@ def _losses(runs: Runs) -> bytes:
 
 
 def by_n(rows: Sequence[dict[str, Any]]) -> bytes:
-    """The change by n of one evaluation."""
+    """Draws the change by n of one evaluation."""
     figure, (axes,) = _panels(1, (6, 4))
     _line(axes, rows, [row["n"] for row in rows], "augmented")
     axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)")
@@ -58,7 +58,7 @@ def _all_by_n(runs: Runs) -> bytes:
 
 
 def _by_latents(runs: Runs) -> bytes:
-    """Runs that differ in nothing but their number of latents are a line; where there are lines, no lone points."""
+    """Draws runs that differ in their number of latents alone as a line; where there are lines, no lone points."""
     alike: dict[tuple[str, str], list[Result]] = {}
     for result, what in zip(runs.perplexity, labels(runs.perplexity)):
         if of(result).latents:
@@ -81,7 +81,7 @@ def _by_latents(runs: Runs) -> bytes:
 
 
 def by_step(curves: Mapping[Any, Sequence[Result]]) -> bytes:
-    """The change by training step, of one evaluation after another in each folder."""
+    """Draws the change by training step, of one evaluation after another in each folder."""
     figure, panels = _panels(len(CURVES), (9, 6))
     for axes, n in zip(panels, CURVES):
         for folder, results in curves.items():
@@ -92,7 +92,7 @@ def by_step(curves: Mapping[Any, Sequence[Result]]) -> bytes:
 
 
 def _line(axes: Any, rows: Sequence[dict[str, Any]], x: Sequence[float], name: str) -> None:
-    """The change of each row, with its interval where every row has one."""
+    """Draws the change of each row, with its interval where every row has one."""
     (line,) = axes.plot(x, [row["change_percent"] for row in rows], marker="o", markersize=3, label=name)
     low, high = ([row.get(key) for row in rows] for key in ("change_low", "change_high"))
     if rows and None not in low and None not in high:
@@ -101,7 +101,7 @@ def _line(axes: Any, rows: Sequence[dict[str, Any]], x: Sequence[float], name: s
 
 
 def table(table: Table) -> bytes:
-    """The rows of a table; its notes are in the other forms."""
+    """Draws the rows of a table; its notes are in the other forms."""
     cells = [[_plain(str(c)) for c in row] for row in [table.columns, *table.rows]]
     widths = [max(map(len, column)) + 2 for column in zip(*cells)]
     figure, (axes,) = _panels(1, (max(6, 0.085 * sum(widths)), 0.27 * len(cells) + 0.5))
@@ -117,7 +117,7 @@ def table(table: Table) -> bytes:
 
 
 def attention(attention: Attention, title: str) -> bytes:
-    """A panel a layer: rows attend to columns, the mean over heads. Colours go with the square root of the weight."""
+    """Draws a panel per layer: rows attend to columns, the mean over heads. Colours go by the root of the weight."""
     from matplotlib.colors import PowerNorm
 
     layers, _, S, U = attention.weights.shape
@@ -153,7 +153,7 @@ def _panels(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
 
 
 def _finished(figure: Any, named: Any) -> bytes:
-    """Curves with one legend below all panels. Changes: the frozen decoder's zero, and logarithms beyond 5 %."""
+    """Adds one legend below all panels of curves. Changes: the frozen decoder's zero, and logarithms beyond 5 %."""
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         if axes.get_ylabel().startswith("change"):
@@ -181,5 +181,5 @@ def _png(figure: Any) -> bytes:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws as it stands: no formulas, nothing unprintable."""
+    """Makes text that matplotlib draws as it stands: no formulas, nothing unprintable."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text).replace("$", r"\$")

@@ -59,7 +59,7 @@ class Watched:
 
 
 def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attention | None, Attention]:
-    """Latents after token `at` of a text: what they attend to, and what the text after them attends to.
+    """Returns what latents after token `at` of a text attend to, and what the text after them attends to.
 
     Args:
       tokens: the text, BOS first. Those after `at` are the ahead tokens, read as in training; at least two.
@@ -94,7 +94,7 @@ def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attentio
 def _called(
     params: Params, text_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int
 ) -> list[jax.Array]:
-    """Attention weights of the coprocessor's last call, if there is one, and of the decoder's."""
+    """Returns attention weights of the coprocessor's last call, if there is one, and of the decoder's."""
     seen: list[jax.Array] = []
     aug = dataclasses.replace(aug, **{name: Watched(model, seen) for name, model in aug.models._asdict().items()})
     segment_BT = jnp.ones_like(text_BT)
@@ -105,7 +105,7 @@ def _called(
 
 
 def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]]:
-    """The `count` words whose embeddings have the highest cosine with each latent, best first.
+    """Finds the `count` words whose embeddings have the highest cosine with each latent, best first.
 
     Of the two readings this is the one that fits: the decoder reads latents where it reads embeddings. Logits from the
     same (tied) table differ by the length of its rows alone, which says how frequent a word is.
@@ -121,6 +121,6 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def words(lm: AugmentedLM, tokens: Sequence[int]) -> list[str]:
-    """What each token stands for, by itself; its number where that is nothing that can be read."""
+    """Returns the text each token stands for, by itself; its number where that is nothing that can be read."""
     texts = (lm.tokenizer.decode([int(t)]) for t in tokens)
     return [text if text.strip() else f"<{t}>" for t, text in zip(tokens, texts)]

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from latent_delib import commands, files
 from latent_delib.data import token_files
 from latent_delib.data.rows import BadRecords, check_data
@@ -22,22 +20,33 @@ from latent_delib.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.progress import Progress
 from latent_delib.tokenizer import Tokenizer, fingerprint
 
-SPLITS = {"train": token_files.write_train, "validation": token_files.write_validation}
 
-
-def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[np.ndarray]:
-    """The tokens of `documents`, of `total` bytes of text in all; says how many are through."""
+def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[dict]:
+    """Yields the same documents, of `total` bytes of text in all; says how many are through."""
     done, say = 0, Progress(f"{source}: prepared", total, "bytes")
     for document in documents:
-        yield document["tokens"]
+        yield document
         done += int(document["bytes"])
         say(min(done, total))
+
+
+def _write_train(directory: str, number: int, documents: Iterator[dict], meta: dict) -> dict:
+    return token_files.write_train(directory, number, (d["tokens"] for d in documents), meta)
+
+
+def _write_validation(directory: str, number: int, documents: Iterator[dict], meta: dict) -> dict:
+    return token_files.write_validation(directory, number, ((d["work"], d["tokens"]) for d in documents), meta)
+
+
+SPLITS = {"train": _write_train, "validation": _write_validation}
 
 
 def _difference(found: dict, meta: dict) -> str | None:
     """The first thing in which finished token files are not what would be written."""
     for key, value in meta.items():
         there = found.get(key)
+        if key == "format" and there in range(1, token_files.FORMAT):
+            continue  # what an older version wrote is read too
         if key in SPLITS:
             there, value = ([entry["source"] for entry in entries or ()] for entries in (there, value))
         if there != value:
@@ -89,6 +98,10 @@ def prepare(config: Any, out: str) -> dict:
         if differing := _difference(found, meta):
             raise UserError(f"--out: {out} holds other token files: {differing}")
         print(f"{out} is already prepared from this config")
+        if any("works" not in entry for entry in found["validation"]):
+            print(
+                f"{out} does not say which work a document is of: an older version wrote it, another --out would say it"
+            )
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"--out: {out} exists and holds no finished token files: remove it or name another")

@@ -12,6 +12,7 @@ The same runs give the same files, byte for byte.
 import base64
 import html
 import io
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from latent_delib.errors import UserError
 from latent_delib.progress import Progress
 from latent_delib.tables import Figure, Table
 
+LONGEST = 512  # tokens of --text: the pictures have a column for each
 AHEAD = 12  # of the text, the last tokens that --look reads after the latents
 TEXT = (
     "Tom had four apples and gave one of them to his sister. His mother then bought six more at the market, and put "
@@ -59,6 +61,8 @@ class Look(NamedTuple):
 
 
 def main(flags: Any) -> None:
+    if os.path.isfile(flags.out):
+        raise UserError(f"--out={flags.out}: is a file, expected a folder")
     found = runs.find(flags.folders)
     beside = [compare(found, flags.against)] if flags.against else []
     seen = look_into(flags.look, flags.text) if flags.look else None
@@ -89,7 +93,7 @@ def report(found: runs.Runs, out: epath.Path, beside: Sequence[Table] = (), seen
 
 
 def page(every: list[Table], curves: list[tuple[str, bytes]], seen: Look | None) -> str:
-    """The report as one HTML file: pictures inside it, no scripts, nothing to load."""
+    """Makes the report as one HTML file: pictures inside it, no scripts, nothing to load."""
 
     def picture(caption: str, png: bytes) -> str:
         data = base64.b64encode(png).decode()
@@ -120,29 +124,36 @@ def page(every: list[Table], curves: list[tuple[str, bytes]], seen: Look | None)
 
 
 def compare(found: runs.Runs, against: str) -> Table:
-    """All runs on the same text against one, by the sums of documents.npz: the change in perplexity of the n-th token
-    ahead. What is hard for both cancels, so this tells more than two intervals side by side. Where the frozen decoder
-    has other figures, a warning says so and that run is left out.
+    """Compares all runs on the same text with one, by the sums of documents.npz: the change in perplexity of the n-th
+    token ahead. What is hard for both cancels, so this tells more than two intervals side by side. Intervals draw works
+    where one of the two files says which document is of which. Where the frozen decoder has other figures, a warning
+    says so and that run is left out.
 
     Raises:
       UserError: `against` holds no documents.npz.
     """
-    if (base := _sums(epath.Path(against))) is None:
+    if (base := _documents(epath.Path(against))) is None:
         raise UserError(f"--against={against}: holds no documents.npz, which `evaluate` writes")
     rows, used, others = [], [], []
+    over: dict[str, str | None] = {}
     for result in found.perplexity:
-        ours = _sums(epath.Path(result.path).parent)
-        if ours is None:
+        read = _documents(epath.Path(result.path).parent)
+        if read is None:
             continue
-        A = min(ours.tokens.shape[1], base.tokens.shape[1])  # what both were asked for
-        ours, there = (perplexity.Sums(*(x[:, :A] for x in sums)) for sums in (ours, base))
+        ours, there = read.sums, base.sums
+        A = min(ours.tokens.shape[1], there.tokens.shape[1])  # what both were asked for
+        ours, there = (perplexity.Sums(*(x[:, :A] for x in sums)) for sums in (ours, there))
         if not np.array_equal(ours.tokens, there.tokens):
             continue  # another text
         if not np.allclose(ours.decoder, there.decoder):
             others.append(str(result.path.parent))
             continue
         pair = perplexity.Sums(there.tokens, there.augmented, ours.augmented)
-        by_n = {row["n"]: row for row in perplexity.table(pair, seed=0)}
+        work = base.work if read.work is None else read.work
+        over[result.key] = None if work is None else perplexity.over(work)
+        if work is None:
+            work = np.arange(len(pair.tokens))
+        by_n = {row["n"]: row for row in perplexity.table(pair, work, seed=0)}
         cells = [tables.change(by_n[n]) if n in by_n else "" for n in tables.AHEAD]
         rows.append([tables.of(result).latents, tables.label(tables.of(result)), result.key, *cells])
         used.append(result)
@@ -150,28 +161,42 @@ def compare(found: runs.Runs, against: str) -> Table:
         checkpoint.warn(f"--against={against}: the frozen decoder has other figures in {', '.join(others)}: left out")
     columns = ["latents", "what", "from", *(f"n = {n}" for n in tables.AHEAD)]
     title = f"Change in perplexity of the n-th token ahead against {against}"
-    return tables.finished("12_against", title, columns, rows, used)
+    return tables.finished("12_against", title, columns, rows, used, over)
 
 
-def _sums(folder: epath.Path) -> perplexity.Sums | None:
-    if not (file := folder / "documents.npz").exists():
+class Documents(NamedTuple):
+    """A documents.npz. work: the work each document is of; None: an older file, which does not say."""
+
+    sums: perplexity.Sums
+    work: np.ndarray | None
+
+
+def _documents(folder: epath.Path) -> Documents | None:
+    """Reads the documents.npz of a folder, if it has one."""
+    file = folder / "documents.npz"
+    if not file.exists():
         return None
     with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
-        return perplexity.Sums(*(found[name] for name in perplexity.Sums._fields))
+        sums = perplexity.Sums(*(found[name] for name in perplexity.Sums._fields))
+        return Documents(sums, found["work"] if "work" in found else None)
 
 
 def look_into(workdir: str, text: str) -> Look:
-    """Latents of the newest checkpoint of `workdir`, in front of the last AHEAD tokens of a text.
+    """Looks into latents of the newest checkpoint of `workdir`, in front of the last AHEAD tokens of a text.
 
     Raises:
-      UserError: no such checkpoint, one without latents or without a decoder on disk, a text that is too short.
+      UserError: no such checkpoint, one without latents or without a decoder on disk, a text that is too short or long.
     """
+    if not (epath.Path(workdir) / "checkpoints").is_dir():
+        raise UserError(f"--look={workdir}: holds no checkpoints; train it first")
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, None)
     checkpoints.close()
     model = lm.AugmentedLM(models.load_decoder(models.decoder_of(workdir, meta)), models.load_coprocessor(workdir))
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
         raise UserError(f"--text={text!r}: {len(tokens)} tokens with BOS, expected at least {AHEAD + 2}")
+    if len(tokens) > LONGEST:
+        raise UserError(f"--text: {len(tokens):,} tokens with BOS, expected at most {LONGEST}")
     at = len(tokens) - 1 - AHEAD
     step = model.coprocessor.step
     before, after = model.tokenizer.decode(tokens[: at + 1]), model.tokenizer.decode(tokens[at + 1 :])

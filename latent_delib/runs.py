@@ -21,6 +21,7 @@ ROWS = {
 }
 FIELDS = {"rows": list, "config": dict, "fingerprint": str, "checkpoint": (str, NOTHING), "step": (int, NOTHING)}
 FIELDS |= {"sets": (dict, NOTHING), "provenance": (dict, NOTHING), "documents": (int, NOTHING)}
+FIELDS |= {"interval_over": (str, NOTHING)}
 NOT_LOOKED_INTO = ("checkpoints", "tensorboard")  # large, and hold no run
 
 
@@ -40,13 +41,13 @@ class Result(NamedTuple):
 
     @property
     def step(self) -> int | None:
-        """Of the checkpoint; older files tell it by the checkpoint's folder alone."""
+        """Returns the step of the checkpoint; older files tell it by the checkpoint's folder alone."""
         name = os.path.basename(self.data.get("checkpoint") or "")
         return int(name) if name.isdecimal() else self.data.get("step")
 
     @property
     def decoder(self) -> str:
-        """Which decoder the figures are on."""
+        """Names the decoder that the figures are on."""
         path = self.data["config"].get("decoder", {}).get("path", "")
         return f"{path or 'unnamed'} ({self.data['fingerprint'][:12]})"
 
@@ -66,7 +67,7 @@ class Runs(NamedTuple):
 
 
 def find(folders: Sequence[str]) -> Runs:
-    """Everything under the folders; what two of them reach counts once.
+    """Finds everything under the folders; what two of them reach counts once.
 
     Raises:
       UserError: a folder that is not there or holds no run; a file that is not what it should be.
@@ -114,8 +115,12 @@ def _result(path: Path, key: str = "") -> Result:
     _check(f"{path}: config.method:", data["config"]["method"], {"name": str, "num_latents": int})
     tables = {"": data}
     for source, part in (data.get("sets") or {}).items():
-        _check(f"{path}: sets[{source!r}]:", part, {"rows": list})
+        _check(f"{path}: sets[{source!r}]:", part, {"rows": list, "works": (dict, NOTHING)})
         tables[f"sets[{source!r}]."] = part
+        for work, found in (part.get("works") or {}).items():
+            where = f"sets[{source!r}].works[{work!r}]"
+            _check(f"{path}: {where}:", found, {"rows": list})
+            tables[f"{where}."] = found
     for name, part in tables.items():
         for i, row in enumerate(part["rows"]):
             _check(f"{path}: {name}rows[{i}]:", row, ROWS[path.name])
@@ -125,7 +130,7 @@ def _result(path: Path, key: str = "") -> Result:
 
 
 def _losses(path: Path) -> list[tuple[int, float]]:
-    """A last line without an end is of a job that is still writing it."""
+    """Reads the losses; a last line without an end is of a job that is still writing it."""
     losses = []
     for i, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
         if not line.endswith("\n"):

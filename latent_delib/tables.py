@@ -15,6 +15,13 @@ from latent_delib.runs import Result, Runs
 
 AHEAD = (1, 2, 4, 8, 16, 32)  # n of Table 1
 CHANGE, SCORE = "{:+.2f}%", "{:.2f}"
+# "interval_over" of a perplexity.json, in words.
+INTERVALS = {
+    "works": "over works",
+    "documents": "over documents, each a work of its own",
+    "documents of one work": "over the documents of one work",
+    None: "over documents, whose works were not kept",
+}
 TRAIN_DECODER = ("decoder", "joint", "unified")  # methods whose checkpoints have a decoder of their own
 
 
@@ -70,13 +77,13 @@ class Entry:
 
     @property
     def method(self) -> str:
-        """Of what latents come from, "lora" where only adapters of it were trained; "" where there are none."""
+        """Names what latents come from, "lora" where only adapters of it were trained; "" where there are none."""
         method = self.result.method
         return ("lora" if method.get("lora_rank") else method["name"]) if self.model == "augmented" else ""
 
     @property
     def trained(self) -> bool:
-        """Whether this is a decoder alone that was itself trained."""
+        """Tells whether this is a decoder alone that was itself trained."""
         data, name = self.result.data, self.result.method["name"]
         return self.model != "augmented" and name in TRAIN_DECODER and bool(data.get("checkpoint"))
 
@@ -86,14 +93,16 @@ class Entry:
 
 
 def of(result: Result) -> Entry:
-    """A perplexity.json alone."""
+    """Makes the entry of a perplexity.json alone."""
     model = "decoder" if result.method["name"] == "decoder" else "augmented"
     return Entry([result], model, controls(result)["delay"] or 0)
 
 
 def entries(runs: Runs) -> list[Entry]:
-    """Perplexity and benchmarks of the same checkpoint in one entry, but of each text, each control and each other
-    evaluation that came to other figures its own; decoders first, then by number of latents."""
+    """Collects perplexity and benchmarks of a checkpoint in one entry; decoders first, then by number of latents.
+
+    Each text, each control, and each other evaluation that came to other figures has an entry of its own.
+    """
     found: dict[tuple, Entry] = {}
     first: dict[tuple, tuple] = {}  # how the perplexity was made that benchmarks stand beside
 
@@ -122,18 +131,30 @@ def entries(runs: Runs) -> list[Entry]:
 
 
 def text_of(result: Result) -> str:
-    """The validation sources of a perplexity.json."""
+    """Names the validation sources of a perplexity.json."""
     return ", ".join(result.data["config"].get("data", {}).get("validation", ()))
 
 
 def controls(result: Result) -> dict[str, Any]:
-    """Of a perplexity.json, what was done to the latents or to the text."""
+    """Returns the controls of a perplexity.json: keys that change the latents or the text."""
     evaluated = result.data["config"].get("evaluate", {})
     return {key: evaluated.get(key) for key in ("swap", "delay", "longer_prompt")}
 
 
+def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
+    """Says in words what a config's `evaluate` does to the latents or to the text."""
+    words = []
+    if delay := evaluated.get("delay"):
+        words += [f"delay {delay}"]
+    if evaluated.get("swap"):
+        words += ["latents of another text"]
+    if lost := evaluated.get("longer_prompt"):
+        words += [f"without the first {lost} tokens that the decoder reads"]
+    return words
+
+
 def label(entry: Entry) -> str:
-    """What an entry is, in words; the number of latents has a column of its own."""
+    """Says in words what an entry is; the number of latents has a column of its own."""
     method, data, done = entry.result.method, entry.result.data, controls(entry.result)
     if entry.model != "augmented" and not entry.trained:
         return {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}.get(entry.model, entry.model)
@@ -150,36 +171,35 @@ def label(entry: Entry) -> str:
     words += [f"delay {entry.delay}"] if entry.delay else []
     words += [f"trained for delays up to {method['max_delay']}"] if method.get("max_delay") else []
     words += [f"begun with {method['start']}"] if method.get("start") else []
-    words += ["latents of another text"] if done["swap"] else []
-    words += [f"without the first {n} tokens that the decoder reads"] if (n := done["longer_prompt"]) else []
+    words += controls_in_words({key: done[key] for key in ("swap", "longer_prompt")})
     return ", ".join(word for word in words if word)
 
 
 def labels(results: Sequence[Result]) -> list[str]:
-    """What each perplexity.json is, in words; on which text, too, where that is not the same for all."""
+    """Says in words what each perplexity.json is; on which text, too, where that is not the same for all."""
     several = len({text_of(r) for r in results}) > 1
     return [label(of(r)) + (f", on {text_of(r)}" if several else "") for r in results]
 
 
 def change(row: dict[str, Any]) -> Figure:
-    """A row of perplexity.json."""
+    """Makes the figure of a row of perplexity.json."""
     return Figure(row["change_percent"], CHANGE, row.get("change_low"), row.get("change_high"))
 
 
 def score(row: dict[str, Any], key: str = "") -> Figure:
-    """A row of benchmarks.json."""
+    """Makes the figure of a row of benchmarks.json."""
     return Figure(row["value"], SCORE, row.get("low"), row.get("high"), key)
 
 
 def tables(runs: Runs) -> list[Table]:
-    """All runs, the paper's eight tables, three more; one that no run is about has the published lines and says so."""
+    """Makes all tables: all runs, the paper's eight, three more. One without a run says so below published lines."""
     every = entries(runs)
     full, late = "cache_augmentation", {e.result.data.get("checkpoint") for e in every if e.delay}
 
     def variants(
         name: str, title: str, lines: Sequence[Variant], about: Callable[[Entry], Any], beside: Callable[[Entry], Any]
     ) -> Table:
-        """about: what the table is about. beside: what else belongs in it, if there is any of that."""
+        """Makes a table of what it is `about`, and of what else belongs `beside` that, if there is any of it."""
         chosen = [e for e in every if about(e) or beside(e)] if any(about(e) for e in every) else []
         return _variants(name, f"{title} (Section 3)", lines, chosen)
 
@@ -258,29 +278,38 @@ def tables(runs: Runs) -> list[Table]:
 def _perplexity(
     name: str, title: str, results: Sequence[Result], lines: Mapping[int, Mapping[int, float]] = MappingProxyType({})
 ) -> Table:
-    """A row for each published number of latents and for each of ours, by number of latents; a row says on which text
-    it is where that is not the same for all."""
+    """Makes a row for each published number of latents and for each of ours, by number of latents, and for each source
+    and work of ours where there are several; a row says on which text it is where that is not the same for all."""
     rows: list[list[Cell]] = []
     for latents, by_n in lines.items():
         cells = [Figure(by_n[n], CHANGE) for n in AHEAD]
         rows.append([latents, f"published, {published.DECODER}", "", Figure(published.FROZEN.ppl), *cells])
     for result, what in zip(results, labels(results)):
-        parts = {"": result.data}
-        if len(result.data.get("sets") or {}) > 1:
-            parts |= result.data["sets"]
-        for source, part in parts.items():
+        for where, part in _parts(result.data).items():
             by_n = {row["n"]: row for row in part["rows"]}
             cells = [change(by_n[n]) if n in by_n else "" for n in AHEAD]
             first = Figure(by_n[1]["decoder_ppl"]) if 1 in by_n else ""
-            words = f"{what}: {source} alone" if source else what
+            words = f"{what}: {where} alone" if where else what
             rows.append([of(result).latents, words, result.key, first, *cells])
     columns = ["latents", "what", "from", "decoder, n = 1", *(f"n = {n}" for n in AHEAD)]
     rows.sort(key=lambda row: row[0])
     return finished(name, title, columns, rows, results)
 
 
+def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the parts of a perplexity.json: all of it, named "", and where there are several each source and work."""
+    parts, sets = {"": data}, data.get("sets") or {}
+    for source, part in sets.items():
+        if len(sets) > 1:
+            parts[source] = part
+        works = part.get("works") or {}
+        if len(works) > 1:
+            parts |= {f"{work} of {source}": found for work, found in works.items()}
+    return parts
+
+
 def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
-    """Table 2: of each benchmark the published line, then ours, a line for each kind of run."""
+    """Makes Table 2: of each benchmark the published line, then ours, a line for each kind of run."""
     latents = sorted({*published.LATENTS, *(e.latents for e in ours if e.scores)})
     rows: list[list[Cell]] = []
     for benchmark in dict.fromkeys([*published.BENCHMARKS, *(b for e in [*decoders, *ours] for b in e.scores)]):
@@ -297,7 +326,7 @@ def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
 
 
 def _lines(benchmark: str, models: Sequence[Entry]) -> list[tuple[str, str, dict[int, Cell]]]:
-    """(what, setting, number of latents -> figure): models that differ in nothing but that number share a line.
+    """Returns (what, setting, number of latents -> figure): models that differ in nothing but that number share a line.
 
     A decoder joins the lines of all that stand on it, and has one of its own where there are none.
     """
@@ -321,7 +350,7 @@ def _lines(benchmark: str, models: Sequence[Entry]) -> list[tuple[str, str, dict
 
 
 def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[Entry]) -> Table:
-    """Perplexity of the first token ahead, and every benchmark that ours have, GSM8K first."""
+    """Makes a table of perplexity of the first token ahead, and every benchmark that ours have, GSM8K first."""
     benchmarks = list(dict.fromkeys(["gsm8k", *(b for e in ours for b in e.scores)]))
     titles = [published.BENCHMARKS[b].title if b in published.BENCHMARKS else b for b in benchmarks]
     rows: list[list[Cell]] = []
@@ -345,21 +374,43 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
     return finished(name, title, columns, rows, [r for e in ours for r in e.results])
 
 
-def finished(name: str, title: str, columns: list[str], rows: list[list[Cell]], results: Iterable[Result]) -> Table:
-    """The table with its note, and with where the figures of `results` come from."""
+def finished(
+    name: str,
+    title: str,
+    columns: list[str],
+    rows: list[list[Cell]],
+    results: Iterable[Result],
+    over: Mapping[str, str | None] | None = None,
+) -> Table:
+    """Adds to a table its note, and where the figures of `results` come from.
+
+    Args:
+      over: what the intervals of each key are over, a key of INTERVALS; None: what the files say of theirs.
+    """
     used = {r.key: r for r in sorted(results, key=lambda r: (r.path.name, int(r.key[1:])))}
     if not used:
         return Table(name, title, columns, [*rows, ["no run of ours", *[""] * (len(columns) - 1)]], "", [])
+    if over is None:
+        over = {r.key: r.data.get("interval_over") for r in used.values() if r.path.name == "perplexity.json"}
     decoders = ", ".join(dict.fromkeys(r.decoder for r in used.values()))
     note = (
         f"Ours are on {decoders}, the published on {published.DECODER}: changes in percent compare, absolute figures "
-        "do not. Brackets: 95 % interval. Blank: not published, or not measured."
+        f"do not. Brackets: 95 % interval{_over(over)}. Blank: not published, or not measured."
     )
     return Table(name, title, columns, rows, note, [origin(r) for r in used.values()])
 
 
+def _over(over: Mapping[str, str | None]) -> str:
+    """Says what intervals of perplexity are over, with the keys of each kind where there are several."""
+    keys: dict[str, list[str]] = {}
+    for key, drawn in over.items():
+        keys.setdefault(INTERVALS.get(drawn, f"over {drawn}"), []).append(key)
+    words = [f"{kind} ({' '.join(of)})" if len(keys) > 1 else kind for kind, of in keys.items()]
+    return f", of perplexity {'; '.join(words)}" if words else ""
+
+
 def origin(result: Result) -> str:
-    """Where a file's figures come from, in a line; what an older file does not tell is left out."""
+    """Says in a line where a file's figures come from; what an older file does not tell is left out."""
     data, p = result.data, result.data.get("provenance") or {}
     words = [
         f"{result.key}: {result.path}",
@@ -382,7 +433,7 @@ def markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Numbers as they are, not rounded; a column with intervals is three: X, "X low", "X high"."""
+    """Writes numbers as they are, not rounded; a column with intervals is three: X, "X low", "X high"."""
     wide = [any(isinstance(c, Figure) and c.low is not None for c in column) for column in zip(*table.rows)]
     text = io.StringIO()
     write = csv.writer(text, lineterminator="\n").writerow
@@ -398,7 +449,7 @@ def as_csv(table: Table) -> str:
 
 
 def as_html(table: Table) -> str:
-    """Without its origins: the page has them once for all tables."""
+    """Writes a table without its origins: the page has them once for all tables."""
 
     def line(tag: str, cells: Iterable[Any]) -> str:
         kinds = [' class="figure"' if isinstance(c, Figure | int) else "" for c in cells]

@@ -132,9 +132,10 @@ def token_folder(texts, sources, tokenizer_path, tmp_path_factory) -> Path:
         "dtype": "uint16",
         "tokenizer_sha256": token_files.fingerprint(str(tokenizer_path)),
     }
-    for split, write in (("train", token_files.write_train), ("validation", token_files.write_validation)):
-        documents = (np.array(tokenizer.encode(text), np.int32) for text in texts[split])
-        meta[split] = [{"source": sources[split], **write(folder, 0, documents, meta)}]
+    tokens = {split: [np.array(tokenizer.encode(text), np.int32) for text in texts[split]] for split in texts}
+    meta["train"] = [{"source": sources["train"], **token_files.write_train(folder, 0, tokens["train"], meta)}]
+    held_out = [(f"{i % 2}.txt", document) for i, document in enumerate(tokens["validation"])]
+    meta["validation"] = [{"source": sources["validation"], **token_files.write_validation(folder, 0, held_out, meta)}]
     token_files.write_meta(folder, meta)
     return Path(folder)
 

@@ -64,7 +64,7 @@ def alone(make_config, trained, tmp_path_factory):
 def assert_same(folder, expected):
     """The same bits, and nothing left over."""
     with np.load(folder / "documents.npz") as one, np.load(expected / "documents.npz") as other:
-        for name in (*perplexity.Sums._fields, "source", "sources"):
+        for name in (*perplexity.Sums._fields, "source", "sources", "work", "works"):
             np.testing.assert_array_equal(one[name], other[name])
     found, known = (json.loads((where / "perplexity.json").read_text()) for where in (folder, expected))
     for key in ("rows", "sets", "step", "pieces", "documents", "fingerprint"):
@@ -158,6 +158,20 @@ def test_many_checkpoints(make_config, trained, alone, calls, tmp_path):
     file.write_text(file.read_text().replace(known[::-1], known))
     evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
 
+    positions = {"evaluate.max_positions": 3}
+    for step in (2, 4):
+        file = evaluations / str(step) / "perplexity.json"
+        old = json.loads(file.read_text())
+        old["config"]["evaluate"] |= {"max_positions": 3}
+        file.with_name("kept").write_text(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in old.items() if key != "draws"}))
+    with pytest.raises(
+        ld.UserError, match=r"perplexity.json: an older version drew its positions and donors in another"
+    ):
+        evaluate.evaluate_many(make_config(positions), str(trained), str(tmp_path))
+    for step in (2, 4):
+        (evaluations / str(step) / "kept").rename(evaluations / str(step) / "perplexity.json")
+
     with pytest.raises(ld.UserError, match=r"perplexity.json: has config.evaluate.max_pieces=0, this config 3; give"):
         evaluate.evaluate_many(make_config({"evaluate.max_pieces": 3}), str(trained), str(tmp_path))
     shutil.rmtree(tmp_path / "evaluations/4")  # what is asked for is not there, but what would share a curve with it
@@ -191,7 +205,8 @@ def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alon
 
 def test_beside_a_training(make_config, trained, alone, tmp_path, capsys, monkeypatch):
     """Nothing there, then two checkpoints of which one goes before its turn, then the last."""
-    workdir, moments = tmp_path / "workdir", iter(((2, 3), (4,)))
+    (workdir := tmp_path / "workdir").mkdir()
+    moments = iter(((2, 3), (4,)))
     there = {2: trained / "checkpoints" / "2", 3: trained / "checkpoints" / "2", 4: trained / "checkpoints" / "4"}
 
     def train(_):
@@ -217,8 +232,14 @@ def test_beside_a_training(make_config, trained, alone, tmp_path, capsys, monkey
 
 
 def test_a_training_that_died_or_is_another(make_config, trained, tmp_path, capsys):
-    evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"), patience=0.0)
-    assert capsys.readouterr().out == "no new checkpoint for 0 s\n" and not list(tmp_path.iterdir())
+    with pytest.raises(ld.UserError, match="--watch: --workdir=.*none: no such folder; start the training first"):
+        evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"), patience=86400.0)
+    (begun := tmp_path / "begun").mkdir()
+    since = time.monotonic()
+    with pytest.raises(ld.UserError, match="--watch: no checkpoint came to .*begun in 0.5 s, so nothing was evaluated"):
+        evaluate.evaluate_many(make_config(), str(begun), str(tmp_path / "out"), patience=0.5)
+    assert time.monotonic() - since < evaluate.POLL / 2
+    assert list(tmp_path.iterdir()) == [begun]
     with pytest.raises(ld.UserError, match="its checkpoint has method.num_latents=2, this config has 3"):
         evaluate.evaluate_many(make_config({"method.num_latents": 3}), str(trained), str(tmp_path), patience=3600.0)
     with pytest.raises(ld.UserError, match="holds no checkpoints"):
@@ -232,11 +253,13 @@ def test_a_training_that_died_or_is_another(make_config, trained, tmp_path, caps
         ({"steps": "all", "watch": True}, "expected one of them"),
         ({"steps": "all", "step": 2}, "expected one of them"),
         ({"watch": True, "patience": -1.0}, "--patience=-1.0: expected at least 0"),
+        ({"out": __file__}, "test_evaluate_job.py: is a file, expected a folder"),
     ],
 )
 def test_flags(flags, message):
     with pytest.raises(ld.UserError, match=message):
-        evaluate.main(SimpleNamespace(**{"step": None, "steps": "", "watch": False, "patience": 1.0} | flags))
+        given = {"config": None, "workdir": "", "out": "", "step": None, "steps": "", "watch": False, "patience": 1.0}
+        evaluate.main(SimpleNamespace(**given | flags))
 
 
 # The command, but partial sums are saved after every batch.

@@ -154,6 +154,22 @@ def test_perplexity_by_number_of_latents(by_name):
     assert [origin[:2] for origin in table.origins] == ["P1", "P2", "P6", "P9"]
 
 
+def test_each_source_and_each_work_has_a_row(tmp_path):
+    """Where there are several; intervals say what they are over."""
+    for name, over in (("new", "works"), ("one", "documents of one work")):
+        perplexity(tmp_path / name, -0.5, config())
+        path = tmp_path / name / "perplexity.json"
+        data = json.loads(path.read_text())
+        works = {work: {"rows": data["rows"], "documents": 2} for work in ("novel.txt", "manual.txt")}
+        data["sets"] = {"books": {"rows": data["rows"], "documents": 4, "works": works if name == "new" else {}}}
+        write(path, data | {"interval_over": over})
+    (table,) = (t for t in tables.tables(runs.find([str(tmp_path)])) if t.name == "11_every_method")
+    what = "cache augmentation, after, 16 ahead tokens, step 180, seed 3"
+    names = [what, f"{what}: novel.txt of books alone", f"{what}: manual.txt of books alone", what]
+    assert [row[1] for row in table.rows] == names
+    assert "95 % interval, of perplexity over works (P1); over the documents of one work (P2). Blank" in table.note
+
+
 def test_benchmarks_by_number_of_latents(by_name):
     table = by_name["2_benchmarks"]
     rows = texts(table)
@@ -303,6 +319,7 @@ def test_runs_against_one_of_them(tmp_path, capsys):
         "worse, to n = 2": (tokens[:, :2], before[:, :2] + 0.1 * tokens[:, :2]),
         "other text": (tokens + 1, before),
         "other decoder": (tokens, before),
+        "opposite": (tokens, before + np.repeat([-0.1, 0.3], [4, 2])[:, None] * tokens),
     }
     for name, (counts, augmented) in sums.items():
         perplexity(tmp_path / name, -1.0, config())
@@ -311,14 +328,19 @@ def test_runs_against_one_of_them(tmp_path, capsys):
             tokens=counts,
             decoder=decoder[:, : counts.shape[1]] * (1 + (name == "other decoder")),
             augmented=augmented,
+            **({"work": np.repeat([0, 1], [4, 2])} if name == "opposite" else {}),  # an older file does not say
         )
     perplexity(tmp_path / "without", -1.0, config())
     table = report.compare(runs.find([str(tmp_path)]), str(tmp_path / "base"))
-    same, worse, near = table.rows
+    same, opposite, worse, near = table.rows
+    mixed = opposite[3]
+    assert mixed.low == pytest.approx(100 * np.expm1(-0.1)) and mixed.high == pytest.approx(100 * np.expm1(0.3))
+    assert ", of perplexity over documents, whose works were not kept (P1 " in table.note
+    assert f"; over works ({opposite[2]})." in table.note
     assert [str(cell) for cell in same[3:]] == ["+0.00% [+0.00, +0.00]"] * 3 + [""] * 3
     assert [str(cell) for cell in worse[3:]] == ["+10.52% [+10.52, +10.52]"] * 3 + [""] * 3
     assert [str(cell) for cell in near[3:]] == ["+10.52% [+10.52, +10.52]"] * 2 + [""] * 4
-    assert len(table.origins) == 3 and "worse" in table.origins[1]
+    assert len(table.origins) == 4 and "opposite" in table.origins[1] and "worse" in table.origins[2]
     left_out = f"the frozen decoder has other figures in {tmp_path / 'other decoder'}: left out"
     assert capsys.readouterr().err == f"warning: --against={tmp_path / 'base'}: {left_out}\n"
     with pytest.raises(ld.UserError, match="without: holds no documents.npz"):
@@ -412,6 +434,11 @@ def test_the_same_runs_give_the_same_bytes(found, out, by_name):
         ("perplexity.json", {"config": {}}, "perplexity.json: config: method=None: expected dict"),
         ("perplexity.json", {"fingerprint": 3}, "perplexity.json: fingerprint=3: expected str"),
         ("perplexity.json", {"sets": {"x": {}}}, r"perplexity.json: sets\['x'\]: rows=None"),
+        (
+            "perplexity.json",
+            {"sets": {"x": {"rows": [], "works": {"y": {"rows": [{"n": "1"}]}}}}},
+            r"perplexity.json: sets\['x'\].works\['y'\].rows\[0\]: n='1': expected int",
+        ),
         ("benchmarks.json", {"rows": [{"benchmark": "x"}]}, r"benchmarks.json: rows\[0\]: model=None"),
         ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step"\n', "metrics.jsonl:2: not JSON"),
         ("metrics.jsonl", '{"step": 1, "loss": NaN}\n', "metrics.jsonl:1: loss=nan: expected int or float"),
@@ -445,7 +472,10 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     assert error(out).startswith("error: DIR is missing: ")
     assert error("runs").startswith("error: --out is missing")
     assert "folders" in error("--folders=runs", out)
-    assert "holds no checkpoints" in error("runs", out, f"--look={tmp_path}")
+    assert error("runs", out, f"--look={tmp_path}") == f"error: --look={tmp_path}: holds no checkpoints; train it first"
+    (tmp_path / "file").write_text("")
+    in_file = f"--out={tmp_path / 'file'}"
+    assert error("runs", in_file) == f"error: {in_file}: is a file, expected a folder"
     assert not (tmp_path / "out").exists()
     assert error("--help") == "0" and "\n  DIR: folders of finished runs" in capsys.readouterr().out
 
@@ -478,6 +508,9 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     with pytest.raises(ld.UserError, match="writes keys and values, no vectors"):
         report.main(flags)
     monkeypatch.undo()
+    flags.text = text * 100
+    with pytest.raises(ld.UserError, match="--text: [0-9,]+ tokens with BOS, expected at most 512"):
+        report.main(flags)
     flags.text = "the cat"
     with pytest.raises(ld.UserError, match="--text='the cat': .* tokens with BOS, expected at least 14"):
         report.main(flags)

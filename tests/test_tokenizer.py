@@ -472,7 +472,7 @@ def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
     assert (meta["bos_id"], meta["pad_id"], meta["vocab_size"]) == (1, 2, 500)
     prepared = ConfigDict(data | {"token_files": f"{tmp_path}/out"})
     found = batches.validation_documents(prepared, tokenizer_path=path)
-    assert [tokens.tolist() for _, tokens in found] == expected
+    assert [document.tokens.tolist() for document in found] == expected
     batch = next(batches.train_batches(prepared, batch_size=2, seed=0, tokenizer_path=path))
     text = ConfigDict(data | {"token_files": ""})
     again = next(batches.train_batches(text, batch_size=2, seed=0, tokenizer_path=path))

@@ -206,12 +206,23 @@ def first_loss(config, coprocessor):
     return float(plan.step(state, frozen, batch)[1]["loss"])
 
 
-def test_latents_of_another_text_and_of_an_earlier_call(make_config, trained, decoder_folder, tmp_path):
-    """Controls in evaluation: each against the same thing done by hand."""
+def test_latents_of_another_text_and_of_an_earlier_call(
+    make_config, trained, decoder_folder, tmp_path, capsys, monkeypatch
+):
+    """Controls in evaluation: each against the same thing done by hand; some donors end before their piece does."""
+    monkeypatch.setattr(perplexity, "donors", lambda seed, text: np.roll(np.arange(len(text.pieces)), 5))
     config = make_config({"evaluate.batch_size": 8})
     own = evaluate.evaluate(config, str(trained), str(tmp_path / "own"))["rows"]
     swapped = evaluate.evaluate(make_config({"evaluate.swap": True}), str(trained), str(tmp_path / "swap"))["rows"]
     late = evaluate.evaluate(make_config({"evaluate.delay": 2}), str(trained), str(tmp_path / "late"))["rows"]
+    said = capsys.readouterr().out
+    text = perplexity.read_text(experiment.read(config))
+    length = np.array([len(piece) for piece in text.pieces])
+    past = np.maximum(length - 1 - length[perplexity.donors(0, text)], 0).sum()
+    assert (
+        past > 0 and f", latents of another text, at {past} positions past its end those after its last token, " in said
+    )
+    assert ", delay 2, " in said
     for rows in (swapped, late):
         assert [r["tokens"] for r in rows] == [r["tokens"] for r in own]
         assert [r["decoder_ppl"] for r in rows] == [r["decoder_ppl"] for r in own]
@@ -223,12 +234,18 @@ def test_latents_of_another_text_and_of_an_earlier_call(make_config, trained, de
 
 def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
     """Latents of a document's copy are its own, so the donor's row and position are the right ones."""
-    document = np.random.default_rng(0).integers(7, size=60)
+    draw = np.random.default_rng(0)
+    document = draw.integers(7, size=60)
     document[:7] = np.arange(7)
-    text = perplexity.Text([], document, np.array([0, 0, 0, 1, 1, 0, 1]), ("one", "other"))
+    length = draw.integers(2, 9, 60)
+    pieces = [np.zeros(n, np.int32) for n in length]
+    text = perplexity.Text(pieces, document, np.array([0, 0, 0, 1, 1, 0, 1]), ("one", "other"), np.arange(7), ("",) * 7)
     found, source = perplexity.donors(1, text), text.source[document]
-    assert (document[found] != document).all() and (source[found] == source).all() and len(set(found)) > 30
+    assert (document[found] != document).all() and (source[found] == source).all() and len(set(found)) > 20
     assert (found != perplexity.donors(2, text)).any()
+    for piece, donor in enumerate(found):
+        fit = (document != document[piece]) & (source == source[piece])
+        assert length[donor] >= min(length[piece], length[fit].max())
 
     copies = tmp_path / "copies.txt"
     copies.write_text("\n\f\n".join(["the cat sat on the mat and looked at the other cat"] * 10))
@@ -251,14 +268,14 @@ def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
 
 
 def swapped_by_hand(config, trained, decoder_folder):
-    """The k-th position of a piece is given the latents of the k-th of its donor, which begins again where it ends."""
+    """Each position of a piece is given the latents of the same one of its donor, or of the donor's last."""
     decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
     params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
     text = perplexity.read_text(experiment.read(config))
     for piece, other in zip(text.pieces, perplexity.donors(config.evaluate.seed, text)):
         donor = np.array(text.pieces[other])
         for p in range(len(piece) - 1):
-            q = p % (len(donor) - 1)
+            q = min(p, len(donor) - 1)
             read = naive.embed(decoder.config, params[0], donor[: q + 1])
             z = naive.written(decoder.config, *params, read, q, coprocessor.placement)
             for n, nll in enumerate(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_delib.data.rows import check_data, pieces
+from latent_delib.data.rows import Document, check_data, pieces
 from latent_delib.data.sources import check_files
 from latent_delib.errors import UserError
 from latent_delib.tokenizer import fingerprint as fingerprint_of_tokenizer
@@ -75,8 +75,8 @@ def train_batches(
     )
 
 
-def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Every document of `data.validation` once, in a fixed order: (source, tokens int32 [n] without BOS).
+def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
+    """Every document of `data.validation` once, in a fixed order.
 
     Bad records are left out and counted as in `train_batches`.
 

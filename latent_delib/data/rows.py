@@ -6,7 +6,7 @@ no token of the text is dropped or doubled, and only the last row of a stream ca
 """
 
 import collections
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,19 @@ def check_data(data: Any) -> None:
         raise UserError(f"config.data.seq_len: {data.seq_len}, expected at least 2 (BOS and one token)")
     if data.max_bad_records < 0:
         raise UserError(f"config.data.max_bad_records: {data.max_bad_records}, expected at least 0")
+
+
+class Document(NamedTuple):
+    """A document of a validation source.
+
+    source: as the config names it. work: the name of the file that it is a part of, told from others of the source; ""
+    where each document is a work of its own, as a line or a record is; None where that is not known. tokens: int32 [n],
+    without BOS.
+    """
+
+    source: str
+    work: str | None
+    tokens: np.ndarray
 
 
 class BadRecords:

@@ -12,10 +12,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
-from latent_delib.data.rows import BadRecords, pack, segments
+from latent_delib.data.rows import BadRecords, Document, pack, segments
 from latent_delib.data.sources import Tfds, local_files, only_files, parse
 from latent_delib.errors import UserError, store_error
 from latent_delib.tokenizer import Tokenizer, fingerprint
@@ -186,7 +187,8 @@ def _fault(text: bytes) -> bytes:
 
 
 def _tokenize(dataset, output_features, source: str, feature: str):
-    """Texts -> their tokens without BOS, their size in bytes, and in "bad" what is wrong with them, if anything.
+    """Texts -> their tokens without BOS, their size in bytes, their file, if any, and in "bad" what is wrong with them,
+    if anything.
 
     Texts without a token are left out; bad ones stay, without tokens, to be counted by who reads them.
     """
@@ -204,10 +206,12 @@ def _tokenize(dataset, output_features, source: str, feature: str):
         return np.empty(0, np.int32), len(text), b"%s: %s" % (where, fault)
 
     def tokenize(example):  # a record of TFDS has no number: the beginning of its text names it
-        texts = [example[feature], example.get("file", tf.constant("")), example.get("number", tf.constant(0))]
+        file = example.get("file", tf.constant(""))
+        texts = [example[feature], file, example.get("number", tf.constant(0))]
         types = [tf.int32, tf.int64, tf.string]
         tokens, size, bad = tf.numpy_function(numpy_tokenize, texts, types, stateful=False)
-        return {"tokens": tf.ensure_shape(tokens, [None]), "bytes": size, "bad": tf.ensure_shape(bad, [])}
+        tokens, bad = tf.ensure_shape(tokens, [None]), tf.ensure_shape(bad, [])
+        return {"tokens": tokens, "bytes": size, "file": file, "bad": bad}
 
     return dataset.map(tokenize, tf.data.AUTOTUNE).filter(
         lambda example: (tf.size(example["tokens"]) > 0) | (example["bad"] != "")
@@ -253,7 +257,7 @@ def add_task(source: str, tokenizer_path: str, number: int = 0) -> str:
 
     Its dataset holds packed rows {"tokens": int32 [T], "bad": string} when asked for with
     sequence_length={"tokens": T}, and otherwise whole documents {"tokens": int32 [n] without BOS, "bad": string,
-    "bytes": int64}. "bad" says which documents are left out and why; it is empty as a rule.
+    "bytes": int64, "file": string}. "bad" says which documents are left out and why; it is empty as a rule.
     """
     provider, feature = _data_source(source)
     name = _name(f"{number:03} {source}", fingerprint(tokenizer_path), provider.list_shards(SPLIT))
@@ -297,15 +301,19 @@ def _text(lines: bytes) -> str:
     return lines.decode(errors="backslashreplace")
 
 
-def documents(source: str, tokenizer_path: str, bad: BadRecords) -> Iterator[dict[str, np.ndarray]]:
-    """Every good document of a source once, in a fixed order: {"tokens": int32 [n] without BOS, "bytes": int}."""
+def documents(source: str, tokenizer_path: str, bad: BadRecords) -> Iterator[dict[str, Any]]:
+    """Every good document of a source once, in a fixed order: {"tokens": int32 [n] without BOS, "bytes": int, "work":
+    str, as in `rows.Document`}."""
     task = seqio.TaskRegistry.get(add_task(source, tokenizer_path))
+    folder = _common_folder(_data_source(source)[0].list_shards(SPLIT))
+    of_files = not source.startswith("lines:")  # a record of TFDS has no file
     empty = True
     for document in _elements(task.get_dataset(None, SPLIT, shuffle=False), [source]):
         if record := document.pop("bad"):
             bad(_text(record))
         else:
-            yield document
+            file = _text(document.pop("file"))
+            yield document | {"work": file.removeprefix(f"{folder}/") if of_files else ""}
             empty = False
     if empty:
         raise UserError(f"config.data: source {source!r} holds no text")
@@ -350,7 +358,16 @@ def validation_documents(data, *, tokenizer_path):
     """`batches.validation_documents` for text."""
     bad = BadRecords(data.max_bad_records)
     check_sources(data.validation, tokenizer_path, bad)
-    return ((source, d["tokens"]) for source in data.validation for d in documents(source, tokenizer_path, bad))
+    return (
+        Document(source, document["work"], document["tokens"])
+        for source in data.validation
+        for document in documents(source, tokenizer_path, bad)
+    )
+
+
+def _common_folder(paths: Iterable[str]) -> str:
+    """The innermost folder that holds all of these files."""
+    return os.path.commonprefix(list(paths)).rpartition("/")[0]
 
 
 def _fingerprint_of_file(path: str) -> tuple[int, str]:
@@ -364,7 +381,7 @@ def _fingerprint_of_file(path: str) -> tuple[int, str]:
 def source_fingerprint(source: str) -> str:
     """Returns a digest of a source's files, wherever they lie."""
     paths = sorted(_data_source(source)[0].list_shards(SPLIT))
-    folder = os.path.commonprefix(paths).rpartition("/")[0]
+    folder = _common_folder(paths)
     how = source[:5] if source.startswith(("files:", "lines:")) else source
     try:
         with ThreadPoolExecutor(32) as pool:

@@ -3,11 +3,13 @@
     OUT/train/<i>/tokens         [rows, seq_len], the packed rows of source i
     OUT/validation/<i>/tokens    [N], the documents of source i one after the other, without BOS
     OUT/validation/<i>/offsets   int64 [documents + 1], where each begins
+    OUT/validation/<i>/work      int64 [documents], the work each is a part of: a number in meta.json's "works" of
+                                 source i, or -1, where each document is a work of its own
     OUT/meta.json                written last: without it OUT is unfinished; holds a digest of each source's tokens
 
 The arrays are zarr3, uint16 where the vocabulary fits and int32 elsewhere, on a local disk or gs://. Rows lie
 in small uncompressed chunks of large files, so a row anywhere costs a read of a few kilobytes. Each chunk has a
-checksum (format 1, which is read too, had none).
+checksum. Older formats are read too: format 1 had no checksums, and format 2 no works.
 """
 
 import collections
@@ -26,11 +28,11 @@ import numpy as np
 import tensorstore as ts
 
 from latent_delib.data.order import VERSION, Order, shares
-from latent_delib.data.rows import BadRecords, pack, segments
+from latent_delib.data.rows import BadRecords, Document, pack, segments
 from latent_delib.errors import UserError, reason, store_error
 from latent_delib.tokenizer import fingerprint
 
-FORMAT = 2
+FORMAT = 3
 _FILE = 1 << 22  # tokens
 _CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
 _DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")  # how tensorstore's message begins: a wrong checksum, a cut-off file
@@ -176,19 +178,24 @@ def write_train(directory: str, number: int, documents: Iterable[np.ndarray], me
     return {**count, "rows": length, "sha256": digest.hexdigest()}
 
 
-def write_validation(directory: str, number: int, documents: Iterable[np.ndarray], meta: dict) -> dict[str, int]:
-    """Writes the documents of source `number` whole; counts what it wrote."""
-    offsets = [0]
+def write_validation(
+    directory: str, number: int, documents: Iterable[tuple[str, np.ndarray]], meta: dict
+) -> dict[str, Any]:
+    """Writes the documents of source `number` whole, (work, tokens) each as in `Document`; counts what it wrote."""
+    offsets, work = [0], []
+    numbers: dict[str, int] = {}  # of the works, as they come
 
     def tokens():
-        for document in documents:
+        for name, document in documents:
             offsets.append(offsets[-1] + len(document))
+            work.append(numbers.setdefault(name, len(numbers)) if name else -1)
             yield document
 
     path, digest = f"{directory}/validation/{number}", hashlib.sha256()
     length = _write(f"{path}/tokens", tokens(), meta["dtype"], 1 << 16, digest)
     _write(f"{path}/offsets", [np.array(offsets)], "int64", 1 << 12, digest)
-    return {"documents": len(offsets) - 1, "tokens": length, "sha256": digest.hexdigest()}
+    _write(f"{path}/work", [np.array(work)], "int64", 1 << 12, digest)
+    return {"documents": len(work), "tokens": length, "works": list(numbers), "sha256": digest.hexdigest()}
 
 
 def _open(data, tokenizer_path: str, split: str, sources: Iterable[str]) -> tuple[dict, list[str], list[dict]]:
@@ -264,12 +271,21 @@ def validation_documents(data, *, tokenizer_path):
         for source, path, entry in zip(data.validation, paths, entries, strict=True):
             tokens = _read(f"{path}/tokens", (entry["tokens"],))
             offsets = _done(_read(f"{path}/offsets", (entry["documents"] + 1,)).read(), path)
+            works = _works(path, entry)
             for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
                 found = _tokens(tokens[begin:end].read(), f"{path}: document {i}", meta["vocab_size"], bad)
                 if found is not None:
-                    yield source, found
+                    yield Document(source, works[i], found)
 
     return documents()
+
+
+def _works(path: str, entry: dict) -> list[str | None]:
+    """The work of each document of a validation source, as in `Document`."""
+    if "works" not in entry:
+        return [None] * entry["documents"]
+    names = [*entry["works"], ""]  # -1 is the last
+    return [names[number] for number in _done(_read(f"{path}/work", (entry["documents"],)).read(), path)]
 
 
 def data_fingerprint(data, *, tokenizer_path):

@@ -102,7 +102,8 @@ def test_a_token_outside_the_vocabulary_is_skipped(token_folder, folder, read, s
 
     def documents(folder, limit=0):
         data = make_data(sources["validation"], folder, limit)
-        return [tokens.tolist() for _, tokens in batches.validation_documents(data, tokenizer_path=str(tokenizer_path))]
+        found = batches.validation_documents(data, tokenizer_path=str(tokenizer_path))
+        return [document.tokens.tolist() for document in found]
 
     assert documents(folder, 1) == documents(token_folder)[1:]
     with pytest.raises(
@@ -213,7 +214,7 @@ def test_bad_text_is_skipped_up_to_the_limit(bad_text, tokenizer_path, tmp_path,
     assert lines == [f"{where}/1: line 1: not UTF-8 text", f"{where}/2: line 21: not UTF-8 text"]
     good = {*itertools.chain(*(b["tokens"].flat for b in found))}
     source = make_data(bad_text, "", 2)
-    documents = [tokens for _, tokens in batches.validation_documents(source, tokenizer_path=path)]
+    documents = [document.tokens for document in batches.validation_documents(source, tokenizer_path=path)]
     assert len(documents) == 40 and good == {2, *np.concatenate(documents).tolist()}
     resumed = batches.train_batches(source, batch_size=4, seed=0, tokenizer_path=path, start_step=39)
     np.testing.assert_array_equal(next(resumed)["tokens"], found[39]["tokens"])

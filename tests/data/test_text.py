@@ -343,13 +343,40 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
         batches.validation_documents(prepared, tokenizer_path=tokenizer),
         strict=True,
     ):
-        assert one[0] == other[0] and np.array_equal(one[1], other[1]) and one[1].dtype == other[1].dtype == np.int32
+        assert (one.source, one.work) == (other.source, other.work) and one.work in ("00.txt", "01.txt")
+        assert np.array_equal(one.tokens, other.tokens) and one.tokens.dtype == other.tokens.dtype == np.int32
     for i, source in enumerate(sources):
         stored = token_files._read(f"{tmp_path}/out/train/{i}/tokens", (meta["train"][i]["rows"], T)).read().result()
         text = np.concatenate(documents(tasks, tokenizer, source))
         np.testing.assert_array_equal(stored[stored > BOS], text)
         assert meta["train"][i]["tokens"] == len(text) and meta["train"][i]["rows"] == len(stored)
     assert train(prepared, tokenizer, 1)[0]["tokens"].shape == (4, T)
+
+
+def test_works_are_files_told_from_each_other(tasks, tokenizer, tmp_path):
+    """By the shortest path that does it; lines are works of their own, whatever file they are in."""
+    for name in ("one/a.txt", "two/a.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("A cat.\n\f\nA mat.\n")
+
+    def works(source):
+        return [d["work"] for d in tasks.documents(source, tokenizer, rows.BadRecords(0))]
+
+    assert works(f"files:{tmp_path}/*/a.txt") == ["one/a.txt"] * 2 + ["two/a.txt"] * 2
+    assert works(f"files:{tmp_path}/one/*") == ["a.txt"] * 2
+    assert set(works(f"lines:{tmp_path}/one/*")) == {""}
+
+
+def test_what_an_older_version_prepared_is_taken(tokenizer, tmp_path, capsys):
+    write_files(tmp_path / "a", files=2, documents_each=3)
+    source = f"files:{tmp_path}/a/*"
+    data, out = config_data((source,), validation=(source,)), tmp_path / "out"
+    meta = prepare(data, tokenizer, out)
+    del meta["validation"][0]["works"]
+    token_files.write_meta(str(out), meta | {"format": 2})
+    capsys.readouterr()
+    assert prepare(data, tokenizer, out) == meta | {"format": 2}
+    assert "already prepared" in (said := capsys.readouterr().out) and "does not say which work" in said
 
 
 def test_prepare_overwrites_nothing(tokenizer, tmp_path, capsys):
@@ -388,5 +415,6 @@ def test_packaged_text():
     packaged = Path(batches.__file__).parent / "corpus" / "tokenizer.model"
     data = config_data(("packaged/train",), validation=("packaged/validation",))
     assert train(data, packaged, 1)[0]["tokens"].shape == (4, T)
-    source, tokens = next(batches.validation_documents(data, tokenizer_path=packaged))
-    assert source == "packaged/validation" and len(decode(str(packaged), tokens).split()) > 20
+    source, work, tokens = next(batches.validation_documents(data, tokenizer_path=packaged))
+    assert (source, work) == ("packaged/validation", "prose_lincoln_addresses.txt")
+    assert len(decode(str(packaged), tokens).split()) > 20

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import itertools
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +28,11 @@ def make_documents(seed, count, highest=999):
     return [random.integers(3, highest, size).astype(np.int32) for size in random.integers(1, 60, count)]
 
 
+def work_of(document):
+    """By its first token: of two works, or of none."""
+    return ("a.txt", "", "b.txt")[int(document[0]) % 3]
+
+
 def write(directory, tokenizer, train, validation, dtype="uint16"):
     meta = {
         "format": token_files.FORMAT,
@@ -42,7 +48,8 @@ def write(directory, tokenizer, train, validation, dtype="uint16"):
     for i, (source, documents) in enumerate(train.items()):
         meta["train"].append({"source": source, **token_files.write_train(directory, i, documents, meta)})
     for i, (source, documents) in enumerate(validation.items()):
-        meta["validation"].append({"source": source, **token_files.write_validation(directory, i, documents, meta)})
+        whole = [(work_of(d), d) for d in documents]
+        meta["validation"].append({"source": source, **token_files.write_validation(directory, i, whole, meta)})
     token_files.write_meta(directory, meta)
     return meta
 
@@ -166,8 +173,23 @@ def test_a_source_smaller_than_a_batch_repeats(prepared):
 def test_validation_documents_come_back_whole_and_in_order(prepared):
     found = list(validation_documents(prepared.data(), tokenizer_path=prepared.tokenizer))
     expected = [(source, d) for source, documents in prepared.validation.items() for d in documents]
-    assert [source for source, _ in found] == [source for source, _ in expected]
-    assert all(a.dtype == np.int32 and np.array_equal(a, b) for (_, a), (_, b) in zip(found, expected))
+    assert [d.source for d in found] == [source for source, _ in expected]
+    assert [d.work for d in found] == [work_of(document) for _, document in expected]
+    assert {d.work for d in found} == {"a.txt", "", "b.txt"}
+    assert all(d.tokens.dtype == np.int32 and np.array_equal(d.tokens, b) for d, (_, b) in zip(found, expected))
+
+
+def test_token_files_from_before_works_were_kept(prepared, tmp_path):
+    folder = shutil.copytree(prepared.directory, tmp_path / "old")
+    meta = token_files.read_meta(str(folder))
+    for i, entry in enumerate(meta["validation"]):
+        del entry["works"]
+        shutil.rmtree(folder / f"validation/{i}/work")
+    token_files.write_meta(str(folder), meta | {"format": 2})
+    found = list(validation_documents(prepared.data(token_files=str(folder)), tokenizer_path=prepared.tokenizer))
+    known = list(validation_documents(prepared.data(), tokenizer_path=prepared.tokenizer))
+    assert {d.work for d in found} == {None}
+    assert all(a.source == b.source and np.array_equal(a.tokens, b.tokens) for a, b in zip(found, known, strict=True))
 
 
 def test_arrays_of_several_files(tmp_path, monkeypatch):
@@ -264,7 +286,7 @@ def test_bad_directories(prepared, tmp_path):
         validation_documents(prepared.data(validation=("lines:a",)), tokenizer_path=prepared.tokenizer)
     (tmp_path / "old").mkdir()
     token_files.write_meta(str(tmp_path / "old"), prepared.meta | {"format": 0})
-    assert "has format 0, expected 1 to 2" in message(token_files=str(tmp_path / "old"))
+    assert f"has format 0, expected 1 to {token_files.FORMAT}" in message(token_files=str(tmp_path / "old"))
     token_files.write_meta(str(tmp_path / "old"), {"name": "another program's"})
     assert "old/meta.json: not of token files" in message(token_files=str(tmp_path / "old"))
 
