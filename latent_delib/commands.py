@@ -124,12 +124,16 @@ def _settle() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # text that the terminal cannot show
-    handler = logging.StreamHandler()
-    handler.addFilter(lambda record: not NOISE.search(record.getMessage()))
-    logging.basicConfig(handlers=[handler], format="%(name)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig()  # a handler, where no library has made one
+    for handler in logging.root.handlers:
+        handler.addFilter(_is_news)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     sys.unraisablehook = _unraisable
     flags.FLAGS(sys.argv[:1])  # seqio reads absl's own flags and wants them parsed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not NOISE.search(record.getMessage())
 
 
 def _unraisable(lost: Any) -> None:
@@ -158,7 +162,6 @@ def _parse(values: flags.FlagValues, options: dict[str, tuple[Any, str]]) -> Non
     for name, (default, text) in options.items():
         if default is not FOLDERS:
             _define(values, name, default, text)
-    values.set_gnu_getopt()  # flags may stand behind folders
     try:
         rest = values(sys.argv, known_only=True)[1:]
         for name in configs:
@@ -247,11 +250,10 @@ def _override(name: str, config: ConfigDict, arguments: list[str]) -> list[str]:
         if found and found[1] not in keys:
             raise UserError(_no_such_key(name, found[1], config, keys))
     overrides = flags.FlagValues()
-    overrides.set_gnu_getopt()
     try:
         config_flags.DEFINE_config_dict(name, config, flag_values=overrides, sys_argv=arguments)
         return overrides(["", *arguments], known_only=True)[1:]
-    except (TypeError, ValueError) as error:  # a fields's dictionary that is none
+    except (TypeError, ValueError) as error:  # a dictionary of fields that is none
         raise UserError(f"--{name}: {' '.join(str(error).split())}") from None
 
 

@@ -119,7 +119,7 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
 
 def test_config_files_work_from_anywhere(command, tmp_path, monkeypatch):
     """Though `from configs import base` is of the repository's root."""
-    root = str(commands.ROOT)
+    root = str(Path(commands.__file__).parents[1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", root)])
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
@@ -127,12 +127,6 @@ def test_config_files_work_from_anywhere(command, tmp_path, monkeypatch):
     found = []
     assert not command(found.append, f"--config={root}/configs/quickstart.py", config=(commands.CONFIG, ""))
     assert found[0].config.method.num_latents == 8
-
-
-def test_flags_may_stand_behind_folders(command):
-    found = []
-    command(found.append, "a", "--out=b", "c", folders=(commands.FOLDERS, ""), out=("", ""))
-    assert (found[0].folders, found[0].out) == (["a", "c"], "b")
 
 
 def test_a_store_that_does_not_answer_has_an_exit_code_of_its_own(command, capsys):
@@ -188,7 +182,7 @@ def test_a_platform_without_its_plug_in(command, monkeypatch):
 
 def test_a_bug_is_not_called_a_mistake(command):
     with pytest.raises(AssertionError):
-        command(lambda values: pytest.fail("", pytrace=False) if values is None else exec("assert False"))
+        command(lambda values: exec("assert False"))
 
 
 def test_a_file_where_a_folder_is_expected(command, tmp_path):
@@ -222,9 +216,10 @@ def test_what_libraries_warn_of_is_told_but_for_what_they_say_of_every_run(comma
         logging.getLogger("absl").error("[process=0] Failed to run 5 Handler Commit operations or the callback")
         logging.getLogger("orbax").warning("the store is slow")
 
-    monkeypatch.setattr(logging.root, "handlers", [])
-    assert command(main) is None
-    assert capsys.readouterr().err == "orbax: the store is slow\n"
+    for handlers in ([], [logging.StreamHandler()]):  # some library may have made one as it was imported
+        monkeypatch.setattr(logging.root, "handlers", handlers)
+        assert command(main) is None
+        assert capsys.readouterr().err.removeprefix("WARNING:orbax:") == "the store is slow\n"
 
 
 def test_ctrl_c_during_imports(tmp_path):
