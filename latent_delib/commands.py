@@ -32,10 +32,11 @@ FOLDERS = object()
 ROOT = Path(__file__).parents[1]  # of the repository, where configs/ lies
 TEXTS = ("prompt", "stop", "text")  # the flags that are text; in every other a leading ~ is the home folder
 HOME = re.compile(r"^(files:|lines:|)(~[^/]*)")
-# Libraries say this of every run, or of a failure that they also raise.
+# Orbax says this of every run, or of a failure that it also raises.
 NOISE = re.compile(
     "read_only=True, setting save_interval_steps|Given directory is read only|Requested `tracked_metric`"
-    r"|Failed to run \d+ Handler Commit|Save Finalize thread .* failed|Task exception was never retrieved"
+    r"|Failed to run \d+ Handler Commit|Save Finalize thread .* failed|_SignalingThread.run\(\) raised an exception"
+    r"|Failed to (read|json parse) Metadata file|Task exception was never retrieved"
 )
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
 
