@@ -38,7 +38,8 @@ NOISE = re.compile(
     r"|Failed to run \d+ Handler Commit|Save Finalize thread .* failed|_SignalingThread.run\(\) raised an exception"
     r"|Failed to (read|json parse) Metadata file|Task exception was never retrieved"
 )
-OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
+OUT_OF_MEMORY = re.compile("out of memory", re.IGNORECASE)
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EPIPE)
 
 
 class _Parser(flags.ArgumentParser):
@@ -173,16 +174,7 @@ def _parse(values: flags.FlagValues, options: dict[str, tuple[Any, str]]) -> Non
     except flags.Error as error:
         raise UserError(str(error).removeprefix("flag ")) from None
 
-    known = list(values)
-    for name in configs:
-        if values[name].value:
-            known += [f"{name}.{key}" for key in _keys(values[name].value)]
-    for argument in rest:
-        given = argument.partition("=")[0]
-        without_file = any(given.startswith(f"--{name}.") for name in configs)  # said below
-        if argument.startswith("-") and not without_file:
-            meant = _did_you_mean(given.lstrip("-"), known) or f"; there are {', '.join(shown.values())}"
-            raise UserError(f"{given}: no such flag{meant}")
+    _refuse_unknown(rest, values, configs, list(shown.values()))
     for name, (default, text) in options.items():
         if default is FOLDERS:  # parsing is over, so this makes no flag
             flags.DEFINE_multi_string(name, [_expand_home(x) for x in rest] or None, text, flag_values=values)
@@ -195,6 +187,20 @@ def _parse(values: flags.FlagValues, options: dict[str, tuple[Any, str]]) -> Non
     if rest:
         expected = f"; expected flags alone: {', '.join(shown.values())}" if shown else ""
         raise UserError(f"unexpected argument {rest[0]!r}{expected}")
+
+
+def _refuse_unknown(arguments: list[str], values: flags.FlagValues, configs: list[str], shown: list[str]) -> None:
+    """Raises UserError for what is left of the arguments and looks like a flag."""
+    known = list(values)
+    for name in configs:
+        if values[name].value:
+            known += [f"{name}.{key}" for key in _keys(values[name].value)]
+    for argument in arguments:
+        given = argument.partition("=")[0]
+        without_file = any(given.startswith(f"--{name}.") for name in configs)  # of a config file that is missing
+        if argument.startswith("-") and not without_file:
+            meant = _did_you_mean(given.lstrip("-"), known) or f"; there are {', '.join(shown)}"
+            raise UserError(f"{given}: no such flag{meant}")
 
 
 def _define(values: flags.FlagValues, name: str, default: Any, text: str) -> None:
@@ -301,25 +307,34 @@ def _flush() -> None:
 
 
 def _end(error: OSError, values: flags.FlagValues) -> None:
-    """Exits for a disk that failed, or for an output that nobody reads."""
+    """Exits for a disk or a network that failed, or for an output that nobody reads."""
     if isinstance(error, BrokenPipeError) and _unread():
         sys.stdout = None  # or Python tries again as it ends, and tells of it
         sys.exit(UNREAD)
-    if not error.filename:
+    text = " ".join(str(error.strerror or error).split())
+    if error.filename:
+        sys.exit(f"error: {_of_file(error, Path(os.fsdecode(error.filename))) or f'{error.filename}: {text}'}")
+    if error.errno in UNWRITTEN:
         flagged = [name for name in ("out", "workdir") if name in values and values[name].value]
         written = [f"--{name}={values[name].value}" for name in flagged]
-        sys.exit(f"error: {error.strerror or error}, writing to {' or '.join([*written, 'standard output'])}")
-    path = Path(os.fsdecode(error.filename))
+        text = f"{text}, writing to {' or '.join([*written, 'standard output'])}"
+    sys.exit(f"error: {text}")
+
+
+def _of_file(error: OSError, path: Path) -> str:
+    """Returns what is wrong where a file and a folder were mistaken for each other, else ""."""
     files = [above for above in (path, *path.parents) if above.is_file()]
     if error.errno in (errno.ENOTDIR, errno.EEXIST) and files:
-        sys.exit(f"error: {files[0]}: is a file, expected a folder")
+        return f"{files[0]}: is a file, expected a folder"
     if error.errno == errno.EISDIR:
-        sys.exit(f"error: {path}: is a folder, expected a file")
-    sys.exit(f"error: {error.filename}: {error.strerror or error}")
+        return f"{path}: is a folder, expected a file"
+    return ""
 
 
 def _unread() -> bool:
     """Whether standard output is a pipe whose reader has gone."""
+    if sys.stdout is None:
+        return False
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return bool(poll.poll(0))
@@ -331,7 +346,7 @@ def _of_jax(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, MemoryError):
         return f"out of memory: {text or 'none is left'}"
-    if type(error).__name__ == "JaxRuntimeError" and OUT_OF_MEMORY.search(text):
+    if isinstance(error, RuntimeError | ValueError) and OUT_OF_MEMORY.search(text):
         size = re.search(r"allocat\w* (\d+) bytes", text)
         asked = f": {int(size[1]) / 2**30:,.1f} GiB asked for at once" if size else ""
         return (
@@ -341,7 +356,7 @@ def _of_jax(error: Exception) -> str:
         )
     none_found = isinstance(error, AssertionError) and frames and "xla_bridge" in frames[-1].filename
     if none_found or text.startswith("Unable to initialize backend"):
-        wanted = os.environ.get("JAX_PLATFORMS", "")
+        wanted = os.environ.get("JAX_PLATFORMS", "(unset)")
         why = re.sub(r"^Unable to initialize backend '\w+': | \(set JAX_PLATFORMS=.*", "", text).rstrip(".")
         why = why or "JAX finds no such platform here"
         return f"JAX_PLATFORMS={wanted}: {why}; unset it, or install what it needs (launch/setup.sh)"
