@@ -32,12 +32,11 @@ FOLDERS = object()
 ROOT = Path(__file__).parents[1]  # of the repository, where configs/ lies
 TEXTS = ("prompt", "stop", "text")  # the flags that are text; in every other a leading ~ is the home folder
 HOME = re.compile(r"^(files:|lines:|)(~[^/]*)")
-# Orbax says this of every run, or of a failure that it also raises.
+# Orbax warns of this in every run. What it logs as an error (to absl's logger, or through asyncio) it also raises.
 NOISE = re.compile(
     "read_only=True, setting save_interval_steps|Given directory is read only|Requested `tracked_metric`"
-    r"|Failed to run \d+ Handler Commit|Save Finalize thread .* failed|_SignalingThread.run\(\) raised an exception"
-    r"|Failed to (read|json parse) Metadata file|Task exception was never retrieved"
 )
+RAISED = ("absl", "asyncio")
 OUT_OF_MEMORY = re.compile("out of memory", re.IGNORECASE)
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EPIPE)
 
@@ -135,7 +134,8 @@ def _settle() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not NOISE.search(record.getMessage())
+    raised = record.name in RAISED and record.levelno >= logging.ERROR
+    return not raised and not NOISE.search(record.getMessage())
 
 
 def _unraisable(lost: Any) -> None:
