@@ -1,7 +1,8 @@
 """Every configuration key, declared once. Shapes, batch and steps are the published ones (Liu et al. 2025, Section
 2.3), decoder and text the packaged ones; the optimizer was not published.
 
-Other files start from `get_config()` here and change what differs. A key that is not declared here is refused.
+Other files start from `get_config()` here and change what differs. A key that is not declared here is refused, but for
+the fields of TransformerConfig in `decoder.architecture` and `method.coprocessor`.
 """
 
 from ml_collections import ConfigDict
@@ -26,9 +27,7 @@ def get_config() -> ConfigDict:
     c.method.lora_rank = 0  # train low-rank adapters of that rank instead of every matrix; 0: train all
     c.method.start = ""  # WORKDIR/checkpoints/STEP of a coprocessor of the same method to begin with
     c.method.max_delay = 0  # latents are written up to so many tokens before they join, drawn for each trace
-    c.method.coprocessor = (
-        ConfigDict()
-    )  # of method "resized": fields of TransformerConfig that differ from the decoder's
+    c.method.coprocessor = ConfigDict()  # of method "resized": fields of TransformerConfig unlike the decoder's
 
     c.data = ConfigDict()
     c.data.sources = ("packaged/train",)  # packaged/SPLIT, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE
@@ -84,4 +83,7 @@ def get_config() -> ConfigDict:
     c.evaluate.delay = 0  # latents are written so many tokens before they join
     c.evaluate.swap = False  # a control: every piece is given the latents of another document at the same positions
     c.evaluate.longer_prompt = 0  # a control: so many tokens of each piece are read by the plain decoder alone
+    c.lock()
+    c.decoder.architecture.unlock()
+    c.method.coprocessor.unlock()
     return c

@@ -1,6 +1,8 @@
 """Deliberation in latent space: a frozen decoder whose key-value cache a coprocessor extends (Liu et al. 2025)."""
 
 import importlib
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 from latent_delib.errors import UserError
@@ -19,6 +21,11 @@ __all__ = [
     "load_decoder",
     "mesh",
 ]
+
+if sys.argv[:1] == ["-m"] and any(word.startswith("latent_delib") for word in sys.orig_argv):
+    # A command: Ctrl-C ends its imports at once, without a word. `commands.run` takes over.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def __getattr__(name: str) -> Any:

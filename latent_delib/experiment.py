@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,18 @@ class Experiment:
 
     def check_same(self, meta: dict[str, Any], where: str) -> None:
         """Raises UserError unless a checkpoint's meta is of this decoder and this method."""
-        for key, value in self.identity().items():
-            if meta.get(key) != value:
-                raise UserError(f"{where}: its checkpoint has {key}={meta.get(key)}, this config has {value}")
+        for key, here in self.identity().items():
+            there = meta.get(key)
+            if there != here:
+                raise UserError(
+                    f"{where} was trained with {_short(key, there)}, this config has {_short(key, here)}: "
+                    f"use the same {'decoder' if key == 'fingerprint' else 'method'}, or another --workdir"
+                )
+
+
+def _short(key: str, value: Any) -> str:
+    """Returns KEY=VALUE; of a fingerprint what a job prints of it as it starts."""
+    return f"a decoder with fingerprint {str(value)[:12]}" if key == "fingerprint" else f"{key}={value}"
 
 
 def tokenizer_path(config: ConfigDict) -> Path:
@@ -93,7 +103,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     else:
         decoder, fields = None, config.decoder.architecture.to_dict()
         if not fields:
-            raise UserError("config.decoder: give a path, or an architecture for random weights")
+            raise UserError("config.decoder.path is empty: expected a decoder folder, or config.decoder.architecture")
         architecture = TransformerConfig.from_dict(fields, "config.decoder.architecture")
         random = json.dumps([dataclasses.asdict(architecture), config.seed], sort_keys=True)
         fingerprint = hashlib.sha256(random.encode()).hexdigest()
@@ -110,13 +120,19 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         filter(None, (architecture, coprocessor)), ("num_heads", "num_kv_heads", "ffn_dim")
     ):
         if getattr(of, key) % mesh.shape["tensor"]:
-            raise UserError(f"config.mesh.tensor={mesh.shape['tensor']} does not divide {key}={getattr(of, key)}")
+            raise UserError(
+                f"config.mesh.tensor={mesh.shape['tensor']} does not divide {key}={getattr(of, key)}: "
+                "expected a divisor of it"
+            )
     for key, traces in (
         ("method.num_traces", config.method.num_traces),
         ("evaluate.positions", min(config.evaluate.positions, config.evaluate.max_length)),
     ):
         if traces % mesh.shape["traces"]:
-            raise UserError(f"config.mesh.traces={mesh.shape['traces']} does not divide config.{key}={traces}")
+            raise UserError(
+                f"config.mesh.traces={mesh.shape['traces']} does not divide config.{key}={traces}: "
+                "expected a divisor of it"
+            )
 
     def transformer_of(architecture: TransformerConfig) -> Transformer:
         return models.transformer(architecture, mesh, config.compute.remat, config.compute.attention)
@@ -138,7 +154,7 @@ def check(config: ConfigDict) -> None:
 
     def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
         if value not in allowed:
-            raise UserError(f"config.{key}={value!r}: expected one of {sorted(allowed)}")
+            raise UserError(f"config.{key}={value!r}: expected one of {', '.join(sorted(allowed))}")
 
     def at_least(low: float, **values: float) -> None:
         for key, value in values.items():
@@ -146,6 +162,11 @@ def check(config: ConfigDict) -> None:
                 raise UserError(f"config.{key.replace('__', '.')}={value}: expected at least {low}")
 
     m, t, o, e = config.method, config.train, config.optimizer, config.evaluate
+    _check_numbers(config)
+    for weight in config.data.weights:
+        if not isinstance(weight, int | float):
+            raise UserError(f"config.data.weights: {weight!r} is no number")
+    check_data(config.data)
     one_of("method.name", m.name, METHODS)
     one_of("method.placement", m.placement, PLACEMENTS)
     one_of("compute.dtype", config.compute.dtype, ("bfloat16", "float32"))
@@ -174,26 +195,40 @@ def check(config: ConfigDict) -> None:
     if not 0 <= o.final_fraction <= 1:
         raise UserError(f"config.optimizer.final_fraction={o.final_fraction}: expected 0 to 1")
     if t.profile_at and t.profile_at + 3 > t.steps:
-        raise UserError(f"config.train.profile_at={t.profile_at}: three steps after it are past steps={t.steps}")
+        raise UserError(
+            f"config.train.profile_at={t.profile_at}: expected at most {t.steps - 3}, so that three steps follow it "
+            f"before config.train.steps={t.steps}"
+        )
     if not 0 <= config.seed < 2**63:
-        raise UserError(f"config.seed={config.seed}: expected at least 0, below 2**63")
+        raise UserError(f"config.seed={config.seed}: expected at least 0 and below 2**63")
     if t.batch_size % t.accumulation:
-        raise UserError(f"config.train.accumulation={t.accumulation} does not divide batch_size={t.batch_size}")
+        raise UserError(
+            f"config.train.accumulation={t.accumulation}: expected a divisor of config.train.batch_size={t.batch_size}"
+        )
     if m.coprocessor and m.name != "resized":
-        raise UserError(f"config.method.coprocessor: only method 'resized' has one, this is {m.name!r}")
+        raise UserError(
+            f"config.method.coprocessor: method {m.name!r} has no size of its own to give; "
+            "leave it empty, or set config.method.name=resized"
+        )
     if m.start and (METHODS[m.name].write is None or METHODS[m.name].trains_decoder):
-        raise UserError(f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone")
+        raise UserError(f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone; leave it empty")
     if m.lora_rank and m.name in VECTORS_ALONE:
-        raise UserError(f"config.method.lora_rank={m.lora_rank}: method {m.name!r} trains no matrix")
+        raise UserError(f"config.method.lora_rank={m.lora_rank}: method {m.name!r} trains no matrix; leave it 0")
     if m.lora_rank and m.name in ("from_scratch", "resized") and not m.start:
-        raise UserError(f"config.method.lora_rank={m.lora_rank}: {m.name!r} begins at random; give config.method.start")
+        raise UserError(
+            f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} begins at random; "
+            "expected config.method.start, the trained one that the adapters are of"
+        )
     if m.name == "inserted" and not PLACEMENTS[m.placement].reread:
         raise UserError(
             f"config.method.placement={m.placement!r}: method 'inserted' has no vector to predict the next token from; "
             "expected one that reads x_p again: " + ", ".join(sorted(p for p in PLACEMENTS if PLACEMENTS[p].reread))
         )
     if e.swap and m.name == "inserted":
-        raise UserError("config.evaluate.swap: the keys that method 'inserted' writes are of the position they are for")
+        raise UserError(
+            "config.evaluate.swap: the keys that method 'inserted' writes hold their position, so that they cannot "
+            "stand in for others; leave it out"
+        )
     for key, value in (("evaluate.swap", e.swap), ("evaluate.delay", e.delay), ("method.max_delay", m.max_delay)):
         if value and (m.name in VECTORS_ALONE or (m.name == "decoder" and key != "method.max_delay")):
             raise UserError(f"config.{key}={value}: method {m.name!r} writes no latents that depend on a text")
@@ -212,14 +247,26 @@ def check(config: ConfigDict) -> None:
     if METHODS[m.name].write is not None:
         if config.data.seq_len < m.num_latents + m.num_ahead:
             raise UserError(
-                f"config.data.seq_len={config.data.seq_len} is shorter than a trace: "
-                f"{m.num_latents} latents + {m.num_ahead} ahead tokens"
+                f"config.data.seq_len={config.data.seq_len}: expected at least {m.num_latents + m.num_ahead}, the "
+                f"length of a trace: {m.num_latents} latents + {m.num_ahead} ahead tokens"
             )
         if m.num_traces >= config.data.seq_len:
             raise UserError(
-                f"config.method.num_traces={m.num_traces}: a row of config.data.seq_len={config.data.seq_len} tokens "
-                f"has at most {config.data.seq_len - 1} positions"
+                f"config.method.num_traces={m.num_traces}: expected at most {config.data.seq_len - 1}, the positions "
+                f"in a row of config.data.seq_len={config.data.seq_len} tokens"
             )
+
+
+def _check_numbers(config: ConfigDict, above: str = "config") -> None:
+    """Raises UserError for numbers that no array has as its length, and for infinity."""
+    for name, value in config.items():
+        key = f"{above}.{name}"
+        if isinstance(value, ConfigDict):
+            _check_numbers(value, key)
+        elif isinstance(value, int) and value >= 2**31 and name != "seed":
+            raise UserError(f"{key}={value}: expected less than 2**31")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value}: expected a finite number")
 
 
 def load_decoder(exp: Experiment, dtype: Any) -> Params:
@@ -264,10 +311,15 @@ def open_start(exp: Experiment) -> Checkpoints:
     Raises:
       UserError: no such checkpoint, or one of another decoder or method, or of adapters.
     """
-    checkpoints, _, meta = checkpoint.open_for_reading(*exp.start)
-    for key, value in (exp.identity() | {"method.lora_rank": 0, "method.start": ""}).items():
-        if meta.get(key) != value:
-            raise UserError(f"config.method.start: the checkpoint has {key}={meta.get(key)!r}, expected {value!r}")
+    given = f"config.method.start={exp.config.method.start}"
+    try:
+        checkpoints, _, meta = checkpoint.open_for_reading(*exp.start)
+    except UserError as error:
+        raise UserError(f"{given}: {str(error).removeprefix(f'--workdir={exp.start[0]}: ')}") from None
+    for key, here in (exp.identity() | {"method.lora_rank": 0, "method.start": ""}).items():
+        there = meta.get(key)
+        if there != here:
+            raise UserError(f"{given} was trained with {_short(key, there)}, expected {_short(key, here)}")
     return checkpoints
 
 

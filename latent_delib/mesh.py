@@ -34,14 +34,23 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
     Raises:
       UserError: unknown axes, or sizes whose product is not the number of devices.
     """
+    here = devices is None and jax.process_count() == 1
     devices = jax.devices() if devices is None else devices
     if unknown := sorted(set(sizes) - set(AXES)):
-        raise UserError(f"config.mesh: unknown axes {unknown}, expected {AXES}")
+        raise UserError(f"the mesh has no axis {', '.join(unknown)}; its axes are {', '.join(AXES)}")
     shape, count = [sizes.get(axis, 1) for axis in AXES], len(devices)
-    if shape.count(-1) == 1:
-        shape[shape.index(-1)] = count // max(1, math.prod(n for n in shape if n != -1))
-    if min(shape) < 1 or math.prod(shape) != count:
-        raise UserError(f"config.mesh: {dict(zip(AXES, shape))} does not make the {count} devices at hand")
+    for axis, length in zip(AXES, shape):
+        if length < 1 and length != -1:
+            raise UserError(f"mesh axis {axis}={length}: expected at least 1, or -1 for what the others leave")
+    if shape.count(-1) > 1:
+        raise UserError(f"{shape.count(-1)} mesh axes are -1, what the others leave: expected one at most")
+    product, found = math.prod(n for n in shape if n != -1), f"{count} {'device' if count == 1 else 'devices'}"
+    owner = "this machine" if here else "the job"
+    if -1 in shape and count % product:
+        raise UserError(f"the mesh axes beside the -1 multiply to {product}, which does not divide {owner}'s {found}")
+    shape = [count // product if n == -1 else n for n in shape]
+    if math.prod(shape) != count:
+        raise UserError(f"the mesh axes multiply to {product}, {owner} has {found}; one axis may be -1, what is left")
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
 
 
@@ -81,7 +90,7 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
             wanted = {axis: mesh.shape[axis] for axis in _names(part)}
             if size % math.prod(wanted.values()):
                 split = " x ".join(f"{axis}={n}" for axis, n in wanted.items())
-                raise UserError(f"config.mesh: {split} does not divide {name} {tuple(leaf.shape)}")
+                raise UserError(f"the mesh: {split} does not divide {name} {tuple(leaf.shape)}: expected a divisor")
         return NamedSharding(mesh, partition)
 
     return jax.tree.map_with_path(one, tree)

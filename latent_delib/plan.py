@@ -41,8 +41,9 @@ def make(exp: Experiment) -> Plan:
     c, mesh = exp.config, exp.mesh
     if (c.train.batch_size // c.train.accumulation) % mesh_lib.row_shards(mesh):
         raise UserError(
-            f"config.train.batch_size={c.train.batch_size} in {c.train.accumulation} parts does not split "
-            f"over mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
+            f"config.train.batch_size={c.train.batch_size} in {c.train.accumulation} parts does not split over the "
+            f"mesh, data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}: expected a multiple of "
+            f"{c.train.accumulation * mesh_lib.row_shards(mesh)}"
         )
     tx, trainable = make_optimizer(c.optimizer, c.train.steps), experiment.trainable_shapes(exp)
     # Every optimizer leaf lies like its parameter; what belongs to no parameter is replicated.

@@ -1,4 +1,6 @@
-"""python -m latent_delib.prepare --config=configs/X.py --out=DIR: the texts of a config to token files.
+"""Turns the texts of a config into token files.
+
+  python -m latent_delib.prepare --config=configs/X.py --out=DIR [--config.key=value ...]
 
 One pass over each source of `config.data.sources` and `config.data.validation`, through the seqio tasks that
 training from text uses too. Training and evaluation then read DIR, named in `config.data.token_files`, without
@@ -16,6 +18,7 @@ from latent_delib.data import token_files
 from latent_delib.data.rows import BadRecords, check_data
 from latent_delib.data.sources import check_files
 from latent_delib.errors import UserError
+from latent_delib.experiment import check
 from latent_delib.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.progress import Progress
 from latent_delib.tokenizer import Tokenizer, fingerprint
@@ -96,7 +99,7 @@ def prepare(config: Any, out: str) -> dict:
     }
     if found := token_files.read_meta(out):
         if differing := _difference(found, meta):
-            raise UserError(f"--out: {out} holds other token files: {differing}")
+            raise UserError(f"--out={out} holds other token files: {differing}; name another")
         print(f"{out} is already prepared from this config")
         if any("works" not in entry for entry in found["validation"]):
             print(
@@ -104,7 +107,7 @@ def prepare(config: Any, out: str) -> dict:
             )
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise UserError(f"--out: {out} exists and holds no finished token files: remove it or name another")
+        raise UserError(f"--out={out} exists and holds no finished token files: name another")
     bad = BadRecords(data.max_bad_records)
     tasks.check_sources([*data.sources, *data.validation], tokenizer_path, bad)
 
@@ -123,6 +126,7 @@ def prepare(config: Any, out: str) -> dict:
 
 
 def main(values: Any) -> None:
+    check(values.config)  # of the same flags as the training that follows
     prepare(values.config, values.out)
 
 

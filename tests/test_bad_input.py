@@ -1,13 +1,18 @@
 """A user's mistake ends each command in one line that names the thing, before anything is trained."""
 
 import errno
+import io
 import logging
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import jax
 import pytest
 
 from latent_delib import commands
@@ -40,21 +45,223 @@ def error(monkeypatch, capsys):
         assert "step 1/" not in said.out and "evaluated" not in said.out
         return line
 
-    yield run
-    logging.disable(logging.NOTSET)
+    return run
 
 
-def test_a_store_that_does_not_answer_has_an_exit_code_of_its_own(monkeypatch, capsys):
+@pytest.fixture
+def command(monkeypatch):
+    """command(main, *arguments, **options) -> what a command with this main exits with, or None."""
+
+    def run(main, *arguments, **options):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        try:
+            commands.run(main, "", **options)
+        except SystemExit as exit_:
+            return exit_.code
+
+    return run
+
+
+@pytest.fixture
+def parsed(command, config_file):
+    """parsed(*arguments, **options) -> the values of a command with a config file, and with these options."""
+
+    def run(*arguments, **options):
+        found = []
+        options = {"config": (commands.CONFIG, "")} | options
+        assert command(found.append, f"--config={config_file()}", *arguments, **options) is None
+        return found[0]
+
+    return run
+
+
+def test_the_last_of_what_is_given_twice_counts(parsed):
+    """Of tuples too, whose flags would be added to each other."""
+    values = parsed(
+        "--config.data.sources=files:a",
+        "--config.data.sources=('files:b', 'files:c')",
+        "--config.data.validation=('files:a',)",
+        "--config.data.validation",
+        "files:b",
+        "--config.train.steps=1",
+        "--config.train.steps=2",
+        "--out=a",
+        "--out=b",
+        out=("", ""),
+    )
+    assert values.config.data.sources == ("files:b", "files:c")
+    assert values.config.data.validation == ("files:b",)
+    assert (values.config.train.steps, values.out) == (2, "b")
+
+
+def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
+    """The shell leaves it alone behind `=`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    values = parsed(
+        "--config.decoder.path=~/decoder",
+        "--config.method.start=~/run/checkpoints/1",
+        "--config.data.sources=('files:~/a/*.txt', 'lines:~/b', 'files:a~/~')",
+        "--config.data.token_files=~",
+        "--workdir=~/run",
+        "--prompt=~/bin is",
+        workdir=(commands.REQUIRED, ""),
+        prompt=("", ""),
+    )
+    config = values.config
+    assert (config.decoder.path, config.method.start) == ("/home/me/decoder", "/home/me/run/checkpoints/1")
+    assert config.data.sources == ("files:/home/me/a/*.txt", "lines:/home/me/b", "files:a~/~")
+    assert (config.data.token_files, values.workdir, values.prompt) == ("/home/me", "/home/me/run", "~/bin is")
+    found = []
+    command(found.append, "~/a", "b", folders=(commands.FOLDERS, ""))
+    assert found[0].folders == ["/home/me/a", "b"]
+
+
+def test_config_files_work_from_anywhere(command, tmp_path, monkeypatch):
+    """Though `from configs import base` is of the repository's root."""
+    root = str(Path(commands.__file__).parents[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", root)])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    found = []
+    assert not command(found.append, f"--config={root}/configs/quickstart.py", config=(commands.CONFIG, ""))
+    assert found[0].config.method.num_latents == 8
+
+
+def test_a_store_that_does_not_answer_has_an_exit_code_of_its_own(command, capsys):
     def main(values):
         raise Outage(errno.ECONNABORTED, "UNAVAILABLE: later", "gs://bucket/run")
 
-    monkeypatch.setattr(sys, "argv", ["train"])
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    with pytest.raises(SystemExit) as exit_:
-        commands.run(main, "")
-    logging.disable(logging.NOTSET)
-    assert exit_.value.code == 69
+    assert command(main) == 69
     assert capsys.readouterr().err == "error: gs://bucket/run: UNAVAILABLE: later; run again to go on\n"
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device, writing to --out=OUT or"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "error: a/b: No space left on device"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a/b"), "error: a/b: is a folder, expected a file"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "error: Broken pipe, writing to --out=OUT or standard output"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1941357084896 bytes."),
+            "error: out of device memory: 1,808.0 GiB asked for at once; take fewer rows at once",
+        ),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 1073741824 bytes."),
+            "error: out of device memory: 1.0 GiB asked for at once;",
+        ),
+        (OSError("HTTPSConnectionPool: Max retries exceeded"), "error: HTTPSConnectionPool: Max retries exceeded"),
+        (MemoryError("Unable to allocate 9 GiB"), "error: out of memory: Unable to allocate 9 GiB"),
+        (
+            RuntimeError(
+                "Unable to initialize backend 'foo': Backend 'foo' is not known: ['cpu']. (set JAX_PLATFORMS="
+            ),
+            "error: JAX_PLATFORMS=foo: Backend 'foo' is not known: ['cpu']; unset it, or install what it needs",
+        ),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_ends_a_command_is_told_in_one_line(command, monkeypatch, error, said):
+    monkeypatch.setenv("JAX_PLATFORMS", "foo")
+
+    def main(values):
+        raise error
+
+    code = command(main, "--out=OUT", out=("", ""))
+    assert code == said or code.startswith(said)
+    assert "\n" not in str(code) and ("writing" in str(code)) == ("writing" in str(said))
+
+
+def test_a_platform_without_its_plug_in(command, monkeypatch):
+    """Where all that JAX has is an assertion."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    fails = compile("assert False", "jax/_src/xla_bridge.py", "exec")
+    assert command(lambda values: exec(fails)).startswith("error: JAX_PLATFORMS=cuda: JAX finds no such platform here;")
+
+
+def test_a_bug_is_not_called_a_mistake(command):
+    with pytest.raises(AssertionError):
+        command(lambda values: exec("assert False"))
+
+
+def test_a_file_where_a_folder_is_expected(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    for below in ("", "below"):
+        code = command(lambda values, path=tmp_path / "file" / below: path.mkdir())
+        assert code == f"error: {tmp_path / 'file'}: is a file, expected a folder"
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word(command, monkeypatch, capsys):
+    """`--help | head -1`, and what a command prints."""
+    for arguments in (["--help"], []):
+        reader, writer = os.pipe()
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+        assert command(lambda values: print("found"), *arguments) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_text_that_the_terminal_cannot_show(command, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    assert command(lambda values: print("déjà vu")) is None
+    assert written.getvalue() == rb"d\xe9j\xe0 vu" + b"\n"
+
+
+def test_what_libraries_warn_of_is_told_but_for_what_they_say_of_every_run(command, monkeypatch, capsys):
+    def main(values):
+        logging.getLogger("absl").warning("Given directory is read only=%s", "runs/a")
+        logging.getLogger("absl").error("[process=0] Failed to run 5 Handler Commit operations or the callback")
+        logging.getLogger("orbax").warning("the store is slow")
+
+    for handlers in ([], [logging.StreamHandler()]):  # some library may have made one as it was imported
+        monkeypatch.setattr(logging.root, "handlers", handlers)
+        assert command(main) is None
+        assert capsys.readouterr().err.removeprefix("WARNING:orbax:") == "the store is slow\n"
+
+
+def test_ctrl_c_during_imports(tmp_path):
+    """Some package drops KeyboardInterrupt: the command ends all the same, and without a word."""
+    (tmp_path / "jax.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+        "except KeyboardInterrupt:\n    pass\nos._exit(0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "latent_delib.train"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_that_python_drops(command):
+    class Dropped:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def main(values):
+        dropped = Dropped()
+        del dropped
+        time.sleep(5)
+
+    assert command(main) == 130
+
+
+def test_the_package_lists_its_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["latent_delib"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    runpy.run_module("latent_delib", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()[2:]
+    sources = {path.stem: path.read_text() for path in Path(commands.__file__).parent.glob("*.py")}
+    mains = [name for name, source in sources.items() if '\nif __name__ == "__main__":' in source]
+    assert sorted(line.split()[2] for line in lines) == sorted(
+        f"latent_delib.{name}" for name in mains if name != "__main__"
+    )
+    assert all(len(line.split()) > 6 for line in lines)
 
 
 def named(line, *words):
@@ -65,10 +272,25 @@ def named(line, *words):
 @pytest.mark.parametrize(
     "argument, words",
     [
-        ("--config.train.stepz=3", ["config.train.stepz"]),
-        ("--config.optimiser.b1=0.5", ["config.optimiser.b1"]),
-        ("--config.train.steps=many", ["steps", "many"]),
-        ("--config.train.steps=1.5", ["steps", "1.5"]),
+        ("--config.train.stepz=3", ["--config.train.stepz: no such key; did you mean --config.train.steps?"]),
+        ("--config.optimiser.b1=0.5", ["--config.optimiser.b1: no such key; did you mean --config.optimizer.b1?"]),
+        ("--config.train.b1=0.5", ["--config.train.b1: no such key; did you mean --config.optimizer.b1?"]),
+        ("--config.xyz=0.5", ["--config.xyz: no such key; the config file and configs/base.py declare all"]),
+        ("--confg.train.steps=3", ["--confg.train.steps: no such flag; did you mean --config.train.steps?"]),
+        ("--work_dir=w", ["--work_dir: no such flag; did you mean --workdir?"]),
+        ("--xyz=w", ["--xyz: no such flag; there are --config, --workdir"]),
+        ("--config.method.coprocessor.num_layers=2", ["method.coprocessor is empty", "\"{'num_layers': ...}\""]),
+        ("--config.train.steps=many", ["--config.train.steps=many: expected a whole number, found 'many'"]),
+        ("--config.train.steps=1.5", ["--config.train.steps=1.5: expected a whole number, found '1.5'"]),
+        ("--config.train.steps=1e3", ["expected a whole number, found '1e3'"]),
+        ("--config.train.steps=9999999999", ["config.train.steps=9999999999: expected less than 2**31"]),
+        ("--config.optimizer.b1=high", ["--config.optimizer.b1=high: expected a number, found 'high'"]),
+        ("--config.evaluate.swap=maybe", ["--config.evaluate.swap=maybe: expected True or False, found 'maybe'"]),
+        ("--dry_run=maybe", ["--dry_run=maybe: expected True or False, found 'maybe'"]),
+        ("--config.data.sources=files:a,files:b", ["expected one value, or several like \"('A', 'B')\""]),
+        ("--config.data.max_bad_records=-1", ["config.data.max_bad_records", "-1", "at least 0"]),
+        ("--config.data.weights=abc", ["config.data.weights", "'abc'", "number"]),
+        ("--config.method.start=nowhere/checkpoints/3", ["config.method.start=nowhere/checkpoints/3: holds no check"]),
         ("--config.method.name=coprocesor", ["config.method.name='coprocesor'", "cache_augmentation"]),
         ("--config.method.placement=beside", ["config.method.placement='beside'", "overlay"]),
         ("--config.compute.dtype=float16", ["config.compute.dtype='float16'", "bfloat16"]),
@@ -84,6 +306,7 @@ def named(line, *words):
         ("--config.compute.attention=flash", ["config.compute.attention='flash'", "pallas_tpu"]),
         ("--config.optimizer.learning_rate=-1", ["config.optimizer.learning_rate=-1"]),
         ("--config.optimizer.learning_rate=nan", ["config.optimizer.learning_rate=nan"]),
+        ("--config.optimizer.learning_rate=inf", ["config.optimizer.learning_rate=inf: expected a finite number"]),
         ("--config.seed=-1", ["config.seed=-1"]),
         ("--config.data.seq_len=4", ["config.data.seq_len=4", "2 latents + 3 ahead"]),
         ("--config.data.seq_len=64", ["config.data.token_files", "32", "64"]),
@@ -91,7 +314,7 @@ def named(line, *words):
         ("--config.train.accumulation=3", ["config.train.accumulation=3", "batch_size=8"]),
         ("--config.train.batch_size=12", ["config.train.batch_size=12", "data=8"]),
         ("--config.train.accumulation=2", ["config.train.batch_size=8", "2 parts"]),
-        ("--config.mesh.data=3", ["config.mesh", "'data': 3", "8 devices"]),
+        ("--config.mesh.data=3", ["the mesh axes multiply to 3, this machine has 8 devices"]),
         ("--config.mesh.tensor=4", ["config.mesh.tensor=4", "num_kv_heads=2"]),
         ("--config.mesh.model=2", ["config.mesh.model"]),
         ("--config.decoder.path=nowhere", ["'nowhere'", "config.json"]),
@@ -103,7 +326,7 @@ def named(line, *words):
         ("--config.data.sources=('files:other',)", ["'files:other'", "is not in"]),
         ("--config.data.validation=('packaged/valid',)", ["'packaged/valid'", "did you mean 'packaged/validation'?"]),
         ("train.py", ["'train.py'", "--workdir"]),
-        ("--configg=3", ["configg"]),
+        ("--configg=3", ["--configg: no such flag; did you mean --config?"]),
     ],
 )
 def test_train_refuses(error, config_file, tmp_path, capsys, argument, words):
@@ -113,8 +336,6 @@ def test_train_refuses(error, config_file, tmp_path, capsys, argument, words):
 
 def test_nothing_is_compiled_for_bad_data(error, config_file, tmp_path, monkeypatch):
     """On a real machine the compile takes minutes."""
-    import jax
-
     monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: type("Step", (), {"lower": None})())
     for argument in ("--config.data.token_files=no_tokens", "--config.data.sources=()"):
         named(error("train", f"--config={config_file()}", f"--workdir={tmp_path / 'w'}", argument), "config.data")
@@ -125,10 +346,23 @@ def test_config_files_and_flags(error, config_file, tmp_path):
     named(error("train", f"--config={config_file()}"), "--workdir is missing")
     named(error("train", f"--config={config_file()}", "--workdir="), "--workdir is missing")
     named(error("train", "--workdir=w"), "--config is missing")
+    named(error("train", "--config.train.steps=3", "--workdir=w"), "--config is missing")
     broken = tmp_path / "broken.py"
-    broken.write_text("def get_config():\n    return 1 / 0\n")
-    named(error("train", f"--config={broken}", "--workdir=w"), "division by zero")
-    named(error("train", "--config", str(broken), "--workdir=w"), "division by zero")
+    for text, words in (
+        ("def get_config():\n    return 1 / 0\n", "broken.py, line 2: ZeroDivisionError: division by zero"),
+        ("def get_config(:\n", "broken.py, line 1: "),
+        ("\0", "broken.py: source code string cannot contain null bytes"),
+        ("def get_config():\n    return {}\n", "broken.py: get_config() returns dict, expected a ConfigDict"),
+        ("from configs import base\n", "broken.py: defines no get_config()"),
+        (
+            "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n    c.train.stpes = 3\n",
+            'broken.py, line 6: AttributeError: Key "stpes" does not exist and cannot be added since the config is '
+            'locked. Did you mean "steps" instead of "stpes"?',
+        ),
+    ):
+        broken.write_text(text)
+        named(error("train", f"--config={broken}", "--workdir=w"), words)
+        named(error("train", "--config", str(broken), "--workdir=w"), words)
 
 
 @pytest.mark.parametrize(
@@ -201,14 +435,14 @@ def test_a_checkpoint_of_another_decoder_or_method(error, config_file, trained, 
     shutil.copytree(trained, workdir)
     before = sorted(p for p in workdir.rglob("*"))
     for changes, key in (
-        ({"decoder.path": str(make_decoder(2))}, "fingerprint="),
-        ({"method.name": "pause_tokens"}, "method.name=cache_augmentation, this config has pause_tokens"),
-        ({"method.num_latents": 1}, "method.num_latents=2, this config has 1"),
-        ({"method.placement": "overlay"}, "method.placement=after, this config has overlay"),
+        ({"decoder.path": str(make_decoder(2))}, "a decoder with fingerprint "),
+        ({"method.name": "pause_tokens"}, "method.name=cache_augmentation, this config has method.name=pause_tokens"),
+        ({"method.num_latents": 1}, "method.num_latents=2, this config has method.num_latents=1: use the same method"),
+        ({"method.placement": "overlay"}, "method.placement=after, this config has method.placement=overlay"),
     ):
         for command in ("train", "evaluate"):
             line = error(command, f"--config={config_file(changes)}", f"--workdir={workdir}")
-            named(line, workdir, "its checkpoint has " + key)
+            named(line, f"{workdir} was trained with {key}", "or another --workdir")
     for changes, words in (
         ({"seed": 1}, ["config.seed=1:", "was started with 0; use that, or another --workdir"]),
         ({"train.batch_size": 16}, ["config.train.batch_size=16:", "was started with 8; use that"]),
@@ -336,5 +570,15 @@ def test_a_real_process_prints_one_line_and_exits_1(config_file, tmp_path):
     command = [sys.executable, "-m", "latent_delib.train", f"--config={config_file()}", f"--workdir={tmp_path / 'w'}"]
     done = subprocess.run([*command, "--config.train.stepz=3"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: --config.train.stepz=3: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: --config.train.stepz: ") and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_a_config_is_refused_before_any_text_is_read(error, config_file, tmp_path, monkeypatch):
+    """And before TensorFlow is imported."""
+    monkeypatch.setitem(sys.modules, "latent_delib.data.tasks", None)
+    for argument, words in (
+        ("--config.train.steps=0", "config.train.steps=0: expected at least 1"),
+        ("--config.data.sources=()", "config.data.sources: empty"),
+    ):
+        named(error("prepare", f"--config={config_file()}", f"--out={tmp_path / 'out'}", argument), words)

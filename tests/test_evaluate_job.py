@@ -240,7 +240,7 @@ def test_a_training_that_died_or_is_another(make_config, trained, tmp_path, caps
         evaluate.evaluate_many(make_config(), str(begun), str(tmp_path / "out"), patience=0.5)
     assert time.monotonic() - since < evaluate.POLL / 2
     assert list(tmp_path.iterdir()) == [begun]
-    with pytest.raises(ld.UserError, match="its checkpoint has method.num_latents=2, this config has 3"):
+    with pytest.raises(ld.UserError, match="trained with method.num_latents=2, this config has method.num_latents=3"):
         evaluate.evaluate_many(make_config({"method.num_latents": 3}), str(trained), str(tmp_path), patience=3600.0)
     with pytest.raises(ld.UserError, match="holds no checkpoints"):
         evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"))

@@ -11,7 +11,7 @@ import latent_delib
 
 PACKAGE = Path(latent_delib.__file__).parent
 COMMANDS = {"train", "evaluate", "generate", "prepare", "convert", "report", "benchmark", "make_tasks", "make_mixture"}
-COMMANDS |= {"lm", "models", "experiment", "perplexity", "harness", "look", "plan", "dry_run"}
+COMMANDS |= {"lm", "models", "experiment", "perplexity", "harness", "look", "plan", "dry_run", "__main__"}
 BELOW = {"errors", "nn", "delib", "data", "weights", "tokenizer", "step", "engine", "flops", "mesh", "checkpoint"}
 BELOW |= {"arguments", "hlo", "distributed", "progress", "provenance", "files", "stopping", "scoring", "asynchronous"}
 BELOW |= {"published", "runs", "tables", "figures"}
