@@ -20,10 +20,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from latent_delib.errors import LOST, Outage, UserError
+from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 
 STOPPED = 75  # the exit code of a command that SIGTERM stopped, and that saved: run it again to go on
-INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE  # the exit code where nobody reads what is printed any more: `| head`
 REQUIRED = object()
 CONFIG = object()
@@ -37,7 +36,6 @@ NOISE = re.compile(
     "read_only=True, setting save_interval_steps|Given directory is read only|Requested `tracked_metric`"
 )
 RAISED = ("absl", "asyncio")
-OUT_OF_MEMORY = re.compile("out of memory", re.IGNORECASE)
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EPIPE)
 
 
@@ -346,13 +344,10 @@ def _of_jax(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, MemoryError):
         return f"out of memory: {text or 'none is left'}"
-    if isinstance(error, RuntimeError | ValueError) and OUT_OF_MEMORY.search(text):
-        size = re.search(r"allocat\w* (\d+) bytes", text)
-        asked = f": {int(size[1]) / 2**30:,.1f} GiB asked for at once" if size else ""
+    if line := no_memory(error):
         return (
-            f"out of device memory{asked}; take fewer rows at once (training: config.train.accumulation, "
-            "config.compute.remat=full; evaluation: config.evaluate.batch_size and positions; others: --batch_size), "
-            "or more devices (config.mesh)"
+            f"{line}; take fewer rows at once (evaluation: config.evaluate.batch_size and positions; others: "
+            "--batch_size), or more devices (config.mesh)"
         )
     none_found = isinstance(error, AssertionError) and frames and "xla_bridge" in frames[-1].filename
     if none_found or text.startswith("Unable to initialize backend"):

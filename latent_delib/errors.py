@@ -25,7 +25,15 @@ class Outage(OSError):
     """A store that does not answer, as (errno, text, filename): it may do so later, and nothing in it is damaged."""
 
 
-NO_MEMORY = re.compile("out of memory", re.IGNORECASE)  # so jax says, of a compile as of a step
+def no_memory(error: Exception) -> str:
+    """Returns one line on the memory that a device lacked, at a compile or in a step; "" for any other error."""
+    text = str(error)
+    is_of_jax = isinstance(error, RuntimeError | ValueError)
+    if not is_of_jax or "out of memory" not in text.lower():
+        return ""
+    size = re.search(r"allocat\w* (\d+) bytes", text)
+    asked = f": {int(size[1]) / 2**30:,.1f} GiB asked for at once" if size else ""
+    return f"out of device memory{asked}"
 
 
 @contextlib.contextmanager
@@ -33,11 +41,11 @@ def device_memory(remedy: str) -> Iterator[None]:
     """Raises UserError, with the remedy, where a device runs out of memory inside."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # jax raises either
-        if not NO_MEMORY.search(str(error)):
+    except (RuntimeError, ValueError) as error:
+        line = no_memory(error)
+        if not line:
             raise
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"out of device memory; {remedy} ({text})") from None
+        raise UserError(f"{line}; {remedy}") from None
 
 
 # How the errors of a store begin that does not answer, or that denies access.
@@ -55,7 +63,7 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
     It is an Outage where a store does not answer. A store's client raises what it likes: tensorstore a ValueError with
     the code in its text.
     """
-    if NO_MEMORY.search(str(error)):  # of a device
+    if no_memory(error):
         return None
     if not isinstance(error, OSError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
         error = OSError(int(found[1]), os.strerror(int(found[1])), str(path))

@@ -91,7 +91,6 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
       UserError: the first thing found wrong, by key.
     """
     check(config)
-    check_data(config.data)
     if config.decoder.path:
         decoder = folder.locate(config.decoder.path)
         architecture, fingerprint = folder.read_config(decoder), folder.fingerprint(decoder)

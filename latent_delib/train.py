@@ -49,7 +49,10 @@ from latent_delib.stopping import Stop, graceful_stop
 from latent_delib.weights import folder
 
 OTHERWISE = "use that, or another --workdir"
-MORE_MEMORY = "lower train.batch_size or data.seq_len, or raise train.accumulation or mesh.fsdp"
+MORE_MEMORY = (
+    "lower config.train.batch_size or config.data.seq_len, raise config.train.accumulation or config.mesh.fsdp, "
+    "or set config.compute.remat=full"
+)
 
 
 def main(flags: Any) -> None:

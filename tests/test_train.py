@@ -293,7 +293,7 @@ def test_too_little_memory_is_told_in_one_line_with_the_remedy(make_config, tmp_
         raise jax.errors.JaxRuntimeError(error)
 
     monkeypatch.setattr(train, "run", fails)
-    with pytest.raises(UserError, match="out of device memory; lower train.batch_size .*Out of memory"):
+    with pytest.raises(UserError, match="out of device memory.*; lower config.train.batch_size"):
         train.train(make_config(), str(tmp_path))
 
 
