@@ -162,9 +162,6 @@ def check(config: ConfigDict) -> None:
 
     m, t, o, e = config.method, config.train, config.optimizer, config.evaluate
     _check_numbers(config)
-    for weight in config.data.weights:
-        if not isinstance(weight, int | float):
-            raise UserError(f"config.data.weights: {weight!r} is no number")
     check_data(config.data)
     one_of("method.name", m.name, METHODS)
     one_of("method.placement", m.placement, PLACEMENTS)
@@ -314,7 +311,7 @@ def open_start(exp: Experiment) -> Checkpoints:
     try:
         checkpoints, _, meta = checkpoint.open_for_reading(*exp.start)
     except UserError as error:
-        raise UserError(f"{given}: {str(error).removeprefix(f'--workdir={exp.start[0]}: ')}") from None
+        raise UserError(f"{given}: {str(error).removeprefix(f'{exp.start[0]}: ')}") from None
     for key, here in (exp.identity() | {"method.lora_rank": 0, "method.start": ""}).items():
         there = meta.get(key)
         if there != here:

@@ -351,8 +351,8 @@ def test_mistakes(make_config, trained, make_decoder, tmp_path):
 
     refused("holds no checkpoints", {}, tmp_path)
     refused(r"no checkpoint of step 3; there are \[2, 4\]", {}, step=3)
-    refused("checkpoint has method.num_latents=2, this config has 3", {"method.num_latents": 3})
-    refused("checkpoint has method.placement=after, this config has overlay", {"method.placement": "overlay"})
+    refused("trained with method.num_latents=2, this config has method.num_latents=3", {"method.num_latents": 3})
+    refused("trained with method.placement=after, this config has method.placement=overlay", {"method.placement": "overlay"})
     refused("checkpoint has method.name=cache_aug", {"method.name": "pause_tokens"})
     refused("checkpoint has fingerprint=", {"decoder.path": str(make_decoder(8))})
     refused("config.evaluate.max_positions=-1: expected at least 0", {"evaluate.max_positions": -1})

@@ -477,7 +477,10 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     in_file = f"--out={tmp_path / 'file'}"
     assert error("runs", in_file) == f"error: {in_file}: is a file, expected a folder"
     assert not (tmp_path / "out").exists()
-    assert error("--help") == "0" and "\n  DIR: folders of finished runs" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["report", "--help"])
+    monkeypatch.delitem(sys.modules, "latent_delib.report", raising=False)
+    runpy.run_module("latent_delib.report", run_name="__main__")
+    assert "\n  DIR: folders of finished runs" in capsys.readouterr().out
 
 
 def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, capsys, monkeypatch):

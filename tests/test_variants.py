@@ -302,7 +302,7 @@ MISTAKES = [
     ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
     ({"method.name": "from_scratch", "method.lora_rank": 2}, "begins at random"),
     ({"method.name": "inserted"}, "config.method.placement='after'"),
-    ({"method.coprocessor": {"num_layers": 2}}, "only method 'resized'"),
+    ({"method.coprocessor": {"num_layers": 2}}, "has no size of its own to give"),
     ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
     ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),

@@ -31,8 +31,8 @@ def check_data(data: Any) -> None:
     if repeated := {s for s in sources if sources.count(s) > 1}:
         raise UserError(f"config.data.sources: {min(repeated)!r} is listed twice, expected each source once")
     for source, weight in zip(sources, weights, strict=True):
-        if not 0 < weight < np.inf:
-            raise UserError(f"config.data.weights: {weight} for {source!r}, expected a positive number")
+        if not isinstance(weight, int | float) or not 0 < weight < np.inf:
+            raise UserError(f"config.data.weights: {weight!r} for {source!r}, expected a positive number")
     if data.seq_len < 2:
         raise UserError(f"config.data.seq_len: {data.seq_len}, expected at least 2 (BOS and one token)")
     if data.max_bad_records < 0:

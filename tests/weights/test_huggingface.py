@@ -353,7 +353,7 @@ def test_arguments_that_are_refused(hf, tmp_path):
     refused(where, out, "has no tokenizer", "--tokenizer")
     out.mkdir()
     (out / "mine").write_text("kept")
-    with pytest.raises(UserError, match="out: exists"):
+    with pytest.raises(UserError, match="out: already exists and is not empty"):
         convert(str(where), str(out))
     assert (out / "mine").read_text() == "kept"
 
