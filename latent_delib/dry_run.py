@@ -90,7 +90,7 @@ def needs(exp: Experiment, plan: Plan) -> dict[str, Any]:
     c, aug, chip = exp.config, exp.aug, CHIPS.get(exp.mesh.devices.flat[0].device_kind)
     began = time.perf_counter()
     try:
-        compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
+        compiled = planning.compile_step(exp, plan)
     except jax.errors.JaxRuntimeError as error:
         if not (found := OUT_OF_MEMORY.search(str(error))):
             raise

@@ -162,16 +162,17 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     own rows and traces, and forgets it; the gradient is reduce-scattered to where the weight lies.
 
     Written out, because a compiler that splits products by itself sums whole gradients on every chip, or moves
-    activations instead of weights. Heads and features, on tensor, are left to it.
+    activations instead of weights. Heads and features, where tensor splits them, are left to it.
     """
     width = WEIGHTS["embed"]
-    by_hand = {*ROWS, *width}
+    # Leaving an axis to the compiler for CPUs makes it abort on sums of bfloat16 over the others (see `plan.compile_step`).
+    by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
         return spec(axes, {axis: part if by_hand.issuperset(_names(part)) else None for axis, part in rules.items()})
 
     def multiply(equation: str, x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
-        if mesh.size == 1:
+        if mesh.size == mesh.shape["tensor"]:  # nothing to gather
             return einsum(equation, x, w)
 
         def on_each_device(x: jax.Array, w: jax.Array) -> jax.Array:

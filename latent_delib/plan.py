@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
 
 def make(exp: Experiment) -> Plan:
-    """The plan of a config on its mesh.
+    """Plans the job of a config on its mesh.
 
     Raises:
       UserError: a dimension that the mesh does not divide.
@@ -76,6 +76,22 @@ def make(exp: Experiment) -> Plan:
     )
     jitted = jax.jit(step, out_shardings=(shardings_of(state), whole), donate_argnums=0)
     return Plan(state, frozen, {"tokens": row, "segment": row}, tx, jitted)
+
+
+def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
+    """Compiles the step for the devices of the mesh.
+
+    Raises:
+      UserError: bfloat16 on CPUs with a tensor axis beside others, where XLA would abort the process.
+    """
+    tensor = exp.mesh.shape["tensor"]
+    on_cpus = exp.mesh.devices.flat[0].platform == "cpu"
+    if on_cpus and exp.dtype == jnp.bfloat16 and exp.mesh.size > tensor > 1:
+        raise UserError(
+            f"config.compute.dtype=bfloat16 with config.mesh.tensor={tensor}: XLA's compiler for CPUs aborts on it; "
+            "on CPUs expected float32, or config.mesh.tensor=1"
+        )
+    return plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
 
 
 def shardings_of(tree: Any) -> Any:

@@ -141,7 +141,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
         start_step=start,
     )
     began = time.perf_counter()
-    compiled = plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
+    compiled = planning.compile_step(exp, plan)
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     decoder = experiment.load_decoder(exp, exp.dtype if "decoder" in plan.frozen else jnp.float32)

@@ -1,16 +1,22 @@
 """Mesh and sharding rules: the table of the tiny decoder, and what is refused."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from latent_delib import experiment
 from latent_delib import mesh as mesh_lib
 from latent_delib.errors import UserError
-from latent_delib.nn.layers import PARAM_AXES
+from latent_delib.nn.layers import FEATURES, PARAM_AXES, TRACES
 from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder
+
+DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def sizes(data=1, fsdp=1, traces=1, tensor=1):
@@ -139,3 +145,37 @@ def test_table_names_every_parameter_once():
     lines = [line.split() for line in mesh_lib.table(experiment.placed(shapes, shardings)).splitlines()]
     assert len(lines) == len(jax.tree.leaves(shapes))
     assert ["layers.mlp.down", "4x48x32", "P(None,", "'tensor',", "('fsdp',", "'traces'))"] in lines
+
+
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [
+        *((dtype, {"tensor": 2}) for dtype in DTYPES),  # nothing to gather
+        *((dtype, {"data": 2}) for dtype in DTYPES),
+        *((dtype, {"data": 2, "fsdp": 2, "traces": 2}) for dtype in DTYPES),
+        (jnp.float32, {"data": 2, "fsdp": 2, "tensor": 2}),  # in bfloat16 `plan.compile_step` refuses it on CPUs
+    ],
+)
+def test_a_product_on_a_mesh_equals_that_on_one_device(dtype, shape):
+    """The product and both gradients, with sums over devices in bfloat16 too."""
+    mesh = mesh_lib.make(shape, jax.devices()[: math.prod(shape.values())])
+    x_BMSD = jax.random.normal(jax.random.key(0), (4, 2, 3, 8), dtype)
+    w_DF = jax.random.normal(jax.random.key(1), (8, 6), dtype)
+    w_axes = ("embed", "ffn")
+    where = NamedSharding(mesh, mesh_lib.spec(w_axes, mesh_lib.WEIGHTS))
+
+    def on_mesh(x_BMSD, w_DF):
+        return mesh_lib.product(mesh)("BMSD,DF->BMSF", x_BMSD, w_DF, TRACES, w_axes, FEATURES)
+
+    def alone(x_BMSD, w_DF):
+        return jnp.einsum("BMSD,DF->BMSF", x_BMSD, w_DF)
+
+    def with_gradients(multiply, w_DF):
+        out_BMSF, back = jax.vjp(jax.jit(multiply), x_BMSD, w_DF)
+        return out_BMSF, *back(jnp.ones_like(out_BMSF))
+
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for found, wanted in zip(with_gradients(on_mesh, jax.device_put(w_DF, where)), with_gradients(alone, w_DF)):
+        assert found.dtype == dtype
+        found, wanted = (np.asarray(each, np.float32) for each in (found, wanted))
+        np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())

@@ -64,3 +64,13 @@ def test_what_a_step_moves(make_config, mesh, parts):
 def test_traces_must_split(make_config, key, value):
     with pytest.raises(UserError, match=f"config.mesh.traces=2 does not divide config.{key}={value}"):
         experiment.read(make_config({"mesh.data": 4, "mesh.traces": 2, key: value}))
+
+
+def test_what_a_mesh_of_cpus_cannot_do(make_config):
+    """bfloat16 sums over devices with heads left to the compiler: an abort of the whole process, so refused before."""
+    mesh = {"mesh.data": 4, "mesh.tensor": 2}
+    exp = experiment.read(make_config(mesh | {"compute.dtype": "bfloat16"}))
+    with pytest.raises(UserError, match="config.compute.dtype=bfloat16 with config.mesh.tensor=2: .* expected float32"):
+        planning.compile_step(exp, planning.make(exp))
+    with pytest.raises(UserError, match="batch_size=6 in 1 parts does not split over the mesh, data=4 x fsdp=1"):
+        planning.make(experiment.read(make_config(mesh | {"train.batch_size": 6})))

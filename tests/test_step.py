@@ -230,6 +230,16 @@ def test_traces_on_a_mesh_axis_of_their_own_equal_one(alone, train_on_mesh):
     check_against_one_device(alone, workdir)
 
 
+def test_the_default_path_on_a_mesh_is_near_float32_on_one_device(alone, train_on_mesh):
+    """bfloat16 and remat "attention", rows, weights and traces split over eight devices."""
+    default = {"compute.dtype": "bfloat16", "compute.remat": "attention"}
+    workdir = train_on_mesh(default | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.traces": 2})
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows, _ = alone
+    for key, tolerance in (("loss", 2e-3), ("grad_norm", 5e-2)):  # see test_default_path.py
+        np.testing.assert_allclose([row[key] for row in found], [row[key] for row in rows], rtol=tolerance)
+
+
 @pytest.mark.slow
 def test_kernels_train_alike_on_a_mesh(alone, train_on_mesh):
     """Each device runs the kernel on its own rows, traces and heads."""
