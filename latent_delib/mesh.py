@@ -165,7 +165,7 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     activations instead of weights. Heads and features, where tensor splits them, are left to it.
     """
     width = WEIGHTS["embed"]
-    # Leaving an axis to the compiler for CPUs makes it abort on sums of bfloat16 over the others (see `plan.compile_step`).
+    # An axis that is left to the compiler for CPUs makes it abort on sums of bfloat16 over the others.
     by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
