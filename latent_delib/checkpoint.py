@@ -367,11 +367,15 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
     return checkpoints, *found
 
 
-def newest_whole(workdir: str) -> int:
-    """Returns the newest step that is whole on disk, 0 without one; asks no other process."""
-    marks = (epath.Path(workdir) / "checkpoints").glob("*/_CHECKPOINT_METADATA")
-    names = [mark.parent.name for mark in marks]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+def whole_steps(workdir: str) -> set[int]:
+    """Returns the steps of whole checkpoints; asks no other process.
+
+    A local folder takes its name once it is whole; in a bucket one file comes last.
+    """
+    checkpoints = epath.Path(workdir) / "checkpoints"
+    last = "commit_success.txt" if workdir.startswith("gs://") else "_CHECKPOINT_METADATA"
+    folders = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return {int(f.name) for f in folders if f.name.isdigit() and (f / last).exists()}
 
 
 def _from_all(text: str) -> list[str]:

@@ -31,11 +31,7 @@ FOLDERS = object()
 ROOT = Path(__file__).parents[1]  # of the repository, where configs/ lies
 TEXTS = ("prompt", "stop", "text")  # the flags that are text; in every other a leading ~ is the home folder
 HOME = re.compile(r"^(files:|lines:|)(~[^/]*)")
-# Orbax warns of this in every run. What it logs as an error (to absl's logger, or through asyncio) it also raises.
-NOISE = re.compile(
-    "read_only=True, setting save_interval_steps|Given directory is read only|Requested `tracked_metric`"
-)
-RAISED = ("absl", "asyncio")
+NOISE = re.compile("Requested `tracked_metric`")  # Orbax warns of this in every run
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EPIPE)
 
 
@@ -132,8 +128,10 @@ def _settle() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    raised = record.name in RAISED and record.levelno >= logging.ERROR
-    return not raised and not NOISE.search(record.getMessage())
+    """Tells whether a record says more than every run does. What Orbax logs as an error it also raises."""
+    of_orbax = record.name == "asyncio" or "orbax" in Path(record.pathname).parts
+    raised = of_orbax and record.levelno >= logging.ERROR
+    return not raised and not NOISE.search(str(record.msg))
 
 
 def _unraisable(lost: Any) -> None:

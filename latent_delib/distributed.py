@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError
+from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 
 FLAGS = {
     "distributed": (False, "this is one of several processes of the job"),
@@ -82,7 +82,7 @@ def _exit_code(error: BaseException, others: "_Others") -> int:
         return INTERRUPTED
     if isinstance(error, Outage):
         return LOST
-    if isinstance(error, UserError | OSError) or not others.connections:
+    if isinstance(error, UserError | OSError) or no_memory(error) or not others.connections:
         return 1
     if not others.lost(within=GRACE):
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -25,11 +25,14 @@ class Outage(OSError):
     """A store that does not answer, as (errno, text, filename): it may do so later, and nothing in it is damaged."""
 
 
-def no_memory(error: Exception) -> str:
+NO_MEMORY = re.compile("out of memory|attempting to (allocate|reserve)", re.IGNORECASE)  # the second: a TPU's
+
+
+def no_memory(error: BaseException) -> str:
     """Returns one line on the memory that a device lacked, at a compile or in a step; "" for any other error."""
     text = str(error)
     is_of_jax = isinstance(error, RuntimeError | ValueError)
-    if not is_of_jax or "out of memory" not in text.lower():
+    if not is_of_jax or not NO_MEMORY.search(text):
         return ""
     size = re.search(r"allocat\w* (\d+) bytes", text)
     asked = f": {int(size[1]) / 2**30:,.1f} GiB asked for at once" if size else ""
@@ -65,6 +68,8 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
     """
     if no_memory(error):
         return None
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return error  # whatever words its path has
     if not isinstance(error, OSError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
         error = OSError(int(found[1]), os.strerror(int(found[1])), str(path))
     text = f"{type(error).__name__} {reason(error)}"[:60]

@@ -28,9 +28,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity, tables, tokenizer
-from latent_delib.checkpoint import Restored, warn
+from latent_delib.checkpoint import Restored, warn, whole_steps
 from latent_delib.data import batches
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError
 from latent_delib.experiment import Experiment
 from latent_delib.nn.transformer import Params
 from latent_delib.perplexity import Sums, Text
@@ -52,7 +52,7 @@ def main(flags: Any) -> None:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
     config, workdir, out = flags.config, flags.workdir, flags.out or flags.workdir
     if os.path.isfile(out):
-        raise UserError(f"{out}: is a file, expected a folder")
+        raise UserError(f"--out={out}: is a file, expected a folder")
     with distributed.job(flags):
         if flags.steps or flags.watch:
             steps = None if flags.steps in ("", "all") else [int(step) for step in flags.steps.split(",")]
@@ -99,10 +99,10 @@ def evaluate_many(
     for step in _arriving(job, evaluations, steps, patience):
         try:
             found = load(job.exp, workdir, step)
-        except OtherRun:
+        except (OtherRun, Outage):
             raise
         except (UserError, OSError) as error:
-            if _from_first(jax.process_index() == 0 and step not in _there(workdir)):
+            if _from_first(jax.process_index() == 0 and step not in whole_steps(workdir)):
                 warn(f"{workdir}: checkpoint {step} was removed before it was read; skipped")
             else:
                 warn(f"checkpoint {step} is not evaluated: {error}")
@@ -113,7 +113,7 @@ def evaluate_many(
         del found  # before the next is read
         if jax.process_index() == 0:
             draw_curves(evaluations)
-    if failed := _from_first([step for step in failed if step in _there(workdir)]):  # others were being removed
+    if failed := _from_first([step for step in failed if step in whole_steps(workdir)]):  # others were being removed
         raise UserError(f"--workdir={workdir}: checkpoints {failed} could not be read; the same command tries again")
 
 
@@ -183,7 +183,7 @@ class Job:
         step, config = (None, self.plain) if found is None else (found.step, self.plain | _trained_as(found.meta))
         sets = {name: _of_source(sums, text, i, e.seed) for i, name in enumerate(text.sources)}
         if len(sets) > 1:
-            whole = perplexity.summary(sums, text.work, e.seed)
+            whole = perplexity.summary(sums, text.work, e.seed, text.works_known)
         else:
             whole = {key: value for key, value in sets[text.sources[0]].items() if key != "works"}
         result = {
@@ -235,7 +235,7 @@ def _of_source(sums: Sums, text: Text, number: int, seed: int) -> dict[str, Any]
     here = text.source == number
 
     def of(documents: np.ndarray) -> dict[str, Any]:
-        return perplexity.summary(sums.of(documents), text.work[documents], seed)
+        return perplexity.summary(sums.of(documents), text.work[documents], seed, text.works_known)
 
     named = [work for work in np.unique(text.work[here]) if text.works[work]]
     works = {text.works[work]: of(text.work == work) for work in named} if len(named) <= FEW_WORKS else {}
@@ -275,7 +275,7 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
     if first and patience is not None and not epath.Path(job.workdir).is_dir():
         raise UserError(f"--watch: --workdir={job.workdir}: no such folder; start the training first, it makes it")
     if first and patience is None:
-        there = _there(job.workdir)
+        there = whole_steps(job.workdir)
         if not (there or wanted or evaluated):
             raise UserError(f"--workdir={job.workdir}: holds no checkpoints; train it first")
         if absent := [s for s in sorted(wanted - there) if not _is_done(job, evaluations, s)]:
@@ -283,7 +283,7 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
     while True:
         step, newest, nothing, pause = None, None, False, POLL
         if first:
-            there = _there(job.workdir)
+            there = whole_steps(job.workdir)
             wanted |= there if steps is None else set()
             settled |= {s for s in wanted - settled if _is_done(job, evaluations, s)}
             for gone in sorted(wanted - settled - there):
@@ -308,14 +308,6 @@ def _arriving(job: Job, evaluations: epath.Path, steps: Sequence[int] | None, pa
                 print(f"step {newest} was the last" if last else f"no new checkpoint for {patience:g} s", flush=True)
             return
         time.sleep(pause)
-
-
-def _there(workdir: str) -> set[int]:
-    """Returns the steps of whole checkpoints: a folder takes its name once whole; in a bucket one file comes last."""
-    checkpoints = epath.Path(workdir) / "checkpoints"
-    last = "commit_success.txt" if workdir.startswith("gs://") else "_CHECKPOINT_METADATA"
-    folders = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    return {int(f.name) for f in folders if f.name.isdigit() and (f / last).exists()}
 
 
 def _is_done(job: Job, evaluations: epath.Path, step: int) -> bool:
@@ -398,15 +390,15 @@ def _heading(result: dict[str, Any]) -> str:
         words += [f"{method['num_latents']} latents, placement {method['placement']}"]
     words += tables.controls_in_words(result["config"]["evaluate"])
     if result["past_donors"]:
-        words += [f"at {result['past_donors']:,} positions past its end those after its last token"]
+        words += [f"at {result['past_donors']:,} positions beyond that text's end the latents after its last token"]
     words += [f"{result['pieces']} pieces of {_documents(result)}"]
     return f"perplexity of the n-th token ahead; {', '.join(words)}"
 
 
 def _documents(part: dict[str, Any]) -> str:
     """Says how many documents there are, and of how many works where each is not a work of its own."""
-    counts = {"works": f" of {part['num_works']} works", "documents": "", "documents of one work": " of one work"}
-    return f"{part['documents']} documents{counts[part['interval_over']]}"
+    counts = {"works": f" of {part['num_works']} works", "documents of one work": " of one work"}
+    return f"{part['documents']} documents{counts.get(part['interval_over'], '')}"
 
 
 def _show_works(works: dict[str, dict[str, Any]]) -> list[str]:
@@ -426,8 +418,10 @@ def _show_works(works: dict[str, dict[str, Any]]) -> list[str]:
 
 def write(result: dict[str, Any], text: Text, sums: Sums, out: epath.Path) -> None:
     """Writes documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
-    names = {"sources": np.array(text.sources), "works": np.array(text.works)}
-    _write_npz(out / "documents.npz", source=text.source, work=text.work, **names, **sums._asdict())
+    about = {"source": text.source, "sources": np.array(text.sources)}
+    if text.works_known:
+        about |= {"work": text.work, "works": np.array(text.works)}
+    _write_npz(out / "documents.npz", **about, **sums._asdict())
     files.write(out / "perplexity.png", figures.by_n(result["rows"]))
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
 

@@ -174,7 +174,7 @@ def check(config: ConfigDict) -> None:
     at_least(1, train__log_every=t.log_every, train__checkpoint_every=t.checkpoint_every, train__keep=t.keep)
     at_least(0, method__lora_rank=m.lora_rank, method__max_delay=m.max_delay, evaluate__delay=e.delay)
     at_least(1, evaluate__num_ahead=e.num_ahead, evaluate__batch_size=e.batch_size, evaluate__positions=e.positions)
-    at_least(2, data__seq_len=config.data.seq_len, evaluate__max_length=e.max_length)
+    at_least(2, evaluate__max_length=e.max_length)
     at_least(1, compute__loss_chunk=config.compute.loss_chunk)
     at_least(0, optimizer__soft_token_learning_rate=o.soft_token_learning_rate, optimizer__warmup_steps=o.warmup_steps)
     at_least(0, optimizer__weight_decay=o.weight_decay)

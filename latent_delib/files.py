@@ -16,7 +16,7 @@ from pathlib import Path
 
 from etils import epath
 
-from latent_delib.errors import Outage, UserError, reason
+from latent_delib.errors import Outage, UserError, reason, store_error
 
 HOST = re.sub(r"\W", "-", socket.gethostname())
 
@@ -24,8 +24,11 @@ HOST = re.sub(r"\W", "-", socket.gethostname())
 def write(path: epath.Path, content: bytes) -> None:
     """Writes a file, local or on gs://, that appears under its name only once whole; its folder is made."""
     if "://" in str(path):  # a store shows nothing less
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except Exception as error:  # a store's client raises what it likes
+            raise store_error(error, path) or error from None
         return
     path = Path(path)
     make_folder(path.parent)
@@ -147,7 +150,7 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     prefix = here.with_name(f"{here.name}.tmp-{HOST}-")
     for leftover in here.parent.glob(f"{glob.escape(prefix.name)}*"):
         lock = _lock(leftover, fcntl.LOCK_NB)
-        if lock:
+        if lock is not None:
             _remove(leftover)
             os.close(lock)
     with named(path, prefix):
@@ -157,7 +160,7 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             yield partial
     finally:
         _remove(partial)
-        if lock:
+        if lock is not None:
             os.close(lock)
 
 
@@ -169,7 +172,7 @@ def _new(prefix: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
         lock = _lock(partial)
         if partial.exists():  # unlocked for a moment, it may have looked like a leftover
             return partial, lock
-        if lock:
+        if lock is not None:
             os.close(lock)
 
 

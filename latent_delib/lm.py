@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -237,6 +237,8 @@ class AugmentedLM:
           progress: is told how many tokens are decoded, over all prompts.
         """
         check_options(max_new_tokens, temperature, top_k, top_p, every, delay, batch_size)
+        max_new_tokens, top_k, every, batch_size = map(int, (max_new_tokens, top_k, every, batch_size))  # numpy's too
+        delay = None if delay is None else int(delay)
         prompts = arguments.several("prompts", prompts)
         stop = _stops(stop)
         if delay is None and self.coprocessor is not None and self.coprocessor_mesh is None:
@@ -413,10 +415,11 @@ def _stops(stop: str | Sequence[str]) -> list[str]:
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
     """Returns a seed for each of `count` prompts, and what tells those apart that share it."""
-    if isinstance(seed, str) or not isinstance(seed, Iterable):
+    if np.ndim(seed) == 0:
         one = arguments.whole("seed", seed, 0, arguments.INT64)
         return [(one, i) for i in range(count)]
-    found = [(arguments.whole(f"seed[{i}]", one, 0, arguments.INT64), 0) for i, one in enumerate(seed)]
+    seeds = arguments.several("seed", seed)
+    found = [(arguments.whole(f"seed[{i}]", one, 0, arguments.INT64), 0) for i, one in enumerate(seeds)]
     if len(found) != count:
         raise UserError(f"{count} prompts, but {len(found)} seeds")
     return found

@@ -17,6 +17,7 @@ from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.errors import UserError
 from latent_delib.lm import AugmentedLM
+from latent_delib.nn.products import einsum
 from latent_delib.nn.transformer import Params, Transformer
 
 
@@ -111,7 +112,7 @@ def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]
     same (tied) table differ by the length of its rows alone, which says how frequent a word is.
     """
     table_VD = jnp.asarray(lm.params["decoder"]["embedding"], jnp.float32)
-    cosine_LV = _unit(jnp.asarray(z_LD, jnp.float32)) @ _unit(table_VD).T
+    cosine_LV = einsum("LD,VD->LV", _unit(jnp.asarray(z_LD, jnp.float32)), _unit(table_VD))
     best, index = jax.lax.top_k(cosine_LV, count)
     return [[Near(*pair) for pair in zip(words(lm, row.tolist()), values.tolist())] for row, values in zip(index, best)]
 

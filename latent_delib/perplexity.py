@@ -32,7 +32,8 @@ class Text(NamedTuple):
 
     pieces: int32 [n] each, BOS first, 1 < n <= max_length. document: int64 [P], the document each piece is of.
     source: int64 [N], the source each document is of. sources: X names. work: int64 [N], the work each document is of.
-    works: W names, "" where a document is a work of its own.
+    works: W names, "" where a document is a work of its own. works_known: False where older token files do not say
+    which work a document is of; each then counts as one of its own.
     """
 
     pieces: list[np.ndarray]
@@ -41,6 +42,7 @@ class Text(NamedTuple):
     sources: tuple[str, ...]
     work: np.ndarray
     works: tuple[str, ...]
+    works_known: bool = True
 
     def digest(self) -> str:
         """Returns the SHA-256, hex, of the pieces, and of which document and source each is of."""
@@ -78,8 +80,6 @@ def read_text(exp: Experiment) -> Text:
     """
     e, data = exp.config.evaluate, exp.config.data
     sources = tuple(data.validation)
-    if repeated := sorted({s for s in sources if sources.count(s) > 1}):
-        raise UserError(f"config.data.validation: {repeated[0]!r} is listed twice, expected each source once")
     pieces: list[np.ndarray] = []
     document: list[int] = []  # of each piece
     source: list[int] = []  # of each document
@@ -115,7 +115,7 @@ def read_text(exp: Experiment) -> Text:
         )
     names = [name if isinstance(name, str) else "" for _, name in numbers]
     works = tuple(names[i] for i in kept_works)
-    return Text([pieces[i] for i in chosen], renumbered, of_each, sources, work_of_each, works)
+    return Text([pieces[i] for i in chosen], renumbered, of_each, sources, work_of_each, works, known)
 
 
 def positions(seed: int, number: int, length: int, most: int, longest: int, first: int = 0) -> np.ndarray:
@@ -352,14 +352,18 @@ def interval(sums: Sums, work: np.ndarray, seed: int) -> np.ndarray:
     """Estimates from where to where the change of perplexity, in %, goes over works: float64 [2, A].
 
     A bootstrap's 2.5th and 97.5th percentile over RESAMPLES draws: of W works W are drawn, and of each of these as many
-    documents as it has. NaN for an n that fewer than two documents reach: one says nothing of others. Draws without any
-    token of an n do not count for it.
+    documents as it has. NaN for an n that only one document reaches, or only one of several works: one says nothing of
+    others. Draws without any token of an n do not count for it.
 
     Args:
       work: int [N], the work each document is of.
     """
     N, A = sums.tokens.shape
     enough = np.count_nonzero(sums.tokens, axis=0) > 1
+    works = np.unique(work)
+    if len(works) > 1:
+        reached = [sums.tokens[work == each].any(axis=0) for each in works]
+        enough &= np.count_nonzero(reached, axis=0) > 1
     found = np.full((2, A), np.nan)
     if not enough.any():
         return found
@@ -390,13 +394,13 @@ def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
     return np.bincount(documents, minlength=size.sum())
 
 
-def summary(sums: Sums, work: np.ndarray, seed: int) -> dict[str, Any]:
+def summary(sums: Sums, work: np.ndarray, seed: int, works_known: bool = True) -> dict[str, Any]:
     """Returns the part of perplexity.json on some documents: their table, their number, what the intervals draw."""
     return {
         "rows": table(sums, work, seed),
         "documents": len(work),
         "num_works": len(np.unique(work)),
-        "interval_over": over(work),
+        "interval_over": over(work) if works_known else None,
     }
 
 
@@ -420,9 +424,9 @@ def table(sums: Sums, work: np.ndarray, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def show(rows: Sequence[dict[str, Any]], over: str) -> str:
+def show(rows: Sequence[dict[str, Any]], over: str | None) -> str:
     """Writes the table as plain text: n = 1, 2, 4, 8, ..."""
-    interval = f"95 % interval over {over}"
+    interval = f"95 % interval over {over or 'documents of unknown works'}"
     lines = [f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"]
     for row in rows:
         if row["n"] & (row["n"] - 1) == 0:
@@ -430,6 +434,6 @@ def show(rows: Sequence[dict[str, Any]], over: str) -> str:
             lines.append(
                 f"{row['n']:>3} {row['tokens']:>10,} {row['decoder_ppl']:>10.4f} {row['augmented_ppl']:>10.4f} "
                 f"{row['change_percent']:>+8.2f}%"
-                + (f"   [{row['change_low']:+.2f}, {row['change_high']:+.2f}]" if known else "   one document")
+                + (f"   [{row['change_low']:+.2f}, {row['change_high']:+.2f}]" if known else "   one alone")
             )
     return "\n".join(lines)

@@ -9,6 +9,8 @@ from typing import Any
 
 from latent_delib.errors import INTERRUPTED
 
+LOOK = 2.0  # seconds
+
 
 class Stop:
     """What signals have asked for.
@@ -33,17 +35,25 @@ class Stop:
         """
         if self.steps and not self.warned:
             self.warned = True
-            _say("stopping after this step, saving; press Ctrl-C again to stop at once")
+            _say("stopping after two more steps at most, and saving; press Ctrl-C again to stop at once")
             return
         _say(f"stopped by Ctrl-C; {self.what_is_saved()}")
         os._exit(INTERRUPTED)
 
     def what_is_saved(self) -> str:
-        try:
-            step = self.saved()
-        except Exception:  # whatever it is, the process is to end
+        """Says which step is saved, as far as that is known within LOOK seconds: a store may not answer."""
+        found: list[int] = []
+
+        def look() -> None:
+            with contextlib.suppress(Exception):  # whatever it is, the process is to end
+                found.append(self.saved())
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        looking.join(LOOK)
+        if not found:
             return "the same command resumes at the newest checkpoint"
-        return f"step {step} is saved, the same command resumes" if step else "nothing is saved yet"
+        return f"step {found[0]} is saved, the same command resumes" if found[0] else "nothing is saved yet"
 
 
 @contextlib.contextmanager

@@ -289,7 +289,9 @@ def _perplexity(
             by_n = {row["n"]: row for row in part["rows"]}
             cells = [change(by_n[n]) if n in by_n else "" for n in AHEAD]
             first = Figure(by_n[1]["decoder_ppl"]) if 1 in by_n else ""
-            words = f"{what}: {where} alone" if where else what
+            words = what
+            if where:
+                words = f"{what}: {where} alone, interval {INTERVALS.get(part.get('interval_over'), '')}"
             rows.append([of(result).latents, words, result.key, first, *cells])
     columns = ["latents", "what", "from", "decoder, n = 1", *(f"n = {n}" for n in AHEAD)]
     rows.sort(key=lambda row: row[0])

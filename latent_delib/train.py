@@ -5,7 +5,7 @@
 
 WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. It may be
 gs://BUCKET/PATH: there, checkpoints/ and metrics.jsonl, and nothing keeps two jobs from the same one.
-Ctrl-C saves after the step that runs; a second one, or one before the first step, ends at once.
+Ctrl-C saves, after two more steps at most; a second one, or one before the first step, ends at once.
 Exit codes: 0 done; 75 stopped by SIGTERM and saved, 69 another process or the store was lost: run again for both; 130
 stopped by Ctrl-C, the last line says what is saved; 1 an error that running again does not cure.
 """
@@ -36,7 +36,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from latent_delib import commands, distributed, dry_run, experiment, files, flops, models
 from latent_delib import mesh as mesh_lib
 from latent_delib import plan as planning
-from latent_delib.checkpoint import Checkpoints, newest_whole
+from latent_delib.checkpoint import Checkpoints, whole_steps
 from latent_delib.data import batches
 from latent_delib.delib import lora
 from latent_delib.delib.methods import METHODS
@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     if is_remote(workdir) and (METHODS[config.method.name].trains_decoder or config.train.profile_at):
         raise UserError(f"--workdir={workdir}: a trained decoder and a profile are written to local folders only")
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
-        stop.saved = partial(newest_whole, workdir)
+        stop.saved = lambda: max(whole_steps(workdir), default=0)
         return run(exp, workdir, stop)
 
 
@@ -190,7 +190,8 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     checkpoints.close()
     stop.steps = False
     if step < t.steps:
-        by, code = ("Ctrl-C", INTERRUPTED) if stop.by == signal.SIGINT else ("SIGTERM", commands.STOPPED)
+        by = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}.get(stop.by, "a signal to another process")
+        code = INTERRUPTED if stop.by == signal.SIGINT else commands.STOPPED
         say(f"stopped by {by}; step {step} is saved, the same command resumes")
         return code
     export_decoder(exp, workdir, step, state.trainable, frozen.get("decoder"))
@@ -280,6 +281,8 @@ class Metrics:
 
     def skip(self, what: str) -> None:
         """Counts a step that changed nothing; raises where it was one too many, or did change something."""
+        if self.bad > self.allowed:
+            self.close()  # the rows before it show why
         if not self.allowed:
             saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
             raise UserError(f"{what}; {saved}; expected a lower learning rate, or config.train.max_bad_steps above 0")

@@ -3,8 +3,8 @@
 # the file lies. Without its dependencies: they are a command-line tool and a copy of llama.cpp, which nothing here uses.
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
-parse "" "$@"
-((!${#REST[@]})) || die "${REST[0]}: expected no arguments; --help tells more"
+[[ ${1:-} != --help && ${1:-} != -h ]] || usage
+((!$#)) || die "$1: expected no arguments; --help tells more"
 
 find_it() { .venv/bin/python -c '
 import importlib.util, pathlib

@@ -12,6 +12,7 @@ overrides "$@"
 config=configs/${CONFIG:=quickstart}.py
 run=${RUN:-runs/$CONFIG}
 tokens=runs/$CONFIG/tokens
+[[ "$*" != *--config.data.* ]] || tokens=$run/tokens # of a text of its own
 [[ -e $config ]] || die "CONFIG=$CONFIG: there is no $config"
 
 step() { # what it is called, then a latent_delib command

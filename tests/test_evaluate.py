@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 import latent_delib as ld
 from latent_delib import checkpoint, evaluate, experiment, models, perplexity
@@ -271,6 +272,25 @@ def test_token_files_that_do_not_say_which_work_a_document_is_of(make_config, to
     assert text.works == ("",) * 12 and text.work.tolist() == list(range(12)) and text.digest() == known.digest()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: config.data.token_files: {folder} does not say which work a document is of")
+    assert known.works_known and not text.works_known
+
+    sums = perplexity.Sums(np.ones((12, 1), int), np.ones((12, 1)), np.ones((12, 1)))
+    summary = perplexity.summary(sums, text.work, 0, text.works_known)
+    assert summary["interval_over"] is None
+    assert "interval over documents of unknown works" in perplexity.show(summary["rows"], None)
+    result = {"rows": summary["rows"], "sets": {}}
+    evaluate.write(result, text, sums, epath.Path(tmp_path))
+    with np.load(tmp_path / "documents.npz") as found:
+        assert "source" in found and "work" not in found and "works" not in found
+
+
+def test_no_interval_where_one_of_several_works_reaches():
+    """The two long documents are of one work: what they say at n = 2 holds for no other."""
+    tokens = np.array([[5, 5], [5, 5], [5, 0], [5, 0]])
+    sums = perplexity.Sums(tokens, np.ones((4, 2)), np.array([[0.5, 0.5], [0.7, 0.7], [0.9, 0], [0.8, 0]]))
+    low, high = perplexity.interval(sums, np.array([0, 0, 1, 2]), 0)
+    assert low[0] < high[0] < 0 and np.isnan([low[1], high[1]]).all()
+    assert not np.isnan(perplexity.interval(sums.of(np.array([0, 1])), np.array([0, 0]), 0)).any()
 
 
 def test_no_row_where_no_document_reaches():
@@ -282,7 +302,7 @@ def test_no_row_where_no_document_reaches():
         [1, 4, close(2), close(2), close(0), close(0), close(0)],
         [2, 2, close(8), close(4), close(-50), None, None],  # one document says nothing of others
     ]
-    assert perplexity.show(rows, "documents").splitlines()[-1].endswith("one document")
+    assert perplexity.show(rows, "documents").splitlines()[-1].endswith("one alone")
 
 
 @pytest.mark.parametrize("at_once", [1, 10**9])

@@ -110,3 +110,26 @@ def test_what_is_in_the_way(tmp_path):
         with pytest.raises(UserError, match="file: is a file, expected a folder"):
             files.write(tmp_path / path, b"")
     assert names(tmp_path) == ["file", "full"]
+
+
+def test_a_store_that_does_not_take_a_file():
+    """An outage is one, whatever the store's client raises; other failures of a store are errors of a disk."""
+
+    class Stored:
+        parent = property(lambda self: self)
+
+        def __init__(self, error):
+            self.error = error
+
+        def __str__(self):
+            return "gs://bucket/perplexity.json"
+
+        def mkdir(self, **options):
+            raise self.error
+
+    with pytest.raises(Outage, match="gs://bucket/perplexity.json"):
+        files.write(Stored(ValueError("UNAVAILABLE: all 33 retries failed")), b"")
+    with pytest.raises(PermissionError):
+        files.write(Stored(RuntimeError("403 Forbidden")), b"")
+    with pytest.raises(TypeError):
+        files.write(Stored(TypeError("a bug")), b"")

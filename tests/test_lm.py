@@ -136,6 +136,8 @@ def test_sampling(lms):
     assert drawn == lm.generate(PROMPTS, NEW, temperature=1.0, seed=3)
     assert drawn != lm.generate(PROMPTS, NEW, temperature=1.0, seed=4) and drawn != greedy
     assert drawn == lm.generate(PROMPTS, NEW, temperature=1.0, seed=np.int64(3), top_k=2**40)  # more than there are
+    numpys = {"batch_size": np.int32(16), "every": np.int64(0), "seed": np.array(3)}
+    assert drawn == lm.generate(PROMPTS, np.int64(NEW), temperature=np.float32(1.0), **numpys)
     assert drawn == lm.generate(iter(PROMPTS), NEW, temperature=1.0, seed=3)
     assert lm.generate(PROMPTS, NEW, temperature=1.0, top_p=1e-6, seed=3) == greedy
     assert lm.generate(PROMPTS, NEW, temperature=1e-4, seed=3) == greedy

@@ -142,7 +142,8 @@ def test_perplexity_by_number_of_latents(by_name):
     ours = "cache augmentation, after, 16 ahead tokens, step 180, seed 3"
     changes = ["-0.50% [-0.75, -0.25]", "-0.25% [-0.50, +0.00]", "-0.12% [-0.38, +0.12]"]
     assert rows[1] == ["8", ours, "P1", "50.00", *changes, "", "", ""]
-    assert rows[3] == ["8", f"{ours}: {HOSTILE} alone", "P1", "50.00", changes[0], "", "", "", "", ""]
+    alone = f"{HOSTILE} alone, interval over documents, whose works were not kept"
+    assert rows[3] == ["8", f"{ours}: {alone}", "P1", "50.00", changes[0], "", "", "", "", ""]
     old = ["8", ours.replace("180", "7"), "P6", "50.00", "-0.50%", "-0.25%", "-0.12%", "", "", ""]
     assert old in rows, "an older file: blanks for what it does not tell"
     assert [row[0] for row in rows] == ["8"] * 6 + ["16"] * 2 + ["32", "64"]
@@ -160,12 +161,14 @@ def test_each_source_and_each_work_has_a_row(tmp_path):
         perplexity(tmp_path / name, -0.5, config())
         path = tmp_path / name / "perplexity.json"
         data = json.loads(path.read_text())
-        works = {work: {"rows": data["rows"], "documents": 2} for work in ("novel.txt", "manual.txt")}
+        part = {"rows": data["rows"], "documents": 2, "interval_over": "documents of one work"}
+        works = {work: part for work in ("novel.txt", "manual.txt")}
         data["sets"] = {"books": {"rows": data["rows"], "documents": 4, "works": works if name == "new" else {}}}
         write(path, data | {"interval_over": over})
     (table,) = (t for t in tables.tables(runs.find([str(tmp_path)])) if t.name == "11_every_method")
     what = "cache augmentation, after, 16 ahead tokens, step 180, seed 3"
-    names = [what, f"{what}: novel.txt of books alone", f"{what}: manual.txt of books alone", what]
+    alone = "of books alone, interval over the documents of one work"
+    names = [what, f"{what}: novel.txt {alone}", f"{what}: manual.txt {alone}", what]
     assert [row[1] for row in table.rows] == names
     assert "95 % interval, of perplexity over works (P1); over the documents of one work (P2). Blank" in table.note
 

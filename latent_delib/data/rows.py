@@ -28,8 +28,10 @@ def check_data(data: Any) -> None:
             f"config.data.weights has {len(weights)}, config.data.sources {len(sources)}: "
             "expected one weight per source"
         )
-    if repeated := {s for s in sources if sources.count(s) > 1}:
-        raise UserError(f"config.data.sources: {min(repeated)!r} is listed twice, expected each source once")
+    for field, listed in (("sources", sources), ("validation", list(data.validation))):
+        repeated = [source for source in listed if listed.count(source) > 1]
+        if repeated:
+            raise UserError(f"config.data.{field}: {repeated[0]!r} is listed twice, expected each source once")
     for source, weight in zip(sources, weights, strict=True):
         if not isinstance(weight, int | float) or not 0 < weight < np.inf:
             raise UserError(f"config.data.weights: {weight!r} for {source!r}, expected a positive number")

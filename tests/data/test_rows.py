@@ -87,6 +87,7 @@ GOOD |= {"token_files": "", "max_bad_records": 0}
         ({"weights": (-1.0, 1.0)}, r"config\.data\.weights: -1\.0 for 'lines:a'"),
         ({"weights": (float("nan"), 1.0)}, r"config\.data\.weights: nan for 'lines:a'"),
         ({"sources": ("lines:a", "lines:a")}, r"config\.data\.sources: 'lines:a' is listed twice"),
+        ({"validation": ("lines:c", "lines:c")}, r"config\.data\.validation: 'lines:c' is listed twice"),
         (
             {"sources": ("lines:a", "packaged/trian")},
             r"unknown source 'packaged/trian', did you mean 'packaged/train'\?",

@@ -107,7 +107,7 @@ def test_help_is_the_head_and_starts_nothing(scripts: Path, script: str) -> None
     "script, arguments, message",
     [
         ("setup.sh", ["tpu"], "tpu: expected no arguments"),
-        ("get_smollm2.sh", ["--all"], "--all: no such flag"),
+        ("get_smollm2.sh", ["--dry_run"], "--dry_run: expected no arguments"),
         ("get_smollm2.sh", ["all"], "all: expected no arguments"),
         ("quickstart.sh", ["--steps=3"], "--steps=3: expected --config.KEY=VALUE"),
         ("quickstart.sh", [], "CONFIG=quickstart: there is no configs/quickstart.py"),
