@@ -398,7 +398,8 @@ def _heading(result: dict[str, Any]) -> str:
 def _documents(part: dict[str, Any]) -> str:
     """Says how many documents there are, and of how many works where each is not a work of its own."""
     counts = {"works": f" of {part['num_works']} works", "documents of one work": " of one work"}
-    return f"{part['documents']} documents{counts.get(part['interval_over'], '')}"
+    count = part["documents"]
+    return f"{count} document{'' if count == 1 else 's'}{counts.get(part['interval_over'], '')}"
 
 
 def _show_works(works: dict[str, dict[str, Any]]) -> list[str]:
@@ -407,11 +408,11 @@ def _show_works(works: dict[str, dict[str, Any]]) -> list[str]:
         return []
     deepest = max(len(part["rows"]) for part in works.values())
     shown = [n for n in figures.CURVES if n <= deepest]
-    lines = [["by work", *(f"n = {n}" for n in shown)]]
+    lines = [["by work, intervals over its documents", *(f"n = {n}" for n in shown)]]
     for name, part in works.items():
         by_n = {row["n"]: row for row in part["rows"]}
         cells = [str(tables.change(by_n[n])) if n in by_n else "" for n in shown]
-        lines.append([f"{name}, {part['documents']} documents", *cells])
+        lines.append([f"{name}, {_documents(part | {'interval_over': None})}", *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return ["  ".join(["", *map(str.ljust, line, widths)]).rstrip() for line in lines]
 
