@@ -219,9 +219,8 @@ def test_latents_of_another_text_and_of_an_earlier_call(
     text = perplexity.read_text(experiment.read(config))
     length = np.array([len(piece) for piece in text.pieces])
     past = np.maximum(length - 1 - length[perplexity.donors(0, text)], 0).sum()
-    assert (
-        past > 0 and f", latents of another text, at {past} positions past its end those after its last token, " in said
-    )
+    late_ones = f"at {past} positions beyond that text's end the latents after its last token"
+    assert past > 0 and f", latents of another text, {late_ones}, " in said
     assert ", delay 2, " in said
     for rows in (swapped, late):
         assert [r["tokens"] for r in rows] == [r["tokens"] for r in own]
