@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks import common, dense
 from latent_delib.delib.traces import Traces
-from latent_delib.nn.attention_forms import attend
+from latent_delib.nn.attention.forms import attend
 
 
 def both_passes(attention: Callable) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from latent_delib.delib import traces
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.nn import transformer
-from latent_delib.nn.attention import Bounds
-from latent_delib.nn.attention_forms import choose
-from latent_delib.nn.attention_gpu import shared_memory_of
+from latent_delib.nn.attention.forms import choose
+from latent_delib.nn.attention.gpu import shared_memory_of
+from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.nn.transformer import REMAT, Params, Transformer
@@ -121,7 +121,7 @@ def attention_flops(config: TransformerConfig, bounds: Bounds, backward: bool) -
 
     Forward, two products a visible pair: scores and sums. Backward, two more over the prefix, whose keys and values
     get no gradient (of the weights, of q), and four over the own group. Scores computed again do not count: so does
-    `latent_delib.flops` for the step.
+    `latent_delib.delib.cost` for the step.
     """
     S = bounds.own_start.shape[-1]
     prefix = float(np.sum(np.asarray(bounds.prefix_stop - bounds.prefix_start, np.float64)))

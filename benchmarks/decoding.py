@@ -2,7 +2,7 @@
 
   python -m benchmarks.decoding [--batch 1 8] [--seq_len 128] [--new 128] [--forms ...] [--json=FILE]
 
-Prompts hold `seq_len` tokens. A token's time is that of `engine.run` for `new` tokens less that for one, which
+Prompts hold `seq_len` tokens. A token's time is that of `decoding.run` for `new` tokens less that for one, which
 also reads the prompt and writes latents, over new - 1. A token reads all weights of the decoder, the token table as the
 output layer among them, and the entries of the cache that it sees; at the bandwidth of a copy, measured here, that has
 a least time: its share of the time is the figure to raise.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from latent_delib import engine
+from latent_delib.lm import decoding
 from latent_delib.nn.sizes import TransformerConfig
 
 
@@ -52,13 +52,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prompt_BT, length_B = common.text(a, B)[0], jnp.full((B,), a.seq_len)
 
         aug = common.augmentation(a.config, L, common.attention_forms()[-1])
-        sampling = engine.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), jax.random.split(jax.random.key(0), B))
+        sampling = decoding.Sampling(
+            jnp.float32(0), jnp.int32(0), jnp.float32(1), jax.random.split(jax.random.key(0), B)
+        )
 
         def form_of(name: str, new: int, B=B, aug=aug, params=params, prompt=(prompt_BT, length_B), sampling=sampling):
-            write = partial(engine.latents, params, aug=aug)
+            write = partial(decoding.latents, params, aug=aug)
             return partial(
-                engine.run,
-                *(params, *prompt, sampling, engine.Delayed(write, 0) if name == "latents" else engine.Absent()),
+                decoding.run,
+                *(params, *prompt, sampling, decoding.Delayed(write, 0) if name == "latents" else decoding.Absent()),
                 aug=aug,
                 room=a.new,
                 max_new_tokens=new,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common
-from latent_delib.step import ahead_step, read_step
+from latent_delib.delib.step import ahead_step, read_step
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -21,15 +21,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs import base
-from latent_delib import flops
+from latent_delib.delib import cost
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
-from latent_delib.nn.attention_forms import choose
-from latent_delib.nn.attention_gpu import shared_memory_of
+from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.nn.attention.forms import choose
+from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES
 from latent_delib.nn.transformer import REMAT, Transformer
-from latent_delib.step import TrainState, make_optimizer, train_step
 from latent_delib.weights import folder
 
 # What XLA asks a driver about a card, for one that is not there.
@@ -122,7 +122,7 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
         "held_gib": round(held, 2),
         "working_gib": round(working, 2),
         "needs_gib": round(held + working, 2),
-        "tflop": round(flops.train_step_flops(aug, B, T, M, A) / 1e12, 1),
+        "tflop": round(cost.train_step_flops(aug, B, T, M, A) / 1e12, 1),
     }
 
 

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from latent_delib import engine, mesh
-from latent_delib.asynchronous import Beside
+from latent_delib import mesh
+from latent_delib.lm import decoding
+from latent_delib.lm.asynchronous import Beside
 from latent_delib.nn.cache import Cache
 from latent_delib.nn.transformer import Params
 
@@ -60,18 +61,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     here, beside = place(coprocessor, home), place(coprocessor, there)
     prompt_BT, length_B = jax.device_put((common.text(a, a.batch)[0], jnp.full((a.batch,), a.seq_len)), mesh.rows(home))
     key_B = jax.device_put(jax.random.split(jax.random.key(0), a.batch), mesh.rows(home))
-    sampling = engine.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), key_B)
+    sampling = decoding.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), key_B)
     timed: list[Timed] = []
 
-    def who(form: str) -> engine.Coprocessor:
+    def who(form: str) -> decoding.Coprocessor:
         if form == "beside":
             timed.append(Timed(beside, aug, there, home))
             return timed[-1]
-        return engine.Delayed(partial(engine.latents, here, aug=aug), 0) if form == "waits" else engine.Absent()
+        return decoding.Delayed(partial(decoding.latents, here, aug=aug), 0) if form == "waits" else decoding.Absent()
 
     def form_of(form: str, new: int) -> Any:
         def call() -> Any:
-            return engine.run(
+            return decoding.run(
                 decoder, prompt_BT, length_B, sampling, who(form), aug=aug, room=a.new, max_new_tokens=new, every=0,
                 eos_id=-1, pad_id=0, look=lambda tokens: np.zeros(a.batch, bool),
             )  # fmt: skip

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from benchmarks import common
 from configs import base
 from latent_delib.delib import augment
-from latent_delib.nn.attention_forms import choose
-from latent_delib.step import TrainState, make_optimizer, train_step
+from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.nn.attention.forms import choose
 
 PRESET = dict(latents=16, batch=1, remat="attention")
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from latent_delib.plan import gib
+from latent_delib.job.plan import gib
 
 
 class Row(NamedTuple):

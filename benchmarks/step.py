@@ -3,8 +3,8 @@
   python -m benchmarks.step [--latents 16 64] [--batch 1 2 4] [--remat attention dots] [--forms ...] [--json=FILE]
 
 Forms: the dense one-sequence form (`dense`), the package's with each form of attention, and the PyTorch peer
-(`peer_torch`), where torch is installed. Useful FLOPs are those that train logs (`latent_delib.flops`), the same for
-all. Where numbers are missing, a form does not fit. On a CPU the peer has no flex_attention, so it stands there with a
+(`peer_torch`), where torch is installed. Useful FLOPs are those that train logs (`latent_delib.delib.cost`), the same
+for all. Where numbers are missing, a form does not fit. On a CPU the peer has no flex_attention, so it stands there with a
 dense mask of its own. The published setting on one GPU, with the flags it wants:
 
   ./launch/gpu.sh .venv/bin/python -m benchmarks.step --json=FILE
@@ -23,9 +23,8 @@ import jax.numpy as jnp
 
 from benchmarks import common, dense
 from configs import base
-from latent_delib import flops
-from latent_delib.delib import augment
-from latent_delib.step import TrainState, make_optimizer, train_step
+from latent_delib.delib import augment, cost
+from latent_delib.delib.step import TrainState, make_optimizer, train_step
 
 OPTIMIZER = base.get_config().optimizer
 
@@ -128,12 +127,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows += [measure_torch(a, L, B) for L in a.latents for B in a.batch]
     for L in a.latents:
         rows += measure_ours(a, L)
-    peak = flops.PEAK.get(jax.devices()[0].device_kind)
+    peak = cost.PEAK.get(jax.devices()[0].device_kind)
     plain = {(r["latents"], r["batch"], r["form"]): r["ms"] for r in rows if r["form"] in ("dense", "torch")}
     for row in rows:
         where = row["latents"], row["batch"]
         aug = common.augmentation(a.config, row["latents"], "reference")
-        useful = flops.train_step_flops(aug, row["batch"], a.seq_len, a.traces, a.ahead)
+        useful = cost.train_step_flops(aug, row["batch"], a.seq_len, a.traces, a.ahead)
         row["tflop"], row["tflops"] = useful / 1e12, row["ms"] and useful / row["ms"] / 1e9
         row["mfu"] = row["ms"] and peak and 1e12 * row["tflops"] / peak
         for other in ("dense", "torch"):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from latent_delib.errors import UserError
 
 if TYPE_CHECKING:
-    from latent_delib.lm import AugmentedLM
-    from latent_delib.models import Coprocessor, Decoder, init_coprocessor, load_coprocessor, load_decoder
+    from latent_delib.lm.load import Coprocessor, Decoder, init_coprocessor, load_coprocessor, load_decoder
+    from latent_delib.lm.model import AugmentedLM
 
 __all__ = [
     "AugmentedLM",
@@ -34,9 +34,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "mesh":
         return importlib.import_module("latent_delib.mesh")
-    from latent_delib import lm, models
+    from latent_delib.lm import load
+    from latent_delib.lm import model as lm
 
-    return getattr(lm if name == "AugmentedLM" else models, name)
+    return getattr(lm if name == "AugmentedLM" else load, name)
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from latent_delib import commands
+from latent_delib.machine import commands
 
 
 def main(values: object) -> None:

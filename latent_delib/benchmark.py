@@ -24,11 +24,12 @@ from typing import Any
 
 from etils import epath
 
-from latent_delib import arguments, checkpoint, commands, files, models
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
-from latent_delib.lm import AugmentedLM, check_attention, check_rhythm
-from latent_delib.provenance import provenance
+from latent_delib.lm import load
+from latent_delib.lm.model import AugmentedLM, check_attention, check_rhythm
+from latent_delib.machine import arguments, checkpoint, commands, files
+from latent_delib.machine.provenance import provenance
 from latent_delib.weights import folder
 
 Row = dict[str, Any]
@@ -88,7 +89,7 @@ def benchmark(
 
     loaded = _load(chosen, rows["OFFLINE"], tasks)
     data = {name: _digest(row["task"], tasks) for name, row in chosen.items() if name in rows["OFFLINE"]}
-    from latent_delib import harness
+    from latent_delib.measure import harness
 
     todo = []
     for name, row in chosen.items():
@@ -112,8 +113,8 @@ def benchmark(
     if todo:
         dtype = about["config"].get("compute", {}).get("dtype", "float32")
         latents = any(made["model"] == "augmented" for made, _ in todo)
-        coprocessor = models.load_coprocessor(workdir, about["step"]) if latents else None
-        frozen = models.load_decoder(path, dtype)
+        coprocessor = load.load_coprocessor(workdir, about["step"]) if latents else None
+        frozen = load.load_decoder(path, dtype)
         lm = AugmentedLM(frozen, coprocessor, max_length=max_length, attention=attention)
     for made, row in todo:
         adapter = harness.Adapter(
@@ -251,7 +252,7 @@ def _identity(workdir: str, decoder: str, step: int | None) -> tuple[dict[str, A
         return about | {"fingerprint": folder.fingerprint(folder.locate(decoder))}, decoder
     checkpoints, found, meta = checkpoint.open_for_reading(workdir, step)
     checkpoints.close()
-    config, path = meta["config"], models.decoder_of(workdir, meta)
+    config, path = meta["config"], load.decoder_of(workdir, meta)
     if METHODS[meta["method.name"]].write is None:
         config = config | {"method": config["method"] | {"num_latents": 0}}
     where = str(epath.Path(workdir) / "checkpoints" / str(found))
@@ -296,7 +297,7 @@ def _load(chosen: dict[str, Row], offline: dict[str, Row], tasks: str) -> dict[s
     if any(row.get("runs_code") for row in chosen.values()):
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     try:
-        from latent_delib import harness
+        from latent_delib.measure import harness
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is not installed: LATENT_DELIB_EXTRAS=eval ./launch/setup.sh brings it"

@@ -17,12 +17,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from latent_delib import checkpoint, commands, files, models
+from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
 from latent_delib.errors import UserError
+from latent_delib.lm import load
+from latent_delib.machine import checkpoint, commands, files
+from latent_delib.machine.progress import Progress
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences
-from latent_delib.progress import Progress
-from latent_delib.tokenizer import Tokenizer
 from latent_delib.weights import coprocessor, deepmind, folder, gguf, huggingface, names, tensors
 from latent_delib.weights.source import Source
 
@@ -164,14 +165,14 @@ def convert_ours(where: Path, out: Path, to: str, dtype: str, wanted: Transforme
 
 def export_coprocessor(workdir: str, out: Path) -> None:
     """Writes the newest coprocessor of a training job as a folder; see `weights.coprocessor`."""
-    trained = models.load_coprocessor(workdir)
+    trained = load.load_coprocessor(workdir)
     if trained.architecture is not None:
         raise UserError(f"{workdir}: a resized coprocessor has no form of its own to be exported in")
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, trained.step)
     checkpoints.close()
     params = trained.params
     if meta["method.lora_rank"]:  # multiplied out
-        decoder = models.load_decoder(models.decoder_of(workdir, meta)).params
+        decoder = load.load_decoder(load.decoder_of(workdir, meta)).params
         params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
     fields = {name: getattr(trained, name) for name in ("method", "num_latents", "placement", "step", "fingerprint")}
     coprocessor.save(out, fields, TransformerConfig.from_dict(meta["architecture"], workdir), params)

@@ -27,16 +27,19 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latent_delib import checkpoint, commands, distributed, experiment, figures, files, perplexity, tables, tokenizer
-from latent_delib.checkpoint import Restored, warn, whole_steps
-from latent_delib.data import batches
+from latent_delib.data import batches, tokenizer
 from latent_delib.errors import Outage, UserError
-from latent_delib.experiment import Experiment
+from latent_delib.job import experiment
+from latent_delib.job.experiment import Experiment
+from latent_delib.machine import checkpoint, commands, distributed, files
+from latent_delib.machine.checkpoint import Restored, warn, whole_steps
+from latent_delib.machine.progress import Progress
+from latent_delib.machine.provenance import provenance
+from latent_delib.measure import perplexity
+from latent_delib.measure.perplexity import Sums, Text
 from latent_delib.nn.transformer import Params
-from latent_delib.perplexity import Sums, Text
-from latent_delib.progress import Progress
-from latent_delib.provenance import provenance
-from latent_delib.runs import Result
+from latent_delib.results import figures, tables
+from latent_delib.results.runs import Result
 
 SAVE_EVERY = 30.0  # seconds between two savings of partial sums
 POLL = 20.0  # seconds between two looks for new checkpoints

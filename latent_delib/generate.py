@@ -14,11 +14,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from latent_delib import arguments, checkpoint, commands, files, lm, models
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
-from latent_delib.progress import Progress
+from latent_delib.lm import load as loading
+from latent_delib.lm import model as lm
+from latent_delib.machine import arguments, checkpoint, commands, files
+from latent_delib.machine.progress import Progress
 
 
 def main(flags: Any) -> None:
@@ -95,7 +97,7 @@ def load(flags: Any) -> lm.AugmentedLM:
         )
     checkpoints, _, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
     checkpoints.close()
-    path, has_latents = models.decoder_of(flags.workdir, meta), METHODS[meta["method.name"]].write is not None
+    path, has_latents = loading.decoder_of(flags.workdir, meta), METHODS[meta["method.name"]].write is not None
     split = jax.device_count() - flags.coprocessor_devices
     if flags.tensor < 1 or split % flags.tensor:
         raise UserError(f"--tensor={flags.tensor}: does not divide the {_devices(split)} of the decoder")
@@ -106,8 +108,8 @@ def load(flags: Any) -> lm.AugmentedLM:
             why = "--no_augment" if has_latents else f"method {meta['method.name']}"
             raise UserError(f"--{name}={value}: says when latents join, and with {why} there are none")
     mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor}, here)
-    decoder = models.load_decoder(path, meta["config"]["compute"]["dtype"], mesh)
-    coprocessor = models.load_coprocessor(flags.workdir, flags.step) if augment else None
+    decoder = loading.load_decoder(path, meta["config"]["compute"]["dtype"], mesh)
+    coprocessor = loading.load_coprocessor(flags.workdir, flags.step) if augment else None
     beside = mesh_lib.make({"data": 1, "tensor": -1}, there) if there else None
     return lm.AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length, flags.attention)
 

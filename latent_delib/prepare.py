@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latent_delib import commands, files
 from latent_delib.data import token_files
 from latent_delib.data.rows import BadRecords, check_data
 from latent_delib.data.sources import check_files
+from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
-from latent_delib.experiment import check
-from latent_delib.experiment import tokenizer_path as tokenizer_path_of
-from latent_delib.progress import Progress
-from latent_delib.tokenizer import Tokenizer, fingerprint
+from latent_delib.job.experiment import check
+from latent_delib.job.experiment import tokenizer_path as tokenizer_path_of
+from latent_delib.machine import commands, files
+from latent_delib.machine.progress import Progress
 
 
 def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[dict]:

@@ -19,11 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from latent_delib import checkpoint, commands, figures, files, lm, look, models, perplexity, published, runs, tables
 from latent_delib.delib.coprocessor import Inserted
 from latent_delib.errors import UserError
-from latent_delib.progress import Progress
-from latent_delib.tables import Figure, Table
+from latent_delib.lm import load, look
+from latent_delib.lm import model as lm
+from latent_delib.machine import checkpoint, commands, files
+from latent_delib.machine.progress import Progress
+from latent_delib.measure import perplexity
+from latent_delib.results import figures, published, runs, tables
+from latent_delib.results.tables import Figure, Table
 
 LONGEST = 512  # tokens of --text: the pictures have a column for each
 AHEAD = 12  # of the text, the last tokens that --look reads after the latents
@@ -191,7 +195,7 @@ def look_into(workdir: str, text: str) -> Look:
         raise UserError(f"--look={workdir}: holds no checkpoints; train it first")
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, None)
     checkpoints.close()
-    model = lm.AugmentedLM(models.load_decoder(models.decoder_of(workdir, meta)), models.load_coprocessor(workdir))
+    model = lm.AugmentedLM(load.load_decoder(load.decoder_of(workdir, meta)), load.load_coprocessor(workdir))
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
         raise UserError(f"--text={text!r}: {len(tokens)} tokens with BOS, expected at least {AHEAD + 2}")

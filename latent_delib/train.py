@@ -10,16 +10,11 @@ Exit codes: 0 done; 75 stopped by SIGTERM and saved, 69 another process or the s
 stopped by Ctrl-C, the last line says what is saved; 1 an error that running again does not cure.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,25 +22,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
-from latent_delib import commands, distributed, dry_run, experiment, files, flops, models
 from latent_delib import mesh as mesh_lib
-from latent_delib import plan as planning
-from latent_delib.checkpoint import Checkpoints, whole_steps
 from latent_delib.data import batches
 from latent_delib.delib import lora
 from latent_delib.delib.methods import METHODS
-from latent_delib.errors import INTERRUPTED, UserError, device_memory, reason, store_error
-from latent_delib.experiment import Experiment
+from latent_delib.delib.step import TrainState
+from latent_delib.errors import INTERRUPTED, UserError, device_memory
+from latent_delib.job import build, dry_run, experiment
+from latent_delib.job import plan as planning
+from latent_delib.job.experiment import Experiment
+from latent_delib.job.metrics import Metrics
+from latent_delib.machine import commands, distributed, files
+from latent_delib.machine.checkpoint import Checkpoints, whole_steps
+from latent_delib.machine.stopping import Stop, graceful_stop
+from latent_delib.machine.workdir import exclusive, is_remote
 from latent_delib.nn.transformer import Params
-from latent_delib.progress import hours
-from latent_delib.step import TrainState, learning_rate
-from latent_delib.stopping import Stop, graceful_stop
 from latent_delib.weights import folder
 
 OTHERWISE = "use that, or another --workdir"
@@ -120,7 +113,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
     start = found.step if found else 0
     if start >= t.steps:
-        if models.step_of_decoder(workdir) != start:
+        if build.step_of_decoder(workdir) != start:
             export_decoder(exp, workdir, start, found.trainable, None)
         say(f"done: step {start} of {workdir}")
         return 0
@@ -216,178 +209,11 @@ def export_decoder(exp: Experiment, workdir: str, step: int, trainable: Params, 
                 folder.copy_tokenizer(exp.tokenizer.path, partial_folder)
                 entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
                 folder.write_model(partial_folder, exp.aug.transformer.config, entries, chunks)
-                (partial_folder / models.TRAINED).write_text(json.dumps({"step": step}) + "\n")
+                (partial_folder / build.TRAINED).write_text(json.dumps({"step": step}) + "\n")
             print(f"trained decoder: {Path(workdir) / 'decoder'}", flush=True)
         else:
             for _ in chunks:  # takes part
                 pass
-
-
-class Metrics:
-    """Metrics of one run. Process 0 tells of them: on the screen, in metrics.jsonl and as TensorBoard events.
-
-    A step's values are read after the next step is dispatched, so the device never waits for the host; they are the
-    same on all processes. On gs:// there is no TensorBoard.
-    """
-
-    def __init__(self, exp: Experiment, workdir: str, start: int):
-        c, t = exp.config, exp.config.train
-        self.every, self.steps, self.allowed = t.log_every, t.steps, t.max_bad_steps
-        self.schedule = learning_rate(c.optimizer, t.steps)
-        self.tokens = t.batch_size * c.data.seq_len
-        self.flops = flops.train_step_flops(
-            exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead
-        )
-        self.peak = flops.PEAK.get(jax.devices()[0].device_kind, math.nan) * jax.device_count()
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.since_row, self.since_save = [0.0, 0.0], [0.0, 0.0]  # sums: nats, tokens
-        self.bad, self.grad_norm, self.waited = 0, math.nan, 0.0
-        self.since, self.clock, self.saved = start, time.perf_counter(), start
-        self.primary, self.file, self.events = jax.process_index() == 0, None, None
-        if self.primary:
-            self.path = epath.Path(workdir) / "metrics.jsonl"
-            lines = _lines(self.path, start)
-            if is_remote(workdir):
-                self.file = files.StoredLines(self.path, lines)
-            else:
-                files.write(self.path, "".join(lines).encode())
-                self.file = self.path.open("a")
-                # Not SummaryWriter: its thread ends where the disk is full, and its queue then blocks for ever.
-                (Path(workdir) / "tensorboard").mkdir(exist_ok=True)
-                self.events = EventsWriter(str(Path(workdir) / "tensorboard" / "events"), f".{os.getpid()}")
-                self.event(start + 1, session_log=SessionLog(status=SessionLog.START))  # forget what is done again
-
-    def push(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes a step's values and reads those of the step before."""
-        self.flush()
-        self.pending = (step, values)
-
-    def flush(self) -> None:
-        """Reads what is pending; raises if its loss is not finite, unless that many steps may be skipped."""
-        if self.pending is None:
-            return
-        (step, values), self.pending = self.pending, None
-        loss, tokens, grad_norm = (float(values[k]) for k in ("loss", "tokens", "grad_norm"))
-        if math.isfinite(loss + grad_norm):  # the loss is that before the update, which the gradient makes
-            for sums in (self.since_row, self.since_save):
-                sums[0] += loss * tokens
-                sums[1] += tokens
-            self.grad_norm = grad_norm
-        else:
-            self.bad += 1
-            self.skip(f"step {step}: the loss is {loss}, the gradient norm {grad_norm}")
-        if (step % self.every == 0 or step == self.steps) and self.since_row[1]:
-            self.log(step)
-
-    def skip(self, what: str) -> None:
-        """Counts a step that changed nothing; raises where it was one too many, or did change something."""
-        if self.bad > self.allowed:
-            self.close()  # the rows before it show why
-        if not self.allowed:
-            saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
-            raise UserError(f"{what}; {saved}; expected a lower learning rate, or config.train.max_bad_steps above 0")
-        if self.bad > self.allowed:
-            raise UserError(f"{what}; config.train.max_bad_steps={self.allowed} such steps were skipped before it")
-        if self.primary:
-            print(f"{what}; skipped, {self.bad} of at most {self.allowed}", flush=True)
-
-    def log(self, step: int) -> None:
-        """Writes one row, of the steps since the last."""
-        seconds = (time.perf_counter() - self.clock) / (step - self.since)
-        row = {
-            "step": step,
-            "loss": self.since_row[0] / self.since_row[1],
-            "grad_norm": self.grad_norm,
-            "learning_rate": float(self.schedule(step - 1)),
-            "tokens_per_second": self.tokens / seconds,
-            "step_seconds": seconds,
-            "data_seconds": self.waited / (step - self.since),  # of these, waiting for a batch
-        }
-        if self.allowed:
-            row["bad_steps"] = self.bad
-        utilisation = self.flops / seconds / self.peak
-        if math.isfinite(utilisation):
-            row["model_flops_utilisation"] = utilisation
-        if self.primary:
-            self.write(row)
-            mfu = f"  MFU {utilisation:.1%}" if math.isfinite(utilisation) else ""
-            print(
-                f"step {step}/{self.steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}"
-                f"  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
-                f"  ETA {hours((self.steps - step) * seconds)}",
-                flush=True,
-            )
-        self.since_row, self.waited = [0.0, 0.0], 0.0
-        self.since, self.clock = step, time.perf_counter()
-
-    def write(self, row: dict[str, float]) -> None:
-        with files.named(self.path):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        if self.events is None:
-            return
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
-        self.event(int(row["step"]), summary=Summary(value=values))
-
-    def event(self, step: int, **content: Any) -> None:
-        with files.named(self.path.parent / "tensorboard"):
-            self.events.write_event(Event(wall_time=time.time(), step=step, **content))
-            self.events.flush()
-
-    def loss_since_save(self) -> float | None:
-        """Returns the mean loss, in nats per token, since this was asked last; None where every step was skipped."""
-        (loss, tokens), self.since_save = self.since_save, [0.0, 0.0]
-        return loss / tokens if tokens else None
-
-    def close(self) -> None:
-        self.flush()
-        if self.file is not None:
-            self.file.close()
-        if self.events is not None:
-            self.events.close()
-
-
-def _lines(path: epath.Path, last: int) -> list[str]:
-    """Returns the whole lines of a metrics.jsonl up to a step; those after it are done again."""
-    lines = []
-    try:
-        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    except Exception as error:  # a store's client raises what it likes
-        raise store_error(error, path) or error from None
-    for line in text.splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= last and line.endswith("\n"):
-                lines.append(line)
-    return lines
-
-
-def is_remote(workdir: str) -> bool:
-    return workdir.startswith("gs://")
-
-
-@contextlib.contextmanager
-def exclusive(workdir: str) -> Iterator[None]:
-    """Holds a local workdir for one job; the lock is process 0's, and ends with it, however that ends."""
-    if is_remote(workdir) or jax.process_index():
-        yield
-        return
-    if ":/" in workdir:
-        raise UserError(f"--workdir={workdir}: expected a local directory or gs://BUCKET/PATH")
-    try:
-        files.make_folder(Path(workdir))
-        lock = open(Path(workdir) / ".lock", "a+")
-    except (UserError, OSError) as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({reason(error)})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(f"--workdir={workdir}: in use by another job (process {lock.read().strip()})") from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield
 
 
 if __name__ == "__main__":

@@ -87,10 +87,10 @@ def make_decoder(tokenizer_path, tmp_path_factory):
     import jax
     import numpy as np
 
-    from latent_delib import files
+    from latent_delib.data.tokenizer import Tokenizer
+    from latent_delib.machine import files
     from latent_delib.nn import transformer
     from latent_delib.nn.sizes import SIZES
-    from latent_delib.tokenizer import Tokenizer
     from latent_delib.weights import folder
 
     def make(seed: int) -> Path:
@@ -120,7 +120,7 @@ def token_folder(texts, sources, tokenizer_path, tmp_path_factory) -> Path:
     import numpy as np
 
     from latent_delib.data import token_files
-    from latent_delib.tokenizer import Tokenizer
+    from latent_delib.data.tokenizer import Tokenizer
 
     folder, tokenizer = str(tmp_path_factory.mktemp("prepared") / "tokens"), Tokenizer(tokenizer_path)
     meta = {

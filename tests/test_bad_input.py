@@ -15,8 +15,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from latent_delib import commands
+import latent_delib
 from latent_delib.errors import Outage
+from latent_delib.machine import commands
 from tests.processes import free_port
 
 ARCHITECTURE = {
@@ -119,7 +120,7 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
 
 def test_config_files_work_from_anywhere(command, tmp_path, monkeypatch):
     """Though `from configs import base` is of the repository's root."""
-    root = str(Path(commands.__file__).parents[1])
+    root = str(Path(commands.__file__).parents[2])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", root)])
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
@@ -261,7 +262,7 @@ def test_the_package_lists_its_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     runpy.run_module("latent_delib", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()[2:]
-    sources = {path.stem: path.read_text() for path in Path(commands.__file__).parent.glob("*.py")}
+    sources = {path.stem: path.read_text() for path in Path(latent_delib.__file__).parent.glob("*.py")}
     mains = [name for name, source in sources.items() if '\nif __name__ == "__main__":' in source]
     assert sorted(line.split()[2] for line in lines) == sorted(
         f"latent_delib.{name}" for name in mains if name != "__main__"

@@ -23,7 +23,11 @@ from lm_eval.api.instance import Instance
 from scipy import optimize
 
 import latent_delib as ld
-from latent_delib import benchmark, convert, harness, make_tasks, models, published, scoring
+from latent_delib import benchmark, convert
+from latent_delib.lm import load, scoring
+from latent_delib.measure import harness
+from latent_delib.results import published
+from tools import make_tasks
 
 ROOT = Path(__file__).parents[1]
 TABLE = runpy.run_path(str(ROOT / "configs" / "benchmarks.py"))
@@ -411,7 +415,7 @@ def test_rows_and_resume(trained, tasks, tmp_path, monkeypatch, capsys):
         ("chain_sum", "zero_shot_cot", 2)
     }
 
-    monkeypatch.setattr(models, "load_decoder", None)  # nothing is missing, so no weights are loaded
+    monkeypatch.setattr(load, "load_decoder", None)  # nothing is missing, so no weights are loaded
     capsys.readouterr()
     assert call("chain_sum,syllogism", "decoder,augmented", every=4, delay=2) == rows and not ran
     assert capsys.readouterr().out.strip() == benchmark.show(rows)
@@ -495,7 +499,7 @@ def bad_task(folder, name, line, text):
     ],
 )
 def test_a_bad_row_is_named(decoder_folder, tmp_path, monkeypatch, name, text, message):
-    monkeypatch.setattr(models, "load_decoder", None)
+    monkeypatch.setattr(load, "load_decoder", None)
     path = bad_task(tmp_path, name, 3, text)
     with pytest.raises(ld.UserError, match=rf"^{re.escape(str(path))}:3: .*{message}"):
         benchmark.benchmark(str(tmp_path / "out"), name, decoder=str(decoder_folder), tasks=str(tmp_path))
@@ -507,7 +511,7 @@ MISTAKES = {
     "model": (dict(model="decoder,best"), r"--model=decoder,best: expected some of decoder, .*, got \['best'\]"),
     "no model": (dict(model=""), "--model=: expected some of"),
     "table": (dict(table="none.py"), "--table=none.py: no such file"),
-    "tasks": (dict(tasks="nowhere"), "nowhere/syllogism.yaml: no such file; `python -m latent_delib.make_tasks --out="),
+    "tasks": (dict(tasks="nowhere"), "nowhere/syllogism.yaml: no such file; `python -m tools.make_tasks --out="),
     "delay": (dict(every=2, delay=2), "delay=2: expected less than every=2"),
     "batch": (dict(batch_size=0), "--batch_size=0: expected at least 1"),
     "limit": (dict(limit=0), "--limit=0: expected at least 1"),
@@ -526,7 +530,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(decoder_folder, tasks, tmp_path, monkeypatch, name):
     """One line, before weights are loaded; nothing is written."""
-    monkeypatch.setattr(models, "load_decoder", None)
+    monkeypatch.setattr(load, "load_decoder", None)
     changes, message = MISTAKES[name]
     arguments = {"benchmarks": "syllogism", "decoder": str(decoder_folder), "tasks": str(tasks)} | changes
     with pytest.raises(ld.UserError, match=message) as caught:

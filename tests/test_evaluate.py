@@ -9,11 +9,15 @@ import pytest
 from etils import epath
 
 import latent_delib as ld
-from latent_delib import checkpoint, evaluate, experiment, models, perplexity
+from latent_delib import evaluate
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import token_files
+from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.job import experiment
+from latent_delib.lm import load
+from latent_delib.machine import checkpoint
+from latent_delib.measure import perplexity
 from latent_delib.nn.layers import PARAM_AXES
-from latent_delib.tokenizer import Tokenizer
 
 A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
 KEYS = ["n", "tokens", "decoder_ppl", "augmented_ppl", "change_percent", "change_low", "change_high"]
@@ -392,7 +396,7 @@ def test_a_tokenizer_that_was_exchanged(make_config, trained, decoder_folder, tm
 
     checkpoints, _, meta = checkpoint.open_for_reading(str(trained))
     checkpoints.close()
-    assert models.decoder_of(str(trained), meta) == str(decoder_folder)
+    assert load.decoder_of(str(trained), meta) == str(decoder_folder)
     meta["config"]["decoder"]["path"] = str(other)
     with pytest.raises(ld.UserError, match="trained with another tokenizer than .*other/tokenizer.model"):
-        models.decoder_of(str(trained), meta)
+        load.decoder_of(str(trained), meta)

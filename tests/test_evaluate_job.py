@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import latent_delib as ld
-from latent_delib import evaluate, experiment, perplexity
+from latent_delib import evaluate
+from latent_delib.job import experiment
+from latent_delib.measure import perplexity
 from tests.fake_gcs import running
 from tests.processes import Job
 

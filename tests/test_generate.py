@@ -7,7 +7,9 @@ import jax
 import pytest
 
 import latent_delib as ld
-from latent_delib import generate, models
+from latent_delib import generate
+from latent_delib.job import build
+from latent_delib.lm import load
 
 
 def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys, monkeypatch):
@@ -34,13 +36,13 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys, monkeypatc
     workdir = tmp_path / "workdir"
     shutil.copytree(trained, workdir)
     (workdir / "checkpoints" / "4" / "trainable" / "_METADATA").unlink()
-    forms, transformer = [], models.transformer
+    forms, transformer = [], build.transformer
 
     def watched(*args, form="auto"):
         forms.append(form)
         return transformer(*args, form=form)
 
-    monkeypatch.setattr(models, "transformer", watched)
+    monkeypatch.setattr(build, "transformer", watched)
     generate.main(type("Flags", (), options | {"workdir": str(workdir), "attention": "reference"}))
     assert set(forms) == {"reference"}
     assert "checkpoint 4 is damaged (trainable: no file _METADATA), checkpoint 2 is used" in capsys.readouterr().err
@@ -64,7 +66,7 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys, monkeypatc
 )
 def test_flags_that_do_not_fit(trained, monkeypatch, changes, words):
     """Before weights are loaded."""
-    monkeypatch.setattr(models, "load_decoder", None)
+    monkeypatch.setattr(load, "load_decoder", None)
     options = dict(max_new_tokens=5, temperature=0.0, top_k=0, top_p=1.0, stop="", seed=11, every=0, delay=0)
     options |= dict(batch_size=2, prompt="a", prompts="", out="", no_augment=False, workdir=str(trained), step=None)
     options |= dict(coprocessor_devices=0, tensor=1, max_length=64, attention="auto") | changes

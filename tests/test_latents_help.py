@@ -18,10 +18,10 @@ import pytest
 from configs import base
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
+from latent_delib.delib.step import TrainState, ahead_step, make_optimizer, read_step, train_step
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer
-from latent_delib.step import TrainState, ahead_step, make_optimizer, read_step, train_step
 
 BOS, QUESTION = 1, 2
 LETTERS, FILLERS = np.arange(3, 11), np.arange(11, 19)

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from latent_delib import experiment
 from latent_delib import mesh as mesh_lib
 from latent_delib.errors import UserError
+from latent_delib.job import experiment
 from latent_delib.nn.layers import FEATURES, PARAM_AXES, TRACES
 from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder

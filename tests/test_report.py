@@ -15,9 +15,10 @@ import pytest
 from etils import epath
 
 import latent_delib as ld
-from latent_delib import evaluate, figures, published, report, runs, tables
+from latent_delib import evaluate, report
 from latent_delib.delib.coprocessor import Inserted
 from latent_delib.delib.methods import METHODS
+from latent_delib.results import figures, published, runs, tables
 
 FINGERPRINT = "ab12cd34ef56" + 52 * "0"
 PROVENANCE = {"command": "python -m x <y>", "date": "2026-11-25T09:00:00+00:00", "hardware": "2 cores", "versions": {}}

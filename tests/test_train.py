@@ -17,10 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from latent_delib import checkpoint, evaluate, experiment, models, plan, train
+from latent_delib import evaluate, train
 from latent_delib.data import batches
+from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
-from latent_delib.tokenizer import Tokenizer
+from latent_delib.job import experiment, plan
+from latent_delib.lm import load
+from latent_delib.machine import checkpoint
 from latent_delib.weights import folder
 from tests import fake_gcs
 
@@ -381,7 +384,7 @@ def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_
     with pytest.raises(UserError, match="config.data.token_files: .* read the rows in another order"):
         train.train(make_config(), str(workdir))
     assert evaluate.load(experiment.read(make_config()), str(workdir), None).step == 2
-    assert models.load_coprocessor(str(workdir)).step == 2
+    assert load.load_coprocessor(str(workdir)).step == 2
 
 
 def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):

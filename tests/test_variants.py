@@ -10,13 +10,15 @@ import pytest
 import test_evaluate
 
 import latent_delib as ld
-from latent_delib import convert, evaluate, experiment, models, perplexity, train
+from latent_delib import convert, evaluate, train
 from latent_delib import mesh as mesh_lib
-from latent_delib import plan as planning
 from latent_delib.data import batches
 from latent_delib.delib import augment
+from latent_delib.delib.step import TrainState
 from latent_delib.errors import UserError
-from latent_delib.step import TrainState
+from latent_delib.job import build, experiment
+from latent_delib.job import plan as planning
+from latent_delib.measure import perplexity
 from latent_delib.weights import folder
 
 HALF = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_dim": 20}
@@ -40,7 +42,7 @@ def changes(variant):
 
 
 def weights(workdir, step):
-    checkpoints, *_ = ld.models.checkpoint.open_for_reading(str(workdir), step)
+    checkpoints, *_ = ld.load.checkpoint.open_for_reading(str(workdir), step)
     found = checkpoints.restore_newest(step=step)
     checkpoints.close()
     return jax.device_get(found.trainable)
@@ -127,10 +129,10 @@ def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path,
     if variant not in TRAINS_DECODER:
         assert ld.load_coprocessor(str(workdir), 2).step == 2
         return
-    checkpoints, _, meta = models.checkpoint.open_for_reading(str(workdir), 2)
+    checkpoints, _, meta = load.checkpoint.open_for_reading(str(workdir), 2)
     checkpoints.close()
     with pytest.raises(UserError, match="decoder trained there is of step 4, the checkpoint is of step 2"):
-        models.decoder_of(str(workdir), meta)
+        load.decoder_of(str(workdir), meta)
     written = (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns
     train.train(config, str(workdir))
     assert (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns == written
@@ -142,7 +144,7 @@ def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path,
         damage()
         train.train(config, str(again))
         assert folder.fingerprint(again / "decoder") == folder.fingerprint(workdir / "decoder")
-        assert models.step_of_decoder(str(again)) == 4
+        assert build.step_of_decoder(str(again)) == 4
     if variant != "decoder lora":
         convert.convert(str(workdir), str(tmp_path / "out"))
         exported = ld.load_coprocessor(str(tmp_path / "out"))
@@ -332,7 +334,7 @@ def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
     with pytest.raises(UserError, match=r"config.method.start=.*/checkpoints/4 was trained with method.name"):
         train.train(config, str(tmp_path / "w"))
-    assert models.split_start("gs://b/run/checkpoints/12/") == ("gs://b/run", 12)
+    assert build.split_start("gs://b/run/checkpoints/12/") == ("gs://b/run", 12)
 
 
 def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):

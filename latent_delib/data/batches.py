@@ -7,8 +7,8 @@ import numpy as np
 
 from latent_delib.data.rows import Document, check_data, pieces
 from latent_delib.data.sources import check_files
+from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
 from latent_delib.errors import UserError
-from latent_delib.tokenizer import fingerprint as fingerprint_of_tokenizer
 
 __all__ = ["check", "check_fingerprint", "fingerprint", "pieces", "train_batches", "validation_documents"]
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from latent_delib.data.rows import BadRecords, Document, pack, segments
 from latent_delib.data.sources import Tfds, local_files, only_files, parse
+from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError, store_error
-from latent_delib.tokenizer import Tokenizer, fingerprint
 
 
 @contextlib.contextmanager

@@ -29,8 +29,8 @@ import tensorstore as ts
 
 from latent_delib.data.order import VERSION, Order, shares
 from latent_delib.data.rows import BadRecords, Document, pack, segments
+from latent_delib.data.tokenizer import fingerprint
 from latent_delib.errors import UserError, reason, store_error
-from latent_delib.tokenizer import fingerprint
 
 FORMAT = 3
 _FILE = 1 << 22  # tokens

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from latent_delib.nn.attention import Bounds
+from latent_delib.nn.attention.primitive import Bounds
 
 
 class Placement(NamedTuple):

@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_delib.nn import attention, rotary
-from latent_delib.nn.attention import Bounds
-from latent_delib.nn.attention_forms import FEW, attend
-from latent_delib.nn.attention_gpu import LEAST
+from latent_delib.nn import rotary
+from latent_delib.nn.attention import primitive
+from latent_delib.nn.attention.forms import FEW, attend
+from latent_delib.nn.attention.gpu import LEAST
+from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 
@@ -124,7 +125,7 @@ class Attention(nn.Module):
                 jnp.concatenate([g, x[:, :, g.shape[2] :]], 2) for g, x in zip(given, (k_BMSKH, v_BMSKH))
             )
         if self.is_mutable_collection("intermediates"):
-            seen = attention.weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap)
+            seen = primitive.weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap)
             self.sow("intermediates", "weights", seen)
         text, query = ("batch", None, "heads", None), ("batch", "traces", None)
         out_BMSNH = self.partition.split(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from latent_delib.nn import rotary
-from latent_delib.nn.attention import Bounds, within_window
-from latent_delib.nn.attention_forms import FEW, SAVED
+from latent_delib.nn.attention.forms import FEW, SAVED
+from latent_delib.nn.attention.primitive import Bounds, within_window
 from latent_delib.nn.cache import KV, Cache
 from latent_delib.nn.layers import TRACES, WHOLE, Block, Partition, RMSNorm
 from latent_delib.nn.products import einsum

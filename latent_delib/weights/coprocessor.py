@@ -14,8 +14,8 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
-from latent_delib import files
 from latent_delib.errors import UserError
+from latent_delib.machine import files
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder, names, tensors

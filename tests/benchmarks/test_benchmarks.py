@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import attention, common, decoding, evaluation, overlap, parts, step
-from latent_delib.nn.attention import Bounds
+from latent_delib.nn.attention.primitive import Bounds
 
 TRACES = "--seq_len 48 --traces 4 --ahead 3 --latents 2".split()
 EVERY = {"benchmark", "command", "date", "device", "cores", "python", "jax", "xla_flags", "settings", "rows"}

@@ -14,9 +14,9 @@ import sentencepiece
 from ml_collections import ConfigDict
 
 from latent_delib import prepare as prepare_command
-from latent_delib import progress
 from latent_delib.data import batches, rows, token_files
 from latent_delib.errors import UserError
+from latent_delib.machine import progress
 
 BOS, PAD, T = 2, 0, 16
 WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()

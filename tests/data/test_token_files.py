@@ -13,11 +13,11 @@ import pytest
 import tensorstore
 from ml_collections import ConfigDict
 
-from latent_delib import files
 from latent_delib.data import order, token_files
 from latent_delib.data.batches import train_batches, validation_documents
 from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
+from latent_delib.machine import files
 
 PAD, BOS, T, VOCAB = 0, 2, 16, 70_000
 SOURCES = ("lines:a", "lines:b", "lines:c")

@@ -18,7 +18,7 @@ from latent_delib.delib.coprocessor import Text
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
-from latent_delib.nn.attention import Bounds
+from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.transformer import Transformer
 
 T, M, L, A = 16, 3, 3, 4

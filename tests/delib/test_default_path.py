@@ -16,9 +16,9 @@ from configs import base
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import as_inputs
-from latent_delib.nn import attention_xla
+from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.nn.attention import xla
 from latent_delib.nn.transformer import REMAT, Transformer
-from latent_delib.step import TrainState, make_optimizer, train_step
 
 CONFIG = small.GEMMA
 B, T, M, L, A = 2, 300, 60, 5, 4
@@ -33,8 +33,8 @@ def augmentation(remat, method="cache_augmentation"):
 
 
 def test_the_shapes_go_round_every_loop():
-    assert T > attention_xla.KEYS and T > attention_xla.QUERIES, "several blocks of keys, several chunks of text"
-    assert M * L > attention_xla.QUERIES, "several chunks of traces in the coprocessor's call, and so in the decoder's"
+    assert T > xla.KEYS and T > xla.QUERIES, "several blocks of keys, several chunks of text"
+    assert M * L > xla.QUERIES, "several chunks of traces in the coprocessor's call, and so in the decoder's"
 
 
 def loss_of_coprocessor(aug, coprocessor):

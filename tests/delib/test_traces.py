@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latent_delib.delib import traces
-from latent_delib.nn.attention import attend, within_window
+from latent_delib.nn.attention.primitive import attend, within_window
 from latent_delib.nn.transformer import own_text
 
 # One row: two documents of five tokens, padding. One trace near the first one's end, one at the second's start.

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from latent_delib import distributed
+from latent_delib.machine import distributed
 from tests.faults.task import EVERY, is_saving, last_step, newest, wait_until
 from tests.test_train import assert_same
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from latent_delib import distributed
+from latent_delib.machine import distributed
 from tests.faults.task import last_step, newest, wait_until
 from tests.processes import ROOT
 from tests.test_train import assert_same

@@ -1,6 +1,6 @@
 """Writes harness.json: what lm-eval's own `hf` model makes of some of our offline tasks, with SmolLM2-135M-Instruct.
 
-  python -m latent_delib.make_tasks --out=TASKS
+  python -m tools.make_tasks --out=TASKS
   python tests/golden/make_harness.py TASKS            writes tests/golden/harness.json
   python tests/golden/make_harness.py TASKS --check    computes it again and compares
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax
 
-from latent_delib import experiment
 from latent_delib import mesh as mesh_lib
-from latent_delib import plan as planning
+from latent_delib.job import experiment
+from latent_delib.job import plan as planning
 
 NAMES = ("gemma2_2b", "gemma2_9b")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from latent_delib import experiment
+from latent_delib.job import experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "launch/README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]

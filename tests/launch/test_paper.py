@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from latent_delib import experiment
 from latent_delib.delib.methods import METHODS
+from latent_delib.job import experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs/paper").glob("*.py") if path.stem != "protocols")

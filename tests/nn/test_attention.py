@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_delib.nn.attention import Bounds, attend, within_window
+from latent_delib.nn.attention.primitive import Bounds, attend, within_window
 
 B, M, S, T, K, H = 2, 2, 3, 7, 2, 4
 BAIT = (0, 5, 6)  # prefix slots outside every bound

@@ -10,10 +10,11 @@ import pytest
 import small
 
 from latent_delib import mesh as mesh_lib
-from latent_delib import models
-from latent_delib.nn import attention, attention_forms, attention_xla, layers, transformer
-from latent_delib.nn.attention import Bounds
-from latent_delib.nn.attention_forms import attend, choose
+from latent_delib.job import build
+from latent_delib.nn import layers, transformer
+from latent_delib.nn.attention import forms, primitive, xla
+from latent_delib.nn.attention.forms import attend, choose
+from latent_delib.nn.attention.primitive import Bounds
 
 # B, M, S, K, G, H, T: chunks and blocks are cut to 8, so that all of these go over several, few of them evenly.
 SHAPES = {
@@ -28,8 +29,8 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention_xla, "QUERIES", 8)
-    monkeypatch.setattr(attention_xla, "KEYS", 8)
+    monkeypatch.setattr(xla, "QUERIES", 8)
+    monkeypatch.setattr(xla, "KEYS", 8)
 
 
 def inputs(shape, dtype=jnp.float32, sort=False):
@@ -139,7 +140,7 @@ def test_a_kernel_gives_way_for_the_gradient_of_a_prefix(form):
 
 
 def test_which_form():
-    assert attention_forms.FORMS == ("reference", "xla", "pallas_gpu", "pallas_tpu")
+    assert forms.FORMS == ("reference", "xla", "pallas_gpu", "pallas_tpu")
     cpu, tpu, other = (SimpleNamespace(platform=platform) for platform in ("cpu", "tpu", "other"))
     card = SimpleNamespace(platform="gpu", compute_capability="8.9")
     assert [choose("auto", x) for x in (cpu, card, tpu, other)] == ["xla", "pallas_gpu", "pallas_tpu", "xla"]
@@ -160,9 +161,9 @@ def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capa
 def test_a_model_on_a_mesh_knows_its_devices(monkeypatch):
     """Attention is called with the shared memory of the mesh's device; the rows' parts are those of the mesh."""
     mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 2}, jax.devices()[:8])
-    monkeypatch.setattr(models, "shared_memory_of", {mesh.devices.flat[0]: 163 * 1024}.get)
-    monkeypatch.setattr(models, "partition", models.partition.__wrapped__)  # without what it has kept
-    model = models.transformer(small.LLAMA, mesh)
+    monkeypatch.setattr(build, "shared_memory_of", {mesh.devices.flat[0]: 163 * 1024}.get)
+    monkeypatch.setattr(build, "partition", build.partition.__wrapped__)  # without what it has kept
+    model = build.transformer(small.LLAMA, mesh)
     assert model.partition.row_shards == 4
 
     def attend(q, k, v, prefix, bounds, *, shared_memory, **_):
@@ -181,5 +182,5 @@ def test_a_model_on_a_mesh_knows_its_devices(monkeypatch):
 def test_few_queries_are_a_product_with_the_cache():
     operands, bounds, _ = inputs((2, 1, 3, 2, 2, 4, 21))
     out = attend(*operands, bounds, scale=0.3, softcap=2.0, form="pallas_tpu")
-    np.testing.assert_array_equal(out, attention.attend(*operands, bounds, scale=0.3, softcap=2.0))
-    assert attention_forms.FEW >= 3
+    np.testing.assert_array_equal(out, primitive.attend(*operands, bounds, scale=0.3, softcap=2.0))
+    assert forms.FEW >= 3

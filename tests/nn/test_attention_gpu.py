@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks import memory
-from latent_delib.nn import attention, attention_forms, attention_gpu
-from latent_delib.nn.attention import Bounds, within_window
-from latent_delib.nn.attention_gpu import A100, H100, L4
+from latent_delib.nn.attention import forms, gpu, primitive
+from latent_delib.nn.attention.gpu import A100, H100, L4
+from latent_delib.nn.attention.primitive import Bounds, within_window
 
 BAIT = 3  # so many slots at either end of the prefix are outside every bound
 B, K = 2, 2
@@ -103,7 +103,7 @@ def out_and_grads(attend, arrays, bounds, softcap):
     return out, grads
 
 
-KERNEL = partial(attention_forms.attend, form="pallas_gpu")  # interpreted, where no GPU is
+KERNEL = partial(forms.attend, form="pallas_gpu")  # interpreted, where no GPU is
 
 
 def close(x, wanted, within):
@@ -121,7 +121,7 @@ SLOW = ("softcap", "G 3", "whole blocks", "one token a group", "text", "head dim
 def test_equals_the_reference(case):
     arrays, bounds = inputs(case), bounds_of(case)
     out, grads = out_and_grads(KERNEL, arrays, bounds, case.softcap)
-    expected, expected_grads = out_and_grads(attention.attend, arrays, bounds, case.softcap)
+    expected, expected_grads = out_and_grads(primitive.attend, arrays, bounds, case.softcap)
     close(out, expected, 1e-5)
     for got, wanted in zip(grads, expected_grads):
         close(got, wanted, 1e-5)
@@ -137,7 +137,7 @@ def test_bfloat16(case, card):
     """Here with the blocks of bfloat16. The reference rounds where it pleases, so float32 has the last word."""
     arrays, bounds = inputs(case, jnp.bfloat16), bounds_of(case)
     exact, exact_grads = out_and_grads(
-        attention.attend, jax.tree.map(lambda x: x.astype(jnp.float32), arrays), bounds, case.softcap
+        primitive.attend, jax.tree.map(lambda x: x.astype(jnp.float32), arrays), bounds, case.softcap
     )
     out, grads = out_and_grads(partial(KERNEL, shared_memory=card), arrays, bounds, case.softcap)
     close(out, exact, 2**-7)
@@ -168,7 +168,7 @@ def test_a_policy_can_save_what_the_backward_pass_needs(capsys):
 
 def test_what_is_not_served_is_named():
     def why(shape=(2, 3, 4, 8, 64), kv_heads=4, T=5, dtype=jnp.bfloat16):
-        return attention_gpu.unsupported(shape, kv_heads, T, dtype)
+        return gpu.unsupported(shape, kv_heads, T, dtype)
 
     assert why() is why(T=None) is why(dtype="float32") is None
     assert why((2, 3, 4, 8, 80)) == "head dim 80"
@@ -196,8 +196,8 @@ def test_what_is_not_served_is_named():
 )
 def test_shared_memory_of_a_card(platform, capability, found):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
-    assert attention_gpu.shared_memory_of(device) == found
-    assert attention_gpu.shared_memory_of(SimpleNamespace(platform=platform)) == (found if platform == "cpu" else 0)
+    assert gpu.shared_memory_of(device) == found
+    assert gpu.shared_memory_of(SimpleNamespace(platform=platform)) == (found if platform == "cpu" else 0)
 
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -269,7 +269,7 @@ ASKED = {
 def test_every_card_has_blocks_that_fit(kernel, dtype, H):
     rows = jax.ShapeDtypeStruct((1, 1024, 1, 1, H), dtype)
     for card in (L4, A100, H100):
-        cut = attention_gpu._cut(kernel, rows, card)
+        cut = gpu._cut(kernel, rows, card)
         on_ampere, on_hopper = ASKED[kernel, rows.dtype.itemsize, H, cut]
         assert (on_hopper if card == H100 else on_ampere) <= card
 
@@ -286,5 +286,5 @@ def test_compiles_for_cards_that_are_not_there(card, H, dtype):
     array = partial(jax.ShapeDtypeStruct, sharding=one)
     q, k, prefix = (array(shape, dtype) for shape in ((1, 128, 31, 8, H), (1, 128, 31, 4, H), (1, 2048, 4, H)))
     bounds = Bounds(*[array((1, 128, 31), jnp.int32)] * 3)
-    attend = partial(KERNEL, shared_memory=attention_gpu.shared_memory_of(one.mesh.devices.flat[0]))
+    attend = partial(KERNEL, shared_memory=gpu.shared_memory_of(one.mesh.devices.flat[0]))
     out_and_grads.lower(attend, (q, k, k, (prefix, prefix)), bounds, 50.0).compile()

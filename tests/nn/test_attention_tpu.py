@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_delib.nn import attention, attention_forms, attention_tpu
-from latent_delib.nn.attention import Bounds, within_window
+from latent_delib.nn.attention import forms, primitive, tpu
+from latent_delib.nn.attention.primitive import Bounds, within_window
 
 B, K = 2, 2
 
@@ -100,7 +100,7 @@ def out_and_grads(attend, bounds, softcap, q, k, v, prefix, cotangent):
     return out, vjp(cotangent)
 
 
-kernel = partial(attention_forms.attend, form="pallas_tpu", few=0)  # interpreted, where no TPU is
+kernel = partial(forms.attend, form="pallas_tpu", few=0)  # interpreted, where no TPU is
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -108,7 +108,7 @@ def test_equals_the_reference(case):
     bounds = bounds_of(case)
     arrays = inputs(case, bounds)
     run = jax.jit(out_and_grads, static_argnums=(0, 2))  # bounds are data here: nothing of them is in the program
-    wanted, wanted_grads = run(attention.attend, bounds, case.softcap, *arrays)
+    wanted, wanted_grads = run(primitive.attend, bounds, case.softcap, *arrays)
     out, grads = run(kernel, bounds, case.softcap, *arrays)
     for got, want in zip((out, *grads), (wanted, *wanted_grads)):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -120,7 +120,7 @@ def test_bfloat16():
     bounds = bounds_of(case)
     arrays = inputs(case, bounds, jnp.bfloat16)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-    wanted, wanted_grads = jax.jit(partial(out_and_grads, attention.attend, bounds, case.softcap))(*exact)
+    wanted, wanted_grads = jax.jit(partial(out_and_grads, primitive.attend, bounds, case.softcap))(*exact)
     out, grads = jax.jit(partial(out_and_grads, kernel, bounds, case.softcap))(*arrays)
     for got, want in zip((out, *grads), (wanted, *wanted_grads)):
         assert got.dtype == jnp.bfloat16
@@ -137,7 +137,7 @@ def test_only_blocks_between_the_first_and_the_last_that_a_row_sees_are_visited(
     own_start[3][300:] = [290] * 212
     bounds = Bounds(*(jnp.array([x], jnp.int32) for x in (start, stop, own_start)))
     q = k = jnp.zeros((1, 4, 512, 1, 64))
-    plan, _ = attention_tpu._lay_out(q, k, k, (jnp.zeros((1, 1024, 1, 64)),) * 2, bounds)
+    plan, _ = tpu._lay_out(q, k, k, (jnp.zeros((1, 1024, 1, 64)),) * 2, bounds)
     assert (plan.R, plan.U, plan.steps) == (512, 256, 4 + 5)
     first, count, own_first, own_count = plan.visits[:, 0].tolist()
     assert list(zip(first, count))[:3] == [(0, 4), (0, 2), (2, 1)] and count[3] == 0
@@ -156,7 +156,7 @@ def test_only_blocks_between_the_first_and_the_last_that_a_row_sees_are_visited(
     ],
 )
 def test_says_what_it_cannot_serve(q_shape, kv_heads, dtype, why):
-    assert attention_tpu.unsupported(q_shape, kv_heads, 7, dtype) == why
+    assert tpu.unsupported(q_shape, kv_heads, 7, dtype) == why
 
 
 def test_what_it_cannot_serve_gives_way():

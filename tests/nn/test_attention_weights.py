@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import small
 
-from latent_delib.nn import attention, cache, layers, transformer
-from latent_delib.nn.attention import Bounds
+from latent_delib.nn import cache, layers, transformer
+from latent_delib.nn.attention import primitive
+from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.transformer import Transformer
 
 T, S = 11, 4  # text in the cache, of which all but the last two are seen; tokens of a trace
@@ -67,7 +68,7 @@ def test_weights_times_values_is_the_attention_of_the_naive_reading():
     q, k, v = (rng.normal(size=(1, 1, S, heads, H)).astype(np.float32) for heads in (N, K, K))
     bounds = transformer.own_text(jnp.zeros((1, S), jnp.int32))
     how = dict(scale=config.query_scale, softcap=config.attn_softcap)
-    weights = attention.weights(jnp.asarray(q), jnp.asarray(k), None, bounds, **how)
+    weights = primitive.weights(jnp.asarray(q), jnp.asarray(k), None, bounds, **how)
     ours = np.einsum("kgsu,ukh->skgh", weights[0, 0], v[0, 0]).reshape(S, N, H)
     wanted = naive.attention(config, q[0, 0], k[0, 0], v[0, 0], np.tri(S, dtype=bool))
     np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
@@ -76,7 +77,7 @@ def test_weights_times_values_is_the_attention_of_the_naive_reading():
 def test_no_other_call_computes_them(called, monkeypatch):
     """Without the function that computes them, every call but the one that asks is as before."""
     config, params, arguments = called
-    monkeypatch.setattr(layers, "attention", None)
+    monkeypatch.setattr(layers, "primitive", None)
 
     def call(**how):
         return jax.eval_shape(lambda p: Transformer(config).apply({"params": p}, *arguments, **how), params)

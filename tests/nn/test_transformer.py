@@ -13,7 +13,7 @@ import small
 from latent_delib.errors import UserError
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import rotary, transformer
-from latent_delib.nn.attention import Bounds
+from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import RMSNorm
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.nn.transformer import Transformer

@@ -9,10 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import latent_delib as ld
-from latent_delib import experiment, files, train
 from latent_delib import mesh as mesh_lib
+from latent_delib import train
 from latent_delib.convert import convert
 from latent_delib.errors import UserError
+from latent_delib.job import experiment
+from latent_delib.machine import files
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.weights import folder
 from latent_delib.weights.tensors import TensorFile

@@ -1,0 +1,161 @@
+"""Text to token ids and back: the one interface that commands, data and the Python interface share."""
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+
+from latent_delib.errors import UserError
+from latent_delib.machine import arguments
+
+_SEPARATOR = "<|endoftext|>"  # between documents, where a vocabulary has no BOS (Qwen's)
+
+
+def files(path: str | Path) -> list[Path]:
+    """The files that make up a tokenizer: a SentencePiece model, or tokenizer.json and tokenizer_config.json beside it.
+
+    Raises:
+      UserError: one of them does not exist.
+    """
+    path = Path(path)
+    found = [path, path.with_name("tokenizer_config.json")] if path.suffix == ".json" else [path]
+    for file in found:
+        if not file.is_file():
+            raise UserError(f"tokenizer {file}: does not exist")
+    return found
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 over the files of a tokenizer, hex: two tokenizers with the same one are the same tokenizer."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files(path))).hexdigest()
+
+
+class _Model(NamedTuple):
+    """What a library makes of the files. An id is None where the files name none."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    control: dict[str, int]
+
+
+class Tokenizer:
+    """A SentencePiece model, or a Hugging Face `tokenizer.json` where the path ends in .json.
+
+    Padding is never read, so any id that is not BOS and that no text yields serves: the files' own pad if it differs
+    from BOS (Qwen's is its document separator, and that its BOS here), else EOS (Llama has no pad), else another
+    control token (SmolLM2's base model has one token for BOS and EOS, and no pad).
+
+    Attributes:
+      files: the files that make it up.
+      vocab_size: the highest id + 1.
+      bos_id, eos_id, pad_id: pad differs from BOS; text that spells one of them does not become it.
+      unk_id: None for a vocabulary without such a token.
+      control: how a control token is spelled -> its id.
+
+    Raises:
+      UserError: a file is missing or broken, or there is no BOS, no EOS or nothing to pad with.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.files = files(path)
+        model = (_read_json if self.path.suffix == ".json" else _read_sentencepiece)(self.path)
+
+        def required(name: str, value: int | None) -> int:
+            if value is None:
+                raise UserError(f"tokenizer {self.files[-1]}: names no token for {name}")
+            return value
+
+        self._encode, self._decode = model.encode, model.decode
+        self.vocab_size, self.unk_id, self.control = model.vocab_size, model.unk_id, model.control
+        self.bos_id, self.eos_id = required("BOS", model.bos_id), required("EOS", model.eos_id)
+        pads = (model.pad_id, self.eos_id, *sorted(self.control.values()))
+        self.pad_id = required("padding", next((i for i in pads if i not in (None, self.bos_id)), None))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without BOS: whoever starts a document or a prompt adds it."""
+        if not isinstance(text, str):
+            raise UserError(f"text={reprlib.repr(text)}: expected a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"text: character {error.start} is {text[error.start]!a}, which is not Unicode") from None
+        return self._encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; control tokens, and ids of table rows beyond the vocabulary, leave no trace."""
+        found = arguments.token_ids("ids", ids)
+        for id_ in found:
+            if id_ < 0:
+                raise UserError(f"ids: token {id_}, the vocabulary has {self.vocab_size}: expected at least 0")
+        return self._decode([id_ for id_ in found if id_ < self.vocab_size])
+
+
+def _read_sentencepiece(path: Path) -> _Model:
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise UserError(f"tokenizer {path}: not a SentencePiece model ({error})") from None
+    bos, eos, pad, unk = (
+        None if i < 0 else i for i in (model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id())
+    )
+    size = model.vocab_size()
+    control = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
+    return _Model(model.encode, model.decode, size, bos, eos, pad, unk, control)
+
+
+def _read_json(path: Path) -> _Model:
+    import tokenizers
+
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        line = " ".join(str(error).split())
+        raise UserError(f"tokenizer {path}: not a tokenizer.json ({line})") from None
+    model.encode_special_tokens = True  # text that spells a control token is text
+    model.no_truncation()
+    model.no_padding()
+
+    source = path.with_name("tokenizer_config.json")
+    try:
+        config = json.loads(source.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"tokenizer {source}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"tokenizer {source}: holds {type(config).__name__}, expected an object")
+
+    def token_id(key: str) -> int | None:
+        value = config.get(key)
+        token = value.get("content") if isinstance(value, dict) else value
+        if key == "bos_token" and value is None and model.token_to_id(_SEPARATOR) is not None:
+            token = _SEPARATOR
+        if token is None and value is None:
+            return None
+        found = model.token_to_id(token) if isinstance(token, str) else None
+        if found is None:
+            raise UserError(f"tokenizer {source}: {key} is {reprlib.repr(value)}, expected a token of {path}")
+        model.add_special_tokens([token])  # where the file does not mark it, text could spell it
+        return found
+
+    bos, eos, pad = (token_id(key) for key in ("bos_token", "eos_token", "pad_token"))
+    control = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
+    unk = getattr(model.model, "unk_token", None)
+    return _Model(
+        lambda text: model.encode(text, add_special_tokens=False).ids,
+        lambda ids: model.decode(ids, skip_special_tokens=True),
+        max(model.get_vocab().values(), default=-1) + 1,
+        bos,
+        eos,
+        pad,
+        None if unk is None else model.token_to_id(unk),
+        control,
+    )

@@ -1,0 +1,127 @@
+"""Looks into latents: what they attend to, what attends to them, and which words they lie near.
+
+One text at a time; `lm` is an AugmentedLM with a coprocessor. What the fast paths never hold, attention weights, the
+transformer hands out where it is asked for "intermediates" (`nn.layers.Attention`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
+from latent_delib.errors import UserError
+from latent_delib.lm.model import AugmentedLM
+from latent_delib.nn.products import einsum
+from latent_delib.nn.transformer import Params, Transformer
+
+
+class Attention(NamedTuple):
+    """Attention weights of one call. weights: float32 [layers, N, S, T + S], rows add up to 1.
+
+    rows: names of the S tokens of the call. columns: names of the T text tokens in the cache, then the same S. text: T.
+    """
+
+    weights: np.ndarray
+    rows: list[str]
+    columns: list[str]
+
+    @property
+    def text(self) -> int:
+        return len(self.columns) - len(self.rows)
+
+
+class Near(NamedTuple):
+    """A word of the vocabulary, and the cosine between a latent and its embedding."""
+
+    word: str
+    cosine: float
+
+
+class Watched:
+    """Stands for a transformer in the calls of `delib.augment`, and adds the attention weights of each to `seen`:
+    [layers, B, M, K, G, S, T + S]."""
+
+    def __init__(self, transformer: Transformer, seen: list[jax.Array]):
+        self.transformer, self.seen = transformer, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transformer, name)
+
+    def apply(self, variables: Params, *args: Any, **options: Any) -> Any:
+        out, kept = self.transformer.apply(variables, *args, mutable="intermediates", **options)
+        self.seen += kept["intermediates"]["layers"]["attn"]["weights"]
+        return out
+
+
+def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attention | None, Attention]:
+    """Returns what latents after token `at` of a text attend to, and what the text after them attends to.
+
+    Args:
+      tokens: the text, BOS first. Those after `at` are the ahead tokens, read as in training; at least two.
+
+    Returns:
+      The coprocessor's call (rows: the L latents; None where a method has no coprocessor) and the decoder's (rows: the
+      latents as it reads them, then the tokens after them). Columns: the text up to `at`, then the rows.
+    """
+    if not lm.aug.has_latents:
+        raise UserError("this model has no coprocessor, so no latents")
+    if not 0 <= at < len(tokens) - 2:
+        raise UserError(f"at={at}: expected 0 to {len(tokens) - 3}, two tokens before the end of the text")
+    text = jnp.asarray(tokens, jnp.int32)[None]
+    called = _called(lm.params, text, jnp.array([[at]]), aug=lm.aug, dtype=lm.dtype, ahead=len(tokens) - 1 - at)
+    place = [f"{i} {word}" for i, word in enumerate(words(lm, tokens))]
+    latents = [f"z{i + 1}" for i in range(lm.aug.num_latents)]
+    *written, decoded = (np.asarray(w[:, 0, 0], np.float32) for w in called)
+    reread = decoded.shape[-2] - len(latents) - (len(tokens) - at - 2)
+    rows = latents + place[at + 1 - reread : -1]
+
+    def named(w: np.ndarray, rows: list[str]) -> Attention:
+        w = np.concatenate(
+            [w[..., : at + 1], w[..., len(tokens) :]], axis=-1
+        )  # nothing after `at` is seen in the cache
+        layers, K, G, S, U = w.shape
+        return Attention(w.reshape(layers, K * G, S, U), rows, place[: at + 1] + rows)
+
+    return (named(written[0], latents) if written else None), named(decoded, rows)
+
+
+@partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
+def _called(
+    params: Params, text_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int
+) -> list[jax.Array]:
+    """Returns attention weights of the coprocessor's last call, if there is one, and of the decoder's."""
+    seen: list[jax.Array] = []
+    aug = dataclasses.replace(aug, **{name: Watched(model, seen) for name, model in aug.models._asdict().items()})
+    segment_BT = jnp.ones_like(text_BT)
+    text = augment.read(aug, params, text_BT, segment_BT, dtype)
+    traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
+    augment.decode(aug, params, augment.latents(aug, params, text, traces), text.cache, traces)
+    return seen[1:][-2:]
+
+
+def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]]:
+    """Finds the `count` words whose embeddings have the highest cosine with each latent, best first.
+
+    Of the two readings this is the one that fits: the decoder reads latents where it reads embeddings. Logits from the
+    same (tied) table differ by the length of its rows alone, which says how frequent a word is.
+    """
+    table_VD = jnp.asarray(lm.params["decoder"]["embedding"], jnp.float32)
+    cosine_LV = einsum("LD,VD->LV", _unit(jnp.asarray(z_LD, jnp.float32)), _unit(table_VD))
+    best, index = jax.lax.top_k(cosine_LV, count)
+    return [[Near(*pair) for pair in zip(words(lm, row.tolist()), values.tolist())] for row, values in zip(index, best)]
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+
+
+def words(lm: AugmentedLM, tokens: Sequence[int]) -> list[str]:
+    """Returns the text each token stands for, by itself; its number where that is nothing that can be read."""
+    texts = (lm.tokenizer.decode([int(t)]) for t in tokens)
+    return [text if text.strip() else f"<{t}>" for t, text in zip(tokens, texts)]

@@ -1,0 +1,111 @@
+"""What a decoder with latents, and without, says of given text: logits, latents, log-probabilities. Compiled once for
+each shape."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from latent_delib.delib import augment, step
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.coprocessor import Latents
+from latent_delib.nn import transformer
+from latent_delib.nn.transformer import Params
+
+
+@partial(jax.jit, static_argnames=("aug", "dtype"))
+def logits(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
+    """The plain decoder's, float32 [B, T, V]."""
+    text = augment.read(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
+    return transformer.unembed(params["decoder"]["embedding"], text.outputs, aug.transformer.config)
+
+
+@partial(jax.jit, static_argnames=("aug", "dtype"))
+def latents(params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any) -> Latents:
+    """Written after text tokens `at_BM`."""
+    segment_BT = jnp.ones_like(tokens_BT)
+    text = augment.read(aug, params, tokens_BT, segment_BT, dtype)
+    return augment.latents(aug, params, text, aug.lay_out(tokens_BT, segment_BT, at_BM, 1))
+
+
+@partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
+def ahead_logprobs(
+    params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int
+) -> tuple[jax.Array, jax.Array]:
+    """log p of the next `ahead` text tokens, by the decoder and with latents, [B, M, A] each."""
+    segment_BT = jnp.ones_like(tokens_BT)
+    text, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
+    index = at_BM[..., None] + jnp.arange(ahead)
+    decoder_BMA = -jnp.take_along_axis(text_nll[:, None], index, axis=2)
+    if not aug.has_latents:
+        return decoder_BMA, decoder_BMA
+    nll_BMA, _ = step.ahead_step(params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=ahead)
+    return decoder_BMA, -nll_BMA
+
+
+@partial(jax.jit, static_argnames=("aug", "dtype"))
+def continuations(
+    params: Params, text_BT: jax.Array, length_B: jax.Array, tails_BMA: jax.Array, *, aug: Augmentation, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """log p of every token of M continuations of each prompt, float32 [B, M, A], and whether it is the likeliest, bool.
+
+    A prompt is read once; its continuations are traces at its last token, all with the same latents. Where the method
+    writes none they are traces of no latents, which begin by reading that token again.
+
+    Args:
+      text_BT: prompts, padded on the right; length_B: their lengths. tails_BMA: continuations, padded on the right.
+    """
+    table_VD, config = params["decoder"]["embedding"], aug.transformer.config
+    segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
+    text = augment.read(aug, params, text_BT, segment_BT, dtype)
+    B, M, A = tails_BMA.shape
+    last_B1 = length_B[:, None] - 1
+    if aug.has_latents:
+        z = augment.latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, 1))
+    else:
+        aug = dataclasses.replace(aug, num_latents=0, placement="overlay")
+        z = jnp.zeros((B, 1, 0, table_VD.shape[1]), dtype)
+    marks = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
+    reread = marks.inputs.shape[2] - (A - 1)
+    marks = marks._replace(
+        inputs=jnp.concatenate([marks.inputs[..., :reread], tails_BMA[..., :-1]], axis=2), targets=tails_BMA
+    )
+    z = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, M, *x.shape[2:])), z)
+    x_BMAD, _ = augment.decode(aug, params, z, text.cache, marks)
+
+    def one(x_BMD: jax.Array, target_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BMV = transformer.unembed(table_VD, x_BMD, config)
+        picked_BM = jnp.take_along_axis(logits_BMV, target_BM[..., None], axis=-1)[..., 0]
+        return picked_BM - jax.nn.logsumexp(logits_BMV, axis=-1), jnp.argmax(logits_BMV, axis=-1) == target_BM
+
+    by_token = (jnp.moveaxis(x_BMAD, 2, 0), jnp.moveaxis(tails_BMA, 2, 0))  # the logits of one exist at a time
+    logprobs, greedy = jax.lax.map(lambda pair: one(*pair), by_token)
+    return jnp.moveaxis(logprobs, 0, 2), jnp.moveaxis(greedy, 0, 2)
+
+
+@partial(jax.jit, static_argnames=("aug", "dtype", "every"))
+def text_logprob(
+    params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, *, aug: Augmentation, dtype: Any, every: int
+) -> jax.Array:
+    """log p of all tokens but the first of each row, summed, float32 [B]; segment_BT is 0 on padding.
+
+    With latents after the first token, and where `every` is not 0 again after each `every` tokens more: each stretch
+    is a trace, as when text is generated so. Without latents, where the method writes none: the decoder's.
+    """
+    text, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
+    B, T = tokens_BT.shape
+    if not aug.has_latents:
+        return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
+    stretch = min(every or T - 1, T - 1)
+    at = jnp.arange(0, T - 1, stretch)
+    together = min(len(at), max(1, T // (aug.num_latents + stretch)))  # traces at once: no more tokens than the text
+    at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)  # T - 1 has no ahead tokens, so no weight
+
+    def some(at_M: jax.Array) -> jax.Array:
+        at_BM = jnp.broadcast_to(at_M, (B, together))
+        more, weights = step.ahead_step(params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=stretch)
+        return -jnp.sum(more * weights, axis=(1, 2))
+
+    return jnp.sum(jax.lax.map(some, at.reshape(-1, together)), axis=0)

@@ -1,0 +1,41 @@
+"""Holds a workdir for one job."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from latent_delib.errors import UserError, reason
+from latent_delib.machine import files
+
+
+def is_remote(workdir: str) -> bool:
+    return workdir.startswith("gs://")
+
+
+@contextlib.contextmanager
+def exclusive(workdir: str) -> Iterator[None]:
+    """Holds a local workdir for one job; the lock is process 0's, and ends with it, however that ends."""
+    if is_remote(workdir) or jax.process_index():
+        yield
+        return
+    if ":/" in workdir:
+        raise UserError(f"--workdir={workdir}: expected a local directory or gs://BUCKET/PATH")
+    try:
+        files.make_folder(Path(workdir))
+        lock = open(Path(workdir) / ".lock", "a+")
+    except (UserError, OSError) as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({reason(error)})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UserError(f"--workdir={workdir}: in use by another job (process {lock.read().strip()})") from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield

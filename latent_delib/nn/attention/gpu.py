@@ -1,0 +1,404 @@
+"""The attention primitive for NVIDIA GPUs: `attend` of nn/attention.py as Pallas-Triton kernels, with its own gradient.
+
+A row is a (token, g) pair of one key head, over the flattened tokens of all M groups, so the G query heads of a key
+head share what is loaded. The own keys of all groups are flattened the same way: a row then sees one range of prefix
+slots and one range of own tokens, and a program of some rows walks the key blocks of the first, then of the second,
+from the least start to the greatest stop among its rows. That skips most of the work where neighbouring groups have
+neighbouring positions; in any other order it is slower, and still right.
+
+Backward: one kernel for dq like the forward one, one for the own dk and dv. The prefix gets no gradient, so nothing is
+summed across programs.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from latent_delib.nn.attention.primitive import Bounds, Keys
+from latent_delib.nn.products import precision
+
+LOG2E = 1.4426950408889634  # the hardware's exponential is exp2: inside the kernels scores are in units of log(2)
+MASKED = -1e30  # finite: a row that sees nothing of a block must not become NaN
+# Scores within this need no maximum subtracted: e^60 leaves float32 a factor of 1e12 for the number and size of values.
+BOUNDED = 60.0
+
+
+class Blocks(NamedTuple):
+    """How one kernel is cut: rows and keys a block, warps a program, stages of its load pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Bytes of shared memory that one program may have: on these cards, by compute capability (CUDA programming guide), and
+# on every card that runs these kernels.
+H100, A100, L4 = 227 * 1024, 163 * 1024, 99 * 1024
+SHARED_MEMORY = {"8.0": A100, "8.6": L4, "8.7": A100, "8.9": L4, "9.0": H100, "10.0": H100, "12.0": L4}
+LEAST = L4
+
+# By head dim, and by the shared memory that they take, most first: what XLA compiles for such a card, for an H100
+# without spilled registers and with products that overlap.
+BFLOAT16 = {
+    "forward": {
+        64: {L4: Blocks(128, 64, 8, 3)},
+        128: {L4: Blocks(128, 64, 8, 3)},
+        256: {A100: Blocks(128, 64, 8, 2), L4: Blocks(64, 32, 8, 2)},
+    },
+    "query_gradient": {
+        64: {L4: Blocks(128, 64, 8, 2)},
+        128: {L4: Blocks(128, 64, 8, 2)},
+        256: {H100: Blocks(128, 32, 8, 2), A100: Blocks(64, 64, 8, 2), L4: Blocks(64, 32, 8, 1)},
+    },
+    "own_gradient": {
+        64: {L4: Blocks(64, 64, 8, 2)},
+        128: {L4: Blocks(64, 64, 8, 2)},
+        256: {A100: Blocks(32, 64, 8, 2), L4: Blocks(32, 32, 4, 2)},
+    },
+}
+FLOAT32 = {
+    64: {L4: Blocks(32, 32, 8, 1)},
+    128: {L4: Blocks(32, 32, 8, 1)},
+    256: {A100: Blocks(32, 32, 8, 1), L4: Blocks(32, 16, 8, 1)},
+}
+
+
+class Options(NamedTuple):
+    """What is static in a call."""
+
+    scale: float
+    softcap: float
+    shared_memory: int
+    interpret: bool
+
+
+class Source(NamedTuple):
+    """Keys that rows can see.
+
+    k, v: [B, X, K, H]. lo, hi: each token's range lo <= x < hi, int32 [B, U].
+    first, last: the blocks first <= i < last that each program walks, int32 [B, programs].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    lo: jax.Array
+    hi: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+
+def shared_memory_of(device: Any) -> int:
+    """Returns the bytes of shared memory that one program may have on a device.
+
+    LEAST for a card that is not listed, and for what is no GPU: kernels are interpreted there. 0 for a GPU that cannot
+    run these kernels: of a compute capability below 8.0, or not NVIDIA's.
+    """
+    if device.platform not in ("gpu", "cuda"):
+        return LEAST
+    capability = str(getattr(device, "compute_capability", ""))
+    major = capability.partition(".")[0]
+    if not major.isdigit() or int(major) < 8:
+        return 0
+    return SHARED_MEMORY.get(capability, LEAST)
+
+
+def unsupported(q_shape: tuple[int, ...], kv_heads: int, prefix_length: int | None, dtype) -> str | None:
+    """Why a call cannot be served ("head dim 80"), or None.
+
+    Args:
+      q_shape: (B, M, S, N, H). kv_heads: K. prefix_length: T, or None without a prefix. dtype: of q, k and v.
+    """
+    *_, N, H = q_shape
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"dtype {jnp.dtype(dtype)}"
+    if H not in (16, 32, 64, 128, 256):
+        return f"head dim {H}"
+    if N % kv_heads:
+        return f"{N} query heads for {kv_heads} key heads"
+    if 0 in q_shape or prefix_length == 0:
+        return "an empty axis"
+    return None
+
+
+# The calls. Their arrays are [B, U, K, G, ...], [B, X, K, H] and [B, any], where U = M * S counts the tokens of a row.
+
+
+def forward(
+    q_BMSNH: jax.Array,
+    k_BMSKH: jax.Array,
+    v_BMSKH: jax.Array,
+    prefix: Keys | None,
+    bounds: Bounds,
+    *,
+    scale: float,
+    softcap: float,
+    shared_memory: int,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
+
+    Args:
+      q_BMSNH, k_BMSKH, v_BMSKH: bfloat16 or float32, all of one dtype; query head n uses key head n // G.
+      prefix: keys and values [B, T, K, H] of the same dtype that all M groups of a row share, or None.
+      bounds: the visible ranges, int32 [B, M, S]. A query always sees itself: own_start <= i.
+      scale: factor on the scores. softcap: c in c * tanh(score / c); 0 for none. With bfloat16 inputs the tanh is the
+        hardware's, of relative error 2^-11.
+      shared_memory: bytes that one program may have; the largest blocks that fit are taken.
+      interpret: run the kernels as ordinary JAX, on any platform.
+    """
+    options = Options(scale, softcap, shared_memory, interpret)
+    rows = _by_head(q_BMSNH, k_BMSKH.shape[3])
+    cut = _cut("forward", rows, shared_memory)
+    outputs = jax.ShapeDtypeStruct(rows.shape, v_BMSKH.dtype), jax.ShapeDtypeStruct(rows.shape[:-1], jnp.float32)
+    out, lse = _call(
+        _forward_kernel, [rows], _sources(k_BMSKH, v_BMSKH, prefix, bounds, rows, cut), outputs, cut, options
+    )
+    return out.reshape(q_BMSNH.shape), lse.reshape(q_BMSNH.shape[:-1])
+
+
+def backward(
+    q, k, v, prefix, bounds, out, lse, dout, *, scale: float, softcap: float, shared_memory: int, interpret: bool
+):
+    """Gradients of q, k and v, each like its operand; the prefix is a constant, whatever it was computed from."""
+    options = Options(scale, softcap, shared_memory, interpret)
+    dq = query_gradient(q, k, v, prefix, bounds, out, lse, dout, options)
+    return dq, *own_gradient(q, k, v, bounds, out, lse, dout, options)
+
+
+def query_gradient(q, k, v, prefix, bounds, out, lse, dout, options):
+    """dq [B, M, S, N, H]."""
+    rows = [_by_head(x, k.shape[3]) for x in (q, dout, lse, _delta(out, dout))]
+    cut = _cut("query_gradient", rows[0], options.shared_memory)
+    sources = _sources(k, v, prefix, bounds, rows[0], cut)
+    outputs = jax.ShapeDtypeStruct(rows[0].shape, q.dtype)
+    return _call(_query_gradient_kernel, rows, sources, outputs, cut, options).reshape(q.shape)
+
+
+def own_gradient(q, k, v, bounds, out, lse, dout, options):
+    """dk and dv [B, M, S, K, H]."""
+    rows = [_by_head(x, k.shape[3]) for x in (q, dout, lse, _delta(out, dout))]
+    cut = _cut("own_gradient", rows[0], options.shared_memory)
+    [own] = _sources(k, v, None, bounds, rows[0], cut)
+    # Here a program holds keys and walks rows: from those of its first key to the last that sees one of its keys.
+    (B, U), G = own.lo.shape, rows[0].shape[3]
+    start = cut.keys * np.arange(pl.cdiv(U, cut.keys))
+    until = jnp.max(own.hi[:, None], axis=2, where=own.lo[:, None] < start[:, None] + cut.keys, initial=0)
+    first = jnp.broadcast_to(jnp.int32(start * G // cut.rows), (B, len(start)))
+    own = own._replace(first=first, last=pl.cdiv(until * G, cut.rows))
+    outputs = jax.ShapeDtypeStruct(own.k.shape, k.dtype), jax.ShapeDtypeStruct(own.v.shape, v.dtype)
+    dk, dv = _call(_own_gradient_kernel, rows, [own], outputs, cut, options)
+    return dk.reshape(k.shape), dv.reshape(v.shape)
+
+
+def _delta(out, dout):
+    """What the softmax subtracts: d(score) = weight * (d(weight) - delta)."""
+    return jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+
+
+def _flat(x):
+    """[B, M, S, ...] -> [B, U, ...]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _by_head(x, K):
+    """[B, M, S, N, ...] -> [B, U, K, G, ...]."""
+    return _flat(x).reshape(x.shape[0], -1, K, x.shape[3] // K, *x.shape[4:])
+
+
+def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
+    """The largest blocks that fit, and no more rows than there are."""
+    _, U, _, G, H = q_BUKGH.shape
+    by_head_dim = FLOAT32 if q_BUKGH.dtype == jnp.float32 else BFLOAT16[kernel]
+    cut = next(cut for least, cut in by_head_dim[max(H, 64)].items() if least <= shared_memory)
+    return cut._replace(rows=min(cut.rows, max(16, pl.next_power_of_2(U * G))))
+
+
+def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
+    """What rows can see: the prefix where there is one, and the own tokens of all groups behind one another."""
+    B, U, _, G, _ = q_BUKGH.shape
+    index = np.arange(U, dtype=np.int32)
+    own_start = _flat(bounds.own_start) + (index - index % k.shape[2])
+    found = [(_flat(k), _flat(v), own_start, jnp.broadcast_to(index + 1, (B, U)))]
+    if prefix is not None:
+        start = jnp.maximum(_flat(bounds.prefix_start), 0)
+        stop = jnp.minimum(_flat(bounds.prefix_stop), prefix[0].shape[1])
+        found.insert(0, (*prefix, start, jnp.maximum(start, stop)))
+    # A kernel that found these limits itself would have them in every lane, and no compiler could tell they are equal.
+    token = np.arange(pl.cdiv(U * G, cut.rows) * cut.rows).reshape(-1, cut.rows) // G
+    token = np.minimum(token, U - 1)  # [programs, rows]
+    return [
+        Source(k, v, lo, hi, lo[:, token].min(-1) // cut.keys, pl.cdiv(hi[:, token].max(-1), cut.keys))
+        for k, v, lo, hi in found
+    ]
+
+
+def _call(kernel, rows, sources, outputs, cut, options):
+    """Runs kernel(*rows, sources, *outputs) for each program of the sources, sequence and key head, on their share."""
+
+    def share(x):
+        shape = (None, x.shape[1], None, *x.shape[3:])[: x.ndim]
+        return pl.BlockSpec(shape, lambda block, b, head: (b, 0, head, 0, 0)[: x.ndim])
+
+    inputs = *rows, sources
+    B, _, K, *_ = rows[0].shape
+    return pl.pallas_call(
+        partial(kernel, cut=cut, options=options),
+        grid=(sources[0].first.shape[1], B, K),
+        in_specs=jax.tree.map(share, inputs),
+        out_specs=jax.tree.map(share, outputs),
+        out_shape=outputs,
+        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+        interpret=options.interpret,
+    )(*inputs)
+
+
+# The kernels. Refs are one sequence's and one key head's: rows [U, G, H] or [U, G], keys [X, H], ranges [U].
+
+
+class _Rows(NamedTuple):
+    """One block of rows: which they are, and whether they exist."""
+
+    token: jax.Array
+    head: jax.Array
+    exists: jax.Array
+
+    def _at(self, ref):
+        index = (self.token, self.head)[: len(ref.shape)]
+        if len(ref.shape) < 3:
+            return ref.at[index], self.exists
+        lane = jnp.arange(ref.shape[2])
+        return ref.at[*(i[:, None] for i in index), lane[None]], self.exists[:, None]
+
+    def load(self, ref):
+        ref, mask = self._at(ref)
+        return plgpu.load(ref, mask=mask, other=0)
+
+    def store(self, ref, x):
+        ref, mask = self._at(ref)
+        plgpu.store(ref, x.astype(ref.dtype), mask=mask)
+
+
+def _rows(block, size, ref_UGH) -> _Rows:
+    U, G = ref_UGH.shape[:2]
+    row = block * size + jnp.arange(size)
+    token = lax.div(row, G)
+    return _Rows(token, lax.rem(row, G), token < U)
+
+
+def _keys(block, size, *refs_XH):
+    """Indices of a block of keys, and the block of each ref; zeros past the end."""
+    X = refs_XH[0].shape[0]
+    index = block * size + jnp.arange(size)
+    masked = dict(mask=(index < X)[:, None], other=0) if X % size else {}
+    return index, *(plgpu.load(ref.at[pl.ds(block * size, size)], **masked) for ref in refs_XH)
+
+
+def _within(index, lo, hi):
+    """lo <= index < hi, of which lo <= hi is known, in one comparison; nothing where both are zero."""
+    return (index - lo).astype(jnp.uint32) < (hi - lo).astype(jnp.uint32)
+
+
+def _fold(program, rows, sources, cut, step, carry):
+    """carry = step(k, v, visible, carry) over every block of keys that one of the rows may see."""
+    for source in sources:
+        lo, hi = rows.load(source.lo)[:, None], rows.load(source.hi)[:, None]
+
+        def body(block, carry, source=source, lo=lo, hi=hi):
+            index, k, v = _keys(block, cut.keys, source.k, source.v)
+            return step(k, v, _within(index, lo, hi), carry)
+
+        carry = lax.fori_loop(source.first[program], source.last[program], body, carry)
+    return carry
+
+
+def _dot(a, b, contract):
+    """a and b contracted over these axes, float32."""
+    axes = ((contract[:1], contract[1:]), ((), ()))
+    return lax.dot_general(a, b, axes, precision=precision(a, b), preferred_element_type=jnp.float32)
+
+
+def _exp2(x, options):
+    if options.interpret:
+        return jnp.exp2(x)
+    # jnp.exp2 is this instruction and three more around it, for results below 2^-126.
+    result = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    instruction = partial(plgpu.elementwise_inline_asm, "ex2.approx.ftz.f32 $0, $1;", constraints="=f,f", pack=1)
+    return instruction(args=[x], result_shape_dtypes=result)[0]
+
+
+def _scores(a, b, options):
+    """Scores of the rows of a and b in units of log(2), and the slope of the softcap there."""
+    products = _dot(a, b, (1, 1))
+    if not options.softcap:
+        return products * (options.scale * LOG2E), 1.0
+    tanh = jnp.tanh if options.interpret or a.dtype == jnp.float32 else plgpu.approx_tanh
+    capped = tanh(products * (options.scale / options.softcap))
+    return capped * (options.softcap * LOG2E), 1.0 - capped * capped
+
+
+def _forward_kernel(q_ref, sources, out_ref, lse_ref, *, cut, options):
+    # Programs start in order, and the highest positions have the most to do: those first, or the end waits for them.
+    program = pl.num_programs(0) - 1 - pl.program_id(0)
+    rows = _rows(program, cut.rows, q_ref)
+    q = rows.load(q_ref)
+    bounded = 0 < options.softcap <= BOUNDED
+
+    def step(k, v, visible, carry):
+        out, total, top = carry
+        scores = jnp.where(visible, _scores(q, k, options)[0], MASKED)
+        if not bounded:
+            # A row that has seen nothing yet adds up nonsense, which the factor takes to zero when it does see a key.
+            higher = jnp.maximum(top, jnp.max(scores, axis=1))
+            factor, top = _exp2(top - higher, options), higher
+            out, total, scores = out * factor[:, None], total * factor, scores - top[:, None]
+        weights = _exp2(scores, options)
+        return out + _dot(weights.astype(v.dtype), v, (1, 0)), total + jnp.sum(weights, axis=1), top
+
+    carry = jnp.zeros(q.shape), jnp.zeros(cut.rows), jnp.full(cut.rows, 0.0 if bounded else MASKED)
+    out, total, top = _fold(program, rows, sources, cut, step, carry)
+    total = jnp.where(rows.exists, total, 1.0)
+    rows.store(out_ref, out / total[:, None])
+    rows.store(lse_ref, top / LOG2E + jnp.log(total))
+
+
+def _query_gradient_kernel(q_ref, dout_ref, lse_ref, delta_ref, sources, dq_ref, *, cut, options):
+    program = pl.num_programs(0) - 1 - pl.program_id(0)
+    rows = _rows(program, cut.rows, q_ref)
+    q, dout = rows.load(q_ref), rows.load(dout_ref)
+    lse, delta = rows.load(lse_ref)[:, None] * LOG2E, rows.load(delta_ref)[:, None]
+
+    def step(k, v, visible, dq):
+        scores, slope = _scores(q, k, options)
+        weights = _exp2(jnp.where(visible, scores - lse, MASKED), options)
+        dscores = weights * slope * (_dot(dout, v, (1, 1)) - delta)
+        return dq + _dot(dscores.astype(k.dtype), k, (1, 0))
+
+    rows.store(dq_ref, options.scale * _fold(program, rows, sources, cut, step, jnp.zeros(q.shape)))
+
+
+def _own_gradient_kernel(q_ref, dout_ref, lse_ref, delta_ref, sources, dk_ref, dv_ref, *, cut, options):
+    [own] = sources
+    program = pl.program_id(0)
+    index, k, v = _keys(program, cut.keys, own.k, own.v)
+
+    def body(block, carry):
+        dk, dv = carry
+        rows = _rows(block, cut.rows, q_ref)
+        q, dout, lse, delta, lo, hi = (rows.load(x) for x in (q_ref, dout_ref, lse_ref, delta_ref, own.lo, own.hi))
+        scores, slope = _scores(k, q, options)
+        weights = _exp2(jnp.where(_within(index[:, None], lo, hi), scores - lse * LOG2E, MASKED), options)
+        dv += _dot(weights.astype(dout.dtype), dout, (1, 0))
+        dscores = weights * slope * (_dot(v, dout, (1, 1)) - delta)
+        return dk + _dot(dscores.astype(q.dtype), q, (1, 0)), dv
+
+    dk, dv = lax.fori_loop(own.first[program], own.last[program], body, (jnp.zeros(k.shape), jnp.zeros(v.shape)))
+    for ref, x in (dk_ref, options.scale * dk), (dv_ref, dv):
+        at = ref.at[pl.ds(program * cut.keys, cut.keys)]
+        plgpu.store(at, x.astype(ref.dtype), mask=(index < ref.shape[0])[:, None])

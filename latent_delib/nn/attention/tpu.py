@@ -1,0 +1,339 @@
+"""The attention primitive as a Pallas kernel for TPU: forward and backward pass.
+
+A query block is R rows of one key head: (token, g) pairs over the flattened tokens of all M groups, so that the G
+queries of a token share what is fetched, and short groups share a block. To the kernel prefix and own keys are one
+sequence, the prefix first and padded to whole blocks of U keys, of which a row sees two ranges. Which key blocks a
+query block visits stands in integers that are fetched before the kernel starts: bounds change every step, and nothing
+of them is in the program. What no row of a block sees is neither fetched nor multiplied; that is most of it where the
+block's groups stand close together, so positions in order are fast and any others correct.
+
+Scores stand as [U, R], keys down and rows across: bounds and statistics of rows are then vectors [1, R] along the
+lanes, as in memory, and sums over keys add whole registers. r = all rows, u = all keys, of one key head.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from latent_delib.nn.attention.primitive import Bounds, Keys
+from latent_delib.nn.products import einsum
+
+HEAD_DIMS = (64, 128, 256)
+ROWS, KEYS, LANES = 512, 256, 128  # the largest query and key block, and what their sizes are multiples of
+UNSEEN = -1e30  # finite: a row that has seen nothing yet computes with it
+OWN_SCORES = 2**24  # own scores that the backward pass holds at a time, each 4 bytes
+
+
+class Plan(NamedTuple):
+    """How a call is cut, and who sees what.
+
+    R, U: rows of a query block, keys of a key block. steps: as many key blocks as a query block can see.
+    sees: int32 [B, 4, r], the keys of each row: prefix start, prefix stop, own start, own stop.
+    visits: int32 [4, B, r / R], the key blocks of each query block: first and how many of the prefix, the same of own.
+    """
+
+    R: int
+    U: int
+    steps: int
+    sees: jax.Array
+    visits: jax.Array
+
+
+def unsupported(q_shape: tuple[int, ...], kv_heads: int, prefix_length: int | None, dtype: jnp.dtype) -> str | None:
+    """Why a call with queries [B, M, S, N, H] of this dtype cannot be served, in a few words, or None."""
+    del prefix_length  # any
+    N, H = q_shape[-2:]
+    if H not in HEAD_DIMS:
+        return f"head dim {H}"
+    if N % kv_heads:
+        return f"{N} query heads over {kv_heads} key heads"
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"dtype {jnp.dtype(dtype)}"
+    return "an empty axis" if 0 in q_shape else None
+
+
+def forward(
+    q_BMSNH: jax.Array,
+    k_BMSKH: jax.Array,
+    v_BMSKH: jax.Array,
+    prefix: Keys | None,
+    bounds: Bounds,
+    *,
+    scale: float,
+    softcap: float,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
+
+    Args:
+      q_BMSNH, k_BMSKH, v_BMSKH: all float32 or all bfloat16; query head n uses key head n // G.
+      prefix: keys and values [B, T, K, H] that all M groups of a row share, or None.
+      bounds: the visible ranges. A query always sees itself.
+      scale: factor on the scores. softcap: c in c * tanh(score / c); 0 for none.
+      interpret: run on any platform, slowly, as the tests do.
+    """
+    plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
+    B, K, r, H = operands[0].shape
+    outputs = jax.ShapeDtypeStruct((B, K, r, H), v_BMSKH.dtype), jax.ShapeDtypeStruct((B, K, 1, r), jnp.float32)
+    state = (H, plan.R), (1, plan.R), (1, plan.R)
+    kernel = partial(_forward_kernel, scale=scale, softcap=softcap)
+    out, lse = _launch("attention_forward", kernel, plan, operands, (), outputs, state, interpret)
+    return _tokens(out, q_BMSNH.shape), _tokens(lse.swapaxes(2, 3), (*q_BMSNH.shape[:4], 1))[..., 0]
+
+
+def backward(
+    q_BMSNH: jax.Array,
+    k_BMSKH: jax.Array,
+    v_BMSKH: jax.Array,
+    prefix: Keys | None,
+    bounds: Bounds,
+    out_BMSNH: jax.Array,
+    lse_BMSN: jax.Array,
+    dout_BMSNH: jax.Array,
+    *,
+    scale: float,
+    softcap: float,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of queries, own keys and own values, each like its operand; the prefix is a constant."""
+    plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
+    B, K, r, H = operands[0].shape
+    delta_BMSN = _delta(out_BMSNH, dout_BMSNH)
+    per_row = _rows(dout_BMSNH, K, r), *(_rows(x[..., None], K, r).swapaxes(2, 3) for x in (lse_BMSN, delta_BMSN))
+    outputs = (jax.ShapeDtypeStruct((B, K, r, H), q_BMSNH.dtype),)
+    kernel = partial(_dq_kernel, scale=scale, softcap=softcap)
+    (dq,) = _launch("attention_dq", kernel, plan, operands, per_row, outputs, ((H, plan.R),), interpret)
+    own = own_backward(q_BMSNH, k_BMSKH, v_BMSKH, out_BMSNH, lse_BMSN, dout_BMSNH, bounds, scale, softcap)
+    return _tokens(dq, q_BMSNH.shape), *own
+
+
+def own_backward(
+    q_BMSNH: jax.Array,
+    k_BMSKH: jax.Array,
+    v_BMSKH: jax.Array,
+    out_BMSNH: jax.Array,
+    lse_BMSN: jax.Array,
+    dout_BMSNH: jax.Array,
+    bounds: Bounds,
+    scale: float,
+    softcap: float,
+) -> Keys:
+    """Gradients of own keys and values, given each query's log-sum-exp over all that it sees, float32.
+
+    Only a group's own queries see its keys, so this takes S x S scores a group and head: of as many groups at a time
+    as OWN_SCORES allows, of one key head of a group at least.
+    """
+    B, M, S, N, H = q_BMSNH.shape
+    K = k_BMSKH.shape[3]
+
+    def by_head(x: jax.Array) -> jax.Array:
+        """[B, M, S, heads, ...] to [B * M * K, S, heads / K, ...]."""
+        x = jnp.moveaxis(x.reshape(B, M, S, K, -1, *x.shape[4:]), 3, 2)
+        return x.reshape(B * M * K, S, *x.shape[4:])
+
+    def differentiate(group):
+        q_SGH, k_U1H, v_U1H, dout_SGH, lse_SG, delta_SG, start_S1 = group
+        k_UH, v_UH, own = k_U1H[:, 0], v_U1H[:, 0], jnp.arange(S)
+        visible_SU = (own >= start_S1) & (own <= own[:, None])
+        scores_SGU, slope = _bend(_dot("SGH,UH->SGU", q_SGH, k_UH), scale, softcap)
+        p_SGU = jnp.exp(jnp.where(visible_SU[:, None], scores_SGU, UNSEEN) - lse_SG[..., None])
+        ds_SGU = p_SGU * (_dot("SGH,UH->SGU", dout_SGH, v_UH) - delta_SG[..., None]) * slope
+        dk_UH = _dot("SGU,SGH->UH", ds_SGU.astype(q_SGH.dtype), q_SGH)
+        dv_UH = _dot("SGU,SGH->UH", p_SGU.astype(dout_SGH.dtype), dout_SGH)
+        return dk_UH.astype(k_UH.dtype), dv_UH.astype(v_UH.dtype)
+
+    own_start = jnp.broadcast_to(bounds.own_start[..., None], (B, M, S, K))
+    per_query = q_BMSNH, k_BMSKH, v_BMSKH, dout_BMSNH, lse_BMSN, _delta(out_BMSNH, dout_BMSNH), own_start
+    batch_size = max(1, OWN_SCORES // (N // K * S * S))
+    down = jax.lax.map(differentiate, tuple(map(by_head, per_query)), batch_size=batch_size)
+    dk, dv = (jnp.moveaxis(x.reshape(B, M, K, S, H), 2, 3) for x in down)
+    return dk, dv
+
+
+def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array, jax.Array]]:
+    """The plan of a call, its queries [B, K, r, H], and all its keys and values [B, K, u, H]."""
+    (B, M, S, N, _), K = q.shape, k.shape[3]
+    T, G, n = 0 if prefix is None else prefix[0].shape[1], N // K, M * S
+    R = _up(pl.cdiv(n * G, pl.cdiv(n * G, ROWS)), LANES)  # blocks alike, or the last could be padding most of all
+    U = min(KEYS, _up(max(T, n), LANES))
+    first_own = _up(T, U)
+
+    token = jnp.arange(n, dtype=jnp.int32).reshape(M, S)
+    sees = (
+        *(jnp.clip(x, 0, T) for x in (bounds.prefix_start, bounds.prefix_stop)),
+        first_own + token[:, :1] + jnp.maximum(bounds.own_start, 0),
+        jnp.broadcast_to(first_own + token + 1, (B, M, S)),
+    )
+    sees = jnp.repeat(jnp.stack(sees, axis=1).reshape(B, 4, n), G, axis=2)
+    sees = _pad(sees, 2, R)  # rows of padding see nothing
+
+    start, stop = (sees[:, x::2].reshape(B, 2, -1, R) for x in range(2))
+    first = jnp.min(jnp.where(start < stop, start, first_own + n), axis=3) // U
+    count = jnp.maximum(pl.cdiv(jnp.max(jnp.where(start < stop, stop, 0), axis=3), U) - first, 0)
+    visits = jnp.stack([first, count], axis=2).reshape(B, 4, -1).swapaxes(0, 1)
+    # Own keys of a query block: of its tokens, and of those before them in their group, from anywhere in a key block.
+    own_steps = min(pl.cdiv(n, U), pl.cdiv(S - 1 + pl.cdiv(R, G), U) + 1)
+
+    def keys(own: jax.Array, shared: jax.Array | None) -> jax.Array:
+        parts = [] if shared is None else [shared]
+        parts = [_pad(x.swapaxes(1, 2), 2, U) for x in (*parts, own.reshape(B, n, K, -1))]
+        return jnp.concatenate(parts, axis=2)
+
+    operands = _rows(q, K, sees.shape[2]), *(keys(*x) for x in zip((k, v), prefix or (None, None)))
+    return Plan(R, U, first_own // U + own_steps, sees, visits), operands
+
+
+def _launch(name: str, kernel, plan: Plan, operands, per_row, outputs, state, interpret: bool) -> list[jax.Array]:
+    """Runs a kernel over all sequences, key heads, query blocks, and the key blocks that each of these visits.
+
+    Args:
+      operands: queries, keys and values as laid out.
+      per_row: more inputs, and outputs: shapes of outputs, [B, K, r, H] or [B, K, 1, r].
+      state: shapes of what is kept between the key blocks of a query block, float32.
+    """
+    B, K, r, H = operands[0].shape
+    R, U = plan.R, plan.U
+
+    def rows(x) -> pl.BlockSpec:
+        if x.shape[2] == 1:
+            return pl.BlockSpec((None, None, 1, R), lambda b, h, i, step, visits: (b, h, 0, i))
+        return pl.BlockSpec((None, None, R, H), lambda b, h, i, step, visits: (b, h, i, 0))
+
+    keys = pl.BlockSpec((None, None, U, H), lambda b, h, i, step, visits: (b, h, _block(visits, b, i, step)[0], 0))
+    sees = pl.BlockSpec((None, 4, R), lambda b, h, i, step, visits: (b, 0, i))
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, K, r // R, plan.steps),
+            in_specs=[sees, rows(operands[0]), keys, keys, *map(rows, per_row)],
+            out_specs=[*map(rows, outputs)],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in state],
+        ),
+        out_shape=[*outputs],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),  # the last: state is kept
+        ),
+        interpret=interpret,
+        name=name,
+    )(plan.visits, plan.sees, *operands, *per_row)
+
+
+def _forward_kernel(
+    visits_ref, sees_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, acc_ref, high_ref, sum_ref, *, scale, softcap
+):
+    """One key block's part in the output of one query block, under a running softmax."""
+
+    @pl.when(pl.program_id(3) == 0)
+    def _():
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+        high_ref[...] = jnp.full_like(high_ref, UNSEEN)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def visit(visible_UR):
+        scores_UR, _ = _bend(_dot("UH,RH->UR", k_ref[...], q_ref[...]), scale, softcap)
+        scores_UR = jnp.where(visible_UR, scores_UR, UNSEEN)
+        # A row that has seen nothing yet gives weight exp(UNSEEN - UNSEEN) = 1 to what it does not see. The first key
+        # that it sees makes `fade` zero and all that forgotten; there is one, for every query sees itself.
+        high = jnp.maximum(high_ref[...], jnp.max(scores_UR, axis=0, keepdims=True))
+        weights_UR, fade = jnp.exp(scores_UR - high), jnp.exp(high_ref[...] - high)
+        high_ref[...] = high
+        sum_ref[...] = sum_ref[...] * fade + jnp.sum(weights_UR, axis=0, keepdims=True)
+        acc_ref[...] = acc_ref[...] * fade + _dot("UH,UR->HR", v_ref[...], weights_UR.astype(v_ref.dtype))
+
+    _visit(visits_ref, sees_ref, k_ref.shape[0], visit)
+
+    @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
+    def _():
+        out_ref[...] = (acc_ref[...] / sum_ref[...]).T.astype(out_ref.dtype)
+        lse_ref[...] = high_ref[...] + jnp.log(sum_ref[...])
+
+
+def _dq_kernel(
+    visits_ref, sees_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref, *, scale, softcap
+):
+    """One key block's part in the gradient of one query block."""
+
+    @pl.when(pl.program_id(3) == 0)
+    def _():
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def visit(visible_UR):
+        scores_UR, slope = _bend(_dot("UH,RH->UR", k_ref[...], q_ref[...]), scale, softcap)
+        p_UR = jnp.exp(jnp.where(visible_UR, scores_UR, UNSEEN) - lse_ref[...])
+        ds_UR = p_UR * (_dot("UH,RH->UR", v_ref[...], dout_ref[...]) - delta_ref[...]) * slope
+        acc_ref[...] += _dot("UH,UR->HR", k_ref[...], ds_UR.astype(k_ref.dtype))
+
+    _visit(visits_ref, sees_ref, k_ref.shape[0], visit)
+
+    @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
+    def _():
+        dq_ref[...] = acc_ref[...].T.astype(dq_ref.dtype)
+
+
+def _visit(visits_ref, sees_ref, U: int, visit: Callable[[jax.Array], None]) -> None:
+    """Inside a kernel: if this step has a block to visit, calls with which of its keys each row sees, bool [U, R]."""
+    b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    block, in_prefix = _block(visits_ref, b, i, step)
+
+    @pl.when(step < visits_ref[1, b, i] + visits_ref[3, b, i])
+    def _():
+        start, stop = (jnp.where(in_prefix, sees_ref[x : x + 1], sees_ref[x + 2 : x + 3]) for x in range(2))
+        key = block * U + jax.lax.broadcasted_iota(jnp.int32, (U, start.shape[1]), 0)
+        visit((key >= start) & (key < stop))
+
+
+def _block(visits_ref, b, i, step):
+    """The key block of a step, and whether the prefix has it. Steps past the last stay there: nothing is fetched."""
+    first, count, own_first, own_count = (visits_ref[x, b, i] for x in range(4))
+    step = jnp.minimum(step, count + own_count - 1)
+    in_prefix = step < count
+    return jnp.where(in_prefix, first + step, own_first + step - count), in_prefix
+
+
+def _bend(product: jax.Array, scale: float, softcap: float) -> tuple[jax.Array, jax.Array | float]:
+    """Scores from the products of queries and keys, and their slope in these."""
+    if not softcap:
+        return product * scale, scale
+    bent = jnp.tanh(product * (scale / softcap))
+    return softcap * bent, scale * (1 - bent * bent)
+
+
+def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A product, float32."""
+    return einsum(equation, x, y, jnp.float32)
+
+
+def _delta(out_BMSNH: jax.Array, dout_BMSNH: jax.Array) -> jax.Array:
+    """What the softmax takes off the gradient of all weights of a query: float32 [B, M, S, N]."""
+    return jnp.sum(out_BMSNH.astype(jnp.float32) * dout_BMSNH.astype(jnp.float32), axis=-1)
+
+
+def _rows(x_BMSNX: jax.Array, K: int, r: int) -> jax.Array:
+    """[B, M, S, N, X] to rows [B, K, r, X]."""
+    B, M, S, N, X = x_BMSNX.shape
+    x = jnp.moveaxis(x_BMSNX.reshape(B, M * S, K, N // K, X), 2, 1)
+    return _pad(x.reshape(B, K, -1, X), 2, r)
+
+
+def _tokens(x_BKrX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Rows [B, K, r, X] to [B, M, S, N, X], this shape."""
+    B, M, S, N, X = shape
+    K = x_BKrX.shape[1]
+    x = x_BKrX[:, :, : M * S * N // K].reshape(B, K, M * S, N // K, X)
+    return jnp.moveaxis(x, 1, 2).reshape(shape)
+
+
+def _pad(x: jax.Array, axis: int, unit: int) -> jax.Array:
+    """Zeros behind x, up to a whole number of units."""
+    more = _up(x.shape[axis], unit) - x.shape[axis]
+    return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)])
+
+
+def _up(x: int, unit: int) -> int:
+    return pl.cdiv(x, unit) * unit

@@ -1,0 +1,80 @@
+"""Useful operations of a step, counted a second time: from parameter shapes, and pair by pair."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import small
+
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.cost import repeated_flops, train_step_flops
+from latent_delib.nn.sizes import SIZES
+from latent_delib.nn.transformer import Transformer
+from latent_delib.weights import folder
+
+
+def counted(config, L, placement, T, M, A):
+    """One sequence: every trace at every place in the text, averaged; windows over prefix and own tokens apart."""
+    leaves = folder.by_name(folder.shapes(config))
+    products = 2 * sum(x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name)
+
+    def pairs(length):
+        """Keys that the queries of `length` tokens see of each other, themselves half, over all layers."""
+        return sum(
+            sum(min(t, config.window) if local else t for t in np.arange(length) + 0.5) for local in config.is_local
+        )
+
+    pair = 4 * config.num_heads * config.head_dim
+    vocabulary = 2 * config.vocab_size * config.embed_dim
+    text = T * products + pair * pairs(T)
+    n = L + A - 1 + (placement == "overlay")
+    per_query = pair * pairs(T) / T  # of the text, for a query at any place in it
+    write = L * (3 * products + 2 * per_query) + 3 * pair * pairs(L)
+    decode = n * (2 * products + 2 * per_query) + 3 * pair * pairs(n)
+    return text + M * (write + decode + 2 * A * vocabulary)
+
+
+@pytest.mark.parametrize("placement", ["after", "overlay"])
+def test_counted_pair_by_pair(placement):
+    config = dataclasses.replace(small.GEMMA, window=8)
+    aug = Augmentation(Transformer(config), "cache_augmentation", 4, placement)
+    ours = train_step_flops(aug, 3, 64, 5, 6)
+    # In a window the first half pair is counted whole.
+    np.testing.assert_allclose(ours, 3 * counted(config, 4, placement, 64, 5, 6), rtol=1e-3)
+
+
+def test_the_published_setting():
+    """TFLOP a sequence of Gemma 2 2B."""
+    for L, expected in ((16, 73.25), (64, 203.35)):
+        aug = Augmentation(Transformer(SIZES["gemma2_2b"]), "cache_augmentation", L)
+        assert abs(train_step_flops(aug, 1, 2048, 128, 16) / 1e12 - expected) < 0.01
+
+
+def test_what_is_done_beyond_that():
+    """Under `attention` the products of the traces once more; under `full` what they see of the text too."""
+    config = dataclasses.replace(small.GEMMA, window=8)
+    leaves = folder.by_name(folder.shapes(config))
+    products = 2 * sum(x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name)
+
+    def again(remat, method="cache_augmentation"):
+        return repeated_flops(Augmentation(Transformer(config, remat), method, 4), 3, 64, 5, 6)
+
+    tokens = 3 * 5 * (4 + 4 + 6 - 1)
+    assert again("none") == again("dots") == 0
+    assert again("attention") == tokens * products
+    assert again("full") > again("attention")
+    assert again("attention", "pause_tokens") == 3 * 5 * (4 + 6 - 1) * products
+    assert again("attention", "decoder") == 3 * 64 * products
+    # One after another: three passes more over four, forward twice and backward (the text has no gradient). Inserted:
+    # zeros in their places.
+    one_after_another, zeros = 3 * 5 * 3 * 4, 3 * 5 * 4
+    pair = 4 * config.num_heads * config.head_dim
+    seen = pair * sum(np.minimum(np.arange(64) + 0.5, 8 if local else 64).mean() for local in config.is_local)
+    for method, base, tokens_more, of_products, of_seen in (
+        ("sequential", tokens, one_after_another, 4, 3),
+        ("inserted", tokens - zeros, zeros, 2, 2),
+    ):
+        more = again("none", method)
+        np.testing.assert_allclose(more, tokens_more * (of_products * products + of_seen * seen), rtol=1e-2)
+        np.testing.assert_allclose(again("attention", method) - more, (base + tokens_more) * products)
+    assert again("attention", "joint") == again("attention", "last_layer") == (tokens + 3 * 64) * products

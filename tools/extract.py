@@ -1,0 +1,254 @@
+"""Plain text out of packages: HTML manuals, man pages, POD, dictionaries, sayings; and one way to clean them all.
+
+What a package holds is `Pages`: each page's name, and a function that reads its paragraphs, so that a sample of a large
+package costs no more than what is kept of it. What these functions make of a page is part of what the packaged corpus
+and the mixture are: `build_corpus` and `make_mixture` are their users.
+"""
+
+import functools
+import gzip
+import hashlib
+import re
+import subprocess
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from lxml import html
+
+from latent_delib.errors import UserError
+
+Pages = dict[str, Callable[[], list[str]]]
+
+SHORTEST, LONGEST = 500, 30_000  # characters of a document
+REPEATED = 60  # a paragraph of at least this many characters is kept only where it is first met
+SEPARATOR = "\n\f\n"  # between the documents of a file
+ENTRIES = 200  # of a dictionary, on a page
+
+
+def debian(folder: Path, package: str) -> tuple[Path, str]:
+    """Unpacks a Debian package below `folder`, installing nothing; returns its root and its version.
+
+    Raises:
+      UserError: the package cannot be had.
+    """
+    root = folder / package
+    done = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True)
+    archives = list(folder.glob(f"{package}_*.deb"))
+    if done.returncode or not archives:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no archive came"]
+        raise UserError(f"Debian package {package}: {reason[0]} (apt-get update brings the list of packages)")
+    done = subprocess.run(["dpkg-deb", "--extract", archives[0], root], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"Debian package {package}: {' '.join(done.stderr.split())}")
+    archives[0].unlink()
+    return root, archives[0].name.split("_")[1].replace("%3a", ":")
+
+
+# -------------------------------------------------------------------------------------------------- HTML
+
+BLOCKS = set(
+    "address article aside blockquote body center dd details div dl dt fieldset figure footer header "
+    "h1 h2 h3 h4 h5 h6 hr li main ol p pre section table tbody tr ul".split()
+)
+DROPPED = set("button form head img nav noscript script style svg".split())
+CHROME = set(  # classes and ids
+    "bottomlang comments_section contents fancy_toc footer headerlink imgcontainer indexterm mainmenu menu "
+    "navfooter navheader page-header path permalink quickview searchmenu sidebar submenu tagline toc "
+    "toctree-wrapper top toplang up viewcode-link".split()
+)
+LEFTOVER = re.compile(r"This page (is part|last modified) .*|Previous: .*|See also:?|[a-z]+(-[a-z]+)+:", re.IGNORECASE)
+
+
+def within(element: html.HtmlElement) -> list[str]:
+    """The blocks of text inside an element, in order, without what is there to navigate."""
+    blocks: list[str] = []
+    line: list[str] = []
+
+    def close() -> None:
+        if words := " ".join("".join(line).split()):
+            blocks.append(words)
+        line.clear()
+
+    def walk(parent: html.HtmlElement) -> None:
+        line.append(parent.text or "")
+        for child in parent:
+            chrome = CHROME & {*child.get("class", "").split(), child.get("id")}
+            if child.tag in BLOCKS and not chrome:
+                close()
+                blocks.extend(block(child))
+            elif child.tag == "br":
+                line.append(" ")
+            elif child.tag not in DROPPED and not chrome:
+                walk(child)
+            line.append(child.tail or "")
+
+    walk(element)
+    close()
+    return blocks
+
+
+def block(element: html.HtmlElement) -> list[str]:
+    """The blocks of a block element: code as it stands, one line for a list's item or a table's row."""
+    if element.tag == "pre":
+        lines = [line.rstrip() for line in element.text_content().expandtabs().split("\n")]
+        code = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+        return [code] if code.strip() else []
+    if element.tag == "table":
+        rows = [[" ".join(within(cell)) for cell in row.xpath("./td|./th")] for row in element.iter("tr")]
+        if any("\n" in cell for row in rows for cell in row):  # a table that lays out code or lists
+            return within(element)
+        text = "\n".join(filter(None, (" | ".join(filter(None, row)).replace(": | ", ": ") for row in rows)))
+        numbers = sum(map(str.isdigit, text)) > 0.2 * len(text)
+        return [text] if text and not numbers else []
+    if element.tag in ("ul", "ol"):
+        linked = sum(len(link.text_content()) for link in element.iter("a"))
+        if linked > 0.9 * len(element.text_content().strip()):  # a table of contents
+            return []
+        items = [within(item) for item in element if item.tag == "li"]
+        items = [["- " + item[0], *item[1:]] for item in items if item]
+        flat = [text for item in items for text in item]
+        return ["\n".join(flat)] if len(flat) == len(items) > 0 else flat
+    return within(element)
+
+
+# Where the text of a page stands, the first of these that a page has.
+MAIN = ("//*[@role='main']", "//main", "//article", "//div[@id='content']", "/html/body")
+
+
+def manual(root: Path, keep: str = ".*", drop: str = "$^", text: Sequence[str] = MAIN) -> Pages:
+    """The HTML pages whose path below `root` matches `keep` whole and `drop` nowhere; text: XPaths."""
+    files = ((file.relative_to(root).as_posix(), file) for file in sorted(root.rglob("*.html")))
+    return {
+        name: functools.partial(_page, file, text)
+        for name, file in files
+        if re.fullmatch(keep, name) and not re.search(drop, name) and file.is_file() and not file.is_symlink()
+    }
+
+
+def _page(file: Path, text: Sequence[str]) -> list[str]:
+    source = file.read_bytes()
+    encoding = "utf-8" if b"utf-8" in source[:1500].lower() else "iso-8859-1"
+    tree = html.fromstring(source, parser=html.HTMLParser(encoding=encoding, remove_comments=True))
+    main = next((found[0] for xpath in text if (found := tree.xpath(xpath))), None)
+    return [] if main is None else [block for block in within(main) if not LEFTOVER.fullmatch(block)]
+
+
+# ---------------------------------------------------------------------------------------- other kinds of text
+
+WIDE = "9999"  # characters of a line: a paragraph is one
+
+
+def man_pages(root: Path) -> Pages:
+    """Every man page, set by groff without its head and foot."""
+    files = (file for file in sorted(root.rglob("*.gz")) if file.parent.name.startswith("man"))
+    return {file.name: functools.partial(_man_page, file) for file in files if not file.is_symlink()}
+
+
+def _man_page(file: Path) -> list[str]:
+    source = gzip.decompress(file.read_bytes())
+    if source.startswith(b".so "):  # another name of a page
+        return []
+    command = ["groff", "-mandoc", "-t", "-Kutf8", "-Tutf8", "-P-cbou", f"-rLL={WIDE}n", "-rHY=0", "-dAD=l"]
+    done = subprocess.run(command, input=source, capture_output=True)
+    text = re.sub(r"(?<=\S) {3,}", "  ", done.stdout.decode(errors="replace"))  # columns of tables, set wide apart
+    return blocks(re.sub(r"(?m)^ *[\u2500-\u257f][ \u2500-\u257f]*\n", "", text))[1:-1]  # and the rules between rows
+
+
+def pods(root: Path) -> Pages:
+    """Every page of Perl's Plain Old Documentation."""
+    return {file.name: functools.partial(_pod, file) for file in sorted(root.rglob("*.pod")) if not file.is_symlink()}
+
+
+def _pod(file: Path) -> list[str]:
+    return blocks(subprocess.run(["pod2text", "-u", f"--width={WIDE}", file], capture_output=True).stdout.decode())
+
+
+def blocks(text: str) -> list[str]:
+    """The paragraphs of a set page: between empty lines, without the margin they share."""
+    found = []
+    for part in re.split(r"\n\s*\n", text.expandtabs()):
+        lines = [line.rstrip() for line in part.split("\n") if line.strip()]
+        margin = min((len(line) - len(line.lstrip()) for line in lines), default=0)
+        found.append("\n".join(line[margin:] for line in lines))
+    return [block for block in found if block]
+
+
+def dictionary(root: Path) -> Pages:
+    """A dictionary in the format of dictd, ENTRIES a page: a headword begins a line, what it means stands indented."""
+    (file,) = root.rglob("*.dict.dz")
+    text = gzip.decompress(file.read_bytes()).decode(errors="replace")
+    entries = re.split(r"\n(?=\S)", text)
+    firsts = range(0, len(entries), ENTRIES)
+    return {f"{first:08}": functools.partial(_entries, entries[first : first + ENTRIES]) for first in firsts}
+
+
+def _entries(entries: Sequence[str]) -> list[str]:
+    parts = (re.split(r"\n\s*\n", re.sub(r"\s*\[1913 Webster\]", "", entry)) for entry in entries)
+    return ["\n".join(" ".join(part.split()) for part in entry if part.strip()) for entry in parts]
+
+
+def sayings(root: Path) -> Pages:
+    """The files of fortune(6): sayings with a line of "%" between them."""
+    files = {file.stem: file for file in sorted(root.rglob("*.dat")) if file.with_suffix("").is_file()}
+    return {name: functools.partial(_sayings, file.with_suffix("")) for name, file in files.items()}
+
+
+def _sayings(file: Path) -> list[str]:
+    text = file.read_text(encoding="utf-8", errors="replace").expandtabs(4)
+    return [saying.strip("\n") for saying in re.split(r"\n%\n", text)]
+
+
+# ---------------------------------------------------------------------------------------------- cleaning
+
+
+def sample(pages: Pages, budget: int) -> list[list[str]]:
+    """Whole pages, chosen by the hash of their names, of about `budget` characters; in the order given."""
+    chosen: dict[str, list[str]] = {}
+    size = 0
+    for name in sorted(pages, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if size >= budget:
+            break
+        paragraphs = pages[name]()
+        if (length := sum(map(len, paragraphs))) >= SHORTEST:
+            chosen[name] = paragraphs
+            size += length
+    return [chosen[name] for name in pages if name in chosen]
+
+
+def plain(paragraph: str) -> str:
+    """The paragraph without control, format, private-use and separator characters and trailing blanks."""
+    paragraph = unicodedata.normalize("NFC", paragraph).replace("\u00a0", " ")
+    unwanted = ("Cc", "Cf", "Co", "Zl", "Zp")
+    paragraph = "".join(c for c in paragraph if c == "\n" or unicodedata.category(c) not in unwanted)
+    return re.sub(r" +$", "", paragraph, flags=re.MULTILINE).strip("\n")
+
+
+def pack(pieces: list[str], joint: str) -> Iterator[str]:
+    """Joins pieces into few documents of about equal length, within `LONGEST` unless one piece is longer."""
+    size = len(joint.join(pieces))
+    share = size / max(1, -(-size // LONGEST))
+    document: list[str] = []
+    length = 0
+    for piece in pieces:
+        if document and length + len(piece) > min(LONGEST, share + 500):
+            yield joint.join(document)
+            document, length = [], 0
+        document.append(piece)
+        length += len(piece) + len(joint)
+    yield joint.join(document)
+
+
+def clean(documents: Iterable[list[str]], seen: set[str]) -> Iterator[str]:
+    """Documents without odd characters and without paragraphs that were met before, long ones cut."""
+    for document in documents:
+        kept = []
+        for paragraph in map(plain, document):
+            key = " ".join(paragraph.split()).lower()
+            if key and (len(key) < REPEATED or key not in seen):
+                kept.append(paragraph)
+            seen.add(key)
+        sentences = len(kept) == 1 and re.split(r"(?<=[a-z]{2}[.!?]) (?=[A-Z])", kept[0])
+        for part in pack(sentences, " ") if sentences else pack(kept, "\n\n"):
+            if len(part) >= SHORTEST:
+                yield part

@@ -1,0 +1,297 @@
+"""Benchmarks that need no network: problems made by reasoning-gym, and the packaged held-out text.
+
+  python -m tools.make_tasks --out=runs/tasks
+
+Writes for each task NAME.yaml, which the lm-eval harness reads, and NAME.test.jsonl; where problems can be made without
+end, NAME.train.jsonl too, for worked examples in prompts, and text/train/NAME.txt, text/test/NAME.txt, both splits as
+text to adapt a model to (`data.sources=files:OUT/text/train/*.txt`). No question of the test split is in the other.
+Seeds and sizes are fixed: everybody who has the same reasoning-gym has the same tasks. `benchmark` runs them.
+"""
+
+import functools
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import latent_delib
+from latent_delib.errors import UserError
+from latent_delib.machine import commands
+from latent_delib.machine.files import whole
+from latent_delib.machine.progress import Progress
+from latent_delib.machine.provenance import provenance
+from latent_delib.measure.harness import check_rows
+
+Row = dict[str, Any]
+
+TEXT = Path(latent_delib.__file__).parent / "data" / "corpus" / "validation"
+SIZES = {"train": 1000, "test": 200}
+SEEDS = {"train": 0, "test": 1_000_000}  # problem i of seed s is problem 0 of seed s + i: far apart, or they overlap
+PIECE = 1200  # characters of a piece of text, about
+STATEMENT = re.compile(r"(All|No|Some) (\w+) are (not )?(\w+)")
+
+# What a row of each kind holds, and what the harness does with it.
+QUESTION = {"doc_to_text": "Question: {{question}}\nAnswer:"}
+EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
+EXACT |= {"regexes_to_ignore": [",", "\\$", "(?s).*#### "]}  # what GSM8K's own task ignores
+
+
+def _generated(until: list[str], max_gen_toks: int, pattern: str) -> Row:
+    """Harness settings of a task whose answer is generated greedily; the last match of `pattern` is the answer."""
+    found = [{"function": "regex", "regex_pattern": pattern, "group_select": -1}, {"function": "take_first"}]
+    return {
+        **QUESTION,
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": until, "max_gen_toks": max_gen_toks, "do_sample": False},
+        "filter_list": [{"name": "answer", "filter": found}],
+        "metric_list": [EXACT],
+    }
+
+
+def _chosen(**prompt: str) -> Row:
+    """Harness settings of a task whose answer is the likeliest of the choices."""
+    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
+    fixed = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    return {**prompt, **fixed, "metric_list": metrics}
+
+
+SOLVED = _generated(["Question:"], 256, "#### (-?[0-9.,]+)")
+NUMBER = _generated(["\n"], 16, "(-?[0-9]+)")
+CHOICE = _chosen(**QUESTION)
+CONTINUED = _chosen(doc_to_text="{{question}}")
+READ = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": metric} for metric in ("bits_per_byte", "byte_perplexity", "word_perplexity")],
+}
+
+
+def gsm_symbolic(split: str) -> Iterator[Row]:
+    """Word problems in GSM8K's form: a worked answer that ends in "#### N", N an integer."""
+    for item in _problems("gsm_symbolic", split):
+        if re.fullmatch(r"(?s).*\n#### -?\d+", worked := item["metadata"]["answer_cot"]):
+            yield {"question": item["question"], "answer": worked}
+
+
+def chain_sum(split: str) -> Iterator[Row]:
+    """Sums and differences of 2 to 6 numbers of up to 4 digits."""
+    for item in _problems("chain_sum", split):
+        yield {"question": item["question"], "answer": item["answer"]}
+
+
+def basic_arithmetic(split: str) -> Iterator[Row]:
+    """The same with products, quotients and brackets, integers throughout."""
+    for item in _problems("basic_arithmetic", split):
+        if _value(item["metadata"]["expression"]) != int(item["answer"]):
+            continue  # a quotient that is none, rounded: one in a hundred
+        yield {"question": item["question"], "answer": item["answer"]}
+
+
+def chain_sum_choice(split: str) -> Iterator[Row]:
+    """chain_sum's problems: the sum among three near misses."""
+    draw = random.Random(SEEDS[split])
+    for item in _problems("chain_sum", split):
+        right = int(item["answer"])
+        near = [right + sign * by for sign in (1, -1) for by in (1, 2, 10, 100)]
+        yield _choices(draw, item["question"], str(right), [str(n) for n in draw.sample(near, 3)])
+
+
+def countdown(split: str) -> Iterator[Row]:
+    """An expression that makes a number out of given ones, among three that differ in operators and miss it."""
+    draw = random.Random(SEEDS[split])
+    for item in _problems("countdown", split):
+        right, target = item["answer"].replace(" ", ""), item["metadata"]["target"]
+        operators = [m.end() for m in re.finditer(r"[\d)](?=[-+*/])", right)]  # not a sign
+        wrong: set[str] = set()
+        for _ in range(60):
+            tried = list(right)
+            for i in draw.sample(operators, min(2, len(operators))):
+                tried[i] = draw.choice("+-*")
+            if "".join(tried) not in wrong | {right} and _value("".join(tried)) != target:
+                wrong.add("".join(tried))
+            if len(wrong) == 3:
+                question = f"Make {target} of {', '.join(map(str, item['metadata']['numbers']))}."
+                yield _choices(draw, question, right, sorted(wrong))
+                break
+
+
+def syllogism(split: str) -> Iterator[Row]:
+    """Whether a conclusion follows from two statements: Yes or No.
+
+    reasoning-gym 0.1.25 says Yes to some that do not follow (an undistributed middle), so what it says is not taken.
+    """
+    for item in _problems("syllogism", split):
+        statements = (item["metadata"][key] for key in ("premise1", "premise2", "conclusion"))
+        said = [STATEMENT.fullmatch(statement).groups() for statement in statements]
+        terms = list(dict.fromkeys(term for _, subject, _, predicate in said for term in (subject, predicate)))
+        form = ((how, terms.index(a), bool(no), terms.index(b)) for how, a, no, b in said)
+        yield {"question": item["question"], "choices": ["Yes", "No"], "gold": 0 if _follows(*form) else 1}
+
+
+def next_sentence(split: str) -> Iterator[Row]:
+    """The sentence that follows three others in held-out prose, among three of like length from elsewhere in it."""
+    draw = random.Random(SEEDS[split])
+    for path in sorted(TEXT.glob("prose_*.txt")):
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        sentences = re.split(r"(?<=[a-z][.!?]) (?=[A-Z])", text)
+        fitting = [i for i, s in enumerate(sentences) if 40 <= len(s) <= 200 and i >= 3]
+        for i in sorted(draw.sample(fitting, min(SIZES[split] // 2, len(fitting)))):
+            right = sentences[i]
+            by_length = sorted(
+                (j for j in fitting if abs(i - j) > 3), key=lambda j: abs(len(sentences[j]) - len(right))
+            )
+            wrong = [sentences[j] for j in draw.sample(by_length[:40], 3)]
+            yield _choices(draw, " ".join(sentences[i - 3 : i]), right, wrong)
+
+
+def held_out_text(split: str) -> Iterator[Row]:
+    """Pieces of held-out prose and manuals, spread over them; cut between lines."""
+    pieces = []
+    for path in sorted(TEXT.glob("*.txt")):
+        for document in path.read_text(encoding="utf-8").split("\f"):
+            piece = ""
+            for line in document.strip().splitlines(keepends=True):
+                piece += line
+                if len(piece) >= PIECE:
+                    pieces.append({"text": piece})
+                    piece = ""
+    yield from (pieces[i * len(pieces) // SIZES[split]] for i in range(SIZES[split]))
+
+
+# Task -> (what makes its rows, how the harness asks, splits).
+TASKS: dict[str, tuple[Callable[[str], Iterator[Row]], Row, tuple[str, ...]]] = {
+    "gsm_symbolic": (gsm_symbolic, SOLVED, ("train", "test")),
+    "chain_sum": (chain_sum, NUMBER, ("train", "test")),
+    "basic_arithmetic": (basic_arithmetic, NUMBER, ("train", "test")),
+    "chain_sum_choice": (chain_sum_choice, CHOICE, ("train", "test")),
+    "countdown": (countdown, CHOICE, ("train", "test")),
+    "syllogism": (syllogism, CHOICE, ("train", "test")),
+    "next_sentence": (next_sentence, CONTINUED, ("test",)),
+    "held_out_text": (held_out_text, READ, ("test",)),
+}
+
+
+def make_tasks(out: str) -> None:
+    """Writes all tasks to the folder `out`, whole or not at all.
+
+    Raises:
+      UserError: `out` is there already; reasoning-gym is not installed, or makes too few different problems.
+    """
+    version = _version()
+    total = sum(SIZES[split] for _, _, splits in TASKS.values() for split in splits)
+    done, progress, lines = 0, Progress("made", total, "problems"), []
+    with whole(Path(out)) as folder:
+        for name, (make, _, splits) in TASKS.items():
+            made: dict[str, list[Row]] = {}
+            seen: set[str] = set()  # the test split comes first: what it asks is not taught
+            for split in reversed(splits):
+                rows = made[split] = []
+                for row in make(split):
+                    if (key := row.get("question", row.get("text"))) not in seen:
+                        seen.add(key)
+                        rows.append(row)
+                        progress(done + len(rows))
+                    if len(rows) == SIZES[split]:
+                        break
+                if len(rows) < SIZES[split]:
+                    raise UserError(f"{name}: {len(rows)} {split} problems, expected {SIZES[split]}")
+                done += SIZES[split]
+                lines.append(f"{name:18} {split:6} {len(rows):>6,}")
+            write_task(folder, name, made)
+        about = {"seeds": SEEDS, "sizes": SIZES, "reasoning_gym": version, "provenance": provenance(computed=False)}
+        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    print("\n".join(lines))
+
+
+def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
+    """Writes the settings of a task of TASKS, and its rows by split; file names are relative to the folder."""
+    import yaml
+
+    _, asked, _ = TASKS[name]
+    settings = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {split: f"{name}.{split}.jsonl" for split in rows}},
+        "test_split": "test",
+    }
+    if "train" in rows:  # the same worked examples for every document: a prompt's beginning is always the same
+        settings |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
+    for split, some in rows.items():
+        path = folder / f"{name}.{split}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8")
+        check_rows(path, asked["output_type"])
+        if "train" in rows and not name.endswith("_choice"):  # problems of another task, asked otherwise
+            text = folder / "text" / split / f"{name}.txt"
+            text.parent.mkdir(parents=True, exist_ok=True)
+            text.write_text("\n\f\n".join(map(solved, some)) + "\n", encoding="utf-8")
+    settings |= asked | {"metadata": {"version": 1.0}}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def solved(row: Row) -> str:
+    """A problem and its answer, as the harness puts them."""
+    return f"Question: {row['question']}\nAnswer: {row['answer'] if 'answer' in row else row['choices'][row['gold']]}"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("reasoning-gym")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            "reasoning-gym is not installed: with a C compiler and Python's headers (on Debian: apt-get install gcc "
+            "python3-dev) LATENT_DELIB_EXTRAS=tasks ./launch/setup.sh brings it"
+        ) from None
+
+
+def _problems(dataset: str, split: str) -> Iterator[Row]:
+    """reasoning-gym's problems, twice as many as are wanted: some are double or do not fit."""
+    import reasoning_gym
+
+    return iter(reasoning_gym.create_dataset(dataset, size=2 * SIZES[split], seed=SEEDS[split]))
+
+
+def _choices(draw: random.Random, question: str, right: str, wrong: list[str]) -> Row:
+    choices = [right, *wrong]
+    draw.shuffle(choices)
+    return {"question": question, "choices": choices, "gold": choices.index(right)}
+
+
+@functools.cache
+def _follows(*form: tuple[str, int, bool, int]) -> bool:
+    """Whether the last of three statements about three kinds of things holds in every world where the others do.
+
+    A world is which of the eight combinations of the kinds there are, of each kind something.
+    """
+
+    def holds(world: Sequence[tuple[bool, ...]], how: str, subject: int, negated: bool, predicate: int) -> bool:
+        found = [thing[predicate] != negated for thing in world if thing[subject]]
+        return {"All": all(found), "No": not any(found), "Some": any(found)}[how]
+
+    things = list(itertools.product((False, True), repeat=3))
+    worlds = (list(itertools.compress(things, there)) for there in itertools.product((False, True), repeat=8))
+    *premises, conclusion = form
+    return all(
+        holds(world, *conclusion)
+        for world in worlds
+        if world and all(any(kind) for kind in zip(*world)) and all(holds(world, *premise) for premise in premises)
+    )
+
+
+def _value(expression: str) -> Fraction | None:
+    """What an expression of whole numbers, + - * / and brackets comes to."""
+    assert re.fullmatch(r"[-+*/() \d]+", expression), expression
+    try:
+        return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression))
+    except ZeroDivisionError:
+        return None
+
+
+if __name__ == "__main__":
+    commands.run(lambda flags: make_tasks(flags.out), __doc__, out=(commands.REQUIRED, "the folder to write"))
