@@ -4,8 +4,8 @@
 
 Forms: the dense one-sequence form (`dense`), the package's with each form of attention, and the PyTorch peer
 (`peer_torch`), where torch is installed. Useful FLOPs are those that train logs (`latent_delib.delib.cost`), the same
-for all. Where numbers are missing, a form does not fit. On a CPU the peer has no flex_attention, so it stands there with a
-dense mask of its own. The published setting on one GPU, with the flags it wants:
+for all. Where numbers are missing, a form does not fit. On a CPU the peer has no flex_attention: there it has a dense
+mask of its own. The published setting on one GPU, with the flags it wants:
 
   ./launch/gpu.sh .venv/bin/python -m benchmarks.step --json=FILE
 """

@@ -1,0 +1,91 @@
+"""What a run is, as plain data, and what two runs differ in."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from configs import base
+from latent_delib.errors import UserError
+from latent_delib.job.record import AGREE, FORMAT, Record
+
+
+@pytest.fixture
+def record() -> Record:
+    config = json.loads(base.get_config().to_json_best_effort())
+    return Record(config, "f" * 64, {"num_layers": 2}, {"tokenizer": "t" * 64, "files": ["a"]}, step=7)
+
+
+def changed(record: Record, key: str, value) -> Record:
+    """The same run with another value at a dotted key of its config."""
+    config = copy.deepcopy(record.config)
+    *rooms, name = key.split(".")
+    inner = config
+    for room in rooms:
+        inner = inner[room]
+    inner[name] = value
+    return dataclasses.replace(record, config=config)
+
+
+def test_a_checkpoint_gives_back_what_it_was_given(record):
+    meta = json.loads(json.dumps(record.meta()))
+    assert meta["format"] == FORMAT
+    assert Record.from_meta(meta, "w") == record
+
+
+def test_a_meta_without_a_number_is_read(record):
+    """As version 0.1 wrote it, before `method.max_delay` and `method.coprocessor`."""
+    meta = json.loads(json.dumps(record.meta()))
+    del meta["format"], meta["config"]["method"]["max_delay"], meta["config"]["method"]["coprocessor"]
+    meta |= {"method.name": "cache_augmentation", "method.num_latents": 16}
+    found = Record.from_meta(meta, "w")
+    for purpose in AGREE:
+        assert not record.differences(found, purpose), purpose
+    assert found.method["max_delay"] == 0 and found.method["coprocessor"] == {}
+
+
+def test_a_newer_checkpoint_is_refused(record):
+    with pytest.raises(UserError, match=f"w: checkpoint format {FORMAT + 1}, expected at most {FORMAT}"):
+        Record.from_meta(record.meta() | {"format": FORMAT + 1}, "w")
+
+
+@pytest.mark.parametrize(
+    "key, value, purposes",
+    [
+        ("method.num_latents", 3, {"resume", "evaluate", "start", "compare"}),
+        ("method.coprocessor", {"num_layers": 1}, {"resume", "evaluate", "start", "compare"}),
+        ("method.num_ahead", 3, {"resume"}),
+        ("method.lora_rank", 4, {"resume", "evaluate", "start", "compare"}),
+        ("optimizer.b1", 0.5, {"resume"}),
+        ("seed", 3, {"resume"}),
+        ("train.batch_size", 3, {"resume"}),
+        ("train.steps", 3, set()),
+        ("data.validation", ["other"], {"compare"}),
+        ("evaluate.delay", 3, {"compare"}),
+        ("evaluate.batch_size", 3, set()),
+    ],
+)
+def test_each_purpose_names_its_differences(record, key, value, purposes):
+    other = changed(record, key, value)
+    for purpose in AGREE:
+        found = record.differences(other, purpose)
+        assert [d.key for d in found] == ([key] if purpose in purposes else []), purpose
+        assert all(d.there == value for d in found)
+
+
+def test_a_start_is_a_whole_coprocessor(record):
+    """Adapters begin with a whole coprocessor: what has adapters itself, or began with another run, is refused."""
+    adapters = changed(record, "method.lora_rank", 8)
+    assert not adapters.differences(record, "start")
+    assert [d.key for d in adapters.differences(adapters, "start")] == ["method.lora_rank"]
+
+
+def test_another_decoder_and_tokenizer(record):
+    other = dataclasses.replace(record, fingerprint="0" * 64, data={"tokenizer": "1" * 64})
+    with pytest.raises(UserError) as error:
+        record.require(other, "evaluate", "runs/x")
+    assert str(error.value) == (
+        "runs/x: decoder.fingerprint is 000000000000 there, ffffffffffff here; "
+        "decoder.tokenizer is 111111111111 there, tttttttttttt here; use the same, or another --workdir"
+    )
