@@ -106,9 +106,14 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",), ACTIVATIONS))
 
 
+def shards(mesh: Mesh, axis: str) -> int:
+    """Returns into how many parts the mesh splits a logical axis of activations: "batch", "traces", "heads", "ffn"."""
+    return math.prod(mesh.shape[name] for name in _names(ACTIVATIONS[axis]))
+
+
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    """Returns into how many parts the rows of a batch are split."""
+    return shards(mesh, "batch")
 
 
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
