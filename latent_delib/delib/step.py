@@ -1,5 +1,6 @@
 """Train state, train step and evaluation steps: pure functions, jitted by the commands that call them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -119,12 +120,22 @@ def train_step(
 
 
 def read_step(
-    params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, *, aug: Augmentation, dtype: jnp.dtype
-) -> tuple[Text, jax.Array]:
-    """What the plain decoder makes of text, and its -log p of text token t + 1 at every t, float32 [B, T - 1]."""
+    params: Params,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    *,
+    aug: Augmentation,
+    dtype: jnp.dtype,
+    score: Callable[..., Any] = augment.nll,
+) -> tuple[Text, Any]:
+    """What the plain decoder makes of text, and its score of text token t + 1 at every t: -log p, float32 [B, T - 1].
+
+    Args:
+      score: (aug, params, outputs [..., D], the tokens [...] that they predict) -> arrays [...].
+    """
     params = augment.gathered(aug, params)
     text = augment.read(aug, params, tokens_BT, segment_BT, dtype)
-    return text, augment.nll(aug, params, text.outputs[:, :-1], tokens_BT[:, 1:])
+    return text, score(aug, params, text.outputs[:, :-1], tokens_BT[:, 1:])
 
 
 def ahead_step(
@@ -138,12 +149,14 @@ def ahead_step(
     aug: Augmentation,
     num_ahead: int,
     delay: int = 0,
-) -> tuple[jax.Array, jax.Array]:
+    score: Callable[..., Any] = augment.nll,
+) -> tuple[Any, jax.Array]:
     """With latents after text tokens `at_BM`: -log p of the next A text tokens, and their weights (0 past the
     document's end); float32 [B, M, A] each (Section 3.1).
 
     Args:
       from_B: the row whose latents a row is given instead of its own. delay: latents are written so many tokens before.
+      score: as in `read_step`.
     """
     params = augment.gathered(aug, params)
     marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)
@@ -151,4 +164,4 @@ def ahead_step(
     if from_B is not None:
         z = jax.tree.map(lambda x: x[from_B], z)
     x_BMAD, _ = augment.decode(aug, params, z, text.cache, marks)
-    return augment.nll(aug, params, x_BMAD, marks.targets), marks.weights
+    return score(aug, params, x_BMAD, marks.targets), marks.weights
