@@ -27,10 +27,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from latent_delib.data import batches, tokenizer
+from latent_delib.data import batches
 from latent_delib.errors import Outage, UserError
 from latent_delib.job import experiment
 from latent_delib.job.experiment import Experiment
+from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files
 from latent_delib.machine.checkpoint import Restored, warn, whole_steps
 from latent_delib.machine.progress import Progress
@@ -132,9 +133,7 @@ def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
     """
 
     def check(meta: dict[str, Any]) -> None:
-        exp.check_same(meta, workdir)
-        if meta["data"]["fingerprint"]["tokenizer"] != tokenizer.fingerprint(exp.tokenizer.path):
-            raise UserError(f"config.decoder.tokenizer: {workdir} was trained with another than {exp.tokenizer.path}")
+        exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
 
     wanted = experiment.trainable_shapes(exp)
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
@@ -170,10 +169,7 @@ class Job:
     @functools.cached_property
     def frozen(self) -> Params:
         """Reads the decoder everything is compared with, and the coprocessor below adapters where there is one."""
-        frozen = {"decoder": experiment.load_decoder(self.exp, self.exp.dtype)}
-        if self.exp.start and self.exp.config.method.lora_rank:
-            frozen["coprocessor"] = experiment.load_start(self.exp, self.exp.dtype)
-        return frozen
+        return experiment.load_frozen(self.exp)
 
     def run(self, found: Restored | None, out: epath.Path) -> dict[str, Any]:
         """Evaluates a checkpoint, or without one the frozen decoder; returns what perplexity.json holds."""

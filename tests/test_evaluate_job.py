@@ -25,7 +25,7 @@ class Killed(Exception):
 def calls(monkeypatch):
     """Counts what is loaded and run; `calls["die"] = n` lets the n-th reading of a batch from now on fail."""
     calls = {"read": 0, "text": 0, "decoder": 0, "jit": 0, "die": 0}
-    jit_steps, read_text, load_decoder = perplexity.jit_steps, perplexity.read_text, experiment.load_decoder
+    jit_steps, read_text, load_decoder = perplexity.jit_steps, perplexity.read_text, experiment.place_decoder
 
     def counted(name, function):
         def call(*arguments):
@@ -49,7 +49,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(perplexity, "jit_steps", counting)
     monkeypatch.setattr(perplexity, "read_text", counted("text", read_text))
-    monkeypatch.setattr(experiment, "load_decoder", counted("decoder", load_decoder))
+    monkeypatch.setattr(experiment, "place_decoder", counted("decoder", load_decoder))
     monkeypatch.setattr(evaluate, "SAVE_EVERY", 0.0)
     return calls
 

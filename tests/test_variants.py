@@ -18,6 +18,7 @@ from latent_delib.delib.step import TrainState
 from latent_delib.errors import UserError
 from latent_delib.job import build, experiment
 from latent_delib.job import plan as planning
+from latent_delib.job.record import Record
 from latent_delib.measure import perplexity
 from latent_delib.weights import folder
 
@@ -203,7 +204,7 @@ def first_loss(config, coprocessor):
         {"coprocessor": jax.device_get(coprocessor)}, planning.shardings_of(plan.state.trainable)
     )
     state = TrainState(jax.numpy.int32(0), trainable, plan.tx.init(trainable))
-    frozen = {"decoder": experiment.load_decoder(exp, exp.dtype)}
+    frozen = {"decoder": experiment.place_decoder(exp, exp.dtype)}
     batch = mesh_lib.place_rows(exp.mesh, next(data), config.train.batch_size)
     return float(plan.step(state, frozen, batch)[1]["loss"])
 
@@ -301,9 +302,9 @@ def late_by_hand(config, trained, decoder_folder, delay=2):
 MISTAKES = [
     ({"method.lora_rank": -1}, "config.method.lora_rank=-1"),
     ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
-    ({"method.name": "from_scratch", "method.lora_rank": 2}, "begins at random"),
+    ({"method.name": "from_scratch", "method.lora_rank": 2}, "starts at random"),
     ({"method.name": "inserted"}, "config.method.placement='after'"),
-    ({"method.coprocessor": {"num_layers": 2}}, "has no size of its own to give"),
+    ({"method.coprocessor": {"num_layers": 2}}, "config.method.coprocessor: .* has the decoder's size"),
     ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
     ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
@@ -332,15 +333,17 @@ def test_mistakes(make_config, change, said):
 
 def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
-    with pytest.raises(UserError, match=r"config.method.start=.*/checkpoints/4 was trained with method.name"):
+    with pytest.raises(
+        UserError, match=r"config.method.start=.*/checkpoints/4: method.name is 'cache_augmentation' there"
+    ):
         train.train(config, str(tmp_path / "w"))
     assert build.split_start("gs://b/run/checkpoints/12/") == ("gs://b/run", 12)
 
 
 def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):
     changed = {"method.name": "resized", "method.coprocessor": {"layer_pattern": ("global",)}}
-    identity = experiment.read(make_config(changed)).identity()
-    assert json.loads(json.dumps(identity)) == identity
+    record = experiment.read(make_config(changed)).record
+    assert Record.from_meta(json.loads(json.dumps(record.meta())), "w") == record
 
 
 @pytest.mark.slow
