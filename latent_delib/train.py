@@ -108,7 +108,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     # Train.
-    metrics = Metrics(exp, workdir, first)
+    metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
     vote = distributed.vote(exp.mesh)
     stop.steps = True
     for step in range(first + 1, t.steps + 1):
@@ -209,7 +209,7 @@ def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any
     shardings = planning.shardings_of(plan.state)
     init = jax.jit(experiment.init_trainable(exp), out_shardings=shardings.trainable)
     trainable = init(jax.random.key(exp.config.seed), decoder, start)
-    return trainable, jax.jit(plan.tx.init, out_shardings=shardings.opt_state)(trainable)
+    return trainable, jax.jit(plan.optimizer.tx.init, out_shardings=shardings.opt_state)(trainable)
 
 
 def trace_steps(profile_at: int, step: int, values: Any, workdir: str) -> None:

@@ -203,7 +203,7 @@ def first_loss(config, coprocessor):
     trainable = jax.device_put(
         {"coprocessor": jax.device_get(coprocessor)}, planning.shardings_of(plan.state.trainable)
     )
-    state = TrainState(jax.numpy.int32(0), trainable, plan.tx.init(trainable))
+    state = TrainState(jax.numpy.int32(0), trainable, plan.optimizer.tx.init(trainable))
     frozen = {"decoder": experiment.place_decoder(exp, exp.dtype)}
     batch = mesh_lib.place_rows(exp.mesh, next(data), config.train.batch_size)
     return float(plan.step(state, frozen, batch)[1]["loss"])

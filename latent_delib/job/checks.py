@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from latent_delib.data.rows import check_data
 from latent_delib.delib.methods import METHODS
+from latent_delib.delib.step import OPTIMIZERS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
@@ -15,6 +16,7 @@ from latent_delib.nn.transformer import REMAT
 ONE_OF = {
     "method.name": METHODS,
     "method.placement": PLACEMENTS,
+    "optimizer.name": OPTIMIZERS,
     "compute.dtype": DTYPES,
     "compute.remat": REMAT,
     "compute.attention": ATTENTION,

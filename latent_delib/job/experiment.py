@@ -18,7 +18,7 @@ from latent_delib.data import tokenizer as tokenizers
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import lora
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.methods import METHODS
+from latent_delib.delib.methods import METHODS, param_axes
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.checks import check
@@ -161,18 +161,17 @@ def _record(config: ConfigDict, decoder: Path | None, architecture: TransformerC
 
 def _check_splits(config: ConfigDict, mesh: Mesh, architecture: TransformerConfig) -> None:
     """Raises UserError for heads, features or traces that the mesh does not divide."""
-    heads = mesh_lib.shards(mesh, "heads")
-    for key in ("num_heads", "num_kv_heads", "ffn_dim"):
-        length = getattr(architecture, key)
-        if length % heads:
-            raise UserError(f"config.mesh.tensor={heads} does not divide {key}={length}: expected a divisor of it")
-    traces = mesh_lib.shards(mesh, "traces")
     positions = min(config.evaluate.positions, config.evaluate.max_length)
-    for key, length in (("method.num_traces", config.method.num_traces), ("evaluate.positions", positions)):
-        if length % traces:
-            raise UserError(
-                f"config.mesh.traces={traces} does not divide config.{key}={length}: expected a divisor of it"
-            )
+    for axis, key, length in (
+        ("heads", "num_heads", architecture.num_heads),
+        ("heads", "num_kv_heads", architecture.num_kv_heads),
+        ("ffn", "ffn_dim", architecture.ffn_dim),
+        ("traces", "config.method.num_traces", config.method.num_traces),
+        ("traces", "config.evaluate.positions", positions),
+    ):
+        if length % mesh_lib.shards(mesh, axis):
+            setting = mesh_lib.setting(mesh, axis)
+            raise UserError(f"{setting} does not divide {key}={length}: expected a divisor of it")
 
 
 # Parameters: the frozen ones, the trained ones, and those that training begins with.
@@ -271,7 +270,7 @@ def _whole_coprocessor(exp: Experiment) -> Params:
 
 def _on_mesh(exp: Experiment, shapes: Params, dtype: Any = None) -> Params:
     """Returns shapes of parameters with their shardings, in `dtype` where given."""
-    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES), dtype)
+    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method)), dtype)
 
 
 def placed(shapes: Any, shardings: Any, dtype: Any = None) -> Any:

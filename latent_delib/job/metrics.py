@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from latent_delib.delib import cost
-from latent_delib.delib.step import learning_rate
 from latent_delib.errors import UserError, store_error
 from latent_delib.job.experiment import Experiment
 from latent_delib.machine import files
@@ -46,15 +45,19 @@ class Metrics:
 
     A step's values are read after the next step is dispatched, so the device never waits for the host; they are the
     same on all processes.
+
+    Args:
+      start: the step that the run goes on from.
+      learning_rate: the optimizer's, as a function of the steps done.
     """
 
-    def __init__(self, exp: Experiment, workdir: str, start: int):
+    def __init__(self, exp: Experiment, workdir: str, start: int, learning_rate: Callable[[int], Any]):
         c, t = exp.config, exp.config.train
         self.log_every = t.log_every
         self.steps = t.steps
         self.allowed = t.max_bad_steps
         self.steps_between_saves = min(t.checkpoint_every, t.steps)
-        self.learning_rate = learning_rate(c.optimizer, t.steps)
+        self.learning_rate = learning_rate
         self.tokens = t.batch_size * c.data.seq_len
         self.flops = cost.train_step_flops(
             exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead

@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.delib.step import Optimizer, TrainState, make_optimizer, train_step
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
-from latent_delib.job.experiment import Experiment, placed
+from latent_delib.job.experiment import Experiment
 from latent_delib.nn.transformer import Params
 
 
@@ -19,14 +18,14 @@ class Plan(NamedTuple):
     """Holds a job's step, and the form of all that it takes.
 
     state, frozen, batch: trees of jax.ShapeDtypeStruct that carry shardings; nothing else decides where an array lies.
-    tx: the optimizer.
+    optimizer: with the learning rate that it uses.
     step: jitted (state, frozen, batch) -> (state, metrics); the state is donated.
     """
 
     state: TrainState
     frozen: Params
     batch: dict[str, jax.ShapeDtypeStruct]
-    tx: optax.GradientTransformation
+    optimizer: Optimizer
     step: Any
 
 
@@ -38,13 +37,13 @@ def make(exp: Experiment) -> Plan:
     """
     c = exp.config
     check_rows(exp)
-    tx = make_optimizer(c.optimizer, c.train.steps)
-    state = plan_state(exp, tx)
+    optimizer = make_optimizer(c.optimizer, c.train.steps)
+    state = state_shapes(exp, optimizer)
     row = jax.ShapeDtypeStruct((c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(exp.mesh))
     step = partial(
         train_step,
         aug=exp.aug,
-        tx=tx,
+        tx=optimizer.tx,
         seed=c.seed,
         num_traces=c.method.num_traces,
         num_ahead=c.method.num_ahead,
@@ -58,7 +57,7 @@ def make(exp: Experiment) -> Plan:
         state=state,
         frozen={} if exp.trains_whole_decoder else experiment.frozen_shapes(exp),
         batch={"tokens": row, "segment": row},
-        tx=tx,
+        optimizer=optimizer,
         step=jax.jit(step, out_shardings=outputs, donate_argnums=0),
     )
 
@@ -69,22 +68,16 @@ def check_rows(exp: Experiment) -> None:
     split = mesh_lib.shards(exp.mesh, "batch")
     if (t.batch_size // t.accumulation) % split:
         raise UserError(
-            f"config.train.batch_size={t.batch_size} in {t.accumulation} parts does not split over the {split} "
-            f"devices along config.mesh.data and config.mesh.fsdp: expected a multiple of {t.accumulation * split}"
+            f"config.train.batch_size={t.batch_size} in {t.accumulation} parts does not split over "
+            f"{mesh_lib.setting(exp.mesh, 'batch')}: expected a multiple of {t.accumulation * split}"
         )
 
 
-def plan_state(exp: Experiment, tx: optax.GradientTransformation) -> TrainState:
+def state_shapes(exp: Experiment, optimizer: Optimizer) -> TrainState:
     """Returns the shapes of what training changes, with shardings."""
     trainable = experiment.trainable_shapes(exp)
-    whole = mesh_lib.replicated(exp.mesh)
-    # Every optimizer leaf lies like its parameter; what belongs to no parameter is replicated.
-    opt_state = jax.eval_shape(tx.init, trainable)
-    shardings = optax.tree.map_params(
-        tx, lambda _, p: p.sharding, opt_state, trainable, transform_non_params=lambda _: whole
-    )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(step, trainable, placed(opt_state, shardings))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(exp.mesh))
+    return TrainState(step, trainable, mesh_lib.optimizer_state(exp.mesh, optimizer.tx, trainable))
 
 
 def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
@@ -97,8 +90,8 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
     on_cpus = exp.mesh.devices.flat[0].platform == "cpu"
     if on_cpus and exp.dtype == jnp.bfloat16 and exp.mesh.size > heads > 1:
         raise UserError(
-            f"config.compute.dtype=bfloat16 with config.mesh.tensor={heads}: XLA's compiler for CPUs aborts on it; "
-            "on CPUs expected float32, or config.mesh.tensor=1"
+            f"config.compute.dtype=bfloat16 with {mesh_lib.setting(exp.mesh, 'heads')}: XLA's compiler for "
+            "CPUs aborts on it; expected float32, or config.mesh.tensor=1"
         )
     return plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
 

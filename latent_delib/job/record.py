@@ -53,7 +53,13 @@ AGREE = {
 }
 WHOLE = {"method.lora_rank": 0, "method.start": ""}  # of a coprocessor that other runs begin with
 # The value a key has in a run that is older than the key.
-BEFORE = {"method.coprocessor": {}, "method.lora_rank": 0, "method.max_delay": 0, "method.start": ""}
+BEFORE = {
+    "method.coprocessor": {},
+    "method.lora_rank": 0,
+    "method.max_delay": 0,
+    "method.start": "",
+    "optimizer.name": "adamw",
+}
 REMEDY = {
     "resume": "use that, or another --workdir",
     "evaluate": "use the same, or another --workdir",
@@ -129,8 +135,12 @@ class Record:
     @property
     def method(self) -> Plain:
         """Returns the method's part of the config, with the keys that an older version did not have."""
-        before = {key.removeprefix("method."): value for key, value in BEFORE.items()}
-        return before | dict(self.config["method"])
+        method = dict(self.config["method"])
+        for key, value in BEFORE.items():
+            room, name = key.split(".")
+            if room == "method":
+                method.setdefault(name, value)
+        return method
 
     @property
     def tokenizer(self) -> str | None:
