@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from latent_delib.data import batches, tokenizer
+from latent_delib.data import batches
 from latent_delib.errors import Outage, UserError
 from latent_delib.job import experiment
 from latent_delib.job.experiment import Experiment
@@ -115,7 +115,7 @@ def evaluate_many(
         end, when all others are done, for checkpoints that could not be read.
     """
     job = Job(config, workdir, [steps, patience])
-    evaluations = Evaluations(epath.Path(out) / "evaluations", job.record)
+    evaluations = Evaluations(epath.Path(out) / "evaluations", job.exp.record)
     failed = []
     for step in steps_to_evaluate(Queue(workdir, evaluations, steps), patience):
         try:
@@ -150,16 +150,11 @@ def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
     with contextlib.closing(checkpoints):
         try:
-            record_of(exp).require(Record.from_meta(meta, workdir), "evaluate", workdir)
+            exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
         except UserError as error:
             raise OtherRun(str(error)) from None
         found = checkpoints.restore_newest(experiment.trainable_shapes(exp), step=step)
     return found._replace(trainable=jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable))
-
-
-def record_of(exp: Experiment) -> Record:
-    config = json.loads(exp.config.to_json_best_effort())
-    return Record(config, exp.fingerprint, data={"tokenizer": tokenizer.fingerprint(exp.tokenizer.path)})
 
 
 class Job:
@@ -172,8 +167,7 @@ class Job:
         batches.check(config.data, "validation")
         self.exp = experiment.read(config)
         self.workdir = workdir
-        self.record = record_of(self.exp)
-        same = json.dumps([self.record.config, workdir, *arguments])
+        same = json.dumps([self.exp.record.config, workdir, *arguments])
         distributed.check_same(config=same, decoder=self.exp.fingerprint)
         self.steps = values.jit_steps(self.exp)
 
@@ -189,11 +183,7 @@ class Job:
 
     @functools.cached_property
     def frozen(self) -> Params:
-        """Reads the decoder everything is compared with, and the coprocessor below adapters where there is one."""
-        frozen = {"decoder": experiment.load_decoder(self.exp, self.exp.dtype)}
-        if self.exp.start and self.exp.config.method.lora_rank:
-            frozen["coprocessor"] = experiment.load_start(self.exp, self.exp.dtype)
-        return frozen
+        return experiment.load_frozen(self.exp)
 
     def run(self, found: Restored | None, out: epath.Path) -> dict[str, Any]:
         """Evaluates a checkpoint, or without one the frozen decoder, and writes all files.
@@ -230,7 +220,7 @@ class Job:
         """Returns whatever the sums depend on, as JSON can hold it."""
         checkpointed = None if found is None else [found.step, found.meta]
         mesh = dict(self.exp.mesh.shape)
-        return [self.record.config, checkpointed, self.exp.fingerprint, self.text.digest(), mesh, views.DRAWS]
+        return [self.exp.record.config, checkpointed, self.exp.fingerprint, self.text.digest(), mesh, views.DRAWS]
 
     def add_up(self, found: Restored | None, partial: saved.PartialSums) -> SumsByTerm:
         """Adds up the sums of a checkpoint; saves them now and then, and goes on with saved ones."""
@@ -256,10 +246,10 @@ class Job:
         Keys of the config that evaluating ignores, such as the ahead tokens of training, are the checkpoint's own.
         """
         if found is None:
-            return {"config": self.record.config, "checkpoint": None, "step": None}
+            return {"config": self.exp.record.config, "checkpoint": None, "step": None}
         trained = {key: found.meta["config"][key] for key in ("method", "optimizer", "seed", "train")}
         return {
-            "config": {**self.record.config, **trained},
+            "config": {**self.exp.record.config, **trained},
             "checkpoint": str(epath.Path(self.workdir) / "checkpoints" / str(found.step)),
             "step": found.step,
         }

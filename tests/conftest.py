@@ -186,10 +186,21 @@ def make_config(tiny):
 def trained(make_config, tmp_path_factory) -> Path:
     """The workdir of the tiny config, trained to its end; read it or copy it."""
     from latent_delib import train
+    from tests import once
 
     workdir = tmp_path_factory.mktemp("trained") / "workdir"
-    train.train(make_config(), str(workdir))
+    with once.shared_steps():
+        train.train(make_config(), str(workdir))
     return workdir
+
+
+@pytest.fixture
+def shared_steps():
+    """Lets the jobs of a test use the compiled steps of earlier ones, where they are the same program."""
+    from tests import once
+
+    with once.shared_steps():
+        yield
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import latent_delib as ld
 from latent_delib import evaluate
 from latent_delib import mesh as mesh_lib
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.delib.methods import param_axes
 from latent_delib.job import experiment
 from latent_delib.lm import load
 from latent_delib.machine import checkpoint
 from latent_delib.measure import perplexity, values, views
 from latent_delib.measure.text import read_validation_text
-from latent_delib.nn.layers import PARAM_AXES
 
 A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
 KEYS = ["n", "tokens", "decoder_ppl", "augmented_ppl", "change_percent", "change_low", "change_high"]
@@ -151,7 +151,7 @@ def test_sums_of_each_document(make_config, evaluated, logprobs, documents, piec
 
 def add_up(exp, params, ahead=None):
     """Adds up the validation text on the mesh; `ahead` stands for the step of that name."""
-    sharded = jax.device_put(params, mesh_lib.parameters(exp.mesh, params, PARAM_AXES))
+    sharded = jax.device_put(params, mesh_lib.parameters(exp.mesh, params, param_axes(exp.aug.method)))
     sides = values.sides_of({"decoder": sharded["decoder"]}, {"coprocessor": sharded["coprocessor"]})
     steps = values.jit_steps(exp)
     if ahead is not None:

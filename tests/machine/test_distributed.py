@@ -41,7 +41,7 @@ def differ(config):
 
 def export(config, workdir):
     exp = experiment.read(config)
-    train.export_decoder(exp, workdir, 4, {"decoder": experiment.load_decoder(exp, jnp.float32)}, None)
+    train.export_decoder(exp, workdir, 4, {"decoder": experiment.place_decoder(exp, jnp.float32)}, None)
 
 with distributed.job(SimpleNamespace(distributed=True, start_timeout=300)):
     for kind, changes, *folders in eval(sys.argv[1]):
