@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from latent_delib.errors import Outage, UserError, reason, store_error
 from latent_delib.machine import files
+from latent_delib.machine.distributed import from_all
 
 T = TypeVar("T")
 
@@ -164,7 +164,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         while True:
             left = [s for s in self._manager.all_steps() if s not in damaged and step in (None, s)]
-            at = int(_from_all(str(max(left, default=-1)))[0])
+            at = int(from_all(str(max(left, default=-1)))[0])
             if at < 0:
                 break
             try:
@@ -207,7 +207,7 @@ class Checkpoints:
         changed = [
             f"{i}: {name}" for i, leaves in sums.items() for name in leaves if leaves[name] != contents[i][name][1]
         ]
-        if names := max(_from_all(", ".join(changed))):
+        if names := max(from_all(", ".join(changed))):
             raise Damaged(f"{names[:400]} not as saved")
         return restored
 
@@ -252,7 +252,7 @@ class Checkpoints:
 
     def _put_aside(self, step: int) -> str:
         """Renames the folder of a step; returns its new name."""
-        name = _from_all(f"DAMAGED-{step}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}")[0]
+        name = from_all(f"DAMAGED-{step}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}")[0]
         self._together(lambda: jax.process_index() or (self.path / str(step)).rename(self.path / name))
         self._manager.reload()
         return name
@@ -262,7 +262,7 @@ class Checkpoints:
 
         On disks of their own each would write its part of every checkpoint, and none would ever be whole.
         """
-        first, marker = jax.process_index() == 0, self.path / _from_all(f".started-{time.time_ns()}")[0]
+        first, marker = jax.process_index() == 0, self.path / from_all(f".started-{time.time_ns()}")[0]
 
         def make() -> None:
             try:
@@ -290,7 +290,7 @@ class Checkpoints:
         except Exception as error:
             where = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
             problem = f"{self._kind(error)} {where}{reason(error).replace(f'{self.path}/', '')}"
-        if worst := max(_from_all(problem)):
+        if worst := max(from_all(problem)):
             kind, text = worst.split(" ", 1)
             if kind in ("failed", "outage"):
                 raise (Outage if kind == "outage" else OSError)(errno.EIO, text, str(self.path))
@@ -376,15 +376,6 @@ def whole_steps(workdir: str) -> set[int]:
     last = "commit_success.txt" if workdir.startswith("gs://") else "_CHECKPOINT_METADATA"
     folders = checkpoints.iterdir() if checkpoints.is_dir() else ()
     return {int(f.name) for f in folders if f.name.isdigit() and (f / last).exists()}
-
-
-def _from_all(text: str) -> list[str]:
-    """Returns what each process says, in order; at most 1000 bytes of it."""
-    if jax.process_count() == 1:
-        return [text]
-    padded = text.encode()[:1000].ljust(1000, b"\0")
-    rows = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 def _contents(meta: Mapping[str, Any], trees: Mapping[str, Any]) -> dict[str, Any]:
