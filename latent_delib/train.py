@@ -110,7 +110,9 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
                     raise UserError(f"config.{room}.{name}={here}: {workdir} was started with {there}; {OTHERWISE}")
 
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
-    found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
+    found = checkpoints.restore_newest(
+        {"trainable": plan.state.trainable, "optimizer": plan.state.opt_state}, check=check
+    )
     start = found.step if found else 0
     if start >= t.steps:
         if build.step_of_decoder(workdir) != start:
@@ -141,7 +143,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     begun = experiment.load_start(exp, exp.dtype if config.method.lora_rank else jnp.float32) if begins else None
     frozen = {room: tree for room, tree in (("decoder", decoder), ("coprocessor", begun)) if room in plan.frozen}
     if found:
-        trainable, opt_state = found.trainable, found.optimizer
+        trainable, opt_state = found.trainable, found.trees["optimizer"]
     else:
         shardings = planning.shardings_of(plan.state)
         key = jax.random.key(config.seed)
@@ -155,7 +157,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
         position = {"seed": config.seed, "fingerprint": data}
         architecture = dataclasses.asdict(exp.aug.transformer.config)
         meta = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
-        checkpoints.save(step, state.trainable, state.opt_state, meta, loss)
+        checkpoints.save(step, {"trainable": state.trainable, "optimizer": state.opt_state}, meta, loss)
 
     metrics, vote = Metrics(exp, workdir, start), distributed.vote(mesh)
     stop.steps = True

@@ -99,9 +99,8 @@ def everything(workdir, step=None):
         found = getattr(found, "item_metadata", found).tree
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), found)
 
-    leaves = jax.tree_util.tree_leaves_with_path(
-        checkpoints.restore_newest(shapes("trainable"), shapes("optimizer"), step=step)[2:]
-    )
+    wanted = {name: shapes(name) for name in ("trainable", "optimizer")}
+    leaves = jax.tree_util.tree_leaves_with_path(checkpoints.restore_newest(wanted, step=step).trees)
     return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 

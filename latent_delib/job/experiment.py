@@ -206,7 +206,7 @@ def load_start(exp: Experiment, dtype: Any) -> Params:
       UserError: as `open_start`; or it is damaged.
     """
     with contextlib.closing(open_start(exp)) as checkpoints:
-        found = checkpoints.restore_newest({"coprocessor": start_shapes(exp)}, step=exp.start[1])
+        found = checkpoints.restore_newest({"trainable": {"coprocessor": start_shapes(exp)}}, step=exp.start[1])
     return jax.tree.map(lambda x: x.astype(dtype), found.trainable["coprocessor"])
 
 

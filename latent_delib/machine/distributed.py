@@ -131,6 +131,12 @@ def from_all(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
+def warn(line: str) -> None:
+    """Prints a warning once for all processes."""
+    if jax.process_index() == 0:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
     """Returns the function from this process's yes or no to how many devices' processes say yes, int32.
 
