@@ -142,8 +142,8 @@ def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
             check(meta)
         except UserError as error:
             raise OtherRun(str(error)) from None
-        found = checkpoints.restore_newest(wanted, step=step, check=check)
-    return found._replace(trainable=jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable))
+        found = checkpoints.restore_newest({"trainable": wanted}, step=step, check=check)
+    return found._replace(trees={"trainable": jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable)})
 
 
 class Job:

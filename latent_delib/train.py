@@ -123,7 +123,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
         if stopping or step % t.checkpoint_every == 0 or step == t.steps:
             metrics.flush()  # a loss that is not finite must end the run before it is saved
             meta = dataclasses.replace(record, step=step).meta()
-            checkpoints.save(step, state.trainable, state.opt_state, meta, metrics.loss_to_save(step))
+            checkpoints.save(step, trees_of(state), meta, metrics.loss_to_save(step))
         if stopping:
             break
 
@@ -163,7 +163,7 @@ def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) 
         record.require(there, "resume", workdir)
         batches.check_fingerprint(there.data, record.data)
 
-    found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
+    found = checkpoints.restore_newest(trees_of(plan.state), check=check)
     steps = record["train.steps"]
     if found is None or found.step >= steps:
         return found
@@ -172,6 +172,11 @@ def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) 
     if before != steps:
         say(f"train.steps changed from {before} to {steps}: the learning rate follows the new schedule")
     return found
+
+
+def trees_of(state: TrainState) -> dict[str, Any]:
+    """Returns the trees that a checkpoint holds, by name; of arrays, or of shapes with shardings."""
+    return {"trainable": state.trainable, "optimizer": state.opt_state}
 
 
 def load_batches(exp: Experiment, first: int) -> Iterator[dict[str, np.ndarray]]:
@@ -193,7 +198,7 @@ def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[Tr
     if found is None:
         trainable, opt_state = init_state(exp, plan, frozen)
     else:
-        trainable, opt_state = found.trainable, found.optimizer
+        trainable, opt_state = found.trees["trainable"], found.trees["optimizer"]
     step = np.int32(0 if found is None else found.step)
     return TrainState(jax.device_put(step, mesh_lib.replicated(exp.mesh)), trainable, opt_state), frozen
 

@@ -509,7 +509,7 @@ def test_a_second_job(error, config_file, tmp_path):
 def test_evaluate_and_generate_need_a_checkpoint(error, config_file, trained, tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     config = config_file()
-    for workdir, words in (("nowhere", "holds no checkpoints"), ("empty", "no checkpoint; there are []")):
+    for workdir, words in (("nowhere", "holds no checkpoints"), ("empty", "holds no checkpoints")):
         at = tmp_path / workdir
         named(error("evaluate", f"--config={config}", f"--workdir={at}"), at, words)
         named(error("generate", f"--workdir={at}", "--prompt=the cat"), f"error: {at}: ", words)

@@ -8,6 +8,7 @@ that dies, however it dies, closes its own, and the others end at once instead o
 import atexit
 import contextlib
 import hashlib
+import json
 import os
 import re
 import selectors
@@ -33,6 +34,7 @@ FLAGS = {
 GRACE = 5.0  # seconds in which a process can still end by itself, and say why, once another has ended
 SILENCE = 40  # seconds after which a machine that no longer answers counts as gone
 HELLO = "latent_delib"
+MESSAGE = 1000  # bytes that each process can say in `from_all`
 
 Connections = dict[int, socket.socket]  # by process: process 0 has one to each other, the others one to process 0
 
@@ -104,6 +106,35 @@ def check_same(**texts: str) -> None:
             f"process {process} has another {list(texts)[name]} than process 0: expected the same command and files "
             "on every worker"
         )
+
+
+def from_first(value: Any) -> Any:
+    """Returns the value of process 0 on every process; JSON must be able to hold it."""
+    return json.loads(bytes_from_first(json.dumps(value).encode()))
+
+
+def bytes_from_first(content: bytes) -> bytes:
+    """Returns the bytes of process 0 on every process."""
+    if jax.process_count() == 1:
+        return content
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    padded = content[:size].ljust(size, b"\0")
+    return multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8)).tobytes()
+
+
+def from_all(text: str) -> list[str]:
+    """Returns the text of each process, in their order; at most MESSAGE bytes of it."""
+    if jax.process_count() == 1:
+        return [text]
+    padded = text.encode()[:MESSAGE].ljust(MESSAGE, b"\0")
+    rows = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def warn(line: str) -> None:
+    """Prints a warning once for all processes."""
+    if jax.process_index() == 0:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
