@@ -1,13 +1,14 @@
-"""Trains a method's parameters on a frozen decoder (or the decoder itself). Run again to resume.
+"""Trains a method's parameters on a frozen decoder, or the decoder itself. The same command resumes.
 
   python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...]
       [--distributed] [--dry_run [--topology=v5e:4x4]]
 
-WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. It may be
-gs://BUCKET/PATH: there, checkpoints/ and metrics.jsonl, and nothing keeps two jobs from the same one.
-Ctrl-C saves, after two more steps at most; a second one, or one before the first step, ends at once.
-Exit codes: 0 done; 75 stopped by SIGTERM and saved, 69 another process or the store was lost: run again for both; 130
-stopped by Ctrl-C, the last line says what is saved; 1 an error that running again does not cure.
+WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. On gs://BUCKET/PATH
+it gets checkpoints/ and metrics.jsonl only, and nothing keeps two jobs from using it at once.
+Ctrl-C saves after at most two more steps. A second Ctrl-C, or one before the first step, ends the job at once.
+
+Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was lost, run again; 130
+stopped by Ctrl-C, the last line says which step is saved; 1 an error that running again does not cure.
 """
 
 import dataclasses
@@ -113,9 +114,9 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     stop.steps = True
     for step in range(first + 1, t.steps + 1):
         with metrics.waiting():
-            rows = next(loader)
+            batch = next(loader)
         stop_votes = vote(bool(stop.by))  # dispatched before the step, so known when the step before is done
-        state, values = train_step(state, frozen, mesh_lib.place_rows(exp.mesh, rows, t.batch_size))
+        state, values = train_step(state, frozen, mesh_lib.place_rows(exp.mesh, batch, t.batch_size))
         metrics.push(step, values)
         if t.profile_at > first:
             trace_steps(t.profile_at, step, values, workdir)
@@ -236,10 +237,7 @@ if __name__ == "__main__":
         __doc__,
         config=(commands.CONFIG, "a file under configs/"),
         workdir=(commands.REQUIRED, "where the job writes"),
-        dry_run=(False, "compile the step, say what it needs, write that to dry_run.json; nothing is run"),
-        topology=(
-            "",
-            "the TPU slice to compile for in a dry run: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; here if left out",
-        ),
+        dry_run=(False, "compile the step, print what it needs and write it to dry_run.json; run nothing"),
+        topology=("", "the TPU slice to compile for: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; by default this machine"),
         **distributed.FLAGS,
     )
