@@ -186,10 +186,10 @@ def make_config(tiny):
 def trained(make_config, tmp_path_factory) -> Path:
     """The workdir of the tiny config, trained to its end; read it or copy it."""
     from latent_delib import train
-    from tests import once
+    from tests.shared_steps import shared_steps as sharing
 
     workdir = tmp_path_factory.mktemp("trained") / "workdir"
-    with once.shared_steps():
+    with sharing():
         train.train(make_config(), str(workdir))
     return workdir
 
@@ -197,9 +197,9 @@ def trained(make_config, tmp_path_factory) -> Path:
 @pytest.fixture
 def shared_steps():
     """Lets the jobs of a test use the compiled steps of earlier ones, where they are the same program."""
-    from tests import once
+    from tests.shared_steps import shared_steps as sharing
 
-    with once.shared_steps():
+    with sharing():
         yield
 
 
