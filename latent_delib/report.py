@@ -25,7 +25,7 @@ from latent_delib.lm import load, look
 from latent_delib.lm import model as lm
 from latent_delib.machine import checkpoint, commands, files
 from latent_delib.machine.progress import Progress
-from latent_delib.measure import perplexity
+from latent_delib.measure import intervals, perplexity
 from latent_delib.results import figures, published, runs, tables
 from latent_delib.results.tables import Figure, Table
 
@@ -154,10 +154,10 @@ def compare(found: runs.Runs, against: str) -> Table:
             continue
         pair = perplexity.Sums(there.tokens, there.augmented, ours.augmented)
         work = base.work if read.work is None else read.work
-        over[result.key] = None if work is None else perplexity.over(work)
+        over[result.key] = None if work is None else intervals.unit(work)
         if work is None:
             work = np.arange(len(pair.tokens))
-        by_n = {row["n"]: row for row in perplexity.table(pair, work, seed=0)}
+        by_n = {row["n"]: row for row in perplexity.table({"nll": pair}, work, seed=0)}
         cells = [tables.change(by_n[n]) if n in by_n else "" for n in tables.AHEAD]
         rows.append([tables.of(result).latents, tables.label(tables.of(result)), result.key, *cells])
         used.append(result)

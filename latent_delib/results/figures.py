@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from latent_delib.lm.look import Attention
 from latent_delib.results import published
 from latent_delib.results.runs import Result, Runs
 from latent_delib.results.tables import AHEAD, Table, labels, of
@@ -116,7 +115,7 @@ def table(table: Table) -> bytes:
     return _png(figure)
 
 
-def attention(attention: Attention, title: str) -> bytes:
+def attention(attention: Any, title: str) -> bytes:
     """Draws a panel per layer: rows attend to columns, the mean over heads. Colours go by the root of the weight."""
     from matplotlib.colors import PowerNorm
 
