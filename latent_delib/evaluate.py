@@ -154,8 +154,10 @@ def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
             exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
         except UserError as error:
             raise OtherRun(str(error)) from None
-        found = checkpoints.restore_newest(experiment.trainable_shapes(exp), step=step)
-    return found._replace(trainable=jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable))
+        wanted = {"trainable": experiment.trainable_shapes(exp)}
+        found = checkpoints.restore_newest(wanted, step=step)
+    trainable = jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable)
+    return found._replace(trees={"trainable": trainable})
 
 
 class Job:

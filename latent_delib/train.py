@@ -1,13 +1,14 @@
-"""Trains a method's parameters on a frozen decoder (or the decoder itself). Run again to resume.
+"""Trains a method's parameters on a frozen decoder, or the decoder itself. The same command resumes.
 
   python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...]
       [--distributed] [--dry_run [--topology=v5e:4x4]]
 
-WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. It may be
-gs://BUCKET/PATH: there, checkpoints/ and metrics.jsonl, and nothing keeps two jobs from the same one.
-Ctrl-C saves, after two more steps at most; a second one, or one before the first step, ends at once.
-Exit codes: 0 done; 75 stopped by SIGTERM and saved, 69 another process or the store was lost: run again for both; 130
-stopped by Ctrl-C, the last line says what is saved; 1 an error that running again does not cure.
+WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. On gs://BUCKET/PATH
+it gets checkpoints/ and metrics.jsonl only, and nothing keeps two jobs from using it at once.
+Ctrl-C saves after at most two more steps. A second Ctrl-C, or one before the first step, ends the job at once.
+
+Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was lost, run again; 130
+stopped by Ctrl-C, the last line says which step is saved; 1 an error that running again does not cure.
 """
 
 import dataclasses
@@ -113,9 +114,9 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     stop.steps = True
     for step in range(first + 1, t.steps + 1):
         with metrics.waiting():
-            rows = next(loader)
+            batch = next(loader)
         stop_votes = vote(bool(stop.by))  # dispatched before the step, so known when the step before is done
-        state, values = train_step(state, frozen, mesh_lib.place_rows(exp.mesh, rows, t.batch_size))
+        state, values = train_step(state, frozen, mesh_lib.place_rows(exp.mesh, batch, t.batch_size))
         metrics.push(step, values)
         if t.profile_at > first:
             trace_steps(t.profile_at, step, values, workdir)
@@ -123,7 +124,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
         if stopping or step % t.checkpoint_every == 0 or step == t.steps:
             metrics.flush()  # a loss that is not finite must end the run before it is saved
             meta = dataclasses.replace(record, step=step).meta()
-            checkpoints.save(step, state.trainable, state.opt_state, meta, metrics.loss_to_save(step))
+            checkpoints.save(step, trees_of(state), meta, metrics.loss_to_save(step))
         if stopping:
             break
 
@@ -163,7 +164,7 @@ def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) 
         record.require(there, "resume", workdir)
         batches.check_fingerprint(there.data, record.data)
 
-    found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
+    found = checkpoints.restore_newest(trees_of(plan.state), check=check)
     steps = record["train.steps"]
     if found is None or found.step >= steps:
         return found
@@ -172,6 +173,11 @@ def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) 
     if before != steps:
         say(f"train.steps changed from {before} to {steps}: the learning rate follows the new schedule")
     return found
+
+
+def trees_of(state: TrainState) -> dict[str, Any]:
+    """Returns the trees that a checkpoint holds, by name; of arrays, or of shapes with shardings."""
+    return {"trainable": state.trainable, "optimizer": state.opt_state}
 
 
 def load_batches(exp: Experiment, first: int) -> Iterator[dict[str, np.ndarray]]:
@@ -193,7 +199,7 @@ def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[Tr
     if found is None:
         trainable, opt_state = init_state(exp, plan, frozen)
     else:
-        trainable, opt_state = found.trainable, found.optimizer
+        trainable, opt_state = found.trees["trainable"], found.trees["optimizer"]
     step = np.int32(0 if found is None else found.step)
     return TrainState(jax.device_put(step, mesh_lib.replicated(exp.mesh)), trainable, opt_state), frozen
 
@@ -231,10 +237,7 @@ if __name__ == "__main__":
         __doc__,
         config=(commands.CONFIG, "a file under configs/"),
         workdir=(commands.REQUIRED, "where the job writes"),
-        dry_run=(False, "compile the step, say what it needs, write that to dry_run.json; nothing is run"),
-        topology=(
-            "",
-            "the TPU slice to compile for in a dry run: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; here if left out",
-        ),
+        dry_run=(False, "compile the step, print what it needs and write it to dry_run.json; run nothing"),
+        topology=("", "the TPU slice to compile for: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; by default this machine"),
         **distributed.FLAGS,
     )

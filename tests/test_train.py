@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from latent_delib import evaluate, train
@@ -92,18 +91,9 @@ def metrics(workdir):
 def everything(workdir, step=None):
     """Step, and every leaf of trainable tree and optimizer of a checkpoint."""
     checkpoints, step, _ = checkpoint.open_for_reading(str(workdir), step)
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def shapes(item):
-        with ocp.StandardCheckpointer() as reader:
-            found = reader.metadata(workdir / "checkpoints" / str(step) / item)
-        found = getattr(found, "item_metadata", found).tree
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), found)
-
-    leaves = jax.tree_util.tree_leaves_with_path(
-        checkpoints.restore_newest(shapes("trainable"), shapes("optimizer"), step=step)[2:]
-    )
-    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    trees = checkpoints.restore_newest({"trainable": None, "optimizer": None}, step=step).trees
+    checkpoints.close()
+    return step, {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
 
 
 def assert_same(workdir, expected):
@@ -319,9 +309,9 @@ def test_what_a_signal_saves_is_no_best_one(make_config, tmp_path, monkeypatch):
     """Its loss is a mean over the few steps since the checkpoint before."""
     saves, save = [], checkpoint.Checkpoints.save
 
-    def watched(self, step, trainable, opt_state, meta, loss):
+    def watched(self, step, trees, meta, loss):
         saves.append((step, loss is not None))
-        return save(self, step, trainable, opt_state, meta, loss)
+        return save(self, step, trees, meta, loss)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
     monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: len(saves) == 1)
@@ -353,17 +343,16 @@ def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_pa
 
 def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_config, tmp_path):
     """A checkpoint as it was before there were versions of the order."""
-    copy_at_step_2(trained, workdir := tmp_path / "workdir")
-    of_meta, of_contents = (workdir / "checkpoints" / "2" / item / "metadata" for item in ("meta", "contents"))
-    meta, contents = json.loads(of_meta.read_text()), json.loads(of_contents.read_text())
-    del meta["data"]["fingerprint"]["order"], contents["crc32"]
-    contents["crc32"] = checkpoint._crc32(meta, contents)
-    of_meta.write_text(json.dumps(meta))
-    of_contents.write_text(json.dumps(contents))
+    checkpoints, step, meta = checkpoint.open_for_reading(str(trained))
+    weights = checkpoints.restore_newest(step=step).trainable
+    del meta["data"]["fingerprint"]["order"]
+    older = checkpoint.Checkpoints(str(tmp_path))
+    older.save(step, {"trainable": jax.tree.map(jnp.asarray, weights)}, meta)
+    older.close()
     with pytest.raises(UserError, match="config.data.token_files: .* read the rows in another order"):
-        train.train(make_config(), str(workdir))
-    assert evaluate.load(experiment.read(make_config()), str(workdir), None).step == 2
-    assert load.load_coprocessor(str(workdir)).step == 2
+        train.train(make_config({"train.steps": 6}), str(tmp_path))
+    assert evaluate.load(experiment.read(make_config()), str(tmp_path), None).step == 4
+    assert load.load_coprocessor(str(tmp_path)).step == 4
 
 
 def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
@@ -442,8 +431,8 @@ def test_a_finished_run_is_left_alone(trained, make_config, tmp_path, capsys):
 def test_pause_tokens_train_soft_tokens_alone(make_config, tmp_path):
     train.train(make_config({"method.name": "static_tokens"}), str(tmp_path))
     found = [everything(tmp_path, step)[1] for step in (2, 4)]
-    trainable = [{k: v for k, v in leaves.items() if k.startswith("[0]")} for leaves in found]
-    assert trainable[0].keys() == trainable[1].keys() == {"[0]['coprocessor']['soft_tokens']"}
+    trainable = [{k: v for k, v in leaves.items() if k.startswith("['trainable']")} for leaves in found]
+    assert trainable[0].keys() == trainable[1].keys() == {"['trainable']['coprocessor']['soft_tokens']"}
     (before,), (after,) = (list(leaves.values()) for leaves in trainable)
     assert before.shape == (2, 32) and np.all(before != after)
 

@@ -255,7 +255,7 @@ def place_start(exp: Experiment, dtype: Any) -> Params:
     with contextlib.closing(checkpoints):
         exp.record.require(Record.from_meta(meta, given), "start", given)
         wanted = {"coprocessor": _on_mesh(exp, _whole_coprocessor(exp))}
-        found = checkpoints.restore_newest(wanted, step=step)
+        found = checkpoints.restore_newest({"trainable": wanted}, step=step)
     return jax.tree.map(lambda x: x.astype(dtype), found.trainable["coprocessor"])
 
 
