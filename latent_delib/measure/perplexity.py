@@ -40,7 +40,10 @@ SumsByTerm = Mapping[str, Sums]
 def zeros(exp: Experiment, text: ValidationText) -> dict[str, Sums]:
     """Returns the sums that adding up begins with, by term."""
     shape = (len(text.source), exp.config.evaluate.num_ahead)
-    return {term: Sums(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)) for term in metric.all_terms()}
+    sums = {}
+    for term in metric.all_terms():
+        sums[term] = Sums(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
+    return sums
 
 
 def batches_of(exp: Experiment, text: ValidationText, view: View, done: int = 0) -> list[np.ndarray]:
@@ -95,25 +98,31 @@ def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, An
 
     A part on a source has under "works" a part on each work with a name, where they are few.
     """
-
-    def part(documents: np.ndarray) -> dict[str, Any]:
-        chosen = {term: each.of(documents) for term, each in sums.items()}
-        return summary(chosen, text.work[documents], seed, text.works_known)
-
     sets = {}
     for number, source in enumerate(text.sources):
         here = text.source == number
-        named = [work for work in np.unique(text.work[here]) if text.works[work]]
-        if len(named) > FEW_WORKS:
-            named = []
-        works = {text.works[work]: part(text.work == work) for work in named}
-        sets[source] = part(here) | {"works": works}
+        works = _by_work(text, sums, seed, np.unique(text.work[here]))
+        sets[source] = _part(text, sums, seed, here) | {"works": works}
     if len(sets) > 1:
-        whole = part(np.full(len(text.source), True))
+        whole = _part(text, sums, seed, np.full(len(text.source), True))
     else:
-        (whole,) = sets.values()
-        whole = {key: value for key, value in whole.items() if key != "works"}
-    return {**whole, "sets": sets}
+        whole = dict(sets[text.sources[0]])
+        del whole["works"]
+    return whole | {"sets": sets}
+
+
+def _by_work(text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarray) -> dict[str, Any]:
+    """Returns the parts on those of some works that have a name; on none, where they are many."""
+    named = [work for work in works if text.works[work]]
+    if len(named) > FEW_WORKS:
+        return {}
+    return {text.works[work]: _part(text, sums, seed, text.work == work) for work in named}
+
+
+def _part(text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray) -> dict[str, Any]:
+    """Returns the part on some documents, which `documents`, bool [documents], says."""
+    chosen = {term: each.of(documents) for term, each in sums.items()}
+    return summary(chosen, text.work[documents], seed, text.works_known)
 
 
 def summary(sums: SumsByTerm, work: np.ndarray, seed: int, works_known: bool = True) -> dict[str, Any]:
