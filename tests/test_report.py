@@ -429,6 +429,13 @@ def test_the_stored_runs_open(tmp_path):
     assert "latents of another document" in (tmp_path / "results.svg").read_text()
 
 
+def test_the_tables_of_the_results_page_are_those_of_the_stored_runs():
+    page = (DOCS / "results.md").read_text()
+    script = runpy.run_path(str(DOCS / "figures" / "tables.py"))
+    assert script["filled"](page).splitlines() == page.splitlines()
+    assert page.count("<!-- table: ") == page.count("n = 1 | n = 4")
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

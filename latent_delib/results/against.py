@@ -45,18 +45,19 @@ def compare(found: Runs, against: str) -> Table:
     file = packed.find_file(Path(against) / packed.DOCUMENTS)
     if file is None:
         raise UserError(f"--against={against}: holds no {packed.DOCUMENTS}, which `evaluate` writes")
-    base = _documents(file.read())
+    base = documents_of(file.read())
     rows, used, left_out = [], [], []
     over: dict[str, str | None] = {}
     for result in found.perplexity:
-        pair = _pair(base, result)
+        pair = pair_of(base, result)
         if pair is None:
             continue
         if not pair.same_decoder:
             left_out.append(str(result.path.parent))
             continue
         entry = entry_of(result)
-        rows.append([entry.latents, label(entry), result.key, *_changes(pair)])
+        changes = tables.changes(perplexity.table(pair.sums, work_of(pair), seed=0))
+        rows.append([entry.latents, label(entry), result.key, *changes])
         used.append(result)
         over[result.key] = None if pair.work is None else perplexity.over(pair.work)
     if left_out:
@@ -66,16 +67,17 @@ def compare(found: Runs, against: str) -> Table:
     return tables.finished("12_against", title, columns, rows, used, over)
 
 
-def _documents(arrays: Arrays) -> Documents:
+def documents_of(arrays: Arrays) -> Documents:
+    """Reads the sums of a documents.npz."""
     sums = perplexity.Sums(*(arrays[name] for name in perplexity.Sums._fields))
     return Documents(sums, arrays.get("work"))
 
 
-def _pair(base: Documents, result: Result) -> Pair | None:
+def pair_of(base: Documents, result: Result) -> Pair | None:
     """Returns a run beside the base; None if it has no documents.npz or is of another text."""
     if result.read_documents is None:
         return None
-    other = _documents(result.read_documents())
+    other = documents_of(result.read_documents())
     num_ahead = min(base.sums.tokens.shape[1], other.sums.tokens.shape[1])
     there = _first(base.sums, num_ahead)
     here = _first(other.sums, num_ahead)
@@ -90,6 +92,6 @@ def _first(sums: perplexity.Sums, num_ahead: int) -> perplexity.Sums:
     return perplexity.Sums(*(x[:, :num_ahead] for x in sums))
 
 
-def _changes(pair: Pair) -> list[tables.Cell]:
-    work = np.arange(len(pair.sums.tokens)) if pair.work is None else pair.work
-    return tables.changes(perplexity.table(pair.sums, work, seed=0))
+def work_of(pair: Pair) -> np.ndarray:
+    """Returns the work each document is of, int64 [N]; each is one of its own where the files do not say."""
+    return np.arange(len(pair.sums.tokens)) if pair.work is None else pair.work
