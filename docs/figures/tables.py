@@ -9,7 +9,7 @@ Write a table with its first column, and run this. A comment above the table say
   <!-- table: runs=a run=NAME -->             of one run; rows then need no name
   <!-- table: runs=b_cpu source=0 -->         of its first validation source alone
 
-The words in the first column say which evaluation a row is: `NAME@SEED` (@0 where none is given) and a phrase of PHRASES.
+The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given, and one of PHRASES.
 "the same" stands for the phrase of the row before, "against `NAME`" and "against its own" for another base.
 """
 
