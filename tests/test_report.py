@@ -31,7 +31,7 @@ def config(name="cache_augmentation", latents=8, ahead=16, **method):
 
 
 def perplexity(folder, change, of, step: int | None = 180, sets=()):
-    """Of n = 1, 2, 4; change percent at n = 1, and half of that at 2, a quarter at 4."""
+    """Writes a perplexity.json of n = 1, 2, 4: a change at n = 1, half of it at 2, a quarter at 4."""
     rows = [
         {"n": n, "tokens": 100, "decoder_ppl": 50.0, "augmented_ppl": 50 + change / 2 / n, "change_percent": change / n}
         | {"change_low": change / n - 0.25, "change_high": change / n + 0.25}
@@ -44,7 +44,7 @@ def perplexity(folder, change, of, step: int | None = 180, sets=()):
 
 
 def benchmarks(folder, values, of=None):
-    """values: {(benchmark, model, delay): value}."""
+    """Writes a benchmarks.json. values: (benchmark, model, delay) -> value."""
     rows = [
         {"benchmark": b, "model": model, "metric": "acc", "value": value, "stderr": 1.0, "low": value - 2}
         | {"high": value + 2, "documents": 200, "shots": 4, "every": 0, "delay": delay}
@@ -61,7 +61,7 @@ def write(path, data):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, monkeypatch_module):
-    """Runs of every kind a table is about, found from the folder above them."""
+    """Writes runs of every kind that a table is about, and finds them from the folder above."""
     root = tmp_path_factory.mktemp("found")
     monkeypatch_module.chdir(root)
     main = epath.Path("runs/a")
