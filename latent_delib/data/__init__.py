@@ -1,0 +1,1 @@
+"""Text to rows of tokens, the same rows for every process and every restart."""

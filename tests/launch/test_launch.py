@@ -260,7 +260,7 @@ def test_every_file_of_the_package_is_installed(distribution: Distribution) -> N
     installed = {Path(path) for _, _, path in command.find_all_modules()}
     installed |= {Path(source, name) for _, source, _, names in command.data_files for name in names}
     here = {path for path in Path("latent_delib").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    assert here - installed == {Path("tools/build_corpus.py")}  # made the corpus; no module
+    assert here == installed
 
 
 def test_constraints_satisfy_setup(distribution: Distribution) -> None:

@@ -1,0 +1,1 @@
+"""A config's meaning before anything runs: the checked experiment, its record, its plan, its metrics."""

@@ -1,0 +1,1 @@
+"""The trained model, used: loading, decoding, sampling, scoring, a look into the latents."""

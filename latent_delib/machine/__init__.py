@@ -1,0 +1,1 @@
+"""Disks, processes, signals and command lines. Nothing here knows of deliberation."""

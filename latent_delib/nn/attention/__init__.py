@@ -1,0 +1,1 @@
+"""Attention: the primitive that says what is meant, its forms, and the choice between them."""

@@ -1,0 +1,1 @@
+"""Finished runs beside the published figures. Only `report` and the plots of `evaluate` import it."""
