@@ -39,6 +39,7 @@ from latent_delib.measure import perplexity
 from latent_delib.measure.perplexity import Sums, Text
 from latent_delib.nn.transformer import Params
 from latent_delib.results import figures, tables
+from latent_delib.results.entries import controls_in_words
 from latent_delib.results.runs import Result
 
 SAVE_EVERY = 30.0  # seconds between two savings of partial sums
@@ -391,7 +392,7 @@ def _heading(result: dict[str, Any]) -> str:
     words = [method["name"] if result["step"] is None else f"{method['name']}, step {result['step']}"]
     if method["name"] != "decoder":
         words += [f"{method['num_latents']} latents, placement {method['placement']}"]
-    words += tables.controls_in_words(result["config"]["evaluate"])
+    words += controls_in_words(result["config"]["evaluate"])
     if result["past_donors"]:
         words += [f"at {result['past_donors']:,} positions beyond that text's end the latents after its last token"]
     words += [f"{result['pieces']} pieces of {_documents(result)}"]

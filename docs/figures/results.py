@@ -25,7 +25,8 @@ LINES = {  # evaluation -> (label, colour)
 }
 
 
-def main() -> None:
+def draw(path: Path) -> None:
+    """Draws the figure into an SVG."""
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "latent_delib"  # the same runs give the same bytes
     figure, axes = pyplot.subplots(figsize=(7.2, 4.0), layout="constrained")
@@ -36,7 +37,7 @@ def main() -> None:
         draw_ours(axes, rows, label, colour)
     draw_published(axes)
     decorate(axes)
-    figure.savefig(DOCS / "figures" / "results.svg", metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None})
 
 
 def draw_ours(axes: Axes, rows: list[dict], label: str, colour: str) -> None:
@@ -69,4 +70,4 @@ def decorate(axes: Axes) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    draw(DOCS / "figures" / "results.svg")
