@@ -146,8 +146,23 @@ def test_an_experiment_is_in_the_table(name):
     experiment.check(paper.get_config(name.partition("@")[0]))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith("https://"):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def where(name: str) -> Path | None:
+    """Returns the file that a page names, below the root, the package or the tests; None where there is none."""
+    paths = [folder / name for folder in (ROOT, ROOT / "latent_delib", ROOT / "tests")]
+    return next((path for path in paths if path.exists()), None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
+def test_files_that_a_page_names_are_there(page):
+    text = page.read_text()
+    for name in re.findall(r"`(\w[\w/.]*/\w+\.(?:py|sh|ipynb))`", text):
+        assert where(name), name
+    for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text):
+        assert re.search(rf"\b{name}\b", where(file).read_text()), f"{name} in {file}"
