@@ -115,9 +115,9 @@ def _called(
     seen: list[jax.Array] = []
     aug = dataclasses.replace(aug, **{name: Watched(model, seen) for name, model in aug.models._asdict().items()})
     segment_BT = jnp.ones_like(text_BT)
-    text = augment.read(aug, params, text_BT, segment_BT, dtype)
+    text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
-    augment.decode(aug, params, augment.latents(aug, params, text, traces), text.cache, traces)
+    augment.decode(aug, params, augment.write_latents(aug, params, text, traces), text.cache, traces)
     return seen[1:][-2:]
 
 
