@@ -16,7 +16,7 @@ from etils import epath
 import latent_delib as ld
 from latent_delib import evaluate, report
 from latent_delib.delib.coprocessor import Inserted
-from latent_delib.results import against, entries, figures, forms, packed, published, runs, tables
+from latent_delib.results import against, entries, figures, forms, published, runs, tables
 from tools import pack_results
 
 FINGERPRINT = "ab12cd34ef56" + 52 * "0"
@@ -31,7 +31,7 @@ def config(name="cache_augmentation", latents=8, ahead=16, **method):
 
 
 def perplexity(folder, change, of, step: int | None = 180, sets=()):
-    """Of n = 1, 2, 4; change percent at n = 1, and half of that at 2, a quarter at 4."""
+    """Writes a perplexity.json of n = 1, 2, 4: a change at n = 1, half of it at 2, a quarter at 4."""
     rows = [
         {"n": n, "tokens": 100, "decoder_ppl": 50.0, "augmented_ppl": 50 + change / 2 / n, "change_percent": change / n}
         | {"change_low": change / n - 0.25, "change_high": change / n + 0.25}
@@ -44,7 +44,7 @@ def perplexity(folder, change, of, step: int | None = 180, sets=()):
 
 
 def benchmarks(folder, values, of=None):
-    """values: {(benchmark, model, delay): value}."""
+    """Writes a benchmarks.json. values: (benchmark, model, delay) -> value."""
     rows = [
         {"benchmark": b, "model": model, "metric": "acc", "value": value, "stderr": 1.0, "low": value - 2}
         | {"high": value + 2, "documents": 200, "shots": 4, "every": 0, "delay": delay}
@@ -61,7 +61,7 @@ def write(path, data):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, monkeypatch_module):
-    """Runs of every kind a table is about, found from the folder above them."""
+    """Writes runs of every kind that a table is about, and finds them from the folder above."""
     root = tmp_path_factory.mktemp("found")
     monkeypatch_module.chdir(root)
     main = epath.Path("runs/a")
@@ -343,7 +343,8 @@ def test_runs_against_one_of_them(tmp_path, capsys):
     left_out = f"the frozen decoder has other figures in {tmp_path / 'other decoder'}: left out"
     assert capsys.readouterr().err == f"warning: --against={tmp_path / 'base'}: {left_out}\n"
     pack = tmp_path / "packed" / "runs"
-    packed.write_pack([str(tmp_path / name) for name in sums], pack)
+    pack_results.main(SimpleNamespace(folders=[str(tmp_path / name) for name in sums], out=str(pack)))
+    capsys.readouterr()
     again = against.compare(runs.find([str(pack)]), str(pack / "base"))
     assert [row[3:] for row in again.rows] == [row[3:] for row in table.rows]
     with pytest.raises(ld.UserError, match="without: holds no documents.npz"):
@@ -410,11 +411,12 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
     assert str(one.path) == "runs/only/evaluations/90/perplexity.json"
     with pytest.raises(ld.UserError, match="runs/other: no such folder"):
         runs.find(["runs/other"])
-    with pytest.raises(ld.UserError, match="another of the runs is called 'a'"):
-        packed.write_pack(["elsewhere/a", workdirs[0].rpartition("/")[0] + "/a"], Path("runs"))
+    twice = [workdirs[0], f"elsewhere/{Path(workdirs[0]).name}"]
+    with pytest.raises(ld.UserError, match="two of the workdirs are called"):
+        pack_results.main(SimpleNamespace(folders=twice, out="runs"))
     record = json.loads(Path("runs/runs.json").read_text())
     write(Path("runs/runs.json"), record | {"format": 9})
-    with pytest.raises(ld.UserError, match="runs.json: format 9, expected at most 1"):
+    with pytest.raises(ld.UserError, match="runs.json: format=9, expected 1"):
         runs.find(["runs"])
 
 

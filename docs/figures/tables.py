@@ -126,14 +126,14 @@ def find(run: Path, evaluation: str) -> runs.Result:
 
 
 def paired(ours: runs.Result, base: Path, source: str) -> list[dict]:
-    """Compares two evaluations, document by document, on one source or on all."""
+    """Compares two evaluations at each of AHEAD, document by document, on one source or on all."""
     arrays = FILES[base / packed.DOCUMENTS].read()
     pair = against.pair_of(against.documents_of(arrays), ours)
-    sums, work = pair.sums, against.work_of(pair)
-    if source:
-        chosen = arrays["source"] == int(source)
-        sums, work = perplexity.Sums(*(x[chosen] for x in sums)), work[chosen]
-    return perplexity.table(sums, work, seed=0)
+    chosen = arrays["source"] == int(source) if source else slice(None)
+    columns = [n - 1 for n in AHEAD]
+    sums = perplexity.Sums(*(x[chosen][:, columns] for x in pair.sums))
+    rows = perplexity.table(sums, against.work_of(pair)[chosen], seed=0)
+    return [row | {"n": n} for n, row in zip(AHEAD, rows)]
 
 
 if __name__ == "__main__":

@@ -1,64 +1,29 @@
-"""Which runs stand together in a table, and beside which published lines: the comparisons of Section 3 and two more."""
+"""Which runs are together in a table, and beside which published lines: the comparisons of Section 3 and two more."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from latent_delib.results import published
 from latent_delib.results.entries import Entry, controls
 from latent_delib.results.published import Variant
 
-
-def is_decoder(entry: Entry) -> bool:
-    return entry.model == "decoder"
-
-
-def is_late(entry: Entry) -> bool:
-    return bool(entry.delay)
-
-
-def is_paper_method(entry: Entry) -> bool:
-    """Tells whether an entry is cache augmentation as the paper has it: no control, and latents that come at once."""
-    is_control = any(controls(entry.result).values())
-    return entry.method == "cache_augmentation" and not is_control and not is_late(entry)
-
-
-def made_by(*methods: str) -> Callable[[Entry], bool]:
-    return lambda entry: entry.method in methods
+PAPER = "cache_augmentation"
+BOTH = {"decoder", PAPER}
 
 
 class Comparison(NamedTuple):
-    """A table of Section 3's comparisons, or of a kind like them.
+    """A table that compares kinds of runs.
 
-    lines: the published ones. about: tells whether a table is about an entry; without one it has published lines only.
-    beside: tells whether an entry stands beside those; gets all the entries that the table is about.
+    lines: the published ones. about: the kinds it is about; without a run of one of them it has published lines only.
+    beside: the kinds that are beside those. same_checkpoint: of these only the checkpoints that the table is about.
     """
 
     name: str
     title: str
     lines: Sequence[Variant]
-    about: Callable[[Entry], bool]
-    beside: Callable[[Entry, list[Entry]], bool]
-
-
-def decoder_and_paper_method(entry: Entry, about: list[Entry]) -> bool:
-    del about
-    return is_decoder(entry) or is_paper_method(entry)
-
-
-def the_decoder(entry: Entry, about: list[Entry]) -> bool:
-    del about
-    return is_decoder(entry)
-
-
-def same_checkpoint(entry: Entry, about: list[Entry]) -> bool:
-    """Tells whether an entry is the decoder, or one of the checkpoints that a table is about, on time."""
-    checkpoints = [each.result.checkpoint for each in about]
-    return is_decoder(entry) or (is_paper_method(entry) and entry.result.checkpoint in checkpoints)
-
-
-def or_from_scratch(entry: Entry, about: list[Entry]) -> bool:
-    """Adds the coprocessors that begin with random weights, as one of another size does."""
-    return decoder_and_paper_method(entry, about) or entry.method == "from_scratch"
+    about: Set[str]
+    beside: Set[str] = BOTH
+    same_checkpoint: bool = False
 
 
 COMPARISONS = (
@@ -66,56 +31,86 @@ COMPARISONS = (
         "3_pause_tokens",
         "Pause tokens (Goyal et al. 2023) against cache augmentation",
         published.PAUSE_TOKENS,
-        made_by("pause_tokens", "static_tokens"),
-        decoder_and_paper_method,
+        {"pause_tokens", "static_tokens"},
     ),
     Comparison(
         "4_zero_shot_cot",
         "Zero-shot chain of thought against cache augmentation",
         published.ZERO_SHOT_COT,
-        lambda entry: entry.model == "zero_shot_cot",
-        decoder_and_paper_method,
+        {"zero_shot_cot"},
     ),
     Comparison(
         "5_coprocessors",
         "Coprocessors from scratch and as low-rank parts",
         published.COPROCESSORS,
-        made_by("from_scratch", "lora"),
-        decoder_and_paper_method,
+        {"from_scratch", "lora"},
     ),
     Comparison(
         "6_last_layer",
         "Last-layer activations instead of the cache",
         published.LAST_LAYER,
-        made_by("last_layer"),
-        decoder_and_paper_method,
+        {"last_layer"},
     ),
     Comparison(
         "7_ahead_tokens",
         "Ahead tokens in training",
         published.NUM_AHEAD,
-        is_paper_method,
-        the_decoder,
+        {PAPER},
+        {"decoder"},
     ),
     Comparison(
         "8_asynchronous",
         "Asynchronous coprocessor: latents that come some tokens late",
         published.DELAY,
-        is_late,
-        same_checkpoint,
+        {"late"},
+        same_checkpoint=True,
     ),
     Comparison(
         "9_follow_up",
         "Keys and values inserted (H1), joint training (H2), one model for both (Coda-Forno et al. 2025)",
         (),
-        made_by("inserted", "joint", "unified"),
-        decoder_and_paper_method,
+        {"inserted", "joint", "unified"},
     ),
     Comparison(
         "10_beyond",
         "Latents one after another, and coprocessors of another size",
         (),
-        made_by("sequential", "resized"),
-        or_from_scratch,
+        {"sequential", "resized"},
+        BOTH | {"from_scratch"},  # as a coprocessor of another size begins
     ),
 )
+
+
+def kinds_of(entry: Entry) -> set[str]:
+    """Returns the kinds of run that an entry is: its method, or its model if it has no latents, and "late".
+
+    The paper's method counts as such only with latents that come at once, and without a control.
+    """
+    if entry.model != "augmented":
+        return {entry.model}
+    kinds = {entry.method}
+    if entry.delay or any(controls(entry.result).values()):
+        kinds.discard(PAPER)
+    if entry.delay:
+        kinds.add("late")
+    return kinds
+
+
+def is_decoder(entry: Entry) -> bool:
+    return entry.model == "decoder"
+
+
+def is_paper_method(entry: Entry) -> bool:
+    return PAPER in kinds_of(entry)
+
+
+def entries_in(comparison: Comparison, every: Sequence[Entry]) -> list[Entry]:
+    """Returns the entries that a table has, in their order."""
+    about = [entry for entry in every if kinds_of(entry) & comparison.about]
+    if not about:
+        return []
+    found = [entry for entry in every if kinds_of(entry) & (comparison.about | comparison.beside)]
+    if comparison.same_checkpoint:
+        checkpoints = {entry.result.checkpoint for entry in about}
+        found = [entry for entry in found if is_decoder(entry) or entry.result.checkpoint in checkpoints]
+    return found

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from latent_delib.results import published
-from latent_delib.results.comparisons import COMPARISONS, Comparison, is_decoder, is_paper_method
+from latent_delib.results.comparisons import COMPARISONS, entries_in, is_decoder, is_paper_method
 from latent_delib.results.entries import Entry, entries, entry_of, label, labels, text_of
 from latent_delib.results.forms import CHANGE, Cell, Figure, Table, change, score
 from latent_delib.results.published import Variant
@@ -29,21 +29,17 @@ def tables(runs: Runs) -> list[Table]:
     of_paper = [result for result in runs.perplexity if is_paper_method(entry_of(result))]
     by_latents = "Change in perplexity of the n-th token ahead, by number of latents (Table 1)"
     every_run = "Change in perplexity of the n-th token ahead, every run"
+    comparisons = []
+    for each in COMPARISONS:
+        ours = entries_in(each, every)
+        comparisons.append(_variants(each.name, f"{each.title} (Section 3)", each.lines, ours))
     return [
         _variants("0_runs", "All runs", (), every),
         _perplexity("1_perplexity", by_latents, of_paper, published.PERPLEXITY_CHANGE),
         _benchmarks([e for e in every if is_paper_method(e)], [e for e in every if is_decoder(e)]),
-        *(_comparison(each, every) for each in COMPARISONS),
+        *comparisons,
         _perplexity("11_every_method", every_run, runs.perplexity),
     ]
-
-
-def _comparison(comparison: Comparison, every: Sequence[Entry]) -> Table:
-    about = [entry for entry in every if comparison.about(entry)]
-    chosen = []
-    if about:
-        chosen = [e for e in every if comparison.about(e) or comparison.beside(e, about)]
-    return _variants(comparison.name, f"{comparison.title} (Section 3)", comparison.lines, chosen)
 
 
 def _perplexity(
@@ -64,13 +60,14 @@ def _perplexity(
         cells = [Figure(by_n[n], CHANGE) for n in AHEAD]
         rows.append([latents, PUBLISHED, "", Figure(published.FROZEN.ppl), *cells])
     for result, words in zip(results, labels(results)):
+        latents = entry_of(result).latents
         for part, found in _parts(result.data).items():
-            by_n = {row["n"]: row for row in found["rows"]}
-            decoder = Figure(by_n[1]["decoder_ppl"]) if 1 in by_n else ""
             what = words
             if part:
                 what = f"{words}: {part} alone, interval {INTERVALS.get(found.get('interval_over'), '')}"
-            rows.append([entry_of(result).latents, what, result.key, decoder, *changes(found["rows"])])
+            first = [row for row in found["rows"] if row["n"] == 1]
+            decoder = Figure(first[0]["decoder_ppl"]) if first else ""
+            rows.append([latents, what, result.key, decoder, *changes(found["rows"])])
     columns = ["latents", "what", "from", "decoder, n = 1", *n_columns()]
     rows.sort(key=lambda row: row[0])
     return finished(name, title, columns, rows, results)
@@ -117,18 +114,20 @@ def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
         names |= dict.fromkeys(entry.scores)
     rows: list[list[Cell]] = []
     for name in names:
-        lines = _lines(name, models)
-        title = name
-        if name in published.BENCHMARKS:
-            known = published.BENCHMARKS[name]
-            title = known.title
-            lines.insert(0, _Line(PUBLISHED, known.setting, {n: Figure(x) for n, x in known.scores.items()}))
-        for line in lines:
+        for line in [*_published_line(name), *_lines(name, models)]:
             scores = [line.scores.get(n, "") for n in (0, *latents)]
-            rows.append([title, line.setting, line.what, *scores])
+            rows.append([_title(name), line.setting, line.what, *scores])
     columns = ["benchmark", "setting", "what", "decoder", *(f"{n} latents" for n in latents)]
     used = [result for entry in models for result in entry.results if result.path.name == BENCHMARKS]
     return finished("2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used)
+
+
+def _published_line(benchmark: str) -> list[_Line]:
+    """Returns the published line of a benchmark, if there is one."""
+    known = published.BENCHMARKS.get(benchmark)
+    if known is None:
+        return []
+    return [_Line(PUBLISHED, known.setting, {n: Figure(value) for n, value in known.scores.items()})]
 
 
 def _lines(benchmark: str, models: Sequence[Entry]) -> list[_Line]:
@@ -173,6 +172,7 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
         benchmarks |= dict.fromkeys(entry.scores)
     rows = [_published_row(line, len(benchmarks)) for line in lines]
     texts = {text_of(entry.result) for entry in ours if entry.perplexity}
+    used: list[Result] = []
     for entry in ours:
         what = label(entry)
         if entry.perplexity and len(texts) > 1:
@@ -180,9 +180,15 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
         keys = " ".join(result.key for result in entry.results)
         scores = [score(entry.scores[b][0]) if b in entry.scores else "" for b in benchmarks]
         rows.append([what, entry.latents or "", keys, *_first_token(entry), *scores])
-    titles = [published.BENCHMARKS[b].title if b in published.BENCHMARKS else b for b in benchmarks]
-    columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change", *titles]
-    return finished(name, title, columns, rows, [result for entry in ours for result in entry.results])
+        used += entry.results
+    columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change", *map(_title, benchmarks)]
+    return finished(name, title, columns, rows, used)
+
+
+def _title(benchmark: str) -> str:
+    """Returns the name that the paper has for a benchmark, or ours."""
+    known = published.BENCHMARKS.get(benchmark)
+    return known.title if known else benchmark
 
 
 def _published_row(line: Variant, num_benchmarks: int) -> list[Cell]:
