@@ -72,7 +72,7 @@ def cache(lm: AugmentedLM, tokens_BT: Any) -> Cache:
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
 def _read(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> Cache:
-    return augment.read(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype).cache
+    return augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype).cache
 
 
 def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attention | None, Attention]:
