@@ -95,7 +95,7 @@ def flags_of(module: str) -> set[str]:
 
 
 COMMANDS = commands()
-WITH_CONFIG = {name: words for name, words in COMMANDS.items() if "--config=configs/" in name}
+WITH_CONFIG = {name: words for name, words in COMMANDS.items() if re.search(r"--config=configs/[a-z]", name)}
 EXPERIMENTS = {
     word for words in COMMANDS.values() for word in words if re.fullmatch(r"(a|b|a_gpu|b_cpu)/\w+(@\d)?", word)
 }
