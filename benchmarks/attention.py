@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for B, L in ((B, L) for B in a.batch for L in a.latents):
         tokens_BT, segment_BT = common.text(a, B)
         aug = common.augmentation(c, L, "reference", placement="overlay")
-        marks = aug.lay_out(tokens_BT, segment_BT, common.positions(a, segment_BT), a.ahead)
+        marks = aug.lay_out(tokens_BT, segment_BT, common.positions(a, tokens_BT, segment_BT), a.ahead)
         text, key = dense.of_text(segment_BT), jax.random.key(0)
 
         def heads(i: int, *shape: int, key=key, B=B) -> jax.Array:

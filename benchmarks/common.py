@@ -111,9 +111,9 @@ def text(a: argparse.Namespace, batch: int) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(tokens, jnp.int32), jnp.ones((batch, a.seq_len), jnp.int32)
 
 
-def positions(a: argparse.Namespace, segment_BT: jax.Array) -> jax.Array:
+def positions(a: argparse.Namespace, tokens_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
     """Random sorted trace positions [B, M]."""
-    return traces.draw(jax.random.key(0), segment_BT, a.traces)
+    return traces.draw(jax.random.key(0), tokens_BT, segment_BT, a.traces)
 
 
 def attention_flops(config: TransformerConfig, bounds: Bounds, backward: bool) -> float:

@@ -95,7 +95,7 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
     device = where.mesh.devices.flat[0]
     partition = WHOLE._replace(shared_memory=shared_memory_of(device))
     aug = Augmentation(Transformer(config, remat, partition, choose(form, device)), "cache_augmentation", L)
-    tx = make_optimizer(c.optimizer, c.train.steps)
+    tx = make_optimizer(c.optimizer, c.train.steps).tx
 
     def start(key: jax.Array, decoder: Any) -> TrainState:
         tree = method.init(key, decoder, aug.models, L)

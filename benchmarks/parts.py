@@ -26,15 +26,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     frozen = {"decoder": jax.tree.map(lambda x: x.astype(dtype), tree["decoder"])}
     trained = {"coprocessor": tree["coprocessor"]}
     tokens, segment = common.text(a, a.batch)
-    at, tx = common.positions(a, segment), make_optimizer(base.get_config().optimizer, 1000)
+    at, tx = common.positions(a, tokens, segment), make_optimizer(base.get_config().optimizer, 1000).tx
 
     def params(trained):
         return frozen | jax.tree.map(lambda x: x.astype(dtype), trained)
 
     def latents(trained):
-        text = augment.read(aug, params(trained), tokens, segment, dtype)
+        text = augment.read_text(aug, params(trained), tokens, segment, dtype)
         marks = aug.lay_out(tokens, segment, at, a.ahead)
-        return augment.latents(aug, params(trained), text, marks), text.cache, marks
+        return augment.write_latents(aug, params(trained), text, marks), text.cache, marks
 
     def loss(trained):
         return augment.loss(aug, params(trained), tokens, segment, at, a.ahead, dtype)[0]
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_step, aug=aug, tx=tx, seed=0, num_traces=a.traces, num_ahead=a.ahead, accumulation=1, dtype=dtype
     )
     parts = {
-        "text": (lambda t: augment.read(aug, params(t), tokens, segment, dtype).cache, trained),
+        "text": (lambda t: augment.read_text(aug, params(t), tokens, segment, dtype).cache, trained),
         "+ latents": (lambda t: latents(t)[0], trained),
         "+ decoder over traces": (decode, trained),
         "+ loss": (loss, trained),

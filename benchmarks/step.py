@@ -33,7 +33,7 @@ class Job:
     """A frozen decoder, and one training state that all forms of a table advance in turn: it is donated, not copied."""
 
     def __init__(self, a: argparse.Namespace, num_latents: int):
-        self.a, self.num_latents, self.tx = a, num_latents, make_optimizer(OPTIMIZER, 100_000)
+        self.a, self.num_latents, self.tx = a, num_latents, make_optimizer(OPTIMIZER, 100_000).tx
         self.frozen, self.state = {"decoder": common.weights(a.config, num_latents, a.dtype)["decoder"]}, None
 
     def start(self) -> TrainState:

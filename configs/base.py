@@ -37,12 +37,13 @@ def get_config() -> ConfigDict:
     c.data.seq_len = 2048  # T
     c.data.max_bad_records = 0  # documents or rows skipped because they cannot be used; one more ends the command
 
-    c.optimizer = ConfigDict()  # AdamW, linear warm-up, cosine; not published
+    c.optimizer = ConfigDict()  # linear warm-up, cosine; not published
+    c.optimizer.name = "adamw"  # or a row of OPTIMIZERS in delib/step.py: "adafactor"
     c.optimizer.learning_rate = 1e-3
     c.optimizer.soft_token_learning_rate = 1e-3
     c.optimizer.warmup_steps = 1000
     c.optimizer.final_fraction = 0.1  # of the peak rate, at the last step
-    c.optimizer.b1 = 0.9
+    c.optimizer.b1 = 0.9  # b1, b2, eps: AdamW's
     c.optimizer.b2 = 0.99
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0

@@ -1,4 +1,7 @@
-"""The one file that maps arrays to mesh axes: the mesh, the rules from logical axes to it, and shardings."""
+"""The mesh, the rules from logical axes to it, and shardings. No other file names a mesh axis.
+
+Models name the logical axes of their arrays; the three tables of rules below say which mesh axes split them.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -18,7 +22,7 @@ ROWS = ("data", "fsdp")
 # Logical axis -> mesh axes. Where weights lie: along the width on fsdp, and on traces, which would hold the same
 # otherwise; along heads, features and vocabulary on tensor.
 WEIGHTS = {"vocab": "tensor", "embed": ("fsdp", "traces"), "heads": "tensor", "ffn": "tensor", "layers": None}
-# Where they stand while they are used: whole along the width.
+# Where they are while they are used: whole along the width.
 IN_USE = WEIGHTS | {"embed": None}
 # Activations: rows over data and fsdp together, the traces of a row over traces; heads and features follow the weights.
 ACTIVATIONS = {"batch": ROWS, "traces": "traces", "heads": "tensor", "ffn": "tensor"}
@@ -28,39 +32,45 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
 def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, neighbours in it being neighbours on a slice; one size may be -1: what the others leave.
-    An axis without a size has length 1.
+    """Makes a mesh over all devices; neighbours in it are neighbours on a slice.
+
+    Args:
+      sizes: length of each mesh axis, 1 where none is given. One may be -1, which takes the rest of the devices.
+      devices: by default all of the job.
 
     Raises:
       UserError: unknown axes, or sizes whose product is not the number of devices.
     """
-    here = devices is None and jax.process_count() == 1
     devices = jax.devices() if devices is None else devices
-    if unknown := sorted(set(sizes) - set(AXES)):
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
         raise UserError(f"the mesh has no axis {', '.join(unknown)}; its axes are {', '.join(AXES)}")
-    shape, count = [sizes.get(axis, 1) for axis in AXES], len(devices)
+    shape = [sizes.get(axis, 1) for axis in AXES]
     for axis, length in zip(AXES, shape):
         if length < 1 and length != -1:
-            raise UserError(f"mesh axis {axis}={length}: expected at least 1, or -1 for what the others leave")
+            raise UserError(f"mesh axis {axis}={length}: expected at least 1, or -1 for the rest of the devices")
     if shape.count(-1) > 1:
-        raise UserError(f"{shape.count(-1)} mesh axes are -1, what the others leave: expected one at most")
-    product, found = math.prod(n for n in shape if n != -1), f"{count} {'device' if count == 1 else 'devices'}"
-    owner = "this machine" if here else "the job"
-    if -1 in shape and count % product:
-        raise UserError(f"the mesh axes beside the -1 multiply to {product}, which does not divide {owner}'s {found}")
-    shape = [count // product if n == -1 else n for n in shape]
-    if math.prod(shape) != count:
-        raise UserError(f"the mesh axes multiply to {product}, {owner} has {found}; one axis may be -1, what is left")
+        raise UserError(f"{shape.count(-1)} mesh axes are -1: expected one at most")
+    count = len(devices)
+    product = math.prod(length for length in shape if length != -1)
+    expected = f"a divisor of {count}" if -1 in shape else f"{count}"
+    if count % product or (product < count and -1 not in shape):
+        raise UserError(
+            f"the mesh axes multiply to {product}: expected {expected}, the number of devices; "
+            "one axis may be -1, which takes the rest"
+        )
+    shape = [count // product if length == -1 else length for length in shape]
     return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
 
 
 def spec(axes: Axes, rules: Rules) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes; None is an axis that is never split.
+    """Returns the PartitionSpec of an array with these logical axes; None is an axis that is never split.
 
     Raises:
       ValueError: a logical axis without a rule, or two axes of one array on the same mesh axis.
     """
-    if unknown := [axis for axis in axes if axis is not None and axis not in rules]:
+    unknown = [axis for axis in axes if axis is not None and axis not in rules]
+    if unknown:
         raise ValueError(f"no sharding rule for logical axes {unknown}; rules: {dict(rules)}")
     parts = [rules[axis] if axis is not None else None for axis in axes]
     used = [name for part in parts for name in _names(part)]
@@ -70,40 +80,9 @@ def spec(axes: Axes, rules: Rules) -> PartitionSpec:
 
 
 def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if part is None else (part,) if isinstance(part, str) else part
-
-
-def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
-    """A NamedSharding for every leaf of a parameter tree (arrays or their shapes), by the leaf's name.
-
-    Raises:
-      UserError: a dimension that its mesh axes do not divide.
-      ValueError: a leaf whose name `axes` does not know.
-    """
-
-    def one(path: tuple, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if path[-1].key not in axes:
-            raise ValueError(f"parameter {name} has no logical axes; there are some for {sorted(axes)}")
-        partition = spec(axes[path[-1].key][-leaf.ndim :], WEIGHTS)
-        for size, part in zip(leaf.shape, partition):
-            wanted = {axis: mesh.shape[axis] for axis in _names(part)}
-            if size % math.prod(wanted.values()):
-                split = " x ".join(f"{axis}={n}" for axis, n in wanted.items())
-                raise UserError(f"the mesh: {split} does not divide {name} {tuple(leaf.shape)}: expected a divisor")
-        return NamedSharding(mesh, partition)
-
-    return jax.tree.map_with_path(one, tree)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def rows(mesh: Mesh) -> NamedSharding:
-    """Batches: rows split over data and fsdp."""
-    return NamedSharding(mesh, spec(("batch",), ACTIVATIONS))
+    if part is None:
+        return ()
+    return (part,) if isinstance(part, str) else part
 
 
 def shards(mesh: Mesh, axis: str) -> int:
@@ -116,61 +95,147 @@ def row_shards(mesh: Mesh) -> int:
     return shards(mesh, "batch")
 
 
+def setting(mesh: Mesh, axis: str) -> str:
+    """Returns the config keys that split a logical axis of activations, for a message: "config.mesh.tensor=2"."""
+    return " x ".join(f"config.mesh.{name}={mesh.shape[name]}" for name in _names(ACTIVATIONS[axis]))
+
+
+def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
+    """Returns a NamedSharding for every leaf of a parameter tree (arrays or their shapes), by the leaf's name.
+
+    Raises:
+      UserError: a dimension that its mesh axes do not divide.
+      ValueError: a leaf whose name `axes` does not know.
+    """
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if path[-1].key not in axes:
+            raise ValueError(f"parameter {name} has no logical axes; there are some for {sorted(axes)}")
+        own_axes = axes[path[-1].key][-leaf.ndim :]
+        partition = spec(own_axes, WEIGHTS)
+        for size, part in zip(leaf.shape, partition):
+            lengths = {axis: mesh.shape[axis] for axis in _names(part)}
+            if size % math.prod(lengths.values()):
+                split = " x ".join(f"{axis}={length}" for axis, length in lengths.items())
+                raise UserError(f"the mesh: {split} does not divide {name} {tuple(leaf.shape)}: expected a divisor")
+        return NamedSharding(mesh, partition)
+
+    return jax.tree.map_with_path(sharding, tree)
+
+
+def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any) -> Any:
+    """Returns the shapes of an optimizer's state, with their shardings, as a tree of ShapeDtypeStruct.
+
+    A leaf in the shape of its parameter lies like it. A leaf that lacks one of the parameter's axes, as Adafactor's row
+    and column sums do, lies like the axes that remain. All else is replicated.
+
+    Args:
+      trainable: the parameters, a tree of ShapeDtypeStruct with shardings.
+    """
+    whole = replicated(mesh)
+
+    def like(leaf: Any, parameter: Any) -> Any:
+        partition = _partition_like(leaf.shape, parameter)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition))
+
+    def unlike(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+
+    state = jax.eval_shape(tx.init, trainable)
+    return optax.tree.map_params(tx, like, state, trainable, transform_non_params=unlike)
+
+
+def _partition_like(shape: tuple[int, ...], parameter: Any) -> PartitionSpec:
+    """Returns how an array of a shape is split that belongs to a parameter."""
+    partition = tuple(parameter.sharding.spec)
+    if shape == parameter.shape:
+        return PartitionSpec(*partition)
+    for lost in range(len(parameter.shape)):
+        remaining = parameter.shape[:lost] + parameter.shape[lost + 1 :]
+        if shape == remaining:
+            return PartitionSpec(*partition[:lost], *partition[lost + 1 :])
+    return PartitionSpec()
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of batches: rows split, whole otherwise."""
+    return NamedSharding(mesh, spec(("batch",), ACTIVATIONS))
+
+
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
-    """Which of `count` rows lie on this process's devices, in order; int64. Several processes may share a row."""
+    """Returns which of `count` rows lie on this process's devices, sorted int64. Several processes may share a row."""
     slices = rows(mesh).addressable_devices_indices_map((count,)).values()
-    return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
+    everything = np.arange(count)
+    return np.unique(np.concatenate([everything[index] for index in slices]))
 
 
 def place_rows(mesh: Mesh, local: Any, count: int) -> Any:
-    """A batch of `count` rows over the mesh, from a tree of numpy arrays of this process's `local_rows`."""
+    """Places a batch of `count` rows on the mesh, from a tree of numpy arrays of this process's `local_rows`."""
     here = local_rows(mesh, count)
 
-    def one(x: np.ndarray) -> jax.Array:
+    def place(x: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(count)
-            return x[np.searchsorted(here, start) : np.searchsorted(here, stop)]
+            first, end = np.searchsorted(here, [start, stop])
+            return x[first:end]
 
         return jax.make_array_from_callback((count, *x.shape[1:]), rows(mesh), part)
 
-    return jax.tree.map(one, local)
+    return jax.tree.map(place, local)
+
+
+# What `nn` is given, as fields of its `Partition`.
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
-    """The function that `nn` calls on activations, with the names of their axes; an axis of length 1 is not split."""
+    """Returns the function that places an activation by the names of its axes; an axis of length 1 is not split."""
 
     def place(x: jax.Array, axes: Axes) -> jax.Array:
-        axes = tuple(axis if n > 1 else None for axis, n in zip(axes, x.shape, strict=True))
+        axes = tuple(axis if length > 1 else None for axis, length in zip(axes, x.shape, strict=True))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, ACTIVATIONS)))
 
     return place
 
 
 def gather(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
-    """The function that `nn` calls on a table of vectors to have it whole along the width."""
+    """Returns the function that makes a table of vectors whole along the width."""
 
     def place(w: jax.Array, axes: Axes) -> jax.Array:
-        whole, own = (NamedSharding(mesh, spec(axes, rules)) for rules in (IN_USE, WEIGHTS))
+        whole = NamedSharding(mesh, spec(axes, IN_USE))
+        own = NamedSharding(mesh, spec(axes, WEIGHTS))
 
         @jax.custom_vjp
         def gathered(w: jax.Array) -> jax.Array:
             return jax.lax.with_sharding_constraint(w, whole)
 
-        gathered.defvjp(lambda w: (gathered(w), None), lambda _, dw: (jax.lax.with_sharding_constraint(dw, own),))
+        def forward(w: jax.Array) -> tuple[jax.Array, None]:
+            return gathered(w), None
+
+        def backward(_: None, dw: jax.Array) -> tuple[jax.Array]:
+            return (jax.lax.with_sharding_constraint(dw, own),)
+
+        gathered.defvjp(forward, backward)
         return gathered(w)
 
     return place
 
 
 def product(mesh: Mesh) -> Callable[..., jax.Array]:
-    """The function that `nn` calls to multiply activations by a weight: each device gathers the weight, uses it on its
-    own rows and traces, and forgets it; the gradient is reduce-scattered to where the weight lies.
+    """Returns the function that multiplies activations by a weight.
 
-    Written out, because a compiler that splits products by itself sums whole gradients on every chip, or moves
-    activations instead of weights. Heads and features, where tensor splits them, are left to it.
+    Each device gathers the weight, uses it on its own rows and traces, and forgets it; the gradient is reduce-scattered
+    to where the weight lies. This is written out, because a compiler that splits products by itself sums whole
+    gradients on every chip, or moves activations instead of weights. Heads and features, which tensor splits, are left
+    to it.
     """
     width = WEIGHTS["embed"]
-    # An axis that is left to the compiler for CPUs makes it abort on sums of bfloat16 over the others.
+    # The compiler for CPUs aborts on sums of bfloat16 over some axes while others are left to it.
     by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
@@ -183,8 +248,8 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
         def on_each_device(x: jax.Array, w: jax.Array) -> jax.Array:
             return einsum(equation, x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True))
 
-        alone = {axis: None for axis, n in zip(x_axes, x.shape, strict=True) if axis and n == 1}
-        activations = ACTIVATIONS | alone
+        not_split = {axis: None for axis, length in zip(x_axes, x.shape, strict=True) if axis and length == 1}
+        activations = ACTIVATIONS | not_split
         return jax.shard_map(
             on_each_device,
             mesh=mesh,
@@ -198,27 +263,33 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
-    """The function that `nn` wraps what a compiler cannot split: each device runs it on its own rows, traces and heads.
+    """Returns the function that wraps what a compiler cannot split: each device runs it on its own part.
 
-    Of the logical axes that its arguments name, those of length 1 are not split.
+    Its part is its own rows, traces and heads. Of the logical axes that the arguments name, those of length 1 are not
+    split.
     """
+
+    def is_axes(x: Any) -> bool:
+        return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
 
     def on_each_device(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
         if mesh.size == 1:
             return function
 
-        def is_axes(x: Any) -> bool:
-            return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
-
-        def specs(tree: Any, rules: Rules) -> Any:
-            return jax.tree.map(lambda axes: spec(axes, rules), tree, is_leaf=is_axes)
-
         def call(*args: Any) -> Any:
+            rules: dict[str, str | tuple[str, ...] | None] = {}
             named = zip(jax.tree.leaves(in_axes, is_leaf=is_axes), jax.tree.leaves(args), strict=True)
-            lengths = {axis: n for axes, x in named for axis, n in zip(axes, x.shape) if axis}
-            rules = {axis: ACTIVATIONS[axis] if n > 1 else None for axis, n in lengths.items()}
-            inside, out = specs(in_axes, rules), specs(out_axes, rules)
-            return jax.shard_map(function, mesh=mesh, in_specs=inside, out_specs=out, check_vma=False)(*args)
+            for axes, x in named:
+                for axis, length in zip(axes, x.shape):
+                    if axis:
+                        rules[axis] = ACTIVATIONS[axis] if length > 1 else None
+
+            def specs(tree: Any) -> Any:
+                return jax.tree.map(lambda axes: spec(axes, rules), tree, is_leaf=is_axes)
+
+            return jax.shard_map(
+                function, mesh=mesh, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False
+            )(*args)
 
         return call
 
@@ -226,9 +297,10 @@ def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
 
 
 def table(tree: Any) -> str:
-    """One line a leaf of a tree that carries shardings: name, shape, spec."""
+    """Returns one line per leaf of a tree that carries shardings: name, shape, spec."""
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        lines.append(f"  {name:<44} {'x'.join(map(str, leaf.shape)):<20} {leaf.sharding.spec}")
+        shape = "x".join(map(str, leaf.shape))
+        lines.append(f"  {name:<44} {shape:<20} {leaf.sharding.spec}")
     return "\n".join(lines)

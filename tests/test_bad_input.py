@@ -320,7 +320,7 @@ def named(line, *words):
         ("--config.train.accumulation=3", ["config.train.accumulation=3", "batch_size=8"]),
         ("--config.train.batch_size=12", ["config.train.batch_size=12", "data=8"]),
         ("--config.train.accumulation=2", ["config.train.batch_size=8", "2 parts"]),
-        ("--config.mesh.data=3", ["the mesh axes multiply to 3, this machine has 8 devices"]),
+        ("--config.mesh.data=3", ["the mesh axes multiply to 3: expected 8"]),
         ("--config.mesh.tensor=4", ["config.mesh.tensor=4", "num_kv_heads=2"]),
         ("--config.mesh.model=2", ["config.mesh.model"]),
         ("--config.decoder.path=nowhere", ["'nowhere'", "config.json"]),

@@ -13,11 +13,11 @@ from latent_delib import evaluate
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import token_files
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.delib.methods import param_axes
 from latent_delib.job import experiment
 from latent_delib.lm import load
 from latent_delib.machine import checkpoint
 from latent_delib.measure import perplexity
-from latent_delib.nn.layers import PARAM_AXES
 
 A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
 KEYS = ["n", "tokens", "decoder_ppl", "augmented_ppl", "change_percent", "change_low", "change_high"]
@@ -223,7 +223,7 @@ def test_independent_of_batches_and_devices(make_config, decoder_folder, documen
     lm = ld.AugmentedLM(
         decoder := ld.load_decoder(str(decoder_folder)), ld.init_coprocessor(decoder, 3, "overlay", seed=5)
     )
-    shardings = mesh_lib.parameters(mesh, lm.params, PARAM_AXES)
+    shardings = mesh_lib.parameters(mesh, lm.params, param_axes(lm.aug.method))
     text = perplexity.read_text(exp)
     assert len(text.pieces) > batch_size
     params, sums = jax.device_put(lm.params, shardings), perplexity.zeros(exp, text)

@@ -69,7 +69,7 @@ def train(aug, frozen, trainable, tokens):
     steps = len(tokens) // BATCH
     optimizer = base.get_config().optimizer
     optimizer.update(learning_rate=0.02, soft_token_learning_rate=0.02, warmup_steps=steps // 10)
-    tx = make_optimizer(optimizer, steps)
+    tx = make_optimizer(optimizer, steps).tx
     step = partial(
         train_step,
         aug=aug,

@@ -1,7 +1,7 @@
-"""The three calls everything is made of: read the text, write latents, decode the ahead tokens (Section 2.1).
+"""The three calls that make up the method: read the text, write latents, decode the ahead tokens (Section 2.1).
 
-`params` is one dict: "decoder" (layers, final_norm, embedding) and, for methods that write latents, "coprocessor".
-Which of the two is trained is known to `assemble` alone.
+`params` is one dict: "decoder" (layers, final_norm, embedding) and, for methods that write latents, "coprocessor". Only
+`assemble` knows which of the two is trained.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from latent_delib.delib import coprocessor, lora
 from latent_delib.delib import traces as traces_lib
-from latent_delib.delib.coprocessor import Inserted, Latents, Models, Text
-from latent_delib.delib.loss import token_nll, tokens_at_a_time
+from latent_delib.delib.coprocessor import Inserted, Latents, Models, Reading
+from latent_delib.delib.loss import ahead_weights, token_nll, tokens_at_a_time
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import Traces
 from latent_delib.nn import cache as cache_lib
@@ -24,11 +24,14 @@ from latent_delib.nn.transformer import Params, Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What stays fixed while parameters and text change.
+    """Holds what stays fixed while parameters and text change.
 
-    transformer: the decoder's. method: a key of `methods.METHODS`. num_latents: N_L. placement: a key of
-    `traces.PLACEMENTS`. loss_chunk: tokens of a sequence whose logits exist at a time, four times as many at most on a
-    device. coprocessor: its transformer, where that is not the decoder's.
+    transformer: the decoder's.
+    method: a key of `methods.METHODS`.
+    num_latents: N_L.
+    placement: a key of `traces.PLACEMENTS`.
+    loss_chunk: tokens of a sequence whose logits exist at a time; on a device four times as many at most.
+    coprocessor: its transformer, where that is not the decoder's.
     """
 
     transformer: Transformer
@@ -40,10 +43,12 @@ class Augmentation:
 
     @property
     def has_latents(self) -> bool:
+        """Tells whether the method writes latents."""
         return METHODS[self.method].write is not None
 
     @property
     def models(self) -> Models:
+        """Returns both architectures."""
         return Models(self.transformer, self.coprocessor or self.transformer)
 
     def lay_out(
@@ -54,15 +59,16 @@ class Augmentation:
         num_ahead: int,
         delay_BM: jax.Array | int = 0,
     ) -> Traces:
-        """Traces at text tokens `at_BM`; see `traces.lay_out`."""
+        """Lays out traces at text tokens `at_BM`; see `traces.lay_out`."""
         return traces_lib.lay_out(tokens_BT, segment_BT, at_BM, self.num_latents, num_ahead, self.placement, delay_BM)
 
 
 def assemble(frozen: Params, trainable: Params) -> Params:
-    """The parameters that a frozen and a trainable tree make: each room of the trainable one lies over what is below.
+    """Returns the parameters that a frozen and a trainable tree make together.
 
-    Below the decoder is the frozen one; below the coprocessor one that is frozen, or else the decoder's own layers, as
-    they are trained: adapters of `joint` lie over the adapted decoder's.
+    Decoder leaves that are not trained come from the frozen decoder. Coprocessor leaves that are not trained come from
+    the frozen coprocessor if there is one, otherwise from the decoder's layers as they are trained: adapters of `joint`
+    lie over the adapted decoder's.
     """
     decoder = lora.lay_over(frozen.get("decoder", {}), trainable.get("decoder", {}))
     if "coprocessor" not in trainable:
@@ -75,42 +81,46 @@ def assemble(frozen: Params, trainable: Params) -> Params:
 
 
 def gathered(aug: Augmentation, params: Params) -> Params:
-    """The same parameters with the token table, if it is among them, gathered: once for all its uses in a step."""
+    """Returns the same parameters with the token table, if there is one, gathered once for all its uses in a step."""
     if "decoder" not in params:
         return params
     table_VD = aug.transformer.partition.gather(params["decoder"]["embedding"], PARAM_AXES["embedding"])
     return params | {"decoder": params["decoder"] | {"embedding": table_VD}}
 
 
-def read(aug: Augmentation, params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, dtype: jnp.dtype) -> Text:
-    """The plain decoder over packed text."""
+def read_text(
+    aug: Augmentation, params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, dtype: jnp.dtype
+) -> Reading:
+    """Passes packed text through the plain decoder, in `dtype`."""
     start_BT = traces_lib.document_start(segment_BT)
     position_BT = jnp.arange(tokens_BT.shape[1]) - start_BT
     x_BTD = transformer.embed(params["decoder"]["embedding"].astype(dtype), tokens_BT, aug.transformer.config)
     bounds = transformer.own_text(start_BT)
     x_BMTD, kv = aug.transformer.apply({"params": params["decoder"]}, x_BTD[:, None], position_BT[:, None], bounds)
-    return Text(x_BMTD[:, 0], cache_lib.of_text(kv, position_BT))
+    return Reading(x_BMTD[:, 0], cache_lib.of_text(kv, position_BT))
 
 
-def latents(aug: Augmentation, params: Params, text: Text, traces: Traces) -> Latents:
-    """Latents of every trace."""
+def write_latents(aug: Augmentation, params: Params, reading: Reading, traces: Traces) -> Latents:
+    """Writes the latents of every trace, as the method does."""
     write = METHODS[aug.method].write
     assert write is not None, aug.method
-    return write(params, aug.models, text, traces)
+    return write(params, aug.models, reading, traces)
 
 
 def decode(aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: Traces) -> tuple[jax.Array, KV]:
-    """The decoder over latents and ahead tokens.
+    """Passes latents and ahead tokens through the decoder.
 
-    Returns the outputs [B, M, A, D] that predict the A targets, and the keys and values of latents and tokens.
+    Returns:
+      The outputs [B, M, A, D] that predict the A targets, and the keys and values of latents and tokens.
     """
     embedding_VD = params["decoder"]["embedding"].astype(cache.k.dtype)
-    text = transformer.embed(embedding_VD, traces.inputs, aug.transformer.config)
+    ahead_BMXD = transformer.embed(embedding_VD, traces.inputs, aug.transformer.config)
     given = None
-    if isinstance(z, Inserted):  # no vectors enter: what stands in their place is overwritten in every layer
-        given = KV(*(jnp.moveaxis(x, 2, 0) for x in z))
-        z = jnp.zeros((*text.shape[:2], aug.num_latents, text.shape[-1]), text.dtype)
-    x_BMSD = jnp.concatenate([z, text], axis=2)
+    if isinstance(z, Inserted):  # no vectors enter: every layer overwrites the zeros in their place
+        given = KV(jnp.moveaxis(z.k, 2, 0), jnp.moveaxis(z.v, 2, 0))
+        B, M, _, D = ahead_BMXD.shape
+        z = jnp.zeros((B, M, aug.num_latents, D), ahead_BMXD.dtype)
+    x_BMSD = jnp.concatenate([z, ahead_BMXD], axis=2)
     out_BMSD, kv = aug.transformer.apply(
         {"params": params["decoder"]}, x_BMSD, traces.position, traces.bounds, cache, given
     )
@@ -118,11 +128,13 @@ def decode(aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: 
 
 
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p of each target [B, ...] from outputs [B, ..., D], nats, float32."""
+    """Returns -log p of each target [B, ...] from outputs [B, ..., D], in nats, float32."""
     B, D = x.shape[0], x.shape[-1]
-    table, cap = params["decoder"]["embedding"], aug.transformer.config.final_softcap
+    table_VD = params["decoder"]["embedding"]
+    softcap = aug.transformer.config.final_softcap
     chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
-    return token_nll(x.reshape(B, -1, D), table, targets.reshape(B, -1), cap, chunk).reshape(targets.shape)
+    nll_BR = token_nll(x.reshape(B, -1, D), table_VD, targets.reshape(B, -1), softcap, chunk)
+    return nll_BR.reshape(targets.shape)
 
 
 def loss(
@@ -135,18 +147,29 @@ def loss(
     dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The training objective of one batch: Σ loss in nats and Σ tokens, both float32 scalars.
+    """Returns the training objective of one batch: Σ loss in nats and Σ tokens, both float32 scalars.
 
-    With latents: cross-entropy of the ahead tokens of every trace (Section 2.3). Without: of all text.
+    With latents it is the cross-entropy of the ahead tokens of every trace, each weighted by `loss.ahead_weights`
+    (Section 2.3); without, that of all text.
+
+    Args:
+      tokens_BT: int32 text.
+      segment_BT: int32 document number of each token, 0 on padding.
+      at_BM: int32 text tokens at which the cache is augmented.
+      num_ahead: A, ahead tokens per trace.
+      dtype: of the computation.
+      delay_BM: see `traces.lay_out`.
     """
     params = gathered(aug, params)
-    text = read(aug, params, tokens_BT, segment_BT, dtype)
+    reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
     if not aug.has_latents:
         same_document = (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)
-        losses = nll(aug, params, text.outputs[:, :-1], tokens_BT[:, 1:])
+        losses = nll(aug, params, reading.outputs[:, :-1], tokens_BT[:, 1:])
         weights = same_document.astype(jnp.float32)
     else:
         traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)
-        x_BMAD, _ = decode(aug, params, latents(aug, params, text, traces), text.cache, traces)
-        losses, weights = nll(aug, params, x_BMAD, traces.targets), traces.weights
+        z = write_latents(aug, params, reading, traces)
+        x_BMAD, _ = decode(aug, params, z, reading.cache, traces)
+        losses = nll(aug, params, x_BMAD, traces.targets)
+        weights = traces.weights * ahead_weights(num_ahead)
     return jnp.sum(losses * weights), jnp.sum(weights)

@@ -1,16 +1,22 @@
 """Useful floating-point operations of a training step, and the peak of known devices: together, utilisation.
 
-Useful means what the method needs if nothing were computed twice: the text once forward; the coprocessor forward and
-backward (activations and weights); the decoder's traces forward and backward (activations only where it is frozen); the
-vocabulary likewise; attention on visible pairs only, without gradients of the frozen text's keys and values. A
-multiply-add counts as two. Not counted: the products that make adapters into weights, and maps between caches.
+Useful means the operations that the method needs if nothing is computed twice:
+
+  - the text once forward;
+  - the coprocessor forward and backward, to activations and weights;
+  - the decoder's traces forward and backward, to activations only where the decoder is frozen;
+  - the vocabulary likewise;
+  - attention on visible pairs only, without gradients of the frozen text's keys and values.
+
+Not counted: the products that make adapters into weights, and maps between caches. A method's row says what writing
+its latents costs.
 """
 
-from latent_delib.delib import coprocessor
+from latent_delib.delib import flops
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.flops import Writing
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
-from latent_delib.nn.sizes import TransformerConfig
 
 # Dense bfloat16 peak of one chip, FLOP/s, from the makers' data sheets.
 PEAK = {
@@ -24,79 +30,65 @@ PEAK = {
 }
 
 
-def _per_token(c: TransformerConfig) -> int:
-    """Forward FLOPs of the layers' matrix products for one token."""
-    attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    return 2 * c.num_layers * (attention + 3 * c.embed_dim * c.ffn_dim)
-
-
-def _attention(c: TransformerConfig, length: int) -> float:
-    """Forward FLOPs of a query's scores and sums over all layers, the mean over its places in `length` tokens."""
-
-    def seen(local: bool) -> float:
-        window = min(c.window, length) if local else length
-        return window - window**2 / (2 * length)
-
-    return 4 * c.num_heads * c.head_dim * sum(map(seen, c.is_local))
-
-
 def text_flops(aug: Augmentation, batch: int, seq_len: int) -> float:
-    """FLOPs of reading the text once, without the vocabulary."""
-    c = aug.transformer.config
-    return batch * seq_len * (_per_token(c) + _attention(c, seq_len))
-
-
-def _tokens(aug: Augmentation, num_ahead: int) -> tuple[int, int]:
-    """Tokens of a trace: that the coprocessor reads, and the decoder."""
-    write = METHODS[aug.method].write
-    text = num_ahead - 1 + PLACEMENTS[aug.placement].reread
-    by_decoder = text if write is coprocessor.inserted else aug.num_latents + text
-    return 0 if write is coprocessor.unread else aug.num_latents, by_decoder
+    """Returns the FLOPs of reading the text once, without the vocabulary."""
+    return flops.text(aug.transformer.config, batch * seq_len, seq_len)
 
 
 def train_step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
-    """FLOPs of one step on `batch` rows of `seq_len` tokens; prefixes count with their mean length, T / 2."""
+    """Returns the useful FLOPs of one step.
+
+    Args:
+      aug: the method and both models.
+      batch: rows.
+      seq_len: tokens per row.
+      num_traces: traces per row. Each sees half of the row on average.
+      num_ahead: ahead tokens per trace.
+    """
     method, c = METHODS[aug.method], aug.transformer.config
     vocabulary = 2 * c.vocab_size * c.embed_dim
     text = text_flops(aug, batch, seq_len)
     if not aug.has_latents:
         return 3 * (text + batch * seq_len * vocabulary)
-    traces = batch * num_traces
-    written, inputs = _tokens(aug, num_ahead)
     passes, text_passes = (3, 3) if method.trains_decoder else (2, 1)
-
-    def trace(c: TransformerConfig, tokens: int, passes: int, text_passes: int) -> float:
-        over_text = text_passes * _attention(c, seq_len)
-        return traces * tokens * (passes * _per_token(c) + over_text + 3 * _attention(c, tokens)) if tokens else 0.0
-
-    of_last_layer = method.write is coprocessor.of_last_layer  # it reads the text too
-    write = trace(aug.models.coprocessor.config, written, 3, 3 if method.trains_decoder or of_last_layer else 2)
-    read = text_passes * text + (3 * text if of_last_layer else 0.0)
-    return read + write + trace(c, inputs, passes, passes) + passes * traces * num_ahead * vocabulary
+    traces = batch * num_traces
+    writing = method.cost(_writing(aug, batch, seq_len, num_traces)).useful
+    decoding = flops.traces(c, traces, _tokens_decoded(aug, num_ahead), seq_len, passes, passes)
+    return text_passes * text + writing + decoding + passes * traces * num_ahead * vocabulary
 
 
 def repeated_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
-    """FLOPs of such a step beyond the useful ones, without attention of a trace's own tokens.
+    """Returns the FLOPs of such a step beyond the useful ones, without attention among a trace's own tokens.
 
-    What the backward pass does again under the transformer's `remat`: products of the layers, and attention where that
-    is not kept either. Latents that are written one after another take a pass over all of them each, which the backward
-    pass does again in any case. Where keys and values are inserted, the decoder reads as many zeros.
+    The backward pass repeats products of the layers, and attention where the transformer's `remat` does not keep it.
+    Where keys and values are inserted, the decoder reads as many zeros.
     """
-    remat, decoder, writer = aug.transformer.remat, aug.transformer.config, aug.models.coprocessor.config
-    method, L = METHODS[aug.method], aug.num_latents
-
-    def again(c: TransformerConfig, tokens: int, products: int = 0, attention: int = 0) -> float:
-        products, attention = products + (remat not in ("none", "dots")), attention + (remat == "full")
-        return batch * tokens * (products * _per_token(c) + attention * _attention(c, seq_len))
-
-    more = again(decoder, seq_len) if method.trains_decoder else 0.0
+    method, c, remat = METHODS[aug.method], aug.transformer.config, aug.transformer.remat
+    text = flops.again(c, remat, batch * seq_len, seq_len) if method.trains_decoder else 0.0
     if not aug.has_latents:
-        return more
-    written, inputs = _tokens(aug, num_ahead)
-    if method.write is coprocessor.of_last_layer:  # it reads the text too
-        more += again(writer, seq_len)
-    if method.write is coprocessor.one_after_another:
-        more += again(writer, num_traces * (L - 1) * L, products=4, attention=3)
-    if method.write is coprocessor.inserted:
-        more += again(decoder, num_traces * L, products=2, attention=2)
-    return more + again(writer, num_traces * written) + again(decoder, num_traces * inputs)
+        return text
+    traces = batch * num_traces
+    writing = method.cost(_writing(aug, batch, seq_len, num_traces)).repeated
+    decoding = flops.again(c, remat, traces * _tokens_decoded(aug, num_ahead), seq_len)
+    if method.writes_keys:
+        zeros = traces * aug.num_latents
+        decoding += flops.again(c, remat, zeros, seq_len, more_products=2, more_attention=2)
+    return text + writing + decoding
+
+
+def _tokens_decoded(aug: Augmentation, num_ahead: int) -> int:
+    """Returns how many useful tokens of one trace the decoder reads."""
+    text = num_ahead - 1 + PLACEMENTS[aug.placement].reread
+    return text if METHODS[aug.method].writes_keys else aug.num_latents + text
+
+
+def _writing(aug: Augmentation, batch: int, seq_len: int, num_traces: int) -> Writing:
+    return Writing(
+        config=aug.models.coprocessor.config,
+        remat=aug.transformer.remat,
+        text_tokens=batch * seq_len,
+        seq_len=seq_len,
+        traces=batch * num_traces,
+        num_latents=aug.num_latents,
+        trains_decoder=METHODS[aug.method].trains_decoder,
+    )

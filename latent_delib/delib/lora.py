@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al. 2022) as a pure function of a parameter tree.
 
-A matrix w of a layer becomes w + a b; only a and b are trained. In a tree that lies over another, "q_a" and "q_b" stand
-for "q" of the tree below.
+A matrix w of a layer becomes w + a b; only a and b are trained. In a tree of adapters, "q_a" and "q_b" belong to "q" of
+the tree below.
 """
 
 import math
@@ -16,25 +16,31 @@ from latent_delib.nn.transformer import Params
 
 
 def init(key: jax.Array, tree: Params, rank: int) -> Params:
-    """Adapters for every matrix in a tree of layers, float32: a [layers, *in, r] random, b [layers, r, *out] zero, so
-    that nothing is changed at the start."""
+    """Makes adapters for every matrix in a tree of layers, float32: a [layers, *in, r] and b [layers, r, *out].
+
+    a is random and b is zero, so that nothing is changed at the start.
+    """
     adapters: Params = {}
     for i, (name, leaf) in enumerate(sorted(tree.items())):
-        key_i = jax.random.fold_in(key, i)
+        leaf_key = jax.random.fold_in(key, i)
         if isinstance(leaf, dict):
-            adapters |= {name: below} if (below := init(key_i, leaf, rank)) else {}
+            below = init(leaf_key, leaf, rank)
+            if below:
+                adapters[name] = below
         elif name in INPUT_AXES:
-            before, after = leaf.shape[: 1 + INPUT_AXES[name]], leaf.shape[1 + INPUT_AXES[name] :]
-            fan_in = math.prod(before[1:])
-            adapters[f"{name}_a"] = jax.random.normal(key_i, (*before, rank)) * fan_in**-0.5
-            adapters[f"{name}_b"] = jnp.zeros((leaf.shape[0], rank, *after))
+            split = 1 + INPUT_AXES[name]
+            layers, *inputs = leaf.shape[:split]
+            outputs = leaf.shape[split:]
+            fan_in = math.prod(inputs)
+            adapters[f"{name}_a"] = jax.random.normal(leaf_key, (layers, *inputs, rank)) * fan_in**-0.5
+            adapters[f"{name}_b"] = jnp.zeros((layers, rank, *outputs))
     return adapters
 
 
 def lay_over(below: Params, tree: Params) -> Params:
-    """The leaves of both trees, those of `tree` where both have one, and adapters multiplied out.
+    """Returns the leaves of both trees, with adapters multiplied out. Where both have a leaf, it is that of `tree`.
 
-    Leaves that `tree` does not replace or adapt are those of `below` themselves.
+    Leaves that `tree` neither replaces nor adapts are the arrays of `below` themselves.
     """
     found: Params = {}
     for name, leaf in below.items():
@@ -46,5 +52,8 @@ def lay_over(below: Params, tree: Params) -> Params:
             found[name] = leaf + change.astype(leaf.dtype)
         else:
             found[name] = tree.get(name, leaf)
-    adapted = {f"{name}_{part}" for name in below for part in "ab"}
-    return found | {name: leaf for name, leaf in tree.items() if name not in below and name not in adapted}
+    for name, leaf in tree.items():
+        is_adapter = name.removesuffix("_a").removesuffix("_b") in below
+        if name not in below and not is_adapter:
+            found[name] = leaf
+    return found

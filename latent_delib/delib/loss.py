@@ -1,4 +1,4 @@
-"""Negative log-likelihood under a tied vocabulary, a few tokens of every sequence at a time."""
+"""Negative log-likelihood under a tied vocabulary, a few tokens of every sequence at a time, and what it weighs."""
 
 from functools import partial
 
@@ -10,49 +10,75 @@ from latent_delib.nn.products import einsum
 SEQUENCES = 4  # on a device, of which a whole chunk is taken at a time; of more, a part
 
 
+def ahead_weights(num_ahead: int) -> jax.Array:
+    """Returns the weight of the loss of the n-th ahead token, n = 1 ... A, float32 [A].
+
+    All are 1, as published. To weight the loss by n, change this function: training uses it, evaluation does not.
+    """
+    return jnp.ones(num_ahead)
+
+
 def tokens_at_a_time(chunk: int, sequences: int, shards: int) -> int:
-    """Returns how many tokens of every sequence to compute at a time: `chunk`, or as many fewer as bound those of all
-    sequences on a device. shards: into how many parts the sequences are split over devices."""
+    """Returns how many tokens of every sequence to compute at a time.
+
+    These are `chunk`, or fewer where a device holds more than SEQUENCES sequences.
+
+    Args:
+      shards: into how many parts the sequences are split over devices.
+    """
     return max(1, min(chunk, chunk * SEQUENCES * shards // sequences))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_nll(x_BRD: jax.Array, embedding_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int) -> jax.Array:
-    """-log p(target) of every token, in nats, float32 [B, R].
+    """Returns -log p(target) of every token, in nats, float32 [B, R].
 
-    Logits are x @ embedding.T, softcapped where `softcap` is not 0. Those of `chunk` tokens of every sequence exist at
-    a time. Where the table is frozen, the gradient of x is made in the forward pass, while the logits are at hand, up
-    to the factor that the loss puts on each token; where it is trained, the backward pass computes them again.
+    Where the table is frozen, the forward pass makes the gradient of x too, while the logits are at hand, up to the
+    factor that the loss puts on each token. Where the table is trained, the backward pass computes the logits again.
 
     Args:
-      x_BRD: final-normed outputs. embedding_VD: the token table. target_BR: int32.
+      x_BRD: final-normed outputs.
+      embedding_VD: the token table. Logits are x @ embedding.T.
+      target_BR: int32.
+      softcap: logits are softcapped by it; 0 leaves them as they are.
+      chunk: tokens of every sequence whose logits exist at a time.
     """
     parts = _cut(chunk, x_BRD, target_BR)
     return _join(jax.lax.map(lambda part: _nll(part[0], embedding_VD, part[1], softcap)[0], parts), x_BRD)
 
 
 def _cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, R, ...] as [chunks, B, r, ...], token i in chunk i % chunks: what lies together may lie on one device, and
-    every device is to have its part of every chunk."""
+    """Cuts arrays [B, R, ...] into [chunks, B, r, ...], token i in chunk i % chunks.
+
+    Neighbours may lie on one device, and every device is to have its part of every chunk.
+    """
     B, R = arrays[0].shape[:2]
     r = min(chunk, R)
-    padded = (jnp.pad(x, [(0, 0), (0, -R % r)] + [(0, 0)] * (x.ndim - 2)) for x in arrays)
-    return tuple(jnp.moveaxis(x.reshape(B, r, -1, *x.shape[2:]), 2, 0) for x in padded)
+
+    def cut(x: jax.Array) -> jax.Array:
+        no_padding = [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, [(0, 0), (0, -R % r), *no_padding])
+        return jnp.moveaxis(x.reshape(B, r, -1, *x.shape[2:]), 2, 0)
+
+    return tuple(map(cut, arrays))
 
 
 def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
-    """The inverse of the cut."""
+    """Inverts the cut."""
     B, R = like_BRD.shape[:2]
     return jnp.moveaxis(x, 0, 2).reshape(B, -1, *x.shape[3:])[:, :R]
 
 
-def _nll(x_BrD: jax.Array, embedding_VD: jax.Array, target_Br: jax.Array, softcap: float):
-    """-log p of the targets [B, r], and its gradient in the products x . embedding [B, r, V]; float32."""
+def _nll(
+    x_BrD: jax.Array, embedding_VD: jax.Array, target_Br: jax.Array, softcap: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns -log p of the targets [B, r], and its gradient in the products x . embedding [B, r, V]; float32."""
     logits_BrV = einsum("BrD,VD->BrV", x_BrD, embedding_VD.astype(x_BrD.dtype), jnp.float32)
     slope_BrV = 1.0
     if softcap:
         bent_BrV = jnp.tanh(logits_BrV / softcap)
-        logits_BrV, slope_BrV = softcap * bent_BrV, 1 - jnp.square(bent_BrV)
+        logits_BrV = softcap * bent_BrV
+        slope_BrV = 1 - jnp.square(bent_BrV)
     lse_Br1 = jax.nn.logsumexp(logits_BrV, axis=-1, keepdims=True)
     is_target_BrV = target_Br[..., None] == jnp.arange(embedding_VD.shape[0])
     dlogits_BrV = (jnp.exp(logits_BrV - lse_Br1) - is_target_BrV) * slope_BrV
@@ -61,8 +87,8 @@ def _nll(x_BrD: jax.Array, embedding_VD: jax.Array, target_Br: jax.Array, softca
 
 
 def _into_x(dlogits_BrV: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    dlogits_BrV, embedding_VD = dlogits_BrV.astype(dtype), embedding_VD.astype(dtype)
-    return einsum("BrV,VD->BrD", dlogits_BrV, embedding_VD, jnp.float32).astype(dtype)
+    """Returns the gradient in x [B, r, D] from the one in the logits."""
+    return einsum("BrV,VD->BrD", dlogits_BrV.astype(dtype), embedding_VD.astype(dtype), jnp.float32).astype(dtype)
 
 
 def _forward(x_BRD, embedding_VD, target_BR, softcap, chunk):

@@ -1,5 +1,6 @@
-"""Train state, train step and evaluation steps: pure functions, jitted by the commands that call them."""
+"""Optimizer, train state, train step and evaluation steps: pure functions, jitted by the commands that call them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,46 +9,89 @@ import optax
 
 from latent_delib.delib import augment, traces
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.coprocessor import Text
+from latent_delib.delib.coprocessor import Reading
+from latent_delib.errors import UserError
 from latent_delib.nn.transformer import Params
 
 
 class TrainState(NamedTuple):
-    """What training changes. step: int32 scalar, optimizer steps done. trainable: float32 master weights."""
+    """Holds what training changes.
+
+    step: int32 scalar, optimizer steps done. trainable: float32 master weights.
+    """
 
     step: jax.Array
     trainable: Params
     opt_state: optax.OptState
 
 
-def learning_rate(o: Any, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then a cosine to `final_fraction` of it at the last step."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0, o.learning_rate, o.warmup_steps, max(steps, o.warmup_steps + 1), o.learning_rate * o.final_fraction
+class Optimizer(NamedTuple):
+    """Holds an optimizer, and the learning rate that it uses as a function of the steps done."""
+
+    tx: optax.GradientTransformation
+    learning_rate: optax.Schedule
+
+
+def _adamw(o: Any) -> optax.GradientTransformation:
+    return optax.scale_by_adam(o.b1, o.b2, o.eps)
+
+
+def _adafactor(o: Any) -> optax.GradientTransformation:
+    """Scales as Shazeer and Stern 2018 do, by optax's defaults; the learning rate is relative to a leaf's size."""
+    del o
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
     )
 
 
-def make_optimizer(o: Any, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm; soft tokens have a peak rate of their own. `o` is config.optimizer."""
+# How each optimizer scales gradients, from config.optimizer. Clipping, decay and rates are common to all.
+OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
-    def is_named(name: str, path: tuple) -> bool:
-        return path[-1].key == name
 
-    def decayed(params: Params) -> Params:
-        return jax.tree.map_with_path(lambda p, _: not (is_named("scale", p) or is_named("soft_tokens", p)), params)
+def make_optimizer(o: Any, steps: int) -> Optimizer:
+    """Makes the optimizer of a job of `steps` steps: gradients clipped by global norm, then scaled, with weight decay.
+
+    The learning rate warms up linearly to its peak, then follows a cosine to `final_fraction` of it at the last step.
+    Soft tokens have a peak rate of their own. Neither they nor norms decay.
+
+    Args:
+      o: config.optimizer.
+
+    Raises:
+      UserError: no optimizer of that name.
+    """
+    if o.name not in OPTIMIZERS:
+        raise UserError(f"config.optimizer.name={o.name!r}: expected one of {', '.join(sorted(OPTIMIZERS))}")
+    learning_rate = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=o.learning_rate,
+        warmup_steps=o.warmup_steps,
+        decay_steps=max(steps, o.warmup_steps + 1),
+        end_value=o.learning_rate * o.final_fraction,
+    )
+
+    def decays(path: tuple, _: jax.Array) -> bool:
+        return path[-1].key not in ("scale", "soft_tokens")
 
     def soft_token_rate(updates: Params, params: Params | None) -> Params:
         del params
         ratio = o.soft_token_learning_rate / o.learning_rate
-        return jax.tree.map_with_path(lambda p, u: u * ratio if is_named("soft_tokens", p) else u, updates)
 
-    return optax.chain(
+        def scaled(path: tuple, update: jax.Array) -> jax.Array:
+            return update * ratio if path[-1].key == "soft_tokens" else update
+
+        return jax.tree.map_with_path(scaled, updates)
+
+    tx = optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
-        optax.scale_by_adam(o.b1, o.b2, o.eps),
-        optax.add_decayed_weights(o.weight_decay, decayed),
-        optax.scale_by_learning_rate(learning_rate(o, steps)),
+        OPTIMIZERS[o.name](o),
+        optax.add_decayed_weights(o.weight_decay, lambda params: jax.tree.map_with_path(decays, params)),
+        optax.scale_by_learning_rate(learning_rate),
         optax.stateless(soft_token_rate),
     )
+    return Optimizer(tx, learning_rate)
 
 
 def train_step(
@@ -65,71 +109,100 @@ def train_step(
     max_delay: int = 0,
     skip_bad: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on the mean loss over all ahead tokens of the batch.
+    """Makes one optimizer step on the mean loss over all ahead tokens of the batch.
 
     Args:
+      state: donated by the jitted step.
       frozen: parameters that are not trained, in `dtype`.
       batch: "tokens" and "segment", int32 [B, T].
-      accumulation: the batch passes in this many equal parts; sums of loss, tokens and gradients are added up and
+      aug: the method and both models.
+      tx: of `make_optimizer`.
+      seed: of trace positions and delays, which are a function of it and of the step.
+      num_traces: M, per row.
+      num_ahead: A, per trace.
+      accumulation: the batch passes in this many equal parts. Sums of loss, tokens and gradients are added up and
         divided once, so the step is that of the whole batch whatever the parts hold.
       dtype: of the computation; master weights are cast to it once.
       max_delay: latents of a trace are written up to so many tokens before they join, drawn at random.
       skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the learning rate, go on.
 
     Returns:
-      The new state, and float32 scalars: loss (nats a token), tokens, grad_norm (before clipping).
+      The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before clipping).
     """
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    at_BM = traces.draw(key, segment_BT, min(num_traces, tokens_BT.shape[1] - 1))  # a plain decoder uses none
+    num_traces = min(num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
+    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces)
     delay_BM = traces.draw_delays(jax.random.fold_in(key, 1), at_BM, max_delay)
 
     frozen = augment.gathered(aug, frozen)  # before the loop over parts
 
-    def loss_sum(trained: Params, part: tuple[jax.Array, ...]):
-        *text, delay_BM = part
-        return augment.loss(aug, augment.assemble(frozen, trained), *text, num_ahead, dtype, delay_BM)
+    def loss_sum(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        params = augment.assemble(frozen, trained)
+        tokens, segment, at, delay = part
+        return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay)
 
     # Differentiated where it is cast: gradients, and their sums over devices, have the dtype of the computation.
     trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)
-    sums = jax.value_and_grad(loss_sum, has_aux=True)
     whole = (tokens_BT, segment_BT, at_BM, delay_BM)
     if accumulation == 1:
-        (loss, tokens), grads = sums(trained, whole)
+        (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, whole)
     else:
-        # Part i takes rows i, i + accumulation, ...: rows stay on the devices that hold them.
-        parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, x.shape[1]).swapaxes(0, 1), whole)
-        zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.trainable))
-        ((loss, tokens), grads), _ = jax.lax.scan(
-            lambda total, part: (jax.tree.map(jnp.add, total, sums(trained, part)), None), zeros, parts
-        )
+        (loss, tokens), grads = _sum_over_parts(loss_sum, trained, whole, accumulation)
     tokens = jnp.maximum(tokens, 1.0)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / tokens, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
+    new = TrainState(state.step + 1, trainable, opt_state)
     metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
     if skip_bad:
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        new = _unless_bad(good, new, state)
+    return new, metrics
 
-        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(good, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
 
-        trainable, opt_state = jax.tree.map(keep, (trainable, opt_state), (state.trainable, state.opt_state))
-    return TrainState(state.step + 1, trainable, opt_state), metrics
+def _sum_over_parts(loss_sum: Callable, trained: Params, whole: tuple[jax.Array, ...], accumulation: int) -> Any:
+    """Adds up loss, tokens and float32 gradients over the parts of a batch, one part after another."""
+
+    def split(x: jax.Array) -> jax.Array:
+        # Part i takes rows i, i + accumulation, ...: rows stay on the devices that hold them.
+        return x.reshape(-1, accumulation, x.shape[1]).swapaxes(0, 1)
+
+    def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        found = jax.value_and_grad(loss_sum, has_aux=True)(trained, part)
+        return jax.tree.map(jnp.add, total, found), None
+
+    no_loss = (jnp.zeros(()), jnp.zeros(()))
+    no_grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+    total, _ = jax.lax.scan(add, (no_loss, no_grads), jax.tree.map(split, whole))
+    return total
+
+
+def _unless_bad(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """Returns the new state; where the step was not good, with the old numbers in it, but for counters."""
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(good, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
+
+    return jax.tree.map(keep, new, old)
 
 
 def read_step(
     params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, *, aug: Augmentation, dtype: jnp.dtype
-) -> tuple[Text, jax.Array]:
-    """What the plain decoder makes of text, and its -log p of text token t + 1 at every t, float32 [B, T - 1]."""
+) -> tuple[Reading, jax.Array]:
+    """Reads text with the plain decoder.
+
+    Returns:
+      What it computed, and -log p of text token t + 1 at every t, in nats, float32 [B, T - 1].
+    """
     params = augment.gathered(aug, params)
-    text = augment.read(aug, params, tokens_BT, segment_BT, dtype)
-    return text, augment.nll(aug, params, text.outputs[:, :-1], tokens_BT[:, 1:])
+    reading = augment.read_text(aug, params, tokens_BT, segment_BT, dtype)
+    return reading, augment.nll(aug, params, reading.outputs[:, :-1], tokens_BT[:, 1:])
 
 
 def ahead_step(
     params: Params,
-    text: Text,
+    reading: Reading,
     tokens_BT: jax.Array,
     segment_BT: jax.Array,
     at_BM: jax.Array,
@@ -139,16 +212,26 @@ def ahead_step(
     num_ahead: int,
     delay: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """With latents after text tokens `at_BM`: -log p of the next A text tokens, and their weights (0 past the
-    document's end); float32 [B, M, A] each (Section 3.1).
+    """Predicts the next A text tokens with latents after text tokens `at_BM` (Section 3.1).
 
     Args:
-      from_B: the row whose latents a row is given instead of its own. delay: latents are written so many tokens before.
+      params: of `delib.augment`.
+      reading: of `read_step`, of the same text.
+      tokens_BT: int32 text.
+      segment_BT: int32 document number of each token, 0 on padding.
+      at_BM: int32 text tokens at which the cache is augmented.
+      from_B: the row whose latents each row is given instead of its own.
+      aug: the method and both models.
+      num_ahead: A.
+      delay: latents are written so many tokens before they join.
+
+    Returns:
+      -log p in nats, and the weights of the tokens, 0 past the document's end; float32 [B, M, A] each.
     """
     params = augment.gathered(aug, params)
     marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)
-    z = augment.latents(aug, params, text, marks)
+    z = augment.write_latents(aug, params, reading, marks)
     if from_B is not None:
         z = jax.tree.map(lambda x: x[from_B], z)
-    x_BMAD, _ = augment.decode(aug, params, z, text.cache, marks)
+    x_BMAD, _ = augment.decode(aug, params, z, reading.cache, marks)
     return augment.nll(aug, params, x_BMAD, marks.targets), marks.weights

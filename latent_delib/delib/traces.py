@@ -1,4 +1,4 @@
-"""Traces: at which text tokens the cache is augmented, and where latents and ahead tokens then stand.
+"""Traces: at which text tokens the cache is augmented, and at which positions latents and ahead tokens then are.
 
 Everything here is integers (Liu et al. 2025, Section 2.3 and Figure 2). A trace at text token p of one document holds
 L latents and A ahead tokens; it sees that document's text up to p and itself causally, never another trace.
@@ -13,7 +13,7 @@ from latent_delib.nn.attention.primitive import Bounds
 
 
 class Placement(NamedTuple):
-    """Where a trace at text token p stands. The one place that tells the placements apart.
+    """Places a trace at text token p. Nothing else tells the placements apart.
 
     first_latent: position of the first latent relative to p, for L latents: `first_latent + per_latent * L`.
     reread: how many text tokens, x_p the last of them, are read again after the latents instead of from the cache.
@@ -37,7 +37,7 @@ PLACEMENTS = {
 
 
 class Traces(NamedTuple):
-    """M traces in each of B rows; int32 unless said. S = L + the number of inputs.
+    """Holds M traces in each of B rows; int32 unless said. S = L + the number of inputs.
 
     latent_position [B, M, L] and latent_bounds: the coprocessor's call.
     position [B, M, S] and bounds: the decoder's call, over latents and then `inputs`.
@@ -55,29 +55,44 @@ class Traces(NamedTuple):
 
 
 def document_start(segment_BT: jax.Array) -> jax.Array:
-    """Index of the first token of the document that holds each token, int32 [B, T]."""
+    """Returns the index of the first token of the document that holds each token, int32 [B, T]."""
     index = jnp.arange(segment_BT.shape[1])
     first = jnp.diff(segment_BT, axis=1, prepend=segment_BT[:, :1] - 1) != 0
     return jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
-def draw(key: jax.Array, segment_BT: jax.Array, num_traces: int) -> jax.Array:
-    """Random distinct trace positions, sorted, each with at least one ahead token in its own document.
+def scores(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
+    """Returns a random score [B, T - 1] of every text token but the last. `draw` takes the highest.
+
+    Uniform, as published. To sample positions by content, change this function; Gumbel noise plus the log-probability
+    of a position draws without replacement.
+    """
+    del tokens_BT
+    B, T = segment_BT.shape
+    return jax.random.uniform(key, (B, T - 1))
+
+
+def draw(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array, num_traces: int) -> jax.Array:
+    """Draws distinct trace positions, each with at least one ahead token in its own document.
 
     Args:
+      tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
+      num_traces: M.
 
     Returns:
-      int32 [B, M]. A row with fewer than M such positions repeats T - 1, which has no ahead tokens and so no weight.
+      int32 [B, M], sorted. A row with fewer than M such positions repeats T - 1, which has no ahead tokens and so no
+      weight.
     """
-    usable = (segment_BT[:, :-1] == segment_BT[:, 1:]) & (segment_BT[:, 1:] > 0)
-    noise = jnp.where(usable, jax.random.uniform(key, usable.shape), -1.0)
-    score, at = jax.lax.top_k(noise, num_traces)
-    return jnp.sort(jnp.where(score >= 0, at, segment_BT.shape[1] - 1), axis=1).astype(jnp.int32)
+    has_ahead = (segment_BT[:, :-1] == segment_BT[:, 1:]) & (segment_BT[:, 1:] > 0)
+    score = jnp.where(has_ahead, scores(key, tokens_BT, segment_BT), -jnp.inf)
+    score, at = jax.lax.top_k(score, num_traces)
+    last = segment_BT.shape[1] - 1
+    return jnp.sort(jnp.where(score > -jnp.inf, at, last), axis=1).astype(jnp.int32)
 
 
 def draw_delays(key: jax.Array, at_BM: jax.Array, max_delay: int) -> jax.Array:
-    """For each trace how many tokens before it its latents are written: 0 to max_delay, int32 [B, M]."""
+    """Draws how many tokens before each trace its latents are written: 0 to max_delay, int32 [B, M]."""
     return jax.random.randint(key, at_BM.shape, 0, max_delay + 1)
 
 
@@ -93,8 +108,14 @@ def lay_out(
     """Lays out the traces at text tokens `at_BM` of packed rows. See `Traces`.
 
     Args:
-      delay_BM: the coprocessor was called so many tokens before, and knows the text only up to there (not before the
-        document's first token); its latents join at `at_BM` nevertheless, as those of an asynchronous coprocessor do.
+      tokens_BT: int32 text.
+      segment_BT: int32 document number of each token, 0 on padding.
+      at_BM: int32 text tokens at which the cache is augmented.
+      num_latents: L.
+      num_ahead: A.
+      placement: a key of PLACEMENTS.
+      delay_BM: the coprocessor was called so many tokens earlier, but not before the document's first token, and knows
+        the text only up to there. Its latents still join at `at_BM`, as those of an asynchronous coprocessor do.
     """
     place = PLACEMENTS[placement]
     T = tokens_BT.shape[1]

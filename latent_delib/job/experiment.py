@@ -18,7 +18,7 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import lora
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.methods import METHODS
+from latent_delib.delib.methods import METHODS, param_axes
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.checks import check
@@ -217,14 +217,14 @@ def start_shapes(exp: Experiment) -> Params:
         return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, exp.aug.num_latents)["coprocessor"]
 
     shapes = jax.eval_shape(init, jax.random.key(0), folder.shapes(exp.aug.transformer.config))
-    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES))
+    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method)))
 
 
 def trainable_shapes(exp: Experiment) -> Params:
     """The shapes of the trainable tree, with their shardings."""
     decoder = folder.shapes(exp.aug.transformer.config)
     shapes = jax.eval_shape(init_trainable(exp), jax.random.key(0), decoder)
-    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES))
+    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method)))
 
 
 def placed(shapes: Any, shardings: Any, dtype: Any = None) -> Any:

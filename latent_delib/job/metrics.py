@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from latent_delib.delib import cost
-from latent_delib.delib.step import learning_rate
+from latent_delib.delib.step import make_optimizer
 from latent_delib.errors import UserError, store_error
 from latent_delib.job.experiment import Experiment
 from latent_delib.machine import files
@@ -33,7 +33,7 @@ class Metrics:
     def __init__(self, exp: Experiment, workdir: str, start: int):
         c, t = exp.config, exp.config.train
         self.every, self.steps, self.allowed = t.log_every, t.steps, t.max_bad_steps
-        self.schedule = learning_rate(c.optimizer, t.steps)
+        self.schedule = make_optimizer(c.optimizer, t.steps).learning_rate
         self.tokens = t.batch_size * c.data.seq_len
         self.flops = cost.train_step_flops(
             exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead

@@ -45,14 +45,10 @@ def make(exp: Experiment) -> Plan:
             f"mesh, data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}: expected a multiple of "
             f"{c.train.accumulation * mesh_lib.row_shards(mesh)}"
         )
-    tx, trainable = make_optimizer(c.optimizer, c.train.steps), experiment.trainable_shapes(exp)
-    # Every optimizer leaf lies like its parameter; what belongs to no parameter is replicated.
+    tx, trainable = make_optimizer(c.optimizer, c.train.steps).tx, experiment.trainable_shapes(exp)
     whole = mesh_lib.replicated(mesh)
-    opt_state = jax.eval_shape(tx.init, trainable)
-    shardings = optax.tree.map_params(
-        tx, lambda _, p: p.sharding, opt_state, trainable, transform_non_params=lambda _: whole
-    )
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trainable, placed(opt_state, shardings))
+    opt_state = mesh_lib.optimizer_state(mesh, tx, trainable)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trainable, opt_state)
     frozen = {}
     if "embedding" not in trainable.get("decoder", {}):  # the decoder is not trained as a whole
         decoder = folder.shapes(exp.aug.transformer.config)

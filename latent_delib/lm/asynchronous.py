@@ -7,7 +7,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.coprocessor import Latents, Text
+from latent_delib.delib.coprocessor import Latents
+from latent_delib.delib.coprocessor import Reading as Text
 from latent_delib.lm import decoding
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn.cache import Cache

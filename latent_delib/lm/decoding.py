@@ -18,7 +18,8 @@ import numpy as np
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.coprocessor import Latents, Text
+from latent_delib.delib.coprocessor import Latents
+from latent_delib.delib.coprocessor import Reading as Text
 from latent_delib.delib.traces import Traces
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
@@ -189,7 +190,7 @@ def prefill(
     """Reads the prompts; there is room for `room` tokens more, and in the cache for latents."""
     table_VD = params["decoder"]["embedding"]
     segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
-    out_BTD, cache = augment.read(aug, params, text_BT, segment_BT, table_VD.dtype)
+    out_BTD, cache = augment.read_text(aug, params, text_BT, segment_BT, table_VD.dtype)
     last_BD = jnp.take_along_axis(out_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
     state = Decoding(
         text=jnp.pad(text_BT, [(0, 0), (0, room)], constant_values=pad_id),
@@ -240,7 +241,7 @@ def _trace(aug: Augmentation, text_BX: jax.Array, length_B: jax.Array) -> Traces
 @partial(jax.jit, static_argnames=("aug",))
 def latents(params: Params, read: Text, text_BX: jax.Array, *, aug: Augmentation) -> Latents:
     """Latents of one trace a row, after the text that was read; of `params`, the coprocessor's alone are used."""
-    return augment.latents(aug, params, read, _trace(aug, text_BX, read.cache.length))
+    return augment.write_latents(aug, params, read, _trace(aug, text_BX, read.cache.length))
 
 
 @partial(jax.jit, static_argnames=("aug",))

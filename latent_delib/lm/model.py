@@ -17,6 +17,7 @@ from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Latents
+from latent_delib.delib.methods import param_axes
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.lm import decoding, scoring
@@ -89,12 +90,13 @@ class AugmentedLM:
         of = coprocessor
         own = build.transformer(of.architecture, self.mesh, form=attention) if of.architecture else None
         self.aug = Augmentation(self.plain.transformer, of.method, of.num_latents, of.placement, coprocessor=own)
-        self.params = augment.assemble(self.params, {"coprocessor": _place(self.mesh, of.params, self.dtype)})
+        axes = param_axes(of.method)
+        self.params = augment.assemble(self.params, {"coprocessor": _place(self.mesh, of.params, self.dtype, axes)})
         if coprocessor_mesh is not None:
             model = build.transformer(decoder.config, coprocessor_mesh, form=attention)
             own = build.transformer(of.architecture, coprocessor_mesh, form=attention) if of.architecture else None
             self.aug_beside = dataclasses.replace(self.aug, transformer=model, coprocessor=own)
-            self.params_beside = {"coprocessor": _place(coprocessor_mesh, self.params["coprocessor"], self.dtype)}
+            self.params_beside = {"coprocessor": _place(coprocessor_mesh, self.params["coprocessor"], self.dtype, axes)}
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """The plain decoder's logits, float32 [B, T, V]."""
@@ -460,7 +462,7 @@ def _bucket(n: int) -> int:
     return _round_up(n, max(32, _power(n) // 8))
 
 
-def _place(mesh: Mesh, params: Params, dtype: Any) -> Params:
+def _place(mesh: Mesh, params: Params, dtype: Any, axes: Any = PARAM_AXES) -> Params:
     """Parameters where they lie on a mesh. Cast where they are, each by itself: they need not fit one device."""
-    shardings = mesh_lib.parameters(mesh, params, PARAM_AXES)
+    shardings = mesh_lib.parameters(mesh, params, axes)
     return jax.tree.map(lambda x, s: jax.device_put(x.astype(dtype, copy=False), s), params, shardings)

@@ -18,7 +18,7 @@ from latent_delib.nn.transformer import Params
 @partial(jax.jit, static_argnames=("aug", "dtype"))
 def logits(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
     """The plain decoder's, float32 [B, T, V]."""
-    text = augment.read(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
+    text = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
     return transformer.unembed(params["decoder"]["embedding"], text.outputs, aug.transformer.config)
 
 
@@ -26,8 +26,8 @@ def logits(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: An
 def latents(params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any) -> Latents:
     """Written after text tokens `at_BM`."""
     segment_BT = jnp.ones_like(tokens_BT)
-    text = augment.read(aug, params, tokens_BT, segment_BT, dtype)
-    return augment.latents(aug, params, text, aug.lay_out(tokens_BT, segment_BT, at_BM, 1))
+    text = augment.read_text(aug, params, tokens_BT, segment_BT, dtype)
+    return augment.write_latents(aug, params, text, aug.lay_out(tokens_BT, segment_BT, at_BM, 1))
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
@@ -59,11 +59,11 @@ def continuations(
     """
     table_VD, config = params["decoder"]["embedding"], aug.transformer.config
     segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
-    text = augment.read(aug, params, text_BT, segment_BT, dtype)
+    text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
     B, M, A = tails_BMA.shape
     last_B1 = length_B[:, None] - 1
     if aug.has_latents:
-        z = augment.latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, 1))
+        z = augment.write_latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, 1))
     else:
         aug = dataclasses.replace(aug, num_latents=0, placement="overlay")
         z = jnp.zeros((B, 1, 0, table_VD.shape[1]), dtype)

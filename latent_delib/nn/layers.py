@@ -21,7 +21,6 @@ ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 # The logical axes of every parameter, by leaf name; norms' scales lie whole.
 PARAM_AXES = {
     "embedding": ("vocab", "embed"),
-    "soft_tokens": (None, "embed"),
     "q": ("layers", "embed", "heads", None),
     "k": ("layers", "embed", "heads", None),
     "v": ("layers", "embed", "heads", None),
@@ -30,10 +29,6 @@ PARAM_AXES = {
     "up": ("layers", "embed", "ffn"),
     "down": ("layers", "ffn", "embed"),
     "scale": (None, None),
-    # Between a decoder's cache and a coprocessor of another shape.
-    "keys_in": ("layers", None, None, "heads", None),
-    "values_in": ("layers", None, None, "heads", None),
-    "latents_out": (None, "embed"),
 }
 # The matrices of a layer, and how many of their axes after "layers" are those of the input: the rest is the output's.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}

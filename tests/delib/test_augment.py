@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import naive
 import numpy as np
+import optax
 import pytest
 import small
 
 from latent_delib.delib import augment
+from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.coprocessor import Text
+from latent_delib.delib.coprocessor import Reading
+from latent_delib.delib.step import TrainState, train_step
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
@@ -44,9 +47,9 @@ def document_of(b, m):
 @partial(jax.jit, static_argnums=0)
 def trace_nll(aug, params, tokens_BT, segment_BT, at_BM, delay_BM=0):
     """-log p of every ahead token [B, M, A], and the weights."""
-    text = augment.read(aug, params, tokens_BT, segment_BT, jnp.float32)
+    text = augment.read_text(aug, params, tokens_BT, segment_BT, jnp.float32)
     traces = aug.lay_out(tokens_BT, segment_BT, at_BM, A, delay_BM)
-    out, _ = augment.decode(aug, params, augment.latents(aug, params, text, traces), text.cache, traces)
+    out, _ = augment.decode(aug, params, augment.write_latents(aug, params, text, traces), text.cache, traces)
     return augment.nll(aug, params, out, traces.targets), traces.weights
 
 
@@ -152,12 +155,12 @@ def test_packed_documents_equal_each_document_alone(placement):
 def test_visibility_by_gradients(placement):
     """Exactly zero from what a trace must not see, not zero from each thing it sees."""
     aug, params = setup(small.GEMMA, placement)
-    outputs, text = jax.jit(lambda p: augment.read(aug, p, TOKENS, SEGMENT, jnp.float32))(params)
+    outputs, text = jax.jit(lambda p: augment.read_text(aug, p, TOKENS, SEGMENT, jnp.float32))(params)
     traces = aug.lay_out(TOKENS, SEGMENT, AT, A)
 
     def losses(k, v, change_BMLD):
         cache = text._replace(k=k, v=v)
-        z = augment.latents(aug, params, Text(outputs, cache), traces) + change_BMLD
+        z = augment.write_latents(aug, params, Reading(outputs, cache), traces) + change_BMLD
         out, _ = augment.decode(aug, params, z, cache, traces)
         return jnp.sum(augment.nll(aug, params, out, traces.targets) * traces.weights, axis=-1)
 
@@ -188,6 +191,25 @@ def test_nothing_past_the_documents_end_matters(placement):
     np.testing.assert_array_equal(nll == other_nll, unchanged)
 
 
+def test_a_step_asks_one_function_for_positions_and_one_for_weights(monkeypatch):
+    """Traces where the largest token ids are, and the loss of the first two ahead tokens alone."""
+    weight = np.array([1.0, 0.5, 0.0, 0.0])
+    monkeypatch.setattr(traces_lib, "scores", lambda key, tokens_BT, segment_BT: tokens_BT[:, :-1].astype(float))
+    monkeypatch.setattr(augment, "ahead_weights", lambda num_ahead: weight[:num_ahead])
+    aug, params = setup(small.GEMMA, "overlay")
+    frozen, trainable = {"decoder": params["decoder"]}, {"coprocessor": params["coprocessor"]}
+    tx = optax.identity()
+    step = partial(train_step, aug=aug, tx=tx, seed=0, num_traces=M, num_ahead=A, accumulation=1, dtype=jnp.float32)
+    state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
+    _, metrics = jax.jit(step)(state, frozen, {"tokens": TOKENS, "segment": SEGMENT})
+
+    has_ahead = (SEGMENT[:, :-1] == SEGMENT[:, 1:]) & (SEGMENT[:, 1:] > 0)
+    order = np.argsort(np.where(has_ahead, TOKENS[:, :-1], -1), axis=1)
+    nll, weights = trace_nll(aug, params, TOKENS, SEGMENT, np.sort(order[:, -M:], axis=1))
+    assert float(metrics["tokens"]) == (weights * weight).sum()
+    np.testing.assert_allclose(metrics["loss"], (nll * weights * weight).sum() / (weights * weight).sum(), rtol=1e-5)
+
+
 def test_without_a_coprocessor_the_decoder_is_bit_identical():
     config = small.GEMMA
     aug, params = setup(config, "after")
@@ -200,7 +222,7 @@ def test_without_a_coprocessor_the_decoder_is_bit_identical():
         out, kv = Transformer(config).apply({"params": decoder}, x[:, None], position[:, None], bounds)
         return out[:, 0], kv.k[:, :, 0], kv.v[:, :, 0]
 
-    read = jax.jit(augment.read, static_argnums=(0, 4))
+    read = jax.jit(augment.read_text, static_argnums=(0, 4))
     expected = plain(params["decoder"])
     alone = Augmentation(Transformer(config), "decoder", 0)
     for one, tree in ((alone, {"decoder": params["decoder"]}), (aug, params)):

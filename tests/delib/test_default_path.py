@@ -75,7 +75,7 @@ def one_step(dtype, remat):
     """Adam's first moment after one step, which is the gradient but for a factor; and the state."""
     trainable = {"coprocessor": jax.tree.map(jnp.asarray, PARAMS["coprocessor"])}
     frozen = {"decoder": jax.tree.map(lambda x: jnp.asarray(x, dtype), PARAMS["decoder"])}
-    tx = make_optimizer(base.get_config().optimizer, steps=10)
+    tx = make_optimizer(base.get_config().optimizer, steps=10).tx
     step = partial(train_step, tx=tx, seed=0, num_traces=M, num_ahead=A, accumulation=1)
     state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
     batch = {"tokens": TOKENS, "segment": SEGMENT}

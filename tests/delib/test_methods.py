@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import small
 
+from latent_delib import mesh as mesh_lib
 from latent_delib.delib import augment, traces
-from latent_delib.delib.coprocessor import Inserted, Models, Text
-from latent_delib.delib.methods import METHODS
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.coprocessor import Inserted, Models, Reading
+from latent_delib.delib.cost import repeated_flops, train_step_flops
+from latent_delib.delib.flops import Flops
+from latent_delib.delib.methods import METHODS, Method, param_axes
 from latent_delib.errors import UserError
 from latent_delib.nn import rotary, transformer
 from latent_delib.nn.transformer import Transformer
@@ -47,7 +51,7 @@ def text_of(seed, dtype=jnp.float32):
     cache = small.empty_cache(CONFIG, B, T, dtype)
     k, v = jax.random.normal(jax.random.key(seed), (2, *cache.k.shape), dtype)
     cache = cache._replace(k=k, v=v, position=jnp.tile(jnp.arange(T), (B, 1)), length=jnp.full((B,), T))
-    return Text(jax.random.normal(jax.random.key(seed), (B, T, CONFIG.embed_dim), dtype), cache)
+    return Reading(jax.random.normal(jax.random.key(seed), (B, T, CONFIG.embed_dim), dtype), cache)
 
 
 def test_the_rows_there_are():
@@ -77,6 +81,37 @@ def test_trainable_tree(name):
         assert jax.tree.map(jnp.shape, body) == jax.tree.map(jnp.shape, wanted)
     elif name != "resized":
         assert set(tree) == {"soft_tokens"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_parameter_has_logical_axes(name):
+    shapes = jax.eval_shape(lambda: METHODS[name].init(jax.random.key(0), DECODER, models(name), L))
+    axes = param_axes(name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        assert len(axes[path[-1].key]) >= leaf.ndim, path
+
+
+def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):
+    """A method of one row: static tokens with a scale of their own, at a price."""
+
+    def start(key, decoder, models, num_latents):
+        tree = METHODS["static_tokens"].init(key, decoder, models, num_latents)["coprocessor"]
+        return {"coprocessor": tree | {"loudness": jnp.ones(models.transformer.config.embed_dim)}}
+
+    def loud(params, models, reading, traces):
+        return params["coprocessor"]["loudness"] * METHODS["static_tokens"].write(params, models, reading, traces)
+
+    price = Flops(useful=1e6, repeated=2e6)
+    row = Method(start, loud, cost=lambda writing: price, axes={"loudness": ("embed",)})
+    monkeypatch.setitem(METHODS, "loud", row)
+    mesh = mesh_lib.make({"fsdp": 2}, jax.devices()[:2])
+    tree = row.init(jax.random.key(0), DECODER, models("loud"), L)
+    shardings = mesh_lib.parameters(mesh, tree, param_axes("loud"))
+    assert shardings["coprocessor"]["loudness"].spec == jax.sharding.PartitionSpec(("fsdp", "traces"))
+    assert write("loud", tree, text_of(0)).shape == (B, M, L, CONFIG.embed_dim)
+    for count, more in ((train_step_flops, price.useful), (repeated_flops, price.repeated)):
+        of = [count(Augmentation(MODEL, name, L), B, T, M, 2) for name in ("loud", "static_tokens")]
+        assert of[0] - of[1] == more
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -195,7 +230,7 @@ def test_maps_that_change_nothing(family, num_layers):
     position = jnp.array([[3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5]])
     cache = small.empty_cache(config, B, T, jnp.float32)
     k, v = jax.random.normal(jax.random.key(0), (2, *cache.k.shape))
-    text = Text(jnp.zeros((B, T, config.embed_dim)), cache._replace(k=k, v=v, position=position))
+    text = Reading(jnp.zeros((B, T, config.embed_dim)), cache._replace(k=k, v=v, position=position))
     found = METHODS["resized"].write(params, Models(Transformer(config), Transformer(own)), text, TRACES)
 
     layers = jnp.array([0, 3] if num_layers == 2 else [0, 1, 2, 3])

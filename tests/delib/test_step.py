@@ -18,14 +18,23 @@ import pytest
 from configs import base
 from latent_delib import train
 from latent_delib.data import batches
-from latent_delib.delib.step import TrainState, learning_rate, make_optimizer, train_step
+from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.errors import UserError
 from latent_delib.job import experiment
+from latent_delib.job import plan as planning
 from latent_delib.machine import checkpoint
 from latent_delib.nn.attention import primitive
 from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
 
 MANY = {"method.num_traces": 20}  # so many that a device's own share of them is not left to the reference
+
+
+def first_batches(exp, count):
+    c = exp.config
+    path = str(exp.tokenizer.path)
+    found = batches.train_batches(c.data, batch_size=c.train.batch_size, seed=c.seed, tokenizer_path=path)
+    return list(itertools.islice(found, count))
 
 
 class OneDevice:
@@ -36,7 +45,7 @@ class OneDevice:
         architecture = self.exp.aug.transformer.config
         self.aug = dataclasses.replace(self.exp.aug, transformer=Transformer(architecture, form="reference"))
         self.frozen = {"decoder": folder.load(self.exp.decoder, architecture, jnp.float32)}
-        self.tx = make_optimizer(config.optimizer, config.train.steps)
+        self.tx = make_optimizer(config.optimizer, config.train.steps).tx
         self.step = jax.jit(partial(self.uncompiled, tx=self.tx), static_argnames="accumulation")
 
     def uncompiled(self, state, frozen, batch, tx, accumulation=1):
@@ -59,10 +68,7 @@ class OneDevice:
         return TrainState(jnp.int32(0), trainable, self.tx.init(trainable))
 
     def batches(self, count):
-        c = self.exp.config
-        path = str(self.exp.tokenizer.path)
-        found = batches.train_batches(c.data, batch_size=c.train.batch_size, seed=c.seed, tokenizer_path=path)
-        return list(itertools.islice(found, count))
+        return first_batches(self.exp, count)
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +193,11 @@ def optimizer(**changes):
 
 def test_warm_up_and_cosine():
     """Peak 1e-3 after 10 steps, then half a cosine down to a tenth of it at step 110."""
-    rate = learning_rate(optimizer(warmup_steps=10, final_fraction=0.1), 110)
+    rate = make_optimizer(optimizer(warmup_steps=10, final_fraction=0.1), 110).learning_rate
     for step, value in ((0, 0.0), (5, 5e-4), (10, 1e-3), (35, 8.6819805e-4), (60, 5.5e-4), (110, 1e-4), (200, 1e-4)):
         assert float(rate(step)) == pytest.approx(value, rel=1e-5), step
-    assert float(learning_rate(optimizer(warmup_steps=10), 4)(4)) == pytest.approx(4e-4)  # a run of warm-up alone
+    warming_up = make_optimizer(optimizer(warmup_steps=10), 4).learning_rate
+    assert float(warming_up(4)) == pytest.approx(4e-4)
 
 
 def grads_and_params():
@@ -200,7 +207,7 @@ def grads_and_params():
 
 def test_soft_tokens_have_a_rate_of_their_own():
     grads, params = grads_and_params()
-    tx = make_optimizer(optimizer(learning_rate=1e-3, soft_token_learning_rate=5e-2, warmup_steps=0), 10)
+    tx = make_optimizer(optimizer(learning_rate=1e-3, soft_token_learning_rate=5e-2, warmup_steps=0), 10).tx
     updates, _ = tx.update(grads, tx.init(params), params)
     updates = updates["coprocessor"]
     np.testing.assert_allclose(updates["w"], [-1e-3, 1e-3, -1e-3], rtol=1e-5)  # Adam's first step is the rate
@@ -209,7 +216,7 @@ def test_soft_tokens_have_a_rate_of_their_own():
 
 def test_norms_and_soft_tokens_do_not_decay():
     grads, params = grads_and_params()
-    tx = make_optimizer(optimizer(learning_rate=1e-3, weight_decay=0.1, warmup_steps=0), 10)
+    tx = make_optimizer(optimizer(learning_rate=1e-3, weight_decay=0.1, warmup_steps=0), 10).tx
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, grads), tx.init(params), params)
     updates = updates["coprocessor"]
     np.testing.assert_allclose(updates["w"], -1e-4 * np.ones(3), rtol=1e-5)
@@ -219,7 +226,7 @@ def test_norms_and_soft_tokens_do_not_decay():
 def test_gradients_are_clipped_by_their_global_norm():
     """Clipping is seen through Adam's moments: mu after one step is (1 - b1) * clipped gradient."""
     grads, params = grads_and_params()
-    tx = make_optimizer(optimizer(clip_norm=1.0, b1=0.9), 10)
+    tx = make_optimizer(optimizer(clip_norm=1.0, b1=0.9), 10).tx
     _, state = tx.update(grads, tx.init(params), params)
     mu = jax.tree.leaves(optax.tree.get(state, "mu"))
     assert float(jnp.sqrt(sum(jnp.sum(m**2) for m in mu))) == pytest.approx(0.1, rel=1e-5)
@@ -240,6 +247,50 @@ def test_the_default_path_on_a_mesh_is_near_float32_on_one_device(alone, train_o
     rows, _ = alone
     for key, tolerance in (("loss", 2e-3), ("grad_norm", 5e-2)):  # see test_default_path.py
         np.testing.assert_allclose([row[key] for row in found], [row[key] for row in rows], rtol=tolerance)
+
+
+def steps_on(config, count, decoder):
+    """Trains for some steps on these devices as a job does; returns the losses, and the plan and state after them."""
+    exp = experiment.read(config, jax.devices()[:count])
+    plan = planning.make(exp)
+    start = jax.jit(experiment.init_trainable(exp))(jax.random.key(0), decoder)
+    state = TrainState(jnp.int32(0), start, plan.tx.init(start))
+    state = jax.device_put(state, planning.shardings_of(plan.state))
+    frozen = jax.device_put({"decoder": decoder}, planning.shardings_of(plan.frozen))
+    losses = []
+    for batch in first_batches(exp, 3):
+        batch = jax.device_put(batch, planning.shardings_of(plan.batch))
+        state, values = plan.step(state, frozen, batch)
+        losses.append(float(values["loss"]))
+    return losses, plan, state
+
+
+def test_a_factored_optimizer_trains_alike_on_a_mesh(make_config, tokenizer_path):
+    """Adafactor, with sums over rows and columns that lie split as their matrix does. It factors from 128 x 128 on."""
+    size = {"num_layers": 1, "embed_dim": 128, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "ffn_dim": 128}
+    changes = {
+        "optimizer.name": "adafactor",
+        "decoder.path": "",
+        "decoder.tokenizer": str(tokenizer_path),
+        "decoder.architecture": size | {"vocab_size": 320},
+    }
+    config = make_config(changes)
+    decoder = experiment.load_decoder(experiment.read(config, jax.devices()[:1]), jnp.float32)
+    decoder = jax.device_get(decoder)
+    expected, _, alone = steps_on(config, 1, decoder)
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    found, plan, state = steps_on(make_config(changes | mesh), 8, decoder)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.trainable, alone.trainable)
+    factored = optax.tree.get(state.opt_state, "v_row")["coprocessor"]["layers"]["mlp"]["gate"]
+    assert factored.shape == (1, 128)
+    assert {shard.data.shape for shard in factored.addressable_shards} < {(1, 64), (1, 32)}, "it lies split"
+    assert planning.shardings_of(state.opt_state) == planning.shardings_of(plan.state.opt_state)
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(UserError, match="optimizer.name='sgd': expected one of adafactor, adamw"):
+        make_optimizer(optimizer(name="sgd"), 10)
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ USABLE = [{0, 1, 2, 4, 5, 6, 7, 8, 9}, {2, 3, 4, 5, 6, 7, 8, 11}, {3, 4}]
 
 def test_draw():
     keys = jax.random.split(jax.random.key(0), 400)
-    drawn = np.array(jax.jit(jax.vmap(lambda key: traces.draw(key, PACKED, 4)))(keys))
+    drawn = np.array(jax.jit(jax.vmap(lambda key: traces.draw(key, PACKED, PACKED, 4)))(keys))
     assert drawn.dtype == np.int32 and drawn.shape == (400, 3, 4)
     for row in (0, 1):
         assert np.all(np.diff(drawn[:, row]) > 0)  # sorted and distinct
@@ -164,7 +164,7 @@ def test_draw():
         fair = 400 * 4 / len(USABLE[row])
         assert counts.min() > 0.8 * fair and counts.max() < 1.2 * fair
     assert np.all(drawn[:, 2] == [3, 4, 12, 12])
-    np.testing.assert_array_equal(drawn[7], traces.draw(keys[7], PACKED, 4))
+    np.testing.assert_array_equal(drawn[7], traces.draw(keys[7], PACKED, PACKED, 4))
     assert len(np.unique(drawn[:, 0], axis=0)) > 50
 
 
@@ -178,7 +178,7 @@ def test_delays_are_drawn_from_none_to_the_most():
 @pytest.mark.parametrize("placement", traces.PLACEMENTS)
 def test_what_is_drawn_has_an_ahead_token_and_the_rest_no_weight(placement):
     tokens = jnp.zeros_like(PACKED)
-    at = traces.draw(jax.random.key(1), PACKED, 4)
+    at = traces.draw(jax.random.key(1), PACKED, PACKED, 4)
     weights = traces.lay_out(tokens, PACKED, at, num_latents=2, num_ahead=3, placement=placement).weights
     assert np.all(weights[:2, :, 0] == 1) and np.all(weights[2, :2, 0] == 1)
     assert not np.any(weights[2, 2:])

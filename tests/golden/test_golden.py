@@ -91,7 +91,7 @@ def test_every_layer(golden):
         first = decoder.params | {"layers": jax.tree.map(lambda x, n=n: x[:n], decoder.params["layers"])}
         aug = Augmentation(Transformer(dataclasses.replace(decoder.config, num_layers=n)), "decoder", 0)
         tokens = values["tokens"]
-        found, _ = augment.read(aug, {"decoder": first}, tokens, np.ones_like(tokens), np.float32)
+        found, _ = augment.read_text(aug, {"decoder": first}, tokens, np.ones_like(tokens), np.float32)
         equal(found, hidden, err_msg=f"layer {n}")
 
 

@@ -1,0 +1,114 @@
+"""Floating-point operations of a transformer's layers, and of writing latents. A multiply-add counts as two."""
+
+from typing import NamedTuple
+
+from latent_delib.nn.sizes import TransformerConfig
+
+
+def per_token(c: TransformerConfig) -> int:
+    """Returns the forward FLOPs of the layers' matrix products for one token."""
+    attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    return 2 * c.num_layers * (attention + 3 * c.embed_dim * c.ffn_dim)
+
+
+def attention(c: TransformerConfig, length: int) -> float:
+    """Returns the forward FLOPs of a query's attention over all layers, its mean over the places in `length` tokens."""
+
+    def keys_seen(is_local: bool) -> float:
+        window = min(c.window, length) if is_local else length
+        return window - window**2 / (2 * length)
+
+    return 4 * c.num_heads * c.head_dim * sum(map(keys_seen, c.is_local))
+
+
+def text(c: TransformerConfig, tokens: int, seq_len: int) -> float:
+    """Returns the forward FLOPs of reading `tokens` tokens, in rows of `seq_len`, once."""
+    return tokens * (per_token(c) + attention(c, seq_len))
+
+
+def traces(c: TransformerConfig, count: int, length: int, seq_len: int, passes: int, text_passes: int) -> float:
+    """Returns the FLOPs of passing traces through the layers.
+
+    Args:
+      c: the layers.
+      count: traces.
+      length: tokens of one trace, which see each other causally.
+      seq_len: tokens of text before a trace; they count with their mean over all places in it.
+      passes: of the matrix products; 1 forward, 2 backward to the inputs, 3 backward to the weights too.
+      text_passes: of attention over the text; 3 if its keys and values have a gradient, otherwise 2.
+    """
+    if not length:
+        return 0.0
+    per_query = passes * per_token(c) + text_passes * attention(c, seq_len) + 3 * attention(c, length)
+    return count * length * per_query
+
+
+def again(
+    c: TransformerConfig, remat: str, tokens: int, seq_len: int, more_products: int = 0, more_attention: int = 0
+) -> float:
+    """Returns the FLOPs that a backward pass repeats under `remat`, and of so many passes more.
+
+    All but "none" and "dots" repeat the products of the layers; "full" repeats attention too. Attention among a trace's
+    own tokens is not counted.
+    """
+    products = more_products + (remat not in ("none", "dots"))
+    over_text = more_attention + (remat == "full")
+    return tokens * (products * per_token(c) + over_text * attention(c, seq_len))
+
+
+class Writing(NamedTuple):
+    """The writing of latents in one training step.
+
+    config: of the coprocessor. remat: see `nn.transformer.REMAT`. text_tokens: of all rows. traces: of all rows.
+    trains_decoder: the text's keys and values have a gradient.
+    """
+
+    config: TransformerConfig
+    remat: str
+    text_tokens: int
+    seq_len: int
+    traces: int
+    num_latents: int
+    trains_decoder: bool
+
+
+class Flops(NamedTuple):
+    """FLOPs of a part of a step. useful: if nothing were computed twice. repeated: beyond that."""
+
+    useful: float
+    repeated: float
+
+
+# What writing latents costs, one function per way of writing them. A method's row names its own.
+
+
+def no_pass(w: Writing) -> Flops:
+    """Counts latents that are soft tokens as they are."""
+    del w
+    return Flops(0.0, 0.0)
+
+
+def one_pass(w: Writing) -> Flops:
+    """Counts one pass of the coprocessor over the soft tokens of all traces, forward and backward."""
+    text_passes = 3 if w.trains_decoder else 2
+    return Flops(
+        traces(w.config, w.traces, w.num_latents, w.seq_len, passes=3, text_passes=text_passes),
+        again(w.config, w.remat, w.traces * w.num_latents, w.seq_len),
+    )
+
+
+def pass_over_text_too(w: Writing) -> Flops:
+    """Counts a coprocessor that first reads the text by itself, and trains through that."""
+    latents = one_pass(w._replace(trains_decoder=True))
+    return Flops(
+        latents.useful + 3 * text(w.config, w.text_tokens, w.seq_len),
+        latents.repeated + again(w.config, w.remat, w.text_tokens, w.seq_len),
+    )
+
+
+def pass_per_latent(w: Writing) -> Flops:
+    """Counts one pass over all soft tokens per latent; the backward pass repeats all but the last in any case."""
+    latents = one_pass(w)
+    tokens = w.traces * (w.num_latents - 1) * w.num_latents
+    forth_and_back = again(w.config, w.remat, tokens, w.seq_len, more_products=4, more_attention=3)
+    return Flops(latents.useful, latents.repeated + forth_and_back)
