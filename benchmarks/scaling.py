@@ -107,8 +107,8 @@ def dry_run(row: Row, out: Path) -> dict | None:
 
 def show(rows: list[Row], out: Path) -> str:
     """A table in Markdown."""
-    head = "model | N_L | M | T | remat | slice | data x fsdp x traces | rows a chip x parts | state, GiB | needs, GiB"
-    head += " | of | rows that fit | received, GiB | TFLOP | step, s | MFU"
+    head = "model | N_L | M | T | remat | slice | data x fsdp x traces | rows per chip x parts | state, GiB"
+    head += " | needs, GiB | of | rows that fit | received, GiB | TFLOP | step, s | MFU"
     lines = ["| " + head + " |", "|" + "---|" * (head.count("|") + 1)]
     for row in rows:
         found = dry_run(row, out)

@@ -1,13 +1,14 @@
-"""Trains a method's parameters on a frozen decoder (or the decoder itself). Run again to resume.
+"""Trains a method's parameters on a frozen decoder, or the decoder itself. The same command resumes.
 
   python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...]
       [--distributed] [--dry_run [--topology=v5e:4x4]]
 
-WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. It may be
-gs://BUCKET/PATH: there, checkpoints/ and metrics.jsonl, and nothing keeps two jobs from the same one.
-Ctrl-C saves, after two more steps at most; a second one, or one before the first step, ends at once.
-Exit codes: 0 done; 75 stopped by SIGTERM and saved, 69 another process or the store was lost: run again for both; 130
-stopped by Ctrl-C, the last line says what is saved; 1 an error that running again does not cure.
+WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. On gs://BUCKET/PATH
+it gets checkpoints/ and metrics.jsonl only, and nothing keeps two jobs from using it at once.
+Ctrl-C saves after at most two more steps. A second Ctrl-C, or one before the first step, ends the job at once.
+
+Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was lost, run again; 130
+stopped by Ctrl-C, the last line says which step is saved; 1 an error that running again does not cure.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import json
 import signal
 import sys
 import time
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +27,27 @@ from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
-from latent_delib.delib import lora
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import INTERRUPTED, UserError, device_memory
 from latent_delib.job import build, dry_run, experiment
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
+from latent_delib.job.export import export_decoder
 from latent_delib.job.metrics import Metrics
-from latent_delib.machine import commands, distributed, files
-from latent_delib.machine.checkpoint import Checkpoints, whole_steps
+from latent_delib.job.plan import Plan
+from latent_delib.job.record import Record
+from latent_delib.machine import commands, distributed
+from latent_delib.machine.checkpoint import Checkpoints, Restored, whole_steps
 from latent_delib.machine.stopping import Stop, graceful_stop
 from latent_delib.machine.workdir import exclusive, is_remote
 from latent_delib.nn.transformer import Params
-from latent_delib.weights import folder
 
-OTHERWISE = "use that, or another --workdir"
 MORE_MEMORY = (
     "lower config.train.batch_size or config.data.seq_len, raise config.train.accumulation or config.mesh.fsdp, "
     "or set config.compute.remat=full"
 )
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 def main(flags: Any) -> None:
@@ -59,9 +61,12 @@ def main(flags: Any) -> None:
 
 
 def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
-    """Runs the job to its last step, or until a SIGTERM to any of its processes, which saves; returns the exit code.
+    """Runs a job to its last step, or until a SIGTERM to any of its processes, which saves; returns the exit code.
 
-    With `ctrl_c`, Ctrl-C does as SIGTERM does, and may end the process.
+    Args:
+      config: as configs/base.py has it.
+      workdir: where the job writes, a local folder or gs://BUCKET/PATH.
+      ctrl_c: lets Ctrl-C do as SIGTERM does; it may then end the process.
 
     Raises:
       UserError: anything wrong with config, data, decoder or workdir, before training starts; a loss that is not
@@ -78,142 +83,152 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
 
 
 def run(exp: Experiment, workdir: str, stop: Stop) -> int:
-    """Runs the job itself; on many hosts every process does so, with its own rows of each batch."""
-    config, mesh = exp.config, exp.mesh
-    t, primary = config.train, jax.process_index() == 0
-    say = partial(print, flush=True) if primary else lambda *_: None
-    tokenizer_path = str(exp.tokenizer.path)
+    """Runs the job itself: every process of it does so, with its own rows of each batch. Returns the exit code."""
+    t = exp.config.train
 
-    # Shapes, then shardings, then sharded arrays: nothing ever stands unsharded on one device.
+    # Set-up. Shapes, then shardings, then sharded arrays: nothing ever stands unsharded on one device.
     plan = planning.make(exp)
     say(planning.summary(exp, plan))
-
-    data = batches.fingerprint(config.data, tokenizer_path=tokenizer_path)
-    plain = json.loads(config.to_json_best_effort())
-    distributed.check_same(config=json.dumps(plain), decoder=exp.fingerprint, data=json.dumps(data))
-
-    def check(meta: dict[str, Any]) -> None:
-        exp.check_same(meta, workdir)
-        was = meta["config"]
-        for key, there, here in (
-            ("seed", meta["data"]["seed"], config.seed),
-            ("train.batch_size", was["train"]["batch_size"], t.batch_size),
-            ("data.weights", was["data"]["weights"], plain["data"]["weights"]),
-            ("data.seq_len", was["data"]["seq_len"], config.data.seq_len),
-        ):
-            if there != here:
-                raise UserError(f"config.{key}={here}: {workdir} was started with {there}; {OTHERWISE}")
-        batches.check_fingerprint(meta["data"]["fingerprint"], data)
-        for room in ("method", "optimizer"):
-            for name, there in was[room].items():
-                if (here := plain[room].get(name)) != there:
-                    raise UserError(f"config.{room}.{name}={here}: {workdir} was started with {there}; {OTHERWISE}")
-
+    record = record_with_data(exp)
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
-    found = checkpoints.restore_newest(plan.state.trainable, plan.state.opt_state, check=check)
-    start = found.step if found else 0
-    if start >= t.steps:
-        if build.step_of_decoder(workdir) != start:
-            export_decoder(exp, workdir, start, found.trainable, None)
-        say(f"done: step {start} of {workdir}")
-        return 0
-    if found:
-        say(f"resuming {workdir} at step {start}")
-        if (before := found.meta["config"]["train"]["steps"]) != t.steps:
-            say(f"of {t.steps} steps, once of {before}: the learning rate goes on where it would be by now")
-    begins = exp.start and (config.method.lora_rank or not found)  # what was trained in whole no longer needs its start
-    if begins:
-        experiment.open_start(exp).close()
 
-    loader = batches.train_batches(  # before the compile, because it finds what is wrong with the data
-        config.data,
-        batch_size=t.batch_size,
-        seed=config.seed,
-        tokenizer_path=tokenizer_path,
-        rows=mesh_lib.local_rows(mesh, t.batch_size),
-        start_step=start,
-    )
+    # Restore.
+    found = restore(checkpoints, plan, record, workdir)
+    first = 0 if found is None else found.step
+    if first >= t.steps:
+        if build.step_of_decoder(workdir) != first:
+            export_decoder(exp, workdir, first, found.trainable)
+        say(f"done: step {first} of {workdir}")
+        return 0
+    loader = load_batches(exp, first)
+    state, frozen = place_state(exp, plan, found)
+
+    # Compile.
     began = time.perf_counter()
-    compiled = planning.compile_step(exp, plan)
+    train_step = planning.compile_step(exp, plan)
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
-    decoder = experiment.load_decoder(exp, exp.dtype if "decoder" in plan.frozen else jnp.float32)
-    begun = experiment.load_start(exp, exp.dtype if config.method.lora_rank else jnp.float32) if begins else None
-    frozen = {room: tree for room, tree in (("decoder", decoder), ("coprocessor", begun)) if room in plan.frozen}
-    if found:
-        trainable, opt_state = found.trainable, found.optimizer
-    else:
-        shardings = planning.shardings_of(plan.state)
-        key = jax.random.key(config.seed)
-        trainable = jax.jit(experiment.init_trainable(exp), out_shardings=shardings.trainable)(key, decoder, begun)
-        opt_state = jax.jit(plan.tx.init, out_shardings=shardings.opt_state)(trainable)
-    del decoder, begun, found
-    state = TrainState(jax.device_put(np.int32(start), mesh_lib.replicated(mesh)), trainable, opt_state)
-    del trainable, opt_state
-
-    def save(step: int, loss: float | None) -> None:
-        position = {"seed": config.seed, "fingerprint": data}
-        architecture = dataclasses.asdict(exp.aug.transformer.config)
-        meta = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
-        checkpoints.save(step, state.trainable, state.opt_state, meta, loss)
-
-    metrics, vote = Metrics(exp, workdir, start), distributed.vote(mesh)
+    # Train.
+    metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
+    vote = distributed.vote(exp.mesh)
     stop.steps = True
-    for step in range(start + 1, t.steps + 1):
-        began = time.perf_counter()
-        local = next(loader)
-        metrics.waited += time.perf_counter() - began
-        asked = vote(bool(stop.by))  # dispatched before the step, so known when the step before is done
-        state, values = compiled(state, frozen, mesh_lib.place_rows(mesh, local, t.batch_size))
+    for step in range(first + 1, t.steps + 1):
+        with metrics.waiting():
+            batch = next(loader)
+        stop_votes = vote(bool(stop.by))  # dispatched before the step, so known when the step before is done
+        state, values = train_step(state, frozen, mesh_lib.place_rows(exp.mesh, batch, t.batch_size))
         metrics.push(step, values)
-        if t.profile_at > start and step in (t.profile_at, t.profile_at + 3):
-            jax.block_until_ready(values)  # a trace begins and ends between steps
-            if primary and step == t.profile_at:
-                jax.profiler.start_trace(str(Path(workdir) / "profile"))
-            elif primary:
-                jax.profiler.stop_trace()
-        stopping = bool(asked)  # the same on all processes
+        if t.profile_at > first:
+            trace_steps(t.profile_at, step, values, workdir)
+        stopping = bool(stop_votes)  # the same on all processes
         if stopping or step % t.checkpoint_every == 0 or step == t.steps:
             metrics.flush()  # a loss that is not finite must end the run before it is saved
-            loss, steps, metrics.saved = metrics.loss_since_save(), step - metrics.saved, step
-            save(step, loss if steps >= min(t.checkpoint_every, t.steps) else None)  # of few steps is no best one
-        if stopping and step < t.steps:
+            meta = dataclasses.replace(record, step=step).meta()
+            checkpoints.save(step, trees_of(state), meta, metrics.loss_to_save(step))
+        if stopping:
             break
+
+    # End.
     metrics.close()
     checkpoints.close()
     stop.steps = False
     if step < t.steps:
-        by = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}.get(stop.by, "a signal to another process")
-        code = INTERRUPTED if stop.by == signal.SIGINT else commands.STOPPED
+        by = SIGNALS.get(stop.by, "a signal to another process")
         say(f"stopped by {by}; step {step} is saved, the same command resumes")
-        return code
+        return INTERRUPTED if stop.by == signal.SIGINT else commands.STOPPED
     export_decoder(exp, workdir, step, state.trainable, frozen.get("decoder"))
     say(f"done: step {step} of {workdir}")
     return 0
 
 
-def export_decoder(exp: Experiment, workdir: str, step: int, trainable: Params, frozen: Params | None) -> None:
-    """Writes the decoder where that was trained, in whole or by adapters of the frozen one (None: not read yet). One
-    leaf at a time is whole, on every device."""
-    primary = jax.process_index() == 0
-    if "decoder" in trainable:
-        tree = trainable["decoder"]
-        if "embedding" not in tree:
-            below = jax.tree.map(lambda x: x.astype(jnp.float32), frozen or experiment.load_decoder(exp, exp.dtype))
-            tree = jax.jit(lora.lay_over)(below, tree)
-        leaves, dtype = folder.by_name(tree), jnp.dtype(exp.config.decoder.export_dtype)
-        whole = jax.jit(lambda x: x.astype(dtype), out_shardings=mesh_lib.replicated(exp.mesh))
-        chunks = (np.asarray(whole(leaf)) for leaf in leaves.values())
-        if primary:
-            with files.whole(Path(workdir) / "decoder", replace=True) as partial_folder:
-                folder.copy_tokenizer(exp.tokenizer.path, partial_folder)
-                entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
-                folder.write_model(partial_folder, exp.aug.transformer.config, entries, chunks)
-                (partial_folder / build.TRAINED).write_text(json.dumps({"step": step}) + "\n")
-            print(f"trained decoder: {Path(workdir) / 'decoder'}", flush=True)
-        else:
-            for _ in chunks:  # takes part
-                pass
+def say(line: str) -> None:
+    """Prints a line once for all processes."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def record_with_data(exp: Experiment) -> Record:
+    """Returns the job's record with the fingerprint of its data; it must be the same on all processes."""
+    data = batches.fingerprint(exp.config.data, tokenizer_path=str(exp.tokenizer.path))
+    record = dataclasses.replace(exp.record, data=data)
+    config = json.dumps(record.config)
+    distributed.check_same(config=config, decoder=record.fingerprint, data=json.dumps(data))
+    return record
+
+
+def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) -> Restored | None:
+    """Returns the newest checkpoint in the workdir, where there is one; it must be of the same job."""
+
+    def check(meta: dict[str, Any]) -> None:
+        there = Record.from_meta(meta, workdir)
+        record.require(there, "resume", workdir)
+        batches.check_fingerprint(there.data, record.data)
+
+    found = checkpoints.restore_newest(trees_of(plan.state), check=check)
+    steps = record["train.steps"]
+    if found is None or found.step >= steps:
+        return found
+    say(f"resuming {workdir} at step {found.step}")
+    before = Record.from_meta(found.meta, workdir)["train.steps"]
+    if before != steps:
+        say(f"train.steps changed from {before} to {steps}: the learning rate follows the new schedule")
+    return found
+
+
+def trees_of(state: TrainState) -> dict[str, Any]:
+    """Returns the trees that a checkpoint holds, by name; of arrays, or of shapes with shardings."""
+    return {"trainable": state.trainable, "optimizer": state.opt_state}
+
+
+def load_batches(exp: Experiment, first: int) -> Iterator[dict[str, np.ndarray]]:
+    """Returns this process's rows of each batch after step `first`; the data are checked before the first one."""
+    config = exp.config
+    return batches.train_batches(
+        config.data,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        tokenizer_path=str(exp.tokenizer.path),
+        rows=mesh_lib.local_rows(exp.mesh, config.train.batch_size),
+        start_step=first,
+    )
+
+
+def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[TrainState, Params]:
+    """Returns what training changes, restored or as it begins, and the frozen parameters; both on the mesh."""
+    frozen = experiment.load_frozen(exp) if plan.frozen else {}
+    if found is None:
+        trainable, opt_state = init_state(exp, plan, frozen)
+    else:
+        trainable, opt_state = found.trees["trainable"], found.trees["optimizer"]
+    step = np.int32(0 if found is None else found.step)
+    return TrainState(jax.device_put(step, mesh_lib.replicated(exp.mesh)), trainable, opt_state), frozen
+
+
+def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any]:
+    """Returns the trainable tree before the first step, and its optimizer state."""
+    decoder = frozen.get("decoder")
+    if decoder is None:  # its weights are what training begins with
+        decoder = experiment.place_decoder(exp, jnp.float32)
+    start = frozen.get("coprocessor")
+    if start is None and exp.start:
+        start = experiment.place_start(exp, jnp.float32)
+    shardings = planning.shardings_of(plan.state)
+    init = jax.jit(experiment.init_trainable(exp), out_shardings=shardings.trainable)
+    trainable = init(jax.random.key(exp.config.seed), decoder, start)
+    return trainable, jax.jit(plan.optimizer.tx.init, out_shardings=shardings.opt_state)(trainable)
+
+
+def trace_steps(profile_at: int, step: int, values: Any, workdir: str) -> None:
+    """Traces the three steps after `profile_at` into WORKDIR/profile."""
+    if step not in (profile_at, profile_at + 3):
+        return
+    jax.block_until_ready(values)  # a trace begins and ends between steps
+    if jax.process_index():
+        return
+    if step == profile_at:
+        jax.profiler.start_trace(str(Path(workdir) / "profile"))
+    else:
+        jax.profiler.stop_trace()
 
 
 if __name__ == "__main__":
@@ -222,10 +237,7 @@ if __name__ == "__main__":
         __doc__,
         config=(commands.CONFIG, "a file under configs/"),
         workdir=(commands.REQUIRED, "where the job writes"),
-        dry_run=(False, "compile the step, say what it needs, write that to dry_run.json; nothing is run"),
-        topology=(
-            "",
-            "the TPU slice to compile for in a dry run: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; here if left out",
-        ),
+        dry_run=(False, "compile the step, print what it needs and write it to dry_run.json; run nothing"),
+        topology=("", "the TPU slice to compile for: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; by default this machine"),
         **distributed.FLAGS,
     )

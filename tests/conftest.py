@@ -5,8 +5,10 @@ take seconds. Its token files are made without TensorFlow.
 """
 
 import dataclasses
+import fcntl
 import os
 import random
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -19,8 +21,14 @@ assert "jax" not in sys.modules, "XLA reads its flags once: nothing may import j
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 xla_flags = ["--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")]
-# Compiling is most of what tests do; code of less effort from LLVM halves it, and tiny arrays do not feel it.
-xla_flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+# Compiling is most of what tests do. These make it four times as fast, and tiny arrays do not feel it: less effort of
+# LLVM, XLA's older way to emit a fusion, and one module of LLVM per program, not one per core.
+xla_flags += [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores among themselves
     os.environ["OMP_NUM_THREADS"] = "1"
     xla_flags.append("--xla_cpu_multi_thread_eigen=false")
@@ -37,6 +45,27 @@ WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over gree
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make) -> a folder of this name that `make(folder)` has filled, once for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, make) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be about to make it
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def texts() -> dict[str, list[str]]:
     """Split -> documents, "train" and "validation"."""
     draw = random.Random(0)
@@ -47,42 +76,46 @@ def texts() -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="session")
-def sources(texts, tmp_path_factory) -> dict[str, str]:
+def sources(texts, once) -> dict[str, str]:
     """Split -> the source string that reads its documents from two files."""
-    folder = tmp_path_factory.mktemp("texts")
-    for split, documents in texts.items():
-        (folder / split).mkdir()
-        for i in range(2):
-            (folder / split / f"{i}.txt").write_text("\n\f\n".join(documents[i::2]) + "\n")
+
+    def make(folder: Path) -> None:
+        for split, documents in texts.items():
+            (folder / split).mkdir()
+            for i in range(2):
+                (folder / split / f"{i}.txt").write_text("\n\f\n".join(documents[i::2]) + "\n")
+
+    folder = once("texts", make)
     return {split: f"files:{folder / split}/*.txt" for split in texts}
 
 
 @pytest.fixture(scope="session")
-def tokenizer_path(texts, tmp_path_factory) -> Path:
+def tokenizer_path(texts, once) -> Path:
     """A SentencePiece model of 320 pieces, 256 of them bytes; pad 0, eos 1, bos 2, unk 3."""
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "text").write_text("\n".join(texts["train"]))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=320,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return folder / "tokenizer.model"
+    def make(folder: Path) -> None:
+        (folder / "text").write_text("\n".join(texts["train"]))
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(folder / "text"),
+            model_prefix=str(folder / "tokenizer"),
+            model_type="bpe",
+            vocab_size=320,
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+
+    return once("tokenizer", make) / "tokenizer.model"
 
 
 @pytest.fixture(scope="session")
-def make_decoder(tokenizer_path, tmp_path_factory):
+def make_decoder(tokenizer_path, once):
     """make_decoder(seed) -> a decoder folder: every feature of Gemma 2 in some 30 k random parameters."""
     import jax
     import numpy as np
@@ -93,17 +126,18 @@ def make_decoder(tokenizer_path, tmp_path_factory):
     from latent_delib.nn.sizes import SIZES
     from latent_delib.weights import folder
 
-    def make(seed: int) -> Path:
+    def write(path: Path, seed: int) -> None:
         vocab_size = Tokenizer(tokenizer_path).vocab_size
         architecture = dataclasses.replace(SIZES["gemma2_test"], vocab_size=vocab_size)
         params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), architecture)
-        path = tmp_path_factory.mktemp("decoder") / "decoder"
         leaves = folder.by_name(params)
         entries = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
         with files.whole(path) as partial:
             folder.copy_tokenizer(tokenizer_path, partial)
             folder.write_model(partial, architecture, entries, (np.asarray(leaf) for leaf in leaves.values()))
-        return path
+
+    def make(seed: int) -> Path:
+        return once(f"decoder_{seed}", lambda path: write(path / "decoder", seed)) / "decoder"
 
     return make
 
@@ -115,14 +149,18 @@ def decoder_folder(make_decoder) -> Path:
 
 
 @pytest.fixture(scope="session")
-def token_folder(texts, sources, tokenizer_path, tmp_path_factory) -> Path:
+def token_folder(texts, sources, tokenizer_path, once) -> Path:
     """What `prepare` would write for the tiny config."""
+    return once("tokens", lambda path: write_tokens(str(path / "tokens"), texts, sources, tokenizer_path)) / "tokens"
+
+
+def write_tokens(folder: str, texts: dict[str, list[str]], sources: dict[str, str], tokenizer_path: Path) -> None:
     import numpy as np
 
     from latent_delib.data import token_files
     from latent_delib.data.tokenizer import Tokenizer
 
-    folder, tokenizer = str(tmp_path_factory.mktemp("prepared") / "tokens"), Tokenizer(tokenizer_path)
+    tokenizer = Tokenizer(tokenizer_path)
     meta = {
         "format": token_files.FORMAT,
         "seq_len": 32,
@@ -137,7 +175,6 @@ def token_folder(texts, sources, tokenizer_path, tmp_path_factory) -> Path:
     held_out = [(f"{i % 2}.txt", document) for i, document in enumerate(tokens["validation"])]
     meta["validation"] = [{"source": sources["validation"], **token_files.write_validation(folder, 0, held_out, meta)}]
     token_files.write_meta(folder, meta)
-    return Path(folder)
 
 
 @pytest.fixture(scope="session")
@@ -183,13 +220,22 @@ def make_config(tiny):
 
 
 @pytest.fixture(scope="session")
-def trained(make_config, tmp_path_factory) -> Path:
+def trained(make_config, once) -> Path:
     """The workdir of the tiny config, trained to its end; read it or copy it."""
     from latent_delib import train
+    from tests.shared_steps import shared_steps as sharing
 
-    workdir = tmp_path_factory.mktemp("trained") / "workdir"
-    train.train(make_config(), str(workdir))
-    return workdir
+    with sharing():
+        return once("trained", lambda folder: train.train(make_config(), str(folder)))
+
+
+@pytest.fixture
+def shared_steps():
+    """Lets the jobs of a test use the compiled steps of earlier ones, where they are the same program."""
+    from tests.shared_steps import shared_steps as sharing
+
+    with sharing():
+        yield
 
 
 @pytest.fixture

@@ -440,22 +440,23 @@ def test_a_checkpoint_of_another_decoder_or_method(error, config_file, trained, 
     workdir = tmp_path / "workdir"
     shutil.copytree(trained, workdir)
     before = sorted(p for p in workdir.rglob("*"))
-    for changes, key in (
-        ({"decoder.path": str(make_decoder(2))}, "a decoder with fingerprint "),
-        ({"method.name": "pause_tokens"}, "method.name=cache_augmentation, this config has method.name=pause_tokens"),
-        ({"method.num_latents": 1}, "method.num_latents=2, this config has method.num_latents=1: use the same method"),
-        ({"method.placement": "overlay"}, "method.placement=after, this config has method.placement=overlay"),
+    for changes, words in (
+        ({"decoder.path": str(make_decoder(2))}, "decoder.fingerprint is "),
+        ({"method.name": "pause_tokens"}, "method.name is 'cache_augmentation' there, 'pause_tokens' here"),
+        ({"method.num_latents": 1}, "method.num_latents is 2 there, 1 here"),
+        ({"method.placement": "overlay"}, "method.placement is 'after' there, 'overlay' here"),
     ):
         for command in ("train", "evaluate"):
             line = error(command, f"--config={config_file(changes)}", f"--workdir={workdir}")
-            named(line, f"{workdir} was trained with {key}", "or another --workdir")
+            named(line, f"{workdir}: ", words, "or another --workdir")
     for changes, words in (
-        ({"seed": 1}, ["config.seed=1:", "was started with 0; use that, or another --workdir"]),
-        ({"train.batch_size": 16}, ["config.train.batch_size=16:", "was started with 8; use that"]),
-        ({"optimizer.learning_rate": 0.5}, ["config.optimizer.learning_rate=0.5:", "was started with 0.01; use"]),
-        ({"method.num_ahead": 2}, ["config.method.num_ahead=2:", "was started with 3; use that"]),
+        ({"seed": 1}, "seed is 0 there, 1 here; use that, or another --workdir"),
+        ({"train.batch_size": 16}, "train.batch_size is 8 there, 16 here; use that"),
+        ({"optimizer.learning_rate": 0.5}, "optimizer.learning_rate is 0.01 there, 0.5 here; use that"),
+        ({"method.num_ahead": 2}, "method.num_ahead is 3 there, 2 here; use that"),
     ):
-        named(error("train", f"--config={config_file(changes)}", f"--workdir={workdir}"), workdir, *words)
+        line = error("train", f"--config={config_file(changes)}", f"--workdir={workdir}")
+        named(line, f"{workdir}: ", words)
     assert sorted(p for p in workdir.rglob("*")) == before
 
 
@@ -509,7 +510,7 @@ def test_a_second_job(error, config_file, tmp_path):
 def test_evaluate_and_generate_need_a_checkpoint(error, config_file, trained, tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     config = config_file()
-    for workdir, words in (("nowhere", "holds no checkpoints"), ("empty", "no checkpoint; there are []")):
+    for workdir, words in (("nowhere", "holds no checkpoints"), ("empty", "holds no checkpoints")):
         at = tmp_path / workdir
         named(error("evaluate", f"--config={config}", f"--workdir={at}"), at, words)
         named(error("generate", f"--workdir={at}", "--prompt=the cat"), f"error: {at}: ", words)

@@ -12,7 +12,7 @@ import pytest
 import latent_delib as ld
 from latent_delib import evaluate
 from latent_delib.job import experiment
-from latent_delib.measure import perplexity
+from latent_delib.measure import evaluations, perplexity
 from tests.fake_gcs import running
 from tests.processes import Job
 
@@ -21,37 +21,48 @@ class Killed(Exception):
     pass
 
 
+class Batches:
+    """Counts the batches that are added up. `kill_after`: the job ends once so many more are added up and saved."""
+
+    def __init__(self):
+        self.done = 0
+        self.kill_after = None
+        self.add_up = perplexity.add_up
+
+    def __call__(self, *arguments):
+        if self.kill_after == 0:
+            self.kill_after = None
+            raise Killed
+        if self.kill_after is not None:
+            self.kill_after -= 1
+        self.add_up(*arguments)
+        self.done += 1
+
+
 @pytest.fixture
-def calls(monkeypatch):
-    """Counts what is loaded and run; `calls["die"] = n` lets the n-th reading of a batch from now on fail."""
-    calls = {"read": 0, "text": 0, "decoder": 0, "jit": 0, "die": 0}
-    jit_steps, read_text, load_decoder = perplexity.jit_steps, perplexity.read_text, experiment.load_decoder
+def batches(monkeypatch):
+    batches = Batches()
+    monkeypatch.setattr(perplexity, "add_up", batches)
+    monkeypatch.setattr(evaluate, "SAVE_EVERY", 0.0)
+    return batches
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Name -> how often it was loaded: "text", "frozen"."""
+    counts = {"text": 0, "frozen": 0}
 
     def counted(name, function):
         def call(*arguments):
-            calls[name] += 1
+            counts[name] += 1
             return function(*arguments)
 
         return call
 
-    def counting(exp):
-        calls["jit"] += 1
-        steps = jit_steps(exp)
-
-        def read(*arguments):
-            calls["read"] += 1
-            calls["die"] -= 1
-            if calls["die"] == 0:
-                raise Killed
-            return steps.read(*arguments)
-
-        return steps._replace(read=read)
-
-    monkeypatch.setattr(perplexity, "jit_steps", counting)
-    monkeypatch.setattr(perplexity, "read_text", counted("text", read_text))
-    monkeypatch.setattr(experiment, "load_decoder", counted("decoder", load_decoder))
-    monkeypatch.setattr(evaluate, "SAVE_EVERY", 0.0)
-    return calls
+    read_text, load_frozen = evaluate.read_validation_text, experiment.load_frozen
+    monkeypatch.setattr(evaluate, "read_validation_text", counted("text", read_text))
+    monkeypatch.setattr(experiment, "load_frozen", counted("frozen", load_frozen))
+    return counts
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +72,20 @@ def alone(make_config, trained, tmp_path_factory):
     for step, folder in out.items():
         evaluate.evaluate(make_config(), str(trained), str(folder), step)
     return out
+
+
+@pytest.fixture
+def evaluated(alone, tmp_path):
+    """An OUT in which steps 2 and 4 are evaluated."""
+    for step, folder in alone.items():
+        shutil.copytree(folder, tmp_path / "evaluated" / "evaluations" / str(step))
+    return tmp_path / "evaluated"
+
+
+def change(file, changes):
+    """Changes keys of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def assert_same(folder, expected):
@@ -77,108 +102,98 @@ def assert_same(folder, expected):
 
 def test_how_it_was_trained_is_told_by_the_checkpoint(make_config, trained, tmp_path):
     """Not by the config of the evaluation, which may be another in what evaluating takes no notice of."""
-    other = {"seed": 7, "method.num_ahead": 2, "method.max_delay": 1, "evaluate.positions": 4}
+    other = {"seed": 7, "method.num_ahead": 2, "method.max_delay": 1, "optimizer.clip_norm": 2.0}
     result = evaluate.evaluate(make_config(other), str(trained), str(tmp_path))["config"]
     assert (result["seed"], result["method"]["num_ahead"], result["method"]["max_delay"]) == (0, 3, 0)
-    assert result["evaluate"]["positions"] == 4
+    assert result["optimizer"]["clip_norm"] == 1.0
 
 
-def test_evaluated_checkpoints_may_be_removed(make_config, trained, alone, tmp_path):
+def test_evaluated_checkpoints_may_be_removed(make_config, evaluated, tmp_path):
     """All are evaluated, so nothing is left to do; without evaluations it is a workdir that was not trained."""
-    for step, folder in alone.items():
-        shutil.copytree(folder, tmp_path / "evaluations" / str(step))
-    evaluate.evaluate_many(make_config(), str(tmp_path), str(tmp_path))
+    evaluate.evaluate_many(make_config(), str(evaluated), str(evaluated))
     with pytest.raises(ld.UserError, match="holds no checkpoints; train it first"):
-        evaluate.evaluate_many(make_config(), str(tmp_path), str(tmp_path / "other"))
+        evaluate.evaluate_many(make_config(), str(evaluated), str(tmp_path / "other"))
 
 
-def test_killed_and_continued(make_config, trained, alone, calls, tmp_path, capsys):
+def test_killed_and_continued(make_config, trained, alone, batches, tmp_path, capsys):
+    """Also what another evaluation left in its place, or what is damaged: that is told of, and not used."""
     config, out = make_config(), tmp_path / "out"
-    batches = -(-len(perplexity.read_text(experiment.read(config)).pieces) // config.evaluate.batch_size)
-    assert batches >= 3
     for _ in range(2):  # each time one batch more is done, and saved
-        calls["die"] = 2
+        batches.kill_after = 1
         with pytest.raises(Killed):
             evaluate.evaluate(config, str(trained), str(out), 4)
     with np.load(out / "partial.npz") as partial:
         assert partial["done"] == 2 * config.evaluate.batch_size
-    calls["read"] = 0
-    evaluate.evaluate(config, str(trained), str(out), 4)
-    assert calls["read"] == batches - 2
+    content = (out / "partial.npz").read_bytes()
+    batches.done = 0
+    pieces = evaluate.evaluate(config, str(trained), str(out), 4)["pieces"]
+    assert batches.done == -(-pieces // config.evaluate.batch_size) - 2 > 0
     assert_same(out, alone[4])
     assert "warning" not in capsys.readouterr().err
 
+    others = {
+        "another checkpoint": (content, {}, 2, "of another config, checkpoint"),
+        "another config": (content, {"optimizer.clip_norm": 2.0}, 4, "of another config, checkpoint"),
+        "damaged": (content[:-100], {}, 4, "damaged"),
+    }
+    for name, (found, changes, step, problem) in others.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "partial.npz").write_bytes(found)
+        evaluate.evaluate(make_config(changes), str(trained), str(folder), step)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"warning: {folder / 'partial.npz'} is {problem}") and "begins anew" in line
+        assert_same(folder, alone[step])
 
-@pytest.mark.parametrize("what", ["config", "checkpoint", "damaged"])
-def test_partial_sums_of_something_else_are_not_used(make_config, trained, alone, calls, tmp_path, capsys, what):
-    changes = {"optimizer.clip_norm": 2.0} if what == "config" else {}
-    calls["die"] = 3
+
+def test_many_checkpoints(make_config, trained, alone, batches, loaded, tmp_path):
+    """One text, one decoder; each as by itself; killed, it goes on where it was."""
+    folder = tmp_path / "evaluations"
+    batches.kill_after = 2
     with pytest.raises(Killed):
-        evaluate.evaluate(make_config(changes), str(trained), str(tmp_path), 2 if what == "checkpoint" else 4)
-    partial = tmp_path / "partial.npz"
-    if what == "damaged":
-        partial.write_bytes(partial.read_bytes()[:-100])
-    evaluate.evaluate(make_config(), str(trained), str(tmp_path), 4)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {partial} is ") and line.endswith("the evaluation begins anew")
-    assert ("of another config, checkpoint, decoder, text or mesh" in line) == (what != "damaged")
-    assert_same(tmp_path, alone[4])
-
-
-def test_many_checkpoints(make_config, trained, alone, calls, tmp_path):
-    """One text, one decoder, one compilation; each as by itself; only those that are missing are made."""
-    evaluate.evaluate_many(make_config(), str(trained), str(tmp_path), [4])
-    evaluations = tmp_path / "evaluations"
-    assert sorted(p.name for p in evaluations.iterdir()) == ["4", "curves.png"]
-    shutil.rmtree(evaluations / "4")
-    calls.update(text=0, decoder=0, jit=0)
+        evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
+    assert (folder / "2" / "partial.npz").exists()
+    loaded.update(text=0, frozen=0)
     evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
-    assert (calls["text"], calls["decoder"], calls["jit"]) == (1, 1, 1)
+    assert loaded == {"text": 1, "frozen": 1}
     for step, expected in alone.items():
-        assert_same(evaluations / str(step), expected)
-    assert (evaluations / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+        assert_same(folder / str(step), expected)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
-    written = (evaluations / "4" / "perplexity.json").stat().st_mtime_ns
-    shutil.rmtree(evaluations / "2")
-    calls.update(read=0, text=0, decoder=0)
-    calls["die"] = 3
-    with pytest.raises(Killed):
-        evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
-    evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
-    assert_same(evaluations / "2", alone[2])
-    calls.update(read=0, text=0, decoder=0)
-    evaluate.evaluate_many(make_config(), str(trained), str(tmp_path), [2, 4])
-    assert (calls["read"], calls["text"], calls["decoder"]) == (0, 0, 0)
-    assert (evaluations / "4" / "perplexity.json").stat().st_mtime_ns == written
 
-    file = evaluations / "2" / "perplexity.json"
-    shutil.rmtree(evaluations / "4")
-    file.write_text(file.read_text().replace((known := json.loads(file.read_text())["text"]), known[::-1]))
-    with pytest.raises(ld.UserError, match=r"2/perplexity.json: is of another text"):
-        evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
-    assert not (evaluations / "4").exists()
-    file.write_text(file.read_text().replace(known[::-1], known))
-    evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
+def test_only_missing_ones_are_made(make_config, trained, alone, evaluated, batches, loaded):
+    folder = evaluated / "evaluations"
+    written = (folder / "2" / "perplexity.json").stat().st_mtime_ns
+    evaluate.evaluate_many(make_config(), str(trained), str(evaluated), [2, 4])
+    assert loaded == {"text": 0, "frozen": 0} and batches.done == 0
+    shutil.rmtree(folder / "4")
+    evaluate.evaluate_many(make_config(), str(trained), str(evaluated), [4])
+    assert_same(folder / "4", alone[4])
+    assert (folder / "2" / "perplexity.json").stat().st_mtime_ns == written
 
-    positions = {"evaluate.max_positions": 3}
-    for step in (2, 4):
-        file = evaluations / str(step) / "perplexity.json"
-        old = json.loads(file.read_text())
-        old["config"]["evaluate"] |= {"max_positions": 3}
-        file.with_name("kept").write_text(file.read_text())
-        file.write_text(json.dumps({key: value for key, value in old.items() if key != "draws"}))
-    with pytest.raises(
-        ld.UserError, match=r"perplexity.json: an older version drew its positions and donors in another"
-    ):
-        evaluate.evaluate_many(make_config(positions), str(trained), str(tmp_path))
-    for step in (2, 4):
-        (evaluations / str(step) / "kept").rename(evaluations / str(step) / "perplexity.json")
 
-    with pytest.raises(ld.UserError, match=r"perplexity.json: has config.evaluate.max_pieces=0, this config 3; give"):
-        evaluate.evaluate_many(make_config({"evaluate.max_pieces": 3}), str(trained), str(tmp_path))
-    shutil.rmtree(tmp_path / "evaluations/4")  # what is asked for is not there, but what would share a curve with it
-    with pytest.raises(ld.UserError, match="evaluations/2"):
-        evaluate.evaluate_many(make_config({"evaluate.max_pieces": 3}), str(trained), str(tmp_path), [4])
+def test_one_curve_shows_one_thing(make_config, trained, evaluated):
+    """What is already evaluated must be of the same config, text and draws as what is asked for."""
+
+    def refused(message, changes, steps=None):
+        with pytest.raises(ld.UserError, match=message):
+            evaluate.evaluate_many(make_config(changes), str(trained), str(evaluated), steps)
+
+    folder = evaluated / "evaluations"
+    refused("evaluate.max_pieces is 0 there, 3 here", {"evaluate.max_pieces": 3})
+    shutil.rmtree(folder / "4")  # what is asked for is not there, but what would share a curve with it
+    refused("evaluations/2", {"evaluate.max_pieces": 3}, [4])
+
+    file = folder / "2" / "perplexity.json"
+    text = json.loads(file.read_text())["text"]
+    change(file, {"text": text[::-1]})
+    refused("2/perplexity.json: is of another text", {})
+    assert not (folder / "4").exists()
+
+    config = json.loads(file.read_text())["config"]
+    config["evaluate"]["max_positions"] = 3
+    change(file, {"text": text, "config": config, "draws": None})
+    refused("an older version drew", {"evaluate.max_positions": 3})
 
 
 def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alone, tmp_path, capsys, monkeypatch):
@@ -198,8 +213,8 @@ def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alon
     with pytest.raises(ld.UserError, match=r"checkpoints \[1\] could not be read; the same command tries again"):
         evaluate.evaluate_many(make_config(), str(workdir), str(workdir))
     damaged, gone = capsys.readouterr().err.splitlines()
-    assert damaged.startswith("warning: checkpoint 1 is not evaluated: ") and "is damaged (meta: " in damaged
-    assert gone == f"warning: {workdir}: checkpoint 2 was removed before it was read; skipped"
+    assert damaged.startswith("warning: checkpoint 1 is not evaluated: ") and "damaged" in damaged
+    assert gone.startswith("warning: checkpoint 2 is not evaluated: ") and "no checkpoint of step 2" in gone
     assert_same(workdir / "evaluations" / "4", alone[4])
     with pytest.raises(ld.UserError, match=r"--steps: no checkpoint of step 2; there are \[1, 4\]"):
         evaluate.evaluate_many(make_config(), str(workdir), str(workdir), [2, 4])
@@ -221,7 +236,7 @@ def test_beside_a_training(make_config, trained, alone, tmp_path, capsys, monkey
         shutil.rmtree(workdir / "checkpoints" / "3", ignore_errors=True)
         return run(*arguments)
 
-    monkeypatch.setattr(evaluate, "time", SimpleNamespace(sleep=train, monotonic=time.monotonic))
+    monkeypatch.setattr(evaluations, "time", SimpleNamespace(sleep=train, monotonic=time.monotonic))
     monkeypatch.setattr(evaluate.Job, "run", run_while_training_goes_on)
     evaluate.evaluate_many(make_config(), str(workdir), str(tmp_path / "out"), patience=3600.0)
     said = capsys.readouterr()
@@ -233,25 +248,29 @@ def test_beside_a_training(make_config, trained, alone, tmp_path, capsys, monkey
     assert capsys.readouterr().out == "step 4 was the last\n"
 
 
-def test_a_training_that_died_or_is_another(make_config, trained, tmp_path, capsys):
-    with pytest.raises(ld.UserError, match="--watch: --workdir=.*none: no such folder; start the training first"):
+def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp_path, capsys):
+    with pytest.raises(ld.UserError, match="--watch: .*none: no such folder; start the training first"):
         evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"), patience=86400.0)
     (begun := tmp_path / "begun").mkdir()
     since = time.monotonic()
-    with pytest.raises(ld.UserError, match="--watch: no checkpoint came to .*begun in 0.5 s, so nothing was evaluated"):
+    with pytest.raises(ld.UserError, match="--watch: no checkpoint came to .*begun in 0.5 s"):
         evaluate.evaluate_many(make_config(), str(begun), str(tmp_path / "out"), patience=0.5)
-    assert time.monotonic() - since < evaluate.POLL / 2
-    assert list(tmp_path.iterdir()) == [begun]
-    with pytest.raises(ld.UserError, match="trained with method.num_latents=2, this config has method.num_latents=3"):
+    assert time.monotonic() - since < evaluations.POLL / 2
+    shutil.rmtree(evaluated / "evaluations" / "4")
+    shutil.copytree(trained / "checkpoints" / "2", begun / "checkpoints" / "2")
+    evaluate.evaluate_many(make_config(), str(begun), str(evaluated), patience=0.0)
+    assert capsys.readouterr().out == "no new checkpoint for 0 s\n"
+    with pytest.raises(ld.UserError, match="method.num_latents is 2 there, 3 here"):
         evaluate.evaluate_many(make_config({"method.num_latents": 3}), str(trained), str(tmp_path), patience=3600.0)
     with pytest.raises(ld.UserError, match="holds no checkpoints"):
         evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"steps": "2,x"}, "--steps=2,x: expected all, or numbers with commas between"),
+        ({"steps": "2,x"}, "--steps=2,x: expected all"),
         ({"steps": "all", "watch": True}, "expected one of them"),
         ({"steps": "all", "step": 2}, "expected one of them"),
         ({"watch": True, "patience": -1.0}, "--patience=-1.0: expected at least 0"),
@@ -266,7 +285,8 @@ def test_flags(flags, message):
 
 # The command, but partial sums are saved after every batch.
 CHILD = """
-from latent_delib import commands, distributed, evaluate
+from latent_delib import evaluate
+from latent_delib.machine import commands, distributed
 evaluate.SAVE_EVERY = 0.0
 commands.run(evaluate.main, "", config=(commands.CONFIG, ""), workdir=(commands.REQUIRED, ""), out=("", ""),
     step=(None, ""), steps=("", ""), watch=(False, ""), patience=(60.0, ""), **distributed.FLAGS)
@@ -275,7 +295,7 @@ commands.run(evaluate.main, "", config=(commands.CONFIG, ""), workdir=(commands.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_real_kill(config_file, trained, alone, tmp_path, count):
+def test_a_real_kill(config_file, trained, tmp_path, count):
     """SIGKILL while partial sums are written, of one process and of one of two; the same command ends with the bits
     of an undisturbed run."""
     config, devices = config_file({"evaluate.positions": 4}), 8 // count

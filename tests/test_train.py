@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from latent_delib import evaluate, train
@@ -22,11 +21,13 @@ from latent_delib.data import batches
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job import experiment, plan
+from latent_delib.job import metrics as metrics_lib
 from latent_delib.lm import load
 from latent_delib.machine import checkpoint
 from latent_delib.weights import folder
 from tests import fake_gcs
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEYS = {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds", "data_seconds"}
 
@@ -71,7 +72,6 @@ assert train.train(config, workdir) == 0
 print(len(evaluate.evaluate(config, workdir, workdir + "/out")["rows"]))
 """
 KILL = "step_2_is_saved(); os.kill(os.getpid(), signal.SIGKILL)"
-TERMINATE = "os.kill(os.getpid(), signal.SIGTERM)"
 DISK_FULL = "step_2_is_saved(); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
 
 
@@ -91,18 +91,9 @@ def metrics(workdir):
 def everything(workdir, step=None):
     """Step, and every leaf of trainable tree and optimizer of a checkpoint."""
     checkpoints, step, _ = checkpoint.open_for_reading(str(workdir), step)
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def shapes(item):
-        with ocp.StandardCheckpointer() as reader:
-            found = reader.metadata(workdir / "checkpoints" / str(step) / item)
-        found = getattr(found, "item_metadata", found).tree
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), found)
-
-    leaves = jax.tree_util.tree_leaves_with_path(
-        checkpoints.restore_newest(shapes("trainable"), shapes("optimizer"), step=step)[2:]
-    )
-    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    trees = checkpoints.restore_newest({"trainable": None, "optimizer": None}, step=step).trees
+    checkpoints.close()
+    return step, {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
 
 
 def assert_same(workdir, expected):
@@ -146,37 +137,31 @@ def test_killed_and_resumed_equals_straight_from_text(trained, config_file, make
     assert_same(workdir, straight)
 
 
-def test_sigterm_saves_and_exits_with_75(trained, config_file, make_config, tmp_path):
-    workdir = tmp_path / "workdir"
-    changes = {"train.checkpoint_every": 1000, "train.keep": 1}
-    done = run_until(TERMINATE, config_file(changes), workdir, step=3)
-    assert done.returncode == 75, done.stderr
-    assert "stopped by SIGTERM; step 3 is saved" in done.stdout and "done" not in done.stdout
-    assert everything(workdir)[0] == 3
-    train.train(make_config(changes), str(workdir))
-    assert_same(workdir, trained)
-
-
-def test_ctrl_c_saves_and_exits_with_130(make_config, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("number, name, code", [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)])
+def test_a_signal_saves_and_the_run_resumes(trained, make_config, tmp_path, monkeypatch, capfd, number, name, code):
     read = batches.train_batches
 
     def interrupted(*args, **kwargs):
         for step, batch in enumerate(read(*args, **kwargs), start=1):
             if step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
             yield batch
 
     monkeypatch.setattr(batches, "train_batches", interrupted)
-    config = make_config({"train.checkpoint_every": 1000})
+    config = make_config({"train.checkpoint_every": 1000, "train.keep": 1})
     flags = SimpleNamespace(config=config, workdir=str(tmp_path), distributed=False, dry_run=False, topology="")
     assert checkpoint.whole_steps(str(tmp_path)) == set()
     with pytest.raises(SystemExit) as end:
         train.main(flags)
     out, err = capfd.readouterr()
-    assert end.value.code == 130
-    assert "stopping after two more steps at most, and saving; press Ctrl-C again to stop at once\n" in err
-    assert out.endswith("stopped by Ctrl-C; step 3 is saved, the same command resumes\n")
+    assert end.value.code == code
+    told = "stopping after two more steps at most, and saving; press Ctrl-C again to stop at once\n"
+    assert (told in err) == (name == "Ctrl-C")
+    assert out.endswith(f"stopped by {name}; step 3 is saved, the same command resumes\n") and "done" not in out
     assert max(checkpoint.whole_steps(str(tmp_path))) == everything(tmp_path)[0] == 3
+    monkeypatch.setattr(batches, "train_batches", read)
+    train.train(config, str(tmp_path))
+    assert_same(tmp_path, trained)
 
 
 class Store:
@@ -203,20 +188,20 @@ class Store:
 
 
 @pytest.mark.parametrize("failures", [0, 2, 99])
-def test_a_store_that_does_not_take_metrics_ends_nothing(make_config, monkeypatch, capsys, failures):
+def test_a_store_that_does_not_take_metrics_ends_nothing(monkeypatch, capsys, failures):
     """Nor does one that is slow: the training goes on beside it."""
     store = Store(failures)
-    monkeypatch.setattr(train.epath, "Path", lambda _: store)
-    metrics = train.Metrics(experiment.read(make_config()), "gs://bucket/run", 0)
+    monkeypatch.setattr(metrics_lib.epath, "Path", lambda _: store)
+    log = metrics_lib.Log("gs://bucket/run", 0)
     rows = [{"step": step, "loss": 1.0} for step in range(1, 5)]
     for row in rows:
-        metrics.write(row)
+        log.write(row)
         if row["step"] == 2:  # two lines came while the store was silent
             store.answers.set()
-            metrics.file.writing.join()
+            log.file.writing.join()
         if row["step"] == 3:
-            metrics.file.writing.join()
-    metrics.close()
+            log.file.writing.join()
+    log.close()
     said = capsys.readouterr().err
     if failures < 99:
         assert [json.loads(line) for line in store.content.splitlines()] == rows
@@ -274,7 +259,9 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trained, make_confi
     config = make_config({"train.checkpoint_every": 1, "train.keep": 4, "train.max_bad_steps": 1, "train.steps": 6})
     with pytest.raises(UserError, match="step 5: the loss is nan, .* config.train.max_bad_steps=1"):
         train.train(config, str(workdir))
-    assert "step 3: the loss is nan, the gradient norm nan; skipped, 1 of at most 1\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "train.steps changed from 4 to 6: the learning rate follows the new schedule\n" in said
+    assert "step 3: the loss is nan, the gradient norm nan; skipped, 1 of at most 1\n" in said
     (_, two), (_, three), (last, four) = (everything(workdir, step) for step in (2, 3, None))
     assert last == 4
     for name in two:
@@ -300,32 +287,21 @@ def test_too_little_memory_is_told_in_one_line_with_the_remedy(make_config, tmp_
         train.train(make_config(), str(tmp_path))
 
 
-def test_a_gradient_that_is_not_finite_is_not_saved(trained, make_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("start, saved", [(2, "step 2 is saved"), (0, "nothing is saved yet")])
+def test_a_gradient_that_is_not_finite_ends_the_run_too(make_config, tmp_path, start, saved):
     """The loss of a step is that of the weights before it: bad weights would be saved before a loss shows them."""
-    copy_at_step_2(trained, tmp_path / "workdir")
-    step = plan.train_step
-
-    def overflowing(*args, **kwargs):
-        state, values = step(*args, **kwargs)
-        return state, values | {"grad_norm": values["grad_norm"] * jnp.inf}
-
-    saves = []
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, step, *_: saves.append(step))
-    monkeypatch.setattr(plan, "train_step", overflowing)
-    with pytest.raises(UserError, match="step 3: .*gradient"):
-        train.train(make_config({"train.checkpoint_every": 1}), str(tmp_path / "workdir"))
-    with pytest.raises(UserError, match="step 1: .*gradient.* nothing is saved yet"):
-        train.train(make_config({"train.checkpoint_every": 1}), str(tmp_path / "another"))
-    assert not saves
+    metrics = metrics_lib.Metrics(experiment.read(make_config()), str(tmp_path), start, lambda step: 0.0)
+    metrics.push(start + 1, {"loss": 5.0, "tokens": 8.0, "grad_norm": np.inf})
+    with pytest.raises(UserError, match=f"step {start + 1}: .*gradient norm inf; {saved}"):
+        metrics.flush()
 
 
-def test_which_checkpoints_are_kept(make_config, tmp_path):
-    """The newest, every third, and the two with the lowest loss since the checkpoint before: steps 2 and 4."""
-    keep = {"train.keep": 1, "train.keep_every": 3, "train.keep_best": 2, "train.checkpoint_every": 1}
-    keep["seed"] = 5  # of which these two are the lowest
+def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
+    """The newest, every second, and the two with the lowest loss since the checkpoint before: steps 3 and 4."""
+    keep = {"train.keep": 1, "train.keep_every": 2, "train.keep_best": 2, "train.checkpoint_every": 1}
+    losses = {row["step"]: row["loss"] for row in metrics(trained)}
+    assert sorted(losses, key=losses.get)[:2] == [4, 3]
     train.train(make_config(keep), str(tmp_path))
-    losses = {row["step"]: row["loss"] for row in metrics(tmp_path)}
-    assert sorted(losses, key=losses.get)[:2] == [4, 2]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "4"]
 
 
@@ -333,9 +309,9 @@ def test_what_a_signal_saves_is_no_best_one(make_config, tmp_path, monkeypatch):
     """Its loss is a mean over the few steps since the checkpoint before."""
     saves, save = [], checkpoint.Checkpoints.save
 
-    def watched(self, step, trainable, opt_state, meta, loss):
+    def watched(self, step, trees, meta, loss):
         saves.append((step, loss is not None))
-        return save(self, step, trainable, opt_state, meta, loss)
+        return save(self, step, trees, meta, loss)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
     monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: len(saves) == 1)
@@ -344,13 +320,6 @@ def test_what_a_signal_saves_is_no_best_one(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: False)
     train.train(make_config({"train.checkpoint_every": 2, "train.keep_best": 1}), str(tmp_path))
     assert saves[2:] == [(4, False)]  # of step 4 alone
-
-
-def test_a_longer_schedule_is_told_of(trained, make_config, tmp_path, capsys):
-    shutil.copytree(trained, workdir := tmp_path / "workdir")
-    train.train(make_config({"train.steps": 6}), str(workdir))
-    assert "of 6 steps, once of 4: the learning rate goes on where it would be by now" in capsys.readouterr().out
-    assert everything(workdir)[0] == 6
 
 
 def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_path):
@@ -374,17 +343,16 @@ def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_pa
 
 def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_config, tmp_path):
     """A checkpoint as it was before there were versions of the order."""
-    copy_at_step_2(trained, workdir := tmp_path / "workdir")
-    of_meta, of_contents = (workdir / "checkpoints" / "2" / item / "metadata" for item in ("meta", "contents"))
-    meta, contents = json.loads(of_meta.read_text()), json.loads(of_contents.read_text())
-    del meta["data"]["fingerprint"]["order"], contents["crc32"]
-    contents["crc32"] = checkpoint._crc32(meta, contents)
-    of_meta.write_text(json.dumps(meta))
-    of_contents.write_text(json.dumps(contents))
+    checkpoints, step, meta = checkpoint.open_for_reading(str(trained))
+    weights = checkpoints.restore_newest(step=step).trainable
+    del meta["data"]["fingerprint"]["order"]
+    older = checkpoint.Checkpoints(str(tmp_path))
+    older.save(step, {"trainable": jax.tree.map(jnp.asarray, weights)}, meta)
+    older.close()
     with pytest.raises(UserError, match="config.data.token_files: .* read the rows in another order"):
-        train.train(make_config(), str(workdir))
-    assert evaluate.load(experiment.read(make_config()), str(workdir), None).step == 2
-    assert load.load_coprocessor(str(workdir)).step == 2
+        train.train(make_config({"train.steps": 6}), str(tmp_path))
+    assert evaluate.load(experiment.read(make_config()), str(tmp_path), None).step == 4
+    assert load.load_coprocessor(str(tmp_path)).step == 4
 
 
 def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
@@ -446,7 +414,7 @@ def test_what_a_run_leaves(trained, make_config):
         make_config().data, tokenizer_path=meta["config"]["decoder"]["path"] + "/tokenizer.model"
     )
     assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
-    assert meta["config"]["method"]["num_latents"] == meta["method.num_latents"] == 2
+    assert meta["config"]["method"]["num_latents"] == 2
     assert meta["fingerprint"] == folder.fingerprint(folder.locate(meta["config"]["decoder"]["path"]))
     assert not list(trained.glob("*tmp*")) and not list(trained.glob(".*tmp*"))
 
@@ -463,17 +431,20 @@ def test_a_finished_run_is_left_alone(trained, make_config, tmp_path, capsys):
 def test_pause_tokens_train_soft_tokens_alone(make_config, tmp_path):
     train.train(make_config({"method.name": "static_tokens"}), str(tmp_path))
     found = [everything(tmp_path, step)[1] for step in (2, 4)]
-    trainable = [{k: v for k, v in leaves.items() if k.startswith("[0]")} for leaves in found]
-    assert trainable[0].keys() == trainable[1].keys() == {"[0]['coprocessor']['soft_tokens']"}
+    trainable = [{k: v for k, v in leaves.items() if k.startswith("['trainable']")} for leaves in found]
+    assert trainable[0].keys() == trainable[1].keys() == {"['trainable']['coprocessor']['soft_tokens']"}
     (before,), (after,) = (list(leaves.values()) for leaves in trainable)
     assert before.shape == (2, 32) and np.all(before != after)
 
 
-def test_a_trained_decoder_is_exported(make_config, decoder_folder, tokenizer_path, tmp_path):
-    """The method "decoder" trains the decoder itself; trace settings then mean nothing and may not get in the way."""
-    config = make_config(
-        {"method.name": "decoder", "method.num_traces": 128, "decoder.export_dtype": "bfloat16", "mesh.fsdp": 2}
-    )
+def test_a_trained_decoder_is_exported(make_config, make_decoder, decoder_folder, tokenizer_path, tmp_path):
+    """The method "decoder" trains the decoder itself; trace settings then mean nothing and may not get in the way.
+
+    A finished job that is called again writes nothing; a decoder that is trained again takes the place of the old one,
+    though it is of the same step.
+    """
+    settings = {"method.name": "decoder", "method.num_traces": 128, "decoder.export_dtype": "bfloat16", "mesh.fsdp": 2}
+    config = make_config(settings)
     train.train(config, str(tmp_path))
     where = folder.locate(str(tmp_path / "decoder"))
     architecture = folder.read_config(where)
@@ -487,22 +458,15 @@ def test_a_trained_decoder_is_exported(make_config, decoder_folder, tokenizer_pa
     original = folder.load(decoder_folder, architecture, np.float32)
     assert np.abs(original["embedding"] - np.asarray(weights["embedding"])).max() > 1e-3
     assert Tokenizer(where / "tokenizer.model").vocab_size == Tokenizer(tokenizer_path).vocab_size
+
+    file = where / "model.safetensors"
+    first = (file.read_bytes(), file.stat().st_mtime_ns)
+    train.train(config, str(tmp_path))
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == first
+    shutil.rmtree(tmp_path / "checkpoints")
+    train.train(make_config(settings | {"decoder.path": str(make_decoder(2))}), str(tmp_path))
+    assert file.read_bytes() != first[0]
     assert not list(tmp_path.glob("*tmp*"))
-
-
-def test_a_decoder_that_is_trained_again_takes_the_place_of_the_old(make_config, tmp_path):
-    """Though of the same step; a finished job that is called again writes nothing."""
-    weights = tmp_path / "decoder" / "model.safetensors"
-    written = []
-    for rate in (1e-2, 2e-2):
-        config = make_config({"method.name": "decoder", "train.steps": 3, "optimizer.learning_rate": rate})
-        train.train(config, str(tmp_path))
-        written.append(weights.read_bytes())
-        before = weights.stat().st_mtime_ns
-        train.train(config, str(tmp_path))
-        assert weights.stat().st_mtime_ns == before
-        shutil.rmtree(tmp_path / "checkpoints")
-    assert written[0] != written[1]
 
 
 def test_three_steps_are_traced(make_config, tmp_path):

@@ -18,7 +18,9 @@ from latent_delib.delib.step import TrainState
 from latent_delib.errors import UserError
 from latent_delib.job import build, experiment
 from latent_delib.job import plan as planning
-from latent_delib.measure import perplexity
+from latent_delib.job.record import Record
+from latent_delib.measure import views
+from latent_delib.measure.text import read_validation_text
 from latent_delib.weights import folder
 
 HALF = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_dim": 20}
@@ -90,7 +92,7 @@ def test_it_is_evaluated_against_the_decoder_that_was_frozen(job, decoder_folder
     assert [row["decoder_ppl"] for row in rows] == [row["decoder_ppl"] for row in plain]
     assert abs(rows[0]["change_percent"]) > 1e-3
     lm = load(workdir, decoder_folder, variant)
-    expected = test_evaluate.naive_rows(lm, perplexity.read_text(experiment.read(config)).pieces)
+    expected = test_evaluate.naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
     np.testing.assert_allclose([row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5)
 
 
@@ -186,7 +188,7 @@ def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_p
     assert np.abs(own.params["layers"]["mlp"]["up"] - begun.params["layers"]["mlp"]["up"]).max() > 1e-5
     rows = evaluate.evaluate(config, str(tmp_path / "w"), str(tmp_path / "out"))["rows"]
     lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), own)
-    expected = test_evaluate.naive_rows(lm, perplexity.read_text(experiment.read(config)).pieces)
+    expected = test_evaluate.naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
     np.testing.assert_allclose([row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5)
 
 
@@ -202,8 +204,8 @@ def first_loss(config, coprocessor):
     trainable = jax.device_put(
         {"coprocessor": jax.device_get(coprocessor)}, planning.shardings_of(plan.state.trainable)
     )
-    state = TrainState(jax.numpy.int32(0), trainable, plan.tx.init(trainable))
-    frozen = {"decoder": experiment.load_decoder(exp, exp.dtype)}
+    state = TrainState(jax.numpy.int32(0), trainable, plan.optimizer.tx.init(trainable))
+    frozen = {"decoder": experiment.place_decoder(exp, exp.dtype)}
     batch = mesh_lib.place_rows(exp.mesh, next(data), config.train.batch_size)
     return float(plan.step(state, frozen, batch)[1]["loss"])
 
@@ -212,15 +214,15 @@ def test_latents_of_another_text_and_of_an_earlier_call(
     make_config, trained, decoder_folder, tmp_path, capsys, monkeypatch
 ):
     """Controls in evaluation: each against the same thing done by hand; some donors end before their piece does."""
-    monkeypatch.setattr(perplexity, "donors", lambda seed, text: np.roll(np.arange(len(text.pieces)), 5))
+    monkeypatch.setattr(views, "donors", lambda seed, text: np.roll(np.arange(len(text.pieces)), 5))
     config = make_config({"evaluate.batch_size": 8})
     own = evaluate.evaluate(config, str(trained), str(tmp_path / "own"))["rows"]
     swapped = evaluate.evaluate(make_config({"evaluate.swap": True}), str(trained), str(tmp_path / "swap"))["rows"]
     late = evaluate.evaluate(make_config({"evaluate.delay": 2}), str(trained), str(tmp_path / "late"))["rows"]
     said = capsys.readouterr().out
-    text = perplexity.read_text(experiment.read(config))
+    text = read_validation_text(experiment.read(config))
     length = np.array([len(piece) for piece in text.pieces])
-    past = np.maximum(length - 1 - length[perplexity.donors(0, text)], 0).sum()
+    past = np.maximum(length - 1 - length[views.donors(0, text)], 0).sum()
     late_ones = f"at {past} positions beyond that text's end the latents after its last token"
     assert past > 0 and f", latents of another text, {late_ones}, " in said
     assert ", delay 2, " in said
@@ -235,19 +237,6 @@ def test_latents_of_another_text_and_of_an_earlier_call(
 
 def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
     """Latents of a document's copy are its own, so the donor's row and position are the right ones."""
-    draw = np.random.default_rng(0)
-    document = draw.integers(7, size=60)
-    document[:7] = np.arange(7)
-    length = draw.integers(2, 9, 60)
-    pieces = [np.zeros(n, np.int32) for n in length]
-    text = perplexity.Text(pieces, document, np.array([0, 0, 0, 1, 1, 0, 1]), ("one", "other"), np.arange(7), ("",) * 7)
-    found, source = perplexity.donors(1, text), text.source[document]
-    assert (document[found] != document).all() and (source[found] == source).all() and len(set(found)) > 20
-    assert (found != perplexity.donors(2, text)).any()
-    for piece, donor in enumerate(found):
-        fit = (document != document[piece]) & (source == source[piece])
-        assert length[donor] >= min(length[piece], length[fit].max())
-
     copies = tmp_path / "copies.txt"
     copies.write_text("\n\f\n".join(["the cat sat on the mat and looked at the other cat"] * 10))
     changed = {"data.token_files": "", "data.validation": (f"files:{copies}",), "evaluate.batch_size": 8}
@@ -265,15 +254,15 @@ def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
     alone.write_text("the dog sat")
     config = make_config({**changed, "data.validation": (f"files:{copies}", f"files:{alone}"), "evaluate.swap": True})
     with pytest.raises(UserError, match="swap: 'files:.*alone.txt' of .* has one document among the pieces"):
-        perplexity.read_text(experiment.read(config))
+        evaluate.evaluate(config, str(trained), str(tmp_path / "alone"))
 
 
 def swapped_by_hand(config, trained, decoder_folder):
     """Each position of a piece is given the latents of the same one of its donor, or of the donor's last."""
     decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
     params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
-    text = perplexity.read_text(experiment.read(config))
-    for piece, other in zip(text.pieces, perplexity.donors(config.evaluate.seed, text)):
+    text = read_validation_text(experiment.read(config))
+    for piece, other in zip(text.pieces, views.donors(config.evaluate.seed, text)):
         donor = np.array(text.pieces[other])
         for p in range(len(piece) - 1):
             q = min(p, len(donor) - 1)
@@ -290,7 +279,7 @@ def late_by_hand(config, trained, decoder_folder, delay=2):
     """Perplexity of the n-th token, n = 1, 2, 3, in the naive reading of every position."""
     decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
     params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
-    for piece in perplexity.read_text(experiment.read(config)).pieces:
+    for piece in read_validation_text(experiment.read(config)).pieces:
         for p in range(len(piece) - 1):
             where = (np.array(piece), p, 3, coprocessor.placement, "cache_augmentation", delay)
             for n, nll in enumerate(naive.trace_nll(decoder.config, *params, *where)):
@@ -301,9 +290,9 @@ def late_by_hand(config, trained, decoder_folder, delay=2):
 MISTAKES = [
     ({"method.lora_rank": -1}, "config.method.lora_rank=-1"),
     ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
-    ({"method.name": "from_scratch", "method.lora_rank": 2}, "begins at random"),
+    ({"method.name": "from_scratch", "method.lora_rank": 2}, "starts at random"),
     ({"method.name": "inserted"}, "config.method.placement='after'"),
-    ({"method.coprocessor": {"num_layers": 2}}, "has no size of its own to give"),
+    ({"method.coprocessor": {"num_layers": 2}}, "config.method.coprocessor: .* has the decoder's size"),
     ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
     ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
@@ -332,15 +321,17 @@ def test_mistakes(make_config, change, said):
 
 def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
-    with pytest.raises(UserError, match=r"config.method.start=.*/checkpoints/4 was trained with method.name"):
+    with pytest.raises(
+        UserError, match=r"config.method.start=.*/checkpoints/4: method.name is 'cache_augmentation' there"
+    ):
         train.train(config, str(tmp_path / "w"))
     assert build.split_start("gs://b/run/checkpoints/12/") == ("gs://b/run", 12)
 
 
 def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):
     changed = {"method.name": "resized", "method.coprocessor": {"layer_pattern": ("global",)}}
-    identity = experiment.read(make_config(changed)).identity()
-    assert json.loads(json.dumps(identity)) == identity
+    record = experiment.read(make_config(changed)).record
+    assert Record.from_meta(json.loads(json.dumps(record.meta())), "w") == record
 
 
 @pytest.mark.slow

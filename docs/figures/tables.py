@@ -132,7 +132,7 @@ def paired(ours: runs.Result, base: Path, source: str) -> list[dict]:
     chosen = arrays["source"] == int(source) if source else slice(None)
     columns = [n - 1 for n in AHEAD]
     sums = perplexity.Sums(*(x[chosen][:, columns] for x in pair.sums))
-    rows = perplexity.table(sums, against.work_of(pair)[chosen], seed=0)
+    rows = perplexity.table({"nll": sums}, against.work_of(pair)[chosen], seed=0)
     return [row | {"n": n} for n, row in zip(AHEAD, rows)]
 
 

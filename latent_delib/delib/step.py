@@ -13,6 +13,9 @@ from latent_delib.delib.coprocessor import Reading
 from latent_delib.errors import UserError
 from latent_delib.nn.transformer import Params
 
+# (aug, params, outputs [..., D], the tokens [...] that they predict) -> arrays [...].
+Score = Callable[[Augmentation, Params, jax.Array, jax.Array], Any]
+
 
 class TrainState(NamedTuple):
     """Holds what training changes.
@@ -188,16 +191,23 @@ def _unless_bad(good: jax.Array, new: TrainState, old: TrainState) -> TrainState
 
 
 def read_step(
-    params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, *, aug: Augmentation, dtype: jnp.dtype
-) -> tuple[Reading, jax.Array]:
+    params: Params,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    *,
+    aug: Augmentation,
+    dtype: jnp.dtype,
+    score: Score = augment.nll,
+) -> tuple[Reading, Any]:
     """Reads text with the plain decoder.
 
     Returns:
-      What it computed, and -log p of text token t + 1 at every t, in nats, float32 [B, T - 1].
+      What it computed, and the score of text token t + 1 at every t, [B, T - 1] each: by default -log p in nats,
+      float32.
     """
     params = augment.gathered(aug, params)
     reading = augment.read_text(aug, params, tokens_BT, segment_BT, dtype)
-    return reading, augment.nll(aug, params, reading.outputs[:, :-1], tokens_BT[:, 1:])
+    return reading, score(aug, params, reading.outputs[:, :-1], tokens_BT[:, 1:])
 
 
 def ahead_step(
@@ -211,7 +221,8 @@ def ahead_step(
     aug: Augmentation,
     num_ahead: int,
     delay: int = 0,
-) -> tuple[jax.Array, jax.Array]:
+    score: Score = augment.nll,
+) -> tuple[Any, jax.Array]:
     """Predicts the next A text tokens with latents after text tokens `at_BM` (Section 3.1).
 
     Args:
@@ -224,9 +235,11 @@ def ahead_step(
       aug: the method and both models.
       num_ahead: A.
       delay: latents are written so many tokens before they join.
+      score: made of each of these tokens.
 
     Returns:
-      -log p in nats, and the weights of the tokens, 0 past the document's end; float32 [B, M, A] each.
+      The scores, by default -log p in nats, float32, and the weights of the tokens, float32, 0 past the document's end;
+      [B, M, A] each.
     """
     params = augment.gathered(aug, params)
     marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)
@@ -234,4 +247,4 @@ def ahead_step(
     if from_B is not None:
         z = jax.tree.map(lambda x: x[from_B], z)
     x_BMAD, _ = augment.decode(aug, params, z, reading.cache, marks)
-    return augment.nll(aug, params, x_BMAD, marks.targets), marks.weights
+    return score(aug, params, x_BMAD, marks.targets), marks.weights

@@ -1,4 +1,4 @@
-"""Builds models for a mesh."""
+"""Builds models for a mesh, and reads the few names that jobs leave for each other."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.errors import UserError
-from latent_delib.nn.attention.forms import choose
+from latent_delib.nn.attention.forms import FORMS, choose
 from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.layers import Partition
 from latent_delib.nn.sizes import TransformerConfig
@@ -18,17 +18,18 @@ from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
 
 DTYPES = ("float32", "bfloat16")  # of parameters, and of what is computed with them
+ATTENTION = ("auto", *FORMS)  # values of config.compute.attention
 TRAINED = "trained.json"  # in the folder of a decoder that a job has trained: {"step": N}
 
 
 def one_device() -> Mesh:
-    """The mesh of this process's first device."""
+    """Returns the mesh of this process's first device."""
     return mesh_lib.make({}, jax.local_devices()[:1])
 
 
 @functools.cache
 def partition(mesh: Mesh) -> Partition:
-    """How work is divided over a mesh; one object for each, so that models that are alike are compiled once."""
+    """Returns how work is divided over a mesh: one object per mesh, so that models that are alike are compiled once."""
     return Partition(
         mesh_lib.constrain(mesh),
         mesh_lib.gather(mesh),
@@ -40,24 +41,31 @@ def partition(mesh: Mesh) -> Partition:
 
 
 def transformer(config: TransformerConfig, mesh: Mesh, remat: str = "none", form: str = "auto") -> Transformer:
-    """The model as it runs on a mesh: how its work is divided, and the form of attention its devices have."""
+    """Returns a model for a mesh: how its work is divided, and the form of attention its devices have.
+
+    Args:
+      config: its architecture.
+      remat: a key of `nn.transformer.REMAT`.
+      form: one of ATTENTION.
+    """
     return Transformer(config, remat, partition(mesh), choose(form, mesh.devices.flat[0]))
 
 
-def step_of_decoder(workdir: str) -> int | None:
-    """The step of the decoder that a training job has left in `workdir`; None where there is none."""
-    file = Path(workdir) / "decoder" / TRAINED
-    return folder.read_json(file)["step"] if file.is_file() else None
+def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:
+    """Returns the architecture of a coprocessor that differs from the decoder's in some fields."""
+    fields = dataclasses.asdict(decoder) | changed
+    return TransformerConfig.from_dict(fields, "config.method.coprocessor")
 
 
 def split_start(path: str) -> tuple[str, int]:
-    """The workdir and the step of WORKDIR/checkpoints/STEP."""
+    """Returns the workdir and the step of WORKDIR/checkpoints/STEP."""
     workdir, _, step = path.rstrip("/").rpartition("/checkpoints/")
     if not workdir or not step.isdigit():
         raise UserError(f"config.method.start={path}: expected WORKDIR/checkpoints/STEP")
     return workdir, int(step)
 
 
-def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:
-    """The architecture of a coprocessor that differs from the decoder's in some fields."""
-    return TransformerConfig.from_dict(dataclasses.asdict(decoder) | changed, "config.method.coprocessor")
+def step_of_decoder(workdir: str) -> int | None:
+    """Returns the step of the decoder that a training job has left in `workdir`; None where there is none."""
+    file = Path(workdir) / "decoder" / TRAINED
+    return folder.read_json(file)["step"] if file.is_file() else None

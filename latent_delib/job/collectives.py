@@ -1,12 +1,11 @@
-"""What a compiled program sends between chips: read from its HLO text, loops counted as often as they run.
+"""Reads what a compiled program sends between chips out of its HLO text; loops count as often as they run.
 
 The grammar is that of XLA's HLO text (openxla.org/xla/operation_semantics, "Collective" operations).
 """
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 # Bytes that a chip receives, as a factor on the bytes of the whole array, for a group of n chips that uses a ring.
@@ -17,157 +16,185 @@ RECEIVED = {
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1.0,
 }
-WIDTH = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-WIDTH |= {"s64": 8, "u64": 8, "f64": 8}
+BITS = {"pred": 8, "bf16": 16}  # of types whose name does not end with their bits
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
-_CALLED = re.compile(
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.\-]+,? ?)+)"
 )
+NAME = re.compile(r"%([\w.\-]+)")
+ARRAY = re.compile(r"\b(pred|bf16|[suf](\d+))\[([\d,]*)\]")
+# The groups of chips of a collective, in the three forms that the text has for them.
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\][^{]*\{([^}]*)\}")
+IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 
 
 class Traffic(NamedTuple):
-    """calls: how often in one run of the program. received: bytes that arrive at one chip, all calls together."""
+    """Counts one kind of collective in one run of a program.
+
+    calls: how often it runs. received: bytes that arrive at one chip, all calls together.
+    """
 
     calls: int
     received: float
 
 
 class Instruction(NamedTuple):
+    """Holds one line of a program; `rest` is its operands and attributes."""
+
     name: str
     shape: str
     opcode: str
-    rest: str  # operands and attributes
+    rest: str
+
+
+Body = dict[str, Instruction]  # of a computation, by name and in order; the last one is its result
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """Kind of collective -> its traffic in one run of a compiled module's text.
+    """Returns the traffic of each kind of collective in one run of a compiled module's text.
 
-    An asynchronous collective that the compiler for TPUs put into several fusions counts once, where it starts. Kinds
-    follow the program: where the compiler writes a gather as a sum, or a reduce-scatter as a ring of permutes, it
-    stands under that name.
+    An asynchronous collective that the compiler for TPUs splits over several fusions counts once, where it starts.
+    Kinds follow the program: a gather that the compiler writes as a sum counts as a sum.
 
     Raises:
-      ValueError: a collective in a loop of which the text does not say how often it runs.
+      ValueError: a collective in a loop of unknown length.
     """
-    bodies = computations(text)
+    bodies = _computations(text)
     runs = _runs(bodies)
     calls: Counter[str] = Counter()
     received: Counter[str] = Counter()
-    for name, body in bodies.items():
-        if name.startswith("async_collective_fusion") or any('"AsyncCollectiveDone"' in i.rest for i in body):
+    for computation, body in bodies.items():
+        times = runs[computation]
+        if not times or _continues_another(computation, body):
             continue
-        for i in body:
+        for i in body.values():
             kind = i.opcode.removesuffix("-start")
-            if kind not in RECEIVED or not runs[name]:
+            if kind not in RECEIVED:
                 continue
-            if math.isnan(runs[name]):
-                raise ValueError(f"{i.name}: is in a loop of which the program does not say how often it runs")
-            n = 1 if kind == "collective-permute" else _group(i.rest)
-            calls[kind] += runs[name]
-            received[kind] += runs[name] * _whole(i, n) * RECEIVED[kind](n)
+            if math.isnan(times):
+                raise ValueError(f"{i.name}: is in a loop, and the program does not say how often it runs")
+            chips = 1 if kind == "collective-permute" else _group_size(i.rest)
+            calls[kind] += times
+            received[kind] += times * _whole_bytes(i, chips) * RECEIVED[kind](chips)
     return {kind: Traffic(calls[kind], received[kind]) for kind in RECEIVED if calls[kind]}
 
 
-def _whole(i: Instruction, n: int) -> float:
-    """Returns the bytes of the whole array of a collective in groups of n: from its result, or, where it starts an
-    asynchronous one, from a tuple of operands and results."""
+def _computations(text: str) -> dict[str, Body]:
+    """Returns the computations of a module by name; the entry's name is ""."""
+    found: dict[str, Body] = {}
+    body: Body = {}
+    for line in text.splitlines():
+        start = COMPUTATION.match(line)
+        instruction = INSTRUCTION.match(line)
+        if start:
+            body = found.setdefault("" if start[1] else start[2], {})
+        elif instruction:
+            body[instruction[1]] = Instruction(*instruction.groups())
+    return found
+
+
+def _continues_another(computation: str, body: Body) -> bool:
+    """Returns whether a computation is a later part of an asynchronous collective that another one starts."""
+    done = any('"AsyncCollectiveDone"' in i.rest for i in body.values())
+    return done or computation.startswith("async_collective_fusion")
+
+
+def _runs(bodies: dict[str, Body]) -> dict[str, float]:
+    """Returns how often each computation runs, NaN where that is not known; every branch counts as taken."""
+    callers = defaultdict(list)
+    for computation, body in bodies.items():
+        for i in body.values():
+            times = _trips(bodies, i) if i.opcode == "while" else 1
+            for called in CALLED.findall(i.rest):
+                for name in NAME.findall(called):
+                    callers[name].append((computation, times))
+    runs: dict[str, float] = {"": 1}
+
+    def count(computation: str) -> float:
+        if computation not in runs:
+            runs[computation] = sum(count(caller) * times for caller, times in callers[computation])
+        return runs[computation]
+
+    for computation in bodies:
+        count(computation)
+    return runs
+
+
+def _trips(bodies: dict[str, Body], loop: Instruction) -> float:
+    """Returns how often a loop's body runs; NaN where that depends on data.
+
+    Backends for CPU and GPU write it down. For TPU it follows from a counter that begins at 0: its bound in the
+    condition, and its step in the body.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known[1])
+    condition = bodies[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
+    body = bodies[re.search(r"body=%?([\w.\-]+)", loop.rest)[1]]
+    try:
+        (test,) = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.rest]
+        counter, bound = _operands(test)
+        index = int(re.search(r"index=(\d+)", condition[counter].rest)[1])
+        result = list(body.values())[-1]
+        advance = body[_operands(result)[index]]
+        (step,) = [body[name] for name in _operands(advance) if body[name].opcode == "constant"]
+        if advance.opcode != "add":
+            return math.nan
+        return math.ceil(_constant(condition[bound]) / _constant(step))
+    except (KeyError, IndexError, TypeError, ValueError):  # of another form
+        return math.nan
+
+
+def _operands(i: Instruction) -> list[str]:
+    return NAME.findall(i.rest.partition("), ")[0])
+
+
+def _constant(i: Instruction) -> int:
+    return int(i.rest.partition(")")[0])
+
+
+def _group_size(attributes: str) -> int:
+    """Returns how many chips take part in one group of a collective."""
+    mesh = MESH_GROUPS.search(attributes)
+    iota = IOTA_GROUPS.search(attributes)
+    listed = LISTED_GROUPS.search(attributes)
+    if mesh:
+        lengths = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # an axis, or a part of one
+        return math.prod(int(part or lengths[axis]) for axis, part in axes)
+    if iota:
+        return int(iota[1])
+    if listed:
+        return listed[1].count(",") + 1
+    raise ValueError(f"cannot read the groups of a collective: {attributes[:200]}")
+
+
+def _whole_bytes(i: Instruction, chips: int) -> float:
+    """Returns the bytes of the whole array of a collective in groups of some chips.
+
+    Its shape is its result; where it starts an asynchronous one, often a tuple of operands and results.
+    """
     sizes = _sizes(i.shape)
     match i.opcode:
         case "reduce-scatter":
-            return sum(sizes) * n
-        case "all-gather-start" | "reduce-scatter-start":  # one of the two is the whole, the other an n-th of it
-            return sum(sizes) * n / (n + 1)
+            return sum(sizes) * chips
+        case "all-gather-start" | "reduce-scatter-start":  # one of the two is the whole, the other one chip's part
+            return sum(sizes) * chips / (chips + 1)
         case "all-to-all-start":
             return sum(sizes) / 2
-        case "collective-permute-start":  # counters stand behind the two
+        case "collective-permute-start":  # operand, result, counters
             return sizes[1]
         case _:  # all-reduce-start too has its result alone
             return sum(sizes)
 
 
-def computations(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of every computation by its name; the entry's name is ""."""
-    found: dict[str, list[Instruction]] = {}
-    body: list[Instruction] = []
-    for line in text.splitlines():
-        if start := _COMPUTATION.match(line):
-            body = found.setdefault("" if start[1] else start[2], [])
-        elif instruction := _INSTRUCTION.match(line):
-            body.append(Instruction(*instruction.groups()))
-    return found
-
-
-def _runs(bodies: dict[str, list[Instruction]]) -> dict[str, float]:
-    """How often each computation is run, NaN where that is not known; a branch counts as taken."""
-    callers: dict[str, list[tuple[str, float]]] = {name: [] for name in bodies}
-    for name, body in bodies.items():
-        for i in body:
-            times = _trips(bodies, i) if i.opcode == "while" else 1
-            for called in _called(i.rest):
-                callers[called].append((name, times))
-    runs: dict[str, float] = {"": 1}
-
-    def count(name: str) -> float:
-        if name not in runs:
-            runs[name] = sum(count(caller) * times for caller, times in callers[name])
-        return runs[name]
-
-    for name in bodies:
-        count(name)
-    return runs
-
-
-def _called(rest: str) -> Iterator[str]:
-    for group in _CALLED.finditer(rest):
-        yield from re.findall(r"%([\w.\-]+)", group[1])
-
-
-def _trips(bodies: dict[str, list[Instruction]], loop: Instruction) -> float:
-    """How often a loop's body runs. Backends for CPU and GPU write it down; for TPU, it follows from the bound in the
-    condition and the step in the body of a counter that begins at 0. NaN where it depends on data."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
-        return int(known[1])
-    condition, body = (bodies[re.search(rf"{part}=%?([\w.\-]+)", loop.rest)[1]] for part in ("condition", "body"))
-    try:
-        (test,) = (i for i in condition if i.opcode == "compare" and "direction=LT" in i.rest)
-        counter, bound = _operands(test)
-        index = int(re.search(r"index=(\d+)", _named(condition, counter).rest)[1])
-        advance = _named(body, _operands(body[-1])[index])
-        step = next(i for name in _operands(advance) if (i := _named(body, name)).opcode == "constant")
-        assert advance.opcode == "add"
-        return math.ceil(_value(_named(condition, bound)) / _value(step))
-    except (AssertionError, StopIteration, TypeError, ValueError):
-        return math.nan
-
-
-def _named(body: list[Instruction], name: str) -> Instruction:
-    return next(i for i in body if i.name == name)
-
-
-def _operands(i: Instruction) -> list[str]:
-    return re.findall(r"%([\w.\-]+)", i.rest.partition("), ")[0])
-
-
-def _value(constant: Instruction) -> int:
-    return int(constant.rest.partition(")")[0])
-
-
 def _sizes(shape: str) -> list[int]:
-    """Bytes of every array in a shape or tuple of shapes."""
-    arrays = re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", shape)
-    return [WIDTH[kind] * math.prod(int(n) for n in axes.split(",") if n) for kind, axes in arrays if kind in WIDTH]
-
-
-def _group(rest: str) -> int:
-    """How many chips take part in one group of a collective, in the three forms that the text has for groups."""
-    if named := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # an axis, or a part of one
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(iota[1])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return listed[1].count(",") + 1
-    raise ValueError(f"cannot read the groups of a collective: {rest[:200]}")
+    """Returns the bytes of every array in a shape or tuple of shapes."""
+    found = []
+    for kind, bits, axes in ARRAY.findall(shape):
+        lengths = [int(n) for n in axes.split(",") if n]
+        found.append(math.prod(lengths) * int(bits or BITS[kind]) // 8)
+    return found

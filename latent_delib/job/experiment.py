@@ -1,11 +1,10 @@
-"""From a config to what a job works on: architecture, mesh, augmentation, decoder; and the checks that need no data."""
+"""Turns a config into the objects that a job works on: its record, mesh, augmentation and parameters."""
 
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
+from latent_delib.data import tokenizer as tokenizers
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import lora
 from latent_delib.delib.augment import Augmentation
@@ -22,12 +22,12 @@ from latent_delib.delib.methods import METHODS, param_axes
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.checks import check
+from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint
-from latent_delib.machine.checkpoint import Checkpoints
 from latent_delib.nn import transformer
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.sizes import TransformerConfig, differences
-from latent_delib.nn.transformer import Params, Transformer
+from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder
 
 CORPUS_TOKENIZER = Path(__file__).parents[1] / "data" / "corpus" / "tokenizer.model"
@@ -35,50 +35,38 @@ CORPUS_TOKENIZER = Path(__file__).parents[1] / "data" / "corpus" / "tokenizer.mo
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A checked config and what follows from it.
+    """Holds a checked config and what follows from it; no weights.
 
-    decoder: the decoder's folder; None for random weights. fingerprint: SHA-256 of that decoder, hex. start: workdir
-    and step of the coprocessor that training begins with, or None.
+    record: what the job is, for comparison with checkpoints and results.
+    dtype: of computations and of frozen weights.
+    decoder: the decoder's folder; None for random weights.
+    start: workdir and step of the coprocessor that training begins with, or None.
     """
 
     config: ConfigDict
+    record: Record
     aug: Augmentation
     mesh: Mesh
     dtype: Any
     tokenizer: Tokenizer
     decoder: Path | None
-    fingerprint: str
     start: tuple[str, int] | None
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be continued or evaluated here."""
-        method = self.config.method.to_dict()
-        keys = ("name", "num_latents", "placement", "lora_rank", "start", "coprocessor")
-        identity = {"fingerprint": self.fingerprint, **{f"method.{k}": method[k] for k in keys}}
-        return json.loads(json.dumps(identity))  # as a checkpoint tells it: JSON has no tuples
+    @property
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of the frozen decoder, hex."""
+        return self.record.fingerprint
 
-    def check_same(self, meta: dict[str, Any], where: str) -> None:
-        """Raises UserError unless a checkpoint's meta is of this decoder and this method."""
-        for key, here in self.identity().items():
-            there = meta.get(key)
-            if there != here:
-                raise UserError(
-                    f"{where} was trained with {_short(key, there)}, this config has {_short(key, here)}: "
-                    f"use the same {'decoder' if key == 'fingerprint' else 'method'}, or another --workdir"
-                )
+    @property
+    def trains_whole_decoder(self) -> bool:
+        """Returns whether every weight of the decoder is trained, so that no decoder is frozen."""
+        method = self.config.method
+        return METHODS[method.name].trains_decoder and not method.lora_rank
 
-
-def _short(key: str, value: Any) -> str:
-    """Returns KEY=VALUE; of a fingerprint what a job prints of it as it starts."""
-    return f"a decoder with fingerprint {str(value)[:12]}" if key == "fingerprint" else f"{key}={value}"
-
-
-def tokenizer_path(config: ConfigDict) -> Path:
-    """The tokenizer's file that a config means."""
-    name, decoder = config.decoder.tokenizer, config.decoder.path
-    if name == "packaged" or (not name and not decoder):
-        return CORPUS_TOKENIZER
-    return Path(name) if name else folder.tokenizer_path(folder.locate(decoder))
+    @property
+    def adapts_start(self) -> bool:
+        """Returns whether adapters are trained over the coprocessor that training begins with."""
+        return self.start is not None and self.config.method.lora_rank > 0
 
 
 def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment:
@@ -88,145 +76,207 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
       UserError: the first thing found wrong, by key.
     """
     check(config)
-    if config.decoder.path:
-        decoder = folder.locate(config.decoder.path)
-        architecture, fingerprint = folder.read_config(decoder), folder.fingerprint(decoder)
-        if fields := config.decoder.architecture.to_dict():
-            wanted = dataclasses.asdict(architecture) | fields
-            wanted = TransformerConfig.from_dict(wanted, "config.decoder.architecture")
-            if differing := differences(architecture, wanted):
-                raise UserError(f"config.decoder.architecture: {decoder} has {'; '.join(differing)}")
-    else:
-        decoder, fields = None, config.decoder.architecture.to_dict()
+    decoder = folder.locate(config.decoder.path) if config.decoder.path else None
+    architecture = _architecture(config, decoder)
+    tokenizer = _tokenizer(config, architecture)
+    changed = config.method.coprocessor.to_dict()
+    coprocessor = build.coprocessor_config(architecture, changed) if changed else None
+    mesh = mesh_lib.make(config.mesh, devices)
+    _check_splits(config, mesh, architecture)
+    if coprocessor is not None:
+        _check_splits(config, mesh, coprocessor)
+
+    def model(architecture: TransformerConfig) -> transformer.Transformer:
+        return build.transformer(architecture, mesh, config.compute.remat, config.compute.attention)
+
+    return Experiment(
+        config=config,
+        record=_record(config, decoder, architecture, tokenizer),
+        aug=Augmentation(
+            transformer=model(architecture),
+            method=config.method.name,
+            num_latents=config.method.num_latents,
+            placement=config.method.placement,
+            loss_chunk=config.compute.loss_chunk,
+            coprocessor=None if coprocessor is None else model(coprocessor),
+        ),
+        mesh=mesh,
+        dtype=jnp.dtype(config.compute.dtype),
+        tokenizer=tokenizer,
+        decoder=decoder,
+        start=build.split_start(config.method.start) if config.method.start else None,
+    )
+
+
+def _architecture(config: ConfigDict, decoder: Path | None) -> TransformerConfig:
+    """Returns the decoder's architecture: its folder's, which must agree with the config, or the config's own."""
+    fields = config.decoder.architecture.to_dict()
+    if decoder is None:
         if not fields:
             raise UserError("config.decoder.path is empty: expected a decoder folder, or config.decoder.architecture")
-        architecture = TransformerConfig.from_dict(fields, "config.decoder.architecture")
-        random = json.dumps([dataclasses.asdict(architecture), config.seed], sort_keys=True)
-        fingerprint = hashlib.sha256(random.encode()).hexdigest()
+        return TransformerConfig.from_dict(fields, "config.decoder.architecture")
+    architecture = folder.read_config(decoder)
+    wanted = dataclasses.asdict(architecture) | fields
+    differing = differences(architecture, TransformerConfig.from_dict(wanted, "config.decoder.architecture"))
+    if differing:
+        raise UserError(f"config.decoder.architecture: {decoder} has {'; '.join(differing)}")
+    return architecture
+
+
+def tokenizer_path(config: ConfigDict) -> Path:
+    """Returns the tokenizer's file that a config means."""
+    name = config.decoder.tokenizer
+    decoder = config.decoder.path
+    if name == "packaged" or not (name or decoder):
+        return CORPUS_TOKENIZER
+    return Path(name) if name else folder.tokenizer_path(folder.locate(decoder))
+
+
+def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer:
+    """Loads the config's tokenizer; the decoder must have a vector for each of its pieces."""
     tokenizer = Tokenizer(tokenizer_path(config))
     if tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
             f"config.decoder.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, "
             f"the decoder only {architecture.vocab_size} rows"
         )
-    mesh = mesh_lib.make(config.mesh, devices)
-    changed = config.method.coprocessor.to_dict()
-    coprocessor = build.coprocessor_config(architecture, changed) if changed else None
-    for of, key in itertools.product(
-        filter(None, (architecture, coprocessor)), ("num_heads", "num_kv_heads", "ffn_dim")
-    ):
-        if getattr(of, key) % mesh.shape["tensor"]:
-            raise UserError(
-                f"config.mesh.tensor={mesh.shape['tensor']} does not divide {key}={getattr(of, key)}: "
-                "expected a divisor of it"
-            )
-    for key, traces in (
-        ("method.num_traces", config.method.num_traces),
-        ("evaluate.positions", min(config.evaluate.positions, config.evaluate.max_length)),
-    ):
-        if traces % mesh.shape["traces"]:
-            raise UserError(
-                f"config.mesh.traces={mesh.shape['traces']} does not divide config.{key}={traces}: "
-                "expected a divisor of it"
-            )
+    return tokenizer
 
-    def transformer_of(architecture: TransformerConfig) -> Transformer:
-        return build.transformer(architecture, mesh, config.compute.remat, config.compute.attention)
 
-    aug = Augmentation(
-        transformer_of(architecture),
-        config.method.name,
-        config.method.num_latents,
-        config.method.placement,
-        config.compute.loss_chunk,
-        coprocessor and transformer_of(coprocessor),
+def _record(config: ConfigDict, decoder: Path | None, architecture: TransformerConfig, tokenizer: Tokenizer) -> Record:
+    """Returns the record of a job before its data are known and before its first step."""
+    fields = dataclasses.asdict(architecture)
+    if decoder is None:
+        random = json.dumps([fields, config.seed], sort_keys=True)
+        fingerprint = hashlib.sha256(random.encode()).hexdigest()
+    else:
+        fingerprint = folder.fingerprint(decoder)
+    return Record(
+        config=json.loads(config.to_json_best_effort()),
+        fingerprint=fingerprint,
+        architecture=json.loads(json.dumps(fields)),  # JSON has no tuples
+        data={"tokenizer": tokenizers.fingerprint(tokenizer.path)},
     )
-    start = build.split_start(config.method.start) if config.method.start else None
-    return Experiment(config, aug, mesh, jnp.dtype(config.compute.dtype), tokenizer, decoder, fingerprint, start)
 
 
-def load_decoder(exp: Experiment, dtype: Any) -> Params:
-    """The decoder's weights in `dtype`, each placed on the mesh as it is read; random ones without a folder."""
-    architecture = exp.aug.transformer.config
-    shapes = folder.shapes(architecture)
-    shardings = mesh_lib.parameters(exp.mesh, shapes, PARAM_AXES)
-    if exp.decoder is None:
+def _check_splits(config: ConfigDict, mesh: Mesh, architecture: TransformerConfig) -> None:
+    """Raises UserError for heads, features or traces that the mesh does not divide."""
+    positions = min(config.evaluate.positions, config.evaluate.max_length)
+    for axis, key, length in (
+        ("heads", "num_heads", architecture.num_heads),
+        ("heads", "num_kv_heads", architecture.num_kv_heads),
+        ("ffn", "ffn_dim", architecture.ffn_dim),
+        ("traces", "config.method.num_traces", config.method.num_traces),
+        ("traces", "config.evaluate.positions", positions),
+    ):
+        if length % mesh_lib.shards(mesh, axis):
+            setting = mesh_lib.setting(mesh, axis)
+            raise UserError(f"{setting} does not divide {key}={length}: expected a divisor of it")
 
-        def start(key: jax.Array) -> Params:
-            return jax.tree.map(lambda x: x.astype(dtype), transformer.init(key, architecture))
 
-        return jax.jit(start, out_shardings=shardings)(jax.random.key(exp.config.seed))
-    return folder.load(exp.decoder, architecture, dtype, shardings)
+# Parameters: the frozen ones, the trained ones, and those that training begins with.
 
 
-def init_trainable(exp: Experiment) -> Any:
-    """The function (key, decoder, start) -> trainable tree of the config's method, float32; start: a coprocessor."""
-    aug, rank = exp.aug, exp.config.method.lora_rank
+def frozen_shapes(exp: Experiment) -> Params:
+    """Returns the shapes of what `load_frozen` loads, with dtype and shardings."""
+    frozen = {"decoder": _on_mesh(exp, folder.shapes(exp.aug.transformer.config), exp.dtype)}
+    if exp.adapts_start:
+        frozen["coprocessor"] = _on_mesh(exp, _whole_coprocessor(exp), exp.dtype)
+    return frozen
+
+
+def load_frozen(exp: Experiment) -> Params:
+    """Loads the decoder that trained parameters lie over or are compared with, in the compute dtype, as "decoder".
+
+    Where adapters are trained over a start, its coprocessor is there too, as "coprocessor".
+    """
+    frozen = {"decoder": place_decoder(exp, exp.dtype)}
+    if exp.adapts_start:
+        frozen["coprocessor"] = place_start(exp, exp.dtype)
+    return frozen
+
+
+def trainable_shapes(exp: Experiment) -> Params:
+    """Returns the shapes of the trainable tree, float32, with shardings."""
+    decoder = folder.shapes(exp.aug.transformer.config)
+    return _on_mesh(exp, jax.eval_shape(init_trainable(exp), jax.random.key(0), decoder))
+
+
+def init_trainable(exp: Experiment) -> Callable[..., Params]:
+    """Returns the function (key, decoder, start) -> trainable tree, float32; start: a whole coprocessor, or None."""
+    aug = exp.aug
+    rank = exp.config.method.lora_rank
 
     def init(key: jax.Array, decoder: Params, start: Params | None = None) -> Params:
         tree = METHODS[aug.method].init(key, decoder, aug.models, aug.num_latents)
-        tree |= {} if start is None else {"coprocessor": start}
+        if start is not None:
+            tree["coprocessor"] = start
         if rank:
-            tree = {
-                room: _adapters(jax.random.fold_in(key, i), tree[room], rank) for i, room in enumerate(sorted(tree))
-            }
+            for i, room in enumerate(sorted(tree)):
+                tree[room] = _adapters(jax.random.fold_in(key, i), tree[room], rank)
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
     return init
 
 
 def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
-    """What is trained of a decoder or coprocessor under low-rank adaptation: adapters, and all that is not its body."""
-    rest = {name: leaf for name, leaf in tree.items() if name not in ("layers", "final_norm", "embedding")}
-    return rest | ({"layers": lora.init(key, tree["layers"], rank)} if "layers" in tree else {})
+    """Returns the trained part of a decoder or coprocessor under adapters: these, and all that is not its body."""
+    trained = {name: leaf for name, leaf in tree.items() if name not in ("layers", "final_norm", "embedding")}
+    if "layers" in tree:
+        trained["layers"] = lora.init(key, tree["layers"], rank)
+    return trained
 
 
-def open_start(exp: Experiment) -> Checkpoints:
-    """Where the coprocessor is that training begins with; its meta is checked, no weights are read.
+def place_decoder(exp: Experiment, dtype: Any) -> Params:
+    """Loads the decoder's weights in `dtype`, each to its place on the mesh; draws random ones without a folder."""
+    architecture = exp.aug.transformer.config
+    shardings = mesh_lib.parameters(exp.mesh, folder.shapes(architecture), PARAM_AXES)
+    if exp.decoder is not None:
+        return folder.load(exp.decoder, architecture, dtype, shardings)
+
+    def draw(key: jax.Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype), transformer.init(key, architecture))
+
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(exp.config.seed))
+
+
+def place_start(exp: Experiment, dtype: Any) -> Params:
+    """Loads the coprocessor that training begins with, in `dtype`, each array to its place on the mesh.
 
     Raises:
-      UserError: no such checkpoint, or one of another decoder or method, or of adapters.
+      UserError: there is no such checkpoint; it is of another decoder or method, holds adapters, or is damaged.
     """
     given = f"config.method.start={exp.config.method.start}"
+    workdir, step = exp.start
     try:
-        checkpoints, _, meta = checkpoint.open_for_reading(*exp.start)
+        checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
     except UserError as error:
-        raise UserError(f"{given}: {str(error).removeprefix(f'{exp.start[0]}: ')}") from None
-    for key, here in (exp.identity() | {"method.lora_rank": 0, "method.start": ""}).items():
-        there = meta.get(key)
-        if there != here:
-            raise UserError(f"{given} was trained with {_short(key, there)}, expected {_short(key, here)}")
-    return checkpoints
-
-
-def load_start(exp: Experiment, dtype: Any) -> Params:
-    """The coprocessor that training begins with, in `dtype`, each array read to where it lies on the mesh.
-
-    Raises:
-      UserError: as `open_start`; or it is damaged.
-    """
-    with contextlib.closing(open_start(exp)) as checkpoints:
-        found = checkpoints.restore_newest({"coprocessor": start_shapes(exp)}, step=exp.start[1])
+        raise UserError(f"{given}: {str(error).removeprefix(f'{workdir}: ')}") from None
+    with contextlib.closing(checkpoints):
+        exp.record.require(Record.from_meta(meta, given), "start", given)
+        wanted = {"coprocessor": _on_mesh(exp, _whole_coprocessor(exp))}
+        found = checkpoints.restore_newest({"trainable": wanted}, step=step)
     return jax.tree.map(lambda x: x.astype(dtype), found.trainable["coprocessor"])
 
 
-def start_shapes(exp: Experiment) -> Params:
-    """The shapes of a whole coprocessor of the config's method, with their shardings."""
+def _whole_coprocessor(exp: Experiment) -> Params:
+    """Returns the shapes of a coprocessor of the config's method without adapters."""
 
     def init(key: jax.Array, decoder: Params) -> Params:
         return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, exp.aug.num_latents)["coprocessor"]
 
-    shapes = jax.eval_shape(init, jax.random.key(0), folder.shapes(exp.aug.transformer.config))
-    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method)))
+    return jax.eval_shape(init, jax.random.key(0), folder.shapes(exp.aug.transformer.config))
 
 
-def trainable_shapes(exp: Experiment) -> Params:
-    """The shapes of the trainable tree, with their shardings."""
-    decoder = folder.shapes(exp.aug.transformer.config)
-    shapes = jax.eval_shape(init_trainable(exp), jax.random.key(0), decoder)
-    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method)))
+def _on_mesh(exp: Experiment, shapes: Params, dtype: Any = None) -> Params:
+    """Returns shapes of parameters with their shardings, in `dtype` where given."""
+    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method)), dtype)
 
 
 def placed(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
-    """Shapes that carry these shardings, in `dtype` where given."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, shardings)
+    """Returns shapes that carry shardings, in `dtype` where given."""
+
+    def one(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, shapes, shardings)

@@ -1,10 +1,12 @@
 """Writes the metrics of a training job: to the screen, to metrics.jsonl and as TensorBoard events."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from latent_delib.delib import cost
-from latent_delib.delib.step import make_optimizer
 from latent_delib.errors import UserError, store_error
 from latent_delib.job.experiment import Experiment
 from latent_delib.machine import files
@@ -23,102 +24,184 @@ from latent_delib.machine.progress import hours
 from latent_delib.machine.workdir import is_remote
 
 
+@dataclasses.dataclass
+class Mean:
+    """Adds up the loss of steps, in nats, and their tokens."""
+
+    nats: float = 0.0
+    tokens: float = 0.0
+
+    def add(self, loss: float, tokens: float) -> None:
+        self.nats += loss * tokens
+        self.tokens += tokens
+
+    def value(self) -> float | None:
+        """Returns the mean loss, in nats per token; None without a token."""
+        return self.nats / self.tokens if self.tokens else None
+
+
 class Metrics:
-    """Metrics of one run. Process 0 tells of them: on the screen, in metrics.jsonl and as TensorBoard events.
+    """Collects the values of a run's steps. Process 0 writes them: a row per `train.log_every` steps.
 
     A step's values are read after the next step is dispatched, so the device never waits for the host; they are the
-    same on all processes. On gs:// there is no TensorBoard.
+    same on all processes.
+
+    Args:
+      start: the step that the run goes on from.
+      learning_rate: the optimizer's, as a function of the steps done.
     """
 
-    def __init__(self, exp: Experiment, workdir: str, start: int):
+    def __init__(self, exp: Experiment, workdir: str, start: int, learning_rate: Callable[[int], Any]):
         c, t = exp.config, exp.config.train
-        self.every, self.steps, self.allowed = t.log_every, t.steps, t.max_bad_steps
-        self.schedule = make_optimizer(c.optimizer, t.steps).learning_rate
+        self.log_every = t.log_every
+        self.steps = t.steps
+        self.allowed = t.max_bad_steps
+        self.steps_between_saves = min(t.checkpoint_every, t.steps)
+        self.learning_rate = learning_rate
         self.tokens = t.batch_size * c.data.seq_len
         self.flops = cost.train_step_flops(
             exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead
         )
         self.peak = cost.PEAK.get(jax.devices()[0].device_kind, math.nan) * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.since_row, self.since_save = [0.0, 0.0], [0.0, 0.0]  # sums: nats, tokens
-        self.bad, self.grad_norm, self.waited = 0, math.nan, 0.0
-        self.since, self.clock, self.saved = start, time.perf_counter(), start
-        self.primary, self.file, self.events = jax.process_index() == 0, None, None
-        if self.primary:
-            self.path = epath.Path(workdir) / "metrics.jsonl"
-            lines = _lines(self.path, start)
-            if is_remote(workdir):
-                self.file = files.StoredLines(self.path, lines)
-            else:
-                files.write(self.path, "".join(lines).encode())
-                self.file = self.path.open("a")
-                # Not SummaryWriter: its thread ends where the disk is full, and its queue then blocks for ever.
-                (Path(workdir) / "tensorboard").mkdir(exist_ok=True)
-                self.events = EventsWriter(str(Path(workdir) / "tensorboard" / "events"), f".{os.getpid()}")
-                self.event(start + 1, session_log=SessionLog(status=SessionLog.START))  # forget what is done again
+        self.bad = 0
+        self.grad_norm = math.nan
+        self.since_save = Mean()
+        self.saved = start
+        self.log = Log(workdir, start) if jax.process_index() == 0 else None
+        self._begin_row(start)
+
+    def _begin_row(self, step: int) -> None:
+        self.since_row = Mean()
+        self.waited = 0.0
+        self.row_begin = step
+        self.clock = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time spent inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
 
     def push(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes a step's values and reads those of the step before."""
+        """Takes a step's values, and reads those of the step before."""
         self.flush()
         self.pending = (step, values)
 
     def flush(self) -> None:
-        """Reads what is pending; raises if its loss is not finite, unless that many steps may be skipped."""
+        """Reads the values that are pending.
+
+        Raises:
+          UserError: loss or gradient is not finite, and `train.max_bad_steps` were skipped before.
+        """
         if self.pending is None:
             return
-        (step, values), self.pending = self.pending, None
-        loss, tokens, grad_norm = (float(values[k]) for k in ("loss", "tokens", "grad_norm"))
-        if math.isfinite(loss + grad_norm):  # the loss is that before the update, which the gradient makes
-            for sums in (self.since_row, self.since_save):
-                sums[0] += loss * tokens
-                sums[1] += tokens
+        step, values = self.pending
+        self.pending = None
+        loss = float(values["loss"])
+        tokens = float(values["tokens"])
+        grad_norm = float(values["grad_norm"])
+        if math.isfinite(
+            loss + grad_norm
+        ):  # the loss is of the weights before the update, the gradient makes those after
+            self.since_row.add(loss, tokens)
+            self.since_save.add(loss, tokens)
             self.grad_norm = grad_norm
         else:
-            self.bad += 1
-            self.skip(f"step {step}: the loss is {loss}, the gradient norm {grad_norm}")
-        if (step % self.every == 0 or step == self.steps) and self.since_row[1]:
-            self.log(step)
+            self._skip(f"step {step}: the loss is {loss}, the gradient norm {grad_norm}")
+        if (step % self.log_every == 0 or step == self.steps) and self.since_row.tokens:
+            self._write_row(step)
 
-    def skip(self, what: str) -> None:
+    def _skip(self, problem: str) -> None:
         """Counts a step that changed nothing; raises where it was one too many, or did change something."""
-        if self.bad > self.allowed:
-            self.close()  # the rows before it show why
-        if not self.allowed:
-            saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
-            raise UserError(f"{what}; {saved}; expected a lower learning rate, or config.train.max_bad_steps above 0")
-        if self.bad > self.allowed:
-            raise UserError(f"{what}; config.train.max_bad_steps={self.allowed} such steps were skipped before it")
-        if self.primary:
-            print(f"{what}; skipped, {self.bad} of at most {self.allowed}", flush=True)
+        self.bad += 1
+        if self.bad <= self.allowed:
+            if self.log:
+                print(f"{problem}; skipped, {self.bad} of at most {self.allowed}", flush=True)
+            return
+        self.close()  # the rows before this step show why
+        if self.allowed:
+            raise UserError(f"{problem}; config.train.max_bad_steps={self.allowed} such steps were skipped before it")
+        saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
+        raise UserError(f"{problem}; {saved}; expected a lower learning rate, or config.train.max_bad_steps above 0")
 
-    def log(self, step: int) -> None:
-        """Writes one row, of the steps since the last."""
-        seconds = (time.perf_counter() - self.clock) / (step - self.since)
+    def _write_row(self, step: int) -> None:
+        """Writes the row of the steps since the last one, and prints it."""
+        count = step - self.row_begin
+        seconds = (time.perf_counter() - self.clock) / count
+        utilisation = self.flops / seconds / self.peak
         row = {
             "step": step,
-            "loss": self.since_row[0] / self.since_row[1],
+            "loss": self.since_row.value(),
             "grad_norm": self.grad_norm,
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": float(self.learning_rate(step - 1)),
             "tokens_per_second": self.tokens / seconds,
             "step_seconds": seconds,
-            "data_seconds": self.waited / (step - self.since),  # of these, waiting for a batch
+            "data_seconds": self.waited / count,  # part of step_seconds: waiting for a batch
         }
         if self.allowed:
             row["bad_steps"] = self.bad
-        utilisation = self.flops / seconds / self.peak
         if math.isfinite(utilisation):
             row["model_flops_utilisation"] = utilisation
-        if self.primary:
-            self.write(row)
-            mfu = f"  MFU {utilisation:.1%}" if math.isfinite(utilisation) else ""
-            print(
-                f"step {step}/{self.steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3f}"
-                f"  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
-                f"  ETA {hours((self.steps - step) * seconds)}",
-                flush=True,
-            )
-        self.since_row, self.waited = [0.0, 0.0], 0.0
-        self.since, self.clock = step, time.perf_counter()
+        if self.log:
+            self.log.write(row)
+            print(line(row, self.steps), flush=True)
+        self._begin_row(step)
+
+    def loss_to_save(self, step: int) -> float | None:
+        """Returns the mean loss since the last save, in nats per token.
+
+        None where every step was skipped; and after fewer steps than usual, because that mean must not win
+        `train.keep_best`.
+        """
+        loss = self.since_save.value()
+        count = step - self.saved
+        self.since_save = Mean()
+        self.saved = step
+        return loss if count >= self.steps_between_saves else None
+
+    def close(self) -> None:
+        self.flush()
+        if self.log:
+            self.log.close()
+
+
+def line(row: dict[str, float], steps: int) -> str:
+    """Returns a row as it is printed."""
+    parts = [
+        f"step {row['step']}/{steps}",
+        f"loss {row['loss']:.4f}",
+        f"grad {row['grad_norm']:.3f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"{row['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if "model_flops_utilisation" in row:
+        parts.append(f"MFU {row['model_flops_utilisation']:.1%}")
+    parts.append(f"ETA {hours((steps - row['step']) * row['step_seconds'])}")
+    return "  ".join(parts)
+
+
+class Log:
+    """Writes rows to WORKDIR/metrics.jsonl and as TensorBoard events; on gs:// there are no events.
+
+    Rows of steps after `start` are dropped: these steps are done again.
+    """
+
+    def __init__(self, workdir: str, start: int):
+        self.path = epath.Path(workdir) / "metrics.jsonl"
+        lines = _lines_until(self.path, start)
+        self.events = None
+        if is_remote(workdir):
+            self.file = files.StoredLines(self.path, lines)
+            return
+        files.write(self.path, "".join(lines).encode())
+        self.file = self.path.open("a")
+        # Not SummaryWriter: its thread ends where the disk is full, and its queue then blocks for ever.
+        folder = Path(workdir) / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self.events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops later steps
 
     def write(self, row: dict[str, float]) -> None:
         with files.named(self.path):
@@ -127,35 +210,28 @@ class Metrics:
         if self.events is None:
             return
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
-        self.event(int(row["step"]), summary=Summary(value=values))
+        self._write_event(int(row["step"]), summary=Summary(value=values))
 
-    def event(self, step: int, **content: Any) -> None:
+    def _write_event(self, step: int, **content: Any) -> None:
         with files.named(self.path.parent / "tensorboard"):
             self.events.write_event(Event(wall_time=time.time(), step=step, **content))
             self.events.flush()
 
-    def loss_since_save(self) -> float | None:
-        """Returns the mean loss, in nats per token, since this was asked last; None where every step was skipped."""
-        (loss, tokens), self.since_save = self.since_save, [0.0, 0.0]
-        return loss / tokens if tokens else None
-
     def close(self) -> None:
-        self.flush()
-        if self.file is not None:
-            self.file.close()
+        self.file.close()
         if self.events is not None:
             self.events.close()
 
 
-def _lines(path: epath.Path, last: int) -> list[str]:
-    """Returns the whole lines of a metrics.jsonl up to a step; those after it are done again."""
-    lines = []
+def _lines_until(path: epath.Path, last: int) -> list[str]:
+    """Returns the whole lines of a metrics.jsonl up to a step; there may be none."""
     try:
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     except Exception as error:  # a store's client raises what it likes
         raise store_error(error, path) or error from None
+    lines = []
     for line in text.splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a kill
             if json.loads(line)["step"] <= last and line.endswith("\n"):
                 lines.append(line)
     return lines

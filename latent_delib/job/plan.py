@@ -1,34 +1,31 @@
-"""What a training job is before anything is materialised: shapes, where every leaf lies, and the step over them."""
+"""Plans a training job before any array is made: shapes, the place of every leaf, and the step over them."""
 
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.delib.step import Optimizer, TrainState, make_optimizer, train_step
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
-from latent_delib.job.experiment import Experiment, placed
-from latent_delib.nn.layers import PARAM_AXES
+from latent_delib.job.experiment import Experiment
 from latent_delib.nn.transformer import Params
-from latent_delib.weights import folder
 
 
 class Plan(NamedTuple):
-    """A job's step, and what it takes.
+    """Holds a job's step, and the form of all that it takes.
 
     state, frozen, batch: trees of jax.ShapeDtypeStruct that carry shardings; nothing else decides where an array lies.
-    tx: the optimizer.
+    optimizer: with the learning rate that it uses.
     step: jitted (state, frozen, batch) -> (state, metrics); the state is donated.
     """
 
     state: TrainState
     frozen: Params
     batch: dict[str, jax.ShapeDtypeStruct]
-    tx: optax.GradientTransformation
+    optimizer: Optimizer
     step: Any
 
 
@@ -38,30 +35,15 @@ def make(exp: Experiment) -> Plan:
     Raises:
       UserError: a dimension that the mesh does not divide.
     """
-    c, mesh = exp.config, exp.mesh
-    if (c.train.batch_size // c.train.accumulation) % mesh_lib.row_shards(mesh):
-        raise UserError(
-            f"config.train.batch_size={c.train.batch_size} in {c.train.accumulation} parts does not split over the "
-            f"mesh, data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}: expected a multiple of "
-            f"{c.train.accumulation * mesh_lib.row_shards(mesh)}"
-        )
-    tx, trainable = make_optimizer(c.optimizer, c.train.steps).tx, experiment.trainable_shapes(exp)
-    whole = mesh_lib.replicated(mesh)
-    opt_state = mesh_lib.optimizer_state(mesh, tx, trainable)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trainable, opt_state)
-    frozen = {}
-    if "embedding" not in trainable.get("decoder", {}):  # the decoder is not trained as a whole
-        decoder = folder.shapes(exp.aug.transformer.config)
-        shardings = mesh_lib.parameters(mesh, decoder, PARAM_AXES)
-        frozen = {"decoder": placed(decoder, shardings, exp.dtype)}
-    if exp.start and c.method.lora_rank:
-        start = experiment.start_shapes(exp)
-        frozen["coprocessor"] = placed(start, shardings_of(start), exp.dtype)
-    row = jax.ShapeDtypeStruct((c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(mesh))
+    c = exp.config
+    check_rows(exp)
+    optimizer = make_optimizer(c.optimizer, c.train.steps)
+    state = state_shapes(exp, optimizer)
+    row = jax.ShapeDtypeStruct((c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(exp.mesh))
     step = partial(
         train_step,
         aug=exp.aug,
-        tx=tx,
+        tx=optimizer.tx,
         seed=c.seed,
         num_traces=c.method.num_traces,
         num_ahead=c.method.num_ahead,
@@ -70,8 +52,32 @@ def make(exp: Experiment) -> Plan:
         dtype=exp.dtype,
         skip_bad=c.train.max_bad_steps > 0,
     )
-    jitted = jax.jit(step, out_shardings=(shardings_of(state), whole), donate_argnums=0)
-    return Plan(state, frozen, {"tokens": row, "segment": row}, tx, jitted)
+    outputs = (shardings_of(state), mesh_lib.replicated(exp.mesh))
+    return Plan(
+        state=state,
+        frozen={} if exp.trains_whole_decoder else experiment.frozen_shapes(exp),
+        batch={"tokens": row, "segment": row},
+        optimizer=optimizer,
+        step=jax.jit(step, out_shardings=outputs, donate_argnums=0),
+    )
+
+
+def check_rows(exp: Experiment) -> None:
+    """Raises UserError unless each part of a batch splits over the mesh."""
+    t = exp.config.train
+    split = mesh_lib.shards(exp.mesh, "batch")
+    if (t.batch_size // t.accumulation) % split:
+        raise UserError(
+            f"config.train.batch_size={t.batch_size} in {t.accumulation} parts does not split over "
+            f"{mesh_lib.setting(exp.mesh, 'batch')}: expected a multiple of {t.accumulation * split}"
+        )
+
+
+def state_shapes(exp: Experiment, optimizer: Optimizer) -> TrainState:
+    """Returns the shapes of what training changes, with shardings."""
+    trainable = experiment.trainable_shapes(exp)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(exp.mesh))
+    return TrainState(step, trainable, mesh_lib.optimizer_state(exp.mesh, optimizer.tx, trainable))
 
 
 def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
@@ -80,27 +86,28 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
     Raises:
       UserError: bfloat16 on CPUs with a tensor axis beside others, where XLA would abort the process.
     """
-    tensor = exp.mesh.shape["tensor"]
+    heads = mesh_lib.shards(exp.mesh, "heads")
     on_cpus = exp.mesh.devices.flat[0].platform == "cpu"
-    if on_cpus and exp.dtype == jnp.bfloat16 and exp.mesh.size > tensor > 1:
+    if on_cpus and exp.dtype == jnp.bfloat16 and exp.mesh.size > heads > 1:
         raise UserError(
-            f"config.compute.dtype=bfloat16 with config.mesh.tensor={tensor}: XLA's compiler for CPUs aborts on it; "
-            "on CPUs expected float32, or config.mesh.tensor=1"
+            f"config.compute.dtype=bfloat16 with {mesh_lib.setting(exp.mesh, 'heads')}: XLA's compiler for "
+            "CPUs aborts on it; expected float32, or config.mesh.tensor=1"
         )
     return plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
 
 
 def shardings_of(tree: Any) -> Any:
+    """Returns the sharding of every leaf."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def count(tree: Any) -> int:
-    """Elements of all leaves."""
+    """Returns the number of elements of all leaves."""
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def size(tree: Any) -> int:
-    """Bytes of all leaves, over all devices."""
+    """Returns the bytes of all leaves, over all devices."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -109,24 +116,34 @@ def gib(size: float) -> str:
 
 
 def summary(exp: Experiment, plan: Plan) -> str:
-    """What is about to run, and where every parameter lies."""
-    c, m, state = exp.config, exp.config.method, plan.state
-    shapes = f"B {c.train.batch_size} T {c.data.seq_len}"
-    if exp.aug.has_latents:
-        shapes += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}, placement {m.placement}"
-        shapes += f", delays up to {m.max_delay}" if m.max_delay else ""
-    if m.lora_rank:
-        shapes += f", adapters of rank {m.lora_rank}"
-    if c.train.accumulation > 1:
-        shapes += f", in {c.train.accumulation} parts"
+    """Returns the lines that a job prints first: its shapes, and the place of every parameter."""
+    trainable = plan.state.trainable
     lines = [
-        f"method {m.name}: {shapes}, {c.compute.dtype}, attention {exp.aug.transformer.form}, remat {c.compute.remat}",
+        f"method {exp.config.method.name}: {_shapes(exp)}",
         f"decoder {exp.decoder or 'random'} [{exp.fingerprint[:12]}]",
-        f"parameters: {count(plan.frozen):,} frozen ({gib(size(plan.frozen))}), {count(state.trainable):,} trainable "
-        f"({gib(size(state.trainable))} + optimizer {gib(size(state.opt_state))}), over all devices",
+        f"parameters: {count(plan.frozen):,} frozen ({gib(size(plan.frozen))}), {count(trainable):,} trainable "
+        f"({gib(size(trainable))} + optimizer {gib(size(plan.state.opt_state))}), over all devices",
         f"devices: {exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}, mesh {dict(exp.mesh.shape)}",
-        f"trainable parameters and where they lie, each with its optimizer moments:\n{mesh_lib.table(state.trainable)}",
+        f"trainable parameters and where they lie, each with its optimizer moments:\n{mesh_lib.table(trainable)}",
     ]
     if plan.frozen:
         lines.append(f"frozen parameters and where they lie:\n{mesh_lib.table(plan.frozen)}")
     return "\n".join(lines)
+
+
+def _shapes(exp: Experiment) -> str:
+    """Returns the sizes of a step in the letters of docs, and how it is computed."""
+    c = exp.config
+    m = c.method
+    parts = [f"B {c.train.batch_size} T {c.data.seq_len}"]
+    if exp.aug.has_latents:
+        parts[0] += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}"
+        parts.append(f"placement {m.placement}")
+    if exp.aug.has_latents and m.max_delay:
+        parts.append(f"delays up to {m.max_delay}")
+    if m.lora_rank:
+        parts.append(f"adapters of rank {m.lora_rank}")
+    if c.train.accumulation > 1:
+        parts.append(f"in {c.train.accumulation} parts")
+    parts += [c.compute.dtype, f"attention {exp.aug.transformer.form}", f"remat {c.compute.remat}"]
+    return ", ".join(parts)

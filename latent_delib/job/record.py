@@ -1,7 +1,7 @@
-"""What a run is, as plain data, and the one comparison of two runs.
+"""Holds what a run is, as plain data, and the one comparison of two runs.
 
 A record is made from a config, from the meta of a checkpoint, or from a result. It knows neither models nor files.
-Everything that asks "does this fit?" asks `Record.differences`.
+Everything that asks "does this fit?" asks `Record.differences` or `Record.require`.
 """
 
 import dataclasses
@@ -10,18 +10,15 @@ from typing import Any, NamedTuple
 
 from latent_delib.errors import UserError
 
-FORMAT = 1  # of a checkpoint's meta; 0: without a number, until version 0.1
+FORMAT = 1  # of a checkpoint's meta; version 0.1 wrote no number, which counts as 0
 
-METHOD = ("name", "num_latents", "placement", "lora_rank", "start", "coprocessor")
-EVALUATION = (
-    "num_ahead",
-    "max_length",
-    "max_pieces",
-    "max_positions",
-    "seed",
-    "delay",
-    "swap",
-    "longer_prompt",
+METHOD = (
+    "method.name",
+    "method.num_latents",
+    "method.placement",
+    "method.lora_rank",
+    "method.start",
+    "method.coprocessor",
 )
 # Purpose -> the keys that two runs must agree on. "method.*" is every key of that part of the config.
 AGREE = {
@@ -36,33 +33,47 @@ AGREE = {
         "data.seq_len",
     ),
     # A checkpoint is evaluated or used: same decoder, same latents.
-    "evaluate": ("decoder.fingerprint", "decoder.tokenizer", *(f"method.{key}" for key in METHOD)),
+    "evaluate": ("decoder.fingerprint", "decoder.tokenizer", *METHOD),
     # Training begins with another run's coprocessor, which must be whole.
-    "start": ("decoder.fingerprint", *(f"method.{key}" for key in METHOD)),
+    "start": ("decoder.fingerprint", *METHOD),
     # Two evaluations stand on one curve.
     "compare": (
         "decoder.fingerprint",
-        *(f"method.{key}" for key in METHOD),
+        *METHOD,
         "data.validation",
-        *(f"evaluate.{key}" for key in EVALUATION),
+        "evaluate.num_ahead",
+        "evaluate.max_length",
+        "evaluate.max_pieces",
+        "evaluate.max_positions",
+        "evaluate.seed",
+        "evaluate.delay",
+        "evaluate.swap",
+        "evaluate.longer_prompt",
     ),
 }
-WHOLE = {"method.lora_rank": 0, "method.start": ""}  # of a coprocessor that others begin with
-# What a key was before it existed.
-BEFORE = {"method.coprocessor": {}, "method.lora_rank": 0, "method.max_delay": 0, "method.start": ""}
+WHOLE = {"method.lora_rank": 0, "method.start": ""}  # of a coprocessor that other runs begin with
+# The value a key has in a run that is older than the key.
+BEFORE = {
+    "method.coprocessor": {},
+    "method.lora_rank": 0,
+    "method.max_delay": 0,
+    "method.start": "",
+    "optimizer.name": "adamw",
+}
 REMEDY = {
     "resume": "use that, or another --workdir",
     "evaluate": "use the same, or another --workdir",
     "start": "name another checkpoint",
     "compare": "give another --out, or remove it",
 }
-SHORT = 12  # characters of a fingerprint that are shown
+FINGERPRINTS = ("decoder.fingerprint", "decoder.tokenizer")
+SHORT = 12  # characters of a fingerprint that messages show
 
 Plain = Mapping[str, Any]
 
 
 class Difference(NamedTuple):
-    """A key that two runs do not agree on, and its value in each."""
+    """Names a key that two runs do not agree on, and its value in each."""
 
     key: str
     here: Any
@@ -71,11 +82,14 @@ class Difference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a run is.
+    """Says what a run is. Every field is plain data, as JSON holds it.
 
-    config: every key of its config, nested. fingerprint: SHA-256 of the frozen decoder, hex. architecture: the fields
-    of its TransformerConfig; empty where not known. data: the fingerprint of its training text, as
-    `data.batches.fingerprint` makes it; empty where not known. step: optimizer steps done; None: nothing trained.
+    config: every key of its config, nested.
+    fingerprint: SHA-256 of the frozen decoder, hex.
+    architecture: the fields of its TransformerConfig; empty where not known.
+    data: name -> SHA-256 of "tokenizer" and, once known, of every part of the training text, as
+      `data.batches.fingerprint` makes them; empty where not known.
+    step: optimizer steps done; None: nothing trained.
     """
 
     config: Plain
@@ -91,9 +105,16 @@ class Record:
         Raises:
           UserError: it is of a newer version.
         """
-        if (found := meta.get("format", 0)) > FORMAT:
+        found = meta.get("format", 0)
+        if found > FORMAT:
             raise UserError(f"{where}: checkpoint format {found}, expected at most {FORMAT}; use a newer latent_delib")
-        return cls(meta["config"], meta["fingerprint"], meta["architecture"], meta["data"]["fingerprint"], meta["step"])
+        return cls(
+            config=meta["config"],
+            fingerprint=meta["fingerprint"],
+            architecture=meta["architecture"],
+            data=meta["data"]["fingerprint"],
+            step=meta["step"],
+        )
 
     @classmethod
     def from_result(cls, result: Plain) -> "Record":
@@ -114,8 +135,12 @@ class Record:
     @property
     def method(self) -> Plain:
         """Returns the method's part of the config, with the keys that an older version did not have."""
-        before = {key.removeprefix("method."): value for key, value in BEFORE.items()}
-        return before | dict(self.config["method"])
+        method = dict(self.config["method"])
+        for key, value in BEFORE.items():
+            room, name = key.split(".")
+            if room == "method":
+                method.setdefault(name, value)
+        return method
 
     @property
     def tokenizer(self) -> str | None:
@@ -142,7 +167,9 @@ class Record:
         """Compares this run with another for a purpose, a key of AGREE; returns every difference, this run's first."""
         found = []
         for key in self._keys(other, purpose):
-            here = WHOLE[key] if purpose == "start" and key in WHOLE else self[key]
+            here = self[key]
+            if purpose == "start":
+                here = WHOLE.get(key, here)
             there = other[key]
             if here != there:
                 found.append(Difference(key, here, there))
@@ -151,21 +178,24 @@ class Record:
     def require(self, other: "Record", purpose: str, where: str) -> None:
         """Raises UserError unless another run, found at `where`, agrees with this one on all that a purpose needs."""
         found = self.differences(other, purpose)
-        if found:
-            listed = "; ".join(f"{d.key} is {_short(d, d.there)} there, {_short(d, d.here)} here" for d in found)
-            raise UserError(f"{where}: {listed}; {REMEDY[purpose]}")
+        if not found:
+            return
+        listed = "; ".join(f"{d.key} is {_short(d.key, d.there)} there, {_short(d.key, d.here)} here" for d in found)
+        raise UserError(f"{where}: {listed}; {REMEDY[purpose]}")
 
     def _keys(self, other: "Record", purpose: str) -> Iterator[str]:
+        """Yields the keys of a purpose, one by one."""
         for key in AGREE[purpose]:
             room, star, _ = key.partition(".*")
-            if star:  # a key that came later has no value in an older run, and cannot differ
-                yield from (f"{room}.{name}" for name in other.config[room])
-            else:
+            if not star:
                 yield key
+                continue
+            # Keys that came later than the other run either have a value in BEFORE, or cannot differ.
+            there = [f"{room}.{name}" for name in other.config[room]]
+            older = [key for key in BEFORE if key.startswith(f"{room}.")]
+            yield from dict.fromkeys(there + older)
 
 
-def _short(difference: Difference, value: Any) -> str:
+def _short(key: str, value: Any) -> str:
     """Returns a value as a message shows it."""
-    if difference.key in ("decoder.fingerprint", "decoder.tokenizer"):
-        return str(value)[:SHORT]
-    return repr(value)
+    return str(value)[:SHORT] if key in FINGERPRINTS else repr(value)

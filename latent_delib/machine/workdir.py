@@ -13,12 +13,17 @@ from latent_delib.machine import files
 
 
 def is_remote(workdir: str) -> bool:
+    """Returns whether a workdir is in a bucket."""
     return workdir.startswith("gs://")
 
 
 @contextlib.contextmanager
 def exclusive(workdir: str) -> Iterator[None]:
-    """Holds a local workdir for one job; the lock is process 0's, and ends with it, however that ends."""
+    """Holds a local workdir for one job; process 0 has the lock, which ends with it, however it ends.
+
+    Raises:
+      UserError: another job holds it, or it cannot be written.
+    """
     if is_remote(workdir) or jax.process_index():
         yield
         return

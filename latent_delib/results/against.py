@@ -7,7 +7,7 @@ import numpy as np
 
 from latent_delib.errors import UserError
 from latent_delib.machine import checkpoint
-from latent_delib.measure import perplexity
+from latent_delib.measure import intervals, perplexity
 from latent_delib.results import packed, tables
 from latent_delib.results.entries import entry_of, label
 from latent_delib.results.forms import Table
@@ -56,10 +56,10 @@ def compare(found: Runs, against: str) -> Table:
             left_out.append(str(result.path.parent))
             continue
         entry = entry_of(result)
-        changes = tables.changes(perplexity.table(pair.sums, work_of(pair), seed=0))
+        changes = tables.changes(perplexity.table({"nll": pair.sums}, work_of(pair), seed=0))
         rows.append([entry.latents, label(entry), result.key, *changes])
         used.append(result)
-        over[result.key] = None if pair.work is None else perplexity.over(pair.work)
+        over[result.key] = None if pair.work is None else intervals.unit(pair.work)
     if left_out:
         checkpoint.warn(f"--against={against}: the frozen decoder has other figures in {', '.join(left_out)}: left out")
     title = f"Change in perplexity of the n-th token ahead against {against}"

@@ -131,8 +131,8 @@ def test_weights_sharded_three_ways_equal_one_and_the_frozen_tree_stays(
     alone, one, train_on_mesh, decoder_folder, monkeypatch
 ):
     """Training as the command does it, on a mesh that splits rows, widths, heads, features and vocabulary."""
-    kept, load = [], experiment.load_decoder
-    monkeypatch.setattr(experiment, "load_decoder", lambda *args: kept.append(load(*args)) or kept[-1])
+    kept, load = [], experiment.place_decoder
+    monkeypatch.setattr(experiment, "place_decoder", lambda *args: kept.append(load(*args)) or kept[-1])
     check_against_one_device(alone, train_on_mesh({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
     (decoder,) = kept
     assert {s.data.shape for s in decoder["embedding"].addressable_shards} == {(160, 16)}
@@ -254,7 +254,7 @@ def steps_on(config, count, decoder):
     exp = experiment.read(config, jax.devices()[:count])
     plan = planning.make(exp)
     start = jax.jit(experiment.init_trainable(exp))(jax.random.key(0), decoder)
-    state = TrainState(jnp.int32(0), start, plan.tx.init(start))
+    state = TrainState(jnp.int32(0), start, plan.optimizer.tx.init(start))
     state = jax.device_put(state, planning.shardings_of(plan.state))
     frozen = jax.device_put({"decoder": decoder}, planning.shardings_of(plan.frozen))
     losses = []

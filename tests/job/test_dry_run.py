@@ -17,7 +17,7 @@ from latent_delib.nn.sizes import SIZES
 
 
 def test_here(make_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(experiment, "load_decoder", None)  # weights are not even read
+    monkeypatch.setattr(experiment, "place_decoder", None)  # weights are not even read
     found = dry_run.dry_run(
         make_config({"mesh.fsdp": 2, "mesh.tensor": 2, "train.accumulation": 2}), str(tmp_path / "new")
     )

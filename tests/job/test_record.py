@@ -45,6 +45,16 @@ def test_a_meta_without_a_number_is_read(record):
     assert found.method["max_delay"] == 0 and found.method["coprocessor"] == {}
 
 
+def test_a_key_that_is_newer_than_a_run_had_one_value_in_it(record):
+    """So a run from before `method.max_delay` cannot go on with delays, nor one from before other optimizers."""
+    meta = json.loads(json.dumps(record.meta()))
+    del meta["config"]["method"]["max_delay"], meta["config"]["optimizer"]["name"]
+    older = Record.from_meta(meta, "w")
+    other = changed(changed(record, "method.max_delay", 3), "optimizer.name", "adafactor")
+    assert not record.differences(older, "resume")
+    assert [d.key for d in other.differences(older, "resume")] == ["method.max_delay", "optimizer.name"]
+
+
 def test_a_newer_checkpoint_is_refused(record):
     with pytest.raises(UserError, match=f"w: checkpoint format {FORMAT + 1}, expected at most {FORMAT}"):
         Record.from_meta(record.meta() | {"format": FORMAT + 1}, "w")

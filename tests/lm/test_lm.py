@@ -625,7 +625,7 @@ def test_mistakes(lms, decoder, name):
 
 def test_a_trained_decoder_has_no_coprocessor(tmp_path):
     checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save(1, {"decoder": np.zeros(2)}, {"mu": np.zeros(2)}, {"method.name": "decoder"})
+    checkpoints.save(1, {"trainable": {"decoder": np.zeros(2)}}, {"method.name": "decoder"})
     checkpoints.close()
     with pytest.raises(ld.UserError, match="method 'decoder' has no coprocessor"):
         ld.load_coprocessor(str(tmp_path))

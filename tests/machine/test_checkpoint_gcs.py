@@ -24,7 +24,9 @@ def job(workdir: str) -> None:
 
     def save(checkpoints, *steps):
         for step in steps:
-            checkpoints.save(step, tree(step), {"mu": tree(-step)}, {"step": step}, loss=step)
+            checkpoints.save(
+                step, {"trainable": tree(step), "optimizer": {"mu": tree(-step)}}, {"step": step}, loss=step
+            )
         checkpoints.close()
 
     save(Checkpoints(workdir), 4, 6)
@@ -36,7 +38,7 @@ def job(workdir: str) -> None:
     file.write_bytes(bytes(data))
     said, wanted = [], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree(0))
     checkpoint.warn = said.append
-    found = checkpoints.restore_newest(wanted, {"mu": wanted})
+    found = checkpoints.restore_newest({"trainable": wanted, "optimizer": {"mu": wanted}})
     assert (found.step, found.meta) == (4, {"step": 4})
     for words in ("checkpoint 6 is damaged (trainable: ", ", checkpoint 4 is used instead"):
         assert words in said[0], said
@@ -57,7 +59,7 @@ def test_a_job_on_gs(tmp_path):
 
     with running(tmp_path) as server:
         environment = os.environ | server.environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-m", "tests.test_checkpoint_gcs"]
+        command = [sys.executable, "-m", "tests.machine.test_checkpoint_gcs"]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.stdout == "done\n", done.stdout + done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["certificate.pem", "key.pem"], "nothing went to the disk"

@@ -17,7 +17,7 @@ import pytest
 from latent_delib import evaluate, train
 from latent_delib import mesh as mesh_lib
 from latent_delib.errors import Outage, UserError
-from latent_delib.machine import checkpoint, distributed
+from latent_delib.machine import checkpoint, distributed, roll_call
 from latent_delib.weights import folder
 from tests.processes import Job, free_port
 
@@ -30,18 +30,21 @@ import jax
 import jax.numpy as jnp
 
 from configs import base
-from latent_delib import distributed, evaluate, experiment, train
+from latent_delib import evaluate, train
+from latent_delib.errors import UserError
+from latent_delib.job import experiment
+from latent_delib.machine import distributed
 
 def differ(config):
     distributed.check_same(config="one", decoder="two")
     try:
         distributed.check_same(config="one", data=f"of {jax.process_index()}")
-    except distributed.UserError as error:
+    except UserError as error:
         return str(error)
 
 def export(config, workdir):
     exp = experiment.read(config)
-    train.export_decoder(exp, workdir, 4, {"decoder": experiment.load_decoder(exp, jnp.float32)}, None)
+    train.export_decoder(exp, workdir, 4, {"decoder": experiment.place_decoder(exp, jnp.float32)}, None)
 
 with distributed.job(SimpleNamespace(distributed=True, start_timeout=300)):
     for kind, changes, *folders in eval(sys.argv[1]):
@@ -189,8 +192,8 @@ def test_only_where_something_was_lost_is_a_job_to_start_again(monkeypatch, erro
     codes, ended = [], []
     monkeypatch.setattr(distributed, "GRACE", 0.2)
     monkeypatch.setattr(distributed, "SILENCE", 0.5)
-    monkeypatch.setattr(distributed, "_place", lambda seconds: ("127.0.0.1:1", 3, 1))
-    monkeypatch.setattr(distributed, "_answer_roll", lambda *_: {0: here})
+    monkeypatch.setattr(distributed, "find_place", lambda seconds: ("127.0.0.1:1", 3, 1))
+    monkeypatch.setattr(distributed, "meet", lambda *_: {0: here})
     monkeypatch.setattr(distributed, "_exit", ended.append)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **__: None)
     monkeypatch.setattr(distributed.jax.config, "update", lambda *_: None)
@@ -208,17 +211,17 @@ def call_roll(count, *others, seconds=5.0):
     """Process 0 and `others`, each (count, index) as it was told, in threads: what each of them ends with."""
     address, ends = f"127.0.0.1:{free_port()}", {}
 
-    def join(key, function, said, index):
+    def join(key, said, index):
         try:
-            connections = function(address, said, index, seconds)
+            connections = roll_call.meet(address, said, index, seconds)
             ends[key] = sorted(connections)
             for connection in connections.values():
                 connection.close()
         except UserError as error:
             ends[key] = str(error).replace(address, "ADDRESS")
 
-    threads = [threading.Thread(target=join, args=("first", distributed._call_roll, count, 0))]
-    threads += [threading.Thread(target=join, args=(i, distributed._answer_roll, *o)) for i, o in enumerate(others)]
+    threads = [threading.Thread(target=join, args=("first", count, 0))]
+    threads += [threading.Thread(target=join, args=(i, *other)) for i, other in enumerate(others)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -243,12 +246,12 @@ def test_the_roll():
 
 def test_a_process_that_is_started_again_before_all_are_there():
     address, found = f"127.0.0.1:{free_port()}", []
-    first = threading.Thread(target=lambda: found.append(distributed._call_roll(address, 3, 0, 30)))
+    first = threading.Thread(target=lambda: found.append(roll_call.meet(address, 3, 0, 30)))
     first.start()
     for line in ("GET / HTTP/1.1", "latent_delib 1 3"):  # a stranger, and one that is gone at once
         with connect(address) as connection:
             connection.sendall(f"{line}\n".encode())
-    others = [threading.Thread(target=distributed._answer_roll, args=(address, 3, i, 30), daemon=True) for i in (2, 1)]
+    others = [threading.Thread(target=roll_call.meet, args=(address, 3, i, 30), daemon=True) for i in (2, 1)]
     for thread in others:  # the second one last, or all would seem to be there
         thread.start()
         time.sleep(0.2)
@@ -268,13 +271,13 @@ def connect(address):
 
 def test_a_listener_that_says_nothing(monkeypatch):
     """Another service's, or a process 0 that was stopped: its kernel answers."""
-    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    monkeypatch.setattr(roll_call, "GRACE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address, ends = f"127.0.0.1:{silent.getsockname()[1]}", []
 
         def join():
             try:
-                distributed._answer_roll(address, 2, 1, 0.3)
+                roll_call.meet(address, 2, 1, 0.3)
             except UserError as error:
                 ends.append(str(error))
 
@@ -288,7 +291,7 @@ def test_no_coordinator():
     with pytest.raises(
         UserError, match=r"process 0 does not answer at 127.0.0.1:\d+ within 0.5 s .Connection refused."
     ) as e:
-        distributed._answer_roll(f"127.0.0.1:{free_port()}", 2, 1, 0.5)
+        roll_call.meet(f"127.0.0.1:{free_port()}", 2, 1, 0.5)
     assert "\n" not in str(e.value)
 
 
@@ -296,7 +299,7 @@ def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}, the coordinator's, cannot be opened: .*in use"):
-            distributed._call_roll(f"127.0.0.1:{port}", 2, 0, 0.5)
+            roll_call.meet(f"127.0.0.1:{port}", 2, 0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +318,7 @@ def test_an_environment_that_does_not_fit(monkeypatch, environment, message):
     for name, value in ((whole | environment) if environment else {}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        distributed._place(1)
+        roll_call.find_place(1)
 
 
 def test_votes_are_counted_on_any_mesh():

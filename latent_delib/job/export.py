@@ -1,0 +1,51 @@
+"""Writes the decoder that a job has trained, as a decoder folder in its workdir."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_delib import mesh as mesh_lib
+from latent_delib.delib import lora
+from latent_delib.job import experiment
+from latent_delib.job.build import TRAINED
+from latent_delib.job.experiment import Experiment
+from latent_delib.machine import files
+from latent_delib.nn.transformer import Params
+from latent_delib.weights import folder
+
+
+def export_decoder(exp: Experiment, workdir: str, step: int, trainable: Params, frozen: Params | None = None) -> None:
+    """Writes WORKDIR/decoder, where the decoder was trained: in whole, or by adapters of the frozen one.
+
+    One leaf at a time is gathered, on every device.
+
+    Args:
+      step: of the weights; stored beside them.
+      trainable: the trained tree.
+      frozen: the decoder that adapters lie over; loaded where it is None.
+    """
+    if "decoder" not in trainable:
+        return
+    tree = trainable["decoder"]
+    if not exp.trains_whole_decoder:
+        frozen = frozen or experiment.place_decoder(exp, exp.dtype)
+        below = jax.tree.map(lambda x: x.astype(jnp.float32), frozen)
+        tree = jax.jit(lora.lay_over)(below, tree)
+    leaves = folder.by_name(tree)
+    dtype = jnp.dtype(exp.config.decoder.export_dtype)
+    gather = jax.jit(lambda x: x.astype(dtype), out_shardings=mesh_lib.replicated(exp.mesh))
+    arrays = (np.asarray(gather(leaf)) for leaf in leaves.values())
+    if jax.process_index():
+        for _ in arrays:  # takes part in each gather
+            pass
+        return
+    path = Path(workdir) / "decoder"
+    with files.whole(path, replace=True) as partial:
+        folder.copy_tokenizer(exp.tokenizer.path, partial)
+        entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
+        folder.write_model(partial, exp.aug.transformer.config, entries, arrays)
+        (partial / TRAINED).write_text(json.dumps({"step": step}) + "\n")
+    print(f"trained decoder: {path}", flush=True)

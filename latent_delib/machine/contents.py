@@ -1,0 +1,80 @@
+"""The contents of a checkpoint: type and checksum of each leaf, by which damage is found when it is read again."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def describe(meta: Mapping[str, Any], trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {tree: {leaf: [type, sum]}} and, as "crc32", a checksum of that and of the meta; JSON can hold it."""
+    contents: dict[str, Any] = {}
+    for name, tree in trees.items():
+        types, sums = leaf_types(tree), leaf_sums(tree)
+        contents[name] = {leaf: [types[leaf], sums[leaf]] for leaf in types}
+    return contents | {"crc32": _crc32(meta, contents)}
+
+
+def is_whole(meta: Mapping[str, Any], contents: Mapping[str, Any]) -> bool:
+    """Tells whether meta and contents are as they were saved."""
+    leaves = {name: part for name, part in contents.items() if name != "crc32"}
+    return contents["crc32"] == _crc32(meta, leaves)
+
+
+def changed_leaves(contents: Mapping[str, Any], trees: Mapping[str, Any]) -> list[str]:
+    """Returns the leaves that are not as they were saved."""
+    changed = []
+    for name, tree in trees.items():
+        for leaf, found in leaf_sums(tree).items():
+            if found != contents[name][leaf][1]:
+                changed.append(f"{name}: {leaf}")
+    return changed
+
+
+def leaf_types(tree: Any) -> dict[str, str]:
+    """Returns each leaf's dtype and shape, such as float32[64, 8]."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(tree).items()}
+
+
+def leaf_sums(tree: Any) -> dict[str, int]:
+    """Returns each leaf's sum of bits, read as integers, modulo 2**32: any flipped bit changes it, no mesh does.
+
+    Leaves are arrays of JAX, which are added up where they lie, or of numpy, which never go to a device.
+    """
+    leaves = _named_leaves(tree)
+    if any(isinstance(leaf, jax.Array) for leaf in leaves.values()):
+        sums = jax.device_get(_sums_on_devices(leaves))
+    else:
+        sums = jax.tree.map(_sum_on_host, leaves)
+    return jax.tree.map(int, sums)
+
+
+@jax.jit
+def _sums_on_devices(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(_sum_on_device, leaves)
+
+
+def _sum_on_device(x: jax.Array) -> jax.Array:
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def _sum_on_host(x: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(x).view(f"u{min(x.dtype.itemsize, 4)}")
+    return bits.sum(dtype=np.uint32)
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by name, such as coprocessor.layers.wq."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _crc32(*parts: Any) -> int:
+    return zlib.crc32(json.dumps(parts).encode())

@@ -1,0 +1,219 @@
+"""How the processes of a job find each other: process 0 calls the roll over TCP, and names whoever is missing.
+
+jax.distributed does not say which process is missing; it aborts when its time-out expires. So the roll comes first, on
+the coordinator's port, which jax takes over afterwards. The connections stay open, for `distributed.Others` to watch.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import time
+
+from latent_delib.errors import UserError
+
+SILENCE = 40  # seconds after which a machine that no longer answers counts as gone
+GRACE = 5.0  # seconds in which a process can still end by itself, and say why, once another has ended
+HELLO = "latent_delib"
+COMPLETE = "all are there"
+REFUSED = "refused "
+
+Connections = dict[int, socket.socket]  # by process: process 0 has one to each other, the others one to process 0
+
+
+def find_place(seconds: float) -> tuple[str, int, int]:
+    """Returns the coordinator's address, the number of processes and this one's.
+
+    They come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where set, else from the cluster.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count = _number_from_environment("JAX_NUM_PROCESSES")
+    index = _number_from_environment("JAX_PROCESS_ID")
+    if None in (address, count, index):
+        address, count, index = _ask_cluster(address, count, index, seconds)
+    if not re.fullmatch(r".+:\d+", address):
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: expected HOST:PORT, of process 0")
+    if not index < count:
+        raise UserError(f"JAX_PROCESS_ID={index}: expected 0 ... {count - 1}, for there are {count} processes")
+    return address, count, index
+
+
+def meet(address: str, count: int, index: int, seconds: float) -> Connections:
+    """Returns connections to process 0, or as process 0 to all others, once all processes are there.
+
+    Raises:
+      UserError: processes that did not come within so many seconds, by number; a number given twice, or one that does
+        not fit; a coordinator that does not answer.
+    """
+    if index == 0:
+        return _call_roll(address, count, seconds)
+    return _answer_roll(address, count, index, seconds)
+
+
+def send_line(connection: socket.socket, text: str) -> None:
+    """Sends a line. If the other side is gone, that is found when it is read."""
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{text}\n".encode())
+
+
+def read_line(connection: socket.socket) -> str:
+    """Returns one line; "" where the connection ends first, or is silent for longer than its time-out."""
+    line = b""
+    with contextlib.suppress(OSError):
+        while len(line) < 10_000:
+            byte = connection.recv(1)
+            if byte == b"\n":
+                return line.decode(errors="replace")
+            if not byte:
+                break
+            line += byte
+    return ""
+
+
+def _number_from_environment(name: str) -> int | None:
+    value = os.environ.get(name)
+    if not value:
+        return None
+    if not value.isdecimal():
+        raise UserError(f"{name}={value}: expected a number")
+    return int(value)
+
+
+def _ask_cluster(address: str | None, count: int | None, index: int | None, seconds: float) -> tuple[str, int, int]:
+    """Asks the cluster (Cloud TPU, GKE, Slurm) for what is None."""
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; it has no public name
+
+    detect = ClusterEnv.auto_detect_unset_distributed_params
+    try:
+        address, count, index, _ = detect(address, count, index, None, None, seconds)
+    except Exception as error:
+        raise UserError(f"--distributed: {' '.join(str(error).split())}") from None
+    if None in (address, count, index):
+        raise UserError(
+            "--distributed: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not all set, and no "
+            "Cloud TPU, GKE or Slurm is found that knows them"
+        )
+    return address, count, index
+
+
+def _call_roll(address: str, count: int, seconds: float) -> Connections:
+    """Waits for all others, as process 0, and tells them that all are there, or why the job does not start."""
+    until = time.monotonic() + seconds
+    there: Connections = {}
+    with _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)) as listener:
+        try:
+            while len(there) < count - 1:
+                listener.settimeout(max(0.01, until - time.monotonic()))
+                try:
+                    connection = listener.accept()[0]
+                except TimeoutError:
+                    raise UserError(_name_absent(there, address, count, seconds)) from None
+                _enter(connection, there, count)
+                for process in [process for process in there if _is_closed(there[process])]:
+                    del there[process]  # it may start again
+        except UserError as error:
+            for connection in there.values():
+                send_line(connection, f"{REFUSED}{error}")
+            raise
+    for connection in there.values():
+        send_line(connection, COMPLETE)
+    return there
+
+
+def _enter(connection: socket.socket, there: Connections, count: int) -> None:
+    """Reads which process has connected, and enters it among those that are there."""
+    connection.settimeout(5)
+    found = re.fullmatch(rf"{HELLO} (\d+) (\d+)", read_line(connection))
+    if found is None:  # a stranger
+        connection.close()
+        return
+    process, its_count = int(found[1]), int(found[2])
+    before = there.get(process)
+    there[process] = _keep_alive(connection)
+    if its_count != count:
+        raise UserError(
+            f"--distributed: process {process} was started as one of {its_count}, process 0 as one of {count}"
+        )
+    if not 0 < process < count:
+        raise UserError(
+            f"--distributed: a process was started as number {process}, expected 1 ... {count - 1} besides process 0"
+        )
+    if before is not None and not _is_closed(before):
+        there[-1] = before  # to be told as well
+        hosts = [each.getpeername()[0].removeprefix("::ffff:") for each in (before, connection)]
+        raise UserError(f"--distributed: two processes were started as number {process}, on {hosts[0]} and {hosts[1]}")
+
+
+def _name_absent(there: Connections, address: str, count: int, seconds: float) -> str:
+    absent = [str(process) for process in range(1, count) if process not in there]
+    names = ", ".join(absent[:20]) + (", ..." if len(absent) > 20 else "")
+    return (
+        f"--distributed: {len(absent)} of {count} processes did not connect to {address} within {seconds:g} s: number "
+        f"{names}; is the command running on every worker, and the port open between them?"
+    )
+
+
+def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connections:
+    """Finds process 0, as any other process, and waits until it says that all are there."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + seconds
+    while True:
+        answer = "it hung up, or said nothing"
+        try:
+            connection = _keep_alive(socket.create_connection((host.strip("[]"), int(port)), timeout=5))
+        except OSError as error:
+            answer = error.strerror or str(error)
+        else:
+            connection.settimeout(seconds + GRACE)  # process 0 has a limit of its own, and may have begun to wait later
+            send_line(connection, f"{HELLO} {index} {count}")
+            answer = read_line(connection) or answer
+            if answer == COMPLETE:
+                connection.settimeout(None)
+                return {0: connection}
+            if answer.startswith(REFUSED):
+                raise UserError(answer.removeprefix(REFUSED))
+            connection.close()
+        if time.monotonic() > until:
+            raise UserError(
+                f"--distributed: process 0 does not answer at {address} within {seconds:g} s ({answer}): is the "
+                "command running there, and the port open?"
+            )
+        time.sleep(0.5)
+
+
+def _listen(port: int, until: float) -> socket.socket:
+    """Returns a socket that listens on all addresses; a job that just ended may hold the port for a moment."""
+    while True:
+        try:
+            if socket.has_dualstack_ipv6():
+                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+            return socket.create_server(("", port), backlog=1024)
+        except OSError as error:
+            if time.monotonic() > until:
+                reason = (error.strerror or str(error)).lower()
+                raise UserError(f"--distributed: port {port}, the coordinator's, cannot be opened: {reason}") from None
+        time.sleep(0.5)
+
+
+def _keep_alive(connection: socket.socket) -> socket.socket:
+    """Enables TCP keep-alive: an idle connection is fine, a lost machine is detected after SILENCE seconds."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, SILENCE // 4),
+        (socket.TCP_KEEPINTVL, SILENCE // 4),
+        (socket.TCP_KEEPCNT, 3),
+        (socket.TCP_USER_TIMEOUT, 1000 * SILENCE),
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    return connection
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """Tells whether the other side has hung up."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

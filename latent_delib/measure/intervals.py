@@ -1,0 +1,93 @@
+"""Confidence intervals of a change in perplexity: a bootstrap that draws works, and then documents of each.
+
+What holds for one work, a book for instance, may not hold for another: so intervals draw works.
+"""
+
+import numpy as np
+
+RESAMPLES = 2000
+DRAWN_AT_ONCE = 2**22  # documents in the resamples that are in memory together: 32 MB
+
+
+def unit(work: np.ndarray) -> str:
+    """Names the things that `interval` draws.
+
+    "works"; "documents", where each is a work of its own; "documents of one work", which tell nothing of other works.
+
+    Args:
+      work: int [documents], the work that each document is of.
+    """
+    works = len(np.unique(work))
+    if works == 1:
+        return "documents of one work"
+    return "documents" if works == len(work) else "works"
+
+
+def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int) -> np.ndarray:
+    """Estimates the 95 % interval of the change in perplexity, in percent, for each n.
+
+    It is the 2.5th and 97.5th percentile over RESAMPLES resamples. One draws as many works as there are, and of each
+    drawn work as many documents as it has. A resample without any token of an n does not count for it.
+
+    Args:
+      tokens: int64 [documents, A], how many tokens count.
+      change: float64 [documents, A], the sum of what latents add to their -log p, nats.
+      work: int [documents], the work that each document is of.
+      seed: of the draws.
+
+    Returns:
+      float64 [2, A]. NaN for an n that only one document reaches, or only one of several works.
+    """
+    found = np.full((2, tokens.shape[1]), np.nan)
+    known = _can_be_estimated(tokens, work)
+    if known.any():
+        by_work = np.argsort(work, kind="stable")
+        sums = np.concatenate([change[:, known], tokens[:, known]], axis=1)
+        size = np.unique(work, return_counts=True)[1]
+        total_change, total_tokens = np.split(_resampled(sums[by_work], size, seed), 2, axis=1)
+        mean = np.full_like(total_change, np.nan)
+        np.divide(total_change, total_tokens, out=mean, where=total_tokens > 0)
+        found[:, known] = 100 * np.expm1(np.nanpercentile(mean, [2.5, 97.5], axis=0))
+    return found
+
+
+def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
+    """Tells for each n whether more than one document reaches it, and more than one work if there are several."""
+    several = np.count_nonzero(tokens, axis=0) > 1
+    works = np.unique(work)
+    if len(works) > 1:
+        reached = [tokens[work == each].any(axis=0) for each in works]
+        several &= np.count_nonzero(reached, axis=0) > 1
+    return several
+
+
+def _resampled(sums: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
+    """Adds up each resample, float64 [RESAMPLES, columns].
+
+    Args:
+      sums: float64 [documents, columns], those of a work together.
+      size: int [works], how many documents each work has.
+      seed: of the draws.
+    """
+    draw = np.random.default_rng(seed)
+    at_once = max(1, DRAWN_AT_ONCE // len(sums))
+    found = []
+    for first in range(0, RESAMPLES, at_once):
+        count = min(at_once, RESAMPLES - first)
+        times = np.array([_resample(draw, size) for _ in range(count)], np.float64)
+        found.append(times @ sums)
+    return np.concatenate(found)
+
+
+def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
+    """Draws how many times a resample has each document, int [documents], those of a work together.
+
+    Args:
+      draw: the generator.
+      size: int [works], how many documents each work has.
+    """
+    works = draw.integers(len(size), size=len(size))
+    first = np.cumsum(size) - size  # the first document of each work
+    drawn_from = np.repeat(works, size[works])  # for each document that is drawn
+    documents = first[drawn_from] + draw.integers(size[drawn_from])
+    return np.bincount(documents, minlength=size.sum())

@@ -1,0 +1,69 @@
+"""The metrics of an evaluation: what each takes of every token, and how its sums become a figure.
+
+A metric is one entry of METRICS. Its figures stand in perplexity.json, and the sums it needs in documents.npz.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.loss import tokens_at_a_time
+from latent_delib.nn import transformer
+from latent_delib.nn.transformer import Params
+
+# (augmentation, parameters, outputs [B, ..., D], the tokens [B, ...] that they predict) -> a number for each token.
+Term = Callable[[Augmentation, Params, jax.Array, jax.Array], jax.Array]
+
+
+class Metric(NamedTuple):
+    """Describes a figure of the n-th token ahead, under the decoder and with latents.
+
+    name: its keys in a row of perplexity.json are decoder_NAME and augmented_NAME.
+    terms: what is added up over tokens, by name; metrics that share a term share its name.
+    pool: (sums by name, and "tokens", how many count) -> the figure.
+    """
+
+    name: str
+    terms: Mapping[str, Term]
+    pool: Callable[[Mapping[str, Any]], float]
+
+
+def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
+    """Returns the term that a function makes from logits, float32 [..., V], and targets, int32 [...].
+
+    Logits exist for as few tokens at a time as in the loss.
+    """
+
+    def term(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
+        B, D = x.shape[0], x.shape[-1]
+        x_RBD = jnp.moveaxis(x.reshape(B, -1, D), 1, 0)
+        targets_RB = jnp.moveaxis(targets.reshape(B, -1), 1, 0)
+
+        def of_a_token_of_every_sequence(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            x_BD, targets_B = inputs
+            logits_BV = transformer.unembed(params["decoder"]["embedding"], x_BD, aug.transformer.config)
+            return value(logits_BV, targets_B)
+
+        chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
+        value_RB = jax.lax.map(of_a_token_of_every_sequence, (x_RBD, targets_RB), batch_size=chunk)
+        return jnp.moveaxis(value_RB, 0, 1).reshape(targets.shape)
+
+    return term
+
+
+PERPLEXITY = Metric("ppl", {"nll": augment.nll}, lambda sums: np.exp(sums["nll"] / sums["tokens"]))
+
+METRICS = (PERPLEXITY,)
+
+
+def all_terms() -> dict[str, Term]:
+    """Returns the terms of all metrics by name."""
+    terms: dict[str, Term] = {}
+    for metric in METRICS:
+        terms |= metric.terms
+    return terms

@@ -1,0 +1,121 @@
+"""Validation text: documents cut into pieces, and the work and the source that each document is of.
+
+A work is a book, for instance: what holds for one work may not hold for another.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from latent_delib.data import batches
+from latent_delib.errors import UserError
+from latent_delib.job.experiment import Experiment
+from latent_delib.machine import checkpoint
+
+
+class ValidationText(NamedTuple):
+    """Holds the pieces of the documents of several works and sources.
+
+    pieces: int32 [length] each, BOS first, 1 < length <= max_length.
+    document: int64 [pieces], the document that each piece is of.
+    source: int64 [documents], the source that each document is of.
+    sources: the names of the sources.
+    work: int64 [documents], the work that each document is of.
+    works: the names of the works; "" where a document is a work of its own.
+    works_known: False where older token files do not say which work a document is of; each then counts as a work.
+    """
+
+    pieces: list[np.ndarray]
+    document: np.ndarray
+    source: np.ndarray
+    sources: tuple[str, ...]
+    work: np.ndarray
+    works: tuple[str, ...]
+    works_known: bool = True
+
+    def lengths(self) -> np.ndarray:
+        """Returns how many tokens each piece has, int64 [pieces]."""
+        return np.array([len(piece) for piece in self.pieces])
+
+    def digest(self) -> str:
+        """Returns the SHA-256, hex, of the pieces, and of the document and source of each."""
+        names = np.frombuffer(repr(self.sources).encode(), np.uint8)
+        sha = hashlib.sha256()
+        for part in (*self.pieces, self.lengths(), self.document, self.source, names):
+            sha.update(part)
+        return sha.hexdigest()
+
+
+def read_validation_text(exp: Experiment) -> ValidationText:
+    """Reads the validation sources of a config.
+
+    With `evaluate.max_pieces`, that many pieces of each source, evenly spread over it, and the documents they are of.
+
+    Raises:
+      UserError: the sources are missing or hold no text.
+    """
+    e = exp.config.evaluate
+    data = exp.config.data
+    text = _read_all(exp)
+    text = _keep(text, _spread(text, e.max_pieces))
+    if not text.pieces:
+        raise UserError(f"config.data.validation={text.sources}: holds no text")
+    if not text.works_known:
+        checkpoint.warn(
+            f"config.data.token_files: {data.token_files} does not say which work a document is of, so intervals draw "
+            "documents; `prepare` the text again, with another --out, for intervals over works"
+        )
+    return text
+
+
+def _read_all(exp: Experiment) -> ValidationText:
+    """Reads every document, cut where it is longer than `evaluate.max_length`."""
+    sources = tuple(exp.config.data.validation)
+    pieces: list[np.ndarray] = []
+    document: list[int] = []  # of each piece
+    source: list[int] = []  # of each document
+    work: list[int] = []  # of each document
+    numbers: dict[tuple[str, str | int], int] = {}  # of works by source and name; without a name, by document
+    works_known = True
+    for found in batches.validation_documents(exp.config.data, tokenizer_path=str(exp.tokenizer.path)):
+        cut = batches.pieces(found.tokens, exp.config.evaluate.max_length, exp.tokenizer.bos_id)
+        pieces += cut
+        document += [len(source)] * len(cut)
+        name = found.work or len(source)
+        work.append(numbers.setdefault((found.source, name), len(numbers)))
+        source.append(sources.index(found.source))
+        works_known = works_known and found.work is not None
+    return ValidationText(
+        pieces=pieces,
+        document=np.array(document, np.int64),
+        source=np.array(source, np.int64),
+        sources=sources,
+        work=np.array(work, np.int64),
+        works=tuple(name if isinstance(name, str) else "" for _, name in numbers),
+        works_known=works_known,
+    )
+
+
+def _spread(text: ValidationText, most: int) -> np.ndarray:
+    """Returns the numbers of `most` pieces of each source, evenly spread over it; 0: all of them."""
+    chosen = []
+    source = text.source[text.document]
+    for number in range(len(text.sources)):
+        there = np.flatnonzero(source == number)
+        count = min(most or len(there), len(there))
+        chosen.append(there[np.arange(count) * len(there) // max(count, 1)])
+    return np.concatenate(chosen)
+
+
+def _keep(text: ValidationText, chosen: np.ndarray) -> ValidationText:
+    """Returns the text of the chosen pieces alone; documents and works are numbered anew, without gaps."""
+    documents, document = np.unique(text.document[chosen], return_inverse=True)
+    works, work = np.unique(text.work[documents], return_inverse=True)
+    return text._replace(
+        pieces=[text.pieces[i] for i in chosen],
+        document=document,
+        source=text.source[documents],
+        work=work,
+        works=tuple(text.works[i] for i in works),
+    )

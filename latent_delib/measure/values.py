@@ -1,0 +1,197 @@
+"""The terms of every token on both sides, computed a batch at a time: the frozen decoder and the evaluated model."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from latent_delib import mesh as mesh_lib
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.step import ahead_step, read_step
+from latent_delib.errors import UserError
+from latent_delib.job.experiment import Experiment
+from latent_delib.measure.metric import Term, all_terms
+from latent_delib.measure.views import Case
+from latent_delib.nn.transformer import Params
+
+PlacedText = tuple[jax.Array, jax.Array]  # tokens and segments, int32 [B, T] each
+
+
+class Steps(NamedTuple):
+    """Holds the jitted `step.read_step` and `step.ahead_step`. Compiled once: no shape depends on the text."""
+
+    read: Callable[..., Any]
+    ahead: Callable[..., Any]
+
+
+class Sides(NamedTuple):
+    """Holds the parameters of the two models that are compared.
+
+    plain: of the frozen decoder. own: of the evaluated model. own_decoder: whether that one trained its decoder.
+    """
+
+    plain: Params
+    own: Params
+    own_decoder: bool
+
+
+class Values(NamedTuple):
+    """Holds the terms of a batch on the host, each a dict by name of arrays.
+
+    plain: [B, T - 1], of each next token of `Case.plain`, under the frozen decoder.
+    own: [B, T - 1], of each next token of `Case.own`, under the evaluated model without latents.
+    ahead: [B, k, A], with latents after `Case.own_at`; None: a method without latents.
+    """
+
+    plain: dict[str, np.ndarray]
+    own: dict[str, np.ndarray]
+    ahead: dict[str, np.ndarray] | None
+
+    def of(self, row: int) -> "Values":
+        """Returns those of one row."""
+        return jax.tree.map(lambda x: x[row], self)
+
+
+def jit_steps(exp: Experiment) -> Steps:
+    """Jits the steps for the config's mesh; experiments that are alike share them in a process.
+
+    Raises:
+      UserError: a batch does not split over the mesh.
+    """
+    e = exp.config.evaluate
+    shards = mesh_lib.shards(exp.mesh, "batch")
+    if e.batch_size % shards:
+        raise UserError(f"config.evaluate.batch_size={e.batch_size} does not split over {shards} devices")
+    return _jitted(exp.aug, exp.mesh, exp.dtype, e.num_ahead, e.delay, tuple(all_terms().items()))
+
+
+@functools.cache
+def _jitted(
+    aug: Augmentation,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    num_ahead: int,
+    delay: int,
+    terms: tuple[tuple[str, Term], ...],
+) -> Steps:
+    def score(*arguments: Any) -> dict[str, jax.Array]:
+        return {name: term(*arguments) for name, term in terms}
+
+    whole = mesh_lib.replicated(mesh)
+    read = functools.partial(read_step, aug=aug, dtype=dtype, score=score)
+    ahead = functools.partial(ahead_step, aug=aug, num_ahead=num_ahead, delay=delay, score=score)
+    return Steps(jax.jit(read, out_shardings=(None, whole)), jax.jit(ahead, out_shardings=whole))
+
+
+def sides_of(frozen: Params, trainable: Params) -> Sides:
+    """Returns the two sides of a comparison: the frozen decoder, and what a trained tree makes of the frozen one."""
+    return Sides({"decoder": frozen["decoder"]}, augment.assemble(frozen, trainable), "decoder" in trainable)
+
+
+def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]) -> Values:
+    """Computes a batch of cases on both sides.
+
+    A text is read once, and a second time where the evaluated model has another decoder or another text. Its cache then
+    serves all its places, `evaluate.positions` of them at a time: so the device holds the cache of batch_size x
+    max_length tokens and traces at batch_size x positions, and the host batch_size x max_length x num_ahead values.
+    Every process gets all values.
+    """
+    givers = [case.giver for case in cases if case.giver is not None]
+    text = _place_text(exp, [case.plain for case in cases] + givers)
+    reading, plain = steps.read(sides.plain, *text)
+    own = plain
+    another_text = any(case.own is not case.plain for case in cases)
+    if another_text:
+        text = _place_text(exp, [case.own for case in cases] + givers)
+    if another_text or sides.own_decoder:
+        reading, own = steps.read(sides.own, *text)
+    ahead = None
+    if exp.aug.has_latents:
+        parts = _with_latents(exp, steps, sides.own, reading, text, cases)
+        # Read only now that the device has all it needs to go on.
+        ahead = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *jax.device_get(parts))
+    return Values(jax.device_get(plain), jax.device_get(own), ahead)
+
+
+def _with_latents(
+    exp: Experiment, steps: Steps, params: Params, reading: Any, text: PlacedText, cases: Sequence[Case]
+) -> list[dict[str, jax.Array]]:
+    """Computes the terms with latents after all places of a batch, some places at a time: [B, M, A] each.
+
+    Args:
+      exp: the experiment.
+      steps: its jitted steps.
+      params: of the evaluated model.
+      reading: of `steps.read`, of the text.
+      text: the texts of the cases, and then those of their givers.
+      cases: the batch.
+    """
+    at_once = _places_at_once(exp)
+    places = _places(exp, cases, at_once)
+    rows_of_latents = []
+    if cases[0].giver is not None:
+        rows_of_latents = [_place_rows(exp, _rows_of_givers(exp, len(cases)))]
+    parts = []
+    for first in range(0, places.shape[1], at_once):
+        at_BM = _place_rows(exp, places[:, first : first + at_once])
+        part, _ = steps.ahead(params, reading, *text, at_BM, *rows_of_latents)
+        parts.append(part)
+    return parts
+
+
+def _places_at_once(exp: Experiment) -> int:
+    """Returns how many places of a piece are computed together: no more than are drawn, rounded up for the mesh."""
+    e = exp.config.evaluate
+    at_once = min(e.positions, e.max_length)
+    if not e.max_positions:
+        return at_once
+    shards = mesh_lib.shards(exp.mesh, "traces")
+    return min(at_once, -(-e.max_positions // shards) * shards)
+
+
+def _places(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
+    """Returns where latents are written in each row: the pieces, then their givers.
+
+    Filled up with T - 1, which has no ahead tokens.
+
+    Returns:
+      int32 [B, a multiple of `at_once`].
+    """
+    e = exp.config.evaluate
+    most = max(len(case.own_at) for case in cases)
+    columns = max(1, -(-most // at_once)) * at_once
+    places = np.full((e.batch_size, columns), e.max_length - 1, np.int32)
+    for row, case in enumerate(cases):
+        places[row, : len(case.own_at)] = case.own_at
+        if case.giver_at is not None:
+            places[len(cases) + row, : len(case.giver_at)] = case.giver_at
+    return places
+
+
+def _rows_of_givers(exp: Experiment, cases: int) -> np.ndarray:
+    """Returns the row whose latents each row uses, int64 [B]: the givers' rows follow those of the cases."""
+    rows = np.arange(exp.config.evaluate.batch_size)
+    rows[:cases] += cases
+    return rows
+
+
+def _place_text(exp: Experiment, pieces: Sequence[np.ndarray]) -> PlacedText:
+    """Places the tokens and segments of a batch on the devices, padded."""
+    shape = (exp.config.evaluate.batch_size, exp.config.evaluate.max_length)
+    tokens = np.full(shape, exp.tokenizer.pad_id, np.int32)
+    segment = np.zeros(shape, np.int32)
+    for row, piece in enumerate(pieces):
+        tokens[row, : len(piece)] = piece
+        segment[row, : len(piece)] = 1
+    return _place_rows(exp, tokens), _place_rows(exp, segment)
+
+
+def _place_rows(exp: Experiment, x: np.ndarray) -> jax.Array:
+    """Places the rows of a batch on the devices that compute them."""
+    B = exp.config.evaluate.batch_size
+    return mesh_lib.place_rows(exp.mesh, x[mesh_lib.local_rows(exp.mesh, B)], B)

@@ -1,0 +1,163 @@
+"""Views of the validation text: what each side reads of a piece, and after which of its tokens latents are put.
+
+A control of the evaluation is a function from one view to another. Code that adds up sees only the cases of a view.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from latent_delib.errors import UserError
+from latent_delib.job.experiment import Experiment
+from latent_delib.measure.text import ValidationText
+
+DRAWS = 2  # the version of the random draws in `positions` and `donors`; 1: both ignored the length of a piece
+
+
+class Case(NamedTuple):
+    """Holds one piece as it is evaluated.
+
+    plain: int32 [length], the piece, which the frozen decoder reads.
+    at: int64 [k], after which of its tokens latents are put, ascending.
+    own: int32 [length], the text that the evaluated model reads.
+    own_at: int64 [k], the same places in `own`.
+    giver: int32 [length], the text whose latents are used; None: those of `own`.
+    giver_at: int64 [k], after which tokens of it these latents are written.
+    """
+
+    plain: np.ndarray
+    at: np.ndarray
+    own: np.ndarray
+    own_at: np.ndarray
+    giver: np.ndarray | None = None
+    giver_at: np.ndarray | None = None
+
+
+View = Callable[[int], Case]  # from the number of a piece
+
+
+def view_of(exp: Experiment, text: ValidationText) -> View:
+    """Returns the view that the config's `evaluate` asks for.
+
+    Raises:
+      UserError: `swap`, and a source has one document only.
+    """
+    e = exp.config.evaluate
+
+    def whole(number: int) -> Case:
+        piece = text.pieces[number]
+        at = positions(e.seed, number, len(piece), e.max_positions, e.max_length, e.longer_prompt)
+        return Case(piece, at, piece, at)
+
+    view: View = whole
+    if e.longer_prompt:
+        view = without_first_tokens(view, e.longer_prompt)
+    if e.swap:
+        view = with_latents_of(view, donors(e.seed, text))
+    return view
+
+
+def without_first_tokens(view: View, lost: int) -> View:
+    """Takes the first `lost` tokens after BOS from the evaluated model: the decoder alone has the longer prompt."""
+
+    def shortened(number: int) -> Case:
+        case = view(number)
+        own = np.delete(case.own, slice(1, 1 + lost))
+        return case._replace(own=own, own_at=case.own_at - lost)
+
+    return shortened
+
+
+def with_latents_of(view: View, donor: np.ndarray) -> View:
+    """Gives each piece the latents that its donor writes at the same places; past the donor's end, its last ones.
+
+    Args:
+      donor: int64 [pieces], the piece that gives each its latents.
+    """
+
+    def swapped(number: int) -> Case:
+        case = view(number)
+        giver = view(donor[number]).own
+        return case._replace(giver=giver, giver_at=np.minimum(case.own_at, len(giver) - 1))
+
+    return swapped
+
+
+def positions(seed: int, number: int, length: int, most: int, longest: int, first: int = 0) -> np.ndarray:
+    """Draws after which tokens of a piece latents are put; a function of the seed and the piece's number alone.
+
+    Args:
+      seed: of the draw.
+      number: of the piece.
+      length: tokens of the piece.
+      most: places in a piece of `longest` tokens; a shorter one has its share, so that each token of the text is as
+        likely as any other. 0: every token that has a next one.
+      longest: tokens of the longest piece there may be.
+      first: the first token that may be drawn.
+
+    Returns:
+      int64 [k], ascending.
+    """
+    usable = max(0, length - 1 - first)
+    usable_in_longest = longest - 1 - first
+    if not most or most >= usable_in_longest:
+        return first + np.arange(usable)
+    draw = np.random.default_rng([seed, number])
+    share, rest = divmod(usable * most, usable_in_longest)
+    share += draw.integers(usable_in_longest) < rest  # rounded so that its mean is exact
+    return first + np.sort(draw.choice(usable, share, replace=False))
+
+
+def donors(seed: int, text: ValidationText) -> np.ndarray:
+    """Draws for each piece another one that gives it its latents, int64 [pieces].
+
+    It is of another document of the same source, so that latents differ in content and not in kind of text. It is at
+    least as long as the piece; where none is, the longest. Of several that fit, the next in a random order is taken.
+
+    Raises:
+      UserError: a source has one document only.
+    """
+    at_random = np.random.default_rng(seed).permutation(len(text.pieces))
+    source = text.source[text.document]
+    found = np.empty(len(text.pieces), np.int64)
+    for number, name in enumerate(text.sources):
+        if np.count_nonzero(text.source == number) == 1:
+            raise UserError(
+                f"config.evaluate.swap: {name!r} of config.data.validation has one document among the pieces"
+            )
+        ring = at_random[source[at_random] == number]
+        found[ring] = ring[_next_that_fits(text.document[ring], text.lengths()[ring])]
+    return found
+
+
+def _next_that_fits(document: np.ndarray, length: np.ndarray) -> list[int]:
+    """Returns for each place in a ring the next one of another document that is long enough.
+
+    Args:
+      document: int64 [n], the document at each place. length: int64 [n], of the piece there.
+    """
+    longest: dict[int, int] = {}  # piece of each document
+    document, length = document.tolist(), length.tolist()
+    for each, tokens in zip(document, length):
+        longest[each] = max(tokens, longest.get(each, 0))
+    *_, second, first = sorted([0, 0, *longest.values()])
+
+    found = []
+    for place, each in enumerate(document):
+        longest_of_others = first if longest[each] < first else second
+        enough = min(length[place], longest_of_others)
+        other = place + 1
+        while document[other % len(document)] == each or length[other % len(document)] < enough:
+            other += 1
+        found.append(other % len(document))
+    return found
+
+
+def count_past_givers(view: View, pieces: int) -> int:
+    """Counts the places that lie past the end of their giver, whose last latents are used there."""
+    count = 0
+    for case in map(view, range(pieces)):
+        if case.giver_at is not None:
+            count += int(np.count_nonzero(case.own_at > case.giver_at))
+    return count

@@ -1,0 +1,82 @@
+"""An evaluation as plain text, as `evaluate` prints it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from latent_delib.results.entries import controls_in_words
+from latent_delib.results.figures import CURVES
+from latent_delib.results.tables import change
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Writes the tables as plain text: of each set if there are several, each followed by its works, then of all."""
+    sets = result["sets"]
+    lines = [_heading(result)]
+    for source, found in sets.items():
+        if len(sets) > 1:
+            lines.append(f"{source}, {_documents(found)}")
+        lines.append(_table(found["rows"], found["interval_over"]))
+        lines += _works(found["works"])
+    if len(sets) > 1:
+        lines += ["all", _table(result["rows"], result["interval_over"])]
+    return "\n".join(lines)
+
+
+def _heading(result: dict[str, Any]) -> str:
+    """Says which method was evaluated, how, and on how much text."""
+    method = result["config"]["method"]
+    words = [method["name"]]
+    if result["step"] is not None:
+        words.append(f"step {result['step']}")
+    if method["name"] != "decoder":
+        words += [f"{method['num_latents']} latents", f"placement {method['placement']}"]
+    words += controls_in_words(result["config"]["evaluate"])
+    if result["past_donors"]:
+        words.append(f"at {result['past_donors']:,} positions beyond that text's end the latents after its last token")
+    words.append(f"{result['pieces']} pieces of {_documents(result)}")
+    return f"perplexity of the n-th token ahead; {', '.join(words)}"
+
+
+def _documents(part: dict[str, Any]) -> str:
+    """Says how many documents there are, and of how many works where each is not a work of its own."""
+    counts = {"works": f" of {part['num_works']} works", "documents of one work": " of one work"}
+    count = part["documents"]
+    return f"{count} document{'' if count == 1 else 's'}{counts.get(part['interval_over'], '')}"
+
+
+def _works(works: dict[str, dict[str, Any]]) -> list[str]:
+    """Writes a line for each of several works: its change at a few n."""
+    if len(works) < 2:
+        return []
+    deepest = max(len(part["rows"]) for part in works.values())
+    shown = [n for n in CURVES if n <= deepest]
+    lines = [["by work, intervals over its documents", *(f"n = {n}" for n in shown)]]
+    for name, part in works.items():
+        by_n = {row["n"]: row for row in part["rows"]}
+        cells = [str(change(by_n[n])) if n in by_n else "" for n in shown]
+        lines.append([f"{name}, {_documents(part | {'interval_over': None})}", *cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(["", *map(str.ljust, line, widths)]).rstrip() for line in lines]
+
+
+def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
+    """Writes the table as plain text: n = 1, 2, 4, 8, ...
+
+    Args:
+      rows: of perplexity.json.
+      over: what its intervals draw; None: documents of unknown works.
+    """
+    interval = f"95 % interval over {over or 'documents of unknown works'}"
+    lines = [f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"]
+    for row in rows:
+        is_power_of_two = row["n"] & (row["n"] - 1) == 0
+        if not is_power_of_two:
+            continue
+        interval = "one alone"
+        if row["change_low"] is not None:
+            interval = f"[{row['change_low']:+.2f}, {row['change_high']:+.2f}]"
+        lines.append(
+            f"{row['n']:>3} {row['tokens']:>10,} {row['decoder_ppl']:>10.4f} {row['augmented_ppl']:>10.4f} "
+            f"{row['change_percent']:>+8.2f}%   {interval}"
+        )
+    return "\n".join(lines)

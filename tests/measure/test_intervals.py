@@ -1,0 +1,89 @@
+"""Confidence intervals: the bootstrap over works and documents, resample by resample."""
+
+import numpy as np
+import pytest
+
+from latent_delib.measure import intervals, perplexity
+from latent_delib.measure.perplexity import Sums
+
+
+def interval(sums, work, seed):
+    return intervals.interval(sums.tokens, sums.augmented - sums.decoder, work, seed)
+
+
+def test_none_where_one_of_several_works_reaches():
+    """The two long documents are of one work: what they say at n = 2 holds for no other."""
+    tokens = np.array([[5, 5], [5, 5], [5, 0], [5, 0]])
+    sums = Sums(tokens, np.ones((4, 2)), np.array([[0.5, 0.5], [0.7, 0.7], [0.9, 0], [0.8, 0]]))
+    low, high = interval(sums, np.array([0, 0, 1, 2]), 0)
+    assert low[0] < high[0] < 0 and np.isnan([low[1], high[1]]).all()
+    assert not np.isnan(interval(sums.of(np.array([0, 1])), np.array([0, 0]), 0)).any()
+
+
+def test_no_row_where_no_document_reaches():
+    tokens = np.array([[3, 2, 0], [1, 0, 0]])
+    decoder, augmented = np.log([2.0, 8.0, 1.0]) * tokens, np.log([2.0, 4.0, 1.0]) * tokens
+    rows = perplexity.table({"nll": Sums(tokens, decoder, augmented)}, np.arange(2), 0)
+    close = pytest.approx
+    assert [list(row.values()) for row in rows] == [
+        [1, 4, close(2), close(2), close(0), close(0), close(0)],
+        [2, 2, close(8), close(4), close(-50), None, None],  # one document says nothing of others
+    ]
+
+
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_a_bootstrap_over_documents(monkeypatch, at_once):
+    """Resample by resample, whatever the number of them in memory; and the right width for means of a normal."""
+    monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", at_once)
+    draw = np.random.default_rng(3)
+    tokens = draw.integers(0, 9, (400, 2))
+    tokens[0] = 9
+    decoder = draw.normal(3, 1, tokens.shape) * tokens
+    augmented = decoder + draw.normal(-0.01, 0.05, tokens.shape) * tokens
+    found = interval(Sums(tokens, decoder, augmented), np.arange(400), 11)
+    resample, changes = np.random.default_rng(11), []
+    for _ in range(2000):
+        drawn = resample.integers(400, size=400)
+        changes.append((augmented - decoder)[drawn].sum(0) / tokens[drawn].sum(0))
+    np.testing.assert_allclose(found, 100 * np.expm1(np.percentile(changes, [2.5, 97.5], axis=0)), rtol=1e-9)
+    each, mean = (augmented - decoder)[:, 0], tokens[:, 0].mean()
+    spread = np.std(each - tokens[:, 0] * each.sum() / tokens[:, 0].sum()) / mean / 400**0.5  # of a ratio of sums
+    assert (found[1] - found[0])[0] == pytest.approx(100 * 2 * 1.96 * spread, rel=0.1)
+
+
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_works_are_drawn_and_then_their_documents(monkeypatch, at_once):
+    """The same draws one by one; of documents that do not lie work by work."""
+    monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", at_once)
+    draw = np.random.default_rng(4)
+    work = draw.permutation(np.repeat([7, 2, 9, 4], [1, 5, 2, 12]))
+    tokens = draw.integers(1, 9, (20, 1))
+    decoder = draw.normal(3, 1, tokens.shape) * tokens
+    augmented = decoder + draw.normal(0, 0.5, tokens.shape) * tokens
+    found = interval(Sums(tokens, decoder, augmented), work, 11)
+    resample, changes = np.random.default_rng(11), []
+    documents = [np.flatnonzero(work == name) for name in (2, 4, 7, 9)]
+    for _ in range(2000):
+        of_works = [documents[w] for w in resample.integers(4, size=4)]
+        within = iter(resample.integers(np.concatenate([np.full(len(d), len(d)) for d in of_works])))
+        drawn = [d[next(within)] for d in of_works for _ in d]
+        changes.append((augmented - decoder)[drawn].sum(0) / tokens[drawn].sum(0))
+    np.testing.assert_allclose(found, 100 * np.expm1(np.percentile(changes, [2.5, 97.5], axis=0)), rtol=1e-9)
+
+
+def test_works_with_opposite_effects_tell_nothing_of_a_third():
+    """One gains, one loses, each surely: over works the change may be either, over documents alone it is about zero."""
+    tokens = np.full((80, 1), 100)
+    decoder = 4.0 * tokens
+    effect = np.repeat([-0.02, 0.03], [60, 20]) + np.random.default_rng(0).normal(0, 0.005, 80)
+    sums = Sums(tokens, decoder, decoder + effect[:, None] * tokens)
+    work = np.repeat([0, 1], [60, 20])
+    whole = perplexity.summary({"nll": sums}, work, 0)
+    (row,) = whole["rows"]
+    assert (whole["interval_over"], whole["num_works"]) == ("works", 2)
+    assert row["change_low"] < -1.8 and row["change_high"] > 2.8
+    over_documents = perplexity.summary({"nll": sums}, np.arange(80), 0)
+    assert over_documents["interval_over"] == "documents"
+    assert over_documents["rows"][0]["change_high"] < 0, "a bootstrap over documents is sure of a gain"
+    novel = perplexity.summary({"nll": sums.of(work == 0)}, work[work == 0], 0)
+    assert novel["interval_over"] == "documents of one work" and novel["rows"][0]["change_high"] < -1.7

@@ -1,0 +1,104 @@
+"""Validation text: cut into pieces without loss, of documents, works and sources that are told apart."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from latent_delib import evaluate
+from latent_delib.data import token_files
+from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.errors import UserError
+from latent_delib.job import experiment
+from latent_delib.measure import perplexity, saved
+from latent_delib.measure.text import read_validation_text
+from latent_delib.results.evaluation import as_text
+
+
+@pytest.fixture(scope="module")
+def documents(texts, tokenizer_path):
+    return [Tokenizer(tokenizer_path).encode(text) for text in texts["validation"]]
+
+
+@pytest.fixture
+def read(make_config):
+    return lambda changes: read_validation_text(experiment.read(make_config(changes)))
+
+
+def cut(documents, length, bos=2):
+    return [[bos, *d[i : i + length - 1]] for d in documents for i in range(0, len(d), length - 1)]
+
+
+@pytest.mark.parametrize("length", [2, 7, 16, 500])
+def test_long_documents_are_cut_and_nothing_is_lost(read, documents, length):
+    text = read({"evaluate.max_length": length})
+    assert [piece.tolist() for piece in text.pieces] == cut(documents, length)
+    assert text.lengths().max() <= length and (text.lengths() - 1).sum() == sum(map(len, documents))
+    owned = np.bincount(text.document, weights=text.lengths() - 1)
+    assert owned.tolist() == [len(document) for document in documents]
+
+
+def test_a_quick_look_is_spread_over_the_source(read, documents):
+    text = read({"evaluate.max_pieces": 5})
+    owners = [i for i, document in enumerate(documents) for _ in cut([document], 32)]
+    wanted = [i * len(owners) // 5 for i in range(5)]
+    assert [piece.tolist() for piece in text.pieces] == [cut(documents, 32)[i] for i in wanted]
+    kept = sorted({owners[i] for i in wanted})
+    assert [kept[d] for d in text.document] == [owners[i] for i in wanted]
+    assert len(text.source) == len(kept) < len(documents)
+    assert [text.works[work] for work in text.work] == [f"{document % 2}.txt" for document in kept]
+
+
+def test_sources_apart_and_together(make_config, trained, texts, token_folder, tokenizer_path, tmp_path):
+    """The same documents as two sources: the first has five of them."""
+    encode, parts = Tokenizer(tokenizer_path).encode, {"lines:first": slice(0, 5), "lines:second": slice(5, None)}
+    folder, meta = str(tmp_path / "tokens"), json.loads((token_folder / "meta.json").read_text())
+    meta["validation"] = []
+    for number, (name, part) in enumerate(parts.items()):
+        found = (("", np.array(encode(text), np.int32)) for text in texts["validation"][part])
+        meta["validation"].append({"source": name, **token_files.write_validation(folder, number, found, meta)})
+    token_files.write_meta(folder, meta)
+    both = {"data.token_files": folder, "data.validation": tuple(parts)}
+    result = evaluate.evaluate(make_config(both), str(trained), str(tmp_path / "both"))
+    pooled = evaluate.evaluate(make_config(), str(trained), str(tmp_path / "pooled"))
+    assert {name: found["documents"] for name, found in result["sets"].items()} == {"lines:first": 5, "lines:second": 7}
+    for key in ("documents", "pieces"):
+        assert result[key] == pooled[key]
+    for row, known, *apart in zip(result["rows"], pooled["rows"], *(x["rows"] for x in result["sets"].values())):
+        assert list(row.values())[:5] == pytest.approx(list(known.values())[:5], rel=1e-6)
+        assert row["tokens"] == sum(x["tokens"] for x in apart)
+        for key in ("decoder_ppl", "augmented_ppl"):
+            nats = sum(x["tokens"] * np.log(x[key]) for x in apart)
+            assert row[key] == pytest.approx(np.exp(nats / row["tokens"]))
+    heads = [line for line in as_text(result).splitlines() if line[0] not in " 0123456789"]
+    assert heads[1:] == ["lines:first, 5 documents", "lines:second, 7 documents", "all"]
+
+    with pytest.raises(UserError, match="config.data.validation: 'lines:first' is listed twice"):
+        experiment.read(make_config(both | {"data.validation": ("lines:first",) * 2}))
+
+
+def test_token_files_that_do_not_say_which_work_a_document_is_of(read, token_folder, tmp_path, capsys):
+    """Those of an older version: each document counts as a work, and a line says so; the text is the same."""
+    folder = shutil.copytree(token_folder, tmp_path / "old")
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["validation"][0]["works"]
+    (folder / "meta.json").write_text(json.dumps(meta | {"format": 2}))
+    known = read({})
+    assert known.works == ("0.txt", "1.txt") and known.work.tolist() == [0, 1] * 6
+    assert capsys.readouterr().err == ""
+    text = read({"data.token_files": str(folder)})
+    assert text.works == ("",) * 12 and text.work.tolist() == list(range(12)) and text.digest() == known.digest()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and f"{folder} does not say which work a document is of" in line
+    assert known.works_known and not text.works_known
+
+    sums = {"nll": perplexity.Sums(np.ones((12, 1), int), np.ones((12, 1)), np.ones((12, 1)))}
+    result = perplexity.by_source(text, sums, seed=0)
+    assert result["interval_over"] is None
+    config = {"method": {"name": "decoder"}, "evaluate": {}}
+    said = as_text(result | {"config": config, "step": None, "past_donors": 0, "pieces": 12})
+    assert "interval over documents of unknown works" in said
+    saved.write_documents(tmp_path / "documents.npz", text, sums)
+    with np.load(tmp_path / "documents.npz") as found:
+        assert "source" in found and "work" not in found and "works" not in found

@@ -1,0 +1,106 @@
+"""Views of the text: after which tokens latents are put, which are lost, and whose latents a piece is given."""
+
+import numpy as np
+import pytest
+
+from latent_delib.errors import UserError
+from latent_delib.job import experiment
+from latent_delib.measure import views
+from latent_delib.measure.text import ValidationText
+
+
+def test_positions_are_a_function_of_seed_and_piece():
+    drawn = [views.positions(0, number, 500, 20, 500) for number in range(3)]
+    for at in drawn:
+        assert len(set(at)) == 20 and (np.diff(at) > 0).all() and 0 <= at.min() and at.max() < 499
+    assert len({tuple(at) for at in [*drawn, views.positions(1, 0, 500, 20, 500)]}) == 4
+    np.testing.assert_array_equal(drawn[1], views.positions(0, 1, 500, 20, 500))
+    for most in (0, 9, 10, 11):
+        assert len(views.positions(0, 0, 11, most, 11)) == min(most or 10, 10)
+
+
+@pytest.mark.parametrize("length, first", [(11, 0), (8, 0), (2, 0), (8, 3), (3, 3)])
+def test_every_token_is_as_likely_to_be_drawn(length, first):
+    """Whatever the length of its piece; of none more than `most`."""
+    most, seeds, usable = 3, 3000, max(0, length - 1 - first)
+    drawn = [views.positions(seed, 5, length, most, 11, first) for seed in range(seeds)]
+    assert max(map(len, drawn)) <= most
+    times = np.bincount(np.concatenate(drawn).astype(int), minlength=length)
+    assert not times[:first].any() and not times[first + usable :].any()
+    expected = seeds * most / (10 - first)
+    assert (abs(times[first : first + usable] - expected) < 5 * expected**0.5).all()
+
+
+def validation_text(length, document, source):
+    pieces = [np.arange(n, dtype=np.int32) for n in length]
+    works = np.arange(len(source))
+    return ValidationText(pieces, document, source, ("one", "other"), works, ("",) * len(source))
+
+
+def test_a_donor_is_of_another_document_of_the_source_and_long_enough():
+    draw = np.random.default_rng(0)
+    document = draw.integers(7, size=60)
+    document[:7] = np.arange(7)
+    length = draw.integers(2, 9, 60)
+    text = validation_text(length, document, np.array([0, 0, 0, 1, 1, 0, 1]))
+    found, source = views.donors(1, text), text.source[document]
+    assert (document[found] != document).all() and (source[found] == source).all() and len(set(found)) > 20
+    assert (found != views.donors(2, text)).any()
+    for piece, donor in enumerate(found):
+        fit = (document != document[piece]) & (source == source[piece])
+        assert length[donor] >= min(length[piece], length[fit].max())
+
+
+def test_donors_are_those_of_earlier_evaluations():
+    """The draw of version 2, which stored results name: next in a random order, of those that fit best."""
+    draw = np.random.default_rng(1)
+    document = np.sort(np.concatenate([np.arange(6), draw.integers(6, size=40)]))
+    length = draw.integers(2, 7, 46)
+    text = validation_text(length, document, np.array([0, 0, 0, 1, 1, 1]))
+    source = text.source[document]
+    at_random = np.random.default_rng(5).permutation(46)
+    expected = np.empty(46, int)
+    for place, piece in enumerate(at_random):
+        others = np.roll(at_random, -place)
+        others = others[(document[others] != document[piece]) & (source[others] == source[piece])]
+        expected[piece] = others[np.argmax(np.minimum(length[others], length[piece]))]
+    assert views.DRAWS == 2
+    np.testing.assert_array_equal(views.donors(5, text), expected)
+
+
+def test_a_document_alone_in_its_source_has_no_donor():
+    text = validation_text([4, 4, 4], np.array([0, 1, 2]), np.array([0, 0, 1]))
+    with pytest.raises(UserError, match="swap: 'other' of .* one document"):
+        views.donors(0, text)
+
+
+def test_what_each_side_reads(make_config):
+    """A longer prompt and swapped latents, each alone and together."""
+    text = validation_text([9, 6, 9, 3], np.array([0, 1, 2, 3]), np.array([0, 0, 1, 1]))
+
+    def cases(**changes):
+        exp = experiment.read(make_config({f"evaluate.{key}": value for key, value in changes.items()}))
+        view = views.view_of(exp, text)
+        return [view(number) for number in range(4)], view
+
+    whole, view = cases()
+    assert all(case.own is case.plain and case.giver is None for case in whole)
+    assert whole[1].at.tolist() == whole[1].own_at.tolist() == [0, 1, 2, 3, 4]
+    assert views.count_past_givers(view, 4) == 0
+
+    shortened, _ = cases(longer_prompt=3)
+    assert [case.plain.tolist() for case in shortened] == [piece.tolist() for piece in text.pieces]
+    assert [case.own.tolist() for case in shortened] == [[0, 4, 5, 6, 7, 8], [0, 4, 5], [0, 4, 5, 6, 7, 8], [0]]
+    assert [case.at.tolist() for case in shortened[:2]] == [[3, 4, 5, 6, 7], [3, 4]]
+    assert [case.own_at.tolist() for case in shortened[:2]] == [[0, 1, 2, 3, 4], [0, 1]]
+    assert len(shortened[3].at) == 0
+
+    swapped, view = cases(swap=True)
+    assert [len(case.giver) for case in swapped] == [6, 9, 3, 9]
+    assert swapped[0].own_at.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert swapped[0].giver_at.tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert views.count_past_givers(view, 4) == 2 + 5
+
+    both, _ = cases(swap=True, longer_prompt=3)
+    assert both[1].giver.tolist() == [0, 4, 5, 6, 7, 8]
+    assert both[0].giver_at.tolist() == [0, 1, 2, 2, 2]
