@@ -12,7 +12,8 @@ import test_evaluate
 import latent_delib as ld
 from latent_delib import convert, evaluate, train
 from latent_delib import mesh as mesh_lib
-from latent_delib.data import batches
+from latent_delib.data import token_files
+from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import UserError
@@ -22,6 +23,9 @@ from latent_delib.job.record import Record
 from latent_delib.measure import views
 from latent_delib.measure.text import read_validation_text
 from latent_delib.weights import folder
+from tests.shared_steps import shared_steps
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
 
 HALF = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_dim": 20}
 VARIANTS = {
@@ -59,8 +63,17 @@ def job(request, make_config, tmp_path_factory):
     """The name of a variant, its config, and the workdir of its four steps."""
     workdir = tmp_path_factory.mktemp("variant") / "workdir"
     config = make_config(changes(request.param))
-    train.train(config, str(workdir))
+    with shared_steps():
+        train.train(config, str(workdir))
     return request.param, config, workdir
+
+
+@pytest.fixture(scope="module")
+def plain_column(make_config, tmp_path_factory):
+    """The decoder's column of an evaluation of the frozen decoder alone."""
+    out = tmp_path_factory.mktemp("plain")
+    rows = evaluate.evaluate(make_config({"method.name": "decoder"}), "nowhere", str(out))["rows"]
+    return [row["decoder_ppl"] for row in rows]
 
 
 def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
@@ -84,24 +97,15 @@ def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "again", 4), other)
 
 
-def test_it_is_evaluated_against_the_decoder_that_was_frozen(job, decoder_folder, tmp_path):
+def test_it_is_evaluated_against_the_decoder_that_was_frozen(job, plain_column, decoder_folder, tmp_path):
     """The rows say what the loaded model says, and the decoder's column is the same for every variant."""
     variant, config, workdir = job
     rows = evaluate.evaluate(config, str(workdir), str(tmp_path))["rows"]
-    plain = evaluate.evaluate(experiment_config(config), "nowhere", str(tmp_path / "plain"))["rows"]
-    assert [row["decoder_ppl"] for row in rows] == [row["decoder_ppl"] for row in plain]
+    assert [row["decoder_ppl"] for row in rows] == plain_column
     assert abs(rows[0]["change_percent"]) > 1e-3
     lm = load(workdir, decoder_folder, variant)
     expected = test_evaluate.naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
     np.testing.assert_allclose([row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5)
-
-
-def experiment_config(config):
-    """The frozen decoder of a config."""
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.method.name, config.method.lora_rank, config.method.coprocessor = "decoder", 0, {}
-    return config
 
 
 def load(workdir, decoder_folder, variant):
@@ -195,19 +199,16 @@ def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_p
 def first_loss(config, coprocessor):
     """Of a coprocessor on the first batch of a job."""
     exp = experiment.read(config)
-    plan, data = (
-        planning.make(exp),
-        batches.train_batches(
-            config.data, batch_size=config.train.batch_size, seed=config.seed, tokenizer_path=str(exp.tokenizer.path)
-        ),
-    )
-    trainable = jax.device_put(
-        {"coprocessor": jax.device_get(coprocessor)}, planning.shardings_of(plan.state.trainable)
-    )
-    state = TrainState(jax.numpy.int32(0), trainable, plan.optimizer.tx.init(trainable))
-    frozen = {"decoder": experiment.place_decoder(exp, exp.dtype)}
-    batch = mesh_lib.place_rows(exp.mesh, next(data), config.train.batch_size)
-    return float(plan.step(state, frozen, batch)[1]["loss"])
+    plan = planning.make(exp)
+    found = {"coprocessor": jax.device_get(coprocessor)}
+    trainable = jax.device_put(found, planning.shardings_of(plan.state.trainable))
+    opt_state = jax.jit(plan.optimizer.tx.init, out_shardings=planning.shardings_of(plan.state.opt_state))(trainable)
+    step = jax.device_put(np.int32(0), plan.state.step.sharding)
+    rows = next(train.load_batches(exp, 0))
+    batch = mesh_lib.place_rows(exp.mesh, rows, config.train.batch_size)
+    compiled = planning.compile_step(exp, plan)
+    _, values = compiled(TrainState(step, trainable, opt_state), experiment.load_frozen(exp), batch)
+    return float(values["loss"])
 
 
 def test_latents_of_another_text_and_of_an_earlier_call(
@@ -235,26 +236,41 @@ def test_latents_of_another_text_and_of_an_earlier_call(
         np.testing.assert_allclose([row["augmented_ppl"] for row in rows[:3]], expected, rtol=1e-5)
 
 
-def test_the_other_text_is_of_another_document(make_config, trained, tmp_path):
+def test_the_other_text_is_of_another_document(make_config, trained, token_folder, tokenizer_path, tmp_path):
     """Latents of a document's copy are its own, so the donor's row and position are the right ones."""
-    copies = tmp_path / "copies.txt"
-    copies.write_text("\n\f\n".join(["the cat sat on the mat and looked at the other cat"] * 10))
-    changed = {"data.token_files": "", "data.validation": (f"files:{copies}",), "evaluate.batch_size": 8}
-    rows = [
-        evaluate.evaluate(make_config(changed | {"evaluate.swap": swap}), str(trained), str(tmp_path / str(swap)))[
-            "rows"
-        ]
-        for swap in (False, True)
-    ]
-    own, swapped = ([row["augmented_ppl"] for row in each] for each in rows)
+    copies = ["the cat sat on the mat and looked at the other cat"] * 10
+    held_out(tmp_path / "copies", token_folder, tokenizer_path, {"lines:copies": copies})
+    changed = {
+        "data.token_files": str(tmp_path / "copies"),
+        "data.validation": ("lines:copies",),
+        "evaluate.batch_size": 8,
+    }
+    columns = []
+    for swap in (False, True):
+        config = make_config(changed | {"evaluate.swap": swap})
+        rows = evaluate.evaluate(config, str(trained), str(tmp_path / str(swap)))["rows"]
+        columns.append([row["augmented_ppl"] for row in rows])
+    own, swapped = columns
     assert len(own) > 2
     np.testing.assert_allclose(swapped, own, rtol=1e-6)
 
-    alone = tmp_path / "alone.txt"
-    alone.write_text("the dog sat")
-    config = make_config({**changed, "data.validation": (f"files:{copies}", f"files:{alone}"), "evaluate.swap": True})
-    with pytest.raises(UserError, match="swap: 'files:.*alone.txt' of .* has one document among the pieces"):
-        evaluate.evaluate(config, str(trained), str(tmp_path / "alone"))
+    both = {"lines:copies": copies, "lines:alone": ["the dog sat"]}
+    held_out(tmp_path / "both", token_folder, tokenizer_path, both)
+    changed = {"data.token_files": str(tmp_path / "both"), "data.validation": tuple(both), "evaluate.swap": True}
+    with pytest.raises(UserError, match="swap: 'lines:alone' of .* has one document among the pieces"):
+        evaluate.evaluate(make_config(changed), str(trained), str(tmp_path / "alone"))
+
+
+def held_out(where, token_folder, tokenizer_path, documents):
+    """Token files with other validation sources: source -> documents."""
+    shutil.copytree(token_folder, where)
+    shutil.rmtree(where / "validation")
+    tokenizer = Tokenizer(tokenizer_path)
+    meta = token_files.read_meta(str(where)) | {"validation": []}
+    for number, (source, texts) in enumerate(documents.items()):
+        named = [("", np.array(tokenizer.encode(text), np.int32)) for text in texts]
+        meta["validation"].append({"source": source, **token_files.write_validation(str(where), number, named, meta)})
+    token_files.write_meta(str(where), meta)
 
 
 def swapped_by_hand(config, trained, decoder_folder):
