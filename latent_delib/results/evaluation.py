@@ -5,7 +5,7 @@ from typing import Any
 
 from latent_delib.results.entries import controls_in_words
 from latent_delib.results.figures import CURVES
-from latent_delib.results.tables import change
+from latent_delib.results.forms import change
 
 
 def as_text(result: dict[str, Any]) -> str:
