@@ -163,9 +163,9 @@ def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
 
 
 class Job:
-    """Holds what all evaluations of a job share; text and weights are read when they are first needed.
+    """Holds the parts that all evaluations of a job share; text and weights are read when they are first needed.
 
-    arguments: what else must be the same on all processes.
+    arguments: further values that must be the same on all processes.
     """
 
     def __init__(self, config: ConfigDict, workdir: str, arguments: Sequence[Any]):

@@ -149,7 +149,9 @@ def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]
     """
     tokens, decoder, augmented = sums["nll"]
     interval = intervals.interval(tokens, augmented - decoder, work, seed)
-    total = {term: Sums(*(x.sum(axis=0) for x in each)) for term, each in sums.items()}
+    total = {}
+    for term, each in sums.items():
+        total[term] = Sums(*(x.sum(axis=0) for x in each))
     reached = np.flatnonzero(total["nll"].tokens)
     return [_row(int(index), total, interval) for index in reached]
 
@@ -163,12 +165,15 @@ def _row(index: int, total: SumsByTerm, interval: np.ndarray) -> dict[str, Any]:
       interval: float64 [2, A], of the change in percent.
     """
     tokens = total["nll"].tokens[index]
+    decoder = {term: sums.decoder[index] for term, sums in total.items()}
+    augmented = {term: sums.augmented[index] for term, sums in total.items()}
     row = {"n": index + 1, "tokens": int(tokens)}
     for each in metric.METRICS:
-        for side in ("decoder", "augmented"):
-            pooled = {term: getattr(sums, side)[index] for term, sums in total.items()}
-            row[f"{side}_{each.name}"] = float(each.pool(pooled | {"tokens": tokens}))
+        row[f"decoder_{each.name}"] = float(each.pool(decoder | {"tokens": tokens}))
+        row[f"augmented_{each.name}"] = float(each.pool(augmented | {"tokens": tokens}))
     more_nll = total["nll"].augmented[index] - total["nll"].decoder[index]
-    low, high = (None if np.isnan(end) else float(end) for end in interval[:, index])
+    low, high = interval[:, index]
     row["change_percent"] = 100 * float(np.expm1(more_nll / tokens))
-    return row | {"change_low": low, "change_high": high}
+    row["change_low"] = None if np.isnan(low) else float(low)
+    row["change_high"] = None if np.isnan(high) else float(high)
+    return row
