@@ -245,6 +245,20 @@ def test_ctrl_c_during_imports(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+def test_ctrl_c_leaves_without_the_clean_up_at_exit(monkeypatch):
+    """In which jax crashes now and then, after a compile that was interrupted."""
+    left = []
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(os, "_exit", left.append)
+
+    def main(values):
+        raise KeyboardInterrupt
+
+    commands.run(main, "")
+    assert left == [130]
+
+
 def test_ctrl_c_that_python_drops(command):
     class Dropped:
         def __del__(self):
