@@ -7,7 +7,7 @@ MIXTURE = ["lxml>=5"]
 
 setup(
     name="latent_delib",
-    version="0.1.0",
+    version="0.2.0",
     description="Deliberation in latent space: a coprocessor that augments a frozen decoder's cache, in JAX",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["latent_delib", "latent_delib.*"]),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from latent_delib.errors import UserError
 
 if TYPE_CHECKING:
+    from latent_delib import mesh
+    from latent_delib.lm import look
     from latent_delib.lm.load import Coprocessor, Decoder, init_coprocessor, load_coprocessor, load_decoder
     from latent_delib.lm.model import AugmentedLM
 
@@ -19,8 +21,10 @@ __all__ = [
     "init_coprocessor",
     "load_coprocessor",
     "load_decoder",
+    "look",
     "mesh",
 ]
+MODULES = {"look": "latent_delib.lm.look", "mesh": "latent_delib.mesh"}
 
 if sys.argv[:1] == ["-m"] and any(word.startswith("latent_delib") for word in sys.orig_argv):
     # A command: Ctrl-C ends its imports at once, without a word. `commands.run` takes over.
@@ -29,16 +33,15 @@ if sys.argv[:1] == ["-m"] and any(word.startswith("latent_delib") for word in sy
 
 
 def __getattr__(name: str) -> Any:
-    """The interface is loaded at its first use, so that `latent_delib.data` alone needs no JAX."""
+    """Returns a part of the interface, loaded at its first use: `latent_delib.data` alone needs no JAX."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "mesh":
-        return importlib.import_module("latent_delib.mesh")
-    from latent_delib.lm import load
-    from latent_delib.lm import model as lm
-
-    return getattr(lm if name == "AugmentedLM" else load, name)
+    if name in MODULES:
+        return importlib.import_module(MODULES[name])
+    room = "latent_delib.lm.model" if name == "AugmentedLM" else "latent_delib.lm.load"
+    return getattr(importlib.import_module(room), name)
 
 
 def __dir__() -> list[str]:
+    """Returns the interface alone."""
     return sorted(__all__)

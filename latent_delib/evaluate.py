@@ -33,11 +33,12 @@ from latent_delib.machine import checkpoint, commands, distributed, files
 from latent_delib.machine.checkpoint import Restored, warn, whole_steps
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure import perplexity, saved, values, views
+from latent_delib.measure import perplexity, saved, views
 from latent_delib.measure.evaluations import Evaluations, Queue, steps_to_evaluate
 from latent_delib.measure.first import is_first, on_first
 from latent_delib.measure.perplexity import SumsByTerm
 from latent_delib.measure.text import ValidationText, read_validation_text
+from latent_delib.measure.values import jit_steps, sides_of, values_of
 from latent_delib.measure.views import View
 from latent_delib.nn.transformer import Params
 from latent_delib.results import figures
@@ -138,7 +139,7 @@ def evaluate_many(
 
 
 class OtherRun(UserError):
-    """A checkpoint is of another decoder or method than the config: none of its workdir will fit."""
+    """Tells that a checkpoint is of another decoder or method than the config: none of its workdir will fit."""
 
 
 def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
@@ -171,7 +172,7 @@ class Job:
         self.workdir = workdir
         same = json.dumps([self.exp.record.config, workdir, *arguments])
         distributed.check_same(config=same, decoder=self.exp.fingerprint)
-        self.steps = values.jit_steps(self.exp)
+        self.steps = jit_steps(self.exp)
 
     @functools.cached_property
     def text(self) -> ValidationText:
@@ -225,15 +226,19 @@ class Job:
         return [self.exp.record.config, checkpointed, self.exp.fingerprint, self.text.digest(), mesh, views.DRAWS]
 
     def add_up(self, found: Restored | None, partial: saved.PartialSums) -> SumsByTerm:
-        """Adds up the sums of a checkpoint; saves them now and then, and goes on with saved ones."""
-        zeros = perplexity.zeros(self.exp, self.text)
-        sums, before = partial.restore(zeros)
-        sides = values.sides_of(self.frozen, {} if found is None else found.trainable)
-        tokens = np.concatenate([[0], np.cumsum(np.sort(self.text.lengths()))])  # of so many pieces, as they are added
+        """Adds up the values of all pieces; saves partial sums now and then, and goes on with saved ones."""
+        exp, text, view = self.exp, self.text, self.view
+        sums, done = partial.restore(perplexity.zeros(exp, text))
+        sides = sides_of(self.frozen, {} if found is None else found.trainable)
         what = "evaluated" if found is None else f"checkpoint {found.step} evaluated"
-        progress = Progress(what, int(tokens[-1]), "tokens", int(tokens[before]))
+        tokens = np.concatenate([[0], np.cumsum(np.sort(text.lengths()))])  # of so many pieces, shortest first
+        progress = Progress(what, int(tokens[-1]), "tokens", int(tokens[done]))
         since = time.monotonic()
-        for done in perplexity.add_up(self.exp, self.steps, sides, self.text, self.view, sums, before):
+        for numbers in perplexity.batches_of(exp, text, view, done):
+            cases = [view(number) for number in numbers]
+            values = values_of(exp, self.steps, sides, cases)
+            perplexity.add_up(exp, sums, text.document[numbers], cases, values)
+            done += len(numbers)
             if not is_first():
                 continue
             progress(int(tokens[done]))

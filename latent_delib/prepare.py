@@ -2,9 +2,8 @@
 
   python -m latent_delib.prepare --config=configs/X.py --out=DIR [--config.key=value ...]
 
-One pass over each source of `config.data.sources` and `config.data.validation`, through the seqio tasks that
-training from text uses too. Training and evaluation then read DIR, named in `config.data.token_files`, without
-TensorFlow.
+One pass over each source of `config.data.sources` and `config.data.validation`, through the seqio tasks that training
+from text uses too. Training and evaluation then read DIR, named in `config.data.token_files`, without TensorFlow.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_delib.data import token_files
-from latent_delib.data.rows import BadRecords, check_data
+from latent_delib.data.rows import BadRecords
 from latent_delib.data.sources import check_files
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
@@ -23,70 +22,63 @@ from latent_delib.job.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.machine import commands, files
 from latent_delib.machine.progress import Progress
 
-
-def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[dict]:
-    """Yields the same documents, of `total` bytes of text in all; says how many are through."""
-    done, say = 0, Progress(f"{source}: prepared", total, "bytes")
-    for document in documents:
-        yield document
-        done += int(document["bytes"])
-        say(min(done, total))
-
-
-def _write_train(directory: str, number: int, documents: Iterator[dict], meta: dict) -> dict:
-    return token_files.write_train(directory, number, (d["tokens"] for d in documents), meta)
-
-
-def _write_validation(directory: str, number: int, documents: Iterator[dict], meta: dict) -> dict:
-    return token_files.write_validation(directory, number, ((d["work"], d["tokens"]) for d in documents), meta)
-
-
-SPLITS = {"train": _write_train, "validation": _write_validation}
-
-
-def _difference(found: dict, meta: dict) -> str | None:
-    """The first thing in which finished token files are not what would be written."""
-    for key, value in meta.items():
-        there = found.get(key)
-        if key == "format" and there in range(1, token_files.FORMAT):
-            continue  # what an older version wrote is read too
-        if key in SPLITS:
-            there, value = ([entry["source"] for entry in entries or ()] for entries in (there, value))
-        if there != value:
-            return f"{key} is {there} there and {value} here"
-    for split in SPLITS:
-        for theirs, ours in zip(found[split], meta[split]):
-            if theirs.get("text", ours["text"]) != ours["text"]:  # older token files do not say
-                return f"the text of {ours['source']} is another now"
-    return None
-
-
-def _table(meta: dict) -> str:
-    rows = [("source", "documents", "tokens", "rows", "skipped")]
-    for entry in (entry for split in SPLITS for entry in meta[split]):
-        rows.append((entry["source"], *(f"{entry[key]:,}" if key in entry else "" for key in rows[0][1:])))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        f"{row[0]:{widths[0]}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    )
+SPLITS = ("train", "validation")
+COLUMNS = ("source", "documents", "tokens", "rows", "skipped")  # of the table that is printed at the end
 
 
 def prepare(config: Any, out: str) -> dict:
-    """Writes the token files of `config.data` to `out`, a local directory or gs:// path; returns its meta.json.
+    """Writes the token files of `config.data`; returns their meta.json. Does nothing where they are there already.
 
-    Does nothing where `out` holds them already. Bad documents (`batches.train_batches` says which) are skipped and
-    counted, up to `data.max_bad_records` in all. Raises UserError for one more, for
-    sources that are missing or empty, and where `out` holds anything else.
+    Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.train_batches` says which are
+    bad.
+
+    Args:
+      config: of a training job.
+      out: a local directory or gs:// path, made whole or not at all.
+
+    Raises:
+      UserError: one bad document too many, sources that are missing or empty, or anything else in `out`.
     """
-    data, out = config.data, out.rstrip("/")
-    check_data(data)
+    data = config.data
+    out = out.rstrip("/")
     check_files([*data.sources, *data.validation])
-    from latent_delib.data import tasks  # and with it TensorFlow, which takes its time
+    from latent_delib.data import tasks  # imports TensorFlow, which takes its time
 
     tokenizer_path = str(tokenizer_path_of(config))
+    meta = _describe(data, tokenizer_path, tasks)
+    found = token_files.read_meta(out)
+    if found:
+        _check_same(found, meta, out)
+        return found
+    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
+        raise UserError(f"--out={out} exists and holds no finished token files: name another")
+    bad = BadRecords(data.max_bad_records)
+    tasks.check_sources([*data.sources, *data.validation], tokenizer_path, bad)
+
+    # A store renames nothing: there meta.json alone marks a folder as finished.
+    whole = contextlib.nullcontext(out) if "://" in out else files.whole(Path(out))
+    with whole as directory:
+        for split in SPLITS:
+            for number, entry in enumerate(meta[split]):
+                source = entry["source"]
+                skipped_before = bad.met.total()
+                documents = tasks.documents(source, tokenizer_path, bad)
+                documents = _progress(source, documents, tasks.num_bytes(source))
+                entry |= _write_source(str(directory), split, number, documents, meta)
+                entry["skipped"] = bad.met.total() - skipped_before
+        token_files.write_meta(str(directory), meta)
+    print(_table(meta))
+    return meta
+
+
+def _describe(data: Any, tokenizer_path: str, tasks: Any) -> dict:
+    """Returns the meta.json of token files that are about to be written, without counts."""
     tokenizer = Tokenizer(tokenizer_path)
-    meta = {
+
+    def described(sources: Any) -> list[dict]:
+        return [{"source": source, "text": tasks.source_fingerprint(source)} for source in sources]
+
+    return {
         "format": token_files.FORMAT,
         "seq_len": data.seq_len,
         "vocab_size": tokenizer.vocab_size,
@@ -94,39 +86,72 @@ def prepare(config: Any, out: str) -> dict:
         "pad_id": tokenizer.pad_id,
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32",
         "tokenizer_sha256": fingerprint(tokenizer_path),
-        "train": [{"source": source, "text": tasks.source_fingerprint(source)} for source in data.sources],
-        "validation": [{"source": source, "text": tasks.source_fingerprint(source)} for source in data.validation],
+        "train": described(data.sources),
+        "validation": described(data.validation),
     }
-    if found := token_files.read_meta(out):
-        if differing := _difference(found, meta):
-            raise UserError(f"--out={out} holds other token files: {differing}; name another")
-        print(f"{out} is already prepared from this config")
-        if any("works" not in entry for entry in found["validation"]):
-            print(
-                f"{out} does not say which work a document is of: an older version wrote it, another --out would say it"
-            )
-        return found
-    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise UserError(f"--out={out} exists and holds no finished token files: name another")
-    bad = BadRecords(data.max_bad_records)
-    tasks.check_sources([*data.sources, *data.validation], tokenizer_path, bad)
 
-    remote = "://" in out  # renames nothing: there meta.json alone tells finished from unfinished
-    with contextlib.nullcontext(out) if remote else files.whole(Path(out)) as where:
-        directory = str(where)
-        for split, write in SPLITS.items():
-            for i, entry in enumerate(meta[split]):
-                source, met = entry["source"], bad.met.total()
-                documents = tasks.documents(source, tokenizer_path, bad)
-                entry |= write(directory, i, _progress(source, documents, tasks.num_bytes(source)), meta)
-                entry["skipped"] = bad.met.total() - met
-        token_files.write_meta(directory, meta)
-    print(_table(meta))
-    return meta
+
+def _check_same(found: dict, meta: dict, out: str) -> None:
+    """Prints that finished token files are what would be written; raises UserError where they are not."""
+    difference = _difference(found, meta)
+    if difference:
+        raise UserError(f"--out={out} holds other token files: {difference}; name another")
+    print(f"{out} is already prepared from this config")
+    if any("works" not in entry for entry in found["validation"]):
+        print(f"{out} does not say which work a document is of: an older version wrote it; another --out would say it")
+
+
+def _difference(found: dict, meta: dict) -> str | None:
+    """Returns the first difference between finished token files and those that would be written."""
+    for key in meta:
+        there, here = found.get(key), meta[key]
+        if key in SPLITS:
+            there = [entry["source"] for entry in there]
+            here = [entry["source"] for entry in here]
+        is_older = key == "format" and there in range(1, token_files.FORMAT)  # which is read too
+        if there != here and not is_older:
+            return f"{key} is {there} there and {here} here"
+    for split in SPLITS:
+        for there, here in zip(found[split], meta[split]):
+            if there.get("text", here["text"]) != here["text"]:  # older token files do not say
+                return f"the text of {here['source']} is another now"
+    return None
+
+
+def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[dict]:
+    """Yields the same documents, of `total` bytes of text in all; prints how many bytes are done."""
+    say = Progress(f"{source}: prepared", total, "bytes")
+    done = 0
+    for document in documents:
+        yield document
+        done += int(document["bytes"])
+        say(min(done, total))
+
+
+def _write_source(directory: str, split: str, number: int, documents: Iterator[dict], meta: dict) -> dict:
+    """Writes one source; returns its counts."""
+    if split == "train":
+        return token_files.write_train(directory, number, (d["tokens"] for d in documents), meta)
+    return token_files.write_validation(directory, number, ((d["work"], d["tokens"]) for d in documents), meta)
+
+
+def _table(meta: dict) -> str:
+    """Returns the counts of every source, one line each."""
+    rows = [COLUMNS]
+    for entry in [*meta["train"], *meta["validation"]]:
+        counts = [f"{entry[key]:,}" if key in entry else "" for key in COLUMNS[1:]]
+        rows.append((entry["source"], *counts))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for source, *counts in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(counts, widths[1:], strict=True)]
+        lines.append("  ".join([f"{source:{widths[0]}}", *cells]))
+    return "\n".join(lines)
 
 
 def main(values: Any) -> None:
-    check(values.config)  # of the same flags as the training that follows
+    """Checks the config as a training job would; writes its token files."""
+    check(values.config)
     prepare(values.config, values.out)
 
 

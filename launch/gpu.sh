@@ -6,9 +6,7 @@
 #       --config.decoder.path=DECODER --config.train.accumulation=256
 #   ./launch/gpu.sh ./launch/smollm2.sh
 set -euo pipefail
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-  sed -nE '2,/^[^#]/s/^# ?//p' "$0" && exit
-fi
+[[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"
 if [[ ! ${1:-} =~ ^[^-] ]]; then
   echo "error: ${1:-nothing to run}: expected a command; --help tells more" >&2
   exit 1

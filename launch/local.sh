@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# N processes on this machine, as on N hosts, each with D simulated devices of the CPU.
+# Runs N processes on this machine, as on N hosts, each with D simulated devices of the CPU.
 #
 #   ./launch/local.sh --processes=2 --devices=4 -- python -m latent_delib.train --config=... --workdir=...
 #
 # Adds --distributed to the command. Every line of output begins with its process's number. SIGTERM and SIGINT go to all
-# processes. When one dies the others are stopped, and all start again: after a signal or code 75, not after code 1, the
-# user's mistake. Exits with the code of the process that ended first with one that is not 0.
+# processes. When one dies, the others are stopped and all start again: after a signal or code 75, but not after code 1,
+# the user's mistake. Exits with the first code of a process that was not 0.
 #
-#   --restarts=3   at most so many times
+#   --restarts=3   how often all may start again
 #   --grace=30     seconds between SIGTERM and SIGKILL for the others when one has died
 #   --dry_run      prints the commands, one a line, and runs none
 # shellcheck source=common.sh
@@ -32,7 +32,7 @@ trap 'stopped=TERM; send TERM' TERM
 trap 'stopped=INT; send INT' INT
 # From here on no $( ) and no >( ): a signal that arrives while bash 5.2 reads one ends the script with a syntax error.
 
-free_port() { # sets port: one below those that the system hands out
+free_port() { # sets `port`, below the ports that the system hands out
   for _ in {1..100}; do
     port=$((10000 + RANDOM % 20000))
     (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break

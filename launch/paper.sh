@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains and evaluates experiments of configs/paper, and makes the report over all that are there. Run again, it goes on
+# Trains and evaluates experiments of configs/paper.py, and makes the report over all that are there. Run again, it goes on
 # where it stopped; what is done is not done again.
 #
 #   ./launch/paper.sh                               all of protocol a, seed 0: ten hours and more on two CPU cores
@@ -7,22 +7,29 @@
 #   ./launch/paper.sh a/overlay -- --config.train.steps=20      more arguments for train and evaluate
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
-# configs/paper/protocols.py says what a protocol is. Runs lie in runs/paper/PROTOCOL/NAME@SEED. Of the placements, with any
-# number of latents, also evaluations/ (every checkpoint; of adapt_* too) and swap/ (every text is given the latents of
-# another; of joint, unified and adapt_coprocessor too); of overlay and after longer/ (the plain decoder reads as much more
-# text as latents cost) and, of delay too, delay1/ to delay3/ (latents come late); in protocol a unseen/, where runs/mixture
-# is there (`make_mixture` first). A run with more arguments is not what its name says: it lies in
-# runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves it out.
+# configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
+#   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
+#   swap/               every text is given the latents of another: the same, joint and unified
+#   longer/             the plain decoder reads as much more text as latents cost: overlay, after
+#   delay1/ to delay3/  latents come late: overlay, after, delay
+#   unseen/             other sources, in protocol a where runs/mixture is there (`tools.make_mixture` first)
+# A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the
+# report leaves it out.
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 
+for argument; do
+  [[ $argument != --help && $argument != -h ]] || usage
+done
+./launch/setup.sh
+names=$(python -m configs.paper)
+names=${names//$'\n'/ }
+
 wanted=()
 while (($#)) && [[ $1 != -- ]]; do
-  [[ $1 != --help && $1 != -h ]] || usage
   name=${1#*/}
-  if [[ ! $1 =~ ^(a|a_gpu|b|b_cpu)/ || ! -e configs/paper/${name%@*}.py || ${name%@*} == protocols ]]; then
-    die "$1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, PROTOCOL one of a a_gpu b b_cpu, NAME.py one of" \
-      configs/paper/*.py
+  if [[ ! $1 =~ ^(a|a_gpu|b|b_cpu)/ || " $names " != *" ${name%@*} "* ]]; then
+    die "$1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, PROTOCOL one of a a_gpu b b_cpu, NAME one of $names"
   fi
   wanted+=("$1")
   shift
@@ -36,39 +43,38 @@ if ((${#more[@]})); then
 fi
 if ((!${#wanted[@]})); then
   wanted=(a/overlay a/after a/decoder) # what the others are compared with, or start from
-  for file in configs/paper/*.py; do
-    name=$(basename "$file" .py)
-    [[ " ${wanted[*]} a/protocols a/pretrain " == *" a/$name "* || $name == adapt_* ]] || wanted+=("a/$name")
+  for name in $names; do
+    [[ " ${wanted[*]} a/pretrain " == *" a/$name "* || $name == adapt_* ]] || wanted+=("a/$name")
   done
   wanted+=(a/adapt_decoder a/adapt_coprocessor) # last: they want reasoning-gym, which is not everywhere
 fi
 
-latent_delib() { echo "== $*" && .venv/bin/python -m "latent_delib.$1" "${@:2}"; }
+run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
 prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens
   if [[ $1 != a && ! -e runs/mixture/MIXTURE.md ]]; then
-    latent_delib make_mixture --out=runs/mixture
+    run tools.make_mixture --out=runs/mixture
   fi
   if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
-    latent_delib convert --source="$(./launch/get_smollm2.sh)" --out=runs/smollm2_135m/decoder --size=smollm2_135m
+    run latent_delib.convert --source="$(./launch/get_smollm2.sh)" --out=runs/smollm2_135m/decoder --size=smollm2_135m
   fi
   if [[ ! -e runs/paper/$1/tokens/meta.json ]]; then
-    local config=configs/paper/overlay.py:$1
-    [[ $1 == a_gpu ]] && config=configs/paper/pretrain.py # the same text and vocabulary, and needs no decoder yet
-    latent_delib prepare --config="$config" --config.data.token_files= --out="runs/paper/$1/tokens"
+    local config=configs/paper.py:$1/overlay
+    [[ $1 == a_gpu ]] && config=configs/paper.py:a_gpu/pretrain # the same text and vocabulary, and needs no decoder yet
+    run latent_delib.prepare --config="$config" --config.data.token_files= --out="runs/paper/$1/tokens"
   fi
   if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/frozen/perplexity.json ]]; then
-    latent_delib train --config=configs/paper/pretrain.py --workdir=runs/paper/a_gpu/pretrain
-    latent_delib evaluate --config=configs/paper/decoder.py:a_gpu --workdir=runs/paper/a_gpu/frozen
+    run latent_delib.train --config=configs/paper.py:a_gpu/pretrain --workdir=runs/paper/a_gpu/pretrain
+    run latent_delib.evaluate --config=configs/paper.py:a_gpu/decoder --workdir=runs/paper/a_gpu/frozen
   fi
   if [[ $2 == adapt_* ]]; then
     [[ -e runs/paper/$1/task_tokens/meta.json ]] ||
-      latent_delib prepare --config="configs/paper/$2.py:$1" --config.data.token_files= --out="runs/paper/$1/task_tokens"
+      run latent_delib.prepare --config="configs/paper.py:$1/$2" --config.data.token_files= --out="runs/paper/$1/task_tokens"
   fi
 }
 
 evaluate() { # OUT, then what goes to the command; what is there already stays
-  [[ -e $1/perplexity.json ]] || latent_delib evaluate --config="$config" --workdir="$run" --out="$1" "${@:2}" "${more[@]}"
+  [[ -e $1/perplexity.json ]] || run latent_delib.evaluate --config="$config" --workdir="$workdir" --out="$1" "${@:2}" "${more[@]}"
 }
 
 # Without an accelerator: one device a core, each with half the batch. XLA runs much of a CPU program on one thread.
@@ -77,37 +83,36 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # a step's array
 
 unseen="('files:runs/mixture/unseen/*.txt',)"
 
-./launch/setup.sh
 left_out=()
 for each in "${wanted[@]}"; do
   protocol=${each%%/*} experiment=${each#*/}
   [[ $experiment == *@* ]] && seed=${experiment#*@} || seed=0
   name=${experiment%@*}
-  config=configs/paper/$name.py:$protocol run=$root/$protocol/$name@$seed$suffix
-  if [[ $name == adapt_* && ! -e runs/tasks ]] && ! latent_delib make_tasks --out=runs/tasks; then
+  config=configs/paper.py:$protocol/$name workdir=$root/$protocol/$name@$seed$suffix
+  if [[ $name == adapt_* && ! -e runs/tasks ]] && ! run tools.make_tasks --out=runs/tasks; then
     left_out+=("$each")
     continue
   fi
   prepare "$protocol" "$name"
-  [[ -e $run/perplexity.json ]] || latent_delib train --config="$config" --workdir="$run" --config.seed="$seed" "${more[@]}"
-  evaluate "$run"
+  [[ -e $workdir/perplexity.json ]] || run latent_delib.train --config="$config" --workdir="$workdir" --config.seed="$seed" "${more[@]}"
+  evaluate "$workdir"
   if [[ $protocol == a && $name != adapt_* && -e runs/mixture ]]; then
-    evaluate "$run/unseen" --config.data.token_files= --config.data.validation="$unseen"
+    evaluate "$workdir/unseen" --config.data.token_files= --config.data.validation="$unseen"
   fi
   if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|joint|unified|adapt_coprocessor)$ ]]; then
-    evaluate "$run/swap" --config.evaluate.swap
+    evaluate "$workdir/swap" --config.evaluate.swap
   fi
   if [[ $name == overlay || $name == after ]]; then
-    evaluate "$run/longer" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
+    evaluate "$workdir/longer" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
   fi
   if [[ $name =~ ^(overlay|after|before|adapt_) ]]; then
-    latent_delib evaluate --config="$config" --workdir="$run" --steps=all "${more[@]}"
+    run latent_delib.evaluate --config="$config" --workdir="$workdir" --steps=all "${more[@]}"
   fi
   if [[ $name == overlay || $name == after || $name == delay ]]; then
-    for delay in 1 2 3; do evaluate "$run/delay$delay" --config.evaluate.delay="$delay"; done
+    for delay in 1 2 3; do evaluate "$workdir/delay$delay" --config.evaluate.delay="$delay"; done
   fi
 done
-[[ $root == runs/trials ]] || latent_delib report runs/paper --out=runs/paper/report
+[[ $root == runs/trials ]] || run latent_delib.report runs/paper --out=runs/paper/report
 if ((${#left_out[@]})); then
   die "left out, for want of runs/tasks: ${left_out[*]}"
 fi

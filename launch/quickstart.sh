@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to a trained coprocessor and its perplexity table. Arguments, --config.KEY=VALUE, go to prepare, train and
-# evaluate; run again, it goes on where it stopped.
+# Goes from nothing to a trained coprocessor and its perplexity table. Arguments, --config.KEY=VALUE, go to prepare,
+# train and evaluate. Run again, it goes on where it stopped.
 #
 #   ./launch/quickstart.sh
 #   RUN=runs/after ./launch/quickstart.sh --config.method.placement=after    # another run, on the same tokens
 #   CONFIG=X ./launch/quickstart.sh                                          # configs/X.py, under runs/X
+#   FROZEN=1 ./launch/quickstart.sh                                          # evaluates the plain decoder as well
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 overrides "$@"
@@ -15,7 +16,7 @@ tokens=runs/$CONFIG/tokens
 [[ "$*" != *--config.data.* ]] || tokens=$run/tokens # of a text of its own
 [[ -e $config ]] || die "CONFIG=$CONFIG: there is no $config"
 
-step() { # what it is called, then a latent_delib command
+step() { # NAME ARGUMENT...: runs a command of latent_delib, and says how long it took
   local start=$SECONDS
   echo "== $1"
   .venv/bin/python -m "latent_delib.$1" "${@:2}"
@@ -30,7 +31,12 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # a step's array
 if [[ ! -e $tokens/meta.json ]]; then
   step prepare --config="$config" --out="$tokens" "$@" # which refuses a wrong key or value before it begins
 fi
+if [[ -n ${FROZEN:-} && ! -e runs/$CONFIG/frozen/perplexity.json ]]; then
+  step evaluate --config="$config" --workdir="runs/$CONFIG/frozen" --config.data.token_files="$tokens" \
+    --config.method.name=decoder
+fi
 step train --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
 step evaluate --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
-step generate --workdir="$run" --prompt="${PROMPT:-It was a fine morning, and}" --max_new_tokens=48 --temperature=0.7 --top_p=0.9
+step generate --workdir="$run" --prompt="${PROMPT:-It was a fine morning, and}" --max_new_tokens=48 \
+  --temperature=0.7 --top_p=0.9
 echo "done in $SECONDS s; perplexity.json, its plot, the metrics and the checkpoints are in $run"

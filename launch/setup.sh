@@ -1,16 +1,14 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository's root: what setup.py asks for, in the versions of constraints.txt. Does nothing where
-# that is done already, and makes anew what was cut short.
+# Makes .venv in the repository's root: what setup.py asks for, in the versions of constraints.txt. Does nothing if
+# that is done already, and starts again if it was cut short.
 #
 #   PYTHON=/opt/py312/bin/python   a Python 3.11 or 3.12 to try before those on PATH
 #   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, eval, mixture, reference, or several with commas between;
 #                                  what an earlier call added stays
 #
-# `test` is always there, and `tasks` where Python can build extensions: of one of its parts PyPI has the source only.
+# `test` is always there, and `tasks` where Python can build extensions: PyPI has only the source of one of its parts.
 set -euo pipefail
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-  sed -nE '2,/^[^#]/s/^# ?//p' "$0" && exit
-fi
+[[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"
 if (($#)); then
   echo "error: $1: expected no arguments; --help tells more" >&2
   exit 1

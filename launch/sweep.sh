@@ -2,6 +2,7 @@
 # Trains every CONFIG with every combination of the values given to KEYs.
 #
 #   ./launch/sweep.sh NAME [--with=LAUNCHER] [--jobs=1] CONFIG[,CONFIG ...] [KEY=VALUE,VALUE ...] [-- MORE OF train]
+#   ./launch/sweep.sh latents configs/paper.py:a/overlay_4,configs/paper.py:a/overlay_8 seed=0,1
 #   ./launch/sweep.sh placement configs/quickstart.py method.placement=after,overlay seed=0,1 \
 #     -- --config.data.token_files=runs/quickstart/tokens
 #
@@ -18,7 +19,7 @@ source "$(dirname "$(readlink -f "$0")")/common.sh"
 with='' jobs=1
 parse "with jobs" "$@"
 name=${REST[0]:-} folder=runs/${REST[0]:-} root=runs/${REST[0]:-}
-[[ $name =~ ^[a-z][-a-z0-9]{0,24}$ && ${REST[1]:-} == *.py ]] ||
+[[ $name =~ ^[a-z][-a-z0-9]{0,24}$ && ${REST[1]:-} =~ \.py(:[^,]+)?$ ]] ||
   die "expected a name of a-z, 0-9 and -, a config and KEY=VALUES, found '${REST[*]}'; --help tells more"
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs=$jobs: expected 1 or more"
 if [[ $with == *" @ "* ]]; then
@@ -29,7 +30,7 @@ fi
 # One line a run: the config and each key with a value, tabs between.
 IFS=, read -ra runs <<<"${REST[1]}"
 for config in "${runs[@]}"; do
-  [[ -f $config ]] || die "$config: no such file"
+  [[ -f ${config%%:*} ]] || die "${config%%:*}: no such file"
 done
 for key in "${REST[@]:2}"; do
   [[ $key == ?*=* ]] || die "$key: expected KEY=VALUE,VALUE"
@@ -48,7 +49,7 @@ names=() commands=() finished_commands=()
 for line in "${runs[@]}"; do
   IFS=$'\t' read -ra settings <<<"$line"
   config=${settings[0]} settings=("${settings[@]:1}")
-  run=$(basename "$config" .py)${line#"$config"}
+  run=$(basename "${config%%:*}" .py)${line#"${config%%:*}"}
   run=${run//$'\t'/,} run=${run//[^A-Za-z0-9.,=_-]/-}
   read -ra launcher <<<"${with/ @ / $name-$(cksum <<<"$run" | cut -d ' ' -f 1) }"
   names+=("$run")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, format, types of the public interface, tests. Arguments go to pytest, where the last one of a kind wins:
+# Checks lint, format and types of the public interface, then runs the tests. Arguments go to pytest; the last of a kind
+# wins:
 #
 #   ./launch/test.sh                     # all but the slow tests, two at a time
 #   ./launch/test.sh -m slow             # the slow ones
@@ -15,4 +16,4 @@ python=.venv/bin/python
 $python -m ruff check
 $python -m ruff format --check
 $python -m mypy
-exec $python -m pytest -n 2 -m "not slow" "$@"
+exec $python -m pytest -n 2 --dist worksteal -m "not slow" "$@" # worksteal: the tests of a file share what they compile

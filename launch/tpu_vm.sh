@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Cloud TPU VM slice, through queued resources, and a job on all of its workers.
+# Runs a job on all workers of a Cloud TPU VM slice, which it asks for through queued resources.
 #
 #   ./launch/tpu_vm.sh create NAME --accelerator=v5litepod-16 [--spot]    asks for a slice, waits until it is ready
 #   ./launch/tpu_vm.sh setup  NAME                           copies this folder to every worker, makes .venv there
@@ -11,14 +11,14 @@
 #   ./launch/tpu_vm.sh delete NAME
 #
 # `run` adds --distributed and returns at once. `keep` does create, setup and run, then watches: a preempted slice is
-# asked for again, a job that died or was stopped runs again and so resumes; it ends when the job is done, or has failed
-# with code 1. The job goes on without `keep`, and the same `keep` finds it again.
+# asked for again; a job that died or was stopped is started again, and resumes. It ends when the job is done or has
+# failed with code 1. The job goes on without `keep`, and the same `keep` finds it again.
 #
 #   --accelerator=TYPE   v5litepod-N (chips), v5p-N (cores, two a chip), v6e-N (chips)
 #   --spot               cheaper, and taken away at any time; without it on demand
 #   --create_flags=...   more flags of `gcloud compute tpus queued-resources create`, such as --network=NAME
 #   --fetch=gs://...     a folder that `setup` copies to every worker, into runs/: a decoder
-#   --restarts=10        how often `keep` starts a job again that died; preemptions and code 75 do not count
+#   --restarts=10        how often `keep` starts a dead job again; preemptions and code 75 do not count
 #   --delete             `keep` deletes the slice when the job is done or has failed
 #   --worker=all         whose logs
 #   --dry_run            prints the commands, one a line, and runs none
@@ -53,7 +53,8 @@ runtime() {
 
 describe() { retry "${tpus[@]}" queued-resources describe "$name" "${at[@]}" --format="value($1)"; }
 
-# ABSENT, ACTIVE (and its node is ready), PREEMPTED, what else the queued resource or its node is in, or another's type.
+# Prints ABSENT, ACTIVE (and its node is ready), PREEMPTED, another state of the queued resource or its node, or the type
+# of a slice that is not the one asked for.
 state() {
   local found type
   found=$(describe 'state.state,tpu.nodeSpec[0].node.acceleratorType') || { (($? == 4)) && echo ABSENT; return; }
@@ -123,7 +124,7 @@ setup() {
     on_workers "$commands && LATENT_DELIB_EXTRAS=tpu ./launch/worker.sh setup"
 }
 
-# From all workers' status: running, ending (some are done), done, or `ended CODE`, the first code that was not 0.
+# Reads all workers' status; prints running, ending (some are done), done, or `ended CODE`, the first that was not 0.
 verdict() {
   awk '$2 == "exit" && $3 && (code == "" || $4 < when) { code = $3; when = $4 }
     $2 == "exit" && !$3 { good++ }

@@ -1,16 +1,14 @@
 #!/usr/bin/env bash
-# The job on one worker of a slice; tpu_vm.sh calls this on all of them, over ssh.
+# Runs the job on one worker of a slice; tpu_vm.sh calls this on all of them, over ssh.
 #
-#   worker.sh setup            makes .venv, with a Python of uv's where the machine has none that fits
+#   worker.sh setup            makes .venv, with a Python from uv if the machine has none that fits
 #   worker.sh start COMMAND    detached from the ssh session; its log, process id and exit code stay in runs/job
 #   worker.sh status           WORKER, then none, running, `exit CODE TIME`, or lost (it ended without a code: a reboot)
 #   worker.sh logs             the end of the log, and what follows until the job ends
 #   worker.sh idle             fails while a job runs
 #   worker.sh stop             SIGTERM, which saves; SIGKILL after 120 s
 set -euo pipefail
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-  sed -nE '2,/^[^#]/s/^# ?//p' "$0" && exit
-fi
+[[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 worker=${HOSTNAME##*-w-} job=runs/job
 mkdir -p $job

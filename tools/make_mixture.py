@@ -1,14 +1,14 @@
-"""The open mixture: text to train and to evaluate on, out of Debian packages, each with its licence.
+"""Makes the open mixture: text to train and to evaluate on, from Debian packages, each with its licence.
 
   python -m tools.make_mixture --out=runs/mixture [--licences=public_domain,permissive,copyleft] [--budget=12e6]
 
-Writes OUT/train, OUT/validation and OUT/unseen, one file a work, for `data.sources=files:OUT/train/*.txt`; MIXTURE.md,
-a table of what is in it; about.json, its digests; licences/, each package's own words. The split is by work: validation
-has other works of kinds that train has too, unseen has works further from them. A paragraph of 60 characters or more
-stands in one place only, in validation or unseen rather than train. Works of prose come from the packaged corpus.
-Some of it is copyleft: look at MIXTURE.md before you pass it on.
+Writes OUT/train, OUT/validation and OUT/unseen, one file per work, for `data.sources=files:OUT/train/*.txt`;
+MIXTURE.md, a table of the works; about.json, their digests; licences/, each package's own words. The split is by work:
+validation has other works of kinds that train has too, unseen has works further from them. A paragraph of 60 characters
+or more is in one place only, in validation or unseen rather than train. Works of prose come from the packaged corpus.
+Some of the text is copyleft: read MIXTURE.md before you pass it on.
 
-Needs Debian 12 (`apt-get update` first), groff and perl; installs nothing. The same versions of packages give the same
+Needs Debian 12 (`apt-get update` first), groff and perl; installs nothing. The same package versions give the same
 bytes.
 """
 
@@ -32,7 +32,7 @@ from latent_delib.machine.provenance import provenance
 from tools import extract
 from tools.extract import Pages, dictionary, man_pages, manual, pods, sayings
 
-SPLITS = ("validation", "unseen", "train")  # in the order in which a paragraph that is met again goes
+SPLITS = ("validation", "unseen", "train")  # a paragraph that repeats stays in the first of these
 LICENCES = ("public_domain", "permissive", "copyleft")
 CORPUS = Path(latent_delib.__file__).parent / "data" / "corpus"
 # Folders and pages that are no text to read.
@@ -41,7 +41,10 @@ SKIPPED = rf"(^|/)({'|'.join(NO_TEXT.split())})([^a-z/][^/]*)?(/|$)"
 
 
 class Source(NamedTuple):
-    """A Debian package of the mixture. licence: of its text, as its copyright file states it; group: of LICENCES."""
+    """Describes a Debian package of the mixture.
+
+    licence: of its text, as its copyright file states it. group: of LICENCES.
+    """
 
     licence: str
     group: str
@@ -50,11 +53,11 @@ class Source(NamedTuple):
 
 
 def english(keep: str) -> Callable[[Path], Pages]:
-    """The HTML pages of one language or part, by their path below usr/share."""
+    """Returns a reader of the HTML pages of one language or part, by their path below usr/share."""
     return partial(manual, keep=f"usr/share/{keep}", drop=SKIPPED)
 
 
-# Package -> what it is. (Not dict-foldoc: a third of the Jargon File, which is unseen, stands in it.)
+# By package. (Not dict-foldoc: it contains a third of the Jargon File, which is unseen.)
 SOURCES = {
     "ada-reference-manual-2012": Source("GPL-3+", "copyleft"),
     "apache2-doc": Source("Apache-2.0", "permissive", english("doc/apache2-doc/manual/en/.*")),
@@ -110,7 +113,10 @@ SOURCES = {
 
 
 class Work(NamedTuple):
-    """documents: as they are read, not yet cleaned; each is its paragraphs. copyright: what the package says of it."""
+    """Holds a package's text.
+
+    copyright: its copyright file. documents: not yet cleaned; each is a list of paragraphs.
+    """
 
     version: str
     copyright: str
@@ -121,13 +127,16 @@ def make_mixture(out: str, licences: str, budget: float) -> None:
     """Writes the mixture to the folder `out`, whole or not at all.
 
     Args:
-      licences: groups of LICENCES, with commas between. budget: characters of a work, about, at most.
+      out: the folder.
+      licences: groups of LICENCES, with commas between.
+      budget: characters of a work, roughly, at most.
 
     Raises:
-      UserError: `out` is there already; an unknown group; a program or package that is not to be had; one without text.
+      UserError: `out` exists; an unknown group; a program or package that is missing; a package without text.
     """
     groups = licences.split(",")
-    if unknown := sorted(set(groups) - set(LICENCES)):
+    unknown = sorted(set(groups) - set(LICENCES))
+    if unknown:
         raise UserError(f"--licences: {unknown[0]!r}, expected some of {','.join(LICENCES)}")
     if not extract.SHORTEST <= budget < math.inf:
         raise UserError(f"--budget={budget:g}: expected at least {extract.SHORTEST} characters, and a number")
@@ -139,48 +148,46 @@ def make_mixture(out: str, licences: str, budget: float) -> None:
         progress = Progress("read", len(chosen), "packages")
         works: dict[str, Work] = {}
         with ProcessPoolExecutor() as pool:
-            for package, work in zip(chosen, pool.map(partial(read, scratch=scratch, budget=int(budget)), chosen)):
+            found = pool.map(partial(read_package, scratch=scratch, budget=int(budget)), chosen)
+            for package, work in zip(chosen, found):
                 works[package] = work
                 progress(len(works))
-        write(folder, chosen, works)
+        write_mixture(folder, chosen, works)
     print((Path(out) / "MIXTURE.md").read_text())
 
 
-def read(package: str, scratch: str, budget: int) -> Work:
-    """Fetches a package of SOURCES and reads it; what it was unpacked to is removed."""
+def read_package(package: str, scratch: str, budget: int) -> Work:
+    """Fetches a package of SOURCES and reads it; removes the unpacked folder."""
     root, version = extract.debian(Path(scratch), package)
     documents = extract.sample(SOURCES[package].read(root), budget)
     notice = root / "usr/share/doc" / package / "copyright"
-    text = (
-        notice.read_text(encoding="utf-8", errors="replace") if notice.is_file() else ""
-    )  # a link into a package it needs
+    text = ""
+    if notice.is_file():  # otherwise it is a link into a package that this one needs
+        text = notice.read_text(encoding="utf-8", errors="replace")
     shutil.rmtree(root)
     if not documents:
         raise UserError(f"Debian package {package} {version}: no text was found in it")
     return Work(version, text, documents)
 
 
-def write(folder: Path, chosen: dict[str, Source], works: dict[str, Work]) -> None:
+def write_mixture(folder: Path, chosen: dict[str, Source], works: dict[str, Work]) -> None:
     """Cleans the works, split after split, and writes all files."""
     for name in (*SPLITS, "licences"):
         (folder / name).mkdir()
     seen: set[str] = set()
-    rows, digests, sizes = [], {}, dict.fromkeys(SPLITS, 0)
+    sizes = dict.fromkeys(SPLITS, 0)
+    rows, digests = [], {}
     for split in SPLITS:
-        texts: dict[str, tuple[list[list[str]], str, str]] = {}  # work -> documents, version, licence
-        for file in sorted((CORPUS / split).glob("prose_*.txt")):
-            packaged = file.read_text(encoding="utf-8").removesuffix("\n").split(extract.SEPARATOR)
-            texts[file.stem] = [text.split("\n\n") for text in packaged], "packaged corpus", "public domain"
-        for package, source in chosen.items():
-            if source.split == split:
-                texts[package] = works[package].documents, works[package].version, source.licence
-        for name, (documents, version, licence) in texts.items():
-            content = extract.SEPARATOR.join(cleaned := list(extract.clean(documents, seen))) + "\n"
+        for name, (version, licence, documents) in _works_of(split, chosen, works).items():
+            cleaned = list(extract.clean(documents, seen))
             if not cleaned:
-                raise UserError(f"{name} {version}: nothing is left of its text that does not stand elsewhere")
-            (folder / split / f"{name}.txt").write_text(content, encoding="utf-8")
-            digests[f"{split}/{name}.txt"] = hashlib.sha256(content.encode()).hexdigest()
-            sizes[split] += (size := len(content.encode()))
+                raise UserError(f"{name} {version}: none of its text is its own, all of it is in other works too")
+            content = extract.SEPARATOR.join(cleaned) + "\n"
+            path = f"{split}/{name}.txt"
+            (folder / path).write_text(content, encoding="utf-8")
+            size = len(content.encode())
+            digests[path] = hashlib.sha256(content.encode()).hexdigest()
+            sizes[split] += size
             rows.append(f"| {split} | {name} | {version} | {licence} | {len(cleaned):,} | {size:,} |")
     for package, work in works.items():
         if work.copyright:
@@ -200,7 +207,24 @@ def write(folder: Path, chosen: dict[str, Source], works: dict[str, Work]) -> No
     (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
+def _works_of(
+    split: str, chosen: dict[str, Source], works: dict[str, Work]
+) -> dict[str, tuple[str, str, list[list[str]]]]:
+    """Returns work -> (version, licence, documents) of a split: prose of the packaged corpus, then packages."""
+    found = {}
+    for file in sorted((CORPUS / split).glob("prose_*.txt")):
+        documents = file.read_text(encoding="utf-8").removesuffix("\n").split(extract.SEPARATOR)
+        paragraphs = [document.split("\n\n") for document in documents]
+        found[file.stem] = ("packaged corpus", "public domain", paragraphs)
+    for package, source in chosen.items():
+        if source.split == split:
+            work = works[package]
+            found[package] = (work.version, source.licence, work.documents)
+    return found
+
+
 def main(flags: Any) -> None:
+    """Makes the mixture that the flags ask for."""
     make_mixture(flags.out, flags.licences, flags.budget)
 
 
@@ -210,5 +234,5 @@ if __name__ == "__main__":
         __doc__,
         out=(commands.REQUIRED, "the folder to write"),
         licences=(",".join(LICENCES), "which groups of licences to take, with commas between"),
-        budget=(12e6, "characters taken of each work, about, at most"),
+        budget=(12e6, "characters taken from each work, roughly, at most"),
     )

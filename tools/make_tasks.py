@@ -1,11 +1,11 @@
-"""Benchmarks that need no network: problems made by reasoning-gym, and the packaged held-out text.
+"""Makes benchmarks that need no network: problems of reasoning-gym, and the packaged held-out text.
 
   python -m tools.make_tasks --out=runs/tasks
 
-Writes for each task NAME.yaml, which the lm-eval harness reads, and NAME.test.jsonl; where problems can be made without
-end, NAME.train.jsonl too, for worked examples in prompts, and text/train/NAME.txt, text/test/NAME.txt, both splits as
-text to adapt a model to (`data.sources=files:OUT/text/train/*.txt`). No question of the test split is in the other.
-Seeds and sizes are fixed: everybody who has the same reasoning-gym has the same tasks. `benchmark` runs them.
+Writes for each task NAME.yaml, which the lm-eval harness reads, and NAME.test.jsonl. Where problems can be made without
+end, writes NAME.train.jsonl too, for worked examples in prompts, and text/train/NAME.txt, text/test/NAME.txt, both
+splits as text to adapt a model to (`data.sources=files:OUT/text/train/*.txt`). No question is in both splits. Seeds and
+sizes are fixed: the same version of reasoning-gym makes the same tasks. `benchmark` runs them.
 """
 
 import functools
@@ -32,17 +32,17 @@ Row = dict[str, Any]
 TEXT = Path(latent_delib.__file__).parent / "data" / "corpus" / "validation"
 SIZES = {"train": 1000, "test": 200}
 SEEDS = {"train": 0, "test": 1_000_000}  # problem i of seed s is problem 0 of seed s + i: far apart, or they overlap
-PIECE = 1200  # characters of a piece of text, about
+PIECE = 1200  # characters of a piece of text, roughly
 STATEMENT = re.compile(r"(All|No|Some) (\w+) are (not )?(\w+)")
 
-# What a row of each kind holds, and what the harness does with it.
+# How the harness asks for each kind of row.
 QUESTION = {"doc_to_text": "Question: {{question}}\nAnswer:"}
 EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
 EXACT |= {"regexes_to_ignore": [",", "\\$", "(?s).*#### "]}  # what GSM8K's own task ignores
 
 
 def _generated(until: list[str], max_gen_toks: int, pattern: str) -> Row:
-    """Harness settings of a task whose answer is generated greedily; the last match of `pattern` is the answer."""
+    """Returns the harness settings of a task whose answer is generated greedily: the last match of `pattern`."""
     found = [{"function": "regex", "regex_pattern": pattern, "group_select": -1}, {"function": "take_first"}]
     return {
         **QUESTION,
@@ -55,7 +55,7 @@ def _generated(until: list[str], max_gen_toks: int, pattern: str) -> Row:
 
 
 def _chosen(**prompt: str) -> Row:
-    """Harness settings of a task whose answer is the likeliest of the choices."""
+    """Returns the harness settings of a task whose answer is the likeliest of the choices."""
     metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
     fixed = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
     return {**prompt, **fixed, "metric_list": metrics}
@@ -74,28 +74,29 @@ READ = {
 
 
 def gsm_symbolic(split: str) -> Iterator[Row]:
-    """Word problems in GSM8K's form: a worked answer that ends in "#### N", N an integer."""
+    """Yields word problems in GSM8K's form: a worked answer that ends in "#### N", N an integer."""
     for item in _problems("gsm_symbolic", split):
-        if re.fullmatch(r"(?s).*\n#### -?\d+", worked := item["metadata"]["answer_cot"]):
+        worked = item["metadata"]["answer_cot"]
+        if re.fullmatch(r"(?s).*\n#### -?\d+", worked):
             yield {"question": item["question"], "answer": worked}
 
 
 def chain_sum(split: str) -> Iterator[Row]:
-    """Sums and differences of 2 to 6 numbers of up to 4 digits."""
+    """Yields sums and differences of 2 to 6 numbers of up to 4 digits."""
     for item in _problems("chain_sum", split):
         yield {"question": item["question"], "answer": item["answer"]}
 
 
 def basic_arithmetic(split: str) -> Iterator[Row]:
-    """The same with products, quotients and brackets, integers throughout."""
+    """Yields the same with products, quotients and brackets, integers throughout."""
     for item in _problems("basic_arithmetic", split):
         if _value(item["metadata"]["expression"]) != int(item["answer"]):
-            continue  # a quotient that is none, rounded: one in a hundred
+            continue  # a rounded quotient: one in a hundred
         yield {"question": item["question"], "answer": item["answer"]}
 
 
 def chain_sum_choice(split: str) -> Iterator[Row]:
-    """chain_sum's problems: the sum among three near misses."""
+    """Yields chain_sum's problems: the sum among three near misses."""
     draw = random.Random(SEEDS[split])
     for item in _problems("chain_sum", split):
         right = int(item["answer"])
@@ -104,18 +105,20 @@ def chain_sum_choice(split: str) -> Iterator[Row]:
 
 
 def countdown(split: str) -> Iterator[Row]:
-    """An expression that makes a number out of given ones, among three that differ in operators and miss it."""
+    """Yields an expression that makes a number from given ones, among three that differ in operators and miss it."""
     draw = random.Random(SEEDS[split])
     for item in _problems("countdown", split):
-        right, target = item["answer"].replace(" ", ""), item["metadata"]["target"]
+        right = item["answer"].replace(" ", "")
+        target = item["metadata"]["target"]
         operators = [m.end() for m in re.finditer(r"[\d)](?=[-+*/])", right)]  # not a sign
         wrong: set[str] = set()
         for _ in range(60):
             tried = list(right)
             for i in draw.sample(operators, min(2, len(operators))):
                 tried[i] = draw.choice("+-*")
-            if "".join(tried) not in wrong | {right} and _value("".join(tried)) != target:
-                wrong.add("".join(tried))
+            expression = "".join(tried)
+            if expression not in wrong | {right} and _value(expression) != target:
+                wrong.add(expression)
             if len(wrong) == 3:
                 question = f"Make {target} of {', '.join(map(str, item['metadata']['numbers']))}."
                 yield _choices(draw, question, right, sorted(wrong))
@@ -123,9 +126,9 @@ def countdown(split: str) -> Iterator[Row]:
 
 
 def syllogism(split: str) -> Iterator[Row]:
-    """Whether a conclusion follows from two statements: Yes or No.
+    """Yields two statements and a conclusion: whether it follows, Yes or No.
 
-    reasoning-gym 0.1.25 says Yes to some that do not follow (an undistributed middle), so what it says is not taken.
+    The answers of reasoning-gym 0.1.25 are not used: it says Yes to some that do not follow (an undistributed middle).
     """
     for item in _problems("syllogism", split):
         statements = (item["metadata"][key] for key in ("premise1", "premise2", "conclusion"))
@@ -136,7 +139,7 @@ def syllogism(split: str) -> Iterator[Row]:
 
 
 def next_sentence(split: str) -> Iterator[Row]:
-    """The sentence that follows three others in held-out prose, among three of like length from elsewhere in it."""
+    """Yields the sentence that follows three others in held-out prose, among three of like length from elsewhere."""
     draw = random.Random(SEEDS[split])
     for path in sorted(TEXT.glob("prose_*.txt")):
         text = " ".join(path.read_text(encoding="utf-8").split())
@@ -144,15 +147,14 @@ def next_sentence(split: str) -> Iterator[Row]:
         fitting = [i for i, s in enumerate(sentences) if 40 <= len(s) <= 200 and i >= 3]
         for i in sorted(draw.sample(fitting, min(SIZES[split] // 2, len(fitting)))):
             right = sentences[i]
-            by_length = sorted(
-                (j for j in fitting if abs(i - j) > 3), key=lambda j: abs(len(sentences[j]) - len(right))
-            )
+            elsewhere = [j for j in fitting if abs(i - j) > 3]
+            by_length = sorted(elsewhere, key=lambda j: abs(len(sentences[j]) - len(right)))
             wrong = [sentences[j] for j in draw.sample(by_length[:40], 3)]
             yield _choices(draw, " ".join(sentences[i - 3 : i]), right, wrong)
 
 
 def held_out_text(split: str) -> Iterator[Row]:
-    """Pieces of held-out prose and manuals, spread over them; cut between lines."""
+    """Yields pieces of held-out prose and manuals, spread over them; cut between lines."""
     pieces = []
     for path in sorted(TEXT.glob("*.txt")):
         for document in path.read_text(encoding="utf-8").split("\f"):
@@ -162,10 +164,11 @@ def held_out_text(split: str) -> Iterator[Row]:
                 if len(piece) >= PIECE:
                     pieces.append({"text": piece})
                     piece = ""
-    yield from (pieces[i * len(pieces) // SIZES[split]] for i in range(SIZES[split]))
+    for i in range(SIZES[split]):
+        yield pieces[i * len(pieces) // SIZES[split]]
 
 
-# Task -> (what makes its rows, how the harness asks, splits).
+# Task -> (maker of its rows, how the harness asks, splits).
 TASKS: dict[str, tuple[Callable[[str], Iterator[Row]], Row, tuple[str, ...]]] = {
     "gsm_symbolic": (gsm_symbolic, SOLVED, ("train", "test")),
     "chain_sum": (chain_sum, NUMBER, ("train", "test")),
@@ -185,29 +188,37 @@ def make_tasks(out: str) -> None:
       UserError: `out` is there already; reasoning-gym is not installed, or makes too few different problems.
     """
     version = _version()
-    total = sum(SIZES[split] for _, _, splits in TASKS.values() for split in splits)
-    done, progress, lines = 0, Progress("made", total, "problems"), []
+    total = 0
+    for _, _, splits in TASKS.values():
+        total += sum(SIZES[split] for split in splits)
+    progress = Progress("made", total, "problems")
+    done = 0
+    lines = []
     with whole(Path(out)) as folder:
         for name, (make, _, splits) in TASKS.items():
             made: dict[str, list[Row]] = {}
-            seen: set[str] = set()  # the test split comes first: what it asks is not taught
+            seen: set[str] = set()  # the test split comes first: no question of it is taught
             for split in reversed(splits):
-                rows = made[split] = []
-                for row in make(split):
-                    if (key := row.get("question", row.get("text"))) not in seen:
-                        seen.add(key)
-                        rows.append(row)
-                        progress(done + len(rows))
-                    if len(rows) == SIZES[split]:
-                        break
+                rows = list(itertools.islice(_new(make(split), seen), SIZES[split]))
                 if len(rows) < SIZES[split]:
                     raise UserError(f"{name}: {len(rows)} {split} problems, expected {SIZES[split]}")
-                done += SIZES[split]
+                made[split] = rows
+                done += len(rows)
+                progress(done)
                 lines.append(f"{name:18} {split:6} {len(rows):>6,}")
             write_task(folder, name, made)
         about = {"seeds": SEEDS, "sizes": SIZES, "reasoning_gym": version, "provenance": provenance(computed=False)}
         (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     print("\n".join(lines))
+
+
+def _new(rows: Iterator[Row], seen: set[str]) -> Iterator[Row]:
+    """Yields rows whose question or text was not seen before, and adds it."""
+    for row in rows:
+        key = row.get("question", row.get("text"))
+        if key not in seen:
+            seen.add(key)
+            yield row
 
 
 def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
@@ -221,13 +232,13 @@ def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
         "dataset_kwargs": {"data_files": {split: f"{name}.{split}.jsonl" for split in rows}},
         "test_split": "test",
     }
-    if "train" in rows:  # the same worked examples for every document: a prompt's beginning is always the same
+    if "train" in rows:  # the same worked examples for every document: every prompt begins alike
         settings |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
     for split, some in rows.items():
         path = folder / f"{name}.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8")
         check_rows(path, asked["output_type"])
-        if "train" in rows and not name.endswith("_choice"):  # problems of another task, asked otherwise
+        if "train" in rows and not name.endswith("_choice"):  # whose problems are another task's
             text = folder / "text" / split / f"{name}.txt"
             text.parent.mkdir(parents=True, exist_ok=True)
             text.write_text("\n\f\n".join(map(solved, some)) + "\n", encoding="utf-8")
@@ -236,8 +247,9 @@ def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
 
 
 def solved(row: Row) -> str:
-    """A problem and its answer, as the harness puts them."""
-    return f"Question: {row['question']}\nAnswer: {row['answer'] if 'answer' in row else row['choices'][row['gold']]}"
+    """Returns a problem and its answer, as the harness puts them."""
+    answer = row["answer"] if "answer" in row else row["choices"][row["gold"]]
+    return f"Question: {row['question']}\nAnswer: {answer}"
 
 
 def _version() -> str:
@@ -251,7 +263,7 @@ def _version() -> str:
 
 
 def _problems(dataset: str, split: str) -> Iterator[Row]:
-    """reasoning-gym's problems, twice as many as are wanted: some are double or do not fit."""
+    """Returns reasoning-gym's problems, twice as many as are wanted: some repeat or do not fit."""
     import reasoning_gym
 
     return iter(reasoning_gym.create_dataset(dataset, size=2 * SIZES[split], seed=SEEDS[split]))
@@ -265,9 +277,9 @@ def _choices(draw: random.Random, question: str, right: str, wrong: list[str]) -
 
 @functools.cache
 def _follows(*form: tuple[str, int, bool, int]) -> bool:
-    """Whether the last of three statements about three kinds of things holds in every world where the others do.
+    """Tells whether the last of three statements about three kinds of things holds in every world where the others do.
 
-    A world is which of the eight combinations of the kinds there are, of each kind something.
+    A world is a choice among the eight combinations of the kinds, with at least one thing of each kind.
     """
 
     def holds(world: Sequence[tuple[bool, ...]], how: str, subject: int, negated: bool, predicate: int) -> bool:
@@ -275,17 +287,17 @@ def _follows(*form: tuple[str, int, bool, int]) -> bool:
         return {"All": all(found), "No": not any(found), "Some": any(found)}[how]
 
     things = list(itertools.product((False, True), repeat=3))
-    worlds = (list(itertools.compress(things, there)) for there in itertools.product((False, True), repeat=8))
     *premises, conclusion = form
-    return all(
-        holds(world, *conclusion)
-        for world in worlds
-        if world and all(any(kind) for kind in zip(*world)) and all(holds(world, *premise) for premise in premises)
-    )
+    for chosen in itertools.product((False, True), repeat=len(things)):
+        world = list(itertools.compress(things, chosen))
+        has_each_kind = len(world) > 0 and all(map(any, zip(*world)))
+        if has_each_kind and all(holds(world, *premise) for premise in premises) and not holds(world, *conclusion):
+            return False
+    return True
 
 
 def _value(expression: str) -> Fraction | None:
-    """What an expression of whole numbers, + - * / and brackets comes to."""
+    """Returns the value of an expression of whole numbers, + - * / and brackets; None for a division by zero."""
     assert re.fullmatch(r"[-+*/() \d]+", expression), expression
     try:
         return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression))

@@ -1,9 +1,9 @@
-"""Which row of which source is row i of the training: a function of (seed, i) that needs neither time nor memory.
+"""The order of training rows: row i is a function of (seed, i) that needs neither time nor memory.
 
-A source may have 1e8 rows and more, so no shuffled list of them is ever made. A keyed permutation tells the place of
-one row alone: a Feistel network scrambles all numbers of an even number of bits, one to one, and a number that it puts
-beyond the size is scrambled again until it is below (cycle walking: J. Black and P. Rogaway, "Ciphers with arbitrary
-finite domains", 2002). The hash within is that of splitmix64.
+A source may have 1e8 rows and more, so no shuffled list of them is ever made. A keyed permutation gives the place of
+one row alone: a Feistel network scrambles all numbers of an even number of bits, one to one. A number that it puts
+beyond the size is scrambled again until it is below it (cycle walking: J. Black and P. Rogaway, "Ciphers with arbitrary
+finite domains", 2002). The hash inside is that of splitmix64.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio: mu
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Returns uint64 of which each bit depends on every bit of `x`, one to one."""
+    """Scrambles uint64 one to one, so that each bit of the result depends on every bit of `x`."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -35,11 +35,12 @@ def _hash(*parts: Any) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, *key: Any) -> np.ndarray:
-    """Returns where a random permutation of range(size), a function of `key` alone, puts each index: int64 [n].
+    """Returns where a random permutation of range(size) puts each index: int64 [n].
 
-    `key` is integers, or arrays [n] of them: then each index has a permutation of its own.
+    The permutation is a function of `key` alone: integers, or arrays [n] of them, which give each index its own.
     """
-    half = max(4, -(-(size - 1).bit_length() // 2))  # of the bits; 8 in all at least, or the network is too regular
+    bits = (size - 1).bit_length()
+    half = max(4, (bits + 1) // 2)  # with fewer than 8 bits in all the network is too regular
     keys = np.broadcast_to(_hash(*key), index.shape)
     place = index.astype(np.uint64)
     beyond = np.full(index.shape, True)
@@ -50,9 +51,10 @@ def permute(index: np.ndarray, size: int, *key: Any) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, half: np.uint64, key: np.ndarray) -> np.ndarray:
-    """Scrambles numbers of 2 x `half` bits: what a round does to one half, the other half can undo."""
+    """Scrambles numbers of 2 x `half` bits, one to one: a round changes one half by a function of the other."""
     low = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & low
+    left = x >> half
+    right = x & low
     for _ in range(_ROUNDS):
         key = _mix(key + _GOLDEN)
         left, right = right, left ^ (_mix(key + right) & low)
@@ -60,11 +62,12 @@ def _feistel(x: np.ndarray, half: np.uint64, key: np.ndarray) -> np.ndarray:
 
 
 def shares(weights: Iterable[float]) -> np.ndarray:
-    """Returns how many rows of a block each source has, by largest remainders: int64 [sources], the sum is BLOCK."""
+    """Returns how many rows of a block each source has, by largest remainders: int64 [sources], whose sum is BLOCK."""
     weights = [float(weight) for weight in weights]
     exact = np.array(weights) / sum(weights) * BLOCK
     share = np.floor(exact).astype(int)
-    share[np.argsort(share - exact, kind="stable")[: BLOCK - share.sum()]] += 1
+    largest_first = np.argsort(share - exact, kind="stable")
+    share[largest_first[: BLOCK - share.sum()]] += 1
     if not share.all():
         raise UserError(
             f"config.data.weights={tuple(weights)}: a source of less than 1/{BLOCK} would never be read; "
@@ -74,20 +77,33 @@ def shares(weights: Iterable[float]) -> np.ndarray:
 
 
 class Order:
-    """Which row of which source is row i of the training.
+    """Tells which row of which source is row i of the training.
 
     Rows come in blocks in which each source has its share, in an order drawn for (seed, block). A source is read in
     epochs, each in an order drawn for (seed, source, epoch).
+
+    Args:
+      seed: of the whole order.
+      share: of `shares`.
+      rows: how many rows each source has.
     """
 
     def __init__(self, seed: int, share: np.ndarray, rows: list[int]):
-        self.seed, self.share, self.rows = seed, share, rows
+        self.seed = seed
+        self.share = share
+        self.rows = rows
 
     def __call__(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (source, row of that source), each int64 [stop - start], of the rows start ... stop - 1."""
-        blocks = [self._block(block) for block in range(start // BLOCK, -(-stop // BLOCK))]
-        here = slice(start % BLOCK, start % BLOCK + stop - start)
-        source, count = (np.concatenate(part)[here] for part in zip(*blocks, strict=True))
+        first = start // BLOCK
+        sources, counts = [], []
+        for block in range(first, -(-stop // BLOCK)):
+            source, count = self._block(block)
+            sources.append(source)
+            counts.append(count)
+        here = slice(start - first * BLOCK, stop - first * BLOCK)
+        source = np.concatenate(sources)[here]
+        count = np.concatenate(counts)[here]
         row = np.empty_like(count)
         for number, size in enumerate(self.rows):
             of_source = source == number
@@ -100,5 +116,6 @@ class Order:
         in_order = np.repeat(np.arange(len(self.share)), self.share)
         source = in_order[permute(np.arange(BLOCK), BLOCK, self.seed, 0, block)]
         count = np.empty_like(source)
-        count[np.argsort(source, kind="stable")] = np.concatenate([np.arange(n) + block * n for n in self.share])
+        for number, share in enumerate(self.share):
+            count[source == number] = np.arange(share) + block * share
         return source, count

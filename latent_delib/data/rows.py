@@ -1,10 +1,11 @@
 """Documents to rows of tokens, rows to segments, and a count of what had to be skipped: numpy only.
 
-A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it; a row that
-goes on inside a document begins with BOS again. So every row consists of pieces that each begin with BOS,
-no token of the text is dropped or doubled, and only the last row of a stream carries padding.
+A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it; a row that begins
+inside a document begins with BOS too. So every row consists of pieces that each begin with BOS, no token of the text is
+dropped or doubled, and only the last row of a stream has padding.
 """
 
+import codecs
 import collections
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from latent_delib.errors import UserError
 
 def check_data(data: Any) -> None:
     """Raises UserError unless the `data` config names a possible mixture; looks at no file, imports no TensorFlow."""
-    sources, weights = list(data.sources), list(data.weights)
-    for source in [*sources, *data.validation]:
+    sources, validation, weights = list(data.sources), list(data.validation), list(data.weights)
+    for source in [*sources, *validation]:
         if not isinstance(source, str):
             raise UserError(f"config.data: source {source!r} is {type(source).__name__}, expected a string")
         parse(source)
@@ -28,10 +29,10 @@ def check_data(data: Any) -> None:
             f"config.data.weights has {len(weights)}, config.data.sources {len(sources)}: "
             "expected one weight per source"
         )
-    for field, listed in (("sources", sources), ("validation", list(data.validation))):
-        repeated = [source for source in listed if listed.count(source) > 1]
-        if repeated:
-            raise UserError(f"config.data.{field}: {repeated[0]!r} is listed twice, expected each source once")
+    for field, listed in (("sources", sources), ("validation", validation)):
+        for source in listed:
+            if listed.count(source) > 1:
+                raise UserError(f"config.data.{field}: {source!r} is listed twice, expected each source once")
     for source, weight in zip(sources, weights, strict=True):
         if not isinstance(weight, int | float) or not 0 < weight < np.inf:
             raise UserError(f"config.data.weights: {weight!r} for {source!r}, expected a positive number")
@@ -42,11 +43,12 @@ def check_data(data: Any) -> None:
 
 
 class Document(NamedTuple):
-    """A document of a validation source.
+    """Holds a document of a validation source.
 
-    source: as the config names it. work: the name of the file that it is a part of, told from others of the source; ""
-    where each document is a work of its own, as a line or a record is; None where that is not known. tokens: int32 [n],
-    without BOS.
+    source: as the config names it.
+    work: the file that the document is a part of, by the shortest path that tells it from the source's other files; ""
+      where each document is a work of its own, as a line or a record is; None where that is not known.
+    tokens: int32 [n], without BOS.
     """
 
     source: str
@@ -55,7 +57,7 @@ class Document(NamedTuple):
 
 
 class BadRecords:
-    """Counts the records that a process skipped, each once however often it is met; more than `limit` are an error.
+    """Counts distinct skipped records; raises UserError once there are more than `limit`.
 
     The count begins at 0 with the process: a job that resumes may skip as many again.
     """
@@ -65,27 +67,51 @@ class BadRecords:
         self.met: collections.Counter[str] = collections.Counter()
 
     def __call__(self, record: str) -> None:
-        """Skips `record`, "FILE: which one: what is wrong with it"; prints the first few and then ever fewer.
+        """Skips `record`, "FILE: which one: what is wrong with it". Prints the first few, and then ever fewer.
 
-        Raises UserError where that is one more than the limit.
+        Raises:
+          UserError: it is one more than the limit.
         """
-        if record not in self.met:
-            number = len(self.met) + 1
-            if number > self.limit:
-                raise UserError(
-                    f"config.data: {record} (bad record number {number}, config.data.max_bad_records is {self.limit})"
-                )
-            if number <= 8 or number & (number - 1) == 0:
-                print(UserError(f"bad record number {number}, skipped: {record}"), flush=True)
+        is_new = record not in self.met
+        number = len(self.met) + 1
+        if is_new and number > self.limit:
+            raise UserError(
+                f"config.data: {record} (bad record number {number}, config.data.max_bad_records is {self.limit})"
+            )
+        is_power_of_two = number & (number - 1) == 0
+        if is_new and (number <= 8 or is_power_of_two):
+            print(UserError(f"bad record number {number}, skipped: {record}"), flush=True)
         self.met[record] += 1
 
 
-def pack(body, tokens, *, length: int, bos_id: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Adds a document to the row begun so far and cuts off what is complete: one step of packing.
+def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, bytes]:
+    """Returns the tokens of a document, int32 [n] without BOS, and what makes it unusable: nothing as a rule."""
+    nothing = np.empty(0, np.int32)
+    try:
+        decoded = text.decode()
+    except UnicodeDecodeError:
+        is_utf_16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # the first begins UTF-32 too
+        return nothing, b"UTF-16 text, convert the file to UTF-8" if is_utf_16 else b"not UTF-8 text"
+    if "\0" in decoded:
+        return nothing, b"holds NUL characters, is it UTF-16? convert the file to UTF-8"
+    tokens = np.array(tokenizer.encode(decoded), np.int32)
+    if ((tokens == tokenizer.bos_id) | (tokens == tokenizer.pad_id)).any():
+        return nothing, b"the tokenizer makes BOS or padding of its text"
+    return tokens, b""
 
-    `body` int32 [< length - 1] is the row begun so far without its leading BOS; start with an empty one.
-    `tokens` int32 [n] is a document without BOS; an empty one ends the stream and pads what is left.
-    Returns the complete rows int32 [k, length] and the new body.
+
+def pack(
+    body: np.ndarray, tokens: np.ndarray, *, length: int, bos_id: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds a document to the row begun so far and cuts off complete rows: one step of packing.
+
+    Args:
+      body: int32 [< length - 1], the row begun so far without its leading BOS; at the start an empty one.
+      tokens: int32 [n], a document without BOS; an empty one ends the stream and pads the rest.
+      length: tokens of a row.
+
+    Returns:
+      The complete rows int32 [k, length], and the new body.
     """
     if len(body) and len(tokens):
         body = np.append(body, bos_id)  # a document that begins a row is led by the row's own BOS
@@ -104,5 +130,8 @@ def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
 
 def pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]:
     """Cuts a document int32 [n] into pieces of BOS and at most `length` - 1 tokens, each token in one piece."""
-    cuts = [tokens[i : i + length - 1] for i in range(0, len(tokens), length - 1)]
-    return [np.concatenate([[bos_id], cut]).astype(np.int32) for cut in cuts]
+    found = []
+    for start in range(0, len(tokens), length - 1):
+        part = tokens[start : start + length - 1]
+        found.append(np.concatenate([[bos_id], part]).astype(np.int32))
+    return found

@@ -1,4 +1,4 @@
-"""Source strings, which name text: their forms, and the local files that they mean. Without TensorFlow.
+"""Source strings, which name text: their forms, and the local files that they mean. Needs no TensorFlow.
 
 packaged/train, packaged/validation   the text in data/corpus
 files:GLOB                            files of documents, separated by lines that hold only a form feed
@@ -23,14 +23,14 @@ _CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 
 class Files(NamedTuple):
-    """Text files. kind: "files" of documents, or "lines", where each line is one."""
+    """Names text files. kind: "files" of documents, or "lines", where each line is a document."""
 
     kind: str
     pattern: str
 
 
 class Tfds(NamedTuple):
-    """A split of a TFDS dataset, and the feature that holds its text."""
+    """Names a split of a TFDS dataset, and the feature that holds its text."""
 
     name: str
     split: str
@@ -40,7 +40,8 @@ class Tfds(NamedTuple):
 def parse(source: str) -> Files | Tfds:
     """Returns what a source string means; looks at no file.
 
-    Raises UserError unless it has one of the forms.
+    Raises:
+      UserError: it has none of the forms.
     """
     if source in PACKAGED:
         folder = _CORPUS / source.removeprefix("packaged/")
@@ -57,37 +58,46 @@ def parse(source: str) -> Files | Tfds:
 
 
 def _guess(source: str) -> str | None:
-    """Returns the source that was meant, perhaps."""
-    if close := difflib.get_close_matches(source, PACKAGED, 1):
-        return close[0]
+    """Guesses the source that was meant; None without a good guess."""
+    packaged = difflib.get_close_matches(source, PACKAGED, 1)
+    if packaged:
+        return packaged[0]
     kind, colon, rest = source.partition(":")
-    if not colon or rest.startswith("//"):  # a file's name alone
+    if not colon or rest.startswith("//"):  # the name of a file alone
         return f"files:{source}" if source else None
-    close = difflib.get_close_matches(kind, KINDS, 1)
-    return f"{close[0]}:{rest}" if close and close[0] != kind else None
+    kinds = difflib.get_close_matches(kind, KINDS, 1)
+    if kinds and kinds[0] != kind:
+        return f"{kinds[0]}:{rest}"
+    return None
 
 
 def local_files(pattern: str) -> list[str]:
-    """Returns what is on the local disk: the file of just this name, or else all that the pattern matches."""
-    return [pattern] if os.path.exists(pattern) else glob.glob(pattern, include_hidden=True)
+    """Finds local files and folders: the one of exactly this name, otherwise all that the pattern matches."""
+    if os.path.exists(pattern):
+        return [pattern]
+    return glob.glob(pattern, include_hidden=True)
 
 
 def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], bool]) -> list[str]:
-    """Returns the files among what a source's pattern matches, sorted. Raises UserError where there are none."""
-    files, folders = [], []
-    for path in sorted(found):
-        (folders if is_folder(path) else files).append(path)
+    """Returns the files among the matches of a source's pattern, sorted. Raises UserError where there are none."""
+    found = sorted(found)
+    files = [path for path in found if not is_folder(path)]
     if files:
         return files
     kind, pattern = parse(source)
-    if folders:
-        folder = folders[0].rstrip("/")
+    if found:
+        folder = found[0].rstrip("/")
         raise UserError(f"config.data: source {source!r}: {folder} is a folder, did you mean {kind}:{folder}/*.txt?")
     raise UserError(f"config.data: source {source!r}: no file matches {pattern!r}")
 
 
+def common_folder(paths: Iterable[str]) -> str:
+    """Returns the innermost folder that holds all of these files."""
+    return os.path.commonprefix(list(paths)).rpartition("/")[0]
+
+
 def check_files(sources: Iterable[str]) -> None:
-    """Raises UserError unless the local files of each source are there; looks at no others."""
+    """Raises UserError unless each source has a known form and its local files are there. Looks at no others."""
     for source in sources:
         meant = parse(source)
         if isinstance(meant, Files) and "://" not in meant.pattern:

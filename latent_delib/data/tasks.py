@@ -3,7 +3,6 @@
 Importing this module imports TensorFlow, so it is itself imported only where text is read.
 """
 
-import codecs
 import contextlib
 import functools
 import hashlib
@@ -16,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from latent_delib.data.rows import BadRecords, Document, pack, segments
-from latent_delib.data.sources import Tfds, local_files, only_files, parse
+from latent_delib.data.rows import BadRecords, Document, encode, pack, segments
+from latent_delib.data.sources import Tfds, common_folder, local_files, only_files, parse
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError, store_error
 
@@ -25,7 +24,8 @@ from latent_delib.errors import UserError, store_error
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Drops what TensorFlow and its tokenizer print to stderr from C++, which no log level turns off."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         yield
@@ -48,7 +48,6 @@ SHUFFLE_DOCUMENTS = SHUFFLE_ROWS = 1000
 _END = 1 << 16  # bytes
 _LOST = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, tf.errors.DataLossError)
 _LOST += (tf.errors.UnimplementedError,)  # a kind of store that TensorFlow does not know
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first begins UTF-32 too
 
 
 def _failure(error: tf.errors.OpError, sources: Iterable[str]) -> Exception:
@@ -56,14 +55,14 @@ def _failure(error: tf.errors.OpError, sources: Iterable[str]) -> Exception:
     read = ", ".join(map(repr, sources))
     if not isinstance(error, _LOST):
         return store_error(error, read) or error
-    # file and cause stand in the midst of the pipeline's own affairs
+    # The message names the file and the cause among parts of the pipeline.
     cause = error.message.partition("\n")[0].partition(" [Op:")[0]
     cause = re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
     return UserError(f"config.data: reading {read}: {cause}")
 
 
 class Vocabulary(seqio.Vocabulary):
-    """A Tokenizer as seqio's vocabulary. As everywhere in seqio, decoding ends with the first EOS."""
+    """Makes a Tokenizer a seqio vocabulary. As everywhere in seqio, decoding ends with the first EOS."""
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
@@ -76,36 +75,36 @@ class Vocabulary(seqio.Vocabulary):
     unk_id = property(lambda self: self.tokenizer.unk_id)
     _base_vocab_size = property(lambda self: self.tokenizer.vocab_size)
 
-    def _encode(self, s):
+    def _encode(self, s: str) -> list[int]:
         return self.tokenizer.encode(s)
 
-    def _decode(self, ids):
+    def _decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(ids)
 
-    def _encode_tf(self, s):
-        def encode(texts):  # of one: a scalar would come as something else outside of a graph
-            text = texts[0].decode(errors="replace")  # who reads text skips what is not UTF-8
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(texts: np.ndarray) -> np.ndarray:  # of one text: outside a graph a scalar is of another type
+            text = texts[0].decode(errors="replace")  # text that is not UTF-8 was skipped before
             return np.array(self.tokenizer.encode(text), np.int32)
 
         ids = tf.numpy_function(encode, [tf.reshape(s, [1])], tf.int32, stateful=False)
         return tf.ensure_shape(ids, [None])
 
-    def _decode_tf(self, ids):
-        def decode(rows):
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        def decode(rows: np.ndarray) -> np.ndarray:
             texts = [self.tokenizer.decode(row).encode() for row in rows.reshape(-1, rows.shape[-1])]
             return np.array(texts, object).reshape(rows.shape[:-1])
 
         return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string, stateful=False), ids.shape[:-1])
 
-    def __eq__(self, other):
+    def __eq__(self, other: Any) -> bool:
         return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.fingerprint)
 
 
 class _ShuffleDocuments:
-    """Shuffles documents as well as files, anew in each epoch, before seqio repeats the source."""
+    """Shuffles documents as well as files, differently in each epoch, before seqio repeats the source."""
 
     shuffle_files = True
 
@@ -123,9 +122,9 @@ class _Tfds(_ShuffleDocuments, seqio.TfdsDataSource):
 
 
 def _numbered(texts: tf.data.Dataset, path: tf.Tensor) -> tf.data.Dataset:
-    """Returns the texts of a file, each with its number there, from 1; without the mark that may begin a UTF-8 file."""
+    """Gives the texts of a file their numbers there, from 1, and drops the mark that may begin a UTF-8 file."""
 
-    def record(number, text):
+    def record(number: tf.Tensor, text: tf.Tensor) -> dict[str, tf.Tensor]:
         unmarked = tf.strings.regex_replace(text, r"\A\x{FEFF}[\r\n]*", "")
         return {"text": tf.where(number == 1, unmarked, text), "file": path, "number": number}
 
@@ -149,14 +148,12 @@ def _data_source(source: str) -> tuple[seqio.DataSource, str]:
     if isinstance(meant, Tfds):
         return _tfds_source(source, *meant), meant.feature
     if "://" in meant.pattern:
-        try:
+        with _reading([source]):
             found = tf.io.gfile.glob(meant.pattern)
-        except tf.errors.OpError as error:
-            raise _failure(error, [source]) from None
     else:
         found = local_files(meant.pattern)
     files = only_files(source, found, tf.io.gfile.isdir)
-    read = {"files": _documents_of_file, "lines": _lines_of_file}[meant.kind]
+    read = _documents_of_file if meant.kind == "files" else _lines_of_file
     return _Files(read, {SPLIT: files}), "text"
 
 
@@ -166,7 +163,8 @@ def _tfds_source(source: str, name: str, split: str, feature: str) -> seqio.Data
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
     except (tfds.core.registered.DatasetNotFoundError, ValueError):
         raise UserError(f"config.data: source {source!r}: no dataset {name!r} in {folder} (TFDS_DATA_DIR)") from None
-    texts = [key for key, value in builder.info.features.items() if isinstance(value, tfds.features.Text)]
+    features = builder.info.features
+    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
     for kind, found, known in (("split", split.partition("[")[0], builder.info.splits), ("text", feature, texts)):
         if found not in known:
             raise UserError(f"config.data: source {source!r}: no {kind} {found!r}, {name} has {', '.join(known)}")
@@ -175,69 +173,73 @@ def _tfds_source(source: str, name: str, split: str, feature: str) -> seqio.Data
     return provider
 
 
-def _fault(text: bytes) -> bytes:
-    """Returns what is wrong with the bytes of a text; nothing if they are UTF-8."""
+def _files_of(source: str) -> list[str]:
+    return _data_source(source)[0].list_shards(SPLIT)
+
+
+@contextlib.contextmanager
+def _reading(sources: Iterable[str]) -> Iterator[None]:
+    """Turns TensorFlow's errors on reading sources into those of `_failure`."""
     try:
-        text.decode()
-    except UnicodeDecodeError:
-        return b"UTF-16 text, convert the file to UTF-8" if text.startswith(_UTF_16) else b"not UTF-8 text"
-    if b"\0" in text:
-        return b"holds NUL characters, is it UTF-16? convert the file to UTF-8"
-    return b""
+        yield
+    except tf.errors.OpError as error:
+        raise _failure(error, sources) from None
 
 
-def _tokenize(dataset, output_features, source: str, feature: str):
-    """Texts -> their tokens without BOS, their size in bytes, their file, if any, and in "bad" what is wrong with them,
-    if anything.
+def _tokenize(dataset: tf.data.Dataset, output_features: Any, source: str, feature: str) -> tf.data.Dataset:
+    """Tokenizes texts into {"tokens": without BOS, "bytes": size of the text, "file", "bad": what is wrong, or empty}.
 
-    Texts without a token are left out; bad ones stay, without tokens, to be counted by who reads them.
+    Texts without a token are left out. Bad ones stay, without tokens, to be counted by the reader.
     """
     vocabulary = output_features["tokens"].vocabulary
 
-    def numpy_tokenize(text, file, number):
-        fault = _fault(text)
+    def numpy_tokenize(text: bytes, file: bytes, number: int) -> tuple[np.ndarray, int, bytes]:
+        tokens, fault = encode(text, vocabulary)
         if not fault:
-            tokens = np.array(vocabulary.encode(text.decode()), np.int32)
-            if not ((tokens == vocabulary.bos_id) | (tokens == vocabulary.pad_id)).any():
-                return tokens, len(text), b""
-            fault = b"the tokenizer makes BOS or padding of its text"
-        unit = b"line" if source.startswith("lines:") else b"document"
-        where = b"%s: %s %d" % (file, unit, number) if file else b"%s: text %a" % (source.encode(), text[:60])
-        return np.empty(0, np.int32), len(text), b"%s: %s" % (where, fault)
+            return tokens, len(text), b""
+        if file:
+            unit = b"line" if source.startswith("lines:") else b"document"
+            where = b"%s: %s %d" % (file, unit, number)
+        else:  # a record of TFDS has no number: the beginning of its text names it
+            where = b"%s: text %a" % (source.encode(), text[:60])
+        return tokens, len(text), b"%s: %s" % (where, fault)
 
-    def tokenize(example):  # a record of TFDS has no number: the beginning of its text names it
+    def tokenize(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         file = example.get("file", tf.constant(""))
         texts = [example[feature], file, example.get("number", tf.constant(0))]
         types = [tf.int32, tf.int64, tf.string]
         tokens, size, bad = tf.numpy_function(numpy_tokenize, texts, types, stateful=False)
-        tokens, bad = tf.ensure_shape(tokens, [None]), tf.ensure_shape(bad, [])
+        tokens = tf.ensure_shape(tokens, [None])
+        bad = tf.ensure_shape(bad, [])
         return {"tokens": tokens, "bytes": size, "file": file, "bad": bad}
 
-    return dataset.map(tokenize, tf.data.AUTOTUNE).filter(
-        lambda example: (tf.size(example["tokens"]) > 0) | (example["bad"] != "")
-    )
+    def is_something(example: dict[str, tf.Tensor]) -> tf.Tensor:
+        return (tf.size(example["tokens"]) > 0) | (example["bad"] != "")
+
+    return dataset.map(tokenize, tf.data.AUTOTUNE).filter(is_something)
 
 
-def _pack(dataset, output_features, sequence_length=None):
-    """Documents -> rows of sequence_length["tokens"] tokens (see rows.py); no length, no change.
+def _pack(dataset: tf.data.Dataset, output_features: Any, sequence_length: Any = None) -> tf.data.Dataset:
+    """Packs documents into rows of sequence_length["tokens"] tokens (see rows.py); without a length, changes nothing.
 
     The "bad" of a row are the lines of the bad documents met since the rows before it.
     """
     if sequence_length is None:
         return dataset
-    length, vocabulary = sequence_length["tokens"], output_features["tokens"].vocabulary
+    length = sequence_length["tokens"]
+    vocabulary = output_features["tokens"].vocabulary
 
-    def numpy_step(body, lines, tokens, bad):
+    def numpy_step(body: np.ndarray, lines: bytes, tokens: np.ndarray, bad: bytes) -> tuple:
         if bad:
             return body, lines + bad + b"\n", np.empty([0, length], np.int32), np.empty(0, object)
         rows, body = pack(body, tokens, length=length, bos_id=vocabulary.bos_id, pad_id=vocabulary.pad_id)
         return body, b"" if len(rows) else lines, rows, np.full(len(rows), lines, object)
 
-    def step(state, document):
+    def step(state: tuple, document: dict[str, tf.Tensor]) -> tuple:
         types = [tf.int32, tf.string, tf.int32, tf.string]
         arguments = [*state, document["tokens"], document["bad"]]
         body, lines, rows, bad = tf.numpy_function(numpy_step, arguments, types, stateful=False)
-        state = tf.ensure_shape(body, [None]), tf.ensure_shape(lines, [])
+        state = (tf.ensure_shape(body, [None]), tf.ensure_shape(lines, []))
         return state, {"tokens": tf.ensure_shape(rows, [None, length]), "bad": tf.ensure_shape(bad, [None])}
 
     nothing = {"tokens": tf.zeros([0], tf.int32), "bad": tf.constant("")}
@@ -246,7 +248,7 @@ def _pack(dataset, output_features, sequence_length=None):
     return documents.scan((nothing["tokens"], nothing["bad"]), step).unbatch()
 
 
-def _name(text: str, *identity) -> str:
+def _name(text: str, *identity: Any) -> str:
     """Returns a name that seqio accepts, the same for the same identity only."""
     digest = hashlib.sha256(repr((text, *identity)).encode()).hexdigest()
     return re.sub(r"\W+", "_", f"{text} {digest[:8]}")
@@ -255,9 +257,9 @@ def _name(text: str, *identity) -> str:
 def add_task(source: str, tokenizer_path: str, number: int = 0) -> str:
     """Registers the seqio task of a source, unless it is there already, and returns its name.
 
-    Its dataset holds packed rows {"tokens": int32 [T], "bad": string} when asked for with
-    sequence_length={"tokens": T}, and otherwise whole documents {"tokens": int32 [n] without BOS, "bad": string,
-    "bytes": int64, "file": string}. "bad" says which documents are left out and why; it is empty as a rule.
+    Asked for with sequence_length={"tokens": T}, its dataset holds packed rows {"tokens": int32 [T], "bad": string}.
+    Otherwise it holds whole documents {"tokens": int32 [n] without BOS, "bad": string, "bytes": int64, "file": string}.
+    "bad" says which documents are left out and why; it is empty as a rule.
     """
     provider, feature = _data_source(source)
     name = _name(f"{number:03} {source}", fingerprint(tokenizer_path), provider.list_shards(SPLIT))
@@ -284,16 +286,14 @@ def add_mixture(sources: list[str], weights: list[float], tokenizer_path: str) -
 
 
 def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the elements of a dataset; a file that vanished or is damaged is a UserError."""
+    """Yields the elements of a dataset. Raises UserError for a file that vanished or is damaged."""
     iterator = dataset.as_numpy_iterator()
     for number in itertools.count():
-        try:  # the tokenizer is made, and prints, with the first element
-            with contextlib.nullcontext() if number else _quiet():
-                element = next(iterator)
-        except StopIteration:
+        # The tokenizer is made, and prints, with the first element.
+        with _reading(sources), contextlib.nullcontext() if number else _quiet():
+            element = next(iterator, None)
+        if element is None:
             return
-        except tf.errors.OpError as error:
-            raise _failure(error, sources) from None
         yield element
 
 
@@ -302,19 +302,22 @@ def _text(lines: bytes) -> str:
 
 
 def documents(source: str, tokenizer_path: str, bad: BadRecords) -> Iterator[dict[str, Any]]:
-    """Every good document of a source once, in a fixed order: {"tokens": int32 [n] without BOS, "bytes": int, "work":
-    str, as in `rows.Document`}."""
+    """Yields every good document of a source once, in a fixed order. Raises UserError where there is none.
+
+    Each is {"tokens": int32 [n] without BOS, "bytes": int, "work": str, as in `rows.Document`}.
+    """
     task = seqio.TaskRegistry.get(add_task(source, tokenizer_path))
-    folder = _common_folder(_data_source(source)[0].list_shards(SPLIT))
+    folder = common_folder(_files_of(source))
     of_files = not source.startswith("lines:")  # a record of TFDS has no file
     empty = True
     for document in _elements(task.get_dataset(None, SPLIT, shuffle=False), [source]):
-        if record := document.pop("bad"):
-            bad(_text(record))
-        else:
-            file = _text(document.pop("file"))
-            yield document | {"work": file.removeprefix(f"{folder}/") if of_files else ""}
-            empty = False
+        fault = document.pop("bad")
+        file = _text(document.pop("file"))
+        if fault:
+            bad(_text(fault))
+            continue
+        empty = False
+        yield document | {"work": file.removeprefix(f"{folder}/") if of_files else ""}
     if empty:
         raise UserError(f"config.data: source {source!r} holds no text")
 
@@ -325,14 +328,12 @@ def check_sources(sources: Iterable[str], tokenizer_path: str, bad: BadRecords) 
         next(documents(source, tokenizer_path, bad))
 
 
-def num_bytes(source: str) -> int:
-    """Returns the size of the files of a source: what a progress line measures itself against."""
-    return sum(tf.io.gfile.stat(path).length for path in _data_source(source)[0].list_shards(SPLIT))
-
-
-def train_batches(data, *, batch_size, seed, tokenizer_path, rows, start_step):
-    """`batches.train_batches` for text: every process runs the whole pipeline and keeps its rows."""
-    tokenizer, bad = Tokenizer(tokenizer_path), BadRecords(data.max_bad_records)
+def train_batches(
+    data: Any, *, batch_size: int, seed: int, tokenizer_path: str, rows: np.ndarray, start_step: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Returns `batches.train_batches` of text: every process runs the whole pipeline and keeps its rows."""
+    tokenizer = Tokenizer(tokenizer_path)
+    bad = BadRecords(data.max_bad_records)
     mixture = seqio.MixtureRegistry.get(add_mixture(list(data.sources), list(data.weights), tokenizer_path))
     check_sources(data.sources, tokenizer_path, bad)  # an endless repetition of nothing would never return
     dataset = mixture.get_dataset(
@@ -344,7 +345,7 @@ def train_batches(data, *, batch_size, seed, tokenizer_path, rows, start_step):
         passthrough_features=["bad"],
     )
 
-    def batch(element):
+    def batch(element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for record in _text(b"".join(element["bad"])).split("\n")[:-1]:
             bad(record)
         tokens = element["tokens"][rows]
@@ -354,43 +355,45 @@ def train_batches(data, *, batch_size, seed, tokenizer_path, rows, start_step):
     return itertools.islice(map(batch, elements), start_step, None)
 
 
-def validation_documents(data, *, tokenizer_path):
-    """`batches.validation_documents` for text."""
+def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
+    """Returns `batches.validation_documents` of text."""
     bad = BadRecords(data.max_bad_records)
     check_sources(data.validation, tokenizer_path, bad)
-    return (
-        Document(source, document["work"], document["tokens"])
-        for source in data.validation
-        for document in documents(source, tokenizer_path, bad)
-    )
+
+    def found() -> Iterator[Document]:
+        for source in data.validation:
+            for document in documents(source, tokenizer_path, bad):
+                yield Document(source, document["work"], document["tokens"])
+
+    return found()
 
 
-def _common_folder(paths: Iterable[str]) -> str:
-    """The innermost folder that holds all of these files."""
-    return os.path.commonprefix(list(paths)).rpartition("/")[0]
+def num_bytes(source: str) -> int:
+    """Returns the size of the files of a source, which a progress line counts towards."""
+    return sum(tf.io.gfile.stat(path).length for path in _files_of(source))
 
 
 def _fingerprint_of_file(path: str) -> tuple[int, str]:
-    """Returns its size, and a digest of its first and last 64 KiB: what can be had of any file in a moment."""
+    """Returns the size of a file, and a digest of its first and last 64 KiB."""
     with tf.io.gfile.GFile(path, "rb") as file:
-        size, ends = file.size(), file.read(_END)
+        size = file.size()
+        first = file.read(_END)
         file.seek(max(0, size - _END))
-        return size, hashlib.sha256(ends + file.read(_END)).hexdigest()
+        return size, hashlib.sha256(first + file.read(_END)).hexdigest()
 
 
 def source_fingerprint(source: str) -> str:
     """Returns a digest of a source's files, wherever they lie."""
-    paths = sorted(_data_source(source)[0].list_shards(SPLIT))
-    folder = _common_folder(paths)
-    how = source[:5] if source.startswith(("files:", "lines:")) else source
-    try:
-        with ThreadPoolExecutor(32) as pool:
-            files = [(p.removeprefix(folder), *f) for p, f in zip(paths, pool.map(_fingerprint_of_file, paths))]
-    except tf.errors.OpError as error:
-        raise _failure(error, [source]) from None
-    return hashlib.sha256(repr((how, files)).encode()).hexdigest()
+    paths = sorted(_files_of(source))
+    folder = common_folder(paths)
+    kind = source[:5] if source.startswith(("files:", "lines:")) else source
+    with _reading([source]), ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(_fingerprint_of_file, paths))
+    files = [(path.removeprefix(folder), *of_file) for path, of_file in zip(paths, found, strict=True)]
+    return hashlib.sha256(repr((kind, files)).encode()).hexdigest()
 
 
-def data_fingerprint(data, *, tokenizer_path):
-    """`batches.fingerprint` for text."""
+def data_fingerprint(data: Any, *, tokenizer_path: str) -> dict[str, str]:
+    """Returns `batches.fingerprint` of text."""
+    del tokenizer_path  # it is no part of the text
     return {f"sources[{i}]": source_fingerprint(source) for i, source in enumerate(data.sources)}

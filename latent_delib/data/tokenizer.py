@@ -1,4 +1,4 @@
-"""Text to token ids and back: the one interface that commands, data and the Python interface share."""
+"""Text to token ids and back: one interface for commands, data and the Python interface."""
 
 import hashlib
 import json
@@ -16,13 +16,15 @@ _SEPARATOR = "<|endoftext|>"  # between documents, where a vocabulary has no BOS
 
 
 def files(path: str | Path) -> list[Path]:
-    """The files that make up a tokenizer: a SentencePiece model, or tokenizer.json and tokenizer_config.json beside it.
+    """Returns the files of a tokenizer: a SentencePiece model, or tokenizer.json and tokenizer_config.json beside it.
 
     Raises:
       UserError: one of them does not exist.
     """
     path = Path(path)
-    found = [path, path.with_name("tokenizer_config.json")] if path.suffix == ".json" else [path]
+    found = [path]
+    if path.suffix == ".json":
+        found.append(path.with_name("tokenizer_config.json"))
     for file in found:
         if not file.is_file():
             raise UserError(f"tokenizer {file}: does not exist")
@@ -30,12 +32,15 @@ def files(path: str | Path) -> list[Path]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 over the files of a tokenizer, hex: two tokenizers with the same one are the same tokenizer."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files(path))).hexdigest()
+    """Returns the SHA-256 of a tokenizer's files, hex. The same one means the same tokenizer."""
+    digest = hashlib.sha256()
+    for file in files(path):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 class _Model(NamedTuple):
-    """What a library makes of the files. An id is None where the files name none."""
+    """Holds what a library reads from the files. An id is None where the files name none."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
@@ -48,18 +53,18 @@ class _Model(NamedTuple):
 
 
 class Tokenizer:
-    """A SentencePiece model, or a Hugging Face `tokenizer.json` where the path ends in .json.
+    """Wraps a SentencePiece model, or a Hugging Face `tokenizer.json` where the path ends in .json.
 
-    Padding is never read, so any id that is not BOS and that no text yields serves: the files' own pad if it differs
-    from BOS (Qwen's is its document separator, and that its BOS here), else EOS (Llama has no pad), else another
+    Padding is never read, so any id serves that is not BOS and that no text yields: the files' own pad if it differs
+    from BOS (Qwen's pad is its document separator, which is BOS here), else EOS (Llama has no pad), else another
     control token (SmolLM2's base model has one token for BOS and EOS, and no pad).
 
     Attributes:
-      files: the files that make it up.
+      files: of the tokenizer.
       vocab_size: the highest id + 1.
       bos_id, eos_id, pad_id: pad differs from BOS; text that spells one of them does not become it.
       unk_id: None for a vocabulary without such a token.
-      control: how a control token is spelled -> its id.
+      control: spelling of a control token -> its id.
 
     Raises:
       UserError: a file is missing or broken, or there is no BOS, no EOS or nothing to pad with.
@@ -68,21 +73,27 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.files = files(path)
-        model = (_read_json if self.path.suffix == ".json" else _read_sentencepiece)(self.path)
+        read_model = _read_json if self.path.suffix == ".json" else _read_sentencepiece
+        model = read_model(self.path)
 
         def required(name: str, value: int | None) -> int:
             if value is None:
                 raise UserError(f"tokenizer {self.files[-1]}: names no token for {name}")
             return value
 
-        self._encode, self._decode = model.encode, model.decode
-        self.vocab_size, self.unk_id, self.control = model.vocab_size, model.unk_id, model.control
-        self.bos_id, self.eos_id = required("BOS", model.bos_id), required("EOS", model.eos_id)
-        pads = (model.pad_id, self.eos_id, *sorted(self.control.values()))
-        self.pad_id = required("padding", next((i for i in pads if i not in (None, self.bos_id)), None))
+        self._encode = model.encode
+        self._decode = model.decode
+        self.vocab_size = model.vocab_size
+        self.unk_id = model.unk_id
+        self.control = model.control
+        self.bos_id = required("BOS", model.bos_id)
+        self.eos_id = required("EOS", model.eos_id)
+        pads = [model.pad_id, self.eos_id, *sorted(self.control.values())]
+        usable = [pad for pad in pads if pad not in (None, self.bos_id)]
+        self.pad_id = required("padding", usable[0] if usable else None)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without BOS: whoever starts a document or a prompt adds it."""
+        """Returns the token ids of a text, without BOS: the caller adds it at the start of a document or prompt."""
         if not isinstance(text, str):
             raise UserError(f"text={reprlib.repr(text)}: expected a str")
         try:
@@ -92,12 +103,12 @@ class Tokenizer:
         return self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; control tokens, and ids of table rows beyond the vocabulary, leave no trace."""
+        """Returns the text of token ids. Control tokens, and ids beyond the vocabulary, leave no trace."""
         found = arguments.token_ids("ids", ids)
-        for id_ in found:
-            if id_ < 0:
-                raise UserError(f"ids: token {id_}, the vocabulary has {self.vocab_size}: expected at least 0")
-        return self._decode([id_ for id_ in found if id_ < self.vocab_size])
+        for token in found:
+            if token < 0:
+                raise UserError(f"ids: token {token}, the vocabulary has {self.vocab_size}: expected at least 0")
+        return self._decode([token for token in found if token < self.vocab_size])
 
 
 def _read_sentencepiece(path: Path) -> _Model:
@@ -105,12 +116,21 @@ def _read_sentencepiece(path: Path) -> _Model:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError as error:
         raise UserError(f"tokenizer {path}: not a SentencePiece model ({error})") from None
-    bos, eos, pad, unk = (
-        None if i < 0 else i for i in (model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id())
-    )
+
+    def known(token_id: int) -> int | None:
+        return None if token_id < 0 else token_id
+
     size = model.vocab_size()
-    control = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
-    return _Model(model.encode, model.decode, size, bos, eos, pad, unk, control)
+    return _Model(
+        encode=model.encode,
+        decode=model.decode,
+        vocab_size=size,
+        bos_id=known(model.bos_id()),
+        eos_id=known(model.eos_id()),
+        pad_id=known(model.pad_id()),
+        unk_id=known(model.unk_id()),
+        control={model.id_to_piece(i): i for i in range(size) if model.is_control(i)},
+    )
 
 
 def _read_json(path: Path) -> _Model:
@@ -146,16 +166,18 @@ def _read_json(path: Path) -> _Model:
         model.add_special_tokens([token])  # where the file does not mark it, text could spell it
         return found
 
-    bos, eos, pad = (token_id(key) for key in ("bos_token", "eos_token", "pad_token"))
-    control = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
+    bos_id = token_id("bos_token")
+    eos_id = token_id("eos_token")
+    pad_id = token_id("pad_token")
     unk = getattr(model.model, "unk_token", None)
+    added = model.get_added_tokens_decoder()  # after `token_id`, which adds what the file does not mark
     return _Model(
-        lambda text: model.encode(text, add_special_tokens=False).ids,
-        lambda ids: model.decode(ids, skip_special_tokens=True),
-        max(model.get_vocab().values(), default=-1) + 1,
-        bos,
-        eos,
-        pad,
-        None if unk is None else model.token_to_id(unk),
-        control,
+        encode=lambda text: model.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: model.decode(ids, skip_special_tokens=True),
+        vocab_size=max(model.get_vocab().values(), default=-1) + 1,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        unk_id=None if unk is None else model.token_to_id(unk),
+        control={token.content: i for i, token in added.items() if token.special},
     )

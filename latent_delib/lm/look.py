@@ -17,6 +17,7 @@ from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.errors import UserError
 from latent_delib.lm.model import AugmentedLM
+from latent_delib.nn.cache import Cache
 from latent_delib.nn.products import einsum
 from latent_delib.nn.transformer import Params, Transformer
 
@@ -57,6 +58,21 @@ class Watched:
         out, kept = self.transformer.apply(variables, *args, mutable="intermediates", **options)
         self.seen += kept["intermediates"]["layers"]["attn"]["weights"]
         return out
+
+
+def cache(lm: AugmentedLM, tokens_BT: Any) -> Cache:
+    """Returns the keys and values that the decoder keeps of texts, [layers, B, T, K, H] each, and their positions.
+
+    Args:
+      tokens_BT: one text per row, BOS first.
+    """
+    tokens = jnp.asarray(tokens_BT, jnp.int32)
+    return _read(lm.params, tokens, aug=lm.plain, dtype=lm.dtype)
+
+
+@partial(jax.jit, static_argnames=("aug", "dtype"))
+def _read(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> Cache:
+    return augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype).cache
 
 
 def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attention | None, Attention]:

@@ -18,6 +18,7 @@ from etils import epath
 
 from latent_delib.errors import Outage, UserError, reason, store_error
 
+NOT_A_FOLDER = "is a file, expected a folder"
 HOST = re.sub(r"\W", "-", socket.gethostname())
 
 
@@ -51,7 +52,7 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     if folder.is_mount():
         raise UserError(f"{folder}: a mount point cannot be put in place whole; name a folder in it")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, expected a new folder; name another")
+        raise UserError(f"{folder}: {NOT_A_FOLDER}; name another")
     if folder.exists() and not replace and any(folder.iterdir()):
         raise UserError(f"{folder}: already exists and is not empty; name another")
     make_folder(folder.parent)
@@ -83,8 +84,12 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        taken = next(each for each in (path, *path.parents) if each.exists())
-        raise UserError(f"{taken}: is a file, expected a folder") from None
+        raise UserError(f"{in_the_way(path) or path}: {NOT_A_FOLDER}") from None
+
+
+def in_the_way(path: Path) -> Path | None:
+    """Returns the file that stands in the place of a folder or of one above it; None without one."""
+    return next((each for each in (path, *path.parents) if each.is_file()), None)
 
 
 @contextlib.contextmanager

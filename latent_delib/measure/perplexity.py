@@ -3,7 +3,7 @@
 How documents are pooled, and how sure a figure is, is decided only once all sums are there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from latent_delib.job.experiment import Experiment
 from latent_delib.measure import intervals, metric
 from latent_delib.measure.text import ValidationText
-from latent_delib.measure.values import Sides, Steps, Values, values_of
+from latent_delib.measure.values import Values
 from latent_delib.measure.views import Case, View
 
 FEW_WORKS = 20  # a source of at most so many works has a table for each
@@ -43,50 +43,42 @@ def zeros(exp: Experiment, text: ValidationText) -> dict[str, Sums]:
     return {term: Sums(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)) for term in metric.all_terms()}
 
 
-def add_up(
-    exp: Experiment, steps: Steps, sides: Sides, text: ValidationText, view: View, sums: SumsByTerm, done: int = 0
-) -> Iterator[int]:
-    """Adds to `sums`, in place, all pieces but the first `done`, a batch at a time; yields how many are done by then.
+def batches_of(exp: Experiment, text: ValidationText, view: View, done: int = 0) -> list[np.ndarray]:
+    """Returns the numbers of the pieces of each batch, without the first `done` pieces.
 
-    Pieces are taken in the order of their length, to minimise padding. Values are added in float64 and always in the
-    same order, so resuming from any yielded count ends with the same bits. Every process adds up all of them.
+    Pieces are taken by their length, the shortest first, to minimise padding.
+    """
+    by_length = np.argsort(text.lengths(), kind="stable")
+    size = exp.config.evaluate.batch_size
+    if view(0).giver is not None:
+        size //= 2  # the other half of a batch are the givers
+    return [by_length[first : first + size] for first in range(done, len(by_length), size)]
 
-    The device holds the cache of batch_size x max_length tokens and traces at batch_size x positions; the host holds
-    one batch's values, batch_size x max_length x num_ahead, the tokens of the whole text and the sums.
+
+def add_up(exp: Experiment, sums: SumsByTerm, document: np.ndarray, cases: Sequence[Case], values: Values) -> None:
+    """Adds the values of a batch to the sums of its documents, in place.
+
+    Each token counts once for each n, under both models. Values are added in float64, piece by piece: the same batches
+    in the same order end with the same bits.
 
     Args:
       exp: the experiment.
-      steps: of `values.jit_steps`.
-      sides: the parameters of both models.
-      text: the validation text.
-      view: what is read of each piece, and where latents are put.
-      sums: of `zeros`, or saved ones of `done` pieces.
-      done: how many pieces `sums` hold.
+      sums: by term.
+      document: int64 [pieces], the document of each case.
+      cases: the pieces of the batch.
+      values: of the batch.
     """
-    order = np.argsort(text.lengths(), kind="stable")
-    at_once = exp.config.evaluate.batch_size
-    if view(0).giver is not None:
-        at_once //= 2  # the other half of a batch are the givers
-    for first in range(done, len(order), at_once):
-        numbers = order[first : first + at_once]
-        cases = [view(number) for number in numbers]
-        values = values_of(exp, steps, sides, cases)
-        for row, number in enumerate(numbers):
-            accumulate(exp, sums, text.document[number], cases[row], values.of(row))
-        yield first + len(numbers)
+    for row, case in enumerate(cases):
+        _add_piece(exp, sums, document[row], case, values.of(row))
 
 
-def accumulate(exp: Experiment, sums: SumsByTerm, document: int, case: Case, values: Values) -> None:
-    """Adds the values of a piece to the sums of its document, in place: each place once for each n.
-
-    Both sides count the same tokens.
-    """
-    e = exp.config.evaluate
-    offset_A = np.arange(e.num_ahead)
+def _add_piece(exp: Experiment, sums: SumsByTerm, document: int, case: Case, values: Values) -> None:
+    """Adds the values of a piece to the sums of its document."""
+    offset_A = np.arange(exp.config.evaluate.num_ahead)
+    last = exp.config.evaluate.max_length - 2  # indices past it are not counted
     before_kA = case.at[:, None] + offset_A  # the token before the n-th one ahead
     own_before_kA = case.own_at[:, None] + offset_A
     counts_kA = before_kA < len(case.plain) - 1
-    last = e.max_length - 2  # indices past it are not counted
     for term, total in sums.items():
         plain_kA = values.plain[term][np.minimum(before_kA, last)]
         if values.ahead is None:

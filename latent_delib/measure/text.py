@@ -73,32 +73,27 @@ def _read_all(exp: Experiment) -> ValidationText:
     """Reads every document, cut where it is longer than `evaluate.max_length`."""
     sources = tuple(exp.config.data.validation)
     pieces: list[np.ndarray] = []
-    document: list[int] = []
-    source: list[int] = []
-    work: list[int] = []
-    works: list[str] = []
-    numbers: dict[tuple[str, str], int] = {}  # of the works that have a name
-    known = True
+    document: list[int] = []  # of each piece
+    source: list[int] = []  # of each document
+    work: list[int] = []  # of each document
+    numbers: dict[tuple[str, str | int], int] = {}  # of works by source and name; without a name, by document
+    works_known = True
     for found in batches.validation_documents(exp.config.data, tokenizer_path=str(exp.tokenizer.path)):
         cut = batches.pieces(found.tokens, exp.config.evaluate.max_length, exp.tokenizer.bos_id)
         pieces += cut
         document += [len(source)] * len(cut)
+        name = found.work or len(source)
+        work.append(numbers.setdefault((found.source, name), len(numbers)))
         source.append(sources.index(found.source))
-        number = len(works)
-        if found.work:
-            number = numbers.setdefault((found.source, found.work), number)
-        if number == len(works):
-            works.append(found.work or "")
-        work.append(number)
-        known = known and found.work is not None
+        works_known = works_known and found.work is not None
     return ValidationText(
         pieces=pieces,
         document=np.array(document, np.int64),
         source=np.array(source, np.int64),
         sources=sources,
         work=np.array(work, np.int64),
-        works=tuple(works),
-        works_known=known,
+        works=tuple(name if isinstance(name, str) else "" for _, name in numbers),
+        works_known=works_known,
     )
 
 

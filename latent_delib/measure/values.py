@@ -97,7 +97,9 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
     """Computes a batch of cases on both sides.
 
     A text is read once, and a second time where the evaluated model has another decoder or another text. Its cache then
-    serves all its places, `evaluate.positions` of them at a time.
+    serves all its places, `evaluate.positions` of them at a time: so the device holds the cache of batch_size x
+    max_length tokens and traces at batch_size x positions, and the host batch_size x max_length x num_ahead values.
+    Every process gets all values.
     """
     givers = [case.giver for case in cases if case.giver is not None]
     text = _place_text(exp, [case.plain for case in cases] + givers)

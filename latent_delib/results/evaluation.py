@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from latent_delib.results.entries import controls_in_words
 from latent_delib.results.figures import CURVES
-from latent_delib.results.tables import change, controls_in_words
+from latent_delib.results.forms import change
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from latent_delib.data import rows
-from latent_delib.data.batches import pieces, train_batches, validation_documents
+from latent_delib.data.batches import check, pieces
 from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
 
@@ -92,6 +92,7 @@ GOOD |= {"token_files": "", "max_bad_records": 0}
             {"sources": ("lines:a", "packaged/trian")},
             r"unknown source 'packaged/trian', did you mean 'packaged/train'\?",
         ),
+        ({"validation": (1,)}, "source 1 is int, expected a string"),
         ({"validation": ("file:c",)}, r"unknown source 'file:c', did you mean 'files:c'\?"),
         ({"sources": ("lines:a", 3)}, r"config\.data: source 3 is int, expected a string"),
         ({"seq_len": 1}, r"config\.data\.seq_len: 1"),
@@ -101,12 +102,11 @@ GOOD |= {"token_files": "", "max_bad_records": 0}
 def test_bad_mixtures(change, message):
     data = ConfigDict(GOOD | change)
     with pytest.raises(UserError, match=message):
-        train_batches(data, batch_size=2, seed=0, tokenizer_path="")
+        rows.check_data(data)
 
 
 def test_no_validation():
     data = ConfigDict(GOOD | {"validation": ()})
+    rows.check_data(data)
     with pytest.raises(UserError, match=r"config\.data\.validation: empty"):
-        validation_documents(data, tokenizer_path="")
-    with pytest.raises(UserError, match="source 1 is int, expected a string"):
-        validation_documents(ConfigDict(GOOD | {"validation": (1,)}), tokenizer_path="")
+        check(data, "validation")

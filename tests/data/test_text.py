@@ -346,7 +346,9 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
         assert (one.source, one.work) == (other.source, other.work) and one.work in ("00.txt", "01.txt")
         assert np.array_equal(one.tokens, other.tokens) and one.tokens.dtype == other.tokens.dtype == np.int32
     for i, source in enumerate(sources):
-        stored = token_files._read(f"{tmp_path}/out/train/{i}/tokens", (meta["train"][i]["rows"], T)).read().result()
+        stored = (
+            token_files._open_array(f"{tmp_path}/out/train/{i}/tokens", (meta["train"][i]["rows"], T)).read().result()
+        )
         text = np.concatenate(documents(tasks, tokenizer, source))
         np.testing.assert_array_equal(stored[stored > BOS], text)
         assert meta["train"][i]["tokens"] == len(text) and meta["train"][i]["rows"] == len(stored)

@@ -1,4 +1,7 @@
-"""The commands that the pages print: their files and keys are there, and on a slice every chip gets a sequence."""
+"""Checks the pages: their commands name files, flags and keys that exist, their links lead somewhere.
+
+On a slice, every chip of a printed command gets a sequence. README's Python block is run by test_examples.py.
+"""
 
 import ast
 import importlib
@@ -12,58 +15,154 @@ import pytest
 from latent_delib.job import experiment
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "launch/README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "launch" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+ARRAY = re.compile(r"(\w+)(\+?)=\((.*)\)")
+MODULE = re.compile(r"(latent_delib|tools|benchmarks)\.\w+")
+SLICE = re.compile(r"--accelerator=(?:v5litepod|v6e)-(\d+)")
+PARTS = [SLICE, re.compile(r"--devices=(\d+)"), re.compile(r"--processes=(\d+)")]
 
 
-def commands():
-    """Every command with a config file, as its words; a loop's or a grid's own forms are left out."""
+def code_lines(page: Path) -> list[str]:
+    """Returns the indented lines of a page, continued lines joined."""
+    text = page.read_text().replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+
+
+def is_command(line: str) -> bool:
+    """Tells whether a line starts a module or a script of ours; a page's loops and other output do not count."""
+    starts = re.search(r"(^|\s)(-m (latent_delib|tools|benchmarks)\.|\./launch/\w+\.sh)", line)
+    return bool(starts) and not line.startswith(("for ", "perplexity"))
+
+
+def words_of(line: str, arrays: dict[str, list[str]]) -> list[str]:
+    """Returns the words of a command, with bash arrays filled in and the brackets around options left out."""
+    line = line.replace(" [", " ").replace("] ", " ").removesuffix("]")
+    words = []
+    for word in shlex.split(line, comments=True):
+        array = re.fullmatch(r"\$\{(\w+)\[@\]\}", word)
+        words += arrays[array[1]] if array else [word]
+    return words
+
+
+def commands() -> dict[str, list[str]]:
+    """Returns the words of every command, by page and words."""
     found = {}
     for page in PAGES:
-        for line in (ROOT / page).read_text().replace("\\\n", " ").splitlines():
-            if line.startswith("    ") and re.search(r"--config=configs/[a-z]", line):
-                words = shlex.split(line.replace("$(", "(").replace('"$', '"'), comments=True)
-                found[f"{page}: {' '.join(words)}"] = words
+        arrays: dict[str, list[str]] = {}
+        for line in code_lines(page):
+            array = ARRAY.fullmatch(line)
+            if array:
+                name, more, body = array.groups()
+                arrays[name] = (arrays[name] if more else []) + shlex.split(body)
+            elif is_command(line):
+                words = words_of(line, arrays)
+                found[f"{page.relative_to(ROOT)}: {' '.join(words)}"] = words
     return found
 
 
-def config_of(words):
-    """What the words of a command make of the file they name."""
-    path, _, argument = next(w for w in words if w.startswith("--config=")).removeprefix("--config=").partition(":")
+def config_of(words: list[str]):
+    """Returns the config that the words of a command make of the file they name."""
+    file = next(word.removeprefix("--config=") for word in words if word.startswith("--config="))
+    path, _, argument = file.partition(":")
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    config = module.get_config(*filter(None, [argument]))
+    config = module.get_config(argument) if argument else module.get_config()
     for word in words:
         if word.startswith("--config."):
             key, _, value = word.removeprefix("--config.").partition("=")
-            try:
-                value = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                pass  # text without quotes
-            config.update_from_flattened_dict({key: value})
+            config.update_from_flattened_dict({key: parsed(value)})
     return config
 
 
+def parsed(value: str):
+    """Returns the value of --config.KEY=VALUE: a literal of Python, or text without quotes."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def flags_of(module: str) -> set[str]:
+    """Returns the flags that a command declares at its end, in `commands.run(...)`."""
+    source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    runs = [call for call in calls if ast.unparse(call.func) == "commands.run"]
+    return {keyword.arg for call in runs for keyword in call.keywords}
+
+
 COMMANDS = commands()
+WITH_CONFIG = {name: words for name, words in COMMANDS.items() if re.search(r"--config=configs/[a-z]", name)}
+EXPERIMENTS = {
+    word for words in COMMANDS.values() for word in words if re.fullmatch(r"(a|b|a_gpu|b_cpu)/\w+(@\d)?", word)
+}
 
 
 def test_the_pages_have_commands():
-    assert len(COMMANDS) > 10 and sum("--accelerator=" in name for name in COMMANDS) >= 4
+    assert len(COMMANDS) > 40
+    assert sum("--accelerator=" in name for name in COMMANDS) >= 4
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=list(COMMANDS))
-def test_a_command_of_a_page(words, monkeypatch):
+def test_a_command_names_what_exists(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for script in (word for word in words if word.startswith("./launch/")):
+        assert Path(script).is_file()
+    modules = [word for word in words if MODULE.fullmatch(word)]
+    for module in modules:
+        assert Path(module.replace(".", "/") + ".py").is_file()
+    if modules and not modules[0].startswith("benchmarks."):
+        given = words[words.index(modules[0]) + 1 :]
+        names = {word.removeprefix("--").partition("=")[0] for word in given if re.match(r"--\w", word)}
+        assert {name for name in names if not name.startswith("config.")} <= flags_of(modules[0]) | {"help"}
+
+
+@pytest.mark.parametrize("words", WITH_CONFIG.values(), ids=list(WITH_CONFIG))
+def test_a_config_is_one_that_runs(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = config_of(words)
     experiment.check(config)
-    slices = [re.fullmatch(r"--accelerator=(?:v5litepod|v6e)-(\d+)", word) for word in words]
-    devices = [re.fullmatch(r"--devices=(\d+)", word) for word in words]
-    processes = [re.fullmatch(r"--processes=(\d+)", word) for word in words]
-    chips = math.prod(int(m[1]) for m in (*slices, *devices, *processes) if m)
+    counts = [re.fullmatch(part, word) for part in PARTS for word in words]
+    chips = math.prod(int(count[1]) for count in counts if count)
     axes = dict(config.mesh)
-    axes["data"] = chips // math.prod(n for n in axes.values() if n > 0) if axes["data"] < 0 else axes["data"]
+    if axes["data"] < 0:
+        axes["data"] = chips // math.prod(size for size in axes.values() if size > 0)
     shards = axes["data"] * axes["fsdp"]
-    if any(slices):
+    if any(SLICE.fullmatch(word) for word in words):
         assert math.prod(axes.values()) == chips
     if chips > 1 and "latent_delib.train" in words:
         assert config.train.batch_size // config.train.accumulation % shards == 0
     if chips > 1 and "latent_delib.evaluate" in words:
         assert config.evaluate.batch_size % shards == 0
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+def test_an_experiment_is_in_the_table(name):
+    from configs import paper
+
+    experiment.check(paper.get_config(name.partition("@")[0]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def where(name: str) -> Path | None:
+    """Returns the file that a page names, below the root, the package or the tests; None where there is none."""
+    paths = [folder / name for folder in (ROOT, ROOT / "latent_delib", ROOT / "tests")]
+    return next((path for path in paths if path.exists()), None)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
+def test_files_that_a_page_names_are_there(page):
+    text = page.read_text()
+    for name in re.findall(r"`(\w[\w/.]*/\w+\.(?:py|sh|ipynb))`", text):
+        assert where(name), name
+    for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text):
+        assert re.search(rf"\b{name}\b", where(file).read_text()), f"{name} in {file}"

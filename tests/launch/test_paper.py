@@ -1,20 +1,22 @@
-"""paper.sh around a python that only pretends, and the configs it runs."""
+"""paper.sh around a python that only pretends, and the table of experiments it runs."""
 
-import importlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
+from configs import base, paper
 from latent_delib.delib.methods import METHODS
 from latent_delib.job import experiment
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "configs/paper").glob("*.py") if path.stem != "protocols")
 PYTHON = """#!/usr/bin/env bash
+[[ $2 == configs.paper ]] && exec cat names
 echo "${*:2}" >>calls
 for argument; do
   case $argument in
@@ -35,7 +37,7 @@ esac
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     (tmp_path / "launch").mkdir()
-    shutil.copytree(ROOT / "configs/paper", tmp_path / "configs/paper")
+    (tmp_path / "names").write_text("\n".join(paper.EXPERIMENTS))
     for name in ("common", "paper"):
         shutil.copy(ROOT / f"launch/{name}.sh", tmp_path / "launch")
     scripts = {"launch/setup.sh": "", "launch/get_smollm2.sh": "echo model.gguf", ".venv/bin/python": PYTHON}
@@ -47,8 +49,8 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
-    """The commands it ran, without `latent_delib.`; or what it said, where it fails."""
+def run_paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
+    """Returns the commands it ran, without `latent_delib.`; or what it said, where it fails."""
     (here / "calls").unlink(missing_ok=True)
     command = [here / "launch/paper.sh", *arguments]
     done = subprocess.run(command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True)
@@ -59,15 +61,15 @@ def paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
 
 
 def test_a_run_of_protocol_a(here: Path) -> None:
-    calls = paper(here, "a/overlay@1")
+    calls = run_paper(here, "a/overlay@1")
     run = "--workdir=runs/paper/a/overlay@1"
     assert (
-        calls[0] == "prepare --config=configs/paper/overlay.py:a --config.data.token_files= --out=runs/paper/a/tokens"
+        calls[0] == "prepare --config=configs/paper.py:a/overlay --config.data.token_files= --out=runs/paper/a/tokens"
     )
-    assert calls[1] == f"train --config=configs/paper/overlay.py:a {run} --config.seed=1"
+    assert calls[1] == f"train --config=configs/paper.py:a/overlay {run} --config.seed=1"
     controls = {"": "", "/swap": " --config.evaluate.swap", "/longer": " --config.evaluate.longer_prompt=32"}
     late = {f"/delay{n}": f" --config.evaluate.delay={n}" for n in (1, 2, 3)}
-    at = f"evaluate --config=configs/paper/overlay.py:a {run}"
+    at = f"evaluate --config=configs/paper.py:a/overlay {run}"
     once, curve, delayed = [
         [f"{at} --out=runs/paper/a/overlay@1{kind}{more}" for kind, more in controls.items()],
         [f"{at} --steps=all"],
@@ -76,31 +78,31 @@ def test_a_run_of_protocol_a(here: Path) -> None:
     assert calls[2:-1] == [*once, *curve, *delayed]
     assert calls[-1] == "report runs/paper --out=runs/paper/report"
 
-    again = paper(here, "a/overlay@1")
+    again = run_paper(here, "a/overlay@1")
     assert [call.split()[0] for call in again] == ["evaluate", "report"] and "--steps=all" in again[0]
 
 
 def test_a_trial_is_not_the_experiment(here: Path) -> None:
     """More arguments: a folder of its own, so that the run they are left out of is made too."""
     more = ("--config.train.steps=20", "--config.a=(1, 'b')")
-    calls = paper(here, "a/pause_tokens", "--", *more)
+    calls = run_paper(here, "a/pause_tokens", "--", *more)
     workdir = "--workdir=runs/trials/a/pause_tokens@0,train.steps=20,a=-1,--b--"
     assert calls[1:] == [
-        f"train --config=configs/paper/pause_tokens.py:a {workdir} --config.seed=0 {' '.join(more)}",
-        f"evaluate --config=configs/paper/pause_tokens.py:a {workdir} --out={workdir[10:]} " + " ".join(more),
+        f"train --config=configs/paper.py:a/pause_tokens {workdir} --config.seed=0 {' '.join(more)}",
+        f"evaluate --config=configs/paper.py:a/pause_tokens {workdir} --out={workdir[10:]} " + " ".join(more),
     ]
-    assert "train" in [call.split()[0] for call in paper(here, "a/pause_tokens")]
+    assert "train" in [call.split()[0] for call in run_paper(here, "a/pause_tokens")]
 
 
 def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
-    calls = paper(here, "b/pause_tokens", "a_gpu/decoder", "a_gpu/joint", "a/pause_tokens", "a/adapt_decoder")
+    calls = run_paper(here, "b/pause_tokens", "a_gpu/decoder", "a_gpu/joint", "a/pause_tokens", "a/adapt_decoder")
     made = [call.split()[0] for call in calls if call.split()[0] not in ("train", "evaluate")]
-    assert made == ["make_mixture", "convert", *["prepare"] * 3, "make_tasks", "prepare", "report"]
+    assert made == ["tools.make_mixture", "convert", *["prepare"] * 3, "tools.make_tasks", "prepare", "report"]
     assert "convert --source=model.gguf --out=runs/smollm2_135m/decoder --size=smollm2_135m" in calls
-    pretrain = "train --config=configs/paper/pretrain.py --workdir=runs/paper/a_gpu/pretrain"
+    pretrain = "train --config=configs/paper.py:a_gpu/pretrain --workdir=runs/paper/a_gpu/pretrain"
     pretrained = calls.index(pretrain)
     assert calls.count(pretrain) == 1
-    assert pretrained < next(i for i, call in enumerate(calls) if "paper/decoder.py:a_gpu --workdir=" in call)
+    assert pretrained < next(i for i, call in enumerate(calls) if "paper.py:a_gpu/decoder --workdir=" in call)
     unseen = " --config.data.token_files= --config.data.validation=('files:runs/mixture/unseen/*.txt',)"
     (call,) = (call for call in calls if "--out=runs/paper/a/pause_tokens@0/unseen" in call)  # the mixture is there
     assert call.endswith(unseen)
@@ -108,58 +110,99 @@ def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
     assert not any("--out=runs/paper/a/adapt_decoder@0/unseen" in call for call in calls)
 
 
-@pytest.mark.parametrize("name", ["adapt_coprocessor", "joint", "unified", "after_8", "overlay_64", "before"])
-def test_latents_of_another_document_are_a_control(here: Path, name: str) -> None:
-    calls = paper(here, f"a/{name}")
-    assert any(f"a/{name}@0/swap " in call and call.endswith(" --config.evaluate.swap") for call in calls)
-    assert not any("/swap" in call for call in paper(here, "a/pause_tokens"))  # theirs depend on no document
-
-
-@pytest.mark.parametrize("name", ["overlay", "adapt_decoder"])
-@pytest.mark.parametrize("protocol", ["a", "a_gpu", "b", "b_cpu"])
-def test_a_run_that_is_stopped_keeps_its_curve(protocol: str, name: str) -> None:
-    """Every checkpoint that is evaluated stays, whatever else a signal saves between them."""
-    c = importlib.import_module(f"configs.paper.{name}").get_config(protocol).train
-    assert c.steps % c.checkpoint_every == 0 and c.keep_every == c.checkpoint_every
+def test_latents_of_another_document_are_a_control(here: Path) -> None:
+    names = ["adapt_coprocessor", "joint", "unified", "after_8", "overlay_64", "before"]
+    swapped = run_paper(here, *(f"a/{name}" for name in [*names, "pause_tokens"]))  # those depend on no document
+    found = [re.search(r"--out=runs/paper/a/(\w+)@0/swap ", call) for call in swapped if call.endswith("evaluate.swap")]
+    assert [match[1] for match in found] == names
 
 
 def test_without_names_all_of_protocol_a(here: Path) -> None:
-    trained = [call.split()[1] for call in paper(here) if call.startswith("train")]
-    assert sorted(trained) == [f"--config=configs/paper/{name}.py:a" for name in NAMES if name != "pretrain"]
-    started = {name: trained.index(f"--config=configs/paper/{name}.py:a") for name in ("overlay", "adapt_coprocessor")}
+    trained = [call.split()[1] for call in run_paper(here) if call.startswith("train")]
+    names = [name for name in paper.EXPERIMENTS if name != "pretrain"]
+    assert sorted(trained) == sorted(f"--config=configs/paper.py:a/{name}" for name in names)
+    started = {name: trained.index(f"--config=configs/paper.py:a/{name}") for name in ("overlay", "adapt_coprocessor")}
     assert started["overlay"] < started["adapt_coprocessor"]  # which starts from it
 
 
 def test_without_tasks_all_else_is_made_and_reported(here: Path) -> None:
     python = here / ".venv/bin/python"
     python.write_text(PYTHON.replace("mkdir -p", "[[ $2 != *.make_tasks ]] || exit 1\nmkdir -p"))
-    (said,) = paper(here, "a/adapt_decoder", "a/pause_tokens", code=1)
+    (said,) = run_paper(here, "a/adapt_decoder", "a/pause_tokens", code=1)
     assert said == "error: left out, for want of runs/tasks: a/adapt_decoder"
     calls = (here / "calls").read_text()
-    assert "train --config=configs/paper/pause_tokens.py:a" in calls and "adapt_decoder" not in calls
+    assert "train --config=configs/paper.py:a/pause_tokens" in calls and "adapt_decoder" not in calls
     assert calls.endswith("report runs/paper --out=runs/paper/report\n")
 
 
 def test_more_arguments_are_of_the_config(here: Path) -> None:
-    (said,) = paper(here, "a/overlay", "--", "--steps=all", code=1)
+    (said,) = run_paper(here, "a/overlay", "--", "--steps=all", code=1)
     assert said == "error: --steps=all: expected --config.KEY=VALUE; --help tells more"
     assert not (here / "runs").exists()
 
 
 @pytest.mark.parametrize("name", ["overlay", "a/nothing", "a/protocols", "a/", "c/overlay"])
 def test_a_name_that_is_none(here: Path, name: str) -> None:
-    (said,) = paper(here, name, code=1)
+    (said,) = run_paper(here, name, code=1)
     assert said.startswith(f"error: {name}: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED")
     assert not (here / "runs").exists()
 
 
-@pytest.mark.parametrize("protocol", ["a", "a_gpu", "b", "b_cpu"])
+def test_a_sweep_over_experiments(here: Path) -> None:
+    shutil.copy(ROOT / "launch/sweep.sh", here / "launch")
+    (here / "configs").mkdir()
+    (here / "configs/paper.py").touch()
+    configs = "configs/paper.py:a/overlay,configs/paper.py:b/after_8"
+    command = [here / "launch/sweep.sh", "s", configs, "seed=0", "--dry_run"]
+    done = subprocess.run(command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True)
+    folders = re.findall(r"--workdir=(\S+)", done.stdout.replace("\\", ""))
+    assert folders == ["runs/s/paper-a-overlay,seed=0", "runs/s/paper-b-after_8,seed=0"], done.stderr
+
+
+@pytest.mark.parametrize("protocol", paper.PROTOCOLS)
 def test_every_experiment_is_a_config_that_can_run(protocol: str) -> None:
     """With random weights where a protocol's decoder is made elsewhere."""
     methods = set()
-    for name in NAMES:
-        config = importlib.import_module(f"configs.paper.{name}").get_config(protocol)
-        if config.decoder.path != "packaged":
-            config.decoder.path, config.decoder.tokenizer = "", "packaged"
-        methods.add(experiment.read(config, jax.devices()[:1]).aug.method)
+    for name in paper.EXPERIMENTS:
+        c = paper.get_config(f"{protocol}/{name}")
+        if c.decoder.path != "packaged":
+            c.decoder.path, c.decoder.tokenizer = "", "packaged"
+        methods.add(experiment.read(c, jax.devices()[:1]).aug.method)
     assert methods == set(METHODS)
+
+
+@pytest.mark.parametrize("protocol", paper.PROTOCOLS)
+def test_a_run_that_is_stopped_keeps_its_curve(protocol: str) -> None:
+    """Every checkpoint that is evaluated stays, whatever else a signal saves between them."""
+    for name in ("overlay", "adapt_decoder"):
+        train = paper.get_config(f"{protocol}/{name}").train
+        assert train.steps % train.checkpoint_every == 0 and train.keep_every == train.checkpoint_every
+
+
+def flat(config: ConfigDict, above: str = "") -> dict[str, object]:
+    """Returns the keys of a config, "train.steps", and their values."""
+    found: dict[str, object] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{above}{key}.") if isinstance(value, ConfigDict) else {above + key: value}
+    return found
+
+
+def test_a_row_says_all_that_an_experiment_changes() -> None:
+    of_base, overlay = flat(base.get_config()), flat(paper.get_config("a/overlay"))
+    for name, row in paper.EXPERIMENTS.items():
+        c = flat(paper.get_config(f"a/{name}"))
+        changed = {key for key in c if c[key] != overlay.get(key)}
+        assert changed <= row.keys() | {"method.coprocessor.num_layers"}, name  # some rows say what b or a_gpu change
+        assert name in ("overlay", "pretrain") or changed
+    size, settings = paper.PROTOCOLS["a"]
+    changed = {key for key in of_base if of_base[key] != overlay[key]}
+    assert changed <= settings.keys() | {"method.placement", "data.token_files"}
+    assert paper.get_config("b_cpu/half").method.coprocessor.num_layers == 2
+    start = paper.get_config("b_cpu/adapt_coprocessor").method.start
+    assert start == "runs/paper/b_cpu/overlay@0/checkpoints/2000"
+
+
+@pytest.mark.parametrize("name", ["overlay", "a/nothing", "c/overlay", ""])
+def test_a_config_that_is_none(name: str) -> None:
+    with pytest.raises(ValueError, match="expected PROTOCOL/EXPERIMENT, .* b_cpu, .* overlay_32"):
+        paper.get_config(name)

@@ -61,6 +61,16 @@ def test_a_method_without_a_coprocessor(decoder, tokens):
     assert written is None and decoded.weights.shape[-2:] == (LENGTH - AT - 2 + L, AT + 1 + LENGTH - AT - 2 + L)
 
 
+def test_the_cache_of_a_text(decoder, tokens):
+    """An entry depends on the tokens up to its own alone, and the public interface gives the module."""
+    lm, c = ld.AugmentedLM(decoder), decoder.config
+    other = [*tokens[:AT], *tokens[AT:][::-1]]
+    found = ld.look.cache(lm, [tokens, other])
+    assert found.k.shape == found.v.shape == (c.num_layers, 2, LENGTH, c.num_kv_heads, c.head_dim)
+    np.testing.assert_array_equal(found.k[:, 0, :AT], found.k[:, 1, :AT])
+    assert (found.v[:, 0, AT:] != found.v[:, 1, AT:]).any() and ld.look is look
+
+
 def test_nearest_words(decoder):
     lm = ld.AugmentedLM(decoder)
     table = np.asarray(decoder.params["embedding"], np.float64)

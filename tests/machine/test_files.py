@@ -100,7 +100,7 @@ def test_what_is_in_the_way(tmp_path):
     (tmp_path / "full" / "file").write_text("mine")
     for path, words in (
         ("full", "already exists and is not empty; name another"),
-        ("file", "is a file, expected a new folder; name another"),
+        ("file", "is a file, expected a folder; name another"),
     ):
         with pytest.raises(UserError, match=f"{path}: {words}"), files.whole(tmp_path / path):
             pass

@@ -33,7 +33,7 @@ WORKS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    make_mixture.write(tmp_path, CHOSEN, WORKS)
+    make_mixture.write_mixture(tmp_path, CHOSEN, WORKS)
     return tmp_path
 
 
@@ -65,8 +65,8 @@ def test_the_prose_of_the_packaged_corpus_stays_as_it_is(folder):
 
 def test_a_work_of_which_nothing_is_left_is_named(tmp_path):
     works = WORKS | {"other": Work("3.0", "", [[own("c")]])}
-    with pytest.raises(UserError, match=r"other 3\.0: nothing is left"):
-        make_mixture.write(tmp_path, CHOSEN, works)
+    with pytest.raises(UserError, match=r"other 3\.0: none of its text is its own"):
+        make_mixture.write_mixture(tmp_path, CHOSEN, works)
 
 
 def test_a_package_is_read_and_removed(tmp_path, monkeypatch):
@@ -78,13 +78,13 @@ def test_a_package_is_read_and_removed(tmp_path, monkeypatch):
         return root, "9.9"
 
     monkeypatch.setattr(extract, "debian", debian)
-    work = make_mixture.read("sbcl-doc", str(tmp_path), 10**6)
+    work = make_mixture.read_package("sbcl-doc", str(tmp_path), 10**6)
     assert (work.version, work.documents) == ("9.9", [[own("e").strip()]])
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="vim-doc 9.9: no text"):
         monkeypatch.setattr(extract, "debian", lambda folder, package: (debian(folder, "x")[0].parent, "9.9"))
         monkeypatch.setitem(SOURCES, "vim-doc", Source("Vim", "permissive", extract.pods))
-        make_mixture.read("vim-doc", str(tmp_path), 10**6)
+        make_mixture.read_package("vim-doc", str(tmp_path), 10**6)
 
 
 def test_every_source_is_of_a_known_split_and_group():

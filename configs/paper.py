@@ -1,0 +1,167 @@
+"""The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`, `a/overlay` where nothing is named.
+
+`launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists them. Validation is by
+work: nothing is trained on any part of a work that is evaluated. Keys that no row names are those of base.py.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import base
+from latent_delib.nn.sizes import SIZES
+
+MIXTURE = {  # of tools.make_mixture
+    "data.sources": ("files:runs/mixture/train/*.txt",),
+    "data.validation": ("files:runs/mixture/validation/*.txt", "files:runs/mixture/unseen/*.txt"),
+}
+CPU = {
+    "method.num_traces": 16,
+    "data.seq_len": 256,
+    "optimizer.warmup_steps": 50,
+    "train.steps": 1000,
+    "train.batch_size": 8,
+    "train.checkpoint_every": 250,
+    "train.keep_every": 250,  # all stay: the learning curve
+    "compute.dtype": "float32",
+    "compute.remat": "none",
+    "evaluate.max_length": 256,
+    "evaluate.batch_size": 4,
+    "evaluate.max_pieces": 200,
+    "evaluate.max_positions": 32,
+}
+GPU = {
+    "method.num_traces": 32,
+    "data.seq_len": 512,
+    "optimizer.warmup_steps": 200,
+    "train.steps": 4300,
+    "train.batch_size": 16,
+    "train.checkpoint_every": 430,
+    "train.keep_every": 430,
+    "evaluate.max_length": 512,
+    "evaluate.max_pieces": 400,
+    "evaluate.max_positions": 64,
+}
+LONGER = {  # twice a's steps: there is more to learn here, and no row comes twice
+    "train.steps": 2000,
+    "train.checkpoint_every": 500,
+    "train.keep_every": 500,
+    "evaluate.max_pieces": 100,  # of each of two sources
+}
+# Protocol -> size of the decoder, and what differs from base.py in all its experiments.
+PROTOCOLS = {
+    # The paper's logic on two CPU cores: decoder and coprocessor are trained on the same text. The packaged decoder
+    # (3.1 M parameters) and the packaged corpus; a run takes some twenty minutes.
+    "a": ("gemma2_3m", CPU),
+    # The same with a decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU.
+    "a_gpu": ("gemma2_49m", GPU | MIXTURE | {"decoder.path": "runs/paper/a_gpu/pretrain/decoder"}),
+    # SmolLM2-135M on the mixture, which is not what it was pretrained on; one GPU.
+    "b": ("smollm2_135m", GPU | MIXTURE | {"decoder.path": "runs/smollm2_135m/decoder"}),
+    # The same with the packaged decoder, which has read a twentieth of the mixture; two CPU cores.
+    "b_cpu": ("gemma2_3m", CPU | MIXTURE | LONGER),
+}
+
+SLOW = {"optimizer.learning_rate": 3e-4}  # where the decoder's own weights are trained
+TASKS = {  # of tools.make_tasks; so many steps see each problem a few times
+    "data.sources": ("files:runs/tasks/text/train/*.txt",),
+    "data.validation": ("files:runs/tasks/text/test/*.txt",),
+    "data.token_files": "runs/paper/{protocol}/task_tokens",
+    "method.lora_rank": 64,
+    "optimizer.warmup_steps": 50,
+    "train.steps": 300,
+    "train.checkpoint_every": 60,
+    "train.keep_every": 60,
+}
+# Experiment -> what differs from `overlay`.
+EXPERIMENTS = {
+    # Cache augmentation (Liu et al. 2025), by placement and number of latents. overlay: latents share positions with
+    # the text they follow. after: the paper's, they follow the text, which moves on. before: they are between the text
+    # and its last token, which is read again.
+    "overlay": {},
+    "overlay_4": {"method.num_latents": 4},
+    "overlay_8": {"method.num_latents": 8},
+    "overlay_32": {"method.num_latents": 32},
+    "overlay_64": {"method.num_latents": 64},
+    "after": {"method.placement": "after"},
+    "after_4": {"method.placement": "after", "method.num_latents": 4},
+    "after_8": {"method.placement": "after", "method.num_latents": 8},
+    "after_32": {"method.placement": "after", "method.num_latents": 32},
+    "after_64": {"method.placement": "after", "method.num_latents": 64},
+    "before": {"method.placement": "before"},
+    # Ahead tokens in training; the paper compares 4, 8, 16 and 32.
+    "ahead_4": {"method.num_ahead": 4},
+    "ahead_8": {"method.num_ahead": 8},
+    "ahead_32": {"method.num_ahead": 32},
+    # Latents come late by 0 to 3 tokens, drawn for each trace.
+    "delay": {"method.max_delay": 3},
+    # The paper's baselines: a random start, the decoder's last layer instead of its cache, adapters (its ranks), and
+    # N_L trained vectors, which it calls pause tokens. pause_tokens: one vector N_L times (Goyal et al. 2023).
+    "from_scratch": {"method.name": "from_scratch"},
+    "last_layer": {"method.name": "last_layer"},
+    "lora": {"method.lora_rank": 64},
+    "lora_128": {"method.lora_rank": 128},
+    "static_tokens": {"method.name": "static_tokens"},
+    "pause_tokens": {"method.name": "pause_tokens"},
+    # Named as future work by the paper: latents one after another, and a smaller coprocessor, of half the decoder's
+    # depth; it begins with random weights, so compare it with from_scratch.
+    "sequential": {"method.name": "sequential"},
+    "half": {"method.name": "resized"},
+    # Coda-Forno et al. 2025: keys and values inserted in each layer (H1), decoder and coprocessor trained together
+    # (H2), one model that writes its own latents (the unified baseline).
+    "inserted": {"method.name": "inserted"},
+    "joint": {"method.name": "joint"} | SLOW,
+    "unified": {"method.name": "unified"} | SLOW,
+    # Controls: the decoder trained on for as long, on the same text; the same by adapters, at the coprocessors' rate.
+    "decoder": {"method.name": "decoder"} | SLOW,
+    "decoder_lora": {"method.name": "decoder", "method.lora_rank": 64},
+    # Adaptation to tasks: adapters of rank 64 on the decoder (the paper's Figure 6 has rank 128, GSM8K and MATH), and
+    # on the coprocessor that `overlay` trained.
+    "adapt_decoder": {"method.name": "decoder"} | TASKS,
+    "adapt_coprocessor": {"method.start": "runs/paper/{protocol}/overlay@0/checkpoints/{steps}"} | TASKS,
+    # The decoder of a_gpu: random weights, 240 M tokens, which is the mixture two to three times. Its training loss
+    # should be flat at the end, or it wants more steps. But a decoder that knows its text by heart teaches a
+    # coprocessor nothing (docs/results.md): where there is more text, read it once.
+    "pretrain": {
+        "seed": 1000,  # the experiments read the same text, and must not read it in the same order
+        "decoder.path": "",
+        "decoder.tokenizer": "packaged",
+        "decoder.export_dtype": "bfloat16",
+        "method.name": "decoder",
+        "optimizer.learning_rate": 2e-3,
+        "optimizer.warmup_steps": 200,
+        "optimizer.weight_decay": 0.1,
+        "train.batch_size": 64,
+        "train.steps": 7400,
+        "train.checkpoint_every": 1000,
+    },
+}
+
+
+def get_config(name: str = "a/overlay") -> ConfigDict:
+    """Returns the config of an experiment in a protocol, "PROTOCOL/EXPERIMENT".
+
+    Raises:
+      ValueError: there is no such protocol or experiment.
+    """
+    protocol, _, experiment = name.partition("/")
+    if protocol not in PROTOCOLS or experiment not in EXPERIMENTS:
+        known = f"PROTOCOL one of {', '.join(PROTOCOLS)}, EXPERIMENT one of {', '.join(EXPERIMENTS)}"
+        raise ValueError(f"{name!r}: expected PROTOCOL/EXPERIMENT, {known}")
+    size, settings = PROTOCOLS[protocol]
+    c = base.get_config()
+    c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES[size]))
+    c.data.token_files = f"runs/paper/{protocol}/tokens"
+    c.method.placement = "overlay"
+    c.update_from_flattened_dict(settings)
+    made = {"protocol": protocol, "steps": c.train.steps}
+    for key, value in EXPERIMENTS[experiment].items():
+        if isinstance(value, str):
+            value = value.format(**made)
+        c.update_from_flattened_dict({key: value})
+    if experiment == "half":
+        c.method.coprocessor = ConfigDict({"num_layers": c.decoder.architecture.num_layers // 2})
+    return c
+
+
+if __name__ == "__main__":
+    print("\n".join(EXPERIMENTS))

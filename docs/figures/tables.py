@@ -1,0 +1,140 @@
+"""Fills in the tables of docs/results.md from the runs stored in docs/results.
+
+  .venv/bin/python docs/figures/tables.py
+
+Write a table with its first column, and run this. A comment above the table says which runs it is of:
+
+  <!-- table: runs=a -->                      docs/results/a, each run against its frozen decoder
+  <!-- table: runs=a against=overlay@0 -->    against that run, document by document
+  <!-- table: runs=a run=NAME -->             of one run; rows then need no name
+  <!-- table: runs=b_cpu source=0 -->         of its first validation source alone
+
+The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given, and one of PHRASES.
+"the same" stands for the phrase of the row before, "against `NAME`" and "against its own" for another base.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from latent_delib.measure import perplexity
+from latent_delib.results import against, packed, runs
+from latent_delib.results.forms import change
+
+RESULTS = Path(__file__).parents[1] / "results"
+PAGE = RESULTS.with_suffix(".md")
+AHEAD = (1, 4, 16, 32)
+COMMENT = re.compile(r"<!-- table: (.*) -->")
+PHRASES = {  # words of a row -> the folder of an evaluation
+    "latents of another": "swap",
+    "reads 32 tokens more": "longer",
+    "one token late": "delay1",
+    "two tokens late": "delay2",
+    "three tokens late": "delay3",
+}
+SOURCES = {"kinds trained on": "0", "unseen sources": "1"}  # of protocol b_cpu; a has unseen/ beside the run
+FILES = {file.path: file for file in packed.files_below(RESULTS)}
+
+
+class Row(NamedTuple):
+    """A row of a table. run: a folder. evaluation: a folder in it, or "". against: a folder, or "": the frozen decoder.
+    source: the number of a validation source, or "": all."""
+
+    run: str
+    evaluation: str = ""
+    against: str = ""
+    source: str = ""
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
+def filled(page: str) -> str:
+    """Returns the page with the figures of all its tables."""
+    lines = []
+    settings: dict[str, str] = {}
+    row = Row("")
+    for line in page.splitlines():
+        comment = COMMENT.fullmatch(line)
+        if comment:
+            settings = dict(word.split("=", 1) for word in comment[1].split())
+            row = Row("")
+        elif not line.startswith("|"):
+            settings = settings if not line else {}
+        elif settings and "n = 1" not in line and "---" not in line:
+            words = line.split("|")[1].strip()
+            row = row_of(words, settings, row)
+            line = f"| {words} | {' | '.join(cells(settings['runs'], row))} |"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def row_of(words: str, settings: dict[str, str], before: Row) -> Row:
+    """Reads which evaluation a row is of, from its words, its table's settings and the row before it."""
+    names = [name if "@" in name else f"{name}@0" for name in re.findall(r"`(\w+@?\w*)`", words)]
+    phrases = [folder for phrase, folder in PHRASES.items() if phrase in words]
+    step = re.search(r"step ([\d,]+)", words)
+    sources = [number for phrase, number in SOURCES.items() if phrase in words]
+    if sources == ["1"] and not settings["runs"].endswith("b_cpu"):
+        phrases, sources = ["unseen"], []
+    run = settings.get("run") or (names[0] if names else before.run)
+    evaluation = settings.get("evaluation", "")
+    base = settings.get("against", "")
+    if phrases:
+        evaluation = phrases[0]
+    elif "the same" in words:
+        evaluation = before.evaluation
+    elif step:
+        evaluation = f"evaluations/{step[1].replace(',', '')}"
+    if "against its own" in words:
+        base = run
+    elif "against" in words:
+        base = names[1]
+    elif "the same" in words and before.against:
+        base = run if before.against == before.run else before.against
+    source = settings.get("source", "")
+    if sources:
+        source = sources[0]
+    elif "the same" in words:
+        source = before.source
+    return Row(run, evaluation, base, source)
+
+
+def cells(folder: str, row: Row) -> list[str]:
+    """Returns the change at each of AHEAD, in percent, with its interval."""
+    ours = find(RESULTS / folder / row.run, row.evaluation)
+    data = ours.data
+    if row.against:
+        rows = paired(ours, RESULTS / folder / row.against, row.source)
+    elif row.source:
+        rows = list(data["sets"][data["config"]["data"]["validation"][int(row.source)]]["rows"])
+    else:
+        rows = data["rows"]
+    by_n = {each["n"]: str(change(each)).replace("%", "") for each in rows}
+    return [by_n[n] for n in AHEAD]
+
+
+def find(run: Path, evaluation: str) -> runs.Result:
+    """Returns an evaluation of a run; that of its last checkpoint may be the run's own."""
+    folder = run / evaluation
+    if folder / "perplexity.json" not in FILES:
+        folder = run
+    documents = FILES.get(folder / packed.DOCUMENTS)
+    data = FILES[folder / "perplexity.json"].read()
+    return runs.Result("", folder, data, documents.read if documents else None)
+
+
+def paired(ours: runs.Result, base: Path, source: str) -> list[dict]:
+    """Compares two evaluations at each of AHEAD, document by document, on one source or on all."""
+    arrays = FILES[base / packed.DOCUMENTS].read()
+    pair = against.pair_of(against.documents_of(arrays), ours)
+    chosen = arrays["source"] == int(source) if source else slice(None)
+    columns = [n - 1 for n in AHEAD]
+    sums = perplexity.Sums(*(x[chosen][:, columns] for x in pair.sums))
+    rows = perplexity.table({"nll": sums}, against.work_of(pair)[chosen], seed=0)
+    return [row | {"n": n} for n, row in zip(AHEAD, rows)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Which runs are together in a table, and beside which published lines: the comparisons of Section 3 and two more."""
+
+from collections.abc import Sequence, Set
+from typing import NamedTuple
+
+from latent_delib.results import published
+from latent_delib.results.entries import Entry, controls
+from latent_delib.results.published import Variant
+
+PAPER = "cache_augmentation"
+BOTH = {"decoder", PAPER}
+
+
+class Comparison(NamedTuple):
+    """A table that compares kinds of runs.
+
+    lines: the published ones. about: the kinds it is about; without a run of one of them it has published lines only.
+    beside: the kinds that are beside those. same_checkpoint: of these only the checkpoints that the table is about.
+    """
+
+    name: str
+    title: str
+    lines: Sequence[Variant]
+    about: Set[str]
+    beside: Set[str] = BOTH
+    same_checkpoint: bool = False
+
+
+COMPARISONS = (
+    Comparison(
+        "3_pause_tokens",
+        "Pause tokens (Goyal et al. 2023) against cache augmentation",
+        published.PAUSE_TOKENS,
+        {"pause_tokens", "static_tokens"},
+    ),
+    Comparison(
+        "4_zero_shot_cot",
+        "Zero-shot chain of thought against cache augmentation",
+        published.ZERO_SHOT_COT,
+        {"zero_shot_cot"},
+    ),
+    Comparison(
+        "5_coprocessors",
+        "Coprocessors from scratch and as low-rank parts",
+        published.COPROCESSORS,
+        {"from_scratch", "lora"},
+    ),
+    Comparison(
+        "6_last_layer",
+        "Last-layer activations instead of the cache",
+        published.LAST_LAYER,
+        {"last_layer"},
+    ),
+    Comparison(
+        "7_ahead_tokens",
+        "Ahead tokens in training",
+        published.NUM_AHEAD,
+        {PAPER},
+        {"decoder"},
+    ),
+    Comparison(
+        "8_asynchronous",
+        "Asynchronous coprocessor: latents that come some tokens late",
+        published.DELAY,
+        {"late"},
+        same_checkpoint=True,
+    ),
+    Comparison(
+        "9_follow_up",
+        "Keys and values inserted (H1), joint training (H2), one model for both (Coda-Forno et al. 2025)",
+        (),
+        {"inserted", "joint", "unified"},
+    ),
+    Comparison(
+        "10_beyond",
+        "Latents one after another, and coprocessors of another size",
+        (),
+        {"sequential", "resized"},
+        BOTH | {"from_scratch"},  # as a coprocessor of another size begins
+    ),
+)
+
+
+def kinds_of(entry: Entry) -> set[str]:
+    """Returns the kinds of run that an entry is: its method, or its model if it has no latents, and "late".
+
+    The paper's method counts as such only with latents that come at once, and without a control.
+    """
+    if entry.model != "augmented":
+        return {entry.model}
+    kinds = {entry.method}
+    if entry.delay or any(controls(entry.result).values()):
+        kinds.discard(PAPER)
+    if entry.delay:
+        kinds.add("late")
+    return kinds
+
+
+def is_decoder(entry: Entry) -> bool:
+    return entry.model == "decoder"
+
+
+def is_paper_method(entry: Entry) -> bool:
+    return PAPER in kinds_of(entry)
+
+
+def entries_in(comparison: Comparison, every: Sequence[Entry]) -> list[Entry]:
+    """Returns the entries that a table has, in their order."""
+    about = [entry for entry in every if kinds_of(entry) & comparison.about]
+    if not about:
+        return []
+    found = [entry for entry in every if kinds_of(entry) & (comparison.about | comparison.beside)]
+    if comparison.same_checkpoint:
+        checkpoints = {entry.result.checkpoint for entry in about}
+        found = [entry for entry in found if is_decoder(entry) or entry.result.checkpoint in checkpoints]
+    return found

@@ -1,0 +1,195 @@
+"""The lines of the tables: what each model came to, from all its files, and what it is, in words."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from latent_delib.delib.methods import METHODS
+from latent_delib.results.runs import Result, Runs
+
+CONTROLS = ("swap", "delay", "longer_prompt")  # keys of `evaluate` that change the latents or the text
+ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}  # models without anything trained
+
+
+@dataclasses.dataclass
+class Entry:
+    """A line of the tables: what one model came to.
+
+    results: the files it is from, at least one. model: "augmented", "decoder" or "zero_shot_cot". delay: how many
+    tokens late latents come. every: after how many tokens they are written again; 0: they are not.
+    perplexity: the row of the first token ahead. scores: benchmark -> its row, and its file.
+    """
+
+    results: list[Result]
+    model: str
+    delay: int = 0
+    every: int = 0
+    perplexity: dict[str, Any] | None = None
+    scores: dict[str, tuple[dict[str, Any], Result]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def result(self) -> Result:
+        return self.results[0]
+
+    @property
+    def method(self) -> str:
+        """Returns the method, "lora" where only adapters of it were trained; "" where there are no latents."""
+        if self.model != "augmented":
+            return ""
+        method = self.result.method
+        return "lora" if method.get("lora_rank") else method["name"]
+
+    @property
+    def trained(self) -> bool:
+        """Tells whether this is a decoder without latents that was itself trained."""
+        return self.model != "augmented" and _has_own_decoder(self.result)
+
+    @property
+    def latents(self) -> int:
+        return self.result.method["num_latents"] if self.model == "augmented" else 0
+
+
+def _has_own_decoder(result: Result) -> bool:
+    """Tells whether a result is of a checkpoint that holds a decoder."""
+    method = METHODS.get(result.method["name"])
+    return method is not None and method.trains_decoder and bool(result.checkpoint)
+
+
+def entry_of(result: Result) -> Entry:
+    """Returns the entry of a perplexity.json alone."""
+    model = "decoder" if result.method["name"] == "decoder" else "augmented"
+    delay = controls(result)["delay"] or 0
+    return Entry([result], model, delay, perplexity=result.data["rows"][0])
+
+
+def entries(runs: Runs) -> list[Entry]:
+    """Collects perplexity and benchmarks of each checkpoint in one entry; decoders first, then by number of latents.
+
+    Each text, each control, and each other evaluation that came to other figures has an entry of its own.
+    """
+    found: list[Entry] = []
+    for result in runs.perplexity:
+        _add_perplexity(found, result)
+    for result in runs.benchmarks:
+        for row in result.data["rows"]:
+            _add_score(found, result, row)
+    return sorted(found, key=lambda e: (e.model == "augmented", e.latents, e.delay, e.every))
+
+
+def _add_perplexity(found: list[Entry], result: Result) -> None:
+    """Adds an evaluation to the entry with the same figures of the same model, or else as a new one."""
+    new = entry_of(result)
+    for entry in found:
+        if _subject(entry) == _subject(new) and _evaluation(entry.result) == _evaluation(result):
+            entry.results.append(result)
+            return
+    found.append(new)
+
+
+def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
+    """Adds a benchmark's row to the first entry of its model whose text and latents are as they are, or else to a new
+    one."""
+    new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
+    same = [entry for entry in found if _subject(entry) == _subject(new) and not _is_control(entry)]
+    if not same:
+        found.append(new)
+    entry = same[0] if same else new
+    if result not in entry.results:
+        entry.results.append(result)
+    entry.scores.setdefault(row["benchmark"], (row, result))
+
+
+def _subject(entry: Entry) -> tuple:
+    """Returns what tells one model from another."""
+    result = entry.result
+    decoder, checkpoint = result.data["fingerprint"], result.checkpoint
+    if _has_own_decoder(result):
+        decoder = ""  # benchmarks name the decoder that was trained, perplexity the one it is compared with
+    elif entry.model != "augmented":
+        checkpoint = None
+    return decoder, checkpoint, entry.model, entry.delay, entry.every
+
+
+def _evaluation(result: Result) -> tuple:
+    """Returns what tells one evaluation of a model from another."""
+    return text_of(result), result.data["rows"], controls(result)
+
+
+def _is_control(entry: Entry) -> bool:
+    return entry.perplexity is not None and any(controls(entry.result).values())
+
+
+def text_of(result: Result) -> str:
+    """Returns the names of the validation sources of a perplexity.json."""
+    return ", ".join(result.record["data.validation"] or ())
+
+
+def controls(result: Result) -> dict[str, Any]:
+    """Returns the controls of a perplexity.json; None where an older file does not have one."""
+    return {key: result.record[f"evaluate.{key}"] for key in CONTROLS}
+
+
+def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
+    """Says in words what a config's `evaluate` does to the latents or to the text."""
+    words = []
+    if evaluated.get("delay"):
+        words.append(f"delay {evaluated['delay']}")
+    if evaluated.get("swap"):
+        words.append("latents of another text")
+    if evaluated.get("longer_prompt"):
+        words.append(f"without the first {evaluated['longer_prompt']} tokens that the decoder reads")
+    return words
+
+
+def label(entry: Entry) -> str:
+    """Says in words what an entry is; the number of latents has a column of its own."""
+    if entry.model != "augmented" and not entry.trained:
+        return ALONE.get(entry.model, entry.model)
+    result, method = entry.result, entry.result.method
+    words = _trained_decoder(entry) if entry.trained else _method(method)
+    if method.get("lora_rank"):
+        words.append(f"rank {method['lora_rank']}")
+    if "num_ahead" in method and not entry.trained:
+        words.append(f"{method['num_ahead']} ahead tokens")
+    if result.step:
+        words.append(f"step {result.step:,}")
+    if "seed" in result.data["config"]:
+        words.append(f"seed {result.data['config']['seed']}")
+    if entry.every:
+        words.append(f"latents every {entry.every} tokens")
+    if entry.delay:
+        words.append(f"delay {entry.delay}")
+    if method.get("max_delay"):
+        words.append(f"trained for delays up to {method['max_delay']}")
+    if method.get("start"):
+        words.append(f"begun with {method['start']}")
+    done = controls(result) | {"delay": 0}  # an entry's own delay is above
+    return ", ".join(words + controls_in_words(done))
+
+
+def _method(method: Mapping[str, Any]) -> list[str]:
+    words = [method["name"].replace("_", " ")]
+    if method.get("placement"):
+        words.append(method["placement"])
+    for key, value in (method.get("coprocessor") or {}).items():
+        words.append(f"{key.replace('_', ' ')} {value}")
+    return words
+
+
+def _trained_decoder(entry: Entry) -> list[str]:
+    name = entry.result.method["name"]
+    words = ["zero-shot CoT"] if entry.model == "zero_shot_cot" else []
+    words.append("trained decoder")
+    if name != "decoder":
+        words.append(f"of {name}, without its latents")
+    return words
+
+
+def labels(results: Sequence[Result]) -> list[str]:
+    """Says in words what each perplexity.json is; on which text, too, where that is not the same for all."""
+    texts = {text_of(result) for result in results}
+    words = []
+    for result in results:
+        on = f", on {text_of(result)}" if len(texts) > 1 else ""
+        words.append(label(entry_of(result)) + on)
+    return words

@@ -1,0 +1,100 @@
+"""A table of figures, and its two forms: Markdown and CSV."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+CHANGE, SCORE = "{:+.2f}%", "{:.2f}"
+
+
+class Figure(NamedTuple):
+    """A figure with its 95 % interval where that is known, and the key of its file where a row has several."""
+
+    value: float
+    form: str = SCORE
+    low: float | None = None
+    high: float | None = None
+    key: str = ""
+
+    def __str__(self) -> str:
+        text = self.form.format(self.value)
+        if self.has_interval:
+            plain = self.form.rstrip("%")
+            text += f" [{plain.format(self.low)}, {plain.format(self.high)}]"
+        return f"{text} {self.key}".rstrip()
+
+    @property
+    def has_interval(self) -> bool:
+        return self.low is not None and self.high is not None
+
+
+Cell = str | int | Figure
+
+
+class Table(NamedTuple):
+    """A table of the report.
+
+    name: of its files. rows: one cell per column. note: a line below. origins: where the figures are from, a line each.
+    """
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str
+    origins: list[str]
+
+
+def change(row: dict[str, Any]) -> Figure:
+    """Returns the change of a row of perplexity.json."""
+    return Figure(row["change_percent"], CHANGE, row.get("change_low"), row.get("change_high"))
+
+
+def score(row: dict[str, Any], key: str = "") -> Figure:
+    """Returns the score of a row of benchmarks.json."""
+    return Figure(row["value"], SCORE, row.get("low"), row.get("high"), key)
+
+
+def markdown(table: Table) -> str:
+    lines = [f"**{table.title}**", "", _line(table.columns), _line(["---"] * len(table.columns))]
+    lines += [_line(row) for row in table.rows]
+    if table.note:
+        lines += ["", table.note]
+    if table.origins:
+        lines += ["", *(f"- {origin}" for origin in table.origins)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[Cell]) -> str:
+    """Writes a line of a Markdown table; a | inside a cell is escaped."""
+    words = [" ".join(str(cell).replace("|", "\\|").split()) for cell in cells]
+    return f"| {' | '.join(words)} |"
+
+
+def as_csv(table: Table) -> str:
+    """Writes numbers as they are, not rounded. A column with intervals is three: X, "X low" and "X high"."""
+    with_intervals = [_has_interval(column) for column in zip(*table.rows)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = []
+    for name, is_wide in zip(table.columns, with_intervals):
+        names += [name, f"{name} low", f"{name} high"] if is_wide else [name]
+    writer.writerow(names)
+    for row in table.rows:
+        cells: list[Any] = []
+        for cell, is_wide in zip(row, with_intervals):
+            cells += _numbers(cell, is_wide)
+        writer.writerow(cells)
+    return text.getvalue()
+
+
+def _has_interval(column: Sequence[Cell]) -> bool:
+    return any(isinstance(cell, Figure) and cell.has_interval for cell in column)
+
+
+def _numbers(cell: Cell, is_wide: bool) -> list[Any]:
+    """Returns a cell as CSV has it: its value, and in a column with intervals its lower and upper end."""
+    if not isinstance(cell, Figure):
+        return [cell, "", ""] if is_wide else [cell]
+    return [cell.value, cell.low, cell.high] if is_wide else [cell.value]
