@@ -303,38 +303,6 @@ def late_by_hand(config, trained, decoder_folder, delay=2):
     return [np.exp(np.mean(nll)) for nll in found]
 
 
-MISTAKES = [
-    ({"method.lora_rank": -1}, "config.method.lora_rank=-1"),
-    ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
-    ({"method.name": "from_scratch", "method.lora_rank": 2}, "starts at random"),
-    ({"method.name": "inserted"}, "config.method.placement='after'"),
-    ({"method.coprocessor": {"num_layers": 2}}, "config.method.coprocessor: .* has the decoder's size"),
-    ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
-    ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
-    ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
-    ({"method.name": "joint", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
-    ({"method.start": "checkpoints/1"}, "expected WORKDIR/checkpoints/STEP"),
-    ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),
-    ({"method.name": "static_tokens", "evaluate.swap": True}, "config.evaluate.swap=True: method 'static_tokens'"),
-    ({"method.name": "decoder", "evaluate.delay": 2}, "config.evaluate.delay=2: method 'decoder' writes no latents"),
-    ({"method.name": "pause_tokens", "method.max_delay": 1}, "config.method.max_delay=1: method 'pause_tokens'"),
-    (
-        {"evaluate.swap": True, "method.name": "inserted", "method.placement": "overlay"},
-        "config.evaluate.swap: the keys that method 'inserted' writes",
-    ),
-    (
-        {"evaluate.longer_prompt": 31, "evaluate.max_length": 32},
-        "config.evaluate.longer_prompt=31: expected at most 30",
-    ),
-]
-
-
-@pytest.mark.parametrize("change, said", MISTAKES)
-def test_mistakes(make_config, change, said):
-    with pytest.raises(UserError, match=said.replace("[", r"\[")):
-        experiment.read(make_config(change))
-
-
 def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
     with pytest.raises(
