@@ -228,6 +228,14 @@ def copy_at_step_2(trained, workdir):
     shutil.rmtree(workdir / "checkpoints" / "4")
 
 
+def wait_for(workdir, step):
+    """A save may be under way when a job ends with an error."""
+    for _ in range(1000):
+        if step in checkpoint.whole_steps(str(workdir)):
+            return
+        time.sleep(0.02)
+
+
 def not_finite_at(monkeypatch, *steps):
     """The true step, with frozen weights that are NaN when it computes one of these steps."""
     true = plan.train_step
@@ -259,6 +267,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trained, make_confi
     config = make_config({"train.checkpoint_every": 1, "train.keep": 4, "train.max_bad_steps": 1, "train.steps": 6})
     with pytest.raises(UserError, match="step 5: the loss is nan, .* config.train.max_bad_steps=1"):
         train.train(config, str(workdir))
+    wait_for(workdir, 4)
     said = capsys.readouterr().out
     assert "train.steps changed from 4 to 6: the learning rate follows the new schedule\n" in said
     assert "step 3: the loss is nan, the gradient norm nan; skipped, 1 of at most 1\n" in said

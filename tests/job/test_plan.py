@@ -27,6 +27,23 @@ def test_whatever_is_large_is_split_over_all_devices(make_config):
             assert leaf.size == 8 * jax.numpy.prod(jax.numpy.array(part)), leaf
 
 
+@pytest.mark.parametrize("change", [{}, {"method.lora_rank": 2, "method.start": "trained"}])
+def test_frozen_parameters_lie_where_the_plan_says(make_config, trained, change):
+    """The decoder, and the coprocessor that adapters lie over; the dtype is that of the computation."""
+    if change:
+        change = change | {"method.start": f"{trained}/checkpoints/4"}
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    exp = experiment.read(make_config(mesh | change | {"compute.dtype": "bfloat16"}))
+    planned = planning.make(exp).frozen
+    loaded = experiment.load_frozen(exp)
+    assert loaded.keys() == ({"decoder", "coprocessor"} if change else {"decoder"})
+
+    def described(leaf):
+        return leaf.shape, leaf.dtype, leaf.sharding
+
+    assert jax.tree.map(described, loaded) == jax.tree.map(described, planned)
+
+
 def traffic(config):
     plan = planning.make(experiment.read(config))
     text = plan.step.lower(plan.state, plan.frozen, plan.batch).compile().as_text()
