@@ -135,8 +135,7 @@ def benchmark(
             task = loaded[asked["benchmark"]]
             made, samples = _measure(lm, harness, task, asked, batch_size, confirm_run_unsafe_code)
             _write_samples(epath.Path(out), made, samples)
-            others = [old for old in _read_rows(file, subject) if not _is_same(old, made, KEY)]  # it may have grown
-            found = [*others, made]
+            found = [*_read_rows(file, subject), made]  # it may have grown meanwhile
             result = {"rows": found, **subject.about(), "provenance": _provenance()}
             files.write(file, (json.dumps(result, indent=2) + "\n").encode())
     print(show(found), flush=True)
@@ -219,26 +218,21 @@ def _asked(name: str, row: Row, model: str, kinds: set[str], every: int, delay: 
     }
 
 
-def _is_same(old: Row, asked: Row, keys: Sequence[str]) -> bool:
-    return all(old.get(key) == asked[key] for key in keys)
-
-
 def _is_there(found: Sequence[Row], asked: Row, out: str) -> bool:
-    """Tells whether a row over as many documents is there.
+    """Tells whether a row is there.
 
     Raises:
-      UserError: one over more documents is there, made otherwise: a quick look does not replace hours of work.
+      UserError: it is there, but made in another way: over other documents, or with other settings.
     """
     for old in found:
-        if not _is_same(old, asked, KEY):
+        if any(old[key] != asked[key] for key in KEY):
             continue
-        more = asked["limit"] and (old["limit"] is None or old["limit"] > asked["limit"])
-        same = _is_same(old, asked, [key for key in asked if key != "limit"])
-        if same and (more or old["limit"] == asked["limit"]):
-            return True
-        if more:
-            there = f"{old['benchmark']} of {old['model']} over {old['limit'] or 'all'} documents, made otherwise"
-            raise UserError(f"--limit={asked['limit']}: {out} has {there}; name another --out")
+        for key, here in asked.items():
+            there = old.get(key)
+            if there != here:
+                row = f"{old['benchmark']} of {old['model']}"
+                raise UserError(f"--out={out}: has {row} with another {key} ({there}, here {here}); name another --out")
+        return True
     return False
 
 

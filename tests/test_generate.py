@@ -1,6 +1,8 @@
 """The command over a file of prompts: what it writes is what the model says, in the order asked."""
 
+import dataclasses
 import json
+import runpy
 import shutil
 
 import jax
@@ -9,6 +11,8 @@ import pytest
 import latent_delib as ld
 from latent_delib import generate
 from latent_delib.lm import load
+from latent_delib.lm.sampling import Sampler
+from latent_delib.machine import commands
 
 FLAGS = dict(max_new_tokens=5, temperature=0.7, top_k=0, top_p=1.0, stop="", seed=11, every=0, delay=0, batch_size=2)
 FLAGS |= dict(prompt="", prompts="", out="", no_augment=False, workdir="", step=None)
@@ -61,6 +65,14 @@ def test_the_model_of_the_flags(trained):
     assert {aug.transformer.form for aug in (lm.plain, lm.aug, lm.aug_beside)} == {"reference"}
     assert lm.mesh.shape["data"] == 3 and lm.mesh.shape["tensor"] == lm.coprocessor_mesh.shape["tensor"] == 2
     assert set(lm.coprocessor_mesh.devices.flat) == set(jax.devices()[-2:])
+
+
+def test_every_field_of_the_sampler_is_a_flag(monkeypatch):
+    options = {}
+    monkeypatch.setattr(commands, "run", lambda main, doc, **found: options.update(found))
+    runpy.run_path(generate.__file__, run_name="__main__")
+    for field in dataclasses.fields(Sampler):
+        assert options[field.name] == (field.default, field.metadata["help"])
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ Key = tuple[int, int]
 
 
 class Question(NamedTuple):
-    """A prompt, and the numbers of some of its continuations."""
+    """A prompt, and the numbers of some of its continuations. key: as `alike` takes it."""
 
     head: tuple[int, ...]
     members: list[int]
+    key: Key
 
 
 def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
@@ -49,18 +50,22 @@ def pad(rows: Sequence[Any], pad_id: int, multiple: int) -> tuple[np.ndarray, np
     return padded_BT, length_B
 
 
-def questions(heads: Sequence[Sequence[int]]) -> list[Question]:
+def questions(heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> list[Question]:
     """Groups continuations by their prompts, at most TOGETHER of one prompt in a group.
 
     Args:
       heads: the prompt of each continuation.
+      tails: the continuations.
     """
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, head in enumerate(heads):
         groups[tuple(head)].append(i)
     found = []
-    for head, members in groups.items():
-        found += [Question(head, members[i : i + TOGETHER]) for i in range(0, len(members), TOGETHER)]
+    for head, every in groups.items():
+        for first in range(0, len(every), TOGETHER):
+            members = every[first : first + TOGETHER]
+            longest = max(len(tails[i]) for i in members)
+            found.append(Question(head, members, (power(len(members)), len(head) + longest)))
     return found
 
 

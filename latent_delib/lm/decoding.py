@@ -5,7 +5,7 @@ decoder read it, then latents, then the tokens decoded since. Before new latents
 tokens decoded since are read again as plain text, and the new latents follow them. So the next token depends on the
 text and on where latents were last written, as `delib.augment.loss` trained it to.
 
-Every function that takes arrays is compiled, once for each shape, but `run`: it is the loop that calls them.
+`run` is the loop. The functions below "Compiled" are compiled once for each shape.
 """
 
 import warnings

@@ -143,18 +143,15 @@ class AugmentedLM:
         if [] in tails:
             raise UserError(f"continuations[{tails.index([])}] is empty")
         heads = [self._head(f"prompts[{i}]", prompt, len(tails[i])) for i, prompt in enumerate(prompts)]
-        questions = batching.questions(heads)
-        keys = []
-        for head, members in questions:
-            longest = max(len(tails[i]) for i in members)
-            keys.append((batching.power(len(members)), len(head) + longest))
+        questions = batching.questions(heads, tails)
         sums = np.zeros(len(tails), np.float32)
         greedy = np.zeros(len(tails), bool)
         done = 0
+        keys = [question.key for question in questions]
         for chosen in batching.alike(keys, lambda key: max(1, batch_size // key[0])):
             batch = [questions[q] for q in chosen]
             sums_BM, greedy_BM = self._score_tails(batch, tails, augment)
-            for b, (_, members) in enumerate(batch):
+            for b, (_, members, _) in enumerate(batch):
                 sums[members] = sums_BM[b, : len(members)]
                 greedy[members] = greedy_BM[b, : len(members)]
                 done += len(members)
@@ -248,12 +245,7 @@ class AugmentedLM:
             heads.append(self._head(f"prompts[{i}]", prompt, options.max_new_tokens))
         found: dict[int, Continuation] = {}
         for chosen in batching.alike([(1, len(head)) for head in heads], lambda key: options.batch_size):
-            before = options.max_new_tokens * len(found)
-
-            def report(made: int, before: int = before, rows: int = len(chosen)) -> None:
-                if progress:
-                    progress(before + made * rows)
-
+            report = partial(_report, progress, options.max_new_tokens * len(found), len(chosen))
             keys = [jax.random.fold_in(jax.random.key(seeds[i][0]), seeds[i][1]) for i in chosen]
             more = self._continue([heads[i] for i in chosen], keys, options, augment, ends, report)
             found.update(zip(chosen, more))
@@ -348,3 +340,9 @@ class AugmentedLM:
 
     def _rows(self, x: Any) -> jax.Array:
         return jax.device_put(x, mesh_lib.rows(self.mesh))
+
+
+def _report(progress: Report | None, before: int, rows: int, made: int) -> None:
+    """Reports that each of `rows` has `made` new tokens, and others before them `before` in all."""
+    if progress is not None:
+        progress(before + rows * made)

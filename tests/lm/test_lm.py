@@ -17,7 +17,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.job import build
 from latent_delib.job.record import Record
-from latent_delib.lm import decoding, load, sampling
+from latent_delib.lm import decoding, load
 from latent_delib.lm.sampling import Sampler
 from latent_delib.machine.checkpoint import Checkpoints
 
@@ -195,14 +195,13 @@ class Least:
 
 
 def test_a_sampler_is_a_value(lms):
-    """Decoding calls it, whatever it is; its fields are options of `generate`, in Python and as flags."""
+    """Decoding calls it, whatever it is; another option than its fields is refused."""
     lm = lms["decoder"]
     keys = jax.random.split(jax.random.key(0), 4)
     options = dict(aug=lm.aug, write=None, delay=0, every=0, room=32, max_new_tokens=1, eos_id=-1, pad_id=0)
     text, length = lm._pad([[2, 5, 6, 7]] * 4)
     new, _ = decoding.run(lm.params, text, length, keys, Least(), stopped=lambda new: new[:, -1] < 0, **options)
     assert (new[:, 0] == np.argmin(lm.logits([[2, 5, 6, 7]])[0, -1])).all()
-    assert set(sampling.options()) == {field.name for field in dataclasses.fields(Sampler)}
     with pytest.raises(TypeError, match="warmth"):
         lm.generate(PROMPTS, NEW, warmth=1.0)
 
@@ -258,9 +257,9 @@ def test_stop_strings_end_a_text_before_them(decoder, lms):
 def test_a_control_token_ends_a_text_that_shows_no_trace_of_it(decoder, lms):
     tokenizer = Letters(decoder.tokenizer.path)
     lm = ld.AugmentedLM(dataclasses.replace(decoder, tokenizer=tokenizer), lms["after"].coprocessor)
-    whole = [c.tokens for c in lm.continuations(PROMPTS[:2], NEW)]
+    whole = [c.tokens for c in lm.continuations(PROMPTS, NEW)]
     tokenizer.control = {"<|end|>": int(whole[0][3])}
-    found = lm.continuations(PROMPTS[:2], NEW, stop=["<|end|>"])
+    found = lm.continuations(PROMPTS, NEW, stop=["<|end|>"])
     for ours, tokens in zip(found, whole):
         assert ours.text == tokenizer.decode(tokens[: min([*np.flatnonzero(tokens == whole[0][3]), NEW])])
     assert len(found[0].text) <= 3
@@ -362,15 +361,15 @@ def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, f
     monkeypatch.setattr(decoding, "decode", watched)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = beside.continuations(PROMPTS, 4 * NEW, every=5, delay=None)
+        found = beside.continuations(PROMPTS, 32, every=5, delay=None)
     assert {c.joined for c in found} == {()}
     assert sum("goes on without new latents: RuntimeError('the slice is gone')" in str(w.message) for w in said) == (
         fault != "never answers"
     )
     without = last[-1]
-    assert [c.text for c in found] == beside.generate(PROMPTS, 4 * NEW, augment=False)
+    assert [c.text for c in found] == beside.generate(PROMPTS, 32, augment=False)
     np.testing.assert_array_equal(without, last[-1])
-    assert [c.text for c in found] == lms["decoder"].generate(PROMPTS, 4 * NEW)
+    assert [c.text for c in found] == lms["decoder"].generate(PROMPTS, 32)
 
 
 @pytest.mark.parametrize("name", ["decoder", *PLACEMENTS])
