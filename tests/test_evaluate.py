@@ -396,7 +396,7 @@ def test_a_tokenizer_that_was_exchanged(make_config, trained, decoder_folder, tm
 
     checkpoints, _, meta = checkpoint.open_for_reading(str(trained))
     checkpoints.close()
-    assert load.decoder_of(str(trained), load.Record.from_meta(meta, "")) == str(decoder_folder)
+    assert load.decoder_of(str(trained), meta) == str(decoder_folder)
     meta["config"]["decoder"]["path"] = str(other)
     with pytest.raises(ld.UserError, match="trained with another tokenizer than .*other/tokenizer.model"):
-        load.decoder_of(str(trained), load.Record.from_meta(meta, ""))
+        load.decoder_of(str(trained), meta)
