@@ -172,7 +172,7 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     checkpoints.close()
     params = trained.params
     if meta["method.lora_rank"]:  # multiplied out
-        decoder = load.load_decoder(load.decoder_of(workdir, meta)).params
+        decoder = load.load_decoder(load.decoder_of(workdir, load.Record.from_meta(meta, workdir))).params
         params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
     fields = {name: getattr(trained, name) for name in ("method", "num_latents", "placement", "step", "fingerprint")}
     coprocessor.save(out, fields, TransformerConfig.from_dict(meta["architecture"], workdir), params)
