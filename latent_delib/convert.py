@@ -23,7 +23,7 @@ from latent_delib.errors import UserError
 from latent_delib.lm import load
 from latent_delib.machine import checkpoint, commands, files
 from latent_delib.machine.progress import Progress
-from latent_delib.nn.sizes import SIZES, TransformerConfig, differences
+from latent_delib.nn.sizes import SIZES, TransformerConfig, differences, family
 from latent_delib.weights import coprocessor, deepmind, folder, gguf, huggingface, names, tensors
 from latent_delib.weights.source import Source
 
@@ -185,7 +185,7 @@ def describe(config: TransformerConfig, wanted: TransformerConfig | None, where:
         raise UserError(f"{where}: not of that size: {'; '.join(differing)}")
     size = next((name for name, size in SIZES.items() if not differences(config, size)), "of no known size")
     count = sum(leaf.size for leaf in jax.tree.leaves(folder.shapes(config)))
-    print(f"{where}: {names.family(config)}, {size}, {count:,} parameters", flush=True)
+    print(f"{where}: {family(config)}, {size}, {count:,} parameters", flush=True)
 
 
 def progress(chunks: Iterator[np.ndarray], entries: dict[str, tuple]) -> Iterator[np.ndarray]:

@@ -10,7 +10,6 @@ Exit codes: 0 done; 75 stopped by SIGTERM and saved, 69 another process or the s
 stopped by Ctrl-C, the last line says what is saved; 1 an error that running again does not cure.
 """
 
-import dataclasses
 import json
 import signal
 import sys
@@ -153,7 +152,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
 
     def save(step: int, loss: float | None) -> None:
         position = {"seed": config.seed, "fingerprint": data}
-        architecture = dataclasses.asdict(exp.aug.transformer.config)
+        architecture = exp.aug.transformer.config.to_dict()
         meta = exp.identity() | {"step": step, "data": position, "config": plain, "architecture": architecture}
         checkpoints.save(step, state.trainable, state.opt_state, meta, loss)
 

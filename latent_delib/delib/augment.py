@@ -78,8 +78,11 @@ def gathered(aug: Augmentation, params: Params) -> Params:
     """The same parameters with the token table, if it is among them, gathered: once for all its uses in a step."""
     if "decoder" not in params:
         return params
-    table_VD = aug.transformer.partition.gather(params["decoder"]["embedding"], PARAM_AXES["embedding"])
-    return params | {"decoder": params["decoder"] | {"embedding": table_VD}}
+    decoder = dict(params["decoder"])
+    for name in transformer.TABLES:
+        if name in decoder:
+            decoder[name] = aug.transformer.partition.gather(decoder[name], PARAM_AXES[name])
+    return params | {"decoder": decoder}
 
 
 def read(aug: Augmentation, params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, dtype: jnp.dtype) -> Text:
@@ -120,7 +123,7 @@ def decode(aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: 
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
     """-log p of each target [B, ...] from outputs [B, ..., D], nats, float32."""
     B, D = x.shape[0], x.shape[-1]
-    table, cap = params["decoder"]["embedding"], aug.transformer.config.final_softcap
+    table, cap = transformer.output_table(params["decoder"]), aug.transformer.config.final_softcap
     chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
     return token_nll(x.reshape(B, -1, D), table, targets.reshape(B, -1), cap, chunk).reshape(targets.shape)
 

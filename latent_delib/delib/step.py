@@ -34,7 +34,7 @@ def make_optimizer(o: Any, steps: int) -> optax.GradientTransformation:
         return path[-1].key == name
 
     def decayed(params: Params) -> Params:
-        return jax.tree.map_with_path(lambda p, _: not (is_named("scale", p) or is_named("soft_tokens", p)), params)
+        return jax.tree.map_with_path(lambda p, _: not p[-1].key.endswith(("scale", "soft_tokens", "_bias")), params)
 
     def soft_token_rate(updates: Params, params: Params | None) -> Params:
         del params

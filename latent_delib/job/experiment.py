@@ -101,7 +101,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         if not fields:
             raise UserError("config.decoder.path is empty: expected a decoder folder, or config.decoder.architecture")
         architecture = TransformerConfig.from_dict(fields, "config.decoder.architecture")
-        random = json.dumps([dataclasses.asdict(architecture), config.seed], sort_keys=True)
+        random = json.dumps([architecture.to_dict(), config.seed], sort_keys=True)
         fingerprint = hashlib.sha256(random.encode()).hexdigest()
     tokenizer = Tokenizer(tokenizer_path(config))
     if tokenizer.vocab_size > architecture.vocab_size:
@@ -177,7 +177,7 @@ def init_trainable(exp: Experiment) -> Any:
 
 def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
     """What is trained of a decoder or coprocessor under low-rank adaptation: adapters, and all that is not its body."""
-    rest = {name: leaf for name, leaf in tree.items() if name not in ("layers", "final_norm", "embedding")}
+    rest = {name: leaf for name, leaf in tree.items() if name not in ("layers", "final_norm", *transformer.TABLES)}
     return rest | ({"layers": lora.init(key, tree["layers"], rank)} if "layers" in tree else {})
 
 

