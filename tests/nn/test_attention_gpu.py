@@ -166,19 +166,6 @@ def test_a_policy_can_save_what_the_backward_pass_needs(capsys):
     assert "named 'attention_out'" in saved and "named 'attention_lse'" in saved
 
 
-def test_what_is_not_served_is_named():
-    def why(shape=(2, 3, 4, 8, 64), kv_heads=4, T=5, dtype=jnp.bfloat16):
-        return gpu.unsupported(shape, kv_heads, T, dtype)
-
-    assert why() is why(T=None) is why(dtype="float32") is None
-    assert why((2, 3, 4, 8, 80)) == "head dim 80"
-    assert why(kv_heads=3) == "8 query heads for 3 key heads"
-    assert why(dtype=jnp.float16) == "dtype float16"
-    assert why(T=0) == why((0, 3, 4, 8, 64)) == "an empty axis"
-    with pytest.warns(UserWarning, match="pallas_gpu does not serve head dim 24; xla does instead"):
-        KERNEL(*inputs(Case(H=24)), bounds_of(Case()), scale=1.0, softcap=0.0)
-
-
 @pytest.mark.parametrize(
     "platform, capability, found",
     [

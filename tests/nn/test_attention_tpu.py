@@ -144,27 +144,6 @@ def test_only_blocks_between_the_first_and_the_last_that_a_row_sees_are_visited(
     assert (own_first, own_count) == ([4, 6, 8, 10], [2] * 4)
 
 
-@pytest.mark.parametrize(
-    "q_shape, kv_heads, dtype, why",
-    [
-        ((1, 2, 3, 4, 256), 2, jnp.bfloat16, None),
-        ((1, 2, 3, 6, 64), 2, jnp.float32, None),
-        ((1, 2, 3, 4, 80), 2, jnp.bfloat16, "head dim 80"),
-        ((1, 2, 3, 4, 64), 3, jnp.bfloat16, "4 query heads over 3 key heads"),
-        ((1, 2, 3, 4, 64), 2, jnp.float16, "dtype float16"),
-        ((1, 0, 3, 4, 64), 2, jnp.bfloat16, "an empty axis"),
-    ],
-)
-def test_says_what_it_cannot_serve(q_shape, kv_heads, dtype, why):
-    assert tpu.unsupported(q_shape, kv_heads, 7, dtype) == why
-
-
-def test_what_it_cannot_serve_gives_way():
-    q, bounds = jnp.zeros((1, 2, 3, 4, 80)), Bounds(*[jnp.zeros((1, 2, 3), jnp.int32)] * 3)
-    with pytest.warns(UserWarning, match="pallas_tpu does not serve head dim 80; xla does instead"):
-        kernel(q, q, q, None, bounds, scale=1.0, softcap=0.0)
-
-
 def shapes(H, G, M, S, T, dtype=jnp.bfloat16, sharding=None):
     """Arguments of `both`, as shapes."""
     array = partial(jax.ShapeDtypeStruct, sharding=sharding)

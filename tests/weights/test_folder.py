@@ -172,6 +172,21 @@ def test_a_trained_decoder_is_no_coprocessor(make_config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config, tmp_path):
+    """Only the matrices of its layers change: neither table does, nor do biases."""
+    convert(str(hf("qwen2")), str(tmp_path / "qwen2"))
+    changes = {"decoder.path": str(tmp_path / "qwen2"), "decoder.export_dtype": "float32", "train.steps": 1}
+    changes |= {"method.name": "decoder", "method.lora_rank": 2, "optimizer.warmup_steps": 0}
+    train.train(make_config(changes), str(tmp_path / "w"))
+    before, after = (ld.load_decoder(str(path)) for path in (tmp_path / "qwen2", tmp_path / "w" / "decoder"))
+    assert after.config == before.config and after.config.untied_head and after.config.qkv_bias
+    leaves = folder.by_name(after.params)
+    changed = {name for name, x in folder.by_name(before.params).items() if not np.array_equal(x, leaves[name])}
+    assert changed == {f"layers.{name}" for name in ("attn.q", "attn.k", "attn.v", "attn.out")} | {
+        f"layers.mlp.{name}" for name in ("gate", "up", "down")
+    }
+
+
 @pytest.mark.parametrize(
     "file, change, words",
     [

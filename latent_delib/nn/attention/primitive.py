@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from latent_delib.nn.products import einsum
+from latent_delib.nn.products import einsum, softcapped
 
 Keys = tuple[jax.Array, jax.Array]  # keys and values: of the groups [B, M, S, K, H], or of a prefix [B, T, K, H]
 
@@ -72,9 +72,7 @@ def weights(
         in_range = (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
         scores = jnp.concatenate([over_prefix, scores], axis=-1)
         visible = jnp.concatenate([in_range, visible], axis=-1)
-    scores = scores * scale
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores, _ = softcapped(scores * scale, softcap)
     return jax.nn.softmax(jnp.where(visible[:, :, None, None], scores, -jnp.inf), axis=-1)
 
 
