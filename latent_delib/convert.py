@@ -260,6 +260,6 @@ if __name__ == "__main__":
         out=(commands.REQUIRED, "the folder to write, made whole or not at all"),
         to=("latent_delib", "latent_delib or huggingface"),
         dtype=("", "float32 or bfloat16; left out, nothing is rounded"),
-        size=("", "the size it must have, a key of latent_delib/nn/sizes.py (where shapes do not tell, it is believed)"),
+        size=("", "the size it must have, a key of latent_delib/nn/sizes.py; tells what an orbax folder does not"),
         tokenizer=("", "tokenizer.model or tokenizer.json, for sources without one"),
     )

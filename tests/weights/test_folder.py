@@ -1,5 +1,6 @@
 """Our own folders: read part by part onto a mesh, written whole or not at all; a coprocessor's folder."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import small
 from safetensors.numpy import load_file, save_file
 
 import latent_delib as ld
@@ -17,7 +19,7 @@ from latent_delib.errors import UserError
 from latent_delib.job import experiment
 from latent_delib.machine import files
 from latent_delib.nn.layers import PARAM_AXES
-from latent_delib.weights import folder
+from latent_delib.weights import coprocessor, folder
 from latent_delib.weights.tensors import TensorFile
 
 
@@ -157,6 +159,17 @@ def test_a_coprocessor_is_exported_and_read_again(trained, trained_coprocessor, 
         ld.load_coprocessor(str(tmp_path / "out"), step=3)
 
 
+def test_a_coprocessor_with_biases_is_stored(tmp_path):
+    """It has no table of tokens, whether the decoder's head is tied or not."""
+    config = dataclasses.replace(small.LLAMA, qk_norm=False)
+    tree = small.coprocessor(config, 2)
+    fields = {"method": "cache_augmentation", "num_latents": 2, "placement": "after", "step": 3, "fingerprint": "f"}
+    coprocessor.save(tmp_path / "out", fields, config, tree)
+    found, read = coprocessor.load(tmp_path / "out")
+    assert found["architecture"]["qkv_bias"] and fields.items() <= found.items()
+    same(read, tree)
+
+
 def test_pause_tokens_are_soft_tokens_alone(make_config, tmp_path):
     config = make_config({"method.name": "pause_tokens", "train.steps": 1})
     train.train(config, str(tmp_path / "w"))
@@ -165,15 +178,8 @@ def test_pause_tokens_are_soft_tokens_alone(make_config, tmp_path):
     same(ld.load_coprocessor(str(tmp_path / "out")).params, ld.load_coprocessor(str(tmp_path / "w")).params)
 
 
-def test_a_trained_decoder_is_no_coprocessor(make_config, tmp_path):
-    train.train(make_config({"method.name": "decoder", "train.steps": 1}), str(tmp_path / "w"))
-    with pytest.raises(UserError, match="'decoder' has no coprocessor"):
-        convert(str(tmp_path / "w"), str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config, tmp_path):
-    """Only the matrices of its layers change: neither table does, nor do biases."""
+    """Only the matrices of its layers change: neither table does, nor do biases. It is no coprocessor."""
     convert(str(hf("qwen2")), str(tmp_path / "qwen2"))
     changes = {"decoder.path": str(tmp_path / "qwen2"), "decoder.export_dtype": "float32", "train.steps": 1}
     changes |= {"method.name": "decoder", "method.lora_rank": 2, "optimizer.warmup_steps": 0}
@@ -185,6 +191,9 @@ def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config
     assert changed == {f"layers.{name}" for name in ("attn.q", "attn.k", "attn.v", "attn.out")} | {
         f"layers.mlp.{name}" for name in ("gate", "up", "down")
     }
+    with pytest.raises(UserError, match="'decoder' has no coprocessor"):
+        convert(str(tmp_path / "w"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
