@@ -73,7 +73,8 @@ class Transformer(nn.Module):
         if any(c.is_local):
             ropes.append(rotary.table(position_BMS, c.head_dim, c.local_rope_base))
             ranges.append(within_window(bounds, position_BMS, prefix_position, c.window))
-        ropes, ranges = jnp.stack(ropes), jax.tree.map(lambda *kinds: jnp.stack(kinds), *ranges)
+        ropes = jnp.stack(ropes)
+        ranges = jax.tree.map(lambda *kinds: jnp.stack(kinds), *ranges)
 
         block = Block
         if self.remat != "none":

@@ -106,8 +106,11 @@ def backward(
 
 def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns the plan of a call, its queries [B, K, r, H], and all its keys and values [B, K, u, H]."""
-    (B, M, S, N, _), K = q.shape, k.shape[3]
-    T, G, n = 0 if prefix is None else prefix[0].shape[1], N // K, M * S
+    B, M, S, N, _ = q.shape
+    K = k.shape[3]
+    T = 0 if prefix is None else prefix[0].shape[1]
+    G = N // K
+    n = M * S
     R = _up(pl.cdiv(n * G, pl.cdiv(n * G, ROWS)), LANES)  # blocks alike, or the last could be padding most of all
     U = min(KEYS, _up(max(T, n), LANES))
     first_own = _up(T, U)

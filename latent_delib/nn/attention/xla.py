@@ -213,7 +213,9 @@ def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> 
         until = jnp.broadcast_to(jnp.arange(1, S + 1, dtype=jnp.int32), own_start.shape)
         sources.append(((own[0][:, 0], own[1][:, 0]), own_start, until))
         sources = [(keys, start.swapaxes(1, 2), stop.swapaxes(1, 2)) for keys, start, stop in sources]
-        q_BMSNH, own_start, own = q_BMSNH.swapaxes(1, 2), own_start.swapaxes(1, 2), None
+        q_BMSNH = q_BMSNH.swapaxes(1, 2)
+        own_start = own_start.swapaxes(1, 2)
+        own = None
         M, S = S, 1
     c = min(M, max(1, QUERIES // S))
 
@@ -223,9 +225,15 @@ def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> 
 
     q = jnp.moveaxis(cut(q_BMSNH.reshape(B, M, S, K, N // K, -1)), 4, 2)  # [chunks, B, K, c, S, G, H]
     q = q.reshape(*q.shape[:4], S * (N // K), -1)
-    own_cut = None if own is None else tuple(jnp.moveaxis(cut(x), 4, 2) for x in own)
-    chunks = Chunk(q, own_cut, cut(own_start), *(tuple(cut(of[i]) for of in sources) for i in (1, 2)))
-    return chunks, tuple(tuple(x.swapaxes(1, 2) for x in keys) for keys, _, _ in sources)
+    chunks = Chunk(
+        q=q,
+        own=None if own is None else tuple(jnp.moveaxis(cut(x), 4, 2) for x in own),
+        own_start=cut(own_start),
+        start=tuple(cut(start) for _, start, _ in sources),
+        stop=tuple(cut(stop) for _, _, stop in sources),
+    )
+    shared = tuple((k.swapaxes(1, 2), v.swapaxes(1, 2)) for (k, v), _, _ in sources)
+    return chunks, shared
 
 
 def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
