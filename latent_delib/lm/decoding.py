@@ -165,7 +165,9 @@ def attempt(action: Callable[..., T], *args: object) -> T | None:
         return None
 
 
-def write_beside(params: Params, aug: Augmentation, mesh: Mesh, home: Mesh, read: Reading, text_BX: jax.Array) -> Latents:
+def write_beside(
+    params: Params, aug: Augmentation, mesh: Mesh, home: Mesh, read: Reading, text_BX: jax.Array
+) -> Latents:
     """Starts writing latents on devices of the coprocessor's own, and returns without waiting for them.
 
     The text that was read travels to these devices, latents travel back.
@@ -190,7 +192,7 @@ def prefill(
     params: Params, text_BT: jax.Array, length_B: jax.Array, *, aug: Augmentation, room: int, pad_id: int
 ) -> tuple[Decoding, Reading]:
     """Reads the prompts; leaves room for `room` more tokens, and in the cache for latents."""
-    table_VD = params["decoder"]["embedding"]
+    table_VD = transformer.output_table(params["decoder"])
     segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
     out_BTD, cache = augment.read_text(aug, params, text_BT, segment_BT, table_VD.dtype)
     last_BD = jnp.take_along_axis(out_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
@@ -214,9 +216,11 @@ def _place(aug: Augmentation, cache: Cache) -> Cache:
 
 
 @partial(jax.jit, static_argnames=("aug", "size"))
-def extend(params: Params, read: Reading, text_BX: jax.Array, new: jax.Array, *, aug: Augmentation, size: int) -> Reading:
+def extend(
+    params: Params, read: Reading, text_BX: jax.Array, new: jax.Array, *, aug: Augmentation, size: int
+) -> Reading:
     """Reads the next `new` tokens of every text with the plain decoder, at most `size`, after those it has read."""
-    table_VD = params["decoder"]["embedding"]
+    table_VD = transformer.output_table(params["decoder"])
     outputs_BXD, cache = read
     index_BS = cache.length[:, None] + jnp.arange(size)  # of the tokens, and in plain text their positions
     tokens_BS = jnp.take_along_axis(text_BX, jnp.minimum(index_BS, text_BX.shape[1] - 1), axis=1)
@@ -254,9 +258,10 @@ def join(params: Params, state: Decoding, plain: Cache, z: Latents, *, aug: Augm
     read = plain._replace(length=plain.length - reread)
     out_BMAD, kv = augment.decode(aug, params, z, read, now)
     cache = cache_lib.append(read, kv, now.position[:, 0], jnp.full_like(read.length, aug.num_latents + reread))
+    table_VD = transformer.output_table(params["decoder"])
     state = state._replace(
         position=now.position[:, 0, -1] + 1,
-        logits=transformer.unembed(params["decoder"]["embedding"], out_BMAD[:, 0, -1], aug.transformer.config),
+        logits=transformer.unembed(table_VD, out_BMAD[:, 0, -1], aug.transformer.config),
     )
     return state, _place(aug, cache_lib.by_position(cache))  # latents may share positions with text before them
 
@@ -279,7 +284,7 @@ def decode(
     A row's draws depend on its own key and on the number of tokens before, on no other row.
     """
     config = aug.transformer.config
-    table_VD = params["decoder"]["embedding"]
+    table_VD = transformer.output_table(params["decoder"])
     row = jnp.arange(state.length.shape[0])
     goal = state.length[0] + count
 
@@ -293,7 +298,7 @@ def decode(
             text=state.text.at[row, state.length].set(token_B),
             length=state.length + 1,
             position=state.position + 1,
-            logits=transformer.unembed(table_VD, out_BMSD[:, 0, 0], config),
+            logits=transformer.unembed(transformer.output_table(params["decoder"]), out_BMSD[:, 0, 0], config),
             ended=state.ended | (token_B == eos_id),
         )
         return after, cache_lib.append(cache, kv, state.position[:, None], jnp.ones_like(state.length))

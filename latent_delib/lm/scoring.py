@@ -26,7 +26,7 @@ def segments(tokens_BT: jax.Array, length_B: jax.Array) -> jax.Array:
 def score_vocabulary(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
     """Returns the plain decoder's logits, float32 [B, T, V]."""
     text = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
-    return transformer.unembed(params["decoder"]["embedding"], text.outputs, aug.transformer.config)
+    return transformer.unembed(transformer.output_table(params["decoder"]), text.outputs, aug.transformer.config)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
@@ -71,7 +71,7 @@ def score_tails(
     Returns:
       log p of every token, float32 [B, M, A], and whether it is the likeliest, bool [B, M, A].
     """
-    table_VD = params["decoder"]["embedding"]
+    table_VD = transformer.output_table(params["decoder"])
     config = aug.transformer.config
     segment_BT = segments(text_BT, length_B)
     text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
