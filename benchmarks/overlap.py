@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import common
 from latent_delib import mesh
-from latent_delib.delib.coprocessor import Latents, Text
+from latent_delib.delib.coprocessor import Latents, Reading
 from latent_delib.lm import decoding
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.transformer import Params
@@ -34,10 +34,10 @@ from latent_delib.nn.transformer import Params
 class Timed:
     """Measures one call of the coprocessor beside the decoder: when it was asked, and when its answer was seen."""
 
-    def __init__(self, write: Callable[[Text, jax.Array], Latents]):
+    def __init__(self, write: Callable[[Reading, jax.Array], Latents]):
         self.write = write
 
-    def ask(self, read: Text, text_BX: jax.Array) -> Latents:
+    def ask(self, read: Reading, text_BX: jax.Array) -> Latents:
         """Starts writing latents; reading the prompt does not count."""
         jax.block_until_ready(read)
         self.asked = time.perf_counter()
