@@ -9,9 +9,9 @@ import numpy as np
 
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
+from latent_delib.job.build import ATTENTION
 from latent_delib.lm.sampling import Sampler
 from latent_delib.machine import arguments
-from latent_delib.nn.attention.forms import FORMS
 
 Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as they are
 
@@ -62,9 +62,8 @@ def check_rhythm(every: int, delay: int | None) -> tuple[int, int | None]:
 
 def check_attention(attention: str) -> None:
     """Raises UserError for an unknown form of attention."""
-    forms = ("auto", *FORMS)
-    if attention not in forms:
-        raise UserError(f"attention={attention!r}: expected one of {', '.join(forms)}")
+    if attention not in ATTENTION:
+        raise UserError(f"attention={attention!r}: expected one of {', '.join(ATTENTION)}")
 
 
 def seeds_of(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:

@@ -86,8 +86,8 @@ class AugmentedLM:
         self.params = augment.assemble(self.params, own)
         if coprocessor_mesh is not None:
             self.aug_beside = augmentation(decoder, coprocessor, coprocessor_mesh, attention)
-            beside = place(coprocessor_mesh, self.params["coprocessor"], self.dtype, axes)
-            self.params_beside = {"coprocessor": beside}
+            whole = self.params["coprocessor"]
+            self.params_beside = {"coprocessor": place(coprocessor_mesh, whole, self.dtype, axes)}
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """Returns the plain decoder's logits, float32 [B, T, V]."""
@@ -125,9 +125,7 @@ class AugmentedLM:
         batch_size: int = 16,
         progress: Report | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores a continuation of each prompt. Latents join once, at the end of the prompt.
-
-        Equal prompts are read once.
+        """Scores a continuation of each prompt. Latents join once, at the prompt's end; equal prompts are read once.
 
         Args:
           augment: with latents.
@@ -150,9 +148,8 @@ class AugmentedLM:
         sums = np.zeros(len(tails), np.float32)
         greedy = np.zeros(len(tails), bool)
         done = 0
-        keys = [question.key for question in questions]
-        for chosen in batching.alike(keys, lambda key: max(1, batch_size // key[0])):
-            batch = [questions[q] for q in chosen]
+        for chosen in batching.alike([q.key for q in questions], lambda key: max(1, batch_size // key[0])):
+            batch = [questions[i] for i in chosen]
             sums_BM, greedy_BM = self._score_tails(batch, tails, augment)
             for b, (_, members, _) in enumerate(batch):
                 sums[members] = sums_BM[b, : len(members)]

@@ -14,6 +14,7 @@ import pytest
 import latent_delib as ld
 from latent_delib import mesh
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.delib.methods import param_axes
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.job import build
 from latent_delib.job.record import Record
@@ -307,7 +308,7 @@ def test_no_device_holds_a_whole_model(lms):
     on = mesh.make({"fsdp": 8})
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), lms["overlay"].coprocessor.params)
     with jax.transfer_guard_device_to_device("disallow_explicit"):
-        placed = load.place(on, params, jax.numpy.bfloat16)
+        placed = load.place(on, params, jax.numpy.bfloat16, param_axes("cache_augmentation"))
     assert {(x.dtype.name, len(x.sharding.device_set)) for x in jax.tree.leaves(placed)} == {("bfloat16", 8)}
 
 
@@ -655,7 +656,7 @@ def test_mistakes(lms, decoder, name):
 def test_a_trained_decoder_has_no_coprocessor(tmp_path):
     checkpoints = Checkpoints(str(tmp_path))
     record = Record({"method": {"name": "decoder"}, "seed": 0}, "", step=1)
-    checkpoints.save(1, {"decoder": np.zeros(2)}, {"mu": np.zeros(2)}, record.meta())
+    checkpoints.save(1, {"trainable": {"decoder": np.zeros(2)}, "optimizer": {"mu": np.zeros(2)}}, record.meta())
     checkpoints.close()
     with pytest.raises(ld.UserError, match="method 'decoder' has no coprocessor"):
         ld.load_coprocessor(str(tmp_path))
