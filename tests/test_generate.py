@@ -45,7 +45,7 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(build, "transformer", watched)
     generate.main(type("Flags", (), options | {"workdir": str(workdir), "attention": "reference"}))
     assert set(forms) == {"reference"}
-    assert "checkpoint 4 is damaged (trainable: " in capsys.readouterr().err
+    assert "checkpoint 4 is damaged (trainable: no file _METADATA), checkpoint 2 is used" in capsys.readouterr().err
     lm = ld.AugmentedLM(lm.decoder, ld.load_coprocessor(trained, 2), attention="reference")
     texts = lm.generate([r["prompt"] for r in asked], 5, temperature=0.7, seed=[3, 12])
     assert [json.loads(line)["augmented"] for line in out.read_text().removesuffix("\n").split("\n")] == texts
