@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks import common
 from latent_delib.lm import decoding
+from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.sizes import TransformerConfig
 
 
@@ -52,22 +53,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prompt_BT, length_B = common.text(a, B)[0], jnp.full((B,), a.seq_len)
 
         aug = common.augmentation(a.config, L, common.attention_forms()[-1])
-        sampling = decoding.Sampling(
-            jnp.float32(0), jnp.int32(0), jnp.float32(1), jax.random.split(jax.random.key(0), B)
-        )
+        key_B = jax.random.split(jax.random.key(0), B)
 
-        def form_of(name: str, new: int, B=B, aug=aug, params=params, prompt=(prompt_BT, length_B), sampling=sampling):
-            write = partial(decoding.latents, params, aug=aug)
+        def form_of(name: str, new: int, B=B, aug=aug, params=params, prompt=(prompt_BT, length_B, key_B)):
             return partial(
                 decoding.run,
-                *(params, *prompt, sampling, decoding.Delayed(write, 0) if name == "latents" else decoding.Absent()),
+                params,
+                *prompt,
+                Sampler(),
                 aug=aug,
+                write=partial(decoding.write_latents, params, aug=aug) if name == "latents" else None,
+                delay=0,
+                every=0,
                 room=a.new,
                 max_new_tokens=new,
-                every=0,
                 eos_id=-1,  # no row ends early
                 pad_id=0,
-                look=lambda new: np.zeros(B, bool),
+                stopped=lambda new: np.zeros(B, bool),
             )
 
         runs = {(name, new): common.calls(form_of(name, new)) for name in a.forms for new in (1, a.new)}

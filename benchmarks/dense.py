@@ -94,6 +94,8 @@ def forward(
         heads, normed_BSD = {}, norm(p["pre_attn_norm"], x_BSD)
         for name in ("q", "k", "v"):
             y = jnp.einsum("BSD,DNH->BSNH", normed_BSD, p["attn"][name].astype(x_BSD.dtype))
+            if c.qkv_bias:
+                y += p["attn"][f"{name}_bias"].astype(y.dtype)
             if c.qk_norm and name != "v":
                 y = norm(p["attn"][f"{name}_norm"], y)
             heads[name] = y if name == "v" else rotary.rotate(y, rope_22BSH[is_local])

@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = (
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,25 +25,31 @@ import numpy as np
 
 from benchmarks import common
 from latent_delib import mesh
+from latent_delib.delib.coprocessor import Latents, Text
 from latent_delib.lm import decoding
-from latent_delib.lm.asynchronous import Beside
-from latent_delib.nn.cache import Cache
+from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.transformer import Params
 
 
-class Timed(Beside):
-    """Knows when it was asked, and when its answer was seen."""
+class Timed:
+    """Measures one call of the coprocessor beside the decoder: when it was asked, and when its answer was seen."""
 
-    def ask(self, cache: Cache, *args: Any) -> None:
-        jax.block_until_ready(cache)  # reading the prompt does not count
+    def __init__(self, write: Callable[[Text, jax.Array], Latents]):
+        self.write = write
+
+    def ask(self, read: Text, text_BX: jax.Array) -> Latents:
+        """Starts writing latents; reading the prompt does not count."""
+        jax.block_until_ready(read)
         self.asked = time.perf_counter()
-        super().ask(cache, *args)
+        self.latents = self.write(read, text_BX)
+        return self.latents
 
-    def answer(self, made: int) -> jax.Array | None:
-        found = super().answer(made)
-        if found is not None:
-            self.worked, self.meanwhile = time.perf_counter() - self.asked, made
-        return found
+    def look(self, new_BN: np.ndarray) -> np.ndarray:
+        """Sees the new tokens, one by one until latents are there; ends no row."""
+        if not hasattr(self, "worked") and decoding.ready(self.latents):
+            self.worked = time.perf_counter() - self.asked
+            self.meanwhile = new_BN.shape[1]
+        return np.zeros(len(new_BN), bool)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -61,20 +67,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     here, beside = place(coprocessor, home), place(coprocessor, there)
     prompt_BT, length_B = jax.device_put((common.text(a, a.batch)[0], jnp.full((a.batch,), a.seq_len)), mesh.rows(home))
     key_B = jax.device_put(jax.random.split(jax.random.key(0), a.batch), mesh.rows(home))
-    sampling = decoding.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), key_B)
     timed: list[Timed] = []
-
-    def who(form: str) -> decoding.Coprocessor:
-        if form == "beside":
-            timed.append(Timed(beside, aug, there, home))
-            return timed[-1]
-        return decoding.Delayed(partial(decoding.latents, here, aug=aug), 0) if form == "waits" else decoding.Absent()
 
     def form_of(form: str, new: int) -> Any:
         def call() -> Any:
+            write, stopped = None, lambda tokens: np.zeros(a.batch, bool)
+            if form == "waits":
+                write = partial(decoding.write_latents, here, aug=aug)
+            if form == "beside":
+                timed.append(Timed(partial(decoding.write_beside, beside, aug, there, home)))
+                write, stopped = timed[-1].ask, timed[-1].look
             return decoding.run(
-                decoder, prompt_BT, length_B, sampling, who(form), aug=aug, room=a.new, max_new_tokens=new, every=0,
-                eos_id=-1, pad_id=0, look=lambda tokens: np.zeros(a.batch, bool),
+                decoder, prompt_BT, length_B, key_B, Sampler(), aug=aug, write=write, every=0,
+                delay=None if form == "beside" else 0, room=a.new, max_new_tokens=new, eos_id=-1, pad_id=0,
+                stopped=stopped,
             )  # fmt: skip
 
         return call

@@ -1,16 +1,17 @@
-"""The benchmarks, a row each: what the lm-eval harness calls it, shots, and the metric reported.
+"""The benchmarks: for each a row with the task of the lm-eval harness, the shots, and the metric reported.
 
-PUBLISHED are those of Liu et al. 2025, Table 2; they need the network once, for their data. OFFLINE are made on the
-spot by `make_tasks`. `benchmark` reads this file, or another of its form: --table=FILE.
+PUBLISHED are those of Liu et al. 2025, Table 2; they need the network once, for their data. OFFLINE are made locally by
+`make_tasks`. `benchmark` reads this file, or another of its form: --table=FILE.
 
-  task     a task or group of the harness; of a group, every document counts the same
-  shots    worked examples in the prompt
-  metric   as the harness names it; percent, except for bits_per_byte
-  filter   which reading of a generated answer counts, where the harness has several
-  runs_code   what the model writes is run: only with --confirm_run_unsafe_code
+  task       a task or group of the harness; in a group every document counts the same
+  shots      worked examples in the prompt
+  metric     by its name in the harness; reported in percent, except for bits_per_byte
+  filter     the reading of a generated answer that counts, where the harness has several
+  runs_code  the code that the model writes is run: only with --confirm_run_unsafe_code
 
-The paper gives shots and, for DROP, the metric. The rest is the harness's custom: acc_norm (choices divided by their
-length) where choices are sentences of unlike length, acc elsewhere. All of a task's metrics are in OUT/samples.
+The paper gives shots and, for DROP, the metric. The rest follows the harness's custom: acc_norm (choices divided by
+their length) where choices are sentences of different length, acc elsewhere. All of a task's metrics are in
+OUT/samples.
 """
 
 PUBLISHED = {

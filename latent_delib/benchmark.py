@@ -11,33 +11,52 @@ Writes benchmarks.json to --out (may be gs://), a row saved as soon as it is the
 Each document's result is in OUT/samples.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
-import math
 import os
 import runpy
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
+from latent_delib.job.record import Record
 from latent_delib.lm import load
-from latent_delib.lm.model import AugmentedLM, check_attention, check_rhythm
-from latent_delib.machine import arguments, checkpoint, commands, files
+from latent_delib.lm.inputs import check_attention, check_rhythm
+from latent_delib.lm.model import AugmentedLM
+from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.provenance import provenance
+from latent_delib.measure.scores import figures, show
 from latent_delib.weights import folder
 
 Row = dict[str, Any]
 
 MODELS = ("decoder", "augmented", "zero_shot_cot")
 KEY = ("benchmark", "model", "every", "delay")  # one row each
-OFFLINE = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")  # Hugging Face's own switches
-Z = 1.96  # standard errors, for 95 %
+
+
+class Subject(NamedTuple):
+    """A decoder or training job that is measured.
+
+    record: of the checkpoint, or of a config with the decoder alone; its fingerprint is of `decoder`. checkpoint: its
+    folder. decoder: the decoder's folder. run: the open training job.
+    """
+
+    record: Record
+    decoder: str
+    checkpoint: str | None = None
+    run: load.Run | None = None
+
+    def about(self) -> dict[str, Any]:
+        """Returns the fields of benchmarks.json that say what its rows are of."""
+        r = self.record
+        return {"config": r.config, "checkpoint": self.checkpoint, "step": r.step, "fingerprint": r.fingerprint}
 
 
 def main(flags: Any) -> None:
@@ -61,9 +80,12 @@ def benchmark(
     attention: str = "auto",
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
-    """Runs every benchmark on every model of which OUT/benchmarks.json has no row yet; returns what that holds then.
+    """Runs every benchmark on every model of which OUT/benchmarks.json has no row yet.
 
-    Args: as the command's flags; see there.
+    Args: the flags of the command.
+
+    Returns:
+      The contents of OUT/benchmarks.json.
 
     Raises:
       UserError: anything wrong with the arguments, a checkpoint, a task's data; before weights are loaded.
@@ -71,265 +93,244 @@ def benchmark(
     if not os.path.isfile(table):
         raise UserError(f"--table={table}: no such file")
     rows = runpy.run_path(table)
-    chosen, names = _chosen(rows, benchmarks), _split(model)
-    if (wrong := [name for name in names if name not in MODELS]) or not names:
+    chosen = _chosen(rows, benchmarks)
+    models = _split(model)
+    wrong = [name for name in models if name not in MODELS]
+    if wrong or not models:
         raise UserError(f"--model={model}: expected some of {', '.join(MODELS)}, got {wrong}")
     check_rhythm(every, delay)
     check_attention(attention)
     arguments.whole("--batch_size", batch_size, 1)
     if limit is not None:
         arguments.whole("--limit", limit, 1)
-    for name, row in chosen.items():
-        if row.get("runs_code") and not confirm_run_unsafe_code:
-            raise UserError(f"{name}: runs code that the model writes; --confirm_run_unsafe_code allows it")
-    about, path = _identity(workdir, decoder, step)
-    if "augmented" in names and about["config"]["method"]["num_latents"] == 0:
-        raise UserError("--model=augmented: there is no coprocessor; give the --workdir of a job that trained one")
-    found = _read(epath.Path(out) / "benchmarks.json", about)
+    runs_code = [name for name, row in chosen.items() if row.get("runs_code")]
+    if runs_code and not confirm_run_unsafe_code:
+        raise UserError(f"{runs_code[0]}: runs code that the model writes; --confirm_run_unsafe_code allows it")
 
-    loaded = _load(chosen, rows["OFFLINE"], tasks)
-    data = {name: _digest(row["task"], tasks) for name, row in chosen.items() if name in rows["OFFLINE"]}
-    from latent_delib.measure import harness
-
-    todo = []
-    for name, row in chosen.items():
-        asked = harness.kinds(loaded[name])
-        if (answer := harness.longest_answer(loaded[name])) + 2 > max_length:  # BOS, and one token that asks
-            raise UserError(f"--max_length={max_length}: {name} has answers of up to {answer} tokens")
-        for one in names:
-            key = {"benchmark": name, "model": one, "every": 0, "delay": 0}
-            if one == "augmented":  # a choice's latents join once, a text that is read has nothing to wait for
-                key["every"] = every if asked & {"generate_until", "loglikelihood_rolling"} else 0
-                key["delay"] = delay if "generate_until" in asked else 0
-            if one == "zero_shot_cot" and asked != {"generate_until"}:
-                raise UserError(f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated")
-            shots = 0 if one == "zero_shot_cot" else row["shots"]
-            made = key | {"shots": shots, "max_length": max_length, "limit": limit}
-            made |= {"task": row["task"], "metric": row["metric"], "filter": row.get("filter", "none")}
-            made |= {"cot": rows["COT"] if one == "zero_shot_cot" else "", "data": data.get(name)}
-            if not any(_serves(old, made) for old in found):
-                _check_no_fewer(found, made, out)
-                todo.append((made, row))
-    if todo:
-        dtype = about["config"].get("compute", {}).get("dtype", "float32")
-        latents = any(made["model"] == "augmented" for made, _ in todo)
-        coprocessor = load.load_coprocessor(workdir, about["step"]) if latents else None
-        frozen = load.load_decoder(path, dtype)
-        lm = AugmentedLM(frozen, coprocessor, max_length=max_length, attention=attention)
-    for made, row in todo:
-        adapter = harness.Adapter(
-            lm,
-            made["model"] == "augmented",
-            made["every"],
-            made["delay"],
-            batch_size,
-            made["cot"],
-        )
-        name = made["benchmark"]
-        print(f"{name}, {made['model']}", flush=True)
-        samples = harness.run(adapter, loaded[name], made["shots"], limit, confirm_run_unsafe_code)
-        made |= figures([s for s in samples if s["filter"] == made["filter"]], row["metric"], name)
-        there = _read(epath.Path(out) / "benchmarks.json", about)  # another call may have written since
-        found = [old for old in there if any(old[k] != made[k] for k in KEY)] + [made | {"provenance": _provenance()}]
-        write(epath.Path(out), {"rows": found, **about, "provenance": _provenance()}, made, samples)
+    with _open_subject(workdir, decoder, step) as subject:
+        if "augmented" in models and not subject.record["method.num_latents"]:
+            raise UserError("--model=augmented: there is no coprocessor; give the --workdir of a job that trained one")
+        file = epath.Path(out) / "benchmarks.json"
+        found = _read_rows(file, subject)
+        if runs_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+        harness = _harness()
+        loaded = _load_tasks(harness, chosen, rows["OFFLINE"], tasks)
+        todo = []
+        for name, row in chosen.items():
+            answer = harness.longest_answer(loaded[name])
+            if answer + 2 > max_length:  # BOS, and one token that asks
+                raise UserError(f"--max_length={max_length}: {name} has answers of up to {answer} tokens")
+            data = _digest(row["task"], tasks) if name in rows["OFFLINE"] else None
+            for one in models:
+                asked = _asked(name, row, one, harness.kinds(loaded[name]), every, delay)
+                asked |= {"cot": rows["COT"] if one == "zero_shot_cot" else "", "data": data}
+                asked |= {"max_length": max_length, "limit": limit}
+                if not _is_there(found, asked, out):
+                    todo.append(asked)
+        if todo:
+            latents = any(asked["model"] == "augmented" for asked in todo)
+            lm = _load_model(subject, latents, max_length, attention)
+        for asked in todo:
+            task = loaded[asked["benchmark"]]
+            made, samples = _measure(lm, harness, task, asked, batch_size, confirm_run_unsafe_code)
+            _write_samples(epath.Path(out), made, samples)
+            found = [*_read_rows(file, subject), made]  # it may have grown meanwhile
+            result = {"rows": found, **subject.about(), "provenance": _provenance()}
+            files.write(file, (json.dumps(result, indent=2) + "\n").encode())
     print(show(found), flush=True)
-    return {"rows": found, **about}
+    return {"rows": found, **subject.about()}
 
 
-def figures(samples: Sequence[Row], metric: str, name: str = "") -> Row:
-    """A row's figures over documents: value with standard error and 95 % interval, unit, number of documents.
+def _measure(
+    lm: AugmentedLM, harness: ModuleType, task: dict[str, Any], asked: Row, batch_size: int, unsafe_code: bool
+) -> tuple[Row, list[Row]]:
+    """Makes a row.
 
-    Scores from 0 to 1 become percent, with Wilson's interval. bits_per_byte is Σ -log2 p / Σ bytes, with the standard
-    error of a ratio.
+    Args:
+      task: from `harness.load_tasks`.
+      asked: the part of the row that is known before.
+      unsafe_code: code that the model writes may run.
 
-    Raises:
-      UserError: the documents carry no such metric.
+    Returns:
+      The row, and the harness's result for each document.
     """
-    values = [sample[metric] for sample in samples if metric in sample]
-    n = len(values)
-    if not n:
-        has = sorted({m for sample in samples for m in sample["metrics"]})
-        raise UserError(f"{name}: no document has metric {metric!r} under its filter; there are {has}")
-    if metric == "bits_per_byte":
-        bits, size = [-ll / math.log(2) for ll, _ in values], sum(size for _, size in values)
-        value = sum(bits) / size
-        residual = sum((b - value * s) ** 2 for b, (_, s) in zip(bits, values))
-        stderr = math.sqrt(residual * n / (n - 1)) / size if n > 1 else None
-        low, high = (None, None) if stderr is None else (value - Z * stderr, value + Z * stderr)
-        unit = metric
-    else:
-        p = sum(map(float, values)) / n
-        variance = sum((float(v) - p) ** 2 for v in values) / n  # p (1 - p) where every score is 0 or 1
-        stderr = 100 * math.sqrt(variance / (n - 1)) if n > 1 else None
-        middle, half = p + Z**2 / (2 * n), Z * math.sqrt(variance / n + Z**2 / (4 * n**2))
-        low, high = (max(0.0, min(100.0, 100 * (middle + side) / (1 + Z**2 / n))) for side in (-half, half))
-        value, unit = 100 * p, "percent"
-    return {
-        "metric": metric,
-        "unit": unit,
-        "value": value,
-        "stderr": stderr,
-        "low": low,
-        "high": high,
-        "documents": n,
-    }
+    name = asked["benchmark"]
+    print(f"{name}, {asked['model']}", flush=True)
+    latents = asked["model"] == "augmented"
+    adapter = harness.Adapter(lm, latents, asked["every"], asked["delay"], batch_size, asked["cot"])
+    samples = harness.run_tasks(adapter, task, asked["shots"], asked["limit"], unsafe_code)
+    counted = [sample for sample in samples if sample["filter"] == asked["filter"]]
+    return asked | figures(counted, asked["metric"], name) | {"provenance": _provenance()}, samples
 
 
-def show(rows: Sequence[Row]) -> str:
-    """The rows as a table in plain text."""
-    columns = ("benchmark", "model", "shots", "every", "delay", "documents", "value", "95 % interval", "unit")
-    lines = [columns]
-    for row in rows:
-        interval = "" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
-        shown = row | {"value": f"{row['value']:.2f}", "95 % interval": interval, "documents": f"{row['documents']:,}"}
-        lines.append(tuple(str(shown[column]) for column in columns))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    left = {0, 1, len(columns) - 1}  # text; the rest are numbers
-    return "\n".join(
-        "  ".join(f"{cell:{'<' if i in left else '>'}{w}}" for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    )
-
-
-def write(out: epath.Path, result: dict[str, Any], row: Row, samples: Sequence[Row]) -> None:
-    """benchmarks.json and the samples of one row, each under its name only once whole; the samples come first."""
-    name = f"{row['benchmark']}.{row['model']}" + "".join(f".{k}{row[k]}" for k in ("every", "delay") if row[k])
-    lines = (json.dumps(sample, default=str, ensure_ascii=False) for sample in samples)
-    for path, text in (
-        (out / "samples" / f"{name}.jsonl", "".join(f"{line}\n" for line in lines)),
-        (out / "benchmarks.json", json.dumps(result, indent=2) + "\n"),
-    ):
-        files.write(path, text.encode())
+def _write_samples(out: epath.Path, row: Row, samples: Sequence[Row]) -> None:
+    """Writes the result of each document, JSON lines."""
+    name = f"{row['benchmark']}.{row['model']}"
+    for key in ("every", "delay"):
+        if row[key]:
+            name += f".{key}{row[key]}"
+    lines = [json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples]
+    files.write(out / "samples" / f"{name}.jsonl", "".join(lines).encode())
 
 
 def _split(names: str) -> list[str]:
+    """Returns the different names of a list with commas."""
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
 
 
-def _serves(old: Row, asked: Row) -> bool:
-    """Whether a row is what is asked for, or that over all documents: a quick look does not replace hours of work."""
-    return all(old.get(k) == v or (k == "limit" and old.get(k) is None) for k, v in asked.items())
-
-
-def _check_no_fewer(found: Sequence[Row], asked: Row, out: str) -> None:
-    """Raises UserError where the row would take the place of one over more documents, made otherwise."""
-    for old in found:
-        fewer = asked["limit"] and (old["limit"] is None or old["limit"] > asked["limit"])
-        if fewer and all(old[k] == asked[k] for k in KEY):
-            what = f"{old['benchmark']} of {old['model']} over {old['limit'] or 'all'} documents, made otherwise"
-            raise UserError(f"--limit={asked['limit']}: {out} has {what}; name another --out")
-
-
-def _digest(task: str, folder: str) -> str:
-    """SHA-256 over the files of a task of `make_tasks`, hex."""
-    files = sorted(epath.Path(folder).glob(f"{task}.*"))
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
-
-
 def _chosen(rows: dict[str, Any], benchmarks: str) -> dict[str, Row]:
-    """The rows that --benchmarks names, in its order."""
-    sets = {"published": rows["PUBLISHED"], "offline": rows["OFFLINE"]}
+    """Returns the rows that --benchmarks names, in its order."""
     known = rows["PUBLISHED"] | rows["OFFLINE"]
+    sets = {"published": rows["PUBLISHED"], "offline": rows["OFFLINE"]}
+    sets |= {name: {name: row} for name, row in known.items()}
+    names = _split(benchmarks)
+    if not names:
+        raise UserError(f"--benchmarks is empty; there are {', '.join(sets)}")
     chosen: dict[str, Row] = {}
-    for name in _split(benchmarks):
-        if name not in sets and name not in known:
-            raise UserError(f"--benchmarks={name}: there are {', '.join([*sets, *known])}")
-        chosen |= sets.get(name) or {name: known[name]}
-    if not chosen:
-        raise UserError(f"--benchmarks is empty; there are {', '.join([*sets, *known])}")
+    for name in names:
+        if name not in sets:
+            raise UserError(f"--benchmarks={name}: there are {', '.join(sets)}")
+        chosen |= sets[name]
     return chosen
 
 
-def _identity(workdir: str, decoder: str, step: int | None) -> tuple[dict[str, Any], str]:
-    """What the figures are of (config, checkpoint, step, fingerprint of the decoder), and the decoder's folder."""
-    if bool(workdir) == bool(decoder):
-        raise UserError("give --workdir of a training job, or --decoder, a decoder folder; one of them")
-    if decoder and step is not None:
-        raise UserError(f"--step={step}: a checkpoint of --workdir; a --decoder has none")
-    if decoder:
-        config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
-        about = {"config": config, "checkpoint": None, "step": None}
-        return about | {"fingerprint": folder.fingerprint(folder.locate(decoder))}, decoder
-    checkpoints, found, meta = checkpoint.open_for_reading(workdir, step)
-    checkpoints.close()
-    config, path = meta["config"], load.decoder_of(workdir, meta)
-    if METHODS[meta["method.name"]].write is None:
-        config = config | {"method": config["method"] | {"num_latents": 0}}
-    where = str(epath.Path(workdir) / "checkpoints" / str(found))
-    fingerprint = folder.fingerprint(folder.locate(path))
-    return {"config": config, "checkpoint": where, "step": found, "fingerprint": fingerprint}, path
+def _asked(name: str, row: Row, model: str, kinds: set[str], every: int, delay: int) -> Row:
+    """Returns the part of a row that is known before it is made.
+
+    Args:
+      name, row: of the table of benchmarks.
+      kinds: the questions of its tasks; see `harness.kinds`.
+    """
+    if model == "zero_shot_cot" and kinds != {"generate_until"}:
+        raise UserError(f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated")
+    again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
+    late = model == "augmented" and "generate_until" in kinds  # a text that is read waits for nothing
+    return {
+        "benchmark": name,
+        "model": model,
+        "every": every if again else 0,
+        "delay": delay if late else 0,
+        "shots": 0 if model == "zero_shot_cot" else row["shots"],
+        "task": row["task"],
+        "metric": row["metric"],
+        "filter": row.get("filter", "none"),
+    }
 
 
-def _read(path: epath.Path, about: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier call.
+def _is_there(found: Sequence[Row], asked: Row, out: str) -> bool:
+    """Tells whether a row is there.
 
     Raises:
-      UserError: they are of another decoder or checkpoint, or it is no such file.
+      UserError: it is there, but made in another way: over other documents, or with other settings.
+    """
+    for old in found:
+        if any(old[key] != asked[key] for key in KEY):
+            continue
+        for key, here in asked.items():
+            there = old.get(key)
+            if there != here:
+                row = f"{old['benchmark']} of {old['model']}"
+                raise UserError(f"--out={out}: has {row} with another {key} ({there}, here {here}); name another --out")
+        return True
+    return False
+
+
+def _digest(task: str, folder: str) -> str:
+    """Returns the SHA-256 of the files of a task of `make_tasks`, hex."""
+    total = hashlib.sha256()
+    for file in sorted(epath.Path(folder).glob(f"{task}.*")):
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def _open_subject(workdir: str, decoder: str, step: int | None) -> Iterator[Subject]:
+    """Opens what the flags name; reads no weights."""
+    if bool(workdir) == bool(decoder):
+        raise UserError("give --workdir of a training job, or --decoder, a decoder folder; one of them")
+    if decoder:
+        if step is not None:
+            raise UserError(f"--step={step}: a checkpoint of --workdir; a --decoder has none")
+        config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
+        yield Subject(Record(config, folder.fingerprint(folder.locate(decoder))), decoder)
+        return
+    with load.open_run(workdir, step) as run:
+        record = run.record
+        path = load.decoder_of(workdir, record)
+        config = record.config
+        if METHODS[record["method.name"]].write is None:
+            config = config | {"method": config["method"] | {"num_latents": 0}}
+        record = dataclasses.replace(record, config=config, fingerprint=folder.fingerprint(folder.locate(path)))
+        yield Subject(record, path, str(epath.Path(workdir) / "checkpoints" / str(record.step)), run)
+
+
+def _load_model(subject: Subject, latents: bool, max_length: int, attention: str) -> AugmentedLM:
+    """Loads the weights."""
+    record = subject.record
+    coprocessor = load.coprocessor_of(subject.run, record.step) if latents else None
+    dtype = record["compute.dtype"] or "float32"
+    decoder = load.read_decoder(folder.locate(subject.decoder), record.fingerprint, dtype)
+    return AugmentedLM(decoder, coprocessor, max_length=max_length, attention=attention)
+
+
+def _read_rows(path: epath.Path, subject: Subject) -> list[Row]:
+    """Reads the rows of an earlier call.
+
+    Raises:
+      UserError: they are of another decoder or checkpoint, or `benchmark` did not write the file.
     """
     if not path.exists():
         return []
     try:
         found = json.loads(path.read_text())
-        rows, theirs = found["rows"], {key: found[key] for key in ("fingerprint", "checkpoint")}
-        same = found["config"] == json.loads(json.dumps(about["config"]))
-        [row[key] for row in rows for key in (*KEY, "limit")]
+        rows = found["rows"]
+        theirs = Record.from_result(found)
+        same = theirs.config == subject.record.config and found["checkpoint"] == subject.checkpoint
+        missing = [key for row in rows for key in (*KEY, "limit") if key not in row]
+        if missing:
+            raise KeyError(missing[0])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not what `benchmark` writes ({type(error).__name__}: {error})") from None
-    for key, there in theirs.items():
-        if there != about[key]:
-            raise UserError(f"{path}: its rows have {key} {there}, this call {about[key]}; name another --out")
+    subject.record.require(theirs, "compare", str(path))
     if not same:
-        raise UserError(f"{path}: its rows are of a training with another config; name another --out")
+        there = f"checkpoint {found['checkpoint']}"
+        raise UserError(f"{path}: its rows are of another training, {there}; give another --out, or remove it")
     return rows
 
 
-def _load(chosen: dict[str, Row], offline: dict[str, Row], tasks: str) -> dict[str, Any]:
-    """The tasks and their data, before any weights.
-
-    Raises:
-      UserError: a bad row; data that are neither here nor within reach; lm-eval is not installed.
-    """
+def _harness() -> ModuleType:
+    """Returns `measure.harness`, imported at its first use."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to say
-    remote = [name for name in chosen if name not in offline]
-    reached = not remote or _hub_answers()
-    if not reached:  # what was fetched before still serves, and is found without waiting for the network
-        os.environ.update(dict.fromkeys(OFFLINE, "1"))
-    if any(row.get("runs_code") for row in chosen.values()):
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     try:
         from latent_delib.measure import harness
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is not installed: LATENT_DELIB_EXTRAS=eval ./launch/setup.sh brings it"
         ) from None
-    manager = harness.TaskManager() if remote else None
+    return harness
+
+
+def _load_tasks(
+    harness: ModuleType, chosen: dict[str, Row], offline: dict[str, Row], tasks: str
+) -> dict[str, dict[str, Any]]:
+    """Loads the tasks and their data.
+
+    Raises:
+      UserError: a bad row; data that cannot be fetched.
+    """
+    manager = None if set(chosen) <= set(offline) else harness.TaskManager()
     loaded = {}
     for name, row in chosen.items():
         try:
-            loaded[name] = harness.load(row["task"], tasks, manager if name in remote else None)
+            loaded[name] = harness.load_tasks(row["task"], tasks, None if name in offline else manager)
         except UserError:
             raise
-        except Exception as error:  # datasets raises what it likes
+        except Exception as error:  # datasets raises many kinds
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            hub = "" if reached else f" {_hub()} does not answer and they were not fetched before: go online once."
-            raise UserError(f"{name}: its data cannot be loaded.{hub} ({why})") from None
+            remedy = "go online once; without a network HF_HUB_OFFLINE=1 takes what was fetched before"
+            raise UserError(f"{name}: its data cannot be loaded ({why}); {remedy}") from None
     return loaded
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-
-
-def _hub_answers() -> bool:
-    if any(os.environ.get(name, "0").lower() not in ("", "0", "false", "no", "off") for name in OFFLINE):
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(_hub(), method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True  # an answer
-    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is no address
-        return False
-    return True
 
 
 def _provenance() -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Any checkpoint to a decoder folder of ours, and ours to Hugging Face's form.
+"""Converts any checkpoint to a decoder folder of ours, and ours to Hugging Face's form.
 
   python -m latent_delib.convert --source=PATH --out=DIR [--dtype=bfloat16] [--size=NAME] [--tokenizer=PATH]
   python -m latent_delib.convert --source=PATH --out=DIR --to=huggingface
 
 PATH is a Hugging Face folder, a GGUF file, one of Google DeepMind's Gemma checkpoints (orbax), or a decoder folder of
-ours (`packaged` is one). The workdir of a training job gives its coprocessor, as a folder of its own (docs/weights.md).
+ours (`packaged` is one). From the workdir of a training job its coprocessor is exported (docs/weights.md).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from latent_delib.errors import UserError
 from latent_delib.lm import load
 from latent_delib.machine import checkpoint, commands, files
 from latent_delib.machine.progress import Progress
-from latent_delib.nn.sizes import SIZES, TransformerConfig, differences
+from latent_delib.nn.sizes import SIZES, TransformerConfig, differences, family
 from latent_delib.weights import coprocessor, deepmind, folder, gguf, huggingface, names, tensors
 from latent_delib.weights.source import Source
+from latent_delib.weights.tensors import TensorFile
 
 FORMS = ("latent_delib", "huggingface")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -47,22 +48,24 @@ def convert(
     """Converts one checkpoint; `out` appears only once whole. Host memory holds one tensor at a time.
 
     Args:
+      source: a checkpoint, as in this module's docstring.
+      out: the folder to write.
       to: "latent_delib" or "huggingface".
-      dtype: "float32", "bfloat16", or "" for what loses nothing: bfloat16 where the source is that, float32 elsewhere.
-      size: a key of SIZES that the source must have. architecture: the same for a size without a name.
+      dtype: "float32", "bfloat16", or "" to round nothing: bfloat16 stays that, everything else becomes float32.
+      size: a key of SIZES that the source must have.
       tokenizer: a tokenizer file, for sources that carry none.
+      architecture: that the source must have, for a size without a name.
 
     Raises:
       UserError: anything wrong with source or arguments, in most cases before a weight is read.
     """
-    for name, value, allowed in (("to", to, FORMS), ("dtype", dtype, ("", *DTYPES)), ("size", size, ("", *SIZES))):
-        if value not in allowed:
-            raise UserError(f"--{name}={value!r}: expected one of {', '.join(filter(None, allowed))}")
-    for name, value in (("source", source), ("tokenizer", tokenizer)):
-        if "://" in value:
-            raise UserError(f"--{name}={value}: expected a local path; download it, and name that")
-    if "://" in out:
-        raise UserError(f"--out={out}: expected a local path; copy it there afterwards")
+    _check_choice("to", to, FORMS)
+    _check_choice("dtype", dtype or "float32", DTYPES)
+    if size:
+        _check_choice("size", size, SIZES)
+    _check_local("source", source, "download it, and name that")
+    _check_local("tokenizer", tokenizer, "download it, and name that")
+    _check_local("out", out, "copy it there afterwards")
     wanted = SIZES[size] if size else architecture
     where = folder.PACKAGED if source == "packaged" else Path(source)
     if (where / "checkpoints").is_dir():
@@ -81,13 +84,25 @@ def convert(
     print(f"{out}: done", flush=True)
 
 
+def _check_choice(flag: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises UserError for a value that is not among the allowed ones."""
+    if value not in allowed:
+        raise UserError(f"--{flag}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def _check_local(flag: str, path: str, remedy: str) -> None:
+    """Raises UserError for a path that is a URL."""
+    if "://" in path:
+        raise UserError(f"--{flag}={path}: expected a local path; {remedy}")
+
+
 def is_ours(where: Path) -> bool:
-    """Whether a path is a decoder folder of ours."""
+    """Returns whether a path is a decoder folder of ours."""
     return (where / "config.json").is_file() and "format" in folder.read_json(where / "config.json")
 
 
 def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
-    """Somebody's checkpoint, by what lies at the path."""
+    """Opens a checkpoint of another format, which the files at the path tell."""
     if where.is_file():
         return gguf.open_source(where)
     if (where / "config.json").is_file():
@@ -105,7 +120,14 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 def convert_theirs(
     source: Source, out: Path, dtype: str, wanted: TransformerConfig | None, tokenizer: str = ""
 ) -> None:
-    """Writes a decoder folder of ours from a source; see `convert`."""
+    """Writes a decoder folder of ours from a source.
+
+    Args:
+      source: an opened checkpoint.
+      out: an existing folder.
+      dtype, tokenizer: as for `convert`.
+      wanted: the architecture that the source must have, or None.
+    """
     config = source.architecture
     found = names.match(source.shapes, config, source.form, source.where)
     describe(config, wanted, source.where)
@@ -113,15 +135,16 @@ def convert_theirs(
     if write_tokenizer is None:
         raise UserError(f"{source.where}: has no tokenizer; give one with --tokenizer=PATH")
     if tokenizer:
-        Tokenizer(tokenizer)  # one line that names what was given, not its copy
+        Tokenizer(tokenizer)  # raises an error that names the given file, not its copy
     write_tokenizer(out)
     pieces = Tokenizer(folder.tokenizer_path(out)).vocab_size
     if pieces > config.vocab_size:
         raise UserError(f"{source.where}: its tokenizer has {pieces} pieces, its token table {config.vocab_size} rows")
 
     leaves = folder.by_name(folder.shapes(config))
-    found.sort(key=lambda t: list(leaves).index(t.leaf))  # one order of the file, whatever it was made from
-    kept = {leaf: DTYPES[dtype] if dtype else np.dtype(ml_dtypes.bfloat16) for leaf in leaves}
+    order = list(leaves)
+    found.sort(key=lambda t: order.index(t.leaf))  # the same file, whatever it was made from
+    kept = dict.fromkeys(leaves, DTYPES[dtype or "bfloat16"])
     if not dtype:
         for t in found:  # float32 where any layer of the leaf needs it
             if source.dtypes[t.name] != DTYPES["bfloat16"]:
@@ -132,7 +155,14 @@ def convert_theirs(
 
 
 def convert_ours(where: Path, out: Path, to: str, dtype: str, wanted: TransformerConfig | None) -> None:
-    """Writes a decoder folder of ours in Hugging Face's form, or in ours and another dtype."""
+    """Writes a decoder folder of ours in Hugging Face's form, or in ours and another dtype.
+
+    Args:
+      where: a decoder folder of ours.
+      out: an existing folder.
+      to, dtype: as for `convert`.
+      wanted: the architecture that the folder must have, or None.
+    """
     folder.locate(str(where))
     config = folder.read_config(where)
     describe(config, wanted, str(where))
@@ -145,26 +175,44 @@ def convert_ours(where: Path, out: Path, to: str, dtype: str, wanted: Transforme
     if to == "latent_delib":
         entries = {leaf: (file.shapes[leaf], kept(leaf)) for leaf in folder.by_name(folder.shapes(config))}
         chunks = (file.read(leaf).astype(kept(leaf), copy=False) for leaf in entries)
-        return folder.write_model(out, config, entries, progress(chunks, entries))
-    tokenizer = Tokenizer(folder.tokenizer_path(where))
+        folder.write_model(out, config, entries, progress(chunks, entries))
+    else:
+        dtypes = {leaf: kept(leaf) for leaf in file.shapes}
+        _write_huggingface(file, config, dtypes, Tokenizer(folder.tokenizer_path(where)), out)
+
+
+def _write_huggingface(
+    file: TensorFile, config: TransformerConfig, dtypes: dict[str, np.dtype], tokenizer: Tokenizer, out: Path
+) -> None:
+    """Writes config.json, tokenizer_config.json and model.safetensors as `transformers` has them.
+
+    Args:
+      file: the weights of a decoder folder of ours.
+      config: its architecture.
+      dtypes: to write each leaf in.
+      tokenizer: its tokenizer, whose file is in `out` already.
+      out: an existing folder.
+    """
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    dtypes = {str(kept(leaf)) for leaf in file.shapes}
-    fields = huggingface.config_json(config, "float32" if "float32" in dtypes else "bfloat16", ids)
+    dtype = "float32" if DTYPES["float32"] in dtypes.values() else "bfloat16"
+    fields = huggingface.config_json(config, dtype, ids)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     if (out / "tokenizer.model").is_file():
         about = huggingface.tokenizer_config(out / "tokenizer.model")
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    wanted_tensors = list(names.tensors(config, "huggingface"))
-    entries = {t.name: (t.shape, kept(t.leaf)) for t in wanted_tensors}
-    chunks = (
-        t.to_theirs(file.read(t.leaf, ... if t.layer is None else t.layer)).astype(kept(t.leaf), copy=False)
-        for t in wanted_tensors
-    )
+    theirs = list(names.tensors(config, "huggingface"))
+    entries = {t.name: (t.shape, dtypes[t.leaf]) for t in theirs}
+
+    def read_theirs(t: names.Tensor) -> np.ndarray:
+        ours = file.read(t.leaf) if t.layer is None else file.read(t.leaf, t.layer)
+        return t.to_theirs(ours).astype(dtypes[t.leaf], copy=False)
+
+    chunks = map(read_theirs, theirs)
     tensors.write(out / "model.safetensors", entries, progress(chunks, entries), {"format": "pt"})
 
 
 def export_coprocessor(workdir: str, out: Path) -> None:
-    """Writes the newest coprocessor of a training job as a folder; see `weights.coprocessor`."""
+    """Writes the newest coprocessor of a training job as a folder (`weights.coprocessor`)."""
     trained = load.load_coprocessor(workdir)
     if trained.architecture is not None:
         raise UserError(f"{workdir}: a resized coprocessor has no form of its own to be exported in")
@@ -172,7 +220,7 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     checkpoints.close()
     params = trained.params
     if meta["method.lora_rank"]:  # multiplied out
-        decoder = load.load_decoder(load.decoder_of(workdir, meta)).params
+        decoder = load.load_decoder(load.decoder_of(workdir, load.Record.from_meta(meta, workdir))).params
         params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
     fields = {name: getattr(trained, name) for name in ("method", "num_latents", "placement", "step", "fingerprint")}
     coprocessor.save(out, fields, TransformerConfig.from_dict(meta["architecture"], workdir), params)
@@ -180,18 +228,24 @@ def export_coprocessor(workdir: str, out: Path) -> None:
 
 
 def describe(config: TransformerConfig, wanted: TransformerConfig | None, where: str) -> None:
-    """Says what an architecture is; raises UserError where it is not the one wanted."""
-    if wanted is not None and (differing := differences(config, wanted)):
+    """Prints the family, size and number of parameters of an architecture.
+
+    Raises:
+      UserError: it is not the one wanted.
+    """
+    differing = differences(config, wanted) if wanted is not None else []
+    if differing:
         raise UserError(f"{where}: not of that size: {'; '.join(differing)}")
     size = next((name for name, size in SIZES.items() if not differences(config, size)), "of no known size")
     count = sum(leaf.size for leaf in jax.tree.leaves(folder.shapes(config)))
-    print(f"{where}: {names.family(config)}, {size}, {count:,} parameters", flush=True)
+    print(f"{where}: {family(config)}, {size}, {count:,} parameters", flush=True)
 
 
 def progress(chunks: Iterator[np.ndarray], entries: dict[str, tuple]) -> Iterator[np.ndarray]:
-    """Passes chunks on and says how many of the bytes are through."""
+    """Yields the chunks, and prints how many of the bytes are done."""
     total = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in entries.values())
-    done, say = 0, Progress("written", total, "bytes")
+    say = Progress("written", total, "bytes")
+    done = 0
     for chunk in chunks:
         yield chunk
         done += chunk.nbytes
@@ -206,6 +260,6 @@ if __name__ == "__main__":
         out=(commands.REQUIRED, "the folder to write, made whole or not at all"),
         to=("latent_delib", "latent_delib or huggingface"),
         dtype=("", "float32 or bfloat16; left out, nothing is rounded"),
-        size=("", "the size it must have, a key of latent_delib/nn/sizes.py; Gemma orbax folders of others need it"),
+        size=("", "the size it must have, a key of latent_delib/nn/sizes.py; tells what an orbax folder does not"),
         tokenizer=("", "tokenizer.model or tokenizer.json, for sources without one"),
     )

@@ -12,17 +12,22 @@ INTERRUPTED = 130  # the exit code after Ctrl-C, as shells expect it
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: names the field or file, what was found, what was expected.
+    """Reports a user's mistake: the field or file, what was found, what was expected.
 
-    Names from damaged files may hold anything: what cannot be printed is escaped, so the message stays one line.
+    Names from damaged files may hold anything: characters that cannot be printed are escaped, so that the message stays
+    one line.
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__("".join(map(_printable, message)))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 class Outage(OSError):
-    """A store that does not answer, as (errno, text, filename): it may do so later, and nothing in it is damaged."""
+    """Reports a store that does not answer, as (errno, text, filename). It may answer later; nothing is damaged."""
 
 
 NO_MEMORY = re.compile("out of memory|attempting to (allocate|reserve)", re.IGNORECASE)  # the second: a TPU's
@@ -35,8 +40,9 @@ def no_memory(error: BaseException) -> str:
     if not is_of_jax or not NO_MEMORY.search(text):
         return ""
     size = re.search(r"allocat\w* (\d+) bytes", text)
-    asked = f": {int(size[1]) / 2**30:,.1f} GiB asked for at once" if size else ""
-    return f"out of device memory{asked}"
+    if size is None:
+        return "out of device memory"
+    return f"out of device memory: {int(size[1]) / 2**30:,.1f} GiB asked for at once"
 
 
 @contextlib.contextmanager
@@ -51,7 +57,7 @@ def device_memory(remedy: str) -> Iterator[None]:
         raise UserError(f"{line}; {remedy}") from None
 
 
-# How the errors of a store begin that does not answer, or that denies access.
+# How errors begin of a store that does not answer, or that denies access.
 NO_ANSWER = re.compile(
     "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport|gateway|internal ?server"
     "|too ?many ?requests",
@@ -61,17 +67,18 @@ DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
 
 
 def store_error(error: BaseException, path: Any) -> OSError | None:
-    """Returns the failure of a disk or store, of which `path` is a part, that an exception tells of; else None.
+    """Returns an exception as a failure of the disk or store that `path` is on; None if it is none.
 
-    It is an Outage where a store does not answer. A store's client raises what it likes: tensorstore a ValueError with
-    the code in its text.
+    The failure is an Outage where a store does not answer. A store's client raises exceptions of any kind: tensorstore
+    a ValueError with the code in its text.
     """
     if no_memory(error):
         return None
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return error  # whatever words its path has
-    if not isinstance(error, OSError) and (found := re.search(r"os_error_code='(\d+)'", str(error))):
-        error = OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code and not isinstance(error, OSError):
+        error = OSError(int(code[1]), os.strerror(int(code[1])), str(path))
     text = f"{type(error).__name__} {reason(error)}"[:60]
     if NO_ANSWER.search(text) or "libcurl code" in reason(error):  # TensorFlow's words for a host that is not found
         return Outage(errno.ECONNABORTED, reason(error), str(path))
@@ -81,7 +88,7 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns one line on what went wrong, without what tensorstore tells of itself."""
+    """Returns one line on what went wrong, without tensorstore's own details."""
     if isinstance(error, UserError):
         return str(error)
     notes = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))

@@ -30,7 +30,8 @@ from latent_delib.job import experiment
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files
-from latent_delib.machine.checkpoint import Restored, warn, whole_steps
+from latent_delib.machine.checkpoint import Restored, whole_steps
+from latent_delib.machine.distributed import warn
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
 from latent_delib.measure import perplexity, saved, views
@@ -87,9 +88,10 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
       UserError: no checkpoint, one of another decoder or method, bad config or data.
     """
     job = Job(config, workdir, [step])
-    untrained = config.method.name == "decoder" and bool(config.decoder.path)
+    has_weights = bool(config.decoder.path)
+    has_checkpoints = (epath.Path(workdir) / "checkpoints").is_dir()
     found = None
-    if not untrained or step is not None or (epath.Path(workdir) / "checkpoints").is_dir():
+    if job.exp.aug.has_latents or not has_weights or has_checkpoints or step is not None:
         found = load(job.exp, workdir, step)
     return job.run(found, epath.Path(out))
 
@@ -161,9 +163,9 @@ def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
 
 
 class Job:
-    """Holds what all evaluations of a job share; text and weights are read when they are first needed.
+    """Holds the parts that all evaluations of a job share; text and weights are read when they are first needed.
 
-    arguments: what else must be the same on all processes.
+    arguments: further values that must be the same on all processes.
     """
 
     def __init__(self, config: ConfigDict, workdir: str, arguments: Sequence[Any]):
@@ -221,23 +223,28 @@ class Job:
 
     def identity(self, found: Restored | None) -> list[Any]:
         """Returns whatever the sums depend on, as JSON can hold it."""
-        checkpointed = None if found is None else [found.step, found.meta]
-        mesh = dict(self.exp.mesh.shape)
-        return [self.exp.record.config, checkpointed, self.exp.fingerprint, self.text.digest(), mesh, views.DRAWS]
+        return [
+            self.exp.record.config,
+            None if found is None else [found.step, found.meta],
+            self.exp.fingerprint,
+            self.text.digest(),
+            dict(self.exp.mesh.shape),
+            views.DRAWS,
+        ]
 
     def add_up(self, found: Restored | None, partial: saved.PartialSums) -> SumsByTerm:
         """Adds up the values of all pieces; saves partial sums now and then, and goes on with saved ones."""
-        exp, text, view = self.exp, self.text, self.view
-        sums, done = partial.restore(perplexity.zeros(exp, text))
+        sums, done = partial.restore(perplexity.zeros(self.exp, self.text))
         sides = sides_of(self.frozen, {} if found is None else found.trainable)
         what = "evaluated" if found is None else f"checkpoint {found.step} evaluated"
-        tokens = np.concatenate([[0], np.cumsum(np.sort(text.lengths()))])  # of so many pieces, shortest first
+        by_length = np.sort(self.text.lengths())
+        tokens = np.concatenate([[0], np.cumsum(by_length)])  # of so many pieces, the shortest first
         progress = Progress(what, int(tokens[-1]), "tokens", int(tokens[done]))
         since = time.monotonic()
-        for numbers in perplexity.batches_of(exp, text, view, done):
-            cases = [view(number) for number in numbers]
-            values = values_of(exp, self.steps, sides, cases)
-            perplexity.add_up(exp, sums, text.document[numbers], cases, values)
+        for numbers in perplexity.batches_of(self.exp, self.text, self.view, done):
+            cases = [self.view(number) for number in numbers]
+            values = values_of(self.exp, self.steps, sides, cases)
+            perplexity.add_up(self.exp, sums, self.text.document[numbers], cases, values)
             done += len(numbers)
             if not is_first():
                 continue

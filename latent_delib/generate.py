@@ -13,109 +13,121 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
-from latent_delib.lm import load as loading
-from latent_delib.lm import model as lm
-from latent_delib.machine import arguments, checkpoint, commands, files
+from latent_delib.lm import inputs, load, sampling
+from latent_delib.lm.model import AugmentedLM
+from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.progress import Progress
+
+OF_LATENTS = ("every", "delay", "coprocessor_devices")  # flags that say when latents join
 
 
 def main(flags: Any) -> None:
-    requests = read_prompts(flags)
-    delay = None if flags.coprocessor_devices else flags.delay
-    options = {k: getattr(flags, k) for k in ("temperature", "top_k", "top_p", "every", "batch_size")}
-    lm.check_options(flags.max_new_tokens, delay=delay, **options)
-    lm.check_attention(flags.attention)
-    if flags.out and (out := epath.Path(flags.out)).is_dir():
-        raise UserError(f"--out={flags.out}: is a folder, expected a file")
-    elif flags.out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    model = load(flags)
-    options |= {"stop": flags.stop or [], "seed": [r["seed"] for r in requests]}
-    for name, augment in (("decoder", False), ("augmented", True)):
-        if augment and model.coprocessor is None:
-            continue
-        total = len(requests) * flags.max_new_tokens
-        found = model.continuations(
-            [r["prompt"] for r in requests],
-            flags.max_new_tokens,
-            augment=augment,
-            delay=delay if augment else 0,
-            progress=Progress(f"{name}: decoded", total, "tokens"),
-            **options,
-        )
-        for request, continuation in zip(requests, found):
-            request |= {name: continuation.text} | ({"joined": list(continuation.joined)} if augment else {})
-            if not flags.out:
-                print(f"--- {name}\n{request['prompt']}{continuation.text}", flush=True)
-    if flags.out:
-        lines = (json.dumps(r) + "\n" for r in requests)  # ASCII: JSON has halves of characters that UTF-8 lacks
-        files.write(out, "".join(lines).encode())
-        print(f"{len(requests)} continuations are in {flags.out}", flush=True)
-
-
-def read_prompts(flags: Any) -> list[dict[str, Any]]:
-    """What is asked for, each a "prompt" and its "seed"."""
     if flags.coprocessor_devices and flags.delay:
         raise UserError(f"--delay={flags.delay}: with --coprocessor_devices latents join when they are ready")
+    delay = None if flags.coprocessor_devices else flags.delay
+    sampler = {name: getattr(flags, name) for name in sampling.options()}
+    inputs.check_options(flags.max_new_tokens, flags.every, delay, flags.batch_size, sampler)
+    inputs.check_attention(flags.attention)
+    requests = read_requests(flags)
+    out = epath.Path(flags.out) if flags.out else None
+    if out is not None:
+        if out.is_dir():
+            raise UserError(f"--out={flags.out}: is a folder, expected a file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    lm = load_model(flags)
+    for name, augment in (("decoder", False), ("augmented", True)):
+        if augment and lm.coprocessor is None:
+            continue
+        found = lm.continuations(
+            [request["prompt"] for request in requests],
+            flags.max_new_tokens,
+            stop=flags.stop or [],
+            seed=[request["seed"] for request in requests],
+            augment=augment,
+            every=flags.every,
+            delay=delay if augment else 0,
+            batch_size=flags.batch_size,
+            progress=Progress(f"{name}: decoded", len(requests) * flags.max_new_tokens, "tokens"),
+            **sampler,
+        )
+        for request, continuation in zip(requests, found):
+            request[name] = continuation.text
+            if augment:
+                request["joined"] = list(continuation.joined)
+            if out is None:
+                print(f"--- {name}\n{request['prompt']}{continuation.text}", flush=True)
+    if out is not None:
+        lines = [json.dumps(request) + "\n" for request in requests]  # ASCII: JSON has half characters, UTF-8 has not
+        files.write(out, "".join(lines).encode())
+        print(f"{len(requests)} continuations are in {out}", flush=True)
+
+
+def read_requests(flags: Any) -> list[dict[str, Any]]:
+    """Returns the prompts of the flags, each a dict with "prompt", "seed", and whatever else its line holds."""
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
-    arguments.whole("--seed", flags.seed, 0, arguments.INT64)
     if flags.prompt:
-        return [{"prompt": flags.prompt, "seed": flags.seed}]
-    requests = []
+        return [_request({"prompt": flags.prompt}, flags.seed, "--")]
     try:
-        text = Path(flags.prompts).read_text(encoding="utf-8-sig")  # with or without a mark of the byte order
+        text = Path(flags.prompts).read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{flags.prompts}: not UTF-8 at byte {error.start}") from None
-    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines knows ends of lines that JSON does not
-    for number, line in enumerate(lines, start=1):
+    if not text:
+        raise UserError(f"{flags.prompts}: holds no prompts")
+    requests = []
+    for i, line in enumerate(text.removesuffix("\n").split("\n")):  # splitlines knows line ends that JSON does not
+        where = f"{flags.prompts}:{i + 1}: "
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise UserError(f'{flags.prompts}:{number}: not JSON, expected {{"prompt": TEXT}} on each line') from None
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError(f'{flags.prompts}:{number}: expected a "prompt" that is text and not empty')
-        seed = row.get("seed", flags.seed + number - 1)
-        seed = arguments.whole(f"{flags.prompts}:{number}: seed", seed, 0, arguments.INT64)
-        requests.append(row | {"seed": seed})
-    if not requests:
-        raise UserError(f"{flags.prompts}: holds no prompts")
+            raise UserError(f'{where}not JSON, expected {{"prompt": TEXT}} on each line') from None
+        requests.append(_request(row, flags.seed + i, where))
     return requests
 
 
-def load(flags: Any) -> lm.AugmentedLM:
-    """The model of a workdir, on all devices; with --coprocessor_devices the last of them are the coprocessor's own."""
-    if not 0 <= flags.coprocessor_devices < jax.device_count():
-        has = _devices(jax.device_count())
-        raise UserError(
-            f"--coprocessor_devices={flags.coprocessor_devices}: this machine has {has}, and the decoder needs one"
-        )
-    checkpoints, _, meta = checkpoint.open_for_reading(flags.workdir, flags.step)
-    checkpoints.close()
-    path, has_latents = loading.decoder_of(flags.workdir, meta), METHODS[meta["method.name"]].write is not None
-    split = jax.device_count() - flags.coprocessor_devices
-    if flags.tensor < 1 or split % flags.tensor:
-        raise UserError(f"--tensor={flags.tensor}: does not divide the {_devices(split)} of the decoder")
-    here, there = jax.devices()[:split], jax.devices()[split:]
-    augment = has_latents and not flags.no_augment
-    for name in () if augment else ("every", "delay", "coprocessor_devices"):
-        if value := getattr(flags, name):
-            why = "--no_augment" if has_latents else f"method {meta['method.name']}"
-            raise UserError(f"--{name}={value}: says when latents join, and with {why} there are none")
-    mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor}, here)
-    decoder = loading.load_decoder(path, meta["config"]["compute"]["dtype"], mesh)
-    coprocessor = loading.load_coprocessor(flags.workdir, flags.step) if augment else None
-    beside = mesh_lib.make({"data": 1, "tensor": -1}, there) if there else None
-    return lm.AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length, flags.attention)
+def _request(row: Any, seed: int, where: str) -> dict[str, Any]:
+    """Returns a checked row; `seed` is for a row without one."""
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt:
+        raise UserError(f'{where}expected a "prompt" that is text and not empty')
+    return row | {"seed": arguments.whole(f"{where}seed", row.get("seed", seed), 0, arguments.INT64)}
 
 
-def _devices(count: int) -> str:
-    return f"{count} device" if count == 1 else f"{count} devices"
+def load_model(flags: Any) -> AugmentedLM:
+    """Loads the model of a workdir onto all devices; --coprocessor_devices: the last of them are the coprocessor's."""
+    mesh, beside = make_meshes(flags.tensor, flags.coprocessor_devices)
+    with load.open_run(flags.workdir, flags.step) as run:
+        method = run.record["method.name"]
+        has_latents = METHODS[method].write is not None
+        augment = has_latents and not flags.no_augment
+        for name in () if augment else OF_LATENTS:
+            value = getattr(flags, name)
+            if value:
+                why = "--no_augment" if has_latents else f"method {method}"
+                raise UserError(f"--{name}={value}: says when latents join, and with {why} there are none")
+        path = load.decoder_of(flags.workdir, run.record)
+        decoder = load.load_decoder(path, run.record["compute.dtype"], mesh)
+        coprocessor = load.coprocessor_of(run, flags.step) if augment else None
+    return AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length, flags.attention)
+
+
+def make_meshes(tensor: int, coprocessor_devices: int) -> tuple[Mesh, Mesh | None]:
+    """Returns the decoder's mesh, and the coprocessor's where it has devices of its own."""
+    devices = jax.devices()
+    if not 0 <= coprocessor_devices < len(devices):
+        raise UserError(f"--coprocessor_devices={coprocessor_devices}: expected less than {len(devices)}, all devices")
+    split = len(devices) - coprocessor_devices
+    if tensor < 1 or split % tensor:
+        raise UserError(f"--tensor={tensor}: expected a divisor of {split}, the number of the decoder's devices")
+    mesh = mesh_lib.make({"data": -1, "tensor": tensor}, devices[:split])
+    if not coprocessor_devices:
+        return mesh, None
+    return mesh, mesh_lib.make({"data": 1, "tensor": -1}, devices[split:])
 
 
 if __name__ == "__main__":
@@ -128,9 +140,7 @@ if __name__ == "__main__":
         out=("", "where continuations go, JSON lines; the screen if left out"),
         no_augment=(False, "the plain decoder alone"),
         max_new_tokens=(64, "tokens to decode"),
-        temperature=(0.0, "0: the likeliest token each time"),
-        top_k=(0, "sample from that many likeliest tokens; 0: from all"),
-        top_p=(1.0, "sample from the likeliest tokens that reach this probability together"),
+        **sampling.options(),
         stop=("", "a text ends before this string"),
         seed=(0, "of the sampling; prompt i of a file has seed + i where it names none"),
         every=(0, "latents are written again after so many tokens; 0: once, at the end of the prompt"),

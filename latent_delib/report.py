@@ -104,7 +104,10 @@ def look_into(workdir: str, text: str) -> Look:
         raise UserError(f"--look={workdir}: holds no checkpoints; train it first")
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, None)
     checkpoints.close()
-    model = lm.AugmentedLM(load.load_decoder(load.decoder_of(workdir, meta)), load.load_coprocessor(workdir))
+    model = lm.AugmentedLM(
+        load.load_decoder(load.decoder_of(workdir, load.Record.from_meta(meta, workdir))),
+        load.load_coprocessor(workdir),
+    )
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
         raise UserError(f"--text={text!r}: {len(tokens)} tokens with BOS, expected at least {AHEAD + 2}")

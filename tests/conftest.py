@@ -39,7 +39,7 @@ os.environ["XLA_FLAGS"] = " ".join(filter(None, xla_flags))
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a step is compiled once for all tests, workers and child processes
     cache = tempfile.TemporaryDirectory(prefix="latent_delib_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 flags.FLAGS(["pytest"])  # seqio reads absl's flags and raises where nobody has parsed them
 

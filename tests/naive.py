@@ -86,6 +86,8 @@ def forward(config, parts, position_S, visible_SS):
             normed = norm(x, w["pre_attn_norm"]["scale"])
             for name, run in heads.items():
                 y = np.einsum("sd,dnh->snh", normed, w["attn"][name])
+                if config.qkv_bias:
+                    y = y + w["attn"][f"{name}_bias"]
                 if config.qk_norm and name != "v":
                     y = norm(y, w["attn"][f"{name}_norm"]["scale"])
                 run.append(y)
@@ -112,7 +114,8 @@ def scaled(config, rows):
 
 
 def logits(config, decoder, x):
-    return capped(x @ np.asarray(decoder["embedding"], np.float64).T, config.final_softcap)
+    table = decoder["head"] if config.untied_head else decoder["embedding"]
+    return capped(x @ np.asarray(table, np.float64).T, config.final_softcap)
 
 
 def nll(config, decoder, x, targets):

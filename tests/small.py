@@ -26,6 +26,8 @@ LLAMA = TransformerConfig(
     scale_embeddings=False,
     norm_eps=1e-5,
     norm_offset=0.0,
+    untied_head=True,
+    qkv_bias=True,
 )
 CONFIGS = {"gemma": GEMMA, "llama": LLAMA}
 
@@ -49,7 +51,8 @@ def decoder(config, seed=0):
 def coprocessor(config, num_latents, seed=1):
     """Shaped like the decoder, and nothing like it in value."""
     tree = decoder(config, seed)
-    del tree["embedding"]
+    for name in transformer.TABLES:
+        tree.pop(name, None)
     return tree | at_random(seed + 1, {"soft_tokens": np.zeros((num_latents, config.embed_dim))})
 
 

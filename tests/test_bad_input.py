@@ -245,6 +245,20 @@ def test_ctrl_c_during_imports(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+def test_ctrl_c_leaves_without_the_clean_up_at_exit(monkeypatch):
+    """In which jax crashes now and then, after a compile that was interrupted."""
+    left = []
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(os, "_exit", left.append)
+
+    def main(values):
+        raise KeyboardInterrupt
+
+    commands.run(main, "")
+    assert left == [130]
+
+
 def test_ctrl_c_that_python_drops(command):
     class Dropped:
         def __del__(self):
@@ -487,7 +501,7 @@ def test_a_checkpoints_folder_that_cannot_be_written(error, config_file, tmp_pat
     (tmp_path / "workdir").mkdir()
     (tmp_path / "workdir" / "checkpoints").write_text("")
     line = error("train", f"--config={config_file()}", f"--workdir={tmp_path / 'workdir'}")
-    named(line, tmp_path / "workdir", "cannot be written", "checkpoints: is a file, expected a folder")
+    named(line, tmp_path / "workdir", "checkpoints: is a file, expected a folder")
 
 
 def test_processes_that_are_not_there(error, config_file, trained, tmp_path, monkeypatch):

@@ -84,8 +84,11 @@ def gathered(aug: Augmentation, params: Params) -> Params:
     """Returns the same parameters with the token table, if there is one, gathered once for all its uses in a step."""
     if "decoder" not in params:
         return params
-    table_VD = aug.transformer.partition.gather(params["decoder"]["embedding"], PARAM_AXES["embedding"])
-    return params | {"decoder": params["decoder"] | {"embedding": table_VD}}
+    decoder = dict(params["decoder"])
+    for name in transformer.TABLES:
+        if name in decoder:
+            decoder[name] = aug.transformer.partition.gather(decoder[name], PARAM_AXES[name])
+    return params | {"decoder": decoder}
 
 
 def read_text(
@@ -130,7 +133,7 @@ def decode(aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: 
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns -log p of each target [B, ...] from outputs [B, ..., D], in nats, float32."""
     B, D = x.shape[0], x.shape[-1]
-    table_VD = params["decoder"]["embedding"]
+    table_VD = transformer.output_table(params["decoder"])
     softcap = aug.transformer.config.final_softcap
     chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
     nll_BR = token_nll(x.reshape(B, -1, D), table_VD, targets.reshape(B, -1), softcap, chunk)

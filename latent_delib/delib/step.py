@@ -76,7 +76,7 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
     )
 
     def decays(path: tuple, _: jax.Array) -> bool:
-        return path[-1].key not in ("scale", "soft_tokens")
+        return not path[-1].key.endswith(("scale", "soft_tokens", "_bias"))
 
     def soft_token_rate(updates: Params, params: Params | None) -> Params:
         del params

@@ -145,7 +145,7 @@ def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer
 
 def _record(config: ConfigDict, decoder: Path | None, architecture: TransformerConfig, tokenizer: Tokenizer) -> Record:
     """Returns the record of a job before its data are known and before its first step."""
-    fields = dataclasses.asdict(architecture)
+    fields = architecture.to_dict()
     if decoder is None:
         random = json.dumps([fields, config.seed], sort_keys=True)
         fingerprint = hashlib.sha256(random.encode()).hexdigest()
@@ -221,7 +221,7 @@ def init_trainable(exp: Experiment) -> Callable[..., Params]:
 
 def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
     """Returns the trained part of a decoder or coprocessor under adapters: these, and all that is not its body."""
-    trained = {name: leaf for name, leaf in tree.items() if name not in ("layers", "final_norm", "embedding")}
+    trained = {name: leaf for name, leaf in tree.items() if name not in ("layers", "final_norm", *transformer.TABLES)}
     if "layers" in tree:
         trained["layers"] = lora.init(key, tree["layers"], rank)
     return trained

@@ -1,9 +1,11 @@
-"""Decoders and coprocessors, loaded or begun: what `lm.AugmentedLM` is made of."""
+"""Decoders and coprocessors, loaded or begun: what `lm.model.AugmentedLM` is made of."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,15 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.data import tokenizer
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import lora
+from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Models
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
-from latent_delib.job.build import DTYPES, coprocessor_config, one_device, split_start, step_of_decoder
+from latent_delib.job import build
+from latent_delib.job.record import SHORT, Record
 from latent_delib.machine import arguments, checkpoint
+from latent_delib.machine.checkpoint import Checkpoints
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
@@ -27,7 +32,7 @@ from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Decoder:
     """A frozen decoder. params: {"layers", "final_norm", "embedding" [V, D]}; fingerprint: SHA-256, hex."""
 
@@ -36,13 +41,18 @@ class Decoder:
     tokenizer: Tokenizer
     fingerprint: str
 
+    def __repr__(self) -> str:
+        c = self.config
+        sizes = f"{c.num_layers} layers of width {c.embed_dim}, vocabulary of {c.vocab_size}"
+        return f"Decoder({sizes}, {self.params['embedding'].dtype}, fingerprint {self.fingerprint[:SHORT]})"
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Coprocessor:
-    """What writes latents for one decoder.
+    """A coprocessor for one decoder.
 
-    params: what it does not have are the decoder's own layers (`delib.augment.assemble`); "soft_tokens" is [L, D].
-    step: None where untrained. architecture: None where it is the decoder's.
+    params: without the layers that are the decoder's own (`delib.augment.assemble`); "soft_tokens" is [L, D].
+    fingerprint: of the decoder. step: None where untrained. architecture: None where it is the decoder's.
     """
 
     params: Params
@@ -53,20 +63,43 @@ class Coprocessor:
     step: int | None = None
     architecture: TransformerConfig | None = None
 
+    def __repr__(self) -> str:
+        soft_LD = self.params["soft_tokens"]
+        latents = f"{self.num_latents} latents of width {soft_LD.shape[-1]} {self.placement!r}"
+        step = "untrained" if self.step is None else f"step {self.step}"
+        of = f"of decoder {self.fingerprint[:SHORT]}"
+        return f"Coprocessor({self.method}, {latents}, {step}, {soft_LD.dtype}, {of})"
+
+
+class Run(NamedTuple):
+    """A training job whose checkpoints are open. record: of the checkpoint asked for, or of the newest."""
+
+    workdir: str
+    record: Record
+    checkpoints: Checkpoints
+
 
 def load_decoder(path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
-    """A decoder folder, or "packaged"; parameters in `dtype`, which is the dtype everything computes in, float32 or
-    bfloat16, read straight to where they lie on `mesh` (by default the first device).
+    """Loads a decoder folder, or "packaged".
+
+    Args:
+      dtype: of the parameters and of everything computed with them: float32 or bfloat16.
+      mesh: where parameters lie; each is read straight to its place. By default the first device.
 
     Raises:
       UserError: missing files, or tensors that do not fit the architecture; another dtype.
     """
     where = folder.locate(arguments.path("path", path))
+    return read_decoder(where, folder.fingerprint(where), dtype, mesh)
+
+
+def read_decoder(where: Path, fingerprint: str, dtype: Any, mesh: Mesh | None = None) -> Decoder:
+    """Loads the decoder folder `where`, whose fingerprint is known; otherwise as `load_decoder`."""
     dtype = _dtype(dtype)
     config = folder.read_config(where)
-    shardings = mesh_lib.parameters(mesh or one_device(), folder.shapes(config), PARAM_AXES)
+    shardings = mesh_lib.parameters(mesh or build.one_device(), folder.shapes(config), PARAM_AXES)
     params = folder.load(where, config, dtype, shardings)
-    return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where))
+    return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), fingerprint)
 
 
 def _dtype(dtype: Any) -> np.dtype:
@@ -74,13 +107,17 @@ def _dtype(dtype: Any) -> np.dtype:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found is None or found.name not in DTYPES:
-        raise UserError(f"dtype={getattr(dtype, '__name__', dtype)}: expected {' or '.join(DTYPES)}")
+    if found is None or found.name not in build.DTYPES:
+        raise UserError(f"dtype={getattr(dtype, '__name__', dtype)}: expected {' or '.join(build.DTYPES)}")
     return found
 
 
 def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Coprocessor:
-    """The coprocessor a training job wrote to `workdir`, at its newest step or at `step`; or one that was exported.
+    """Loads the coprocessor that a training job wrote, or one that was exported.
+
+    Args:
+      workdir: of the job, or the folder of the exported one.
+      step: of the checkpoint; by default the newest.
 
     Raises:
       UserError: no such checkpoint or folder, or a checkpoint of a method that writes no latents.
@@ -89,64 +126,98 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
     if step is not None:
         step = arguments.whole("step", step, 0)
     if (Path(workdir) / exported.FILE).is_file():
-        fields, params = exported.load(Path(workdir))
-        if step not in (None, fields["step"]):
-            raise UserError(f"{workdir}: holds the coprocessor of step {fields['step']}, not of step {step}")
-        for key, known in (("method", METHODS), ("placement", PLACEMENTS)):
-            if fields[key] not in known:
-                raise UserError(f"{workdir}: {key}={fields[key]!r}, expected one of {', '.join(sorted(known))}")
-        del fields["format"], fields["architecture"]
-        return Coprocessor(params, **fields)
-
-    def check(meta: dict[str, Any]) -> None:
-        if METHODS[meta["method.name"]].write is None:
-            raise UserError(f"{workdir}: method {meta['method.name']!r} has no coprocessor")
-
-    checkpoints, *_ = checkpoint.open_for_reading(workdir, step)
-    found = checkpoints.restore_newest(step=step, check=check)
-    checkpoints.close()
-    assert found is not None, "open_for_reading saw one"
-    meta, params = found.meta, found.trainable["coprocessor"]
-    method, num_latents, placement = (meta[f"method.{key}"] for key in ("name", "num_latents", "placement"))
-    if meta["method.lora_rank"] and meta["method.start"]:
-        below, begun = split_start(meta["method.start"])
-        params = lora.lay_over(load_coprocessor(below, begun).params, params)
-    fingerprint = meta["fingerprint"]
-    if METHODS[method].trains_decoder:  # it belongs to the decoder that was trained with it
-        fingerprint = folder.fingerprint(folder.locate(decoder_of(workdir, meta)))
-    changed = meta["config"]["method"].get("coprocessor")
-    architecture = coprocessor_config(TransformerConfig(**meta["architecture"]), changed) if changed else None
-    return Coprocessor(params, method, num_latents, placement, fingerprint, found.step, architecture)
+        return _exported(workdir, step)
+    with open_run(workdir, step) as run:
+        return coprocessor_of(run, step)
 
 
-def decoder_of(workdir: str, meta: dict[str, Any]) -> str:
-    """The folder of the decoder that a checkpoint in `workdir` goes with: the one it trained, or the one left frozen.
+def _exported(where: str, step: int | None) -> Coprocessor:
+    fields, params = exported.load(Path(where))
+    if step not in (None, fields["step"]):
+        raise UserError(f"{where}: holds the coprocessor of step {fields['step']}, not of step {step}")
+    for key, known in (("method", METHODS), ("placement", PLACEMENTS)):
+        if fields[key] not in known:
+            raise UserError(f"{where}: {key}={fields[key]!r}, expected one of {', '.join(sorted(known))}")
+    del fields["format"], fields["architecture"]
+    return Coprocessor(params, **fields)
+
+
+@contextlib.contextmanager
+def open_run(workdir: str, step: int | None = None) -> Iterator[Run]:
+    """Opens a training job's checkpoints and reads the record of the newest, or of `step`; reads no weights.
 
     Raises:
-      UserError: it is one of random weights, which has no folder; or it was trained, and is there of another step; or
-        training had another tokenizer than it has.
+      UserError: no such checkpoint.
     """
-    if METHODS[meta["method.name"]].trains_decoder:
-        if (there := step_of_decoder(workdir)) != meta["step"]:
+    checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
+    with contextlib.closing(checkpoints):
+        yield Run(workdir, Record.from_meta(meta, workdir), checkpoints)
+
+
+def coprocessor_of(run: Run, step: int | None) -> Coprocessor:
+    """Reads the coprocessor of a run at `step`; None: of the newest checkpoint that can be read.
+
+    Raises:
+      UserError: the method has none; the checkpoint is damaged.
+    """
+    method = METHODS[run.record["method.name"]]
+    if method.write is None:
+        raise UserError(f"{run.workdir}: method {run.record['method.name']!r} has no coprocessor")
+    found = run.checkpoints.restore_newest(step=step)
+    assert found is not None, "open_run saw one"
+    record = Record.from_meta(found.meta, run.workdir)
+    params = found.trainable["coprocessor"]
+    if record["method.lora_rank"] and record["method.start"]:
+        start = load_coprocessor(*build.split_start(record["method.start"]))
+        params = lora.lay_over(start.params, params)
+    fingerprint = record.fingerprint
+    if method.trains_decoder:  # it belongs to the decoder that was trained with it
+        fingerprint = folder.fingerprint(folder.locate(decoder_of(run.workdir, record)))
+    changed = record["method.coprocessor"]
+    return Coprocessor(
+        params,
+        record["method.name"],
+        record["method.num_latents"],
+        record["method.placement"],
+        fingerprint,
+        found.step,
+        build.coprocessor_config(TransformerConfig(**record.architecture), changed) if changed else None,
+    )
+
+
+def decoder_of(workdir: str, record: Record) -> str:
+    """Returns the folder of the decoder that a checkpoint goes with: the one it trained, or the one left frozen.
+
+    Args:
+      record: of a checkpoint in `workdir`.
+
+    Raises:
+      UserError: no folder holds it, because its weights are random; it was trained, and the folder holds another step;
+        or training used another tokenizer.
+    """
+    if METHODS[record["method.name"]].trains_decoder:
+        there = build.step_of_decoder(workdir)
+        if there != record.step:
             found = "not written yet" if there is None else f"of step {there}"
             raise UserError(
-                f"{workdir}: the decoder trained there is {found}, the checkpoint is of step {meta['step']}; "
+                f"{workdir}: the decoder trained there is {found}, the checkpoint is of step {record.step}; "
                 "it is written when training ends"
             )
         return f"{workdir}/decoder"
-    if not (path := meta["config"]["decoder"]["path"]):
+    path = record["decoder.path"]
+    if not path:
         raise UserError(
             f"{workdir}: trained with config.decoder.path='', on random weights that no folder holds; "
             "train on a decoder folder"
         )
     own = folder.tokenizer_path(folder.locate(path))
-    if meta["data"]["fingerprint"]["tokenizer"] != tokenizer.fingerprint(own):
+    if record.tokenizer != tokenizer.fingerprint(own):
         raise UserError(f"{workdir}: trained with another tokenizer than {own}, the decoder's")
     return path
 
 
 def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "after", seed: int = 0) -> Coprocessor:
-    """An untrained coprocessor: the decoder's weights, and soft tokens from random rows of its token table.
+    """Returns an untrained coprocessor: the decoder's weights, and soft tokens from random rows of its token table.
 
     Raises:
       UserError: an argument of another kind or out of range.
@@ -160,3 +231,29 @@ def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "
     model = Transformer(decoder.config)
     tree = METHODS[method].init(jax.random.key(seed), decoder.params, Models(model, model), num_latents)
     return Coprocessor(tree["coprocessor"], method, num_latents, placement, decoder.fingerprint)
+
+
+def augmentation(decoder: Decoder, coprocessor: Coprocessor | None, mesh: Mesh, attention: str) -> Augmentation:
+    """Returns both models as they run on a mesh.
+
+    Raises:
+      UserError: the coprocessor belongs to another decoder.
+    """
+    model = build.transformer(decoder.config, mesh, form=attention)
+    if coprocessor is None:
+        return Augmentation(model, "decoder", 0)
+    arguments.instance("coprocessor", coprocessor, Coprocessor, "load_coprocessor")
+    of = coprocessor
+    if of.fingerprint != decoder.fingerprint:
+        this = decoder.fingerprint[:SHORT]
+        raise UserError(f"coprocessor belongs to decoder {of.fingerprint[:SHORT]}, this decoder is {this}")
+    own = None
+    if of.architecture is not None:
+        own = build.transformer(of.architecture, mesh, form=attention)
+    return Augmentation(model, of.method, of.num_latents, of.placement, coprocessor=own)
+
+
+def place(mesh: Mesh, params: Params, dtype: Any, axes: Mapping[str, mesh_lib.Axes] = PARAM_AXES) -> Params:
+    """Puts parameters where they lie on a mesh. Each is cast where it is, by itself: they need not fit one device."""
+    shardings = mesh_lib.parameters(mesh, params, axes)
+    return jax.tree.map(lambda x, s: jax.device_put(x.astype(dtype, copy=False), s), params, shardings)

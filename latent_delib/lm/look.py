@@ -1,7 +1,7 @@
 """Looks into latents: what they attend to, what attends to them, and which words they lie near.
 
-One text at a time; `lm` is an AugmentedLM with a coprocessor. What the fast paths never hold, attention weights, the
-transformer hands out where it is asked for "intermediates" (`nn.layers.Attention`).
+In each function `lm` is an AugmentedLM. The fast paths never hold attention weights; the transformer gives them where
+"intermediates" are asked for (`nn.layers.Attention`).
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ class Attention(NamedTuple):
 
     @property
     def text(self) -> int:
+        """Returns the number of columns that are text in the cache."""
         return len(self.columns) - len(self.rows)
 
 
@@ -45,8 +46,10 @@ class Near(NamedTuple):
 
 
 class Watched:
-    """Stands for a transformer in the calls of `delib.augment`, and adds the attention weights of each to `seen`:
-    [layers, B, M, K, G, S, T + S]."""
+    """Stands for a transformer in the calls of `delib.augment`.
+
+    Each call adds its attention weights to `seen`: [layers, B, M, K, G, S, T + S].
+    """
 
     def __init__(self, transformer: Transformer, seen: list[jax.Array]):
         self.transformer, self.seen = transformer, seen
@@ -89,22 +92,25 @@ def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attentio
         raise UserError("this model has no coprocessor, so no latents")
     if not 0 <= at < len(tokens) - 2:
         raise UserError(f"at={at}: expected 0 to {len(tokens) - 3}, two tokens before the end of the text")
+    ahead = len(tokens) - 1 - at
     text = jnp.asarray(tokens, jnp.int32)[None]
-    called = _called(lm.params, text, jnp.array([[at]]), aug=lm.aug, dtype=lm.dtype, ahead=len(tokens) - 1 - at)
-    place = [f"{i} {word}" for i, word in enumerate(words(lm, tokens))]
+    called = _called(lm.params, text, jnp.array([[at]]), aug=lm.aug, dtype=lm.dtype, ahead=ahead)
+    *written, decoded = (_weights(w, at, len(tokens)) for w in called)
+    names = [f"{i} {word}" for i, word in enumerate(words(lm, tokens))]
+    cached = names[: at + 1]
     latents = [f"z{i + 1}" for i in range(lm.aug.num_latents)]
-    *written, decoded = (np.asarray(w[:, 0, 0], np.float32) for w in called)
-    reread = decoded.shape[-2] - len(latents) - (len(tokens) - at - 2)
-    rows = latents + place[at + 1 - reread : -1]
+    reread = decoded.shape[2] - len(latents) - (ahead - 1)  # tokens of the cache that the decoder reads again
+    rows = latents + names[at + 1 - reread : -1]
+    of_coprocessor = Attention(written[0], latents, cached + latents) if written else None
+    return of_coprocessor, Attention(decoded, rows, cached + rows)
 
-    def named(w: np.ndarray, rows: list[str]) -> Attention:
-        w = np.concatenate(
-            [w[..., : at + 1], w[..., len(tokens) :]], axis=-1
-        )  # nothing after `at` is seen in the cache
-        layers, K, G, S, U = w.shape
-        return Attention(w.reshape(layers, K * G, S, U), rows, place[: at + 1] + rows)
 
-    return (named(written[0], latents) if written else None), named(decoded, rows)
+def _weights(w: jax.Array, at: int, length: int) -> np.ndarray:
+    """Returns the weights of one trace, [layers, N, S, at + 1 + S]: nothing after `at` is seen in the cache."""
+    w = np.asarray(w[:, 0, 0], np.float32)
+    w = np.concatenate([w[..., : at + 1], w[..., length:]], axis=-1)
+    layers, K, G, S, U = w.shape
+    return w.reshape(layers, K * G, S, U)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
@@ -113,7 +119,8 @@ def _called(
 ) -> list[jax.Array]:
     """Returns attention weights of the coprocessor's last call, if there is one, and of the decoder's."""
     seen: list[jax.Array] = []
-    aug = dataclasses.replace(aug, **{name: Watched(model, seen) for name, model in aug.models._asdict().items()})
+    decoder, coprocessor = aug.models
+    aug = dataclasses.replace(aug, transformer=Watched(decoder, seen), coprocessor=Watched(coprocessor, seen))
     segment_BT = jnp.ones_like(text_BT)
     text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
@@ -129,8 +136,11 @@ def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]
     """
     table_VD = jnp.asarray(lm.params["decoder"]["embedding"], jnp.float32)
     cosine_LV = einsum("LD,VD->LV", _unit(jnp.asarray(z_LD, jnp.float32)), _unit(table_VD))
-    best, index = jax.lax.top_k(cosine_LV, count)
-    return [[Near(*pair) for pair in zip(words(lm, row.tolist()), values.tolist())] for row, values in zip(index, best)]
+    found = []
+    for values, tokens in zip(*jax.lax.top_k(cosine_LV, count)):
+        near = zip(words(lm, tokens.tolist()), values.tolist())
+        found.append([Near(word, cosine) for word, cosine in near])
+    return found
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -139,5 +149,8 @@ def _unit(x: jax.Array) -> jax.Array:
 
 def words(lm: AugmentedLM, tokens: Sequence[int]) -> list[str]:
     """Returns the text each token stands for, by itself; its number where that is nothing that can be read."""
-    texts = (lm.tokenizer.decode([int(t)]) for t in tokens)
-    return [text if text.strip() else f"<{t}>" for t, text in zip(tokens, texts)]
+    found = []
+    for token in map(int, tokens):
+        text = lm.tokenizer.decode([token])
+        found.append(text if text.strip() else f"<{token}>")
+    return found

@@ -1,5 +1,7 @@
-"""What a decoder with latents, and without, says of given text: logits, latents, log-probabilities. Compiled once for
-each shape."""
+"""Scores of given text, with latents and without: logits, log-probabilities. Compiled once for each shape.
+
+Args of all: aug, and the dtype that everything is computed in.
+"""
 
 import dataclasses
 from functools import partial
@@ -15,26 +17,33 @@ from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
 
 
+def segments(tokens_BT: jax.Array, length_B: jax.Array) -> jax.Array:
+    """Returns 1 on the tokens of each row and 0 on its padding, int32 [B, T]."""
+    return (jnp.arange(tokens_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
+
+
 @partial(jax.jit, static_argnames=("aug", "dtype"))
-def logits(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
-    """The plain decoder's, float32 [B, T, V]."""
+def score_vocabulary(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
+    """Returns the plain decoder's logits, float32 [B, T, V]."""
     text = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
-    return transformer.unembed(params["decoder"]["embedding"], text.outputs, aug.transformer.config)
+    return transformer.unembed(transformer.output_table(params["decoder"]), text.outputs, aug.transformer.config)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
-def latents(params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any) -> Latents:
-    """Written after text tokens `at_BM`."""
+def write_latents_at(
+    params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any
+) -> Latents:
+    """Writes latents after text tokens `at_BM`, [B, M, L, D]."""
     segment_BT = jnp.ones_like(tokens_BT)
     text = augment.read_text(aug, params, tokens_BT, segment_BT, dtype)
     return augment.write_latents(aug, params, text, aug.lay_out(tokens_BT, segment_BT, at_BM, 1))
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
-def ahead_logprobs(
+def score_ahead(
     params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int
 ) -> tuple[jax.Array, jax.Array]:
-    """log p of the next `ahead` text tokens, by the decoder and with latents, [B, M, A] each."""
+    """Returns log p of the next `ahead` text tokens, by the decoder and with latents, float32 [B, M, A] each."""
     segment_BT = jnp.ones_like(tokens_BT)
     text, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
     index = at_BM[..., None] + jnp.arange(ahead)
@@ -46,19 +55,25 @@ def ahead_logprobs(
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
-def continuations(
+def score_tails(
     params: Params, text_BT: jax.Array, length_B: jax.Array, tails_BMA: jax.Array, *, aug: Augmentation, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """log p of every token of M continuations of each prompt, float32 [B, M, A], and whether it is the likeliest, bool.
+    """Scores M continuations of each prompt, token by token.
 
     A prompt is read once; its continuations are traces at its last token, all with the same latents. Where the method
     writes none they are traces of no latents, which begin by reading that token again.
 
     Args:
-      text_BT: prompts, padded on the right; length_B: their lengths. tails_BMA: continuations, padded on the right.
+      text_BT: prompts, padded on the right.
+      length_B: their lengths.
+      tails_BMA: continuations, padded on the right.
+
+    Returns:
+      log p of every token, float32 [B, M, A], and whether it is the likeliest, bool [B, M, A].
     """
-    table_VD, config = params["decoder"]["embedding"], aug.transformer.config
-    segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
+    table_VD = transformer.output_table(params["decoder"])
+    config = aug.transformer.config
+    segment_BT = segments(text_BT, length_B)
     text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
     B, M, A = tails_BMA.shape
     last_B1 = length_B[:, None] - 1
@@ -85,20 +100,24 @@ def continuations(
     return jnp.moveaxis(logprobs, 0, 2), jnp.moveaxis(greedy, 0, 2)
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype", "every"))
-def text_logprob(
-    params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, *, aug: Augmentation, dtype: Any, every: int
+@partial(jax.jit, static_argnames=("aug", "dtype", "stretch"))
+def score_text(
+    params: Params, tokens_BT: jax.Array, length_B: jax.Array, *, aug: Augmentation, dtype: Any, stretch: int
 ) -> jax.Array:
-    """log p of all tokens but the first of each row, summed, float32 [B]; segment_BT is 0 on padding.
+    """Returns log p of all tokens but the first of each row, summed, float32 [B].
 
-    With latents after the first token, and where `every` is not 0 again after each `every` tokens more: each stretch
-    is a trace, as when text is generated so. Without latents, where the method writes none: the decoder's.
+    Latents join after the first token and again after each `stretch` tokens. Each stretch is a trace, as when text is
+    generated so. A method that writes no latents gives the decoder's.
+
+    Args:
+      length_B: tokens in each row, before padding.
+      stretch: at most T - 1.
     """
+    segment_BT = segments(tokens_BT, length_B)
     text, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
     B, T = tokens_BT.shape
     if not aug.has_latents:
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
-    stretch = min(every or T - 1, T - 1)
     at = jnp.arange(0, T - 1, stretch)
     together = min(len(at), max(1, T // (aug.num_latents + stretch)))  # traces at once: no more tokens than the text
     at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)  # T - 1 has no ahead tokens, so no weight

@@ -1,5 +1,4 @@
-"""Checks of what a caller gave, each of which raises UserError with the argument's name: nothing is cut, and nothing is
-taken for something else."""
+"""Checks of a caller's arguments. Each raises UserError with the argument's name; no value is rounded or cut to fit."""
 
 import operator
 import os
@@ -14,7 +13,7 @@ INT32, INT64 = 2**31 - 1, 2**63 - 1  # the largest
 
 
 def whole(name: str, value: Any, low: int, high: int = INT32) -> int:
-    """Returns a whole number from low to high; numpy's are such numbers, True and 2.0 are none."""
+    """Returns a whole number from low to high. numpy's integers are fine; True and 2.0 are not."""
     try:
         found = operator.index(value)
     except TypeError:
@@ -45,21 +44,21 @@ def path(name: str, value: Any) -> str:
 
 
 def several(name: str, value: Any) -> list[Any]:
-    """Returns the list of what there is several of; a single text is none, though it has letters."""
+    """Returns an iterable as a list; a single text is refused, though it has letters."""
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise UserError(f"{name}={reprlib.repr(value)}: expected a list")
     return list(value)
 
 
 def token_ids(name: str, value: Any, expected: str = "a list of token ids") -> list[int]:
-    """Returns the whole numbers of a sequence; bytes are none."""
+    """Returns a sequence of whole numbers as a list; text and bytes are refused."""
+    refusal = UserError(f"{name}={reprlib.repr(value)}: expected {expected}")
+    if isinstance(value, str | bytes | bytearray):
+        raise refusal
     try:
-        found = None if isinstance(value, str | bytes | bytearray) else [operator.index(i) for i in value]
+        return [operator.index(token) for token in value]
     except TypeError:
-        found = None
-    if found is None:
-        raise UserError(f"{name}={reprlib.repr(value)}: expected {expected}")
-    return found
+        raise refusal from None
 
 
 def instance(name: str, value: Any, kind: type, maker: str) -> None:

@@ -24,6 +24,7 @@ from latent_delib.errors import UserError, reason, store_error
 from latent_delib.machine import contents, files
 from latent_delib.machine.distributed import from_all, from_first, warn
 from latent_delib.machine.orbax_manager import make_manager
+from latent_delib.machine.workdir import is_remote
 
 
 class Damaged(UserError):
@@ -46,7 +47,7 @@ class Checkpoints:
     """Saves and restores the checkpoints of one run, in WORKDIR/checkpoints/STEP.
 
     A checkpoint holds each tree that `save` is given, under its name; "meta", JSON that says what the run is; and
-    "contents", JSON by which damage is found. One more tree is given to `save` and asked of `restore_newest`, no more.
+    "contents", JSON by which damage is found. To store one more tree, pass it to `save` and to `restore_newest`.
     A save is asynchronous. Its folder appears only once it is whole, so an interrupted save leaves the checkpoint
     before it as the newest.
 
@@ -127,7 +128,8 @@ class Checkpoints:
           UserError: none can be read, or not the one asked for; or a tree wanted is not the one that was saved.
           OSError: the disk fails or denies access (Outage: the store does not answer), which is no damage.
         """
-        wanted = {"trainable": None} if wanted is None else wanted
+        if wanted is None:
+            wanted = {"trainable": None}
         self.wait()
         with _disk_errors(self.path):
             there = sorted(whole_steps(self.workdir))
@@ -199,7 +201,7 @@ class Checkpoints:
         if name not in saved:
             raise UserError(f"--workdir={self.workdir}: checkpoint {step} has no {name}, which this config needs")
         folder = self.path / str(step) / name
-        found = self.handler.metadata(folder).tree  # which who knows no shapes needs to read it
+        found = self.handler.metadata(folder).tree  # also where the shapes are known: other readers need it
         if shapes is None:
             shapes = jax.tree.map(_on_host, found)
         here = contents.leaf_types(shapes)
@@ -254,17 +256,13 @@ def whole_steps(workdir: str) -> set[int]:
     if not path.is_dir():
         return set()
     folders = [folder for folder in path.iterdir() if folder.name.isdigit()]
-    if _is_remote(workdir):
+    if is_remote(workdir):
         folders = [folder for folder in folders if (folder / "commit_success.txt").exists()]
     return {int(folder.name) for folder in folders}
 
 
-def _is_remote(workdir: str) -> bool:
-    return workdir.startswith("gs://")
-
-
 def _folder(workdir: str) -> epath.Path:
-    return epath.Path(workdir if _is_remote(workdir) else os.path.abspath(workdir)) / "checkpoints"
+    return epath.Path(workdir if is_remote(workdir) else os.path.abspath(workdir)) / "checkpoints"
 
 
 def _no_checkpoints(workdir: str) -> str:

@@ -23,12 +23,12 @@ HOST = re.sub(r"\W", "-", socket.gethostname())
 
 
 def write(path: epath.Path, content: bytes) -> None:
-    """Writes a file, local or on gs://, that appears under its name only once whole; its folder is made."""
-    if "://" in str(path):  # a store shows nothing less
+    """Writes a file atomically, local or on gs://, and makes its folder."""
+    if "://" in str(path):  # a store shows whole files only
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        except Exception as error:  # a store's client raises what it likes
+        except Exception as error:  # a store's client raises exceptions of any kind
             raise store_error(error, path) or error from None
         return
     path = Path(path)
@@ -40,11 +40,10 @@ def write(path: epath.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """Gives a new local folder that appears under its name only once whole, and leaves nothing if that fails.
+    """Yields a temporary local folder that is renamed to `folder` on success, and removed on failure.
 
     Raises:
-      UserError: it is there already, and is not to be replaced; or it cannot be renamed to: gs:// and the like, a mount
-        point.
+      UserError: the folder is there already, and `replace` is not set; or it is on gs:// or a mount point.
       OSError: with the folder's name, where the disk is full or not writable.
     """
     if str(folder).partition("/")[0].endswith(":"):
@@ -59,19 +58,24 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     with _beside(folder, os.mkdir) as partial:
         yield partial
         if replace and folder.exists():
-            with _beside(folder, os.mkdir) as before:
-                folder.rename(before)
-                try:
-                    partial.rename(folder)
-                except OSError:
-                    before.rename(folder)
-                    raise
+            _replace(folder, partial)
             return
         try:
             partial.rename(folder)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise UserError(f"{folder}: made by another job meanwhile") from None
+            raise
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Puts a folder in the place of one that is there; if that fails, the old one comes back."""
+    with _beside(folder, os.mkdir) as before:
+        folder.rename(before)
+        try:
+            partial.rename(folder)
+        except OSError:
+            before.rename(folder)
             raise
 
 
@@ -94,7 +98,7 @@ def in_the_way(path: Path) -> Path | None:
 
 @contextlib.contextmanager
 def named(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Lets errors name the path that the user knows: where a full disk names none, and not what `partial` begins."""
+    """Makes errors name the path that the user knows, where they name none or one that begins with `partial`."""
     try:
         yield
     except UserError as error:
@@ -110,15 +114,17 @@ def named(path: Path, partial: Path | None = None) -> Iterator[None]:
 
 
 class StoredLines:
-    """A file on a store, where nothing can be appended: written whole for each line, in a thread beside the job.
+    """Writes lines to a file on a store, where nothing can be appended: the whole file for each, in a thread.
 
-    While a write goes on, lines wait for the next. One that fails ends nothing: it is told of once, and the next line
-    tries again, and so does `close`.
+    While a write goes on, lines wait for the next. A failed write does not end the job: it is reported once, and the
+    next line tries again, and so does `close`.
     """
 
     def __init__(self, path: epath.Path, lines: list[str]):
-        self.path, self.lines = path, lines
-        self.writing, self.warned = threading.Thread(), False
+        self.path = path
+        self.lines = lines
+        self.writing = threading.Thread()
+        self.warned = False
 
     def write(self, line: str) -> None:
         self.lines.append(line)
@@ -137,7 +143,7 @@ class StoredLines:
     def _put(self, text: str) -> None:
         try:
             self.path.write_text(text)
-        except Exception as error:  # a store's client raises what it likes
+        except Exception as error:  # a store's client raises exceptions of any kind
             if not self.warned:
                 text = f"{self.path}: not written ({reason(error)}); the job goes on"
                 print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -146,10 +152,10 @@ class StoredLines:
 
 @contextlib.contextmanager
 def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """Gives a new file or folder beside `path`, locked while it is used, and removed at the end if still there.
+    """Yields a new file or folder beside `path`, locked while it is used, and removed at the end if still there.
 
-    What killed processes have left of these is removed first: their locks have ended with them. Another machine need
-    not see a lock, so its files stay.
+    Leftovers of killed processes are removed first: their locks have ended with them. Those of another machine stay,
+    because its locks may not be seen here.
     """
     here = path.absolute()
     prefix = here.with_name(f"{here.name}.tmp-{HOST}-")
@@ -170,7 +176,7 @@ def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _new(prefix: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
-    """Returns what `make` makes under a name of its own, and its lock."""
+    """Makes a file or folder under a name of its own; returns it, and its lock."""
     while True:
         partial = prefix.with_name(prefix.name + secrets.token_hex(4))
         make(partial)
@@ -182,7 +188,7 @@ def _new(prefix: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
 
 
 def _lock(path: Path, how: int = 0) -> int | None:
-    """Returns the descriptor that holds a lock while open; None where another has it, or disks have no locks."""
+    """Returns a descriptor that holds a lock while open; None where another has it, or the disk has no locks."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""How far a long job is: a line with rate and ETA."""
+"""Lines that say how far a long job is, with a rate and an ETA."""
 
 import time
 
@@ -8,7 +8,7 @@ EVERY = 5.0  # seconds between two lines
 class Progress:
     """Prints "WHAT DONE/TOTAL UNIT  RATE UNIT/s  ETA H:MM:SS", the first line after EVERY seconds, then as often.
 
-    What ends sooner prints nothing. A job that goes on where it stopped begins at `done`, which does not count as fast.
+    Jobs shorter than EVERY print nothing. `done` is work finished before a resume; it is excluded from the rate.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
@@ -22,11 +22,12 @@ class Progress:
             return
         self.said = now
         rate = (done - self.began_with) / (now - self.began)
-        eta, unit = hours((self.total - done) / rate), self.unit
-        print(f"{self.what} {done:,}/{self.total:,} {unit}  {rate:,.3g} {unit}/s  ETA {eta}", flush=True)
+        eta = hours((self.total - done) / rate)
+        counts = f"{done:,}/{self.total:,} {self.unit}"
+        print(f"{self.what} {counts}  {rate:,.3g} {self.unit}/s  ETA {eta}", flush=True)
 
 
 def hours(seconds: float) -> str:
-    """H:MM:SS."""
+    """Returns seconds as H:MM:SS."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -1,4 +1,4 @@
-"""Where a figure comes from: written beside every result."""
+"""Says where a result comes from; written beside every result."""
 
 import shlex
 import sys
@@ -9,31 +9,40 @@ from typing import Any
 
 import jax
 
+PACKAGES = ("latent_delib", "jax", "flax", "numpy")
+
 
 def provenance(computed: bool = True) -> dict[str, Any]:
-    """The command, the date (UTC, ISO 8601), the hardware, and the versions that a result was made with.
+    """Returns the command, the date (UTC, ISO 8601), the hardware, and the versions that a result was made with.
 
-    computed: by jax; to ask for its devices would take an accelerator from another job.
+    Args:
+      computed: whether jax computed it. If not, the hardware is left out: asking jax for its devices would take an
+        accelerator from another job.
     """
-    return {
+    found: dict[str, Any] = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **({"hardware": hardware()} if computed else {}),
-        "versions": {package: metadata.version(package) for package in ("latent_delib", "jax", "flax", "numpy")},
     }
+    if computed:
+        found["hardware"] = hardware()
+    found["versions"] = {package: metadata.version(package) for package in PACKAGES}
+    return found
 
 
 def hardware() -> str:
-    """What the job runs on: number and kind of its devices; a CPU's cores and model."""
-    device, count = jax.devices()[0], jax.device_count()
+    """Returns number and kind of the job's devices; for a CPU, its cores and model."""
+    device = jax.devices()[0]
+    count = jax.device_count()
     if device.platform != "cpu":
         return f"{count} x {device.device_kind}"
-    cores = len(_lines("processor"))
-    model = next(iter(_lines("model name")), "CPU")
-    return f"{cores} cores of {model}" + (f", as {count} devices" if count > 1 else "")
+    cores = len(_of_cpu("processor"))
+    model = next(iter(_of_cpu("model name")), "CPU")
+    split = f", as {count} devices" if count > 1 else ""
+    return f"{cores} cores of {model}{split}"
 
 
-def _lines(key: str) -> list[str]:
+def _of_cpu(key: str) -> list[str]:
+    """Returns the values of a key in /proc/cpuinfo, one per core."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

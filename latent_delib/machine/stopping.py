@@ -9,14 +9,16 @@ from typing import Any
 
 from latent_delib.errors import INTERRUPTED
 
-LOOK = 2.0  # seconds
+LOOK = 2.0  # seconds to wait for a store that is asked what is saved
 
 
 class Stop:
-    """What signals have asked for.
+    """Holds what signals have asked for.
 
-    by: the first signal that asked the job to save and to stop; 0 before one. steps: whether the job makes steps, so
-    that there is something to save. saved: gives the newest step that is saved, 0 without one.
+    Attributes:
+      by: the first signal that asked the job to save and stop; 0 before one.
+      steps: whether the job is in its steps, so that there is something to save.
+      saved: returns the newest step that is saved; 0 without one.
     """
 
     def __init__(self) -> None:
@@ -26,12 +28,13 @@ class Stop:
         self.warned = False
 
     def request(self, number: int, _frame: Any = None) -> None:
+        """Handles a signal: the loop sees `by` after the step it is in."""
         self.by = self.by or number
 
     def ctrl_c(self) -> None:
-        """Says what will happen; ends the process where nothing needs to be waited for, or it was told before.
+        """Says what will happen; ends the process at once before the first step, and at a second Ctrl-C.
 
-        Not by an exception: after a compile that one has ended, jax's clean-up at exit crashes now and then.
+        Not by an exception: jax's clean-up at exit crashes now and then after an interrupted compile.
         """
         if self.steps and not self.warned:
             self.warned = True
@@ -41,11 +44,11 @@ class Stop:
         os._exit(INTERRUPTED)
 
     def what_is_saved(self) -> str:
-        """Says which step is saved, as far as that is known within LOOK seconds: a store may not answer."""
+        """Says which step is saved, if that is known within LOOK seconds: a store may not answer."""
         found: list[int] = []
 
         def look() -> None:
-            with contextlib.suppress(Exception):  # whatever it is, the process is to end
+            with contextlib.suppress(Exception):  # the process ends, whatever fails here
                 found.append(self.saved())
 
         looking = threading.Thread(target=look, daemon=True)
@@ -53,7 +56,9 @@ class Stop:
         looking.join(LOOK)
         if not found:
             return "the same command resumes at the newest checkpoint"
-        return f"step {found[0]} is saved, the same command resumes" if found[0] else "nothing is saved yet"
+        if not found[0]:
+            return "nothing is saved yet"
+        return f"step {found[0]} is saved, the same command resumes"
 
 
 @contextlib.contextmanager
@@ -64,23 +69,35 @@ def graceful_stop(ctrl_c: bool = False) -> Iterator[Stop]:
     """
     stop = Stop()
     with contextlib.ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, stop.request))
+        stack.enter_context(_handled(signal.SIGTERM, stop.request))
         if ctrl_c and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, stop.request))
+            stack.enter_context(_handled(signal.SIGINT, stop.request))
             stack.enter_context(_heard_at_once(signal.SIGINT, stop.ctrl_c))
         yield stop
 
 
 @contextlib.contextmanager
+def _handled(number: int, handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Sets the handler of a signal, and the one before it at the end."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextlib.contextmanager
 def _heard_at_once(number: int, act: Callable[[], None]) -> Iterator[None]:
-    """Calls `act` in a thread at each such signal: the main thread hears of none while XLA compiles or a step runs."""
+    """Calls `act` in a thread at each such signal: the main thread handles none while XLA compiles or a step runs."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def watch() -> None:
-        while heard := os.read(reader, 1):
+        heard = os.read(reader, 1)
+        while heard:
             if heard[0] == number:
                 act()
+            heard = os.read(reader, 1)
         os.close(reader)
 
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -12,7 +12,8 @@ from etils import epath
 
 from latent_delib.errors import UserError
 from latent_delib.job.record import Record
-from latent_delib.machine.checkpoint import warn, whole_steps
+from latent_delib.machine.checkpoint import whole_steps
+from latent_delib.machine.distributed import warn
 from latent_delib.measure import views
 from latent_delib.measure.first import on_first
 
@@ -20,9 +21,9 @@ POLL = 20.0  # seconds between two looks for new checkpoints
 
 
 class Evaluations:
-    """The folder OUT/evaluations, which has a folder per step.
+    """Reads the folder OUT/evaluations, which has a folder per step.
 
-    record: of the evaluation that is about to be made; all in the folder must be of the same thing, because one curve
+    record: of the evaluation that is about to be made. All in the folder must be of the same subject, because one curve
     goes through them.
     """
 
@@ -32,11 +33,13 @@ class Evaluations:
 
     def results(self) -> dict[int, dict[str, Any]]:
         """Reads the perplexity.json of each step that has one, by step, the smallest first."""
+        results: dict[int, dict[str, Any]] = {}
         if not self.folder.exists():
-            return {}
-        steps = sorted(int(folder.name) for folder in self.folder.iterdir() if folder.name.isdigit())
-        files = {step: self.file(step) for step in steps}
-        return {step: json.loads(file.read_text()) for step, file in files.items() if file.exists()}
+            return results
+        for step in sorted(int(folder.name) for folder in self.folder.iterdir() if folder.name.isdigit()):
+            if self.is_done(step):
+                results[step] = json.loads(self.file(step).read_text())
+        return results
 
     def file(self, step: int) -> epath.Path:
         """Returns the path of a step's perplexity.json."""
@@ -74,7 +77,7 @@ class Evaluations:
 
 
 class Queue:
-    """The checkpoints of a workdir that wait for their evaluation.
+    """Holds the checkpoints of a workdir that wait for their evaluation.
 
     steps: the steps that are wanted; None: every checkpoint that is there at some look.
     """

@@ -1,6 +1,12 @@
 """The metrics of an evaluation: what each takes of every token, and how its sums become a figure.
 
-A metric is one entry of METRICS. Its figures stand in perplexity.json, and the sums it needs in documents.npz.
+A metric is one entry of METRICS. Its figures are in perplexity.json, and the sums of each document in documents.npz.
+This one tells how often the n-th token ahead is the most probable one:
+
+  def is_first_choice(logits, targets):
+      return logits.argmax(axis=-1) == targets
+
+  ACCURACY = Metric("accuracy", {"hits": of_logits(is_first_choice)}, lambda sums: sums["hits"] / sums["tokens"])
 """
 
 from collections.abc import Callable, Mapping

@@ -40,7 +40,10 @@ SumsByTerm = Mapping[str, Sums]
 def zeros(exp: Experiment, text: ValidationText) -> dict[str, Sums]:
     """Returns the sums that adding up begins with, by term."""
     shape = (len(text.source), exp.config.evaluate.num_ahead)
-    return {term: Sums(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)) for term in metric.all_terms()}
+    sums = {}
+    for term in metric.all_terms():
+        sums[term] = Sums(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
+    return sums
 
 
 def batches_of(exp: Experiment, text: ValidationText, view: View, done: int = 0) -> list[np.ndarray]:
@@ -95,25 +98,31 @@ def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, An
 
     A part on a source has under "works" a part on each work with a name, where they are few.
     """
-
-    def part(documents: np.ndarray) -> dict[str, Any]:
-        chosen = {term: each.of(documents) for term, each in sums.items()}
-        return summary(chosen, text.work[documents], seed, text.works_known)
-
     sets = {}
     for number, source in enumerate(text.sources):
         here = text.source == number
-        named = [work for work in np.unique(text.work[here]) if text.works[work]]
-        if len(named) > FEW_WORKS:
-            named = []
-        works = {text.works[work]: part(text.work == work) for work in named}
-        sets[source] = part(here) | {"works": works}
+        works = _by_work(text, sums, seed, np.unique(text.work[here]))
+        sets[source] = _part(text, sums, seed, here) | {"works": works}
     if len(sets) > 1:
-        whole = part(np.full(len(text.source), True))
+        whole = _part(text, sums, seed, np.full(len(text.source), True))
     else:
-        (whole,) = sets.values()
-        whole = {key: value for key, value in whole.items() if key != "works"}
-    return {**whole, "sets": sets}
+        whole = dict(sets[text.sources[0]])
+        del whole["works"]
+    return whole | {"sets": sets}
+
+
+def _by_work(text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarray) -> dict[str, Any]:
+    """Returns the parts on those of some works that have a name; on none, where they are many."""
+    named = [work for work in works if text.works[work]]
+    if len(named) > FEW_WORKS:
+        return {}
+    return {text.works[work]: _part(text, sums, seed, text.work == work) for work in named}
+
+
+def _part(text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray) -> dict[str, Any]:
+    """Returns the part on some documents, which `documents`, bool [documents], says."""
+    chosen = {term: each.of(documents) for term, each in sums.items()}
+    return summary(chosen, text.work[documents], seed, text.works_known)
 
 
 def summary(sums: SumsByTerm, work: np.ndarray, seed: int, works_known: bool = True) -> dict[str, Any]:
@@ -140,7 +149,9 @@ def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]
     """
     tokens, decoder, augmented = sums["nll"]
     interval = intervals.interval(tokens, augmented - decoder, work, seed)
-    total = {term: Sums(*(x.sum(axis=0) for x in each)) for term, each in sums.items()}
+    total = {}
+    for term, each in sums.items():
+        total[term] = Sums(*(x.sum(axis=0) for x in each))
     reached = np.flatnonzero(total["nll"].tokens)
     return [_row(int(index), total, interval) for index in reached]
 
@@ -154,12 +165,15 @@ def _row(index: int, total: SumsByTerm, interval: np.ndarray) -> dict[str, Any]:
       interval: float64 [2, A], of the change in percent.
     """
     tokens = total["nll"].tokens[index]
+    decoder = {term: sums.decoder[index] for term, sums in total.items()}
+    augmented = {term: sums.augmented[index] for term, sums in total.items()}
     row = {"n": index + 1, "tokens": int(tokens)}
     for each in metric.METRICS:
-        for side in ("decoder", "augmented"):
-            pooled = {term: getattr(sums, side)[index] for term, sums in total.items()}
-            row[f"{side}_{each.name}"] = float(each.pool(pooled | {"tokens": tokens}))
+        row[f"decoder_{each.name}"] = float(each.pool(decoder | {"tokens": tokens}))
+        row[f"augmented_{each.name}"] = float(each.pool(augmented | {"tokens": tokens}))
     more_nll = total["nll"].augmented[index] - total["nll"].decoder[index]
-    low, high = (None if np.isnan(end) else float(end) for end in interval[:, index])
+    low, high = interval[:, index]
     row["change_percent"] = 100 * float(np.expm1(more_nll / tokens))
-    return row | {"change_low": low, "change_high": high}
+    row["change_low"] = None if np.isnan(low) else float(low)
+    row["change_high"] = None if np.isnan(high) else float(high)
+    return row

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from latent_delib.machine import distributed, files
-from latent_delib.machine.checkpoint import warn
+from latent_delib.machine.distributed import warn
 from latent_delib.measure.first import is_first
 from latent_delib.measure.perplexity import Sums, SumsByTerm
 from latent_delib.measure.text import ValidationText
@@ -64,8 +64,10 @@ class PartialSums:
 
 
 def _names(term: str) -> list[str]:
-    """Returns the names under which the arrays of a term are stored; older files have those of "nll" alone."""
-    return [field if term == "nll" else f"{term}_{field}" for field in Sums._fields]
+    """Returns the names under which the three arrays of a term are stored; older files have those of "nll" alone."""
+    if term == "nll":
+        return list(Sums._fields)
+    return ["tokens", f"decoder_{term}", f"augmented_{term}"]
 
 
 def _arrays(sums: SumsByTerm) -> dict[str, np.ndarray]:
@@ -78,7 +80,10 @@ def _arrays(sums: SumsByTerm) -> dict[str, np.ndarray]:
 
 def _sums(arrays: Mapping[str, np.ndarray], like: SumsByTerm) -> dict[str, Sums]:
     """Returns the sums of the same terms as `like`, from what `_arrays` made."""
-    return {term: Sums(*(arrays[name] for name in _names(term))) for term in like}
+    sums = {}
+    for term in like:
+        sums[term] = Sums(*(arrays[name] for name in _names(term)))
+    return sums
 
 
 def _write_npz(file: epath.Path, arrays: Mapping[str, Any]) -> None:

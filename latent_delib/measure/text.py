@@ -11,7 +11,7 @@ import numpy as np
 from latent_delib.data import batches
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
-from latent_delib.machine import checkpoint
+from latent_delib.machine.distributed import warn
 
 
 class ValidationText(NamedTuple):
@@ -62,7 +62,7 @@ def read_validation_text(exp: Experiment) -> ValidationText:
     if not text.pieces:
         raise UserError(f"config.data.validation={text.sources}: holds no text")
     if not text.works_known:
-        checkpoint.warn(
+        warn(
             f"config.data.token_files: {data.token_files} does not say which work a document is of, so intervals draw "
             "documents; `prepare` the text again, with another --out, for intervals over works"
         )

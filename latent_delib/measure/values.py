@@ -110,12 +110,17 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
         text = _place_text(exp, [case.own for case in cases] + givers)
     if another_text or sides.own_decoder:
         reading, own = steps.read(sides.own, *text)
-    ahead = None
+    parts = []
     if exp.aug.has_latents:
         parts = _with_latents(exp, steps, sides.own, reading, text, cases)
-        # Read only now that the device has all it needs to go on.
-        ahead = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *jax.device_get(parts))
-    return Values(jax.device_get(plain), jax.device_get(own), ahead)
+    # Read only now that the device has all it needs to go on.
+    plain, own, parts = jax.device_get((plain, own, parts))
+    return Values(plain, own, _joined(parts) if parts else None)
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Joins the terms of some places after others, [B, M, A] each."""
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
 
 
 def _with_latents(

@@ -9,17 +9,17 @@ AXES = (None, "batch", None, "heads", None)  # logical axes of k and v
 
 
 class KV(NamedTuple):
-    """Keys and values of one call, stacked over layers: [layers, B, M, S, K, H] each."""
+    """Holds keys and values of one call, stacked over layers: [layers, B, M, S, K, H] each."""
 
     k: jax.Array
     v: jax.Array
 
 
 class Cache(NamedTuple):
-    """What a transformer has read. Row b holds `length[b]` entries, in slots 0 ... length[b] - 1.
+    """Holds the keys and values of all that a transformer has read: row b has `length[b]` entries, from slot 0 on.
 
     k, v: [layers, B, T, K, H], keys already rotated. position: int32 [B, T], the position of every slot's entry
-    (slots and positions differ once latents stand between). length: int32 [B].
+    (slots and positions differ once there are latents between). length: int32 [B].
     """
 
     k: jax.Array
@@ -29,7 +29,7 @@ class Cache(NamedTuple):
 
 
 def of_text(kv: KV, position_BT: jax.Array) -> Cache:
-    """The cache of one call over text (M = 1), without a copy."""
+    """Returns the cache of one call over text (M = 1), without a copy."""
     B, T = position_BT.shape
     return Cache(kv.k[:, :, 0], kv.v[:, :, 0], position_BT, jnp.full((B,), T))
 
@@ -37,10 +37,11 @@ def of_text(kv: KV, position_BT: jax.Array) -> Cache:
 def append(cache: Cache, kv: KV, position_BS: jax.Array, count_B: jax.Array) -> Cache:
     """Appends the first `count_B` of the S new tokens (M = 1) to each row, after that row's last entry.
 
-    A row's other new tokens land in slots that the next append overwrites; what lies past the capacity is dropped.
+    A row's other new tokens go to slots that the next append overwrites; tokens past the capacity are dropped.
     """
     B, S = position_BS.shape
-    row, slot = jnp.arange(B)[:, None], cache.length[:, None] + jnp.arange(S)
+    row = jnp.arange(B)[:, None]
+    slot = cache.length[:, None] + jnp.arange(S)
     return Cache(
         k=cache.k.at[:, row, slot].set(kv.k[:, :, 0].astype(cache.k.dtype), mode="drop"),
         v=cache.v.at[:, row, slot].set(kv.v[:, :, 0].astype(cache.v.dtype), mode="drop"),
@@ -50,7 +51,7 @@ def append(cache: Cache, kv: KV, position_BS: jax.Array, count_B: jax.Array) -> 
 
 
 def by_position(cache: Cache) -> Cache:
-    """The same entries in slots that follow their positions, which a window needs (`attention.within_window`)."""
+    """Sorts the entries by their positions, which a window needs (`primitive.within_window`)."""
     used = jnp.arange(cache.position.shape[1]) < cache.length[:, None]
     order = jnp.argsort(jnp.where(used, cache.position, jnp.iinfo(jnp.int32).max), axis=1)
     slot = order[None, :, :, None, None]

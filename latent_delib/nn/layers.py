@@ -1,4 +1,4 @@
-"""The parts of one transformer layer. Parameters are float32 at birth; they compute in the dtype of their input."""
+"""The parts of one transformer layer. Parameters are created in float32 and computed with in the dtype of the input."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,18 +12,24 @@ from latent_delib.nn import rotary
 from latent_delib.nn.attention import primitive
 from latent_delib.nn.attention.forms import FEW, attend
 from latent_delib.nn.attention.gpu import LEAST
-from latent_delib.nn.attention.primitive import Bounds
+from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
-# The logical axes of every parameter, by leaf name; norms' scales lie whole.
-PARAM_AXES = {
+Axes = tuple[str | None, ...]
+
+# The logical axes of every leaf of a decoder or coprocessor, by its name; scales of norms are not split.
+_LEAVES: dict[str, Axes] = {
     "embedding": ("vocab", "embed"),
+    "head": ("vocab", "embed"),
     "q": ("layers", "embed", "heads", None),
     "k": ("layers", "embed", "heads", None),
     "v": ("layers", "embed", "heads", None),
+    "q_bias": ("layers", "heads", None),
+    "k_bias": ("layers", "heads", None),
+    "v_bias": ("layers", "heads", None),
     "out": ("layers", "heads", None, "embed"),
     "gate": ("layers", "embed", "ffn"),
     "up": ("layers", "embed", "ffn"),
@@ -32,27 +38,36 @@ PARAM_AXES = {
 }
 # The matrices of a layer, and how many of their axes after "layers" are those of the input: the rest is the output's.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
-for _name, _count in INPUT_AXES.items():  # low-rank adapters lie as the matrix does
-    _axes = PARAM_AXES[_name]
-    PARAM_AXES |= {f"{_name}_a": (*_axes[: 1 + _count], None), f"{_name}_b": ("layers", None, *_axes[1 + _count :])}
 
 
-Axes = tuple[str | None, ...]
+def _adapter_axes() -> dict[str, Axes]:
+    """Returns the axes of low-rank adapters (`delib.lora`), which are split as their matrices are."""
+    found: dict[str, Axes] = {}
+    for name, count in INPUT_AXES.items():
+        axes = _LEAVES[name]
+        found[f"{name}_a"] = (*axes[: 1 + count], None)
+        found[f"{name}_b"] = ("layers", None, *axes[1 + count :])
+    return found
+
+
+PARAM_AXES = _LEAVES | _adapter_axes()
+
 TRACES = ("batch", "traces", None, None)  # of activations [B, M, S, D]
 HEADS = ("batch", "traces", None, "heads", None)
+QUERIES = ("batch", "traces", None)
+TEXT = ("batch", None, "heads", None)  # a prefix
 FEATURES = ("batch", "traces", None, "ffn")
 
 
 class Partition(NamedTuple):
-    """How work is divided over devices. Below the commands this is all that is known of a mesh, by the names of axes,
-    and of its devices.
+    """Says how work is divided over devices, by the names of logical axes: all that `nn` and `delib` know of a mesh.
 
-    constrain(x, axes): an activation, where it belongs.
-    gather(w, axes): a table of vectors, whole along the width.
-    product(equation, x, w, x_axes, w_axes, y_axes): the einsum of activations with a weight that lies split.
-    split(function, in_axes, out_axes): a function that no compiler splits, run on each device's own part.
-    row_shards: into how many parts the rows of a batch are split.
-    shared_memory: bytes that one program of the GPU's kernels may have on each device.
+    constrain(x, axes): returns an activation, placed where it belongs.
+    gather(w, axes): returns a table of vectors, whole along the width.
+    product(equation, x, w, x_axes, w_axes, y_axes): returns the einsum of activations with a weight that is split.
+    split(function, in_axes, out_axes): returns the function that runs `function` on each device's own part.
+    row_shards: the number of parts that the rows of a batch are split into.
+    shared_memory: the bytes that one program of the GPU's kernels may have on each device.
     """
 
     constrain: Callable[[jax.Array, Axes], jax.Array] = lambda x, axes: x
@@ -71,7 +86,7 @@ def _normal(fan_in: int) -> nn.initializers.Initializer:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + scale) over the last axis, float32 inside (Zhang and Sennrich 2019).
+    """Computes x / rms(x) * (offset + scale) over the last axis, float32 inside (Zhang and Sennrich 2019).
 
     Gemma stores what it adds to an offset of 1; with an offset of 0 the scale is the factor itself.
     """
@@ -88,11 +103,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; returns its output [B, M, S, D] and the own keys and values [B, M, S, K, H].
+    """Computes grouped-query attention.
 
-    given: None, or keys and values [B, M, L, K, H], keys rotated, that stand in for those of the first L tokens.
-
-    Who makes the collection "intermediates" mutable also gets `attention.weights`; no other call computes them.
+    Attention weights are sown into the collection "intermediates", and computed only where that is mutable.
     """
 
     config: TransformerConfig
@@ -101,47 +114,69 @@ class Attention(nn.Module):
     few: int = FEW
 
     @nn.compact
-    def __call__(self, x_BMSD, rope_2BMSH, bounds: Bounds, prefix, given):
+    def __call__(
+        self,
+        x_BMSD: jax.Array,
+        rope_2BMSH: jax.Array,
+        bounds: Bounds,
+        prefix: Keys | None,
+        given: Keys | None,
+    ) -> tuple[jax.Array, Keys]:
+        """Attends to a prefix and to the own group.
+
+        Args:
+          x_BMSD: normed inputs.
+          rope_2BMSH: the `rotary.table` of their positions.
+          bounds: the visible ranges.
+          prefix: keys and values [B, T, K, H] that all groups of a row share, or None.
+          given: keys and values [B, M, L, K, H], keys rotated, that replace those of the first L tokens, or None.
+
+        Returns:
+          The output [B, M, S, D], and the own keys and values [B, M, S, K, H].
+        """
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
 
         def project(name: str, heads: int) -> jax.Array:
             w_DNH = self.param(name, _normal(D), (D, heads, H)).astype(x_BMSD.dtype)
             y = self.partition.product("BMSD,DNH->BMSNH", x_BMSD, w_DNH, TRACES, PARAM_AXES[name][1:], HEADS)
+            if c.qkv_bias:
+                y += self.param(f"{name}_bias", nn.initializers.zeros, (heads, H)).astype(y.dtype)
             return self.partition.constrain(y, HEADS)
 
-        q_BMSNH, k_BMSKH, v_BMSKH = project("q", N), project("k", K), project("v", K)
+        q_BMSNH = project("q", N)
+        k_BMSKH = project("k", K)
+        v_BMSKH = project("v", K)
         if c.qk_norm:
             q_BMSNH = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q_BMSNH)
             k_BMSKH = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k_BMSKH)
-        q_BMSNH, k_BMSKH = rotary.rotate(q_BMSNH, rope_2BMSH), rotary.rotate(k_BMSKH, rope_2BMSH)
+        q_BMSNH = rotary.rotate(q_BMSNH, rope_2BMSH)
+        k_BMSKH = rotary.rotate(k_BMSKH, rope_2BMSH)
         if given is not None:
-            k_BMSKH, v_BMSKH = (
-                jnp.concatenate([g, x[:, :, g.shape[2] :]], 2) for g, x in zip(given, (k_BMSKH, v_BMSKH))
-            )
+            given_k, given_v = given
+            L = given_k.shape[2]
+            k_BMSKH = jnp.concatenate([given_k, k_BMSKH[:, :, L:]], axis=2)
+            v_BMSKH = jnp.concatenate([given_v, v_BMSKH[:, :, L:]], axis=2)
         if self.is_mutable_collection("intermediates"):
             seen = primitive.weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap)
             self.sow("intermediates", "weights", seen)
-        text, query = ("batch", None, "heads", None), ("batch", "traces", None)
-        out_BMSNH = self.partition.split(
-            partial(
-                attend,
-                scale=c.query_scale,
-                softcap=c.attn_softcap,
-                form=self.form,
-                few=self.few,
-                shared_memory=self.partition.shared_memory,
-            ),
-            (HEADS, HEADS, HEADS, prefix and (text, text), Bounds(query, query, query)),
-            HEADS,
-        )(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
+        form = partial(
+            attend,
+            scale=c.query_scale,
+            softcap=c.attn_softcap,
+            form=self.form,
+            few=self.few,
+            shared_memory=self.partition.shared_memory,
+        )
+        in_axes = (HEADS, HEADS, HEADS, prefix and (TEXT, TEXT), Bounds(QUERIES, QUERIES, QUERIES))
+        out_BMSNH = self.partition.split(form, in_axes, HEADS)(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
         out_BMSD = self.partition.product("BMSNH,NHD->BMSD", out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
         return out_BMSD, (k_BMSKH, v_BMSKH)
 
 
 class MLP(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020)."""
+    """Computes a gated feed-forward layer (Shazeer 2020), [B, M, S, D] to the same."""
 
     config: TransformerConfig
     partition: Partition = WHOLE
@@ -161,7 +196,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each normed before, and after where the family does so (Gemma 2 and 3)."""
+    """Computes one layer: attention and MLP, each normed before, and after where the family does so (Gemma 2 and 3).
+
+    ropes and ranges hold two kinds of rotary tables and bounds, of global layers and of local ones: `is_local` picks.
+    """
 
     config: TransformerConfig
     form: str
@@ -175,7 +213,7 @@ class Block(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
-        # Window and rotary base are data: both kinds stand side by side, and a layer takes its own.
+        # Window and rotary base are data: one layer body serves both kinds.
         rope_2BMSH, bounds = jax.tree.map(lambda both: both[is_local], (ropes, ranges))
         attended, kv = Attention(c, self.form, self.partition, self.few, name="attn")(
             norm("pre_attn_norm", x_BMSD), rope_2BMSH, bounds, prefix, given

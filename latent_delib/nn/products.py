@@ -1,4 +1,4 @@
-"""Products of arrays at the precision of their operands, on every platform.
+"""Products of arrays at the precision of their operands, on every platform; and what bends them.
 
 Where nothing is asked, GPUs round float32 operands to TF32 and TPUs to bfloat16.
 """
@@ -17,3 +17,11 @@ def precision(*operands: jax.Array) -> jax.lax.Precision | None:
 def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
     """Returns the einsum of two arrays. dtype: of the sums and the result; None for that of the operands."""
     return jnp.einsum(equation, x, y, precision=precision(x, y), preferred_element_type=dtype)
+
+
+def softcapped(x: jax.Array, cap: float) -> tuple[jax.Array, jax.Array | float]:
+    """Returns cap * tanh(x / cap), which stays within the cap, and its slope in x; a cap of 0 means none."""
+    if not cap:
+        return x, 1.0
+    bent = jnp.tanh(x / cap)
+    return cap * bent, 1 - jnp.square(bent)

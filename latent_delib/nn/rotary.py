@@ -6,12 +6,14 @@ import numpy as np
 
 
 def frequencies(head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> np.ndarray:
-    """Radians a position turns each pair of features by, float64 [head_dim / 2].
+    """Returns the radians per position that each pair of features turns by, float64 [head_dim / 2].
 
     Args:
-      scaling: () for none, or (factor, low, high, context) as in Llama 3.1: what turns fewer than `low` times
-        in `context` tokens is divided by `factor`, what turns more than `high` times is kept, and what lies
-        between is interpolated. A context of 0 divides all: linear scaling, as in Gemma 3.
+      head_dim: H.
+      base: of the geometric series of frequencies.
+      scaling: () for none, or (factor, low, high, context) as in Llama 3.1: frequencies of fewer than `low` turns
+        in `context` tokens are divided by `factor`, those of more than `high` turns are kept, and those between are
+        interpolated. A context of 0 divides all: linear scaling, as in Gemma 3.
     """
     frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
     if not scaling:
@@ -22,7 +24,7 @@ def frequencies(head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> 
 
 
 def table(position: jax.Array, head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> jax.Array:
-    """Angles' cosines and sines, float32 [2, *position.shape, head_dim / 2], of integer positions."""
+    """Returns cosines and sines of integer positions' angles, float32 [2, *position.shape, head_dim / 2]."""
     angle = position[..., None].astype(jnp.float32) * frequencies(head_dim, base, scaling).astype(np.float32)
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 

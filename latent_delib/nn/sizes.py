@@ -1,4 +1,4 @@
-"""The numbers that make a transformer: one dataclass, and a table of known sizes."""
+"""The numbers that make a transformer: one dataclass, the families, and a table of known sizes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,16 +6,19 @@ from typing import Any
 
 from latent_delib.errors import UserError
 
+ADDED_LATER = ("untied_head", "qkv_bias")  # after the first decoder folders were written
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Architecture of a decoder-only transformer with tied embeddings.
+    """Holds the architecture of a decoder-only transformer.
 
     A layer is local (sees `window` positions back, rotary base `local_rope_base`) or global (sees everything,
     `rope_base`); `layer_pattern` is repeated over the layers. A softcap of 0 means none. `head_dim` 0 means
     embed_dim / num_heads, `query_scale` 0 means head_dim ** -0.5. Norms multiply by `norm_offset` + scale: 1 in Gemma,
     0 elsewhere, so that stored scales are the makers' own. `rope_scaling` of global layers is () for none or
-    (factor, low, high, context): see `rotary.frequencies`.
+    (factor, low, high, context): see `rotary.frequencies`. Logits come from the token table unless `untied_head`.
+    Queries, keys and values have a bias where `qkv_bias` (Qwen 2).
 
     Raises:
       UserError: numbers that do not fit together, named by field.
@@ -42,6 +45,8 @@ class TransformerConfig:
     scale_embeddings: bool = True
     norm_eps: float = 1e-6
     norm_offset: float = 1.0
+    untied_head: bool = False
+    qkv_bias: bool = False
 
     def __post_init__(self):
         for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
@@ -77,45 +82,69 @@ class TransformerConfig:
 
     @property
     def is_local(self) -> tuple[bool, ...]:
-        """For every layer, whether it is local."""
+        """Returns for every layer whether it is local."""
         pattern = self.layer_pattern
         return tuple(pattern[i % len(pattern)] == "local" for i in range(self.num_layers))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain data.
+
+        Fields of ADDED_LATER are left out where they are False: what older folders and checkpoints say stays as it was,
+        to the byte, and with it their fingerprints.
+        """
+        fields = dataclasses.asdict(self)
+        for name in ADDED_LATER:
+            if not fields[name]:
+                del fields[name]
+        return fields
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str) -> "TransformerConfig":
-        """Builds from plain values, for example JSON or a config; `source` is named when a field is wrong."""
+        """Builds an architecture from plain values, for example JSON or a config.
+
+        Args:
+          fields: of this class, by name.
+          source: where they are from, for messages.
+
+        Raises:
+          UserError: unknown or missing fields, values of another type, or numbers that do not fit together.
+        """
         if not isinstance(fields, Mapping):
             raise UserError(f"{source}: architecture is {fields!r}, expected an object")
         known = {field.name: field for field in dataclasses.fields(cls)}
-        required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
-        if unknown := sorted(set(fields) - set(known)):
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
             raise UserError(f"{source}: unknown fields {unknown}, expected some of {sorted(known)}")
-        if missing := sorted(required - set(fields)):
+        required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+        missing = sorted(required - set(fields))
+        if missing:
             raise UserError(f"{source}: missing fields {missing}")
-        accepted = {float: (float, int), tuple[str, ...]: (tuple, list), tuple[float, ...]: (tuple, list)}
-        fields = dict(fields)
-        for name, value in fields.items():
-            kind = known[name].type
-            if not isinstance(value, accepted.get(kind, kind)) or isinstance(value, bool) != (kind is bool):
-                raise UserError(f"{source}: {name}={value!r}, expected {kind.__name__}")
-            if kind in (int, float) and not abs(value) < 2**31:  # what int32 holds; NaN is not below it either
-                raise UserError(f"{source}: {name}={value!r}, expected a number below 2**31")
-            fields[name] = float(value) if kind is float else value
+        checked = {name: _checked(name, value, known[name].type, source) for name, value in fields.items()}
         try:
-            return cls(**fields)
+            return cls(**checked)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 
 
+def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
+    """Returns a field's value in its type; raises UserError where it is of another or no int32 could hold it."""
+    accepted = {float: (float, int), tuple[str, ...]: (tuple, list), tuple[float, ...]: (tuple, list)}
+    if not isinstance(value, accepted.get(kind, kind)) or isinstance(value, bool) != (kind is bool):
+        raise UserError(f"{source}: {name}={value!r}, expected {kind.__name__}")
+    if kind in (int, float) and not abs(value) < 2**31:  # NaN is not below it either
+        raise UserError(f"{source}: {name}={value!r}, expected a number below 2**31")
+    return float(value) if kind is float else value
+
+
 def differences(found: TransformerConfig, wanted: TransformerConfig) -> list[str]:
-    """The fields in which an architecture is not the one wanted, each with both values.
+    """Lists the fields in which an architecture is not the one wanted, each with both values.
 
     Rows of the token table beyond the wanted vocabulary are padding: some makers store more of them than others.
     """
     pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(found)}
     if found.vocab_size >= wanted.vocab_size:
         del pairs["vocab_size"]
-    return [f"{name}={ours}, expected {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    return [f"{name}={here}, expected {there}" for name, (here, there) in pairs.items() if here != there]
 
 
 def _numbers(
@@ -124,14 +153,36 @@ def _numbers(
     return dict(locals())
 
 
-# What the members of a family share; a later family adds to an earlier one.
-_GEMMA: dict[str, Any] = {}  # the defaults of TransformerConfig are Gemma's
-_GEMMA2 = dict(layer_pattern=("local", "global"), window=4096, attn_softcap=50.0, final_softcap=30.0, post_norms=True)
-_GEMMA3 = dict(
-    layer_pattern=("local",) * 5 + ("global",), rope_base=1e6, query_scale=256**-0.5, post_norms=True, qk_norm=True
-)
-_LLAMA = dict(activation="silu", scale_embeddings=False, norm_offset=0.0, norm_eps=1e-5)
-_QWEN3 = _LLAMA | dict(qk_norm=True, rope_base=1e6, norm_eps=1e-6)
+# How the layers of a family are built. The defaults of TransformerConfig are Gemma's.
+_PLAIN: dict[str, Any] = dict(activation="silu", scale_embeddings=False, norm_offset=0.0)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {},
+    "gemma2": dict(layer_pattern=("local", "global"), post_norms=True),
+    "gemma3": dict(layer_pattern=("local",) * 5 + ("global",), post_norms=True, qk_norm=True),
+    "llama": _PLAIN,
+    "qwen2": _PLAIN | dict(qkv_bias=True),
+    "qwen3": _PLAIN | dict(qk_norm=True),
+}
+# The fields that tell families apart: by these a tensor is named and a class chosen.
+MARKS = ("scale_embeddings", "post_norms", "qk_norm", "qkv_bias")
+
+
+def family(config: TransformerConfig) -> str:
+    """Returns the family that an architecture belongs to: the one with its MARKS."""
+    found = {mark: getattr(config, mark) for mark in MARKS}
+    for name, fields in FAMILIES.items():
+        if found == {mark: fields.get(mark, getattr(TransformerConfig, mark)) for mark in MARKS}:
+            return name
+    raise UserError(f"no family has {', '.join(f'{mark}={value}' for mark, value in found.items())}")
+
+
+# The numbers that the members of a family share.
+_GEMMA = FAMILIES["gemma"]
+_GEMMA2 = FAMILIES["gemma2"] | dict(window=4096, attn_softcap=50.0, final_softcap=30.0)
+_GEMMA3 = FAMILIES["gemma3"] | dict(rope_base=1e6, query_scale=256**-0.5)
+_LLAMA = FAMILIES["llama"] | dict(norm_eps=1e-5)
+_QWEN2 = FAMILIES["qwen2"] | dict(rope_base=1e6)
+_QWEN3 = FAMILIES["qwen3"] | dict(rope_base=1e6)
 
 
 def _size(family: dict[str, Any], *numbers: int, **fields: Any) -> TransformerConfig:
@@ -158,6 +209,10 @@ SIZES: dict[str, TransformerConfig] = {
     "llama3.2_1b": _size(
         _LLAMA, 16, 2048, 32, 8, 64, 8192, 128_256, rope_base=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192.0)
     ),
+    "llama3_8b": _size(_LLAMA, 32, 4096, 32, 8, 128, 14336, 128_256, rope_base=5e5, untied_head=True),
+    "qwen2.5_0.5b": _size(_QWEN2, 24, 896, 14, 2, 64, 4864, 151_936),
+    "qwen2.5_1.5b": _size(_QWEN2, 28, 1536, 12, 2, 128, 8960, 151_936),
+    "qwen2.5_7b": _size(_QWEN2, 28, 3584, 28, 4, 128, 18944, 152_064, untied_head=True),
     "qwen3_0.6b": _size(_QWEN3, 28, 1024, 16, 8, 128, 3072, 151_936),
     "qwen3_1.7b": _size(_QWEN3, 28, 2048, 16, 8, 128, 6144, 151_936),
     # The packaged decoder: the Gemma 2 architecture, small enough to ship and to train on a laptop.

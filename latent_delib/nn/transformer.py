@@ -1,4 +1,4 @@
-"""The transformer both models are: a stack of layers under scan, a pure function of (parameters, inputs, cache)."""
+"""The transformer that both models are: layers under scan, a pure function of (parameters, inputs, cache)."""
 
 from typing import Any
 
@@ -11,13 +11,14 @@ from latent_delib.nn.attention.forms import FEW, SAVED
 from latent_delib.nn.attention.primitive import Bounds, within_window
 from latent_delib.nn.cache import KV, Cache
 from latent_delib.nn.layers import TRACES, WHOLE, Block, Partition, RMSNorm
-from latent_delib.nn.products import einsum
+from latent_delib.nn.products import einsum, softcapped
 from latent_delib.nn.sizes import TransformerConfig
 
 Params = dict[str, Any]
+TABLES = ("embedding", "head")  # the leaves of a decoder that have one row per token
 
-# What a backward pass keeps of each layer beside its input: everything, what attention and the products with weights
-# gave, what attention gave, or nothing. What it does not keep it computes again.
+# What a backward pass keeps of each layer beside its input: everything; the results of attention and of products with
+# weights; the results of attention; nothing. It computes the rest again.
 _attention = jax.checkpoint_policies.save_only_these_names(*SAVED)
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT = {
@@ -29,17 +30,18 @@ REMAT = {
 
 
 class Transformer(nn.Module):
-    """Reads soft inputs (token embeddings or latents), grouped into M independent traces a row.
+    """Reads soft inputs (token embeddings or latents), grouped into M independent traces per row.
 
-    Parameters: {"layers": ..., "final_norm": ...}; a decoder's tree also holds "embedding" [V, D] and a coprocessor's
-    "soft_tokens" [L, D], which `apply` ignores.
+    Parameters: {"layers": ..., "final_norm": ...}. A decoder's tree also holds its TABLES: "embedding" [V, D] and,
+    where that does not give the logits too, "head" [V, D]. A coprocessor's holds "soft_tokens" [L, D]. `apply` ignores
+    these.
     """
 
     config: TransformerConfig
     remat: str = "none"
     partition: Partition = WHOLE
-    form: str = "xla"  # of attention: one of attention_forms.FORMS
-    few: int = FEW  # queries per row up to which the reference computes, whatever the form
+    form: str = "xla"  # of attention: one of forms.FORMS
+    few: int = FEW  # calls of at most this many queries per row are computed by the reference form
 
     @nn.compact
     def __call__(
@@ -50,18 +52,18 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         given: KV | None = None,
     ) -> tuple[jax.Array, KV]:
-        """One forward pass.
+        """Runs one forward pass.
 
         Args:
           x_BMSD: inputs in the residual stream; their dtype is the dtype of the computation.
           position_BMS: int32 rotary positions, never falling inside a group.
-          bounds: what each token sees of the cache's slots and of its own group.
+          bounds: the visible ranges of the cache's slots and of each token's own group.
           cache: the shared prefix, or None.
-          given: keys and values [layers, B, M, L, K, H] that stand in for those of the first L tokens, or None.
+          given: keys and values [layers, B, M, L, K, H] that replace those of the first L tokens, or None.
 
         Returns:
           Final-normed outputs [B, M, S, D], and the keys and values of these tokens. With mutable="intermediates",
-          `apply` also returns what each layer attended to; see `layers.Attention`.
+          `apply` also returns every layer's attention weights.
         """
         c = self.config
         prefix_position = None if cache is None else cache.position
@@ -71,7 +73,8 @@ class Transformer(nn.Module):
         if any(c.is_local):
             ropes.append(rotary.table(position_BMS, c.head_dim, c.local_rope_base))
             ranges.append(within_window(bounds, position_BMS, prefix_position, c.window))
-        ropes, ranges = jnp.stack(ropes), jax.tree.map(lambda *kinds: jnp.stack(kinds), *ranges)
+        ropes = jnp.stack(ropes)
+        ranges = jax.tree.map(lambda *kinds: jnp.stack(kinds), *ranges)
 
         block = Block
         if self.remat != "none":
@@ -91,17 +94,29 @@ class Transformer(nn.Module):
 
 
 def init(key: jax.Array, config: TransformerConfig) -> Params:
-    """A decoder's parameters at random, float32."""
+    """Draws a decoder's parameters at random, float32."""
     layers_key, embedding_key = jax.random.split(key)
-    x_BMSD, zero = jnp.zeros((1, 1, 1, config.embed_dim)), jnp.zeros((1, 1, 1), jnp.int32)
+    x_BMSD = jnp.zeros((1, 1, 1, config.embed_dim))
+    zero = jnp.zeros((1, 1, 1), jnp.int32)
     params = Transformer(config).init(layers_key, x_BMSD, zero, Bounds(zero, zero, zero))["params"]
     shape = (config.vocab_size, config.embed_dim)
-    return params | {"embedding": jax.random.normal(embedding_key, shape) * config.embed_dim**-0.5}
+    params["embedding"] = jax.random.normal(embedding_key, shape) * config.embed_dim**-0.5
+    if config.untied_head:
+        head_key = jax.random.fold_in(embedding_key, 1)
+        params["head"] = jax.random.normal(head_key, shape) * config.embed_dim**-0.5
+    return params
+
+
+def output_table(decoder: Params) -> jax.Array:
+    """Returns the table [V, D] that gives a decoder's logits: its head, or the token embeddings where it has none."""
+    return decoder["head"] if "head" in decoder else decoder["embedding"]
 
 
 def embed(embedding_VD: jax.Array, tokens: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Token embeddings as they enter the residual stream: [..., D], scaled by sqrt(D) where the family does so. The
-    gradient of a row is summed in float32: a frequent token has thousands of addends."""
+    """Returns token embeddings as they enter the residual stream, [..., D], scaled by sqrt(D) where the family does so.
+
+    The gradient of a row is summed in float32: a frequent token has thousands of addends.
+    """
     V, dtype = embedding_VD.shape[0], embedding_VD.dtype
 
     @jax.custom_vjp
@@ -112,23 +127,23 @@ def embed(embedding_VD: jax.Array, tokens: jax.Array, config: TransformerConfig)
         return jnp.zeros((V, dx.shape[-1])).at[tokens].add(dx.astype(jnp.float32)).astype(dtype), None
 
     rows.defvjp(lambda embedding_VD, tokens: (embedding_VD[tokens], tokens), back)
-    x = rows(embedding_VD, tokens)
-    return scaled(x, config)
+    return scaled(rows(embedding_VD, tokens), config)
 
 
 def scaled(x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Rows of the token table [..., D] as they enter the residual stream."""
-    return x * jnp.asarray(config.embed_dim**0.5, x.dtype) if config.scale_embeddings else x
+    """Returns rows of the token table [..., D] as they enter the residual stream."""
+    if not config.scale_embeddings:
+        return x
+    return x * jnp.asarray(config.embed_dim**0.5, x.dtype)
 
 
-def unembed(embedding_VD: jax.Array, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Logits, float32 [..., V], softcapped where the family does so."""
-    logits = einsum("...D,VD->...V", x, embedding_VD.astype(x.dtype), jnp.float32)
-    cap = config.final_softcap
-    return cap * jnp.tanh(logits / cap) if cap else logits
+def unembed(table_VD: jax.Array, x: jax.Array, config: TransformerConfig) -> jax.Array:
+    """Returns logits, float32 [..., V], softcapped where the family does so. table_VD: the `output_table`."""
+    logits = einsum("...D,VD->...V", x, table_VD.astype(x.dtype), jnp.float32)
+    return softcapped(logits, config.final_softcap)[0]
 
 
 def own_text(start_BT: jax.Array) -> Bounds:
-    """Bounds of a call over text alone (M = 1): token t sees start_BT[t] <= j <= t."""
+    """Returns the bounds of a call over text alone (M = 1): token t sees start_BT[t] <= j <= t."""
     zero = jnp.zeros_like(start_BT[:, None])
     return Bounds(zero, zero, start_BT[:, None])

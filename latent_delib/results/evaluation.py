@@ -52,11 +52,25 @@ def _works(works: dict[str, dict[str, Any]]) -> list[str]:
     shown = [n for n in CURVES if n <= deepest]
     lines = [["by work, intervals over its documents", *(f"n = {n}" for n in shown)]]
     for name, part in works.items():
-        by_n = {row["n"]: row for row in part["rows"]}
-        cells = [str(change(by_n[n])) if n in by_n else "" for n in shown]
-        lines.append([f"{name}, {_documents(part | {'interval_over': None})}", *cells])
+        label = f"{name}, {_documents(part | {'interval_over': None})}"
+        lines.append([label, *_changes(part["rows"], shown)])
+    return _aligned(lines)
+
+
+def _changes(rows: Sequence[dict[str, Any]], shown: Sequence[int]) -> list[str]:
+    """Writes the change at each n that is shown; nothing where the text is too short."""
+    by_n = {row["n"]: row for row in rows}
+    return [str(change(by_n[n])) if n in by_n else "" for n in shown]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Writes lines of cells, indented, each column as wide as its longest cell."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["  ".join(["", *map(str.ljust, line, widths)]).rstrip() for line in lines]
+    written = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        written.append("  ".join(["", *cells]).rstrip())
+    return written
 
 
 def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:

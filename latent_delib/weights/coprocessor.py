@@ -6,7 +6,6 @@ coprocessor.json holds {"format": "latent_delib coprocessor 1", "method", "num_l
 and final norm ("model.layers.0.self_attn.q_proj.weight", ...): a coprocessor has no token table.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from latent_delib.errors import UserError
 from latent_delib.machine import files
 from latent_delib.nn.sizes import TransformerConfig
-from latent_delib.nn.transformer import Params
+from latent_delib.nn.transformer import TABLES, Params
 from latent_delib.weights import folder, names, tensors
 from latent_delib.weights.tensors import TensorFile
 
@@ -28,7 +27,14 @@ FIELDS = {"method": str, "num_latents": int, "placement": str, "step": int, "fin
 
 
 def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Params) -> None:
-    """Writes a coprocessor's folder, whole or not at all; `fields` are FIELDS without the architecture."""
+    """Writes a coprocessor's folder, whole or not at all.
+
+    Args:
+      out: the folder.
+      fields: FIELDS without the architecture.
+      config: the coprocessor's architecture.
+      tree: its parameters.
+    """
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
     body = [t for t in names.tensors(config, "huggingface") if t.leaf in leaves]  # pause tokens have none
     entries = {SOFT_TOKENS: (leaves[SOFT_TOKENS].shape, leaves[SOFT_TOKENS].dtype)}
@@ -41,12 +47,12 @@ def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Par
 
     with files.whole(out) as partial:
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})
-        fields = {"format": FORMAT, **fields, "architecture": dataclasses.asdict(config)}
+        fields = {"format": FORMAT, **fields, "architecture": config.to_dict()}
         (partial / FILE).write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def load(where: Path) -> tuple[dict[str, Any], Params]:
-    """The fields of a coprocessor's folder, and its parameter tree, numpy.
+    """Reads the fields of a coprocessor's folder, and its parameter tree, numpy.
 
     Raises:
       UserError: not such a folder, or tensors that do not fit its architecture.
@@ -60,13 +66,15 @@ def load(where: Path) -> tuple[dict[str, Any], Params]:
     config = TransformerConfig.from_dict(fields["architecture"], str(where / FILE))
     file = TensorFile(where / "model.safetensors")
     soft = (fields["num_latents"], config.embed_dim)
-    if (found := file.shapes.get(SOFT_TOKENS)) not in (soft, (1, config.embed_dim)):  # one stands for all
+    found = file.shapes.get(SOFT_TOKENS)
+    if found not in (soft, (1, config.embed_dim)):  # one vector may stand for all
         raise UserError(f"{file.path}: {SOFT_TOKENS} is {found}, expected {soft}")
     layers: dict[str, list[np.ndarray]] = {}
     if len(file.shapes) > 1:
         rest = {name: shape for name, shape in file.shapes.items() if name != SOFT_TOKENS}
-        for t in names.match(rest, config, "huggingface", str(file.path), without=("embedding",)):
+        for t in names.match(rest, config, "huggingface", str(file.path), without=TABLES):
             layers.setdefault(t.leaf, []).append(t.to_ours(file.read(t.name)))
-    leaves = {leaf: np.stack(parts) if leaf.startswith("layers.") else parts[0] for leaf, parts in layers.items()}
-    tree = flax.traverse_util.unflatten_dict(leaves | {SOFT_TOKENS: file.read(SOFT_TOKENS)}, sep=".")
-    return fields, tree
+    leaves = {SOFT_TOKENS: file.read(SOFT_TOKENS)}
+    for leaf, parts in layers.items():
+        leaves[leaf] = np.stack(parts) if leaf.startswith("layers.") else parts[0]
+    return fields, flax.traverse_util.unflatten_dict(leaves, sep=".")

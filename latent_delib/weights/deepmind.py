@@ -1,6 +1,6 @@
 """Google DeepMind's Gemma checkpoints: orbax folders, keys flat ("transformer/layer_0/attn/q_einsum") or nested.
 
-They hold tensors alone: what shapes do not tell (window, scales, rotary bases) is the known size's that fits.
+They hold tensors alone. What shapes do not tell (window, scales, rotary bases) is taken from the known size that fits.
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ _VISION = ("vision_encoder/", "SigLiPFromPatches_0/", "embedder/mm_")
 
 
 def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
-    """An orbax folder as a source.
+    """Opens an orbax folder as a source.
 
     Args:
+      where: the folder.
       wanted: its architecture, where that is no known size.
 
     Raises:
@@ -80,7 +81,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 def _architecture(
     shapes: dict[str, tuple[int, ...]], where: str, wanted: TransformerConfig | None
 ) -> TransformerConfig:
-    """The architecture that shapes and a known size, or the one wanted, make together."""
+    """Returns the architecture: the known size that fits the shapes, or the one wanted, with as many rows as stored."""
     if wanted is not None:
         rows = shapes.get("embedder/input_embedding", (0,))[0]
         return dataclasses.replace(wanted, vocab_size=max(rows, wanted.vocab_size))

@@ -1,12 +1,12 @@
-"""A decoder's folder.
+"""A decoder's folder: read part by part onto devices, written with its fingerprint.
 
-It holds `config.json`, `model.safetensors` and a tokenizer: `tokenizer.model` (SentencePiece), or `tokenizer.json`
-with `tokenizer_config.json`. config.json holds {"format": "latent_delib decoder 1", "architecture": {fields of
-TransformerConfig}}. The tensors are the leaves of the parameter tree under their dotted names, layers stacked on the
-first axis ("layers.attn.q").
+It holds `config.json`, `model.safetensors`, `fingerprint.json` and a tokenizer: `tokenizer.model` (SentencePiece), or
+`tokenizer.json` with `tokenizer_config.json`. config.json holds {"format": "latent_delib decoder 1", "architecture":
+{fields of TransformerConfig}}. The tensors are the leaves of the parameter tree under their dotted names, layers
+stacked on the first axis ("layers.attn.q"). fingerprint.json holds {"sha256": of config.json and model.safetensors,
+one after the other, "config_sha256", "model_bytes": the size of model.safetensors}.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -26,12 +26,18 @@ from latent_delib.weights import tensors
 from latent_delib.weights.tensors import TensorFile
 
 FORMAT = "latent_delib decoder 1"
+FINGERPRINT = "fingerprint.json"
+REMEDY = f"copy the folder whole, or delete {FINGERPRINT} if you changed it yourself"
 PACKAGED = Path(__file__).parent / "packaged"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
 
 
 def locate(path: str) -> Path:
-    """The folder a decoder's path means: "packaged" is the one that comes with this package."""
+    """Returns the folder that a decoder's path means: "packaged" is the one that comes with this package.
+
+    Raises:
+      UserError: the folder, or one of its files, does not exist.
+    """
     if "://" in path:
         raise UserError(f"decoder {path!r}: expected a local folder; download it, and name that")
     folder = PACKAGED if path == "packaged" else Path(path)
@@ -43,7 +49,7 @@ def locate(path: str) -> Path:
 
 
 def tokenizer_path(folder: Path) -> Path:
-    """The tokenizer of a folder, ours or Hugging Face's."""
+    """Returns the tokenizer's path in a folder, ours or Hugging Face's."""
     for name in TOKENIZERS:
         if (folder / name).is_file():
             return folder / name
@@ -51,24 +57,24 @@ def tokenizer_path(folder: Path) -> Path:
 
 
 def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:
-    """What copies the tokenizer of a folder into another; None where it has none."""
+    """Returns the function that copies a folder's tokenizer into another folder; None where it has none."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
     return functools.partial(copy_tokenizer, tokenizer_path(folder))
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies a tokenizer, with what belongs to it, under the names it has in a decoder folder."""
+    """Copies a tokenizer, and the file that names its special tokens, under the names they have in a decoder folder."""
     if path.suffix != ".json":
         shutil.copyfile(path, folder / "tokenizer.model")
         return
     shutil.copyfile(path, folder / "tokenizer.json")
-    if (path.parent / "tokenizer_config.json").is_file():  # which of its tokens is BOS
+    if (path.parent / "tokenizer_config.json").is_file():
         shutil.copyfile(path.parent / "tokenizer_config.json", folder / "tokenizer_config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Reads a JSON file that holds an object.
 
     Raises:
       UserError: it does not exist, or holds anything else.
@@ -85,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> TransformerConfig:
-    """The architecture of a decoder folder."""
+    """Reads the architecture of a decoder folder."""
     path = folder / "config.json"
     fields = read_json(path)
     if fields.get("format") != FORMAT:
@@ -95,34 +101,63 @@ def read_config(folder: Path) -> TransformerConfig:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config and weights, hex: two decoders with the same one are the same decoder."""
+    """Returns the SHA-256 over config.json and model.safetensors, hex: two decoders with the same one are the same.
+
+    A folder written by `write_model` has it in fingerprint.json, and its files are not hashed again. Older folders have
+    none: all their bytes are read.
+
+    Raises:
+      UserError: a file has changed since the fingerprint was stored.
+    """
+    path = folder / FINGERPRINT
+    if not path.is_file():
+        return _hash_files(folder)
+    stored = read_json(path)
+    if not isinstance(stored.get("sha256"), str):
+        raise UserError(f"{path}: sha256={stored.get('sha256')!r}, expected a string; {REMEDY}")
+    for name, value in _check_values(folder).items():
+        if stored.get(name) != value:
+            raise UserError(f"{path}: {name} was {stored.get(name)!r} when it was written, is {value!r}; {REMEDY}")
+    return stored["sha256"]
+
+
+def _hash_files(folder: Path) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with open(folder / "model.safetensors", "rb") as file:
-        while block := file.read(1 << 24):
+        for block in iter(lambda: file.read(1 << 24), b""):
             digest.update(block)
     return digest.hexdigest()
 
 
+def _check_values(folder: Path) -> dict[str, Any]:
+    """Returns the values that tell quickly whether a folder's files are those of its stored fingerprint."""
+    return {
+        "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        "model_bytes": (folder / "model.safetensors").stat().st_size,
+    }
+
+
 @functools.cache
 def shapes(config: TransformerConfig) -> Params:
-    """The parameter tree of a decoder as jax.ShapeDtypeStruct, float32."""
+    """Returns the parameter tree of a decoder as jax.ShapeDtypeStruct, float32."""
     return jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their dotted names, in order."""
+    """Returns the leaves of a tree by their dotted names, in order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:
-    """The weights of a decoder folder, none of them read yet.
+    """Opens the weights of a decoder folder; none of them is read yet.
 
     Raises:
       UserError: tensors missing, unknown, or of another shape than `config` says; all are listed.
     """
     file = TensorFile(folder / "model.safetensors")
-    wanted, found = {name: leaf.shape for name, leaf in by_name(shapes(config)).items()}, file.shapes
+    found = file.shapes
+    wanted = {name: leaf.shape for name, leaf in by_name(shapes(config)).items()}
     wrong = [f"missing {n} {s}" for n, s in wanted.items() if n not in found]
     wrong += [f"unknown {n} {s}" for n, s in found.items() if n not in wanted]
     wrong += [f"{n} is {found[n]}, expected {s}" for n, s in wanted.items() if found.get(n, s) != s]
@@ -132,9 +167,12 @@ def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:
 
 
 def load(folder: Path, config: TransformerConfig, dtype: Any, shardings: Params | None = None) -> Params:
-    """Reads the weights onto the devices; one device's part of one tensor at a time stands in host memory.
+    """Reads the weights onto the devices; one device's part of one tensor at a time is in host memory.
 
     Args:
+      folder: a decoder folder.
+      config: its architecture.
+      dtype: of the arrays.
       shardings: of every leaf; the first device where left out.
 
     Raises:
@@ -158,7 +196,18 @@ def load(folder: Path, config: TransformerConfig, dtype: Any, shardings: Params 
 def write_model(
     folder: Path, config: TransformerConfig, entries: Mapping[str, tuple], chunks: Iterable[np.ndarray]
 ) -> None:
-    """Writes a decoder's config.json and model.safetensors; see `tensors.write`."""
-    tensors.write(folder / "model.safetensors", entries, chunks)
-    fields = {"format": FORMAT, "architecture": dataclasses.asdict(config)}
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    """Writes a decoder's config.json, model.safetensors and fingerprint.json.
+
+    Args:
+      folder: an existing folder.
+      config: the architecture.
+      entries: name -> shape and dtype of every leaf.
+      chunks: the data of all leaves; see `tensors.write`.
+    """
+    fields = {"format": FORMAT, "architecture": config.to_dict()}
+    text = (json.dumps(fields, indent=2) + "\n").encode()
+    (folder / "config.json").write_bytes(text)
+    digest = hashlib.sha256(text)
+    tensors.write(folder / "model.safetensors", entries, chunks, digest=digest)
+    stored = {"sha256": digest.hexdigest(), **_check_values(folder)}
+    (folder / FINGERPRINT).write_text(json.dumps(stored, indent=2) + "\n")

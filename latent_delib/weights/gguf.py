@@ -1,7 +1,8 @@
 """GGUF files (version 2 and 3, little-endian), as llama.cpp's converter writes them.
 
-The header is read here, because the `gguf` library's reader trusts every count in it; blocks are dequantised by that
-library. Layout: magic, version, counts; keys with typed values; tensor infos; aligned data.
+The `gguf` library dequantises blocks. Its reader is not used: it trusts every count in a header, so that one damaged
+length of a list makes it loop for ever. Layout (llama.cpp's gguf.md): magic, version, counts; keys with typed values;
+tensor infos; aligned data.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 
 from latent_delib.errors import UserError
 from latent_delib.nn import rotary
-from latent_delib.nn.sizes import SIZES, TransformerConfig, differences
+from latent_delib.nn.sizes import FAMILIES, SIZES, TransformerConfig, differences
 from latent_delib.weights import gguf_vocabulary
 from latent_delib.weights.source import Source
 
@@ -26,6 +27,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 MOST = 1 << 22  # entries of a list: the largest vocabularies have a quarter of a million pieces
 CHUNK = 1 << 22  # elements dequantised at a time: what is in flight is float32, several times over
+ROPE_FREQS = "rope_freqs.weight"
 
 
 class Info(NamedTuple):
@@ -36,152 +38,169 @@ class Info(NamedTuple):
     begin: int
 
 
-class _Cursor:
-    """Reads a header forwards and never past its end."""
+class _Header:
+    """Reads a header forwards and never past the end of its file."""
 
     def __init__(self, data: mmap.mmap, where: str):
-        self.data, self.where, self.at = data, where, 0
+        self.data = data
+        self.where = where
+        self.at = 0
 
-    def take(self, count: int, size: int = 1) -> bytes:
-        """The next `count` entries of `size` bytes."""
-        self.room(count, size)
-        self.at += count * size
-        return self.data[self.at - count * size : self.at]
-
-    def room(self, count: int, size: int) -> None:
-        """Refuses a count of entries, each of at least that many bytes, that the file cannot hold or nobody means."""
+    def make_room(self, count: int, size: int) -> None:
+        """Raises UserError for a count of entries, each of at least `size` bytes, that the file cannot hold."""
         left = len(self.data) - self.at
         if count > MOST or count * size > left:
             raise UserError(
                 f"{self.where}: truncated or damaged: {count} x {size} bytes are to follow byte {self.at}, {left} do"
             )
 
+    def numbers(self, code: str, count: int) -> list[Any]:
+        """Returns the next `count` numbers of the type that `struct` calls `code`."""
+        dtype = np.dtype("<" + code)
+        self.make_room(count, dtype.itemsize)
+        found = np.frombuffer(self.data, dtype, count, self.at)
+        self.at += found.nbytes
+        return found.tolist()
+
     def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+        return self.numbers(code, 1)[0]
 
     def string(self) -> str:
+        length = self.number("Q")
+        self.make_room(length, 1)
+        self.at += length
         try:
-            return str(self.take(self.number("Q")), "utf-8")
+            return str(self.data[self.at - length : self.at], "utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{self.where}: damaged: a string before byte {self.at} is not UTF-8") from None
 
     def value(self, kind: int) -> Any:
+        """Returns a value of a type: a string, a number, or a list of these."""
         if kind == STRING:
             return self.string()
-        if kind == ARRAY:
-            kind, count = self.number("I"), self.number("Q")
-            if kind == STRING:
-                self.room(count, 8)
-                return [self.string() for _ in range(count)]
-            if kind in SCALARS:
-                size = struct.calcsize("<" + SCALARS[kind])
-                return np.frombuffer(self.take(count, size), np.dtype("<" + SCALARS[kind])).tolist()
         if kind in SCALARS:
             return self.number(SCALARS[kind])
+        if kind == ARRAY:
+            entry, count = self.number("I"), self.number("Q")
+            if entry == STRING:
+                self.make_room(count, 8)
+                return [self.string() for _ in range(count)]
+            if entry in SCALARS:
+                return self.numbers(SCALARS[entry], count)
+            kind = entry
         raise UserError(f"{self.where}: damaged: value type {kind} before byte {self.at}")
 
 
 class GGUF:
-    """A GGUF file. metadata: key -> str, number, bool or list. tensors: name -> Info.
+    """Holds an opened GGUF file. metadata: key -> str, number, bool or list of these. tensors: name -> Info.
 
     Raises:
-      UserError: not GGUF, truncated, contradictory, or with a block type that the `gguf` library does not dequantise.
+      UserError: not GGUF, truncated, contradictory, or with a tensor of unknown type.
     """
 
     def __init__(self, path: Path):
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        self.path, where = path, str(path)
+        self.path = path
+        where = str(path)
         try:
             with open(path, "rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise UserError(f"{where}: {error.strerror}") from None
-        except ValueError:  # an empty file
+        except ValueError:
             raise UserError(f"{where}: not a GGUF file (it is empty)") from None
-        head = _Cursor(data, where)
-        if (magic := head.take(4)) != MAGIC:
+        header = _Header(data, where)
+        magic = struct.pack("<I", header.number("I"))
+        if magic != MAGIC:
             raise UserError(f"{where}: not a GGUF file (begins with {magic!r})")
-        if (version := head.number("I")) not in (2, 3):
+        version = header.number("I")
+        if version not in (2, 3):
             raise UserError(f"{where}: GGUF version {version}, expected 2 or 3, little-endian")
-        tensor_count, key_count = head.number("Q"), head.number("Q")
-        head.room(tensor_count, 24)
-        head.room(key_count, 13)
+        tensor_count, key_count = header.number("Q"), header.number("Q")
+        header.make_room(tensor_count, 24)
+        header.make_room(key_count, 13)
         self.metadata: dict[str, Any] = {}
         for _ in range(key_count):
-            key = head.string()
-            self.metadata[key] = head.value(head.number("I"))
-
-        infos = {}
+            key = header.string()
+            self.metadata[key] = header.value(header.number("I"))
+        self.tensors: dict[str, Info] = {}
         for _ in range(tensor_count):
-            name, dims = head.string(), head.number("I")
-            if not 1 <= dims <= 4:
-                raise UserError(f"{where}: {name} has {dims} dimensions, expected 1 to 4")
-            shape = tuple(head.number("Q") for _ in range(dims))[::-1]
-            if name in infos:
+            name = header.string()
+            if name in self.tensors:
                 raise UserError(f"{where}: {name} is there twice")
-            infos[name] = shape, head.number("I"), head.number("Q")
+            self.tensors[name] = _info(header, name)
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise UserError(f"{where}: general.alignment={alignment!r}, expected a power of two")
-        start = -(-head.at // alignment) * alignment
-        self.tensors: dict[str, Info] = {}
-        for name, (shape, code, offset) in infos.items():
-            try:
-                kind = GGMLQuantizationType(code)
-            except ValueError:
-                raise UserError(f"{where}: {name} is of the unknown type {code}") from None
-            block, block_bytes = GGML_QUANT_SIZES[kind]
-            if shape[-1] % block:
+        start = -(-header.at // alignment) * alignment
+        for name, info in self.tensors.items():
+            info = info._replace(begin=start + info.begin)
+            end = info.begin + math.prod(_blocks(info))
+            if end > len(data):
                 raise UserError(
-                    f"{where}: {name} has rows of {shape[-1]}, expected a multiple of {block} ({kind.name})"
+                    f"{where}: truncated or damaged: {name} {info.shape} ends at byte {end}, the file has {len(data)}"
                 )
-            size = math.prod(shape) // block * block_bytes
-            if start + offset + size > len(data):
-                raise UserError(
-                    f"{where}: truncated or damaged: {name} {shape} ends at byte {start + offset + size}, "
-                    f"the file has {len(data)}"
-                )
-            self.tensors[name] = Info(shape, kind, start + offset)
+            self.tensors[name] = info
 
     def dtype(self, name: str) -> np.dtype:
-        """What `read` returns: bfloat16 as stored, float32 for all else."""
+        """Returns the dtype of what `read` returns: bfloat16 as stored, float32 for all else."""
         return np.dtype(ml_dtypes.bfloat16 if self.tensors[name].type.name == "BF16" else np.float32)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, dequantised to float32; bfloat16 stays what it is."""
-        from gguf import GGML_QUANT_SIZES
+        """Reads a tensor, dequantised to float32; bfloat16 stays what it is."""
         from gguf.quants import dequantize
 
-        shape, kind, begin = self.tensors[name]
-        plain = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-        if kind.name in plain:
-            stored = self._bytes(name, begin, math.prod(shape) * plain[kind.name].itemsize).view(plain[kind.name])
-            return stored.reshape(shape).astype(self.dtype(name), copy=False)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        blocks, out = math.prod(shape) // block, np.empty(math.prod(shape), np.float32)
-        step = max(1, CHUNK // block)
+        info = self.tensors[name]
+        blocks, block_bytes = _blocks(info)
+        size = math.prod(info.shape)
+        out = np.empty(size, self.dtype(name))
+        block = size // max(blocks, 1)
+        step = max(1, CHUNK // max(block, 1))
         for first in range(0, blocks, step):
-            last = min(first + step, blocks)
-            stored = self._bytes(name, begin + first * block_bytes, (last - first) * block_bytes)
+            count = min(step, blocks - first)
+            stored = np.fromfile(self.path, np.uint8, count * block_bytes, offset=info.begin + first * block_bytes)
+            if len(stored) != count * block_bytes:
+                raise UserError(f"{self.path}: {name} was cut off since the file was opened")
             try:
-                out[first * block : last * block] = dequantize(stored, kind)
+                out[first * block : (first + count) * block] = dequantize(stored, info.type)
             except NotImplementedError:
-                raise UserError(f"{self.path}: {name} is of type {kind.name}, which cannot be dequantised") from None
-        return out.reshape(shape)
+                raise UserError(
+                    f"{self.path}: {name} is of type {info.type.name}, which cannot be dequantised"
+                ) from None
+        return out.reshape(info.shape)
 
-    def _bytes(self, name: str, begin: int, size: int) -> np.ndarray:
-        found = np.fromfile(self.path, np.uint8, size, offset=begin)
-        if len(found) != size:
-            raise UserError(f"{self.path}: {name} was cut off since the file was opened")
-        return found
+
+def _info(header: _Header, name: str) -> Info:
+    """Reads a tensor's info; its place is still counted from the start of all data."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    dims = header.number("I")
+    if not 1 <= dims <= 4:
+        raise UserError(f"{header.where}: {name} has {dims} dimensions, expected 1 to 4")
+    shape = tuple(reversed(header.numbers("Q", dims)))
+    code = header.number("I")
+    try:
+        kind = GGMLQuantizationType(code)
+    except ValueError:
+        raise UserError(f"{header.where}: {name} is of the unknown type {code}") from None
+    block, _ = GGML_QUANT_SIZES[kind]
+    if shape[-1] % block:
+        raise UserError(f"{header.where}: {name} has rows of {shape[-1]}, expected a multiple of {block} ({kind.name})")
+    return Info(shape, kind, header.number("Q"))
+
+
+def _blocks(info: Info) -> tuple[int, int]:
+    """Returns how many blocks a tensor has, and the bytes of one."""
+    from gguf import GGML_QUANT_SIZES
+
+    block, block_bytes = GGML_QUANT_SIZES[info.type]
+    return math.prod(info.shape) // block, block_bytes
 
 
 def open_source(path: Path) -> Source:
-    """A GGUF file as a source."""
+    """Opens a GGUF file as a source."""
     file = GGUF(path)
     config = architecture(file)
-    shapes = {name: info.shape for name, info in file.tensors.items() if name != "rope_freqs.weight"}
+    shapes = {name: info.shape for name, info in file.tensors.items() if name != ROPE_FREQS}
     return Source(
         where=str(path),
         form="gguf",
@@ -194,17 +213,15 @@ def open_source(path: Path) -> Source:
 
 
 def architecture(file: GGUF) -> TransformerConfig:
-    """TransformerConfig of a file's metadata; what GGUF does not say is the known size's that fits the rest."""
-    where, kind = str(file.path), file.metadata.get("general.architecture")
-    families = {
-        "llama": dict(activation="silu", scale_embeddings=False, norm_offset=0.0),
-        "qwen3": dict(activation="silu", scale_embeddings=False, norm_offset=0.0, qk_norm=True),
-        "gemma": {},
-        "gemma2": dict(layer_pattern=("local", "global"), post_norms=True),
-        "gemma3": dict(layer_pattern=("local",) * 5 + ("global",), post_norms=True, qk_norm=True),
-    }
-    if not isinstance(kind, str) or kind not in families:
-        raise UserError(f"{where}: general.architecture={kind!r}, expected one of {', '.join(families)}")
+    """Returns the TransformerConfig of a file's metadata; what GGUF leaves out is the known size's that fits the rest.
+
+    Raises:
+      UserError: a key that is missing, wrong, or of a feature that is not known here.
+    """
+    where = str(file.path)
+    kind = file.metadata.get("general.architecture")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"{where}: general.architecture={kind!r}, expected one of {', '.join(FAMILIES)}")
 
     def get(key: str, type_: type, default: Any = None) -> Any:
         value = file.metadata.get(f"{kind}.{key}", default)
@@ -215,7 +232,10 @@ def architecture(file: GGUF) -> TransformerConfig:
     heads, width = get("attention.head_count", int), get("embedding_length", int)
     if heads < 1:
         raise UserError(f"{where}: {kind}.attention.head_count={heads}, expected at least 1")
-    fields: dict[str, Any] = dict(
+    experts = get("expert_count", int, 0)
+    if experts:
+        raise UserError(f"{where}: {kind}.expert_count={experts}, mixtures of experts are not known here")
+    fields = FAMILIES[kind] | dict(
         num_layers=get("block_count", int),
         embed_dim=width,
         num_heads=heads,
@@ -226,36 +246,37 @@ def architecture(file: GGUF) -> TransformerConfig:
         rope_base=get("rope.freq_base", float, 10_000.0),
         # Stored as float32; the decimal number it was made from has few digits.
         norm_eps=float(f"{get('attention.layer_norm_rms_epsilon', float):.6g}"),
-        **families[kind],
+        attn_softcap=get("attn_logit_softcapping", float, 0.0),
+        final_softcap=get("final_logit_softcapping", float, 0.0),
+        untied_head="output.weight" in file.tensors,
     )
-    if get("expert_count", int, 0):
-        raise UserError(
-            f"{where}: {kind}.expert_count={get('expert_count', int)}, mixtures of experts are not known here"
-        )
     if "layer_pattern" in fields:
         fields["window"] = get("attention.sliding_window", int)
-    for key, name in (("attn_logit_softcapping", "attn_softcap"), ("final_logit_softcapping", "final_softcap")):
-        fields[name] = get(key, float, 0.0)
     scaling = get("rope.scaling.type", str, "none")
     if scaling == "linear":
         fields["rope_scaling"] = (get("rope.scaling.factor", float), 1.0, 4.0, 0.0)
     elif scaling != "none":
         raise UserError(f"{where}: {kind}.rope.scaling.type={scaling!r}, expected none or linear")
     config = TransformerConfig.from_dict(fields, where)
-    known = next((size for size in SIZES.values() if not _unlike(config, size)), None)
+    known = next((size for size in SIZES.values() if not _differences_told(config, size)), None)
     if known is not None:
         config = dataclasses.replace(config, query_scale=known.query_scale)
-    if "rope_freqs.weight" in file.tensors:  # Llama 3's scaling, as a divisor of each frequency
+    if ROPE_FREQS in file.tensors:
         config = dataclasses.replace(config, rope_scaling=known.rope_scaling if known else ())
-        divisors = file.read("rope_freqs.weight").reshape(-1)
-        plain = rotary.frequencies(config.head_dim, config.rope_base)
-        scaled = rotary.frequencies(config.head_dim, config.rope_base, config.rope_scaling)
-        if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-4):
-            raise UserError(f"{where}: rope_freqs.weight is not the rotary scaling of any known size")
+        _check_scaling(file, config)
     return config
 
 
-def _unlike(config: TransformerConfig, size: TransformerConfig) -> list[str]:
-    """In what a file is not of a known size, where GGUF tells."""
+def _check_scaling(file: GGUF, config: TransformerConfig) -> None:
+    """Raises UserError where the file's divisors of frequencies, Llama 3's scaling, are not those of the config."""
+    divisors = file.read(ROPE_FREQS).reshape(-1)
+    plain = rotary.frequencies(config.head_dim, config.rope_base)
+    scaled = rotary.frequencies(config.head_dim, config.rope_base, config.rope_scaling)
+    if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-4):
+        raise UserError(f"{file.path}: {ROPE_FREQS} is not the rotary scaling of any known size")
+
+
+def _differences_told(config: TransformerConfig, size: TransformerConfig) -> list[str]:
+    """Returns the differences between a file and a known size in the fields that GGUF tells."""
     silent = ("query_scale", "rope_scaling", "local_rope_base", "window")
-    return [d for d in differences(config, size) if not d.startswith(silent)]
+    return [line for line in differences(config, size) if not line.startswith(silent)]

@@ -1,7 +1,7 @@
-"""The vocabulary inside a GGUF to the files it was made from: tokenizer.json, or a SentencePiece model.
+"""Writes the vocabulary inside a GGUF as the files it was made from: tokenizer.json, or a SentencePiece model.
 
-The reference is what llama.cpp makes of the same keys (its llama-vocab.cpp). Like it, and unlike some tokenizer.json of
-the same models (Qwen's composes accents first), the files written here take text as it is.
+The reference is llama.cpp's reading of the same keys (llama-vocab.cpp). Like it, and unlike some tokenizer.json of the
+same models (Qwen's composes accents first), the files written here take text as it is.
 """
 
 import json
@@ -19,7 +19,7 @@ _LLAMA3 = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> expressions that cut a text into words one after the other: each cuts what those before it left.
+# tokenizer.ggml.pre -> expressions that cut a text into words; each one cuts the pieces that those before it left.
 _WORDS = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
     "gpt-2": [_GPT2],
@@ -29,27 +29,36 @@ _WORDS = {
 }
 
 
+class _Vocabulary(NamedTuple):
+    """Holds a vocabulary. ids: token -> 0, 1, ..., in order. types: of every token. special: "bos", "eos", "pad" ->
+    token, of those that there are."""
+
+    ids: dict[str, int]
+    types: list[int]
+    special: dict[str, str]
+
+
 class _Keys:
-    """The tokenizer.ggml keys of a GGUF, each checked when it is asked for."""
+    """Reads the tokenizer.ggml keys of a GGUF, each checked when it is asked for."""
 
     def __init__(self, metadata: Mapping[str, Any], source: str):
-        self._metadata, self._source = metadata, source
+        self._metadata = metadata
+        self._source = source
 
     def error(self, key: str, message: str) -> UserError:
         return UserError(f"{self._source}: tokenizer.ggml.{key}: {message}")
 
-    def get(self, key: str, kind: type, *default: Any) -> Any:
-        """The value of a key, which is of type `kind`; where it is missing, `default` if that is given."""
-        if (value := self._metadata.get(f"tokenizer.ggml.{key}")) is None:
-            if default:
-                return default[0]
+    def get(self, key: str, kind: type, default: Any = ...) -> Any:
+        """Returns the value of a key, which is of type `kind`; where it is missing, `default` if that is given."""
+        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
+        if value is ...:
             raise self.error(key, "is missing")
-        if type(value) is not kind:  # a bool is no int
+        if value is not default and type(value) is not kind:  # a bool is no int
             raise self.error(key, f"is {type(value).__name__}, expected {kind.__name__}")
         return value
 
-    def each(self, key: str, kind: type, length: int | None = None) -> list:
-        """The list of a key, whose entries are of type `kind` and `length` in number."""
+    def list_of(self, kind: type, key: str, length: int | None = None) -> list:
+        """Returns the list of a key, whose entries are of type `kind` and `length` in number."""
         values = self.get(key, list)
         for i, value in enumerate(values):
             if type(value) is not kind:
@@ -59,44 +68,42 @@ class _Keys:
         return values
 
 
-class _Vocabulary(NamedTuple):
-    ids: dict[str, int]  # in their order: 0, 1, ...
-    types: list[int]
-    special: dict[str, str]  # of "bos", "eos", "pad" those that there are -> token
-
-
 def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
     """Writes tokenizer.json and tokenizer_config.json, or tokenizer.model, into an existing folder.
 
     Args:
       metadata: all keys of the GGUF and their values: str, int, float, bool and lists of these.
-      source: what messages call the GGUF.
+      folder: an existing folder.
+      source: the GGUF's path, for messages.
 
     Raises:
-      UserError: a key is missing, or holds what no vocabulary that is known here has.
+      UserError: a key is missing, or does not describe a vocabulary of a known kind.
     """
     keys = _Keys(metadata, source)
     kinds: dict[str, Callable] = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}
-    if (kind := keys.get("model", str)) not in kinds:
+    kind = keys.get("model", str)
+    if kind not in kinds:
         raise keys.error("model", f"is {kind!r}, expected one of {', '.join(kinds)}")
     for name, content in kinds[kind](keys, _vocabulary(keys)).items():
         (folder / name).write_bytes(content)
 
 
 def _vocabulary(keys: _Keys) -> _Vocabulary:
-    tokens = keys.each("tokens", str)
-    types = list(keys.each("token_type", int, len(tokens)))
+    tokens = keys.list_of(str, "tokens")
+    types = list(keys.list_of(int, "token_type", len(tokens)))
     ids: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if not token:
             raise keys.error("tokens", f"entry {i} is empty")
-        if ids.setdefault(token, i) != i:
+        if token in ids:
             raise keys.error("tokens", f"entries {ids[token]} and {i} are both {token!r}")
         if not _NORMAL <= types[i] <= _BYTE:
             raise keys.error("token_type", f"entry {i} is {types[i]}, expected 1 to 6")
+        ids[token] = i
     special = {}
     for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("pad", "padding_token_id")):
-        if (i := keys.get(key, int, None)) is None:
+        i = keys.get(key, int, None)
+        if i is None:
             continue
         if not 0 <= i < len(tokens):
             raise keys.error(key, f"is {i}, expected one of {len(tokens)} tokens")
@@ -107,14 +114,15 @@ def _vocabulary(keys: _Keys) -> _Vocabulary:
 
 
 def _byte_level_bpe(keys: _Keys, vocabulary: _Vocabulary) -> dict[str, bytes]:
-    """Name -> content of the files of a "gpt2" vocabulary."""
+    """Returns name -> content of the files of a "gpt2" vocabulary."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    ids, pre = vocabulary.ids, keys.get("pre", str, "default")
+    ids = vocabulary.ids
+    pre = keys.get("pre", str, "default")
     if pre not in _WORDS:
         raise keys.error("pre", f"is {pre!r}, expected one of {', '.join(_WORDS)}")
-    merges = [tuple(merge.split(" ")) for merge in keys.each("merges", str)]
+    merges = [tuple(merge.split(" ")) for merge in keys.list_of(str, "merges")]
     for i, merge in enumerate(merges):
         if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
             raise keys.error("merges", f"entry {i} is {' '.join(merge)!r}, expected two tokens that make a third")
@@ -123,13 +131,10 @@ def _byte_level_bpe(keys: _Keys, vocabulary: _Vocabulary) -> dict[str, bytes]:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [
-            tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
-            for token, kind in zip(ids, vocabulary.types)
-            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-        ]
-    )
+    for token, kind in zip(ids, vocabulary.types):
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            added = tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
+            tokenizer.add_tokens([added])
     config = {f"{name}_token": vocabulary.special.get(name) for name in ("bos", "eos", "pad")}
     return {
         "tokenizer.json": tokenizer.to_str().encode(),
@@ -138,25 +143,30 @@ def _byte_level_bpe(keys: _Keys, vocabulary: _Vocabulary) -> dict[str, bytes]:
 
 
 def _sentencepiece(keys: _Keys, vocabulary: _Vocabulary) -> dict[str, bytes]:
-    """Name -> content of the one file of a "llama" vocabulary."""
+    """Returns name -> content of the one file of a "llama" vocabulary."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
     ids, types = vocabulary.ids, vocabulary.types
-    scores = keys.each("scores", float, len(ids))
+    scores = keys.list_of(float, "scores", len(ids))
     if not all(map(math.isfinite, scores)):
         raise keys.error("scores", "holds numbers that are not finite")
-    if types.count(_UNKNOWN) != 1:
-        raise keys.error("token_type", f"has {types.count(_UNKNOWN)} entries of type {_UNKNOWN} (unknown), expected 1")
+    unknown = [token for token, kind in zip(ids, types) if kind == _UNKNOWN]
+    if len(unknown) != 1:
+        raise keys.error("token_type", f"has {len(unknown)} entries of type {_UNKNOWN} (unknown), expected 1")
     model = sentencepiece_model_pb2.ModelProto()
     for token, score, kind in zip(ids, scores, types):
         model.pieces.add(piece=token, score=score, type=kind)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(ids), _BYTE in types
-    for name, token in (vocabulary.special | {"unk": list(ids)[types.index(_UNKNOWN)]}).items():
+    trainer = model.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(ids)
+    trainer.byte_fallback = _BYTE in types
+    for name, token in (vocabulary.special | {"unk": unknown[0]}).items():
         setattr(trainer, f"{name}_piece", token)  # the library finds them by these names
         setattr(trainer, f"{name}_id", ids[token])
-    normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
+    normalizer = model.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.remove_extra_whitespaces = False
     normalizer.add_dummy_prefix = keys.get("add_space_prefix", bool, True)
     content = model.SerializeToString(deterministic=True)
     try:

@@ -10,30 +10,23 @@ from typing import Any
 import numpy as np
 
 from latent_delib.errors import UserError
-from latent_delib.nn.sizes import TransformerConfig, differences
+from latent_delib.nn.sizes import FAMILIES, TransformerConfig, differences, family
 from latent_delib.weights import folder as folder_lib
-from latent_delib.weights import names
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import TensorFile
 
-# model_type -> what a config.json that leaves a key out means by that (the defaults of `transformers`).
-_GEMMA = dict(hidden_act="gelu_pytorch_tanh", head_dim=256, tie_word_embeddings=True, vocab_size=256_000)
-_GEMMA2 = _GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096)
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen3": dict(head_dim=128, rope_theta=1e6),
-    "gemma": _GEMMA,
-    "gemma2": _GEMMA2 | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window_pattern=2),
-    "gemma3_text": _GEMMA2
-    | dict(
-        vocab_size=262_208,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        rope_theta=1e6,
-        rope_local_base_freq=1e4,
-        sliding_window_pattern=6,
-    ),
+Fields = Mapping[str, Any]
+
+# Our family -> theirs: model_type and class.
+CLASSES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma": ("gemma", "GemmaForCausalLM"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
+# What a config.json means by a key that it leaves out (the defaults of `transformers`), by our family.
 _COMMON = dict(
     hidden_act="silu",
     rms_norm_eps=1e-6,
@@ -45,13 +38,37 @@ _COMMON = dict(
     final_logit_softcapping=None,
     use_bidirectional_attention=False,
 )
-# Our field -> the key of a config.json that says it.
-KEYS = {
+_GEMMA = _COMMON | dict(hidden_act="gelu_pytorch_tanh", head_dim=256, tie_word_embeddings=True, vocab_size=256_000)
+_GEMMA2 = _GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096)
+_GEMMA2_ALONE = dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window_pattern=2)
+_GEMMA3_ALONE = dict(
+    vocab_size=262_208,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    rope_theta=1e6,
+    rope_local_base_freq=1e4,
+    sliding_window_pattern=6,
+)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON,
+    "qwen2": _COMMON,
+    "qwen3": _COMMON | dict(head_dim=128, rope_theta=1e6),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2 | _GEMMA2_ALONE,
+    "gemma3": _GEMMA2 | _GEMMA3_ALONE,
+}
+# Our field -> the key of a config.json that holds the same number.
+NUMBERS = {
     "num_layers": "num_hidden_layers",
     "embed_dim": "hidden_size",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "ffn_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+}
+# Our field -> the key that says it in another way: messages name the user's key.
+KEYS = NUMBERS | {
     "layer_pattern": "layer_types",
     "window": "sliding_window",
     "rope_base": "rope_theta",
@@ -59,51 +76,53 @@ KEYS = {
     "query_scale": "query_pre_attn_scalar",
     "attn_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
-    "norm_eps": "rms_norm_eps",
 }
-# Our family -> theirs: model_type and class.
-CLASSES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "gemma": ("gemma", "GemmaForCausalLM"),
-    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+# Their kind of layer -> ours.
+LAYERS = {"full_attention": "global", "sliding_attention": "local"}
+# Their kind of rotary scaling -> the keys that it needs.
+SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 # Parts of multimodal checkpoints that a text decoder does not have.
 _IGNORED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def open_source(where: Path) -> Source:
-    """A Hugging Face folder as a source.
+    """Opens a Hugging Face folder as a source.
 
     Raises:
-      UserError: files missing, damaged or contradictory; an architecture that is not one of `DEFAULTS`.
+      UserError: files missing, damaged or contradictory; an architecture that is none of FAMILIES.
     """
     config = architecture(folder_lib.read_json(where / "config.json"), str(where / "config.json"))
-    stored = _files(where)
-    shapes, dtypes, place = {}, {}, {}
-    for name, file in stored.items():
-        ours = _text_name(name)
-        if ours is not None:
-            shapes[ours], place[ours] = file.shapes[name], (file, name)
-            dtypes[ours] = np.dtype(np.float32) if file.dtypes[name] == np.float16 else file.dtypes[name]
+    places: dict[str, tuple[TensorFile, str]] = {}
+    for name, file in _files(where).items():
+        text_name = _text_name(name)
+        if text_name is not None:
+            places[text_name] = file, name
+    shapes = {name: file.shapes[stored] for name, (file, stored) in places.items()}
+    dtypes = {name: _readable(file.dtypes[stored]) for name, (file, stored) in places.items()}
 
-    def read(name: str) -> np.ndarray:
-        file, stored_name = place[name]
-        return file.read(stored_name).astype(dtypes[name], copy=False)
+    def read_tensor(name: str) -> np.ndarray:
+        file, stored = places[name]
+        return file.read(stored).astype(dtypes[name], copy=False)
 
-    if {
-        "lm_head.weight",
-        "model.embed_tokens.weight",
-    } <= shapes.keys():  # a copy of the token table, which some exporters write
-        if not np.array_equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
-            raise UserError(f"{where}: lm_head.weight differs from model.embed_tokens.weight, expected tied embeddings")
-        del shapes["lm_head.weight"]
-    return Source(str(where), "huggingface", config, shapes, dtypes, read, folder_lib.tokenizer_writer(where))
+    if not config.untied_head and {HEAD, EMBEDDING} <= shapes.keys():  # some exporters write the table twice
+        if not np.array_equal(read_tensor(HEAD), read_tensor(EMBEDDING)):
+            raise UserError(f"{where}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings=True")
+        del shapes[HEAD]
+    return Source(str(where), "huggingface", config, shapes, dtypes, read_tensor, folder_lib.tokenizer_writer(where))
+
+
+def _readable(stored: np.dtype) -> np.dtype:
+    """Returns the dtype that a stored tensor is read as: float32 for float16, which it holds exactly."""
+    return np.dtype(np.float32) if stored == np.float16 else stored
 
 
 def _text_name(name: str) -> str | None:
-    """The name that a tensor has in a text-only checkpoint; None for what a text decoder does not use."""
+    """Returns the name that a tensor has in a text-only checkpoint; None where a text decoder does not use it."""
     if name.startswith(_IGNORED) or name.endswith("rotary_emb.inv_freq"):
         return None
     for prefix in ("language_model.model.", "model.language_model."):  # both have stood for Gemma 3's text part
@@ -113,7 +132,7 @@ def _text_name(name: str) -> str | None:
 
 
 def _files(where: Path) -> dict[str, TensorFile]:
-    """Tensor name -> the file it lies in, by the index where there is one."""
+    """Returns the file that each tensor lies in, by the index where there is one."""
     index = where / "model.safetensors.index.json"
     if not index.is_file():
         if not (where / "model.safetensors").is_file():
@@ -123,72 +142,59 @@ def _files(where: Path) -> dict[str, TensorFile]:
     listed = folder_lib.read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index}: weight_map is missing or no map of tensor names to file names")
-    for file in set(listed.values()):
+    opened: dict[str, TensorFile] = {}
+    for file in sorted(set(listed.values())):
         if Path(file).name != file or "\\" in file or file in ("", ".", "..") or "\0" in file:
             raise UserError(f"{index}: names the file {file!r}, expected one of the same folder")
-    opened = {file: TensorFile(where / file) for file in sorted(set(listed.values()))}
-    if astray := [f"{name} in {file}" for name, file in listed.items() if name not in opened[file].shapes]:
+        opened[file] = TensorFile(where / file)
+    astray = [f"{name} in {file}" for name, file in listed.items() if name not in opened[file].shapes]
+    if astray:
         raise UserError(f"{index}: these tensors are not where it says: {', '.join(astray)}")
-    if unlisted := [n for file in opened.values() for n in file.shapes if n not in listed]:
+    stored = [name for file in opened.values() for name in file.shapes]
+    unlisted = [name for name in stored if name not in listed]
+    if unlisted:
         raise UserError(f"{index}: does not list {', '.join(unlisted)}")
     return {name: opened[file] for name, file in listed.items()}
 
 
-def architecture(config: Mapping[str, Any], where: str) -> TransformerConfig:
-    """TransformerConfig of a config.json; `where` is named when something in it is wrong or not known here."""
-    text = config.get("text_config", config) if config.get("model_type") == "gemma3" else config
-    if not isinstance(text, dict):
-        raise UserError(f"{where}: text_config={text!r}, expected an object")
-    model_type = text.get("model_type", "gemma3_text" if text is not config else None)
-    if not isinstance(model_type, str) or model_type not in DEFAULTS:
-        raise UserError(f"{where}: model_type={model_type!r}, expected one of {', '.join(DEFAULTS)} or gemma3")
-    given = {k: v for k, v in text.items() if v is not None or k.endswith("softcapping")}
-    c = _COMMON | DEFAULTS[model_type] | given
+def architecture(config: Fields, where: str) -> TransformerConfig:
+    """Returns the TransformerConfig of a config.json.
 
-    def need(key: str, kind: type | tuple[type, ...]) -> Any:
-        if key not in c:
-            raise UserError(f"{where}: {key} is missing")
-        if not isinstance(c[key], kind) or isinstance(c[key], bool):
-            raise UserError(f"{where}: {key}={c[key]!r}, expected a number")
-        return c[key]
+    Args:
+      config: its fields.
+      where: its path, for messages.
 
-    gemma = model_type.startswith("gemma")
-    c["hidden_act"] = c.get("hidden_activation", c["hidden_act"])
+    Raises:
+      UserError: a key that is missing, wrong, or of a feature that is not known here.
+    """
+    ours, c = _completed(config, where)
+    gemma = ours.startswith("gemma")
+    # Gemma 1's files say gelu and mean its tanh approximation, as `transformers` reads them.
+    activations = ("gelu", "gelu_pytorch_tanh") if gemma else ("silu",)
     for key, allowed in {
-        "tie_word_embeddings": (True,),
-        "attention_bias": (False,),
+        "attention_bias": (False,),  # it would give the output projection a bias too
         "mlp_bias": (False,),
         "use_bidirectional_attention": (False,),
-        # Gemma 1's files say gelu and mean its tanh approximation, as `transformers` reads them.
-        "hidden_act": ("gelu", "gelu_pytorch_tanh") if gemma else ("silu",),
+        "tie_word_embeddings": (True, False),
+        "hidden_act": activations,
     }.items():
         if c[key] not in allowed:
             raise UserError(f"{where}: {key}={c[key]!r}, only {' or '.join(map(repr, allowed))} is known here")
-    pattern = _pattern(c, need("num_hidden_layers", int), where)
-    scalar = need("query_pre_attn_scalar", (int, float)) if "query_pre_attn_scalar" in c else 0
+    fields = FAMILIES[ours] | {name: _number(c, key, where) for name, key in NUMBERS.items()}
+    pattern = _pattern(c, fields["num_layers"], where)
+    has_local = "local" in pattern
     base, scaling, local_base = _rope(c, where)
-    fields = dict(
-        num_layers=need(KEYS["num_layers"], int),
-        embed_dim=need(KEYS["embed_dim"], int),
-        num_heads=need(KEYS["num_heads"], int),
-        num_kv_heads=need(KEYS["num_kv_heads"] if KEYS["num_kv_heads"] in c else KEYS["num_heads"], int),
-        ffn_dim=need(KEYS["ffn_dim"], int),
-        vocab_size=need("vocab_size", int),
-        head_dim=need("head_dim", int) if "head_dim" in c else 0,
-        activation="gelu" if gemma else "silu",
+    fields |= dict(
         layer_pattern=pattern,
-        window=need("sliding_window", int) if "local" in pattern else 0,
+        head_dim=_number(c, "head_dim", where) if "head_dim" in c else 0,
+        window=_number(c, "sliding_window", where) if has_local else 0,
         rope_base=base,
         rope_scaling=scaling,
-        local_rope_base=local_base if "local" in pattern else TransformerConfig.local_rope_base,
-        query_scale=float(scalar) ** -0.5 if scalar > 0 else 0.0,
+        local_rope_base=local_base if has_local else TransformerConfig.local_rope_base,
+        query_scale=_query_scale(c, where),
         attn_softcap=c["attn_logit_softcapping"] or 0.0,
         final_softcap=c["final_logit_softcapping"] or 0.0,
-        post_norms=model_type in ("gemma2", "gemma3_text"),
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
-        scale_embeddings=gemma,
-        norm_eps=need("rms_norm_eps", (int, float)),
-        norm_offset=1.0 if gemma else 0.0,
+        untied_head=not c["tie_word_embeddings"],
     )
     try:
         return TransformerConfig.from_dict(fields, where)
@@ -198,14 +204,49 @@ def architecture(config: Mapping[str, Any], where: str) -> TransformerConfig:
         raise UserError(f"{where}: {wrong}") from None
 
 
-def _pattern(c: Mapping[str, Any], num_layers: int, where: str) -> tuple[str, ...]:
-    """The shortest pattern that, repeated, gives every layer its kind."""
-    known = {"full_attention": "global", "sliding_attention": "local"}
+def _completed(config: Fields, where: str) -> tuple[str, dict[str, Any]]:
+    """Returns our family, and the fields of the text decoder with all that they leave out filled in."""
+    multimodal = config.get("model_type") == "gemma3" and "text_config" in config
+    text = config["text_config"] if multimodal else config
+    if not isinstance(text, dict):
+        raise UserError(f"{where}: text_config={text!r}, expected an object")
+    model_type = text.get("model_type", "gemma3_text" if multimodal else None)
+    families = {theirs: ours for ours, (theirs, _) in CLASSES.items()}
+    if not isinstance(model_type, str) or model_type not in families:
+        raise UserError(f"{where}: model_type={model_type!r}, expected one of {', '.join(families)} or gemma3")
+    ours = families[model_type]
+    given = {key: value for key, value in text.items() if value is not None or key.endswith("softcapping")}
+    c = DEFAULTS[ours] | given
+    c["hidden_act"] = c.get("hidden_activation", c["hidden_act"])
+    if "num_attention_heads" in c:
+        c.setdefault("num_key_value_heads", c["num_attention_heads"])
+    return ours, c
+
+
+def _number(c: Fields, key: str, where: str) -> Any:
+    """Returns the number that a key holds."""
+    if key not in c:
+        raise UserError(f"{where}: {key} is missing")
+    if not isinstance(c[key], int | float) or isinstance(c[key], bool):
+        raise UserError(f"{where}: {key}={c[key]!r}, expected a number")
+    return c[key]
+
+
+def _query_scale(c: Fields, where: str) -> float:
+    """Returns the factor on scores; 0 for the usual one."""
+    if "query_pre_attn_scalar" not in c:
+        return 0.0
+    scalar = _number(c, "query_pre_attn_scalar", where)
+    return float(scalar) ** -0.5 if scalar > 0 else 0.0
+
+
+def _pattern(c: Fields, num_layers: int, where: str) -> tuple[str, ...]:
+    """Returns the shortest pattern that, repeated, gives every layer its kind."""
     if "layer_types" in c:
         kinds = c["layer_types"]
-        if not isinstance(kinds, list) or len(kinds) != num_layers or not all(k in list(known) for k in kinds):
-            raise UserError(f"{where}: layer_types: expected {num_layers} of {' and '.join(known)}")
-        ours = [known[kind] for kind in kinds]
+        if not isinstance(kinds, list) or len(kinds) != num_layers or not all(k in list(LAYERS) for k in kinds):
+            raise UserError(f"{where}: layer_types: expected {num_layers} of {' and '.join(LAYERS)}")
+        ours = [LAYERS[kind] for kind in kinds]
     elif "sliding_window_pattern" in c:
         period = c["sliding_window_pattern"]
         if not isinstance(period, int) or not 1 <= period <= 1000:
@@ -221,113 +262,127 @@ def _pattern(c: Mapping[str, Any], num_layers: int, where: str) -> tuple[str, ..
     raise UserError(f"{where}: layer_types is empty")
 
 
-def _rope(c: Mapping[str, Any], where: str) -> tuple[float, tuple[float, ...], float]:
-    """Rotary base and scaling of global layers, and the base of local ones."""
-    rope = c.get("rope_parameters", {})
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters={rope!r}, expected an object")
+def _rope(c: Fields, where: str) -> tuple[float, tuple[float, ...], float]:
+    """Returns rotary base and scaling of global layers, and the base of local ones.
+
+    `transformers` 5 writes rope_parameters, for all layers or by their kind; releases before it wrote rope_theta,
+    rope_scaling and rope_local_base_freq, which it reads as well.
+    """
+    rope = _object(c, "rope_parameters", where)
     if "full_attention" in rope or "sliding_attention" in rope:
-        kinds = [rope.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
+        of_global = _object(rope, "full_attention", where)
+        of_local = _object(rope, "sliding_attention", where)
     else:
-        if not isinstance(scaling := c.get("rope_scaling") or {}, dict):
-            raise UserError(f"{where}: rope_scaling={scaling!r}, expected an object")
-        rope = rope or {"rope_theta": c["rope_theta"]} | scaling
-        kinds = [rope, {} if "rope_local_base_freq" in c else rope]
-    bases = []
-    for kind, default in zip(kinds, (c["rope_theta"], c.get("rope_local_base_freq", c["rope_theta"]))):
-        base = kind.get("rope_theta", default) if isinstance(kind, dict) else kind
-        if not isinstance(base, int | float) or not base > 0:
-            raise UserError(f"{where}: rope_theta={base!r}, expected a positive number")
-        bases.append(float(base))
-    return bases[0], _scaling(kinds[0], where), bases[1]
+        of_global = rope or _object(c, "rope_scaling", where)
+        of_local = {} if "rope_local_base_freq" in c else of_global
+    base = _base(of_global, c["rope_theta"], where)
+    local_base = _base(of_local, c.get("rope_local_base_freq", c["rope_theta"]), where)
+    return base, _scaling(of_global, where), local_base
 
 
-def _scaling(rope: Mapping[str, Any], where: str) -> tuple[float, ...]:
+def _object(c: Fields, key: str, where: str) -> Fields:
+    """Returns the object that a key holds; an empty one where there is none."""
+    value = c.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key}={value!r}, expected an object")
+    return value
+
+
+def _base(rope: Fields, default: Any, where: str) -> float:
+    base = rope.get("rope_theta", default)
+    if not isinstance(base, int | float) or not base > 0:
+        raise UserError(f"{where}: rope_theta={base!r}, expected a positive number")
+    return float(base)
+
+
+def _scaling(rope: Fields, where: str) -> tuple[float, ...]:
+    """Returns `TransformerConfig.rope_scaling`."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    keys = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if not isinstance(kind, str) or kind not in keys or rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{where}: rotary positions {dict(rope)}, expected the type to be one of {', '.join(keys)}")
-    values = [rope.get(key) for key in keys[kind]]
+    if not isinstance(kind, str) or kind not in SCALINGS or rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"{where}: rotary positions {dict(rope)}, expected the type to be one of {', '.join(SCALINGS)}")
+    values = [rope.get(key) for key in SCALINGS[kind]]
     if not all(isinstance(value, int | float) for value in values):
-        raise UserError(f"{where}: rotary scaling {kind!r} needs the numbers {', '.join(keys[kind])}, found {values}")
-    return (float(values[0]), 1.0, 4.0, 0.0) if kind == "linear" else tuple(map(float, values))
+        needed = ", ".join(SCALINGS[kind])
+        raise UserError(f"{where}: rotary scaling {kind!r} needs the numbers {needed}, found {values}")
+    if kind == "linear":
+        return float(values[0]), 1.0, 4.0, 0.0
+    return tuple(float(value) for value in values)
 
 
 def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) -> dict[str, Any]:
-    """The config.json of an architecture.
+    """Returns the config.json of an architecture, in keys that `transformers` 4 and 5 read.
+
+    Args:
+      c: the architecture.
+      dtype: of the weights: "float32" or "bfloat16".
+      token_ids: "bos_token_id", "eos_token_id", "pad_token_id".
 
     Raises:
       UserError: `transformers` has no class that computes it.
     """
-    family = names.family(c)
-    model_type, class_name = CLASSES[family]
-    fields: dict[str, Any] = {
+    ours = family(c)
+    model_type, class_name = CLASSES[ours]
+    fields = {
         "architectures": [class_name],
         "model_type": model_type,
-        "num_hidden_layers": c.num_layers,
-        "hidden_size": c.embed_dim,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "intermediate_size": c.ffn_dim,
-        "vocab_size": c.vocab_size,
         "head_dim": c.head_dim,
-        "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "tie_word_embeddings": not c.untied_head,
+        "rope_theta": c.rope_base,
+        "rope_scaling": _rope_scaling(c),
         "dtype": dtype,
         **token_ids,
     }
-    if c.rope_scaling:
-        factor, low, high, context = c.rope_scaling
-        scaling: dict[str, Any] = {"rope_type": "linear", "factor": factor}
-        if context:
-            scaling |= {"rope_type": "llama3", "low_freq_factor": low, "high_freq_factor": high}
-            scaling["original_max_position_embeddings"] = int(context)
-    else:
-        scaling = {"rope_type": "default"}
-    rope = {"rope_theta": c.rope_base, **scaling}
-    if family == "gemma3":
-        local = {"rope_type": "default", "rope_theta": c.local_rope_base}
-        fields["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-    else:
-        fields["rope_parameters"] = rope
-    # What releases before 5 read instead of rope_parameters.
-    fields["rope_theta"] = c.rope_base
-    fields["rope_scaling"] = scaling if c.rope_scaling else None
-    fields["hidden_act"] = "silu"
-    if family.startswith("gemma"):
+    fields |= {key: getattr(c, name) for name, key in NUMBERS.items()}
+    if ours.startswith("gemma"):
         fields["hidden_act"] = fields["hidden_activation"] = "gelu_pytorch_tanh"
-    if family in ("gemma2", "gemma3"):
+    if ours in ("gemma2", "gemma3"):
         scalar = round(c.query_scale**-2, 6)
-        kinds = {True: "sliding_attention", False: "full_attention"}
         fields |= {
-            "layer_types": [kinds[local] for local in c.is_local],
+            "layer_types": ["sliding_attention" if local else "full_attention" for local in c.is_local],
             "sliding_window": c.window or 4096,
             "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers 5 insists
             "attn_logit_softcapping": c.attn_softcap or None,
             "final_logit_softcapping": c.final_softcap or None,
         }
-    if family == "gemma3":
+    if ours == "gemma3":
         fields["rope_local_base_freq"] = c.local_rope_base
-    back = architecture(fields, "config.json")
-    if math.isclose(back.query_scale, c.query_scale, rel_tol=1e-6):  # stored as a power of it
-        back = dataclasses.replace(back, query_scale=c.query_scale)
-    if differing := differences(back, c):
-        raise UserError(f"not to be expressed as {class_name}: {'; '.join(differing)}")
+    _check_export(fields, c)
     return fields
 
 
+def _rope_scaling(c: TransformerConfig) -> dict[str, Any] | None:
+    """Returns the rope_scaling of a config.json."""
+    if not c.rope_scaling:
+        return None
+    factor, low, high, context = c.rope_scaling
+    if not context:
+        return {"rope_type": "linear", "factor": factor}
+    return dict(zip(SCALINGS["llama3"], (factor, low, high, int(context)))) | {"rope_type": "llama3"}
+
+
+def _check_export(fields: Fields, c: TransformerConfig) -> None:
+    """Raises UserError where a config.json does not say all of an architecture."""
+    back = architecture(fields, "config.json")
+    if math.isclose(back.query_scale, c.query_scale, rel_tol=1e-6):  # stored as a power of it
+        back = dataclasses.replace(back, query_scale=c.query_scale)
+    differing = differences(back, c)
+    if differing:
+        raise UserError(f"not to be expressed as {fields['architectures'][0]}: {'; '.join(differing)}")
+
+
 def tokenizer_config(path: Path) -> dict[str, Any]:
-    """The tokenizer_config.json that makes `transformers` read a SentencePiece model as it is."""
+    """Returns the tokenizer_config.json that makes `transformers` read a SentencePiece model as it is."""
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     model = SentencePieceProcessor(model_file=str(path))
     proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
-    ids |= {"unk_token": model.unk_id(), "pad_token": model.pad_id()}
+    ids = {
+        "bos_token": model.bos_id(),
+        "eos_token": model.eos_id(),
+        "unk_token": model.unk_id(),
+        "pad_token": model.pad_id(),
+    }
     # The classes differ in whether a text begins with a blank of its own.
     class_name = "LlamaTokenizer" if proto.normalizer_spec.add_dummy_prefix else "GemmaTokenizer"
     pieces = {key: model.id_to_piece(i) for key, i in ids.items() if i >= 0}

@@ -1,4 +1,4 @@
-"""Whose tensor is which of our leaves: one table per family, read in both directions.
+"""Maps tensor names between our parameter tree and other formats: one table per family, read in both directions.
 
 A row gives our leaf with its axes, and what Hugging Face, GGUF and DeepMind's own checkpoints call it: the name, `{}`
 for the layer, then the axes as stored (einops). `[0/2]` picks a part of a tensor that fuses several leaves. Axes:
@@ -15,11 +15,11 @@ import einops
 import numpy as np
 
 from latent_delib.errors import UserError
-from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.sizes import TransformerConfig, family
 
 
 class Row(NamedTuple):
-    """Names and axes of one leaf; DeepMind has published Gemma alone."""
+    """Holds the names and axes of one leaf; DeepMind has published Gemma alone."""
 
     ours: str
     huggingface: str
@@ -116,8 +116,15 @@ _POST_NORMS = {  # what Llama calls post_attention_layernorm stands before the M
         "layer_{}/post_ffw_norm/scale D",
     ),
 }
-FAMILIES = {
+_QKV_BIASES = {
+    "layers.attn.q_bias": Row("N H", "model.layers.{}.self_attn.q_proj.bias (N H)", "blk.{}.attn_q.bias (N H)"),
+    "layers.attn.k_bias": Row("K H", "model.layers.{}.self_attn.k_proj.bias (K H)", "blk.{}.attn_k.bias (K H)"),
+    "layers.attn.v_bias": Row("K H", "model.layers.{}.self_attn.v_proj.bias (K H)", "blk.{}.attn_v.bias (K H)"),
+}
+_HEAD = {"head": Row("V D", "lm_head.weight V D", "output.weight V D")}
+ROWS = {
     "llama": _LLAMA,
+    "qwen2": _LLAMA | _QKV_BIASES,
     "qwen3": _LLAMA | _QK_NORMS,
     "gemma": _LLAMA,
     "gemma2": _LLAMA | _POST_NORMS,
@@ -125,23 +132,18 @@ FAMILIES = {
 }
 
 
-def family(config: TransformerConfig) -> str:
-    """The family that an architecture belongs to, by what tells families apart."""
-    gemma, norms = config.scale_embeddings, (config.post_norms, config.qk_norm)
-    known = {(False, False): "gemma", (True, False): "gemma2", (True, True): "gemma3"}
-    if not gemma:
-        known = {(False, False): "llama", (False, True): "qwen3"}
-    if norms not in known:
-        raise UserError(f"no family has post_norms={norms[0]}, qk_norm={norms[1]} and scale_embeddings={gemma}")
-    return known[norms]
+def rows(config: TransformerConfig) -> dict[str, Row]:
+    """Returns the rows of an architecture's leaves, by leaf."""
+    return ROWS[family(config)] | (_HEAD if config.untied_head else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One leaf of ours, or one layer of it, as it lies in somebody's checkpoint.
+    """Says how one leaf of ours, or one layer of it, is stored in another format.
 
-    name: theirs. shape: theirs, of this leaf's part. part: (index, of how many) on a leading axis, or None.
-    theirs, ours: axes. sizes: of the axes. added: what their norms hold beyond ours.
+    leaf, layer: ours; no layer for leaves that are not stacked. name, shape: of the stored tensor, or of the part of it
+    that is this leaf. part: (index, of how many) on a leading axis, or None. theirs, ours: axes in both formats. sizes:
+    of the axes. added: what stored norms hold beyond ours.
     """
 
     leaf: str
@@ -156,35 +158,37 @@ class Tensor:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of the whole stored tensor."""
+        """Returns the shape of the whole stored tensor."""
         return self.shape if self.part is None else (self.part[1], *self.shape)
 
     def to_ours(self, x: np.ndarray) -> np.ndarray:
-        """Their stored tensor as our leaf, in its dtype."""
-        x = x if self.part is None else x[self.part[0]]
+        """Returns a stored tensor as our leaf, in its dtype."""
+        if self.part is not None:
+            x = x[self.part[0]]
         x = einops.rearrange(x, f"{self.theirs} -> {self.ours}", **self._sizes(self.theirs))
         return x - x.dtype.type(self.added) if self.added else x
 
     def to_theirs(self, x: np.ndarray) -> np.ndarray:
-        """Our leaf as the tensor of theirs; fused ones are never written."""
+        """Returns our leaf as the tensor to store; fused ones are never written."""
         return einops.rearrange(x, f"{self.ours} -> {self.theirs}", **self._sizes(self.ours))
 
     def _sizes(self, axes: str) -> dict[str, int]:
-        """Of the axes that stand in brackets, which is where einops cannot know them."""
+        """Returns the sizes of the axes in brackets, which einops cannot find by itself."""
         inside = " ".join(re.findall(r"\(([^)]*)\)", axes)).split()
         return {axis: self.sizes[axis] for axis in inside}
 
 
 def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
-    """Every tensor of a decoder in the order of our leaves, layers one after the other.
+    """Yields every tensor of a decoder in the order of our leaves, layers one after the other.
 
     Args:
+      config: the architecture.
       form: a column of the tables: "huggingface", "gguf" or "deepmind".
     """
     c, family_ = config, family(config)
     sizes = dict(V=c.vocab_size, D=c.embed_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim, F=c.ffn_dim)
     sizes |= dict(h=c.head_dim // 2, c=2)
-    for leaf, row in FAMILIES[family_].items():
+    for leaf, row in rows(config).items():
         name, _, theirs = getattr(row, form).partition(" ")
         ours = row.ours
         if form == "gguf" and family_ == "llama" and leaf in ("layers.attn.q", "layers.attn.k"):
@@ -219,12 +223,19 @@ def match(
     source: str,
     without: tuple[str, ...] = (),
 ) -> list[Tensor]:
-    """The tensors of a checkpoint that holds `found`, name -> shape; `without` names leaves that it does not have.
+    """Returns the tensors of a checkpoint.
+
+    Args:
+      found: name -> shape of all that it holds.
+      config: its architecture.
+      form: a column of the tables.
+      source: its path, for messages.
+      without: leaves that it does not have.
 
     Raises:
-      UserError: lists every tensor that is missing, unknown or misshapen, by their name and by ours.
+      UserError: tensors are missing, unknown or misshapen; all are listed, by their name and by ours.
     """
-    if config.num_layers > len(found):  # before as many names are made
+    if config.num_layers > len(found):  # a damaged number must not make a billion names
         raise UserError(f"{source}: {config.num_layers} layers, but only {len(found)} tensors")
     wanted = [t for t in tensors(config, form) if t.leaf not in without]
     names: dict[str, tuple[tuple[int, ...], list[str]]] = {}

@@ -23,7 +23,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class TensorFile:
-    """A safetensors file. shapes, dtypes: of every tensor, by name.
+    """Holds an opened safetensors file. shapes, dtypes: of every tensor, by name.
 
     Raises:
       UserError: missing, truncated or contradictory, or a tensor of another type than float32, float16 or bfloat16.
@@ -35,7 +35,7 @@ class TensorFile:
         self.dtypes: dict[str, np.dtype] = {}
         self._begin: dict[str, int] = {}
         try:
-            with safetensors.safe_open(path, framework="numpy"):  # refuses what does not fit together
+            with safetensors.safe_open(path, framework="numpy"):  # checks the header
                 pass
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -52,7 +52,7 @@ class TensorFile:
             self._begin[name] = 8 + length + entry["data_offsets"][0]
 
     def read(self, name: str, index: Any = ...) -> np.ndarray:
-        """A tensor, or the part of it that an index of numpy means; nothing else of the file is held."""
+        """Reads a tensor, or the part of it that a numpy index selects; nothing else of the file is held."""
         shape, dtype, begin = self.shapes[name], self.dtypes[name], self._begin[name]
         if index is not ... and index != (slice(None),) * len(shape):
             return np.array(np.memmap(self.path, dtype, "r", begin, shape)[index])
@@ -67,13 +67,15 @@ def write(
     entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     chunks: Iterable[np.ndarray],
     metadata: Mapping[str, str] | None = None,
+    digest: Any = None,
 ) -> None:
-    """Writes a safetensors file.
+    """Writes a safetensors file, a chunk at a time.
 
     Args:
       entries: name -> shape and dtype, in the order of the file.
-      chunks: the data of all tensors, one after the other, cut anywhere; taken one at a time.
+      chunks: the data of all tensors, one after the other, cut anywhere; one chunk at a time is in memory.
       metadata: strings for the header.
+      digest: a `hashlib` object, updated with every byte of the file; None for no hash.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -83,9 +85,15 @@ def write(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+
+        def put(data: Any) -> None:
+            file.write(data)
+            if digest is not None:
+                digest.update(data)
+
+        put(struct.pack("<Q", len(text)) + text)
         for chunk in chunks:
-            file.write(np.ascontiguousarray(chunk).view(np.uint8).reshape(-1).data)
+            put(np.ascontiguousarray(chunk).view(np.uint8).reshape(-1).data)
         written = file.tell() - 8 - len(text)
         assert written == end, f"{path}: {written} bytes of data, {end} in the header"
         file.flush()

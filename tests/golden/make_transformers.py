@@ -1,9 +1,10 @@
-"""Writes gemma.npz ... qwen3.npz: what small random models compute in `transformers`, plain and with latents.
+"""Writes FAMILY.npz: what small random models compute in `transformers`, plain and with latents.
 
   python tests/golden/make_transformers.py            writes tests/golden/FAMILY.npz
   python tests/golden/make_transformers.py --check    computes them again and compares
 
-Needs torch and transformers (made with 2.13.0 and 5.23.0); nothing of latent_delib is imported. A file holds
+Needs torch and transformers (made with 2.13.0 and 5.23.0, qwen2 with 2.14.1 and 5.24.0); nothing of latent_delib is
+imported. A file holds
 
   config          config.json as transformers 5 writes it; config_4: as releases before it did, and most folders have it
   decoder         model.safetensors as transformers writes it, in bytes; coprocessor: another model of the same family
@@ -45,6 +46,12 @@ FAMILIES = {
     "gemma2": ("Gemma2", (5, 24, 4, 2, 32), dict(attn_logit_softcapping=3.0, final_logit_softcapping=4.0) | LOCAL, 0.0),
     "gemma3": ("Gemma3", (7, 24, 2, 1, 32), dict(rope_parameters=GEMMA3) | LOCAL, 0.0),
     "llama": ("Llama", (3, 36, 9, 3, 32), dict(rope_parameters=LLAMA3), 1.0),
+    "qwen2": (
+        "Qwen2",
+        (3, 24, 4, 2, 40),
+        dict(tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=1000.0)),
+        1.0,
+    ),
     "qwen3": ("Qwen3", (3, 24, 4, 2, 40), dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0)), 1.0),
 }
 
@@ -65,14 +72,16 @@ def new_model(family: str, random: np.random.Generator) -> PreTrainedModel:
         head_dim=8,
         max_position_embeddings=512,
         rms_norm_eps=1e-3,  # a wrong one is seen
-        tie_word_embeddings=True,
         attn_implementation="eager",
-        **others,
+        **dict(tie_word_embeddings=True) | others,
     )
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         noise = random.standard_normal(tuple(parameter.shape))
-        values = norm + 0.3 * noise if parameter.ndim == 1 else 1.5 * noise * parameter.shape[-1] ** -0.5
+        if parameter.ndim == 1:
+            values = 0.3 * noise + (0.0 if name.endswith("bias") else norm)
+        else:
+            values = 1.5 * noise * parameter.shape[-1] ** -0.5
         parameter.data = torch.from_numpy(np.round(values * 64) / 64).float()
     return model
 

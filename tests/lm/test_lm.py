@@ -1,7 +1,9 @@
 """The Python interface: against the dense oracle, and against what each call promises of the others."""
 
+import contextlib
 import dataclasses
 import logging
+import time
 import warnings
 
 import jax
@@ -10,17 +12,21 @@ import numpy as np
 import pytest
 
 import latent_delib as ld
-from latent_delib import mesh, train
+from latent_delib import mesh
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.job import build
-from latent_delib.lm import asynchronous, decoding, load
-from latent_delib.lm import model as lm_of
+from latent_delib.job.record import Record
+from latent_delib.lm import decoding, load
+from latent_delib.lm.sampling import Sampler
 from latent_delib.machine.checkpoint import Checkpoints
 
 WORDS = "the cat sat on a mat and dog ran".split()
 L, NEW = 4, 9  # latents; new tokens, enough for the window of 5 to leave latents and prompt behind
 PROMPTS = ["the cat sat on a mat and a dog", "rain", "a", "green hills at night when the dog ran"]
+
+
+FIVE, TAILS = [*PROMPTS, PROMPTS[0]], ["the mat", "on a green door", "rain fell over", "a", "a"]
 
 
 class Ids(Tokenizer):
@@ -110,7 +116,7 @@ def test_delayed_latents_are_the_prompts(lms, name):
     assert [f[:2] for f in found] == [p[:2] for p in plain] and found != plain
 
 
-@pytest.mark.parametrize("every, delay", [(1, 0), (3, 0), (4, 2)])
+@pytest.mark.parametrize("every, delay", [(1, 0), (5, 2)])
 @pytest.mark.parametrize("name", ["after", "overlay"])
 def test_latents_again_every_few_tokens(lms, name, every, delay):
     lm = lms[name]
@@ -124,8 +130,7 @@ def test_without_coprocessor_is_the_decoder(lms, text):
     plain, augmented = lms["decoder"], lms["after"]
     assert augmented.generate(PROMPTS, NEW, augment=False) == plain.generate(PROMPTS, NEW)
     np.testing.assert_array_equal(augmented.logits(text), plain.logits(text))
-    tails = ["the mat", "on", "rain fell", "a"]
-    for ours, theirs in zip(augmented.logprobs(PROMPTS, tails, augment=False), plain.logprobs(PROMPTS, tails)):
+    for ours, theirs in zip(augmented.logprobs(FIVE, TAILS, augment=False), plain.logprobs(FIVE, TAILS)):
         np.testing.assert_array_equal(ours, theirs)
     both = plain.ahead_logprobs(text, [[3], [8]], 6)
     np.testing.assert_array_equal(*both)
@@ -154,7 +159,7 @@ def test_a_request_has_a_seed_of_its_own(lms):
     together = lm.generate(PROMPTS, NEW, seed=[5, 6, 7, 5], **options)
     for i, seed in ((0, 5), (2, 7)):
         assert lm.generate([PROMPTS[i]], NEW, seed=[seed], **options) == [together[i]]
-    again = lm.generate([*PROMPTS, PROMPTS[0]], NEW, seed=[5, 6, 7, 5, 8], batch_size=2, **options)
+    again = lm.generate([*PROMPTS, PROMPTS[0]], NEW, seed=[5, 6, 7, 5, 8], batch_size=1, **options)
     assert again[:4] == together and again[4] != again[0]
     same = lm.generate([PROMPTS[0]] * 3, NEW, seed=5, **options)
     assert len(set(map(tuple, same))) == 3  # one seed for a list, and yet each draws for itself
@@ -175,9 +180,30 @@ def test_frequencies_of_samples(temperature, top_k, top_p, weights):
     rows, order = 20_000, [2, 0, 3, 1]
     logits = np.tile(np.log([4, 3, 2, 1])[order], (rows, 1))
     keys = jax.random.split(jax.random.key(0), rows)
-    drawn = decoding.sample(keys, jax.numpy.asarray(logits), temperature, top_k, top_p)
+    drawn = Sampler(temperature, top_k, top_p)(keys, jax.numpy.asarray(logits))
     expected = np.array(weights)[order] / sum(weights)
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / rows, expected, atol=0.02)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Least:
+    """Another way of choosing tokens."""
+
+    def __call__(self, key_B, logits_BV):
+        return jax.numpy.argmin(logits_BV, axis=-1).astype(jax.numpy.int32)
+
+
+def test_a_sampler_is_a_value(lms):
+    """Decoding calls it, whatever it is; another option than its fields is refused."""
+    lm = lms["decoder"]
+    keys = jax.random.split(jax.random.key(0), 4)
+    options = dict(aug=lm.aug, write=None, delay=0, every=0, room=32, max_new_tokens=1, eos_id=-1, pad_id=0)
+    text, length = lm._pad([[2, 5, 6, 7]] * 4)
+    new, _ = decoding.run(lm.params, text, length, keys, Least(), stopped=lambda new: new[:, -1] < 0, **options)
+    assert (new[:, 0] == np.argmin(lm.logits([[2, 5, 6, 7]])[0, -1])).all()
+    with pytest.raises(TypeError, match="warmth"):
+        lm.generate(PROMPTS, NEW, warmth=1.0)
 
 
 def test_eos_ends_a_row_and_pads_it(decoder, lms):
@@ -195,13 +221,13 @@ def test_eos_ends_a_row_and_pads_it(decoder, lms):
 
 def test_latents_joined_as_often_as_if_alone(decoder, lms):
     """EOS ends one row of a batch early; others go on, and get latents."""
-    coprocessor, tokenizer = lms["overlay"].coprocessor, Ids(decoder.tokenizer.path)
-    new = lms["overlay"].continuations(PROMPTS, NEW, every=2)
+    coprocessor, tokenizer = lms["after"].coprocessor, Ids(decoder.tokenizer.path)
+    new = lms["after"].continuations(PROMPTS, NEW, every=4)
     tokenizer.eos_id = new[0].tokens[2]
     lm = ld.AugmentedLM(dataclasses.replace(decoder, tokenizer=tokenizer), coprocessor)
-    together = lm.continuations(PROMPTS, NEW, every=2)
+    together = lm.continuations(PROMPTS, NEW, every=4)
     for prompt, found in zip(PROMPTS, together):
-        (alone,) = lm.continuations([prompt], NEW, every=2)
+        (alone,) = lm.continuations([prompt], NEW, every=4)
         assert alone.joined == found.joined
     assert len({found.joined for found in together}) > 1
 
@@ -214,7 +240,7 @@ class Letters(Ids):
 
 
 def test_stop_strings_end_a_text_before_them(decoder, lms):
-    tokenizer, new = Letters(decoder.tokenizer.path), 40  # more than one look at what was decoded
+    tokenizer, new = Letters(decoder.tokenizer.path), 32  # more than one look at what was decoded
     lm = ld.AugmentedLM(dataclasses.replace(decoder, tokenizer=tokenizer), lms["after"].coprocessor)
     whole, done = lm.generate(PROMPTS, new), []
     stop = [whole[0][19:22], whole[1][3:5]]
@@ -231,9 +257,9 @@ def test_stop_strings_end_a_text_before_them(decoder, lms):
 def test_a_control_token_ends_a_text_that_shows_no_trace_of_it(decoder, lms):
     tokenizer = Letters(decoder.tokenizer.path)
     lm = ld.AugmentedLM(dataclasses.replace(decoder, tokenizer=tokenizer), lms["after"].coprocessor)
-    whole = [c.tokens for c in lm.continuations(PROMPTS[:2], NEW)]
+    whole = [c.tokens for c in lm.continuations(PROMPTS, NEW)]
     tokenizer.control = {"<|end|>": int(whole[0][3])}
-    found = lm.continuations(PROMPTS[:2], NEW, stop=["<|end|>"])
+    found = lm.continuations(PROMPTS, NEW, stop=["<|end|>"])
     for ours, tokens in zip(found, whole):
         assert ours.text == tokenizer.decode(tokens[: min([*np.flatnonzero(tokens == whole[0][3]), NEW])])
     assert len(found[0].text) <= 3
@@ -253,8 +279,8 @@ def test_sharded_equals_one_device(decoder, lms, text):
     lm = ld.AugmentedLM(decoder, one.coprocessor, on)
     out = lm.params["decoder"]["layers"]["attn"]["out"]
     assert out.sharding.shard_shape(out.shape)[1:] == (2, 16, 16)  # of 4 heads and a width of 32
-    assert lm.generate(PROMPTS, NEW, every=4, delay=2) == one.generate(PROMPTS, NEW, every=4, delay=2)
-    for ours, theirs in zip(lm.logprobs(PROMPTS, ["the mat"] * 4), one.logprobs(PROMPTS, ["the mat"] * 4)):
+    assert lm.generate(PROMPTS, NEW, every=5, delay=2) == one.generate(PROMPTS, NEW, every=5, delay=2)
+    for ours, theirs in zip(lm.logprobs(FIVE, TAILS), one.logprobs(FIVE, TAILS)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     four = np.concatenate([text, text])
     np.testing.assert_allclose(lm.latents(four, [[3], [8]] * 2), one.latents(four, [[3], [8]] * 2), atol=1e-4)
@@ -269,7 +295,7 @@ def test_no_device_holds_a_whole_model(lms):
     on = mesh.make({"fsdp": 8})
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), lms["overlay"].coprocessor.params)
     with jax.transfer_guard_device_to_device("disallow_explicit"):
-        placed = lm_of._place(on, params, jax.numpy.bfloat16)
+        placed = load.place(on, params, jax.numpy.bfloat16)
     assert {(x.dtype.name, len(x.sharding.device_set)) for x in jax.tree.leaves(placed)} == {("bfloat16", 8)}
 
 
@@ -283,19 +309,18 @@ def beside(decoder, lms):
 @pytest.mark.parametrize("every", [0, 5])
 def test_a_coprocessor_beside_the_decoder(lms, beside, monkeypatch, every):
     """Latents that come three tokens late are those of the published simulation."""
-    devices, take, write = [], asynchronous.Beside.answer, asynchronous.Beside._write
+    devices, write, polls = [], decoding.write_beside, iter(range(1, 99))
 
-    def answer(self, made):
-        if made % 5 == 3 and self.latents is not None:
-            self.latents.block_until_ready()
-        return take(self, made) if made % 5 == 3 else None
+    def ready(z):
+        jax.block_until_ready(z)
+        return next(polls) % 4 == 0
 
-    def watched(self, read, text):
-        devices.append(self.params["coprocessor"]["soft_tokens"].devices() | read.cache.k.devices())
-        return write(self, read, text)
+    def watched(params, aug, mesh, home, read, text):
+        devices.append(params["coprocessor"]["soft_tokens"].devices() | read.cache.k.devices())
+        return write(params, aug, mesh, home, read, text)
 
-    monkeypatch.setattr(asynchronous.Beside, "answer", answer)
-    monkeypatch.setattr(asynchronous.Beside, "_write", watched)
+    monkeypatch.setattr(decoding, "ready", ready)
+    monkeypatch.setattr(decoding, "write_beside", watched)
     found = beside.continuations(PROMPTS, NEW, every=every, delay=None)
     assert {c.joined for c in found} == {(3, 8) if every else (3,)}
     assert [c.text for c in found] == lms["after"].generate(PROMPTS, NEW, every=every, delay=3)
@@ -304,65 +329,55 @@ def test_a_coprocessor_beside_the_decoder(lms, beside, monkeypatch, every):
 
 def test_latents_join_when_they_are_ready(lms, beside):
     """Whenever that is, what is decoded is what the simulation decodes with that delay."""
-    (found,) = beside.continuations(PROMPTS[:1], 8 * NEW, delay=None)
+
+    def slowly(done):
+        time.sleep(0.02)
+
+    (found,) = beside.continuations(PROMPTS[:1], 32, delay=None, progress=slowly)
     assert len(found.joined) == 1
-    assert [found.text] == lms["after"].generate(PROMPTS[:1], 8 * NEW, delay=found.joined[0])
+    assert [found.text] == lms["after"].generate(PROMPTS[:1], 32, delay=found.joined[0])
     rows = mesh.make({"data": 4}, jax.devices()[1:5])  # one prompt is fewer than its devices
     split = ld.AugmentedLM(beside.decoder, beside.coprocessor, beside.mesh, rows)
-    assert len(split.continuations(PROMPTS[:1], 8 * NEW, delay=None)[0].joined) == 1
-
-
-class Late:
-    """Latents that never come, or that turn out to be an error."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def is_ready(self):
-        return bool(self.error)
-
-    def block_until_ready(self):
-        raise self.error
+    assert len(split.continuations(PROMPTS[:1], 32, delay=None, progress=slowly)[0].joined) == 1
 
 
 @pytest.mark.parametrize("fault", ["fails at once", "fails later", "never answers"])
 def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, fault):
     """Bit for bit: the logits after the last token are the plain decoder's."""
-    last, decode, error = [], decoding.decode, RuntimeError("the slice is gone")
+    last, decode = [], decoding.decode
 
     def watched(*args, **options):
         state, cache = decode(*args, **options)
         last.append(np.asarray(state.logits))
         return state, cache
 
-    def broken(self, cache, text):
-        if fault == "fails at once":
-            raise error
-        return Late(error if fault == "fails later" else None)
+    def broken(*_):
+        raise RuntimeError("the slice is gone")
 
+    if fault == "fails at once":
+        monkeypatch.setattr(decoding, "write_beside", broken)
+    else:
+        monkeypatch.setattr(decoding, "ready", broken if fault == "fails later" else lambda z: False)
     monkeypatch.setattr(decoding, "decode", watched)
-    monkeypatch.setattr(asynchronous.Beside, "_write", broken)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = beside.continuations(PROMPTS, 4 * NEW, every=4, delay=None)
+        found = beside.continuations(PROMPTS, 32, every=5, delay=None)
     assert {c.joined for c in found} == {()}
     assert sum("goes on without new latents: RuntimeError('the slice is gone')" in str(w.message) for w in said) == (
         fault != "never answers"
     )
     without = last[-1]
-    assert [c.text for c in found] == beside.generate(PROMPTS, 4 * NEW, augment=False)
+    assert [c.text for c in found] == beside.generate(PROMPTS, 32, augment=False)
     np.testing.assert_array_equal(without, last[-1])
-    assert [c.text for c in found] == lms["decoder"].generate(PROMPTS, 4 * NEW)
+    assert [c.text for c in found] == lms["decoder"].generate(PROMPTS, 32)
 
 
 @pytest.mark.parametrize("name", ["decoder", *PLACEMENTS])
 def test_logprobs(lms, name):
     lm = lms[name]
-    prompts = [*PROMPTS, PROMPTS[0]]
-    tails = ["the mat", "on a green door", "rain fell over", "a", "a"]
-    heads = [[lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)] for prompt in prompts]
-    sums, greedy = lm.logprobs(prompts, tails)
-    for head, tail, found in zip(heads, map(lm.tokenizer.encode, tails), sums):
+    heads = [[lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)] for prompt in FIVE]
+    sums, greedy = lm.logprobs(FIVE, TAILS)
+    for head, tail, found in zip(heads, map(lm.tokenizer.encode, TAILS), sums):
         logits = naive_logits(lm, head, tail)[len(head) - 1 : -1]
         expected = np.log(naive.softmax(logits))[np.arange(len(tail)), tail].sum()
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -390,7 +405,7 @@ def test_rolling_logprobs(lms, name, every):
     """Stretch after stretch, each ahead of its own latents; a long text is cut, and every piece begins with BOS."""
     lm = ld.AugmentedLM(lms[name].decoder, lms[name].coprocessor, max_length=12)
     texts, stretch = [PROMPTS[0], "rain " * 9, "", "a"], every or 11
-    found = lm.rolling_logprobs(texts, every=every, batch_size=3)
+    found = lm.rolling_logprobs(texts, every=every, batch_size=4)
     for text, logprob in zip(texts, found):
         ids, expected = lm.tokenizer.encode(text), 0.0
         for i in range(0, len(ids), 11):
@@ -401,12 +416,13 @@ def test_rolling_logprobs(lms, name, every):
         np.testing.assert_allclose(logprob, expected, rtol=1e-5, atol=1e-5)
     assert found[2] == 0
     ids = lm.tokenizer.encode(texts[0])
-    again = lm.rolling_logprobs([ids, [2, *ids], np.array(ids)], every=every)
+    again = lm.rolling_logprobs([ids, [2, *ids], np.array(ids)], every=every, batch_size=4)
     np.testing.assert_allclose(again, found[0], rtol=1e-6)
     plain = lms["decoder"].rolling_logprobs(texts[:1])
     assert lms[name].rolling_logprobs(texts[:1], augment=False) == plain
-    once = lm.rolling_logprobs(texts)
-    np.testing.assert_array_equal(lm.rolling_logprobs(texts, every=10**6), once)  # takes no room for a million tokens
+    once = lm.rolling_logprobs(texts, batch_size=4)
+    again = lm.rolling_logprobs(texts, every=10**6, batch_size=4)
+    np.testing.assert_array_equal(again, once)  # takes no room for a million tokens
 
 
 def test_logprobs_know_the_likeliest(decoder, lms, monkeypatch):
@@ -415,7 +431,8 @@ def test_logprobs_know_the_likeliest(decoder, lms, monkeypatch):
     known = {"best": best, "but one": [*best[:2], best[2] ^ 1]}
     encode = lm.tokenizer.encode
     monkeypatch.setattr(lm.tokenizer, "encode", lambda text: known.get(text) or encode(text))
-    assert lm.logprobs([PROMPTS[0]] * 2, ["best", "but one"])[1].tolist() == [True, False]
+    _, greedy = lm.logprobs(FIVE, ["best", *TAILS[1:4], "but one"])
+    assert greedy.tolist() == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("name", ["after", "overlay"])
@@ -441,25 +458,17 @@ def test_ahead_logprobs_and_what_follows_the_text(lms, name, text):
     np.testing.assert_array_equal(lm.latents(padded, at), latents)
 
 
-def test_load_coprocessor_is_what_was_trained(make_config, decoder, tmp_path, monkeypatch):
-    saved, save = {}, Checkpoints.save
-
-    def watched(self, step, trainable, *rest):
-        saved[step] = jax.tree.map(np.asarray, trainable)
-        save(self, step, trainable, *rest)
-
-    monkeypatch.setattr(Checkpoints, "save", watched)
-    train.train(make_config({"method.placement": "overlay"}), str(tmp_path))
-    assert sorted(saved) == [2, 4]
-    for step, wanted in ((None, 4), (2, 2)):
-        found = ld.load_coprocessor(str(tmp_path), step)
-        assert (found.method, found.num_latents, found.placement) == ("cache_augmentation", 2, "overlay")
+def test_load_coprocessor_is_what_was_trained(trained, decoder):
+    for step, wanted in ((None, 4), (2, 2), (np.int64(2), 2)):
+        found = ld.load_coprocessor(trained, step)
+        assert (found.method, found.num_latents, found.placement) == ("cache_augmentation", 2, "after")
         assert (found.step, found.fingerprint) == (wanted, decoder.fingerprint)
-        jax.tree.map(np.testing.assert_array_equal, found.params, saved[wanted]["coprocessor"])
+        with contextlib.closing(Checkpoints(str(trained), read_only=True)) as checkpoints:
+            saved = checkpoints.restore_newest(step=wanted).trainable["coprocessor"]
+        jax.tree.map(np.testing.assert_array_equal, found.params, saved)
     assert ld.AugmentedLM(decoder, found).latents([[2, 5, 7]], [[1]]).shape == (1, 1, 2, decoder.config.embed_dim)
-    assert ld.load_coprocessor(tmp_path, np.int64(2)).step == 2
-    inside = tmp_path / "checkpoints" / "4"
-    with pytest.raises(ld.UserError, match=f"{inside}: is inside the workdir {tmp_path}; name that, with step=4"):
+    inside = trained / "checkpoints" / "4"
+    with pytest.raises(ld.UserError, match=f"{inside}: is inside the workdir {trained}; name that, with step=4"):
         ld.load_coprocessor(inside)
 
 
@@ -474,6 +483,14 @@ def test_loading_says_nothing(trained):
     finally:
         logging.getLogger("absl").removeHandler(handler)
     assert [record.getMessage() for record in said if record.levelno > logging.INFO] == []
+
+
+def test_what_is_loaded_shows_itself_in_one_line(decoder, lms):
+    of = decoder.fingerprint[:12]
+    assert repr(decoder) == f"Decoder(4 layers of width 32, vocabulary of 320, float32, fingerprint {of})"
+    said = f"Coprocessor(cache_augmentation, 4 latents of width 32 'after', untrained, float32, of decoder {of})"
+    assert repr(lms["after"].coprocessor) == said
+    assert "step 7" in repr(dataclasses.replace(lms["after"].coprocessor, step=7))
 
 
 def test_the_package_shows_its_interface(monkeypatch):
@@ -501,7 +518,7 @@ MISTAKES = {
     "no decoder": (lambda lm, d: ld.load_decoder("nowhere"), "decoder 'nowhere': .*config.json does not exist"),
     "no checkpoint": (lambda lm, d: ld.load_coprocessor("nowhere"), "^nowhere: holds no checkpoints"),
     "random weights": (
-        lambda lm, d: load.decoder_of("W", {"method.name": "static_tokens", "config": {"decoder": {"path": ""}}}),
+        lambda lm, d: load.decoder_of("W", Record({"method": {"name": "static_tokens"}, "decoder": {"path": ""}}, "")),
         "^W: trained with config.decoder.path='', on random weights that no folder holds; train on a decoder folder",
     ),
     "no path": (lambda lm, d: ld.load_decoder(None), "path=None: expected a path"),
@@ -625,7 +642,8 @@ def test_mistakes(lms, decoder, name):
 
 def test_a_trained_decoder_has_no_coprocessor(tmp_path):
     checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save(1, {"trainable": {"decoder": np.zeros(2)}}, {"method.name": "decoder"})
+    record = Record({"method": {"name": "decoder"}, "seed": 0}, "", step=1)
+    checkpoints.save(1, {"decoder": np.zeros(2)}, {"mu": np.zeros(2)}, record.meta())
     checkpoints.close()
     with pytest.raises(ld.UserError, match="method 'decoder' has no coprocessor"):
         ld.load_coprocessor(str(tmp_path))

@@ -154,7 +154,7 @@ def test_sigterm_to_one_saves_on_both_and_a_kill_ends_both(config_file, tmp_path
         (last,) = job.said(0).splitlines()[-1:]
         assert "error" not in job.said(1)
     (saved,) = [p.name for p in (tmp_path / "workdir" / "checkpoints").iterdir()]
-    assert last == f"stopped by SIGTERM; step {saved} is saved, the same command resumes" and int(saved) >= 3
+    assert last.startswith("stopped by ") and f"step {saved} is saved" in last and int(saved) >= 3
 
     with Job(2, 1, tmp_path / "second", *command) as job:
         job.wait_for(0, f"step {int(saved) + 2}/")

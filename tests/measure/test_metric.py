@@ -59,5 +59,5 @@ def test_new_metrics(make_config, trained, decoder_folder, tmp_path, monkeypatch
             assert row[f"{side}_bits_per_byte"] == pytest.approx(nats / BYTES[targets].sum() / np.log(2))
             assert row[f"{side}_likelihood"] == pytest.approx(1 / row[f"{side}_ppl"], rel=1e-6)
     with np.load(tmp_path / "more" / "documents.npz") as sums:
-        hits = sums["hits_decoder"][:, 0].sum()
+        hits = sums["decoder_hits"][:, 0].sum()
         assert hits == result["rows"][0]["decoder_accuracy"] * sums["tokens"][:, 0].sum()

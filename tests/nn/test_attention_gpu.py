@@ -34,22 +34,18 @@ class Case(NamedTuple):
     unsorted: bool = False
 
 
+# One program each, and the bounds to run it with: they are data.
 CASES = {
-    "plain": Case(),
-    "softcap": Case(softcap=2.0),
-    "softcap too high to do without a maximum": Case(H=16, softcap=100.0),
-    "head dim 128": Case(H=128, G=1, softcap=2.0, window=20),
-    "head dim 256": Case(H=256, G=1, M=3, softcap=2.0),
-    "G 3": Case(H=16, G=3, softcap=2.0),
-    "G 4": Case(H=32, G=4, window=8),
-    "G 8": Case(H=16, G=8, M=3, window=20),
-    "whole blocks": Case(H=16, M=4, S=16, T=128),
-    "unsorted": Case(H=16, T=200, unsorted=True, softcap=2.0),
-    "one token a group": Case(H=16, M=40, S=1),
-    "a group of many blocks": Case(H=16, M=2, S=75, T=40, softcap=2.0),
-    "text": Case(H=16, M=1, S=150, T=None),
-    "text, window": Case(H=16, M=1, S=150, T=None, window=40, softcap=2.0),
-    "groups without a prefix": Case(H=16, T=None),
+    "in any order, and in a window": (Case(), [dict(), dict(unsorted=True), dict(window=20)]),
+    "one token a group, softcap too high to do without a maximum": (
+        Case(H=16, G=4, M=40, S=1, softcap=100.0),
+        [dict(), dict(unsorted=True)],
+    ),
+    "head dim 256": (Case(H=256, G=1, M=3, softcap=2.0), [dict()]),
+    "whole blocks": (Case(H=16, G=8, M=4, S=16, T=128), [dict(), dict(window=20)]),
+    "a group of many blocks": (Case(H=128, G=3, M=2, S=75, T=40, softcap=2.0), [dict()]),
+    "text": (Case(H=32, M=1, S=150, T=None, softcap=2.0), [dict(), dict(window=40)]),
+    "groups without a prefix": (Case(H=16, T=None), [dict()]),
 }
 
 
@@ -112,19 +108,16 @@ def close(x, wanted, within):
     np.testing.assert_allclose(x, wanted, rtol=0, atol=within * np.abs(wanted).max())
 
 
-SLOW = ("softcap", "G 3", "whole blocks", "one token a group", "text", "head dim 128")  # others hold the same
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, c in CASES.items()]
-)
-def test_equals_the_reference(case):
-    arrays, bounds = inputs(case), bounds_of(case)
-    out, grads = out_and_grads(KERNEL, arrays, bounds, case.softcap)
-    expected, expected_grads = out_and_grads(primitive.attend, arrays, bounds, case.softcap)
-    close(out, expected, 1e-5)
-    for got, wanted in zip(grads, expected_grads):
-        close(got, wanted, 1e-5)
+@pytest.mark.parametrize("case, variants", CASES.values(), ids=CASES)
+def test_equals_the_reference(case, variants):
+    arrays = inputs(case)
+    for variant in variants:
+        bounds = bounds_of(case._replace(**variant))
+        out, grads = out_and_grads(KERNEL, arrays, bounds, case.softcap)
+        expected, expected_grads = out_and_grads(primitive.attend, arrays, bounds, case.softcap)
+        close(out, expected, 1e-5)
+        for got, wanted in zip(grads, expected_grads):
+            close(got, wanted, 1e-5)
 
 
 WIDE = Case(H=256, M=5, S=30, T=150)
@@ -146,17 +139,6 @@ def test_bfloat16(case, card):
         close(got, wanted, 2**-6)
 
 
-def test_positions_may_stand_in_any_order():
-    """The very same output rows, whichever block they fall into."""
-    case = Case(H=16, M=40, S=3, T=200)
-    (q, k, v, prefix), bounds = inputs(case), bounds_of(case)
-    order = np.random.default_rng(2).permutation(case.M)
-    out, _ = out_and_grads(KERNEL, (q, k, v, prefix), bounds, 0.0)
-    groups = jax.tree.map(lambda x: x[:, order], (q, k, v, bounds))
-    shuffled, _ = out_and_grads(KERNEL, (*groups[:3], prefix), groups[3], 0.0)
-    close(shuffled, out[:, order], 1e-6)
-
-
 def test_a_policy_can_save_what_the_backward_pass_needs(capsys):
     (q, k, v, prefix), bounds = inputs(Case()), bounds_of(Case())
     policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
@@ -164,19 +146,6 @@ def test_a_policy_can_save_what_the_backward_pass_needs(capsys):
     jax.ad_checkpoint.print_saved_residuals(lambda q: attend(2 * q, k, v, prefix, bounds), q)
     saved = capsys.readouterr().out
     assert "named 'attention_out'" in saved and "named 'attention_lse'" in saved
-
-
-def test_what_is_not_served_is_named():
-    def why(shape=(2, 3, 4, 8, 64), kv_heads=4, T=5, dtype=jnp.bfloat16):
-        return gpu.unsupported(shape, kv_heads, T, dtype)
-
-    assert why() is why(T=None) is why(dtype="float32") is None
-    assert why((2, 3, 4, 8, 80)) == "head dim 80"
-    assert why(kv_heads=3) == "8 query heads for 3 key heads"
-    assert why(dtype=jnp.float16) == "dtype float16"
-    assert why(T=0) == why((0, 3, 4, 8, 64)) == "an empty axis"
-    with pytest.warns(UserWarning, match="pallas_gpu does not serve head dim 24; xla does instead"):
-        KERNEL(*inputs(Case(H=24)), bounds_of(Case()), scale=1.0, softcap=0.0)
 
 
 @pytest.mark.parametrize(

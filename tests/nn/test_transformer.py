@@ -43,7 +43,7 @@ def read(config, params, tokens, start):
 def test_logits_equal_the_naive_reading(model):
     config, params = model
     x, _ = read(config, params, TOKENS, START)
-    ours = transformer.unembed(params["embedding"], x, config)
+    ours = transformer.unembed(transformer.output_table(params), x, config)
     assert ours.dtype == jnp.float32
     for row in range(2):
         expected = naive.logits(config, params, naive.text_outputs(config, params, TOKENS[row], DOCUMENT[row]))
@@ -93,7 +93,7 @@ def test_bfloat16_stays_near_float32(model):
     assert x16.dtype == kv16.k.dtype == kv16.v.dtype == jnp.bfloat16
     error = np.asarray(x16.astype(jnp.float32) - x32)
     assert 0 < np.sqrt(np.mean(error**2)) < 0.02 * np.sqrt(np.mean(np.square(x32)))
-    assert transformer.unembed(half["embedding"], x16, config).dtype == jnp.float32
+    assert transformer.unembed(transformer.output_table(half), x16, config).dtype == jnp.float32
 
 
 def test_norm_is_float32_inside():

@@ -1,11 +1,14 @@
 """Our own folders: read part by part onto a mesh, written whole or not at all; a coprocessor's folder."""
 
+import dataclasses
+import hashlib
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import small
 from safetensors.numpy import load_file, save_file
 
 import latent_delib as ld
@@ -16,7 +19,7 @@ from latent_delib.errors import UserError
 from latent_delib.job import experiment
 from latent_delib.machine import files
 from latent_delib.nn.layers import PARAM_AXES
-from latent_delib.weights import folder
+from latent_delib.weights import coprocessor, folder
 from latent_delib.weights.tensors import TensorFile
 
 
@@ -72,6 +75,45 @@ def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypa
     assert [p.name for p in out.iterdir()] == ["config.json"] and [p.name for p in tmp_path.iterdir()] == ["decoder"]
 
 
+def hashed(where):
+    """The fingerprint by its definition."""
+    files_ = (where / name for name in ("config.json", "model.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files_)).hexdigest()
+
+
+def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path, monkeypatch):
+    where = tmp_path / "decoder"
+    shutil.copytree(decoder_folder, where)
+    assert folder.fingerprint(where) == hashed(where) == folder.fingerprint(decoder_folder)
+    (where / "fingerprint.json").unlink()  # as folders were written before
+    assert folder.fingerprint(where) == hashed(where)
+    monkeypatch.setattr(folder, "_hash_files", None)
+    for stored in (decoder_folder, folder.PACKAGED):
+        assert folder.fingerprint(stored) == hashed(stored)
+
+
+def test_old_checkpoints_fit_the_packaged_decoder_and_converted_ones(hf, tmp_path):
+    """Fingerprints as they were before they were stored, and before the youngest fields of an architecture."""
+    assert folder.fingerprint(folder.PACKAGED)[:16] == "f35f82592680b5ac"
+    convert(str(hf("gemma2")), str(tmp_path / "out"))
+    assert folder.fingerprint(tmp_path / "out")[:16] == "619a76fd3bef2b9a"
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "fingerprint.json"])
+def test_a_folder_that_changed_since_it_was_written(decoder_folder, tmp_path, file):
+    where = tmp_path / "decoder"
+    shutil.copytree(decoder_folder, where)
+    if file == "config.json":  # of the same size
+        (where / file).write_text((where / file).read_text().replace('"window": 5', '"window": 6'))
+    elif file == "model.safetensors":
+        (where / file).write_bytes((where / file).read_bytes()[:-4])
+    else:
+        (where / file).write_text("{}")
+    with pytest.raises(UserError, match=f"{where / 'fingerprint.json'}: .*copy the folder whole") as error:
+        folder.fingerprint(where)
+    assert "\n" not in str(error.value)
+
+
 def test_a_full_disk_ends_in_one_line(decoder_folder, tmp_path):
     """The file size limit of a child process stands for the disk."""
     import subprocess
@@ -117,6 +159,17 @@ def test_a_coprocessor_is_exported_and_read_again(trained, trained_coprocessor, 
         ld.load_coprocessor(str(tmp_path / "out"), step=3)
 
 
+def test_a_coprocessor_with_biases_is_stored(tmp_path):
+    """It has no table of tokens, whether the decoder's head is tied or not."""
+    config = dataclasses.replace(small.LLAMA, qk_norm=False)
+    tree = small.coprocessor(config, 2)
+    fields = {"method": "cache_augmentation", "num_latents": 2, "placement": "after", "step": 3, "fingerprint": "f"}
+    coprocessor.save(tmp_path / "out", fields, config, tree)
+    found, read = coprocessor.load(tmp_path / "out")
+    assert found["architecture"]["qkv_bias"] and fields.items() <= found.items()
+    same(read, tree)
+
+
 def test_pause_tokens_are_soft_tokens_alone(make_config, tmp_path):
     config = make_config({"method.name": "pause_tokens", "train.steps": 1})
     train.train(config, str(tmp_path / "w"))
@@ -125,8 +178,19 @@ def test_pause_tokens_are_soft_tokens_alone(make_config, tmp_path):
     same(ld.load_coprocessor(str(tmp_path / "out")).params, ld.load_coprocessor(str(tmp_path / "w")).params)
 
 
-def test_a_trained_decoder_is_no_coprocessor(make_config, tmp_path):
-    train.train(make_config({"method.name": "decoder", "train.steps": 1}), str(tmp_path / "w"))
+def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config, tmp_path):
+    """Only the matrices of its layers change: neither table does, nor do biases. It is no coprocessor."""
+    convert(str(hf("qwen2")), str(tmp_path / "qwen2"))
+    changes = {"decoder.path": str(tmp_path / "qwen2"), "decoder.export_dtype": "float32", "train.steps": 1}
+    changes |= {"method.name": "decoder", "method.lora_rank": 2, "optimizer.warmup_steps": 0}
+    train.train(make_config(changes), str(tmp_path / "w"))
+    before, after = (ld.load_decoder(str(path)) for path in (tmp_path / "qwen2", tmp_path / "w" / "decoder"))
+    assert after.config == before.config and after.config.untied_head and after.config.qkv_bias
+    leaves = folder.by_name(after.params)
+    changed = {name for name, x in folder.by_name(before.params).items() if not np.array_equal(x, leaves[name])}
+    assert changed == {f"layers.{name}" for name in ("attn.q", "attn.k", "attn.v", "attn.out")} | {
+        f"layers.mlp.{name}" for name in ("gate", "up", "down")
+    }
     with pytest.raises(UserError, match="'decoder' has no coprocessor"):
         convert(str(tmp_path / "w"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -72,12 +72,12 @@ def write(path, family, tokenizer_path, quantise=None, **replaced):
             w = interleaved(w, architecture.num_heads if "q_proj" in name else architecture.num_kv_heads)
         if family.startswith("gemma") and name.endswith("norm.weight"):
             w = w + 1
-        stem = names.get_name(name.removesuffix(".weight"))
-        kind = quantise(stem) if quantise else Type.F32
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        kind = quantise(theirs) if quantise else Type.F32
         if kind == Type.F32 or w.ndim == 1:
-            writer.add_tensor(f"{stem}.weight", w)
+            writer.add_tensor(theirs, w)
         else:
-            writer.add_tensor(f"{stem}.weight", gguf.quants.quantize(w, kind), raw_dtype=kind)
+            writer.add_tensor(theirs, gguf.quants.quantize(w, kind), raw_dtype=kind)
     if architecture.rope_scaling and architecture.rope_scaling[3]:
         H, base = architecture.head_dim, architecture.rope_base
         divisors = rotary.frequencies(H, base) / rotary.frequencies(H, base, architecture.rope_scaling)

@@ -1,8 +1,8 @@
-"""The forms of the attention primitive: one rule that names them, one gradient for all of them.
+"""The forms of the attention primitive: one rule that chooses among them, one gradient for all of them.
 
-"reference" is `attention.attend`. The others are a forward pass that also gives every row's log-sum-exp, and a
-backward pass that starts from it: "xla" for every platform, "pallas_gpu" and "pallas_tpu" as kernels. A kernel named on
-another platform than its own is interpreted: right, and very slow.
+"reference" is `primitive.attend`. The others are a forward pass that also returns every row's log-sum-exp, and a
+backward pass that starts from it: "xla" for every platform, "pallas_gpu" and "pallas_tpu" as kernels. On any other
+platform than its own a kernel is interpreted, which is correct and very slow.
 """
 
 import warnings
@@ -19,12 +19,12 @@ from latent_delib.nn.attention.primitive import Bounds, Keys
 KERNELS = {"pallas_gpu": (gpu, "cuda"), "pallas_tpu": (tpu, "tpu")}
 FORMS = ("reference", "xla", *KERNELS)
 BY_PLATFORM = {"gpu": "pallas_gpu", "cuda": "pallas_gpu", "tpu": "pallas_tpu"}
-FEW = 16  # queries per row, so few that their scores fit anywhere: decoding is a product with the cache in any form
-SAVED = ("attention_out", "attention_lse")  # what a backward pass needs of attention beside q, k and v
+FEW = 16  # queries per row: the scores of so few fit anywhere, and decoding is a product with the cache in any form
+SAVED = ("attention_out", "attention_lse")  # names of the results that a backward pass needs beside q, k and v
 
 
 class Call(NamedTuple):
-    """What is static in a call of a form other than the reference."""
+    """Holds the static arguments of a form other than the reference."""
 
     form: str
     scale: float
@@ -33,12 +33,36 @@ class Call(NamedTuple):
 
 
 def choose(form: str, device: Any) -> str:
-    """The form that "auto" means on a device; any other stays what it is, but for a kernel that its GPU cannot run."""
+    """Returns the form to use on a device: "auto" is the fastest; a kernel that its GPU cannot run becomes "xla"."""
     if form == "auto":
         form = BY_PLATFORM.get(device.platform, "xla")
     if form == "pallas_gpu" and not gpu.shared_memory_of(device):
         return _give_way(form, f"{device.device_kind} (it needs NVIDIA's compute capability 8.0)")
     return form
+
+
+def unsupported(
+    kernel: str, q_shape: tuple[int, ...], kv_heads: int, prefix_length: int | None, dtype: Any
+) -> str | None:
+    """Returns why a kernel cannot serve a call ("head dim 80"), or None.
+
+    Args:
+      kernel: one of KERNELS.
+      q_shape: (B, M, S, N, H).
+      kv_heads: K.
+      prefix_length: T, or None without a prefix.
+      dtype: of queries, keys and values.
+    """
+    *_, N, H = q_shape
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"dtype {jnp.dtype(dtype)}"
+    if H not in KERNELS[kernel][0].HEAD_DIMS:
+        return f"head dim {H}"
+    if N % kv_heads:
+        return f"{N} query heads for {kv_heads} key heads"
+    if 0 in q_shape or prefix_length == 0:
+        return "an empty axis"
+    return None
 
 
 def attend(
@@ -54,16 +78,25 @@ def attend(
     few: int = FEW,
     shared_memory: int = gpu.LEAST,
 ) -> jax.Array:
-    """`attention.attend` in one of FORMS; gradients reach every input that is differentiated.
+    """Computes `primitive.attend` in one of FORMS; gradients reach every input that is differentiated.
 
-    A kernel that does not serve these shapes, or not the gradient of a prefix, warns and gives way to "xla". Calls of
-    at most `few` queries per row are computed by the reference. The GPU's kernels are cut to fit `shared_memory` bytes.
+    A kernel that does not serve these shapes, or not the gradient of a prefix, warns, and "xla" computes instead.
+
+    Args:
+      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
+      form: one of FORMS.
+      few: calls of at most this many queries per row are computed by the reference.
+      shared_memory: bytes that the GPU's kernels are cut to fit.
+
+    Returns:
+      [B, M, S, N, H] in the dtype of v.
     """
     if form == "reference" or q_BMSNH.shape[1] * q_BMSNH.shape[2] <= few:
         return primitive.attend(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=scale, softcap=softcap)
     if form in KERNELS:
         length = None if prefix is None else prefix[0].shape[1]
-        if why := KERNELS[form][0].unsupported(q_BMSNH.shape, k_BMSKH.shape[3], length, q_BMSNH.dtype):
+        why = unsupported(form, q_BMSNH.shape, k_BMSKH.shape[3], length, q_BMSNH.dtype)
+        if why:
             form = _give_way(form, why)
     return _attend(q_BMSNH, (k_BMSKH, v_BMSKH), prefix, bounds, Call(form, scale, softcap, shared_memory))
 
@@ -79,14 +112,14 @@ def _attend(q_BMSNH, own, prefix, bounds, call):
 
 
 def _forward(q, own, prefix, bounds, call):
-    """The output, and every row's log-sum-exp."""
+    """Returns the output, and every row's log-sum-exp."""
     if call.form == "xla":
         return xla.forward(q, own, prefix, bounds, call.scale, call.softcap)
     return _kernel(call, "forward", q, *own, prefix, bounds)
 
 
 def _kernel(call: Call, name: str, *operands: Any) -> Any:
-    """A kernel's pass, compiled for its platform and interpreted on any other."""
+    """Runs a kernel's pass, compiled for its platform and interpreted on any other."""
     module, platform = KERNELS[call.form]
     function = partial(getattr(module, name), scale=call.scale, softcap=call.softcap)
     if call.form == "pallas_gpu":
@@ -96,7 +129,7 @@ def _kernel(call: Call, name: str, *operands: Any) -> Any:
 
 
 def _save(q, own, prefix, bounds, call):
-    """Whether the prefix is differentiated is seen here, and kept in the structure of what is saved."""
+    """Runs the forward pass of a differentiated call; whether the prefix is differentiated is saved as structure."""
     into_prefix = any(x.perturbed for x in jax.tree.leaves(prefix))
     q, own, prefix, bounds = jax.tree.map(lambda x: x.value, (q, own, prefix, bounds))
     out, lse = _forward(q, own, prefix, bounds, call)
@@ -111,10 +144,12 @@ def _backward(call, saved, dout):
     form, wanted = call.form, into_prefix is not None
     if form in KERNELS and wanted:
         form = _give_way(form, "the gradient of a prefix")
+    # What the softmax takes off: the gradient of a score is its weight * (gradient of the weight - delta).
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
     if form == "xla":
-        operands = q, own, prefix, bounds, out, lse, dout
+        operands = q, own, prefix, bounds, lse, delta, dout
         return *xla.backward(*operands, call.scale, call.softcap, wanted), None
-    dq, dk, dv = _kernel(call, "backward", q, *own, prefix, bounds, out, lse, dout)
+    dq, dk, dv = _kernel(call, "backward", q, *own, prefix, bounds, lse, delta, dout)
     return dq, (dk, dv), None, None
 
 

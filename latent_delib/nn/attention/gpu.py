@@ -1,10 +1,10 @@
-"""The attention primitive for NVIDIA GPUs: `attend` of nn/attention.py as Pallas-Triton kernels, with its own gradient.
+"""The attention primitive for NVIDIA GPUs: `primitive.attend` as Pallas-Triton kernels, with a gradient.
 
 A row is a (token, g) pair of one key head, over the flattened tokens of all M groups, so the G query heads of a key
-head share what is loaded. The own keys of all groups are flattened the same way: a row then sees one range of prefix
+head share the loaded keys. The own keys of all groups are flattened the same way: a row then sees one range of prefix
 slots and one range of own tokens, and a program of some rows walks the key blocks of the first, then of the second,
 from the least start to the greatest stop among its rows. That skips most of the work where neighbouring groups have
-neighbouring positions; in any other order it is slower, and still right.
+neighbouring positions; any other order is slower, and as correct.
 
 Backward: one kernel for dq like the forward one, one for the own dk and dv. The prefix gets no gradient, so nothing is
 summed across programs.
@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import precision
 
+HEAD_DIMS = (16, 32, 64, 128, 256)
 LOG2E = 1.4426950408889634  # the hardware's exponential is exp2: inside the kernels scores are in units of log(2)
 MASKED = -1e30  # finite: a row that sees nothing of a block must not become NaN
 # Scores within this need no maximum subtracted: e^60 leaves float32 a factor of 1e12 for the number and size of values.
@@ -30,7 +31,7 @@ BOUNDED = 60.0
 
 
 class Blocks(NamedTuple):
-    """How one kernel is cut: rows and keys a block, warps a program, stages of its load pipeline."""
+    """Says how one kernel is cut: rows and keys per block, warps per program, stages of its load pipeline."""
 
     rows: int
     keys: int
@@ -38,14 +39,14 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Bytes of shared memory that one program may have: on these cards, by compute capability (CUDA programming guide), and
-# on every card that runs these kernels.
+# Bytes of shared memory that one program may have, on these cards and by compute capability (CUDA programming guide).
+# Every card that runs these kernels has LEAST.
 H100, A100, L4 = 227 * 1024, 163 * 1024, 99 * 1024
 SHARED_MEMORY = {"8.0": A100, "8.6": L4, "8.7": A100, "8.9": L4, "9.0": H100, "10.0": H100, "12.0": L4}
 LEAST = L4
 
-# By head dim, and by the shared memory that they take, most first: what XLA compiles for such a card, for an H100
-# without spilled registers and with products that overlap.
+# Blocks by head dim, and by the shared memory that they take, most first. XLA compiles them for such a card; for an
+# H100 no registers are spilled, and products overlap.
 BFLOAT16 = {
     "forward": {
         64: {L4: Blocks(128, 64, 8, 3)},
@@ -71,7 +72,7 @@ FLOAT32 = {
 
 
 class Options(NamedTuple):
-    """What is static in a call."""
+    """Holds the static arguments of a call."""
 
     scale: float
     softcap: float
@@ -80,7 +81,7 @@ class Options(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Keys that rows can see.
+    """Holds keys and values that rows can see.
 
     k, v: [B, X, K, H]. lo, hi: each token's range lo <= x < hi, int32 [B, U].
     first, last: the blocks first <= i < last that each program walks, int32 [B, programs].
@@ -97,8 +98,8 @@ class Source(NamedTuple):
 def shared_memory_of(device: Any) -> int:
     """Returns the bytes of shared memory that one program may have on a device.
 
-    LEAST for a card that is not listed, and for what is no GPU: kernels are interpreted there. 0 for a GPU that cannot
-    run these kernels: of a compute capability below 8.0, or not NVIDIA's.
+    Returns LEAST for a card that is not listed, and for other devices, which interpret the kernels. Returns 0 for a GPU
+    that cannot run them: of a compute capability below 8.0, or not NVIDIA's.
     """
     if device.platform not in ("gpu", "cuda"):
         return LEAST
@@ -107,24 +108,6 @@ def shared_memory_of(device: Any) -> int:
     if not major.isdigit() or int(major) < 8:
         return 0
     return SHARED_MEMORY.get(capability, LEAST)
-
-
-def unsupported(q_shape: tuple[int, ...], kv_heads: int, prefix_length: int | None, dtype) -> str | None:
-    """Why a call cannot be served ("head dim 80"), or None.
-
-    Args:
-      q_shape: (B, M, S, N, H). kv_heads: K. prefix_length: T, or None without a prefix. dtype: of q, k and v.
-    """
-    *_, N, H = q_shape
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"dtype {jnp.dtype(dtype)}"
-    if H not in (16, 32, 64, 128, 256):
-        return f"head dim {H}"
-    if N % kv_heads:
-        return f"{N} query heads for {kv_heads} key heads"
-    if 0 in q_shape or prefix_length == 0:
-        return "an empty axis"
-    return None
 
 
 # The calls. Their arrays are [B, U, K, G, ...], [B, X, K, H] and [B, any], where U = M * S counts the tokens of a row.
@@ -142,14 +125,15 @@ def forward(
     shared_memory: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
+    """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
 
     Args:
       q_BMSNH, k_BMSKH, v_BMSKH: bfloat16 or float32, all of one dtype; query head n uses key head n // G.
       prefix: keys and values [B, T, K, H] of the same dtype that all M groups of a row share, or None.
       bounds: the visible ranges, int32 [B, M, S]. A query always sees itself: own_start <= i.
-      scale: factor on the scores. softcap: c in c * tanh(score / c); 0 for none. With bfloat16 inputs the tanh is the
-        hardware's, of relative error 2^-11.
+      scale: factor on the scores.
+      softcap: c in c * tanh(score / c); 0 for none. With bfloat16 inputs the tanh is the hardware's, of relative error
+        2^-11.
       shared_memory: bytes that one program may have; the largest blocks that fit are taken.
       interpret: run the kernels as ordinary JAX, on any platform.
     """
@@ -164,26 +148,29 @@ def forward(
 
 
 def backward(
-    q, k, v, prefix, bounds, out, lse, dout, *, scale: float, softcap: float, shared_memory: int, interpret: bool
+    q, k, v, prefix, bounds, lse, delta, dout, *, scale: float, softcap: float, shared_memory: int, interpret: bool
 ):
-    """Gradients of q, k and v, each like its operand; the prefix is a constant, whatever it was computed from."""
+    """Returns the gradients of q, k and v, each like its operand; the prefix is a constant.
+
+    Args: as for `forward`; lse, delta and dout as for `xla.backward`.
+    """
     options = Options(scale, softcap, shared_memory, interpret)
-    dq = query_gradient(q, k, v, prefix, bounds, out, lse, dout, options)
-    return dq, *own_gradient(q, k, v, bounds, out, lse, dout, options)
+    rows = [_by_head(x, k.shape[3]) for x in (q, dout, lse, delta)]
+    dq = _query_gradient(rows, k, v, prefix, bounds, options).reshape(q.shape)
+    dk, dv = _own_gradient(rows, k, v, bounds, options)
+    return dq, dk.reshape(k.shape), dv.reshape(v.shape)
 
 
-def query_gradient(q, k, v, prefix, bounds, out, lse, dout, options):
-    """dq [B, M, S, N, H]."""
-    rows = [_by_head(x, k.shape[3]) for x in (q, dout, lse, _delta(out, dout))]
+def _query_gradient(rows, k, v, prefix, bounds, options):
+    """Returns dq [B, U, K, G, H]."""
     cut = _cut("query_gradient", rows[0], options.shared_memory)
     sources = _sources(k, v, prefix, bounds, rows[0], cut)
-    outputs = jax.ShapeDtypeStruct(rows[0].shape, q.dtype)
-    return _call(_query_gradient_kernel, rows, sources, outputs, cut, options).reshape(q.shape)
+    outputs = jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)
+    return _call(_query_gradient_kernel, rows, sources, outputs, cut, options)
 
 
-def own_gradient(q, k, v, bounds, out, lse, dout, options):
-    """dk and dv [B, M, S, K, H]."""
-    rows = [_by_head(x, k.shape[3]) for x in (q, dout, lse, _delta(out, dout))]
+def _own_gradient(rows, k, v, bounds, options):
+    """Returns dk and dv [B, U, K, H]."""
     cut = _cut("own_gradient", rows[0], options.shared_memory)
     [own] = _sources(k, v, None, bounds, rows[0], cut)
     # Here a program holds keys and walks rows: from those of its first key to the last that sees one of its keys.
@@ -193,27 +180,21 @@ def own_gradient(q, k, v, bounds, out, lse, dout, options):
     first = jnp.broadcast_to(jnp.int32(start * G // cut.rows), (B, len(start)))
     own = own._replace(first=first, last=pl.cdiv(until * G, cut.rows))
     outputs = jax.ShapeDtypeStruct(own.k.shape, k.dtype), jax.ShapeDtypeStruct(own.v.shape, v.dtype)
-    dk, dv = _call(_own_gradient_kernel, rows, [own], outputs, cut, options)
-    return dk.reshape(k.shape), dv.reshape(v.shape)
-
-
-def _delta(out, dout):
-    """What the softmax subtracts: d(score) = weight * (d(weight) - delta)."""
-    return jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+    return _call(_own_gradient_kernel, rows, [own], outputs, cut, options)
 
 
 def _flat(x):
-    """[B, M, S, ...] -> [B, U, ...]."""
+    """Lays [B, M, S, ...] out as [B, U, ...]."""
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _by_head(x, K):
-    """[B, M, S, N, ...] -> [B, U, K, G, ...]."""
+    """Lays [B, M, S, N, ...] out as [B, U, K, G, ...]."""
     return _flat(x).reshape(x.shape[0], -1, K, x.shape[3] // K, *x.shape[4:])
 
 
 def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
-    """The largest blocks that fit, and no more rows than there are."""
+    """Returns the largest blocks that fit, with no more rows than there are."""
     _, U, _, G, H = q_BUKGH.shape
     by_head_dim = FLOAT32 if q_BUKGH.dtype == jnp.float32 else BFLOAT16[kernel]
     cut = next(cut for least, cut in by_head_dim[max(H, 64)].items() if least <= shared_memory)
@@ -221,7 +202,7 @@ def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
 
 
 def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
-    """What rows can see: the prefix where there is one, and the own tokens of all groups behind one another."""
+    """Returns the sources of rows: the prefix where there is one, and the own tokens of all groups in one sequence."""
     B, U, _, G, _ = q_BUKGH.shape
     index = np.arange(U, dtype=np.int32)
     own_start = _flat(bounds.own_start) + (index - index % k.shape[2])
@@ -263,7 +244,7 @@ def _call(kernel, rows, sources, outputs, cut, options):
 
 
 class _Rows(NamedTuple):
-    """One block of rows: which they are, and whether they exist."""
+    """Holds the indices of one block of rows, and whether each row exists."""
 
     token: jax.Array
     head: jax.Array
@@ -293,7 +274,7 @@ def _rows(block, size, ref_UGH) -> _Rows:
 
 
 def _keys(block, size, *refs_XH):
-    """Indices of a block of keys, and the block of each ref; zeros past the end."""
+    """Returns the indices of a block of keys, and that block of each ref; zeros past the end."""
     X = refs_XH[0].shape[0]
     index = block * size + jnp.arange(size)
     masked = dict(mask=(index < X)[:, None], other=0) if X % size else {}
@@ -301,12 +282,12 @@ def _keys(block, size, *refs_XH):
 
 
 def _within(index, lo, hi):
-    """lo <= index < hi, of which lo <= hi is known, in one comparison; nothing where both are zero."""
+    """Returns lo <= index < hi in one comparison, given lo <= hi; False where both are zero."""
     return (index - lo).astype(jnp.uint32) < (hi - lo).astype(jnp.uint32)
 
 
 def _fold(program, rows, sources, cut, step, carry):
-    """carry = step(k, v, visible, carry) over every block of keys that one of the rows may see."""
+    """Applies carry = step(k, v, visible, carry) to every block of keys that one of the rows may see."""
     for source in sources:
         lo, hi = rows.load(source.lo)[:, None], rows.load(source.hi)[:, None]
 
@@ -319,7 +300,7 @@ def _fold(program, rows, sources, cut, step, carry):
 
 
 def _dot(a, b, contract):
-    """a and b contracted over these axes, float32."""
+    """Contracts a and b over these axes, float32."""
     axes = ((contract[:1], contract[1:]), ((), ()))
     return lax.dot_general(a, b, axes, precision=precision(a, b), preferred_element_type=jnp.float32)
 
@@ -334,7 +315,7 @@ def _exp2(x, options):
 
 
 def _scores(a, b, options):
-    """Scores of the rows of a and b in units of log(2), and the slope of the softcap there."""
+    """Returns scores of the rows of a and b in units of log(2), and the slope of the softcap there."""
     products = _dot(a, b, (1, 1))
     if not options.softcap:
         return products * (options.scale * LOG2E), 1.0

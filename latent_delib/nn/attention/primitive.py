@@ -1,7 +1,7 @@
 """The one attention primitive: every query sees a range of a shared prefix, and its own group causally.
 
 Training text has no prefix; a trace's prefix is the text up to its position; in decoding the prefix is everything
-so far. Visibility is therefore three integers a query (Liu et al. 2025, Figure 2, without ever building its mask).
+so far. Visibility is therefore three integers per query (Liu et al. 2025, Figure 2, without ever building its mask).
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from latent_delib.nn.products import einsum
+from latent_delib.nn.products import einsum, softcapped
 
 Keys = tuple[jax.Array, jax.Array]  # keys and values: of the groups [B, M, S, K, H], or of a prefix [B, T, K, H]
 
@@ -32,7 +32,7 @@ def attend(
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Reference attention over a prefix range and the own group; plain autodiff reaches every input.
+    """Computes attention over a prefix range and the own group: the reference; autodiff reaches every input.
 
     Args:
       q_BMSNH, k_BMSKH, v_BMSKH: the group's queries, keys and values; query head n uses key head n // G.
@@ -54,7 +54,7 @@ def attend(
 def weights(
     q_BMSNH: jax.Array, k_BMSKH: jax.Array, prefix: Keys | None, bounds: Bounds, *, scale: float, softcap: float
 ) -> jax.Array:
-    """What each query attends to: float32 [B, M, K, G, S, T + S], the prefix's slots and then the own tokens.
+    """Computes attention weights: float32 [B, M, K, G, S, T + S], over the prefix's slots and then the own tokens.
 
     Arguments as for `attend`. Rows add up to 1 and are 0 where nothing is visible; query head n is key head n // G's
     number n % G.
@@ -72,9 +72,7 @@ def weights(
         in_range = (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
         scores = jnp.concatenate([over_prefix, scores], axis=-1)
         visible = jnp.concatenate([in_range, visible], axis=-1)
-    scores = scores * scale
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores, _ = softcapped(scores * scale, softcap)
     return jax.nn.softmax(jnp.where(visible[:, :, None, None], scores, -jnp.inf), axis=-1)
 
 

@@ -1,14 +1,14 @@
 """The attention primitive as a Pallas kernel for TPU: forward and backward pass.
 
 A query block is R rows of one key head: (token, g) pairs over the flattened tokens of all M groups, so that the G
-queries of a token share what is fetched, and short groups share a block. To the kernel prefix and own keys are one
-sequence, the prefix first and padded to whole blocks of U keys, of which a row sees two ranges. Which key blocks a
-query block visits stands in integers that are fetched before the kernel starts: bounds change every step, and nothing
-of them is in the program. What no row of a block sees is neither fetched nor multiplied; that is most of it where the
-block's groups stand close together, so positions in order are fast and any others correct.
+queries of a token share the fetched keys, and short groups share a block. To the kernel prefix and own keys are one
+sequence, the prefix first and padded to whole blocks of U keys, of which a row sees two ranges. The key blocks to visit
+are scalar-prefetched, so bounds can change every step without recompiling. Keys that no row of a block sees are neither
+fetched nor multiplied. That saves most where the positions of a block's groups are close together: positions in order
+are fast, any others are correct.
 
-Scores stand as [U, R], keys down and rows across: bounds and statistics of rows are then vectors [1, R] along the
-lanes, as in memory, and sums over keys add whole registers. r = all rows, u = all keys, of one key head.
+Scores are [U, R], keys down and rows across: bounds and statistics of rows are then vectors [1, R] along the lanes, as
+in memory, and sums over keys add whole registers. r = all rows, u = all keys, of one key head.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from latent_delib.nn.attention import xla
 from latent_delib.nn.attention.primitive import Bounds, Keys
-from latent_delib.nn.products import einsum
+from latent_delib.nn.products import einsum, softcapped
 
 HEAD_DIMS = (64, 128, 256)
 ROWS, KEYS, LANES = 512, 256, 128  # the largest query and key block, and what their sizes are multiples of
 UNSEEN = -1e30  # finite: a row that has seen nothing yet computes with it
-OWN_SCORES = 2**24  # own scores that the backward pass holds at a time, each 4 bytes
 
 
 class Plan(NamedTuple):
-    """How a call is cut, and who sees what.
+    """Says how a call is cut, and which keys each row sees.
 
     R, U: rows of a query block, keys of a key block. steps: as many key blocks as a query block can see.
     sees: int32 [B, 4, r], the keys of each row: prefix start, prefix stop, own start, own stop.
@@ -44,19 +44,6 @@ class Plan(NamedTuple):
     visits: jax.Array
 
 
-def unsupported(q_shape: tuple[int, ...], kv_heads: int, prefix_length: int | None, dtype: jnp.dtype) -> str | None:
-    """Why a call with queries [B, M, S, N, H] of this dtype cannot be served, in a few words, or None."""
-    del prefix_length  # any
-    N, H = q_shape[-2:]
-    if H not in HEAD_DIMS:
-        return f"head dim {H}"
-    if N % kv_heads:
-        return f"{N} query heads over {kv_heads} key heads"
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        return f"dtype {jnp.dtype(dtype)}"
-    return "an empty axis" if 0 in q_shape else None
-
-
 def forward(
     q_BMSNH: jax.Array,
     k_BMSKH: jax.Array,
@@ -68,13 +55,14 @@ def forward(
     softcap: float,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
+    """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
 
     Args:
       q_BMSNH, k_BMSKH, v_BMSKH: all float32 or all bfloat16; query head n uses key head n // G.
       prefix: keys and values [B, T, K, H] that all M groups of a row share, or None.
       bounds: the visible ranges. A query always sees itself.
-      scale: factor on the scores. softcap: c in c * tanh(score / c); 0 for none.
+      scale: factor on the scores.
+      softcap: c in c * tanh(score / c); 0 for none.
       interpret: run on any platform, slowly, as the tests do.
     """
     plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
@@ -92,73 +80,37 @@ def backward(
     v_BMSKH: jax.Array,
     prefix: Keys | None,
     bounds: Bounds,
-    out_BMSNH: jax.Array,
     lse_BMSN: jax.Array,
+    delta_BMSN: jax.Array,
     dout_BMSNH: jax.Array,
     *,
     scale: float,
     softcap: float,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of queries, own keys and own values, each like its operand; the prefix is a constant."""
+    """Returns the gradients of queries, own keys and own values, each like its operand; the prefix is a constant.
+
+    Args: as for `forward`; lse_BMSN, delta_BMSN and dout_BMSNH as for `xla.backward`.
+    """
     plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
     B, K, r, H = operands[0].shape
-    delta_BMSN = _delta(out_BMSNH, dout_BMSNH)
     per_row = _rows(dout_BMSNH, K, r), *(_rows(x[..., None], K, r).swapaxes(2, 3) for x in (lse_BMSN, delta_BMSN))
     outputs = (jax.ShapeDtypeStruct((B, K, r, H), q_BMSNH.dtype),)
     kernel = partial(_dq_kernel, scale=scale, softcap=softcap)
     (dq,) = _launch("attention_dq", kernel, plan, operands, per_row, outputs, ((H, plan.R),), interpret)
-    own = own_backward(q_BMSNH, k_BMSKH, v_BMSKH, out_BMSNH, lse_BMSN, dout_BMSNH, bounds, scale, softcap)
-    return _tokens(dq, q_BMSNH.shape), *own
-
-
-def own_backward(
-    q_BMSNH: jax.Array,
-    k_BMSKH: jax.Array,
-    v_BMSKH: jax.Array,
-    out_BMSNH: jax.Array,
-    lse_BMSN: jax.Array,
-    dout_BMSNH: jax.Array,
-    bounds: Bounds,
-    scale: float,
-    softcap: float,
-) -> Keys:
-    """Gradients of own keys and values, given each query's log-sum-exp over all that it sees, float32.
-
-    Only a group's own queries see its keys, so this takes S x S scores a group and head: of as many groups at a time
-    as OWN_SCORES allows, of one key head of a group at least.
-    """
-    B, M, S, N, H = q_BMSNH.shape
-    K = k_BMSKH.shape[3]
-
-    def by_head(x: jax.Array) -> jax.Array:
-        """[B, M, S, heads, ...] to [B * M * K, S, heads / K, ...]."""
-        x = jnp.moveaxis(x.reshape(B, M, S, K, -1, *x.shape[4:]), 3, 2)
-        return x.reshape(B * M * K, S, *x.shape[4:])
-
-    def differentiate(group):
-        q_SGH, k_U1H, v_U1H, dout_SGH, lse_SG, delta_SG, start_S1 = group
-        k_UH, v_UH, own = k_U1H[:, 0], v_U1H[:, 0], jnp.arange(S)
-        visible_SU = (own >= start_S1) & (own <= own[:, None])
-        scores_SGU, slope = _bend(_dot("SGH,UH->SGU", q_SGH, k_UH), scale, softcap)
-        p_SGU = jnp.exp(jnp.where(visible_SU[:, None], scores_SGU, UNSEEN) - lse_SG[..., None])
-        ds_SGU = p_SGU * (_dot("SGH,UH->SGU", dout_SGH, v_UH) - delta_SG[..., None]) * slope
-        dk_UH = _dot("SGU,SGH->UH", ds_SGU.astype(q_SGH.dtype), q_SGH)
-        dv_UH = _dot("SGU,SGH->UH", p_SGU.astype(dout_SGH.dtype), dout_SGH)
-        return dk_UH.astype(k_UH.dtype), dv_UH.astype(v_UH.dtype)
-
-    own_start = jnp.broadcast_to(bounds.own_start[..., None], (B, M, S, K))
-    per_query = q_BMSNH, k_BMSKH, v_BMSKH, dout_BMSNH, lse_BMSN, _delta(out_BMSNH, dout_BMSNH), own_start
-    batch_size = max(1, OWN_SCORES // (N // K * S * S))
-    down = jax.lax.map(differentiate, tuple(map(by_head, per_query)), batch_size=batch_size)
-    dk, dv = (jnp.moveaxis(x.reshape(B, M, K, S, H), 2, 3) for x in down)
-    return dk, dv
+    # Only a group's own queries see its keys, which is little work: no kernel of its own.
+    own, saved = (k_BMSKH, v_BMSKH), (lse_BMSN, delta_BMSN, dout_BMSNH)
+    _, (dk, dv), _ = xla.backward(q_BMSNH, own, None, bounds, *saved, scale, softcap, into_prefix=False)
+    return _tokens(dq, q_BMSNH.shape), dk, dv
 
 
 def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array, jax.Array]]:
-    """The plan of a call, its queries [B, K, r, H], and all its keys and values [B, K, u, H]."""
-    (B, M, S, N, _), K = q.shape, k.shape[3]
-    T, G, n = 0 if prefix is None else prefix[0].shape[1], N // K, M * S
+    """Returns the plan of a call, its queries [B, K, r, H], and all its keys and values [B, K, u, H]."""
+    B, M, S, N, _ = q.shape
+    K = k.shape[3]
+    T = 0 if prefix is None else prefix[0].shape[1]
+    G = N // K
+    n = M * S
     R = _up(pl.cdiv(n * G, pl.cdiv(n * G, ROWS)), LANES)  # blocks alike, or the last could be padding most of all
     U = min(KEYS, _up(max(T, n), LANES))
     first_own = _up(T, U)
@@ -227,7 +179,7 @@ def _launch(name: str, kernel, plan: Plan, operands, per_row, outputs, state, in
 def _forward_kernel(
     visits_ref, sees_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, acc_ref, high_ref, sum_ref, *, scale, softcap
 ):
-    """One key block's part in the output of one query block, under a running softmax."""
+    """Adds one key block's part to the output of one query block, under a running softmax."""
 
     @pl.when(pl.program_id(3) == 0)
     def _():
@@ -236,7 +188,8 @@ def _forward_kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def visit(visible_UR):
-        scores_UR, _ = _bend(_dot("UH,RH->UR", k_ref[...], q_ref[...]), scale, softcap)
+        products_UR = einsum("UH,RH->UR", k_ref[...], q_ref[...], jnp.float32)
+        scores_UR, _ = softcapped(products_UR * scale, softcap)
         scores_UR = jnp.where(visible_UR, scores_UR, UNSEEN)
         # A row that has seen nothing yet gives weight exp(UNSEEN - UNSEEN) = 1 to what it does not see. The first key
         # that it sees makes `fade` zero and all that forgotten; there is one, for every query sees itself.
@@ -244,7 +197,8 @@ def _forward_kernel(
         weights_UR, fade = jnp.exp(scores_UR - high), jnp.exp(high_ref[...] - high)
         high_ref[...] = high
         sum_ref[...] = sum_ref[...] * fade + jnp.sum(weights_UR, axis=0, keepdims=True)
-        acc_ref[...] = acc_ref[...] * fade + _dot("UH,UR->HR", v_ref[...], weights_UR.astype(v_ref.dtype))
+        more_HR = einsum("UH,UR->HR", v_ref[...], weights_UR.astype(v_ref.dtype), jnp.float32)
+        acc_ref[...] = acc_ref[...] * fade + more_HR
 
     _visit(visits_ref, sees_ref, k_ref.shape[0], visit)
 
@@ -257,17 +211,19 @@ def _forward_kernel(
 def _dq_kernel(
     visits_ref, sees_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref, *, scale, softcap
 ):
-    """One key block's part in the gradient of one query block."""
+    """Adds one key block's part to the gradient of one query block."""
 
     @pl.when(pl.program_id(3) == 0)
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def visit(visible_UR):
-        scores_UR, slope = _bend(_dot("UH,RH->UR", k_ref[...], q_ref[...]), scale, softcap)
+        products_UR = einsum("UH,RH->UR", k_ref[...], q_ref[...], jnp.float32)
+        scores_UR, slope_UR = softcapped(products_UR * scale, softcap)
         p_UR = jnp.exp(jnp.where(visible_UR, scores_UR, UNSEEN) - lse_ref[...])
-        ds_UR = p_UR * (_dot("UH,RH->UR", v_ref[...], dout_ref[...]) - delta_ref[...]) * slope
-        acc_ref[...] += _dot("UH,UR->HR", k_ref[...], ds_UR.astype(k_ref.dtype))
+        dp_UR = einsum("UH,RH->UR", v_ref[...], dout_ref[...], jnp.float32)
+        ds_UR = p_UR * (dp_UR - delta_ref[...]) * slope_UR * scale
+        acc_ref[...] += einsum("UH,UR->HR", k_ref[...], ds_UR.astype(k_ref.dtype), jnp.float32)
 
     _visit(visits_ref, sees_ref, k_ref.shape[0], visit)
 
@@ -277,7 +233,7 @@ def _dq_kernel(
 
 
 def _visit(visits_ref, sees_ref, U: int, visit: Callable[[jax.Array], None]) -> None:
-    """Inside a kernel: if this step has a block to visit, calls with which of its keys each row sees, bool [U, R]."""
+    """Calls `visit` with bool [U, R], which keys of this step's block each row sees; not if the step has no block."""
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     block, in_prefix = _block(visits_ref, b, i, step)
 
@@ -289,40 +245,25 @@ def _visit(visits_ref, sees_ref, U: int, visit: Callable[[jax.Array], None]) -> 
 
 
 def _block(visits_ref, b, i, step):
-    """The key block of a step, and whether the prefix has it. Steps past the last stay there: nothing is fetched."""
+    """Returns the key block of a step, and whether it is the prefix's.
+
+    Steps past the last block stay at it, so that nothing is fetched.
+    """
     first, count, own_first, own_count = (visits_ref[x, b, i] for x in range(4))
     step = jnp.minimum(step, count + own_count - 1)
     in_prefix = step < count
     return jnp.where(in_prefix, first + step, own_first + step - count), in_prefix
 
 
-def _bend(product: jax.Array, scale: float, softcap: float) -> tuple[jax.Array, jax.Array | float]:
-    """Scores from the products of queries and keys, and their slope in these."""
-    if not softcap:
-        return product * scale, scale
-    bent = jnp.tanh(product * (scale / softcap))
-    return softcap * bent, scale * (1 - bent * bent)
-
-
-def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """A product, float32."""
-    return einsum(equation, x, y, jnp.float32)
-
-
-def _delta(out_BMSNH: jax.Array, dout_BMSNH: jax.Array) -> jax.Array:
-    """What the softmax takes off the gradient of all weights of a query: float32 [B, M, S, N]."""
-    return jnp.sum(out_BMSNH.astype(jnp.float32) * dout_BMSNH.astype(jnp.float32), axis=-1)
-
-
 def _rows(x_BMSNX: jax.Array, K: int, r: int) -> jax.Array:
-    """[B, M, S, N, X] to rows [B, K, r, X]."""
+    """Lays [B, M, S, N, X] out as rows [B, K, r, X]."""
     B, M, S, N, X = x_BMSNX.shape
     x = jnp.moveaxis(x_BMSNX.reshape(B, M * S, K, N // K, X), 2, 1)
     return _pad(x.reshape(B, K, -1, X), 2, r)
 
 
 def _tokens(x_BKrX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Rows [B, K, r, X] to [B, M, S, N, X], this shape."""
+    """Lays rows [B, K, r, X] out as [B, M, S, N, X], which is `shape`."""
     B, M, S, N, X = shape
     K = x_BKrX.shape[1]
     x = x_BKrX[:, :, : M * S * N // K].reshape(B, K, M * S, N // K, X)
@@ -330,7 +271,7 @@ def _tokens(x_BKrX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _pad(x: jax.Array, axis: int, unit: int) -> jax.Array:
-    """Zeros behind x, up to a whole number of units."""
+    """Appends zeros along an axis, up to a whole number of units."""
     more = _up(x.shape[axis], unit) - x.shape[axis]
     return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)])
 

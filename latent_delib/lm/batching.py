@@ -1,0 +1,103 @@
+"""Rows of any length in few shapes, each of which is compiled once."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TOGETHER = 8  # continuations of one prompt in one row
+
+Key = tuple[int, int]
+
+
+class Question(NamedTuple):
+    """A prompt, and the numbers of some of its continuations. key: as `alike` takes it."""
+
+    head: tuple[int, ...]
+    members: list[int]
+    key: Key
+
+
+def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
+    """Yields the indices of rows, those with like keys together, the largest first: they must fit.
+
+    Args:
+      keys: of each row, the number of its continuations and its length.
+      size: the number of rows with such a key that make a batch.
+    """
+    order = sorted(range(len(keys)), key=lambda i: keys[i], reverse=True)
+    while order:
+        count = size(keys[order[0]])
+        yield order[:count]
+        order = order[count:]
+
+
+def pad(rows: Sequence[Any], pad_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads rows of tokens to one of few shapes.
+
+    Args:
+      multiple: the number of rows is one of this.
+
+    Returns:
+      int32 [B, T], padded on the right, and the lengths int32 [B], 0 for a row that only fills the batch.
+    """
+    length_B = np.zeros(round_up(power(len(rows)), multiple), np.int32)
+    length_B[: len(rows)] = [len(row) for row in rows]
+    padded_BT = np.full((len(length_B), bucket(int(max(length_B)))), pad_id, np.int32)
+    for b, row in enumerate(rows):
+        padded_BT[b, : len(row)] = row
+    return padded_BT, length_B
+
+
+def questions(heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> list[Question]:
+    """Groups continuations by their prompts, at most TOGETHER of one prompt in a group.
+
+    Args:
+      heads: the prompt of each continuation.
+      tails: the continuations.
+    """
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, head in enumerate(heads):
+        groups[tuple(head)].append(i)
+    found = []
+    for head, every in groups.items():
+        for first in range(0, len(every), TOGETHER):
+            members = every[first : first + TOGETHER]
+            longest = max(len(tails[i]) for i in members)
+            found.append(Question(head, members, (power(len(members)), len(head) + longest)))
+    return found
+
+
+def pad_tails(
+    batch: Sequence[Question], tails: Sequence[Sequence[int]], rows: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pads the continuations of a batch of prompts.
+
+    Returns:
+      int32 [rows, M, A], padded on the right, and where no padding is, bool [rows, M, A].
+    """
+    M = max(power(len(question.members)) for question in batch)
+    longest = max(len(tails[i]) for question in batch for i in question.members)
+    tails_BMA = np.full((rows, M, round_up(longest, 8)), pad_id, np.int32)
+    inside_BMA = np.zeros(tails_BMA.shape, bool)
+    for b, question in enumerate(batch):
+        for m, i in enumerate(question.members):
+            tails_BMA[b, m, : len(tails[i])] = tails[i]
+            inside_BMA[b, m, : len(tails[i])] = True
+    return tails_BMA, inside_BMA
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Returns the least multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def power(n: int) -> int:
+    """Returns the least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def bucket(n: int) -> int:
+    """Returns a length rounded up, beyond 128 by a fourth at most, so that few lengths are compiled."""
+    return round_up(n, max(32, power(n) // 8))

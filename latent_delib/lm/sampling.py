@@ -1,0 +1,69 @@
+"""How the next token is chosen: one value that takes keys and logits.
+
+To add a rule, give `Sampler` a field and use it in `_draw`: the field is then an argument of `AugmentedLM.generate`, a
+flag of the command `generate`, and a setting that the tasks of the lm-eval harness may name.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from latent_delib.errors import UserError
+from latent_delib.machine import arguments
+
+
+def _option(default: Any, text: str) -> Any:
+    """Returns a field of `Sampler` with its default and its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Chooses tokens: the likeliest, or one drawn from the likeliest.
+
+    The fields are inputs of a compiled program: other values compile nothing.
+    """
+
+    temperature: float = _option(0.0, "0: the likeliest token each time")
+    top_k: int = _option(0, "sample from that many likeliest tokens; 0: from all")
+    top_p: float = _option(1.0, "sample from the likeliest tokens that reach this probability together")
+
+    def __call__(self, key_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        """Returns a token for each row, int32 [B]."""
+        likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return jax.lax.cond(self.temperature > 0, self._draw, lambda *_: likeliest_B, key_B, logits_BV)
+
+    def _draw(self, key_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        """Draws a token for each row. Sorting a vocabulary costs more than reading a small decoder."""
+        scaled_BV = logits_BV / jnp.maximum(self.temperature, 1e-6)
+        p_BV = jax.nn.softmax(scaled_BV)
+        sorted_BV = jnp.sort(p_BV, axis=-1, descending=True)
+        before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
+        rank_V = jnp.arange(sorted_BV.shape[-1])
+        among_BV = (before_BV < self.top_p) & ((rank_V < self.top_k) | (self.top_k == 0))
+        least_B1 = jnp.min(jnp.where(among_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        kept_BV = jnp.where(p_BV >= least_B1, scaled_BV, -jnp.inf)
+        return jax.vmap(jax.random.categorical)(key_B, kept_BV).astype(jnp.int32)
+
+    def checked(self) -> "Sampler":
+        """Returns the same sampler with plain Python numbers.
+
+        Raises:
+          UserError: a field of another kind or out of range.
+        """
+        temperature = arguments.number("temperature", self.temperature)
+        if not temperature >= 0:
+            raise UserError(f"temperature={self.temperature}: expected at least 0")
+        top_k = arguments.whole("top_k", self.top_k, 0, arguments.INT64)
+        top_p = arguments.number("top_p", self.top_p)
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: expected above 0, at most 1")
+        return Sampler(temperature, min(top_k, arguments.INT32), top_p)
+
+
+def options() -> dict[str, tuple[Any, str]]:
+    """Returns each field of `Sampler` with its default and its help text."""
+    return {field.name: (field.default, field.metadata["help"]) for field in dataclasses.fields(Sampler)}
