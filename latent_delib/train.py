@@ -11,6 +11,7 @@ Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another proce
 stopped by Ctrl-C, the last line says which step is saved; 1 an error that running again does not cure.
 """
 
+import dataclasses
 import json
 import signal
 import sys
