@@ -192,15 +192,15 @@ def prefill(
     params: Params, text_BT: jax.Array, length_B: jax.Array, *, aug: Augmentation, room: int, pad_id: int
 ) -> tuple[Decoding, Reading]:
     """Reads the prompts; leaves room for `room` more tokens, and in the cache for latents."""
-    table_VD = transformer.output_table(params["decoder"])
+    output_VD = transformer.output_table(params["decoder"])
     segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
-    out_BTD, cache = augment.read_text(aug, params, text_BT, segment_BT, table_VD.dtype)
+    out_BTD, cache = augment.read_text(aug, params, text_BT, segment_BT, output_VD.dtype)
     last_BD = jnp.take_along_axis(out_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
     state = Decoding(
         text=jnp.pad(text_BT, [(0, 0), (0, room)], constant_values=pad_id),
         length=length_B,
         position=length_B,
-        logits=transformer.unembed(table_VD, last_BD, aug.transformer.config),
+        logits=transformer.unembed(output_VD, last_BD, aug.transformer.config),
         ended=length_B == 0,
     )
     capacity = [(0, 0), (0, room + aug.num_latents)]
@@ -220,11 +220,11 @@ def extend(
     params: Params, read: Reading, text_BX: jax.Array, new: jax.Array, *, aug: Augmentation, size: int
 ) -> Reading:
     """Reads the next `new` tokens of every text with the plain decoder, at most `size`, after those it has read."""
-    table_VD = transformer.output_table(params["decoder"])
+    embedding_VD = params["decoder"]["embedding"]
     outputs_BXD, cache = read
     index_BS = cache.length[:, None] + jnp.arange(size)  # of the tokens, and in plain text their positions
     tokens_BS = jnp.take_along_axis(text_BX, jnp.minimum(index_BS, text_BX.shape[1] - 1), axis=1)
-    x_BSD = transformer.embed(table_VD, tokens_BS, aug.transformer.config)
+    x_BSD = transformer.embed(embedding_VD, tokens_BS, aug.transformer.config)
     out_BMSD, kv = _read_on(params, x_BSD, index_BS, cache, aug)
     outputs_BXD = outputs_BXD.at[jnp.arange(len(text_BX))[:, None], index_BS].set(out_BMSD[:, 0], mode="drop")
     return Reading(outputs_BXD, _place(aug, cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))))
@@ -258,10 +258,10 @@ def join(params: Params, state: Decoding, plain: Cache, z: Latents, *, aug: Augm
     read = plain._replace(length=plain.length - reread)
     out_BMAD, kv = augment.decode(aug, params, z, read, now)
     cache = cache_lib.append(read, kv, now.position[:, 0], jnp.full_like(read.length, aug.num_latents + reread))
-    table_VD = transformer.output_table(params["decoder"])
+    output_VD = transformer.output_table(params["decoder"])
     state = state._replace(
         position=now.position[:, 0, -1] + 1,
-        logits=transformer.unembed(table_VD, out_BMAD[:, 0, -1], aug.transformer.config),
+        logits=transformer.unembed(output_VD, out_BMAD[:, 0, -1], aug.transformer.config),
     )
     return state, _place(aug, cache_lib.by_position(cache))  # latents may share positions with text before them
 
@@ -284,7 +284,8 @@ def decode(
     A row's draws depend on its own key and on the number of tokens before, on no other row.
     """
     config = aug.transformer.config
-    table_VD = transformer.output_table(params["decoder"])
+    embedding_VD = params["decoder"]["embedding"]
+    output_VD = transformer.output_table(params["decoder"])
     row = jnp.arange(state.length.shape[0])
     goal = state.length[0] + count
 
@@ -292,13 +293,13 @@ def decode(
         state, cache = carry
         token_B = sampler(jax.vmap(jax.random.fold_in)(key_B, state.length), state.logits)
         token_B = jnp.where(state.ended, pad_id, token_B)
-        x_BSD = transformer.embed(table_VD, token_B[:, None], config)
+        x_BSD = transformer.embed(embedding_VD, token_B[:, None], config)
         out_BMSD, kv = _read_on(params, x_BSD, state.position[:, None], cache, aug)
         after = Decoding(
             text=state.text.at[row, state.length].set(token_B),
             length=state.length + 1,
             position=state.position + 1,
-            logits=transformer.unembed(transformer.output_table(params["decoder"]), out_BMSD[:, 0, 0], config),
+            logits=transformer.unembed(output_VD, out_BMSD[:, 0, 0], config),
             ended=state.ended | (token_B == eos_id),
         )
         return after, cache_lib.append(cache, kv, state.position[:, None], jnp.ones_like(state.length))

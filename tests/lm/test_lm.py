@@ -126,6 +126,18 @@ def test_latents_again_every_few_tokens(lms, name, every, delay):
     assert [c.text for c in found] != lm.generate(PROMPTS[:3], NEW, delay=delay)
 
 
+def test_a_head_of_its_own(decoder):
+    """Tokens enter by the embeddings and leave by the head, wherever a decoder with both decodes or scores."""
+    config = dataclasses.replace(decoder.config, untied_head=True)
+    head = np.random.default_rng(3).standard_normal(decoder.params["embedding"].shape).astype(np.float32)
+    untied = dataclasses.replace(decoder, config=config, params=decoder.params | {"head": head})
+    lm = ld.AugmentedLM(untied, ld.init_coprocessor(untied, L))
+    found = lm.generate(PROMPTS, NEW, every=5, delay=2)
+    assert found == [naive_greedy(lm, prompt, 2, 5) for prompt in PROMPTS]
+    sums, greedy = lm.logprobs([PROMPTS[0]], [naive_greedy(lm, PROMPTS[0])])
+    assert greedy.all() and sums[0] < 0
+
+
 def test_without_coprocessor_is_the_decoder(lms, text):
     plain, augmented = lms["decoder"], lms["after"]
     assert augmented.generate(PROMPTS, NEW, augment=False) == plain.generate(PROMPTS, NEW)
