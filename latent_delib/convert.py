@@ -21,7 +21,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
 from latent_delib.errors import UserError
 from latent_delib.lm import load
-from latent_delib.machine import checkpoint, commands, files
+from latent_delib.machine import commands, files
 from latent_delib.machine.progress import Progress
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences, family
 from latent_delib.weights import coprocessor, deepmind, folder, gguf, huggingface, names, tensors
@@ -213,17 +213,16 @@ def _write_huggingface(
 
 def export_coprocessor(workdir: str, out: Path) -> None:
     """Writes the newest coprocessor of a training job as a folder (`weights.coprocessor`)."""
-    trained = load.load_coprocessor(workdir)
+    with load.open_run(workdir) as run:
+        trained = load.coprocessor_of(run, run.record.step)
     if trained.architecture is not None:
         raise UserError(f"{workdir}: a resized coprocessor has no form of its own to be exported in")
-    checkpoints, _, meta = checkpoint.open_for_reading(workdir, trained.step)
-    checkpoints.close()
     params = trained.params
-    if meta["method.lora_rank"]:  # multiplied out
-        decoder = load.load_decoder(load.decoder_of(workdir, load.Record.from_meta(meta, workdir))).params
+    if run.record["method.lora_rank"]:  # multiplied out
+        decoder = load.load_decoder(load.decoder_of(workdir, run.record)).params
         params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
     fields = {name: getattr(trained, name) for name in ("method", "num_latents", "placement", "step", "fingerprint")}
-    coprocessor.save(out, fields, TransformerConfig.from_dict(meta["architecture"], workdir), params)
+    coprocessor.save(out, fields, TransformerConfig.from_dict(run.record.architecture, workdir), params)
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
 
 

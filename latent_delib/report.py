@@ -20,7 +20,7 @@ from latent_delib.delib.coprocessor import Inserted
 from latent_delib.errors import UserError
 from latent_delib.lm import load, look
 from latent_delib.lm import model as lm
-from latent_delib.machine import checkpoint, commands, files
+from latent_delib.machine import commands, files
 from latent_delib.results import figures, published, runs, tables
 from latent_delib.results.against import compare
 from latent_delib.results.figures import Picture
@@ -102,12 +102,9 @@ def look_into(workdir: str, text: str) -> Look:
     """
     if not (epath.Path(workdir) / "checkpoints").is_dir():
         raise UserError(f"--look={workdir}: holds no checkpoints; train it first")
-    checkpoints, _, meta = checkpoint.open_for_reading(workdir, None)
-    checkpoints.close()
-    model = lm.AugmentedLM(
-        load.load_decoder(load.decoder_of(workdir, load.Record.from_meta(meta, workdir))),
-        load.load_coprocessor(workdir),
-    )
+    with load.open_run(workdir) as run:
+        decoder = load.load_decoder(load.decoder_of(workdir, run.record))
+        model = lm.AugmentedLM(decoder, load.coprocessor_of(run, run.record.step))
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
         raise UserError(f"--text={text!r}: {len(tokens)} tokens with BOS, expected at least {AHEAD + 2}")
@@ -116,7 +113,7 @@ def look_into(workdir: str, text: str) -> Look:
     at = len(tokens) - 1 - AHEAD
     z_BMLD = model.latents([tokens], [[at]])
     if isinstance(z_BMLD, Inserted):
-        raise UserError(f"--look={workdir}: method {meta['method.name']!r} writes keys and values, no vectors")
+        raise UserError(f"--look={workdir}: method {model.coprocessor.method!r} writes keys and values, no vectors")
     z_LD = z_BMLD[0, 0]
     before = model.tokenizer.decode(tokens[: at + 1])
     after = model.tokenizer.decode(tokens[at + 1 :])

@@ -199,7 +199,8 @@ def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[Tr
     if found is None:
         trainable, opt_state = init_state(exp, plan, frozen)
     else:
-        trainable, opt_state = found.trees["trainable"], found.trees["optimizer"]
+        trainable = found.trees["trainable"]
+        opt_state = found.trees["optimizer"]
     step = np.int32(0 if found is None else found.step)
     return TrainState(jax.device_put(step, mesh_lib.replicated(exp.mesh)), trainable, opt_state), frozen
 

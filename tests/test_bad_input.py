@@ -439,7 +439,7 @@ def test_an_architecture_other_than_the_folder_s(error, tmp_path, decoder_folder
         ("config.json", b"\xff\xfe", ["config.json", "not JSON"]),
         ("tokenizer.model", b"not a model", ["tokenizer.model", "not a SentencePiece model"]),
         ("tokenizer.model", b"", ["tokenizer.model", "not a SentencePiece model"]),
-        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", ["model.safetensors", "not a whole"]),
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", ["model.safetensors", "has 10 bytes", "fingerprint.json"]),
     ],
 )
 def test_decoder_folders_that_are_broken(error, config_file, decoder_folder, tmp_path, name, content, words):

@@ -225,7 +225,7 @@ def write_validation(
 
 
 class Stored(NamedTuple):
-    """A source as it is stored. name: SPLIT/NUMBER, its place in the folder. entry: its part of meta.json."""
+    """Names a source as it is stored. name: SPLIT/NUMBER, its place in the folder. entry: its part of meta.json."""
 
     source: str
     name: str

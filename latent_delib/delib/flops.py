@@ -57,7 +57,7 @@ def again(
 
 
 class Writing(NamedTuple):
-    """The writing of latents in one training step.
+    """Describes the writing of latents in one training step.
 
     config: of the coprocessor. remat: see `nn.transformer.REMAT`. text_tokens: of all rows. traces: of all rows.
     trains_decoder: the text's keys and values have a gradient.

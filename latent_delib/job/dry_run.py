@@ -186,7 +186,8 @@ def _rows_at_once(exp: Experiment) -> float:
 def _flops(exp: Experiment) -> dict[str, float]:
     """Returns the FLOPs of one chip per step: those the method needs, and those done again."""
     c = exp.config
-    rows, length = c.train.batch_size, c.data.seq_len
+    rows = c.train.batch_size
+    length = c.data.seq_len
     step = (exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
     again = cost.repeated_flops(*step)
     again += (mesh_lib.shards(exp.mesh, "traces") - 1) * cost.text_flops(exp.aug, rows, length)

@@ -52,7 +52,8 @@ class Metrics:
     """
 
     def __init__(self, exp: Experiment, workdir: str, start: int, learning_rate: Callable[[int], Any]):
-        c, t = exp.config, exp.config.train
+        c = exp.config
+        t = c.train
         self.log_every = t.log_every
         self.steps = t.steps
         self.allowed = t.max_bad_steps
@@ -102,9 +103,8 @@ class Metrics:
         loss = float(values["loss"])
         tokens = float(values["tokens"])
         grad_norm = float(values["grad_norm"])
-        if math.isfinite(
-            loss + grad_norm
-        ):  # the loss is of the weights before the update, the gradient makes those after
+        # The loss is that of the weights before the update; the gradient makes those after it.
+        if math.isfinite(loss + grad_norm):
             self.since_row.add(loss, tokens)
             self.since_save.add(loss, tokens)
             self.grad_norm = grad_norm

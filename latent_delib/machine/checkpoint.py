@@ -201,9 +201,10 @@ class Checkpoints:
         if name not in saved:
             raise UserError(f"--workdir={self.workdir}: checkpoint {step} has no {name}, which this config needs")
         folder = self.path / str(step) / name
-        found = self.handler.metadata(folder).tree  # also where the shapes are known: other readers need it
+        if not (folder / "_METADATA").exists():  # orbax needs it only where no shapes are given
+            raise FileNotFoundError("no file _METADATA")
         if shapes is None:
-            shapes = jax.tree.map(_on_host, found)
+            shapes = jax.tree.map(_on_host, self.handler.metadata(folder).tree)
         here = contents.leaf_types(shapes)
         there = {leaf: kind for leaf, (kind, _) in saved[name].items()}
         for leaf in sorted(here.keys() | there.keys()):

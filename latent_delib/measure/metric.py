@@ -47,13 +47,13 @@ def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
 
     def term(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
         B, D = x.shape[0], x.shape[-1]
+        table_VD = transformer.output_table(params["decoder"])
         x_RBD = jnp.moveaxis(x.reshape(B, -1, D), 1, 0)
         targets_RB = jnp.moveaxis(targets.reshape(B, -1), 1, 0)
 
         def of_a_token_of_every_sequence(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             x_BD, targets_B = inputs
-            logits_BV = transformer.unembed(params["decoder"]["embedding"], x_BD, aug.transformer.config)
-            return value(logits_BV, targets_B)
+            return value(transformer.unembed(table_VD, x_BD, aug.transformer.config), targets_B)
 
         chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
         value_RB = jax.lax.map(of_a_token_of_every_sequence, (x_RBD, targets_RB), batch_size=chunk)

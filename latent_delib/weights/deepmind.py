@@ -16,7 +16,7 @@ from etils import epath
 from latent_delib.errors import UserError
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.weights.source import Source
-from latent_delib.weights.tensors import DTYPES
+from latent_delib.weights.tensors import DTYPES, read_dtype
 
 MARKS = ("_METADATA", "manifest.ocdbt", "checkpoint")  # one of them lies in every orbax folder
 _VISION = ("vision_encoder/", "SigLiPFromPatches_0/", "embedder/mm_")
@@ -47,18 +47,17 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
             continue
         dtype = np.dtype(leaf.dtype)
         if dtype not in DTYPES.values():
-            raise UserError(
-                f"{where}: {name} is of type {dtype}, expected one of {', '.join(map(str, DTYPES.values()))}"
-            )
-        paths[name], shapes[name] = path, tuple(leaf.shape)
-        dtypes[name] = np.dtype(np.float32) if dtype == np.float16 else dtype
+            known = ", ".join(map(str, DTYPES.values()))
+            raise UserError(f"{where}: {name} is of type {dtype}, expected one of {known}")
+        paths[name] = path
+        shapes[name] = tuple(leaf.shape)
+        dtypes[name] = read_dtype(dtype)
     config = _architecture(shapes, str(where), wanted)
-    turned = {  # [2, F, D] in the larger models, [2, D, F] in the others
-        name
-        for name, shape in shapes.items()
-        if name.endswith("/gating_einsum") and shape == (2, config.ffn_dim, config.embed_dim)
-    }
-    shapes |= {name: (2, config.embed_dim, config.ffn_dim) for name in turned}
+    turned = set()  # gates are [2, F, D] in the larger models, [2, D, F] in the others
+    for name, shape in shapes.items():
+        if name.endswith("/gating_einsum") and shape == (2, config.ffn_dim, config.embed_dim):
+            turned.add(name)
+            shapes[name] = (2, config.embed_dim, config.ffn_dim)
 
     def read(name: str) -> np.ndarray:
         path = paths[name]
@@ -73,7 +72,9 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
             raise UserError(f"{where}: {name} cannot be read ({' '.join(str(error).split())[:300]})") from None
         for key in path:
             x = x[key]
-        return (x.swapaxes(1, 2) if name in turned else x).astype(dtypes[name], copy=False)
+        if name in turned:
+            x = x.swapaxes(1, 2)
+        return x.astype(dtypes[name], copy=False)
 
     return Source(str(where), "deepmind", config, shapes, dtypes, read, None)
 

@@ -115,9 +115,13 @@ def fingerprint(folder: Path) -> str:
     stored = read_json(path)
     if not isinstance(stored.get("sha256"), str):
         raise UserError(f"{path}: sha256={stored.get('sha256')!r}, expected a string; {REMEDY}")
-    for name, value in _check_values(folder).items():
-        if stored.get(name) != value:
-            raise UserError(f"{path}: {name} was {stored.get(name)!r} when it was written, is {value!r}; {REMEDY}")
+    if stored.get("config_sha256") != _config_sha256(folder):
+        raise UserError(f"{folder / 'config.json'}: has changed since {FINGERPRINT} was written; {REMEDY}")
+    size = (folder / "model.safetensors").stat().st_size
+    if stored.get("model_bytes") != size:
+        raise UserError(
+            f"{folder / 'model.safetensors'}: has {size} bytes, {stored.get('model_bytes')} in {FINGERPRINT}; {REMEDY}"
+        )
     return stored["sha256"]
 
 
@@ -129,12 +133,8 @@ def _hash_files(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_values(folder: Path) -> dict[str, Any]:
-    """Returns the values that tell quickly whether a folder's files are those of its stored fingerprint."""
-    return {
-        "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
-        "model_bytes": (folder / "model.safetensors").stat().st_size,
-    }
+def _config_sha256(folder: Path) -> str:
+    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
 
 
 @functools.cache
@@ -209,5 +209,9 @@ def write_model(
     (folder / "config.json").write_bytes(text)
     digest = hashlib.sha256(text)
     tensors.write(folder / "model.safetensors", entries, chunks, digest=digest)
-    stored = {"sha256": digest.hexdigest(), **_check_values(folder)}
+    stored = {
+        "sha256": digest.hexdigest(),
+        "config_sha256": _config_sha256(folder),
+        "model_bytes": (folder / "model.safetensors").stat().st_size,
+    }
     (folder / FINGERPRINT).write_text(json.dumps(stored, indent=2) + "\n")

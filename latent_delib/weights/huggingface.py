@@ -13,7 +13,7 @@ from latent_delib.errors import UserError
 from latent_delib.nn.sizes import FAMILIES, TransformerConfig, differences, family
 from latent_delib.weights import folder as folder_lib
 from latent_delib.weights.source import Source
-from latent_delib.weights.tensors import TensorFile
+from latent_delib.weights.tensors import TensorFile, read_dtype
 
 Fields = Mapping[str, Any]
 
@@ -103,7 +103,7 @@ def open_source(where: Path) -> Source:
         if text_name is not None:
             places[text_name] = file, name
     shapes = {name: file.shapes[stored] for name, (file, stored) in places.items()}
-    dtypes = {name: _readable(file.dtypes[stored]) for name, (file, stored) in places.items()}
+    dtypes = {name: read_dtype(file.dtypes[stored]) for name, (file, stored) in places.items()}
 
     def read_tensor(name: str) -> np.ndarray:
         file, stored = places[name]
@@ -114,11 +114,6 @@ def open_source(where: Path) -> Source:
             raise UserError(f"{where}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings=True")
         del shapes[HEAD]
     return Source(str(where), "huggingface", config, shapes, dtypes, read_tensor, folder_lib.tokenizer_writer(where))
-
-
-def _readable(stored: np.dtype) -> np.dtype:
-    """Returns the dtype that a stored tensor is read as: float32 for float16, which it holds exactly."""
-    return np.dtype(np.float32) if stored == np.float16 else stored
 
 
 def _text_name(name: str) -> str | None:

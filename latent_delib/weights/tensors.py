@@ -22,6 +22,11 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+def read_dtype(stored: np.dtype) -> np.dtype:
+    """Returns the dtype that a stored tensor is read as: float32 for float16, which it holds exactly."""
+    return np.dtype(np.float32) if stored == np.float16 else stored
+
+
 class TensorFile:
     """Holds an opened safetensors file. shapes, dtypes: of every tensor, by name.
 

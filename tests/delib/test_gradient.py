@@ -21,16 +21,18 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.nn.transformer import Transformer
 
 STEP = 1e-4  # of the finite differences: their own error is of its square
-BOTH = [("gemma", "after"), ("llama", "overlay")]  # between them every feature of the architecture
-CASES = [
-    *(("cache_augmentation", *case) for case in [*BOTH, ("gemma", "overlay"), ("gemma", "before")]),
-    *(("last_layer", *case) for case in BOTH),
-    *(("pause_tokens", *case) for case in BOTH),
-    *(("static_tokens", *case) for case in BOTH),
-    *(("inserted", *case) for case in [("gemma", "overlay"), ("llama", "before")]),  # it has no other placement
-    *(("joint", *case) for case in BOTH),
-    *(("unified", *case) for case in BOTH),
-    *(("sequential", *case) for case in BOTH),
+CASES = [  # between gemma and llama every feature of the architecture
+    ("cache_augmentation", "gemma", "after"),
+    ("cache_augmentation", "gemma", "before"),
+    ("cache_augmentation", "llama", "overlay"),
+    ("last_layer", "gemma", "after"),
+    ("pause_tokens", "gemma", "overlay"),
+    ("static_tokens", "llama", "after"),
+    ("inserted", "gemma", "overlay"),
+    ("inserted", "llama", "before"),  # it has no other placement
+    ("joint", "gemma", "after"),
+    ("unified", "llama", "overlay"),
+    ("sequential", "gemma", "overlay"),
     ("decoder", "gemma", "after"),  # ordinary language modelling: placement means nothing
 ]
 

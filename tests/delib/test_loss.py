@@ -1,5 +1,6 @@
 """The chunked loss against log_softmax over the whole vocabulary."""
 
+import functools
 from functools import partial
 
 import jax
@@ -25,10 +26,21 @@ def inputs(size=1.0, dtype=jnp.float32):
     return x.astype(dtype), embedding, target, jax.random.normal(keys[3], (B, R))
 
 
-def naive(x, embedding, target, softcap):
-    logits = x @ embedding.T
-    logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
+@functools.cache
+def naive(softcap):
+    """One function for each softcap, so that it is compiled once."""
+
+    def nll(x, embedding, target):
+        logits = x @ embedding.T
+        logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
+
+    return nll
+
+
+@functools.cache
+def ours(softcap, chunk):
+    return lambda x, embedding, target: token_nll(x, embedding, target, softcap, chunk)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -44,11 +56,11 @@ def value_and_grads(nll, x, embedding, target, weights):
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_equals_log_softmax(chunk, softcap):
     args = inputs()
-    grads, losses = value_and_grads(lambda *a: token_nll(*a, softcap, chunk), *args)
-    grads_wanted, wanted = value_and_grads(lambda *a: naive(*a, softcap), *args)
+    grads, losses = value_and_grads(ours(softcap, chunk), *args)
+    grads_wanted, wanted = value_and_grads(naive(softcap), *args)
     np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(grads, grads_wanted):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    for found, expected in zip(grads, grads_wanted):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
@@ -56,27 +68,26 @@ def test_bfloat16(softcap):
     """bfloat16 outputs and a float32 table: the loss is float32, each gradient has the dtype of its argument."""
     x, embedding, target, weights = inputs(dtype=jnp.bfloat16)
     embedding = embedding.astype(jnp.bfloat16).astype(jnp.float32)
-    grads, losses = value_and_grads(lambda *a: token_nll(*a, softcap, 7), x, embedding, target, weights)
-    grads_wanted, wanted = value_and_grads(
-        lambda *a: naive(*a, softcap), x.astype(jnp.float32), embedding, target, weights
-    )
+    grads, losses = value_and_grads(ours(softcap, 4), x, embedding, target, weights)
+    grads_wanted, wanted = value_and_grads(naive(softcap), x.astype(jnp.float32), embedding, target, weights)
     assert [a.dtype for a in (losses, *grads)] == [jnp.float32, jnp.bfloat16, jnp.float32]
     np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)  # products of bfloat16 are exact in float32
-    for ours, theirs in zip(grads, grads_wanted):
-        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=2**-6, atol=2**-6 * np.abs(theirs).max())
+    for found, expected in zip(grads, grads_wanted):
+        atol = 2**-6 * np.abs(expected).max()
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-6, atol=atol)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_extreme_logits_are_finite_and_right(softcap):
     """Logits of some 1e5, far past what exp can hold."""
     args = inputs(size=300.0)
-    grads, losses = value_and_grads(lambda *a: token_nll(*a, softcap, 7), *args)
-    grads_wanted, wanted = value_and_grads(lambda *a: naive(*a, softcap), *args)
-    assert losses.max() > (50 if softcap else 1e4)
+    grads, losses = value_and_grads(ours(softcap, 4), *args)
+    grads_wanted, wanted = value_and_grads(naive(softcap), *args)
+    assert losses.max() > (4 if softcap else 1e4)
     np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(grads, grads_wanted):
-        assert np.all(np.isfinite(ours))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+    for found, expected in zip(grads, grads_wanted):
+        assert np.all(np.isfinite(found))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def arrays_in(jaxpr):
@@ -96,11 +107,12 @@ def test_a_frozen_table_changes_no_gradient(softcap):
     def total(x, embedding):
         return jnp.sum(token_nll(x, embedding, target, softcap, 4) * weights)
 
-    alone, both = jax.grad(total)(x, embedding), jax.grad(total, argnums=(0, 1))(x, embedding)
+    alone = jax.jit(jax.grad(total))(x, embedding)
+    both = jax.jit(jax.grad(total, argnums=(0, 1)))(x, embedding)
     np.testing.assert_allclose(alone, both[0], rtol=1e-5, atol=1e-6)
     frozen = jax.make_jaxpr(jax.grad(total))(x, embedding).jaxpr
     assert not any(a.shape == (V, D) for a in arrays_in(frozen))  # no gradient of the table is made for nothing
-    table = jax.grad(total, argnums=1)(x, embedding)
+    table = jax.jit(jax.grad(total, argnums=1))(x, embedding)
     np.testing.assert_allclose(table, both[1], rtol=1e-5, atol=1e-6)
 
 

@@ -1,5 +1,7 @@
 """Where traces stand, written out by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,11 @@ SEGMENT = jnp.array([[1] * 5 + [2] * 5 + [0]])
 AT = jnp.array([[3, 5]])
 
 
+compiled = jax.jit(traces.lay_out, static_argnames=("num_latents", "num_ahead", "placement"))
+
+
 def lay_out(placement):
-    return traces.lay_out(TOKENS, SEGMENT, AT, num_latents=2, num_ahead=3, placement=placement)
+    return compiled(TOKENS, SEGMENT, AT, num_latents=2, num_ahead=3, placement=placement)
 
 
 def check(found, expected):
@@ -59,6 +64,12 @@ def test_overlay_literally():
 
 def seen(bounds, text_length):
     """Who gets weight from `attend`: rows are all traces' tokens, columns the text, then all traces' tokens."""
+    weights = weights_of(bounds, text_length)
+    return ["".join(map(str, row)) for row in np.array(weights > 0, int).reshape(-1, weights.shape[-1])]
+
+
+@partial(jax.jit, static_argnums=1)
+def weights_of(bounds, text_length):
     B, M, S = bounds.own_start.shape
     own = jnp.zeros((B, M, S, 1, text_length + M * S))
     column = text_length + jnp.arange(M * S).reshape(M, S)
@@ -67,8 +78,7 @@ def seen(bounds, text_length):
     if text_length:
         eye = jnp.eye(text_length, text_length + M * S)[None, :, None]
         prefix = (jnp.zeros_like(eye), eye)
-    weights = attend(own, own, values, prefix, bounds, scale=1.0, softcap=0.0)
-    return ["".join(map(str, row)) for row in np.array(weights > 0, int).reshape(M * S, -1)]
+    return attend(own, own, values, prefix, bounds, scale=1.0, softcap=0.0)
 
 
 def literal(text):
@@ -179,8 +189,8 @@ def test_delays_are_drawn_from_none_to_the_most():
 def test_what_is_drawn_has_an_ahead_token_and_the_rest_no_weight(placement):
     tokens = jnp.zeros_like(PACKED)
     at = traces.draw(jax.random.key(1), PACKED, PACKED, 4)
-    weights = traces.lay_out(tokens, PACKED, at, num_latents=2, num_ahead=3, placement=placement).weights
+    weights = compiled(tokens, PACKED, at, num_latents=2, num_ahead=3, placement=placement).weights
     assert np.all(weights[:2, :, 0] == 1) and np.all(weights[2, :2, 0] == 1)
     assert not np.any(weights[2, 2:])
     ends = jnp.array([[3, 10, 11, 12], [0, 9, 10, 12], [0, 2, 5, 12]])  # last tokens, and padding
-    assert not np.any(traces.lay_out(tokens, PACKED, ends, 2, 3, placement).weights)
+    assert not np.any(compiled(tokens, PACKED, ends, num_latents=2, num_ahead=3, placement=placement).weights)

@@ -166,3 +166,13 @@ def test_files_that_a_page_names_are_there(page):
         assert where(name), name
     for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text):
         assert re.search(rf"\b{name}\b", where(file).read_text()), f"{name} in {file}"
+
+
+def test_the_version_is_one():
+    said = {
+        "setup.py": r'version="(.+)"',
+        "CITATION.cff": r"\nversion: (.+)",
+        "CHANGELOG.md": r"## \[(.+)\]",  # the newest, which is first
+    }
+    versions = {re.search(pattern, (ROOT / name).read_text())[1] for name, pattern in said.items()}
+    assert len(versions) == 1

@@ -250,8 +250,8 @@ DAMAGE = {
     "contents of other bytes": (lambda d: (d / "contents" / "metadata").write_bytes(b"\xff\x00"), "contents: "),
     "contents of another kind": (lambda d: (d / "contents" / "metadata").write_text("[]"), "contents: "),
     "no meta": (lambda d: shutil.rmtree(d / "meta"), "meta: No such file"),
-    "no parameters": (lambda d: shutil.rmtree(d / "trainable"), "trainable: .*not exist"),
-    "no optimizer": (lambda d: shutil.rmtree(d / "optimizer"), "optimizer: .*not exist"),
+    "no parameters": (lambda d: shutil.rmtree(d / "trainable"), "trainable: no file"),
+    "no optimizer": (lambda d: shutil.rmtree(d / "optimizer"), "optimizer: no file"),
     "nothing": (lambda d: [shutil.rmtree(d), d.mkdir()], "_CHECKPOINT_METADATA"),
 }
 
@@ -320,7 +320,7 @@ def test_where_all_are_damaged_nothing_starts_from_scratch(saved):
     flip(largest(saved / "checkpoints" / "4", "trainable"), 0.5)
     shutil.rmtree(saved / "checkpoints" / "2" / "optimizer")
     for _ in range(2):  # a launcher tries again
-        with pytest.raises(UserError, match=r"4 is damaged .*coprocessor.w.*2 is damaged .*not exist.* no other"):
+        with pytest.raises(UserError, match=r"4 is damaged .*coprocessor.w.*2 is damaged .*no file.* no other"):
             Checkpoints(str(saved)).restore_newest(both())
         assert steps(saved) == [2, 4]
 

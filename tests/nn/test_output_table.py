@@ -25,7 +25,7 @@ def test_gradients_of_both_tables_are_those_of_plain_autodiff():
         return augment.loss(aug, {"decoder": decoder}, TOKENS, segment, None, 0, jnp.float32)[0]
 
     def plain(decoder):
-        text = augment.read(aug, {"decoder": decoder}, TOKENS, segment, jnp.float32)
+        text = augment.read_text(aug, {"decoder": decoder}, TOKENS, segment, jnp.float32)
         logits = transformer.unembed(decoder["head"], text.outputs[:, :-1], config)
         return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[:, 1:, None], axis=-1))
 

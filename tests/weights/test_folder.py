@@ -109,7 +109,7 @@ def test_a_folder_that_changed_since_it_was_written(decoder_folder, tmp_path, fi
         (where / file).write_bytes((where / file).read_bytes()[:-4])
     else:
         (where / file).write_text("{}")
-    with pytest.raises(UserError, match=f"{where / 'fingerprint.json'}: .*copy the folder whole") as error:
+    with pytest.raises(UserError, match=f"{where / file}: .*copy the folder whole") as error:
         folder.fingerprint(where)
     assert "\n" not in str(error.value)
 
