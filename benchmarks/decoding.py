@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks import common
 from latent_delib.lm import decoding
+from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.sizes import TransformerConfig
 
@@ -60,13 +61,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 decoding.run,
                 params,
                 *prompt,
-                Sampler(),
+                GenerationOptions(new, Sampler()),
                 aug=aug,
                 write=partial(decoding.write_latents, params, aug=aug) if name == "latents" else None,
-                delay=0,
-                every=0,
                 room=a.new,
-                max_new_tokens=new,
                 eos_id=-1,  # no row ends early
                 pad_id=0,
                 stopped=lambda new: np.zeros(B, bool),

@@ -27,6 +27,7 @@ from benchmarks import common
 from latent_delib import mesh
 from latent_delib.delib.coprocessor import Latents, Reading
 from latent_delib.lm import decoding
+from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.transformer import Params
 
@@ -77,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if form == "beside":
                 timed.append(Timed(partial(decoding.write_beside, beside, aug, there, home)))
                 write, stopped = timed[-1].ask, timed[-1].look
+            options = GenerationOptions(new, Sampler(), delay=None if form == "beside" else 0)
             return decoding.run(
-                decoder, prompt_BT, length_B, key_B, Sampler(), aug=aug, write=write, every=0,
-                delay=None if form == "beside" else 0, room=a.new, max_new_tokens=new, eos_id=-1, pad_id=0,
+                decoder, prompt_BT, length_B, key_B, options, aug=aug, write=write, room=a.new, eos_id=-1, pad_id=0,
                 stopped=stopped,
             )  # fmt: skip
 

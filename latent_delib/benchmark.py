@@ -11,13 +11,12 @@ Writes benchmarks.json to --out (may be gs://), a row saved as soon as it is the
 Each document's result is in OUT/samples.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -32,26 +31,27 @@ from latent_delib.lm.inputs import check_attention, check_rhythm
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure.scores import figures, show
+from latent_delib.measure.scores import Row, figures, show
 from latent_delib.weights import folder
 
-Row = dict[str, Any]
-
 MODELS = ("decoder", "augmented", "zero_shot_cot")
-KEY = ("benchmark", "model", "every", "delay")  # one row each
 
 
 class Subject(NamedTuple):
     """A decoder or training job that is measured.
 
-    record: of the checkpoint, or of a config with the decoder alone; its fingerprint is of `decoder`. checkpoint: its
-    folder. decoder: the decoder's folder. run: the open training job.
+    record: of the checkpoint, or of a config with the decoder alone; its fingerprint is of `decoder`. decoder: its
+    folder. workdir: of the job; "" without one.
     """
 
     record: Record
     decoder: str
-    checkpoint: str | None = None
-    run: load.Run | None = None
+    workdir: str = ""
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Returns the folder of the checkpoint."""
+        return str(epath.Path(self.workdir) / "checkpoints" / str(self.record.step)) if self.workdir else None
 
     def about(self) -> dict[str, Any]:
         """Returns the fields of benchmarks.json that say what its rows are of."""
@@ -107,37 +107,39 @@ def benchmark(
     if runs_code and not confirm_run_unsafe_code:
         raise UserError(f"{runs_code[0]}: runs code that the model writes; --confirm_run_unsafe_code allows it")
 
-    with _open_subject(workdir, decoder, step) as subject:
-        if "augmented" in models and not subject.record["method.num_latents"]:
-            raise UserError("--model=augmented: there is no coprocessor; give the --workdir of a job that trained one")
-        file = epath.Path(out) / "benchmarks.json"
-        found = _read_rows(file, subject)
-        if runs_code:
-            os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-        harness = _harness()
-        loaded = _load_tasks(harness, chosen, rows["OFFLINE"], tasks)
-        todo = []
-        for name, row in chosen.items():
-            answer = harness.longest_answer(loaded[name])
-            if answer + 2 > max_length:  # BOS, and one token that asks
-                raise UserError(f"--max_length={max_length}: {name} has answers of up to {answer} tokens")
-            data = _digest(row["task"], tasks) if name in rows["OFFLINE"] else None
-            for one in models:
-                asked = _asked(name, row, one, harness.kinds(loaded[name]), every, delay)
-                asked |= {"cot": rows["COT"] if one == "zero_shot_cot" else "", "data": data}
-                asked |= {"max_length": max_length, "limit": limit}
-                if not _is_there(found, asked, out):
-                    todo.append(asked)
-        if todo:
-            latents = any(asked["model"] == "augmented" for asked in todo)
-            lm = _load_model(subject, latents, max_length, attention)
-        for asked in todo:
-            task = loaded[asked["benchmark"]]
-            made, samples = _measure(lm, harness, task, asked, batch_size, confirm_run_unsafe_code)
-            _write_samples(epath.Path(out), made, samples)
-            found = [*_read_rows(file, subject), made]  # it may have grown meanwhile
-            result = {"rows": found, **subject.about(), "provenance": _provenance()}
-            files.write(file, (json.dumps(result, indent=2) + "\n").encode())
+    subject = _find_subject(workdir, decoder, step)
+    if "augmented" in models and not subject.record["method.num_latents"]:
+        raise UserError("--model=augmented: there is no coprocessor; give the --workdir of a job that trained one")
+    file = epath.Path(out) / "benchmarks.json"
+    found = _read_rows(file, subject)
+    if runs_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    harness = _harness()
+    loaded = _load_tasks(harness, chosen, rows["OFFLINE"], tasks)
+    for name, task in loaded.items():
+        answer = harness.longest_answer(task)
+        if answer + 2 > max_length:  # BOS, and one token that asks
+            raise UserError(f"--max_length={max_length}: {name} has answers of up to {answer} tokens")
+    todo = []
+    for name, row in chosen.items():
+        data = _digest(row["task"], tasks) if name in rows["OFFLINE"] else None
+        for one in models:
+            asked = _asked(name, row, one, harness.kinds(loaded[name]), every, delay)
+            asked |= {"cot": rows["COT"] if one == "zero_shot_cot" else "", "data": data}
+            asked |= {"max_length": max_length, "limit": limit}
+            if not _is_there(found, asked, out):
+                todo.append(asked)
+    if todo:
+        latents = any(asked["model"] == "augmented" for asked in todo)
+        lm = _load_model(subject, latents, max_length, attention)
+    for asked in todo:
+        task = loaded[asked["benchmark"]]
+        made, samples = _measure(lm, harness, task, asked, batch_size, confirm_run_unsafe_code)
+        _write_samples(epath.Path(out), made, samples)
+        others = [row for row in _read_rows(file, subject) if _key(row) != _key(made)]  # as they are by now
+        found = [*others, made]
+        result = {"rows": found, **subject.about(), "provenance": _provenance()}
+        files.write(file, (json.dumps(result, indent=2) + "\n").encode())
     print(show(found), flush=True)
     return {"rows": found, **subject.about()}
 
@@ -162,6 +164,11 @@ def _measure(
     samples = harness.run_tasks(adapter, task, asked["shots"], asked["limit"], unsafe_code)
     counted = [sample for sample in samples if sample["filter"] == asked["filter"]]
     return asked | figures(counted, asked["metric"], name) | {"provenance": _provenance()}, samples
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    """Returns the fields that tell rows apart: benchmarks.json holds one row for each."""
+    return row["benchmark"], row["model"], row["every"], row["delay"]
 
 
 def _write_samples(out: epath.Path, row: Row, samples: Sequence[Row]) -> None:
@@ -225,7 +232,7 @@ def _is_there(found: Sequence[Row], asked: Row, out: str) -> bool:
       UserError: it is there, but made in another way: over other documents, or with other settings.
     """
     for old in found:
-        if any(old[key] != asked[key] for key in KEY):
+        if _key(old) != _key(asked):
             continue
         for key, here in asked.items():
             there = old.get(key)
@@ -244,33 +251,28 @@ def _digest(task: str, folder: str) -> str:
     return total.hexdigest()
 
 
-@contextlib.contextmanager
-def _open_subject(workdir: str, decoder: str, step: int | None) -> Iterator[Subject]:
-    """Opens what the flags name; reads no weights."""
+def _find_subject(workdir: str, decoder: str, step: int | None) -> Subject:
+    """Finds what the flags name; reads no weights."""
     if bool(workdir) == bool(decoder):
         raise UserError("give --workdir of a training job, or --decoder, a decoder folder; one of them")
     if decoder:
         if step is not None:
             raise UserError(f"--step={step}: a checkpoint of --workdir; a --decoder has none")
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
-        yield Subject(Record(config, folder.fingerprint(folder.locate(decoder))), decoder)
-        return
-    with load.open_run(workdir, step) as run:
-        record = run.record
-        path = load.decoder_of(workdir, record)
-        config = record.config
-        if METHODS[record["method.name"]].write is None:
-            config = config | {"method": config["method"] | {"num_latents": 0}}
-        record = dataclasses.replace(record, config=config, fingerprint=folder.fingerprint(folder.locate(path)))
-        yield Subject(record, path, str(epath.Path(workdir) / "checkpoints" / str(record.step)), run)
+        return Subject(Record(config, folder.fingerprint(folder.locate(decoder))), decoder)
+    record = load.read_record(workdir, step)
+    path = load.decoder_of(workdir, record)
+    config = record.config
+    if METHODS[record["method.name"]].write is None:
+        config = config | {"method": config["method"] | {"num_latents": 0}}
+    record = dataclasses.replace(record, config=config, fingerprint=folder.fingerprint(folder.locate(path)))
+    return Subject(record, path, workdir)
 
 
 def _load_model(subject: Subject, latents: bool, max_length: int, attention: str) -> AugmentedLM:
     """Loads the weights."""
-    record = subject.record
-    coprocessor = load.coprocessor_of(subject.run, record.step) if latents else None
-    dtype = record["compute.dtype"] or "float32"
-    decoder = load.read_decoder(folder.locate(subject.decoder), record.fingerprint, dtype)
+    coprocessor = load.load_coprocessor(subject.workdir, subject.record.step) if latents else None
+    decoder = load.load_decoder(subject.decoder, subject.record["compute.dtype"] or "float32")
     return AugmentedLM(decoder, coprocessor, max_length=max_length, attention=attention)
 
 
@@ -285,17 +287,18 @@ def _read_rows(path: epath.Path, subject: Subject) -> list[Row]:
     try:
         found = json.loads(path.read_text())
         rows = found["rows"]
+        checkpoint = found["checkpoint"]
         theirs = Record.from_result(found)
-        same = theirs.config == subject.record.config and found["checkpoint"] == subject.checkpoint
-        missing = [key for row in rows for key in (*KEY, "limit") if key not in row]
-        if missing:
-            raise KeyError(missing[0])
+        for row in rows:
+            _key(row)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not what `benchmark` writes ({type(error).__name__}: {error})") from None
     subject.record.require(theirs, "compare", str(path))
-    if not same:
-        there = f"checkpoint {found['checkpoint']}"
-        raise UserError(f"{path}: its rows are of another training, {there}; give another --out, or remove it")
+    remedy = "give another --out, or remove it"
+    if checkpoint != subject.checkpoint:
+        raise UserError(f"{path}: its rows are of checkpoint {checkpoint}, here {subject.checkpoint}; {remedy}")
+    if theirs.config != subject.record.config:
+        raise UserError(f"{path}: its rows are of a training with another config; {remedy}")
     return rows
 
 

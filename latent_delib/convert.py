@@ -213,16 +213,16 @@ def _write_huggingface(
 
 def export_coprocessor(workdir: str, out: Path) -> None:
     """Writes the newest coprocessor of a training job as a folder (`weights.coprocessor`)."""
-    with load.open_run(workdir) as run:
-        trained = load.coprocessor_of(run, run.record.step)
+    record = load.read_record(workdir)
+    trained = load.load_coprocessor(workdir, record.step)
     if trained.architecture is not None:
         raise UserError(f"{workdir}: a resized coprocessor has no form of its own to be exported in")
     params = trained.params
-    if run.record["method.lora_rank"]:  # multiplied out
-        decoder = load.load_decoder(load.decoder_of(workdir, run.record)).params
+    if record["method.lora_rank"]:  # multiplied out
+        decoder = load.load_decoder(load.decoder_of(workdir, record)).params
         params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
     fields = {name: getattr(trained, name) for name in ("method", "num_latents", "placement", "step", "fingerprint")}
-    coprocessor.save(out, fields, TransformerConfig.from_dict(run.record.architecture, workdir), params)
+    coprocessor.save(out, fields, TransformerConfig.from_dict(record.architecture, workdir), params)
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
 
 

@@ -23,22 +23,22 @@ from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.progress import Progress
 
-OF_LATENTS = ("every", "delay", "coprocessor_devices")  # flags that say when latents join
-
 
 def main(flags: Any) -> None:
     if flags.coprocessor_devices and flags.delay:
         raise UserError(f"--delay={flags.delay}: with --coprocessor_devices latents join when they are ready")
     delay = None if flags.coprocessor_devices else flags.delay
     sampler = {name: getattr(flags, name) for name in sampling.options()}
-    inputs.check_options(flags.max_new_tokens, flags.every, delay, flags.batch_size, sampler)
+    inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler)
     inputs.check_attention(flags.attention)
+    arguments.whole("batch_size", flags.batch_size, 1)
     requests = read_requests(flags)
-    out = epath.Path(flags.out) if flags.out else None
-    if out is not None:
-        if out.is_dir():
-            raise UserError(f"--out={flags.out}: is a folder, expected a file")
+    out = epath.Path(flags.out)
+    if flags.out and out.is_dir():
+        raise UserError(f"--out={out}: is a folder, expected a file")
+    if flags.out:
         out.parent.mkdir(parents=True, exist_ok=True)
+
     lm = load_model(flags)
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and lm.coprocessor is None:
@@ -59,9 +59,9 @@ def main(flags: Any) -> None:
             request[name] = continuation.text
             if augment:
                 request["joined"] = list(continuation.joined)
-            if out is None:
+            if not flags.out:
                 print(f"--- {name}\n{request['prompt']}{continuation.text}", flush=True)
-    if out is not None:
+    if flags.out:
         lines = [json.dumps(request) + "\n" for request in requests]  # ASCII: JSON has half characters, UTF-8 has not
         files.write(out, "".join(lines).encode())
         print(f"{len(requests)} continuations are in {out}", flush=True)
@@ -71,56 +71,59 @@ def read_requests(flags: Any) -> list[dict[str, Any]]:
     """Returns the prompts of the flags, each a dict with "prompt", "seed", and whatever else its line holds."""
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
+    arguments.whole("--seed", flags.seed, 0, arguments.INT64)
     if flags.prompt:
-        return [_request({"prompt": flags.prompt}, flags.seed, "--")]
+        return [{"prompt": flags.prompt, "seed": flags.seed}]
     try:
         text = Path(flags.prompts).read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{flags.prompts}: not UTF-8 at byte {error.start}") from None
     if not text:
         raise UserError(f"{flags.prompts}: holds no prompts")
-    requests = []
-    for i, line in enumerate(text.removesuffix("\n").split("\n")):  # splitlines knows line ends that JSON does not
-        where = f"{flags.prompts}:{i + 1}: "
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f'{where}not JSON, expected {{"prompt": TEXT}} on each line') from None
-        requests.append(_request(row, flags.seed + i, where))
-    return requests
+    lines = text.removesuffix("\n").split("\n")  # splitlines knows line ends that JSON does not
+    return [_read_request(line, f"{flags.prompts}:{i + 1}", flags.seed + i) for i, line in enumerate(lines)]
 
 
-def _request(row: Any, seed: int, where: str) -> dict[str, Any]:
-    """Returns a checked row; `seed` is for a row without one."""
+def _read_request(line: str, where: str, seed: int) -> dict[str, Any]:
+    """Returns the row on a line, checked; `seed` is for a row without one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f'{where}: not JSON, expected {{"prompt": TEXT}} on each line') from None
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt:
-        raise UserError(f'{where}expected a "prompt" that is text and not empty')
-    return row | {"seed": arguments.whole(f"{where}seed", row.get("seed", seed), 0, arguments.INT64)}
+        raise UserError(f'{where}: expected a "prompt" that is text and not empty')
+    return row | {"seed": arguments.whole(f"{where}: seed", row.get("seed", seed), 0, arguments.INT64)}
 
 
 def load_model(flags: Any) -> AugmentedLM:
     """Loads the model of a workdir onto all devices; --coprocessor_devices: the last of them are the coprocessor's."""
     mesh, beside = make_meshes(flags.tensor, flags.coprocessor_devices)
-    with load.open_run(flags.workdir, flags.step) as run:
-        method = run.record["method.name"]
-        has_latents = METHODS[method].write is not None
-        augment = has_latents and not flags.no_augment
-        for name in () if augment else OF_LATENTS:
-            value = getattr(flags, name)
-            if value:
-                why = "--no_augment" if has_latents else f"method {method}"
-                raise UserError(f"--{name}={value}: says when latents join, and with {why} there are none")
-        path = load.decoder_of(flags.workdir, run.record)
-        decoder = load.load_decoder(path, run.record["compute.dtype"], mesh)
-        coprocessor = load.coprocessor_of(run, flags.step) if augment else None
+    record = load.read_record(flags.workdir, flags.step)
+    method = record["method.name"]
+    has_latents = METHODS[method].write is not None
+    augment = has_latents and not flags.no_augment
+    if not augment:
+        _refuse_rhythm(flags, "--no_augment" if has_latents else f"method {method}")
+    decoder = load.load_decoder(load.decoder_of(flags.workdir, record), record["compute.dtype"], mesh)
+    coprocessor = load.load_coprocessor(flags.workdir, flags.step) if augment else None
     return AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length, flags.attention)
+
+
+def _refuse_rhythm(flags: Any, why: str) -> None:
+    """Raises UserError for a flag that says when latents join, where there are none."""
+    for name in ("every", "delay", "coprocessor_devices"):
+        value = getattr(flags, name)
+        if value:
+            raise UserError(f"--{name}={value}: says when latents join, and with {why} there are none")
 
 
 def make_meshes(tensor: int, coprocessor_devices: int) -> tuple[Mesh, Mesh | None]:
     """Returns the decoder's mesh, and the coprocessor's where it has devices of its own."""
     devices = jax.devices()
     if not 0 <= coprocessor_devices < len(devices):
-        raise UserError(f"--coprocessor_devices={coprocessor_devices}: expected less than {len(devices)}, all devices")
+        most = len(devices) - 1
+        raise UserError(f"--coprocessor_devices={coprocessor_devices}: expected 0 to {most}; the decoder needs one")
     split = len(devices) - coprocessor_devices
     if tensor < 1 or split % tensor:
         raise UserError(f"--tensor={tensor}: expected a divisor of {split}, the number of the decoder's devices")

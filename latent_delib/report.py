@@ -102,9 +102,9 @@ def look_into(workdir: str, text: str) -> Look:
     """
     if not (epath.Path(workdir) / "checkpoints").is_dir():
         raise UserError(f"--look={workdir}: holds no checkpoints; train it first")
-    with load.open_run(workdir) as run:
-        decoder = load.load_decoder(load.decoder_of(workdir, run.record))
-        model = lm.AugmentedLM(decoder, load.coprocessor_of(run, run.record.step))
+    record = load.read_record(workdir)
+    decoder = load.load_decoder(load.decoder_of(workdir, record))
+    model = lm.AugmentedLM(decoder, load.load_coprocessor(workdir, record.step))
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
         raise UserError(f"--text={text!r}: {len(tokens)} tokens with BOS, expected at least {AHEAD + 2}")
@@ -136,7 +136,7 @@ def _nearest(by_latent: Sequence[Sequence[look.Near]], note: str) -> Table:
     return Table("look_nearest", "Words whose embeddings lie nearest to each latent", columns, rows, note, [])
 
 
-def _attention(written: look.Attention | None, decoded: look.Attention) -> list[Picture]:
+def _attention(written: look.AttentionMap | None, decoded: look.AttentionMap) -> list[Picture]:
     """Draws the attention of the two calls; a method without a coprocessor's call has one picture."""
     pictures = []
     if written:
@@ -145,7 +145,7 @@ def _attention(written: look.Attention | None, decoded: look.Attention) -> list[
     return [*pictures, _picture("look_decoder", title, decoded)]
 
 
-def _picture(name: str, title: str, seen: look.Attention) -> Picture:
+def _picture(name: str, title: str, seen: look.AttentionMap) -> Picture:
     weights_SU = seen.weights.mean(axis=1)
     return Picture(name, title, figures.attention(weights_SU, seen.rows, seen.columns, seen.text, title))
 

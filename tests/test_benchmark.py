@@ -20,7 +20,7 @@ from scipy import optimize
 import latent_delib as ld
 from latent_delib import benchmark, convert
 from latent_delib.lm import load, scoring
-from latent_delib.measure import harness
+from latent_delib.measure import documents, harness, scores
 from latent_delib.results import published
 from tools import make_tasks
 
@@ -137,7 +137,7 @@ def test_equals_the_harness_own_model(smollm2, tmp_path, name, first, count):
         for metric, value in stored["metrics"].items():
             if metric in ("acc", "acc_norm", "exact_match,answer", "bits_per_byte"):
                 metric = metric.split(",")[0]
-                made = benchmark.figures(samples, metric)
+                made = scores.figures(samples, metric)
                 assert made["value"] / (1 if made["unit"] == metric else 100) == pytest.approx(value, abs=1e-5)
 
 
@@ -315,7 +315,7 @@ def test_published_row(says, made_up, manager, name):
     samples = harness.run_tasks(adapter, loaded, row["shots"], 2, unsafe_code=True)
     counted = [s for s in samples if s["filter"] == row.get("filter", "none")]
     assert {s["task"] for s in counted} == set(loaded["tasks"])
-    assert benchmark.figures(counted, row["metric"], name)["documents"] == 2 * len(loaded["tasks"])
+    assert scores.figures(counted, row["metric"], name)["documents"] == 2 * len(loaded["tasks"])
     for sample in samples:
         prompt = sample["arguments"][0][0]
         assert prompt.count(MARKS[name]) == row["shots"] + 1, prompt
@@ -338,7 +338,7 @@ def test_published_rows_are_the_papers():
 def test_intervals():
     """Wilson's interval is where the score test has p = 0.05; the ratio's error is that of a jackknife."""
     samples = [{"acc": float(n < 13), "metrics": ["acc"]} for n in range(40)]
-    made, p, n = benchmark.figures(samples, "acc"), 13 / 40, 40
+    made, p, n = scores.figures(samples, "acc"), 13 / 40, 40
 
     def edge(low, high):
         return 100 * optimize.brentq(lambda q: (p - q) ** 2 - 1.96**2 * q * (1 - q) / n, low, high)
@@ -350,7 +350,7 @@ def test_intervals():
     draw = np.random.default_rng(0)
     size = draw.integers(800, 1200, 300)
     logprobs = -size * (0.7 + 0.1 * draw.standard_normal(300))
-    made = benchmark.figures([{"bits_per_byte": (a, b)} for a, b in zip(logprobs, size)], "bits_per_byte")
+    made = scores.figures([{"bits_per_byte": (a, b)} for a, b in zip(logprobs, size)], "bits_per_byte")
     bits = -logprobs / np.log(2)
     left_out = (bits.sum() - bits) / (size.sum() - size)
     jackknife = np.sqrt(299 / 300 * ((left_out - left_out.mean()) ** 2).sum())
@@ -361,11 +361,11 @@ def test_intervals():
 
 @pytest.mark.parametrize("score, low, high", [(0.0, 0.0, 79.35), (1.0, 20.65, 100.0)])
 def test_one_document(score, low, high):
-    made = benchmark.figures([{"acc": score, "metrics": ["acc"]}], "acc")
+    made = scores.figures([{"acc": score, "metrics": ["acc"]}], "acc")
     assert (made["low"], made["high"]) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
     assert made["stderr"] is None
-    read = benchmark.figures([{"bits_per_byte": (-8.0, 4)}], "bits_per_byte")
-    assert read["low"] is read["stderr"] is None and "2.89" in benchmark.show([ROW | read])
+    read = scores.figures([{"bits_per_byte": (-8.0, 4)}], "bits_per_byte")
+    assert read["low"] is read["stderr"] is None and "2.89" in scores.show([ROW | read])
 
 
 ROW = {"benchmark": "b", "model": "decoder", "shots": 0, "every": 0, "delay": 0}
@@ -405,10 +405,10 @@ def test_rows_and_resume(trained, tasks, tmp_path, monkeypatch, capsys):
     assert ran == [("chain_sum", False, 0, 0, TABLE["COT"], 0)] and forms[-1] == "reference"
     assert rows[0] == first[0] and len(rows) == 7 and rows[-1]["documents"] == 2
 
-    monkeypatch.setattr(load, "read_decoder", None)  # nothing is missing, so no weights are loaded
+    monkeypatch.setattr(load, "load_decoder", None)  # nothing is missing, so no weights are loaded
     capsys.readouterr()
     assert call("chain_sum,syllogism", "decoder,augmented", every=4, delay=2) == rows and not ran
-    assert capsys.readouterr().out.strip() == benchmark.show(rows)
+    assert capsys.readouterr().out.strip() == scores.show(rows)
     written = json.loads((out / "benchmarks.json").read_text())
     assert written["rows"] == rows and written["step"] == 4 and written["config"]["method"]["num_latents"] == 2
     assert all(r["provenance"]["versions"]["lm_eval"] for r in rows)
@@ -450,17 +450,32 @@ def test_rows_and_resume(trained, tasks, tmp_path, monkeypatch, capsys):
         with pytest.raises(ld.UserError, match=f"has {task} of {model} with another {key} .* name another --out"):
             call(task, model, **options)
 
-    with pytest.raises(ld.UserError, match="benchmarks.json: .* another training, checkpoint .*/4; give another"):
+    with pytest.raises(ld.UserError, match="benchmarks.json: .* of checkpoint .*/4, here .*/2; give another"):
         call("syllogism", "decoder", step=2)
     with pytest.raises(ld.UserError, match="benchmarks.json: decoder.fingerprint is .* another --out"):
         call("syllogism", "decoder", workdir="", decoder="packaged")
     written["config"]["seed"] += 1
     (out / "benchmarks.json").write_text(json.dumps(written))
-    with pytest.raises(ld.UserError, match="benchmarks.json: its rows are of another training"):
+    with pytest.raises(ld.UserError, match="benchmarks.json: its rows are of a training with another config"):
         call("syllogism", "decoder")
     (out / "benchmarks.json").write_text('{"rows": 3}')
     with pytest.raises(ld.UserError, match="benchmarks.json: not what `benchmark` writes"):
         call("syllogism", "decoder")
+
+
+def test_a_row_that_another_call_makes_meanwhile(decoder_folder, tasks, tmp_path, monkeypatch):
+    run = harness.run_tasks
+
+    def call():
+        return benchmark.benchmark(str(tmp_path), "syllogism", decoder=str(decoder_folder), tasks=str(tasks))["rows"]
+
+    def meanwhile(*args):
+        monkeypatch.setattr(harness, "run_tasks", run)
+        call()
+        return run(*args)
+
+    monkeypatch.setattr(harness, "run_tasks", meanwhile)
+    assert len(call()) == 1
 
 
 def bad_task(folder, name, line, text):
@@ -488,10 +503,20 @@ def bad_task(folder, name, line, text):
     ],
 )
 def test_a_bad_row_is_named(decoder_folder, tmp_path, monkeypatch, name, text, message):
-    monkeypatch.setattr(load, "read_decoder", None)
+    monkeypatch.setattr(load, "load_decoder", None)
     path = bad_task(tmp_path, name, 3, text)
     with pytest.raises(ld.UserError, match=rf"^{re.escape(str(path))}:3: .*{message}"):
         benchmark.benchmark(str(tmp_path / "out"), name, decoder=str(decoder_folder), tasks=str(tmp_path))
+
+
+def test_a_task_of_another_kind_has_texts(tmp_path):
+    """The harness knows more kinds of questions than `make_tasks` writes."""
+    path = tmp_path / "mine.test.jsonl"
+    path.write_text('{"text": "the cat"}\n')
+    documents.check_documents(path, "loglikelihood")
+    path.write_text('{"text": 3}\n')
+    with pytest.raises(ld.UserError, match=":1: text=3, expected text"):
+        documents.check_documents(path, "loglikelihood")
 
 
 MISTAKES = {
@@ -519,7 +544,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(decoder_folder, tasks, tmp_path, monkeypatch, name):
     """One line, before weights are loaded; nothing is written."""
-    monkeypatch.setattr(load, "read_decoder", None)
+    monkeypatch.setattr(load, "load_decoder", None)
     changes, message = MISTAKES[name]
     arguments = {"benchmarks": "syllogism", "decoder": str(decoder_folder), "tasks": str(tasks)} | changes
     with pytest.raises(ld.UserError, match=message) as caught:
@@ -534,7 +559,7 @@ def test_a_task_that_the_harness_does_not_have(manager):
 
 def test_a_metric_that_a_task_does_not_have():
     with pytest.raises(ld.UserError, match=r"arc: no document has metric 'f1' under its filter; there are \['acc'\]"):
-        benchmark.figures([{"acc": 1.0, "metrics": ["acc"]}], "f1", "arc")
+        scores.figures([{"acc": 1.0, "metrics": ["acc"]}], "f1", "arc")
 
 
 def test_without_the_network(decoder_folder, manager, tmp_path, monkeypatch):
@@ -545,7 +570,7 @@ def test_without_the_network(decoder_folder, manager, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(harness, "TaskManager", lambda: manager)
-    monkeypatch.setattr(load, "read_decoder", None)
+    monkeypatch.setattr(load, "load_decoder", None)
     with pytest.raises(ld.UserError, match="^arc_easy: .*Couldn't reach 'allenai.* HF_HUB_OFFLINE=1") as caught:
         benchmark.benchmark(str(tmp_path / "out"), "arc_easy,nq", decoder=str(decoder_folder))
     assert "\n" not in str(caught.value)

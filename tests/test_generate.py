@@ -84,7 +84,10 @@ def test_every_field_of_the_sampler_is_a_flag(monkeypatch):
         ({"coprocessor_devices": 1, "delay": 3}, "--delay=3: with --coprocessor_devices"),
         ({"tensor": 3}, f"--tensor=3: expected a divisor of {jax.device_count()}"),
         ({"tensor": 3, "coprocessor_devices": 7}, "--tensor=3: expected a divisor of 1,"),
-        ({"coprocessor_devices": 8}, "--coprocessor_devices=8: expected less than 8"),
+        ({"coprocessor_devices": 8}, "--coprocessor_devices=8: expected 0 to 7; the decoder needs one"),
+        ({"coprocessor_devices": -1}, "--coprocessor_devices=-1: expected 0 to 7"),
+        ({"batch_size": 0}, "^batch_size=0: expected at least 1"),
+        ({"prompt": "", "prompts": "none.jsonl", "seed": -1}, "^--seed=-1: expected at least 0"),
         ({"attention": "flash"}, "attention='flash': expected one of"),
     ],
 )
@@ -92,4 +95,4 @@ def test_flags_that_do_not_fit(trained, monkeypatch, changes, words):
     """Before weights are loaded."""
     monkeypatch.setattr(load, "load_decoder", None)
     with pytest.raises(ld.UserError, match=words):
-        run(workdir=str(trained), prompt="a", **changes)
+        run(**{"workdir": str(trained), "prompt": "a"} | changes)

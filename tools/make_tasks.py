@@ -25,7 +25,7 @@ from latent_delib.machine import commands
 from latent_delib.machine.files import whole
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure.harness import check_documents
+from latent_delib.measure.documents import check_documents
 
 Row = dict[str, Any]
 

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 TOGETHER = 8  # continuations of one prompt in one row
@@ -20,7 +22,7 @@ class Question(NamedTuple):
 
 
 def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
-    """Yields the indices of rows, those with like keys together, the largest first: they must fit.
+    """Yields batches of indices of rows: like keys together, the largest first, so that a lack of memory shows at once.
 
     Args:
       keys: of each row, the number of its continuations and its length.
@@ -86,6 +88,11 @@ def pad_tails(
             tails_BMA[b, m, : len(tails[i])] = tails[i]
             inside_BMA[b, m, : len(tails[i])] = True
     return tails_BMA, inside_BMA
+
+
+def one_segment(tokens_BT: jax.Array, length_B: jax.Array) -> jax.Array:
+    """Returns 1 on the tokens of each row and 0 on its padding, int32 [B, T]."""
+    return (jnp.arange(tokens_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -11,7 +11,7 @@ text and on where latents were last written, as `delib.augment.loss` trained it 
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,14 @@ from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Latents, Reading
 from latent_delib.delib.traces import Traces
+from latent_delib.lm import batching
+from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.cache import Cache
 from latent_delib.nn.transformer import Params
-
-T = TypeVar("T")
 
 CHUNK = 16  # tokens decoded between two looks at them
 
@@ -54,14 +54,11 @@ def run(
     text_BT: jax.Array,
     length_B: jax.Array,
     key_B: jax.Array,
-    sampler: Sampler,
+    options: GenerationOptions,
     *,
     aug: Augmentation,
     write: Callable[[Reading, jax.Array], Latents | None] | None,
-    delay: int | None,
-    every: int,
     room: int,
-    max_new_tokens: int,
     eos_id: int,
     pad_id: int,
     stopped: Callable[[np.ndarray], np.ndarray],
@@ -74,10 +71,6 @@ def run(
       key_B: a random key for each row.
       write: starts writing latents for the text that was read, and returns them; None: it failed, and is asked no more.
         Without it, the decoder as it is.
-      delay: latents join that many tokens after they were asked for, which is the published simulation of an
-        asynchronous coprocessor; None: when they are ready, and a failure costs the latents alone.
-      every: latents are written at the end of the prompt, and, unless this is 0, again whenever that many tokens have
-        been decoded since they were last asked for.
       room: tokens that the caches have room for after T, at least max_new_tokens.
       stopped: gets the new tokens [B, n], every CHUNK of them at least, and returns which rows end, bool [B].
 
@@ -90,25 +83,18 @@ def run(
     due = None if write is None else 0  # the number of new tokens at which latents are asked for
     z: Latents | None = None  # on their way
     joined: list[int] = []
-
-    def read_on() -> Reading:
-        if made == held:
-            return plain
-        size = 1 << (made - held - 1).bit_length()
-        return extend(params, plain, state.text, made - held, aug=aug, size=size)
-
-    while made < max_new_tokens:
+    while made < options.max_new_tokens:
         if due is not None and made >= due and z is None:
-            plain = read_on()
+            plain = read_on(params, plain, state.text, made - held, aug=aug)
             held = asked = made
             z = write(plain, state.text)
-            due = made + every if every and z is not None else None  # without z it failed
+            due = made + options.every if options.every and z is not None else None  # without z it failed
         if z is not None:
-            arrived = _arrived(z, made - asked, delay)
+            arrived = _arrived(z, made - asked, options.delay)
             if arrived is None:  # they failed
                 z = due = None
             elif arrived:
-                plain = read_on()
+                plain = read_on(params, plain, state.text, made - held, aug=aug)
                 held = made
                 state, cache = join(params, state, plain.cache, z, aug=aug)
                 joined.append(made)
@@ -117,24 +103,46 @@ def run(
             plain = None  # no more latents will join
         elif cache is plain.cache:
             cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites what it is given
-        until = min(max_new_tokens, made + CHUNK)
-        if due is not None:
-            until = min(until, max(due, made + 1))
-        if z is not None:
-            until = min(until, made + 1 if delay is None else asked + delay)
-        state, cache = decode(params, state, cache, key_B, sampler, until - made, aug=aug, eos_id=eos_id, pad_id=pad_id)
+        until = _next_look(options, made, due, None if z is None else asked)
+        state, cache = decode(
+            params, state, cache, key_B, options.sampler, until - made, aug=aug, eos_id=eos_id, pad_id=pad_id
+        )
         made = until
-        new = np.asarray(_new_tokens(state.text, length_B, max_new_tokens))
-        ended = np.asarray(state.ended) | stopped(new[:, :made])
+        new_BN = np.asarray(_new_tokens(state.text, length_B, options.max_new_tokens))
+        ended = np.asarray(state.ended) | stopped(new_BN[:, :made])
         if ended.all():
             break
         state = state._replace(ended=jax.device_put(ended, state.ended.sharding))
-    return np.asarray(_new_tokens(state.text, length_B, max_new_tokens)), tuple(joined)
+    return new_BN, tuple(joined)
+
+
+def _next_look(options: GenerationOptions, made: int, due: int | None, asked: int | None) -> int:
+    """Returns the number of new tokens at which `run` looks up from decoding.
+
+    Args:
+      made: new tokens now.
+      due: the number at which latents are asked for.
+      asked: the number at which the latents on their way were asked for.
+    """
+    until = min(options.max_new_tokens, made + CHUNK)
+    if due is not None:
+        until = min(until, max(due, made + 1))
+    if asked is not None:
+        until = min(until, made + 1 if options.delay is None else asked + options.delay)
+    return until
 
 
 @partial(jax.jit, static_argnums=2)
 def _new_tokens(text_BX: jax.Array, length_B: jax.Array, count: int) -> jax.Array:
+    """Returns the `count` tokens after each prompt."""
     return jnp.take_along_axis(text_BX, length_B[:, None] + jnp.arange(count), axis=1)
+
+
+def read_on(params: Params, read: Reading, text_BX: jax.Array, new: int, *, aug: Augmentation) -> Reading:
+    """Reads the next `new` tokens of every text with the plain decoder, after those it has read."""
+    if new == 0:
+        return read
+    return _extend(params, read, text_BX, new, aug=aug, size=batching.power(new))
 
 
 # Latents on their way.
@@ -155,7 +163,7 @@ def ready(z: Latents) -> bool:
     return True
 
 
-def attempt(action: Callable[..., T], *args: object) -> T | None:
+def attempt(action: Callable, *args: Any) -> Any:
     """Returns action(*args), or None with a warning where it fails: the decoder goes on without its coprocessor."""
     try:
         return action(*args)
@@ -193,7 +201,7 @@ def prefill(
 ) -> tuple[Decoding, Reading]:
     """Reads the prompts; leaves room for `room` more tokens, and in the cache for latents."""
     output_VD = transformer.output_table(params["decoder"])
-    segment_BT = (jnp.arange(text_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
+    segment_BT = batching.one_segment(text_BT, length_B)
     out_BTD, cache = augment.read_text(aug, params, text_BT, segment_BT, output_VD.dtype)
     last_BD = jnp.take_along_axis(out_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
     state = Decoding(
@@ -216,21 +224,21 @@ def _place(aug: Augmentation, cache: Cache) -> Cache:
 
 
 @partial(jax.jit, static_argnames=("aug", "size"))
-def extend(
+def _extend(
     params: Params, read: Reading, text_BX: jax.Array, new: jax.Array, *, aug: Augmentation, size: int
 ) -> Reading:
-    """Reads the next `new` tokens of every text with the plain decoder, at most `size`, after those it has read."""
+    """Reads on by `new` tokens, at most `size`."""
     embedding_VD = params["decoder"]["embedding"]
     outputs_BXD, cache = read
     index_BS = cache.length[:, None] + jnp.arange(size)  # of the tokens, and in plain text their positions
     tokens_BS = jnp.take_along_axis(text_BX, jnp.minimum(index_BS, text_BX.shape[1] - 1), axis=1)
     x_BSD = transformer.embed(embedding_VD, tokens_BS, aug.transformer.config)
-    out_BMSD, kv = _read_on(params, x_BSD, index_BS, cache, aug)
+    out_BMSD, kv = _decode_more(params, x_BSD, index_BS, cache, aug)
     outputs_BXD = outputs_BXD.at[jnp.arange(len(text_BX))[:, None], index_BS].set(out_BMSD[:, 0], mode="drop")
     return Reading(outputs_BXD, _place(aug, cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))))
 
 
-def _read_on(params: Params, x_BSD: jax.Array, position_BS: jax.Array, cache: Cache, aug: Augmentation):
+def _decode_more(params: Params, x_BSD: jax.Array, position_BS: jax.Array, cache: Cache, aug: Augmentation):
     """Runs the plain decoder over S more inputs, which see all the cache and each other causally."""
     zero = jnp.zeros_like(position_BS)[:, None]
     bounds = Bounds(zero, zero + cache.length[:, None, None], zero)
@@ -240,7 +248,7 @@ def _read_on(params: Params, x_BSD: jax.Array, position_BS: jax.Array, cache: Ca
 
 def _trace(aug: Augmentation, text_BX: jax.Array, length_B: jax.Array) -> Traces:
     """Lays out one trace per row, at the last token of its text."""
-    segment_BX = (jnp.arange(text_BX.shape[1]) < length_B[:, None]).astype(jnp.int32)
+    segment_BX = batching.one_segment(text_BX, length_B)
     return aug.lay_out(text_BX, segment_BX, length_B[:, None] - 1, num_ahead=1)
 
 
@@ -294,7 +302,7 @@ def decode(
         token_B = sampler(jax.vmap(jax.random.fold_in)(key_B, state.length), state.logits)
         token_B = jnp.where(state.ended, pad_id, token_B)
         x_BSD = transformer.embed(embedding_VD, token_B[:, None], config)
-        out_BMSD, kv = _read_on(params, x_BSD, state.position[:, None], cache, aug)
+        out_BMSD, kv = _decode_more(params, x_BSD, state.position[:, None], cache, aug)
         after = Decoding(
             text=state.text.at[row, state.length].set(token_B),
             length=state.length + 1,

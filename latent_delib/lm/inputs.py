@@ -16,37 +16,34 @@ from latent_delib.machine import arguments
 Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as they are
 
 
-class Options(NamedTuple):
-    """How prompts are continued; see `AugmentedLM.continuations`."""
+class GenerationOptions(NamedTuple):
+    """How prompts are continued.
+
+    every: latents are written at the end of the prompt, and, unless this is 0, again whenever that many tokens have
+      been decoded since they were last asked for.
+    delay: latents join that many tokens after they were asked for, which is the published simulation of an asynchronous
+      coprocessor. None: when they are ready, and a failure costs the latents alone.
+    """
 
     max_new_tokens: int
     sampler: Sampler
-    every: int
-    delay: int | None
-    batch_size: int
+    every: int = 0
+    delay: int | None = 0
 
 
-def check_options(
-    max_new_tokens: int, every: int, delay: int | None, batch_size: int, sampling: Mapping[str, Any]
-) -> Options:
-    """Returns the options with plain Python numbers.
-
-    Args:
-      sampling: fields of `Sampler`.
+def check_options(max_new_tokens: int, every: int, delay: int | None, sampling: Mapping[str, Any]) -> GenerationOptions:
+    """Returns the options with plain Python numbers; `sampling` holds fields of `Sampler`.
 
     Raises:
       UserError: one of another kind or out of range.
     """
-    return Options(
-        arguments.whole("max_new_tokens", max_new_tokens, 1),
-        Sampler(**sampling).checked(),
-        *check_rhythm(every, delay),
-        arguments.whole("batch_size", batch_size, 1),
-    )
+    max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
+    sampler = Sampler(**sampling).checked()
+    return GenerationOptions(max_new_tokens, sampler, *check_rhythm(every, delay))
 
 
 def check_rhythm(every: int, delay: int | None) -> tuple[int, int | None]:
-    """Returns `every` and `delay`.
+    """Returns `every` and `delay` as plain Python numbers.
 
     Raises:
       UserError: latents would join after the next ones are due.
@@ -66,15 +63,16 @@ def check_attention(attention: str) -> None:
         raise UserError(f"attention={attention!r}: expected one of {', '.join(ATTENTION)}")
 
 
-def seeds_of(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
-    """Returns for each of `count` prompts a seed, and a number that tells apart prompts which share one."""
+def random_keys(seed: int | Sequence[int], count: int) -> list[jax.Array]:
+    """Returns a random key for each of `count` prompts, from a seed for each or from one for all and their places."""
     if np.ndim(seed) == 0:
-        one = arguments.whole("seed", seed, 0, arguments.INT64)
-        return [(one, i) for i in range(count)]
+        base = jax.random.key(arguments.whole("seed", seed, 0, arguments.INT64))
+        return [jax.random.fold_in(base, i) for i in range(count)]
     seeds = arguments.several("seed", seed)
     if len(seeds) != count:
         raise UserError(f"{count} prompts, but {len(seeds)} seeds")
-    return [(arguments.whole(f"seed[{i}]", one, 0, arguments.INT64), 0) for i, one in enumerate(seeds)]
+    seeds = [arguments.whole(f"seed[{i}]", one, 0, arguments.INT64) for i, one in enumerate(seeds)]
+    return [jax.random.fold_in(jax.random.key(one), 0) for one in seeds]
 
 
 def token_ids(name: str, text: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
@@ -89,11 +87,7 @@ def token_ids(name: str, text: Prompt, tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def token_array(tokens_BT: Any, vocab_size: int, row_shards: int) -> jax.Array:
-    """Returns tokens as int32 [B, T].
-
-    Args:
-      row_shards: into how many parts the rows are split.
-    """
+    """Returns tokens as int32 [B, T]; the rows are split into `row_shards` parts."""
     tokens_BT = _integers("tokens", tokens_BT, "[B, T]")
     _check_range("tokens", tokens_BT, vocab_size - 1, f"the vocabulary has {vocab_size}")
     B = len(tokens_BT)

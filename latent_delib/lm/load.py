@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.record import SHORT, Record
 from latent_delib.machine import arguments, checkpoint
-from latent_delib.machine.checkpoint import Checkpoints
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
@@ -71,14 +70,6 @@ class Coprocessor:
         return f"Coprocessor({self.method}, {latents}, {step}, {soft_LD.dtype}, {of})"
 
 
-class Run(NamedTuple):
-    """A training job whose checkpoints are open. record: of the checkpoint asked for, or of the newest."""
-
-    workdir: str
-    record: Record
-    checkpoints: Checkpoints
-
-
 def load_decoder(path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
     """Loads a decoder folder, or "packaged".
 
@@ -90,16 +81,11 @@ def load_decoder(path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh |
       UserError: missing files, or tensors that do not fit the architecture; another dtype.
     """
     where = folder.locate(arguments.path("path", path))
-    return read_decoder(where, folder.fingerprint(where), dtype, mesh)
-
-
-def read_decoder(where: Path, fingerprint: str, dtype: Any, mesh: Mesh | None = None) -> Decoder:
-    """Loads the decoder folder `where`, whose fingerprint is known; otherwise as `load_decoder`."""
     dtype = _dtype(dtype)
     config = folder.read_config(where)
     shardings = mesh_lib.parameters(mesh or build.one_device(), folder.shapes(config), PARAM_AXES)
     params = folder.load(where, config, dtype, shardings)
-    return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), fingerprint)
+    return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where))
 
 
 def _dtype(dtype: Any) -> np.dtype:
@@ -117,18 +103,37 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
 
     Args:
       workdir: of the job, or the folder of the exported one.
-      step: of the checkpoint; by default the newest.
+      step: of the checkpoint; by default the newest that can be read.
 
     Raises:
-      UserError: no such checkpoint or folder, or a checkpoint of a method that writes no latents.
+      UserError: no such checkpoint or folder, a damaged one, or one of a method that writes no latents.
     """
     workdir = arguments.path("workdir", workdir)
     if step is not None:
         step = arguments.whole("step", step, 0)
     if (Path(workdir) / exported.FILE).is_file():
         return _exported(workdir, step)
-    with open_run(workdir, step) as run:
-        return coprocessor_of(run, step)
+    checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
+    with contextlib.closing(checkpoints):
+        name = Record.from_meta(meta, workdir)["method.name"]
+        if METHODS[name].write is None:
+            raise UserError(f"{workdir}: method {name!r} has no coprocessor")
+        found = checkpoints.restore_newest(step=step)
+    assert found is not None, "open_for_reading saw one"
+    record = Record.from_meta(found.meta, workdir)
+    params = found.trainable["coprocessor"]
+    if record["method.lora_rank"] and record["method.start"]:
+        start = load_coprocessor(*build.split_start(record["method.start"]))
+        params = lora.lay_over(start.params, params)
+    fingerprint = record.fingerprint
+    if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
+        fingerprint = folder.fingerprint(folder.locate(decoder_of(workdir, record)))
+    architecture = None
+    if record["method.coprocessor"]:
+        decoder = TransformerConfig(**record.architecture)
+        architecture = build.coprocessor_config(decoder, record["method.coprocessor"])
+    num_latents = record["method.num_latents"]
+    return Coprocessor(params, name, num_latents, record["method.placement"], fingerprint, found.step, architecture)
 
 
 def _exported(where: str, step: int | None) -> Coprocessor:
@@ -142,47 +147,15 @@ def _exported(where: str, step: int | None) -> Coprocessor:
     return Coprocessor(params, **fields)
 
 
-@contextlib.contextmanager
-def open_run(workdir: str, step: int | None = None) -> Iterator[Run]:
-    """Opens a training job's checkpoints and reads the record of the newest, or of `step`; reads no weights.
+def read_record(workdir: str, step: int | None = None) -> Record:
+    """Reads the record of a training job's newest checkpoint, or of `step`; reads no weights.
 
     Raises:
       UserError: no such checkpoint.
     """
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
-    with contextlib.closing(checkpoints):
-        yield Run(workdir, Record.from_meta(meta, workdir), checkpoints)
-
-
-def coprocessor_of(run: Run, step: int | None) -> Coprocessor:
-    """Reads the coprocessor of a run at `step`; None: of the newest checkpoint that can be read.
-
-    Raises:
-      UserError: the method has none; the checkpoint is damaged.
-    """
-    method = METHODS[run.record["method.name"]]
-    if method.write is None:
-        raise UserError(f"{run.workdir}: method {run.record['method.name']!r} has no coprocessor")
-    found = run.checkpoints.restore_newest(step=step)
-    assert found is not None, "open_run saw one"
-    record = Record.from_meta(found.meta, run.workdir)
-    params = found.trainable["coprocessor"]
-    if record["method.lora_rank"] and record["method.start"]:
-        start = load_coprocessor(*build.split_start(record["method.start"]))
-        params = lora.lay_over(start.params, params)
-    fingerprint = record.fingerprint
-    if method.trains_decoder:  # it belongs to the decoder that was trained with it
-        fingerprint = folder.fingerprint(folder.locate(decoder_of(run.workdir, record)))
-    changed = record["method.coprocessor"]
-    return Coprocessor(
-        params,
-        record["method.name"],
-        record["method.num_latents"],
-        record["method.placement"],
-        fingerprint,
-        found.step,
-        build.coprocessor_config(TransformerConfig(**record.architecture), changed) if changed else None,
-    )
+    checkpoints.close()
+    return Record.from_meta(meta, workdir)
 
 
 def decoder_of(workdir: str, record: Record) -> str:

@@ -22,10 +22,10 @@ from latent_delib.nn.products import einsum
 from latent_delib.nn.transformer import Params, Transformer
 
 
-class Attention(NamedTuple):
+class AttentionMap(NamedTuple):
     """Attention weights of one call. weights: float32 [layers, N, S, T + S], rows add up to 1.
 
-    rows: names of the S tokens of the call. columns: names of the T text tokens in the cache, then the same S. text: T.
+    rows: names of the S tokens of the call. columns: names of the T text tokens in the cache, then the same S.
     """
 
     weights: np.ndarray
@@ -78,7 +78,7 @@ def _read(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any
     return augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype).cache
 
 
-def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attention | None, Attention]:
+def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[AttentionMap | None, AttentionMap]:
     """Returns what latents after token `at` of a text attend to, and what the text after them attends to.
 
     Args:
@@ -101,8 +101,8 @@ def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attentio
     latents = [f"z{i + 1}" for i in range(lm.aug.num_latents)]
     reread = decoded.shape[2] - len(latents) - (ahead - 1)  # tokens of the cache that the decoder reads again
     rows = latents + names[at + 1 - reread : -1]
-    of_coprocessor = Attention(written[0], latents, cached + latents) if written else None
-    return of_coprocessor, Attention(decoded, rows, cached + rows)
+    of_coprocessor = AttentionMap(written[0], latents, cached + latents) if written else None
+    return of_coprocessor, AttentionMap(decoded, rows, cached + rows)
 
 
 def _weights(w: jax.Array, at: int, length: int) -> np.ndarray:

@@ -12,16 +12,16 @@ from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
-from latent_delib.delib import augment
+from latent_delib.delib.augment import assemble
 from latent_delib.delib.coprocessor import Latents
 from latent_delib.delib.methods import param_axes
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.lm import batching, decoding, inputs, scoring
 from latent_delib.lm.batching import Question
-from latent_delib.lm.endings import Endings, endings
-from latent_delib.lm.inputs import Options, Prompt
+from latent_delib.lm.inputs import GenerationOptions, Prompt
 from latent_delib.lm.load import Coprocessor, Decoder, augmentation, place
+from latent_delib.lm.sampling import Endings
 from latent_delib.machine import arguments
 from latent_delib.nn.transformer import Params
 
@@ -83,11 +83,14 @@ class AugmentedLM:
             return
         axes = param_axes(coprocessor.method)
         own = {"coprocessor": place(self.mesh, coprocessor.params, self.dtype, axes)}
-        self.params = augment.assemble(self.params, own)
+        self.params = assemble(self.params, own)
         if coprocessor_mesh is not None:
             self.aug_beside = augmentation(decoder, coprocessor, coprocessor_mesh, attention)
             whole = self.params["coprocessor"]
             self.params_beside = {"coprocessor": place(coprocessor_mesh, whole, self.dtype, axes)}
+
+    def __repr__(self) -> str:
+        return f"AugmentedLM({self.decoder}, {self.coprocessor})"
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """Returns the plain decoder's logits, float32 [B, T, V]."""
@@ -232,64 +235,57 @@ class AugmentedLM:
           progress: gets the number of tokens that are decoded, over all prompts.
           sampling: temperature (0: the likeliest token), top_k, top_p, ...: the fields of `sampling.Sampler`.
         """
-        options = inputs.check_options(max_new_tokens, every, delay, batch_size, sampling)
+        options = inputs.check_options(max_new_tokens, every, delay, sampling)
+        batch_size = arguments.whole("batch_size", batch_size, 1)
         prompts = arguments.several("prompts", prompts)
-        ends = endings(self.tokenizer, stop)
+        ends = Endings(self.tokenizer, stop)
         if options.delay is None and self.coprocessor is not None and self.coprocessor_mesh is None:
             raise UserError("delay=None: give the coprocessor devices of its own (coprocessor_mesh)")
-        seeds = inputs.seeds_of(seed, len(prompts))
+        keys = inputs.random_keys(seed, len(prompts))
         heads = []
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, str) and not prompt:
                 raise UserError(f"prompts[{i}] is empty")
             heads.append(self._head(f"prompts[{i}]", prompt, options.max_new_tokens))
+        write = self._writer(options.delay) if augment else None
         found: dict[int, Continuation] = {}
-        for chosen in batching.alike([(1, len(head)) for head in heads], lambda key: options.batch_size):
-            report = partial(_report, progress, options.max_new_tokens * len(found), len(chosen))
-            keys = [jax.random.fold_in(jax.random.key(seeds[i][0]), seeds[i][1]) for i in chosen]
-            more = self._continue([heads[i] for i in chosen], keys, options, augment, ends, report)
-            found.update(zip(chosen, more))
+        for chosen in batching.alike([(1, len(head)) for head in heads], lambda key: batch_size):
+
+            def stopped(new_BN: np.ndarray, rows: int = len(chosen)) -> np.ndarray:
+                if progress:
+                    progress(options.max_new_tokens * len(found) + new_BN.shape[1] * rows)
+                return ends.seen(new_BN)
+
+            new, joined = self._continue([heads[i] for i in chosen], [keys[i] for i in chosen], options, write, stopped)
+            for i, row in zip(chosen, new):
+                last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)  # other rows may go on
+                found[i] = Continuation(ends.cut(row), row, tuple(at for at in joined if at <= last))
         return [found[i] for i in range(len(prompts))]
 
     def _continue(
         self,
         heads: Sequence[Sequence[int]],
         keys: list[jax.Array],
-        options: Options,
-        augment: bool,
-        ends: Endings,
-        report: Report,
-    ) -> list[Continuation]:
-        """Continues one batch of prompts, `heads`, each with its own random key."""
+        options: GenerationOptions,
+        write: Callable | None,
+        stopped: Callable[[np.ndarray], np.ndarray],
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Continues one batch of prompts, `heads`, each with its own random key, as `decoding.run` does."""
         text, length = self._pad(heads)
         keys = keys + keys[:1] * (len(length) - len(keys))
-        pad_id = self.tokenizer.pad_id
-
-        def stopped(new_BN: np.ndarray) -> np.ndarray:
-            report(new_BN.shape[1])
-            return ends.seen(new_BN)
-
-        new, joined = decoding.run(
+        return decoding.run(
             self.params,
             text,
             length,
             self._rows(jnp.stack(keys)),
-            options.sampler,
+            options,
             aug=self.aug,
-            write=self._writer(options.delay) if augment else None,
-            delay=options.delay,
-            every=options.every,
+            write=write,
             room=batching.bucket(options.max_new_tokens),
-            max_new_tokens=options.max_new_tokens,
             eos_id=self.tokenizer.eos_id,
-            pad_id=pad_id,
+            pad_id=self.tokenizer.pad_id,
             stopped=stopped,
         )
-        found = []
-        for row in new[: len(heads)]:
-            last = max(np.flatnonzero(row != pad_id).tolist(), default=0)  # other rows may go on
-            found.append(Continuation(ends.cut(row), row, tuple(at for at in joined if at <= last)))
-        return found
 
     def _writer(self, delay: int | None) -> Callable | None:
         """Returns the function that starts writing latents, as `decoding.run` calls it; None without a coprocessor."""
@@ -340,9 +336,3 @@ class AugmentedLM:
 
     def _rows(self, x: Any) -> jax.Array:
         return jax.device_put(x, mesh_lib.rows(self.mesh))
-
-
-def _report(progress: Report | None, before: int, rows: int, made: int) -> None:
-    """Reports that each of `rows` has `made` new tokens, and others before them `before` in all."""
-    if progress is not None:
-        progress(before + rows * made)

@@ -1,7 +1,8 @@
-"""How the next token is chosen: one value that takes keys and logits.
+"""How a text goes on: the choice of the next token, and the strings that end a text.
 
-To add a rule, give `Sampler` a field and use it in `_draw`: the field is then an argument of `AugmentedLM.generate`, a
-flag of the command `generate`, and a setting that the tasks of the lm-eval harness may name.
+`Sampler` is one value that takes keys and logits. To add a rule, give it a field and use that in `_draw`. The field is
+then an argument of `AugmentedLM.generate`, a flag of the command `generate`, and a setting that the tasks of the
+lm-eval harness may name.
 """
 
 import dataclasses
@@ -9,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
 
@@ -67,3 +70,41 @@ class Sampler:
 def options() -> dict[str, tuple[Any, str]]:
     """Returns each field of `Sampler` with its default and its help text."""
     return {field.name: (field.default, field.metadata["help"]) for field in dataclasses.fields(Sampler)}
+
+
+class Endings:
+    """Ends a text before the first of some stop strings.
+
+    Control tokens among them are looked for as tokens: decoded text does not show them.
+
+    Args:
+      stop: a text, or a list of them.
+
+    Raises:
+      UserError: another kind of value, or an empty string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Any):
+        self.tokenizer = tokenizer
+        self.strings = [stop] if isinstance(stop, str) else arguments.several("stop", stop)
+        for text in self.strings:
+            if not isinstance(text, str) or not text:
+                raise UserError(f"stop: holds {text!r}, expected texts that are not empty")
+        self.tokens = [tokenizer.control[text] for text in self.strings if text in tokenizer.control]
+
+    def seen(self, new_BN: np.ndarray) -> np.ndarray:
+        """Tells which rows of new tokens hold an ending, bool [B]."""
+        found_B = np.isin(new_BN, self.tokens).any(axis=1)
+        if self.strings:
+            texts = [self.tokenizer.decode(row) for row in new_BN]
+            found_B |= [any(stop in text for stop in self.strings) for text in texts]
+        return found_B
+
+    def cut(self, new_N: np.ndarray) -> str:
+        """Returns the text of new tokens up to the first ending."""
+        (ends,) = np.nonzero(np.isin(new_N, self.tokens))
+        if len(ends):
+            new_N = new_N[: ends[0]]
+        text = self.tokenizer.decode(new_N.tolist())
+        found = [text.find(stop) for stop in self.strings]
+        return text[: min((i for i in found if i >= 0), default=None)]

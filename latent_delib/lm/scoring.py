@@ -1,6 +1,6 @@
-"""Scores of given text, with latents and without: logits, log-probabilities. Compiled once for each shape.
+"""Scores of given text, with latents and without: logits, log-probabilities.
 
-Args of all: aug, and the dtype that everything is computed in.
+Every function is compiled once for each shape. `dtype` is the one that it computes in.
 """
 
 import dataclasses
@@ -13,13 +13,9 @@ import jax.numpy as jnp
 from latent_delib.delib import augment, step
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Latents
+from latent_delib.lm.batching import one_segment
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
-
-
-def segments(tokens_BT: jax.Array, length_B: jax.Array) -> jax.Array:
-    """Returns 1 on the tokens of each row and 0 on its padding, int32 [B, T]."""
-    return (jnp.arange(tokens_BT.shape[1]) < length_B[:, None]).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
@@ -73,7 +69,7 @@ def score_tails(
     """
     table_VD = transformer.output_table(params["decoder"])
     config = aug.transformer.config
-    segment_BT = segments(text_BT, length_B)
+    segment_BT = one_segment(text_BT, length_B)
     text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
     B, M, A = tails_BMA.shape
     last_B1 = length_B[:, None] - 1
@@ -93,7 +89,8 @@ def score_tails(
     def one(x_BMD: jax.Array, target_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BMV = transformer.unembed(table_VD, x_BMD, config)
         picked_BM = jnp.take_along_axis(logits_BMV, target_BM[..., None], axis=-1)[..., 0]
-        return picked_BM - jax.nn.logsumexp(logits_BMV, axis=-1), jnp.argmax(logits_BMV, axis=-1) == target_BM
+        logprob_BM = picked_BM - jax.nn.logsumexp(logits_BMV, axis=-1)
+        return logprob_BM, jnp.argmax(logits_BMV, axis=-1) == target_BM
 
     by_token = (jnp.moveaxis(x_BMAD, 2, 0), jnp.moveaxis(tails_BMA, 2, 0))  # the logits of one exist at a time
     logprobs, greedy = jax.lax.map(lambda pair: one(*pair), by_token)
@@ -113,7 +110,7 @@ def score_text(
       length_B: tokens in each row, before padding.
       stretch: at most T - 1.
     """
-    segment_BT = segments(tokens_BT, length_B)
+    segment_BT = one_segment(tokens_BT, length_B)
     text, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
     B, T = tokens_BT.shape
     if not aug.has_latents:

@@ -1,7 +1,7 @@
 """Runs the lm-eval harness over our models: loads its tasks, and adapts a model to it. Imported only where it is used.
 
-Token for token it asks what the harness's own `hf` model asks with add_bos_token=True. It differs where that model has
-no right answer: BOS stays when a prompt is cut, and each piece of a long text begins with it.
+Token for token it asks what the harness's own `hf` model asks with add_bos_token=True. It differs where that model does
+not keep BOS: here BOS stays when a prompt is cut, and each piece of a long text begins with it.
 """
 
 import functools
@@ -25,15 +25,10 @@ from latent_delib.errors import UserError
 from latent_delib.lm import sampling
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine.progress import Progress
+from latent_delib.measure.documents import check_documents
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own models
 SHOTS_SEED = 1234  # the harness's own
-# Kind of question -> the fields of a document of ours that are text.
-STRINGS = {
-    "generate_until": ("question", "answer"),
-    "multiple_choice": ("question",),
-    "loglikelihood_rolling": ("text",),
-}
 
 
 class Adapter(TemplateLM):
@@ -109,12 +104,9 @@ class Adapter(TemplateLM):
             unknown = kwargs.keys() - sampling.options().keys()
             if unknown:
                 raise UserError(f"{requests[some[0]].task_name}: generation_kwargs {sorted(unknown)} are not supported")
-            prompts = []
-            for i in some:
-                prompt = self.tok_encode(self._with_cot(requests[i].args[0]))
-                prompts.append(self._cut(prompt, new))
+            prompts = [self.tok_encode(self._with_cot(requests[i].args[0])) for i in some]
             texts = self.lm.generate(
-                prompts,
+                [self._cut(prompt, new) for prompt in prompts],
                 new,
                 stop=[text for text in stop if text],
                 seed=some,
@@ -214,48 +206,3 @@ def _spelled_bos(tokenizer: Tokenizer) -> str:
         return tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.bos_id)
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
     return model.id_to_piece(tokenizer.bos_id)
-
-
-def check_documents(path: Path, output_type: str) -> None:
-    """Checks the documents of a task, one JSON object per line.
-
-    generate_until: question, answer; multiple_choice: question, choices, gold (index of the right one);
-    loglikelihood_rolling: text.
-
-    Raises:
-      UserError: no such file, no document, or a bad one, which it names as FILE:LINE.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    lines = path.read_bytes().splitlines()
-    if not lines:
-        raise UserError(f"{path}: empty, expected a JSON object on each line")
-    for number, line in enumerate(lines, start=1):
-        try:
-            wrong = _wrong(json.loads(line), output_type)
-        except (ValueError, RecursionError) as error:
-            wrong = f"not JSON ({error})"
-        if wrong:
-            raise UserError(f"{path}:{number}: {wrong}")
-
-
-def _wrong(row: Any, output_type: str) -> str:
-    """Returns what is wrong with a document; an empty text where it is right."""
-    if not isinstance(row, dict):
-        return f"holds {type(row).__name__}, expected an object"
-    for key in STRINGS[output_type]:
-        if not _is_text(row.get(key)):
-            return f"{key}={row.get(key)!r}, expected text"
-    if output_type != "multiple_choice":
-        return ""
-    choices = row.get("choices")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
-        return f"choices={choices!r}, expected two texts or more"
-    gold = row.get("gold")
-    if type(gold) is not int or not 0 <= gold < len(choices):
-        return f"gold={gold!r}, expected 0 to {len(choices) - 1}"
-    return ""
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""

@@ -19,6 +19,7 @@ from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.job import build
 from latent_delib.job.record import Record
 from latent_delib.lm import decoding, load
+from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.machine.checkpoint import Checkpoints
 
@@ -211,9 +212,8 @@ def test_a_sampler_is_a_value(lms):
     """Decoding calls it, whatever it is; another option than its fields is refused."""
     lm = lms["decoder"]
     keys = jax.random.split(jax.random.key(0), 4)
-    options = dict(aug=lm.aug, write=None, delay=0, every=0, room=32, max_new_tokens=1, eos_id=-1, pad_id=0)
-    text, length = lm._pad([[2, 5, 6, 7]] * 4)
-    new, _ = decoding.run(lm.params, text, length, keys, Least(), stopped=lambda new: new[:, -1] < 0, **options)
+    options = dict(aug=lm.aug, write=None, room=32, eos_id=-1, pad_id=0, stopped=lambda new: new[:, -1] < 0)
+    new, _ = decoding.run(lm.params, *lm._pad([[2, 5, 6, 7]] * 4), keys, GenerationOptions(1, Least()), **options)
     assert (new[:, 0] == np.argmin(lm.logits([[2, 5, 6, 7]])[0, -1])).all()
     with pytest.raises(TypeError, match="warmth"):
         lm.generate(PROMPTS, NEW, warmth=1.0)
@@ -503,6 +503,7 @@ def test_what_is_loaded_shows_itself_in_one_line(decoder, lms):
     assert repr(decoder) == f"Decoder(4 layers of width 32, vocabulary of 320, float32, fingerprint {of})"
     said = f"Coprocessor(cache_augmentation, 4 latents of width 32 'after', untrained, float32, of decoder {of})"
     assert repr(lms["after"].coprocessor) == said
+    assert repr(lms["after"]) == f"AugmentedLM({decoder}, {lms['after'].coprocessor})"
     assert "step 7" in repr(dataclasses.replace(lms["after"].coprocessor, step=7))
 
 
