@@ -34,6 +34,7 @@ from latent_delib.machine.provenance import provenance
 from latent_delib.measure.scores import Row, figures, show
 from latent_delib.weights import folder
 
+FILE = "benchmarks.json"  # in --out
 MODELS = ("decoder", "augmented", "zero_shot_cot")
 
 
@@ -110,8 +111,7 @@ def benchmark(
     subject = _find_subject(workdir, decoder, step)
     if "augmented" in models and not subject.record["method.num_latents"]:
         raise UserError("--model=augmented: there is no coprocessor; give the --workdir of a job that trained one")
-    file = epath.Path(out) / "benchmarks.json"
-    found = _read_rows(file, subject)
+    found = _read_rows(epath.Path(out) / FILE, subject)
     if runs_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     harness = _harness()
@@ -135,11 +135,7 @@ def benchmark(
     for asked in todo:
         task = loaded[asked["benchmark"]]
         made, samples = _measure(lm, harness, task, asked, batch_size, confirm_run_unsafe_code)
-        _write_samples(epath.Path(out), made, samples)
-        others = [row for row in _read_rows(file, subject) if _key(row) != _key(made)]  # as they are by now
-        found = [*others, made]
-        result = {"rows": found, **subject.about(), "provenance": _provenance()}
-        files.write(file, (json.dumps(result, indent=2) + "\n").encode())
+        found = _save(epath.Path(out), subject, made, samples)
     print(show(found), flush=True)
     return {"rows": found, **subject.about()}
 
@@ -171,14 +167,18 @@ def _key(row: Row) -> tuple[Any, ...]:
     return row["benchmark"], row["model"], row["every"], row["delay"]
 
 
-def _write_samples(out: epath.Path, row: Row, samples: Sequence[Row]) -> None:
-    """Writes the result of each document, JSON lines."""
-    name = f"{row['benchmark']}.{row['model']}"
+def _save(out: epath.Path, subject: Subject, made: Row, samples: Sequence[Row]) -> list[Row]:
+    """Writes a row and, before it, the result of each document; returns all rows, with those that other calls added."""
+    name = f"{made['benchmark']}.{made['model']}"
     for key in ("every", "delay"):
-        if row[key]:
-            name += f".{key}{row[key]}"
+        if made[key]:
+            name += f".{key}{made[key]}"
     lines = [json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples]
     files.write(out / "samples" / f"{name}.jsonl", "".join(lines).encode())
+    others = [row for row in _read_rows(out / FILE, subject) if _key(row) != _key(made)]
+    result = {"rows": [*others, made], **subject.about(), "provenance": _provenance()}
+    files.write(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
+    return result["rows"]
 
 
 def _split(names: str) -> list[str]:
