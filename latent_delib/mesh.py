@@ -90,11 +90,6 @@ def shards(mesh: Mesh, axis: str) -> int:
     return math.prod(mesh.shape[name] for name in _names(ACTIVATIONS[axis]))
 
 
-def row_shards(mesh: Mesh) -> int:
-    """Returns into how many parts the rows of a batch are split."""
-    return shards(mesh, "batch")
-
-
 def setting(mesh: Mesh, axis: str) -> str:
     """Returns the config keys that split a logical axis of activations, for a message: "config.mesh.tensor=2"."""
     return " x ".join(f"config.mesh.{name}={mesh.shape[name]}" for name in _names(ACTIVATIONS[axis]))
