@@ -128,7 +128,7 @@ def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
     return np.where(tokens_BT == pad_id, 0, np.cumsum(tokens_BT == bos_id, axis=-1)).astype(np.int32)
 
 
-def pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]:
+def cut_pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]:
     """Cuts a document int32 [n] into pieces of BOS and at most `length` - 1 tokens, each token in one piece."""
     found = []
     for start in range(0, len(tokens), length - 1):

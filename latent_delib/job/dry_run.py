@@ -27,8 +27,6 @@ from latent_delib.job.experiment import Experiment
 from latent_delib.job.plan import Plan, gib
 from latent_delib.machine import files
 
-GIB = 2**30
-
 
 class Chip(NamedTuple):
     """Holds what the makers' pages say of a chip.
@@ -212,7 +210,7 @@ def estimate(exp: Experiment, plan: Plan, found: dict[str, Any], chip: Chip) -> 
     memory = found["memory"]
     rows = _rows_at_once(exp)
     grows = memory["cache of the text"] + max(memory["other temporaries"], 0)
-    limit = chip.memory * GIB
+    limit = chip.memory * 2**30
     fit = (limit - memory["total"] + grows) / (grows / rows)
     return {
         "memory_limit": limit,

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.data import batches
+from latent_delib.data.rows import cut_pieces
 from latent_delib.delib import augment
 from latent_delib.delib.coprocessor import Latents
 from latent_delib.delib.methods import param_axes
@@ -189,7 +189,7 @@ class AugmentedLM:
             ids = np.array(self._ids(f"texts[{i}]", text), np.int32)
             if len(ids) and ids[0] == bos_id:
                 ids = ids[1:]
-            more = [piece for piece in batches.pieces(ids, self.max_length, bos_id) if len(piece) > 1]
+            more = [piece for piece in cut_pieces(ids, self.max_length, bos_id) if len(piece) > 1]
             pieces += more
             owners += [i] * len(more)
         sums = np.zeros(len(texts))
