@@ -85,7 +85,7 @@ class BadRecords:
 
 
 def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, bytes]:
-    """Returns the tokens of a document, int32 [n] without BOS, and what makes it unusable: nothing as a rule."""
+    """Returns the tokens of a document, int32 [n] without BOS, and the reason why it is unusable: empty as a rule."""
     nothing = np.empty(0, np.int32)
     try:
         decoded = text.decode()

@@ -1,4 +1,4 @@
-"""Builds models for a mesh, and reads the few names that jobs leave for each other."""
+"""Builds models for a mesh; finds the checkpoint that training begins with, and the decoder that a job has trained."""
 
 import dataclasses
 import functools

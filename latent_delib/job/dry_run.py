@@ -1,4 +1,4 @@
-"""Says what a job would need before any of it is paid for, by compiling its step for this machine or for a TPU slice.
+"""Compiles a job's step for this machine or for a TPU slice, and says what it would need, before any of it is paid for.
 
 The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`): memory and collectives are
 those of the program that the slice would run. Times are estimates.

@@ -28,7 +28,7 @@ from latent_delib.machine.workdir import is_remote
 
 
 class Damaged(UserError):
-    """Tells that a checkpoint is not as it was saved."""
+    """Reports a checkpoint that is not as it was saved."""
 
 
 class Restored(NamedTuple):
@@ -54,9 +54,9 @@ class Checkpoints:
     Args:
       workdir: a local folder, or gs://BUCKET/PATH.
       keep: how many of the newest checkpoints stay.
-      keep_every: steps that this divides stay, too; 0: none.
-      keep_best: as many of the lowest loss stay, too.
-      read_only: nothing is made, renamed or removed.
+      keep_every: checkpoints of its multiples stay, too; 0: none.
+      keep_best: so many checkpoints of the lowest loss stay, too.
+      read_only: makes, renames and removes nothing.
 
     Raises:
       UserError: there is a file in the place of the folder, it is not the same folder for all processes, or gs:// lacks
@@ -78,10 +78,10 @@ class Checkpoints:
         """Starts a save; the one before it is finished first.
 
         Args:
-          step: names the checkpoint.
-          trees: name -> tree of jax.Array: "trainable", and what else is needed to go on.
-          meta: says what the run is; something that JSON can hold.
-          loss: decides about `keep_best`, the same on every process; None or not finite: not among the best.
+          step: its number, which names its folder.
+          trees: name -> tree of jax.Array: "trainable", and all else that is needed to go on.
+          meta: says what the run is; JSON must be able to hold it.
+          loss: for `keep_best`, the same on every process; None or not finite: not among the best.
 
         Raises:
           OSError: the disk is full or not writable (Outage: the store does not answer); earlier checkpoints stay whole.
