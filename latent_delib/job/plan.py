@@ -112,7 +112,7 @@ def summary(exp: Experiment, plan: Plan) -> str:
     trainable = plan.state.trainable
     lines = [
         f"method {exp.config.method.name}: {_shapes(exp)}",
-        f"decoder {exp.decoder or 'random'} [{exp.fingerprint[:12]}]",
+        f"decoder {exp.decoder or 'random'} [{exp.record.fingerprint[:12]}]",
         f"parameters: {count(plan.frozen):,} frozen ({gib(size(plan.frozen))}), {count(trainable):,} trainable "
         f"({gib(size(trainable))} + optimizer {gib(size(plan.state.opt_state))}), over all devices",
         f"devices: {exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}, mesh {dict(exp.mesh.shape)}",
