@@ -182,7 +182,9 @@ class Checkpoints:
         folder = self.path / str(step)
         if not (folder / "_CHECKPOINT_METADATA").exists():
             raise FileNotFoundError("no file _CHECKPOINT_METADATA")
-        item, found, trees = "", {}, {}
+        item = ""  # the one being read
+        found: dict[str, Any] = {}
+        trees: dict[str, Any] = {}
         try:
             for item in ("meta", "contents"):
                 found[item] = json.loads((folder / item / "metadata").read_text())
@@ -242,7 +244,7 @@ class Checkpoints:
             (self.path / name).unlink()
         if "False" in seen:
             raise UserError(
-                f"--workdir={self.workdir}: process {seen.index('False')} has another folder there than process 0; "
+                f"--workdir={self.workdir}: process {seen.index('False')} sees another folder there than process 0; "
                 "expected a shared one"
             )
 
