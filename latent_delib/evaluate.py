@@ -173,7 +173,7 @@ class Job:
         self.exp = experiment.read(config)
         self.workdir = workdir
         same = json.dumps([self.exp.record.config, workdir, *arguments])
-        distributed.check_same(config=same, decoder=self.exp.fingerprint)
+        distributed.check_same(config=same, decoder=self.exp.record.fingerprint)
         self.steps = jit_steps(self.exp)
 
     @functools.cached_property
@@ -211,7 +211,7 @@ class Job:
             "past_donors": views.count_past_givers(self.view, len(text.pieces)),
             "draws": views.DRAWS,
             **self.origin(found),
-            "fingerprint": self.exp.fingerprint,
+            "fingerprint": self.exp.record.fingerprint,
             "text": text.digest(),
             "provenance": on_first(provenance),
         }
@@ -226,7 +226,7 @@ class Job:
         return [
             self.exp.record.config,
             None if found is None else [found.step, found.meta],
-            self.exp.fingerprint,
+            self.exp.record.fingerprint,
             self.text.digest(),
             dict(self.exp.mesh.shape),
             views.DRAWS,

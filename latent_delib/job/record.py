@@ -133,16 +133,6 @@ class Record:
         }
 
     @property
-    def method(self) -> Plain:
-        """Returns the method's part of the config, with the keys that an older version did not have."""
-        method = dict(self.config["method"])
-        for key, value in BEFORE.items():
-            room, name = key.split(".")
-            if room == "method":
-                method.setdefault(name, value)
-        return method
-
-    @property
     def tokenizer(self) -> str | None:
         """Returns the SHA-256 of the tokenizer, hex; None where not known."""
         return self.data.get("tokenizer")
