@@ -267,6 +267,20 @@ def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_the_last_checkpoint_may_come_between_two_looks(make_config, evaluated, monkeypatch):
+    """It is evaluated: that it is there does not mean that it is done."""
+    shutil.rmtree(evaluated / "evaluations" / "4")
+    record = experiment.read(make_config()).record
+    queue = evaluations.Queue("workdir", evaluations.Evaluations(evaluated / "evaluations", record), None)
+    there = {2}
+    monkeypatch.setattr(evaluations, "whole_steps", lambda workdir: there)
+    assert queue.next() is None
+    there = {2, 4}
+    assert not queue.is_over(patience=1.0, waited=0.0)
+    assert queue.next() == 4
+    assert queue.is_over(patience=1.0, waited=0.0)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -335,3 +349,25 @@ def test_on_gs(config_file, tmp_path):
         files = {name.removeprefix(prefix) for name in server.objects if name.startswith(prefix) and name[-1] != "/"}
     each = ("documents.npz", "perplexity.json", "perplexity.png")
     assert files == {"curves.png", *(f"{step}/{name}" for step in (2, 4) for name in each)}
+
+
+# Before the command: process 1 cannot read a checkpoint that process 0 can.
+DENIED = """
+import jax
+load = evaluate.load
+def denied_to_one(*arguments):
+    if jax.process_index() == 1:
+        raise PermissionError(13, "Permission denied", "meta")
+    return load(*arguments)
+evaluate.load = denied_to_one
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_the_disk_of_one_process_ends_all(config_file, trained, tmp_path):
+    """It must not skip the checkpoint: the others evaluate it, and would wait for its share."""
+    child = CHILD.replace("commands.run", f"{DENIED}commands.run", 1)
+    command = ("-c", child, f"--config={config_file({})}", f"--workdir={trained}", f"--out={tmp_path}", "--steps=all")
+    with Job(2, 4, tmp_path / "said", *command) as job:
+        assert job.wait() == [1, 1], job.said(0)
+        assert "Permission denied" in job.said(1)

@@ -13,9 +13,8 @@ from etils import epath
 from latent_delib.errors import UserError
 from latent_delib.job.record import Record
 from latent_delib.machine.checkpoint import whole_steps
-from latent_delib.machine.distributed import warn
+from latent_delib.machine.distributed import on_first, warn
 from latent_delib.measure import views
-from latent_delib.measure.first import on_first
 
 POLL = 20.0  # seconds between two looks for new checkpoints
 
@@ -127,7 +126,7 @@ class Queue:
         Raises:
           UserError: there was none to evaluate.
         """
-        newest = max(whole_steps(self.workdir), default=-1)
+        newest = max(self.seen, default=-1)  # not one that came since `next` looked: it would never be evaluated
         last = self.evaluations.last_step_of_training()
         if last is not None and newest >= last:
             print(f"step {newest} was the last", flush=True)
