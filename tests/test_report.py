@@ -227,12 +227,12 @@ def test_what_is_one_entry_and_what_is_not(tmp_path):
     path = tmp_path / "run" / "joint" / "benchmarks.json"
     benchmarks(path.parent, {("gsm8k", "augmented", 0): 50.0, ("gsm8k", "decoder", 0): 40.0}, config("joint"))
     write(path, json.loads(path.read_text()) | {"fingerprint": "trained", "checkpoint": "True/checkpoints/180"})
-    decoder, *others = tables.entries(runs.find([str(tmp_path / "run")]))
-    assert tables.label(decoder).startswith("trained decoder, of joint, without its latents")
+    decoder, *others = entries.entries(runs.find([str(tmp_path / "run")]))
+    assert entries.label(decoder).startswith("trained decoder, of joint, without its latents")
     assert decoder.perplexity is None and decoder.scores["gsm8k"][0]["value"] == 40.0
-    by_label = {tables.label(e).partition(",")[0] + str(e.result.path.parent.name): e for e in others}
-    assert tables.label(by_label["cache augmentationswap"]).endswith(", seed 3, latents of another text")
-    assert tables.label(by_label["cache augmentationtext"]).endswith(", seed 3")
+    by_label = {entries.label(e).partition(",")[0] + str(e.result.path.parent.name): e for e in others}
+    assert entries.label(by_label["cache augmentationswap"]).endswith(", seed 3, latents of another text")
+    assert entries.label(by_label["cache augmentationtext"]).endswith(", seed 3")
     assert set(by_label) == {"jointjoint", "cache augmentationswap", "cache augmentationtext"}
     assert [r.path.name for r in by_label["jointjoint"].results] == ["perplexity.json", "benchmarks.json"]
     assert by_label["jointjoint"].scores["gsm8k"][0]["value"] == 50.0

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latent_delib.errors import UserError
-from latent_delib.machine import checkpoint
+from latent_delib.machine.distributed import warn
 from latent_delib.measure import intervals, perplexity
 from latent_delib.results import packed, tables
 from latent_delib.results.entries import entry_of, label
@@ -56,14 +56,14 @@ def compare(found: Runs, against: str) -> Table:
             left_out.append(str(result.path.parent))
             continue
         entry = entry_of(result)
-        changes = tables.changes(perplexity.table({"nll": pair.sums}, work_of(pair), seed=0))
-        rows.append([entry.latents, label(entry), result.key, *changes])
+        row = {"latents": entry.latents, "what": label(entry), "from": result.key}
+        rows.append(row | tables.changes(perplexity.table({"nll": pair.sums}, work_of(pair), seed=0)))
         used.append(result)
         over[result.key] = None if pair.work is None else intervals.unit(pair.work)
     if left_out:
-        checkpoint.warn(f"--against={against}: the frozen decoder has other figures in {', '.join(left_out)}: left out")
+        warn(f"--against={against}: the frozen decoder has other figures in {', '.join(left_out)}: left out")
     title = f"Change in perplexity of the n-th token ahead against {against}"
-    columns = ["latents", "what", "from", *tables.n_columns()]
+    columns = ["latents", "what", "from", *tables.BY_N]
     return tables.finished("12_against", title, columns, rows, used, over)
 
 
