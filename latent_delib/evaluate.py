@@ -91,7 +91,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
     has_checkpoints = on_first((epath.Path(workdir) / "checkpoints").is_dir)
     found = None
     if job.exp.aug.has_latents or not has_weights or has_checkpoints or step is not None:
-        found = load(job.exp, workdir, step)
+        found = read_checkpoint(job.exp, workdir, step)
     return job.run(found, epath.Path(out))
 
 
@@ -123,7 +123,7 @@ def evaluate_many(
     failed = []
     for step in steps_to_evaluate(Queue(workdir, evaluations, steps), patience):
         try:
-            found = load(job.exp, workdir, step)
+            found = read_checkpoint(job.exp, workdir, step)
         except (OtherRun, Outage):
             raise
         except skipped as error:
@@ -145,7 +145,7 @@ class OtherRun(UserError):
     """Tells that a checkpoint is of another decoder or method than the config: none of its workdir will fit."""
 
 
-def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
+def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored:
     """Reads a checkpoint, the newest without `step`: its trainable tree in the config's dtype, its step and its meta.
 
     Raises:
@@ -217,7 +217,7 @@ class Job:
             "provenance": on_first(provenance),
         }
         if jax.process_index() == 0:
-            write(result, text, sums, out)
+            write_evaluation(result, text, sums, out)
             partial.remove()
             print(as_text(result), flush=True)
         return result
@@ -270,7 +270,7 @@ class Job:
         }
 
 
-def write(result: dict[str, Any], text: ValidationText, sums: SumsByTerm, out: epath.Path) -> None:
+def write_evaluation(result: dict[str, Any], text: ValidationText, sums: SumsByTerm, out: epath.Path) -> None:
     """Writes documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
     perplexity.write_documents(out / "documents.npz", text, sums)
     files.write(out / "perplexity.png", figures.by_n(result["rows"]))

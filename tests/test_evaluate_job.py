@@ -202,14 +202,14 @@ def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alon
     shutil.copytree(workdir / "checkpoints" / "2", workdir / "checkpoints" / "1")
     (workdir / "checkpoints" / "1" / "meta" / "metadata").write_text("{")
     (workdir / "checkpoints" / "3.orbax-checkpoint-tmp-7").mkdir()
-    load = evaluate.load
+    load = evaluate.read_checkpoint
 
     def removed(exp, workdir, step):
         if step == 2:
             shutil.rmtree(f"{workdir}/checkpoints/2")
         return load(exp, workdir, step)
 
-    monkeypatch.setattr(evaluate, "load", removed)
+    monkeypatch.setattr(evaluate, "read_checkpoint", removed)
     with pytest.raises(ld.UserError, match=r"checkpoints \[1\] could not be read; the same command tries again"):
         evaluate.evaluate_many(make_config(), str(workdir), str(workdir))
     damaged, gone = capsys.readouterr().err.splitlines()
@@ -354,12 +354,12 @@ def test_on_gs(config_file, tmp_path):
 # Before the command: process 1 cannot read a checkpoint that process 0 can.
 DENIED = """
 import jax
-load = evaluate.load
+load = evaluate.read_checkpoint
 def denied_to_one(*arguments):
     if jax.process_index() == 1:
         raise PermissionError(13, "Permission denied", "meta")
     return load(*arguments)
-evaluate.load = denied_to_one
+evaluate.read_checkpoint = denied_to_one
 """
 
 

@@ -35,10 +35,10 @@ class Evaluations:
         results: dict[int, dict[str, Any]] = {}
         if not self.folder.exists():
             return results
-        for step in sorted(int(folder.name) for folder in self.folder.iterdir() if folder.name.isdigit()):
-            if self.is_done(step):
-                results[step] = json.loads(self.file(step).read_text())
-        return results
+        for folder in self.folder.iterdir():
+            if folder.name.isdigit() and self.is_done(int(folder.name)):
+                results[int(folder.name)] = json.loads(self.file(int(folder.name)).read_text())
+        return dict(sorted(results.items()))
 
     def file(self, step: int) -> epath.Path:
         """Returns the path of a step's perplexity.json."""
@@ -66,13 +66,6 @@ class Evaluations:
     def is_done(self, step: int) -> bool:
         """Tells whether a step is evaluated."""
         return self.file(step).exists()
-
-    def last_step_of_training(self) -> int | None:
-        """Returns the step at which training ends, as the newest evaluated checkpoint says; None where none does."""
-        results = self.results()
-        if not results:
-            return None
-        return Record.from_result(results[max(results)])["train.steps"]
 
 
 class Queue:
@@ -127,13 +120,13 @@ class Queue:
           UserError: there was none to evaluate.
         """
         newest = max(self.seen, default=-1)  # not one that came since `next` looked: it would never be evaluated
-        last = self.evaluations.last_step_of_training()
-        if last is not None and newest >= last:
+        results = self.evaluations.results()
+        if results and newest >= Record.from_result(results[max(results)])["train.steps"]:
             print(f"step {newest} was the last", flush=True)
             return True
         if waited < patience:
             return False
-        if not (self.seen or self.evaluations.results()):
+        if not (self.seen or results):
             raise UserError(
                 f"--watch: no checkpoint came to {self.workdir} in {patience:g} s, so nothing was evaluated"
             )
