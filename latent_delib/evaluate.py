@@ -87,10 +87,9 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
       UserError: no checkpoint, one of another decoder or method, bad config or data.
     """
     job = Job(config, workdir, [step])
-    has_weights = bool(config.decoder.path)
-    has_checkpoints = on_first((epath.Path(workdir) / "checkpoints").is_dir)
+    needs_checkpoint = job.exp.aug.has_latents or not config.decoder.path or step is not None
     found = None
-    if job.exp.aug.has_latents or not has_weights or has_checkpoints or step is not None:
+    if needs_checkpoint or on_first((epath.Path(workdir) / "checkpoints").is_dir):
         found = read_checkpoint(job.exp, workdir, step)
     return job.run(found, epath.Path(out))
 

@@ -201,7 +201,7 @@ def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, An
 
 
 def _by_work(text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarray) -> dict[str, Any]:
-    """Returns the parts on those of some works that have a name; on none, where they are many."""
+    """Returns the part on each of these works that has a name; none where they are many."""
     named = [work for work in works if text.works[work]]
     if len(named) > FEW_WORKS:
         return {}
@@ -209,7 +209,7 @@ def _by_work(text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarra
 
 
 def _part(text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray) -> dict[str, Any]:
-    """Returns the part on some documents, which `documents`, bool [documents], says."""
+    """Returns the part on the documents that `documents`, bool [documents], marks."""
     chosen = {term: each.of(documents) for term, each in sums.items()}
     return summary(chosen, text.work[documents], seed, text.works_known)
 

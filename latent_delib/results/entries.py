@@ -87,8 +87,7 @@ def _add_perplexity(found: list[Entry], result: Result) -> None:
 
 
 def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
-    """Adds a benchmark's row to the first entry of its model whose text and latents are as they are, or else to a new
-    one."""
+    """Adds a benchmark's row to the first entry of its model that is of no control, or else to a new one."""
     new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
     same = [entry for entry in found if _subject(entry) == _subject(new) and not _is_control(entry)]
     if not same:
