@@ -246,13 +246,7 @@ def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]
 
 
 def _row(index: int, total: SumsByTerm, interval: np.ndarray) -> dict[str, Any]:
-    """Returns the row of n = index + 1.
-
-    Args:
-      index: into the arrays of A.
-      total: by term, arrays [A], over all documents.
-      interval: float64 [2, A], of the change in percent.
-    """
+    """Returns the row of n = index + 1, from sums over all documents, [A], and the interval in percent, [2, A]."""
     tokens = total["nll"].tokens[index]
     decoder = {term: sums.decoder[index] for term, sums in total.items()}
     augmented = {term: sums.augmented[index] for term, sums in total.items()}

@@ -74,12 +74,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
-    """Writes the table as plain text: n = 1, 2, 4, 8, ...
-
-    Args:
-      rows: of perplexity.json.
-      over: what its intervals draw; None: documents of unknown works.
-    """
+    """Writes rows of perplexity.json as plain text: n = 1, 2, 4, 8, ...; `over`: what their intervals draw."""
     interval = f"95 % interval over {over or 'documents of unknown works'}"
     lines = [f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"]
     for row in rows:
