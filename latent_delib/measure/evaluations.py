@@ -82,7 +82,7 @@ class Queue:
         self.seen = set(steps or ())
 
     def require_some(self) -> None:
-        """Raises UserError unless each wanted step has a checkpoint or an evaluation, and there is one at all."""
+        """Raises UserError unless there is a checkpoint or an evaluation, and one of each wanted step."""
         there = whole_steps(self.workdir)
         done = self.evaluations.results()
         if not (there or done or self.steps):

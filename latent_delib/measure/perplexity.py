@@ -37,15 +37,11 @@ class Sums(NamedTuple):
     decoder: np.ndarray
     augmented: np.ndarray
 
-    def of(self, documents: np.ndarray) -> "Sums":
-        """Returns those of some documents."""
-        return Sums(*(x[documents] for x in self))
+
+SumsByTerm = dict[str, Sums]
 
 
-SumsByTerm = Mapping[str, Sums]
-
-
-def zeros(exp: Experiment, text: ValidationText) -> dict[str, Sums]:
+def zeros(exp: Experiment, text: ValidationText) -> SumsByTerm:
     """Returns the sums that adding up begins with, by term."""
     shape = (len(text.source), exp.config.evaluate.num_ahead)
     sums = {}
@@ -165,7 +161,7 @@ def _arrays(sums: SumsByTerm) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _sums(arrays: Mapping[str, np.ndarray], like: SumsByTerm) -> dict[str, Sums]:
+def _sums(arrays: Mapping[str, np.ndarray], like: SumsByTerm) -> SumsByTerm:
     """Returns the sums of the same terms as `like`, from what `_arrays` made."""
     sums = {}
     for term in like:
@@ -210,7 +206,7 @@ def _by_work(text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarra
 
 def _part(text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray) -> dict[str, Any]:
     """Returns the part on the documents that `documents`, bool [documents], marks."""
-    chosen = {term: each.of(documents) for term, each in sums.items()}
+    chosen = jax.tree.map(lambda x: x[documents], sums)
     return summary(chosen, text.work[documents], seed, text.works_known)
 
 
@@ -238,9 +234,7 @@ def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]
     """
     tokens, decoder, augmented = sums["nll"]
     interval = intervals.interval(tokens, augmented - decoder, work, seed)
-    total = {}
-    for term, each in sums.items():
-        total[term] = Sums(*(x.sum(axis=0) for x in each))
+    total = jax.tree.map(lambda x: x.sum(axis=0), sums)
     reached = np.flatnonzero(total["nll"].tokens)
     return [_row(int(index), total, interval) for index in reached]
 

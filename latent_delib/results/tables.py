@@ -139,7 +139,10 @@ def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
         figure = score(row, result.key)
         column = _score_column(entry.latents)
         decoder = result.data["fingerprint"]
-        above = [line for (below, _), group in groups.items() if below == decoder for line in group]
+        above = []
+        for (below, _), group in groups.items():
+            if below == decoder:
+                above += group
         if is_decoder(entry) and above:
             for line in above:
                 line[column] = figure
