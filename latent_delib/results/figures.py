@@ -1,7 +1,6 @@
 """Figures as PNG: curves of runs with the published ones dashed, and where attention goes."""
 
 import io
-import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,7 +81,10 @@ def _by_latents(results: Sequence[Result]) -> bytes:
     """Draws runs that differ in their number of latents alone as a line, beside the published line."""
     known = published.PERPLEXITY_CHANGE
     lines = lines_by_latents(results)
-    ticks = sorted(known.keys() | set(map(_num_latents, itertools.chain(*lines.values()))))
+    numbers = set(known)
+    for line in lines.values():
+        numbers |= set(map(_num_latents, line))
+    ticks = sorted(numbers)
     figure, panels = _panels(len(CURVES), (9, 6))
     for axes, n in zip(panels, CURVES):
         for words, line in lines.items():
