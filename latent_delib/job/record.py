@@ -119,7 +119,7 @@ class Record:
     @classmethod
     def from_result(cls, result: Plain) -> "Record":
         """Reads the record of a perplexity.json or benchmarks.json."""
-        return cls(result["config"], result["fingerprint"], step=result["step"])
+        return cls(result["config"], result["fingerprint"], step=result.get("step"))
 
     def meta(self) -> dict[str, Any]:
         """Returns what a checkpoint stores of this record, JSON."""
