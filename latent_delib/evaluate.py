@@ -31,13 +31,12 @@ from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files
 from latent_delib.machine.checkpoint import Restored, whole_steps
-from latent_delib.machine.distributed import warn
+from latent_delib.machine.distributed import on_first, warn
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure import perplexity, saved, views
+from latent_delib.measure import perplexity, views
 from latent_delib.measure.evaluations import Evaluations, Queue, steps_to_evaluate
-from latent_delib.measure.first import is_first, on_first
-from latent_delib.measure.perplexity import SumsByTerm
+from latent_delib.measure.perplexity import PartialSums, SumsByTerm
 from latent_delib.measure.text import ValidationText, read_validation_text
 from latent_delib.measure.values import jit_steps, sides_of, values_of
 from latent_delib.measure.views import View
@@ -88,11 +87,10 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
       UserError: no checkpoint, one of another decoder or method, bad config or data.
     """
     job = Job(config, workdir, [step])
-    has_weights = bool(config.decoder.path)
-    has_checkpoints = (epath.Path(workdir) / "checkpoints").is_dir()
+    needs_checkpoint = job.exp.aug.has_latents or not config.decoder.path or step is not None
     found = None
-    if job.exp.aug.has_latents or not has_weights or has_checkpoints or step is not None:
-        found = load(job.exp, workdir, step)
+    if needs_checkpoint or on_first((epath.Path(workdir) / "checkpoints").is_dir):
+        found = read_checkpoint(job.exp, workdir, step)
     return job.run(found, epath.Path(out))
 
 
@@ -119,20 +117,22 @@ def evaluate_many(
     """
     job = Job(config, workdir, [steps, patience])
     evaluations = Evaluations(epath.Path(out) / "evaluations", job.exp.record)
+    # All processes find the same damage. An error of the disk may be of one alone: it ends the job.
+    skipped = (UserError, OSError) if jax.process_count() == 1 else UserError
     failed = []
     for step in steps_to_evaluate(Queue(workdir, evaluations, steps), patience):
         try:
-            found = load(job.exp, workdir, step)
+            found = read_checkpoint(job.exp, workdir, step)
         except (OtherRun, Outage):
             raise
-        except (UserError, OSError) as error:
+        except skipped as error:
             warn(f"checkpoint {step} is not evaluated: {error}")
             failed.append(step)
             continue
         on_first(evaluations.require_text, job.text.digest())
         job.run(found, evaluations.folder / str(step))
         del found  # before the next is read
-        if is_first():
+        if jax.process_index() == 0:
             draw_curves(evaluations)
     # Of a running training, old checkpoints are removed meanwhile.
     failed = on_first(lambda: sorted(whole_steps(workdir).intersection(failed)))
@@ -144,7 +144,7 @@ class OtherRun(UserError):
     """Tells that a checkpoint is of another decoder or method than the config: none of its workdir will fit."""
 
 
-def load(exp: Experiment, workdir: str, step: int | None) -> Restored:
+def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored:
     """Reads a checkpoint, the newest without `step`: its trainable tree in the config's dtype, its step and its meta.
 
     Raises:
@@ -173,7 +173,7 @@ class Job:
         self.exp = experiment.read(config)
         self.workdir = workdir
         same = json.dumps([self.exp.record.config, workdir, *arguments])
-        distributed.check_same(config=same, decoder=self.exp.fingerprint)
+        distributed.check_same(config=same, decoder=self.exp.record.fingerprint)
         self.steps = jit_steps(self.exp)
 
     @functools.cached_property
@@ -198,7 +198,7 @@ class Job:
         """
         text = self.text
         e = self.exp.config.evaluate
-        partial = saved.PartialSums(out / "partial.npz", self.identity(found))
+        partial = PartialSums(out / "partial.npz", self.identity(found))
         sums = self.add_up(found, partial)
         if not sums["nll"].tokens.any():
             raise UserError(
@@ -211,12 +211,12 @@ class Job:
             "past_donors": views.count_past_givers(self.view, len(text.pieces)),
             "draws": views.DRAWS,
             **self.origin(found),
-            "fingerprint": self.exp.fingerprint,
+            "fingerprint": self.exp.record.fingerprint,
             "text": text.digest(),
             "provenance": on_first(provenance),
         }
-        if is_first():
-            write(result, text, sums, out)
+        if jax.process_index() == 0:
+            write_evaluation(result, text, sums, out)
             partial.remove()
             print(as_text(result), flush=True)
         return result
@@ -226,13 +226,13 @@ class Job:
         return [
             self.exp.record.config,
             None if found is None else [found.step, found.meta],
-            self.exp.fingerprint,
+            self.exp.record.fingerprint,
             self.text.digest(),
             dict(self.exp.mesh.shape),
             views.DRAWS,
         ]
 
-    def add_up(self, found: Restored | None, partial: saved.PartialSums) -> SumsByTerm:
+    def add_up(self, found: Restored | None, partial: PartialSums) -> SumsByTerm:
         """Adds up the values of all pieces; saves partial sums now and then, and goes on with saved ones."""
         sums, done = partial.restore(perplexity.zeros(self.exp, self.text))
         sides = sides_of(self.frozen, {} if found is None else found.trainable)
@@ -246,7 +246,7 @@ class Job:
             values = values_of(self.exp, self.steps, sides, cases)
             perplexity.add_up(self.exp, sums, self.text.document[numbers], cases, values)
             done += len(numbers)
-            if not is_first():
+            if jax.process_index() != 0:
                 continue
             progress(int(tokens[done]))
             if time.monotonic() - since >= SAVE_EVERY:
@@ -269,9 +269,9 @@ class Job:
         }
 
 
-def write(result: dict[str, Any], text: ValidationText, sums: SumsByTerm, out: epath.Path) -> None:
+def write_evaluation(result: dict[str, Any], text: ValidationText, sums: SumsByTerm, out: epath.Path) -> None:
     """Writes documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
-    saved.write_documents(out / "documents.npz", text, sums)
+    perplexity.write_documents(out / "documents.npz", text, sums)
     files.write(out / "perplexity.png", figures.by_n(result["rows"]))
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
 

@@ -19,8 +19,8 @@ from latent_delib.nn.products import einsum
 AXES = ("data", "fsdp", "traces", "tensor")
 ROWS = ("data", "fsdp")
 
-# Logical axis -> mesh axes. Where weights lie: along the width on fsdp, and on traces, which would hold the same
-# otherwise; along heads, features and vocabulary on tensor.
+# Logical axis -> mesh axes. Where weights lie: along the width on fsdp, and on traces, where each device would have
+# the same ones otherwise; along heads, features and vocabulary on tensor.
 WEIGHTS = {"vocab": "tensor", "embed": ("fsdp", "traces"), "heads": "tensor", "ffn": "tensor", "layers": None}
 # Where they are while they are used: whole along the width.
 IN_USE = WEIGHTS | {"embed": None}
@@ -88,11 +88,6 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def shards(mesh: Mesh, axis: str) -> int:
     """Returns into how many parts the mesh splits a logical axis of activations: "batch", "traces", "heads", "ffn"."""
     return math.prod(mesh.shape[name] for name in _names(ACTIVATIONS[axis]))
-
-
-def row_shards(mesh: Mesh) -> int:
-    """Returns into how many parts the rows of a batch are split."""
-    return shards(mesh, "batch")
 
 
 def setting(mesh: Mesh, axis: str) -> str:

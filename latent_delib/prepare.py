@@ -48,7 +48,12 @@ def prepare(config: Any, out: str) -> dict:
     meta = _describe(data, tokenizer_path, tasks)
     found = token_files.read_meta(out)
     if found:
-        _check_same(found, meta, out)
+        difference = _difference(found, meta)
+        if difference:
+            raise UserError(f"--out={out} holds other token files: {difference}; name another")
+        print(f"{out} is already prepared from this config")
+        if any("works" not in entry for entry in found["validation"]):
+            print(f"{out} is of an older version and does not say which work a document is of; another --out would")
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"--out={out} exists and holds no finished token files: name another")
@@ -89,16 +94,6 @@ def _describe(data: Any, tokenizer_path: str, tasks: Any) -> dict:
         "train": described(data.sources),
         "validation": described(data.validation),
     }
-
-
-def _check_same(found: dict, meta: dict, out: str) -> None:
-    """Prints that finished token files are what would be written; raises UserError where they are not."""
-    difference = _difference(found, meta)
-    if difference:
-        raise UserError(f"--out={out} holds other token files: {difference}; name another")
-    print(f"{out} is already prepared from this config")
-    if any("works" not in entry for entry in found["validation"]):
-        print(f"{out} does not say which work a document is of: an older version wrote it; another --out would say it")
 
 
 def _difference(found: dict, meta: dict) -> str | None:

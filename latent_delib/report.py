@@ -146,8 +146,8 @@ def _attention(written: look.AttentionMap | None, decoded: look.AttentionMap) ->
 
 
 def _picture(name: str, title: str, seen: look.AttentionMap) -> Picture:
-    weights_SU = seen.weights.mean(axis=1)
-    return Picture(name, title, figures.attention(weights_SU, seen.rows, seen.columns, seen.text, title))
+    weights_LSU = seen.weights.mean(axis=1)
+    return Picture(name, title, figures.attention(weights_LSU, seen.rows, seen.columns, seen.text, title))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
     found = []
     command(found.append, "~/a", "b", folders=(commands.FOLDERS, ""))
     assert found[0].folders == ["/home/me/a", "b"]
+    refused = command(found.append, "--folders=~/a", "b", folders=(commands.FOLDERS, ""))
+    assert refused == "error: --folders: no such flag; there are DIR"
 
 
 def test_config_files_work_from_anywhere(command, tmp_path, monkeypatch):

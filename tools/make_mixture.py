@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import latent_delib
 from latent_delib.errors import UserError
@@ -223,14 +223,9 @@ def _works_of(
     return found
 
 
-def main(flags: Any) -> None:
-    """Makes the mixture that the flags ask for."""
-    make_mixture(flags.out, flags.licences, flags.budget)
-
-
 if __name__ == "__main__":
     commands.run(
-        main,
+        lambda flags: make_mixture(flags.out, flags.licences, flags.budget),
         __doc__,
         out=(commands.REQUIRED, "the folder to write"),
         licences=(",".join(LICENCES), "which groups of licences to take, with commas between"),

@@ -131,10 +131,12 @@ def syllogism(split: str) -> Iterator[Row]:
     The answers of reasoning-gym 0.1.25 are not used: it says Yes to some that do not follow (an undistributed middle).
     """
     for item in _problems("syllogism", split):
-        statements = (item["metadata"][key] for key in ("premise1", "premise2", "conclusion"))
-        said = [STATEMENT.fullmatch(statement).groups() for statement in statements]
-        terms = list(dict.fromkeys(term for _, subject, _, predicate in said for term in (subject, predicate)))
-        form = ((how, terms.index(a), bool(no), terms.index(b)) for how, a, no, b in said)
+        form = []
+        terms: dict[str, int] = {}  # numbered as they come
+        for key in ("premise1", "premise2", "conclusion"):
+            how, subject, negated, predicate = STATEMENT.fullmatch(item["metadata"][key]).groups()
+            numbers = [terms.setdefault(term, len(terms)) for term in (subject, predicate)]
+            form.append((how, numbers[0], bool(negated), numbers[1]))
         yield {"question": item["question"], "choices": ["Yes", "No"], "gold": 0 if _follows(*form) else 1}
 
 

@@ -41,14 +41,19 @@ def kept(out: Path, workdirs: Sequence[str]) -> dict[str, File]:
     Raises:
       UserError: two workdirs have the same name.
     """
-    names = [Path(workdir).resolve().name for workdir in workdirs]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"two of the workdirs are called {twice[0]!r}; pack them into two folders")
-    if not (out / RECORD).exists():
-        return {}
-    found = {file.path.relative_to(out).as_posix(): file for file in packed.files_below(out)}
-    return {name: file for name, file in found.items() if name.split("/")[0] not in names}
+    replaced = set()
+    for workdir in workdirs:
+        run = Path(workdir).resolve().name
+        if run in replaced:
+            raise UserError(f"two of the workdirs are called {run!r}; pack them into two folders")
+        replaced.add(run)
+    found = {}
+    if (out / RECORD).exists():
+        for file in packed.files_below(out):
+            name = file.path.relative_to(out)
+            if name.parts[0] not in replaced:
+                found[name.as_posix()] = file
+    return found
 
 
 def below(workdir: Path) -> dict[str, File]:
@@ -66,13 +71,15 @@ def below(workdir: Path) -> dict[str, File]:
 
 def pack(contents: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
     """Makes the record and the arrays of a pack from the contents of files, by name."""
-    tables = {kind: Table() for kind in TABLES}
+    tables = {kind: Numbers() for kind in TABLES}
     arrays: Arrays = {}
     record: dict[str, Any] = {}
     for name, content in contents.items():
         kind = Path(name).name
         if kind == DOCUMENTS:
-            record[name] = {key: add_array(arrays, f"{name}/{key}", array) for key, array in content.items()}
+            record[name] = {}
+            for key, array in content.items():
+                record[name][key] = add_array(arrays, f"{name}/{key}", array)
         elif kind == METRICS:
             record[name] = tables[kind].add(content)
         elif kind in TABLES:
@@ -83,13 +90,15 @@ def pack(contents: dict[str, Any]) -> tuple[dict[str, Any], Arrays]:
     for kind in RESULTS:
         names = [name for name in record if Path(name).name == kind]
         common[kind] = most_common([record[name] for name in names])
-        record |= {name: difference(common[kind], record[name]) for name in names}
+        for name in names:
+            record[name] = difference(common[kind], record[name])
     for kind, table in tables.items():
-        arrays |= {f"{kind}/{key}": column for key, column in table.columns().items()}
+        for key, column in table.columns().items():
+            arrays[f"{kind}/{key}"] = column
     return {"format": packed.FORMAT, "common": common, "files": record}, arrays
 
 
-class Table:
+class Numbers:
     """Collects rows of numbers; rows that come twice are kept once."""
 
     def __init__(self) -> None:
@@ -107,8 +116,11 @@ class Table:
 
     def columns(self) -> Arrays:
         """Returns the columns: int64 where every row has an integer, otherwise float64, NaN where a row has nothing."""
+        names: dict[str, None] = {}
+        for row in self.rows:
+            names |= dict.fromkeys(row)
         columns = {}
-        for name in dict.fromkeys(key for row in self.rows for key in row):
+        for name in names:
             values = [row.get(name) for row in self.rows]
             integers = all(type(value) is int for value in values)
             columns[name] = np.array(values, np.int64 if integers else np.float64)
@@ -126,13 +138,16 @@ def add_array(arrays: Arrays, name: str, array: np.ndarray) -> str:
 
 def most_common(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns for each key the value that most of some files have; in dicts for each of their keys."""
+    keys: dict[str, None] = {}
+    for content in contents:
+        keys |= dict.fromkeys(content)
     common = {}
-    for key in dict.fromkeys(key for content in contents for key in content):
+    for key in keys:
         values = [content[key] for content in contents if key in content]
         if all(packed.has_parts(key, value) for value in values):
             common[key] = most_common(values)
         else:
-            counted = Counter(json.dumps(value) for value in values)
+            counted = Counter(map(json.dumps, values))
             common[key] = json.loads(counted.most_common(1)[0][0])
     return common
 

@@ -37,8 +37,11 @@ FILES = {file.path: file for file in packed.files_below(RESULTS)}
 
 
 class Row(NamedTuple):
-    """A row of a table. run: a folder. evaluation: a folder in it, or "". against: a folder, or "": the frozen decoder.
-    source: the number of a validation source, or "": all."""
+    """A row of a table.
+
+    run: a folder. evaluation: a folder in it, or "". against: a folder, or "": the frozen decoder. source: the number
+    of a validation source, or "": all.
+    """
 
     run: str
     evaluation: str = ""
@@ -128,11 +131,11 @@ def find(run: Path, evaluation: str) -> runs.Result:
 def paired(ours: runs.Result, base: Path, source: str) -> list[dict]:
     """Compares two evaluations at each of AHEAD, document by document, on one source or on all."""
     arrays = FILES[base / packed.DOCUMENTS].read()
-    pair = against.pair_of(against.documents_of(arrays), ours)
+    pair = against.pair_of(arrays, ours)
     chosen = arrays["source"] == int(source) if source else slice(None)
     columns = [n - 1 for n in AHEAD]
     sums = perplexity.Sums(*(x[chosen][:, columns] for x in pair.sums))
-    rows = perplexity.table({"nll": sums}, against.work_of(pair)[chosen], seed=0)
+    rows = perplexity.table({"nll": sums}, pair.work[chosen], seed=0)
     return [row | {"n": n} for n, row in zip(AHEAD, rows)]
 
 

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from latent_delib.data.rows import Document, pieces
+from latent_delib.data.rows import Document
 from latent_delib.data.sources import check_files
 from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
 from latent_delib.errors import UserError
-
-__all__ = ["check", "check_fingerprint", "fingerprint", "pieces", "train_batches", "validation_documents"]
 
 
 def _route(data: Any) -> Any:

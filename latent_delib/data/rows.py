@@ -85,7 +85,7 @@ class BadRecords:
 
 
 def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, bytes]:
-    """Returns the tokens of a document, int32 [n] without BOS, and what makes it unusable: nothing as a rule."""
+    """Returns the tokens of a document, int32 [n] without BOS, and the reason why it is unusable: empty as a rule."""
     nothing = np.empty(0, np.int32)
     try:
         decoded = text.decode()
@@ -128,7 +128,7 @@ def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
     return np.where(tokens_BT == pad_id, 0, np.cumsum(tokens_BT == bos_id, axis=-1)).astype(np.int32)
 
 
-def pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]:
+def cut_pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]:
     """Cuts a document int32 [n] into pieces of BOS and at most `length` - 1 tokens, each token in one piece."""
     found = []
     for start in range(0, len(tokens), length - 1):

@@ -50,15 +50,19 @@ _LOST = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, tf.errors.Dat
 _LOST += (tf.errors.UnimplementedError,)  # a kind of store that TensorFlow does not know
 
 
-def _failure(error: tf.errors.OpError, sources: Iterable[str]) -> Exception:
-    """Returns what to raise where reading sources failed: a fault of the program itself stays as it is."""
-    read = ", ".join(map(repr, sources))
-    if not isinstance(error, _LOST):
-        return store_error(error, read) or error
-    # The message names the file and the cause among parts of the pipeline.
-    cause = error.message.partition("\n")[0].partition(" [Op:")[0]
-    cause = re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
-    return UserError(f"config.data: reading {read}: {cause}")
+@contextlib.contextmanager
+def reading(sources: Iterable[str]) -> Iterator[None]:
+    """Raises UserError for a file that is lost, OSError where a store or disk fails; other faults are the program's."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        read = ", ".join(map(repr, sources))
+        if not isinstance(error, _LOST):
+            raise store_error(error, read) or error from None
+        # The message names the file and the cause among parts of the pipeline.
+        cause = error.message.partition("\n")[0].partition(" [Op:")[0]
+        cause = re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
+        raise UserError(f"config.data: reading {read}: {cause}") from None
 
 
 class Vocabulary(seqio.Vocabulary):
@@ -148,7 +152,7 @@ def _data_source(source: str) -> tuple[seqio.DataSource, str]:
     if isinstance(meant, Tfds):
         return _tfds_source(source, *meant), meant.feature
     if "://" in meant.pattern:
-        with _reading([source]):
+        with reading([source]):
             found = tf.io.gfile.glob(meant.pattern)
     else:
         found = local_files(meant.pattern)
@@ -175,15 +179,6 @@ def _tfds_source(source: str, name: str, split: str, feature: str) -> seqio.Data
 
 def _files_of(source: str) -> list[str]:
     return _data_source(source)[0].list_shards(SPLIT)
-
-
-@contextlib.contextmanager
-def _reading(sources: Iterable[str]) -> Iterator[None]:
-    """Turns TensorFlow's errors on reading sources into those of `_failure`."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        raise _failure(error, sources) from None
 
 
 def _tokenize(dataset: tf.data.Dataset, output_features: Any, source: str, feature: str) -> tf.data.Dataset:
@@ -290,7 +285,7 @@ def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict
     iterator = dataset.as_numpy_iterator()
     for number in itertools.count():
         # The tokenizer is made, and prints, with the first element.
-        with _reading(sources), contextlib.nullcontext() if number else _quiet():
+        with reading(sources), contextlib.nullcontext() if number else _quiet():
             element = next(iterator, None)
         if element is None:
             return
@@ -387,7 +382,7 @@ def source_fingerprint(source: str) -> str:
     paths = sorted(_files_of(source))
     folder = common_folder(paths)
     kind = source[:5] if source.startswith(("files:", "lines:")) else source
-    with _reading([source]), ThreadPoolExecutor(32) as pool:
+    with reading([source]), ThreadPoolExecutor(32) as pool:
         found = list(pool.map(_fingerprint_of_file, paths))
     files = [(path.removeprefix(folder), *of_file) for path, of_file in zip(paths, found, strict=True)]
     return hashlib.sha256(repr((kind, files)).encode()).hexdigest()

@@ -14,6 +14,7 @@ formats are read too: format 1 had no checksums, and format 2 no works.
 
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -124,12 +125,8 @@ def _write_array(
     """Writes arrays [n, *width] one after the other as one array; returns its length.
 
     Args:
-      path: directory of the array.
-      parts: the arrays.
-      dtype: of the numbers as stored.
-      chunk: tokens that are read together.
-      digest: a hash that is fed what is stored.
-      width: shape of one row.
+      chunk: how many numbers are read together.
+      digest: a hash that is fed all that is stored.
     """
     chunk_rows = max(1, chunk // math.prod(width))
     file_rows = max(1, _FILE // math.prod(width) // chunk_rows) * chunk_rows
@@ -179,9 +176,7 @@ def write_train(directory: str, number: int, documents: Iterable[np.ndarray], me
     """Packs documents (int32 [n], without BOS) into the rows of source `number`; returns the source's counts."""
     count = {"documents": 0, "tokens": 0}
     nothing = np.empty(0, np.int32)
-
-    def step(body: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return pack(body, tokens, length=meta["seq_len"], bos_id=meta["bos_id"], pad_id=meta["pad_id"])
+    step = functools.partial(pack, length=meta["seq_len"], bos_id=meta["bos_id"], pad_id=meta["pad_id"])
 
     def rows() -> Iterator[np.ndarray]:
         body = nothing

@@ -1,4 +1,4 @@
-"""Builds models for a mesh, and reads the few names that jobs leave for each other."""
+"""Builds models for a mesh; finds the checkpoint that training begins with, and the decoder that a job has trained."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def partition(mesh: Mesh) -> Partition:
         mesh_lib.gather(mesh),
         mesh_lib.product(mesh),
         mesh_lib.split(mesh),
-        mesh_lib.row_shards(mesh),
+        mesh_lib.shards(mesh, "batch"),
         shared_memory_of(mesh.devices.flat[0]),
     )
 

@@ -22,35 +22,21 @@ ONE_OF = {
     "compute.attention": ATTENTION,
     "decoder.export_dtype": DTYPES,
 }
-AT_LEAST = {
+AT_LEAST = {  # 0 for all other numbers
     "method.num_latents": 1,
     "method.num_traces": 1,
     "method.num_ahead": 1,
-    "method.lora_rank": 0,
-    "method.max_delay": 0,
-    "optimizer.soft_token_learning_rate": 0,
-    "optimizer.warmup_steps": 0,
-    "optimizer.weight_decay": 0,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.accumulation": 1,
     "train.log_every": 1,
     "train.checkpoint_every": 1,
     "train.keep": 1,
-    "train.keep_every": 0,
-    "train.keep_best": 0,
-    "train.max_bad_steps": 0,
-    "train.profile_at": 0,
     "compute.loss_chunk": 1,
     "evaluate.num_ahead": 1,
     "evaluate.max_length": 2,
     "evaluate.batch_size": 1,
     "evaluate.positions": 1,
-    "evaluate.max_pieces": 0,
-    "evaluate.max_positions": 0,
-    "evaluate.seed": 0,
-    "evaluate.delay": 0,
-    "evaluate.longer_prompt": 0,
 }
 
 
@@ -59,27 +45,23 @@ def check(config: ConfigDict) -> None:
     _check_finite(config)
     check_data(config.data)
     for key, allowed in ONE_OF.items():
-        value = _value(config, key)
+        room, name = key.split(".")
+        value = config[room][name]
         if value not in allowed:
             raise UserError(f"config.{key}={value!r}: expected one of {', '.join(sorted(allowed))}")
-    for key, low in AT_LEAST.items():
-        value = _value(config, key)
-        if not value >= low:
-            raise UserError(f"config.{key}={value}: expected at least {low}")
+    _check_optimizer(config.optimizer)
+    for room in ("method", "optimizer", "train", "compute", "evaluate"):
+        for name, value in config[room].items():
+            low = AT_LEAST.get(f"{room}.{name}", 0)
+            if isinstance(value, int | float) and value < low:
+                raise UserError(f"config.{room}.{name}={value}: expected at least {low}")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"config.seed={config.seed}: expected at least 0 and below 2**63")
-    _check_optimizer(config.optimizer)
     _check_train(config.train)
     _check_method(config.method)
     _check_evaluate(config.evaluate)
     _check_controls(config)
     _check_trace_length(config)
-
-
-def _value(config: ConfigDict, key: str) -> Any:
-    """Returns the value of a key of the form ROOM.NAME."""
-    room, name = key.split(".")
-    return config[room][name]
 
 
 def _check_finite(config: ConfigDict, above: str = "config") -> None:

@@ -3,6 +3,7 @@
 The grammar is that of XLA's HLO text (openxla.org/xla/operation_semantics, "Collective" operations).
 """
 
+import functools
 import math
 import re
 from collections import Counter, defaultdict
@@ -25,10 +26,6 @@ CALLED = re.compile(
 )
 NAME = re.compile(r"%([\w.\-]+)")
 ARRAY = re.compile(r"\b(pred|bf16|[suf](\d+))\[([\d,]*)\]")
-# The groups of chips of a collective, in the three forms that the text has for them.
-MESH_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\][^{]*\{([^}]*)\}")
-IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
-LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 
 
 class Traffic(NamedTuple):
@@ -98,8 +95,8 @@ def _computations(text: str) -> dict[str, Body]:
 
 def _continues_another(computation: str, body: Body) -> bool:
     """Returns whether a computation is a later part of an asynchronous collective that another one starts."""
-    done = any('"AsyncCollectiveDone"' in i.rest for i in body.values())
-    return done or computation.startswith("async_collective_fusion")
+    is_end = any('"AsyncCollectiveDone"' in i.rest for i in body.values())
+    return is_end or computation.startswith("async_collective_fusion")
 
 
 def _runs(bodies: dict[str, Body]) -> dict[str, float]:
@@ -111,16 +108,14 @@ def _runs(bodies: dict[str, Body]) -> dict[str, float]:
             for called in CALLED.findall(i.rest):
                 for name in NAME.findall(called):
                     callers[name].append((computation, times))
-    runs: dict[str, float] = {"": 1}
 
+    @functools.cache
     def count(computation: str) -> float:
-        if computation not in runs:
-            runs[computation] = sum(count(caller) * times for caller, times in callers[computation])
-        return runs[computation]
+        if computation == "":
+            return 1
+        return sum(count(caller) * times for caller, times in callers[computation])
 
-    for computation in bodies:
-        count(computation)
-    return runs
+    return {computation: count(computation) for computation in bodies}
 
 
 def _trips(bodies: dict[str, Body], loop: Instruction) -> float:
@@ -157,10 +152,10 @@ def _constant(i: Instruction) -> int:
 
 
 def _group_size(attributes: str) -> int:
-    """Returns how many chips take part in one group of a collective."""
-    mesh = MESH_GROUPS.search(attributes)
-    iota = IOTA_GROUPS.search(attributes)
-    listed = LISTED_GROUPS.search(attributes)
+    """Returns how many chips take part in one group of a collective; the text has three forms for groups."""
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{([^}]*)\}", attributes)
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if mesh:
         lengths = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # an axis, or a part of one

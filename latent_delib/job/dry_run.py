@@ -1,4 +1,4 @@
-"""Says what a job would need before any of it is paid for, by compiling its step for this machine or for a TPU slice.
+"""Compiles a job's step for this machine or for a TPU slice, and says what it would need, before any of it is paid for.
 
 The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`): memory and collectives are
 those of the program that the slice would run. Times are estimates.
@@ -26,8 +26,6 @@ from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.plan import Plan, gib
 from latent_delib.machine import files
-
-GIB = 2**30
 
 
 class Chip(NamedTuple):
@@ -212,7 +210,7 @@ def estimate(exp: Experiment, plan: Plan, found: dict[str, Any], chip: Chip) -> 
     memory = found["memory"]
     rows = _rows_at_once(exp)
     grows = memory["cache of the text"] + max(memory["other temporaries"], 0)
-    limit = chip.memory * GIB
+    limit = chip.memory * 2**30
     fit = (limit - memory["total"] + grows) / (grows / rows)
     return {
         "memory_limit": limit,

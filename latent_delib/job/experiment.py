@@ -53,11 +53,6 @@ class Experiment:
     start: tuple[str, int] | None
 
     @property
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 of the frozen decoder, hex."""
-        return self.record.fingerprint
-
-    @property
     def trains_whole_decoder(self) -> bool:
         """Returns whether every weight of the decoder is trained, so that no decoder is frozen."""
         method = self.config.method

@@ -43,8 +43,8 @@ class Mean:
 class Metrics:
     """Collects the values of a run's steps. Process 0 writes them: a row per `train.log_every` steps.
 
-    A step's values are read after the next step is dispatched, so the device never waits for the host; they are the
-    same on all processes.
+    A step's values are the same on all processes. They are read after the next step is dispatched, so the device never
+    waits for the host.
 
     Args:
       start: the step that the run goes on from.
@@ -227,7 +227,7 @@ def _lines_until(path: epath.Path, last: int) -> list[str]:
     """Returns the whole lines of a metrics.jsonl up to a step; there may be none."""
     try:
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    except Exception as error:  # a store's client raises what it likes
+    except Exception as error:  # a store's client raises exceptions of any kind
         raise store_error(error, path) or error from None
     lines = []
     for line in text.splitlines(keepends=True):

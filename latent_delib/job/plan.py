@@ -33,12 +33,23 @@ def make(exp: Experiment) -> Plan:
     """Plans the job of a config on its mesh.
 
     Raises:
-      UserError: a dimension that the mesh does not divide.
+      UserError: the mesh does not divide a dimension, or the rows of each part of a batch.
     """
     c = exp.config
-    check_rows(exp)
+    split = mesh_lib.shards(exp.mesh, "batch")
+    if (c.train.batch_size // c.train.accumulation) % split:
+        raise UserError(
+            f"config.train.batch_size={c.train.batch_size} in {c.train.accumulation} parts does not split over "
+            f"{mesh_lib.setting(exp.mesh, 'batch')}: expected a multiple of {c.train.accumulation * split}"
+        )
     optimizer = make_optimizer(c.optimizer, c.train.steps)
-    state = state_shapes(exp, optimizer)
+    trainable = experiment.trainable_shapes(exp)
+    whole = mesh_lib.replicated(exp.mesh)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        trainable,
+        mesh_lib.optimizer_state(exp.mesh, optimizer.tx, trainable),
+    )
     row = jax.ShapeDtypeStruct((c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(exp.mesh))
     step = partial(
         train_step,
@@ -52,32 +63,13 @@ def make(exp: Experiment) -> Plan:
         dtype=exp.dtype,
         skip_bad=c.train.max_bad_steps > 0,
     )
-    outputs = (shardings_of(state), mesh_lib.replicated(exp.mesh))
     return Plan(
         state=state,
         frozen={} if exp.trains_whole_decoder else experiment.frozen_shapes(exp),
         batch={"tokens": row, "segment": row},
         optimizer=optimizer,
-        step=jax.jit(step, out_shardings=outputs, donate_argnums=0),
+        step=jax.jit(step, out_shardings=(shardings_of(state), whole), donate_argnums=0),
     )
-
-
-def check_rows(exp: Experiment) -> None:
-    """Raises UserError unless each part of a batch splits over the mesh."""
-    t = exp.config.train
-    split = mesh_lib.shards(exp.mesh, "batch")
-    if (t.batch_size // t.accumulation) % split:
-        raise UserError(
-            f"config.train.batch_size={t.batch_size} in {t.accumulation} parts does not split over "
-            f"{mesh_lib.setting(exp.mesh, 'batch')}: expected a multiple of {t.accumulation * split}"
-        )
-
-
-def state_shapes(exp: Experiment, optimizer: Optimizer) -> TrainState:
-    """Returns the shapes of what training changes, with shardings."""
-    trainable = experiment.trainable_shapes(exp)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(exp.mesh))
-    return TrainState(step, trainable, mesh_lib.optimizer_state(exp.mesh, optimizer.tx, trainable))
 
 
 def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
@@ -120,7 +112,7 @@ def summary(exp: Experiment, plan: Plan) -> str:
     trainable = plan.state.trainable
     lines = [
         f"method {exp.config.method.name}: {_shapes(exp)}",
-        f"decoder {exp.decoder or 'random'} [{exp.fingerprint[:12]}]",
+        f"decoder {exp.decoder or 'random'} [{exp.record.fingerprint[:12]}]",
         f"parameters: {count(plan.frozen):,} frozen ({gib(size(plan.frozen))}), {count(trainable):,} trainable "
         f"({gib(size(trainable))} + optimizer {gib(size(plan.state.opt_state))}), over all devices",
         f"devices: {exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}, mesh {dict(exp.mesh.shape)}",

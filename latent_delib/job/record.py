@@ -119,7 +119,7 @@ class Record:
     @classmethod
     def from_result(cls, result: Plain) -> "Record":
         """Reads the record of a perplexity.json or benchmarks.json."""
-        return cls(result["config"], result["fingerprint"], step=result["step"])
+        return cls(result["config"], result["fingerprint"], step=result.get("step"))
 
     def meta(self) -> dict[str, Any]:
         """Returns what a checkpoint stores of this record, JSON."""
@@ -131,16 +131,6 @@ class Record:
             "architecture": self.architecture,
             "data": {"seed": self.config["seed"], "fingerprint": self.data},
         }
-
-    @property
-    def method(self) -> Plain:
-        """Returns the method's part of the config, with the keys that an older version did not have."""
-        method = dict(self.config["method"])
-        for key, value in BEFORE.items():
-            room, name = key.split(".")
-            if room == "method":
-                method.setdefault(name, value)
-        return method
 
     @property
     def tokenizer(self) -> str | None:

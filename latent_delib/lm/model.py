@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.data import batches
+from latent_delib.data.rows import cut_pieces
 from latent_delib.delib.augment import assemble
 from latent_delib.delib.coprocessor import Latents
 from latent_delib.delib.methods import param_axes
@@ -189,7 +189,7 @@ class AugmentedLM:
             ids = np.array(self._ids(f"texts[{i}]", text), np.int32)
             if len(ids) and ids[0] == bos_id:
                 ids = ids[1:]
-            more = [piece for piece in batches.pieces(ids, self.max_length, bos_id) if len(piece) > 1]
+            more = [piece for piece in cut_pieces(ids, self.max_length, bos_id) if len(piece) > 1]
             pieces += more
             owners += [i] * len(more)
         sums = np.zeros(len(texts))
@@ -325,12 +325,12 @@ class AugmentedLM:
         return ids
 
     def _token_array(self, tokens_BT: Any) -> jax.Array:
-        return inputs.token_array(tokens_BT, self.decoder.config.vocab_size, mesh_lib.row_shards(self.mesh))
+        return inputs.token_array(tokens_BT, self.decoder.config.vocab_size, mesh_lib.shards(self.mesh, "batch"))
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         """Returns rows [B, T] padded to one of few shapes, and their lengths [B]; 0 for rows that fill the batch."""
         meshes = [mesh for mesh in (self.mesh, self.coprocessor_mesh) if mesh is not None]
-        multiple = math.lcm(*(mesh_lib.row_shards(mesh) for mesh in meshes))
+        multiple = math.lcm(*(mesh_lib.shards(mesh, "batch") for mesh in meshes))
         padded, length = batching.pad(rows, self.tokenizer.pad_id, multiple)
         return self._rows(padded), self._rows(length)
 

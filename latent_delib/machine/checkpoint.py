@@ -5,20 +5,20 @@ Where a disk fails for one, that one ends, and `distributed.job` ends the others
 """
 
 import errno
+import importlib.util
 import json
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from latent_delib.errors import UserError, reason, store_error
 from latent_delib.machine import contents, files
@@ -28,7 +28,7 @@ from latent_delib.machine.workdir import is_remote
 
 
 class Damaged(UserError):
-    """Tells that a checkpoint is not as it was saved."""
+    """Reports a checkpoint that is not as it was saved."""
 
 
 class Restored(NamedTuple):
@@ -54,12 +54,13 @@ class Checkpoints:
     Args:
       workdir: a local folder, or gs://BUCKET/PATH.
       keep: how many of the newest checkpoints stay.
-      keep_every: steps that this divides stay, too; 0: none.
-      keep_best: as many of the lowest loss stay, too.
-      read_only: nothing is made, renamed or removed.
+      keep_every: checkpoints of its multiples stay, too; 0: none.
+      keep_best: so many checkpoints of the lowest loss stay, too.
+      read_only: makes, renames and removes nothing.
 
     Raises:
-      UserError: there is a file in the place of the folder, or it is not the same folder for all processes.
+      UserError: there is a file in the place of the folder, it is not the same folder for all processes, or gs:// lacks
+        its package.
       OSError: it cannot be written (Outage: the store does not answer).
     """
 
@@ -77,10 +78,10 @@ class Checkpoints:
         """Starts a save; the one before it is finished first.
 
         Args:
-          step: names the checkpoint.
-          trees: name -> tree of jax.Array: "trainable", and what else is needed to go on.
-          meta: says what the run is; something that JSON can hold.
-          loss: decides about `keep_best`, the same on every process; None or not finite: not among the best.
+          step: its number, which names its folder.
+          trees: name -> tree of jax.Array: "trainable", and all else that is needed to go on.
+          meta: says what the run is; JSON must be able to hold it.
+          loss: for `keep_best`, the same on every process; None or not finite: not among the best.
 
         Raises:
           OSError: the disk is full or not writable (Outage: the store does not answer); earlier checkpoints stay whole.
@@ -136,10 +137,11 @@ class Checkpoints:
         there = from_first(there)
         if not there:
             return None
+        asked = [at for at in reversed(there) if step in (None, at)]
+        if not asked:
+            raise UserError(f"{self.workdir}: no checkpoint of step {step}; there are {there}")
         damaged: dict[int, str] = {}
-        for at in reversed(there):
-            if step not in (None, at):
-                continue
+        for at in asked:
             try:
                 restored = self._restore(at, wanted, check)
             except Damaged as error:
@@ -149,8 +151,6 @@ class Checkpoints:
                 aside = f"; its folder is now {self._put_aside(bad)}" if self.manager else ""
                 warn(f"{self.workdir}: checkpoint {bad} is damaged ({why}), checkpoint {at} is used instead{aside}")
             return restored
-        if not damaged:
-            raise UserError(f"{self.workdir}: no checkpoint of step {step}; there are {there}")
         # All keep their names, or the next try would start from scratch.
         each = ", ".join(f"checkpoint {bad} is damaged ({why})" for bad, why in damaged.items())
         others = [at for at in there if at not in damaged]
@@ -182,7 +182,9 @@ class Checkpoints:
         folder = self.path / str(step)
         if not (folder / "_CHECKPOINT_METADATA").exists():
             raise FileNotFoundError("no file _CHECKPOINT_METADATA")
-        item, found, trees = "", {}, {}
+        item = ""  # the one being read
+        found: dict[str, Any] = {}
+        trees: dict[str, Any] = {}
         try:
             for item in ("meta", "contents"):
                 found[item] = json.loads((folder / item / "metadata").read_text())
@@ -227,12 +229,24 @@ class Checkpoints:
         return name
 
     def _make_folder(self) -> None:
-        """Makes the folder, once for all processes: on disks of their own no checkpoint would ever be whole."""
-        if jax.process_index() == 0:
+        """Makes the folder, and a file in it for a moment: it can be written, and all processes see the same one.
+
+        On disks of their own each process would write its part of every checkpoint, and none would ever be whole.
+        """
+        name = f".started-{time.time_ns()}"
+        is_first = jax.process_index() == 0
+        if is_first:
             files.make_folder(self.path)
-        multihost_utils.sync_global_devices("the folder of the checkpoints is made")
-        if not self.path.is_dir():
-            raise UserError(f"--workdir={self.workdir}: not the folder that process 0 has; expected a shared one")
+            (self.path / name).write_text("")
+        name = from_first(name)  # which comes after the writing
+        seen = from_all(str((self.path / name).exists()))
+        if is_first:
+            (self.path / name).unlink()
+        if "False" in seen:
+            raise UserError(
+                f"--workdir={self.workdir}: process {seen.index('False')} sees another folder there than process 0; "
+                "expected a shared one"
+            )
 
 
 def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, int, dict[str, Any]]:
@@ -263,7 +277,19 @@ def whole_steps(workdir: str) -> set[int]:
 
 
 def _folder(workdir: str) -> epath.Path:
-    return epath.Path(workdir if is_remote(workdir) else os.path.abspath(workdir)) / "checkpoints"
+    """Returns the folder of a run's checkpoints.
+
+    Raises:
+      UserError: it is on gs://, and a package is missing that orbax would ask for at its first save.
+    """
+    if not is_remote(workdir):
+        return epath.Path(os.path.abspath(workdir)) / "checkpoints"
+    with suppress(ModuleNotFoundError):  # of a package above it
+        if importlib.util.find_spec("google.cloud.storage"):
+            return epath.Path(workdir) / "checkpoints"
+    raise UserError(
+        f"{workdir}: gs:// needs the package google-cloud-storage (LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
+    )
 
 
 def _no_checkpoints(workdir: str) -> str:

@@ -87,6 +87,8 @@ def parse(values: flags.FlagValues, options: Options) -> None:
         rest = values(sys.argv, known_only=True)[1:]
         for name, (default, _) in options.items():
             given = values[name].value
+            if default is FOLDERS and given:
+                raise UserError(f"--{name}: no such flag; there are {', '.join(shown)}")
             if default is CONFIG and given:
                 config = load_config(name, given)
                 rest = _override(name, config, rest)

@@ -81,6 +81,26 @@ def from_first(value: Any) -> Any:
     return json.loads(bytes_from_first(json.dumps(value).encode()))
 
 
+def on_first(look: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function on process 0 alone, and returns its result, which JSON must hold, on every process.
+
+    Every process must call this; `look` must not wait for another process.
+
+    Raises:
+      UserError: `look` does; then on every process.
+    """
+    answer = {}
+    if jax.process_index() == 0:
+        try:
+            answer = {"result": look(*arguments)}
+        except UserError as error:
+            answer = {"mistake": str(error)}
+    answer = from_first(answer)
+    if "mistake" in answer:
+        raise UserError(answer["mistake"])
+    return answer["result"]
+
+
 def bytes_from_first(content: bytes) -> bytes:
     """Returns the bytes of process 0 on every process."""
     if jax.process_count() == 1:

@@ -24,13 +24,25 @@ Connections = dict[int, socket.socket]  # by process: process 0 has one to each 
 def find_place(seconds: float) -> tuple[str, int, int]:
     """Returns the coordinator's address, the number of processes and this one's.
 
-    They come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where set, else from the cluster.
+    They come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where set, else from the cluster (Cloud
+    TPU, GKE, Slurm).
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = _number_from_environment("JAX_NUM_PROCESSES")
     index = _number_from_environment("JAX_PROCESS_ID")
     if None in (address, count, index):
-        address, count, index = _ask_cluster(address, count, index, seconds)
+        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; it has no public name
+
+        ask = ClusterEnv.auto_detect_unset_distributed_params
+        try:
+            address, count, index, _ = ask(address, count, index, None, None, seconds)
+        except Exception as error:
+            raise UserError(f"--distributed: {' '.join(str(error).split())}") from None
+    if None in (address, count, index):
+        raise UserError(
+            "--distributed: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not all set, and no "
+            "Cloud TPU, GKE or Slurm is found that knows them"
+        )
     if not re.fullmatch(r".+:\d+", address):
         raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: expected HOST:PORT, of process 0")
     if not index < count:
@@ -79,45 +91,39 @@ def _number_from_environment(name: str) -> int | None:
     return int(value)
 
 
-def _ask_cluster(address: str | None, count: int | None, index: int | None, seconds: float) -> tuple[str, int, int]:
-    """Asks the cluster (Cloud TPU, GKE, Slurm) for what is None."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; it has no public name
-
-    detect = ClusterEnv.auto_detect_unset_distributed_params
-    try:
-        address, count, index, _ = detect(address, count, index, None, None, seconds)
-    except Exception as error:
-        raise UserError(f"--distributed: {' '.join(str(error).split())}") from None
-    if None in (address, count, index):
-        raise UserError(
-            "--distributed: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not all set, and no "
-            "Cloud TPU, GKE or Slurm is found that knows them"
-        )
-    return address, count, index
-
-
 def _call_roll(address: str, count: int, seconds: float) -> Connections:
     """Waits for all others, as process 0, and tells them that all are there, or why the job does not start."""
-    until = time.monotonic() + seconds
     there: Connections = {}
-    with _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)) as listener:
-        try:
-            while len(there) < count - 1:
-                listener.settimeout(max(0.01, until - time.monotonic()))
-                try:
-                    connection = listener.accept()[0]
-                except TimeoutError:
-                    raise UserError(_name_absent(there, address, count, seconds)) from None
-                _enter(connection, there, count)
-                for process in [process for process in there if _is_closed(there[process])]:
-                    del there[process]  # it may start again
-        except UserError as error:
-            for connection in there.values():
-                send_line(connection, f"{REFUSED}{error}")
-            raise
+    try:
+        _await_all(there, address, count, seconds)
+    except UserError as error:
+        for connection in there.values():
+            send_line(connection, f"{REFUSED}{error}")
+        raise
     for connection in there.values():
         send_line(connection, COMPLETE)
     return there
+
+
+def _await_all(there: Connections, address: str, count: int, seconds: float) -> None:
+    """Enters every process that connects, until all others are there."""
+    until = time.monotonic() + seconds
+    with _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)) as listener:
+        while len(there) < count - 1:
+            listener.settimeout(max(0.01, until - time.monotonic()))
+            try:
+                connection = listener.accept()[0]
+            except TimeoutError:
+                absent = [str(process) for process in range(1, count) if process not in there]
+                names = ", ".join(absent[:20]) + (", ..." if len(absent) > 20 else "")
+                raise UserError(
+                    f"--distributed: {len(absent)} of {count} processes did not connect to {address} within "
+                    f"{seconds:g} s: number {names}; is the command running on every worker, and the port open "
+                    "between them?"
+                ) from None
+            _enter(connection, there, count)
+            for process in [process for process in there if _is_closed(there[process])]:
+                del there[process]  # it may start again
 
 
 def _enter(connection: socket.socket, there: Connections, count: int) -> None:
@@ -142,15 +148,6 @@ def _enter(connection: socket.socket, there: Connections, count: int) -> None:
         there[-1] = before  # to be told as well
         hosts = [each.getpeername()[0].removeprefix("::ffff:") for each in (before, connection)]
         raise UserError(f"--distributed: two processes were started as number {process}, on {hosts[0]} and {hosts[1]}")
-
-
-def _name_absent(there: Connections, address: str, count: int, seconds: float) -> str:
-    absent = [str(process) for process in range(1, count) if process not in there]
-    names = ", ".join(absent[:20]) + (", ..." if len(absent) > 20 else "")
-    return (
-        f"--distributed: {len(absent)} of {count} processes did not connect to {address} within {seconds:g} s: number "
-        f"{names}; is the command running on every worker, and the port open between them?"
-    )
 
 
 def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connections:
@@ -183,11 +180,11 @@ def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connec
 
 def _listen(port: int, until: float) -> socket.socket:
     """Returns a socket that listens on all addresses; a job that just ended may hold the port for a moment."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     while True:
         try:
-            if socket.has_dualstack_ipv6():
-                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-            return socket.create_server(("", port), backlog=1024)
+            return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
         except OSError as error:
             if time.monotonic() > until:
                 reason = (error.strerror or str(error)).lower()

@@ -13,9 +13,8 @@ from etils import epath
 from latent_delib.errors import UserError
 from latent_delib.job.record import Record
 from latent_delib.machine.checkpoint import whole_steps
-from latent_delib.machine.distributed import warn
+from latent_delib.machine.distributed import on_first, warn
 from latent_delib.measure import views
-from latent_delib.measure.first import on_first
 
 POLL = 20.0  # seconds between two looks for new checkpoints
 
@@ -36,10 +35,10 @@ class Evaluations:
         results: dict[int, dict[str, Any]] = {}
         if not self.folder.exists():
             return results
-        for step in sorted(int(folder.name) for folder in self.folder.iterdir() if folder.name.isdigit()):
-            if self.is_done(step):
-                results[step] = json.loads(self.file(step).read_text())
-        return results
+        for folder in self.folder.iterdir():
+            if folder.name.isdigit() and self.is_done(int(folder.name)):
+                results[int(folder.name)] = json.loads(self.file(int(folder.name)).read_text())
+        return dict(sorted(results.items()))
 
     def file(self, step: int) -> epath.Path:
         """Returns the path of a step's perplexity.json."""
@@ -68,13 +67,6 @@ class Evaluations:
         """Tells whether a step is evaluated."""
         return self.file(step).exists()
 
-    def last_step_of_training(self) -> int | None:
-        """Returns the step at which training ends, as the newest evaluated checkpoint says; None where none does."""
-        results = self.results()
-        if not results:
-            return None
-        return Record.from_result(results[max(results)])["train.steps"]
-
 
 class Queue:
     """Holds the checkpoints of a workdir that wait for their evaluation.
@@ -90,7 +82,7 @@ class Queue:
         self.seen = set(steps or ())
 
     def require_some(self) -> None:
-        """Raises UserError unless each wanted step has a checkpoint or an evaluation, and there is one at all."""
+        """Raises UserError unless there is a checkpoint or an evaluation, and one of each wanted step."""
         there = whole_steps(self.workdir)
         done = self.evaluations.results()
         if not (there or done or self.steps):
@@ -127,14 +119,14 @@ class Queue:
         Raises:
           UserError: there was none to evaluate.
         """
-        newest = max(whole_steps(self.workdir), default=-1)
-        last = self.evaluations.last_step_of_training()
-        if last is not None and newest >= last:
+        newest = max(self.seen, default=-1)  # not one that came since `next` looked: it would never be evaluated
+        results = self.evaluations.results()
+        if results and newest >= Record.from_result(results[max(results)])["train.steps"]:
             print(f"step {newest} was the last", flush=True)
             return True
         if waited < patience:
             return False
-        if not (self.seen or self.evaluations.results()):
+        if not (self.seen or results):
             raise UserError(
                 f"--watch: no checkpoint came to {self.workdir} in {patience:g} s, so nothing was evaluated"
             )

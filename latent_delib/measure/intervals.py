@@ -62,13 +62,7 @@ def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
 
 
 def _resampled(sums: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
-    """Adds up each resample, float64 [RESAMPLES, columns].
-
-    Args:
-      sums: float64 [documents, columns], those of a work together.
-      size: int [works], how many documents each work has.
-      seed: of the draws.
-    """
+    """Adds up each resample of `sums`, [documents, columns], which has those of a work together."""
     draw = np.random.default_rng(seed)
     at_once = max(1, DRAWN_AT_ONCE // len(sums))
     found = []
@@ -80,12 +74,7 @@ def _resampled(sums: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
-    """Draws how many times a resample has each document, int [documents], those of a work together.
-
-    Args:
-      draw: the generator.
-      size: int [works], how many documents each work has.
-    """
+    """Draws how many times a resample has each document, int [documents]; `size` counts those of each work."""
     works = draw.integers(len(size), size=len(size))
     first = np.cumsum(size) - size  # the first document of each work
     drawn_from = np.repeat(works, size[works])  # for each document that is drawn

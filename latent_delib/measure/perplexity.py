@@ -1,14 +1,22 @@
-"""Perplexity of the n-th token ahead (Section 3.1, Table 1): sums of each document, and the tables made of them.
+"""Perplexity of the n-th token ahead (Section 3.1, Table 1): sums of each document, on disk too, and their tables.
 
 How documents are pooled, and how sure a figure is, is decided only once all sums are there.
 """
 
+import hashlib
+import io
+import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from etils import epath
 
 from latent_delib.job.experiment import Experiment
+from latent_delib.machine import distributed, files
+from latent_delib.machine.distributed import warn
 from latent_delib.measure import intervals, metric
 from latent_delib.measure.text import ValidationText
 from latent_delib.measure.values import Values
@@ -29,15 +37,11 @@ class Sums(NamedTuple):
     decoder: np.ndarray
     augmented: np.ndarray
 
-    def of(self, documents: np.ndarray) -> "Sums":
-        """Returns those of some documents."""
-        return Sums(*(x[documents] for x in self))
+
+SumsByTerm = dict[str, Sums]
 
 
-SumsByTerm = Mapping[str, Sums]
-
-
-def zeros(exp: Experiment, text: ValidationText) -> dict[str, Sums]:
+def zeros(exp: Experiment, text: ValidationText) -> SumsByTerm:
     """Returns the sums that adding up begins with, by term."""
     shape = (len(text.source), exp.config.evaluate.num_ahead)
     sums = {}
@@ -93,6 +97,87 @@ def _add_piece(exp: Experiment, sums: SumsByTerm, document: int, case: Case, val
         total.augmented[document] += augmented_kA.sum(axis=0, dtype=np.float64, where=counts_kA)
 
 
+# On disk: the sums of each document for good, and partial ones from which a killed evaluation goes on.
+
+
+def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) -> None:
+    """Writes documents.npz: the sums of each document, with its source and, where that is known, its work."""
+    about = {"source": text.source, "sources": np.array(text.sources)}
+    if text.works_known:
+        about |= {"work": text.work, "works": np.array(text.works)}
+    _write_npz(file, about | _arrays(sums))
+
+
+class PartialSums:
+    """Saves the sums of an evaluation that goes on, in a file that only the same evaluation reads again.
+
+    identity: whatever the sums depend on, as JSON can hold it.
+    """
+
+    def __init__(self, file: epath.Path, identity: Any):
+        self.file = file
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def save(self, sums: SumsByTerm, done: int) -> None:
+        """Saves the sums of `done` pieces; called on process 0 alone."""
+        _write_npz(self.file, {"identity": self.identity, "done": done} | _arrays(sums))
+
+    def restore(self, zeros: SumsByTerm) -> tuple[SumsByTerm, int]:
+        """Returns the saved sums, and of how many pieces they are; `zeros` and 0 without a file, or with another one.
+
+        Every process gets what process 0 finds.
+        """
+        content = self.file.read_bytes() if jax.process_index() == 0 and self.file.exists() else b""
+        content = distributed.bytes_from_first(content)
+        if not content:
+            return zeros, 0
+        problem = "of another config, checkpoint, decoder, text or mesh"
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as saved:
+                if str(saved["identity"]) == self.identity:
+                    return _sums(saved, zeros), int(saved["done"])
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            problem = f"damaged ({' '.join(str(error).split())})"
+        warn(f"{self.file} is {problem}: the evaluation begins anew")
+        return zeros, 0
+
+    def remove(self) -> None:
+        """Removes the file; called on process 0 alone."""
+        self.file.unlink(missing_ok=True)
+
+
+def _names(term: str) -> list[str]:
+    """Returns the names under which the three arrays of a term are stored; older files have those of "nll" alone."""
+    if term == "nll":
+        return list(Sums._fields)
+    return ["tokens", f"decoder_{term}", f"augmented_{term}"]
+
+
+def _arrays(sums: SumsByTerm) -> dict[str, np.ndarray]:
+    """Returns the arrays of all terms, by the names under which they are stored."""
+    arrays: dict[str, np.ndarray] = {}
+    for term, each in sums.items():
+        arrays |= zip(_names(term), each)
+    return arrays
+
+
+def _sums(arrays: Mapping[str, np.ndarray], like: SumsByTerm) -> SumsByTerm:
+    """Returns the sums of the same terms as `like`, from what `_arrays` made."""
+    sums = {}
+    for term in like:
+        sums[term] = Sums(*(arrays[name] for name in _names(term)))
+    return sums
+
+
+def _write_npz(file: epath.Path, arrays: Mapping[str, Any]) -> None:
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    files.write(file, content.getvalue())
+
+
+# Tables, as perplexity.json holds them.
+
+
 def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, Any]:
     """Returns the part of perplexity.json on all text, and under "sets" that on each source.
 
@@ -112,7 +197,7 @@ def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, An
 
 
 def _by_work(text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarray) -> dict[str, Any]:
-    """Returns the parts on those of some works that have a name; on none, where they are many."""
+    """Returns the part on each of these works that has a name; none where they are many."""
     named = [work for work in works if text.works[work]]
     if len(named) > FEW_WORKS:
         return {}
@@ -120,8 +205,8 @@ def _by_work(text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarra
 
 
 def _part(text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray) -> dict[str, Any]:
-    """Returns the part on some documents, which `documents`, bool [documents], says."""
-    chosen = {term: each.of(documents) for term, each in sums.items()}
+    """Returns the part on the documents that `documents`, bool [documents], marks."""
+    chosen = jax.tree.map(lambda x: x[documents], sums)
     return summary(chosen, text.work[documents], seed, text.works_known)
 
 
@@ -149,21 +234,13 @@ def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]
     """
     tokens, decoder, augmented = sums["nll"]
     interval = intervals.interval(tokens, augmented - decoder, work, seed)
-    total = {}
-    for term, each in sums.items():
-        total[term] = Sums(*(x.sum(axis=0) for x in each))
+    total = jax.tree.map(lambda x: x.sum(axis=0), sums)
     reached = np.flatnonzero(total["nll"].tokens)
     return [_row(int(index), total, interval) for index in reached]
 
 
 def _row(index: int, total: SumsByTerm, interval: np.ndarray) -> dict[str, Any]:
-    """Returns the row of n = index + 1.
-
-    Args:
-      index: into the arrays of A.
-      total: by term, arrays [A], over all documents.
-      interval: float64 [2, A], of the change in percent.
-    """
+    """Returns the row of n = index + 1, from sums over all documents, [A], and the interval in percent, [2, A]."""
     tokens = total["nll"].tokens[index]
     decoder = {term: sums.decoder[index] for term, sums in total.items()}
     augmented = {term: sums.augmented[index] for term, sums in total.items()}

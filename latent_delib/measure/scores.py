@@ -35,7 +35,7 @@ def figures(samples: Sequence[Row], metric: str, name: str = "") -> Row:
         value, stderr, low, high = _ratio(values)
     else:
         unit = "percent"
-        value, stderr, low, high = _percent([float(value) for value in values])
+        value, stderr, low, high = _percent(list(map(float, values)))
     return {
         "metric": metric,
         "unit": unit,

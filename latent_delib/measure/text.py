@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latent_delib.data import batches
+from latent_delib.data.rows import cut_pieces
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
 from latent_delib.machine.distributed import warn
@@ -79,7 +80,7 @@ def _read_all(exp: Experiment) -> ValidationText:
     numbers: dict[tuple[str, str | int], int] = {}  # of works by source and name; without a name, by document
     works_known = True
     for found in batches.validation_documents(exp.config.data, tokenizer_path=str(exp.tokenizer.path)):
-        cut = batches.pieces(found.tokens, exp.config.evaluate.max_length, exp.tokenizer.bos_id)
+        cut = cut_pieces(found.tokens, exp.config.evaluate.max_length, exp.tokenizer.bos_id)
         pieces += cut
         document += [len(source)] * len(cut)
         name = found.work or len(source)

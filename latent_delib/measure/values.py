@@ -115,12 +115,10 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
         parts = _with_latents(exp, steps, sides.own, reading, text, cases)
     # Read only now that the device has all it needs to go on.
     plain, own, parts = jax.device_get((plain, own, parts))
-    return Values(plain, own, _joined(parts) if parts else None)
-
-
-def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Joins the terms of some places after others, [B, M, A] each."""
-    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    ahead = None
+    if parts:
+        ahead = jax.tree.map(lambda *places: np.concatenate(places, axis=1), *parts)
+    return Values(plain, own, ahead)
 
 
 def _with_latents(
@@ -129,18 +127,17 @@ def _with_latents(
     """Computes the terms with latents after all places of a batch, some places at a time: [B, M, A] each.
 
     Args:
-      exp: the experiment.
-      steps: its jitted steps.
       params: of the evaluated model.
-      reading: of `steps.read`, of the text.
-      text: the texts of the cases, and then those of their givers.
-      cases: the batch.
+      reading: what `steps.read` returned for the text.
+      text: of the cases, and then of their givers.
     """
     at_once = _places_at_once(exp)
     places = _places(exp, cases, at_once)
     rows_of_latents = []
     if cases[0].giver is not None:
-        rows_of_latents = [_place_rows(exp, _rows_of_givers(exp, len(cases)))]
+        rows = np.arange(exp.config.evaluate.batch_size)
+        rows[: len(cases)] += len(cases)  # the givers follow the cases
+        rows_of_latents = [_place_rows(exp, rows)]
     parts = []
     for first in range(0, places.shape[1], at_once):
         at_BM = _place_rows(exp, places[:, first : first + at_once])
@@ -160,12 +157,9 @@ def _places_at_once(exp: Experiment) -> int:
 
 
 def _places(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
-    """Returns where latents are written in each row: the pieces, then their givers.
+    """Returns where latents are written in each row: the cases, then their givers; int32 [B, a multiple of `at_once`].
 
     Filled up with T - 1, which has no ahead tokens.
-
-    Returns:
-      int32 [B, a multiple of `at_once`].
     """
     e = exp.config.evaluate
     most = max(len(case.own_at) for case in cases)
@@ -176,13 +170,6 @@ def _places(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
         if case.giver_at is not None:
             places[len(cases) + row, : len(case.giver_at)] = case.giver_at
     return places
-
-
-def _rows_of_givers(exp: Experiment, cases: int) -> np.ndarray:
-    """Returns the row whose latents each row uses, int64 [B]: the givers' rows follow those of the cases."""
-    rows = np.arange(exp.config.evaluate.batch_size)
-    rows[:cases] += cases
-    return rows
 
 
 def _place_text(exp: Experiment, pieces: Sequence[np.ndarray]) -> PlacedText:

@@ -70,10 +70,9 @@ def without_first_tokens(view: View, lost: int) -> View:
 
 
 def with_latents_of(view: View, donor: np.ndarray) -> View:
-    """Gives each piece the latents that its donor writes at the same places; past the donor's end, its last ones.
+    """Gives each piece the latents that its donor, int64 [pieces], writes at the same places.
 
-    Args:
-      donor: int64 [pieces], the piece that gives each its latents.
+    Past the donor's end, they are its last ones.
     """
 
     def swapped(number: int) -> Case:
@@ -132,11 +131,7 @@ def donors(seed: int, text: ValidationText) -> np.ndarray:
 
 
 def _next_that_fits(document: np.ndarray, length: np.ndarray) -> list[int]:
-    """Returns for each place in a ring the next one of another document that is long enough.
-
-    Args:
-      document: int64 [n], the document at each place. length: int64 [n], of the piece there.
-    """
+    """Returns for each place in a ring the next piece that is of another document and long enough."""
     longest: dict[int, int] = {}  # piece of each document
     document, length = document.tolist(), length.tolist()
     for each, tokens in zip(document, length):

@@ -87,13 +87,14 @@ def _add_perplexity(found: list[Entry], result: Result) -> None:
 
 
 def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
-    """Adds a benchmark's row to the first entry of its model whose text and latents are as they are, or else to a new
-    one."""
+    """Adds a benchmark's row to the first entry of its model that is of no control, or else to a new one."""
     new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
-    same = [entry for entry in found if _subject(entry) == _subject(new) and not _is_control(entry)]
-    if not same:
-        found.append(new)
-    entry = same[0] if same else new
+    for entry in found:
+        if _subject(entry) == _subject(new) and not _is_control(entry):
+            break
+    else:
+        entry = new
+        found.append(entry)
     if result not in entry.results:
         entry.results.append(result)
     entry.scores.setdefault(row["benchmark"], (row, result))

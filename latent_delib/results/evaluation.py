@@ -5,7 +5,7 @@ from typing import Any
 
 from latent_delib.results.entries import controls_in_words
 from latent_delib.results.figures import CURVES
-from latent_delib.results.forms import change
+from latent_delib.results.tables import changes
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -49,18 +49,13 @@ def _works(works: dict[str, dict[str, Any]]) -> list[str]:
     if len(works) < 2:
         return []
     deepest = max(len(part["rows"]) for part in works.values())
-    shown = [n for n in CURVES if n <= deepest]
-    lines = [["by work, intervals over its documents", *(f"n = {n}" for n in shown)]]
+    columns = [f"n = {n}" for n in CURVES if n <= deepest]
+    lines = [["by work, intervals over its documents", *columns]]
     for name, part in works.items():
         label = f"{name}, {_documents(part | {'interval_over': None})}"
-        lines.append([label, *_changes(part["rows"], shown)])
+        known = changes(part["rows"])
+        lines.append([label, *(str(known.get(column, "")) for column in columns)])
     return _aligned(lines)
-
-
-def _changes(rows: Sequence[dict[str, Any]], shown: Sequence[int]) -> list[str]:
-    """Writes the change at each n that is shown; nothing where the text is too short."""
-    by_n = {row["n"]: row for row in rows}
-    return [str(change(by_n[n])) if n in by_n else "" for n in shown]
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -74,12 +69,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
-    """Writes the table as plain text: n = 1, 2, 4, 8, ...
-
-    Args:
-      rows: of perplexity.json.
-      over: what its intervals draw; None: documents of unknown works.
-    """
+    """Writes rows of perplexity.json as plain text: n = 1, 2, 4, 8, ...; `over`: what their intervals draw."""
     interval = f"95 % interval over {over or 'documents of unknown works'}"
     lines = [f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"]
     for row in rows:

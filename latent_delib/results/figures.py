@@ -3,7 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ def _losses(runs: Runs) -> bytes:
 def by_n(rows: Rows) -> bytes:
     """Draws the change by n of one evaluation."""
     figure, (axes,) = _panels(1, (6, 4))
-    _line(axes, [row["n"] for row in rows], rows, "augmented")
+    _line(axes, _column(rows, "n"), rows, "augmented")
     axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)")
     return _finished(figure, axes)
 
@@ -67,7 +67,7 @@ def _all_by_n(runs: Runs) -> bytes:
         count = entry_of(result).latents
         latents = f"{count} latents, " if count else ""
         rows = result.data["rows"]
-        _line(axes, [row["n"] for row in rows], rows, _plain(f"{result.key}: {latents}{words}"))
+        _line(axes, _column(rows, "n"), rows, _plain(f"{result.key}: {latents}{words}"))
     for latents, by_n in published.PERPLEXITY_CHANGE.items():
         axes.plot(by_n.keys(), by_n.values(), **DASHED)
         axes.annotate(f"{latents}", (1, by_n[1]), xytext=(-14, -3), textcoords="offset points", fontsize=7)
@@ -81,13 +81,14 @@ def _by_latents(results: Sequence[Result]) -> bytes:
     """Draws runs that differ in their number of latents alone as a line, beside the published line."""
     known = published.PERPLEXITY_CHANGE
     lines = lines_by_latents(results)
-    numbers = {result.method["num_latents"] for line in lines.values() for result in line}
-    ticks = sorted(numbers | known.keys())
+    numbers = set(known)
+    for line in lines.values():
+        numbers |= set(map(_num_latents, line))
+    ticks = sorted(numbers)
     figure, panels = _panels(len(CURVES), (9, 6))
     for axes, n in zip(panels, CURVES):
         for words, line in lines.items():
-            x = [result.method["num_latents"] for result in line]
-            _line_at(axes, n, x, line, _plain(words))
+            _line_at(axes, n, map(_num_latents, line), line, _plain(words))
         change = [by_n[n] for by_n in known.values()]
         axes.plot(known.keys(), change, label=f"published, {published.DECODER}", **DASHED)
         axes.set(title=f"n = {n}", xlabel="latents", ylabel="change (%)", xscale="log")
@@ -108,10 +109,13 @@ def lines_by_latents(results: Sequence[Result]) -> dict[str, list[Result]]:
     alone = {}
     for (_, words), line in alike.items():
         keys = " ".join(result.key for result in line)
-        numbers = {result.method["num_latents"] for result in line}
-        chosen = lines if len(numbers) > 1 else alone
-        chosen[f"{keys}: {words}"] = sorted(line, key=lambda result: result.method["num_latents"])
+        chosen = lines if len(set(map(_num_latents, line))) > 1 else alone
+        chosen[f"{keys}: {words}"] = sorted(line, key=_num_latents)
     return lines or alone
+
+
+def _num_latents(result: Result) -> int:
+    return result.method["num_latents"]
 
 
 def by_step(curves: Mapping[Any, Sequence[Result]]) -> bytes:
@@ -119,29 +123,32 @@ def by_step(curves: Mapping[Any, Sequence[Result]]) -> bytes:
     figure, panels = _panels(len(CURVES), (9, 6))
     for axes, n in zip(panels, CURVES):
         for folder, results in curves.items():
-            steps = [result.step for result in results]
-            _line_at(axes, n, steps, results, _plain(str(folder)))
+            _line_at(axes, n, [result.step for result in results], results, _plain(str(folder)))
         axes.set(title=f"n = {n}", xlabel="step", ylabel="change (%)")
     return _finished(figure, panels[0])
 
 
-def _line_at(axes: Any, n: int, x: Sequence[float], results: Sequence[Result], name: str) -> None:
+def _line_at(axes: Any, n: int, x: Iterable[float], results: Sequence[Result], name: str) -> None:
     """Draws the change at one n of several evaluations; those that have no such n are left out."""
     at = []
     rows = []
     for place, result in zip(x, results):
-        found = [row for row in result.data["rows"] if row["n"] == n]
-        at += [place] * len(found)
-        rows += found
+        for row in result.data["rows"]:
+            if row["n"] == n:
+                at.append(place)
+                rows.append(row)
     _line(axes, at, rows, name)
+
+
+def _column(rows: Rows, key: str) -> list[Any]:
+    return [row.get(key) for row in rows]
 
 
 def _line(axes: Any, x: Sequence[float], rows: Rows, name: str) -> None:
     """Draws the change of each row, with its interval where every row has one."""
-    change = [row["change_percent"] for row in rows]
-    low = [row.get("change_low") for row in rows]
-    high = [row.get("change_high") for row in rows]
-    (line,) = axes.plot(x, change, marker="o", markersize=3, label=name)
+    low = _column(rows, "change_low")
+    high = _column(rows, "change_high")
+    (line,) = axes.plot(x, _column(rows, "change_percent"), marker="o", markersize=3, label=name)
     if rows and None not in low and None not in high:
         axes.fill_between(x, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
         axes.vlines(x, low, high, color=line.get_color(), linewidth=0.6)  # all there is to see of a single point

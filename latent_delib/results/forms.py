@@ -30,6 +30,7 @@ class Figure(NamedTuple):
 
 
 Cell = str | int | Figure
+Row = dict[str, Cell]  # by column
 
 
 class Table(NamedTuple):
@@ -58,7 +59,7 @@ def score(row: dict[str, Any], key: str = "") -> Figure:
 
 def markdown(table: Table) -> str:
     lines = [f"**{table.title}**", "", _line(table.columns), _line(["---"] * len(table.columns))]
-    lines += [_line(row) for row in table.rows]
+    lines += map(_line, table.rows)
     if table.note:
         lines += ["", table.note]
     if table.origins:

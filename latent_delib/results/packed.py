@@ -46,10 +46,10 @@ class File(NamedTuple):
 def files_below(folder: Path) -> Iterator[File]:
     """Finds the files of runs below a folder, packed or not, by name; the folder may be inside a pack."""
     if not folder.is_dir():
-        packs = [above for above in folder.parents if (above / RECORD).exists()]
-        for file in _open_pack(packs[0]) if packs else ():
-            if folder in file.path.parents:
-                yield file
+        for above in folder.parents:
+            if (above / RECORD).exists():
+                yield from (file for file in _open_pack(above) if folder in file.path.parents)
+                break
     for where, inside, names in os.walk(folder):
         inside[:] = sorted(name for name in inside if name not in NOT_LOOKED_INTO and not name.startswith("."))
         for name in (*RESULTS, METRICS, DOCUMENTS):
@@ -112,18 +112,18 @@ def _open_pack(folder: Path) -> Iterator[File]:
 
 def _rows(arrays: Mapping[str, np.ndarray], kind: str) -> Rows:
     """Returns the rows of all files of a kind."""
-    names = [name for name in arrays if name.startswith(f"{kind}/")]
-    keys = [name.removeprefix(f"{kind}/") for name in names]
-    rows = []
-    for values in zip(*(arrays[name].tolist() for name in names)):
-        known = [None if value != value else value for value in values]  # NaN is unlike itself
-        rows.append(dict(zip(keys, known)))
-    return rows
+    columns = {}
+    for name, values in arrays.items():
+        if name.startswith(f"{kind}/"):
+            known = [None if value != value else value for value in values.tolist()]  # NaN is unlike itself
+            columns[name.removeprefix(f"{kind}/")] = known
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def _unpack(record: dict[str, Any], tables: dict[str, Rows], arrays: Mapping[str, np.ndarray], name: str) -> Any:
     """Returns the content of a packed file."""
-    packed, kind = record["files"][name], Path(name).name
+    packed = record["files"][name]
+    kind = Path(name).name
     if kind == DOCUMENTS:
         return {key: arrays[stored] for key, stored in packed.items()}
     if kind == METRICS:

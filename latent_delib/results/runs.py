@@ -13,11 +13,18 @@ from latent_delib.results.packed import DOCUMENTS, METRICS, RESULTS, Arrays, Fil
 
 PERPLEXITY, BENCHMARKS = RESULTS
 NUMBER = (int, float)
-# What every row must have; older files leave out the other fields.
+# What every row must have.
 FIELDS = {
     PERPLEXITY: {"n": int, "tokens": int, "decoder_ppl": NUMBER, "augmented_ppl": NUMBER, "change_percent": NUMBER},
     BENCHMARKS: {"benchmark": str, "model": str, "value": NUMBER},
     METRICS: {"step": int, "loss": NUMBER},
+}
+# What files and rows may have; older files leave some of it out.
+OPTIONAL = {
+    **dict.fromkeys(("checkpoint", "metric", "interval_over"), str),
+    **dict.fromkeys(("sets", "works", "provenance"), dict),
+    **dict.fromkeys(("step", "documents"), int),
+    **dict.fromkeys(("change_low", "change_high", "low", "high", "shots", "every", "delay"), NUMBER),
 }
 
 
@@ -122,22 +129,25 @@ def _numbered(letter: str, results: Iterable[Result]) -> list[Result]:
 
 def _result(file: File, read_documents: Callable[[], Arrays] | None = None) -> Result:
     data = file.read()
-    where, kind = str(file.path), file.path.name
+    where = str(file.path)
     _check(where, data, {"rows": list, "config": dict, "fingerprint": str})
     _check(f"{where}: config", data["config"], {"method": dict})
     _check(f"{where}: config.method", data["config"]["method"], {"name": str, "num_latents": int})
-    parts = {"": data}
-    for source, part in (data.get("sets") or {}).items():
-        parts[f"sets[{source!r}]."] = part
-        for work, inside in (part.get("works") or {}).items():
-            parts[f"sets[{source!r}].works[{work!r}]."] = inside
-    for name, part in parts.items():
-        _check(f"{where}: {name.rstrip('.')}", part, {"rows": list})
-        for number, row in enumerate(part["rows"]):
-            _check(f"{where}: {name}rows[{number}]", row, FIELDS[kind])
-    if kind == PERPLEXITY and (not data["rows"] or data["rows"][0]["n"] != 1):
-        raise UserError(f"{where}: {len(data['rows'])} rows, expected the first to be of n=1")
+    _check_part(where, data, FIELDS[file.path.name])
+    rows = data["rows"]
+    if file.path.name == PERPLEXITY and (not rows or rows[0]["n"] != 1):
+        raise UserError(f"{where}: {len(rows)} rows, expected the first to be of n=1")
     return Result("", file.path, data, read_documents)
+
+
+def _check_part(where: str, part: Any, fields: dict[str, Any]) -> None:
+    """Checks the rows of a result, and those of its parts on each source and each work."""
+    _check(where, part, {"rows": list})
+    for number, row in enumerate(part["rows"]):
+        _check(f"{where}: rows[{number}]", row, fields)
+    for room in ("sets", "works"):
+        for name, inside in (part.get(room) or {}).items():
+            _check_part(f"{where}: {room}[{name!r}]", inside, fields)
 
 
 def _losses(file: File) -> list[tuple[int, float]]:
@@ -149,12 +159,17 @@ def _losses(file: File) -> list[tuple[int, float]]:
 
 
 def _check(where: str, data: Any, fields: dict[str, Any]) -> None:
-    """Raises UserError unless an object has fields of these types; a number must be finite."""
+    """Raises UserError unless an object has these fields, of their types, and those of OPTIONAL that it has, too.
+
+    A number must be finite.
+    """
     if not isinstance(data, dict):
         raise UserError(f"{where}: holds {type(data).__name__}, expected an object")
-    for name, kind in fields.items():
+    for name, kind in (OPTIONAL | fields).items():
         value = data.get(name)
+        if value is None and name not in fields:
+            continue
         expected = "a finite number" if kind is NUMBER else kind.__name__
         is_finite = not isinstance(value, float) or math.isfinite(value)
-        if not isinstance(value, kind) or not is_finite:
+        if not isinstance(value, kind) or isinstance(value, bool) or not is_finite:
             raise UserError(f"{where}: {name}={value!r}: expected {expected}")

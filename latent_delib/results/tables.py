@@ -1,6 +1,6 @@
 """The tables of the report: figures of finished runs beside the published ones."""
 
-import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 from latent_delib.results import published
 from latent_delib.results.comparisons import COMPARISONS, entries_in, is_decoder, is_paper_method
 from latent_delib.results.entries import Entry, entries, entry_of, label, labels, text_of
-from latent_delib.results.forms import CHANGE, Cell, Figure, Table, change, score
+from latent_delib.results.forms import CHANGE, Figure, Row, Table, change, score
 from latent_delib.results.published import Variant
 from latent_delib.results.runs import BENCHMARKS, PERPLEXITY, Result, Runs
 
 AHEAD = (1, 2, 4, 8, 16, 32)  # n of Table 1
+BY_N = [f"n = {n}" for n in AHEAD]  # columns
 PUBLISHED = f"published, {published.DECODER}"
 # "interval_over" of a perplexity.json, in words.
 INTERVALS = {
@@ -29,17 +30,15 @@ def tables(runs: Runs) -> list[Table]:
     of_paper = [result for result in runs.perplexity if is_paper_method(entry_of(result))]
     by_latents = "Change in perplexity of the n-th token ahead, by number of latents (Table 1)"
     every_run = "Change in perplexity of the n-th token ahead, every run"
-    comparisons = []
-    for each in COMPARISONS:
-        ours = entries_in(each, every)
-        comparisons.append(_variants(each.name, f"{each.title} (Section 3)", each.lines, ours))
-    return [
+    made = [
         _variants("0_runs", "All runs", (), every),
         _perplexity("1_perplexity", by_latents, of_paper, published.PERPLEXITY_CHANGE),
-        _benchmarks([e for e in every if is_paper_method(e)], [e for e in every if is_decoder(e)]),
-        *comparisons,
-        _perplexity("11_every_method", every_run, runs.perplexity),
+        _benchmarks(every),
     ]
+    for each in COMPARISONS:
+        made.append(_variants(each.name, f"{each.title} (Section 3)", each.lines, entries_in(each, every)))
+    made.append(_perplexity("11_every_method", every_run, runs.perplexity))
+    return made
 
 
 def _perplexity(
@@ -55,32 +54,27 @@ def _perplexity(
     Args:
       lines: the published ones: number of latents -> n -> change.
     """
-    rows: list[list[Cell]] = []
+    decoder = "decoder, n = 1"
+    rows: list[Row] = []
     for latents, by_n in lines.items():
-        cells = [Figure(by_n[n], CHANGE) for n in AHEAD]
-        rows.append([latents, PUBLISHED, "", Figure(published.FROZEN.ppl), *cells])
+        row = {"latents": latents, "what": PUBLISHED, decoder: Figure(published.FROZEN.ppl)}
+        rows.append(row | {f"n = {n}": Figure(value, CHANGE) for n, value in by_n.items()})
     for result, words in zip(results, labels(results)):
-        latents = entry_of(result).latents
         for part, found in _parts(result.data).items():
-            what = words
+            row = {"latents": entry_of(result).latents, "what": words, "from": result.key} | changes(found["rows"])
             if part:
-                what = f"{words}: {part} alone, interval {INTERVALS.get(found.get('interval_over'), '')}"
-            first = [row for row in found["rows"] if row["n"] == 1]
-            decoder = Figure(first[0]["decoder_ppl"]) if first else ""
-            rows.append([latents, what, result.key, decoder, *changes(found["rows"])])
-    columns = ["latents", "what", "from", "decoder, n = 1", *n_columns()]
-    rows.sort(key=lambda row: row[0])
-    return finished(name, title, columns, rows, results)
+                row["what"] = f"{words}: {part} alone, interval {INTERVALS.get(found.get('interval_over'), '')}"
+            for each in found["rows"]:
+                if each["n"] == 1:
+                    row[decoder] = Figure(each["decoder_ppl"])
+            rows.append(row)
+    rows.sort(key=lambda row: row["latents"])
+    return finished(name, title, ["latents", "what", "from", decoder, *BY_N], rows, results)
 
 
-def n_columns() -> list[str]:
-    return [f"n = {n}" for n in AHEAD]
-
-
-def changes(rows: Sequence[dict[str, Any]]) -> list[Cell]:
-    """Returns the cells of `n_columns` for rows of a perplexity.json."""
-    by_n = {row["n"]: row for row in rows}
-    return [change(by_n[n]) if n in by_n else "" for n in AHEAD]
+def changes(rows: Sequence[dict[str, Any]]) -> Row:
+    """Returns the change at each n, by column, of rows of a perplexity.json."""
+    return {f"n = {row['n']}": change(row) for row in rows}
 
 
 def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -96,63 +90,70 @@ def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return parts
 
 
-@dataclasses.dataclass
-class _Line:
-    """A line of Table 2. scores: number of latents -> figure; 0 is the decoder."""
-
-    what: str
-    setting: str
-    scores: dict[int, Cell]
-
-
-def _benchmarks(ours: Sequence[Entry], decoders: Sequence[Entry]) -> Table:
+def _benchmarks(every: Sequence[Entry]) -> Table:
     """Makes Table 2: for each benchmark the published line, then a line for each kind of our runs."""
-    models = [*ours, *decoders]
-    latents = sorted({*published.LATENTS, *(e.latents for e in ours if e.scores)})
+    decoders = list(filter(is_decoder, every))
+    ours = list(filter(is_paper_method, every))
     names = dict.fromkeys(published.BENCHMARKS)
+    latents = set(published.LATENTS)
     for entry in [*decoders, *ours]:
         names |= dict.fromkeys(entry.scores)
-    rows: list[list[Cell]] = []
+        if entry.scores and entry.latents:
+            latents.add(entry.latents)
+    rows: list[Row] = []
     for name in names:
-        for line in [*_published_line(name), *_lines(name, models)]:
-            scores = [line.scores.get(n, "") for n in (0, *latents)]
-            rows.append([_title(name), line.setting, line.what, *scores])
-    columns = ["benchmark", "setting", "what", "decoder", *(f"{n} latents" for n in latents)]
-    used = [result for entry in models for result in entry.results if result.path.name == BENCHMARKS]
+        for line in [*_published_line(name), *_lines(name, [*ours, *decoders])]:
+            rows.append(line | {"benchmark": _title(name)})
+    used = []
+    for entry in [*ours, *decoders]:
+        used += [result for result in entry.results if result.path.name == BENCHMARKS]
+    columns = ["benchmark", "setting", "what", *map(_score_column, (0, *sorted(latents)))]
     return finished("2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used)
 
 
-def _published_line(benchmark: str) -> list[_Line]:
+def _score_column(latents: int) -> str:
+    return f"{latents} latents" if latents else "decoder"
+
+
+def _published_line(benchmark: str) -> list[Row]:
     """Returns the published line of a benchmark, if there is one."""
     known = published.BENCHMARKS.get(benchmark)
     if known is None:
         return []
-    return [_Line(PUBLISHED, known.setting, {n: Figure(value) for n, value in known.scores.items()})]
+    line: Row = {"setting": known.setting, "what": PUBLISHED}
+    for latents, value in known.scores.items():
+        line[_score_column(latents)] = Figure(value)
+    return [line]
 
 
-def _lines(benchmark: str, models: Sequence[Entry]) -> list[_Line]:
+def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
     """Returns our lines for a benchmark. Models that differ in their number of latents alone share a line.
 
     A decoder joins the lines of all that stand on it, and has one of its own where there are none.
     """
-    groups: dict[tuple[str, str], list[_Line]] = {}  # (fingerprint of the decoder, label) -> lines
+    groups: dict[tuple[str, str], list[Row]] = {}  # (fingerprint of the decoder, label) -> lines
     for entry in models:
         if benchmark not in entry.scores:
             continue
         row, result = entry.scores[benchmark]
-        decoder, figure = result.data["fingerprint"], score(row, result.key)
-        above = [line for (below, _), group in groups.items() if below == decoder for line in group]
+        figure = score(row, result.key)
+        column = _score_column(entry.latents)
+        decoder = result.data["fingerprint"]
+        above = []
+        for (below, _), group in groups.items():
+            if below == decoder:
+                above += group
         if is_decoder(entry) and above:
             for line in above:
-                line.scores[0] = figure
+                line[column] = figure
             continue
         group = groups.setdefault((decoder, label(entry)), [])
-        free = [line for line in group if entry.latents not in line.scores]
+        free = [line for line in group if column not in line]
         if not free:
-            free = [_Line(label(entry), _setting(row), {})]
+            free = [{"what": label(entry), "setting": _setting(row)}]
             group += free
-        free[0].scores[entry.latents] = figure
-    return [line for group in groups.values() for line in group]
+        free[0][column] = figure
+    return list(itertools.chain(*groups.values()))
 
 
 def _setting(row: dict[str, Any]) -> str:
@@ -167,19 +168,13 @@ def _setting(row: dict[str, Any]) -> str:
 
 def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[Entry]) -> Table:
     """Makes a table of perplexity of the first token ahead and of every benchmark that ours have, GSM8K first."""
-    benchmarks = {"gsm8k": None}
-    for entry in ours:
-        benchmarks |= dict.fromkeys(entry.scores)
-    rows = [_published_row(line, len(benchmarks)) for line in lines]
     texts = {text_of(entry.result) for entry in ours if entry.perplexity}
+    benchmarks = {"gsm8k": None}
+    rows = [_published_row(line) for line in lines]
     used: list[Result] = []
     for entry in ours:
-        what = label(entry)
-        if entry.perplexity and len(texts) > 1:
-            what += f", on {text_of(entry.result)}"
-        keys = " ".join(result.key for result in entry.results)
-        scores = [score(entry.scores[b][0]) if b in entry.scores else "" for b in benchmarks]
-        rows.append([what, entry.latents or "", keys, *_first_token(entry), *scores])
+        benchmarks |= dict.fromkeys(entry.scores)
+        rows.append(_row(entry, len(texts) > 1))
         used += entry.results
     columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change", *map(_title, benchmarks)]
     return finished(name, title, columns, rows, used)
@@ -191,44 +186,58 @@ def _title(benchmark: str) -> str:
     return known.title if known else benchmark
 
 
-def _published_row(line: Variant, num_benchmarks: int) -> list[Cell]:
-    """Returns a published line: perplexity before and after, its change, GSM8K, and blanks for other benchmarks."""
-    before, after = published.FROZEN.ppl, line.ppl
-    cells: list[Cell] = [line.what, line.latents or "", PUBLISHED]
-    cells += [Figure(before), Figure(after)] if after else ["", ""]
-    is_change = after and line is not published.FROZEN
-    cells.append(Figure(100 * (after / before - 1), CHANGE) if is_change else "")
-    cells.append("" if line.gsm8k is None else Figure(line.gsm8k))
-    return cells + [""] * (num_benchmarks - 1)
+def _published_row(line: Variant) -> Row:
+    """Returns a published line: perplexity before and after, its change, GSM8K."""
+    before = published.FROZEN.ppl
+    row: Row = {"what": line.what, "latents": line.latents or "", "from": PUBLISHED}
+    if line.ppl:
+        row |= {"decoder, ppl n = 1": Figure(before), "ppl n = 1": Figure(line.ppl)}
+        if line is not published.FROZEN:
+            row["change"] = Figure(100 * (line.ppl / before - 1), CHANGE)
+    if line.gsm8k is not None:
+        row[_title("gsm8k")] = Figure(line.gsm8k)
+    return row
 
 
-def _first_token(entry: Entry) -> list[Cell]:
-    """Returns perplexity of the first token ahead: the decoder's, ours, and the change; a frozen decoder has none."""
-    row = entry.perplexity
-    if row is None:
-        return ["", "", ""]
-    is_frozen = is_decoder(entry) and not entry.trained
-    return [Figure(row["decoder_ppl"]), Figure(row["augmented_ppl"]), "" if is_frozen else change(row)]
+def _row(entry: Entry, names_text: bool) -> Row:
+    """Returns our line: perplexity of the first token ahead, its change where there can be one, and benchmarks."""
+    keys = [result.key for result in entry.results]
+    row: Row = {"what": label(entry), "latents": entry.latents or "", "from": " ".join(keys)}
+    first = entry.perplexity
+    if first:
+        row |= {"decoder, ppl n = 1": Figure(first["decoder_ppl"]), "ppl n = 1": Figure(first["augmented_ppl"])}
+        if entry.trained or not is_decoder(entry):
+            row["change"] = change(first)
+        if names_text:
+            row["what"] += f", on {text_of(entry.result)}"
+    for benchmark, (scored, _) in entry.scores.items():
+        row[_title(benchmark)] = score(scored)
+    return row
 
 
 def finished(
     name: str,
     title: str,
     columns: list[str],
-    rows: list[list[Cell]],
+    rows: Sequence[Row],
     results: Iterable[Result],
     over: Mapping[str, str | None] | None = None,
 ) -> Table:
-    """Adds to a table its note, and where the figures of `results` come from.
+    """Makes a table of rows, with its note, and where the figures of `results` come from.
 
     Args:
+      rows: cells by column; one that is not there is blank.
       over: key of a result -> what its intervals are over, a key of INTERVALS; None: as the files say.
     """
     in_order = sorted(results, key=lambda result: (result.path.name, int(result.key[1:])))
     used = {result.key: result for result in in_order}
     if not used:
-        blank = [""] * (len(columns) - 1)
-        return Table(name, title, columns, [*rows, ["no run of ours", *blank]], "", [])
+        rows = [*rows, {columns[0]: "no run of ours"}]
+    cells = []
+    for row in rows:
+        cells.append([row.get(column, "") for column in columns])
+    if not used:
+        return Table(name, title, columns, cells, "", [])
     if over is None:
         of_perplexity = [result for result in used.values() if result.path.name == PERPLEXITY]
         over = {result.key: result.data.get("interval_over") for result in of_perplexity}
@@ -237,7 +246,7 @@ def finished(
         f"Ours are on {decoders}, the published on {published.DECODER}: changes in percent compare, absolute figures "
         f"do not. Brackets: 95 % interval{_over(over)}. Blank: not published, or not measured."
     )
-    return Table(name, title, columns, rows, note, [_origin(result) for result in used.values()])
+    return Table(name, title, columns, cells, note, list(map(_origin, used.values())))
 
 
 def _over(over: Mapping[str, str | None]) -> str:

@@ -185,7 +185,9 @@ def test_what_a_failed_read_of_text_is():
     from latent_delib.data import tasks
 
     def failed(kind):
-        return tasks._failure(kind(None, None, "the cause [Op:ReadFile]"), ["lines:gs://b/a"])
+        with pytest.raises(Exception) as found, tasks.reading(["lines:gs://b/a"]):
+            raise kind(None, None, "the cause [Op:ReadFile]")
+        return found.value
 
     assert isinstance(failed(tasks.tf.errors.UnavailableError), Outage)
     assert isinstance(failed(tasks.tf.errors.DeadlineExceededError), Outage)

@@ -5,8 +5,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from latent_delib.data import rows
-from latent_delib.data.batches import check, pieces
-from latent_delib.data.rows import segments
+from latent_delib.data.batches import check
+from latent_delib.data.rows import cut_pieces, segments
 from latent_delib.errors import UserError
 
 PAD, BOS = 0, 2
@@ -69,9 +69,9 @@ def test_segments_literally():
 
 def test_pieces_hold_every_token_once():
     document = np.arange(10, 17)
-    assert [p.tolist() for p in pieces(document, 4, BOS)] == [[2, 10, 11, 12], [2, 13, 14, 15], [2, 16]]
-    assert [p.tolist() for p in pieces(document, 8, BOS)] == [[2, *range(10, 17)]]
-    assert pieces(document, 4, BOS)[0].dtype == np.int32
+    assert [p.tolist() for p in cut_pieces(document, 4, BOS)] == [[2, 10, 11, 12], [2, 13, 14, 15], [2, 16]]
+    assert [p.tolist() for p in cut_pieces(document, 8, BOS)] == [[2, *range(10, 17)]]
+    assert cut_pieces(document, 4, BOS)[0].dtype == np.int32
 
 
 GOOD = {"sources": ("lines:a", "lines:b"), "weights": (1.0, 2.0), "validation": ("lines:c",), "seq_len": 8}

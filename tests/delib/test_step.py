@@ -275,7 +275,7 @@ def test_a_factored_optimizer_trains_alike_on_a_mesh(make_config, tokenizer_path
         "decoder.architecture": size | {"vocab_size": 320},
     }
     config = make_config(changes)
-    decoder = experiment.load_decoder(experiment.read(config, jax.devices()[:1]), jnp.float32)
+    decoder = experiment.place_decoder(experiment.read(config, jax.devices()[:1]), jnp.float32)
     decoder = jax.device_get(decoder)
     expected, _, alone = steps_on(config, 1, decoder)
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}

@@ -42,7 +42,7 @@ def test_a_meta_without_a_number_is_read(record):
     found = Record.from_meta(meta, "w")
     for purpose in AGREE:
         assert not record.differences(found, purpose), purpose
-    assert found.method["max_delay"] == 0 and found.method["coprocessor"] == {}
+    assert found["method.max_delay"] == 0 and found["method.coprocessor"] == {}
 
 
 def test_a_key_that_is_newer_than_a_run_had_one_value_in_it(record):

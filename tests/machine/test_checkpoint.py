@@ -1,6 +1,7 @@
 """Checkpoints of small trees: whole or absent, found out if damaged, on any mesh, with or without the optimizer."""
 
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import jax
@@ -71,6 +73,14 @@ def assert_equal(one, other):
 
 def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def settle(folder):
+    """Waits until threads of this process that outlive a failed save write nothing more."""
+    before, now = None, files(folder).keys()
+    while before != now:
+        time.sleep(0.5)
+        before, now = now, files(folder).keys()
 
 
 def steps(workdir):
@@ -438,6 +448,7 @@ def test_a_full_disk(saved, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert steps(saved) == [2, 4] and before.items() <= files(saved / "checkpoints").items()
+    settle(saved / "checkpoints")
     checkpoints = Checkpoints(str(saved))  # the job is started again
     assert checkpoints.restore_newest(both()).step == 4
     checkpoints.save(6, make(6, sharding(*HERE)), {})
@@ -445,10 +456,11 @@ def test_a_full_disk(saved, monkeypatch):
     assert steps(saved) == [4, 6]
 
 
-def test_a_folder_that_the_processes_do_not_share(tmp_path, monkeypatch):
+def test_a_folder_that_the_processes_do_not_share(saved, monkeypatch):
+    """A copy of the run on a disk of its own, for instance."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with pytest.raises(UserError, match="not the folder that process 0 has"):
-        Checkpoints(str(tmp_path))
+    with pytest.raises(UserError, match="sees another folder there than process 0"):
+        Checkpoints(str(saved))
 
 
 def test_a_folder_that_cannot_be_written(saved, tmp_path):
@@ -467,3 +479,16 @@ def test_a_folder_that_cannot_be_written(saved, tmp_path):
         checkpoints.save(6, make(6, sharding(*HERE)), {})
         checkpoints.wait()
     assert sorted(p.name for p in (saved / "moved").iterdir()) == ["2", "4"]
+
+
+@pytest.mark.parametrize("missing", ["google.cloud.storage", "google.cloud"])
+def test_the_package_for_gs(missing, monkeypatch):
+    def find_spec(name):
+        if name.rpartition(".")[0] == missing:
+            raise ModuleNotFoundError(name)
+        return None if name == missing else "found"
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    for use in (Checkpoints, open_for_reading):
+        with pytest.raises(UserError, match="^gs://bucket/run: .*google-cloud-storage"):
+            use("gs://bucket/run")

@@ -17,7 +17,7 @@ def test_none_where_one_of_several_works_reaches():
     sums = Sums(tokens, np.ones((4, 2)), np.array([[0.5, 0.5], [0.7, 0.7], [0.9, 0], [0.8, 0]]))
     low, high = interval(sums, np.array([0, 0, 1, 2]), 0)
     assert low[0] < high[0] < 0 and np.isnan([low[1], high[1]]).all()
-    assert not np.isnan(interval(sums.of(np.array([0, 1])), np.array([0, 0]), 0)).any()
+    assert not np.isnan(interval(Sums(*(x[:2] for x in sums)), np.array([0, 0]), 0)).any()
 
 
 def test_no_row_where_no_document_reaches():
@@ -85,5 +85,5 @@ def test_works_with_opposite_effects_tell_nothing_of_a_third():
     over_documents = perplexity.summary({"nll": sums}, np.arange(80), 0)
     assert over_documents["interval_over"] == "documents"
     assert over_documents["rows"][0]["change_high"] < 0, "a bootstrap over documents is sure of a gain"
-    novel = perplexity.summary({"nll": sums.of(work == 0)}, work[work == 0], 0)
+    novel = perplexity.summary({"nll": Sums(*(x[work == 0] for x in sums))}, work[work == 0], 0)
     assert novel["interval_over"] == "documents of one work" and novel["rows"][0]["change_high"] < -1.7

@@ -11,7 +11,7 @@ from latent_delib.data import token_files
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
-from latent_delib.measure import perplexity, saved
+from latent_delib.measure import perplexity
 from latent_delib.measure.text import read_validation_text
 from latent_delib.results.evaluation import as_text
 
@@ -99,6 +99,6 @@ def test_token_files_that_do_not_say_which_work_a_document_is_of(read, token_fol
     config = {"method": {"name": "decoder"}, "evaluate": {}}
     said = as_text(result | {"config": config, "step": None, "past_donors": 0, "pieces": 12})
     assert "interval over documents of unknown works" in said
-    saved.write_documents(tmp_path / "documents.npz", text, sums)
+    perplexity.write_documents(tmp_path / "documents.npz", text, sums)
     with np.load(tmp_path / "documents.npz") as found:
         assert "source" in found and "work" not in found and "works" not in found

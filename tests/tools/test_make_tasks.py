@@ -17,14 +17,16 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(once):
     """All tasks, smaller."""
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: setup.sh says when it is")
-    out = tmp_path_factory.mktemp("made") / "tasks"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_tasks, "SIZES", {"train": 120, "test": 200})
-        make_tasks.make_tasks(str(out))
-    return out
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(make_tasks, "SIZES", {"train": 120, "test": 200})
+            make_tasks.make_tasks(str(folder / "tasks"))
+
+    return once("made", make) / "tasks"
 
 
 def rows(folder, name, split="test"):
