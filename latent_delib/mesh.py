@@ -14,6 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import UserError
+from latent_delib.nn.layers import Axes
 from latent_delib.nn.products import einsum
 
 AXES = ("data", "fsdp", "traces", "tensor")
@@ -27,7 +28,6 @@ IN_USE = WEIGHTS | {"embed": None}
 # Activations: rows over data and fsdp together, the traces of a row over traces; heads and features follow the weights.
 ACTIVATIONS = {"batch": ROWS, "traces": "traces", "heads": "tensor", "ffn": "tensor"}
 
-Axes = tuple[str | None, ...]
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 
@@ -88,11 +88,6 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def shards(mesh: Mesh, axis: str) -> int:
     """Returns into how many parts the mesh splits a logical axis of activations: "batch", "traces", "heads", "ffn"."""
     return math.prod(mesh.shape[name] for name in _names(ACTIVATIONS[axis]))
-
-
-def row_shards(mesh: Mesh) -> int:
-    """Returns into how many parts the rows of a batch are split."""
-    return shards(mesh, "batch")
 
 
 def setting(mesh: Mesh, axis: str) -> str:

@@ -73,7 +73,7 @@ class Writing(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs of a part of a step. useful: if nothing were computed twice. repeated: beyond that."""
+    """Holds the FLOPs of a step or of a part. useful: if nothing were computed twice. repeated: beyond that."""
 
     useful: float
     repeated: float

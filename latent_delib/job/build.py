@@ -35,7 +35,7 @@ def partition(mesh: Mesh) -> Partition:
         mesh_lib.gather(mesh),
         mesh_lib.product(mesh),
         mesh_lib.split(mesh),
-        mesh_lib.row_shards(mesh),
+        mesh_lib.shards(mesh, "batch"),
         shared_memory_of(mesh.devices.flat[0]),
     )
 

@@ -189,9 +189,9 @@ def _flops(exp: Experiment) -> dict[str, float]:
     rows = c.train.batch_size
     length = c.data.seq_len
     step = (exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
-    again = cost.repeated_flops(*step)
+    useful, again = cost.step_flops(*step)
     again += (mesh_lib.shards(exp.mesh, "traces") - 1) * cost.text_flops(exp.aug, rows, length)
-    return {"useful": cost.train_step_flops(*step) / exp.mesh.size, "done again": again / exp.mesh.size}
+    return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
 
 
 def estimate(exp: Experiment, plan: Plan, found: dict[str, Any], chip: Chip) -> dict[str, Any]:

@@ -332,12 +332,12 @@ class AugmentedLM:
         return ids
 
     def _token_array(self, tokens_BT: Any) -> jax.Array:
-        return inputs.token_array(tokens_BT, self.decoder.config.vocab_size, mesh_lib.row_shards(self.mesh))
+        return inputs.token_array(tokens_BT, self.decoder.config.vocab_size, mesh_lib.shards(self.mesh, "batch"))
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         """Returns rows [B, T] padded to one of few shapes, and their lengths [B]; 0 for rows that fill the batch."""
         meshes = [mesh for mesh in (self.mesh, self.coprocessor_mesh) if mesh is not None]
-        multiple = math.lcm(*(mesh_lib.row_shards(mesh) for mesh in meshes))
+        multiple = math.lcm(*(mesh_lib.shards(mesh, "batch") for mesh in meshes))
         padded, length = batching.pad(rows, self.tokenizer.pad_id, multiple)
         return self._rows(padded), self._rows(length)
 
