@@ -30,11 +30,6 @@ PEAK = {
 }
 
 
-def text_flops(aug: Augmentation, batch: int, seq_len: int) -> float:
-    """Returns the FLOPs of reading the text once, without the vocabulary."""
-    return flops.text(aug.transformer.config, batch * seq_len, seq_len)
-
-
 def step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> Flops:
     """Counts the FLOPs of one training step.
 
@@ -54,7 +49,7 @@ def step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num
     c = aug.transformer.config
     remat = aug.transformer.remat
     vocabulary = 2 * c.vocab_size * c.embed_dim
-    text = text_flops(aug, batch, seq_len)
+    text = flops.text(c, batch * seq_len, seq_len)
     text_again = flops.again(c, remat, batch * seq_len, seq_len) if method.trains_decoder else 0.0
     if not aug.has_latents:
         return Flops(3 * (text + batch * seq_len * vocabulary), text_again)
