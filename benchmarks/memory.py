@@ -122,7 +122,7 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
         "held_gib": round(held, 2),
         "working_gib": round(working, 2),
         "needs_gib": round(held + working, 2),
-        "tflop": round(cost.train_step_flops(aug, B, T, M, A) / 1e12, 1),
+        "tflop": round(cost.step_flops(aug, B, T, M, A).useful / 1e12, 1),
     }
 
 

@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for row in rows:
         where = row["latents"], row["batch"]
         aug = common.augmentation(a.config, row["latents"], "reference")
-        useful = cost.train_step_flops(aug, row["batch"], a.seq_len, a.traces, a.ahead)
+        useful = cost.step_flops(aug, row["batch"], a.seq_len, a.traces, a.ahead).useful
         row["tflop"], row["tflops"] = useful / 1e12, row["ms"] and useful / row["ms"] / 1e9
         row["mfu"] = row["ms"] and peak and 1e12 * row["tflops"] / peak
         for other in ("dense", "torch"):

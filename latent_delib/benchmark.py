@@ -226,14 +226,16 @@ def _asked(name: str, row: Row, model: str, kinds: set[str], every: int, delay: 
 
 
 def _is_there(found: Sequence[Row], asked: Row, out: str) -> bool:
-    """Tells whether a row is there.
+    """Tells whether a row is there. One over the first few documents gives way to one over more.
 
     Raises:
-      UserError: it is there, but made in another way: over other documents, or with other settings.
+      UserError: it is there, but made in another way: over fewer documents than it has, or with other settings.
     """
     for old in found:
         if _key(old) != _key(asked):
             continue
+        if old["limit"] is not None and (asked["limit"] is None or asked["limit"] > old["limit"]):
+            return False
         for key, here in asked.items():
             there = old.get(key)
             if there != here:

@@ -8,7 +8,7 @@ ours (`packaged` is one). From the workdir of a training job its coprocessor is 
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,14 @@ def convert(
     Raises:
       UserError: anything wrong with source or arguments, in most cases before a weight is read.
     """
-    _check_choice("to", to, FORMS)
-    _check_choice("dtype", dtype or "float32", DTYPES)
-    if size:
-        _check_choice("size", size, SIZES)
-    _check_local("source", source, "download it, and name that")
-    _check_local("tokenizer", tokenizer, "download it, and name that")
-    _check_local("out", out, "copy it there afterwards")
+    for flag, value, allowed in (("to", to, FORMS), ("dtype", dtype, ("", *DTYPES)), ("size", size, ("", *SIZES))):
+        if value not in allowed:
+            raise UserError(f"--{flag}={value!r}: expected one of {', '.join(filter(None, allowed))}")
+    for flag, path in (("source", source), ("tokenizer", tokenizer)):
+        if "://" in path:
+            raise UserError(f"--{flag}={path}: expected a local path; download it, and name that")
+    if "://" in out:
+        raise UserError(f"--out={out}: expected a local path; copy it there afterwards")
     wanted = SIZES[size] if size else architecture
     where = folder.PACKAGED if source == "packaged" else Path(source)
     if (where / "checkpoints").is_dir():
@@ -82,18 +83,6 @@ def convert(
         else:
             convert_theirs(open_source(where, wanted), partial_, dtype, wanted, tokenizer)
     print(f"{out}: done", flush=True)
-
-
-def _check_choice(flag: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises UserError for a value that is not among the allowed ones."""
-    if value not in allowed:
-        raise UserError(f"--{flag}={value!r}: expected one of {', '.join(allowed)}")
-
-
-def _check_local(flag: str, path: str, remedy: str) -> None:
-    """Raises UserError for a path that is a URL."""
-    if "://" in path:
-        raise UserError(f"--{flag}={path}: expected a local path; {remedy}")
 
 
 def is_ours(where: Path) -> bool:
@@ -120,14 +109,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 def convert_theirs(
     source: Source, out: Path, dtype: str, wanted: TransformerConfig | None, tokenizer: str = ""
 ) -> None:
-    """Writes a decoder folder of ours from a source.
-
-    Args:
-      source: an opened checkpoint.
-      out: an existing folder.
-      dtype, tokenizer: as for `convert`.
-      wanted: the architecture that the source must have, or None.
-    """
+    """Writes a decoder folder of ours from a source. wanted: the architecture that it must have, or None."""
     config = source.architecture
     found = names.match(source.shapes, config, source.form, source.where)
     describe(config, wanted, source.where)
@@ -150,35 +132,33 @@ def convert_theirs(
             if source.dtypes[t.name] != DTYPES["bfloat16"]:
                 kept[t.leaf] = DTYPES["float32"]
     entries = {t.leaf: (leaves[t.leaf].shape, kept[t.leaf]) for t in found}
-    chunks = (t.to_ours(source.read(t.name)).astype(kept[t.leaf], copy=False) for t in found)
-    folder.write_model(out, config, entries, progress(chunks, entries))
+
+    def read(t: names.Tensor) -> np.ndarray:
+        return t.to_ours(source.read(t.name)).astype(kept[t.leaf], copy=False)
+
+    folder.write_model(out, config, entries, progress(map(read, found), entries))
 
 
 def convert_ours(where: Path, out: Path, to: str, dtype: str, wanted: TransformerConfig | None) -> None:
     """Writes a decoder folder of ours in Hugging Face's form, or in ours and another dtype.
 
-    Args:
-      where: a decoder folder of ours.
-      out: an existing folder.
-      to, dtype: as for `convert`.
-      wanted: the architecture that the folder must have, or None.
+    wanted: the architecture that it must have, or None.
     """
     folder.locate(str(where))
     config = folder.read_config(where)
     describe(config, wanted, str(where))
     file = folder.open_tensors(where, config)
-    folder.copy_tokenizer(folder.tokenizer_path(where), out)
+    tokenizer = folder.tokenizer_path(where)
+    folder.copy_tokenizer(tokenizer, out)
+    dtypes = dict.fromkeys(file.dtypes, DTYPES[dtype]) if dtype else file.dtypes
+    if to == "huggingface":
+        return _write_huggingface(file, config, dtypes, Tokenizer(tokenizer), out)
+    entries = {leaf: (file.shapes[leaf], dtypes[leaf]) for leaf in folder.by_name(folder.shapes(config))}
 
-    def kept(leaf: str) -> np.dtype:
-        return DTYPES[dtype] if dtype else file.dtypes[leaf]
+    def read(leaf: str) -> np.ndarray:
+        return file.read(leaf).astype(dtypes[leaf], copy=False)
 
-    if to == "latent_delib":
-        entries = {leaf: (file.shapes[leaf], kept(leaf)) for leaf in folder.by_name(folder.shapes(config))}
-        chunks = (file.read(leaf).astype(kept(leaf), copy=False) for leaf in entries)
-        folder.write_model(out, config, entries, progress(chunks, entries))
-    else:
-        dtypes = {leaf: kept(leaf) for leaf in file.shapes}
-        _write_huggingface(file, config, dtypes, Tokenizer(folder.tokenizer_path(where)), out)
+    folder.write_model(out, config, entries, progress(map(read, entries), entries))
 
 
 def _write_huggingface(
@@ -190,8 +170,8 @@ def _write_huggingface(
       file: the weights of a decoder folder of ours.
       config: its architecture.
       dtypes: to write each leaf in.
-      tokenizer: its tokenizer, whose file is in `out` already.
-      out: an existing folder.
+      tokenizer: its tokenizer.
+      out: an existing folder, which holds the tokenizer's file.
     """
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     dtype = "float32" if DTYPES["float32"] in dtypes.values() else "bfloat16"
@@ -203,12 +183,11 @@ def _write_huggingface(
     theirs = list(names.tensors(config, "huggingface"))
     entries = {t.name: (t.shape, dtypes[t.leaf]) for t in theirs}
 
-    def read_theirs(t: names.Tensor) -> np.ndarray:
+    def read(t: names.Tensor) -> np.ndarray:
         ours = file.read(t.leaf) if t.layer is None else file.read(t.leaf, t.layer)
         return t.to_theirs(ours).astype(dtypes[t.leaf], copy=False)
 
-    chunks = map(read_theirs, theirs)
-    tensors.write(out / "model.safetensors", entries, progress(chunks, entries), {"format": "pt"})
+    tensors.write(out / "model.safetensors", entries, progress(map(read, theirs), entries), {"format": "pt"})
 
 
 def export_coprocessor(workdir: str, out: Path) -> None:

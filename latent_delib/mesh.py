@@ -14,6 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import UserError
+from latent_delib.nn.layers import Axes
 from latent_delib.nn.products import einsum
 
 AXES = ("data", "fsdp", "traces", "tensor")
@@ -27,7 +28,6 @@ IN_USE = WEIGHTS | {"embed": None}
 # Activations: rows over data and fsdp together, the traces of a row over traces; heads and features follow the weights.
 ACTIVATIONS = {"batch": ROWS, "traces": "traces", "heads": "tensor", "ffn": "tensor"}
 
-Axes = tuple[str | None, ...]
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 

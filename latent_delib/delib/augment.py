@@ -1,7 +1,7 @@
 """The three calls that make up the method: read the text, write latents, decode the ahead tokens (Section 2.1).
 
-`params` is one dict: "decoder" (layers, final_norm, embedding) and, for methods that write latents, "coprocessor". Only
-`assemble` knows which of the two is trained.
+`params` is one dict: "decoder" (layers, final_norm, `transformer.TABLES`) and, for methods that write latents,
+"coprocessor". Only `assemble` knows which of the two is trained.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ def assemble(frozen: Params, trainable: Params) -> Params:
 
 
 def gathered(aug: Augmentation, params: Params) -> Params:
-    """Returns the same parameters with the token table, if there is one, gathered once for all its uses in a step."""
+    """Returns the same parameters with the decoder's tables, if any, gathered once for all their uses in a step."""
     if "decoder" not in params:
         return params
     decoder = dict(params["decoder"])

@@ -69,7 +69,7 @@ def soft_tokens(key: jax.Array, embedding_VD: jax.Array, num_latents: int) -> ja
 
 
 def body(decoder: Params) -> Params:
-    """Returns a decoder's layers: all of it but the token table."""
+    """Returns a decoder's layers: all of it but its tables."""
     return {"layers": decoder["layers"], "final_norm": decoder["final_norm"]}
 
 

@@ -1,4 +1,4 @@
-"""Useful floating-point operations of a training step, and the peak of known devices: together, utilisation.
+"""Floating-point operations of a training step, and the peak of known devices: together, utilisation.
 
 Useful means the operations that the method needs if nothing is computed twice:
 
@@ -14,7 +14,7 @@ its latents costs.
 
 from latent_delib.delib import flops
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.flops import Writing
+from latent_delib.delib.flops import Flops, Writing
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 
@@ -30,13 +30,8 @@ PEAK = {
 }
 
 
-def text_flops(aug: Augmentation, batch: int, seq_len: int) -> float:
-    """Returns the FLOPs of reading the text once, without the vocabulary."""
-    return flops.text(aug.transformer.config, batch * seq_len, seq_len)
-
-
-def train_step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
-    """Returns the useful FLOPs of one step.
+def step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> Flops:
+    """Counts the FLOPs of one training step.
 
     Args:
       aug: the method and both models.
@@ -44,51 +39,43 @@ def train_step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: in
       seq_len: tokens per row.
       num_traces: traces per row. Each sees half of the row on average.
       num_ahead: ahead tokens per trace.
+
+    Returns:
+      The useful FLOPs, and the repeated ones without attention among a trace's own tokens: products of the layers in
+      the backward pass, attention where the transformer's `remat` does not keep it, and the zeros that the decoder
+      reads in the places of inserted keys and values.
     """
-    method, c = METHODS[aug.method], aug.transformer.config
+    method = METHODS[aug.method]
+    c = aug.transformer.config
+    remat = aug.transformer.remat
     vocabulary = 2 * c.vocab_size * c.embed_dim
-    text = text_flops(aug, batch, seq_len)
+    text = flops.text(c, batch * seq_len, seq_len)
+    text_again = flops.again(c, remat, batch * seq_len, seq_len) if method.trains_decoder else 0.0
     if not aug.has_latents:
-        return 3 * (text + batch * seq_len * vocabulary)
+        return Flops(3 * (text + batch * seq_len * vocabulary), text_again)
+
+    traces = batch * num_traces
     passes, text_passes = (3, 3) if method.trains_decoder else (2, 1)
-    traces = batch * num_traces
-    writing = method.cost(_writing(aug, batch, seq_len, num_traces)).useful
-    decoding = flops.traces(c, traces, _tokens_decoded(aug, num_ahead), seq_len, passes, passes)
-    return text_passes * text + writing + decoding + passes * traces * num_ahead * vocabulary
-
-
-def repeated_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> float:
-    """Returns the FLOPs of such a step beyond the useful ones, without attention among a trace's own tokens.
-
-    The backward pass repeats products of the layers, and attention where the transformer's `remat` does not keep it.
-    Where keys and values are inserted, the decoder reads as many zeros.
-    """
-    method, c, remat = METHODS[aug.method], aug.transformer.config, aug.transformer.remat
-    text = flops.again(c, remat, batch * seq_len, seq_len) if method.trains_decoder else 0.0
-    if not aug.has_latents:
-        return text
-    traces = batch * num_traces
-    writing = method.cost(_writing(aug, batch, seq_len, num_traces)).repeated
-    decoding = flops.again(c, remat, traces * _tokens_decoded(aug, num_ahead), seq_len)
+    writing = method.cost(
+        Writing(
+            config=aug.models.coprocessor.config,
+            remat=remat,
+            text_tokens=batch * seq_len,
+            seq_len=seq_len,
+            traces=traces,
+            num_latents=aug.num_latents,
+            trains_decoder=method.trains_decoder,
+        )
+    )
+    tokens = num_ahead - 1 + PLACEMENTS[aug.placement].reread
+    if not method.writes_keys:
+        tokens += aug.num_latents
+    decoding = flops.traces(c, traces, tokens, seq_len, passes, passes)
+    decoding_again = flops.again(c, remat, traces * tokens, seq_len)
     if method.writes_keys:
         zeros = traces * aug.num_latents
-        decoding += flops.again(c, remat, zeros, seq_len, more_products=2, more_attention=2)
-    return text + writing + decoding
-
-
-def _tokens_decoded(aug: Augmentation, num_ahead: int) -> int:
-    """Returns how many useful tokens of one trace the decoder reads."""
-    text = num_ahead - 1 + PLACEMENTS[aug.placement].reread
-    return text if METHODS[aug.method].writes_keys else aug.num_latents + text
-
-
-def _writing(aug: Augmentation, batch: int, seq_len: int, num_traces: int) -> Writing:
-    return Writing(
-        config=aug.models.coprocessor.config,
-        remat=aug.transformer.remat,
-        text_tokens=batch * seq_len,
-        seq_len=seq_len,
-        traces=batch * num_traces,
-        num_latents=aug.num_latents,
-        trains_decoder=METHODS[aug.method].trains_decoder,
+        decoding_again += flops.again(c, remat, zeros, seq_len, more_products=2, more_attention=2)
+    return Flops(
+        text_passes * text + writing.useful + decoding + passes * traces * num_ahead * vocabulary,
+        text_again + writing.repeated + decoding_again,
     )

@@ -12,7 +12,7 @@ def per_token(c: TransformerConfig) -> int:
 
 
 def attention(c: TransformerConfig, length: int) -> float:
-    """Returns the forward FLOPs of a query's attention over all layers, its mean over the places in `length` tokens."""
+    """Returns the forward FLOPs of one query's attention in all layers, averaged over its places in `length` tokens."""
 
     def keys_seen(is_local: bool) -> float:
         window = min(c.window, length) if is_local else length
@@ -46,7 +46,7 @@ def traces(c: TransformerConfig, count: int, length: int, seq_len: int, passes: 
 def again(
     c: TransformerConfig, remat: str, tokens: int, seq_len: int, more_products: int = 0, more_attention: int = 0
 ) -> float:
-    """Returns the FLOPs that a backward pass repeats under `remat`, and of so many passes more.
+    """Returns the FLOPs that a backward pass repeats under `remat`, plus those of more passes over products and text.
 
     All but "none" and "dots" repeat the products of the layers; "full" repeats attention too. Attention among a trace's
     own tokens is not counted.
@@ -73,7 +73,7 @@ class Writing(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs of a part of a step. useful: if nothing were computed twice. repeated: beyond that."""
+    """Holds the FLOPs of a step or of a part. useful: if nothing were computed twice. repeated: beyond that."""
 
     useful: float
     repeated: float

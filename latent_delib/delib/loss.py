@@ -1,13 +1,13 @@
-"""Negative log-likelihood under a tied vocabulary, a few tokens of every sequence at a time, and what it weighs."""
+"""Negative log-likelihood of tokens, computed a few tokens of every sequence at a time, and its weights."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from latent_delib.nn.products import einsum
+from latent_delib.nn.products import einsum, softcapped
 
-SEQUENCES = 4  # on a device, of which a whole chunk is taken at a time; of more, a part
+SEQUENCES = 4  # the most on a device of which whole chunks are computed at a time; of more, smaller ones
 
 
 def ahead_weights(num_ahead: int) -> jax.Array:
@@ -30,7 +30,7 @@ def tokens_at_a_time(chunk: int, sequences: int, shards: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def token_nll(x_BRD: jax.Array, embedding_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int) -> jax.Array:
+def token_nll(x_BRD: jax.Array, table_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int) -> jax.Array:
     """Returns -log p(target) of every token, in nats, float32 [B, R].
 
     Where the table is frozen, the forward pass makes the gradient of x too, while the logits are at hand, up to the
@@ -38,13 +38,13 @@ def token_nll(x_BRD: jax.Array, embedding_VD: jax.Array, target_BR: jax.Array, s
 
     Args:
       x_BRD: final-normed outputs.
-      embedding_VD: the token table. Logits are x @ embedding.T.
+      table_VD: the table that gives the logits, x @ table.T.
       target_BR: int32.
       softcap: logits are softcapped by it; 0 leaves them as they are.
       chunk: tokens of every sequence whose logits exist at a time.
     """
     parts = _cut(chunk, x_BRD, target_BR)
-    return _join(jax.lax.map(lambda part: _nll(part[0], embedding_VD, part[1], softcap)[0], parts), x_BRD)
+    return _join(jax.lax.map(lambda part: _nll(part[0], table_VD, part[1], softcap)[0], parts), x_BRD)
 
 
 def _cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -69,37 +69,31 @@ def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 0, 2).reshape(B, -1, *x.shape[3:])[:, :R]
 
 
-def _nll(
-    x_BrD: jax.Array, embedding_VD: jax.Array, target_Br: jax.Array, softcap: float
-) -> tuple[jax.Array, jax.Array]:
-    """Returns -log p of the targets [B, r], and its gradient in the products x . embedding [B, r, V]; float32."""
-    logits_BrV = einsum("BrD,VD->BrV", x_BrD, embedding_VD.astype(x_BrD.dtype), jnp.float32)
-    slope_BrV = 1.0
-    if softcap:
-        bent_BrV = jnp.tanh(logits_BrV / softcap)
-        logits_BrV = softcap * bent_BrV
-        slope_BrV = 1 - jnp.square(bent_BrV)
+def _nll(x_BrD: jax.Array, table_VD: jax.Array, target_Br: jax.Array, softcap: float) -> tuple[jax.Array, jax.Array]:
+    """Returns -log p of the targets [B, r], and its gradient in the products x . table [B, r, V]; float32."""
+    logits_BrV = einsum("BrD,VD->BrV", x_BrD, table_VD.astype(x_BrD.dtype), jnp.float32)
+    logits_BrV, slope_BrV = softcapped(logits_BrV, softcap)
     lse_Br1 = jax.nn.logsumexp(logits_BrV, axis=-1, keepdims=True)
-    is_target_BrV = target_Br[..., None] == jnp.arange(embedding_VD.shape[0])
+    is_target_BrV = target_Br[..., None] == jnp.arange(table_VD.shape[0])
     dlogits_BrV = (jnp.exp(logits_BrV - lse_Br1) - is_target_BrV) * slope_BrV
     picked_Br1 = jnp.take_along_axis(logits_BrV, target_Br[..., None], axis=-1)
     return (lse_Br1 - picked_Br1)[..., 0], dlogits_BrV
 
 
-def _into_x(dlogits_BrV: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _into_x(dlogits_BrV: jax.Array, table_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns the gradient in x [B, r, D] from the one in the logits."""
-    return einsum("BrV,VD->BrD", dlogits_BrV.astype(dtype), embedding_VD.astype(dtype), jnp.float32).astype(dtype)
+    return einsum("BrV,VD->BrD", dlogits_BrV.astype(dtype), table_VD.astype(dtype), jnp.float32).astype(dtype)
 
 
-def _forward(x_BRD, embedding_VD, target_BR, softcap, chunk):
-    trained = embedding_VD.perturbed
-    x_BRD, embedding_VD, target_BR = (a.value for a in (x_BRD, embedding_VD, target_BR))
+def _forward(x_BRD, table_VD, target_BR, softcap, chunk):
+    trained = table_VD.perturbed
+    x_BRD, table_VD, target_BR = (a.value for a in (x_BRD, table_VD, target_BR))
     if trained:
-        return token_nll(x_BRD, embedding_VD, target_BR, softcap, chunk), (None, (x_BRD, embedding_VD, target_BR))
+        return token_nll(x_BRD, table_VD, target_BR, softcap, chunk), (None, (x_BRD, table_VD, target_BR))
 
     def one(part):
-        nll_Br, dlogits_BrV = _nll(part[0], embedding_VD, part[1], softcap)
-        return nll_Br, _into_x(dlogits_BrV, embedding_VD, x_BRD.dtype)
+        nll_Br, dlogits_BrV = _nll(part[0], table_VD, part[1], softcap)
+        return nll_Br, _into_x(dlogits_BrV, table_VD, x_BRD.dtype)
 
     nll, dx = jax.lax.map(one, _cut(chunk, x_BRD, target_BR))
     return _join(nll, x_BRD), (_join(dx, x_BRD), None)
@@ -109,17 +103,17 @@ def _backward(softcap, chunk, saved, dnll_BR):
     dx_BRD, operands = saved
     if operands is None:
         return (dx_BRD * dnll_BR[..., None]).astype(dx_BRD.dtype), None, None
-    x_BRD, embedding_VD, target_BR = operands
+    x_BRD, table_VD, target_BR = operands
 
-    def one(dembedding_VD, part):
+    def one(dtable_VD, part):
         x_BrD, target_Br, dnll_Br = part
-        dlogits_BrV = _nll(x_BrD, embedding_VD, target_Br, softcap)[1] * dnll_Br[..., None]
+        dlogits_BrV = _nll(x_BrD, table_VD, target_Br, softcap)[1] * dnll_Br[..., None]
         more_VD = einsum("BrV,BrD->VD", dlogits_BrV.astype(x_BrD.dtype), x_BrD, jnp.float32)
-        return dembedding_VD + more_VD, _into_x(dlogits_BrV, embedding_VD, x_BrD.dtype)
+        return dtable_VD + more_VD, _into_x(dlogits_BrV, table_VD, x_BrD.dtype)
 
     parts = _cut(chunk, x_BRD, target_BR, dnll_BR)
-    dembedding_VD, dx = jax.lax.scan(one, jnp.zeros(embedding_VD.shape, jnp.float32), parts)
-    return _join(dx, x_BRD), dembedding_VD.astype(embedding_VD.dtype), None
+    dtable_VD, dx = jax.lax.scan(one, jnp.zeros(table_VD.shape, jnp.float32), parts)
+    return _join(dx, x_BRD), dtable_VD.astype(table_VD.dtype), None
 
 
 token_nll.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -182,7 +182,7 @@ def _sum_over_parts(loss_sum: Callable, trained: Params, whole: tuple[jax.Array,
 
 
 def _unless_bad(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """Returns the new state; where the step was not good, with the old numbers in it, but for counters."""
+    """Returns the new state; where the step was not good, with the old weights and moments. Counters go on."""
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(good, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
@@ -235,7 +235,7 @@ def ahead_step(
       aug: the method and both models.
       num_ahead: A.
       delay: latents are written so many tokens before they join.
-      score: made of each of these tokens.
+      score: computed for each of these tokens.
 
     Returns:
       The scores, by default -log p in nats, float32, and the weights of the tokens, float32, 0 past the document's end;

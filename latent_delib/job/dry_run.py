@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.delib import cost
+from latent_delib.delib import cost, flops
 from latent_delib.errors import UserError
 from latent_delib.job import collectives, experiment
 from latent_delib.job import plan as planning
@@ -187,9 +187,9 @@ def _flops(exp: Experiment) -> dict[str, float]:
     rows = c.train.batch_size
     length = c.data.seq_len
     step = (exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
-    again = cost.repeated_flops(*step)
-    again += (mesh_lib.shards(exp.mesh, "traces") - 1) * cost.text_flops(exp.aug, rows, length)
-    return {"useful": cost.train_step_flops(*step) / exp.mesh.size, "done again": again / exp.mesh.size}
+    useful, again = cost.step_flops(*step)
+    again += (mesh_lib.shards(exp.mesh, "traces") - 1) * flops.text(exp.aug.transformer.config, rows * length, length)
+    return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
 
 
 def estimate(exp: Experiment, plan: Plan, found: dict[str, Any], chip: Chip) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.record import SHORT, Record
 from latent_delib.machine import arguments, checkpoint
-from latent_delib.nn.layers import PARAM_AXES
+from latent_delib.nn.layers import PARAM_AXES, Axes
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 from latent_delib.weights import coprocessor as exported
@@ -226,7 +226,7 @@ def augmentation(decoder: Decoder, coprocessor: Coprocessor | None, mesh: Mesh, 
     return Augmentation(model, of.method, of.num_latents, of.placement, coprocessor=own)
 
 
-def place(mesh: Mesh, params: Params, dtype: Any, axes: Mapping[str, mesh_lib.Axes] = PARAM_AXES) -> Params:
+def place(mesh: Mesh, params: Params, dtype: Any, axes: Mapping[str, Axes] = PARAM_AXES) -> Params:
     """Puts parameters where they lie on a mesh. Each is cast where it is, by itself: they need not fit one device."""
     shardings = mesh_lib.parameters(mesh, params, axes)
     return jax.tree.map(lambda x, s: jax.device_put(x.astype(dtype, copy=False), s), params, shardings)

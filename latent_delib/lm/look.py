@@ -131,8 +131,8 @@ def _called(
 def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]]:
     """Finds the `count` words whose embeddings have the highest cosine with each latent, best first.
 
-    Of the two readings this is the one that fits: the decoder reads latents where it reads embeddings. Logits from the
-    same (tied) table differ by the length of its rows alone, which says how frequent a word is.
+    Of the two readings this is the one that fits: the decoder reads latents where it reads embeddings. Logits
+    also grow with the length of a word's row, which says how frequent the word is.
     """
     table_VD = jnp.asarray(lm.params["decoder"]["embedding"], jnp.float32)
     cosine_LV = einsum("LD,VD->LV", _unit(jnp.asarray(z_LD, jnp.float32)), _unit(table_VD))

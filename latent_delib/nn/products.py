@@ -1,4 +1,4 @@
-"""Products of arrays at the precision of their operands, on every platform; and what bends them.
+"""Products of arrays at the precision of their operands, on every platform, and softcaps.
 
 Where nothing is asked, GPUs round float32 operands to TF32 and TPUs to bfloat16.
 """

@@ -147,12 +147,6 @@ def differences(found: TransformerConfig, wanted: TransformerConfig) -> list[str
     return [f"{name}={here}, expected {there}" for name, (here, there) in pairs.items() if here != there]
 
 
-def _numbers(
-    num_layers: int, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int, ffn_dim: int, vocab_size: int
-) -> dict[str, Any]:
-    return dict(locals())
-
-
 # How the layers of a family are built. The defaults of TransformerConfig are Gemma's.
 _PLAIN: dict[str, Any] = dict(activation="silu", scale_embeddings=False, norm_offset=0.0)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -185,8 +179,12 @@ _QWEN2 = FAMILIES["qwen2"] | dict(rope_base=1e6)
 _QWEN3 = FAMILIES["qwen3"] | dict(rope_base=1e6)
 
 
+_LINEAR_BY_8 = (8.0, 1.0, 4.0, 0.0)  # a rope_scaling
+_NUMBERS = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "vocab_size")
+
+
 def _size(family: dict[str, Any], *numbers: int, **fields: Any) -> TransformerConfig:
-    return TransformerConfig(**(_numbers(*numbers) | family | fields))
+    return TransformerConfig(**dict(zip(_NUMBERS, numbers, strict=True)), **(family | fields))
 
 
 # A new member of a family is one entry of numbers:     layers, D, N, K, H, F, V
@@ -198,10 +196,9 @@ SIZES: dict[str, TransformerConfig] = {
     "gemma2_27b": _size(_GEMMA2, 46, 4608, 32, 16, 128, 36864, 256_000, query_scale=144**-0.5),
     "gemma3_270m": _size(_GEMMA3, 18, 640, 4, 1, 256, 2048, 262_144, window=512),
     "gemma3_1b": _size(_GEMMA3, 26, 1152, 4, 1, 256, 6912, 262_144, window=512),
-    "gemma3_4b": _size(_GEMMA3, 34, 2560, 8, 4, 256, 10240, 262_144, window=1024, rope_scaling=(8.0, 1.0, 4.0, 0.0)),
+    "gemma3_4b": _size(_GEMMA3, 34, 2560, 8, 4, 256, 10240, 262_144, window=1024, rope_scaling=_LINEAR_BY_8),
     "gemma3_27b": _size(
-        *(_GEMMA3, 62, 5376, 32, 16, 128, 21504, 262_144),
-        **dict(window=1024, rope_scaling=(8.0, 1.0, 4.0, 0.0), query_scale=168**-0.5),
+        _GEMMA3, 62, 5376, 32, 16, 128, 21504, 262_144, window=1024, rope_scaling=_LINEAR_BY_8, query_scale=168**-0.5
     ),
     "smollm2_135m": _size(_LLAMA, 30, 576, 9, 3, 64, 1536, 49_152, rope_base=1e5),
     "smollm2_360m": _size(_LLAMA, 32, 960, 15, 5, 64, 2560, 49_152, rope_base=1e5),

@@ -110,31 +110,21 @@ def fingerprint(folder: Path) -> str:
       UserError: a file has changed since the fingerprint was stored.
     """
     path = folder / FINGERPRINT
+    config = folder / "config.json"
+    model = folder / "model.safetensors"
+    digest = hashlib.sha256(config.read_bytes())
     if not path.is_file():
-        return _hash_files(folder)
+        with open(model, "rb") as file:
+            return hashlib.file_digest(file, lambda: digest).hexdigest()
     stored = read_json(path)
     if not isinstance(stored.get("sha256"), str):
         raise UserError(f"{path}: sha256={stored.get('sha256')!r}, expected a string; {REMEDY}")
-    if stored.get("config_sha256") != _config_sha256(folder):
-        raise UserError(f"{folder / 'config.json'}: has changed since {FINGERPRINT} was written; {REMEDY}")
-    size = (folder / "model.safetensors").stat().st_size
+    if stored.get("config_sha256") != digest.hexdigest():
+        raise UserError(f"{config}: has changed since {FINGERPRINT} was written; {REMEDY}")
+    size = model.stat().st_size
     if stored.get("model_bytes") != size:
-        raise UserError(
-            f"{folder / 'model.safetensors'}: has {size} bytes, {stored.get('model_bytes')} in {FINGERPRINT}; {REMEDY}"
-        )
+        raise UserError(f"{model}: has {size} bytes, {stored.get('model_bytes')} in {FINGERPRINT}; {REMEDY}")
     return stored["sha256"]
-
-
-def _hash_files(folder: Path) -> str:
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    with open(folder / "model.safetensors", "rb") as file:
-        for block in iter(lambda: file.read(1 << 24), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _config_sha256(folder: Path) -> str:
-    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
 
 
 @functools.cache
@@ -186,9 +176,11 @@ def load(folder: Path, config: TransformerConfig, dtype: Any, shardings: Params 
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda i: file.read(name, i).astype(dtype, copy=False)
-        )
+
+        def part(index: Any) -> np.ndarray:
+            return file.read(name, index).astype(dtype, copy=False)
+
+        return jax.make_array_from_callback(leaf.shape, sharding, part)
 
     return jax.tree.map_with_path(place, tree, shardings)
 
@@ -208,10 +200,11 @@ def write_model(
     text = (json.dumps(fields, indent=2) + "\n").encode()
     (folder / "config.json").write_bytes(text)
     digest = hashlib.sha256(text)
+    config_sha256 = digest.hexdigest()
     tensors.write(folder / "model.safetensors", entries, chunks, digest=digest)
     stored = {
         "sha256": digest.hexdigest(),
-        "config_sha256": _config_sha256(folder),
+        "config_sha256": config_sha256,
         "model_bytes": (folder / "model.safetensors").stat().st_size,
     }
     (folder / FINGERPRINT).write_text(json.dumps(stored, indent=2) + "\n")

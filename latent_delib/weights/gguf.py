@@ -8,7 +8,6 @@ tensor infos; aligned data.
 import dataclasses
 import math
 import mmap
-import struct
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +27,19 @@ STRING, ARRAY = 8, 9
 MOST = 1 << 22  # entries of a list: the largest vocabularies have a quarter of a million pieces
 CHUNK = 1 << 22  # elements dequantised at a time: what is in flight is float32, several times over
 ROPE_FREQS = "rope_freqs.weight"
+SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")  # fields that GGUF does not tell
 
 
 class Info(NamedTuple):
-    """A tensor: its shape as numpy has it, ggml type, and place in the file, in bytes."""
+    """Describes a tensor: its shape as numpy has it, ggml type, blocks, and the bytes of a block and before the first.
+
+    begin: counted from the start of the file.
+    """
 
     shape: tuple[int, ...]
     type: Any
+    blocks: int
+    block_bytes: int
     begin: int
 
 
@@ -44,7 +49,7 @@ class _Header:
     def __init__(self, data: mmap.mmap, where: str):
         self.data = data
         self.where = where
-        self.at = 0
+        self.at = 0  # the next byte
 
     def make_room(self, count: int, size: int) -> None:
         """Raises UserError for a count of entries, each of at least `size` bytes, that the file cannot hold."""
@@ -65,12 +70,14 @@ class _Header:
     def number(self, code: str) -> Any:
         return self.numbers(code, 1)[0]
 
+    def bytes(self, count: int) -> bytes:
+        self.make_room(count, 1)
+        self.at += count
+        return self.data[self.at - count : self.at]
+
     def string(self) -> str:
-        length = self.number("Q")
-        self.make_room(length, 1)
-        self.at += length
         try:
-            return str(self.data[self.at - length : self.at], "utf-8")
+            return str(self.bytes(self.number("Q")), "utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{self.where}: damaged: a string before byte {self.at} is not UTF-8") from None
 
@@ -109,7 +116,7 @@ class GGUF:
         except ValueError:
             raise UserError(f"{where}: not a GGUF file (it is empty)") from None
         header = _Header(data, where)
-        magic = struct.pack("<I", header.number("I"))
+        magic = header.bytes(len(MAGIC))
         if magic != MAGIC:
             raise UserError(f"{where}: not a GGUF file (begins with {magic!r})")
         version = header.number("I")
@@ -133,13 +140,13 @@ class GGUF:
             raise UserError(f"{where}: general.alignment={alignment!r}, expected a power of two")
         start = -(-header.at // alignment) * alignment
         for name, info in self.tensors.items():
-            info = info._replace(begin=start + info.begin)
-            end = info.begin + math.prod(_blocks(info))
+            begin = start + info.begin
+            end = begin + info.blocks * info.block_bytes
             if end > len(data):
                 raise UserError(
                     f"{where}: truncated or damaged: {name} {info.shape} ends at byte {end}, the file has {len(data)}"
                 )
-            self.tensors[name] = info
+            self.tensors[name] = info._replace(begin=begin)
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype of what `read` returns: bfloat16 as stored, float32 for all else."""
@@ -149,28 +156,26 @@ class GGUF:
         """Reads a tensor, dequantised to float32; bfloat16 stays what it is."""
         from gguf.quants import dequantize
 
-        info = self.tensors[name]
-        blocks, block_bytes = _blocks(info)
-        size = math.prod(info.shape)
+        shape, kind, blocks, block_bytes, begin = self.tensors[name]
+        size = math.prod(shape)
         out = np.empty(size, self.dtype(name))
         block = size // max(blocks, 1)
         step = max(1, CHUNK // max(block, 1))
         for first in range(0, blocks, step):
-            count = min(step, blocks - first)
-            stored = np.fromfile(self.path, np.uint8, count * block_bytes, offset=info.begin + first * block_bytes)
-            if len(stored) != count * block_bytes:
+            last = min(first + step, blocks)
+            count = (last - first) * block_bytes
+            stored = np.fromfile(self.path, np.uint8, count, offset=begin + first * block_bytes)
+            if len(stored) != count:
                 raise UserError(f"{self.path}: {name} was cut off since the file was opened")
             try:
-                out[first * block : (first + count) * block] = dequantize(stored, info.type)
+                out[first * block : last * block] = dequantize(stored, kind)
             except NotImplementedError:
-                raise UserError(
-                    f"{self.path}: {name} is of type {info.type.name}, which cannot be dequantised"
-                ) from None
-        return out.reshape(info.shape)
+                raise UserError(f"{self.path}: {name} is of type {kind.name}, which cannot be dequantised") from None
+        return out.reshape(shape)
 
 
 def _info(header: _Header, name: str) -> Info:
-    """Reads a tensor's info; its place is still counted from the start of all data."""
+    """Reads a tensor's info, with `begin` counted from the start of all data."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     dims = header.number("I")
@@ -182,18 +187,10 @@ def _info(header: _Header, name: str) -> Info:
         kind = GGMLQuantizationType(code)
     except ValueError:
         raise UserError(f"{header.where}: {name} is of the unknown type {code}") from None
-    block, _ = GGML_QUANT_SIZES[kind]
+    block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         raise UserError(f"{header.where}: {name} has rows of {shape[-1]}, expected a multiple of {block} ({kind.name})")
-    return Info(shape, kind, header.number("Q"))
-
-
-def _blocks(info: Info) -> tuple[int, int]:
-    """Returns how many blocks a tensor has, and the bytes of one."""
-    from gguf import GGML_QUANT_SIZES
-
-    block, block_bytes = GGML_QUANT_SIZES[info.type]
-    return math.prod(info.shape) // block, block_bytes
+    return Info(shape, kind, math.prod(shape) // block, block_bytes, header.number("Q"))
 
 
 def open_source(path: Path) -> Source:
@@ -258,25 +255,23 @@ def architecture(file: GGUF) -> TransformerConfig:
     elif scaling != "none":
         raise UserError(f"{where}: {kind}.rope.scaling.type={scaling!r}, expected none or linear")
     config = TransformerConfig.from_dict(fields, where)
-    known = next((size for size in SIZES.values() if not _differences_told(config, size)), None)
+    known = _known_size(config)
     if known is not None:
         config = dataclasses.replace(config, query_scale=known.query_scale)
-    if ROPE_FREQS in file.tensors:
+    if ROPE_FREQS in file.tensors:  # Llama 3's scaling, as the divisors of frequencies
         config = dataclasses.replace(config, rope_scaling=known.rope_scaling if known else ())
-        _check_scaling(file, config)
+        divisors = file.read(ROPE_FREQS).reshape(-1)
+        plain = rotary.frequencies(config.head_dim, config.rope_base)
+        scaled = rotary.frequencies(config.head_dim, config.rope_base, config.rope_scaling)
+        if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-4):
+            raise UserError(f"{where}: {ROPE_FREQS} is not the rotary scaling of any known size")
     return config
 
 
-def _check_scaling(file: GGUF, config: TransformerConfig) -> None:
-    """Raises UserError where the file's divisors of frequencies, Llama 3's scaling, are not those of the config."""
-    divisors = file.read(ROPE_FREQS).reshape(-1)
-    plain = rotary.frequencies(config.head_dim, config.rope_base)
-    scaled = rotary.frequencies(config.head_dim, config.rope_base, config.rope_scaling)
-    if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-4):
-        raise UserError(f"{file.path}: {ROPE_FREQS} is not the rotary scaling of any known size")
-
-
-def _differences_told(config: TransformerConfig, size: TransformerConfig) -> list[str]:
-    """Returns the differences between a file and a known size in the fields that GGUF tells."""
-    silent = ("query_scale", "rope_scaling", "local_rope_base", "window")
-    return [line for line in differences(config, size) if not line.startswith(silent)]
+def _known_size(config: TransformerConfig) -> TransformerConfig | None:
+    """Returns the known size that has an architecture's numbers in every field that GGUF tells."""
+    for size in SIZES.values():
+        told = [line for line in differences(config, size) if not line.startswith(SILENT)]
+        if not told:
+            return size
+    return None

@@ -6,7 +6,7 @@ same models (Qwen's composes accents first), the files written here take text as
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +30,10 @@ _WORDS = {
 
 
 class _Vocabulary(NamedTuple):
-    """Holds a vocabulary. ids: token -> 0, 1, ..., in order. types: of every token. special: "bos", "eos", "pad" ->
-    token, of those that there are."""
+    """Holds a vocabulary.
+
+    ids: token -> 0, 1, ..., in order. types: of every token. special: "bos", "eos", "pad" -> token, where there is one.
+    """
 
     ids: dict[str, int]
     types: list[int]
@@ -58,7 +60,7 @@ class _Keys:
         return value
 
     def list_of(self, kind: type, key: str, length: int | None = None) -> list:
-        """Returns the list of a key, whose entries are of type `kind` and `length` in number."""
+        """Returns the list of a key; its entries are of type `kind`, and of this number where it is given."""
         values = self.get(key, list)
         for i, value in enumerate(values):
             if type(value) is not kind:
@@ -80,12 +82,11 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
       UserError: a key is missing, or does not describe a vocabulary of a known kind.
     """
     keys = _Keys(metadata, source)
-    kinds: dict[str, Callable] = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}
-    kind = keys.get("model", str)
-    if kind not in kinds:
-        raise keys.error("model", f"is {kind!r}, expected one of {', '.join(kinds)}")
-    for name, content in kinds[kind](keys, _vocabulary(keys)).items():
-        (folder / name).write_bytes(content)
+    writers = {"gpt2": _write_byte_level_bpe, "llama": _write_sentencepiece}
+    model = keys.get("model", str)
+    if model not in writers:
+        raise keys.error("model", f"is {model!r}, expected one of {', '.join(writers)}")
+    writers[model](keys, _vocabulary(keys), folder)
 
 
 def _vocabulary(keys: _Keys) -> _Vocabulary:
@@ -113,8 +114,7 @@ def _vocabulary(keys: _Keys) -> _Vocabulary:
     return _Vocabulary(ids, types, special)
 
 
-def _byte_level_bpe(keys: _Keys, vocabulary: _Vocabulary) -> dict[str, bytes]:
-    """Returns name -> content of the files of a "gpt2" vocabulary."""
+def _write_byte_level_bpe(keys: _Keys, vocabulary: _Vocabulary, folder: Path) -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -131,19 +131,17 @@ def _byte_level_bpe(keys: _Keys, vocabulary: _Vocabulary) -> dict[str, bytes]:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
+    added = []
     for token, kind in zip(ids, vocabulary.types):
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-            added = tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
-            tokenizer.add_tokens([added])
+            added.append(tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED))
+    tokenizer.add_tokens(added)  # at once: each call goes over all tokens added so far
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
     config = {f"{name}_token": vocabulary.special.get(name) for name in ("bos", "eos", "pad")}
-    return {
-        "tokenizer.json": tokenizer.to_str().encode(),
-        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
-    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _sentencepiece(keys: _Keys, vocabulary: _Vocabulary) -> dict[str, bytes]:
-    """Returns name -> content of the one file of a "llama" vocabulary."""
+def _write_sentencepiece(keys: _Keys, vocabulary: _Vocabulary, folder: Path) -> None:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
@@ -173,4 +171,4 @@ def _sentencepiece(keys: _Keys, vocabulary: _Vocabulary) -> dict[str, bytes]:
         sentencepiece.SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
         raise keys.error("tokens", f"no SentencePiece vocabulary ({error})") from None
-    return {"tokenizer.model": content}
+    (folder / "tokenizer.model").write_bytes(content)

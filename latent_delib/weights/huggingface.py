@@ -40,7 +40,6 @@ _COMMON = dict(
 )
 _GEMMA = _COMMON | dict(hidden_act="gelu_pytorch_tanh", head_dim=256, tie_word_embeddings=True, vocab_size=256_000)
 _GEMMA2 = _GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096)
-_GEMMA2_ALONE = dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window_pattern=2)
 _GEMMA3_ALONE = dict(
     vocab_size=262_208,
     num_attention_heads=8,
@@ -54,7 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _COMMON,
     "qwen3": _COMMON | dict(head_dim=128, rope_theta=1e6),
     "gemma": _GEMMA,
-    "gemma2": _GEMMA2 | _GEMMA2_ALONE,
+    "gemma2": _GEMMA2 | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window_pattern=2),
     "gemma3": _GEMMA2 | _GEMMA3_ALONE,
 }
 # Our field -> the key of a config.json that holds the same number.
@@ -153,11 +152,7 @@ def _files(where: Path) -> dict[str, TensorFile]:
 
 
 def architecture(config: Fields, where: str) -> TransformerConfig:
-    """Returns the TransformerConfig of a config.json.
-
-    Args:
-      config: its fields.
-      where: its path, for messages.
+    """Returns the TransformerConfig of the fields of a config.json. where: its path, for messages.
 
     Raises:
       UserError: a key that is missing, wrong, or of a feature that is not known here.
@@ -179,6 +174,7 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
     pattern = _pattern(c, fields["num_layers"], where)
     has_local = "local" in pattern
     base, scaling, local_base = _rope(c, where)
+    scalar = _number(c, "query_pre_attn_scalar", where) if "query_pre_attn_scalar" in c else 0
     fields |= dict(
         layer_pattern=pattern,
         head_dim=_number(c, "head_dim", where) if "head_dim" in c else 0,
@@ -186,7 +182,7 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
         rope_base=base,
         rope_scaling=scaling,
         local_rope_base=local_base if has_local else TransformerConfig.local_rope_base,
-        query_scale=_query_scale(c, where),
+        query_scale=float(scalar) ** -0.5 if scalar > 0 else 0.0,
         attn_softcap=c["attn_logit_softcapping"] or 0.0,
         final_softcap=c["final_logit_softcapping"] or 0.0,
         untied_head=not c["tie_word_embeddings"],
@@ -225,14 +221,6 @@ def _number(c: Fields, key: str, where: str) -> Any:
     if not isinstance(c[key], int | float) or isinstance(c[key], bool):
         raise UserError(f"{where}: {key}={c[key]!r}, expected a number")
     return c[key]
-
-
-def _query_scale(c: Fields, where: str) -> float:
-    """Returns the factor on scores; 0 for the usual one."""
-    if "query_pre_attn_scalar" not in c:
-        return 0.0
-    scalar = _number(c, "query_pre_attn_scalar", where)
-    return float(scalar) ** -0.5 if scalar > 0 else 0.0
 
 
 def _pattern(c: Fields, num_layers: int, where: str) -> tuple[str, ...]:
@@ -291,7 +279,6 @@ def _base(rope: Fields, default: Any, where: str) -> float:
 
 
 def _scaling(rope: Fields, where: str) -> tuple[float, ...]:
-    """Returns `TransformerConfig.rope_scaling`."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in SCALINGS or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"{where}: rotary positions {dict(rope)}, expected the type to be one of {', '.join(SCALINGS)}")
@@ -313,7 +300,7 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
       token_ids: "bos_token_id", "eos_token_id", "pad_token_id".
 
     Raises:
-      UserError: `transformers` has no class that computes it.
+      UserError: `transformers` has no class that computes it; read back, the fields give another architecture.
     """
     ours = family(c)
     model_type, class_name = CLASSES[ours]
@@ -342,12 +329,16 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
         }
     if ours == "gemma3":
         fields["rope_local_base_freq"] = c.local_rope_base
-    _check_export(fields, c)
+    back = architecture(fields, "config.json")
+    if math.isclose(back.query_scale, c.query_scale, rel_tol=1e-6):  # stored as a power of it
+        back = dataclasses.replace(back, query_scale=c.query_scale)
+    differing = differences(back, c)
+    if differing:
+        raise UserError(f"not to be expressed as {class_name}: {'; '.join(differing)}")
     return fields
 
 
 def _rope_scaling(c: TransformerConfig) -> dict[str, Any] | None:
-    """Returns the rope_scaling of a config.json."""
     if not c.rope_scaling:
         return None
     factor, low, high, context = c.rope_scaling
@@ -356,29 +347,17 @@ def _rope_scaling(c: TransformerConfig) -> dict[str, Any] | None:
     return dict(zip(SCALINGS["llama3"], (factor, low, high, int(context)))) | {"rope_type": "llama3"}
 
 
-def _check_export(fields: Fields, c: TransformerConfig) -> None:
-    """Raises UserError where a config.json does not say all of an architecture."""
-    back = architecture(fields, "config.json")
-    if math.isclose(back.query_scale, c.query_scale, rel_tol=1e-6):  # stored as a power of it
-        back = dataclasses.replace(back, query_scale=c.query_scale)
-    differing = differences(back, c)
-    if differing:
-        raise UserError(f"not to be expressed as {fields['architectures'][0]}: {'; '.join(differing)}")
-
-
 def tokenizer_config(path: Path) -> dict[str, Any]:
     """Returns the tokenizer_config.json that makes `transformers` read a SentencePiece model as it is."""
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     model = SentencePieceProcessor(model_file=str(path))
     proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    ids = {
-        "bos_token": model.bos_id(),
-        "eos_token": model.eos_id(),
-        "unk_token": model.unk_id(),
-        "pad_token": model.pad_id(),
-    }
     # The classes differ in whether a text begins with a blank of its own.
     class_name = "LlamaTokenizer" if proto.normalizer_spec.add_dummy_prefix else "GemmaTokenizer"
-    pieces = {key: model.id_to_piece(i) for key, i in ids.items() if i >= 0}
-    return {"tokenizer_class": class_name, "add_bos_token": True, **pieces}
+    fields = {"tokenizer_class": class_name, "add_bos_token": True}
+    for name in ("bos", "eos", "unk", "pad"):
+        i = getattr(model, f"{name}_id")()
+        if i >= 0:
+            fields[f"{name}_token"] = model.id_to_piece(i)
+    return fields

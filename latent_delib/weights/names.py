@@ -1,8 +1,8 @@
 """Maps tensor names between our parameter tree and other formats: one table per family, read in both directions.
 
-A row gives our leaf with its axes, and what Hugging Face, GGUF and DeepMind's own checkpoints call it: the name, `{}`
-for the layer, then the axes as stored (einops). `[0/2]` picks a part of a tensor that fuses several leaves. Axes:
-V vocabulary, D width, N query heads, K key/value heads, H head dim, F feed-forward width.
+A row gives our leaf with its axes, and what Hugging Face, GGUF and DeepMind's own checkpoints call it: the name, then
+the axes as stored (einops). `[0/2]` picks a part of a tensor that fuses several leaves. Axes: V vocabulary, D width,
+N query heads, K key/value heads, H head dim, F feed-forward width.
 """
 
 import dataclasses
@@ -27,102 +27,46 @@ class Row(NamedTuple):
     deepmind: str = ""
 
 
-_LLAMA = {
+# The names of a layer's tensors begin with these; `{}` is its number.
+LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}.", "deepmind": "layer_{}/"}
+
+_OUTSIDE = {
     "embedding": Row("V D", "model.embed_tokens.weight V D", "token_embd.weight V D", "embedder/input_embedding V D"),
     "final_norm.scale": Row("D", "model.norm.weight D", "output_norm.weight D", "final_norm/scale D"),
-    "layers.pre_attn_norm.scale": Row(
-        "D",
-        "model.layers.{}.input_layernorm.weight D",
-        "blk.{}.attn_norm.weight D",
-        "layer_{}/pre_attention_norm/scale D",
+}
+_LLAMA = {
+    "pre_attn_norm.scale": Row("D", "input_layernorm.weight D", "attn_norm.weight D", "pre_attention_norm/scale D"),
+    "attn.q": Row("D N H", "self_attn.q_proj.weight (N H) D", "attn_q.weight (N H) D", "attn/q_einsum N D H"),
+    "attn.k": Row("D K H", "self_attn.k_proj.weight (K H) D", "attn_k.weight (K H) D", "attn/kv_einsum[0/2] K D H"),
+    "attn.v": Row("D K H", "self_attn.v_proj.weight (K H) D", "attn_v.weight (K H) D", "attn/kv_einsum[1/2] K D H"),
+    "attn.out": Row(
+        "N H D", "self_attn.o_proj.weight D (N H)", "attn_output.weight D (N H)", "attn/attn_vec_einsum N H D"
     ),
-    "layers.attn.q": Row(
-        "D N H",
-        "model.layers.{}.self_attn.q_proj.weight (N H) D",
-        "blk.{}.attn_q.weight (N H) D",
-        "layer_{}/attn/q_einsum N D H",
-    ),
-    "layers.attn.k": Row(
-        "D K H",
-        "model.layers.{}.self_attn.k_proj.weight (K H) D",
-        "blk.{}.attn_k.weight (K H) D",
-        "layer_{}/attn/kv_einsum[0/2] K D H",
-    ),
-    "layers.attn.v": Row(
-        "D K H",
-        "model.layers.{}.self_attn.v_proj.weight (K H) D",
-        "blk.{}.attn_v.weight (K H) D",
-        "layer_{}/attn/kv_einsum[1/2] K D H",
-    ),
-    "layers.attn.out": Row(
-        "N H D",
-        "model.layers.{}.self_attn.o_proj.weight D (N H)",
-        "blk.{}.attn_output.weight D (N H)",
-        "layer_{}/attn/attn_vec_einsum N H D",
-    ),
-    "layers.pre_mlp_norm.scale": Row(
-        "D",
-        "model.layers.{}.post_attention_layernorm.weight D",
-        "blk.{}.ffn_norm.weight D",
-        "layer_{}/pre_ffw_norm/scale D",
-    ),
-    "layers.mlp.gate": Row(
-        "D F",
-        "model.layers.{}.mlp.gate_proj.weight F D",
-        "blk.{}.ffn_gate.weight F D",
-        "layer_{}/mlp/gating_einsum[0/2] D F",
-    ),
-    "layers.mlp.up": Row(
-        "D F",
-        "model.layers.{}.mlp.up_proj.weight F D",
-        "blk.{}.ffn_up.weight F D",
-        "layer_{}/mlp/gating_einsum[1/2] D F",
-    ),
-    "layers.mlp.down": Row(
-        "F D", "model.layers.{}.mlp.down_proj.weight D F", "blk.{}.ffn_down.weight D F", "layer_{}/mlp/linear F D"
-    ),
+    "pre_mlp_norm.scale": Row("D", "post_attention_layernorm.weight D", "ffn_norm.weight D", "pre_ffw_norm/scale D"),
+    "mlp.gate": Row("D F", "mlp.gate_proj.weight F D", "ffn_gate.weight F D", "mlp/gating_einsum[0/2] D F"),
+    "mlp.up": Row("D F", "mlp.up_proj.weight F D", "ffn_up.weight F D", "mlp/gating_einsum[1/2] D F"),
+    "mlp.down": Row("F D", "mlp.down_proj.weight D F", "ffn_down.weight D F", "mlp/linear F D"),
 }
 _QK_NORMS = {
-    "layers.attn.q_norm.scale": Row(
-        "H",
-        "model.layers.{}.self_attn.q_norm.weight H",
-        "blk.{}.attn_q_norm.weight H",
-        "layer_{}/attn/_query_norm/scale H",
-    ),
-    "layers.attn.k_norm.scale": Row(
-        "H",
-        "model.layers.{}.self_attn.k_norm.weight H",
-        "blk.{}.attn_k_norm.weight H",
-        "layer_{}/attn/_key_norm/scale H",
-    ),
+    "attn.q_norm.scale": Row("H", "self_attn.q_norm.weight H", "attn_q_norm.weight H", "attn/_query_norm/scale H"),
+    "attn.k_norm.scale": Row("H", "self_attn.k_norm.weight H", "attn_k_norm.weight H", "attn/_key_norm/scale H"),
 }
 _POST_NORMS = {  # what Llama calls post_attention_layernorm stands before the MLP; here the name means what it says
-    "layers.post_attn_norm.scale": Row(
-        "D",
-        "model.layers.{}.post_attention_layernorm.weight D",
-        "blk.{}.post_attention_norm.weight D",
-        "layer_{}/post_attention_norm/scale D",
+    "post_attn_norm.scale": Row(
+        "D", "post_attention_layernorm.weight D", "post_attention_norm.weight D", "post_attention_norm/scale D"
     ),
-    "layers.pre_mlp_norm.scale": Row(
-        "D",
-        "model.layers.{}.pre_feedforward_layernorm.weight D",
-        "blk.{}.ffn_norm.weight D",
-        "layer_{}/pre_ffw_norm/scale D",
-    ),
-    "layers.post_mlp_norm.scale": Row(
-        "D",
-        "model.layers.{}.post_feedforward_layernorm.weight D",
-        "blk.{}.post_ffw_norm.weight D",
-        "layer_{}/post_ffw_norm/scale D",
+    "pre_mlp_norm.scale": Row("D", "pre_feedforward_layernorm.weight D", "ffn_norm.weight D", "pre_ffw_norm/scale D"),
+    "post_mlp_norm.scale": Row(
+        "D", "post_feedforward_layernorm.weight D", "post_ffw_norm.weight D", "post_ffw_norm/scale D"
     ),
 }
 _QKV_BIASES = {
-    "layers.attn.q_bias": Row("N H", "model.layers.{}.self_attn.q_proj.bias (N H)", "blk.{}.attn_q.bias (N H)"),
-    "layers.attn.k_bias": Row("K H", "model.layers.{}.self_attn.k_proj.bias (K H)", "blk.{}.attn_k.bias (K H)"),
-    "layers.attn.v_bias": Row("K H", "model.layers.{}.self_attn.v_proj.bias (K H)", "blk.{}.attn_v.bias (K H)"),
+    "attn.q_bias": Row("N H", "self_attn.q_proj.bias (N H)", "attn_q.bias (N H)"),
+    "attn.k_bias": Row("K H", "self_attn.k_proj.bias (K H)", "attn_k.bias (K H)"),
+    "attn.v_bias": Row("K H", "self_attn.v_proj.bias (K H)", "attn_v.bias (K H)"),
 }
-_HEAD = {"head": Row("V D", "lm_head.weight V D", "output.weight V D")}
-ROWS = {
+_HEAD = Row("V D", "lm_head.weight V D", "output.weight V D")
+LAYER_ROWS = {
     "llama": _LLAMA,
     "qwen2": _LLAMA | _QKV_BIASES,
     "qwen3": _LLAMA | _QK_NORMS,
@@ -134,7 +78,12 @@ ROWS = {
 
 def rows(config: TransformerConfig) -> dict[str, Row]:
     """Returns the rows of an architecture's leaves, by leaf."""
-    return ROWS[family(config)] | (_HEAD if config.untied_head else {})
+    found = dict(_OUTSIDE)
+    for leaf, row in LAYER_ROWS[family(config)].items():
+        found[f"layers.{leaf}"] = row
+    if config.untied_head:
+        found["head"] = _HEAD
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,17 +134,17 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
       config: the architecture.
       form: a column of the tables: "huggingface", "gguf" or "deepmind".
     """
-    c, family_ = config, family(config)
+    c = config
     sizes = dict(V=c.vocab_size, D=c.embed_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim, F=c.ffn_dim)
     sizes |= dict(h=c.head_dim // 2, c=2)
-    for leaf, row in rows(config).items():
+    for leaf, row in rows(c).items():
         name, _, theirs = getattr(row, form).partition(" ")
         ours = row.ours
-        if form == "gguf" and family_ == "llama" and leaf in ("layers.attn.q", "layers.attn.k"):
+        if form == "gguf" and family(c) == "llama" and leaf in ("layers.attn.q", "layers.attn.k"):
             # There rotary pairs are neighbours, (0, 1), (2, 3), ...; elsewhere the halves of a head.
             theirs, ours = theirs.replace("H", "h c"), ours.replace("H", "(c h)")
         if form == "deepmind" and c.num_heads == c.num_kv_heads and re.fullmatch(r"layers\.attn\.[qkv]", leaf):
-            name = f"layer_{{}}/attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
+            name = f"attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
         part = re.fullmatch(r"(.*)\[(\d)/(\d)\]", name)
         groups = re.findall(r"\([^)]*\)|\w", theirs)
         tensor = Tensor(
@@ -213,7 +162,7 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
             yield tensor
             continue
         for layer in range(c.num_layers):
-            yield dataclasses.replace(tensor, layer=layer, name=tensor.name.format(layer))
+            yield dataclasses.replace(tensor, layer=layer, name=LAYER[form].format(layer) + tensor.name)
 
 
 def match(

@@ -7,7 +7,7 @@ import pytest
 import small
 
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.cost import repeated_flops, train_step_flops
+from latent_delib.delib.cost import step_flops
 from latent_delib.nn.sizes import SIZES
 from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
@@ -38,7 +38,7 @@ def counted(config, L, placement, T, M, A):
 def test_counted_pair_by_pair(placement):
     config = dataclasses.replace(small.GEMMA, window=8)
     aug = Augmentation(Transformer(config), "cache_augmentation", 4, placement)
-    ours = train_step_flops(aug, 3, 64, 5, 6)
+    ours = step_flops(aug, 3, 64, 5, 6).useful
     # In a window the first half pair is counted whole.
     np.testing.assert_allclose(ours, 3 * counted(config, 4, placement, 64, 5, 6), rtol=1e-3)
 
@@ -47,7 +47,7 @@ def test_the_published_setting():
     """TFLOP a sequence of Gemma 2 2B."""
     for L, expected in ((16, 73.25), (64, 203.35)):
         aug = Augmentation(Transformer(SIZES["gemma2_2b"]), "cache_augmentation", L)
-        assert abs(train_step_flops(aug, 1, 2048, 128, 16) / 1e12 - expected) < 0.01
+        assert abs(step_flops(aug, 1, 2048, 128, 16).useful / 1e12 - expected) < 0.01
 
 
 def test_what_is_done_beyond_that():
@@ -57,7 +57,7 @@ def test_what_is_done_beyond_that():
     products = 2 * sum(x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name)
 
     def again(remat, method="cache_augmentation"):
-        return repeated_flops(Augmentation(Transformer(config, remat), method, 4), 3, 64, 5, 6)
+        return step_flops(Augmentation(Transformer(config, remat), method, 4), 3, 64, 5, 6).repeated
 
     tokens = 3 * 5 * (4 + 4 + 6 - 1)
     assert again("none") == again("dots") == 0

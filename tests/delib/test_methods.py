@@ -13,7 +13,7 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.delib import augment, traces
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Inserted, Models, Reading
-from latent_delib.delib.cost import repeated_flops, train_step_flops
+from latent_delib.delib.cost import step_flops
 from latent_delib.delib.flops import Flops
 from latent_delib.delib.methods import METHODS, Method, param_axes
 from latent_delib.errors import UserError
@@ -116,9 +116,9 @@ def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):
     shardings = mesh_lib.parameters(mesh, tree, param_axes("loud"))
     assert shardings["coprocessor"]["loudness"].spec == jax.sharding.PartitionSpec(("fsdp", "traces"))
     assert write("loud", tree, text_of(0)).shape == (B, M, L, CONFIG.embed_dim)
-    for count, more in ((train_step_flops, price.useful), (repeated_flops, price.repeated)):
-        of = [count(Augmentation(MODEL, name, L), B, T, M, 2) for name in ("loud", "static_tokens")]
-        assert of[0] - of[1] == more
+    loud, static = (step_flops(Augmentation(MODEL, name, L), B, T, M, 2) for name in ("loud", "static_tokens"))
+    assert loud.useful - static.useful == price.useful
+    assert loud.repeated - static.repeated == price.repeated
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -44,15 +44,7 @@ def choose(form: str, device: Any) -> str:
 def unsupported(
     kernel: str, q_shape: tuple[int, ...], kv_heads: int, prefix_length: int | None, dtype: Any
 ) -> str | None:
-    """Returns why a kernel cannot serve a call ("head dim 80"), or None.
-
-    Args:
-      kernel: one of KERNELS.
-      q_shape: (B, M, S, N, H).
-      kv_heads: K.
-      prefix_length: T, or None without a prefix.
-      dtype: of queries, keys and values.
-    """
+    """Returns why a kernel cannot serve a call ("head dim 80"), or None. prefix_length: T, or None without a prefix."""
     *_, N, H = q_shape
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {jnp.dtype(dtype)}"
@@ -87,9 +79,6 @@ def attend(
       form: one of FORMS.
       few: calls of at most this many queries per row are computed by the reference.
       shared_memory: bytes that the GPU's kernels are cut to fit.
-
-    Returns:
-      [B, M, S, N, H] in the dtype of v.
     """
     if form == "reference" or q_BMSNH.shape[1] * q_BMSNH.shape[2] <= few:
         return primitive.attend(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=scale, softcap=softcap)
@@ -112,7 +101,6 @@ def _attend(q_BMSNH, own, prefix, bounds, call):
 
 
 def _forward(q, own, prefix, bounds, call):
-    """Returns the output, and every row's log-sum-exp."""
     if call.form == "xla":
         return xla.forward(q, own, prefix, bounds, call.scale, call.softcap)
     return _kernel(call, "forward", q, *own, prefix, bounds)

@@ -128,12 +128,8 @@ def forward(
     """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
 
     Args:
-      q_BMSNH, k_BMSKH, v_BMSKH: bfloat16 or float32, all of one dtype; query head n uses key head n // G.
-      prefix: keys and values [B, T, K, H] of the same dtype that all M groups of a row share, or None.
-      bounds: the visible ranges, int32 [B, M, S]. A query always sees itself: own_start <= i.
-      scale: factor on the scores.
-      softcap: c in c * tanh(score / c); 0 for none. With bfloat16 inputs the tanh is the hardware's, of relative error
-        2^-11.
+      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays all bfloat16 or all
+        float32. With bfloat16 the tanh of the softcap is the hardware's, of relative error 2^-11.
       shared_memory: bytes that one program may have; the largest blocks that fit are taken.
       interpret: run the kernels as ordinary JAX, on any platform.
     """

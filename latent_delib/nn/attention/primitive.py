@@ -38,7 +38,8 @@ def attend(
       q_BMSNH, k_BMSKH, v_BMSKH: the group's queries, keys and values; query head n uses key head n // G.
       prefix: keys and values [B, T, K, H] that all M groups of a row share, or None.
       bounds: the visible ranges. A query always sees itself.
-      scale: factor on the scores. softcap: c in c * tanh(score / c); 0 for none.
+      scale: factor on the scores.
+      softcap: c in c * tanh(score / c); 0 for none.
 
     Returns:
       [B, M, S, N, H] in the dtype of v; scores and softmax are float32.
@@ -62,18 +63,27 @@ def weights(
     B, M, S, N, H = q_BMSNH.shape
     K = k_BMSKH.shape[-2]
     q = q_BMSNH.reshape(B, M, S, K, N // K, H)
-    own = jnp.arange(S)
     scores = einsum("BMSKGH,BMUKH->BMKGSU", q, k_BMSKH, jnp.float32)
-    visible = (own >= bounds.own_start[..., None]) & (own <= own[:, None])
+    visible = own_in_range(bounds.own_start)
     if prefix is not None:
         k_BTKH = prefix[0]
-        slot = jnp.arange(k_BTKH.shape[1])
         over_prefix = einsum("BMSKGH,BTKH->BMKGST", q, k_BTKH, jnp.float32)
-        in_range = (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
         scores = jnp.concatenate([over_prefix, scores], axis=-1)
-        visible = jnp.concatenate([in_range, visible], axis=-1)
+        visible = jnp.concatenate([_prefix_in_range(bounds, k_BTKH.shape[1]), visible], axis=-1)
     scores, _ = softcapped(scores * scale, softcap)
     return jax.nn.softmax(jnp.where(visible[:, :, None, None], scores, -jnp.inf), axis=-1)
+
+
+def own_in_range(own_start: jax.Array) -> jax.Array:
+    """Returns which own tokens each query sees, bool [..., S, S], from own_start [..., S]."""
+    own = jnp.arange(own_start.shape[-1])
+    return (own >= own_start[..., None]) & (own <= own[:, None])
+
+
+def _prefix_in_range(bounds: Bounds, length: int) -> jax.Array:
+    """Returns which of the prefix's slots each query sees, bool [B, M, S, length]."""
+    slot = jnp.arange(length)
+    return (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
 
 
 def within_window(bounds: Bounds, position_BMS: jax.Array, prefix_position_BT: jax.Array | None, window: int) -> Bounds:
@@ -83,13 +93,10 @@ def within_window(bounds: Bounds, position_BMS: jax.Array, prefix_position_BT: j
     is its stop minus the number of keys that are near enough. (Slot numbers would not do: latents share positions.)
     """
     oldest = (position_BMS - window)[..., None]
-    own = jnp.arange(position_BMS.shape[-1])
-    in_range = (own >= bounds.own_start[..., None]) & (own <= own[:, None])
-    near = in_range & (position_BMS[:, :, None, :] > oldest)
-    own_start = own + 1 - near.sum(-1)
+    near = own_in_range(bounds.own_start) & (position_BMS[:, :, None, :] > oldest)
+    own_start = jnp.arange(1, position_BMS.shape[-1] + 1) - near.sum(-1)
     if prefix_position_BT is None:
         return bounds._replace(own_start=own_start)
-    slot = jnp.arange(prefix_position_BT.shape[1])
-    in_range = (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
+    in_range = _prefix_in_range(bounds, prefix_position_BT.shape[1])
     near = in_range & (prefix_position_BT[:, None, None, :] > oldest)
     return bounds._replace(prefix_start=bounds.prefix_stop - near.sum(-1), own_start=own_start)

@@ -58,11 +58,8 @@ def forward(
     """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
 
     Args:
-      q_BMSNH, k_BMSKH, v_BMSKH: all float32 or all bfloat16; query head n uses key head n // G.
-      prefix: keys and values [B, T, K, H] that all M groups of a row share, or None.
-      bounds: the visible ranges. A query always sees itself.
-      scale: factor on the scores.
-      softcap: c in c * tanh(score / c); 0 for none.
+      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays all bfloat16 or all
+        float32.
       interpret: run on any platform, slowly, as the tests do.
     """
     plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from latent_delib.nn.attention.primitive import Bounds, Keys
+from latent_delib.nn.attention.primitive import Bounds, Keys, own_in_range
 from latent_delib.nn.products import einsum, softcapped
 
 QUERIES = 256  # tokens of a chunk, and
@@ -64,18 +64,9 @@ class Saved(NamedTuple):
 def forward(
     q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds, scale: float, softcap: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention's output and every row's log-sum-exp.
+    """Returns attention's output [B, M, S, N, H] in the dtype of the values, and every row's log-sum-exp, float32.
 
-    Args:
-      q_BMSNH: queries.
-      own: keys and values [B, M, S, K, H] of the groups.
-      prefix: keys and values [B, T, K, H] that all groups of a row share, or None.
-      bounds: the visible ranges. A query always sees itself.
-      scale: factor on the scores.
-      softcap: c in c * tanh(score / c); 0 for none.
-
-    Returns:
-      [B, M, S, N, H] in the dtype of the values, and float32 [B, M, S, N].
+    Arguments as for `primitive.attend`; own: keys and values [B, M, S, K, H] of the groups.
     """
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
     score = partial(_scores, scale=scale, softcap=softcap)
@@ -84,7 +75,7 @@ def forward(
         zeros = jnp.zeros(chunk.q.shape, jnp.float32)
         state = Softmax(zeros[..., 0] + NEVER, zeros[..., 0], zeros)
         if chunk.own is not None:
-            state = _see(state, chunk.q, chunk.own, _own_seen(chunk), score)
+            state = _see(state, chunk.q, chunk.own, own_in_range(chunk.own_start), score)
         for keys, start, stop in zip(shared, chunk.start, chunk.stop):
 
             def see_block(i, state, keys=keys, start=start, stop=stop):
@@ -146,7 +137,7 @@ def backward(
         dq = jnp.zeros(chunk.q.shape, jnp.float32)
         down = None
         if chunk.own is not None:
-            weights, dproducts = _derive(chunk.q, chunk.own, _own_seen(chunk), saved, score)
+            weights, dproducts = _derive(chunk.q, chunk.own, own_in_range(chunk.own_start), saved, score)
             dq += _weighted(dproducts, chunk.own[0])
             down = _onto(dproducts, chunk.q, False), _onto(weights, saved.dout, False)
             down = tuple(d.swapaxes(-1, -2).astype(x.dtype) for d, x in zip(down, chunk.own))
@@ -189,14 +180,12 @@ def _derive(q: jax.Array, keys: Keys, seen: jax.Array, saved: Saved, score: Call
 
 def _no_gradient(keys: Keys) -> Keys:
     """Returns zeros [B, K, H, T], float32, for the gradients of shared keys and values [B, K, T, H]."""
-    k, v = (jnp.zeros_like(x.swapaxes(-1, -2), jnp.float32) for x in keys)
-    return k, v
+    return tuple(jnp.zeros_like(x.swapaxes(-1, -2), jnp.float32) for x in keys)
 
 
 def _as_given(gradients: Keys, keys: Keys) -> Keys:
     """Returns gradients [B, K, H, T] as [B, T, K, H], in the dtypes of the keys and values."""
-    dk, dv = (jnp.moveaxis(d, 3, 1).astype(x.dtype) for d, x in zip(gradients, keys))
-    return dk, dv
+    return tuple(jnp.moveaxis(d, 3, 1).astype(x.dtype) for d, x in zip(gradients, keys))
 
 
 def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> tuple[Chunk, tuple[Keys, ...]]:
@@ -278,12 +267,6 @@ def _scores(q, k, seen, scale: float, softcap: float):
     G = q.shape[3] // seen.shape[2]
     visible = jnp.repeat(seen, G, axis=2)[:, None]
     return jnp.where(visible, scores, NEVER), scale * slope, visible
-
-
-def _own_seen(chunk: Chunk) -> jax.Array:
-    """Returns which own tokens a query sees, bool [B, c, S, U]."""
-    own = jnp.arange(chunk.own_start.shape[-1])
-    return (own >= chunk.own_start[..., None]) & (own <= own[:, None])
 
 
 def _first(shared: Keys, i: jax.Array) -> jax.Array:
