@@ -43,7 +43,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a step is compiled once for
 
 flags.FLAGS(["pytest"])  # seqio reads absl's flags and raises where nobody has parsed them
 
-MEMORY = 1.2e9  # bytes that a worker may hold at the end of a file of tests
+MEMORY = 1e9  # bytes that a worker may hold at the end of a file of tests
 ROOT = Path(__file__).parents[1]
 WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
 
