@@ -14,8 +14,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import UserError
-from latent_delib.nn.layers import Axes
-from latent_delib.nn.products import einsum
+from latent_delib.nn.layers import Axes, contracted
+from latent_delib.nn.products import matmul
 
 AXES = ("data", "fsdp", "traces", "tensor")
 ROWS = ("data", "fsdp")
@@ -236,12 +236,13 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
         return spec(axes, {axis: part if by_hand.issuperset(_names(part)) else None for axis, part in rules.items()})
 
-    def multiply(equation: str, x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
+    def multiply(x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
+        count = contracted(x_axes, w_axes, y_axes)
         if mesh.size == mesh.shape["tensor"]:  # nothing to gather
-            return einsum(equation, x, w)
+            return matmul(x, w, count)
 
         def on_each_device(x: jax.Array, w: jax.Array) -> jax.Array:
-            return einsum(equation, x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True))
+            return matmul(x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True), count)
 
         not_split = {axis: None for axis, length in zip(x_axes, x.shape, strict=True) if axis and length == 1}
         activations = ACTIVATIONS | not_split

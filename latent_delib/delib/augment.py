@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_delib.delib import coprocessor, lora
+from latent_delib.delib import loss as loss_lib
 from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.coprocessor import Inserted, Latents, Models, Reading
 from latent_delib.delib.loss import ahead_weights, token_nll, tokens_at_a_time
@@ -131,13 +132,22 @@ def decode(aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: 
 
 
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns -log p of each target [B, ...] from outputs [B, ..., D], in nats, float32."""
+    """Returns -log p of each target [B, ...] from outputs [B, ..., D], in nats, float32; not to be differentiated."""
+    return token_nll(*_of_rows(aug, params, x, targets)).reshape(targets.shape)
+
+
+def summed_nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the sum of `nll` times weights [B, ...], a float32 scalar, for training."""
+    x_BRD, table_VD, target_BR, softcap, chunk = _of_rows(aug, params, x, targets)
+    return loss_lib.summed_nll(x_BRD, table_VD, target_BR, weights.reshape(target_BR.shape), softcap, chunk)
+
+
+def _of_rows(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> tuple:
+    """Returns the arguments of `loss.token_nll`: the tokens of each row in one sequence."""
     B, D = x.shape[0], x.shape[-1]
     table_VD = transformer.output_table(params["decoder"])
-    softcap = aug.transformer.config.final_softcap
     chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
-    nll_BR = token_nll(x.reshape(B, -1, D), table_VD, targets.reshape(B, -1), softcap, chunk)
-    return nll_BR.reshape(targets.shape)
+    return x.reshape(B, -1, D), table_VD, targets.reshape(B, -1), aug.transformer.config.final_softcap, chunk
 
 
 def loss(
@@ -165,14 +175,14 @@ def loss(
     """
     params = gathered(aug, params)
     reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
-    if not aug.has_latents:
-        same_document = (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)
-        losses = nll(aug, params, reading.outputs[:, :-1], tokens_BT[:, 1:])
-        weights = same_document.astype(jnp.float32)
-    else:
+    if aug.has_latents:
         traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)
         z = write_latents(aug, params, reading, traces)
-        x_BMAD, _ = decode(aug, params, z, reading.cache, traces)
-        losses = nll(aug, params, x_BMAD, traces.targets)
+        outputs, _ = decode(aug, params, z, reading.cache, traces)
+        targets = traces.targets
         weights = traces.weights * ahead_weights(num_ahead)
-    return jnp.sum(losses * weights), jnp.sum(weights)
+    else:
+        outputs = reading.outputs
+        targets, next_segment_BT = (jnp.pad(x[:, 1:], [(0, 0), (0, 1)]) for x in (tokens_BT, segment_BT))
+        weights = ((segment_BT == next_segment_BT) & (segment_BT > 0)).astype(jnp.float32)
+    return summed_nll(aug, params, outputs, targets, weights), jnp.sum(weights)

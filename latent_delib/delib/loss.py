@@ -29,12 +29,8 @@ def tokens_at_a_time(chunk: int, sequences: int, shards: int) -> int:
     return max(1, min(chunk, chunk * SEQUENCES * shards // sequences))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_nll(x_BRD: jax.Array, table_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int) -> jax.Array:
-    """Returns -log p(target) of every token, in nats, float32 [B, R].
-
-    Where the table is frozen, the forward pass makes the gradient of x too, while the logits are at hand, up to the
-    factor that the loss puts on each token. Where the table is trained, the backward pass computes the logits again.
+    """Returns -log p(target) of every token, in nats, float32 [B, R]; `summed_nll` is the one to differentiate.
 
     Args:
       x_BRD: final-normed outputs.
@@ -45,6 +41,22 @@ def token_nll(x_BRD: jax.Array, table_VD: jax.Array, target_BR: jax.Array, softc
     """
     parts = _cut(chunk, x_BRD, target_BR)
     return _join(jax.lax.map(lambda part: _nll(part[0], table_VD, part[1], softcap)[0], parts), x_BRD)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_nll(
+    x_BRD: jax.Array, table_VD: jax.Array, target_BR: jax.Array, weight_BR: jax.Array, softcap: float, chunk: int
+) -> jax.Array:
+    """Returns the sum of `token_nll` over all tokens, each times its weight: nats, a float32 scalar.
+
+    The forward pass makes the gradients too, while the logits are at hand: that of x, and that of the table where it is
+    trained. So no logits are computed twice.
+
+    Args:
+      x_BRD, table_VD, target_BR, softcap, chunk: as for `token_nll`.
+      weight_BR: float32; it gets no gradient.
+    """
+    return jnp.sum(token_nll(x_BRD, table_VD, target_BR, softcap, chunk) * weight_BR)
 
 
 def _cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -73,47 +85,40 @@ def _nll(x_BrD: jax.Array, table_VD: jax.Array, target_Br: jax.Array, softcap: f
     """Returns -log p of the targets [B, r], and its gradient in the products x . table [B, r, V]; float32."""
     logits_BrV = einsum("BrD,VD->BrV", x_BrD, table_VD.astype(x_BrD.dtype), jnp.float32)
     logits_BrV, slope_BrV = softcapped(logits_BrV, softcap)
-    lse_Br1 = jax.nn.logsumexp(logits_BrV, axis=-1, keepdims=True)
-    is_target_BrV = target_Br[..., None] == jnp.arange(table_VD.shape[0])
-    dlogits_BrV = (jnp.exp(logits_BrV - lse_Br1) - is_target_BrV) * slope_BrV
+    high_Br1 = jnp.max(logits_BrV, axis=-1, keepdims=True)
+    exp_BrV = jnp.exp(logits_BrV - high_Br1)
+    total_Br1 = jnp.sum(exp_BrV, axis=-1, keepdims=True)
     picked_Br1 = jnp.take_along_axis(logits_BrV, target_Br[..., None], axis=-1)
-    return (lse_Br1 - picked_Br1)[..., 0], dlogits_BrV
+    is_target_BrV = target_Br[..., None] == jnp.arange(table_VD.shape[0])
+    dlogits_BrV = (exp_BrV / total_Br1 - is_target_BrV) * slope_BrV
+    return (jnp.log(total_Br1) + high_Br1 - picked_Br1)[..., 0], dlogits_BrV
 
 
-def _into_x(dlogits_BrV: jax.Array, table_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns the gradient in x [B, r, D] from the one in the logits."""
-    return einsum("BrV,VD->BrD", dlogits_BrV.astype(dtype), table_VD.astype(dtype), jnp.float32).astype(dtype)
-
-
-def _forward(x_BRD, table_VD, target_BR, softcap, chunk):
+def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
     trained = table_VD.perturbed
-    x_BRD, table_VD, target_BR = (a.value for a in (x_BRD, table_VD, target_BR))
-    if trained:
-        return token_nll(x_BRD, table_VD, target_BR, softcap, chunk), (None, (x_BRD, table_VD, target_BR))
-
-    def one(part):
-        nll_Br, dlogits_BrV = _nll(part[0], table_VD, part[1], softcap)
-        return nll_Br, _into_x(dlogits_BrV, table_VD, x_BRD.dtype)
-
-    nll, dx = jax.lax.map(one, _cut(chunk, x_BRD, target_BR))
-    return _join(nll, x_BRD), (_join(dx, x_BRD), None)
-
-
-def _backward(softcap, chunk, saved, dnll_BR):
-    dx_BRD, operands = saved
-    if operands is None:
-        return (dx_BRD * dnll_BR[..., None]).astype(dx_BRD.dtype), None, None
-    x_BRD, table_VD, target_BR = operands
+    x_BRD, table_VD, target_BR, weight_BR = (a.value for a in (x_BRD, table_VD, target_BR, weight_BR))
+    dtype = x_BRD.dtype
 
     def one(dtable_VD, part):
-        x_BrD, target_Br, dnll_Br = part
-        dlogits_BrV = _nll(x_BrD, table_VD, target_Br, softcap)[1] * dnll_Br[..., None]
-        more_VD = einsum("BrV,BrD->VD", dlogits_BrV.astype(x_BrD.dtype), x_BrD, jnp.float32)
-        return dtable_VD + more_VD, _into_x(dlogits_BrV, table_VD, x_BrD.dtype)
+        x_BrD, target_Br, weight_Br = part
+        nll_Br, dlogits_BrV = _nll(x_BrD, table_VD, target_Br, softcap)
+        dlogits_BrV = (dlogits_BrV * weight_Br[..., None]).astype(dtype)
+        dx_BrD = einsum("BrV,VD->BrD", dlogits_BrV, table_VD.astype(dtype), jnp.float32)
+        if trained:
+            dlogits_RV = dlogits_BrV.reshape(-1, dlogits_BrV.shape[-1])
+            dtable_VD += einsum("RV,RD->VD", dlogits_RV, x_BrD.reshape(-1, x_BrD.shape[-1]), jnp.float32)
+        return dtable_VD, (nll_Br * weight_Br, dx_BrD.astype(dtype))
 
-    parts = _cut(chunk, x_BRD, target_BR, dnll_BR)
-    dtable_VD, dx = jax.lax.scan(one, jnp.zeros(table_VD.shape, jnp.float32), parts)
-    return _join(dx, x_BRD), dtable_VD.astype(table_VD.dtype), None
+    dtable_VD = jnp.zeros(table_VD.shape, jnp.float32) if trained else None
+    dtable_VD, (nll, dx) = jax.lax.scan(one, dtable_VD, _cut(chunk, x_BRD, target_BR, weight_BR))
+    if trained:
+        dtable_VD = dtable_VD.astype(table_VD.dtype)
+    return jnp.sum(nll), (_join(dx, x_BRD), dtable_VD)
 
 
-token_nll.defvjp(_forward, _backward, symbolic_zeros=True)
+def _backward(softcap, chunk, saved, dsum):
+    dx_BRD, dtable_VD = (None if d is None else (d * dsum).astype(d.dtype) for d in saved)
+    return dx_BRD, dtable_VD, None, None
+
+
+summed_nll.defvjp(_forward, _backward, symbolic_zeros=True)

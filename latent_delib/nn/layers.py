@@ -13,7 +13,7 @@ from latent_delib.nn.attention import primitive
 from latent_delib.nn.attention.forms import FEW, attend
 from latent_delib.nn.attention.gpu import LEAST
 from latent_delib.nn.attention.primitive import Bounds, Keys
-from latent_delib.nn.products import einsum
+from latent_delib.nn.products import matmul
 from latent_delib.nn.sizes import TransformerConfig
 
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
@@ -59,12 +59,17 @@ TEXT = ("batch", None, "heads", None)  # a prefix
 FEATURES = ("batch", "traces", None, "ffn")
 
 
+def contracted(x_axes: Axes, w_axes: Axes, y_axes: Axes) -> int:
+    """Returns how many axes a product of x with w sums over."""
+    return (len(x_axes) + len(w_axes) - len(y_axes)) // 2
+
+
 class Partition(NamedTuple):
     """Says how work is divided over devices, by the names of logical axes: all that `nn` and `delib` know of a mesh.
 
     constrain(x, axes): returns an activation, placed where it belongs.
     gather(w, axes): returns a table of vectors, whole along the width.
-    product(equation, x, w, x_axes, w_axes, y_axes): returns the einsum of activations with a weight that is split.
+    product(x, w, x_axes, w_axes, y_axes): returns activations times a weight that is split (`products.matmul`).
     split(function, in_axes, out_axes): returns the function that runs `function` on each device's own part.
     row_shards: the number of parts that the rows of a batch are split into.
     shared_memory: the bytes that one program of the GPU's kernels may have on each device.
@@ -72,7 +77,7 @@ class Partition(NamedTuple):
 
     constrain: Callable[[jax.Array, Axes], jax.Array] = lambda x, axes: x
     gather: Callable[[jax.Array, Axes], jax.Array] = lambda w, axes: w
-    product: Callable[..., jax.Array] = lambda equation, x, w, *axes: einsum(equation, x, w)
+    product: Callable[..., jax.Array] = lambda x, w, *axes: matmul(x, w, contracted(*axes))
     split: Callable[[Callable, Any, Any], Callable] = lambda function, in_axes, out_axes: function
     row_shards: int = 1
     shared_memory: int = LEAST
@@ -139,7 +144,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int) -> jax.Array:
             w_DNH = self.param(name, _normal(D), (D, heads, H)).astype(x_BMSD.dtype)
-            y = self.partition.product("BMSD,DNH->BMSNH", x_BMSD, w_DNH, TRACES, PARAM_AXES[name][1:], HEADS)
+            y = self.partition.product(x_BMSD, w_DNH, TRACES, PARAM_AXES[name][1:], HEADS)
             if c.qkv_bias:
                 y += self.param(f"{name}_bias", nn.initializers.zeros, (heads, H)).astype(y.dtype)
             return self.partition.constrain(y, HEADS)
@@ -171,7 +176,7 @@ class Attention(nn.Module):
         in_axes = (HEADS, HEADS, HEADS, prefix and (TEXT, TEXT), Bounds(QUERIES, QUERIES, QUERIES))
         out_BMSNH = self.partition.split(form, in_axes, HEADS)(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
-        out_BMSD = self.partition.product("BMSNH,NHD->BMSD", out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
+        out_BMSD = self.partition.product(out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
         return out_BMSD, (k_BMSKH, v_BMSKH)
 
 
@@ -187,12 +192,12 @@ class MLP(nn.Module):
 
         def widen(name: str) -> jax.Array:
             w_DF = self.param(name, _normal(D), (D, F)).astype(x_BMSD.dtype)
-            return self.partition.product("...D,DF->...F", x_BMSD, w_DF, TRACES, PARAM_AXES[name][1:], FEATURES)
+            return self.partition.product(x_BMSD, w_DF, TRACES, PARAM_AXES[name][1:], FEATURES)
 
         hidden_BMSF = ACTIVATIONS[self.config.activation](widen("gate")) * widen("up")
         hidden_BMSF = self.partition.constrain(hidden_BMSF, FEATURES)
         down_FD = self.param("down", _normal(F), (F, D)).astype(x_BMSD.dtype)
-        return self.partition.product("...F,FD->...D", hidden_BMSF, down_FD, FEATURES, PARAM_AXES["down"][1:], TRACES)
+        return self.partition.product(hidden_BMSF, down_FD, FEATURES, PARAM_AXES["down"][1:], TRACES)
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import small
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.loss import token_nll, tokens_at_a_time
+from latent_delib.delib.loss import summed_nll, token_nll, tokens_at_a_time
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.transformer import Transformer
 
@@ -30,35 +30,37 @@ def inputs(size=1.0, dtype=jnp.float32):
 def naive(softcap):
     """One function for each softcap, so that it is compiled once."""
 
-    def nll(x, embedding, target):
+    def total(x, embedding, target, weights):
         logits = x @ embedding.T
         logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
+        return jnp.sum(losses * weights), losses
 
-    return nll
+    return total
 
 
 @functools.cache
 def ours(softcap, chunk):
-    return lambda x, embedding, target: token_nll(x, embedding, target, softcap, chunk)
+    def total(x, embedding, target, weights):
+        losses = token_nll(x, embedding, target, softcap, chunk)
+        return summed_nll(x, embedding, target, weights, softcap, chunk), losses
+
+    return total
 
 
 @partial(jax.jit, static_argnums=0)
-def value_and_grads(nll, x, embedding, target, weights):
-    def total(x, embedding):
-        losses = nll(x, embedding, target)
-        return jnp.sum(losses * weights), losses
-
-    return jax.grad(total, argnums=(0, 1), has_aux=True)(x, embedding)
+def value_and_grads(total, *args):
+    return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(*args)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_equals_log_softmax(chunk, softcap):
     args = inputs()
-    grads, losses = value_and_grads(ours(softcap, chunk), *args)
-    grads_wanted, wanted = value_and_grads(naive(softcap), *args)
+    (total, losses), grads = value_and_grads(ours(softcap, chunk), *args)
+    (total_wanted, wanted), grads_wanted = value_and_grads(naive(softcap), *args)
     np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total, total_wanted, rtol=1e-5)
     for found, expected in zip(grads, grads_wanted):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -68,8 +70,8 @@ def test_bfloat16(softcap):
     """bfloat16 outputs and a float32 table: the loss is float32, each gradient has the dtype of its argument."""
     x, embedding, target, weights = inputs(dtype=jnp.bfloat16)
     embedding = embedding.astype(jnp.bfloat16).astype(jnp.float32)
-    grads, losses = value_and_grads(ours(softcap, 4), x, embedding, target, weights)
-    grads_wanted, wanted = value_and_grads(naive(softcap), x.astype(jnp.float32), embedding, target, weights)
+    (_, losses), grads = value_and_grads(ours(softcap, 4), x, embedding, target, weights)
+    (_, wanted), grads_wanted = value_and_grads(naive(softcap), x.astype(jnp.float32), embedding, target, weights)
     assert [a.dtype for a in (losses, *grads)] == [jnp.float32, jnp.bfloat16, jnp.float32]
     np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)  # products of bfloat16 are exact in float32
     for found, expected in zip(grads, grads_wanted):
@@ -81,8 +83,8 @@ def test_bfloat16(softcap):
 def test_extreme_logits_are_finite_and_right(softcap):
     """Logits of some 1e5, far past what exp can hold."""
     args = inputs(size=300.0)
-    grads, losses = value_and_grads(ours(softcap, 4), *args)
-    grads_wanted, wanted = value_and_grads(naive(softcap), *args)
+    (_, losses), grads = value_and_grads(ours(softcap, 4), *args)
+    (_, wanted), grads_wanted = value_and_grads(naive(softcap), *args)
     assert losses.max() > (4 if softcap else 1e4)
     np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)
     for found, expected in zip(grads, grads_wanted):
@@ -105,7 +107,7 @@ def test_a_frozen_table_changes_no_gradient(softcap):
     x, embedding, target, weights = inputs()
 
     def total(x, embedding):
-        return jnp.sum(token_nll(x, embedding, target, softcap, 4) * weights)
+        return summed_nll(x, embedding, target, weights, softcap, 4)
 
     alone = jax.jit(jax.grad(total))(x, embedding)
     both = jax.jit(jax.grad(total, argnums=(0, 1)))(x, embedding)
@@ -122,7 +124,7 @@ def test_no_logits_of_all_tokens(chunk, whole, argnums):
     x, embedding, target, weights = inputs()
 
     def total(x, embedding):
-        return jnp.sum(token_nll(x, embedding, target, 2.0, chunk) * weights)
+        return summed_nll(x, embedding, target, weights, 2.0, chunk)
 
     program = jax.make_jaxpr(jax.value_and_grad(total, argnums))(x, embedding)
     floats = [a.shape for a in arrays_in(program.jaxpr) if jnp.issubdtype(a.dtype, jnp.floating)]
@@ -148,7 +150,7 @@ def test_logits_at_a_time_do_not_grow_with_the_batch(shards, tokens):
     targets = jax.ShapeDtypeStruct((sequences, 1, 300), jnp.int32)
 
     def total(x, table, targets):
-        return augment.nll(aug, {"decoder": {"embedding": table}}, x, targets).sum()
+        return augment.summed_nll(aug, {"decoder": {"embedding": table}}, x, targets, jnp.ones(targets.shape))
 
     for program in (total, jax.grad(total), jax.grad(total, argnums=(0, 1))):
         shapes = (a.shape for a in arrays_in(jax.make_jaxpr(program)(x, table, targets).jaxpr))
