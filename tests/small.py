@@ -59,6 +59,13 @@ def coprocessor(config, num_latents, seed=1):
     return tree | at_random(seed + 1, {"soft_tokens": np.zeros((num_latents, config.embed_dim))})
 
 
+def packed(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens and segments [2, 40], two documents a row, and traces [2, 5]: at starts and ends, in padding."""
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
+    segment_BT = np.array([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])
+    return tokens_BT, segment_BT, np.array([[0, 3, 14, 16, 30], [2, 5, 12, 28, 39]])
+
+
 def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
     """A cache with room for `capacity` entries a row."""
     kv = jnp.zeros((config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), dtype)
@@ -83,3 +90,9 @@ def meta_of(workdir: Path) -> dict:
     checkpoints, _, meta = checkpoint.open_for_reading(str(workdir))
     checkpoints.close()
     return meta
+
+
+def named(line: str, *words: object) -> None:
+    """A message holds all of these."""
+    for word in words:
+        assert str(word) in line, line

@@ -54,11 +54,6 @@ def test_a_mesh_that_cannot_be_is_refused(sizes, words):
         mesh_lib.make(sizes)
 
 
-def test_spec_follows_the_rules():
-    assert mesh_lib.spec(("layers", "embed", "heads", None), mesh_lib.WEIGHTS) == P(None, WIDTH, "tensor", None)
-    assert mesh_lib.spec(("batch", None, "heads"), mesh_lib.ACTIVATIONS) == P(("data", "fsdp"), None, "tensor")
-
-
 @pytest.mark.parametrize(
     "axes, rules, words",
     [

@@ -61,12 +61,6 @@ def text_of(seed, dtype=jnp.float32):
     return Reading(jax.random.normal(jax.random.key(seed), (B, T, CONFIG.embed_dim), dtype), cache)
 
 
-def test_the_rows_there_are():
-    paper = {"decoder", "cache_augmentation", "from_scratch", "last_layer", "pause_tokens", "static_tokens"}
-    assert set(METHODS) == paper | {"inserted", "joint", "unified", "sequential", "resized"}
-    assert set(METHODS) - set(WRITING) == {"decoder"}
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_trainable_tree(name):
     """What writes latents is a coprocessor that reads no tokens; a decoder is in it where that is trained."""

@@ -14,6 +14,8 @@ from packaging.utils import canonicalize_name
 from setuptools import Distribution
 from setuptools.command.build_py import build_py
 
+from tests.launch.pretend import program
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
@@ -48,8 +50,7 @@ class Sandbox:
 
     def python(self, name: str, version: tuple[int, int, int], more: str = "pass") -> None:
         path = self.bin / name
-        path.write_text(FAKE_PYTHON.format(python=sys.executable, version=version, more=more, path=path))
-        path.chmod(0o755)
+        program(path, FAKE_PYTHON.format(python=sys.executable, version=version, more=more, path=path))
 
     def start(self, **env: str) -> subprocess.Popen:
         env = {"PATH": f"{self.bin}:{os.defpath}", "HOME": str(self.root)} | env
@@ -136,10 +137,7 @@ def test_a_wrong_key_is_met_by_the_first_command(scripts: Path, script: str) -> 
         "launch/get_smollm2.sh": "echo model.gguf",
         ".venv/bin/python": 'echo "${*:2}" >>calls; [[ $* != *prepare* ]]',
     }.items():
-        path = scripts / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-        path.chmod(0o755)
+        program(scripts / name, text)
     shutil.copytree(ROOT / "configs", scripts / "configs")
     assert run(scripts, script, "--config.train.stpes=3").returncode == 1
     last = (scripts / "calls").read_text().splitlines()[-1].split()

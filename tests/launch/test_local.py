@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.pretend import program
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,10 +31,7 @@ class Checkout:
         self.env = {"PATH": f"{root}/bin:{os.defpath}", "HOME": str(root), "LATENT_DELIB_POLL": "0.02"}
 
     def script(self, name: str, text: str) -> Path:
-        path = self.root / name
-        path.write_text("#!/usr/bin/env bash\n" + text)
-        path.chmod(0o755)
-        return path
+        return program(self.root / name, text)
 
     def start(self, script: str, *arguments: str) -> subprocess.Popen:
         # A job that a shell put in the background ignores SIGINT, and so would what it starts.

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from configs import base, paper
 from latent_delib.delib.methods import METHODS
 from latent_delib.job import experiment
+from tests.launch.pretend import program
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = """#!/usr/bin/env bash
@@ -42,10 +43,7 @@ def here(tmp_path: Path) -> Path:
         shutil.copy(ROOT / f"launch/{name}.sh", tmp_path / "launch")
     scripts = {"launch/setup.sh": "", "launch/get_smollm2.sh": "echo model.gguf", ".venv/bin/python": PYTHON}
     for name, text in scripts.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text if text.startswith("#!") else f"#!/usr/bin/env bash\n{text}\n")
-        path.chmod(0o755)
+        program(tmp_path / name, text)
     return tmp_path
 
 

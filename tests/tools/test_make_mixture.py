@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from latent_delib.errors import UserError
+from tests.launch.pretend import program
 from tools import extract, make_mixture
 from tools.make_mixture import SOURCES, Source, Work
 
@@ -90,10 +91,7 @@ case $name in dict-*) echo -e "$name\\n   $words" | gzip >"$doc/$name.dict.dz" ;
 def packages(tmp_path, monkeypatch):
     """Puts programs on PATH that pretend to fetch and to unpack Debian packages."""
     for name, text in FAKES.items():
-        program = tmp_path / "bin" / name
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(f"#!/usr/bin/env bash\n{text}\n")
-        program.chmod(0o755)
+        program(tmp_path / "bin" / name, text)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
 
 
