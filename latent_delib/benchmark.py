@@ -60,10 +60,10 @@ def main(flags: Any) -> None:
     """Makes the rows that OUT/benchmarks.json does not have yet, and prints all."""
     table = _read_table(flags.table)
     chosen = _chosen(table, flags.benchmarks)
-    _check(flags, chosen)
+    _check_flags(flags, chosen)
     subject = _find_subject(flags)
     rows = _read_rows(epath.Path(flags.out) / FILE, subject)
-    harness = _import_harness()
+    harness = _import_harness(flags.confirm_run_unsafe_code)
     tasks = _load_tasks(harness, chosen, table, flags)
     missing = []
     for name, row in chosen.items():
@@ -73,9 +73,9 @@ def main(flags: Any) -> None:
                 missing.append(asked)
     if missing:
         lm = _load_model(subject, missing, flags)
-    for asked in missing:
-        made, samples = _measure(lm, harness, tasks[asked["benchmark"]], asked, flags)
-        rows = _save(epath.Path(flags.out), subject, made, samples)
+        for asked in missing:
+            made, samples = _measure(lm, harness, tasks[asked["benchmark"]], asked, flags)
+            rows = _save(epath.Path(flags.out), subject, made, samples)
     print(format_rows(list(rows.values())), flush=True)
 
 
@@ -111,8 +111,8 @@ def _chosen(table: dict[str, Any], benchmarks: str) -> dict[str, Row]:
     return chosen
 
 
-def _check(flags: Any, chosen: dict[str, Row]) -> None:
-    """Checks the flags that need no file."""
+def _check_flags(flags: Any, chosen: dict[str, Row]) -> None:
+    """Checks the flags that name no file."""
     models = _split(flags.model)
     if not models or not set(models) <= set(MODELS):
         raise UserError(f"--model={flags.model}: expected some of {', '.join(MODELS)}")
@@ -124,8 +124,6 @@ def _check(flags: Any, chosen: dict[str, Row]) -> None:
     for name, row in chosen.items():
         if row.get("runs_code") and not flags.confirm_run_unsafe_code:
             raise UserError(f"{name}: runs code that the model writes; --confirm_run_unsafe_code allows it")
-    if flags.confirm_run_unsafe_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
 
 
 def _find_subject(flags: Any) -> Subject:
@@ -151,8 +149,10 @@ def _find_subject(flags: Any) -> Subject:
     return Subject(record, decoder, workdir)
 
 
-def _import_harness() -> ModuleType:
-    """Returns `measure.harness`, imported at its first use."""
+def _import_harness(unsafe_code: bool) -> ModuleType:
+    """Returns `measure.harness`, imported at its first use; code that a model writes may run, or may not."""
+    if unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to say
     try:
         from latent_delib.measure import harness

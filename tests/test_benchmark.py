@@ -19,6 +19,7 @@ from scipy import optimize
 
 import latent_delib as ld
 from latent_delib import convert
+from latent_delib.lm import scoring
 from latent_delib.measure import harness, scores
 from latent_delib.results import published
 from tests.run_command import run_command
@@ -181,8 +182,17 @@ def split(lm, pairs):
     return [[BOS, *encode(p)] for p, _ in pairs], [encode(p + t)[len(encode(p)) :] for p, t in pairs]
 
 
-def test_choices(lm):
+def test_choices(lm, monkeypatch):
+    """Their prompt is read once."""
+    read, score_tails = [], scoring.score_tails
+
+    def watch(params, text, length, *rest, **options):
+        read.append(int((np.asarray(length) > 0).sum()))
+        return score_tails(params, text, length, *rest, **options)
+
+    monkeypatch.setattr(scoring, "score_tails", watch)
     found = {a: harness.Adapter(lm, a).loglikelihood(instances("loglikelihood", *PAIRS)) for a in (False, True)}
+    assert read == [2, 2]
     for augment, answers in found.items():
         sums, greedy = lm.logprobs(*split(lm, PAIRS), augment)
         assert answers == list(zip(sums.tolist(), greedy.tolist()))

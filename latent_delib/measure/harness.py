@@ -80,8 +80,11 @@ class Adapter(TemplateLM):
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """Returns log p of each continuation, and whether greedy decoding gives it. Equal prompts are read once."""
-        prompts = [self._cut(context, len(continuation)) for _, context, continuation in requests]
-        tails = [continuation for _, _, continuation in requests]
+        prompts = []
+        tails = []
+        for _, context, continuation in requests:
+            prompts.append(self._cut(context, len(continuation)))
+            tails.append(continuation)
         progress = Progress("scored", len(tails), "answers")
         sums, greedy = self.lm.logprobs(prompts, tails, self.augment, self.rows, progress)
         return list(zip(sums.tolist(), greedy.tolist()))
@@ -105,9 +108,12 @@ class Adapter(TemplateLM):
             unknown = kwargs.keys() - sampling.options().keys()
             if unknown:
                 raise UserError(f"{requests[some[0]].task_name}: generation_kwargs {sorted(unknown)} are not supported")
-            prompts = [self.tok_encode(self._with_cot(requests[i].args[0])) for i in some]
+            prompts = []
+            for i in some:
+                prompt = self.tok_encode(self._with_cot(requests[i].args[0]))
+                prompts.append(self._cut(prompt, new))
             texts = self.lm.generate(
-                [self._cut(prompt, new) for prompt in prompts],
+                prompts,
                 new,
                 stop=[text for text in stop if text],
                 seed=some,
