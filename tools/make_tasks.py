@@ -25,7 +25,6 @@ from latent_delib.machine import commands
 from latent_delib.machine.files import whole
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure.documents import check_documents
 
 Row = dict[str, Any]
 
@@ -239,7 +238,6 @@ def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
     for split, some in rows.items():
         path = folder / f"{name}.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8")
-        check_documents(path, asked["output_type"])
         if "train" in rows and not name.endswith("_choice"):  # whose problems are another task's
             text = folder / "text" / split / f"{name}.txt"
             text.parent.mkdir(parents=True, exist_ok=True)
