@@ -20,6 +20,7 @@ from latent_delib.errors import UserError
 from latent_delib.job.experiment import check
 from latent_delib.job.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.machine import commands, files
+from latent_delib.machine.columns import aligned
 from latent_delib.machine.progress import Progress
 
 SPLITS = ("train", "validation")
@@ -132,16 +133,11 @@ def _write_source(directory: str, split: str, number: int, documents: Iterator[d
 
 def _table(meta: dict) -> str:
     """Returns the counts of every source, one line each."""
-    rows = [COLUMNS]
+    lines = [COLUMNS]
     for entry in [*meta["train"], *meta["validation"]]:
         counts = [f"{entry[key]:,}" if key in entry else "" for key in COLUMNS[1:]]
-        rows.append((entry["source"], *counts))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for source, *counts in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(counts, widths[1:], strict=True)]
-        lines.append("  ".join([f"{source:{widths[0]}}", *cells]))
-    return "\n".join(lines)
+        lines.append((entry["source"], *counts))
+    return "\n".join(aligned(lines, left=["source"]))
 
 
 def main(values: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from latent_delib.errors import UserError
+from latent_delib.machine.columns import aligned
 
 Row = dict[str, Any]
 
@@ -82,18 +83,9 @@ def _percent(scores: np.ndarray) -> tuple[float, float | None, float, float]:
 
 def format_rows(rows: Sequence[Row]) -> str:
     """Returns the rows as a table in plain text."""
-    lines = [COLUMNS]
+    lines: list[Sequence[str]] = [COLUMNS]
     for row in rows:
         interval = "" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
         shown = row | {"value": f"{row['value']:.2f}", "95 % interval": interval, "documents": f"{row['documents']:,}"}
-        lines.append(tuple(str(shown[column]) for column in COLUMNS))
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    return "\n".join(_aligned(line, widths) for line in lines)
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    """Returns a line of the table, texts to the left and numbers to the right."""
-    cells = []
-    for column, cell, width in zip(COLUMNS, line, widths):
-        cells.append(cell.ljust(width) if column in TEXT else cell.rjust(width))
-    return "  ".join(cells).rstrip()
+        lines.append([str(shown[column]) for column in COLUMNS])
+    return "\n".join(aligned(lines, left=TEXT))
