@@ -18,6 +18,7 @@ import numpy as np
 
 from latent_delib.errors import UserError
 from latent_delib.machine import commands, files
+from latent_delib.machine.command_line import FOLDERS, REQUIRED
 from latent_delib.results import packed
 from latent_delib.results.packed import ABSENT, DOCUMENTS, METRICS, NUMBERS, RECORD, RESULTS, TABLES, Arrays, File, Rows
 
@@ -173,6 +174,6 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        folders=(commands.FOLDERS, "workdirs of finished runs"),
-        out=(commands.REQUIRED, "the folder of the pack"),
+        folders=(FOLDERS, "workdirs of finished runs"),
+        out=(REQUIRED, "the folder of the pack"),
     )

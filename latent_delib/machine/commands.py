@@ -19,9 +19,7 @@ from absl import flags
 
 from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 from latent_delib.machine import files
-from latent_delib.machine.command_line import CONFIG, FOLDERS, REQUIRED, help_text, parse
-
-__all__ = ["CONFIG", "FOLDERS", "REQUIRED", "STOPPED", "UNREAD", "run"]
+from latent_delib.machine.command_line import help_text, parse
 
 STOPPED = 75  # the exit code of a command that SIGTERM stopped, and that saved: run it again to go on
 UNREAD = 128 + signal.SIGPIPE  # the exit code where nobody reads the output any more: `| head`

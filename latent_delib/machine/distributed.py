@@ -49,12 +49,19 @@ def job(flags: Any) -> Iterator[None]:
         yield
         return
     address, count, index = find_place(flags.start_timeout)
-    others = Others(index, meet(address, count, index, flags.start_timeout))
-    try:
+    with held_together(index, meet(address, count, index, flags.start_timeout)):
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
         jax.distributed.initialize(address, count, index, initialization_timeout=flags.start_timeout)
         here = f"{jax.local_device_count()} of {jax.device_count()} devices"
         print(f"process {index} of {count}: {here}, coordinator {address}", flush=True)
+        yield
+
+
+@contextlib.contextmanager
+def held_together(index: int, connections: Connections) -> Iterator[None]:
+    """Ends this process when another ends too early, and tells the others when this one does."""
+    others = Others(index, connections)
+    try:
         yield
     except BaseException as error:
         code = _exit_code(error, others)

@@ -121,33 +121,29 @@ def _await_all(there: Connections, address: str, count: int, seconds: float) -> 
                     f"{seconds:g} s: number {names}; is the command running on every worker, and the port open "
                     "between them?"
                 ) from None
-            _enter(connection, there, count)
             for process in [process for process in there if _is_closed(there[process])]:
                 del there[process]  # it may start again
+            _enter(connection, there, count)
 
 
 def _enter(connection: socket.socket, there: Connections, count: int) -> None:
-    """Reads which process has connected, and enters it among those that are there."""
+    """Reads which process has connected, and enters it among those that are there; raises UserError if it is wrong."""
     connection.settimeout(5)
     found = re.fullmatch(rf"{HELLO} (\d+) (\d+)", read_line(connection))
     if found is None:  # a stranger
         connection.close()
         return
     process, its_count = int(found[1]), int(found[2])
-    before = there.get(process)
-    there[process] = _keep_alive(connection)
-    if its_count != count:
-        raise UserError(
-            f"--distributed: process {process} was started as one of {its_count}, process 0 as one of {count}"
-        )
-    if not 0 < process < count:
-        raise UserError(
-            f"--distributed: a process was started as number {process}, expected 1 ... {count - 1} besides process 0"
-        )
-    if before is not None and not _is_closed(before):
-        there[-1] = before  # to be told as well
-        hosts = [each.getpeername()[0].removeprefix("::ffff:") for each in (before, connection)]
-        raise UserError(f"--distributed: two processes were started as number {process}, on {hosts[0]} and {hosts[1]}")
+    if its_count == count and 0 < process < count and process not in there:
+        there[process] = _keep_alive(connection)
+        return
+    host = connection.getpeername()[0].removeprefix("::ffff:")
+    refusal = (
+        f"--distributed: a process on {host} was started as number {process} of {its_count}; expected 1 ... "
+        f"{count - 1} of {count}, each once, besides process 0"
+    )
+    send_line(connection, f"{REFUSED}{refusal}")
+    raise UserError(refusal)
 
 
 def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connections:
