@@ -138,10 +138,8 @@ def _of_device(error: Exception) -> str:
             "--batch_size), or more devices (config.mesh)"
         )
     frames = traceback.extract_tb(error.__traceback__)
-    none_found = isinstance(error, AssertionError) and frames and "xla_bridge" in frames[-1].filename
-    if not none_found and not text.startswith("Unable to initialize backend"):
+    if "xla_bridge" not in frames[-1].filename:
         return ""
     wanted = os.environ.get("JAX_PLATFORMS", "(unset)")
-    why = re.sub(r"^Unable to initialize backend '\w+': | \(set JAX_PLATFORMS=.*", "", text).rstrip(".")
-    why = why or "JAX finds no such platform here"
+    why = text.partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "JAX finds no such platform here"
     return f"JAX_PLATFORMS={wanted}: {why}; unset it, or install what it needs (launch/setup.sh)"

@@ -45,8 +45,6 @@ def find_place(seconds: float) -> tuple[str, int, int]:
         )
     if not re.fullmatch(r".+:\d+", address):
         raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: expected HOST:PORT, of process 0")
-    if not index < count:
-        raise UserError(f"JAX_PROCESS_ID={index}: expected 0 ... {count - 1}, for there are {count} processes")
     return address, count, index
 
 
@@ -94,36 +92,29 @@ def _number_from_environment(name: str) -> int | None:
 def _call_roll(address: str, count: int, seconds: float) -> Connections:
     """Waits for all others, as process 0, and tells them that all are there, or why the job does not start."""
     there: Connections = {}
-    try:
-        _await_all(there, address, count, seconds)
-    except UserError as error:
-        for connection in there.values():
-            send_line(connection, f"{REFUSED}{error}")
-        raise
-    for connection in there.values():
-        send_line(connection, COMPLETE)
-    return there
-
-
-def _await_all(there: Connections, address: str, count: int, seconds: float) -> None:
-    """Enters every process that connects, until all others are there."""
     until = time.monotonic() + seconds
-    with _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)) as listener:
-        while len(there) < count - 1:
-            listener.settimeout(max(0.01, until - time.monotonic()))
-            try:
-                connection = listener.accept()[0]
-            except TimeoutError:
-                absent = [str(process) for process in range(1, count) if process not in there]
-                names = ", ".join(absent[:20]) + (", ..." if len(absent) > 20 else "")
-                raise UserError(
-                    f"--distributed: {len(absent)} of {count} processes did not connect to {address} within "
-                    f"{seconds:g} s: number {names}; is the command running on every worker, and the port open "
-                    "between them?"
-                ) from None
-            for process in [process for process in there if _is_closed(there[process])]:
-                del there[process]  # it may start again
-            _enter(connection, there, count)
+    refusal = ""
+    try:
+        with _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)) as listener:
+            while len(there) < count - 1:
+                listener.settimeout(max(0.01, until - time.monotonic()))
+                connection, _ = listener.accept()
+                for process in [process for process in there if _is_closed(there[process])]:
+                    del there[process]  # it may start again
+                _enter(connection, there, count)
+    except TimeoutError:
+        absent = [str(process) for process in range(1, count) if process not in there]
+        refusal = (
+            f"--distributed: {len(absent)} of {count} processes did not connect to {address} within {seconds:g} s: "
+            f"number {', '.join(absent)}; is the command running on every worker, and the port open between them?"
+        )
+    except UserError as error:
+        refusal = str(error)
+    for connection in there.values():
+        send_line(connection, f"{REFUSED}{refusal}" if refusal else COMPLETE)
+    if refusal:
+        raise UserError(refusal)
+    return there
 
 
 def _enter(connection: socket.socket, there: Connections, count: int) -> None:

@@ -277,9 +277,8 @@ def connect(address):
             time.sleep(0.05)
 
 
-def test_a_listener_that_says_nothing(monkeypatch):
+def test_a_listener_that_says_nothing():
     """Another service's, or a process 0 that was stopped: its kernel answers."""
-    monkeypatch.setattr(roll_call, "GRACE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address, ends = f"127.0.0.1:{silent.getsockname()[1]}", []
 
@@ -291,7 +290,7 @@ def test_a_listener_that_says_nothing(monkeypatch):
 
         thread = threading.Thread(target=join, daemon=True)
         thread.start()
-        thread.join(10)
+        thread.join(30)
     assert len(ends) == 1 and f"process 0 does not answer at {address} within 0.3 s" in ends[0]
 
 
@@ -316,7 +315,6 @@ def test_a_port_that_is_taken():
         ({}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not all set"),
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expected a number"),
         ({"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS=here: expected HOST:PORT"),
-        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: expected 0 ... 1, for there are 2 processes"),
     ],
 )
 def test_an_environment_that_does_not_fit(monkeypatch, environment, message):
