@@ -63,7 +63,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
             sys.exit(UNREAD)
         sys.exit(f"error: {_of_disk(error, values)}")
     except KeyboardInterrupt:
-        _leave(INTERRUPTED)
+        leave(INTERRUPTED)
     except Exception as error:
         line = _of_device(error)
         if not line:
@@ -71,7 +71,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         sys.exit(f"error: {line}")
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
     """Ends the process without jax's clean-up at exit, which crashes now and then after an interrupted compile."""
     with suppress(AttributeError, OSError):  # a closed pipe, or no output at all
         sys.stdout.flush()

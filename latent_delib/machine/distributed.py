@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import hashlib
 import json
-import os
 import selectors
 import sys
 import threading
@@ -23,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
+from latent_delib.machine.commands import leave
 from latent_delib.machine.roll_call import GRACE, SILENCE, Connections, find_place, meet, read_line, send_line
 
 FLAGS = {
@@ -66,7 +66,7 @@ def held_together(index: int, connections: Connections) -> Iterator[None]:
     except BaseException as error:
         code = _exit_code(error, others)
         others.fail(code)
-        atexit.register(_exit, code)  # runs before jax's own, which waits for all processes
+        atexit.register(leave, code)  # runs before jax's own, which waits for all processes
         raise
     others.finish()
 
@@ -212,7 +212,7 @@ class Others:
             code = LOST
             text = f"process {process} is gone: crashed, killed, or cut off; run again to resume"
         print(f"error: {text}", file=sys.stderr)
-        _exit(code)
+        leave(code)
 
 
 def _exit_code(error: BaseException, others: Others) -> int:
@@ -234,9 +234,3 @@ def _exit_code(error: BaseException, others: Others) -> int:
         time.sleep(2 * GRACE)
         return LOST
     return 1
-
-
-def _exit(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

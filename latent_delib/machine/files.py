@@ -173,10 +173,8 @@ def _beside(path: Path) -> Iterator[Path]:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        return True
+    except OSError as error:
+        return error.errno != errno.ESRCH  # or it is another user's
     return True
 
 
