@@ -30,6 +30,7 @@ from latent_delib.lm import load
 from latent_delib.lm.inputs import check_attention, check_rhythm
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
+from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.provenance import provenance
 from latent_delib.measure.scores import Row, format_rows, summarize_scores
 from latent_delib.weights import folder
@@ -309,8 +310,8 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        benchmarks=(commands.REQUIRED, "names with commas between, or published, or offline"),
-        out=(commands.REQUIRED, "where to write"),
+        benchmarks=(REQUIRED, "names with commas between, or published, or offline"),
+        out=(REQUIRED, "where to write"),
         workdir=("", "of a training job"),
         decoder=("", "a decoder folder, or `packaged`, where there is no workdir"),
         model=("decoder", "decoder, augmented, zero_shot_cot; several with commas between"),

@@ -22,6 +22,7 @@ from latent_delib.delib import augment
 from latent_delib.errors import UserError
 from latent_delib.lm import load
 from latent_delib.machine import commands, files
+from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.progress import Progress
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences, family
 from latent_delib.weights import coprocessor, deepmind, folder, gguf, huggingface, names, tensors
@@ -234,8 +235,8 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        source=(commands.REQUIRED, "what to convert"),
-        out=(commands.REQUIRED, "the folder to write, made whole or not at all"),
+        source=(REQUIRED, "what to convert"),
+        out=(REQUIRED, "the folder to write, made whole or not at all"),
         to=("latent_delib", "latent_delib or huggingface"),
         dtype=("", "float32 or bfloat16; left out, nothing is rounded"),
         size=("", "the size it must have, a key of latent_delib/nn/sizes.py; tells what an orbax folder does not"),

@@ -31,6 +31,7 @@ from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files
 from latent_delib.machine.checkpoint import Restored, whole_steps
+from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.distributed import on_first, warn
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
@@ -283,8 +284,8 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(commands.CONFIG, "a file under configs/"),
-        workdir=(commands.REQUIRED, "of a training job"),
+        config=(CONFIG, "a file under configs/"),
+        workdir=(REQUIRED, "of a training job"),
         out=("", "where to write; the workdir if left out"),
         step=(None, "checkpoint step; the newest if left out"),
         steps=("", "several: all, or their numbers with commas between"),

@@ -21,6 +21,7 @@ from latent_delib.job.experiment import check
 from latent_delib.job.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.machine import commands, files
 from latent_delib.machine.columns import aligned
+from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.progress import Progress
 
 SPLITS = ("train", "validation")
@@ -150,6 +151,6 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(commands.CONFIG, "config file"),
-        out=(commands.REQUIRED, "directory or gs:// path to write, made whole or not at all"),
+        config=(CONFIG, "config file"),
+        out=(REQUIRED, "directory or gs:// path to write, made whole or not at all"),
     )

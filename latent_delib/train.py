@@ -8,7 +8,7 @@ it gets checkpoints/ and metrics.jsonl only, and nothing keeps two jobs from usi
 Ctrl-C saves after at most two more steps. A second Ctrl-C, or one before the first step, ends the job at once.
 
 Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was lost, run again; 130
-stopped by Ctrl-C, the last line says which step is saved; 1 an error that running again does not cure.
+stopped by Ctrl-C, the same command resumes; 1 an error that running again does not cure.
 """
 
 import dataclasses
@@ -38,7 +38,8 @@ from latent_delib.job.metrics import Metrics
 from latent_delib.job.plan import Plan
 from latent_delib.job.record import Record
 from latent_delib.machine import commands, distributed
-from latent_delib.machine.checkpoint import Checkpoints, Restored, whole_steps
+from latent_delib.machine.checkpoint import Checkpoints, Restored
+from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.stopping import Stop, graceful_stop
 from latent_delib.machine.workdir import exclusive, is_remote
 from latent_delib.nn.transformer import Params
@@ -78,7 +79,6 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     if is_remote(workdir) and (METHODS[config.method.name].trains_decoder or config.train.profile_at):
         raise UserError(f"--workdir={workdir}: a trained decoder and a profile are written to local folders only")
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
-        stop.saved = lambda: max(whole_steps(workdir), default=0)
         return run(exp, workdir, stop)
 
 
@@ -236,8 +236,8 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(commands.CONFIG, "a file under configs/"),
-        workdir=(commands.REQUIRED, "where the job writes"),
+        config=(CONFIG, "a file under configs/"),
+        workdir=(REQUIRED, "where the job writes"),
         dry_run=(False, "compile the step, print what it needs and write it to dry_run.json; run nothing"),
         topology=("", "the TPU slice to compile for: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; by default this machine"),
         **distributed.FLAGS,

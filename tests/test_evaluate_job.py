@@ -260,8 +260,9 @@ def test_flags(flags, message):
 CHILD = """
 from latent_delib import evaluate
 from latent_delib.machine import commands, distributed
+from latent_delib.machine.command_line import CONFIG, REQUIRED
 evaluate.SAVE_EVERY = 0.0
-commands.run(evaluate.main, "", config=(commands.CONFIG, ""), workdir=(commands.REQUIRED, ""), out=("", ""),
+commands.run(evaluate.main, "", config=(CONFIG, ""), workdir=(REQUIRED, ""), out=("", ""),
     step=(None, ""), steps=("", ""), watch=(False, ""), patience=(60.0, ""), **distributed.FLAGS)
 """
 

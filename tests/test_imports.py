@@ -63,7 +63,7 @@ def test_no_door_imports_another():
     [
         ({"seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text"}, {"data/tasks"}),
         ({"torch", "transformers"}, set()),
-        ({"orbax"}, {"machine/checkpoint", "machine/orbax_manager", "weights/deepmind"}),
+        ({"orbax"}, {"machine/checkpoint", "weights/deepmind"}),
         ({"gguf"}, {"weights/gguf"}),
     ],
 )

@@ -22,6 +22,7 @@ from typing import Any
 import latent_delib
 from latent_delib.errors import UserError
 from latent_delib.machine import commands
+from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.files import whole
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
@@ -306,4 +307,4 @@ def _value(expression: str) -> Fraction | None:
 
 
 if __name__ == "__main__":
-    commands.run(lambda flags: make_tasks(flags.out), __doc__, out=(commands.REQUIRED, "the folder to write"))
+    commands.run(lambda flags: make_tasks(flags.out), __doc__, out=(REQUIRED, "the folder to write"))

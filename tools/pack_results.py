@@ -15,6 +15,7 @@ from typing import Any
 
 from latent_delib.errors import UserError
 from latent_delib.machine import commands, files
+from latent_delib.machine.command_line import FOLDERS, REQUIRED
 from latent_delib.results.packed import METRICS, PACK, RESULTS, files_below, files_in
 
 
@@ -62,6 +63,6 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        folders=(commands.FOLDERS, "workdirs of finished runs"),
-        out=(commands.REQUIRED, "the folder of the pack"),
+        folders=(FOLDERS, "workdirs of finished runs"),
+        out=(REQUIRED, "the folder of the pack"),
     )
