@@ -118,6 +118,8 @@ def _write_sentencepiece(keys: Mapping[str, Any], vocabulary: _Vocabulary, folde
         model.pieces.add(piece=token, score=score, type=kind)
         if kind == _UNKNOWN:
             special["unk"] = token
+    if "unk" not in special:
+        raise ValueError(f"no token is of type {_UNKNOWN} (unk)")
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(ids)

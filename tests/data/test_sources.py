@@ -21,27 +21,12 @@ def test_each_form():
     sources.check_files(sources.PACKAGED)
 
 
-@pytest.mark.parametrize(
-    ("source", "guess"),
-    [
-        ("packaged/trian", "packaged/train"),
-        ("packaged/valid", "packaged/validation"),
-        ("file:a.txt", "files:a.txt"),
-        ("line:a:b", "lines:a:b"),
-        ("texts/*.txt", "files:texts/*.txt"),
-        ("gs://bucket/a", "files:gs://bucket/a"),
-        ("words:a", None),
-        ("tfds:tiny_notes", None),
-        ("files:", None),
-        ("", None),
-    ],
-)
-def test_another_form_is_refused(source, guess):
+@pytest.mark.parametrize("source", ["packaged/trian", "file:a.txt", "texts/*.txt", "tfds:tiny_notes", "files:", ""])
+def test_another_form_is_refused(source):
     with pytest.raises(UserError) as error:
         sources.parse(source)
-    question = f", did you mean {guess!r}? expected" if guess else ", expected"
     forms = "packaged/train, packaged/validation, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE"
-    assert str(error.value) == f"config.data: unknown source {source!r}{question} one of the forms {forms}"
+    assert str(error.value) == f"config.data: unknown source {source!r}, expected one of the forms {forms}"
 
 
 @pytest.fixture
@@ -90,7 +75,7 @@ COMMANDS = {
     "evaluate": lambda config: evaluate.evaluate(config, "workdir", "out"),
 }
 MISTAKES = {
-    "packaged/trian": "did you mean 'packaged/train'",
+    "packaged/trian": "unknown source",
     "files:no such": "no file matches 'no such'",
 }
 

@@ -126,11 +126,10 @@ def test_the_mark_that_begins_a_utf_8_file_is_no_text(tasks, tokenizer, tmp_path
 )
 def test_utf_16_is_refused(tasks, tokenizer, tmp_path, kind, mark, encoding):
     (tmp_path / "1").write_bytes(f"{mark}the cat sat".encode(encoding))
-    reason = "UTF-16 text, convert" if mark else "holds NUL characters, is it UTF-16? convert"
+    reason = "not UTF-8" if mark else "NUL characters, is it UTF-16"
     unit = {"files": "document", "lines": "line"}[kind]
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"{tmp_path}/1: {unit} 1: .*{reason}"):
         documents(tasks, tokenizer, f"{kind}:{tmp_path}/1")
-    assert str(error.value).startswith(f"config.data: {tmp_path}/1: {unit} 1: {reason} the file to UTF-8 (bad record")
 
 
 def test_documents_of_tfds(tasks, tokenizer, tmp_path, monkeypatch):

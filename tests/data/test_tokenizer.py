@@ -431,24 +431,6 @@ def tasks():
     return tasks
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_seqio_vocabulary(tasks, every, kind):
-    tokenizer = every[kind]
-    vocabulary = tasks.Vocabulary(tokenizer)
-    for name in ("bos_id", "eos_id", "pad_id", "unk_id", "vocab_size"):
-        assert getattr(vocabulary, name) == getattr(tokenizer, name)
-    for text in TEXTS:
-        ids, ids_tf = vocabulary.encode(text), vocabulary.encode_tf(text)
-        assert ids == tokenizer.encode(text) == ids_tf.numpy().tolist() and ids_tf.dtype == np.int32
-        assert vocabulary.decode(ids) == text and vocabulary.decode_tf(ids_tf).numpy().decode() == text
-    first = tokenizer.encode("ab")
-    batch = tasks.tf.constant([[*first, tokenizer.eos_id, first[0]]] * 2)
-    assert vocabulary.decode(batch[0]) == "ab"
-    for decode_tf in (vocabulary.decode_tf, tasks.tf.function(vocabulary.decode_tf)):
-        assert decode_tf(batch).numpy().tolist() == [b"ab", b"ab"] and decode_tf(batch[0]).numpy() == b"ab"
-    assert vocabulary == tasks.Vocabulary(Tokenizer(tokenizer.path)) != tasks.Vocabulary(Tokenizer(PACKAGED))
-
-
 def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
     from latent_delib import prepare
 

@@ -202,7 +202,7 @@ def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config
         ("coprocessor.json", lambda c: c | {"format": "x"}, "format is 'x'"),
         ("coprocessor.json", lambda c: c | {"num_latents": "2"}, "num_latents='2', expected int"),
         ("coprocessor.json", lambda c: c | {"num_latents": 3}, r"soft_tokens is \(2, 32\), expected \(3, 32\)"),
-        ("coprocessor.json", lambda c: c | {"architecture": {}}, "missing fields"),
+        ("coprocessor.json", lambda c: c | {"architecture": {}}, "is missing"),
         ("coprocessor.json", lambda c: c | {"method": "x"}, "method='x', expected one of cache_augmentation"),
         ("coprocessor.json", lambda c: c | {"placement": "x"}, "placement='x', expected one of after"),
         ("model.safetensors", lambda t: {"soft_tokens": t["soft_tokens"], "x": t["soft_tokens"]}, "only 1 tensors"),

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
+from latent_delib.nn.attention.layout import pad
 from latent_delib.nn.attention.primitive import Bounds, Keys, own_in_range
 from latent_delib.nn.products import einsum, softcapped
 
@@ -209,7 +211,7 @@ def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> 
     c = min(M, max(1, QUERIES // S))
 
     def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, -M % c)] + [(0, 0)] * (x.ndim - 2))
+        x = pad(x, 1, c)
         return jnp.moveaxis(x.reshape(B, -1, c, *x.shape[2:]), 1, 0)
 
     q = jnp.moveaxis(cut(q_BMSNH.reshape(B, M, S, K, N // K, -1)), 4, 2)  # [chunks, B, K, c, S, G, H]
@@ -288,8 +290,8 @@ def _range(shared: Keys, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, 
     """Returns the range of blocks that some query of the chunk sees."""
     T, some = shared[0].shape[2], start < stop
     first = jnp.min(jnp.where(some, start, T)) // KEYS
-    last = -(-jnp.max(jnp.where(some, stop, 0)) // KEYS)
-    return first, jnp.minimum(last, -(-T // KEYS))
+    last = jnp.minimum(jnp.max(jnp.where(some, stop, 0)), T)
+    return first, pl.cdiv(last, KEYS)
 
 
 def _add(total: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
