@@ -171,11 +171,15 @@ MARKS = ("scale_embeddings", "post_norms", "qk_norm", "qkv_bias")
 
 def family(config: TransformerConfig) -> str:
     """Returns the family that an architecture belongs to: the one with its MARKS."""
-    found = {mark: getattr(config, mark) for mark in MARKS}
+    found = _marks(vars(config))
     for name, fields in FAMILIES.items():
-        if found == {mark: fields.get(mark, getattr(TransformerConfig, mark)) for mark in MARKS}:
+        if _marks(fields) == found:
             return name
-    raise UserError(f"no family has {', '.join(f'{mark}={value}' for mark, value in found.items())}")
+    raise UserError(f"no family has {found}")
+
+
+def _marks(fields: Mapping[str, Any]) -> dict[str, bool]:
+    return {mark: fields.get(mark, getattr(TransformerConfig, mark)) for mark in MARKS}
 
 
 # The numbers that the members of a family share.
@@ -188,11 +192,21 @@ _QWEN3 = FAMILIES["qwen3"] | dict(rope_base=1e6)
 
 
 _LINEAR_BY_8 = (8.0, 1.0, 4.0, 0.0)  # a rope_scaling
-_NUMBERS = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "vocab_size")
 
 
-def _size(family: dict[str, Any], *numbers: int, **fields: Any) -> TransformerConfig:
-    return TransformerConfig(**dict(zip(_NUMBERS, numbers, strict=True)), **(family | fields))
+def _size(
+    family: dict[str, Any],
+    num_layers: int,
+    embed_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    ffn_dim: int,
+    vocab_size: int,
+    **fields: Any,
+) -> TransformerConfig:
+    numbers = (num_layers, embed_dim, num_heads, num_kv_heads, ffn_dim, vocab_size, head_dim)
+    return TransformerConfig(*numbers, **(family | fields))
 
 
 # A new member of a family is one entry of numbers:     layers, D, N, K, H, F, V

@@ -285,9 +285,9 @@ def test_special_ids_of_sentencepiece(sentencepiece_path, tmp_path):
     assert ids(bos="</s>") == ["</s>", "</s>", "<s>"]
     for piece in original.pieces:
         piece.type = piece.NORMAL if piece.piece in ("<s>", "<other>") else piece.type
-    with pytest.raises(UserError, match="x.model: names no token for BOS"):
+    with pytest.raises(UserError, match="token for BOS"):
         ids()
-    with pytest.raises(UserError, match="x.model: names no token for padding"):
+    with pytest.raises(UserError, match="token for padding"):
         ids(bos="</s>")
 
 
@@ -334,9 +334,9 @@ def test_bad_json(library, tmp_path, model, config, message):
 
 def test_json_without_bos_or_padding(tmp_path):
     model = tokenizers.Tokenizer(models.BPE({"a": 0, "<e>": 1}, []))
-    with pytest.raises(UserError, match="names no token for BOS"):
+    with pytest.raises(UserError, match="token for BOS"):
         Tokenizer(write_json(tmp_path, model, {"eos_token": "<e>"}))
-    with pytest.raises(UserError, match="names no token for padding"):
+    with pytest.raises(UserError, match="token for padding"):
         Tokenizer(write_json(tmp_path, model, {"bos_token": "<e>", "eos_token": "<e>", "pad_token": "<e>"}))
 
 
@@ -458,7 +458,7 @@ def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
     kept = config.read_text()
     try:
         config.write_text(json.dumps(CONFIG | {"bos_token": "<|endoftext|>"}))
-        with pytest.raises(UserError, match="was prepared with tokenizer sha256"):
+        with pytest.raises(UserError, match="tokenizer sha256"):
             batches.train_batches(prepared, batch_size=2, seed=0, tokenizer_path=path)
     finally:
         config.write_text(kept)

@@ -343,7 +343,7 @@ def test_files_that_are_refused(hf, tmp_path):
     refused(tmp_path / "empty", out, "nothing known in it")
     for far in ("gs://bucket/x", "https://huggingface.co/x"):
         refused(far, out, f"--source={far}: expected a local path; download it")
-    with pytest.raises(UserError, match="--out=gs://bucket/x: expected a local path; copy it there"):
+    with pytest.raises(UserError, match="expected a local folder"):
         convert(str(where), "gs://bucket/x")
 
 
@@ -371,7 +371,7 @@ def test_arguments_that_are_refused(hf, tmp_path):
     refused(where, out, "has no tokenizer", "--tokenizer")
     out.mkdir()
     (out / "mine").write_text("kept")
-    with pytest.raises(UserError, match="out: already exists and is not empty"):
+    with pytest.raises(UserError, match="not empty"):
         convert(str(where), str(out))
     assert (out / "mine").read_text() == "kept"
 
