@@ -210,7 +210,10 @@ def architecture(file: GGUF) -> TransformerConfig:
     if get("expert_count", int, 0):
         raise UserError(f"{where}: {kind}.expert_count: mixtures of experts are not known here")
     names = {name: f"{kind}.{key}" for name, key in KEYS.items()}
-    fields = FAMILIES[kind] | {name: file.metadata[key] for name, key in names.items() if key in file.metadata}
+    fields = dict(FAMILIES[kind])
+    for name, key in names.items():
+        if key in file.metadata:
+            fields[name] = file.metadata[key]
     if "layer_pattern" not in fields:
         fields.pop("window", None)
     fields.setdefault("num_kv_heads", fields.get("num_heads"))

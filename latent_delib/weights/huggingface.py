@@ -89,7 +89,8 @@ def open_source(where: Path) -> Source:
     Raises:
       UserError: files missing, damaged or contradictory; an architecture that is none of FAMILIES.
     """
-    config = architecture(folder_lib.read_json(where / "config.json"), str(where / "config.json"))
+    path = where / "config.json"
+    config = architecture(folder_lib.read_json(path), str(path))
     places: dict[str, tuple[TensorFile, str]] = {}
     for name, file in _files(where).items():
         text_name = _text_name(name)
@@ -164,7 +165,10 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
             raise UserError(f"{where}: {key}={c[key]!r}, only {' or '.join(map(repr, allowed))} is known here")
     pattern = _pattern(c, where)
     keys = KEYS if "local" in pattern else NUMBERS | SOFTCAPS
-    fields = FAMILIES[ours] | {name: c[key] for name, key in keys.items() if c.get(key) is not None}
+    fields = dict(FAMILIES[ours])
+    for name, key in keys.items():
+        if c.get(key) is not None:
+            fields[name] = c[key]
     fields["layer_pattern"] = pattern
     fields["rope_scaling"] = _scaling(c["rope_scaling"], where)
     fields["untied_head"] = not c["tie_word_embeddings"]
@@ -180,8 +184,10 @@ def _in_one_form(ours: str, text: Fields, where: str) -> dict[str, Any]:
     That is hidden_act, and rope_theta, rope_scaling and rope_local_base_freq where release 5 writes rope_parameters,
     for all layers or by their kind.
     """
-    given = {key: value for key, value in text.items() if value is not None or key.endswith("softcapping")}
-    c = DEFAULTS[ours] | given
+    c = dict(DEFAULTS[ours])
+    for key, value in text.items():
+        if value is not None or key.endswith("softcapping"):
+            c[key] = value
     c["hidden_act"] = c.get("hidden_activation", c["hidden_act"])
     c.setdefault("num_key_value_heads", c.get("num_attention_heads"))
     rope = _object(c, "rope_parameters", where) or _object(c, "rope_scaling", where)
@@ -189,7 +195,8 @@ def _in_one_form(ours: str, text: Fields, where: str) -> dict[str, Any]:
     of_local = _object(rope, "sliding_attention", where)
     c["rope_scaling"] = of_global
     c["rope_theta"] = of_global.get("rope_theta", c["rope_theta"])
-    c["rope_local_base_freq"] = of_local.get("rope_theta", c.get("rope_local_base_freq", c["rope_theta"]))
+    local_base = c.get("rope_local_base_freq", c["rope_theta"])
+    c["rope_local_base_freq"] = of_local.get("rope_theta", local_base)
     return c
 
 
@@ -202,7 +209,7 @@ def _pattern(c: Fields, where: str) -> tuple[str, ...]:
     """Returns the shortest pattern that, repeated, gives every layer its kind."""
     if "layer_types" not in c:
         if c.get("use_sliding_window"):
-            raise UserError(f"{where}: use_sliding_window=True, only with layer_types is it known here")
+            raise UserError(f"{where}: use_sliding_window=True needs layer_types")
         period = checked("sliding_window_pattern", c.get("sliding_window_pattern", 1), int, where)
         if not 1 <= period <= 1000:
             raise UserError(f"{where}: sliding_window_pattern={period}, expected a number of layers")
