@@ -63,11 +63,8 @@ def convert(
     for flag, value, allowed in (("to", to, FORMS), ("dtype", dtype, ("", *DTYPES)), ("size", size, ("", *SIZES))):
         if value not in allowed:
             raise UserError(f"--{flag}={value!r}: expected one of {', '.join(filter(None, allowed))}")
-    for flag, path in (("source", source), ("tokenizer", tokenizer)):
-        if "://" in path:
-            raise UserError(f"--{flag}={path}: expected a local path; download it, and name that")
-    if "://" in out:
-        raise UserError(f"--out={out}: expected a local path; copy it there afterwards")
+    if "://" in source:
+        raise UserError(f"--source={source}: expected a local path; download it, and name that")
     wanted = SIZES[size] if size else architecture
     where = folder.PACKAGED if source == "packaged" else Path(source)
     if (where / "checkpoints").is_dir():

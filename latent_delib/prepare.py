@@ -20,12 +20,11 @@ from latent_delib.errors import UserError
 from latent_delib.job.experiment import check
 from latent_delib.job.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.machine import commands, files
-from latent_delib.machine.columns import aligned
 from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.progress import Progress
 
 SPLITS = ("train", "validation")
-COLUMNS = ("source", "documents", "tokens", "rows", "skipped")  # of the table that is printed at the end
+COUNTS = ("documents", "tokens", "rows", "skipped")  # of a source, printed at the end
 
 
 def prepare(config: Any, out: str) -> dict:
@@ -74,7 +73,9 @@ def prepare(config: Any, out: str) -> dict:
                 entry |= _write_source(str(directory), split, number, documents, meta)
                 entry["skipped"] = bad.met.total() - skipped_before
         token_files.write_meta(str(directory), meta)
-    print(_table(meta))
+    for entry in [*meta["train"], *meta["validation"]]:
+        counts = [f"{entry[key]:,} {key}" for key in COUNTS if key in entry]
+        print(f"{entry['source']}: {', '.join(counts)}")
     return meta
 
 
@@ -130,15 +131,6 @@ def _write_source(directory: str, split: str, number: int, documents: Iterator[d
     if split == "train":
         return token_files.write_train(directory, number, (d["tokens"] for d in documents), meta)
     return token_files.write_validation(directory, number, ((d["work"], d["tokens"]) for d in documents), meta)
-
-
-def _table(meta: dict) -> str:
-    """Returns the counts of every source, one line each."""
-    lines = [COLUMNS]
-    for entry in [*meta["train"], *meta["validation"]]:
-        counts = [f"{entry[key]:,}" if key in entry else "" for key in COLUMNS[1:]]
-        lines.append((entry["source"], *counts))
-    return "\n".join(aligned(lines, left=["source"]))
 
 
 def main(values: Any) -> None:

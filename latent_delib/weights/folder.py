@@ -152,13 +152,8 @@ def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:
       UserError: tensors missing, unknown, or of another shape than `config` says; all are listed.
     """
     file = TensorFile(folder / "model.safetensors")
-    found = file.shapes
     wanted = {name: leaf.shape for name, leaf in by_name(shapes(config)).items()}
-    wrong = [f"missing {n} {s}" for n, s in wanted.items() if n not in found]
-    wrong += [f"unknown {n} {s}" for n, s in found.items() if n not in wanted]
-    wrong += [f"{n} is {found[n]}, expected {s}" for n, s in wanted.items() if found.get(n, s) != s]
-    if wrong:
-        raise UserError(f"{file.path}: " + "; ".join(wrong))
+    tensors.check_shapes(file.shapes, wanted, str(file.path), notes={})
     return file
 
 

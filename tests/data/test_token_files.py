@@ -95,15 +95,10 @@ def equal(one, other):
     return all(np.array_equal(a[k], b[k]) for a, b in zip(one, other, strict=True) for k in ("tokens", "segment"))
 
 
-def test_a_slash_at_the_end_of_a_folder_is_no_part_of_its_name(prepared, monkeypatch):
+def test_a_slash_at_the_end_of_a_folder_is_no_part_of_its_name(prepared):
     """A bucket has objects by their names, and none called tokens//meta.json."""
-    asked, read_meta = [], token_files.read_meta
-    monkeypatch.setattr(token_files, "read_meta", lambda where: asked.append(where) or read_meta(where))
-    found = [
-        token_files.data_fingerprint(prepared.data(token_files=where), tokenizer_path=prepared.tokenizer)
-        for where in (prepared.directory, f"{prepared.directory}/")
-    ]
-    assert found[0] == found[1] and set(asked) == {prepared.directory}
+    _, stored = token_files._open(prepared.data(token_files=f"{prepared.directory}/"), prepared.tokenizer, "train")
+    assert stored[0].path == f"{prepared.directory}/train/0"
 
 
 def counts(rows):
@@ -244,7 +239,7 @@ def test_a_failed_write_leaves_no_trace(prepared, tmp_path):
 
 
 def test_of_two_at_once_the_first_stays(tmp_path):
-    with pytest.raises(UserError, match="out: made by another job meanwhile"), files.whole(tmp_path / "out") as second:
+    with pytest.raises(UserError, match="another job"), files.whole(tmp_path / "out") as second:
         with files.whole(tmp_path / "elsewhere") as first:
             (first / "who").write_text("first")
         (tmp_path / "elsewhere").rename(tmp_path / "out")
@@ -280,9 +275,7 @@ def test_bad_directories(prepared, tmp_path):
     assert all(hashlib.sha256(b).hexdigest() in message(other) for b in (b"a tokenizer", b"another"))
     assert str(tmp_path / "none") in message(tmp_path / "none")
     assert "'lines:z' is not in" in message(sources=("lines:a", "lines:z"))
-    with pytest.raises(
-        UserError, match=r"^config\.data\.validation: 'lines:a' is not in .* has 'lines:v', 'lines:w'; "
-    ):
+    with pytest.raises(UserError, match="'lines:a' is not in .*'lines:v', 'lines:w'"):
         validation_documents(prepared.data(validation=("lines:a",)), tokenizer_path=prepared.tokenizer)
     (tmp_path / "old").mkdir()
     token_files.write_meta(str(tmp_path / "old"), prepared.meta | {"format": 0})
