@@ -36,7 +36,7 @@ CHILD = """
 import os, resource, runpy, signal, sys, time
 from latent_delib.data import batches
 
-read = batches.train_batches
+read = batches.Training.batches
 
 def step_2_is_saved():
     while not os.path.isdir(os.environ["WORKDIR"] + "/checkpoints/2"):
@@ -48,7 +48,7 @@ def interrupted(*args, **kwargs):
             {event}
         yield batch
 
-batches.train_batches = interrupted
+batches.Training.batches = interrupted
 sys.argv = ["train", "--config=" + os.environ["CONFIG"], "--workdir=" + os.environ["WORKDIR"]]
 runpy.run_module("latent_delib.train", run_name="__main__")
 """
@@ -63,11 +63,11 @@ def interrupted(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
     return read(*args, **kwargs)
 
-config, workdir, read = base.get_config(), "gs://bucket/a/run", batches.train_batches
+config, workdir, read = base.get_config(), "gs://bucket/a/run", batches.Training.batches
 config.update_from_flattened_dict(eval(sys.argv[1]))
-batches.train_batches = interrupted
+batches.Training.batches = interrupted
 assert train.train(config, workdir) == 75
-batches.train_batches = read
+batches.Training.batches = read
 assert train.train(config, workdir) == 0
 print(len(evaluate.evaluate(config, workdir, workdir + "/out")["rows"]))
 """
@@ -139,7 +139,7 @@ def test_killed_and_resumed_equals_straight_from_text(trained, config_file, make
 
 @pytest.mark.parametrize("number, name, code", [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)])
 def test_a_signal_saves_and_the_run_resumes(trained, make_config, tmp_path, monkeypatch, capfd, number, name, code):
-    read = batches.train_batches
+    read = batches.Training.batches
 
     def interrupted(*args, **kwargs):
         for step, batch in enumerate(read(*args, **kwargs), start=1):
@@ -147,7 +147,7 @@ def test_a_signal_saves_and_the_run_resumes(trained, make_config, tmp_path, monk
                 os.kill(os.getpid(), number)
             yield batch
 
-    monkeypatch.setattr(batches, "train_batches", interrupted)
+    monkeypatch.setattr(batches.Training, "batches", interrupted)
     config = make_config({"train.checkpoint_every": 1000, "train.keep": 1})
     flags = SimpleNamespace(config=config, workdir=str(tmp_path), distributed=False, dry_run=False, topology="")
     assert checkpoint.whole_steps(str(tmp_path)) == set()
@@ -159,7 +159,7 @@ def test_a_signal_saves_and_the_run_resumes(trained, make_config, tmp_path, monk
     assert (told in err) == (name == "Ctrl-C")
     assert out.endswith(f"stopped by {name}; step 3 is saved, the same command resumes\n") and "done" not in out
     assert max(checkpoint.whole_steps(str(tmp_path))) == everything(tmp_path)[0] == 3
-    monkeypatch.setattr(batches, "train_batches", read)
+    monkeypatch.setattr(batches.Training, "batches", read)
     train.train(config, str(tmp_path))
     assert_same(tmp_path, trained)
 
@@ -419,9 +419,8 @@ def test_what_a_run_leaves(trained, make_config):
         assert key.encode() in events[0].read_bytes()
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
     _, _, meta = checkpoint.open_for_reading(str(trained))
-    data = batches.fingerprint(
-        make_config().data, tokenizer_path=meta["config"]["decoder"]["path"] + "/tokenizer.model"
-    )
+    tokenizer_path = meta["config"]["decoder"]["path"] + "/tokenizer.model"
+    data = batches.Training(make_config().data, tokenizer_path).fingerprint()
     assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
     assert meta["config"]["method"]["num_latents"] == 2
     assert meta["fingerprint"] == folder.fingerprint(folder.locate(meta["config"]["decoder"]["path"]))
