@@ -368,11 +368,13 @@ class Training(NamedTuple):
     tokenizer_path: str
 
     def fingerprint(self) -> dict[str, str]:
+        """Returns a digest of each source."""
         return {f"sources[{i}]": source_fingerprint(source) for i, source in enumerate(self.data.sources)}
 
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
     ) -> Iterator[dict[str, np.ndarray]]:
+        """Returns batches without end, as `batches.Training` does."""
         data = self.data
         tokenizer = Tokenizer(self.tokenizer_path)
         bad = BadRecords(data.max_bad_records)

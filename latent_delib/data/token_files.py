@@ -297,6 +297,7 @@ class Training:
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
     ) -> Iterator[dict[str, np.ndarray]]:
+        """Returns batches without end, as `batches.Training` does."""
         data, meta, stored = self.data, self.meta, self.stored
         arrays = [_open_array(f"{s.path}/tokens", (s.entry["rows"], data.seq_len)) for s in stored]
         order = Order(seed, shares(data.weights), [s.entry["rows"] for s in stored])

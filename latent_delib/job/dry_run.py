@@ -27,8 +27,8 @@ from latent_delib.job.experiment import Experiment
 from latent_delib.job.plan import Plan, gib
 from latent_delib.machine import files
 
-# GiB of a chip that a program can use, as the compiler has it.
-MEMORY = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
+# Bytes of a chip that a program can use, as the compiler has it.
+MEMORY = {"TPU v5 lite": 15.75 * 2**30, "TPU v5": 95.74 * 2**30, "TPU v6 lite": 31.25 * 2**30}
 # The compiler's words for too little memory: for a whole program, or for its temporaries alone.
 OUT_OF_MEMORY = re.compile(r"(?:Used |temporaries \()([\d.]+\w)\)? (?:of|exceeds available HBM \()\s?([\d.]+\w)")
 
@@ -107,10 +107,9 @@ def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[st
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     total += stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = _held(exp, plan)
-    limit = MEMORY.get(exp.mesh.devices.flat[0].device_kind)
     return {
         "memory": parts | {"other temporaries": total - sum(parts.values()), "total": total},
-        "memory_limit": limit and limit * 2**30,
+        "memory_limit": MEMORY.get(exp.mesh.devices.flat[0].device_kind),
         "flops": _flops(exp),
     }
 
@@ -153,8 +152,7 @@ def _flops(exp: Experiment) -> dict[str, float]:
     c = exp.config
     rows = c.train.batch_size
     length = c.data.seq_len
-    step = (exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
-    useful, again = cost.step_flops(*step)
+    useful, again = cost.step_flops(exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
     again += (mesh_lib.shards(exp.mesh, "traces") - 1) * flops.text(exp.aug.transformer.config, rows * length, length)
     return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
 
