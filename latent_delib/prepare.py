@@ -30,8 +30,7 @@ COUNTS = ("documents", "tokens", "rows", "skipped")  # of a source, printed at t
 def prepare(config: Any, out: str) -> dict:
     """Writes the token files of `config.data`; returns their meta.json. Does nothing where they are there already.
 
-    Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.train_batches` says which are
-    bad.
+    Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.Training` says which.
 
     Args:
       config: of a training job.

@@ -16,7 +16,6 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,8 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     # Set-up. Shapes, then shardings, then sharded arrays: nothing ever stands unsharded on one device.
     plan = planning.make(exp)
     say(planning.summary(exp, plan))
-    record = record_with_data(exp)
+    text = batches.Training(exp.config.data, str(exp.tokenizer.path))
+    record = record_with_data(exp, text)
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
 
     # Restore.
@@ -100,7 +100,8 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
             export_decoder(exp, workdir, first, found.trainable)
         say(f"done: step {first} of {workdir}")
         return 0
-    loader = load_batches(exp, first)
+    rows = mesh_lib.local_rows(exp.mesh, t.batch_size)
+    loader = text.batches(batch_size=t.batch_size, seed=exp.config.seed, rows=rows, start_step=first)
     state, frozen = place_state(exp, plan, found)
 
     # Compile.
@@ -147,9 +148,9 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def record_with_data(exp: Experiment) -> Record:
+def record_with_data(exp: Experiment, text: batches.Training) -> Record:
     """Returns the job's record with the fingerprint of its data; it must be the same on all processes."""
-    data = batches.fingerprint(exp.config.data, tokenizer_path=str(exp.tokenizer.path))
+    data = text.fingerprint()
     record = dataclasses.replace(exp.record, data=data)
     config = json.dumps(record.config)
     distributed.check_same(config=config, decoder=record.fingerprint, data=json.dumps(data))
@@ -178,19 +179,6 @@ def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) 
 def trees_of(state: TrainState) -> dict[str, Any]:
     """Returns the trees that a checkpoint holds, by name; of arrays, or of shapes with shardings."""
     return {"trainable": state.trainable, "optimizer": state.opt_state}
-
-
-def load_batches(exp: Experiment, first: int) -> Iterator[dict[str, np.ndarray]]:
-    """Returns this process's rows of each batch after step `first`; the data are checked before the first one."""
-    config = exp.config
-    return batches.train_batches(
-        config.data,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        tokenizer_path=str(exp.tokenizer.path),
-        rows=mesh_lib.local_rows(exp.mesh, config.train.batch_size),
-        start_step=first,
-    )
 
 
 def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[TrainState, Params]:

@@ -36,7 +36,7 @@ CHILD = """
 import os, resource, runpy, signal, sys, time
 from latent_delib.data import batches
 
-read = batches.train_batches
+read = batches.Training.batches
 
 def step_2_is_saved():
     while not os.path.isdir(os.environ["WORKDIR"] + "/checkpoints/2"):
@@ -48,7 +48,7 @@ def interrupted(*args, **kwargs):
             {event}
         yield batch
 
-batches.train_batches = interrupted
+batches.Training.batches = interrupted
 sys.argv = ["train", "--config=" + os.environ["CONFIG"], "--workdir=" + os.environ["WORKDIR"]]
 runpy.run_module("latent_delib.train", run_name="__main__")
 """
@@ -63,11 +63,11 @@ def interrupted(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
     return read(*args, **kwargs)
 
-config, workdir, read = base.get_config(), "gs://bucket/a/run", batches.train_batches
+config, workdir, read = base.get_config(), "gs://bucket/a/run", batches.Training.batches
 config.update_from_flattened_dict(eval(sys.argv[1]))
-batches.train_batches = interrupted
+batches.Training.batches = interrupted
 assert train.train(config, workdir) == 75
-batches.train_batches = read
+batches.Training.batches = read
 assert train.train(config, workdir) == 0
 print(len(evaluate.evaluate(config, workdir, workdir + "/out")["rows"]))
 """
@@ -141,7 +141,7 @@ def signal_before_step_3(monkeypatch):
 
     @contextlib.contextmanager
     def sent(number):
-        read = batches.train_batches
+        read = batches.Training.batches
 
         def interrupted(*args, **kwargs):
             for step, batch in enumerate(read(*args, **kwargs), start=1):
@@ -150,7 +150,7 @@ def signal_before_step_3(monkeypatch):
                 yield batch
 
         with monkeypatch.context() as patch:
-            patch.setattr(batches, "train_batches", interrupted)
+            patch.setattr(batches.Training, "batches", interrupted)
             yield
 
     return sent
@@ -303,9 +303,8 @@ def test_what_a_run_leaves(trained, make_config):
         assert key.encode() in events[0].read_bytes()
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
     meta = small.meta_of(trained)
-    data = batches.fingerprint(
-        make_config().data, tokenizer_path=meta["config"]["decoder"]["path"] + "/tokenizer.model"
-    )
+    tokenizer_path = meta["config"]["decoder"]["path"] + "/tokenizer.model"
+    data = batches.Training(make_config().data, tokenizer_path).fingerprint()
     assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
     assert meta["config"]["method"]["num_latents"] == 2
     assert meta["fingerprint"] == folder.fingerprint(folder.locate(meta["config"]["decoder"]["path"]))

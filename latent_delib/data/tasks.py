@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -276,33 +276,6 @@ def check_sources(sources: Iterable[str], tokenizer_path: str, bad: BadRecords) 
         next(documents(source, tokenizer_path, bad))
 
 
-def train_batches(
-    data: Any, *, batch_size: int, seed: int, tokenizer_path: str, rows: np.ndarray, start_step: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Returns `batches.train_batches` of text: every process runs the whole pipeline and keeps its rows."""
-    tokenizer = Tokenizer(tokenizer_path)
-    bad = BadRecords(data.max_bad_records)
-    mixture = seqio.MixtureRegistry.get(add_mixture(list(data.sources), list(data.weights), tokenizer_path))
-    check_sources(data.sources, tokenizer_path, bad)  # an endless repetition of nothing would never return
-    dataset = mixture.get_dataset(
-        {"tokens": data.seq_len},
-        SPLIT,
-        seed=seed,
-        num_epochs=None,
-        trim_output_features=False,
-        passthrough_features=["bad"],
-    )
-
-    def batch(element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for record in _text(b"".join(element["bad"])).split("\n")[:-1]:
-            bad(record)
-        tokens = element["tokens"][rows]
-        return {"tokens": tokens, "segment": segments(tokens, tokenizer.bos_id, tokenizer.pad_id)}
-
-    elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
-    return itertools.islice(map(batch, elements), start_step, None)
-
-
 def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
     """Returns `batches.validation_documents` of text."""
     bad = BadRecords(data.max_bad_records)
@@ -341,7 +314,39 @@ def source_fingerprint(source: str) -> str:
     return hashlib.sha256(repr((kind, files)).encode()).hexdigest()
 
 
-def data_fingerprint(data: Any, *, tokenizer_path: str) -> dict[str, str]:
-    """Returns `batches.fingerprint` of text."""
-    del tokenizer_path  # it is no part of the text
-    return {f"sources[{i}]": source_fingerprint(source) for i, source in enumerate(data.sources)}
+class Training(NamedTuple):
+    """Serves `batches.Training` from text: every process runs the whole pipeline and keeps its rows."""
+
+    data: Any
+    tokenizer_path: str
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns a digest of each source."""
+        return {f"sources[{i}]": source_fingerprint(source) for i, source in enumerate(self.data.sources)}
+
+    def batches(
+        self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Returns batches without end, as `batches.Training` does."""
+        data = self.data
+        tokenizer = Tokenizer(self.tokenizer_path)
+        bad = BadRecords(data.max_bad_records)
+        mixture = seqio.MixtureRegistry.get(add_mixture(list(data.sources), list(data.weights), self.tokenizer_path))
+        check_sources(data.sources, self.tokenizer_path, bad)  # an endless repetition of nothing would never return
+        dataset = mixture.get_dataset(
+            {"tokens": data.seq_len},
+            SPLIT,
+            seed=seed,
+            num_epochs=None,
+            trim_output_features=False,
+            passthrough_features=["bad"],
+        )
+
+        def batch(element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            for record in _text(b"".join(element["bad"])).split("\n")[:-1]:
+                bad(record)
+            tokens = element["tokens"][rows]
+            return {"tokens": tokens, "segment": segments(tokens, tokenizer.bos_id, tokenizer.pad_id)}
+
+        elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
+        return itertools.islice(map(batch, elements), start_step, None)

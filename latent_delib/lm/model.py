@@ -292,7 +292,7 @@ class AugmentedLM:
         if self.coprocessor is None:
             return None
         if delay is not None:
-            return partial(decoding.write_latents, self.params, aug=self.aug)
+            return partial(decoding.write_after, self.params, aug=self.aug)
         where = (self.params_beside, self.aug_beside, self.coprocessor_mesh, self.mesh)
         return partial(decoding.attempt, decoding.write_beside, *where)
 

@@ -30,7 +30,7 @@ def read(sources, tokenizer_path):
 
     def found(folder, limit=0, count=30):
         data = make_data(sources["train"], folder, limit)
-        loader = batches.train_batches(data, batch_size=16, seed=0, tokenizer_path=str(tokenizer_path))
+        loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=16, seed=0)
         return list(itertools.islice(loader, count))
 
     return found
@@ -111,8 +111,8 @@ def test_a_token_outside_the_vocabulary_is_skipped(token_folder, folder, read, s
 def test_token_files_that_vanish_or_do_not_fit_their_meta(folder, read, sources, tokenizer_path, monkeypatch):
     file, meta = folder / "train/0/tokens/c/0/0", folder / "meta.json"
     monkeypatch.setattr(token_files, "_CACHE", tensorstore.Context())  # a file in the cache is not missed
-    arguments = {"seed": 0, "tokenizer_path": str(tokenizer_path)}
-    loader = batches.train_batches(make_data(sources["train"], folder, 999), batch_size=2, **arguments)
+    text = batches.Training(make_data(sources["train"], folder, 999), str(tokenizer_path))
+    loader = text.batches(batch_size=2, seed=0)
     next(loader)
     file.rename(folder / "elsewhere")
     with pytest.raises(UserError, match=rf"{folder}/train/0: row \d+: .*NOT_FOUND"):
@@ -199,7 +199,7 @@ def test_bad_text_is_skipped_up_to_the_limit(bad_text, tokenizer_path, tmp_path,
     path, where = str(tokenizer_path), f"{tmp_path}/text"
 
     def train(limit):
-        loader = batches.train_batches(make_data(bad_text, "", limit), batch_size=4, seed=0, tokenizer_path=path)
+        loader = batches.Training(make_data(bad_text, "", limit), path).batches(batch_size=4, seed=0)
         return list(itertools.islice(loader, 40))
 
     found = train(2)
@@ -209,7 +209,7 @@ def test_bad_text_is_skipped_up_to_the_limit(bad_text, tokenizer_path, tmp_path,
     source = make_data(bad_text, "", 2)
     documents = [document.tokens for document in batches.validation_documents(source, tokenizer_path=path)]
     assert len(documents) == 40 and good == {2, *np.concatenate(documents).tolist()}
-    resumed = batches.train_batches(source, batch_size=4, seed=0, tokenizer_path=path, start_step=39)
+    resumed = batches.Training(source, path).batches(batch_size=4, seed=0, start_step=39)
     np.testing.assert_array_equal(next(resumed)["tokens"], found[39]["tokens"])
     for limit in (0, 1):
         with pytest.raises(UserError, match=rf"{where}/.: line \d+: not UTF-8.*is {limit}\)$"):
@@ -234,7 +234,7 @@ def test_a_source_of_nothing_else_holds_no_text(tokenizer_path, tmp_path):
     (tmp_path / "1").write_bytes(b"\xff\n" * 9)
     with pytest.raises(UserError, match="holds no text"):
         data = make_data(f"lines:{tmp_path}/1", "", 99)
-        batches.train_batches(data, batch_size=4, seed=0, tokenizer_path=str(tokenizer_path))
+        batches.Training(data, str(tokenizer_path)).batches(batch_size=4, seed=0)
 
 
 @pytest.mark.parametrize("special", [2, PAD])
@@ -276,7 +276,7 @@ def test_text_that_vanishes_during_a_run_is_named(kind, tokenizer_path, tmp_path
     for i in range(3):
         (tmp_path / str(i)).write_text("\n".join(["the cat sat on a mat"] * 300))
     data = make_data(f"{kind}:{tmp_path}/*")
-    loader = batches.train_batches(data, batch_size=64, seed=0, tokenizer_path=str(tokenizer_path))
+    loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=64, seed=0)
     next(loader)
     (tmp_path / "1").unlink()
     expected = f"config.data: reading '{kind}:{tmp_path}/*': {tmp_path}/1; No such file or directory"
@@ -287,7 +287,7 @@ def test_text_that_vanishes_during_a_run_is_named(kind, tokenizer_path, tmp_path
 
 
 def fingerprint(data, tokenizer_path):
-    return batches.fingerprint(data, tokenizer_path=str(tokenizer_path))
+    return batches.Training(data, str(tokenizer_path)).fingerprint()
 
 
 def append(path):

@@ -83,7 +83,7 @@ def config_data(sources, weights=None, **change):
 
 
 def train(data, tokenizer, count, batch_size=4, seed=0, **arguments):
-    found = batches.train_batches(data, batch_size=batch_size, seed=seed, tokenizer_path=tokenizer, **arguments)
+    found = batches.Training(data, tokenizer).batches(batch_size=batch_size, seed=seed, **arguments)
     return list(itertools.islice(found, count))
 
 
@@ -164,14 +164,14 @@ def test_documents_of_tfds(tasks, tokenizer, tmp_path, monkeypatch):
         assert message in str(error.value)
 
     (file,) = tmp_path.rglob("*.tfrecord*")
-    before = batches.fingerprint(data, tokenizer_path=tokenizer)
+    before = batches.Training(data, tokenizer).fingerprint()
     file.write_bytes(file.read_bytes()[:-2])
-    assert batches.fingerprint(data, tokenizer_path=tokenizer) != before
+    assert batches.Training(data, tokenizer).fingerprint() != before
     with pytest.raises(UserError, match="truncated record"):
         texts(tasks, tokenizer, "tfds:tiny_notes:train:body")
     file.unlink()
     with pytest.raises(UserError, match=f"{file}; No such file"):
-        batches.fingerprint(data, tokenizer_path=tokenizer)
+        batches.Training(data, tokenizer).fingerprint()
 
 
 def test_rows_of_a_task_are_its_packed_documents(tasks, tokenizer, tmp_path):
@@ -223,7 +223,7 @@ from ml_collections import ConfigDict
 from latent_delib.data import batches
 flags.FLAGS(["test"])
 data, digest = ConfigDict({data.to_dict()!r}), hashlib.sha256()
-for batch in itertools.islice(batches.train_batches(data, batch_size=4, seed=0, tokenizer_path={tokenizer!r}), 100):
+for batch in itertools.islice(batches.Training(data, {tokenizer!r}).batches(batch_size=4, seed=0), 100):
     digest.update(batch["tokens"])
 print(digest.hexdigest())
 """

@@ -14,7 +14,7 @@ import tensorstore
 from ml_collections import ConfigDict
 
 from latent_delib.data import order, token_files
-from latent_delib.data.batches import train_batches, validation_documents
+from latent_delib.data.batches import Training, validation_documents
 from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
 from latent_delib.machine import files
@@ -77,7 +77,7 @@ class Prepared:
 
     def batches(self, count, batch_size=8, seed=0, **arguments):
         data = self.data(**{k: arguments.pop(k) for k in ("sources", "weights") if k in arguments})
-        batches = train_batches(data, batch_size=batch_size, seed=seed, tokenizer_path=self.tokenizer, **arguments)
+        batches = Training(data, self.tokenizer).batches(batch_size=batch_size, seed=seed, **arguments)
         return list(itertools.islice(batches, count))
 
     def rows(self, source):
@@ -95,10 +95,16 @@ def equal(one, other):
     return all(np.array_equal(a[k], b[k]) for a, b in zip(one, other, strict=True) for k in ("tokens", "segment"))
 
 
-def test_a_slash_at_the_end_of_a_folder_is_no_part_of_its_name(prepared):
+def test_a_job_reads_meta_json_once_and_by_one_name(prepared, monkeypatch):
     """A bucket has objects by their names, and none called tokens//meta.json."""
-    _, stored = token_files._open(prepared.data(token_files=f"{prepared.directory}/"), prepared.tokenizer, "train")
-    assert stored[0].path == f"{prepared.directory}/train/0"
+    asked, read_meta = [], token_files.read_meta
+    monkeypatch.setattr(token_files, "read_meta", lambda where: asked.append(where) or read_meta(where))
+    found = []
+    for where in (prepared.directory, f"{prepared.directory}/"):
+        text = Training(prepared.data(token_files=where), prepared.tokenizer)
+        next(text.batches(batch_size=2, seed=0))
+        found.append(text.fingerprint())
+    assert found[0] == found[1] and asked == [prepared.directory] * 2
 
 
 def counts(rows):
@@ -206,7 +212,7 @@ def test_folders_without_checksums_can_still_be_read(prepared, tmp_path, monkeyp
         del entry["sha256"]
     token_files.write_meta(directory, meta | {"format": 1})
     data = prepared.data(token_files=directory)
-    found = train_batches(data, batch_size=8, seed=0, tokenizer_path=prepared.tokenizer)
+    found = Training(data, prepared.tokenizer).batches(batch_size=8, seed=0)
     assert equal(itertools.islice(found, 20), prepared.batches(20))
 
 
@@ -263,7 +269,7 @@ def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
 def test_bad_directories(prepared, tmp_path):
     def message(tokenizer=prepared.tokenizer, **change):
         with pytest.raises(UserError) as error:
-            train_batches(prepared.data(**change), batch_size=2, seed=0, tokenizer_path=tokenizer)
+            Training(prepared.data(**change), tokenizer)
         return str(error.value)
 
     (tmp_path / "unfinished" / "train").mkdir(parents=True)
@@ -290,7 +296,7 @@ import sys
 from ml_collections import ConfigDict
 from latent_delib.data import batches
 data = ConfigDict({prepared.data().to_dict()!r})
-next(batches.train_batches(data, batch_size=2, seed=0, tokenizer_path={str(prepared.tokenizer)!r}))
+next(batches.Training(data, {str(prepared.tokenizer)!r}).batches(batch_size=2, seed=0))
 next(batches.validation_documents(data, tokenizer_path={str(prepared.tokenizer)!r}))
 print(sorted({{"tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)))
 """

@@ -449,9 +449,9 @@ def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
     prepared = ConfigDict(data | {"token_files": f"{tmp_path}/out"})
     found = batches.validation_documents(prepared, tokenizer_path=path)
     assert [document.tokens.tolist() for document in found] == expected
-    batch = next(batches.train_batches(prepared, batch_size=2, seed=0, tokenizer_path=path))
+    batch = next(batches.Training(prepared, path).batches(batch_size=2, seed=0))
     text = ConfigDict(data | {"token_files": ""})
-    again = next(batches.train_batches(text, batch_size=2, seed=0, tokenizer_path=path))
+    again = next(batches.Training(text, path).batches(batch_size=2, seed=0))
     assert batch["tokens"].shape == again["tokens"].shape == (2, 16) and (again["tokens"][:, 0] == 1).all()
 
     config = tokenizer.path.with_name("tokenizer_config.json")
@@ -459,7 +459,7 @@ def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
     try:
         config.write_text(json.dumps(CONFIG | {"bos_token": "<|endoftext|>"}))
         with pytest.raises(UserError, match="tokenizer sha256"):
-            batches.train_batches(prepared, batch_size=2, seed=0, tokenizer_path=path)
+            batches.Training(prepared, path)
     finally:
         config.write_text(kept)
 

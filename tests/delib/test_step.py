@@ -31,8 +31,8 @@ MANY = {"method.num_traces": 20}  # so many that a device's own share of them is
 
 def first_batches(exp, count):
     c = exp.config
-    path = str(exp.tokenizer.path)
-    found = batches.train_batches(c.data, batch_size=c.train.batch_size, seed=c.seed, tokenizer_path=path)
+    text = batches.Training(c.data, str(exp.tokenizer.path))
+    found = text.batches(batch_size=c.train.batch_size, seed=c.seed)
     return list(itertools.islice(found, count))
 
 

@@ -281,10 +281,10 @@ def test_a_control_token_ends_a_text_that_shows_no_trace_of_it(decoder, lms):
 def test_few_shapes_are_compiled(lms):
     lm = lms["decoder"]
     lm.generate(PROMPTS, NEW)
-    before = decoding.prefill._cache_size(), decoding.decode._cache_size()
+    before = decoding.prefill._cache_size(), decoding.decode_tokens._cache_size()
     lm.generate(PROMPTS[:3], NEW - 3, temperature=0.5, top_k=4, seed=8)
     lm.generate([p + " rain rain" for p in PROMPTS], NEW + 4)
-    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == before
+    assert (decoding.prefill._cache_size(), decoding.decode_tokens._cache_size()) == before
 
 
 def test_sharded_equals_one_device(decoder, lms, text):
@@ -353,7 +353,7 @@ def test_latents_join_when_they_are_ready(lms, beside):
 @pytest.mark.parametrize("fault", ["fails at once", "fails later", "never answers"])
 def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, fault):
     """Bit for bit: the logits after the last token are the plain decoder's."""
-    last, decode = [], decoding.decode
+    last, decode = [], decoding.decode_tokens
 
     def watched(*args, **options):
         state, cache = decode(*args, **options)
@@ -367,7 +367,7 @@ def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, f
         monkeypatch.setattr(decoding, "write_beside", broken)
     else:
         monkeypatch.setattr(decoding, "ready", broken if fault == "fails later" else lambda z: False)
-    monkeypatch.setattr(decoding, "decode", watched)
+    monkeypatch.setattr(decoding, "decode_tokens", watched)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = beside.continuations(PROMPTS, 32, every=5, delay=None)
