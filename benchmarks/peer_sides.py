@@ -23,6 +23,7 @@ from configs import packaged_decoder, quickstart
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 
 CORPUS = Path(__file__).parents[1] / "latent_delib" / "data" / "corpus"
+SPLITS = ("train", "validation")
 STEPS = 4  # of training, in one call
 TEXTS, TEXT_TOKENS = 24, 256  # scored; a longer paragraph is cut
 PROMPT, NEW = 32, 64  # tokens of a prompt, and decoded after it
@@ -237,7 +238,8 @@ def vocabulary(folder: Path) -> Path:
 
 
 def corpus_files() -> list[Path]:
-    return sorted(CORPUS.glob("*/*.txt"))
+    """Those of "packaged/train" and "packaged/validation"."""
+    return [file for split in SPLITS for file in sorted((CORPUS / split).glob("*.txt"))]
 
 
 def megabytes() -> float:
@@ -254,7 +256,8 @@ def prepare_ours(a: argparse.Namespace) -> Work:
         shutil.rmtree(out, ignore_errors=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         meta = json.loads((out / "meta.json").read_text())
-        return [sum(entry["documents"] for split in ("train", "validation") for entry in meta[split])]
+        entries = [entry for split in SPLITS for entry in meta[split]]
+        return [sum(entry[key] for entry in entries) for key in ("documents", "tokens")]
 
     return Work(run, megabytes())
 
@@ -270,6 +273,6 @@ def prepare_theirs(a: argparse.Namespace) -> Work:
         for file in corpus_files():
             for text in file.read_text().split("\n\f\n"):
                 documents.append(np.array(model.encode(text), np.uint16))
-        return [len(documents)]
+        return [len(documents), sum(map(len, documents))]
 
     return Work(run, megabytes())
