@@ -5,7 +5,7 @@
 A trace holds N_L + N_A tokens: the decoder's call with placement overlay. Every form does the same job, and the same
 useful FLOPs count for each (`common.attention_flops`); the dense mask also computes the text's own attention and all
 the pairs that nobody sees. torch is the peer's flex_attention, which also computes the cache's gradient; on a CPU,
-where that has no backward pass, plain attention under the same mask.
+where that has no backward pass, plain operations over the same pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,13 +55,12 @@ def torch_passes(c: Any, marks: Traces, text: dense.Tokens, operands: tuple, pre
     sees = peer_torch.trace_mask(*(torch.tensor(np.asarray(x), device=device) for x in integers), None)
     q, k, v = (theirs(flat(x)).requires_grad_() for x in operands)
     before, gradient = [theirs(x) for x in prefix], theirs(flat(dout))
-    create = peer_torch.create_mask if device == "cpu" else peer_torch.create_block_mask
-    mask = create(sees, q.shape[0], None, q.shape[2], before[0].shape[2] + q.shape[2], device=device)
+    form = peer_torch.FORMS[device]
+    mask = form.mask(sees, *marks.position.shape, before[0].shape[2], torch.device(device))
 
     @torch.compile(dynamic=False)
     def attention(q, k, v):
-        keys = (torch.cat(pair, dim=2) for pair in zip(before, (k, v)))
-        return peer_torch.attention(q, *keys, mask, c.query_scale, c.attn_softcap)
+        return form.attend(q, (k, v), before, mask, c.query_scale, c.attn_softcap)
 
     def forward() -> None:
         with torch.no_grad():

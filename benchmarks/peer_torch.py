@@ -1,15 +1,13 @@
-"""The peer: the same training step as a PyTorch user would write it, for Gemma 2 and its likes.
+"""The peer's model: Gemma 2 and its likes as a PyTorch user would write them. `peer_steps` trains it.
 
-Layers in the manner of `transformers`; attention is torch's flex_attention with a block mask of the same visibility
-(Liu et al. 2025, Figure 2) and the softcap as its score modification; every layer under torch.compile, optionally
-under activation checkpointing. The text is read without gradient and leaves a cache, traces read it. The decoder is
-frozen, in bfloat16 on a GPU; the coprocessor's float32 weights compute under autocast and are AdamW's.
+Layers are in the manner of `transformers`. Visibility is that of Liu et al. 2025, Figure 2, by mask functions.
 
-flex_attention has no backward pass on a CPU: there the same mask functions, evaluated for every pair, serve plain
-attention in float32.
+On a GPU, attention is torch's flex_attention with a block mask, and the softcap is its score modification. On a CPU it
+has no backward pass, and torch's other fused attention has no softcap. There attention is plain tensor operations over
+the pairs that the same mask functions may show: a trace's tokens with the text and with each other.
 
-Letters as in the package. Traces stand one after the other: S counts the M traces' tokens of a row together, and U the
-keys that they see, the text's T first.
+Letters as in the package. X counts the tokens of a trace. Traces stand one after the other: S = M X counts those of a
+row together, and U the keys that they see, the text's T first.
 """
 
 from collections.abc import Callable
@@ -20,15 +18,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from latent_delib.nn.sizes import TransformerConfig
 
+Pair = tuple[Tensor, Tensor]  # keys and values
+
 
 class Traces(NamedTuple):
-    """latents' and tokens' positions [B, M, L], [B, M, L + X]; first text token seen [B, M]; past the last one for the
-    latents and for the tokens [B, M] each; inputs [B, M, X], targets and weights [B, M, A]."""
+    """positions of latents [B, M, L], and of latents and inputs [B, M, X]; first text token seen [B, M]; past the last
+    one for the latents and for the tokens [B, M] each; inputs [B, M, X - L], targets and weights [B, M, A]."""
 
     latent_position: Tensor
     position: Tensor
@@ -96,35 +96,77 @@ def text_mask(position_BT: Tensor, start_BT: Tensor, window: int | None) -> Call
 
 
 def trace_mask(
-    position_BMS: Tensor, start_BM: Tensor, stop_BM: Tensor, text_position_BT: Tensor, window: int | None
+    position_BMX: Tensor, start_BM: Tensor, stop_BM: Tensor, text_position_BT: Tensor, window: int | None
 ) -> Callable:
     """Text tokens start <= t < stop, and the own trace causally."""
-    T, S = text_position_BT.shape[1], position_BMS.shape[2]
-    position_BU = torch.cat([text_position_BT, position_BMS.flatten(1)], dim=1)
+    T, X = text_position_BT.shape[1], position_BMX.shape[2]
+    position_BU = torch.cat([text_position_BT, position_BMX.flatten(1)], dim=1)
 
     def sees(b, h, q, kv):
-        text = (kv >= start_BM[b, q // S]) & (kv < stop_BM[b, q // S])
-        own = (kv >= T) & ((kv - T) // S == q // S) & (kv - T <= q)
+        text = (kv >= start_BM[b, q // X]) & (kv < stop_BM[b, q // X])
+        own = (kv >= T) & ((kv - T) // X == q // X) & (kv - T <= q)
         seen = text | own
         return seen if window is None else seen & (position_BU[b, T + q] - position_BU[b, kv] < window)
 
     return sees
 
 
+def blocks(sees: Callable, batch: int, traces: int, size: int, text: int, device: torch.device) -> BlockMask:
+    """The mask of `flex`, of traces of `size` tokens over a text; `sees` is a mask function."""
+    queries = traces * size
+    return create_block_mask(sees, batch, None, queries, text + queries, device=device)
+
+
 def softcapped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *, softcap: float) -> Tensor:
     return softcap * torch.tanh(score / softcap)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: float, softcap: float) -> Tensor:
-    """q [B, N, S, H]; k, v [B, K, U, H]; mask: a block mask for flex_attention, or bool [B, 1, S, U] for plain one."""
-    if isinstance(mask, BlockMask):
-        capped = partial(softcapped, softcap=softcap) if softcap else None
-        return flex_attention(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=True)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    score = q @ k.mT * scale
+def flex(q: Tensor, own: Pair, cached: Pair | None, mask: BlockMask, scale: float, softcap: float) -> Tensor:
+    """flex_attention. q [B, N, S, H]; own: keys and values [B, K, S, H] each; cached: the text's, [B, K, T, H]."""
+    k, v = own
+    if cached is not None:
+        k, v = torch.cat([cached[0], k], dim=2), torch.cat([cached[1], v], dim=2)
+    capped = partial(softcapped, softcap=softcap) if softcap else None
+    return flex_attention(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+def pairs(sees: Callable, batch: int, traces: int, size: int, text: int, device: torch.device) -> Tensor:
+    """The mask of `plain`: a token with the text and with its own trace, bool [B, 1, 1, M, X, T + X]."""
+    first = size * torch.arange(traces, device=device)[:, None, None]
+    inside = torch.arange(size, device=device)
+    of_text = torch.arange(text, device=device).expand(traces, 1, text)
+    keys = torch.cat([of_text, text + first + inside], dim=-1)
+    rows = torch.arange(batch, device=device)[:, None, None, None]
+    return sees(rows, None, first + inside[:, None], keys)[:, None, None]
+
+
+def plain(q: Tensor, own: Pair, cached: Pair | None, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """The same by tensor operations; no trace is multiplied with another."""
+    B, N, S, H = q.shape
+    K, M, X = own[0].shape[1], mask.shape[3], mask.shape[4]
+    q = q.view(B, K, N // K, M, X, H)
+    k, v = (x.view(B, K, M, X, H) for x in own)
+    score = torch.einsum("bkgmxh,bkmyh->bkgmxy", q, k)
+    if cached is not None:
+        score = torch.cat([torch.einsum("bkgmxh,bkth->bkgmxt", q, cached[0]), score], dim=-1)
+    score = score * scale
     if softcap:
         score = softcap * torch.tanh(score / softcap)
-    return score.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    weight = score.masked_fill(~mask, -torch.inf).softmax(-1)
+    out = torch.einsum("bkgmxy,bkmyh->bkgmxh", weight[..., -X:], v)
+    if cached is not None:
+        out = out + torch.einsum("bkgmxt,bkth->bkgmxh", weight[..., :-X], cached[1])
+    return out.reshape(B, N, S, H)
+
+
+class Form(NamedTuple):
+    """A form of attention, and the function that makes its mask."""
+
+    attend: Callable
+    mask: Callable
+
+
+FORMS = {"cuda": Form(flex, blocks), "cpu": Form(plain, pairs)}  # by device
 
 
 class RMSNorm(nn.Module):
@@ -153,9 +195,9 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, c: TransformerConfig):
+    def __init__(self, c: TransformerConfig, attend: Callable):
         super().__init__()
-        self.c = c
+        self.c, self.attend = c, attend
         self.q_proj = nn.Linear(c.embed_dim, c.num_heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.embed_dim, c.num_kv_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.embed_dim, c.num_kv_heads * c.head_dim, bias=False)
@@ -166,11 +208,8 @@ class Attention(nn.Module):
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (p(x_BSD).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for p in projections)
         q, k = rotate(q, rope), rotate(k, rope)
-        own = k, v
-        if cached is not None:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(cached, own))
-        out = attention(q, k, v, mask, c.query_scale, c.attn_softcap)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), own
+        out = self.attend(q, (k, v), cached, mask, c.query_scale, c.attn_softcap)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), (k, v)
 
 
 class MLP(nn.Module):
@@ -185,9 +224,9 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c: TransformerConfig):
+    def __init__(self, c: TransformerConfig, attend: Callable):
         super().__init__()
-        self.attn, self.mlp = Attention(c), MLP(c)
+        self.attn, self.mlp = Attention(c, attend), MLP(c)
         self.pre_attn_norm, self.post_attn_norm = RMSNorm(c.embed_dim, c), RMSNorm(c.embed_dim, c)
         self.pre_mlp_norm, self.post_mlp_norm = RMSNorm(c.embed_dim, c), RMSNorm(c.embed_dim, c)
 
@@ -198,13 +237,16 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """A stack of layers over embeddings. A decoder also has a table of tokens, a coprocessor soft tokens."""
+    """A stack of layers over embeddings. A decoder also has a table of tokens, a coprocessor soft tokens.
 
-    def __init__(self, c: TransformerConfig, num_soft: int = 0):
+    attend: `flex` or `plain`.
+    """
+
+    def __init__(self, c: TransformerConfig, attend: Callable, num_soft: int = 0):
         super().__init__()
         assert c.post_norms and not c.qk_norm and not c.rope_scaling and c.activation == "gelu", "a Gemma 2"
         self.c = c
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.layers = nn.ModuleList(Layer(c, attend) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.embed_dim, c)
         table = torch.randn(num_soft or c.vocab_size, c.embed_dim) * c.embed_dim**-0.5
         self.register_parameter("soft_tokens" if num_soft else "embedding", nn.Parameter(table))
@@ -222,97 +264,6 @@ class Model(nn.Module):
             x_BSD, kv = call(x_BSD, ropes[local], masks[local], None if caches is None else caches[i])
             kvs.append(kv)
         return self.norm(x_BSD), kvs
-
-
-class Peer:
-    """The training step: a frozen decoder, a coprocessor, its optimizer. `optimizer` is config.optimizer.
-
-    compiled: torch.compile on every layer and on the loss. checkpointed: layers keep their input alone.
-    """
-
-    def __init__(
-        self,
-        c: TransformerConfig,
-        num_latents: int,
-        num_ahead: int,
-        placement: str,
-        optimizer: Any,
-        device: str,
-        compiled: bool,
-        checkpointed: bool = True,
-    ):
-        self.c, self.num_latents, self.num_ahead, self.placement = c, num_latents, num_ahead, placement
-        self.device, self.checkpointed, self.clip_norm = torch.device(device), checkpointed, optimizer.clip_norm
-        self.flex = self.device.type != "cpu"
-        self.dtype = torch.bfloat16 if self.flex else torch.float32
-        with self.device:
-            self.decoder = Model(c).to(self.dtype).requires_grad_(False)
-            self.coprocessor = Model(c, num_latents)
-        self.block_mask, self.nll = create_block_mask, token_nll
-        if compiled:
-            # One code serves all layers; text, latents and traces are three shapes of it, each compiled for itself.
-            torch.compiler.reset()
-            torch._dynamo.config.recompile_limit = 32
-            for layer in (*self.decoder.layers, *self.coprocessor.layers):
-                layer.compile(dynamic=False)
-            self.block_mask = torch.compile(create_block_mask, dynamic=False)
-            self.nll = torch.compile(token_nll, dynamic=False)
-        soft = self.coprocessor.soft_tokens
-        body = [p for p in self.coprocessor.parameters() if p is not soft]
-        rates = optimizer.learning_rate, optimizer.soft_token_learning_rate
-        self.optimizer = torch.optim.AdamW(
-            [{"params": body, "lr": rates[0]}, {"params": [soft], "lr": rates[1]}],
-            betas=(optimizer.b1, optimizer.b2),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
-
-    def masks(self, make: Callable, batch: int, queries: int, keys: int) -> list[BlockMask | Tensor]:
-        """Of global and of local layers; `make(window)` is a mask function."""
-        create = self.block_mask if self.flex else create_mask
-        return [create(make(w), batch, None, queries, keys, device=self.device) for w in (None, self.c.window)]
-
-    def loss(self, tokens_BT: Tensor, segment_BT: Tensor, at_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ loss in nats of all traces' ahead tokens, and Σ tokens."""
-        (B, T), M = tokens_BT.shape, at_BM.shape[1]
-        traces = lay_out(tokens_BT, segment_BT, at_BM, self.num_latents, self.num_ahead, self.placement)
-        start_BT = document_start(segment_BT)
-        text_position = torch.arange(T, device=self.device) - start_BT
-
-        def read(model: Model, x_BMSD: Tensor, position_BMS: Tensor, stop_BM: Tensor) -> Tensor:
-            make = partial(trace_mask, position_BMS, traces.start, stop_BM, text_position)
-            S = M * position_BMS.shape[2]
-            x, position = x_BMSD.flatten(1, 2), position_BMS.flatten(1)
-            out, _ = model(x, position, self.masks(make, B, S, T + S), cache, self.checkpointed)
-            return out.view(x_BMSD.shape)
-
-        with torch.no_grad():
-            masks = self.masks(partial(text_mask, text_position, start_BT), B, T, T)
-            _, cache = self.decoder(self.decoder.embed(tokens_BT), text_position, masks)
-        soft = self.coprocessor.soft_tokens.to(self.dtype).expand(B, M, -1, -1)
-        z = read(self.coprocessor, soft, traces.latent_position, traces.latent_stop)
-        x = torch.cat([z, self.decoder.embed(traces.inputs)], dim=2)
-        out = read(self.decoder, x, traces.position, traces.stop)[:, :, -self.num_ahead :]
-        rows, targets = out.flatten(0, 2), traces.targets.flatten()
-        nll = torch.cat(
-            [
-                checkpoint(self.nll, r, self.decoder.embedding, t, self.c.final_softcap, use_reentrant=False)
-                for r, t in zip(rows.split(2048), targets.split(2048))
-            ]
-        )
-        return (nll * traces.weights.flatten()).sum(), traces.weights.sum()
-
-    def step(self, tokens_BT: Tensor, segment_BT: Tensor, num_traces: int) -> Tensor:
-        """One optimizer step; the mean loss, still on the device."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.flex):
-            loss, tokens = self.loss(tokens_BT, segment_BT, draw(segment_BT, num_traces))
-        mean = loss / tokens.clamp(min=1)
-        mean.backward()
-        nn.utils.clip_grad_norm_(self.coprocessor.parameters(), self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return mean.detach()
 
 
 def wait(_: Any = None) -> None:

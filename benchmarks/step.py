@@ -3,9 +3,9 @@
   python -m benchmarks.step [--latents 16 64] [--batch 1 2 4] [--remat attention dots] [--forms ...] [--json=FILE]
 
 Forms: the dense one-sequence form (`dense`), the package's with each form of attention, and the PyTorch peer
-(`peer_torch`), where torch is installed. Useful FLOPs are those that train logs (`latent_delib.delib.cost`), the same
-for all. Where numbers are missing, a form does not fit. On a CPU the peer has no flex_attention: there it has a dense
-mask of its own. The published setting on one GPU, with the flags it wants:
+(`peer_steps`), where torch is installed. Useful FLOPs are those that train logs (`latent_delib.delib.cost`), the same
+for all. Where numbers are missing, a form does not fit. On a CPU the peer has no flex_attention: there it computes the
+same pairs by plain operations. The published setting on one GPU, with the flags it wants:
 
   ./launch/gpu.sh .venv/bin/python -m benchmarks.step --json=FILE
 """
@@ -99,7 +99,8 @@ def measure_torch(a: argparse.Namespace, L: int, B: int) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from benchmarks.peer_torch import Peer, wait
+    from benchmarks.peer_steps import Peer
+    from benchmarks.peer_torch import wait
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peer = Peer(a.config, L, a.ahead, "after", OPTIMIZER, device, compiled=not a.eager)

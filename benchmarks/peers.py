@@ -1,0 +1,270 @@
+"""The package beside what a PyTorch user would run for the same work, on the CPU: one Markdown table, and its JSON.
+
+  LATENT_DELIB_EXTRAS=reference ./launch/setup.sh     # torch and transformers; torch.compile needs g++
+  .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" --size=smollm2_135m \
+      --out=runs/smollm2_135m/decoder
+  .venv/bin/python -m benchmarks.peers [--rows=1,3] [--rounds=7] [--json=runs/peers.json]
+
+  1  training a plain decoder of the packaged architecture      4  scoring texts with SmolLM2-135M
+  2  the same, 0.16 M parameters                                 5  greedy decoding with it, batch 1 and 8
+  3  a coprocessor's training step in the quickstart's shapes    6  prepare, 16 MB of text, vocabulary 512
+
+Every side of a row is a process of its own. It gets ready, does its work twice, and waits. Then the sides take turns,
+one at a time, `--rounds` times: a turn repeats the work for at least `--least` seconds. Figures are medians over the
+turns, with the least and the most; a ratio is that of turns of the same round, over the fastest peer. Where both sides
+return figures, such as log-probabilities, the table says whether they are the same. All is float32, on all cores that
+the process may use. What launch/quickstart.sh sets for its commands is set here for both sides of the training rows.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+
+from benchmarks import common, peer_sides
+from benchmarks.peer_sides import Work
+
+SAME = 1e-3  # relative difference of figures that count as the same
+QUICKSTART = {  # as launch/quickstart.sh sets them
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}".rstrip(),
+    "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+}
+
+Side = Callable[[argparse.Namespace], Work]
+
+
+class Row(NamedTuple):
+    """One line of the table.
+
+    counted: what its figures count. sides: "ours", and peers by name. environment: of all of them.
+    """
+
+    work: str
+    unit: str
+    counted: str
+    sides: Mapping[str, Side]
+    environment: Mapping[str, str] = {}
+
+
+# Turns.
+
+
+def serve(connection: Connection, side: Side, a: argparse.Namespace) -> None:
+    """The process of a side: gets ready and sends its figures, then answers every message with the rate of a turn."""
+    work = side(a)
+    for _ in range(2):
+        found = work.run()
+    connection.send(None if found is None else [float(x) for x in found])
+    while connection.recv():
+        calls, began = 0, time.perf_counter()
+        while not calls or time.perf_counter() - began < a.least:
+            work.run()
+            calls += 1
+        connection.send(calls * work.amount / (time.perf_counter() - began))
+
+
+@contextlib.contextmanager
+def started(side: Side, a: argparse.Namespace, environment: Mapping[str, str]) -> Iterator[Connection]:
+    """The connection to a side's process, which ends with the context."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(there, side, a), daemon=True)
+    with mock.patch.dict(os.environ, {"JAX_PLATFORMS": "cpu", **environment}):
+        process.start()
+    there.close()  # so that a process that fails ends the connection
+    try:
+        yield here
+    finally:
+        process.terminate()
+        process.join()
+
+
+def measure(row: Row, a: argparse.Namespace) -> dict[str, Any]:
+    """The row's figures: rates of every side, and the ratio to the fastest peer."""
+    figures, workers = {}, {}
+    with contextlib.ExitStack() as stack:
+        for name, side in row.sides.items():
+            print(f"{row.work}: {name} gets ready", flush=True)
+            workers[name] = stack.enter_context(started(side, a, row.environment))
+            try:
+                figures[name] = workers[name].recv()  # then it waits, and the next one has the machine for itself
+            except EOFError:
+                sys.exit(f"{row.work}: {name} failed, as it says above")
+        rates = {name: [] for name in workers}
+        for _ in range(a.rounds):
+            for name, worker in workers.items():
+                worker.send(True)
+                rates[name].append(worker.recv())
+    ours = rates.pop("ours")
+    peer = max(rates, key=lambda name: statistics.median(rates[name]))
+    same = [share_of_same(figures["ours"], figures[name]) for name in rates if figures[name] is not None]
+    return {
+        "work": row.work,
+        "unit": row.unit,
+        "counted": row.counted,
+        "ours": {**spread(ours), "all": ours},
+        "theirs": {name: {**spread(found), "all": found} for name, found in rates.items()},
+        "peer": peer,
+        "ratio": spread([x / y for x, y in zip(ours, rates[peer])]),
+        "same": min(same, default=None),
+    }
+
+
+def spread(found: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(found), "least": min(found), "most": max(found)}
+
+
+def share_of_same(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The share of figures that differ by at most SAME."""
+    if len(ours) != len(theirs):
+        return 0.0
+    return float(np.mean(np.isclose(ours, theirs, rtol=SAME, atol=0)))
+
+
+# The table.
+
+
+def training(job: Callable, *peers: bool) -> dict[str, Callable]:
+    """The sides of a training row; `peers`: whether each is compiled."""
+    names = {True: "torch compiled", False: "torch eager"}
+    theirs = {names[compiled]: partial(peer_sides.train_theirs, job=job, compiled=compiled) for compiled in peers}
+    return {"ours": partial(peer_sides.train_ours, job=job), **theirs}
+
+
+def decoding(batch: int) -> Row:
+    return Row(
+        f"greedy decoding with SmolLM2-135M, batch {batch}",
+        "tokens/s",
+        f"{peer_sides.NEW} new tokens a row, with the reading of {peer_sides.PROMPT} before them",
+        {
+            "ours": partial(peer_sides.decode_ours, batch=batch),
+            "transformers": partial(peer_sides.decode_theirs, batch=batch),
+        },
+    )
+
+
+STEP = "text tokens of whole steps: loss, gradient, clipping, Adam"
+ROWS: dict[str, tuple[Row, ...]] = {
+    "1": (
+        Row(
+            "training a plain decoder of the packaged architecture (3.15 M, T 256, B 8)",
+            "tokens/s",
+            STEP,
+            training(peer_sides.decoder_job, True, False),
+            QUICKSTART,
+        ),
+    ),
+    "2": (
+        Row(
+            "the same, 0.16 M (2 layers, D 64, V 512, T 128, B 32)",
+            "tokens/s",
+            STEP,
+            training(peer_sides.tiny_job, True, False),
+            QUICKSTART,
+        ),
+    ),
+    "3": (
+        Row(
+            "training a coprocessor, quickstart's shapes (T 256, B 8, M 8, L 8, A 16, overlay)",
+            "tokens/s",
+            STEP,
+            training(peer_sides.coprocessor_job, True),
+            QUICKSTART,
+        ),
+    ),
+    "4": (
+        Row(
+            f"scoring {peer_sides.TEXTS} texts with SmolLM2-135M",
+            "tokens/s",
+            "tokens that got a log-probability; batches of 16 here, one text at a time there",
+            {"ours": peer_sides.score_ours, "transformers": peer_sides.score_theirs},
+        ),
+    ),
+    "5": (decoding(1), decoding(8)),
+    "6": (
+        Row(
+            "`prepare`, 16 MB of text, vocabulary 512",
+            "MB/s",
+            "bytes of text; ours is the command with its start-up, theirs tokenizes alone on one thread",
+            {"ours": peer_sides.prepare_ours, "sentencepiece": peer_sides.prepare_theirs},
+        ),
+    ),
+}
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def cell(found: Mapping[str, float]) -> str:
+    return f"{number(found['median'])} ({number(found['least'])}-{number(found['most'])})"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of docs/performance.md."""
+    lines = ["| work | theirs | ours | ratio | same figures | counted |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        theirs = "; ".join(f"{name} {cell(found)}" for name, found in row["theirs"].items())
+        same = "-" if row["same"] is None else f"{row['same']:.0%}"
+        cells = f"{row['work']}, {row['unit']}", theirs, cell(row["ours"]), cell(row["ratio"]), same, row["counted"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str | None]:
+    """Of the libraries on the other side; None where one is missing."""
+    found = dict.fromkeys(("torch", "transformers", "sentencepiece"))
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS), help="numbers with commas between")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every side")
+    parser.add_argument("--least", type=float, default=5.0, help="seconds that a turn lasts at least")
+    parser.add_argument("--smollm2", type=Path, default="runs/smollm2_135m/decoder", help="decoder folder of it")
+    parser.add_argument("--folder", type=Path, default="runs/peers", help="for what the rows make for themselves")
+    parser.add_argument("--json", type=Path, default="runs/peers.json", help="the file to write")
+    a = parser.parse_args(argv)
+    unknown = sorted(set(a.rows.split(",")) - set(ROWS))
+    if unknown:
+        parser.error(f"--rows={a.rows}: expected some of {', '.join(ROWS)}")
+    rows = [measure(row, a) for chosen in a.rows.split(",") for row in ROWS[chosen]]
+    jax.config.update("jax_platforms", "cpu")
+    result = {
+        "benchmark": "peers",
+        "command": shlex.join(["python", "-m", "benchmarks.peers", *argv]),
+        **common.machine(),
+        "versions": versions(),
+        "settings": {"rounds": a.rounds, "least": a.least},
+        "rows": rows,
+    }
+    print(f"{result['processor']}, {result['cores']} cores, {result['date']}, jax {result['jax']}", end="")
+    print("".join(f", {name} {version}" for name, version in result["versions"].items()))
+    print(table(rows), flush=True)
+    a.json.parent.mkdir(parents=True, exist_ok=True)
+    a.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
