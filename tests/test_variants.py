@@ -13,7 +13,7 @@ import test_evaluate
 import latent_delib as ld
 from latent_delib import convert, evaluate, train
 from latent_delib import mesh as mesh_lib
-from latent_delib.data import token_files
+from latent_delib.data import batches, token_files
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
@@ -197,7 +197,8 @@ def first_loss(config, coprocessor):
     trainable = jax.device_put(found, planning.shardings_of(plan.state.trainable))
     opt_state = jax.jit(plan.optimizer.tx.init, out_shardings=planning.shardings_of(plan.state.opt_state))(trainable)
     step = jax.device_put(np.int32(0), plan.state.step.sharding)
-    rows = next(train.load_batches(exp, 0))
+    text = batches.Training(config.data, str(exp.tokenizer.path))
+    rows = next(text.batches(batch_size=config.train.batch_size, seed=config.seed))
     batch = mesh_lib.place_rows(exp.mesh, rows, config.train.batch_size)
     compiled = planning.compile_step(exp, plan)
     _, values = compiled(TrainState(step, trainable, opt_state), experiment.load_frozen(exp), batch)
