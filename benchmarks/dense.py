@@ -143,5 +143,5 @@ def loss(
     x_BSD = jnp.concatenate([embed(tokens_BT), x_BMSD.reshape(B, -1, c.embed_dim)], axis=1)
     out_BSD, _ = forward(c, decoder, x_BSD, whole, whole)
     out_BMSD = out_BSD[:, T:].reshape(x_BMSD.shape)
-    nll_BMA = augment.nll(aug, params, out_BMSD[:, :, -num_ahead:], traces.targets)
-    return jnp.sum(nll_BMA * traces.weights), jnp.sum(traces.weights)
+    total = augment.summed_nll(aug, params, out_BMSD[:, :, -num_ahead:], traces.targets, traces.weights)
+    return total, jnp.sum(traces.weights)

@@ -30,6 +30,6 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 8
     c.train.checkpoint_every = 100
     c.compute.dtype = "float32"
-    c.compute.remat = "none"
+    c.compute.remat = "dots"
     c.evaluate.max_length = 256
     return c

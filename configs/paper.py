@@ -24,7 +24,7 @@ CPU = {
     "train.checkpoint_every": 250,
     "train.keep_every": 250,  # all stay: the learning curve
     "compute.dtype": "float32",
-    "compute.remat": "none",
+    "compute.remat": "dots",
     "evaluate.max_length": 256,
     "evaluate.batch_size": 4,
     "evaluate.max_pieces": 200,

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 8
     c.train.checkpoint_every = 60
     c.compute.dtype = "float32"
-    c.compute.remat = "none"
+    c.compute.remat = "dots"
     c.evaluate.max_length = 256
     c.evaluate.batch_size = 4
     c.evaluate.max_pieces = 32

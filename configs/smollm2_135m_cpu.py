@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 4
     c.train.checkpoint_every = 50
     c.compute.dtype = "float32"
-    c.compute.remat = "none"
+    c.compute.remat = "dots"
     c.evaluate.num_ahead = 16
     c.evaluate.max_length = 256
     c.evaluate.batch_size = 2

@@ -230,6 +230,7 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     to it.
     """
     width = WEIGHTS["embed"]
+    flat = mesh.devices.flat[0].platform == "cpu"
     # The compiler for CPUs aborts on sums of bfloat16 over some axes while others are left to it.
     by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
@@ -239,10 +240,10 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     def multiply(x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
         count = contracted(x_axes, w_axes, y_axes)
         if mesh.size == mesh.shape["tensor"]:  # nothing to gather
-            return matmul(x, w, count)
+            return matmul(x, w, count, flat)
 
         def on_each_device(x: jax.Array, w: jax.Array) -> jax.Array:
-            return matmul(x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True), count)
+            return matmul(x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True), count, flat)
 
         not_split = {axis: None for axis, length in zip(x_axes, x.shape, strict=True) if axis and length == 1}
         activations = ACTIVATIONS | not_split

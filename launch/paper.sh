@@ -77,10 +77,6 @@ evaluate() { # OUT, then what goes to the command; what is there already stays
   [[ -e $1/perplexity.json ]] || run latent_delib.evaluate --config="$config" --workdir="$workdir" --out="$1" "${@:2}" "${more[@]}"
 }
 
-# Without an accelerator: one device a core, each with half the batch. XLA runs much of a CPU program on one thread.
-export XLA_FLAGS="--xla_force_host_platform_device_count=2 ${XLA_FLAGS:-}"
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # a step's arrays come and go: fewer, larger pages
-
 unseen="('files:runs/mixture/unseen/*.txt',)"
 
 left_out=()

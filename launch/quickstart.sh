@@ -23,10 +23,6 @@ step() { # NAME ARGUMENT...: runs a command of latent_delib, and says how long i
   echo "-- $1: $((SECONDS - start)) s"
 }
 
-# Without an accelerator: one device a core, each with half the batch. XLA runs much of a CPU program on one thread.
-export XLA_FLAGS="--xla_force_host_platform_device_count=2 ${XLA_FLAGS:-}"
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # a step's arrays come and go: fewer, larger pages
-
 ./launch/setup.sh
 if [[ ! -e $tokens/meta.json ]]; then
   step prepare --config="$config" --out="$tokens" "$@" # which refuses a wrong key or value before it begins

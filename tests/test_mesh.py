@@ -158,7 +158,7 @@ def test_a_product_on_a_mesh_equals_that_on_one_device(dtype, shape):
     where = NamedSharding(mesh, mesh_lib.spec(w_axes, mesh_lib.WEIGHTS))
 
     def on_mesh(x_BMSD, w_DF):
-        return mesh_lib.product(mesh)("BMSD,DF->BMSF", x_BMSD, w_DF, TRACES, w_axes, FEATURES)
+        return mesh_lib.product(mesh)(x_BMSD, w_DF, TRACES, w_axes, FEATURES)
 
     def alone(x_BMSD, w_DF):
         return jnp.einsum("BMSD,DF->BMSF", x_BMSD, w_DF)

@@ -194,11 +194,7 @@ class MLP(nn.Module):
             w_DF = self.param(name, _normal(D), (D, F)).astype(x_BMSD.dtype)
             return self.partition.product(x_BMSD, w_DF, TRACES, PARAM_AXES[name][1:], FEATURES)
 
-        def gated(gate_BMSF: jax.Array, up_BMSF: jax.Array) -> jax.Array:
-            return ACTIVATIONS[self.config.activation](gate_BMSF) * up_BMSF
-
-        # Of the many steps of an activation the backward pass keeps the inputs only.
-        hidden_BMSF = jax.checkpoint(gated, prevent_cse=False)(widen("gate"), widen("up"))
+        hidden_BMSF = ACTIVATIONS[self.config.activation](widen("gate")) * widen("up")
         hidden_BMSF = self.partition.constrain(hidden_BMSF, FEATURES)
         down_FD = self.param("down", _normal(F), (F, D)).astype(x_BMSD.dtype)
         return self.partition.product(hidden_BMSF, down_FD, FEATURES, PARAM_AXES["down"][1:], TRACES)

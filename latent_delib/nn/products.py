@@ -20,15 +20,19 @@ def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.
     return jnp.einsum(equation, x, y, precision=precision(x, y), preferred_element_type=dtype)
 
 
-def matmul(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array, contracted: int, flat: bool = False) -> jax.Array:
     """Returns x [..., *in] times w [*in, *out], [..., *out]; `in` are the last `contracted` axes of x.
 
-    It is one product of two matrices. With more axes XLA for CPUs writes transposed copies of the operands in the
-    backward pass, an element at a time.
+    Args:
+      flat: computes it as one product of two matrices. CPUs want that: with more axes XLA copies the operands of the
+        backward pass, transposed, an element at a time, which takes longer than the products. TPUs do not: there
+        reshaping copies.
     """
-    rows, inputs = x.shape[: x.ndim - contracted], x.shape[x.ndim - contracted :]
-    outputs = w.shape[contracted:]
-    y = einsum("RI,IO->RO", x.reshape(math.prod(rows), -1), w.reshape(math.prod(inputs), -1))
+    rows, outputs = x.shape[: x.ndim - contracted], w.shape[contracted:]
+    if flat:
+        size = math.prod(w.shape[:contracted])
+        x, w, contracted = x.reshape(-1, size), w.reshape(size, -1), 1
+    y = jnp.tensordot(x, w, contracted, precision=precision(x, w))
     return y.reshape(*rows, *outputs)
 
 

@@ -87,13 +87,12 @@ def test_a_decoder_s_loss_and_gradient_equal_ours():
     aug = Augmentation(Transformer(CONFIG), "decoder", num_latents=0)
 
     def of_decoder(tree):
-        text = jnp.array(TOKENS), jnp.array(SEGMENT), jnp.array(AT)
-        return augment.loss(aug, {"decoder": tree}, *text, num_ahead=A, dtype=jnp.float32)
+        return augment.loss(aug, {"decoder": tree}, *map(jnp.array, TEXT), num_ahead=A, dtype=jnp.float32)
 
     (expected_loss, count), gradient = jax.jit(jax.value_and_grad(of_decoder, has_aux=True))(decoder)
     peer = DecoderPeer(CONFIG, OPTIMIZER, compiled=False)
     load(peer.decoder, decoder)
-    loss, tokens = peer.loss(torch.from_numpy(TOKENS), torch.from_numpy(SEGMENT))
+    loss, tokens = peer.loss(*map(torch.from_numpy, TEXT[:2]))
     assert int(tokens) == int(count) > 50
     np.testing.assert_allclose(loss.detach(), expected_loss, rtol=1e-4)
     loss.backward()

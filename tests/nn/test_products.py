@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import small
 
@@ -13,7 +14,7 @@ from latent_delib.delib import augment, lora
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.nn import transformer
-from latent_delib.nn.products import einsum
+from latent_delib.nn.products import einsum, matmul
 from latent_delib.nn.transformer import Transformer
 
 CONFIG, KEY, L, A = small.GEMMA, jax.random.key(0), 2, 3
@@ -51,7 +52,7 @@ def test_and_so_on_a_mesh_and_in_logits(dtype, wanted):
     mesh = mesh_lib.make({"data": 1, "fsdp": 2}, jax.devices()[:2])
     x, w = jnp.zeros((2, 1, 4, 8), dtype), jnp.zeros((8, 6), dtype)
     axes = ("batch", "traces", None, None), ("embed", "ffn"), ("batch", "traces", None, "ffn")
-    product = partial(mesh_lib.product(mesh), "...D,DF->...F", x_axes=axes[0], w_axes=axes[1], y_axes=axes[2])
+    product = partial(mesh_lib.product(mesh), x_axes=axes[0], w_axes=axes[1], y_axes=axes[2])
     assert asked(jax.jit(product).lower(x=x, w=w)) == {(wanted, wanted)}
     logits = partial(transformer.unembed, config=CONFIG)
     assert asked(jax.jit(logits).lower(w.T, x)) == {(wanted, wanted)}
@@ -62,3 +63,21 @@ def test_an_operand_of_less_is_not_the_precision_of_the_other():
     x, y = jnp.zeros((2, 3), jnp.bfloat16), jnp.zeros((3, 4))
     assert asked(jax.jit(partial(einsum, "ab,bc->ac")).lower(x, y)) == {("HIGHEST", "HIGHEST")}
     assert einsum("ab,bc->ac", x, x.T, jnp.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("contracted, shape", [(1, (4, 5)), (1, (4, 2, 5)), (2, (3, 4, 5))])
+def test_a_flat_product_is_the_same(contracted, shape):
+    """Forward and both gradients, against einsum."""
+    x_key, w_key = jax.random.split(KEY)
+    x = jax.random.normal(x_key, (2, 6, 3, 4))
+    w = jax.random.normal(w_key, shape)
+    inputs, outputs = "XYZ"[3 - contracted :], "OP"[: w.ndim - contracted]
+    rows = "BXYZ"[: 4 - contracted]
+    equation = f"BXYZ,{inputs}{outputs}->{rows}{outputs}"
+    found = [jax.vjp(partial(matmul, contracted=contracted, flat=flat), x, w) for flat in (False, True)]
+    wanted = jax.vjp(partial(einsum, equation), x, w)
+    change = jax.random.normal(KEY, wanted[0].shape)
+    for y, back in found:
+        np.testing.assert_allclose(y, wanted[0], rtol=1e-5, atol=1e-5)
+        for one, other in zip(back(change), wanted[1](change), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
