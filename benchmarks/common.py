@@ -24,7 +24,7 @@ from latent_delib.delib import traces
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.nn import transformer
-from latent_delib.nn.attention.forms import choose
+from latent_delib.nn.attention.choice import kernel_of
 from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
@@ -75,9 +75,9 @@ def arguments(
 
 
 def attention_forms() -> list[str]:
-    """The package's forms of attention that run on this platform (interpreted kernels are no measurement)."""
-    kernel = choose("auto", jax.local_devices()[0])
-    return ["reference", "xla"] + [kernel] * (kernel != "xla")
+    """The package's forms of attention that this platform has, proven or not; the last is its fastest."""
+    kernel = kernel_of(jax.local_devices()[0])
+    return ["reference", "xla"] + [kernel] * (kernel is not None)
 
 
 def has_torch() -> bool:
@@ -228,7 +228,7 @@ def report(name: str, a: argparse.Namespace, rows: Sequence[Mapping[str, Any]], 
     print(f"{command}\n{load}, jax {result['jax']}, {result['date']}")
     print("  ".join(f"{k} {v}" for k, v in settings.items() if k not in ("forms", "small")))
     for key, value in measured.items():
-        print(f"{key}: {_cell(value)}")
+        print(f"{key}: {cell(value)}")
     print(table(rows), flush=True)
     if a.json:
         a.json.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def report(name: str, a: argparse.Namespace, rows: Sequence[Mapping[str, Any]], 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Columns are the keys of all rows, in the order of their first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[_cell(row.get(key)) for key in columns] for row in rows]
+    cells = [columns] + [[cell(row.get(key)) for key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     named = {key for row in rows for key, value in row.items() if isinstance(value, str)}
     lines = (
@@ -249,7 +249,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):

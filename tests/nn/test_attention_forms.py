@@ -1,8 +1,6 @@
 """Every form of the attention primitive that this platform runs, against the reference: forward and gradients."""
 
-import re
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.job import build
 from latent_delib.nn import layers, transformer
 from latent_delib.nn.attention import forms, primitive, xla
-from latent_delib.nn.attention.forms import attend, choose
+from latent_delib.nn.attention.forms import attend
 from latent_delib.nn.attention.primitive import Bounds
 
 # B, M, S, K, G, H, T: chunks and blocks are cut to 8, so that all of these go over several, few of them evenly.
@@ -155,31 +153,12 @@ def test_what_a_kernel_does_not_serve_is_named(form):
         jax.eval_shape(lambda: attend(*operands, bounds, scale=1.0, softcap=0.0, form=form))
 
 
-def test_which_form():
-    assert forms.FORMS == ("reference", "xla", "pallas_gpu", "pallas_tpu")
-    cpu, tpu, other = (SimpleNamespace(platform=platform) for platform in ("cpu", "tpu", "other"))
-    card = SimpleNamespace(platform="gpu", compute_capability="8.9")
-    assert [choose("auto", x) for x in (cpu, card, tpu, other)] == ["xla", "pallas_gpu", "pallas_tpu", "xla"]
-    assert choose("reference", tpu) == "reference"
-    assert choose("pallas_gpu", cpu) == "pallas_gpu"  # interpreted
-
-
-@pytest.mark.parametrize("form", ["auto", "pallas_gpu"])
-@pytest.mark.parametrize("kind, capability", [("Tesla T4", "7.5"), ("AMD Instinct MI300X", "gfx942")])
-def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capability):
-    card = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
-    line = f"attention: pallas_gpu does not serve {kind} (it needs NVIDIA's compute capability 8.0); xla does instead"
-    with pytest.warns(UserWarning, match=re.escape(line)) as found:
-        assert choose(form, card) == "xla"
-    assert len(found) == 1
-
-
 def test_a_model_on_a_mesh_knows_its_devices(monkeypatch):
     """Attention is called with the shared memory of the mesh's device; the rows' parts are those of the mesh."""
     mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 2}, jax.devices()[:8])
     monkeypatch.setattr(build, "shared_memory_of", {mesh.devices.flat[0]: 163 * 1024}.get)
     monkeypatch.setattr(build, "partition", build.partition.__wrapped__)  # without what it has kept
-    model = build.transformer(small.LLAMA, mesh)
+    model = build.transformer(small.LLAMA, mesh, jnp.float32)
     assert model.partition.row_shards == 4
 
     def attend(q, k, v, prefix, bounds, *, shared_memory, **_):
