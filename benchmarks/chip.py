@@ -31,6 +31,7 @@ from latent_delib.nn.attention import choice
 
 SHARES = {"proof": 0.4, "steps": 0.35, "peer": 0.15, "use": 0.1}
 GRACE = 20  # seconds that a part may take beyond its own, for the row that it is at
+FIRST = 180  # seconds within which jax must find its device
 LEAST = 15  # seconds below which no part is begun
 # What must be the same for rows to stand in one file.
 SAME = ("device", "driver", "jax", "jaxlib", "xla_flags", "small")
@@ -63,13 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(small: bool, out: Path | None) -> Path:
     """Asks what the card is, in a process that ends, and makes the file of results or finds it."""
     command = [sys.executable, "-m", "benchmarks.chip_parts", "--part=card", *["--small"] * small]
-    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    try:
+        asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=FIRST)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"error: jax found no device within {FIRST} s; is another process using it?") from None
     if asked.returncode:
         raise SystemExit("error: jax finds no device that works; the lines above say why")
     card = json.loads(asked.stdout.splitlines()[-1])
     name = re.sub(r"\W+", "_", card["device"]).strip("_").lower()
     out = out or FOLDER / f"{name}{'_small' * card['small']}.json"
     print(f"{card['device']} ({card['family']}), driver {card['driver']}, jax {card['jax']}: {out}", flush=True)
+    if card["platform"] == "cpu" and not small:
+        print("jax sees no GPU or TPU here: in small, which proves nothing", flush=True)
+    if card["platform"] == "gpu" and not card["xla_flags"]:
+        print("without ./launch/gpu.sh: its flags make steps faster, and are in no row of this file", flush=True)
     if not out.exists():
         chip_parts.write(out, {"card": card, "parts": {}})
     before = chip_parts.read(out)["card"]
@@ -80,15 +88,20 @@ def start(small: bool, out: Path | None) -> Path:
 
 
 def run(part: str, out: Path, until: float) -> None:
-    """Runs a part in processes of its own until it is done, its time is over, or it ends without a row."""
-    share = SHARES[part] / sum(SHARES[p] for p in list(SHARES)[list(SHARES).index(part) :])
-    ends = time.monotonic() + share * (until - time.monotonic())
+    """Runs a part in processes of its own, within its share of the time that the parts still to do have left."""
+    result = chip_parts.read(out)
+    later = list(SHARES)[list(SHARES).index(part) :]
+    to_do = {p: SHARES[p] for p in later if not is_complete(result, p)}
+    if part not in to_do:
+        return
+    began = time.monotonic()
+    ends = began + (until - began) * to_do[part] / sum(to_do.values())
     for _ in range(chip_parts.TRIES + 1):
         seconds = ends - time.monotonic()
-        if is_complete(chip_parts.read(out), part) or seconds < LEAST:
+        if seconds < LEAST:
             return
         command = [sys.executable, "-m", "benchmarks.chip_parts", f"--part={part}", f"--out={out}"]
-        command += [f"--seconds={seconds:.1f}", *["--small"] * chip_parts.read(out)["card"]["small"]]
+        command += [f"--seconds={seconds:.1f}", *["--small"] * result["card"]["small"]]
         try:
             code = subprocess.run(command, timeout=seconds + GRACE).returncode
         except subprocess.TimeoutExpired:
@@ -100,12 +113,12 @@ def run(part: str, out: Path, until: float) -> None:
 
 
 def is_complete(result: dict[str, Any], part: str) -> bool:
-    """Whether every row of a part is there, made or failed."""
+    """Tells whether every row of a part is there, made or failed."""
     return result["parts"].get(part, {}).get("left_out") == []
 
 
 def rows(result: dict[str, Any], kind: str | None = None) -> dict[str, dict[str, Any]]:
-    """The rows that are done, by name; kind: those of one kind."""
+    """Returns the rows that are done, by name; kind: those of one kind."""
     found = {}
     for part in result["parts"].values():
         for name, row in part["rows"].items():
@@ -115,7 +128,7 @@ def rows(result: dict[str, Any], kind: str | None = None) -> dict[str, dict[str,
 
 
 def stored(folder: Path) -> list[dict[str, Any]]:
-    """The results in a folder."""
+    """Reads the results in a folder."""
     return [chip_parts.read(file) for file in sorted(folder.glob("*.json"))]
 
 
@@ -123,18 +136,18 @@ def stored(folder: Path) -> list[dict[str, Any]]:
 
 
 def proof(result: dict[str, Any], form: str = "") -> dict[str, dict[str, Any]]:
-    """The rows of the proof that are done, of one form or of all, by name."""
+    """Returns the rows of the proof that are done, of one form or of all, by name."""
     made = result["parts"].get("proof", {"rows": {}})["rows"]
     return {name: row for name, row in made.items() if name.startswith(form) and chip_parts.is_done(row)}
 
 
 def disagreeing(result: dict[str, Any], form: str = "") -> list[str]:
-    """Names of the rows of the proof, of one form or of all, that failed or do not agree."""
+    """Returns the names of the rows of the proof, of one form or of all, that failed or do not agree."""
     return [name for name, row in proof(result, form).items() if not row.get("passed")]
 
 
 def is_proven(result: dict[str, Any]) -> bool:
-    """Whether the card's kernel agrees with the reference in every row of the proof, and none was left out."""
+    """Tells whether the card's kernel agrees with the reference in every row of the proof, and none is missing."""
     card = result["card"]
     kernel = card["kernel"]
     if card["small"] or not kernel or not proof(result, kernel):
@@ -167,7 +180,7 @@ def record(result: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What failed, and what was left out."""
+    """Says what failed, and what was left out."""
     lines = []
     for name, row in rows(result).items():
         if "failed" in row:
@@ -189,7 +202,7 @@ HEAD = (
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """A row in Markdown for each result.
+    """Makes a row in Markdown for each result.
 
     Of steps: sequences a second, MFU against the data sheet and against the products measured here, how many times the
     dense form and PyTorch, batch, remat, memory. Of evaluation: tokens a second, and share of the products. Of
@@ -204,6 +217,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def cells(result: dict[str, Any]) -> list[str]:
+    """Returns the cells of a row, in the order of HEAD."""
     card = result["card"]
     compared = len(proof(result))
     agree = compared - len(disagreeing(result))
@@ -229,12 +243,12 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def best_product(result: dict[str, Any]) -> float | None:
-    """TFLOP/s of the fastest matrix product."""
+    """Returns TFLOP/s of the fastest matrix product."""
     return max((row["tflops"] for row in rows(result, "product").values()), default=None)
 
 
 def speed(row: dict[str, Any] | None) -> float | None:
-    """Sequences a second; None where there is no time."""
+    """Returns sequences a second; None where there is no time."""
     return row["batch"] / row["ms"] * 1e3 if row and row.get("ms") else None
 
 
@@ -243,7 +257,7 @@ def share(part: float, whole: float | None) -> str:
 
 
 def of_steps(result: dict[str, Any], latents: int) -> str:
-    """The fastest step of the card's best form, beside the others."""
+    """Says how fast the card's best step is, beside the other forms."""
     steps = [row for row in rows(result, "step").values() if row["latents"] == latents and row.get("ms")]
     if not steps:
         return "-"

@@ -45,7 +45,7 @@ ROOM = 1.4  # what a step needs at batch 1, as a multiple of what it holds: 1.37
 
 
 def card(small: bool) -> dict[str, Any]:
-    """What the results are made on."""
+    """Says what the results are made on."""
     device = jax.local_devices()[0]
     return common.machine() | {
         "jaxlib": jaxlib.__version__,
@@ -59,7 +59,7 @@ def card(small: bool) -> dict[str, Any]:
 
 
 def driver(device: Any) -> str:
-    """The version of NVIDIA's driver; of other devices, the first line of what their runtime says of itself."""
+    """Returns the version of NVIDIA's driver; of other devices, the first line that their runtime says of itself."""
     file = Path("/proc/driver/nvidia/version")
     if device.platform == "gpu" and file.exists():
         found = re.search(r"\d{3,}\.\d+(\.\d+)?", file.read_text())
@@ -78,7 +78,7 @@ def driver(device: Any) -> str:
 
 
 def steps(small: bool) -> Rows:
-    """Products and copies at their fastest, then training steps: the headline of each number of latents first."""
+    """Yields products and copies at their fastest, then training steps: those that matter most first."""
     for shape in PRODUCTS_SMALL if small else PRODUCTS:
         yield "product " + " x ".join(map(str, shape)), partial(product, *shape)
     yield "copy", copy
@@ -95,7 +95,7 @@ def steps(small: bool) -> Rows:
 
 
 def product(rows: int, depth: int, columns: int) -> dict[str, Any]:
-    """A row: bfloat16 matrix products."""
+    """Measures bfloat16 matrix products."""
     # Random numbers: a card draws less power for equal ones, and keeps a higher clock.
     x = jax.random.normal(jax.random.key(0), (rows, depth), jnp.bfloat16)
     y = jax.random.normal(jax.random.key(1), (depth, columns), jnp.bfloat16)
@@ -105,7 +105,7 @@ def product(rows: int, depth: int, columns: int) -> dict[str, Any]:
 
 
 def copy() -> dict[str, Any]:
-    """A row: bytes read and written in place."""
+    """Measures bytes read and written in place."""
     return {"kind": "copy", "gb_per_second": decoding.bandwidth(5, 0.2) / 1e9}
 
 
@@ -117,7 +117,7 @@ class Steps:
         self.jobs: dict[int, step.Job] = {}
 
     def row(self, L: int, form: str, remat: str) -> dict[str, Any]:
-        """A row: the step with the largest batch that fits."""
+        """Measures the step with the largest batch that fits."""
         if L not in self.jobs:
             self.jobs.clear()
             gc.collect()
@@ -155,7 +155,7 @@ class Steps:
 
 
 def arguments(small: bool, trains: bool) -> argparse.Namespace:
-    """The published setting, with as many layers as leave the card room to work; or what stands for it."""
+    """Returns the published setting, with as many layers as leave the card room to work; or what stands for it."""
     a = argparse.Namespace(**(STEPS_SMALL if small else STEPS))
     config = common.ARCHITECTURES[a.size]
     while config.num_layers > 1 and ROOM * held(config, trains) > common.room():
@@ -165,25 +165,25 @@ def arguments(small: bool, trains: bool) -> argparse.Namespace:
 
 
 def held(config: TransformerConfig, trains: bool) -> float:
-    """Bytes of both models in bfloat16; or of the decoder, and of the coprocessor with its optimizer in float32."""
+    """Returns bytes of both models in bfloat16; trains: of the coprocessor and its optimizer in float32."""
     shapes = jax.eval_shape(lambda: common.weights(config, 16, "float32"))
     decoder, coprocessor = (sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("decoder", "coprocessor"))
     return 2 * decoder + (12 if trains else 2) * coprocessor
 
 
 def useful(a: argparse.Namespace, L: int, batch: int) -> float:
-    """Useful TFLOP of a step."""
+    """Returns the useful TFLOP of a step."""
     aug = common.augmentation(a.config, L, "reference")
     return cost.step_flops(aug, batch, a.seq_len, a.traces, a.ahead).useful / 1e12
 
 
 def power_of_two(x: int) -> int:
-    """The largest that is not above x; 0 for 0."""
+    """Returns the largest that is not above x; 0 for 0."""
     return 1 << (x.bit_length() - 1) if x else 0
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it is jax's or torch's, compiling or running."""
+    """Tells whether an error is of too little memory: jax's or torch's, compiling or running."""
     return bool(re.search("RESOURCE_EXHAUSTED|out of memory|Ran out of memory", str(error)))
 
 
@@ -191,14 +191,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def peer(small: bool) -> Rows:
-    """The same step by the peer, where torch is installed and drives this card."""
+    """Yields the same steps by the peer, where torch is installed and drives this card."""
     why = no_torch()
     for L in (2,) if small else (64, 16):
         yield f"step, N_L {L}, torch", partial(peer_row, small, L, why)
 
 
 def no_torch() -> str | None:
-    """Why the peer cannot run here, or None."""
+    """Says why the peer cannot run here; None where it can."""
     if not common.has_torch():
         return "torch is not installed"
     import torch
@@ -210,6 +210,7 @@ def no_torch() -> str | None:
 
 
 def peer_row(small: bool, L: int, why: str | None) -> dict[str, Any]:
+    """Measures the peer's step with the largest batch that fits; why: it cannot run."""
     row = {"kind": "step", "latents": L, "form": "torch", "remat": "full"}
     if why:
         return row | {"skipped": why}
@@ -242,13 +243,14 @@ def empty_torch() -> None:
 
 
 def use(small: bool) -> Rows:
+    """Yields evaluation and decoding."""
     yield "evaluation", partial(evaluate, small)
-    for batch in (1, 8):
+    for batch in (1,) if small else (1, 8):
         yield f"decoding, batch {batch}", partial(decode, small, batch)
 
 
 def evaluate(small: bool) -> dict[str, Any]:
-    """A row: texts evaluated at every position, and the useful products that took."""
+    """Measures a text evaluated at every position, and counts the useful products."""
     preset = evaluation.PRESET | (dict(latents=[2], positions=24, ahead=3) if small else {})
     form = common.attention_forms()[-1]
     a = arguments(small, trains=False)
@@ -264,7 +266,7 @@ def evaluate(small: bool) -> dict[str, Any]:
 
 
 def decode(small: bool, batch: int) -> dict[str, Any]:
-    """A row: milliseconds a token with latents, and the share of them that reading the weights would take."""
+    """Measures a token with latents, and the share of its time that reading the weights would take."""
     preset = decoding.PUBLISHED | (dict(latents=[2], seq_len=8, new=4, size="gemma2_test") if small else {})
     a = arguments(small, trains=False)
     a = argparse.Namespace(**vars(a) | preset | {"batch": [batch], "forms": ["latents"]})
@@ -280,14 +282,17 @@ PARTS: dict[str, Callable[[bool], Rows]] = {"proof": chip_proof.rows, "steps": s
 
 
 def read(out: Path) -> dict[str, Any]:
+    """Reads a file of results."""
     return json.loads(out.read_text())
 
 
 def write(out: Path, result: dict[str, Any]) -> None:
+    """Writes a file of results whole."""
     files.write(epath.Path(out), f"{json.dumps(result, indent=2)}\n".encode())
 
 
 def is_done(row: dict[str, Any]) -> bool:
+    """Tells whether a row is there, made or failed."""
     return "seconds" in row
 
 
@@ -323,7 +328,7 @@ def run(rows: Rows, part: str, out: Path, seconds: float) -> None:
 
 
 def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A row, or the words of the error that came instead of it."""
+    """Returns a row, or the words of the error that came instead of it."""
     try:
         return make()
     except Exception as error:  # of jax, a compiler, or torch: the other rows go on
@@ -333,6 +338,7 @@ def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def shown(row: dict[str, Any]) -> str:
+    """Returns a row in one line."""
     cells = {key: value for key, value in row.items() if value is not None and not isinstance(value, dict)}
     return "  ".join(f"{key} {common.cell(value)}" for key, value in cells.items())
 

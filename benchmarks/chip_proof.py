@@ -65,7 +65,7 @@ STEP_SMALL = dict(seq_len=64, traces=6, ahead=4, latents=4)
 
 
 def rows(small: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Names of rows, and the functions that make them."""
+    """Yields names of rows, and the functions that make them."""
     here = common.attention_forms()[:0:-1]  # a kernel first, without the reference
     forms = [*KERNELS, "xla"] if jax.default_backend() == "cpu" else here  # on a CPU the kernels are interpreted
     layouts = SMALL if small else LAYOUTS
@@ -81,7 +81,7 @@ def rows(small: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 def compare(form: str, dtype: str, H: int, layout: Layout) -> dict[str, Any]:
-    """A row: errors of the output and of each gradient, the largest over all orders of the groups."""
+    """Finds errors of the output and of each gradient, the largest over all orders of the groups."""
     (q, k, v, prefix), dout = jax.tree.map(lambda x: x.astype(dtype), operands(layout, H))
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (q, k, v, prefix, dout))
     names = ("out", "dq", "dk", "dv")
@@ -97,20 +97,20 @@ def compare(form: str, dtype: str, H: int, layout: Layout) -> dict[str, Any]:
 
 
 def within(found: dict[str, tuple[float, float]], tolerances: tuple[float, float]) -> bool:
-    """Whether all errors are: not a number is not."""
+    """Tells whether all errors are small enough; what is not a number is not."""
     return all(bool(error <= most) for pair in found.values() for error, most in zip(pair, tolerances))
 
 
 @cache
 def passes(form: str, softcap: float, H: int) -> Callable:
-    """(operands, (prefix, bounds), gradient of the output) -> the output, and the gradients of the operands."""
+    """Returns the jitted (operands, (prefix, bounds), gradient of the output) -> output, gradients of the operands."""
     memory = shared_memory_of(jax.local_devices()[0])
     attention = partial(attend, form=form, scale=2 * H**-0.5, softcap=softcap, few=0, shared_memory=memory)
     return both_passes(attention)["both"]
 
 
 def errors(found: jax.Array, wanted: jax.Array) -> tuple[float, float]:
-    """By root mean square, and of the worst element; see above. Not numbers where something is none."""
+    """Returns the error by root mean square, and of the worst element; not numbers where something is none."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     apart = np.abs(found - wanted)
     rms = np.sqrt(np.mean(apart**2) / np.mean(wanted**2))
@@ -118,7 +118,7 @@ def errors(found: jax.Array, wanted: jax.Array) -> tuple[float, float]:
 
 
 def operands(layout: Layout, H: int) -> tuple[tuple, jax.Array]:
-    """q, k, v and prefix, and the output's gradient: positive queries, so that the bait's keys score highest."""
+    """Draws q, k, v and prefix, and the output's gradient. Queries are positive, so the bait's keys score highest."""
     key = jax.random.split(jax.random.key(0), 6)
     M, S, T, G, _ = layout
     q = jnp.abs(jax.random.normal(key[0], (B, M, S, K * G, H)))
@@ -132,7 +132,7 @@ def operands(layout: Layout, H: int) -> tuple[tuple, jax.Array]:
 
 
 def bounds_of(layout: Layout, order: str) -> Bounds:
-    """Two documents a row, of unequal length; groups anywhere in them, the first with an empty range."""
+    """Draws two documents a row, of unequal length, and groups anywhere in them, the first with an empty range."""
     rng = np.random.default_rng(1)
     M, S, T = layout.M, layout.S, layout.T
     own = np.broadcast_to(np.arange(S), (B, M, S))
@@ -161,7 +161,7 @@ def bounds_of(layout: Layout, order: str) -> Bounds:
 
 
 def compare_step(form: str, small: bool) -> dict[str, Any]:
-    """A row: how far a step in bfloat16 is from one in float32 by `xla`, in its loss and its gradient."""
+    """Finds how far a step in bfloat16 is from one in float32 by `xla`, in its loss and its gradient."""
     config = SIZES["gemma2_test"]
     if not small:
         config = dataclasses.replace(SIZES["gemma2_2b"], num_layers=2, vocab_size=32_000, window=256)
@@ -181,7 +181,7 @@ def compare_step(form: str, small: bool) -> dict[str, Any]:
 
 
 def one_step(a: argparse.Namespace, form: str, dtype: str) -> tuple[float, Any]:
-    """The loss, and Adam's first moment after one step: the gradient but for a factor, which is clipped to one norm."""
+    """Returns the loss, and Adam's first moment after one step: the gradient but for a factor."""
     a = argparse.Namespace(**vars(a) | {"dtype": dtype})
     job = step.Job(a, a.latents)
     batch = dict(zip(("tokens", "segment"), common.text(a, 2)))
@@ -191,6 +191,6 @@ def one_step(a: argparse.Namespace, form: str, dtype: str) -> tuple[float, Any]:
 
 @jax.jit
 def _apart(found: Any, wanted: Any) -> jax.Array:
-    """The root mean square of a tree's error, as a share of that of the tree."""
+    """Returns the root mean square of a tree's error, as a share of that of the tree."""
     difference = jax.tree.map(jnp.subtract, found, wanted)
     return optax.global_norm(difference) / optax.global_norm(wanted)
