@@ -162,12 +162,8 @@ def bounds_of(layout: Layout, order: str) -> Bounds:
 
 def compare_step(form: str, small: bool) -> dict[str, Any]:
     """Finds how far a step in bfloat16 is from one in float32 by `xla`, in its loss and its gradient."""
-    config = SIZES["gemma2_test"]
-    if not small:
-        config = dataclasses.replace(SIZES["gemma2_2b"], num_layers=2, vocab_size=32_000, window=256)
-    a = argparse.Namespace(**(STEP_SMALL if small else STEP), config=config)
-    loss, gradient = one_step(a, "xla", "float32")
-    runs = {name: one_step(a, name, "bfloat16") for name in dict.fromkeys((form, "xla"))}
+    loss, gradient = one_step("xla", "float32", small)
+    runs = {name: one_step(name, "bfloat16", small) for name in (form, "xla")}
     apart = {name: float(_apart(found, gradient)) for name, (_, found) in runs.items()}
     loss_error = abs(runs[form][0] / loss - 1)
     most = GRADIENT if form == "xla" else min(GRADIENT, MORE * apart["xla"])
@@ -180,9 +176,13 @@ def compare_step(form: str, small: bool) -> dict[str, Any]:
     }
 
 
-def one_step(a: argparse.Namespace, form: str, dtype: str) -> tuple[float, Any]:
+@cache
+def one_step(form: str, dtype: str, small: bool) -> tuple[float, Any]:
     """Returns the loss, and Adam's first moment after one step: the gradient but for a factor."""
-    a = argparse.Namespace(**vars(a) | {"dtype": dtype})
+    config = SIZES["gemma2_test"]
+    if not small:
+        config = dataclasses.replace(SIZES["gemma2_2b"], num_layers=2, vocab_size=32_000, window=256)
+    a = argparse.Namespace(**(STEP_SMALL if small else STEP), config=config, dtype=dtype)
     job = step.Job(a, a.latents)
     batch = dict(zip(("tokens", "segment"), common.text(a, 2)))
     metrics = job.advance(job.compile(form, "attention", batch), batch)

@@ -14,7 +14,9 @@ from benchmarks import chip, chip_parts, chip_proof
 from latent_delib.nn.attention import choice
 
 ROOT = Path(__file__).parents[2]
-CARD = dict(device="NVIDIA L4", family="sm_89", kernel="pallas_gpu", driver="570.1", jax=jax.__version__)
+CARD = dict(
+    platform="gpu", device="NVIDIA L4", family="sm_89", kernel="pallas_gpu", driver="570.1", jax=jax.__version__
+)
 CARD |= dict(jaxlib="0.10.2", date="2026-11-28T00:00:00+00:00", xla_flags="", small=False, peak_tflops=121.0)
 
 
