@@ -33,8 +33,8 @@ BAIT = 3  # slots at either end of the text
 # dtype -> the largest error by root mean square, and of any element. TF32 or passes of bfloat16 would break the first.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2**-6, 2**-5)}
 # A step in bfloat16 beside one in float32: the relative error of its loss, and that of its gradient (root mean square).
-# Rounding alone makes 4 % of a gradient; a kernel may add a quarter to what `xla` makes of the same step.
-LOSS, GRADIENT, MORE = 2e-3, 0.1, 1.25
+# Rounding alone makes 4 % of a gradient; a kernel may make half as much again as `xla`.
+LOSS, GRADIENT, MORE = 2e-3, 0.1, 1.5
 HEAD_DIMS = (256, 128, 64, 32, 16)
 ORDERS = ("sorted", "unsorted", "window")
 
