@@ -23,6 +23,7 @@ import numpy as np
 from latent_delib.delib import traces
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
+from latent_delib.machine.columns import aligned
 from latent_delib.nn import transformer
 from latent_delib.nn.attention.choice import kernel_of
 from latent_delib.nn.attention.gpu import shared_memory_of
@@ -239,14 +240,12 @@ def report(name: str, a: argparse.Namespace, rows: Sequence[Mapping[str, Any]], 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Columns are the keys of all rows, in the order of their first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[cell(row.get(key)) for key in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    named = {key for row in rows for key, value in row.items() if isinstance(value, str)}
-    lines = (
-        "  ".join(x.ljust(w) if key in named else x.rjust(w) for x, w, key in zip(line, widths, columns))
-        for line in cells
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    lines = [columns]
+    named = set()
+    for row in rows:
+        lines.append([cell(row.get(key)) for key in columns])
+        named |= {key for key, value in row.items() if isinstance(value, str)}
+    return "\n".join(aligned(lines, left=named))
 
 
 def cell(value: Any) -> str:

@@ -64,7 +64,7 @@ def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
                 *prompt,
                 GenerationOptions(new, Sampler()),
                 aug=aug,
-                write=partial(decoding.write_latents, params, aug=aug) if name == "latents" else None,
+                write=partial(decoding.write_after, params, aug=aug) if name == "latents" else None,
                 room=a.new,
                 eos_id=-1,  # no row ends early
                 pad_id=0,

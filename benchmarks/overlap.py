@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         def call() -> Any:
             write, stopped = None, lambda tokens: np.zeros(a.batch, bool)
             if form == "waits":
-                write = partial(decoding.write_latents, here, aug=aug)
+                write = partial(decoding.write_after, here, aug=aug)
             if form == "beside":
                 timed.append(Timed(partial(decoding.write_beside, beside, aug, there, home)))
                 write, stopped = timed[-1].ask, timed[-1].look

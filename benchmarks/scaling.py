@@ -1,28 +1,58 @@
-"""The published settings on TPU slices that nobody here has: one dry run a row, and the table of docs/scaling.md.
+"""The published settings on TPU slices that nobody here has, by their compiler: the tables of docs/scaling.md.
 
   LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh
   .venv/bin/python -m benchmarks.scaling --out=runs/scaling                 every row, two to four minutes each
   .venv/bin/python -m benchmarks.scaling --out=runs/scaling --only=chips    the rows of one table
 
+Memory and traffic are those of the program that the slice would run. Times are estimates from data sheets.
 Run again, it goes on where it stopped.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
+from configs import gemma2_2b
+from latent_delib.delib import cost
+from latent_delib.errors import UserError
+from latent_delib.job import dry_run, experiment
+from latent_delib.job import plan as planning
 from latent_delib.job.plan import gib
+from tools.collectives import collectives
+
+
+class Chip(NamedTuple):
+    """Holds what the makers' pages say of a chip.
+
+    bandwidth: of its memory, bytes per second.
+    links: bytes per second that it receives over all its links to other chips.
+    """
+
+    bandwidth: float
+    links: float
+
+
+# cloud.google.com/tpu/docs: v5e, v5p, v6e.
+CHIPS = {
+    "TPU v5 lite": Chip(819e9, 200e9),
+    "TPU v5": Chip(2765e9, 600e9),
+    "TPU v6 lite": Chip(1640e9, 448e9),
+}
+# A step reaches half of the peak: an assumption, not measured on any chip.
+PEAK_SHARE = 0.5
+# A collective has half of the links: rings use some directions only, and small slices have no wrap-around.
+LINK_SHARE = 0.5
 
 
 class Row(NamedTuple):
-    """A dry run. parts: the batch of 1024 rows passes in as many (config.train.accumulation)."""
+    """Names a program. mesh: data, fsdp, traces. parts: the batch passes in as many (config.train.accumulation)."""
 
     size: str
     topology: str
-    mesh: tuple[int, int, int]  # data, fsdp, traces
+    mesh: tuple[int, int, int]
     parts: int
     latents: int
     traces: int = 128
@@ -37,15 +67,20 @@ class Row(NamedTuple):
         shape = f"L{self.latents}_M{self.traces}_T{self.seq_len}_B{self.batch}in{self.parts}"
         return f"{self.size}_{shape}_{where}" + (f"_{self.remat}" if self.remat != "attention" else "")
 
-    def arguments(self) -> list[str]:
-        values = {"mesh.data": self.mesh[0], "mesh.fsdp": self.mesh[1], "mesh.traces": self.mesh[2]}
-        values |= {"train.accumulation": self.parts, "train.batch_size": self.batch, "data.seq_len": self.seq_len}
-        values |= {"method.num_latents": self.latents, "method.num_traces": self.traces, "compute.remat": self.remat}
-        return [
-            f"--config=configs/{self.size}.py",
-            f"--topology={self.topology}",
-            *(f"--config.{k}={v}" for k, v in values.items()),
-        ]
+    @property
+    def rows(self) -> float:
+        """Returns how many rows of a batch a chip has in work at once."""
+        data, fsdp, _ = self.mesh
+        return self.batch / self.parts / (data * fsdp)
+
+    def config(self) -> ConfigDict:
+        c = gemma2_2b.get_config(self.size)
+        c.mesh.data, c.mesh.fsdp, c.mesh.traces = self.mesh
+        c.train.update(batch_size=self.batch, accumulation=self.parts)
+        c.method.update(num_latents=self.latents, num_traces=self.traces)
+        c.data.seq_len = self.seq_len
+        c.compute.remat = self.remat
+        return c
 
 
 SLICES = (
@@ -88,56 +123,108 @@ TABLES = {
 }
 
 
-def dry_run(row: Row, out: Path) -> dict | None:
-    """Its result; None where the program does not fit, which is kept too."""
-    workdir = out / row.name
-    kept, failed = workdir / "dry_run.json", workdir / "error.txt"
-    if not kept.exists() and not failed.exists():
+HEAD = (
+    "| model | N_L | M | T | remat | slice | data x fsdp x traces | rows per chip x parts | state, GiB | needs, GiB "
+    "| of | rows that fit | received, GiB | TFLOP | step, s | MFU |"
+)
+
+
+def compiled(config: ConfigDict, topology: str) -> dict[str, Any]:
+    """Compiles the step of a config for a slice; returns what one chip needs for it.
+
+    Returns:
+      chip: its kind; received: kind of collective -> calls and bytes; and the keys of `dry_run.needs`.
+
+    Raises:
+      UserError: as `dry_run.dry_run` does.
+    """
+    exp = experiment.read(config, dry_run.slice_of(topology))
+    plan = planning.make(exp)
+    program = dry_run.compile_step(exp, plan)
+    return {
+        "chip": exp.mesh.devices.flat[0].device_kind,
+        "received": {kind: traffic._asdict() for kind, traffic in collectives(program.as_text()).items()},
+        **dry_run.needs(exp, plan, program),
+    }
+
+
+def estimate(found: dict[str, Any], rows: float, chip: Chip, peak: float) -> dict[str, Any]:
+    """Estimates the time per step, the utilisation, and the largest batch that fits.
+
+    Args:
+      found: as `compiled` returns it.
+      rows: of a batch that a chip has in work at once.
+      peak: FLOP/s of the chip.
+
+    Returns:
+      seconds: part -> time; utilisation: useful FLOPs as a share of the peak; largest_rows: as `rows`.
+    """
+    compute = sum(found["flops"].values()) / (PEAK_SHARE * peak)
+    links = received(found) / (LINK_SHARE * chip.links)
+    # Gradients, master weights and both moments are read, the last three written.
+    update = 7 * found["memory"]["trainable weights"] / chip.bandwidth
+    step = max(compute, links) + update
+
+    # Whatever is not weights, gradients or table grows in proportion to the rows.
+    memory = found["memory"]
+    grows = memory["cache of the text"] + max(memory["other temporaries"], 0)
+    fit = (found["memory_limit"] - memory["total"] + grows) / (grows / rows)
+    return {
+        "seconds": {"compute": compute, "links": links, "update": update, "step": step},
+        "utilisation": found["flops"]["useful"] / step / peak,
+        "largest_rows": max(int(fit), int(rows)),
+    }
+
+
+def received(found: dict[str, Any]) -> float:
+    """Returns the bytes that a chip receives in a step."""
+    return sum(traffic["received"] for traffic in found["received"].values())
+
+
+def result(row: Row, out: Path) -> dict[str, Any]:
+    """Returns what a row's program needs, or {"error": why} where it does not fit; either is kept in OUT/NAME.json."""
+    kept = out / f"{row.name}.json"
+    if not kept.exists():
         print(f"== {row.name}", flush=True)
-        command = [sys.executable, "-m", "latent_delib.train", "--dry_run", f"--workdir={workdir}", *row.arguments()]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            error = next((line for line in done.stderr.splitlines() if line.startswith("error: ")), "")
-            if "does not fit" not in error:
-                raise SystemExit(done.stderr)
-            workdir.mkdir(parents=True, exist_ok=True)
-            failed.write_text(error + "\n")
-    return json.loads(kept.read_text()) if kept.exists() else None
+        try:
+            found = compiled(row.config(), row.topology)
+        except UserError as error:
+            if not str(error).startswith("does not fit"):
+                raise
+            found = {"error": str(error)}
+        out.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found, indent=2))
+    return json.loads(kept.read_text())
+
+
+def figures(found: dict[str, Any], rows: float) -> list[str]:
+    """Returns a row's cells from "state, GiB" on."""
+    if "error" in found:
+        why = found["error"].partition(";")[0]
+        return ["", why, *[""] * 6]
+    estimated = estimate(found, rows, CHIPS[found["chip"]], cost.PEAK[found["chip"]])
+    memory = found["memory"]
+    state = memory["frozen weights"] + memory["trainable weights"] + memory["optimizer"]
+    sizes = [gib(size).removesuffix(" GiB") for size in (state, memory["total"], found["memory_limit"])]
+    return [
+        *sizes,
+        str(estimated["largest_rows"]),
+        gib(received(found)).removesuffix(" GiB"),
+        f"{sum(found['flops'].values()) / 1e12:,.0f}",
+        f"{estimated['seconds']['step']:.2f}",
+        f"{estimated['utilisation']:.1%}",
+    ]
 
 
 def show(rows: list[Row], out: Path) -> str:
-    """A table in Markdown."""
-    head = "model | N_L | M | T | remat | slice | data x fsdp x traces | rows per chip x parts | state, GiB"
-    head += " | needs, GiB | of | rows that fit | received, GiB | TFLOP | step, s | MFU"
-    lines = ["| " + head + " |", "|" + "---|" * (head.count("|") + 1)]
+    """Returns a table in Markdown."""
+    lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     for row in rows:
-        found = dry_run(row, out)
         data, fsdp, traces = row.mesh
-        here = row.batch // row.parts / (data * fsdp)
-        cells = [
-            row.size,
-            row.latents,
-            row.traces,
-            row.seq_len,
-            row.remat,
-            row.topology,
-            f"{data} x {fsdp} x {traces}",
-            f"{here:g} x {row.parts}",
-        ]
-        if found is None:
-            cells += [
-                "",
-                (out / row.name / "error.txt").read_text().partition(";")[0].removeprefix("error: "),
-                *[""] * 6,
-            ]
-        else:
-            m = found["memory"]
-            state = m["frozen weights"] + m["trainable weights"] + m["optimizer"]
-            received = sum(t["received"] for t in found["received"].values())
-            cells += [gib(state), gib(m["total"]), gib(found["memory_limit"]), found["largest_rows"], gib(received)]
-            cells += [f"{sum(found['flops'].values()) / 1e12:,.0f}", f"{found['seconds']['step']:.2f}"]
-            cells += [f"{found['model_flops_utilisation']:.1%}"]
-        lines.append("| " + " | ".join(str(cell).removesuffix(" GiB") for cell in cells) + " |")
+        setting = [row.size, row.latents, row.traces, row.seq_len, row.remat, row.topology]
+        setting += [f"{data} x {fsdp} x {traces}", f"{row.rows:g} x {row.parts}"]
+        cells = [*map(str, setting), *figures(result(row, out), row.rows)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

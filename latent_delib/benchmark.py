@@ -30,8 +30,9 @@ from latent_delib.lm import load
 from latent_delib.lm.inputs import check_attention, check_rhythm
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
+from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure.scores import Row, figures, show
+from latent_delib.measure.scores import Row, format_rows, summarize_scores
 from latent_delib.weights import folder
 
 FILE = "benchmarks.json"  # in --out
@@ -49,136 +50,44 @@ class Subject(NamedTuple):
     decoder: str
     workdir: str = ""
 
-    @property
-    def checkpoint(self) -> str | None:
-        """Returns the folder of the checkpoint."""
-        return str(epath.Path(self.workdir) / "checkpoints" / str(self.record.step)) if self.workdir else None
-
     def about(self) -> dict[str, Any]:
         """Returns the fields of benchmarks.json that say what its rows are of."""
         r = self.record
-        return {"config": r.config, "checkpoint": self.checkpoint, "step": r.step, "fingerprint": r.fingerprint}
+        checkpoint = str(epath.Path(self.workdir) / "checkpoints" / str(r.step)) if self.workdir else None
+        return {"config": r.config, "checkpoint": checkpoint, "step": r.step, "fingerprint": r.fingerprint}
 
 
 def main(flags: Any) -> None:
-    benchmark(**flags.flag_values_dict())
-
-
-def benchmark(
-    out: str,
-    benchmarks: str,
-    model: str = "decoder",
-    workdir: str = "",
-    decoder: str = "",
-    step: int | None = None,
-    tasks: str = "runs/tasks",
-    table: str = "configs/benchmarks.py",
-    limit: int | None = None,
-    every: int = 0,
-    delay: int = 0,
-    batch_size: int = 16,
-    max_length: int = 8192,
-    attention: str = "auto",
-    confirm_run_unsafe_code: bool = False,
-) -> dict[str, Any]:
-    """Runs every benchmark on every model of which OUT/benchmarks.json has no row yet.
-
-    Args: the flags of the command.
-
-    Returns:
-      The contents of OUT/benchmarks.json.
-
-    Raises:
-      UserError: anything wrong with the arguments, a checkpoint, a task's data; before weights are loaded.
-    """
-    if not os.path.isfile(table):
-        raise UserError(f"--table={table}: no such file")
-    rows = runpy.run_path(table)
-    chosen = _chosen(rows, benchmarks)
-    models = _split(model)
-    wrong = [name for name in models if name not in MODELS]
-    if wrong or not models:
-        raise UserError(f"--model={model}: expected some of {', '.join(MODELS)}, got {wrong}")
-    check_rhythm(every, delay)
-    check_attention(attention)
-    arguments.whole("--batch_size", batch_size, 1)
-    if limit is not None:
-        arguments.whole("--limit", limit, 1)
-    runs_code = [name for name, row in chosen.items() if row.get("runs_code")]
-    if runs_code and not confirm_run_unsafe_code:
-        raise UserError(f"{runs_code[0]}: runs code that the model writes; --confirm_run_unsafe_code allows it")
-
-    subject = _find_subject(workdir, decoder, step)
-    if "augmented" in models and not subject.record["method.num_latents"]:
-        raise UserError("--model=augmented: there is no coprocessor; give the --workdir of a job that trained one")
-    found = _read_rows(epath.Path(out) / FILE, subject)
-    if runs_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    harness = _harness()
-    loaded = _load_tasks(harness, chosen, rows["OFFLINE"], tasks)
-    for name, task in loaded.items():
-        answer = harness.longest_answer(task)
-        if answer + 2 > max_length:  # BOS, and one token that asks
-            raise UserError(f"--max_length={max_length}: {name} has answers of up to {answer} tokens")
-    todo = []
+    """Makes the rows that OUT/benchmarks.json does not have yet, and prints all."""
+    table = _read_table(flags.table)
+    chosen = _chosen(table, flags.benchmarks)
+    _check_flags(flags, chosen)
+    subject = _find_subject(flags)
+    rows = _read_rows(epath.Path(flags.out) / FILE, subject)
+    harness = _import_harness(flags.confirm_run_unsafe_code)
+    tasks = _load_tasks(harness, chosen, table, flags)
+    missing = []
     for name, row in chosen.items():
-        data = _digest(row["task"], tasks) if name in rows["OFFLINE"] else None
-        for one in models:
-            asked = _asked(name, row, one, harness.kinds(loaded[name]), every, delay)
-            asked |= {"cot": rows["COT"] if one == "zero_shot_cot" else "", "data": data}
-            asked |= {"max_length": max_length, "limit": limit}
-            if not _is_there(found, asked, out):
-                todo.append(asked)
-    if todo:
-        latents = any(asked["model"] == "augmented" for asked in todo)
-        lm = _load_model(subject, latents, max_length, attention)
-    for asked in todo:
-        task = loaded[asked["benchmark"]]
-        made, samples = _measure(lm, harness, task, asked, batch_size, confirm_run_unsafe_code)
-        found = _save(epath.Path(out), subject, made, samples)
-    print(show(found), flush=True)
-    return {"rows": found, **subject.about()}
+        for model in _split(flags.model):
+            asked = _asked(name, row, model, harness.kinds(tasks[name]), table, flags)
+            if not _is_there(rows, asked, flags.out):
+                missing.append(asked)
+    if missing:
+        lm = _load_model(subject, missing, flags)
+        for asked in missing:
+            made, samples = _measure(lm, harness, tasks[asked["benchmark"]], asked, flags)
+            rows = _save(epath.Path(flags.out), subject, made, samples)
+    print(format_rows(list(rows.values())), flush=True)
 
 
-def _measure(
-    lm: AugmentedLM, harness: ModuleType, task: dict[str, Any], asked: Row, batch_size: int, unsafe_code: bool
-) -> tuple[Row, list[Row]]:
-    """Makes a row.
-
-    Args:
-      task: from `harness.load_tasks`.
-      asked: the part of the row that is known before.
-      unsafe_code: code that the model writes may run.
-
-    Returns:
-      The row, and the harness's result for each document.
-    """
-    name = asked["benchmark"]
-    print(f"{name}, {asked['model']}", flush=True)
-    latents = asked["model"] == "augmented"
-    adapter = harness.Adapter(lm, latents, asked["every"], asked["delay"], batch_size, asked["cot"])
-    samples = harness.run_tasks(adapter, task, asked["shots"], asked["limit"], unsafe_code)
-    counted = [sample for sample in samples if sample["filter"] == asked["filter"]]
-    return asked | figures(counted, asked["metric"], name) | {"provenance": _provenance()}, samples
+# Before weights are loaded: the flags, the decoder or job, the tasks.
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    """Returns the fields that tell rows apart: benchmarks.json holds one row for each."""
-    return row["benchmark"], row["model"], row["every"], row["delay"]
-
-
-def _save(out: epath.Path, subject: Subject, made: Row, samples: Sequence[Row]) -> list[Row]:
-    """Writes a row and, before it, the result of each document; returns all rows, with those that other calls added."""
-    name = f"{made['benchmark']}.{made['model']}"
-    for key in ("every", "delay"):
-        if made[key]:
-            name += f".{key}{made[key]}"
-    lines = [json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples]
-    files.write(out / "samples" / f"{name}.jsonl", "".join(lines).encode())
-    others = [row for row in _read_rows(out / FILE, subject) if _key(row) != _key(made)]
-    result = {"rows": [*others, made], **subject.about(), "provenance": _provenance()}
-    files.write(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
-    return result["rows"]
+def _read_table(path: str) -> dict[str, Any]:
+    """Reads a file of the form of configs/benchmarks.py."""
+    if not os.path.isfile(path):
+        raise UserError(f"--table={path}: no such file")
+    return runpy.run_path(path)
 
 
 def _split(names: str) -> list[str]:
@@ -186,126 +95,65 @@ def _split(names: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
 
 
-def _chosen(rows: dict[str, Any], benchmarks: str) -> dict[str, Row]:
-    """Returns the rows that --benchmarks names, in its order."""
-    known = rows["PUBLISHED"] | rows["OFFLINE"]
-    sets = {"published": rows["PUBLISHED"], "offline": rows["OFFLINE"]}
-    sets |= {name: {name: row} for name, row in known.items()}
-    names = _split(benchmarks)
-    if not names:
-        raise UserError(f"--benchmarks is empty; there are {', '.join(sets)}")
+def _chosen(table: dict[str, Any], benchmarks: str) -> dict[str, Row]:
+    """Returns the rows of the table that --benchmarks names, in its order."""
+    published = table["PUBLISHED"]
+    offline = table["OFFLINE"]
+    sets = {"published": published, "offline": offline}
+    for name, row in (published | offline).items():
+        sets[name] = {name: row}
     chosen: dict[str, Row] = {}
-    for name in names:
+    for name in _split(benchmarks):
         if name not in sets:
             raise UserError(f"--benchmarks={name}: there are {', '.join(sets)}")
         chosen |= sets[name]
+    if not chosen:
+        raise UserError(f"--benchmarks is empty; there are {', '.join(sets)}")
     return chosen
 
 
-def _asked(name: str, row: Row, model: str, kinds: set[str], every: int, delay: int) -> Row:
-    """Returns the part of a row that is known before it is made.
-
-    Args:
-      name, row: of the table of benchmarks.
-      kinds: the questions of its tasks; see `harness.kinds`.
-    """
-    if model == "zero_shot_cot" and kinds != {"generate_until"}:
-        raise UserError(f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated")
-    again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
-    late = model == "augmented" and "generate_until" in kinds  # a text that is read waits for nothing
-    return {
-        "benchmark": name,
-        "model": model,
-        "every": every if again else 0,
-        "delay": delay if late else 0,
-        "shots": 0 if model == "zero_shot_cot" else row["shots"],
-        "task": row["task"],
-        "metric": row["metric"],
-        "filter": row.get("filter", "none"),
-    }
+def _check_flags(flags: Any, chosen: dict[str, Row]) -> None:
+    """Checks the flags that name no file."""
+    models = _split(flags.model)
+    if not models or not set(models) <= set(MODELS):
+        raise UserError(f"--model={flags.model}: expected some of {', '.join(MODELS)}")
+    check_rhythm(flags.every, flags.delay)
+    check_attention(flags.attention)
+    arguments.whole("--batch_size", flags.batch_size, 1)
+    if flags.limit is not None:
+        arguments.whole("--limit", flags.limit, 1)
+    for name, row in chosen.items():
+        if row.get("runs_code") and not flags.confirm_run_unsafe_code:
+            raise UserError(f"{name}: runs code that the model writes; --confirm_run_unsafe_code allows it")
 
 
-def _is_there(found: Sequence[Row], asked: Row, out: str) -> bool:
-    """Tells whether a row is there. One over the first few documents gives way to one over more.
-
-    Raises:
-      UserError: it is there, but made in another way: over fewer documents than it has, or with other settings.
-    """
-    for old in found:
-        if _key(old) != _key(asked):
-            continue
-        if old["limit"] is not None and (asked["limit"] is None or asked["limit"] > old["limit"]):
-            return False
-        for key, here in asked.items():
-            there = old.get(key)
-            if there != here:
-                row = f"{old['benchmark']} of {old['model']}"
-                raise UserError(f"--out={out}: has {row} with another {key} ({there}, here {here}); name another --out")
-        return True
-    return False
-
-
-def _digest(task: str, folder: str) -> str:
-    """Returns the SHA-256 of the files of a task of `make_tasks`, hex."""
-    total = hashlib.sha256()
-    for file in sorted(epath.Path(folder).glob(f"{task}.*")):
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
-
-
-def _find_subject(workdir: str, decoder: str, step: int | None) -> Subject:
-    """Finds what the flags name; reads no weights."""
-    if bool(workdir) == bool(decoder):
+def _find_subject(flags: Any) -> Subject:
+    """Finds the job or the decoder that the flags name; reads no weights."""
+    workdir = flags.workdir
+    if bool(workdir) == bool(flags.decoder):
         raise UserError("give --workdir of a training job, or --decoder, a decoder folder; one of them")
-    if decoder:
-        if step is not None:
-            raise UserError(f"--step={step}: a checkpoint of --workdir; a --decoder has none")
+    if workdir:
+        record = load.read_record(workdir, flags.step)
+        decoder = load.decoder_of(workdir, record)
+        config = record.config
+        if METHODS[record["method.name"]].write is None:
+            config = config | {"method": config["method"] | {"num_latents": 0}}
+    elif flags.step is not None:
+        raise UserError(f"--step={flags.step}: a checkpoint of --workdir; a --decoder has none")
+    else:
+        decoder = flags.decoder
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
-        return Subject(Record(config, folder.fingerprint(folder.locate(decoder))), decoder)
-    record = load.read_record(workdir, step)
-    path = load.decoder_of(workdir, record)
-    config = record.config
-    if METHODS[record["method.name"]].write is None:
-        config = config | {"method": config["method"] | {"num_latents": 0}}
-    record = dataclasses.replace(record, config=config, fingerprint=folder.fingerprint(folder.locate(path)))
-    return Subject(record, path, workdir)
+        record = Record(config, "")
+    record = dataclasses.replace(record, config=config, fingerprint=folder.fingerprint(folder.locate(decoder)))
+    if "augmented" in _split(flags.model) and not record["method.num_latents"]:
+        raise UserError("--model=augmented: there is no coprocessor; give the --workdir of a job that trained one")
+    return Subject(record, decoder, workdir)
 
 
-def _load_model(subject: Subject, latents: bool, max_length: int, attention: str) -> AugmentedLM:
-    """Loads the weights."""
-    coprocessor = load.load_coprocessor(subject.workdir, subject.record.step) if latents else None
-    decoder = load.load_decoder(subject.decoder, subject.record["compute.dtype"] or "float32")
-    return AugmentedLM(decoder, coprocessor, max_length=max_length, attention=attention)
-
-
-def _read_rows(path: epath.Path, subject: Subject) -> list[Row]:
-    """Reads the rows of an earlier call.
-
-    Raises:
-      UserError: they are of another decoder or checkpoint, or `benchmark` did not write the file.
-    """
-    if not path.exists():
-        return []
-    try:
-        found = json.loads(path.read_text())
-        rows = found["rows"]
-        checkpoint = found["checkpoint"]
-        theirs = Record.from_result(found)
-        for row in rows:
-            _key(row)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not what `benchmark` writes ({type(error).__name__}: {error})") from None
-    subject.record.require(theirs, "compare", str(path))
-    remedy = "give another --out, or remove it"
-    if checkpoint != subject.checkpoint:
-        raise UserError(f"{path}: its rows are of checkpoint {checkpoint}, here {subject.checkpoint}; {remedy}")
-    if theirs.config != subject.record.config:
-        raise UserError(f"{path}: its rows are of a training with another config; {remedy}")
-    return rows
-
-
-def _harness() -> ModuleType:
-    """Returns `measure.harness`, imported at its first use."""
+def _import_harness(unsafe_code: bool) -> ModuleType:
+    """Returns `measure.harness`, imported at its first use; code that a model writes may run, or may not."""
+    if unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to say
     try:
         from latent_delib.measure import harness
@@ -316,26 +164,141 @@ def _harness() -> ModuleType:
     return harness
 
 
-def _load_tasks(
-    harness: ModuleType, chosen: dict[str, Row], offline: dict[str, Row], tasks: str
-) -> dict[str, dict[str, Any]]:
-    """Loads the tasks and their data.
+def _load_tasks(harness: ModuleType, chosen: dict[str, Row], table: dict[str, Any], flags: Any) -> dict[str, Any]:
+    """Loads the tasks and their data, by the name of the benchmark.
 
     Raises:
-      UserError: a bad row; data that cannot be fetched.
+      UserError: data that cannot be read or fetched; answers longer than --max_length.
     """
-    manager = None if set(chosen) <= set(offline) else harness.TaskManager()
     loaded = {}
     for name, row in chosen.items():
-        try:
-            loaded[name] = harness.load_tasks(row["task"], tasks, None if name in offline else manager)
-        except UserError:
-            raise
-        except Exception as error:  # datasets raises many kinds
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            remedy = "go online once; without a network HF_HUB_OFFLINE=1 takes what was fetched before"
-            raise UserError(f"{name}: its data cannot be loaded ({why}); {remedy}") from None
+        if name in table["OFFLINE"]:
+            loaded[name] = harness.load_local_task(row["task"], flags.tasks)
+        else:
+            loaded[name] = harness.load_public_task(row["task"])
+        answer = harness.longest_answer(loaded[name])
+        if answer + 2 > flags.max_length:  # BOS, and one token that asks
+            raise UserError(f"--max_length={flags.max_length}: {name} has answers of up to {answer} tokens")
     return loaded
+
+
+# Rows: the part that is known before a row is made, those that are there, a new one.
+
+
+def _asked(name: str, row: Row, model: str, kinds: set[str], table: dict[str, Any], flags: Any) -> Row:
+    """Returns the part of a row of benchmarks.json that is known before it is made.
+
+    Args:
+      name, row: of the table of benchmarks.
+      kinds: the questions of its tasks; see `harness.kinds`.
+    """
+    is_cot = model == "zero_shot_cot"
+    if is_cot and kinds != {"generate_until"}:
+        raise UserError(f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated")
+    again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
+    late = model == "augmented" and "generate_until" in kinds  # a text that is read waits for nothing
+    return {
+        "benchmark": name,
+        "model": model,
+        "every": flags.every if again else 0,
+        "delay": flags.delay if late else 0,
+        "shots": 0 if is_cot else row["shots"],
+        "task": row["task"],
+        "metric": row["metric"],
+        "filter": row.get("filter", "none"),
+        "cot": table["COT"] if is_cot else "",
+        "data": _digest(row["task"], flags.tasks) if name in table["OFFLINE"] else None,
+        "max_length": flags.max_length,
+        "limit": flags.limit,
+    }
+
+
+def _digest(task: str, tasks: str) -> str:
+    """Returns the SHA-256 of the files of a task of `make_tasks`, hex."""
+    total = hashlib.sha256()
+    for file in sorted(epath.Path(tasks).glob(f"{task}.*")):
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _label(row: Row) -> str:
+    """Names a row: benchmarks.json holds one of each name, and OUT/samples a file."""
+    label = f"{row['benchmark']}.{row['model']}"
+    for key in ("every", "delay"):
+        if row[key]:
+            label += f".{key}{row[key]}"
+    return label
+
+
+def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
+    """Reads the rows of earlier calls, by their labels.
+
+    Raises:
+      UserError: they are of another decoder or checkpoint, or `benchmark` did not write the file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        there = {key: found[key] for key in subject.about()}
+        rows = {_label(row): row for row in found["rows"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what `benchmark` writes ({type(error).__name__}: {error})") from None
+    for key, here in subject.about().items():
+        if there[key] != here:
+            values = "" if key == "config" else f" ({there[key]}, here {here})"
+            raise UserError(f"{path}: its rows are of another {key}{values}; give another --out, or remove it")
+    return rows
+
+
+def _is_there(rows: dict[str, Row], asked: Row, out: str) -> bool:
+    """Tells whether a row is there. One over the first few documents gives way to one over more.
+
+    Raises:
+      UserError: it is there, but made in another way: over fewer documents than it has, or with other settings.
+    """
+    old = rows.get(_label(asked))
+    if old is None:
+        return False
+    if old["limit"] is not None and (asked["limit"] is None or asked["limit"] > old["limit"]):
+        return False
+    for key, here in asked.items():
+        if old.get(key) != here:
+            has = f"has {_label(asked)} with another {key} ({old.get(key)}, here {here})"
+            raise UserError(f"--out={out}: {has}; name another --out")
+    return True
+
+
+def _load_model(subject: Subject, missing: Sequence[Row], flags: Any) -> AugmentedLM:
+    """Loads the weights that the missing rows need."""
+    coprocessor = None
+    if any(asked["model"] == "augmented" for asked in missing):
+        coprocessor = load.load_coprocessor(subject.workdir, subject.record.step)
+    decoder = load.load_decoder(subject.decoder, subject.record["compute.dtype"] or "float32")
+    return AugmentedLM(decoder, coprocessor, max_length=flags.max_length, attention=flags.attention)
+
+
+def _measure(lm: AugmentedLM, harness: ModuleType, task: Any, asked: Row, flags: Any) -> tuple[Row, list[Row]]:
+    """Makes a row; returns it, and the harness's result for each document."""
+    print(f"{asked['benchmark']}, {asked['model']}", flush=True)
+    latents = asked["model"] == "augmented"
+    adapter = harness.Adapter(lm, latents, asked["every"], asked["delay"], flags.batch_size, asked["cot"])
+    samples = harness.run_tasks(adapter, task, asked["shots"], asked["limit"], flags.confirm_run_unsafe_code)
+    counted = [sample for sample in samples if sample["filter"] == asked["filter"]]
+    scores = summarize_scores(counted, asked["metric"], asked["benchmark"])
+    return asked | scores | {"provenance": _provenance()}, samples
+
+
+def _save(out: epath.Path, subject: Subject, made: Row, samples: Sequence[Row]) -> dict[str, Row]:
+    """Writes a row and, before it, the result of each document; returns all rows, with those that other calls added."""
+    lines = [json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples]
+    files.write(out / "samples" / f"{_label(made)}.jsonl", "".join(lines).encode())
+    rows = _read_rows(out / FILE, subject)
+    rows.pop(_label(made), None)
+    rows[_label(made)] = made
+    result = {"rows": list(rows.values()), **subject.about(), "provenance": _provenance()}
+    files.write(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
+    return rows
 
 
 def _provenance() -> dict[str, Any]:
@@ -347,8 +310,8 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        benchmarks=(commands.REQUIRED, "names with commas between, or published, or offline"),
-        out=(commands.REQUIRED, "where to write"),
+        benchmarks=(REQUIRED, "names with commas between, or published, or offline"),
+        out=(REQUIRED, "where to write"),
         workdir=("", "of a training job"),
         decoder=("", "a decoder folder, or `packaged`, where there is no workdir"),
         model=("decoder", "decoder, augmented, zero_shot_cot; several with commas between"),

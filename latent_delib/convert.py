@@ -22,6 +22,7 @@ from latent_delib.delib import augment
 from latent_delib.errors import UserError
 from latent_delib.lm import load
 from latent_delib.machine import commands, files
+from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.progress import Progress
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences, family
 from latent_delib.weights import coprocessor, deepmind, folder, gguf, huggingface, names, tensors
@@ -62,11 +63,8 @@ def convert(
     for flag, value, allowed in (("to", to, FORMS), ("dtype", dtype, ("", *DTYPES)), ("size", size, ("", *SIZES))):
         if value not in allowed:
             raise UserError(f"--{flag}={value!r}: expected one of {', '.join(filter(None, allowed))}")
-    for flag, path in (("source", source), ("tokenizer", tokenizer)):
-        if "://" in path:
-            raise UserError(f"--{flag}={path}: expected a local path; download it, and name that")
-    if "://" in out:
-        raise UserError(f"--out={out}: expected a local path; copy it there afterwards")
+    if "://" in source:
+        raise UserError(f"--source={source}: expected a local path; download it, and name that")
     wanted = SIZES[size] if size else architecture
     where = folder.PACKAGED if source == "packaged" else Path(source)
     if (where / "checkpoints").is_dir():
@@ -234,8 +232,8 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        source=(commands.REQUIRED, "what to convert"),
-        out=(commands.REQUIRED, "the folder to write, made whole or not at all"),
+        source=(REQUIRED, "what to convert"),
+        out=(REQUIRED, "the folder to write, made whole or not at all"),
         to=("latent_delib", "latent_delib or huggingface"),
         dtype=("", "float32 or bfloat16; left out, nothing is rounded"),
         size=("", "the size it must have, a key of latent_delib/nn/sizes.py; tells what an orbax folder does not"),

@@ -31,11 +31,11 @@ from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files
 from latent_delib.machine.checkpoint import Restored, whole_steps
+from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.distributed import on_first, warn
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure import perplexity, views
-from latent_delib.measure.evaluations import Evaluations, Queue, steps_to_evaluate
+from latent_delib.measure import evaluations, perplexity, views
 from latent_delib.measure.perplexity import PartialSums, SumsByTerm
 from latent_delib.measure.text import ValidationText, read_validation_text
 from latent_delib.measure.values import jit_steps, sides_of, values_of
@@ -60,13 +60,9 @@ def main(flags: Any) -> None:
     if os.path.isfile(out):
         raise UserError(f"--out={out}: is a file, expected a folder")
     with distributed.job(flags):
-        if flags.watch:
-            evaluate_many(flags.config, flags.workdir, out, patience=flags.patience)
-        elif flags.steps == "all":
-            evaluate_many(flags.config, flags.workdir, out)
-        elif flags.steps:
-            steps = [int(step) for step in flags.steps.split(",")]
-            evaluate_many(flags.config, flags.workdir, out, steps)
+        if flags.watch or flags.steps:
+            steps = None if flags.watch or flags.steps == "all" else list(map(int, flags.steps.split(",")))
+            evaluate_many(flags.config, flags.workdir, out, steps, flags.patience if flags.watch else None)
         else:
             evaluate(flags.config, flags.workdir, out, flags.step)
 
@@ -104,8 +100,7 @@ def evaluate_many(
     """Evaluates checkpoints, the smallest step first, each into OUT/evaluations/STEP.
 
     Args:
-      config: of the evaluation; its method and decoder are those of the training.
-      workdir: of the training.
+      config, workdir: as in `evaluate`.
       out: where to write. Steps that have a perplexity.json there are skipped.
       steps: of the checkpoints; None: all.
       patience: None: checkpoints that are there now. Otherwise new ones too, until the training's last step is done, or
@@ -116,11 +111,12 @@ def evaluate_many(
         end, when all others are done, for checkpoints that could not be read.
     """
     job = Job(config, workdir, [steps, patience])
-    evaluations = Evaluations(epath.Path(out) / "evaluations", job.exp.record)
+    folder = epath.Path(out) / "evaluations"
+    on_first(evaluations.require_same, folder, job.exp.record)
     # All processes find the same damage. An error of the disk may be of one alone: it ends the job.
     skipped = (UserError, OSError) if jax.process_count() == 1 else UserError
     failed = []
-    for step in steps_to_evaluate(Queue(workdir, evaluations, steps), patience):
+    for step in evaluations.steps_to_evaluate(workdir, folder, steps, patience):
         try:
             found = read_checkpoint(job.exp, workdir, step)
         except (OtherRun, Outage):
@@ -129,11 +125,11 @@ def evaluate_many(
             warn(f"checkpoint {step} is not evaluated: {error}")
             failed.append(step)
             continue
-        on_first(evaluations.require_text, job.text.digest())
-        job.run(found, evaluations.folder / str(step))
+        on_first(evaluations.require_same, folder, job.exp.record, job.text.digest())
+        job.run(found, folder / str(step))
         del found  # before the next is read
         if jax.process_index() == 0:
-            draw_curves(evaluations)
+            draw_curves(folder)
     # Of a running training, old checkpoints are removed meanwhile.
     failed = on_first(lambda: sorted(whole_steps(workdir).intersection(failed)))
     if failed:
@@ -276,19 +272,20 @@ def write_evaluation(result: dict[str, Any], text: ValidationText, sums: SumsByT
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
 
 
-def draw_curves(evaluations: Evaluations) -> None:
+def draw_curves(folder: epath.Path) -> None:
     """Draws curves.png: the change at a few n against the step, of all evaluations that are there (Figure 3)."""
-    results = [Result("", evaluations.file(step), found) for step, found in evaluations.results().items()]
-    name = str(evaluations.folder.parent)
-    files.write(evaluations.folder / "curves.png", figures.by_step({name: results}))
+    results = []
+    for step, found in evaluations.read_results(folder).items():
+        results.append(Result("", evaluations.file_of(folder, step), found))
+    files.write(folder / "curves.png", figures.by_step({str(folder.parent): results}))
 
 
 if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(commands.CONFIG, "a file under configs/"),
-        workdir=(commands.REQUIRED, "of a training job"),
+        config=(CONFIG, "a file under configs/"),
+        workdir=(REQUIRED, "of a training job"),
         out=("", "where to write; the workdir if left out"),
         step=(None, "checkpoint step; the newest if left out"),
         steps=("", "several: all, or their numbers with commas between"),

@@ -21,6 +21,7 @@ from latent_delib.errors import UserError
 from latent_delib.lm import inputs, load, sampling
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
+from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.progress import Progress
 
 
@@ -137,7 +138,7 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        workdir=(commands.REQUIRED, "of a training job"),
+        workdir=(REQUIRED, "of a training job"),
         prompt=("", "the text to continue"),
         prompts=("", "or a file of them, JSON lines"),
         out=("", "where continuations go, JSON lines; the screen if left out"),

@@ -20,17 +20,17 @@ from latent_delib.errors import UserError
 from latent_delib.job.experiment import check
 from latent_delib.job.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.machine import commands, files
+from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.progress import Progress
 
 SPLITS = ("train", "validation")
-COLUMNS = ("source", "documents", "tokens", "rows", "skipped")  # of the table that is printed at the end
+COUNTS = ("documents", "tokens", "rows", "skipped")  # of a source, printed at the end
 
 
 def prepare(config: Any, out: str) -> dict:
     """Writes the token files of `config.data`; returns their meta.json. Does nothing where they are there already.
 
-    Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.train_batches` says which are
-    bad.
+    Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.Training` says which.
 
     Args:
       config: of a training job.
@@ -72,7 +72,9 @@ def prepare(config: Any, out: str) -> dict:
                 entry |= _write_source(str(directory), split, number, documents, meta)
                 entry["skipped"] = bad.met.total() - skipped_before
         token_files.write_meta(str(directory), meta)
-    print(_table(meta))
+    for entry in [*meta["train"], *meta["validation"]]:
+        counts = [f"{entry[key]:,} {key}" for key in COUNTS if key in entry]
+        print(f"{entry['source']}: {', '.join(counts)}")
     return meta
 
 
@@ -130,20 +132,6 @@ def _write_source(directory: str, split: str, number: int, documents: Iterator[d
     return token_files.write_validation(directory, number, ((d["work"], d["tokens"]) for d in documents), meta)
 
 
-def _table(meta: dict) -> str:
-    """Returns the counts of every source, one line each."""
-    rows = [COLUMNS]
-    for entry in [*meta["train"], *meta["validation"]]:
-        counts = [f"{entry[key]:,}" if key in entry else "" for key in COLUMNS[1:]]
-        rows.append((entry["source"], *counts))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for source, *counts in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(counts, widths[1:], strict=True)]
-        lines.append("  ".join([f"{source:{widths[0]}}", *cells]))
-    return "\n".join(lines)
-
-
 def main(values: Any) -> None:
     """Checks the config as a training job would; writes its token files."""
     check(values.config)
@@ -154,6 +142,6 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(commands.CONFIG, "config file"),
-        out=(commands.REQUIRED, "directory or gs:// path to write, made whole or not at all"),
+        config=(CONFIG, "config file"),
+        out=(REQUIRED, "directory or gs:// path to write, made whole or not at all"),
     )

@@ -21,6 +21,7 @@ from latent_delib.errors import UserError
 from latent_delib.lm import load, look
 from latent_delib.lm import model as lm
 from latent_delib.machine import commands, files
+from latent_delib.machine.command_line import FOLDERS, REQUIRED
 from latent_delib.results import figures, published, runs, tables
 from latent_delib.results.against import compare
 from latent_delib.results.figures import Picture
@@ -154,8 +155,8 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        folders=(commands.FOLDERS, "folders of finished runs, with all that lies below them"),
-        out=(commands.REQUIRED, "where to write"),
+        folders=(FOLDERS, "folders of finished runs, with all that lies below them"),
+        out=(REQUIRED, "where to write"),
         against=("", "a folder with documents.npz, that of the run to compare with"),
         look=("", "a workdir whose latents are looked into"),
         text=(TEXT, "what they are looked at in"),

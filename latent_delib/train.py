@@ -8,7 +8,7 @@ it gets checkpoints/ and metrics.jsonl only, and nothing keeps two jobs from usi
 Ctrl-C saves after at most two more steps. A second Ctrl-C, or one before the first step, ends the job at once.
 
 Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was lost, run again; 130
-stopped by Ctrl-C, the last line says which step is saved; 1 an error that running again does not cure.
+stopped by Ctrl-C, the same command resumes; 1 an error that running again does not cure.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,8 @@ from latent_delib.job.metrics import Metrics
 from latent_delib.job.plan import Plan
 from latent_delib.job.record import Record
 from latent_delib.machine import commands, distributed
-from latent_delib.machine.checkpoint import Checkpoints, Restored, whole_steps
+from latent_delib.machine.checkpoint import Checkpoints, Restored
+from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.stopping import Stop, graceful_stop
 from latent_delib.machine.workdir import exclusive, is_remote
 from latent_delib.nn.transformer import Params
@@ -78,7 +78,6 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     if is_remote(workdir) and (METHODS[config.method.name].trains_decoder or config.train.profile_at):
         raise UserError(f"--workdir={workdir}: a trained decoder and a profile are written to local folders only")
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
-        stop.saved = lambda: max(whole_steps(workdir), default=0)
         return run(exp, workdir, stop)
 
 
@@ -89,7 +88,8 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     # Set-up. Shapes, then shardings, then sharded arrays: nothing ever stands unsharded on one device.
     plan = planning.make(exp)
     say(planning.summary(exp, plan))
-    record = record_with_data(exp)
+    text = batches.Training(exp.config.data, str(exp.tokenizer.path))
+    record = record_with_data(exp, text)
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
 
     # Restore.
@@ -100,7 +100,8 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
             export_decoder(exp, workdir, first, found.trainable)
         say(f"done: step {first} of {workdir}")
         return 0
-    loader = load_batches(exp, first)
+    rows = mesh_lib.local_rows(exp.mesh, t.batch_size)
+    loader = text.batches(batch_size=t.batch_size, seed=exp.config.seed, rows=rows, start_step=first)
     state, frozen = place_state(exp, plan, found)
 
     # Compile.
@@ -147,9 +148,9 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def record_with_data(exp: Experiment) -> Record:
+def record_with_data(exp: Experiment, text: batches.Training) -> Record:
     """Returns the job's record with the fingerprint of its data; it must be the same on all processes."""
-    data = batches.fingerprint(exp.config.data, tokenizer_path=str(exp.tokenizer.path))
+    data = text.fingerprint()
     record = dataclasses.replace(exp.record, data=data)
     config = json.dumps(record.config)
     distributed.check_same(config=config, decoder=record.fingerprint, data=json.dumps(data))
@@ -178,19 +179,6 @@ def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) 
 def trees_of(state: TrainState) -> dict[str, Any]:
     """Returns the trees that a checkpoint holds, by name; of arrays, or of shapes with shardings."""
     return {"trainable": state.trainable, "optimizer": state.opt_state}
-
-
-def load_batches(exp: Experiment, first: int) -> Iterator[dict[str, np.ndarray]]:
-    """Returns this process's rows of each batch after step `first`; the data are checked before the first one."""
-    config = exp.config
-    return batches.train_batches(
-        config.data,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        tokenizer_path=str(exp.tokenizer.path),
-        rows=mesh_lib.local_rows(exp.mesh, config.train.batch_size),
-        start_step=first,
-    )
 
 
 def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[TrainState, Params]:
@@ -236,8 +224,8 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(commands.CONFIG, "a file under configs/"),
-        workdir=(commands.REQUIRED, "where the job writes"),
+        config=(CONFIG, "a file under configs/"),
+        workdir=(REQUIRED, "where the job writes"),
         dry_run=(False, "compile the step, print what it needs and write it to dry_run.json; run nothing"),
         topology=("", "the TPU slice to compile for: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; by default this machine"),
         **distributed.FLAGS,

@@ -266,3 +266,15 @@ def config_file(tiny, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """command_line(*words): these become the command line; what a command sets in its process is put back later."""
+
+    def set_words(*words):
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        monkeypatch.setattr(os, "_exit", sys.exit)
+
+    return set_words

@@ -1,11 +1,14 @@
-"""Two small models between which every feature of the architecture is on and off."""
+"""Two small models between which every feature of the architecture is on and off; and what a run has left on disk."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_delib.machine import checkpoint
 from latent_delib.nn import transformer
 from latent_delib.nn.cache import Cache
 from latent_delib.nn.sizes import SIZES, TransformerConfig
@@ -56,7 +59,40 @@ def coprocessor(config, num_latents, seed=1):
     return tree | at_random(seed + 1, {"soft_tokens": np.zeros((num_latents, config.embed_dim))})
 
 
+def packed(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens and segments [2, 40], two documents a row, and traces [2, 5]: at starts and ends, in padding."""
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
+    segment_BT = np.array([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])
+    return tokens_BT, segment_BT, np.array([[0, 3, 14, 16, 30], [2, 5, 12, 28, 39]])
+
+
 def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
     """A cache with room for `capacity` entries a row."""
     kv = jnp.zeros((config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), dtype)
     return Cache(kv, kv, jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+
+def rows_of(workdir: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(workdir: Path, step: int | None = None) -> dict:
+    """The trainable tree of a run's checkpoint, of its newest or of a step."""
+    checkpoints, step, _ = checkpoint.open_for_reading(str(workdir), step)
+    found = checkpoints.restore_newest(step=step)
+    checkpoints.close()
+    return jax.device_get(found.trainable)
+
+
+def meta_of(workdir: Path) -> dict:
+    """What a run's newest checkpoint says of itself."""
+    checkpoints, _, meta = checkpoint.open_for_reading(str(workdir))
+    checkpoints.close()
+    return meta
+
+
+def named(line: str, *words: object) -> None:
+    """A message holds all of these."""
+    for word in words:
+        assert str(word) in line, line

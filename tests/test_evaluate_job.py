@@ -11,7 +11,6 @@ import pytest
 
 import latent_delib as ld
 from latent_delib import evaluate
-from latent_delib.job import experiment
 from latent_delib.measure import evaluations, perplexity
 from tests.fake_gcs import running
 from tests.processes import Job
@@ -22,11 +21,15 @@ class Killed(Exception):
 
 
 class Batches:
-    """Counts the batches that are added up. `kill_after`: the job ends once so many more are added up and saved."""
+    """Counts the batches that are added up.
+
+    kill_after: the job ends once so many more are added up and saved. meanwhile: called before each is added up.
+    """
 
     def __init__(self):
         self.done = 0
         self.kill_after = None
+        self.meanwhile = lambda: None
         self.add_up = perplexity.add_up
 
     def __call__(self, *arguments):
@@ -35,6 +38,7 @@ class Batches:
             raise Killed
         if self.kill_after is not None:
             self.kill_after -= 1
+        self.meanwhile()
         self.add_up(*arguments)
         self.done += 1
 
@@ -45,24 +49,6 @@ def batches(monkeypatch):
     monkeypatch.setattr(perplexity, "add_up", batches)
     monkeypatch.setattr(evaluate, "SAVE_EVERY", 0.0)
     return batches
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """Name -> how often it was loaded: "text", "frozen"."""
-    counts = {"text": 0, "frozen": 0}
-
-    def counted(name, function):
-        def call(*arguments):
-            counts[name] += 1
-            return function(*arguments)
-
-        return call
-
-    read_text, load_frozen = evaluate.read_validation_text, experiment.load_frozen
-    monkeypatch.setattr(evaluate, "read_validation_text", counted("text", read_text))
-    monkeypatch.setattr(experiment, "load_frozen", counted("frozen", load_frozen))
-    return counts
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +97,7 @@ def test_how_it_was_trained_is_told_by_the_checkpoint(make_config, trained, tmp_
 def test_evaluated_checkpoints_may_be_removed(make_config, evaluated, tmp_path):
     """All are evaluated, so nothing is left to do; without evaluations it is a workdir that was not trained."""
     evaluate.evaluate_many(make_config(), str(evaluated), str(evaluated))
-    with pytest.raises(ld.UserError, match="holds no checkpoints; train it first"):
+    with pytest.raises(ld.UserError, match="holds no checkpoints"):
         evaluate.evaluate_many(make_config(), str(evaluated), str(tmp_path / "other"))
 
 
@@ -146,26 +132,24 @@ def test_killed_and_continued(make_config, trained, alone, batches, tmp_path, ca
         assert_same(folder, alone[step])
 
 
-def test_many_checkpoints(make_config, trained, alone, batches, loaded, tmp_path):
-    """One text, one decoder; each as by itself; killed, it goes on where it was."""
+def test_many_checkpoints(make_config, trained, alone, batches, tmp_path):
+    """Each as by itself; killed, the job goes on where it was."""
     folder = tmp_path / "evaluations"
     batches.kill_after = 2
     with pytest.raises(Killed):
         evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
     assert (folder / "2" / "partial.npz").exists()
-    loaded.update(text=0, frozen=0)
     evaluate.evaluate_many(make_config(), str(trained), str(tmp_path))
-    assert loaded == {"text": 1, "frozen": 1}
     for step, expected in alone.items():
         assert_same(folder / str(step), expected)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_only_missing_ones_are_made(make_config, trained, alone, evaluated, batches, loaded):
+def test_only_missing_ones_are_made(make_config, trained, alone, evaluated, batches):
     folder = evaluated / "evaluations"
     written = (folder / "2" / "perplexity.json").stat().st_mtime_ns
     evaluate.evaluate_many(make_config(), str(trained), str(evaluated), [2, 4])
-    assert loaded == {"text": 0, "frozen": 0} and batches.done == 0
+    assert batches.done == 0
     shutil.rmtree(folder / "4")
     evaluate.evaluate_many(make_config(), str(trained), str(evaluated), [4])
     assert_same(folder / "4", alone[4])
@@ -180,115 +164,90 @@ def test_one_curve_shows_one_thing(make_config, trained, evaluated):
             evaluate.evaluate_many(make_config(changes), str(trained), str(evaluated), steps)
 
     folder = evaluated / "evaluations"
-    refused("evaluate.max_pieces is 0 there, 3 here", {"evaluate.max_pieces": 3})
+    refused("max_pieces is 0", {"evaluate.max_pieces": 3})
     shutil.rmtree(folder / "4")  # what is asked for is not there, but what would share a curve with it
-    refused("evaluations/2", {"evaluate.max_pieces": 3}, [4])
+    refused("max_pieces is 0", {"evaluate.max_pieces": 3}, [4])
 
     file = folder / "2" / "perplexity.json"
     text = json.loads(file.read_text())["text"]
     change(file, {"text": text[::-1]})
-    refused("2/perplexity.json: is of another text", {})
+    refused("another text", {})
     assert not (folder / "4").exists()
 
     config = json.loads(file.read_text())["config"]
     config["evaluate"]["max_positions"] = 3
     change(file, {"text": text, "config": config, "draws": None, "step": None})  # as older versions wrote it
-    refused("an older version drew", {"evaluate.max_positions": 3})
+    refused("draws of version 1", {"evaluate.max_positions": 3})
 
 
-def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alone, tmp_path, capsys, monkeypatch):
-    workdir = tmp_path / "workdir"
+def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alone, batches, tmp_path, capsys):
+    """Checkpoint 1 is damaged, and 3 is removed while 2 is evaluated."""
+    workdir, checkpoints = tmp_path / "workdir", tmp_path / "workdir" / "checkpoints"
     shutil.copytree(trained, workdir)
-    shutil.copytree(workdir / "checkpoints" / "2", workdir / "checkpoints" / "1")
-    (workdir / "checkpoints" / "1" / "meta" / "metadata").write_text("{")
-    (workdir / "checkpoints" / "3.orbax-checkpoint-tmp-7").mkdir()
-    load = evaluate.read_checkpoint
-
-    def removed(exp, workdir, step):
-        if step == 2:
-            shutil.rmtree(f"{workdir}/checkpoints/2")
-        return load(exp, workdir, step)
-
-    monkeypatch.setattr(evaluate, "read_checkpoint", removed)
-    with pytest.raises(ld.UserError, match=r"checkpoints \[1\] could not be read; the same command tries again"):
+    for step in ("1", "3"):
+        shutil.copytree(checkpoints / "2", checkpoints / step)
+    (checkpoints / "1" / "meta" / "metadata").write_text("{")
+    (checkpoints / "5.orbax-checkpoint-tmp-7").mkdir()
+    batches.meanwhile = lambda: shutil.rmtree(checkpoints / "3", ignore_errors=True)
+    with pytest.raises(ld.UserError, match=r"checkpoints \[1\]"):
         evaluate.evaluate_many(make_config(), str(workdir), str(workdir))
     damaged, gone = capsys.readouterr().err.splitlines()
     assert damaged.startswith("warning: checkpoint 1 is not evaluated: ") and "damaged" in damaged
-    assert gone.startswith("warning: checkpoint 2 is not evaluated: ") and "no checkpoint of step 2" in gone
-    assert_same(workdir / "evaluations" / "4", alone[4])
-    with pytest.raises(ld.UserError, match=r"--steps: no checkpoint of step 2; there are \[1, 4\]"):
-        evaluate.evaluate_many(make_config(), str(workdir), str(workdir), [2, 4])
-
-
-def test_beside_a_training(make_config, trained, alone, tmp_path, capsys, monkeypatch):
-    """Nothing there, then two checkpoints of which one goes before its turn, then the last."""
-    (workdir := tmp_path / "workdir").mkdir()
-    moments = iter(((2, 3), (4,)))
-    there = {2: trained / "checkpoints" / "2", 3: trained / "checkpoints" / "2", 4: trained / "checkpoints" / "4"}
-
-    def train(_):
-        for step in next(moments):
-            shutil.copytree(there[step], workdir / "checkpoints" / str(step))
-
-    run = evaluate.Job.run
-
-    def run_while_training_goes_on(*arguments):
-        shutil.rmtree(workdir / "checkpoints" / "3", ignore_errors=True)
-        return run(*arguments)
-
-    monkeypatch.setattr(evaluations, "time", SimpleNamespace(sleep=train, monotonic=time.monotonic))
-    monkeypatch.setattr(evaluate.Job, "run", run_while_training_goes_on)
-    evaluate.evaluate_many(make_config(), str(workdir), str(tmp_path / "out"), patience=3600.0)
-    said = capsys.readouterr()
-    assert said.out.splitlines()[-1] == "step 4 was the last" and next(moments, None) is None
-    assert said.err == f"warning: {workdir}: checkpoint 3 was removed before its turn; skipped\n"
+    assert gone.startswith("warning: checkpoint 3 is not evaluated: ") and "no checkpoint of step 3" in gone
     for step, expected in alone.items():
-        assert_same(tmp_path / "out" / "evaluations" / str(step), expected)
-    evaluate.evaluate_many(make_config(), str(workdir), str(tmp_path / "out"), patience=3600.0)  # all is done
+        assert_same(workdir / "evaluations" / str(step), expected)
+    with pytest.raises(ld.UserError, match=r"--steps: .* step 3; there are \[1, 2, 4\]"):
+        evaluate.evaluate_many(make_config(), str(workdir), str(workdir), [3, 4])
+
+
+def test_beside_a_training(trained, alone, tmp_path, capsys):
+    """Each checkpoint once, as it comes, until the training's last is evaluated."""
+    workdir, folder = tmp_path / "workdir", tmp_path / "evaluations"
+
+    def save(step):
+        shutil.copytree(trained / "checkpoints" / "2", workdir / "checkpoints" / str(step))
+
+    save(2)
+    steps = evaluations.steps_to_evaluate(str(workdir), folder, None, patience=3600.0)
+    assert next(steps) == 2
+    shutil.copytree(alone[2], folder / "2")
+    save(3)
+    assert next(steps) == 3  # which the caller cannot read
+    save(4)
+    assert next(steps) == 4
+    shutil.copytree(alone[4], folder / "4")
+    assert list(steps) == []
     assert capsys.readouterr().out == "step 4 was the last\n"
+    assert list(evaluations.steps_to_evaluate(str(workdir), folder, None, patience=0.0)) == [3]
 
 
 def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp_path, capsys):
-    with pytest.raises(ld.UserError, match="--watch: .*none: no such folder; start the training first"):
+    with pytest.raises(ld.UserError, match="--watch: .*none: no such folder"):
         evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"), patience=86400.0)
     (begun := tmp_path / "begun").mkdir()
     since = time.monotonic()
-    with pytest.raises(ld.UserError, match="--watch: no checkpoint came to .*begun in 0.5 s"):
+    with pytest.raises(ld.UserError, match="begun in 0.5 s"):
         evaluate.evaluate_many(make_config(), str(begun), str(tmp_path / "out"), patience=0.5)
     assert time.monotonic() - since < evaluations.POLL / 2
     shutil.rmtree(evaluated / "evaluations" / "4")
     shutil.copytree(trained / "checkpoints" / "2", begun / "checkpoints" / "2")
     evaluate.evaluate_many(make_config(), str(begun), str(evaluated), patience=0.0)
     assert capsys.readouterr().out == "no new checkpoint for 0 s\n"
-    with pytest.raises(ld.UserError, match="method.num_latents is 2 there, 3 here"):
+    with pytest.raises(ld.UserError, match="method.num_latents is 2"):
         evaluate.evaluate_many(make_config({"method.num_latents": 3}), str(trained), str(tmp_path), patience=3600.0)
     with pytest.raises(ld.UserError, match="holds no checkpoints"):
         evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_the_last_checkpoint_may_come_between_two_looks(make_config, evaluated, monkeypatch):
-    """It is evaluated: that it is there does not mean that it is done."""
-    shutil.rmtree(evaluated / "evaluations" / "4")
-    record = experiment.read(make_config()).record
-    queue = evaluations.Queue("workdir", evaluations.Evaluations(evaluated / "evaluations", record), None)
-    there = {2}
-    monkeypatch.setattr(evaluations, "whole_steps", lambda workdir: there)
-    assert queue.next() is None
-    there = {2, 4}
-    assert not queue.is_over(patience=1.0, waited=0.0)
-    assert queue.next() == 4
-    assert queue.is_over(patience=1.0, waited=0.0)
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"steps": "2,x"}, "--steps=2,x: expected all"),
-        ({"steps": "all", "watch": True}, "expected one of them"),
-        ({"steps": "all", "step": 2}, "expected one of them"),
-        ({"watch": True, "patience": -1.0}, "--patience=-1.0: expected at least 0"),
-        ({"out": __file__}, "test_evaluate_job.py: is a file, expected a folder"),
+        ({"steps": "2,x"}, "--steps=2,x"),
+        ({"steps": "all", "watch": True}, "--step, --steps, --watch"),
+        ({"steps": "all", "step": 2}, "--step, --steps, --watch"),
+        ({"watch": True, "patience": -1.0}, "--patience=-1.0"),
+        ({"out": __file__}, "is a file"),
     ],
 )
 def test_flags(flags, message):
@@ -301,8 +260,9 @@ def test_flags(flags, message):
 CHILD = """
 from latent_delib import evaluate
 from latent_delib.machine import commands, distributed
+from latent_delib.machine.command_line import CONFIG, REQUIRED
 evaluate.SAVE_EVERY = 0.0
-commands.run(evaluate.main, "", config=(commands.CONFIG, ""), workdir=(commands.REQUIRED, ""), out=("", ""),
+commands.run(evaluate.main, "", config=(CONFIG, ""), workdir=(REQUIRED, ""), out=("", ""),
     step=(None, ""), steps=("", ""), watch=(False, ""), patience=(60.0, ""), **distributed.FLAGS)
 """
 

@@ -50,12 +50,6 @@ def test_the_notebook_lies_as_it_was_run(notebook):
     assert kinds(notebook).count("display_data") == 2
 
 
-def test_the_notebook_uses_the_public_interface_alone(notebook):
-    lines = [line for cell in notebook["cells"] if cell["cell_type"] == "code" for line in cell["source"]]
-    imports = [line.strip() for line in lines if line.startswith(("import ", "from ")) and "latent_delib" in line]
-    assert imports == ["import latent_delib as ld"]
-
-
 @pytest.mark.slow
 def test_the_notebook_shows_what_it_says(notebook, tmp_path):
     """In a process of its own, with the devices that it asks for."""

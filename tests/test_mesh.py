@@ -30,70 +30,47 @@ WIDTH = ("fsdp", "traces")
 
 
 def test_minus_one_takes_what_the_others_leave():
-    assert dict(mesh_lib.make(sizes(data=-1, fsdp=2)).shape) == {
-        "data": 4,
-        "fsdp": 2,
-        "traces": 1,
-        "tensor": 1,
-    }
-    assert dict(mesh_lib.make(sizes(fsdp=2, tensor=-1)).shape) == {
-        "data": 1,
-        "fsdp": 2,
-        "traces": 1,
-        "tensor": 4,
-    }
+    assert dict(mesh_lib.make(sizes(data=-1, fsdp=2)).shape) == sizes(data=4, fsdp=2)
+    assert dict(mesh_lib.make(sizes(fsdp=2, tensor=-1)).shape) == sizes(fsdp=2, tensor=4)
     assert dict(mesh_lib.make(TENSOR).shape) == TENSOR
 
 
 @pytest.mark.parametrize(
-    "sizes, said",
+    "sizes, words",
     [
-        (sizes(data=3), "multiply to 3: expected 8,"),
-        (sizes(data=16), "multiply to 16: expected 8,"),
-        (sizes(data=-1, fsdp=3), "multiply to 3: expected a divisor of 8,"),
-        (sizes(data=-1, fsdp=16), "multiply to 16: expected a divisor of 8,"),
-        (sizes(data=-1, fsdp=-1, tensor=8), "2 mesh axes are -1: expected one at most"),
-        (sizes(data=0, tensor=8), "mesh axis data=0: expected at least 1, or -1"),
-        (sizes(data=-1, fsdp=0), "mesh axis fsdp=0: expected at least 1"),
-        (sizes(data=8, tensor=-2), "mesh axis tensor=-2: expected at least 1"),
+        (sizes(data=3), "multiply to 3.* 8"),
+        (sizes(data=16), "multiply to 16.* 8"),
+        (sizes(data=-1, fsdp=3), "multiply to 3.*divisor of 8"),
+        (sizes(data=-1, fsdp=16), "multiply to 16.*divisor of 8"),
+        (sizes(data=-1, fsdp=-1, tensor=8), "2 mesh axes are -1"),
+        (sizes(data=0, tensor=8), "data=0"),
+        (sizes(data=-1, fsdp=0), "fsdp=0"),
+        (sizes(data=8, tensor=-2), "tensor=-2"),
+        (sizes(data=-1) | {"model": 1}, "axis model.*data, fsdp, traces, tensor"),
     ],
 )
-def test_a_wrong_product_is_refused(sizes, said):
-    with pytest.raises(UserError, match=said):
+def test_a_mesh_that_cannot_be_is_refused(sizes, words):
+    with pytest.raises(UserError, match=words):
         mesh_lib.make(sizes)
 
 
-def test_an_unknown_mesh_axis_is_named():
-    with pytest.raises(UserError, match="no axis model; its axes are data, fsdp, traces, tensor"):
-        mesh_lib.make({"data": -1, "fsdp": 1, "traces": 1, "tensor": 1, "model": 1})
-
-
-def test_spec_follows_the_rules():
-    assert mesh_lib.spec(("layers", "embed", "heads", None), mesh_lib.WEIGHTS) == P(None, WIDTH, "tensor", None)
-    assert mesh_lib.spec(("batch", None, "heads"), mesh_lib.ACTIVATIONS) == P(("data", "fsdp"), None, "tensor")
-
-
-def test_an_unknown_logical_axis_is_named():
-    with pytest.raises(ValueError, match="'width'.*'embed'"):
-        mesh_lib.spec(("layers", "width"), mesh_lib.WEIGHTS)
-
-
 @pytest.mark.parametrize(
-    "axes, rules",
+    "axes, rules, words",
     [
-        (("heads", "ffn"), mesh_lib.WEIGHTS),
-        (("embed", "embed"), mesh_lib.WEIGHTS),
-        (("batch", "rows"), {"batch": ("data", "fsdp"), "rows": "fsdp"}),
+        (("layers", "width"), mesh_lib.WEIGHTS, "'width'"),
+        (("heads", "ffn"), mesh_lib.WEIGHTS, "ffn.*one mesh axis"),
+        (("embed", "embed"), mesh_lib.WEIGHTS, "embed.*one mesh axis"),
+        (("batch", "rows"), {"batch": ("data", "fsdp"), "rows": "fsdp"}, "rows.*one mesh axis"),
     ],
 )
-def test_two_dimensions_on_one_mesh_axis_are_refused(axes, rules):
-    with pytest.raises(ValueError, match=f"{axes[1]}.*one mesh axis"):
+def test_a_spec_that_cannot_be_is_refused(axes, rules, words):
+    with pytest.raises(ValueError, match=words):
         mesh_lib.spec(axes, rules)
 
 
 def test_a_dimension_that_does_not_divide_is_named():
     shapes = folder.shapes(SIZES["gemma2_test"])  # 97 token rows
-    with pytest.raises(UserError, match=r"the mesh: tensor=2 does not divide embedding \(97, 32\): expected"):
+    with pytest.raises(UserError, match=r"tensor=2.* embedding \(97, 32\)"):
         mesh_lib.parameters(mesh_lib.make(TENSOR), shapes, PARAM_AXES)
 
 

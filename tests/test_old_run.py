@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 
 import latent_delib as ld
 from latent_delib import evaluate, train
 from latent_delib.job.record import Record
-from latent_delib.machine import checkpoint
 from tests.golden import make_run
 
 ARCHIVE = Path(__file__).parent / "golden" / "version_0_1.tar.gz"
@@ -25,14 +25,8 @@ def expected(tmp_path, monkeypatch):
     return json.loads(Path("expected.json").read_text())
 
 
-def stored_meta():
-    checkpoints, _, meta = checkpoint.open_for_reading("workdir")
-    checkpoints.close()
-    return meta
-
-
 def test_it_is_read_as_it_was(expected):
-    meta = stored_meta()
+    meta = small.meta_of("workdir")
     assert "format" not in meta
     record = Record.from_meta(meta, "workdir")
     assert (record.step, record["method.num_latents"], record["decoder.path"]) == (2, 2, "decoder")
@@ -47,6 +41,6 @@ def test_it_is_read_as_it_was(expected):
 
 def test_it_resumes(expected):
     train.train(make_run.make_config(), "workdir")
-    rows = [json.loads(line) for line in Path("workdir/metrics.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose([row["loss"] for row in rows], expected["losses"], rtol=1e-5)
-    assert stored_meta()["format"] == 1
+    losses = [row["loss"] for row in small.rows_of("workdir")]
+    np.testing.assert_allclose(losses, expected["losses"], rtol=1e-5)
+    assert small.meta_of("workdir")["format"] == 1

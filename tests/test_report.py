@@ -240,6 +240,7 @@ def test_what_is_one_entry_and_what_is_not(tmp_path):
 
 def test_a_trained_decoder_is_not_the_frozen_one(tmp_path):
     """Its perplexity names the decoder that it is compared with, its benchmarks the one that was trained."""
+    assert entries.writes_latents("a method of a newer version")
     perplexity(tmp_path / "latents", -1, config())
     benchmarks(tmp_path / "latents", {("gsm8k", "augmented", 0): 20})
     perplexity(tmp_path / "trained", -5, config("decoder"))
@@ -403,7 +404,7 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for some in (workdirs[:4], workdirs[3:]):
         pack_results.main(SimpleNamespace(folders=some, out="runs"))
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["runs.json", "runs.npz"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["runs.zip"]
     again = runs.find(["runs"])
     assert tables.tables(again) == list(by_name.values())
     assert again.losses == found.losses
@@ -414,9 +415,11 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
     twice = [workdirs[0], f"elsewhere/{Path(workdirs[0]).name}"]
     with pytest.raises(ld.UserError, match="two of the workdirs are called"):
         pack_results.main(SimpleNamespace(folders=twice, out="runs"))
-    record = json.loads(Path("runs/runs.json").read_text())
-    write(Path("runs/runs.json"), record | {"format": 9})
-    with pytest.raises(ld.UserError, match="runs.json: format=9, expected 1"):
+    pack = Path("runs/runs.zip").read_bytes()
+    pack_results.main(SimpleNamespace(folders=workdirs, out="runs"))
+    assert Path("runs/runs.zip").read_bytes() == pack, "the same files, the same archive"
+    Path("runs/runs.zip").write_bytes(pack[:-30])
+    with pytest.raises(ld.UserError, match="runs/runs.zip: not a zip archive"):
         runs.find(["runs"])
 
 

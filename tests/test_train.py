@@ -1,5 +1,6 @@
 """Whole training jobs: they resume bit for bit however they end, and what they leave on disk."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -7,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from latent_delib import evaluate, train
 from latent_delib.data import batches
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
-from latent_delib.job import experiment, plan
-from latent_delib.job import metrics as metrics_lib
+from latent_delib.job import experiment
 from latent_delib.lm import load
 from latent_delib.machine import checkpoint
 from latent_delib.weights import folder
@@ -36,7 +36,7 @@ CHILD = """
 import os, resource, runpy, signal, sys, time
 from latent_delib.data import batches
 
-read = batches.train_batches
+read = batches.Training.batches
 
 def step_2_is_saved():
     while not os.path.isdir(os.environ["WORKDIR"] + "/checkpoints/2"):
@@ -48,7 +48,7 @@ def interrupted(*args, **kwargs):
             {event}
         yield batch
 
-batches.train_batches = interrupted
+batches.Training.batches = interrupted
 sys.argv = ["train", "--config=" + os.environ["CONFIG"], "--workdir=" + os.environ["WORKDIR"]]
 runpy.run_module("latent_delib.train", run_name="__main__")
 """
@@ -63,11 +63,11 @@ def interrupted(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
     return read(*args, **kwargs)
 
-config, workdir, read = base.get_config(), "gs://bucket/a/run", batches.train_batches
+config, workdir, read = base.get_config(), "gs://bucket/a/run", batches.Training.batches
 config.update_from_flattened_dict(eval(sys.argv[1]))
-batches.train_batches = interrupted
+batches.Training.batches = interrupted
 assert train.train(config, workdir) == 75
-batches.train_batches = read
+batches.Training.batches = read
 assert train.train(config, workdir) == 0
 print(len(evaluate.evaluate(config, workdir, workdir + "/out")["rows"]))
 """
@@ -84,8 +84,7 @@ def run_until(event, config_file, workdir, step=4):
 
 def metrics(workdir):
     """What a run computed at every step, without its times."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for row in rows]
+    return [{k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for row in small.rows_of(workdir)]
 
 
 def everything(workdir, step=None):
@@ -117,9 +116,8 @@ def test_killed_and_resumed_equals_straight(trained, config_file, make_config, t
     done = run_until(KILL, config_file(), workdir)
     assert done.returncode == -9, done.stderr
     assert [row["step"] for row in metrics(workdir)] == [1, 2]  # a step is written during the next
-    with open(
-        workdir / "metrics.jsonl", "a"
-    ) as file:  # of steps after the checkpoint; one that is not text; one cut short
+    # Of a step after the checkpoint; one that is not text; one cut short.
+    with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 9.0}\n\0\0\n{"step": 4, "lo')
     train.train(make_config(), str(workdir))
     assert_same(workdir, trained)
@@ -137,77 +135,44 @@ def test_killed_and_resumed_equals_straight_from_text(trained, config_file, make
     assert_same(workdir, straight)
 
 
+@pytest.fixture
+def signal_before_step_3(monkeypatch):
+    """with signal_before_step_3(number): a job is sent a signal just before its third step."""
+
+    @contextlib.contextmanager
+    def sent(number):
+        read = batches.Training.batches
+
+        def interrupted(*args, **kwargs):
+            for step, batch in enumerate(read(*args, **kwargs), start=1):
+                if step == 3:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        with monkeypatch.context() as patch:
+            patch.setattr(batches.Training, "batches", interrupted)
+            yield
+
+    return sent
+
+
 @pytest.mark.parametrize("number, name, code", [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)])
-def test_a_signal_saves_and_the_run_resumes(trained, make_config, tmp_path, monkeypatch, capfd, number, name, code):
-    read = batches.train_batches
-
-    def interrupted(*args, **kwargs):
-        for step, batch in enumerate(read(*args, **kwargs), start=1):
-            if step == 3:
-                os.kill(os.getpid(), number)
-            yield batch
-
-    monkeypatch.setattr(batches, "train_batches", interrupted)
+def test_a_signal_saves_and_the_run_resumes(
+    trained, make_config, tmp_path, signal_before_step_3, capfd, number, name, code
+):
     config = make_config({"train.checkpoint_every": 1000, "train.keep": 1})
     flags = SimpleNamespace(config=config, workdir=str(tmp_path), distributed=False, dry_run=False, topology="")
     assert checkpoint.whole_steps(str(tmp_path)) == set()
-    with pytest.raises(SystemExit) as end:
+    with signal_before_step_3(number), pytest.raises(SystemExit) as end:
         train.main(flags)
     out, err = capfd.readouterr()
     assert end.value.code == code
-    told = "stopping after two more steps at most, and saving; press Ctrl-C again to stop at once\n"
-    assert (told in err) == (name == "Ctrl-C")
-    assert out.endswith(f"stopped by {name}; step 3 is saved, the same command resumes\n") and "done" not in out
+    assert ("press Ctrl-C again" in err) == (name == "Ctrl-C")
+    last = out.splitlines()[-1]
+    assert name in last and "step 3 is saved" in last
     assert max(checkpoint.whole_steps(str(tmp_path))) == everything(tmp_path)[0] == 3
-    monkeypatch.setattr(batches, "train_batches", read)
     train.train(config, str(tmp_path))
     assert_same(tmp_path, trained)
-
-
-class Store:
-    """A folder on a store, and the one file in it; `failures` of its first writes fail."""
-
-    def __init__(self, failures):
-        self.failures, self.content, self.answers = failures, None, threading.Event()
-
-    def __truediv__(self, name):
-        return self
-
-    def __str__(self):
-        return "gs://bucket/run/metrics.jsonl"
-
-    def exists(self):
-        return False
-
-    def write_text(self, text):
-        self.answers.wait()
-        if self.failures:
-            self.failures -= 1
-            raise RuntimeError("503 later")
-        self.content = text
-
-
-@pytest.mark.parametrize("failures", [0, 2, 99])
-def test_a_store_that_does_not_take_metrics_ends_nothing(monkeypatch, capsys, failures):
-    """Nor does one that is slow: the training goes on beside it."""
-    store = Store(failures)
-    monkeypatch.setattr(metrics_lib.epath, "Path", lambda _: store)
-    log = metrics_lib.Log("gs://bucket/run", 0)
-    rows = [{"step": step, "loss": 1.0} for step in range(1, 5)]
-    for row in rows:
-        log.write(row)
-        if row["step"] == 2:  # two lines came while the store was silent
-            store.answers.set()
-            log.file.writing.join()
-        if row["step"] == 3:
-            log.file.writing.join()
-    log.close()
-    said = capsys.readouterr().err
-    if failures < 99:
-        assert [json.loads(line) for line in store.content.splitlines()] == rows
-        assert said.count("warning") == bool(failures)
-    else:
-        assert said.count("warning: gs://bucket/run/metrics.jsonl: not written (RuntimeError: 503 later)") == 2
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(trained, config_file, make_config, tmp_path):
@@ -228,83 +193,6 @@ def copy_at_step_2(trained, workdir):
     shutil.rmtree(workdir / "checkpoints" / "4")
 
 
-def wait_for(workdir, step):
-    """A save may be under way when a job ends with an error."""
-    for _ in range(1000):
-        if step in checkpoint.whole_steps(str(workdir)):
-            return
-        time.sleep(0.02)
-
-
-def not_finite_at(monkeypatch, *steps):
-    """The true step, with frozen weights that are NaN when it computes one of these steps."""
-    true = plan.train_step
-
-    def step(state, frozen, *args, **kwargs):
-        bad = jnp.isin(state.step + 1, jnp.array(steps))
-        return true(state, jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), frozen), *args, **kwargs)
-
-    monkeypatch.setattr(plan, "train_step", step)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(trained, make_config, tmp_path, monkeypatch):
-    copy_at_step_2(trained, tmp_path / "workdir")
-    not_finite_at(monkeypatch, 3)
-    saves = []
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda self, step, *_: saves.append(step))
-    with pytest.raises(UserError, match="step 3: the loss is nan, .* step 2 is saved; expected"):
-        train.train(make_config({"train.checkpoint_every": 1}), str(tmp_path / "workdir"))
-    assert not saves
-    step, found = everything(tmp_path / "workdir")
-    assert step == 2
-    for name, leaf in everything(trained, 2)[1].items():
-        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
-
-
-def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trained, make_config, tmp_path, monkeypatch, capsys):
-    copy_at_step_2(trained, workdir := tmp_path / "workdir")
-    not_finite_at(monkeypatch, 3, 5)
-    config = make_config({"train.checkpoint_every": 1, "train.keep": 4, "train.max_bad_steps": 1, "train.steps": 6})
-    with pytest.raises(UserError, match="step 5: the loss is nan, .* config.train.max_bad_steps=1"):
-        train.train(config, str(workdir))
-    wait_for(workdir, 4)
-    said = capsys.readouterr().out
-    assert "train.steps changed from 4 to 6: the learning rate follows the new schedule\n" in said
-    assert "step 3: the loss is nan, the gradient norm nan; skipped, 1 of at most 1\n" in said
-    (_, two), (_, three), (last, four) = (everything(workdir, step) for step in (2, 3, None))
-    assert last == 4
-    for name in two:
-        if "count" in name:
-            assert (two[name], three[name], four[name]) == (2, 3, 4)
-        else:
-            np.testing.assert_array_equal(two[name], three[name], err_msg=name)
-            assert np.isfinite(four[name]).all() and (four[name] != three[name]).any(), name
-    assert [row["step"] for row in metrics(workdir)] == [1, 2, 4]
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert "bad_steps" not in rows[1] and rows[2]["bad_steps"] == 1 and np.isfinite(rows[2]["grad_norm"])
-
-
-@pytest.mark.parametrize(
-    "error", ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: Error dispatching computation: Out of memory"]
-)
-def test_too_little_memory_is_told_in_one_line_with_the_remedy(make_config, tmp_path, monkeypatch, error):
-    def fails(*args):
-        raise jax.errors.JaxRuntimeError(error)
-
-    monkeypatch.setattr(train, "run", fails)
-    with pytest.raises(UserError, match="out of device memory.*; lower config.train.batch_size"):
-        train.train(make_config(), str(tmp_path))
-
-
-@pytest.mark.parametrize("start, saved", [(2, "step 2 is saved"), (0, "nothing is saved yet")])
-def test_a_gradient_that_is_not_finite_ends_the_run_too(make_config, tmp_path, start, saved):
-    """The loss of a step is that of the weights before it: bad weights would be saved before a loss shows them."""
-    metrics = metrics_lib.Metrics(experiment.read(make_config()), str(tmp_path), start, lambda step: 0.0)
-    metrics.push(start + 1, {"loss": 5.0, "tokens": 8.0, "grad_norm": np.inf})
-    with pytest.raises(UserError, match=f"step {start + 1}: .*gradient norm inf; {saved}"):
-        metrics.flush()
-
-
 def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
     """The newest, every second, and the two with the lowest loss since the checkpoint before: steps 3 and 4."""
     keep = {"train.keep": 1, "train.keep_every": 2, "train.keep_best": 2, "train.checkpoint_every": 1}
@@ -314,21 +202,17 @@ def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "4"]
 
 
-def test_what_a_signal_saves_is_no_best_one(make_config, tmp_path, monkeypatch):
-    """Its loss is a mean over the few steps since the checkpoint before."""
-    saves, save = [], checkpoint.Checkpoints.save
-
-    def watched(self, step, trees, meta, loss):
-        saves.append((step, loss is not None))
-        return save(self, step, trees, meta, loss)
-
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
-    monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: len(saves) == 1)
-    assert train.train(make_config({"train.checkpoint_every": 2, "train.keep_best": 1}), str(tmp_path)) == 75
-    assert saves == [(2, True), (3, False)]
-    monkeypatch.setattr(train.distributed, "vote", lambda mesh: lambda requested: False)
-    train.train(make_config({"train.checkpoint_every": 2, "train.keep_best": 1}), str(tmp_path))
-    assert saves[2:] == [(4, False)]  # of step 4 alone
+def test_what_a_signal_saves_is_no_best_one(trained, make_config, tmp_path, signal_before_step_3):
+    """Its loss is a mean over the few steps since the checkpoint before: step 3 alone, though that is below step 2's,
+    and then step 4 alone."""
+    losses = [row["loss"] for row in metrics(trained)]
+    assert max(losses[2:]) < np.mean(losses[:2])
+    config = make_config({"train.checkpoint_every": 2, "train.keep": 1, "train.keep_best": 1})
+    with signal_before_step_3(signal.SIGTERM):
+        assert train.train(config, str(tmp_path)) == 75
+    assert checkpoint.whole_steps(str(tmp_path)) == {2, 3}
+    train.train(config, str(tmp_path))
+    assert checkpoint.whole_steps(str(tmp_path)) == {2, 4}
 
 
 def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_path):
@@ -339,10 +223,10 @@ def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_pa
     meta["train"][0]["sha256"] = "0" * 64
     (other / "meta.json").write_text(json.dumps(meta))
     before = sorted(workdir.rglob("*"))
-    with pytest.raises(UserError, match=r"not the data that the checkpoint was trained on: .*train/0\) changed"):
+    with pytest.raises(UserError, match="train/0.* changed"):
         train.train(config, str(workdir))
     (other / "meta.json").unlink()
-    with pytest.raises(UserError, match=f"config.data.token_files: no {other}/meta.json"):
+    with pytest.raises(UserError, match=f"config.data.token_files.*{other}/meta.json"):
         train.train(config, str(workdir))
     assert sorted(workdir.rglob("*")) == before
     shutil.copy(token_folder / "meta.json", other)
@@ -358,21 +242,21 @@ def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_
     older = checkpoint.Checkpoints(str(tmp_path))
     older.save(step, {"trainable": jax.tree.map(jnp.asarray, weights)}, meta)
     older.close()
-    with pytest.raises(UserError, match="config.data.token_files: .* read the rows in another order"):
+    with pytest.raises(UserError, match="config.data.token_files.* another order"):
         train.train(make_config({"train.steps": 6}), str(tmp_path))
     assert evaluate.read_checkpoint(experiment.read(make_config()), str(tmp_path), None).step == 4
     assert load.load_coprocessor(str(tmp_path)).step == 4
 
 
 def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
-    """Hours forth and back at every look, and a restart that is earlier than what it continues."""
+    """A week ahead, with hours forth and back at every look; then a restart that is earlier than what it continues."""
     jumps, now = itertools.cycle([7200.0, -5400.0, 0.0, 36000.0, -90000.0]), time.time
-    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
-    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * time.time()))
-    train.train(make_config(), str(tmp_path))
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time", lambda: now() + 7 * 86400 + next(jumps))
+        ahead.setattr(time, "time_ns", lambda: int(1e9 * time.time()))
+        train.train(make_config(), str(tmp_path))
     assert_same(tmp_path, trained)
     shutil.rmtree(tmp_path / "checkpoints" / "4")
-    monkeypatch.setattr(time, "time", lambda: now() - 7 * 86400 + next(jumps))
     train.train(make_config(), str(tmp_path))
     assert_same(tmp_path, trained)
 
@@ -390,7 +274,7 @@ def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
         assert done.returncode == 0 and done.stdout.endswith("\n4\n"), done.stdout + done.stderr
         rows = [json.loads(line) for line in server.objects["bucket/a/run/metrics.jsonl"].splitlines()]
         files = [name for name in server.objects if not name.endswith("/")]
-    for words in ("stopped by SIGTERM; step 1 is saved", "resuming gs://bucket/a/run at step 1"):
+    for words in ("step 1 is saved", "resuming gs://bucket/a/run at step 1"):
         assert words in done.stdout
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] == metrics(trained)[3]["loss"]
     assert {f.removeprefix("bucket/a/run/").split("/")[0] for f in files} == {"checkpoints", "metrics.jsonl", "out"}
@@ -400,14 +284,14 @@ def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
 def test_a_second_job_on_the_same_workdir_is_refused(trained, make_config, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "workdir")
     with train.exclusive(str(tmp_path / "workdir")):
-        with pytest.raises(UserError, match=f"{tmp_path}.*in use by another job .process {os.getpid()}"):
+        with pytest.raises(UserError, match=f"{tmp_path}.*in use.*{os.getpid()}"):
             train.train(make_config(), str(tmp_path / "workdir"))
     assert capsys.readouterr().out == "", "before anything else is done"
     train.train(make_config(), str(tmp_path / "workdir"))  # free again
 
 
 def test_what_a_run_leaves(trained, make_config):
-    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    rows = small.rows_of(trained)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert row.keys() == KEYS  # model_flops_utilisation is known for accelerators only
@@ -418,10 +302,9 @@ def test_what_a_run_leaves(trained, make_config):
     for key in KEYS - {"step"}:
         assert key.encode() in events[0].read_bytes()
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
-    _, _, meta = checkpoint.open_for_reading(str(trained))
-    data = batches.fingerprint(
-        make_config().data, tokenizer_path=meta["config"]["decoder"]["path"] + "/tokenizer.model"
-    )
+    meta = small.meta_of(trained)
+    tokenizer_path = meta["config"]["decoder"]["path"] + "/tokenizer.model"
+    data = batches.Training(make_config().data, tokenizer_path).fingerprint()
     assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
     assert meta["config"]["method"]["num_latents"] == 2
     assert meta["fingerprint"] == folder.fingerprint(folder.locate(meta["config"]["decoder"]["path"]))
@@ -435,15 +318,6 @@ def test_a_finished_run_is_left_alone(trained, make_config, tmp_path, capsys):
     assert "done: step 4" in capsys.readouterr().out
     after = {p: p.stat().st_mtime_ns for p in (tmp_path / "workdir").rglob("*") if p.is_file() and p.name != ".lock"}
     assert after == before
-
-
-def test_pause_tokens_train_soft_tokens_alone(make_config, tmp_path):
-    train.train(make_config({"method.name": "static_tokens"}), str(tmp_path))
-    found = [everything(tmp_path, step)[1] for step in (2, 4)]
-    trainable = [{k: v for k, v in leaves.items() if k.startswith("['trainable']")} for leaves in found]
-    assert trainable[0].keys() == trainable[1].keys() == {"['trainable']['coprocessor']['soft_tokens']"}
-    (before,), (after,) = (list(leaves.values()) for leaves in trainable)
-    assert before.shape == (2, 32) and np.all(before != after)
 
 
 def test_a_trained_decoder_is_exported(make_config, make_decoder, decoder_folder, tokenizer_path, tmp_path):
@@ -460,12 +334,10 @@ def test_a_trained_decoder_is_exported(make_config, make_decoder, decoder_folder
     assert architecture == folder.read_config(decoder_folder)
     assert set(folder.open_tensors(where, architecture).dtypes.values()) == {jnp.dtype("bfloat16")}
     exported = folder.load(where, architecture, jnp.bfloat16)
-    checkpoints, step, _ = checkpoint.open_for_reading(str(tmp_path))
-    weights = checkpoints.restore_newest(step=step).trainable["decoder"]
-    assert step == 4
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.asarray(y.astype(jnp.bfloat16))), exported, weights)
+    weights = small.weights_of(tmp_path, 4)["decoder"]
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), exported, weights)
     original = folder.load(decoder_folder, architecture, np.float32)
-    assert np.abs(original["embedding"] - np.asarray(weights["embedding"])).max() > 1e-3
+    assert np.abs(original["embedding"] - weights["embedding"]).max() > 1e-3
     assert Tokenizer(where / "tokenizer.model").vocab_size == Tokenizer(tokenizer_path).vocab_size
 
     file = where / "model.safetensors"

@@ -7,6 +7,7 @@ import jax
 import naive
 import numpy as np
 import pytest
+import small
 import test_evaluate
 
 import latent_delib as ld
@@ -20,7 +21,6 @@ from latent_delib.errors import UserError
 from latent_delib.job import build, experiment
 from latent_delib.job import plan as planning
 from latent_delib.job.record import Record
-from latent_delib.machine import checkpoint
 from latent_delib.measure import views
 from latent_delib.measure.text import read_validation_text
 from latent_delib.weights import folder
@@ -48,13 +48,6 @@ def changes(variant):
     return {"method.name": variant} | VARIANTS[variant]
 
 
-def weights(workdir, step):
-    checkpoints, *_ = checkpoint.open_for_reading(str(workdir), step)
-    found = checkpoints.restore_newest(step=step)
-    checkpoints.close()
-    return jax.device_get(found.trainable)
-
-
 FAST = ("unified", "lora")  # these two stand for all; the others take their minutes elsewhere
 PARAMS = [v if v in FAST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
 
@@ -80,7 +73,7 @@ def plain_column(make_config, tmp_path_factory):
 def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
     """Every leaf of the trainable tree; the run is the same bit for bit when it begins again in the middle."""
     variant, config, workdir = job
-    one, other = weights(workdir, 2), weights(workdir, 4)
+    one, other = small.weights_of(workdir, 2), small.weights_of(workdir, 4)
     for path, leaf in jax.tree_util.tree_leaves_with_path(other):
         before = one
         for key in path:
@@ -95,7 +88,7 @@ def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
     shutil.copytree(workdir, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
     train.train(config, str(tmp_path / "again"))
-    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "again", 4), other)
+    jax.tree.map(np.testing.assert_array_equal, small.weights_of(tmp_path / "again", 4), other)
 
 
 def test_it_is_evaluated_against_the_decoder_that_was_frozen(job, plain_column, decoder_folder, tmp_path):
@@ -137,7 +130,7 @@ def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path,
         assert ld.load_coprocessor(str(workdir), 2).step == 2
         return
     if variant != "decoder lora":
-        with pytest.raises(UserError, match="of step 4, the checkpoint is of step 2"):
+        with pytest.raises(UserError, match="step 4.* step 2"):
             ld.load_coprocessor(str(workdir), 2)
     written = (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns
     train.train(config, str(workdir))
@@ -155,7 +148,7 @@ def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path,
         convert.convert(str(workdir), str(tmp_path / "out"))
         exported = ld.load_coprocessor(str(tmp_path / "out"))
         ld.AugmentedLM(ld.load_decoder(str(workdir / "decoder")), exported)
-        with pytest.raises(UserError, match="belongs to decoder"):
+        with pytest.raises(UserError, match="decoder"):
             ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), exported)
 
 
@@ -164,7 +157,7 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
     train.train(config, str(tmp_path))
     exp = experiment.read(config)
     original = folder.load(decoder_folder, exp.aug.transformer.config, np.float32)
-    expected = augment.assemble({"decoder": original}, weights(tmp_path, 4))["decoder"]
+    expected = augment.assemble({"decoder": original}, small.weights_of(tmp_path, 4))["decoder"]
     found = folder.load(tmp_path / "decoder", exp.aug.transformer.config, np.float32)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), found, expected)
     assert np.any(found["layers"]["mlp"]["up"] != original["layers"]["mlp"]["up"])
@@ -179,14 +172,14 @@ def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_p
     start = f"{shutil.copytree(trained, tmp_path / 's')}/checkpoints/4"
     config = make_config({"method.start": start, "method.lora_rank": rank, "optimizer.warmup_steps": 0})
     train.train(config, str(tmp_path / "w"))
-    first = json.loads((tmp_path / "w" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    first = small.rows_of(tmp_path / "w")[0]["loss"]
     np.testing.assert_allclose(first, first_loss(make_config(), begun.params), rtol=1e-5)
-    done = weights(tmp_path / "w", 4)
+    done = small.weights_of(tmp_path / "w", 4)
     if not rank:  # then what it began with is needed no longer
         shutil.rmtree(tmp_path / "s")
     shutil.rmtree(tmp_path / "w" / "checkpoints" / "4")
     train.train(config, str(tmp_path / "w"))
-    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "w", 4), done)
+    jax.tree.map(np.testing.assert_array_equal, small.weights_of(tmp_path / "w", 4), done)
     own = ld.load_coprocessor(str(tmp_path / "w"))
     assert jax.tree.structure(own.params) == jax.tree.structure(begun.params)
     assert np.abs(own.params["layers"]["mlp"]["up"] - begun.params["layers"]["mlp"]["up"]).max() > 1e-5
@@ -212,21 +205,25 @@ def first_loss(config, coprocessor):
 
 
 def test_latents_of_another_text_and_of_an_earlier_call(
-    make_config, trained, decoder_folder, tmp_path, capsys, monkeypatch
+    make_config, trained, token_folder, tokenizer_path, decoder_folder, tmp_path, capsys
 ):
-    """Controls in evaluation: each against the same thing done by hand; some donors end before their piece does."""
-    monkeypatch.setattr(views, "donors", lambda seed, text: np.roll(np.arange(len(text.pieces)), 5))
-    config = make_config({"evaluate.batch_size": 8})
-    own = evaluate.evaluate(config, str(trained), str(tmp_path / "own"))["rows"]
-    swapped = evaluate.evaluate(make_config({"evaluate.swap": True}), str(trained), str(tmp_path / "swap"))["rows"]
-    late = evaluate.evaluate(make_config({"evaluate.delay": 2}), str(trained), str(tmp_path / "late"))["rows"]
+    """Controls in evaluation: each against the same thing done by hand; the longest piece's donor ends before it."""
+    documents = ["the cat sat", "a dog ran to the door and", "when rain fell over green hills", "a mat on the door"]
+    held_out(tmp_path / "tokens", token_folder, tokenizer_path, {"lines:some": documents})
+    text = {"data.token_files": str(tmp_path / "tokens"), "data.validation": ("lines:some",)}
+    config = make_config(text | {"evaluate.batch_size": 8})
+
+    def rows_of(name, changes):
+        return evaluate.evaluate(make_config(text | changes), str(trained), str(tmp_path / name))["rows"]
+
+    own = rows_of("own", {"evaluate.batch_size": 8})
+    swapped, late = rows_of("swap", {"evaluate.swap": True}), rows_of("late", {"evaluate.delay": 2})
     said = capsys.readouterr().out
     text = read_validation_text(experiment.read(config))
     length = np.array([len(piece) for piece in text.pieces])
     past = np.maximum(length - 1 - length[views.donors(0, text)], 0).sum()
-    late_ones = f"at {past} positions beyond that text's end the latents after its last token"
-    assert past > 0 and f", latents of another text, {late_ones}, " in said
-    assert ", delay 2, " in said
+    assert past > 0 and f"at {past} positions beyond that text's end" in said
+    assert "delay 2" in said
     for rows in (swapped, late):
         assert [r["tokens"] for r in rows] == [r["tokens"] for r in own]
         assert [r["decoder_ppl"] for r in rows] == [r["decoder_ppl"] for r in own]
@@ -257,7 +254,7 @@ def test_the_other_text_is_of_another_document(make_config, trained, token_folde
     both = {"lines:copies": copies, "lines:alone": ["the dog sat"]}
     held_out(tmp_path / "both", token_folder, tokenizer_path, both)
     changed = {"data.token_files": str(tmp_path / "both"), "data.validation": tuple(both), "evaluate.swap": True}
-    with pytest.raises(UserError, match="swap: 'lines:alone' of .* has one document among the pieces"):
+    with pytest.raises(UserError, match="config.evaluate.swap: 'lines:alone'.* one document"):
         evaluate.evaluate(make_config(changed), str(trained), str(tmp_path / "alone"))
 
 
@@ -305,9 +302,7 @@ def late_by_hand(config, trained, decoder_folder, delay=2):
 
 def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
-    with pytest.raises(
-        UserError, match=r"config.method.start=.*/checkpoints/4: method.name is 'cache_augmentation' there"
-    ):
+    with pytest.raises(UserError, match="config.method.start=.*/checkpoints/4: method.name.*'cache_augmentation'"):
         train.train(config, str(tmp_path / "w"))
     assert build.split_start("gs://b/run/checkpoints/12/") == ("gs://b/run", 12)
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import latent_delib
 from latent_delib.errors import UserError
 from latent_delib.machine import commands
+from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.files import whole
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
@@ -227,7 +228,7 @@ if __name__ == "__main__":
     commands.run(
         lambda flags: make_mixture(flags.out, flags.licences, flags.budget),
         __doc__,
-        out=(commands.REQUIRED, "the folder to write"),
+        out=(REQUIRED, "the folder to write"),
         licences=(",".join(LICENCES), "which groups of licences to take, with commas between"),
         budget=(12e6, "characters taken from each work, roughly, at most"),
     )

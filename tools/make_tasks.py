@@ -22,10 +22,10 @@ from typing import Any
 import latent_delib
 from latent_delib.errors import UserError
 from latent_delib.machine import commands
+from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.files import whole
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure.documents import check_documents
 
 Row = dict[str, Any]
 
@@ -239,7 +239,6 @@ def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
     for split, some in rows.items():
         path = folder / f"{name}.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8")
-        check_documents(path, asked["output_type"])
         if "train" in rows and not name.endswith("_choice"):  # whose problems are another task's
             text = folder / "text" / split / f"{name}.txt"
             text.parent.mkdir(parents=True, exist_ok=True)
@@ -308,4 +307,4 @@ def _value(expression: str) -> Fraction | None:
 
 
 if __name__ == "__main__":
-    commands.run(lambda flags: make_tasks(flags.out), __doc__, out=(commands.REQUIRED, "the folder to write"))
+    commands.run(lambda flags: make_tasks(flags.out), __doc__, out=(REQUIRED, "the folder to write"))

@@ -36,78 +36,77 @@ def check(data: Any, field: str) -> None:
         check_files(data[field])
 
 
-def train_batches(
-    data: Any,
-    *,
-    batch_size: int,
-    seed: int,
-    tokenizer_path: str,
-    rows: np.ndarray | None = None,
-    start_step: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches without end, batch `start_step` first. A batch is a function of (seed, step), not of the hosts.
-
-    With `data.token_files` only the wanted rows are read, and any step is reached at once. Otherwise every process
-    reads and tokenizes all of the text, drops the rows of others, and runs through `start_step` batches before it
-    yields one: many hosts, or long runs, want token files.
-
-    Bad records are skipped and counted up to `data.max_bad_records`. Bad text is not UTF-8, holds NUL characters or
-    becomes BOS or padding in the tokenizer: nothing of it is left, and every process counts all of it. A bad row of
-    token files is damaged or holds an id outside the vocabulary: it becomes padding, and a process counts its own.
+class Training:
+    """Reads the text that a job trains on. Token files are opened once, when this is made.
 
     Args:
       data: config.data.
-      batch_size: rows of a batch, over all processes.
-      seed: of the order.
       tokenizer_path: its file.
-      rows: int [b] sorted, the rows of each batch that this process needs; None: all of them.
-      start_step: the first batch.
-
-    Yields:
-      {"tokens": int32 [b, T], "segment": int32 [b, T]} with T = data.seq_len. segment numbers the BOS-led pieces of a
-      row from 1 and is 0 on padding.
 
     Raises:
-      UserError: before the first batch, sources are missing, empty or do not fit `data`; later, one bad record too many
-        or files that are gone.
-      OSError: the disk fails, the store denies access or (Outage) does not answer.
+      UserError: token files without meta.json, or that do not fit `data`.
     """
-    return _route(data).train_batches(
-        data,
-        batch_size=batch_size,
-        seed=seed,
-        tokenizer_path=tokenizer_path,
-        rows=np.arange(batch_size) if rows is None else rows,
-        start_step=start_step,
-    )
+
+    def __init__(self, data: Any, tokenizer_path: str):
+        self.tokenizer_path = tokenizer_path
+        self.text = _route(data).Training(data, tokenizer_path)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns what training reads: name -> SHA-256 of a part of it, the same wherever the files lie.
+
+        Of token files it covers meta.json, which holds a digest of the tokens of each source (in format 1 their numbers
+        alone), and the version of the order in which rows are read. A file that is missing or damaged is found when it
+        is read.
+
+        Of text it covers the names and sizes of the files and their first and last 64 KiB: two small reads per file. A
+        change in the middle of a file that keeps its size goes unseen.
+
+        Raises:
+          UserError: text that is missing or cannot be read.
+        """
+        return {"tokenizer": fingerprint_of_tokenizer(self.tokenizer_path)} | self.text.fingerprint()
+
+    def batches(
+        self, *, batch_size: int, seed: int, rows: np.ndarray | None = None, start_step: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields batches without end, batch `start_step` first.
+
+        A batch is a function of (seed, step), not of the hosts. With `data.token_files` only the wanted rows are read,
+        and any step is reached at once. Otherwise every process reads and tokenizes all of the text, drops the rows of
+        others, and runs through `start_step` batches before it yields one: many hosts, or long runs, want token files.
+
+        Bad records are skipped and counted up to `data.max_bad_records`. Bad text is not UTF-8, holds NUL characters or
+        becomes BOS or padding in the tokenizer: nothing of it is left, and every process counts all of it. A bad row of
+        token files is damaged or holds an id outside the vocabulary: it becomes padding, and a process counts its own.
+
+        Args:
+          batch_size: rows of a batch, over all processes.
+          seed: of the order.
+          rows: int [b] sorted, the rows of each batch that this process needs; None: all of them.
+          start_step: the first batch.
+
+        Yields:
+          {"tokens": int32 [b, T], "segment": int32 [b, T]} with T = data.seq_len. segment numbers the BOS-led pieces of
+          a row from 1 and is 0 on padding.
+
+        Raises:
+          UserError: before the first batch, sources are missing, empty or do not fit `data`; later, one bad record too
+            many or files that are gone.
+          OSError: the disk fails, the store denies access or (Outage) does not answer.
+        """
+        rows = np.arange(batch_size) if rows is None else rows
+        return self.text.batches(batch_size=batch_size, seed=seed, rows=rows, start_step=start_step)
 
 
 def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
     """Returns every document of `data.validation` once, in a fixed order.
 
-    Bad records are left out and counted as in `train_batches`.
+    Bad records are left out and counted as in `Training.batches`.
 
     Raises:
       UserError: before the first document, sources are missing or empty.
     """
     return _route(data).validation_documents(data, tokenizer_path=tokenizer_path)
-
-
-def fingerprint(data: Any, *, tokenizer_path: str) -> dict[str, str]:
-    """Returns what training reads: name -> SHA-256 of a part of it, the same wherever the files lie.
-
-    Of token files it covers meta.json, which holds a digest of the tokens of each source (in format 1 their numbers
-    alone), and the version of the order in which rows are read: one small read for any amount of data. A file that is
-    missing or damaged is found when it is read.
-
-    Of text it covers the names and sizes of the files and their first and last 64 KiB: two small reads per file. A
-    change in the middle of a file that keeps its size goes unseen.
-
-    Raises:
-      UserError: token files without meta.json, or text that is missing or cannot be read.
-    """
-    parts = _route(data).data_fingerprint(data, tokenizer_path=tokenizer_path)
-    return {"tokenizer": fingerprint_of_tokenizer(tokenizer_path)} | parts
 
 
 def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:

@@ -5,7 +5,6 @@ inside a document begins with BOS too. So every row consists of pieces that each
 dropped or doubled, and only the last row of a stream has padding.
 """
 
-import codecs
 import collections
 from typing import Any, NamedTuple
 
@@ -90,8 +89,7 @@ def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, bytes]:
     try:
         decoded = text.decode()
     except UnicodeDecodeError:
-        is_utf_16 = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # the first begins UTF-32 too
-        return nothing, b"UTF-16 text, convert the file to UTF-8" if is_utf_16 else b"not UTF-8 text"
+        return nothing, b"not UTF-8 text"
     if "\0" in decoded:
         return nothing, b"holds NUL characters, is it UTF-16? convert the file to UTF-8"
     tokens = np.array(tokenizer.encode(decoded), np.int32)

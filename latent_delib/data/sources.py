@@ -6,7 +6,6 @@ lines:GLOB                            files with a document on each line
 tfds:NAME:SPLIT:FEATURE               a prepared TFDS dataset in $TFDS_DATA_DIR; never downloaded
 """
 
-import difflib
 import glob
 import os
 import pathlib
@@ -17,7 +16,6 @@ from typing import NamedTuple
 from latent_delib.errors import UserError
 
 PACKAGED = ("packaged/train", "packaged/validation")
-KINDS = ("files", "lines", "tfds")
 FORMS = (*PACKAGED, "files:GLOB", "lines:GLOB", "tfds:NAME:SPLIT:FEATURE")
 _CORPUS = pathlib.Path(__file__).parent / "corpus"
 
@@ -52,23 +50,7 @@ def parse(source: str) -> Files | Tfds:
     parts = re.fullmatch(r"(.+):([^:[\]]+(?:\[.*\])?):([^:]+)", rest)
     if kind == "tfds" and parts:
         return Tfds(*parts.groups())
-    guess = _guess(source)
-    question = f", did you mean {guess!r}?" if guess else ","
-    raise UserError(f"config.data: unknown source {source!r}{question} expected one of the forms {', '.join(FORMS)}")
-
-
-def _guess(source: str) -> str | None:
-    """Guesses the source that was meant; None without a good guess."""
-    packaged = difflib.get_close_matches(source, PACKAGED, 1)
-    if packaged:
-        return packaged[0]
-    kind, colon, rest = source.partition(":")
-    if not colon or rest.startswith("//"):  # the name of a file alone
-        return f"files:{source}" if source else None
-    kinds = difflib.get_close_matches(kind, KINDS, 1)
-    if kinds and kinds[0] != kind:
-        return f"{kinds[0]}:{rest}"
-    return None
+    raise UserError(f"config.data: unknown source {source!r}, expected one of the forms {', '.join(FORMS)}")
 
 
 def local_files(pattern: str) -> list[str]:

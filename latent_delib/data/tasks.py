@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from latent_delib.errors import UserError, store_error
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what TensorFlow and its tokenizer print to stderr from C++, which no log level turns off."""
+    """Drops what TensorFlow prints to stderr from C++ at its import, which no log level turns off."""
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -63,48 +63,6 @@ def reading(sources: Iterable[str]) -> Iterator[None]:
         cause = error.message.partition("\n")[0].partition(" [Op:")[0]
         cause = re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
         raise UserError(f"config.data: reading {read}: {cause}") from None
-
-
-class Vocabulary(seqio.Vocabulary):
-    """Makes a Tokenizer a seqio vocabulary. As everywhere in seqio, decoding ends with the first EOS."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.fingerprint = fingerprint(tokenizer.path)
-
-    bos_id = property(lambda self: self.tokenizer.bos_id)
-    eos_id = property(lambda self: self.tokenizer.eos_id)
-    pad_id = property(lambda self: self.tokenizer.pad_id)
-    unk_id = property(lambda self: self.tokenizer.unk_id)
-    _base_vocab_size = property(lambda self: self.tokenizer.vocab_size)
-
-    def _encode(self, s: str) -> list[int]:
-        return self.tokenizer.encode(s)
-
-    def _decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(ids)
-
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        def encode(texts: np.ndarray) -> np.ndarray:  # of one text: outside a graph a scalar is of another type
-            text = texts[0].decode(errors="replace")  # text that is not UTF-8 was skipped before
-            return np.array(self.tokenizer.encode(text), np.int32)
-
-        ids = tf.numpy_function(encode, [tf.reshape(s, [1])], tf.int32, stateful=False)
-        return tf.ensure_shape(ids, [None])
-
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        def decode(rows: np.ndarray) -> np.ndarray:
-            texts = [self.tokenizer.decode(row).encode() for row in rows.reshape(-1, rows.shape[-1])]
-            return np.array(texts, object).reshape(rows.shape[:-1])
-
-        return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string, stateful=False), ids.shape[:-1])
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
 
 
 class _ShuffleDocuments:
@@ -181,15 +139,14 @@ def _files_of(source: str) -> list[str]:
     return _data_source(source)[0].list_shards(SPLIT)
 
 
-def _tokenize(dataset: tf.data.Dataset, output_features: Any, source: str, feature: str) -> tf.data.Dataset:
+def _tokenize(dataset: tf.data.Dataset, source: str, feature: str, tokenizer: Tokenizer) -> tf.data.Dataset:
     """Tokenizes texts into {"tokens": without BOS, "bytes": size of the text, "file", "bad": what is wrong, or empty}.
 
     Texts without a token are left out. Bad ones stay, without tokens, to be counted by the reader.
     """
-    vocabulary = output_features["tokens"].vocabulary
 
     def numpy_tokenize(text: bytes, file: bytes, number: int) -> tuple[np.ndarray, int, bytes]:
-        tokens, fault = encode(text, vocabulary)
+        tokens, fault = encode(text, tokenizer)
         if not fault:
             return tokens, len(text), b""
         if file:
@@ -214,7 +171,7 @@ def _tokenize(dataset: tf.data.Dataset, output_features: Any, source: str, featu
     return dataset.map(tokenize, tf.data.AUTOTUNE).filter(is_something)
 
 
-def _pack(dataset: tf.data.Dataset, output_features: Any, sequence_length: Any = None) -> tf.data.Dataset:
+def _pack(dataset: tf.data.Dataset, tokenizer: Tokenizer, sequence_length: Any = None) -> tf.data.Dataset:
     """Packs documents into rows of sequence_length["tokens"] tokens (see rows.py); without a length, changes nothing.
 
     The "bad" of a row are the lines of the bad documents met since the rows before it.
@@ -222,12 +179,11 @@ def _pack(dataset: tf.data.Dataset, output_features: Any, sequence_length: Any =
     if sequence_length is None:
         return dataset
     length = sequence_length["tokens"]
-    vocabulary = output_features["tokens"].vocabulary
 
     def numpy_step(body: np.ndarray, lines: bytes, tokens: np.ndarray, bad: bytes) -> tuple:
         if bad:
             return body, lines + bad + b"\n", np.empty([0, length], np.int32), np.empty(0, object)
-        rows, body = pack(body, tokens, length=length, bos_id=vocabulary.bos_id, pad_id=vocabulary.pad_id)
+        rows, body = pack(body, tokens, length=length, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
         return body, b"" if len(rows) else lines, rows, np.full(len(rows), lines, object)
 
     def step(state: tuple, document: dict[str, tf.Tensor]) -> tuple:
@@ -259,11 +215,14 @@ def add_task(source: str, tokenizer_path: str, number: int = 0) -> str:
     provider, feature = _data_source(source)
     name = _name(f"{number:03} {source}", fingerprint(tokenizer_path), provider.list_shards(SPLIT))
     if name not in seqio.TaskRegistry.names():
+        tokenizer = Tokenizer(tokenizer_path)
+        tokenize = functools.partial(_tokenize, source=source, feature=feature, tokenizer=tokenizer)
+        vocabulary = seqio.PassThroughVocabulary(tokenizer.vocab_size)  # the tokens are ids already
         seqio.TaskRegistry.add(
             name,
             source=provider,
-            preprocessors=[functools.partial(_tokenize, source=source, feature=feature), _pack],
-            output_features={"tokens": seqio.Feature(Vocabulary(Tokenizer(tokenizer_path)), add_eos=False)},
+            preprocessors=[tokenize, functools.partial(_pack, tokenizer=tokenizer)],
+            output_features={"tokens": seqio.Feature(vocabulary, add_eos=False)},
             shuffle_buffer_size=SHUFFLE_ROWS,
         )
     return name
@@ -282,14 +241,8 @@ def add_mixture(sources: list[str], weights: list[float], tokenizer_path: str) -
 
 def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
     """Yields the elements of a dataset. Raises UserError for a file that vanished or is damaged."""
-    iterator = dataset.as_numpy_iterator()
-    for number in itertools.count():
-        # The tokenizer is made, and prints, with the first element.
-        with reading(sources), contextlib.nullcontext() if number else _quiet():
-            element = next(iterator, None)
-        if element is None:
-            return
-        yield element
+    with reading(sources):
+        yield from dataset.as_numpy_iterator()
 
 
 def _text(lines: bytes) -> str:
@@ -321,33 +274,6 @@ def check_sources(sources: Iterable[str], tokenizer_path: str, bad: BadRecords) 
     """Raises UserError unless each source can be read and holds text; reads up to the first good document of each."""
     for source in sources:
         next(documents(source, tokenizer_path, bad))
-
-
-def train_batches(
-    data: Any, *, batch_size: int, seed: int, tokenizer_path: str, rows: np.ndarray, start_step: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Returns `batches.train_batches` of text: every process runs the whole pipeline and keeps its rows."""
-    tokenizer = Tokenizer(tokenizer_path)
-    bad = BadRecords(data.max_bad_records)
-    mixture = seqio.MixtureRegistry.get(add_mixture(list(data.sources), list(data.weights), tokenizer_path))
-    check_sources(data.sources, tokenizer_path, bad)  # an endless repetition of nothing would never return
-    dataset = mixture.get_dataset(
-        {"tokens": data.seq_len},
-        SPLIT,
-        seed=seed,
-        num_epochs=None,
-        trim_output_features=False,
-        passthrough_features=["bad"],
-    )
-
-    def batch(element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for record in _text(b"".join(element["bad"])).split("\n")[:-1]:
-            bad(record)
-        tokens = element["tokens"][rows]
-        return {"tokens": tokens, "segment": segments(tokens, tokenizer.bos_id, tokenizer.pad_id)}
-
-    elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
-    return itertools.islice(map(batch, elements), start_step, None)
 
 
 def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
@@ -388,7 +314,39 @@ def source_fingerprint(source: str) -> str:
     return hashlib.sha256(repr((kind, files)).encode()).hexdigest()
 
 
-def data_fingerprint(data: Any, *, tokenizer_path: str) -> dict[str, str]:
-    """Returns `batches.fingerprint` of text."""
-    del tokenizer_path  # it is no part of the text
-    return {f"sources[{i}]": source_fingerprint(source) for i, source in enumerate(data.sources)}
+class Training(NamedTuple):
+    """Serves `batches.Training` from text: every process runs the whole pipeline and keeps its rows."""
+
+    data: Any
+    tokenizer_path: str
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns a digest of each source."""
+        return {f"sources[{i}]": source_fingerprint(source) for i, source in enumerate(self.data.sources)}
+
+    def batches(
+        self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Returns batches without end, as `batches.Training` does."""
+        data = self.data
+        tokenizer = Tokenizer(self.tokenizer_path)
+        bad = BadRecords(data.max_bad_records)
+        mixture = seqio.MixtureRegistry.get(add_mixture(list(data.sources), list(data.weights), self.tokenizer_path))
+        check_sources(data.sources, self.tokenizer_path, bad)  # an endless repetition of nothing would never return
+        dataset = mixture.get_dataset(
+            {"tokens": data.seq_len},
+            SPLIT,
+            seed=seed,
+            num_epochs=None,
+            trim_output_features=False,
+            passthrough_features=["bad"],
+        )
+
+        def batch(element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            for record in _text(b"".join(element["bad"])).split("\n")[:-1]:
+                bad(record)
+            tokens = element["tokens"][rows]
+            return {"tokens": tokens, "segment": segments(tokens, tokenizer.bos_id, tokenizer.pad_id)}
+
+        elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
+        return itertools.islice(map(batch, elements), start_step, None)

@@ -280,27 +280,41 @@ def _ahead(function: Callable[[int], dict], start: int) -> Iterator[dict]:
             pending.append(pool.submit(function, step))
 
 
-def train_batches(
-    data: Any, *, batch_size: int, seed: int, tokenizer_path: str, rows: np.ndarray, start_step: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Returns `batches.train_batches` of token files: reads these rows of each batch and no others."""
-    meta, stored = _open(data, tokenizer_path, "train")
-    arrays = [_open_array(f"{s.path}/tokens", (s.entry["rows"], data.seq_len)) for s in stored]
-    order = Order(seed, shares(data.weights), [s.entry["rows"] for s in stored])
-    bad = BadRecords(data.max_bad_records)
+class Training:
+    """Serves `batches.Training` from token files: reads the wanted rows of each batch and no others."""
 
-    def batch(step: int) -> dict[str, np.ndarray]:
-        source_B, row_B = order(step * batch_size, (step + 1) * batch_size)
-        places = list(zip(source_B[rows].tolist(), row_B[rows].tolist(), strict=True))
-        reads = [arrays[source][row].read() for source, row in places]
-        tokens = np.full([len(rows), data.seq_len], meta["pad_id"], np.int32)
-        for i, (source, row) in enumerate(places):
-            found = _tokens(reads[i], f"{stored[source].path}: row {row}", meta["vocab_size"], bad)
-            if found is not None:
-                tokens[i] = found
-        return {"tokens": tokens, "segment": segments(tokens, meta["bos_id"], meta["pad_id"])}
+    def __init__(self, data: Any, tokenizer_path: str):
+        self.data = data
+        self.meta, self.stored = _open(data, tokenizer_path, "train")
 
-    return _ahead(batch, start_step)
+    def fingerprint(self) -> dict[str, str]:
+        """Returns digests of the order of rows and of meta.json, however many files there are."""
+        found = {"order": VERSION, "token_files/meta.json": _digest(self.meta)}
+        for i, source in enumerate(self.stored):
+            found[f"sources[{i}] (token_files/{source.name})"] = _digest(source.entry)
+        return found
+
+    def batches(
+        self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Returns batches without end, as `batches.Training` does."""
+        data, meta, stored = self.data, self.meta, self.stored
+        arrays = [_open_array(f"{s.path}/tokens", (s.entry["rows"], data.seq_len)) for s in stored]
+        order = Order(seed, shares(data.weights), [s.entry["rows"] for s in stored])
+        bad = BadRecords(data.max_bad_records)
+
+        def batch(step: int) -> dict[str, np.ndarray]:
+            source_B, row_B = order(step * batch_size, (step + 1) * batch_size)
+            places = list(zip(source_B[rows].tolist(), row_B[rows].tolist(), strict=True))
+            reads = [arrays[source][row].read() for source, row in places]
+            tokens = np.full([len(rows), data.seq_len], meta["pad_id"], np.int32)
+            for i, (source, row) in enumerate(places):
+                found = _tokens(reads[i], f"{stored[source].path}: row {row}", meta["vocab_size"], bad)
+                if found is not None:
+                    tokens[i] = found
+            return {"tokens": tokens, "segment": segments(tokens, meta["bos_id"], meta["pad_id"])}
+
+        return _ahead(batch, start_step)
 
 
 def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
@@ -332,15 +346,6 @@ def _works(path: str, entry: dict) -> list[str | None]:
         return [None] * entry["documents"]
     names = [*entry["works"], ""]  # -1 is the last
     return [names[number] for number in _numbers(f"{path}/work", entry["documents"])]
-
-
-def data_fingerprint(data: Any, *, tokenizer_path: str) -> dict[str, str]:
-    """Returns `batches.fingerprint` of token files: of meta.json alone, however many files there are."""
-    meta, stored = _open(data, tokenizer_path, "train")
-    found = {"order": VERSION, "token_files/meta.json": _digest(meta)}
-    for i, source in enumerate(stored):
-        found[f"sources[{i}] (token_files/{source.name})"] = _digest(source.entry)
-    return found
 
 
 def _digest(value: Any) -> str:

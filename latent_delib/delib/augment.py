@@ -156,6 +156,7 @@ def loss(
     (Section 2.3); without, that of all text.
 
     Args:
+      params: with their tables gathered, where a mesh splits them.
       tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
       at_BM: int32 text tokens at which the cache is augmented.
@@ -163,7 +164,6 @@ def loss(
       dtype: of the computation.
       delay_BM: see `traces.lay_out`.
     """
-    params = gathered(aug, params)
     reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
     if not aug.has_latents:
         same_document = (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)

@@ -15,8 +15,6 @@ from latent_delib.delib.traces import Traces
 from latent_delib.nn.layers import PARAM_AXES, Axes
 from latent_delib.nn.transformer import Params
 
-NO_AXES: Mapping[str, Axes] = {}
-
 
 class Method(NamedTuple):
     """Holds all that others must know of a method.
@@ -40,7 +38,7 @@ class Method(NamedTuple):
     init: Callable[[jax.Array, Params, Models, int], Params]
     write: Callable[[Params, Models, Reading, Traces], Latents] | None
     cost: Callable[[Writing], Flops] = flops.one_pass
-    axes: Mapping[str, Axes] = NO_AXES
+    axes: Mapping[str, Axes] = {}
     trains_decoder: bool = False
     reads_text: bool = True
     has_matrices: bool = True

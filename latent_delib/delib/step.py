@@ -141,7 +141,8 @@ def train_step(
     frozen = augment.gathered(aug, frozen)  # before the loop over parts
 
     def loss_sum(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        params = augment.assemble(frozen, trained)
+        # Tables that are trained are gathered here, so that their gradients lie as they do.
+        params = augment.assemble(frozen, augment.gathered(aug, trained))
         tokens, segment, at, delay = part
         return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay)
 

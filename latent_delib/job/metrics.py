@@ -60,8 +60,8 @@ class Metrics:
         self.steps_between_saves = min(t.checkpoint_every, t.steps)
         self.learning_rate = learning_rate
         self.tokens = t.batch_size * c.data.seq_len
-        step = (exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead)
-        self.flops = cost.step_flops(*step).useful
+        counted = cost.step_flops(exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead)
+        self.flops = counted.useful
         self.peak = cost.PEAK.get(jax.devices()[0].device_kind, math.nan) * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.bad = 0

@@ -88,7 +88,7 @@ class Record:
     fingerprint: SHA-256 of the frozen decoder, hex.
     architecture: the fields of its TransformerConfig; empty where not known.
     data: name -> SHA-256 of "tokenizer" and, once known, of every part of the training text, as
-      `data.batches.fingerprint` makes them; empty where not known.
+      `data.batches.Training` makes them; empty where not known.
     step: optimizer steps done; None: nothing trained.
     """
 

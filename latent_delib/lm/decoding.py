@@ -104,7 +104,7 @@ def run(
         elif cache is plain.cache:
             cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites what it is given
         until = _next_look(options, made, due, None if z is None else asked)
-        state, cache = decode(
+        state, cache = decode_tokens(
             params, state, cache, key_B, options.sampler, until - made, aug=aug, eos_id=eos_id, pad_id=pad_id
         )
         made = until
@@ -188,7 +188,7 @@ def write_beside(
     row = mesh_lib.rows(mesh)
     kv = NamedSharding(mesh, mesh_lib.spec(cache_lib.AXES, mesh_lib.ACTIVATIONS))
     read = jax.device_put(read, Reading(row, Cache(kv, kv, row, row)))
-    z = write_latents(params, read, jax.device_put(text_BX, row), aug=aug)
+    z = write_after(params, read, jax.device_put(text_BX, row), aug=aug)
     return jax.device_put(z, mesh_lib.rows(home))
 
 
@@ -253,7 +253,7 @@ def _trace(aug: Augmentation, text_BX: jax.Array, length_B: jax.Array) -> Traces
 
 
 @partial(jax.jit, static_argnames=("aug",))
-def write_latents(params: Params, read: Reading, text_BX: jax.Array, *, aug: Augmentation) -> Latents:
+def write_after(params: Params, read: Reading, text_BX: jax.Array, *, aug: Augmentation) -> Latents:
     """Writes latents after the text that was read, one trace per row; uses the coprocessor's parameters alone."""
     return augment.write_latents(aug, params, read, _trace(aug, text_BX, read.cache.length))
 
@@ -275,7 +275,7 @@ def join(params: Params, state: Decoding, plain: Cache, z: Latents, *, aug: Augm
 
 
 @partial(jax.jit, static_argnames="aug", donate_argnames="cache")
-def decode(
+def decode_tokens(
     params: Params,
     state: Decoding,
     cache: Cache,

@@ -189,7 +189,7 @@ class AugmentedLM:
             ids = np.array(self._ids(f"texts[{i}]", text), np.int32)
             if len(ids) and ids[0] == bos_id:
                 ids = ids[1:]
-            more = [piece for piece in cut_pieces(ids, self.max_length, bos_id) if len(piece) > 1]
+            more = cut_pieces(ids, self.max_length, bos_id)
             pieces += more
             owners += [i] * len(more)
         sums = np.zeros(len(texts))
@@ -292,7 +292,7 @@ class AugmentedLM:
         if self.coprocessor is None:
             return None
         if delay is not None:
-            return partial(decoding.write_latents, self.params, aug=self.aug)
+            return partial(decoding.write_after, self.params, aug=self.aug)
         where = (self.params_beside, self.aug_beside, self.coprocessor_mesh, self.mesh)
         return partial(decoding.attempt, decoding.write_beside, *where)
 
@@ -329,8 +329,9 @@ class AugmentedLM:
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         """Returns rows [B, T] padded to one of few shapes, and their lengths [B]; 0 for rows that fill the batch."""
-        meshes = [mesh for mesh in (self.mesh, self.coprocessor_mesh) if mesh is not None]
-        multiple = math.lcm(*(mesh_lib.shards(mesh, "batch") for mesh in meshes))
+        multiple = mesh_lib.shards(self.mesh, "batch")
+        if self.coprocessor_mesh is not None:
+            multiple = math.lcm(multiple, mesh_lib.shards(self.coprocessor_mesh, "batch"))
         padded, length = batching.pad(rows, self.tokenizer.pad_id, multiple)
         return self._rows(padded), self._rows(length)
 

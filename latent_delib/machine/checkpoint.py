@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,16 +20,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from latent_delib.errors import UserError, reason, store_error
 from latent_delib.machine import contents, files
 from latent_delib.machine.distributed import from_all, from_first, warn
-from latent_delib.machine.orbax_manager import make_manager
 from latent_delib.machine.workdir import is_remote
-
-
-class Damaged(UserError):
-    """Reports a checkpoint that is not as it was saved."""
 
 
 class Restored(NamedTuple):
@@ -72,7 +69,7 @@ class Checkpoints:
         if not read_only:
             with _disk_errors(self.path):
                 self._make_folder()
-                self.manager = make_manager(self.path, keep, keep_every, keep_best)
+                self.manager = _make_manager(self.path, keep, keep_every, keep_best)
 
     def save(self, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any], loss: float | None = None) -> None:
         """Starts a save; the one before it is finished first.
@@ -142,10 +139,9 @@ class Checkpoints:
             raise UserError(f"{self.workdir}: no checkpoint of step {step}; there are {there}")
         damaged: dict[int, str] = {}
         for at in asked:
-            try:
-                restored = self._restore(at, wanted, check)
-            except Damaged as error:
-                damaged[at] = str(error)
+            restored, damage = self._restore(at, wanted, check)
+            if damage:
+                damaged[at] = damage
                 continue
             for bad, why in damaged.items():
                 aside = f"; its folder is now {self._put_aside(bad)}" if self.manager else ""
@@ -157,54 +153,49 @@ class Checkpoints:
         remedy = f"name another step, one of {others}" if others else "there is no other"
         raise UserError(f"{self.workdir}: {each}; {remedy}")
 
-    def _restore(self, step: int, wanted: Mapping[str, Any], check: Callable[[dict[str, Any]], None]) -> Restored:
-        """Reads one checkpoint and compares it with its sums."""
+    def _restore(
+        self, step: int, wanted: Mapping[str, Any], check: Callable[[dict[str, Any]], None]
+    ) -> tuple[Restored | None, str]:
+        """Reads one checkpoint and compares it with its sums; returns it, and the damage that any process has found."""
+        restored = None
         damage = ""
         try:
             restored, saved = self._read(step, wanted, check)
         except Exception as error:
             damage = _damage(error, self.path)
-        self._agree(damage)
+        damage = max(from_all(damage))
+        if damage:
+            return None, damage
         changed = ", ".join(contents.changed_leaves(saved, restored.trees))
-        self._agree(f"{changed[:400]} not as saved" if changed else "")
-        return restored
-
-    def _agree(self, damage: str) -> None:
-        """Raises Damaged on every process where one has found damage."""
-        found = max(from_all(damage))
-        if found:
-            raise Damaged(found)
+        if changed:
+            damage = f"{changed[:400]} not as saved"
+        return restored, max(from_all(damage))
 
     def _read(
         self, step: int, wanted: Mapping[str, Any], check: Callable[[dict[str, Any]], None]
     ) -> tuple[Restored, dict[str, Any]]:
         """Reads one checkpoint, without waiting for other processes; returns it, and its contents."""
         folder = self.path / str(step)
-        if not (folder / "_CHECKPOINT_METADATA").exists():
-            raise FileNotFoundError("no file _CHECKPOINT_METADATA")
-        item = ""  # the one being read
-        found: dict[str, Any] = {}
-        trees: dict[str, Any] = {}
-        try:
-            for item in ("meta", "contents"):
-                found[item] = json.loads((folder / item / "metadata").read_text())
-            if not contents.is_whole(**found):
+        _require(folder / "_CHECKPOINT_METADATA")
+        with _noted("meta"):
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+        with _noted("contents"):
+            saved = json.loads((folder / "contents" / "metadata").read_text())
+            if not contents.is_whole(meta, saved):
                 raise ValueError("meta or contents not as saved")
-            check(found["meta"])
-            for item, shapes in wanted.items():
-                trees[item] = self._read_tree(step, item, shapes, found["contents"])
-        except Exception as error:
-            error.add_note(item)
-            raise
-        return Restored(step, found["meta"], trees), found["contents"]
+        check(meta)
+        trees = {}
+        for name, shapes in wanted.items():
+            with _noted(name):
+                trees[name] = self._read_tree(step, name, shapes, saved)
+        return Restored(step, meta, trees), saved
 
     def _read_tree(self, step: int, name: str, shapes: Any, saved: Mapping[str, Any]) -> Any:
         """Reads one tree. Not through the manager: its `restore` ends in a barrier, where others would wait."""
         if name not in saved:
             raise UserError(f"--workdir={self.workdir}: checkpoint {step} has no {name}, which this config needs")
         folder = self.path / str(step) / name
-        if not (folder / "_METADATA").exists():  # orbax needs it only where no shapes are given
-            raise FileNotFoundError("no file _METADATA")
+        _require(folder / "_METADATA")  # orbax needs it only where no shapes are given
         if shapes is None:
             shapes = jax.tree.map(_on_host, self.handler.metadata(folder).tree)
         here = contents.leaf_types(shapes)
@@ -301,6 +292,21 @@ def _no_checkpoints(workdir: str) -> str:
     return f"is inside the workdir {inside[1]}; name that{step}"
 
 
+def _require(path: epath.Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path.name}")
+
+
+@contextmanager
+def _noted(item: str) -> Iterator[None]:
+    """Notes on an error which part of a checkpoint was being read."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(item)
+        raise
+
+
 def _on_host(leaf: Any) -> np.ndarray:
     """Asks for a numpy array; takes no memory itself."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
@@ -327,3 +333,47 @@ def _disk_errors(path: epath.Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise store_error(error, path) or error from None
+
+
+def _make_manager(path: epath.Path, keep: int, keep_every: int, keep_best: int) -> ocp.CheckpointManager:
+    """Returns a manager of the folder, which is there, that keeps the checkpoints named in `Checkpoints`."""
+    policies: list[Any] = [LatestN(keep)]
+    if keep_every:
+        policies.append(EveryNSteps(keep_every))
+    if keep_best:
+        best = BestN(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+        policies.append(best)
+    asynchronous = ocp.options.AsyncOptions(
+        timeout_secs=10**7,  # by the clock on the wall, which may jump; stores have time-outs of their own
+        barrier_sync_fn=_barrier,
+        # Where a folder cannot be made, threads that wait for it would keep the process for 5 minutes.
+        create_directories_asynchronously=False,
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy(policies),
+        best_fn=_loss,  # without it no loss is written
+        create=False,
+        save_root_metadata=False,
+        cleanup_tmp_directories=True,
+        async_options=asynchronous,
+    )
+    return _Manager(path, options=options)
+
+
+class _Manager(ocp.CheckpointManager):
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """Returns None for a damaged loss, where orbax would find no checkpoint at all."""
+        try:
+            return {"loss": float(super().metrics(step)["loss"])}
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Does as orbax's own, but a process whose save has failed waits for nobody: 20 minutes would hide the error."""
+    if sys.exc_info()[0] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

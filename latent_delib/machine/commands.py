@@ -19,9 +19,7 @@ from absl import flags
 
 from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 from latent_delib.machine import files
-from latent_delib.machine.command_line import CONFIG, FOLDERS, REQUIRED, help_text, parse
-
-__all__ = ["CONFIG", "FOLDERS", "REQUIRED", "STOPPED", "UNREAD", "run"]
+from latent_delib.machine.command_line import help_text, parse
 
 STOPPED = 75  # the exit code of a command that SIGTERM stopped, and that saved: run it again to go on
 UNREAD = 128 + signal.SIGPIPE  # the exit code where nobody reads the output any more: `| head`
@@ -65,7 +63,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
             sys.exit(UNREAD)
         sys.exit(f"error: {_of_disk(error, values)}")
     except KeyboardInterrupt:
-        _leave(INTERRUPTED)
+        leave(INTERRUPTED)
     except Exception as error:
         line = _of_device(error)
         if not line:
@@ -73,7 +71,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         sys.exit(f"error: {line}")
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
     """Ends the process without jax's clean-up at exit, which crashes now and then after an interrupted compile."""
     with suppress(AttributeError, OSError):  # a closed pipe, or no output at all
         sys.stdout.flush()
@@ -140,10 +138,8 @@ def _of_device(error: Exception) -> str:
             "--batch_size), or more devices (config.mesh)"
         )
     frames = traceback.extract_tb(error.__traceback__)
-    none_found = isinstance(error, AssertionError) and frames and "xla_bridge" in frames[-1].filename
-    if not none_found and not text.startswith("Unable to initialize backend"):
+    if "xla_bridge" not in frames[-1].filename:
         return ""
     wanted = os.environ.get("JAX_PLATFORMS", "(unset)")
-    why = re.sub(r"^Unable to initialize backend '\w+': | \(set JAX_PLATFORMS=.*", "", text).rstrip(".")
-    why = why or "JAX finds no such platform here"
+    why = text.partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "JAX finds no such platform here"
     return f"JAX_PLATFORMS={wanted}: {why}; unset it, or install what it needs (launch/setup.sh)"

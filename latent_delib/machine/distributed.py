@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import hashlib
 import json
-import os
 import selectors
 import sys
 import threading
@@ -23,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
+from latent_delib.machine.commands import leave
 from latent_delib.machine.roll_call import GRACE, SILENCE, Connections, find_place, meet, read_line, send_line
 
 FLAGS = {
@@ -49,17 +49,24 @@ def job(flags: Any) -> Iterator[None]:
         yield
         return
     address, count, index = find_place(flags.start_timeout)
-    others = Others(index, meet(address, count, index, flags.start_timeout))
-    try:
+    with held_together(index, meet(address, count, index, flags.start_timeout)):
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
         jax.distributed.initialize(address, count, index, initialization_timeout=flags.start_timeout)
         here = f"{jax.local_device_count()} of {jax.device_count()} devices"
         print(f"process {index} of {count}: {here}, coordinator {address}", flush=True)
         yield
+
+
+@contextlib.contextmanager
+def held_together(index: int, connections: Connections) -> Iterator[None]:
+    """Ends this process when another ends too early, and tells the others when this one does."""
+    others = Others(index, connections)
+    try:
+        yield
     except BaseException as error:
         code = _exit_code(error, others)
         others.fail(code)
-        atexit.register(_exit, code)  # runs before jax's own, which waits for all processes
+        atexit.register(leave, code)  # runs before jax's own, which waits for all processes
         raise
     others.finish()
 
@@ -205,7 +212,7 @@ class Others:
             code = LOST
             text = f"process {process} is gone: crashed, killed, or cut off; run again to resume"
         print(f"error: {text}", file=sys.stderr)
-        _exit(code)
+        leave(code)
 
 
 def _exit_code(error: BaseException, others: Others) -> int:
@@ -227,9 +234,3 @@ def _exit_code(error: BaseException, others: Others) -> int:
         time.sleep(2 * GRACE)
         return LOST
     return 1
-
-
-def _exit(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import re
@@ -11,7 +10,7 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -19,7 +18,7 @@ from etils import epath
 from latent_delib.errors import Outage, UserError, reason, store_error
 
 NOT_A_FOLDER = "is a file, expected a folder"
-HOST = re.sub(r"\W", "-", socket.gethostname())
+HOST = re.sub(r"\W", "_", socket.gethostname())
 
 
 def write(path: epath.Path, content: bytes) -> None:
@@ -33,7 +32,7 @@ def write(path: epath.Path, content: bytes) -> None:
         return
     path = Path(path)
     make_folder(path.parent)
-    with _beside(path, _new_file) as partial:
+    with _beside(path) as partial:
         partial.write_bytes(content)
         partial.replace(path)
 
@@ -55,7 +54,8 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     if folder.exists() and not replace and any(folder.iterdir()):
         raise UserError(f"{folder}: already exists and is not empty; name another")
     make_folder(folder.parent)
-    with _beside(folder, os.mkdir) as partial:
+    with _beside(folder) as partial:
+        partial.mkdir()
         yield partial
         if replace and folder.exists():
             _replace(folder, partial)
@@ -70,7 +70,7 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
 
 def _replace(folder: Path, partial: Path) -> None:
     """Puts a folder in the place of one that is there; if that fails, the old one comes back."""
-    with _beside(folder, os.mkdir) as before:
+    with _beside(folder) as before:
         folder.rename(before)
         try:
             partial.rename(folder)
@@ -151,58 +151,31 @@ class StoredLines:
 
 
 @contextlib.contextmanager
-def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """Yields a new file or folder beside `path`, locked while it is used, and removed at the end if still there.
+def _beside(path: Path) -> Iterator[Path]:
+    """Yields a new name beside `path`, and removes what is there at the end.
 
-    Leftovers of killed processes are removed first: their locks have ended with them. Those of another machine stay,
-    because its locks may not be seen here.
+    Leftovers of killed processes are removed first. Those of other machines stay, whose processes are not seen here.
     """
     here = path.absolute()
-    prefix = here.with_name(f"{here.name}.tmp-{HOST}-")
-    for leftover in here.parent.glob(f"{glob.escape(prefix.name)}*"):
-        lock = _lock(leftover, fcntl.LOCK_NB)
-        if lock is not None:
+    prefix = f"{here.name}.tmp-{HOST}-"
+    for leftover in here.parent.glob(f"{glob.escape(prefix)}*-*"):
+        process = leftover.name.split("-")[-2]
+        if process.isdecimal() and not _is_alive(int(process)):
             _remove(leftover)
-            os.close(lock)
-    with named(path, prefix):
-        partial, lock = _new(prefix, make)
+    partial = here.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with named(path, partial):
             yield partial
     finally:
         _remove(partial)
-        if lock is not None:
-            os.close(lock)
 
 
-def _new(prefix: Path, make: Callable[[Path], None]) -> tuple[Path, int | None]:
-    """Makes a file or folder under a name of its own; returns it, and its lock."""
-    while True:
-        partial = prefix.with_name(prefix.name + secrets.token_hex(4))
-        make(partial)
-        lock = _lock(partial)
-        if partial.exists():  # unlocked for a moment, it may have looked like a leftover
-            return partial, lock
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(path: Path, how: int = 0) -> int | None:
-    """Returns a descriptor that holds a lock while open; None where another has it, or the disk has no locks."""
+def _is_alive(process: int) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _new_file(path: Path) -> None:
-    path.open("xb").close()
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH  # or it is another user's
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -45,8 +45,6 @@ def find_place(seconds: float) -> tuple[str, int, int]:
         )
     if not re.fullmatch(r".+:\d+", address):
         raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: expected HOST:PORT, of process 0")
-    if not index < count:
-        raise UserError(f"JAX_PROCESS_ID={index}: expected 0 ... {count - 1}, for there are {count} processes")
     return address, count, index
 
 
@@ -94,60 +92,49 @@ def _number_from_environment(name: str) -> int | None:
 def _call_roll(address: str, count: int, seconds: float) -> Connections:
     """Waits for all others, as process 0, and tells them that all are there, or why the job does not start."""
     there: Connections = {}
+    until = time.monotonic() + seconds
+    refusal = ""
     try:
-        _await_all(there, address, count, seconds)
+        with _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)) as listener:
+            while len(there) < count - 1:
+                listener.settimeout(max(0.01, until - time.monotonic()))
+                connection, _ = listener.accept()
+                for process in [process for process in there if _is_closed(there[process])]:
+                    del there[process]  # it may start again
+                _enter(connection, there, count)
+    except TimeoutError:
+        absent = [str(process) for process in range(1, count) if process not in there]
+        refusal = (
+            f"--distributed: {len(absent)} of {count} processes did not connect to {address} within {seconds:g} s: "
+            f"number {', '.join(absent)}; is the command running on every worker, and the port open between them?"
+        )
     except UserError as error:
-        for connection in there.values():
-            send_line(connection, f"{REFUSED}{error}")
-        raise
+        refusal = str(error)
     for connection in there.values():
-        send_line(connection, COMPLETE)
+        send_line(connection, f"{REFUSED}{refusal}" if refusal else COMPLETE)
+    if refusal:
+        raise UserError(refusal)
     return there
 
 
-def _await_all(there: Connections, address: str, count: int, seconds: float) -> None:
-    """Enters every process that connects, until all others are there."""
-    until = time.monotonic() + seconds
-    with _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)) as listener:
-        while len(there) < count - 1:
-            listener.settimeout(max(0.01, until - time.monotonic()))
-            try:
-                connection = listener.accept()[0]
-            except TimeoutError:
-                absent = [str(process) for process in range(1, count) if process not in there]
-                names = ", ".join(absent[:20]) + (", ..." if len(absent) > 20 else "")
-                raise UserError(
-                    f"--distributed: {len(absent)} of {count} processes did not connect to {address} within "
-                    f"{seconds:g} s: number {names}; is the command running on every worker, and the port open "
-                    "between them?"
-                ) from None
-            _enter(connection, there, count)
-            for process in [process for process in there if _is_closed(there[process])]:
-                del there[process]  # it may start again
-
-
 def _enter(connection: socket.socket, there: Connections, count: int) -> None:
-    """Reads which process has connected, and enters it among those that are there."""
+    """Reads which process has connected, and enters it among those that are there; raises UserError if it is wrong."""
     connection.settimeout(5)
     found = re.fullmatch(rf"{HELLO} (\d+) (\d+)", read_line(connection))
     if found is None:  # a stranger
         connection.close()
         return
     process, its_count = int(found[1]), int(found[2])
-    before = there.get(process)
-    there[process] = _keep_alive(connection)
-    if its_count != count:
-        raise UserError(
-            f"--distributed: process {process} was started as one of {its_count}, process 0 as one of {count}"
-        )
-    if not 0 < process < count:
-        raise UserError(
-            f"--distributed: a process was started as number {process}, expected 1 ... {count - 1} besides process 0"
-        )
-    if before is not None and not _is_closed(before):
-        there[-1] = before  # to be told as well
-        hosts = [each.getpeername()[0].removeprefix("::ffff:") for each in (before, connection)]
-        raise UserError(f"--distributed: two processes were started as number {process}, on {hosts[0]} and {hosts[1]}")
+    if its_count == count and 0 < process < count and process not in there:
+        there[process] = _keep_alive(connection)
+        return
+    host = connection.getpeername()[0].removeprefix("::ffff:")
+    refusal = (
+        f"--distributed: a process on {host} was started as number {process} of {its_count}; expected 1 ... "
+        f"{count - 1} of {count}, each once, besides process 0"
+    )
+    send_line(connection, f"{REFUSED}{refusal}")
+    raise UserError(refusal)
 
 
 def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connections:

@@ -9,8 +9,6 @@ from typing import Any
 
 from latent_delib.errors import INTERRUPTED
 
-LOOK = 2.0  # seconds to wait for a store that is asked what is saved
-
 
 class Stop:
     """Holds what signals have asked for.
@@ -18,13 +16,11 @@ class Stop:
     Attributes:
       by: the first signal that asked the job to save and stop; 0 before one.
       steps: whether the job is in its steps, so that there is something to save.
-      saved: returns the newest step that is saved; 0 without one.
     """
 
     def __init__(self) -> None:
         self.by = 0
         self.steps = False
-        self.saved: Callable[[], int] = lambda: 0
         self.warned = False
 
     def request(self, number: int, _frame: Any = None) -> None:
@@ -40,25 +36,8 @@ class Stop:
             self.warned = True
             _say("stopping after two more steps at most, and saving; press Ctrl-C again to stop at once")
             return
-        _say(f"stopped by Ctrl-C; {self.what_is_saved()}")
+        _say("stopped by Ctrl-C; the same command resumes at the newest checkpoint")
         os._exit(INTERRUPTED)
-
-    def what_is_saved(self) -> str:
-        """Says which step is saved, if that is known within LOOK seconds: a store may not answer."""
-        found: list[int] = []
-
-        def look() -> None:
-            with contextlib.suppress(Exception):  # the process ends, whatever fails here
-                found.append(self.saved())
-
-        looking = threading.Thread(target=look, daemon=True)
-        looking.start()
-        looking.join(LOOK)
-        if not found:
-            return "the same command resumes at the newest checkpoint"
-        if not found[0]:
-            return "nothing is saved yet"
-        return f"step {found[0]} is saved, the same command resumes"
 
 
 @contextlib.contextmanager

@@ -21,14 +21,15 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from latent_delib.data.tokenizer import Tokenizer
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, reason
 from latent_delib.lm import sampling
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine.progress import Progress
-from latent_delib.measure.documents import check_documents
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own models
 SHOTS_SEED = 1234  # the harness's own
+
+Tasks = dict[str, Any]  # what the harness loads and evaluates: "tasks", each by its name, and their groups
 
 
 class Adapter(TemplateLM):
@@ -79,8 +80,11 @@ class Adapter(TemplateLM):
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """Returns log p of each continuation, and whether greedy decoding gives it. Equal prompts are read once."""
-        prompts = [self._cut(context, len(continuation)) for _, context, continuation in requests]
-        tails = [continuation for _, _, continuation in requests]
+        prompts = []
+        tails = []
+        for _, context, continuation in requests:
+            prompts.append(self._cut(context, len(continuation)))
+            tails.append(continuation)
         progress = Progress("scored", len(tails), "answers")
         sums, greedy = self.lm.logprobs(prompts, tails, self.augment, self.rows, progress)
         return list(zip(sums.tolist(), greedy.tolist()))
@@ -104,9 +108,12 @@ class Adapter(TemplateLM):
             unknown = kwargs.keys() - sampling.options().keys()
             if unknown:
                 raise UserError(f"{requests[some[0]].task_name}: generation_kwargs {sorted(unknown)} are not supported")
-            prompts = [self.tok_encode(self._with_cot(requests[i].args[0])) for i in some]
+            prompts = []
+            for i in some:
+                prompt = self.tok_encode(self._with_cot(requests[i].args[0]))
+                prompts.append(self._cut(prompt, new))
             texts = self.lm.generate(
-                [self._cut(prompt, new) for prompt in prompts],
+                prompts,
                 new,
                 stop=[text for text in stop if text],
                 seed=some,
@@ -133,38 +140,64 @@ class Adapter(TemplateLM):
         return [*context[:1], *context[1 + too_many :]]
 
 
-def load_tasks(task: str, folder: str, manager: TaskManager | None = None) -> dict[str, Any]:
-    """Loads a task or group of tasks with its data, as `run_tasks` takes it.
-
-    Args:
-      folder: where make_tasks wrote the task.
-      manager: knows the harness's own tasks, if it is one of those.
+def load_local_task(task: str, folder: str) -> Tasks:
+    """Loads a task that `make_tasks` wrote to a folder, with its data.
 
     Raises:
-      UserError: a bad row in a file of `folder`; nothing by that name.
+      UserError: a file is missing, or not what `make_tasks` writes.
     """
-    spec: Any = task
-    if manager is None:
-        manager = TaskManager(include_defaults=False)
-        path = Path(folder) / f"{task}.yaml"
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; `python -m tools.make_tasks --out={folder}` makes it")
+    path = Path(folder) / f"{task}.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `python -m tools.make_tasks --out={folder}` makes it")
+    try:
         spec = yaml.safe_load(path.read_text())
         files = spec["dataset_kwargs"]["data_files"]
         for split, name in files.items():
-            check_documents(path.parent / name, spec["output_type"])
             files[split] = str((path.parent / name).resolve())
-    elif task not in manager.all_tasks:
+            _check_json_lines(files[split])
+        return TaskManager(include_defaults=False).load([spec])
+    except UserError:
+        raise
+    except Exception as error:  # yaml and datasets raise many kinds
+        raise UserError(f"{path}: the task cannot be loaded ({reason(error)})") from None
+
+
+def _check_json_lines(path: str) -> None:
+    """Raises UserError unless a file holds a JSON value on each line: `datasets` does not name a damaged file."""
+    try:
+        for line in Path(path).read_bytes().splitlines():
+            json.loads(line)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {reason(error)}") from None
+
+
+def load_public_task(task: str) -> Tasks:
+    """Loads a task or group of tasks of the harness, with its data from the network or its cache.
+
+    Raises:
+      UserError: there is none of that name, or its data cannot be fetched.
+    """
+    if task not in _public_tasks().all_tasks:
         raise UserError(f"task {task}: lm-eval has none of that name")
-    return manager.load([spec])
+    try:
+        return _public_tasks().load([task])
+    except Exception as error:  # datasets raises many kinds
+        remedy = "go online once; without a network HF_HUB_OFFLINE=1 takes what was fetched before"
+        raise UserError(f"task {task}: its data cannot be loaded ({reason(error)}); {remedy}") from None
 
 
-def kinds(loaded: dict[str, Any]) -> set[str]:
+@functools.cache
+def _public_tasks() -> TaskManager:
+    """Returns the harness's own tasks, which take seconds to list."""
+    return TaskManager()
+
+
+def kinds(loaded: Tasks) -> set[str]:
     """Returns the kinds of questions: generate_until, multiple_choice, loglikelihood, loglikelihood_rolling."""
     return {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
 
 
-def longest_answer(loaded: dict[str, Any]) -> int:
+def longest_answer(loaded: Tasks) -> int:
     """Returns the tokens of the longest answer that a benchmark generates; 0 where it generates none."""
     longest = 0
     for task in loaded["tasks"].values():
@@ -175,12 +208,12 @@ def longest_answer(loaded: dict[str, Any]) -> int:
 
 
 def run_tasks(
-    adapter: Adapter, loaded: dict[str, Any], shots: int, limit: int | None = None, unsafe_code: bool = False
+    adapter: Adapter, loaded: Tasks, shots: int, limit: int | None = None, unsafe_code: bool = False
 ) -> list[dict[str, Any]]:
     """Returns the harness's result for each document and each filter it goes through.
 
     Args:
-      loaded: from `load_tasks`.
+      loaded: from `load_local_task` or `load_public_task`.
       shots: worked examples in each prompt.
       limit: only the first so many documents of each task.
       unsafe_code: code that the model writes may run.
@@ -193,7 +226,10 @@ def run_tasks(
     results = evaluator.evaluate(
         adapter, loaded, limit=limit, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=unsafe_code
     )
-    return [{"task": task, **sample} for task, samples in results["samples"].items() for sample in samples]
+    found = []
+    for task, samples in results["samples"].items():
+        found += [{"task": task, **sample} for sample in samples]
+    return found
 
 
 def _first_right(task: Any, doc: dict[str, Any]) -> str:

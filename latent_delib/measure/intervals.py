@@ -6,7 +6,6 @@ What holds for one work, a book for instance, may not hold for another: so inter
 import numpy as np
 
 RESAMPLES = 2000
-DRAWN_AT_ONCE = 2**22  # documents in the resamples that are in memory together: 32 MB
 
 
 def unit(work: np.ndarray) -> str:
@@ -64,13 +63,7 @@ def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
 def _resampled(sums: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
     """Adds up each resample of `sums`, [documents, columns], which has those of a work together."""
     draw = np.random.default_rng(seed)
-    at_once = max(1, DRAWN_AT_ONCE // len(sums))
-    found = []
-    for first in range(0, RESAMPLES, at_once):
-        count = min(at_once, RESAMPLES - first)
-        times = np.array([_resample(draw, size) for _ in range(count)], np.float64)
-        found.append(times @ sums)
-    return np.concatenate(found)
+    return np.array([_resample(draw, size) @ sums for _ in range(RESAMPLES)])
 
 
 def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:

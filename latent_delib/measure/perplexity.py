@@ -183,16 +183,12 @@ def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, An
 
     A part on a source has under "works" a part on each work with a name, where they are few.
     """
+    whole = _part(text, sums, seed, text.source >= 0)
     sets = {}
     for number, source in enumerate(text.sources):
         here = text.source == number
         works = _by_work(text, sums, seed, np.unique(text.work[here]))
         sets[source] = _part(text, sums, seed, here) | {"works": works}
-    if len(sets) > 1:
-        whole = _part(text, sums, seed, np.full(len(text.source), True))
-    else:
-        whole = dict(sets[text.sources[0]])
-        del whole["works"]
     return whole | {"sets": sets}
 
 

@@ -4,7 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from latent_delib.errors import UserError
+from latent_delib.machine.columns import aligned
 
 Row = dict[str, Any]
 
@@ -13,7 +16,7 @@ COLUMNS = ("benchmark", "model", "shots", "every", "delay", "documents", "value"
 TEXT = ("benchmark", "model", "unit")  # columns; the rest are numbers
 
 
-def figures(samples: Sequence[Row], metric: str, name: str = "") -> Row:
+def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row:
     """Returns a row's figures over documents: value, standard error, 95 % interval, unit, number of documents.
 
     Scores from 0 to 1 become percent. bits_per_byte is Σ -log2 p / Σ bytes.
@@ -28,14 +31,16 @@ def figures(samples: Sequence[Row], metric: str, name: str = "") -> Row:
     """
     values = [sample[metric] for sample in samples if metric in sample]
     if not values:
-        has = sorted({m for sample in samples for m in sample["metrics"]})
-        raise UserError(f"{name}: no document has metric {metric!r} under its filter; there are {has}")
+        has: set[str] = set()
+        for sample in samples:
+            has.update(sample["metrics"])
+        raise UserError(f"{name}: no document has metric {metric!r} under its filter; there are {sorted(has)}")
     if metric == "bits_per_byte":
         unit = metric
-        value, stderr, low, high = _ratio(values)
+        value, stderr, low, high = _ratio(np.array(values, np.float64))
     else:
         unit = "percent"
-        value, stderr, low, high = _percent(list(map(float, values)))
+        value, stderr, low, high = _percent(np.array(values, np.float64))
     return {
         "metric": metric,
         "unit": unit,
@@ -47,24 +52,27 @@ def figures(samples: Sequence[Row], metric: str, name: str = "") -> Row:
     }
 
 
-def _ratio(values: Sequence[tuple[float, int]]) -> tuple[float, float | None, float | None, float | None]:
-    """Returns Σ bits / Σ bytes of (log p, bytes), its standard error as of a ratio, and the interval's ends."""
+def _ratio(values: np.ndarray) -> tuple[float, float | None, float | None, float | None]:
+    """Returns Σ bits / Σ bytes, its standard error as of a ratio, and the interval's ends.
+
+    values: log p and bytes of each document, float64 [documents, 2].
+    """
     n = len(values)
-    bits = [-logp / math.log(2) for logp, _ in values]
-    size = sum(size for _, size in values)
-    value = sum(bits) / size
+    bits = -values[:, 0] / math.log(2)
+    size = values[:, 1]
+    value = float(bits.sum() / size.sum())
     if n == 1:
         return value, None, None, None
-    residual = sum((b - value * s) ** 2 for b, (_, s) in zip(bits, values))
-    stderr = math.sqrt(residual * n / (n - 1)) / size
+    residual = float(np.square(bits - value * size).sum())
+    stderr = math.sqrt(residual * n / (n - 1)) / float(size.sum())
     return value, stderr, value - Z * stderr, value + Z * stderr
 
 
-def _percent(scores: Sequence[float]) -> tuple[float, float | None, float, float]:
+def _percent(scores: np.ndarray) -> tuple[float, float | None, float, float]:
     """Returns the mean of scores from 0 to 1 in percent, its standard error, and the ends of Wilson's interval."""
     n = len(scores)
-    p = sum(scores) / n
-    variance = sum((score - p) ** 2 for score in scores) / n  # p (1 - p) where every score is 0 or 1
+    p = float(scores.mean())
+    variance = float(scores.var())  # p (1 - p) where every score is 0 or 1
     stderr = 100 * math.sqrt(variance / (n - 1)) if n > 1 else None
     middle = p + Z**2 / (2 * n)
     half = Z * math.sqrt(variance / n + Z**2 / (4 * n**2))
@@ -73,20 +81,11 @@ def _percent(scores: Sequence[float]) -> tuple[float, float | None, float, float
     return 100 * p, stderr, max(0.0, low), min(100.0, high)
 
 
-def show(rows: Sequence[Row]) -> str:
+def format_rows(rows: Sequence[Row]) -> str:
     """Returns the rows as a table in plain text."""
-    lines = [COLUMNS]
+    lines: list[Sequence[str]] = [COLUMNS]
     for row in rows:
         interval = "" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
         shown = row | {"value": f"{row['value']:.2f}", "95 % interval": interval, "documents": f"{row['documents']:,}"}
-        lines.append(tuple(str(shown[column]) for column in COLUMNS))
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    return "\n".join(_aligned(line, widths) for line in lines)
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    """Returns a line of the table, texts to the left and numbers to the right."""
-    cells = []
-    for column, cell, width in zip(COLUMNS, line, widths):
-        cells.append(cell.ljust(width) if column in TEXT else cell.rjust(width))
-    return "  ".join(cells).rstrip()
+        lines.append([str(shown[column]) for column in COLUMNS])
+    return "\n".join(aligned(lines, left=TEXT))

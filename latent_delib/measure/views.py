@@ -118,7 +118,9 @@ def donors(seed: int, text: ValidationText) -> np.ndarray:
       UserError: a source has one document only.
     """
     at_random = np.random.default_rng(seed).permutation(len(text.pieces))
-    source = text.source[text.document]
+    document = text.document
+    length = text.lengths()
+    source = text.source[document]
     found = np.empty(len(text.pieces), np.int64)
     for number, name in enumerate(text.sources):
         if np.count_nonzero(text.source == number) == 1:
@@ -126,26 +128,11 @@ def donors(seed: int, text: ValidationText) -> np.ndarray:
                 f"config.evaluate.swap: {name!r} of config.data.validation has one document among the pieces"
             )
         ring = at_random[source[at_random] == number]
-        found[ring] = ring[_next_that_fits(text.document[ring], text.lengths()[ring])]
-    return found
-
-
-def _next_that_fits(document: np.ndarray, length: np.ndarray) -> list[int]:
-    """Returns for each place in a ring the next piece that is of another document and long enough."""
-    longest: dict[int, int] = {}  # piece of each document
-    document, length = document.tolist(), length.tolist()
-    for each, tokens in zip(document, length):
-        longest[each] = max(tokens, longest.get(each, 0))
-    *_, second, first = sorted([0, 0, *longest.values()])
-
-    found = []
-    for place, each in enumerate(document):
-        longest_of_others = first if longest[each] < first else second
-        enough = min(length[place], longest_of_others)
-        other = place + 1
-        while document[other % len(document)] == each or length[other % len(document)] < enough:
-            other += 1
-        found.append(other % len(document))
+        for place, piece in enumerate(ring):
+            others = np.roll(ring, -place)
+            others = others[document[others] != document[piece]]
+            long_enough = np.minimum(length[others], length[piece])
+            found[piece] = others[np.argmax(long_enough)]
     return found
 
 

@@ -1,7 +1,10 @@
 """The numbers that make a transformer: one dataclass, the families, and a table of known sizes."""
 
 import dataclasses
+import re
+import reprlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from latent_delib.errors import UserError
@@ -99,12 +102,15 @@ class TransformerConfig:
         return fields
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], source: str) -> "TransformerConfig":
+    def from_dict(
+        cls, fields: Mapping[str, Any], source: str, names: Mapping[str, str] = MappingProxyType({})
+    ) -> "TransformerConfig":
         """Builds an architecture from plain values, for example JSON or a config.
 
         Args:
           fields: of this class, by name.
           source: where they are from, for messages.
+          names: what the source calls a field, where that is not our name.
 
         Raises:
           UserError: unknown or missing fields, values of another type, or numbers that do not fit together.
@@ -115,24 +121,26 @@ class TransformerConfig:
         unknown = sorted(set(fields) - set(known))
         if unknown:
             raise UserError(f"{source}: unknown fields {unknown}, expected some of {sorted(known)}")
-        required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
-        missing = sorted(required - set(fields))
-        if missing:
-            raise UserError(f"{source}: missing fields {missing}")
-        checked = {name: _checked(name, value, known[name].type, source) for name, value in fields.items()}
+        for name, field in known.items():
+            if field.default is dataclasses.MISSING and name not in fields:
+                raise UserError(f"{source}: {names.get(name, name)} is missing")
+        values = {}
+        for name, value in fields.items():
+            values[name] = checked(names.get(name, name), value, known[name].type, source)
         try:
-            return cls(**checked)
+            return cls(**values)
         except UserError as error:
-            raise UserError(f"{source}: {error}") from None
+            message = re.sub(r"\w+(?==)", lambda name: names.get(name[0], name[0]), str(error))
+            raise UserError(f"{source}: {message}") from None
 
 
-def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
-    """Returns a field's value in its type; raises UserError where it is of another or no int32 could hold it."""
+def checked(name: str, value: Any, kind: Any, source: str) -> Any:
+    """Returns a value that a file names in its type; raises UserError where it is of another or no int32 holds it."""
     accepted = {float: (float, int), tuple[str, ...]: (tuple, list), tuple[float, ...]: (tuple, list)}
     if not isinstance(value, accepted.get(kind, kind)) or isinstance(value, bool) != (kind is bool):
-        raise UserError(f"{source}: {name}={value!r}, expected {kind.__name__}")
+        raise UserError(f"{source}: {name}={reprlib.repr(value)}, expected {kind.__name__}")
     if kind in (int, float) and not abs(value) < 2**31:  # NaN is not below it either
-        raise UserError(f"{source}: {name}={value!r}, expected a number below 2**31")
+        raise UserError(f"{source}: {name}={reprlib.repr(value)}, expected a number below 2**31")
     return float(value) if kind is float else value
 
 
@@ -163,11 +171,15 @@ MARKS = ("scale_embeddings", "post_norms", "qk_norm", "qkv_bias")
 
 def family(config: TransformerConfig) -> str:
     """Returns the family that an architecture belongs to: the one with its MARKS."""
-    found = {mark: getattr(config, mark) for mark in MARKS}
+    found = _marks(vars(config))
     for name, fields in FAMILIES.items():
-        if found == {mark: fields.get(mark, getattr(TransformerConfig, mark)) for mark in MARKS}:
+        if _marks(fields) == found:
             return name
-    raise UserError(f"no family has {', '.join(f'{mark}={value}' for mark, value in found.items())}")
+    raise UserError(f"no family has {found}")
+
+
+def _marks(fields: Mapping[str, Any]) -> dict[str, bool]:
+    return {mark: fields.get(mark, getattr(TransformerConfig, mark)) for mark in MARKS}
 
 
 # The numbers that the members of a family share.
@@ -180,11 +192,21 @@ _QWEN3 = FAMILIES["qwen3"] | dict(rope_base=1e6)
 
 
 _LINEAR_BY_8 = (8.0, 1.0, 4.0, 0.0)  # a rope_scaling
-_NUMBERS = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "vocab_size")
 
 
-def _size(family: dict[str, Any], *numbers: int, **fields: Any) -> TransformerConfig:
-    return TransformerConfig(**dict(zip(_NUMBERS, numbers, strict=True)), **(family | fields))
+def _size(
+    family: dict[str, Any],
+    num_layers: int,
+    embed_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    ffn_dim: int,
+    vocab_size: int,
+    **fields: Any,
+) -> TransformerConfig:
+    numbers = (num_layers, embed_dim, num_heads, num_kv_heads, ffn_dim, vocab_size, head_dim)
+    return TransformerConfig(*numbers, **(family | fields))
 
 
 # A new member of a family is one entry of numbers:     layers, D, N, K, H, F, V

@@ -8,10 +8,10 @@ import numpy as np
 from latent_delib.errors import UserError
 from latent_delib.machine.distributed import warn
 from latent_delib.measure import intervals, perplexity
-from latent_delib.results import packed, tables
+from latent_delib.results import tables
 from latent_delib.results.entries import entry_of, label
 from latent_delib.results.forms import Table
-from latent_delib.results.packed import Arrays
+from latent_delib.results.packed import DOCUMENTS, Arrays, files_below
 from latent_delib.results.runs import Result, Runs
 
 
@@ -38,10 +38,11 @@ def compare(found: Runs, against: str) -> Table:
     Raises:
       UserError: there is no documents.npz in `against`.
     """
-    file = packed.find_file(Path(against) / packed.DOCUMENTS)
-    if file is None:
-        raise UserError(f"--against={against}: holds no {packed.DOCUMENTS}, which `evaluate` writes")
-    base = file.read()
+    files = {file.path: file for file in files_below(Path(against))}
+    documents = Path(against) / DOCUMENTS
+    if documents not in files:
+        raise UserError(f"--against={against}: holds no {DOCUMENTS}, which `evaluate` writes")
+    base = files[documents].read()
     rows, used, left_out = [], [], []
     over: dict[str, str | None] = {}
     for result in found.perplexity:

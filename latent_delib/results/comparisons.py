@@ -109,8 +109,10 @@ def entries_in(comparison: Comparison, every: Sequence[Entry]) -> list[Entry]:
     about = [entry for entry in every if kinds_of(entry) & comparison.about]
     if not about:
         return []
-    found = [entry for entry in every if kinds_of(entry) & (comparison.about | comparison.beside)]
-    if comparison.same_checkpoint:
-        checkpoints = {entry.result.checkpoint for entry in about}
-        found = [entry for entry in found if is_decoder(entry) or entry.result.checkpoint in checkpoints]
+    checkpoints = {entry.result.checkpoint for entry in about}
+    found = []
+    for entry in every:
+        belongs = not comparison.same_checkpoint or is_decoder(entry) or entry.result.checkpoint in checkpoints
+        if belongs and kinds_of(entry) & (comparison.about | comparison.beside):
+            found.append(entry)
     return found

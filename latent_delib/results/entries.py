@@ -55,9 +55,15 @@ def _has_own_decoder(result: Result) -> bool:
     return method is not None and method.trains_decoder and bool(result.checkpoint)
 
 
+def writes_latents(name: str) -> bool:
+    """Tells whether a method writes latents; one that is not known here counts as such."""
+    method = METHODS.get(name)
+    return method is None or method.write is not None
+
+
 def entry_of(result: Result) -> Entry:
     """Returns the entry of a perplexity.json alone."""
-    model = "decoder" if result.method["name"] == "decoder" else "augmented"
+    model = "augmented" if writes_latents(result.method["name"]) else "decoder"
     delay = controls(result)["delay"] or 0
     return Entry([result], model, delay, perplexity=result.data["rows"][0])
 
@@ -181,7 +187,7 @@ def _trained_decoder(entry: Entry) -> list[str]:
     name = entry.result.method["name"]
     words = ["zero-shot CoT"] if entry.model == "zero_shot_cot" else []
     words.append("trained decoder")
-    if name != "decoder":
+    if writes_latents(name):
         words.append(f"of {name}, without its latents")
     return words
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from latent_delib.results.entries import controls_in_words
+from latent_delib.machine.columns import aligned
+from latent_delib.results.entries import controls_in_words, writes_latents
 from latent_delib.results.figures import CURVES
 from latent_delib.results.tables import changes
 
@@ -28,7 +29,7 @@ def _heading(result: dict[str, Any]) -> str:
     words = [method["name"]]
     if result["step"] is not None:
         words.append(f"step {result['step']}")
-    if method["name"] != "decoder":
+    if writes_latents(method["name"]):
         words += [f"{method['num_latents']} latents", f"placement {method['placement']}"]
     words += controls_in_words(result["config"]["evaluate"])
     if result["past_donors"]:
@@ -49,23 +50,16 @@ def _works(works: dict[str, dict[str, Any]]) -> list[str]:
     if len(works) < 2:
         return []
     deepest = max(len(part["rows"]) for part in works.values())
-    columns = [f"n = {n}" for n in CURVES if n <= deepest]
-    lines = [["by work, intervals over its documents", *columns]]
+    names = ["by work, intervals over its documents"]
+    names += [f"n = {n}" for n in CURVES if n <= deepest]
+    lines = [names]
     for name, part in works.items():
-        label = f"{name}, {_documents(part | {'interval_over': None})}"
+        cells = [f"{name}, {_documents(part | {'interval_over': None})}"]
         known = changes(part["rows"])
-        lines.append([label, *(str(known.get(column, "")) for column in columns)])
-    return _aligned(lines)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Writes lines of cells, indented, each column as wide as its longest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    written = []
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        written.append("  ".join(["", *cells]).rstrip())
-    return written
+        for column in names[1:]:
+            cells.append(str(known.get(column, "")))
+        lines.append(cells)
+    return [f"  {line}" for line in aligned(lines, left=names)]
 
 
 def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from latent_delib.errors import UserError
 from latent_delib.job.record import Record
 from latent_delib.results import packed
-from latent_delib.results.packed import DOCUMENTS, METRICS, RESULTS, Arrays, File
+from latent_delib.results.packed import DOCUMENTS, METRICS, NAMES, RESULTS, Arrays, File
 
 PERPLEXITY, BENCHMARKS = RESULTS
 NUMBER = (int, float)
@@ -111,7 +111,7 @@ def find(folders: Sequence[str]) -> Runs:
 
 def _files(folders: Sequence[str]) -> dict[str, dict[Path, File]]:
     """Returns for each kind of file those found, by the folder they are really in."""
-    found: dict[str, dict[Path, File]] = {kind: {} for kind in (*RESULTS, METRICS, DOCUMENTS)}
+    found: dict[str, dict[Path, File]] = {name: {} for name in NAMES}
     for folder in folders:
         below = list(packed.files_below(Path(folder)))
         if not below and not Path(folder).is_dir():

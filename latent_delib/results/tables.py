@@ -58,7 +58,9 @@ def _perplexity(
     rows: list[Row] = []
     for latents, by_n in lines.items():
         row = {"latents": latents, "what": PUBLISHED, decoder: Figure(published.FROZEN.ppl)}
-        rows.append(row | {f"n = {n}": Figure(value, CHANGE) for n, value in by_n.items()})
+        for n, value in by_n.items():
+            row[f"n = {n}"] = Figure(value, CHANGE)
+        rows.append(row)
     for result, words in zip(results, labels(results)):
         for part, found in _parts(result.data).items():
             row = {"latents": entry_of(result).latents, "what": words, "from": result.key} | changes(found["rows"])
@@ -86,7 +88,8 @@ def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if len(sources) > 1:
             parts[source] = part
         if len(works) > 1:
-            parts |= {f"{work} of {source}": found for work, found in works.items()}
+            for work, found in works.items():
+                parts[f"{work} of {source}"] = found
     return parts
 
 
@@ -106,7 +109,9 @@ def _benchmarks(every: Sequence[Entry]) -> Table:
             rows.append(line | {"benchmark": _title(name)})
     used = []
     for entry in [*ours, *decoders]:
-        used += [result for result in entry.results if result.path.name == BENCHMARKS]
+        for result in entry.results:
+            if result.path.name == BENCHMARKS:
+                used.append(result)
     columns = ["benchmark", "setting", "what", *map(_score_column, (0, *sorted(latents)))]
     return finished("2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used)
 
@@ -274,5 +279,7 @@ def _origin(result: Result) -> str:
     ]
     if data.get("documents"):
         words.append(f"{data['documents']:,} documents")
-    words += [str(provenance[name]) for name in ("date", "hardware", "command") if provenance.get(name)]
+    for name in ("date", "hardware", "command"):
+        if provenance.get(name):
+            words.append(str(provenance[name]))
     return "; ".join(words)

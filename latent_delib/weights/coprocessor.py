@@ -15,7 +15,7 @@ import numpy as np
 
 from latent_delib.errors import UserError
 from latent_delib.machine import files
-from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.sizes import TransformerConfig, checked
 from latent_delib.nn.transformer import TABLES, Params
 from latent_delib.weights import folder, names, tensors
 from latent_delib.weights.tensors import TensorFile
@@ -61,8 +61,7 @@ def load(where: Path) -> tuple[dict[str, Any], Params]:
     if fields.get("format") != FORMAT:
         raise UserError(f"{where / FILE}: format is {fields.get('format')!r}, expected {FORMAT!r}")
     for key, kind in FIELDS.items():
-        if not isinstance(fields.get(key), kind):
-            raise UserError(f"{where / FILE}: {key}={fields.get(key)!r}, expected {kind.__name__}")
+        checked(key, fields.get(key), kind, str(where / FILE))
     config = TransformerConfig.from_dict(fields["architecture"], str(where / FILE))
     file = TensorFile(where / "model.safetensors")
     soft = (fields["num_latents"], config.embed_dim)

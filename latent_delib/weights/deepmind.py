@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, reason
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import DTYPES, read_dtype
@@ -38,7 +38,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
         leaves = jax.tree_util.tree_leaves_with_path(getattr(found, "tree", found))
         leaves = [(tuple(key.key for key in path), leaf) for path, leaf in leaves]  # a list has no keys: no weights
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not a readable orbax checkpoint ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"{where}: not a readable orbax checkpoint ({reason(error)})") from None
     paths, shapes, dtypes = {}, {}, {}
     for path, leaf in leaves:
         name = "/".join(map(str, path)).removeprefix("params/").removeprefix("transformer/")
@@ -47,8 +47,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
             continue
         dtype = np.dtype(leaf.dtype)
         if dtype not in DTYPES.values():
-            known = ", ".join(map(str, DTYPES.values()))
-            raise UserError(f"{where}: {name} is of type {dtype}, expected one of {known}")
+            raise UserError(f"{where}: {name} is of type {dtype}, expected {', '.join(DTYPES)}")
         paths[name] = path
         shapes[name] = tuple(leaf.shape)
         dtypes[name] = read_dtype(dtype)
@@ -69,7 +68,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
         try:
             x = handler.restore(epath.Path(where), args=args)
         except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"{where}: {name} cannot be read ({' '.join(str(error).split())[:300]})") from None
+            raise UserError(f"{where}: {name} cannot be read ({reason(error)})") from None
         for key in path:
             x = x[key]
         if name in turned:

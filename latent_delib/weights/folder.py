@@ -112,19 +112,25 @@ def fingerprint(folder: Path) -> str:
     path = folder / FINGERPRINT
     config = folder / "config.json"
     model = folder / "model.safetensors"
-    digest = hashlib.sha256(config.read_bytes())
     if not path.is_file():
-        with open(model, "rb") as file:
-            return hashlib.file_digest(file, lambda: digest).hexdigest()
+        return _hash(config.read_bytes(), model, model.stat().st_mtime_ns)
     stored = read_json(path)
     if not isinstance(stored.get("sha256"), str):
         raise UserError(f"{path}: sha256={stored.get('sha256')!r}, expected a string; {REMEDY}")
-    if stored.get("config_sha256") != digest.hexdigest():
+    if stored.get("config_sha256") != hashlib.sha256(config.read_bytes()).hexdigest():
         raise UserError(f"{config}: has changed since {FINGERPRINT} was written; {REMEDY}")
     size = model.stat().st_size
     if stored.get("model_bytes") != size:
         raise UserError(f"{model}: has {size} bytes, {stored.get('model_bytes')} in {FINGERPRINT}; {REMEDY}")
     return stored["sha256"]
+
+
+@functools.lru_cache(maxsize=1)
+def _hash(config: bytes, model: Path, changed: int) -> str:
+    """Returns the SHA-256 over a config and the file of a model, hex; the file is read once for each time of change."""
+    digest = hashlib.sha256(config)
+    with open(model, "rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 @functools.cache
@@ -146,13 +152,8 @@ def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:
       UserError: tensors missing, unknown, or of another shape than `config` says; all are listed.
     """
     file = TensorFile(folder / "model.safetensors")
-    found = file.shapes
     wanted = {name: leaf.shape for name, leaf in by_name(shapes(config)).items()}
-    wrong = [f"missing {n} {s}" for n, s in wanted.items() if n not in found]
-    wrong += [f"unknown {n} {s}" for n, s in found.items() if n not in wanted]
-    wrong += [f"{n} is {found[n]}, expected {s}" for n, s in wanted.items() if found.get(n, s) != s]
-    if wrong:
-        raise UserError(f"{file.path}: " + "; ".join(wrong))
+    tensors.check_shapes(file.shapes, wanted, str(file.path), notes={})
     return file
 
 

@@ -5,14 +5,13 @@ same models (Qwen's composes accents first), the files written here take text as
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from latent_delib.errors import UserError
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # values of tokenizer.ggml.token_type
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = (
@@ -40,36 +39,6 @@ class _Vocabulary(NamedTuple):
     special: dict[str, str]
 
 
-class _Keys:
-    """Reads the tokenizer.ggml keys of a GGUF, each checked when it is asked for."""
-
-    def __init__(self, metadata: Mapping[str, Any], source: str):
-        self._metadata = metadata
-        self._source = source
-
-    def error(self, key: str, message: str) -> UserError:
-        return UserError(f"{self._source}: tokenizer.ggml.{key}: {message}")
-
-    def get(self, key: str, kind: type, default: Any = ...) -> Any:
-        """Returns the value of a key, which is of type `kind`; where it is missing, `default` if that is given."""
-        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
-        if value is ...:
-            raise self.error(key, "is missing")
-        if value is not default and type(value) is not kind:  # a bool is no int
-            raise self.error(key, f"is {type(value).__name__}, expected {kind.__name__}")
-        return value
-
-    def list_of(self, kind: type, key: str, length: int | None = None) -> list:
-        """Returns the list of a key; its entries are of type `kind`, and of this number where it is given."""
-        values = self.get(key, list)
-        for i, value in enumerate(values):
-            if type(value) is not kind:
-                raise self.error(key, f"entry {i} is {type(value).__name__}, expected {kind.__name__}")
-        if length not in (None, len(values)):
-            raise self.error(key, f"has {len(values)} entries for {length} tokens")
-        return values
-
-
 def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
     """Writes tokenizer.json and tokenizer_config.json, or tokenizer.model, into an existing folder.
 
@@ -81,58 +50,56 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
     Raises:
       UserError: a key is missing, or does not describe a vocabulary of a known kind.
     """
-    keys = _Keys(metadata, source)
+    keys = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     writers = {"gpt2": _write_byte_level_bpe, "llama": _write_sentencepiece}
-    model = keys.get("model", str)
-    if model not in writers:
-        raise keys.error("model", f"is {model!r}, expected one of {', '.join(writers)}")
-    writers[model](keys, _vocabulary(keys), folder)
+    try:
+        write_files = _one_of(writers, "model", keys["model"])
+        write_files(keys, _vocabulary(keys), folder)
+    except KeyError as error:
+        raise UserError(f"{source}: tokenizer.ggml.{error.args[0]} is missing") from None
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"{source}: tokenizer.ggml holds no vocabulary of a known kind: {error}") from None
 
 
-def _vocabulary(keys: _Keys) -> _Vocabulary:
-    tokens = keys.list_of(str, "tokens")
-    types = list(keys.list_of(int, "token_type", len(tokens)))
-    ids: dict[str, int] = {}
-    for i, token in enumerate(tokens):
-        if not token:
-            raise keys.error("tokens", f"entry {i} is empty")
-        if token in ids:
-            raise keys.error("tokens", f"entries {ids[token]} and {i} are both {token!r}")
-        if not _NORMAL <= types[i] <= _BYTE:
-            raise keys.error("token_type", f"entry {i} is {types[i]}, expected 1 to 6")
-        ids[token] = i
+def _one_of(known: Mapping[str, Any], key: str, value: Any) -> Any:
+    """Returns the known thing that a key names."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{key} is {value!r:.40}, expected one of {', '.join(known)}")
+    return known[value]
+
+
+def _vocabulary(keys: Mapping[str, Any]) -> _Vocabulary:
+    tokens, types = keys["tokens"], list(keys["token_type"])
+    ids = {token: i for i, token in enumerate(tokens)}
+    if not len(ids) == len(tokens) == len(types):
+        raise ValueError(f"{len(tokens)} tokens, {len(ids)} of them different, {len(types)} entries in token_type")
     special = {}
     for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("pad", "padding_token_id")):
-        i = keys.get(key, int, None)
+        i = keys.get(key)
         if i is None:
             continue
         if not 0 <= i < len(tokens):
-            raise keys.error(key, f"is {i}, expected one of {len(tokens)} tokens")
+            raise ValueError(f"{key} is {i}, expected one of {len(tokens)} tokens")
         if types[i] != _UNKNOWN:  # some files call them normal, and text could spell them
             types[i] = _CONTROL
         special[name] = tokens[i]
     return _Vocabulary(ids, types, special)
 
 
-def _write_byte_level_bpe(keys: _Keys, vocabulary: _Vocabulary, folder: Path) -> None:
+def _write_byte_level_bpe(keys: Mapping[str, Any], vocabulary: _Vocabulary, folder: Path) -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    ids = vocabulary.ids
-    pre = keys.get("pre", str, "default")
-    if pre not in _WORDS:
-        raise keys.error("pre", f"is {pre!r}, expected one of {', '.join(_WORDS)}")
-    merges = [tuple(merge.split(" ")) for merge in keys.list_of(str, "merges")]
-    for i, merge in enumerate(merges):
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
-            raise keys.error("merges", f"entry {i} is {' '.join(merge)!r}, expected two tokens that make a third")
-    tokenizer = tokenizers.Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
-    words = [pre_tokenizers.Split(tokenizers.Regex(expression), "isolated") for expression in _WORDS[pre]]
+    pre = keys.get("pre", "default")
+    expressions = _one_of(_WORDS, "pre", pre)
+    merges = [tuple(merge.split(" ")) for merge in keys["merges"]]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=pre == "llama-bpe"))
+    words = [pre_tokenizers.Split(tokenizers.Regex(expression), "isolated") for expression in expressions]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     added = []
-    for token, kind in zip(ids, vocabulary.types):
+    for token, kind in zip(vocabulary.ids, vocabulary.types):
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             added.append(tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED))
     tokenizer.add_tokens(added)  # at once: each call goes over all tokens added so far
@@ -141,34 +108,29 @@ def _write_byte_level_bpe(keys: _Keys, vocabulary: _Vocabulary, folder: Path) ->
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_sentencepiece(keys: _Keys, vocabulary: _Vocabulary, folder: Path) -> None:
+def _write_sentencepiece(keys: Mapping[str, Any], vocabulary: _Vocabulary, folder: Path) -> None:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
-    ids, types = vocabulary.ids, vocabulary.types
-    scores = keys.list_of(float, "scores", len(ids))
-    if not all(map(math.isfinite, scores)):
-        raise keys.error("scores", "holds numbers that are not finite")
-    unknown = [token for token, kind in zip(ids, types) if kind == _UNKNOWN]
-    if len(unknown) != 1:
-        raise keys.error("token_type", f"has {len(unknown)} entries of type {_UNKNOWN} (unknown), expected 1")
+    ids, types, special = vocabulary
     model = sentencepiece_model_pb2.ModelProto()
-    for token, score, kind in zip(ids, scores, types):
+    for token, score, kind in zip(ids, keys["scores"], types, strict=True):
         model.pieces.add(piece=token, score=score, type=kind)
+        if kind == _UNKNOWN:
+            special["unk"] = token
+    if "unk" not in special:
+        raise ValueError(f"no token is of type {_UNKNOWN} (unk)")
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(ids)
     trainer.byte_fallback = _BYTE in types
-    for name, token in (vocabulary.special | {"unk": unknown[0]}).items():
+    for name, token in special.items():
         setattr(trainer, f"{name}_piece", token)  # the library finds them by these names
         setattr(trainer, f"{name}_id", ids[token])
     normalizer = model.normalizer_spec
     normalizer.name = "identity"
     normalizer.remove_extra_whitespaces = False
-    normalizer.add_dummy_prefix = keys.get("add_space_prefix", bool, True)
+    normalizer.add_dummy_prefix = keys.get("add_space_prefix", True)
     content = model.SerializeToString(deterministic=True)
-    try:
-        sentencepiece.SentencePieceProcessor(model_proto=content)
-    except RuntimeError as error:
-        raise keys.error("tokens", f"no SentencePiece vocabulary ({error})") from None
+    sentencepiece.SentencePieceProcessor(model_proto=content)  # raises an error for what is no vocabulary
     (folder / "tokenizer.model").write_bytes(content)

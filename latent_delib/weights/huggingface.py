@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from latent_delib.errors import UserError
-from latent_delib.nn.sizes import FAMILIES, TransformerConfig, differences, family
+from latent_delib.nn.sizes import FAMILIES, TransformerConfig, checked, differences, family
 from latent_delib.weights import folder as folder_lib
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import TensorFile, read_dtype
@@ -62,20 +61,15 @@ NUMBERS = {
     "embed_dim": "hidden_size",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
     "ffn_dim": "intermediate_size",
     "vocab_size": "vocab_size",
     "norm_eps": "rms_norm_eps",
-}
-# Our field -> the key that says it in another way: messages name the user's key.
-KEYS = NUMBERS | {
-    "layer_pattern": "layer_types",
-    "window": "sliding_window",
     "rope_base": "rope_theta",
-    "local_rope_base": "rope_local_base_freq",
-    "query_scale": "query_pre_attn_scalar",
-    "attn_softcap": "attn_logit_softcapping",
-    "final_softcap": "final_logit_softcapping",
 }
+SOFTCAPS = {"attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
+LOCAL = {"window": "sliding_window", "local_rope_base": "rope_local_base_freq"}  # of local layers
+KEYS = NUMBERS | SOFTCAPS | LOCAL
 # Their kind of layer -> ours.
 LAYERS = {"full_attention": "global", "sliding_attention": "local"}
 # Their kind of rotary scaling -> the keys that it needs.
@@ -95,7 +89,8 @@ def open_source(where: Path) -> Source:
     Raises:
       UserError: files missing, damaged or contradictory; an architecture that is none of FAMILIES.
     """
-    config = architecture(folder_lib.read_json(where / "config.json"), str(where / "config.json"))
+    path = where / "config.json"
+    config = architecture(folder_lib.read_json(path), str(path))
     places: dict[str, tuple[TensorFile, str]] = {}
     for name, file in _files(where).items():
         text_name = _text_name(name)
@@ -136,18 +131,10 @@ def _files(where: Path) -> dict[str, TensorFile]:
     listed = folder_lib.read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index}: weight_map is missing or no map of tensor names to file names")
-    opened: dict[str, TensorFile] = {}
-    for file in sorted(set(listed.values())):
-        if Path(file).name != file or "\\" in file or file in ("", ".", "..") or "\0" in file:
-            raise UserError(f"{index}: names the file {file!r}, expected one of the same folder")
-        opened[file] = TensorFile(where / file)
+    opened = {file: TensorFile(where / file) for file in sorted(set(listed.values()))}
     astray = [f"{name} in {file}" for name, file in listed.items() if name not in opened[file].shapes]
     if astray:
         raise UserError(f"{index}: these tensors are not where it says: {', '.join(astray)}")
-    stored = [name for file in opened.values() for name in file.shapes]
-    unlisted = [name for name in stored if name not in listed]
-    if unlisted:
-        raise UserError(f"{index}: does not list {', '.join(unlisted)}")
     return {name: opened[file] for name, file in listed.items()}
 
 
@@ -157,10 +144,16 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
     Raises:
       UserError: a key that is missing, wrong, or of a feature that is not known here.
     """
-    ours, c = _completed(config, where)
-    gemma = ours.startswith("gemma")
+    multimodal = config.get("model_type") == "gemma3" and "text_config" in config
+    text = checked("text_config", config["text_config"], dict, where) if multimodal else config
+    model_type = text.get("model_type", "gemma3_text" if multimodal else None)
+    families = {theirs: ours for ours, (theirs, _) in CLASSES.items()}
+    if not isinstance(model_type, str) or model_type not in families:
+        raise UserError(f"{where}: model_type={model_type!r}, expected one of {', '.join(families)} or gemma3")
+    ours = families[model_type]
+    c = _in_one_form(ours, text, where)
     # Gemma 1's files say gelu and mean its tanh approximation, as `transformers` reads them.
-    activations = ("gelu", "gelu_pytorch_tanh") if gemma else ("silu",)
+    activations = ("gelu", "gelu_pytorch_tanh") if ours.startswith("gemma") else ("silu",)
     for key, allowed in {
         "attention_bias": (False,),  # it would give the output projection a bias too
         "mlp_bias": (False,),
@@ -170,125 +163,75 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
     }.items():
         if c[key] not in allowed:
             raise UserError(f"{where}: {key}={c[key]!r}, only {' or '.join(map(repr, allowed))} is known here")
-    fields = FAMILIES[ours] | {name: _number(c, key, where) for name, key in NUMBERS.items()}
-    pattern = _pattern(c, fields["num_layers"], where)
-    has_local = "local" in pattern
-    base, scaling, local_base = _rope(c, where)
-    scalar = _number(c, "query_pre_attn_scalar", where) if "query_pre_attn_scalar" in c else 0
-    fields |= dict(
-        layer_pattern=pattern,
-        head_dim=_number(c, "head_dim", where) if "head_dim" in c else 0,
-        window=_number(c, "sliding_window", where) if has_local else 0,
-        rope_base=base,
-        rope_scaling=scaling,
-        local_rope_base=local_base if has_local else TransformerConfig.local_rope_base,
-        query_scale=float(scalar) ** -0.5 if scalar > 0 else 0.0,
-        attn_softcap=c["attn_logit_softcapping"] or 0.0,
-        final_softcap=c["final_logit_softcapping"] or 0.0,
-        untied_head=not c["tie_word_embeddings"],
-    )
-    try:
-        return TransformerConfig.from_dict(fields, where)
-    except UserError as error:
-        wrong = str(error).removeprefix(f"{where}: ")
-        wrong = re.sub(r"\w+(?==)", lambda found: KEYS.get(found[0], found[0]), wrong)
-        raise UserError(f"{where}: {wrong}") from None
+    pattern = _pattern(c, where)
+    keys = KEYS if "local" in pattern else NUMBERS | SOFTCAPS
+    fields = dict(FAMILIES[ours])
+    for name, key in keys.items():
+        if c.get(key) is not None:
+            fields[name] = c[key]
+    fields["layer_pattern"] = pattern
+    fields["rope_scaling"] = _scaling(c["rope_scaling"], where)
+    fields["untied_head"] = not c["tie_word_embeddings"]
+    if "query_pre_attn_scalar" in c:
+        scalar = checked("query_pre_attn_scalar", c["query_pre_attn_scalar"], float, where)
+        fields["query_scale"] = scalar**-0.5 if scalar > 0 else 0.0
+    return TransformerConfig.from_dict(fields, where, KEYS)
 
 
-def _completed(config: Fields, where: str) -> tuple[str, dict[str, Any]]:
-    """Returns our family, and the fields of the text decoder with all that they leave out filled in."""
-    multimodal = config.get("model_type") == "gemma3" and "text_config" in config
-    text = config["text_config"] if multimodal else config
-    if not isinstance(text, dict):
-        raise UserError(f"{where}: text_config={text!r}, expected an object")
-    model_type = text.get("model_type", "gemma3_text" if multimodal else None)
-    families = {theirs: ours for ours, (theirs, _) in CLASSES.items()}
-    if not isinstance(model_type, str) or model_type not in families:
-        raise UserError(f"{where}: model_type={model_type!r}, expected one of {', '.join(families)} or gemma3")
-    ours = families[model_type]
-    given = {key: value for key, value in text.items() if value is not None or key.endswith("softcapping")}
-    c = DEFAULTS[ours] | given
-    c["hidden_act"] = c.get("hidden_activation", c["hidden_act"])
-    if "num_attention_heads" in c:
-        c.setdefault("num_key_value_heads", c["num_attention_heads"])
-    return ours, c
+def _in_one_form(ours: str, text: Fields, where: str) -> dict[str, Any]:
+    """Returns the fields of a text decoder with all that they leave out, as `transformers` 4 wrote them.
 
-
-def _number(c: Fields, key: str, where: str) -> Any:
-    """Returns the number that a key holds."""
-    if key not in c:
-        raise UserError(f"{where}: {key} is missing")
-    if not isinstance(c[key], int | float) or isinstance(c[key], bool):
-        raise UserError(f"{where}: {key}={c[key]!r}, expected a number")
-    return c[key]
-
-
-def _pattern(c: Fields, num_layers: int, where: str) -> tuple[str, ...]:
-    """Returns the shortest pattern that, repeated, gives every layer its kind."""
-    if "layer_types" in c:
-        kinds = c["layer_types"]
-        if not isinstance(kinds, list) or len(kinds) != num_layers or not all(k in list(LAYERS) for k in kinds):
-            raise UserError(f"{where}: layer_types: expected {num_layers} of {' and '.join(LAYERS)}")
-        ours = [LAYERS[kind] for kind in kinds]
-    elif "sliding_window_pattern" in c:
-        period = c["sliding_window_pattern"]
-        if not isinstance(period, int) or not 1 <= period <= 1000:
-            raise UserError(f"{where}: sliding_window_pattern={period!r}, expected a number of layers")
-        ours = ["local"] * (period - 1) + ["global"]
-    elif c.get("use_sliding_window"):
-        raise UserError(f"{where}: use_sliding_window=True, only with layer_types is it known here")
-    else:
-        ours = ["global"]
-    for period in range(1, len(ours) + 1):
-        if all(kind == ours[i % period] for i, kind in enumerate(ours)):
-            return tuple(ours[:period])
-    raise UserError(f"{where}: layer_types is empty")
-
-
-def _rope(c: Fields, where: str) -> tuple[float, tuple[float, ...], float]:
-    """Returns rotary base and scaling of global layers, and the base of local ones.
-
-    `transformers` 5 writes rope_parameters, for all layers or by their kind; releases before it wrote rope_theta,
-    rope_scaling and rope_local_base_freq, which it reads as well.
+    That is hidden_act, and rope_theta, rope_scaling and rope_local_base_freq where release 5 writes rope_parameters,
+    for all layers or by their kind.
     """
-    rope = _object(c, "rope_parameters", where)
-    if "full_attention" in rope or "sliding_attention" in rope:
-        of_global = _object(rope, "full_attention", where)
-        of_local = _object(rope, "sliding_attention", where)
-    else:
-        of_global = rope or _object(c, "rope_scaling", where)
-        of_local = {} if "rope_local_base_freq" in c else of_global
-    base = _base(of_global, c["rope_theta"], where)
-    local_base = _base(of_local, c.get("rope_local_base_freq", c["rope_theta"]), where)
-    return base, _scaling(of_global, where), local_base
+    c = dict(DEFAULTS[ours])
+    for key, value in text.items():
+        if value is not None or key.endswith("softcapping"):
+            c[key] = value
+    c["hidden_act"] = c.get("hidden_activation", c["hidden_act"])
+    c.setdefault("num_key_value_heads", c.get("num_attention_heads"))
+    rope = _object(c, "rope_parameters", where) or _object(c, "rope_scaling", where)
+    of_global = _object(rope, "full_attention", where) or rope
+    of_local = _object(rope, "sliding_attention", where)
+    c["rope_scaling"] = of_global
+    c["rope_theta"] = of_global.get("rope_theta", c["rope_theta"])
+    local_base = c.get("rope_local_base_freq", c["rope_theta"])
+    c["rope_local_base_freq"] = of_local.get("rope_theta", local_base)
+    return c
 
 
 def _object(c: Fields, key: str, where: str) -> Fields:
     """Returns the object that a key holds; an empty one where there is none."""
-    value = c.get(key) or {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {key}={value!r}, expected an object")
-    return value
+    return checked(key, c.get(key) or {}, dict, where)
 
 
-def _base(rope: Fields, default: Any, where: str) -> float:
-    base = rope.get("rope_theta", default)
-    if not isinstance(base, int | float) or not base > 0:
-        raise UserError(f"{where}: rope_theta={base!r}, expected a positive number")
-    return float(base)
+def _pattern(c: Fields, where: str) -> tuple[str, ...]:
+    """Returns the shortest pattern that, repeated, gives every layer its kind."""
+    if "layer_types" not in c:
+        if c.get("use_sliding_window"):
+            raise UserError(f"{where}: use_sliding_window=True needs layer_types")
+        period = checked("sliding_window_pattern", c.get("sliding_window_pattern", 1), int, where)
+        if not 1 <= period <= 1000:
+            raise UserError(f"{where}: sliding_window_pattern={period}, expected a number of layers")
+        return ("local",) * (period - 1) + ("global",)
+    kinds = c["layer_types"]
+    num_layers = c.get("num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in list(LAYERS) for kind in kinds):
+        raise UserError(f"{where}: layer_types: expected {num_layers} of {' and '.join(LAYERS)}")
+    ours = [LAYERS[kind] for kind in kinds]
+    for period in range(1, len(ours)):
+        if ours[period:] == ours[:-period]:
+            return tuple(ours[:period])
+    return tuple(ours)
 
 
 def _scaling(rope: Fields, where: str) -> tuple[float, ...]:
+    """Returns the rotary scaling of TransformerConfig."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in SCALINGS or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"{where}: rotary positions {dict(rope)}, expected the type to be one of {', '.join(SCALINGS)}")
-    values = [rope.get(key) for key in SCALINGS[kind]]
-    if not all(isinstance(value, int | float) for value in values):
-        needed = ", ".join(SCALINGS[kind])
-        raise UserError(f"{where}: rotary scaling {kind!r} needs the numbers {needed}, found {values}")
-    if kind == "linear":
-        return float(values[0]), 1.0, 4.0, 0.0
-    return tuple(float(value) for value in values)
+    values = [checked(key, rope.get(key), float, where) for key in SCALINGS[kind]]
+    return (*values, 1.0, 4.0, 0.0) if kind == "linear" else tuple(values)
 
 
 def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) -> dict[str, Any]:
@@ -307,26 +250,23 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
     fields = {
         "architectures": [class_name],
         "model_type": model_type,
-        "head_dim": c.head_dim,
         "hidden_act": "silu",
         "tie_word_embeddings": not c.untied_head,
-        "rope_theta": c.rope_base,
         "rope_scaling": _rope_scaling(c),
         "dtype": dtype,
         **token_ids,
     }
     fields |= {key: getattr(c, name) for name, key in NUMBERS.items()}
     if ours.startswith("gemma"):
-        fields["hidden_act"] = fields["hidden_activation"] = "gelu_pytorch_tanh"
+        fields["hidden_act"] = fields["hidden_activation"] = "gelu_pytorch_tanh"  # Gemma 1 needs both: 5 and 4
     if ours in ("gemma2", "gemma3"):
         scalar = round(c.query_scale**-2, 6)
         fields |= {
             "layer_types": ["sliding_attention" if local else "full_attention" for local in c.is_local],
             "sliding_window": c.window or 4096,
             "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers 5 insists
-            "attn_logit_softcapping": c.attn_softcap or None,
-            "final_logit_softcapping": c.final_softcap or None,
         }
+        fields |= {key: getattr(c, name) or None for name, key in SOFTCAPS.items()}
     if ours == "gemma3":
         fields["rope_local_base_freq"] = c.local_rope_base
     back = architecture(fields, "config.json")
@@ -344,7 +284,13 @@ def _rope_scaling(c: TransformerConfig) -> dict[str, Any] | None:
     factor, low, high, context = c.rope_scaling
     if not context:
         return {"rope_type": "linear", "factor": factor}
-    return dict(zip(SCALINGS["llama3"], (factor, low, high, int(context)))) | {"rope_type": "llama3"}
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": int(context),
+    }
 
 
 def tokenizer_config(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from latent_delib.errors import UserError
 from latent_delib.nn.sizes import TransformerConfig, family
+from latent_delib.weights.tensors import check_shapes
 
 
 class Row(NamedTuple):
@@ -187,18 +188,10 @@ def match(
     if config.num_layers > len(found):  # a damaged number must not make a billion names
         raise UserError(f"{source}: {config.num_layers} layers, but only {len(found)} tensors")
     wanted = [t for t in tensors(config, form) if t.leaf not in without]
-    names: dict[str, tuple[tuple[int, ...], list[str]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    ours: dict[str, str] = {}
     for t in wanted:
-        ours = t.leaf if t.layer is None else f"{t.leaf} of layer {t.layer}"
-        names.setdefault(t.name, (t.stored_shape, []))[1].append(ours)
-    wrong = []
-    for name, (shape, leaves) in names.items():
-        ours = ", ".join(leaves)
-        if name not in found:
-            wrong.append(f"missing {name} {shape} ({ours})")
-        elif tuple(found[name]) != shape:
-            wrong.append(f"{name} is {tuple(found[name])}, expected {shape} ({ours})")
-    wrong += [f"unknown {name} {tuple(shape)}" for name, shape in found.items() if name not in names]
-    if wrong:
-        raise UserError(f"{source}: {'; '.join(wrong)}")
+        shapes[t.name] = t.stored_shape
+        ours[t.name] = f" ({t.leaf})" if t.layer is None else f" ({t.leaf} of layer {t.layer})"
+    check_shapes(found, shapes, source, ours)
     return wanted

@@ -27,6 +27,27 @@ def read_dtype(stored: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if stored == np.float16 else stored
 
 
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], source: str, notes: Mapping[str, str]
+) -> None:
+    """Raises UserError that lists all tensors that are missing, unknown or misshapen.
+
+    Args:
+      found, wanted: name -> shape.
+      source: where they are from, for messages.
+      notes: name -> what a message adds to it.
+    """
+    wrong = []
+    for name, shape in wanted.items():
+        if name not in found:
+            wrong.append(f"missing {name} {shape}{notes.get(name, '')}")
+        elif found[name] != shape:
+            wrong.append(f"{name} is {found[name]}, expected {shape}{notes.get(name, '')}")
+    wrong += [f"unknown {name} {shape}" for name, shape in found.items() if name not in wanted]
+    if wrong:
+        raise UserError(f"{source}: {'; '.join(wrong)}")
+
+
 class TensorFile:
     """Holds an opened safetensors file. shapes, dtypes: of every tensor, by name.
 

@@ -25,10 +25,7 @@ from latent_delib.nn.transformer import Transformer
 def test_loss_and_gradient_equal_ours(name, placement):
     config = small.CONFIGS[name]
     params = jax.tree.map(jnp.array, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, 3)})
-    rng = np.random.default_rng(0)
-    tokens_BT = jnp.array(rng.integers(0, config.vocab_size, (2, 40)))
-    segment_BT = jnp.array([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])  # documents, and padding
-    at_BM = jnp.array([[0, 3, 14, 16, 30], [2, 5, 12, 28, 39]])  # starts, ends, beside each other, in the padding
+    tokens_BT, segment_BT, at_BM = jax.tree.map(jnp.array, small.packed(config))
     aug = Augmentation(Transformer(config, few=0), num_latents=3, placement=placement)
 
     def value_and_gradient(loss):

@@ -21,10 +21,7 @@ torch = pytest.importorskip("torch")
 
 CONFIG, L, A = small.GEMMA, 3, 5
 OPTIMIZER = base.get_config().optimizer
-rng = np.random.default_rng(0)
-TOKENS = rng.integers(0, CONFIG.vocab_size, (2, 40))
-SEGMENT = np.array([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])  # documents, and padding
-AT = np.array([[0, 3, 14, 16, 30], [2, 5, 12, 28, 39]])
+TEXT = small.packed(CONFIG)
 
 
 def ours(placement):
@@ -34,8 +31,7 @@ def ours(placement):
 
     def of_coprocessor(trainable):
         params = {"decoder": jax.tree.map(jnp.array, decoder), "coprocessor": trainable}
-        text = jnp.array(TOKENS), jnp.array(SEGMENT), jnp.array(AT)
-        return augment.loss(aug, params, *text, num_ahead=A, dtype=jnp.float32)
+        return augment.loss(aug, params, *map(jnp.array, TEXT), num_ahead=A, dtype=jnp.float32)
 
     (loss, count), gradient = jax.jit(jax.value_and_grad(of_coprocessor, has_aux=True))(coprocessor)
     return float(loss), float(count), jax.device_get(gradient), decoder, coprocessor
@@ -48,7 +44,7 @@ def theirs(placement, decoder, coprocessor, device, compiled):
     peer = Peer(CONFIG, L, A, placement, OPTIMIZER, device, compiled)
     load(peer.decoder, decoder)
     load(peer.coprocessor, coprocessor)
-    return peer, [torch.from_numpy(x).to(device) for x in (TOKENS, SEGMENT, AT)]
+    return peer, [torch.from_numpy(x).to(device) for x in TEXT]
 
 
 @pytest.mark.parametrize("placement", ["after", "overlay"])

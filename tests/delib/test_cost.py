@@ -13,10 +13,15 @@ from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
 
 
+def of_products(config):
+    """Operations of a token in the products with all layers' matrices."""
+    leaves = folder.by_name(folder.shapes(config))
+    return 2 * sum(x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name)
+
+
 def counted(config, L, placement, T, M, A):
     """One sequence: every trace at every place in the text, averaged; windows over prefix and own tokens apart."""
-    leaves = folder.by_name(folder.shapes(config))
-    products = 2 * sum(x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name)
+    products = of_products(config)
 
     def pairs(length):
         """Keys that the queries of `length` tokens see of each other, themselves half, over all layers."""
@@ -53,8 +58,7 @@ def test_the_published_setting():
 def test_what_is_done_beyond_that():
     """Under `attention` the products of the traces once more; under `full` what they see of the text too."""
     config = dataclasses.replace(small.GEMMA, window=8)
-    leaves = folder.by_name(folder.shapes(config))
-    products = 2 * sum(x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name)
+    products = of_products(config)
 
     def again(remat, method="cache_augmentation"):
         return step_flops(Augmentation(Transformer(config, remat), method, 4), 3, 64, 5, 6).repeated
@@ -70,11 +74,11 @@ def test_what_is_done_beyond_that():
     one_after_another, zeros = 3 * 5 * 3 * 4, 3 * 5 * 4
     pair = 4 * config.num_heads * config.head_dim
     seen = pair * sum(np.minimum(np.arange(64) + 0.5, 8 if local else 64).mean() for local in config.is_local)
-    for method, base, tokens_more, of_products, of_seen in (
+    for method, base, tokens_more, times_products, times_seen in (
         ("sequential", tokens, one_after_another, 4, 3),
         ("inserted", tokens - zeros, zeros, 2, 2),
     ):
         more = again("none", method)
-        np.testing.assert_allclose(more, tokens_more * (of_products * products + of_seen * seen), rtol=1e-2)
+        np.testing.assert_allclose(more, tokens_more * (times_products * products + times_seen * seen), rtol=1e-2)
         np.testing.assert_allclose(again("attention", method) - more, (base + tokens_more) * products)
     assert again("attention", "joint") == again("attention", "last_layer") == (tokens + 3 * 64) * products

@@ -52,13 +52,6 @@ def test_an_adapted_matrix_is_that_and_the_product():
             np.testing.assert_allclose(found[name][layer].reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rank_bounds_the_change():
-    found = lora.lay_over(TREE, adapters(2))
-    change = np.asarray(found["layers"]["mlp"]["up"][0] - TREE["layers"]["mlp"]["up"][0], np.float64)
-    values = np.linalg.svd(change, compute_uv=False)
-    assert values[1] > 1e-2 and np.all(values[2:] < 1e-4)
-
-
 def test_what_is_below_in_bfloat16_stays_so():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), TREE)
     found = lora.lay_over(half, jax.tree.map(jnp.asarray, adapters(2)))

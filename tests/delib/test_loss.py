@@ -11,7 +11,7 @@ import small
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.loss import token_nll, tokens_at_a_time
+from latent_delib.delib.loss import token_nll
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.transformer import Transformer
 
@@ -128,14 +128,6 @@ def test_no_logits_of_all_tokens(chunk, whole, argnums):
     floats = [a.shape for a in arrays_in(program.jaxpr) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert (B, chunk, V) in floats  # a chunk's are seen, so the walk goes in
     assert any(np.prod(shape) >= B * R * V and V in shape for shape in floats) == whole
-
-
-@pytest.mark.parametrize(
-    "sequences, shards, tokens",
-    [(1, 1, 512), (4, 1, 512), (8, 1, 256), (16, 1, 128), (4096, 1, 1), (256, 256, 512), (256, 16, 128)],
-)
-def test_tokens_at_a_time(sequences, shards, tokens):
-    assert tokens_at_a_time(512, sequences, shards) == tokens
 
 
 @pytest.mark.parametrize("shards, tokens", [(1, 8), (4, 32)])

@@ -61,12 +61,6 @@ def text_of(seed, dtype=jnp.float32):
     return Reading(jax.random.normal(jax.random.key(seed), (B, T, CONFIG.embed_dim), dtype), cache)
 
 
-def test_the_rows_there_are():
-    paper = {"decoder", "cache_augmentation", "from_scratch", "last_layer", "pause_tokens", "static_tokens"}
-    assert set(METHODS) == paper | {"inserted", "joint", "unified", "sequential", "resized"}
-    assert set(METHODS) - set(WRITING) == {"decoder"}
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_trainable_tree(name):
     """What writes latents is a coprocessor that reads no tokens; a decoder is in it where that is trained."""
@@ -152,7 +146,7 @@ def test_soft_tokens_do_not_repeat_when_all_rows_are_taken():
     decoder = DECODER | {"embedding": DECODER["embedding"][:L]}
     soft = begin("static_tokens", 0, decoder)["coprocessor"]["soft_tokens"]
     np.testing.assert_array_equal(np.sort(soft[:, 0]), np.sort(decoder["embedding"][:, 0]))
-    with pytest.raises(UserError, match=f"{L} latents: expected at most {L - 1}, the rows"):
+    with pytest.raises(UserError, match=f"{L} latents.* {L - 1}"):
         begin("static_tokens", 0, DECODER | {"embedding": DECODER["embedding"][: L - 1]})
 
 

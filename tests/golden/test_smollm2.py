@@ -46,3 +46,19 @@ def test_greedy_decoding(stored, lm):
     length = len(stored["greedy"][0]["tokens"])
     found = lm.generate([case["prompt"] for case in stored["greedy"]], max_new_tokens=length)
     assert found == [case["text"] for case in stored["greedy"]]
+
+
+@pytest.mark.slow
+def test_ragged_greedy_decoding(stored, lm):
+    """64 prompts of 8 to 323 tokens, taken 16 at a time, go on as `transformers` continues each by itself."""
+    cases = stored["ragged"]
+    prompts = [(TEXT / c["file"]).read_text(encoding="utf-8")[c["start"] : c["stop"]] for c in cases]
+    for case, prompt in zip(cases, prompts):
+        assert [lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)] == case["tokens"], case["file"]
+    assert len(cases) == 64
+    for case, found in zip(cases, lm.continuations(prompts, max_new_tokens=64)):
+        new = case["new"]  # shorter where EOS ended it
+        assert len(new) == 64 or new[-1] == lm.tokenizer.eos_id
+        padded = new + [lm.tokenizer.pad_id] * (64 - len(new))
+        where = f"{case['file']} {case['start']}: the reference's two largest logits came as near as {case['gap']}"
+        assert found.tokens.tolist() == padded, where

@@ -4,9 +4,10 @@ import jax
 import pytest
 
 from latent_delib.errors import UserError
-from latent_delib.job import collectives, experiment
+from latent_delib.job import experiment
 from latent_delib.job import plan as planning
 from tests.golden import make_sharding
+from tools import collectives
 
 
 @pytest.mark.parametrize("name", make_sharding.NAMES)

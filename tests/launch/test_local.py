@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.pretend import program
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,10 +31,7 @@ class Checkout:
         self.env = {"PATH": f"{root}/bin:{os.defpath}", "HOME": str(root), "LATENT_DELIB_POLL": "0.02"}
 
     def script(self, name: str, text: str) -> Path:
-        path = self.root / name
-        path.write_text("#!/usr/bin/env bash\n" + text)
-        path.chmod(0o755)
-        return path
+        return program(self.root / name, text)
 
     def start(self, script: str, *arguments: str) -> subprocess.Popen:
         # A job that a shell put in the background ignores SIGINT, and so would what it starts.
@@ -127,18 +126,18 @@ def test_what_ignores_sigterm_is_killed(here: Checkout) -> None:
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
-        ("local", "--processes=0 -- x", "expected --processes=N"),
+        ("local", "--processes=0 -- x", "--processes=N"),
         ("local", "--processes=2", "no command"),
-        ("local", "--process=2 -- x", "--process=2: no such flag; there are --processes --devices"),
+        ("local", "--process=2 -- x", "--process=2: "),
         ("sweep", "Name configs/x.py", "a name of a-z, 0-9 and -"),
         ("sweep", "name seed=0,1", "a config"),
-        ("sweep", "name configs/x.py seed", "seed: expected KEY=VALUE,VALUE"),
-        ("sweep", "name configs/x.py seed=", "seed=: one of the values is empty"),
-        ("sweep", "name configs/x.py seed=,", "seed=,: one of the values is empty"),
-        ("sweep", "name configs/x.py seed=0,,1 --dry_run", "seed=0,,1: one of the values is empty"),
-        ("sweep", "name configs/x.py,configs/none.py --dry_run", "configs/none.py: no such file"),
-        ("sweep", "name configs/x.py --jobs=0 --dry_run", "--jobs=0: expected 1 or more"),
-        ("sweep", "name configs/x.py --with={launcher}", "LATENT_DELIB_BUCKET is not set"),
+        ("sweep", "name configs/x.py seed", "seed: "),
+        ("sweep", "name configs/x.py seed=", "seed=: "),
+        ("sweep", "name configs/x.py seed=,", "seed=,: "),
+        ("sweep", "name configs/x.py seed=0,,1 --dry_run", "seed=0,,1: "),
+        ("sweep", "name configs/x.py,configs/none.py --dry_run", "configs/none.py: "),
+        ("sweep", "name configs/x.py --jobs=0 --dry_run", "--jobs=0: "),
+        ("sweep", "name configs/x.py --with={launcher}", "LATENT_DELIB_BUCKET"),
     ],
 )
 def test_mistakes_are_one_line(here: Checkout, script: str, arguments: str, message: str) -> None:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from configs import base, paper
 from latent_delib.delib.methods import METHODS
 from latent_delib.job import experiment
+from tests.launch.pretend import program
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = """#!/usr/bin/env bash
@@ -42,10 +43,7 @@ def here(tmp_path: Path) -> Path:
         shutil.copy(ROOT / f"launch/{name}.sh", tmp_path / "launch")
     scripts = {"launch/setup.sh": "", "launch/get_smollm2.sh": "echo model.gguf", ".venv/bin/python": PYTHON}
     for name, text in scripts.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text if text.startswith("#!") else f"#!/usr/bin/env bash\n{text}\n")
-        path.chmod(0o755)
+        program(tmp_path / name, text)
     return tmp_path
 
 
@@ -129,7 +127,7 @@ def test_without_tasks_all_else_is_made_and_reported(here: Path) -> None:
     python = here / ".venv/bin/python"
     python.write_text(PYTHON.replace("mkdir -p", "[[ $2 != *.make_tasks ]] || exit 1\nmkdir -p"))
     (said,) = run_paper(here, "a/adapt_decoder", "a/pause_tokens", code=1)
-    assert said == "error: left out, for want of runs/tasks: a/adapt_decoder"
+    assert said.startswith("error: ") and "runs/tasks" in said and "a/adapt_decoder" in said
     calls = (here / "calls").read_text()
     assert "train --config=configs/paper.py:a/pause_tokens" in calls and "adapt_decoder" not in calls
     assert calls.endswith("report runs/paper --out=runs/paper/report\n")
@@ -137,14 +135,14 @@ def test_without_tasks_all_else_is_made_and_reported(here: Path) -> None:
 
 def test_more_arguments_are_of_the_config(here: Path) -> None:
     (said,) = run_paper(here, "a/overlay", "--", "--steps=all", code=1)
-    assert said == "error: --steps=all: expected --config.KEY=VALUE; --help tells more"
+    assert said.startswith("error: --steps=all: ")
     assert not (here / "runs").exists()
 
 
 @pytest.mark.parametrize("name", ["overlay", "a/nothing", "a/protocols", "a/", "c/overlay"])
 def test_a_name_that_is_none(here: Path, name: str) -> None:
     (said,) = run_paper(here, name, code=1)
-    assert said.startswith(f"error: {name}: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED")
+    assert said.startswith(f"error: {name}: ") and "PROTOCOL/NAME@SEED" in said
     assert not (here / "runs").exists()
 
 
@@ -204,5 +202,5 @@ def test_a_row_says_all_that_an_experiment_changes() -> None:
 
 @pytest.mark.parametrize("name", ["overlay", "a/nothing", "c/overlay", ""])
 def test_a_config_that_is_none(name: str) -> None:
-    with pytest.raises(ValueError, match="expected PROTOCOL/EXPERIMENT, .* b_cpu, .* overlay_32"):
+    with pytest.raises(ValueError, match="PROTOCOL/EXPERIMENT.* b_cpu, .* overlay_32"):
         paper.get_config(name)

@@ -96,5 +96,5 @@ def test_mistakes(decoder, tokens):
         look.attention(ld.AugmentedLM(decoder), tokens, AT)
     lm = ld.AugmentedLM(decoder, ld.init_coprocessor(decoder, L))
     for at in (-1, LENGTH - 2):
-        with pytest.raises(ld.UserError, match=f"at={at}: expected 0 to {LENGTH - 3}"):
+        with pytest.raises(ld.UserError, match=f"at={at}: "):
             look.attention(lm, tokens, at)

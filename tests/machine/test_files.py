@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def test_what_a_killed_process_leaves_is_removed_at_the_next_start(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, out, table], cwd=Path(__file__).parents[2])
     assert done.returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 2
-    elsewhere = tmp_path / "out.tmp-another-host-12345678"  # whose lock cannot be seen here
+    dead = names(tmp_path)[0].split("-")[-2]
+    elsewhere = tmp_path / f"out.tmp-another_host-{dead}-12345678"  # whose processes are not seen here
     elsewhere.mkdir()
     files.write(table, b"whole")
     with files.whole(out) as partial:
@@ -45,9 +47,7 @@ def test_what_a_killed_process_leaves_is_removed_at_the_next_start(tmp_path):
     assert (out / "weights").read_text() == "whole" and table.read_bytes() == b"whole"
 
 
-def test_nothing_of_a_living_job_is_removed(tmp_path, monkeypatch):
-    """Two containers on one disk have the same process id."""
-    monkeypatch.setattr(os, "getpid", lambda: 1)
+def test_nothing_of_a_living_job_is_removed(tmp_path):
     with pytest.raises(UserError, match="out: made by another job meanwhile"):
         with files.whole(tmp_path / "out") as slow:
             (slow / "weights").write_text("slow")
@@ -68,18 +68,27 @@ def test_who_may_read_a_file_or_folder_is_left_to_the_user(tmp_path):
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "out")] == [0o640, 0o750]
 
 
-@pytest.mark.parametrize("kind", [OSError, Outage])
-def test_a_full_disk_is_told_of_with_the_path_that_the_user_gave(tmp_path, monkeypatch, kind):
-    def full(*_):
-        raise kind(errno.ENOSPC, "No space left on device")
+@pytest.fixture
+def small_files():
+    """No file can grow beyond 4096 bytes, as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    signal.signal(signal.SIGXFSZ, handler)
 
-    with monkeypatch.context() as patch, pytest.raises(kind) as of_a_file:
-        patch.setattr(Path, "write_bytes", full)
-        files.write(tmp_path / "table.md", b"")
-    with pytest.raises(kind) as of_a_folder, files.whole(tmp_path / "out"):
-        full()
-    assert of_a_file.value.filename == str(tmp_path / "table.md")
-    assert of_a_folder.value.filename == str(tmp_path / "out")
+
+def test_a_full_disk_is_told_of_with_the_path_that_the_user_gave(tmp_path, small_files):
+    with pytest.raises(OSError, match="File too large") as error:
+        files.write(tmp_path / "table.md", bytes(5000))
+    assert error.value.filename == str(tmp_path / "table.md")
+    with pytest.raises(OSError, match="File too large") as error, files.whole(tmp_path / "out") as partial:
+        (partial / "weights").write_bytes(bytes(5000))
+    assert error.value.filename == str(tmp_path / "out")
+    with pytest.raises(Outage) as error, files.whole(tmp_path / "out"):
+        raise Outage(errno.ECONNABORTED, "UNAVAILABLE")
+    assert error.value.filename == str(tmp_path / "out")
     assert names(tmp_path) == []
 
 

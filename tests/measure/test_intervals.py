@@ -31,10 +31,8 @@ def test_no_row_where_no_document_reaches():
     ]
 
 
-@pytest.mark.parametrize("at_once", [1, 10**9])
-def test_a_bootstrap_over_documents(monkeypatch, at_once):
-    """Resample by resample, whatever the number of them in memory; and the right width for means of a normal."""
-    monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", at_once)
+def test_a_bootstrap_over_documents():
+    """Resample by resample; and the right width for means of a normal."""
     draw = np.random.default_rng(3)
     tokens = draw.integers(0, 9, (400, 2))
     tokens[0] = 9
@@ -51,10 +49,8 @@ def test_a_bootstrap_over_documents(monkeypatch, at_once):
     assert (found[1] - found[0])[0] == pytest.approx(100 * 2 * 1.96 * spread, rel=0.1)
 
 
-@pytest.mark.parametrize("at_once", [1, 10**9])
-def test_works_are_drawn_and_then_their_documents(monkeypatch, at_once):
+def test_works_are_drawn_and_then_their_documents():
     """The same draws one by one; of documents that do not lie work by work."""
-    monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", at_once)
     draw = np.random.default_rng(4)
     work = draw.permutation(np.repeat([7, 2, 9, 4], [1, 5, 2, 12]))
     tokens = draw.integers(1, 9, (20, 1))

@@ -10,10 +10,11 @@ import small
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.job import build
-from latent_delib.nn import layers, transformer
-from latent_delib.nn.attention import forms, primitive, xla
+from latent_delib.nn import transformer
+from latent_delib.nn.attention import forms, gpu, primitive, xla
 from latent_delib.nn.attention.forms import attend
 from latent_delib.nn.attention.primitive import Bounds
+from latent_delib.nn.layers import WHOLE
 
 # B, M, S, K, G, H, T: chunks and blocks are cut to 8, so that all of these go over several, few of them evenly.
 SHAPES = {
@@ -131,7 +132,7 @@ def test_no_array_of_queries_by_keys(name):
 @pytest.mark.parametrize("form", ["pallas_gpu", "pallas_tpu"])
 def test_a_kernel_gives_way_for_the_gradient_of_a_prefix(form):
     operands, bounds, dout = inputs((1, 4, 6, 1, 2, 64, 40))
-    with pytest.warns(UserWarning, match=f"{form} does not serve the gradient of a prefix; xla does instead"):
+    with pytest.warns(UserWarning, match=f"{form} does not serve the gradient"):
         _, grads = gradients(form, operands, bounds, dout, (0, 3), 2.0)
     _, wanted = gradients("reference", operands, bounds, dout, (0, 3), 2.0)  # compiled once for both kernels
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), grads, wanted)
@@ -139,38 +140,36 @@ def test_a_kernel_gives_way_for_the_gradient_of_a_prefix(form):
 
 @pytest.mark.parametrize("form", ["pallas_gpu", "pallas_tpu"])
 def test_what_a_kernel_does_not_serve_is_named(form):
-    def why(shape=(2, 3, 4, 8, 64), kv_heads=4, T=5, dtype=jnp.bfloat16):
-        return forms.unsupported(form, shape, kv_heads, T, dtype)
+    def why(shape=(2, 3, 4, 8, 64), T=5, dtype=jnp.bfloat16):
+        return forms.unsupported(form, shape, T, dtype)
 
     assert why() is why(T=None) is why(dtype="float32") is None
     assert why((2, 3, 4, 8, 80)) == "head dim 80"
     assert why((2, 3, 4, 8, 16)) == (None if form == "pallas_gpu" else "head dim 16")
-    assert why(kv_heads=3) == "8 query heads for 3 key heads"
     assert why(dtype=jnp.float16) == "dtype float16"
     assert why(T=0) == why((0, 3, 4, 8, 64)) == "an empty axis"
     operands, bounds, _ = inputs((1, 4, 6, 1, 2, 80, 40))
-    with pytest.warns(UserWarning, match=f"{form} does not serve head dim 80; xla does instead"):
+    with pytest.warns(UserWarning, match=f"{form} does not serve head dim 80"):
         jax.eval_shape(lambda: attend(*operands, bounds, scale=1.0, softcap=0.0, form=form))
 
 
-def test_a_model_on_a_mesh_knows_its_devices(monkeypatch):
-    """Attention is called with the shared memory of the mesh's device; the rows' parts are those of the mesh."""
+def test_a_model_on_a_mesh_knows_its_devices():
     mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 2}, jax.devices()[:8])
-    monkeypatch.setattr(build, "shared_memory_of", {mesh.devices.flat[0]: 163 * 1024}.get)
-    monkeypatch.setattr(build, "partition", build.partition.__wrapped__)  # without what it has kept
-    model = build.transformer(small.LLAMA, mesh, jnp.float32)
-    assert model.partition.row_shards == 4
+    partition = build.transformer(small.LLAMA, mesh, jnp.float32).partition
+    assert (partition.row_shards, partition.shared_memory) == (4, gpu.LEAST)
 
-    def attend(q, k, v, prefix, bounds, *, shared_memory, **_):
-        asked.append(shared_memory)
-        return q
 
+def test_attention_is_called_with_the_shared_memory_of_its_devices():
     asked = []
-    monkeypatch.setattr(layers, "attend", attend)
-    params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), small.LLAMA))
-    asked.clear()
+
+    def split(function, in_axes, out_axes):
+        asked.append(function.keywords["shared_memory"])
+        return function
+
+    partition = WHOLE._replace(split=split, shared_memory=163 * 1024)
+    model = transformer.Transformer(small.LLAMA, partition=partition)
     x, zero = jnp.zeros((4, 2, 3, small.LLAMA.embed_dim)), jnp.zeros((4, 2, 3), jnp.int32)
-    jax.eval_shape(lambda p: model.apply({"params": p}, x, zero, Bounds(zero, zero, zero)), params)
+    jax.eval_shape(lambda: model.init(jax.random.key(0), x, zero, Bounds(zero, zero, zero)))
     assert set(asked) == {163 * 1024}
 
 

@@ -81,15 +81,16 @@ def hashed(where):
     return hashlib.sha256(b"".join(file.read_bytes() for file in files_)).hexdigest()
 
 
-def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path, monkeypatch):
+def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path):
     where = tmp_path / "decoder"
     shutil.copytree(decoder_folder, where)
     assert folder.fingerprint(where) == hashed(where) == folder.fingerprint(decoder_folder)
+    data = (where / "model.safetensors").read_bytes()
+    (where / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # which only its hash would tell
+    assert folder.fingerprint(where) == hashed(decoder_folder) != hashed(where)
     (where / "fingerprint.json").unlink()  # as folders were written before
     assert folder.fingerprint(where) == hashed(where)
-    monkeypatch.setattr(hashlib, "file_digest", None)
-    for stored in (decoder_folder, folder.PACKAGED):
-        assert folder.fingerprint(stored) == hashed(stored)
+    assert folder.fingerprint(folder.PACKAGED) == hashed(folder.PACKAGED)
 
 
 def test_old_checkpoints_fit_the_packaged_decoder_and_converted_ones(hf, tmp_path):
@@ -109,7 +110,7 @@ def test_a_folder_that_changed_since_it_was_written(decoder_folder, tmp_path, fi
         (where / file).write_bytes((where / file).read_bytes()[:-4])
     else:
         (where / file).write_text("{}")
-    with pytest.raises(UserError, match=f"{where / file}: .*copy the folder whole") as error:
+    with pytest.raises(UserError, match=str(where / file)) as error:
         folder.fingerprint(where)
     assert "\n" not in str(error.value)
 
@@ -147,7 +148,7 @@ def test_a_coprocessor_is_exported_and_read_again(trained, trained_coprocessor, 
     np.testing.assert_array_equal(ours, theirs)
 
     # The names and axes of a Hugging Face decoder, which export gives the decoder itself too.
-    with pytest.raises(UserError, match="--tokenizer=x: .* is a decoder folder of ours, which has its own"):
+    with pytest.raises(UserError, match="--tokenizer=x: "):
         convert(str(decoder_folder), str(tmp_path / "hf"), to="huggingface", tokenizer="x")
     convert(str(decoder_folder), str(tmp_path / "hf"), to="huggingface")
     body, own = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
@@ -202,7 +203,7 @@ def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config
         ("coprocessor.json", lambda c: c | {"format": "x"}, "format is 'x'"),
         ("coprocessor.json", lambda c: c | {"num_latents": "2"}, "num_latents='2', expected int"),
         ("coprocessor.json", lambda c: c | {"num_latents": 3}, r"soft_tokens is \(2, 32\), expected \(3, 32\)"),
-        ("coprocessor.json", lambda c: c | {"architecture": {}}, "missing fields"),
+        ("coprocessor.json", lambda c: c | {"architecture": {}}, "is missing"),
         ("coprocessor.json", lambda c: c | {"method": "x"}, "method='x', expected one of cache_augmentation"),
         ("coprocessor.json", lambda c: c | {"placement": "x"}, "placement='x', expected one of after"),
         ("model.safetensors", lambda t: {"soft_tokens": t["soft_tokens"], "x": t["soft_tokens"]}, "only 1 tensors"),
@@ -229,5 +230,5 @@ def test_sizes_are_asserted_by_configs_too(make_config, decoder_folder):
         config.decoder.architecture.window = 5
         experiment.read(config)
         config.decoder.architecture.window = 6
-        with pytest.raises(UserError, match=f"config.decoder.architecture: {decoder_folder} has window=5, expected 6"):
+        with pytest.raises(UserError, match="window=5, expected 6"):
             experiment.read(config)

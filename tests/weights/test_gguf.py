@@ -58,10 +58,13 @@ def interleaved(w, heads):
     return w.reshape(heads, 2, w.shape[0] // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
 
 
-def write(path, family, tokenizer_path, quantise=None, **replaced):
-    """A golden model as llama.cpp's converter writes it; `quantise` maps a name to a type."""
+def write(path, family, tokenizer_path, quantise=None, changed=None):
+    """A golden model as llama.cpp's converter writes it.
+
+    quantise: maps a name to a type. changed: key -> another value, or None for a key that is left out.
+    """
     config, tensors = stored(family)
-    architecture = dataclasses.replace(huggingface.architecture(config, "x"), **replaced)
+    architecture = huggingface.architecture(config, "x")
     writer = gguf.GGUFWriter(path, family)
     hyper_parameters(writer, architecture)
     vocabulary(writer, tokenizer_path)
@@ -82,11 +85,19 @@ def write(path, family, tokenizer_path, quantise=None, **replaced):
         H, base = architecture.head_dim, architecture.rope_base
         divisors = rotary.frequencies(H, base) / rotary.frequencies(H, base, architecture.rope_scaling)
         writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+    for key, value in (changed or {}).items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    finish(writer)
+    return path
+
+
+def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 @pytest.fixture
@@ -155,7 +166,7 @@ def naive_blocks(kind, data):
 @pytest.mark.parametrize(
     "kind", [k for k in Type if k.name[0] in "QBFI" and k.name[:2] not in ("I8", "I1", "I3", "I6", "F6")]
 )
-def test_block_types(tmp_path, monkeypatch, kind):
+def test_block_types(tmp_path, kind):
     """Every block type: as the library dequantises it in one go, though ours goes a few blocks at a time."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     shape = (6, block * 4)
@@ -175,19 +186,15 @@ def test_block_types(tmp_path, monkeypatch, kind):
         data.reshape(-1, size)[:, 0::2] &= 0x3F
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_tensor("x", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    monkeypatch.setattr(ours, "CHUNK", 5 * block)
+    finish(writer)
     file = ours.GGUF(tmp_path / "x.gguf")
     try:
         expected = gguf.quants.dequantize(data, kind)
     except NotImplementedError:
-        with pytest.raises(ours.UserError, match=f"type {kind.name}, which cannot be dequantised"):
+        with pytest.raises(ours.UserError, match=f"type {kind.name}"):
             file.read("x")
         return
-    found = file.read("x")
+    found = file.read("x", chunk=5 * block)
     assert found.shape == shape and found.dtype == file.dtype("x") and np.isfinite(found.astype(np.float32)).all()
     np.testing.assert_array_equal(found.astype(np.float32), expected.reshape(shape).astype(np.float32))
     if kind in (Type.Q8_0, Type.Q4_1, Type.Q6_K):
@@ -221,27 +228,18 @@ def test_unknown_scaling_is_refused(tokenizer_path, tmp_path):
         ("general.architecture", "bert", ["general.architecture='bert'", "gemma2"]),
         ("gemma2.block_count", 10**9, ["1000000000 layers"]),
         ("gemma2.block_count", "five", ["gemma2.block_count='five'", "int"]),
-        ("gemma2.block_count", None, ["gemma2.block_count=None", "int"]),
+        ("gemma2.block_count", None, ["gemma2.block_count", "missing"]),
         ("gemma2.attention.head_count", 0, ["head_count=0"]),
-        ("gemma2.attention.sliding_window", None, ["gemma2.attention.sliding_window=None"]),
+        ("gemma2.attention.sliding_window", None, ["gemma2.attention.sliding_window=0"]),
         ("gemma2.attention.layer_norm_rms_epsilon", [1.0], ["layer_norm_rms_epsilon=[1.0]", "float"]),
-        ("gemma2.expert_count", 8, ["expert_count=8", "mixtures"]),
+        ("gemma2.expert_count", 8, ["expert_count", "mixtures"]),
         ("gemma2.rope.scaling.type", "yarn", ["rope.scaling.type='yarn'"]),
         ("gemma2.feed_forward_length", 7, ["blk.0.ffn_gate.weight is", "expected (7, "]),
         ("tokenizer.ggml.tokens", None, ["tokenizer.ggml.tokens"]),
     ],
 )
-def test_metadata_that_is_refused(tokenizer_path, tmp_path, monkeypatch, key, value, words):
-    file = write(tmp_path / "model.gguf", "gemma2", tokenizer_path)
-    plain = ours.GGUF.__init__
-
-    def changed(self, path):
-        plain(self, path)
-        self.metadata[key] = value
-        if value is None:
-            del self.metadata[key]
-
-    monkeypatch.setattr(ours.GGUF, "__init__", changed)
+def test_metadata_that_is_refused(tokenizer_path, tmp_path, key, value, words):
+    file = write(tmp_path / "model.gguf", "gemma2", tokenizer_path, changed={key: value})
     refused(file, tmp_path / "out", *words)
 
 
@@ -271,32 +269,28 @@ def start(tensors=0, keys=0, version=3):
     "data, words",
     [
         (b"", ["empty"]),
-        (b"GG", ["truncated"]),
+        (b"GG", ["not a GGUF file"]),
         (b"PK\3\4" + bytes(40), ["not a GGUF file"]),
         (start(version=1), ["version 1"]),
         (start(version=3 << 24), ["version"]),  # big-endian
-        (start(tensors=2**63), ["9223372036854775808 x 24"]),
-        (start(keys=2**40), ["1099511627776 x 13"]),
-        (start(keys=1) + header(("Q", 2**62)) + bytes(64), [f"{2**62} x 1"]),
-        (start(keys=1) + header("key", ("I", 9), ("I", 5), ("Q", 2**60)) + bytes(64), [f"{2**60} x 4"]),
-        (start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**60)) + bytes(64), [f"{2**60} x 8"]),
-        (start(keys=1) + header("key", ("I", 9), ("I", 9), ("Q", 1)) + bytes(64), ["value type 9"]),
-        (start(keys=1) + header("key", ("I", 77)) + bytes(64), ["value type 77"]),
-        (
-            start(keys=1) + header("k\udcffy".encode("utf-8", "surrogateescape").replace(b"k", b"kk"), b"") + bytes(64),
-            [],
-        ),
+        (start()[:-4], ["truncated"]),
+        (start(tensors=2**63), ["truncated"]),
+        (start(keys=2**40), ["truncated"]),
+        (start(keys=1) + header(("Q", 2**62)) + bytes(64), ["truncated"]),
+        (start(keys=1) + header("key", ("I", 9), ("I", 5), ("Q", 2**60)) + bytes(64), [f"list of {2**60}"]),
+        (start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**60)) + bytes(64), [f"list of {2**60}"]),
+        (start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**20)) + bytes(64), ["truncated"]),
+        (start(keys=1) + header("key", ("I", 9), ("I", 9), ("Q", 1)) + bytes(64), ["damaged"]),
+        (start(keys=1) + header("key", ("I", 77)) + bytes(64), ["damaged", "77"]),
+        (start(keys=1) + header(("Q", 1), b"\xff") + bytes(64), ["utf-8"]),
         (start(tensors=1) + tensor(dims=()) + bytes(64), ["0 dimensions"]),
-        (start(tensors=1) + tensor("a\nb\0c", dims=()) + bytes(64), ["a\\nb\\x00c has 0 dimensions"]),
         (start(tensors=1) + tensor(dims=(1,) * 5) + bytes(64), ["5 dimensions"]),
         (start(tensors=1) + tensor(dims=(2**32, 2**32)) + bytes(64), ["ends at byte", "the file has"]),
-        (start(tensors=1) + tensor(offset=2**63) + bytes(256), ["ends at byte"]),
-        (start(tensors=1) + tensor(kind=999) + bytes(256), ["unknown type 999"]),
+        (start(tensors=1) + tensor("a\nb\0c", offset=2**63) + bytes(256), ["a\\nb\\x00c", "ends at byte"]),
+        (start(tensors=1) + tensor(kind=999) + bytes(256), ["999"]),
         (start(tensors=1) + tensor(dims=(33,), kind=8) + bytes(256), ["rows of 33", "multiple of 32"]),
-        (start(tensors=2) + tensor() * 2 + bytes(512), ["twice"]),
-        (start(keys=1) + header("general.alignment", ("I", 4), ("I", 0)) + bytes(64), ["general.alignment=0"]),
-        (start(keys=1) + header("general.alignment", ("I", 4), ("I", 48)) + bytes(64), ["general.alignment=48"]),
-        (start(keys=1) + header("general.alignment", ("I", 8), "x") + bytes(64), ["general.alignment='x'"]),
+        (start(keys=1) + header("general.alignment", ("I", 4), ("I", 0)) + bytes(64), ["damaged"]),
+        (start(keys=1) + header("general.alignment", ("I", 8), "x") + bytes(64), ["damaged"]),
     ],
 )
 def test_files_that_lie(tmp_path, data, words):

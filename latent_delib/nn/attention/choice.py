@@ -121,7 +121,7 @@ def _failure(kernel: str, device: Any, config: TransformerConfig, dtype: Any) ->
     own = array((1, 4, 128, 1, H), dtype)
     prefix = array((1, 512, 1, H), dtype)
     bounds = Bounds(*[array((1, 4, 128), jnp.int32)] * 3)
-    if unsupported(kernel, q.shape, 1, 512, dtype):
+    if unsupported(kernel, q.shape, 512, dtype):
         return None  # each call says so itself
     call = partial(attend, form=kernel, scale=config.query_scale, softcap=config.attn_softcap)
     call = partial(call, shared_memory=gpu.shared_memory_of(device))

@@ -31,17 +31,13 @@ class Call(NamedTuple):
     shared_memory: int
 
 
-def unsupported(
-    kernel: str, q_shape: tuple[int, ...], kv_heads: int, prefix_length: int | None, dtype: Any
-) -> str | None:
+def unsupported(kernel: str, q_shape: tuple[int, ...], prefix_length: int | None, dtype: Any) -> str | None:
     """Returns why a kernel cannot serve a call ("head dim 80"), or None. prefix_length: T, or None without a prefix."""
-    *_, N, H = q_shape
+    H = q_shape[-1]
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {jnp.dtype(dtype)}"
     if H not in KERNELS[kernel][0].HEAD_DIMS:
         return f"head dim {H}"
-    if N % kv_heads:
-        return f"{N} query heads for {kv_heads} key heads"
     if 0 in q_shape or prefix_length == 0:
         return "an empty axis"
     return None
@@ -74,7 +70,7 @@ def attend(
         return primitive.attend(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=scale, softcap=softcap)
     if form in KERNELS:
         length = None if prefix is None else prefix[0].shape[1]
-        why = unsupported(form, q_BMSNH.shape, k_BMSKH.shape[3], length, q_BMSNH.dtype)
+        why = unsupported(form, q_BMSNH.shape, length, q_BMSNH.dtype)
         if why:
             form = give_way(form, why)
     return _attend(q_BMSNH, (k_BMSKH, v_BMSKH), prefix, bounds, Call(form, scale, softcap, shared_memory))

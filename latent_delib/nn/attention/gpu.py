@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from latent_delib.nn.attention.layout import by_head, flat
 from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import precision
 
@@ -134,7 +135,7 @@ def forward(
       interpret: run the kernels as ordinary JAX, on any platform.
     """
     options = Options(scale, softcap, shared_memory, interpret)
-    rows = _by_head(q_BMSNH, k_BMSKH.shape[3])
+    rows = by_head(q_BMSNH, k_BMSKH.shape[3])
     cut = _cut("forward", rows, shared_memory)
     outputs = jax.ShapeDtypeStruct(rows.shape, v_BMSKH.dtype), jax.ShapeDtypeStruct(rows.shape[:-1], jnp.float32)
     out, lse = _call(
@@ -151,7 +152,7 @@ def backward(
     Args: as for `forward`; lse, delta and dout as for `xla.backward`.
     """
     options = Options(scale, softcap, shared_memory, interpret)
-    rows = [_by_head(x, k.shape[3]) for x in (q, dout, lse, delta)]
+    rows = [by_head(x, k.shape[3]) for x in (q, dout, lse, delta)]
     dq = _query_gradient(rows, k, v, prefix, bounds, options).reshape(q.shape)
     dk, dv = _own_gradient(rows, k, v, bounds, options)
     return dq, dk.reshape(k.shape), dv.reshape(v.shape)
@@ -179,16 +180,6 @@ def _own_gradient(rows, k, v, bounds, options):
     return _call(_own_gradient_kernel, rows, [own], outputs, cut, options)
 
 
-def _flat(x):
-    """Lays [B, M, S, ...] out as [B, U, ...]."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def _by_head(x, K):
-    """Lays [B, M, S, N, ...] out as [B, U, K, G, ...]."""
-    return _flat(x).reshape(x.shape[0], -1, K, x.shape[3] // K, *x.shape[4:])
-
-
 def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
     """Returns the largest blocks that fit, with no more rows than there are."""
     _, U, _, G, H = q_BUKGH.shape
@@ -201,11 +192,11 @@ def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
     """Returns the sources of rows: the prefix where there is one, and the own tokens of all groups in one sequence."""
     B, U, _, G, _ = q_BUKGH.shape
     index = np.arange(U, dtype=np.int32)
-    own_start = _flat(bounds.own_start) + (index - index % k.shape[2])
-    found = [(_flat(k), _flat(v), own_start, jnp.broadcast_to(index + 1, (B, U)))]
+    own_start = flat(bounds.own_start) + (index - index % k.shape[2])
+    found = [(flat(k), flat(v), own_start, jnp.broadcast_to(index + 1, (B, U)))]
     if prefix is not None:
-        start = jnp.maximum(_flat(bounds.prefix_start), 0)
-        stop = jnp.minimum(_flat(bounds.prefix_stop), prefix[0].shape[1])
+        start = jnp.maximum(flat(bounds.prefix_start), 0)
+        stop = jnp.minimum(flat(bounds.prefix_stop), prefix[0].shape[1])
         found.insert(0, (*prefix, start, jnp.maximum(start, stop)))
     # A kernel that found these limits itself would have them in every lane, and no compiler could tell they are equal.
     token = np.arange(pl.cdiv(U * G, cut.rows) * cut.rows).reshape(-1, cut.rows) // G

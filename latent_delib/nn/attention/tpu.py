@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from latent_delib.nn.attention import xla
+from latent_delib.nn.attention.layout import by_head, flat, pad
 from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import einsum, softcapped
 
@@ -119,7 +120,7 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
         jnp.broadcast_to(first_own + token + 1, (B, M, S)),
     )
     sees = jnp.repeat(jnp.stack(sees, axis=1).reshape(B, 4, n), G, axis=2)
-    sees = _pad(sees, 2, R)  # rows of padding see nothing
+    sees = pad(sees, 2, R)  # rows of padding see nothing
 
     start, stop = (sees[:, x::2].reshape(B, 2, -1, R) for x in range(2))
     first = jnp.min(jnp.where(start < stop, start, first_own + n), axis=3) // U
@@ -129,9 +130,8 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
     own_steps = min(pl.cdiv(n, U), pl.cdiv(S - 1 + pl.cdiv(R, G), U) + 1)
 
     def keys(own: jax.Array, shared: jax.Array | None) -> jax.Array:
-        parts = [] if shared is None else [shared]
-        parts = [_pad(x.swapaxes(1, 2), 2, U) for x in (*parts, own.reshape(B, n, K, -1))]
-        return jnp.concatenate(parts, axis=2)
+        parts = [flat(own)] if shared is None else [shared, flat(own)]
+        return jnp.concatenate([pad(x.swapaxes(1, 2), 2, U) for x in parts], axis=2)
 
     operands = _rows(q, K, sees.shape[2]), *(keys(*x) for x in zip((k, v), prefix or (None, None)))
     return Plan(R, U, first_own // U + own_steps, sees, visits), operands
@@ -254,9 +254,8 @@ def _block(visits_ref, b, i, step):
 
 def _rows(x_BMSNX: jax.Array, K: int, r: int) -> jax.Array:
     """Lays [B, M, S, N, X] out as rows [B, K, r, X]."""
-    B, M, S, N, X = x_BMSNX.shape
-    x = jnp.moveaxis(x_BMSNX.reshape(B, M * S, K, N // K, X), 2, 1)
-    return _pad(x.reshape(B, K, -1, X), 2, r)
+    x = jnp.moveaxis(by_head(x_BMSNX, K), 2, 1)
+    return pad(x.reshape(*x.shape[:2], -1, x.shape[-1]), 2, r)
 
 
 def _tokens(x_BKrX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -265,12 +264,6 @@ def _tokens(x_BKrX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     K = x_BKrX.shape[1]
     x = x_BKrX[:, :, : M * S * N // K].reshape(B, K, M * S, N // K, X)
     return jnp.moveaxis(x, 1, 2).reshape(shape)
-
-
-def _pad(x: jax.Array, axis: int, unit: int) -> jax.Array:
-    """Appends zeros along an axis, up to a whole number of units."""
-    more = _up(x.shape[axis], unit) - x.shape[axis]
-    return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)])
 
 
 def _up(x: int, unit: int) -> int:

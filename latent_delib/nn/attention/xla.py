@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
+from latent_delib.nn.attention.layout import pad
 from latent_delib.nn.attention.primitive import Bounds, Keys, own_in_range
 from latent_delib.nn.products import einsum, softcapped
 
@@ -33,8 +35,8 @@ class Chunk(NamedTuple):
     q: jax.Array
     own: Keys | None
     own_start: jax.Array
-    start: tuple[jax.Array, ...]
-    stop: tuple[jax.Array, ...]
+    start: list[jax.Array]
+    stop: list[jax.Array]
 
 
 class Softmax(NamedTuple):
@@ -140,7 +142,7 @@ def backward(
             weights, dproducts = _derive(chunk.q, chunk.own, own_in_range(chunk.own_start), saved, score)
             dq += _weighted(dproducts, chunk.own[0])
             down = _onto(dproducts, chunk.q, False), _onto(weights, saved.dout, False)
-            down = tuple(d.swapaxes(-1, -2).astype(x.dtype) for d, x in zip(down, chunk.own))
+            down = jax.tree.map(lambda d, x: d.swapaxes(-1, -2).astype(x.dtype), down, chunk.own)
         sums = []
         for total, keys, start, stop in zip(totals, shared, chunk.start, chunk.stop):
 
@@ -161,11 +163,11 @@ def backward(
     totals, (dq, down) = jax.lax.scan(differentiate, totals, (chunks, saved))
     dshared = [total and _as_given(total, keys) for total, keys in zip(totals, shared)]
     if chunks.own is None:  # the text's own keys were a shared source
-        down = tuple(d[:, None] for d in dshared[-1])
+        down = jax.tree.map(lambda d: d[:, None], dshared[-1])
     else:
         B, M = q_BMSNH.shape[:2]
-        down = tuple(jnp.moveaxis(d, (1, 2), (0, 4)) for d in down)  # [B, chunks, c, S, K, H]
-        down = tuple(d.reshape(B, -1, *d.shape[3:])[:, :M] for d in down)
+        down = jax.tree.map(lambda d: jnp.moveaxis(d, (1, 2), (0, 4)), down)  # [B, chunks, c, S, K, H]
+        down = jax.tree.map(lambda d: d.reshape(B, -1, *d.shape[3:])[:, :M], down)
     return _join(dq, q_BMSNH.shape), down, None if prefix is None else dshared[0]
 
 
@@ -180,15 +182,15 @@ def _derive(q: jax.Array, keys: Keys, seen: jax.Array, saved: Saved, score: Call
 
 def _no_gradient(keys: Keys) -> Keys:
     """Returns zeros [B, K, H, T], float32, for the gradients of shared keys and values [B, K, T, H]."""
-    return tuple(jnp.zeros_like(x.swapaxes(-1, -2), jnp.float32) for x in keys)
+    return jax.tree.map(lambda x: jnp.zeros_like(x.swapaxes(-1, -2), jnp.float32), keys)
 
 
 def _as_given(gradients: Keys, keys: Keys) -> Keys:
     """Returns gradients [B, K, H, T] as [B, T, K, H], in the dtypes of the keys and values."""
-    return tuple(jnp.moveaxis(d, 3, 1).astype(x.dtype) for d, x in zip(gradients, keys))
+    return jax.tree.map(lambda d, x: jnp.moveaxis(d, 3, 1).astype(x.dtype), gradients, keys)
 
 
-def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> tuple[Chunk, tuple[Keys, ...]]:
+def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> tuple[Chunk, list[Keys]]:
     """Returns all chunks, and the keys and values [B, K, T, H] of each source that every group shares.
 
     These are the prefix and a long text's own keys. Such a text is cut between its tokens: each is then a group of one,
@@ -196,33 +198,36 @@ def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> 
     """
     B, M, S, N, H = q_BMSNH.shape
     K = own[0].shape[3]
-    start, stop, own_start = bounds
-    sources = [] if prefix is None else [(prefix, start, stop)]
+    own_start = bounds.own_start
+    shared, start, stop = [], [], []
+    if prefix is not None:
+        shared.append(prefix)
+        start.append(bounds.prefix_start)
+        stop.append(bounds.prefix_stop)
     if M == 1 and S > QUERIES:
-        until = jnp.broadcast_to(jnp.arange(1, S + 1, dtype=jnp.int32), own_start.shape)
-        sources.append(((own[0][:, 0], own[1][:, 0]), own_start, until))
-        sources = [(keys, start.swapaxes(1, 2), stop.swapaxes(1, 2)) for keys, start, stop in sources]
-        q_BMSNH = q_BMSNH.swapaxes(1, 2)
-        own_start = own_start.swapaxes(1, 2)
+        shared.append((own[0][:, 0], own[1][:, 0]))
+        start.append(own_start)
+        stop.append(jnp.broadcast_to(jnp.arange(1, S + 1, dtype=jnp.int32), own_start.shape))
+        by_token = q_BMSNH, own_start, start, stop
+        q_BMSNH, own_start, start, stop = jax.tree.map(lambda x: x.swapaxes(1, 2), by_token)
         own = None
         M, S = S, 1
     c = min(M, max(1, QUERIES // S))
 
     def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, -M % c)] + [(0, 0)] * (x.ndim - 2))
+        x = pad(x, 1, c)
         return jnp.moveaxis(x.reshape(B, -1, c, *x.shape[2:]), 1, 0)
 
     q = jnp.moveaxis(cut(q_BMSNH.reshape(B, M, S, K, N // K, -1)), 4, 2)  # [chunks, B, K, c, S, G, H]
     q = q.reshape(*q.shape[:4], S * (N // K), -1)
     chunks = Chunk(
         q=q,
-        own=None if own is None else tuple(jnp.moveaxis(cut(x), 4, 2) for x in own),
+        own=jax.tree.map(lambda x: jnp.moveaxis(cut(x), 4, 2), own),
         own_start=cut(own_start),
-        start=tuple(cut(start) for _, start, _ in sources),
-        stop=tuple(cut(stop) for _, _, stop in sources),
+        start=jax.tree.map(cut, start),
+        stop=jax.tree.map(cut, stop),
     )
-    shared = tuple((k.swapaxes(1, 2), v.swapaxes(1, 2)) for (k, v), _, _ in sources)
-    return chunks, shared
+    return chunks, jax.tree.map(lambda x: x.swapaxes(1, 2), shared)
 
 
 def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -280,16 +285,15 @@ def _block(shared: Keys, start: jax.Array, stop: jax.Array, i: jax.Array) -> tup
     at, size = _first(shared, i), min(KEYS, shared[0].shape[2])
     slot = at + jnp.arange(size)
     seen = (slot >= start[..., None]) & (slot < stop[..., None]) & (slot >= i * KEYS)
-    k, v = (jax.lax.dynamic_slice_in_dim(x, at, size, axis=2) for x in shared)
-    return (k, v), seen
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, size, axis=2), shared), seen
 
 
 def _range(shared: Keys, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the range of blocks that some query of the chunk sees."""
     T, some = shared[0].shape[2], start < stop
     first = jnp.min(jnp.where(some, start, T)) // KEYS
-    last = -(-jnp.max(jnp.where(some, stop, 0)) // KEYS)
-    return first, jnp.minimum(last, -(-T // KEYS))
+    last = jnp.minimum(jnp.max(jnp.where(some, stop, 0)), T)
+    return first, pl.cdiv(last, KEYS)
 
 
 def _add(total: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:

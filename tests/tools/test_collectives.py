@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.job import collectives
+from tools import collectives
 
 # Cut down from a program for v5e: a loop of 3 inside one of 4, the inner one's counter in steps of 2; an asynchronous
 # gather in three fusions; sums of a tuple; a start that holds operand, result and counters.

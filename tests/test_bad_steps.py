@@ -1,0 +1,123 @@
+"""Losses and gradients that are not finite, too little memory, a store that takes no metrics."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from latent_delib import train
+from latent_delib.errors import UserError, device_memory
+from latent_delib.job import experiment, plan
+from latent_delib.job.metrics import Metrics
+from latent_delib.machine import checkpoint, files
+from tests.test_train import copy_at_step_2, everything
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
+
+def wait_for(workdir, step):
+    """A save may be under way when a job ends with an error."""
+    for _ in range(1000):
+        if step in checkpoint.whole_steps(str(workdir)):
+            return
+        time.sleep(0.02)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(make_config, tmp_path):
+    """The rate of the first step is 0; the weights of the second are beyond float32."""
+    config = make_config({"optimizer.learning_rate": 1e38, "train.checkpoint_every": 1, "train.keep": 4})
+    with pytest.raises(UserError, match="step 3: .* nan, .* step 2 is saved"):
+        train.train(config, str(tmp_path))
+    wait_for(tmp_path, 2)
+    assert checkpoint.whole_steps(str(tmp_path)) == {1, 2}
+
+
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trained, make_config, tmp_path, monkeypatch, capsys):
+    """Frozen weights are NaN in the third step and in the fifth."""
+    copy_at_step_2(trained, workdir := tmp_path / "workdir")
+    true = plan.train_step
+
+    def step(state, frozen, *args, **kwargs):
+        bad = (state.step == 2) | (state.step == 4)
+        return true(state, jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), frozen), *args, **kwargs)
+
+    monkeypatch.setattr(plan, "train_step", step)
+    config = make_config({"train.checkpoint_every": 1, "train.keep": 4, "train.max_bad_steps": 1, "train.steps": 6})
+    with pytest.raises(UserError, match="step 5: .* config.train.max_bad_steps=1"):
+        train.train(config, str(workdir))
+    wait_for(workdir, 4)
+    said = capsys.readouterr().out
+    assert "train.steps changed from 4 to 6" in said
+    assert "step 3: the loss is nan" in said and "skipped, 1 of" in said
+    (_, two), (_, three), (last, four) = (everything(workdir, step) for step in (2, 3, None))
+    assert last == 4
+    for name in two:
+        if "count" in name:
+            assert (two[name], three[name], four[name]) == (2, 3, 4)
+        else:
+            np.testing.assert_array_equal(two[name], three[name], err_msg=name)
+            assert np.isfinite(four[name]).all() and (four[name] != three[name]).any(), name
+    rows = small.rows_of(workdir)
+    assert [row["step"] for row in rows] == [1, 2, 4]
+    assert "bad_steps" not in rows[1] and rows[2]["bad_steps"] == 1 and np.isfinite(rows[2]["grad_norm"])
+
+
+@pytest.mark.parametrize(
+    "error", ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: Error dispatching computation: Out of memory"]
+)
+def test_too_little_memory_is_told_in_one_line_with_the_remedy(error):
+    with pytest.raises(UserError, match="out of device memory.*config.train.batch_size"):
+        with device_memory(train.MORE_MEMORY):
+            raise jax.errors.JaxRuntimeError(error)
+
+
+@pytest.mark.parametrize("start, saved", [(2, "step 2 is saved"), (0, "nothing is saved yet")])
+def test_a_gradient_that_is_not_finite_ends_the_run_too(make_config, tmp_path, start, saved):
+    """The loss of a step is that of the weights before it: bad weights would be saved before a loss shows them."""
+    metrics = Metrics(experiment.read(make_config()), str(tmp_path), start, lambda step: 0.0)
+    metrics.push(start + 1, {"loss": 5.0, "tokens": 8.0, "grad_norm": np.inf})
+    with pytest.raises(UserError, match=f"step {start + 1}: .* inf; {saved}"):
+        metrics.flush()
+
+
+class Store:
+    """A file on a store; `failures` of its first writes fail."""
+
+    def __init__(self, failures):
+        self.failures, self.content, self.answers = failures, None, threading.Event()
+
+    def __str__(self):
+        return "gs://bucket/run/metrics.jsonl"
+
+    def write_text(self, text):
+        self.answers.wait()
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("503 later")
+        self.content = text
+
+
+@pytest.mark.parametrize("failures", [0, 2, 99])
+def test_a_store_that_does_not_take_metrics_ends_nothing(capsys, failures):
+    """Nor does one that is slow: the training goes on beside it."""
+    store = Store(failures)
+    file = files.StoredLines(store, [])
+    for step in range(1, 5):
+        file.write(f"{step}\n")
+        file.flush()
+        if step == 2:  # two lines came while the store was silent
+            store.answers.set()
+        if step in (2, 3):
+            file.writing.join()
+    file.close()
+    warnings = capsys.readouterr().err.splitlines()
+    if failures < 99:
+        assert store.content == "1\n2\n3\n4\n"
+        assert len(warnings) == bool(failures)
+    else:
+        assert len(warnings) == 2
+        assert all(str(store) in line and "503 later" in line for line in warnings)
