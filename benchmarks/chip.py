@@ -69,15 +69,15 @@ def start(small: bool, out: Path | None) -> Path:
     except subprocess.TimeoutExpired:
         raise SystemExit(f"error: jax found no device within {FIRST} s; is another process using it?") from None
     if asked.returncode:
-        raise SystemExit("error: jax finds no device that works; the lines above say why")
+        raise SystemExit("error: jax finds no device that works: the lines above say why")
     card = json.loads(asked.stdout.splitlines()[-1])
     name = re.sub(r"\W+", "_", card["device"]).strip("_").lower()
     out = out or FOLDER / f"{name}{'_small' * card['small']}.json"
     print(f"{card['device']} ({card['family']}), driver {card['driver']}, jax {card['jax']}: {out}", flush=True)
     if card["platform"] == "cpu" and not small:
         print("jax sees no GPU or TPU here: in small, which proves nothing", flush=True)
-    if card["platform"] == "gpu" and not card["xla_flags"]:
-        print("without ./launch/gpu.sh: its flags make steps faster, and are in no row of this file", flush=True)
+    if card["platform"] == "gpu" and not card["xla_flags"]:  # without them XLA cannot compile the reference
+        raise SystemExit("error: no XLA_FLAGS: expected ./launch/gpu.sh .venv/bin/python -m benchmarks.chip")
     if not out.exists():
         chip_parts.write(out, {"card": card, "parts": {}})
     before = chip_parts.read(out)["card"]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 CARD = dict(
     platform="gpu", device="NVIDIA L4", family="sm_89", kernel="pallas_gpu", driver="570.1", jax=jax.__version__
 )
-CARD |= dict(jaxlib="0.10.2", date="2026-11-28T00:00:00+00:00", xla_flags="", small=False, peak_tflops=121.0)
+CARD |= dict(jaxlib="0.10.2", date="2026-11-28T00:00:00+00:00", xla_flags="--a", small=False, peak_tflops=121.0)
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +88,13 @@ def test_a_file_of_another_machine_is_refused(file, monkeypatch):
     now = json.dumps(CARD | {"driver": "580.2"})
     monkeypatch.setattr(chip.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=f"noise\n{now}"))
     with pytest.raises(SystemExit, match="made with driver '570.1', now '580.2'; name another --out"):
+        chip.start(False, file)
+
+
+def test_a_gpu_wants_its_flags(file, monkeypatch):
+    now = json.dumps(CARD | {"xla_flags": ""})
+    monkeypatch.setattr(chip.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=now))
+    with pytest.raises(SystemExit, match="expected ./launch/gpu.sh"):
         chip.start(False, file)
 
 
