@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks import chip_parts, common
 from latent_delib.nn.attention import choice
 
-SHARES = {"proof": 0.4, "steps": 0.35, "peer": 0.15, "use": 0.1}
+SHARES = {"proof": 0.5, "steps": 0.25, "peer": 0.15, "use": 0.1}
 GRACE = 20  # seconds that a part may take beyond its own, for the row that it is at
 FIRST = 180  # seconds within which jax must find its device
 LEAST = 15  # seconds below which no part is begun

@@ -34,7 +34,7 @@ from latent_delib.nn.sizes import TransformerConfig
 
 Rows = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
-TRIES = 2  # a row that ended its process so often has failed
+TRIES = 3  # a row that ended its process so often has failed
 PRODUCTS = ((8192, 8192, 8192), (10240, 2304, 9216), (2048, 2304, 9216))
 PRODUCTS_SMALL = ((256, 256, 256),)
 # The batch to begin with, by the number of latents: on 80 GB these fit, and larger ones are hardly faster.
