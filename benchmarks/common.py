@@ -25,7 +25,7 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.machine.columns import aligned
 from latent_delib.nn import transformer
-from latent_delib.nn.attention.forms import choose
+from latent_delib.nn.attention.choice import kernel_of
 from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
@@ -76,9 +76,9 @@ def arguments(
 
 
 def attention_forms() -> list[str]:
-    """The package's forms of attention that run on this platform (interpreted kernels are no measurement)."""
-    kernel = choose("auto", jax.local_devices()[0])
-    return ["reference", "xla"] + [kernel] * (kernel != "xla")
+    """The package's forms of attention that this platform has, proven or not; the last is its fastest."""
+    kernel = kernel_of(jax.local_devices()[0])
+    return ["reference", "xla"] + [kernel] * (kernel is not None)
 
 
 def has_torch() -> bool:
@@ -229,7 +229,7 @@ def report(name: str, a: argparse.Namespace, rows: Sequence[Mapping[str, Any]], 
     print(f"{command}\n{load}, jax {result['jax']}, {result['date']}")
     print("  ".join(f"{k} {v}" for k, v in settings.items() if k not in ("forms", "small")))
     for key, value in measured.items():
-        print(f"{key}: {_cell(value)}")
+        print(f"{key}: {cell(value)}")
     print(table(rows), flush=True)
     if a.json:
         a.json.parent.mkdir(parents=True, exist_ok=True)
@@ -243,12 +243,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [columns]
     named = set()
     for row in rows:
-        lines.append([_cell(row.get(key)) for key in columns])
+        lines.append([cell(row.get(key)) for key in columns])
         named |= {key for key, value in row.items() if isinstance(value, str)}
     return "\n".join(aligned(lines, left=named))
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):

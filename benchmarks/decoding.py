@@ -8,6 +8,7 @@ output layer among them, and the entries of the cache that it sees; at the bandw
 a least time: its share of the time is the figure to raise.
 """
 
+import argparse
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +23,8 @@ from latent_delib.lm import decoding
 from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.sizes import TransformerConfig
+
+PUBLISHED = dict(size="gemma2_2b", dtype="bfloat16", latents=[16], batch=[1, 8], seq_len=128, new=128)
 
 
 def bandwidth(rounds: int, least: float) -> float:
@@ -44,11 +47,9 @@ def bytes_read(c: TransformerConfig, params: Any, itemsize: int, batch: int, ent
     return weights + batch * seen * 2 * c.num_kv_heads * c.head_dim * itemsize
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    published = dict(size="gemma2_2b", dtype="bfloat16", latents=[16], batch=[1, 8], seq_len=128, new=128)
-    small = published | dict(size="smollm2_135m", dtype="float32", seq_len=32, new=16)
-    a = common.arguments(__doc__, argv, ["plain", "latents"], published, small)
-    dtype, speed, rows = jnp.dtype(a.dtype), bandwidth(a.rounds, a.least), []
+def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
+    """A row for each form, batch and number of latents. speed: bytes a second of a copy."""
+    dtype, rows = jnp.dtype(a.dtype), []
     for L, B in ((L, B) for L in a.latents for B in a.batch):
         params = common.weights(a.config, L, a.dtype)
         prompt_BT, length_B = common.text(a, B)[0], jnp.full((B,), a.seq_len)
@@ -76,13 +77,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             first, all_new = seconds[name, 1], seconds[name, a.new]
             token = [(x - y) / (a.new - 1) for x, y in zip(all_new, first)]  # of the same round
             row = {"latents": L, "batch": B, "form": name, **common.spread(token)}
+            rows.append(row)
+            if not token:  # it does not fit
+                continue
             row["tokens_per_second"] = B / statistics.median(token)
             row["first_ms"] = 1e3 * statistics.median(first)
             entries = a.seq_len + a.new / 2 + L * (name == "latents")
             read = bytes_read(a.config, params, dtype.itemsize, B, entries)
             row["gb_token"], row["bandwidth_share"] = read / 1e9, read / speed / statistics.median(token)
-            rows.append(row)
-    return common.report("decoding", a, rows, copy_gb_per_second=speed / 1e9)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    small = PUBLISHED | dict(size="smollm2_135m", dtype="float32", seq_len=32, new=16)
+    a = common.arguments(__doc__, argv, ["plain", "latents"], PUBLISHED, small)
+    speed = bandwidth(a.rounds, a.least)
+    return common.report("decoding", a, measure(a, speed), copy_gb_per_second=speed / 1e9)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 at a time. "again" reads the text for every such part, as a step without a cache of its own would.
 """
 
+import argparse
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,13 +17,11 @@ import jax.numpy as jnp
 from benchmarks import common
 from latent_delib.delib.step import ahead_step, read_step
 
+PRESET = dict(latents=[16], batch=[2], positions=64, ahead=32)
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    forms = [f"{form}, {way}" for form in common.attention_forms() for way in ("reused", "again")]
-    # Fewer positions of a shorter text: reading it is as large a part as in the published setting.
-    published = dict(latents=[16], batch=[2], positions=64, ahead=32)
-    small = published | dict(batch=[1], positions=16)
-    a = common.arguments(__doc__, argv, forms, common.PUBLISHED | published, common.SMALL | small)
+
+def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each form, batch and number of latents."""
     rows = []
     for L, B in ((L, B) for L in a.latents for B in a.batch):
         params = common.weights(a.config, L, a.dtype)
@@ -65,7 +64,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             row["tokens_per_second"] = ms and B * a.seq_len / ms * 1e3
             row["vs_again"] = common.spread(other)["ms"] / ms if ms and other else None
             rows.append(row)
-    return common.report("evaluation", a, rows)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    forms = [f"{form}, {way}" for form in common.attention_forms() for way in ("reused", "again")]
+    # Fewer positions of a shorter text: reading it is as large a part as in the published setting.
+    small = common.SMALL | PRESET | dict(batch=[1], positions=16)
+    a = common.arguments(__doc__, argv, forms, common.PUBLISHED | PRESET, small)
+    return common.report("evaluation", a, measure(a))
 
 
 if __name__ == "__main__":

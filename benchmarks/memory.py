@@ -25,7 +25,7 @@ from latent_delib.delib import cost
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import TrainState, make_optimizer, train_step
-from latent_delib.nn.attention.forms import choose
+from latent_delib.nn.attention.choice import choose
 from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES
@@ -94,7 +94,8 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
     config, c, method = SIZES[size], base.get_config(), METHODS["cache_augmentation"]
     device = where.mesh.devices.flat[0]
     partition = WHOLE._replace(shared_memory=shared_memory_of(device))
-    aug = Augmentation(Transformer(config, remat, partition, choose(form, device)), "cache_augmentation", L)
+    transformer = Transformer(config, remat, partition, choose(form, device, config, jnp.bfloat16))
+    aug = Augmentation(transformer, "cache_augmentation", L)
     tx = make_optimizer(c.optimizer, c.train.steps).tx
 
     def start(key: jax.Array, decoder: Any) -> TrainState:
@@ -116,7 +117,7 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
     return {
         "latents": L,
         "batch": B,
-        "form": aug.transformer.form,
+        "form": transformer.form,
         "remat": remat,
         "compile_s": round(time.perf_counter() - began, 1),
         "held_gib": round(held, 2),

@@ -13,14 +13,13 @@ from benchmarks import common
 from configs import base
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState, make_optimizer, train_step
-from latent_delib.nn.attention.forms import choose
 
 PRESET = dict(latents=16, batch=1, remat="attention")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     a = common.arguments(__doc__, argv, (), common.PUBLISHED | PRESET, common.SMALL | PRESET)
-    dtype, form = jnp.dtype(a.dtype), choose("auto", jax.local_devices()[0])
+    dtype, form = jnp.dtype(a.dtype), common.attention_forms()[-1]
     aug = common.augmentation(a.config, a.latents, form, a.remat)
     tree = common.weights(a.config, a.latents, "float32")
     frozen = {"decoder": jax.tree.map(lambda x: x.astype(dtype), tree["decoder"])}

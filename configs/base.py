@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
 
     c.compute = ConfigDict()
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
-    c.compute.attention = "auto"  # auto: by device; or reference, xla, pallas_gpu, pallas_tpu
+    c.compute.attention = "auto"  # auto: a proven kernel, or xla; or reference, xla, pallas_gpu, pallas_tpu
     c.compute.remat = "attention"  # none, dots, attention, full: what the backward pass keeps, from most to least
     c.compute.loss_chunk = 512  # tokens of a sequence whose logits exist at a time; on a device 4 times as many at most
 

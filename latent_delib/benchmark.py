@@ -321,7 +321,7 @@ if __name__ == "__main__":
         delay=(0, "tokens decoded before the latents join (asynchronous coprocessor)"),
         batch_size=(16, "prompts at once"),
         max_length=(8192, "tokens of a document and its answer; what a decoder was trained on bounds what makes sense"),
-        attention=("auto", "its form: auto, by platform, or reference, xla, pallas_gpu, pallas_tpu"),
+        attention=("auto", "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu"),
         tasks=("runs/tasks", "the folder that make_tasks wrote"),
         table=("configs/benchmarks.py", "the benchmarks, a row each"),
         confirm_run_unsafe_code=(False, "let mbpp and humaneval run code that the model writes"),

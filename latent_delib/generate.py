@@ -153,6 +153,6 @@ if __name__ == "__main__":
         tensor=(1, "devices that split each layer between them; prompts are split over the rest"),
         batch_size=(16, "prompts at once"),
         max_length=(8192, "tokens of a prompt and its continuation"),
-        attention=("auto", "its form: auto, by platform, or reference, xla, pallas_gpu, pallas_tpu"),
+        attention=("auto", "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu"),
         step=(None, "checkpoint step; the newest if left out"),
     )

@@ -4,6 +4,7 @@
 #   LATENT_DELIB_EXTRAS=cuda ./launch/setup.sh
 #   ./launch/gpu.sh .venv/bin/python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR \
 #       --config.decoder.path=DECODER --config.train.accumulation=256
+#   ./launch/gpu.sh .venv/bin/python -m benchmarks.chip       # first on a new card: docs/performance.md
 #   ./launch/gpu.sh ./launch/smollm2.sh
 set -euo pipefail
 [[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"

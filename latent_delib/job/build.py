@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.errors import UserError
-from latent_delib.nn.attention.forms import FORMS, choose
+from latent_delib.nn.attention.choice import choose
+from latent_delib.nn.attention.forms import FORMS
 from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.layers import Partition
 from latent_delib.nn.sizes import TransformerConfig
@@ -40,15 +41,18 @@ def partition(mesh: Mesh) -> Partition:
     )
 
 
-def transformer(config: TransformerConfig, mesh: Mesh, remat: str = "none", form: str = "auto") -> Transformer:
+def transformer(
+    config: TransformerConfig, mesh: Mesh, dtype: Any, remat: str = "none", form: str = "auto"
+) -> Transformer:
     """Returns a model for a mesh: how its work is divided, and the form of attention its devices have.
 
     Args:
       config: its architecture.
+      dtype: of its computation.
       remat: a key of `nn.transformer.REMAT`.
       form: one of ATTENTION.
     """
-    return Transformer(config, remat, partition(mesh), choose(form, mesh.devices.flat[0]))
+    return Transformer(config, remat, partition(mesh), choose(form, mesh.devices.flat[0], config, dtype))
 
 
 def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:

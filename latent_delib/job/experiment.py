@@ -82,7 +82,8 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         _check_splits(config, mesh, coprocessor)
 
     def model(architecture: TransformerConfig) -> transformer.Transformer:
-        return build.transformer(architecture, mesh, config.compute.remat, config.compute.attention)
+        compute = config.compute
+        return build.transformer(architecture, mesh, compute.dtype, compute.remat, compute.attention)
 
     return Experiment(
         config=config,

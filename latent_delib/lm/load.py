@@ -212,7 +212,8 @@ def augmentation(decoder: Decoder, coprocessor: Coprocessor | None, mesh: Mesh, 
     Raises:
       UserError: the coprocessor belongs to another decoder.
     """
-    model = build.transformer(decoder.config, mesh, form=attention)
+    dtype = decoder.params["embedding"].dtype
+    model = build.transformer(decoder.config, mesh, dtype, form=attention)
     if coprocessor is None:
         return Augmentation(model, "decoder", 0)
     arguments.instance("coprocessor", coprocessor, Coprocessor, "load_coprocessor")
@@ -222,7 +223,7 @@ def augmentation(decoder: Decoder, coprocessor: Coprocessor | None, mesh: Mesh, 
         raise UserError(f"coprocessor belongs to decoder {of.fingerprint[:SHORT]}, this decoder is {this}")
     own = None
     if of.architecture is not None:
-        own = build.transformer(of.architecture, mesh, form=attention)
+        own = build.transformer(of.architecture, mesh, dtype, form=attention)
     return Augmentation(model, of.method, of.num_latents, of.placement, coprocessor=own)
 
 

@@ -51,8 +51,8 @@ class AugmentedLM:
       coprocessor_mesh: devices of the coprocessor's own, on which it works beside the decoder (`delay=None`).
       max_length: tokens of a prompt and its continuation together. Choose it by what the decoder was trained on, and by
         what fits into memory.
-      attention: the form of attention, as `compute.attention` of a config: "auto", by platform, or one of
-        `nn.attention.forms.FORMS`.
+      attention: the form of attention, as `compute.attention` of a config: "auto", a proven kernel or
+        "xla"; or one of `nn.attention.forms.FORMS`.
 
     Raises:
       UserError: a coprocessor of another decoder, or an argument of another kind.

@@ -1,8 +1,6 @@
 """Every form of the attention primitive that this platform runs, against the reference: forward and gradients."""
 
-import re
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.job import build
 from latent_delib.nn import transformer
 from latent_delib.nn.attention import forms, gpu, primitive, xla
-from latent_delib.nn.attention.forms import attend, choose
+from latent_delib.nn.attention.forms import attend
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
 
@@ -155,28 +153,9 @@ def test_what_a_kernel_does_not_serve_is_named(form):
         jax.eval_shape(lambda: attend(*operands, bounds, scale=1.0, softcap=0.0, form=form))
 
 
-def test_which_form():
-    assert forms.FORMS == ("reference", "xla", "pallas_gpu", "pallas_tpu")
-    cpu, tpu, other = (SimpleNamespace(platform=platform) for platform in ("cpu", "tpu", "other"))
-    card = SimpleNamespace(platform="gpu", compute_capability="8.9")
-    assert [choose("auto", x) for x in (cpu, card, tpu, other)] == ["xla", "pallas_gpu", "pallas_tpu", "xla"]
-    assert choose("reference", tpu) == "reference"
-    assert choose("pallas_gpu", cpu) == "pallas_gpu"  # interpreted
-
-
-@pytest.mark.parametrize("form", ["auto", "pallas_gpu"])
-@pytest.mark.parametrize("kind, capability", [("Tesla T4", "7.5"), ("AMD Instinct MI300X", "gfx942")])
-def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capability):
-    card = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
-    line = f"attention: pallas_gpu does not serve {kind} (it needs NVIDIA's compute capability 8.0); xla does instead"
-    with pytest.warns(UserWarning, match=re.escape(line)) as found:
-        assert choose(form, card) == "xla"
-    assert len(found) == 1
-
-
 def test_a_model_on_a_mesh_knows_its_devices():
     mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 2}, jax.devices()[:8])
-    partition = build.transformer(small.LLAMA, mesh).partition
+    partition = build.transformer(small.LLAMA, mesh, jnp.float32).partition
     assert (partition.row_shards, partition.shared_memory) == (4, gpu.LEAST)
 
 

@@ -201,6 +201,27 @@ def test_lowers_with_the_blocks_of_the_card(dtype, H, softcap, card, forward, qu
     assert found == dict(forward=forward, query_gradient=query_gradient, own_gradient=own_gradient)
 
 
+# What the cards that the kernels are compiled for run.
+ARCHITECTURES = {"a100": "sm_80", "l4": "sm_89", "h100": "sm_90", "b200": "sm_100", "rtx5090": "sm_120"}
+
+
+def test_every_architecture_has_a_card():
+    assert {name: f"sm_{card.major}{card.minor}" for name, card in memory.CARDS.items()} == ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", memory.CARDS, ids=ARCHITECTURES.values())
+def test_lowers_for_every_architecture(name):
+    """For a card that is not there, with the blocks that its shared memory takes."""
+    card = memory.CARDS[name]
+    device = SimpleNamespace(platform="gpu", compute_capability=f"{card.major}.{card.minor}")
+    abstract = jax.sharding.AbstractDevice(device_kind=card.name, num_cores=card.cores, platform="gpu")
+    case = Case(H=256, M=16, S=16)
+    attend = partial(KERNEL, shared_memory=gpu.shared_memory_of(device))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)):
+        traced = out_and_grads.trace(attend, inputs(case, BF16), bounds_of(case), 50.0)
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@__gpu$xla.gpu.triton(") == 3
+
+
 # Bytes of shared memory that XLA asked for (jax 0.10.2), by kernel, bytes of an operand, head dim and blocks: on sm_80,
 # sm_86, sm_89 and sm_120 alike, and at most on sm_90 and sm_100.
 ASKED = {
@@ -248,7 +269,7 @@ def test_every_card_has_blocks_that_fit(kernel, dtype, H):
 @pytest.mark.parametrize(
     "H", [pytest.param(64, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 256]
 )
-@pytest.mark.parametrize("card", memory.CARDS)
+@pytest.mark.parametrize("card", memory.CARDS, ids=[f"{name}-{ARCHITECTURES[name]}" for name in memory.CARDS])
 def test_compiles_for_cards_that_are_not_there(card, H, dtype):
     """The published setting: traces of 31 tokens over a text of 2048."""
     one = memory.chip(card)

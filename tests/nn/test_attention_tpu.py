@@ -181,14 +181,17 @@ def test_the_names_of_what_a_backward_pass_needs(capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+    "chip", ["v5e:2x2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5p:2x2x1", "v6e:2x2"))]
+)
 @pytest.mark.parametrize("M, S, T", [(128, 32, 2048), (128, 80, 2048), (1, 2048, 0)])
-def test_compiles_for_tpu(M, S, T, monkeypatch):
+def test_compiles_for_tpu(M, S, T, chip, monkeypatch):
     """The published setting, without a device. Queries against all keys would be 4 GB; q itself is 40 MB at S = 80."""
     from jax.experimental import topologies
 
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices
     arguments = shapes(256, 2, M, S, T, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
     compiled = jax.jit(both).trace(*arguments).lower().compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2**20

@@ -1,4 +1,4 @@
-"""The forms of the attention primitive: one rule that chooses among them, one gradient for all of them.
+"""The forms of the attention primitive, and one gradient for all of them; `choice` chooses among them.
 
 "reference" is `primitive.attend`. The others are a forward pass that also returns every row's log-sum-exp, and a
 backward pass that starts from it: "xla" for every platform, "pallas_gpu" and "pallas_tpu" as kernels. On any other
@@ -18,7 +18,6 @@ from latent_delib.nn.attention.primitive import Bounds, Keys
 
 KERNELS = {"pallas_gpu": (gpu, "cuda"), "pallas_tpu": (tpu, "tpu")}
 FORMS = ("reference", "xla", *KERNELS)
-BY_PLATFORM = {"gpu": "pallas_gpu", "cuda": "pallas_gpu", "tpu": "pallas_tpu"}
 FEW = 16  # queries per row: the scores of so few fit anywhere, and decoding is a product with the cache in any form
 SAVED = ("attention_out", "attention_lse")  # names of the results that a backward pass needs beside q, k and v
 
@@ -30,15 +29,6 @@ class Call(NamedTuple):
     scale: float
     softcap: float
     shared_memory: int
-
-
-def choose(form: str, device: Any) -> str:
-    """Returns the form to use on a device: "auto" is the fastest; a kernel that its GPU cannot run becomes "xla"."""
-    if form == "auto":
-        form = BY_PLATFORM.get(device.platform, "xla")
-    if form == "pallas_gpu" and not gpu.shared_memory_of(device):
-        return _give_way(form, f"{device.device_kind} (it needs NVIDIA's compute capability 8.0)")
-    return form
 
 
 def unsupported(kernel: str, q_shape: tuple[int, ...], prefix_length: int | None, dtype: Any) -> str | None:
@@ -82,11 +72,12 @@ def attend(
         length = None if prefix is None else prefix[0].shape[1]
         why = unsupported(form, q_BMSNH.shape, length, q_BMSNH.dtype)
         if why:
-            form = _give_way(form, why)
+            form = give_way(form, why)
     return _attend(q_BMSNH, (k_BMSKH, v_BMSKH), prefix, bounds, Call(form, scale, softcap, shared_memory))
 
 
-def _give_way(form: str, why: str) -> str:
+def give_way(form: str, why: str) -> str:
+    """Warns that a form does not serve something, and returns the one that does."""
     warnings.warn(f"attention: {form} does not serve {why}; xla does instead", stacklevel=3)
     return "xla"
 
@@ -127,7 +118,7 @@ def _backward(call, saved, dout):
         dout = jnp.zeros(dout.shape, dout.dtype)
     form, wanted = call.form, into_prefix is not None
     if form in KERNELS and wanted:
-        form = _give_way(form, "the gradient of a prefix")
+        form = give_way(form, "the gradient of a prefix")
     # What the softmax takes off: the gradient of a score is its weight * (gradient of the weight - delta).
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
     if form == "xla":

@@ -1,0 +1,294 @@
+"""Proves a card, and measures what it does: the first command to run on a GPU or TPU, of at most 8 minutes.
+
+  ./launch/gpu.sh .venv/bin/python -m benchmarks.chip         on a GPU; on a TPU without gpu.sh
+  python -m benchmarks.chip --small                           in small: the default on a CPU, about a minute
+  python -m benchmarks.chip --table docs/results/chip         the table of the results in a folder, in Markdown
+
+Its parts, in this order; each has a share of the time:
+
+  proof   every form of attention against the reference, forward and gradients; a step against one in float32
+  steps   matrix products and copies at their fastest; training steps of Gemma 2 2B in the published setting
+  peer    the same steps by PyTorch, where torch is installed
+  use     evaluation and decoding
+
+Rows lie in runs/chip/CARD.json as soon as they are there. What does not fit the time is left out and said; the same
+command again makes what is missing. A kernel whose rows all agree is recorded on this machine: `auto` takes it from
+then on. The exit code is 1 where a form does not agree.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import chip_parts, common
+from latent_delib.nn.attention import choice
+
+SHARES = {"proof": 0.5, "steps": 0.25, "peer": 0.15, "use": 0.1}
+GRACE = 20  # seconds that a part may take beyond its own, for the row that it is at
+FIRST = 180  # seconds within which jax must find its device
+LEAST = 15  # seconds below which no part is begun
+# What must be the same for rows to stand in one file.
+SAME = ("device", "driver", "jax", "jaxlib", "xla_flags", "small")
+FOLDER = Path("runs/chip")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny models; proves nothing")
+    parser.add_argument("--out", type=Path, help=f"by default {FOLDER}/CARD.json")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
+    parser.add_argument(
+        "--table", type=Path, metavar="FOLDER", help="print the table of these results, and that is all"
+    )
+    a = parser.parse_args(argv)
+    if a.table:
+        print(table(stored(a.table)))
+        return 0
+    until = time.monotonic() + 60 * a.minutes - GRACE
+    out = start(a.small, a.out)
+    for part in SHARES:
+        run(part, out, until)
+        if part == "proof":
+            print(record(chip_parts.read(out)), flush=True)
+    result = chip_parts.read(out)
+    print(f"\n{summary(result)}\n\n{table([result])}\n\n{out}")
+    return 1 if disagreeing(result) else 0
+
+
+def start(small: bool, out: Path | None) -> Path:
+    """Asks what the card is, in a process that ends, and makes the file of results or finds it."""
+    command = [sys.executable, "-m", "benchmarks.chip_parts", "--part=card", *["--small"] * small]
+    try:
+        asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=FIRST)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"error: jax found no device within {FIRST} s; is another process using it?") from None
+    if asked.returncode:
+        raise SystemExit("error: jax finds no device that works: the lines above say why")
+    card = json.loads(asked.stdout.splitlines()[-1])
+    name = re.sub(r"\W+", "_", card["device"]).strip("_").lower()
+    out = out or FOLDER / f"{name}{'_small' * card['small']}.json"
+    print(f"{card['device']} ({card['family']}), driver {card['driver']}, jax {card['jax']}: {out}", flush=True)
+    if card["platform"] == "cpu" and not small:
+        print("jax sees no GPU or TPU here: in small, which proves nothing", flush=True)
+    if card["platform"] == "gpu" and not card["xla_flags"]:  # without them XLA cannot compile the reference
+        raise SystemExit("error: no XLA_FLAGS: expected ./launch/gpu.sh .venv/bin/python -m benchmarks.chip")
+    if not out.exists():
+        chip_parts.write(out, {"card": card, "parts": {}})
+    before = chip_parts.read(out)["card"]
+    for key in SAME:
+        if before[key] != card[key]:
+            raise SystemExit(f"error: {out}: made with {key} {before[key]!r}, now {card[key]!r}; name another --out")
+    return out
+
+
+def run(part: str, out: Path, until: float) -> None:
+    """Runs a part in processes of its own, within its share of the time that the parts still to do have left."""
+    result = chip_parts.read(out)
+    later = list(SHARES)[list(SHARES).index(part) :]
+    to_do = {p: SHARES[p] for p in later if not is_complete(result, p)}
+    if part not in to_do:
+        return
+    began = time.monotonic()
+    ends = began + (until - began) * to_do[part] / sum(to_do.values())
+    for _ in range(chip_parts.TRIES + 1):
+        seconds = ends - time.monotonic()
+        if seconds < LEAST:
+            return
+        command = [sys.executable, "-m", "benchmarks.chip_parts", f"--part={part}", f"--out={out}"]
+        command += [f"--seconds={seconds:.1f}", *["--small"] * result["card"]["small"]]
+        try:
+            code = subprocess.run(command, timeout=seconds + GRACE).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{part}: stopped, out of time", flush=True)
+            return
+        if code == 0:
+            return
+        print(f"{part}: its process ended with code {code}", flush=True)
+
+
+def is_complete(result: dict[str, Any], part: str) -> bool:
+    """Tells whether every row of a part is there, made or failed."""
+    return result["parts"].get(part, {}).get("left_out") == []
+
+
+def rows(result: dict[str, Any], kind: str | None = None) -> dict[str, dict[str, Any]]:
+    """Returns the rows that are done, by name; kind: those of one kind."""
+    found = {}
+    for part in result["parts"].values():
+        for name, row in part["rows"].items():
+            if chip_parts.is_done(row) and kind in (None, row.get("kind")):
+                found[name] = row
+    return found
+
+
+def stored(folder: Path) -> list[dict[str, Any]]:
+    """Reads the results in a folder."""
+    return [chip_parts.read(file) for file in sorted(folder.glob("*.json"))]
+
+
+# What the rows say.
+
+
+def proof(result: dict[str, Any], form: str = "") -> dict[str, dict[str, Any]]:
+    """Returns the rows of the proof that are done, of one form or of all, by name."""
+    made = result["parts"].get("proof", {"rows": {}})["rows"]
+    return {name: row for name, row in made.items() if name.startswith(form) and chip_parts.is_done(row)}
+
+
+def disagreeing(result: dict[str, Any], form: str = "") -> list[str]:
+    """Returns the names of the rows of the proof, of one form or of all, that failed or do not agree."""
+    return [name for name, row in proof(result, form).items() if not row.get("passed")]
+
+
+def is_proven(result: dict[str, Any]) -> bool:
+    """Tells whether the card's kernel agrees with the reference in every row of the proof, and none is missing."""
+    card = result["card"]
+    kernel = card["kernel"]
+    if card["small"] or not kernel or not proof(result, kernel):
+        return False
+    left_out = result["parts"]["proof"].get("left_out")
+    if left_out is None:  # its process was stopped
+        return False
+    return not disagreeing(result, kernel) and not any(name.startswith(kernel) for name in left_out)
+
+
+def record(result: dict[str, Any]) -> str:
+    """Notes on this machine that the kernel is proven, or takes the note away; says so in one line."""
+    card = result["card"]
+    kernel = card["kernel"]
+    if card["small"] or not kernel:
+        return "proof: nothing to record: " + ("in small" if card["small"] else "this platform has no kernel")
+    where = f"proof: {kernel} on {card['family']}"
+    failed = disagreeing(result, kernel)
+    proven = is_proven(result)
+    if not failed and not proven:
+        return f"{where}: not proven yet, rows are missing; run the same command again"
+    about = {key: card[key] for key in ("device", "date", "jax")}
+    try:
+        path = choice.note(kernel, card["family"], about if proven else None)
+    except OSError as error:
+        return f"{where}: {'proven' if proven else 'NOT proven'}; no record could be written: {error}"
+    if proven:
+        return f"{where}: proven; `auto` takes it on this machine ({path})"
+    return f"{where}: NOT proven, {len(failed)} rows failed: {'; '.join(failed)}"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Says what failed, and what was left out."""
+    lines = []
+    for name, row in rows(result).items():
+        if "failed" in row:
+            lines.append(f"failed: {name}: {row['failed']}")
+        elif row.get("passed") is False:
+            lines.append(f"does not agree: {name}: {json.dumps(row)}")
+    for part in SHARES:
+        kept = result["parts"].get(part, {})
+        if not is_complete(result, part):
+            missing = "; ".join(kept.get("left_out", ())) or "not finished"
+            lines.append(f"left out for want of time: {part}: {missing}; run the same command again")
+    return "\n".join(lines) or "all rows are there, and none failed"
+
+
+HEAD = (
+    "card | driver | jax / jaxlib | date | XLA_FLAGS | kernel | attention rows that agree | products, TFLOP/s"
+    " | copy, GB/s | 16 latents | 64 latents | evaluation | decoding, batch 1 / 8"
+)
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Makes a row in Markdown for each result.
+
+    Of steps: sequences a second, MFU against the data sheet and against the products measured here, how many times the
+    dense form and PyTorch, batch, remat, memory. Of evaluation: tokens a second, and share of the products. Of
+    decoding: ms a token, and share of the bandwidth of a copy.
+    """
+    lines = ["| " + HEAD + " |", "|" + "---|" * (HEAD.count("|") + 1)]
+    if not results:
+        lines.append("| none so far |" + " |" * HEAD.count("|"))
+    for result in results:
+        lines.append("| " + " | ".join(cells(result)) + " |")
+    return "\n".join(lines)
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """Returns the cells of a row, in the order of HEAD."""
+    card = result["card"]
+    compared = len(proof(result))
+    agree = compared - len(disagreeing(result))
+    whole = "" if is_complete(result, "proof") else ", unfinished"
+    copies = [row["gb_per_second"] for row in rows(result, "copy").values()]
+    verdict = "none" if not card["kernel"] else f"{card['kernel']}, {'proven' if is_proven(result) else 'not proven'}"
+    ceiling = best_product(result)
+    return [
+        f"{card['device']} ({card['family']})" + ", in small" * card["small"],
+        card["driver"],
+        f"{card['jax']} / {card['jaxlib']}",
+        card["date"][:10],
+        f"`{card['xla_flags']}`" if card["xla_flags"] else "",
+        verdict,
+        f"{agree} of {compared}{whole}",
+        common.cell(ceiling),
+        common.cell(max(copies, default=None)),
+        of_steps(result, 16),
+        of_steps(result, 64),
+        of_evaluation(result),
+        of_decoding(result),
+    ]
+
+
+def best_product(result: dict[str, Any]) -> float | None:
+    """Returns TFLOP/s of the fastest matrix product."""
+    return max((row["tflops"] for row in rows(result, "product").values()), default=None)
+
+
+def speed(row: dict[str, Any] | None) -> float | None:
+    """Returns sequences a second; None where there is no time."""
+    return row["batch"] / row["ms"] * 1e3 if row and row.get("ms") else None
+
+
+def share(part: float, whole: float | None) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def of_steps(result: dict[str, Any], latents: int) -> str:
+    """Says how fast the card's best step is, beside the other forms."""
+    steps = [row for row in rows(result, "step").values() if row["latents"] == latents and row.get("ms")]
+    if not steps:
+        return "-"
+    others = {row["form"]: speed(row) for row in steps if row["form"] in ("dense", "torch")}
+    best = max((row for row in steps if row["form"] not in others), key=speed, default=None)
+    if best is None:
+        return "-"
+    tflops = best["tflop"] / best["ms"] * 1e3
+    said = [
+        f"{speed(best):.2f}/s",
+        f"MFU {share(tflops, result['card']['peak_tflops'])} / {share(tflops, best_product(result))}",
+        *(f"{speed(best) / other:.1f} x {form}" for form, other in others.items()),
+        f"{best['form']}, B {best['batch']}, {best['remat']}, {common.cell(best.get('needs_gib'))} GiB",
+    ]
+    if best["layers"] != common.ARCHITECTURES["gemma2_2b"].num_layers:
+        said.append(f"{best['layers']} layers")
+    return ", ".join(said)
+
+
+def of_evaluation(result: dict[str, Any]) -> str:
+    found = [row for row in rows(result, "evaluation").values() if row.get("ms")]
+    if not found:
+        return "-"
+    row = found[0]
+    return f"{row['tokens_per_second']:,.0f} tokens/s ({share(row['tflop'] / row['ms'] * 1e3, best_product(result))})"
+
+
+def of_decoding(result: dict[str, Any]) -> str:
+    found = [row for row in rows(result, "decoding").values() if row.get("ms")]
+    return " / ".join(f"{row['ms']:.2f} ms ({row['bandwidth_share']:.0%})" for row in found) or "-"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

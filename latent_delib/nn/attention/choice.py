@@ -1,0 +1,163 @@
+"""Chooses the form of attention for a device. "auto" takes a kernel only on cards where it is proven.
+
+`python -m benchmarks.chip` proves a kernel: it compares it with the reference on the card itself. A card is proven by
+its family, for which one result is committed, or by a run on the same machine, which leaves a record.
+"""
+
+import functools
+import json
+import os
+import re
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from latent_delib.machine import files
+from latent_delib.nn.attention import gpu
+from latent_delib.nn.attention.forms import attend, give_way, unsupported
+from latent_delib.nn.attention.primitive import Bounds
+from latent_delib.nn.sizes import TransformerConfig
+
+BY_PLATFORM = {"gpu": "pallas_gpu", "cuda": "pallas_gpu", "tpu": "pallas_tpu"}
+# Kernel -> the families of cards on which it is proven: those of the results in docs/results/chip.
+PROVEN: dict[str, tuple[str, ...]] = {"pallas_gpu": (), "pallas_tpu": ()}
+HOW = "`python -m benchmarks.chip` proves it"
+
+
+def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str:
+    """Returns the form to use on a device.
+
+    "auto" becomes the kernel of the device's platform where that is proven and compiles, elsewhere "xla", with one
+    line that says why. A device that is not attached, for which a compiler is asked, gets the kernel. A kernel that its
+    GPU cannot run becomes "xla".
+
+    Args:
+      form: "auto", or one of `forms.FORMS`.
+      device: of jax.
+      config: the model that will call it.
+      dtype: of the computation.
+    """
+    if form == "auto":
+        form = _fastest(device, config, jnp.dtype(dtype))
+    if form == "pallas_gpu" and not gpu.shared_memory_of(device):
+        return give_way(form, f"{device.device_kind} (it needs NVIDIA's compute capability 8.0)")
+    return form
+
+
+def kernel_of(device: Any) -> str | None:
+    """Returns the kernel that a device can run, proven or not; None where there is none."""
+    kernel = BY_PLATFORM.get(device.platform)
+    if kernel == "pallas_gpu" and not gpu.shared_memory_of(device):
+        return None
+    return kernel
+
+
+def family(device: Any) -> str:
+    """Returns the family of a card, whose members run the same programs: "sm_90", "TPU v5 lite"."""
+    capability = getattr(device, "compute_capability", None)
+    return f"sm_{capability.replace('.', '')}" if capability else device.device_kind
+
+
+def named(device: Any) -> str:
+    """Returns the name of a card, and its family where that is another: "NVIDIA L4 (sm_89)"."""
+    kind, of_family = device.device_kind, family(device)
+    return kind if kind == of_family else f"{kind} ({of_family})"
+
+
+def note(kernel: str, family: str, about: dict[str, str] | None) -> Path:
+    """Writes this machine's record of a kernel on a family of cards, and returns its path.
+
+    Args:
+      about: the card, the date and the version of jax of the run that proved it. None takes the record away.
+    """
+    records = _records()
+    of_kernel = records.setdefault(kernel, {})
+    of_kernel.pop(family, None)
+    if about is not None:
+        of_kernel[family] = about
+    path = _path()
+    files.write(epath.Path(path), f"{json.dumps(records, indent=2)}\n".encode())
+    return path
+
+
+def is_proven(kernel: str, device: Any) -> bool:
+    """Tells whether a kernel is proven on a card: by its family, or on this machine with this version of jax.
+
+    All processes of a job must decide alike, so where there are several no machine's own record counts.
+    """
+    if family(device) in PROVEN[kernel]:
+        return True
+    record = _records().get(kernel, {}).get(family(device), {})
+    return jax.process_count() == 1 and record.get("jax") == jax.__version__
+
+
+def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
+    """Returns what "auto" means on a device."""
+    kernel = kernel_of(device)
+    if kernel is None or device not in jax.devices():
+        return BY_PLATFORM.get(device.platform, "xla")
+    if not is_proven(kernel, device):
+        _tell(f"attention: {kernel} is not proven on {named(device)}; xla does instead; {HOW}")
+        return "xla"
+    # Only the first process could compile for the first device; where there are several, what fails is loud.
+    why = None if jax.process_count() > 1 else _failure(kernel, device, config, dtype)
+    if why:
+        _tell(f"attention: {kernel} does not compile for {device.device_kind}; xla does instead: {why}")
+        return "xla"
+    return kernel
+
+
+@functools.cache
+def _failure(kernel: str, device: Any, config: TransformerConfig, dtype: Any) -> str | None:
+    """Compiles a call of whole blocks, forward and backward; returns the compiler's words where that fails."""
+    array = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
+    H = config.head_dim
+    q = array((1, 4, 128, config.num_heads // config.num_kv_heads, H), dtype)
+    own = array((1, 4, 128, 1, H), dtype)
+    prefix = array((1, 512, 1, H), dtype)
+    bounds = Bounds(*[array((1, 4, 128), jnp.int32)] * 3)
+    if unsupported(kernel, q.shape, 512, dtype):
+        return None  # each call says so itself
+    call = partial(attend, form=kernel, scale=config.query_scale, softcap=config.attn_softcap)
+    call = partial(call, shared_memory=gpu.shared_memory_of(device))
+
+    def both(q, k, v, prefix, bounds):
+        out, pull = jax.vjp(lambda *own: call(*own, prefix, bounds), q, k, v)
+        return pull(out)
+
+    try:
+        jax.jit(both).lower(q, own, own, (prefix, prefix), bounds).compile()
+    except Exception as error:  # of jax, Triton or Mosaic
+        return brief(error)
+    return None
+
+
+def brief(error: BaseException) -> str:
+    """Returns the kind and the first words of an error in one line."""
+    words = re.sub(r"\s+", " ", str(error)).strip()
+    return f"{type(error).__name__}: {words[:300]}"
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Warns once."""
+    warnings.warn(line, stacklevel=2)
+
+
+def _path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "latent_delib" / "proven.json"
+
+
+def _records() -> dict[str, dict[str, dict[str, str]]]:
+    """Returns this machine's records: kernel -> family -> about; empty where there are none, or no JSON."""
+    try:
+        found = json.loads(_path().read_text())
+    except (OSError, ValueError, RuntimeError):  # the last: no home
+        return {}
+    return found if isinstance(found, dict) else {}
