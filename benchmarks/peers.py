@@ -13,7 +13,7 @@ Every side of a row is a process of its own. It gets ready, does its work twice,
 one at a time, `--rounds` times: a turn repeats the work for at least `--least` seconds. Figures are medians over the
 turns, with the least and the most; a ratio is that of turns of the same round, over the fastest peer. Where both sides
 return figures, such as log-probabilities, the table says whether they are the same. All is float32, on all cores that
-the process may use. What launch/quickstart.sh sets for its commands is set here for both sides of the training rows.
+the process may use.
 """
 
 import argparse
@@ -40,10 +40,8 @@ from benchmarks import common, peer_sides
 from benchmarks.peer_sides import Work
 
 SAME = 1e-3  # relative difference of figures that count as the same
-QUICKSTART = {  # as launch/quickstart.sh sets them
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}".rstrip(),
-    "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
-}
+# As the commands of the package set it for themselves, here for both sides.
+ENVIRONMENT = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
 
 Side = Callable[[argparse.Namespace], Work]
 
@@ -51,14 +49,13 @@ Side = Callable[[argparse.Namespace], Work]
 class Row(NamedTuple):
     """One line of the table.
 
-    counted: what its figures count. sides: "ours", and peers by name. environment: of all of them.
+    counted: what its figures count. sides: "ours", and peers by name.
     """
 
     work: str
     unit: str
     counted: str
     sides: Mapping[str, Side]
-    environment: Mapping[str, str] = {}
 
 
 # Turns.
@@ -79,12 +76,12 @@ def serve(connection: Connection, side: Side, a: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def started(side: Side, a: argparse.Namespace, environment: Mapping[str, str]) -> Iterator[Connection]:
+def started(side: Side, a: argparse.Namespace) -> Iterator[Connection]:
     """The connection to a side's process, which ends with the context."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=serve, args=(there, side, a), daemon=True)
-    with mock.patch.dict(os.environ, {"JAX_PLATFORMS": "cpu", **environment}):
+    with mock.patch.dict(os.environ, {"JAX_PLATFORMS": "cpu", **ENVIRONMENT}):
         process.start()
     there.close()  # so that a process that fails ends the connection
     try:
@@ -100,7 +97,7 @@ def measure(row: Row, a: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         for name, side in row.sides.items():
             print(f"{row.work}: {name} gets ready", flush=True)
-            workers[name] = stack.enter_context(started(side, a, row.environment))
+            workers[name] = stack.enter_context(started(side, a))
             try:
                 figures[name] = workers[name].recv()  # then it waits, and the next one has the machine for itself
             except EOFError:
@@ -166,7 +163,6 @@ ROWS: dict[str, tuple[Row, ...]] = {
             "tokens/s",
             STEP,
             training(peer_sides.decoder_job, True, False),
-            QUICKSTART,
         ),
     ),
     "2": (
@@ -175,7 +171,6 @@ ROWS: dict[str, tuple[Row, ...]] = {
             "tokens/s",
             STEP,
             training(peer_sides.tiny_job, True, False),
-            QUICKSTART,
         ),
     ),
     "3": (
@@ -184,7 +179,6 @@ ROWS: dict[str, tuple[Row, ...]] = {
             "tokens/s",
             STEP,
             training(peer_sides.coprocessor_job, True),
-            QUICKSTART,
         ),
     ),
     "4": (
