@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 TOGETHER = 8  # continuations of one prompt in one row
+CPU_TOKENS = 512  # tokens with which a CPU's products are at full speed: more rows only pad each other
 
 Key = tuple[int, int]
 
@@ -33,6 +34,12 @@ def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]
         count = size(keys[order[0]])
         yield order[:count]
         order = order[count:]
+
+
+def few(length: int, most: int) -> int:
+    """Returns how many rows of a length to compute at a time on a CPU, a power of two where it is less than `most`."""
+    rows = max(1, CPU_TOKENS // length)
+    return max(1, min(most, 1 << (rows.bit_length() - 1)))
 
 
 def pad(rows: Sequence[Any], pad_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:

@@ -151,7 +151,9 @@ class AugmentedLM:
         sums = np.zeros(len(tails), np.float32)
         greedy = np.zeros(len(tails), bool)
         done = 0
-        for chosen in batching.alike([q.key for q in questions], lambda key: max(1, batch_size // key[0])):
+        for chosen in batching.alike(
+            [q.key for q in questions], lambda key: self._together(batch_size // key[0], key[1])
+        ):
             batch = [questions[i] for i in chosen]
             sums_BM, greedy_BM = self._score_tails(batch, tails, augment)
             for b, (_, members, _) in enumerate(batch):
@@ -195,7 +197,9 @@ class AugmentedLM:
         sums = np.zeros(len(texts))
         done = 0
         score = partial(scoring.score_text, aug=self.aug if augment else self.plain, dtype=self.dtype)
-        for chosen in batching.alike([(1, len(piece)) for piece in pieces], lambda key: batch_size):
+        for chosen in batching.alike(
+            [(1, len(piece)) for piece in pieces], lambda key: self._together(batch_size, key[1])
+        ):
             tokens, length = self._pad([pieces[p] for p in chosen])
             predicted = tokens.shape[1] - 1
             found = score(self.params, tokens, length, stretch=min(every or predicted, predicted))
@@ -308,6 +312,11 @@ class AugmentedLM:
         )
         sums_BM = np.where(inside_BMA, np.asarray(logp_BMA), 0).sum(axis=2)
         return sums_BM, np.all(np.asarray(likeliest_BMA) | ~inside_BMA, axis=2)
+
+    def _together(self, most: int, length: int) -> int:
+        """Returns how many of at most `most` texts of a length are read together; on a CPU so many as gain by it."""
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return batching.few(length, most) if on_cpu else max(1, most)
 
     def _ids(self, name: str, text: Prompt) -> list[int]:
         return inputs.token_ids(name, text, self.tokenizer, self.decoder.config.vocab_size)
