@@ -132,7 +132,7 @@ def decode(aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: 
 
 
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns -log p of each target [B, ...] from outputs [B, ..., D], in nats, float32; not to be differentiated."""
+    """Returns -log p of each target [B, ...] from outputs [B, ..., D]: nats, float32. Training takes `summed_nll`."""
     return token_nll(*_of_rows(aug, params, x, targets)).reshape(targets.shape)
 
 
