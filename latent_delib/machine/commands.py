@@ -27,7 +27,7 @@ UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, er
 # Messages of Orbax and asyncio that tell nothing: of every run, or of a failed save, which raises its error as well.
 NOISE = re.compile(
     r"Requested `tracked_metric`|run\(\) raised an exception|Handler Commit operations|Save Finalize thread"
-    "|Event loop is closed|Task was destroyed but it is pending|Task exception was never retrieved"
+    "|Event loop is closed|Task was destroyed but it is pending|exception was never retrieved"
 )
 
 
