@@ -47,12 +47,15 @@ setup(
         "protobuf>=7.36.1",  # sentencepiece's generated module, which seqio imports
     ],
     extras_require={
-        "tpu": ["google-cloud-storage>=3", "jax[tpu]"],  # the first is for orbax, where a workdir is gs://
+        # the first is for orbax, where a workdir is gs://
+        "tpu": ["google-cloud-storage>=3", "jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": EVAL,
-        "tasks": ["reasoning-gym>=0.1.25"],  # needs pycosat, which wants a C compiler and Python's headers
+        # needs pycosat, which wants a C compiler and Python's headers
+        "tasks": ["reasoning-gym>=0.1.25"],
         "mixture": MIXTURE,
-        "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],  # golden values are made with them
+        # golden values are made with them
+        "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],
         "test": [
             *EVAL,
             *MIXTURE,

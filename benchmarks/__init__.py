@@ -1,1 +1,3 @@
-"""Speed and memory, every form beside a plain one. Run from the repository's root: python -m benchmarks.NAME --help"""
+"""Speed and memory, every form beside a plain one. Run from the repository's root: python -m
+benchmarks.NAME --help
+"""

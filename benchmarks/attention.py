@@ -2,10 +2,11 @@
 
   python -m benchmarks.attention [--latents 16 64] [--batch 1] [--forms ...] [--json=FILE]
 
-A trace holds N_L + N_A tokens: the decoder's call with placement overlay. Every form does the same job, and the same
-useful FLOPs count for each (`common.attention_flops`); the dense mask also computes the text's own attention and all
-the pairs that nobody sees. torch is the peer's flex_attention, which also computes the cache's gradient; on a CPU,
-where that has no backward pass, plain operations over the same pairs.
+A trace holds N_L + N_A tokens: the decoder's call with placement overlay. Every form does the same
+job, and the same useful FLOPs count for each (`common.attention_flops`); the dense mask also
+computes the text's own attention and all the pairs that nobody sees. torch is the peer's
+flex_attention, which also computes the cache's gradient; on a CPU, where that has no backward pass,
+plain operations over the same pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +22,13 @@ from latent_delib.nn.attention.forms import attend
 
 
 def both_passes(attention: Callable) -> dict[str, Any]:
-    """The forward pass, and the forward and backward one, as functions of (q, k, v), of what else attention takes, and
-    of the output's gradient. Only q, k and v are differentiated."""
+    """The forward pass, and the forward and backward one, as functions of (q, k, v), of what else
+    attention takes, and of the output's gradient. Only q, k and v are differentiated.
+    """
 
     def forward_backward(operands: tuple, shown: tuple, dout: jax.Array):
-        out, pull = jax.vjp(lambda *x: attention(*x, *shown), *operands)  # not of a sum: its gradient needs no output
+        # not of a sum: its gradient needs no output
+        out, pull = jax.vjp(lambda *x: attention(*x, *shown), *operands)
         return out, pull(dout)
 
     return {
@@ -34,7 +37,9 @@ def both_passes(attention: Callable) -> dict[str, Any]:
     }
 
 
-def torch_passes(c: Any, marks: Traces, text: dense.Tokens, operands: tuple, prefix: tuple, dout: jax.Array) -> dict:
+def torch_passes(
+    c: Any, marks: Traces, text: dense.Tokens, operands: tuple, prefix: tuple, dout: jax.Array
+) -> dict:
     """The peer's forms of the same two, as functions without arguments."""
     import numpy as np
     import torch
@@ -46,13 +51,25 @@ def torch_passes(c: Any, marks: Traces, text: dense.Tokens, operands: tuple, pre
     def theirs(x: jax.Array) -> Any:
         """[B, tokens, heads, H] as torch has it."""
         x32 = np.asarray(x.astype(jnp.float32))
-        return torch.from_numpy(x32).to(device, getattr(torch, x.dtype.name)).transpose(1, 2).contiguous()
+        return (
+            torch.from_numpy(x32)
+            .to(device, getattr(torch, x.dtype.name))
+            .transpose(1, 2)
+            .contiguous()
+        )
 
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-    integers = (marks.position, marks.bounds.prefix_start[..., 0], marks.bounds.prefix_stop[..., 0], text.position)
-    sees = peer_torch.trace_mask(*(torch.tensor(np.asarray(x), device=device) for x in integers), None)
+    integers = (
+        marks.position,
+        marks.bounds.prefix_start[..., 0],
+        marks.bounds.prefix_stop[..., 0],
+        text.position,
+    )
+    sees = peer_torch.trace_mask(
+        *(torch.tensor(np.asarray(x), device=device) for x in integers), None
+    )
     q, k, v = (theirs(flat(x)).requires_grad_() for x in operands)
     before, gradient = [theirs(x) for x in prefix], theirs(flat(dout))
     form = peer_torch.FORMS[device]
@@ -69,7 +86,10 @@ def torch_passes(c: Any, marks: Traces, text: dense.Tokens, operands: tuple, pre
     def both() -> None:
         torch.autograd.grad(attention(q, k, v), (q, k, v), gradient)
 
-    return {name: common.calls(run, peer_torch.wait) for name, run in (("forward", forward), ("both", both))}
+    return {
+        name: common.calls(run, peer_torch.wait)
+        for name, run in (("forward", forward), ("both", both))
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -81,11 +101,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for B, L in ((B, L) for B in a.batch for L in a.latents):
         tokens_BT, segment_BT = common.text(a, B)
         aug = common.augmentation(c, L, "reference", placement="overlay")
-        marks = aug.lay_out(tokens_BT, segment_BT, common.positions(a, tokens_BT, segment_BT), a.ahead)
+        marks = aug.lay_out(
+            tokens_BT, segment_BT, common.positions(a, tokens_BT, segment_BT), a.ahead
+        )
         text, key = dense.of_text(segment_BT), jax.random.key(0)
 
         def heads(i: int, *shape: int, key=key, B=B) -> jax.Array:
-            return jax.random.normal(jax.random.fold_in(key, i), (B, *shape, c.head_dim)).astype(a.dtype)
+            return jax.random.normal(jax.random.fold_in(key, i), (B, *shape, c.head_dim)).astype(
+                a.dtype
+            )
 
         S = marks.position.shape[2]
         operands = heads(0, a.traces, S, N), heads(1, a.traces, S, K), heads(2, a.traces, S, K)
@@ -94,10 +118,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         compiled, runs = {}, {}
         for form in a.forms:
             if form == "torch":
-                runs |= {(form, p): r for p, r in torch_passes(c, marks, text, operands, prefix, dout).items()}
+                runs |= {
+                    (form, p): r
+                    for p, r in torch_passes(c, marks, text, operands, prefix, dout).items()
+                }
                 continue
             if form == "dense":
-                whole, total = dense.both(text, dense.of_traces(marks.position, *marks.bounds[:2])), T + a.traces * S
+                whole, total = (
+                    dense.both(text, dense.of_traces(marks.position, *marks.bounds[:2])),
+                    T + a.traces * S,
+                )
                 everything = heads(6, total, N), heads(7, total, K), heads(8, total, K)
                 arguments = everything, (dense.visible(whole, whole),), heads(9, total, N)
                 function = partial(dense.attend, scale=c.query_scale, softcap=c.attn_softcap)
@@ -115,10 +145,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             row = {"batch": B, "latents": L, "form": form, "pass": name, **common.spread(found)}
             row["tflops"] = row["vs_dense"] = None
             if row["ms"]:
-                row["tflops"] = common.attention_flops(c, marks.bounds, name == "both") / row["ms"] / 1e9
+                row["tflops"] = (
+                    common.attention_flops(c, marks.bounds, name == "both") / row["ms"] / 1e9
+                )
             if row["ms"] and seconds.get(("dense", name)):
                 row["vs_dense"] = common.spread(seconds["dense", name])["ms"] / row["ms"]
-            rows.append(row | (common.memory(compiled[form, name]) if (form, name) in compiled else {}))
+            rows.append(
+                row | (common.memory(compiled[form, name]) if (form, name) in compiled else {})
+            )
     return common.report("attention", a, rows)
 
 

@@ -1,4 +1,5 @@
-"""Proves a card, and measures what it does: the first command to run on a GPU or TPU, of at most 8 minutes.
+"""Proves a card, and measures what it does: the first command to run on a GPU or TPU, of at most 8
+minutes.
 
   ./launch/gpu.sh .venv/bin/python -m benchmarks.chip         on a GPU; on a TPU without gpu.sh
   python -m benchmarks.chip --small                           in small: the default on a CPU, about a minute
@@ -11,9 +12,9 @@ Its parts, in this order; each has a share of the time:
   peer    the same steps by PyTorch, where torch is installed
   use     evaluation and decoding
 
-Rows lie in runs/chip/CARD.json as soon as they are there. What does not fit the time is left out and said; the same
-command again makes what is missing. A kernel whose rows all agree is recorded on this machine: `auto` takes it from
-then on. The exit code is 1 where a form does not agree.
+Rows lie in runs/chip/CARD.json as soon as they are there. What does not fit the time is left out
+and said; the same command again makes what is missing. A kernel whose rows all agree is recorded on
+this machine: `auto` takes it from then on. The exit code is 1 where a form does not agree.
 """
 
 import argparse
@@ -39,12 +40,17 @@ FOLDER = Path("runs/chip")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="tiny models; proves nothing")
     parser.add_argument("--out", type=Path, help=f"by default {FOLDER}/CARD.json")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
     parser.add_argument(
-        "--table", type=Path, metavar="FOLDER", help="print the table of these results, and that is all"
+        "--table",
+        type=Path,
+        metavar="FOLDER",
+        help="print the table of these results, and that is all",
     )
     a = parser.parse_args(argv)
     if a.table:
@@ -67,28 +73,40 @@ def start(small: bool, out: Path | None) -> Path:
     try:
         asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=FIRST)
     except subprocess.TimeoutExpired:
-        raise SystemExit(f"error: jax found no device within {FIRST} s; is another process using it?") from None
+        raise SystemExit(
+            f"error: jax found no device within {FIRST} s; is another process using it?"
+        ) from None
     if asked.returncode:
         raise SystemExit("error: jax finds no device that works: the lines above say why")
     card = json.loads(asked.stdout.splitlines()[-1])
     name = re.sub(r"\W+", "_", card["device"]).strip("_").lower()
     out = out or FOLDER / f"{name}{'_small' * card['small']}.json"
-    print(f"{card['device']} ({card['family']}), driver {card['driver']}, jax {card['jax']}: {out}", flush=True)
+    print(
+        f"{card['device']} ({card['family']}), driver {card['driver']}, jax {card['jax']}: {out}",
+        flush=True,
+    )
     if card["platform"] == "cpu" and not small:
         print("jax sees no GPU or TPU here: in small, which proves nothing", flush=True)
-    if card["platform"] == "gpu" and not card["xla_flags"]:  # without them XLA cannot compile the reference
-        raise SystemExit("error: no XLA_FLAGS: expected ./launch/gpu.sh .venv/bin/python -m benchmarks.chip")
+    # without them XLA cannot compile the reference
+    if card["platform"] == "gpu" and not card["xla_flags"]:
+        raise SystemExit(
+            "error: no XLA_FLAGS: expected ./launch/gpu.sh .venv/bin/python -m benchmarks.chip"
+        )
     if not out.exists():
         chip_parts.write(out, {"card": card, "parts": {}})
     before = chip_parts.read(out)["card"]
     for key in SAME:
         if before[key] != card[key]:
-            raise SystemExit(f"error: {out}: made with {key} {before[key]!r}, now {card[key]!r}; name another --out")
+            raise SystemExit(
+                f"error: {out}: made with {key} {before[key]!r}, now {card[key]!r}; name another --out"
+            )
     return out
 
 
 def run(part: str, out: Path, until: float) -> None:
-    """Runs a part in processes of its own, within its share of the time that the parts still to do have left."""
+    """Runs a part in processes of its own, within its share of the time that the parts still to do
+    have left.
+    """
     result = chip_parts.read(out)
     later = list(SHARES)[list(SHARES).index(part) :]
     to_do = {p: SHARES[p] for p in later if not is_complete(result, p)}
@@ -138,16 +156,22 @@ def stored(folder: Path) -> list[dict[str, Any]]:
 def proof(result: dict[str, Any], form: str = "") -> dict[str, dict[str, Any]]:
     """Returns the rows of the proof that are done, of one form or of all, by name."""
     made = result["parts"].get("proof", {"rows": {}})["rows"]
-    return {name: row for name, row in made.items() if name.startswith(form) and chip_parts.is_done(row)}
+    return {
+        name: row for name, row in made.items() if name.startswith(form) and chip_parts.is_done(row)
+    }
 
 
 def disagreeing(result: dict[str, Any], form: str = "") -> list[str]:
-    """Returns the names of the rows of the proof, of one form or of all, that failed or do not agree."""
+    """Returns the names of the rows of the proof, of one form or of all, that failed or do not
+    agree.
+    """
     return [name for name, row in proof(result, form).items() if not row.get("passed")]
 
 
 def is_proven(result: dict[str, Any]) -> bool:
-    """Tells whether the card's kernel agrees with the reference in every row of the proof, and none is missing."""
+    """Tells whether the card's kernel agrees with the reference in every row of the proof, and none
+    is missing.
+    """
     card = result["card"]
     kernel = card["kernel"]
     if card["small"] or not kernel or not proof(result, kernel):
@@ -159,11 +183,15 @@ def is_proven(result: dict[str, Any]) -> bool:
 
 
 def record(result: dict[str, Any]) -> str:
-    """Notes on this machine that the kernel is proven, or takes the note away; says so in one line."""
+    """Notes on this machine that the kernel is proven, or takes the note away; says so in one
+    line.
+    """
     card = result["card"]
     kernel = card["kernel"]
     if card["small"] or not kernel:
-        return "proof: nothing to record: " + ("in small" if card["small"] else "this platform has no kernel")
+        return "proof: nothing to record: " + (
+            "in small" if card["small"] else "this platform has no kernel"
+        )
     where = f"proof: {kernel} on {card['family']}"
     failed = disagreeing(result, kernel)
     proven = is_proven(result)
@@ -173,7 +201,9 @@ def record(result: dict[str, Any]) -> str:
     try:
         path = choice.note(kernel, card["family"], about if proven else None)
     except OSError as error:
-        return f"{where}: {'proven' if proven else 'NOT proven'}; no record could be written: {error}"
+        return (
+            f"{where}: {'proven' if proven else 'NOT proven'}; no record could be written: {error}"
+        )
     if proven:
         return f"{where}: proven; `auto` takes it on this machine ({path})"
     return f"{where}: NOT proven, {len(failed)} rows failed: {'; '.join(failed)}"
@@ -191,7 +221,9 @@ def summary(result: dict[str, Any]) -> str:
         kept = result["parts"].get(part, {})
         if not is_complete(result, part):
             missing = "; ".join(kept.get("left_out", ())) or "not finished"
-            lines.append(f"left out for want of time: {part}: {missing}; run the same command again")
+            lines.append(
+                f"left out for want of time: {part}: {missing}; run the same command again"
+            )
     return "\n".join(lines) or "all rows are there, and none failed"
 
 
@@ -204,9 +236,9 @@ HEAD = (
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Makes a row in Markdown for each result.
 
-    Of steps: sequences a second, MFU against the data sheet and against the products measured here, how many times the
-    dense form and PyTorch, batch, remat, memory. Of evaluation: tokens a second, and share of the products. Of
-    decoding: ms a token, and share of the bandwidth of a copy.
+    Of steps: sequences a second, MFU against the data sheet and against the products measured here,
+    how many times the dense form and PyTorch, batch, remat, memory. Of evaluation: tokens a second,
+    and share of the products. Of decoding: ms a token, and share of the bandwidth of a copy.
     """
     lines = ["| " + HEAD + " |", "|" + "---|" * (HEAD.count("|") + 1)]
     if not results:
@@ -223,7 +255,11 @@ def cells(result: dict[str, Any]) -> list[str]:
     agree = compared - len(disagreeing(result))
     whole = "" if is_complete(result, "proof") else ", unfinished"
     copies = [row["gb_per_second"] for row in rows(result, "copy").values()]
-    verdict = "none" if not card["kernel"] else f"{card['kernel']}, {'proven' if is_proven(result) else 'not proven'}"
+    verdict = (
+        "none"
+        if not card["kernel"]
+        else f"{card['kernel']}, {'proven' if is_proven(result) else 'not proven'}"
+    )
     ceiling = best_product(result)
     return [
         f"{card['device']} ({card['family']})" + ", in small" * card["small"],
@@ -258,7 +294,9 @@ def share(part: float, whole: float | None) -> str:
 
 def of_steps(result: dict[str, Any], latents: int) -> str:
     """Says how fast the card's best step is, beside the other forms."""
-    steps = [row for row in rows(result, "step").values() if row["latents"] == latents and row.get("ms")]
+    steps = [
+        row for row in rows(result, "step").values() if row["latents"] == latents and row.get("ms")
+    ]
     if not steps:
         return "-"
     others = {row["form"]: speed(row) for row in steps if row["form"] in ("dense", "torch")}

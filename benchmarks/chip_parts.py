@@ -1,10 +1,12 @@
-"""The parts of `benchmarks.chip`, each run in a process of its own: its memory goes with it, and so does its crash.
+"""The parts of `benchmarks.chip`, each run in a process of its own: its memory goes with it, and so
+does its crash.
 
   python -m benchmarks.chip_parts --part=card [--small]                       prints what the card is, as JSON
   python -m benchmarks.chip_parts --part=PART --out=FILE --seconds=N [--small]
 
-A part is rows. Each is written to FILE as soon as it is there, with its error where it failed; rows that FILE has are
-not made again. A row that would not end within N seconds, if it took as long as the longest before it, is left out.
+A part is rows. Each is written to FILE as soon as it is there, with its error where it failed; rows
+that FILE has are not made again. A row that would not end within N seconds, if it took as long as
+the longest before it, is left out.
 """
 
 import argparse
@@ -37,10 +39,13 @@ Rows = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 TRIES = 3  # a row that ended its process so often has failed
 PRODUCTS = ((8192, 8192, 8192), (10240, 2304, 9216), (2048, 2304, 9216))
 PRODUCTS_SMALL = ((256, 256, 256),)
-# The batch to begin with, by the number of latents: on 80 GB these fit, and larger ones are hardly faster.
+# The batch to begin with, by the number of latents: on 80 GB these fit, and larger ones are hardly
+# faster.
 BATCH = {16: 8, 64: 4}
 STEPS = common.PUBLISHED | dict(rounds=3, least=0.0, eager=False)
-STEPS_SMALL = common.SMALL | dict(size="gemma2_test", seq_len=48, traces=4, ahead=3, rounds=1, least=0.0, eager=True)
+STEPS_SMALL = common.SMALL | dict(
+    size="gemma2_test", seq_len=48, traces=4, ahead=3, rounds=1, least=0.0, eager=True
+)
 ROOM = 1.4  # what a step needs at batch 1, as a multiple of what it holds: 1.37 for Gemma 2 2B
 
 
@@ -59,7 +64,9 @@ def card(small: bool) -> dict[str, Any]:
 
 
 def driver(device: Any) -> str:
-    """Returns the version of NVIDIA's driver; of other devices, the first line that their runtime says of itself."""
+    """Returns the version of NVIDIA's driver; of other devices, the first line that their runtime
+    says of itself.
+    """
     file = Path("/proc/driver/nvidia/version")
     if device.platform == "gpu" and file.exists():
         found = re.search(r"\d{3,}\.\d+(\.\d+)?", file.read_text())
@@ -68,7 +75,9 @@ def driver(device: Any) -> str:
     if device.platform == "gpu":
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             return "unknown"
     return device.client.platform_version.partition("\n")[0]
@@ -78,7 +87,9 @@ def driver(device: Any) -> str:
 
 
 def steps(small: bool) -> Rows:
-    """Yields products and copies at their fastest, then training steps: those that matter most first."""
+    """Yields products and copies at their fastest, then training steps: those that matter most
+    first.
+    """
     for shape in PRODUCTS_SMALL if small else PRODUCTS:
         yield "product " + " x ".join(map(str, shape)), partial(product, *shape)
     yield "copy", copy
@@ -110,7 +121,9 @@ def copy() -> dict[str, Any]:
 
 
 class Steps:
-    """Measures training steps; holds one training state at a time, that of one number of latents."""
+    """Measures training steps; holds one training state at a time, that of one number of
+    latents.
+    """
 
     def __init__(self, small: bool):
         self.small = small
@@ -123,7 +136,13 @@ class Steps:
             gc.collect()
             self.jobs[L] = step.Job(arguments(self.small, trains=True), L)
         job = self.jobs[L]
-        row = {"kind": "step", "latents": L, "form": form, "remat": remat, "layers": job.a.config.num_layers}
+        row = {
+            "kind": "step",
+            "latents": L,
+            "form": form,
+            "remat": remat,
+            "layers": job.a.config.num_layers,
+        }
         # A larger batch hardly changes the dense form, which is the slowest.
         batch = 1 if self.small or form == "dense" else BATCH[L]
         while batch:
@@ -133,8 +152,12 @@ class Steps:
             batch = most
         return row | {"batch": 0, "ms": None}
 
-    def measure(self, job: step.Job, form: str, remat: str, batch: int) -> tuple[dict[str, Any] | None, int]:
-        """Returns what was measured, or None and the batch to try next, where this one does not fit."""
+    def measure(
+        self, job: step.Job, form: str, remat: str, batch: int
+    ) -> tuple[dict[str, Any] | None, int]:
+        """Returns what was measured, or None and the batch to try next, where this one does not
+        fit.
+        """
         inputs = dict(zip(("tokens", "segment"), common.text(job.a, batch)))
         began = time.perf_counter()
         try:
@@ -155,7 +178,9 @@ class Steps:
 
 
 def arguments(small: bool, trains: bool) -> argparse.Namespace:
-    """Returns the published setting, with as many layers as leave the card room to work; or what stands for it."""
+    """Returns the published setting, with as many layers as leave the card room to work; or what
+    stands for it.
+    """
     a = argparse.Namespace(**(STEPS_SMALL if small else STEPS))
     config = common.ARCHITECTURES[a.size]
     while config.num_layers > 1 and ROOM * held(config, trains) > common.room():
@@ -165,9 +190,13 @@ def arguments(small: bool, trains: bool) -> argparse.Namespace:
 
 
 def held(config: TransformerConfig, trains: bool) -> float:
-    """Returns bytes of both models in bfloat16; trains: of the coprocessor and its optimizer in float32."""
+    """Returns bytes of both models in bfloat16; trains: of the coprocessor and its optimizer in
+    float32.
+    """
     shapes = jax.eval_shape(lambda: common.weights(config, 16, "float32"))
-    decoder, coprocessor = (sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("decoder", "coprocessor"))
+    decoder, coprocessor = (
+        sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("decoder", "coprocessor")
+    )
     return 2 * decoder + (12 if trains else 2) * coprocessor
 
 
@@ -254,7 +283,9 @@ def evaluate(small: bool) -> dict[str, Any]:
     preset = evaluation.PRESET | (dict(latents=[2], positions=24, ahead=3) if small else {})
     form = common.attention_forms()[-1]
     a = arguments(small, trains=False)
-    a = argparse.Namespace(**vars(a) | preset | {"batch": [1], "forms": [f"{form}, reused"], "rounds": 1})
+    a = argparse.Namespace(
+        **vars(a) | preset | {"batch": [1], "forms": [f"{form}, reused"], "rounds": 1}
+    )
     [row] = evaluation.measure(a)
     c, L, T = a.config, a.latents[0], a.seq_len
     places = -(-(T - 1) // a.positions) * a.positions
@@ -266,8 +297,12 @@ def evaluate(small: bool) -> dict[str, Any]:
 
 
 def decode(small: bool, batch: int) -> dict[str, Any]:
-    """Measures a token with latents, and the share of its time that reading the weights would take."""
-    preset = decoding.PUBLISHED | (dict(latents=[2], seq_len=8, new=4, size="gemma2_test") if small else {})
+    """Measures a token with latents, and the share of its time that reading the weights would
+    take.
+    """
+    preset = decoding.PUBLISHED | (
+        dict(latents=[2], seq_len=8, new=4, size="gemma2_test") if small else {}
+    )
     a = arguments(small, trains=False)
     a = argparse.Namespace(**vars(a) | preset | {"batch": [batch], "forms": ["latents"]})
     a.dtype = "float32" if small else a.dtype
@@ -275,7 +310,12 @@ def decode(small: bool, batch: int) -> dict[str, Any]:
     return {"kind": "decoding", **row, "layers": a.config.num_layers}
 
 
-PARTS: dict[str, Callable[[bool], Rows]] = {"proof": chip_proof.rows, "steps": steps, "peer": peer, "use": use}
+PARTS: dict[str, Callable[[bool], Rows]] = {
+    "proof": chip_proof.rows,
+    "steps": steps,
+    "peer": peer,
+    "use": use,
+}
 
 
 # One process.
@@ -316,7 +356,9 @@ def run(rows: Rows, part: str, out: Path, seconds: float) -> None:
         made[name] = {"tries": tries + 1}  # what is found here, if this process ends
         write(out, result)
         if tries >= TRIES:
-            row = {"failed": f"its process ended {tries} times while this ran: out of time, or a crash"}
+            row = {
+                "failed": f"its process ended {tries} times while this ran: out of time, or a crash"
+            }
         else:
             row = attempt(make)
         made[name] = row | {"seconds": round(time.monotonic() - began, 2)}
@@ -339,12 +381,18 @@ def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def shown(row: dict[str, Any]) -> str:
     """Returns a row in one line."""
-    cells = {key: value for key, value in row.items() if value is not None and not isinstance(value, dict)}
+    cells = {
+        key: value
+        for key, value in row.items()
+        if value is not None and not isinstance(value, dict)
+    }
     return "  ".join(f"{key} {common.cell(value)}" for key, value in cells.items())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=["card", *PARTS], required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float)

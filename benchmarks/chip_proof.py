@@ -1,13 +1,14 @@
 """Part 1 of `benchmarks.chip`: every form of attention against the reference, on the card itself.
 
-A row compiles one call of one form, forward and backward, and runs it with bounds in order, out of order and in a
-window. Rows of the batch hold documents of unequal length, groups that see no text, and bait: slots outside every
-bound, whose keys score higher than anything and whose values are unmistakable. The reference computes in float32 what
-the form computes in its dtype, from the same numbers.
+A row compiles one call of one form, forward and backward, and runs it with bounds in order, out of
+order and in a window. Rows of the batch hold documents of unequal length, groups that see no text,
+and bait: slots outside every bound, whose keys score higher than anything and whose values are
+unmistakable. The reference computes in float32 what the form computes in its dtype, from the same
+numbers.
 
-Two errors are held against TOLERANCES: the root mean square, as a share of that of the reference, and the largest, as a
-share of the reference's largest element. The last rows compare one whole training step in bfloat16 with the same step
-in float32 by `xla`.
+Two errors are held against TOLERANCES: the root mean square, as a share of that of the reference,
+and the largest, as a share of the reference's largest element. The last rows compare one whole
+training step in bfloat16 with the same step in float32 by `xla`.
 """
 
 import argparse
@@ -30,10 +31,12 @@ from latent_delib.nn.sizes import SIZES
 
 B, K = 2, 2
 BAIT = 3  # slots at either end of the text
-# dtype -> the largest error by root mean square, and of any element. TF32 or passes of bfloat16 would break the first.
+# dtype -> the largest error by root mean square, and of any element. TF32 or passes of bfloat16
+# would break the first.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2**-6, 2**-5)}
-# A step in bfloat16 beside one in float32: the relative error of its loss, and that of its gradient (root mean square).
-# Rounding alone makes 4 % of a gradient; a kernel may make half as much again as `xla`.
+# A step in bfloat16 beside one in float32: the relative error of its loss, and that of its gradient
+# (root mean square). Rounding alone makes 4 % of a gradient; a kernel may make half as much again
+# as `xla`.
 LOSS, GRADIENT, MORE = 2e-3, 0.1, 1.5
 HEAD_DIMS = (256, 128, 64, 32, 16)
 ORDERS = ("sorted", "unsorted", "window")
@@ -42,7 +45,8 @@ ORDERS = ("sorted", "unsorted", "window")
 class Layout(NamedTuple):
     """M groups of S tokens after T slots of text, or after none; G queries a key head.
 
-    Scores are some 2 times normal numbers: a softcap of 5 bends them, and one above 60 is computed in another way.
+    Scores are some 2 times normal numbers: a softcap of 5 bends them, and one above 60 is computed
+    in another way.
     """
 
     M: int
@@ -67,7 +71,8 @@ STEP_SMALL = dict(seq_len=64, traces=6, ahead=4, latents=4)
 def rows(small: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yields names of rows, and the functions that make them."""
     here = common.attention_forms()[:0:-1]  # a kernel first, without the reference
-    forms = [*KERNELS, "xla"] if jax.default_backend() == "cpu" else here  # on a CPU the kernels are interpreted
+    # on a CPU the kernels are interpreted
+    forms = [*KERNELS, "xla"] if jax.default_backend() == "cpu" else here
     layouts = SMALL if small else LAYOUTS
     for form in forms:
         for H in (64,) if small else HEAD_DIMS:
@@ -75,13 +80,18 @@ def rows(small: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
                 continue
             for name in list(layouts)[: 1 if H < 64 else None]:
                 for dtype in TOLERANCES:
-                    yield f"{form}, {dtype}, head dim {H}, {name}", partial(compare, form, dtype, H, layouts[name])
+                    yield (
+                        f"{form}, {dtype}, head dim {H}, {name}",
+                        partial(compare, form, dtype, H, layouts[name]),
+                    )
         if form in here:
             yield f"{form}, one step", partial(compare_step, form, small)
 
 
 def compare(form: str, dtype: str, H: int, layout: Layout) -> dict[str, Any]:
-    """Finds errors of the output and of each gradient, the largest over all orders of the groups."""
+    """Finds errors of the output and of each gradient, the largest over all orders of the
+    groups.
+    """
     (q, k, v, prefix), dout = jax.tree.map(lambda x: x.astype(dtype), operands(layout, H))
     exact = jax.tree.map(_widened, (q, k, v, prefix, dout))
     names = ("out", "dq", "dk", "dv")
@@ -89,7 +99,9 @@ def compare(form: str, dtype: str, H: int, layout: Layout) -> dict[str, Any]:
     for order in ORDERS:
         bounds = bounds_of(layout, order)
         out, gradients = passes(form, layout.softcap)((q, k, v), (prefix, bounds), dout)
-        wanted, wanted_gradients = passes("reference", layout.softcap)(exact[:3], (exact[3], bounds), exact[4])
+        wanted, wanted_gradients = passes("reference", layout.softcap)(
+            exact[:3], (exact[3], bounds), exact[4]
+        )
         for name, x, y in zip(names, (out, *gradients), (wanted, *wanted_gradients)):
             both = found[name], errors(x, y[..., :H])
             found[name] = tuple(np.maximum(*both).tolist())  # keeps what is not a number
@@ -98,7 +110,9 @@ def compare(form: str, dtype: str, H: int, layout: Layout) -> dict[str, Any]:
 
 def within(found: dict[str, tuple[float, float]], tolerances: tuple[float, float]) -> bool:
     """Tells whether all errors are small enough; what is not a number is not."""
-    return all(bool(error <= most) for pair in found.values() for error, most in zip(pair, tolerances))
+    return all(
+        bool(error <= most) for pair in found.values() for error, most in zip(pair, tolerances)
+    )
 
 
 @jax.jit
@@ -113,14 +127,18 @@ def _widened(x: jax.Array) -> jax.Array:
 
 @cache
 def passes(form: str, softcap: float) -> Callable:
-    """Returns the jitted (operands, (prefix, bounds), gradient of the output) -> output, gradients of the operands."""
+    """Returns the jitted (operands, (prefix, bounds), gradient of the output) -> output, gradients
+    of the operands.
+    """
     memory = shared_memory_of(jax.local_devices()[0])
     attention = partial(attend, form=form, scale=2.0, softcap=softcap, few=0, shared_memory=memory)
     return both_passes(attention)["both"]
 
 
 def errors(found: jax.Array, wanted: jax.Array) -> tuple[float, float]:
-    """Returns the error by root mean square, and of the worst element; not numbers where something is none."""
+    """Returns the error by root mean square, and of the worst element; not numbers where something
+    is none.
+    """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     apart = np.abs(found - wanted)
     rms = np.sqrt(np.mean(apart**2) / np.mean(wanted**2))
@@ -128,7 +146,8 @@ def errors(found: jax.Array, wanted: jax.Array) -> tuple[float, float]:
 
 
 def operands(layout: Layout, H: int) -> tuple[tuple, jax.Array]:
-    """Draws q, k, v and prefix, and the output's gradient. Queries are positive, so the bait's keys score highest.
+    """Draws q, k, v and prefix, and the output's gradient. Queries are positive, so the bait's keys
+    score highest.
 
     A query's product with a key is of the size of a normal number, whatever the head dim.
     """
@@ -147,7 +166,9 @@ def operands(layout: Layout, H: int) -> tuple[tuple, jax.Array]:
 
 
 def bounds_of(layout: Layout, order: str) -> Bounds:
-    """Draws two documents a row, of unequal length, and groups anywhere in them, the first with an empty range."""
+    """Draws two documents a row, of unequal length, and groups anywhere in them, the first with an
+    empty range.
+    """
     rng = np.random.default_rng(1)
     M, S, T = layout.M, layout.S, layout.T
     own = np.broadcast_to(np.arange(S), (B, M, S))
@@ -176,7 +197,9 @@ def bounds_of(layout: Layout, order: str) -> Bounds:
 
 
 def compare_step(form: str, small: bool) -> dict[str, Any]:
-    """Finds how far a step in bfloat16 is from one in float32 by `xla`, in its loss and its gradient."""
+    """Finds how far a step in bfloat16 is from one in float32 by `xla`, in its loss and its
+    gradient.
+    """
     loss, gradient = one_step("xla", "float32", small)
     runs = {name: one_step(name, "bfloat16", small) for name in (form, "xla")}
     apart = {name: float(_apart(found, gradient)) for name, (_, found) in runs.items()}
@@ -196,7 +219,9 @@ def one_step(form: str, dtype: str, small: bool) -> tuple[float, Any]:
     """Returns the loss, and Adam's first moment after one step: the gradient but for a factor."""
     config = SIZES["gemma2_test"]
     if not small:
-        config = dataclasses.replace(SIZES["gemma2_2b"], num_layers=2, vocab_size=32_000, window=256)
+        config = dataclasses.replace(
+            SIZES["gemma2_2b"], num_layers=2, vocab_size=32_000, window=256
+        )
     a = argparse.Namespace(**(STEP_SMALL if small else STEP), config=config, dtype=dtype)
     job = step.Job(a, a.latents)
     batch = dict(zip(("tokens", "segment"), common.text(a, 2)))

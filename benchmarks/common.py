@@ -1,4 +1,6 @@
-"""What the benchmarks share: presets, forms taking turns under one clock, and the table with what it was made on."""
+"""What the benchmarks share: presets, forms taking turns under one clock, and the table with what
+it was made on.
+"""
 
 import argparse
 import dataclasses
@@ -32,9 +34,12 @@ from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.nn.transformer import REMAT, Params, Transformer
 
-# "small": a Gemma 2 that two CPU cores train; as in the published setting, no window is shorter than the text.
+# "small": a Gemma 2 that two CPU cores train; as in the published setting, no window is shorter
+# than the text.
 ARCHITECTURES = SIZES | {
-    "small": dataclasses.replace(SIZES["gemma2_3m"], embed_dim=256, ffn_dim=1024, window=SIZES["gemma2_2b"].window)
+    "small": dataclasses.replace(
+        SIZES["gemma2_3m"], embed_dim=256, ffn_dim=1024, window=SIZES["gemma2_2b"].window
+    )
 }
 # The setting of Liu et al. 2025, Section 2.3, and what stands for it on a CPU.
 PUBLISHED = dict(size="gemma2_2b", dtype="bfloat16", seq_len=2048, traces=128, ahead=16)
@@ -51,23 +56,40 @@ def arguments(
     small: Mapping[str, Any],
     **switches: str,
 ) -> argparse.Namespace:
-    """The command line: every key of a preset is a flag, `switches` are flags that are off and their help."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line: every key of a preset is a flag, `switches` are flags that are off and
+    their help.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser.add_argument("--small", action="store_true", help="the form for two CPU cores; the default without a GPU")
+    parser.add_argument(
+        "--small", action="store_true", help="the form for two CPU cores; the default without a GPU"
+    )
     preset = small if "--small" in argv or jax.default_backend() == "cpu" else published
-    choices = {"size": sorted(ARCHITECTURES), "dtype": ["bfloat16", "float32"], "remat": sorted(REMAT)}
+    choices = {
+        "size": sorted(ARCHITECTURES),
+        "dtype": ["bfloat16", "float32"],
+        "remat": sorted(REMAT),
+    }
     for name, value in preset.items():
         several = isinstance(value, list)
         kind = type(value[0] if several else value)
         nargs = "+" if several else None
-        parser.add_argument(f"--{name}", type=kind, nargs=nargs, default=value, choices=choices.get(name))
+        parser.add_argument(
+            f"--{name}", type=kind, nargs=nargs, default=value, choices=choices.get(name)
+        )
     for name, meaning in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=meaning)
-    parser.add_argument("--forms", nargs="+", choices=forms, default=list(forms), help="which to run")
+    parser.add_argument(
+        "--forms", nargs="+", choices=forms, default=list(forms), help="which to run"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="measurements of every form")
     parser.add_argument(
-        "--least", type=float, default=0.3, help="seconds a measurement lasts at least, by calling again"
+        "--least",
+        type=float,
+        default=0.3,
+        help="seconds a measurement lasts at least, by calling again",
     )
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     a = parser.parse_args(argv)
@@ -76,7 +98,9 @@ def arguments(
 
 
 def attention_forms() -> list[str]:
-    """The package's forms of attention that this platform has, proven or not; the last is its fastest."""
+    """The package's forms of attention that this platform has, proven or not; the last is its
+    fastest.
+    """
     kernel = kernel_of(jax.local_devices()[0])
     return ["reference", "xla"] + [kernel] * (kernel is not None)
 
@@ -86,10 +110,16 @@ def has_torch() -> bool:
 
 
 def augmentation(
-    config: TransformerConfig, num_latents: int, form: str, remat: str = "none", placement: str = "after"
+    config: TransformerConfig,
+    num_latents: int,
+    form: str,
+    remat: str = "none",
+    placement: str = "after",
 ) -> Augmentation:
     partition = WHOLE._replace(shared_memory=shared_memory_of(jax.local_devices()[0]))
-    return Augmentation(Transformer(config, remat, partition, form), num_latents=num_latents, placement=placement)
+    return Augmentation(
+        Transformer(config, remat, partition, form), num_latents=num_latents, placement=placement
+    )
 
 
 def weights(config: TransformerConfig, num_latents: int, dtype: str) -> Params:
@@ -120,9 +150,9 @@ def positions(a: argparse.Namespace, tokens_BT: jax.Array, segment_BT: jax.Array
 def attention_flops(config: TransformerConfig, bounds: Bounds, backward: bool) -> float:
     """Useful FLOPs of one global layer's attention over what `bounds` show, a multiply-add as two.
 
-    Forward, two products a visible pair: scores and sums. Backward, two more over the prefix, whose keys and values
-    get no gradient (of the weights, of q), and four over the own group. Scores computed again do not count: so does
-    `latent_delib.delib.cost` for the step.
+    Forward, two products a visible pair: scores and sums. Backward, two more over the prefix, whose
+    keys and values get no gradient (of the weights, of q), and four over the own group. Scores
+    computed again do not count: so does `latent_delib.delib.cost` for the step.
     """
     S = bounds.own_start.shape[-1]
     prefix = float(np.sum(np.asarray(bounds.prefix_stop - bounds.prefix_start, np.float64)))
@@ -166,7 +196,9 @@ def measure(runs: Mapping[str, Run], rounds: int, least: float = 0.0) -> dict[st
     return seconds
 
 
-def spread(seconds: Sequence[float], scale: float = 1e3, unit: str = "ms") -> dict[str, float | None]:
+def spread(
+    seconds: Sequence[float], scale: float = 1e3, unit: str = "ms"
+) -> dict[str, float | None]:
     """Median, least and most, times `scale`; None where there is no measurement."""
     if not seconds:
         return dict.fromkeys((unit, f"{unit}_min", f"{unit}_max"))
@@ -175,7 +207,9 @@ def spread(seconds: Sequence[float], scale: float = 1e3, unit: str = "ms") -> di
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """GiB of a compiled function: all that it needs at once, and what of it is neither input nor output."""
+    """GiB of a compiled function: all that it needs at once, and what of it is neither input nor
+    output.
+    """
     m = compiled.memory_analysis()
     if m is None:
         return {}
@@ -190,7 +224,9 @@ def room() -> float:
 
 
 def share_the_card() -> None:
-    """Lets JAX take memory as it needs it, and nearly all: PyTorch computes on the same card, before or after it."""
+    """Lets JAX take memory as it needs it, and nearly all: PyTorch computes on the same card,
+    before or after it.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -217,14 +253,26 @@ def machine() -> dict[str, Any]:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
-def report(name: str, a: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **measured: Any) -> dict[str, Any]:
+def report(
+    name: str, a: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **measured: Any
+) -> dict[str, Any]:
     """Prints the table, writes it where --json says, and returns what was written."""
     settings = {k: v for k, v in vars(a).items() if k not in ("json", "argv", "config")}
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *a.argv])
-    result = {"benchmark": name, "command": command, **machine(), "settings": settings, **measured, "rows": list(rows)}
+    result = {
+        "benchmark": name,
+        "command": command,
+        **machine(),
+        "settings": settings,
+        **measured,
+        "rows": list(rows),
+    }
     load = f"{result['device']}, {result['processor']}, {result['cores']} cores, load {result['load']:.1f}"
     print(f"{command}\n{load}, jax {result['jax']}, {result['date']}")
     print("  ".join(f"{k} {v}" for k, v in settings.items() if k not in ("forms", "small")))
@@ -252,5 +300,11 @@ def cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
+        return (
+            f"{value:,.0f}"
+            if abs(value) >= 1000
+            else f"{value:.3g}"
+            if abs(value) < 100
+            else f"{value:.1f}"
+        )
     return str(value)

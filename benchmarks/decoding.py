@@ -1,11 +1,14 @@
-"""Decoding: tokens a second with and without latents, and the share of what the memory's bandwidth allows.
+"""Decoding: tokens a second with and without latents, and the share of what the memory's bandwidth
+allows.
 
-  python -m benchmarks.decoding [--batch 1 8] [--seq_len 128] [--new 128] [--forms ...] [--json=FILE]
+  python -m benchmarks.decoding [--batch 1 8] [--seq_len 128] [--new 128] [--forms ...]
+  [--json=FILE]
 
-Prompts hold `seq_len` tokens. A token's time is that of `decoding.run` for `new` tokens less that for one, which
-also reads the prompt and writes latents, over new - 1. A token reads all weights of the decoder, the token table as the
-output layer among them, and the entries of the cache that it sees; at the bandwidth of a copy, measured here, that has
-a least time: its share of the time is the figure to raise.
+Prompts hold `seq_len` tokens. A token's time is that of `decoding.run` for `new` tokens less that
+for one, which also reads the prompt and writes latents, over new - 1. A token reads all weights of
+the decoder, the token table as the output layer among them, and the entries of the cache that it
+sees; at the bandwidth of a copy, measured here, that has a least time: its share of the time is the
+figure to raise.
 """
 
 import argparse
@@ -24,13 +27,16 @@ from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.sizes import TransformerConfig
 
-PUBLISHED = dict(size="gemma2_2b", dtype="bfloat16", latents=[16], batch=[1, 8], seq_len=128, new=128)
+PUBLISHED = dict(
+    size="gemma2_2b", dtype="bfloat16", latents=[16], batch=[1, 8], seq_len=128, new=128
+)
 
 
 def bandwidth(rounds: int, least: float) -> float:
     """Bytes a second that a copy reads and writes, the best of `rounds`."""
     x = jnp.zeros(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)
-    size, step = x.nbytes, jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new pages cost a CPU more than a copy
+    # in place: new pages cost a CPU more than a copy
+    size, step = x.nbytes, jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def copy() -> jax.Array:
         nonlocal x
@@ -40,7 +46,9 @@ def bandwidth(rounds: int, least: float) -> float:
     return 2 * size / min(common.measure({"copy": common.calls(copy)}, rounds, least)["copy"])
 
 
-def bytes_read(c: TransformerConfig, params: Any, itemsize: int, batch: int, entries: float) -> float:
+def bytes_read(
+    c: TransformerConfig, params: Any, itemsize: int, batch: int, entries: float
+) -> float:
     """Of one token a row: the decoder's weights, and each row's cache of `entries` entries."""
     weights = sum(x.nbytes for x in jax.tree.leaves(params["decoder"]))
     seen = sum(min(entries, c.window) if local else entries for local in c.is_local)
@@ -57,7 +65,9 @@ def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
         aug = common.augmentation(a.config, L, common.attention_forms()[-1])
         key_B = jax.random.split(jax.random.key(0), B)
 
-        def form_of(name: str, new: int, B=B, aug=aug, params=params, prompt=(prompt_BT, length_B, key_B)):
+        def form_of(
+            name: str, new: int, B=B, aug=aug, params=params, prompt=(prompt_BT, length_B, key_B)
+        ):
             return partial(
                 decoding.run,
                 params,
@@ -71,7 +81,9 @@ def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
                 stopped=lambda new: np.zeros(B, bool),
             )
 
-        runs = {(name, new): common.calls(form_of(name, new)) for name in a.forms for new in (1, a.new)}
+        runs = {
+            (name, new): common.calls(form_of(name, new)) for name in a.forms for new in (1, a.new)
+        }
         seconds = common.measure(runs, a.rounds, a.least)
         for name in a.forms:
             first, all_new = seconds[name, 1], seconds[name, a.new]
@@ -84,7 +96,10 @@ def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
             row["first_ms"] = 1e3 * statistics.median(first)
             entries = a.seq_len + a.new / 2 + L * (name == "latents")
             read = bytes_read(a.config, params, dtype.itemsize, B, entries)
-            row["gb_token"], row["bandwidth_share"] = read / 1e9, read / speed / statistics.median(token)
+            row["gb_token"], row["bandwidth_share"] = (
+                read / 1e9,
+                read / speed / statistics.median(token),
+            )
     return rows
 
 

@@ -1,9 +1,10 @@
-"""The published form, as a reference: one sequence under one dense mask (Liu et al. 2025, Figure 2).
+"""The published form, as a reference: one sequence under one dense mask (Liu et al. 2025, Figure
+2).
 
-The decoder reads [text, latents and ahead tokens of every trace] as one sequence of T + M S tokens, the coprocessor all
-soft tokens after the text's cache, and a mask over all pairs says who sees whom. Parameters, layers' parts and the
-loss of the outputs are the package's; what differs is attention. Plain autodiff; a layer's input is kept, the rest
-computed again.
+The decoder reads [text, latents and ahead tokens of every trace] as one sequence of T + M S tokens,
+the coprocessor all soft tokens after the text's cache, and a mask over all pairs says who sees
+whom. Parameters, layers' parts and the loss of the outputs are the package's; what differs is
+attention. Plain autodiff; a layer's input is kept, the rest computed again.
 
 Letters: here S counts the queries of the whole sequence, U its keys.
 """
@@ -25,8 +26,8 @@ from latent_delib.nn.transformer import Params
 class Tokens(NamedTuple):
     """What visibility and rotation depend on, int32 [B, S] each.
 
-    position: rotary. document: index of its document's first token. trace: 0 for text, else 1 + m. order: place in the
-    text or in the trace. last: the last text token that it sees.
+    position: rotary. document: index of its document's first token. trace: 0 for text, else 1 + m.
+    order: place in the text or in the trace. last: the last text token that it sees.
     """
 
     position: jax.Array
@@ -63,24 +64,39 @@ def visible(query: Tokens, key: Tokens) -> jax.Array:
 
 
 def attend(
-    q_BSNH: jax.Array, k_BUKH: jax.Array, v_BUKH: jax.Array, visible_BSU: jax.Array, scale: float, softcap: float
+    q_BSNH: jax.Array,
+    k_BUKH: jax.Array,
+    v_BUKH: jax.Array,
+    visible_BSU: jax.Array,
+    scale: float,
+    softcap: float,
 ) -> jax.Array:
     """Attention of all queries to all keys, [B, S, N, H]; scores and softmax are float32."""
     B, S, N, H = q_BSNH.shape
     K = k_BUKH.shape[2]
     q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
-    scores = jnp.einsum("BSKGH,BUKH->BKGSU", q_BSKGH, k_BUKH, preferred_element_type=jnp.float32) * scale
+    scores = (
+        jnp.einsum("BSKGH,BUKH->BKGSU", q_BSKGH, k_BUKH, preferred_element_type=jnp.float32) * scale
+    )
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    weights = jax.nn.softmax(jnp.where(visible_BSU[:, None, None], scores, -jnp.inf)).astype(v_BUKH.dtype)
+    weights = jax.nn.softmax(jnp.where(visible_BSU[:, None, None], scores, -jnp.inf)).astype(
+        v_BUKH.dtype
+    )
     return jnp.einsum("BKGSU,BUKH->BSKGH", weights, v_BUKH).reshape(B, S, N, H)
 
 
 def forward(
-    c: TransformerConfig, params: Params, x_BSD: jax.Array, query: Tokens, key: Tokens, cache: tuple | None = None
+    c: TransformerConfig,
+    params: Params,
+    x_BSD: jax.Array,
+    query: Tokens,
+    key: Tokens,
+    cache: tuple | None = None,
 ) -> tuple[jax.Array, tuple]:
-    """Final-normed outputs [B, S, D], and own keys and values [layers, B, S, K, H]; `cache` holds those of the keys
-    that stand before."""
+    """Final-normed outputs [B, S, D], and own keys and values [layers, B, S, K, H]; `cache` holds
+    those of the keys that stand before.
+    """
     seen_BSU = visible(query, key)
     near_BSU = query.position[:, :, None] - key.position[:, None, :] < c.window
     ropes = [(c.rope_base, c.rope_scaling), (c.local_rope_base, ())]
@@ -143,5 +159,7 @@ def loss(
     x_BSD = jnp.concatenate([embed(tokens_BT), x_BMSD.reshape(B, -1, c.embed_dim)], axis=1)
     out_BSD, _ = forward(c, decoder, x_BSD, whole, whole)
     out_BMSD = out_BSD[:, T:].reshape(x_BMSD.shape)
-    total = augment.summed_nll(aug, params, out_BMSD[:, :, -num_ahead:], traces.targets, traces.weights)
+    total = augment.summed_nll(
+        aug, params, out_BMSD[:, :, -num_ahead:], traces.targets, traces.weights
+    )
     return total, jnp.sum(traces.weights)

@@ -1,9 +1,12 @@
-"""Perplexity at every position: text tokens a second, the text's cache reused or the text read again.
+"""Perplexity at every position: text tokens a second, the text's cache reused or the text read
+again.
 
-  python -m benchmarks.evaluation [--latents 16] [--batch 1] [--positions 64] [--forms ...] [--json=FILE]
+  python -m benchmarks.evaluation [--latents 16] [--batch 1] [--positions 64] [--forms ...]
+  [--json=FILE]
 
-"reused" is what `latent_delib.evaluate` does: a text is read once, and its cache serves all its positions, some of them
-at a time. "again" reads the text for every such part, as a step without a cache of its own would.
+"reused" is what `latent_delib.evaluate` does: a text is read once, and its cache serves all its
+positions, some of them at a time. "again" reads the text for every such part, as a step without a
+cache of its own would.
 """
 
 import argparse
@@ -31,7 +34,9 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
             for first in range(0, a.seq_len - 1, a.positions)
         ]
 
-        def form_of(name: str, L=L, params=params, tokens_BT=tokens_BT, segment_BT=segment_BT, parts=parts):
+        def form_of(
+            name: str, L=L, params=params, tokens_BT=tokens_BT, segment_BT=segment_BT, parts=parts
+        ):
             form, way = name.split(", ")
             aug = common.augmentation(a.config, L, form)
             read = partial(read_step, aug=aug, dtype=jnp.dtype(a.dtype))
@@ -46,7 +51,8 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
 
             @jax.jit
             def whole(params, at_BM):
-                text, _ = read(params, tokens_BT, segment_BT)  # the loss of the text is not computed again
+                # the loss of the text is not computed again
+                text, _ = read(params, tokens_BT, segment_BT)
                 return sums(*ahead(params, text, tokens_BT, segment_BT, at_BM))
 
             read = jax.jit(read)
@@ -57,7 +63,9 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
 
             return reused if way == "reused" else lambda: [whole(params, at_BM) for at_BM in parts]
 
-        seconds = common.measure({name: common.calls(form_of(name)) for name in a.forms}, a.rounds, a.least)
+        seconds = common.measure(
+            {name: common.calls(form_of(name)) for name in a.forms}, a.rounds, a.least
+        )
         for name, found in seconds.items():
             row = {"latents": L, "batch": B, "form": name, **common.spread(found)}
             other, ms = seconds.get(name.replace("reused", "again")), row["ms"]

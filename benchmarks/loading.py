@@ -2,8 +2,9 @@
 
   python benchmarks/loading.py --size=gemma2_2b --folder=DIR [--json=FILE]
 
-Writes a Hugging Face folder of bfloat16 weights to DIR (twice its size is needed on disk), then runs each form in a
-process of its own: ours, tensor by tensor, beside the plain way that holds the whole model.
+Writes a Hugging Face folder of bfloat16 weights to DIR (twice its size is needed on disk), then
+runs each form in a process of its own: ours, tensor by tensor, beside the plain way that holds the
+whole model.
 """
 
 import argparse
@@ -47,13 +48,20 @@ def write_random(where: Path, size: str) -> int:
     wanted = list(names.tensors(config, "huggingface"))
     count = sum(int(np.prod(t.shape)) for t in wanted)
     block = 1 << 22  # small: Linux counts what this process has held to the peak of those it starts
-    chunks = ((random.random(min(block, count - i), np.float32) - 0.5).astype(bfloat16) for i in range(0, count, block))
-    tensors.write(where / "model.safetensors", {t.name: (t.shape, bfloat16) for t in wanted}, chunks)
+    chunks = (
+        (random.random(min(block, count - i), np.float32) - 0.5).astype(bfloat16)
+        for i in range(0, count, block)
+    )
+    tensors.write(
+        where / "model.safetensors", {t.name: (t.shape, bfloat16) for t in wanted}, chunks
+    )
     return 2 * count
 
 
 def measure(*arguments: str) -> tuple[float, float]:
-    """Seconds and peak resident GiB of a Python process, the interpreter and its libraries included."""
+    """Seconds and peak resident GiB of a Python process, the interpreter and its libraries
+    included.
+    """
     began = time.perf_counter()
     pid = os.posix_spawn(sys.executable, [sys.executable, *arguments], os.environ)
     _, status, usage = os.wait4(pid, 0)
@@ -62,7 +70,9 @@ def measure(*arguments: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="smollm2_135m", choices=SIZES)
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--json", type=Path)
@@ -74,9 +84,19 @@ def main() -> None:
     rows = []
     for form, arguments in {
         "the libraries alone": ("-c", "import latent_delib.convert"),
-        "convert: Hugging Face to ours": (*convert, f"--source={hf}", f"--out={ours}", f"--size={a.size}"),
+        "convert: Hugging Face to ours": (
+            *convert,
+            f"--source={hf}",
+            f"--out={ours}",
+            f"--size={a.size}",
+        ),
         "the plain way: all in memory": ("-c", PLAIN, str(hf), str(plain)),
-        "convert: ours to Hugging Face": (*convert, f"--source={ours}", f"--out={back}", "--to=huggingface"),
+        "convert: ours to Hugging Face": (
+            *convert,
+            f"--source={ours}",
+            f"--out={back}",
+            "--to=huggingface",
+        ),
         "load_decoder, bfloat16, one device": ("-c", LOAD, str(ours)),
     }.items():
         seconds, peak = measure(*arguments)
@@ -91,7 +111,8 @@ def main() -> None:
         print(f"{row['form']:<36} {row['seconds']:>7.1f} s {row['peak_gib']:>7.2f} GiB at most")
     if a.json:
         a.json.write_text(
-            json.dumps({"size": a.size, "bytes": size, "largest": largest, "rows": rows}, indent=2) + "\n"
+            json.dumps({"size": a.size, "bytes": size, "largest": largest, "rows": rows}, indent=2)
+            + "\n"
         )
 
 

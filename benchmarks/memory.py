@@ -1,10 +1,12 @@
-"""What the train step needs on one chip that nobody here has: compiled for it on a CPU, nothing is run.
+"""What the train step needs on one chip that nobody here has: compiled for it on a CPU, nothing is
+run.
 
   LATENT_DELIB_EXTRAS=cuda ./launch/setup.sh          # or tpu
-  ./launch/gpu.sh .venv/bin/python -m benchmarks.memory --target=h100 --latents 16 64 --batch 4 --remat attention full
+  ./launch/gpu.sh .venv/bin/python -m benchmarks.memory --target=h100 --latents 16 64 --batch 4
+  --remat attention full
 
-The true step: Gemma 2 2B, T 2048, M 128, A 16, bfloat16 with float32 master weights, AdamW, donated state. `held` is
-the state and the frozen weights; `working` is what the compiler plans beside them.
+The true step: Gemma 2 2B, T 2048, M 128, A 16, bfloat16 with float32 master weights, AdamW, donated
+state. `held` is the state and the frozen weights; `working` is what the compiler plans beside them.
 """
 
 import argparse
@@ -66,11 +68,39 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "a100": Card("NVIDIA A100-SXM4-80GB", 8, 0, 167936, 166912, 2048, 108, 2039e9, 40 << 20, 1.41, 80 << 30),
+    "a100": Card(
+        "NVIDIA A100-SXM4-80GB", 8, 0, 167936, 166912, 2048, 108, 2039e9, 40 << 20, 1.41, 80 << 30
+    ),
     "l4": Card("NVIDIA L4", 8, 9, 102400, 101376, 1536, 58, 300e9, 48 << 20, 2.04, 24 << 30),
-    "h100": Card("NVIDIA H100 80GB HBM3", 9, 0, 233472, 232448, 2048, 132, 3352.32e9, 50 << 20, 1.98, 84929347584),
-    "b200": Card("NVIDIA B200", 10, 0, 233472, 232448, 2048, 148, 8000e9, 126 << 20, 1.97, 180 << 30),
-    "rtx5090": Card("NVIDIA GeForce RTX 5090", 12, 0, 102400, 101376, 1536, 170, 1792e9, 96 << 20, 2.41, 32 << 30),
+    "h100": Card(
+        "NVIDIA H100 80GB HBM3",
+        9,
+        0,
+        233472,
+        232448,
+        2048,
+        132,
+        3352.32e9,
+        50 << 20,
+        1.98,
+        84929347584,
+    ),
+    "b200": Card(
+        "NVIDIA B200", 10, 0, 233472, 232448, 2048, 148, 8000e9, 126 << 20, 1.97, 180 << 30
+    ),
+    "rtx5090": Card(
+        "NVIDIA GeForce RTX 5090",
+        12,
+        0,
+        102400,
+        101376,
+        1536,
+        170,
+        1792e9,
+        96 << 20,
+        2.41,
+        32 << 30,
+    ),
 }
 TARGETS = dict.fromkeys(CARDS, "cuda") | dict.fromkeys(("v5e", "v5p", "v6e"), "tpu")
 T, M, A = 2048, 128, 16
@@ -78,7 +108,8 @@ T, M, A = 2048, 128, 16
 
 def chip(target: str) -> NamedSharding:
     """One device of a kind, which compiles and does not run."""
-    jax.config.update("jax_platforms", "cpu")  # nothing runs; plug-ins are looked for at the first use of a device
+    # nothing runs; plug-ins are looked for at the first use of a device
+    jax.config.update("jax_platforms", "cpu")
     jax.devices()
     if TARGETS[target] == "cuda":
         card = CARD.format(**CARDS[target]._asdict())
@@ -89,7 +120,9 @@ def chip(target: str) -> NamedSharding:
     return NamedSharding(Mesh(np.array(found.devices[:1]), ("chip",)), PartitionSpec())
 
 
-def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, form: str) -> dict[str, Any]:
+def compile_step(
+    where: NamedSharding, size: str, L: int, B: int, remat: str, form: str
+) -> dict[str, Any]:
     """One row: seconds to compile, and GiB."""
     config, c, method = SIZES[size], base.get_config(), METHODS["cache_augmentation"]
     device = where.mesh.devices.flat[0]
@@ -104,12 +137,26 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
         return TrainState(jnp.int32(0), tree, tx.init(tree))
 
     def here(tree: Any, dtype: Any = None) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where), tree)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where), tree
+        )
 
     decoder = folder.shapes(config)
-    state, frozen = here(jax.eval_shape(start, jax.random.key(0), decoder)), here({"decoder": decoder}, jnp.bfloat16)
+    state, frozen = (
+        here(jax.eval_shape(start, jax.random.key(0), decoder)),
+        here({"decoder": decoder}, jnp.bfloat16),
+    )
     row = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where)
-    step = partial(train_step, aug=aug, tx=tx, seed=0, num_traces=M, num_ahead=A, accumulation=1, dtype=jnp.bfloat16)
+    step = partial(
+        train_step,
+        aug=aug,
+        tx=tx,
+        seed=0,
+        num_traces=M,
+        num_ahead=A,
+        accumulation=1,
+        dtype=jnp.bfloat16,
+    )
     began = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, {"tokens": row, "segment": row})
     memory = lowered.compile().memory_analysis()
@@ -128,7 +175,9 @@ def compile_step(where: NamedSharding, size: str, L: int, B: int, remat: str, fo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", default="h100", choices=TARGETS)
     parser.add_argument("--size", default="gemma2_2b", choices=SIZES)
     parser.add_argument("--latents", type=int, nargs="+", default=[16, 64])
@@ -143,10 +192,14 @@ def main() -> None:
             for remat in a.remat:
                 for form in a.forms:
                     rows.append(compile_step(where, a.size, L, B, remat, form))
-                    print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+                    print(
+                        "  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True
+                    )
     if a.json:
         a.json.write_text(
-            json.dumps({"target": a.target, "size": a.size, "jax": jax.__version__, "rows": rows}, indent=2)
+            json.dumps(
+                {"target": a.target, "size": a.size, "jax": jax.__version__, "rows": rows}, indent=2
+            )
         )
 
 

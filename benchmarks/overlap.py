@@ -1,16 +1,19 @@
-"""The asynchronous coprocessor for real: does the decoder wait for it? On two devices, one for each model.
+"""The asynchronous coprocessor for real: does the decoder wait for it? On two devices, one for each
+model.
 
   python -m benchmarks.overlap [--size=smollm2_135m] [--latents=16] [--seq_len=128] [--new=64]
 
-On a CPU the two devices are simulated, a core each. "plain" is the decoder alone, "waits" the decoder that waits for
-latents at the end of the prompt, "beside" the decoder that goes on until they are ready. Of "beside" also: after how
-many tokens latents joined, how long the coprocessor worked, and what a token took meanwhile.
+On a CPU the two devices are simulated, a core each. "plain" is the decoder alone, "waits" the
+decoder that waits for latents at the end of the prompt, "beside" the decoder that goes on until
+they are ready. Of "beside" also: after how many tokens latents joined, how long the coprocessor
+worked, and what a token took meanwhile.
 """
 
 import os
 
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
+    "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false "
+    + os.environ.get("XLA_FLAGS", "")
 )
 
 import statistics
@@ -33,7 +36,9 @@ from latent_delib.nn.transformer import Params
 
 
 class Timed:
-    """Measures one call of the coprocessor beside the decoder: when it was asked, and when its answer was seen."""
+    """Measures one call of the coprocessor beside the decoder: when it was asked, and when its
+    answer was seen.
+    """
 
     def __init__(self, write: Callable[[Reading, jax.Array], Latents]):
         self.write = write
@@ -64,9 +69,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def place(params: Params, where: Any) -> Params:
         return jax.device_put(params, mesh.replicated(where))
 
-    decoder, coprocessor = place({"decoder": params["decoder"]}, home), {"coprocessor": params["coprocessor"]}
+    decoder, coprocessor = (
+        place({"decoder": params["decoder"]}, home),
+        {"coprocessor": params["coprocessor"]},
+    )
     here, beside = place(coprocessor, home), place(coprocessor, there)
-    prompt_BT, length_B = jax.device_put((common.text(a, a.batch)[0], jnp.full((a.batch,), a.seq_len)), mesh.rows(home))
+    prompt_BT, length_B = jax.device_put(
+        (common.text(a, a.batch)[0], jnp.full((a.batch,), a.seq_len)), mesh.rows(home)
+    )
     key_B = jax.device_put(jax.random.split(jax.random.key(0), a.batch), mesh.rows(home))
     timed: list[Timed] = []
 
@@ -86,7 +96,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
         return call
 
-    runs = {(form, new): common.calls(form_of(form, new), lambda _: None) for form in a.forms for new in (1, a.new)}
+    runs = {
+        (form, new): common.calls(form_of(form, new), lambda _: None)
+        for form in a.forms
+        for new in (1, a.new)
+    }
     seconds = common.measure(runs, a.rounds, a.least)
     rows = []
     for form in a.forms:
@@ -96,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             seen = [t for t in timed if hasattr(t, "worked")]
             row["joined_after"] = statistics.median(t.meanwhile for t in seen)
             row["coprocessor_ms"] = 1e3 * statistics.median(t.worked for t in seen)
-            row["token_ms_meanwhile"] = 1e3 * statistics.median(t.worked / t.meanwhile for t in seen if t.meanwhile)
+            row["token_ms_meanwhile"] = 1e3 * statistics.median(
+                t.worked / t.meanwhile for t in seen if t.meanwhile
+            )
         else:
             row["token_ms"] = 1e3 * statistics.median(
                 (x - y) / (a.new - 1) for x, y in zip(seconds[form, a.new], seconds[form, 1])

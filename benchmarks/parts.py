@@ -25,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     frozen = {"decoder": jax.tree.map(lambda x: x.astype(dtype), tree["decoder"])}
     trained = {"coprocessor": tree["coprocessor"]}
     tokens, segment = common.text(a, a.batch)
-    at, tx = common.positions(a, tokens, segment), make_optimizer(base.get_config().optimizer, 1000).tx
+    at, tx = (
+        common.positions(a, tokens, segment),
+        make_optimizer(base.get_config().optimizer, 1000).tx,
+    )
 
     def params(trained):
         return frozen | jax.tree.map(lambda x: x.astype(dtype), trained)
@@ -44,17 +47,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     state = TrainState(jnp.int32(0), trained, tx.init(trained))
     step = partial(
-        train_step, aug=aug, tx=tx, seed=0, num_traces=a.traces, num_ahead=a.ahead, accumulation=1, dtype=dtype
+        train_step,
+        aug=aug,
+        tx=tx,
+        seed=0,
+        num_traces=a.traces,
+        num_ahead=a.ahead,
+        accumulation=1,
+        dtype=dtype,
     )
     parts = {
-        "text": (lambda t: augment.read_text(aug, params(t), tokens, segment, dtype).cache, trained),
+        "text": (
+            lambda t: augment.read_text(aug, params(t), tokens, segment, dtype).cache,
+            trained,
+        ),
         "+ latents": (lambda t: latents(t)[0], trained),
         "+ decoder over traces": (decode, trained),
         "+ loss": (loss, trained),
         "+ gradient": (jax.grad(loss), trained),
         "+ optimizer": (lambda s: step(s, frozen, {"tokens": tokens, "segment": segment}), state),
     }
-    runs = {name: common.calls(partial(jax.jit(function), x)) for name, (function, x) in parts.items()}
+    runs = {
+        name: common.calls(partial(jax.jit(function), x)) for name, (function, x) in parts.items()
+    }
     rows, before = [], 0.0
     for name, seconds in common.measure(runs, a.rounds).items():
         rows.append({"part": name, **common.spread(seconds)})

@@ -1,7 +1,9 @@
-"""What each side of `peers` does: the package's work, and the same work by PyTorch, transformers or sentencepiece.
+"""What each side of `peers` does: the package's work, and the same work by PyTorch, transformers or
+sentencepiece.
 
-A side is a function of the command line's values, `folder` and `smollm2` among them. It gets everything ready, and
-returns its work. It runs in a process of its own, so it imports what it needs itself.
+A side is a function of the command line's values, `folder` and `smollm2` among them. It gets
+everything ready, and returns its work. It runs in a process of its own, so it imports what it needs
+itself.
 """
 
 import argparse
@@ -28,12 +30,20 @@ STEPS = 4  # of training, in one call
 TEXTS, TEXT_TOKENS = 24, 256  # scored; a longer paragraph is cut
 PROMPT, NEW = 32, 64  # tokens of a prompt, and decoded after it
 TINY = dataclasses.replace(
-    SIZES["gemma2_3m"], num_layers=2, embed_dim=64, head_dim=16, ffn_dim=256, vocab_size=512, query_scale=0.0
+    SIZES["gemma2_3m"],
+    num_layers=2,
+    embed_dim=64,
+    head_dim=16,
+    ffn_dim=256,
+    vocab_size=512,
+    query_scale=0.0,
 )
 
 
 class Work(NamedTuple):
-    """What a side does in one call, and how much that is, in the unit of its row. run: returns figures, or None."""
+    """What a side does in one call, and how much that is, in the unit of its row. run: returns
+    figures, or None.
+    """
 
     run: Callable[[], Sequence[float] | None]
     amount: float
@@ -72,7 +82,9 @@ def random_batch(config: ConfigDict, vocab_size: int) -> dict[str, np.ndarray]:
 
 
 def train_ours(a: argparse.Namespace, *, job: Callable) -> Work:
-    """The step that `train` makes, on the mesh that it makes of this machine; values are read one step late."""
+    """The step that `train` makes, on the mesh that it makes of this machine; values are read one
+    step late.
+    """
     from latent_delib import mesh, train
     from latent_delib.job import experiment, plan
 
@@ -88,7 +100,9 @@ def train_ours(a: argparse.Namespace, *, job: Callable) -> Work:
         values = None
         for _ in range(STEPS):
             before = values
-            state, values = step(state, frozen, mesh.place_rows(exp.mesh, batch, len(batch["tokens"])))
+            state, values = step(
+                state, frozen, mesh.place_rows(exp.mesh, batch, len(batch["tokens"]))
+            )
             if before is not None:
                 float(before["loss"])
         float(values["loss"])
@@ -139,7 +153,9 @@ def texts(a: argparse.Namespace) -> list[list[int]]:
         sys.exit(f"--smollm2={a.smollm2}: no such folder; the commands that make it are in --help")
     tokenizer = Tokenizer(a.smollm2 / "tokenizer.json")
     files = sorted((CORPUS / "validation").glob("*.txt"))
-    paragraphs = [text for file in files for text in file.read_text().split("\n\n") if len(text) >= 400]
+    paragraphs = [
+        text for file in files for text in file.read_text().split("\n\n") if len(text) >= 400
+    ]
     chosen = paragraphs[:: len(paragraphs) // TEXTS][:TEXTS]
     return [[tokenizer.bos_id, *tokenizer.encode(text)][:TEXT_TOKENS] for text in chosen]
 
@@ -163,7 +179,12 @@ def their_model(a: argparse.Namespace) -> Any:
     transformers.utils.logging.disable_progress_bar()
     folder = a.folder / "huggingface"
     if not folder.exists():
-        command = "latent_delib.convert", f"--source={a.smollm2}", f"--out={folder}", "--to=huggingface"
+        command = (
+            "latent_delib.convert",
+            f"--source={a.smollm2}",
+            f"--out={folder}",
+            "--to=huggingface",
+        )
         subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # no row ends early
@@ -212,7 +233,9 @@ def decode_theirs(a: argparse.Namespace, *, batch: int) -> Work:
 
 
 def vocabulary(folder: Path) -> Path:
-    """A SentencePiece model of 512 pieces of the packaged validation text; made where it is not there."""
+    """A SentencePiece model of 512 pieces of the packaged validation text; made where it is not
+    there.
+    """
     import sentencepiece
 
     model = folder / "vocabulary.model"
@@ -263,7 +286,9 @@ def prepare_ours(a: argparse.Namespace) -> Work:
 
 
 def prepare_theirs(a: argparse.Namespace) -> Work:
-    """The tokenizer library: reads the files, tokenizes document by document, keeps arrays. One thread, no start-up."""
+    """The tokenizer library: reads the files, tokenizes document by document, keeps arrays. One
+    thread, no start-up.
+    """
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary(a.folder)))

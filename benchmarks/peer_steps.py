@@ -1,4 +1,5 @@
-"""The peer's training steps: `Peer` trains a coprocessor, `DecoderPeer` a whole decoder. The model is `peer_torch`'s.
+"""The peer's training steps: `Peer` trains a coprocessor, `DecoderPeer` a whole decoder. The model
+is `peer_torch`'s.
 
 A coprocessor's text is read without gradient and leaves a cache, traces read it.
 """
@@ -30,12 +31,18 @@ from latent_delib.nn.sizes import TransformerConfig
 
 
 def adamw(model: Model, optimizer: Any) -> torch.optim.AdamW:
-    """As ours, by config.optimizer: soft tokens have a rate of their own, and neither they nor norms decay."""
+    """As ours, by config.optimizer: soft tokens have a rate of their own, and neither they nor
+    norms decay.
+    """
     soft, norms, matrices = [], [], []
     for name, parameter in model.named_parameters():
         kind = soft if name == "soft_tokens" else norms if "norm" in name else matrices
         kind.append(parameter)
-    rate, soft_rate, decay = optimizer.learning_rate, optimizer.soft_token_learning_rate, optimizer.weight_decay
+    rate, soft_rate, decay = (
+        optimizer.learning_rate,
+        optimizer.soft_token_learning_rate,
+        optimizer.weight_decay,
+    )
     groups = (soft, soft_rate, 0.0), (norms, rate, 0.0), (matrices, rate, decay)
     return torch.optim.AdamW(
         [dict(zip(("params", "lr", "weight_decay"), group)) for group in groups if group[0]],
@@ -46,7 +53,9 @@ def adamw(model: Model, optimizer: Any) -> torch.optim.AdamW:
 
 
 class Trained:
-    """A model under training: its gradients are clipped, then AdamW applies them. `optimizer` is config.optimizer."""
+    """A model under training: its gradients are clipped, then AdamW applies them. `optimizer` is
+    config.optimizer.
+    """
 
     def __init__(self, model: Model, optimizer: Any):
         self.model, self.clip_norm, self.adamw = model, optimizer.clip_norm, adamw(model, optimizer)
@@ -62,7 +71,9 @@ class Trained:
 
 
 class DecoderPeer:
-    """The training step of a whole decoder on a CPU, in float32. compiled: its loss is under torch.compile."""
+    """The training step of a whole decoder on a CPU, in float32. compiled: its loss is under
+    torch.compile.
+    """
 
     def __init__(self, c: TransformerConfig, optimizer: Any, compiled: bool):
         self.c, self.decoder = c, Model(c, plain)
@@ -76,7 +87,10 @@ class DecoderPeer:
         B, T = tokens_BT.shape
         start_BT = document_start(segment_BT)
         position = torch.arange(T) - start_BT
-        masks = [pairs(text_mask(position, start_BT, w), B, 1, T, 0, tokens_BT.device) for w in (None, self.c.window)]
+        masks = [
+            pairs(text_mask(position, start_BT, w), B, 1, T, 0, tokens_BT.device)
+            for w in (None, self.c.window)
+        ]
         out, _ = self.decoder(self.decoder.embed(tokens_BT), position, masks)
         rows, targets = out[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten()
         nll = token_nll(rows, self.decoder.embedding, targets, self.c.final_softcap)
@@ -89,13 +103,15 @@ class DecoderPeer:
 
 
 class Peer:
-    """The training step: a frozen decoder, a coprocessor, its optimizer. `optimizer` is config.optimizer.
+    """The training step: a frozen decoder, a coprocessor, its optimizer. `optimizer` is
+    config.optimizer.
 
-    On a GPU the decoder is in bfloat16, and the coprocessor's float32 weights compute under autocast; on a CPU all is
-    float32.
+    On a GPU the decoder is in bfloat16, and the coprocessor's float32 weights compute under
+    autocast; on a CPU all is float32.
 
-    form: of attention; by default the device's. compiled: torch.compile, with `flex` on every layer, otherwise on the
-    loss as a whole. checkpointed: layers keep their input alone, and no logits are kept.
+    form: of attention; by default the device's. compiled: torch.compile, with `flex` on every
+    layer, otherwise on the loss as a whole. checkpointed: layers keep their input alone, and no
+    logits are kept.
     """
 
     def __init__(
@@ -110,7 +126,12 @@ class Peer:
         checkpointed: bool = True,
         form: Form | None = None,
     ):
-        self.c, self.num_latents, self.num_ahead, self.placement = c, num_latents, num_ahead, placement
+        self.c, self.num_latents, self.num_ahead, self.placement = (
+            c,
+            num_latents,
+            num_ahead,
+            placement,
+        )
         self.device, self.checkpointed = torch.device(device), checkpointed
         self.attend, self.mask = form or FORMS[self.device.type]
         self.half = self.device.type != "cpu"
@@ -128,29 +149,40 @@ class Peer:
         if self.attend is not flex:
             self.loss = torch.compile(self.loss, dynamic=False)
             return
-        # One code serves all layers; text, latents and traces are three shapes of it, each compiled for itself.
+        # One code serves all layers; text, latents and traces are three shapes of it, each compiled
+        # for itself.
         torch._dynamo.config.recompile_limit = 32
         for layer in (*self.decoder.layers, *self.coprocessor.layers):
             layer.compile(dynamic=False)
         self.mask = torch.compile(self.mask, dynamic=False)
         self.nll = torch.compile(token_nll, dynamic=False)
 
-    def masks(self, make: Callable, batch: int, traces: int, size: int, text: int) -> list[BlockMask | Tensor]:
-        """Of global and of local layers; `make(window)` is a mask function of `traces` traces over a text."""
+    def masks(
+        self, make: Callable, batch: int, traces: int, size: int, text: int
+    ) -> list[BlockMask | Tensor]:
+        """Of global and of local layers; `make(window)` is a mask function of `traces` traces over
+        a text.
+        """
         windows = (None, self.c.window)
-        return [self.mask(make(window), batch, traces, size, text, self.device) for window in windows]
+        return [
+            self.mask(make(window), batch, traces, size, text, self.device) for window in windows
+        ]
 
     def loss(self, tokens_BT: Tensor, segment_BT: Tensor, at_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Σ loss in nats of all traces' ahead tokens, and Σ tokens."""
         (B, T), M = tokens_BT.shape, at_BM.shape[1]
-        traces = lay_out(tokens_BT, segment_BT, at_BM, self.num_latents, self.num_ahead, self.placement)
+        traces = lay_out(
+            tokens_BT, segment_BT, at_BM, self.num_latents, self.num_ahead, self.placement
+        )
         start_BT = document_start(segment_BT)
         text_position = torch.arange(T, device=self.device) - start_BT
 
         def read(model: Model, x_BMXD: Tensor, position_BMX: Tensor, stop_BM: Tensor) -> Tensor:
             make = partial(trace_mask, position_BMX, traces.start, stop_BM, text_position)
             masks = self.masks(make, B, M, position_BMX.shape[2], T)
-            out, _ = model(x_BMXD.flatten(1, 2), position_BMX.flatten(1), masks, cache, self.checkpointed)
+            out, _ = model(
+                x_BMXD.flatten(1, 2), position_BMX.flatten(1), masks, cache, self.checkpointed
+            )
             return out.view(x_BMXD.shape)
 
         with torch.no_grad():
@@ -164,7 +196,9 @@ class Peer:
         if self.checkpointed:
             nll = partial(checkpoint, self.nll, use_reentrant=False)
         chunks = zip(out.flatten(0, 2).split(2048), traces.targets.flatten().split(2048))
-        losses = torch.cat([nll(rows, self.decoder.embedding, t, self.c.final_softcap) for rows, t in chunks])
+        losses = torch.cat(
+            [nll(rows, self.decoder.embedding, t, self.c.final_softcap) for rows, t in chunks]
+        )
         return (losses * traces.weights.flatten()).sum(), traces.weights.sum()
 
     def step(self, tokens_BT: Tensor, segment_BT: Tensor, num_traces: int) -> Tensor:

@@ -1,13 +1,16 @@
-"""The peer's model: Gemma 2 and its likes as a PyTorch user would write them. `peer_steps` trains it.
+"""The peer's model: Gemma 2 and its likes as a PyTorch user would write them. `peer_steps` trains
+it.
 
-Layers are in the manner of `transformers`. Visibility is that of Liu et al. 2025, Figure 2, by mask functions.
+Layers are in the manner of `transformers`. Visibility is that of Liu et al. 2025, Figure 2, by mask
+functions.
 
-On a GPU, attention is torch's flex_attention with a block mask, and the softcap is its score modification. On a CPU it
-has no backward pass, and torch's other fused attention has no softcap. There attention is plain tensor operations over
-the pairs that the same mask functions may show: a trace's tokens with the text and with each other.
+On a GPU, attention is torch's flex_attention with a block mask, and the softcap is its score
+modification. On a CPU it has no backward pass, and torch's other fused attention has no softcap.
+There attention is plain tensor operations over the pairs that the same mask functions may show: a
+trace's tokens with the text and with each other.
 
-Letters as in the package. X counts the tokens of a trace. Traces stand one after the other: S = M X counts those of a
-row together, and U the keys that they see, the text's T first.
+Letters as in the package. X counts the tokens of a trace. Traces stand one after the other: S = M X
+counts those of a row together, and U the keys that they see, the text's T first.
 """
 
 from collections.abc import Callable
@@ -27,8 +30,10 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 class Traces(NamedTuple):
-    """positions of latents [B, M, L], and of latents and inputs [B, M, X]; first text token seen [B, M]; past the last
-    one for the latents and for the tokens [B, M] each; inputs [B, M, X - L], targets and weights [B, M, A]."""
+    """positions of latents [B, M, L], and of latents and inputs [B, M, X]; first text token seen
+    [B, M]; past the last one for the latents and for the tokens [B, M] each; inputs [B, M, X - L],
+    targets and weights [B, M, A].
+    """
 
     latent_position: Tensor
     position: Tensor
@@ -49,7 +54,9 @@ def document_start(segment_BT: Tensor) -> Tensor:
 
 
 def draw(segment_BT: Tensor, num_traces: int) -> Tensor:
-    """Random distinct sorted positions that have an ahead token, [B, M]; T - 1, which has none, where they run out."""
+    """Random distinct sorted positions that have an ahead token, [B, M]; T - 1, which has none,
+    where they run out.
+    """
     usable = (segment_BT[:, :-1] == segment_BT[:, 1:]) & (segment_BT[:, 1:] > 0)
     noise = torch.rand(usable.shape, device=segment_BT.device).masked_fill(~usable, -1)
     score, at = noise.topk(num_traces)
@@ -57,7 +64,12 @@ def draw(segment_BT: Tensor, num_traces: int) -> Tensor:
 
 
 def lay_out(
-    tokens_BT: Tensor, segment_BT: Tensor, at_BM: Tensor, num_latents: int, num_ahead: int, placement: str
+    tokens_BT: Tensor,
+    segment_BT: Tensor,
+    at_BM: Tensor,
+    num_latents: int,
+    num_ahead: int,
+    placement: str,
 ) -> Traces:
     """Traces at text tokens `at_BM`, placed "after" or "overlay"."""
     T, device = tokens_BT.shape[1], tokens_BT.device
@@ -72,10 +84,14 @@ def lay_out(
     latent_position = (at - start + latent).clamp(min=0)
     offset = torch.arange(0 if overlay else 1, num_ahead, device=device)
     ahead = at + torch.arange(1, num_ahead + 1, device=device)
-    inside = (ahead < T) & (take(segment_BT, ahead) == take(segment_BT, at)) & (take(segment_BT, at) > 0)
+    inside = (
+        (ahead < T) & (take(segment_BT, ahead) == take(segment_BT, at)) & (take(segment_BT, at) > 0)
+    )
     return Traces(
         latent_position=latent_position,
-        position=torch.cat([latent_position, at - start + offset + (0 if overlay else num_latents)], dim=-1),
+        position=torch.cat(
+            [latent_position, at - start + offset + (0 if overlay else num_latents)], dim=-1
+        ),
         start=start[..., 0],
         latent_stop=at_BM + 1,
         stop=at_BM + (0 if overlay else 1),
@@ -96,7 +112,11 @@ def text_mask(position_BT: Tensor, start_BT: Tensor, window: int | None) -> Call
 
 
 def trace_mask(
-    position_BMX: Tensor, start_BM: Tensor, stop_BM: Tensor, text_position_BT: Tensor, window: int | None
+    position_BMX: Tensor,
+    start_BM: Tensor,
+    stop_BM: Tensor,
+    text_position_BT: Tensor,
+    window: int | None,
 ) -> Callable:
     """Text tokens start <= t < stop, and the own trace causally."""
     T, X = text_position_BT.shape[1], position_BMX.shape[2]
@@ -106,23 +126,33 @@ def trace_mask(
         text = (kv >= start_BM[b, q // X]) & (kv < stop_BM[b, q // X])
         own = (kv >= T) & ((kv - T) // X == q // X) & (kv - T <= q)
         seen = text | own
-        return seen if window is None else seen & (position_BU[b, T + q] - position_BU[b, kv] < window)
+        return (
+            seen if window is None else seen & (position_BU[b, T + q] - position_BU[b, kv] < window)
+        )
 
     return sees
 
 
-def blocks(sees: Callable, batch: int, traces: int, size: int, text: int, device: torch.device) -> BlockMask:
+def blocks(
+    sees: Callable, batch: int, traces: int, size: int, text: int, device: torch.device
+) -> BlockMask:
     """The mask of `flex`, of traces of `size` tokens over a text; `sees` is a mask function."""
     queries = traces * size
     return create_block_mask(sees, batch, None, queries, text + queries, device=device)
 
 
-def softcapped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *, softcap: float) -> Tensor:
+def softcapped(
+    score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor, *, softcap: float
+) -> Tensor:
     return softcap * torch.tanh(score / softcap)
 
 
-def flex(q: Tensor, own: Pair, cached: Pair | None, mask: BlockMask, scale: float, softcap: float) -> Tensor:
-    """flex_attention. q [B, N, S, H]; own: keys and values [B, K, S, H] each; cached: the text's, [B, K, T, H]."""
+def flex(
+    q: Tensor, own: Pair, cached: Pair | None, mask: BlockMask, scale: float, softcap: float
+) -> Tensor:
+    """flex_attention. q [B, N, S, H]; own: keys and values [B, K, S, H] each; cached: the text's,
+    [B, K, T, H].
+    """
     k, v = own
     if cached is not None:
         k, v = torch.cat([cached[0], k], dim=2), torch.cat([cached[1], v], dim=2)
@@ -130,8 +160,12 @@ def flex(q: Tensor, own: Pair, cached: Pair | None, mask: BlockMask, scale: floa
     return flex_attention(q, k, v, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=True)
 
 
-def pairs(sees: Callable, batch: int, traces: int, size: int, text: int, device: torch.device) -> Tensor:
-    """The mask of `plain`: a token with the text and with its own trace, bool [B, 1, 1, M, X, T + X]."""
+def pairs(
+    sees: Callable, batch: int, traces: int, size: int, text: int, device: torch.device
+) -> Tensor:
+    """The mask of `plain`: a token with the text and with its own trace, bool [B, 1, 1, M, X, T +
+    X].
+    """
     first = size * torch.arange(traces, device=device)[:, None, None]
     inside = torch.arange(size, device=device)
     of_text = torch.arange(text, device=device).expand(traces, 1, text)
@@ -140,7 +174,9 @@ def pairs(sees: Callable, batch: int, traces: int, size: int, text: int, device:
     return sees(rows, None, first + inside[:, None], keys)[:, None, None]
 
 
-def plain(q: Tensor, own: Pair, cached: Pair | None, mask: Tensor, scale: float, softcap: float) -> Tensor:
+def plain(
+    q: Tensor, own: Pair, cached: Pair | None, mask: Tensor, scale: float, softcap: float
+) -> Tensor:
     """The same by tensor operations; no trace is multiplied with another."""
     B, N, S, H = q.shape
     K, M, X = own[0].shape[1], mask.shape[3], mask.shape[4]
@@ -237,14 +273,17 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """A stack of layers over embeddings. A decoder also has a table of tokens, a coprocessor soft tokens.
+    """A stack of layers over embeddings. A decoder also has a table of tokens, a coprocessor soft
+    tokens.
 
     attend: `flex` or `plain`.
     """
 
     def __init__(self, c: TransformerConfig, attend: Callable, num_soft: int = 0):
         super().__init__()
-        assert c.post_norms and not c.qk_norm and not c.rope_scaling and c.activation == "gelu", "a Gemma 2"
+        assert c.post_norms and not c.qk_norm and not c.rope_scaling and c.activation == "gelu", (
+            "a Gemma 2"
+        )
         self.c = c
         self.layers = nn.ModuleList(Layer(c, attend) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.embed_dim, c)
@@ -253,15 +292,21 @@ class Model(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = F.embedding(tokens, self.embedding)
-        return x * torch.tensor(self.c.embed_dim**0.5, dtype=x.dtype) if self.c.scale_embeddings else x
+        return (
+            x * torch.tensor(self.c.embed_dim**0.5, dtype=x.dtype) if self.c.scale_embeddings else x
+        )
 
     def forward(self, x_BSD, position_BS, masks, caches=None, checkpointed=False):
-        """Final-normed outputs, and every layer's keys and values; masks: for global layers and for local ones."""
+        """Final-normed outputs, and every layer's keys and values; masks: for global layers and for
+        local ones.
+        """
         c, kvs = self.c, []
         ropes = [rotary(position_BS, c.head_dim, base) for base in (c.rope_base, c.local_rope_base)]
         for i, (layer, local) in enumerate(zip(self.layers, c.is_local)):
             call = partial(checkpoint, layer, use_reentrant=False) if checkpointed else layer
-            x_BSD, kv = call(x_BSD, ropes[local], masks[local], None if caches is None else caches[i])
+            x_BSD, kv = call(
+                x_BSD, ropes[local], masks[local], None if caches is None else caches[i]
+            )
             kvs.append(kv)
         return self.norm(x_BSD), kvs
 
@@ -281,17 +326,25 @@ def token_nll(x_RD: Tensor, embedding_VD: Tensor, target_R: Tensor, softcap: flo
 
 
 def load(model: Model, tree: dict[str, Any]) -> None:
-    """The weights of a parameter tree of ours: layers stacked on the first axis, heads on an axis of their own."""
+    """The weights of a parameter tree of ours: layers stacked on the first axis, heads on an axis
+    of their own.
+    """
     layers, state = tree["layers"], {"norm.weight": tree["final_norm"]["scale"]}
     for name in ("embedding", "soft_tokens"):
         if name in tree:
             state[name] = tree[name]
     for i in range(model.c.num_layers):
         for name in ("q", "k", "v"):
-            state[f"layers.{i}.attn.{name}_proj.weight"] = layers["attn"][name][i].reshape(model.c.embed_dim, -1).T
-        state[f"layers.{i}.attn.o_proj.weight"] = layers["attn"]["out"][i].reshape(-1, model.c.embed_dim).T
+            state[f"layers.{i}.attn.{name}_proj.weight"] = (
+                layers["attn"][name][i].reshape(model.c.embed_dim, -1).T
+            )
+        state[f"layers.{i}.attn.o_proj.weight"] = (
+            layers["attn"]["out"][i].reshape(-1, model.c.embed_dim).T
+        )
         for name in ("gate", "up", "down"):
             state[f"layers.{i}.mlp.{name}_proj.weight"] = layers["mlp"][name][i].T
         for name in ("pre_attn_norm", "post_attn_norm", "pre_mlp_norm", "post_mlp_norm"):
             state[f"layers.{i}.{name}.weight"] = layers[name]["scale"][i]
-    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+    model.load_state_dict(
+        {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    )

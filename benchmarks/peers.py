@@ -1,7 +1,9 @@
-"""The package beside what a PyTorch user would run for the same work, on the CPU: one Markdown table, and its JSON.
+"""The package beside what a PyTorch user would run for the same work, on the CPU: one Markdown
+table, and its JSON.
 
   LATENT_DELIB_EXTRAS=reference ./launch/setup.sh     # torch and transformers; torch.compile needs g++
-  .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" --size=smollm2_135m \
+  .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" --size=smollm2_135m
+  \
       --out=runs/smollm2_135m/decoder
   .venv/bin/python -m benchmarks.peers [--rows=1,3] [--rounds=7] [--json=runs/peers.json]
 
@@ -9,11 +11,12 @@
   2  the same, 0.16 M parameters                                 5  greedy decoding with it, batch 1 and 8
   3  a coprocessor's training step in the quickstart's shapes    6  prepare, 16 MB of text, vocabulary 512
 
-Every side of a row is a process of its own. It gets ready, does its work twice, and waits. Then the sides take turns,
-one at a time, `--rounds` times: a turn repeats the work for at least `--least` seconds. Figures are medians over the
-turns, with the least and the most; a ratio is that of turns of the same round, over the fastest peer. Where both sides
-return figures, such as log-probabilities, the table says whether they are the same. All is float32, on all cores that
-the process may use.
+Every side of a row is a process of its own. It gets ready, does its work twice, and waits. Then the
+sides take turns, one at a time, `--rounds` times: a turn repeats the work for at least `--least`
+seconds. Figures are medians over the turns, with the least and the most; a ratio is that of turns
+of the same round, over the fastest peer. Where both sides return figures, such as
+log-probabilities, the table says whether they are the same. All is float32, on all cores that the
+process may use.
 """
 
 import argparse
@@ -62,7 +65,9 @@ class Row(NamedTuple):
 
 
 def serve(connection: Connection, side: Side, a: argparse.Namespace) -> None:
-    """The process of a side: gets ready and sends its figures, then answers every message with the rate of a turn."""
+    """The process of a side: gets ready and sends its figures, then answers every message with the
+    rate of a turn.
+    """
     work = side(a)
     for _ in range(2):
         found = work.run()
@@ -99,7 +104,8 @@ def measure(row: Row, a: argparse.Namespace) -> dict[str, Any]:
             print(f"{row.work}: {name} gets ready", flush=True)
             workers[name] = stack.enter_context(started(side, a))
             try:
-                figures[name] = workers[name].recv()  # then it waits, and the next one has the machine for itself
+                # then it waits, and the next one has the machine for itself
+                figures[name] = workers[name].recv()
             except EOFError:
                 sys.exit(f"{row.work}: {name} failed, as it says above")
         rates = {name: [] for name in workers}
@@ -109,7 +115,9 @@ def measure(row: Row, a: argparse.Namespace) -> dict[str, Any]:
                 rates[name].append(worker.recv())
     ours = rates.pop("ours")
     peer = max(rates, key=lambda name: statistics.median(rates[name]))
-    same = [share_of_same(figures["ours"], figures[name]) for name in rates if figures[name] is not None]
+    same = [
+        share_of_same(figures["ours"], figures[name]) for name in rates if figures[name] is not None
+    ]
     return {
         "work": row.work,
         "unit": row.unit,
@@ -139,7 +147,10 @@ def share_of_same(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def training(job: Callable, *peers: bool) -> dict[str, Callable]:
     """The sides of a training row; `peers`: whether each is compiled."""
     names = {True: "torch compiled", False: "torch eager"}
-    theirs = {names[compiled]: partial(peer_sides.train_theirs, job=job, compiled=compiled) for compiled in peers}
+    theirs = {
+        names[compiled]: partial(peer_sides.train_theirs, job=job, compiled=compiled)
+        for compiled in peers
+    }
     return {"ours": partial(peer_sides.train_ours, job=job), **theirs}
 
 
@@ -211,11 +222,21 @@ def cell(found: Mapping[str, float]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of docs/performance.md."""
-    lines = ["| work | theirs | ours | ratio | same figures | counted |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| work | theirs | ours | ratio | same figures | counted |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         theirs = "; ".join(f"{name} {cell(found)}" for name, found in row["theirs"].items())
         same = "-" if row["same"] is None else f"{row['same']:.0%}"
-        cells = f"{row['work']}, {row['unit']}", theirs, cell(row["ours"]), cell(row["ratio"]), same, row["counted"]
+        cells = (
+            f"{row['work']}, {row['unit']}",
+            theirs,
+            cell(row["ours"]),
+            cell(row["ratio"]),
+            same,
+            row["counted"],
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -231,12 +252,20 @@ def versions() -> dict[str, str | None]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default=",".join(ROWS), help="numbers with commas between")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every side")
-    parser.add_argument("--least", type=float, default=5.0, help="seconds that a turn lasts at least")
-    parser.add_argument("--smollm2", type=Path, default="runs/smollm2_135m/decoder", help="decoder folder of it")
-    parser.add_argument("--folder", type=Path, default="runs/peers", help="for what the rows make for themselves")
+    parser.add_argument(
+        "--least", type=float, default=5.0, help="seconds that a turn lasts at least"
+    )
+    parser.add_argument(
+        "--smollm2", type=Path, default="runs/smollm2_135m/decoder", help="decoder folder of it"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default="runs/peers", help="for what the rows make for themselves"
+    )
     parser.add_argument("--json", type=Path, default="runs/peers.json", help="the file to write")
     a = parser.parse_args(argv)
     unknown = sorted(set(a.rows.split(",")) - set(ROWS))
@@ -252,7 +281,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "settings": {"rounds": a.rounds, "least": a.least},
         "rows": rows,
     }
-    print(f"{result['processor']}, {result['cores']} cores, {result['date']}, jax {result['jax']}", end="")
+    print(
+        f"{result['processor']}, {result['cores']} cores, {result['date']}, jax {result['jax']}",
+        end="",
+    )
     print("".join(f", {name} {version}" for name, version in result["versions"].items()))
     print(table(rows), flush=True)
     a.json.parent.mkdir(parents=True, exist_ok=True)

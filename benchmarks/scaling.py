@@ -1,11 +1,12 @@
-"""The published settings on TPU slices that nobody here has, by their compiler: the tables of docs/scaling.md.
+"""The published settings on TPU slices that nobody here has, by their compiler: the tables of
+docs/scaling.md.
 
   LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh
   .venv/bin/python -m benchmarks.scaling --out=runs/scaling                 every row, two to four minutes each
   .venv/bin/python -m benchmarks.scaling --out=runs/scaling --only=chips    the rows of one table
 
-Memory and traffic are those of the program that the slice would run. Times are estimates from data sheets.
-Run again, it goes on where it stopped.
+Memory and traffic are those of the program that the slice would run. Times are estimates from data
+sheets. Run again, it goes on where it stopped.
 """
 
 import argparse
@@ -43,12 +44,15 @@ CHIPS = {
 }
 # A step reaches half of the peak: an assumption, not measured on any chip.
 PEAK_SHARE = 0.5
-# A collective has half of the links: rings use some directions only, and small slices have no wrap-around.
+# A collective has half of the links: rings use some directions only, and small slices have no
+# wrap-around.
 LINK_SHARE = 0.5
 
 
 class Row(NamedTuple):
-    """Names a program. mesh: data, fsdp, traces. parts: the batch passes in as many (config.train.accumulation)."""
+    """Names a program. mesh: data, fsdp, traces. parts: the batch passes in as many
+    (config.train.accumulation).
+    """
 
     size: str
     topology: str
@@ -65,7 +69,9 @@ class Row(NamedTuple):
         data, fsdp, traces = self.mesh
         where = f"{self.topology.replace(':', '-')}_{data}x{fsdp}x{traces}"
         shape = f"L{self.latents}_M{self.traces}_T{self.seq_len}_B{self.batch}in{self.parts}"
-        return f"{self.size}_{shape}_{where}" + (f"_{self.remat}" if self.remat != "attention" else "")
+        return f"{self.size}_{shape}_{where}" + (
+            f"_{self.remat}" if self.remat != "attention" else ""
+        )
 
     @property
     def rows(self) -> float:
@@ -91,14 +97,30 @@ SLICES = (
 )
 TABLES = {
     "slices": [
-        Row(size, *where, latents) for size in ("gemma2_2b", "gemma2_9b") for latents in (16, 64) for where in SLICES
+        Row(size, *where, latents)
+        for size in ("gemma2_2b", "gemma2_9b")
+        for latents in (16, 64)
+        for where in SLICES
     ],
     # Two rows on a chip at once, whatever the number of chips.
     "chips": [
-        Row("gemma2_2b", topology, (data, 16, 1), 1024 // (2 * 16 * data) or 1, 16, batch=max(1024, 2 * 16 * data))
-        for topology, data in (("v5p:2x2x4", 1), ("v5p:4x4x4", 4), ("v5p:4x8x8", 16), ("v5p:8x8x16", 64))
+        Row(
+            "gemma2_2b",
+            topology,
+            (data, 16, 1),
+            1024 // (2 * 16 * data) or 1,
+            16,
+            batch=max(1024, 2 * 16 * data),
+        )
+        for topology, data in (
+            ("v5p:2x2x4", 1),
+            ("v5p:4x4x4", 4),
+            ("v5p:4x8x8", 16),
+            ("v5p:8x8x16", 64),
+        )
     ],
-    # Traces of a row shared out over four chips: for more chips than rows, or for a row that does not fit on one.
+    # Traces of a row shared out over four chips: for more chips than rows, or for a row that does
+    # not fit on one.
     "traces": [
         Row("gemma2_2b", "v5e:16x16", (4, 16, 4), 16, 64),
         Row("gemma2_9b", "v5e:4x4", (1, 4, 4), 256, 64),
@@ -133,7 +155,8 @@ def compiled(config: ConfigDict, topology: str) -> dict[str, Any]:
     """Compiles the step of a config for a slice; returns what one chip needs for it.
 
     Returns:
-      chip: its kind; received: kind of collective -> calls and bytes; and the keys of `dry_run.needs`.
+      chip: its kind; received: kind of collective -> calls and bytes; and the keys of
+        `dry_run.needs`.
 
     Raises:
       UserError: as `dry_run.dry_run` does.
@@ -143,7 +166,9 @@ def compiled(config: ConfigDict, topology: str) -> dict[str, Any]:
     program = dry_run.compile_step(exp, plan)
     return {
         "chip": exp.mesh.devices.flat[0].device_kind,
-        "received": {kind: traffic._asdict() for kind, traffic in collectives(program.as_text()).items()},
+        "received": {
+            kind: traffic._asdict() for kind, traffic in collectives(program.as_text()).items()
+        },
         **dry_run.needs(exp, plan, program),
     }
 
@@ -157,7 +182,8 @@ def estimate(found: dict[str, Any], rows: float, chip: Chip, peak: float) -> dic
       peak: FLOP/s of the chip.
 
     Returns:
-      seconds: part -> time; utilisation: useful FLOPs as a share of the peak; largest_rows: as `rows`.
+      seconds: part -> time; utilisation: useful FLOPs as a share of the peak; largest_rows: as
+        `rows`.
     """
     compute = sum(found["flops"].values()) / (PEAK_SHARE * peak)
     links = received(found) / (LINK_SHARE * chip.links)
@@ -182,7 +208,9 @@ def received(found: dict[str, Any]) -> float:
 
 
 def result(row: Row, out: Path) -> dict[str, Any]:
-    """Returns what a row's program needs, or {"error": why} where it does not fit; either is kept in OUT/NAME.json."""
+    """Returns what a row's program needs, or {"error": why} where it does not fit; either is kept
+    in OUT/NAME.json.
+    """
     kept = out / f"{row.name}.json"
     if not kept.exists():
         print(f"== {row.name}", flush=True)
@@ -205,7 +233,9 @@ def figures(found: dict[str, Any], rows: float) -> list[str]:
     estimated = estimate(found, rows, CHIPS[found["chip"]], cost.PEAK[found["chip"]])
     memory = found["memory"]
     state = memory["frozen weights"] + memory["trainable weights"] + memory["optimizer"]
-    sizes = [gib(size).removesuffix(" GiB") for size in (state, memory["total"], found["memory_limit"])]
+    sizes = [
+        gib(size).removesuffix(" GiB") for size in (state, memory["total"], found["memory_limit"])
+    ]
     return [
         *sizes,
         str(estimated["largest_rows"]),
@@ -229,7 +259,9 @@ def show(rows: list[Row], out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=TABLES)
     a = parser.parse_args()

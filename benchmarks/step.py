@@ -1,11 +1,14 @@
-"""The whole train step at true size, random weights, the real optimizer: time, utilisation and memory of every form.
+"""The whole train step at true size, random weights, the real optimizer: time, utilisation and
+memory of every form.
 
-  python -m benchmarks.step [--latents 16 64] [--batch 1 2 4] [--remat attention dots] [--forms ...] [--json=FILE]
+  python -m benchmarks.step [--latents 16 64] [--batch 1 2 4] [--remat attention dots] [--forms ...]
+  [--json=FILE]
 
-Forms: the dense one-sequence form (`dense`), the package's with each form of attention, and the PyTorch peer
-(`peer_steps`), where torch is installed. Useful FLOPs are those that train logs (`latent_delib.delib.cost`), the same
-for all. Where numbers are missing, a form does not fit. On a CPU the peer has no flex_attention: there it computes the
-same pairs by plain operations. The published setting on one GPU, with the flags it wants:
+Forms: the dense one-sequence form (`dense`), the package's with each form of attention, and the
+PyTorch peer (`peer_steps`), where torch is installed. Useful FLOPs are those that train logs
+(`latent_delib.delib.cost`), the same for all. Where numbers are missing, a form does not fit. On a
+CPU the peer has no flex_attention: there it computes the same pairs by plain operations. The
+published setting on one GPU, with the flags it wants:
 
   ./launch/gpu.sh .venv/bin/python -m benchmarks.step --json=FILE
 """
@@ -30,11 +33,16 @@ OPTIMIZER = base.get_config().optimizer
 
 
 class Job:
-    """A frozen decoder, and one training state that all forms of a table advance in turn: it is donated, not copied."""
+    """A frozen decoder, and one training state that all forms of a table advance in turn: it is
+    donated, not copied.
+    """
 
     def __init__(self, a: argparse.Namespace, num_latents: int):
         self.a, self.num_latents, self.tx = a, num_latents, make_optimizer(OPTIMIZER, 100_000).tx
-        self.frozen, self.state = {"decoder": common.weights(a.config, num_latents, a.dtype)["decoder"]}, None
+        self.frozen, self.state = (
+            {"decoder": common.weights(a.config, num_latents, a.dtype)["decoder"]},
+            None,
+        )
 
     def start(self) -> TrainState:
         def init() -> TrainState:
@@ -49,7 +57,9 @@ class Job:
         a, is_dense = self.a, form == "dense"
         step = partial(
             train_step,
-            aug=common.augmentation(a.config, self.num_latents, "reference" if is_dense else form, remat),
+            aug=common.augmentation(
+                a.config, self.num_latents, "reference" if is_dense else form, remat
+            ),
             tx=self.tx,
             seed=0,
             num_traces=a.traces,
@@ -57,12 +67,17 @@ class Job:
             accumulation=1,
             dtype=jnp.dtype(a.dtype),
         )
-        with mock.patch.object(augment, "loss", dense.loss) if is_dense else contextlib.nullcontext():
-            lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(self.start), self.frozen, batch)
+        with (
+            mock.patch.object(augment, "loss", dense.loss) if is_dense else contextlib.nullcontext()
+        ):
+            lowered = jax.jit(step, donate_argnums=0).lower(
+                jax.eval_shape(self.start), self.frozen, batch
+            )
         return lowered.compile()
 
     def advance(self, compiled: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        if self.state is None or jax.tree.leaves(self.state.trainable)[0].is_deleted():  # lost where memory ran out
+        # lost where memory ran out
+        if self.state is None or jax.tree.leaves(self.state.trainable)[0].is_deleted():
             self.state = self.start()
         self.state, metrics = compiled(self.state, self.frozen, batch)
         return metrics
@@ -120,16 +135,24 @@ def measure_torch(a: argparse.Namespace, L: int, B: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     common.share_the_card()
     forms = ["dense", *common.attention_forms(), *["torch"] * common.has_torch()]
-    published = common.PUBLISHED | dict(latents=[16, 64], batch=[1, 2, 4], remat=["attention", "dots"])
+    published = common.PUBLISHED | dict(
+        latents=[16, 64], batch=[1, 2, 4], remat=["attention", "dots"]
+    )
     small = common.SMALL | dict(latents=[16], batch=[1], remat=["attention"])
-    a = common.arguments(__doc__, argv, forms, published, small, eager="the peer without torch.compile")
+    a = common.arguments(
+        __doc__, argv, forms, published, small, eager="the peer without torch.compile"
+    )
     rows = []
     if "torch" in a.forms:  # first, because JAX gives no memory back
         rows += [measure_torch(a, L, B) for L in a.latents for B in a.batch]
     for L in a.latents:
         rows += measure_ours(a, L)
     peak = cost.PEAK.get(jax.devices()[0].device_kind)
-    plain = {(r["latents"], r["batch"], r["form"]): r["ms"] for r in rows if r["form"] in ("dense", "torch")}
+    plain = {
+        (r["latents"], r["batch"], r["form"]): r["ms"]
+        for r in rows
+        if r["form"] in ("dense", "torch")
+    }
     for row in rows:
         where = row["latents"], row["batch"]
         aug = common.augmentation(a.config, row["latents"], "reference")
@@ -137,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         row["tflop"], row["tflops"] = useful / 1e12, row["ms"] and useful / row["ms"] / 1e9
         row["mfu"] = row["ms"] and peak and 1e12 * row["tflops"] / peak
         for other in ("dense", "torch"):
-            row[f"vs_{other}"] = row["ms"] and plain.get((*where, other)) and plain[*where, other] / row["ms"]
+            row[f"vs_{other}"] = (
+                row["ms"] and plain.get((*where, other)) and plain[*where, other] / row["ms"]
+            )
     rows.sort(key=lambda row: (row["latents"], row["batch"]))
     return common.report("step", a, rows)
 

@@ -1,8 +1,9 @@
-"""Every configuration key, declared once. Shapes, batch and steps are the published ones (Liu et al. 2025, Section
-2.3), decoder and text the packaged ones; the optimizer was not published.
+"""Every configuration key, declared once. Shapes, batch and steps are the published ones (Liu et
+al. 2025, Section 2.3), decoder and text the packaged ones; the optimizer was not published.
 
-Other files start from `get_config()` here and change what differs. A key that is not declared here is refused, but for
-the fields of TransformerConfig in `decoder.architecture` and `method.coprocessor`.
+Other files start from `get_config()` here and change what differs. A key that is not declared here
+is refused, but for the fields of TransformerConfig in `decoder.architecture` and
+`method.coprocessor`.
 """
 
 from ml_collections import ConfigDict
@@ -13,29 +14,39 @@ def get_config() -> ConfigDict:
     c.seed = 0
 
     c.decoder = ConfigDict()
-    c.decoder.path = "packaged"  # a decoder folder, "packaged", or "" for random weights of `architecture`
-    c.decoder.architecture = ConfigDict()  # fields of TransformerConfig; a decoder folder has its own, and must agree
-    c.decoder.tokenizer = ""  # tokenizer.model or .json; "" is the decoder's own, "packaged" the packaged corpus's
+    # a decoder folder, "packaged", or "" for random weights of `architecture`
+    c.decoder.path = "packaged"
+    # fields of TransformerConfig; a decoder folder has its own, and must agree
+    c.decoder.architecture = ConfigDict()
+    # tokenizer.model or .json; "" is the decoder's own, "packaged" the packaged corpus's
+    c.decoder.tokenizer = ""
     c.decoder.export_dtype = "float32"  # of the decoder folder that training a decoder ends with
 
     c.method = ConfigDict()
     c.method.name = "cache_augmentation"  # a row of latent_delib/delib/methods.py
     c.method.num_latents = 16  # N_L
-    c.method.placement = "after"  # the paper's; or a row of PLACEMENTS in delib/traces.py: "overlay", "before"
+    # the paper's; or a row of PLACEMENTS in delib/traces.py: "overlay", "before"
+    c.method.placement = "after"
     c.method.num_traces = 128  # M, per packed sequence
     c.method.num_ahead = 16  # N_A, the ahead tokens that carry the loss
-    c.method.lora_rank = 0  # train low-rank adapters of that rank instead of every matrix; 0: train all
-    c.method.start = ""  # WORKDIR/checkpoints/STEP of a coprocessor of the same method to begin with
-    c.method.max_delay = 0  # latents are written up to so many tokens before they join, drawn for each trace
-    c.method.coprocessor = ConfigDict()  # of method "resized": fields of TransformerConfig unlike the decoder's
+    # train low-rank adapters of that rank instead of every matrix; 0: train all
+    c.method.lora_rank = 0
+    # WORKDIR/checkpoints/STEP of a coprocessor of the same method to begin with
+    c.method.start = ""
+    # latents are written up to so many tokens before they join, drawn for each trace
+    c.method.max_delay = 0
+    # of method "resized": fields of TransformerConfig unlike the decoder's
+    c.method.coprocessor = ConfigDict()
 
     c.data = ConfigDict()
-    c.data.sources = ("packaged/train",)  # packaged/SPLIT, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE
+    # packaged/SPLIT, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE
+    c.data.sources = ("packaged/train",)
     c.data.weights = (1.0,)  # one per source
     c.data.validation = ("packaged/validation",)
     c.data.token_files = ""  # a directory written by `prepare`; "" reads the sources through seqio
     c.data.seq_len = 2048  # T
-    c.data.max_bad_records = 0  # documents or rows skipped because they cannot be used; one more ends the command
+    # documents or rows skipped because they cannot be used; one more ends the command
+    c.data.max_bad_records = 0
 
     c.optimizer = ConfigDict()  # linear warm-up, cosine; not published
     c.optimizer.name = "adamw"  # or a row of OPTIMIZERS in delib/step.py: "adafactor"
@@ -57,15 +68,20 @@ def get_config() -> ConfigDict:
     c.train.checkpoint_every = 1000
     c.train.keep = 2  # newest checkpoints kept
     c.train.keep_every = 0  # and those of every step that this divides; 0: none
-    c.train.keep_best = 0  # and that many with the lowest mean training loss since the checkpoint before
-    c.train.max_bad_steps = 0  # steps skipped because their loss or gradient is not finite; one more ends the job
+    # and that many with the lowest mean training loss since the checkpoint before
+    c.train.keep_best = 0
+    # steps skipped because their loss or gradient is not finite; one more ends the job
+    c.train.max_bad_steps = 0
     c.train.profile_at = 0  # the step after which three are traced into WORKDIR/profile; 0: none
 
     c.compute = ConfigDict()
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
-    c.compute.attention = "auto"  # auto: a proven kernel, or xla; or reference, xla, pallas_gpu, pallas_tpu
-    c.compute.remat = "attention"  # none, dots, attention, full: what the backward pass keeps, from most to least
-    c.compute.loss_chunk = 512  # tokens of a sequence whose logits exist at a time; on a device 4 times as many at most
+    # auto: a proven kernel, or xla; or reference, xla, pallas_gpu, pallas_tpu
+    c.compute.attention = "auto"
+    # none, dots, attention, full: what the backward pass keeps, from most to least
+    c.compute.remat = "attention"
+    # tokens of a sequence whose logits exist at a time; on a device 4 times as many at most
+    c.compute.loss_chunk = 512
 
     c.mesh = ConfigDict()  # devices along each axis; -1: what the others leave
     c.mesh.data = -1
@@ -75,15 +91,19 @@ def get_config() -> ConfigDict:
 
     c.evaluate = ConfigDict()
     c.evaluate.num_ahead = 32  # perplexity of the n-th token ahead, n = 1 ... num_ahead
-    c.evaluate.max_length = 2048  # tokens of a document seen at once; longer ones are cut into pieces
+    # tokens of a document seen at once; longer ones are cut into pieces
+    c.evaluate.max_length = 2048
     c.evaluate.batch_size = 8  # pieces at once
     c.evaluate.positions = 64  # augmented positions of each piece at once: bounds memory
     c.evaluate.max_pieces = 0  # per validation source, spread over it; 0: all
-    c.evaluate.max_positions = 0  # of a piece of max_length, and of a shorter one its share, drawn at random; 0: all
+    # of a piece of max_length, and of a shorter one its share, drawn at random; 0: all
+    c.evaluate.max_positions = 0
     c.evaluate.seed = 0  # of that draw, and of the confidence intervals
     c.evaluate.delay = 0  # latents are written so many tokens before they join
-    c.evaluate.swap = False  # a control: every piece is given the latents of another document at the same positions
-    c.evaluate.longer_prompt = 0  # a control: so many tokens of each piece are read by the plain decoder alone
+    # a control: every piece is given the latents of another document at the same positions
+    c.evaluate.swap = False
+    # a control: so many tokens of each piece are read by the plain decoder alone
+    c.evaluate.longer_prompt = 0
     c.lock()
     c.decoder.architecture.unlock()
     c.method.coprocessor.unlock()

@@ -1,7 +1,8 @@
-"""The benchmarks: for each a row with the task of the lm-eval harness, the shots, and the metric reported.
+"""The benchmarks: for each a row with the task of the lm-eval harness, the shots, and the metric
+reported.
 
-PUBLISHED are those of Liu et al. 2025, Table 2; they need the network once, for their data. OFFLINE are made locally by
-`make_tasks`. `benchmark` reads this file, or another of its form: --table=FILE.
+PUBLISHED are those of Liu et al. 2025, Table 2; they need the network once, for their data. OFFLINE
+are made locally by `make_tasks`. `benchmark` reads this file, or another of its form: --table=FILE.
 
   task       a task or group of the harness; in a group every document counts the same
   shots      worked examples in the prompt
@@ -9,16 +10,22 @@ PUBLISHED are those of Liu et al. 2025, Table 2; they need the network once, for
   filter     the reading of a generated answer that counts, where the harness has several
   runs_code  the code that the model writes is run: only with --confirm_run_unsafe_code
 
-The paper gives shots and, for DROP, the metric. The rest follows the harness's custom: acc_norm (choices divided by
-their length) where choices are sentences of different length, acc elsewhere. All of a task's metrics are in
-OUT/samples.
+The paper gives shots and, for DROP, the metric. The rest follows the harness's custom: acc_norm
+(choices divided by their length) where choices are sentences of different length, acc elsewhere.
+All of a task's metrics are in OUT/samples.
 """
 
 PUBLISHED = {
     "mmlu": {"task": "mmlu", "shots": 5, "metric": "acc"},
-    # gsm8k_cot has the usual eight worked examples, fixed; the harness's gsm8k draws five from the training set. The
-    # last number counts: the one reading that suits the decoder, latents and zero-shot CoT alike.
-    "gsm8k": {"task": "gsm8k_cot", "shots": 8, "metric": "exact_match", "filter": "flexible-extract"},
+    # gsm8k_cot has the usual eight worked examples, fixed; the harness's gsm8k draws five from the
+    # training set. The last number counts: the one reading that suits the decoder, latents and
+    # zero-shot CoT alike.
+    "gsm8k": {
+        "task": "gsm8k_cot",
+        "shots": 8,
+        "metric": "exact_match",
+        "filter": "flexible-extract",
+    },
     "drop": {"task": "drop", "shots": 3, "metric": "f1"},
     "arc_easy": {"task": "arc_easy", "shots": 0, "metric": "acc"},
     "arc_challenge": {"task": "arc_challenge", "shots": 0, "metric": "acc_norm"},
@@ -29,18 +36,40 @@ PUBLISHED = {
     "hellaswag": {"task": "hellaswag", "shots": 0, "metric": "acc_norm"},
     "boolq": {"task": "boolq", "shots": 0, "metric": "acc"},
     "mbpp": {"task": "mbpp", "shots": 3, "metric": "pass_at_1", "runs_code": True},
-    "humaneval": {"task": "humaneval", "shots": 0, "metric": "pass@1", "filter": "create_test", "runs_code": True},
-    # The English part. Its data have no training split: the examples are other documents of the test split.
+    "humaneval": {
+        "task": "humaneval",
+        "shots": 0,
+        "metric": "pass@1",
+        "filter": "create_test",
+        "runs_code": True,
+    },
+    # The English part. Its data have no training split: the examples are other documents of the
+    # test split.
     "agieval": {"task": "agieval_en", "shots": 3, "metric": "acc"},
     "bbh": {"task": "bbh_cot_fewshot", "shots": 3, "metric": "exact_match", "filter": "get-answer"},
-    "triviaqa": {"task": "triviaqa", "shots": 5, "metric": "exact_match", "filter": "remove_whitespace"},
+    "triviaqa": {
+        "task": "triviaqa",
+        "shots": 5,
+        "metric": "exact_match",
+        "filter": "remove_whitespace",
+    },
     "nq": {"task": "nq_open", "shots": 5, "metric": "exact_match", "filter": "remove_whitespace"},
 }
 
 OFFLINE = {
-    "gsm_symbolic": {"task": "gsm_symbolic", "shots": 4, "metric": "exact_match", "filter": "answer"},
+    "gsm_symbolic": {
+        "task": "gsm_symbolic",
+        "shots": 4,
+        "metric": "exact_match",
+        "filter": "answer",
+    },
     "chain_sum": {"task": "chain_sum", "shots": 4, "metric": "exact_match", "filter": "answer"},
-    "basic_arithmetic": {"task": "basic_arithmetic", "shots": 4, "metric": "exact_match", "filter": "answer"},
+    "basic_arithmetic": {
+        "task": "basic_arithmetic",
+        "shots": 4,
+        "metric": "exact_match",
+        "filter": "answer",
+    },
     "chain_sum_choice": {"task": "chain_sum_choice", "shots": 4, "metric": "acc"},
     "countdown": {"task": "countdown", "shots": 4, "metric": "acc"},
     "syllogism": {"task": "syllogism", "shots": 4, "metric": "acc"},
@@ -48,5 +77,6 @@ OFFLINE = {
     "held_out_text": {"task": "held_out_text", "shots": 0, "metric": "bits_per_byte"},
 }
 
-# Model zero_shot_cot: no worked examples, and this where the answer would begin (the paper's baseline, on GSM8K).
+# Model zero_shot_cot: no worked examples, and this where the answer would begin (the paper's
+# baseline, on GSM8K).
 COT = "Let's think step by step."

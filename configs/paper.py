@@ -1,7 +1,9 @@
-"""The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`, `a/overlay` where nothing is named.
+"""The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`, `a/overlay` where
+nothing is named.
 
-`launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists them. Validation is by
-work: nothing is trained on any part of a work that is evaluated. Keys that no row names are those of base.py.
+`launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists
+them. Validation is by work: nothing is trained on any part of a work that is evaluated. Keys that
+no row names are those of base.py.
 """
 
 import dataclasses
@@ -50,8 +52,8 @@ LONGER = {  # twice a's steps: there is more to learn here, and no row comes twi
 }
 # Protocol -> size of the decoder, and what differs from base.py in all its experiments.
 PROTOCOLS = {
-    # The paper's logic on two CPU cores: decoder and coprocessor are trained on the same text. The packaged decoder
-    # (3.1 M parameters) and the packaged corpus; a run takes some twenty minutes.
+    # The paper's logic on two CPU cores: decoder and coprocessor are trained on the same text. The
+    # packaged decoder (3.1 M parameters) and the packaged corpus; a run takes some twenty minutes.
     "a": ("gemma2_3m", CPU),
     # The same with a decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU.
     "a_gpu": ("gemma2_49m", GPU | MIXTURE | {"decoder.path": "runs/paper/a_gpu/pretrain/decoder"}),
@@ -74,9 +76,9 @@ TASKS = {  # of tools.make_tasks; so many steps see each problem a few times
 }
 # Experiment -> what differs from `overlay`.
 EXPERIMENTS = {
-    # Cache augmentation (Liu et al. 2025), by placement and number of latents. overlay: latents share positions with
-    # the text they follow. after: the paper's, they follow the text, which moves on. before: they are between the text
-    # and its last token, which is read again.
+    # Cache augmentation (Liu et al. 2025), by placement and number of latents. overlay: latents
+    # share positions with the text they follow. after: the paper's, they follow the text, which
+    # moves on. before: they are between the text and its last token, which is read again.
     "overlay": {},
     "overlay_4": {"method.num_latents": 4},
     "overlay_8": {"method.num_latents": 8},
@@ -94,33 +96,37 @@ EXPERIMENTS = {
     "ahead_32": {"method.num_ahead": 32},
     # Latents come late by 0 to 3 tokens, drawn for each trace.
     "delay": {"method.max_delay": 3},
-    # The paper's baselines: a random start, the decoder's last layer instead of its cache, adapters (its ranks), and
-    # N_L trained vectors, which it calls pause tokens. pause_tokens: one vector N_L times (Goyal et al. 2023).
+    # The paper's baselines: a random start, the decoder's last layer instead of its cache, adapters
+    # (its ranks), and N_L trained vectors, which it calls pause tokens. pause_tokens: one vector
+    # N_L times (Goyal et al. 2023).
     "from_scratch": {"method.name": "from_scratch"},
     "last_layer": {"method.name": "last_layer"},
     "lora": {"method.lora_rank": 64},
     "lora_128": {"method.lora_rank": 128},
     "static_tokens": {"method.name": "static_tokens"},
     "pause_tokens": {"method.name": "pause_tokens"},
-    # Named as future work by the paper: latents one after another, and a smaller coprocessor, of half the decoder's
-    # depth; it begins with random weights, so compare it with from_scratch.
+    # Named as future work by the paper: latents one after another, and a smaller coprocessor, of
+    # half the decoder's depth; it begins with random weights, so compare it with from_scratch.
     "sequential": {"method.name": "sequential"},
     "half": {"method.name": "resized"},
-    # Coda-Forno et al. 2025: keys and values inserted in each layer (H1), decoder and coprocessor trained together
-    # (H2), one model that writes its own latents (the unified baseline).
+    # Coda-Forno et al. 2025: keys and values inserted in each layer (H1), decoder and coprocessor
+    # trained together (H2), one model that writes its own latents (the unified baseline).
     "inserted": {"method.name": "inserted"},
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
-    # Controls: the decoder trained on for as long, on the same text; the same by adapters, at the coprocessors' rate.
+    # Controls: the decoder trained on for as long, on the same text; the same by adapters, at the
+    # coprocessors' rate.
     "decoder": {"method.name": "decoder"} | SLOW,
     "decoder_lora": {"method.name": "decoder", "method.lora_rank": 64},
-    # Adaptation to tasks: adapters of rank 64 on the decoder (the paper's Figure 6 has rank 128, GSM8K and MATH), and
-    # on the coprocessor that `overlay` trained.
+    # Adaptation to tasks: adapters of rank 64 on the decoder (the paper's Figure 6 has rank 128,
+    # GSM8K and MATH), and on the coprocessor that `overlay` trained.
     "adapt_decoder": {"method.name": "decoder"} | TASKS,
-    "adapt_coprocessor": {"method.start": "runs/paper/{protocol}/overlay@0/checkpoints/{steps}"} | TASKS,
-    # The decoder of a_gpu: random weights, 240 M tokens, which is the mixture two to three times. Its training loss
-    # should be flat at the end, or it wants more steps. But a decoder that knows its text by heart teaches a
-    # coprocessor nothing (docs/results.md): where there is more text, read it once.
+    "adapt_coprocessor": {"method.start": "runs/paper/{protocol}/overlay@0/checkpoints/{steps}"}
+    | TASKS,
+    # The decoder of a_gpu: random weights, 240 M tokens, which is the mixture two to three times.
+    # Its training loss should be flat at the end, or it wants more steps. But a decoder that knows
+    # its text by heart teaches a coprocessor nothing (docs/results.md): where there is more text,
+    # read it once.
     "pretrain": {
         "seed": 1000,  # the experiments read the same text, and must not read it in the same order
         "decoder.path": "",
@@ -145,7 +151,9 @@ def get_config(name: str = "a/overlay") -> ConfigDict:
     """
     protocol, _, experiment = name.partition("/")
     if protocol not in PROTOCOLS or experiment not in EXPERIMENTS:
-        known = f"PROTOCOL one of {', '.join(PROTOCOLS)}, EXPERIMENT one of {', '.join(EXPERIMENTS)}"
+        known = (
+            f"PROTOCOL one of {', '.join(PROTOCOLS)}, EXPERIMENT one of {', '.join(EXPERIMENTS)}"
+        )
         raise ValueError(f"{name!r}: expected PROTOCOL/EXPERIMENT, {known}")
     size, settings = PROTOCOLS[protocol]
     c = base.get_config()

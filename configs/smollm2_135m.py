@@ -3,7 +3,8 @@
   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/smollm2.sh    decoder, frozen evaluation, training, evaluation
   CONFIG=smollm2_135m_cpu ./launch/smollm2.sh                     the smallest form, on two CPU cores
 
-The learning rate was the best of 1e-4, 3e-4 and 1e-3 in an earlier study of this size, of which no file is kept.
+The learning rate was the best of 1e-4, 3e-4 and 1e-3 in an earlier study of this size, of which no
+file is kept.
 """
 
 import dataclasses

@@ -14,7 +14,8 @@ def get_config() -> ConfigDict:
     c.method.num_traces = 8
     c.method.num_ahead = 8
     c.data.seq_len = 256
-    c.optimizer.learning_rate = 1e-4  # small batches: ten times that undoes in 60 steps what it learns
+    # small batches: ten times that undoes in 60 steps what it learns
+    c.optimizer.learning_rate = 1e-4
     c.optimizer.warmup_steps = 10
     c.train.steps = 100
     c.train.batch_size = 4

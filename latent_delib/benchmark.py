@@ -1,14 +1,17 @@
-"""Benchmarks (Table 2) with the lm-eval harness: of a decoder, of a decoder with latents, of zero-shot CoT.
+"""Benchmarks (Table 2) with the lm-eval harness: of a decoder, of a decoder with latents, of
+zero-shot CoT.
 
-  python -m latent_delib.benchmark --workdir=DIR --benchmarks=published --model=decoder,augmented --out=DIR
-  python -m latent_delib.benchmark --decoder=DIR --benchmarks=gsm8k,arc_easy --model=decoder --out=DIR [--limit=N]
+  python -m latent_delib.benchmark --workdir=DIR --benchmarks=published --model=decoder,augmented
+  --out=DIR python -m latent_delib.benchmark --decoder=DIR --benchmarks=gsm8k,arc_easy
+  --model=decoder --out=DIR [--limit=N]
 
-Benchmarks are the names in configs/benchmarks.py, or `published`, or `offline`, which needs no network but the tasks
-that `make_tasks` writes. Models: decoder; augmented, with the latents of WORKDIR, whatever its method, written once at
-the end of the prompt; zero_shot_cot, the decoder without worked examples, told to think step by step.
+Benchmarks are the names in configs/benchmarks.py, or `published`, or `offline`, which needs no
+network but the tasks that `make_tasks` writes. Models: decoder; augmented, with the latents of
+WORKDIR, whatever its method, written once at the end of the prompt; zero_shot_cot, the decoder
+without worked examples, told to think step by step.
 
-Writes benchmarks.json to --out (may be gs://), a row saved as soon as it is there; run again, it does what is missing.
-Each document's result is in OUT/samples.
+Writes benchmarks.json to --out (may be gs://), a row saved as soon as it is there; run again, it
+does what is missing. Each document's result is in OUT/samples.
 """
 
 import dataclasses
@@ -42,8 +45,8 @@ MODELS = ("decoder", "augmented", "zero_shot_cot")
 class Subject(NamedTuple):
     """A decoder or training job that is measured.
 
-    record: of the checkpoint, or of a config with the decoder alone; its fingerprint is of `decoder`. decoder: its
-    folder. workdir: of the job; "" without one.
+    record: of the checkpoint, or of a config with the decoder alone; its fingerprint is of
+    `decoder`. decoder: its folder. workdir: of the job; "" without one.
     """
 
     record: Record
@@ -53,8 +56,15 @@ class Subject(NamedTuple):
     def about(self) -> dict[str, Any]:
         """Returns the fields of benchmarks.json that say what its rows are of."""
         r = self.record
-        checkpoint = str(epath.Path(self.workdir) / "checkpoints" / str(r.step)) if self.workdir else None
-        return {"config": r.config, "checkpoint": checkpoint, "step": r.step, "fingerprint": r.fingerprint}
+        checkpoint = (
+            str(epath.Path(self.workdir) / "checkpoints" / str(r.step)) if self.workdir else None
+        )
+        return {
+            "config": r.config,
+            "checkpoint": checkpoint,
+            "step": r.step,
+            "fingerprint": r.fingerprint,
+        }
 
 
 def main(flags: Any) -> None:
@@ -124,14 +134,18 @@ def _check_flags(flags: Any, chosen: dict[str, Row]) -> None:
         arguments.whole("--limit", flags.limit, 1)
     for name, row in chosen.items():
         if row.get("runs_code") and not flags.confirm_run_unsafe_code:
-            raise UserError(f"{name}: runs code that the model writes; --confirm_run_unsafe_code allows it")
+            raise UserError(
+                f"{name}: runs code that the model writes; --confirm_run_unsafe_code allows it"
+            )
 
 
 def _find_subject(flags: Any) -> Subject:
     """Finds the job or the decoder that the flags name; reads no weights."""
     workdir = flags.workdir
     if bool(workdir) == bool(flags.decoder):
-        raise UserError("give --workdir of a training job, or --decoder, a decoder folder; one of them")
+        raise UserError(
+            "give --workdir of a training job, or --decoder, a decoder folder; one of them"
+        )
     if workdir:
         record = load.read_record(workdir, flags.step)
         decoder = load.decoder_of(workdir, record)
@@ -144,14 +158,20 @@ def _find_subject(flags: Any) -> Subject:
         decoder = flags.decoder
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
         record = Record(config, "")
-    record = dataclasses.replace(record, config=config, fingerprint=folder.fingerprint(folder.locate(decoder)))
+    record = dataclasses.replace(
+        record, config=config, fingerprint=folder.fingerprint(folder.locate(decoder))
+    )
     if "augmented" in _split(flags.model) and not record["method.num_latents"]:
-        raise UserError("--model=augmented: there is no coprocessor; give the --workdir of a job that trained one")
+        raise UserError(
+            "--model=augmented: there is no coprocessor; give the --workdir of a job that trained one"
+        )
     return Subject(record, decoder, workdir)
 
 
 def _import_harness(unsafe_code: bool) -> ModuleType:
-    """Returns `measure.harness`, imported at its first use; code that a model writes may run, or may not."""
+    """Returns `measure.harness`, imported at its first use; code that a model writes may run, or
+    may not.
+    """
     if unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to say
@@ -164,7 +184,9 @@ def _import_harness(unsafe_code: bool) -> ModuleType:
     return harness
 
 
-def _load_tasks(harness: ModuleType, chosen: dict[str, Row], table: dict[str, Any], flags: Any) -> dict[str, Any]:
+def _load_tasks(
+    harness: ModuleType, chosen: dict[str, Row], table: dict[str, Any], flags: Any
+) -> dict[str, Any]:
     """Loads the tasks and their data, by the name of the benchmark.
 
     Raises:
@@ -178,14 +200,18 @@ def _load_tasks(harness: ModuleType, chosen: dict[str, Row], table: dict[str, An
             loaded[name] = harness.load_public_task(row["task"])
         answer = harness.longest_answer(loaded[name])
         if answer + 2 > flags.max_length:  # BOS, and one token that asks
-            raise UserError(f"--max_length={flags.max_length}: {name} has answers of up to {answer} tokens")
+            raise UserError(
+                f"--max_length={flags.max_length}: {name} has answers of up to {answer} tokens"
+            )
     return loaded
 
 
 # Rows: the part that is known before a row is made, those that are there, a new one.
 
 
-def _asked(name: str, row: Row, model: str, kinds: set[str], table: dict[str, Any], flags: Any) -> Row:
+def _asked(
+    name: str, row: Row, model: str, kinds: set[str], table: dict[str, Any], flags: Any
+) -> Row:
     """Returns the part of a row of benchmarks.json that is known before it is made.
 
     Args:
@@ -194,9 +220,12 @@ def _asked(name: str, row: Row, model: str, kinds: set[str], table: dict[str, An
     """
     is_cot = model == "zero_shot_cot"
     if is_cot and kinds != {"generate_until"}:
-        raise UserError(f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated")
+        raise UserError(
+            f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated"
+        )
     again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
-    late = model == "augmented" and "generate_until" in kinds  # a text that is read waits for nothing
+    # a text that is read waits for nothing
+    late = model == "augmented" and "generate_until" in kinds
     return {
         "benchmark": name,
         "model": model,
@@ -243,11 +272,15 @@ def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
         there = {key: found[key] for key in subject.about()}
         rows = {_label(row): row for row in found["rows"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not what `benchmark` writes ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{path}: not what `benchmark` writes ({type(error).__name__}: {error})"
+        ) from None
     for key, here in subject.about().items():
         if there[key] != here:
             values = "" if key == "config" else f" ({there[key]}, here {here})"
-            raise UserError(f"{path}: its rows are of another {key}{values}; give another --out, or remove it")
+            raise UserError(
+                f"{path}: its rows are of another {key}{values}; give another --out, or remove it"
+            )
     return rows
 
 
@@ -255,7 +288,8 @@ def _is_there(rows: dict[str, Row], asked: Row, out: str) -> bool:
     """Tells whether a row is there. One over the first few documents gives way to one over more.
 
     Raises:
-      UserError: it is there, but made in another way: over fewer documents than it has, or with other settings.
+      UserError: it is there, but made in another way: over fewer documents than it has, or with
+        other settings.
     """
     old = rows.get(_label(asked))
     if old is None:
@@ -278,19 +312,27 @@ def _load_model(subject: Subject, missing: Sequence[Row], flags: Any) -> Augment
     return AugmentedLM(decoder, coprocessor, max_length=flags.max_length, attention=flags.attention)
 
 
-def _measure(lm: AugmentedLM, harness: ModuleType, task: Any, asked: Row, flags: Any) -> tuple[Row, list[Row]]:
+def _measure(
+    lm: AugmentedLM, harness: ModuleType, task: Any, asked: Row, flags: Any
+) -> tuple[Row, list[Row]]:
     """Makes a row; returns it, and the harness's result for each document."""
     print(f"{asked['benchmark']}, {asked['model']}", flush=True)
     latents = asked["model"] == "augmented"
-    adapter = harness.Adapter(lm, latents, asked["every"], asked["delay"], flags.batch_size, asked["cot"])
-    samples = harness.run_tasks(adapter, task, asked["shots"], asked["limit"], flags.confirm_run_unsafe_code)
+    adapter = harness.Adapter(
+        lm, latents, asked["every"], asked["delay"], flags.batch_size, asked["cot"]
+    )
+    samples = harness.run_tasks(
+        adapter, task, asked["shots"], asked["limit"], flags.confirm_run_unsafe_code
+    )
     counted = [sample for sample in samples if sample["filter"] == asked["filter"]]
     scores = summarize_scores(counted, asked["metric"], asked["benchmark"])
     return asked | scores | {"provenance": _provenance()}, samples
 
 
 def _save(out: epath.Path, subject: Subject, made: Row, samples: Sequence[Row]) -> dict[str, Row]:
-    """Writes a row and, before it, the result of each document; returns all rows, with those that other calls added."""
+    """Writes a row and, before it, the result of each document; returns all rows, with those that
+    other calls added.
+    """
     lines = [json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples]
     files.write(out / "samples" / f"{_label(made)}.jsonl", "".join(lines).encode())
     rows = _read_rows(out / FILE, subject)
@@ -320,8 +362,14 @@ if __name__ == "__main__":
         every=(0, "latents join again after each so many tokens; 0: once"),
         delay=(0, "tokens decoded before the latents join (asynchronous coprocessor)"),
         batch_size=(16, "prompts at once"),
-        max_length=(8192, "tokens of a document and its answer; what a decoder was trained on bounds what makes sense"),
-        attention=("auto", "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu"),
+        max_length=(
+            8192,
+            "tokens of a document and its answer; what a decoder was trained on bounds what makes sense",
+        ),
+        attention=(
+            "auto",
+            "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu",
+        ),
         tasks=("runs/tasks", "the folder that make_tasks wrote"),
         table=("configs/benchmarks.py", "the benchmarks, a row each"),
         confirm_run_unsafe_code=(False, "let mbpp and humaneval run code that the model writes"),

@@ -1,10 +1,11 @@
 """Converts any checkpoint to a decoder folder of ours, and ours to Hugging Face's form.
 
-  python -m latent_delib.convert --source=PATH --out=DIR [--dtype=bfloat16] [--size=NAME] [--tokenizer=PATH]
-  python -m latent_delib.convert --source=PATH --out=DIR --to=huggingface
+  python -m latent_delib.convert --source=PATH --out=DIR [--dtype=bfloat16] [--size=NAME]
+  [--tokenizer=PATH] python -m latent_delib.convert --source=PATH --out=DIR --to=huggingface
 
-PATH is a Hugging Face folder, a GGUF file, one of Google DeepMind's Gemma checkpoints (orbax), or a decoder folder of
-ours (`packaged` is one). From the workdir of a training job its coprocessor is exported (docs/weights.md).
+PATH is a Hugging Face folder, a GGUF file, one of Google DeepMind's Gemma checkpoints (orbax), or a
+decoder folder of ours (`packaged` is one). From the workdir of a training job its coprocessor is
+exported (docs/weights.md).
 """
 
 import json
@@ -46,13 +47,15 @@ def convert(
     tokenizer: str = "",
     architecture: TransformerConfig | None = None,
 ) -> None:
-    """Converts one checkpoint; `out` appears only once whole. Host memory holds one tensor at a time.
+    """Converts one checkpoint; `out` appears only once whole. Host memory holds one tensor at a
+    time.
 
     Args:
       source: a checkpoint, as in this module's docstring.
       out: the folder to write.
       to: "latent_delib" or "huggingface".
-      dtype: "float32", "bfloat16", or "" to round nothing: bfloat16 stays that, everything else becomes float32.
+      dtype: "float32", "bfloat16", or "" to round nothing: bfloat16 stays that, everything else
+        becomes float32.
       size: a key of SIZES that the source must have.
       tokenizer: a tokenizer file, for sources that carry none.
       architecture: that the source must have, for a size without a name.
@@ -60,24 +63,36 @@ def convert(
     Raises:
       UserError: anything wrong with source or arguments, in most cases before a weight is read.
     """
-    for flag, value, allowed in (("to", to, FORMS), ("dtype", dtype, ("", *DTYPES)), ("size", size, ("", *SIZES))):
+    for flag, value, allowed in (
+        ("to", to, FORMS),
+        ("dtype", dtype, ("", *DTYPES)),
+        ("size", size, ("", *SIZES)),
+    ):
         if value not in allowed:
-            raise UserError(f"--{flag}={value!r}: expected one of {', '.join(filter(None, allowed))}")
+            raise UserError(
+                f"--{flag}={value!r}: expected one of {', '.join(filter(None, allowed))}"
+            )
     if "://" in source:
         raise UserError(f"--source={source}: expected a local path; download it, and name that")
     wanted = SIZES[size] if size else architecture
     where = folder.PACKAGED if source == "packaged" else Path(source)
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
-            raise UserError(f"{source}: --to, --dtype, --size and --tokenizer are of decoders, this is a coprocessor")
+            raise UserError(
+                f"{source}: --to, --dtype, --size and --tokenizer are of decoders, this is a coprocessor"
+            )
         return export_coprocessor(source, Path(out))
     with files.whole(Path(out)) as partial_:
         if is_ours(where):
             if tokenizer:
-                raise UserError(f"--tokenizer={tokenizer}: {source} is a decoder folder of ours, which has its own")
+                raise UserError(
+                    f"--tokenizer={tokenizer}: {source} is a decoder folder of ours, which has its own"
+                )
             convert_ours(where, partial_, to, dtype, wanted)
         elif to == "huggingface":
-            raise UserError(f"--to=huggingface: {source} is no decoder folder of ours; convert it to one first")
+            raise UserError(
+                f"--to=huggingface: {source} is no decoder folder of ours; convert it to one first"
+            )
         else:
             convert_theirs(open_source(where, wanted), partial_, dtype, wanted, tokenizer)
     print(f"{out}: done", flush=True)
@@ -107,11 +122,15 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 def convert_theirs(
     source: Source, out: Path, dtype: str, wanted: TransformerConfig | None, tokenizer: str = ""
 ) -> None:
-    """Writes a decoder folder of ours from a source. wanted: the architecture that it must have, or None."""
+    """Writes a decoder folder of ours from a source. wanted: the architecture that it must have, or
+    None.
+    """
     config = source.architecture
     found = names.match(source.shapes, config, source.form, source.where)
     describe(config, wanted, source.where)
-    write_tokenizer = partial(folder.copy_tokenizer, Path(tokenizer)) if tokenizer else source.write_tokenizer
+    write_tokenizer = (
+        partial(folder.copy_tokenizer, Path(tokenizer)) if tokenizer else source.write_tokenizer
+    )
     if write_tokenizer is None:
         raise UserError(f"{source.where}: has no tokenizer; give one with --tokenizer=PATH")
     if tokenizer:
@@ -119,7 +138,9 @@ def convert_theirs(
     write_tokenizer(out)
     pieces = Tokenizer(folder.tokenizer_path(out)).vocab_size
     if pieces > config.vocab_size:
-        raise UserError(f"{source.where}: its tokenizer has {pieces} pieces, its token table {config.vocab_size} rows")
+        raise UserError(
+            f"{source.where}: its tokenizer has {pieces} pieces, its token table {config.vocab_size} rows"
+        )
 
     leaves = folder.by_name(folder.shapes(config))
     order = list(leaves)
@@ -137,7 +158,9 @@ def convert_theirs(
     folder.write_model(out, config, entries, progress(map(read, found), entries))
 
 
-def convert_ours(where: Path, out: Path, to: str, dtype: str, wanted: TransformerConfig | None) -> None:
+def convert_ours(
+    where: Path, out: Path, to: str, dtype: str, wanted: TransformerConfig | None
+) -> None:
     """Writes a decoder folder of ours in Hugging Face's form, or in ours and another dtype.
 
     wanted: the architecture that it must have, or None.
@@ -151,7 +174,9 @@ def convert_ours(where: Path, out: Path, to: str, dtype: str, wanted: Transforme
     dtypes = dict.fromkeys(file.dtypes, DTYPES[dtype]) if dtype else file.dtypes
     if to == "huggingface":
         return _write_huggingface(file, config, dtypes, Tokenizer(tokenizer), out)
-    entries = {leaf: (file.shapes[leaf], dtypes[leaf]) for leaf in folder.by_name(folder.shapes(config))}
+    entries = {
+        leaf: (file.shapes[leaf], dtypes[leaf]) for leaf in folder.by_name(folder.shapes(config))
+    }
 
     def read(leaf: str) -> np.ndarray:
         return file.read(leaf).astype(dtypes[leaf], copy=False)
@@ -160,7 +185,11 @@ def convert_ours(where: Path, out: Path, to: str, dtype: str, wanted: Transforme
 
 
 def _write_huggingface(
-    file: TensorFile, config: TransformerConfig, dtypes: dict[str, np.dtype], tokenizer: Tokenizer, out: Path
+    file: TensorFile,
+    config: TransformerConfig,
+    dtypes: dict[str, np.dtype],
+    tokenizer: Tokenizer,
+    out: Path,
 ) -> None:
     """Writes config.json, tokenizer_config.json and model.safetensors as `transformers` has them.
 
@@ -171,7 +200,11 @@ def _write_huggingface(
       tokenizer: its tokenizer.
       out: an existing folder, which holds the tokenizer's file.
     """
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
     dtype = "float32" if DTYPES["float32"] in dtypes.values() else "bfloat16"
     fields = huggingface.config_json(config, dtype, ids)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
@@ -185,7 +218,9 @@ def _write_huggingface(
         ours = file.read(t.leaf) if t.layer is None else file.read(t.leaf, t.layer)
         return t.to_theirs(ours).astype(dtypes[t.leaf], copy=False)
 
-    tensors.write(out / "model.safetensors", entries, progress(map(read, theirs), entries), {"format": "pt"})
+    tensors.write(
+        out / "model.safetensors", entries, progress(map(read, theirs), entries), {"format": "pt"}
+    )
 
 
 def export_coprocessor(workdir: str, out: Path) -> None:
@@ -193,12 +228,17 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     record = load.read_record(workdir)
     trained = load.load_coprocessor(workdir, record.step)
     if trained.architecture is not None:
-        raise UserError(f"{workdir}: a resized coprocessor has no form of its own to be exported in")
+        raise UserError(
+            f"{workdir}: a resized coprocessor has no form of its own to be exported in"
+        )
     params = trained.params
     if record["method.lora_rank"]:  # multiplied out
         decoder = load.load_decoder(load.decoder_of(workdir, record)).params
         params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
-    fields = {name: getattr(trained, name) for name in ("method", "num_latents", "placement", "step", "fingerprint")}
+    fields = {
+        name: getattr(trained, name)
+        for name in ("method", "num_latents", "placement", "step", "fingerprint")
+    }
     coprocessor.save(out, fields, TransformerConfig.from_dict(record.architecture, workdir), params)
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
 
@@ -212,7 +252,9 @@ def describe(config: TransformerConfig, wanted: TransformerConfig | None, where:
     differing = differences(config, wanted) if wanted is not None else []
     if differing:
         raise UserError(f"{where}: not of that size: {'; '.join(differing)}")
-    size = next((name for name, size in SIZES.items() if not differences(config, size)), "of no known size")
+    size = next(
+        (name for name, size in SIZES.items() if not differences(config, size)), "of no known size"
+    )
     count = sum(leaf.size for leaf in jax.tree.leaves(folder.shapes(config)))
     print(f"{where}: {family(config)}, {size}, {count:,} parameters", flush=True)
 
@@ -236,6 +278,9 @@ if __name__ == "__main__":
         out=(REQUIRED, "the folder to write, made whole or not at all"),
         to=("latent_delib", "latent_delib or huggingface"),
         dtype=("", "float32 or bfloat16; left out, nothing is rounded"),
-        size=("", "the size it must have, a key of latent_delib/nn/sizes.py; tells what an orbax folder does not"),
+        size=(
+            "",
+            "the size it must have, a key of latent_delib/nn/sizes.py; tells what an orbax folder does not",
+        ),
         tokenizer=("", "tokenizer.model or tokenizer.json, for sources without one"),
     )

@@ -1,4 +1,6 @@
-"""The exceptions that the commands print as a single line, and the one rule for errors of disks, stores and memory."""
+"""The exceptions that the commands print as a single line, and the one rule for errors of disks,
+stores and memory.
+"""
 
 import contextlib
 import errno
@@ -7,15 +9,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-LOST = 69  # the exit code where another process is gone or a store does not answer: run it again to go on
+# the exit code where another process is gone or a store does not answer: run it again to go on
+LOST = 69
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells expect it
 
 
 class UserError(ValueError):
     """Reports a user's mistake: the field or file, what was found, what was expected.
 
-    Names from damaged files may hold anything: characters that cannot be printed are escaped, so that the message stays
-    one line.
+    Names from damaged files may hold anything: characters that cannot be printed are escaped, so
+    that the message stays one line.
     """
 
     def __init__(self, message: str):
@@ -27,14 +30,19 @@ def _printable(character: str) -> str:
 
 
 class Outage(OSError):
-    """Reports a store that does not answer, as (errno, text, filename). It may answer later; nothing is damaged."""
+    """Reports a store that does not answer, as (errno, text, filename). It may answer later;
+    nothing is damaged.
+    """
 
 
-NO_MEMORY = re.compile("out of memory|attempting to (allocate|reserve)", re.IGNORECASE)  # the second: a TPU's
+# the second: a TPU's
+NO_MEMORY = re.compile("out of memory|attempting to (allocate|reserve)", re.IGNORECASE)
 
 
 def no_memory(error: BaseException) -> str:
-    """Returns one line on the memory that a device lacked, at a compile or in a step; "" for any other error."""
+    """Returns one line on the memory that a device lacked, at a compile or in a step; "" for any
+    other error.
+    """
     text = str(error)
     is_of_jax = isinstance(error, RuntimeError | ValueError)
     if not is_of_jax or not NO_MEMORY.search(text):
@@ -69,8 +77,8 @@ DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
 def store_error(error: BaseException, path: Any) -> OSError | None:
     """Returns an exception as a failure of the disk or store that `path` is on; None if it is none.
 
-    The failure is an Outage where a store does not answer. A store's client raises exceptions of any kind: tensorstore
-    a ValueError with the code in its text.
+    The failure is an Outage where a store does not answer. A store's client raises exceptions of
+    any kind: tensorstore a ValueError with the code in its text.
     """
     if no_memory(error):
         return None
@@ -80,7 +88,8 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
     if code and not isinstance(error, OSError):
         error = OSError(int(code[1]), os.strerror(int(code[1])), str(path))
     text = f"{type(error).__name__} {reason(error)}"[:60]
-    if NO_ANSWER.search(text) or "libcurl code" in reason(error):  # TensorFlow's words for a host that is not found
+    # TensorFlow's words for a host that is not found
+    if NO_ANSWER.search(text) or "libcurl code" in reason(error):
         return Outage(errno.ECONNABORTED, reason(error), str(path))
     if not isinstance(error, OSError) and DENIED.search(text):
         return OSError(errno.EACCES, reason(error), str(path))
@@ -96,4 +105,8 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     text = " ".join(str((isinstance(error, OSError) and error.strerror) or error).split())
-    return notes + kind + re.sub(r'Error opening "\w+" driver: | \[(tensorstore|source|os_error).*', "", text)[:400]
+    return (
+        notes
+        + kind
+        + re.sub(r'Error opening "\w+" driver: | \[(tensorstore|source|os_error).*', "", text)[:400]
+    )

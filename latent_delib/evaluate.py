@@ -1,13 +1,14 @@
-"""Perplexity of the n-th token ahead, with latents after every token and without (Section 3.1, Table 1).
+"""Perplexity of the n-th token ahead, with latents after every token and without (Section 3.1,
+Table 1).
 
   python -m latent_delib.evaluate --config=configs/X.py --workdir=DIR [--out=DIR] [--distributed]
       [--step=N | --steps=all | --steps=N,N,... | --watch [--patience=SECONDS]]
 
-Prints the table and writes to OUT, by default the workdir: perplexity.json, perplexity.png, and documents.npz with the
-sums of each document. With --steps or --watch each checkpoint has its own in OUT/evaluations/STEP, and
-OUT/evaluations/curves.png shows all; steps that are evaluated are skipped. --watch evaluates the checkpoints of a
-running training as they appear, until its last. A killed evaluation continues with the same command. Both folders may
-be gs://BUCKET/PATH.
+Prints the table and writes to OUT, by default the workdir: perplexity.json, perplexity.png, and
+documents.npz with the sums of each document. With --steps or --watch each checkpoint has its own in
+OUT/evaluations/STEP, and OUT/evaluations/curves.png shows all; steps that are evaluated are
+skipped. --watch evaluates the checkpoints of a running training as they appear, until its last. A
+killed evaluation continues with the same command. Both folders may be gs://BUCKET/PATH.
 """
 
 import contextlib
@@ -61,17 +62,25 @@ def main(flags: Any) -> None:
         raise UserError(f"--out={out}: is a file, expected a folder")
     with distributed.job(flags):
         if flags.watch or flags.steps:
-            steps = None if flags.watch or flags.steps == "all" else list(map(int, flags.steps.split(",")))
-            evaluate_many(flags.config, flags.workdir, out, steps, flags.patience if flags.watch else None)
+            steps = (
+                None
+                if flags.watch or flags.steps == "all"
+                else list(map(int, flags.steps.split(",")))
+            )
+            evaluate_many(
+                flags.config, flags.workdir, out, steps, flags.patience if flags.watch else None
+            )
         else:
             evaluate(flags.config, flags.workdir, out, flags.step)
 
 
 def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None) -> dict[str, Any]:
-    """Evaluates a checkpoint on the config's validation sources; returns the content of perplexity.json.
+    """Evaluates a checkpoint on the config's validation sources; returns the content of
+    perplexity.json.
 
-    Method "decoder" on a decoder with weights needs no checkpoint, unless a step is asked for: it is the frozen
-    decoder. Of several processes each reads all of the text and computes its share of it, and all return the same.
+    Method "decoder" on a decoder with weights needs no checkpoint, unless a step is asked for: it
+    is the frozen decoder. Of several processes each reads all of the text and computes its share of
+    it, and all return the same.
 
     Args:
       config: of the evaluation; its method and decoder are those of the training.
@@ -103,12 +112,13 @@ def evaluate_many(
       config, workdir: as in `evaluate`.
       out: where to write. Steps that have a perplexity.json there are skipped.
       steps: of the checkpoints; None: all.
-      patience: None: checkpoints that are there now. Otherwise new ones too, until the training's last step is done, or
-        for so many seconds none has come.
+      patience: None: checkpoints that are there now. Otherwise new ones too, until the training's
+        last step is done, or for so many seconds none has come.
 
     Raises:
-      UserError: as `evaluate`; there is no checkpoint of one of `steps`; OUT has evaluations of another config; in the
-        end, when all others are done, for checkpoints that could not be read.
+      UserError: as `evaluate`; there is no checkpoint of one of `steps`; OUT has evaluations of
+        another config; in the end, when all others are done, for checkpoints that could not be
+        read.
     """
     job = Job(config, workdir, [steps, patience])
     folder = epath.Path(out) / "evaluations"
@@ -133,15 +143,20 @@ def evaluate_many(
     # Of a running training, old checkpoints are removed meanwhile.
     failed = on_first(lambda: sorted(whole_steps(workdir).intersection(failed)))
     if failed:
-        raise UserError(f"--workdir={workdir}: checkpoints {failed} could not be read; the same command tries again")
+        raise UserError(
+            f"--workdir={workdir}: checkpoints {failed} could not be read; the same command tries again"
+        )
 
 
 class OtherRun(UserError):
-    """Tells that a checkpoint is of another decoder or method than the config: none of its workdir will fit."""
+    """Tells that a checkpoint is of another decoder or method than the config: none of its workdir
+    will fit.
+    """
 
 
 def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored:
-    """Reads a checkpoint, the newest without `step`: its trainable tree in the config's dtype, its step and its meta.
+    """Reads a checkpoint, the newest without `step`: its trainable tree in the config's dtype, its
+    step and its meta.
 
     Raises:
       UserError: there is none, or it is damaged; OtherRun.
@@ -159,7 +174,8 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
 
 
 class Job:
-    """Holds the parts that all evaluations of a job share; text and weights are read when they are first needed.
+    """Holds the parts that all evaluations of a job share; text and weights are read when they are
+    first needed.
 
     arguments: further values that must be the same on all processes.
     """
@@ -229,12 +245,15 @@ class Job:
         ]
 
     def add_up(self, found: Restored | None, partial: PartialSums) -> SumsByTerm:
-        """Adds up the values of all pieces; saves partial sums now and then, and goes on with saved ones."""
+        """Adds up the values of all pieces; saves partial sums now and then, and goes on with saved
+        ones.
+        """
         sums, done = partial.restore(perplexity.zeros(self.exp, self.text))
         sides = sides_of(self.frozen, {} if found is None else found.trainable)
         what = "evaluated" if found is None else f"checkpoint {found.step} evaluated"
         by_length = np.sort(self.text.lengths())
-        tokens = np.concatenate([[0], np.cumsum(by_length)])  # of so many pieces, the shortest first
+        # of so many pieces, the shortest first
+        tokens = np.concatenate([[0], np.cumsum(by_length)])
         progress = Progress(what, int(tokens[-1]), "tokens", int(tokens[done]))
         since = time.monotonic()
         for numbers in perplexity.batches_of(self.exp, self.text, self.view, done):
@@ -253,11 +272,14 @@ class Job:
     def origin(self, found: Restored | None) -> dict[str, Any]:
         """Returns what perplexity.json says of the checkpoint.
 
-        Keys of the config that evaluating ignores, such as the ahead tokens of training, are the checkpoint's own.
+        Keys of the config that evaluating ignores, such as the ahead tokens of training, are the
+        checkpoint's own.
         """
         if found is None:
             return {"config": self.exp.record.config, "checkpoint": None, "step": None}
-        trained = {key: found.meta["config"][key] for key in ("method", "optimizer", "seed", "train")}
+        trained = {
+            key: found.meta["config"][key] for key in ("method", "optimizer", "seed", "train")
+        }
         return {
             "config": {**self.exp.record.config, **trained},
             "checkpoint": str(epath.Path(self.workdir) / "checkpoints" / str(found.step)),
@@ -265,7 +287,9 @@ class Job:
         }
 
 
-def write_evaluation(result: dict[str, Any], text: ValidationText, sums: SumsByTerm, out: epath.Path) -> None:
+def write_evaluation(
+    result: dict[str, Any], text: ValidationText, sums: SumsByTerm, out: epath.Path
+) -> None:
     """Writes documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
     perplexity.write_documents(out / "documents.npz", text, sums)
     files.write(out / "perplexity.png", figures.by_n(result["rows"]))
@@ -273,7 +297,9 @@ def write_evaluation(result: dict[str, Any], text: ValidationText, sums: SumsByT
 
 
 def draw_curves(folder: epath.Path) -> None:
-    """Draws curves.png: the change at a few n against the step, of all evaluations that are there (Figure 3)."""
+    """Draws curves.png: the change at a few n against the step, of all evaluations that are there
+    (Figure 3).
+    """
     results = []
     for step, found in evaluations.read_results(folder).items():
         results.append(Result("", evaluations.file_of(folder, step), found))

@@ -3,8 +3,9 @@
   python -m latent_delib.generate --workdir=DIR --prompt=TEXT [--no_augment]
   python -m latent_delib.generate --workdir=DIR --prompts=FILE --out=FILE      many prompts, JSON lines in and out
 
-Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. A line of --prompts is
-{"prompt": TEXT}, and may have a "seed" of its own; a line of --out adds "decoder", "augmented" and "joined".
+Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. A line of
+--prompts is {"prompt": TEXT}, and may have a "seed" of its own; a line of --out adds "decoder",
+"augmented" and "joined".
 """
 
 import json
@@ -27,7 +28,9 @@ from latent_delib.machine.progress import Progress
 
 def main(flags: Any) -> None:
     if flags.coprocessor_devices and flags.delay:
-        raise UserError(f"--delay={flags.delay}: with --coprocessor_devices latents join when they are ready")
+        raise UserError(
+            f"--delay={flags.delay}: with --coprocessor_devices latents join when they are ready"
+        )
     delay = None if flags.coprocessor_devices else flags.delay
     sampler = {name: getattr(flags, name) for name in sampling.options()}
     inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler)
@@ -63,26 +66,33 @@ def main(flags: Any) -> None:
             if not flags.out:
                 print(f"--- {name}\n{request['prompt']}{continuation.text}", flush=True)
     if flags.out:
-        lines = [json.dumps(request) + "\n" for request in requests]  # ASCII: JSON has half characters, UTF-8 has not
+        # ASCII: JSON has half characters, UTF-8 has not
+        lines = [json.dumps(request) + "\n" for request in requests]
         files.write(out, "".join(lines).encode())
         print(f"{len(requests)} continuations are in {out}", flush=True)
 
 
 def read_requests(flags: Any) -> list[dict[str, Any]]:
-    """Returns the prompts of the flags, each a dict with "prompt", "seed", and whatever else its line holds."""
+    """Returns the prompts of the flags, each a dict with "prompt", "seed", and whatever else its
+    line holds.
+    """
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
     arguments.whole("--seed", flags.seed, 0, arguments.INT64)
     if flags.prompt:
         return [{"prompt": flags.prompt, "seed": flags.seed}]
     try:
-        text = Path(flags.prompts).read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        # with or without a byte order mark
+        text = Path(flags.prompts).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{flags.prompts}: not UTF-8 at byte {error.start}") from None
     if not text:
         raise UserError(f"{flags.prompts}: holds no prompts")
     lines = text.removesuffix("\n").split("\n")  # splitlines knows line ends that JSON does not
-    return [_read_request(line, f"{flags.prompts}:{i + 1}", flags.seed + i) for i, line in enumerate(lines)]
+    return [
+        _read_request(line, f"{flags.prompts}:{i + 1}", flags.seed + i)
+        for i, line in enumerate(lines)
+    ]
 
 
 def _read_request(line: str, where: str, seed: int) -> dict[str, Any]:
@@ -94,11 +104,15 @@ def _read_request(line: str, where: str, seed: int) -> dict[str, Any]:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise UserError(f'{where}: expected a "prompt" that is text and not empty')
-    return row | {"seed": arguments.whole(f"{where}: seed", row.get("seed", seed), 0, arguments.INT64)}
+    return row | {
+        "seed": arguments.whole(f"{where}: seed", row.get("seed", seed), 0, arguments.INT64)
+    }
 
 
 def load_model(flags: Any) -> AugmentedLM:
-    """Loads the model of a workdir onto all devices; --coprocessor_devices: the last of them are the coprocessor's."""
+    """Loads the model of a workdir onto all devices; --coprocessor_devices: the last of them are
+    the coprocessor's.
+    """
     mesh, beside = make_meshes(flags.tensor, flags.coprocessor_devices)
     record = load.read_record(flags.workdir, flags.step)
     method = record["method.name"]
@@ -106,7 +120,9 @@ def load_model(flags: Any) -> AugmentedLM:
     augment = has_latents and not flags.no_augment
     if not augment:
         _refuse_rhythm(flags, "--no_augment" if has_latents else f"method {method}")
-    decoder = load.load_decoder(load.decoder_of(flags.workdir, record), record["compute.dtype"], mesh)
+    decoder = load.load_decoder(
+        load.decoder_of(flags.workdir, record), record["compute.dtype"], mesh
+    )
     coprocessor = load.load_coprocessor(flags.workdir, flags.step) if augment else None
     return AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length, flags.attention)
 
@@ -116,7 +132,9 @@ def _refuse_rhythm(flags: Any, why: str) -> None:
     for name in ("every", "delay", "coprocessor_devices"):
         value = getattr(flags, name)
         if value:
-            raise UserError(f"--{name}={value}: says when latents join, and with {why} there are none")
+            raise UserError(
+                f"--{name}={value}: says when latents join, and with {why} there are none"
+            )
 
 
 def make_meshes(tensor: int, coprocessor_devices: int) -> tuple[Mesh, Mesh | None]:
@@ -124,10 +142,14 @@ def make_meshes(tensor: int, coprocessor_devices: int) -> tuple[Mesh, Mesh | Non
     devices = jax.devices()
     if not 0 <= coprocessor_devices < len(devices):
         most = len(devices) - 1
-        raise UserError(f"--coprocessor_devices={coprocessor_devices}: expected 0 to {most}; the decoder needs one")
+        raise UserError(
+            f"--coprocessor_devices={coprocessor_devices}: expected 0 to {most}; the decoder needs one"
+        )
     split = len(devices) - coprocessor_devices
     if tensor < 1 or split % tensor:
-        raise UserError(f"--tensor={tensor}: expected a divisor of {split}, the number of the decoder's devices")
+        raise UserError(
+            f"--tensor={tensor}: expected a divisor of {split}, the number of the decoder's devices"
+        )
     mesh = mesh_lib.make({"data": -1, "tensor": tensor}, devices[:split])
     if not coprocessor_devices:
         return mesh, None
@@ -147,12 +169,21 @@ if __name__ == "__main__":
         **sampling.options(),
         stop=("", "a text ends before this string"),
         seed=(0, "of the sampling; prompt i of a file has seed + i where it names none"),
-        every=(0, "latents are written again after so many tokens; 0: once, at the end of the prompt"),
+        every=(
+            0,
+            "latents are written again after so many tokens; 0: once, at the end of the prompt",
+        ),
         delay=(0, "tokens decoded before the latents join (asynchronous coprocessor, simulated)"),
-        coprocessor_devices=(0, "devices of the coprocessor's own: latents join when they are ready"),
+        coprocessor_devices=(
+            0,
+            "devices of the coprocessor's own: latents join when they are ready",
+        ),
         tensor=(1, "devices that split each layer between them; prompts are split over the rest"),
         batch_size=(16, "prompts at once"),
         max_length=(8192, "tokens of a prompt and its continuation"),
-        attention=("auto", "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu"),
+        attention=(
+            "auto",
+            "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu",
+        ),
         step=(None, "checkpoint step; the newest if left out"),
     )

@@ -1,6 +1,7 @@
 """The mesh, the rules from logical axes to it, and shardings. No other file names a mesh axis.
 
-Models name the logical axes of their arrays; the three tables of rules below say which mesh axes split them.
+Models name the logical axes of their arrays; the three tables of rules below say which mesh axes
+split them.
 """
 
 import math
@@ -20,12 +21,19 @@ from latent_delib.nn.products import matmul
 AXES = ("data", "fsdp", "traces", "tensor")
 ROWS = ("data", "fsdp")
 
-# Logical axis -> mesh axes. Where weights lie: along the width on fsdp, and on traces, where each device would have
-# the same ones otherwise; along heads, features and vocabulary on tensor.
-WEIGHTS = {"vocab": "tensor", "embed": ("fsdp", "traces"), "heads": "tensor", "ffn": "tensor", "layers": None}
+# Logical axis -> mesh axes. Where weights lie: along the width on fsdp, and on traces, where each
+# device would have the same ones otherwise; along heads, features and vocabulary on tensor.
+WEIGHTS = {
+    "vocab": "tensor",
+    "embed": ("fsdp", "traces"),
+    "heads": "tensor",
+    "ffn": "tensor",
+    "layers": None,
+}
 # Where they are while they are used: whole along the width.
 IN_USE = WEIGHTS | {"embed": None}
-# Activations: rows over data and fsdp together, the traces of a row over traces; heads and features follow the weights.
+# Activations: rows over data and fsdp together, the traces of a row over traces; heads and features
+# follow the weights.
 ACTIVATIONS = {"batch": ROWS, "traces": "traces", "heads": "tensor", "ffn": "tensor"}
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -35,7 +43,8 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
     """Makes a mesh over all devices; neighbours in it are neighbours on a slice.
 
     Args:
-      sizes: length of each mesh axis, 1 where none is given. One may be -1, which takes the rest of the devices.
+      sizes: length of each mesh axis, 1 where none is given. One may be -1, which takes the rest of
+        the devices.
       devices: by default all of the job.
 
     Raises:
@@ -44,11 +53,15 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
     devices = jax.devices() if devices is None else devices
     unknown = sorted(set(sizes) - set(AXES))
     if unknown:
-        raise UserError(f"the mesh has no axis {', '.join(unknown)}; its axes are {', '.join(AXES)}")
+        raise UserError(
+            f"the mesh has no axis {', '.join(unknown)}; its axes are {', '.join(AXES)}"
+        )
     shape = [sizes.get(axis, 1) for axis in AXES]
     for axis, length in zip(AXES, shape):
         if length < 1 and length != -1:
-            raise UserError(f"mesh axis {axis}={length}: expected at least 1, or -1 for the rest of the devices")
+            raise UserError(
+                f"mesh axis {axis}={length}: expected at least 1, or -1 for the rest of the devices"
+            )
     if shape.count(-1) > 1:
         raise UserError(f"{shape.count(-1)} mesh axes are -1: expected one at most")
     count = len(devices)
@@ -64,7 +77,8 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
 
 
 def spec(axes: Axes, rules: Rules) -> PartitionSpec:
-    """Returns the PartitionSpec of an array with these logical axes; None is an axis that is never split.
+    """Returns the PartitionSpec of an array with these logical axes; None is an axis that is never
+    split.
 
     Raises:
       ValueError: a logical axis without a rule, or two axes of one array on the same mesh axis.
@@ -86,17 +100,24 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def shards(mesh: Mesh, axis: str) -> int:
-    """Returns into how many parts the mesh splits a logical axis of activations: "batch", "traces", "heads", "ffn"."""
+    """Returns into how many parts the mesh splits a logical axis of activations: "batch", "traces",
+    "heads", "ffn".
+    """
     return math.prod(mesh.shape[name] for name in _names(ACTIVATIONS[axis]))
 
 
 def setting(mesh: Mesh, axis: str) -> str:
-    """Returns the config keys that split a logical axis of activations, for a message: "config.mesh.tensor=2"."""
-    return " x ".join(f"config.mesh.{name}={mesh.shape[name]}" for name in _names(ACTIVATIONS[axis]))
+    """Returns the config keys that split a logical axis of activations, for a message:
+    "config.mesh.tensor=2".
+    """
+    return " x ".join(
+        f"config.mesh.{name}={mesh.shape[name]}" for name in _names(ACTIVATIONS[axis])
+    )
 
 
 def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
-    """Returns a NamedSharding for every leaf of a parameter tree (arrays or their shapes), by the leaf's name.
+    """Returns a NamedSharding for every leaf of a parameter tree (arrays or their shapes), by the
+    leaf's name.
 
     Raises:
       UserError: a dimension that its mesh axes do not divide.
@@ -106,24 +127,30 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if path[-1].key not in axes:
-            raise ValueError(f"parameter {name} has no logical axes; there are some for {sorted(axes)}")
+            raise ValueError(
+                f"parameter {name} has no logical axes; there are some for {sorted(axes)}"
+            )
         own_axes = axes[path[-1].key][-leaf.ndim :]
         partition = spec(own_axes, WEIGHTS)
         for size, part in zip(leaf.shape, partition):
             lengths = {axis: mesh.shape[axis] for axis in _names(part)}
             if size % math.prod(lengths.values()):
                 split = " x ".join(f"{axis}={length}" for axis, length in lengths.items())
-                raise UserError(f"the mesh: {split} does not divide {name} {tuple(leaf.shape)}: expected a divisor")
+                raise UserError(
+                    f"the mesh: {split} does not divide {name} {tuple(leaf.shape)}: expected a divisor"
+                )
         return NamedSharding(mesh, partition)
 
     return jax.tree.map_with_path(sharding, tree)
 
 
 def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any) -> Any:
-    """Returns the shapes of an optimizer's state, with their shardings, as a tree of ShapeDtypeStruct.
+    """Returns the shapes of an optimizer's state, with their shardings, as a tree of
+    ShapeDtypeStruct.
 
-    A leaf in the shape of its parameter lies like it. A leaf that lacks one of the parameter's axes, as Adafactor's row
-    and column sums do, lies like the axes that remain. All else is replicated.
+    A leaf in the shape of its parameter lies like it. A leaf that lacks one of the parameter's
+    axes, as Adafactor's row and column sums do, lies like the axes that remain. All else is
+    replicated.
 
     Args:
       trainable: the parameters, a tree of ShapeDtypeStruct with shardings.
@@ -164,14 +191,18 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
-    """Returns which of `count` rows lie on this process's devices, sorted int64. Several processes may share a row."""
+    """Returns which of `count` rows lie on this process's devices, sorted int64. Several processes
+    may share a row.
+    """
     slices = rows(mesh).addressable_devices_indices_map((count,)).values()
     everything = np.arange(count)
     return np.unique(np.concatenate([everything[index] for index in slices]))
 
 
 def place_rows(mesh: Mesh, local: Any, count: int) -> Any:
-    """Places a batch of `count` rows on the mesh, from a tree of numpy arrays of this process's `local_rows`."""
+    """Places a batch of `count` rows on the mesh, from a tree of numpy arrays of this process's
+    `local_rows`.
+    """
     here = local_rows(mesh, count)
 
     def place(x: np.ndarray) -> jax.Array:
@@ -189,10 +220,14 @@ def place_rows(mesh: Mesh, local: Any, count: int) -> Any:
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
-    """Returns the function that places an activation by the names of its axes; an axis of length 1 is not split."""
+    """Returns the function that places an activation by the names of its axes; an axis of length 1
+    is not split.
+    """
 
     def place(x: jax.Array, axes: Axes) -> jax.Array:
-        axes = tuple(axis if length > 1 else None for axis, length in zip(axes, x.shape, strict=True))
+        axes = tuple(
+            axis if length > 1 else None for axis, length in zip(axes, x.shape, strict=True)
+        )
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, ACTIVATIONS)))
 
     return place
@@ -224,10 +259,10 @@ def gather(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
 def product(mesh: Mesh) -> Callable[..., jax.Array]:
     """Returns the function that multiplies activations by a weight.
 
-    Each device gathers the weight, uses it on its own rows and traces, and forgets it; the gradient is reduce-scattered
-    to where the weight lies. This is written out, because a compiler that splits products by itself sums whole
-    gradients on every chip, or moves activations instead of weights. Heads and features, which tensor splits, are left
-    to it.
+    Each device gathers the weight, uses it on its own rows and traces, and forgets it; the gradient
+    is reduce-scattered to where the weight lies. This is written out, because a compiler that
+    splits products by itself sums whole gradients on every chip, or moves activations instead of
+    weights. Heads and features, which tensor splits, are left to it.
     """
     width = WEIGHTS["embed"]
     flat = mesh.devices.flat[0].platform == "cpu"
@@ -235,7 +270,13 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
-        return spec(axes, {axis: part if by_hand.issuperset(_names(part)) else None for axis, part in rules.items()})
+        return spec(
+            axes,
+            {
+                axis: part if by_hand.issuperset(_names(part)) else None
+                for axis, part in rules.items()
+            },
+        )
 
     def multiply(x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
         count = contracted(x_axes, w_axes, y_axes)
@@ -243,9 +284,13 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
             return matmul(x, w, count, flat)
 
         def on_each_device(x: jax.Array, w: jax.Array) -> jax.Array:
-            return matmul(x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True), count, flat)
+            return matmul(
+                x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True), count, flat
+            )
 
-        not_split = {axis: None for axis, length in zip(x_axes, x.shape, strict=True) if axis and length == 1}
+        not_split = {
+            axis: None for axis, length in zip(x_axes, x.shape, strict=True) if axis and length == 1
+        }
         activations = ACTIVATIONS | not_split
         return jax.shard_map(
             on_each_device,
@@ -260,10 +305,11 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
-    """Returns the function that wraps what a compiler cannot split: each device runs it on its own part.
+    """Returns the function that wraps what a compiler cannot split: each device runs it on its own
+    part.
 
-    Its part is its own rows, traces and heads. Of the logical axes that the arguments name, those of length 1 are not
-    split.
+    Its part is its own rows, traces and heads. Of the logical axes that the arguments name, those
+    of length 1 are not split.
     """
 
     def is_axes(x: Any) -> bool:
@@ -275,7 +321,9 @@ def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
 
         def call(*args: Any) -> Any:
             rules: dict[str, str | tuple[str, ...] | None] = {}
-            named = zip(jax.tree.leaves(in_axes, is_leaf=is_axes), jax.tree.leaves(args), strict=True)
+            named = zip(
+                jax.tree.leaves(in_axes, is_leaf=is_axes), jax.tree.leaves(args), strict=True
+            )
             for axes, x in named:
                 for axis, length in zip(axes, x.shape):
                     if axis:
@@ -285,7 +333,11 @@ def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
                 return jax.tree.map(lambda axes: spec(axes, rules), tree, is_leaf=is_axes)
 
             return jax.shard_map(
-                function, mesh=mesh, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False
+                function,
+                mesh=mesh,
+                in_specs=specs(in_axes),
+                out_specs=specs(out_axes),
+                check_vma=False,
             )(*args)
 
         return call

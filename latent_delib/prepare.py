@@ -2,8 +2,9 @@
 
   python -m latent_delib.prepare --config=configs/X.py --out=DIR [--config.key=value ...]
 
-One pass over each source of `config.data.sources` and `config.data.validation`, through the seqio tasks that training
-from text uses too. Training and evaluation then read DIR, named in `config.data.token_files`, without TensorFlow.
+One pass over each source of `config.data.sources` and `config.data.validation`, through the seqio
+tasks that training from text uses too. Training and evaluation then read DIR, named in
+`config.data.token_files`, without TensorFlow.
 """
 
 import contextlib
@@ -28,16 +29,19 @@ COUNTS = ("documents", "tokens", "rows", "skipped")  # of a source, printed at t
 
 
 def prepare(config: Any, out: str) -> dict:
-    """Writes the token files of `config.data`; returns their meta.json. Does nothing where they are there already.
+    """Writes the token files of `config.data`; returns their meta.json. Does nothing where they are
+    there already.
 
-    Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.Training` says which.
+    Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.Training`
+    says which.
 
     Args:
       config: of a training job.
       out: a local directory or gs:// path, made whole or not at all.
 
     Raises:
-      UserError: one bad document too many, sources that are missing or empty, or anything else in `out`.
+      UserError: one bad document too many, sources that are missing or empty, or anything else in
+        `out`.
     """
     data = config.data
     out = out.rstrip("/")
@@ -53,7 +57,9 @@ def prepare(config: Any, out: str) -> dict:
             raise UserError(f"--out={out} holds other token files: {difference}; name another")
         print(f"{out} is already prepared from this config")
         if any("works" not in entry for entry in found["validation"]):
-            print(f"{out} is of an older version and does not say which work a document is of; another --out would")
+            print(
+                f"{out} is of an older version and does not say which work a document is of; another --out would"
+            )
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"--out={out} exists and holds no finished token files: name another")
@@ -116,7 +122,9 @@ def _difference(found: dict, meta: dict) -> str | None:
 
 
 def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[dict]:
-    """Yields the same documents, of `total` bytes of text in all; prints how many bytes are done."""
+    """Yields the same documents, of `total` bytes of text in all; prints how many bytes are
+    done.
+    """
     say = Progress(f"{source}: prepared", total, "bytes")
     done = 0
     for document in documents:
@@ -125,11 +133,15 @@ def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[di
         say(min(done, total))
 
 
-def _write_source(directory: str, split: str, number: int, documents: Iterator[dict], meta: dict) -> dict:
+def _write_source(
+    directory: str, split: str, number: int, documents: Iterator[dict], meta: dict
+) -> dict:
     """Writes one source; returns its counts."""
     if split == "train":
         return token_files.write_train(directory, number, (d["tokens"] for d in documents), meta)
-    return token_files.write_validation(directory, number, ((d["work"], d["tokens"]) for d in documents), meta)
+    return token_files.write_validation(
+        directory, number, ((d["work"], d["tokens"]) for d in documents), meta
+    )
 
 
 def main(values: Any) -> None:

@@ -1,13 +1,14 @@
 """Makes tables and figures from finished runs: ours beside the published ones (Liu et al. 2025).
 
-  python -m latent_delib.report DIR [DIR ...] --out=DIR [--against=RUN] [--look=WORKDIR [--text=TEXT]]
+  python -m latent_delib.report DIR [DIR ...] --out=DIR [--against=RUN] [--look=WORKDIR
+  [--text=TEXT]]
 
-Reads every perplexity.json, benchmarks.json and metrics.jsonl below the folders, packed ones (docs/results) too. Writes
-to --out, a local folder or gs://BUCKET/PATH: report.md, all tables and figures on one page; each table as .md and .csv;
-each figure as .png.
---against adds a table of all runs compared with one of them, document by document.
---look adds what the latents of a checkpoint attend to, what attends to them, and the words they lie near.
-The same runs give the same files, byte for byte.
+Reads every perplexity.json, benchmarks.json and metrics.jsonl below the folders, packed ones
+(docs/results) too. Writes to --out, a local folder or gs://BUCKET/PATH: report.md, all tables and
+figures on one page; each table as .md and .csv; each figure as .png. --against adds a table of all
+runs compared with one of them, document by document. --look adds what the latents of a checkpoint
+attend to, what attends to them, and the words they lie near. The same runs give the same files,
+byte for byte.
 """
 
 import os
@@ -55,10 +56,15 @@ def main(flags: Any) -> None:
     write_report(every, curves, seen, epath.Path(flags.out))
     counts = len(found.perplexity), len(found.benchmarks), len(found.losses)
     print("read {} perplexity.json, {} benchmarks.json, {} metrics.jsonl".format(*counts))
-    print(f"wrote {flags.out}/report.md, and {len(every)} tables and {len(curves)} figures beside it", flush=True)
+    print(
+        f"wrote {flags.out}/report.md, and {len(every)} tables and {len(curves)} figures beside it",
+        flush=True,
+    )
 
 
-def write_report(every: Sequence[Table], curves: Sequence[Picture], seen: Look | None, out: epath.Path) -> None:
+def write_report(
+    every: Sequence[Table], curves: Sequence[Picture], seen: Look | None, out: epath.Path
+) -> None:
     """Writes each table and each picture, and the last report.md."""
     written = [*every, seen.nearest] if seen else every
     pictures = [*curves, *seen.pictures] if seen else curves
@@ -83,10 +89,16 @@ def page(every: Sequence[Table], curves: Sequence[Picture], seen: Look | None) -
     if curves:
         parts += ["## Curves", *map(_link, curves)]
     parts.append("## Tables")
-    parts += [markdown(table._replace(origins=[])) for table in others]  # the first table has them all
+    # the first table has them all
+    parts += [markdown(table._replace(origins=[])) for table in others]
     if seen:
         quoted = seen.words.replace("\n", "\n    ")
-        parts += ["## A look into latents", f"    {quoted}", markdown(seen.nearest), *map(_link, seen.pictures)]
+        parts += [
+            "## A look into latents",
+            f"    {quoted}",
+            markdown(seen.nearest),
+            *map(_link, seen.pictures),
+        ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -95,11 +107,12 @@ def _link(picture: Picture) -> str:
 
 
 def look_into(workdir: str, text: str) -> Look:
-    """Looks into latents of the newest checkpoint of `workdir`, in front of the last AHEAD tokens of a text.
+    """Looks into latents of the newest checkpoint of `workdir`, in front of the last AHEAD tokens
+    of a text.
 
     Raises:
-      UserError: there is no such checkpoint, its method has no latents, its decoder is not on disk, or the text is too
-        short or too long.
+      UserError: there is no such checkpoint, its method has no latents, its decoder is not on disk,
+        or the text is too short or too long.
     """
     if not (epath.Path(workdir) / "checkpoints").is_dir():
         raise UserError(f"--look={workdir}: holds no checkpoints; train it first")
@@ -108,19 +121,27 @@ def look_into(workdir: str, text: str) -> Look:
     model = lm.AugmentedLM(decoder, load.load_coprocessor(workdir, record.step))
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
-        raise UserError(f"--text={text!r}: {len(tokens)} tokens with BOS, expected at least {AHEAD + 2}")
+        raise UserError(
+            f"--text={text!r}: {len(tokens)} tokens with BOS, expected at least {AHEAD + 2}"
+        )
     if len(tokens) > LONGEST:
         raise UserError(f"--text: {len(tokens):,} tokens with BOS, expected at most {LONGEST}")
     at = len(tokens) - 1 - AHEAD
     z_BMLD = model.latents([tokens], [[at]])
     if isinstance(z_BMLD, Inserted):
-        raise UserError(f"--look={workdir}: method {model.coprocessor.method!r} writes keys and values, no vectors")
+        raise UserError(
+            f"--look={workdir}: method {model.coprocessor.method!r} writes keys and values, no vectors"
+        )
     z_LD = z_BMLD[0, 0]
     before = model.tokenizer.decode(tokens[: at + 1])
     after = model.tokenizer.decode(tokens[at + 1 :])
     note = f"Cosine with the rows of the decoder's token table. Checkpoint: {workdir}, step {model.coprocessor.step}."
     nearest = _nearest(look.nearest(model, z_LD), note)
-    return Look(f"{before} [{len(z_LD)} latents] {after}", nearest, _attention(*look.attention(model, tokens, at)))
+    return Look(
+        f"{before} [{len(z_LD)} latents] {after}",
+        nearest,
+        _attention(*look.attention(model, tokens, at)),
+    )
 
 
 def _nearest(by_latent: Sequence[Sequence[look.Near]], note: str) -> Table:
@@ -134,21 +155,29 @@ def _nearest(by_latent: Sequence[Sequence[look.Near]], note: str) -> Table:
         for near in words:
             row += [near.word, Figure(near.cosine)]
         rows.append(row)
-    return Table("look_nearest", "Words whose embeddings lie nearest to each latent", columns, rows, note, [])
+    return Table(
+        "look_nearest", "Words whose embeddings lie nearest to each latent", columns, rows, note, []
+    )
 
 
 def _attention(written: look.AttentionMap | None, decoded: look.AttentionMap) -> list[Picture]:
-    """Draws the attention of the two calls; a method without a coprocessor's call has one picture."""
+    """Draws the attention of the two calls; a method without a coprocessor's call has one
+    picture.
+    """
     pictures = []
     if written:
-        pictures.append(_picture("look_coprocessor", "What latents attend to: the coprocessor's call", written))
+        pictures.append(
+            _picture("look_coprocessor", "What latents attend to: the coprocessor's call", written)
+        )
     title = "What latents and the tokens after them attend to: the decoder's call"
     return [*pictures, _picture("look_decoder", title, decoded)]
 
 
 def _picture(name: str, title: str, seen: look.AttentionMap) -> Picture:
     weights_LSU = seen.weights.mean(axis=1)
-    return Picture(name, title, figures.attention(weights_LSU, seen.rows, seen.columns, seen.text, title))
+    return Picture(
+        name, title, figures.attention(weights_LSU, seen.rows, seen.columns, seen.text, title)
+    )
 
 
 if __name__ == "__main__":

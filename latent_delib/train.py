@@ -1,14 +1,17 @@
-"""Trains a method's parameters on a frozen decoder, or the decoder itself. The same command resumes.
+"""Trains a method's parameters on a frozen decoder, or the decoder itself. The same command
+resumes.
 
   python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...]
       [--distributed] [--dry_run [--topology=v5e:4x4]]
 
-WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained. On gs://BUCKET/PATH
-it gets checkpoints/ and metrics.jsonl only, and nothing keeps two jobs from using it at once.
-Ctrl-C saves after at most two more steps. A second Ctrl-C, or one before the first step, ends the job at once.
+WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained.
+On gs://BUCKET/PATH it gets checkpoints/ and metrics.jsonl only, and nothing keeps two jobs from
+using it at once. Ctrl-C saves after at most two more steps. A second Ctrl-C, or one before the
+first step, ends the job at once.
 
-Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was lost, run again; 130
-stopped by Ctrl-C, the same command resumes; 1 an error that running again does not cure.
+Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was
+lost, run again; 130 stopped by Ctrl-C, the same command resumes; 1 an error that running again does
+not cure.
 """
 
 import dataclasses
@@ -61,7 +64,8 @@ def main(flags: Any) -> None:
 
 
 def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
-    """Runs a job to its last step, or until a SIGTERM to any of its processes, which saves; returns the exit code.
+    """Runs a job to its last step, or until a SIGTERM to any of its processes, which saves; returns
+    the exit code.
 
     Args:
       config: as configs/base.py has it.
@@ -69,23 +73,30 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
       ctrl_c: lets Ctrl-C do as SIGTERM does; it may then end the process.
 
     Raises:
-      UserError: anything wrong with config, data, decoder or workdir, before training starts; a loss that is not
-        finite, with its step.
+      UserError: anything wrong with config, data, decoder or workdir, before training starts; a
+        loss that is not finite, with its step.
       OSError: the disk failed; the last checkpoint is whole.
     """
     batches.check(config.data, "sources")
     exp = experiment.read(config)
-    if is_remote(workdir) and (METHODS[config.method.name].trains_decoder or config.train.profile_at):
-        raise UserError(f"--workdir={workdir}: a trained decoder and a profile are written to local folders only")
+    if is_remote(workdir) and (
+        METHODS[config.method.name].trains_decoder or config.train.profile_at
+    ):
+        raise UserError(
+            f"--workdir={workdir}: a trained decoder and a profile are written to local folders only"
+        )
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)
 
 
 def run(exp: Experiment, workdir: str, stop: Stop) -> int:
-    """Runs the job itself: every process of it does so, with its own rows of each batch. Returns the exit code."""
+    """Runs the job itself: every process of it does so, with its own rows of each batch. Returns
+    the exit code.
+    """
     t = exp.config.train
 
-    # Set-up. Shapes, then shardings, then sharded arrays: nothing ever stands unsharded on one device.
+    # Set-up. Shapes, then shardings, then sharded arrays: nothing ever stands unsharded on one
+    # device.
     plan = planning.make(exp)
     say(planning.summary(exp, plan))
     text = batches.Training(exp.config.data, str(exp.tokenizer.path))
@@ -101,7 +112,9 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
         say(f"done: step {first} of {workdir}")
         return 0
     rows = mesh_lib.local_rows(exp.mesh, t.batch_size)
-    loader = text.batches(batch_size=t.batch_size, seed=exp.config.seed, rows=rows, start_step=first)
+    loader = text.batches(
+        batch_size=t.batch_size, seed=exp.config.seed, rows=rows, start_step=first
+    )
     state, frozen = place_state(exp, plan, found)
 
     # Compile.
@@ -116,8 +129,11 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     for step in range(first + 1, t.steps + 1):
         with metrics.waiting():
             batch = next(loader)
-        stop_votes = vote(bool(stop.by))  # dispatched before the step, so known when the step before is done
-        state, values = train_step(state, frozen, mesh_lib.place_rows(exp.mesh, batch, t.batch_size))
+        # dispatched before the step, so known when the step before is done
+        stop_votes = vote(bool(stop.by))
+        state, values = train_step(
+            state, frozen, mesh_lib.place_rows(exp.mesh, batch, t.batch_size)
+        )
         metrics.push(step, values)
         if t.profile_at > first:
             trace_steps(t.profile_at, step, values, workdir)
@@ -149,7 +165,9 @@ def say(line: str) -> None:
 
 
 def record_with_data(exp: Experiment, text: batches.Training) -> Record:
-    """Returns the job's record with the fingerprint of its data; it must be the same on all processes."""
+    """Returns the job's record with the fingerprint of its data; it must be the same on all
+    processes.
+    """
     data = text.fingerprint()
     record = dataclasses.replace(exp.record, data=data)
     config = json.dumps(record.config)
@@ -158,7 +176,9 @@ def record_with_data(exp: Experiment, text: batches.Training) -> Record:
 
 
 def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) -> Restored | None:
-    """Returns the newest checkpoint in the workdir, where there is one; it must be of the same job."""
+    """Returns the newest checkpoint in the workdir, where there is one; it must be of the same
+    job.
+    """
 
     def check(meta: dict[str, Any]) -> None:
         there = Record.from_meta(meta, workdir)
@@ -172,17 +192,23 @@ def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) 
     say(f"resuming {workdir} at step {found.step}")
     before = Record.from_meta(found.meta, workdir)["train.steps"]
     if before != steps:
-        say(f"train.steps changed from {before} to {steps}: the learning rate follows the new schedule")
+        say(
+            f"train.steps changed from {before} to {steps}: the learning rate follows the new schedule"
+        )
     return found
 
 
 def trees_of(state: TrainState) -> dict[str, Any]:
-    """Returns the trees that a checkpoint holds, by name; of arrays, or of shapes with shardings."""
+    """Returns the trees that a checkpoint holds, by name; of arrays, or of shapes with
+    shardings.
+    """
     return {"trainable": state.trainable, "optimizer": state.opt_state}
 
 
 def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[TrainState, Params]:
-    """Returns what training changes, restored or as it begins, and the frozen parameters; both on the mesh."""
+    """Returns what training changes, restored or as it begins, and the frozen parameters; both on
+    the mesh.
+    """
     frozen = experiment.load_frozen(exp) if plan.frozen else {}
     if found is None:
         trainable, opt_state = init_state(exp, plan, frozen)
@@ -190,7 +216,9 @@ def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[Tr
         trainable = found.trees["trainable"]
         opt_state = found.trees["optimizer"]
     step = np.int32(0 if found is None else found.step)
-    return TrainState(jax.device_put(step, mesh_lib.replicated(exp.mesh)), trainable, opt_state), frozen
+    return TrainState(
+        jax.device_put(step, mesh_lib.replicated(exp.mesh)), trainable, opt_state
+    ), frozen
 
 
 def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any]:
@@ -226,7 +254,13 @@ if __name__ == "__main__":
         __doc__,
         config=(CONFIG, "a file under configs/"),
         workdir=(REQUIRED, "where the job writes"),
-        dry_run=(False, "compile the step, print what it needs and write it to dry_run.json; run nothing"),
-        topology=("", "the TPU slice to compile for: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; by default this machine"),
+        dry_run=(
+            False,
+            "compile the step, print what it needs and write it to dry_run.json; run nothing",
+        ),
+        topology=(
+            "",
+            "the TPU slice to compile for: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; by default this machine",
+        ),
         **distributed.FLAGS,
     )

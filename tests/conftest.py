@@ -1,7 +1,8 @@
-"""Runs before any test module: eight CPU devices, no fight over the cores, absl's flags parsed; the tiny experiment.
+"""Runs before any test module: eight CPU devices, no fight over the cores, absl's flags parsed; the
+tiny experiment.
 
-The tiny experiment (a tokenizer, a decoder of random weights, texts, token files, a config) lets a whole training job
-take seconds. Its token files are made without TensorFlow.
+The tiny experiment (a tokenizer, a decoder of random weights, texts, token files, a config) lets a
+whole training job take seconds. Its token files are made without TensorFlow.
 """
 
 import ctypes
@@ -24,8 +25,9 @@ assert "jax" not in sys.modules, "XLA reads its flags once: nothing may import j
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 xla_flags = ["--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")]
-# Compiling is most of what tests do. These make it four times as fast, and tiny arrays do not feel it: less effort of
-# LLVM, XLA's older way to emit a fusion, and one module of LLVM per program, not one per core.
+# Compiling is most of what tests do. These make it four times as fast, and tiny arrays do not feel
+# it: less effort of LLVM, XLA's older way to emit a fusion, and one module of LLVM per program, not
+# one per core.
 xla_flags += [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
@@ -36,7 +38,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores among the
     os.environ["OMP_NUM_THREADS"] = "1"
     xla_flags.append("--xla_cpu_multi_thread_eigen=false")
 os.environ["XLA_FLAGS"] = " ".join(filter(None, xla_flags))
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a step is compiled once for all tests, workers and child processes
+# a step is compiled once for all tests, workers and child processes
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="latent_delib_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
@@ -50,7 +53,9 @@ WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over gree
 
 @pytest.fixture(scope="module", autouse=True)
 def little_memory():
-    """Frees the compiled programs that jax keeps, where a worker has grown; the disk keeps them too."""
+    """Frees the compiled programs that jax keeps, where a worker has grown; the disk keeps them
+    too.
+    """
     yield
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     if "jax" in sys.modules and pages * resource.getpagesize() > MEMORY:
@@ -61,7 +66,9 @@ def little_memory():
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """once(name, make) -> a folder of this name that `make(folder)` has filled, once for all workers."""
+    """once(name, make) -> a folder of this name that `make(folder)` has filled, once for all
+    workers.
+    """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -131,7 +138,9 @@ def tokenizer_path(texts, once) -> Path:
 
 @pytest.fixture(scope="session")
 def make_decoder(tokenizer_path, once):
-    """make_decoder(seed) -> a decoder folder: every feature of Gemma 2 in some 30 k random parameters."""
+    """make_decoder(seed) -> a decoder folder: every feature of Gemma 2 in some 30 k random
+    parameters.
+    """
     import jax
     import numpy as np
 
@@ -149,7 +158,9 @@ def make_decoder(tokenizer_path, once):
         entries = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
         with files.whole(path) as partial:
             folder.copy_tokenizer(tokenizer_path, partial)
-            folder.write_model(partial, architecture, entries, (np.asarray(leaf) for leaf in leaves.values()))
+            folder.write_model(
+                partial, architecture, entries, (np.asarray(leaf) for leaf in leaves.values())
+            )
 
     def make(seed: int) -> Path:
         return once(f"decoder_{seed}", lambda path: write(path / "decoder", seed)) / "decoder"
@@ -166,10 +177,18 @@ def decoder_folder(make_decoder) -> Path:
 @pytest.fixture(scope="session")
 def token_folder(texts, sources, tokenizer_path, once) -> Path:
     """What `prepare` would write for the tiny config."""
-    return once("tokens", lambda path: write_tokens(str(path / "tokens"), texts, sources, tokenizer_path)) / "tokens"
+    return (
+        once(
+            "tokens",
+            lambda path: write_tokens(str(path / "tokens"), texts, sources, tokenizer_path),
+        )
+        / "tokens"
+    )
 
 
-def write_tokens(folder: str, texts: dict[str, list[str]], sources: dict[str, str], tokenizer_path: Path) -> None:
+def write_tokens(
+    folder: str, texts: dict[str, list[str]], sources: dict[str, str], tokenizer_path: Path
+) -> None:
     import numpy as np
 
     from latent_delib.data import token_files
@@ -185,10 +204,17 @@ def write_tokens(folder: str, texts: dict[str, list[str]], sources: dict[str, st
         "dtype": "uint16",
         "tokenizer_sha256": token_files.fingerprint(str(tokenizer_path)),
     }
-    tokens = {split: [np.array(tokenizer.encode(text), np.int32) for text in texts[split]] for split in texts}
-    meta["train"] = [{"source": sources["train"], **token_files.write_train(folder, 0, tokens["train"], meta)}]
+    tokens = {
+        split: [np.array(tokenizer.encode(text), np.int32) for text in texts[split]]
+        for split in texts
+    }
+    meta["train"] = [
+        {"source": sources["train"], **token_files.write_train(folder, 0, tokens["train"], meta)}
+    ]
     held_out = [(f"{i % 2}.txt", document) for i, document in enumerate(tokens["validation"])]
-    meta["validation"] = [{"source": sources["validation"], **token_files.write_validation(folder, 0, held_out, meta)}]
+    meta["validation"] = [
+        {"source": sources["validation"], **token_files.write_validation(folder, 0, held_out, meta)}
+    ]
     token_files.write_meta(folder, meta)
 
 
@@ -207,7 +233,8 @@ def tiny(sources, decoder_folder, token_folder) -> dict:
         "optimizer.learning_rate": 1e-2,
         "optimizer.soft_token_learning_rate": 1e-2,
         "optimizer.warmup_steps": 2,
-        "optimizer.eps": 1e-3,  # large, or Adam makes big steps of rounding errors in tiny gradients
+        # large, or Adam makes big steps of rounding errors in tiny gradients
+        "optimizer.eps": 1e-3,
         "train.steps": 4,
         "train.batch_size": 8,
         "train.log_every": 1,
@@ -223,7 +250,9 @@ def tiny(sources, decoder_folder, token_folder) -> dict:
 
 @pytest.fixture(scope="session")
 def make_config(tiny):
-    """make_config({"key": value, ...}) -> the tiny config with these changes, a locked ConfigDict."""
+    """make_config({"key": value, ...}) -> the tiny config with these changes, a locked
+    ConfigDict.
+    """
     from configs import base
 
     def make(changes: dict | None = None):
@@ -246,7 +275,9 @@ def trained(make_config, once) -> Path:
 
 @pytest.fixture
 def shared_steps():
-    """Lets the jobs of a test use the compiled steps of earlier ones, where they are the same program."""
+    """Lets the jobs of a test use the compiled steps of earlier ones, where they are the same
+    program.
+    """
     from tests.shared_steps import shared_steps as sharing
 
     with sharing():
@@ -255,7 +286,9 @@ def shared_steps():
 
 @pytest.fixture
 def config_file(tiny, tmp_path):
-    """config_file({"key": value, ...}) -> path of a config file that is the tiny config with these changes."""
+    """config_file({"key": value, ...}) -> path of a config file that is the tiny config with these
+    changes.
+    """
 
     def write(changes: dict | None = None) -> Path:
         path = tmp_path / f"config_{len(list(tmp_path.glob('config_*')))}.py"
@@ -270,7 +303,9 @@ def config_file(tiny, tmp_path):
 
 @pytest.fixture
 def command_line(monkeypatch):
-    """command_line(*words): these become the command line; what a command sets in its process is put back later."""
+    """command_line(*words): these become the command line; what a command sets in its process is
+    put back later.
+    """
 
     def set_words(*words):
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])

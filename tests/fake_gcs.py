@@ -1,7 +1,8 @@
-"""A small Cloud Storage in memory, for tests: enough of its JSON API for TensorFlow, tensorstore and Google's client.
+"""A small Cloud Storage in memory, for tests: enough of its JSON API for TensorFlow, tensorstore
+and Google's client.
 
-The last two are sent here by environment variables. TensorFlow knows one address only, so the server is also the HTTPS
-proxy that answers for that address, with a certificate made for it.
+The last two are sent here by environment variables. TensorFlow knows one address only, so the
+server is also the HTTPS proxy that answers for that address, with a certificate made for it.
 """
 
 import contextlib
@@ -32,9 +33,20 @@ class Server(ThreadingHTTPServer):
         self.lock, self.count = threading.RLock(), 0
         key = folder / "key.pem"
         self.certificate = folder / "certificate.pem"
-        request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        request = [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+        ]
         request += ["-days", "2", "-subj", "/CN=fake", "-addext", f"subjectAltName={NAMES}"]
-        subprocess.run([*request, "-keyout", key, "-out", self.certificate], check=True, capture_output=True)
+        subprocess.run(
+            [*request, "-keyout", key, "-out", self.certificate], check=True, capture_output=True
+        )
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.tls.load_cert_chain(self.certificate, key)
 
@@ -108,19 +120,27 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", path):
             return self.upload(found[1], query, data)
         if found := re.fullmatch(r"/storage/v1/b/([^/]+)/storageLayout", path):
-            return self.answer(200, {"bucket": found[1], "hierarchicalNamespace": {"enabled": False}})
+            return self.answer(
+                200, {"bucket": found[1], "hierarchicalNamespace": {"enabled": False}}
+            )
         if found := re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", path):
             bucket, rest = found[1], found[2]
-            if rest is not None and (both := re.fullmatch(r"(.+)/rewriteTo/b/([^/]+)/o/(.+)", rest)):
+            if rest is not None and (
+                both := re.fullmatch(r"(.+)/rewriteTo/b/([^/]+)/o/(.+)", rest)
+            ):
                 return self.rewrite(f"{bucket}/{unquote(both[1])}", f"{both[2]}/{unquote(both[3])}")
             if rest is not None:
                 return self.one(f"{bucket}/{unquote(rest)}", query)
             if path.endswith("/o"):
                 return self.list(bucket, query)
-            return self.answer(200, {"kind": "storage#bucket", "name": bucket, "id": bucket, "location": "US"})
+            return self.answer(
+                200, {"kind": "storage#bucket", "name": bucket, "id": bucket, "location": "US"}
+            )
         if host.startswith("storage.googleapis.com"):
             return self.read(unquote(path.removeprefix("/")))
-        return self.answer(404, {"error": {"code": 404, "message": f"fake: {self.command} {self.path}"}})
+        return self.answer(
+            404, {"error": {"code": 404, "message": f"fake: {self.command} {self.path}"}}
+        )
 
     do_GET = do_POST = do_PUT = do_DELETE = serve
 
@@ -178,7 +198,12 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(int(last) + 1 if first and last else len(data), len(data))
             if start >= len(data):
                 return self.answer(416, Content_Range=f"bytes */{len(data)}", **headers)
-            return self.answer(206, data[start:end], Content_Range=f"bytes {start}-{end - 1}/{len(data)}", **headers)
+            return self.answer(
+                206,
+                data[start:end],
+                Content_Range=f"bytes {start}-{end - 1}/{len(data)}",
+                **headers,
+            )
         self.answer(200, data, **headers)
 
     def matches(self, path: str, query: dict[str, str]) -> bool:
@@ -205,7 +230,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resume(self, number: str, data: bytes):
         path, query = self.server.uploads[number]
-        if self.headers.get("Content-Range", "").startswith("bytes */") and path in self.server.objects:
+        if (
+            self.headers.get("Content-Range", "").startswith("bytes */")
+            and path in self.server.objects
+        ):
             return self.answer(200, self.about(path))  # only asks how much has arrived
         self.put(path, query, data)
 
@@ -215,7 +243,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.missing()
             self.server.write(target, self.server.objects[source])
             size = str(len(self.server.objects[target]))
-            about = {"done": True, "objectSize": size, "totalBytesRewritten": size, "resource": self.about(target)}
+            about = {
+                "done": True,
+                "objectSize": size,
+                "totalBytesRewritten": size,
+                "resource": self.about(target),
+            }
             self.answer(200, {"kind": "storage#rewriteResponse"} | about)
 
     def list(self, bucket: str, query: dict[str, str]):
@@ -225,12 +258,28 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             for path in sorted(self.server.objects):
                 name = path.removeprefix(bucket + "/")
-                if name == path or not name.startswith(prefix) or name < first or (last and name >= last):
+                if (
+                    name == path
+                    or not name.startswith(prefix)
+                    or name < first
+                    or (last and name >= last)
+                ):
                     continue
-                head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
-                if found and not (query.get("includeTrailingDelimiter") == "true" and name.endswith(delimiter)):
+                head, found, _ = (
+                    name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
+                )
+                if found and not (
+                    query.get("includeTrailingDelimiter") == "true" and name.endswith(delimiter)
+                ):
                     prefixes.add(prefix + head + delimiter)
                 else:
                     items.append(self.about(path))
         limit = int(query.get("maxResults", 1000))
-        self.answer(200, {"kind": "storage#objects", "items": items[:limit], "prefixes": sorted(prefixes)[:limit]})
+        self.answer(
+            200,
+            {
+                "kind": "storage#objects",
+                "items": items[:limit],
+                "prefixes": sorted(prefixes)[:limit],
+            },
+        )

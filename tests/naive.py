@@ -1,7 +1,8 @@
 """The architecture and the method read once more, as plainly as possible: the oracle of the tests.
 
-One sequence, float64 numpy, a dense visibility matrix, explicit positions, layers and heads in loops. Nothing here
-comes from the package; of a configuration only the fields are read. Parameters are nested dicts of numpy arrays.
+One sequence, float64 numpy, a dense visibility matrix, explicit positions, layers and heads in
+loops. Nothing here comes from the package; of a configuration only the fields are read. Parameters
+are nested dicts of numpy arrays.
 """
 
 import numpy as np
@@ -59,14 +60,17 @@ def attention(config, q_SNH, k_SKH, v_SKH, visible_SS):
 
 
 def layer_of(tree, l):
-    return {k: layer_of(v, l) if isinstance(v, dict) else np.asarray(v[l], np.float64) for k, v in tree.items()}
+    return {
+        k: layer_of(v, l) if isinstance(v, dict) else np.asarray(v[l], np.float64)
+        for k, v in tree.items()
+    }
 
 
 def forward(config, parts, position_S, visible_SS):
     """Final-normed outputs [S, D] of one sequence.
 
-    parts: [(weights, inputs [n, D]), ...]: runs of tokens that stand one after the other in the sequence, each read by
-    weights of its own, all under one attention. A plain decoder is one part.
+    parts: [(weights, inputs [n, D]), ...]: runs of tokens that stand one after the other in the
+    sequence, each read by weights of its own, all under one attention. A plain decoder is one part.
     """
     weights, xs = [w for w, _ in parts], [np.asarray(x, np.float64) for _, x in parts]
     ends = np.cumsum([len(x) for x in xs])[:-1]
@@ -92,7 +96,9 @@ def forward(config, parts, position_S, visible_SS):
                     y = norm(y, w["attn"][f"{name}_norm"]["scale"])
                 run.append(y)
         q, k, v = (np.concatenate(run) for run in heads.values())
-        out = attention(config, rotate(q, position_S, *rope), rotate(k, position_S, *rope), v, seen_SS)
+        out = attention(
+            config, rotate(q, position_S, *rope), rotate(k, position_S, *rope), v, seen_SS
+        )
 
         for i, (w, attended) in enumerate(zip(layers, np.split(out, ends))):
             y = np.einsum("snh,nhd->sd", attended, w["attn"]["out"])
@@ -101,7 +107,9 @@ def forward(config, parts, position_S, visible_SS):
             gate, up = normed @ w["mlp"]["gate"], normed @ w["mlp"]["up"]
             y = (activation(config.activation, gate) * up) @ w["mlp"]["down"]
             xs[i] = xs[i] + (norm(y, w["post_mlp_norm"]["scale"]) if config.post_norms else y)
-    finals = [norm(x, np.asarray(w["final_norm"]["scale"], np.float64)) for w, x in zip(weights, xs)]
+    finals = [
+        norm(x, np.asarray(w["final_norm"]["scale"], np.float64)) for w, x in zip(weights, xs)
+    ]
     return np.concatenate(finals)
 
 
@@ -140,29 +148,47 @@ def latent_position(p, L, placement):
 
 
 def written(config, decoder, coprocessor, text, q, placement, method="cache_augmentation"):
-    """Latents [L, D] after token q of a document: one dense sequence, text by the decoder, soft tokens by the
-    coprocessor."""
+    """Latents [L, D] after token q of a document: one dense sequence, text by the decoder, soft
+    tokens by the coprocessor.
+    """
     soft = np.asarray(coprocessor["soft_tokens"], np.float64)
     position = np.concatenate([np.arange(q + 1), latent_position(q, len(soft), placement)])
     visible = causal(len(position))
     if method == "static_tokens":
         return scaled(config, soft)
-    if method == "last_layer":  # all of it by the coprocessor, over what the decoder made of the text
+    # all of it by the coprocessor, over what the decoder made of the text
+    if method == "last_layer":
         read = forward(config, [(decoder, text[: q + 1])], np.arange(q + 1), causal(q + 1))
-        return forward(config, [(coprocessor, np.concatenate([read, soft]))], position, visible)[q + 1 :]
+        return forward(config, [(coprocessor, np.concatenate([read, soft]))], position, visible)[
+            q + 1 :
+        ]
     for i in range(1, len(soft)) if method == "sequential" else ():
-        before = forward(config, [(decoder, text[: q + 1]), (coprocessor, soft)], position, visible)[q + i]
+        before = forward(
+            config, [(decoder, text[: q + 1]), (coprocessor, soft)], position, visible
+        )[q + i]
         soft = np.concatenate([soft[:i], soft[i : i + 1] + before, soft[i + 1 :]])
-    return forward(config, [(decoder, text[: q + 1]), (coprocessor, soft)], position, visible)[q + 1 :]
+    return forward(config, [(decoder, text[: q + 1]), (coprocessor, soft)], position, visible)[
+        q + 1 :
+    ]
 
 
 def trace_nll(
-    config, decoder, coprocessor, document, p, num_ahead, placement, method="cache_augmentation", delay=0, z=None
+    config,
+    decoder,
+    coprocessor,
+    document,
+    p,
+    num_ahead,
+    placement,
+    method="cache_augmentation",
+    delay=0,
+    z=None,
 ):
-    """-log p of the (at most) `num_ahead` tokens after document[p], given document[: p + 1] and its latents, which
-    were written `delay` tokens before; or given the latents `z` [L, D].
+    """-log p of the (at most) `num_ahead` tokens after document[p], given document[: p + 1] and its
+    latents, which were written `delay` tokens before; or given the latents `z` [L, D].
 
-    The coprocessor's call is one dense sequence; the decoder's is another: text, latents, text again.
+    The coprocessor's call is one dense sequence; the decoder's is another: text, latents, text
+    again.
     """
     L = len(coprocessor["soft_tokens"])
     kept = p + 1 if placement == "after" else p
@@ -170,20 +196,39 @@ def trace_nll(
     text, q = embed(config, decoder, document[: p + num_ahead]), max(p - delay, 0)
     targets = document[p + 1 : p + 1 + num_ahead]
     if method == "inserted":
-        return nll(config, decoder, inserted(config, decoder, coprocessor, text, p, placement)[: len(targets)], targets)
+        return nll(
+            config,
+            decoder,
+            inserted(config, decoder, coprocessor, text, p, placement)[: len(targets)],
+            targets,
+        )
     z = written(config, decoder, coprocessor, text, q, placement, method) if z is None else z
     x = np.concatenate([text[:kept], z, text[kept:]])
-    position = [np.arange(kept), latent_position(p, L, placement), np.arange(kept, len(text)) + shift]
+    position = [
+        np.arange(kept),
+        latent_position(p, L, placement),
+        np.arange(kept, len(text)) + shift,
+    ]
     out = forward(config, [(decoder, x)], np.concatenate(position), causal(len(x)))
-    predicting = out[p + L :][: len(targets)]  # from the last latent on, or from x_p where that follows the latents
+    # from the last latent on, or from x_p where that follows the latents
+    predicting = out[p + L :][: len(targets)]
     return nll(config, decoder, predicting, targets)
 
 
 def inserted(config, decoder, coprocessor, text, p, placement):
-    """Outputs from x_p on where the latents are keys and values: one dense sequence in which the text after the latents
-    sees the coprocessor's own tokens. x_p stands in it twice: as the coprocessor reads it, and after the latents."""
-    L, shift = len(coprocessor["soft_tokens"]), 0 if placement == "overlay" else len(coprocessor["soft_tokens"])
-    parts = [(decoder, text[: p + 1]), (coprocessor, coprocessor["soft_tokens"]), (decoder, text[p:])]
+    """Outputs from x_p on where the latents are keys and values: one dense sequence in which the
+    text after the latents sees the coprocessor's own tokens. x_p stands in it twice: as the
+    coprocessor reads it, and after the latents.
+    """
+    L, shift = (
+        len(coprocessor["soft_tokens"]),
+        0 if placement == "overlay" else len(coprocessor["soft_tokens"]),
+    )
+    parts = [
+        (decoder, text[: p + 1]),
+        (coprocessor, coprocessor["soft_tokens"]),
+        (decoder, text[p:]),
+    ]
     position = [np.arange(p + 1), latent_position(p, L, placement), np.arange(p, len(text)) + shift]
     visible = causal(p + 1 + L + len(text) - p)
     visible[p + 1 + L :, p] = False  # not the x_p before the latents

@@ -22,16 +22,22 @@ def free_port() -> int:
 
 
 class Job:
-    """`count` processes that run the same Python arguments with `devices` devices each; what they print is in files.
+    """`count` processes that run the same Python arguments with `devices` devices each; what they
+    print is in files.
 
     As a context manager it kills what is left of them.
     """
 
     def __init__(self, count: int, devices: int, folder: Path, *arguments: str, **environment: str):
-        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+        flags = re.sub(
+            r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
+        )
         shared = os.environ | {"XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": str(devices)}
         if count > 1:
-            shared |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+            shared |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+                "JAX_NUM_PROCESSES": str(count),
+            }
             arguments = (*arguments, "--distributed")
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / f"{i}.txt" for i in range(count)]
@@ -40,7 +46,9 @@ class Job:
             env = shared | {"JAX_PROCESS_ID": str(i)} | environment
             with open(file, "w") as out:
                 self.processes.append(
-                    subprocess.Popen([sys.executable, *arguments], env=env, cwd=ROOT, stdout=out, stderr=out)
+                    subprocess.Popen(
+                        [sys.executable, *arguments], env=env, cwd=ROOT, stdout=out, stderr=out
+                    )
                 )
 
     def __enter__(self) -> "Job":
@@ -59,7 +67,9 @@ class Job:
         until = time.monotonic() + seconds
         while text not in self.said(process):
             ended = self.processes[process].poll()
-            assert ended is None and time.monotonic() < until, f"{ended}, without {text!r}:\n{self.said(process)}"
+            assert ended is None and time.monotonic() < until, (
+                f"{ended}, without {text!r}:\n{self.said(process)}"
+            )
             time.sleep(0.02)
 
     def wait(self, seconds: float = 300) -> list[int]:

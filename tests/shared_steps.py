@@ -1,4 +1,6 @@
-"""Compiles a training step once per process: to trace and lower it again is most of what a tiny job does."""
+"""Compiles a training step once per process: to trace and lower it again is most of what a tiny job
+does.
+"""
 
 import contextlib
 import copy
@@ -15,7 +17,15 @@ COMPILED: dict[tuple, jax.stages.Compiled] = {}
 # Keys of the config that are not in the program.
 OUTSIDE = {
     "data": ("sources", "weights", "validation", "token_files", "max_bad_records"),
-    "train": ("log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "profile_at", "max_bad_steps"),
+    "train": (
+        "log_every",
+        "checkpoint_every",
+        "keep",
+        "keep_every",
+        "keep_best",
+        "profile_at",
+        "max_bad_steps",
+    ),
     "method": ("start",),
 }
 
@@ -44,4 +54,6 @@ def program(exp: Experiment) -> str:
         for name in names:
             del config[room][name]
     skips = exp.config.train.max_bad_steps > 0
-    return json.dumps([config, exp.record.architecture, exp.adapts_start, skips, str(exp.mesh)], sort_keys=True)
+    return json.dumps(
+        [config, exp.record.architecture, exp.adapts_start, skips, str(exp.mesh)], sort_keys=True
+    )

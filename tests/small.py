@@ -1,4 +1,6 @@
-"""Two small models between which every feature of the architecture is on and off; and what a run has left on disk."""
+"""Two small models between which every feature of the architecture is on and off; and what a run
+has left on disk.
+"""
 
 import dataclasses
 import json
@@ -13,8 +15,11 @@ from latent_delib.nn import transformer
 from latent_delib.nn.cache import Cache
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 
-# Softcaps low enough to bend these small scores and logits; two rotary bases that cannot be mistaken.
-GEMMA = dataclasses.replace(SIZES["gemma2_test"], attn_softcap=2.0, final_softcap=3.0, local_rope_base=100.0)
+# Softcaps low enough to bend these small scores and logits; two rotary bases that cannot be
+# mistaken.
+GEMMA = dataclasses.replace(
+    SIZES["gemma2_test"], attn_softcap=2.0, final_softcap=3.0, local_rope_base=100.0
+)
 LLAMA = TransformerConfig(
     num_layers=3,
     embed_dim=24,
@@ -24,7 +29,8 @@ LLAMA = TransformerConfig(
     vocab_size=97,
     activation="silu",
     rope_base=500.0,
-    rope_scaling=(8.0, 1.0, 4.0, 60.0),  # cuts through its frequencies: some kept, some divided, some between
+    # cuts through its frequencies: some kept, some divided, some between
+    rope_scaling=(8.0, 1.0, 4.0, 60.0),
     qk_norm=True,
     scale_embeddings=False,
     norm_eps=1e-5,
@@ -36,8 +42,9 @@ CONFIGS = {"gemma": GEMMA, "llama": LLAMA}
 
 
 def at_random(seed, shapes):
-    """Weights of these shapes, numpy float32. Norms' scales too: at their first value, zero, x * (1 + w), x + w and a
-    forgotten weight look alike."""
+    """Weights of these shapes, numpy float32. Norms' scales too: at their first value, zero, x * (1
+    + w), x + w and a forgotten weight look alike.
+    """
     rng = np.random.default_rng(seed)
     width = {"scale": 0.3, "soft_tokens": 1.0}
 
@@ -60,7 +67,9 @@ def coprocessor(config, num_latents, seed=1):
 
 
 def packed(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and segments [2, 40], two documents a row, and traces [2, 5]: at starts and ends, in padding."""
+    """Tokens and segments [2, 40], two documents a row, and traces [2, 5]: at starts and ends, in
+    padding.
+    """
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
     segment_BT = np.array([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])
     return tokens_BT, segment_BT, np.array([[0, 3, 14, 16, 30], [2, 5, 12, 28, 39]])
@@ -68,7 +77,9 @@ def packed(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
     """A cache with room for `capacity` entries a row."""
-    kv = jnp.zeros((config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), dtype)
+    kv = jnp.zeros(
+        (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), dtype
+    )
     return Cache(kv, kv, jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 

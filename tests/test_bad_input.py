@@ -1,4 +1,6 @@
-"""A user's mistake ends each command in one line that names the thing, before anything is trained."""
+"""A user's mistake ends each command in one line that names the thing, before anything is
+trained.
+"""
 
 import runpy
 import shutil
@@ -22,7 +24,8 @@ ARCHITECTURE = {
 
 @pytest.fixture
 def error(command_line, monkeypatch, capsys):
-    """error(command, *arguments) -> the one line that command ends with, run as `python -m` runs it.
+    """error(command, *arguments) -> the one line that command ends with, run as `python -m` runs
+    it.
 
     Nothing is compiled before it: on a real machine that takes minutes.
     """
@@ -61,8 +64,14 @@ def error(command_line, monkeypatch, capsys):
         ("--config.data.sources=files:a,files:b", ["config.data.sources", "('A', 'B')"]),
         ("--config.data.max_bad_records=-1", ["config.data.max_bad_records", "-1", "at least 0"]),
         ("--config.data.weights=abc", ["config.data.weights", "'abc'", "number"]),
-        ("--config.method.start=nowhere/checkpoints/3", ["config.method.start=nowhere/checkpoints/3"]),
-        ("--config.method.name=coprocesor", ["config.method.name='coprocesor'", "cache_augmentation"]),
+        (
+            "--config.method.start=nowhere/checkpoints/3",
+            ["config.method.start=nowhere/checkpoints/3"],
+        ),
+        (
+            "--config.method.name=coprocesor",
+            ["config.method.name='coprocesor'", "cache_augmentation"],
+        ),
         ("--config.method.placement=beside", ["config.method.placement='beside'", "overlay"]),
         ("--config.compute.dtype=float16", ["config.compute.dtype='float16'", "bfloat16"]),
         ("--config.compute.remat=some", ["config.compute.remat='some'", "dots"]),
@@ -81,7 +90,10 @@ def error(command_line, monkeypatch, capsys):
         ("--config.seed=-1", ["config.seed=-1"]),
         ("--config.data.seq_len=4", ["config.data.seq_len=4", "2 latents + 3 ahead"]),
         ("--config.data.seq_len=64", ["config.data.token_files", "32", "64"]),
-        ("--config.method.num_traces=32", ["config.method.num_traces=32", "config.data.seq_len=32"]),
+        (
+            "--config.method.num_traces=32",
+            ["config.method.num_traces=32", "config.data.seq_len=32"],
+        ),
         ("--config.train.accumulation=3", ["config.train.accumulation=3", "batch_size=8"]),
         ("--config.train.batch_size=12", ["config.train.batch_size=12", "data=8"]),
         ("--config.train.accumulation=2", ["config.train.batch_size=8", "2 parts"]),
@@ -95,13 +107,18 @@ def error(command_line, monkeypatch, capsys):
         ("--config.data.weights=(1.0,2.0)", ["config.data.weights has 2", "config.data.sources 1"]),
         ("--config.data.weights=(0.0,)", ["config.data.weights", "0.0"]),
         ("--config.data.sources=('files:other',)", ["'files:other'", "is not in"]),
-        ("--config.data.validation=('packaged/valid',)", ["unknown source 'packaged/valid'", "packaged/validation"]),
+        (
+            "--config.data.validation=('packaged/valid',)",
+            ["unknown source 'packaged/valid'", "packaged/validation"],
+        ),
         ("train.py", ["unexpected argument 'train.py'"]),
         ("--configg=3", ["--configg", "--config?"]),
     ],
 )
 def test_train_refuses(error, config_file, tmp_path, capsys, argument, words):
-    line = error("train", f"--config={config_file()}", f"--workdir={tmp_path / 'workdir'}", argument)
+    line = error(
+        "train", f"--config={config_file()}", f"--workdir={tmp_path / 'workdir'}", argument
+    )
     named(line, *words)
 
 
@@ -152,7 +169,9 @@ def test_architectures_that_do_not_fit(error, tmp_path, field, value, words):
         "    c = base.get_config()\n    c.decoder.path = ''\n"
         f"    c.decoder.architecture = ConfigDict({ARCHITECTURE | {field: value}!r})\n    return c\n"
     )
-    named(error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}"), "config.decoder", *words)
+    named(
+        error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}"), "config.decoder", *words
+    )
 
 
 def test_an_architecture_other_than_the_folder_s(error, tmp_path, decoder_folder):
@@ -173,14 +192,24 @@ def test_an_architecture_other_than_the_folder_s(error, tmp_path, decoder_folder
         ("config.json", b"{", ["config.json", "not JSON"]),
         ("config.json", b"[]", ["config.json", "holds list", "an object"]),
         ("config.json", b'{"format": "other"}', ["config.json", "'other'"]),
-        ("config.json", b'{"format": "latent_delib decoder 1"}', ["config.json", "num_layers is missing"]),
+        (
+            "config.json",
+            b'{"format": "latent_delib decoder 1"}',
+            ["config.json", "num_layers is missing"],
+        ),
         ("config.json", b"\xff\xfe", ["config.json", "not JSON"]),
         ("tokenizer.model", b"not a model", ["tokenizer.model", "not a SentencePiece model"]),
         ("tokenizer.model", b"", ["tokenizer.model", "not a SentencePiece model"]),
-        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", ["model.safetensors", "has 10 bytes", "fingerprint.json"]),
+        (
+            "model.safetensors",
+            b"\x08\0\0\0\0\0\0\0{}",
+            ["model.safetensors", "has 10 bytes", "fingerprint.json"],
+        ),
     ],
 )
-def test_decoder_folders_that_are_broken(error, config_file, decoder_folder, tmp_path, name, content, words):
+def test_decoder_folders_that_are_broken(
+    error, config_file, decoder_folder, tmp_path, name, content, words
+):
     broken = tmp_path / "decoder"
     shutil.copytree(decoder_folder, broken)
     if content is None:
@@ -193,7 +222,9 @@ def test_decoder_folders_that_are_broken(error, config_file, decoder_folder, tmp
     named(error("train", f"--config={config}", f"--workdir={tmp_path / 'w'}"), broken, *words)
 
 
-def test_a_checkpoint_of_another_decoder_or_method(error, config_file, trained, make_decoder, tmp_path):
+def test_a_checkpoint_of_another_decoder_or_method(
+    error, config_file, trained, make_decoder, tmp_path
+):
     workdir = tmp_path / "workdir"
     shutil.copytree(trained, workdir)
     before = sorted(p for p in workdir.rglob("*"))
@@ -226,7 +257,9 @@ def test_a_workdir_that_cannot_be_written(error, config_file, tmp_path):
 
 def test_workdirs_elsewhere(error, config_file):
     config = f"--config={config_file()}"
-    named(error("train", config, "--workdir=s3://bucket/run"), "s3://bucket/run", "gs://BUCKET/PATH")
+    named(
+        error("train", config, "--workdir=s3://bucket/run"), "s3://bucket/run", "gs://BUCKET/PATH"
+    )
     for changes in ({"method.name": "decoder"}, {"train.profile_at": 1}):
         line = error("train", f"--config={config_file(changes)}", "--workdir=gs://bucket/run")
         named(line, "gs://bucket/run", "local folders")
@@ -243,7 +276,11 @@ def test_a_checkpoints_folder_that_cannot_be_written(error, config_file, tmp_pat
 def test_processes_that_are_not_there(error, config_file, trained, tmp_path, monkeypatch):
     """Found out before jax looks for its devices; evaluation waits for them as training does."""
     config = f"--config={config_file()}"
-    named(error("train", config, f"--workdir={tmp_path}", "--distributed"), "--distributed", "JAX_COORDINATOR_ADDRESS")
+    named(
+        error("train", config, f"--workdir={tmp_path}", "--distributed"),
+        "--distributed",
+        "JAX_COORDINATOR_ADDRESS",
+    )
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address := f"127.0.0.1:{free_port()}")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
@@ -261,14 +298,23 @@ def test_evaluate_and_generate_need_a_checkpoint(error, config_file, trained, tm
         at = tmp_path / workdir
         named(error("evaluate", f"--config={config}", f"--workdir={at}"), at, words)
         named(error("generate", f"--workdir={at}", "--prompt=the cat"), f"error: {at}: ", words)
-    named(error("generate", f"--workdir={trained}", "--prompt=a", "--step=3"), "no checkpoint of step 3", "[2, 4]")
-    named(error("evaluate", f"--config={config}", f"--workdir={trained}", "--step=3"), "no checkpoint of step 3")
+    named(
+        error("generate", f"--workdir={trained}", "--prompt=a", "--step=3"),
+        "no checkpoint of step 3",
+        "[2, 4]",
+    )
+    named(
+        error("evaluate", f"--config={config}", f"--workdir={trained}", "--step=3"),
+        "no checkpoint of step 3",
+    )
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_generate_refuses(error, trained):
     for arguments in ([], ["--prompt="], ["--prompt=a", "--prompts=FILE"]):
-        named(error("generate", f"--workdir={trained}", *arguments), "--prompt=TEXT", "--prompts=FILE")
+        named(
+            error("generate", f"--workdir={trained}", *arguments), "--prompt=TEXT", "--prompts=FILE"
+        )
     for arguments, words in (
         (["--max_new_tokens=0"], ["max_new_tokens=0"]),
         (["--temperature=-1.0"], ["temperature=-1.0"]),
@@ -281,8 +327,16 @@ def test_generate_refuses(error, trained):
         (["--top_p=high"], ["top_p", "high"]),
     ):
         named(error("generate", "--workdir=nowhere", "--prompt=a", *arguments), *words)
-    named(error("generate", f"--workdir={trained}", "--prompt=a", "--seed=-1"), "--seed=-1", "at least 0")
-    named(error("generate", f"--workdir={trained}", "--prompt=a", "--max_length=8"), "prompts[0]", "max_length=8")
+    named(
+        error("generate", f"--workdir={trained}", "--prompt=a", "--seed=-1"),
+        "--seed=-1",
+        "at least 0",
+    )
+    named(
+        error("generate", f"--workdir={trained}", "--prompt=a", "--max_length=8"),
+        "prompts[0]",
+        "max_length=8",
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,12 +345,16 @@ def test_generate_refuses(error, trained):
         ("", ["holds no prompts"]),
         ('{"prompt": "a"}\n{"prompt": \n', [":2: not JSON", '{"prompt": TEXT}']),
         ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", [":1: not JSON"]),
-        ('\ufeff{"prompt": "a", "seed": true}', [":1: seed=True", "whole number"]),  # the mark is no mistake
+        # the mark is no mistake
+        ('\ufeff{"prompt": "a", "seed": true}', [":1: seed=True", "whole number"]),
         ('{"prompt": "a"}\n\n', [":2:", "JSON"]),
         ('["a"]\n', [":1:", '"prompt"']),
         ('{"prompt": ""}\n', [":1:", '"prompt"']),
         ('{"prompt": "a", "seed": -1}\n', [":1: seed=-1", "at least 0"]),
-        ('{"prompt": "a", "seed": 9223372036854775808}\n', [":1: seed=9223372036854775808", "at most"]),
+        (
+            '{"prompt": "a", "seed": 9223372036854775808}\n',
+            [":1: seed=9223372036854775808", "at most"],
+        ),
         (b"\xff", ["not UTF-8 at byte 0"]),
         (None, ["No such file"]),
     ],
@@ -305,22 +363,41 @@ def test_generate_refuses_a_file_of_prompts(lines, said, error, trained, tmp_pat
     path = tmp_path / "prompts.jsonl"
     if lines is not None:
         path.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
-    named(error("generate", f"--workdir={trained}", f"--prompts={path}", f"--out={tmp_path}/o"), str(path), *said)
+    named(
+        error("generate", f"--workdir={trained}", f"--prompts={path}", f"--out={tmp_path}/o"),
+        str(path),
+        *said,
+    )
 
 
 def test_evaluate_refuses_bad_validation_data(error, config_file, trained):
     at = f"--workdir={trained}"
-    named(error("evaluate", f"--config={config_file({'data.validation': ()})}", at), "config.data.validation", "empty")
-    named(error("evaluate", f"--config={config_file({'evaluate.batch_size': 3})}", at), "config.evaluate.batch_size=3")
+    named(
+        error("evaluate", f"--config={config_file({'data.validation': ()})}", at),
+        "config.data.validation",
+        "empty",
+    )
+    named(
+        error("evaluate", f"--config={config_file({'evaluate.batch_size': 3})}", at),
+        "config.evaluate.batch_size=3",
+    )
     line = error("evaluate", f"--config={config_file({'data.token_files': 'no_tokens'})}", at)
     named(line, "config.data.token_files", "no_tokens")
 
 
 def test_a_real_process_prints_one_line_and_exits_1(config_file, tmp_path):
-    command = [sys.executable, "-m", "latent_delib.train", f"--config={config_file()}", f"--workdir={tmp_path / 'w'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "latent_delib.train",
+        f"--config={config_file()}",
+        f"--workdir={tmp_path / 'w'}",
+    ]
     done = subprocess.run([*command, "--config.train.stepz=3"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: --config.train.stepz") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: --config.train.stepz") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
     assert not (tmp_path / "w").exists()
 
 
@@ -331,4 +408,7 @@ def test_a_config_is_refused_before_any_text_is_read(error, config_file, tmp_pat
         ("--config.train.steps=0", "config.train.steps=0"),
         ("--config.data.sources=()", "config.data.sources"),
     ):
-        named(error("prepare", f"--config={config_file()}", f"--out={tmp_path / 'out'}", argument), words)
+        named(
+            error("prepare", f"--config={config_file()}", f"--out={tmp_path / 'out'}", argument),
+            words,
+        )

@@ -29,24 +29,32 @@ def wait_for(workdir, step):
 
 def test_a_loss_that_is_not_finite_ends_the_run(make_config, tmp_path):
     """The rate of the first step is 0; the weights of the second are beyond float32."""
-    config = make_config({"optimizer.learning_rate": 1e38, "train.checkpoint_every": 1, "train.keep": 4})
+    config = make_config(
+        {"optimizer.learning_rate": 1e38, "train.checkpoint_every": 1, "train.keep": 4}
+    )
     with pytest.raises(UserError, match="step 3: .* nan, .* step 2 is saved"):
         train.train(config, str(tmp_path))
     wait_for(tmp_path, 2)
     assert checkpoint.whole_steps(str(tmp_path)) == {1, 2}
 
 
-def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trained, make_config, tmp_path, monkeypatch, capsys):
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(
+    trained, make_config, tmp_path, monkeypatch, capsys
+):
     """Frozen weights are NaN in the third step and in the fifth."""
     copy_at_step_2(trained, workdir := tmp_path / "workdir")
     true = plan.train_step
 
     def step(state, frozen, *args, **kwargs):
         bad = (state.step == 2) | (state.step == 4)
-        return true(state, jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), frozen), *args, **kwargs)
+        return true(
+            state, jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), frozen), *args, **kwargs
+        )
 
     monkeypatch.setattr(plan, "train_step", step)
-    config = make_config({"train.checkpoint_every": 1, "train.keep": 4, "train.max_bad_steps": 1, "train.steps": 6})
+    config = make_config(
+        {"train.checkpoint_every": 1, "train.keep": 4, "train.max_bad_steps": 1, "train.steps": 6}
+    )
     with pytest.raises(UserError, match="step 5: .* config.train.max_bad_steps=1"):
         train.train(config, str(workdir))
     wait_for(workdir, 4)
@@ -63,11 +71,16 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(trained, make_confi
             assert np.isfinite(four[name]).all() and (four[name] != three[name]).any(), name
     rows = small.rows_of(workdir)
     assert [row["step"] for row in rows] == [1, 2, 4]
-    assert "bad_steps" not in rows[1] and rows[2]["bad_steps"] == 1 and np.isfinite(rows[2]["grad_norm"])
+    assert (
+        "bad_steps" not in rows[1]
+        and rows[2]["bad_steps"] == 1
+        and np.isfinite(rows[2]["grad_norm"])
+    )
 
 
 @pytest.mark.parametrize(
-    "error", ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: Error dispatching computation: Out of memory"]
+    "error",
+    ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: Error dispatching computation: Out of memory"],
 )
 def test_too_little_memory_is_told_in_one_line_with_the_remedy(error):
     with pytest.raises(UserError, match="out of device memory.*config.train.batch_size"):
@@ -77,7 +90,9 @@ def test_too_little_memory_is_told_in_one_line_with_the_remedy(error):
 
 @pytest.mark.parametrize("start, saved", [(2, "step 2 is saved"), (0, "nothing is saved yet")])
 def test_a_gradient_that_is_not_finite_ends_the_run_too(make_config, tmp_path, start, saved):
-    """The loss of a step is that of the weights before it: bad weights would be saved before a loss shows them."""
+    """The loss of a step is that of the weights before it: bad weights would be saved before a loss
+    shows them.
+    """
     metrics = Metrics(experiment.read(make_config()), str(tmp_path), start, lambda step: 0.0)
     metrics.push(start + 1, {"loss": 5.0, "tokens": 8.0, "grad_norm": np.inf})
     with pytest.raises(UserError, match=f"step {start + 1}: .* inf; {saved}"):

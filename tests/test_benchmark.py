@@ -1,5 +1,5 @@
-"""Benchmarks: the adapter against lm-eval's own `hf` model and against AugmentedLM, the table of the published suite on
-made-up documents, and the command.
+"""Benchmarks: the adapter against lm-eval's own `hf` model and against AugmentedLM, the table of
+the published suite on made-up documents, and the command.
 """
 
 import dataclasses
@@ -34,7 +34,10 @@ BOS = 2
 # A few rows of three tasks, one of each kind.
 ROWS = {
     "syllogism": {
-        split: [{"question": f"the cat sat on {n} {end}", "choices": ["Yes", "No"], "gold": n % 2} for n in range(4)]
+        split: [
+            {"question": f"the cat sat on {n} {end}", "choices": ["Yes", "No"], "gold": n % 2}
+            for n in range(4)
+        ]
         for split, end in (("train", "mats"), ("test", "hills"))
     },
     "chain_sum": {
@@ -55,7 +58,9 @@ def tasks(tmp_path_factory):
 
 def noisy(params, seed):
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: np.asarray(x + 0.3 * draw.standard_normal(x.shape), np.float32), params)
+    return jax.tree.map(
+        lambda x: np.asarray(x + 0.3 * draw.standard_normal(x.shape), np.float32), params
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,9 @@ def lm(decoder_folder):
     found = ld.load_decoder(str(decoder_folder))
     decoder = dataclasses.replace(found, params=noisy(found.params, 0))
     start = ld.init_coprocessor(decoder, 4)
-    return ld.AugmentedLM(decoder, dataclasses.replace(start, params=noisy(start.params, 1)), max_length=96)
+    return ld.AugmentedLM(
+        decoder, dataclasses.replace(start, params=noisy(start.params, 1)), max_length=96
+    )
 
 
 def instances(kind, *arguments):
@@ -113,13 +120,16 @@ def smollm2(tmp_path_factory):
         pytest.param("syllogism", 0, 24, marks=pytest.mark.slow),
         pytest.param("next_sentence", 0, 24, marks=pytest.mark.slow),
         pytest.param("gsm_symbolic", 0, 20, marks=pytest.mark.slow),
-        pytest.param("held_out_text", 3, 2, marks=pytest.mark.slow),  # the first of them has some 4,500 tokens
+        # the first of them has some 4,500 tokens
+        pytest.param("held_out_text", 3, 2, marks=pytest.mark.slow),
         pytest.param("held_out_text", 4, 8, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_harness_own_model(smollm2, tmp_path, name, first, count):
     stored, last = STORED[name], first + count
-    make_tasks.write_task(tmp_path, name, stored["rows"] | {"test": stored["rows"]["test"][first:last]})
+    make_tasks.write_task(
+        tmp_path, name, stored["rows"] | {"test": stored["rows"]["test"][first:last]}
+    )
     loaded = harness.load_local_task(name, str(tmp_path))
     (task,) = loaded["tasks"].values()
     if changed := stored["generation_kwargs"]:
@@ -139,7 +149,9 @@ def test_equals_the_harness_own_model(smollm2, tmp_path, name, first, count):
             if metric in ("acc", "acc_norm", "exact_match,answer", "bits_per_byte"):
                 metric = metric.split(",")[0]
                 made = scores.summarize_scores(samples, metric)
-                assert made["value"] / (1 if made["unit"] == metric else 100) == pytest.approx(value, abs=1e-5)
+                assert made["value"] / (1 if made["unit"] == metric else 100) == pytest.approx(
+                    value, abs=1e-5
+                )
 
 
 # Against AugmentedLM.
@@ -150,7 +162,9 @@ def test_bos_stands_at_the_start_once(says):
     ids = encode("the cat")
     assert adapter.tok_encode("the cat") == adapter.tok_encode("<s>the cat") == [BOS, *ids]
     assert adapter.tok_encode("the cat", add_special_tokens=False) == ids
-    adapter.loglikelihood(instances("loglikelihood", ("the cat", " sat"), ("<s>the cat", " sat"), ("", "rain")))
+    adapter.loglikelihood(
+        instances("loglikelihood", ("the cat", " sat"), ("<s>the cat", " sat"), ("", "rain"))
+    )
     assert says.prompts == [[BOS, *ids], [BOS, *ids], [BOS]]
     assert says.tails == [encode("the cat sat")[len(ids) :]] * 2 + [encode("rain")]
     adapter.generate_until(instances("generate_until", ("<s>the cat", {"until": ["\n"]})))
@@ -162,24 +176,34 @@ def test_a_long_prompt_is_cut_behind_bos(says):
     ids, adapter = says.tokenizer.encode(text), harness.Adapter(says)
     adapter.loglikelihood(instances("loglikelihood", (text, " rain")))
     assert [*says.prompts[0], *says.tails[0]] == [BOS, *says.tokenizer.encode(text + " rain")[-39:]]
-    adapter.generate_until(instances("generate_until", (text, {"until": ["\n"], "max_gen_toks": 7})))
+    adapter.generate_until(
+        instances("generate_until", (text, {"until": ["\n"], "max_gen_toks": 7}))
+    )
     assert says.prompts == [[BOS, *ids[-32:]]]
 
 
-@pytest.mark.parametrize("context, expected", [("Q: why?\nA:", "Q: why?\nA: Think."), ("Q: why?\n", "Q: why?\nThink.")])
+@pytest.mark.parametrize(
+    "context, expected", [("Q: why?\nA:", "Q: why?\nA: Think."), ("Q: why?\n", "Q: why?\nThink.")]
+)
 def test_zero_shot_cot_begins_the_answer(says, context, expected):
     adapter = harness.Adapter(says, False, cot="Think.")
     adapter.generate_until(instances("generate_until", (context, {"until": ["\n"]})))
     assert says.prompts == [[BOS, *says.tokenizer.encode(expected)]]
 
 
-PAIRS = [(p, t) for p in ("the cat sat", "rain fell over") for t in (" on a mat", " green", " hills", " a")]
+PAIRS = [
+    (p, t)
+    for p in ("the cat sat", "rain fell over")
+    for t in (" on a mat", " green", " hills", " a")
+]
 
 
 def split(lm, pairs):
     """(prompts, continuations) in tokens: of both together, what the prompt alone leaves."""
     encode = lm.tokenizer.encode
-    return [[BOS, *encode(p)] for p, _ in pairs], [encode(p + t)[len(encode(p)) :] for p, t in pairs]
+    return [[BOS, *encode(p)] for p, _ in pairs], [
+        encode(p + t)[len(encode(p)) :] for p, t in pairs
+    ]
 
 
 def test_choices(lm, monkeypatch):
@@ -191,7 +215,10 @@ def test_choices(lm, monkeypatch):
         return score_tails(params, text, length, *rest, **options)
 
     monkeypatch.setattr(scoring, "score_tails", watch)
-    found = {a: harness.Adapter(lm, a).loglikelihood(instances("loglikelihood", *PAIRS)) for a in (False, True)}
+    found = {
+        a: harness.Adapter(lm, a).loglikelihood(instances("loglikelihood", *PAIRS))
+        for a in (False, True)
+    }
     assert read == [2, 2]
     for augment, answers in found.items():
         sums, greedy = lm.logprobs(*split(lm, PAIRS), augment)
@@ -203,9 +230,13 @@ def test_pause_tokens(lm):
     """They have a row in METHODS, and nothing here knows them: they are latents."""
     tokens = {"soft_tokens": np.asarray(lm.coprocessor.params["soft_tokens"])}
     paused = dataclasses.replace(lm.coprocessor, params=tokens, method="pause_tokens")
-    found = harness.Adapter(ld.AugmentedLM(lm.decoder, paused)).loglikelihood(instances("loglikelihood", *PAIRS))
+    found = harness.Adapter(ld.AugmentedLM(lm.decoder, paused)).loglikelihood(
+        instances("loglikelihood", *PAIRS)
+    )
     for augment in (False, True):
-        assert np.abs(np.array(found)[:, 0] - lm.logprobs(*split(lm, PAIRS), augment)[0]).min() > 1e-3
+        assert (
+            np.abs(np.array(found)[:, 0] - lm.logprobs(*split(lm, PAIRS), augment)[0]).min() > 1e-3
+        )
 
 
 def test_a_text_that_is_read(lm):
@@ -219,7 +250,8 @@ def test_a_text_that_is_read(lm):
             instances("loglikelihood_rolling", *[(t,) for t in texts])
         )
         assert found[augment, every] == lm.rolling_logprobs(texts, augment, every).tolist()
-    assert len({round(x[1], 3) for x in found.values()}) == 3  # the other is over before latents join again
+    # the other is over before latents join again
+    assert len({round(x[1], 3) for x in found.values()}) == 3
 
 
 def test_generation(lm):
@@ -240,10 +272,16 @@ def test_generation(lm):
         instances("generate_until", *[(p, options[1]) for p in prompts])
     )
     assert later == lm.generate(prompts, 5, every=3, delay=2) != lm.generate(prompts, 5)
-    drawn = instances("generate_until", ("rain", {"until": [], "do_sample": True, "max_gen_toks": 12, "top_k": 9}))
-    assert adapter.generate_until(drawn) == lm.generate(["rain"], 12, temperature=1.0, top_k=9, seed=[0], augment=False)
+    drawn = instances(
+        "generate_until", ("rain", {"until": [], "do_sample": True, "max_gen_toks": 12, "top_k": 9})
+    )
+    assert adapter.generate_until(drawn) == lm.generate(
+        ["rain"], 12, temperature=1.0, top_k=9, seed=[0], augment=False
+    )
     with pytest.raises(ld.UserError, match="num_beams"):
-        adapter.generate_until(instances("generate_until", ("rain", {"until": ["\n"], "num_beams": 4})))
+        adapter.generate_until(
+            instances("generate_until", ("rain", {"until": ["\n"], "num_beams": 4}))
+        )
 
 
 # The table of the published suite, on documents of the form that each task's data have.
@@ -260,12 +298,39 @@ DOCUMENTS = {  # by the last part of the data's name
         "answer": NOBODY,
         "validated_answers": {key: [value] for key, value in NOBODY.items()},
     },
-    "ai2_arc": {"question": "Zebra?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
-    "hendrycks_math": {"problem": "Zebra?", "solution": "It is $\\boxed{7}$.", "level": "1", "type": "zebras"},
-    "winogrande": {"sentence": "A zebra saw a horse as _ ran.", "option1": "zebra", "option2": "horse", "answer": "1"},
+    "ai2_arc": {
+        "question": "Zebra?",
+        "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+        "answerKey": "B",
+    },
+    "hendrycks_math": {
+        "problem": "Zebra?",
+        "solution": "It is $\\boxed{7}$.",
+        "level": "1",
+        "type": "zebras",
+    },
+    "winogrande": {
+        "sentence": "A zebra saw a horse as _ ran.",
+        "option1": "zebra",
+        "option2": "horse",
+        "answer": "1",
+    },
     "piqa": {"goal": "Zebra?", "sol1": "a", "sol2": "b", "label": 1},
-    "siqa": {"context": "Zebra.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"},
-    "hellaswag": {"ctx_a": "Zebra.", "ctx_b": "It", "activity_label": "Run", "endings": ["a", "b"], "label": "1"},
+    "siqa": {
+        "context": "Zebra.",
+        "question": "Why?",
+        "answerA": "a",
+        "answerB": "b",
+        "answerC": "c",
+        "label": "1",
+    },
+    "hellaswag": {
+        "ctx_a": "Zebra.",
+        "ctx_b": "It",
+        "activity_label": "Run",
+        "endings": ["a", "b"],
+        "label": "1",
+    },
     "super_glue": {"passage": "Zebra.", "question": "is it", "label": 1},
     "mbpp": {"task_id": 1, "text": "Zebra.", "code": "x = 1", "test_list": ["assert x"] * 3},
     "openai_humaneval": {"prompt": "def f():\n", "test": "assert f", "entry_point": "f"},
@@ -275,24 +340,35 @@ DOCUMENTS = {  # by the last part of the data's name
     "trivia_qa": {"question": "Zebra", "answer": {"aliases": ["a", "b"], "value": "a"}},
     "nq_open": {"question": "zebra", "answer": ["a", "b"]},
 }
-# What stands in a prompt as often as it has questions: the worked examples and the one that is asked.
+# What stands in a prompt as often as it has questions: the worked examples and the one that is
+# asked.
 MARKS = {
     **dict.fromkeys(("mmlu", "arc_easy", "arc_challenge", "piqa", "boolq", "triviaqa"), "Answer:"),
     **dict.fromkeys(("gsm8k", "bbh", "siqa", "nq"), "Q: "),
     **dict.fromkeys(("drop", "agieval"), "Zebra"),
-    **{"math": "Problem:", "hellaswag": "Run:", "mbpp": "[BEGIN]", "humaneval": "def f()", "winogrande": "zebra saw"},
+    **{
+        "math": "Problem:",
+        "hellaswag": "Run:",
+        "mbpp": "[BEGIN]",
+        "humaneval": "def f()",
+        "winogrande": "zebra saw",
+    },
 }
 
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """The data of the published tasks as they would come from the network; code that a model writes does not run."""
+    """The data of the published tasks as they would come from the network; code that a model writes
+    does not run.
+    """
 
     def load_dataset(path, name=None, **_):
         name = path.split("/")[-1]
         row = DOCUMENTS.get(name) or DOCUMENTS[name.split("-")[0].replace("agieval_", "agieval")]
         rows = datasets.Dataset.from_list([row | {"n": str(n)} for n in range(12)])
-        return datasets.DatasetDict({split: rows for split in ("train", "validation", "dev", "test")})
+        return datasets.DatasetDict(
+            {split: rows for split in ("train", "validation", "dev", "test")}
+        )
 
     class Metric:
         def compute(self, references, predictions, k):
@@ -311,7 +387,9 @@ def test_published_row(says, made_up, name):
     samples = harness.run_tasks(adapter, loaded, row["shots"], 2, unsafe_code=True)
     counted = [s for s in samples if s["filter"] == row.get("filter", "none")]
     assert {s["task"] for s in counted} == set(loaded["tasks"])
-    assert scores.summarize_scores(counted, row["metric"], name)["documents"] == 2 * len(loaded["tasks"])
+    assert scores.summarize_scores(counted, row["metric"], name)["documents"] == 2 * len(
+        loaded["tasks"]
+    )
     for sample in samples:
         prompt = sample["arguments"][0][0]
         assert prompt.count(MARKS[name]) == row["shots"] + 1, prompt
@@ -332,7 +410,9 @@ def test_published_rows_are_the_papers():
 
 
 def test_intervals():
-    """Wilson's interval is where the score test has p = 0.05; the ratio's error is that of a jackknife."""
+    """Wilson's interval is where the score test has p = 0.05; the ratio's error is that of a
+    jackknife.
+    """
     samples = [{"acc": float(n < 13), "metrics": ["acc"]} for n in range(40)]
     made, p, n = scores.summarize_scores(samples, "acc"), 13 / 40, 40
 
@@ -340,25 +420,37 @@ def test_intervals():
         return 100 * optimize.brentq(lambda q: (p - q) ** 2 - 1.96**2 * q * (1 - q) / n, low, high)
 
     assert (made["value"], made["unit"], made["documents"]) == (pytest.approx(32.5), "percent", 40)
-    assert (made["low"], made["high"]) == (pytest.approx(edge(1e-9, p)), pytest.approx(edge(p, 1 - 1e-9)))
-    assert made["stderr"] == pytest.approx(100 * np.std([1.0] * 13 + [0.0] * 27, ddof=1) / np.sqrt(40))
+    assert (made["low"], made["high"]) == (
+        pytest.approx(edge(1e-9, p)),
+        pytest.approx(edge(p, 1 - 1e-9)),
+    )
+    assert made["stderr"] == pytest.approx(
+        100 * np.std([1.0] * 13 + [0.0] * 27, ddof=1) / np.sqrt(40)
+    )
 
     draw = np.random.default_rng(0)
     size = draw.integers(800, 1200, 300)
     logprobs = -size * (0.7 + 0.1 * draw.standard_normal(300))
-    made = scores.summarize_scores([{"bits_per_byte": (a, b)} for a, b in zip(logprobs, size)], "bits_per_byte")
+    made = scores.summarize_scores(
+        [{"bits_per_byte": (a, b)} for a, b in zip(logprobs, size)], "bits_per_byte"
+    )
     bits = -logprobs / np.log(2)
     left_out = (bits.sum() - bits) / (size.sum() - size)
     jackknife = np.sqrt(299 / 300 * ((left_out - left_out.mean()) ** 2).sum())
     assert made["value"] == pytest.approx(bits.sum() / size.sum())
     assert made["stderr"] == pytest.approx(jackknife, rel=0.01)
-    assert (made["low"], made["high"]) == tuple(made["value"] + s * 1.96 * made["stderr"] for s in (-1, 1))
+    assert (made["low"], made["high"]) == tuple(
+        made["value"] + s * 1.96 * made["stderr"] for s in (-1, 1)
+    )
 
 
 @pytest.mark.parametrize("score, low, high", [(0.0, 0.0, 79.35), (1.0, 20.65, 100.0)])
 def test_one_document(score, low, high):
     made = scores.summarize_scores([{"acc": score, "metrics": ["acc"]}], "acc")
-    assert (made["low"], made["high"]) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
+    assert (made["low"], made["high"]) == (
+        pytest.approx(low, abs=0.01),
+        pytest.approx(high, abs=0.01),
+    )
     assert made["stderr"] is None
     read = scores.summarize_scores([{"bits_per_byte": (-8.0, 4)}], "bits_per_byte")
     assert read["low"] is read["stderr"] is None and "2.89" in scores.format_rows([ROW | read])
@@ -372,12 +464,16 @@ ROW = {"benchmark": "b", "model": "decoder", "shots": 0, "every": 0, "delay": 0}
 
 @pytest.fixture
 def call(trained, tasks, tmp_path, capsys):
-    """call(benchmarks, model, ...) -> the error; or benchmarks.json, and each "BENCHMARK, MODEL" that was measured."""
+    """call(benchmarks, model, ...) -> the error; or benchmarks.json, and each "BENCHMARK, MODEL"
+    that was measured.
+    """
 
     def run(benchmarks, model="decoder", **flags):
         flags = {"workdir": trained, "tasks": tasks, "batch_size": 4} | flags
         capsys.readouterr()
-        error = run_command("benchmark", benchmarks=benchmarks, model=model, out=tmp_path / "out", **flags)
+        error = run_command(
+            "benchmark", benchmarks=benchmarks, model=model, out=tmp_path / "out", **flags
+        )
         if error:
             return error
         written = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
@@ -390,10 +486,14 @@ def call(trained, tasks, tmp_path, capsys):
 
 
 def test_rows_and_resume(call, tmp_path):
-    """Latents are in the rows that name them; a row that is there is not made again; samples stand beside."""
+    """Latents are in the rows that name them; a row that is there is not made again; samples stand
+    beside.
+    """
     first, measured = call("syllogism")
     assert measured == ["syllogism, decoder"]
-    found, measured = call("syllogism, chain_sum,held_out_text", "decoder,augmented", every=4, delay=2)
+    found, measured = call(
+        "syllogism, chain_sum,held_out_text", "decoder,augmented", every=4, delay=2
+    )
     assert measured == [
         "syllogism, augmented",
         "chain_sum, decoder",
@@ -403,7 +503,14 @@ def test_rows_and_resume(call, tmp_path):
     ]
     assert found["rows"][0] == first["rows"][0]
     settings = [(row["every"], row["delay"], row["shots"], row["cot"]) for row in found["rows"]]
-    assert settings == [(0, 0, 4, ""), (0, 0, 4, ""), (0, 0, 4, ""), (4, 2, 4, ""), (0, 0, 0, ""), (4, 0, 0, "")]
+    assert settings == [
+        (0, 0, 4, ""),
+        (0, 0, 4, ""),
+        (0, 0, 4, ""),
+        (4, 2, 4, ""),
+        (0, 0, 0, ""),
+        (4, 0, 0, ""),
+    ]
     assert found["step"] == 4 and found["config"]["method"]["num_latents"] == 2
     assert all(row["provenance"]["versions"]["lm_eval"] for row in found["rows"])
     assert call("chain_sum,syllogism", "decoder,augmented", every=4, delay=2) == (found, [])
@@ -428,12 +535,17 @@ def test_a_quick_look_gives_way_to_more_documents(call):
 def test_samples_are_what_the_model_says(call, trained, decoder_folder, tmp_path):
     call("syllogism", "decoder,augmented")
     lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
-    shown = [f"Question: {r['question']}\nAnswer: {r['choices'][r['gold']]}" for r in ROWS["syllogism"]["train"]]
+    shown = [
+        f"Question: {r['question']}\nAnswer: {r['choices'][r['gold']]}"
+        for r in ROWS["syllogism"]["train"]
+    ]
     asked = [f"Question: {r['question']}\nAnswer:" for r in ROWS["syllogism"]["test"][:2]]
     prompts = ["\n\n".join([*shown, question]) for question in asked]
     answers = split(lm, [(prompt, answer) for prompt in prompts for answer in (" Yes", " No")])
     for model in ("decoder", "augmented"):
-        lines = (tmp_path / "out" / "samples" / f"syllogism.{model}.jsonl").read_text().splitlines()[:2]
+        lines = (
+            (tmp_path / "out" / "samples" / f"syllogism.{model}.jsonl").read_text().splitlines()[:2]
+        )
         expected = lm.logprobs(*answers, augment=model == "augmented", batch_size=4)[0]
         found = [float(r[0][0]) for line in lines for r in json.loads(line)["resps"]]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -443,8 +555,12 @@ def test_rows_made_in_another_way_are_refused(call, trained, tmp_path):
     """Other settings, problems or words; another checkpoint, decoder or training."""
     other, table = tmp_path / "other", tmp_path / "table.py"
     other.mkdir()
-    make_tasks.write_task(other, "syllogism", ROWS["syllogism"] | {"test": ROWS["syllogism"]["test"][:3]})
-    table.write_text((ROOT / "configs" / "benchmarks.py").read_text().replace("COT = ", "COT = 'Well. ' + "))
+    make_tasks.write_task(
+        other, "syllogism", ROWS["syllogism"] | {"test": ROWS["syllogism"]["test"][:3]}
+    )
+    table.write_text(
+        (ROOT / "configs" / "benchmarks.py").read_text().replace("COT = ", "COT = 'Well. ' + ")
+    )
     written, _ = call("syllogism")
     call("chain_sum", "zero_shot_cot", limit=2)
     assert "another limit" in call("syllogism", limit=2)
@@ -479,7 +595,11 @@ def test_a_row_that_another_call_makes_meanwhile(call, monkeypatch):
     [
         ("syllogism", "{", "syllogism.test.jsonl"),
         ("chain_sum", None, "chain_sum.test.jsonl"),  # no such file
-        ("syllogism", '{"question": "a", "choices": ["b", "c"], "gold": "no number"}', "syllogism.yaml"),
+        (
+            "syllogism",
+            '{"question": "a", "choices": ["b", "c"], "gold": "no number"}',
+            "syllogism.yaml",
+        ),
         ("chain_sum", '{"answer": "3", "text": "a"}', "chain_sum.yaml"),
         ("held_out_text", "", "held_out_text.yaml"),  # an empty file
     ],
@@ -502,7 +622,10 @@ MISTAKES = {
     "model": (dict(model="decoder,best"), "--model=decoder,best"),
     "no model": (dict(model=","), "--model=,"),
     "table": (dict(table="none.py"), "--table=none.py"),
-    "tasks": (dict(tasks="nowhere"), "nowhere/syllogism.yaml: no such file; `python -m tools.make_tasks"),
+    "tasks": (
+        dict(tasks="nowhere"),
+        "nowhere/syllogism.yaml: no such file; `python -m tools.make_tasks",
+    ),
     "delay": (dict(every=2, delay=2), "delay=2"),
     "batch": (dict(batch_size=0), "--batch_size=0"),
     "limit": (dict(limit=0), "--limit=0"),
@@ -542,5 +665,7 @@ def test_without_the_network(monkeypatch):
         raise ConnectionError("Couldn't reach\n'allenai/ai2_arc' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ld.UserError, match="arc_easy: .*Couldn't reach 'allenai.* HF_HUB_OFFLINE=1"):
+    with pytest.raises(
+        ld.UserError, match="arc_easy: .*Couldn't reach 'allenai.* HF_HUB_OFFLINE=1"
+    ):
         harness.load_public_task("arc_easy")

@@ -1,4 +1,6 @@
-"""How every command reads its line and ends: with an exit code, and one line where it cannot go on."""
+"""How every command reads its line and ends: with an exit code, and one line where it cannot go
+on.
+"""
 
 import contextlib
 import errno
@@ -39,7 +41,9 @@ def command(command_line):
 
 @pytest.fixture
 def parsed(command, config_file):
-    """parsed(*arguments, **options) -> the values of a command with a config file, and with these options."""
+    """parsed(*arguments, **options) -> the values of a command with a config file, and with these
+    options.
+    """
 
     def run(*arguments, **options):
         found = []
@@ -83,9 +87,16 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
         prompt=("", ""),
     )
     config = values.config
-    assert (config.decoder.path, config.method.start) == ("/home/me/decoder", "/home/me/run/checkpoints/1")
+    assert (config.decoder.path, config.method.start) == (
+        "/home/me/decoder",
+        "/home/me/run/checkpoints/1",
+    )
     assert config.data.sources == ("files:/home/me/a/*.txt", "lines:/home/me/b", "files:a~/~")
-    assert (config.data.token_files, values.workdir, values.prompt) == ("/home/me", "/home/me/run", "~/bin is")
+    assert (config.data.token_files, values.workdir, values.prompt) == (
+        "/home/me",
+        "/home/me/run",
+        "~/bin is",
+    )
     found = []
     command(found.append, "~/a", "b", folders=(FOLDERS, ""))
     assert found[0].folders == ["/home/me/a", "b"]
@@ -116,19 +127,29 @@ def test_a_store_that_does_not_answer_has_an_exit_code_of_its_own(command, capsy
 @pytest.mark.parametrize(
     "error, words",
     [
-        (OSError(errno.ENOSPC, "No space left on device"), ["No space left", "writing to --out=OUT"]),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            ["No space left", "writing to --out=OUT"],
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), ["a/b: No space left"]),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a/b"), ["a/b: is a folder"]),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), ["Broken pipe", "writing to --out=OUT"]),
         (
-            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1941357084896 bytes."),
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 1941357084896 bytes."
+            ),
             ["out of device memory", "1,808.0 GiB"],
         ),
         (
-            jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 1073741824 bytes."),
+            jax.errors.JaxRuntimeError(
+                "INTERNAL: Error dispatching: Out of memory allocating 1073741824 bytes."
+            ),
             ["out of device memory", "1.0 GiB"],
         ),
-        (OSError("HTTPSConnectionPool: Max retries exceeded"), ["HTTPSConnectionPool", "Max retries"]),
+        (
+            OSError("HTTPSConnectionPool: Max retries exceeded"),
+            ["HTTPSConnectionPool", "Max retries"],
+        ),
         (MemoryError("Unable to allocate 9 GiB"), ["out of memory", "9 GiB"]),
     ],
 )
@@ -187,7 +208,9 @@ def test_text_that_the_terminal_cannot_show(command):
     assert written.getvalue() == rb"d\xe9j\xe0 vu" + b"\n"
 
 
-def test_what_libraries_warn_of_is_told_but_for_what_they_say_of_every_run(command, monkeypatch, capsys):
+def test_what_libraries_warn_of_is_told_but_for_what_they_say_of_every_run(
+    command, monkeypatch, capsys
+):
     def main(values):
         absl, error = logging.getLogger("absl"), logging.ERROR
         absl.warning("Requested `tracked_metric` is not there")
@@ -196,7 +219,8 @@ def test_what_libraries_warn_of_is_told_but_for_what_they_say_of_every_run(comma
         absl.warning("%d", "a library's own mistake, which logging tells of")
         logging.getLogger("orbax").warning("the store is slow")
 
-    for handlers in ([], [logging.StreamHandler()]):  # some library may have made one as it was imported
+    # some library may have made one as it was imported
+    for handlers in ([], [logging.StreamHandler()]):
         monkeypatch.setattr(logging.root, "handlers", handlers)
         assert command(main) is None
         said = capsys.readouterr().err
@@ -234,7 +258,9 @@ commands.run(main, "")
 
 def test_ctrl_c_leaves_without_the_clean_up_at_exit():
     """In which jax crashes now and then, after a compile that was interrupted."""
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

@@ -1,4 +1,6 @@
-"""Perplexity n tokens ahead: equal to a naive sum over the Python interface, however it is batched and sharded."""
+"""Perplexity n tokens ahead: equal to a naive sum over the Python interface, however it is batched
+and sharded.
+"""
 
 import contextlib
 import io
@@ -23,7 +25,15 @@ from latent_delib.measure import perplexity, values, views
 from latent_delib.measure.text import read_validation_text
 
 A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
-KEYS = ["n", "tokens", "decoder_ppl", "augmented_ppl", "change_percent", "change_low", "change_high"]
+KEYS = [
+    "n",
+    "tokens",
+    "decoder_ppl",
+    "augmented_ppl",
+    "change_percent",
+    "change_low",
+    "change_high",
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,9 @@ def cut(documents, length, bos=2):
 
 
 def ahead_logprobs(lm, pieces):
-    """Log-probabilities of the next A tokens after every token, without latents and with: float32 [pieces, MAX, A]."""
+    """Log-probabilities of the next A tokens after every token, without latents and with: float32
+    [pieces, MAX, A].
+    """
     text = np.zeros((len(pieces), MAX + A), np.int32)
     for row, piece in zip(text, pieces):
         row[: len(piece)] = piece
@@ -72,8 +84,13 @@ def pooled(logprobs, pieces, chosen):
     """The table from log-probabilities after the chosen tokens of each piece."""
     rows = []
     for n in range(1, A + 1):
-        counted = [(b, t) for b, piece in enumerate(pieces) for t in chosen[b] if t < len(piece) - n]
-        plain, ours = (np.exp(-np.mean([x[b, t, n - 1] for b, t in counted], dtype=np.float64)) for x in logprobs)
+        counted = [
+            (b, t) for b, piece in enumerate(pieces) for t in chosen[b] if t < len(piece) - n
+        ]
+        plain, ours = (
+            np.exp(-np.mean([x[b, t, n - 1] for b, t in counted], dtype=np.float64))
+            for x in logprobs
+        )
         rows.append([n, len(counted), plain, ours, 100 * (ours / plain - 1)])
     return rows
 
@@ -103,12 +120,32 @@ def test_a_checkpoint(make_config, trained, evaluated, logprobs, documents, piec
     assert result["rows"][0]["tokens"] == sum(map(len, documents)) and len(pieces) > len(documents)
     assert abs(result["rows"][0]["change_percent"]) > 0.1  # latents do something
 
-    assert sorted(path.name for path in out.iterdir()) == ["documents.npz", "perplexity.json", "perplexity.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "documents.npz",
+        "perplexity.json",
+        "perplexity.png",
+    ]
     assert json.loads((out / "perplexity.json").read_text()) == result
     assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG\r\n")
-    keys = {"rows", "sets", "documents", "pieces", "config", "checkpoint", "step", "fingerprint", "text", "provenance"}
+    keys = {
+        "rows",
+        "sets",
+        "documents",
+        "pieces",
+        "config",
+        "checkpoint",
+        "step",
+        "fingerprint",
+        "text",
+        "provenance",
+    }
     keys |= {"num_works", "interval_over", "past_donors", "draws"}
-    assert set(result) == keys and set(result["provenance"]) == {"command", "date", "hardware", "versions"}
+    assert set(result) == keys and set(result["provenance"]) == {
+        "command",
+        "date",
+        "hardware",
+        "versions",
+    }
     assert result["pieces"] == len(pieces)
     assert (result["checkpoint"], result["step"]) == (str(trained / "checkpoints" / "4"), 4)
     assert result["fingerprint"] == lm.decoder.fingerprint
@@ -118,7 +155,9 @@ def test_what_is_printed(make_config, evaluated, pieces):
     result, _, printed = evaluated
     heading, *table, head, first, second = printed.splitlines()[-8:]
     assert heading.endswith(f"{len(pieces)} pieces of 12 documents of 2 works")
-    assert [line.split()[0] for line in table] == ["n", "1", "2", "4"] and table[0].endswith("interval over works")
+    assert [line.split()[0] for line in table] == ["n", "1", "2", "4"] and table[0].endswith(
+        "interval over works"
+    )
     row = result["rows"][0]
     assert table[1].split()[3] == f"{row['augmented_ppl']:.4f}"
     assert table[1].endswith(f"[{row['change_low']:+.2f}, {row['change_high']:+.2f}]")
@@ -127,7 +166,10 @@ def test_what_is_printed(make_config, evaluated, pieces):
     for line, (name, work) in zip((first, second), works.items(), strict=True):
         assert work["documents"] == 6 and work["interval_over"] == "documents of one work"
         label, change = line.split("documents")
-        assert label == f"  {name}, 6 " and change.split()[0] == f"{work['rows'][0]['change_percent']:+.2f}%"
+        assert (
+            label == f"  {name}, 6 "
+            and change.split()[0] == f"{work['rows'][0]['change_percent']:+.2f}%"
+        )
     assert sum(work["rows"][0]["tokens"] for work in works.values()) == row["tokens"]
 
 
@@ -152,8 +194,12 @@ def test_sums_of_each_document(make_config, evaluated, logprobs, documents, piec
 
 def add_up(exp, params, ahead=None):
     """Adds up the validation text on the mesh; `ahead` stands for the step of that name."""
-    sharded = jax.device_put(params, mesh_lib.parameters(exp.mesh, params, param_axes(exp.aug.method)))
-    sides = values.sides_of({"decoder": sharded["decoder"]}, {"coprocessor": sharded["coprocessor"]})
+    sharded = jax.device_put(
+        params, mesh_lib.parameters(exp.mesh, params, param_axes(exp.aug.method))
+    )
+    sides = values.sides_of(
+        {"decoder": sharded["decoder"]}, {"coprocessor": sharded["coprocessor"]}
+    )
     steps = values.jit_steps(exp)
     if ahead is not None:
         steps = steps._replace(ahead=ahead(steps.ahead))
@@ -165,13 +211,17 @@ def add_up(exp, params, ahead=None):
     assert max(map(len, batches)) <= exp.config.evaluate.batch_size
     for numbers in batches:
         cases = [view(number) for number in numbers]
-        perplexity.add_up(exp, sums, text.document[numbers], cases, values.values_of(exp, steps, sides, cases))
+        perplexity.add_up(
+            exp, sums, text.document[numbers], cases, values.values_of(exp, steps, sides, cases)
+        )
     return perplexity.table(sums, text.work, 0)
 
 
 @pytest.mark.parametrize("batch_size, positions", [(8, 8), (16, 2)])
 def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions):
-    """Their values are those of a naive sum, for both sides, however they are batched; no others are computed."""
+    """Their values are those of a naive sum, for both sides, however they are batched; no others
+    are computed.
+    """
     computed = []
 
     def counting(ahead):
@@ -182,7 +232,11 @@ def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions
         return call
 
     changes = {"evaluate.max_positions": 3, "evaluate.seed": 7, "evaluate.batch_size": batch_size}
-    rows = add_up(experiment.read(make_config(changes | {"evaluate.positions": positions})), lm.params, counting)
+    rows = add_up(
+        experiment.read(make_config(changes | {"evaluate.positions": positions})),
+        lm.params,
+        counting,
+    )
     chosen = [views.positions(7, i, len(piece), 3, MAX) for i, piece in enumerate(pieces)]
     assert_same(rows, pooled(logprobs, pieces, chosen))
     assert max(at.shape[1] for at in computed) == min(positions, 3)
@@ -191,22 +245,34 @@ def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions
 
 
 @pytest.mark.parametrize("method", ["cache_augmentation", "decoder"])
-def test_a_longer_prompt_for_the_decoder_alone(make_config, trained, lm, logprobs, pieces, tmp_path, method):
-    """The first tokens of each piece are lost to the evaluated model; both are asked for the same tokens."""
+def test_a_longer_prompt_for_the_decoder_alone(
+    make_config, trained, lm, logprobs, pieces, tmp_path, method
+):
+    """The first tokens of each piece are lost to the evaluated model; both are asked for the same
+    tokens.
+    """
     lost = 5
     plain = logprobs[0]
-    ours = ahead_logprobs(lm, [piece[:1] + piece[1 + lost :] for piece in pieces])[method != "decoder"]
+    ours = ahead_logprobs(lm, [piece[:1] + piece[1 + lost :] for piece in pieces])[
+        method != "decoder"
+    ]
     changes = {"method.name": method, "evaluate.longer_prompt": lost}
     workdir = trained if method != "decoder" else tmp_path / "none"
     rows = evaluate.evaluate(make_config(changes), str(workdir), str(tmp_path / "out"))["rows"]
     for n, row in enumerate(rows, start=1):
         counted = [(b, t) for b, piece in enumerate(pieces) for t in range(lost, len(piece) - n)]
-        nll = [np.mean([-x[b, t - shift, n - 1] for b, t in counted]) for x, shift in ((plain, 0), (ours, lost))]
+        nll = [
+            np.mean([-x[b, t - shift, n - 1] for b, t in counted])
+            for x, shift in ((plain, 0), (ours, lost))
+        ]
         assert row["tokens"] == len(counted)
-        np.testing.assert_allclose([row["decoder_ppl"], row["augmented_ppl"]], np.exp(nll), rtol=1e-6)
+        np.testing.assert_allclose(
+            [row["decoder_ppl"], row["augmented_ppl"]], np.exp(nll), rtol=1e-6
+        )
 
 
-# batch_size, positions, devices along data, fsdp, traces and tensor. The other tests split rows over eight devices.
+# batch_size, positions, devices along data, fsdp, traces and tensor. The other tests split rows
+# over eight devices.
 SPLITS = {
     "widths, traces and heads": (4, 6, (1, 2, 2, 2)),
     "one device": (5, 7, (1, 1, 1, 1)),
@@ -240,7 +306,10 @@ def test_the_decoder_needs_no_checkpoint(make_config, logprobs, pieces, tmp_path
     plain = (logprobs[0], logprobs[0])
     assert_same(result["rows"], pooled(plain, pieces, everywhere(pieces)))
     assert result["checkpoint"] is None and not (tmp_path / "no job").exists()
-    assert all(row["change_percent"] == 0 and row["augmented_ppl"] == row["decoder_ppl"] for row in result["rows"])
+    assert all(
+        row["change_percent"] == 0 and row["augmented_ppl"] == row["decoder_ppl"]
+        for row in result["rows"]
+    )
 
 
 def test_programs_are_shared(make_config):
@@ -270,7 +339,9 @@ def test_mistakes(make_config, trained, make_decoder, tmp_path):
 
 
 def test_a_tokenizer_that_was_exchanged(make_config, trained, decoder_folder, tmp_path):
-    """By one with a field more, which SentencePiece does not know; the decoder's weights are the same."""
+    """By one with a field more, which SentencePiece does not know; the decoder's weights are the
+    same.
+    """
     other = shutil.copytree(decoder_folder, tmp_path / "other")
     (model := other / "tokenizer.model").write_bytes(model.read_bytes() + b"\xc2\x3e\x01a")
     config = make_config({"decoder.path": str(other), "data.token_files": ""})

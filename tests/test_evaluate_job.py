@@ -1,4 +1,6 @@
-"""Evaluation as a job: killed and continued bit for bit, over many checkpoints, beside a training."""
+"""Evaluation as a job: killed and continued bit for bit, over many checkpoints, beside a
+training.
+"""
 
 import json
 import shutil
@@ -23,7 +25,8 @@ class Killed(Exception):
 class Batches:
     """Counts the batches that are added up.
 
-    kill_after: the job ends once so many more are added up and saved. meanwhile: called before each is added up.
+    kill_after: the job ends once so many more are added up and saved. meanwhile: called before each
+    is added up.
     """
 
     def __init__(self):
@@ -79,30 +82,48 @@ def assert_same(folder, expected):
     with np.load(folder / "documents.npz") as one, np.load(expected / "documents.npz") as other:
         for name in (*perplexity.Sums._fields, "source", "sources", "work", "works"):
             np.testing.assert_array_equal(one[name], other[name])
-    found, known = (json.loads((where / "perplexity.json").read_text()) for where in (folder, expected))
+    found, known = (
+        json.loads((where / "perplexity.json").read_text()) for where in (folder, expected)
+    )
     for key in ("rows", "sets", "step", "pieces", "documents", "fingerprint"):
         assert found[key] == known[key]
-    assert {path.name for path in folder.iterdir()} >= {"documents.npz", "perplexity.json", "perplexity.png"}
-    assert not [path for path in folder.iterdir() if "partial" in path.name or path.name.endswith(".tmp")]
+    assert {path.name for path in folder.iterdir()} >= {
+        "documents.npz",
+        "perplexity.json",
+        "perplexity.png",
+    }
+    assert not [
+        path for path in folder.iterdir() if "partial" in path.name or path.name.endswith(".tmp")
+    ]
 
 
 def test_how_it_was_trained_is_told_by_the_checkpoint(make_config, trained, tmp_path):
-    """Not by the config of the evaluation, which may be another in what evaluating takes no notice of."""
+    """Not by the config of the evaluation, which may be another in what evaluating takes no notice
+    of.
+    """
     other = {"seed": 7, "method.num_ahead": 2, "method.max_delay": 1, "optimizer.clip_norm": 2.0}
     result = evaluate.evaluate(make_config(other), str(trained), str(tmp_path))["config"]
-    assert (result["seed"], result["method"]["num_ahead"], result["method"]["max_delay"]) == (0, 3, 0)
+    assert (result["seed"], result["method"]["num_ahead"], result["method"]["max_delay"]) == (
+        0,
+        3,
+        0,
+    )
     assert result["optimizer"]["clip_norm"] == 1.0
 
 
 def test_evaluated_checkpoints_may_be_removed(make_config, evaluated, tmp_path):
-    """All are evaluated, so nothing is left to do; without evaluations it is a workdir that was not trained."""
+    """All are evaluated, so nothing is left to do; without evaluations it is a workdir that was not
+    trained.
+    """
     evaluate.evaluate_many(make_config(), str(evaluated), str(evaluated))
     with pytest.raises(ld.UserError, match="holds no checkpoints"):
         evaluate.evaluate_many(make_config(), str(evaluated), str(tmp_path / "other"))
 
 
 def test_killed_and_continued(make_config, trained, alone, batches, tmp_path, capsys):
-    """Also what another evaluation left in its place, or what is damaged: that is told of, and not used."""
+    """Also what another evaluation left in its place, or what is damaged: that is told of, and not
+    used.
+    """
     config, out = make_config(), tmp_path / "out"
     for _ in range(2):  # each time one batch more is done, and saved
         batches.kill_after = 1
@@ -119,7 +140,12 @@ def test_killed_and_continued(make_config, trained, alone, batches, tmp_path, ca
 
     others = {
         "another checkpoint": (content, {}, 2, "of another config, checkpoint"),
-        "another config": (content, {"optimizer.clip_norm": 2.0}, 4, "of another config, checkpoint"),
+        "another config": (
+            content,
+            {"optimizer.clip_norm": 2.0},
+            4,
+            "of another config, checkpoint",
+        ),
         "damaged": (content[:-100], {}, 4, "damaged"),
     }
     for name, (found, changes, step, problem) in others.items():
@@ -128,7 +154,10 @@ def test_killed_and_continued(make_config, trained, alone, batches, tmp_path, ca
         (folder / "partial.npz").write_bytes(found)
         evaluate.evaluate(make_config(changes), str(trained), str(folder), step)
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"warning: {folder / 'partial.npz'} is {problem}") and "begins anew" in line
+        assert (
+            line.startswith(f"warning: {folder / 'partial.npz'} is {problem}")
+            and "begins anew" in line
+        )
         assert_same(folder, alone[step])
 
 
@@ -165,7 +194,8 @@ def test_one_curve_shows_one_thing(make_config, trained, evaluated):
 
     folder = evaluated / "evaluations"
     refused("max_pieces is 0", {"evaluate.max_pieces": 3})
-    shutil.rmtree(folder / "4")  # what is asked for is not there, but what would share a curve with it
+    # what is asked for is not there, but what would share a curve with it
+    shutil.rmtree(folder / "4")
     refused("max_pieces is 0", {"evaluate.max_pieces": 3}, [4])
 
     file = folder / "2" / "perplexity.json"
@@ -176,11 +206,14 @@ def test_one_curve_shows_one_thing(make_config, trained, evaluated):
 
     config = json.loads(file.read_text())["config"]
     config["evaluate"]["max_positions"] = 3
-    change(file, {"text": text, "config": config, "draws": None, "step": None})  # as older versions wrote it
+    # as older versions wrote it
+    change(file, {"text": text, "config": config, "draws": None, "step": None})
     refused("draws of version 1", {"evaluate.max_positions": 3})
 
 
-def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alone, batches, tmp_path, capsys):
+def test_what_cannot_be_read_does_not_stop_the_others(
+    make_config, trained, alone, batches, tmp_path, capsys
+):
     """Checkpoint 1 is damaged, and 3 is removed while 2 is evaluated."""
     workdir, checkpoints = tmp_path / "workdir", tmp_path / "workdir" / "checkpoints"
     shutil.copytree(trained, workdir)
@@ -193,7 +226,10 @@ def test_what_cannot_be_read_does_not_stop_the_others(make_config, trained, alon
         evaluate.evaluate_many(make_config(), str(workdir), str(workdir))
     damaged, gone = capsys.readouterr().err.splitlines()
     assert damaged.startswith("warning: checkpoint 1 is not evaluated: ") and "damaged" in damaged
-    assert gone.startswith("warning: checkpoint 3 is not evaluated: ") and "no checkpoint of step 3" in gone
+    assert (
+        gone.startswith("warning: checkpoint 3 is not evaluated: ")
+        and "no checkpoint of step 3" in gone
+    )
     for step, expected in alone.items():
         assert_same(workdir / "evaluations" / str(step), expected)
     with pytest.raises(ld.UserError, match=r"--steps: .* step 3; there are \[1, 2, 4\]"):
@@ -223,7 +259,9 @@ def test_beside_a_training(trained, alone, tmp_path, capsys):
 
 def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp_path, capsys):
     with pytest.raises(ld.UserError, match="--watch: .*none: no such folder"):
-        evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"), patience=86400.0)
+        evaluate.evaluate_many(
+            make_config(), str(tmp_path / "none"), str(tmp_path / "out"), patience=86400.0
+        )
     (begun := tmp_path / "begun").mkdir()
     since = time.monotonic()
     with pytest.raises(ld.UserError, match="begun in 0.5 s"):
@@ -234,7 +272,9 @@ def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp
     evaluate.evaluate_many(make_config(), str(begun), str(evaluated), patience=0.0)
     assert capsys.readouterr().out == "no new checkpoint for 0 s\n"
     with pytest.raises(ld.UserError, match="method.num_latents is 2"):
-        evaluate.evaluate_many(make_config({"method.num_latents": 3}), str(trained), str(tmp_path), patience=3600.0)
+        evaluate.evaluate_many(
+            make_config({"method.num_latents": 3}), str(trained), str(tmp_path), patience=3600.0
+        )
     with pytest.raises(ld.UserError, match="holds no checkpoints"):
         evaluate.evaluate_many(make_config(), str(tmp_path / "none"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -252,7 +292,15 @@ def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp
 )
 def test_flags(flags, message):
     with pytest.raises(ld.UserError, match=message):
-        given = {"config": None, "workdir": "", "out": "", "step": None, "steps": "", "watch": False, "patience": 1.0}
+        given = {
+            "config": None,
+            "workdir": "",
+            "out": "",
+            "step": None,
+            "steps": "",
+            "watch": False,
+            "patience": 1.0,
+        }
         evaluate.main(SimpleNamespace(**given | flags))
 
 
@@ -270,15 +318,20 @@ commands.run(evaluate.main, "", config=(CONFIG, ""), workdir=(REQUIRED, ""), out
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_real_kill(config_file, trained, tmp_path, count):
-    """SIGKILL while partial sums are written, of one process and of one of two; the same command ends with the bits
-    of an undisturbed run."""
+    """SIGKILL while partial sums are written, of one process and of one of two; the same command
+    ends with the bits of an undisturbed run.
+    """
     config, devices = config_file({"evaluate.positions": 4}), 8 // count
     command = ("-c", CHILD, f"--config={config}", f"--workdir={trained}", "--watch")
-    with Job(count, devices, tmp_path / "whole", *command, f"--out={tmp_path / 'undisturbed'}") as job:
+    with Job(
+        count, devices, tmp_path / "whole", *command, f"--out={tmp_path / 'undisturbed'}"
+    ) as job:
         assert job.wait() == [0] * count, job.said(0)
     out = tmp_path / "out" / "evaluations"
     for step in (2, 4):
-        with Job(count, devices, tmp_path / f"killed {step}", *command, f"--out={tmp_path / 'out'}") as job:
+        with Job(
+            count, devices, tmp_path / f"killed {step}", *command, f"--out={tmp_path / 'out'}"
+        ) as job:
             while not (out / str(step) / "partial.npz").exists():
                 assert all(process.poll() is None for process in job.processes), job.said(0)
                 time.sleep(0.001)
@@ -287,7 +340,9 @@ def test_a_real_kill(config_file, trained, tmp_path, count):
         assert not (out / str(step) / "perplexity.json").exists()
     with Job(count, devices, tmp_path / "continued", *command, f"--out={tmp_path / 'out'}") as job:
         assert job.wait() == [0] * count, job.said(0)
-        assert "step 4 was the last" in job.said(0) and "step 4 was the last" not in job.said(count - 1) * (count - 1)
+        assert "step 4 was the last" in job.said(0) and "step 4 was the last" not in job.said(
+            count - 1
+        ) * (count - 1)
     for step in (2, 4):
         assert_same(out / str(step), tmp_path / "undisturbed" / "evaluations" / str(step))
 
@@ -301,12 +356,21 @@ def test_on_gs(config_file, tmp_path):
     config, workdir = config_file(), "gs://bucket/some/run"
     with running(tmp_path) as server:
         for command in (("train",), ("evaluate", "--steps=2"), ("evaluate", "--watch")):
-            module = (f"latent_delib.{command[0]}", f"--config={config}", f"--workdir={workdir}", *command[1:])
+            module = (
+                f"latent_delib.{command[0]}",
+                f"--config={config}",
+                f"--workdir={workdir}",
+                *command[1:],
+            )
             with Job(1, 8, tmp_path / command[-1], "-m", *module, **server.environment) as job:
                 assert job.wait() == [0], job.said(0)
         assert job.said(0).splitlines()[-1] == "step 4 was the last"
         prefix = "bucket/some/run/evaluations/"
-        files = {name.removeprefix(prefix) for name in server.objects if name.startswith(prefix) and name[-1] != "/"}
+        files = {
+            name.removeprefix(prefix)
+            for name in server.objects
+            if name.startswith(prefix) and name[-1] != "/"
+        }
     each = ("documents.npz", "perplexity.json", "perplexity.png")
     assert files == {"curves.png", *(f"{step}/{name}" for step in (2, 4) for name in each)}
 
@@ -327,7 +391,14 @@ evaluate.read_checkpoint = denied_to_one
 def test_an_error_of_the_disk_of_one_process_ends_all(config_file, trained, tmp_path):
     """It must not skip the checkpoint: the others evaluate it, and would wait for its share."""
     child = CHILD.replace("commands.run", f"{DENIED}commands.run", 1)
-    command = ("-c", child, f"--config={config_file({})}", f"--workdir={trained}", f"--out={tmp_path}", "--steps=all")
+    command = (
+        "-c",
+        child,
+        f"--config={config_file({})}",
+        f"--workdir={trained}",
+        f"--out={tmp_path}",
+        "--steps=all",
+    )
     with Job(2, 4, tmp_path / "said", *command) as job:
         assert job.wait() == [1, 1], job.said(0)
         assert "Permission denied" in job.said(1)

@@ -1,4 +1,6 @@
-"""Runs what is shown to be run: the README's block of Python as pasted, and the notebook under examples/."""
+"""Runs what is shown to be run: the README's block of Python as pasted, and the notebook under
+examples/.
+"""
 
 import json
 import os
@@ -15,13 +17,17 @@ RUN = "import sys, run, test_examples; test_examples.check(run.main(sys.argv[1])
 
 
 def test_the_block_of_the_readme_runs_as_pasted(tmp_path, monkeypatch, capsys):
-    """A coprocessor of the packaged decoder, untrained, stands where the quickstart would have left one."""
+    """A coprocessor of the packaged decoder, untrained, stands where the quickstart would have left
+    one.
+    """
     import latent_delib as ld
     from latent_delib.weights import coprocessor as exported
 
     decoder = ld.load_decoder("packaged")
     begun = ld.init_coprocessor(decoder, num_latents=2, placement="overlay")
-    fields = {key: getattr(begun, key) for key in ("method", "num_latents", "placement", "fingerprint")}
+    fields = {
+        key: getattr(begun, key) for key in ("method", "num_latents", "placement", "fingerprint")
+    }
     monkeypatch.chdir(tmp_path)
     exported.save(Path("runs/quickstart"), fields | {"step": 180}, decoder.config, begun.params)
 
@@ -43,7 +49,10 @@ def test_the_notebook_lies_as_it_was_run(notebook):
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     assert TOUR.stat().st_size < 300_000
-    assert TOUR.read_text(encoding="utf-8") == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    assert (
+        TOUR.read_text(encoding="utf-8")
+        == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    )
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert all(cell["outputs"] for cell in code[1:])
@@ -56,14 +65,18 @@ def test_the_notebook_shows_what_it_says(notebook, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "examples", ROOT / "tests")))
     out = tmp_path / "tour.ipynb"
-    done = subprocess.run([sys.executable, "-c", RUN, out], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, out], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert kinds(json.loads(out.read_text(encoding="utf-8"))) == kinds(notebook)
 
 
 def kinds(notebook):
     """Returns the kinds of all outputs, in order."""
-    return [output["output_type"] for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return [
+        output["output_type"] for cell in notebook["cells"] for output in cell.get("outputs", [])
+    ]
 
 
 def check(tour):
@@ -72,7 +85,8 @@ def check(tour):
     assert tour["cache"].k.shape == tour["cache"].v.shape == (4, 1, T, 2, 64)
     assert tour["unchanged"].sum() == 60
 
-    # The decoder's log-probabilities are those of its logits; training made the untrained coprocessor better.
+    # The decoder's log-probabilities are those of its logits; training made the untrained
+    # coprocessor better.
     places = tour["places"]
     assert tour["without"].shape == (B, places.shape[1], A)
     for n in range(A):
@@ -85,12 +99,17 @@ def check(tour):
 
     # Until latents join, the text is the decoder's.
     assert tour["z"].shape == (4, 3, 8, 192)
-    decoder, prompt, again, late = [tour["tokenizer"].encode(text) for text in tour["continued"].values()]
+    decoder, prompt, again, late = [
+        tour["tokenizer"].encode(text) for text in tour["continued"].values()
+    ]
     assert late[:4] == decoder[:4]
     assert again[:8] == prompt[:8]
     assert decoder != prompt != late
 
-    for call, rows in ((tour["written"], 8), (tour["decoded"], 8 + 1 + tour["end"] - tour["at"] - 2)):
+    for call, rows in (
+        (tour["written"], 8),
+        (tour["decoded"], 8 + 1 + tour["end"] - tour["at"] - 2),
+    ):
         assert call.weights.shape == (4, 4, rows, tour["at"] + 1 + rows)
         np.testing.assert_allclose(call.weights.sum(axis=-1), 1, rtol=1e-4)
     assert [len(row) for row in tour["nearest"]] == [5] * 8

@@ -15,7 +15,9 @@ from tests.run_command import run_command
 
 
 def run(**flags):
-    return run_command("generate", **{"max_new_tokens": 5, "batch_size": 2, "max_length": 64} | flags)
+    return run_command(
+        "generate", **{"max_new_tokens": 5, "batch_size": 2, "max_length": 64} | flags
+    )
 
 
 def rows(path):
@@ -23,10 +25,14 @@ def rows(path):
 
 
 def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
-    asked = [{"prompt": "the cat\u2028", "seed": 3}, {"prompt": "a dog ran to the door when", "id": "x"}]
+    asked = [
+        {"prompt": "the cat\u2028", "seed": 3},
+        {"prompt": "a dog ran to the door when", "id": "x"},
+    ]
     prompts = [row["prompt"] for row in asked]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
-    (tmp_path / "in.jsonl").write_text(lines.replace('"x"', r'"x\ud83d"'))  # half a character, which UTF-8 lacks
+    # half a character, which UTF-8 lacks
+    (tmp_path / "in.jsonl").write_text(lines.replace('"x"', r'"x\ud83d"'))
     out = tmp_path / "folder" / "out.jsonl"
     flags = dict(prompts=tmp_path / "in.jsonl", out=out, temperature=0.7, seed=11)
     assert run(workdir=trained, **flags) == ""
@@ -38,10 +44,14 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
     for name, augment in (("decoder", False), ("augmented", True)):
         texts = lm.generate(prompts, 5, temperature=0.7, seed=[3, 12], augment=augment)
         assert [row[name] for row in found] == texts
-    assert [row["joined"] for row in found] == [[0], [0]] and "2 continuations are in" in capsys.readouterr().out
+    assert [row["joined"] for row in found] == [
+        [0],
+        [0],
+    ] and "2 continuations are in" in capsys.readouterr().out
     assert [p.name for p in out.parent.iterdir()] == ["out.jsonl"]
 
-    # The newest checkpoint, damaged where its weights are read, gives way to the one before, unless it was asked for.
+    # The newest checkpoint, damaged where its weights are read, gives way to the one before, unless
+    # it was asked for.
     workdir = tmp_path / "workdir"
     shutil.copytree(trained, workdir)
     (workdir / "checkpoints" / "4" / "trainable" / "_METADATA").unlink()
@@ -49,7 +59,9 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "checkpoint 4 is damaged (trainable: " in said and "checkpoint 2 is used" in said
     lm = ld.AugmentedLM(lm.decoder, ld.load_coprocessor(trained, 2))
-    assert [row["augmented"] for row in rows(out)] == lm.generate(prompts, 5, temperature=0.7, seed=[3, 12])
+    assert [row["augmented"] for row in rows(out)] == lm.generate(
+        prompts, 5, temperature=0.7, seed=[3, 12]
+    )
     assert "name another step, one of [2]" in run(workdir=workdir, step=4, **flags)
 
 
@@ -59,7 +71,10 @@ def test_the_model_of_the_flags(trained):
     flags |= dict(attention="reference", tensor=2, coprocessor_devices=2)
     lm = generate.load_model(SimpleNamespace(**flags))
     assert {aug.transformer.form for aug in (lm.plain, lm.aug, lm.aug_beside)} == {"reference"}
-    assert lm.mesh.shape["data"] == 3 and lm.mesh.shape["tensor"] == lm.coprocessor_mesh.shape["tensor"] == 2
+    assert (
+        lm.mesh.shape["data"] == 3
+        and lm.mesh.shape["tensor"] == lm.coprocessor_mesh.shape["tensor"] == 2
+    )
     assert set(lm.coprocessor_mesh.devices.flat) == set(jax.devices()[-2:])
 
 

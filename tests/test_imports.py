@@ -1,4 +1,6 @@
-"""Who imports whom: read from the sources, and what a process that trains from token files loads."""
+"""Who imports whom: read from the sources, and what a process that trains from token files
+loads.
+"""
 
 import ast
 import subprocess
@@ -10,15 +12,34 @@ import pytest
 import latent_delib
 
 PACKAGE = Path(latent_delib.__file__).parent
-# The rooms from the ground up: each may import itself and the rooms above it in this list, no other.
-ROOMS = ["errors", "machine", "nn", "mesh", "delib", "weights", "data", "job", "lm", "measure", "results"]
+# The rooms from the ground up: each may import itself and the rooms above it in this list, no
+# other.
+ROOMS = [
+    "errors",
+    "machine",
+    "nn",
+    "mesh",
+    "delib",
+    "weights",
+    "data",
+    "job",
+    "lm",
+    "measure",
+    "results",
+]
 DOORS = ["train", "evaluate", "generate", "prepare", "convert", "benchmark", "report"]
 # `results` is for doors alone; `data` knows no arrays of ours, `weights` no methods.
-FORBIDDEN = {"data": {"nn", "mesh", "delib", "weights"}, "weights": {"mesh", "delib"}, "machine": set()}
+FORBIDDEN = {
+    "data": {"nn", "mesh", "delib", "weights"},
+    "weights": {"mesh", "delib"},
+    "machine": set(),
+}
 
 
 def imports(source: str, name: str) -> set[str]:
-    """Dotted names of everything a module imports anywhere in it; `from a import b` counts as a.b."""
+    """Dotted names of everything a module imports anywhere in it; `from a import b` counts as
+    a.b.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -31,7 +52,10 @@ def imports(source: str, name: str) -> set[str]:
 
 def sources(below: str = "") -> dict[str, str]:
     """Path in the package, without suffix -> source."""
-    return {str(p.relative_to(PACKAGE).with_suffix("")): p.read_text() for p in (PACKAGE / below).rglob("*.py")}
+    return {
+        str(p.relative_to(PACKAGE).with_suffix("")): p.read_text()
+        for p in (PACKAGE / below).rglob("*.py")
+    }
 
 
 def ours(source: str, name: str) -> set[str]:
@@ -74,19 +98,29 @@ def test_no_door_imports_another():
     ],
 )
 def test_heavy_packages_stay_in_their_room(packages, users):
-    found = {n for n, source in sources().items() if {i.split(".")[0] for i in imports(source, n)} & packages}
+    found = {
+        n
+        for n, source in sources().items()
+        if {i.split(".")[0] for i in imports(source, n)} & packages
+    }
     assert found == users
 
 
 def test_tasks_are_imported_only_when_text_is_read():
     """At the top of a module the import would load TensorFlow into every process."""
     for name, source in sources().items():
-        top = "\n".join(ast.unparse(n) for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom))
+        top = "\n".join(
+            ast.unparse(n)
+            for n in ast.parse(source).body
+            if isinstance(n, ast.Import | ast.ImportFrom)
+        )
         assert "latent_delib.data.tasks" not in imports(top, name), name
 
 
 def test_training_loads_no_tensorflow():
-    """Nor transformers. tensorboardX loads torch where that is installed, which the test extra does not do."""
+    """Nor transformers. tensorboardX loads torch where that is installed, which the test extra does
+    not do.
+    """
     code = (
         "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate, latent_delib.data.token_files;"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "

@@ -1,10 +1,11 @@
 """Latents can help: a toy whose answer stands in the cache, where the frozen decoder does not look.
 
-Every document is a letter, fillers, a question mark and the same letter again. The decoder learns this on text whose
-letter stands at most 2 tokens before the question; then it is frozen. Its two layers have a window of 3 tokens, so what
-stands 5 tokens back never reaches the question, and on text of that kind nothing it is fed beats a guess: ln 8 nats. A
-coprocessor starts from its weights but reads the whole cache: it can find the letter, and its latents can put it where
-the decoder looks. Losses are of the answer, on documents never trained on.
+Every document is a letter, fillers, a question mark and the same letter again. The decoder learns
+this on text whose letter stands at most 2 tokens before the question; then it is frozen. Its two
+layers have a window of 3 tokens, so what stands 5 tokens back never reaches the question, and on
+text of that kind nothing it is fed beats a guess: ln 8 nats. A coprocessor starts from its weights
+but reads the whole cache: it can find the letter, and its latents can put it where the decoder
+looks. Losses are of the answer, on documents never trained on.
 """
 
 import dataclasses
@@ -65,7 +66,9 @@ def not_among(tokens, others):
 
 
 def train(aug, frozen, trainable, tokens):
-    """Trains on these documents, in this order, with the step of the command; returns the trained tree."""
+    """Trains on these documents, in this order, with the step of the command; returns the trained
+    tree.
+    """
     steps = len(tokens) // BATCH
     optimizer = base.get_config().optimizer
     optimizer.update(learning_rate=0.02, soft_token_learning_rate=0.02, warmup_steps=steps // 10)
@@ -81,7 +84,8 @@ def train(aug, frozen, trainable, tokens):
         dtype=jnp.float32,
     )
 
-    # Hundreds of steps run three times as fast when they are compiled with more effort than other tests need.
+    # Hundreds of steps run three times as fast when they are compiled with more effort than other
+    # tests need.
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
     def run(frozen, state, batches):
         def one(state, tokens_BT):
@@ -97,12 +101,16 @@ def train(aug, frozen, trainable, tokens):
 def read(decoder, tokens):
     """What the decoder makes of documents, and its loss on each answer."""
     segment = jnp.ones_like(tokens)
-    text, nll_BT = read_step({"decoder": decoder}, tokens, segment, aug=AUGMENTATION, dtype=jnp.float32)
+    text, nll_BT = read_step(
+        {"decoder": decoder}, tokens, segment, aug=AUGMENTATION, dtype=jnp.float32
+    )
     return text, nll_BT[:, AT]
 
 
 def augmented(aug, decoder, trained, tokens):
-    """Mean loss on the answer: with the latents of each document itself, and with those of another one."""
+    """Mean loss on the answer: with the latents of each document itself, and with those of another
+    one.
+    """
     params = {"decoder": decoder} | trained
     text, _ = read(decoder, tokens)
     row = np.arange(len(tokens))
@@ -160,8 +168,9 @@ def test_cache_augmentation_answers_what_decoder_and_static_tokens_cannot(decode
     own, other = losses["cache_augmentation"]
     static, _ = losses["static_tokens"]
     plain = float(read(decoder, fresh)[1].mean())
-    # Nats per answer, three seeds: decoder 3.6 to 6.6, static tokens 2.2 to 2.4, augmented 0.01 to 0.02, latents of
-    # another text 6.1 to 6.2. A coprocessor whose bounds show it nothing of the cache: 2.4.
+    # Nats per answer, three seeds: decoder 3.6 to 6.6, static tokens 2.2 to 2.4, augmented 0.01 to
+    # 0.02, latents of another text 6.1 to 6.2. A coprocessor whose bounds show it nothing of the
+    # cache: 2.4.
     assert own < 0.5, losses
     assert own < min(plain, static) - 1, losses
     assert other > GUESS + 1, losses

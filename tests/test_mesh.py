@@ -93,7 +93,9 @@ def test_where_every_parameter_of_a_decoder_lies():
         "layers.pre_attn_norm.scale": P(None, None),
         "layers.pre_mlp_norm.scale": P(None, None),
     }
-    soft = mesh_lib.parameters(mesh_lib.make(TENSOR), {"soft_tokens": jax.ShapeDtypeStruct((3, 32), np.float32)}, AXES)
+    soft = mesh_lib.parameters(
+        mesh_lib.make(TENSOR), {"soft_tokens": jax.ShapeDtypeStruct((3, 32), np.float32)}, AXES
+    )
     assert soft["soft_tokens"].spec == P(None, WIDTH)
 
 
@@ -119,8 +121,12 @@ def test_optimizer_leaves_lie_as_what_they_have_of_their_parameter():
     }
 
     state = mesh_lib.optimizer_state(mesh, optax.scale_by_factored_rms(), trainable)
-    assert state.v_row["gate"].shape == (3, 128) and state.v_row["gate"].sharding.spec == P(None, "tensor")
-    assert state.v_col["gate"].shape == (3, 256) and state.v_col["gate"].sharding.spec == P(None, WIDTH)
+    assert state.v_row["gate"].shape == (3, 128) and state.v_row["gate"].sharding.spec == P(
+        None, "tensor"
+    )
+    assert state.v_col["gate"].shape == (3, 256) and state.v_col["gate"].sharding.spec == P(
+        None, WIDTH
+    )
     assert state.v["scale"].sharding.spec == P(None, None)
     for whole in (state.count, state.v["gate"], state.v_row["scale"]):
         assert whole.sharding.is_fully_replicated
@@ -128,14 +134,18 @@ def test_optimizer_leaves_lie_as_what_they_have_of_their_parameter():
 
 def test_constrain_places_activations():
     place = mesh_lib.constrain(mesh_lib.make(TENSOR))
-    y = jax.jit(lambda x: place(x * 2, ("batch", "traces", None, "ffn")))(np.ones((4, 3, 2, 6), np.float32))
+    y = jax.jit(lambda x: place(x * 2, ("batch", "traces", None, "ffn")))(
+        np.ones((4, 3, 2, 6), np.float32)
+    )
     assert {s.data.shape for s in y.addressable_shards} == {(1, 3, 2, 3)}
 
 
 def test_table_names_every_parameter_once():
     shapes = folder.shapes(SIZES["gemma2_test"])
     shardings = mesh_lib.parameters(mesh_lib.make(sizes(data=-1)), shapes, PARAM_AXES)
-    lines = [line.split() for line in mesh_lib.table(experiment.placed(shapes, shardings)).splitlines()]
+    lines = [
+        line.split() for line in mesh_lib.table(experiment.placed(shapes, shardings)).splitlines()
+    ]
     assert len(lines) == len(jax.tree.leaves(shapes))
     assert ["layers.mlp.down", "4x48x32", "P(None,", "'tensor',", "('fsdp',", "'traces'))"] in lines
 
@@ -146,7 +156,8 @@ def test_table_names_every_parameter_once():
         *((dtype, {"tensor": 2}) for dtype in DTYPES),  # nothing to gather
         *((dtype, {"data": 2}) for dtype in DTYPES),
         *((dtype, {"data": 2, "fsdp": 2, "traces": 2}) for dtype in DTYPES),
-        (jnp.float32, {"data": 2, "fsdp": 2, "tensor": 2}),  # in bfloat16 `plan.compile_step` refuses it on CPUs
+        # in bfloat16 `plan.compile_step` refuses it on CPUs
+        (jnp.float32, {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
 )
 def test_a_product_on_a_mesh_equals_that_on_one_device(dtype, shape):
@@ -168,7 +179,11 @@ def test_a_product_on_a_mesh_equals_that_on_one_device(dtype, shape):
         return out_BMSF, *back(jnp.ones_like(out_BMSF))
 
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-    for found, wanted in zip(with_gradients(on_mesh, jax.device_put(w_DF, where)), with_gradients(alone, w_DF)):
+    for found, wanted in zip(
+        with_gradients(on_mesh, jax.device_put(w_DF, where)), with_gradients(alone, w_DF)
+    ):
         assert found.dtype == dtype
         found, wanted = (np.asarray(each, np.float32) for each in (found, wanted))
-        np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+        np.testing.assert_allclose(
+            found, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max()
+        )

@@ -1,4 +1,6 @@
-"""A run that version 0.1 left, before checkpoints had a format number: it resumes, evaluates and loads."""
+"""A run that version 0.1 left, before checkpoints had a format number: it resumes, evaluates and
+loads.
+"""
 
 import json
 import tarfile
@@ -33,7 +35,9 @@ def test_it_is_read_as_it_was(expected):
 
     result = evaluate.evaluate(make_run.make_config(), "workdir", "out")
     for key in ("decoder_ppl", "augmented_ppl", "tokens"):
-        np.testing.assert_allclose([r[key] for r in result["rows"]], [r[key] for r in expected["rows"]], rtol=1e-5)
+        np.testing.assert_allclose(
+            [r[key] for r in result["rows"]], [r[key] for r in expected["rows"]], rtol=1e-5
+        )
 
     lm = ld.AugmentedLM(ld.load_decoder("decoder"), ld.load_coprocessor("workdir"))
     assert lm.latents([[2, 300 - 1, 5]], [[2]]).shape == (1, 1, 2, 8)

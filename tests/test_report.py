@@ -1,4 +1,6 @@
-"""From finished runs to tables, curves and one page: literal cells, hostile names, older, broken and packed runs."""
+"""From finished runs to tables, curves and one page: literal cells, hostile names, older, broken
+and packed runs.
+"""
 
 import csv
 import io
@@ -20,7 +22,12 @@ from latent_delib.results import against, entries, figures, forms, published, ru
 from tools import pack_results
 
 FINGERPRINT = "ab12cd34ef56" + 52 * "0"
-PROVENANCE = {"command": "python -m x <y>", "date": "2026-11-25T09:00:00+00:00", "hardware": "2 cores", "versions": {}}
+PROVENANCE = {
+    "command": "python -m x <y>",
+    "date": "2026-11-25T09:00:00+00:00",
+    "hardware": "2 cores",
+    "versions": {},
+}
 DOCS = Path(__file__).parents[1] / "docs"
 HOSTILE = 'lines:<script>alert("$x$")</script>|*.txt'
 
@@ -31,26 +38,56 @@ def config(name="cache_augmentation", latents=8, ahead=16, **method):
 
 
 def perplexity(folder, change, of, step: int | None = 180, sets=()):
-    """Writes a perplexity.json of n = 1, 2, 4: a change at n = 1, half of it at 2, a quarter at 4."""
+    """Writes a perplexity.json of n = 1, 2, 4: a change at n = 1, half of it at 2, a quarter at
+    4.
+    """
     rows = [
-        {"n": n, "tokens": 100, "decoder_ppl": 50.0, "augmented_ppl": 50 + change / 2 / n, "change_percent": change / n}
+        {
+            "n": n,
+            "tokens": 100,
+            "decoder_ppl": 50.0,
+            "augmented_ppl": 50 + change / 2 / n,
+            "change_percent": change / n,
+        }
         | {"change_low": change / n - 0.25, "change_high": change / n + 0.25}
         for n in (1, 2, 4)
     ]
     checkpoint = None if step is None else f"runs/{folder.name}/checkpoints/{step}"
-    data = {"rows": rows, "sets": {name: {"rows": rows[:1], "documents": 2} for name in sets}, "documents": 5}
-    data |= {"pieces": 5, "config": of, "checkpoint": checkpoint, "step": step, "fingerprint": FINGERPRINT}
+    data = {
+        "rows": rows,
+        "sets": {name: {"rows": rows[:1], "documents": 2} for name in sets},
+        "documents": 5,
+    }
+    data |= {
+        "pieces": 5,
+        "config": of,
+        "checkpoint": checkpoint,
+        "step": step,
+        "fingerprint": FINGERPRINT,
+    }
     write(folder / "perplexity.json", data | {"provenance": PROVENANCE})
 
 
 def benchmarks(folder, values, of=None):
     """Writes a benchmarks.json. values: (benchmark, model, delay) -> value."""
     rows = [
-        {"benchmark": b, "model": model, "metric": "acc", "value": value, "stderr": 1.0, "low": value - 2}
+        {
+            "benchmark": b,
+            "model": model,
+            "metric": "acc",
+            "value": value,
+            "stderr": 1.0,
+            "low": value - 2,
+        }
         | {"high": value + 2, "documents": 200, "shots": 4, "every": 0, "delay": delay}
         for (b, model, delay), value in values.items()
     ]
-    data = {"rows": rows, "config": of or config(), "checkpoint": f"runs/{folder.name}/checkpoints/180", "step": 180}
+    data = {
+        "rows": rows,
+        "config": of or config(),
+        "checkpoint": f"runs/{folder.name}/checkpoints/180",
+        "step": 180,
+    }
     write(folder / "benchmarks.json", data | {"fingerprint": FINGERPRINT, "provenance": PROVENANCE})
 
 
@@ -68,9 +105,20 @@ def found(tmp_path_factory, monkeypatch_module):
     perplexity(main, -0.5, config(), sets=("packaged/validation", HOSTILE))
     for step in (120, 60):
         perplexity(main / "evaluations" / str(step), -0.25, config(), step)
-    scores = {("gsm8k", "decoder", 0): 10, ("gsm8k", "zero_shot_cot", 0): 11, ("gsm8k", "augmented", 0): 12.345}
-    benchmarks(main, scores | {("chain_sum", "decoder", 0): 40} | {("gsm8k", "augmented", d): 12 - d for d in (1, 2)})
-    (main / "metrics.jsonl").write_text('{"step": 10, "loss": 4.5}\n{"step": 20, "loss": 4.0}\n{"step": 30, "lo')
+    scores = {
+        ("gsm8k", "decoder", 0): 10,
+        ("gsm8k", "zero_shot_cot", 0): 11,
+        ("gsm8k", "augmented", 0): 12.345,
+    }
+    benchmarks(
+        main,
+        scores
+        | {("chain_sum", "decoder", 0): 40}
+        | {("gsm8k", "augmented", d): 12 - d for d in (1, 2)},
+    )
+    (main / "metrics.jsonl").write_text(
+        '{"step": 10, "loss": 4.5}\n{"step": 20, "loss": 4.0}\n{"step": 30, "lo'
+    )
     perplexity(epath.Path("runs/b"), -1, config(latents=16))
     benchmarks(epath.Path("runs/b"), {("gsm8k", "augmented", 0): 20}, config(latents=16))
     perplexity(
@@ -85,7 +133,10 @@ def found(tmp_path_factory, monkeypatch_module):
     old = json.loads((main / "perplexity.json").read_text())
     for name in ("sets", "documents", "step", "provenance"):
         del old[name]
-    old["rows"] = [{k: v for k, v in row.items() if k not in ("change_low", "change_high")} for row in old["rows"]]
+    old["rows"] = [
+        {k: v for k, v in row.items() if k not in ("change_low", "change_high")}
+        for row in old["rows"]
+    ]
     write(epath.Path("runs/old/perplexity.json"), old | {"checkpoint": "runs/old/checkpoints/7"})
     return runs.find(["runs", "runs/a"])
 
@@ -111,10 +162,14 @@ def out(found, tmp_path_factory):
 def test_what_is_found(found):
     """Each once; of a run with evaluations only, the last; curves in the order of their steps."""
     assert [str(r.path.parent) for r in found.perplexity] == [
-        f"runs/{name}" for name in ("a", "b", "from_scratch", "frozen", "lora", "old", "pause_tokens", "trained")
+        f"runs/{name}"
+        for name in ("a", "b", "from_scratch", "frozen", "lora", "old", "pause_tokens", "trained")
     ] + ["runs/only/evaluations/90"]
     assert [r.key for r in found.perplexity] == [f"P{i}" for i in range(1, 10)]
-    assert [str(r.path) for r in found.benchmarks] == ["runs/a/benchmarks.json", "runs/b/benchmarks.json"]
+    assert [str(r.path) for r in found.benchmarks] == [
+        "runs/a/benchmarks.json",
+        "runs/b/benchmarks.json",
+    ]
     steps = {str(folder): [r.step for r in results] for folder, results in found.curves.items()}
     assert steps == {"runs/a": [60, 120], "runs/only": [60, 90]}
     assert {str(f): rows for f, rows in found.losses.items()} == {"runs/a": [(10, 4.5), (20, 4.0)]}
@@ -127,7 +182,9 @@ def texts(table):
 def test_perplexity_by_number_of_latents(by_name):
     table = by_name["1_perplexity"]
     rows = texts(table)
-    assert table.columns == ["latents", "what", "from", "decoder, n = 1"] + [f"n = {n}" for n in (1, 2, 4, 8, 16, 32)]
+    assert table.columns == ["latents", "what", "from", "decoder, n = 1"] + [
+        f"n = {n}" for n in (1, 2, 4, 8, 16, 32)
+    ]
     assert rows[0] == [
         "8",
         "published, Gemma-2 2B",
@@ -148,7 +205,10 @@ def test_perplexity_by_number_of_latents(by_name):
     old = ["8", ours.replace("180", "7"), "P6", "50.00", "-0.50%", "-0.25%", "-0.12%", "", "", ""]
     assert old in rows, "an older file: blanks for what it does not tell"
     assert [row[0] for row in rows] == ["8"] * 6 + ["16"] * 2 + ["32", "64"]
-    assert "packaged (ab12cd34ef56), the published on Gemma-2 2B: changes in percent compare" in table.note
+    assert (
+        "packaged (ab12cd34ef56), the published on Gemma-2 2B: changes in percent compare"
+        in table.note
+    )
     assert table.origins[0] == (
         "P1: runs/a/perplexity.json; checkpoint runs/a/checkpoints/180; decoder packaged (ab12cd34ef56); 5 documents; "
         "2026-11-25T09:00:00+00:00; 2 cores; python -m x <y>"
@@ -164,14 +224,19 @@ def test_each_source_and_each_work_has_a_row(tmp_path):
         data = json.loads(path.read_text())
         part = {"rows": data["rows"], "documents": 2, "interval_over": "documents of one work"}
         works = {work: part for work in ("novel.txt", "manual.txt")}
-        data["sets"] = {"books": {"rows": data["rows"], "documents": 4, "works": works if name == "new" else {}}}
+        data["sets"] = {
+            "books": {"rows": data["rows"], "documents": 4, "works": works if name == "new" else {}}
+        }
         write(path, data | {"interval_over": over})
     (table,) = (t for t in tables.tables(runs.find([str(tmp_path)])) if t.name == "11_every_method")
     what = "cache augmentation, after, 16 ahead tokens, step 180, seed 3"
     alone = "of books alone, interval over the documents of one work"
     names = [what, f"{what}: novel.txt {alone}", f"{what}: manual.txt {alone}", what]
     assert [row[1] for row in table.rows] == names
-    assert "95 % interval, of perplexity over works (P1); over the documents of one work (P2). Blank" in table.note
+    assert (
+        "95 % interval, of perplexity over works (P1); over the documents of one work (P2). Blank"
+        in table.note
+    )
 
 
 def test_benchmarks_by_number_of_latents(by_name):
@@ -181,16 +246,30 @@ def test_benchmarks_by_number_of_latents(by_name):
     assert sum(row[2].startswith("published") for row in rows) == len(published.BENCHMARKS) == 17
     first = next(i for i, row in enumerate(rows) if row[0] == "GSM8K")
     assert rows[first][3:] == ["21.38", "22.67", "23.12", "24.72", "26.76", "31.43"]
-    figures = ["10.00 [8.00, 12.00] B1", "", "12.35 [10.35, 14.35] B1", "20.00 [18.00, 22.00] B2", "", ""]
-    assert rows[first + 1][:2] == ["GSM8K", "acc, 4-shot, 200 documents"] and rows[first + 1][3:] == figures
+    figures = [
+        "10.00 [8.00, 12.00] B1",
+        "",
+        "12.35 [10.35, 14.35] B1",
+        "20.00 [18.00, 22.00] B2",
+        "",
+        "",
+    ]
     assert (
-        rows[-1] == ["chain_sum", "acc, 4-shot, 200 documents", "frozen decoder", "40.00 [38.00, 42.00] B1"] + [""] * 5
+        rows[first + 1][:2] == ["GSM8K", "acc, 4-shot, 200 documents"]
+        and rows[first + 1][3:] == figures
+    )
+    assert (
+        rows[-1]
+        == ["chain_sum", "acc, 4-shot, 200 documents", "frozen decoder", "40.00 [38.00, 42.00] B1"]
+        + [""] * 5
     )
 
 
 def test_tables_of_variants(by_name):
     ours = {name: [r for r in texts(by_name[name]) if "published" not in r[2]] for name in by_name}
-    pause = [row[:6] for row in texts(by_name["3_pause_tokens"]) if row[0].startswith("pause tokens")]
+    pause = [
+        row[:6] for row in texts(by_name["3_pause_tokens"]) if row[0].startswith("pause tokens")
+    ]
     assert pause[0] == ["pause tokens", "32", "published, Gemma-2 2B", "10.96", "11.63", "+6.11%"]
     assert pause[1][2:] == ["P7", "50.00", "150.00", "+200.00% [+199.75, +200.25]"]
     assert [[row[0], row[2], row[6]] for row in ours["4_zero_shot_cot"][:3]] == [
@@ -205,7 +284,10 @@ def test_tables_of_variants(by_name):
         "from scratch",
     }
     assert any("rank 64" in row[0] for row in ours["5_coprocessors"])
-    assert texts(by_name["6_last_layer"])[-1] == ["no run of ours"] + [""] * 6 and not by_name["6_last_layer"].note
+    assert (
+        texts(by_name["6_last_layer"])[-1] == ["no run of ours"] + [""] * 6
+        and not by_name["6_last_layer"].note
+    )
     assert any("4 ahead tokens" in row[0] and row[2] == "P9" for row in ours["7_ahead_tokens"])
     late = [(row[0].rpartition(", ")[2], row[2], row[6]) for row in ours["8_asynchronous"][2:]]
     assert late == [
@@ -217,29 +299,51 @@ def test_tables_of_variants(by_name):
 
 
 def test_what_is_one_entry_and_what_is_not(tmp_path):
-    """A checkpoint's perplexity and benchmarks are one; each control, each text and each decoder is its own."""
+    """A checkpoint's perplexity and benchmarks are one; each control, each text and each decoder is
+    its own.
+    """
     for name, more in (("joint", {}), ("swap", {"swap": True}), ("text", {})):
         of = config("joint" if name == "joint" else "cache_augmentation") | {"evaluate": more}
         of["data"] = {"validation": ["other" if name == "text" else "same"]}
         perplexity(tmp_path / "run" / name, -1.0, of)
         path = tmp_path / "run" / name / "perplexity.json"
-        write(path, json.loads(path.read_text()) | {"checkpoint": f"{name == 'joint'}/checkpoints/180"})
+        write(
+            path,
+            json.loads(path.read_text()) | {"checkpoint": f"{name == 'joint'}/checkpoints/180"},
+        )
     path = tmp_path / "run" / "joint" / "benchmarks.json"
-    benchmarks(path.parent, {("gsm8k", "augmented", 0): 50.0, ("gsm8k", "decoder", 0): 40.0}, config("joint"))
-    write(path, json.loads(path.read_text()) | {"fingerprint": "trained", "checkpoint": "True/checkpoints/180"})
+    benchmarks(
+        path.parent,
+        {("gsm8k", "augmented", 0): 50.0, ("gsm8k", "decoder", 0): 40.0},
+        config("joint"),
+    )
+    write(
+        path,
+        json.loads(path.read_text())
+        | {"fingerprint": "trained", "checkpoint": "True/checkpoints/180"},
+    )
     decoder, *others = entries.entries(runs.find([str(tmp_path / "run")]))
     assert entries.label(decoder).startswith("trained decoder, of joint, without its latents")
     assert decoder.perplexity is None and decoder.scores["gsm8k"][0]["value"] == 40.0
-    by_label = {entries.label(e).partition(",")[0] + str(e.result.path.parent.name): e for e in others}
-    assert entries.label(by_label["cache augmentationswap"]).endswith(", seed 3, latents of another text")
+    by_label = {
+        entries.label(e).partition(",")[0] + str(e.result.path.parent.name): e for e in others
+    }
+    assert entries.label(by_label["cache augmentationswap"]).endswith(
+        ", seed 3, latents of another text"
+    )
     assert entries.label(by_label["cache augmentationtext"]).endswith(", seed 3")
     assert set(by_label) == {"jointjoint", "cache augmentationswap", "cache augmentationtext"}
-    assert [r.path.name for r in by_label["jointjoint"].results] == ["perplexity.json", "benchmarks.json"]
+    assert [r.path.name for r in by_label["jointjoint"].results] == [
+        "perplexity.json",
+        "benchmarks.json",
+    ]
     assert by_label["jointjoint"].scores["gsm8k"][0]["value"] == 50.0
 
 
 def test_a_trained_decoder_is_not_the_frozen_one(tmp_path):
-    """Its perplexity names the decoder that it is compared with, its benchmarks the one that was trained."""
+    """Its perplexity names the decoder that it is compared with, its benchmarks the one that was
+    trained.
+    """
     assert entries.writes_latents("a method of a newer version")
     perplexity(tmp_path / "latents", -1, config())
     benchmarks(tmp_path / "latents", {("gsm8k", "augmented", 0): 20})
@@ -249,9 +353,18 @@ def test_a_trained_decoder_is_not_the_frozen_one(tmp_path):
     file = tmp_path / "trained" / "benchmarks.json"
     write(file, json.loads(file.read_text()) | {"fingerprint": "trained"})
     by_name = {table.name: texts(table) for table in tables.tables(runs.find([str(tmp_path)]))}
-    ours = [row[2:6] for row in by_name["2_benchmarks"] if row[0] == "GSM8K" and not row[2].startswith("published")]
+    ours = [
+        row[2:6]
+        for row in by_name["2_benchmarks"]
+        if row[0] == "GSM8K" and not row[2].startswith("published")
+    ]
     assert ours == [
-        ["cache augmentation, after, 16 ahead tokens, step 180, seed 3", "", "", "20.00 [18.00, 22.00] B1"],
+        [
+            "cache augmentation, after, 16 ahead tokens, step 180, seed 3",
+            "",
+            "",
+            "20.00 [18.00, 22.00] B1",
+        ],
         ["trained decoder, step 180, seed 3", "99.00 [97.00, 101.00] B2", "", ""],
     ]
     (trained, cot, _) = by_name["0_runs"]
@@ -260,13 +373,17 @@ def test_a_trained_decoder_is_not_the_frozen_one(tmp_path):
 
 
 def test_every_evaluation_is_there(tmp_path):
-    """The same figures once, others of the same checkpoint beside them; under a name that a workdir has inside, too."""
+    """The same figures once, others of the same checkpoint beside them; under a name that a workdir
+    has inside, too.
+    """
     for name, change in (("run", -1.0), ("run/decoder", -1.0), ("run/samples", -2.0)):
         perplexity(tmp_path / name, change, config())
         path = tmp_path / name / "perplexity.json"
         write(path, json.loads(path.read_text()) | {"checkpoint": "run/checkpoints/180"})
     found = entries.entries(runs.find([str(tmp_path)]))
-    assert [(" ".join(r.key for r in e.results), e.perplexity["change_percent"]) for e in found] == [
+    assert [
+        (" ".join(r.key for r in e.results), e.perplexity["change_percent"]) for e in found
+    ] == [
         ("P1 P2", -1.0),
         ("P3", -2.0),
     ]
@@ -291,12 +408,17 @@ def test_runs_of_different_text_or_size_are_no_line(tmp_path):
             of = config(latents=latents) | {"data": {"validation": [text]}}
             perplexity(tmp_path / f"{latents}{text}", -1.0, of)
     for layers, latents in ((1, 8), (2, 16)):
-        of = config("resized", latents, coprocessor={"num_layers": layers}) | {"data": {"validation": ["seen"]}}
+        of = config("resized", latents, coprocessor={"num_layers": layers}) | {
+            "data": {"validation": ["seen"]}
+        }
         perplexity(tmp_path / f"resized{layers}", -1.0, of)
 
     def lines():
         found = figures.lines_by_latents(runs.find([str(tmp_path)]).perplexity)
-        return {name.partition(": ")[2]: [r.method["num_latents"] for r in line] for name, line in found.items()}
+        return {
+            name.partition(": ")[2]: [r.method["num_latents"] for r in line]
+            for name, line in found.items()
+        }
 
     rest = "16 ahead tokens, step 180, seed 3, on"
     what = f"cache augmentation, after, {rest}"
@@ -309,7 +431,9 @@ def test_runs_of_different_text_or_size_are_no_line(tmp_path):
 
 
 def test_runs_against_one_of_them(tmp_path, capsys):
-    """Paired over documents: a difference that is the same in each has no width, however much documents differ."""
+    """Paired over documents: a difference that is the same in each has no width, however much
+    documents differ.
+    """
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, 50, (6, 4))
     decoder, before = tokens * draw.normal(4, 1, (6, 1)), tokens * draw.normal(4, 1, (6, 1))
@@ -328,23 +452,30 @@ def test_runs_against_one_of_them(tmp_path, capsys):
             tokens=counts,
             decoder=decoder[:, : counts.shape[1]] * (1 + (name == "other decoder")),
             augmented=augmented,
-            **({"work": np.repeat([0, 1], [4, 2])} if name == "opposite" else {}),  # an older file does not say
+            # an older file does not say
+            **({"work": np.repeat([0, 1], [4, 2])} if name == "opposite" else {}),
         )
     perplexity(tmp_path / "without", -1.0, config())
     table = against.compare(runs.find([str(tmp_path)]), str(tmp_path / "base"))
     same, opposite, worse, near = table.rows
     mixed = opposite[3]
-    assert mixed.low == pytest.approx(100 * np.expm1(-0.1)) and mixed.high == pytest.approx(100 * np.expm1(0.3))
+    assert mixed.low == pytest.approx(100 * np.expm1(-0.1)) and mixed.high == pytest.approx(
+        100 * np.expm1(0.3)
+    )
     assert ", of perplexity over documents, whose works were not kept (P1 " in table.note
     assert f"; over works ({opposite[2]})." in table.note
     assert [str(cell) for cell in same[3:]] == ["+0.00% [+0.00, +0.00]"] * 3 + [""] * 3
     assert [str(cell) for cell in worse[3:]] == ["+10.52% [+10.52, +10.52]"] * 3 + [""] * 3
     assert [str(cell) for cell in near[3:]] == ["+10.52% [+10.52, +10.52]"] * 2 + [""] * 4
-    assert len(table.origins) == 4 and "opposite" in table.origins[1] and "worse" in table.origins[2]
+    assert (
+        len(table.origins) == 4 and "opposite" in table.origins[1] and "worse" in table.origins[2]
+    )
     left_out = f"the frozen decoder has other figures in {tmp_path / 'other decoder'}: left out"
     assert capsys.readouterr().err == f"warning: --against={tmp_path / 'base'}: {left_out}\n"
     pack = tmp_path / "packed" / "runs"
-    pack_results.main(SimpleNamespace(folders=[str(tmp_path / name) for name in sums], out=str(pack)))
+    pack_results.main(
+        SimpleNamespace(folders=[str(tmp_path / name) for name in sums], out=str(pack))
+    )
     capsys.readouterr()
     again = against.compare(runs.find([str(pack)]), str(pack / "base"))
     assert [row[3:] for row in again.rows] == [row[3:] for row in table.rows]
@@ -354,7 +485,12 @@ def test_runs_against_one_of_them(tmp_path, capsys):
 
 def test_published_figures_agree_with_each_other():
     """What the paper gives twice is written down twice here."""
-    for line in (published.AUGMENTED_32, *published.COPROCESSORS[:2], published.NUM_AHEAD[2], published.DELAY[0]):
+    for line in (
+        published.AUGMENTED_32,
+        *published.COPROCESSORS[:2],
+        published.NUM_AHEAD[2],
+        published.DELAY[0],
+    ):
         assert published.BENCHMARKS["gsm8k"].scores[line.latents] == line.gsm8k
     change = 100 * (published.AUGMENTED_32.ppl / published.FROZEN.ppl - 1)
     assert published.PERPLEXITY_CHANGE[32][1] == pytest.approx(change, abs=0.01)
@@ -369,7 +505,9 @@ def test_markdown_and_csv(by_name, out):
     assert markdown == forms.markdown(table)
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len(lines) == len(table.rows) + 2
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(table.columns) + 1}, "a name's | is escaped"
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(table.columns) + 1}, (
+        "a name's | is escaped"
+    )
     rows = list(csv.reader(io.StringIO((out / "1_perplexity.csv").read_text())))
     assert rows[0][4:7] == ["n = 1", "n = 1 low", "n = 1 high"] and "n = 32 low" not in rows[0]
     assert rows[2][4:7] == ["-0.5", "-0.75", "-0.25"] and rows[1][4:7] == ["-1.53", "", ""]
@@ -380,13 +518,17 @@ def test_the_page_has_every_table_and_figure(out, by_name):
     page = (out / "report.md").read_text()
     assert all(f"**{table.title}**" in page for table in by_name.values())
     pictures = re.findall(r"\]\((.*?)\)", page)
-    assert pictures == [f"{name}.png" for name in ("loss", "change_by_n", "change_by_latents", "change_by_step")]
+    assert pictures == [
+        f"{name}.png" for name in ("loss", "change_by_n", "change_by_latents", "change_by_step")
+    ]
     assert page.count("python -m x <y>") == 10, "each origin once"
 
 
 def test_files(out, by_name):
     names = {f"{name}.{form}" for name in by_name for form in ("md", "csv")} | {"report.md"}
-    names |= {f"{name}.png" for name in ("loss", "change_by_n", "change_by_latents", "change_by_step")}
+    names |= {
+        f"{name}.png" for name in ("loss", "change_by_n", "change_by_latents", "change_by_step")
+    }
     assert {path.name for path in out.iterdir()} == names
     for path in out.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
@@ -399,7 +541,9 @@ def test_the_same_runs_give_the_same_bytes(found, out, by_name):
 
 
 def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch):
-    """Those of an older version, and a training that still writes, too. A run of the same name replaces another."""
+    """Those of an older version, and a training that still writes, too. A run of the same name
+    replaces another.
+    """
     workdirs = [str(path) for path in Path("runs").resolve().iterdir()]
     monkeypatch.chdir(tmp_path)
     for some in (workdirs[:4], workdirs[3:]):
@@ -428,7 +572,11 @@ def test_the_stored_runs_open(tmp_path):
     found = runs.find([str(DOCS / "results" / "b_cpu")])
     (of,) = (result for result in found.perplexity if result.path.parent.name == "overlay@1")
     assert str(forms.change(of.data["rows"][0])) == "-1.67% [-3.13, -0.17]"
-    assert (of.method["name"], of.step, of.read_documents()["tokens"].shape) == ("cache_augmentation", 2000, (200, 32))
+    assert (of.method["name"], of.step, of.read_documents()["tokens"].shape) == (
+        "cache_augmentation",
+        2000,
+        (200, 32),
+    )
     figure = runpy.run_path(str(DOCS / "figures" / "results.py"))
     figure["draw"](tmp_path / "results.svg")
     assert "latents of another document" in (tmp_path / "results.svg").read_text()
@@ -450,11 +598,19 @@ def test_the_tables_of_the_results_page_are_those_of_the_stored_runs():
         ("perplexity.json", {"rows": None}, "perplexity.json: rows=None: expected list"),
         ("perplexity.json", {"rows": []}, "perplexity.json: 0 rows"),
         ("perplexity.json", {"rows": [{"n": 1}]}, r"rows\[0\]: tokens=None: expected int"),
-        ("perplexity.json", {"rows": [3]}, r"perplexity.json: rows\[0\]: holds int, expected an object"),
+        (
+            "perplexity.json",
+            {"rows": [3]},
+            r"perplexity.json: rows\[0\]: holds int, expected an object",
+        ),
         ("perplexity.json", {"config": {}}, "perplexity.json: config: method=None: expected dict"),
         ("perplexity.json", {"fingerprint": 3}, "perplexity.json: fingerprint=3: expected str"),
         ("perplexity.json", {"sets": {"x": {}}}, r"perplexity.json: sets\['x'\]: rows=None"),
-        ("perplexity.json", {"sets": {"x": 3}}, r"perplexity.json: sets\['x'\]: holds int, expected an object"),
+        (
+            "perplexity.json",
+            {"sets": {"x": 3}},
+            r"perplexity.json: sets\['x'\]: holds int, expected an object",
+        ),
         ("perplexity.json", {"sets": [3]}, r"perplexity.json: sets=\[3\]: expected dict"),
         ("perplexity.json", {"checkpoint": 3}, "perplexity.json: checkpoint=3: expected str"),
         ("perplexity.json", {"documents": True}, "perplexity.json: documents=True: expected int"),
@@ -463,9 +619,17 @@ def test_the_tables_of_the_results_page_are_those_of_the_stored_runs():
             {"sets": {"x": {"rows": [], "works": {"y": {"rows": [{"n": "1"}]}}}}},
             r"perplexity.json: sets\['x'\]: works\['y'\]: rows\[0\]: n='1': expected int",
         ),
-        ("benchmarks.json", {"rows": [{"benchmark": "x"}]}, r"benchmarks.json: rows\[0\]: model=None"),
+        (
+            "benchmarks.json",
+            {"rows": [{"benchmark": "x"}]},
+            r"benchmarks.json: rows\[0\]: model=None",
+        ),
         ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n{"step"\n', "metrics.jsonl:2: not JSON"),
-        ("metrics.jsonl", '{"step": 1, "loss": NaN}\n', "metrics.jsonl:1: loss=nan: expected a finite number"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "loss": NaN}\n',
+            "metrics.jsonl:1: loss=nan: expected a finite number",
+        ),
     ],
 )
 def test_broken_files_are_named(found, tmp_path, name, content, message):
@@ -496,7 +660,10 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     assert error(out).startswith("error: DIR is missing: ")
     assert error("runs").startswith("error: --out is missing")
     assert "folders" in error("--folders=runs", out)
-    assert error("runs", out, f"--look={tmp_path}") == f"error: --look={tmp_path}: holds no checkpoints; train it first"
+    assert (
+        error("runs", out, f"--look={tmp_path}")
+        == f"error: --look={tmp_path}: holds no checkpoints; train it first"
+    )
     (tmp_path / "file").write_text("")
     in_file = f"--out={tmp_path / 'file'}"
     assert error("runs", in_file) == f"error: {in_file}: is a file, expected a folder"
@@ -521,7 +688,9 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     report.main(flags)
     out = tmp_path / "out"
     assert "read 1 perplexity.json, 0 benchmarks.json, 1 metrics.jsonl" in capsys.readouterr().out
-    change = json.loads((tmp_path / "evaluated" / "perplexity.json").read_text())["rows"][0]["change_percent"]
+    change = json.loads((tmp_path / "evaluated" / "perplexity.json").read_text())["rows"][0][
+        "change_percent"
+    ]
     table = (out / "1_perplexity.md").read_text()
     assert "| 2 | cache augmentation, after, 3 ahead tokens, step 4, seed 0 | P1 | " in table
     assert f" | {change:+.2f}%" in table
@@ -533,7 +702,9 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     assert (out / "look_coprocessor.png").exists() and (out / "look_decoder.png").exists()
     with pytest.raises(ld.UserError, match="--text: [0-9,]+ tokens with BOS, expected at most 512"):
         report.look_into(str(trained), text * 100)
-    with pytest.raises(ld.UserError, match="--text='the cat': .* tokens with BOS, expected at least 14"):
+    with pytest.raises(
+        ld.UserError, match="--text='the cat': .* tokens with BOS, expected at least 14"
+    ):
         report.look_into(str(trained), "the cat")
     monkeypatch.setattr(ld.AugmentedLM, "latents", lambda *args: Inserted(None, None))
     with pytest.raises(ld.UserError, match="writes keys and values, no vectors"):

@@ -29,7 +29,15 @@ from tests import fake_gcs
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-KEYS = {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds", "data_seconds"}
+KEYS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "step_seconds",
+    "data_seconds",
+}
 
 # The train command, with something that happens to its process just before a step.
 CHILD = """
@@ -84,7 +92,10 @@ def run_until(event, config_file, workdir, step=4):
 
 def metrics(workdir):
     """What a run computed at every step, without its times."""
-    return [{k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")} for row in small.rows_of(workdir)]
+    return [
+        {k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")}
+        for row in small.rows_of(workdir)
+    ]
 
 
 def everything(workdir, step=None):
@@ -92,7 +103,10 @@ def everything(workdir, step=None):
     checkpoints, step, _ = checkpoint.open_for_reading(str(workdir), step)
     trees = checkpoints.restore_newest({"trainable": None, "optimizer": None}, step=step).trees
     checkpoints.close()
-    return step, {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+    return step, {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trees)
+    }
 
 
 def assert_same(workdir, expected):
@@ -156,12 +170,16 @@ def signal_before_step_3(monkeypatch):
     return sent
 
 
-@pytest.mark.parametrize("number, name, code", [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)])
+@pytest.mark.parametrize(
+    "number, name, code", [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)]
+)
 def test_a_signal_saves_and_the_run_resumes(
     trained, make_config, tmp_path, signal_before_step_3, capfd, number, name, code
 ):
     config = make_config({"train.checkpoint_every": 1000, "train.keep": 1})
-    flags = SimpleNamespace(config=config, workdir=str(tmp_path), distributed=False, dry_run=False, topology="")
+    flags = SimpleNamespace(
+        config=config, workdir=str(tmp_path), distributed=False, dry_run=False, topology=""
+    )
     assert checkpoint.whole_steps(str(tmp_path)) == set()
     with signal_before_step_3(number), pytest.raises(SystemExit) as end:
         train.main(flags)
@@ -194,8 +212,15 @@ def copy_at_step_2(trained, workdir):
 
 
 def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
-    """The newest, every second, and the two with the lowest loss since the checkpoint before: steps 3 and 4."""
-    keep = {"train.keep": 1, "train.keep_every": 2, "train.keep_best": 2, "train.checkpoint_every": 1}
+    """The newest, every second, and the two with the lowest loss since the checkpoint before: steps
+    3 and 4.
+    """
+    keep = {
+        "train.keep": 1,
+        "train.keep_every": 2,
+        "train.keep_best": 2,
+        "train.checkpoint_every": 1,
+    }
     losses = {row["step"]: row["loss"] for row in metrics(trained)}
     assert sorted(losses, key=losses.get)[:2] == [4, 3]
     train.train(make_config(keep), str(tmp_path))
@@ -203,8 +228,9 @@ def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
 
 
 def test_what_a_signal_saves_is_no_best_one(trained, make_config, tmp_path, signal_before_step_3):
-    """Its loss is a mean over the few steps since the checkpoint before: step 3 alone, though that is below step 2's,
-    and then step 4 alone."""
+    """Its loss is a mean over the few steps since the checkpoint before: step 3 alone, though that
+    is below step 2's, and then step 4 alone.
+    """
     losses = [row["loss"] for row in metrics(trained)]
     assert max(losses[2:]) < np.mean(losses[:2])
     config = make_config({"train.checkpoint_every": 2, "train.keep": 1, "train.keep_best": 1})
@@ -249,7 +275,9 @@ def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_
 
 
 def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
-    """A week ahead, with hours forth and back at every look; then a restart that is earlier than what it continues."""
+    """A week ahead, with hours forth and back at every look; then a restart that is earlier than
+    what it continues.
+    """
     jumps, now = itertools.cycle([7200.0, -5400.0, 0.0, 36000.0, -90000.0]), time.time
     with monkeypatch.context() as ahead:
         ahead.setattr(time, "time", lambda: now() + 7 * 86400 + next(jumps))
@@ -272,12 +300,20 @@ def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
         command = [sys.executable, "-c", IN_STORAGE, repr(tiny)]
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.endswith("\n4\n"), done.stdout + done.stderr
-        rows = [json.loads(line) for line in server.objects["bucket/a/run/metrics.jsonl"].splitlines()]
+        rows = [
+            json.loads(line) for line in server.objects["bucket/a/run/metrics.jsonl"].splitlines()
+        ]
         files = [name for name in server.objects if not name.endswith("/")]
     for words in ("step 1 is saved", "resuming gs://bucket/a/run at step 1"):
         assert words in done.stdout
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] == metrics(trained)[3]["loss"]
-    assert {f.removeprefix("bucket/a/run/").split("/")[0] for f in files} == {"checkpoints", "metrics.jsonl", "out"}
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] == metrics(trained)[3][
+        "loss"
+    ]
+    assert {f.removeprefix("bucket/a/run/").split("/")[0] for f in files} == {
+        "checkpoints",
+        "metrics.jsonl",
+        "out",
+    }
     assert not list(tmp_path.glob("gs:*"))
 
 
@@ -307,26 +343,44 @@ def test_what_a_run_leaves(trained, make_config):
     data = batches.Training(make_config().data, tokenizer_path).fingerprint()
     assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
     assert meta["config"]["method"]["num_latents"] == 2
-    assert meta["fingerprint"] == folder.fingerprint(folder.locate(meta["config"]["decoder"]["path"]))
+    assert meta["fingerprint"] == folder.fingerprint(
+        folder.locate(meta["config"]["decoder"]["path"])
+    )
     assert not list(trained.glob("*tmp*")) and not list(trained.glob(".*tmp*"))
 
 
 def test_a_finished_run_is_left_alone(trained, make_config, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "workdir")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "workdir").rglob("*") if p.is_file() and p.name != ".lock"}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in (tmp_path / "workdir").rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
     train.train(make_config(), str(tmp_path / "workdir"))
     assert "done: step 4" in capsys.readouterr().out
-    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "workdir").rglob("*") if p.is_file() and p.name != ".lock"}
+    after = {
+        p: p.stat().st_mtime_ns
+        for p in (tmp_path / "workdir").rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
     assert after == before
 
 
-def test_a_trained_decoder_is_exported(make_config, make_decoder, decoder_folder, tokenizer_path, tmp_path):
-    """The method "decoder" trains the decoder itself; trace settings then mean nothing and may not get in the way.
+def test_a_trained_decoder_is_exported(
+    make_config, make_decoder, decoder_folder, tokenizer_path, tmp_path
+):
+    """The method "decoder" trains the decoder itself; trace settings then mean nothing and may not
+    get in the way.
 
-    A finished job that is called again writes nothing; a decoder that is trained again takes the place of the old one,
-    though it is of the same step.
+    A finished job that is called again writes nothing; a decoder that is trained again takes the
+    place of the old one, though it is of the same step.
     """
-    settings = {"method.name": "decoder", "method.num_traces": 128, "decoder.export_dtype": "bfloat16", "mesh.fsdp": 2}
+    settings = {
+        "method.name": "decoder",
+        "method.num_traces": 128,
+        "decoder.export_dtype": "bfloat16",
+        "mesh.fsdp": 2,
+    }
     config = make_config(settings)
     train.train(config, str(tmp_path))
     where = folder.locate(str(tmp_path / "decoder"))
@@ -335,7 +389,9 @@ def test_a_trained_decoder_is_exported(make_config, make_decoder, decoder_folder
     assert set(folder.open_tensors(where, architecture).dtypes.values()) == {jnp.dtype("bfloat16")}
     exported = folder.load(where, architecture, jnp.bfloat16)
     weights = small.weights_of(tmp_path, 4)["decoder"]
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), exported, weights)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), exported, weights
+    )
     original = folder.load(decoder_folder, architecture, np.float32)
     assert np.abs(original["embedding"] - weights["embedding"]).max() > 1e-3
     assert Tokenizer(where / "tokenizer.model").vocab_size == Tokenizer(tokenizer_path).vocab_size

@@ -1,4 +1,6 @@
-"""Every variant as a job: trained, resumed, evaluated, loaded and used; what it is compared with; what it refuses."""
+"""Every variant as a job: trained, resumed, evaluated, loaded and used; what it is compared with;
+what it refuses.
+"""
 
 import json
 import shutil
@@ -28,7 +30,14 @@ from tests.shared_steps import shared_steps
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-HALF = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_dim": 20}
+HALF = {
+    "num_layers": 2,
+    "embed_dim": 24,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "ffn_dim": 20,
+}
 VARIANTS = {
     "last_layer": {},
     "static_tokens": {},
@@ -39,7 +48,11 @@ VARIANTS = {
     "resized": {"method.coprocessor": HALF},
     "lora": {"method.name": "cache_augmentation", "method.lora_rank": 2},
     "decoder lora": {"method.name": "decoder", "method.lora_rank": 2},
-    "delayed": {"method.name": "cache_augmentation", "method.max_delay": 3, "method.placement": "overlay"},
+    "delayed": {
+        "method.name": "cache_augmentation",
+        "method.max_delay": 3,
+        "method.placement": "overlay",
+    },
 }
 TRAINS_DECODER = ("joint", "unified", "decoder lora")
 
@@ -71,7 +84,9 @@ def plain_column(make_config, tmp_path_factory):
 
 
 def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
-    """Every leaf of the trainable tree; the run is the same bit for bit when it begins again in the middle."""
+    """Every leaf of the trainable tree; the run is the same bit for bit when it begins again in the
+    middle.
+    """
     variant, config, workdir = job
     one, other = small.weights_of(workdir, 2), small.weights_of(workdir, 4)
     for path, leaf in jax.tree_util.tree_leaves_with_path(other):
@@ -91,15 +106,21 @@ def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, small.weights_of(tmp_path / "again", 4), other)
 
 
-def test_it_is_evaluated_against_the_decoder_that_was_frozen(job, plain_column, decoder_folder, tmp_path):
-    """The rows say what the loaded model says, and the decoder's column is the same for every variant."""
+def test_it_is_evaluated_against_the_decoder_that_was_frozen(
+    job, plain_column, decoder_folder, tmp_path
+):
+    """The rows say what the loaded model says, and the decoder's column is the same for every
+    variant.
+    """
     variant, config, workdir = job
     rows = evaluate.evaluate(config, str(workdir), str(tmp_path))["rows"]
     assert [row["decoder_ppl"] for row in rows] == plain_column
     assert abs(rows[0]["change_percent"]) > 1e-3
     lm = load(workdir, decoder_folder, variant)
     expected = test_evaluate.naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
-    np.testing.assert_allclose([row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5)
+    np.testing.assert_allclose(
+        [row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5
+    )
 
 
 def load(workdir, decoder_folder, variant):
@@ -124,7 +145,9 @@ def test_it_generates_what_it_scores(job, decoder_folder):
 
 
 def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path, capsys):
-    """The decoder in a workdir is that of its last step; called again, the job leaves it as it is."""
+    """The decoder in a workdir is that of its last step; called again, the job leaves it as it
+    is.
+    """
     variant, config, workdir = job
     if variant not in TRAINS_DECODER:
         assert ld.load_coprocessor(str(workdir), 2).step == 2
@@ -135,7 +158,8 @@ def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path,
     written = (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns
     train.train(config, str(workdir))
     assert (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns == written
-    again = shutil.copytree(workdir, tmp_path / "again")  # killed before it was written; or trained on since
+    # killed before it was written; or trained on since
+    again = shutil.copytree(workdir, tmp_path / "again")
     for damage in (
         lambda: shutil.rmtree(again / "decoder"),
         lambda: (again / "decoder/trained.json").write_text('{"step": 2}'),
@@ -159,18 +183,23 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
     original = folder.load(decoder_folder, exp.aug.transformer.config, np.float32)
     expected = augment.assemble({"decoder": original}, small.weights_of(tmp_path, 4))["decoder"]
     found = folder.load(tmp_path / "decoder", exp.aug.transformer.config, np.float32)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), found, expected)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), found, expected
+    )
     assert np.any(found["layers"]["mlp"]["up"] != original["layers"]["mlp"]["up"])
     np.testing.assert_array_equal(found["embedding"], original["embedding"])
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_path, rank):
-    """In whole or under adapters: the first loss is its own, the run resumes bit for bit, and what is loaded is what is
-    evaluated."""
+    """In whole or under adapters: the first loss is its own, the run resumes bit for bit, and what
+    is loaded is what is evaluated.
+    """
     begun = ld.load_coprocessor(str(trained))
     start = f"{shutil.copytree(trained, tmp_path / 's')}/checkpoints/4"
-    config = make_config({"method.start": start, "method.lora_rank": rank, "optimizer.warmup_steps": 0})
+    config = make_config(
+        {"method.start": start, "method.lora_rank": rank, "optimizer.warmup_steps": 0}
+    )
     train.train(config, str(tmp_path / "w"))
     first = small.rows_of(tmp_path / "w")[0]["loss"]
     np.testing.assert_allclose(first, first_loss(make_config(), begun.params), rtol=1e-5)
@@ -182,11 +211,15 @@ def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_p
     jax.tree.map(np.testing.assert_array_equal, small.weights_of(tmp_path / "w", 4), done)
     own = ld.load_coprocessor(str(tmp_path / "w"))
     assert jax.tree.structure(own.params) == jax.tree.structure(begun.params)
-    assert np.abs(own.params["layers"]["mlp"]["up"] - begun.params["layers"]["mlp"]["up"]).max() > 1e-5
+    assert (
+        np.abs(own.params["layers"]["mlp"]["up"] - begun.params["layers"]["mlp"]["up"]).max() > 1e-5
+    )
     rows = evaluate.evaluate(config, str(tmp_path / "w"), str(tmp_path / "out"))["rows"]
     lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), own)
     expected = test_evaluate.naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
-    np.testing.assert_allclose([row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5)
+    np.testing.assert_allclose(
+        [row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5
+    )
 
 
 def first_loss(config, coprocessor):
@@ -195,7 +228,9 @@ def first_loss(config, coprocessor):
     plan = planning.make(exp)
     found = {"coprocessor": jax.device_get(coprocessor)}
     trainable = jax.device_put(found, planning.shardings_of(plan.state.trainable))
-    opt_state = jax.jit(plan.optimizer.tx.init, out_shardings=planning.shardings_of(plan.state.opt_state))(trainable)
+    opt_state = jax.jit(
+        plan.optimizer.tx.init, out_shardings=planning.shardings_of(plan.state.opt_state)
+    )(trainable)
     step = jax.device_put(np.int32(0), plan.state.step.sharding)
     text = batches.Training(config.data, str(exp.tokenizer.path))
     rows = next(text.batches(batch_size=config.train.batch_size, seed=config.seed))
@@ -208,14 +243,23 @@ def first_loss(config, coprocessor):
 def test_latents_of_another_text_and_of_an_earlier_call(
     make_config, trained, token_folder, tokenizer_path, decoder_folder, tmp_path, capsys
 ):
-    """Controls in evaluation: each against the same thing done by hand; the longest piece's donor ends before it."""
-    documents = ["the cat sat", "a dog ran to the door and", "when rain fell over green hills", "a mat on the door"]
+    """Controls in evaluation: each against the same thing done by hand; the longest piece's donor
+    ends before it.
+    """
+    documents = [
+        "the cat sat",
+        "a dog ran to the door and",
+        "when rain fell over green hills",
+        "a mat on the door",
+    ]
     held_out(tmp_path / "tokens", token_folder, tokenizer_path, {"lines:some": documents})
     text = {"data.token_files": str(tmp_path / "tokens"), "data.validation": ("lines:some",)}
     config = make_config(text | {"evaluate.batch_size": 8})
 
     def rows_of(name, changes):
-        return evaluate.evaluate(make_config(text | changes), str(trained), str(tmp_path / name))["rows"]
+        return evaluate.evaluate(make_config(text | changes), str(trained), str(tmp_path / name))[
+            "rows"
+        ]
 
     own = rows_of("own", {"evaluate.batch_size": 8})
     swapped, late = rows_of("swap", {"evaluate.swap": True}), rows_of("late", {"evaluate.delay": 2})
@@ -234,8 +278,12 @@ def test_latents_of_another_text_and_of_an_earlier_call(
         np.testing.assert_allclose([row["augmented_ppl"] for row in rows[:3]], expected, rtol=1e-5)
 
 
-def test_the_other_text_is_of_another_document(make_config, trained, token_folder, tokenizer_path, tmp_path):
-    """Latents of a document's copy are its own, so the donor's row and position are the right ones."""
+def test_the_other_text_is_of_another_document(
+    make_config, trained, token_folder, tokenizer_path, tmp_path
+):
+    """Latents of a document's copy are its own, so the donor's row and position are the right
+    ones.
+    """
     copies = ["the cat sat on the mat and looked at the other cat"] * 10
     held_out(tmp_path / "copies", token_folder, tokenizer_path, {"lines:copies": copies})
     changed = {
@@ -254,7 +302,11 @@ def test_the_other_text_is_of_another_document(make_config, trained, token_folde
 
     both = {"lines:copies": copies, "lines:alone": ["the dog sat"]}
     held_out(tmp_path / "both", token_folder, tokenizer_path, both)
-    changed = {"data.token_files": str(tmp_path / "both"), "data.validation": tuple(both), "evaluate.swap": True}
+    changed = {
+        "data.token_files": str(tmp_path / "both"),
+        "data.validation": tuple(both),
+        "evaluate.swap": True,
+    }
     with pytest.raises(UserError, match="config.evaluate.swap: 'lines:alone'.* one document"):
         evaluate.evaluate(make_config(changed), str(trained), str(tmp_path / "alone"))
 
@@ -267,12 +319,16 @@ def held_out(where, token_folder, tokenizer_path, documents):
     meta = token_files.read_meta(str(where)) | {"validation": []}
     for number, (source, texts) in enumerate(documents.items()):
         named = [("", np.array(tokenizer.encode(text), np.int32)) for text in texts]
-        meta["validation"].append({"source": source, **token_files.write_validation(str(where), number, named, meta)})
+        meta["validation"].append(
+            {"source": source, **token_files.write_validation(str(where), number, named, meta)}
+        )
     token_files.write_meta(str(where), meta)
 
 
 def swapped_by_hand(config, trained, decoder_folder):
-    """Each position of a piece is given the latents of the same one of its donor, or of the donor's last."""
+    """Each position of a piece is given the latents of the same one of its donor, or of the donor's
+    last.
+    """
     decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
     params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
     text = read_validation_text(experiment.read(config))
@@ -283,7 +339,9 @@ def swapped_by_hand(config, trained, decoder_folder):
             read = naive.embed(decoder.config, params[0], donor[: q + 1])
             z = naive.written(decoder.config, *params, read, q, coprocessor.placement)
             for n, nll in enumerate(
-                naive.trace_nll(decoder.config, *params, np.array(piece), p, 3, coprocessor.placement, z=z)
+                naive.trace_nll(
+                    decoder.config, *params, np.array(piece), p, 3, coprocessor.placement, z=z
+                )
             ):
                 found[n].append(nll)
     return [np.exp(np.mean(nll)) for nll in found]
@@ -303,7 +361,9 @@ def late_by_hand(config, trained, decoder_folder, delay=2):
 
 def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
-    with pytest.raises(UserError, match="config.method.start=.*/checkpoints/4: method.name.*'cache_augmentation'"):
+    with pytest.raises(
+        UserError, match="config.method.start=.*/checkpoints/4: method.name.*'cache_augmentation'"
+    ):
         train.train(config, str(tmp_path / "w"))
     assert build.split_start("gs://b/run/checkpoints/12/") == ("gs://b/run", 12)
 
@@ -316,13 +376,20 @@ def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):
 
 @pytest.mark.slow
 def test_exports(make_config, trained, tmp_path):
-    """Adapters are exported multiplied out; a coprocessor of another size has no names in the other form."""
+    """Adapters are exported multiplied out; a coprocessor of another size has no names in the other
+    form.
+    """
     train.train(make_config(changes("lora")), str(tmp_path / "w"))
     convert.convert(str(tmp_path / "w"), str(tmp_path / "out"))
-    found, expected = ld.load_coprocessor(str(tmp_path / "out")), ld.load_coprocessor(str(tmp_path / "w"))
+    found, expected = (
+        ld.load_coprocessor(str(tmp_path / "out")),
+        ld.load_coprocessor(str(tmp_path / "w")),
+    )
     decoder = ld.load_decoder(make_config().decoder.path)
     below = jax.device_get(decoder.params)
-    params = augment.assemble({"decoder": below}, {"coprocessor": jax.device_get(expected.params)})["coprocessor"]
+    params = augment.assemble({"decoder": below}, {"coprocessor": jax.device_get(expected.params)})[
+        "coprocessor"
+    ]
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
     train.train(make_config(changes("resized")), str(tmp_path / "r"))
     with pytest.raises(UserError, match="resized"):

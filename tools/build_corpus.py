@@ -31,7 +31,9 @@ HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
 
 def npm(folder: Path, package: str) -> Path:
     """Unpacks an npm package below `folder`; returns its root."""
-    done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
+    )
     archive = done.stdout.split()[-1]
     subprocess.run(["tar", "xzf", archive], cwd=folder, check=True)
     print("using", archive)
@@ -44,11 +46,15 @@ def npm(folder: Path, package: str) -> Path:
 def novels(root: Path) -> dict[str, list[str]]:
     """Reads the lines of each novel from the package's R data base: zlib streams, one vector of strings each."""
     data = (root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
-    names = "emma mansfield_park northanger_abbey persuasion pride_and_prejudice sense_and_sensibility"
+    names = (
+        "emma mansfield_park northanger_abbey persuasion pride_and_prejudice sense_and_sensibility"
+    )
     found = {}
     for name in names.split():
         stream = zlib.decompressobj()
-        vector = stream.decompress(data[4:])  # the first four bytes are the length of what is decompressed
+        vector = stream.decompress(
+            data[4:]
+        )  # the first four bytes are the length of what is decompressed
         data = stream.unused_data
         (encoding,) = struct.unpack_from(">i", vector, 14)
         at = 18 + encoding  # past the header, which ends with the encoding's name
@@ -107,9 +113,20 @@ def bible(program: Path, text: Path) -> Iterator[list[str]]:
     for book, count in BOOKS.items():
         for chapter in range(1, count + 1):
             verses_of = f"{book}{chapter}:1-999"
-            command = [program / "usr/bin/bible", "-f", "-l99999", "-p", text / "usr/lib", verses_of]
-            lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-            verses = [line.split(" ", 1)[1].strip() for line in lines if re.match(r"\S+\d+:\d+ ", line)]
+            command = [
+                program / "usr/bin/bible",
+                "-f",
+                "-l99999",
+                "-p",
+                text / "usr/lib",
+                verses_of,
+            ]
+            lines = subprocess.run(
+                command, check=True, capture_output=True, text=True
+            ).stdout.splitlines()
+            verses = [
+                line.split(" ", 1)[1].strip() for line in lines if re.match(r"\S+\d+:\d+ ", line)
+            ]
             yield [f"{book.replace('1', '1 ')} {chapter}", "\n".join(verses)]
 
 
@@ -172,14 +189,18 @@ def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
     yield "prose_moby_dick", moby_dick(datasets)
     speeches = list(addresses(datasets))
     yield "prose_lincoln_addresses", [text for name, text in speeches if "lincoln" in name]
-    others = {name: functools.partial(list, text) for name, text in speeches if "lincoln" not in name}
+    others = {
+        name: functools.partial(list, text) for name, text in speeches if "lincoln" not in name
+    }
     yield "prose_state_of_the_union", sample(others, 1_400_000)
     program, _ = debian(folder, "bible-kjv")
     text, _ = debian(folder, "bible-kjv-text")
     yield "prose_king_james_bible", bible(program, text)
     for work, source in MANUALS.items():
         root, _ = debian(folder, source.package)
-        pages = manual(root / "usr/share/doc" / source.folder, source.keep, source.drop, [source.text])
+        pages = manual(
+            root / "usr/share/doc" / source.folder, source.keep, source.drop, [source.text]
+        )
         yield work, sample(pages, source.budget)
 
 

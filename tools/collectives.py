@@ -1,6 +1,8 @@
-"""Reads what a compiled program sends between chips out of its HLO text; loops count as often as they run.
+"""Reads what a compiled program sends between chips out of its HLO text; loops count as often as
+they run.
 
-The grammar is that of XLA's HLO text (openxla.org/xla/operation_semantics, "Collective" operations).
+The grammar is that of XLA's HLO text (openxla.org/xla/operation_semantics, "Collective"
+operations).
 """
 
 import functools
@@ -9,7 +11,8 @@ import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-# Bytes that a chip receives, as a factor on the bytes of the whole array, for a group of n chips that uses a ring.
+# Bytes that a chip receives, as a factor on the bytes of the whole array, for a group of n chips
+# that uses a ring.
 RECEIVED = {
     "all-gather": lambda n: (n - 1) / n,  # of the result
     "reduce-scatter": lambda n: (n - 1) / n,  # of the operand
@@ -53,8 +56,9 @@ Body = dict[str, Instruction]  # of a computation, by name and in order; the las
 def collectives(text: str) -> dict[str, Traffic]:
     """Returns the traffic of each kind of collective in one run of a compiled module's text.
 
-    An asynchronous collective that the compiler for TPUs splits over several fusions counts once, where it starts.
-    Kinds follow the program: a gather that the compiler writes as a sum counts as a sum.
+    An asynchronous collective that the compiler for TPUs splits over several fusions counts once,
+    where it starts. Kinds follow the program: a gather that the compiler writes as a sum counts as
+    a sum.
 
     Raises:
       ValueError: a collective in a loop of unknown length.
@@ -72,7 +76,9 @@ def collectives(text: str) -> dict[str, Traffic]:
             if kind not in RECEIVED:
                 continue
             if math.isnan(times):
-                raise ValueError(f"{i.name}: is in a loop, and the program does not say how often it runs")
+                raise ValueError(
+                    f"{i.name}: is in a loop, and the program does not say how often it runs"
+                )
             chips = 1 if kind == "collective-permute" else _group_size(i.rest)
             calls[kind] += times
             received[kind] += times * _whole_bytes(i, chips) * RECEIVED[kind](chips)
@@ -94,13 +100,17 @@ def _computations(text: str) -> dict[str, Body]:
 
 
 def _continues_another(computation: str, body: Body) -> bool:
-    """Returns whether a computation is a later part of an asynchronous collective that another one starts."""
+    """Returns whether a computation is a later part of an asynchronous collective that another one
+    starts.
+    """
     is_end = any('"AsyncCollectiveDone"' in i.rest for i in body.values())
     return is_end or computation.startswith("async_collective_fusion")
 
 
 def _runs(bodies: dict[str, Body]) -> dict[str, float]:
-    """Returns how often each computation runs, NaN where that is not known; every branch counts as taken."""
+    """Returns how often each computation runs, NaN where that is not known; every branch counts as
+    taken.
+    """
     callers = defaultdict(list)
     for computation, body in bodies.items():
         for i in body.values():
@@ -121,8 +131,8 @@ def _runs(bodies: dict[str, Body]) -> dict[str, float]:
 def _trips(bodies: dict[str, Body], loop: Instruction) -> float:
     """Returns how often a loop's body runs; NaN where that depends on data.
 
-    Backends for CPU and GPU write it down. For TPU it follows from a counter that begins at 0: its bound in the
-    condition, and its step in the body.
+    Backends for CPU and GPU write it down. For TPU it follows from a counter that begins at 0: its
+    bound in the condition, and its step in the body.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
@@ -130,7 +140,9 @@ def _trips(bodies: dict[str, Body], loop: Instruction) -> float:
     condition = bodies[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
     body = bodies[re.search(r"body=%?([\w.\-]+)", loop.rest)[1]]
     try:
-        (test,) = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.rest]
+        (test,) = [
+            i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.rest
+        ]
         counter, bound = _operands(test)
         index = int(re.search(r"index=(\d+)", condition[counter].rest)[1])
         result = list(body.values())[-1]
@@ -152,7 +164,9 @@ def _constant(i: Instruction) -> int:
 
 
 def _group_size(attributes: str) -> int:
-    """Returns how many chips take part in one group of a collective; the text has three forms for groups."""
+    """Returns how many chips take part in one group of a collective; the text has three forms for
+    groups.
+    """
     mesh = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{([^}]*)\}", attributes)
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
@@ -170,13 +184,15 @@ def _group_size(attributes: str) -> int:
 def _whole_bytes(i: Instruction, chips: int) -> float:
     """Returns the bytes of the whole array of a collective in groups of some chips.
 
-    Its shape is its result; where it starts an asynchronous one, often a tuple of operands and results.
+    Its shape is its result; where it starts an asynchronous one, often a tuple of operands and
+    results.
     """
     sizes = _sizes(i.shape)
     match i.opcode:
         case "reduce-scatter":
             return sum(sizes) * chips
-        case "all-gather-start" | "reduce-scatter-start":  # one of the two is the whole, the other one chip's part
+        # one of the two is the whole, the other one chip's part
+        case "all-gather-start" | "reduce-scatter-start":
             return sum(sizes) * chips / (chips + 1)
         case "all-to-all-start":
             return sum(sizes) / 2

@@ -1,8 +1,9 @@
-"""Extracts plain text from packages: HTML manuals, man pages, POD, dictionaries, sayings; and cleans it.
+"""Extracts plain text from packages: HTML manuals, man pages, POD, dictionaries, sayings; and
+cleans it.
 
-The contents of a package are `Pages`: each page's name, and a function that reads its paragraphs, so that a sample of a
-large package costs no more than the pages in it. `build_corpus` and `make_mixture` use these functions; a change here
-changes the bytes that they write.
+The contents of a package are `Pages`: each page's name, and a function that reads its paragraphs,
+so that a sample of a large package costs no more than the pages in it. `build_corpus` and
+`make_mixture` use these functions; a change here changes the bytes that they write.
 """
 
 import functools
@@ -27,25 +28,33 @@ ENTRIES = 200  # of a dictionary, on a page
 
 
 def debian(folder: Path, package: str) -> tuple[Path, str]:
-    """Unpacks a Debian package below `folder`, installing nothing; returns its root and its version.
+    """Unpacks a Debian package below `folder`, installing nothing; returns its root and its
+    version.
 
     Raises:
       UserError: the package cannot be had.
     """
     root = folder / package
-    done = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        ["apt-get", "download", package], cwd=folder, capture_output=True, text=True
+    )
     archives = list(folder.glob(f"{package}_*.deb"))
     if done.returncode or not archives:
         reason = done.stderr.strip().splitlines()[-1:] or ["no archive came"]
-        raise UserError(f"Debian package {package}: {reason[0]} (apt-get update brings the list of packages)")
-    done = subprocess.run(["dpkg-deb", "--extract", archives[0], root], capture_output=True, text=True)
+        raise UserError(
+            f"Debian package {package}: {reason[0]} (apt-get update brings the list of packages)"
+        )
+    done = subprocess.run(
+        ["dpkg-deb", "--extract", archives[0], root], capture_output=True, text=True
+    )
     if done.returncode:
         raise UserError(f"Debian package {package}: {' '.join(done.stderr.split())}")
     archives[0].unlink()
     return root, archives[0].name.split("_")[1].replace("%3a", ":")
 
 
-# -------------------------------------------------------------------------------------------------- HTML
+# --------------------------------------------------------------------------------------------------
+# HTML
 
 BLOCKS = set(
     "address article aside blockquote body center dd details div dl dt fieldset figure footer header "
@@ -57,7 +66,9 @@ CHROME = set(  # classes and ids
     "navfooter navheader page-header path permalink quickview searchmenu sidebar submenu tagline toc "
     "toctree-wrapper top toplang up viewcode-link".split()
 )
-LEFTOVER = re.compile(r"This page (is part|last modified) .*|Previous: .*|See also:?|[a-z]+(-[a-z]+)+:", re.IGNORECASE)
+LEFTOVER = re.compile(
+    r"This page (is part|last modified) .*|Previous: .*|See also:?|[a-z]+(-[a-z]+)+:", re.IGNORECASE
+)
 
 
 def within(element: html.HtmlElement) -> list[str]:
@@ -90,7 +101,9 @@ def within(element: html.HtmlElement) -> list[str]:
 
 
 def block(element: html.HtmlElement) -> list[str]:
-    """Returns the blocks of a block element: code as it is, one line per item of a list or row of a table."""
+    """Returns the blocks of a block element: code as it is, one line per item of a list or row of a
+    table.
+    """
     if element.tag == "pre":
         lines = [line.rstrip() for line in element.text_content().expandtabs().split("\n")]
         code = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
@@ -151,7 +164,8 @@ def _page(file: Path, text: Sequence[str]) -> list[str]:
     return []
 
 
-# ---------------------------------------------------------------------------------------- other kinds of text
+# ---------------------------------------------------------------------------------------- other
+# kinds of text
 
 WIDE = "9999"  # characters of a line: a paragraph is one
 
@@ -169,15 +183,31 @@ def _man_page(file: Path) -> list[str]:
     source = gzip.decompress(file.read_bytes())
     if source.startswith(b".so "):  # another name of a page
         return []
-    command = ["groff", "-mandoc", "-t", "-Kutf8", "-Tutf8", "-P-cbou", f"-rLL={WIDE}n", "-rHY=0", "-dAD=l"]
+    command = [
+        "groff",
+        "-mandoc",
+        "-t",
+        "-Kutf8",
+        "-Tutf8",
+        "-P-cbou",
+        f"-rLL={WIDE}n",
+        "-rHY=0",
+        "-dAD=l",
+    ]
     done = subprocess.run(command, input=source, capture_output=True)
-    text = re.sub(r"(?<=\S) {3,}", "  ", done.stdout.decode(errors="replace"))  # columns of tables, set wide apart
-    return blocks(re.sub(r"(?m)^ *[\u2500-\u257f][ \u2500-\u257f]*\n", "", text))[1:-1]  # and the rules between rows
+    # columns of tables, set wide apart
+    text = re.sub(r"(?<=\S) {3,}", "  ", done.stdout.decode(errors="replace"))
+    # and the rules between rows
+    return blocks(re.sub(r"(?m)^ *[\u2500-\u257f][ \u2500-\u257f]*\n", "", text))[1:-1]
 
 
 def pods(root: Path) -> Pages:
     """Returns every page of Perl's Plain Old Documentation."""
-    return {file.name: functools.partial(_pod, file) for file in sorted(root.rglob("*.pod")) if not file.is_symlink()}
+    return {
+        file.name: functools.partial(_pod, file)
+        for file in sorted(root.rglob("*.pod"))
+        if not file.is_symlink()
+    }
 
 
 def _pod(file: Path) -> list[str]:
@@ -196,12 +226,17 @@ def blocks(text: str) -> list[str]:
 
 
 def dictionary(root: Path) -> Pages:
-    """Returns a dictionary in dictd's format, ENTRIES per page: a headword begins a line, its meaning is indented."""
+    """Returns a dictionary in dictd's format, ENTRIES per page: a headword begins a line, its
+    meaning is indented.
+    """
     (file,) = root.rglob("*.dict.dz")
     text = gzip.decompress(file.read_bytes()).decode(errors="replace")
     entries = re.split(r"\n(?=\S)", text)
     firsts = range(0, len(entries), ENTRIES)
-    return {f"{first:08}": functools.partial(_entries, entries[first : first + ENTRIES]) for first in firsts}
+    return {
+        f"{first:08}": functools.partial(_entries, entries[first : first + ENTRIES])
+        for first in firsts
+    }
 
 
 def _entries(entries: Sequence[str]) -> list[str]:
@@ -227,11 +262,14 @@ def _sayings(file: Path) -> list[str]:
     return [saying.strip("\n") for saying in re.split(r"\n%\n", text)]
 
 
-# ---------------------------------------------------------------------------------------------- cleaning
+# ----------------------------------------------------------------------------------------------
+# cleaning
 
 
 def sample(pages: Pages, budget: int) -> list[list[str]]:
-    """Returns whole pages of roughly `budget` characters, chosen by the hash of their names, in the order given."""
+    """Returns whole pages of roughly `budget` characters, chosen by the hash of their names, in the
+    order given.
+    """
     chosen: dict[str, list[str]] = {}
     size = 0
     for name in sorted(pages, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -246,15 +284,21 @@ def sample(pages: Pages, budget: int) -> list[list[str]]:
 
 
 def plain(paragraph: str) -> str:
-    """Removes control, format, private-use and separator characters, and trailing blanks, from a paragraph."""
+    """Removes control, format, private-use and separator characters, and trailing blanks, from a
+    paragraph.
+    """
     paragraph = unicodedata.normalize("NFC", paragraph).replace("\u00a0", " ")
     unwanted = ("Cc", "Cf", "Co", "Zl", "Zp")
-    paragraph = "".join(c for c in paragraph if c == "\n" or unicodedata.category(c) not in unwanted)
+    paragraph = "".join(
+        c for c in paragraph if c == "\n" or unicodedata.category(c) not in unwanted
+    )
     return re.sub(r" +$", "", paragraph, flags=re.MULTILINE).strip("\n")
 
 
 def pack(pieces: list[str], joint: str) -> Iterator[str]:
-    """Joins pieces into few documents of about equal length, within `LONGEST` unless one piece is longer."""
+    """Joins pieces into few documents of about equal length, within `LONGEST` unless one piece is
+    longer.
+    """
     size = len(joint.join(pieces))
     share = size / max(1, -(-size // LONGEST))
     document: list[str] = []
@@ -270,7 +314,9 @@ def pack(pieces: list[str], joint: str) -> Iterator[str]:
 
 
 def clean(documents: Iterable[list[str]], seen: set[str]) -> Iterator[str]:
-    """Yields documents without odd characters and without paragraphs that were met before; cuts long ones."""
+    """Yields documents without odd characters and without paragraphs that were met before; cuts
+    long ones.
+    """
     for document in documents:
         kept = []
         for paragraph in map(plain, document):

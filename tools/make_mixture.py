@@ -1,15 +1,18 @@
-"""Makes the open mixture: text to train and to evaluate on, from Debian packages, each with its licence.
+"""Makes the open mixture: text to train and to evaluate on, from Debian packages, each with its
+licence.
 
-  python -m tools.make_mixture --out=runs/mixture [--licences=public_domain,permissive,copyleft] [--budget=12e6]
+  python -m tools.make_mixture --out=runs/mixture [--licences=public_domain,permissive,copyleft]
+  [--budget=12e6]
 
-Writes OUT/train, OUT/validation and OUT/unseen, one file per work, for `data.sources=files:OUT/train/*.txt`;
-MIXTURE.md, a table of the works; about.json, their digests; licences/, each package's own words. The split is by work:
-validation has other works of kinds that train has too, unseen has works further from them. A paragraph of 60 characters
-or more is in one place only, in validation or unseen rather than train. Works of prose come from the packaged corpus.
+Writes OUT/train, OUT/validation and OUT/unseen, one file per work, for
+`data.sources=files:OUT/train/*.txt`; MIXTURE.md, a table of the works; about.json, their digests;
+licences/, each package's own words. The split is by work: validation has other works of kinds that
+train has too, unseen has works further from them. A paragraph of 60 characters or more is in one
+place only, in validation or unseen rather than train. Works of prose come from the packaged corpus.
 Some of the text is copyleft: read MIXTURE.md before you pass it on.
 
-Needs Debian 12 (`apt-get update` first), groff and perl; installs nothing. The same package versions give the same
-bytes.
+Needs Debian 12 (`apt-get update` first), groff and perl; installs nothing. The same package
+versions give the same bytes.
 """
 
 import hashlib
@@ -62,7 +65,9 @@ def english(keep: str) -> Callable[[Path], Pages]:
 SOURCES = {
     "ada-reference-manual-2012": Source("GPL-3+", "copyleft"),
     "apache2-doc": Source("Apache-2.0", "permissive", english("doc/apache2-doc/manual/en/.*")),
-    "debian-handbook": Source("GPL-2+ or CC-BY-SA-3.0", "copyleft", english("doc/debian-handbook/html/en-US/.*")),
+    "debian-handbook": Source(
+        "GPL-2+ or CC-BY-SA-3.0", "copyleft", english("doc/debian-handbook/html/en-US/.*")
+    ),
     "debian-policy": Source("GPL-2+", "copyleft"),
     "developers-reference": Source("GPL-2+", "copyleft"),
     "dict-gcide": Source("GPL-3+", "copyleft", dictionary),
@@ -71,12 +76,18 @@ SOURCES = {
     "freebsd-manpages": Source("BSD-2-Clause and BSD-4-Clause", "permissive", man_pages),
     "ghc-doc": Source("BSD-3-Clause", "permissive"),
     "git-doc": Source("GPL-2", "copyleft"),
-    "installation-guide-amd64": Source("GPL-2", "copyleft", english("doc/installation-guide-amd64/en/.*")),
+    "installation-guide-amd64": Source(
+        "GPL-2", "copyleft", english("doc/installation-guide-amd64/en/.*")
+    ),
     "kicad-doc-en": Source("GPL-3+", "copyleft"),
     "libboost1.81-doc": Source("BSL-1.0", "permissive"),
     "libreoffice-help-en-us": Source("MPL-2.0", "copyleft"),
-    "lilypond-doc-html": Source("GPL-3+", "copyleft", english(r"doc/lilypond/html/Documentation/[^.]*\.html")),
-    "linux-doc-6.1": Source("GPL-2", "copyleft", english(r"doc/linux-doc-6.1/html/(?!translations/).*")),
+    "lilypond-doc-html": Source(
+        "GPL-3+", "copyleft", english(r"doc/lilypond/html/Documentation/[^.]*\.html")
+    ),
+    "linux-doc-6.1": Source(
+        "GPL-2", "copyleft", english(r"doc/linux-doc-6.1/html/(?!translations/).*")
+    ),
     "llvm-14-doc": Source("Apache-2.0 with LLVM exceptions", "permissive"),
     "manpages": Source("GPL-2+ and others", "copyleft", man_pages),
     "manpages-dev": Source("GPL-2+ and others", "copyleft", man_pages),
@@ -96,7 +107,11 @@ SOURCES = {
     "python3.11-doc": Source("PSF-2", "permissive"),
     "qtbase5-doc-html": Source("LGPL-3 or GPL-2", "copyleft"),
     "racket-doc": Source("LGPL-2.1+", "copyleft"),
-    "rust-doc": Source("MIT or Apache-2.0", "permissive", english(r"doc/rust-doc/html/(?!src/|core/arch|std/arch).*")),
+    "rust-doc": Source(
+        "MIT or Apache-2.0",
+        "permissive",
+        english(r"doc/rust-doc/html/(?!src/|core/arch|std/arch).*"),
+    ),
     "sagemath-doc": Source("GPL-2+", "copyleft", english("doc/sagemath/html/en/.*")),
     "sbcl-doc": Source("public domain", "public_domain"),
     "sqlite3-doc": Source("public domain", "public_domain"),
@@ -133,17 +148,22 @@ def make_mixture(out: str, licences: str, budget: float) -> None:
       budget: characters of a work, roughly, at most.
 
     Raises:
-      UserError: `out` exists; an unknown group; a program or package that is missing; a package without text.
+      UserError: `out` exists; an unknown group; a program or package that is missing; a package
+        without text.
     """
     groups = licences.split(",")
     unknown = sorted(set(groups) - set(LICENCES))
     if unknown:
         raise UserError(f"--licences: {unknown[0]!r}, expected some of {','.join(LICENCES)}")
     if not extract.SHORTEST <= budget < math.inf:
-        raise UserError(f"--budget={budget:g}: expected at least {extract.SHORTEST} characters, and a number")
+        raise UserError(
+            f"--budget={budget:g}: expected at least {extract.SHORTEST} characters, and a number"
+        )
     for program in ("apt-get", "dpkg-deb", "groff", "pod2text"):
         if shutil.which(program) is None:
-            raise UserError(f"{program} is not installed; Debian's apt, dpkg, groff and perl are needed")
+            raise UserError(
+                f"{program} is not installed; Debian's apt, dpkg, groff and perl are needed"
+            )
     chosen = {package: source for package, source in SOURCES.items() if source.group in groups}
     with whole(Path(out)) as folder, tempfile.TemporaryDirectory() as scratch:
         progress = Progress("read", len(chosen), "packages")
@@ -182,14 +202,18 @@ def write_mixture(folder: Path, chosen: dict[str, Source], works: dict[str, Work
         for name, (version, licence, documents) in _works_of(split, chosen, works).items():
             cleaned = list(extract.clean(documents, seen))
             if not cleaned:
-                raise UserError(f"{name} {version}: none of its text is its own, all of it is in other works too")
+                raise UserError(
+                    f"{name} {version}: none of its text is its own, all of it is in other works too"
+                )
             content = extract.SEPARATOR.join(cleaned) + "\n"
             path = f"{split}/{name}.txt"
             (folder / path).write_text(content, encoding="utf-8")
             size = len(content.encode())
             digests[path] = hashlib.sha256(content.encode()).hexdigest()
             sizes[split] += size
-            rows.append(f"| {split} | {name} | {version} | {licence} | {len(cleaned):,} | {size:,} |")
+            rows.append(
+                f"| {split} | {name} | {version} | {licence} | {len(cleaned):,} | {size:,} |"
+            )
     for package, work in works.items():
         if work.copyright:
             (folder / "licences" / f"{package}.txt").write_text(work.copyright, encoding="utf-8")
@@ -211,7 +235,9 @@ def write_mixture(folder: Path, chosen: dict[str, Source], works: dict[str, Work
 def _works_of(
     split: str, chosen: dict[str, Source], works: dict[str, Work]
 ) -> dict[str, tuple[str, str, list[list[str]]]]:
-    """Returns work -> (version, licence, documents) of a split: prose of the packaged corpus, then packages."""
+    """Returns work -> (version, licence, documents) of a split: prose of the packaged corpus, then
+    packages.
+    """
     found = {}
     for file in sorted((CORPUS / split).glob("prose_*.txt")):
         documents = file.read_text(encoding="utf-8").removesuffix("\n").split(extract.SEPARATOR)

@@ -2,10 +2,11 @@
 
   python -m tools.make_tasks --out=runs/tasks
 
-Writes for each task NAME.yaml, which the lm-eval harness reads, and NAME.test.jsonl. Where problems can be made without
-end, writes NAME.train.jsonl too, for worked examples in prompts, and text/train/NAME.txt, text/test/NAME.txt, both
-splits as text to adapt a model to (`data.sources=files:OUT/text/train/*.txt`). No question is in both splits. Seeds and
-sizes are fixed: the same version of reasoning-gym makes the same tasks. `benchmark` runs them.
+Writes for each task NAME.yaml, which the lm-eval harness reads, and NAME.test.jsonl. Where problems
+can be made without end, writes NAME.train.jsonl too, for worked examples in prompts, and
+text/train/NAME.txt, text/test/NAME.txt, both splits as text to adapt a model to
+(`data.sources=files:OUT/text/train/*.txt`). No question is in both splits. Seeds and sizes are
+fixed: the same version of reasoning-gym makes the same tasks. `benchmark` runs them.
 """
 
 import functools
@@ -31,19 +32,30 @@ Row = dict[str, Any]
 
 TEXT = Path(latent_delib.__file__).parent / "data" / "corpus" / "validation"
 SIZES = {"train": 1000, "test": 200}
-SEEDS = {"train": 0, "test": 1_000_000}  # problem i of seed s is problem 0 of seed s + i: far apart, or they overlap
+# problem i of seed s is problem 0 of seed s + i: far apart, or they overlap
+SEEDS = {"train": 0, "test": 1_000_000}
 PIECE = 1200  # characters of a piece of text, roughly
 STATEMENT = re.compile(r"(All|No|Some) (\w+) are (not )?(\w+)")
 
 # How the harness asks for each kind of row.
 QUESTION = {"doc_to_text": "Question: {{question}}\nAnswer:"}
-EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True}
+EXACT = {
+    "metric": "exact_match",
+    "aggregation": "mean",
+    "higher_is_better": True,
+    "ignore_case": True,
+}
 EXACT |= {"regexes_to_ignore": [",", "\\$", "(?s).*#### "]}  # what GSM8K's own task ignores
 
 
 def _generated(until: list[str], max_gen_toks: int, pattern: str) -> Row:
-    """Returns the harness settings of a task whose answer is generated greedily: the last match of `pattern`."""
-    found = [{"function": "regex", "regex_pattern": pattern, "group_select": -1}, {"function": "take_first"}]
+    """Returns the harness settings of a task whose answer is generated greedily: the last match of
+    `pattern`.
+    """
+    found = [
+        {"function": "regex", "regex_pattern": pattern, "group_select": -1},
+        {"function": "take_first"},
+    ]
     return {
         **QUESTION,
         "output_type": "generate_until",
@@ -56,8 +68,14 @@ def _generated(until: list[str], max_gen_toks: int, pattern: str) -> Row:
 
 def _chosen(**prompt: str) -> Row:
     """Returns the harness settings of a task whose answer is the likeliest of the choices."""
-    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
-    fixed = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
+    metrics = [
+        {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
+    ]
+    fixed = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+    }
     return {**prompt, **fixed, "metric_list": metrics}
 
 
@@ -69,7 +87,9 @@ READ = {
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
     "doc_to_target": "{{text}}",
-    "metric_list": [{"metric": metric} for metric in ("bits_per_byte", "byte_perplexity", "word_perplexity")],
+    "metric_list": [
+        {"metric": metric} for metric in ("bits_per_byte", "byte_perplexity", "word_perplexity")
+    ],
 }
 
 
@@ -105,7 +125,9 @@ def chain_sum_choice(split: str) -> Iterator[Row]:
 
 
 def countdown(split: str) -> Iterator[Row]:
-    """Yields an expression that makes a number from given ones, among three that differ in operators and miss it."""
+    """Yields an expression that makes a number from given ones, among three that differ in
+    operators and miss it.
+    """
     draw = random.Random(SEEDS[split])
     for item in _problems("countdown", split):
         right = item["answer"].replace(" ", "")
@@ -128,7 +150,8 @@ def countdown(split: str) -> Iterator[Row]:
 def syllogism(split: str) -> Iterator[Row]:
     """Yields two statements and a conclusion: whether it follows, Yes or No.
 
-    The answers of reasoning-gym 0.1.25 are not used: it says Yes to some that do not follow (an undistributed middle).
+    The answers of reasoning-gym 0.1.25 are not used: it says Yes to some that do not follow (an
+    undistributed middle).
     """
     for item in _problems("syllogism", split):
         form = []
@@ -137,11 +160,17 @@ def syllogism(split: str) -> Iterator[Row]:
             how, subject, negated, predicate = STATEMENT.fullmatch(item["metadata"][key]).groups()
             numbers = [terms.setdefault(term, len(terms)) for term in (subject, predicate)]
             form.append((how, numbers[0], bool(negated), numbers[1]))
-        yield {"question": item["question"], "choices": ["Yes", "No"], "gold": 0 if _follows(*form) else 1}
+        yield {
+            "question": item["question"],
+            "choices": ["Yes", "No"],
+            "gold": 0 if _follows(*form) else 1,
+        }
 
 
 def next_sentence(split: str) -> Iterator[Row]:
-    """Yields the sentence that follows three others in held-out prose, among three of like length from elsewhere."""
+    """Yields the sentence that follows three others in held-out prose, among three of like length
+    from elsewhere.
+    """
     draw = random.Random(SEEDS[split])
     for path in sorted(TEXT.glob("prose_*.txt")):
         text = " ".join(path.read_text(encoding="utf-8").split())
@@ -187,7 +216,8 @@ def make_tasks(out: str) -> None:
     """Writes all tasks to the folder `out`, whole or not at all.
 
     Raises:
-      UserError: `out` is there already; reasoning-gym is not installed, or makes too few different problems.
+      UserError: `out` is there already; reasoning-gym is not installed, or makes too few different
+        problems.
     """
     version = _version()
     total = 0
@@ -203,13 +233,20 @@ def make_tasks(out: str) -> None:
             for split in reversed(splits):
                 rows = list(itertools.islice(_new(make(split), seen), SIZES[split]))
                 if len(rows) < SIZES[split]:
-                    raise UserError(f"{name}: {len(rows)} {split} problems, expected {SIZES[split]}")
+                    raise UserError(
+                        f"{name}: {len(rows)} {split} problems, expected {SIZES[split]}"
+                    )
                 made[split] = rows
                 done += len(rows)
                 progress(done)
                 lines.append(f"{name:18} {split:6} {len(rows):>6,}")
             write_task(folder, name, made)
-        about = {"seeds": SEEDS, "sizes": SIZES, "reasoning_gym": version, "provenance": provenance(computed=False)}
+        about = {
+            "seeds": SEEDS,
+            "sizes": SIZES,
+            "reasoning_gym": version,
+            "provenance": provenance(computed=False),
+        }
         (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     print("\n".join(lines))
 
@@ -224,7 +261,9 @@ def _new(rows: Iterator[Row], seen: set[str]) -> Iterator[Row]:
 
 
 def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
-    """Writes the settings of a task of TASKS, and its rows by split; file names are relative to the folder."""
+    """Writes the settings of a task of TASKS, and its rows by split; file names are relative to the
+    folder.
+    """
     import yaml
 
     _, asked, _ = TASKS[name]
@@ -238,7 +277,9 @@ def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
         settings |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
     for split, some in rows.items():
         path = folder / f"{name}.{split}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8"
+        )
         if "train" in rows and not name.endswith("_choice"):  # whose problems are another task's
             text = folder / "text" / split / f"{name}.txt"
             text.parent.mkdir(parents=True, exist_ok=True)
@@ -278,12 +319,16 @@ def _choices(draw: random.Random, question: str, right: str, wrong: list[str]) -
 
 @functools.cache
 def _follows(*form: tuple[str, int, bool, int]) -> bool:
-    """Tells whether the last of three statements about three kinds of things holds in every world where the others do.
+    """Tells whether the last of three statements about three kinds of things holds in every world
+    where the others do.
 
-    A world is a choice among the eight combinations of the kinds, with at least one thing of each kind.
+    A world is a choice among the eight combinations of the kinds, with at least one thing of each
+    kind.
     """
 
-    def holds(world: Sequence[tuple[bool, ...]], how: str, subject: int, negated: bool, predicate: int) -> bool:
+    def holds(
+        world: Sequence[tuple[bool, ...]], how: str, subject: int, negated: bool, predicate: int
+    ) -> bool:
         found = [thing[predicate] != negated for thing in world if thing[subject]]
         return {"All": all(found), "No": not any(found), "Some": any(found)}[how]
 
@@ -292,13 +337,19 @@ def _follows(*form: tuple[str, int, bool, int]) -> bool:
     for chosen in itertools.product((False, True), repeat=len(things)):
         world = list(itertools.compress(things, chosen))
         has_each_kind = len(world) > 0 and all(map(any, zip(*world)))
-        if has_each_kind and all(holds(world, *premise) for premise in premises) and not holds(world, *conclusion):
+        if (
+            has_each_kind
+            and all(holds(world, *premise) for premise in premises)
+            and not holds(world, *conclusion)
+        ):
             return False
     return True
 
 
 def _value(expression: str) -> Fraction | None:
-    """Returns the value of an expression of whole numbers, + - * / and brackets; None for a division by zero."""
+    """Returns the value of an expression of whole numbers, + - * / and brackets; None for a
+    division by zero.
+    """
     assert re.fullmatch(r"[-+*/() \d]+", expression), expression
     try:
         return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression))
@@ -307,4 +358,6 @@ def _value(expression: str) -> Fraction | None:
 
 
 if __name__ == "__main__":
-    commands.run(lambda flags: make_tasks(flags.out), __doc__, out=(REQUIRED, "the folder to write"))
+    commands.run(
+        lambda flags: make_tasks(flags.out), __doc__, out=(REQUIRED, "the folder to write")
+    )

@@ -2,9 +2,10 @@
 
   python -m tools.pack_results WORKDIR [WORKDIR ...] --out=docs/results/b_cpu
 
-Takes what `train`, `evaluate` and `benchmark` wrote below each workdir: perplexity.json, benchmarks.json, metrics.jsonl
-and documents.npz. Adds it to the archive in --out, if there is one; a run of the same name is replaced. `report` makes
-the same tables from the archive as from the workdirs. The same files give the same archive, byte for byte.
+Takes what `train`, `evaluate` and `benchmark` wrote below each workdir: perplexity.json,
+benchmarks.json, metrics.jsonl and documents.npz. Adds it to the archive in --out, if there is one;
+a run of the same name is replaced. `report` makes the same tables from the archive as from the
+workdirs. The same files give the same archive, byte for byte.
 """
 
 import io
@@ -26,11 +27,15 @@ def main(flags: Any) -> None:
     for folder in flags.folders:
         workdir = Path(folder).resolve()
         if workdir.name in runs:
-            raise UserError(f"two of the workdirs are called {workdir.name!r}; pack them into two folders")
+            raise UserError(
+                f"two of the workdirs are called {workdir.name!r}; pack them into two folders"
+            )
         runs.add(workdir.name)
         below = list(files_below(workdir))
         if not below:
-            raise UserError(f"{folder}: holds no {', '.join((*RESULTS, METRICS))} of a finished run")
+            raise UserError(
+                f"{folder}: holds no {', '.join((*RESULTS, METRICS))} of a finished run"
+            )
         for file in below:
             added[file.path.relative_to(workdir.parent).as_posix()] = file.read_bytes()
     contents = kept(pack, runs) | added
@@ -39,7 +44,9 @@ def main(flags: Any) -> None:
 
 
 def kept(pack: Path, replaced: Collection[str]) -> dict[str, bytes]:
-    """Returns the files of a pack by name, without those of replaced runs; none where there is no pack yet."""
+    """Returns the files of a pack by name, without those of replaced runs; none where there is no
+    pack yet.
+    """
     found: dict[str, bytes] = {}
     if not pack.exists():
         return found

@@ -1,4 +1,5 @@
-"""Draws the two pictures of the method: method.svg (its three calls) and placements.svg (where latents stand).
+"""Draws the two pictures of the method: method.svg (its three calls) and placements.svg (where
+latents stand).
 
 python docs/figures/method.py
 """
@@ -26,26 +27,47 @@ AHEAD = ["mat", "and", "the", "dog"]
 LATENTS = ["$z_1$", "$z_2$", "$z_3$", "$z_4$"]
 SOFT = ["$s_1$", "$s_2$", "$s_3$", "$s_4$"]
 
-plt.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "svg.hashsalt": "latent_delib"})
+plt.rcParams.update(
+    {"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "svg.hashsalt": "latent_delib"}
+)
 
 
 def box(axes, x, y, width, height, face, edge, text="", style="-"):
     """Draws one rounded box whose lower left corner is (x, y)."""
     corners = "round,pad=0,rounding_size=0.1"
     patch = FancyBboxPatch(
-        (x, y), width, height, corners, facecolor=face, edgecolor=edge, linewidth=1.1, linestyle=style
+        (x, y),
+        width,
+        height,
+        corners,
+        facecolor=face,
+        edgecolor=edge,
+        linewidth=1.1,
+        linestyle=style,
     )
     axes.add_patch(patch)
-    axes.text(x + width / 2, y + height / 2 - 0.02, text, ha="center", va="center", fontsize=9.5, color=INK)
+    axes.text(
+        x + width / 2,
+        y + height / 2 - 0.02,
+        text,
+        ha="center",
+        va="center",
+        fontsize=9.5,
+        color=INK,
+    )
 
 
 def arrow(axes, *points, color=INK, style="-", width=1.4):
     """Draws a line through the points with a head at the last one."""
     *way, last = points
-    axes.plot([x for x, _ in way], [y for _, y in way], color=color, linestyle=style, linewidth=width)
+    axes.plot(
+        [x for x, _ in way], [y for _, y in way], color=color, linestyle=style, linewidth=width
+    )
     ends = {"shrinkA": 0, "shrinkB": 0, "mutation_scale": 12}
     axes.add_patch(
-        FancyArrowPatch(way[-1], last, arrowstyle="-|>", color=color, linestyle=style, linewidth=width, **ends)
+        FancyArrowPatch(
+            way[-1], last, arrowstyle="-|>", color=color, linestyle=style, linewidth=width, **ends
+        )
     )
 
 
@@ -64,7 +86,9 @@ def chips(axes, x, y, words, face, edge, style="-"):
 
 def heading(axes, x, name, task, color):
     """Writes what a call is, above it."""
-    axes.text(x + 0.08, TOP + 2.42, name, fontsize=12.5, fontweight="bold", color=color, va="bottom")
+    axes.text(
+        x + 0.08, TOP + 2.42, name, fontsize=12.5, fontweight="bold", color=color, va="bottom"
+    )
     axes.text(x + 0.08, TOP + 2.3, task, fontsize=9.5, color=QUIET, va="top")
 
 
@@ -90,7 +114,15 @@ def draw_method():
     heading(axes, read, "1  decoder", "reads the text once, keeps its cache", FROZEN_EDGE)
     layers(axes, read, 5, FROZEN, FROZEN_EDGE)
     chips(axes, read, inputs, TEXT, TOKEN, TOKEN_EDGE)
-    note(axes, read + 2.5, TOP + 0.16, "key-value cache of the text", ha="center", va="bottom", color=FROZEN_EDGE)
+    note(
+        axes,
+        read + 2.5,
+        TOP + 0.16,
+        "key-value cache of the text",
+        ha="center",
+        va="bottom",
+        color=FROZEN_EDGE,
+    )
 
     heading(axes, augment, "2  coprocessor", "writes latents in one pass", TRAINED_EDGE)
     layers(axes, augment, 4, TRAINED, TRAINED_EDGE)
@@ -103,18 +135,42 @@ def draw_method():
     chips(axes, decode, inputs, LATENTS, TRAINED, TRAINED_EDGE)
     chips(axes, decode + 4, inputs, AHEAD[:3], TOKEN, TOKEN_EDGE)
     chips(axes, decode + 3, outputs, AHEAD, "white", TOKEN_EDGE, "--")
-    note(axes, decode + 2, inputs - 0.18, "latents, as embeddings", ha="center", va="top", color=TRAINED_EDGE)
+    note(
+        axes,
+        decode + 2,
+        inputs - 0.18,
+        "latents, as embeddings",
+        ha="center",
+        va="top",
+        color=TRAINED_EDGE,
+    )
     note(axes, decode + 5.5, inputs - 0.18, "tokens ahead", ha="center", va="top")
     note(axes, decode + 5, outputs + 0.68, "predictions and their loss", ha="center", va="bottom")
 
-    note(axes, decode + 1.5, TOP + 0.16, "latents extend the cache", ha="center", va="bottom", color=TRAINED_EDGE)
+    note(
+        axes,
+        decode + 1.5,
+        TOP + 0.16,
+        "latents extend the cache",
+        ha="center",
+        va="bottom",
+        color=TRAINED_EDGE,
+    )
 
     # The cache: layer by layer to the coprocessor, and past it to the decoder's second call.
     for layer in range(LAYERS):
         height = (layer + 0.5) * ROW
         arrow(axes, (read + 5.05, height), (augment, height), color=FROZEN_EDGE, width=1.1)
     middle = (read + 5 + augment) / 2
-    note(axes, middle, TOP + 0.1, "layer $l$ reads\nlayer $l$", ha="center", va="bottom", color=FROZEN_EDGE)
+    note(
+        axes,
+        middle,
+        TOP + 0.1,
+        "layer $l$ reads\nlayer $l$",
+        ha="center",
+        va="bottom",
+        color=FROZEN_EDGE,
+    )
     over, gap = TOP + 1.5, decode - 0.85
     arrow(
         axes,
@@ -125,11 +181,25 @@ def draw_method():
         (decode, TOP / 2),
         color=FROZEN_EDGE,
     )
-    note(axes, (augment + read + 5) / 2 - 1.6, over + 0.1, "the same cache", va="bottom", color=FROZEN_EDGE)
+    note(
+        axes,
+        (augment + read + 5) / 2 - 1.6,
+        over + 0.1,
+        "the same cache",
+        va="bottom",
+        color=FROZEN_EDGE,
+    )
 
     # The latents: out of the coprocessor, into the decoder.
     out, side = outputs + 0.28, decode - 1.7
-    arrow(axes, (augment + 4.05, out), (side, out), (side, inputs + 0.28), (decode, inputs + 0.28), color=TRAINED_EDGE)
+    arrow(
+        axes,
+        (augment + 4.05, out),
+        (side, out),
+        (side, inputs + 0.28),
+        (decode, inputs + 0.28),
+        color=TRAINED_EDGE,
+    )
 
     # The gradient: back through the frozen decoder, to the trained parameters only.
     low, side = inputs - 1.05, decode + 7.35
@@ -157,7 +227,9 @@ def draw_method():
 
 
 def draw_placements():
-    """Returns the figure of the placements: which position each vector has, for 5 tokens of text and 3 latents."""
+    """Returns the figure of the placements: which position each vector has, for 5 tokens of text
+    and 3 latents.
+    """
     figure, axes = plt.subplots(figsize=(9.2, 4.3), layout="constrained")
     latents = ["$z_1$", "$z_2$", "$z_3$"]
     text = ["$x_1$", "$x_2$", "$x_3$", "$x_4$", "$x_5$"]
@@ -167,8 +239,17 @@ def draw_placements():
     vector = (TRAINED, TRAINED_EDGE)
     rows = {
         "after": (4.2, [[(1, text, token), (6, latents, vector), (9, ahead, token)]]),
-        "before": (2.6, [[(1, text[:4], token), (5, latents, vector), (8, text[4:], token), (9, ahead, token)]]),
-        "overlay": (0.3, [[(1, text[:4], token), (5, text[4:], token), (6, ahead, token)], [(3, latents, vector)]]),
+        "before": (
+            2.6,
+            [[(1, text[:4], token), (5, latents, vector), (8, text[4:], token), (9, ahead, token)]],
+        ),
+        "overlay": (
+            0.3,
+            [
+                [(1, text[:4], token), (5, text[4:], token), (6, ahead, token)],
+                [(3, latents, vector)],
+            ],
+        ),
     }
     predicts = {"after": 8, "before": 8, "overlay": 5}
     for name, (base, stack) in rows.items():
@@ -178,7 +259,13 @@ def draw_placements():
                 chips(axes, first + 1, base + 0.68 * level, names, face, edge)
         column = predicts[name] + 1.5
         note(axes, column + 1.2, base - 0.24, "predicts", va="center", color=INK)
-        arrow(axes, (column, base - 0.02), (column, base - 0.24), (column + 1, base - 0.24), (column + 1, base - 0.02))
+        arrow(
+            axes,
+            (column, base - 0.02),
+            (column, base - 0.24),
+            (column + 1, base - 0.24),
+            (column + 1, base - 0.02),
+        )
     for position in range(1, 12):
         note(axes, position + 1.5, 5.35, str(position), ha="center", va="center")
     note(axes, 0.1, 5.35, "position", va="center")

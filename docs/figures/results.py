@@ -2,8 +2,9 @@
 
   .venv/bin/python docs/figures/results.py
 
-It shows the change in perplexity of the n-th token ahead on works that no model has read, for three of our runs and for
-the paper. Ours are protocol b_cpu: 16 latents, placement overlay, the packaged decoder of 3 M parameters.
+It shows the change in perplexity of the n-th token ahead on works that no model has read, for three
+of our runs and for the paper. Ours are protocol b_cpu: 16 latents, placement overlay, the packaged
+decoder of 3 M parameters.
 """
 
 from pathlib import Path
@@ -31,7 +32,10 @@ def draw(path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "latent_delib"  # the same runs give the same bytes
     figure, axes = pyplot.subplots(figsize=(7.2, 4.0), layout="constrained")
     found = runs.find([str(DOCS / "results" / "b_cpu")])
-    by_folder = {str(result.path.parent.relative_to(DOCS / "results" / "b_cpu")): result for result in found.perplexity}
+    by_folder = {
+        str(result.path.parent.relative_to(DOCS / "results" / "b_cpu")): result
+        for result in found.perplexity
+    }
     for folder, (label, colour) in LINES.items():
         rows = by_folder[folder].data["sets"][KIND]["rows"]
         draw_ours(axes, rows, label, colour)
@@ -55,12 +59,27 @@ def draw_published(axes: Axes) -> None:
     """Draws the paper's line for the same number of latents."""
     by_n = published.PERPLEXITY_CHANGE[LATENTS]
     label = f"published: {published.DECODER}, {LATENTS} latents"
-    axes.plot(by_n.keys(), by_n.values(), color="black", marker="s", markersize=4, linestyle="--", label=label)
+    axes.plot(
+        by_n.keys(),
+        by_n.values(),
+        color="black",
+        marker="s",
+        markersize=4,
+        linestyle="--",
+        label=label,
+    )
 
 
 def decorate(axes: Axes) -> None:
     axes.axhline(0, color="black", linewidth=0.9)
-    axes.annotate("frozen\ndecoder", (32, 0), xytext=(10, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.annotate(
+        "frozen\ndecoder",
+        (32, 0),
+        xytext=(10, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+    )
     axes.set(xlabel="n-th token ahead", ylabel="change in perplexity (%)", xscale="log")
     axes.set_xticks(AHEAD, AHEAD)
     axes.minorticks_off()

@@ -2,15 +2,17 @@
 
   .venv/bin/python docs/figures/tables.py
 
-Write a table with its first column, and run this. A comment above the table says which runs it is of:
+Write a table with its first column, and run this. A comment above the table says which runs it is
+of:
 
   <!-- table: runs=a -->                      docs/results/a, each run against its frozen decoder
   <!-- table: runs=a against=overlay@0 -->    against that run, document by document
   <!-- table: runs=a run=NAME -->             of one run; rows then need no name
   <!-- table: runs=b_cpu source=0 -->         of its first validation source alone
 
-The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given, and one of PHRASES.
-"the same" stands for the phrase of the row before, "against `NAME`" and "against its own" for another base.
+The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given,
+and one of PHRASES. "the same" stands for the phrase of the row before, "against `NAME`" and
+"against its own" for another base.
 """
 
 import re
@@ -32,15 +34,16 @@ PHRASES = {  # words of a row -> the folder of an evaluation
     "two tokens late": "delay2",
     "three tokens late": "delay3",
 }
-SOURCES = {"kinds trained on": "0", "unseen sources": "1"}  # of protocol b_cpu; a has unseen/ beside the run
+# of protocol b_cpu; a has unseen/ beside the run
+SOURCES = {"kinds trained on": "0", "unseen sources": "1"}
 FILES = {file.path: file for file in packed.files_below(RESULTS)}
 
 
 class Row(NamedTuple):
     """A row of a table.
 
-    run: a folder. evaluation: a folder in it, or "". against: a folder, or "": the frozen decoder. source: the number
-    of a validation source, or "": all.
+    run: a folder. evaluation: a folder in it, or "". against: a folder, or "": the frozen decoder.
+    source: the number of a validation source, or "": all.
     """
 
     run: str
@@ -74,7 +77,9 @@ def filled(page: str) -> str:
 
 
 def row_of(words: str, settings: dict[str, str], before: Row) -> Row:
-    """Reads which evaluation a row is of, from its words, its table's settings and the row before it."""
+    """Reads which evaluation a row is of, from its words, its table's settings and the row before
+    it.
+    """
     names = [name if "@" in name else f"{name}@0" for name in re.findall(r"`(\w+@?\w*)`", words)]
     phrases = [folder for phrase, folder in PHRASES.items() if phrase in words]
     step = re.search(r"step ([\d,]+)", words)

@@ -1,4 +1,6 @@
-"""Training batches and validation documents, from text through seqio or from prepared token files."""
+"""Training batches and validation documents, from text through seqio or from prepared token
+files.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,14 +23,16 @@ def _route(data: Any) -> Any:
 
 
 def check(data: Any, field: str) -> None:
-    """Checks the text that is about to be read, in a moment and without TensorFlow. A job asks this once, at its start.
+    """Checks the text that is about to be read, in a moment and without TensorFlow. A job asks this
+    once, at its start.
 
     Args:
       data: config.data.
       field: "sources" or "validation".
 
     Raises:
-      UserError: there are no sources, or, unless token files stand in for them, local files are missing.
+      UserError: there are no sources, or, unless token files stand in for them, local files are
+        missing.
     """
     if not data[field]:
         raise UserError(f"config.data.{field}: empty, expected at least one source")
@@ -52,32 +56,37 @@ class Training:
         self.text = _route(data).Training(data, tokenizer_path)
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns what training reads: name -> SHA-256 of a part of it, the same wherever the files lie.
+        """Returns what training reads: name -> SHA-256 of a part of it, the same wherever the files
+        lie.
 
-        Of token files it covers meta.json, which holds a digest of the tokens of each source (in format 1 their numbers
-        alone), and the version of the order in which rows are read. A file that is missing or damaged is found when it
-        is read.
+        Of token files it covers meta.json, which holds a digest of the tokens of each source (in
+        format 1 their numbers alone), and the version of the order in which rows are read. A file
+        that is missing or damaged is found when it is read.
 
-        Of text it covers the names and sizes of the files and their first and last 64 KiB: two small reads per file. A
-        change in the middle of a file that keeps its size goes unseen.
+        Of text it covers the names and sizes of the files and their first and last 64 KiB: two
+        small reads per file. A change in the middle of a file that keeps its size goes unseen.
 
         Raises:
           UserError: text that is missing or cannot be read.
         """
-        return {"tokenizer": fingerprint_of_tokenizer(self.tokenizer_path)} | self.text.fingerprint()
+        return {
+            "tokenizer": fingerprint_of_tokenizer(self.tokenizer_path)
+        } | self.text.fingerprint()
 
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray | None = None, start_step: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields batches without end, batch `start_step` first.
 
-        A batch is a function of (seed, step), not of the hosts. With `data.token_files` only the wanted rows are read,
-        and any step is reached at once. Otherwise every process reads and tokenizes all of the text, drops the rows of
-        others, and runs through `start_step` batches before it yields one: many hosts, or long runs, want token files.
+        A batch is a function of (seed, step), not of the hosts. With `data.token_files` only the
+        wanted rows are read, and any step is reached at once. Otherwise every process reads and
+        tokenizes all of the text, drops the rows of others, and runs through `start_step` batches
+        before it yields one: many hosts, or long runs, want token files.
 
-        Bad records are skipped and counted up to `data.max_bad_records`. Bad text is not UTF-8, holds NUL characters or
-        becomes BOS or padding in the tokenizer: nothing of it is left, and every process counts all of it. A bad row of
-        token files is damaged or holds an id outside the vocabulary: it becomes padding, and a process counts its own.
+        Bad records are skipped and counted up to `data.max_bad_records`. Bad text is not UTF-8,
+        holds NUL characters or becomes BOS or padding in the tokenizer: nothing of it is left, and
+        every process counts all of it. A bad row of token files is damaged or holds an id outside
+        the vocabulary: it becomes padding, and a process counts its own.
 
         Args:
           batch_size: rows of a batch, over all processes.
@@ -86,12 +95,13 @@ class Training:
           start_step: the first batch.
 
         Yields:
-          {"tokens": int32 [b, T], "segment": int32 [b, T]} with T = data.seq_len. segment numbers the BOS-led pieces of
+          {"tokens": int32 [b, T], "segment": int32 [b, T]} with T = data.seq_len. segment numbers
+            the BOS-led pieces of
           a row from 1 and is 0 on padding.
 
         Raises:
-          UserError: before the first batch, sources are missing, empty or do not fit `data`; later, one bad record too
-            many or files that are gone.
+          UserError: before the first batch, sources are missing, empty or do not fit `data`; later,
+            one bad record too many or files that are gone.
           OSError: the disk fails, the store denies access or (Outage) does not answer.
         """
         rows = np.arange(batch_size) if rows is None else rows
@@ -110,7 +120,9 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document
 
 
 def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:
-    """Raises UserError, naming every part that differs, unless both are of the same data in the same order."""
+    """Raises UserError, naming every part that differs, unless both are of the same data in the
+    same order.
+    """
     from_token_files = "token_files/meta.json" in stored.keys() & found.keys()
     if from_token_files and stored.get("order") != found["order"]:
         raise UserError(

@@ -1,9 +1,10 @@
 """The order of training rows: row i is a function of (seed, i) that needs neither time nor memory.
 
-A source may have 1e8 rows and more, so no shuffled list of them is ever made. A keyed permutation gives the place of
-one row alone: a Feistel network scrambles all numbers of an even number of bits, one to one. A number that it puts
-beyond the size is scrambled again until it is below it (cycle walking: J. Black and P. Rogaway, "Ciphers with arbitrary
-finite domains", 2002). The hash inside is that of splitmix64.
+A source may have 1e8 rows and more, so no shuffled list of them is ever made. A keyed permutation
+gives the place of one row alone: a Feistel network scrambles all numbers of an even number of bits,
+one to one. A number that it puts beyond the size is scrambled again until it is below it (cycle
+walking: J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", 2002). The hash inside is
+that of splitmix64.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,8 @@ from latent_delib.errors import UserError
 VERSION = "2"  # 1, until November 2026, sorted random numbers
 BLOCK = 1024  # rows in which each source has exactly its share
 _ROUNDS = 8
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio: multiples of it are far apart
+# 2**64 divided by the golden ratio: multiples of it are far apart
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -37,7 +39,8 @@ def _hash(*parts: Any) -> np.ndarray:
 def permute(index: np.ndarray, size: int, *key: Any) -> np.ndarray:
     """Returns where a random permutation of range(size) puts each index: int64 [n].
 
-    The permutation is a function of `key` alone: integers, or arrays [n] of them, which give each index its own.
+    The permutation is a function of `key` alone: integers, or arrays [n] of them, which give each
+    index its own.
     """
     bits = (size - 1).bit_length()
     half = max(4, (bits + 1) // 2)  # with fewer than 8 bits in all the network is too regular
@@ -51,7 +54,9 @@ def permute(index: np.ndarray, size: int, *key: Any) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, half: np.uint64, key: np.ndarray) -> np.ndarray:
-    """Scrambles numbers of 2 x `half` bits, one to one: a round changes one half by a function of the other."""
+    """Scrambles numbers of 2 x `half` bits, one to one: a round changes one half by a function of
+    the other.
+    """
     low = (np.uint64(1) << half) - np.uint64(1)
     left = x >> half
     right = x & low
@@ -62,7 +67,9 @@ def _feistel(x: np.ndarray, half: np.uint64, key: np.ndarray) -> np.ndarray:
 
 
 def shares(weights: Iterable[float]) -> np.ndarray:
-    """Returns how many rows of a block each source has, by largest remainders: int64 [sources], whose sum is BLOCK."""
+    """Returns how many rows of a block each source has, by largest remainders: int64 [sources],
+    whose sum is BLOCK.
+    """
     weights = [float(weight) for weight in weights]
     exact = np.array(weights) / sum(weights) * BLOCK
     share = np.floor(exact).astype(int)
@@ -79,8 +86,8 @@ def shares(weights: Iterable[float]) -> np.ndarray:
 class Order:
     """Tells which row of which source is row i of the training.
 
-    Rows come in blocks in which each source has its share, in an order drawn for (seed, block). A source is read in
-    epochs, each in an order drawn for (seed, source, epoch).
+    Rows come in blocks in which each source has its share, in an order drawn for (seed, block). A
+    source is read in epochs, each in an order drawn for (seed, source, epoch).
 
     Args:
       seed: of the whole order.
@@ -94,7 +101,9 @@ class Order:
         self.rows = rows
 
     def __call__(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (source, row of that source), each int64 [stop - start], of the rows start ... stop - 1."""
+        """Returns (source, row of that source), each int64 [stop - start], of the rows start ...
+        stop - 1.
+        """
         first = start // BLOCK
         sources, counts = [], []
         for block in range(first, -(-stop // BLOCK)):
@@ -112,7 +121,9 @@ class Order:
         return source, row
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (source, number of rows of that source before it), each int64 [BLOCK], of the rows of a block."""
+        """Returns (source, number of rows of that source before it), each int64 [BLOCK], of the
+        rows of a block.
+        """
         in_order = np.repeat(np.arange(len(self.share)), self.share)
         source = in_order[permute(np.arange(BLOCK), BLOCK, self.seed, 0, block)]
         count = np.empty_like(source)

@@ -1,8 +1,9 @@
 """Documents to rows of tokens, rows to segments, and a count of what had to be skipped: numpy only.
 
-A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it; a row that begins
-inside a document begins with BOS too. So every row consists of pieces that each begin with BOS, no token of the text is
-dropped or doubled, and only the last row of a stream has padding.
+A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it;
+a row that begins inside a document begins with BOS too. So every row consists of pieces that each
+begin with BOS, no token of the text is dropped or doubled, and only the last row of a stream has
+padding.
 """
 
 import collections
@@ -15,11 +16,15 @@ from latent_delib.errors import UserError
 
 
 def check_data(data: Any) -> None:
-    """Raises UserError unless the `data` config names a possible mixture; looks at no file, imports no TensorFlow."""
+    """Raises UserError unless the `data` config names a possible mixture; looks at no file, imports
+    no TensorFlow.
+    """
     sources, validation, weights = list(data.sources), list(data.validation), list(data.weights)
     for source in [*sources, *validation]:
         if not isinstance(source, str):
-            raise UserError(f"config.data: source {source!r} is {type(source).__name__}, expected a string")
+            raise UserError(
+                f"config.data: source {source!r} is {type(source).__name__}, expected a string"
+            )
         parse(source)
     if not sources:
         raise UserError("config.data.sources: empty, expected at least one source")
@@ -31,12 +36,18 @@ def check_data(data: Any) -> None:
     for field, listed in (("sources", sources), ("validation", validation)):
         for source in listed:
             if listed.count(source) > 1:
-                raise UserError(f"config.data.{field}: {source!r} is listed twice, expected each source once")
+                raise UserError(
+                    f"config.data.{field}: {source!r} is listed twice, expected each source once"
+                )
     for source, weight in zip(sources, weights, strict=True):
         if not isinstance(weight, int | float) or not 0 < weight < np.inf:
-            raise UserError(f"config.data.weights: {weight!r} for {source!r}, expected a positive number")
+            raise UserError(
+                f"config.data.weights: {weight!r} for {source!r}, expected a positive number"
+            )
     if data.seq_len < 2:
-        raise UserError(f"config.data.seq_len: {data.seq_len}, expected at least 2 (BOS and one token)")
+        raise UserError(
+            f"config.data.seq_len: {data.seq_len}, expected at least 2 (BOS and one token)"
+        )
     if data.max_bad_records < 0:
         raise UserError(f"config.data.max_bad_records: {data.max_bad_records}, expected at least 0")
 
@@ -44,9 +55,10 @@ def check_data(data: Any) -> None:
 class Document(NamedTuple):
     """Holds a document of a validation source.
 
-    source: as the config names it.
-    work: the file that the document is a part of, by the shortest path that tells it from the source's other files; ""
-      where each document is a work of its own, as a line or a record is; None where that is not known.
+    source: as the config names it. work: the file that the document is a part of, by the shortest
+    path that tells it from the source's other files; ""
+      where each document is a work of its own, as a line or a record is; None where that is not
+      known.
     tokens: int32 [n], without BOS.
     """
 
@@ -66,7 +78,8 @@ class BadRecords:
         self.met: collections.Counter[str] = collections.Counter()
 
     def __call__(self, record: str) -> None:
-        """Skips `record`, "FILE: which one: what is wrong with it". Prints the first few, and then ever fewer.
+        """Skips `record`, "FILE: which one: what is wrong with it". Prints the first few, and then
+        ever fewer.
 
         Raises:
           UserError: it is one more than the limit.
@@ -84,7 +97,9 @@ class BadRecords:
 
 
 def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, bytes]:
-    """Returns the tokens of a document, int32 [n] without BOS, and the reason why it is unusable: empty as a rule."""
+    """Returns the tokens of a document, int32 [n] without BOS, and the reason why it is unusable:
+    empty as a rule.
+    """
     nothing = np.empty(0, np.int32)
     try:
         decoded = text.decode()
@@ -104,7 +119,8 @@ def pack(
     """Adds a document to the row begun so far and cuts off complete rows: one step of packing.
 
     Args:
-      body: int32 [< length - 1], the row begun so far without its leading BOS; at the start an empty one.
+      body: int32 [< length - 1], the row begun so far without its leading BOS; at the start an
+        empty one.
       tokens: int32 [n], a document without BOS; an empty one ends the stream and pads the rest.
       length: tokens of a row.
 
@@ -122,12 +138,18 @@ def pack(
 
 
 def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
-    """Returns the number, from 1 in each row, of the BOS-led piece of each token; 0 on padding. int32 [B, T]."""
-    return np.where(tokens_BT == pad_id, 0, np.cumsum(tokens_BT == bos_id, axis=-1)).astype(np.int32)
+    """Returns the number, from 1 in each row, of the BOS-led piece of each token; 0 on padding.
+    int32 [B, T].
+    """
+    return np.where(tokens_BT == pad_id, 0, np.cumsum(tokens_BT == bos_id, axis=-1)).astype(
+        np.int32
+    )
 
 
 def cut_pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]:
-    """Cuts a document int32 [n] into pieces of BOS and at most `length` - 1 tokens, each token in one piece."""
+    """Cuts a document int32 [n] into pieces of BOS and at most `length` - 1 tokens, each token in
+    one piece.
+    """
     found = []
     for start in range(0, len(tokens), length - 1):
         part = tokens[start : start + length - 1]

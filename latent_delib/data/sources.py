@@ -1,4 +1,5 @@
-"""Source strings, which name text: their forms, and the local files that they mean. Needs no TensorFlow.
+"""Source strings, which name text: their forms, and the local files that they mean. Needs no
+TensorFlow.
 
 packaged/train, packaged/validation   the text in data/corpus
 files:GLOB                            files of documents, separated by lines that hold only a form feed
@@ -50,18 +51,24 @@ def parse(source: str) -> Files | Tfds:
     parts = re.fullmatch(r"(.+):([^:[\]]+(?:\[.*\])?):([^:]+)", rest)
     if kind == "tfds" and parts:
         return Tfds(*parts.groups())
-    raise UserError(f"config.data: unknown source {source!r}, expected one of the forms {', '.join(FORMS)}")
+    raise UserError(
+        f"config.data: unknown source {source!r}, expected one of the forms {', '.join(FORMS)}"
+    )
 
 
 def local_files(pattern: str) -> list[str]:
-    """Finds local files and folders: the one of exactly this name, otherwise all that the pattern matches."""
+    """Finds local files and folders: the one of exactly this name, otherwise all that the pattern
+    matches.
+    """
     if os.path.exists(pattern):
         return [pattern]
     return glob.glob(pattern, include_hidden=True)
 
 
 def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], bool]) -> list[str]:
-    """Returns the files among the matches of a source's pattern, sorted. Raises UserError where there are none."""
+    """Returns the files among the matches of a source's pattern, sorted. Raises UserError where
+    there are none.
+    """
     found = sorted(found)
     files = [path for path in found if not is_folder(path)]
     if files:
@@ -69,7 +76,9 @@ def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], boo
     kind, pattern = parse(source)
     if found:
         folder = found[0].rstrip("/")
-        raise UserError(f"config.data: source {source!r}: {folder} is a folder, did you mean {kind}:{folder}/*.txt?")
+        raise UserError(
+            f"config.data: source {source!r}: {folder} is a folder, did you mean {kind}:{folder}/*.txt?"
+        )
     raise UserError(f"config.data: source {source!r}: no file matches {pattern!r}")
 
 
@@ -79,7 +88,9 @@ def common_folder(paths: Iterable[str]) -> str:
 
 
 def check_files(sources: Iterable[str]) -> None:
-    """Raises UserError unless each source has a known form and its local files are there. Looks at no others."""
+    """Raises UserError unless each source has a known form and its local files are there. Looks at
+    no others.
+    """
     for source in sources:
         meant = parse(source)
         if isinstance(meant, Files) and "://" not in meant.pattern:

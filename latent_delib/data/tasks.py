@@ -1,4 +1,5 @@
-"""seqio tasks and mixtures of text sources, and what training and evaluation read from them (see sources.py).
+"""seqio tasks and mixtures of text sources, and what training and evaluation read from them (see
+sources.py).
 
 Importing this module imports TensorFlow, so it is itself imported only where text is read.
 """
@@ -23,7 +24,9 @@ from latent_delib.errors import UserError, store_error
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what TensorFlow prints to stderr from C++ at its import, which no log level turns off."""
+    """Drops what TensorFlow prints to stderr from C++ at its import, which no log level turns
+    off.
+    """
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -52,7 +55,9 @@ _LOST += (tf.errors.UnimplementedError,)  # a kind of store that TensorFlow does
 
 @contextlib.contextmanager
 def reading(sources: Iterable[str]) -> Iterator[None]:
-    """Raises UserError for a file that is lost, OSError where a store or disk fails; other faults are the program's."""
+    """Raises UserError for a file that is lost, OSError where a store or disk fails; other faults
+    are the program's.
+    """
     try:
         yield
     except tf.errors.OpError as error:
@@ -66,7 +71,9 @@ def reading(sources: Iterable[str]) -> Iterator[None]:
 
 
 class _ShuffleDocuments:
-    """Shuffles documents as well as files, differently in each epoch, before seqio repeats the source."""
+    """Shuffles documents as well as files, differently in each epoch, before seqio repeats the
+    source.
+    """
 
     shuffle_files = True
 
@@ -84,7 +91,9 @@ class _Tfds(_ShuffleDocuments, seqio.TfdsDataSource):
 
 
 def _numbered(texts: tf.data.Dataset, path: tf.Tensor) -> tf.data.Dataset:
-    """Gives the texts of a file their numbers there, from 1, and drops the mark that may begin a UTF-8 file."""
+    """Gives the texts of a file their numbers there, from 1, and drops the mark that may begin a
+    UTF-8 file.
+    """
 
     def record(number: tf.Tensor, text: tf.Tensor) -> dict[str, tf.Tensor]:
         unmarked = tf.strings.regex_replace(text, r"\A\x{FEFF}[\r\n]*", "")
@@ -124,14 +133,22 @@ def _tfds_source(source: str, name: str, split: str, feature: str) -> seqio.Data
     try:  # from files only: the general tfds.builder asks the network for datasets it knows
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
     except (tfds.core.registered.DatasetNotFoundError, ValueError):
-        raise UserError(f"config.data: source {source!r}: no dataset {name!r} in {folder} (TFDS_DATA_DIR)") from None
+        raise UserError(
+            f"config.data: source {source!r}: no dataset {name!r} in {folder} (TFDS_DATA_DIR)"
+        ) from None
     features = builder.info.features
     texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
-    for kind, found, known in (("split", split.partition("[")[0], builder.info.splits), ("text", feature, texts)):
+    for kind, found, known in (
+        ("split", split.partition("[")[0], builder.info.splits),
+        ("text", feature, texts),
+    ):
         if found not in known:
-            raise UserError(f"config.data: source {source!r}: no {kind} {found!r}, {name} has {', '.join(known)}")
+            raise UserError(
+                f"config.data: source {source!r}: no {kind} {found!r}, {name} has {', '.join(known)}"
+            )
     provider = _Tfds(tfds_data_dir=str(builder.data_dir), splits={SPLIT: split}, read_only=True)
-    provider.shuffle_files = not builder.info.disable_shuffling  # such a dataset refuses to be read out of order
+    # such a dataset refuses to be read out of order
+    provider.shuffle_files = not builder.info.disable_shuffling
     return provider
 
 
@@ -139,8 +156,11 @@ def _files_of(source: str) -> list[str]:
     return _data_source(source)[0].list_shards(SPLIT)
 
 
-def _tokenize(dataset: tf.data.Dataset, source: str, feature: str, tokenizer: Tokenizer) -> tf.data.Dataset:
-    """Tokenizes texts into {"tokens": without BOS, "bytes": size of the text, "file", "bad": what is wrong, or empty}.
+def _tokenize(
+    dataset: tf.data.Dataset, source: str, feature: str, tokenizer: Tokenizer
+) -> tf.data.Dataset:
+    """Tokenizes texts into {"tokens": without BOS, "bytes": size of the text, "file", "bad": what
+    is wrong, or empty}.
 
     Texts without a token are left out. Bad ones stay, without tokens, to be counted by the reader.
     """
@@ -171,8 +191,11 @@ def _tokenize(dataset: tf.data.Dataset, source: str, feature: str, tokenizer: To
     return dataset.map(tokenize, tf.data.AUTOTUNE).filter(is_something)
 
 
-def _pack(dataset: tf.data.Dataset, tokenizer: Tokenizer, sequence_length: Any = None) -> tf.data.Dataset:
-    """Packs documents into rows of sequence_length["tokens"] tokens (see rows.py); without a length, changes nothing.
+def _pack(
+    dataset: tf.data.Dataset, tokenizer: Tokenizer, sequence_length: Any = None
+) -> tf.data.Dataset:
+    """Packs documents into rows of sequence_length["tokens"] tokens (see rows.py); without a
+    length, changes nothing.
 
     The "bad" of a row are the lines of the bad documents met since the rows before it.
     """
@@ -183,7 +206,9 @@ def _pack(dataset: tf.data.Dataset, tokenizer: Tokenizer, sequence_length: Any =
     def numpy_step(body: np.ndarray, lines: bytes, tokens: np.ndarray, bad: bytes) -> tuple:
         if bad:
             return body, lines + bad + b"\n", np.empty([0, length], np.int32), np.empty(0, object)
-        rows, body = pack(body, tokens, length=length, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
+        rows, body = pack(
+            body, tokens, length=length, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id
+        )
         return body, b"" if len(rows) else lines, rows, np.full(len(rows), lines, object)
 
     def step(state: tuple, document: dict[str, tf.Tensor]) -> tuple:
@@ -191,7 +216,10 @@ def _pack(dataset: tf.data.Dataset, tokenizer: Tokenizer, sequence_length: Any =
         arguments = [*state, document["tokens"], document["bad"]]
         body, lines, rows, bad = tf.numpy_function(numpy_step, arguments, types, stateful=False)
         state = (tf.ensure_shape(body, [None]), tf.ensure_shape(lines, []))
-        return state, {"tokens": tf.ensure_shape(rows, [None, length]), "bad": tf.ensure_shape(bad, [None])}
+        return state, {
+            "tokens": tf.ensure_shape(rows, [None, length]),
+            "bad": tf.ensure_shape(bad, [None]),
+        }
 
     nothing = {"tokens": tf.zeros([0], tf.int32), "bad": tf.constant("")}
     documents = dataset.map(lambda example: {key: example[key] for key in nothing})
@@ -208,9 +236,10 @@ def _name(text: str, *identity: Any) -> str:
 def add_task(source: str, tokenizer_path: str, number: int = 0) -> str:
     """Registers the seqio task of a source, unless it is there already, and returns its name.
 
-    Asked for with sequence_length={"tokens": T}, its dataset holds packed rows {"tokens": int32 [T], "bad": string}.
-    Otherwise it holds whole documents {"tokens": int32 [n] without BOS, "bad": string, "bytes": int64, "file": string}.
-    "bad" says which documents are left out and why; it is empty as a rule.
+    Asked for with sequence_length={"tokens": T}, its dataset holds packed rows {"tokens": int32
+    [T], "bad": string}. Otherwise it holds whole documents {"tokens": int32 [n] without BOS, "bad":
+    string, "bytes": int64, "file": string}. "bad" says which documents are left out and why; it is
+    empty as a rule.
     """
     provider, feature = _data_source(source)
     name = _name(f"{number:03} {source}", fingerprint(tokenizer_path), provider.list_shards(SPLIT))
@@ -250,7 +279,8 @@ def _text(lines: bytes) -> str:
 
 
 def documents(source: str, tokenizer_path: str, bad: BadRecords) -> Iterator[dict[str, Any]]:
-    """Yields every good document of a source once, in a fixed order. Raises UserError where there is none.
+    """Yields every good document of a source once, in a fixed order. Raises UserError where there
+    is none.
 
     Each is {"tokens": int32 [n] without BOS, "bytes": int, "work": str, as in `rows.Document`}.
     """
@@ -271,7 +301,9 @@ def documents(source: str, tokenizer_path: str, bad: BadRecords) -> Iterator[dic
 
 
 def check_sources(sources: Iterable[str], tokenizer_path: str, bad: BadRecords) -> None:
-    """Raises UserError unless each source can be read and holds text; reads up to the first good document of each."""
+    """Raises UserError unless each source can be read and holds text; reads up to the first good
+    document of each.
+    """
     for source in sources:
         next(documents(source, tokenizer_path, bad))
 
@@ -310,19 +342,26 @@ def source_fingerprint(source: str) -> str:
     kind = source[:5] if source.startswith(("files:", "lines:")) else source
     with reading([source]), ThreadPoolExecutor(32) as pool:
         found = list(pool.map(_fingerprint_of_file, paths))
-    files = [(path.removeprefix(folder), *of_file) for path, of_file in zip(paths, found, strict=True)]
+    files = [
+        (path.removeprefix(folder), *of_file) for path, of_file in zip(paths, found, strict=True)
+    ]
     return hashlib.sha256(repr((kind, files)).encode()).hexdigest()
 
 
 class Training(NamedTuple):
-    """Serves `batches.Training` from text: every process runs the whole pipeline and keeps its rows."""
+    """Serves `batches.Training` from text: every process runs the whole pipeline and keeps its
+    rows.
+    """
 
     data: Any
     tokenizer_path: str
 
     def fingerprint(self) -> dict[str, str]:
         """Returns a digest of each source."""
-        return {f"sources[{i}]": source_fingerprint(source) for i, source in enumerate(self.data.sources)}
+        return {
+            f"sources[{i}]": source_fingerprint(source)
+            for i, source in enumerate(self.data.sources)
+        }
 
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
@@ -331,8 +370,11 @@ class Training(NamedTuple):
         data = self.data
         tokenizer = Tokenizer(self.tokenizer_path)
         bad = BadRecords(data.max_bad_records)
-        mixture = seqio.MixtureRegistry.get(add_mixture(list(data.sources), list(data.weights), self.tokenizer_path))
-        check_sources(data.sources, self.tokenizer_path, bad)  # an endless repetition of nothing would never return
+        mixture = seqio.MixtureRegistry.get(
+            add_mixture(list(data.sources), list(data.weights), self.tokenizer_path)
+        )
+        # an endless repetition of nothing would never return
+        check_sources(data.sources, self.tokenizer_path, bad)
         dataset = mixture.get_dataset(
             {"tokens": data.seq_len},
             SPLIT,
@@ -346,7 +388,10 @@ class Training(NamedTuple):
             for record in _text(b"".join(element["bad"])).split("\n")[:-1]:
                 bad(record)
             tokens = element["tokens"][rows]
-            return {"tokens": tokens, "segment": segments(tokens, tokenizer.bos_id, tokenizer.pad_id)}
+            return {
+                "tokens": tokens,
+                "segment": segments(tokens, tokenizer.bos_id, tokenizer.pad_id),
+            }
 
         elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
         return itertools.islice(map(batch, elements), start_step, None)

@@ -7,9 +7,10 @@
                                  source i, or -1, where each document is a work of its own
     OUT/meta.json                written last: without it OUT is unfinished; holds a digest of each source's tokens
 
-The arrays are zarr3, uint16 where the vocabulary fits and int32 elsewhere, on a local disk or gs://. Rows lie in small
-uncompressed chunks of large files, so a row anywhere costs a read of a few kilobytes. Each chunk has a checksum. Older
-formats are read too: format 1 had no checksums, and format 2 no works.
+The arrays are zarr3, uint16 where the vocabulary fits and int32 elsewhere, on a local disk or
+gs://. Rows lie in small uncompressed chunks of large files, so a row anywhere costs a read of a few
+kilobytes. Each chunk has a checksum. Older formats are read too: format 1 had no checksums, and
+format 2 no works.
 """
 
 import collections
@@ -34,11 +35,13 @@ from latent_delib.errors import UserError, reason, store_error
 
 FORMAT = 3
 KEYS = {"format", "seq_len", "tokenizer_sha256", "train", "validation"}  # of every meta.json
-FIELDS = {"train": "sources", "validation": "validation"}  # split -> the key of config.data that names its sources
+# split -> the key of config.data that names its sources
+FIELDS = {"train": "sources", "validation": "validation"}
 AGAIN = "copy the token files again, or prepare them again"
 _FILE = 1 << 22  # tokens
 _CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
-_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")  # how tensorstore's message begins: a wrong checksum, a cut-off file
+# how tensorstore's message begins: a wrong checksum, a cut-off file
+_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")
 _CACHE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
 
 
@@ -54,7 +57,9 @@ def _store(path: str) -> Any:
 
 @contextlib.contextmanager
 def _store_errors(path: str) -> Iterator[None]:
-    """Turns tensorstore's errors into an OSError where a store or disk fails, otherwise into a UserError."""
+    """Turns tensorstore's errors into an OSError where a store or disk fails, otherwise into a
+    UserError.
+    """
     try:
         yield
     except ValueError as error:
@@ -75,16 +80,21 @@ def _folder(directory: str) -> ts.KvStore:
 def _open_array(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
     """Opens an array to read. Raises UserError where its shape is not that of meta.json."""
     spec = {"driver": "zarr3", "kvstore": _store(path), "fill_missing_data_reads": False}
-    array = _done(ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False), path)
+    array = _done(
+        ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False), path
+    )
     if array.shape != shape:
-        raise UserError(f"{path}: an array of shape {list(array.shape)}, meta.json says {list(shape)}; {AGAIN}")
+        raise UserError(
+            f"{path}: an array of shape {list(array.shape)}, meta.json says {list(shape)}; {AGAIN}"
+        )
     return array
 
 
 def _tokens(future: Any, where: str, vocab_size: int, bad: BadRecords) -> np.ndarray | None:
     """Returns the tokens that tensorstore reads, int32; counts bad ones and returns None.
 
-    Bad tokens are damaged, or hold an id outside the vocabulary. A store that fails and a file that is gone raise.
+    Bad tokens are damaged, or hold an id outside the vocabulary. A store that fails and a file that
+    is gone raise.
     """
     try:
         tokens = future.result().astype(np.int32)
@@ -120,7 +130,12 @@ def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def _write_array(
-    path: str, parts: Iterable[np.ndarray], dtype: str, chunk: int, digest: Any, width: tuple[int, ...] = ()
+    path: str,
+    parts: Iterable[np.ndarray],
+    dtype: str,
+    chunk: int,
+    digest: Any,
+    width: tuple[int, ...] = (),
 ) -> int:
     """Writes arrays [n, *width] one after the other as one array; returns its length.
 
@@ -137,7 +152,12 @@ def _write_array(
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [file_rows, *width]}},
         "codecs": [{"name": "sharding_indexed", "configuration": codec}],
     }
-    spec = {"driver": "zarr3", "kvstore": _store(path), "metadata": metadata, "store_data_equal_to_fill_value": True}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _store(path),
+        "metadata": metadata,
+        "store_data_equal_to_fill_value": True,
+    }
     array = _done(ts.open(spec, create=True, delete_existing=True), path)
     length = 0
     for block in _blocks(parts, file_rows):
@@ -150,16 +170,22 @@ def _write_array(
 
 
 def read_meta(directory: str) -> dict | None:
-    """Returns the content of meta.json; None where there is none. Raises UserError where it is another program's."""
+    """Returns the content of meta.json; None where there is none. Raises UserError where it is
+    another program's.
+    """
     found = _done(_folder(directory).read("meta.json"), directory)
     if found.state != "value":
         return None
     try:
         meta = json.loads(found.value)
     except ValueError:
-        raise UserError(f"{directory}/meta.json: damaged, expected JSON; prepare the token files again") from None
+        raise UserError(
+            f"{directory}/meta.json: damaged, expected JSON; prepare the token files again"
+        ) from None
     if not isinstance(meta, dict) or not KEYS <= meta.keys():
-        raise UserError(f"{directory}/meta.json: not of token files; name a folder that prepare has written")
+        raise UserError(
+            f"{directory}/meta.json: not of token files; name a folder that prepare has written"
+        )
     return meta
 
 
@@ -172,11 +198,17 @@ def write_meta(directory: str, meta: dict) -> None:
 # Writing the sources.
 
 
-def write_train(directory: str, number: int, documents: Iterable[np.ndarray], meta: dict) -> dict[str, Any]:
-    """Packs documents (int32 [n], without BOS) into the rows of source `number`; returns the source's counts."""
+def write_train(
+    directory: str, number: int, documents: Iterable[np.ndarray], meta: dict
+) -> dict[str, Any]:
+    """Packs documents (int32 [n], without BOS) into the rows of source `number`; returns the
+    source's counts.
+    """
     count = {"documents": 0, "tokens": 0}
     nothing = np.empty(0, np.int32)
-    step = functools.partial(pack, length=meta["seq_len"], bos_id=meta["bos_id"], pad_id=meta["pad_id"])
+    step = functools.partial(
+        pack, length=meta["seq_len"], bos_id=meta["bos_id"], pad_id=meta["pad_id"]
+    )
 
     def rows() -> Iterator[np.ndarray]:
         body = nothing
@@ -197,7 +229,9 @@ def write_train(directory: str, number: int, documents: Iterable[np.ndarray], me
 def write_validation(
     directory: str, number: int, documents: Iterable[tuple[str, np.ndarray]], meta: dict
 ) -> dict[str, Any]:
-    """Writes the documents of source `number` whole, (work, tokens) each as in `Document`; returns its counts."""
+    """Writes the documents of source `number` whole, (work, tokens) each as in `Document`; returns
+    its counts.
+    """
     offsets = [0]
     work: list[int] = []
     numbers: dict[str, int] = {}  # of the works, in the order in which they come
@@ -213,14 +247,21 @@ def write_validation(
     length = _write_array(f"{path}/tokens", tokens(), meta["dtype"], 1 << 16, digest)
     _write_array(f"{path}/offsets", [np.array(offsets)], "int64", 1 << 12, digest)
     _write_array(f"{path}/work", [np.array(work)], "int64", 1 << 12, digest)
-    return {"documents": len(work), "tokens": length, "works": list(numbers), "sha256": digest.hexdigest()}
+    return {
+        "documents": len(work),
+        "tokens": length,
+        "works": list(numbers),
+        "sha256": digest.hexdigest(),
+    }
 
 
 # Reading them.
 
 
 class Stored(NamedTuple):
-    """Names a source as it is stored. name: SPLIT/NUMBER, its place in the folder. entry: its part of meta.json."""
+    """Names a source as it is stored. name: SPLIT/NUMBER, its place in the folder. entry: its part
+    of meta.json.
+    """
 
     source: str
     name: str
@@ -229,7 +270,9 @@ class Stored(NamedTuple):
 
 
 def _open(data: Any, tokenizer_path: str, split: str) -> tuple[dict, list[Stored]]:
-    """Checks that token files fit the config; returns their meta, and the sources of a split that the config names."""
+    """Checks that token files fit the config; returns their meta, and the sources of a split that
+    the config names.
+    """
     where = data.token_files.rstrip("/")
     meta = read_meta(where)
     if meta is None:
@@ -272,16 +315,22 @@ def _check_fits(meta: dict, where: str, seq_len: int, tokenizer_path: str) -> No
 
 
 def _ahead(function: Callable[[int], dict], start: int) -> Iterator[dict]:
-    """Yields function(start), function(start + 1), ... without end; a thread works on the next two meanwhile."""
+    """Yields function(start), function(start + 1), ... without end; a thread works on the next two
+    meanwhile.
+    """
     with ThreadPoolExecutor(1) as pool:
-        pending = collections.deque([pool.submit(function, start), pool.submit(function, start + 1)])
+        pending = collections.deque(
+            [pool.submit(function, start), pool.submit(function, start + 1)]
+        )
         for step in itertools.count(start + 2):
             yield pending.popleft().result()
             pending.append(pool.submit(function, step))
 
 
 class Training:
-    """Serves `batches.Training` from token files: reads the wanted rows of each batch and no others."""
+    """Serves `batches.Training` from token files: reads the wanted rows of each batch and no
+    others.
+    """
 
     def __init__(self, data: Any, tokenizer_path: str):
         self.data = data
@@ -309,7 +358,9 @@ class Training:
             reads = [arrays[source][row].read() for source, row in places]
             tokens = np.full([len(rows), data.seq_len], meta["pad_id"], np.int32)
             for i, (source, row) in enumerate(places):
-                found = _tokens(reads[i], f"{stored[source].path}: row {row}", meta["vocab_size"], bad)
+                found = _tokens(
+                    reads[i], f"{stored[source].path}: row {row}", meta["vocab_size"], bad
+                )
                 if found is not None:
                     tokens[i] = found
             return {"tokens": tokens, "segment": segments(tokens, meta["bos_id"], meta["pad_id"])}
@@ -328,7 +379,9 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document
             offsets = _numbers(f"{path}/offsets", entry["documents"] + 1)
             works = _works(path, entry)
             for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
-                found = _tokens(tokens[begin:end].read(), f"{path}: document {i}", meta["vocab_size"], bad)
+                found = _tokens(
+                    tokens[begin:end].read(), f"{path}: document {i}", meta["vocab_size"], bad
+                )
                 if found is not None:
                     yield Document(source, works[i], found)
 

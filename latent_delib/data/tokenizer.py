@@ -16,7 +16,8 @@ _SEPARATOR = "<|endoftext|>"  # between documents, where a vocabulary has no BOS
 
 
 def files(path: str | Path) -> list[Path]:
-    """Returns the files of a tokenizer: a SentencePiece model, or tokenizer.json and tokenizer_config.json beside it.
+    """Returns the files of a tokenizer: a SentencePiece model, or tokenizer.json and
+    tokenizer_config.json beside it.
 
     Raises:
       UserError: one of them does not exist.
@@ -55,9 +56,10 @@ class _Model(NamedTuple):
 class Tokenizer:
     """Wraps a SentencePiece model, or a Hugging Face `tokenizer.json` where the path ends in .json.
 
-    Padding is never read, so any id serves that is not BOS and that no text yields: the files' own pad if it differs
-    from BOS (Qwen's pad is its document separator, which is BOS here), else EOS (Llama has no pad), else another
-    control token (SmolLM2's base model has one token for BOS and EOS, and no pad).
+    Padding is never read, so any id serves that is not BOS and that no text yields: the files' own
+    pad if it differs from BOS (Qwen's pad is its document separator, which is BOS here), else EOS
+    (Llama has no pad), else another control token (SmolLM2's base model has one token for BOS and
+    EOS, and no pad).
 
     Attributes:
       files: of the tokenizer.
@@ -93,21 +95,29 @@ class Tokenizer:
         self.pad_id = required("padding", usable[0] if usable else None)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without BOS: the caller adds it at the start of a document or prompt."""
+        """Returns the token ids of a text, without BOS: the caller adds it at the start of a
+        document or prompt.
+        """
         if not isinstance(text, str):
             raise UserError(f"text={reprlib.repr(text)}: expected a str")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"text: character {error.start} is {text[error.start]!a}, which is not Unicode") from None
+            raise UserError(
+                f"text: character {error.start} is {text[error.start]!a}, which is not Unicode"
+            ) from None
         return self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids. Control tokens, and ids beyond the vocabulary, leave no trace."""
+        """Returns the text of token ids. Control tokens, and ids beyond the vocabulary, leave no
+        trace.
+        """
         found = arguments.token_ids("ids", ids)
         for token in found:
             if token < 0:
-                raise UserError(f"ids: token {token}, the vocabulary has {self.vocab_size}: expected at least 0")
+                raise UserError(
+                    f"ids: token {token}, the vocabulary has {self.vocab_size}: expected at least 0"
+                )
         return self._decode([token for token in found if token < self.vocab_size])
 
 
@@ -162,7 +172,9 @@ def _read_json(path: Path) -> _Model:
             return None
         found = model.token_to_id(token) if isinstance(token, str) else None
         if found is None:
-            raise UserError(f"tokenizer {source}: {key} is {reprlib.repr(value)}, expected a token of {path}")
+            raise UserError(
+                f"tokenizer {source}: {key} is {reprlib.repr(value)}, expected a token of {path}"
+            )
         model.add_special_tokens([token])  # where the file does not mark it, text could spell it
         return found
 
@@ -170,7 +182,8 @@ def _read_json(path: Path) -> _Model:
     eos_id = token_id("eos_token")
     pad_id = token_id("pad_token")
     unk = getattr(model.model, "unk_token", None)
-    added = model.get_added_tokens_decoder()  # after `token_id`, which adds what the file does not mark
+    # after `token_id`, which adds what the file does not mark
+    added = model.get_added_tokens_decoder()
     return _Model(
         encode=lambda text: model.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: model.decode(ids, skip_special_tokens=True),

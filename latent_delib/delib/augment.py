@@ -1,7 +1,8 @@
-"""The three calls that make up the method: read the text, write latents, decode the ahead tokens (Section 2.1).
+"""The three calls that make up the method: read the text, write latents, decode the ahead tokens
+(Section 2.1).
 
-`params` is one dict: "decoder" (layers, final_norm, `transformer.TABLES`) and, for methods that write latents,
-"coprocessor". Only `assemble` knows which of the two is trained.
+`params` is one dict: "decoder" (layers, final_norm, `transformer.TABLES`) and, for methods that
+write latents, "coprocessor". Only `assemble` knows which of the two is trained.
 """
 
 import dataclasses
@@ -27,12 +28,10 @@ from latent_delib.nn.transformer import Params, Transformer
 class Augmentation:
     """Holds what stays fixed while parameters and text change.
 
-    transformer: the decoder's.
-    method: a key of `methods.METHODS`.
-    num_latents: N_L.
-    placement: a key of `traces.PLACEMENTS`.
-    loss_chunk: tokens of a sequence whose logits exist at a time; on a device four times as many at most.
-    coprocessor: its transformer, where that is not the decoder's.
+    transformer: the decoder's. method: a key of `methods.METHODS`. num_latents: N_L. placement: a
+    key of `traces.PLACEMENTS`. loss_chunk: tokens of a sequence whose logits exist at a time; on a
+    device four times as many at most. coprocessor: its transformer, where that is not the
+    decoder's.
     """
 
     transformer: Transformer
@@ -61,15 +60,17 @@ class Augmentation:
         delay_BM: jax.Array | int = 0,
     ) -> Traces:
         """Lays out traces at text tokens `at_BM`; see `traces.lay_out`."""
-        return traces_lib.lay_out(tokens_BT, segment_BT, at_BM, self.num_latents, num_ahead, self.placement, delay_BM)
+        return traces_lib.lay_out(
+            tokens_BT, segment_BT, at_BM, self.num_latents, num_ahead, self.placement, delay_BM
+        )
 
 
 def assemble(frozen: Params, trainable: Params) -> Params:
     """Returns the parameters that a frozen and a trainable tree make together.
 
-    Decoder leaves that are not trained come from the frozen decoder. Coprocessor leaves that are not trained come from
-    the frozen coprocessor if there is one, otherwise from the decoder's layers as they are trained: adapters of `joint`
-    lie over the adapted decoder's.
+    Decoder leaves that are not trained come from the frozen decoder. Coprocessor leaves that are
+    not trained come from the frozen coprocessor if there is one, otherwise from the decoder's
+    layers as they are trained: adapters of `joint` lie over the adapted decoder's.
     """
     decoder = lora.lay_over(frozen.get("decoder", {}), trainable.get("decoder", {}))
     if "coprocessor" not in trainable:
@@ -82,7 +83,9 @@ def assemble(frozen: Params, trainable: Params) -> Params:
 
 
 def gathered(aug: Augmentation, params: Params) -> Params:
-    """Returns the same parameters with the decoder's tables, if any, gathered once for all their uses in a step."""
+    """Returns the same parameters with the decoder's tables, if any, gathered once for all their
+    uses in a step.
+    """
     if "decoder" not in params:
         return params
     decoder = dict(params["decoder"])
@@ -98,9 +101,13 @@ def read_text(
     """Passes packed text through the plain decoder, in `dtype`."""
     start_BT = traces_lib.document_start(segment_BT)
     position_BT = jnp.arange(tokens_BT.shape[1]) - start_BT
-    x_BTD = transformer.embed(params["decoder"]["embedding"].astype(dtype), tokens_BT, aug.transformer.config)
+    x_BTD = transformer.embed(
+        params["decoder"]["embedding"].astype(dtype), tokens_BT, aug.transformer.config
+    )
     bounds = transformer.own_text(start_BT)
-    x_BMTD, kv = aug.transformer.apply({"params": params["decoder"]}, x_BTD[:, None], position_BT[:, None], bounds)
+    x_BMTD, kv = aug.transformer.apply(
+        {"params": params["decoder"]}, x_BTD[:, None], position_BT[:, None], bounds
+    )
     return Reading(x_BMTD[:, 0], cache_lib.of_text(kv, position_BT))
 
 
@@ -111,11 +118,14 @@ def write_latents(aug: Augmentation, params: Params, reading: Reading, traces: T
     return write(params, aug.models, reading, traces)
 
 
-def decode(aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: Traces) -> tuple[jax.Array, KV]:
+def decode(
+    aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: Traces
+) -> tuple[jax.Array, KV]:
     """Passes latents and ahead tokens through the decoder.
 
     Returns:
-      The outputs [B, M, A, D] that predict the A targets, and the keys and values of latents and tokens.
+      The outputs [B, M, A, D] that predict the A targets, and the keys and values of latents and
+      tokens.
     """
     embedding_VD = params["decoder"]["embedding"].astype(cache.k.dtype)
     ahead_BMXD = transformer.embed(embedding_VD, traces.inputs, aug.transformer.config)
@@ -132,14 +142,20 @@ def decode(aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: 
 
 
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns -log p of each target [B, ...] from outputs [B, ..., D]: nats, float32. Training takes `summed_nll`."""
+    """Returns -log p of each target [B, ...] from outputs [B, ..., D]: nats, float32. Training
+    takes `summed_nll`.
+    """
     return token_nll(*_of_rows(aug, params, x, targets)).reshape(targets.shape)
 
 
-def summed_nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def summed_nll(
+    aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
     """Returns the sum of `nll` times weights [B, ...], a float32 scalar, for training."""
     x_BRD, table_VD, target_BR, softcap, chunk = _of_rows(aug, params, x, targets)
-    return loss_lib.summed_nll(x_BRD, table_VD, target_BR, weights.reshape(target_BR.shape), softcap, chunk)
+    return loss_lib.summed_nll(
+        x_BRD, table_VD, target_BR, weights.reshape(target_BR.shape), softcap, chunk
+    )
 
 
 def _of_rows(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> tuple:
@@ -147,7 +163,13 @@ def _of_rows(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array
     B, D = x.shape[0], x.shape[-1]
     table_VD = transformer.output_table(params["decoder"])
     chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
-    return x.reshape(B, -1, D), table_VD, targets.reshape(B, -1), aug.transformer.config.final_softcap, chunk
+    return (
+        x.reshape(B, -1, D),
+        table_VD,
+        targets.reshape(B, -1),
+        aug.transformer.config.final_softcap,
+        chunk,
+    )
 
 
 def loss(
@@ -160,10 +182,11 @@ def loss(
     dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the training objective of one batch: Σ loss in nats and Σ tokens, both float32 scalars.
+    """Returns the training objective of one batch: Σ loss in nats and Σ tokens, both float32
+    scalars.
 
-    With latents it is the cross-entropy of the ahead tokens of every trace, each weighted by `loss.ahead_weights`
-    (Section 2.3); without, that of all text.
+    With latents it is the cross-entropy of the ahead tokens of every trace, each weighted by
+    `loss.ahead_weights` (Section 2.3); without, that of all text.
 
     Args:
       params: with their tables gathered, where a mesh splits them.
@@ -183,6 +206,8 @@ def loss(
         weights = traces.weights * ahead_weights(num_ahead)
     else:
         outputs = reading.outputs
-        targets, next_segment_BT = (jnp.pad(x[:, 1:], [(0, 0), (0, 1)]) for x in (tokens_BT, segment_BT))
+        targets, next_segment_BT = (
+            jnp.pad(x[:, 1:], [(0, 0), (0, 1)]) for x in (tokens_BT, segment_BT)
+        )
         weights = ((segment_BT == next_segment_BT) & (segment_BT > 0)).astype(jnp.float32)
     return summed_nll(aug, params, outputs, targets, weights), jnp.sum(weights)

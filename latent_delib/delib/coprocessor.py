@@ -1,7 +1,9 @@
-"""Coprocessors: models that read the decoder's cache through soft tokens of their own and write latents (Section 2.1).
+"""Coprocessors: models that read the decoder's cache through soft tokens of their own and write
+latents (Section 2.1).
 
-Latents are vectors z [B, M, L, D] that enter the decoder where token embeddings do, not scaled again; or keys and
-values for each of its layers, `Inserted`. In every `write_...` function, `params` is the dict of `delib.augment`.
+Latents are vectors z [B, M, L, D] that enter the decoder where token embeddings do, not scaled
+again; or keys and values for each of its layers, `Inserted`. In every `write_...` function,
+`params` is the dict of `delib.augment`.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,8 @@ from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 
-# Logical axes of a coprocessor's parameters beside the layers: its soft tokens, and the maps of `start_resized`.
+# Logical axes of a coprocessor's parameters beside the layers: its soft tokens, and the maps of
+# `start_resized`.
 AXES = {"soft_tokens": (None, "embed")}
 MAP_AXES = {
     "keys_in": ("layers", None, None, "heads", None),
@@ -29,21 +32,27 @@ MAP_AXES = {
 
 
 class Models(NamedTuple):
-    """Holds the decoder's architecture and the coprocessor's. They differ only for a coprocessor of another size."""
+    """Holds the decoder's architecture and the coprocessor's. They differ only for a coprocessor of
+    another size.
+    """
 
     transformer: Transformer
     coprocessor: Transformer
 
 
 class Reading(NamedTuple):
-    """Holds what the decoder computed from a text: final-normed outputs [B, T, D], and the cache."""
+    """Holds what the decoder computed from a text: final-normed outputs [B, T, D], and the
+    cache.
+    """
 
     outputs: jax.Array
     cache: Cache
 
 
 class Inserted(NamedTuple):
-    """Holds latents as keys and values, [B, M, layers, L, K, H] each; keys rotated as in the call."""
+    """Holds latents as keys and values, [B, M, layers, L, K, H] each; keys rotated as in the
+    call.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -63,7 +72,9 @@ def soft_tokens(key: jax.Array, embedding_VD: jax.Array, num_latents: int) -> ja
     """
     size = embedding_VD.shape[0]
     if num_latents > size:
-        raise UserError(f"{num_latents} latents: expected at most {size}, the rows of the token table")
+        raise UserError(
+            f"{num_latents} latents: expected at most {size}, the rows of the token table"
+        )
     rows = jax.random.choice(key, size, (num_latents,), replace=False)
     return embedding_VD[rows].astype(jnp.float32)
 
@@ -74,7 +85,9 @@ def body(decoder: Params) -> Params:
 
 
 def start_from_decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
-    """Starts from the decoder's own layers. The tree has no token table, because it never reads a token."""
+    """Starts from the decoder's own layers. The tree has no token table, because it never reads a
+    token.
+    """
     del models
     tree = jax.tree.map(lambda x: x.astype(jnp.float32), body(decoder))
     return tree | {"soft_tokens": soft_tokens(key, decoder["embedding"], num_latents)}
@@ -87,20 +100,26 @@ def start_from_scratch(key: jax.Array, decoder: Params, models: Models, num_late
     return tree | {"soft_tokens": soft_tokens(soft_key, decoder["embedding"], num_latents)}
 
 
-def start_with_soft_tokens(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def start_with_soft_tokens(
+    key: jax.Array, decoder: Params, models: Models, num_latents: int
+) -> Params:
     """Starts from N_L vectors and no layers."""
     del models
     return {"soft_tokens": soft_tokens(key, decoder["embedding"], num_latents)}
 
 
-def start_with_one_soft_token(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def start_with_one_soft_token(
+    key: jax.Array, decoder: Params, models: Models, num_latents: int
+) -> Params:
     """Starts from one vector for all latents, and no layers."""
     del num_latents
     return start_with_soft_tokens(key, decoder, models, 1)
 
 
 def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
-    """Starts from random layers of the coprocessor's own shape, and random maps from the decoder's cache and back."""
+    """Starts from random layers of the coprocessor's own shape, and random maps from the decoder's
+    cache and back.
+    """
     theirs = models.transformer.config
     ours = models.coprocessor.config
     layers_key, soft_key, keys_key, values_key, out_key = jax.random.split(key, 5)
@@ -122,38 +141,47 @@ def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: 
 
 
 def as_inputs(params: Params, model: Transformer, traces: Traces, dtype: jnp.dtype) -> jax.Array:
-    """Returns the soft tokens for every trace, [B, M, L, D] in `dtype`; a single one stands L times.
+    """Returns the soft tokens for every trace, [B, M, L, D] in `dtype`; a single one stands L
+    times.
 
-    They are repeated as float32, because their gradient is the sum over all traces: thousands of addends, of which a
-    sum in bfloat16 would lose most.
+    They are repeated as float32, because their gradient is the sum over all traces: thousands of
+    addends, of which a sum in bfloat16 would lose most.
     """
     B, M, L = traces.latent_position.shape
-    soft_LD = model.partition.gather(params["coprocessor"]["soft_tokens"].astype(dtype), AXES["soft_tokens"])
+    soft_LD = model.partition.gather(
+        params["coprocessor"]["soft_tokens"].astype(dtype), AXES["soft_tokens"]
+    )
     soft_BMLD = jnp.broadcast_to(soft_LD.astype(jnp.float32), (B, M, L, soft_LD.shape[-1]))
     return soft_BMLD.astype(dtype)
 
 
-def write_soft_tokens(params: Params, models: Models, reading: Reading, traces: Traces) -> jax.Array:
+def write_soft_tokens(
+    params: Params, models: Models, reading: Reading, traces: Traces
+) -> jax.Array:
     """Returns the soft tokens themselves, whatever the text.
 
-    They are scaled as rows of the token table are: unscaled they would enter a Gemma decoder sqrt(D) times shorter than
-    its tokens do.
+    They are scaled as rows of the token table are: unscaled they would enter a Gemma decoder
+    sqrt(D) times shorter than its tokens do.
     """
     soft_BMLD = as_inputs(params, models.transformer, traces, reading.cache.k.dtype)
     return transformer.scaled(soft_BMLD, models.transformer.config)
 
 
-def write_in_one_pass(params: Params, models: Models, reading: Reading, traces: Traces) -> jax.Array:
+def write_in_one_pass(
+    params: Params, models: Models, reading: Reading, traces: Traces
+) -> jax.Array:
     """Writes latents z [B, M, L, D] of every trace, in one forward pass.
 
-    In layer l the soft tokens see the decoder's keys and values of layer l up to x_p, and each other causally. The
-    final-normed outputs are the latents.
+    In layer l the soft tokens see the decoder's keys and values of layer l up to x_p, and each
+    other causally. The final-normed outputs are the latents.
     """
     z_BMLD, _ = _over(params, models.coprocessor, reading.cache, traces)
     return z_BMLD
 
 
-def write_keys_and_values(params: Params, models: Models, reading: Reading, traces: Traces) -> Inserted:
+def write_keys_and_values(
+    params: Params, models: Models, reading: Reading, traces: Traces
+) -> Inserted:
     """Writes the keys and values of the same pass, those of layer l for the decoder's layer l.
 
     This is hypothesis 1 of Coda-Forno et al. 2025.
@@ -162,18 +190,28 @@ def write_keys_and_values(params: Params, models: Models, reading: Reading, trac
     return Inserted(jnp.moveaxis(kv.k, 0, 2), jnp.moveaxis(kv.v, 0, 2))
 
 
-def write_from_last_layer(params: Params, models: Models, reading: Reading, traces: Traces) -> jax.Array:
-    """Writes latents of a coprocessor that reads the decoder's last-layer outputs as inputs, not its cache."""
+def write_from_last_layer(
+    params: Params, models: Models, reading: Reading, traces: Traces
+) -> jax.Array:
+    """Writes latents of a coprocessor that reads the decoder's last-layer outputs as inputs, not
+    its cache.
+    """
     position_BT = reading.cache.position
     bounds = transformer.own_text(jnp.arange(position_BT.shape[1]) - position_BT)
     weights = {"params": params["coprocessor"]}
-    _, kv = models.coprocessor.apply(weights, reading.outputs[:, None], position_BT[:, None], bounds)
+    _, kv = models.coprocessor.apply(
+        weights, reading.outputs[:, None], position_BT[:, None], bounds
+    )
     z_BMLD, _ = _over(params, models.coprocessor, cache_lib.of_text(kv, position_BT), traces)
     return z_BMLD
 
 
-def write_one_after_another(params: Params, models: Models, reading: Reading, traces: Traces) -> jax.Array:
-    """Writes latents one at a time, in as many passes: each latent is added to the soft token of the next."""
+def write_one_after_another(
+    params: Params, models: Models, reading: Reading, traces: Traces
+) -> jax.Array:
+    """Writes latents one at a time, in as many passes: each latent is added to the soft token of
+    the next.
+    """
     soft_BMLD = as_inputs(params, models.coprocessor, traces, reading.cache.k.dtype)
 
     @jax.checkpoint
@@ -187,11 +225,14 @@ def write_one_after_another(params: Params, models: Models, reading: Reading, tr
     return z_BMLD
 
 
-def write_through_maps(params: Params, models: Models, reading: Reading, traces: Traces) -> jax.Array:
+def write_through_maps(
+    params: Params, models: Models, reading: Reading, traces: Traces
+) -> jax.Array:
     """Writes latents of a coprocessor of another depth, heads and width.
 
-    Its layers read layers of the decoder, evenly spaced from the first to the last, each through a linear map. Keys are
-    mapped as they were before they were rotated, so that a map does not depend on the position.
+    Its layers read layers of the decoder, evenly spaced from the first to the last, each through a
+    linear map. Keys are mapped as they were before they were rotated, so that a map does not depend
+    on the position.
     """
     theirs = models.transformer.config
     ours = models.coprocessor.config
@@ -207,17 +248,27 @@ def write_through_maps(params: Params, models: Models, reading: Reading, traces:
 
 
 def _over(
-    params: Params, model: Transformer, cache: Cache, traces: Traces, x_BMLD: jax.Array | None = None
+    params: Params,
+    model: Transformer,
+    cache: Cache,
+    traces: Traces,
+    x_BMLD: jax.Array | None = None,
 ) -> tuple[jax.Array, KV]:
-    """Passes a coprocessor over a cache once; returns final-normed outputs [B, M, L, D], and keys and values."""
+    """Passes a coprocessor over a cache once; returns final-normed outputs [B, M, L, D], and keys
+    and values.
+    """
     if x_BMLD is None:
         x_BMLD = as_inputs(params, model, traces, cache.k.dtype)
     weights = {"params": params["coprocessor"]}
     return model.apply(weights, x_BMLD, traces.latent_position, traces.latent_bounds, cache)
 
 
-def _rotated(x_BTKH: jax.Array, position_BT: jax.Array, config: TransformerConfig, layer: int) -> jax.Array:
-    """Rotates keys as layer `layer` does at these positions; negative positions rotate them back."""
+def _rotated(
+    x_BTKH: jax.Array, position_BT: jax.Array, config: TransformerConfig, layer: int
+) -> jax.Array:
+    """Rotates keys as layer `layer` does at these positions; negative positions rotate them
+    back.
+    """
     if config.is_local[layer]:
         table = rotary.table(position_BT, config.head_dim, config.local_rope_base)
     else:

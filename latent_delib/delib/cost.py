@@ -1,4 +1,5 @@
-"""Floating-point operations of a training step, and the peak of known devices: together, utilisation.
+"""Floating-point operations of a training step, and the peak of known devices: together,
+utilisation.
 
 Useful means the operations that the method needs if nothing is computed twice:
 
@@ -8,8 +9,8 @@ Useful means the operations that the method needs if nothing is computed twice:
   - the vocabulary likewise;
   - attention on visible pairs only, without gradients of the frozen text's keys and values.
 
-Not counted: the products that make adapters into weights, and maps between caches. A method's row says what writing
-its latents costs.
+Not counted: the products that make adapters into weights, and maps between caches. A method's row
+says what writing its latents costs.
 """
 
 from latent_delib.delib import flops
@@ -30,7 +31,9 @@ PEAK = {
 }
 
 
-def step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int) -> Flops:
+def step_flops(
+    aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int
+) -> Flops:
     """Counts the FLOPs of one training step.
 
     Args:
@@ -41,9 +44,9 @@ def step_flops(aug: Augmentation, batch: int, seq_len: int, num_traces: int, num
       num_ahead: ahead tokens per trace.
 
     Returns:
-      The useful FLOPs, and the repeated ones without attention among a trace's own tokens: products of the layers in
-      the backward pass, attention where the transformer's `remat` does not keep it, and the zeros that the decoder
-      reads in the places of inserted keys and values.
+      The useful FLOPs, and the repeated ones without attention among a trace's own tokens: products
+      of the layers in the backward pass, attention where the transformer's `remat` does not keep
+      it, and the zeros that the decoder reads in the places of inserted keys and values.
     """
     method = METHODS[aug.method]
     c = aug.transformer.config

@@ -1,4 +1,6 @@
-"""Floating-point operations of a transformer's layers, and of writing latents. A multiply-add counts as two."""
+"""Floating-point operations of a transformer's layers, and of writing latents. A multiply-add
+counts as two.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +14,9 @@ def per_token(c: TransformerConfig) -> int:
 
 
 def attention(c: TransformerConfig, length: int) -> float:
-    """Returns the forward FLOPs of one query's attention in all layers, averaged over its places in `length` tokens."""
+    """Returns the forward FLOPs of one query's attention in all layers, averaged over its places in
+    `length` tokens.
+    """
 
     def keys_seen(is_local: bool) -> float:
         window = min(c.window, length) if is_local else length
@@ -26,7 +30,9 @@ def text(c: TransformerConfig, tokens: int, seq_len: int) -> float:
     return tokens * (per_token(c) + attention(c, seq_len))
 
 
-def traces(c: TransformerConfig, count: int, length: int, seq_len: int, passes: int, text_passes: int) -> float:
+def traces(
+    c: TransformerConfig, count: int, length: int, seq_len: int, passes: int, text_passes: int
+) -> float:
     """Returns the FLOPs of passing traces through the layers.
 
     Args:
@@ -34,22 +40,32 @@ def traces(c: TransformerConfig, count: int, length: int, seq_len: int, passes: 
       count: traces.
       length: tokens of one trace, which see each other causally.
       seq_len: tokens of text before a trace; they count with their mean over all places in it.
-      passes: of the matrix products; 1 forward, 2 backward to the inputs, 3 backward to the weights too.
-      text_passes: of attention over the text; 3 if its keys and values have a gradient, otherwise 2.
+      passes: of the matrix products; 1 forward, 2 backward to the inputs, 3 backward to the weights
+        too.
+      text_passes: of attention over the text; 3 if its keys and values have a gradient, otherwise
+        2.
     """
     if not length:
         return 0.0
-    per_query = passes * per_token(c) + text_passes * attention(c, seq_len) + 3 * attention(c, length)
+    per_query = (
+        passes * per_token(c) + text_passes * attention(c, seq_len) + 3 * attention(c, length)
+    )
     return count * length * per_query
 
 
 def again(
-    c: TransformerConfig, remat: str, tokens: int, seq_len: int, more_products: int = 0, more_attention: int = 0
+    c: TransformerConfig,
+    remat: str,
+    tokens: int,
+    seq_len: int,
+    more_products: int = 0,
+    more_attention: int = 0,
 ) -> float:
-    """Returns the FLOPs that a backward pass repeats under `remat`, plus those of more passes over products and text.
+    """Returns the FLOPs that a backward pass repeats under `remat`, plus those of more passes over
+    products and text.
 
-    All but "none" and "dots" repeat the products of the layers; "full" repeats attention too. Attention among a trace's
-    own tokens is not counted.
+    All but "none" and "dots" repeat the products of the layers; "full" repeats attention too.
+    Attention among a trace's own tokens is not counted.
     """
     products = more_products + (remat not in ("none", "dots"))
     over_text = more_attention + (remat == "full")
@@ -59,8 +75,8 @@ def again(
 class Writing(NamedTuple):
     """Describes the writing of latents in one training step.
 
-    config: of the coprocessor. remat: see `nn.transformer.REMAT`. text_tokens: of all rows. traces: of all rows.
-    trains_decoder: the text's keys and values have a gradient.
+    config: of the coprocessor. remat: see `nn.transformer.REMAT`. text_tokens: of all rows. traces:
+    of all rows. trains_decoder: the text's keys and values have a gradient.
     """
 
     config: TransformerConfig
@@ -73,7 +89,9 @@ class Writing(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Holds the FLOPs of a step or of a part. useful: if nothing were computed twice. repeated: beyond that."""
+    """Holds the FLOPs of a step or of a part. useful: if nothing were computed twice. repeated:
+    beyond that.
+    """
 
     useful: float
     repeated: float
@@ -89,7 +107,9 @@ def no_pass(w: Writing) -> Flops:
 
 
 def one_pass(w: Writing) -> Flops:
-    """Counts one pass of the coprocessor over the soft tokens of all traces, forward and backward."""
+    """Counts one pass of the coprocessor over the soft tokens of all traces, forward and
+    backward.
+    """
     text_passes = 3 if w.trains_decoder else 2
     return Flops(
         traces(w.config, w.traces, w.num_latents, w.seq_len, passes=3, text_passes=text_passes),
@@ -107,7 +127,9 @@ def pass_over_text_too(w: Writing) -> Flops:
 
 
 def pass_per_latent(w: Writing) -> Flops:
-    """Counts one pass over all soft tokens per latent; the backward pass repeats all but the last in any case."""
+    """Counts one pass over all soft tokens per latent; the backward pass repeats all but the last
+    in any case.
+    """
     latents = one_pass(w)
     tokens = w.traces * (w.num_latents - 1) * w.num_latents
     forth_and_back = again(w.config, w.remat, tokens, w.seq_len, more_products=4, more_attention=3)

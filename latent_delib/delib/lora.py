@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al. 2022) as a pure function of a parameter tree.
 
-A matrix w of a layer becomes w + a b; only a and b are trained. In a tree of adapters, "q_a" and "q_b" belong to "q" of
-the tree below.
+A matrix w of a layer becomes w + a b; only a and b are trained. In a tree of adapters, "q_a" and
+"q_b" belong to "q" of the tree below.
 """
 
 import math
@@ -16,7 +16,8 @@ from latent_delib.nn.transformer import Params
 
 
 def init(key: jax.Array, tree: Params, rank: int) -> Params:
-    """Makes adapters for every matrix in a tree of layers, float32: a [layers, *in, r] and b [layers, r, *out].
+    """Makes adapters for every matrix in a tree of layers, float32: a [layers, *in, r] and b
+    [layers, r, *out].
 
     a is random and b is zero, so that nothing is changed at the start.
     """
@@ -32,13 +33,16 @@ def init(key: jax.Array, tree: Params, rank: int) -> Params:
             layers, *inputs = leaf.shape[:split]
             outputs = leaf.shape[split:]
             fan_in = math.prod(inputs)
-            adapters[f"{name}_a"] = jax.random.normal(leaf_key, (layers, *inputs, rank)) * fan_in**-0.5
+            adapters[f"{name}_a"] = (
+                jax.random.normal(leaf_key, (layers, *inputs, rank)) * fan_in**-0.5
+            )
             adapters[f"{name}_b"] = jnp.zeros((layers, rank, *outputs))
     return adapters
 
 
 def lay_over(below: Params, tree: Params) -> Params:
-    """Returns the leaves of both trees, with adapters multiplied out. Where both have a leaf, it is that of `tree`.
+    """Returns the leaves of both trees, with adapters multiplied out. Where both have a leaf, it is
+    that of `tree`.
 
     Leaves that `tree` neither replaces nor adapts are the arrays of `below` themselves.
     """

@@ -1,4 +1,6 @@
-"""Negative log-likelihood of tokens, computed a few tokens of every sequence at a time, and its weights."""
+"""Negative log-likelihood of tokens, computed a few tokens of every sequence at a time, and its
+weights.
+"""
 
 from functools import partial
 
@@ -7,13 +9,15 @@ import jax.numpy as jnp
 
 from latent_delib.nn.products import einsum, softcapped
 
-SEQUENCES = 4  # the most on a device of which whole chunks are computed at a time; of more, smaller ones
+# the most on a device of which whole chunks are computed at a time; of more, smaller ones
+SEQUENCES = 4
 
 
 def ahead_weights(num_ahead: int) -> jax.Array:
     """Returns the weight of the loss of the n-th ahead token, n = 1 ... A, float32 [A].
 
-    All are 1, as published. To weight the loss by n, change this function: training uses it, evaluation does not.
+    All are 1, as published. To weight the loss by n, change this function: training uses it,
+    evaluation does not.
     """
     return jnp.ones(num_ahead)
 
@@ -29,8 +33,11 @@ def tokens_at_a_time(chunk: int, sequences: int, shards: int) -> int:
     return max(1, min(chunk, chunk * SEQUENCES * shards // sequences))
 
 
-def token_nll(x_BRD: jax.Array, table_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int) -> jax.Array:
-    """Returns -log p(target) of every token, in nats, float32 [B, R]; `summed_nll` is the one to differentiate.
+def token_nll(
+    x_BRD: jax.Array, table_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int
+) -> jax.Array:
+    """Returns -log p(target) of every token, in nats, float32 [B, R]; `summed_nll` is the one to
+    differentiate.
 
     Args:
       x_BRD: final-normed outputs.
@@ -40,17 +47,25 @@ def token_nll(x_BRD: jax.Array, table_VD: jax.Array, target_BR: jax.Array, softc
       chunk: tokens of every sequence whose logits exist at a time.
     """
     parts = _cut(chunk, x_BRD, target_BR)
-    return _join(jax.lax.map(lambda part: _nll(part[0], table_VD, part[1], softcap)[0], parts), x_BRD)
+    return _join(
+        jax.lax.map(lambda part: _nll(part[0], table_VD, part[1], softcap)[0], parts), x_BRD
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def summed_nll(
-    x_BRD: jax.Array, table_VD: jax.Array, target_BR: jax.Array, weight_BR: jax.Array, softcap: float, chunk: int
+    x_BRD: jax.Array,
+    table_VD: jax.Array,
+    target_BR: jax.Array,
+    weight_BR: jax.Array,
+    softcap: float,
+    chunk: int,
 ) -> jax.Array:
-    """Returns the sum of `token_nll` over all tokens, each times its weight: nats, a float32 scalar.
+    """Returns the sum of `token_nll` over all tokens, each times its weight: nats, a float32
+    scalar.
 
-    The forward pass makes the gradients too, while the logits are at hand: that of x, and that of the table where it is
-    trained. So no logits are computed twice.
+    The forward pass makes the gradients too, while the logits are at hand: that of x, and that of
+    the table where it is trained. So no logits are computed twice.
 
     Args:
       x_BRD, table_VD, target_BR, softcap, chunk: as for `token_nll`.
@@ -81,8 +96,12 @@ def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 0, 2).reshape(B, -1, *x.shape[3:])[:, :R]
 
 
-def _nll(x_BrD: jax.Array, table_VD: jax.Array, target_Br: jax.Array, softcap: float) -> tuple[jax.Array, jax.Array]:
-    """Returns -log p of the targets [B, r], and its gradient in the products x . table [B, r, V]; float32."""
+def _nll(
+    x_BrD: jax.Array, table_VD: jax.Array, target_Br: jax.Array, softcap: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns -log p of the targets [B, r], and its gradient in the products x . table [B, r, V];
+    float32.
+    """
     logits_BrV = einsum("BrD,VD->BrV", x_BrD, table_VD.astype(x_BrD.dtype), jnp.float32)
     logits_BrV, slope_BrV = softcapped(logits_BrV, softcap)
     high_Br1 = jnp.max(logits_BrV, axis=-1, keepdims=True)
@@ -96,7 +115,9 @@ def _nll(x_BrD: jax.Array, table_VD: jax.Array, target_Br: jax.Array, softcap: f
 
 def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
     trained = table_VD.perturbed
-    x_BRD, table_VD, target_BR, weight_BR = (a.value for a in (x_BRD, table_VD, target_BR, weight_BR))
+    x_BRD, table_VD, target_BR, weight_BR = (
+        a.value for a in (x_BRD, table_VD, target_BR, weight_BR)
+    )
     dtype = x_BRD.dtype
 
     def one(dtable_VD, part):
@@ -106,7 +127,9 @@ def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
         dx_BrD = einsum("BrV,VD->BrD", dlogits_BrV, table_VD.astype(dtype), jnp.float32)
         if trained:
             dlogits_RV = dlogits_BrV.reshape(-1, dlogits_BrV.shape[-1])
-            dtable_VD += einsum("RV,RD->VD", dlogits_RV, x_BrD.reshape(-1, x_BrD.shape[-1]), jnp.float32)
+            dtable_VD += einsum(
+                "RV,RD->VD", dlogits_RV, x_BrD.reshape(-1, x_BrD.shape[-1]), jnp.float32
+            )
         return dtable_VD, (nll_Br * weight_Br, dx_BrD.astype(dtype))
 
     dtable_VD = jnp.zeros(table_VD.shape, jnp.float32) if trained else None

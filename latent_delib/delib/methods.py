@@ -1,6 +1,7 @@
 """The table of methods. A new variant is one row here and one short config.
 
-A row says how its trainable tree begins, which latents it writes and what that costs. Everything else is shared.
+A row says how its trainable tree begins, which latents it writes and what that costs. Everything
+else is shared.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,19 +20,20 @@ from latent_delib.nn.transformer import Params
 class Method(NamedTuple):
     """Holds all that others must know of a method.
 
-    init: (key, decoder, models, num_latents) -> the trainable tree, keyed as in the parameters of `delib.augment`:
-      "coprocessor" for a model that writes latents, "decoder" where the decoder itself is trained. Leaves that a
-      coprocessor's tree lacks are the decoder's own layers.
-    write: (params, models, reading, traces) -> latents in the dtype of the text. None: the method writes none, and its
+    init: (key, decoder, models, num_latents) -> the trainable tree, keyed as in the parameters of
+    `delib.augment`:
+      "coprocessor" for a model that writes latents, "decoder" where the decoder itself is trained.
+      Leaves that a coprocessor's tree lacks are the decoder's own layers.
+    write: (params, models, reading, traces) -> latents in the dtype of the text. None: the method
+    writes none, and its
       objective is the language-modelling loss of all text.
-    cost: FLOPs of writing the latents of one step.
-    axes: logical axes of the method's own parameters, by leaf name.
-    trains_decoder: the tree has a "decoder".
-    reads_text: the latents depend on the text. Only then can they be late, or another text's.
-    has_matrices: the tree has matrices. Only then can low-rank adapters stand in for them.
-    starts_random: the coprocessor begins with random matrices, which no adapter can lie over.
-    own_size: the coprocessor may have another architecture than the decoder.
-    writes_keys: the latents are keys and values, which hold their position. Only a placement that reads x_p again then
+    cost: FLOPs of writing the latents of one step. axes: logical axes of the method's own
+    parameters, by leaf name. trains_decoder: the tree has a "decoder". reads_text: the latents
+    depend on the text. Only then can they be late, or another text's. has_matrices: the tree has
+    matrices. Only then can low-rank adapters stand in for them. starts_random: the coprocessor
+    begins with random matrices, which no adapter can lie over. own_size: the coprocessor may have
+    another architecture than the decoder. writes_keys: the latents are keys and values, which hold
+    their position. Only a placement that reads x_p again then
       has a vector that predicts the next token, and no other text's latents can stand in for them.
     """
 
@@ -78,7 +80,8 @@ METHODS = {
         _coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_in_one_pass,
     ),
-    # Their baselines: a random start; reading the decoder's last-layer outputs instead of its cache.
+    # Their baselines: a random start; reading the decoder's last-layer outputs instead of its
+    # cache.
     "from_scratch": Method(
         _coprocessor(coprocessor.start_from_scratch),
         coprocessor.write_in_one_pass,
@@ -89,7 +92,8 @@ METHODS = {
         coprocessor.write_from_last_layer,
         cost=flops.pass_over_text_too,
     ),
-    # Goyal et al. 2023: trained vectors fed to the frozen decoder whatever the text; one vector L times, or L vectors.
+    # Goyal et al. 2023: trained vectors fed to the frozen decoder whatever the text; one vector L
+    # times, or L vectors.
     "pause_tokens": Method(
         _coprocessor(coprocessor.start_with_one_soft_token),
         coprocessor.write_soft_tokens,
@@ -104,8 +108,8 @@ METHODS = {
         reads_text=False,
         has_matrices=False,
     ),
-    # Coda-Forno et al. 2025: keys and values inserted in each layer (H1); decoder and coprocessor trained together
-    # (H2); one model that writes its own latents (the unified baseline).
+    # Coda-Forno et al. 2025: keys and values inserted in each layer (H1); decoder and coprocessor
+    # trained together (H2); one model that writes its own latents (the unified baseline).
     "inserted": Method(
         _coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_keys_and_values,
@@ -121,7 +125,8 @@ METHODS = {
         coprocessor.write_in_one_pass,
         trains_decoder=True,
     ),
-    # Future work of Liu et al.: latents one after another; a coprocessor of another size than the decoder.
+    # Future work of Liu et al.: latents one after another; a coprocessor of another size than the
+    # decoder.
     "sequential": Method(
         _coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_one_after_another,

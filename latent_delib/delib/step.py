@@ -1,4 +1,6 @@
-"""Optimizer, train state, train step and evaluation steps: pure functions, jitted by the commands that call them."""
+"""Optimizer, train state, train step and evaluation steps: pure functions, jitted by the commands
+that call them.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +42,9 @@ def _adamw(o: Any) -> optax.GradientTransformation:
 
 
 def _adafactor(o: Any) -> optax.GradientTransformation:
-    """Scales as Shazeer and Stern 2018 do, by optax's defaults; the learning rate is relative to a leaf's size."""
+    """Scales as Shazeer and Stern 2018 do, by optax's defaults; the learning rate is relative to a
+    leaf's size.
+    """
     del o
     return optax.chain(
         optax.scale_by_factored_rms(),
@@ -49,15 +53,17 @@ def _adafactor(o: Any) -> optax.GradientTransformation:
     )
 
 
-# How each optimizer scales gradients, from config.optimizer. Clipping, decay and rates are common to all.
+# How each optimizer scales gradients, from config.optimizer. Clipping, decay and rates are common
+# to all.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
 def make_optimizer(o: Any, steps: int) -> Optimizer:
-    """Makes the optimizer of a job of `steps` steps: gradients clipped by global norm, then scaled, with weight decay.
+    """Makes the optimizer of a job of `steps` steps: gradients clipped by global norm, then scaled,
+    with weight decay.
 
-    The learning rate warms up linearly to its peak, then follows a cosine to `final_fraction` of it at the last step.
-    Soft tokens have a peak rate of their own. Neither they nor norms decay.
+    The learning rate warms up linearly to its peak, then follows a cosine to `final_fraction` of it
+    at the last step. Soft tokens have a peak rate of their own. Neither they nor norms decay.
 
     Args:
       o: config.optimizer.
@@ -66,7 +72,9 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
       UserError: no optimizer of that name.
     """
     if o.name not in OPTIMIZERS:
-        raise UserError(f"config.optimizer.name={o.name!r}: expected one of {', '.join(sorted(OPTIMIZERS))}")
+        raise UserError(
+            f"config.optimizer.name={o.name!r}: expected one of {', '.join(sorted(OPTIMIZERS))}"
+        )
     learning_rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=o.learning_rate,
@@ -90,7 +98,9 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
     tx = optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
         OPTIMIZERS[o.name](o),
-        optax.add_decayed_weights(o.weight_decay, lambda params: jax.tree.map_with_path(decays, params)),
+        optax.add_decayed_weights(
+            o.weight_decay, lambda params: jax.tree.map_with_path(decays, params)
+        ),
         optax.scale_by_learning_rate(learning_rate),
         optax.stateless(soft_token_rate),
     )
@@ -123,14 +133,18 @@ def train_step(
       seed: of trace positions and delays, which are a function of it and of the step.
       num_traces: M, per row.
       num_ahead: A, per trace.
-      accumulation: the batch passes in this many equal parts. Sums of loss, tokens and gradients are added up and
-        divided once, so the step is that of the whole batch whatever the parts hold.
+      accumulation: the batch passes in this many equal parts. Sums of loss, tokens and gradients
+        are added up and divided once, so the step is that of the whole batch whatever the parts
+        hold.
       dtype: of the computation; master weights are cast to it once.
-      max_delay: latents of a trace are written up to so many tokens before they join, drawn at random.
-      skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the learning rate, go on.
+      max_delay: latents of a trace are written up to so many tokens before they join, drawn at
+        random.
+      skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the
+        learning rate, go on.
 
     Returns:
-      The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before clipping).
+      The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before
+      clipping).
     """
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -146,7 +160,8 @@ def train_step(
         tokens, segment, at, delay = part
         return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay)
 
-    # Differentiated where it is cast: gradients, and their sums over devices, have the dtype of the computation.
+    # Differentiated where it is cast: gradients, and their sums over devices, have the dtype of the
+    # computation.
     trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)
     whole = (tokens_BT, segment_BT, at_BM, delay_BM)
     if accumulation == 1:
@@ -165,8 +180,12 @@ def train_step(
     return new, metrics
 
 
-def _sum_over_parts(loss_sum: Callable, trained: Params, whole: tuple[jax.Array, ...], accumulation: int) -> Any:
-    """Adds up loss, tokens and float32 gradients over the parts of a batch, one part after another."""
+def _sum_over_parts(
+    loss_sum: Callable, trained: Params, whole: tuple[jax.Array, ...], accumulation: int
+) -> Any:
+    """Adds up loss, tokens and float32 gradients over the parts of a batch, one part after
+    another.
+    """
 
     def split(x: jax.Array) -> jax.Array:
         # Part i takes rows i, i + accumulation, ...: rows stay on the devices that hold them.
@@ -183,7 +202,9 @@ def _sum_over_parts(loss_sum: Callable, trained: Params, whole: tuple[jax.Array,
 
 
 def _unless_bad(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """Returns the new state; where the step was not good, with the old weights and moments. Counters go on."""
+    """Returns the new state; where the step was not good, with the old weights and moments.
+    Counters go on.
+    """
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(good, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new
@@ -203,8 +224,8 @@ def read_step(
     """Reads text with the plain decoder.
 
     Returns:
-      What it computed, and the score of text token t + 1 at every t, [B, T - 1] each: by default -log p in nats,
-      float32.
+      What it computed, and the score of text token t + 1 at every t, [B, T - 1] each: by default
+      -log p in nats, float32.
     """
     params = augment.gathered(aug, params)
     reading = augment.read_text(aug, params, tokens_BT, segment_BT, dtype)
@@ -239,8 +260,8 @@ def ahead_step(
       score: computed for each of these tokens.
 
     Returns:
-      The scores, by default -log p in nats, float32, and the weights of the tokens, float32, 0 past the document's end;
-      [B, M, A] each.
+      The scores, by default -log p in nats, float32, and the weights of the tokens, float32, 0 past
+      the document's end; [B, M, A] each.
     """
     params = augment.gathered(aug, params)
     marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)

@@ -1,1 +1,3 @@
-"""A config's meaning before anything runs: the checked experiment, its record, its plan, its metrics."""
+"""A config's meaning before anything runs: the checked experiment, its record, its plan, its
+metrics.
+"""

@@ -41,7 +41,9 @@ AT_LEAST = {  # 0 for all other numbers
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for the first value of a config that is out of range or does not fit the others."""
+    """Raises UserError for the first value of a config that is out of range or does not fit the
+    others.
+    """
     _check_finite(config)
     check_data(config.data)
     for key, allowed in ONE_OF.items():
@@ -109,9 +111,13 @@ def _check_method(m: ConfigDict) -> None:
             f"leave it empty, or set config.method.name={' or '.join(others)}"
         )
     if m.start and (row.write is None or row.trains_decoder):
-        raise UserError(f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone; leave it empty")
+        raise UserError(
+            f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone; leave it empty"
+        )
     if m.lora_rank and not row.has_matrices:
-        raise UserError(f"config.method.lora_rank={m.lora_rank}: method {m.name!r} trains no matrix; leave it 0")
+        raise UserError(
+            f"config.method.lora_rank={m.lora_rank}: method {m.name!r} trains no matrix; leave it 0"
+        )
     if m.lora_rank and row.starts_random and not m.start:
         raise UserError(
             f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} starts at random; "
@@ -144,7 +150,9 @@ def _check_evaluate(e: ConfigDict) -> None:
             f"is left of pieces of evaluate.max_length={e.max_length}"
         )
     if e.swap and e.batch_size < 2:
-        raise UserError(f"config.evaluate.swap: evaluate.batch_size={e.batch_size}, expected two texts at once")
+        raise UserError(
+            f"config.evaluate.swap: evaluate.batch_size={e.batch_size}, expected two texts at once"
+        )
 
 
 def _check_controls(config: ConfigDict) -> None:

@@ -1,7 +1,8 @@
-"""Compiles a job's step for this machine or for a TPU slice, and says what it would need, before any of it is paid for.
+"""Compiles a job's step for this machine or for a TPU slice, and says what it would need, before
+any of it is paid for.
 
-The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`): memory is that of the program
-that the slice would run.
+The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`): memory is
+that of the program that the slice would run.
 """
 
 import json
@@ -30,17 +31,22 @@ from latent_delib.machine import files
 # Bytes of a chip that a program can use, as the compiler has it.
 MEMORY = {"TPU v5 lite": 15.75 * 2**30, "TPU v5": 95.74 * 2**30, "TPU v6 lite": 31.25 * 2**30}
 # The compiler's words for too little memory: for a whole program, or for its temporaries alone.
-OUT_OF_MEMORY = re.compile(r"(?:Used |temporaries \()([\d.]+\w)\)? (?:of|exceeds available HBM \()\s?([\d.]+\w)")
+OUT_OF_MEMORY = re.compile(
+    r"(?:Used |temporaries \()([\d.]+\w)\)? (?:of|exceeds available HBM \()\s?([\d.]+\w)"
+)
 
 
 def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, Any]:
-    """Compiles the step, prints what it needs, and writes the same to WORKDIR/dry_run.json; nothing is run.
+    """Compiles the step, prints what it needs, and writes the same to WORKDIR/dry_run.json; nothing
+    is run.
 
     Args:
-      topology: the TPU slice to compile for, as `slice_of` takes it; this machine's devices where it is empty.
+      topology: the TPU slice to compile for, as `slice_of` takes it; this machine's devices where
+        it is empty.
 
     Raises:
-      UserError: a mistake in the config; a topology that does not exist; a program that does not fit.
+      UserError: a mistake in the config; a topology that does not exist; a program that does not
+        fit.
     """
     exp = experiment.read(config, slice_of(topology) if topology else None)
     plan = planning.make(exp)
@@ -65,11 +71,15 @@ def slice_of(topology: str) -> Sequence[Any]:
     """Returns the devices of a TPU slice that is not here: they compile and do not run.
 
     Args:
-      topology: generation and chips along each axis of the torus, "v5e:4x4", "v5p:4x4x4", "v6e:16x16".
+      topology: generation and chips along each axis of the torus, "v5e:4x4", "v5p:4x4x4",
+        "v6e:16x16".
     """
     if not re.fullmatch(r"v\w+:\d+(x\d+){1,2}", topology):
-        raise UserError(f"--topology={topology}: expected a form like v5e:4x4, v5p:4x4x4 or v6e:16x16")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no metadata server for the slice this machine is in
+        raise UserError(
+            f"--topology={topology}: expected a form like v5e:4x4, v5p:4x4x4 or v6e:16x16"
+        )
+    # asks no metadata server for the slice this machine is in
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several dry runs at once
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -79,7 +89,9 @@ def slice_of(topology: str) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # jax and libtpu raise several kinds
         hint = "no such slice, or libtpu is missing (LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
-        raise UserError(f"--topology={topology}: {hint}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"--topology={topology}: {hint}: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
@@ -100,11 +112,14 @@ def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[st
     """Returns what one chip needs for a compiled step.
 
     Returns:
-      memory: part -> bytes, with their total; memory_limit: bytes, or None where the chip is not known; flops: part ->
+      memory: part -> bytes, with their total; memory_limit: bytes, or None where the chip is not
+        known; flops: part ->
       number.
     """
     stats = compiled.memory_analysis()
-    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    total = (
+        stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    )
     total += stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = _held(exp, plan)
     return {
@@ -127,14 +142,18 @@ def _held(exp: Experiment, plan: Plan) -> dict[str, float]:
     vocabulary, width = table.sharding.shard_shape(table.shape)
     is_split = width < table.shape[1]
     rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # on a chip at once
-    cache = 2 * a.num_layers * rows * exp.config.data.seq_len * a.num_kv_heads * a.head_dim * itemsize
+    cache = (
+        2 * a.num_layers * rows * exp.config.data.seq_len * a.num_kv_heads * a.head_dim * itemsize
+    )
     return {
         "frozen weights": _per_chip(plan.frozen),
         "trainable weights": trainable,
         "optimizer": _per_chip(plan.state.opt_state),
         "gradients, and weights cast": gradients,
         "token table, gathered": vocabulary * table.shape[1] * itemsize if is_split else 0.0,
-        "cache of the text": cache / mesh_lib.shards(exp.mesh, "heads") if exp.aug.has_latents else 0.0,
+        "cache of the text": cache / mesh_lib.shards(exp.mesh, "heads")
+        if exp.aug.has_latents
+        else 0.0,
     }
 
 
@@ -153,18 +172,24 @@ def _flops(exp: Experiment) -> dict[str, float]:
     rows = c.train.batch_size
     length = c.data.seq_len
     useful, again = cost.step_flops(exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
-    again += (mesh_lib.shards(exp.mesh, "traces") - 1) * flops.text(exp.aug.transformer.config, rows * length, length)
+    again += (mesh_lib.shards(exp.mesh, "traces") - 1) * flops.text(
+        exp.aug.transformer.config, rows * length, length
+    )
     return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
 
 
 def show(result: dict[str, Any]) -> str:
     """Returns the result in plain text."""
-    lines = [f"compiled in {result['compile_seconds']:.1f} s; on each of {result['chips']} x {result['chip']}:"]
+    lines = [
+        f"compiled in {result['compile_seconds']:.1f} s; on each of {result['chips']} x {result['chip']}:"
+    ]
     for part, size in result["memory"].items():
         lines.append(f"  memory    {part:<28} {gib(size):>12}")
     if result["memory_limit"]:
         lines[-1] += f" of {gib(result['memory_limit'])}"
     for part, count in result["flops"].items():
         lines.append(f"  compute   {part:<28} {count / 1e12:>7.1f} TFLOP")
-    lines.append("bytes moved between chips, and estimates of time: python -m benchmarks.scaling, docs/scaling.md")
+    lines.append(
+        "bytes moved between chips, and estimates of time: python -m benchmarks.scaling, docs/scaling.md"
+    )
     return "\n".join(lines)

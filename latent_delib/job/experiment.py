@@ -1,4 +1,6 @@
-"""Turns a config into the objects that a job works on: its record, mesh, augmentation and parameters."""
+"""Turns a config into the objects that a job works on: its record, mesh, augmentation and
+parameters.
+"""
 
 import contextlib
 import dataclasses
@@ -65,7 +67,8 @@ class Experiment:
 
 
 def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment:
-    """Checks a config and builds what it describes on `devices`, by default all there are; loads no weights.
+    """Checks a config and builds what it describes on `devices`, by default all there are; loads no
+    weights.
 
     Raises:
       UserError: the first thing found wrong, by key.
@@ -83,7 +86,9 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
 
     def model(architecture: TransformerConfig) -> transformer.Transformer:
         compute = config.compute
-        return build.transformer(architecture, mesh, compute.dtype, compute.remat, compute.attention)
+        return build.transformer(
+            architecture, mesh, compute.dtype, compute.remat, compute.attention
+        )
 
     return Experiment(
         config=config,
@@ -105,15 +110,21 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
 
 
 def _architecture(config: ConfigDict, decoder: Path | None) -> TransformerConfig:
-    """Returns the decoder's architecture: its folder's, which must agree with the config, or the config's own."""
+    """Returns the decoder's architecture: its folder's, which must agree with the config, or the
+    config's own.
+    """
     fields = config.decoder.architecture.to_dict()
     if decoder is None:
         if not fields:
-            raise UserError("config.decoder.path is empty: expected a decoder folder, or config.decoder.architecture")
+            raise UserError(
+                "config.decoder.path is empty: expected a decoder folder, or config.decoder.architecture"
+            )
         return TransformerConfig.from_dict(fields, "config.decoder.architecture")
     architecture = folder.read_config(decoder)
     wanted = dataclasses.asdict(architecture) | fields
-    differing = differences(architecture, TransformerConfig.from_dict(wanted, "config.decoder.architecture"))
+    differing = differences(
+        architecture, TransformerConfig.from_dict(wanted, "config.decoder.architecture")
+    )
     if differing:
         raise UserError(f"config.decoder.architecture: {decoder} has {'; '.join(differing)}")
     return architecture
@@ -139,7 +150,9 @@ def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer
     return tokenizer
 
 
-def _record(config: ConfigDict, decoder: Path | None, architecture: TransformerConfig, tokenizer: Tokenizer) -> Record:
+def _record(
+    config: ConfigDict, decoder: Path | None, architecture: TransformerConfig, tokenizer: Tokenizer
+) -> Record:
     """Returns the record of a job before its data are known and before its first step."""
     fields = architecture.to_dict()
     if decoder is None:
@@ -182,7 +195,8 @@ def frozen_shapes(exp: Experiment) -> Params:
 
 
 def load_frozen(exp: Experiment) -> Params:
-    """Loads the decoder that trained parameters lie over or are compared with, in the compute dtype, as "decoder".
+    """Loads the decoder that trained parameters lie over or are compared with, in the compute
+    dtype, as "decoder".
 
     Where adapters are trained over a start, its coprocessor is there too, as "coprocessor".
     """
@@ -199,7 +213,9 @@ def trainable_shapes(exp: Experiment) -> Params:
 
 
 def init_trainable(exp: Experiment) -> Callable[..., Params]:
-    """Returns the function (key, decoder, start) -> trainable tree, float32; start: a whole coprocessor, or None."""
+    """Returns the function (key, decoder, start) -> trainable tree, float32; start: a whole
+    coprocessor, or None.
+    """
     aug = exp.aug
     rank = exp.config.method.lora_rank
 
@@ -216,15 +232,23 @@ def init_trainable(exp: Experiment) -> Callable[..., Params]:
 
 
 def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
-    """Returns the trained part of a decoder or coprocessor under adapters: these, and all that is not its body."""
-    trained = {name: leaf for name, leaf in tree.items() if name not in ("layers", "final_norm", *transformer.TABLES)}
+    """Returns the trained part of a decoder or coprocessor under adapters: these, and all that is
+    not its body.
+    """
+    trained = {
+        name: leaf
+        for name, leaf in tree.items()
+        if name not in ("layers", "final_norm", *transformer.TABLES)
+    }
     if "layers" in tree:
         trained["layers"] = lora.init(key, tree["layers"], rank)
     return trained
 
 
 def place_decoder(exp: Experiment, dtype: Any) -> Params:
-    """Loads the decoder's weights in `dtype`, each to its place on the mesh; draws random ones without a folder."""
+    """Loads the decoder's weights in `dtype`, each to its place on the mesh; draws random ones
+    without a folder.
+    """
     architecture = exp.aug.transformer.config
     shardings = mesh_lib.parameters(exp.mesh, folder.shapes(architecture), PARAM_AXES)
     if exp.decoder is not None:
@@ -237,10 +261,12 @@ def place_decoder(exp: Experiment, dtype: Any) -> Params:
 
 
 def place_start(exp: Experiment, dtype: Any) -> Params:
-    """Loads the coprocessor that training begins with, in `dtype`, each array to its place on the mesh.
+    """Loads the coprocessor that training begins with, in `dtype`, each array to its place on the
+    mesh.
 
     Raises:
-      UserError: there is no such checkpoint; it is of another decoder or method, holds adapters, or is damaged.
+      UserError: there is no such checkpoint; it is of another decoder or method, holds adapters, or
+        is damaged.
     """
     given = f"config.method.start={exp.config.method.start}"
     workdir, step = exp.start
@@ -259,7 +285,9 @@ def _whole_coprocessor(exp: Experiment) -> Params:
     """Returns the shapes of a coprocessor of the config's method without adapters."""
 
     def init(key: jax.Array, decoder: Params) -> Params:
-        return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, exp.aug.num_latents)["coprocessor"]
+        return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, exp.aug.num_latents)[
+            "coprocessor"
+        ]
 
     return jax.eval_shape(init, jax.random.key(0), folder.shapes(exp.aug.transformer.config))
 

@@ -1,4 +1,6 @@
-"""Writes the metrics of a training job: to the screen, to metrics.jsonl and as TensorBoard events."""
+"""Writes the metrics of a training job: to the screen, to metrics.jsonl and as TensorBoard
+events.
+"""
 
 import contextlib
 import dataclasses
@@ -41,17 +43,20 @@ class Mean:
 
 
 class Metrics:
-    """Collects the values of a run's steps. Process 0 writes them: a row per `train.log_every` steps.
+    """Collects the values of a run's steps. Process 0 writes them: a row per `train.log_every`
+    steps.
 
-    A step's values are the same on all processes. They are read after the next step is dispatched, so the device never
-    waits for the host.
+    A step's values are the same on all processes. They are read after the next step is dispatched,
+    so the device never waits for the host.
 
     Args:
       start: the step that the run goes on from.
       learning_rate: the optimizer's, as a function of the steps done.
     """
 
-    def __init__(self, exp: Experiment, workdir: str, start: int, learning_rate: Callable[[int], Any]):
+    def __init__(
+        self, exp: Experiment, workdir: str, start: int, learning_rate: Callable[[int], Any]
+    ):
         c = exp.config
         t = c.train
         self.log_every = t.log_every
@@ -60,7 +65,9 @@ class Metrics:
         self.steps_between_saves = min(t.checkpoint_every, t.steps)
         self.learning_rate = learning_rate
         self.tokens = t.batch_size * c.data.seq_len
-        counted = cost.step_flops(exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead)
+        counted = cost.step_flops(
+            exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead
+        )
         self.flops = counted.useful
         self.peak = cost.PEAK.get(jax.devices()[0].device_kind, math.nan) * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -113,7 +120,9 @@ class Metrics:
             self._write_row(step)
 
     def _skip(self, problem: str) -> None:
-        """Counts a step that changed nothing; raises where it was one too many, or did change something."""
+        """Counts a step that changed nothing; raises where it was one too many, or did change
+        something.
+        """
         self.bad += 1
         if self.bad <= self.allowed:
             if self.log:
@@ -121,9 +130,13 @@ class Metrics:
             return
         self.close()  # the rows before this step show why
         if self.allowed:
-            raise UserError(f"{problem}; config.train.max_bad_steps={self.allowed} such steps were skipped before it")
+            raise UserError(
+                f"{problem}; config.train.max_bad_steps={self.allowed} such steps were skipped before it"
+            )
         saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
-        raise UserError(f"{problem}; {saved}; expected a lower learning rate, or config.train.max_bad_steps above 0")
+        raise UserError(
+            f"{problem}; {saved}; expected a lower learning rate, or config.train.max_bad_steps above 0"
+        )
 
     def _write_row(self, step: int) -> None:
         """Writes the row of the steps since the last one, and prints it."""
@@ -151,8 +164,8 @@ class Metrics:
     def loss_to_save(self, step: int) -> float | None:
         """Returns the mean loss since the last save, in nats per token.
 
-        None where every step was skipped; and after fewer steps than usual, because that mean must not win
-        `train.keep_best`.
+        None where every step was skipped; and after fewer steps than usual, because that mean must
+        not win `train.keep_best`.
         """
         loss = self.since_save.value()
         count = step - self.saved
@@ -196,11 +209,13 @@ class Log:
             return
         files.write(self.path, "".join(lines).encode())
         self.file = self.path.open("a")
-        # Not SummaryWriter: its thread ends where the disk is full, and its queue then blocks for ever.
+        # Not SummaryWriter: its thread ends where the disk is full, and its queue then blocks for
+        # ever.
         folder = Path(workdir) / "tensorboard"
         folder.mkdir(exist_ok=True)
         self.events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops later steps
+        # TensorBoard drops later steps
+        self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, row: dict[str, float]) -> None:
         with files.named(self.path):
@@ -208,7 +223,11 @@ class Log:
             self.file.flush()
         if self.events is None:
             return
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if name != "step"
+        ]
         self._write_event(int(row["step"]), summary=Summary(value=values))
 
     def _write_event(self, step: int, **content: Any) -> None:

@@ -1,4 +1,6 @@
-"""Plans a training job before any array is made: shapes, the place of every leaf, and the step over them."""
+"""Plans a training job before any array is made: shapes, the place of every leaf, and the step over
+them.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,9 +19,9 @@ from latent_delib.nn.transformer import Params
 class Plan(NamedTuple):
     """Holds a job's step, and the form of all that it takes.
 
-    state, frozen, batch: trees of jax.ShapeDtypeStruct that carry shardings; nothing else decides where an array lies.
-    optimizer: with the learning rate that it uses.
-    step: jitted (state, frozen, batch) -> (state, metrics); the state is donated.
+    state, frozen, batch: trees of jax.ShapeDtypeStruct that carry shardings; nothing else decides
+    where an array lies. optimizer: with the learning rate that it uses. step: jitted (state,
+    frozen, batch) -> (state, metrics); the state is donated.
     """
 
     state: TrainState
@@ -50,7 +52,9 @@ def make(exp: Experiment) -> Plan:
         trainable,
         mesh_lib.optimizer_state(exp.mesh, optimizer.tx, trainable),
     )
-    row = jax.ShapeDtypeStruct((c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(exp.mesh))
+    row = jax.ShapeDtypeStruct(
+        (c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(exp.mesh)
+    )
     step = partial(
         train_step,
         aug=exp.aug,
@@ -76,7 +80,8 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
     """Compiles the step for the devices of the mesh.
 
     Raises:
-      UserError: bfloat16 on CPUs with a tensor axis beside others, where XLA would abort the process.
+      UserError: bfloat16 on CPUs with a tensor axis beside others, where XLA would abort the
+        process.
     """
     heads = mesh_lib.shards(exp.mesh, "heads")
     on_cpus = exp.mesh.devices.flat[0].platform == "cpu"

@@ -1,7 +1,8 @@
 """Holds what a run is, as plain data, and the one comparison of two runs.
 
-A record is made from a config, from the meta of a checkpoint, or from a result. It knows neither models nor files.
-Everything that asks "does this fit?" asks `Record.differences` or `Record.require`.
+A record is made from a config, from the meta of a checkpoint, or from a result. It knows neither
+models nor files. Everything that asks "does this fit?" asks `Record.differences` or
+`Record.require`.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ METHOD = (
     "method.start",
     "method.coprocessor",
 )
-# Purpose -> the keys that two runs must agree on. "method.*" is every key of that part of the config.
+# Purpose -> the keys that two runs must agree on. "method.*" is every key of that part of the
+# config.
 AGREE = {
     # Training goes on: same decoder, same objective, same batches.
     "resume": (
@@ -107,7 +109,9 @@ class Record:
         """
         found = meta.get("format", 0)
         if found > FORMAT:
-            raise UserError(f"{where}: checkpoint format {found}, expected at most {FORMAT}; use a newer latent_delib")
+            raise UserError(
+                f"{where}: checkpoint format {found}, expected at most {FORMAT}; use a newer latent_delib"
+            )
         return cls(
             config=meta["config"],
             fingerprint=meta["fingerprint"],
@@ -138,7 +142,8 @@ class Record:
         return self.data.get("tokenizer")
 
     def __getitem__(self, key: str) -> Any:
-        """Returns a value by its dotted key: "decoder.fingerprint", "decoder.tokenizer", or a key of the config.
+        """Returns a value by its dotted key: "decoder.fingerprint", "decoder.tokenizer", or a key
+        of the config.
 
         None: the run has no such key.
         """
@@ -154,7 +159,9 @@ class Record:
         return value
 
     def differences(self, other: "Record", purpose: str) -> list[Difference]:
-        """Compares this run with another for a purpose, a key of AGREE; returns every difference, this run's first."""
+        """Compares this run with another for a purpose, a key of AGREE; returns every difference,
+        this run's first.
+        """
         found = []
         for key in self._keys(other, purpose):
             here = self[key]
@@ -166,11 +173,16 @@ class Record:
         return found
 
     def require(self, other: "Record", purpose: str, where: str) -> None:
-        """Raises UserError unless another run, found at `where`, agrees with this one on all that a purpose needs."""
+        """Raises UserError unless another run, found at `where`, agrees with this one on all that a
+        purpose needs.
+        """
         found = self.differences(other, purpose)
         if not found:
             return
-        listed = "; ".join(f"{d.key} is {_short(d.key, d.there)} there, {_short(d.key, d.here)} here" for d in found)
+        listed = "; ".join(
+            f"{d.key} is {_short(d.key, d.there)} there, {_short(d.key, d.here)} here"
+            for d in found
+        )
         raise UserError(f"{where}: {listed}; {REMEDY[purpose]}")
 
     def _keys(self, other: "Record", purpose: str) -> Iterator[str]:
@@ -180,7 +192,8 @@ class Record:
             if not star:
                 yield key
                 continue
-            # Keys that came later than the other run either have a value in BEFORE, or cannot differ.
+            # Keys that came later than the other run either have a value in BEFORE, or cannot
+            # differ.
             there = [f"{room}.{name}" for name in other.config[room]]
             older = [key for key in BEFORE if key.startswith(f"{room}.")]
             yield from dict.fromkeys(there + older)

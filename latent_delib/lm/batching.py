@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 TOGETHER = 8  # continuations of one prompt in one row
-CPU_TOKENS = 512  # tokens with which a CPU's products are at full speed: more rows only pad each other
+# tokens with which a CPU's products are at full speed: more rows only pad each other
+CPU_TOKENS = 512
 
 Key = tuple[int, int]
 
@@ -23,7 +24,8 @@ class Question(NamedTuple):
 
 
 def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
-    """Yields batches of indices of rows: like keys together, the largest first, so that a lack of memory shows at once.
+    """Yields batches of indices of rows: like keys together, the largest first, so that a lack of
+    memory shows at once.
 
     Args:
       keys: of each row, the number of its continuations and its length.
@@ -37,7 +39,9 @@ def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]
 
 
 def few(length: int, most: int) -> int:
-    """Returns how many rows of a length to compute at a time on a CPU, a power of two where it is less than `most`."""
+    """Returns how many rows of a length to compute at a time on a CPU, a power of two where it is
+    less than `most`.
+    """
     rows = max(1, CPU_TOKENS // length)
     return max(1, min(most, 1 << (rows.bit_length() - 1)))
 
@@ -49,7 +53,8 @@ def pad(rows: Sequence[Any], pad_id: int, multiple: int) -> tuple[np.ndarray, np
       multiple: the number of rows is one of this.
 
     Returns:
-      int32 [B, T], padded on the right, and the lengths int32 [B], 0 for a row that only fills the batch.
+      int32 [B, T], padded on the right, and the lengths int32 [B], 0 for a row that only fills the
+      batch.
     """
     length_B = np.zeros(round_up(power(len(rows)), multiple), np.int32)
     length_B[: len(rows)] = [len(row) for row in rows]
@@ -113,5 +118,7 @@ def power(n: int) -> int:
 
 
 def bucket(n: int) -> int:
-    """Returns a length rounded up, beyond 128 by a fourth at most, so that few lengths are compiled."""
+    """Returns a length rounded up, beyond 128 by a fourth at most, so that few lengths are
+    compiled.
+    """
     return round_up(n, max(32, power(n) // 8))

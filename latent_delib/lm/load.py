@@ -33,7 +33,9 @@ from latent_delib.weights import folder
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Decoder:
-    """A frozen decoder. params: {"layers", "final_norm", "embedding" [V, D]}; fingerprint: SHA-256, hex."""
+    """A frozen decoder. params: {"layers", "final_norm", "embedding" [V, D]}; fingerprint: SHA-256,
+    hex.
+    """
 
     config: TransformerConfig
     params: Params
@@ -50,8 +52,9 @@ class Decoder:
 class Coprocessor:
     """A coprocessor for one decoder.
 
-    params: without the layers that are the decoder's own (`delib.augment.assemble`); "soft_tokens" is [L, D].
-    fingerprint: of the decoder. step: None where untrained. architecture: None where it is the decoder's.
+    params: without the layers that are the decoder's own (`delib.augment.assemble`); "soft_tokens"
+    is [L, D]. fingerprint: of the decoder. step: None where untrained. architecture: None where it
+    is the decoder's.
     """
 
     params: Params
@@ -70,7 +73,9 @@ class Coprocessor:
         return f"Coprocessor({self.method}, {latents}, {step}, {soft_LD.dtype}, {of})"
 
 
-def load_decoder(path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Decoder:
+def load_decoder(
+    path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> Decoder:
     """Loads a decoder folder, or "packaged".
 
     Args:
@@ -85,7 +90,9 @@ def load_decoder(path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh |
     config = folder.read_config(where)
     shardings = mesh_lib.parameters(mesh or build.one_device(), folder.shapes(config), PARAM_AXES)
     params = folder.load(where, config, dtype, shardings)
-    return Decoder(config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where))
+    return Decoder(
+        config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where)
+    )
 
 
 def _dtype(dtype: Any) -> np.dtype:
@@ -94,7 +101,9 @@ def _dtype(dtype: Any) -> np.dtype:
     except TypeError:
         found = None
     if found is None or found.name not in build.DTYPES:
-        raise UserError(f"dtype={getattr(dtype, '__name__', dtype)}: expected {' or '.join(build.DTYPES)}")
+        raise UserError(
+            f"dtype={getattr(dtype, '__name__', dtype)}: expected {' or '.join(build.DTYPES)}"
+        )
     return found
 
 
@@ -106,7 +115,8 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
       step: of the checkpoint; by default the newest that can be read.
 
     Raises:
-      UserError: no such checkpoint or folder, a damaged one, or one of a method that writes no latents.
+      UserError: no such checkpoint or folder, a damaged one, or one of a method that writes no
+        latents.
     """
     workdir = arguments.path("workdir", workdir)
     if step is not None:
@@ -133,16 +143,22 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
         decoder = TransformerConfig(**record.architecture)
         architecture = build.coprocessor_config(decoder, record["method.coprocessor"])
     num_latents = record["method.num_latents"]
-    return Coprocessor(params, name, num_latents, record["method.placement"], fingerprint, found.step, architecture)
+    return Coprocessor(
+        params, name, num_latents, record["method.placement"], fingerprint, found.step, architecture
+    )
 
 
 def _exported(where: str, step: int | None) -> Coprocessor:
     fields, params = exported.load(Path(where))
     if step not in (None, fields["step"]):
-        raise UserError(f"{where}: holds the coprocessor of step {fields['step']}, not of step {step}")
+        raise UserError(
+            f"{where}: holds the coprocessor of step {fields['step']}, not of step {step}"
+        )
     for key, known in (("method", METHODS), ("placement", PLACEMENTS)):
         if fields[key] not in known:
-            raise UserError(f"{where}: {key}={fields[key]!r}, expected one of {', '.join(sorted(known))}")
+            raise UserError(
+                f"{where}: {key}={fields[key]!r}, expected one of {', '.join(sorted(known))}"
+            )
     del fields["format"], fields["architecture"]
     return Coprocessor(params, **fields)
 
@@ -159,14 +175,15 @@ def read_record(workdir: str, step: int | None = None) -> Record:
 
 
 def decoder_of(workdir: str, record: Record) -> str:
-    """Returns the folder of the decoder that a checkpoint goes with: the one it trained, or the one left frozen.
+    """Returns the folder of the decoder that a checkpoint goes with: the one it trained, or the one
+    left frozen.
 
     Args:
       record: of a checkpoint in `workdir`.
 
     Raises:
-      UserError: no folder holds it, because its weights are random; it was trained, and the folder holds another step;
-        or training used another tokenizer.
+      UserError: no folder holds it, because its weights are random; it was trained, and the folder
+        holds another step; or training used another tokenizer.
     """
     if METHODS[record["method.name"]].trains_decoder:
         there = build.step_of_decoder(workdir)
@@ -189,8 +206,11 @@ def decoder_of(workdir: str, record: Record) -> str:
     return path
 
 
-def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "after", seed: int = 0) -> Coprocessor:
-    """Returns an untrained coprocessor: the decoder's weights, and soft tokens from random rows of its token table.
+def init_coprocessor(
+    decoder: Decoder, num_latents: int = 16, placement: str = "after", seed: int = 0
+) -> Coprocessor:
+    """Returns an untrained coprocessor: the decoder's weights, and soft tokens from random rows of
+    its token table.
 
     Raises:
       UserError: an argument of another kind or out of range.
@@ -202,11 +222,15 @@ def init_coprocessor(decoder: Decoder, num_latents: int = 16, placement: str = "
     seed = arguments.whole("seed", seed, 0, arguments.INT64)
     method = "cache_augmentation"
     model = Transformer(decoder.config)
-    tree = METHODS[method].init(jax.random.key(seed), decoder.params, Models(model, model), num_latents)
+    tree = METHODS[method].init(
+        jax.random.key(seed), decoder.params, Models(model, model), num_latents
+    )
     return Coprocessor(tree["coprocessor"], method, num_latents, placement, decoder.fingerprint)
 
 
-def augmentation(decoder: Decoder, coprocessor: Coprocessor | None, mesh: Mesh, attention: str) -> Augmentation:
+def augmentation(
+    decoder: Decoder, coprocessor: Coprocessor | None, mesh: Mesh, attention: str
+) -> Augmentation:
     """Returns both models as they run on a mesh.
 
     Raises:
@@ -220,7 +244,9 @@ def augmentation(decoder: Decoder, coprocessor: Coprocessor | None, mesh: Mesh, 
     of = coprocessor
     if of.fingerprint != decoder.fingerprint:
         this = decoder.fingerprint[:SHORT]
-        raise UserError(f"coprocessor belongs to decoder {of.fingerprint[:SHORT]}, this decoder is {this}")
+        raise UserError(
+            f"coprocessor belongs to decoder {of.fingerprint[:SHORT]}, this decoder is {this}"
+        )
     own = None
     if of.architecture is not None:
         own = build.transformer(of.architecture, mesh, dtype, form=attention)
@@ -228,6 +254,10 @@ def augmentation(decoder: Decoder, coprocessor: Coprocessor | None, mesh: Mesh, 
 
 
 def place(mesh: Mesh, params: Params, dtype: Any, axes: Mapping[str, Axes] = PARAM_AXES) -> Params:
-    """Puts parameters where they lie on a mesh. Each is cast where it is, by itself: they need not fit one device."""
+    """Puts parameters where they lie on a mesh. Each is cast where it is, by itself: they need not
+    fit one device.
+    """
     shardings = mesh_lib.parameters(mesh, params, axes)
-    return jax.tree.map(lambda x, s: jax.device_put(x.astype(dtype, copy=False), s), params, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.device_put(x.astype(dtype, copy=False), s), params, shardings
+    )

@@ -1,7 +1,7 @@
 """Looks into latents: what they attend to, what attends to them, and which words they lie near.
 
-In each function `lm` is an AugmentedLM. The fast paths never hold attention weights; the transformer gives them where
-"intermediates" are asked for (`nn.layers.Attention`).
+In each function `lm` is an AugmentedLM. The fast paths never hold attention weights; the
+transformer gives them where "intermediates" are asked for (`nn.layers.Attention`).
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from latent_delib.nn.transformer import Params, Transformer
 class AttentionMap(NamedTuple):
     """Attention weights of one call. weights: float32 [layers, N, S, T + S], rows add up to 1.
 
-    rows: names of the S tokens of the call. columns: names of the T text tokens in the cache, then the same S.
+    rows: names of the S tokens of the call. columns: names of the T text tokens in the cache, then
+    the same S.
     """
 
     weights: np.ndarray
@@ -64,7 +65,8 @@ class Watched:
 
 
 def cache(lm: AugmentedLM, tokens_BT: Any) -> Cache:
-    """Returns the keys and values that the decoder keeps of texts, [layers, B, T, K, H] each, and their positions.
+    """Returns the keys and values that the decoder keeps of texts, [layers, B, T, K, H] each, and
+    their positions.
 
     Args:
       tokens_BT: one text per row, BOS first.
@@ -78,20 +80,27 @@ def _read(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any
     return augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype).cache
 
 
-def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[AttentionMap | None, AttentionMap]:
-    """Returns what latents after token `at` of a text attend to, and what the text after them attends to.
+def attention(
+    lm: AugmentedLM, tokens: Sequence[int], at: int
+) -> tuple[AttentionMap | None, AttentionMap]:
+    """Returns what latents after token `at` of a text attend to, and what the text after them
+    attends to.
 
     Args:
-      tokens: the text, BOS first. Those after `at` are the ahead tokens, read as in training; at least two.
+      tokens: the text, BOS first. Those after `at` are the ahead tokens, read as in training; at
+        least two.
 
     Returns:
-      The coprocessor's call (rows: the L latents; None where a method has no coprocessor) and the decoder's (rows: the
-      latents as it reads them, then the tokens after them). Columns: the text up to `at`, then the rows.
+      The coprocessor's call (rows: the L latents; None where a method has no coprocessor) and the
+      decoder's (rows: the latents as it reads them, then the tokens after them). Columns: the text
+      up to `at`, then the rows.
     """
     if not lm.aug.has_latents:
         raise UserError("this model has no coprocessor, so no latents")
     if not 0 <= at < len(tokens) - 2:
-        raise UserError(f"at={at}: expected 0 to {len(tokens) - 3}, two tokens before the end of the text")
+        raise UserError(
+            f"at={at}: expected 0 to {len(tokens) - 3}, two tokens before the end of the text"
+        )
     ahead = len(tokens) - 1 - at
     text = jnp.asarray(tokens, jnp.int32)[None]
     called = _called(lm.params, text, jnp.array([[at]]), aug=lm.aug, dtype=lm.dtype, ahead=ahead)
@@ -99,14 +108,17 @@ def attention(lm: AugmentedLM, tokens: Sequence[int], at: int) -> tuple[Attentio
     names = [f"{i} {word}" for i, word in enumerate(words(lm, tokens))]
     cached = names[: at + 1]
     latents = [f"z{i + 1}" for i in range(lm.aug.num_latents)]
-    reread = decoded.shape[2] - len(latents) - (ahead - 1)  # tokens of the cache that the decoder reads again
+    # tokens of the cache that the decoder reads again
+    reread = decoded.shape[2] - len(latents) - (ahead - 1)
     rows = latents + names[at + 1 - reread : -1]
     of_coprocessor = AttentionMap(written[0], latents, cached + latents) if written else None
     return of_coprocessor, AttentionMap(decoded, rows, cached + rows)
 
 
 def _weights(w: jax.Array, at: int, length: int) -> np.ndarray:
-    """Returns the weights of one trace, [layers, N, S, at + 1 + S]: nothing after `at` is seen in the cache."""
+    """Returns the weights of one trace, [layers, N, S, at + 1 + S]: nothing after `at` is seen in
+    the cache.
+    """
     w = np.asarray(w[:, 0, 0], np.float32)
     w = np.concatenate([w[..., : at + 1], w[..., length:]], axis=-1)
     layers, K, G, S, U = w.shape
@@ -115,24 +127,38 @@ def _weights(w: jax.Array, at: int, length: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
 def _called(
-    params: Params, text_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int
+    params: Params,
+    text_BT: jax.Array,
+    at_BM: jax.Array,
+    *,
+    aug: Augmentation,
+    dtype: Any,
+    ahead: int,
 ) -> list[jax.Array]:
-    """Returns attention weights of the coprocessor's last call, if there is one, and of the decoder's."""
+    """Returns attention weights of the coprocessor's last call, if there is one, and of the
+    decoder's.
+    """
     seen: list[jax.Array] = []
     decoder, coprocessor = aug.models
-    aug = dataclasses.replace(aug, transformer=Watched(decoder, seen), coprocessor=Watched(coprocessor, seen))
+    aug = dataclasses.replace(
+        aug, transformer=Watched(decoder, seen), coprocessor=Watched(coprocessor, seen)
+    )
     segment_BT = jnp.ones_like(text_BT)
     text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
-    augment.decode(aug, params, augment.write_latents(aug, params, text, traces), text.cache, traces)
+    augment.decode(
+        aug, params, augment.write_latents(aug, params, text, traces), text.cache, traces
+    )
     return seen[1:][-2:]
 
 
 def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]]:
-    """Finds the `count` words whose embeddings have the highest cosine with each latent, best first.
+    """Finds the `count` words whose embeddings have the highest cosine with each latent, best
+    first.
 
-    Of the two readings this is the one that fits: the decoder reads latents where it reads embeddings. Logits
-    also grow with the length of a word's row, which says how frequent the word is.
+    Of the two readings this is the one that fits: the decoder reads latents where it reads
+    embeddings. Logits also grow with the length of a word's row, which says how frequent the word
+    is.
     """
     table_VD = jnp.asarray(lm.params["decoder"]["embedding"], jnp.float32)
     cosine_LV = einsum("LD,VD->LV", _unit(jnp.asarray(z_LD, jnp.float32)), _unit(table_VD))
@@ -148,7 +174,9 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def words(lm: AugmentedLM, tokens: Sequence[int]) -> list[str]:
-    """Returns the text each token stands for, by itself; its number where that is nothing that can be read."""
+    """Returns the text each token stands for, by itself; its number where that is nothing that can
+    be read.
+    """
     found = []
     for token in map(int, tokens):
         text = lm.tokenizer.decode([token])

@@ -40,19 +40,22 @@ class Continuation(NamedTuple):
 
 
 class AugmentedLM:
-    """A decoder and a coprocessor as one language model; without a coprocessor, the decoder as it is.
+    """A decoder and a coprocessor as one language model; without a coprocessor, the decoder as it
+    is.
 
-    Token arrays hold one document per row, starting with BOS; padding on the right changes nothing before it. Lists of
-    prompts may be of any length: they are taken `batch_size` at a time, those of like length together, in few shapes,
-    each compiled once. Results are in the order of the prompts.
+    Token arrays hold one document per row, starting with BOS; padding on the right changes nothing
+    before it. Lists of prompts may be of any length: they are taken `batch_size` at a time, those
+    of like length together, in few shapes, each compiled once. Results are in the order of the
+    prompts.
 
     Args:
       mesh: where the decoder and its caches lie (`mesh.make`); by default the first device.
-      coprocessor_mesh: devices of the coprocessor's own, on which it works beside the decoder (`delay=None`).
-      max_length: tokens of a prompt and its continuation together. Choose it by what the decoder was trained on, and by
-        what fits into memory.
-      attention: the form of attention, as `compute.attention` of a config: "auto", a proven kernel or
-        "xla"; or one of `nn.attention.forms.FORMS`.
+      coprocessor_mesh: devices of the coprocessor's own, on which it works beside the decoder
+        (`delay=None`).
+      max_length: tokens of a prompt and its continuation together. Choose it by what the decoder
+        was trained on, and by what fits into memory.
+      attention: the form of attention, as `compute.attention` of a config: "auto", a proven kernel
+        or "xla"; or one of `nn.attention.forms.FORMS`.
 
     Raises:
       UserError: a coprocessor of another decoder, or an argument of another kind.
@@ -98,7 +101,8 @@ class AugmentedLM:
         return scoring.score_vocabulary(self.params, tokens, aug=self.aug, dtype=self.dtype)
 
     def latents(self, tokens_BT: jax.Array, positions_BM: jax.Array) -> Latents:
-        """Returns latents [B, M, L, D], written after row b was read up to and with token positions[b, m].
+        """Returns latents [B, M, L, D], written after row b was read up to and with token
+        positions[b, m].
 
         A method that inserts keys and values returns these.
         """
@@ -106,19 +110,26 @@ class AugmentedLM:
             raise UserError("this model has no coprocessor, so no latents")
         tokens = self._token_array(tokens_BT)
         positions = inputs.position_array(positions_BM, tokens, 0)
-        return scoring.write_latents_at(self.params, tokens, positions, aug=self.aug, dtype=self.dtype)
+        return scoring.write_latents_at(
+            self.params, tokens, positions, aug=self.aug, dtype=self.dtype
+        )
 
-    def ahead_logprobs(self, tokens_BT: jax.Array, positions_BM: jax.Array, ahead: int) -> tuple[jax.Array, jax.Array]:
+    def ahead_logprobs(
+        self, tokens_BT: jax.Array, positions_BM: jax.Array, ahead: int
+    ) -> tuple[jax.Array, jax.Array]:
         """Scores the `ahead` text tokens after each position, with and without latents.
 
         Returns:
-          log p by the decoder and with latents, float32 [B, M, A] each. With latents: given the text up to the
-          position, its latents, and the ahead tokens before. Without a coprocessor both are the decoder's.
+          log p by the decoder and with latents, float32 [B, M, A] each. With latents: given the
+          text up to the position, its latents, and the ahead tokens before. Without a coprocessor
+          both are the decoder's.
         """
         ahead = arguments.whole("ahead", ahead, 1)
         tokens = self._token_array(tokens_BT)
         positions = inputs.position_array(positions_BM, tokens, ahead)
-        return scoring.score_ahead(self.params, tokens, positions, aug=self.aug, dtype=self.dtype, ahead=ahead)
+        return scoring.score_ahead(
+            self.params, tokens, positions, aug=self.aug, dtype=self.dtype, ahead=ahead
+        )
 
     def logprobs(
         self,
@@ -128,15 +139,16 @@ class AugmentedLM:
         batch_size: int = 16,
         progress: Report | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores a continuation of each prompt. Latents join once, at the prompt's end; equal prompts are read once.
+        """Scores a continuation of each prompt. Latents join once, at the prompt's end; equal
+        prompts are read once.
 
         Args:
           augment: with latents.
           progress: gets the number of continuations that are done.
 
         Returns:
-          log p of each continuation, summed over its tokens, float32 [N]; whether each of its tokens is the likeliest,
-          bool [N].
+          log p of each continuation, summed over its tokens, float32 [N]; whether each of its
+          tokens is the likeliest, bool [N].
         """
         prompts = arguments.several("prompts", prompts)
         continuations = arguments.several("continuations", continuations)
@@ -146,7 +158,9 @@ class AugmentedLM:
         tails = [self._ids(f"continuations[{i}]", tail) for i, tail in enumerate(continuations)]
         if [] in tails:
             raise UserError(f"continuations[{tails.index([])}] is empty")
-        heads = [self._head(f"prompts[{i}]", prompt, len(tails[i])) for i, prompt in enumerate(prompts)]
+        heads = [
+            self._head(f"prompts[{i}]", prompt, len(tails[i])) for i, prompt in enumerate(prompts)
+        ]
         questions = batching.questions(heads, tails)
         sums = np.zeros(len(tails), np.float32)
         greedy = np.zeros(len(tails), bool)
@@ -196,21 +210,29 @@ class AugmentedLM:
             owners += [i] * len(more)
         sums = np.zeros(len(texts))
         done = 0
-        score = partial(scoring.score_text, aug=self.aug if augment else self.plain, dtype=self.dtype)
+        score = partial(
+            scoring.score_text, aug=self.aug if augment else self.plain, dtype=self.dtype
+        )
         for chosen in batching.alike(
             [(1, len(piece)) for piece in pieces], lambda key: self._together(batch_size, key[1])
         ):
             tokens, length = self._pad([pieces[p] for p in chosen])
             predicted = tokens.shape[1] - 1
             found = score(self.params, tokens, length, stretch=min(every or predicted, predicted))
-            np.add.at(sums, [owners[p] for p in chosen], np.asarray(found, np.float64)[: len(chosen)])
+            np.add.at(
+                sums, [owners[p] for p in chosen], np.asarray(found, np.float64)[: len(chosen)]
+            )
             done += len(chosen)
             if progress:
                 progress(done)
         return sums
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int = 64, **options: Any) -> list[str]:
-        """Returns continuations of the prompts, without the prompts; options as for `continuations`."""
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 64, **options: Any
+    ) -> list[str]:
+        """Returns continuations of the prompts, without the prompts; options as for
+        `continuations`.
+        """
         return [c.text for c in self.continuations(prompts, max_new_tokens, **options)]
 
     def continuations(
@@ -234,17 +256,21 @@ class AugmentedLM:
           seed: one for each prompt, or one for all, from which each draws by its place in the list.
           augment: latents join at the end of the prompt.
           every: where it is not 0, latents join again after each so many tokens.
-          delay: latents join that many tokens after the text they were written for. None: when they are ready; the
-            coprocessor works on devices of its own meanwhile, and a failure of it costs the latents alone.
+          delay: latents join that many tokens after the text they were written for. None: when they
+            are ready; the coprocessor works on devices of its own meanwhile, and a failure of it
+            costs the latents alone.
           progress: gets the number of tokens that are decoded, over all prompts.
-          sampling: temperature (0: the likeliest token), top_k, top_p, ...: the fields of `sampling.Sampler`.
+          sampling: temperature (0: the likeliest token), top_k, top_p, ...: the fields of
+            `sampling.Sampler`.
         """
         options = inputs.check_options(max_new_tokens, every, delay, sampling)
         batch_size = arguments.whole("batch_size", batch_size, 1)
         prompts = arguments.several("prompts", prompts)
         ends = Endings(self.tokenizer, stop)
         if options.delay is None and self.coprocessor is not None and self.coprocessor_mesh is None:
-            raise UserError("delay=None: give the coprocessor devices of its own (coprocessor_mesh)")
+            raise UserError(
+                "delay=None: give the coprocessor devices of its own (coprocessor_mesh)"
+            )
         keys = inputs.random_keys(seed, len(prompts))
         heads = []
         for i, prompt in enumerate(prompts):
@@ -260,10 +286,15 @@ class AugmentedLM:
                     progress(options.max_new_tokens * len(found) + new_BN.shape[1] * rows)
                 return ends.seen(new_BN)
 
-            new, joined = self._continue([heads[i] for i in chosen], [keys[i] for i in chosen], options, write, stopped)
+            new, joined = self._continue(
+                [heads[i] for i in chosen], [keys[i] for i in chosen], options, write, stopped
+            )
             for i, row in zip(chosen, new):
-                last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)  # other rows may go on
-                found[i] = Continuation(ends.cut(row), row, tuple(at for at in joined if at <= last))
+                # other rows may go on
+                last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)
+                found[i] = Continuation(
+                    ends.cut(row), row, tuple(at for at in joined if at <= last)
+                )
         return [found[i] for i in range(len(prompts))]
 
     def _continue(
@@ -274,7 +305,9 @@ class AugmentedLM:
         write: Callable | None,
         stopped: Callable[[np.ndarray], np.ndarray],
     ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Continues one batch of prompts, `heads`, each with its own random key, as `decoding.run` does."""
+        """Continues one batch of prompts, `heads`, each with its own random key, as `decoding.run`
+        does.
+        """
         text, length = self._pad(heads)
         keys = keys + keys[:1] * (len(length) - len(keys))
         return decoding.run(
@@ -292,7 +325,9 @@ class AugmentedLM:
         )
 
     def _writer(self, delay: int | None) -> Callable | None:
-        """Returns the function that starts writing latents, as `decoding.run` calls it; None without a coprocessor."""
+        """Returns the function that starts writing latents, as `decoding.run` calls it; None
+        without a coprocessor.
+        """
         if self.coprocessor is None:
             return None
         if delay is not None:
@@ -303,7 +338,9 @@ class AugmentedLM:
     def _score_tails(
         self, batch: Sequence[Question], tails: Sequence[list[int]], augment: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the sum of log p of each continuation, [B, M], and whether it is what greedy decoding gives."""
+        """Returns the sum of log p of each continuation, [B, M], and whether it is what greedy
+        decoding gives.
+        """
         text, length = self._pad([question.head for question in batch])
         tails_BMA, inside_BMA = batching.pad_tails(batch, tails, len(length), self.tokenizer.pad_id)
         aug = self.aug if augment else self.plain
@@ -314,7 +351,9 @@ class AugmentedLM:
         return sums_BM, np.all(np.asarray(likeliest_BMA) | ~inside_BMA, axis=2)
 
     def _together(self, most: int, length: int) -> int:
-        """Returns how many of at most `most` texts of a length are read together; on a CPU so many as gain by it."""
+        """Returns how many of at most `most` texts of a length are read together; on a CPU so many
+        as gain by it.
+        """
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         return batching.few(length, most) if on_cpu else max(1, most)
 
@@ -322,22 +361,30 @@ class AugmentedLM:
         return inputs.token_ids(name, text, self.tokenizer, self.decoder.config.vocab_size)
 
     def _head(self, name: str, prompt: Prompt, new: int) -> list[int]:
-        """Returns the tokens of a prompt, BOS before a text; `new` tokens must have room after it."""
+        """Returns the tokens of a prompt, BOS before a text; `new` tokens must have room after
+        it.
+        """
         ids = self._ids(name, prompt)
         if isinstance(prompt, str):
             ids = [self.tokenizer.bos_id, *ids]
         if not ids:
             raise UserError(f"{name}: holds no token, not even BOS")
         if len(ids) + new > self.max_length:
-            found = f"{len(ids)} tokens and {new} after them are more than max_length={self.max_length}"
+            found = (
+                f"{len(ids)} tokens and {new} after them are more than max_length={self.max_length}"
+            )
             raise UserError(f"{name}: {found}; shorten it, or raise max_length")
         return ids
 
     def _token_array(self, tokens_BT: Any) -> jax.Array:
-        return inputs.token_array(tokens_BT, self.decoder.config.vocab_size, mesh_lib.shards(self.mesh, "batch"))
+        return inputs.token_array(
+            tokens_BT, self.decoder.config.vocab_size, mesh_lib.shards(self.mesh, "batch")
+        )
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-        """Returns rows [B, T] padded to one of few shapes, and their lengths [B]; 0 for rows that fill the batch."""
+        """Returns rows [B, T] padded to one of few shapes, and their lengths [B]; 0 for rows that
+        fill the batch.
+        """
         multiple = mesh_lib.shards(self.mesh, "batch")
         if self.coprocessor_mesh is not None:
             multiple = math.lcm(multiple, mesh_lib.shards(self.coprocessor_mesh, "batch"))

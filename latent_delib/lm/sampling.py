@@ -1,8 +1,8 @@
 """How a text goes on: the choice of the next token, and the strings that end a text.
 
-`Sampler` is one value that takes keys and logits. To add a rule, give it a field and use that in `_draw`. The field is
-then an argument of `AugmentedLM.generate`, a flag of the command `generate`, and a setting that the tasks of the
-lm-eval harness may name.
+`Sampler` is one value that takes keys and logits. To add a rule, give it a field and use that in
+`_draw`. The field is then an argument of `AugmentedLM.generate`, a flag of the command `generate`,
+and a setting that the tasks of the lm-eval harness may name.
 """
 
 import dataclasses
@@ -32,15 +32,21 @@ class Sampler:
 
     temperature: float = _option(0.0, "0: the likeliest token each time")
     top_k: int = _option(0, "sample from that many likeliest tokens; 0: from all")
-    top_p: float = _option(1.0, "sample from the likeliest tokens that reach this probability together")
+    top_p: float = _option(
+        1.0, "sample from the likeliest tokens that reach this probability together"
+    )
 
     def __call__(self, key_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
         """Returns a token for each row, int32 [B]."""
         likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        return jax.lax.cond(self.temperature > 0, self._draw, lambda *_: likeliest_B, key_B, logits_BV)
+        return jax.lax.cond(
+            self.temperature > 0, self._draw, lambda *_: likeliest_B, key_B, logits_BV
+        )
 
     def _draw(self, key_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        """Draws a token for each row. Sorting a vocabulary costs more than reading a small decoder."""
+        """Draws a token for each row. Sorting a vocabulary costs more than reading a small
+        decoder.
+        """
         scaled_BV = logits_BV / jnp.maximum(self.temperature, 1e-6)
         p_BV = jax.nn.softmax(scaled_BV)
         sorted_BV = jnp.sort(p_BV, axis=-1, descending=True)
@@ -69,7 +75,9 @@ class Sampler:
 
 def options() -> dict[str, tuple[Any, str]]:
     """Returns each field of `Sampler` with its default and its help text."""
-    return {field.name: (field.default, field.metadata["help"]) for field in dataclasses.fields(Sampler)}
+    return {
+        field.name: (field.default, field.metadata["help"]) for field in dataclasses.fields(Sampler)
+    }
 
 
 class Endings:
@@ -90,7 +98,9 @@ class Endings:
         for text in self.strings:
             if not isinstance(text, str) or not text:
                 raise UserError(f"stop: holds {text!r}, expected texts that are not empty")
-        self.tokens = [tokenizer.control[text] for text in self.strings if text in tokenizer.control]
+        self.tokens = [
+            tokenizer.control[text] for text in self.strings if text in tokenizer.control
+        ]
 
     def seen(self, new_BN: np.ndarray) -> np.ndarray:
         """Tells which rows of new tokens hold an ending, bool [B]."""

@@ -19,10 +19,14 @@ from latent_delib.nn.transformer import Params
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
-def score_vocabulary(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> jax.Array:
+def score_vocabulary(
+    params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any
+) -> jax.Array:
     """Returns the plain decoder's logits, float32 [B, T, V]."""
     text = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
-    return transformer.unembed(transformer.output_table(params["decoder"]), text.outputs, aug.transformer.config)
+    return transformer.unembed(
+        transformer.output_table(params["decoder"]), text.outputs, aug.transformer.config
+    )
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
@@ -37,27 +41,44 @@ def write_latents_at(
 
 @partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
 def score_ahead(
-    params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any, ahead: int
+    params: Params,
+    tokens_BT: jax.Array,
+    at_BM: jax.Array,
+    *,
+    aug: Augmentation,
+    dtype: Any,
+    ahead: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns log p of the next `ahead` text tokens, by the decoder and with latents, float32 [B, M, A] each."""
+    """Returns log p of the next `ahead` text tokens, by the decoder and with latents, float32 [B,
+    M, A] each.
+    """
     segment_BT = jnp.ones_like(tokens_BT)
     text, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
     index = at_BM[..., None] + jnp.arange(ahead)
     decoder_BMA = -jnp.take_along_axis(text_nll[:, None], index, axis=2)
     if not aug.has_latents:
         return decoder_BMA, decoder_BMA
-    nll_BMA, _ = step.ahead_step(params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=ahead)
+    nll_BMA, _ = step.ahead_step(
+        params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=ahead
+    )
     return decoder_BMA, -nll_BMA
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
 def score_tails(
-    params: Params, text_BT: jax.Array, length_B: jax.Array, tails_BMA: jax.Array, *, aug: Augmentation, dtype: Any
+    params: Params,
+    text_BT: jax.Array,
+    length_B: jax.Array,
+    tails_BMA: jax.Array,
+    *,
+    aug: Augmentation,
+    dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores M continuations of each prompt, token by token.
 
-    A prompt is read once; its continuations are traces at its last token, all with the same latents. Where the method
-    writes none they are traces of no latents, which begin by reading that token again.
+    A prompt is read once; its continuations are traces at its last token, all with the same
+    latents. Where the method writes none they are traces of no latents, which begin by reading that
+    token again.
 
     Args:
       text_BT: prompts, padded on the right.
@@ -81,7 +102,8 @@ def score_tails(
     marks = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
     reread = marks.inputs.shape[2] - (A - 1)
     marks = marks._replace(
-        inputs=jnp.concatenate([marks.inputs[..., :reread], tails_BMA[..., :-1]], axis=2), targets=tails_BMA
+        inputs=jnp.concatenate([marks.inputs[..., :reread], tails_BMA[..., :-1]], axis=2),
+        targets=tails_BMA,
     )
     z = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, M, *x.shape[2:])), z)
     x_BMAD, _ = augment.decode(aug, params, z, text.cache, marks)
@@ -92,19 +114,26 @@ def score_tails(
         logprob_BM = picked_BM - jax.nn.logsumexp(logits_BMV, axis=-1)
         return logprob_BM, jnp.argmax(logits_BMV, axis=-1) == target_BM
 
-    by_token = (jnp.moveaxis(x_BMAD, 2, 0), jnp.moveaxis(tails_BMA, 2, 0))  # the logits of one exist at a time
+    # the logits of one exist at a time
+    by_token = (jnp.moveaxis(x_BMAD, 2, 0), jnp.moveaxis(tails_BMA, 2, 0))
     logprobs, greedy = jax.lax.map(lambda pair: one(*pair), by_token)
     return jnp.moveaxis(logprobs, 0, 2), jnp.moveaxis(greedy, 0, 2)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype", "stretch"))
 def score_text(
-    params: Params, tokens_BT: jax.Array, length_B: jax.Array, *, aug: Augmentation, dtype: Any, stretch: int
+    params: Params,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    *,
+    aug: Augmentation,
+    dtype: Any,
+    stretch: int,
 ) -> jax.Array:
     """Returns log p of all tokens but the first of each row, summed, float32 [B].
 
-    Latents join after the first token and again after each `stretch` tokens. Each stretch is a trace, as when text is
-    generated so. A method that writes no latents gives the decoder's.
+    Latents join after the first token and again after each `stretch` tokens. Each stretch is a
+    trace, as when text is generated so. A method that writes no latents gives the decoder's.
 
     Args:
       length_B: tokens in each row, before padding.
@@ -116,12 +145,16 @@ def score_text(
     if not aug.has_latents:
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
     at = jnp.arange(0, T - 1, stretch)
-    together = min(len(at), max(1, T // (aug.num_latents + stretch)))  # traces at once: no more tokens than the text
-    at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)  # T - 1 has no ahead tokens, so no weight
+    # traces at once: no more tokens than the text
+    together = min(len(at), max(1, T // (aug.num_latents + stretch)))
+    # T - 1 has no ahead tokens, so no weight
+    at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)
 
     def some(at_M: jax.Array) -> jax.Array:
         at_BM = jnp.broadcast_to(at_M, (B, together))
-        more, weights = step.ahead_step(params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=stretch)
+        more, weights = step.ahead_step(
+            params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=stretch
+        )
         return -jnp.sum(more * weights, axis=(1, 2))
 
     return jnp.sum(jax.lax.map(some, at.reshape(-1, together)), axis=0)

@@ -1,4 +1,6 @@
-"""Checks of a caller's arguments. Each raises UserError with the argument's name; no value is rounded or cut to fit."""
+"""Checks of a caller's arguments. Each raises UserError with the argument's name; no value is
+rounded or cut to fit.
+"""
 
 import operator
 import os

@@ -1,7 +1,8 @@
-"""Orbax checkpoints of a training run: the trees that it changes, and what is needed to go on exactly.
+"""Orbax checkpoints of a training run: the trees that it changes, and what is needed to go on
+exactly.
 
-Every process of a job calls everything here, in the same order. What one of them finds damaged is damaged for all.
-Where a disk fails for one, that one ends, and `distributed.job` ends the others.
+Every process of a job calls everything here, in the same order. What one of them finds damaged is
+damaged for all. Where a disk fails for one, that one ends, and `distributed.job` ends the others.
 """
 
 import errno
@@ -43,10 +44,10 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Saves and restores the checkpoints of one run, in WORKDIR/checkpoints/STEP.
 
-    A checkpoint holds each tree that `save` is given, under its name; "meta", JSON that says what the run is; and
-    "contents", JSON by which damage is found. To store one more tree, pass it to `save` and to `restore_newest`.
-    A save is asynchronous. Its folder appears only once it is whole, so an interrupted save leaves the checkpoint
-    before it as the newest.
+    A checkpoint holds each tree that `save` is given, under its name; "meta", JSON that says what
+    the run is; and "contents", JSON by which damage is found. To store one more tree, pass it to
+    `save` and to `restore_newest`. A save is asynchronous. Its folder appears only once it is
+    whole, so an interrupted save leaves the checkpoint before it as the newest.
 
     Args:
       workdir: a local folder, or gs://BUCKET/PATH.
@@ -56,12 +57,19 @@ class Checkpoints:
       read_only: makes, renames and removes nothing.
 
     Raises:
-      UserError: there is a file in the place of the folder, it is not the same folder for all processes, or gs:// lacks
-        its package.
+      UserError: there is a file in the place of the folder, it is not the same folder for all
+        processes, or gs:// lacks its package.
       OSError: it cannot be written (Outage: the store does not answer).
     """
 
-    def __init__(self, workdir: str, keep: int = 2, keep_every: int = 0, keep_best: int = 0, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: str,
+        keep: int = 2,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        read_only: bool = False,
+    ):
         self.workdir = workdir
         self.path = _folder(workdir)
         self.handler = ocp.StandardCheckpointHandler()
@@ -71,7 +79,13 @@ class Checkpoints:
                 self._make_folder()
                 self.manager = _make_manager(self.path, keep, keep_every, keep_best)
 
-    def save(self, step: int, trees: Mapping[str, Any], meta: Mapping[str, Any], loss: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        loss: float | None = None,
+    ) -> None:
         """Starts a save; the one before it is finished first.
 
         Args:
@@ -81,7 +95,8 @@ class Checkpoints:
           loss: for `keep_best`, the same on every process; None or not finite: not among the best.
 
         Raises:
-          OSError: the disk is full or not writable (Outage: the store does not answer); earlier checkpoints stay whole.
+          OSError: the disk is full or not writable (Outage: the store does not answer); earlier
+            checkpoints stay whole.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["meta"] = ocp.args.JsonSave(dict(meta))
@@ -111,20 +126,24 @@ class Checkpoints:
         step: int | None = None,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
     ) -> Restored | None:
-        """Returns the newest checkpoint that can be read, bit for bit as it was saved, or `step`; None without one.
+        """Returns the newest checkpoint that can be read, bit for bit as it was saved, or `step`;
+        None without one.
 
-        Each newer, damaged checkpoint is reported in one line, and its folder renamed to DAMAGED-STEP-TIME, so that
-        the run can save that step again. A reader renames nothing.
+        Each newer, damaged checkpoint is reported in one line, and its folder renamed to
+        DAMAGED-STEP-TIME, so that the run can save that step again. A reader renames nothing.
 
         Args:
-          wanted: name -> tree of jax.ShapeDtypeStruct with the shardings wanted here, whatever mesh wrote it. A tree
-            that is None is read as it was saved, as numpy arrays. Others are not read. Default: {"trainable": None}.
+          wanted: name -> tree of jax.ShapeDtypeStruct with the shardings wanted here, whatever mesh
+            wrote it. A tree that is None is read as it was saved, as numpy arrays. Others are not
+            read. Default: {"trainable": None}.
           step: the one checkpoint to read.
           check: gets the meta before any array is read; a UserError from it ends the search.
 
         Raises:
-          UserError: none can be read, or not the one asked for; or a tree wanted is not the one that was saved.
-          OSError: the disk fails or denies access (Outage: the store does not answer), which is no damage.
+          UserError: none can be read, or not the one asked for; or a tree wanted is not the one
+            that was saved.
+          OSError: the disk fails or denies access (Outage: the store does not answer), which is no
+            damage.
         """
         if wanted is None:
             wanted = {"trainable": None}
@@ -145,7 +164,9 @@ class Checkpoints:
                 continue
             for bad, why in damaged.items():
                 aside = f"; its folder is now {self._put_aside(bad)}" if self.manager else ""
-                warn(f"{self.workdir}: checkpoint {bad} is damaged ({why}), checkpoint {at} is used instead{aside}")
+                warn(
+                    f"{self.workdir}: checkpoint {bad} is damaged ({why}), checkpoint {at} is used instead{aside}"
+                )
             return restored
         # All keep their names, or the next try would start from scratch.
         each = ", ".join(f"checkpoint {bad} is damaged ({why})" for bad, why in damaged.items())
@@ -156,7 +177,9 @@ class Checkpoints:
     def _restore(
         self, step: int, wanted: Mapping[str, Any], check: Callable[[dict[str, Any]], None]
     ) -> tuple[Restored | None, str]:
-        """Reads one checkpoint and compares it with its sums; returns it, and the damage that any process has found."""
+        """Reads one checkpoint and compares it with its sums; returns it, and the damage that any
+        process has found.
+        """
         restored = None
         damage = ""
         try:
@@ -174,7 +197,9 @@ class Checkpoints:
     def _read(
         self, step: int, wanted: Mapping[str, Any], check: Callable[[dict[str, Any]], None]
     ) -> tuple[Restored, dict[str, Any]]:
-        """Reads one checkpoint, without waiting for other processes; returns it, and its contents."""
+        """Reads one checkpoint, without waiting for other processes; returns it, and its
+        contents.
+        """
         folder = self.path / str(step)
         _require(folder / "_CHECKPOINT_METADATA")
         with _noted("meta"):
@@ -191,9 +216,13 @@ class Checkpoints:
         return Restored(step, meta, trees), saved
 
     def _read_tree(self, step: int, name: str, shapes: Any, saved: Mapping[str, Any]) -> Any:
-        """Reads one tree. Not through the manager: its `restore` ends in a barrier, where others would wait."""
+        """Reads one tree. Not through the manager: its `restore` ends in a barrier, where others
+        would wait.
+        """
         if name not in saved:
-            raise UserError(f"--workdir={self.workdir}: checkpoint {step} has no {name}, which this config needs")
+            raise UserError(
+                f"--workdir={self.workdir}: checkpoint {step} has no {name}, which this config needs"
+            )
         folder = self.path / str(step) / name
         _require(folder / "_METADATA")  # orbax needs it only where no shapes are given
         if shapes is None:
@@ -220,9 +249,11 @@ class Checkpoints:
         return name
 
     def _make_folder(self) -> None:
-        """Makes the folder, and a file in it for a moment: it can be written, and all processes see the same one.
+        """Makes the folder, and a file in it for a moment: it can be written, and all processes see
+        the same one.
 
-        On disks of their own each process would write its part of every checkpoint, and none would ever be whole.
+        On disks of their own each process would write its part of every checkpoint, and none would
+        ever be whole.
         """
         name = f".started-{time.time_ns()}"
         is_first = jax.process_index() == 0
@@ -240,8 +271,11 @@ class Checkpoints:
             )
 
 
-def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, int, dict[str, Any]]:
-    """Returns a finished or running job's checkpoints, the step asked for or the newest, and its meta.
+def open_for_reading(
+    workdir: str, step: int | None = None
+) -> tuple[Checkpoints, int, dict[str, Any]]:
+    """Returns a finished or running job's checkpoints, the step asked for or the newest, and its
+    meta.
 
     Raises:
       UserError: there is no checkpoint, or not that one.
@@ -271,7 +305,8 @@ def _folder(workdir: str) -> epath.Path:
     """Returns the folder of a run's checkpoints.
 
     Raises:
-      UserError: it is on gs://, and a package is missing that orbax would ask for at its first save.
+      UserError: it is on gs://, and a package is missing that orbax would ask for at its first
+        save.
     """
     if not is_remote(workdir):
         return epath.Path(os.path.abspath(workdir)) / "checkpoints"
@@ -313,7 +348,9 @@ def _on_host(leaf: Any) -> np.ndarray:
 
 
 def _damage(error: Exception, path: epath.Path) -> str:
-    """Returns one line on files that cannot be read for what they hold; raises what is no damage of a checkpoint."""
+    """Returns one line on files that cannot be read for what they hold; raises what is no damage of
+    a checkpoint.
+    """
     if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
         raise error
     failed = store_error(error, path)
@@ -326,7 +363,9 @@ def _damage(error: Exception, path: epath.Path) -> str:
 
 @contextmanager
 def _disk_errors(path: epath.Path) -> Iterator[None]:
-    """Raises OSError for what a disk's or store's client raises; errors of a device, or of a lost process, stay."""
+    """Raises OSError for what a disk's or store's client raises; errors of a device, or of a lost
+    process, stay.
+    """
     try:
         yield
     except (UserError, jax.errors.JaxRuntimeError):
@@ -335,18 +374,26 @@ def _disk_errors(path: epath.Path) -> Iterator[None]:
         raise store_error(error, path) or error from None
 
 
-def _make_manager(path: epath.Path, keep: int, keep_every: int, keep_best: int) -> ocp.CheckpointManager:
-    """Returns a manager of the folder, which is there, that keeps the checkpoints named in `Checkpoints`."""
+def _make_manager(
+    path: epath.Path, keep: int, keep_every: int, keep_best: int
+) -> ocp.CheckpointManager:
+    """Returns a manager of the folder, which is there, that keeps the checkpoints named in
+    `Checkpoints`.
+    """
     policies: list[Any] = [LatestN(keep)]
     if keep_every:
         policies.append(EveryNSteps(keep_every))
     if keep_best:
-        best = BestN(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+        best = BestN(
+            get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+        )
         policies.append(best)
     asynchronous = ocp.options.AsyncOptions(
-        timeout_secs=10**7,  # by the clock on the wall, which may jump; stores have time-outs of their own
+        # by the clock on the wall, which may jump; stores have time-outs of their own
+        timeout_secs=10**7,
         barrier_sync_fn=_barrier,
-        # Where a folder cannot be made, threads that wait for it would keep the process for 5 minutes.
+        # Where a folder cannot be made, threads that wait for it would keep the process for 5
+        # minutes.
         create_directories_asynchronously=False,
     )
     options = ocp.CheckpointManagerOptions(
@@ -374,6 +421,8 @@ def _loss(metrics: dict[str, float]) -> float:
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Does as orbax's own, but a process whose save has failed waits for nobody: 20 minutes would hide the error."""
+    """Does as orbax's own, but a process whose save has failed waits for nobody: 20 minutes would
+    hide the error.
+    """
     if sys.exc_info()[0] is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

@@ -1,4 +1,6 @@
-"""The command line of every command: flags without global state, and config files whose keys are flags."""
+"""The command line of every command: flags without global state, and config files whose keys are
+flags.
+"""
 
 import ast
 import difflib
@@ -20,15 +22,19 @@ from latent_delib.errors import UserError
 REQUIRED = object()  # a string that must be given
 CONFIG = object()  # a config file, whose keys can be changed by --NAME.KEY=VALUE
 FOLDERS = object()  # the list of words without a flag: at least one
-Options = dict[str, tuple[Any, str]]  # flag -> (default, help); the default gives the type, None an optional integer
+# flag -> (default, help); the default gives the type, None an optional integer
+Options = dict[str, tuple[Any, str]]
 
 ROOT = Path(__file__).parents[2]  # of the repository, where configs/ is
-TEXTS = ("prompt", "stop", "text")  # the flags that are text; in every other a leading ~ is the home folder
+# the flags that are text; in every other a leading ~ is the home folder
+TEXTS = ("prompt", "stop", "text")
 HOME = re.compile(r"^(files:|lines:|)(~[^/]*)")
 
 
 class _TupleParser(flags.ArgumentParser):
-    """Reads "('A', 'B')", or one string without quotes. The last of two counts, as of every other key."""
+    """Reads "('A', 'B')", or one string without quotes. The last of two counts, as of every other
+    key.
+    """
 
     def parse(self, argument: Any) -> tuple:
         value = argument
@@ -64,7 +70,8 @@ def parse(values: flags.FlagValues, options: Options) -> None:
     """Parses sys.argv into `values`, and runs the config file that it names.
 
     Raises:
-      UserError: a flag, key or value that is wrong, one that is missing, or a config file that fails.
+      UserError: a flag, key or value that is wrong, one that is missing, or a config file that
+        fails.
     """
     words = [name for name, (default, _) in options.items() if default is FOLDERS]
     for name, (default, text) in options.items():
@@ -101,7 +108,8 @@ def _define(values: flags.FlagValues, name: str, default: Any, text: str) -> Non
 
 
 def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]) -> list[str]:
-    """Loads the config file, and sets the keys that --NAME.KEY=VALUE give; returns the words that are no flags.
+    """Loads the config file, and sets the keys that --NAME.KEY=VALUE give; returns the words that
+    are no flags.
 
     Raises:
       UserError: no config file, or one that fails; a flag or key that is not there.
@@ -130,14 +138,23 @@ def _keys(config: ConfigDict, above: str = "") -> Iterator[str]:
 
 
 def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
-    """Raises UserError for an argument that looks like a flag and is none, with the known name most like it."""
+    """Raises UserError for an argument that looks like a flag and is none, with the known name most
+    like it.
+    """
     for argument in arguments:
         found = re.match(r"--?([a-zA-Z][^=]*)", argument)
         if found is None or found[1] in known or found[1].removeprefix("no") in known:
             continue
-        alike = [name for name in known if name.split(".")[-1] == found[1].split(".")[-1]]  # in another table
-        close = difflib.get_close_matches(found[1], alike or known, n=1, cutoff=0.0 if alike else 0.8)
-        remedy = f"did you mean --{close[0]}?" if close else "--help lists the flags, configs/base.py the keys"
+        # in another table
+        alike = [name for name in known if name.split(".")[-1] == found[1].split(".")[-1]]
+        close = difflib.get_close_matches(
+            found[1], alike or known, n=1, cutoff=0.0 if alike else 0.8
+        )
+        remedy = (
+            f"did you mean --{close[0]}?"
+            if close
+            else "--help lists the flags, configs/base.py the keys"
+        )
         raise UserError(f"{found[0]}: no such flag; {remedy}")
 
 
@@ -152,20 +169,27 @@ def load_config(name: str, given: str) -> ConfigDict:
     if not os.path.isfile(path):
         raise UserError(f"--{name}={given}: no such file")
     if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))  # `from configs import base`, from wherever the command is started
+        # `from configs import base`, from wherever the command is started
+        sys.path.append(str(ROOT))
     try:
         get_config = runpy.run_path(path)["get_config"]
         config = get_config(argument) if colon else get_config()
     except Exception as error:
         raise UserError(_of_config_file(error, path)) from None
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config() returns {type(config).__name__}, expected a ConfigDict")
+        raise UserError(
+            f"{path}: get_config() returns {type(config).__name__}, expected a ConfigDict"
+        )
     return config
 
 
 def _of_config_file(error: Exception, path: str) -> str:
     """Returns one line with the file's own line in which an error came up."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == path
+    ]
     where = f"{path}, line {lines[-1]}" if lines else path
     # ml_collections lists every key before its guess.
     text = re.sub(r"(?s)Other fields present: .*?(Did you mean|$)", r"\1", str(error))
@@ -173,7 +197,9 @@ def _of_config_file(error: Exception, path: str) -> str:
 
 
 def _expand_home(value: Any) -> Any:
-    """Returns a value with the home folder for each leading ~, which no shell expands behind `--flag=`."""
+    """Returns a value with the home folder for each leading ~, which no shell expands behind
+    `--flag=`.
+    """
     if isinstance(value, str):
         return HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), value)
     if isinstance(value, tuple | list):

@@ -21,10 +21,12 @@ from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 from latent_delib.machine import files
 from latent_delib.machine.command_line import help_text, parse
 
-STOPPED = 75  # the exit code of a command that SIGTERM stopped, and that saved: run it again to go on
+# the exit code of a command that SIGTERM stopped, and that saved: run it again to go on
+STOPPED = 75
 UNREAD = 128 + signal.SIGPIPE  # the exit code where nobody reads the output any more: `| head`
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EPIPE)
-# Messages of Orbax and asyncio that tell nothing: of every run, or of a failed save, which raises its error as well.
+# Messages of Orbax and asyncio that tell nothing: of every run, or of a failed save, which raises
+# its error as well.
 NOISE = re.compile(
     r"Requested `tracked_metric`|run\(\) raised an exception|Handler Commit operations|Save Finalize thread"
     "|Event loop is closed|Task was destroyed but it is pending|exception was never retrieved"
@@ -34,8 +36,8 @@ NOISE = re.compile(
 def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> None:
     """Parses the command line, calls `main(values)` and exits.
 
-    The exit code is 0 when done, 1 for a user's mistake or a failed disk, LOST for a store that does not answer,
-    INTERRUPTED for Ctrl-C, UNREAD for a closed pipe.
+    The exit code is 0 when done, 1 for a user's mistake or a failed disk, LOST for a store that
+    does not answer, INTERRUPTED for Ctrl-C, UNREAD for a closed pipe.
 
     Args:
       main: gets the values as attributes.
@@ -72,7 +74,9 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
 
 
 def leave(code: int) -> None:
-    """Ends the process without jax's clean-up at exit, which crashes now and then after an interrupted compile."""
+    """Ends the process without jax's clean-up at exit, which crashes now and then after an
+    interrupted compile.
+    """
     with suppress(AttributeError, OSError):  # a closed pipe, or no output at all
         sys.stdout.flush()
         sys.stderr.flush()
@@ -81,20 +85,24 @@ def leave(code: int) -> None:
 
 def _settle() -> None:
     """Makes the process one whose last line is the error."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # until here Ctrl-C ends the process: see __init__.py
+    # until here Ctrl-C ends the process: see __init__.py
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # text that the terminal cannot show
     logging.basicConfig()  # a handler, where no library has made one
     for handler in logging.root.handlers:
         handler.addFilter(lambda record: not NOISE.search(str(record.msg)))
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # orbax's, after a failed save
+    # orbax's, after a failed save
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     sys.unraisablehook = _unraisable
     flags.FLAGS(sys.argv[:1])  # seqio reads absl's own flags and wants them parsed
 
 
 def _unraisable(lost: Any) -> None:
-    """Raises Ctrl-C again where Python drops it, as in a callback of a library that is being imported."""
+    """Raises Ctrl-C again where Python drops it, as in a callback of a library that is being
+    imported.
+    """
     if issubclass(lost.exc_type, KeyboardInterrupt):  # from a thread, or it would be dropped again
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     elif not NOISE.search(str(lost.exc_value)):
@@ -122,7 +130,11 @@ def _of_disk(error: OSError, values: flags.FlagValues) -> str:
         return f"{error.filename}: {text}"
     if error.errno not in UNWRITTEN:
         return text
-    written = [f"--{name}={values[name].value}" for name in ("out", "workdir") if name in values and values[name].value]
+    written = [
+        f"--{name}={values[name].value}"
+        for name in ("out", "workdir")
+        if name in values and values[name].value
+    ]
     return f"{text}, writing to {' or '.join([*written, 'standard output'])}"
 
 

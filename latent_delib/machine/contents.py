@@ -1,4 +1,6 @@
-"""The contents of a checkpoint: type and checksum of each leaf, by which damage is found when it is read again."""
+"""The contents of a checkpoint: type and checksum of each leaf, by which damage is found when it is
+read again.
+"""
 
 import json
 import zlib
@@ -11,7 +13,9 @@ import numpy as np
 
 
 def describe(meta: Mapping[str, Any], trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {tree: {leaf: [type, sum]}} and, as "crc32", a checksum of that and of the meta; JSON can hold it."""
+    """Returns {tree: {leaf: [type, sum]}} and, as "crc32", a checksum of that and of the meta; JSON
+    can hold it.
+    """
     contents: dict[str, Any] = {}
     for name, tree in trees.items():
         types, sums = leaf_types(tree), leaf_sums(tree)
@@ -41,9 +45,11 @@ def leaf_types(tree: Any) -> dict[str, str]:
 
 
 def leaf_sums(tree: Any) -> dict[str, int]:
-    """Returns each leaf's sum of bits, read as integers, modulo 2**32: any flipped bit changes it, no mesh does.
+    """Returns each leaf's sum of bits, read as integers, modulo 2**32: any flipped bit changes it,
+    no mesh does.
 
-    Leaves are arrays of JAX, which are added up where they lie, or of numpy, which never go to a device.
+    Leaves are arrays of JAX, which are added up where they lie, or of numpy, which never go to a
+    device.
     """
     leaves = _named_leaves(tree)
     if any(isinstance(leaf, jax.Array) for leaf in leaves.values()):

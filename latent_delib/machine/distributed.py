@@ -1,7 +1,7 @@
 """Many processes, one job: they start together, decide together, and none outlives another.
 
-A process that dies, however it dies, closes its connections of the roll call. The others end at once, instead of
-waiting for it in a collective.
+A process that dies, however it dies, closes its connections of the roll call. The others end at
+once, instead of waiting for it in a collective.
 """
 
 import atexit
@@ -23,18 +23,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 from latent_delib.machine.commands import leave
-from latent_delib.machine.roll_call import GRACE, SILENCE, Connections, find_place, meet, read_line, send_line
+from latent_delib.machine.roll_call import (
+    GRACE,
+    SILENCE,
+    Connections,
+    find_place,
+    meet,
+    read_line,
+    send_line,
+)
 
 FLAGS = {
     "distributed": (False, "this is one of several processes of the job"),
-    "start_timeout": (300, "seconds within which all processes of a --distributed job must have started"),
+    "start_timeout": (
+        300,
+        "seconds within which all processes of a --distributed job must have started",
+    ),
 }
 MESSAGE = 1000  # bytes that each process can say in `from_all`
 
 
 @contextlib.contextmanager
 def job(flags: Any) -> Iterator[None]:
-    """Joins the processes of a job started with --distributed, and holds them together until all are done.
+    """Joins the processes of a job started with --distributed, and holds them together until all
+    are done.
 
     It is entered before any device is used. The exit code tells whether to start the job again:
 
@@ -43,15 +55,19 @@ def job(flags: Any) -> Iterator[None]:
             GRACE seconds later, SILENCE more where the network does not tell.
 
     Raises:
-      UserError: the processes do not all start within `flags.start_timeout` seconds, or do not fit each other.
+      UserError: the processes do not all start within `flags.start_timeout` seconds, or do not fit
+        each other.
     """
     if not flags.distributed:
         yield
         return
     address, count, index = find_place(flags.start_timeout)
     with held_together(index, meet(address, count, index, flags.start_timeout)):
-        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-        jax.distributed.initialize(address, count, index, initialization_timeout=flags.start_timeout)
+        # it would take SIGTERM for itself
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            address, count, index, initialization_timeout=flags.start_timeout
+        )
         here = f"{jax.local_device_count()} of {jax.device_count()} devices"
         print(f"process {index} of {count}: {here}, coordinator {address}", flush=True)
         yield
@@ -89,7 +105,8 @@ def from_first(value: Any) -> Any:
 
 
 def on_first(look: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function on process 0 alone, and returns its result, which JSON must hold, on every process.
+    """Calls a function on process 0 alone, and returns its result, which JSON must hold, on every
+    process.
 
     Every process must call this; `look` must not wait for another process.
 
@@ -133,7 +150,8 @@ def warn(line: str) -> None:
 
 
 def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
-    """Returns a function from this process's yes or no to the number of devices whose processes say yes, int32.
+    """Returns a function from this process's yes or no to the number of devices whose processes say
+    yes, int32.
 
     All processes of the mesh call it in turn. The call waits for nothing; reading its result does.
     """
@@ -141,13 +159,16 @@ def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
     ballots = {}
     for said in (False, True):
         ballot = np.full(1, said, np.int32)
-        ballots[said] = jax.make_array_from_callback((mesh.size,), each, lambda _, ballot=ballot: ballot)
+        ballots[said] = jax.make_array_from_callback(
+            (mesh.size,), each, lambda _, ballot=ballot: ballot
+        )
     count = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return lambda said: count(ballots[said])
 
 
 class Others:
-    """Watches the other processes of the job: a thread ends this one when one of them ends too early.
+    """Watches the other processes of the job: a thread ends this one when one of them ends too
+    early.
 
     Where process 0 ends, jax aborts the others at once: if it can, it is the last to go.
     """
@@ -207,7 +228,9 @@ class Others:
         if self.failing.wait(patience):
             return
         if code == 1:
-            text = f"process {process} ended with an error, see its own output; this one ends with it"
+            text = (
+                f"process {process} ended with an error, see its own output; this one ends with it"
+            )
         else:
             code = LOST
             text = f"process {process} is gone: crashed, killed, or cut off; run again to resume"
@@ -218,8 +241,9 @@ class Others:
 def _exit_code(error: BaseException, others: Others) -> int:
     """Returns the exit code for what ended the work here.
 
-    Where another process is gone, a collective fails, with an exception of any kind and maybe before the loss is known.
-    So other errors than the known ones wait for news. If a process is lost, the watching thread ends this one.
+    Where another process is gone, a collective fails, with an exception of any kind and maybe
+    before the loss is known. So other errors than the known ones wait for news. If a process is
+    lost, the watching thread ends this one.
     """
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
@@ -229,7 +253,11 @@ def _exit_code(error: BaseException, others: Others) -> int:
         return 1
     if not others.one_lost.wait(GRACE):
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        print(f"failed: {text}; waiting {SILENCE} s for news of the other processes", file=sys.stderr, flush=True)
+        print(
+            f"failed: {text}; waiting {SILENCE} s for news of the other processes",
+            file=sys.stderr,
+            flush=True,
+        )
     if others.one_lost.wait(SILENCE):
         time.sleep(2 * GRACE)
         return LOST

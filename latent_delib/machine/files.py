@@ -39,16 +39,20 @@ def write(path: epath.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary local folder that is renamed to `folder` on success, and removed on failure.
+    """Yields a temporary local folder that is renamed to `folder` on success, and removed on
+    failure.
 
     Raises:
-      UserError: the folder is there already, and `replace` is not set; or it is on gs:// or a mount point.
+      UserError: the folder is there already, and `replace` is not set; or it is on gs:// or a mount
+        point.
       OSError: with the folder's name, where the disk is full or not writable.
     """
     if str(folder).partition("/")[0].endswith(":"):
         raise UserError(f"{folder}: expected a local folder; copy it from there")
     if folder.is_mount():
-        raise UserError(f"{folder}: a mount point cannot be put in place whole; name a folder in it")
+        raise UserError(
+            f"{folder}: a mount point cannot be put in place whole; name a folder in it"
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: {NOT_A_FOLDER}; name another")
     if folder.exists() and not replace and any(folder.iterdir()):
@@ -92,13 +96,17 @@ def make_folder(path: Path) -> None:
 
 
 def in_the_way(path: Path) -> Path | None:
-    """Returns the file that stands in the place of a folder or of one above it; None without one."""
+    """Returns the file that stands in the place of a folder or of one above it; None without
+    one.
+    """
     return next((each for each in (path, *path.parents) if each.is_file()), None)
 
 
 @contextlib.contextmanager
 def named(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Makes errors name the path that the user knows, where they name none or one that begins with `partial`."""
+    """Makes errors name the path that the user knows, where they name none or one that begins with
+    `partial`.
+    """
     try:
         yield
     except UserError as error:
@@ -114,10 +122,11 @@ def named(path: Path, partial: Path | None = None) -> Iterator[None]:
 
 
 class StoredLines:
-    """Writes lines to a file on a store, where nothing can be appended: the whole file for each, in a thread.
+    """Writes lines to a file on a store, where nothing can be appended: the whole file for each, in
+    a thread.
 
-    While a write goes on, lines wait for the next. A failed write does not end the job: it is reported once, and the
-    next line tries again, and so does `close`.
+    While a write goes on, lines wait for the next. A failed write does not end the job: it is
+    reported once, and the next line tries again, and so does `close`.
     """
 
     def __init__(self, path: epath.Path, lines: list[str]):
@@ -131,7 +140,9 @@ class StoredLines:
 
     def flush(self) -> None:
         if not self.writing.is_alive():
-            self.writing = threading.Thread(target=self._put, args=["".join(self.lines)], daemon=True)
+            self.writing = threading.Thread(
+                target=self._put, args=["".join(self.lines)], daemon=True
+            )
             self.writing.start()
 
     def close(self) -> None:
@@ -154,7 +165,8 @@ class StoredLines:
 def _beside(path: Path) -> Iterator[Path]:
     """Yields a new name beside `path`, and removes what is there at the end.
 
-    Leftovers of killed processes are removed first. Those of other machines stay, whose processes are not seen here.
+    Leftovers of killed processes are removed first. Those of other machines stay, whose processes
+    are not seen here.
     """
     here = path.absolute()
     prefix = f"{here.name}.tmp-{HOST}-"

@@ -8,7 +8,8 @@ EVERY = 5.0  # seconds between two lines
 class Progress:
     """Prints "WHAT DONE/TOTAL UNIT  RATE UNIT/s  ETA H:MM:SS", the first line after EVERY seconds, then as often.
 
-    Jobs shorter than EVERY print nothing. `done` is work finished before a resume; it is excluded from the rate.
+    Jobs shorter than EVERY print nothing. `done` is work finished before a resume; it is excluded
+    from the rate.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):

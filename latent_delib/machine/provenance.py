@@ -13,11 +13,12 @@ PACKAGES = ("latent_delib", "jax", "flax", "numpy")
 
 
 def provenance(computed: bool = True) -> dict[str, Any]:
-    """Returns the command, the date (UTC, ISO 8601), the hardware, and the versions that a result was made with.
+    """Returns the command, the date (UTC, ISO 8601), the hardware, and the versions that a result
+    was made with.
 
     Args:
-      computed: whether jax computed it. If not, the hardware is left out: asking jax for its devices would take an
-        accelerator from another job.
+      computed: whether jax computed it. If not, the hardware is left out: asking jax for its
+        devices would take an accelerator from another job.
     """
     found: dict[str, Any] = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),

@@ -1,7 +1,9 @@
-"""How the processes of a job find each other: process 0 calls the roll over TCP, and names whoever is missing.
+"""How the processes of a job find each other: process 0 calls the roll over TCP, and names whoever
+is missing.
 
-jax.distributed does not say which process is missing; it aborts when its time-out expires. So the roll comes first, on
-the coordinator's port, which jax takes over afterwards. The connections stay open, for `distributed.Others` to watch.
+jax.distributed does not say which process is missing; it aborts when its time-out expires. So the
+roll comes first, on the coordinator's port, which jax takes over afterwards. The connections stay
+open, for `distributed.Others` to watch.
 """
 
 import contextlib
@@ -13,25 +15,28 @@ import time
 from latent_delib.errors import UserError
 
 SILENCE = 40  # seconds after which a machine that no longer answers counts as gone
-GRACE = 5.0  # seconds in which a process can still end by itself, and say why, once another has ended
+# seconds in which a process can still end by itself, and say why, once another has ended
+GRACE = 5.0
 HELLO = "latent_delib"
 COMPLETE = "all are there"
 REFUSED = "refused "
 
-Connections = dict[int, socket.socket]  # by process: process 0 has one to each other, the others one to process 0
+# by process: process 0 has one to each other, the others one to process 0
+Connections = dict[int, socket.socket]
 
 
 def find_place(seconds: float) -> tuple[str, int, int]:
     """Returns the coordinator's address, the number of processes and this one's.
 
-    They come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where set, else from the cluster (Cloud
-    TPU, GKE, Slurm).
+    They come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where set, else
+    from the cluster (Cloud TPU, GKE, Slurm).
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     count = _number_from_environment("JAX_NUM_PROCESSES")
     index = _number_from_environment("JAX_PROCESS_ID")
     if None in (address, count, index):
-        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; it has no public name
+        # what jax.distributed.initialize asks; it has no public name
+        from jax._src.clusters import ClusterEnv
 
         ask = ClusterEnv.auto_detect_unset_distributed_params
         try:
@@ -49,11 +54,12 @@ def find_place(seconds: float) -> tuple[str, int, int]:
 
 
 def meet(address: str, count: int, index: int, seconds: float) -> Connections:
-    """Returns connections to process 0, or as process 0 to all others, once all processes are there.
+    """Returns connections to process 0, or as process 0 to all others, once all processes are
+    there.
 
     Raises:
-      UserError: processes that did not come within so many seconds, by number; a number given twice, or one that does
-        not fit; a coordinator that does not answer.
+      UserError: processes that did not come within so many seconds, by number; a number given
+        twice, or one that does not fit; a coordinator that does not answer.
     """
     if index == 0:
         return _call_roll(address, count, seconds)
@@ -67,7 +73,9 @@ def send_line(connection: socket.socket, text: str) -> None:
 
 
 def read_line(connection: socket.socket) -> str:
-    """Returns one line; "" where the connection ends first, or is silent for longer than its time-out."""
+    """Returns one line; "" where the connection ends first, or is silent for longer than its
+    time-out.
+    """
     line = b""
     with contextlib.suppress(OSError):
         while len(line) < 10_000:
@@ -90,12 +98,16 @@ def _number_from_environment(name: str) -> int | None:
 
 
 def _call_roll(address: str, count: int, seconds: float) -> Connections:
-    """Waits for all others, as process 0, and tells them that all are there, or why the job does not start."""
+    """Waits for all others, as process 0, and tells them that all are there, or why the job does
+    not start.
+    """
     there: Connections = {}
     until = time.monotonic() + seconds
     refusal = ""
     try:
-        with _listen(int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)) as listener:
+        with _listen(
+            int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)
+        ) as listener:
             while len(there) < count - 1:
                 listener.settimeout(max(0.01, until - time.monotonic()))
                 connection, _ = listener.accept()
@@ -118,7 +130,9 @@ def _call_roll(address: str, count: int, seconds: float) -> Connections:
 
 
 def _enter(connection: socket.socket, there: Connections, count: int) -> None:
-    """Reads which process has connected, and enters it among those that are there; raises UserError if it is wrong."""
+    """Reads which process has connected, and enters it among those that are there; raises UserError
+    if it is wrong.
+    """
     connection.settimeout(5)
     found = re.fullmatch(rf"{HELLO} (\d+) (\d+)", read_line(connection))
     if found is None:  # a stranger
@@ -144,11 +158,14 @@ def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connec
     while True:
         answer = "it hung up, or said nothing"
         try:
-            connection = _keep_alive(socket.create_connection((host.strip("[]"), int(port)), timeout=5))
+            connection = _keep_alive(
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+            )
         except OSError as error:
             answer = error.strerror or str(error)
         else:
-            connection.settimeout(seconds + GRACE)  # process 0 has a limit of its own, and may have begun to wait later
+            # process 0 has a limit of its own, and may have begun to wait later
+            connection.settimeout(seconds + GRACE)
             send_line(connection, f"{HELLO} {index} {count}")
             answer = read_line(connection) or answer
             if answer == COMPLETE:
@@ -166,21 +183,29 @@ def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connec
 
 
 def _listen(port: int, until: float) -> socket.socket:
-    """Returns a socket that listens on all addresses; a job that just ended may hold the port for a moment."""
+    """Returns a socket that listens on all addresses; a job that just ended may hold the port for a
+    moment.
+    """
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     while True:
         try:
-            return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
+            return socket.create_server(
+                ("", port), family=family, dualstack_ipv6=both, backlog=1024
+            )
         except OSError as error:
             if time.monotonic() > until:
                 reason = (error.strerror or str(error)).lower()
-                raise UserError(f"--distributed: port {port}, the coordinator's, cannot be opened: {reason}") from None
+                raise UserError(
+                    f"--distributed: port {port}, the coordinator's, cannot be opened: {reason}"
+                ) from None
         time.sleep(0.5)
 
 
 def _keep_alive(connection: socket.socket) -> socket.socket:
-    """Enables TCP keep-alive: an idle connection is fine, a lost machine is detected after SILENCE seconds."""
+    """Enables TCP keep-alive: an idle connection is fine, a lost machine is detected after SILENCE
+    seconds.
+    """
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (

@@ -1,4 +1,6 @@
-"""How signals stop a training job: SIGTERM and Ctrl-C let it save first, a second Ctrl-C ends it at once."""
+"""How signals stop a training job: SIGTERM and Ctrl-C let it save first, a second Ctrl-C ends it at
+once.
+"""
 
 import contextlib
 import os
@@ -28,13 +30,17 @@ class Stop:
         self.by = self.by or number
 
     def ctrl_c(self) -> None:
-        """Says what will happen; ends the process at once before the first step, and at a second Ctrl-C.
+        """Says what will happen; ends the process at once before the first step, and at a second
+        Ctrl-C.
 
-        Not by an exception: jax's clean-up at exit crashes now and then after an interrupted compile.
+        Not by an exception: jax's clean-up at exit crashes now and then after an interrupted
+        compile.
         """
         if self.steps and not self.warned:
             self.warned = True
-            _say("stopping after two more steps at most, and saving; press Ctrl-C again to stop at once")
+            _say(
+                "stopping after two more steps at most, and saving; press Ctrl-C again to stop at once"
+            )
             return
         _say("stopped by Ctrl-C; the same command resumes at the newest checkpoint")
         os._exit(INTERRUPTED)
@@ -42,9 +48,11 @@ class Stop:
 
 @contextlib.contextmanager
 def graceful_stop(ctrl_c: bool = False) -> Iterator[Stop]:
-    """Turns SIGTERM into a request that the loop sees after the step it is in; with `ctrl_c`, Ctrl-C too.
+    """Turns SIGTERM into a request that the loop sees after the step it is in; with `ctrl_c`,
+    Ctrl-C too.
 
-    Ctrl-C may end the process, so it is for commands. Where it is ignored, as with nohup, it stays ignored.
+    Ctrl-C may end the process, so it is for commands. Where it is ignored, as with nohup, it stays
+    ignored.
     """
     stop = Stop()
     with contextlib.ExitStack() as stack:
@@ -67,7 +75,9 @@ def _handled(number: int, handler: Callable[[int, Any], None]) -> Iterator[None]
 
 @contextlib.contextmanager
 def _heard_at_once(number: int, act: Callable[[], None]) -> Iterator[None]:
-    """Calls `act` in a thread at each such signal: the main thread handles none while XLA compiles or a step runs."""
+    """Calls `act` in a thread at each such signal: the main thread handles none while XLA compiles
+    or a step runs.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 

@@ -19,7 +19,8 @@ def is_remote(workdir: str) -> bool:
 
 @contextlib.contextmanager
 def exclusive(workdir: str) -> Iterator[None]:
-    """Holds a local workdir for one job; process 0 has the lock, which ends with it, however it ends.
+    """Holds a local workdir for one job; process 0 has the lock, which ends with it, however it
+    ends.
 
     Raises:
       UserError: another job holds it, or it cannot be written.
@@ -39,7 +40,9 @@ def exclusive(workdir: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
-            raise UserError(f"--workdir={workdir}: in use by another job (process {lock.read().strip()})") from None
+            raise UserError(
+                f"--workdir={workdir}: in use by another job (process {lock.read().strip()})"
+            ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()

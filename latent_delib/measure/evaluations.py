@@ -1,4 +1,6 @@
-"""The evaluations of a run's checkpoints, a folder per step in OUT/evaluations; the steps still to evaluate."""
+"""The evaluations of a run's checkpoints, a folder per step in OUT/evaluations; the steps still to
+evaluate.
+"""
 
 import json
 import time
@@ -34,7 +36,8 @@ def read_results(folder: epath.Path) -> dict[int, dict[str, Any]]:
 
 
 def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
-    """Raises UserError unless all evaluations in a folder may stand on one curve with one of this record.
+    """Raises UserError unless all evaluations in a folder may stand on one curve with one of this
+    record.
 
     text: the digest of its text, once that is known.
     """
@@ -44,9 +47,13 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
         record.require(Record.from_result(result), "compare", str(file))
         draws = result.get("draws", 1)
         if is_drawn and draws != views.DRAWS:
-            raise UserError(f"{file}: has draws of version {draws}, here {views.DRAWS}; give another --out")
+            raise UserError(
+                f"{file}: has draws of version {draws}, here {views.DRAWS}; give another --out"
+            )
         if text and result.get("text", text) != text:
-            raise UserError(f"{file}: is of another text, under the same names; give another --out, or remove it")
+            raise UserError(
+                f"{file}: is of another text, under the same names; give another --out, or remove it"
+            )
 
 
 def steps_to_evaluate(
@@ -54,8 +61,8 @@ def steps_to_evaluate(
 ) -> Iterator[int]:
     """Yields the steps that are not evaluated yet, the smallest first, the same on every process.
 
-    Arguments are those of `evaluate_many`; `folder` is OUT/evaluations. Steps are tried once, whether or not the caller
-    can read them.
+    Arguments are those of `evaluate_many`; `folder` is OUT/evaluations. Steps are tried once,
+    whether or not the caller can read them.
 
     Raises:
       UserError: there is no checkpoint, or not one of `steps`; none came within `patience` seconds.
@@ -79,15 +86,21 @@ def steps_to_evaluate(
 
 
 def _require_begun(workdir: str, folder: epath.Path, patience: float | None) -> None:
-    """Raises UserError unless there is a checkpoint or an evaluation, or may come to the workdir."""
+    """Raises UserError unless there is a checkpoint or an evaluation, or may come to the
+    workdir.
+    """
     if patience is None:
         if not (whole_steps(workdir) or read_results(folder)):
             raise UserError(f"--workdir={workdir}: holds no checkpoints; train it first")
     elif not epath.Path(workdir).is_dir():
-        raise UserError(f"--watch: --workdir={workdir}: no such folder; start the training first, it makes it")
+        raise UserError(
+            f"--watch: --workdir={workdir}: no such folder; start the training first, it makes it"
+        )
 
 
-def _missing(workdir: str, folder: epath.Path, steps: Sequence[int] | None, tried: Sequence[int]) -> list[int]:
+def _missing(
+    workdir: str, folder: epath.Path, steps: Sequence[int] | None, tried: Sequence[int]
+) -> list[int]:
     """Returns the steps to evaluate next, the smallest first; called on process 0 alone."""
     there = whole_steps(workdir)
     wanted = there if steps is None else set(steps)
@@ -98,7 +111,9 @@ def _missing(workdir: str, folder: epath.Path, steps: Sequence[int] | None, trie
     return sorted(missing)
 
 
-def _is_over(workdir: str, folder: epath.Path, tried: Sequence[int], patience: float, waited: float) -> bool:
+def _is_over(
+    workdir: str, folder: epath.Path, tried: Sequence[int], patience: float, waited: float
+) -> bool:
     """Tells whether no checkpoint will come, and prints why; called on process 0 alone."""
     results = read_results(folder)
     newest = max([*tried, *results], default=None)
@@ -108,6 +123,8 @@ def _is_over(workdir: str, folder: epath.Path, tried: Sequence[int], patience: f
     if waited < patience:
         return False
     if newest is None:
-        raise UserError(f"--watch: no checkpoint came to {workdir} in {patience:g} s, so nothing was evaluated")
+        raise UserError(
+            f"--watch: no checkpoint came to {workdir} in {patience:g} s, so nothing was evaluated"
+        )
     print(f"no new checkpoint for {patience:g} s", flush=True)
     return True

@@ -1,7 +1,9 @@
-"""Runs the lm-eval harness over our models: loads its tasks, and adapts a model to it. Imported only where it is used.
+"""Runs the lm-eval harness over our models: loads its tasks, and adapts a model to it. Imported
+only where it is used.
 
-Token for token it asks what the harness's own `hf` model asks with add_bos_token=True. It differs where that model does
-not keep BOS: here BOS stays when a prompt is cut, and each piece of a long text begins with it.
+Token for token it asks what the harness's own `hf` model asks with add_bos_token=True. It differs
+where that model does not keep BOS: here BOS stays when a prompt is cut, and each piece of a long
+text begins with it.
 """
 
 import functools
@@ -29,11 +31,13 @@ from latent_delib.machine.progress import Progress
 MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own models
 SHOTS_SEED = 1234  # the harness's own
 
-Tasks = dict[str, Any]  # what the harness loads and evaluates: "tasks", each by its name, and their groups
+# what the harness loads and evaluates: "tasks", each by its name, and their groups
+Tasks = dict[str, Any]
 
 
 class Adapter(TemplateLM):
-    """Gives the harness an AugmentedLM. A prompt begins with BOS once, whether or not its text spells it.
+    """Gives the harness an AugmentedLM. A prompt begins with BOS once, whether or not its text
+    spells it.
 
     Args:
       augment: with latents.
@@ -68,18 +72,25 @@ class Adapter(TemplateLM):
     def prefix_token_id(self) -> int:
         return self.lm.tokenizer.bos_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         """Returns token ids, BOS first unless add_special_tokens is False."""
         ids = self.lm.tokenizer.encode(string.removeprefix(self.bos))
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # we have a progress line of our own
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        # we have a progress line of our own
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Returns log p of each continuation, and whether greedy decoding gives it. Equal prompts are read once."""
+        """Returns log p of each continuation, and whether greedy decoding gives it. Equal prompts
+        are read once.
+        """
         prompts = []
         tails = []
         for _, context, continuation in requests:
@@ -89,11 +100,15 @@ class Adapter(TemplateLM):
         sums, greedy = self.lm.logprobs(prompts, tails, self.augment, self.rows, progress)
         return list(zip(sums.tolist(), greedy.tolist()))
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         pieces = sum(-(-len(text) // (self.lm.max_length - 1)) for text in texts)
         progress = Progress("read", pieces, "pieces of text")
-        return self.lm.rolling_logprobs(texts, self.augment, self.every, self.rows, progress).tolist()
+        return self.lm.rolling_logprobs(
+            texts, self.augment, self.every, self.rows, progress
+        ).tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         groups: dict[str, list[int]] = defaultdict(list)
@@ -107,7 +122,9 @@ class Adapter(TemplateLM):
             drawn = kwargs.pop("do_sample")
             unknown = kwargs.keys() - sampling.options().keys()
             if unknown:
-                raise UserError(f"{requests[some[0]].task_name}: generation_kwargs {sorted(unknown)} are not supported")
+                raise UserError(
+                    f"{requests[some[0]].task_name}: generation_kwargs {sorted(unknown)} are not supported"
+                )
             prompts = []
             for i in some:
                 prompt = self.tok_encode(self._with_cot(requests[i].args[0]))
@@ -135,7 +152,9 @@ class Adapter(TemplateLM):
         return context + space + self.cot
 
     def _cut(self, context: list[int], new: int) -> list[int]:
-        """Returns a prompt that leaves room for `new` tokens, cut on the left behind its first token."""
+        """Returns a prompt that leaves room for `new` tokens, cut on the left behind its first
+        token.
+        """
         too_many = max(0, len(context) + new - self.lm.max_length)
         return [*context[:1], *context[1 + too_many :]]
 
@@ -148,7 +167,9 @@ def load_local_task(task: str, folder: str) -> Tasks:
     """
     path = Path(folder) / f"{task}.yaml"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; `python -m tools.make_tasks --out={folder}` makes it")
+        raise UserError(
+            f"{path}: no such file; `python -m tools.make_tasks --out={folder}` makes it"
+        )
     try:
         spec = yaml.safe_load(path.read_text())
         files = spec["dataset_kwargs"]["data_files"]
@@ -163,7 +184,9 @@ def load_local_task(task: str, folder: str) -> Tasks:
 
 
 def _check_json_lines(path: str) -> None:
-    """Raises UserError unless a file holds a JSON value on each line: `datasets` does not name a damaged file."""
+    """Raises UserError unless a file holds a JSON value on each line: `datasets` does not name a
+    damaged file.
+    """
     try:
         for line in Path(path).read_bytes().splitlines():
             json.loads(line)
@@ -183,7 +206,9 @@ def load_public_task(task: str) -> Tasks:
         return _public_tasks().load([task])
     except Exception as error:  # datasets raises many kinds
         remedy = "go online once; without a network HF_HUB_OFFLINE=1 takes what was fetched before"
-        raise UserError(f"task {task}: its data cannot be loaded ({reason(error)}); {remedy}") from None
+        raise UserError(
+            f"task {task}: its data cannot be loaded ({reason(error)}); {remedy}"
+        ) from None
 
 
 @functools.cache
@@ -193,12 +218,16 @@ def _public_tasks() -> TaskManager:
 
 
 def kinds(loaded: Tasks) -> set[str]:
-    """Returns the kinds of questions: generate_until, multiple_choice, loglikelihood, loglikelihood_rolling."""
+    """Returns the kinds of questions: generate_until, multiple_choice, loglikelihood,
+    loglikelihood_rolling.
+    """
     return {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
 
 
 def longest_answer(loaded: Tasks) -> int:
-    """Returns the tokens of the longest answer that a benchmark generates; 0 where it generates none."""
+    """Returns the tokens of the longest answer that a benchmark generates; 0 where it generates
+    none.
+    """
     longest = 0
     for task in loaded["tasks"].values():
         if task.OUTPUT_TYPE == "generate_until":
@@ -221,10 +250,16 @@ def run_tasks(
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOTS_SEED)
-        if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_target:  # AGIEval; a worked example shows the first
+        # AGIEval; a worked example shows the first
+        if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_target:
             task.fewshot_cfg.doc_to_target = functools.partial(_first_right, task)
     results = evaluator.evaluate(
-        adapter, loaded, limit=limit, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=unsafe_code
+        adapter,
+        loaded,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        confirm_run_unsafe_code=unsafe_code,
     )
     found = []
     for task, samples in results["samples"].items():
@@ -233,7 +268,9 @@ def run_tasks(
 
 
 def _first_right(task: Any, doc: dict[str, Any]) -> str:
-    """Returns the first right choice of a document that has several: the harness (0.4.13) cannot show their list."""
+    """Returns the first right choice of a document that has several: the harness (0.4.13) cannot
+    show their list.
+    """
     return task.doc_to_choice(doc)[task.doc_to_target(doc)[0]]
 
 

@@ -1,4 +1,5 @@
-"""Confidence intervals of a change in perplexity: a bootstrap that draws works, and then documents of each.
+"""Confidence intervals of a change in perplexity: a bootstrap that draws works, and then documents
+of each.
 
 What holds for one work, a book for instance, may not hold for another: so intervals draw works.
 """
@@ -11,7 +12,8 @@ RESAMPLES = 2000
 def unit(work: np.ndarray) -> str:
     """Names the things that `interval` draws.
 
-    "works"; "documents", where each is a work of its own; "documents of one work", which tell nothing of other works.
+    "works"; "documents", where each is a work of its own; "documents of one work", which tell
+    nothing of other works.
 
     Args:
       work: int [documents], the work that each document is of.
@@ -25,8 +27,9 @@ def unit(work: np.ndarray) -> str:
 def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int) -> np.ndarray:
     """Estimates the 95 % interval of the change in perplexity, in percent, for each n.
 
-    It is the 2.5th and 97.5th percentile over RESAMPLES resamples. One draws as many works as there are, and of each
-    drawn work as many documents as it has. A resample without any token of an n does not count for it.
+    It is the 2.5th and 97.5th percentile over RESAMPLES resamples. One draws as many works as there
+    are, and of each drawn work as many documents as it has. A resample without any token of an n
+    does not count for it.
 
     Args:
       tokens: int64 [documents, A], how many tokens count.
@@ -51,7 +54,9 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
 
 
 def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
-    """Tells for each n whether more than one document reaches it, and more than one work if there are several."""
+    """Tells for each n whether more than one document reaches it, and more than one work if there
+    are several.
+    """
     several = np.count_nonzero(tokens, axis=0) > 1
     works = np.unique(work)
     if len(works) > 1:
@@ -67,7 +72,9 @@ def _resampled(sums: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
-    """Draws how many times a resample has each document, int [documents]; `size` counts those of each work."""
+    """Draws how many times a resample has each document, int [documents]; `size` counts those of
+    each work.
+    """
     works = draw.integers(len(size), size=len(size))
     first = np.cumsum(size) - size  # the first document of each work
     drawn_from = np.repeat(works, size[works])  # for each document that is drawn

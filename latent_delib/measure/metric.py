@@ -1,12 +1,13 @@
 """The metrics of an evaluation: what each takes of every token, and how its sums become a figure.
 
-A metric is one entry of METRICS. Its figures are in perplexity.json, and the sums of each document in documents.npz.
-This one tells how often the n-th token ahead is the most probable one:
+A metric is one entry of METRICS. Its figures are in perplexity.json, and the sums of each document
+in documents.npz. This one tells how often the n-th token ahead is the most probable one:
 
   def is_first_choice(logits, targets):
       return logits.argmax(axis=-1) == targets
 
-  ACCURACY = Metric("accuracy", {"hits": of_logits(is_first_choice)}, lambda sums: sums["hits"] / sums["tokens"])
+  ACCURACY = Metric("accuracy", {"hits": of_logits(is_first_choice)}, lambda sums: sums["hits"] /
+  sums["tokens"])
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +23,8 @@ from latent_delib.delib.loss import tokens_at_a_time
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
 
-# (augmentation, parameters, outputs [B, ..., D], the tokens [B, ...] that they predict) -> a number for each token.
+# (augmentation, parameters, outputs [B, ..., D], the tokens [B, ...] that they predict) -> a number
+# for each token.
 Term = Callable[[Augmentation, Params, jax.Array, jax.Array], jax.Array]
 
 
@@ -40,7 +42,8 @@ class Metric(NamedTuple):
 
 
 def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
-    """Returns the term that a function makes from logits, float32 [..., V], and targets, int32 [...].
+    """Returns the term that a function makes from logits, float32 [..., V], and targets, int32
+    [...].
 
     Logits exist for as few tokens at a time as in the loss.
     """

@@ -1,4 +1,5 @@
-"""Perplexity of the n-th token ahead (Section 3.1, Table 1): sums of each document, on disk too, and their tables.
+"""Perplexity of the n-th token ahead (Section 3.1, Table 1): sums of each document, on disk too,
+and their tables.
 
 How documents are pooled, and how sure a figure is, is decided only once all sums are there.
 """
@@ -26,7 +27,8 @@ FEW_WORKS = 20  # a source of at most so many works has a table for each
 
 
 class Sums(NamedTuple):
-    """Holds the sums of one term over the tokens of each document, arrays [documents, A] for n = 1 ... A.
+    """Holds the sums of one term over the tokens of each document, arrays [documents, A] for n = 1
+    ... A.
 
     tokens: int64, how many count.
     decoder: float64, the sum under the frozen decoder; -log p in nats, if the term is "nll".
@@ -50,7 +52,9 @@ def zeros(exp: Experiment, text: ValidationText) -> SumsByTerm:
     return sums
 
 
-def batches_of(exp: Experiment, text: ValidationText, view: View, done: int = 0) -> list[np.ndarray]:
+def batches_of(
+    exp: Experiment, text: ValidationText, view: View, done: int = 0
+) -> list[np.ndarray]:
     """Returns the numbers of the pieces of each batch, without the first `done` pieces.
 
     Pieces are taken by their length, the shortest first, to minimise padding.
@@ -62,11 +66,13 @@ def batches_of(exp: Experiment, text: ValidationText, view: View, done: int = 0)
     return [by_length[first : first + size] for first in range(done, len(by_length), size)]
 
 
-def add_up(exp: Experiment, sums: SumsByTerm, document: np.ndarray, cases: Sequence[Case], values: Values) -> None:
+def add_up(
+    exp: Experiment, sums: SumsByTerm, document: np.ndarray, cases: Sequence[Case], values: Values
+) -> None:
     """Adds the values of a batch to the sums of its documents, in place.
 
-    Each token counts once for each n, under both models. Values are added in float64, piece by piece: the same batches
-    in the same order end with the same bits.
+    Each token counts once for each n, under both models. Values are added in float64, piece by
+    piece: the same batches in the same order end with the same bits.
 
     Args:
       exp: the experiment.
@@ -79,7 +85,9 @@ def add_up(exp: Experiment, sums: SumsByTerm, document: np.ndarray, cases: Seque
         _add_piece(exp, sums, document[row], case, values.of(row))
 
 
-def _add_piece(exp: Experiment, sums: SumsByTerm, document: int, case: Case, values: Values) -> None:
+def _add_piece(
+    exp: Experiment, sums: SumsByTerm, document: int, case: Case, values: Values
+) -> None:
     """Adds the values of a piece to the sums of its document."""
     offset_A = np.arange(exp.config.evaluate.num_ahead)
     last = exp.config.evaluate.max_length - 2  # indices past it are not counted
@@ -97,11 +105,14 @@ def _add_piece(exp: Experiment, sums: SumsByTerm, document: int, case: Case, val
         total.augmented[document] += augmented_kA.sum(axis=0, dtype=np.float64, where=counts_kA)
 
 
-# On disk: the sums of each document for good, and partial ones from which a killed evaluation goes on.
+# On disk: the sums of each document for good, and partial ones from which a killed evaluation goes
+# on.
 
 
 def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) -> None:
-    """Writes documents.npz: the sums of each document, with its source and, where that is known, its work."""
+    """Writes documents.npz: the sums of each document, with its source and, where that is known,
+    its work.
+    """
     about = {"source": text.source, "sources": np.array(text.sources)}
     if text.works_known:
         about |= {"work": text.work, "works": np.array(text.works)}
@@ -109,7 +120,8 @@ def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) ->
 
 
 class PartialSums:
-    """Saves the sums of an evaluation that goes on, in a file that only the same evaluation reads again.
+    """Saves the sums of an evaluation that goes on, in a file that only the same evaluation reads
+    again.
 
     identity: whatever the sums depend on, as JSON can hold it.
     """
@@ -123,7 +135,8 @@ class PartialSums:
         _write_npz(self.file, {"identity": self.identity, "done": done} | _arrays(sums))
 
     def restore(self, zeros: SumsByTerm) -> tuple[SumsByTerm, int]:
-        """Returns the saved sums, and of how many pieces they are; `zeros` and 0 without a file, or with another one.
+        """Returns the saved sums, and of how many pieces they are; `zeros` and 0 without a file, or
+        with another one.
 
         Every process gets what process 0 finds.
         """
@@ -147,7 +160,9 @@ class PartialSums:
 
 
 def _names(term: str) -> list[str]:
-    """Returns the names under which the three arrays of a term are stored; older files have those of "nll" alone."""
+    """Returns the names under which the three arrays of a term are stored; older files have those
+    of "nll" alone.
+    """
     if term == "nll":
         return list(Sums._fields)
     return ["tokens", f"decoder_{term}", f"augmented_{term}"]
@@ -192,7 +207,9 @@ def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, An
     return whole | {"sets": sets}
 
 
-def _by_work(text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarray) -> dict[str, Any]:
+def _by_work(
+    text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarray
+) -> dict[str, Any]:
     """Returns the part on each of these works that has a name; none where they are many."""
     named = [work for work in works if text.works[work]]
     if len(named) > FEW_WORKS:
@@ -200,14 +217,19 @@ def _by_work(text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarra
     return {text.works[work]: _part(text, sums, seed, text.work == work) for work in named}
 
 
-def _part(text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray) -> dict[str, Any]:
+def _part(
+    text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray
+) -> dict[str, Any]:
     """Returns the part on the documents that `documents`, bool [documents], marks."""
     chosen = jax.tree.map(lambda x: x[documents], sums)
     return summary(chosen, text.work[documents], seed, text.works_known)
 
 
-def summary(sums: SumsByTerm, work: np.ndarray, seed: int, works_known: bool = True) -> dict[str, Any]:
-    """Returns the part of perplexity.json on some documents: their table, their number, what the intervals draw.
+def summary(
+    sums: SumsByTerm, work: np.ndarray, seed: int, works_known: bool = True
+) -> dict[str, Any]:
+    """Returns the part of perplexity.json on some documents: their table, their number, what the
+    intervals draw.
 
     Args:
       sums: of these documents, by term.
@@ -224,9 +246,11 @@ def summary(sums: SumsByTerm, work: np.ndarray, seed: int, works_known: bool = T
 
 
 def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """Returns a row for each n that some document reaches: the figures of all metrics, and the change in perplexity.
+    """Returns a row for each n that some document reaches: the figures of all metrics, and the
+    change in perplexity.
 
-    The ends of the change's interval are None where it cannot be estimated. Arguments are those of `summary`.
+    The ends of the change's interval are None where it cannot be estimated. Arguments are those of
+    `summary`.
     """
     tokens, decoder, augmented = sums["nll"]
     interval = intervals.interval(tokens, augmented - decoder, work, seed)
@@ -236,7 +260,9 @@ def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]
 
 
 def _row(index: int, total: SumsByTerm, interval: np.ndarray) -> dict[str, Any]:
-    """Returns the row of n = index + 1, from sums over all documents, [A], and the interval in percent, [2, A]."""
+    """Returns the row of n = index + 1, from sums over all documents, [A], and the interval in
+    percent, [2, A].
+    """
     tokens = total["nll"].tokens[index]
     decoder = {term: sums.decoder[index] for term, sums in total.items()}
     augmented = {term: sums.augmented[index] for term, sums in total.items()}

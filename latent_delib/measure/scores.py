@@ -12,12 +12,23 @@ from latent_delib.machine.columns import aligned
 Row = dict[str, Any]
 
 Z = 1.96  # standard errors, for 95 %
-COLUMNS = ("benchmark", "model", "shots", "every", "delay", "documents", "value", "95 % interval", "unit")
+COLUMNS = (
+    "benchmark",
+    "model",
+    "shots",
+    "every",
+    "delay",
+    "documents",
+    "value",
+    "95 % interval",
+    "unit",
+)
 TEXT = ("benchmark", "model", "unit")  # columns; the rest are numbers
 
 
 def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row:
-    """Returns a row's figures over documents: value, standard error, 95 % interval, unit, number of documents.
+    """Returns a row's figures over documents: value, standard error, 95 % interval, unit, number of
+    documents.
 
     Scores from 0 to 1 become percent. bits_per_byte is Σ -log2 p / Σ bytes.
 
@@ -34,7 +45,9 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
         has: set[str] = set()
         for sample in samples:
             has.update(sample["metrics"])
-        raise UserError(f"{name}: no document has metric {metric!r} under its filter; there are {sorted(has)}")
+        raise UserError(
+            f"{name}: no document has metric {metric!r} under its filter; there are {sorted(has)}"
+        )
     if metric == "bits_per_byte":
         unit = metric
         value, stderr, low, high = _ratio(np.array(values, np.float64))
@@ -69,7 +82,9 @@ def _ratio(values: np.ndarray) -> tuple[float, float | None, float | None, float
 
 
 def _percent(scores: np.ndarray) -> tuple[float, float | None, float, float]:
-    """Returns the mean of scores from 0 to 1 in percent, its standard error, and the ends of Wilson's interval."""
+    """Returns the mean of scores from 0 to 1 in percent, its standard error, and the ends of
+    Wilson's interval.
+    """
     n = len(scores)
     p = float(scores.mean())
     variance = float(scores.var())  # p (1 - p) where every score is 0 or 1
@@ -86,6 +101,10 @@ def format_rows(rows: Sequence[Row]) -> str:
     lines: list[Sequence[str]] = [COLUMNS]
     for row in rows:
         interval = "" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
-        shown = row | {"value": f"{row['value']:.2f}", "95 % interval": interval, "documents": f"{row['documents']:,}"}
+        shown = row | {
+            "value": f"{row['value']:.2f}",
+            "95 % interval": interval,
+            "documents": f"{row['documents']:,}",
+        }
         lines.append([str(shown[column]) for column in COLUMNS])
     return "\n".join(aligned(lines, left=TEXT))

@@ -18,13 +18,11 @@ from latent_delib.machine.distributed import warn
 class ValidationText(NamedTuple):
     """Holds the pieces of the documents of several works and sources.
 
-    pieces: int32 [length] each, BOS first, 1 < length <= max_length.
-    document: int64 [pieces], the document that each piece is of.
-    source: int64 [documents], the source that each document is of.
-    sources: the names of the sources.
-    work: int64 [documents], the work that each document is of.
-    works: the names of the works; "" where a document is a work of its own.
-    works_known: False where older token files do not say which work a document is of; each then counts as a work.
+    pieces: int32 [length] each, BOS first, 1 < length <= max_length. document: int64 [pieces], the
+    document that each piece is of. source: int64 [documents], the source that each document is of.
+    sources: the names of the sources. work: int64 [documents], the work that each document is of.
+    works: the names of the works; "" where a document is a work of its own. works_known: False
+    where older token files do not say which work a document is of; each then counts as a work.
     """
 
     pieces: list[np.ndarray]
@@ -51,7 +49,8 @@ class ValidationText(NamedTuple):
 def read_validation_text(exp: Experiment) -> ValidationText:
     """Reads the validation sources of a config.
 
-    With `evaluate.max_pieces`, that many pieces of each source, evenly spread over it, and the documents they are of.
+    With `evaluate.max_pieces`, that many pieces of each source, evenly spread over it, and the
+    documents they are of.
 
     Raises:
       UserError: the sources are missing or hold no text.
@@ -77,9 +76,12 @@ def _read_all(exp: Experiment) -> ValidationText:
     document: list[int] = []  # of each piece
     source: list[int] = []  # of each document
     work: list[int] = []  # of each document
-    numbers: dict[tuple[str, str | int], int] = {}  # of works by source and name; without a name, by document
+    # of works by source and name; without a name, by document
+    numbers: dict[tuple[str, str | int], int] = {}
     works_known = True
-    for found in batches.validation_documents(exp.config.data, tokenizer_path=str(exp.tokenizer.path)):
+    for found in batches.validation_documents(
+        exp.config.data, tokenizer_path=str(exp.tokenizer.path)
+    ):
         cut = cut_pieces(found.tokens, exp.config.evaluate.max_length, exp.tokenizer.bos_id)
         pieces += cut
         document += [len(source)] * len(cut)
@@ -99,7 +101,9 @@ def _read_all(exp: Experiment) -> ValidationText:
 
 
 def _spread(text: ValidationText, most: int) -> np.ndarray:
-    """Returns the numbers of `most` pieces of each source, evenly spread over it; 0: all of them."""
+    """Returns the numbers of `most` pieces of each source, evenly spread over it; 0: all of
+    them.
+    """
     chosen = []
     source = text.source[text.document]
     for number in range(len(text.sources)):
@@ -110,7 +114,9 @@ def _spread(text: ValidationText, most: int) -> np.ndarray:
 
 
 def _keep(text: ValidationText, chosen: np.ndarray) -> ValidationText:
-    """Returns the text of the chosen pieces alone; documents and works are numbered anew, without gaps."""
+    """Returns the text of the chosen pieces alone; documents and works are numbered anew, without
+    gaps.
+    """
     documents, document = np.unique(text.document[chosen], return_inverse=True)
     works, work = np.unique(text.work[documents], return_inverse=True)
     return text._replace(

@@ -1,4 +1,6 @@
-"""The terms of every token on both sides, computed a batch at a time: the frozen decoder and the evaluated model."""
+"""The terms of every token on both sides, computed a batch at a time: the frozen decoder and the
+evaluated model.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,7 +25,9 @@ PlacedText = tuple[jax.Array, jax.Array]  # tokens and segments, int32 [B, T] ea
 
 
 class Steps(NamedTuple):
-    """Holds the jitted `step.read_step` and `step.ahead_step`. Compiled once: no shape depends on the text."""
+    """Holds the jitted `step.read_step` and `step.ahead_step`. Compiled once: no shape depends on
+    the text.
+    """
 
     read: Callable[..., Any]
     ahead: Callable[..., Any]
@@ -32,7 +36,8 @@ class Steps(NamedTuple):
 class Sides(NamedTuple):
     """Holds the parameters of the two models that are compared.
 
-    plain: of the frozen decoder. own: of the evaluated model. own_decoder: whether that one trained its decoder.
+    plain: of the frozen decoder. own: of the evaluated model. own_decoder: whether that one trained
+    its decoder.
     """
 
     plain: Params
@@ -66,7 +71,9 @@ def jit_steps(exp: Experiment) -> Steps:
     e = exp.config.evaluate
     shards = mesh_lib.shards(exp.mesh, "batch")
     if e.batch_size % shards:
-        raise UserError(f"config.evaluate.batch_size={e.batch_size} does not split over {shards} devices")
+        raise UserError(
+            f"config.evaluate.batch_size={e.batch_size} does not split over {shards} devices"
+        )
     return _jitted(exp.aug, exp.mesh, exp.dtype, e.num_ahead, e.delay, tuple(all_terms().items()))
 
 
@@ -89,17 +96,21 @@ def _jitted(
 
 
 def sides_of(frozen: Params, trainable: Params) -> Sides:
-    """Returns the two sides of a comparison: the frozen decoder, and what a trained tree makes of the frozen one."""
-    return Sides({"decoder": frozen["decoder"]}, augment.assemble(frozen, trainable), "decoder" in trainable)
+    """Returns the two sides of a comparison: the frozen decoder, and what a trained tree makes of
+    the frozen one.
+    """
+    return Sides(
+        {"decoder": frozen["decoder"]}, augment.assemble(frozen, trainable), "decoder" in trainable
+    )
 
 
 def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]) -> Values:
     """Computes a batch of cases on both sides.
 
-    A text is read once, and a second time where the evaluated model has another decoder or another text. Its cache then
-    serves all its places, `evaluate.positions` of them at a time: so the device holds the cache of batch_size x
-    max_length tokens and traces at batch_size x positions, and the host batch_size x max_length x num_ahead values.
-    Every process gets all values.
+    A text is read once, and a second time where the evaluated model has another decoder or another
+    text. Its cache then serves all its places, `evaluate.positions` of them at a time: so the
+    device holds the cache of batch_size x max_length tokens and traces at batch_size x positions,
+    and the host batch_size x max_length x num_ahead values. Every process gets all values.
     """
     givers = [case.giver for case in cases if case.giver is not None]
     text = _place_text(exp, [case.plain for case in cases] + givers)
@@ -122,9 +133,15 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
 
 
 def _with_latents(
-    exp: Experiment, steps: Steps, params: Params, reading: Any, text: PlacedText, cases: Sequence[Case]
+    exp: Experiment,
+    steps: Steps,
+    params: Params,
+    reading: Any,
+    text: PlacedText,
+    cases: Sequence[Case],
 ) -> list[dict[str, jax.Array]]:
-    """Computes the terms with latents after all places of a batch, some places at a time: [B, M, A] each.
+    """Computes the terms with latents after all places of a batch, some places at a time: [B, M, A]
+    each.
 
     Args:
       params: of the evaluated model.
@@ -147,7 +164,9 @@ def _with_latents(
 
 
 def _places_at_once(exp: Experiment) -> int:
-    """Returns how many places of a piece are computed together: no more than are drawn, rounded up for the mesh."""
+    """Returns how many places of a piece are computed together: no more than are drawn, rounded up
+    for the mesh.
+    """
     e = exp.config.evaluate
     at_once = min(e.positions, e.max_length)
     if not e.max_positions:
@@ -157,7 +176,8 @@ def _places_at_once(exp: Experiment) -> int:
 
 
 def _places(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
-    """Returns where latents are written in each row: the cases, then their givers; int32 [B, a multiple of `at_once`].
+    """Returns where latents are written in each row: the cases, then their givers; int32 [B, a
+    multiple of `at_once`].
 
     Filled up with T - 1, which has no ahead tokens.
     """

@@ -1,6 +1,8 @@
-"""Views of the validation text: what each side reads of a piece, and after which of its tokens latents are put.
+"""Views of the validation text: what each side reads of a piece, and after which of its tokens
+latents are put.
 
-A control of the evaluation is a function from one view to another. Code that adds up sees only the cases of a view.
+A control of the evaluation is a function from one view to another. Code that adds up sees only the
+cases of a view.
 """
 
 from collections.abc import Callable
@@ -12,7 +14,8 @@ from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
 from latent_delib.measure.text import ValidationText
 
-DRAWS = 2  # the version of the random draws in `positions` and `donors`; 1: both ignored the length of a piece
+# the version of the random draws in `positions` and `donors`; 1: both ignored the length of a piece
+DRAWS = 2
 
 
 class Case(NamedTuple):
@@ -59,7 +62,9 @@ def view_of(exp: Experiment, text: ValidationText) -> View:
 
 
 def without_first_tokens(view: View, lost: int) -> View:
-    """Takes the first `lost` tokens after BOS from the evaluated model: the decoder alone has the longer prompt."""
+    """Takes the first `lost` tokens after BOS from the evaluated model: the decoder alone has the
+    longer prompt.
+    """
 
     def shortened(number: int) -> Case:
         case = view(number)
@@ -83,15 +88,18 @@ def with_latents_of(view: View, donor: np.ndarray) -> View:
     return swapped
 
 
-def positions(seed: int, number: int, length: int, most: int, longest: int, first: int = 0) -> np.ndarray:
-    """Draws after which tokens of a piece latents are put; a function of the seed and the piece's number alone.
+def positions(
+    seed: int, number: int, length: int, most: int, longest: int, first: int = 0
+) -> np.ndarray:
+    """Draws after which tokens of a piece latents are put; a function of the seed and the piece's
+    number alone.
 
     Args:
       seed: of the draw.
       number: of the piece.
       length: tokens of the piece.
-      most: places in a piece of `longest` tokens; a shorter one has its share, so that each token of the text is as
-        likely as any other. 0: every token that has a next one.
+      most: places in a piece of `longest` tokens; a shorter one has its share, so that each token
+        of the text is as likely as any other. 0: every token that has a next one.
       longest: tokens of the longest piece there may be.
       first: the first token that may be drawn.
 
@@ -111,8 +119,9 @@ def positions(seed: int, number: int, length: int, most: int, longest: int, firs
 def donors(seed: int, text: ValidationText) -> np.ndarray:
     """Draws for each piece another one that gives it its latents, int64 [pieces].
 
-    It is of another document of the same source, so that latents differ in content and not in kind of text. It is at
-    least as long as the piece; where none is, the longest. Of several that fit, the next in a random order is taken.
+    It is of another document of the same source, so that latents differ in content and not in kind
+    of text. It is at least as long as the piece; where none is, the longest. Of several that fit,
+    the next in a random order is taken.
 
     Raises:
       UserError: a source has one document only.

@@ -1,4 +1,6 @@
-"""The parts of one transformer layer. Parameters are created in float32 and computed with in the dtype of the input."""
+"""The parts of one transformer layer. Parameters are created in float32 and computed with in the
+dtype of the input.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +22,8 @@ ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
 Axes = tuple[str | None, ...]
 
-# The logical axes of every leaf of a decoder or coprocessor, by its name; scales of norms are not split.
+# The logical axes of every leaf of a decoder or coprocessor, by its name; scales of norms are not
+# split.
 _LEAVES: dict[str, Axes] = {
     "embedding": ("vocab", "embed"),
     "head": ("vocab", "embed"),
@@ -36,12 +39,15 @@ _LEAVES: dict[str, Axes] = {
     "down": ("layers", "ffn", "embed"),
     "scale": (None, None),
 }
-# The matrices of a layer, and how many of their axes after "layers" are those of the input: the rest is the output's.
+# The matrices of a layer, and how many of their axes after "layers" are those of the input: the
+# rest is the output's.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 
 
 def _adapter_axes() -> dict[str, Axes]:
-    """Returns the axes of low-rank adapters (`delib.lora`), which are split as their matrices are."""
+    """Returns the axes of low-rank adapters (`delib.lora`), which are split as their matrices
+    are.
+    """
     found: dict[str, Axes] = {}
     for name, count in INPUT_AXES.items():
         axes = _LEAVES[name]
@@ -65,14 +71,15 @@ def contracted(x_axes: Axes, w_axes: Axes, y_axes: Axes) -> int:
 
 
 class Partition(NamedTuple):
-    """Says how work is divided over devices, by the names of logical axes: all that `nn` and `delib` know of a mesh.
+    """Says how work is divided over devices, by the names of logical axes: all that `nn` and
+    `delib` know of a mesh.
 
-    constrain(x, axes): returns an activation, placed where it belongs.
-    gather(w, axes): returns a table of vectors, whole along the width.
-    product(x, w, x_axes, w_axes, y_axes): returns activations times a weight that is split (`products.matmul`).
-    split(function, in_axes, out_axes): returns the function that runs `function` on each device's own part.
-    row_shards: the number of parts that the rows of a batch are split into.
-    shared_memory: the bytes that one program of the GPU's kernels may have on each device.
+    constrain(x, axes): returns an activation, placed where it belongs. gather(w, axes): returns a
+    table of vectors, whole along the width. product(x, w, x_axes, w_axes, y_axes): returns
+    activations times a weight that is split (`products.matmul`). split(function, in_axes,
+    out_axes): returns the function that runs `function` on each device's own part. row_shards: the
+    number of parts that the rows of a batch are split into. shared_memory: the bytes that one
+    program of the GPU's kernels may have on each device.
     """
 
     constrain: Callable[[jax.Array, Axes], jax.Array] = lambda x, axes: x
@@ -91,7 +98,8 @@ def _normal(fan_in: int) -> nn.initializers.Initializer:
 
 
 class RMSNorm(nn.Module):
-    """Computes x / rms(x) * (offset + scale) over the last axis, float32 inside (Zhang and Sennrich 2019).
+    """Computes x / rms(x) * (offset + scale) over the last axis, float32 inside (Zhang and Sennrich
+    2019).
 
     Gemma stores what it adds to an offset of 1; with an offset of 0 the scale is the factor itself.
     """
@@ -110,7 +118,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Computes grouped-query attention.
 
-    Attention weights are sown into the collection "intermediates", and computed only where that is mutable.
+    Attention weights are sown into the collection "intermediates", and computed only where that is
+    mutable.
     """
 
     config: TransformerConfig
@@ -134,7 +143,8 @@ class Attention(nn.Module):
           rope_2BMSH: the `rotary.table` of their positions.
           bounds: the visible ranges.
           prefix: keys and values [B, T, K, H] that all groups of a row share, or None.
-          given: keys and values [B, M, L, K, H], keys rotated, that replace those of the first L tokens, or None.
+          given: keys and values [B, M, L, K, H], keys rotated, that replace those of the first L
+            tokens, or None.
 
         Returns:
           The output [B, M, S, D], and the own keys and values [B, M, S, K, H].
@@ -163,7 +173,9 @@ class Attention(nn.Module):
             k_BMSKH = jnp.concatenate([given_k, k_BMSKH[:, :, L:]], axis=2)
             v_BMSKH = jnp.concatenate([given_v, v_BMSKH[:, :, L:]], axis=2)
         if self.is_mutable_collection("intermediates"):
-            seen = primitive.weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap)
+            seen = primitive.weights(
+                q_BMSNH, k_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap
+            )
             self.sow("intermediates", "weights", seen)
         form = partial(
             attend,
@@ -174,7 +186,9 @@ class Attention(nn.Module):
             shared_memory=self.partition.shared_memory,
         )
         in_axes = (HEADS, HEADS, HEADS, prefix and (TEXT, TEXT), Bounds(QUERIES, QUERIES, QUERIES))
-        out_BMSNH = self.partition.split(form, in_axes, HEADS)(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
+        out_BMSNH = self.partition.split(form, in_axes, HEADS)(
+            q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds
+        )
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
         out_BMSD = self.partition.product(out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
         return out_BMSD, (k_BMSKH, v_BMSKH)
@@ -197,13 +211,17 @@ class MLP(nn.Module):
         hidden_BMSF = ACTIVATIONS[self.config.activation](widen("gate")) * widen("up")
         hidden_BMSF = self.partition.constrain(hidden_BMSF, FEATURES)
         down_FD = self.param("down", _normal(F), (F, D)).astype(x_BMSD.dtype)
-        return self.partition.product(hidden_BMSF, down_FD, FEATURES, PARAM_AXES["down"][1:], TRACES)
+        return self.partition.product(
+            hidden_BMSF, down_FD, FEATURES, PARAM_AXES["down"][1:], TRACES
+        )
 
 
 class Block(nn.Module):
-    """Computes one layer: attention and MLP, each normed before, and after where the family does so (Gemma 2 and 3).
+    """Computes one layer: attention and MLP, each normed before, and after where the family does so
+    (Gemma 2 and 3).
 
-    ropes and ranges hold two kinds of rotary tables and bounds, of global layers and of local ones: `is_local` picks.
+    ropes and ranges hold two kinds of rotary tables and bounds, of global layers and of local ones:
+    `is_local` picks.
     """
 
     config: TransformerConfig

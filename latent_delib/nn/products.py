@@ -11,22 +11,27 @@ import jax.numpy as jnp
 
 
 def precision(*operands: jax.Array) -> jax.lax.Precision | None:
-    """Returns the precision to ask for: the highest where the product is one of float32, else the platform's own."""
+    """Returns the precision to ask for: the highest where the product is one of float32, else the
+    platform's own.
+    """
     return jax.lax.Precision.HIGHEST if jnp.result_type(*operands) == jnp.float32 else None
 
 
 def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
-    """Returns the einsum of two arrays. dtype: of the sums and the result; None for that of the operands."""
+    """Returns the einsum of two arrays. dtype: of the sums and the result; None for that of the
+    operands.
+    """
     return jnp.einsum(equation, x, y, precision=precision(x, y), preferred_element_type=dtype)
 
 
 def matmul(x: jax.Array, w: jax.Array, contracted: int, flat: bool = False) -> jax.Array:
-    """Returns x [..., *in] times w [*in, *out], [..., *out]; `in` are the last `contracted` axes of x.
+    """Returns x [..., *in] times w [*in, *out], [..., *out]; `in` are the last `contracted` axes of
+    x.
 
     Args:
-      flat: computes it as one product of two matrices. CPUs want that: with more axes XLA copies the operands of the
-        backward pass, transposed, an element at a time, which takes longer than the products. TPUs do not: there
-        reshaping copies.
+      flat: computes it as one product of two matrices. CPUs want that: with more axes XLA copies
+        the operands of the backward pass, transposed, an element at a time, which takes longer than
+        the products. TPUs do not: there reshaping copies.
     """
     rows, outputs = x.shape[: x.ndim - contracted], w.shape[contracted:]
     if flat:
@@ -37,7 +42,9 @@ def matmul(x: jax.Array, w: jax.Array, contracted: int, flat: bool = False) -> j
 
 
 def softcapped(x: jax.Array, cap: float) -> tuple[jax.Array, jax.Array | float]:
-    """Returns cap * tanh(x / cap), which stays within the cap, and its slope in x; a cap of 0 means none."""
+    """Returns cap * tanh(x / cap), which stays within the cap, and its slope in x; a cap of 0 means
+    none.
+    """
     if not cap:
         return x, 1.0
     bent = jnp.tanh(x / cap)

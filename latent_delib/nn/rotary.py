@@ -11,9 +11,10 @@ def frequencies(head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> 
     Args:
       head_dim: H.
       base: of the geometric series of frequencies.
-      scaling: () for none, or (factor, low, high, context) as in Llama 3.1: frequencies of fewer than `low` turns
-        in `context` tokens are divided by `factor`, those of more than `high` turns are kept, and those between are
-        interpolated. A context of 0 divides all: linear scaling, as in Gemma 3.
+      scaling: () for none, or (factor, low, high, context) as in Llama 3.1: frequencies of fewer
+        than `low` turns in `context` tokens are divided by `factor`, those of more than `high`
+        turns are kept, and those between are interpolated. A context of 0 divides all: linear
+        scaling, as in Gemma 3.
     """
     frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
     if not scaling:
@@ -23,14 +24,24 @@ def frequencies(head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> 
     return frequency * (kept + (1 - kept) / factor)
 
 
-def table(position: jax.Array, head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> jax.Array:
-    """Returns cosines and sines of integer positions' angles, float32 [2, *position.shape, head_dim / 2]."""
-    angle = position[..., None].astype(jnp.float32) * frequencies(head_dim, base, scaling).astype(np.float32)
+def table(
+    position: jax.Array, head_dim: int, base: float, scaling: tuple[float, ...] = ()
+) -> jax.Array:
+    """Returns cosines and sines of integer positions' angles, float32 [2, *position.shape, head_dim
+    / 2].
+    """
+    angle = position[..., None].astype(jnp.float32) * frequencies(head_dim, base, scaling).astype(
+        np.float32
+    )
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
 
 def rotate(x_BMSNH: jax.Array, table_2BMSH: jax.Array) -> jax.Array:
-    """Rotates every head's halves by the angles of `table`; float32 inside, the dtype of x outside."""
+    """Rotates every head's halves by the angles of `table`; float32 inside, the dtype of x
+    outside.
+    """
     cos, sin = table_2BMSH[:, ..., None, :]
     first, second = jnp.split(x_BMSNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BMSNH.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x_BMSNH.dtype)

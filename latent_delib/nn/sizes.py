@@ -16,12 +16,13 @@ ADDED_LATER = ("untied_head", "qkv_bias")  # after the first decoder folders wer
 class TransformerConfig:
     """Holds the architecture of a decoder-only transformer.
 
-    A layer is local (sees `window` positions back, rotary base `local_rope_base`) or global (sees everything,
-    `rope_base`); `layer_pattern` is repeated over the layers. A softcap of 0 means none. `head_dim` 0 means
-    embed_dim / num_heads, `query_scale` 0 means head_dim ** -0.5. Norms multiply by `norm_offset` + scale: 1 in Gemma,
-    0 elsewhere, so that stored scales are the makers' own. `rope_scaling` of global layers is () for none or
-    (factor, low, high, context): see `rotary.frequencies`. Logits come from the token table unless `untied_head`.
-    Queries, keys and values have a bias where `qkv_bias` (Qwen 2).
+    A layer is local (sees `window` positions back, rotary base `local_rope_base`) or global (sees
+    everything, `rope_base`); `layer_pattern` is repeated over the layers. A softcap of 0 means
+    none. `head_dim` 0 means embed_dim / num_heads, `query_scale` 0 means head_dim ** -0.5. Norms
+    multiply by `norm_offset` + scale: 1 in Gemma, 0 elsewhere, so that stored scales are the
+    makers' own. `rope_scaling` of global layers is () for none or (factor, low, high, context): see
+    `rotary.frequencies`. Logits come from the token table unless `untied_head`. Queries, keys and
+    values have a bias where `qkv_bias` (Qwen 2).
 
     Raises:
       UserError: numbers that do not fit together, named by field.
@@ -52,18 +53,29 @@ class TransformerConfig:
     qkv_bias: bool = False
 
     def __post_init__(self):
-        for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size"):
+        for name in (
+            "num_layers",
+            "embed_dim",
+            "num_heads",
+            "num_kv_heads",
+            "ffn_dim",
+            "vocab_size",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
         if not self.head_dim:
             if self.embed_dim % self.num_heads:
-                raise UserError(f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}")
+                raise UserError(
+                    f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}"
+                )
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
         for name in ("head_dim", "rope_base", "local_rope_base", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected more than 0")
         if self.num_heads % self.num_kv_heads:
-            raise UserError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
+            raise UserError(
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim}: rotary positions need an even number")
         if self.activation not in ("gelu", "silu"):
@@ -71,13 +83,21 @@ class TransformerConfig:
         for name in ("layer_pattern", "rope_scaling"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.rope_scaling:
-            if len(self.rope_scaling) != 4 or not all(isinstance(x, float | int) for x in self.rope_scaling):
-                raise UserError(f"rope_scaling={self.rope_scaling}: expected (factor, low, high, context) or ()")
+            if len(self.rope_scaling) != 4 or not all(
+                isinstance(x, float | int) for x in self.rope_scaling
+            ):
+                raise UserError(
+                    f"rope_scaling={self.rope_scaling}: expected (factor, low, high, context) or ()"
+                )
             factor, low, high, _ = self.rope_scaling
             if not (factor > 0 and low < high):
-                raise UserError(f"rope_scaling={self.rope_scaling}: expected factor > 0 and low < high")
+                raise UserError(
+                    f"rope_scaling={self.rope_scaling}: expected factor > 0 and low < high"
+                )
         if not self.layer_pattern or set(self.layer_pattern) - {"local", "global"}:
-            raise UserError(f"layer_pattern={self.layer_pattern}: expected a sequence of 'local' and 'global'")
+            raise UserError(
+                f"layer_pattern={self.layer_pattern}: expected a sequence of 'local' and 'global'"
+            )
         if "local" in self.layer_pattern and self.window < 1:
             raise UserError(f"window={self.window}: local layers need at least 1")
         if not self.query_scale:
@@ -92,8 +112,8 @@ class TransformerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain data.
 
-        Fields of ADDED_LATER are left out where they are False: what older folders and checkpoints say stays as it was,
-        to the byte, and with it their fingerprints.
+        Fields of ADDED_LATER are left out where they are False: what older folders and checkpoints
+        say stays as it was, to the byte, and with it their fingerprints.
         """
         fields = dataclasses.asdict(self)
         for name in ADDED_LATER:
@@ -113,7 +133,8 @@ class TransformerConfig:
           names: what the source calls a field, where that is not our name.
 
         Raises:
-          UserError: unknown or missing fields, values of another type, or numbers that do not fit together.
+          UserError: unknown or missing fields, values of another type, or numbers that do not fit
+            together.
         """
         if not isinstance(fields, Mapping):
             raise UserError(f"{source}: architecture is {fields!r}, expected an object")
@@ -135,8 +156,14 @@ class TransformerConfig:
 
 
 def checked(name: str, value: Any, kind: Any, source: str) -> Any:
-    """Returns a value that a file names in its type; raises UserError where it is of another or no int32 holds it."""
-    accepted = {float: (float, int), tuple[str, ...]: (tuple, list), tuple[float, ...]: (tuple, list)}
+    """Returns a value that a file names in its type; raises UserError where it is of another or no
+    int32 holds it.
+    """
+    accepted = {
+        float: (float, int),
+        tuple[str, ...]: (tuple, list),
+        tuple[float, ...]: (tuple, list),
+    }
     if not isinstance(value, accepted.get(kind, kind)) or isinstance(value, bool) != (kind is bool):
         raise UserError(f"{source}: {name}={reprlib.repr(value)}, expected {kind.__name__}")
     if kind in (int, float) and not abs(value) < 2**31:  # NaN is not below it either
@@ -147,12 +174,17 @@ def checked(name: str, value: Any, kind: Any, source: str) -> Any:
 def differences(found: TransformerConfig, wanted: TransformerConfig) -> list[str]:
     """Lists the fields in which an architecture is not the one wanted, each with both values.
 
-    Rows of the token table beyond the wanted vocabulary are padding: some makers store more of them than others.
+    Rows of the token table beyond the wanted vocabulary are padding: some makers store more of them
+    than others.
     """
-    pairs = {f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(found)}
+    pairs = {
+        f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(found)
+    }
     if found.vocab_size >= wanted.vocab_size:
         del pairs["vocab_size"]
-    return [f"{name}={here}, expected {there}" for name, (here, there) in pairs.items() if here != there]
+    return [
+        f"{name}={here}, expected {there}" for name, (here, there) in pairs.items() if here != there
+    ]
 
 
 # How the layers of a family are built. The defaults of TransformerConfig are Gemma's.
@@ -218,17 +250,40 @@ SIZES: dict[str, TransformerConfig] = {
     "gemma2_27b": _size(_GEMMA2, 46, 4608, 32, 16, 128, 36864, 256_000, query_scale=144**-0.5),
     "gemma3_270m": _size(_GEMMA3, 18, 640, 4, 1, 256, 2048, 262_144, window=512),
     "gemma3_1b": _size(_GEMMA3, 26, 1152, 4, 1, 256, 6912, 262_144, window=512),
-    "gemma3_4b": _size(_GEMMA3, 34, 2560, 8, 4, 256, 10240, 262_144, window=1024, rope_scaling=_LINEAR_BY_8),
+    "gemma3_4b": _size(
+        _GEMMA3, 34, 2560, 8, 4, 256, 10240, 262_144, window=1024, rope_scaling=_LINEAR_BY_8
+    ),
     "gemma3_27b": _size(
-        _GEMMA3, 62, 5376, 32, 16, 128, 21504, 262_144, window=1024, rope_scaling=_LINEAR_BY_8, query_scale=168**-0.5
+        _GEMMA3,
+        62,
+        5376,
+        32,
+        16,
+        128,
+        21504,
+        262_144,
+        window=1024,
+        rope_scaling=_LINEAR_BY_8,
+        query_scale=168**-0.5,
     ),
     "smollm2_135m": _size(_LLAMA, 30, 576, 9, 3, 64, 1536, 49_152, rope_base=1e5),
     "smollm2_360m": _size(_LLAMA, 32, 960, 15, 5, 64, 2560, 49_152, rope_base=1e5),
     "smollm2_1.7b": _size(_LLAMA, 24, 2048, 32, 32, 64, 8192, 49_152, rope_base=1.3e5),
     "llama3.2_1b": _size(
-        _LLAMA, 16, 2048, 32, 8, 64, 8192, 128_256, rope_base=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192.0)
+        _LLAMA,
+        16,
+        2048,
+        32,
+        8,
+        64,
+        8192,
+        128_256,
+        rope_base=5e5,
+        rope_scaling=(32.0, 1.0, 4.0, 8192.0),
     ),
-    "llama3_8b": _size(_LLAMA, 32, 4096, 32, 8, 128, 14336, 128_256, rope_base=5e5, untied_head=True),
+    "llama3_8b": _size(
+        _LLAMA, 32, 4096, 32, 8, 128, 14336, 128_256, rope_base=5e5, untied_head=True
+    ),
     "qwen2.5_0.5b": _size(_QWEN2, 24, 896, 14, 2, 64, 4864, 151_936),
     "qwen2.5_1.5b": _size(_QWEN2, 28, 1536, 12, 2, 128, 8960, 151_936),
     "qwen2.5_7b": _size(_QWEN2, 28, 3584, 28, 4, 128, 18944, 152_064, untied_head=True),
@@ -236,7 +291,8 @@ SIZES: dict[str, TransformerConfig] = {
     "qwen3_1.7b": _size(_QWEN3, 28, 2048, 16, 8, 128, 6144, 151_936),
     # The packaged decoder: the Gemma 2 architecture, small enough to ship and to train on a laptop.
     "gemma2_3m": _size(_GEMMA2, 4, 192, 4, 2, 64, 768, 4096, window=128),
-    # Protocol a_gpu of configs/paper: the same family at a size that the mixture and minutes of a GPU can train.
+    # Protocol a_gpu of configs/paper: the same family at a size that the mixture and minutes of a
+    # GPU can train.
     "gemma2_49m": _size(_GEMMA2, 12, 512, 8, 4, 64, 2048, 4096, window=256),
     # For tests: every feature of the architecture in a few thousand parameters.
     "gemma2_test": _size(_GEMMA2, 4, 32, 4, 2, 16, 48, 97, window=5, query_scale=0.2),

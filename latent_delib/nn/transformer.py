@@ -1,4 +1,6 @@
-"""The transformer that both models are: layers under scan, a pure function of (parameters, inputs, cache)."""
+"""The transformer that both models are: layers under scan, a pure function of (parameters, inputs,
+cache).
+"""
 
 from typing import Any
 
@@ -17,8 +19,8 @@ from latent_delib.nn.sizes import TransformerConfig
 Params = dict[str, Any]
 TABLES = ("embedding", "head")  # the leaves of a decoder that have one row per token
 
-# What a backward pass keeps of each layer beside its input: everything; the results of attention and of products with
-# weights; the results of attention; nothing. It computes the rest again.
+# What a backward pass keeps of each layer beside its input: everything; the results of attention
+# and of products with weights; the results of attention; nothing. It computes the rest again.
 _attention = jax.checkpoint_policies.save_only_these_names(*SAVED)
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT = {
@@ -32,9 +34,9 @@ REMAT = {
 class Transformer(nn.Module):
     """Reads soft inputs (token embeddings or latents), grouped into M independent traces per row.
 
-    Parameters: {"layers": ..., "final_norm": ...}. A decoder's tree also holds its TABLES: "embedding" [V, D] and,
-    where that does not give the logits too, "head" [V, D]. A coprocessor's holds "soft_tokens" [L, D]. `apply` ignores
-    these.
+    Parameters: {"layers": ..., "final_norm": ...}. A decoder's tree also holds its TABLES:
+    "embedding" [V, D] and, where that does not give the logits too, "head" [V, D]. A coprocessor's
+    holds "soft_tokens" [L, D]. `apply` ignores these.
     """
 
     config: TransformerConfig
@@ -59,11 +61,12 @@ class Transformer(nn.Module):
           position_BMS: int32 rotary positions, never falling inside a group.
           bounds: the visible ranges of the cache's slots and of each token's own group.
           cache: the shared prefix, or None.
-          given: keys and values [layers, B, M, L, K, H] that replace those of the first L tokens, or None.
+          given: keys and values [layers, B, M, L, K, H] that replace those of the first L tokens,
+            or None.
 
         Returns:
-          Final-normed outputs [B, M, S, D], and the keys and values of these tokens. With mutable="intermediates",
-          `apply` also returns every layer's attention weights.
+          Final-normed outputs [B, M, S, D], and the keys and values of these tokens. With
+          mutable="intermediates", `apply` also returns every layer's attention weights.
         """
         c = self.config
         prefix_position = None if cache is None else cache.position
@@ -86,7 +89,9 @@ class Transformer(nn.Module):
             in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, self.form, self.partition, self.few, name="layers")
-        prefix = None if cache is None else (cache.k.astype(x_BMSD.dtype), cache.v.astype(x_BMSD.dtype))
+        prefix = (
+            None if cache is None else (cache.k.astype(x_BMSD.dtype), cache.v.astype(x_BMSD.dtype))
+        )
         x_BMSD = self.partition.constrain(x_BMSD, TRACES)
         given = None if given is None else tuple(x.astype(x_BMSD.dtype) for x in given)
         x_BMSD, kv = layers(x_BMSD, jnp.array(c.is_local, jnp.int32), prefix, given, ropes, ranges)
@@ -108,12 +113,15 @@ def init(key: jax.Array, config: TransformerConfig) -> Params:
 
 
 def output_table(decoder: Params) -> jax.Array:
-    """Returns the table [V, D] that gives a decoder's logits: its head, or the token embeddings where it has none."""
+    """Returns the table [V, D] that gives a decoder's logits: its head, or the token embeddings
+    where it has none.
+    """
     return decoder["head"] if "head" in decoder else decoder["embedding"]
 
 
 def embed(embedding_VD: jax.Array, tokens: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Returns token embeddings as they enter the residual stream, [..., D], scaled by sqrt(D) where the family does so.
+    """Returns token embeddings as they enter the residual stream, [..., D], scaled by sqrt(D) where
+    the family does so.
 
     The gradient of a row is summed in float32: a frequent token has thousands of addends.
     """
@@ -124,7 +132,9 @@ def embed(embedding_VD: jax.Array, tokens: jax.Array, config: TransformerConfig)
         return embedding_VD[tokens]
 
     def back(tokens: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
-        return jnp.zeros((V, dx.shape[-1])).at[tokens].add(dx.astype(jnp.float32)).astype(dtype), None
+        return jnp.zeros((V, dx.shape[-1])).at[tokens].add(dx.astype(jnp.float32)).astype(
+            dtype
+        ), None
 
     rows.defvjp(lambda embedding_VD, tokens: (embedding_VD[tokens], tokens), back)
     return scaled(rows(embedding_VD, tokens), config)
@@ -138,7 +148,9 @@ def scaled(x: jax.Array, config: TransformerConfig) -> jax.Array:
 
 
 def unembed(table_VD: jax.Array, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Returns logits, float32 [..., V], softcapped where the family does so. table_VD: the `output_table`."""
+    """Returns logits, float32 [..., V], softcapped where the family does so. table_VD: the
+    `output_table`.
+    """
     logits = einsum("...D,VD->...V", x, table_VD.astype(x.dtype), jnp.float32)
     return softcapped(logits, config.final_softcap)[0]
 

@@ -1,4 +1,6 @@
-"""All runs compared with one of them, document by document: a difference that holds in each has a narrow interval."""
+"""All runs compared with one of them, document by document: a difference that holds in each has a
+narrow interval.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +20,10 @@ from latent_delib.results.runs import Result, Runs
 class Pair(NamedTuple):
     """Two evaluations of the same text, the first n of both.
 
-    sums: of the one as "decoder", of the other as "augmented". work: int64 [documents], the work each document is of.
-    over: what intervals draw, as `intervals.unit` names it; None: neither file says which works there are.
-    same_decoder: whether the frozen decoder came to the same figures in both.
+    sums: of the one as "decoder", of the other as "augmented". work: int64 [documents], the work
+    each document is of. over: what intervals draw, as `intervals.unit` names it; None: neither file
+    says which works there are. same_decoder: whether the frozen decoder came to the same figures in
+    both.
     """
 
     sums: perplexity.Sums
@@ -30,10 +33,11 @@ class Pair(NamedTuple):
 
 
 def compare(found: Runs, against: str) -> Table:
-    """Makes the table of all runs on the same text against one: the change in perplexity of the n-th token ahead.
+    """Makes the table of all runs on the same text against one: the change in perplexity of the
+    n-th token ahead.
 
-    Intervals draw works where one of the two files says which document is of which. A run whose frozen decoder has
-    other figures is left out, with a warning.
+    Intervals draw works where one of the two files says which document is of which. A run whose
+    frozen decoder has other figures is left out, with a warning.
 
     Raises:
       UserError: there is no documents.npz in `against`.
@@ -58,14 +62,18 @@ def compare(found: Runs, against: str) -> Table:
         used.append(result)
         over[result.key] = pair.over
     if left_out:
-        warn(f"--against={against}: the frozen decoder has other figures in {', '.join(left_out)}: left out")
+        warn(
+            f"--against={against}: the frozen decoder has other figures in {', '.join(left_out)}: left out"
+        )
     title = f"Change in perplexity of the n-th token ahead against {against}"
     columns = ["latents", "what", "from", *tables.BY_N]
     return tables.finished("12_against", title, columns, rows, used, over)
 
 
 def pair_of(base: Arrays, result: Result) -> Pair | None:
-    """Returns a run beside the base, a documents.npz; None if the run has no such file or is of another text."""
+    """Returns a run beside the base, a documents.npz; None if the run has no such file or is of
+    another text.
+    """
     if result.read_documents is None:
         return None
     other = result.read_documents()

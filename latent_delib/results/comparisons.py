@@ -1,4 +1,6 @@
-"""Which runs are together in a table, and beside which published lines: the comparisons of Section 3 and two more."""
+"""Which runs are together in a table, and beside which published lines: the comparisons of Section
+3 and two more.
+"""
 
 from collections.abc import Sequence, Set
 from typing import NamedTuple
@@ -14,8 +16,9 @@ BOTH = {"decoder", PAPER}
 class Comparison(NamedTuple):
     """A table that compares kinds of runs.
 
-    lines: the published ones. about: the kinds it is about; without a run of one of them it has published lines only.
-    beside: the kinds that are beside those. same_checkpoint: of these only the checkpoints that the table is about.
+    lines: the published ones. about: the kinds it is about; without a run of one of them it has
+    published lines only. beside: the kinds that are beside those. same_checkpoint: of these only
+    the checkpoints that the table is about.
     """
 
     name: str
@@ -82,7 +85,8 @@ COMPARISONS = (
 
 
 def kinds_of(entry: Entry) -> set[str]:
-    """Returns the kinds of run that an entry is: its method, or its model if it has no latents, and "late".
+    """Returns the kinds of run that an entry is: its method, or its model if it has no latents, and
+    "late".
 
     The paper's method counts as such only with latents that come at once, and without a control.
     """
@@ -112,7 +116,11 @@ def entries_in(comparison: Comparison, every: Sequence[Entry]) -> list[Entry]:
     checkpoints = {entry.result.checkpoint for entry in about}
     found = []
     for entry in every:
-        belongs = not comparison.same_checkpoint or is_decoder(entry) or entry.result.checkpoint in checkpoints
+        belongs = (
+            not comparison.same_checkpoint
+            or is_decoder(entry)
+            or entry.result.checkpoint in checkpoints
+        )
         if belongs and kinds_of(entry) & (comparison.about | comparison.beside):
             found.append(entry)
     return found

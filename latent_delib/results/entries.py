@@ -1,4 +1,6 @@
-"""The lines of the tables: what each model came to, from all its files, and what it is, in words."""
+"""The lines of the tables: what each model came to, from all its files, and what it is, in
+words.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,17 +9,20 @@ from typing import Any
 from latent_delib.delib.methods import METHODS
 from latent_delib.results.runs import Result, Runs
 
-CONTROLS = ("swap", "delay", "longer_prompt")  # keys of `evaluate` that change the latents or the text
-ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}  # models without anything trained
+# keys of `evaluate` that change the latents or the text
+CONTROLS = ("swap", "delay", "longer_prompt")
+# models without anything trained
+ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}
 
 
 @dataclasses.dataclass
 class Entry:
     """A line of the tables: what one model came to.
 
-    results: the files it is from, at least one. model: "augmented", "decoder" or "zero_shot_cot". delay: how many
-    tokens late latents come. every: after how many tokens they are written again; 0: they are not.
-    perplexity: the row of the first token ahead. scores: benchmark -> its row, and its file.
+    results: the files it is from, at least one. model: "augmented", "decoder" or "zero_shot_cot".
+    delay: how many tokens late latents come. every: after how many tokens they are written again;
+    0: they are not. perplexity: the row of the first token ahead. scores: benchmark -> its row, and
+    its file.
     """
 
     results: list[Result]
@@ -33,7 +38,9 @@ class Entry:
 
     @property
     def method(self) -> str:
-        """Returns the method, "lora" where only adapters of it were trained; "" where there are no latents."""
+        """Returns the method, "lora" where only adapters of it were trained; "" where there are no
+        latents.
+        """
         if self.model != "augmented":
             return ""
         method = self.result.method
@@ -69,9 +76,11 @@ def entry_of(result: Result) -> Entry:
 
 
 def entries(runs: Runs) -> list[Entry]:
-    """Collects perplexity and benchmarks of each checkpoint in one entry; decoders first, then by number of latents.
+    """Collects perplexity and benchmarks of each checkpoint in one entry; decoders first, then by
+    number of latents.
 
-    Each text, each control, and each other evaluation that came to other figures has an entry of its own.
+    Each text, each control, and each other evaluation that came to other figures has an entry of
+    its own.
     """
     found: list[Entry] = []
     for result in runs.perplexity:
@@ -83,7 +92,9 @@ def entries(runs: Runs) -> list[Entry]:
 
 
 def _add_perplexity(found: list[Entry], result: Result) -> None:
-    """Adds an evaluation to the entry with the same figures of the same model, or else as a new one."""
+    """Adds an evaluation to the entry with the same figures of the same model, or else as a new
+    one.
+    """
     new = entry_of(result)
     for entry in found:
         if _subject(entry) == _subject(new) and _evaluation(entry.result) == _evaluation(result):
@@ -93,7 +104,9 @@ def _add_perplexity(found: list[Entry], result: Result) -> None:
 
 
 def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
-    """Adds a benchmark's row to the first entry of its model that is of no control, or else to a new one."""
+    """Adds a benchmark's row to the first entry of its model that is of no control, or else to a
+    new one.
+    """
     new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
     for entry in found:
         if _subject(entry) == _subject(new) and not _is_control(entry):
@@ -111,7 +124,8 @@ def _subject(entry: Entry) -> tuple:
     result = entry.result
     decoder, checkpoint = result.data["fingerprint"], result.checkpoint
     if _has_own_decoder(result):
-        decoder = ""  # benchmarks name the decoder that was trained, perplexity the one it is compared with
+        # benchmarks name the decoder that was trained, perplexity the one it is compared with
+        decoder = ""
     elif entry.model != "augmented":
         checkpoint = None
     return decoder, checkpoint, entry.model, entry.delay, entry.every
@@ -144,7 +158,9 @@ def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
     if evaluated.get("swap"):
         words.append("latents of another text")
     if evaluated.get("longer_prompt"):
-        words.append(f"without the first {evaluated['longer_prompt']} tokens that the decoder reads")
+        words.append(
+            f"without the first {evaluated['longer_prompt']} tokens that the decoder reads"
+        )
     return words
 
 
@@ -193,7 +209,9 @@ def _trained_decoder(entry: Entry) -> list[str]:
 
 
 def labels(results: Sequence[Result]) -> list[str]:
-    """Says in words what each perplexity.json is; on which text, too, where that is not the same for all."""
+    """Says in words what each perplexity.json is; on which text, too, where that is not the same
+    for all.
+    """
     texts = {text_of(result) for result in results}
     words = []
     for result in results:

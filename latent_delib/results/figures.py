@@ -70,7 +70,9 @@ def _all_by_n(runs: Runs) -> bytes:
         _line(axes, _column(rows, "n"), rows, _plain(f"{result.key}: {latents}{words}"))
     for latents, by_n in published.PERPLEXITY_CHANGE.items():
         axes.plot(by_n.keys(), by_n.values(), **DASHED)
-        axes.annotate(f"{latents}", (1, by_n[1]), xytext=(-14, -3), textcoords="offset points", fontsize=7)
+        axes.annotate(
+            f"{latents}", (1, by_n[1]), xytext=(-14, -3), textcoords="offset points", fontsize=7
+        )
     axes.plot([], [], label=f"published, {published.DECODER}, by latents", **DASHED)
     axes.set(xlabel="n-th token ahead", ylabel="change (%)", xscale="log")
     axes.set_xticks(AHEAD, AHEAD)
@@ -78,7 +80,9 @@ def _all_by_n(runs: Runs) -> bytes:
 
 
 def _by_latents(results: Sequence[Result]) -> bytes:
-    """Draws runs that differ in their number of latents alone as a line, beside the published line."""
+    """Draws runs that differ in their number of latents alone as a line, beside the published
+    line.
+    """
     known = published.PERPLEXITY_CHANGE
     lines = lines_by_latents(results)
     numbers = set(known)
@@ -97,7 +101,8 @@ def _by_latents(results: Sequence[Result]) -> bytes:
 
 
 def lines_by_latents(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Returns "KEYS: what they are" -> runs that differ in their number of latents alone, by that number.
+    """Returns "KEYS: what they are" -> runs that differ in their number of latents alone, by that
+    number.
 
     Where several runs make a line, runs that are alone are left out.
     """
@@ -151,10 +156,13 @@ def _line(axes: Any, x: Sequence[float], rows: Rows, name: str) -> None:
     (line,) = axes.plot(x, _column(rows, "change_percent"), marker="o", markersize=3, label=name)
     if rows and None not in low and None not in high:
         axes.fill_between(x, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        axes.vlines(x, low, high, color=line.get_color(), linewidth=0.6)  # all there is to see of a single point
+        # all there is to see of a single point
+        axes.vlines(x, low, high, color=line.get_color(), linewidth=0.6)
 
 
-def attention(weights_LSU: np.ndarray, rows: Sequence[str], columns: Sequence[str], text: int, title: str) -> bytes:
+def attention(
+    weights_LSU: np.ndarray, rows: Sequence[str], columns: Sequence[str], text: int, title: str
+) -> bytes:
     """Draws a panel per layer: rows attend to columns. Colours go by the root of the weight.
 
     Args:
@@ -166,7 +174,9 @@ def attention(weights_LSU: np.ndarray, rows: Sequence[str], columns: Sequence[st
     layers, S, U = weights_LSU.shape
     across = min(layers, 2)
     down = math.ceil(layers / across)
-    figure, panels = _panels(layers, (across * max(2.4, 0.075 * U) + 1, down * max(1.6, 0.13 * S) + 1))
+    figure, panels = _panels(
+        layers, (across * max(2.4, 0.075 * U) + 1, down * max(1.6, 0.13 * S) + 1)
+    )
     for layer, axes in enumerate(panels):
         image = axes.imshow(
             weights_LSU[layer],
@@ -179,7 +189,9 @@ def attention(weights_LSU: np.ndarray, rows: Sequence[str], columns: Sequence[st
         axes.set_title(f"layer {layer}", fontsize=8)
         axes.set_xticks(range(U), map(_plain, columns), rotation=90, fontsize=5)
         axes.set_yticks(range(S), map(_plain, rows), fontsize=5)
-        axes.tick_params(length=0, labelleft=layer % across == 0, labelbottom=layer + across >= layers)
+        axes.tick_params(
+            length=0, labelleft=layer % across == 0, labelbottom=layer + across >= layers
+        )
     figure.colorbar(image, ax=panels, shrink=0.6, label="attention, mean over heads")
     figure.suptitle(title, fontsize=10)
     return _png(figure)
@@ -194,7 +206,9 @@ def _panels(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
 
     across = min(count, 2)
     down = math.ceil(count / across)
-    figure, panels = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(
+        down, across, figsize=size, layout="constrained", squeeze=False
+    )
     for axes in panels.flat[count:]:
         axes.set_axis_off()
     return figure, list(panels.flat[:count])
@@ -214,7 +228,9 @@ def _finished(figure: Any, named: Any) -> bytes:
 
 
 def _scale_changes(axes: Any) -> None:
-    """Draws the frozen decoder as a line at zero. The axis is logarithmic beyond LINEAR where changes are large."""
+    """Draws the frozen decoder as a line at zero. The axis is logarithmic beyond LINEAR where
+    changes are large.
+    """
     axes.axhline(0, color="black", linewidth=0.8)
     low, high = axes.dataLim.intervaly
     if max(-low, high) > 2 * LINEAR:
@@ -228,7 +244,8 @@ def _png(figure: Any) -> bytes:
 
     png = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a token may be of any script: a box stands for it
+        # a token may be of any script: a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(png, format="png", dpi=130)
     pyplot.close(figure)
     return png.getvalue()

@@ -9,7 +9,9 @@ CHANGE, SCORE = "{:+.2f}%", "{:.2f}"
 
 
 class Figure(NamedTuple):
-    """A figure with its 95 % interval where that is known, and the key of its file where a row has several."""
+    """A figure with its 95 % interval where that is known, and the key of its file where a row has
+    several.
+    """
 
     value: float
     form: str = SCORE
@@ -36,7 +38,8 @@ Row = dict[str, Cell]  # by column
 class Table(NamedTuple):
     """A table of the report.
 
-    name: of its files. rows: one cell per column. note: a line below. origins: where the figures are from, a line each.
+    name: of its files. rows: one cell per column. note: a line below. origins: where the figures
+    are from, a line each.
     """
 
     name: str
@@ -74,7 +77,9 @@ def _line(cells: Iterable[Cell]) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Writes numbers as they are, not rounded. A column with intervals is three: X, "X low" and "X high"."""
+    """Writes numbers as they are, not rounded. A column with intervals is three: X, "X low" and "X
+    high".
+    """
     with_intervals = [_has_interval(column) for column in zip(*table.rows)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -95,7 +100,9 @@ def _has_interval(column: Sequence[Cell]) -> bool:
 
 
 def _numbers(cell: Cell, is_wide: bool) -> list[Any]:
-    """Returns a cell as CSV has it: its value, and in a column with intervals its lower and upper end."""
+    """Returns a cell as CSV has it: its value, and in a column with intervals its lower and upper
+    end.
+    """
     if not isinstance(cell, Figure):
         return [cell, "", ""] if is_wide else [cell]
     return [cell.value, cell.low, cell.high] if is_wide else [cell.value]

@@ -1,7 +1,9 @@
-"""Reads the files of finished runs: as they were written, or packed into an archive, as docs/results keeps them.
+"""Reads the files of finished runs: as they were written, or packed into an archive, as
+docs/results keeps them.
 
-A runs.zip stands for the files in it, and readers see the paths these would have beside it: docs/results/a/runs.zip
-holds docs/results/a/after@0/swap/perplexity.json. `tools/pack_results.py` makes such archives.
+A runs.zip stands for the files in it, and readers see the paths these would have beside it:
+docs/results/a/runs.zip holds docs/results/a/after@0/swap/perplexity.json. `tools/pack_results.py`
+makes such archives.
 """
 
 import io
@@ -30,14 +32,16 @@ Arrays = dict[str, np.ndarray]
 class File(NamedTuple):
     """A file of a finished run.
 
-    path: where it is, or would be if it were not packed. read_bytes: returns its content, wherever that lies.
+    path: where it is, or would be if it were not packed. read_bytes: returns its content, wherever
+    that lies.
     """
 
     path: Path
     read_bytes: Callable[[], bytes]
 
     def read(self) -> Any:
-        """Returns its parsed content: a dict of .json, a list of dicts of .jsonl, arrays by name of .npz.
+        """Returns its parsed content: a dict of .json, a list of dicts of .jsonl, arrays by name of
+        .npz.
 
         Raises:
           UserError: it is not JSON.
@@ -52,7 +56,9 @@ class File(NamedTuple):
 
 
 def files_below(folder: Path) -> Iterator[File]:
-    """Finds the files of runs below a folder, packed or not, by name; the folder may be inside a pack."""
+    """Finds the files of runs below a folder, packed or not, by name; the folder may be inside a
+    pack.
+    """
     if not folder.is_dir():
         for above in folder.parents:
             if (above / PACK).exists():
@@ -61,7 +67,9 @@ def files_below(folder: Path) -> Iterator[File]:
                         yield file
                 return
     for where, inside, names in os.walk(folder):
-        inside[:] = sorted(name for name in inside if name not in NOT_LOOKED_INTO and not name.startswith("."))
+        inside[:] = sorted(
+            name for name in inside if name not in NOT_LOOKED_INTO and not name.startswith(".")
+        )
         for name in NAMES:
             if name in names:
                 path = Path(where) / name
@@ -87,7 +95,9 @@ def files_in(pack: Path) -> Iterator[File]:
 
 
 def _parse_lines(content: bytes, where: str) -> list[dict[str, Any]]:
-    """Reads a JSON object per line; a last line without an end is still being written, and left out."""
+    """Reads a JSON object per line; a last line without an end is still being written, and left
+    out.
+    """
     lines = content.splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()

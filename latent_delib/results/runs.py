@@ -15,7 +15,13 @@ PERPLEXITY, BENCHMARKS = RESULTS
 NUMBER = (int, float)
 # What every row must have.
 FIELDS = {
-    PERPLEXITY: {"n": int, "tokens": int, "decoder_ppl": NUMBER, "augmented_ppl": NUMBER, "change_percent": NUMBER},
+    PERPLEXITY: {
+        "n": int,
+        "tokens": int,
+        "decoder_ppl": NUMBER,
+        "augmented_ppl": NUMBER,
+        "change_percent": NUMBER,
+    },
     BENCHMARKS: {"benchmark": str, "model": str, "value": NUMBER},
     METRICS: {"step": int, "loss": NUMBER},
 }
@@ -24,15 +30,18 @@ OPTIONAL = {
     **dict.fromkeys(("checkpoint", "metric", "interval_over"), str),
     **dict.fromkeys(("sets", "works", "provenance"), dict),
     **dict.fromkeys(("step", "documents"), int),
-    **dict.fromkeys(("change_low", "change_high", "low", "high", "shots", "every", "delay"), NUMBER),
+    **dict.fromkeys(
+        ("change_low", "change_high", "low", "high", "shots", "every", "delay"), NUMBER
+    ),
 }
 
 
 class Result(NamedTuple):
     """A perplexity.json or benchmarks.json.
 
-    key: its name in the report, "P1" or "B2". path: where it is. data: all it says; of perplexity, data["rows"] are
-    ordered by n. read_documents: reads the documents.npz beside it; None if there is none.
+    key: its name in the report, "P1" or "B2". path: where it is. data: all it says; of perplexity,
+    data["rows"] are ordered by n. read_documents: reads the documents.npz beside it; None if there
+    is none.
     """
 
     key: str
@@ -54,7 +63,9 @@ class Result(NamedTuple):
 
     @property
     def step(self) -> int | None:
-        """Returns the step of the checkpoint; older files tell it by the checkpoint's folder alone."""
+        """Returns the step of the checkpoint; older files tell it by the checkpoint's folder
+        alone.
+        """
         name = os.path.basename(self.checkpoint or "")
         return int(name) if name.isdecimal() else self.data.get("step")
 
@@ -68,9 +79,9 @@ class Result(NamedTuple):
 class Runs(NamedTuple):
     """All that was found, in the order of the folders given, and below each by name.
 
-    perplexity: one per folder: its own, or, after all of these, the last of its evaluations/STEP. benchmarks: one per
-    file. curves: folder -> the results of its evaluations/STEP, by step. losses: folder -> (step, loss in nats) of its
-    training.
+    perplexity: one per folder: its own, or, after all of these, the last of its evaluations/STEP.
+    benchmarks: one per file. curves: folder -> the results of its evaluations/STEP, by step.
+    losses: folder -> (step, loss in nats) of its training.
     """
 
     perplexity: list[Result]
@@ -159,7 +170,8 @@ def _losses(file: File) -> list[tuple[int, float]]:
 
 
 def _check(where: str, data: Any, fields: dict[str, Any]) -> None:
-    """Raises UserError unless an object has these fields, of their types, and those of OPTIONAL that it has, too.
+    """Raises UserError unless an object has these fields, of their types, and those of OPTIONAL
+    that it has, too.
 
     A number must be finite.
     """

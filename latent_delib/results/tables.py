@@ -25,7 +25,9 @@ INTERVALS = {
 
 
 def tables(runs: Runs) -> list[Table]:
-    """Makes all tables: all runs, the paper's eight, three more. One without a run says so below published lines."""
+    """Makes all tables: all runs, the paper's eight, three more. One without a run says so below
+    published lines.
+    """
     every = entries(runs)
     of_paper = [result for result in runs.perplexity if is_paper_method(entry_of(result))]
     by_latents = "Change in perplexity of the n-th token ahead, by number of latents (Table 1)"
@@ -36,7 +38,9 @@ def tables(runs: Runs) -> list[Table]:
         _benchmarks(every),
     ]
     for each in COMPARISONS:
-        made.append(_variants(each.name, f"{each.title} (Section 3)", each.lines, entries_in(each, every)))
+        made.append(
+            _variants(each.name, f"{each.title} (Section 3)", each.lines, entries_in(each, every))
+        )
     made.append(_perplexity("11_every_method", every_run, runs.perplexity))
     return made
 
@@ -47,7 +51,8 @@ def _perplexity(
     results: Sequence[Result],
     lines: Mapping[int, Mapping[int, float]] = MappingProxyType({}),
 ) -> Table:
-    """Makes a table with a row for each published number of latents and for each of our runs, by number of latents.
+    """Makes a table with a row for each published number of latents and for each of our runs, by
+    number of latents.
 
     A run has a row for each source and each work, too, where it has several.
 
@@ -63,9 +68,15 @@ def _perplexity(
         rows.append(row)
     for result, words in zip(results, labels(results)):
         for part, found in _parts(result.data).items():
-            row = {"latents": entry_of(result).latents, "what": words, "from": result.key} | changes(found["rows"])
+            row = {
+                "latents": entry_of(result).latents,
+                "what": words,
+                "from": result.key,
+            } | changes(found["rows"])
             if part:
-                row["what"] = f"{words}: {part} alone, interval {INTERVALS.get(found.get('interval_over'), '')}"
+                row["what"] = (
+                    f"{words}: {part} alone, interval {INTERVALS.get(found.get('interval_over'), '')}"
+                )
             for each in found["rows"]:
                 if each["n"] == 1:
                     row[decoder] = Figure(each["decoder_ppl"])
@@ -80,7 +91,9 @@ def changes(rows: Sequence[dict[str, Any]]) -> Row:
 
 
 def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the parts of a perplexity.json: all of it, named "", and where there are several each source and work."""
+    """Returns the parts of a perplexity.json: all of it, named "", and where there are several each
+    source and work.
+    """
     parts = {"": data}
     sources = data.get("sets") or {}
     for source, part in sources.items():
@@ -94,7 +107,9 @@ def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _benchmarks(every: Sequence[Entry]) -> Table:
-    """Makes Table 2: for each benchmark the published line, then a line for each kind of our runs."""
+    """Makes Table 2: for each benchmark the published line, then a line for each kind of our
+    runs.
+    """
     decoders = list(filter(is_decoder, every))
     ours = list(filter(is_paper_method, every))
     names = dict.fromkeys(published.BENCHMARKS)
@@ -113,7 +128,9 @@ def _benchmarks(every: Sequence[Entry]) -> Table:
             if result.path.name == BENCHMARKS:
                 used.append(result)
     columns = ["benchmark", "setting", "what", *map(_score_column, (0, *sorted(latents)))]
-    return finished("2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used)
+    return finished(
+        "2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used
+    )
 
 
 def _score_column(latents: int) -> str:
@@ -132,7 +149,8 @@ def _published_line(benchmark: str) -> list[Row]:
 
 
 def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
-    """Returns our lines for a benchmark. Models that differ in their number of latents alone share a line.
+    """Returns our lines for a benchmark. Models that differ in their number of latents alone share
+    a line.
 
     A decoder joins the lines of all that stand on it, and has one of its own where there are none.
     """
@@ -172,7 +190,9 @@ def _setting(row: dict[str, Any]) -> str:
 
 
 def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[Entry]) -> Table:
-    """Makes a table of perplexity of the first token ahead and of every benchmark that ours have, GSM8K first."""
+    """Makes a table of perplexity of the first token ahead and of every benchmark that ours have,
+    GSM8K first.
+    """
     texts = {text_of(entry.result) for entry in ours if entry.perplexity}
     benchmarks = {"gsm8k": None}
     rows = [_published_row(line) for line in lines]
@@ -181,7 +201,15 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
         benchmarks |= dict.fromkeys(entry.scores)
         rows.append(_row(entry, len(texts) > 1))
         used += entry.results
-    columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change", *map(_title, benchmarks)]
+    columns = [
+        "what",
+        "latents",
+        "from",
+        "decoder, ppl n = 1",
+        "ppl n = 1",
+        "change",
+        *map(_title, benchmarks),
+    ]
     return finished(name, title, columns, rows, used)
 
 
@@ -205,12 +233,17 @@ def _published_row(line: Variant) -> Row:
 
 
 def _row(entry: Entry, names_text: bool) -> Row:
-    """Returns our line: perplexity of the first token ahead, its change where there can be one, and benchmarks."""
+    """Returns our line: perplexity of the first token ahead, its change where there can be one, and
+    benchmarks.
+    """
     keys = [result.key for result in entry.results]
     row: Row = {"what": label(entry), "latents": entry.latents or "", "from": " ".join(keys)}
     first = entry.perplexity
     if first:
-        row |= {"decoder, ppl n = 1": Figure(first["decoder_ppl"]), "ppl n = 1": Figure(first["augmented_ppl"])}
+        row |= {
+            "decoder, ppl n = 1": Figure(first["decoder_ppl"]),
+            "ppl n = 1": Figure(first["augmented_ppl"]),
+        }
         if entry.trained or not is_decoder(entry):
             row["change"] = change(first)
         if names_text:
@@ -232,7 +265,8 @@ def finished(
 
     Args:
       rows: cells by column; one that is not there is blank.
-      over: key of a result -> what its intervals are over, a key of INTERVALS; None: as the files say.
+      over: key of a result -> what its intervals are over, a key of INTERVALS; None: as the files
+        say.
     """
     in_order = sorted(results, key=lambda result: (result.path.name, int(result.key[1:])))
     used = {result.key: result for result in in_order}
@@ -255,7 +289,9 @@ def finished(
 
 
 def _over(over: Mapping[str, str | None]) -> str:
-    """Says what intervals of perplexity are over, with the keys of each kind where there are several."""
+    """Says what intervals of perplexity are over, with the keys of each kind where there are
+    several.
+    """
     keys: dict[str, list[str]] = {}
     for key, drawn in over.items():
         keys.setdefault(INTERVALS.get(drawn, f"over {drawn}"), []).append(key)
@@ -269,7 +305,9 @@ def _over(over: Mapping[str, str | None]) -> str:
 
 
 def _origin(result: Result) -> str:
-    """Says in a line where a file's figures come from; a blank where an older file does not tell."""
+    """Says in a line where a file's figures come from; a blank where an older file does not
+    tell.
+    """
     data = result.data
     provenance = data.get("provenance") or {}
     words = [

@@ -1,9 +1,10 @@
 """A coprocessor's folder: `coprocessor.json` and `model.safetensors`.
 
-coprocessor.json holds {"format": "latent_delib coprocessor 1", "method", "num_latents", "placement", "step",
-"fingerprint": of the decoder it belongs to, "architecture": {fields of TransformerConfig}}. The tensors are
-"soft_tokens" [L, D] and, under the names and in the axes that a Hugging Face decoder of the family has, its layers
-and final norm ("model.layers.0.self_attn.q_proj.weight", ...): a coprocessor has no token table.
+coprocessor.json holds {"format": "latent_delib coprocessor 1", "method", "num_latents",
+"placement", "step", "fingerprint": of the decoder it belongs to, "architecture": {fields of
+TransformerConfig}}. The tensors are "soft_tokens" [L, D] and, under the names and in the axes that
+a Hugging Face decoder of the family has, its layers and final norm
+("model.layers.0.self_attn.q_proj.weight", ...): a coprocessor has no token table.
 """
 
 import json
@@ -23,7 +24,14 @@ from latent_delib.weights.tensors import TensorFile
 FORMAT = "latent_delib coprocessor 1"
 FILE = "coprocessor.json"
 SOFT_TOKENS = "soft_tokens"
-FIELDS = {"method": str, "num_latents": int, "placement": str, "step": int, "fingerprint": str, "architecture": dict}
+FIELDS = {
+    "method": str,
+    "num_latents": int,
+    "placement": str,
+    "step": int,
+    "fingerprint": str,
+    "architecture": dict,
+}
 
 
 def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Params) -> None:
@@ -36,7 +44,8 @@ def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Par
       tree: its parameters.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
-    body = [t for t in names.tensors(config, "huggingface") if t.leaf in leaves]  # pause tokens have none
+    # pause tokens have none
+    body = [t for t in names.tensors(config, "huggingface") if t.leaf in leaves]
     entries = {SOFT_TOKENS: (leaves[SOFT_TOKENS].shape, leaves[SOFT_TOKENS].dtype)}
     entries |= {t.name: (t.shape, leaves[t.leaf].dtype) for t in body}
 

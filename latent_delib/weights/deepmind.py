@@ -1,6 +1,8 @@
-"""Google DeepMind's Gemma checkpoints: orbax folders, keys flat ("transformer/layer_0/attn/q_einsum") or nested.
+"""Google DeepMind's Gemma checkpoints: orbax folders, keys flat
+("transformer/layer_0/attn/q_einsum") or nested.
 
-They hold tensors alone. What shapes do not tell (window, scales, rotary bases) is taken from the known size that fits.
+They hold tensors alone. What shapes do not tell (window, scales, rotary bases) is taken from the
+known size that fits.
 """
 
 import dataclasses
@@ -36,7 +38,8 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
     try:
         found = handler.metadata(epath.Path(where))
         leaves = jax.tree_util.tree_leaves_with_path(getattr(found, "tree", found))
-        leaves = [(tuple(key.key for key in path), leaf) for path, leaf in leaves]  # a list has no keys: no weights
+        # a list has no keys: no weights
+        leaves = [(tuple(key.key for key in path), leaf) for path, leaf in leaves]
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a readable orbax checkpoint ({reason(error)})") from None
     paths, shapes, dtypes = {}, {}, {}
@@ -81,7 +84,9 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 def _architecture(
     shapes: dict[str, tuple[int, ...]], where: str, wanted: TransformerConfig | None
 ) -> TransformerConfig:
-    """Returns the architecture: the known size that fits the shapes, or the one wanted, with as many rows as stored."""
+    """Returns the architecture: the known size that fits the shapes, or the one wanted, with as
+    many rows as stored.
+    """
     if wanted is not None:
         rows = shapes.get("embedder/input_embedding", (0,))[0]
         return dataclasses.replace(wanted, vocab_size=max(rows, wanted.vocab_size))
@@ -98,7 +103,9 @@ def _architecture(
         kv_heads = dims("layer_0/attn/kv_einsum", "layer_0/attn/qkv_einsum")[1]
         ffn_dim = dims("layer_0/mlp/linear")[0]
     except (ValueError, IndexError):
-        raise UserError(f"{where}: not a Gemma checkpoint: its tensors have other dimensions") from None
+        raise UserError(
+            f"{where}: not a Gemma checkpoint: its tensors have other dimensions"
+        ) from None
     found = {
         "num_layers": len({m[0] for m in map(re.compile(r"layer_\d+/").match, shapes) if m}),
         "embed_dim": width,
@@ -111,6 +118,9 @@ def _architecture(
         "scale_embeddings": True,
     }
     for size in SIZES.values():
-        if all(getattr(size, key) == value for key, value in found.items()) and vocab_size >= size.vocab_size:
+        if (
+            all(getattr(size, key) == value for key, value in found.items())
+            and vocab_size >= size.vocab_size
+        ):
             return dataclasses.replace(size, vocab_size=vocab_size)
     raise UserError(f"{where}: no known size has {found}; give --size")

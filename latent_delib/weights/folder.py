@@ -1,10 +1,11 @@
 """A decoder's folder: read part by part onto devices, written with its fingerprint.
 
-It holds `config.json`, `model.safetensors`, `fingerprint.json` and a tokenizer: `tokenizer.model` (SentencePiece), or
-`tokenizer.json` with `tokenizer_config.json`. config.json holds {"format": "latent_delib decoder 1", "architecture":
-{fields of TransformerConfig}}. The tensors are the leaves of the parameter tree under their dotted names, layers
-stacked on the first axis ("layers.attn.q"). fingerprint.json holds {"sha256": of config.json and model.safetensors,
-one after the other, "config_sha256", "model_bytes": the size of model.safetensors}.
+It holds `config.json`, `model.safetensors`, `fingerprint.json` and a tokenizer: `tokenizer.model`
+(SentencePiece), or `tokenizer.json` with `tokenizer_config.json`. config.json holds {"format":
+"latent_delib decoder 1", "architecture": {fields of TransformerConfig}}. The tensors are the leaves
+of the parameter tree under their dotted names, layers stacked on the first axis ("layers.attn.q").
+fingerprint.json holds {"sha256": of config.json and model.safetensors, one after the other,
+"config_sha256", "model_bytes": the size of model.safetensors}.
 """
 
 import functools
@@ -33,7 +34,8 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
 
 
 def locate(path: str) -> Path:
-    """Returns the folder that a decoder's path means: "packaged" is the one that comes with this package.
+    """Returns the folder that a decoder's path means: "packaged" is the one that comes with this
+    package.
 
     Raises:
       UserError: the folder, or one of its files, does not exist.
@@ -57,14 +59,18 @@ def tokenizer_path(folder: Path) -> Path:
 
 
 def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:
-    """Returns the function that copies a folder's tokenizer into another folder; None where it has none."""
+    """Returns the function that copies a folder's tokenizer into another folder; None where it has
+    none.
+    """
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
     return functools.partial(copy_tokenizer, tokenizer_path(folder))
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies a tokenizer, and the file that names its special tokens, under the names they have in a decoder folder."""
+    """Copies a tokenizer, and the file that names its special tokens, under the names they have in
+    a decoder folder.
+    """
     if path.suffix != ".json":
         shutil.copyfile(path, folder / "tokenizer.model")
         return
@@ -101,10 +107,11 @@ def read_config(folder: Path) -> TransformerConfig:
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns the SHA-256 over config.json and model.safetensors, hex: two decoders with the same one are the same.
+    """Returns the SHA-256 over config.json and model.safetensors, hex: two decoders with the same
+    one are the same.
 
-    A folder written by `write_model` has it in fingerprint.json, and its files are not hashed again. Older folders have
-    none: all their bytes are read.
+    A folder written by `write_model` has it in fingerprint.json, and its files are not hashed
+    again. Older folders have none: all their bytes are read.
 
     Raises:
       UserError: a file has changed since the fingerprint was stored.
@@ -121,13 +128,17 @@ def fingerprint(folder: Path) -> str:
         raise UserError(f"{config}: has changed since {FINGERPRINT} was written; {REMEDY}")
     size = model.stat().st_size
     if stored.get("model_bytes") != size:
-        raise UserError(f"{model}: has {size} bytes, {stored.get('model_bytes')} in {FINGERPRINT}; {REMEDY}")
+        raise UserError(
+            f"{model}: has {size} bytes, {stored.get('model_bytes')} in {FINGERPRINT}; {REMEDY}"
+        )
     return stored["sha256"]
 
 
 @functools.lru_cache(maxsize=1)
 def _hash(config: bytes, model: Path, changed: int) -> str:
-    """Returns the SHA-256 over a config and the file of a model, hex; the file is read once for each time of change."""
+    """Returns the SHA-256 over a config and the file of a model, hex; the file is read once for
+    each time of change.
+    """
     digest = hashlib.sha256(config)
     with open(model, "rb") as file:
         return hashlib.file_digest(file, lambda: digest).hexdigest()
@@ -157,8 +168,11 @@ def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:
     return file
 
 
-def load(folder: Path, config: TransformerConfig, dtype: Any, shardings: Params | None = None) -> Params:
-    """Reads the weights onto the devices; one device's part of one tensor at a time is in host memory.
+def load(
+    folder: Path, config: TransformerConfig, dtype: Any, shardings: Params | None = None
+) -> Params:
+    """Reads the weights onto the devices; one device's part of one tensor at a time is in host
+    memory.
 
     Args:
       folder: a decoder folder.
@@ -175,7 +189,9 @@ def load(folder: Path, config: TransformerConfig, dtype: Any, shardings: Params 
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: here, tree)
 
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+    def place(
+        path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+    ) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
 
         def part(index: Any) -> np.ndarray:
@@ -187,7 +203,10 @@ def load(folder: Path, config: TransformerConfig, dtype: Any, shardings: Params 
 
 
 def write_model(
-    folder: Path, config: TransformerConfig, entries: Mapping[str, tuple], chunks: Iterable[np.ndarray]
+    folder: Path,
+    config: TransformerConfig,
+    entries: Mapping[str, tuple],
+    chunks: Iterable[np.ndarray],
 ) -> None:
     """Writes a decoder's config.json, model.safetensors and fingerprint.json.
 

@@ -1,8 +1,8 @@
 """GGUF files (version 2 and 3, little-endian), as llama.cpp's converter writes them.
 
-The `gguf` library dequantises blocks. Its reader is not used: it trusts every count in a header, so that one damaged
-length of a list makes it loop for ever. Layout (llama.cpp's gguf.md): magic, version, counts; keys with typed values;
-tensor infos; aligned data.
+The `gguf` library dequantises blocks. Its reader is not used: it trusts every count in a header, so
+that one damaged length of a list makes it loop for ever. Layout (llama.cpp's gguf.md): magic,
+version, counts; keys with typed values; tensor infos; aligned data.
 """
 
 import dataclasses
@@ -22,7 +22,20 @@ from latent_delib.weights import gguf_vocabulary
 from latent_delib.weights.source import Source
 
 MAGIC = b"GGUF"
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
+# by type
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 MOST = 1 << 22  # entries of a list: the largest vocabularies have a quarter of a million pieces
 CHUNK = 1 << 22  # elements dequantised at a time: what is in flight is float32, several times over
@@ -40,11 +53,13 @@ KEYS = {
     "attn_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
-SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")  # fields that GGUF does not tell
+# fields that GGUF does not tell
+SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")
 
 
 class Info(NamedTuple):
-    """Describes a tensor: its shape as numpy has it, ggml type, blocks, and the bytes of a block and before the first.
+    """Describes a tensor: its shape as numpy has it, ggml type, blocks, and the bytes of a block
+    and before the first.
 
     begin: counted from the start of the file.
     """
@@ -105,7 +120,8 @@ class _Header:
 
 
 class GGUF:
-    """Holds an opened GGUF file. metadata: key -> str, number, bool or list of these. tensors: name -> Info.
+    """Holds an opened GGUF file. metadata: key -> str, number, bool or list of these. tensors: name
+    -> Info.
 
     Raises:
       UserError: not GGUF, truncated, contradictory, or with a tensor of unknown type.
@@ -130,7 +146,9 @@ class GGUF:
         try:
             self._read(header)
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-            raise UserError(f"{path}: truncated or damaged near byte {header.at} ({error})") from None
+            raise UserError(
+                f"{path}: truncated or damaged near byte {header.at} ({error})"
+            ) from None
 
     def _read(self, header: _Header) -> None:
         version = header.number("I")
@@ -148,15 +166,21 @@ class GGUF:
             begin = start + info.begin
             end = begin + info.blocks * info.block_bytes
             if end > len(header.data):
-                raise ValueError(f"{name} {info.shape} ends at byte {end}, the file has {len(header.data)}")
+                raise ValueError(
+                    f"{name} {info.shape} ends at byte {end}, the file has {len(header.data)}"
+                )
             self.tensors[name] = info._replace(begin=begin)
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype of what `read` returns: bfloat16 as stored, float32 for all else."""
-        return np.dtype(ml_dtypes.bfloat16 if self.tensors[name].type.name == "BF16" else np.float32)
+        return np.dtype(
+            ml_dtypes.bfloat16 if self.tensors[name].type.name == "BF16" else np.float32
+        )
 
     def read(self, name: str, chunk: int = CHUNK) -> np.ndarray:
-        """Reads a tensor, dequantised to float32 some `chunk` elements at a time; bfloat16 stays what it is."""
+        """Reads a tensor, dequantised to float32 some `chunk` elements at a time; bfloat16 stays
+        what it is.
+        """
         from gguf.quants import dequantize
 
         shape, kind, blocks, block_bytes, begin = self.tensors[name]
@@ -173,7 +197,9 @@ class GGUF:
             try:
                 out[first * block : last * block] = dequantize(stored, kind)
             except NotImplementedError:
-                raise UserError(f"{self.path}: {name} is of type {kind.name}, which cannot be dequantised") from None
+                raise UserError(
+                    f"{self.path}: {name} is of type {kind.name}, which cannot be dequantised"
+                ) from None
         return out.reshape(shape)
 
 
@@ -194,7 +220,8 @@ def open_source(path: Path) -> Source:
 
 
 def architecture(file: GGUF) -> TransformerConfig:
-    """Returns the TransformerConfig of a file's metadata; what GGUF leaves out is the known size's that fits the rest.
+    """Returns the TransformerConfig of a file's metadata; what GGUF leaves out is the known size's
+    that fits the rest.
 
     Raises:
       UserError: a key that is missing, wrong, or of a feature that is not known here.
@@ -202,7 +229,9 @@ def architecture(file: GGUF) -> TransformerConfig:
     where = str(file.path)
     kind = file.metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{where}: general.architecture={kind!r}, expected one of {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{where}: general.architecture={kind!r}, expected one of {', '.join(FAMILIES)}"
+        )
 
     def get(key: str, type_: type, default: Any = None) -> Any:
         return checked(f"{kind}.{key}", file.metadata.get(f"{kind}.{key}", default), type_, where)
@@ -219,7 +248,9 @@ def architecture(file: GGUF) -> TransformerConfig:
     fields.setdefault("num_kv_heads", fields.get("num_heads"))
     # Stored as float32; the decimal number it was made from has few digits.
     fields["norm_eps"] = float(f"{get('attention.layer_norm_rms_epsilon', float):.6g}")
-    fields["vocab_size"] = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 1
+    fields["vocab_size"] = (
+        file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 1
+    )
     fields["untied_head"] = "output.weight" in file.tensors
     scaling = get("rope.scaling.type", str, "none")
     if scaling == "linear":

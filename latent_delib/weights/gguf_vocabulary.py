@@ -1,7 +1,9 @@
-"""Writes the vocabulary inside a GGUF as the files it was made from: tokenizer.json, or a SentencePiece model.
+"""Writes the vocabulary inside a GGUF as the files it was made from: tokenizer.json, or a
+SentencePiece model.
 
-The reference is llama.cpp's reading of the same keys (llama-vocab.cpp). Like it, and unlike some tokenizer.json of the
-same models (Qwen's composes accents first), the files written here take text as it is.
+The reference is llama.cpp's reading of the same keys (llama-vocab.cpp). Like it, and unlike some
+tokenizer.json of the same models (Qwen's composes accents first), the files written here take text
+as it is.
 """
 
 import json
@@ -18,7 +20,8 @@ _LLAMA3 = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> expressions that cut a text into words; each one cuts the pieces that those before it left.
+# tokenizer.ggml.pre -> expressions that cut a text into words; each one cuts the pieces that those
+# before it left.
 _WORDS = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
     "gpt-2": [_GPT2],
@@ -31,7 +34,8 @@ _WORDS = {
 class _Vocabulary(NamedTuple):
     """Holds a vocabulary.
 
-    ids: token -> 0, 1, ..., in order. types: of every token. special: "bos", "eos", "pad" -> token, where there is one.
+    ids: token -> 0, 1, ..., in order. types: of every token. special: "bos", "eos", "pad" -> token,
+    where there is one.
     """
 
     ids: dict[str, int]
@@ -58,7 +62,9 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
     except KeyError as error:
         raise UserError(f"{source}: tokenizer.ggml.{error.args[0]} is missing") from None
     except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"{source}: tokenizer.ggml holds no vocabulary of a known kind: {error}") from None
+        raise UserError(
+            f"{source}: tokenizer.ggml holds no vocabulary of a known kind: {error}"
+        ) from None
 
 
 def _one_of(known: Mapping[str, Any], key: str, value: Any) -> Any:
@@ -72,9 +78,15 @@ def _vocabulary(keys: Mapping[str, Any]) -> _Vocabulary:
     tokens, types = keys["tokens"], list(keys["token_type"])
     ids = {token: i for i, token in enumerate(tokens)}
     if not len(ids) == len(tokens) == len(types):
-        raise ValueError(f"{len(tokens)} tokens, {len(ids)} of them different, {len(types)} entries in token_type")
+        raise ValueError(
+            f"{len(tokens)} tokens, {len(ids)} of them different, {len(types)} entries in token_type"
+        )
     special = {}
-    for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("pad", "padding_token_id")):
+    for name, key in (
+        ("bos", "bos_token_id"),
+        ("eos", "eos_token_id"),
+        ("pad", "padding_token_id"),
+    ):
         i = keys.get(key)
         if i is None:
             continue
@@ -93,15 +105,21 @@ def _write_byte_level_bpe(keys: Mapping[str, Any], vocabulary: _Vocabulary, fold
     pre = keys.get("pre", "default")
     expressions = _one_of(_WORDS, "pre", pre)
     merges = [tuple(merge.split(" ")) for merge in keys["merges"]]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=pre == "llama-bpe"))
-    words = [pre_tokenizers.Split(tokenizers.Regex(expression), "isolated") for expression in expressions]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary.ids, merges, ignore_merges=pre == "llama-bpe")
+    )
+    words = [
+        pre_tokenizers.Split(tokenizers.Regex(expression), "isolated") for expression in expressions
+    ]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     added = []
     for token, kind in zip(vocabulary.ids, vocabulary.types):
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-            added.append(tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED))
+            added.append(
+                tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
+            )
     tokenizer.add_tokens(added)  # at once: each call goes over all tokens added so far
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
     config = {f"{name}_token": vocabulary.special.get(name) for name in ("bos", "eos", "pad")}
@@ -132,5 +150,6 @@ def _write_sentencepiece(keys: Mapping[str, Any], vocabulary: _Vocabulary, folde
     normalizer.remove_extra_whitespaces = False
     normalizer.add_dummy_prefix = keys.get("add_space_prefix", True)
     content = model.SerializeToString(deterministic=True)
-    sentencepiece.SentencePieceProcessor(model_proto=content)  # raises an error for what is no vocabulary
+    # raises an error for what is no vocabulary
+    sentencepiece.SentencePieceProcessor(model_proto=content)
     (folder / "tokenizer.model").write_bytes(content)

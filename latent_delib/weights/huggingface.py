@@ -25,7 +25,8 @@ CLASSES = {
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
-# What a config.json means by a key that it leaves out (the defaults of `transformers`), by our family.
+# What a config.json means by a key that it leaves out (the defaults of `transformers`), by our
+# family.
 _COMMON = dict(
     hidden_act="silu",
     rms_norm_eps=1e-6,
@@ -37,7 +38,9 @@ _COMMON = dict(
     final_logit_softcapping=None,
     use_bidirectional_attention=False,
 )
-_GEMMA = _COMMON | dict(hidden_act="gelu_pytorch_tanh", head_dim=256, tie_word_embeddings=True, vocab_size=256_000)
+_GEMMA = _COMMON | dict(
+    hidden_act="gelu_pytorch_tanh", head_dim=256, tie_word_embeddings=True, vocab_size=256_000
+)
 _GEMMA2 = _GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096)
 _GEMMA3_ALONE = dict(
     vocab_size=262_208,
@@ -52,7 +55,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _COMMON,
     "qwen3": _COMMON | dict(head_dim=128, rope_theta=1e6),
     "gemma": _GEMMA,
-    "gemma2": _GEMMA2 | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window_pattern=2),
+    "gemma2": _GEMMA2
+    | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window_pattern=2),
     "gemma3": _GEMMA2 | _GEMMA3_ALONE,
 }
 # Our field -> the key of a config.json that holds the same number.
@@ -79,7 +83,12 @@ SCALINGS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 # Parts of multimodal checkpoints that a text decoder does not have.
-_IGNORED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_IGNORED = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -103,18 +112,32 @@ def open_source(where: Path) -> Source:
         file, stored = places[name]
         return file.read(stored).astype(dtypes[name], copy=False)
 
-    if not config.untied_head and {HEAD, EMBEDDING} <= shapes.keys():  # some exporters write the table twice
+    # some exporters write the table twice
+    if not config.untied_head and {HEAD, EMBEDDING} <= shapes.keys():
         if not np.array_equal(read_tensor(HEAD), read_tensor(EMBEDDING)):
-            raise UserError(f"{where}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings=True")
+            raise UserError(
+                f"{where}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings=True"
+            )
         del shapes[HEAD]
-    return Source(str(where), "huggingface", config, shapes, dtypes, read_tensor, folder_lib.tokenizer_writer(where))
+    return Source(
+        str(where),
+        "huggingface",
+        config,
+        shapes,
+        dtypes,
+        read_tensor,
+        folder_lib.tokenizer_writer(where),
+    )
 
 
 def _text_name(name: str) -> str | None:
-    """Returns the name that a tensor has in a text-only checkpoint; None where a text decoder does not use it."""
+    """Returns the name that a tensor has in a text-only checkpoint; None where a text decoder does
+    not use it.
+    """
     if name.startswith(_IGNORED) or name.endswith("rotary_emb.inv_freq"):
         return None
-    for prefix in ("language_model.model.", "model.language_model."):  # both have stood for Gemma 3's text part
+    # both have stood for Gemma 3's text part
+    for prefix in ("language_model.model.", "model.language_model."):
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix)
     return name.removeprefix("language_model.")
@@ -125,14 +148,18 @@ def _files(where: Path) -> dict[str, TensorFile]:
     index = where / "model.safetensors.index.json"
     if not index.is_file():
         if not (where / "model.safetensors").is_file():
-            raise UserError(f"{where}: has neither model.safetensors nor {index.name} (pickled weights are not read)")
+            raise UserError(
+                f"{where}: has neither model.safetensors nor {index.name} (pickled weights are not read)"
+            )
         file = TensorFile(where / "model.safetensors")
         return dict.fromkeys(file.shapes, file)
     listed = folder_lib.read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index}: weight_map is missing or no map of tensor names to file names")
     opened = {file: TensorFile(where / file) for file in sorted(set(listed.values()))}
-    astray = [f"{name} in {file}" for name, file in listed.items() if name not in opened[file].shapes]
+    astray = [
+        f"{name} in {file}" for name, file in listed.items() if name not in opened[file].shapes
+    ]
     if astray:
         raise UserError(f"{index}: these tensors are not where it says: {', '.join(astray)}")
     return {name: opened[file] for name, file in listed.items()}
@@ -149,7 +176,9 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
     model_type = text.get("model_type", "gemma3_text" if multimodal else None)
     families = {theirs: ours for ours, (theirs, _) in CLASSES.items()}
     if not isinstance(model_type, str) or model_type not in families:
-        raise UserError(f"{where}: model_type={model_type!r}, expected one of {', '.join(families)} or gemma3")
+        raise UserError(
+            f"{where}: model_type={model_type!r}, expected one of {', '.join(families)} or gemma3"
+        )
     ours = families[model_type]
     c = _in_one_form(ours, text, where)
     # Gemma 1's files say gelu and mean its tanh approximation, as `transformers` reads them.
@@ -162,7 +191,9 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
         "hidden_act": activations,
     }.items():
         if c[key] not in allowed:
-            raise UserError(f"{where}: {key}={c[key]!r}, only {' or '.join(map(repr, allowed))} is known here")
+            raise UserError(
+                f"{where}: {key}={c[key]!r}, only {' or '.join(map(repr, allowed))} is known here"
+            )
     pattern = _pattern(c, where)
     keys = KEYS if "local" in pattern else NUMBERS | SOFTCAPS
     fields = dict(FAMILIES[ours])
@@ -179,10 +210,11 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
 
 
 def _in_one_form(ours: str, text: Fields, where: str) -> dict[str, Any]:
-    """Returns the fields of a text decoder with all that they leave out, as `transformers` 4 wrote them.
+    """Returns the fields of a text decoder with all that they leave out, as `transformers` 4 wrote
+    them.
 
-    That is hidden_act, and rope_theta, rope_scaling and rope_local_base_freq where release 5 writes rope_parameters,
-    for all layers or by their kind.
+    That is hidden_act, and rope_theta, rope_scaling and rope_local_base_freq where release 5 writes
+    rope_parameters, for all layers or by their kind.
     """
     c = dict(DEFAULTS[ours])
     for key, value in text.items():
@@ -212,11 +244,17 @@ def _pattern(c: Fields, where: str) -> tuple[str, ...]:
             raise UserError(f"{where}: use_sliding_window=True needs layer_types")
         period = checked("sliding_window_pattern", c.get("sliding_window_pattern", 1), int, where)
         if not 1 <= period <= 1000:
-            raise UserError(f"{where}: sliding_window_pattern={period}, expected a number of layers")
+            raise UserError(
+                f"{where}: sliding_window_pattern={period}, expected a number of layers"
+            )
         return ("local",) * (period - 1) + ("global",)
     kinds = c["layer_types"]
     num_layers = c.get("num_hidden_layers")
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in list(LAYERS) for kind in kinds):
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not all(kind in list(LAYERS) for kind in kinds)
+    ):
         raise UserError(f"{where}: layer_types: expected {num_layers} of {' and '.join(LAYERS)}")
     ours = [LAYERS[kind] for kind in kinds]
     for period in range(1, len(ours)):
@@ -228,8 +266,14 @@ def _pattern(c: Fields, where: str) -> tuple[str, ...]:
 def _scaling(rope: Fields, where: str) -> tuple[float, ...]:
     """Returns the rotary scaling of TransformerConfig."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in SCALINGS or rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{where}: rotary positions {dict(rope)}, expected the type to be one of {', '.join(SCALINGS)}")
+    if (
+        not isinstance(kind, str)
+        or kind not in SCALINGS
+        or rope.get("partial_rotary_factor", 1) != 1
+    ):
+        raise UserError(
+            f"{where}: rotary positions {dict(rope)}, expected the type to be one of {', '.join(SCALINGS)}"
+        )
     values = [checked(key, rope.get(key), float, where) for key in SCALINGS[kind]]
     return (*values, 1.0, 4.0, 0.0) if kind == "linear" else tuple(values)
 
@@ -243,7 +287,8 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
       token_ids: "bos_token_id", "eos_token_id", "pad_token_id".
 
     Raises:
-      UserError: `transformers` has no class that computes it; read back, the fields give another architecture.
+      UserError: `transformers` has no class that computes it; read back, the fields give another
+        architecture.
     """
     ours = family(c)
     model_type, class_name = CLASSES[ours]
@@ -258,13 +303,17 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
     }
     fields |= {key: getattr(c, name) for name, key in NUMBERS.items()}
     if ours.startswith("gemma"):
-        fields["hidden_act"] = fields["hidden_activation"] = "gelu_pytorch_tanh"  # Gemma 1 needs both: 5 and 4
+        # Gemma 1 needs both: 5 and 4
+        fields["hidden_act"] = fields["hidden_activation"] = "gelu_pytorch_tanh"
     if ours in ("gemma2", "gemma3"):
         scalar = round(c.query_scale**-2, 6)
         fields |= {
-            "layer_types": ["sliding_attention" if local else "full_attention" for local in c.is_local],
+            "layer_types": [
+                "sliding_attention" if local else "full_attention" for local in c.is_local
+            ],
             "sliding_window": c.window or 4096,
-            "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers 5 insists
+            # transformers 5 insists
+            "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
         }
         fields |= {key: getattr(c, name) or None for name, key in SOFTCAPS.items()}
     if ours == "gemma3":
@@ -294,7 +343,9 @@ def _rope_scaling(c: TransformerConfig) -> dict[str, Any] | None:
 
 
 def tokenizer_config(path: Path) -> dict[str, Any]:
-    """Returns the tokenizer_config.json that makes `transformers` read a SentencePiece model as it is."""
+    """Returns the tokenizer_config.json that makes `transformers` read a SentencePiece model as it
+    is.
+    """
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     model = SentencePieceProcessor(model_file=str(path))

@@ -1,8 +1,10 @@
-"""Maps tensor names between our parameter tree and other formats: one table per family, read in both directions.
+"""Maps tensor names between our parameter tree and other formats: one table per family, read in
+both directions.
 
-A row gives our leaf with its axes, and what Hugging Face, GGUF and DeepMind's own checkpoints call it: the name, then
-the axes as stored (einops). `[0/2]` picks a part of a tensor that fuses several leaves. Axes: V vocabulary, D width,
-N query heads, K key/value heads, H head dim, F feed-forward width.
+A row gives our leaf with its axes, and what Hugging Face, GGUF and DeepMind's own checkpoints call
+it: the name, then the axes as stored (einops). `[0/2]` picks a part of a tensor that fuses several
+leaves. Axes: V vocabulary, D width, N query heads, K key/value heads, H head dim, F feed-forward
+width.
 """
 
 import dataclasses
@@ -32,33 +34,76 @@ class Row(NamedTuple):
 LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}.", "deepmind": "layer_{}/"}
 
 _OUTSIDE = {
-    "embedding": Row("V D", "model.embed_tokens.weight V D", "token_embd.weight V D", "embedder/input_embedding V D"),
-    "final_norm.scale": Row("D", "model.norm.weight D", "output_norm.weight D", "final_norm/scale D"),
+    "embedding": Row(
+        "V D",
+        "model.embed_tokens.weight V D",
+        "token_embd.weight V D",
+        "embedder/input_embedding V D",
+    ),
+    "final_norm.scale": Row(
+        "D", "model.norm.weight D", "output_norm.weight D", "final_norm/scale D"
+    ),
 }
 _LLAMA = {
-    "pre_attn_norm.scale": Row("D", "input_layernorm.weight D", "attn_norm.weight D", "pre_attention_norm/scale D"),
-    "attn.q": Row("D N H", "self_attn.q_proj.weight (N H) D", "attn_q.weight (N H) D", "attn/q_einsum N D H"),
-    "attn.k": Row("D K H", "self_attn.k_proj.weight (K H) D", "attn_k.weight (K H) D", "attn/kv_einsum[0/2] K D H"),
-    "attn.v": Row("D K H", "self_attn.v_proj.weight (K H) D", "attn_v.weight (K H) D", "attn/kv_einsum[1/2] K D H"),
-    "attn.out": Row(
-        "N H D", "self_attn.o_proj.weight D (N H)", "attn_output.weight D (N H)", "attn/attn_vec_einsum N H D"
+    "pre_attn_norm.scale": Row(
+        "D", "input_layernorm.weight D", "attn_norm.weight D", "pre_attention_norm/scale D"
     ),
-    "pre_mlp_norm.scale": Row("D", "post_attention_layernorm.weight D", "ffn_norm.weight D", "pre_ffw_norm/scale D"),
-    "mlp.gate": Row("D F", "mlp.gate_proj.weight F D", "ffn_gate.weight F D", "mlp/gating_einsum[0/2] D F"),
-    "mlp.up": Row("D F", "mlp.up_proj.weight F D", "ffn_up.weight F D", "mlp/gating_einsum[1/2] D F"),
+    "attn.q": Row(
+        "D N H", "self_attn.q_proj.weight (N H) D", "attn_q.weight (N H) D", "attn/q_einsum N D H"
+    ),
+    "attn.k": Row(
+        "D K H",
+        "self_attn.k_proj.weight (K H) D",
+        "attn_k.weight (K H) D",
+        "attn/kv_einsum[0/2] K D H",
+    ),
+    "attn.v": Row(
+        "D K H",
+        "self_attn.v_proj.weight (K H) D",
+        "attn_v.weight (K H) D",
+        "attn/kv_einsum[1/2] K D H",
+    ),
+    "attn.out": Row(
+        "N H D",
+        "self_attn.o_proj.weight D (N H)",
+        "attn_output.weight D (N H)",
+        "attn/attn_vec_einsum N H D",
+    ),
+    "pre_mlp_norm.scale": Row(
+        "D", "post_attention_layernorm.weight D", "ffn_norm.weight D", "pre_ffw_norm/scale D"
+    ),
+    "mlp.gate": Row(
+        "D F", "mlp.gate_proj.weight F D", "ffn_gate.weight F D", "mlp/gating_einsum[0/2] D F"
+    ),
+    "mlp.up": Row(
+        "D F", "mlp.up_proj.weight F D", "ffn_up.weight F D", "mlp/gating_einsum[1/2] D F"
+    ),
     "mlp.down": Row("F D", "mlp.down_proj.weight D F", "ffn_down.weight D F", "mlp/linear F D"),
 }
 _QK_NORMS = {
-    "attn.q_norm.scale": Row("H", "self_attn.q_norm.weight H", "attn_q_norm.weight H", "attn/_query_norm/scale H"),
-    "attn.k_norm.scale": Row("H", "self_attn.k_norm.weight H", "attn_k_norm.weight H", "attn/_key_norm/scale H"),
-}
-_POST_NORMS = {  # what Llama calls post_attention_layernorm stands before the MLP; here the name means what it says
-    "post_attn_norm.scale": Row(
-        "D", "post_attention_layernorm.weight D", "post_attention_norm.weight D", "post_attention_norm/scale D"
+    "attn.q_norm.scale": Row(
+        "H", "self_attn.q_norm.weight H", "attn_q_norm.weight H", "attn/_query_norm/scale H"
     ),
-    "pre_mlp_norm.scale": Row("D", "pre_feedforward_layernorm.weight D", "ffn_norm.weight D", "pre_ffw_norm/scale D"),
+    "attn.k_norm.scale": Row(
+        "H", "self_attn.k_norm.weight H", "attn_k_norm.weight H", "attn/_key_norm/scale H"
+    ),
+}
+# what Llama calls post_attention_layernorm stands before the MLP; here the name means what it says
+_POST_NORMS = {
+    "post_attn_norm.scale": Row(
+        "D",
+        "post_attention_layernorm.weight D",
+        "post_attention_norm.weight D",
+        "post_attention_norm/scale D",
+    ),
+    "pre_mlp_norm.scale": Row(
+        "D", "pre_feedforward_layernorm.weight D", "ffn_norm.weight D", "pre_ffw_norm/scale D"
+    ),
     "post_mlp_norm.scale": Row(
-        "D", "post_feedforward_layernorm.weight D", "post_ffw_norm.weight D", "post_ffw_norm/scale D"
+        "D",
+        "post_feedforward_layernorm.weight D",
+        "post_ffw_norm.weight D",
+        "post_ffw_norm/scale D",
     ),
 }
 _QKV_BIASES = {
@@ -91,9 +136,10 @@ def rows(config: TransformerConfig) -> dict[str, Row]:
 class Tensor:
     """Says how one leaf of ours, or one layer of it, is stored in another format.
 
-    leaf, layer: ours; no layer for leaves that are not stacked. name, shape: of the stored tensor, or of the part of it
-    that is this leaf. part: (index, of how many) on a leading axis, or None. theirs, ours: axes in both formats. sizes:
-    of the axes. added: what stored norms hold beyond ours.
+    leaf, layer: ours; no layer for leaves that are not stacked. name, shape: of the stored tensor,
+    or of the part of it that is this leaf. part: (index, of how many) on a leading axis, or None.
+    theirs, ours: axes in both formats. sizes: of the axes. added: what stored norms hold beyond
+    ours.
     """
 
     leaf: str
@@ -136,15 +182,22 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
       form: a column of the tables: "huggingface", "gguf" or "deepmind".
     """
     c = config
-    sizes = dict(V=c.vocab_size, D=c.embed_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim, F=c.ffn_dim)
+    sizes = dict(
+        V=c.vocab_size, D=c.embed_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim, F=c.ffn_dim
+    )
     sizes |= dict(h=c.head_dim // 2, c=2)
     for leaf, row in rows(c).items():
         name, _, theirs = getattr(row, form).partition(" ")
         ours = row.ours
         if form == "gguf" and family(c) == "llama" and leaf in ("layers.attn.q", "layers.attn.k"):
-            # There rotary pairs are neighbours, (0, 1), (2, 3), ...; elsewhere the halves of a head.
+            # There rotary pairs are neighbours, (0, 1), (2, 3), ...; elsewhere the halves of a
+            # head.
             theirs, ours = theirs.replace("H", "h c"), ours.replace("H", "(c h)")
-        if form == "deepmind" and c.num_heads == c.num_kv_heads and re.fullmatch(r"layers\.attn\.[qkv]", leaf):
+        if (
+            form == "deepmind"
+            and c.num_heads == c.num_kv_heads
+            and re.fullmatch(r"layers\.attn\.[qkv]", leaf)
+        ):
             name = f"attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
         part = re.fullmatch(r"(.*)\[(\d)/(\d)\]", name)
         groups = re.findall(r"\([^)]*\)|\w", theirs)
@@ -152,7 +205,9 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
             leaf=leaf,
             layer=None,
             name=part[1] if part else name,
-            shape=tuple(math.prod(sizes[axis] for axis in group.strip("()").split()) for group in groups),
+            shape=tuple(
+                math.prod(sizes[axis] for axis in group.strip("()").split()) for group in groups
+            ),
             part=(int(part[2]), int(part[3])) if part else None,
             theirs=theirs,
             ours=ours,
@@ -163,7 +218,9 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
             yield tensor
             continue
         for layer in range(c.num_layers):
-            yield dataclasses.replace(tensor, layer=layer, name=LAYER[form].format(layer) + tensor.name)
+            yield dataclasses.replace(
+                tensor, layer=layer, name=LAYER[form].format(layer) + tensor.name
+            )
 
 
 def match(
@@ -183,7 +240,8 @@ def match(
       without: leaves that it does not have.
 
     Raises:
-      UserError: tensors are missing, unknown or misshapen; all are listed, by their name and by ours.
+      UserError: tensors are missing, unknown or misshapen; all are listed, by their name and by
+        ours.
     """
     if config.num_layers > len(found):  # a damaged number must not make a billion names
         raise UserError(f"{source}: {config.num_layers} layers, but only {len(found)} tensors")

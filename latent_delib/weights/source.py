@@ -1,4 +1,6 @@
-"""The interface that every checkpoint reader returns: the architecture, the tensors' shapes, and a way to read one."""
+"""The interface that every checkpoint reader returns: the architecture, the tensors' shapes, and a
+way to read one.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,9 +14,10 @@ from latent_delib.nn.sizes import TransformerConfig
 class Source(NamedTuple):
     """Describes a decoder on disk; no weight has been read.
 
-    where: its path, for messages. form: a column of the tables in `names`. shapes: of every tensor, by its stored name.
-    dtypes: of what `read` returns, bfloat16 as stored and float32 for all else that it holds exactly. read: reads one
-    tensor. write_tokenizer: writes its tokenizer into a folder; None where it has none.
+    where: its path, for messages. form: a column of the tables in `names`. shapes: of every tensor,
+    by its stored name. dtypes: of what `read` returns, bfloat16 as stored and float32 for all else
+    that it holds exactly. read: reads one tensor. write_tokenizer: writes its tokenizer into a
+    folder; None where it has none.
     """
 
     where: str

@@ -1,7 +1,8 @@
 """Files of tensors in the safetensors format, read and written one tensor at a time.
 
-The `safetensors` library checks that a header fits its file. Data is read and written here, because the library maps
-whole files to read and takes all tensors at once to write. Layout: eight bytes of header length, header (JSON), data.
+The `safetensors` library checks that a header fits its file. Data is read and written here, because
+the library maps whole files to read and takes all tensors at once to write. Layout: eight bytes of
+header length, header (JSON), data.
 """
 
 import json
@@ -18,17 +19,26 @@ import safetensors
 
 from latent_delib.errors import UserError
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def read_dtype(stored: np.dtype) -> np.dtype:
-    """Returns the dtype that a stored tensor is read as: float32 for float16, which it holds exactly."""
+    """Returns the dtype that a stored tensor is read as: float32 for float16, which it holds
+    exactly.
+    """
     return np.dtype(np.float32) if stored == np.float16 else stored
 
 
 def check_shapes(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], source: str, notes: Mapping[str, str]
+    found: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    source: str,
+    notes: Mapping[str, str],
 ) -> None:
     """Raises UserError that lists all tensors that are missing, unknown or misshapen.
 
@@ -52,7 +62,8 @@ class TensorFile:
     """Holds an opened safetensors file. shapes, dtypes: of every tensor, by name.
 
     Raises:
-      UserError: missing, truncated or contradictory, or a tensor of another type than float32, float16 or bfloat16.
+      UserError: missing, truncated or contradictory, or a tensor of another type than float32,
+        float16 or bfloat16.
     """
 
     def __init__(self, path: Path):
@@ -73,12 +84,16 @@ class TensorFile:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                raise UserError(f"{path}: {name} is of type {entry['dtype']}, expected {', '.join(DTYPES)}")
+                raise UserError(
+                    f"{path}: {name} is of type {entry['dtype']}, expected {', '.join(DTYPES)}"
+                )
             self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
             self._begin[name] = 8 + length + entry["data_offsets"][0]
 
     def read(self, name: str, index: Any = ...) -> np.ndarray:
-        """Reads a tensor, or the part of it that a numpy index selects; nothing else of the file is held."""
+        """Reads a tensor, or the part of it that a numpy index selects; nothing else of the file is
+        held.
+        """
         shape, dtype, begin = self.shapes[name], self.dtypes[name], self._begin[name]
         if index is not ... and index != (slice(None),) * len(shape):
             return np.array(np.memmap(self.path, dtype, "r", begin, shape)[index])
@@ -99,7 +114,8 @@ def write(
 
     Args:
       entries: name -> shape and dtype, in the order of the file.
-      chunks: the data of all tensors, one after the other, cut anywhere; one chunk at a time is in memory.
+      chunks: the data of all tensors, one after the other, cut anywhere; one chunk at a time is in
+        memory.
       metadata: strings for the header.
       digest: a `hashlib` object, updated with every byte of the file; None for no hash.
     """
@@ -107,7 +123,11 @@ def write(
     end = 0
     for name, (shape, dtype) in entries.items():
         begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        header[name] = {"dtype": _CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": _CODES[np.dtype(dtype)],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:

@@ -1,4 +1,6 @@
-"""The command that proves a card: in small on this CPU, and what it makes of rows that fail, end it, or are missing."""
+"""The command that proves a card: in small on this CPU, and what it makes of rows that fail, end
+it, or are missing.
+"""
 
 import json
 import sys
@@ -15,9 +17,20 @@ from latent_delib.nn.attention import choice
 
 ROOT = Path(__file__).parents[2]
 CARD = dict(
-    platform="gpu", device="NVIDIA L4", family="sm_89", kernel="pallas_gpu", driver="570.1", jax=jax.__version__
+    platform="gpu",
+    device="NVIDIA L4",
+    family="sm_89",
+    kernel="pallas_gpu",
+    driver="570.1",
+    jax=jax.__version__,
 )
-CARD |= dict(jaxlib="0.10.2", date="2026-11-28T00:00:00+00:00", xla_flags="--a", small=False, peak_tflops=121.0)
+CARD |= dict(
+    jaxlib="0.10.2",
+    date="2026-11-28T00:00:00+00:00",
+    xla_flags="--a",
+    small=False,
+    peak_tflops=121.0,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +54,9 @@ def run(file, rows, seconds=100.0):
         called.append(name)
         return make()
 
-    chip_parts.run(((n, lambda n=n, m=m: noted(n, m)) for n, m in rows.items()), "proof", file, seconds)
+    chip_parts.run(
+        ((n, lambda n=n, m=m: noted(n, m)) for n, m in rows.items()), "proof", file, seconds
+    )
     return chip_parts.read(file)["parts"]["proof"], called
 
 
@@ -86,14 +101,22 @@ def test_in_small_on_this_machine(tmp_path, cache, capfd, monkeypatch):
 
 def test_a_file_of_another_machine_is_refused(file, monkeypatch):
     now = json.dumps(CARD | {"driver": "580.2"})
-    monkeypatch.setattr(chip.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=f"noise\n{now}"))
-    with pytest.raises(SystemExit, match="made with driver '570.1', now '580.2'; name another --out"):
+    monkeypatch.setattr(
+        chip.subprocess,
+        "run",
+        lambda *_, **__: SimpleNamespace(returncode=0, stdout=f"noise\n{now}"),
+    )
+    with pytest.raises(
+        SystemExit, match="made with driver '570.1', now '580.2'; name another --out"
+    ):
         chip.start(False, file)
 
 
 def test_a_gpu_wants_its_flags(file, monkeypatch):
     now = json.dumps(CARD | {"xla_flags": ""})
-    monkeypatch.setattr(chip.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=now))
+    monkeypatch.setattr(
+        chip.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=now)
+    )
     with pytest.raises(SystemExit, match="expected ./launch/gpu.sh"):
         chip.start(False, file)
 
@@ -137,8 +160,14 @@ def test_rows_that_are_there_are_not_made_again(file):
 def test_rows_that_do_not_fit_the_time_are_left_out(file):
     rows = {"xla, a": agree, "xla, b": agree}
     part, called = run(file, rows, seconds=-1.0)
-    assert called == [] and part["left_out"] == list(rows) and not chip.is_complete(chip_parts.read(file), "proof")
-    assert "left out for want of time: proof: xla, a; xla, b; run" in chip.summary(chip_parts.read(file))
+    assert (
+        called == []
+        and part["left_out"] == list(rows)
+        and not chip.is_complete(chip_parts.read(file), "proof")
+    )
+    assert "left out for want of time: proof: xla, a; xla, b; run" in chip.summary(
+        chip_parts.read(file)
+    )
     part, called = run(file, rows)
     assert called == list(rows) and part["left_out"] == []
 
@@ -150,10 +179,15 @@ def test_a_row_that_ends_its_process_is_tried_three_times(file):
     for tries in (1, 2, 3):
         with pytest.raises(SystemExit):
             run(file, {"pallas_gpu, a": ends})
-        assert chip_parts.read(file)["parts"]["proof"]["rows"] == {"pallas_gpu, a": {"tries": tries}}
+        assert chip_parts.read(file)["parts"]["proof"]["rows"] == {
+            "pallas_gpu, a": {"tries": tries}
+        }
         assert not chip.is_complete(chip_parts.read(file), "proof")
     part, called = run(file, {"pallas_gpu, a": ends, "xla, a": agree})
-    assert called == ["xla, a"] and "its process ended 3 times" in part["rows"]["pallas_gpu, a"]["failed"]
+    assert (
+        called == ["xla, a"]
+        and "its process ended 3 times" in part["rows"]["pallas_gpu, a"]["failed"]
+    )
     assert "NOT proven" in chip.record(chip_parts.read(file))
 
 
@@ -178,7 +212,9 @@ def test_the_largest_batch_that_fits(monkeypatch, room, needs, tried):
             compiled.append(inputs["tokens"])
             if needs[inputs["tokens"]] is None:
                 raise RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
-            size = SimpleNamespace(argument_size_in_bytes=27.5 * gib, temp_size_in_bytes=needs[compiled[-1]] * gib)
+            size = SimpleNamespace(
+                argument_size_in_bytes=27.5 * gib, temp_size_in_bytes=needs[compiled[-1]] * gib
+            )
             size.temp_size_in_bytes -= size.argument_size_in_bytes
             size.output_size_in_bytes = size.alias_size_in_bytes = 0
             return SimpleNamespace(memory_analysis=lambda: size)
@@ -228,11 +264,15 @@ def test_a_form_that_is_wrong_does_not_agree(monkeypatch):
 
 
 def test_errors_that_are_no_numbers_do_not_agree(monkeypatch):
-    assert not chip_proof.within({"out": chip_proof.errors(jnp.array([1.0, jnp.nan]), jnp.ones(2))}, (1.0, 1.0))
+    assert not chip_proof.within(
+        {"out": chip_proof.errors(jnp.array([1.0, jnp.nan]), jnp.ones(2))}, (1.0, 1.0)
+    )
     nothing = jnp.full(3, jnp.nan)
     monkeypatch.setattr(chip_proof, "passes", lambda *_: lambda *_: (nothing, (nothing,) * 3))
     assert not chip_proof.compare("xla", "float32", 16, chip_proof.SMALL["traces"])["passed"]
-    assert chip_proof.errors(jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])) == pytest.approx((0.5**0.5, 1.0))
+    assert chip_proof.errors(jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])) == pytest.approx(
+        (0.5**0.5, 1.0)
+    )
 
 
 def test_every_row_of_the_proof_has_a_name_of_its_own():

@@ -1,4 +1,6 @@
-"""The dense one-sequence form computes what the package computes: the baseline does the same work."""
+"""The dense one-sequence form computes what the package computes: the baseline does the same
+work.
+"""
 
 from functools import partial
 
@@ -24,14 +26,18 @@ from latent_delib.nn.transformer import Transformer
 )
 def test_loss_and_gradient_equal_ours(name, placement):
     config = small.CONFIGS[name]
-    params = jax.tree.map(jnp.array, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, 3)})
+    params = jax.tree.map(
+        jnp.array, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, 3)}
+    )
     tokens_BT, segment_BT, at_BM = jax.tree.map(jnp.array, small.packed(config))
     aug = Augmentation(Transformer(config, few=0), num_latents=3, placement=placement)
 
     def value_and_gradient(loss):
         def of_coprocessor(trainable):
             all_params = params | {"coprocessor": trainable}
-            return loss(aug, all_params, tokens_BT, segment_BT, at_BM, num_ahead=5, dtype=jnp.float32)
+            return loss(
+                aug, all_params, tokens_BT, segment_BT, at_BM, num_ahead=5, dtype=jnp.float32
+            )
 
         return jax.jit(jax.value_and_grad(of_coprocessor, has_aux=True))(params["coprocessor"])
 

@@ -1,7 +1,7 @@
 """The PyTorch peer computes what the package computes.
 
-flex_attention has no backward pass on a CPU, so gradients are compared with plain operations under the very same mask
-functions, and flex_attention itself by its loss.
+flex_attention has no backward pass on a CPU, so gradients are compared with plain operations under
+the very same mask functions, and flex_attention itself by its loss.
 """
 
 import jax
@@ -69,9 +69,12 @@ def test_loss_and_gradient_equal_ours(placement, compiled):
     loss.backward()
     assert all(p.grad is None for p in peer.decoder.parameters())
     assert_equal(peer.coprocessor.soft_tokens.grad, gradient["soft_tokens"])
-    assert_equal(peer.coprocessor.layers[1].mlp.gate_proj.weight.grad, gradient["layers"]["mlp"]["gate"][1].T)
     assert_equal(
-        peer.coprocessor.layers[2].post_attn_norm.weight.grad, gradient["layers"]["post_attn_norm"]["scale"][2]
+        peer.coprocessor.layers[1].mlp.gate_proj.weight.grad, gradient["layers"]["mlp"]["gate"][1].T
+    )
+    assert_equal(
+        peer.coprocessor.layers[2].post_attn_norm.weight.grad,
+        gradient["layers"]["post_attn_norm"]["scale"][2],
     )
 
     flex, text = theirs(placement, *trees, compiled=False, form=FORMS["cuda"])  # in float32
@@ -87,9 +90,13 @@ def test_a_decoder_s_loss_and_gradient_equal_ours():
     aug = Augmentation(Transformer(CONFIG), "decoder", num_latents=0)
 
     def of_decoder(tree):
-        return augment.loss(aug, {"decoder": tree}, *map(jnp.array, TEXT), num_ahead=A, dtype=jnp.float32)
+        return augment.loss(
+            aug, {"decoder": tree}, *map(jnp.array, TEXT), num_ahead=A, dtype=jnp.float32
+        )
 
-    (expected_loss, count), gradient = jax.jit(jax.value_and_grad(of_decoder, has_aux=True))(decoder)
+    (expected_loss, count), gradient = jax.jit(jax.value_and_grad(of_decoder, has_aux=True))(
+        decoder
+    )
     peer = DecoderPeer(CONFIG, OPTIMIZER, compiled=False)
     load(peer.decoder, decoder)
     loss, tokens = peer.loss(*map(torch.from_numpy, TEXT[:2]))
@@ -97,7 +104,10 @@ def test_a_decoder_s_loss_and_gradient_equal_ours():
     np.testing.assert_allclose(loss.detach(), expected_loss, rtol=1e-4)
     loss.backward()
     assert_equal(peer.decoder.embedding.grad, np.asarray(gradient["embedding"]))
-    assert_equal(peer.decoder.layers[1].mlp.gate_proj.weight.grad, np.asarray(gradient["layers"]["mlp"]["gate"][1].T))
+    assert_equal(
+        peer.decoder.layers[1].mlp.gate_proj.weight.grad,
+        np.asarray(gradient["layers"]["mlp"]["gate"][1].T),
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -120,7 +130,9 @@ def test_a_step_moves_the_coprocessor_alone():
     peer = Peer(CONFIG, L, A, "after", OPTIMIZER, "cpu", compiled=False, checkpointed=False)
     before = [[p.clone() for p in m.parameters()] for m in (peer.decoder, peer.coprocessor)]
     segment = torch.ones(2, 40, dtype=torch.long)
-    losses = [float(peer.step(torch.arange(80).view(2, 40), segment, num_traces=4)) for _ in range(30)]
+    losses = [
+        float(peer.step(torch.arange(80).view(2, 40), segment, num_traces=4)) for _ in range(30)
+    ]
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, q) for p, q in zip(before[0], peer.decoder.parameters()))
     assert not any(torch.equal(p, q) for p, q in zip(before[1], peer.coprocessor.parameters()))

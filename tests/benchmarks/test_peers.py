@@ -1,4 +1,6 @@
-"""The table of peers: sides take turns, each in a process of its own. What they do is compared in test_peer.py."""
+"""The table of peers: sides take turns, each in a process of its own. What they do is compared in
+test_peer.py.
+"""
 
 import argparse
 import json
@@ -33,9 +35,14 @@ def row(**sides):
 
 
 def test_sides_take_turns(tmp_path, monkeypatch, capsys):
-    sides = {"ours": partial(side, figures=[1.0, 2.0]), "theirs": partial(side, figures=[1.0005, 3.0])}
+    sides = {
+        "ours": partial(side, figures=[1.0, 2.0]),
+        "theirs": partial(side, figures=[1.0005, 3.0]),
+    }
     monkeypatch.setattr(peers, "ROWS", {"1": (row(**sides),)})
-    found = peers.main(["--rounds=3", "--least=0", f"--folder={tmp_path}", f"--json={tmp_path}/table.json"])
+    found = peers.main(
+        ["--rounds=3", "--least=0", f"--folder={tmp_path}", f"--json={tmp_path}/table.json"]
+    )
     log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert [name for name, _, _ in log] == ["1.0"] * 2 + ["1.0005"] * 2 + ["1.0", "1.0005"] * 3
     assert len({pid for _, pid, _ in log} | {str(os.getpid())}) == 3
@@ -46,7 +53,10 @@ def test_sides_take_turns(tmp_path, monkeypatch, capsys):
     assert made["peer"] == "theirs" and made["same"] == 0.5
     assert json.loads((tmp_path / "table.json").read_text()) == found
     printed = capsys.readouterr().out
-    assert printed.endswith(f"{peers.table(found['rows'])}\n") and "| some work, calls/s | theirs " in printed
+    assert (
+        printed.endswith(f"{peers.table(found['rows'])}\n")
+        and "| some work, calls/s | theirs " in printed
+    )
 
 
 def test_a_side_that_fails_ends_the_command(tmp_path):

@@ -1,4 +1,6 @@
-"""The table of slices: its rows, its estimates, and what the compiler for TPUs says of a small model."""
+"""The table of slices: its rows, its estimates, and what the compiler for TPUs says of a small
+model.
+"""
 
 import dataclasses
 import importlib.util
@@ -17,7 +19,10 @@ GIB = 2.0**30
 FOUND = {
     "chip": "TPU v5",
     "flops": {"useful": 3e9, "done again": 1e9},
-    "received": {"all-gather": {"calls": 2, "received": 7e8}, "all-reduce": {"calls": 1, "received": 3e8}},
+    "received": {
+        "all-gather": {"calls": 2, "received": 7e8},
+        "all-reduce": {"calls": 1, "received": 3e8},
+    },
     "memory": {
         "frozen weights": GIB / 2,
         "trainable weights": GIB / 2,
@@ -31,11 +36,15 @@ FOUND = {
 
 
 def test_an_estimate_follows_from_what_was_found():
-    """The longer of compute and links, then the update; rows by proportion of what is not theirs."""
+    """The longer of compute and links, then the update; rows by proportion of what is not
+    theirs.
+    """
     chip = scaling.Chip(bandwidth=1e12, links=1e9)
     found = scaling.estimate(FOUND, rows=1, chip=chip, peak=4e9)
     update = 7 * GIB / 2 / 1e12
-    assert found["seconds"] == pytest.approx({"compute": 2.0, "links": 2.0, "update": update, "step": 2.0 + update})
+    assert found["seconds"] == pytest.approx(
+        {"compute": 2.0, "links": 2.0, "update": update, "step": 2.0 + update}
+    )
     assert found["utilisation"] == pytest.approx(3 / 4 / 2.0, rel=1e-2)
     assert found["largest_rows"] == 2  # 1 row takes 3 GiB; 2 are held, 8 are left
 
@@ -78,10 +87,14 @@ def test_another_mistake_is_not_a_row(monkeypatch, tmp_path):
 
 
 def small_gemma():
-    """A model that the kernel for TPUs serves, with matrices large enough that the compiler treats them as such."""
+    """A model that the kernel for TPUs serves, with matrices large enough that the compiler treats
+    them as such.
+    """
     c = base.get_config()
     c.decoder.path, c.decoder.tokenizer = "", "packaged"
-    size = dataclasses.replace(SIZES["gemma2_test"], embed_dim=1024, head_dim=128, ffn_dim=4096, vocab_size=4096)
+    size = dataclasses.replace(
+        SIZES["gemma2_test"], embed_dim=1024, head_dim=128, ffn_dim=4096, vocab_size=4096
+    )
     c.decoder.architecture = ConfigDict(dataclasses.asdict(size))
     c.method.update(num_latents=4, num_traces=16, num_ahead=4)
     c.data.seq_len, c.train.batch_size, c.compute.remat = 256, 8, "full"
@@ -90,14 +103,22 @@ def small_gemma():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("topology, limit", [("v5e:2x4", 15.75), ("v6e:2x4", 31.25), ("v5p:2x2x2", 95.74)])
+@pytest.mark.parametrize(
+    "topology, limit", [("v5e:2x4", 15.75), ("v6e:2x4", 31.25), ("v5p:2x2x2", 95.74)]
+)
 def test_a_slice(topology, limit):
-    """Weights are gathered once for each use, the token table once. Of matrices as small as these the compiler sums
-    some gradients whole, where it scatters those of true size (docs/scaling.md)."""
+    """Weights are gathered once for each use, the token table once. Of matrices as small as these
+    the compiler sums some gradients whole, where it scatters those of true size (docs/scaling.md).
+    """
     found = scaling.compiled(small_gemma(), topology)
     assert found["memory_limit"] == limit * GIB
     c = small_gemma().decoder.architecture
-    matrices = 2 * c.num_layers * c.embed_dim * (3 * c.ffn_dim + c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads))
+    matrices = (
+        2
+        * c.num_layers
+        * c.embed_dim
+        * (3 * c.ffn_dim + c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads))
+    )
     table = 2 * c.vocab_size * c.embed_dim
     gathered = found["received"]["all-gather"]["received"]
     assert gathered == pytest.approx(3 / 4 * (5 * matrices + table), rel=0.01)

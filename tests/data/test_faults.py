@@ -1,4 +1,6 @@
-"""Records that cannot be used, files that vanish, and the fingerprint that knows the data again: both routes."""
+"""Records that cannot be used, files that vanish, and the fingerprint that knows the data again:
+both routes.
+"""
 
 import itertools
 import json
@@ -20,7 +22,13 @@ T, PAD, CHUNK = 32, 0, 128  # rows of a chunk
 
 
 def make_data(source, folder="", limit=0, **change):
-    data = {"sources": (source,), "weights": (1.0,), "validation": (source,), "token_files": str(folder), "seq_len": T}
+    data = {
+        "sources": (source,),
+        "weights": (1.0,),
+        "validation": (source,),
+        "token_files": str(folder),
+        "seq_len": T,
+    }
     return ConfigDict(data | {"max_bad_records": limit} | change)
 
 
@@ -69,8 +77,15 @@ def test_bad_records_are_counted_once_and_named(capsys):
     bad = rows.BadRecords(20)
     for i in [*range(20), *range(20)]:
         bad(f"file: line {i}: no\nsense")
-    shown = [f"bad record number {n}, skipped: file: line {n - 1}: no\\nsense" for n in (*range(1, 9), 16)]
-    assert capsys.readouterr().out.splitlines() == shown and len(bad.met) == 20 and bad.met.total() == 40
+    shown = [
+        f"bad record number {n}, skipped: file: line {n - 1}: no\\nsense"
+        for n in (*range(1, 9), 16)
+    ]
+    assert (
+        capsys.readouterr().out.splitlines() == shown
+        and len(bad.met) == 20
+        and bad.met.total() == 40
+    )
     with pytest.raises(UserError) as error:
         bad("file: line 20: no sense")
     expected = "file: line 20: no sense (bad record number 21, config.data.max_bad_records is 20)"
@@ -85,12 +100,17 @@ def test_a_damaged_chunk_is_skipped_up_to_the_limit(token_folder, folder, read, 
     for limit in (0, CHUNK - 1):
         with pytest.raises(UserError) as error:
             read(folder, limit)
-        row = re.escape(f"{folder}/train/0") + r": row \d+: damaged: DATA_LOSS: .*c/0/0.*Digest mismatch.*"
+        row = (
+            re.escape(f"{folder}/train/0")
+            + r": row \d+: damaged: DATA_LOSS: .*c/0/0.*Digest mismatch.*"
+        )
         count = rf" \(bad record number {limit + 1}, config\.data\.max_bad_records is {limit}\)"
         assert re.fullmatch(rf"config\.data: {row}{count}", str(error.value))
 
 
-def test_a_token_outside_the_vocabulary_is_skipped(token_folder, folder, read, sources, tokenizer_path):
+def test_a_token_outside_the_vocabulary_is_skipped(
+    token_folder, folder, read, sources, tokenizer_path
+):
     whole, vocab_size = read(token_folder), token_files.read_meta(str(folder))["vocab_size"]
     overwrite(folder / "train/0/tokens", (7, 3), vocab_size)
     overwrite(folder / "validation/0/tokens", 1, 2**16 - 1)
@@ -108,9 +128,12 @@ def test_a_token_outside_the_vocabulary_is_skipped(token_folder, folder, read, s
         documents(folder)
 
 
-def test_token_files_that_vanish_or_do_not_fit_their_meta(folder, read, sources, tokenizer_path, monkeypatch):
+def test_token_files_that_vanish_or_do_not_fit_their_meta(
+    folder, read, sources, tokenizer_path, monkeypatch
+):
     file, meta = folder / "train/0/tokens/c/0/0", folder / "meta.json"
-    monkeypatch.setattr(token_files, "_CACHE", tensorstore.Context())  # a file in the cache is not missed
+    # a file in the cache is not missed
+    monkeypatch.setattr(token_files, "_CACHE", tensorstore.Context())
     text = batches.Training(make_data(sources["train"], folder, 999), str(tokenizer_path))
     loader = text.batches(batch_size=2, seed=0)
     next(loader)
@@ -118,7 +141,8 @@ def test_token_files_that_vanish_or_do_not_fit_their_meta(folder, read, sources,
     with pytest.raises(UserError, match=rf"{folder}/train/0: row \d+: .*NOT_FOUND"):
         for _ in range(4):  # two batches were read ahead
             next(loader)
-    with pytest.raises(UserError, match=f"{folder}/train/0.* cannot be read"):  # in a job that begins without it
+    # in a job that begins without it
+    with pytest.raises(UserError, match=f"{folder}/train/0.* cannot be read"):
         read(folder)
     text = meta.read_text()
     meta.write_text(re.sub(r'"rows": \d+', '"rows": 3', text))
@@ -164,7 +188,10 @@ def test_what_a_failed_read_of_token_files_is(text, kind):
     if kind is None:
         assert token_files._tokens(future, "gs://b/t: row 3", 9, bad) is None and len(bad.met) == 1
     else:
-        assert kind_of(lambda: token_files._tokens(future, "gs://b/t: row 3", 9, bad)) == kind and not bad.met
+        assert (
+            kind_of(lambda: token_files._tokens(future, "gs://b/t: row 3", 9, bad)) == kind
+            and not bad.met
+        )
 
 
 def test_a_url_of_no_known_kind():
@@ -182,16 +209,25 @@ def test_what_a_failed_read_of_text_is():
 
     assert isinstance(failed(tasks.tf.errors.UnavailableError), Outage)
     assert isinstance(failed(tasks.tf.errors.DeadlineExceededError), Outage)
-    assert str(failed(tasks.tf.errors.NotFoundError)) == "config.data: reading 'lines:gs://b/a': the cause"
-    assert isinstance(failed(tasks.tf.errors.InvalidArgumentError), tasks.tf.errors.InvalidArgumentError)
+    assert (
+        str(failed(tasks.tf.errors.NotFoundError))
+        == "config.data: reading 'lines:gs://b/a': the cause"
+    )
+    assert isinstance(
+        failed(tasks.tf.errors.InvalidArgumentError), tasks.tf.errors.InvalidArgumentError
+    )
 
 
 @pytest.fixture
 def bad_text(tmp_path):
     """Lines in two files of which two are not UTF-8."""
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "1").write_bytes(b"\xff the cat\n" + (b"the cat sat on a mat " * 5 + b"\n") * 20)
-    (tmp_path / "text" / "2").write_bytes((b"a dog ran to the door " * 5 + b"\n") * 20 + b"caf\xe9 cat \x00\n")
+    (tmp_path / "text" / "1").write_bytes(
+        b"\xff the cat\n" + (b"the cat sat on a mat " * 5 + b"\n") * 20
+    )
+    (tmp_path / "text" / "2").write_bytes(
+        (b"a dog ran to the door " * 5 + b"\n") * 20 + b"caf\xe9 cat \x00\n"
+    )
     return f"lines:{tmp_path}/text/*"
 
 
@@ -199,7 +235,9 @@ def test_bad_text_is_skipped_up_to_the_limit(bad_text, tokenizer_path, tmp_path,
     path, where = str(tokenizer_path), f"{tmp_path}/text"
 
     def train(limit):
-        loader = batches.Training(make_data(bad_text, "", limit), path).batches(batch_size=4, seed=0)
+        loader = batches.Training(make_data(bad_text, "", limit), path).batches(
+            batch_size=4, seed=0
+        )
         return list(itertools.islice(loader, 40))
 
     found = train(2)
@@ -207,7 +245,9 @@ def test_bad_text_is_skipped_up_to_the_limit(bad_text, tokenizer_path, tmp_path,
     assert lines == [f"{where}/1: line 1: not UTF-8 text", f"{where}/2: line 21: not UTF-8 text"]
     good = {*itertools.chain(*(b["tokens"].flat for b in found))}
     source = make_data(bad_text, "", 2)
-    documents = [document.tokens for document in batches.validation_documents(source, tokenizer_path=path)]
+    documents = [
+        document.tokens for document in batches.validation_documents(source, tokenizer_path=path)
+    ]
     assert len(documents) == 40 and good == {2, *np.concatenate(documents).tolist()}
     resumed = batches.Training(source, path).batches(batch_size=4, seed=0, start_step=39)
     np.testing.assert_array_equal(next(resumed)["tokens"], found[39]["tokens"])
@@ -224,8 +264,11 @@ def test_rows_name_what_was_skipped_before_them(tokenizer_path, tmp_path):
     lines = [b"cat", b"\xff", b"dog", b"\xfe", *[b"the cat sat on a mat " * 9] * 3, b"end", b"\xff"]
     (tmp_path / "1").write_bytes(b"\n".join(lines))
     task = tasks.seqio.TaskRegistry.get(tasks.add_task(f"lines:{tmp_path}/1", str(tokenizer_path)))
-    dataset = task.get_dataset({"tokens": T}, tasks.SPLIT, shuffle=False, trim_output_features=False)
-    found = [row["bad"].decode() for row in dataset.as_numpy_iterator()]  # the same in all rows that a text ends
+    dataset = task.get_dataset(
+        {"tokens": T}, tasks.SPLIT, shuffle=False, trim_output_features=False
+    )
+    # the same in all rows that a text ends
+    found = [row["bad"].decode() for row in dataset.as_numpy_iterator()]
     line = f"{tmp_path}/1: line {{}}: not UTF-8 text\n".format
     assert [bad for bad, _ in itertools.groupby(found)] == [line(2) + line(4), "", line(9)]
 
@@ -241,14 +284,20 @@ def test_a_source_of_nothing_else_holds_no_text(tokenizer_path, tmp_path):
 def test_text_that_becomes_bos_or_padding_is_bad(special):
     from latent_delib.data import tasks
 
-    tokenizer = types.SimpleNamespace(bos_id=2, pad_id=PAD, encode=lambda text: [9, special if len(text) > 5 else 9])
+    tokenizer = types.SimpleNamespace(
+        bos_id=2, pad_id=PAD, encode=lambda text: [9, special if len(text) > 5 else 9]
+    )
     dataset = tasks.tf.data.Dataset.from_tensor_slices({"text": ["short", "longer\n"]})
     for source, where in {
         "lines:x": "f: line 2",
         "files:x": "f: document 2",
         "tfds:x": "tfds:x: text b'longer\\n'",
     }.items():
-        texts = dataset if source == "tfds:x" else tasks._numbered(dataset.map(lambda x: x["text"]), "f")
+        texts = (
+            dataset
+            if source == "tfds:x"
+            else tasks._numbered(dataset.map(lambda x: x["text"]), "f")
+        )
         good, bad = tasks._tokenize(texts, source, "text", tokenizer).as_numpy_iterator()
         assert good["tokens"].tolist() == [9, 9] and not good["bad"] and not len(bad["tokens"])
         assert bad["bad"].decode() == f"{where}: the tokenizer makes BOS or padding of its text"
@@ -257,7 +306,9 @@ def test_text_that_becomes_bos_or_padding_is_bad(special):
 def test_prepare_counts_what_it_skips(bad_text, tokenizer_path, tmp_path, capsys):
     def run(limit, name):
         data = make_data(bad_text, "", limit, validation=(f"lines:{tmp_path}/text/2",))
-        config = ConfigDict({"data": data, "decoder": {"path": "", "tokenizer": str(tokenizer_path)}})
+        config = ConfigDict(
+            {"data": data, "decoder": {"path": "", "tokenizer": str(tokenizer_path)}}
+        )
         return prepare.prepare(config, str(tmp_path / name))
 
     meta = run(2, "out")
@@ -279,7 +330,9 @@ def test_text_that_vanishes_during_a_run_is_named(kind, tokenizer_path, tmp_path
     loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=64, seed=0)
     next(loader)
     (tmp_path / "1").unlink()
-    expected = f"config.data: reading '{kind}:{tmp_path}/*': {tmp_path}/1; No such file or directory"
+    expected = (
+        f"config.data: reading '{kind}:{tmp_path}/*': {tmp_path}/1; No such file or directory"
+    )
     with pytest.raises(UserError) as error:
         for _ in range(500):
             next(loader)
@@ -313,21 +366,36 @@ def test_fingerprint_of_text(change, tokenizer_path, tmp_path):
         (tmp_path / "a" / name / "1").write_text(name * 200_000)
     before = fingerprint(make_data(f"lines:{tmp_path}/a/*/*"), tokenizer_path)
     shutil.copytree(tmp_path / "a", tmp_path / "b" / "c")
-    batches.check_fingerprint(before, fingerprint(make_data(f"lines:{tmp_path}/b/*/*/*"), tokenizer_path))
+    batches.check_fingerprint(
+        before, fingerprint(make_data(f"lines:{tmp_path}/b/*/*/*"), tokenizer_path)
+    )
     assert fingerprint(make_data(f"files:{tmp_path}/a/*/*"), tokenizer_path) != before
     CHANGES[change](tmp_path / "a" / "1" / "1")
     with pytest.raises(UserError, match=r": sources\[0\] changed; "):
-        batches.check_fingerprint(before, fingerprint(make_data(f"lines:{tmp_path}/a/*/*"), tokenizer_path))
+        batches.check_fingerprint(
+            before, fingerprint(make_data(f"lines:{tmp_path}/a/*/*"), tokenizer_path)
+        )
 
 
-def test_fingerprint_of_token_files_reads_meta_json_alone(folder, sources, tokenizer_path, tmp_path):
-    """At the published scale there are 50,000 files; each chunk has a checksum for when it is read."""
+def test_fingerprint_of_token_files_reads_meta_json_alone(
+    folder, sources, tokenizer_path, tmp_path
+):
+    """At the published scale there are 50,000 files; each chunk has a checksum for when it is
+    read.
+    """
     before = fingerprint(make_data(sources["train"], folder), tokenizer_path)
-    assert set(before) == {"tokenizer", "order", "token_files/meta.json", "sources[0] (token_files/train/0)"}
+    assert set(before) == {
+        "tokenizer",
+        "order",
+        "token_files/meta.json",
+        "sources[0] (token_files/train/0)",
+    }
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(folder / "meta.json", elsewhere)
-    batches.check_fingerprint(before, fingerprint(make_data(sources["train"], elsewhere), tokenizer_path))
+    batches.check_fingerprint(
+        before, fingerprint(make_data(sources["train"], elsewhere), tokenizer_path)
+    )
     (elsewhere / "meta.json").unlink()
     with pytest.raises(UserError, match=f"no {elsewhere}/meta.json"):
         fingerprint(make_data(sources["train"], elsewhere), tokenizer_path)
@@ -335,7 +403,9 @@ def test_fingerprint_of_token_files_reads_meta_json_alone(folder, sources, token
 
 @pytest.mark.parametrize("version", [None, "1", "3"])
 def test_a_checkpoint_of_another_order_is_not_trained_on(version, folder, sources, tokenizer_path):
-    """Nor by what older versions stored, which also digested the ends of all files: one line says why."""
+    """Nor by what older versions stored, which also digested the ends of all files: one line says
+    why.
+    """
     found = fingerprint(make_data(sources["train"], folder), tokenizer_path)
     stored = found | {"sources[0] (token_files/train/0)": "of the ends of all files"}
     stored.pop("order")
@@ -357,9 +427,12 @@ def test_fingerprint_of_other_contents_and_another_tokenizer(folder, sources, to
     meta["train"][0]["sha256"] = "0" * 64
     token_files.write_meta(str(folder), meta)
     with pytest.raises(
-        UserError, match=r"on: sources\[0\] \(token_files/train/0\) changed, token_files/meta.json changed"
+        UserError,
+        match=r"on: sources\[0\] \(token_files/train/0\) changed, token_files/meta.json changed",
     ):
         batches.check_fingerprint(before, fingerprint(data, tokenizer_path))
     text = {"tokenizer": "1", "sources[0]": "2"}
-    with pytest.raises(UserError, match=r": tokenizer changed, sources\[0\] gone, sources\[1\] new; "):
+    with pytest.raises(
+        UserError, match=r": tokenizer changed, sources\[0\] gone, sources\[1\] new; "
+    ):
         batches.check_fingerprint(text, {"tokenizer": "3", "sources[1]": "2"})

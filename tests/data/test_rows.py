@@ -1,4 +1,6 @@
-"""Documents to rows, segments and pieces, against literal arrays and a token-by-token definition."""
+"""Documents to rows, segments and pieces, against literal arrays and a token-by-token
+definition.
+"""
 
 import numpy as np
 import pytest
@@ -46,7 +48,10 @@ def test_pack_literally():
         [2, 30, 31, 2, 40],  # a document that begins a row is led by the row's own BOS
         [2, 41, 42, 0, 0],
     ]
-    assert packed([np.array([10, 11, 12]), np.array([20, 21])], 5) == [[2, 10, 11, 12, 2], [2, 20, 21, 0, 0]]
+    assert packed([np.array([10, 11, 12]), np.array([20, 21])], 5) == [
+        [2, 10, 11, 12, 2],
+        [2, 20, 21, 0, 0],
+    ]
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 64])
@@ -69,12 +74,21 @@ def test_segments_literally():
 
 def test_pieces_hold_every_token_once():
     document = np.arange(10, 17)
-    assert [p.tolist() for p in cut_pieces(document, 4, BOS)] == [[2, 10, 11, 12], [2, 13, 14, 15], [2, 16]]
+    assert [p.tolist() for p in cut_pieces(document, 4, BOS)] == [
+        [2, 10, 11, 12],
+        [2, 13, 14, 15],
+        [2, 16],
+    ]
     assert [p.tolist() for p in cut_pieces(document, 8, BOS)] == [[2, *range(10, 17)]]
     assert cut_pieces(document, 4, BOS)[0].dtype == np.int32
 
 
-GOOD = {"sources": ("lines:a", "lines:b"), "weights": (1.0, 2.0), "validation": ("lines:c",), "seq_len": 8}
+GOOD = {
+    "sources": ("lines:a", "lines:b"),
+    "weights": (1.0, 2.0),
+    "validation": ("lines:c",),
+    "seq_len": 8,
+}
 GOOD |= {"token_files": "", "max_bad_records": 0}
 
 
@@ -82,12 +96,18 @@ GOOD |= {"token_files": "", "max_bad_records": 0}
     ("change", "message"),
     [
         ({"sources": (), "weights": ()}, r"config\.data\.sources: empty"),
-        ({"weights": (1.0,)}, r"config\.data\.weights has 1, config\.data\.sources 2: expected one weight per source"),
+        (
+            {"weights": (1.0,)},
+            r"config\.data\.weights has 1, config\.data\.sources 2: expected one weight per source",
+        ),
         ({"weights": (1.0, 0.0)}, r"config\.data\.weights: 0\.0 for 'lines:b'"),
         ({"weights": (-1.0, 1.0)}, r"config\.data\.weights: -1\.0 for 'lines:a'"),
         ({"weights": (float("nan"), 1.0)}, r"config\.data\.weights: nan for 'lines:a'"),
         ({"sources": ("lines:a", "lines:a")}, r"config\.data\.sources: 'lines:a' is listed twice"),
-        ({"validation": ("lines:c", "lines:c")}, r"config\.data\.validation: 'lines:c' is listed twice"),
+        (
+            {"validation": ("lines:c", "lines:c")},
+            r"config\.data\.validation: 'lines:c' is listed twice",
+        ),
         (
             {"sources": ("lines:a", "packaged/trian")},
             "unknown source 'packaged/trian'",

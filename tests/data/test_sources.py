@@ -1,4 +1,6 @@
-"""Source strings: what each form means, what is refused, and that it is refused before anything else is done."""
+"""Source strings: what each form means, what is refused, and that it is refused before anything
+else is done.
+"""
 
 import os
 import sys
@@ -15,18 +17,25 @@ from latent_delib.errors import UserError
 def test_each_form():
     assert sources.parse("files:a/*.txt") == sources.Files("files", "a/*.txt")
     assert sources.parse("lines:gs://bucket/a:b") == sources.Files("lines", "gs://bucket/a:b")
-    assert sources.parse("tfds:c4/en:3.0.1:train[:1%]:text") == sources.Tfds("c4/en:3.0.1", "train[:1%]", "text")
+    assert sources.parse("tfds:c4/en:3.0.1:train[:1%]:text") == sources.Tfds(
+        "c4/en:3.0.1", "train[:1%]", "text"
+    )
     kind, pattern = sources.parse("packaged/validation")
     assert kind == "files" and pattern.endswith("/corpus/validation/*.txt")
     sources.check_files(sources.PACKAGED)
 
 
-@pytest.mark.parametrize("source", ["packaged/trian", "file:a.txt", "texts/*.txt", "tfds:tiny_notes", "files:", ""])
+@pytest.mark.parametrize(
+    "source", ["packaged/trian", "file:a.txt", "texts/*.txt", "tfds:tiny_notes", "files:", ""]
+)
 def test_another_form_is_refused(source):
     with pytest.raises(UserError) as error:
         sources.parse(source)
     forms = "packaged/train, packaged/validation, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE"
-    assert str(error.value) == f"config.data: unknown source {source!r}, expected one of the forms {forms}"
+    assert (
+        str(error.value)
+        == f"config.data: unknown source {source!r}, expected one of the forms {forms}"
+    )
 
 
 @pytest.fixture
@@ -61,11 +70,17 @@ def test_local_files_that_are_not_there(folder):
         assert str(error.value) == f"config.data: source {source!r}: {meant}"
     with pytest.raises(UserError, match=f"no file matches '{folder}/none'"):
         sources.check_files([f"files:{folder}/a1.txt", f"files:{folder}/none"])
-    sources.check_files(["files:gs://bucket/none", "tfds:none:train:text"])  # told when they are read
+    # told when they are read
+    sources.check_files(["files:gs://bucket/none", "tfds:none:train:text"])
 
 
 def config_of(**change):
-    data = {"sources": ("packaged/train",), "weights": (1.0,), "validation": ("packaged/validation",), "seq_len": 8}
+    data = {
+        "sources": ("packaged/train",),
+        "weights": (1.0,),
+        "validation": ("packaged/validation",),
+        "seq_len": 8,
+    }
     return ConfigDict({"data": data | {"token_files": "", "max_bad_records": 0} | change})
 
 

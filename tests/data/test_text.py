@@ -1,4 +1,6 @@
-"""Text through seqio, and `prepare`: sources, rows, order, hosts, and what is refused. Imports TensorFlow, once."""
+"""Text through seqio, and `prepare`: sources, rows, order, hosts, and what is refused. Imports
+TensorFlow, once.
+"""
 
 import hashlib
 import itertools
@@ -67,7 +69,9 @@ def texts(tasks, tokenizer, source):
 
 
 def write_files(folder, files, documents_each, start=0):
-    """Files of documents, each document marked by a number of its own; returns the documents in order."""
+    """Files of documents, each document marked by a number of its own; returns the documents in
+    order.
+    """
     folder.mkdir(exist_ok=True)
     documents = [f"{i + start} {make_text(i + start, 20)}" for i in range(files * documents_each)]
     for i in range(files):
@@ -78,7 +82,13 @@ def write_files(folder, files, documents_each, start=0):
 
 def config_data(sources, weights=None, **change):
     weights = weights or (1.0,) * len(sources)
-    data = {"sources": sources, "weights": weights, "validation": sources, "token_files": "", "seq_len": T}
+    data = {
+        "sources": sources,
+        "weights": weights,
+        "validation": sources,
+        "token_files": "",
+        "seq_len": T,
+    }
     return ConfigDict(data | {"max_bad_records": 0} | change)
 
 
@@ -88,11 +98,17 @@ def train(data, tokenizer, count, batch_size=4, seed=0, **arguments):
 
 
 def equal(one, other):
-    return all(np.array_equal(a[k], b[k]) for a, b in zip(one, other, strict=True) for k in ("tokens", "segment"))
+    return all(
+        np.array_equal(a[k], b[k])
+        for a, b in zip(one, other, strict=True)
+        for k in ("tokens", "segment")
+    )
 
 
 def test_documents_of_files(tasks, tokenizer, tmp_path):
-    (tmp_path / "1.txt").write_bytes(b"\f\n  one\n\nmore one \n\f\n\f\ntwo \f two\n\fthree\r\n\f\r\nfour\n\f\n")
+    (tmp_path / "1.txt").write_bytes(
+        b"\f\n  one\n\nmore one \n\f\n\f\ntwo \f two\n\fthree\r\n\f\r\nfour\n\f\n"
+    )
     (tmp_path / "2.txt").write_bytes(b"five\n")
     (tmp_path / "3.txt").write_bytes("s\u00efx \x01 \ufeff \u4e2d\n\f\n\ufeffseven".encode())
     (tmp_path / "4.txt").write_bytes(b"\n\f\n")
@@ -136,7 +152,9 @@ def test_documents_of_tfds(tasks, tokenizer, tmp_path, monkeypatch):
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    stored = tf.data.Dataset.from_tensor_slices({"body": ["one", "two", "", "three"], "score": [1, 2, 3, 4]})
+    stored = tf.data.Dataset.from_tensor_slices(
+        {"body": ["one", "two", "", "three"], "score": [1, 2, 3, 4]}
+    )
     tfds.dataset_builders.store_as_tfds_dataset(
         name="tiny_notes",
         version="1.2.0",
@@ -193,7 +211,9 @@ def test_registration_is_idempotent_and_new_files_are_seen(tasks, tokenizer, tmp
     source = f"files:{tmp_path}/*"
     name = tasks.add_task(source, tokenizer)
     assert tasks.add_task(source, tokenizer) == name and name in tasks.seqio.TaskRegistry.names()
-    assert tasks.add_mixture([source], [1.0], tokenizer) == tasks.add_mixture([source], [1.0], tokenizer)
+    assert tasks.add_mixture([source], [1.0], tokenizer) == tasks.add_mixture(
+        [source], [1.0], tokenizer
+    )
     (tmp_path / "99.txt").write_text("late")
     assert texts(tasks, tokenizer, source)[-1] == "late"
 
@@ -228,7 +248,9 @@ for batch in itertools.islice(batches.Training(data, {tokenizer!r}).batches(batc
 print(digest.hexdigest())
 """
     env = os.environ | {"PYTHONHASHSEED": "7"}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env
+    )
     digest = hashlib.sha256(np.stack([batch["tokens"] for batch in train(data, tokenizer, 100)]))
     assert result.stdout.strip() == digest.hexdigest()
 
@@ -237,7 +259,9 @@ def test_order_does_not_depend_on_where_the_files_lie(tokenizer, tmp_path):
     for folder in ("a", "z"):
         write_files(tmp_path / folder, files=2, documents_each=5)
     write_files(tmp_path / "b", files=1, documents_each=5, start=50)
-    here, there = ((f"files:{tmp_path}/{folder}/*", f"files:{tmp_path}/b/*") for folder in ("a", "z"))
+    here, there = (
+        (f"files:{tmp_path}/{folder}/*", f"files:{tmp_path}/b/*") for folder in ("a", "z")
+    )
     assert equal(train(config_data(here), tokenizer, 12), train(config_data(there), tokenizer, 12))
 
 
@@ -256,13 +280,16 @@ def test_hosts_share_one_batch(tokenizer, tmp_path):
     write_files(tmp_path / "b", files=1, documents_each=5)
     data = config_data((f"files:{tmp_path}/a/*", f"files:{tmp_path}/b/*"), (2.0, 1.0))
     whole = train(data, tokenizer, 6, batch_size=8, start_step=3)
-    for mine in (np.arange(4, 8), np.arange(1, 8, 4)):  # the second of two hosts, the second of four
+    # the second of two hosts, the second of four
+    for mine in (np.arange(4, 8), np.arange(1, 8, 4)):
         expected = [{k: v[mine] for k, v in batch.items()} for batch in whole]
         assert equal(train(data, tokenizer, 6, batch_size=8, rows=mine, start_step=3), expected)
 
 
 def test_training_sees_every_document(tasks, tokenizer, tmp_path):
-    """Rows in their own order: nothing is lost at the end of an epoch, at the end of a row or to the shuffling."""
+    """Rows in their own order: nothing is lost at the end of an epoch, at the end of a row or to
+    the shuffling.
+    """
     write_files(tmp_path, files=4, documents_each=5)
     source = f"files:{tmp_path}/*"
     tokens = np.concatenate(documents(tasks, tokenizer, source))
@@ -282,9 +309,15 @@ def bad(data, tokenizer, **arguments):
 
 
 def test_bad_sources(tokenizer, tmp_path):
-    assert f"no file matches '{tmp_path}/none*'" in bad(config_data((f"files:{tmp_path}/none*",)), tokenizer)
-    assert f"no file matches '{tmp_path}/none'" in bad(config_data((f"lines:{tmp_path}/none",)), tokenizer)
-    assert "'s4' not implemented (file: 's4://bucket/" in bad(config_data(("files:s4://bucket/*",)), tokenizer)
+    assert f"no file matches '{tmp_path}/none*'" in bad(
+        config_data((f"files:{tmp_path}/none*",)), tokenizer
+    )
+    assert f"no file matches '{tmp_path}/none'" in bad(
+        config_data((f"lines:{tmp_path}/none",)), tokenizer
+    )
+    assert "'s4' not implemented (file: 's4://bucket/" in bad(
+        config_data(("files:s4://bucket/*",)), tokenizer
+    )
 
     (tmp_path / "empty").write_text("\n\f\n\n")
     for kind in ("files", "lines"):
@@ -304,7 +337,12 @@ def test_a_tokenizer_must_have_bos_and_eos(tokenizer, tmp_path):
     for name, flags in {"BOS": {"bos_id": -1}, "EOS": {"eos_id": -1}}.items():
         prefix = str(tmp_path / name)
         sentencepiece.SentencePieceTrainer.train(
-            input=text, model_prefix=prefix, vocab_size=60, hard_vocab_limit=False, minloglevel=2, **flags
+            input=text,
+            model_prefix=prefix,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **flags,
         )
         message = bad(config_data((f"files:{tmp_path}/one",)), f"{prefix}.model")
         assert message == f"tokenizer {prefix}.model: names no token for {name}"
@@ -324,11 +362,16 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
     monkeypatch.setattr(progress, "EVERY", 0.0)
     meta = prepare(data, tokenizer, tmp_path / "out")
     printed = capsys.readouterr().out
-    *_, last = re.findall(r"/a/\*: prepared ([\d,]+)/([\d,]+) bytes  [\d,.e+]+ bytes/s  ETA 0:00:00", printed)
+    *_, last = re.findall(
+        r"/a/\*: prepared ([\d,]+)/([\d,]+) bytes  [\d,.e+]+ bytes/s  ETA 0:00:00", printed
+    )
     done, total = (int(number.replace(",", "")) for number in last)
     assert 0.9 * total < done <= total  # separators are no document's
     for entry in meta["train"]:
-        assert f"{entry['source']}: {entry['documents']:,} documents, {entry['tokens']:,} tokens" in printed
+        assert (
+            f"{entry['source']}: {entry['documents']:,} documents, {entry['tokens']:,} tokens"
+            in printed
+        )
     assert meta["dtype"] == "uint16" and meta == token_files.read_meta(str(tmp_path / "out"))
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "out"}
 
@@ -339,11 +382,21 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
         batches.validation_documents(prepared, tokenizer_path=tokenizer),
         strict=True,
     ):
-        assert (one.source, one.work) == (other.source, other.work) and one.work in ("00.txt", "01.txt")
-        assert np.array_equal(one.tokens, other.tokens) and one.tokens.dtype == other.tokens.dtype == np.int32
+        assert (one.source, one.work) == (other.source, other.work) and one.work in (
+            "00.txt",
+            "01.txt",
+        )
+        assert (
+            np.array_equal(one.tokens, other.tokens)
+            and one.tokens.dtype == other.tokens.dtype == np.int32
+        )
     for i, source in enumerate(sources):
         stored = (
-            token_files._open_array(f"{tmp_path}/out/train/{i}/tokens", (meta["train"][i]["rows"], T)).read().result()
+            token_files._open_array(
+                f"{tmp_path}/out/train/{i}/tokens", (meta["train"][i]["rows"], T)
+            )
+            .read()
+            .result()
         )
         text = np.concatenate(documents(tasks, tokenizer, source))
         np.testing.assert_array_equal(stored[stored > BOS], text)
@@ -352,7 +405,9 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
 
 
 def test_works_are_files_told_from_each_other(tasks, tokenizer, tmp_path):
-    """By the shortest path that does it; lines are works of their own, whatever file they are in."""
+    """By the shortest path that does it; lines are works of their own, whatever file they are
+    in.
+    """
     for name in ("one/a.txt", "two/a.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("A cat.\n\f\nA mat.\n")
@@ -374,7 +429,10 @@ def test_what_an_older_version_prepared_is_taken(tokenizer, tmp_path, capsys):
     token_files.write_meta(str(out), meta | {"format": 2})
     capsys.readouterr()
     assert prepare(data, tokenizer, out) == meta | {"format": 2}
-    assert "already prepared" in (said := capsys.readouterr().out) and "does not say which work" in said
+    assert (
+        "already prepared" in (said := capsys.readouterr().out)
+        and "does not say which work" in said
+    )
 
 
 def test_prepare_overwrites_nothing(tokenizer, tmp_path, capsys):

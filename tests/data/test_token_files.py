@@ -25,7 +25,9 @@ SOURCES = ("lines:a", "lines:b", "lines:c")
 
 def make_documents(seed, count, highest=999):
     random = np.random.default_rng(seed)
-    return [random.integers(3, highest, size).astype(np.int32) for size in random.integers(1, 60, count)]
+    return [
+        random.integers(3, highest, size).astype(np.int32) for size in random.integers(1, 60, count)
+    ]
 
 
 def work_of(document):
@@ -46,10 +48,14 @@ def write(directory, tokenizer, train, validation, dtype="uint16"):
         "validation": [],
     }
     for i, (source, documents) in enumerate(train.items()):
-        meta["train"].append({"source": source, **token_files.write_train(directory, i, documents, meta)})
+        meta["train"].append(
+            {"source": source, **token_files.write_train(directory, i, documents, meta)}
+        )
     for i, (source, documents) in enumerate(validation.items()):
         whole = [(work_of(d), d) for d in documents]
-        meta["validation"].append({"source": source, **token_files.write_validation(directory, i, whole, meta)})
+        meta["validation"].append(
+            {"source": source, **token_files.write_validation(directory, i, whole, meta)}
+        )
     token_files.write_meta(directory, meta)
     return meta
 
@@ -60,8 +66,14 @@ class Prepared:
     def __init__(self, folder):
         self.directory, self.tokenizer = str(folder / "token files"), folder / "tokenizer.model"
         self.tokenizer.write_bytes(b"a tokenizer")
-        self.train = {source: make_documents(i, n) for i, (source, n) in enumerate(zip(SOURCES, (300, 200, 3)))}
-        self.validation = {"lines:v": make_documents(7, 40), "lines:w": [np.arange(3, 70_000, dtype=np.int32)]}
+        self.train = {
+            source: make_documents(i, n)
+            for i, (source, n) in enumerate(zip(SOURCES, (300, 200, 3)))
+        }
+        self.validation = {
+            "lines:v": make_documents(7, 40),
+            "lines:w": [np.arange(3, 70_000, dtype=np.int32)],
+        }
         self.meta = write(self.directory, self.tokenizer, self.train, self.validation, "int32")
 
     def data(self, **change):
@@ -77,12 +89,17 @@ class Prepared:
 
     def batches(self, count, batch_size=8, seed=0, **arguments):
         data = self.data(**{k: arguments.pop(k) for k in ("sources", "weights") if k in arguments})
-        batches = Training(data, self.tokenizer).batches(batch_size=batch_size, seed=seed, **arguments)
+        batches = Training(data, self.tokenizer).batches(
+            batch_size=batch_size, seed=seed, **arguments
+        )
         return list(itertools.islice(batches, count))
 
     def rows(self, source):
         number = SOURCES.index(source)
-        spec = {"driver": "zarr3", "kvstore": f"file://{self.directory}/train/{number}/tokens/".replace(" ", "%20")}
+        spec = {
+            "driver": "zarr3",
+            "kvstore": f"file://{self.directory}/train/{number}/tokens/".replace(" ", "%20"),
+        }
         return tensorstore.open(spec).result().read().result()
 
 
@@ -92,13 +109,19 @@ def prepared(tmp_path_factory):
 
 
 def equal(one, other):
-    return all(np.array_equal(a[k], b[k]) for a, b in zip(one, other, strict=True) for k in ("tokens", "segment"))
+    return all(
+        np.array_equal(a[k], b[k])
+        for a, b in zip(one, other, strict=True)
+        for k in ("tokens", "segment")
+    )
 
 
 def test_a_job_reads_meta_json_once_and_by_one_name(prepared, monkeypatch):
     """A bucket has objects by their names, and none called tokens//meta.json."""
     asked, read_meta = [], token_files.read_meta
-    monkeypatch.setattr(token_files, "read_meta", lambda where: asked.append(where) or read_meta(where))
+    monkeypatch.setattr(
+        token_files, "read_meta", lambda where: asked.append(where) or read_meta(where)
+    )
     found = []
     for where in (prepared.directory, f"{prepared.directory}/"):
         text = Training(prepared.data(token_files=where), prepared.tokenizer)
@@ -117,7 +140,11 @@ def test_rows_hold_every_token_of_every_document(prepared):
         np.testing.assert_array_equal(rows[rows > BOS], np.concatenate(documents))
         assert (rows[:, 0] == BOS).all() and (rows[:-1] != PAD).all()
         sizes = {"documents": len(documents), "tokens": sum(map(len, documents)), "rows": len(rows)}
-        assert entry == {"source": source, **sizes, "sha256": hashlib.sha256(rows.astype("<i4")).hexdigest()}
+        assert entry == {
+            "source": source,
+            **sizes,
+            "sha256": hashlib.sha256(rows.astype("<i4")).hexdigest(),
+        }
 
 
 def test_batches_hold_stored_rows_and_their_segments(prepared):
@@ -142,7 +169,10 @@ def test_batch_is_a_function_of_seed_and_step(prepared):
 def test_hosts_share_one_batch(prepared, hosts):
     """Each host reads exactly its rows, whether they lie together or apart, from any step on."""
     whole = prepared.batches(150, start_step=3)
-    for rows in (np.array_split(np.arange(8), hosts), [np.arange(host, 8, hosts) for host in range(hosts)]):
+    for rows in (
+        np.array_split(np.arange(8), hosts),
+        [np.arange(host, 8, hosts) for host in range(hosts)],
+    ):
         for mine in rows:
             expected = [{k: v[mine] for k, v in batch.items()} for batch in whole]
             assert equal(prepared.batches(150, rows=mine, start_step=3), expected)
@@ -177,7 +207,10 @@ def test_validation_documents_come_back_whole_and_in_order(prepared):
     assert [d.source for d in found] == [source for source, _ in expected]
     assert [d.work for d in found] == [work_of(document) for _, document in expected]
     assert {d.work for d in found} == {"a.txt", "", "b.txt"}
-    assert all(d.tokens.dtype == np.int32 and np.array_equal(d.tokens, b) for d, (_, b) in zip(found, expected))
+    assert all(
+        d.tokens.dtype == np.int32 and np.array_equal(d.tokens, b)
+        for d, (_, b) in zip(found, expected)
+    )
 
 
 def test_token_files_from_before_works_were_kept(prepared, tmp_path):
@@ -187,10 +220,17 @@ def test_token_files_from_before_works_were_kept(prepared, tmp_path):
         del entry["works"]
         shutil.rmtree(folder / f"validation/{i}/work")
     token_files.write_meta(str(folder), meta | {"format": 2})
-    found = list(validation_documents(prepared.data(token_files=str(folder)), tokenizer_path=prepared.tokenizer))
+    found = list(
+        validation_documents(
+            prepared.data(token_files=str(folder)), tokenizer_path=prepared.tokenizer
+        )
+    )
     known = list(validation_documents(prepared.data(), tokenizer_path=prepared.tokenizer))
     assert {d.work for d in found} == {None}
-    assert all(a.source == b.source and np.array_equal(a.tokens, b.tokens) for a, b in zip(found, known, strict=True))
+    assert all(
+        a.source == b.source and np.array_equal(a.tokens, b.tokens)
+        for a, b in zip(found, known, strict=True)
+    )
 
 
 def test_arrays_of_several_files(tmp_path, monkeypatch):
@@ -241,7 +281,10 @@ def test_a_failed_write_leaves_no_trace(prepared, tmp_path):
     with files.whole(tmp_path / "out") as directory:
         assert not (tmp_path / "out").exists()
         token_files.write_meta(str(directory), prepared.meta)
-    assert token_files.read_meta(str(tmp_path / "out")) == prepared.meta and len(list(tmp_path.iterdir())) == 1
+    assert (
+        token_files.read_meta(str(tmp_path / "out")) == prepared.meta
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_of_two_at_once_the_first_stays(tmp_path):
@@ -262,7 +305,9 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
 def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(NotADirectoryError, match="Not a directory: '.*file/x'") as error:
-        token_files._write_array(str(tmp_path / "file" / "x"), [np.zeros(3)], "int32", 8, hashlib.sha256())
+        token_files._write_array(
+            str(tmp_path / "file" / "x"), [np.zeros(3)], "int32", 8, hashlib.sha256()
+        )
     assert "\n" not in str(error.value)
 
 
@@ -274,18 +319,26 @@ def test_bad_directories(prepared, tmp_path):
 
     (tmp_path / "unfinished" / "train").mkdir(parents=True)
     for directory in ("missing", "unfinished"):
-        assert f"no {tmp_path / directory}/meta.json" in message(token_files=str(tmp_path / directory))
+        assert f"no {tmp_path / directory}/meta.json" in message(
+            token_files=str(tmp_path / directory)
+        )
     assert f"rows of {T} tokens, config.data.seq_len is 8" in message(seq_len=8)
     other = tmp_path / "other.model"
     other.write_bytes(b"another")
-    assert all(hashlib.sha256(b).hexdigest() in message(other) for b in (b"a tokenizer", b"another"))
+    assert all(
+        hashlib.sha256(b).hexdigest() in message(other) for b in (b"a tokenizer", b"another")
+    )
     assert str(tmp_path / "none") in message(tmp_path / "none")
     assert "'lines:z' is not in" in message(sources=("lines:a", "lines:z"))
     with pytest.raises(UserError, match="'lines:a' is not in .*'lines:v', 'lines:w'"):
-        validation_documents(prepared.data(validation=("lines:a",)), tokenizer_path=prepared.tokenizer)
+        validation_documents(
+            prepared.data(validation=("lines:a",)), tokenizer_path=prepared.tokenizer
+        )
     (tmp_path / "old").mkdir()
     token_files.write_meta(str(tmp_path / "old"), prepared.meta | {"format": 0})
-    assert f"has format 0, expected 1 to {token_files.FORMAT}" in message(token_files=str(tmp_path / "old"))
+    assert f"has format 0, expected 1 to {token_files.FORMAT}" in message(
+        token_files=str(tmp_path / "old")
+    )
     token_files.write_meta(str(tmp_path / "old"), {"name": "another program's"})
     assert "old/meta.json: not of token files" in message(token_files=str(tmp_path / "old"))
 
@@ -300,5 +353,7 @@ next(batches.Training(data, {str(prepared.tokenizer)!r}).batches(batch_size=2, s
 next(batches.validation_documents(data, tokenizer_path={str(prepared.tokenizer)!r}))
 print(sorted({{"tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)))
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

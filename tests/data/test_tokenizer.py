@@ -1,4 +1,6 @@
-"""Tokenizers against their own libraries and against llama.cpp (golden/make_tokens.py), alone and under seqio."""
+"""Tokenizers against their own libraries and against llama.cpp (golden/make_tokens.py), alone and
+under seqio.
+"""
 
 import hashlib
 import importlib.util
@@ -26,7 +28,11 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokens.json").read_
 TEXTS = GOLDEN["texts"]
 PACKAGED = Path(batches.__file__).parent / "corpus" / "tokenizer.model"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CONFIG = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>", "lstrip": False}, "pad_token": None}
+CONFIG = {
+    "bos_token": "<|im_start|>",
+    "eos_token": {"content": "<|im_end|>", "lstrip": False},
+    "pad_token": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +61,16 @@ def sentencepiece_path(tmp_path_factory):
 def library():
     """A byte-level BPE that cuts text into words as SmolLM does."""
     model = tokenizers.Tokenizer(models.BPE())
-    words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    words = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
     model.pre_tokenizer = pre_tokenizers.Sequence(words)
     model.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     model.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(special_tokens=CONTROL, initial_alphabet=alphabet, vocab_size=500)
+        TEXTS,
+        trainers.BpeTrainer(special_tokens=CONTROL, initial_alphabet=alphabet, vocab_size=500),
     )
     return model
 
@@ -68,7 +78,9 @@ def library():
 def write_json(folder, model, config):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(model if isinstance(model, str) else model.to_str())
-    (folder / "tokenizer_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(
+        config if isinstance(config, str) else json.dumps(config)
+    )
     return folder / "tokenizer.json"
 
 
@@ -78,7 +90,9 @@ def json_path(library, tmp_path_factory):
     model = tokenizers.Tokenizer.from_str(library.to_str())
     model.enable_truncation(2)
     model.enable_padding(length=70)
-    model.post_processor = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    model.post_processor = processors.TemplateProcessing(
+        "<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
     return write_json(tmp_path_factory.mktemp("json") / "tokenizer", model, CONFIG)
 
 
@@ -143,7 +157,10 @@ KINDS = ["sentencepiece", "json", "gguf sentencepiece", "gguf json"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_comes_back_as_it_was(every, kind):
-    for text in [*TEXTS, *("".join(random.Random(i).choices("".join(TEXTS), k=60)) for i in range(200))]:
+    for text in [
+        *TEXTS,
+        *("".join(random.Random(i).choices("".join(TEXTS), k=60)) for i in range(200)),
+    ]:
         assert every[kind].decode(every[kind].encode(text)) == text
 
 
@@ -153,7 +170,9 @@ def test_what_is_not_text_leaves_no_trace(every, kind):
     ids = tokenizer.encode("a b")
     special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == "a b"
-    assert tokenizer.decode(np.array([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 99])) == "a b"
+    assert (
+        tokenizer.decode(np.array([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 99])) == "a b"
+    )
     assert not special & {i for text in TEXTS for i in tokenizer.encode(text)}
     with pytest.raises(UserError, match=r"text: character 1 is '\\udcff'"):
         tokenizer.encode("a\udcff")
@@ -204,11 +223,16 @@ def test_gguf_prefixes_a_space_unless_it_says_no(sentencepiece_path, tmp_path):
     expected = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     assert found.encode("cat") != Tokenizer(sentencepiece_path).encode("cat")
     for text in TEXTS:
-        assert found.encode(text) == expected.encode(text) and found.decode(found.encode(text)) == text
+        assert (
+            found.encode(text) == expected.encode(text) and found.decode(found.encode(text)) == text
+        )
 
 
 def test_packaged_vocabulary_gives_what_llama_cpp_gives(tmp_path):
-    direct, through_gguf = Tokenizer(PACKAGED), from_gguf(sentencepiece_keys(PACKAGED), tmp_path / "a")
+    direct, through_gguf = (
+        Tokenizer(PACKAGED),
+        from_gguf(sentencepiece_keys(PACKAGED), tmp_path / "a"),
+    )
     for text, expected in zip(TEXTS, GOLDEN["packaged"], strict=True):
         assert direct.encode(text) == through_gguf.encode(text) == expected
     assert vars(direct).keys() == vars(through_gguf).keys()
@@ -231,7 +255,9 @@ def test_smollm2_gives_what_llama_cpp_gives(smollm2, words, tmp_path):
     metadata = dict(smollm2)
     assert metadata["tokenizer.ggml.pre"] == "smollm"
     if words != "smollm":
-        more = keys(tokens=GOLDEN["tokens"], merges=GOLDEN["merges"], token_type=[1] * len(GOLDEN["tokens"]))
+        more = keys(
+            tokens=GOLDEN["tokens"], merges=GOLDEN["merges"], token_type=[1] * len(GOLDEN["tokens"])
+        )
         metadata |= {key: smollm2[key] + values for key, values in more.items()}
     found = from_gguf(metadata | keys(pre=words), tmp_path / "a")
     for text, expected in zip(TEXTS, GOLDEN["smollm2"][words], strict=True):
@@ -239,7 +265,9 @@ def test_smollm2_gives_what_llama_cpp_gives(smollm2, words, tmp_path):
     assert (found.bos_id, found.eos_id, found.pad_id) == (1, 2, 2)
     assert found.vocab_size == len(metadata["tokenizer.ggml.tokens"])
     others = [rows for other, rows in GOLDEN["smollm2"].items() if other != words]
-    assert GOLDEN["smollm2"][words] not in others, "these texts do not tell the ways to cut them apart"
+    assert GOLDEN["smollm2"][words] not in others, (
+        "these texts do not tell the ways to cut them apart"
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,7 +277,10 @@ def test_smollm2_gives_what_llama_cpp_gives(smollm2, words, tmp_path):
         ({"pad_token": "<|endoftext|>"}, (1, 2, 0)),
         ({"pad_token": {"content": "<|im_start|>"}}, (1, 2, 2)),
         ({"bos_token": None}, (0, 2, 2)),
-        ({"bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, (0, 0, 1)),
+        (
+            {"bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+            (0, 0, 1),
+        ),
         ({"bos_token": "<|im_end|>"}, (2, 2, 0)),
     ],
 )
@@ -294,8 +325,14 @@ def test_special_ids_of_sentencepiece(sentencepiece_path, tmp_path):
 def test_files_and_fingerprint(json_path, sentencepiece_path, library, tmp_path):
     assert Tokenizer(sentencepiece_path).files == [sentencepiece_path]
     assert Tokenizer(json_path).files == [json_path, json_path.with_name("tokenizer_config.json")]
-    assert fingerprint(str(sentencepiece_path)) == hashlib.sha256(sentencepiece_path.read_bytes()).hexdigest()
-    paths = [write_json(tmp_path / str(i), library, CONFIG | c) for i, c in enumerate(({}, {}, {"bos_token": None}))]
+    assert (
+        fingerprint(str(sentencepiece_path))
+        == hashlib.sha256(sentencepiece_path.read_bytes()).hexdigest()
+    )
+    paths = [
+        write_json(tmp_path / str(i), library, CONFIG | c)
+        for i, c in enumerate(({}, {}, {"bos_token": None}))
+    ]
     first, same, other = map(fingerprint, paths)
     assert first == same != other
 
@@ -315,16 +352,38 @@ def test_files_and_fingerprint(json_path, sentencepiece_path, library, tmp_path)
         (slice(None), '{"bos_token": "<|im_start|>"', r"tokenizer_config\.json: not JSON"),
         (slice(None), "[" * 100_000, r"tokenizer_config\.json: not JSON"),
         (slice(None), "[]", r"tokenizer_config\.json: holds list, expected an object"),
-        (slice(None), '{"eos_token": "<eos>"}', r"tokenizer_config\.json: eos_token is '<eos>', expected a token of "),
-        (slice(None), '{"eos_token": 7}', r"tokenizer_config\.json: eos_token is 7, expected a token of "),
-        (slice(None), '{"pad_token": {"text": 1}}', r"tokenizer_config\.json: pad_token is \{'text': 1\}, expected"),
-        (slice(None), '{"bos_token": ["<s>"]}', r"tokenizer_config\.json: bos_token is \['<s>'\], expected a token"),
-        (slice(None), '{"bos_token": "<|im_start|>"}', r"tokenizer_config\.json: names no token for EOS"),
+        (
+            slice(None),
+            '{"eos_token": "<eos>"}',
+            r"tokenizer_config\.json: eos_token is '<eos>', expected a token of ",
+        ),
+        (
+            slice(None),
+            '{"eos_token": 7}',
+            r"tokenizer_config\.json: eos_token is 7, expected a token of ",
+        ),
+        (
+            slice(None),
+            '{"pad_token": {"text": 1}}',
+            r"tokenizer_config\.json: pad_token is \{'text': 1\}, expected",
+        ),
+        (
+            slice(None),
+            '{"bos_token": ["<s>"]}',
+            r"tokenizer_config\.json: bos_token is \['<s>'\], expected a token",
+        ),
+        (
+            slice(None),
+            '{"bos_token": "<|im_start|>"}',
+            r"tokenizer_config\.json: names no token for EOS",
+        ),
     ],
 )
 def test_bad_json(library, tmp_path, model, config, message):
     if model is not None:
-        (tmp_path / "tokenizer.json").write_text(library.to_str()[model] if isinstance(model, slice) else model)
+        (tmp_path / "tokenizer.json").write_text(
+            library.to_str()[model] if isinstance(model, slice) else model
+        )
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(config)
     with pytest.raises(UserError, match=f"^tokenizer {tmp_path}/{message}") as error:
@@ -337,7 +396,11 @@ def test_json_without_bos_or_padding(tmp_path):
     with pytest.raises(UserError, match="token for BOS"):
         Tokenizer(write_json(tmp_path, model, {"eos_token": "<e>"}))
     with pytest.raises(UserError, match="token for padding"):
-        Tokenizer(write_json(tmp_path, model, {"bos_token": "<e>", "eos_token": "<e>", "pad_token": "<e>"}))
+        Tokenizer(
+            write_json(
+                tmp_path, model, {"bos_token": "<e>", "eos_token": "<e>", "pad_token": "<e>"}
+            )
+        )
 
 
 REMOVED = object()
@@ -380,7 +443,8 @@ BAD_SENTENCEPIECE = [
 
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
-    [("gpt2", *row) for row in BAD_BOTH + BAD_BPE] + [("llama", *row) for row in BAD_BOTH + BAD_SENTENCEPIECE],
+    [("gpt2", *row) for row in BAD_BOTH + BAD_BPE]
+    + [("llama", *row) for row in BAD_BOTH + BAD_SENTENCEPIECE],
 )
 def test_bad_gguf(bpe_keys, sentencepiece_path, tmp_path, kind, change, message):
     metadata = dict(bpe_keys if kind == "gpt2" else sentencepiece_keys(sentencepiece_path))
@@ -398,10 +462,13 @@ def test_gguf_without_bos_or_padding(bpe_keys, sentencepiece_path, tmp_path):
     for key in ("bos_token_id", "padding_token_id"):
         metadata = {k: v for k, v in bpe_keys.items() if not k.endswith(key)}
         found = from_gguf(metadata, tmp_path / key)
-        assert (found.bos_id, found.eos_id, found.pad_id) == ((0, 2, 2) if key == "bos_token_id" else (1, 2, 2))
+        assert (found.bos_id, found.eos_id, found.pad_id) == (
+            (0, 2, 2) if key == "bos_token_id" else (1, 2, 2)
+        )
     metadata = sentencepiece_keys(sentencepiece_path)
     assert "tokenizer.ggml.padding_token_id" not in metadata
-    found = from_gguf(metadata | keys(padding_token_id=0), tmp_path / "pad")  # the unknown token, as some files have it
+    # the unknown token, as some files have it
+    found = from_gguf(metadata | keys(padding_token_id=0), tmp_path / "pad")
     assert (found.bos_id, found.eos_id, found.pad_id, found.unk_id) == (1, 2, 2, 0)
 
 
@@ -417,7 +484,10 @@ def test_gguf_special_tokens_of_normal_type(bpe_keys, sentencepiece_path, tmp_pa
 
 
 def test_gguf_user_defined_tokens_are_cut_out_first(bpe_keys, tmp_path):
-    tokens, types = list(bpe_keys["tokenizer.ggml.tokens"]), list(bpe_keys["tokenizer.ggml.token_type"])
+    tokens, types = (
+        list(bpe_keys["tokenizer.ggml.tokens"]),
+        list(bpe_keys["tokenizer.ggml.token_type"]),
+    )
     tokens += ["<tool>", "   "]
     found = from_gguf(bpe_keys | keys(tokens=tokens, token_type=[*types, 4, 4]), tmp_path / "a")
     ids = found.encode("a<tool>    b")
@@ -442,7 +512,13 @@ def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
     expected = [tokenizer.encode(text) for text in documents]
     assert [d["tokens"].tolist() for d in tasks.documents(source, path, BadRecords(0))] == expected
 
-    data = {"sources": (source,), "weights": (1.0,), "validation": (source,), "seq_len": 16, "max_bad_records": 0}
+    data = {
+        "sources": (source,),
+        "weights": (1.0,),
+        "validation": (source,),
+        "seq_len": 16,
+        "max_bad_records": 0,
+    }
     decoder = {"path": "", "tokenizer": path}
     meta = prepare.prepare(ConfigDict({"data": data, "decoder": decoder}), f"{tmp_path}/out")
     assert (meta["bos_id"], meta["pad_id"], meta["vocab_size"]) == (1, 2, 500)
@@ -452,7 +528,10 @@ def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
     batch = next(batches.Training(prepared, path).batches(batch_size=2, seed=0))
     text = ConfigDict(data | {"token_files": ""})
     again = next(batches.Training(text, path).batches(batch_size=2, seed=0))
-    assert batch["tokens"].shape == again["tokens"].shape == (2, 16) and (again["tokens"][:, 0] == 1).all()
+    assert (
+        batch["tokens"].shape == again["tokens"].shape == (2, 16)
+        and (again["tokens"][:, 0] == 1).all()
+    )
 
     config = tokenizer.path.with_name("tokenizer_config.json")
     kept = config.read_text()

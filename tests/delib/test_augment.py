@@ -1,6 +1,8 @@
-"""All traces together against each one alone: through the cache, and in the naive reading; who sees whom, by gradients.
+"""All traces together against each one alone: through the cache, and in the naive reading; who sees
+whom, by gradients.
 
-Two packed rows, grouped queries, windows smaller than the text; one trace at a document's start and two near an end.
+Two packed rows, grouped queries, windows smaller than the text; one trace at a document's start and
+two near an end.
 """
 
 from functools import partial
@@ -30,7 +32,9 @@ SEGMENT = np.array([[1] * 9 + [2] * 7, [1] * 12 + [0] * 4])
 START = np.array([[0] * 9 + [9] * 7, [0] * 12 + [12] * 4])
 END = np.array([[9] * 9 + [16] * 7, [12] * 12 + [16] * 4])
 AT = np.array([[2, 7, 12], [0, 9, 10]])
-WEIGHTS = np.array([[[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]])
+WEIGHTS = np.array(
+    [[[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]]
+)
 
 
 def setup(config, placement, method="cache_augmentation"):
@@ -46,11 +50,15 @@ def document_of(b, m):
 
 @partial(jax.jit, static_argnums=0)
 def loss_and_nll(aug, params, tokens_BT, segment_BT, at_BM, delay_BM):
-    """The loss; -log p of every ahead token [B, M, A], and the weights. One program for all tests of a placement."""
+    """The loss; -log p of every ahead token [B, M, A], and the weights. One program for all tests
+    of a placement.
+    """
     total = augment.loss(aug, params, tokens_BT, segment_BT, at_BM, A, jnp.float32, delay_BM)
     text = augment.read_text(aug, params, tokens_BT, segment_BT, jnp.float32)
     traces = aug.lay_out(tokens_BT, segment_BT, at_BM, A, delay_BM)
-    out, _ = augment.decode(aug, params, augment.write_latents(aug, params, text, traces), text.cache, traces)
+    out, _ = augment.decode(
+        aug, params, augment.write_latents(aug, params, text, traces), text.cache, traces
+    )
     return total, (augment.nll(aug, params, out, traces.targets), traces.weights)
 
 
@@ -73,7 +81,9 @@ def test_traces_together_equal_the_naive_reading_of_each(family, placement):
     nll, weights = trace_nll(aug, params, TOKENS, SEGMENT, AT)
     np.testing.assert_array_equal(weights, WEIGHTS)
     for b, m in np.ndindex(AT.shape):
-        expected = naive.trace_nll(config, params["decoder"], params["coprocessor"], *document_of(b, m), A, placement)
+        expected = naive.trace_nll(
+            config, params["decoder"], params["coprocessor"], *document_of(b, m), A, placement
+        )
         assert len(expected) == WEIGHTS[b, m].sum()
         np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
@@ -92,22 +102,30 @@ def test_latents_of_an_earlier_call(placement):
 
 @partial(jax.jit, static_argnums=0)
 def extend(config, weights, cache, x_BSD, position_BS, count_B):
-    """Reads more inputs (one row) after all that the cache holds, and appends the first `count_B`."""
+    """Reads more inputs (one row) after all that the cache holds, and appends the first
+    `count_B`.
+    """
     position = position_BS[:, None]
     zero = jnp.zeros_like(position)
     bounds = Bounds(zero, zero + cache.length[:, None, None], zero)
-    out, kv = Transformer(config).apply({"params": weights}, x_BSD[:, None], position, bounds, cache)
+    out, kv = Transformer(config).apply(
+        {"params": weights}, x_BSD[:, None], position, bounds, cache
+    )
     return out[0, 0], cache_lib.append(cache, kv, position_BS, count_B)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_traces_together_equal_separate_runs_through_the_cache(placement):
-    """One at a time: prefill, latents, latents into the cache, then token by token, as in decoding."""
+    """One at a time: prefill, latents, latents into the cache, then token by token, as in
+    decoding.
+    """
     config = small.GEMMA
     aug, params = setup(config, placement)
     together, tokens = loss(aug, params, TOKENS, SEGMENT, AT)
     nll, _ = trace_nll(aug, params, TOKENS, SEGMENT, AT)
-    decoder, coprocessor = ({n: params[name][n] for n in ("layers", "final_norm")} for name in params)
+    decoder, coprocessor = (
+        {n: params[name][n] for n in ("layers", "final_norm")} for name in params
+    )
 
     def embed(tokens):
         return transformer.embed(params["decoder"]["embedding"], jnp.array(tokens), config)[None]
@@ -116,10 +134,17 @@ def test_traces_together_equal_separate_runs_through_the_cache(placement):
         reread = placement != "after"
         cache = small.empty_cache(config, 1, T + L + A, jnp.float32)
         text = np.pad(document, (0, T - len(document)))
-        _, cache = extend(config, decoder, cache, embed(text), np.arange(T)[None], np.array([p + 1]))
+        _, cache = extend(
+            config, decoder, cache, embed(text), np.arange(T)[None], np.array([p + 1])
+        )
         latent_position = naive.latent_position(p, L, placement)[None]
         z, _ = extend(
-            config, coprocessor, cache, params["coprocessor"]["soft_tokens"][None], latent_position, np.array([0])
+            config,
+            coprocessor,
+            cache,
+            params["coprocessor"]["soft_tokens"][None],
+            latent_position,
+            np.array([0]),
         )
         cache = cache._replace(length=cache.length - reread)
         out, cache = extend(config, decoder, cache, z[None], latent_position, np.array([L]))
@@ -129,7 +154,9 @@ def test_traces_together_equal_separate_runs_through_the_cache(placement):
         targets = document[p + 1 : p + 1 + A]
         for at in range(p + 1 - reread, p + len(targets)):
             position = np.array([[at + shift]])
-            out, cache = extend(config, decoder, cache, embed([document[at]]), position, np.array([1]))
+            out, cache = extend(
+                config, decoder, cache, embed([document[at]]), position, np.array([1])
+            )
             outputs.append(out[0])
         return naive.nll(config, params["decoder"], np.array(outputs, np.float64), targets)
 
@@ -144,7 +171,9 @@ def test_traces_together_equal_separate_runs_through_the_cache(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_packed_documents_equal_each_document_alone(placement):
-    """The same three documents and traces, packed in two rows and in four; T - 1 is a trace without weight."""
+    """The same three documents and traces, packed in two rows and in four; T - 1 is a trace without
+    weight.
+    """
     aug, params = setup(small.GEMMA, placement)
     packed = loss(aug, params, TOKENS, SEGMENT, AT)
     alone = np.zeros(2)
@@ -162,7 +191,9 @@ def test_packed_documents_equal_each_document_alone(placement):
 def test_visibility_by_gradients(placement):
     """Exactly zero from what a trace must not see, not zero from each thing it sees."""
     aug, params = setup(small.GEMMA, placement)
-    outputs, text = jax.jit(lambda p: augment.read_text(aug, p, TOKENS, SEGMENT, jnp.float32))(params)
+    outputs, text = jax.jit(lambda p: augment.read_text(aug, p, TOKENS, SEGMENT, jnp.float32))(
+        params
+    )
     traces = aug.lay_out(TOKENS, SEGMENT, AT, A)
 
     def losses(k, v, change_BMLD):
@@ -176,7 +207,8 @@ def test_visibility_by_gradients(placement):
 
     row, slot = np.arange(2), np.arange(T)
     start = np.take_along_axis(START, AT, axis=1)
-    sees = (slot >= start[..., None]) & (slot <= AT[..., None])  # [B, M, T], x_p included: the coprocessor reads it
+    # [B, M, T], x_p included: the coprocessor reads it
+    sees = (slot >= start[..., None]) & (slot <= AT[..., None])
     sees = sees[:, :, None] & (row[:, None, None, None] == row[:, None])
     assert sees.shape == (2, M, 2, T) and sees.sum() == 3 + 8 + 4 + 1 + 10 + 11
     for gradient in (by_k, by_v):  # [B, M, layers, B, T, K, H]
@@ -187,7 +219,9 @@ def test_visibility_by_gradients(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_nothing_past_the_documents_end_matters(placement):
-    """Other text after each document's end, as context and as ahead tokens: bit for bit the same weighted loss."""
+    """Other text after each document's end, as context and as ahead tokens: bit for bit the same
+    weighted loss.
+    """
     aug, params = setup(small.GEMMA, placement)
     nll, weights = trace_nll(aug, params, TOKENS, SEGMENT, AT)
     other = np.where(SEGMENT == 1, TOKENS, (TOKENS + 31) % 97)
@@ -203,7 +237,16 @@ def test_a_step_trains_on_the_traces_that_are_drawn():
     aug, params = setup(small.GEMMA, "overlay")
     frozen, trainable = {"decoder": params["decoder"]}, {"coprocessor": params["coprocessor"]}
     tx = optax.identity()
-    step = partial(train_step, aug=aug, tx=tx, seed=0, num_traces=M, num_ahead=A, accumulation=1, dtype=jnp.float32)
+    step = partial(
+        train_step,
+        aug=aug,
+        tx=tx,
+        seed=0,
+        num_traces=M,
+        num_ahead=A,
+        accumulation=1,
+        dtype=jnp.float32,
+    )
     step, found = jax.jit(step), []
     for done in range(2):
         state = TrainState(jnp.int32(done), trainable, tx.init(trainable))
@@ -225,7 +268,9 @@ def test_without_a_coprocessor_the_decoder_is_bit_identical():
         x = transformer.embed(decoder["embedding"], TOKENS, config)
         position = jnp.arange(T) - START
         bounds = transformer.own_text(jnp.array(START))
-        out, kv = Transformer(config).apply({"params": decoder}, x[:, None], position[:, None], bounds)
+        out, kv = Transformer(config).apply(
+            {"params": decoder}, x[:, None], position[:, None], bounds
+        )
         return out[:, 0], kv.k[:, :, 0], kv.v[:, :, 0]
 
     read = jax.jit(augment.read_text, static_argnums=(0, 4))

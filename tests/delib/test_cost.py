@@ -16,17 +16,24 @@ from latent_delib.weights import folder
 def of_products(config):
     """Operations of a token in the products with all layers' matrices."""
     leaves = folder.by_name(folder.shapes(config))
-    return 2 * sum(x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name)
+    return 2 * sum(
+        x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name
+    )
 
 
 def counted(config, L, placement, T, M, A):
-    """One sequence: every trace at every place in the text, averaged; windows over prefix and own tokens apart."""
+    """One sequence: every trace at every place in the text, averaged; windows over prefix and own
+    tokens apart.
+    """
     products = of_products(config)
 
     def pairs(length):
-        """Keys that the queries of `length` tokens see of each other, themselves half, over all layers."""
+        """Keys that the queries of `length` tokens see of each other, themselves half, over all
+        layers.
+        """
         return sum(
-            sum(min(t, config.window) if local else t for t in np.arange(length) + 0.5) for local in config.is_local
+            sum(min(t, config.window) if local else t for t in np.arange(length) + 0.5)
+            for local in config.is_local
         )
 
     pair = 4 * config.num_heads * config.head_dim
@@ -56,7 +63,9 @@ def test_the_published_setting():
 
 
 def test_what_is_done_beyond_that():
-    """Under `attention` the products of the traces once more; under `full` what they see of the text too."""
+    """Under `attention` the products of the traces once more; under `full` what they see of the
+    text too.
+    """
     config = dataclasses.replace(small.GEMMA, window=8)
     products = of_products(config)
 
@@ -69,16 +78,26 @@ def test_what_is_done_beyond_that():
     assert again("full") > again("attention")
     assert again("attention", "pause_tokens") == 3 * 5 * (4 + 6 - 1) * products
     assert again("attention", "decoder") == 3 * 64 * products
-    # One after another: three passes more over four, forward twice and backward (the text has no gradient). Inserted:
-    # zeros in their places.
+    # One after another: three passes more over four, forward twice and backward (the text has no
+    # gradient). Inserted: zeros in their places.
     one_after_another, zeros = 3 * 5 * 3 * 4, 3 * 5 * 4
     pair = 4 * config.num_heads * config.head_dim
-    seen = pair * sum(np.minimum(np.arange(64) + 0.5, 8 if local else 64).mean() for local in config.is_local)
+    seen = pair * sum(
+        np.minimum(np.arange(64) + 0.5, 8 if local else 64).mean() for local in config.is_local
+    )
     for method, base, tokens_more, times_products, times_seen in (
         ("sequential", tokens, one_after_another, 4, 3),
         ("inserted", tokens - zeros, zeros, 2, 2),
     ):
         more = again("none", method)
-        np.testing.assert_allclose(more, tokens_more * (times_products * products + times_seen * seen), rtol=1e-2)
-        np.testing.assert_allclose(again("attention", method) - more, (base + tokens_more) * products)
-    assert again("attention", "joint") == again("attention", "last_layer") == (tokens + 3 * 64) * products
+        np.testing.assert_allclose(
+            more, tokens_more * (times_products * products + times_seen * seen), rtol=1e-2
+        )
+        np.testing.assert_allclose(
+            again("attention", method) - more, (base + tokens_more) * products
+        )
+    assert (
+        again("attention", "joint")
+        == again("attention", "last_layer")
+        == (tokens + 3 * 64) * products
+    )

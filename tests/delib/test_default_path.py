@@ -1,7 +1,8 @@
-"""What users get by default: bfloat16, remat "attention", the xla form of attention, on shapes that run all of it.
+"""What users get by default: bfloat16, remat "attention", the xla form of attention, on shapes that
+run all of it.
 
-The text is longer than one block of keys and one chunk of queries, and so are the traces together: no call is served by
-the reference, and every loop of the form goes round more than once.
+The text is longer than one block of keys and one chunk of queries, and so are the traces together:
+no call is served by the reference, and every loop of the form goes round more than once.
 """
 
 from functools import partial
@@ -29,12 +30,16 @@ PARAMS = {"decoder": small.decoder(CONFIG), "coprocessor": small.coprocessor(CON
 
 
 def augmentation(remat, method="cache_augmentation"):
-    return Augmentation(Transformer(CONFIG, remat, form="xla", few=0), method, L, "overlay", loss_chunk=64)
+    return Augmentation(
+        Transformer(CONFIG, remat, form="xla", few=0), method, L, "overlay", loss_chunk=64
+    )
 
 
 def test_the_shapes_go_round_every_loop():
     assert T > xla.KEYS and T > xla.QUERIES, "several blocks of keys, several chunks of text"
-    assert M * L > xla.QUERIES, "several chunks of traces in the coprocessor's call, and so in the decoder's"
+    assert M * L > xla.QUERIES, (
+        "several chunks of traces in the coprocessor's call, and so in the decoder's"
+    )
 
 
 def loss_of_coprocessor(aug, coprocessor):
@@ -56,10 +61,10 @@ def test_remat_changes_memory_and_nothing_else():
         jax.tree.map(close, gradients[remat], gradients["none"])
 
 
-# The root mean square of a group's error, as a share of its gradient's. Found here: 3.6 to 4.1 %. Casting the weights
-# to bfloat16, whose numbers have 8 bits, makes 2.3 % of that by itself, with all else in float32. The rest is the
-# rounding of activations and gradients on their way through both models: plain autodiff of the reference attention
-# makes as much of it.
+# The root mean square of a group's error, as a share of its gradient's. Found here: 3.6 to 4.1 %.
+# Casting the weights to bfloat16, whose numbers have 8 bits, makes 2.3 % of that by itself, with
+# all else in float32. The rest is the rounding of activations and gradients on their way through
+# both models: plain autodiff of the reference attention makes as much of it.
 MOST = 0.06
 
 
@@ -79,7 +84,9 @@ def one_step(dtype, remat):
     step = partial(train_step, tx=tx, seed=0, num_traces=M, num_ahead=A, accumulation=1)
     state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
     batch = {"tokens": TOKENS, "segment": SEGMENT}
-    state, metrics = jax.jit(partial(step, aug=augmentation(remat), dtype=dtype))(state, frozen, batch)
+    state, metrics = jax.jit(partial(step, aug=augmentation(remat), dtype=dtype))(
+        state, frozen, batch
+    )
     return optax.tree.get(state.opt_state, "mu"), state, metrics
 
 
@@ -92,7 +99,9 @@ def test_a_step_in_bfloat16_is_close_to_one_in_float32():
     assert float(metrics["tokens"]) == float(expected["tokens"])
 
     errors, sizes = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0.0)
-    for (path, leaf), wanted in zip(jax.tree_util.tree_leaves_with_path(rounded), jax.tree.leaves(exact)):
+    for (path, leaf), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(rounded), jax.tree.leaves(exact)
+    ):
         errors[group_of(path)] += float(jnp.sum((leaf - wanted) ** 2))
         sizes[group_of(path)] += float(jnp.sum(wanted**2))
     shares = {group: (errors[group] / sizes[group]) ** 0.5 for group in GROUPS}

@@ -1,8 +1,10 @@
-"""The gradient of the whole method, on the path that training takes, against finite differences of the naive reading.
+"""The gradient of the whole method, on the path that training takes, against finite differences of
+the naive reading.
 
-`augment.loss` runs as a training job runs it: the xla form of attention, remat "attention", the loss in chunks. The
-naive reading is float64 numpy and knows no autodiff. Each trained leaf is moved along a random direction, forth and
-back: the difference of the two losses is the gradient's product with that direction.
+`augment.loss` runs as a training job runs it: the xla form of attention, remat "attention", the
+loss in chunks. The naive reading is float64 numpy and knows no autodiff. Each trained leaf is moved
+along a random direction, forth and back: the difference of the two losses is the gradient's product
+with that direction.
 """
 
 from functools import partial
@@ -52,7 +54,9 @@ def parameters(method, config):
 
 
 def naive_loss(method, config, placement, params):
-    """Σ -log p over the tokens that `augment.loss` counts, one document or trace after the other."""
+    """Σ -log p over the tokens that `augment.loss` counts, one document or trace after the
+    other.
+    """
     decoder = params["decoder"]
     if method == "decoder":
         documents = (TOKENS[0, :9], TOKENS[0, 9:], TOKENS[1, :12])
@@ -105,15 +109,22 @@ def test_loss_and_gradient_equal_the_naive_reading(method, family, placement):
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         direction = rng.normal(size=leaf.shape)
         forth, back = (moved(frozen | trained, path, sign * STEP * direction) for sign in (1, -1))
-        slope = naive_loss(method, config, placement, forth) - naive_loss(method, config, placement, back)
+        slope = naive_loss(method, config, placement, forth) - naive_loss(
+            method, config, placement, back
+        )
         found = np.sum(np.asarray(leaf, np.float64) * direction)
         size = np.linalg.norm(np.asarray(leaf, np.float64))
         name = jax.tree_util.keystr(path)
-        unused = method == "inserted" and "final_norm" in name  # it writes keys and values, no outputs
+        # it writes keys and values, no outputs
+        unused = method == "inserted" and "final_norm" in name
         assert (size == 0) if unused else (size > 1e-3), name
-        np.testing.assert_allclose(found, slope / (2 * STEP), rtol=0, atol=3e-5 * size + 1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            found, slope / (2 * STEP), rtol=0, atol=3e-5 * size + 1e-5, err_msg=name
+        )
 
 
 def test_every_method_that_the_naive_reading_knows_is_here():
-    """from_scratch computes what cache_augmentation does; resized has tests of its maps, in test_methods.py."""
+    """from_scratch computes what cache_augmentation does; resized has tests of its maps, in
+    test_methods.py.
+    """
     assert {method for method, *_ in CASES} == set(METHODS) - {"from_scratch", "resized"}

@@ -23,13 +23,20 @@ def leaves(tree, path=""):
 def adapters(rank, seed=0):
     """Both factors at random."""
     made = lora.init(jax.random.key(seed), TREE["layers"], rank)
-    return {"layers": jax.tree.map(lambda x: np.asarray(jax.random.normal(jax.random.key(x.size), x.shape)), made)}
+    return {
+        "layers": jax.tree.map(
+            lambda x: np.asarray(jax.random.normal(jax.random.key(x.size), x.shape)), made
+        )
+    }
 
 
 def test_every_matrix_is_adapted_and_nothing_is_changed_at_first():
     made = {"layers": lora.init(jax.random.key(0), TREE["layers"], 2)}
     matrices = [name for name in leaves(TREE) if name.split(".")[-1] in INPUT_AXES]
-    assert sorted(leaves(made)) == sorted(f"{name}_{part}" for name in matrices for part in "ab") and len(matrices) == 7
+    assert (
+        sorted(leaves(made)) == sorted(f"{name}_{part}" for name in matrices for part in "ab")
+        and len(matrices) == 7
+    )
     found = lora.lay_over(TREE, made)
     jax.tree.map(np.testing.assert_array_equal, found, TREE)
     firsts = [leaf for name, leaf in leaves(made).items() if name.endswith("_a")]
@@ -49,7 +56,9 @@ def test_an_adapted_matrix_is_that_and_the_product():
             fan_in = np.prod(a.shape[1:-1])
             change = a[layer].reshape(fan_in, 3) @ b[layer].reshape(3, -1)
             expected = leaf[layer].reshape(fan_in, -1) + change
-            np.testing.assert_allclose(found[name][layer].reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(
+                found[name][layer].reshape(expected.shape), expected, rtol=1e-5, atol=1e-5
+            )
 
 
 def test_what_is_below_in_bfloat16_stays_so():
@@ -82,13 +91,17 @@ def test_rooms_lie_over_what_is_below(trained):
     if trained == "decoder":
         assert set(found) == {"decoder"}
     else:
-        jax.tree.map(np.testing.assert_array_equal, found["coprocessor"], body | {"soft_tokens": soft})
+        jax.tree.map(
+            np.testing.assert_array_equal, found["coprocessor"], body | {"soft_tokens": soft}
+        )
 
 
 def test_a_coprocessor_below_adapters_comes_before_the_decoder():
     other = small.coprocessor(small.GEMMA, 2)
     found = augment.assemble({"decoder": TREE, "coprocessor": other}, {"coprocessor": adapters(2)})
-    jax.tree.map(np.testing.assert_array_equal, found["coprocessor"], lora.lay_over(other, adapters(2)))
+    jax.tree.map(
+        np.testing.assert_array_equal, found["coprocessor"], lora.lay_over(other, adapters(2))
+    )
 
 
 def test_a_whole_coprocessor_has_nothing_of_the_decoder():

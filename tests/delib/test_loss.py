@@ -33,7 +33,9 @@ def naive(softcap):
     def total(x, embedding, target, weights):
         logits = x @ embedding.T
         logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[
+            ..., 0
+        ]
         return jnp.sum(losses * weights), losses
 
     return total
@@ -67,13 +69,18 @@ def test_equals_log_softmax(chunk, softcap):
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_bfloat16(softcap):
-    """bfloat16 outputs and a float32 table: the loss is float32, each gradient has the dtype of its argument."""
+    """bfloat16 outputs and a float32 table: the loss is float32, each gradient has the dtype of its
+    argument.
+    """
     x, embedding, target, weights = inputs(dtype=jnp.bfloat16)
     embedding = embedding.astype(jnp.bfloat16).astype(jnp.float32)
     (_, losses), grads = value_and_grads(ours(softcap, 4), x, embedding, target, weights)
-    (_, wanted), grads_wanted = value_and_grads(naive(softcap), x.astype(jnp.float32), embedding, target, weights)
+    (_, wanted), grads_wanted = value_and_grads(
+        naive(softcap), x.astype(jnp.float32), embedding, target, weights
+    )
     assert [a.dtype for a in (losses, *grads)] == [jnp.float32, jnp.bfloat16, jnp.float32]
-    np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)  # products of bfloat16 are exact in float32
+    # products of bfloat16 are exact in float32
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)
     for found, expected in zip(grads, grads_wanted):
         atol = 2**-6 * np.abs(expected).max()
         np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-6, atol=atol)
@@ -96,14 +103,18 @@ def arrays_in(jaxpr):
     """Shapes and dtypes of everything a program computes, inner programs included."""
     for equation in jaxpr.eqns:
         yield from (v.aval for v in equation.outvars)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
             if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
                 yield from arrays_in(getattr(inner, "jaxpr", inner))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_a_frozen_table_changes_no_gradient(softcap):
-    """Of x alone, made in the forward pass: the same numbers as when the table's is asked for too."""
+    """Of x alone, made in the forward pass: the same numbers as when the table's is asked for
+    too.
+    """
     x, embedding, target, weights = inputs()
 
     def total(x, embedding):
@@ -113,7 +124,8 @@ def test_a_frozen_table_changes_no_gradient(softcap):
     both = jax.jit(jax.grad(total, argnums=(0, 1)))(x, embedding)
     np.testing.assert_allclose(alone, both[0], rtol=1e-5, atol=1e-6)
     frozen = jax.make_jaxpr(jax.grad(total))(x, embedding).jaxpr
-    assert not any(a.shape == (V, D) for a in arrays_in(frozen))  # no gradient of the table is made for nothing
+    # no gradient of the table is made for nothing
+    assert not any(a.shape == (V, D) for a in arrays_in(frozen))
     table = jax.jit(jax.grad(total, argnums=1))(x, embedding)
     np.testing.assert_allclose(table, both[1], rtol=1e-5, atol=1e-6)
 
@@ -136,13 +148,17 @@ def test_no_logits_of_all_tokens(chunk, whole, argnums):
 def test_logits_at_a_time_do_not_grow_with_the_batch(shards, tokens):
     """Of 128 sequences on `shards` devices: four times the chunk on each."""
     config, chunk, sequences = small.GEMMA, 256, 128
-    aug = Augmentation(Transformer(config, partition=WHOLE._replace(row_shards=shards)), loss_chunk=chunk)
+    aug = Augmentation(
+        Transformer(config, partition=WHOLE._replace(row_shards=shards)), loss_chunk=chunk
+    )
     x = jax.ShapeDtypeStruct((sequences, 1, 300, config.embed_dim), jnp.float32)
     table = jax.ShapeDtypeStruct((config.vocab_size, config.embed_dim), jnp.float32)
     targets = jax.ShapeDtypeStruct((sequences, 1, 300), jnp.int32)
 
     def total(x, table, targets):
-        return augment.summed_nll(aug, {"decoder": {"embedding": table}}, x, targets, jnp.ones(targets.shape))
+        return augment.summed_nll(
+            aug, {"decoder": {"embedding": table}}, x, targets, jnp.ones(targets.shape)
+        )
 
     for program in (total, jax.grad(total), jax.grad(total, argnums=(0, 1))):
         shapes = (a.shape for a in arrays_in(jax.make_jaxpr(program)(x, table, targets).jaxpr))

@@ -24,7 +24,9 @@ B, T, M, L = 2, 6, 3, 5
 CONFIG = small.GEMMA
 MODEL = Transformer(CONFIG)
 OTHER = Transformer(
-    dataclasses.replace(CONFIG, num_layers=2, embed_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=20)
+    dataclasses.replace(
+        CONFIG, num_layers=2, embed_dim=24, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=20
+    )
 )
 DECODER = jax.tree.map(jnp.asarray, small.decoder(CONFIG))
 AT = jnp.array([[0, 2, 4], [1, 2, 3]])
@@ -57,16 +59,24 @@ def text_of(seed, dtype=jnp.float32):
     """What some decoder might have read."""
     cache = small.empty_cache(CONFIG, B, T, dtype)
     k, v = jax.random.normal(jax.random.key(seed), (2, *cache.k.shape), dtype)
-    cache = cache._replace(k=k, v=v, position=jnp.tile(jnp.arange(T), (B, 1)), length=jnp.full((B,), T))
+    cache = cache._replace(
+        k=k, v=v, position=jnp.tile(jnp.arange(T), (B, 1)), length=jnp.full((B,), T)
+    )
     return Reading(jax.random.normal(jax.random.key(seed), (B, T, CONFIG.embed_dim), dtype), cache)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_trainable_tree(name):
-    """What writes latents is a coprocessor that reads no tokens; a decoder is in it where that is trained."""
+    """What writes latents is a coprocessor that reads no tokens; a decoder is in it where that is
+    trained.
+    """
     shapes = jax.eval_shape(lambda: METHODS[name].init(jax.random.key(0), DECODER, models(name), L))
     assert ("coprocessor" in shapes) == (name in WRITING)
-    assert ("decoder" in shapes) == METHODS[name].trains_decoder == (name in ("decoder", "joint", "unified"))
+    assert (
+        ("decoder" in shapes)
+        == METHODS[name].trains_decoder
+        == (name in ("decoder", "joint", "unified"))
+    )
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     if "decoder" in shapes:
         assert jax.tree.map(jnp.shape, shapes["decoder"]) == jax.tree.map(jnp.shape, DECODER)
@@ -100,7 +110,9 @@ def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):
         return {"coprocessor": tree | {"loudness": jnp.ones(models.transformer.config.embed_dim)}}
 
     def loud(params, models, reading, traces):
-        return params["coprocessor"]["loudness"] * METHODS["static_tokens"].write(params, models, reading, traces)
+        return params["coprocessor"]["loudness"] * METHODS["static_tokens"].write(
+            params, models, reading, traces
+        )
 
     price = Flops(useful=1e6, repeated=2e6)
     row = Method(start, loud, cost=lambda writing: price, axes={"loudness": ("embed",)})
@@ -108,9 +120,13 @@ def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):
     mesh = mesh_lib.make({"fsdp": 2}, jax.devices()[:2])
     tree = row.init(jax.random.key(0), DECODER, models("loud"), L)
     shardings = mesh_lib.parameters(mesh, tree, param_axes("loud"))
-    assert shardings["coprocessor"]["loudness"].spec == jax.sharding.PartitionSpec(("fsdp", "traces"))
+    assert shardings["coprocessor"]["loudness"].spec == jax.sharding.PartitionSpec(
+        ("fsdp", "traces")
+    )
     assert write("loud", tree, text_of(0)).shape == (B, M, L, CONFIG.embed_dim)
-    loud, static = (step_flops(Augmentation(MODEL, name, L), B, T, M, 2) for name in ("loud", "static_tokens"))
+    loud, static = (
+        step_flops(Augmentation(MODEL, name, L), B, T, M, 2) for name in ("loud", "static_tokens")
+    )
     assert loud.useful - static.useful == price.useful
     assert loud.repeated - static.repeated == price.repeated
 
@@ -157,7 +173,11 @@ def test_a_coprocessor_starts_as_the_decoder(name):
     for decoder in (DECODER, half):
         tree = begin(name, 0, decoder)["coprocessor"]
         for part in ("layers", "final_norm"):
-            jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float32)), tree[part], decoder[part])
+            jax.tree.map(
+                lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float32)),
+                tree[part],
+                decoder[part],
+            )
         assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
 
 
@@ -185,7 +205,9 @@ def test_pause_tokens_are_read_as_tokens_are_whatever_the_text(name):
         np.testing.assert_array_equal(z, np.broadcast_to(as_tokens_LD, z.shape))
 
 
-@pytest.mark.parametrize("name", [name for name in WRITING if name not in ("pause_tokens", "static_tokens")])
+@pytest.mark.parametrize(
+    "name", [name for name in WRITING if name not in ("pause_tokens", "static_tokens")]
+)
 def test_a_coprocessor_reads_the_text(name):
     """The same weights over two texts: latents of every trace differ."""
     tree = begin(name)
@@ -198,9 +220,17 @@ def test_a_coprocessor_reads_the_text(name):
 
 def test_the_unified_model_is_a_coprocessor_of_the_decoders_weights():
     tree, text = begin("unified"), text_of(0)
-    trained = {"decoder": jax.tree.map(lambda x: x + 0.1, DECODER), "coprocessor": tree["coprocessor"]}
-    whole = {"coprocessor": {n: trained["decoder"][n] for n in ("layers", "final_norm")} | tree["coprocessor"]}
-    np.testing.assert_array_equal(write("unified", trained, text), write("cache_augmentation", whole, text))
+    trained = {
+        "decoder": jax.tree.map(lambda x: x + 0.1, DECODER),
+        "coprocessor": tree["coprocessor"],
+    }
+    whole = {
+        "coprocessor": {n: trained["decoder"][n] for n in ("layers", "final_norm")}
+        | tree["coprocessor"]
+    }
+    np.testing.assert_array_equal(
+        write("unified", trained, text), write("cache_augmentation", whole, text)
+    )
 
 
 def test_the_first_latent_is_the_same_one_after_another():
@@ -220,7 +250,9 @@ def through_identity(config, tree):
 
 @pytest.mark.parametrize("family, num_layers", [("gemma", 4), ("gemma", 2), ("llama", 2)])
 def test_maps_that_change_nothing(family, num_layers):
-    """Of the same shape: the coprocessor without maps. Of half the depth: it reads the first and the last layer."""
+    """Of the same shape: the coprocessor without maps. Of half the depth: it reads the first and
+    the last layer.
+    """
     config = dataclasses.replace(small.CONFIGS[family], num_layers=4)
     decoder = jax.tree.map(jnp.asarray, small.decoder(config))
     own = dataclasses.replace(config, num_layers=num_layers)
@@ -230,14 +262,19 @@ def test_maps_that_change_nothing(family, num_layers):
     cache = small.empty_cache(config, B, T, jnp.float32)
     k, v = jax.random.normal(jax.random.key(0), (2, *cache.k.shape))
     text = Reading(jnp.zeros((B, T, config.embed_dim)), cache._replace(k=k, v=v, position=position))
-    through_maps = functools.partial(METHODS["resized"].write, models=Models(Transformer(config), Transformer(own)))
+    through_maps = functools.partial(
+        METHODS["resized"].write, models=Models(Transformer(config), Transformer(own))
+    )
     found = jax.jit(through_maps)(params, reading=text, traces=TRACES)
 
     layers = jnp.array([0, 3] if num_layers == 2 else [0, 1, 2, 3])
-    if num_layers == 2 and family == "gemma":  # layers 0 and 3 are a local and a global one, and so are its own 0 and 1
+    # layers 0 and 3 are a local and a global one, and so are its own 0 and 1
+    if num_layers == 2 and family == "gemma":
         assert [config.is_local[l] for l in (0, 3)] == list(own.is_local)
     read = text._replace(cache=text.cache._replace(k=k[layers], v=v[layers]))
-    without = functools.partial(METHODS["cache_augmentation"].write, models=Models(Transformer(own), Transformer(own)))
+    without = functools.partial(
+        METHODS["cache_augmentation"].write, models=Models(Transformer(own), Transformer(own))
+    )
     expected = jax.jit(without)(params, reading=read, traces=TRACES)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -245,7 +282,10 @@ def test_maps_that_change_nothing(family, num_layers):
 def test_maps_do_not_depend_on_the_position():
     """Text and latents moved on together: the latents stay."""
     tree, text = begin("resized"), text_of(0)
-    theirs, own = (Transformer(dataclasses.replace(m.config, layer_pattern=("global",))) for m in (MODEL, OTHER))
+    theirs, own = (
+        Transformer(dataclasses.replace(m.config, layer_pattern=("global",)))
+        for m in (MODEL, OTHER)
+    )
     through_maps = jax.jit(functools.partial(METHODS["resized"].write, models=Models(theirs, own)))
     found = []
     for moved in (0, 1000):

@@ -1,6 +1,8 @@
-"""The train step: what it changes and what it cannot change, sums over ragged parts, the same on every mesh.
+"""The train step: what it changes and what it cannot change, sums over ragged parts, the same on
+every mesh.
 
-One device computes attention by the reference; every mesh computes it by the form that a job runs there.
+One device computes attention by the reference; every mesh computes it by the form that a job runs
+there.
 """
 
 import dataclasses
@@ -26,7 +28,8 @@ from latent_delib.nn.attention.forms import FEW
 from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
 
-MANY = {"method.num_traces": 20}  # so many that a device's own share of them is not left to the reference
+# so many that a device's own share of them is not left to the reference
+MANY = {"method.num_traces": 20}
 
 
 def first_batches(exp, count):
@@ -37,12 +40,16 @@ def first_batches(exp, count):
 
 
 class OneDevice:
-    """The tiny experiment without a mesh: the same step on the first device, with the reference attention."""
+    """The tiny experiment without a mesh: the same step on the first device, with the reference
+    attention.
+    """
 
     def __init__(self, config):
         self.exp = experiment.read(config)
         architecture = self.exp.aug.transformer.config
-        self.aug = dataclasses.replace(self.exp.aug, transformer=Transformer(architecture, form="reference"))
+        self.aug = dataclasses.replace(
+            self.exp.aug, transformer=Transformer(architecture, form="reference")
+        )
         self.frozen = {"decoder": folder.load(self.exp.decoder, architecture, jnp.float32)}
         self.tx = make_optimizer(config.optimizer, config.train.steps).tx
         self.step = jax.jit(partial(self.uncompiled, tx=self.tx), static_argnames="accumulation")
@@ -63,7 +70,9 @@ class OneDevice:
         )
 
     def start(self, seed):
-        trainable = experiment.init_trainable(self.exp)(jax.random.key(seed), self.frozen["decoder"])
+        trainable = experiment.init_trainable(self.exp)(
+            jax.random.key(seed), self.frozen["decoder"]
+        )
         return TrainState(jnp.int32(0), trainable, self.tx.init(trainable))
 
     def batches(self, count):
@@ -87,7 +96,8 @@ def alone(one):
 
 def names(tree):
     return {
-        jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
@@ -100,8 +110,14 @@ def check_against_one_device(alone, workdir):
         np.testing.assert_allclose([r[key] for r in found], [r[key] for r in rows], rtol=2e-5)
     weights = small.weights_of(workdir, 4)
     assert jax.tree.structure(weights) == jax.tree.structure(state.trainable)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), weights, jax.device_get(state.trainable))
-    moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), weights, small.weights_of(workdir, 2))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=0, atol=2e-6),
+        weights,
+        jax.device_get(state.trainable),
+    )
+    moved = jax.tree.map(
+        lambda x, y: float(abs(x - y).max()), weights, small.weights_of(workdir, 2)
+    )
     assert min(jax.tree.leaves(moved)) > 1e-4, "weights that do not move agree with anything"
 
 
@@ -127,8 +143,12 @@ def test_eight_devices_data_parallel_equal_one(alone, train_on_mesh):
 
 
 def test_weights_sharded_three_ways_equal_one(alone, train_on_mesh):
-    """Training as the command does it, on a mesh that splits rows, widths, heads, features and vocabulary."""
-    check_against_one_device(alone, train_on_mesh({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
+    """Training as the command does it, on a mesh that splits rows, widths, heads, features and
+    vocabulary.
+    """
+    check_against_one_device(
+        alone, train_on_mesh({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    )
 
 
 def test_no_frozen_parameter_in_gradients_optimizer_or_checkpoint(one, trained):
@@ -138,14 +158,20 @@ def test_no_frozen_parameter_in_gradients_optimizer_or_checkpoint(one, trained):
     assert names(state.trainable) == expected
 
     seen = []
-    spy = optax.GradientTransformation(one.tx.init, lambda g, s, p: seen.append(g) or one.tx.update(g, s, p))
+    spy = optax.GradientTransformation(
+        one.tx.init, lambda g, s, p: seen.append(g) or one.tx.update(g, s, p)
+    )
     new, _ = jax.eval_shape(partial(one.uncompiled, tx=spy), state, one.frozen, batch)
     assert names(seen[0]) == names(new.trainable) == expected
     size = sum(x.size for x in jax.tree.leaves(state.trainable))
-    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * size + 2  # two moments, two counts
+    # two moments, two counts
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * size + 2
 
     with ocp.StandardCheckpointer() as reader:
-        found = {item: reader.metadata(trained / "checkpoints" / "4" / item) for item in ("trainable", "optimizer")}
+        found = {
+            item: reader.metadata(trained / "checkpoints" / "4" / item)
+            for item in ("trainable", "optimizer")
+        }
     found = {item: getattr(tree, "item_metadata", tree).tree for item, tree in found.items()}
     assert names(found["trainable"]) == expected
     assert not any("decoder" in name or "embedding" in name for name in names(found["optimizer"]))
@@ -153,19 +179,27 @@ def test_no_frozen_parameter_in_gradients_optimizer_or_checkpoint(one, trained):
 
 
 def test_accumulation_equals_the_large_batch_with_ragged_token_counts(one):
-    """Sums and counts are added up, never means: 4 x 2 rows give the step of 8 rows whatever each part holds."""
+    """Sums and counts are added up, never means: 4 x 2 rows give the step of 8 rows whatever each
+    part holds.
+    """
     rng = np.random.default_rng(0)
-    length = np.array([32, 3, 2, 0, 31, 1, 9, 0])  # part i holds rows i and i + 4: 63, 4, 11 and 0 tokens
+    # part i holds rows i and i + 4: 63, 4, 11 and 0 tokens
+    length = np.array([32, 3, 2, 0, 31, 1, 9, 0])
     tokens = rng.integers(4, 300, (8, 32)).astype(np.int32)
-    segment = np.where(np.arange(32) < length[:, None], 1 + (np.arange(32) >= 20), 0).astype(np.int32)
+    segment = np.where(np.arange(32) < length[:, None], 1 + (np.arange(32) >= 20), 0).astype(
+        np.int32
+    )
     batch, state = {"tokens": tokens, "segment": segment}, one.start(0)
     whole, expected = one.step(state, one.frozen, batch)
     parts, found = one.step(state, one.frozen, batch, accumulation=4)
     assert float(found["tokens"]) == float(expected["tokens"]) > 20
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(float(found[key]), float(expected[key]), rtol=1e-6)
-    # Adam's first moment after one step is the gradient, but for a factor: some 1e-3, summed in another order.
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), parts.opt_state, whole.opt_state)
+    # Adam's first moment after one step is the gradient, but for a factor: some 1e-3, summed in
+    # another order.
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), parts.opt_state, whole.opt_state
+    )
 
 
 def test_loss_falls_on_a_repeated_batch(one):
@@ -185,23 +219,40 @@ def optimizer(**changes):
 def test_warm_up_and_cosine():
     """Peak 1e-3 after 10 steps, then half a cosine down to a tenth of it at step 110."""
     rate = make_optimizer(optimizer(warmup_steps=10, final_fraction=0.1), 110).learning_rate
-    for step, value in ((0, 0.0), (5, 5e-4), (10, 1e-3), (35, 8.6819805e-4), (60, 5.5e-4), (110, 1e-4), (200, 1e-4)):
+    for step, value in (
+        (0, 0.0),
+        (5, 5e-4),
+        (10, 1e-3),
+        (35, 8.6819805e-4),
+        (60, 5.5e-4),
+        (110, 1e-4),
+        (200, 1e-4),
+    ):
         assert float(rate(step)) == pytest.approx(value, rel=1e-5), step
     warming_up = make_optimizer(optimizer(warmup_steps=10), 4).learning_rate
     assert float(warming_up(4)) == pytest.approx(4e-4)
 
 
 def grads_and_params():
-    params = {"coprocessor": {"w": jnp.ones(3), "soft_tokens": jnp.ones(3), "norm": {"scale": jnp.ones(3)}}}
+    params = {
+        "coprocessor": {
+            "w": jnp.ones(3),
+            "soft_tokens": jnp.ones(3),
+            "norm": {"scale": jnp.ones(3)},
+        }
+    }
     return jax.tree.map(lambda p: jnp.array([1.0, -2.0, 3.0]), params), params
 
 
 def test_soft_tokens_have_a_rate_of_their_own():
     grads, params = grads_and_params()
-    tx = make_optimizer(optimizer(learning_rate=1e-3, soft_token_learning_rate=5e-2, warmup_steps=0), 10).tx
+    tx = make_optimizer(
+        optimizer(learning_rate=1e-3, soft_token_learning_rate=5e-2, warmup_steps=0), 10
+    ).tx
     updates, _ = tx.update(grads, tx.init(params), params)
     updates = updates["coprocessor"]
-    np.testing.assert_allclose(updates["w"], [-1e-3, 1e-3, -1e-3], rtol=1e-5)  # Adam's first step is the rate
+    # Adam's first step is the rate
+    np.testing.assert_allclose(updates["w"], [-1e-3, 1e-3, -1e-3], rtol=1e-5)
     np.testing.assert_allclose(updates["soft_tokens"], [-5e-2, 5e-2, -5e-2], rtol=1e-5)
 
 
@@ -224,7 +275,9 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 def test_traces_on_a_mesh_axis_of_their_own_equal_one(alone, train_on_mesh):
-    """Two devices share the traces of a row, and all eight the weights; the default remat gathers these again."""
+    """Two devices share the traces of a row, and all eight the weights; the default remat gathers
+    these again.
+    """
     mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
     workdir = train_on_mesh(mesh | {"compute.remat": "attention", "train.accumulation": 2})
     check_against_one_device(alone, workdir)
@@ -237,11 +290,14 @@ def test_the_default_path_on_a_mesh_is_near_float32_on_one_device(alone, train_o
     found = small.rows_of(workdir)
     rows, _ = alone
     for key, tolerance in (("loss", 2e-3), ("grad_norm", 5e-2)):  # see test_default_path.py
-        np.testing.assert_allclose([row[key] for row in found], [row[key] for row in rows], rtol=tolerance)
+        np.testing.assert_allclose(
+            [row[key] for row in found], [row[key] for row in rows], rtol=tolerance
+        )
 
 
 def steps_on(config, count, decoder):
-    """Trains for some steps on these devices as a job does, and checks that the frozen tree stays bit for bit.
+    """Trains for some steps on these devices as a job does, and checks that the frozen tree stays
+    bit for bit.
 
     Returns the losses, and the plan and state after them.
     """
@@ -261,8 +317,17 @@ def steps_on(config, count, decoder):
 
 
 def test_a_factored_optimizer_trains_alike_on_a_mesh(make_config, tokenizer_path):
-    """Adafactor, with sums over rows and columns that lie split as their matrix does. It factors from 128 x 128 on."""
-    size = {"num_layers": 1, "embed_dim": 128, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "ffn_dim": 128}
+    """Adafactor, with sums over rows and columns that lie split as their matrix does. It factors
+    from 128 x 128 on.
+    """
+    size = {
+        "num_layers": 1,
+        "embed_dim": 128,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "ffn_dim": 128,
+    }
     changes = {
         "optimizer.name": "adafactor",
         "decoder.path": "",
@@ -276,10 +341,14 @@ def test_a_factored_optimizer_trains_alike_on_a_mesh(make_config, tokenizer_path
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     found, plan, state = steps_on(make_config(changes | mesh), 8, decoder)
     np.testing.assert_allclose(found, expected, rtol=2e-5)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.trainable, alone.trainable)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.trainable, alone.trainable
+    )
     factored = optax.tree.get(state.opt_state, "v_row")["coprocessor"]["layers"]["mlp"]["gate"]
     assert factored.shape == (1, 128)
-    assert {shard.data.shape for shard in factored.addressable_shards} < {(1, 64), (1, 32)}, "it lies split"
+    assert {shard.data.shape for shard in factored.addressable_shards} < {(1, 64), (1, 32)}, (
+        "it lies split"
+    )
     assert planning.shardings_of(state.opt_state) == planning.shardings_of(plan.state.opt_state)
 
 

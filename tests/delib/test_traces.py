@@ -11,7 +11,8 @@ from latent_delib.delib import traces
 from latent_delib.nn.attention.primitive import attend, within_window
 from latent_delib.nn.transformer import own_text
 
-# One row: two documents of five tokens, padding. One trace near the first one's end, one at the second's start.
+# One row: two documents of five tokens, padding. One trace near the first one's end, one at the
+# second's start.
 TOKENS = jnp.arange(10, 21)[None]
 SEGMENT = jnp.array([[1] * 5 + [2] * 5 + [0]])
 AT = jnp.array([[3, 5]])
@@ -63,9 +64,13 @@ def test_overlay_literally():
 
 
 def seen(bounds, text_length):
-    """Who gets weight from `attend`: rows are all traces' tokens, columns the text, then all traces' tokens."""
+    """Who gets weight from `attend`: rows are all traces' tokens, columns the text, then all
+    traces' tokens.
+    """
     weights = weights_of(bounds, text_length)
-    return ["".join(map(str, row)) for row in np.array(weights > 0, int).reshape(-1, weights.shape[-1])]
+    return [
+        "".join(map(str, row)) for row in np.array(weights > 0, int).reshape(-1, weights.shape[-1])
+    ]
 
 
 @partial(jax.jit, static_argnums=1)
@@ -158,8 +163,11 @@ def test_visibility_in_a_local_layer():
     """)
 
 
-# Documents of 4 and 7 tokens and padding; of 1, 1, 8, 1 and 2; and one row with two usable positions, fewer than four.
-PACKED = jnp.array([[1] * 4 + [2] * 7 + [0] * 2, [1, 2] + [3] * 8 + [4] + [5] * 2, [1, 2, 3] + [4] * 3 + [0] * 7])
+# Documents of 4 and 7 tokens and padding; of 1, 1, 8, 1 and 2; and one row with two usable
+# positions, fewer than four.
+PACKED = jnp.array(
+    [[1] * 4 + [2] * 7 + [0] * 2, [1, 2] + [3] * 8 + [4] + [5] * 2, [1, 2, 3] + [4] * 3 + [0] * 7]
+)
 USABLE = [{0, 1, 2, 4, 5, 6, 7, 8, 9}, {2, 3, 4, 5, 6, 7, 8, 11}, {3, 4}]
 
 
@@ -181,7 +189,9 @@ def test_draw():
 def test_delays_are_drawn_from_none_to_the_most():
     drawn = np.array(traces.draw_delays(jax.random.key(0), np.zeros((40, 50)), 3))
     assert drawn.dtype == np.int32 and drawn.shape == (40, 50)
-    assert np.all(np.abs(np.bincount(drawn.ravel(), minlength=5)[:4] - 500) < 90) and drawn.max() == 3
+    assert (
+        np.all(np.abs(np.bincount(drawn.ravel(), minlength=5)[:4] - 500) < 90) and drawn.max() == 3
+    )
     assert np.all(np.array(traces.draw_delays(jax.random.key(0), np.zeros((4, 5)), 0)) == 0)
 
 
@@ -193,4 +203,6 @@ def test_what_is_drawn_has_an_ahead_token_and_the_rest_no_weight(placement):
     assert np.all(weights[:2, :, 0] == 1) and np.all(weights[2, :2, 0] == 1)
     assert not np.any(weights[2, 2:])
     ends = jnp.array([[3, 10, 11, 12], [0, 9, 10, 12], [0, 2, 5, 12]])  # last tokens, and padding
-    assert not np.any(compiled(tokens, PACKED, ends, num_latents=2, num_ahead=3, placement=placement).weights)
+    assert not np.any(
+        compiled(tokens, PACKED, ends, num_latents=2, num_ahead=3, placement=placement).weights
+    )

@@ -20,7 +20,13 @@ class Task:
         )
 
     def command(self, workdir, *changes):
-        return ["-m", "latent_delib.train", f"--config={self.root}/config.py", f"--workdir={workdir}", *changes]
+        return [
+            "-m",
+            "latent_delib.train",
+            f"--config={self.root}/config.py",
+            f"--workdir={workdir}",
+            *changes,
+        ]
 
     def start(self, count, workdir, *changes):
         said = self.root / f"{workdir.name}_{len(list(self.root.iterdir()))}"
@@ -46,7 +52,9 @@ def is_saving(workdir):
 
 
 def last_step(said):
-    return max(map(int, re.findall(rf"^(?:\[0\] )?step (\d+)/{STEPS} ", said, re.MULTILINE)), default=0)
+    return max(
+        map(int, re.findall(rf"^(?:\[0\] )?step (\d+)/{STEPS} ", said, re.MULTILINE)), default=0
+    )
 
 
 def wait_until(process, condition, *args):

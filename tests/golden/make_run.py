@@ -1,9 +1,11 @@
-"""Makes a tiny run in an empty folder: decoder/, tokens/, workdir/ of two steps of four, and expected.json.
+"""Makes a tiny run in an empty folder: decoder/, tokens/, workdir/ of two steps of four, and
+expected.json.
 
     python -m tests.golden.make_run FOLDER
 
-version_0_1.tar.gz is such a folder, made by the package before checkpoints had a format number. It is never made again:
-tests/test_old_run.py shows that later versions read it. Paths in its config are relative to the folder.
+version_0_1.tar.gz is such a folder, made by the package before checkpoints had a format number. It
+is never made again: tests/test_old_run.py shows that later versions read it. Paths in its config
+are relative to the folder.
 """
 
 import dataclasses
@@ -29,7 +31,14 @@ from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder
 
 WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
-SIZE = {"embed_dim": 8, "num_layers": 2, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "ffn_dim": 8}
+SIZE = {
+    "embed_dim": 8,
+    "num_layers": 2,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "ffn_dim": 8,
+}
 CHANGES = {
     "decoder.path": "decoder",
     "method.num_latents": 2,
@@ -91,7 +100,9 @@ def make_decoder(texts: list[str]) -> None:
     entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
     with files.whole(Path("decoder")) as partial:
         folder.copy_tokenizer(Path("tokenizer.model"), partial)
-        folder.write_model(partial, architecture, entries, (np.asarray(x).astype(dtype) for x in leaves.values()))
+        folder.write_model(
+            partial, architecture, entries, (np.asarray(x).astype(dtype) for x in leaves.values())
+        )
     for name in ("text", "tokenizer.model", "tokenizer.vocab"):
         Path(name).unlink()
 
@@ -110,7 +121,9 @@ def make_tokens(texts: list[str], validation: list[str]) -> None:
         "tokenizer_sha256": token_files.fingerprint(path),
     }
     train_tokens = [np.array(tokenizer.encode(text), np.int32) for text in texts]
-    held_out = [("validation.txt", np.array(tokenizer.encode(text), np.int32)) for text in validation]
+    held_out = [
+        ("validation.txt", np.array(tokenizer.encode(text), np.int32)) for text in validation
+    ]
     written = token_files.write_train("tokens", 0, train_tokens, meta)
     meta["train"] = [{"source": "files:train.txt", **written}]
     written = token_files.write_validation("tokens", 0, held_out, meta)
@@ -128,7 +141,11 @@ def main(where: str) -> None:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     shutil.rmtree("workdir/checkpoints/4")
     result = evaluate.evaluate(make_config(), "workdir", "out")
-    expected = {"losses": [row["loss"] for row in rows], "rows": result["rows"], "step": result["step"]}
+    expected = {
+        "losses": [row["loss"] for row in rows],
+        "rows": result["rows"],
+        "step": result["step"],
+    }
     Path("expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     for folder_name in ("workdir/tensorboard", "out"):

@@ -24,7 +24,10 @@ def table(name: str) -> str:
     config = importlib.import_module(f"configs.{name}").get_config()
     config.mesh.update({"data": 1, "fsdp": 2, "traces": 2, "tensor": 2})
     plan = planning.make(experiment.read(config))
-    return mesh_lib.table({"state": plan.state._asdict(), "frozen": plan.frozen, "batch": plan.batch}) + "\n"
+    return (
+        mesh_lib.table({"state": plan.state._asdict(), "frozen": plan.frozen, "batch": plan.batch})
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

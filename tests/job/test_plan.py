@@ -1,4 +1,6 @@
-"""A job's plan: where every array of the published settings lies, and what a compiled step moves between devices."""
+"""A job's plan: where every array of the published settings lies, and what a compiled step moves
+between devices.
+"""
 
 import jax
 import pytest
@@ -15,12 +17,15 @@ def test_where_everything_lies_in_the_published_settings(name):
     """After a change on purpose: python -m tests.golden.make_sharding, and read the difference."""
     table = make_sharding.table(name)
     assert table == make_sharding.path(name).read_text()
-    assert table.count("\n") == 3 * 13 + 3 + 13 + 2  # weights and moments, step and counts, frozen weights, batch
+    # weights and moments, step and counts, frozen weights, batch
+    assert table.count("\n") == 3 * 13 + 3 + 13 + 2
 
 
 def test_whatever_is_large_is_split_over_all_devices(make_config):
     plan = planning.make(
-        experiment.read(make_config({"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}))
+        experiment.read(
+            make_config({"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2})
+        )
     )
     for leaf in jax.tree.leaves((plan.state, plan.frozen)):
         if leaf.size > 500:  # norms are smaller
@@ -30,7 +35,9 @@ def test_whatever_is_large_is_split_over_all_devices(make_config):
 
 @pytest.mark.parametrize("change", [{}, {"method.lora_rank": 2, "method.start": "trained"}])
 def test_frozen_parameters_lie_where_the_plan_says(make_config, trained, change):
-    """The decoder, and the coprocessor that adapters lie over; the dtype is that of the computation."""
+    """The decoder, and the coprocessor that adapters lie over; the dtype is that of the
+    computation.
+    """
     if change:
         change = change | {"method.start": f"{trained}/checkpoints/4"}
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
@@ -59,9 +66,11 @@ def traffic(config):
     ],
 )
 def test_what_a_step_moves(make_config, mesh, parts):
-    """A layer's weights once for each use, the token table once a step, gradients once a part; nothing of activations.
+    """A layer's weights once for each use, the token table once a step, gradients once a part;
+    nothing of activations.
 
-    The uses are the text, coprocessor and decoder forward, and both backward, where weights are gathered again.
+    The uses are the text, coprocessor and decoder forward, and both backward, where weights are
+    gathered again.
     """
     rows = {"train.accumulation": parts, "train.batch_size": 16}
     plan, received = traffic(make_config(mesh | rows | {"compute.remat": "full"}))
@@ -72,23 +81,33 @@ def test_what_a_step_moves(make_config, mesh, parts):
     split = 8 // data  # devices that share the weights
     assert received["reduce-scatter"] == (split - 1) / split * matrices * parts
     gathers = (split - 1) / split * (5 * matrices * parts + table)
-    assert gathers < received["all-gather"] < 1.03 * gathers  # soft tokens and trace positions are small
+    # soft tokens and trace positions are small
+    assert gathers < received["all-gather"] < 1.03 * gathers
     sums = 2 * (data - 1) / data * matrices / split * parts
     assert sums <= received["all-reduce"] < sums + 0.1 * matrices  # over data; and norms
-    assert sum(received.values()) < 1.01 * sum(received[k] for k in ("all-gather", "reduce-scatter", "all-reduce"))
+    assert sum(received.values()) < 1.01 * sum(
+        received[k] for k in ("all-gather", "reduce-scatter", "all-reduce")
+    )
 
 
 @pytest.mark.parametrize("key, value", [("method.num_traces", 3), ("evaluate.positions", 7)])
 def test_traces_must_split(make_config, key, value):
-    with pytest.raises(UserError, match=f"config.mesh.traces=2 does not divide config.{key}={value}"):
+    with pytest.raises(
+        UserError, match=f"config.mesh.traces=2 does not divide config.{key}={value}"
+    ):
         experiment.read(make_config({"mesh.data": 4, "mesh.traces": 2, key: value}))
 
 
 def test_what_a_mesh_of_cpus_cannot_do(make_config):
-    """bfloat16 sums over devices with heads left to the compiler: an abort of the whole process, so refused before."""
+    """bfloat16 sums over devices with heads left to the compiler: an abort of the whole process, so
+    refused before.
+    """
     mesh = {"mesh.data": 4, "mesh.tensor": 2}
     exp = experiment.read(make_config(mesh | {"compute.dtype": "bfloat16"}))
-    with pytest.raises(UserError, match="config.compute.dtype=bfloat16 with config.mesh.tensor=2: .* expected float32"):
+    with pytest.raises(
+        UserError,
+        match="config.compute.dtype=bfloat16 with config.mesh.tensor=2: .* expected float32",
+    ):
         planning.compile_step(exp, planning.make(exp))
     with pytest.raises(UserError, match="batch_size=6 in 1 parts .* expected a multiple of 4"):
         planning.make(experiment.read(make_config(mesh | {"train.batch_size": 6})))

@@ -14,7 +14,9 @@ from latent_delib.job.record import AGREE, FORMAT, Record
 @pytest.fixture
 def record() -> Record:
     config = json.loads(base.get_config().to_json_best_effort())
-    return Record(config, "f" * 64, {"num_layers": 2}, {"tokenizer": "t" * 64, "files": ["a"]}, step=7)
+    return Record(
+        config, "f" * 64, {"num_layers": 2}, {"tokenizer": "t" * 64, "files": ["a"]}, step=7
+    )
 
 
 def changed(record: Record, key: str, value) -> Record:
@@ -37,7 +39,11 @@ def test_a_checkpoint_gives_back_what_it_was_given(record):
 def test_a_meta_without_a_number_is_read(record):
     """As version 0.1 wrote it, before `method.max_delay` and `method.coprocessor`."""
     meta = json.loads(json.dumps(record.meta()))
-    del meta["format"], meta["config"]["method"]["max_delay"], meta["config"]["method"]["coprocessor"]
+    del (
+        meta["format"],
+        meta["config"]["method"]["max_delay"],
+        meta["config"]["method"]["coprocessor"],
+    )
     meta |= {"method.name": "cache_augmentation", "method.num_latents": 16}
     found = Record.from_meta(meta, "w")
     for purpose in AGREE:
@@ -46,17 +52,24 @@ def test_a_meta_without_a_number_is_read(record):
 
 
 def test_a_key_that_is_newer_than_a_run_had_one_value_in_it(record):
-    """So a run from before `method.max_delay` cannot go on with delays, nor one from before other optimizers."""
+    """So a run from before `method.max_delay` cannot go on with delays, nor one from before other
+    optimizers.
+    """
     meta = json.loads(json.dumps(record.meta()))
     del meta["config"]["method"]["max_delay"], meta["config"]["optimizer"]["name"]
     older = Record.from_meta(meta, "w")
     other = changed(changed(record, "method.max_delay", 3), "optimizer.name", "adafactor")
     assert not record.differences(older, "resume")
-    assert [d.key for d in other.differences(older, "resume")] == ["method.max_delay", "optimizer.name"]
+    assert [d.key for d in other.differences(older, "resume")] == [
+        "method.max_delay",
+        "optimizer.name",
+    ]
 
 
 def test_a_newer_checkpoint_is_refused(record):
-    with pytest.raises(UserError, match=f"w: checkpoint format {FORMAT + 1}, expected at most {FORMAT}"):
+    with pytest.raises(
+        UserError, match=f"w: checkpoint format {FORMAT + 1}, expected at most {FORMAT}"
+    ):
         Record.from_meta(record.meta() | {"format": FORMAT + 1}, "w")
 
 
@@ -85,7 +98,9 @@ def test_each_purpose_names_its_differences(record, key, value, purposes):
 
 
 def test_a_start_is_a_whole_coprocessor(record):
-    """Adapters begin with a whole coprocessor: what has adapters itself, or began with another run, is refused."""
+    """Adapters begin with a whole coprocessor: what has adapters itself, or began with another run,
+    is refused.
+    """
     adapters = changed(record, "method.lora_rank", 8)
     assert not adapters.differences(record, "start")
     assert [d.key for d in adapters.differences(adapters, "start")] == ["method.lora_rank"]

@@ -12,9 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("common", "worker", "tpu_vm", "gke_xpk")
 
-# Looks at the queued resource take a line of `states` each; the last one stays. A line STATE deleted or STATE started
-# waits until the slice was deleted, or a job has started on both workers. `failures` has lines PATTERN|MESSAGE: the
-# first call in which PATTERN is found, or ssh to a worker, fails, and the line is gone.
+# Looks at the queued resource take a line of `states` each; the last one stays. A line STATE
+# deleted or STATE started waits until the slice was deleted, or a job has started on both workers.
+# `failures` has lines PATTERN|MESSAGE: the first call in which PATTERN is found, or ssh to a
+# worker, fails, and the line is gone.
 FAKE_GCLOUD = r"""#!/usr/bin/env bash
 all="$*"
 { printf '%q ' "${@:1:$#-1}" && printf '%q\n' "${@: -1}"; } >>"$WORLD/calls"
@@ -64,8 +65,8 @@ case $all in
 esac
 """
 
-# Every start takes a line of the worker's `ends`: a code; `later CODE`, when the other has ended; or `hang`, until
-# SIGTERM, and then 75. Like a real job it first waits for the other worker.
+# Every start takes a line of the worker's `ends`: a code; `later CODE`, when the other has ended;
+# or `hang`, until SIGTERM, and then 75. Like a real job it first waits for the other worker.
 FAKE_PYTHON = r"""#!/usr/bin/env bash
 me=$(cd .. && pwd) && me=${me##*-}
 read -r end <"$WORLD/ends-$me" && sed -i 1d "$WORLD/ends-$me"
@@ -97,7 +98,13 @@ case $all in
 esac
 """
 
-TRAIN = ("python", "-m", "latent_delib.train", "--config=configs/x.py", "--workdir=gs://bucket/a run")
+TRAIN = (
+    "python",
+    "-m",
+    "latent_delib.train",
+    "--config=configs/x.py",
+    "--workdir=gs://bucket/a run",
+)
 QUOTED = r"python -m latent_delib.train --config=configs/x.py --workdir=gs://bucket/a\ run"
 STARTED = "-m latent_delib.train --config=configs/x.py --workdir=gs://bucket/a run --distributed"
 AT = "--project=project --zone=zone"
@@ -158,19 +165,29 @@ class World:
 
     def launch(self, script: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
         command = [self.root / "launch" / f"{script}.sh", *arguments]
-        done = subprocess.run(command, cwd="/", env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd="/", env=self.env, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
-    def keep(self, *flags: str, command: tuple[str, ...] = TRAIN, code: int = 0) -> subprocess.CompletedProcess:
-        return self.launch("tpu_vm", "keep", "a", "--accelerator=v5litepod-16", *flags, "--", *command, code=code)
+    def keep(
+        self, *flags: str, command: tuple[str, ...] = TRAIN, code: int = 0
+    ) -> subprocess.CompletedProcess:
+        return self.launch(
+            "tpu_vm", "keep", "a", "--accelerator=v5litepod-16", *flags, "--", *command, code=code
+        )
 
     def calls(self, part: str = "") -> list[str]:
         log = self.world / "calls"
-        return [line for line in log.read_text().splitlines() if part in line] if log.exists() else []
+        return (
+            [line for line in log.read_text().splitlines() if part in line] if log.exists() else []
+        )
 
     def started(self, times: int) -> None:
-        """The command ran so often on both workers, each time the same; the last start may be on its way."""
+        """The command ran so often on both workers, each time the same; the last start may be on
+        its way.
+        """
         logs, end = [self.world / f"started-{worker}" for worker in (0, 1)], time.monotonic() + 20
         while not all(log.exists() and log.read_text().count("\n") >= times for log in logs):
             assert time.monotonic() < end

@@ -1,6 +1,8 @@
-"""Checks the pages: their commands name files, flags and keys that exist, their links lead somewhere.
+"""Checks the pages: their commands name files, flags and keys that exist, their links lead
+somewhere.
 
-On a slice, every chip of a printed command gets a sequence. README's Python block is run by test_examples.py.
+On a slice, every chip of a printed command gets a sequence. README's Python block is run by
+test_examples.py.
 """
 
 import ast
@@ -34,13 +36,17 @@ def code_lines(page: Path) -> list[str]:
 
 
 def is_command(line: str) -> bool:
-    """Tells whether a line starts a module or a script of ours; a page's loops and other output do not count."""
+    """Tells whether a line starts a module or a script of ours; a page's loops and other output do
+    not count.
+    """
     starts = re.search(r"(^|\s)(-m (latent_delib|tools|benchmarks)\.|\./launch/\w+\.sh)", line)
     return bool(starts) and not line.startswith(("for ", "perplexity"))
 
 
 def words_of(line: str, arrays: dict[str, list[str]]) -> list[str]:
-    """Returns the words of a command, with bash arrays filled in and the brackets around options left out."""
+    """Returns the words of a command, with bash arrays filled in and the brackets around options
+    left out.
+    """
     line = line.replace(" [", " ").replace("] ", " ").removesuffix("]")
     words = []
     for word in shlex.split(line, comments=True):
@@ -95,9 +101,14 @@ def flags_of(module: str) -> set[str]:
 
 
 COMMANDS = commands()
-WITH_CONFIG = {name: words for name, words in COMMANDS.items() if re.search(r"--config=configs/[a-z]", name)}
+WITH_CONFIG = {
+    name: words for name, words in COMMANDS.items() if re.search(r"--config=configs/[a-z]", name)
+}
 EXPERIMENTS = {
-    word for words in COMMANDS.values() for word in words if re.fullmatch(r"(a|b|a_gpu|b_cpu)/\w+(@\d)?", word)
+    word
+    for words in COMMANDS.values()
+    for word in words
+    if re.fullmatch(r"(a|b|a_gpu|b_cpu)/\w+(@\d)?", word)
 }
 
 
@@ -116,8 +127,12 @@ def test_a_command_names_what_exists(words, monkeypatch):
         assert Path(module.replace(".", "/") + ".py").is_file()
     if modules and not modules[0].startswith("benchmarks."):
         given = words[words.index(modules[0]) + 1 :]
-        names = {word.removeprefix("--").partition("=")[0] for word in given if re.match(r"--\w", word)}
-        assert {name for name in names if not name.startswith("config.")} <= flags_of(modules[0]) | {"help"}
+        names = {
+            word.removeprefix("--").partition("=")[0] for word in given if re.match(r"--\w", word)
+        }
+        assert {name for name in names if not name.startswith("config.")} <= flags_of(
+            modules[0]
+        ) | {"help"}
 
 
 @pytest.mark.parametrize("words", WITH_CONFIG.values(), ids=list(WITH_CONFIG))
@@ -154,7 +169,9 @@ def test_links_lead_somewhere(page):
 
 
 def where(name: str) -> Path | None:
-    """Returns the file that a page names, below the root, the package or the tests; None where there is none."""
+    """Returns the file that a page names, below the root, the package or the tests; None where
+    there is none.
+    """
     paths = [folder / name for folder in (ROOT, ROOT / "latent_delib", ROOT / "tests")]
     return next((path for path in paths if path.exists()), None)
 

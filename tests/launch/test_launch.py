@@ -1,4 +1,6 @@
-"""The launch scripts, against interpreters that only pretend; and what setup.py and constraints.txt promise."""
+"""The launch scripts, against interpreters that only pretend; and what setup.py and constraints.txt
+promise.
+"""
 
 import os
 import re
@@ -19,8 +21,8 @@ from tests.launch.pretend import program
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
-# Runs the script's own probe under another version and without a C compiler, copies itself for `-m venv`, and notes
-# what pip is asked for.
+# Runs the script's own probe under another version and without a C compiler, copies itself for `-m
+# venv`, and notes what pip is asked for.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   -c*) exec "{python}" -c 'import os, shutil, sys; shutil.which = lambda name: None
@@ -50,7 +52,9 @@ class Sandbox:
 
     def python(self, name: str, version: tuple[int, int, int], more: str = "pass") -> None:
         path = self.bin / name
-        program(path, FAKE_PYTHON.format(python=sys.executable, version=version, more=more, path=path))
+        program(
+            path, FAKE_PYTHON.format(python=sys.executable, version=version, more=more, path=path)
+        )
 
     def start(self, **env: str) -> subprocess.Popen:
         env = {"PATH": f"{self.bin}:{os.defpath}", "HOME": str(self.root)} | env
@@ -93,7 +97,9 @@ def scripts(tmp_path: Path) -> Path:
 def run(here: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
     """From inside launch/, as a script is called by who has gone there."""
     command, env = [f"./{script}", *arguments], {"PATH": os.defpath, "HOME": str(here)}
-    return subprocess.run(command, cwd=here / "launch", env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=here / "launch", env=env, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.suffix == ".sh"])
@@ -101,7 +107,10 @@ def test_help_is_the_head_and_starts_nothing(scripts: Path, script: str) -> None
     done = run(scripts, script, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     head = (scripts / "launch" / script).read_text().splitlines()[1]
-    assert done.stdout.splitlines()[0] == head.removeprefix("# ") and "shellcheck source" not in done.stdout
+    assert (
+        done.stdout.splitlines()[0] == head.removeprefix("# ")
+        and "shellcheck source" not in done.stdout
+    )
     assert [path.name for path in scripts.iterdir()] == ["launch"]
 
 
@@ -121,7 +130,9 @@ def test_help_is_the_head_and_starts_nothing(scripts: Path, script: str) -> None
         ("gke_xpk.sh", ["restart"], "no action 'restart'"),
     ],
 )
-def test_unknown_arguments_are_refused_before_anything_starts(scripts, script, arguments, message) -> None:
+def test_unknown_arguments_are_refused_before_anything_starts(
+    scripts, script, arguments, message
+) -> None:
     done = run(scripts, script, *arguments)
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -152,7 +163,12 @@ def test_unsuitable_interpreters_are_named_in_one_line(sandbox: Sandbox) -> None
     assert out == ""
     assert len(err.splitlines()) == 1
     assert err.startswith("error: Python 3.11 or 3.12 ")
-    for part in ("python3 is 3.13.0", "python3.12 is broken", "3.11.2 without ensurepip", "install python3.11-venv"):
+    for part in (
+        "python3 is 3.13.0",
+        "python3.12 is broken",
+        "3.11.2 without ensurepip",
+        "install python3.11-venv",
+    ):
         assert part in err
     assert not (sandbox.root / ".venv").exists()
 
@@ -252,15 +268,28 @@ def test_every_file_of_the_package_is_installed(distribution: Distribution) -> N
     command = build_py(distribution)
     command.ensure_finalized()
     installed = {Path(path) for _, _, path in command.find_all_modules()}
-    installed |= {Path(source, name) for _, source, _, names in command.data_files for name in names}
-    here = {path for path in Path("latent_delib").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    installed |= {
+        Path(source, name) for _, source, _, names in command.data_files for name in names
+    }
+    here = {
+        path
+        for path in Path("latent_delib").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert here == installed
 
 
 def test_constraints_satisfy_setup(distribution: Distribution) -> None:
     """Everything asked for is pinned to a version that is allowed; cuda alone is left to jax."""
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", Path("constraints.txt").read_text(), re.MULTILINE))
+    pins = dict(
+        re.findall(r"^([\w.-]+)==(\S+)$", Path("constraints.txt").read_text(), re.MULTILINE)
+    )
     pins = {canonicalize_name(name): version for name, version in pins.items()}
-    wanted = [*distribution.install_requires, *(r for rs in distribution.extras_require.values() for r in rs)]
+    wanted = [
+        *distribution.install_requires,
+        *(r for rs in distribution.extras_require.values() for r in rs),
+    ]
     for requirement in map(Requirement, wanted):
-        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), (
+            requirement
+        )

@@ -28,7 +28,11 @@ class Checkout:
         for script in ("common", "local", "sweep"):
             shutil.copy(ROOT / "launch" / f"{script}.sh", root / "launch")
         self.started: list[subprocess.Popen] = []
-        self.env = {"PATH": f"{root}/bin:{os.defpath}", "HOME": str(root), "LATENT_DELIB_POLL": "0.02"}
+        self.env = {
+            "PATH": f"{root}/bin:{os.defpath}",
+            "HOME": str(root),
+            "LATENT_DELIB_POLL": "0.02",
+        }
 
     def script(self, name: str, text: str) -> Path:
         return program(self.root / name, text)
@@ -37,7 +41,9 @@ class Checkout:
         # A job that a shell put in the background ignores SIGINT, and so would what it starts.
         command = ["env", "--default-signal=INT", self.root / "launch" / f"{script}.sh", *arguments]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, cwd=self.root, env=self.env, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(
+            command, cwd=self.root, env=self.env, stdout=pipe, stderr=pipe, text=True
+        )
         self.started.append(process)
         return process
 
@@ -75,11 +81,14 @@ OTHER_IS_UP = "until grep -q $((1 - me)) up; do sleep 0.02; done\n"
 
 def test_every_process_knows_its_place(here: Checkout) -> None:
     command = here.script(
-        "job", 'echo "$JAX_NUM_PROCESSES $JAX_NUM_CPU_DEVICES $JAX_PLATFORMS $*"; echo "$JAX_COORDINATOR_ADDRESS" >&2'
+        "job",
+        'echo "$JAX_NUM_PROCESSES $JAX_NUM_CPU_DEVICES $JAX_PLATFORMS $*"; echo "$JAX_COORDINATOR_ADDRESS" >&2',
     )
     out, err = here.launch("local", "--processes=3", "--devices=4", "--", str(command), "a b")
     lines = sorted(out.splitlines())
-    assert [line for line in lines if "127.0.0.1" not in line] == [f"[{i}] 3 4 cpu a b --distributed" for i in range(3)]
+    assert [line for line in lines if "127.0.0.1" not in line] == [
+        f"[{i}] 3 4 cpu a b --distributed" for i in range(3)
+    ]
     addresses = {line[4:] for line in lines if "127.0.0.1" in line}
     assert len(addresses) == 1
     assert 10_000 <= int(addresses.pop().removeprefix("127.0.0.1:")) < 30_000
@@ -119,7 +128,9 @@ def test_signals_reach_every_process(here: Checkout, number: signal.Signals, cod
 def test_what_ignores_sigterm_is_killed(here: Checkout) -> None:
     body = f'if ((me == 0)); then hang "" ""; else {OTHER_IS_UP} exit 75; fi\nfor _ in {{1..300}}; do sleep 0.1; done'
     job = here.script("job", PROCESS + body)
-    _, err = here.launch("local", "--processes=2", "--restarts=0", "--grace=0.2", "--", str(job), code=75)
+    _, err = here.launch(
+        "local", "--processes=2", "--restarts=0", "--grace=0.2", "--", str(job), code=75
+    )
     assert "process 0 ended with code 137" in err
 
 
@@ -141,20 +152,32 @@ def test_what_ignores_sigterm_is_killed(here: Checkout) -> None:
     ],
 )
 def test_mistakes_are_one_line(here: Checkout, script: str, arguments: str, message: str) -> None:
-    _, err = here.launch(script, *(word.format(launcher="keep @ --") for word in arguments.split()), code=1)
+    _, err = here.launch(
+        script, *(word.format(launcher="keep @ --") for word in arguments.split()), code=1
+    )
     (line,) = err.splitlines()
     assert line.startswith("error: ") and message in line
 
 
 def test_dry_runs(here: Checkout) -> None:
-    out, err = here.launch("local", "--processes=2", "--devices=4", "--dry_run", "--", "python", "a b")
+    out, err = here.launch(
+        "local", "--processes=2", "--devices=4", "--dry_run", "--", "python", "a b"
+    )
     shared = "env PYTHONUNBUFFERED=1 JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 JAX_NUM_PROCESSES=2"
     assert out.splitlines() == [
-        rf"{shared} JAX_PROCESS_ID={i} JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT python a\ b --distributed" for i in (0, 1)
+        rf"{shared} JAX_PROCESS_ID={i} JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT python a\ b --distributed"
+        for i in (0, 1)
     ]
     here.env["LATENT_DELIB_BUCKET"] = "bucket"
     out, _ = here.launch(
-        "sweep", "s", "configs/x.py", "seed=0,1", "--with=keep @ --", "--dry_run", "--", "--config.a=b c"
+        "sweep",
+        "s",
+        "configs/x.py",
+        "seed=0,1",
+        "--with=keep @ --",
+        "--dry_run",
+        "--",
+        "--config.a=b c",
     )
     (mkdir, *runs) = out.splitlines()
     assert mkdir == "mkdir -p runs/s"
@@ -168,7 +191,9 @@ def test_dry_runs(here: Checkout) -> None:
         for seed in (0, 1)
     ]
     slices = [shlex.split(run)[1] for run in runs]
-    assert len(set(slices)) == 2 and all(len(name) <= 40 and name.startswith("s-") for name in slices)
+    assert len(set(slices)) == 2 and all(
+        len(name) <= 40 and name.startswith("s-") for name in slices
+    )
     assert not (here.root / "runs").exists()
 
 
@@ -186,7 +211,9 @@ def test_a_child_that_was_killed_meanwhile_is_not_forgotten(here: Checkout) -> N
 
 
 # sweep.sh. Its python fails where a line of `failing` is in the arguments.
-TRAIN = 'echo "${*:3}" >>trained\nwhile read -r part; do [[ $* != *$part* ]] || exit 1; done <failing\n'
+TRAIN = (
+    'echo "${*:3}" >>trained\nwhile read -r part; do [[ $* != *$part* ]] || exit 1; done <failing\n'
+)
 
 
 def test_sweep_skips_what_is_done_and_names_what_failed(here: Checkout) -> None:
@@ -194,12 +221,23 @@ def test_sweep_skips_what_is_done_and_names_what_failed(here: Checkout) -> None:
     (here.root / "failing").write_text("placement=overlay --config.seed=1\n")
     grid = ("sweep", "s", "configs/x.py", "method.placement=after,overlay", "seed=0,1")
     _, err = here.launch(*grid, code=1)
-    runs = [f"x,method.placement={placement},seed={seed}" for placement in ("after", "overlay") for seed in (0, 1)]
-    flags = ["--config.method.placement=" + run.split("placement=")[1].replace(",", " --config.") for run in runs]
-    expected = [f"--config=configs/x.py --workdir=runs/s/{run} {flag}" for run, flag in zip(runs, flags)]
+    runs = [
+        f"x,method.placement={placement},seed={seed}"
+        for placement in ("after", "overlay")
+        for seed in (0, 1)
+    ]
+    flags = [
+        "--config.method.placement=" + run.split("placement=")[1].replace(",", " --config.")
+        for run in runs
+    ]
+    expected = [
+        f"--config=configs/x.py --workdir=runs/s/{run} {flag}" for run, flag in zip(runs, flags)
+    ]
     assert here.lines("trained") == expected
     assert "3 finished, 1 failed of 4" in err
-    assert err.splitlines()[-1].startswith(f"error: failed: {runs[3]} (code 1, runs/s/{runs[3]}.log)")
+    assert err.splitlines()[-1].startswith(
+        f"error: failed: {runs[3]} (code 1, runs/s/{runs[3]}.log)"
+    )
 
     (here.root / "failing").write_text("nothing\n")
     here.launch(*grid)
@@ -218,10 +256,17 @@ def test_sweep_of_runs_that_would_share_a_folder(here: Checkout) -> None:
 
 def test_sweep_of_slices_runs_several_at_a_time(here: Checkout) -> None:
     here.env["LATENT_DELIB_BUCKET"] = "bucket"
-    launcher = here.script("keep", 'echo "$*" >>kept\nuntil [[ $(wc -l <kept) -ge 2 ]]; do sleep 0.02; done\n')
+    launcher = here.script(
+        "keep", 'echo "$*" >>kept\nuntil [[ $(wc -l <kept) -ge 2 ]]; do sleep 0.02; done\n'
+    )
     here.launch("sweep", "s", "configs/x.py,configs/y.py", f"--with={launcher} @ --", "--jobs=2")
-    for line, config in zip(sorted(here.lines("kept"), key=lambda line: line.split("--config=")[1]), "xy"):
-        assert f"-- python -m latent_delib.train --config=configs/{config}.py --workdir=gs://bucket/s/{config}" in line
+    for line, config in zip(
+        sorted(here.lines("kept"), key=lambda line: line.split("--config=")[1]), "xy"
+    ):
+        assert (
+            f"-- python -m latent_delib.train --config=configs/{config}.py --workdir=gs://bucket/s/{config}"
+            in line
+        )
 
 
 def test_sweep_passes_sigterm_on_and_starts_no_more(here: Checkout) -> None:

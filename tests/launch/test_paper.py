@@ -41,7 +41,11 @@ def here(tmp_path: Path) -> Path:
     (tmp_path / "names").write_text("\n".join(paper.EXPERIMENTS))
     for name in ("common", "paper"):
         shutil.copy(ROOT / f"launch/{name}.sh", tmp_path / "launch")
-    scripts = {"launch/setup.sh": "", "launch/get_smollm2.sh": "echo model.gguf", ".venv/bin/python": PYTHON}
+    scripts = {
+        "launch/setup.sh": "",
+        "launch/get_smollm2.sh": "echo model.gguf",
+        ".venv/bin/python": PYTHON,
+    }
     for name, text in scripts.items():
         program(tmp_path / name, text)
     return tmp_path
@@ -51,21 +55,30 @@ def run_paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
     """Returns the commands it ran, without `latent_delib.`; or what it said, where it fails."""
     (here / "calls").unlink(missing_ok=True)
     command = [here / "launch/paper.sh", *arguments]
-    done = subprocess.run(command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True
+    )
     assert done.returncode == code, done.stdout + done.stderr
     if code:
         return done.stderr.splitlines()
-    return [line.removeprefix("latent_delib.") for line in (here / "calls").read_text().splitlines()]
+    return [
+        line.removeprefix("latent_delib.") for line in (here / "calls").read_text().splitlines()
+    ]
 
 
 def test_a_run_of_protocol_a(here: Path) -> None:
     calls = run_paper(here, "a/overlay@1")
     run = "--workdir=runs/paper/a/overlay@1"
     assert (
-        calls[0] == "prepare --config=configs/paper.py:a/overlay --config.data.token_files= --out=runs/paper/a/tokens"
+        calls[0]
+        == "prepare --config=configs/paper.py:a/overlay --config.data.token_files= --out=runs/paper/a/tokens"
     )
     assert calls[1] == f"train --config=configs/paper.py:a/overlay {run} --config.seed=1"
-    controls = {"": "", "/swap": " --config.evaluate.swap", "/longer": " --config.evaluate.longer_prompt=32"}
+    controls = {
+        "": "",
+        "/swap": " --config.evaluate.swap",
+        "/longer": " --config.evaluate.longer_prompt=32",
+    }
     late = {f"/delay{n}": f" --config.evaluate.delay={n}" for n in (1, 2, 3)}
     at = f"evaluate --config=configs/paper.py:a/overlay {run}"
     once, curve, delayed = [
@@ -77,7 +90,9 @@ def test_a_run_of_protocol_a(here: Path) -> None:
     assert calls[-1] == "report runs/paper --out=runs/paper/report"
 
     again = run_paper(here, "a/overlay@1")
-    assert [call.split()[0] for call in again] == ["evaluate", "report"] and "--steps=all" in again[0]
+    assert [call.split()[0] for call in again] == ["evaluate", "report"] and "--steps=all" in again[
+        0
+    ]
 
 
 def test_a_trial_is_not_the_experiment(here: Path) -> None:
@@ -87,31 +102,54 @@ def test_a_trial_is_not_the_experiment(here: Path) -> None:
     workdir = "--workdir=runs/trials/a/pause_tokens@0,train.steps=20,a=-1,--b--"
     assert calls[1:] == [
         f"train --config=configs/paper.py:a/pause_tokens {workdir} --config.seed=0 {' '.join(more)}",
-        f"evaluate --config=configs/paper.py:a/pause_tokens {workdir} --out={workdir[10:]} " + " ".join(more),
+        f"evaluate --config=configs/paper.py:a/pause_tokens {workdir} --out={workdir[10:]} "
+        + " ".join(more),
     ]
     assert "train" in [call.split()[0] for call in run_paper(here, "a/pause_tokens")]
 
 
 def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
-    calls = run_paper(here, "b/pause_tokens", "a_gpu/decoder", "a_gpu/joint", "a/pause_tokens", "a/adapt_decoder")
+    calls = run_paper(
+        here, "b/pause_tokens", "a_gpu/decoder", "a_gpu/joint", "a/pause_tokens", "a/adapt_decoder"
+    )
     made = [call.split()[0] for call in calls if call.split()[0] not in ("train", "evaluate")]
-    assert made == ["tools.make_mixture", "convert", *["prepare"] * 3, "tools.make_tasks", "prepare", "report"]
-    assert "convert --source=model.gguf --out=runs/smollm2_135m/decoder --size=smollm2_135m" in calls
+    assert made == [
+        "tools.make_mixture",
+        "convert",
+        *["prepare"] * 3,
+        "tools.make_tasks",
+        "prepare",
+        "report",
+    ]
+    assert (
+        "convert --source=model.gguf --out=runs/smollm2_135m/decoder --size=smollm2_135m" in calls
+    )
     pretrain = "train --config=configs/paper.py:a_gpu/pretrain --workdir=runs/paper/a_gpu/pretrain"
     pretrained = calls.index(pretrain)
     assert calls.count(pretrain) == 1
-    assert pretrained < next(i for i, call in enumerate(calls) if "paper.py:a_gpu/decoder --workdir=" in call)
-    unseen = " --config.data.token_files= --config.data.validation=('files:runs/mixture/unseen/*.txt',)"
-    (call,) = (call for call in calls if "--out=runs/paper/a/pause_tokens@0/unseen" in call)  # the mixture is there
+    assert pretrained < next(
+        i for i, call in enumerate(calls) if "paper.py:a_gpu/decoder --workdir=" in call
+    )
+    unseen = (
+        " --config.data.token_files= --config.data.validation=('files:runs/mixture/unseen/*.txt',)"
+    )
+    # the mixture is there
+    (call,) = (call for call in calls if "--out=runs/paper/a/pause_tokens@0/unseen" in call)
     assert call.endswith(unseen)
-    assert not any("--out=runs/paper/b/pause_tokens@0/unseen" in call for call in calls)  # it is in the tokens
+    # it is in the tokens
+    assert not any("--out=runs/paper/b/pause_tokens@0/unseen" in call for call in calls)
     assert not any("--out=runs/paper/a/adapt_decoder@0/unseen" in call for call in calls)
 
 
 def test_latents_of_another_document_are_a_control(here: Path) -> None:
     names = ["adapt_coprocessor", "joint", "unified", "after_8", "overlay_64", "before"]
-    swapped = run_paper(here, *(f"a/{name}" for name in [*names, "pause_tokens"]))  # those depend on no document
-    found = [re.search(r"--out=runs/paper/a/(\w+)@0/swap ", call) for call in swapped if call.endswith("evaluate.swap")]
+    # those depend on no document
+    swapped = run_paper(here, *(f"a/{name}" for name in [*names, "pause_tokens"]))
+    found = [
+        re.search(r"--out=runs/paper/a/(\w+)@0/swap ", call)
+        for call in swapped
+        if call.endswith("evaluate.swap")
+    ]
     assert [match[1] for match in found] == names
 
 
@@ -119,7 +157,10 @@ def test_without_names_all_of_protocol_a(here: Path) -> None:
     trained = [call.split()[1] for call in run_paper(here) if call.startswith("train")]
     names = [name for name in paper.EXPERIMENTS if name != "pretrain"]
     assert sorted(trained) == sorted(f"--config=configs/paper.py:a/{name}" for name in names)
-    started = {name: trained.index(f"--config=configs/paper.py:a/{name}") for name in ("overlay", "adapt_coprocessor")}
+    started = {
+        name: trained.index(f"--config=configs/paper.py:a/{name}")
+        for name in ("overlay", "adapt_coprocessor")
+    }
     assert started["overlay"] < started["adapt_coprocessor"]  # which starts from it
 
 
@@ -129,7 +170,9 @@ def test_without_tasks_all_else_is_made_and_reported(here: Path) -> None:
     (said,) = run_paper(here, "a/adapt_decoder", "a/pause_tokens", code=1)
     assert said.startswith("error: ") and "runs/tasks" in said and "a/adapt_decoder" in said
     calls = (here / "calls").read_text()
-    assert "train --config=configs/paper.py:a/pause_tokens" in calls and "adapt_decoder" not in calls
+    assert (
+        "train --config=configs/paper.py:a/pause_tokens" in calls and "adapt_decoder" not in calls
+    )
     assert calls.endswith("report runs/paper --out=runs/paper/report\n")
 
 
@@ -152,9 +195,13 @@ def test_a_sweep_over_experiments(here: Path) -> None:
     (here / "configs/paper.py").touch()
     configs = "configs/paper.py:a/overlay,configs/paper.py:b/after_8"
     command = [here / "launch/sweep.sh", "s", configs, "seed=0", "--dry_run"]
-    done = subprocess.run(command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True
+    )
     folders = re.findall(r"--workdir=(\S+)", done.stdout.replace("\\", ""))
-    assert folders == ["runs/s/paper-a-overlay,seed=0", "runs/s/paper-b-after_8,seed=0"], done.stderr
+    assert folders == ["runs/s/paper-a-overlay,seed=0", "runs/s/paper-b-after_8,seed=0"], (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("protocol", paper.PROTOCOLS)
@@ -174,14 +221,18 @@ def test_a_run_that_is_stopped_keeps_its_curve(protocol: str) -> None:
     """Every checkpoint that is evaluated stays, whatever else a signal saves between them."""
     for name in ("overlay", "adapt_decoder"):
         train = paper.get_config(f"{protocol}/{name}").train
-        assert train.steps % train.checkpoint_every == 0 and train.keep_every == train.checkpoint_every
+        assert (
+            train.steps % train.checkpoint_every == 0 and train.keep_every == train.checkpoint_every
+        )
 
 
 def flat(config: ConfigDict, above: str = "") -> dict[str, object]:
     """Returns the keys of a config, "train.steps", and their values."""
     found: dict[str, object] = {}
     for key, value in config.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, ConfigDict) else {above + key: value}
+        found |= (
+            flat(value, f"{above}{key}.") if isinstance(value, ConfigDict) else {above + key: value}
+        )
     return found
 
 
@@ -190,7 +241,8 @@ def test_a_row_says_all_that_an_experiment_changes() -> None:
     for name, row in paper.EXPERIMENTS.items():
         c = flat(paper.get_config(f"a/{name}"))
         changed = {key for key in c if c[key] != overlay.get(key)}
-        assert changed <= row.keys() | {"method.coprocessor.num_layers"}, name  # some rows say what b or a_gpu change
+        # some rows say what b or a_gpu change
+        assert changed <= row.keys() | {"method.coprocessor.num_layers"}, name
         assert name in ("overlay", "pretrain") or changed
     size, settings = paper.PROTOCOLS["a"]
     changed = {key for key in of_base if of_base[key] != overlay[key]}

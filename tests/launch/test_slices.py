@@ -1,4 +1,6 @@
-"""tpu_vm.sh, worker.sh and gke_xpk.sh against a `gcloud` and an `xpk` that play a script of states."""
+"""tpu_vm.sh, worker.sh and gke_xpk.sh against a `gcloud` and an `xpk` that play a script of
+states.
+"""
 
 import os
 import shlex
@@ -32,16 +34,25 @@ def test_create_asks_once_and_waits_until_the_node_is_ready(world: World) -> Non
     assert (calls.count(CREATE), calls.count(STATE)) == (1, 5)
     assert "no capacity yet" in done.stderr
 
-    world.launch("tpu_vm", "create", "a", "--accelerator=v5litepod-16")  # it is there: nothing to do
+    # it is there: nothing to do
+    world.launch("tpu_vm", "create", "a", "--accelerator=v5litepod-16")
     assert len(world.calls("create")) == 1
 
 
 @pytest.mark.parametrize(
-    "accelerator, version", [("v5p-128", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e"), ("v5e-16", None)]
+    "accelerator, version",
+    [("v5p-128", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e"), ("v5e-16", None)],
 )
-def test_runtime_version_follows_the_generation(world: World, accelerator: str, version: str | None) -> None:
-    done = world.launch("tpu_vm", "create", "a", f"--accelerator={accelerator}", "--dry_run", code=int(not version))
-    assert f"--runtime-version={version} --async" in done.stdout or "expected v5litepod-N" in done.stderr
+def test_runtime_version_follows_the_generation(
+    world: World, accelerator: str, version: str | None
+) -> None:
+    done = world.launch(
+        "tpu_vm", "create", "a", f"--accelerator={accelerator}", "--dry_run", code=int(not version)
+    )
+    assert (
+        f"--runtime-version={version} --async" in done.stdout
+        or "expected v5litepod-N" in done.stderr
+    )
     assert "--spot" not in done.stdout
 
 
@@ -63,13 +74,17 @@ def test_quota_is_not_tried_again_and_passing_failures_are(world: World) -> None
     done = world.launch("tpu_vm", *create, code=1)
     assert "gave up at try 3: ERROR: (gcloud) UNAVAILABLE: try later" in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: the state of a cannot be seen; is gcloud logged in (gcloud auth login), and")
+    assert last.startswith(
+        "error: the state of a cannot be seen; is gcloud logged in (gcloud auth login), and"
+    )
     world.plays(failures=["queued-resources describe|UNAVAILABLE: try later"] * 9)
     assert world.launch("tpu_vm", "status", "a", code=1).stderr.splitlines()[-1] == last
 
 
 def test_what_exists_already(world: World) -> None:
-    """The first try did its work and its answer was lost; the name is another slice's; it came to nothing."""
+    """The first try did its work and its answer was lost; the name is another slice's; it came to
+    nothing.
+    """
     create = ("tpu_vm", "create", "a", "--accelerator=v5litepod-16")
     world.plays(states=["ABSENT", "ACTIVE"], failures=["queued-resources create|ALREADY_EXISTS: a"])
     world.launch(*create)
@@ -99,7 +114,10 @@ def test_run_is_detached_on_every_worker(world: World) -> None:
     world.launch("tpu_vm", "run", "a", "--", *TRAIN)
     assert world.launch("tpu_vm", "status", "a").stdout == "0 running\n1 running\n"
     world.launch("tpu_vm", "run", "a", "--", *TRAIN)  # as after an answer that was lost
-    assert "another job runs here" in world.launch("tpu_vm", "run", "a", "--", "python", "-m", "y", code=1).stderr
+    assert (
+        "another job runs here"
+        in world.launch("tpu_vm", "run", "a", "--", "python", "-m", "y", code=1).stderr
+    )
 
     assert "another job runs here" in world.launch("tpu_vm", "setup", "a", code=1).stderr
 
@@ -118,7 +136,8 @@ def test_a_start_that_reached_one_worker_is_completed(world: World) -> None:
     """Started on some workers only, a job hangs without a word."""
     world.launch("tpu_vm", "setup", "a")
     world.plays(
-        **{"ends-0": ["hang"], "ends-1": ["hang"]}, failures=["worker-1 .*worker.sh start|ssh: connection reset"]
+        **{"ends-0": ["hang"], "ends-1": ["hang"]},
+        failures=["worker-1 .*worker.sh start|ssh: connection reset"],
     )
     world.launch("tpu_vm", "run", "a", "--", *TRAIN)
     world.started(1)
@@ -160,18 +179,25 @@ def test_keep_stops_after_code_1(world: World) -> None:
     assert "failed with code 1" in done.stderr
     assert "this start ends with 1" in done.stdout  # the log
     world.started(1)
-    order = [max(i for i, call in enumerate(world.calls()) if part in call) for part in ("start", "stop", "delete")]
+    order = [
+        max(i for i, call in enumerate(world.calls()) if part in call)
+        for part in ("start", "stop", "delete")
+    ]
     assert order == sorted(order)
 
 
 def test_keep_restarts_what_saved_and_what_died(world: World) -> None:
-    """Code 75 always, a death `restarts` times; what ended first is the cause, whatever the others make of it."""
+    """Code 75 always, a death `restarts` times; what ended first is the cause, whatever the others
+    make of it.
+    """
     world.plays(**{"ends-0": ["75", "75", "137", "0"], "ends-1": ["hang", "75", "hang", "0"]})
     world.keep("--restarts=1")
     world.started(4)
 
     exits = [f"$WORLD/worker-{worker}/latent_delib/runs/job/exit" for worker in (0, 1)]
-    status_after_both = f"until [[ $all != *status* || -e {exits[0]} && -e {exits[1]} ]]; do sleep 0.02; done"
+    status_after_both = (
+        f"until [[ $all != *status* || -e {exits[0]} && -e {exits[1]} ]]; do sleep 0.02; done"
+    )
     world.plays(**{"ends-0": ["134", "0"], "ends-1": ["later 1", "0"], "hook": [status_after_both]})
     world.keep()
     world.started(6)
@@ -190,9 +216,18 @@ def test_keep_finds_a_running_job_again(world: World, end: str) -> None:
     while end == "0" and "exit 0" not in world.launch("tpu_vm", "status", "a").stdout:
         pass
 
-    command = [world.root / "launch" / "tpu_vm.sh", "keep", "a", "--accelerator=v5litepod-16", "--", *TRAIN]
+    command = [
+        world.root / "launch" / "tpu_vm.sh",
+        "keep",
+        "a",
+        "--accelerator=v5litepod-16",
+        "--",
+        *TRAIN,
+    ]
     looks = len(world.calls("worker.sh\\ status"))
-    with subprocess.Popen(command, env=world.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as keep:
+    with subprocess.Popen(
+        command, env=world.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as keep:
         try:
             while len(world.calls("worker.sh\\ status")) < looks + 3 and keep.poll() is None:
                 time.sleep(0.02)
@@ -244,13 +279,22 @@ def test_dry_run_prints_what_would_run(world: World) -> None:
     copy, setup, start = map(shlex.split, lines[-3:])
     worker_sh = "latent_delib/launch/worker.sh"
     assert CREATE in lines
-    assert copy == f"gcloud compute tpus tpu-vm scp runs/launch/a/code.tar.gz a: {AT} --worker=all --quiet".split()
+    assert (
+        copy
+        == f"gcloud compute tpus tpu-vm scp runs/launch/a/code.tar.gz a: {AT} --worker=all --quiet".split()
+    )
     assert setup[-1].endswith("LATENT_DELIB_EXTRAS=tpu ./launch/worker.sh setup")
     assert start == [*SSH, f"--command={worker_sh} start {QUOTED} --distributed"]
     fetched = "mkdir -p runs/d && gcloud storage rsync --recursive gs://bucket/d runs/d && LATENT_DELIB_EXTRAS=tpu"
-    assert fetched in shlex.split(world.keep("--fetch=gs://bucket/d", "--dry_run").stdout.splitlines()[-2])[-1]
+    assert (
+        fetched
+        in shlex.split(world.keep("--fetch=gs://bucket/d", "--dry_run").stdout.splitlines()[-2])[-1]
+    )
     setup = shlex.split(world.keep("--fetch=gs://b/x & y", "--dry_run").stdout.splitlines()[-2])[-1]
-    assert r"mkdir -p runs/x\ \&\ y && gcloud storage rsync --recursive gs://b/x\ \&\ y runs/x\ \&\ y &&" in setup
+    assert (
+        r"mkdir -p runs/x\ \&\ y && gcloud storage rsync --recursive gs://b/x\ \&\ y runs/x\ \&\ y &&"
+        in setup
+    )
     assert world.launch("tpu_vm", "delete", "a", "--dry_run").stdout == DELETE + "\n"
     logs = world.launch("tpu_vm", "logs", "a", "--worker=1", "--dry_run").stdout
     assert shlex.split(logs)[-3:] == ["--worker=1", "--quiet", f"--command={worker_sh} logs"]
@@ -259,13 +303,19 @@ def test_dry_run_prints_what_would_run(world: World) -> None:
 
 
 def test_xpk_commands(world: World) -> None:
-    done = world.launch("gke_xpk", "run", "a", "--accelerator=v5litepod-16", "--dry_run", "--", *TRAIN)
+    done = world.launch(
+        "gke_xpk", "run", "a", "--accelerator=v5litepod-16", "--dry_run", "--", *TRAIN
+    )
     inside = "tar -xzf code.tar.gz && LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh && export PATH=$PWD/.venv/bin:$PATH "
     inside += f"PYTHONUNBUFFERED=1 && exec {QUOTED} --distributed"
     assert shlex.split(done.stdout.splitlines()[2]) == [
         *f"xpk workload create {XPK_AT} --workload=a --tpu-type=v5litepod-16 --num-slices=1".split(),
         *("--base-docker-image=python:3.12", "--script-dir=runs/launch/a", f"--command={inside}"),
-        *("--max-restarts=1000", "--restart-on-exit-codes=69,75", "--termination-grace-period-seconds=300"),
+        *(
+            "--max-restarts=1000",
+            "--restart-on-exit-codes=69,75",
+            "--termination-grace-period-seconds=300",
+        ),
     ]
     for arguments, expected in {
         "create_cluster --accelerator=v6e-16": f"cluster create {XPK_AT} --tpu-type=v6e-16 --num-slices=1 --on-demand",
@@ -283,10 +333,14 @@ def test_xpk_commands(world: World) -> None:
     [("", ["124", "124", "1", "0"], 0), ("RUNNING", ["125"], 1), ("FINISHED", ["1", "1", "1"], 1)],
 )
 def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> None:
-    """Waits a week at a time, over failures to ask, for a job that it started itself unless it was there."""
+    """Waits a week at a time, over failures to ask, for a job that it started itself unless it was
+    there.
+    """
     there = {"FINISHED": ["EVERYTHING", "FINISHED"], "RUNNING": ["EVERYTHING"], "": []}[before]
     for status in ("EVERYTHING", "FINISHED"):
-        world.plays(**{f"listed-{status}": ["Jobset   Status", "ab   x", *["a   x"] * (status in there)]})
+        world.plays(
+            **{f"listed-{status}": ["Jobset   Status", "ab   x", *["a   x"] * (status in there)]}
+        )
     world.plays(waits=waits, hook=['[[ $all != *delete* ]] || echo >"$WORLD/listed-EVERYTHING"'])
     world.launch("gke_xpk", "keep", "a", "--accelerator=v5litepod-16", "--", *TRAIN, code=code)
     assert len(world.calls("wait-for-job-completion")) == len(waits)
@@ -298,12 +352,19 @@ def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> Non
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="needs gcloud, though no cloud")
 def test_gcloud_knows_every_flag(world: World) -> None:
-    lines = world.keep("--spot", "--dry_run").stdout + world.launch("tpu_vm", "delete", "a", "--dry_run").stdout
+    lines = (
+        world.keep("--spot", "--dry_run").stdout
+        + world.launch("tpu_vm", "delete", "a", "--dry_run").stdout
+    )
     used: dict[tuple[str, ...], set[str]] = {}
     for words in map(shlex.split, lines.splitlines()):
         if words[0] == "gcloud":
-            used.setdefault(tuple(words[:5]), set()).update(w.split("=")[0] for w in words if w.startswith("--"))
+            used.setdefault(tuple(words[:5]), set()).update(
+                w.split("=")[0] for w in words if w.startswith("--")
+            )
     assert len(used) == 6
     for command, flags in used.items():
-        text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [*command, "--help"], capture_output=True, text=True, check=True
+        ).stdout
         assert [flag for flag in flags if flag not in text] == []

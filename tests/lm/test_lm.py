@@ -1,4 +1,6 @@
-"""The Python interface: against the dense oracle, and against what each call promises of the others."""
+"""The Python interface: against the dense oracle, and against what each call promises of the
+others.
+"""
 
 import contextlib
 import dataclasses
@@ -40,26 +42,38 @@ class Ids(Tokenizer):
 
 @pytest.fixture(scope="module")
 def decoder(decoder_folder):
-    """With layers loud enough to be heard over the embedding of the last token, or it would only repeat that."""
+    """With layers loud enough to be heard over the embedding of the last token, or it would only
+    repeat that.
+    """
     found, random = ld.load_decoder(str(decoder_folder)), np.random.default_rng(2)
     layers = jax.tree.map(
-        lambda x: x + (1.5 + 0.5 * random.standard_normal(x.shape) if x.ndim == 2 else 0), found.params["layers"]
+        lambda x: x + (1.5 + 0.5 * random.standard_normal(x.shape) if x.ndim == 2 else 0),
+        found.params["layers"],
     )
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), found.params | {"layers": layers})
-    return dataclasses.replace(found, params=params, tokenizer=Ids(decoder_folder / "tokenizer.model"))
+    return dataclasses.replace(
+        found, params=params, tokenizer=Ids(decoder_folder / "tokenizer.model")
+    )
 
 
 @pytest.fixture(scope="module")
 def lms(decoder):
-    """Placement -> model; the coprocessor is far from the decoder it started from. "decoder": no coprocessor."""
+    """Placement -> model; the coprocessor is far from the decoder it started from. "decoder": no
+    coprocessor.
+    """
     random = np.random.default_rng(0)
 
     def model(placement):
         start = ld.init_coprocessor(decoder, L, placement)
-        params = jax.tree.map(lambda x: np.asarray(x + 0.1 * random.standard_normal(x.shape), np.float32), start.params)
+        params = jax.tree.map(
+            lambda x: np.asarray(x + 0.1 * random.standard_normal(x.shape), np.float32),
+            start.params,
+        )
         return ld.AugmentedLM(decoder, dataclasses.replace(start, params=params))
 
-    return {placement: model(placement) for placement in PLACEMENTS} | {"decoder": ld.AugmentedLM(decoder)}
+    return {placement: model(placement) for placement in PLACEMENTS} | {
+        "decoder": ld.AugmentedLM(decoder)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +85,9 @@ def text(decoder):
 
 
 def naive_logits(lm, prompt, new, delay=0):
-    """Logits of what follows every token of prompt + new, float64: one dense sequence, no cache. `delay` tokens of
-    `new` were decoded when the prompt's latents joined."""
+    """Logits of what follows every token of prompt + new, float64: one dense sequence, no cache.
+    `delay` tokens of `new` were decoded when the prompt's latents joined.
+    """
     config, weights = lm.decoder.config, lm.decoder.params
     tokens, at = np.array(prompt + new), len(prompt) + delay - 1
     x = naive.embed(config, weights, tokens)
@@ -89,13 +104,23 @@ def naive_logits(lm, prompt, new, delay=0):
     kept = at + 1 if placement == "after" else at
     position = np.arange(len(tokens)) + np.where(np.arange(len(tokens)) >= kept, moves, 0)
     position = np.insert(position, kept, naive.latent_position(at, L, placement))
-    out = naive.forward(config, [(weights, np.insert(x, kept, z, axis=0))], position, np.tri(len(position), dtype=bool))
-    # Up to x_at it is the plain decoder that spoke; what follows x_at comes from the last latent or from x_at again.
-    return np.concatenate([np.full((at, config.vocab_size), np.nan), naive.logits(config, weights, out[at + L :])])
+    out = naive.forward(
+        config,
+        [(weights, np.insert(x, kept, z, axis=0))],
+        position,
+        np.tri(len(position), dtype=bool),
+    )
+    # Up to x_at it is the plain decoder that spoke; what follows x_at comes from the last latent or
+    # from x_at again.
+    return np.concatenate(
+        [np.full((at, config.vocab_size), np.nan), naive.logits(config, weights, out[at + L :])]
+    )
 
 
 def naive_greedy(lm, prompt, delay=0, every=0):
-    """Latents are those of the text as it was `delay` tokens before they joined: the last that have joined, alone."""
+    """Latents are those of the text as it was `delay` tokens before they joined: the last that have
+    joined, alone.
+    """
     ids, new = [lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)], []
     for made in range(NEW):
         asked = max(0, made - delay) // every * every if every else 0
@@ -123,15 +148,23 @@ def test_delayed_latents_are_the_prompts(lms, name):
 def test_latents_again_every_few_tokens(lms, name, every, delay):
     lm = lms[name]
     found = lm.continuations(PROMPTS[:3], NEW, every=every, delay=delay)
-    assert [c.text for c in found] == [naive_greedy(lm, prompt, delay, every) for prompt in PROMPTS[:3]]
+    assert [c.text for c in found] == [
+        naive_greedy(lm, prompt, delay, every) for prompt in PROMPTS[:3]
+    ]
     assert {c.joined for c in found} == {tuple(range(delay, NEW, every))}
     assert [c.text for c in found] != lm.generate(PROMPTS[:3], NEW, delay=delay)
 
 
 def test_a_head_of_its_own(decoder):
-    """Tokens enter by the embeddings and leave by the head, wherever a decoder with both decodes or scores."""
+    """Tokens enter by the embeddings and leave by the head, wherever a decoder with both decodes or
+    scores.
+    """
     config = dataclasses.replace(decoder.config, untied_head=True)
-    head = np.random.default_rng(3).standard_normal(decoder.params["embedding"].shape).astype(np.float32)
+    head = (
+        np.random.default_rng(3)
+        .standard_normal(decoder.params["embedding"].shape)
+        .astype(np.float32)
+    )
     untied = dataclasses.replace(decoder, config=config, params=decoder.params | {"head": head})
     lm = ld.AugmentedLM(untied, ld.init_coprocessor(untied, L))
     found = lm.generate(PROMPTS, NEW, every=5, delay=2)
@@ -144,7 +177,9 @@ def test_without_coprocessor_is_the_decoder(lms, text):
     plain, augmented = lms["decoder"], lms["after"]
     assert augmented.generate(PROMPTS, NEW, augment=False) == plain.generate(PROMPTS, NEW)
     np.testing.assert_array_equal(augmented.logits(text), plain.logits(text))
-    for ours, theirs in zip(augmented.logprobs(FIVE, TAILS, augment=False), plain.logprobs(FIVE, TAILS)):
+    for ours, theirs in zip(
+        augmented.logprobs(FIVE, TAILS, augment=False), plain.logprobs(FIVE, TAILS)
+    ):
         np.testing.assert_array_equal(ours, theirs)
     both = plain.ahead_logprobs(text, [[3], [8]], 6)
     np.testing.assert_array_equal(*both)
@@ -156,13 +191,15 @@ def test_sampling(lms):
     greedy, drawn = lm.generate(PROMPTS, NEW), lm.generate(PROMPTS, NEW, temperature=1.0, seed=3)
     assert drawn == lm.generate(PROMPTS, NEW, temperature=1.0, seed=3)
     assert drawn != lm.generate(PROMPTS, NEW, temperature=1.0, seed=4) and drawn != greedy
-    assert drawn == lm.generate(PROMPTS, NEW, temperature=1.0, seed=np.int64(3), top_k=2**40)  # more than there are
+    # more than there are
+    assert drawn == lm.generate(PROMPTS, NEW, temperature=1.0, seed=np.int64(3), top_k=2**40)
     numpys = {"batch_size": np.int32(16), "every": np.int64(0), "seed": np.array(3)}
     assert drawn == lm.generate(PROMPTS, np.int64(NEW), temperature=np.float32(1.0), **numpys)
     assert drawn == lm.generate(iter(PROMPTS), NEW, temperature=1.0, seed=3)
     assert lm.generate(PROMPTS, NEW, temperature=1.0, top_p=1e-6, seed=3) == greedy
     assert lm.generate(PROMPTS, NEW, temperature=1e-4, seed=3) == greedy
-    even = lm.generate(PROMPTS, NEW, temperature=1e6, seed=3)  # all tokens alike: only fresh noise tells steps apart
+    # all tokens alike: only fresh noise tells steps apart
+    even = lm.generate(PROMPTS, NEW, temperature=1e6, seed=3)
     assert all(len(set(row)) > NEW // 2 for row in even) and len(set(map(tuple, even))) == len(even)
     assert lm.generate(PROMPTS, NEW, temperature=2.0, top_k=1, seed=3) == greedy
 
@@ -212,8 +249,12 @@ def test_a_sampler_is_a_value(lms):
     """Decoding calls it, whatever it is; another option than its fields is refused."""
     lm = lms["decoder"]
     keys = jax.random.split(jax.random.key(0), 4)
-    options = dict(aug=lm.aug, write=None, room=32, eos_id=-1, pad_id=0, stopped=lambda new: new[:, -1] < 0)
-    new, _ = decoding.run(lm.params, *lm._pad([[2, 5, 6, 7]] * 4), keys, GenerationOptions(1, Least()), **options)
+    options = dict(
+        aug=lm.aug, write=None, room=32, eos_id=-1, pad_id=0, stopped=lambda new: new[:, -1] < 0
+    )
+    new, _ = decoding.run(
+        lm.params, *lm._pad([[2, 5, 6, 7]] * 4), keys, GenerationOptions(1, Least()), **options
+    )
     assert (new[:, 0] == np.argmin(lm.logits([[2, 5, 6, 7]])[0, -1])).all()
     with pytest.raises(TypeError, match="warmth"):
         lm.generate(PROMPTS, NEW, warmth=1.0)
@@ -258,13 +299,16 @@ def test_stop_strings_end_a_text_before_them(decoder, lms):
     whole, done = lm.generate(PROMPTS, new), []
     stop = [whole[0][19:22], whole[1][3:5]]
     found = lm.continuations(PROMPTS, new, stop=stop, progress=done.append)
-    assert [c.text for c in found] == [min((text.partition(s)[0] for s in stop), key=len) for text in whole]
+    assert [c.text for c in found] == [
+        min((text.partition(s)[0] for s in stop), key=len) for text in whole
+    ]
     assert 3 < len(found[0].text) <= 19 and len(found[1].text) <= 3
     assert done == sorted(done) and done[-1] <= 4 * new
     one = [lm.generate(PROMPTS[:1], new, stop=strings) for strings in (stop[0], stop[:1])]
     assert one[0] == one[1] != whole[:1]
     early = lm.continuations(PROMPTS[1:2], new, stop=stop)[0]
-    assert early.text == found[1].text and set(early.tokens[16:]) == {tokenizer.pad_id}  # and decoding ends with it
+    # and decoding ends with it
+    assert early.text == found[1].text and set(early.tokens[16:]) == {tokenizer.pad_id}
 
 
 def test_a_control_token_ends_a_text_that_shows_no_trace_of_it(decoder, lms):
@@ -274,7 +318,9 @@ def test_a_control_token_ends_a_text_that_shows_no_trace_of_it(decoder, lms):
     tokenizer.control = {"<|end|>": int(whole[0][3])}
     found = lm.continuations(PROMPTS, NEW, stop=["<|end|>"])
     for ours, tokens in zip(found, whole):
-        assert ours.text == tokenizer.decode(tokens[: min([*np.flatnonzero(tokens == whole[0][3]), NEW])])
+        assert ours.text == tokenizer.decode(
+            tokens[: min([*np.flatnonzero(tokens == whole[0][3]), NEW])]
+        )
     assert len(found[0].text) <= 3
 
 
@@ -292,24 +338,36 @@ def test_sharded_equals_one_device(decoder, lms, text):
     lm = ld.AugmentedLM(decoder, one.coprocessor, on)
     out = lm.params["decoder"]["layers"]["attn"]["out"]
     assert out.sharding.shard_shape(out.shape)[1:] == (2, 16, 16)  # of 4 heads and a width of 32
-    assert lm.generate(PROMPTS, NEW, every=5, delay=2) == one.generate(PROMPTS, NEW, every=5, delay=2)
+    assert lm.generate(PROMPTS, NEW, every=5, delay=2) == one.generate(
+        PROMPTS, NEW, every=5, delay=2
+    )
     for ours, theirs in zip(lm.logprobs(FIVE, TAILS), one.logprobs(FIVE, TAILS)):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     four = np.concatenate([text, text])
-    np.testing.assert_allclose(lm.latents(four, [[3], [8]] * 2), one.latents(four, [[3], [8]] * 2), atol=1e-4)
-    _, (_, cache) = decoding.prefill(lm.params, *lm._pad([[2, 5, 6]] * 4), aug=lm.aug, room=32, pad_id=0)
-    assert cache.k.shape[1:4:2] == (4, 2) and cache.k.sharding.shard_shape(cache.k.shape)[1:4:2] == (1, 1)
+    np.testing.assert_allclose(
+        lm.latents(four, [[3], [8]] * 2), one.latents(four, [[3], [8]] * 2), atol=1e-4
+    )
+    _, (_, cache) = decoding.prefill(
+        lm.params, *lm._pad([[2, 5, 6]] * 4), aug=lm.aug, room=32, pad_id=0
+    )
+    assert cache.k.shape[1:4:2] == (4, 2) and cache.k.sharding.shard_shape(cache.k.shape)[
+        1:4:2
+    ] == (1, 1)
     with pytest.raises(ld.UserError, match="tokens: 3 rows do not split over"):
         lm.logits(four[:3])
 
 
 def test_no_device_holds_a_whole_model(lms):
-    """A checkpoint's leaves are numpy, float32: what is cast is cast before it has a place, and placed once."""
+    """A checkpoint's leaves are numpy, float32: what is cast is cast before it has a place, and
+    placed once.
+    """
     on = mesh.make({"fsdp": 8})
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), lms["overlay"].coprocessor.params)
     with jax.transfer_guard_device_to_device("disallow_explicit"):
         placed = load.place(on, params, jax.numpy.bfloat16, param_axes("cache_augmentation"))
-    assert {(x.dtype.name, len(x.sharding.device_set)) for x in jax.tree.leaves(placed)} == {("bfloat16", 8)}
+    assert {(x.dtype.name, len(x.sharding.device_set)) for x in jax.tree.leaves(placed)} == {
+        ("bfloat16", 8)
+    }
 
 
 @pytest.fixture
@@ -366,15 +424,18 @@ def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, f
     if fault == "fails at once":
         monkeypatch.setattr(decoding, "write_beside", broken)
     else:
-        monkeypatch.setattr(decoding, "ready", broken if fault == "fails later" else lambda z: False)
+        monkeypatch.setattr(
+            decoding, "ready", broken if fault == "fails later" else lambda z: False
+        )
     monkeypatch.setattr(decoding, "decode_tokens", watched)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = beside.continuations(PROMPTS, 32, every=5, delay=None)
     assert {c.joined for c in found} == {()}
-    assert sum("goes on without new latents: RuntimeError('the slice is gone')" in str(w.message) for w in said) == (
-        fault != "never answers"
-    )
+    assert sum(
+        "goes on without new latents: RuntimeError('the slice is gone')" in str(w.message)
+        for w in said
+    ) == (fault != "never answers")
     without = last[-1]
     assert [c.text for c in found] == beside.generate(PROMPTS, 32, augment=False)
     np.testing.assert_array_equal(without, last[-1])
@@ -396,8 +457,11 @@ def test_logprobs(lms, name):
 def test_continuations_of_one_prompt_are_read_together(lms):
     """Whatever they are read with, each has the log-probability it has alone."""
     lm = lms["after"]
-    pairs = [(p, t) for p in PROMPTS[:3] for t in ("the mat", "on a green door", "a")] + [(PROMPTS[3], "rain")]
-    pairs += [(PROMPTS[1], f"{t} {u}") for t in WORDS[:5] for u in WORDS[:2]]  # more than one row takes
+    pairs = [(p, t) for p in PROMPTS[:3] for t in ("the mat", "on a green door", "a")] + [
+        (PROMPTS[3], "rain")
+    ]
+    # more than one row takes
+    pairs += [(PROMPTS[1], f"{t} {u}") for t in WORDS[:5] for u in WORDS[:2]]
     done = []
     together = lm.logprobs(*zip(*pairs), batch_size=16, progress=done.append)
     alone = [lm.logprobs([p], [t]) for p, t in pairs[::4]]
@@ -408,10 +472,13 @@ def test_continuations_of_one_prompt_are_read_together(lms):
 
 
 @pytest.mark.parametrize(
-    "name, every", [("decoder", 0), pytest.param("after", 0, marks=pytest.mark.slow), ("overlay", 3)]
+    "name, every",
+    [("decoder", 0), pytest.param("after", 0, marks=pytest.mark.slow), ("overlay", 3)],
 )
 def test_rolling_logprobs(lms, name, every):
-    """Stretch after stretch, each ahead of its own latents; a long text is cut, and every piece begins with BOS."""
+    """Stretch after stretch, each ahead of its own latents; a long text is cut, and every piece
+    begins with BOS.
+    """
     lm = ld.AugmentedLM(lms[name].decoder, lms[name].coprocessor, max_length=12)
     texts, stretch = [PROMPTS[0], "rain " * 9, "", "a"], every or 11
     found = lm.rolling_logprobs(texts, every=every, batch_size=4)
@@ -420,7 +487,9 @@ def test_rolling_logprobs(lms, name, every):
         for i in range(0, len(ids), 11):
             piece = [2, *ids[i : i + 11]]
             at = np.arange(0, 11, stretch)
-            ahead = lm.ahead_logprobs(np.array([piece + [0] * (24 - len(piece))]), at[None], stretch)[1][0]
+            ahead = lm.ahead_logprobs(
+                np.array([piece + [0] * (24 - len(piece))]), at[None], stretch
+            )[1][0]
             expected += ahead[at[:, None] + 1 + np.arange(stretch) < len(piece)].sum()
         np.testing.assert_allclose(logprob, expected, rtol=1e-5, atol=1e-5)
     assert found[2] == 0
@@ -452,7 +521,9 @@ def test_ahead_logprobs_and_what_follows_the_text(lms, name, text):
         ahead = text[b, p + 1 : p + 1 + A]
         np.testing.assert_allclose(plain[b, m], logp[b, np.arange(p, p + A), ahead], atol=1e-5)
         logits = naive_logits(lm, list(text[b, : p + 1]), list(ahead[:-1]))[p:]
-        np.testing.assert_allclose(augmented[b, m], np.log(naive.softmax(logits))[np.arange(A), ahead], atol=2e-4)
+        np.testing.assert_allclose(
+            augmented[b, m], np.log(naive.softmax(logits))[np.arange(A), ahead], atol=2e-4
+        )
 
     padded = text.copy()
     padded[:, at.max() + A + 1 :] = lm.tokenizer.pad_id
@@ -468,12 +539,21 @@ def test_ahead_logprobs_and_what_follows_the_text(lms, name, text):
 def test_load_coprocessor_is_what_was_trained(trained, decoder):
     for step, wanted in ((None, 4), (2, 2), (np.int64(2), 2)):
         found = ld.load_coprocessor(trained, step)
-        assert (found.method, found.num_latents, found.placement) == ("cache_augmentation", 2, "after")
+        assert (found.method, found.num_latents, found.placement) == (
+            "cache_augmentation",
+            2,
+            "after",
+        )
         assert (found.step, found.fingerprint) == (wanted, decoder.fingerprint)
         with contextlib.closing(Checkpoints(str(trained), read_only=True)) as checkpoints:
             saved = checkpoints.restore_newest(step=wanted).trainable["coprocessor"]
         jax.tree.map(np.testing.assert_array_equal, found.params, saved)
-    assert ld.AugmentedLM(decoder, found).latents([[2, 5, 7]], [[1]]).shape == (1, 1, 2, decoder.config.embed_dim)
+    assert ld.AugmentedLM(decoder, found).latents([[2, 5, 7]], [[1]]).shape == (
+        1,
+        1,
+        2,
+        decoder.config.embed_dim,
+    )
     inside = trained / "checkpoints" / "4"
     with pytest.raises(ld.UserError, match="inside the workdir"):
         ld.load_coprocessor(inside)
@@ -494,7 +574,10 @@ def test_loading_says_nothing(trained):
 
 def test_what_is_loaded_shows_itself_in_one_line(decoder, lms):
     of = decoder.fingerprint[:12]
-    assert repr(decoder) == f"Decoder(4 layers of width 32, vocabulary of 320, float32, fingerprint {of})"
+    assert (
+        repr(decoder)
+        == f"Decoder(4 layers of width 32, vocabulary of 320, float32, fingerprint {of})"
+    )
     said = f"Coprocessor(cache_augmentation, 4 latents of width 32 'after', untrained, float32, of decoder {of})"
     assert repr(lms["after"].coprocessor) == said
     assert repr(lms["after"]) == f"AugmentedLM({decoder}, {lms['after'].coprocessor})"
@@ -508,7 +591,9 @@ def test_the_package_shows_its_interface(monkeypatch):
 
 
 def test_attention_is_a_choice(decoder, lms, text):
-    """Everywhere: in the decoder, in a coprocessor of its own size, and in both beside the decoder."""
+    """Everywhere: in the decoder, in a coprocessor of its own size, and in both beside the
+    decoder.
+    """
     architecture = dataclasses.replace(decoder.config, num_layers=2)
     start = dataclasses.replace(lms["overlay"].coprocessor, architecture=architecture)
     lm = ld.AugmentedLM(decoder, start, None, build.one_device(), attention="reference")
@@ -523,50 +608,106 @@ def test_attention_is_a_choice(decoder, lms, text):
 
 
 MISTAKES = {
-    "no decoder": (lambda lm, d: ld.load_decoder("nowhere"), "decoder 'nowhere': .*config.json does not exist"),
-    "no checkpoint": (lambda lm, d: ld.load_coprocessor("nowhere"), "^nowhere: holds no checkpoints"),
+    "no decoder": (
+        lambda lm, d: ld.load_decoder("nowhere"),
+        "decoder 'nowhere': .*config.json does not exist",
+    ),
+    "no checkpoint": (
+        lambda lm, d: ld.load_coprocessor("nowhere"),
+        "^nowhere: holds no checkpoints",
+    ),
     "random weights": (
-        lambda lm, d: load.decoder_of("W", Record({"method": {"name": "static_tokens"}, "decoder": {"path": ""}}, "")),
+        lambda lm, d: load.decoder_of(
+            "W", Record({"method": {"name": "static_tokens"}, "decoder": {"path": ""}}, "")
+        ),
         "^W: trained with config.decoder.path='', on random weights that no folder holds; train on a decoder folder",
     ),
     "no path": (lambda lm, d: ld.load_decoder(None), "path=None: expected a path"),
-    "a decoder far away": (lambda lm, d: ld.load_decoder("gs://b/x"), "decoder 'gs://b/x': expected a local folder"),
-    "int8": (lambda lm, d: ld.load_decoder("packaged", "int8"), "dtype=int8: expected float32 or bfloat16"),
-    "float99": (lambda lm, d: ld.load_decoder("packaged", "float99"), "dtype=float99: expected float32 or bfloat16"),
-    "float16": (lambda lm, d: ld.load_decoder("packaged", np.float16), "dtype=float16: expected float32 or bfloat16"),
+    "a decoder far away": (
+        lambda lm, d: ld.load_decoder("gs://b/x"),
+        "decoder 'gs://b/x': expected a local folder",
+    ),
+    "int8": (
+        lambda lm, d: ld.load_decoder("packaged", "int8"),
+        "dtype=int8: expected float32 or bfloat16",
+    ),
+    "float99": (
+        lambda lm, d: ld.load_decoder("packaged", "float99"),
+        "dtype=float99: expected float32 or bfloat16",
+    ),
+    "float16": (
+        lambda lm, d: ld.load_decoder("packaged", np.float16),
+        "dtype=float16: expected float32 or bfloat16",
+    ),
     "no workdir": (lambda lm, d: ld.load_coprocessor(3), "workdir=3: expected a path"),
-    "step": (lambda lm, d: ld.load_coprocessor("nowhere", "4"), "step='4': expected a whole number"),
+    "step": (
+        lambda lm, d: ld.load_coprocessor("nowhere", "4"),
+        "step='4': expected a whole number",
+    ),
     "swapped": (
         lambda lm, d: ld.AugmentedLM(lm.coprocessor, d),
         "decoder: got Coprocessor, expected a Decoder, which `load_decoder` returns",
     ),
-    "no Decoder": (lambda lm, d: ld.AugmentedLM("packaged"), "decoder: got str, expected a Decoder"),
-    "no Coprocessor": (lambda lm, d: ld.AugmentedLM(d, "runs/x"), "coprocessor: got str, expected a Coprocessor"),
+    "no Decoder": (
+        lambda lm, d: ld.AugmentedLM("packaged"),
+        "decoder: got str, expected a Decoder",
+    ),
+    "no Coprocessor": (
+        lambda lm, d: ld.AugmentedLM(d, "runs/x"),
+        "coprocessor: got str, expected a Coprocessor",
+    ),
     "attention": (
         lambda lm, d: ld.AugmentedLM(d, attention="flash"),
         "attention='flash': expected one of auto, reference, xla, pallas_gpu, pallas_tpu",
     ),
     "no room": (lambda lm, d: ld.AugmentedLM(d, max_length=1), "max_length=1: expected at least 2"),
-    "begun of a path": (lambda lm, d: ld.init_coprocessor("packaged", 2), "decoder: got str, expected a Decoder"),
-    "half a latent": (lambda lm, d: ld.init_coprocessor(d, 2.0), "num_latents=2.0: expected a whole number"),
-    "seed of a coprocessor": (lambda lm, d: ld.init_coprocessor(d, 2, seed=2**70), "seed=.*: expected at most"),
-    "placement": (lambda lm, d: ld.init_coprocessor(d, 2, "beside"), "placement='beside': expected one of"),
+    "begun of a path": (
+        lambda lm, d: ld.init_coprocessor("packaged", 2),
+        "decoder: got str, expected a Decoder",
+    ),
+    "half a latent": (
+        lambda lm, d: ld.init_coprocessor(d, 2.0),
+        "num_latents=2.0: expected a whole number",
+    ),
+    "seed of a coprocessor": (
+        lambda lm, d: ld.init_coprocessor(d, 2, seed=2**70),
+        "seed=.*: expected at most",
+    ),
+    "placement": (
+        lambda lm, d: ld.init_coprocessor(d, 2, "beside"),
+        "placement='beside': expected one of",
+    ),
     "no latents": (lambda lm, d: ld.init_coprocessor(d, 0), "num_latents=0: expected at least 1"),
-    "many latents": (lambda lm, d: ld.init_coprocessor(d, 321), "num_latents=321: expected at most 320"),
+    "many latents": (
+        lambda lm, d: ld.init_coprocessor(d, 321),
+        "num_latents=321: expected at most 320",
+    ),
     "another decoder": (
         lambda lm, d: ld.AugmentedLM(dataclasses.replace(d, fingerprint="f" * 64), lm.coprocessor),
         "coprocessor belongs to decoder .*, this decoder is ffffffffffff",
     ),
-    "no coprocessor": (lambda lm, d: ld.AugmentedLM(d).latents([[2, 5]], [[1]]), "no coprocessor, so no latents"),
-    "one row": (lambda lm, d: lm.logits([2, 5]), r"tokens: int64 of shape \(2,\), expected integers \[B, T\]"),
+    "no coprocessor": (
+        lambda lm, d: ld.AugmentedLM(d).latents([[2, 5]], [[1]]),
+        "no coprocessor, so no latents",
+    ),
+    "one row": (
+        lambda lm, d: lm.logits([2, 5]),
+        r"tokens: int64 of shape \(2,\), expected integers \[B, T\]",
+    ),
     "floats": (lambda lm, d: lm.logits([[2.0, 5.0]]), "tokens: float64 of shape"),
     "token 320": (
         lambda lm, d: lm.logits([[2, 320]]),
         r"tokens\[0, 1\]=320: the vocabulary has 320, expected 0 to 319",
     ),
     "token -1": (lambda lm, d: lm.logits([[2, -1]]), r"tokens\[0, 1\]=-1: the vocabulary has 320"),
-    "ragged": (lambda lm, d: lm.logits([[2, 5], [2]]), r"tokens: rows of unequal length, expected integers \[B, T\]"),
-    "no tokens": (lambda lm, d: lm.logits(None), r"tokens: object of shape \(\), expected integers \[B, T\]"),
+    "ragged": (
+        lambda lm, d: lm.logits([[2, 5], [2]]),
+        r"tokens: rows of unequal length, expected integers \[B, T\]",
+    ),
+    "no tokens": (
+        lambda lm, d: lm.logits(None),
+        r"tokens: object of shape \(\), expected integers \[B, T\]",
+    ),
     "rows of positions": (
         lambda lm, d: lm.latents([[2, 5]], [[1], [1]]),
         "positions: 2 rows, expected 1, as many as tokens",
@@ -588,18 +729,45 @@ MISTAKES = {
         lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[0]], 3),
         "ahead=3: the text has 3 tokens, expected less",
     ),
-    "ahead text": (lambda lm, d: lm.ahead_logprobs([[2, 5]], [[0]], "1"), "ahead='1': expected a whole number"),
-    "ahead 0": (lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[1]], 0), "ahead=0: expected at least 1"),
+    "ahead text": (
+        lambda lm, d: lm.ahead_logprobs([[2, 5]], [[0]], "1"),
+        "ahead='1': expected a whole number",
+    ),
+    "ahead 0": (
+        lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[1]], 0),
+        "ahead=0: expected at least 1",
+    ),
     "empty prompt": (lambda lm, d: lm.generate(["a", ""]), r"prompts\[1\] is empty"),
-    "no token": (lambda lm, d: lm.logprobs([[]], ["a"]), r"prompts\[0\]: holds no token, not even BOS"),
-    "token id": (lambda lm, d: lm.generate([[2, 320]]), r"prompts\[0\]: token 320, the vocabulary has 320"),
-    "bytes": (lambda lm, d: lm.generate([b"abc"]), r"prompts\[0\]=b'abc': expected text or a list of token ids"),
-    "half tokens": (lambda lm, d: lm.generate([[2.7, 5.9]]), r"prompts\[0\]=\[2.7, 5.9\]: expected text or a list"),
-    "letters": (lambda lm, d: lm.generate([["a"]]), r"prompts\[0\]=\['a'\]: expected text or a list of token ids"),
-    "one prompt of ids": (lambda lm, d: lm.generate([2, 5]), r"prompts\[0\]=2: expected text or a list of token ids"),
+    "no token": (
+        lambda lm, d: lm.logprobs([[]], ["a"]),
+        r"prompts\[0\]: holds no token, not even BOS",
+    ),
+    "token id": (
+        lambda lm, d: lm.generate([[2, 320]]),
+        r"prompts\[0\]: token 320, the vocabulary has 320",
+    ),
+    "bytes": (
+        lambda lm, d: lm.generate([b"abc"]),
+        r"prompts\[0\]=b'abc': expected text or a list of token ids",
+    ),
+    "half tokens": (
+        lambda lm, d: lm.generate([[2.7, 5.9]]),
+        r"prompts\[0\]=\[2.7, 5.9\]: expected text or a list",
+    ),
+    "letters": (
+        lambda lm, d: lm.generate([["a"]]),
+        r"prompts\[0\]=\['a'\]: expected text or a list of token ids",
+    ),
+    "one prompt of ids": (
+        lambda lm, d: lm.generate([2, 5]),
+        r"prompts\[0\]=2: expected text or a list of token ids",
+    ),
     "no prompt": (lambda lm, d: lm.generate(None), "prompts=None: expected a list"),
     "a number": (lambda lm, d: lm.logprobs(["a"], 3), "continuations=3: expected a list"),
-    "continued token": (lambda lm, d: lm.logprobs(["a"], [[-1]]), r"continuations\[0\]: token -1, the vocabulary"),
+    "continued token": (
+        lambda lm, d: lm.logprobs(["a"], [[-1]]),
+        r"continuations\[0\]: token -1, the vocabulary",
+    ),
     "long prompt": (
         lambda lm, d: ld.AugmentedLM(d, max_length=20).generate(["a", [2] * 15], 6),
         r"prompts\[1\]: 15 tokens and 6 after them are more than max_length=20; shorten it, or raise max_length",
@@ -609,34 +777,76 @@ MISTAKES = {
         r"prompts\[0\]: 15 tokens and 6 after them are more than max_length=20",
     ),
     "every": (lambda lm, d: lm.generate(["a"], every=-1), "every=-1: expected at least 0"),
-    "late": (lambda lm, d: lm.generate(["a"], every=2, delay=2), "delay=2: expected less than every=2"),
-    "rolling": (lambda lm, d: lm.rolling_logprobs(["a"], every=-1), "every=-1: expected at least 0"),
-    "rolling batch": (lambda lm, d: lm.rolling_logprobs(["a"], batch_size=0), "batch_size=0: expected at least 1"),
-    "scored batch": (lambda lm, d: lm.logprobs(["a"], ["b"], batch_size=0), "batch_size=0: expected at least 1"),
-    "no device": (lambda lm, d: lm.generate(["a"], delay=None), "delay=None: give the coprocessor devices of its own"),
+    "late": (
+        lambda lm, d: lm.generate(["a"], every=2, delay=2),
+        "delay=2: expected less than every=2",
+    ),
+    "rolling": (
+        lambda lm, d: lm.rolling_logprobs(["a"], every=-1),
+        "every=-1: expected at least 0",
+    ),
+    "rolling batch": (
+        lambda lm, d: lm.rolling_logprobs(["a"], batch_size=0),
+        "batch_size=0: expected at least 1",
+    ),
+    "scored batch": (
+        lambda lm, d: lm.logprobs(["a"], ["b"], batch_size=0),
+        "batch_size=0: expected at least 1",
+    ),
+    "no device": (
+        lambda lm, d: lm.generate(["a"], delay=None),
+        "delay=None: give the coprocessor devices of its own",
+    ),
     "one prompt": (lambda lm, d: lm.generate("a cat"), "prompts='a cat': expected a list"),
     "one text": (lambda lm, d: lm.rolling_logprobs("a cat"), "texts='a cat': expected a list"),
     "no temperature": (
         lambda lm, d: lm.generate(["a"], temperature=float("nan")),
         "^temperature=nan: expected at least 0",
     ),
-    "warm": (lambda lm, d: lm.generate(["a"], temperature="1"), "temperature='1': expected a number"),
-    "stop": (lambda lm, d: lm.generate(["a"], stop=["b", ""]), "stop: holds '', expected texts that are not empty"),
+    "warm": (
+        lambda lm, d: lm.generate(["a"], temperature="1"),
+        "temperature='1': expected a number",
+    ),
+    "stop": (
+        lambda lm, d: lm.generate(["a"], stop=["b", ""]),
+        "stop: holds '', expected texts that are not empty",
+    ),
     "stop token": (lambda lm, d: lm.generate(["a"], stop=[3]), "stop: holds 3, expected texts"),
-    "seed": (lambda lm, d: lm.generate(["a"], seed=2**70), "seed=1180591620717411303424: expected at most"),
+    "seed": (
+        lambda lm, d: lm.generate(["a"], seed=2**70),
+        "seed=1180591620717411303424: expected at most",
+    ),
     "seed text": (lambda lm, d: lm.generate(["a"], seed="x"), "seed='x': expected a whole number"),
     "seeds": (lambda lm, d: lm.generate(["a"], seed=[1, 2]), "1 prompts, but 2 seeds"),
     "top_k": (lambda lm, d: lm.generate(["a"], top_k=-1), "^top_k=-1: expected at least 0"),
     "batch": (lambda lm, d: lm.generate(["a"], batch_size=0), "^batch_size=0: expected at least 1"),
     "no new token": (lambda lm, d: lm.generate(["a"], 0), "^max_new_tokens=0: expected at least 1"),
-    "half a token": (lambda lm, d: lm.generate(["a"], 2.5), "max_new_tokens=2.5: expected a whole number"),
+    "half a token": (
+        lambda lm, d: lm.generate(["a"], 2.5),
+        "max_new_tokens=2.5: expected a whole number",
+    ),
     "yes": (lambda lm, d: lm.generate(["a"], True), "max_new_tokens=True: expected a whole number"),
     "delay": (lambda lm, d: lm.generate(["a"], delay=-1), "delay=-1: expected at least 0"),
-    "temperature": (lambda lm, d: lm.generate(["a"], temperature=-0.1), "^temperature=-0.1: expected at least 0"),
-    "top_p 0": (lambda lm, d: lm.generate(["a"], top_p=0.0), "^top_p=0.0: expected above 0, at most 1"),
-    "top_p 2": (lambda lm, d: lm.generate(["a"], top_p=2.0), "^top_p=2.0: expected above 0, at most 1"),
-    "continuations": (lambda lm, d: lm.logprobs(["a", "b"], ["c"]), "2 prompts, but 1 continuations"),
-    "empty continuation": (lambda lm, d: lm.logprobs(["a", "b"], ["c", ""]), r"continuations\[1\] is empty"),
+    "temperature": (
+        lambda lm, d: lm.generate(["a"], temperature=-0.1),
+        "^temperature=-0.1: expected at least 0",
+    ),
+    "top_p 0": (
+        lambda lm, d: lm.generate(["a"], top_p=0.0),
+        "^top_p=0.0: expected above 0, at most 1",
+    ),
+    "top_p 2": (
+        lambda lm, d: lm.generate(["a"], top_p=2.0),
+        "^top_p=2.0: expected above 0, at most 1",
+    ),
+    "continuations": (
+        lambda lm, d: lm.logprobs(["a", "b"], ["c"]),
+        "2 prompts, but 1 continuations",
+    ),
+    "empty continuation": (
+        lambda lm, d: lm.logprobs(["a", "b"], ["c", ""]),
+        r"continuations\[1\] is empty",
+    ),
 }
 
 
@@ -651,7 +861,9 @@ def test_mistakes(lms, decoder, name):
 def test_a_trained_decoder_has_no_coprocessor(tmp_path):
     checkpoints = Checkpoints(str(tmp_path))
     record = Record({"method": {"name": "decoder"}, "seed": 0}, "", step=1)
-    checkpoints.save(1, {"trainable": {"decoder": np.zeros(2)}, "optimizer": {"mu": np.zeros(2)}}, record.meta())
+    checkpoints.save(
+        1, {"trainable": {"decoder": np.zeros(2)}, "optimizer": {"mu": np.zeros(2)}}, record.meta()
+    )
     checkpoints.close()
     with pytest.raises(ld.UserError, match="method 'decoder' has no coprocessor"):
         ld.load_coprocessor(str(tmp_path))

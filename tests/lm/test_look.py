@@ -22,14 +22,20 @@ def decoder(decoder_folder):
 
 @pytest.fixture(scope="module")
 def tokens(decoder, texts):
-    return [decoder.tokenizer.bos_id, *decoder.tokenizer.encode(max(texts["validation"], key=len))][:LENGTH]
+    return [decoder.tokenizer.bos_id, *decoder.tokenizer.encode(max(texts["validation"], key=len))][
+        :LENGTH
+    ]
 
 
 @pytest.mark.parametrize("placement", ["after", "overlay"])
 def test_attention_is_that_of_the_naive_reading(decoder, tokens, placement, monkeypatch):
-    """A coprocessor unlike the decoder; the weights are those that the oracle's own softmax gives on the way."""
+    """A coprocessor unlike the decoder; the weights are those that the oracle's own softmax gives
+    on the way.
+    """
     coprocessor = ld.init_coprocessor(decoder, L, placement)
-    params = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape), coprocessor.params)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape), coprocessor.params
+    )
     lm = ld.AugmentedLM(decoder, dataclasses.replace(coprocessor, params=params))
     written, decoded = look.attention(lm, tokens, AT)
 
@@ -39,30 +45,44 @@ def test_attention_is_that_of_the_naive_reading(decoder, tokens, placement, monk
     naive.trace_nll(c, decoder.params, params, np.array(tokens), AT, LENGTH - 1 - AT, placement)
     every = c.num_layers * c.num_heads
     coprocessor_call, decoder_call = (
-        np.stack(call).reshape(c.num_layers, c.num_heads, *call[0].shape) for call in (seen[:every], seen[every:-1])
+        np.stack(call).reshape(c.num_layers, c.num_heads, *call[0].shape)
+        for call in (seen[:every], seen[every:-1])
     )
 
-    np.testing.assert_allclose(written.weights, coprocessor_call[:, :, AT + 1 :], rtol=1e-3, atol=1e-5)
-    kept = AT + 1 if placement == "after" else AT  # overlay reads token AT again: in the cache nobody sees it
+    np.testing.assert_allclose(
+        written.weights, coprocessor_call[:, :, AT + 1 :], rtol=1e-3, atol=1e-5
+    )
+    # overlay reads token AT again: in the cache nobody sees it
+    kept = AT + 1 if placement == "after" else AT
     ours = np.delete(decoded.weights, [] if placement == "after" else [AT], axis=-1)
     np.testing.assert_allclose(ours, decoder_call[:, :, kept:], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(decoded.weights.sum(-1), 1, rtol=1e-5)
 
     words = [f"{i} {word}" for i, word in enumerate(look.words(lm, tokens))]
     assert written.rows == ["z1", "z2", "z3"] and written.columns == words[: AT + 1] + written.rows
-    assert decoded.rows == written.rows + words[kept:-1] and decoded.columns == words[: AT + 1] + decoded.rows
+    assert (
+        decoded.rows == written.rows + words[kept:-1]
+        and decoded.columns == words[: AT + 1] + decoded.rows
+    )
     assert written.text == decoded.text == AT + 1
 
 
 def test_a_method_without_a_coprocessor(decoder, tokens):
     soft = METHODS["pause_tokens"].init(jax.random.key(0), decoder.params, None, L)["coprocessor"]
-    lm = ld.AugmentedLM(decoder, ld.Coprocessor(soft, "pause_tokens", L, "after", decoder.fingerprint))
+    lm = ld.AugmentedLM(
+        decoder, ld.Coprocessor(soft, "pause_tokens", L, "after", decoder.fingerprint)
+    )
     written, decoded = look.attention(lm, tokens, AT)
-    assert written is None and decoded.weights.shape[-2:] == (LENGTH - AT - 2 + L, AT + 1 + LENGTH - AT - 2 + L)
+    assert written is None and decoded.weights.shape[-2:] == (
+        LENGTH - AT - 2 + L,
+        AT + 1 + LENGTH - AT - 2 + L,
+    )
 
 
 def test_the_cache_of_a_text(decoder, tokens):
-    """An entry depends on the tokens up to its own alone, and the public interface gives the module."""
+    """An entry depends on the tokens up to its own alone, and the public interface gives the
+    module.
+    """
     lm, c = ld.AugmentedLM(decoder), decoder.config
     other = [*tokens[:AT], *tokens[AT:][::-1]]
     found = ld.look.cache(lm, [tokens, other])
@@ -87,7 +107,10 @@ def test_nearest_words(decoder):
 def test_words_that_cannot_be_read_are_numbers(decoder):
     lm = ld.AugmentedLM(decoder)
     tokenizer = decoder.tokenizer
-    assert look.words(lm, [tokenizer.bos_id, tokenizer.pad_id]) == [f"<{tokenizer.bos_id}>", f"<{tokenizer.pad_id}>"]
+    assert look.words(lm, [tokenizer.bos_id, tokenizer.pad_id]) == [
+        f"<{tokenizer.bos_id}>",
+        f"<{tokenizer.pad_id}>",
+    ]
     assert "the cat".endswith(look.words(lm, tokenizer.encode("the cat"))[-1])
 
 

@@ -1,4 +1,6 @@
-"""Checkpoints of small trees: whole or absent, found out if damaged, on any mesh, with or without the optimizer."""
+"""Checkpoints of small trees: whole or absent, found out if damaged, on any mesh, with or without
+the optimizer.
+"""
 
 import gc
 import importlib.util
@@ -43,9 +45,16 @@ HERE = (1, 4, 2)
 
 
 def make(seed, place):
-    """A trainable tree and an optimizer state with something in it, too large to lie in the manifests."""
+    """A trainable tree and an optimizer state with something in it, too large to lie in the
+    manifests.
+    """
     key = jax.random.key(seed)
-    tree = {"coprocessor": {"w": jax.random.normal(key, (64, 64)), "soft_tokens": jnp.full((8, 8), seed, jnp.bfloat16)}}
+    tree = {
+        "coprocessor": {
+            "w": jax.random.normal(key, (64, 64)),
+            "soft_tokens": jnp.full((8, 8), seed, jnp.bfloat16),
+        }
+    }
     tree = jax.device_put(tree, place)
     _, state = TX.update(jax.tree.map(jnp.cos, tree), TX.init(tree), tree)
     whole = NamedSharding(place.mesh, PartitionSpec())
@@ -55,7 +64,9 @@ def make(seed, place):
 
 def wanted(tree, place):
     whole = NamedSharding(place.mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place if x.ndim else whole), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place if x.ndim else whole), tree
+    )
 
 
 def both(place=None):
@@ -125,7 +136,9 @@ def test_the_trainable_tree_alone(saved):
     checkpoints, step, meta = open_for_reading(str(saved))
     tree = make(4, sharding(*HERE))["trainable"]
     assert (step, meta) == (4, META | {"step": 4})
-    restored = checkpoints.restore_newest({"trainable": wanted(tree, sharding(1, 1, 8))}, step=4).trees
+    restored = checkpoints.restore_newest(
+        {"trainable": wanted(tree, sharding(1, 1, 8))}, step=4
+    ).trees
     assert restored.keys() == {"trainable"}
     assert_equal(restored["trainable"], tree)
 
@@ -158,7 +171,10 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path):
     checkpoints, step, meta = open_for_reading(str(tmp_path / "workdir"))
     assert (step, meta) == (2, META | {"step": 2})
     trees = checkpoints.restore_newest({"trainable": None, "optimizer": None}).trees
-    weights = {"w": np.arange(12, dtype=np.float32).reshape(3, 4), "soft_tokens": jnp.ones((2, 4), jnp.bfloat16)}
+    weights = {
+        "w": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "soft_tokens": jnp.ones((2, 4), jnp.bfloat16),
+    }
     assert_equal(trees["trainable"], {"coprocessor": weights})
     assert_equal(trees["optimizer"], {"mu": {"coprocessor": weights}, "count": np.int32(2)})
 
@@ -177,7 +193,9 @@ def test_a_half_written_checkpoint_is_ignored(saved):
     checkpoints.save(6, trees, {"step": 6})
     checkpoints.close()
     assert not half.exists()
-    assert_equal(open_for_reading(str(saved))[0].restore_newest(step=6).trainable, trees["trainable"])
+    assert_equal(
+        open_for_reading(str(saved))[0].restore_newest(step=6).trainable, trees["trainable"]
+    )
 
 
 def test_what_is_not_there_is_named(finished, tmp_path):
@@ -216,7 +234,11 @@ def test_what_is_kept(tmp_path):
     # The losses outlive the process; a damaged one is no loss, and hides no checkpoint.
     (three / "checkpoints" / "3" / "metrics" / "metrics").write_text('{"lo')
     assert save_all(three, {7: 0.6, 8: 9.0, 9: jnp.float32(8.0)}, keep=1, keep_best=2) == [2, 7, 9]
-    assert save_all(three, {10: 0.1, 20: 0.4, 21: 1.0}, keep=2, keep_every=10, keep_best=1) == [10, 20, 21]
+    assert save_all(three, {10: 0.1, 20: 0.4, 21: 1.0}, keep=2, keep_every=10, keep_best=1) == [
+        10,
+        20,
+        21,
+    ]
 
 
 def largest(folder, item):
@@ -234,17 +256,36 @@ def cut(path, part):
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
 
 
-# What happens to the folder of a checkpoint, and what is said of it. A flipped bit breaks the compression, or does not.
+# What happens to the folder of a checkpoint, and what is said of it. A flipped bit breaks the
+# compression, or does not.
 DAMAGE = {
-    "metadata of the step missing": (lambda d: (d / "_CHECKPOINT_METADATA").unlink(), "_CHECKPOINT_METADATA"),
-    "metadata of a tree missing": (lambda d: (d / "trainable" / "_METADATA").unlink(), "trainable: "),
-    "metadata of a tree cut": (lambda d: cut(d / "optimizer" / "_METADATA", 0.5), "optimizer: Unterminated"),
-    "manifest missing": (lambda d: (d / "trainable" / "manifest.ocdbt").unlink(), "trainable: NOT_FOUND"),
-    "manifest changed": (lambda d: flip(d / "optimizer" / "manifest.ocdbt", 0.5), "4/optimizer/manifest.ocdbt"),
+    "metadata of the step missing": (
+        lambda d: (d / "_CHECKPOINT_METADATA").unlink(),
+        "_CHECKPOINT_METADATA",
+    ),
+    "metadata of a tree missing": (
+        lambda d: (d / "trainable" / "_METADATA").unlink(),
+        "trainable: ",
+    ),
+    "metadata of a tree cut": (
+        lambda d: cut(d / "optimizer" / "_METADATA", 0.5),
+        "optimizer: Unterminated",
+    ),
+    "manifest missing": (
+        lambda d: (d / "trainable" / "manifest.ocdbt").unlink(),
+        "trainable: NOT_FOUND",
+    ),
+    "manifest changed": (
+        lambda d: flip(d / "optimizer" / "manifest.ocdbt", 0.5),
+        "4/optimizer/manifest.ocdbt",
+    ),
     "array missing": (lambda d: largest(d, "trainable").unlink(), "trainable: .*coprocessor.w/"),
     "array cut": (lambda d: cut(largest(d, "optimizer"), 0.7), "optimizer: .*coprocessor.w/"),
     "array empty": (lambda d: cut(largest(d, "trainable"), 0), "trainable: .*coprocessor.w/"),
-    "a bit of a parameter": (lambda d: flip(largest(d, "trainable"), 0.4), "trainable: (.*not as saved|.* failed)"),
+    "a bit of a parameter": (
+        lambda d: flip(largest(d, "trainable"), 0.4),
+        "trainable: (.*not as saved|.* failed)",
+    ),
     "a bit of the optimizer": (
         lambda d: flip(largest(d, "optimizer"), 0.4),
         "optimizer: (.*not as saved|.* failed)",
@@ -257,8 +298,14 @@ DAMAGE = {
         "meta or contents not as saved",
     ),
     "contents cut": (lambda d: cut(d / "contents" / "metadata", 0.9), "contents: "),
-    "contents of other bytes": (lambda d: (d / "contents" / "metadata").write_bytes(b"\xff\x00"), "contents: "),
-    "contents of another kind": (lambda d: (d / "contents" / "metadata").write_text("[]"), "contents: "),
+    "contents of other bytes": (
+        lambda d: (d / "contents" / "metadata").write_bytes(b"\xff\x00"),
+        "contents: ",
+    ),
+    "contents of another kind": (
+        lambda d: (d / "contents" / "metadata").write_text("[]"),
+        "contents: ",
+    ),
     "no meta": (lambda d: shutil.rmtree(d / "meta"), "meta: No such file"),
     "no parameters": (lambda d: shutil.rmtree(d / "trainable"), "trainable: no file"),
     "no optimizer": (lambda d: shutil.rmtree(d / "optimizer"), "optimizer: no file"),
@@ -277,9 +324,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved, name, capsys):
     names, folder = aside(saved)
     assert steps(saved) == [2] and names == [["DAMAGED", "4"]] and files(folder) == before
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"checkpoint 4 is damaged .*{words}.*, checkpoint 2 is used instead; .* {folder.name}$", line), (
-        line
-    )
+    assert re.search(
+        f"checkpoint 4 is damaged .*{words}.*, checkpoint 2 is used instead; .* {folder.name}$",
+        line,
+    ), line
     assert line.startswith(f"warning: {saved}: ") and "\n" not in line and len(line) < 700
 
 
@@ -291,7 +339,9 @@ def test_after_damage_the_step_is_saved_again(saved):
     checkpoints.save(4, new, {"again": True})
     checkpoints.save(6, new, {})
     checkpoints.close()
-    assert steps(saved) == [4, 6] and aside(saved)[0] == [["DAMAGED", "4"]], "what was put aside is not among the kept"
+    assert steps(saved) == [4, 6] and aside(saved)[0] == [["DAMAGED", "4"]], (
+        "what was put aside is not among the kept"
+    )
     found = Checkpoints(str(saved)).restore_newest(both(), step=4)
     assert found.meta == {"again": True}
     assert_equal(found.trees, new)
@@ -303,7 +353,9 @@ def test_a_reader_renames_nothing(saved, capsys):
     assert step == 4, "its meta is whole"
     assert checkpoints.restore_newest().step == 2
     line = capsys.readouterr().err
-    assert re.fullmatch(f"warning: {saved}: checkpoint 4 is .*, checkpoint 2 is used instead\n", line), line
+    assert re.fullmatch(
+        f"warning: {saved}: checkpoint 4 is .*, checkpoint 2 is used instead\n", line
+    ), line
     cut(saved / "checkpoints" / "4" / "meta" / "metadata", 0.5)
     assert open_for_reading(str(saved))[1:] == (2, META | {"step": 2})
     assert steps(saved) == [2, 4] and aside(saved) == ([],)
@@ -323,14 +375,18 @@ def test_a_damaged_checkpoint_that_was_asked_for(saved):
     ):
         with pytest.raises(UserError, match=r"checkpoint 4 is damaged \(meta: "):
             read(4)
-    assert steps(saved) == [2, 4] and checkpoints.restore_newest({}, step=2).meta == META | {"step": 2}
+    assert steps(saved) == [2, 4] and checkpoints.restore_newest({}, step=2).meta == META | {
+        "step": 2
+    }
 
 
 def test_where_all_are_damaged_nothing_starts_from_scratch(saved):
     flip(largest(saved / "checkpoints" / "4", "trainable"), 0.5)
     shutil.rmtree(saved / "checkpoints" / "2" / "optimizer")
     for _ in range(2):  # a launcher tries again
-        with pytest.raises(UserError, match=r"4 is damaged .*coprocessor.w.*2 is damaged .*no file.* no other"):
+        with pytest.raises(
+            UserError, match=r"4 is damaged .*coprocessor.w.*2 is damaged .*no file.* no other"
+        ):
             Checkpoints(str(saved)).restore_newest(both())
         assert steps(saved) == [2, 4]
 
@@ -351,7 +407,12 @@ class FailedPreconditionError(Exception):
         (ValueError("RESOURCE_EXHAUSTED: Error writing [os_error_code='28']"), False),
         (ValueError("UNAVAILABLE: later"), True),
         (TooManyRequests("429 later"), True),
-        (FailedPreconditionError("Error executing an HTTP request: libcurl code 6 meaning 'no such host'"), True),
+        (
+            FailedPreconditionError(
+                "Error executing an HTTP request: libcurl code 6 meaning 'no such host'"
+            ),
+            True,
+        ),
         (ConnectionResetError(104, "Connection reset by peer"), True),
     ],
 )
@@ -363,7 +424,10 @@ def test_a_disk_or_store_that_fails_is_no_damage(saved, monkeypatch, error, outa
     monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fails)
     monkeypatch.setattr(ocp.CheckpointManager, "save", fails)
     trees = make(6, sharding(*HERE))
-    for call in (lambda: checkpoints.restore_newest(both()), lambda: checkpoints.save(6, trees, META)):
+    for call in (
+        lambda: checkpoints.restore_newest(both()),
+        lambda: checkpoints.save(6, trees, META),
+    ):
         with pytest.raises(OSError) as raised:
             call()
         assert isinstance(raised.value, Outage) == outage
@@ -400,13 +464,20 @@ def test_another_tree_or_meta_is_no_damage(saved, monkeypatch):
     checkpoints = Checkpoints(str(saved))
     wanted = both()
     tree, state = wanted["trainable"], wanted["optimizer"]
-    other = tree | {"coprocessor": tree["coprocessor"] | {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}}
+    other = tree | {
+        "coprocessor": tree["coprocessor"] | {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
+    }
     words = r"checkpoint 4 has float32\[64, 64\] for trainable coprocessor.w, this config float32\[64, 32\]"
     with pytest.raises(UserError, match=words):
         checkpoints.restore_newest(wanted | {"trainable": other})
-    with pytest.raises(UserError, match=r"checkpoint 4 has nothing for trainable more, this config float32\[64, 64\]"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoint 4 has nothing for trainable more, this config float32\[64, 64\]",
+    ):
         checkpoints.restore_newest({"trainable": tree | {"more": tree["coprocessor"]["w"]}})
-    with pytest.raises(UserError, match=r"^--workdir=.* bfloat16\[8, 8\] for optimizer 0.nu.*, this config nothing"):
+    with pytest.raises(
+        UserError, match=r"^--workdir=.* bfloat16\[8, 8\] for optimizer 0.nu.*, this config nothing"
+    ):
         checkpoints.restore_newest({"optimizer": (state[0]._replace(nu={}), state[1])})
 
     def refuse(meta):
@@ -418,10 +489,14 @@ def test_another_tree_or_meta_is_no_damage(saved, monkeypatch):
     assert steps(saved) == [2, 4]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "int8", "bool", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "int8", "bool", "float8_e4m3fn"]
+)
 def test_one_bit_changes_the_sum_and_no_mesh_does(dtype):
     rng = np.random.default_rng(0)
-    raw = rng.integers(0, 2 if dtype == "bool" else 256, (16, 24 * jnp.dtype(dtype).itemsize)).astype(np.uint8)
+    raw = rng.integers(
+        0, 2 if dtype == "bool" else 256, (16, 24 * jnp.dtype(dtype).itemsize)
+    ).astype(np.uint8)
     x = raw.view(jnp.dtype(dtype))
     place = sharding(1, 4, 2)
     one = leaf_sums({"x": jax.device_put(x, place)})
@@ -435,10 +510,14 @@ def test_one_bit_changes_the_sum_and_no_mesh_does(dtype):
 
 
 def test_a_full_disk(saved, monkeypatch):
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # tensorstore's threads, after the failure
+    # tensorstore's threads, after the failure
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     before = files(saved / "checkpoints")
     checkpoints = Checkpoints(str(saved))
-    handler, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler, limit = (
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
     try:
         checkpoints.save(6, make(6, sharding(*HERE)), {})  # in the background

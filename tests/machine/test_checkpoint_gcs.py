@@ -26,7 +26,10 @@ def job(workdir: str) -> None:
     def save(checkpoints, *steps):
         for step in steps:
             checkpoints.save(
-                step, {"trainable": tree(step), "optimizer": {"mu": tree(-step)}}, {"step": step}, loss=step
+                step,
+                {"trainable": tree(step), "optimizer": {"mu": tree(-step)}},
+                {"step": step},
+                loss=step,
             )
         checkpoints.close()
 
@@ -37,7 +40,9 @@ def job(workdir: str) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree(0))
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree(0)
+    )
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         found = checkpoints.restore_newest({"trainable": wanted, "optimizer": {"mu": wanted}})
     (said,) = [line for line in stderr.getvalue().splitlines() if line.startswith("warning: gs://")]
@@ -49,7 +54,9 @@ def job(workdir: str) -> None:
     save(checkpoints, 6)  # again, and 4 goes
     checkpoints, step, _ = open_for_reading(workdir)
     assert step == 6 and {p.name for p in checkpoints.path.iterdir()} == {"6", aside.name}
-    np.testing.assert_array_equal(checkpoints.restore_newest(step=step).trainable["w"], tree(6)["w"])
+    np.testing.assert_array_equal(
+        checkpoints.restore_newest(step=step).trainable["w"], tree(6)["w"]
+    )
     print("done")
 
 
@@ -62,9 +69,13 @@ def test_a_job_on_gs(tmp_path):
     with running(tmp_path) as server:
         environment = os.environ | server.environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-m", "tests.machine.test_checkpoint_gcs"]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
     assert done.stdout == "done\n", done.stdout + done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["certificate.pem", "key.pem"], "nothing went to the disk"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["certificate.pem", "key.pem"], (
+        "nothing went to the disk"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Checkpoints of two processes with two devices each: what one of them finds damaged, both leave aside."""
+"""Checkpoints of two processes with two devices each: what one of them finds damaged, both leave
+aside.
+"""
 
 import contextlib
 import io
@@ -22,20 +24,27 @@ from tests.processes import Job
 def trees(seed, mesh):
     """The trees of a checkpoint: jax.Array, and what to ask for to read them back."""
     w = np.random.default_rng(seed).normal(size=(64, 64)).astype(np.float32)
-    split, whole = NamedSharding(mesh, PartitionSpec("a", "b")), NamedSharding(mesh, PartitionSpec())
+    split, whole = (
+        NamedSharding(mesh, PartitionSpec("a", "b")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
 
     def array(x, place):
         return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
     optimizer = {"mu": {"w": array(w + 1, split)}, "count": array(np.array(seed), whole)}
     both = {"trainable": {"w": array(w, split)}, "optimizer": optimizer}
-    return both, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), both)
+    return both, jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), both
+    )
 
 
 def assert_restored(found, step, seed, mesh):
     """Every part that this process holds."""
     assert (found.step, found.meta) == (step, {"seed": seed})
-    for x, y in zip(jax.tree.leaves(found.trees), jax.tree.leaves(trees(seed, mesh)[0]), strict=True):
+    for x, y in zip(
+        jax.tree.leaves(found.trees), jax.tree.leaves(trees(seed, mesh)[0]), strict=True
+    ):
         assert x.sharding == y.sharding
         for one, other in zip(x.addressable_shards, y.addressable_shards):
             np.testing.assert_array_equal(one.data, other.data, strict=True)
@@ -79,7 +88,8 @@ def process(workdir: str) -> None:
         checkpoints.save(step, trees(10 * step, mesh)[0], {"seed": 10 * step})
     checkpoints.wait()
 
-    # A full disk: who cannot write hears of it at once; the other waits for it, in the background, until killed.
+    # A full disk: who cannot write hears of it at once; the other waits for it, in the background,
+    # until killed.
     tree, _ = trees(8, mesh)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if index == 1:
@@ -100,17 +110,23 @@ def process(workdir: str) -> None:
 def test_two_processes(tmp_path):
     workdir = tmp_path / "workdir"
     workdir.mkdir()
-    with Job(2, 2, tmp_path / "output", "-m", "tests.machine.test_checkpoint_processes", str(workdir)) as job:
+    with Job(
+        2, 2, tmp_path / "output", "-m", "tests.machine.test_checkpoint_processes", str(workdir)
+    ) as job:
         for i in range(2):
             job.wait_for(i, "done", 120)
         assert int(job.said(1).rpartition("done, ")[2].split()[0]) < 60
 
-    names = sorted(path.name.rpartition("-")[0] or path.name for path in (workdir / "checkpoints").iterdir())
+    names = sorted(
+        path.name.rpartition("-")[0] or path.name for path in (workdir / "checkpoints").iterdir()
+    )
     assert names == ["2", "4", "6", "8.orbax-checkpoint", "DAMAGED-4", "DAMAGED-6"]
     mesh = Mesh(np.asarray(jax.devices()).reshape(1, 8), ("a", "b"))
     checkpoints = Checkpoints(str(workdir), read_only=True)
     for step, seed in ((None, 60), (4, 40), (2, 2)):
-        assert_restored(checkpoints.restore_newest(trees(0, mesh)[1], step=step), step or 6, seed, mesh)
+        assert_restored(
+            checkpoints.restore_newest(trees(0, mesh)[1], step=step), step or 6, seed, mesh
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Jobs of several processes: the same as one, whoever is missing is named, and none outlives another."""
+"""Jobs of several processes: the same as one, whoever is missing is named, and none outlives
+another.
+"""
 
 import json
 import shutil
@@ -63,7 +65,10 @@ def run(count, devices, folder, *tasks):
         assert job.wait() == [0] * count, job.said(0) + job.said(1)
         said = [job.said(i) for i in range(count)]
     for i in range(count):
-        assert f"process {i} of {count}: {devices} of {count * devices} devices, coordinator 127.0.0.1:" in said[i]
+        assert (
+            f"process {i} of {count}: {devices} of {count * devices} devices, coordinator 127.0.0.1:"
+            in said[i]
+        )
         assert ("step 1/4" in said[i]) == (i == 0), "process 0 alone tells of it"
     results = [[line for line in text.splitlines() if line.startswith("RESULT")] for text in said]
     assert all(lines == results[0] for lines in results)
@@ -72,14 +77,19 @@ def run(count, devices, folder, *tasks):
 
 def assert_close(workdir, expected):
     """Metrics and weights: float32 sums in another order, a few units in the last place a step."""
-    rows, known = ([json.loads(x) for x in (w / "metrics.jsonl").read_text().splitlines()] for w in (workdir, expected))
+    rows, known = (
+        [json.loads(x) for x in (w / "metrics.jsonl").read_text().splitlines()]
+        for w in (workdir, expected)
+    )
     assert [row["step"] for row in rows] == [row["step"] for row in known] == [1, 2, 3, 4]
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose([r[key] for r in rows], [r[key] for r in known], rtol=2e-5)
     one, other = (saved(w) for w in (workdir, expected))
     assert one.step == other.step == 4
     assert jax.tree.structure(one.trainable) == jax.tree.structure(other.trainable)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), one.trainable, other.trainable)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=0, atol=2e-6), one.trainable, other.trainable
+    )
 
 
 def saved(workdir):
@@ -92,7 +102,9 @@ def copy_at_step_2(workdir, copy):
 
 
 def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp_path):
-    """Training, evaluation, going on from the other's checkpoint, writing a decoder that none of them holds whole."""
+    """Training, evaluation, going on from the other's checkpoint, writing a decoder that none of
+    them holds whole.
+    """
     other = "process 1 has another data than process 0: expected the same command and files on every worker"
     copy_at_step_2(trained, tmp_path / "resumed")
     decoder = tiny | {"method.name": "decoder", "mesh.data": 1, "mesh.fsdp": 8}
@@ -110,9 +122,15 @@ def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp
     assert_close(tmp_path / "fresh", trained)
     assert_close(tmp_path / "resumed", trained)
     assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == result
-    assert_same_perplexity(result, evaluate.evaluate(make_config(), str(tmp_path / "fresh"), str(tmp_path / "alone")))
+    assert_same_perplexity(
+        result, evaluate.evaluate(make_config(), str(tmp_path / "fresh"), str(tmp_path / "alone"))
+    )
 
-    architecture, *found = folder.read_config(decoder_folder), tmp_path / "exported" / "decoder", decoder_folder
+    architecture, *found = (
+        folder.read_config(decoder_folder),
+        tmp_path / "exported" / "decoder",
+        decoder_folder,
+    )
     exported, original = (folder.load(where, architecture, jnp.float32) for where in found)
     jax.tree.map(np.testing.assert_array_equal, exported, original)
 
@@ -133,7 +151,9 @@ def test_four_processes_on_every_mesh_axis_equal_one(tiny, trained, make_config,
         ("evaluate", split, str(trained), str(tmp_path / "out")),
     )
     assert_close(tmp_path / "fresh", trained)
-    assert_same_perplexity(result, evaluate.evaluate(make_config(), str(trained), str(tmp_path / "alone")))
+    assert_same_perplexity(
+        result, evaluate.evaluate(make_config(), str(trained), str(tmp_path / "alone"))
+    )
 
 
 def assert_same_perplexity(result, expected):
@@ -147,7 +167,12 @@ def assert_same_perplexity(result, expected):
 @pytest.mark.slow
 def test_sigterm_to_one_saves_on_both_and_a_kill_ends_both(config_file, tmp_path):
     config = config_file({"train.steps": 100_000, "train.checkpoint_every": 100_000})
-    command = ["-m", "latent_delib.train", f"--config={config}", f"--workdir={tmp_path / 'workdir'}"]
+    command = [
+        "-m",
+        "latent_delib.train",
+        f"--config={config}",
+        f"--workdir={tmp_path / 'workdir'}",
+    ]
     with Job(2, 1, tmp_path / "first", *command) as job:
         job.wait_for(0, "step 3/")
         job.processes[1].send_signal(signal.SIGTERM)
@@ -165,7 +190,9 @@ def test_sigterm_to_one_saves_on_both_and_a_kill_ends_both(config_file, tmp_path
         assert job.wait() == [distributed.LOST, -9], job.said(0)
         assert time.monotonic() - began < distributed.GRACE + 30
         errors = [line for line in job.said(0).splitlines() if line.startswith("error")]
-        assert errors == ["error: process 1 is gone: crashed, killed, or cut off; run again to resume"]
+        assert errors == [
+            "error: process 1 is gone: crashed, killed, or cut off; run again to resume"
+        ]
         assert "Traceback" not in job.said(0)
 
 
@@ -210,12 +237,16 @@ ENDINGS = {
 
 def test_only_where_something_was_lost_is_a_job_to_start_again():
     cases = "".join(f"({case})," for case in ENDINGS)
-    done = subprocess.run([sys.executable, "-c", ENDS, f"[{cases}]"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, f"[{cases}]"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout == f"{list(ENDINGS.values())}\n", done.stderr
 
 
 def call_roll(count, *others, seconds=5.0):
-    """Process 0 and `others`, each (count, index) as it was told, in threads: what each of them ends with."""
+    """Process 0 and `others`, each (count, index) as it was told, in threads: what each of them
+    ends with.
+    """
     address, ends = f"127.0.0.1:{free_port()}", {}
 
     def join(key, said, index):
@@ -259,7 +290,10 @@ def test_a_process_that_is_started_again_before_all_are_there():
     for line in ("GET / HTTP/1.1", "latent_delib 1 3"):  # a stranger, and one that is gone at once
         with connect(address) as connection:
             connection.sendall(f"{line}\n".encode())
-    others = [threading.Thread(target=roll_call.meet, args=(address, 3, i, 30), daemon=True) for i in (2, 1)]
+    others = [
+        threading.Thread(target=roll_call.meet, args=(address, 3, i, 30), daemon=True)
+        for i in (2, 1)
+    ]
     for thread in others:  # the second one last, or all would seem to be there
         thread.start()
         time.sleep(0.2)
@@ -296,7 +330,8 @@ def test_a_listener_that_says_nothing():
 
 def test_no_coordinator():
     with pytest.raises(
-        UserError, match=r"process 0 does not answer at 127.0.0.1:\d+ within 0.5 s .Connection refused."
+        UserError,
+        match=r"process 0 does not answer at 127.0.0.1:\d+ within 0.5 s .Connection refused.",
     ) as e:
         roll_call.meet(f"127.0.0.1:{free_port()}", 2, 1, 0.5)
     assert "\n" not in str(e.value)
@@ -305,7 +340,9 @@ def test_no_coordinator():
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port}, the coordinator's, cannot be opened: .*in use"):
+        with pytest.raises(
+            UserError, match=f"port {port}, the coordinator's, cannot be opened: .*in use"
+        ):
             roll_call.meet(f"127.0.0.1:{port}", 2, 0, 0.5)
 
 
@@ -318,7 +355,11 @@ def test_a_port_that_is_taken():
     ],
 )
 def test_an_environment_that_does_not_fit(monkeypatch, environment, message):
-    whole = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    whole = {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "0",
+    }
     for name in whole:
         monkeypatch.delenv(name, raising=False)
     for name, value in ((whole | environment) if environment else {}).items():

@@ -38,7 +38,8 @@ def test_what_a_killed_process_leaves_is_removed_at_the_next_start(tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 2
     dead = names(tmp_path)[0].split("-")[-2]
-    elsewhere = tmp_path / f"out.tmp-another_host-{dead}-12345678"  # whose processes are not seen here
+    # whose processes are not seen here
+    elsewhere = tmp_path / f"out.tmp-another_host-{dead}-12345678"
     elsewhere.mkdir()
     files.write(table, b"whole")
     with files.whole(out) as partial:
@@ -83,7 +84,10 @@ def test_a_full_disk_is_told_of_with_the_path_that_the_user_gave(tmp_path, small
     with pytest.raises(OSError, match="File too large") as error:
         files.write(tmp_path / "table.md", bytes(5000))
     assert error.value.filename == str(tmp_path / "table.md")
-    with pytest.raises(OSError, match="File too large") as error, files.whole(tmp_path / "out") as partial:
+    with (
+        pytest.raises(OSError, match="File too large") as error,
+        files.whole(tmp_path / "out") as partial,
+    ):
         (partial / "weights").write_bytes(bytes(5000))
     assert error.value.filename == str(tmp_path / "out")
     with pytest.raises(Outage) as error, files.whole(tmp_path / "out"):
@@ -96,7 +100,10 @@ def test_a_temporary_name_is_nobody_s_business(tmp_path):
     with pytest.raises(OSError) as error, files.whole(tmp_path / "out") as partial:
         (partial / "there" / "is" / "no folder").write_text("")
     assert error.value.filename == str(tmp_path / "out")
-    with pytest.raises(UserError, match=f"^{tmp_path}/out/tokens: full$"), files.whole(tmp_path / "out") as partial:
+    with (
+        pytest.raises(UserError, match=f"^{tmp_path}/out/tokens: full$"),
+        files.whole(tmp_path / "out") as partial,
+    ):
         raise UserError(f"{partial}/tokens: full")
     with pytest.raises(OSError) as error, files.whole(tmp_path / "out"):
         (tmp_path / "source").read_bytes()  # not what is written
@@ -114,7 +121,10 @@ def test_what_is_in_the_way(tmp_path):
         with pytest.raises(UserError, match=f"{path}: {words}"), files.whole(tmp_path / path):
             pass
     for path in ("file/out", "file/more/out"):
-        with pytest.raises(UserError, match="file: is a file, expected a folder"), files.whole(tmp_path / path):
+        with (
+            pytest.raises(UserError, match="file: is a file, expected a folder"),
+            files.whole(tmp_path / path),
+        ):
             pass
         with pytest.raises(UserError, match="file: is a file, expected a folder"):
             files.write(tmp_path / path, b"")
@@ -122,7 +132,9 @@ def test_what_is_in_the_way(tmp_path):
 
 
 def test_a_store_that_does_not_take_a_file():
-    """An outage is one, whatever the store's client raises; other failures of a store are errors of a disk."""
+    """An outage is one, whatever the store's client raises; other failures of a store are errors of
+    a disk.
+    """
 
     class Stored:
         parent = property(lambda self: self)

@@ -43,9 +43,12 @@ def test_a_bootstrap_over_documents():
     for _ in range(2000):
         drawn = resample.integers(400, size=400)
         changes.append((augmented - decoder)[drawn].sum(0) / tokens[drawn].sum(0))
-    np.testing.assert_allclose(found, 100 * np.expm1(np.percentile(changes, [2.5, 97.5], axis=0)), rtol=1e-9)
+    np.testing.assert_allclose(
+        found, 100 * np.expm1(np.percentile(changes, [2.5, 97.5], axis=0)), rtol=1e-9
+    )
     each, mean = (augmented - decoder)[:, 0], tokens[:, 0].mean()
-    spread = np.std(each - tokens[:, 0] * each.sum() / tokens[:, 0].sum()) / mean / 400**0.5  # of a ratio of sums
+    # of a ratio of sums
+    spread = np.std(each - tokens[:, 0] * each.sum() / tokens[:, 0].sum()) / mean / 400**0.5
     assert (found[1] - found[0])[0] == pytest.approx(100 * 2 * 1.96 * spread, rel=0.1)
 
 
@@ -61,14 +64,20 @@ def test_works_are_drawn_and_then_their_documents():
     documents = [np.flatnonzero(work == name) for name in (2, 4, 7, 9)]
     for _ in range(2000):
         of_works = [documents[w] for w in resample.integers(4, size=4)]
-        within = iter(resample.integers(np.concatenate([np.full(len(d), len(d)) for d in of_works])))
+        within = iter(
+            resample.integers(np.concatenate([np.full(len(d), len(d)) for d in of_works]))
+        )
         drawn = [d[next(within)] for d in of_works for _ in d]
         changes.append((augmented - decoder)[drawn].sum(0) / tokens[drawn].sum(0))
-    np.testing.assert_allclose(found, 100 * np.expm1(np.percentile(changes, [2.5, 97.5], axis=0)), rtol=1e-9)
+    np.testing.assert_allclose(
+        found, 100 * np.expm1(np.percentile(changes, [2.5, 97.5], axis=0)), rtol=1e-9
+    )
 
 
 def test_works_with_opposite_effects_tell_nothing_of_a_third():
-    """One gains, one loses, each surely: over works the change may be either, over documents alone it is about zero."""
+    """One gains, one loses, each surely: over works the change may be either, over documents alone
+    it is about zero.
+    """
     tokens = np.full((80, 1), 100)
     decoder = 4.0 * tokens
     effect = np.repeat([-0.02, 0.03], [60, 20]) + np.random.default_rng(0).normal(0, 0.005, 80)
@@ -80,6 +89,10 @@ def test_works_with_opposite_effects_tell_nothing_of_a_third():
     assert row["change_low"] < -1.8 and row["change_high"] > 2.8
     over_documents = perplexity.summary({"nll": sums}, np.arange(80), 0)
     assert over_documents["interval_over"] == "documents"
-    assert over_documents["rows"][0]["change_high"] < 0, "a bootstrap over documents is sure of a gain"
+    assert over_documents["rows"][0]["change_high"] < 0, (
+        "a bootstrap over documents is sure of a gain"
+    )
     novel = perplexity.summary({"nll": Sums(*(x[work == 0] for x in sums))}, work[work == 0], 0)
-    assert novel["interval_over"] == "documents of one work" and novel["rows"][0]["change_high"] < -1.7
+    assert (
+        novel["interval_over"] == "documents of one work" and novel["rows"][0]["change_high"] < -1.7
+    )

@@ -13,7 +13,8 @@ from latent_delib.measure import metric
 from latent_delib.measure.metric import Metric, of_logits
 from latent_delib.measure.text import read_validation_text
 
-BYTES = np.random.default_rng(0).integers(1, 9, 320)  # of each piece of the vocabulary; any numbers serve
+# of each piece of the vocabulary; any numbers serve
+BYTES = np.random.default_rng(0).integers(1, 9, 320)
 
 
 def is_first_choice(logits, targets):
@@ -24,14 +25,21 @@ def log_probability(logits, targets):
     return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
 
-ACCURACY = Metric("accuracy", {"hits": of_logits(is_first_choice)}, lambda sums: sums["hits"] / sums["tokens"])
+ACCURACY = Metric(
+    "accuracy", {"hits": of_logits(is_first_choice)}, lambda sums: sums["hits"] / sums["tokens"]
+)
 BITS_PER_BYTE = Metric(
     "bits_per_byte",
-    {"nll": augment.nll, "bytes": lambda aug, params, x, targets: jnp.asarray(BYTES, jnp.float32)[targets]},
+    {
+        "nll": augment.nll,
+        "bytes": lambda aug, params, x, targets: jnp.asarray(BYTES, jnp.float32)[targets],
+    },
     lambda sums: sums["nll"] / sums["bytes"] / np.log(2),
 )
 LIKELIHOOD = Metric(
-    "likelihood", {"log": of_logits(log_probability)}, lambda sums: np.exp(sums["log"] / sums["tokens"])
+    "likelihood",
+    {"log": of_logits(log_probability)},
+    lambda sums: np.exp(sums["log"] / sums["tokens"]),
 )
 
 
@@ -51,12 +59,16 @@ def test_new_metrics(make_config, trained, decoder_folder, tmp_path, monkeypatch
         assert before.items() <= row.items()
         # The n-th token ahead is every token of a piece but BOS and the n - 1 after it.
         targets = np.concatenate([piece[n:] for piece in text.pieces])
-        choices = np.concatenate([choices_BT[i, n - 1 : len(piece) - 1] for i, piece in enumerate(text.pieces)])
+        choices = np.concatenate(
+            [choices_BT[i, n - 1 : len(piece) - 1] for i, piece in enumerate(text.pieces)]
+        )
         assert row["decoder_accuracy"] == np.mean(targets == choices)
         assert 0 <= row["augmented_accuracy"] <= 1
         for side in ("decoder", "augmented"):
             nats = np.log(row[f"{side}_ppl"]) * row["tokens"]
-            assert row[f"{side}_bits_per_byte"] == pytest.approx(nats / BYTES[targets].sum() / np.log(2))
+            assert row[f"{side}_bits_per_byte"] == pytest.approx(
+                nats / BYTES[targets].sum() / np.log(2)
+            )
             assert row[f"{side}_likelihood"] == pytest.approx(1 / row[f"{side}_ppl"], rel=1e-6)
     with np.load(tmp_path / "more" / "documents.npz") as sums:
         hits = sums["decoder_hits"][:, 0].sum()

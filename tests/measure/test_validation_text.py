@@ -1,4 +1,6 @@
-"""Validation text: cut into pieces without loss, of documents, works and sources that are told apart."""
+"""Validation text: cut into pieces without loss, of documents, works and sources that are told
+apart.
+"""
 
 import json
 import shutil
@@ -50,22 +52,34 @@ def test_a_quick_look_is_spread_over_the_source(read, documents):
     assert [text.works[work] for work in text.work] == [f"{document % 2}.txt" for document in kept]
 
 
-def test_sources_apart_and_together(make_config, trained, texts, token_folder, tokenizer_path, tmp_path):
+def test_sources_apart_and_together(
+    make_config, trained, texts, token_folder, tokenizer_path, tmp_path
+):
     """The same documents as two sources: the first has five of them."""
-    encode, parts = Tokenizer(tokenizer_path).encode, {"lines:first": slice(0, 5), "lines:second": slice(5, None)}
+    encode, parts = (
+        Tokenizer(tokenizer_path).encode,
+        {"lines:first": slice(0, 5), "lines:second": slice(5, None)},
+    )
     folder, meta = str(tmp_path / "tokens"), json.loads((token_folder / "meta.json").read_text())
     meta["validation"] = []
     for number, (name, part) in enumerate(parts.items()):
         found = (("", np.array(encode(text), np.int32)) for text in texts["validation"][part])
-        meta["validation"].append({"source": name, **token_files.write_validation(folder, number, found, meta)})
+        meta["validation"].append(
+            {"source": name, **token_files.write_validation(folder, number, found, meta)}
+        )
     token_files.write_meta(folder, meta)
     both = {"data.token_files": folder, "data.validation": tuple(parts)}
     result = evaluate.evaluate(make_config(both), str(trained), str(tmp_path / "both"))
     pooled = evaluate.evaluate(make_config(), str(trained), str(tmp_path / "pooled"))
-    assert {name: found["documents"] for name, found in result["sets"].items()} == {"lines:first": 5, "lines:second": 7}
+    assert {name: found["documents"] for name, found in result["sets"].items()} == {
+        "lines:first": 5,
+        "lines:second": 7,
+    }
     for key in ("documents", "pieces"):
         assert result[key] == pooled[key]
-    for row, known, *apart in zip(result["rows"], pooled["rows"], *(x["rows"] for x in result["sets"].values())):
+    for row, known, *apart in zip(
+        result["rows"], pooled["rows"], *(x["rows"] for x in result["sets"].values())
+    ):
         assert list(row.values())[:5] == pytest.approx(list(known.values())[:5], rel=1e-6)
         assert row["tokens"] == sum(x["tokens"] for x in apart)
         for key in ("decoder_ppl", "augmented_ppl"):
@@ -78,8 +92,12 @@ def test_sources_apart_and_together(make_config, trained, texts, token_folder, t
         experiment.read(make_config(both | {"data.validation": ("lines:first",) * 2}))
 
 
-def test_token_files_that_do_not_say_which_work_a_document_is_of(read, token_folder, tmp_path, capsys):
-    """Those of an older version: each document counts as a work, and a line says so; the text is the same."""
+def test_token_files_that_do_not_say_which_work_a_document_is_of(
+    read, token_folder, tmp_path, capsys
+):
+    """Those of an older version: each document counts as a work, and a line says so; the text is
+    the same.
+    """
     folder = shutil.copytree(token_folder, tmp_path / "old")
     meta = json.loads((folder / "meta.json").read_text())
     del meta["validation"][0]["works"]
@@ -88,9 +106,16 @@ def test_token_files_that_do_not_say_which_work_a_document_is_of(read, token_fol
     assert known.works == ("0.txt", "1.txt") and known.work.tolist() == [0, 1] * 6
     assert capsys.readouterr().err == ""
     text = read({"data.token_files": str(folder)})
-    assert text.works == ("",) * 12 and text.work.tolist() == list(range(12)) and text.digest() == known.digest()
+    assert (
+        text.works == ("",) * 12
+        and text.work.tolist() == list(range(12))
+        and text.digest() == known.digest()
+    )
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: ") and f"{folder} does not say which work a document is of" in line
+    assert (
+        line.startswith("warning: ")
+        and f"{folder} does not say which work a document is of" in line
+    )
     assert known.works_known and not text.works_known
 
     sums = {"nll": perplexity.Sums(np.ones((12, 1), int), np.ones((12, 1)), np.ones((12, 1)))}

@@ -1,4 +1,6 @@
-"""Views of the text: after which tokens latents are put, which are lost, and whose latents a piece is given."""
+"""Views of the text: after which tokens latents are put, which are lost, and whose latents a piece
+is given.
+"""
 
 import numpy as np
 import pytest
@@ -44,7 +46,11 @@ def test_a_donor_is_of_another_document_of_the_source_and_long_enough():
     length = draw.integers(2, 9, 60)
     text = validation_text(length, document, np.array([0, 0, 0, 1, 1, 0, 1]))
     found, source = views.donors(1, text), text.source[document]
-    assert (document[found] != document).all() and (source[found] == source).all() and len(set(found)) > 20
+    assert (
+        (document[found] != document).all()
+        and (source[found] == source).all()
+        and len(set(found)) > 20
+    )
     assert (found != views.donors(2, text)).any()
     for piece, donor in enumerate(found):
         fit = (document != document[piece]) & (source == source[piece])
@@ -54,7 +60,9 @@ def test_a_donor_is_of_another_document_of_the_source_and_long_enough():
 def test_donors_are_those_of_earlier_evaluations():
     """The draw of version 2, which stored results name, as it was on 2026-11-28."""
     document = np.array([0, 0, 0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 5])
-    text = validation_text([6, 6, 2, 6, 3, 5, 4, 6, 6, 5, 6, 6, 4], document, np.array([0, 0, 0, 1, 1, 1]))
+    text = validation_text(
+        [6, 6, 2, 6, 3, 5, 4, 6, 6, 5, 6, 6, 4], document, np.array([0, 0, 0, 1, 1, 1])
+    )
     assert views.DRAWS == 2
     assert views.donors(5, text).tolist() == [3, 3, 4, 0, 6, 1, 0, 10, 7, 7, 8, 8, 7]
 
@@ -70,7 +78,9 @@ def test_what_each_side_reads(make_config):
     text = validation_text([9, 6, 9, 3], np.array([0, 1, 2, 3]), np.array([0, 0, 1, 1]))
 
     def cases(**changes):
-        exp = experiment.read(make_config({f"evaluate.{key}": value for key, value in changes.items()}))
+        exp = experiment.read(
+            make_config({f"evaluate.{key}": value for key, value in changes.items()})
+        )
         view = views.view_of(exp, text)
         return [view(number) for number in range(4)], view
 
@@ -81,7 +91,12 @@ def test_what_each_side_reads(make_config):
 
     shortened, _ = cases(longer_prompt=3)
     assert [case.plain.tolist() for case in shortened] == [piece.tolist() for piece in text.pieces]
-    assert [case.own.tolist() for case in shortened] == [[0, 4, 5, 6, 7, 8], [0, 4, 5], [0, 4, 5, 6, 7, 8], [0]]
+    assert [case.own.tolist() for case in shortened] == [
+        [0, 4, 5, 6, 7, 8],
+        [0, 4, 5],
+        [0, 4, 5, 6, 7, 8],
+        [0],
+    ]
     assert [case.at.tolist() for case in shortened[:2]] == [[3, 4, 5, 6, 7], [3, 4]]
     assert [case.own_at.tolist() for case in shortened[:2]] == [[0, 1, 2, 3, 4], [0, 1]]
     assert len(shortened[3].at) == 0

@@ -1,4 +1,6 @@
-"""`attend` against a loop over queries that slices out what each one sees, and `within_window` on literal arrays."""
+"""`attend` against a loop over queries that slices out what each one sees, and `within_window` on
+literal arrays.
+"""
 
 from functools import partial
 
@@ -11,7 +13,8 @@ from latent_delib.nn.attention.primitive import Bounds, attend, within_window
 
 B, M, S, T, K, H = 2, 2, 3, 7, 2, 4
 BAIT = (0, 5, 6)  # prefix slots outside every bound
-# Row 0 group 0 has an empty range; bounds differ inside a group, and one query sees of its group only itself.
+# Row 0 group 0 has an empty range; bounds differ inside a group, and one query sees of its group
+# only itself.
 START = np.array([[[2, 2, 2], [1, 2, 3]], [[1, 1, 1], [4, 4, 4]]])
 STOP = np.array([[[2, 2, 2], [4, 4, 5]], [[5, 4, 3], [5, 5, 5]]])
 OWN = np.array([[[0, 0, 1], [0, 0, 0]], [[0, 1, 2], [0, 0, 2]]])
@@ -19,7 +22,9 @@ BOUNDS = Bounds(*(jnp.array(x, jnp.int32) for x in (START, STOP, OWN)))
 
 
 def inputs(G):
-    """Positive queries, so that the bait's keys score higher than anything; its values are unmistakable."""
+    """Positive queries, so that the bait's keys score higher than anything; its values are
+    unmistakable.
+    """
     keys = jax.random.split(jax.random.key(0), 6)
     q = jnp.abs(jax.random.normal(keys[0], (B, M, S, K * G, H))) + 0.1
     k, v = (jax.random.normal(key, (B, M, S, K, H)) for key in keys[1:3])
@@ -35,7 +40,9 @@ def sliced(q, k, v, prefix, *, scale, softcap):
         head = n // (q.shape[3] // K)
         own, text = slice(OWN[b, m, i], i + 1), slice(START[b, m, i], STOP[b, m, i])
         seen_k, seen_v = (
-            x[b, m, own, head] if y is None else np.concatenate([y[b, text, head], x[b, m, own, head]])
+            x[b, m, own, head]
+            if y is None
+            else np.concatenate([y[b, text, head], x[b, m, own, head]])
             for x, y in zip((k, v), prefix or (None, None))
         )
         scores = scale * seen_k @ q[b, m, i, n]
@@ -50,7 +57,9 @@ def masked(q, k, v, prefix, *, scale, softcap):
     visible = (own >= OWN[..., None]) & (own <= own[:, None])
     if prefix:
         k, v = (jnp.concatenate([jnp.stack([x] * M, 1), y], 2) for x, y in zip(prefix, (k, v)))
-        visible = np.concatenate([(slot >= START[..., None]) & (slot < STOP[..., None]), visible], -1)
+        visible = np.concatenate(
+            [(slot >= START[..., None]) & (slot < STOP[..., None]), visible], -1
+        )
     k, v = (jnp.repeat(x, q.shape[3] // K, axis=3) for x in (k, v))
     scores = scale * jnp.einsum("bminh,bmjnh->bmnij", q, k)
     scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
@@ -58,7 +67,9 @@ def masked(q, k, v, prefix, *, scale, softcap):
     return jnp.einsum("bmnij,bmjnh->bminh", weights, v)
 
 
-@pytest.mark.parametrize("with_prefix, G, softcap", [(True, 1, 0.0), (True, 2, 1.5), (False, 1, 1.5), (False, 2, 0.0)])
+@pytest.mark.parametrize(
+    "with_prefix, G, softcap", [(True, 1, 0.0), (True, 2, 1.5), (False, 1, 1.5), (False, 2, 0.0)]
+)
 def test_attend_equals_a_loop_over_queries(with_prefix, G, softcap):
     arrays, cotangent = inputs(G)
     if not with_prefix:
@@ -87,7 +98,10 @@ def test_attend_scores_and_softmax_are_float32_accurate_in_bfloat16():
     q = jnp.full((1, 1, 1, 1, 16), 16.0, jnp.bfloat16)
     k = np.zeros((1, 5, 1, 16))
     k[..., :12], k[0, :, 0, 12] = 0.5, 0.25 + apart / 16
-    prefix = jnp.array(k, jnp.bfloat16), jnp.array(np.eye(5)[None, :, None] @ np.eye(5, 16), jnp.bfloat16)
+    prefix = (
+        jnp.array(k, jnp.bfloat16),
+        jnp.array(np.eye(5)[None, :, None] @ np.eye(5, 16), jnp.bfloat16),
+    )
     assert np.array_equal(prefix[0], k.astype(np.float32))
     scores = 100 + apart
     own = jnp.full((1, 1, 1, 1, 16), -16.0, jnp.bfloat16)
@@ -99,12 +113,16 @@ def test_attend_scores_and_softmax_are_float32_accurate_in_bfloat16():
 
 
 def narrowed(own_start, position, window, prefix=None):
-    """Literal arrays of one group in one row: the new own_start, and prefix_start where there is a prefix."""
+    """Literal arrays of one group in one row: the new own_start, and prefix_start where there is a
+    prefix.
+    """
 
     def group(x):
         return jnp.array(x, jnp.int32)[None, None]
 
-    start, stop, slots = prefix if prefix else (np.zeros(len(position)), np.zeros(len(position)), None)
+    start, stop, slots = (
+        prefix if prefix else (np.zeros(len(position)), np.zeros(len(position)), None)
+    )
     bounds = Bounds(group(start), group(stop), group(own_start))
     slots = None if slots is None else jnp.array(slots, jnp.int32)[None]
     new = within_window(bounds, group(position), slots, window)
@@ -120,7 +138,9 @@ def test_window_of_text():
 
 def test_window_of_packed_documents():
     """Positions start again: what stands before the document must not count as near."""
-    assert narrowed([0, 0, 0, 0, 4, 4, 4, 4], [0, 1, 2, 3, 0, 1, 2, 3], 2) == ([0, 0, 1, 2, 4, 4, 5, 6],)
+    assert narrowed([0, 0, 0, 0, 4, 4, 4, 4], [0, 1, 2, 3, 0, 1, 2, 3], 2) == (
+        [0, 0, 1, 2, 4, 4, 5, 6],
+    )
 
 
 def test_window_over_a_prefix():
@@ -130,7 +150,12 @@ def test_window_over_a_prefix():
 
 
 def test_window_where_positions_repeat():
-    """Overlay: latents share the positions of the text before them, x_p is read again after them."""
+    """Overlay: latents share the positions of the text before them, x_p is read again after
+    them.
+    """
     prefix = ([0] * 5, [4] * 5, [0, 1, 2, 3])
     assert narrowed([0] * 5, [3, 4, 4, 5, 6], 2, prefix) == ([0, 0, 0, 1, 3], [2, 3, 3, 4, 4])
-    assert narrowed([0] * 5, [0, 0, 0, 1, 2], 2, ([2] * 5, [2] * 5, [0, 1, 0])) == ([0, 0, 0, 0, 3], [2] * 5)
+    assert narrowed([0] * 5, [0, 0, 0, 1, 2], 2, ([2] * 5, [2] * 5, [0, 1, 0])) == (
+        [0, 0, 0, 0, 3],
+        [2] * 5,
+    )

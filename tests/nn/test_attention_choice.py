@@ -1,4 +1,6 @@
-"""Which form a device gets: "auto" takes a kernel where it is proven, and says in one line why it does not."""
+"""Which form a device gets: "auto" takes a kernel where it is proven, and says in one line why it
+does not.
+"""
 
 import json
 import re
@@ -30,7 +32,9 @@ HOPPER = Card("gpu", "NVIDIA H100 80GB HBM3", "9.0")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    """No record of this machine, no card that was asked about before, and cards that are attached."""
+    """No record of this machine, no card that was asked about before, and cards that are
+    attached.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(jax, "devices", lambda *_: [CPU, TPU, HOPPER])
     choice._failure.cache_clear()
@@ -67,7 +71,9 @@ def test_nothing_is_proven_yet():
     assert choice.PROVEN == {"pallas_gpu": (), "pallas_tpu": ()}
 
 
-@pytest.mark.parametrize("device, card", [(HOPPER, "NVIDIA H100 80GB HBM3 (sm_90)"), (TPU, "TPU v5 lite")])
+@pytest.mark.parametrize(
+    "device, card", [(HOPPER, "NVIDIA H100 80GB HBM3 (sm_90)"), (TPU, "TPU v5 lite")]
+)
 def test_an_unproven_card_gets_xla_and_one_line(device, card):
     kernel = choice.kernel_of(device)
     line = f"attention: {kernel} is not proven on {card}; xla does instead; `python -m benchmarks.chip` proves it"
@@ -117,7 +123,9 @@ def test_a_device_that_is_not_attached_gets_the_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["auto", "pallas_gpu"])
-@pytest.mark.parametrize("kind, capability", [("Tesla T4", "7.5"), ("AMD Instinct MI300X", "gfx942")])
+@pytest.mark.parametrize(
+    "kind, capability", [("Tesla T4", "7.5"), ("AMD Instinct MI300X", "gfx942")]
+)
 def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capability):
     card = Card("gpu", kind, capability)
     line = f"attention: pallas_gpu does not serve {kind} (it needs NVIDIA's compute capability 8.0); xla does instead"
@@ -127,7 +135,9 @@ def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capa
 
 
 def test_a_kernel_that_does_not_compile_gives_way(monkeypatch):
-    """Chosen by auto: it is compiled for the device first. Here the device is a CPU, which interprets it."""
+    """Chosen by auto: it is compiled for the device first. Here the device is a CPU, which
+    interprets it.
+    """
     device = jax.local_devices()[0]
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     monkeypatch.setitem(choice.BY_PLATFORM, "cpu", "pallas_gpu")
@@ -148,7 +158,8 @@ def test_a_kernel_that_does_not_compile_gives_way(monkeypatch):
 
 def test_what_a_kernel_does_not_serve_is_left_to_its_calls():
     """They say so themselves."""
-    assert choice._failure("pallas_tpu", jax.local_devices()[0], CONFIG, jnp.dtype(DTYPE)) is None  # head dim 16
+    # head dim 16
+    assert choice._failure("pallas_tpu", jax.local_devices()[0], CONFIG, jnp.dtype(DTYPE)) is None
 
 
 @pytest.mark.parametrize("card", memory.CARDS.values(), ids=memory.CARDS)

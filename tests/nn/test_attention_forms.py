@@ -1,4 +1,6 @@
-"""Every form of the attention primitive that this platform runs, against the reference: forward and gradients."""
+"""Every form of the attention primitive that this platform runs, against the reference: forward and
+gradients.
+"""
 
 from functools import partial
 
@@ -16,7 +18,8 @@ from latent_delib.nn.attention.forms import attend
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
 
-# B, M, S, K, G, H, T: chunks and blocks are cut to 8, so that all of these go over several, few of them evenly.
+# B, M, S, K, G, H, T: chunks and blocks are cut to 8, so that all of these go over several, few of
+# them evenly.
 SHAPES = {
     "traces": (2, 9, 3, 2, 2, 4, 21),
     "one chunk holds less than a trace": (1, 3, 11, 1, 4, 4, 30),
@@ -34,7 +37,9 @@ def small_blocks(monkeypatch):
 
 
 def inputs(shape, dtype=jnp.float32, sort=False):
-    """Random operands and bounds; slots that nobody sees hold bait: enormous scores, unmistakable values."""
+    """Random operands and bounds; slots that nobody sees hold bait: enormous scores, unmistakable
+    values.
+    """
     B, M, S, K, G, H, T = shape
     random = np.random.default_rng(0)
 
@@ -49,8 +54,15 @@ def inputs(shape, dtype=jnp.float32, sort=False):
     own = np.minimum(random.integers(0, S, (B, M, S)), np.arange(S))
     prefix = None
     if T:
-        prefix = tuple(x.at[:, (0, -1)].set(bait) for x, bait in ((draw(B, T, K, H), 1e3), (draw(B, T, K, H), 1e6)))
-    return (q, k, v, prefix), Bounds(*(jnp.asarray(x, jnp.int32) for x in (start, stop, own))), draw(*q.shape)
+        prefix = tuple(
+            x.at[:, (0, -1)].set(bait)
+            for x, bait in ((draw(B, T, K, H), 1e3), (draw(B, T, K, H), 1e6))
+        )
+    return (
+        (q, k, v, prefix),
+        Bounds(*(jnp.asarray(x, jnp.int32) for x in (start, stop, own))),
+        draw(*q.shape),
+    )
 
 
 @partial(jax.jit, static_argnames=("form", "wanted", "softcap"))
@@ -71,7 +83,9 @@ def gradients(form, operands, bounds, dout, wanted, softcap):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_the_reference(name):
-    """Every second shape with a softcap; positions in any order and sorted; with the prefix's gradient and without."""
+    """Every second shape with a softcap; positions in any order and sorted; with the prefix's
+    gradient and without.
+    """
     softcap = 2.0 if list(SHAPES).index(name) % 2 else 0.0
     of_all = (0, 1, 2, 3) if SHAPES[name][-1] else (0, 1, 2)
     for sort in (False, True):
@@ -109,7 +123,9 @@ def test_bfloat16():
 def arrays_in(jaxpr):
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
             if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
                 yield from arrays_in(getattr(inner, "jaxpr", inner))
 
@@ -121,9 +137,9 @@ def test_no_array_of_queries_by_keys(name):
     full = B * M * S * K * G * (T or S)
 
     def largest(form):
-        program = jax.make_jaxpr(lambda *x: gradients(form, (*x, operands[3]), bounds, dout, (0, 1, 2), 2.0))(
-            *operands[:3]
-        )
+        program = jax.make_jaxpr(
+            lambda *x: gradients(form, (*x, operands[3]), bounds, dout, (0, 1, 2), 2.0)
+        )(*operands[:3])
         return max(int(np.prod(shape)) for shape in arrays_in(program.jaxpr))
 
     assert largest("reference") >= full > largest("xla")
@@ -134,7 +150,8 @@ def test_a_kernel_gives_way_for_the_gradient_of_a_prefix(form):
     operands, bounds, dout = inputs((1, 4, 6, 1, 2, 64, 40))
     with pytest.warns(UserWarning, match=f"{form} does not serve the gradient"):
         _, grads = gradients(form, operands, bounds, dout, (0, 3), 2.0)
-    _, wanted = gradients("reference", operands, bounds, dout, (0, 3), 2.0)  # compiled once for both kernels
+    # compiled once for both kernels
+    _, wanted = gradients("reference", operands, bounds, dout, (0, 3), 2.0)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), grads, wanted)
 
 

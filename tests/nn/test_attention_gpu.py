@@ -1,5 +1,6 @@
-"""The GPU's kernels, interpreted, against the reference in value and gradient; lowered, and compiled where XLA's CUDA
-plug-in is installed, for cards that are not there."""
+"""The GPU's kernels, interpreted, against the reference in value and gradient; lowered, and
+compiled where XLA's CUDA plug-in is installed, for cards that are not there.
+"""
 
 import importlib.util
 import re
@@ -22,7 +23,9 @@ B, K = 2, 2
 
 
 class Case(NamedTuple):
-    """M groups of S tokens over T slots, or over none; in float32 a block has 32 rows and 32 keys."""
+    """M groups of S tokens over T slots, or over none; in float32 a block has 32 rows and 32
+    keys.
+    """
 
     H: int = 64
     G: int = 2
@@ -60,7 +63,12 @@ def bounds_of(case: Case) -> Bounds:
     if T is None:
         middle = draw.integers(0, S, (B, M, 1))
         own_start = np.where(own >= middle, middle, 0)
-        prefix_start, prefix_stop, position, slots = np.zeros_like(own), np.zeros_like(own), own - own_start, None
+        prefix_start, prefix_stop, position, slots = (
+            np.zeros_like(own),
+            np.zeros_like(own),
+            own - own_start,
+            None,
+        )
     else:
         middle = draw.integers(T // 3, T // 2, (B, 1))
         at = draw.integers(BAIT, T - BAIT, (B, M))
@@ -72,11 +80,17 @@ def bounds_of(case: Case) -> Bounds:
         position = (at - start)[..., None] + own
         slots = jnp.arange(T) - jnp.where(jnp.arange(T) >= middle, middle, BAIT)
     bounds = Bounds(*(jnp.array(x, jnp.int32) for x in (prefix_start, prefix_stop, own_start)))
-    return bounds if case.window is None else within_window(bounds, jnp.array(position), slots, case.window)
+    return (
+        bounds
+        if case.window is None
+        else within_window(bounds, jnp.array(position), slots, case.window)
+    )
 
 
 def inputs(case: Case, dtype=jnp.float32):
-    """q, k, v and prefix: positive queries, so that the bait's keys score highest; its values are unmistakable."""
+    """q, k, v and prefix: positive queries, so that the bait's keys score highest; its values are
+    unmistakable.
+    """
     keys = jax.random.split(jax.random.key(0), 5)
     q = jnp.abs(jax.random.normal(keys[0], (B, case.M, case.S, K * case.G, case.H), dtype))
     k, v = (jax.random.normal(key, (B, case.M, case.S, K, case.H), dtype) for key in keys[1:3])
@@ -93,7 +107,9 @@ def out_and_grads(attend, arrays, bounds, softcap):
 
     def total(own):
         out = attend(*own, arrays[3], bounds, scale=arrays[0].shape[-1] ** -0.5, softcap=softcap)
-        return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape)).astype(out.dtype)), out
+        return jnp.sum(
+            out * jnp.cos(jnp.arange(out.size).reshape(out.shape)).astype(out.dtype)
+        ), out
 
     grads, out = jax.grad(total, has_aux=True)(arrays[:3])
     return out, grads
@@ -124,13 +140,19 @@ WIDE = Case(H=256, M=5, S=30, T=150)
 
 
 @pytest.mark.parametrize(
-    "case, card", [(Case(H=64, M=9, S=20, T=200, softcap=50.0), L4), (WIDE, H100), (WIDE, A100), (WIDE, L4)]
+    "case, card",
+    [(Case(H=64, M=9, S=20, T=200, softcap=50.0), L4), (WIDE, H100), (WIDE, A100), (WIDE, L4)],
 )
 def test_bfloat16(case, card):
-    """Here with the blocks of bfloat16. The reference rounds where it pleases, so float32 has the last word."""
+    """Here with the blocks of bfloat16. The reference rounds where it pleases, so float32 has the
+    last word.
+    """
     arrays, bounds = inputs(case, jnp.bfloat16), bounds_of(case)
     exact, exact_grads = out_and_grads(
-        primitive.attend, jax.tree.map(lambda x: x.astype(jnp.float32), arrays), bounds, case.softcap
+        primitive.attend,
+        jax.tree.map(lambda x: x.astype(jnp.float32), arrays),
+        bounds,
+        case.softcap,
     )
     out, grads = out_and_grads(partial(KERNEL, shared_memory=card), arrays, bounds, case.softcap)
     close(out, exact, 2**-7)
@@ -166,14 +188,17 @@ def test_a_policy_can_save_what_the_backward_pass_needs(capsys):
 def test_shared_memory_of_a_card(platform, capability, found):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     assert gpu.shared_memory_of(device) == found
-    assert gpu.shared_memory_of(SimpleNamespace(platform=platform)) == (found if platform == "cpu" else 0)
+    assert gpu.shared_memory_of(SimpleNamespace(platform=platform)) == (
+        found if platform == "cpu" else 0
+    )
 
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 @pytest.mark.parametrize(
-    "dtype, H, softcap, card, forward, query_gradient, own_gradient",  # each: programs, warps, stages
+    # each: programs, warps, stages
+    "dtype, H, softcap, card, forward, query_gradient, own_gradient",
     [
         (BF16, 64, 0.0, L4, (4, 8, 3), (4, 8, 2), (4, 8, 2)),
         (BF16, 128, 50.0, L4, (4, 8, 3), (4, 8, 2), (4, 8, 2)),
@@ -186,27 +211,44 @@ BF16, F32 = jnp.bfloat16, jnp.float32
         (F32, 256, 50.0, L4, (16, 8, 1), (16, 8, 1), (16, 8, 1)),
     ],
 )
-def test_lowers_with_the_blocks_of_the_card(dtype, H, softcap, card, forward, query_gradient, own_gradient):
+def test_lowers_with_the_blocks_of_the_card(
+    dtype, H, softcap, card, forward, query_gradient, own_gradient
+):
     """256 tokens of two rows each."""
     case = Case(H=H, M=16, S=16)
-    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    gpu = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
+    )
     mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=gpu)
     arrays, bounds = inputs(case, dtype), bounds_of(case)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = out_and_grads.trace(partial(KERNEL, shared_memory=card), arrays, bounds, softcap)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == 3
-    calls = r'grid_x = (\d+) : .*?name = "_(\w+)_kernel", num_stages = (\d+) : i32, num_warps = (\d+)'
-    found = {name: (int(n), int(warps), int(stages)) for n, name, stages, warps in re.findall(calls, text)}
+    calls = (
+        r'grid_x = (\d+) : .*?name = "_(\w+)_kernel", num_stages = (\d+) : i32, num_warps = (\d+)'
+    )
+    found = {
+        name: (int(n), int(warps), int(stages))
+        for n, name, stages, warps in re.findall(calls, text)
+    }
     assert found == dict(forward=forward, query_gradient=query_gradient, own_gradient=own_gradient)
 
 
 # What the cards that the kernels are compiled for run.
-ARCHITECTURES = {"a100": "sm_80", "l4": "sm_89", "h100": "sm_90", "b200": "sm_100", "rtx5090": "sm_120"}
+ARCHITECTURES = {
+    "a100": "sm_80",
+    "l4": "sm_89",
+    "h100": "sm_90",
+    "b200": "sm_100",
+    "rtx5090": "sm_120",
+}
 
 
 def test_every_architecture_has_a_card():
-    assert {name: f"sm_{card.major}{card.minor}" for name, card in memory.CARDS.items()} == ARCHITECTURES
+    assert {
+        name: f"sm_{card.major}{card.minor}" for name, card in memory.CARDS.items()
+    } == ARCHITECTURES
 
 
 @pytest.mark.parametrize("name", memory.CARDS, ids=ARCHITECTURES.values())
@@ -214,16 +256,23 @@ def test_lowers_for_every_architecture(name):
     """For a card that is not there, with the blocks that its shared memory takes."""
     card = memory.CARDS[name]
     device = SimpleNamespace(platform="gpu", compute_capability=f"{card.major}.{card.minor}")
-    abstract = jax.sharding.AbstractDevice(device_kind=card.name, num_cores=card.cores, platform="gpu")
+    abstract = jax.sharding.AbstractDevice(
+        device_kind=card.name, num_cores=card.cores, platform="gpu"
+    )
     case = Case(H=256, M=16, S=16)
     attend = partial(KERNEL, shared_memory=gpu.shared_memory_of(device))
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)):
+    with jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
+    ):
         traced = out_and_grads.trace(attend, inputs(case, BF16), bounds_of(case), 50.0)
-        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@__gpu$xla.gpu.triton(") == 3
+        assert (
+            traced.lower(lowering_platforms=("cuda",)).as_text().count("@__gpu$xla.gpu.triton(")
+            == 3
+        )
 
 
-# Bytes of shared memory that XLA asked for (jax 0.10.2), by kernel, bytes of an operand, head dim and blocks: on sm_80,
-# sm_86, sm_89 and sm_120 alike, and at most on sm_90 and sm_100.
+# Bytes of shared memory that XLA asked for (jax 0.10.2), by kernel, bytes of an operand, head dim
+# and blocks: on sm_80, sm_86, sm_89 and sm_120 alike, and at most on sm_90 and sm_100.
 ASKED = {
     ("forward", 2, 64, (128, 64, 8, 3)): (49152, 66592),
     ("forward", 2, 128, (128, 64, 8, 3)): (98304, 132128),
@@ -264,17 +313,23 @@ def test_every_card_has_blocks_that_fit(kernel, dtype, H):
         assert (on_hopper if card == H100 else on_ampere) <= card
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs XLA's CUDA plug-in")
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs XLA's CUDA plug-in"
+)
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize(
     "H", [pytest.param(64, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 256]
 )
-@pytest.mark.parametrize("card", memory.CARDS, ids=[f"{name}-{ARCHITECTURES[name]}" for name in memory.CARDS])
+@pytest.mark.parametrize(
+    "card", memory.CARDS, ids=[f"{name}-{ARCHITECTURES[name]}" for name in memory.CARDS]
+)
 def test_compiles_for_cards_that_are_not_there(card, H, dtype):
     """The published setting: traces of 31 tokens over a text of 2048."""
     one = memory.chip(card)
     array = partial(jax.ShapeDtypeStruct, sharding=one)
-    q, k, prefix = (array(shape, dtype) for shape in ((1, 128, 31, 8, H), (1, 128, 31, 4, H), (1, 2048, 4, H)))
+    q, k, prefix = (
+        array(shape, dtype) for shape in ((1, 128, 31, 8, H), (1, 128, 31, 4, H), (1, 2048, 4, H))
+    )
     bounds = Bounds(*[array((1, 128, 31), jnp.int32)] * 3)
     attend = partial(KERNEL, shared_memory=gpu.shared_memory_of(one.mesh.devices.flat[0]))
     out_and_grads.lower(attend, (q, k, k, (prefix, prefix)), bounds, 50.0).compile()

@@ -1,7 +1,9 @@
-"""The kernel for TPU without one: interpreted, against `attention.attend`; lowered; compiled where libtpu is installed.
+"""The kernel for TPU without one: interpreted, against `attention.attend`; lowered; compiled where
+libtpu is installed.
 
-Interpreted in float32 it equals the reference to 1e-5 in its output and all gradients. Every prefix has bait: slots
-outside every bound, whose keys score higher than anything and whose values are unmistakable.
+Interpreted in float32 it equals the reference to 1e-5 in its output and all gradients. Every prefix
+has bait: slots outside every bound, whose keys score higher than anything and whose values are
+unmistakable.
 """
 
 import importlib.util
@@ -20,7 +22,9 @@ B, K = 2, 2
 
 
 class Case(NamedTuple):
-    """M groups of S tokens after a text of T tokens in two documents. order: of the groups' places in the text."""
+    """M groups of S tokens after a text of T tokens in two documents. order: of the groups' places
+    in the text.
+    """
 
     H: int = 64
     G: int = 1
@@ -35,7 +39,10 @@ class Case(NamedTuple):
 # One program each, and the bounds to run it with: they are data.
 CASES = {
     "plain, and empty prefix ranges": (Case(T=40), [dict(), dict(order="first")]),
-    "three blocks of prefix": (Case(H=128, G=2, M=60, T=600, softcap=5.0), [dict(), dict(order="unsorted")]),
+    "three blocks of prefix": (
+        Case(H=128, G=2, M=60, T=600, softcap=5.0),
+        [dict(), dict(order="unsorted")],
+    ),
     "window": (Case(H=256, G=4, T=300, softcap=5.0), [dict(window=30), dict(order="first")]),
     "groups across blocks": (Case(G=2, M=40, S=9, T=300, softcap=5.0), [dict(), dict(window=3)]),
     "one token": (Case(G=4, M=1, S=1, T=300), [dict()]),
@@ -55,14 +62,27 @@ def bounds_of(case: Case) -> Bounds:
         own = np.arange(case.S)
         start = zero + np.where(own >= cut, cut, 0)
         bounds = Bounds(*(jnp.array(x, jnp.int32) for x in (zero, zero, start)))
-        return within_window(bounds, jnp.array(own - start), None, case.window) if case.window else bounds
+        return (
+            within_window(bounds, jnp.array(own - start), None, case.window)
+            if case.window
+            else bounds
+        )
     cut = np.array([case.T // 2, case.T // 3])[:, None]
-    at = np.sort(np.stack([rng.choice(np.arange(1, case.T - 1), case.M, replace=case.M > case.T) for _ in range(B)]))
+    at = np.sort(
+        np.stack(
+            [
+                rng.choice(np.arange(1, case.T - 1), case.M, replace=case.M > case.T)
+                for _ in range(B)
+            ]
+        )
+    )
     if case.order == "unsorted":
         at = rng.permuted(at, axis=1)
     start = np.where(at >= cut, cut, 1)  # no document holds slot 0
     stop = at + 1 if case.order != "first" else np.where(np.arange(case.M) % 2, at + 1, start)
-    bounds = Bounds(*(jnp.array(x[..., None] + zero, jnp.int32) for x in (start, stop)), jnp.array(zero))
+    bounds = Bounds(
+        *(jnp.array(x[..., None] + zero, jnp.int32) for x in (start, stop)), jnp.array(zero)
+    )
     if case.window is None:
         return bounds
     position = (at - start + 1)[..., None] + np.arange(case.S)
@@ -118,7 +138,9 @@ def test_bfloat16():
     bounds = bounds_of(case)
     arrays = inputs(case, bounds, jnp.bfloat16)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-    wanted, wanted_grads = jax.jit(partial(out_and_grads, primitive.attend, bounds, case.softcap))(*exact)
+    wanted, wanted_grads = jax.jit(partial(out_and_grads, primitive.attend, bounds, case.softcap))(
+        *exact
+    )
     out, grads = jax.jit(partial(out_and_grads, kernel, bounds, case.softcap))(*arrays)
     for got, want in zip((out, *grads), (wanted, *wanted_grads)):
         assert got.dtype == jnp.bfloat16
@@ -128,7 +150,8 @@ def test_bfloat16():
 def test_only_blocks_between_the_first_and_the_last_that_a_row_sees_are_visited():
     """Four groups of one query block each, after 4 blocks of prefix, each before 2 own blocks."""
     start, stop, own_start = (
-        [[x] * 512 for x in column] for column in zip((0, 10, 0), (3, 300, 0), (512, 513, 0), (9, 9, 0))
+        [[x] * 512 for x in column]
+        for column in zip((0, 10, 0), (3, 300, 0), (512, 513, 0), (9, 9, 0))
     )
     start[0][0], stop[0][0] = 1000, 1024  # one row that sees a far slot
     own_start[2] = list(range(512))
@@ -160,13 +183,21 @@ def both(bounds, q, k, v, prefix, cotangent):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("H, G, M, S, T", [(64, 3, 5, 33, 300), (128, 4, 1, 600, 0), (256, 2, 128, 80, 2048)])
+@pytest.mark.parametrize(
+    "H, G, M, S, T", [(64, 3, 5, 33, 300), (128, 4, 1, 600, 0), (256, 2, 128, 80, 2048)]
+)
 def test_lowers_for_tpu(H, G, M, S, T, dtype):
     """Mosaic takes both kernels; what it makes of them needs libtpu."""
     arguments = shapes(H, G, M, S, T, dtype)
 
     def calls(f):
-        return jax.jit(f).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
+        return (
+            jax.jit(f)
+            .trace(*arguments)
+            .lower(lowering_platforms=("tpu",))
+            .as_text()
+            .count("@tpu_custom_call")
+        )
 
     assert calls(lambda bounds, *arrays: attend(bounds, *arrays[:4])) == 1
     assert calls(both) == 2
@@ -175,18 +206,25 @@ def test_lowers_for_tpu(H, G, M, S, T, dtype):
 def test_the_names_of_what_a_backward_pass_needs(capsys):
     policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
     bounds, q, k, v, prefix, _ = shapes(64, 1, 2, 3, 40)
-    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(attend, policy=policy), bounds, q, k, v, prefix)
-    kept = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+    jax.ad_checkpoint.print_saved_residuals(
+        jax.checkpoint(attend, policy=policy), bounds, q, k, v, prefix
+    )
+    kept = [
+        line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line
+    ]
     assert len(kept) == 2 and "attention_out" in kept[0] and "attention_lse" in kept[1], kept
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize(
-    "chip", ["v5e:2x2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5p:2x2x1", "v6e:2x2"))]
+    "chip",
+    ["v5e:2x2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5p:2x2x1", "v6e:2x2"))],
 )
 @pytest.mark.parametrize("M, S, T", [(128, 32, 2048), (128, 80, 2048), (1, 2048, 0)])
 def test_compiles_for_tpu(M, S, T, chip, monkeypatch):
-    """The published setting, without a device. Queries against all keys would be 4 GB; q itself is 40 MB at S = 80."""
+    """The published setting, without a device. Queries against all keys would be 4 GB; q itself is
+    40 MB at S = 80.
+    """
     from jax.experimental import topologies
 
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -1,4 +1,6 @@
-"""Attention weights: right where a transformer is asked for them, and never computed where it is not."""
+"""Attention weights: right where a transformer is asked for them, and never computed where it is
+not.
+"""
 
 import dataclasses
 
@@ -48,15 +50,20 @@ def test_rows_add_up_and_nothing_invisible_is_seen(called):
     (weights,) = kept["intermediates"]["layers"]["attn"]["weights"]
     K = config.num_kv_heads
     assert (
-        weights.shape == (config.num_layers, 1, 1, K, config.num_heads // K, S, T + S) and weights.dtype == jnp.float32
+        weights.shape == (config.num_layers, 1, 1, K, config.num_heads // K, S, T + S)
+        and weights.dtype == jnp.float32
     )
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     slot, own = np.arange(T), np.arange(S)
     for l, is_local in enumerate(config.is_local):
         back = (T - 2 + own[:, None]) - np.concatenate([slot, T - 2 + own])
-        visible = np.concatenate([np.tile((slot >= 1) & (slot < T - 2), (S, 1)), np.tri(S, dtype=bool)], axis=1)
+        visible = np.concatenate(
+            [np.tile((slot >= 1) & (slot < T - 2), (S, 1)), np.tri(S, dtype=bool)], axis=1
+        )
         visible &= back < (config.window if is_local else T + S)
-        np.testing.assert_array_equal(np.asarray(weights[l]) > 0, np.broadcast_to(visible, weights[l].shape))
+        np.testing.assert_array_equal(
+            np.asarray(weights[l]) > 0, np.broadcast_to(visible, weights[l].shape)
+        )
     np.testing.assert_allclose(out, plain, rtol=1e-6)
 
 
@@ -80,7 +87,9 @@ def test_no_other_call_computes_them(called, monkeypatch):
     monkeypatch.setattr(layers, "primitive", None)
 
     def call(**how):
-        return jax.eval_shape(lambda p: Transformer(config).apply({"params": p}, *arguments, **how), params)
+        return jax.eval_shape(
+            lambda p: Transformer(config).apply({"params": p}, *arguments, **how), params
+        )
 
     call(), call(mutable=["params"])
     with pytest.raises(AttributeError, match="weights"):

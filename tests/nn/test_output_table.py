@@ -1,4 +1,6 @@
-"""The table that gives the logits: the head where there is one, else the token embeddings; its gradient too."""
+"""The table that gives the logits: the head where there is one, else the token embeddings; its
+gradient too.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,9 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
 
 
 def test_gradients_of_both_tables_are_those_of_plain_autodiff():
-    """Training a decoder: `delib.loss` makes the gradient of the table that gives the logits, and of no other."""
+    """Training a decoder: `delib.loss` makes the gradient of the table that gives the logits, and
+    of no other.
+    """
     config = small.LLAMA
     aug = Augmentation(Transformer(config), "decoder", 0, loss_chunk=5)
     decoder = small.decoder(config)
@@ -27,7 +31,9 @@ def test_gradients_of_both_tables_are_those_of_plain_autodiff():
     def plain(decoder):
         text = augment.read_text(aug, {"decoder": decoder}, TOKENS, segment, jnp.float32)
         logits = transformer.unembed(decoder["head"], text.outputs[:, :-1], config)
-        return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[:, 1:, None], axis=-1))
+        return -jnp.sum(
+            jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[:, 1:, None], axis=-1)
+        )
 
     found, wanted = (jax.jit(jax.grad(loss))(decoder) for loss in (ours, plain))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), found, wanted)
@@ -38,7 +44,10 @@ def test_a_head_of_its_own_leaves_the_other_leaves_as_they_were_drawn():
     """Random decoders of old runs stay what they are."""
     tied = small.GEMMA
     untied = type(tied).from_dict(tied.to_dict() | {"untied_head": True}, "x")
-    one, two = (jax.jit(transformer.init, static_argnums=1)(jax.random.key(3), config) for config in (tied, untied))
+    one, two = (
+        jax.jit(transformer.init, static_argnums=1)(jax.random.key(3), config)
+        for config in (tied, untied)
+    )
     assert two.pop("head").shape == two["embedding"].shape
     jax.tree.map(np.testing.assert_array_equal, one, two)
 

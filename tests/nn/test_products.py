@@ -1,4 +1,6 @@
-"""The precision that a training loss and its gradients ask of the platform, read from the lowered program."""
+"""The precision that a training loss and its gradients ask of the platform, read from the lowered
+program.
+"""
 
 import re
 from functools import partial
@@ -24,7 +26,9 @@ def asked(lowered) -> set[str]:
     """The precisions of all products in a program."""
     products = re.findall(r"stablehlo\.dot_general .*", lowered.as_text())
     assert products
-    return {found for line in products for found in re.findall(r"precision = \[(\w+), (\w+)\]", line)}
+    return {
+        found for line in products for found in re.findall(r"precision = \[(\w+), (\w+)\]", line)
+    }
 
 
 def loss(params, aug, dtype):
@@ -40,7 +44,9 @@ def test_every_product_has_the_precision_of_its_operands(method, form, dtype, wa
     model = Transformer(CONFIG, form=form, few=0)
     aug = Augmentation(model, method, L if METHODS[method].write else 0)
     decoder = jax.eval_shape(partial(transformer.init, config=CONFIG), KEY)
-    tree = jax.eval_shape(lambda key, decoder: METHODS[method].init(key, decoder, aug.models, L), KEY, decoder)
+    tree = jax.eval_shape(
+        lambda key, decoder: METHODS[method].init(key, decoder, aug.models, L), KEY, decoder
+    )
     adapters = jax.eval_shape(partial(lora.init, rank=2), KEY, decoder)
     params = {"decoder": decoder, "adapters": adapters} | tree
     lowered = jax.jit(jax.grad(partial(loss, aug=aug, dtype=jnp.dtype(dtype)))).lower(params)
@@ -74,7 +80,9 @@ def test_a_flat_product_is_the_same(contracted, shape):
     inputs, outputs = "XYZ"[3 - contracted :], "OP"[: w.ndim - contracted]
     rows = "BXYZ"[: 4 - contracted]
     equation = f"BXYZ,{inputs}{outputs}->{rows}{outputs}"
-    found = [jax.vjp(partial(matmul, contracted=contracted, flat=flat), x, w) for flat in (False, True)]
+    found = [
+        jax.vjp(partial(matmul, contracted=contracted, flat=flat), x, w) for flat in (False, True)
+    ]
     wanted = jax.vjp(partial(einsum, equation), x, w)
     change = jax.random.normal(KEY, wanted[0].shape)
     for y, back in found:

@@ -46,12 +46,16 @@ def test_logits_equal_the_naive_reading(model):
     ours = transformer.unembed(transformer.output_table(params), x, config)
     assert ours.dtype == jnp.float32
     for row in range(2):
-        expected = naive.logits(config, params, naive.text_outputs(config, params, TOKENS[row], DOCUMENT[row]))
+        expected = naive.logits(
+            config, params, naive.text_outputs(config, params, TOKENS[row], DOCUMENT[row])
+        )
         np.testing.assert_allclose(ours[row], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_cached_equals_uncached_at_every_split(model):
-    """Row 0 is read in s and T - s tokens, row 1 in T - s and s, for every s; then both in many unequal pieces."""
+    """Row 0 is read in s and T - s tokens, row 1 in T - s and s, for every s; then both in many
+    unequal pieces.
+    """
     config, params = model
     start = np.zeros_like(START)
     full, full_kv = read(config, params, TOKENS, start)
@@ -85,7 +89,9 @@ def test_cached_equals_uncached_at_every_split(model):
 
 
 def test_bfloat16_stays_near_float32(model):
-    """The same rounded weights, computed in both: four layers of bfloat16 products, and nothing worse."""
+    """The same rounded weights, computed in both: four layers of bfloat16 products, and nothing
+    worse.
+    """
     config, params = model
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     whole = jax.tree.map(lambda x: x.astype(jnp.float32), half)
@@ -97,11 +103,17 @@ def test_bfloat16_stays_near_float32(model):
 
 
 def test_norm_is_float32_inside():
-    """Correctly rounded: the float64 result and at most one rounding to bfloat16, for inputs up to 1e4."""
-    x = (10.0 ** jax.random.uniform(jax.random.key(0), (7, 600), minval=-2, maxval=4)).astype(jnp.bfloat16)
+    """Correctly rounded: the float64 result and at most one rounding to bfloat16, for inputs up to
+    1e4.
+    """
+    x = (10.0 ** jax.random.uniform(jax.random.key(0), (7, 600), minval=-2, maxval=4)).astype(
+        jnp.bfloat16
+    )
     scale = jax.random.normal(jax.random.key(1), (600,)).astype(jnp.bfloat16)
     ours = RMSNorm(1e-6, 1.0).apply({"params": {"scale": scale}}, x)
-    expected = naive.rms_norm(*(np.asarray(a.astype(jnp.float32), np.float64) for a in (x, scale)), 1e-6)
+    expected = naive.rms_norm(
+        *(np.asarray(a.astype(jnp.float32), np.float64) for a in (x, scale)), 1e-6
+    )
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=2**-8 + 1e-5)
 
@@ -110,7 +122,9 @@ def test_rotary_is_float32_inside_far_into_the_text():
     position = np.array([[[0, 1, 4097, 100_003]]])
     x = jax.random.normal(jax.random.key(0), (1, 1, 4, 2, 16)).astype(jnp.bfloat16)
     ours = rotary.rotate(x, rotary.table(jnp.array(position), 16, 1e4))
-    expected = naive.rotate(np.asarray(x[0, 0].astype(jnp.float32), np.float64), position[0, 0], 1e4)
+    expected = naive.rotate(
+        np.asarray(x[0, 0].astype(jnp.float32), np.float64), position[0, 0], 1e4
+    )
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours[0, 0].astype(jnp.float32), expected, rtol=2**-8, atol=2**-8)
 
@@ -125,7 +139,10 @@ def test_rotary_is_float32_inside_far_into_the_text():
         (dict(head_dim=-2), "head_dim=-2: expected more than 0"),
         (dict(local_rope_base=0.0), "local_rope_base=0.0: expected more than 0"),
         (dict(activation="relu"), "activation='relu': expected 'gelu' or 'silu'"),
-        (dict(layer_pattern=("local", "far")), "layer_pattern=.*'far'.*: expected a sequence of 'local' and 'global'"),
+        (
+            dict(layer_pattern=("local", "far")),
+            "layer_pattern=.*'far'.*: expected a sequence of 'local' and 'global'",
+        ),
         (dict(layer_pattern=()), "layer_pattern=.*: expected a sequence"),
         (dict(window=0), "window=0: local layers need at least 1"),
     ],
@@ -134,11 +151,14 @@ def test_config_errors_name_the_field(fields, message):
     with pytest.raises(UserError, match=f"^{message}"):
         dataclasses.replace(SIZES["gemma2_test"], **fields)
     with pytest.raises(UserError, match=f"^config.json: {message}"):
-        TransformerConfig.from_dict(dataclasses.asdict(SIZES["gemma2_test"]) | fields, "config.json")
+        TransformerConfig.from_dict(
+            dataclasses.asdict(SIZES["gemma2_test"]) | fields, "config.json"
+        )
 
 
 def test_config_from_dict():
-    fields = dataclasses.asdict(SIZES["gemma2_test"]) | {"layer_pattern": ["local", "global"]}  # as JSON has it
+    # as JSON has it
+    fields = dataclasses.asdict(SIZES["gemma2_test"]) | {"layer_pattern": ["local", "global"]}
     assert TransformerConfig.from_dict(fields, "x") == SIZES["gemma2_test"]
     with pytest.raises(UserError, match="widht"):
         TransformerConfig.from_dict(fields | {"widht": 3}, "x")
@@ -150,6 +170,8 @@ def test_config_from_dict():
 
 
 def test_config_fills_in_what_is_left_out():
-    config = TransformerConfig(6, 24, 4, 2, 40, 97, layer_pattern=("local", "local", "global"), window=3)
+    config = TransformerConfig(
+        6, 24, 4, 2, 40, 97, layer_pattern=("local", "local", "global"), window=3
+    )
     assert (config.head_dim, config.query_scale) == (6, 6**-0.5)
     assert config.is_local == (True, True, False, True, True, False)

@@ -8,8 +8,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from latent_delib import mesh as mesh_lib
 from tools import collectives
 
-# Cut down from a program for v5e: a loop of 3 inside one of 4, the inner one's counter in steps of 2; an asynchronous
-# gather in three fusions; sums of a tuple; a start that holds operand, result and counters.
+# Cut down from a program for v5e: a loop of 3 inside one of 4, the inner one's counter in steps of
+# 2; an asynchronous gather in three fusions; sums of a tuple; a start that holds operand, result
+# and counters.
 TEXT = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
 %start.1 (p: bf16[1,16]) -> (bf16[1,16], bf16[1,64], u32[]) {
@@ -140,7 +141,9 @@ def test_an_asynchronous_collective_receives_as_much(kind, shape, of_start):
 def test_a_loop_of_unknown_length_is_refused_where_it_holds_a_collective():
     with pytest.raises(ValueError, match="permute: is in a loop"):
         collectives.collectives(TEXT.replace("compare(%i, %bound)", "compare(%bound, %i)", 1))
-    quiet = TEXT.replace("compare(%i, %bound)", "compare(%bound, %i)").replace("permute-start", "copy-start")
+    quiet = TEXT.replace("compare(%i, %bound)", "compare(%bound, %i)").replace(
+        "permute-start", "copy-start"
+    )
     quiet = quiet.replace("kind=kCustom, calls=%start.1", "")
     assert collectives.collectives(quiet).keys() == {"all-gather", "all-reduce", "reduce-scatter"}
 
@@ -157,7 +160,9 @@ def test_of_a_program_compiled_here():
 
     specs = PartitionSpec("fsdp"), PartitionSpec("data")
     run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-    w, x = (jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, s)) for s in specs)
+    w, x = (
+        jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, s)) for s in specs
+    )
     found = collectives.collectives(jax.jit(run).lower(w, x).compile().as_text())
     assert found["all-gather"] == collectives.Traffic(6, 6 * 8 * 8 * 4 * 3 / 4)
     assert found["all-reduce"] == collectives.Traffic(1, 4 * 2 * 1 / 2)

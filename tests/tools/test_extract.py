@@ -27,7 +27,9 @@ def needs(program):
 
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix in (".gz", ".dz") else text.encode())
+    path.write_bytes(
+        gzip.compress(text.encode()) if path.suffix in (".gz", ".dz") else text.encode()
+    )
     return path
 
 
@@ -54,7 +56,9 @@ def test_a_man_page_is_set_a_paragraph_a_line(tmp_path):
     text = ".TH TEST 1\n.SH NAME\ntest \\- a page\n.SH DESCRIPTION\n" + "one two three\n" * 60
     write(tmp_path / "man/man1/test.1.gz", text + ".PP\n.nf\nint x;\n    int y;\n.fi\n")
     write(tmp_path / "man/man1/other.1.gz", ".so man1/test.1\n")
-    write(tmp_path / "man/man1/table.1.gz", ".TH T 1\n.SH A\n.TS\nallbox;\nl l.\nname\tmeaning\n.TE\n")
+    write(
+        tmp_path / "man/man1/table.1.gz", ".TH T 1\n.SH A\n.TS\nallbox;\nl l.\nname\tmeaning\n.TE\n"
+    )
     pages = extract.man_pages(tmp_path)
     assert pages["other.1.gz"]() == []
     assert pages["table.1.gz"]() == ["A\n       │name │ meaning │"]
@@ -73,7 +77,8 @@ def test_a_page_of_pod(tmp_path):
 
 def test_a_dictionary_and_sayings(tmp_path):
     write(
-        tmp_path / "x.dict.dz", "Abase\n   To lower.\n   [1913 Webster]\n\n   Syn: degrade.\nAbate\n   To\n   lessen.\n"
+        tmp_path / "x.dict.dz",
+        "Abase\n   To lower.\n   [1913 Webster]\n\n   Syn: degrade.\nAbate\n   To\n   lessen.\n",
     )
     (page,) = extract.dictionary(tmp_path).values()
     assert page() == ["Abase To lower.\nSyn: degrade.", "Abate To lessen."]
@@ -101,12 +106,15 @@ def test_a_sample_is_of_the_names_and_reads_no_more_than_it_keeps():
 
 def test_cleaning_keeps_a_long_paragraph_where_it_is_first_met():
     long, seen = "word " * 200, set()
-    first, second = extract.clean([[long, "short one"], [long, "x" * 600 + "\u200b", "short one"]], seen)
+    first, second = extract.clean(
+        [[long, "short one"], [long, "x" * 600 + "\u200b", "short one"]], seen
+    )
     assert first == long.strip() + "\n\nshort one"
     assert second == "x" * 600 + "\n\nshort one"
     assert list(extract.clean([["too short"]], set())) == []
     assert all(
-        len(part) <= extract.LONGEST for part in extract.clean([["y" * 400 + str(i) for i in range(300)]], set())
+        len(part) <= extract.LONGEST
+        for part in extract.clean([["y" * 400 + str(i) for i in range(300)]], set())
     )
 
 

@@ -47,8 +47,15 @@ def test_a_paragraph_of_an_evaluated_work_is_not_trained_on(folder):
 
 
 def test_what_is_written(folder):
-    about, table = json.loads((folder / "about.json").read_text()), (folder / "MIXTURE.md").read_text()
-    files = {str(f.relative_to(folder)) for split in make_mixture.SPLITS for f in (folder / split).iterdir()}
+    about, table = (
+        json.loads((folder / "about.json").read_text()),
+        (folder / "MIXTURE.md").read_text(),
+    )
+    files = {
+        str(f.relative_to(folder))
+        for split in make_mixture.SPLITS
+        for f in (folder / split).iterdir()
+    }
     assert set(about["sha256"]) == files
     for name, digest in about["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
@@ -56,7 +63,8 @@ def test_what_is_written(folder):
         (row,) = (line for line in table.splitlines() if line.startswith(f"| {split} | {work} |"))
         assert row.endswith(f" {(folder / name).stat().st_size:,} |")
     assert "| validation | held | 2.0 | GPL-2 |" in table
-    assert {"train/prose_emma.txt", "validation/prose_persuasion.txt"} <= files  # of the packaged corpus
+    # of the packaged corpus
+    assert {"train/prose_emma.txt", "validation/prose_persuasion.txt"} <= files
     assert (folder / "licences/ours.txt").read_text() == "All of it is free."
     assert not (folder / "licences/held.txt").exists()
 
@@ -137,7 +145,13 @@ def test_the_whole_way(packages, tmp_path):
     """Packages of one group of licences; the same bytes again."""
     folders = tmp_path / "one", tmp_path / "two"
     for out in folders:
-        command = [sys.executable, "-m", "tools.make_mixture", f"--out={out}", "--licences=public_domain"]
+        command = [
+            sys.executable,
+            "-m",
+            "tools.make_mixture",
+            f"--out={out}",
+            "--licences=public_domain",
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     one, _ = folders

@@ -1,4 +1,6 @@
-"""The tasks that need no network: the same everywhere, no test question taught, and right answers that are right."""
+"""The tasks that need no network: the same everywhere, no test question taught, and right answers
+that are right.
+"""
 
 import ast
 import json
@@ -13,13 +15,20 @@ import latent_delib as ld
 from tools import make_tasks
 
 STORED = json.loads((Path(__file__).parents[1] / "golden" / "harness.json").read_text())
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 @pytest.fixture(scope="module")
 def folder(once):
     """All tasks, smaller."""
-    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: setup.sh says when it is")
+    pytest.importorskip(
+        "reasoning_gym", reason="reasoning-gym is not installed: setup.sh says when it is"
+    )
 
     def make(folder):
         with pytest.MonkeyPatch.context() as patch:
@@ -30,7 +39,10 @@ def folder(once):
 
 
 def rows(folder, name, split="test"):
-    return [json.loads(line) for line in (folder / f"{name}.{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / f"{name}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def value(text):
@@ -62,26 +74,40 @@ def expression(row):
 
 
 def sizes(folder):
-    return {(n, s): len(rows(folder, n, s)) for n, (_, _, splits) in make_tasks.TASKS.items() for s in splits}
+    return {
+        (n, s): len(rows(folder, n, s))
+        for n, (_, _, splits) in make_tasks.TASKS.items()
+        for s in splits
+    }
 
 
 def test_both_splits_as_text(folder):
     taught = [name for name, (_, _, splits) in make_tasks.TASKS.items() if "train" in splits]
     for split in ("train", "test"):
-        texts = {file.stem: file.read_text(encoding="utf-8") for file in (folder / "text" / split).iterdir()}
+        texts = {
+            file.stem: file.read_text(encoding="utf-8")
+            for file in (folder / "text" / split).iterdir()
+        }
         assert set(texts) == set(taught) - {"chain_sum_choice"}
         assert texts["chain_sum"].removesuffix("\n").split("\n\f\n") == [
-            f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows(folder, "chain_sum", split)
+            f"Question: {row['question']}\nAnswer: {row['answer']}"
+            for row in rows(folder, "chain_sum", split)
         ]
         first = rows(folder, "countdown", split)[0]
         right = first["choices"][first["gold"]]
-        assert texts["countdown"].startswith(f"Question: {first['question']}\nAnswer: {right}\n\f\n")
+        assert texts["countdown"].startswith(
+            f"Question: {first['question']}\nAnswer: {right}\n\f\n"
+        )
 
 
 def test_sizes(folder):
     assert sizes(folder) == {(n, s): 120 if s == "train" else 200 for n, s in sizes(folder)}
     about = json.loads((folder / "about.json").read_text())
-    assert about["sizes"]["test"] == 200 and about["reasoning_gym"] and about["seeds"] == make_tasks.SEEDS
+    assert (
+        about["sizes"]["test"] == 200
+        and about["reasoning_gym"]
+        and about["seeds"] == make_tasks.SEEDS
+    )
 
 
 def test_they_are_those_of_the_golden_values(folder):
@@ -93,7 +119,11 @@ def test_they_are_those_of_the_golden_values(folder):
 
 def test_no_question_is_taught(folder):
     for name, (_, _, splits) in make_tasks.TASKS.items():
-        asked = [row.get("question", row.get("text")) for split in splits for row in rows(folder, name, split)]
+        asked = [
+            row.get("question", row.get("text"))
+            for split in splits
+            for row in rows(folder, name, split)
+        ]
         assert len(set(asked)) == len(asked), name
 
 
@@ -102,7 +132,9 @@ def test_arithmetic(folder, split):
     for name in ("chain_sum", "basic_arithmetic"):
         for row in rows(folder, name, split):
             assert value(expression(row)) == int(row["answer"]), row
-            assert re.findall(make_tasks.NUMBER["filter_list"][0]["filter"][0]["regex_pattern"], row["answer"])
+            assert re.findall(
+                make_tasks.NUMBER["filter_list"][0]["filter"][0]["regex_pattern"], row["answer"]
+            )
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -120,7 +152,9 @@ def test_countdown(folder, split):
     for row in rows(folder, "countdown", split):
         target, *numbers = map(int, re.findall(r"-?\d+", row["question"]))
         right = row["choices"][row["gold"]]
-        assert value(right) == target and sorted(map(int, re.findall(r"\d+", right))) == sorted(numbers), row
+        assert value(right) == target and sorted(map(int, re.findall(r"\d+", right))) == sorted(
+            numbers
+        ), row
         assert all(comes_to(c) != target for c in row["choices"] if c != right)
         assert len(set(row["choices"])) == 4
 
@@ -149,10 +183,14 @@ MOODS = {
 
 
 def follows(question):
-    """As the tradition has it. A conclusion may also turn one premise around: No A are B, so no B are A."""
+    """As the tradition has it. A conclusion may also turn one premise around: No A are B, so no B
+    are A.
+    """
     statements = re.findall(r"(All|No|Some) (\w+) are (not )?(\w+)", question)
     letters = {("All", ""): "A", ("No", ""): "E", ("Some", ""): "I", ("Some", "not "): "O"}
-    one, two, (mood, subject, predicate) = [(letters[how, no], a, b) for how, a, no, b in statements]
+    one, two, (mood, subject, predicate) = [
+        (letters[how, no], a, b) for how, a, no, b in statements
+    ]
     for major, minor in ((one, two), (two, one)):
         for premise in (major, minor):
             if premise[1:] == (predicate, subject) and (premise[0], mood) in {
@@ -168,8 +206,15 @@ def follows(question):
                 ("E", "O"),
             }:
                 return True
-        if predicate in major and subject in minor and subject not in major and predicate not in minor:
-            figure = {(1, 2): 1, (2, 2): 2, (1, 1): 3, (2, 1): 4}[3 - major.index(predicate), 3 - minor.index(subject)]
+        if (
+            predicate in major
+            and subject in minor
+            and subject not in major
+            and predicate not in minor
+        ):
+            figure = {(1, 2): 1, (2, 2): 2, (1, 1): 3, (2, 1): 4}[
+                3 - major.index(predicate), 3 - minor.index(subject)
+            ]
             if major[0] + minor[0] + mood in MOODS[figure].split():
                 return True
     return False
@@ -186,7 +231,10 @@ def test_syllogisms(folder, split):
 
 
 def test_next_sentence(folder):
-    prose = {p: " ".join(p.read_text(encoding="utf-8").split()) for p in make_tasks.TEXT.glob("prose_*.txt")}
+    prose = {
+        p: " ".join(p.read_text(encoding="utf-8").split())
+        for p in make_tasks.TEXT.glob("prose_*.txt")
+    }
     for row in rows(folder, "next_sentence"):
         right = row["choices"][row["gold"]]
         assert any(f"{row['question']} {right}" in text for text in prose.values())

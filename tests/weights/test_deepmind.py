@@ -1,4 +1,6 @@
-"""DeepMind's orbax folders: known sizes by their shapes, and what is refused. Their values: tests/golden."""
+"""DeepMind's orbax folders: known sizes by their shapes, and what is refused. Their values:
+tests/golden.
+"""
 
 import shutil
 
@@ -12,7 +14,9 @@ from latent_delib.convert import convert
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.weights import deepmind, folder, names
 
-SMALL = dict(num_layers=3, embed_dim=24, num_heads=4, num_kv_heads=2, ffn_dim=40, vocab_size=320, head_dim=8)
+SMALL = dict(
+    num_layers=3, embed_dim=24, num_heads=4, num_kv_heads=2, ffn_dim=40, vocab_size=320, head_dim=8
+)
 CONFIG = TransformerConfig(**SMALL, layer_pattern=("local", "global"), window=5, post_norms=True)
 
 
@@ -23,7 +27,9 @@ def tree(config, random=None):
         *path, last = f"transformer/{t.name}".split("/")
         if last not in ("input_embedding", "scale"):
             path, last = [*path, last], "w"
-        out.setdefault("/".join(path), {})[last] = random.standard_normal(t.stored_shape).astype(ml_dtypes.bfloat16)
+        out.setdefault("/".join(path), {})[last] = random.standard_normal(t.stored_shape).astype(
+            ml_dtypes.bfloat16
+        )
     return out
 
 
@@ -79,10 +85,19 @@ def test_what_is_refused(tmp_path, tokenizer_path):
         **given,
     )
     refused(
-        save(tmp_path / "other", {"a": {"b": np.zeros((3, 2), np.float32)}}), out, "not a Gemma checkpoint", **given
+        save(tmp_path / "other", {"a": {"b": np.zeros((3, 2), np.float32)}}),
+        out,
+        "not a Gemma checkpoint",
+        **given,
     )
     weights = tree(CONFIG) | {"transformer/final_norm": {"scale": np.zeros(24, np.int32)}}
-    refused(save(tmp_path / "ints", weights), out, "final_norm/scale is of type int32", architecture=CONFIG, **given)
+    refused(
+        save(tmp_path / "ints", weights),
+        out,
+        "final_norm/scale is of type int32",
+        architecture=CONFIG,
+        **given,
+    )
 
 
 @pytest.mark.parametrize("damage", ["metadata", "metadata is gone", "data"])

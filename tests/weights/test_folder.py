@@ -1,4 +1,6 @@
-"""Our own folders: read part by part onto a mesh, written whole or not at all; a coprocessor's folder."""
+"""Our own folders: read part by part onto a mesh, written whole or not at all; a coprocessor's
+folder.
+"""
 
 import dataclasses
 import hashlib
@@ -28,7 +30,9 @@ def same(one, two):
 
 
 def test_a_device_reads_its_own_part(decoder_folder, monkeypatch):
-    """On 2 x 2 x 2 devices no read is larger than a shard, and the whole is what one device reads."""
+    """On 2 x 2 x 2 devices no read is larger than a shard, and the whole is what one device
+    reads.
+    """
     config = folder.read_config(decoder_folder)
     mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 1, "tensor": 2})
     shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
@@ -60,7 +64,11 @@ def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypa
         (partial / "config.json").write_text("{}")
         raise OSError("the disk is full")
     assert folder.fingerprint(out) == before and [p.name for p in tmp_path.iterdir()] == ["decoder"]
-    with monkeypatch.context() as patch, pytest.raises(OSError), files.whole(out, replace=True) as partial:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError),
+        files.whole(out, replace=True) as partial,
+    ):
         rename = type(partial).rename
 
         def fails(self, target):
@@ -72,7 +80,9 @@ def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypa
     assert folder.fingerprint(out) == before and [p.name for p in tmp_path.iterdir()] == ["decoder"]
     with files.whole(out, replace=True) as partial:
         (partial / "config.json").write_text("{}")
-    assert [p.name for p in out.iterdir()] == ["config.json"] and [p.name for p in tmp_path.iterdir()] == ["decoder"]
+    assert [p.name for p in out.iterdir()] == ["config.json"] and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["decoder"]
 
 
 def hashed(where):
@@ -86,7 +96,8 @@ def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path):
     shutil.copytree(decoder_folder, where)
     assert folder.fingerprint(where) == hashed(where) == folder.fingerprint(decoder_folder)
     data = (where / "model.safetensors").read_bytes()
-    (where / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # which only its hash would tell
+    # which only its hash would tell
+    (where / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert folder.fingerprint(where) == hashed(decoder_folder) != hashed(where)
     (where / "fingerprint.json").unlink()  # as folders were written before
     assert folder.fingerprint(where) == hashed(where)
@@ -94,7 +105,9 @@ def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path):
 
 
 def test_old_checkpoints_fit_the_packaged_decoder_and_converted_ones(hf, tmp_path):
-    """Fingerprints as they were before they were stored, and before the youngest fields of an architecture."""
+    """Fingerprints as they were before they were stored, and before the youngest fields of an
+    architecture.
+    """
     assert folder.fingerprint(folder.PACKAGED)[:16] == "f35f82592680b5ac"
     convert(str(hf("gemma2")), str(tmp_path / "out"))
     assert folder.fingerprint(tmp_path / "out")[:16] == "619a76fd3bef2b9a"
@@ -127,7 +140,9 @@ def test_a_full_disk_ends_in_one_line(decoder_folder, tmp_path):
         "runpy.run_module('latent_delib.convert', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "error: " in done.stderr and "File too large" in done.stderr, done.stderr
+    assert done.returncode == 1 and "error: " in done.stderr and "File too large" in done.stderr, (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
@@ -136,7 +151,9 @@ def trained_coprocessor(trained):
     return ld.load_coprocessor(str(trained))
 
 
-def test_a_coprocessor_is_exported_and_read_again(trained, trained_coprocessor, decoder_folder, tmp_path):
+def test_a_coprocessor_is_exported_and_read_again(
+    trained, trained_coprocessor, decoder_folder, tmp_path
+):
     convert(str(trained), str(tmp_path / "out"))
     found = ld.load_coprocessor(str(tmp_path / "out"))
     same(found.params, trained_coprocessor.params)
@@ -144,15 +161,22 @@ def test_a_coprocessor_is_exported_and_read_again(trained, trained_coprocessor, 
         assert getattr(found, field) == getattr(trained_coprocessor, field)
     decoder = ld.load_decoder(str(decoder_folder))
     text, at = np.arange(3, 23)[None], np.array([[2, 9]])
-    ours, theirs = (ld.AugmentedLM(decoder, c).latents(text, at) for c in (found, trained_coprocessor))
+    ours, theirs = (
+        ld.AugmentedLM(decoder, c).latents(text, at) for c in (found, trained_coprocessor)
+    )
     np.testing.assert_array_equal(ours, theirs)
 
     # The names and axes of a Hugging Face decoder, which export gives the decoder itself too.
     with pytest.raises(UserError, match="--tokenizer=x: "):
         convert(str(decoder_folder), str(tmp_path / "hf"), to="huggingface", tokenizer="x")
     convert(str(decoder_folder), str(tmp_path / "hf"), to="huggingface")
-    body, own = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert own.keys() - body.keys() == {"soft_tokens"} and body.keys() - own.keys() == {"model.embed_tokens.weight"}
+    body, own = (
+        load_file(tmp_path / "hf" / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    assert own.keys() - body.keys() == {"soft_tokens"} and body.keys() - own.keys() == {
+        "model.embed_tokens.weight"
+    }
     assert all(own[name].shape == body[name].shape for name in own.keys() & body.keys())
     assert json.loads((tmp_path / "out" / "coprocessor.json").read_text())["step"] == 4
     assert ld.load_coprocessor(str(tmp_path / "out"), step=4).step == 4
@@ -164,7 +188,13 @@ def test_a_coprocessor_with_biases_is_stored(tmp_path):
     """It has no table of tokens, whether the decoder's head is tied or not."""
     config = dataclasses.replace(small.LLAMA, qk_norm=False)
     tree = small.coprocessor(config, 2)
-    fields = {"method": "cache_augmentation", "num_latents": 2, "placement": "after", "step": 3, "fingerprint": "f"}
+    fields = {
+        "method": "cache_augmentation",
+        "num_latents": 2,
+        "placement": "after",
+        "step": 3,
+        "fingerprint": "f",
+    }
     coprocessor.save(tmp_path / "out", fields, config, tree)
     found, read = coprocessor.load(tmp_path / "out")
     assert found["architecture"]["qkv_bias"] and fields.items() <= found.items()
@@ -176,19 +206,34 @@ def test_pause_tokens_are_soft_tokens_alone(make_config, tmp_path):
     train.train(config, str(tmp_path / "w"))
     convert(str(tmp_path / "w"), str(tmp_path / "out"))
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == {"soft_tokens"}
-    same(ld.load_coprocessor(str(tmp_path / "out")).params, ld.load_coprocessor(str(tmp_path / "w")).params)
+    same(
+        ld.load_coprocessor(str(tmp_path / "out")).params,
+        ld.load_coprocessor(str(tmp_path / "w")).params,
+    )
 
 
 def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config, tmp_path):
-    """Only the matrices of its layers change: neither table does, nor do biases. It is no coprocessor."""
+    """Only the matrices of its layers change: neither table does, nor do biases. It is no
+    coprocessor.
+    """
     convert(str(hf("qwen2")), str(tmp_path / "qwen2"))
-    changes = {"decoder.path": str(tmp_path / "qwen2"), "decoder.export_dtype": "float32", "train.steps": 1}
+    changes = {
+        "decoder.path": str(tmp_path / "qwen2"),
+        "decoder.export_dtype": "float32",
+        "train.steps": 1,
+    }
     changes |= {"method.name": "decoder", "method.lora_rank": 2, "optimizer.warmup_steps": 0}
     train.train(make_config(changes), str(tmp_path / "w"))
-    before, after = (ld.load_decoder(str(path)) for path in (tmp_path / "qwen2", tmp_path / "w" / "decoder"))
+    before, after = (
+        ld.load_decoder(str(path)) for path in (tmp_path / "qwen2", tmp_path / "w" / "decoder")
+    )
     assert after.config == before.config and after.config.untied_head and after.config.qkv_bias
     leaves = folder.by_name(after.params)
-    changed = {name for name, x in folder.by_name(before.params).items() if not np.array_equal(x, leaves[name])}
+    changed = {
+        name
+        for name, x in folder.by_name(before.params).items()
+        if not np.array_equal(x, leaves[name])
+    }
     assert changed == {f"layers.{name}" for name in ("attn.q", "attn.k", "attn.v", "attn.out")} | {
         f"layers.mlp.{name}" for name in ("gate", "up", "down")
     }
@@ -202,13 +247,33 @@ def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config
     [
         ("coprocessor.json", lambda c: c | {"format": "x"}, "format is 'x'"),
         ("coprocessor.json", lambda c: c | {"num_latents": "2"}, "num_latents='2', expected int"),
-        ("coprocessor.json", lambda c: c | {"num_latents": 3}, r"soft_tokens is \(2, 32\), expected \(3, 32\)"),
+        (
+            "coprocessor.json",
+            lambda c: c | {"num_latents": 3},
+            r"soft_tokens is \(2, 32\), expected \(3, 32\)",
+        ),
         ("coprocessor.json", lambda c: c | {"architecture": {}}, "is missing"),
-        ("coprocessor.json", lambda c: c | {"method": "x"}, "method='x', expected one of cache_augmentation"),
-        ("coprocessor.json", lambda c: c | {"placement": "x"}, "placement='x', expected one of after"),
-        ("model.safetensors", lambda t: {"soft_tokens": t["soft_tokens"], "x": t["soft_tokens"]}, "only 1 tensors"),
+        (
+            "coprocessor.json",
+            lambda c: c | {"method": "x"},
+            "method='x', expected one of cache_augmentation",
+        ),
+        (
+            "coprocessor.json",
+            lambda c: c | {"placement": "x"},
+            "placement='x', expected one of after",
+        ),
+        (
+            "model.safetensors",
+            lambda t: {"soft_tokens": t["soft_tokens"], "x": t["soft_tokens"]},
+            "only 1 tensors",
+        ),
         ("model.safetensors", lambda t: t | {"x": t["soft_tokens"]}, "unknown x"),
-        ("model.safetensors", lambda t: {k: x for k, x in t.items() if "q_proj" not in k}, "missing .*q_proj"),
+        (
+            "model.safetensors",
+            lambda t: {k: x for k, x in t.items() if "q_proj" not in k},
+            "missing .*q_proj",
+        ),
     ],
 )
 def test_coprocessor_folders_that_are_broken(trained, tmp_path, file, change, words):

@@ -1,4 +1,6 @@
-"""Damaged headers by the thousand: a conversion ends in one clear line or in a whole folder, in bounded memory."""
+"""Damaged headers by the thousand: a conversion ends in one clear line or in a whole folder, in
+bounded memory.
+"""
 
 import json
 import random
@@ -84,7 +86,8 @@ def cases(hf, tokenizer_path, tmp_path):
     )
     file = write(tmp_path / "model.gguf", "gemma2", tokenizer_path)
     data = file.read_bytes()
-    # Small keys and tensor infos lie before and after the vocabulary; the tensors' data is the end of the file.
+    # Small keys and tensor infos lie before and after the vocabulary; the tensors' data is the end
+    # of the file.
     end = len(data) - sum(x.size * 4 for x in stored("gemma2")[1].values())
 
     def in_safetensors(draw, data):
@@ -97,11 +100,17 @@ def cases(hf, tokenizer_path, tmp_path):
         "index": (sharded, sharded / "model.safetensors.index.json", mutate_json),
         "gguf": (file, file, lambda draw, data: mutate(draw, data, end)),
         "gguf_keys": (file, file, lambda draw, data: mutate(draw, data, 900)),
-        "gguf_tensors": (file, file, lambda draw, data: data[: end - 3000] + mutate(draw, data[end - 3000 :], 3000)),
+        "gguf_tensors": (
+            file,
+            file,
+            lambda draw, data: data[: end - 3000] + mutate(draw, data[end - 3000 :], 3000),
+        ),
     }
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "config", "index", "gguf", "gguf_keys", "gguf_tensors"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "config", "index", "gguf", "gguf_keys", "gguf_tensors"]
+)
 def test_damaged_headers(cases, tmp_path, kind, capsys):
     source, file, damage = cases[kind]
     whole, out, draw = file.read_bytes(), tmp_path / "out", random.Random(kind)
@@ -131,6 +140,9 @@ def test_damage_is_damage():
     draw, data = random.Random(0), np.arange(200, dtype=np.uint8).tobytes()
     assert sum(mutate(draw, data, 100) != data for _ in range(100)) > 80
     assert (
-        sum(mutate_json(draw, b'{"a": {"b": [1, 2]}, "c": 3}') != b'{"a": {"b": [1, 2]}, "c": 3}' for _ in range(100))
+        sum(
+            mutate_json(draw, b'{"a": {"b": [1, 2]}, "c": 3}') != b'{"a": {"b": [1, 2]}, "c": 3}'
+            for _ in range(100)
+        )
         > 80
     )

@@ -1,4 +1,6 @@
-"""GGUF files, written by the `gguf` library under its own names, against the same models as Hugging Face folders."""
+"""GGUF files, written by the `gguf` library under its own names, against the same models as Hugging
+Face folders.
+"""
 
 import dataclasses
 import struct
@@ -61,18 +63,23 @@ def interleaved(w, heads):
 def write(path, family, tokenizer_path, quantise=None, changed=None):
     """A golden model as llama.cpp's converter writes it.
 
-    quantise: maps a name to a type. changed: key -> another value, or None for a key that is left out.
+    quantise: maps a name to a type. changed: key -> another value, or None for a key that is left
+    out.
     """
     config, tensors = stored(family)
     architecture = huggingface.architecture(config, "x")
     writer = gguf.GGUFWriter(path, family)
     hyper_parameters(writer, architecture)
     vocabulary(writer, tokenizer_path)
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), architecture.num_layers)
+    names = gguf.get_tensor_name_map(
+        getattr(gguf.MODEL_ARCH, family.upper()), architecture.num_layers
+    )
     for name, w in tensors.items():
         w = w.astype(np.float32)
         if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            w = interleaved(w, architecture.num_heads if "q_proj" in name else architecture.num_kv_heads)
+            w = interleaved(
+                w, architecture.num_heads if "q_proj" in name else architecture.num_kv_heads
+            )
         if family.startswith("gemma") and name.endswith("norm.weight"):
             w = w + 1
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -83,7 +90,9 @@ def write(path, family, tokenizer_path, quantise=None, changed=None):
             writer.add_tensor(theirs, gguf.quants.quantize(w, kind), raw_dtype=kind)
     if architecture.rope_scaling and architecture.rope_scaling[3]:
         H, base = architecture.head_dim, architecture.rope_base
-        divisors = rotary.frequencies(H, base) / rotary.frequencies(H, base, architecture.rope_scaling)
+        divisors = rotary.frequencies(H, base) / rotary.frequencies(
+            H, base, architecture.rope_scaling
+        )
         writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
     for key, value in (changed or {}).items():
         writer.kv_data[0].pop(key, None)
@@ -102,9 +111,13 @@ def finish(writer):
 
 @pytest.fixture
 def sized(monkeypatch):
-    """Makes the golden models known sizes: GGUF leaves out what is then looked up (query scale, Llama 3's scaling)."""
+    """Makes the golden models known sizes: GGUF leaves out what is then looked up (query scale,
+    Llama 3's scaling).
+    """
     for family in FAMILIES:
-        monkeypatch.setitem(SIZES, f"golden_{family}", huggingface.architecture(stored(family)[0], "x"))
+        monkeypatch.setitem(
+            SIZES, f"golden_{family}", huggingface.architecture(stored(family)[0], "x")
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,7 +140,8 @@ def test_equals_the_hugging_face_folder(hf, tokenizer_path, tmp_path, sized, fam
             np.testing.assert_array_equal(x, y, err_msg=name)
     text = "the cat sat on  a mat\n\tand ran"
     tokenizers = [
-        sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / n / "tokenizer.model")) for n in ("gguf", "hf")
+        sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / n / "tokenizer.model"))
+        for n in ("gguf", "hf")
     ]
     assert tokenizers[0].encode(text) == tokenizers[1].encode(text)
 
@@ -164,10 +178,13 @@ def naive_blocks(kind, data):
 
 
 @pytest.mark.parametrize(
-    "kind", [k for k in Type if k.name[0] in "QBFI" and k.name[:2] not in ("I8", "I1", "I3", "I6", "F6")]
+    "kind",
+    [k for k in Type if k.name[0] in "QBFI" and k.name[:2] not in ("I8", "I1", "I3", "I6", "F6")],
 )
 def test_block_types(tmp_path, kind):
-    """Every block type: as the library dequantises it in one go, though ours goes a few blocks at a time."""
+    """Every block type: as the library dequantises it in one go, though ours goes a few blocks at a
+    time.
+    """
     block, size = gguf.GGML_QUANT_SIZES[kind]
     shape = (6, block * 4)
     random = np.random.default_rng(0)
@@ -195,20 +212,33 @@ def test_block_types(tmp_path, kind):
             file.read("x")
         return
     found = file.read("x", chunk=5 * block)
-    assert found.shape == shape and found.dtype == file.dtype("x") and np.isfinite(found.astype(np.float32)).all()
-    np.testing.assert_array_equal(found.astype(np.float32), expected.reshape(shape).astype(np.float32))
+    assert (
+        found.shape == shape
+        and found.dtype == file.dtype("x")
+        and np.isfinite(found.astype(np.float32)).all()
+    )
+    np.testing.assert_array_equal(
+        found.astype(np.float32), expected.reshape(shape).astype(np.float32)
+    )
     if kind in (Type.Q8_0, Type.Q4_1, Type.Q6_K):
         np.testing.assert_allclose(found.reshape(-1), naive_blocks(kind, data), rtol=1e-6)
 
 
 def test_a_quantised_model(hf, tokenizer_path, tmp_path):
-    """As files come: matrices in blocks where their rows allow it, the rest in half precision, norms in float32."""
+    """As files come: matrices in blocks where their rows allow it, the rest in half precision,
+    norms in float32.
+    """
     file = write(
-        tmp_path / "model.gguf", "gemma2", tokenizer_path, lambda name: Type.Q8_0 if "ffn_down" in name else Type.F16
+        tmp_path / "model.gguf",
+        "gemma2",
+        tokenizer_path,
+        lambda name: Type.Q8_0 if "ffn_down" in name else Type.F16,
     )
     convert(str(file), str(tmp_path / "out"))
     convert(str(hf("gemma2")), str(tmp_path / "hf"))
-    found, exact = (folder.open_tensors(tmp_path / n, folder.read_config(tmp_path / n)) for n in ("out", "hf"))
+    found, exact = (
+        folder.open_tensors(tmp_path / n, folder.read_config(tmp_path / n)) for n in ("out", "hf")
+    )
     assert set(found.dtypes.values()) == {np.dtype(np.float32)}
     for name in exact.shapes:
         x, y = found.read(name), exact.read(name)
@@ -231,7 +261,11 @@ def test_unknown_scaling_is_refused(tokenizer_path, tmp_path):
         ("gemma2.block_count", None, ["gemma2.block_count", "missing"]),
         ("gemma2.attention.head_count", 0, ["head_count=0"]),
         ("gemma2.attention.sliding_window", None, ["gemma2.attention.sliding_window=0"]),
-        ("gemma2.attention.layer_norm_rms_epsilon", [1.0], ["layer_norm_rms_epsilon=[1.0]", "float"]),
+        (
+            "gemma2.attention.layer_norm_rms_epsilon",
+            [1.0],
+            ["layer_norm_rms_epsilon=[1.0]", "float"],
+        ),
         ("gemma2.expert_count", 8, ["expert_count", "mixtures"]),
         ("gemma2.rope.scaling.type", "yarn", ["rope.scaling.type='yarn'"]),
         ("gemma2.feed_forward_length", 7, ["blk.0.ffn_gate.weight is", "expected (7, "]),
@@ -277,18 +311,36 @@ def start(tensors=0, keys=0, version=3):
         (start(tensors=2**63), ["truncated"]),
         (start(keys=2**40), ["truncated"]),
         (start(keys=1) + header(("Q", 2**62)) + bytes(64), ["truncated"]),
-        (start(keys=1) + header("key", ("I", 9), ("I", 5), ("Q", 2**60)) + bytes(64), [f"list of {2**60}"]),
-        (start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**60)) + bytes(64), [f"list of {2**60}"]),
-        (start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**20)) + bytes(64), ["truncated"]),
+        (
+            start(keys=1) + header("key", ("I", 9), ("I", 5), ("Q", 2**60)) + bytes(64),
+            [f"list of {2**60}"],
+        ),
+        (
+            start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**60)) + bytes(64),
+            [f"list of {2**60}"],
+        ),
+        (
+            start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**20)) + bytes(64),
+            ["truncated"],
+        ),
         (start(keys=1) + header("key", ("I", 9), ("I", 9), ("Q", 1)) + bytes(64), ["damaged"]),
         (start(keys=1) + header("key", ("I", 77)) + bytes(64), ["damaged", "77"]),
         (start(keys=1) + header(("Q", 1), b"\xff") + bytes(64), ["utf-8"]),
         (start(tensors=1) + tensor(dims=()) + bytes(64), ["0 dimensions"]),
         (start(tensors=1) + tensor(dims=(1,) * 5) + bytes(64), ["5 dimensions"]),
-        (start(tensors=1) + tensor(dims=(2**32, 2**32)) + bytes(64), ["ends at byte", "the file has"]),
-        (start(tensors=1) + tensor("a\nb\0c", offset=2**63) + bytes(256), ["a\\nb\\x00c", "ends at byte"]),
+        (
+            start(tensors=1) + tensor(dims=(2**32, 2**32)) + bytes(64),
+            ["ends at byte", "the file has"],
+        ),
+        (
+            start(tensors=1) + tensor("a\nb\0c", offset=2**63) + bytes(256),
+            ["a\\nb\\x00c", "ends at byte"],
+        ),
         (start(tensors=1) + tensor(kind=999) + bytes(256), ["999"]),
-        (start(tensors=1) + tensor(dims=(33,), kind=8) + bytes(256), ["rows of 33", "multiple of 32"]),
+        (
+            start(tensors=1) + tensor(dims=(33,), kind=8) + bytes(256),
+            ["rows of 33", "multiple of 32"],
+        ),
         (start(keys=1) + header("general.alignment", ("I", 4), ("I", 0)) + bytes(64), ["damaged"]),
         (start(keys=1) + header("general.alignment", ("I", 8), "x") + bytes(64), ["damaged"]),
     ],

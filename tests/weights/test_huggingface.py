@@ -1,4 +1,6 @@
-"""Hugging Face folders: published configs against the table of sizes, there and back, and what is refused."""
+"""Hugging Face folders: published configs against the table of sizes, there and back, and what is
+refused.
+"""
 
 import dataclasses
 import json
@@ -14,9 +16,15 @@ from latent_delib.errors import UserError
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences
 from latent_delib.weights import folder, huggingface
 
-# What the makers' own config.json files say, of the keys that matter; what they leave out is left out here.
+# What the makers' own config.json files say, of the keys that matter; what they leave out is left
+# out here.
 GEMMA = dict(
-    model_type="gemma", head_dim=256, hidden_act="gelu", rms_norm_eps=1e-6, rope_theta=10000.0, vocab_size=256000
+    model_type="gemma",
+    head_dim=256,
+    hidden_act="gelu",
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    vocab_size=256000,
 )
 GEMMA2 = dict(
     model_type="gemma2",
@@ -45,7 +53,13 @@ GEMMA3 = dict(
     sliding_window=512,
     vocab_size=262144,
 )
-LLAMA = dict(model_type="llama", hidden_act="silu", rms_norm_eps=1e-5, attention_bias=False, tie_word_embeddings=True)
+LLAMA = dict(
+    model_type="llama",
+    hidden_act="silu",
+    rms_norm_eps=1e-5,
+    attention_bias=False,
+    tie_word_embeddings=True,
+)
 QWEN3 = dict(
     model_type="qwen3",
     attention_bias=False,
@@ -89,10 +103,15 @@ PUBLISHED = {
     "gemma_7b": GEMMA | numbers(28, 3072, 24576, 16, 16),
     "gemma2_2b": GEMMA2 | numbers(26, 2304, 9216, 8, 4, head_dim=256, query_pre_attn_scalar=256),
     "gemma2_9b": GEMMA2 | numbers(42, 3584, 14336, 16, 8, head_dim=256, query_pre_attn_scalar=256),
-    "gemma2_27b": GEMMA2 | numbers(46, 4608, 36864, 32, 16, head_dim=128, query_pre_attn_scalar=144),
+    "gemma2_27b": GEMMA2
+    | numbers(46, 4608, 36864, 32, 16, head_dim=128, query_pre_attn_scalar=144),
     "gemma3_270m": GEMMA3
     | numbers(
-        18, 640, 2048, layer_types=([*["sliding_attention"] * 5, "full_attention"] * 3), _sliding_window_pattern=6
+        18,
+        640,
+        2048,
+        layer_types=([*["sliding_attention"] * 5, "full_attention"] * 3),
+        _sliding_window_pattern=6,
     ),
     "gemma3_1b": GEMMA3 | numbers(26, 1152, 6912, sliding_window_pattern=6),
     "gemma3_4b": dict(
@@ -109,7 +128,9 @@ PUBLISHED = {
     "gemma3_27b": dict(  # scalings in the form of transformers 5, the local base in that of 4
         model_type="gemma3",
         text_config=GEMMA3
-        | numbers(62, 5376, 21504, 32, 16, head_dim=128, query_pre_attn_scalar=168, sliding_window=1024)
+        | numbers(
+            62, 5376, 21504, 32, 16, head_dim=128, query_pre_attn_scalar=168, sliding_window=1024
+        )
         | dict(
             rope_parameters={
                 "full_attention": {"factor": 8.0, "rope_type": "linear"},
@@ -117,11 +138,14 @@ PUBLISHED = {
             }
         ),
     ),
-    "smollm2_135m": LLAMA | numbers(30, 576, 1536, 9, 3, rope_theta=100000, vocab_size=49152, rope_scaling=None),
+    "smollm2_135m": LLAMA
+    | numbers(30, 576, 1536, 9, 3, rope_theta=100000, vocab_size=49152, rope_scaling=None),
     "smollm2_360m": LLAMA | numbers(32, 960, 2560, 15, 5, rope_theta=100000, vocab_size=49152),
     "smollm2_1.7b": LLAMA | numbers(24, 2048, 8192, 32, 32, rope_theta=130000, vocab_size=49152),
     "llama3.2_1b": LLAMA
-    | numbers(16, 2048, 8192, 32, 8, head_dim=64, mlp_bias=False, rope_theta=500000.0, vocab_size=128256)
+    | numbers(
+        16, 2048, 8192, 32, 8, head_dim=64, mlp_bias=False, rope_theta=500000.0, vocab_size=128256
+    )
     | dict(
         rope_scaling=dict(
             factor=32.0,
@@ -134,9 +158,11 @@ PUBLISHED = {
     "llama3_8b": LLAMA
     | numbers(32, 4096, 14336, 32, 8, rope_theta=500000.0, vocab_size=128256, rope_scaling=None)
     | dict(tie_word_embeddings=False),
-    "qwen2.5_0.5b": QWEN25 | numbers(24, 896, 4864, 14, 2, max_window_layers=24, sliding_window=32768),
+    "qwen2.5_0.5b": QWEN25
+    | numbers(24, 896, 4864, 14, 2, max_window_layers=24, sliding_window=32768),
     "qwen2.5_1.5b": QWEN25 | numbers(28, 1536, 8960, 12, 2),
-    "qwen2.5_7b": QWEN25 | numbers(28, 3584, 18944, 28, 4, tie_word_embeddings=False, vocab_size=152064),
+    "qwen2.5_7b": QWEN25
+    | numbers(28, 3584, 18944, 28, 4, tie_word_embeddings=False, vocab_size=152064),
     "qwen3_0.6b": QWEN3 | dict(hidden_size=1024, intermediate_size=3072),
     "qwen3_1.7b": QWEN3 | dict(hidden_size=2048, intermediate_size=6144),
 }
@@ -146,7 +172,8 @@ PUBLISHED = {
 def test_sizes_are_the_published_ones(size):
     found = huggingface.architecture(PUBLISHED[size], "config.json")
     assert differences(found, SIZES[size]) == []
-    assert [name for name, other in SIZES.items() if not differences(found, other)] == [size]  # and no two alike
+    # and no two alike
+    assert [name for name, other in SIZES.items() if not differences(found, other)] == [size]
     leaves = folder.by_name(folder.shapes(SIZES[size]))
     assert ("head" in leaves) == (not PUBLISHED[size].get("tie_word_embeddings", True))
     assert ("layers.attn.q_bias" in leaves) == size.startswith("qwen2.5")
@@ -158,12 +185,16 @@ def test_every_size_has_a_published_config():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_config_json_there_and_back(size):
-    fields = json.loads(json.dumps(huggingface.config_json(SIZES[size], "bfloat16", {"bos_token_id": 2})))
+    fields = json.loads(
+        json.dumps(huggingface.config_json(SIZES[size], "bfloat16", {"bos_token_id": 2}))
+    )
     assert huggingface.architecture(fields, "x") == SIZES[size]
 
 
 def test_what_transformers_cannot_compute_is_not_exported():
-    odd = TransformerConfig(2, 32, 4, 2, 48, 97, layer_pattern=("local", "global"), window=5, post_norms=True)
+    odd = TransformerConfig(
+        2, 32, 4, 2, 48, 97, layer_pattern=("local", "global"), window=5, post_norms=True
+    )
     huggingface.config_json(odd, "float32", {})
     for changes, words in (
         (dict(local_rope_base=5.0), "local_rope_base"),
@@ -208,14 +239,19 @@ def test_nothing_is_rounded_unless_asked_for(hf, tmp_path):
     file = folder.open_tensors(tmp_path / "rounded", folder.read_config(tmp_path / "rounded"))
     assert set(file.dtypes.values()) == {np.dtype(ml_dtypes.bfloat16)}
     convert(str(tmp_path / "exact"), str(tmp_path / "rounded later"), dtype="bfloat16")
-    assert folder.fingerprint(tmp_path / "rounded") == folder.fingerprint(tmp_path / "rounded later")
+    assert folder.fingerprint(tmp_path / "rounded") == folder.fingerprint(
+        tmp_path / "rounded later"
+    )
 
 
 def in_shards(where, tensors, index):
     """Replaces model.safetensors by two files and an index of `index`, name -> file."""
     (where / "model.safetensors").unlink()
     for file in ("a.safetensors", "b.safetensors"):
-        save_file({n: x for n, x in tensors.items() if (hash_of(n) == 0) == (file[0] == "a")}, where / file)
+        save_file(
+            {n: x for n, x in tensors.items() if (hash_of(n) == 0) == (file[0] == "a")},
+            where / file,
+        )
     (where / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
@@ -248,11 +284,16 @@ def test_gemma_3_with_vision(hf, tmp_path):
     """The text part of a multimodal checkpoint, under both names it has had."""
     config, tensors = stored("gemma3")
     convert(str(hf("gemma3")), str(tmp_path / "plain"))
-    vision = {"vision_tower.x.weight": np.ones((2, 3), np.float32), "multi_modal_projector.y": np.ones(3, np.float32)}
+    vision = {
+        "vision_tower.x.weight": np.ones((2, 3), np.float32),
+        "multi_modal_projector.y": np.ones(3, np.float32),
+    }
     for i, prefix in enumerate(("language_model.model.", "model.language_model.")):
         renamed = {prefix + name.removeprefix("model."): x for name, x in tensors.items()}
         where = hf("gemma3", renamed | vision)
-        (where / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
+        (where / "config.json").write_text(
+            json.dumps({"model_type": "gemma3", "text_config": config})
+        )
         convert(str(where), str(tmp_path / f"text{i}"))
         assert folder.fingerprint(tmp_path / f"text{i}") == folder.fingerprint(tmp_path / "plain")
 
@@ -290,12 +331,24 @@ def test_every_wrong_tensor_is_listed_by_both_names(hf, tmp_path):
         ("llama", dict(model_type=["llama"]), ["model_type=['llama']"]),
         ("llama", dict(tie_word_embeddings=False), ["missing lm_head.weight (320, 36) (head)"]),
         ("llama", dict(tie_word_embeddings="no"), ["tie_word_embeddings='no'"]),
-        ("qwen2", dict(model_type="llama", head_dim=8), ["unknown model.layers.0.self_attn.q_proj.bias (32,)"]),
+        (
+            "qwen2",
+            dict(model_type="llama", head_dim=8),
+            ["unknown model.layers.0.self_attn.q_proj.bias (32,)"],
+        ),
         ("llama", dict(attention_bias=True), ["attention_bias=True"]),
         ("llama", dict(hidden_act="gelu"), ["hidden_act='gelu'", "silu"]),
         ("gemma2", dict(hidden_activation="relu"), ["hidden_act='relu'"]),
-        ("llama", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["yarn", "llama3"]),
-        ("llama", dict(rope_parameters={"rope_type": "llama3", "factor": 2.0}), ["low_freq_factor=None", "float"]),
+        (
+            "llama",
+            dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+            ["yarn", "llama3"],
+        ),
+        (
+            "llama",
+            dict(rope_parameters={"rope_type": "llama3", "factor": 2.0}),
+            ["low_freq_factor=None", "float"],
+        ),
         ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
         ("llama", dict(rope_parameters=3), ["rope_parameters=3"]),
         ("llama", dict(rope_parameters={}, rope_scaling="linear"), ["rope_scaling='linear'"]),
@@ -304,9 +357,21 @@ def test_every_wrong_tensor_is_listed_by_both_names(hf, tmp_path):
         ("llama", dict(num_hidden_layers="3"), ["num_hidden_layers='3'"]),
         ("llama", dict(hidden_size=True), ["hidden_size=True"]),
         ("llama", dict(hidden_size=None), ["hidden_size is missing"]),
-        ("llama", dict(hidden_size=10**18), ["config.json: hidden_size=1000000000000000000, expected a number below"]),
-        ("llama", dict(num_hidden_layers=-1), ["config.json: num_hidden_layers=-1: expected at least 1"]),
-        ("llama", dict(num_attention_heads=0), ["config.json: num_attention_heads=0: expected at least 1"]),
+        (
+            "llama",
+            dict(hidden_size=10**18),
+            ["config.json: hidden_size=1000000000000000000, expected a number below"],
+        ),
+        (
+            "llama",
+            dict(num_hidden_layers=-1),
+            ["config.json: num_hidden_layers=-1: expected at least 1"],
+        ),
+        (
+            "llama",
+            dict(num_attention_heads=0),
+            ["config.json: num_attention_heads=0: expected at least 1"],
+        ),
         ("llama", dict(rms_norm_eps=0), ["config.json: rms_norm_eps=0.0: expected more than 0"]),
         (
             "llama",
@@ -316,7 +381,11 @@ def test_every_wrong_tensor_is_listed_by_both_names(hf, tmp_path):
         ("llama", dict(rms_norm_eps="small"), ["rms_norm_eps='small'"]),
         ("gemma3", dict(layer_types=["full_attention"]), ["layer_types", "7"]),
         ("gemma3", dict(layer_types=[[]] * 7), ["layer_types"]),
-        ("gemma3", dict(sliding_window=None, layer_types=["full_attention"] * 6 + ["x"]), ["layer_types"]),
+        (
+            "gemma3",
+            dict(sliding_window=None, layer_types=["full_attention"] * 6 + ["x"]),
+            ["layer_types"],
+        ),
         ("gemma3", dict(use_bidirectional_attention=True), ["use_bidirectional_attention=True"]),
         ("llama", dict(vocab_size=300), ["(300, 36)", "(320, 36)"]),
     ],
@@ -350,12 +419,18 @@ def test_files_that_are_refused(hf, tmp_path):
 def test_a_checkpoint_is_inside_a_workdir(tmp_path):
     where = tmp_path / "run" / "checkpoints" / "4"
     where.mkdir(parents=True)
-    refused(where, tmp_path / "out", f"--source={where}: is inside the workdir {tmp_path / 'run'}; name that")
+    refused(
+        where,
+        tmp_path / "out",
+        f"--source={where}: is inside the workdir {tmp_path / 'run'}; name that",
+    )
 
 
 def test_the_packaged_decoder_is_a_source(tmp_path):
     convert("packaged", str(tmp_path / "out"))
-    theirs, ours = (folder.open_tensors(f, folder.read_config(f)) for f in (folder.PACKAGED, tmp_path / "out"))
+    theirs, ours = (
+        folder.open_tensors(f, folder.read_config(f)) for f in (folder.PACKAGED, tmp_path / "out")
+    )
     assert theirs.shapes == ours.shapes
 
 
@@ -379,4 +454,9 @@ def test_arguments_that_are_refused(hf, tmp_path):
 def test_a_tokenizer_larger_than_the_token_table(hf, tmp_path):
     config, tensors = stored("llama")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:300]
-    refused(hf("llama", tensors, vocab_size=300), tmp_path / "out", "tokenizer has 320 pieces", "300 rows")
+    refused(
+        hf("llama", tensors, vocab_size=300),
+        tmp_path / "out",
+        "tokenizer has 320 pieces",
+        "300 rows",
+    )

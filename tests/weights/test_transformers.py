@@ -1,4 +1,6 @@
-"""What `transformers` makes of an exported folder: marked `reference`, skipped where it is not installed."""
+"""What `transformers` makes of an exported folder: marked `reference`, skipped where it is not
+installed.
+"""
 
 import shutil
 from pathlib import Path
@@ -11,7 +13,13 @@ import latent_delib as ld
 from latent_delib.convert import convert
 
 pytestmark = pytest.mark.reference
-TEXTS = ("the cat sat on  a mat\n\tand ran", " leading", "ünïcode 🎉", "x" * 40, "def f(x):\n    return x\n")
+TEXTS = (
+    "the cat sat on  a mat\n\tand ran",
+    " leading",
+    "ünïcode 🎉",
+    "x" * 40,
+    "def f(x):\n    return x\n",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -20,7 +28,10 @@ def test_an_exported_decoder_computes_the_same(hf, tmp_path, family):
     convert(str(hf(family)), str(tmp_path / "ours"))
     convert(str(tmp_path / "ours"), str(tmp_path / "back"), to="huggingface")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "back", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        tmp_path / "back",
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
     )
     assert not any(info.values()), info
     tokens = np.random.default_rng(0).integers(4, 320, (2, 24))
@@ -33,7 +44,11 @@ def test_an_exported_decoder_computes_the_same(hf, tmp_path, family):
 @pytest.mark.parametrize("decoder", ["packaged", "runs/smollm2_135m/decoder"])
 def test_an_exported_tokenizer_reads_the_same(tmp_path, decoder):
     transformers = pytest.importorskip("transformers")
-    where = Path(ld.__file__).parent / "weights" / "packaged" if decoder == "packaged" else Path(decoder)
+    where = (
+        Path(ld.__file__).parent / "weights" / "packaged"
+        if decoder == "packaged"
+        else Path(decoder)
+    )
     if not where.is_dir():
         pytest.skip(f"{where} is not there: launch/smollm2.sh makes it")
     shutil.copytree(where, tmp_path / "ours")

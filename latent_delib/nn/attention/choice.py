@@ -1,7 +1,9 @@
-"""Chooses the form of attention for a device. "auto" takes a kernel only on cards where it is proven.
+"""Chooses the form of attention for a device. "auto" takes a kernel only on cards where it is
+proven.
 
-`python -m benchmarks.chip` proves a kernel: it compares it with the reference on the card itself. A card is proven by
-its family, for which one result is committed, or by a run on the same machine, which leaves a record.
+`python -m benchmarks.chip` proves a kernel: it compares it with the reference on the card itself. A
+card is proven by its family, for which one result is committed, or by a run on the same machine,
+which leaves a record.
 """
 
 import functools
@@ -32,9 +34,9 @@ HOW = "`python -m benchmarks.chip` proves it"
 def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str:
     """Returns the form to use on a device.
 
-    "auto" becomes the kernel of the device's platform where that is proven and compiles, elsewhere "xla", with one
-    line that says why. A device that is not attached, for which a compiler is asked, gets the kernel. A kernel that its
-    GPU cannot run becomes "xla".
+    "auto" becomes the kernel of the device's platform where that is proven and compiles, elsewhere
+    "xla", with one line that says why. A device that is not attached, for which a compiler is
+    asked, gets the kernel. A kernel that its GPU cannot run becomes "xla".
 
     Args:
       form: "auto", or one of `forms.FORMS`.
@@ -73,7 +75,8 @@ def note(kernel: str, family: str, about: dict[str, str] | None) -> Path:
     """Writes this machine's record of a kernel on a family of cards, and returns its path.
 
     Args:
-      about: the card, the date and the version of jax of the run that proved it. None takes the record away.
+      about: the card, the date and the version of jax of the run that proved it. None takes the
+        record away.
     """
     records = _records()
     of_kernel = records.setdefault(kernel, {})
@@ -86,9 +89,11 @@ def note(kernel: str, family: str, about: dict[str, str] | None) -> Path:
 
 
 def is_proven(kernel: str, device: Any) -> bool:
-    """Tells whether a kernel is proven on a card: by its family, or on this machine with this version of jax.
+    """Tells whether a kernel is proven on a card: by its family, or on this machine with this
+    version of jax.
 
-    All processes of a job must decide alike, so where there are several no machine's own record counts.
+    All processes of a job must decide alike, so where there are several no machine's own record
+    counts.
     """
     if family(device) in PROVEN[kernel]:
         return True
@@ -104,17 +109,22 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
     if not is_proven(kernel, device):
         _tell(f"attention: {kernel} is not proven on {named(device)}; xla does instead; {HOW}")
         return "xla"
-    # Only the first process could compile for the first device; where there are several, what fails is loud.
+    # Only the first process could compile for the first device; where there are several, what fails
+    # is loud.
     why = None if jax.process_count() > 1 else _failure(kernel, device, config, dtype)
     if why:
-        _tell(f"attention: {kernel} does not compile for {device.device_kind}; xla does instead: {why}")
+        _tell(
+            f"attention: {kernel} does not compile for {device.device_kind}; xla does instead: {why}"
+        )
         return "xla"
     return kernel
 
 
 @functools.cache
 def _failure(kernel: str, device: Any, config: TransformerConfig, dtype: Any) -> str | None:
-    """Compiles a call of whole blocks, forward and backward; returns the compiler's words where that fails."""
+    """Compiles a call of whole blocks, forward and backward; returns the compiler's words where
+    that fails.
+    """
     array = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
     H = config.head_dim
     q = array((1, 4, 128, config.num_heads // config.num_kv_heads, H), dtype)
@@ -155,7 +165,9 @@ def _path() -> Path:
 
 
 def _records() -> dict[str, dict[str, dict[str, str]]]:
-    """Returns this machine's records: kernel -> family -> about; empty where there are none, or no JSON."""
+    """Returns this machine's records: kernel -> family -> about; empty where there are none, or no
+    JSON.
+    """
     try:
         found = json.loads(_path().read_text())
     except (OSError, ValueError, RuntimeError):  # the last: no home

@@ -1,8 +1,10 @@
-"""The forms of the attention primitive, and one gradient for all of them; `choice` chooses among them.
+"""The forms of the attention primitive, and one gradient for all of them; `choice` chooses among
+them.
 
-"reference" is `primitive.attend`. The others are a forward pass that also returns every row's log-sum-exp, and a
-backward pass that starts from it: "xla" for every platform, "pallas_gpu" and "pallas_tpu" as kernels. On any other
-platform than its own a kernel is interpreted, which is correct and very slow.
+"reference" is `primitive.attend`. The others are a forward pass that also returns every row's
+log-sum-exp, and a backward pass that starts from it: "xla" for every platform, "pallas_gpu" and
+"pallas_tpu" as kernels. On any other platform than its own a kernel is interpreted, which is
+correct and very slow.
 """
 
 import warnings
@@ -18,8 +20,11 @@ from latent_delib.nn.attention.primitive import Bounds, Keys
 
 KERNELS = {"pallas_gpu": (gpu, "cuda"), "pallas_tpu": (tpu, "tpu")}
 FORMS = ("reference", "xla", *KERNELS)
-FEW = 16  # queries per row: the scores of so few fit anywhere, and decoding is a product with the cache in any form
-SAVED = ("attention_out", "attention_lse")  # names of the results that a backward pass needs beside q, k and v
+# queries per row: the scores of so few fit anywhere, and decoding is a product with the cache in
+# any form
+FEW = 16
+# names of the results that a backward pass needs beside q, k and v
+SAVED = ("attention_out", "attention_lse")
 
 
 class Call(NamedTuple):
@@ -31,8 +36,12 @@ class Call(NamedTuple):
     shared_memory: int
 
 
-def unsupported(kernel: str, q_shape: tuple[int, ...], prefix_length: int | None, dtype: Any) -> str | None:
-    """Returns why a kernel cannot serve a call ("head dim 80"), or None. prefix_length: T, or None without a prefix."""
+def unsupported(
+    kernel: str, q_shape: tuple[int, ...], prefix_length: int | None, dtype: Any
+) -> str | None:
+    """Returns why a kernel cannot serve a call ("head dim 80"), or None. prefix_length: T, or None
+    without a prefix.
+    """
     H = q_shape[-1]
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {jnp.dtype(dtype)}"
@@ -56,9 +65,11 @@ def attend(
     few: int = FEW,
     shared_memory: int = gpu.LEAST,
 ) -> jax.Array:
-    """Computes `primitive.attend` in one of FORMS; gradients reach every input that is differentiated.
+    """Computes `primitive.attend` in one of FORMS; gradients reach every input that is
+    differentiated.
 
-    A kernel that does not serve these shapes, or not the gradient of a prefix, warns, and "xla" computes instead.
+    A kernel that does not serve these shapes, or not the gradient of a prefix, warns, and "xla"
+    computes instead.
 
     Args:
       q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
@@ -67,13 +78,17 @@ def attend(
       shared_memory: bytes that the GPU's kernels are cut to fit.
     """
     if form == "reference" or q_BMSNH.shape[1] * q_BMSNH.shape[2] <= few:
-        return primitive.attend(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=scale, softcap=softcap)
+        return primitive.attend(
+            q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=scale, softcap=softcap
+        )
     if form in KERNELS:
         length = None if prefix is None else prefix[0].shape[1]
         why = unsupported(form, q_BMSNH.shape, length, q_BMSNH.dtype)
         if why:
             form = give_way(form, why)
-    return _attend(q_BMSNH, (k_BMSKH, v_BMSKH), prefix, bounds, Call(form, scale, softcap, shared_memory))
+    return _attend(
+        q_BMSNH, (k_BMSKH, v_BMSKH), prefix, bounds, Call(form, scale, softcap, shared_memory)
+    )
 
 
 def give_way(form: str, why: str) -> str:
@@ -99,12 +114,17 @@ def _kernel(call: Call, name: str, *operands: Any) -> Any:
     function = partial(getattr(module, name), scale=call.scale, softcap=call.softcap)
     if call.form == "pallas_gpu":
         function = partial(function, shared_memory=call.shared_memory)
-    forms = {platform: partial(function, interpret=False), "default": partial(function, interpret=True)}
+    forms = {
+        platform: partial(function, interpret=False),
+        "default": partial(function, interpret=True),
+    }
     return jax.lax.platform_dependent(*operands, **forms)
 
 
 def _save(q, own, prefix, bounds, call):
-    """Runs the forward pass of a differentiated call; whether the prefix is differentiated is saved as structure."""
+    """Runs the forward pass of a differentiated call; whether the prefix is differentiated is saved
+    as structure.
+    """
     into_prefix = any(x.perturbed for x in jax.tree.leaves(prefix))
     q, own, prefix, bounds = jax.tree.map(lambda x: x.value, (q, own, prefix, bounds))
     out, lse = _forward(q, own, prefix, bounds, call)
@@ -119,7 +139,8 @@ def _backward(call, saved, dout):
     form, wanted = call.form, into_prefix is not None
     if form in KERNELS and wanted:
         form = give_way(form, "the gradient of a prefix")
-    # What the softmax takes off: the gradient of a score is its weight * (gradient of the weight - delta).
+    # What the softmax takes off: the gradient of a score is its weight * (gradient of the weight -
+    # delta).
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
     if form == "xla":
         operands = q, own, prefix, bounds, lse, delta, dout

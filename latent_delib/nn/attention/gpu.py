@@ -1,13 +1,15 @@
-"""The attention primitive for NVIDIA GPUs: `primitive.attend` as Pallas-Triton kernels, with a gradient.
+"""The attention primitive for NVIDIA GPUs: `primitive.attend` as Pallas-Triton kernels, with a
+gradient.
 
-A row is a (token, g) pair of one key head, over the flattened tokens of all M groups, so the G query heads of a key
-head share the loaded keys. The own keys of all groups are flattened the same way: a row then sees one range of prefix
-slots and one range of own tokens, and a program of some rows walks the key blocks of the first, then of the second,
-from the least start to the greatest stop among its rows. That skips most of the work where neighbouring groups have
-neighbouring positions; any other order is slower, and as correct.
+A row is a (token, g) pair of one key head, over the flattened tokens of all M groups, so the G
+query heads of a key head share the loaded keys. The own keys of all groups are flattened the same
+way: a row then sees one range of prefix slots and one range of own tokens, and a program of some
+rows walks the key blocks of the first, then of the second, from the least start to the greatest
+stop among its rows. That skips most of the work where neighbouring groups have neighbouring
+positions; any other order is slower, and as correct.
 
-Backward: one kernel for dq like the forward one, one for the own dk and dv. The prefix gets no gradient, so nothing is
-summed across programs.
+Backward: one kernel for dq like the forward one, one for the own dk and dv. The prefix gets no
+gradient, so nothing is summed across programs.
 """
 
 from functools import partial
@@ -25,14 +27,18 @@ from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import precision
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
-LOG2E = 1.4426950408889634  # the hardware's exponential is exp2: inside the kernels scores are in units of log(2)
+# the hardware's exponential is exp2: inside the kernels scores are in units of log(2)
+LOG2E = 1.4426950408889634
 MASKED = -1e30  # finite: a row that sees nothing of a block must not become NaN
-# Scores within this need no maximum subtracted: e^60 leaves float32 a factor of 1e12 for the number and size of values.
+# Scores within this need no maximum subtracted: e^60 leaves float32 a factor of 1e12 for the number
+# and size of values.
 BOUNDED = 60.0
 
 
 class Blocks(NamedTuple):
-    """Says how one kernel is cut: rows and keys per block, warps per program, stages of its load pipeline."""
+    """Says how one kernel is cut: rows and keys per block, warps per program, stages of its load
+    pipeline.
+    """
 
     rows: int
     keys: int
@@ -40,14 +46,22 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Bytes of shared memory that one program may have, on these cards and by compute capability (CUDA programming guide).
-# Every card that runs these kernels has LEAST.
+# Bytes of shared memory that one program may have, on these cards and by compute capability (CUDA
+# programming guide). Every card that runs these kernels has LEAST.
 H100, A100, L4 = 227 * 1024, 163 * 1024, 99 * 1024
-SHARED_MEMORY = {"8.0": A100, "8.6": L4, "8.7": A100, "8.9": L4, "9.0": H100, "10.0": H100, "12.0": L4}
+SHARED_MEMORY = {
+    "8.0": A100,
+    "8.6": L4,
+    "8.7": A100,
+    "8.9": L4,
+    "9.0": H100,
+    "10.0": H100,
+    "12.0": L4,
+}
 LEAST = L4
 
-# Blocks by head dim, and by the shared memory that they take, most first. XLA compiles them for such a card; for an
-# H100 no registers are spilled, and products overlap.
+# Blocks by head dim, and by the shared memory that they take, most first. XLA compiles them for
+# such a card; for an H100 no registers are spilled, and products overlap.
 BFLOAT16 = {
     "forward": {
         64: {L4: Blocks(128, 64, 8, 3)},
@@ -99,8 +113,8 @@ class Source(NamedTuple):
 def shared_memory_of(device: Any) -> int:
     """Returns the bytes of shared memory that one program may have on a device.
 
-    Returns LEAST for a card that is not listed, and for other devices, which interpret the kernels. Returns 0 for a GPU
-    that cannot run them: of a compute capability below 8.0, or not NVIDIA's.
+    Returns LEAST for a card that is not listed, and for other devices, which interpret the kernels.
+    Returns 0 for a GPU that cannot run them: of a compute capability below 8.0, or not NVIDIA's.
     """
     if device.platform not in ("gpu", "cuda"):
         return LEAST
@@ -111,7 +125,8 @@ def shared_memory_of(device: Any) -> int:
     return SHARED_MEMORY.get(capability, LEAST)
 
 
-# The calls. Their arrays are [B, U, K, G, ...], [B, X, K, H] and [B, any], where U = M * S counts the tokens of a row.
+# The calls. Their arrays are [B, U, K, G, ...], [B, X, K, H] and [B, any], where U = M * S counts
+# the tokens of a row.
 
 
 def forward(
@@ -126,26 +141,48 @@ def forward(
     shared_memory: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
+    """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp,
+    float32 [B, M, S, N].
 
     Args:
-      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays all bfloat16 or all
-        float32. With bfloat16 the tanh of the softcap is the hardware's, of relative error 2^-11.
+      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays
+        all bfloat16 or all float32. With bfloat16 the tanh of the softcap is the hardware's, of
+        relative error 2^-11.
       shared_memory: bytes that one program may have; the largest blocks that fit are taken.
       interpret: run the kernels as ordinary JAX, on any platform.
     """
     options = Options(scale, softcap, shared_memory, interpret)
     rows = by_head(q_BMSNH, k_BMSKH.shape[3])
     cut = _cut("forward", rows, shared_memory)
-    outputs = jax.ShapeDtypeStruct(rows.shape, v_BMSKH.dtype), jax.ShapeDtypeStruct(rows.shape[:-1], jnp.float32)
+    outputs = (
+        jax.ShapeDtypeStruct(rows.shape, v_BMSKH.dtype),
+        jax.ShapeDtypeStruct(rows.shape[:-1], jnp.float32),
+    )
     out, lse = _call(
-        _forward_kernel, [rows], _sources(k_BMSKH, v_BMSKH, prefix, bounds, rows, cut), outputs, cut, options
+        _forward_kernel,
+        [rows],
+        _sources(k_BMSKH, v_BMSKH, prefix, bounds, rows, cut),
+        outputs,
+        cut,
+        options,
     )
     return out.reshape(q_BMSNH.shape), lse.reshape(q_BMSNH.shape[:-1])
 
 
 def backward(
-    q, k, v, prefix, bounds, lse, delta, dout, *, scale: float, softcap: float, shared_memory: int, interpret: bool
+    q,
+    k,
+    v,
+    prefix,
+    bounds,
+    lse,
+    delta,
+    dout,
+    *,
+    scale: float,
+    softcap: float,
+    shared_memory: int,
+    interpret: bool,
 ):
     """Returns the gradients of q, k and v, each like its operand; the prefix is a constant.
 
@@ -170,10 +207,13 @@ def _own_gradient(rows, k, v, bounds, options):
     """Returns dk and dv [B, U, K, H]."""
     cut = _cut("own_gradient", rows[0], options.shared_memory)
     [own] = _sources(k, v, None, bounds, rows[0], cut)
-    # Here a program holds keys and walks rows: from those of its first key to the last that sees one of its keys.
+    # Here a program holds keys and walks rows: from those of its first key to the last that sees
+    # one of its keys.
     (B, U), G = own.lo.shape, rows[0].shape[3]
     start = cut.keys * np.arange(pl.cdiv(U, cut.keys))
-    until = jnp.max(own.hi[:, None], axis=2, where=own.lo[:, None] < start[:, None] + cut.keys, initial=0)
+    until = jnp.max(
+        own.hi[:, None], axis=2, where=own.lo[:, None] < start[:, None] + cut.keys, initial=0
+    )
     first = jnp.broadcast_to(jnp.int32(start * G // cut.rows), (B, len(start)))
     own = own._replace(first=first, last=pl.cdiv(until * G, cut.rows))
     outputs = jax.ShapeDtypeStruct(own.k.shape, k.dtype), jax.ShapeDtypeStruct(own.v.shape, v.dtype)
@@ -189,7 +229,9 @@ def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
 
 
 def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
-    """Returns the sources of rows: the prefix where there is one, and the own tokens of all groups in one sequence."""
+    """Returns the sources of rows: the prefix where there is one, and the own tokens of all groups
+    in one sequence.
+    """
     B, U, _, G, _ = q_BUKGH.shape
     index = np.arange(U, dtype=np.int32)
     own_start = flat(bounds.own_start) + (index - index % k.shape[2])
@@ -198,17 +240,22 @@ def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
         start = jnp.maximum(flat(bounds.prefix_start), 0)
         stop = jnp.minimum(flat(bounds.prefix_stop), prefix[0].shape[1])
         found.insert(0, (*prefix, start, jnp.maximum(start, stop)))
-    # A kernel that found these limits itself would have them in every lane, and no compiler could tell they are equal.
+    # A kernel that found these limits itself would have them in every lane, and no compiler could
+    # tell they are equal.
     token = np.arange(pl.cdiv(U * G, cut.rows) * cut.rows).reshape(-1, cut.rows) // G
     token = np.minimum(token, U - 1)  # [programs, rows]
     return [
-        Source(k, v, lo, hi, lo[:, token].min(-1) // cut.keys, pl.cdiv(hi[:, token].max(-1), cut.keys))
+        Source(
+            k, v, lo, hi, lo[:, token].min(-1) // cut.keys, pl.cdiv(hi[:, token].max(-1), cut.keys)
+        )
         for k, v, lo, hi in found
     ]
 
 
 def _call(kernel, rows, sources, outputs, cut, options):
-    """Runs kernel(*rows, sources, *outputs) for each program of the sources, sequence and key head, on their share."""
+    """Runs kernel(*rows, sources, *outputs) for each program of the sources, sequence and key head,
+    on their share.
+    """
 
     def share(x):
         shape = (None, x.shape[1], None, *x.shape[3:])[: x.ndim]
@@ -227,7 +274,8 @@ def _call(kernel, rows, sources, outputs, cut, options):
     )(*inputs)
 
 
-# The kernels. Refs are one sequence's and one key head's: rows [U, G, H] or [U, G], keys [X, H], ranges [U].
+# The kernels. Refs are one sequence's and one key head's: rows [U, G, H] or [U, G], keys [X, H],
+# ranges [U].
 
 
 class _Rows(NamedTuple):
@@ -274,7 +322,9 @@ def _within(index, lo, hi):
 
 
 def _fold(program, rows, sources, cut, step, carry):
-    """Applies carry = step(k, v, visible, carry) to every block of keys that one of the rows may see."""
+    """Applies carry = step(k, v, visible, carry) to every block of keys that one of the rows may
+    see.
+    """
     for source in sources:
         lo, hi = rows.load(source.lo)[:, None], rows.load(source.hi)[:, None]
 
@@ -289,7 +339,9 @@ def _fold(program, rows, sources, cut, step, carry):
 def _dot(a, b, contract):
     """Contracts a and b over these axes, float32."""
     axes = ((contract[:1], contract[1:]), ((), ()))
-    return lax.dot_general(a, b, axes, precision=precision(a, b), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, axes, precision=precision(a, b), preferred_element_type=jnp.float32
+    )
 
 
 def _exp2(x, options):
@@ -297,12 +349,16 @@ def _exp2(x, options):
         return jnp.exp2(x)
     # jnp.exp2 is this instruction and three more around it, for results below 2^-126.
     result = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
-    instruction = partial(plgpu.elementwise_inline_asm, "ex2.approx.ftz.f32 $0, $1;", constraints="=f,f", pack=1)
+    instruction = partial(
+        plgpu.elementwise_inline_asm, "ex2.approx.ftz.f32 $0, $1;", constraints="=f,f", pack=1
+    )
     return instruction(args=[x], result_shape_dtypes=result)[0]
 
 
 def _scores(a, b, options):
-    """Returns scores of the rows of a and b in units of log(2), and the slope of the softcap there."""
+    """Returns scores of the rows of a and b in units of log(2), and the slope of the softcap
+    there.
+    """
     products = _dot(a, b, (1, 1))
     if not options.softcap:
         return products * (options.scale * LOG2E), 1.0
@@ -312,7 +368,8 @@ def _scores(a, b, options):
 
 
 def _forward_kernel(q_ref, sources, out_ref, lse_ref, *, cut, options):
-    # Programs start in order, and the highest positions have the most to do: those first, or the end waits for them.
+    # Programs start in order, and the highest positions have the most to do: those first, or the
+    # end waits for them.
     program = pl.num_programs(0) - 1 - pl.program_id(0)
     rows = _rows(program, cut.rows, q_ref)
     q = rows.load(q_ref)
@@ -322,7 +379,8 @@ def _forward_kernel(q_ref, sources, out_ref, lse_ref, *, cut, options):
         out, total, top = carry
         scores = jnp.where(visible, _scores(q, k, options)[0], MASKED)
         if not bounded:
-            # A row that has seen nothing yet adds up nonsense, which the factor takes to zero when it does see a key.
+            # A row that has seen nothing yet adds up nonsense, which the factor takes to zero when
+            # it does see a key.
             higher = jnp.maximum(top, jnp.max(scores, axis=1))
             factor, top = _exp2(top - higher, options), higher
             out, total, scores = out * factor[:, None], total * factor, scores - top[:, None]
@@ -351,7 +409,9 @@ def _query_gradient_kernel(q_ref, dout_ref, lse_ref, delta_ref, sources, dq_ref,
     rows.store(dq_ref, options.scale * _fold(program, rows, sources, cut, step, jnp.zeros(q.shape)))
 
 
-def _own_gradient_kernel(q_ref, dout_ref, lse_ref, delta_ref, sources, dk_ref, dv_ref, *, cut, options):
+def _own_gradient_kernel(
+    q_ref, dout_ref, lse_ref, delta_ref, sources, dk_ref, dv_ref, *, cut, options
+):
     [own] = sources
     program = pl.program_id(0)
     index, k, v = _keys(program, cut.keys, own.k, own.v)
@@ -359,14 +419,20 @@ def _own_gradient_kernel(q_ref, dout_ref, lse_ref, delta_ref, sources, dk_ref, d
     def body(block, carry):
         dk, dv = carry
         rows = _rows(block, cut.rows, q_ref)
-        q, dout, lse, delta, lo, hi = (rows.load(x) for x in (q_ref, dout_ref, lse_ref, delta_ref, own.lo, own.hi))
+        q, dout, lse, delta, lo, hi = (
+            rows.load(x) for x in (q_ref, dout_ref, lse_ref, delta_ref, own.lo, own.hi)
+        )
         scores, slope = _scores(k, q, options)
-        weights = _exp2(jnp.where(_within(index[:, None], lo, hi), scores - lse * LOG2E, MASKED), options)
+        weights = _exp2(
+            jnp.where(_within(index[:, None], lo, hi), scores - lse * LOG2E, MASKED), options
+        )
         dv += _dot(weights.astype(dout.dtype), dout, (1, 0))
         dscores = weights * slope * (_dot(v, dout, (1, 1)) - delta)
         return dk + _dot(dscores.astype(q.dtype), q, (1, 0)), dv
 
-    dk, dv = lax.fori_loop(own.first[program], own.last[program], body, (jnp.zeros(k.shape), jnp.zeros(v.shape)))
+    dk, dv = lax.fori_loop(
+        own.first[program], own.last[program], body, (jnp.zeros(k.shape), jnp.zeros(v.shape))
+    )
     for ref, x in (dk_ref, options.scale * dk), (dv_ref, dv):
         at = ref.at[pl.ds(program * cut.keys, cut.keys)]
         plgpu.store(at, x.astype(ref.dtype), mask=(index < ref.shape[0])[:, None])

@@ -1,4 +1,6 @@
-"""How the forms of attention lay out the tokens of all groups in one sequence, the heads that share keys together."""
+"""How the forms of attention lay out the tokens of all groups in one sequence, the heads that share
+keys together.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,9 @@
-"""The one attention primitive: every query sees a range of a shared prefix, and its own group causally.
+"""The one attention primitive: every query sees a range of a shared prefix, and its own group
+causally.
 
-Training text has no prefix; a trace's prefix is the text up to its position; in decoding the prefix is everything
-so far. Visibility is therefore three integers per query (Liu et al. 2025, Figure 2, without ever building its mask).
+Training text has no prefix; a trace's prefix is the text up to its position; in decoding the prefix
+is everything so far. Visibility is therefore three integers per query (Liu et al. 2025, Figure 2,
+without ever building its mask).
 """
 
 from typing import NamedTuple
@@ -11,11 +13,14 @@ import jax.numpy as jnp
 
 from latent_delib.nn.products import einsum, softcapped
 
-Keys = tuple[jax.Array, jax.Array]  # keys and values: of the groups [B, M, S, K, H], or of a prefix [B, T, K, H]
+# keys and values: of the groups [B, M, S, K, H], or of a prefix [B, T, K, H]
+Keys = tuple[jax.Array, jax.Array]
 
 
 class Bounds(NamedTuple):
-    """What each query sees, int32 [B, M, S]: prefix slots start <= t < stop, own tokens own_start <= j <= i."""
+    """What each query sees, int32 [B, M, S]: prefix slots start <= t < stop, own tokens own_start
+    <= j <= i.
+    """
 
     prefix_start: jax.Array
     prefix_stop: jax.Array
@@ -32,10 +37,12 @@ def attend(
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Computes attention over a prefix range and the own group: the reference; autodiff reaches every input.
+    """Computes attention over a prefix range and the own group: the reference; autodiff reaches
+    every input.
 
     Args:
-      q_BMSNH, k_BMSKH, v_BMSKH: the group's queries, keys and values; query head n uses key head n // G.
+      q_BMSNH, k_BMSKH, v_BMSKH: the group's queries, keys and values; query head n uses key head n
+        // G.
       prefix: keys and values [B, T, K, H] that all M groups of a row share, or None.
       bounds: the visible ranges. A query always sees itself.
       scale: factor on the scores.
@@ -45,7 +52,9 @@ def attend(
       [B, M, S, N, H] in the dtype of v; scores and softmax are float32.
     """
     S = q_BMSNH.shape[2]
-    weights_BMKGSU = weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=scale, softcap=softcap).astype(v_BMSKH.dtype)
+    weights_BMKGSU = weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=scale, softcap=softcap).astype(
+        v_BMSKH.dtype
+    )
     out = einsum("BMKGSU,BMUKH->BMSKGH", weights_BMKGSU[..., -S:], v_BMSKH)
     if prefix is not None:
         out += einsum("BMKGST,BTKH->BMSKGH", weights_BMKGSU[..., :-S], prefix[1])
@@ -53,12 +62,19 @@ def attend(
 
 
 def weights(
-    q_BMSNH: jax.Array, k_BMSKH: jax.Array, prefix: Keys | None, bounds: Bounds, *, scale: float, softcap: float
+    q_BMSNH: jax.Array,
+    k_BMSKH: jax.Array,
+    prefix: Keys | None,
+    bounds: Bounds,
+    *,
+    scale: float,
+    softcap: float,
 ) -> jax.Array:
-    """Computes attention weights: float32 [B, M, K, G, S, T + S], over the prefix's slots and then the own tokens.
+    """Computes attention weights: float32 [B, M, K, G, S, T + S], over the prefix's slots and then
+    the own tokens.
 
-    Arguments as for `attend`. Rows add up to 1 and are 0 where nothing is visible; query head n is key head n // G's
-    number n % G.
+    Arguments as for `attend`. Rows add up to 1 and are 0 where nothing is visible; query head n is
+    key head n // G's number n % G.
     """
     B, M, S, N, H = q_BMSNH.shape
     K = k_BMSKH.shape[-2]
@@ -86,11 +102,14 @@ def _prefix_in_range(bounds: Bounds, length: int) -> jax.Array:
     return (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
 
 
-def within_window(bounds: Bounds, position_BMS: jax.Array, prefix_position_BT: jax.Array | None, window: int) -> Bounds:
+def within_window(
+    bounds: Bounds, position_BMS: jax.Array, prefix_position_BT: jax.Array | None, window: int
+) -> Bounds:
     """Narrows bounds to keys less than `window` positions back.
 
-    Positions do not fall from one slot of a visible range to the next, so what remains is a range again: its start
-    is its stop minus the number of keys that are near enough. (Slot numbers would not do: latents share positions.)
+    Positions do not fall from one slot of a visible range to the next, so what remains is a range
+    again: its start is its stop minus the number of keys that are near enough. (Slot numbers would
+    not do: latents share positions.)
     """
     oldest = (position_BMS - window)[..., None]
     near = own_in_range(bounds.own_start) & (position_BMS[:, :, None, :] > oldest)

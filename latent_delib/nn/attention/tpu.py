@@ -1,14 +1,16 @@
 """The attention primitive as a Pallas kernel for TPU: forward and backward pass.
 
-A query block is R rows of one key head: (token, g) pairs over the flattened tokens of all M groups, so that the G
-queries of a token share the fetched keys, and short groups share a block. To the kernel prefix and own keys are one
-sequence, the prefix first and padded to whole blocks of U keys, of which a row sees two ranges. The key blocks to visit
-are scalar-prefetched, so bounds can change every step without recompiling. Keys that no row of a block sees are neither
-fetched nor multiplied. That saves most where the positions of a block's groups are close together: positions in order
-are fast, any others are correct.
+A query block is R rows of one key head: (token, g) pairs over the flattened tokens of all M groups,
+so that the G queries of a token share the fetched keys, and short groups share a block. To the
+kernel prefix and own keys are one sequence, the prefix first and padded to whole blocks of U keys,
+of which a row sees two ranges. The key blocks to visit are scalar-prefetched, so bounds can change
+every step without recompiling. Keys that no row of a block sees are neither fetched nor multiplied.
+That saves most where the positions of a block's groups are close together: positions in order are
+fast, any others are correct.
 
-Scores are [U, R], keys down and rows across: bounds and statistics of rows are then vectors [1, R] along the lanes, as
-in memory, and sums over keys add whole registers. r = all rows, u = all keys, of one key head.
+Scores are [U, R], keys down and rows across: bounds and statistics of rows are then vectors [1, R]
+along the lanes, as in memory, and sums over keys add whole registers. r = all rows, u = all keys,
+of one key head.
 """
 
 from collections.abc import Callable
@@ -26,16 +28,18 @@ from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import einsum, softcapped
 
 HEAD_DIMS = (64, 128, 256)
-ROWS, KEYS, LANES = 512, 256, 128  # the largest query and key block, and what their sizes are multiples of
+# the largest query and key block, and what their sizes are multiples of
+ROWS, KEYS, LANES = 512, 256, 128
 UNSEEN = -1e30  # finite: a row that has seen nothing yet computes with it
 
 
 class Plan(NamedTuple):
     """Says how a call is cut, and which keys each row sees.
 
-    R, U: rows of a query block, keys of a key block. steps: as many key blocks as a query block can see.
-    sees: int32 [B, 4, r], the keys of each row: prefix start, prefix stop, own start, own stop.
-    visits: int32 [4, B, r / R], the key blocks of each query block: first and how many of the prefix, the same of own.
+    R, U: rows of a query block, keys of a key block. steps: as many key blocks as a query block can
+    see. sees: int32 [B, 4, r], the keys of each row: prefix start, prefix stop, own start, own
+    stop. visits: int32 [4, B, r / R], the key blocks of each query block: first and how many of the
+    prefix, the same of own.
     """
 
     R: int
@@ -56,16 +60,20 @@ def forward(
     softcap: float,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp, float32 [B, M, S, N].
+    """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp,
+    float32 [B, M, S, N].
 
     Args:
-      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays all bfloat16 or all
-        float32.
+      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays
+        all bfloat16 or all float32.
       interpret: run on any platform, slowly, as the tests do.
     """
     plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
     B, K, r, H = operands[0].shape
-    outputs = jax.ShapeDtypeStruct((B, K, r, H), v_BMSKH.dtype), jax.ShapeDtypeStruct((B, K, 1, r), jnp.float32)
+    outputs = (
+        jax.ShapeDtypeStruct((B, K, r, H), v_BMSKH.dtype),
+        jax.ShapeDtypeStruct((B, K, 1, r), jnp.float32),
+    )
     state = (H, plan.R), (1, plan.R), (1, plan.R)
     kernel = partial(_forward_kernel, scale=scale, softcap=softcap)
     out, lse = _launch("attention_forward", kernel, plan, operands, (), outputs, state, interpret)
@@ -86,30 +94,41 @@ def backward(
     softcap: float,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of queries, own keys and own values, each like its operand; the prefix is a constant.
+    """Returns the gradients of queries, own keys and own values, each like its operand; the prefix
+    is a constant.
 
     Args: as for `forward`; lse_BMSN, delta_BMSN and dout_BMSNH as for `xla.backward`.
     """
     plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
     B, K, r, H = operands[0].shape
-    per_row = _rows(dout_BMSNH, K, r), *(_rows(x[..., None], K, r).swapaxes(2, 3) for x in (lse_BMSN, delta_BMSN))
+    per_row = (
+        _rows(dout_BMSNH, K, r),
+        *(_rows(x[..., None], K, r).swapaxes(2, 3) for x in (lse_BMSN, delta_BMSN)),
+    )
     outputs = (jax.ShapeDtypeStruct((B, K, r, H), q_BMSNH.dtype),)
     kernel = partial(_dq_kernel, scale=scale, softcap=softcap)
-    (dq,) = _launch("attention_dq", kernel, plan, operands, per_row, outputs, ((H, plan.R),), interpret)
+    (dq,) = _launch(
+        "attention_dq", kernel, plan, operands, per_row, outputs, ((H, plan.R),), interpret
+    )
     # Only a group's own queries see its keys, which is little work: no kernel of its own.
     own, saved = (k_BMSKH, v_BMSKH), (lse_BMSN, delta_BMSN, dout_BMSNH)
-    _, (dk, dv), _ = xla.backward(q_BMSNH, own, None, bounds, *saved, scale, softcap, into_prefix=False)
+    _, (dk, dv), _ = xla.backward(
+        q_BMSNH, own, None, bounds, *saved, scale, softcap, into_prefix=False
+    )
     return _tokens(dq, q_BMSNH.shape), dk, dv
 
 
 def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the plan of a call, its queries [B, K, r, H], and all its keys and values [B, K, u, H]."""
+    """Returns the plan of a call, its queries [B, K, r, H], and all its keys and values [B, K, u,
+    H].
+    """
     B, M, S, N, _ = q.shape
     K = k.shape[3]
     T = 0 if prefix is None else prefix[0].shape[1]
     G = N // K
     n = M * S
-    R = _up(pl.cdiv(n * G, pl.cdiv(n * G, ROWS)), LANES)  # blocks alike, or the last could be padding most of all
+    # blocks alike, or the last could be padding most of all
+    R = _up(pl.cdiv(n * G, pl.cdiv(n * G, ROWS)), LANES)
     U = min(KEYS, _up(max(T, n), LANES))
     first_own = _up(T, U)
 
@@ -126,7 +145,8 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
     first = jnp.min(jnp.where(start < stop, start, first_own + n), axis=3) // U
     count = jnp.maximum(pl.cdiv(jnp.max(jnp.where(start < stop, stop, 0), axis=3), U) - first, 0)
     visits = jnp.stack([first, count], axis=2).reshape(B, 4, -1).swapaxes(0, 1)
-    # Own keys of a query block: of its tokens, and of those before them in their group, from anywhere in a key block.
+    # Own keys of a query block: of its tokens, and of those before them in their group, from
+    # anywhere in a key block.
     own_steps = min(pl.cdiv(n, U), pl.cdiv(S - 1 + pl.cdiv(R, G), U) + 1)
 
     def keys(own: jax.Array, shared: jax.Array | None) -> jax.Array:
@@ -137,8 +157,11 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
     return Plan(R, U, first_own // U + own_steps, sees, visits), operands
 
 
-def _launch(name: str, kernel, plan: Plan, operands, per_row, outputs, state, interpret: bool) -> list[jax.Array]:
-    """Runs a kernel over all sequences, key heads, query blocks, and the key blocks that each of these visits.
+def _launch(
+    name: str, kernel, plan: Plan, operands, per_row, outputs, state, interpret: bool
+) -> list[jax.Array]:
+    """Runs a kernel over all sequences, key heads, query blocks, and the key blocks that each of
+    these visits.
 
     Args:
       operands: queries, keys and values as laid out.
@@ -153,7 +176,9 @@ def _launch(name: str, kernel, plan: Plan, operands, per_row, outputs, state, in
             return pl.BlockSpec((None, None, 1, R), lambda b, h, i, step, visits: (b, h, 0, i))
         return pl.BlockSpec((None, None, R, H), lambda b, h, i, step, visits: (b, h, i, 0))
 
-    keys = pl.BlockSpec((None, None, U, H), lambda b, h, i, step, visits: (b, h, _block(visits, b, i, step)[0], 0))
+    keys = pl.BlockSpec(
+        (None, None, U, H), lambda b, h, i, step, visits: (b, h, _block(visits, b, i, step)[0], 0)
+    )
     sees = pl.BlockSpec((None, 4, R), lambda b, h, i, step, visits: (b, 0, i))
     return pl.pallas_call(
         kernel,
@@ -166,7 +191,8 @@ def _launch(name: str, kernel, plan: Plan, operands, per_row, outputs, state, in
         ),
         out_shape=[*outputs],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),  # the last: state is kept
+            # the last: state is kept
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
         ),
         interpret=interpret,
         name=name,
@@ -174,7 +200,19 @@ def _launch(name: str, kernel, plan: Plan, operands, per_row, outputs, state, in
 
 
 def _forward_kernel(
-    visits_ref, sees_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, acc_ref, high_ref, sum_ref, *, scale, softcap
+    visits_ref,
+    sees_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    lse_ref,
+    acc_ref,
+    high_ref,
+    sum_ref,
+    *,
+    scale,
+    softcap,
 ):
     """Adds one key block's part to the output of one query block, under a running softmax."""
 
@@ -188,8 +226,9 @@ def _forward_kernel(
         products_UR = einsum("UH,RH->UR", k_ref[...], q_ref[...], jnp.float32)
         scores_UR, _ = softcapped(products_UR * scale, softcap)
         scores_UR = jnp.where(visible_UR, scores_UR, UNSEEN)
-        # A row that has seen nothing yet gives weight exp(UNSEEN - UNSEEN) = 1 to what it does not see. The first key
-        # that it sees makes `fade` zero and all that forgotten; there is one, for every query sees itself.
+        # A row that has seen nothing yet gives weight exp(UNSEEN - UNSEEN) = 1 to what it does not
+        # see. The first key that it sees makes `fade` zero and all that forgotten; there is one,
+        # for every query sees itself.
         high = jnp.maximum(high_ref[...], jnp.max(scores_UR, axis=0, keepdims=True))
         weights_UR, fade = jnp.exp(scores_UR - high), jnp.exp(high_ref[...] - high)
         high_ref[...] = high
@@ -206,7 +245,19 @@ def _forward_kernel(
 
 
 def _dq_kernel(
-    visits_ref, sees_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref, *, scale, softcap
+    visits_ref,
+    sees_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    dout_ref,
+    lse_ref,
+    delta_ref,
+    dq_ref,
+    acc_ref,
+    *,
+    scale,
+    softcap,
 ):
     """Adds one key block's part to the gradient of one query block."""
 
@@ -230,13 +281,17 @@ def _dq_kernel(
 
 
 def _visit(visits_ref, sees_ref, U: int, visit: Callable[[jax.Array], None]) -> None:
-    """Calls `visit` with bool [U, R], which keys of this step's block each row sees; not if the step has no block."""
+    """Calls `visit` with bool [U, R], which keys of this step's block each row sees; not if the
+    step has no block.
+    """
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     block, in_prefix = _block(visits_ref, b, i, step)
 
     @pl.when(step < visits_ref[1, b, i] + visits_ref[3, b, i])
     def _():
-        start, stop = (jnp.where(in_prefix, sees_ref[x : x + 1], sees_ref[x + 2 : x + 3]) for x in range(2))
+        start, stop = (
+            jnp.where(in_prefix, sees_ref[x : x + 1], sees_ref[x + 2 : x + 3]) for x in range(2)
+        )
         key = block * U + jax.lax.broadcasted_iota(jnp.int32, (U, start.shape[1]), 0)
         visit((key >= start) & (key < stop))
 

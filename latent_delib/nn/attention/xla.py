@@ -1,11 +1,14 @@
-"""The attention primitive in plain XLA, a block of scores at a time: for every platform, without a kernel.
+"""The attention primitive in plain XLA, a block of scores at a time: for every platform, without a
+kernel.
 
-Queries pass in chunks of groups; a chunk goes over the blocks of shared keys that any of its queries sees (traces are
-sorted by position, so that is few), under a running softmax. The backward pass computes the scores again from the saved
-log-sum-exp. No array of all queries x all keys exists in either.
+Queries pass in chunks of groups; a chunk goes over the blocks of shared keys that any of its
+queries sees (traces are sorted by position, so that is few), under a running softmax. The backward
+pass computes the scores again from the saved log-sum-exp. No array of all queries x all keys exists
+in either.
 
-Letters of its own: c groups of a chunk, R = S x G rows of a group, U keys of a block. Heads come first and rows are one
-axis in every product: with any other order XLA copies the operands, of a block or as large as the scores.
+Letters of its own: c groups of a chunk, R = S x G rows of a group, U keys of a block. Heads come
+first and rows are one axis in every product: with any other order XLA copies the operands, of a
+block or as large as the scores.
 """
 
 from collections.abc import Callable
@@ -22,14 +25,16 @@ from latent_delib.nn.products import einsum, softcapped
 
 QUERIES = 256  # tokens of a chunk, and
 KEYS = 256  # slots of a block: for every head this many scores are in flight
-NEVER = -1e30  # a score that leaves no weight, and finite: a row that has seen nothing yet computes with it
+# a score that leaves no weight, and finite: a row that has seen nothing yet computes with it
+NEVER = -1e30
 
 
 class Chunk(NamedTuple):
-    """Holds the operands of c groups; where all chunks are meant they are stacked on the first axis.
+    """Holds the operands of c groups; where all chunks are meant they are stacked on the first
+    axis.
 
-    q: [B, K, c, R, H]. own: keys and values [B, K, c, S, H], or None. own_start: int32 [B, c, S]. start, stop: of each
-    shared source, int32 [B, c, S].
+    q: [B, K, c, R, H]. own: keys and values [B, K, c, S, H], or None. own_start: int32 [B, c, S].
+    start, stop: of each shared source, int32 [B, c, S].
     """
 
     q: jax.Array
@@ -42,8 +47,8 @@ class Chunk(NamedTuple):
 class Softmax(NamedTuple):
     """Holds a running softmax of a chunk's rows over the keys so far, float32.
 
-    high: the highest score, [B, K, c, R]. total: the sum of weights exp(score - high), [B, K, c, R]. out: the sum of
-    values by these weights, [B, K, c, R, H].
+    high: the highest score, [B, K, c, R]. total: the sum of weights exp(score - high), [B, K, c,
+    R]. out: the sum of values by these weights, [B, K, c, R, H].
     """
 
     high: jax.Array
@@ -54,8 +59,8 @@ class Softmax(NamedTuple):
 class Saved(NamedTuple):
     """Holds what the backward pass needs of a chunk's rows beside its operands.
 
-    dout: the gradient of the output, [B, K, c, R, H]. lse: the log-sum-exp, [B, K, c, R, 1]. delta: what the softmax
-    takes off the gradient of each weight, [B, K, c, R, 1].
+    dout: the gradient of the output, [B, K, c, R, H]. lse: the log-sum-exp, [B, K, c, R, 1]. delta:
+    what the softmax takes off the gradient of each weight, [B, K, c, R, 1].
     """
 
     dout: jax.Array
@@ -66,7 +71,8 @@ class Saved(NamedTuple):
 def forward(
     q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds, scale: float, softcap: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention's output [B, M, S, N, H] in the dtype of the values, and every row's log-sum-exp, float32.
+    """Returns attention's output [B, M, S, N, H] in the dtype of the values, and every row's
+    log-sum-exp, float32.
 
     Arguments as for `primitive.attend`; own: keys and values [B, M, S, K, H] of the groups.
     """
@@ -118,8 +124,8 @@ def backward(
 
     Args:
       q_BMSNH, own, prefix, bounds, scale, softcap: as for `forward`.
-      lse_BMSN: every row's log-sum-exp over all that it sees: over more than these operands where the caller adds up
-        the gradients of several sources.
+      lse_BMSN: every row's log-sum-exp over all that it sees: over more than these operands where
+        the caller adds up the gradients of several sources.
       delta_BMSN: what the softmax takes off the gradient of all weights of a row.
       dout_BMSNH: the gradient of the output.
       into_prefix: the gradient of the prefix is wanted.
@@ -131,7 +137,8 @@ def backward(
     score = partial(_scores, scale=scale, softcap=softcap)
     like_q = (dout_BMSNH, lse_BMSN[..., None], delta_BMSN[..., None])
     saved = Saved(*(_cut(x, own, prefix, bounds)[0].q for x in like_q))
-    wanted = [into_prefix] * (prefix is not None) + [True] * (chunks.own is None)  # of each shared source
+    # of each shared source
+    wanted = [into_prefix] * (prefix is not None) + [True] * (chunks.own is None)
     totals = [_no_gradient(keys) if is_wanted else None for keys, is_wanted in zip(shared, wanted)]
 
     def differentiate(totals, operands):
@@ -139,7 +146,9 @@ def backward(
         dq = jnp.zeros(chunk.q.shape, jnp.float32)
         down = None
         if chunk.own is not None:
-            weights, dproducts = _derive(chunk.q, chunk.own, own_in_range(chunk.own_start), saved, score)
+            weights, dproducts = _derive(
+                chunk.q, chunk.own, own_in_range(chunk.own_start), saved, score
+            )
             dq += _weighted(dproducts, chunk.own[0])
             down = _onto(dproducts, chunk.q, False), _onto(weights, saved.dout, False)
             down = jax.tree.map(lambda d, x: d.swapaxes(-1, -2).astype(x.dtype), down, chunk.own)
@@ -166,13 +175,18 @@ def backward(
         down = jax.tree.map(lambda d: d[:, None], dshared[-1])
     else:
         B, M = q_BMSNH.shape[:2]
-        down = jax.tree.map(lambda d: jnp.moveaxis(d, (1, 2), (0, 4)), down)  # [B, chunks, c, S, K, H]
+        # [B, chunks, c, S, K, H]
+        down = jax.tree.map(lambda d: jnp.moveaxis(d, (1, 2), (0, 4)), down)
         down = jax.tree.map(lambda d: d.reshape(B, -1, *d.shape[3:])[:, :M], down)
     return _join(dq, q_BMSNH.shape), down, None if prefix is None else dshared[0]
 
 
-def _derive(q: jax.Array, keys: Keys, seen: jax.Array, saved: Saved, score: Callable) -> tuple[jax.Array, jax.Array]:
-    """Returns weights and the gradient of the bare products q . k, [B, K, c, R, U], in the dtype of the operands."""
+def _derive(
+    q: jax.Array, keys: Keys, seen: jax.Array, saved: Saved, score: Callable
+) -> tuple[jax.Array, jax.Array]:
+    """Returns weights and the gradient of the bare products q . k, [B, K, c, R, U], in the dtype of
+    the operands.
+    """
     scores, slope, visible = score(q, keys[0], seen)
     weights = jnp.where(visible, jnp.exp(scores - saved.lse), 0.0)
     dweights = _products(saved.dout, keys[1])
@@ -181,7 +195,9 @@ def _derive(q: jax.Array, keys: Keys, seen: jax.Array, saved: Saved, score: Call
 
 
 def _no_gradient(keys: Keys) -> Keys:
-    """Returns zeros [B, K, H, T], float32, for the gradients of shared keys and values [B, K, T, H]."""
+    """Returns zeros [B, K, H, T], float32, for the gradients of shared keys and values [B, K, T,
+    H].
+    """
     return jax.tree.map(lambda x: jnp.zeros_like(x.swapaxes(-1, -2), jnp.float32), keys)
 
 
@@ -190,11 +206,14 @@ def _as_given(gradients: Keys, keys: Keys) -> Keys:
     return jax.tree.map(lambda d, x: jnp.moveaxis(d, 3, 1).astype(x.dtype), gradients, keys)
 
 
-def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> tuple[Chunk, list[Keys]]:
-    """Returns all chunks, and the keys and values [B, K, T, H] of each source that every group shares.
+def _cut(
+    q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds
+) -> tuple[Chunk, list[Keys]]:
+    """Returns all chunks, and the keys and values [B, K, T, H] of each source that every group
+    shares.
 
-    These are the prefix and a long text's own keys. Such a text is cut between its tokens: each is then a group of one,
-    and the text is what they share.
+    These are the prefix and a long text's own keys. Such a text is cut between its tokens: each is
+    then a group of one, and the text is what they share.
     """
     B, M, S, N, H = q_BMSNH.shape
     K = own[0].shape[3]
@@ -218,7 +237,8 @@ def _cut(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> 
         x = pad(x, 1, c)
         return jnp.moveaxis(x.reshape(B, -1, c, *x.shape[2:]), 1, 0)
 
-    q = jnp.moveaxis(cut(q_BMSNH.reshape(B, M, S, K, N // K, -1)), 4, 2)  # [chunks, B, K, c, S, G, H]
+    # [chunks, B, K, c, S, G, H]
+    q = jnp.moveaxis(cut(q_BMSNH.reshape(B, M, S, K, N // K, -1)), 4, 2)
     q = q.reshape(*q.shape[:4], S * (N // K), -1)
     chunks = Chunk(
         q=q,
@@ -240,7 +260,9 @@ def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _products(x: jax.Array, keys: jax.Array) -> jax.Array:
-    """Returns x . keys, [B, K, c, R, U], of [B, K, c, R, H] and keys: shared, [B, K, U, H], or own, [B, K, c, U, H]."""
+    """Returns x . keys, [B, K, c, R, U], of [B, K, c, R, H] and keys: shared, [B, K, U, H], or own,
+    [B, K, c, U, H].
+    """
     if keys.ndim == 5:
         return einsum("BKcRH,BKcUH->BKcRU", x, keys, jnp.float32)
     rows = x.reshape(*x.shape[:2], -1, x.shape[-1])
@@ -248,7 +270,9 @@ def _products(x: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns sums of values, [B, K, c, R, H], by weights [B, K, c, R, U]; values as the keys of `_products`."""
+    """Returns sums of values, [B, K, c, R, H], by weights [B, K, c, R, U]; values as the keys of
+    `_products`.
+    """
     if values.ndim == 5:
         return einsum("BKcRU,BKcUH->BKcRH", weights, values, jnp.float32)
     rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
@@ -256,9 +280,11 @@ def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _onto(weights: jax.Array, x: jax.Array, of_all: bool) -> jax.Array:
-    """Contracts x [B, K, c, R, H] over its rows: [B, K, c, H, U], or [B, K, H, U] for the sum `of_all` groups.
+    """Contracts x [B, K, c, R, H] over its rows: [B, K, c, H, U], or [B, K, H, U] for the sum
+    `of_all` groups.
 
-    In that order of axes XLA transposes x; in the other it would transpose the weights, which are many more.
+    In that order of axes XLA transposes x; in the other it would transpose the weights, which are
+    many more.
     """
     if not of_all:
         return einsum("BKcRH,BKcRU->BKcHU", x, weights, jnp.float32)
@@ -275,13 +301,17 @@ def _scores(q, k, seen, scale: float, softcap: float):
 
 
 def _first(shared: Keys, i: jax.Array) -> jax.Array:
-    """Returns the first slot of block i: the last block is moved back so that it ends where the keys end."""
+    """Returns the first slot of block i: the last block is moved back so that it ends where the
+    keys end.
+    """
     T = shared[0].shape[2]
     return jnp.minimum(i * KEYS, max(T - KEYS, 0))
 
 
 def _block(shared: Keys, start: jax.Array, stop: jax.Array, i: jax.Array) -> tuple[Keys, jax.Array]:
-    """Returns keys and values [B, K, U, H] of block i, and which of them a query sees, bool [B, c, S, U]."""
+    """Returns keys and values [B, K, U, H] of block i, and which of them a query sees, bool [B, c,
+    S, U].
+    """
     at, size = _first(shared, i), min(KEYS, shared[0].shape[2])
     slot = at + jnp.arange(size)
     seen = (slot >= start[..., None]) & (slot < stop[..., None]) & (slot >= i * KEYS)
