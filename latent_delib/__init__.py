@@ -1,6 +1,4 @@
-"""Deliberation in latent space: a frozen decoder whose key-value cache a coprocessor extends (Liu
-et al. 2025).
-"""
+"""Trains and runs coprocessors that extend the cache of a frozen decoder (Liu et al. 2025)."""
 
 import importlib
 import os
@@ -39,18 +37,15 @@ if sys.argv[:1] == ["-m"] and any(word.startswith("latent_delib") for word in sy
     # A command: Ctrl-C ends its imports at once, without a word. `commands.run` takes over.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # The arrays of a step come and go, and the kernel clears each of their pages: on a CPU a
-    # quarter of the time in pages of 4 KiB. glibc takes larger ones where it is told to before the
-    # process starts.
+    # The arrays of a step come and go, and the kernel clears each of their pages. With pages of
+    # 4 KiB that is a quarter of a CPU's time. glibc reads the size only as a process starts.
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
 
 
 def __getattr__(name: str) -> Any:
-    """Returns a part of the interface, loaded at its first use: `latent_delib.data` alone needs no
-    JAX.
-    """
+    """Returns a part of the interface, imported at first use: `data` alone needs no JAX."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in MODULES:

@@ -14,7 +14,7 @@ def main(values: object) -> None:
 
 
 def there() -> dict[str, str]:
-    """Returns each command's name and docstring, read without importing what it needs."""
+    """Returns each command's name and docstring, read without importing it."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
         source = path.read_text()

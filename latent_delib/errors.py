@@ -1,6 +1,4 @@
-"""The exceptions that the commands print as a single line, and the one rule for errors of disks,
-stores and memory.
-"""
+"""Turns mistakes, and failures of disks, stores and memory, into errors of one line."""
 
 import contextlib
 import errno
@@ -9,13 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# the exit code where another process is gone or a store does not answer: run it again to go on
-LOST = 69
+LOST = 69  # the exit code where another process or a store is lost: run it again to go on
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells expect it
 
 
 class UserError(ValueError):
-    """Reports a user's mistake: the field or file, what was found, what was expected.
+    """Reports a user's mistake: the field or file, the value found, the value expected.
 
     Names from damaged files may hold anything: characters that cannot be printed are escaped, so
     that the message stays one line.
@@ -30,19 +27,18 @@ def _printable(character: str) -> str:
 
 
 class Outage(OSError):
-    """Reports a store that does not answer, as (errno, text, filename). It may answer later;
-    nothing is damaged.
+    """Reports a store that does not answer, as (errno, text, filename).
+
+    It may answer later; nothing is damaged.
     """
 
 
-# the second: a TPU's
+# The second form is a TPU's.
 NO_MEMORY = re.compile("out of memory|attempting to (allocate|reserve)", re.IGNORECASE)
 
 
 def no_memory(error: BaseException) -> str:
-    """Returns one line on the memory that a device lacked, at a compile or in a step; "" for any
-    other error.
-    """
+    """Returns one line on the memory that a device lacked; "" for any other error."""
     text = str(error)
     is_of_jax = isinstance(error, RuntimeError | ValueError)
     if not is_of_jax or not NO_MEMORY.search(text):
@@ -65,17 +61,17 @@ def device_memory(remedy: str) -> Iterator[None]:
         raise UserError(f"{line}; {remedy}") from None
 
 
-# How errors begin of a store that does not answer, or that denies access.
+# Words near the start of an error: the store does not answer, or it denies access.
 NO_ANSWER = re.compile(
-    "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport|gateway|internal ?server"
-    "|too ?many ?requests",
+    "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport"
+    "|gateway|internal ?server|too ?many ?requests",
     re.IGNORECASE,
 )
 DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
 
 
 def store_error(error: BaseException, path: Any) -> OSError | None:
-    """Returns an exception as a failure of the disk or store that `path` is on; None if it is none.
+    """Returns an exception as a failure of the disk or store of `path`; None if it is none.
 
     The failure is an Outage where a store does not answer. A store's client raises exceptions of
     any kind: tensorstore a ValueError with the code in its text.
@@ -97,7 +93,7 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns one line on what went wrong, without tensorstore's own details."""
+    """Returns the cause of an error as one line, without tensorstore's own details."""
     if isinstance(error, UserError):
         return str(error)
     notes = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
@@ -105,8 +101,5 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     text = " ".join(str((isinstance(error, OSError) and error.strerror) or error).split())
-    return (
-        notes
-        + kind
-        + re.sub(r'Error opening "\w+" driver: | \[(tensorstore|source|os_error).*', "", text)[:400]
-    )
+    text = re.sub(r'Error opening "\w+" driver: | \[(tensorstore|source|os_error).*', "", text)
+    return notes + kind + text[:400]

@@ -1,4 +1,4 @@
-"""The mesh, the rules from logical axes to it, and shardings. No other file names a mesh axis.
+"""Makes the mesh, and shardings by rules; no other file names a mesh axis.
 
 Models name the logical axes of their arrays; the three tables of rules below say which mesh axes
 split them.
@@ -77,8 +77,7 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
 
 
 def spec(axes: Axes, rules: Rules) -> PartitionSpec:
-    """Returns the PartitionSpec of an array with these logical axes; None is an axis that is never
-    split.
+    """Returns the PartitionSpec of an array by its logical axes; an axis None is never split.
 
     Raises:
       ValueError: a logical axis without a rule, or two axes of one array on the same mesh axis.
@@ -100,24 +99,22 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def shards(mesh: Mesh, axis: str) -> int:
-    """Returns into how many parts the mesh splits a logical axis of activations: "batch", "traces",
-    "heads", "ffn".
-    """
+    """Returns the number of parts of an axis of activations: "batch", "traces", "heads", "ffn"."""
     return math.prod(mesh.shape[name] for name in _names(ACTIVATIONS[axis]))
 
 
 def setting(mesh: Mesh, axis: str) -> str:
-    """Returns the config keys that split a logical axis of activations, for a message:
-    "config.mesh.tensor=2".
-    """
-    return " x ".join(
-        f"config.mesh.{name}={mesh.shape[name]}" for name in _names(ACTIVATIONS[axis])
-    )
+    """Returns the config keys that split an axis of activations: "config.mesh.tensor=2"."""
+    names = _names(ACTIVATIONS[axis])
+    return " x ".join(f"config.mesh.{name}={mesh.shape[name]}" for name in names)
 
 
 def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
-    """Returns a NamedSharding for every leaf of a parameter tree (arrays or their shapes), by the
-    leaf's name.
+    """Returns a NamedSharding for every leaf of a parameter tree, by the leaf's name.
+
+    Args:
+      tree: arrays or their shapes.
+      axes: name of a leaf -> its logical axes.
 
     Raises:
       UserError: a dimension that its mesh axes do not divide.
@@ -136,17 +133,15 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
             lengths = {axis: mesh.shape[axis] for axis in _names(part)}
             if size % math.prod(lengths.values()):
                 split = " x ".join(f"{axis}={length}" for axis, length in lengths.items())
-                raise UserError(
-                    f"the mesh: {split} does not divide {name} {tuple(leaf.shape)}: expected a divisor"
-                )
+                found = f"{name} {tuple(leaf.shape)}"
+                raise UserError(f"the mesh: {split} does not divide {found}: expected a divisor")
         return NamedSharding(mesh, partition)
 
     return jax.tree.map_with_path(sharding, tree)
 
 
 def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any) -> Any:
-    """Returns the shapes of an optimizer's state, with their shardings, as a tree of
-    ShapeDtypeStruct.
+    """Returns an optimizer's state as a tree of ShapeDtypeStruct with shardings.
 
     A leaf in the shape of its parameter lies like it. A leaf that lacks one of the parameter's
     axes, as Adafactor's row and column sums do, lies like the axes that remain. All else is
@@ -169,7 +164,7 @@ def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any
 
 
 def _partition_like(shape: tuple[int, ...], parameter: Any) -> PartitionSpec:
-    """Returns how an array of a shape is split that belongs to a parameter."""
+    """Returns the PartitionSpec of an optimizer's array that belongs to a parameter."""
     partition = tuple(parameter.sharding.spec)
     if shape == parameter.shape:
         return PartitionSpec(*partition)
@@ -191,8 +186,9 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
-    """Returns which of `count` rows lie on this process's devices, sorted int64. Several processes
-    may share a row.
+    """Returns the indices, of `count` rows, that lie on this process's devices, sorted int64.
+
+    Several processes may share a row.
     """
     slices = rows(mesh).addressable_devices_indices_map((count,)).values()
     everything = np.arange(count)
@@ -200,8 +196,10 @@ def local_rows(mesh: Mesh, count: int) -> np.ndarray:
 
 
 def place_rows(mesh: Mesh, local: Any, count: int) -> Any:
-    """Places a batch of `count` rows on the mesh, from a tree of numpy arrays of this process's
-    `local_rows`.
+    """Places a batch of `count` rows on the mesh.
+
+    Args:
+      local: a tree of numpy arrays, this process's `local_rows` of the batch.
     """
     here = local_rows(mesh, count)
 
@@ -220,14 +218,11 @@ def place_rows(mesh: Mesh, local: Any, count: int) -> Any:
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
-    """Returns the function that places an activation by the names of its axes; an axis of length 1
-    is not split.
-    """
+    """Returns the function that places an activation by its axes; it splits none of length 1."""
 
     def place(x: jax.Array, axes: Axes) -> jax.Array:
-        axes = tuple(
-            axis if length > 1 else None for axis, length in zip(axes, x.shape, strict=True)
-        )
+        lengths = zip(axes, x.shape, strict=True)
+        axes = tuple(axis if length > 1 else None for axis, length in lengths)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, ACTIVATIONS)))
 
     return place
@@ -270,13 +265,8 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
-        return spec(
-            axes,
-            {
-                axis: part if by_hand.issuperset(_names(part)) else None
-                for axis, part in rules.items()
-            },
-        )
+        own = {axis: part for axis, part in rules.items() if by_hand.issuperset(_names(part))}
+        return spec(axes, dict.fromkeys(rules) | own)
 
     def multiply(x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
         count = contracted(x_axes, w_axes, y_axes)
@@ -284,13 +274,11 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
             return matmul(x, w, count, flat)
 
         def on_each_device(x: jax.Array, w: jax.Array) -> jax.Array:
-            return matmul(
-                x, jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True), count, flat
-            )
+            whole = jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True)
+            return matmul(x, whole, count, flat)
 
-        not_split = {
-            axis: None for axis, length in zip(x_axes, x.shape, strict=True) if axis and length == 1
-        }
+        lengths = zip(x_axes, x.shape, strict=True)
+        not_split = {axis: None for axis, length in lengths if axis and length == 1}
         activations = ACTIVATIONS | not_split
         return jax.shard_map(
             on_each_device,
@@ -305,8 +293,7 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
-    """Returns the function that wraps what a compiler cannot split: each device runs it on its own
-    part.
+    """Returns the wrapper of a function that a compiler cannot split; each device runs its part.
 
     Its part is its own rows, traces and heads. Of the logical axes that the arguments name, those
     of length 1 are not split.
@@ -321,10 +308,8 @@ def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
 
         def call(*args: Any) -> Any:
             rules: dict[str, str | tuple[str, ...] | None] = {}
-            named = zip(
-                jax.tree.leaves(in_axes, is_leaf=is_axes), jax.tree.leaves(args), strict=True
-            )
-            for axes, x in named:
+            leaves = jax.tree.leaves(in_axes, is_leaf=is_axes)
+            for axes, x in zip(leaves, jax.tree.leaves(args), strict=True):
                 for axis, length in zip(axes, x.shape):
                     if axis:
                         rules[axis] = ACTIVATIONS[axis] if length > 1 else None

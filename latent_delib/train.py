@@ -1,13 +1,12 @@
-"""Trains a method's parameters on a frozen decoder, or the decoder itself. The same command
-resumes.
+"""Trains a method's parameters on a frozen decoder, or the decoder itself.
 
   python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...]
       [--distributed] [--dry_run [--topology=v5e:4x4]]
 
-WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when the decoder was trained.
-On gs://BUCKET/PATH it gets checkpoints/ and metrics.jsonl only, and nothing keeps two jobs from
-using it at once. Ctrl-C saves after at most two more steps. A second Ctrl-C, or one before the
-first step, ends the job at once.
+The same command resumes. WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when
+the decoder was trained. On gs://BUCKET/PATH it gets checkpoints/ and metrics.jsonl only, and no
+lock keeps two jobs from using it at once. Ctrl-C saves after at most two more steps. A second
+Ctrl-C, or one before the first step, ends the job at once.
 
 Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was
 lost, run again; 130 stopped by Ctrl-C, the same command resumes; 1 an error that running again does
@@ -47,8 +46,8 @@ from latent_delib.machine.workdir import exclusive, is_remote
 from latent_delib.nn.transformer import Params
 
 MORE_MEMORY = (
-    "lower config.train.batch_size or config.data.seq_len, raise config.train.accumulation or config.mesh.fsdp, "
-    "or set config.compute.remat=full"
+    "lower config.train.batch_size or config.data.seq_len, raise config.train.accumulation or "
+    "config.mesh.fsdp, or set config.compute.remat=full"
 )
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -64,8 +63,9 @@ def main(flags: Any) -> None:
 
 
 def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
-    """Runs a job to its last step, or until a SIGTERM to any of its processes, which saves; returns
-    the exit code.
+    """Runs a job to its last step, or until a signal stops it; returns the exit code.
+
+    A SIGTERM to any of its processes saves and stops them all.
 
     Args:
       config: as configs/base.py has it.
@@ -79,24 +79,18 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     """
     batches.check(config.data, "sources")
     exp = experiment.read(config)
-    if is_remote(workdir) and (
-        METHODS[config.method.name].trains_decoder or config.train.profile_at
-    ):
-        raise UserError(
-            f"--workdir={workdir}: a trained decoder and a profile are written to local folders only"
-        )
+    needs_folder = METHODS[config.method.name].trains_decoder or config.train.profile_at
+    if is_remote(workdir) and needs_folder:
+        raise UserError(f"--workdir={workdir}: a trained decoder and a profile need a local folder")
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)
 
 
 def run(exp: Experiment, workdir: str, stop: Stop) -> int:
-    """Runs the job itself: every process of it does so, with its own rows of each batch. Returns
-    the exit code.
-    """
+    """Runs this process's part of a job, its own rows of each batch; returns the exit code."""
     t = exp.config.train
 
-    # Set-up. Shapes, then shardings, then sharded arrays: nothing ever stands unsharded on one
-    # device.
+    # Set up: shapes, then shardings, then sharded arrays, so that none is ever whole on a device.
     plan = planning.make(exp)
     say(planning.summary(exp, plan))
     text = batches.Training(exp.config.data, str(exp.tokenizer.path))
@@ -128,12 +122,10 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     stop.steps = True
     for step in range(first + 1, t.steps + 1):
         with metrics.waiting():
-            batch = next(loader)
-        # dispatched before the step, so known when the step before is done
-        stop_votes = vote(bool(stop.by))
-        state, values = train_step(
-            state, frozen, mesh_lib.place_rows(exp.mesh, batch, t.batch_size)
-        )
+            local = next(loader)
+        stop_votes = vote(bool(stop.by))  # before the step, so known when the step before is done
+        batch = mesh_lib.place_rows(exp.mesh, local, t.batch_size)
+        state, values = train_step(state, frozen, batch)
         metrics.push(step, values)
         if t.profile_at > first:
             trace_steps(t.profile_at, step, values, workdir)
@@ -165,9 +157,7 @@ def say(line: str) -> None:
 
 
 def record_with_data(exp: Experiment, text: batches.Training) -> Record:
-    """Returns the job's record with the fingerprint of its data; it must be the same on all
-    processes.
-    """
+    """Returns the record with the data's fingerprint; all processes must have the same."""
     data = text.fingerprint()
     record = dataclasses.replace(exp.record, data=data)
     config = json.dumps(record.config)
@@ -176,9 +166,7 @@ def record_with_data(exp: Experiment, text: batches.Training) -> Record:
 
 
 def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) -> Restored | None:
-    """Returns the newest checkpoint in the workdir, where there is one; it must be of the same
-    job.
-    """
+    """Returns the newest checkpoint in the workdir, which must be of the same job, or None."""
 
     def check(meta: dict[str, Any]) -> None:
         there = Record.from_meta(meta, workdir)
@@ -192,23 +180,18 @@ def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) 
     say(f"resuming {workdir} at step {found.step}")
     before = Record.from_meta(found.meta, workdir)["train.steps"]
     if before != steps:
-        say(
-            f"train.steps changed from {before} to {steps}: the learning rate follows the new schedule"
-        )
+        changed = f"train.steps changed from {before} to {steps}"
+        say(f"{changed}: the learning rate follows the new schedule")
     return found
 
 
 def trees_of(state: TrainState) -> dict[str, Any]:
-    """Returns the trees that a checkpoint holds, by name; of arrays, or of shapes with
-    shardings.
-    """
+    """Returns the trees of a checkpoint by name: of arrays, or of shapes with shardings."""
     return {"trainable": state.trainable, "optimizer": state.opt_state}
 
 
 def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[TrainState, Params]:
-    """Returns what training changes, restored or as it begins, and the frozen parameters; both on
-    the mesh.
-    """
+    """Returns the state to train, restored or new, and the frozen parameters, on the mesh."""
     frozen = experiment.load_frozen(exp) if plan.frozen else {}
     if found is None:
         trainable, opt_state = init_state(exp, plan, frozen)
@@ -216,9 +199,8 @@ def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[Tr
         trainable = found.trees["trainable"]
         opt_state = found.trees["optimizer"]
     step = np.int32(0 if found is None else found.step)
-    return TrainState(
-        jax.device_put(step, mesh_lib.replicated(exp.mesh)), trainable, opt_state
-    ), frozen
+    step = jax.device_put(step, mesh_lib.replicated(exp.mesh))
+    return TrainState(step, trainable, opt_state), frozen
 
 
 def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any]:
@@ -232,7 +214,8 @@ def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any
     shardings = planning.shardings_of(plan.state)
     init = jax.jit(experiment.init_trainable(exp), out_shardings=shardings.trainable)
     trainable = init(jax.random.key(exp.config.seed), decoder, start)
-    return trainable, jax.jit(plan.optimizer.tx.init, out_shardings=shardings.opt_state)(trainable)
+    init_optimizer = jax.jit(plan.optimizer.tx.init, out_shardings=shardings.opt_state)
+    return trainable, init_optimizer(trainable)
 
 
 def trace_steps(profile_at: int, step: int, values: Any, workdir: str) -> None:
@@ -254,13 +237,7 @@ if __name__ == "__main__":
         __doc__,
         config=(CONFIG, "a file under configs/"),
         workdir=(REQUIRED, "where the job writes"),
-        dry_run=(
-            False,
-            "compile the step, print what it needs and write it to dry_run.json; run nothing",
-        ),
-        topology=(
-            "",
-            "the TPU slice to compile for: v5e:4x4, v5p:4x4x4, v6e:16x16, ...; by default this machine",
-        ),
+        dry_run=(False, "compile the step, print its needs, write dry_run.json; run nothing"),
+        topology=("", "the TPU slice to compile for, as v5e:4x4 or v5p:4x4x4; else this machine"),
         **distributed.FLAGS,
     )

@@ -1,3 +1,1 @@
-"""A config's meaning before anything runs: the checked experiment, its record, its plan, its
-metrics.
-"""
+"""Turns a config into a job: the checked experiment, its record, its plan and its metrics."""

@@ -1,6 +1,4 @@
-"""Builds models for a mesh; finds the checkpoint that training begins with, and the decoder that a
-job has trained.
-"""
+"""Builds models for a mesh, and finds the checkpoint or the decoder that a job has left."""
 
 import dataclasses
 import functools
@@ -32,9 +30,7 @@ def one_device() -> Mesh:
 
 @functools.cache
 def partition(mesh: Mesh) -> Partition:
-    """Returns how work is divided over a mesh: one object per mesh, so that models that are alike
-    are compiled once.
-    """
+    """Returns the division of work over a mesh: one object, so that equal models compile once."""
     return Partition(
         mesh_lib.constrain(mesh),
         mesh_lib.gather(mesh),
@@ -48,8 +44,7 @@ def partition(mesh: Mesh) -> Partition:
 def transformer(
     config: TransformerConfig, mesh: Mesh, dtype: Any, remat: str = "none", form: str = "auto"
 ) -> Transformer:
-    """Returns a model for a mesh: how its work is divided, and the form of attention its devices
-    have.
+    """Returns a model for a mesh: its work is divided, and its attention fits the devices.
 
     Args:
       config: its architecture.
@@ -57,9 +52,8 @@ def transformer(
       remat: a key of `nn.transformer.REMAT`.
       form: one of ATTENTION.
     """
-    return Transformer(
-        config, remat, partition(mesh), choose(form, mesh.devices.flat[0], config, dtype)
-    )
+    attention = choose(form, mesh.devices.flat[0], config, dtype)
+    return Transformer(config, remat, partition(mesh), attention)
 
 
 def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:
@@ -77,8 +71,6 @@ def split_start(path: str) -> tuple[str, int]:
 
 
 def step_of_decoder(workdir: str) -> int | None:
-    """Returns the step of the decoder that a training job has left in `workdir`; None where there
-    is none.
-    """
+    """Returns the step of the trained decoder in `workdir`; None without one."""
     file = Path(workdir) / "decoder" / TRAINED
     return folder.read_json(file)["step"] if file.is_file() else None

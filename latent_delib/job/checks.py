@@ -41,9 +41,7 @@ AT_LEAST = {  # 0 for all other numbers
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for the first value of a config that is out of range or does not fit the
-    others.
-    """
+    """Raises UserError for the first value that is out of range or does not fit the others."""
     _check_finite(config)
     check_data(config.data)
     for key, allowed in ONE_OF.items():
@@ -92,12 +90,13 @@ def _check_optimizer(o: ConfigDict) -> None:
 def _check_train(t: ConfigDict) -> None:
     if t.profile_at and t.profile_at + 3 > t.steps:
         raise UserError(
-            f"config.train.profile_at={t.profile_at}: expected at most {t.steps - 3}, so that three steps follow it "
-            f"before config.train.steps={t.steps}"
+            f"config.train.profile_at={t.profile_at}: expected at most {t.steps - 3}, so that "
+            f"three steps follow it before config.train.steps={t.steps}"
         )
     if t.batch_size % t.accumulation:
         raise UserError(
-            f"config.train.accumulation={t.accumulation}: expected a divisor of config.train.batch_size={t.batch_size}"
+            f"config.train.accumulation={t.accumulation}: expected a divisor of "
+            f"config.train.batch_size={t.batch_size}"
         )
 
 
@@ -107,12 +106,13 @@ def _check_method(m: ConfigDict) -> None:
     if m.coprocessor and not row.own_size:
         others = [name for name in METHODS if METHODS[name].own_size]
         raise UserError(
-            f"config.method.coprocessor: a coprocessor of method {m.name!r} has the decoder's size; "
-            f"leave it empty, or set config.method.name={' or '.join(others)}"
+            f"config.method.coprocessor: a coprocessor of method {m.name!r} has the decoder's "
+            f"size; leave it empty, or set config.method.name={' or '.join(others)}"
         )
     if m.start and (row.write is None or row.trains_decoder):
         raise UserError(
-            f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone; leave it empty"
+            f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone; "
+            "leave it empty"
         )
     if m.lora_rank and not row.has_matrices:
         raise UserError(
@@ -120,16 +120,16 @@ def _check_method(m: ConfigDict) -> None:
         )
     if m.lora_rank and row.starts_random and not m.start:
         raise UserError(
-            f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} starts at random; "
-            "expected config.method.start, a trained one for the adapters to lie over"
+            f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} starts "
+            "at random; expected config.method.start, a trained one for the adapters to lie over"
         )
     if m.max_delay and row.write is not None and not row.reads_text:
         raise UserError(_no_text("method.max_delay", m.max_delay, m.name))
     if row.writes_keys and not PLACEMENTS[m.placement].reread:
         fit = [name for name in sorted(PLACEMENTS) if PLACEMENTS[name].reread]
         raise UserError(
-            f"config.method.placement={m.placement!r}: method {m.name!r} has no vector to predict the next token from; "
-            f"expected one that reads x_p again: {', '.join(fit)}"
+            f"config.method.placement={m.placement!r}: method {m.name!r} has no vector to predict "
+            f"the next token from; expected one that reads x_p again: {', '.join(fit)}"
         )
 
 
@@ -141,13 +141,13 @@ def _check_evaluate(e: ConfigDict) -> None:
     longest = e.max_length - 2
     if e.delay > longest:
         raise UserError(
-            f"config.evaluate.delay={e.delay}: expected at most {longest}, so that latents are written within "
-            f"pieces of evaluate.max_length={e.max_length}"
+            f"config.evaluate.delay={e.delay}: expected at most {longest}, so that latents are "
+            f"written within pieces of evaluate.max_length={e.max_length}"
         )
     if e.longer_prompt > longest:
         raise UserError(
-            f"config.evaluate.longer_prompt={e.longer_prompt}: expected at most {longest}, so that something "
-            f"is left of pieces of evaluate.max_length={e.max_length}"
+            f"config.evaluate.longer_prompt={e.longer_prompt}: expected at most {longest}, so that "
+            f"something is left of pieces of evaluate.max_length={e.max_length}"
         )
     if e.swap and e.batch_size < 2:
         raise UserError(
@@ -161,8 +161,8 @@ def _check_controls(config: ConfigDict) -> None:
     row = METHODS[method]
     if config.evaluate.swap and row.writes_keys:
         raise UserError(
-            f"config.evaluate.swap: the keys that method {method!r} writes depend on their position, so they cannot "
-            "be swapped between documents; leave it out"
+            f"config.evaluate.swap: the keys that method {method!r} writes depend on their "
+            "position, so they cannot be swapped between documents; leave it out"
         )
     for key in ("swap", "delay"):
         value = config.evaluate[key]
@@ -178,11 +178,11 @@ def _check_trace_length(config: ConfigDict) -> None:
         return
     if length < m.num_latents + m.num_ahead:
         raise UserError(
-            f"config.data.seq_len={length}: expected at least {m.num_latents + m.num_ahead}, the "
-            f"length of a trace: {m.num_latents} latents + {m.num_ahead} ahead tokens"
+            f"config.data.seq_len={length}: expected at least {m.num_latents + m.num_ahead}, "
+            f"the length of a trace: {m.num_latents} latents + {m.num_ahead} ahead tokens"
         )
     if m.num_traces >= length:
         raise UserError(
-            f"config.method.num_traces={m.num_traces}: expected at most {length - 1}, the positions "
-            f"in a row of config.data.seq_len={length} tokens"
+            f"config.method.num_traces={m.num_traces}: expected at most {length - 1}, "
+            f"the positions in a row of config.data.seq_len={length} tokens"
         )

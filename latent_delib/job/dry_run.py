@@ -1,5 +1,4 @@
-"""Compiles a job's step for this machine or for a TPU slice, and says what it would need, before
-any of it is paid for.
+"""Compiles a job's step for this machine or for a TPU slice, and prints its needs.
 
 The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`): memory is
 that of the program that the slice would run.
@@ -37,16 +36,13 @@ OUT_OF_MEMORY = re.compile(
 
 
 def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, Any]:
-    """Compiles the step, prints what it needs, and writes the same to WORKDIR/dry_run.json; nothing
-    is run.
+    """Compiles the step, prints its needs, and writes WORKDIR/dry_run.json; runs nothing.
 
     Args:
-      topology: the TPU slice to compile for, as `slice_of` takes it; this machine's devices where
-        it is empty.
+      topology: the TPU slice to compile for, as `slice_of` takes it; empty: this machine.
 
     Raises:
-      UserError: a mistake in the config; a topology that does not exist; a program that does not
-        fit.
+      UserError: a mistake in the config, an unknown topology, or a program that does not fit.
     """
     exp = experiment.read(config, slice_of(topology) if topology else None)
     plan = planning.make(exp)
@@ -89,9 +85,8 @@ def slice_of(topology: str) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # jax and libtpu raise several kinds
         hint = "no such slice, or libtpu is missing (LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
-        raise UserError(
-            f"--topology={topology}: {hint}: {' '.join(str(error).split())[:300]}"
-        ) from None
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"--topology={topology}: {hint}: {why}") from None
 
 
 def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
@@ -103,23 +98,23 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
         if found is None:
             raise
         raise UserError(
-            f"does not fit: a chip needs {found[1]}iB of {found[2]}iB; split the batch (config.train.accumulation), "
-            "shard more (config.mesh.fsdp, mesh.traces), keep less (config.compute.remat=full) or take more chips"
+            f"does not fit: a chip needs {found[1]}iB of {found[2]}iB; split the batch "
+            "(config.train.accumulation), shard more (config.mesh.fsdp, mesh.traces), "
+            "keep less (config.compute.remat=full) or take more chips"
         ) from None
 
 
 def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Returns what one chip needs for a compiled step.
+    """Returns the needs of one chip for a compiled step.
 
     Returns:
-      memory: part -> bytes, with their total; memory_limit: bytes, or None where the chip is not
-        known; flops: part ->
-      number.
+      memory: part -> bytes, with their total.
+      memory_limit: bytes; None where the chip is not known.
+      flops: part -> number.
     """
     stats = compiled.memory_analysis()
-    total = (
-        stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    )
+    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+    total += stats.generated_code_size_in_bytes
     total += stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = _held(exp, plan)
     return {
@@ -141,19 +136,18 @@ def _held(exp: Experiment, plan: Plan) -> dict[str, float]:
     table = (plan.frozen or plan.state.trainable)["decoder"]["embedding"]
     vocabulary, width = table.sharding.shard_shape(table.shape)
     is_split = width < table.shape[1]
-    rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # on a chip at once
-    cache = (
-        2 * a.num_layers * rows * exp.config.data.seq_len * a.num_kv_heads * a.head_dim * itemsize
-    )
+    cache = 0.0
+    if exp.aug.has_latents:
+        rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # of one chip
+        entries = rows * exp.config.data.seq_len * a.num_kv_heads * a.head_dim
+        cache = 2 * a.num_layers * entries * itemsize / mesh_lib.shards(exp.mesh, "heads")
     return {
         "frozen weights": _per_chip(plan.frozen),
         "trainable weights": trainable,
         "optimizer": _per_chip(plan.state.opt_state),
         "gradients, and weights cast": gradients,
         "token table, gathered": vocabulary * table.shape[1] * itemsize if is_split else 0.0,
-        "cache of the text": cache / mesh_lib.shards(exp.mesh, "heads")
-        if exp.aug.has_latents
-        else 0.0,
+        "cache of the text": cache,
     }
 
 
@@ -172,17 +166,15 @@ def _flops(exp: Experiment) -> dict[str, float]:
     rows = c.train.batch_size
     length = c.data.seq_len
     useful, again = cost.step_flops(exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
-    again += (mesh_lib.shards(exp.mesh, "traces") - 1) * flops.text(
-        exp.aug.transformer.config, rows * length, length
-    )
+    text = flops.text(exp.aug.transformer.config, rows * length, length)
+    again += (mesh_lib.shards(exp.mesh, "traces") - 1) * text
     return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
 
 
 def show(result: dict[str, Any]) -> str:
     """Returns the result in plain text."""
-    lines = [
-        f"compiled in {result['compile_seconds']:.1f} s; on each of {result['chips']} x {result['chip']}:"
-    ]
+    chips = f"{result['chips']} x {result['chip']}"
+    lines = [f"compiled in {result['compile_seconds']:.1f} s; on each of {chips}:"]
     for part, size in result["memory"].items():
         lines.append(f"  memory    {part:<28} {gib(size):>12}")
     if result["memory_limit"]:
@@ -190,6 +182,7 @@ def show(result: dict[str, Any]) -> str:
     for part, count in result["flops"].items():
         lines.append(f"  compute   {part:<28} {count / 1e12:>7.1f} TFLOP")
     lines.append(
-        "bytes moved between chips, and estimates of time: python -m benchmarks.scaling, docs/scaling.md"
+        "bytes moved between chips, and estimates of time: "
+        "python -m benchmarks.scaling, docs/scaling.md"
     )
     return "\n".join(lines)

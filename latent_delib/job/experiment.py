@@ -1,6 +1,4 @@
-"""Turns a config into the objects that a job works on: its record, mesh, augmentation and
-parameters.
-"""
+"""Turns a config into the objects of a job: its record, mesh, augmentation and parameters."""
 
 import contextlib
 import dataclasses
@@ -37,9 +35,9 @@ CORPUS_TOKENIZER = Path(__file__).parents[1] / "data" / "corpus" / "tokenizer.mo
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Holds a checked config and what follows from it; no weights.
+    """Holds a checked config and all that follows from it, except weights.
 
-    record: what the job is, for comparison with checkpoints and results.
+    record: describes the job, for comparison with checkpoints and results.
     dtype: of computations and of frozen weights.
     decoder: the decoder's folder; None for random weights.
     start: workdir and step of the coprocessor that training begins with, or None.
@@ -67,8 +65,7 @@ class Experiment:
 
 
 def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment:
-    """Checks a config and builds what it describes on `devices`, by default all there are; loads no
-    weights.
+    """Checks a config and builds its experiment on `devices`, by default all; loads no weights.
 
     Raises:
       UserError: the first thing found wrong, by key.
@@ -85,10 +82,8 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         _check_splits(config, mesh, coprocessor)
 
     def model(architecture: TransformerConfig) -> transformer.Transformer:
-        compute = config.compute
-        return build.transformer(
-            architecture, mesh, compute.dtype, compute.remat, compute.attention
-        )
+        c = config.compute
+        return build.transformer(architecture, mesh, c.dtype, c.remat, c.attention)
 
     return Experiment(
         config=config,
@@ -110,28 +105,29 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
 
 
 def _architecture(config: ConfigDict, decoder: Path | None) -> TransformerConfig:
-    """Returns the decoder's architecture: its folder's, which must agree with the config, or the
-    config's own.
+    """Returns the decoder's architecture: its folder's, or the config's where it has no folder.
+
+    The fields of the config must agree with the folder.
     """
     fields = config.decoder.architecture.to_dict()
     if decoder is None:
         if not fields:
             raise UserError(
-                "config.decoder.path is empty: expected a decoder folder, or config.decoder.architecture"
+                "config.decoder.path is empty: expected a decoder folder, "
+                "or config.decoder.architecture"
             )
         return TransformerConfig.from_dict(fields, "config.decoder.architecture")
     architecture = folder.read_config(decoder)
-    wanted = dataclasses.asdict(architecture) | fields
-    differing = differences(
-        architecture, TransformerConfig.from_dict(wanted, "config.decoder.architecture")
-    )
+    changed = dataclasses.asdict(architecture) | fields
+    wanted = TransformerConfig.from_dict(changed, "config.decoder.architecture")
+    differing = differences(architecture, wanted)
     if differing:
         raise UserError(f"config.decoder.architecture: {decoder} has {'; '.join(differing)}")
     return architecture
 
 
 def tokenizer_path(config: ConfigDict) -> Path:
-    """Returns the tokenizer's file that a config means."""
+    """Returns the file of a config's tokenizer."""
     name = config.decoder.tokenizer
     decoder = config.decoder.path
     if name == "packaged" or not (name or decoder):
@@ -187,7 +183,7 @@ def _check_splits(config: ConfigDict, mesh: Mesh, architecture: TransformerConfi
 
 
 def frozen_shapes(exp: Experiment) -> Params:
-    """Returns the shapes of what `load_frozen` loads, with dtype and shardings."""
+    """Returns the shapes of the frozen parameters, with dtype and shardings."""
     frozen = {"decoder": _on_mesh(exp, folder.shapes(exp.aug.transformer.config), exp.dtype)}
     if exp.adapts_start:
         frozen["coprocessor"] = _on_mesh(exp, _whole_coprocessor(exp), exp.dtype)
@@ -195,8 +191,7 @@ def frozen_shapes(exp: Experiment) -> Params:
 
 
 def load_frozen(exp: Experiment) -> Params:
-    """Loads the decoder that trained parameters lie over or are compared with, in the compute
-    dtype, as "decoder".
+    """Loads the frozen parameters in the compute dtype: the decoder, as "decoder".
 
     Where adapters are trained over a start, its coprocessor is there too, as "coprocessor".
     """
@@ -213,8 +208,9 @@ def trainable_shapes(exp: Experiment) -> Params:
 
 
 def init_trainable(exp: Experiment) -> Callable[..., Params]:
-    """Returns the function (key, decoder, start) -> trainable tree, float32; start: a whole
-    coprocessor, or None.
+    """Returns the function (key, decoder, start) -> trainable tree, float32.
+
+    start is a whole coprocessor, or None.
     """
     aug = exp.aug
     rank = exp.config.method.lora_rank
@@ -232,23 +228,16 @@ def init_trainable(exp: Experiment) -> Callable[..., Params]:
 
 
 def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
-    """Returns the trained part of a decoder or coprocessor under adapters: these, and all that is
-    not its body.
-    """
-    trained = {
-        name: leaf
-        for name, leaf in tree.items()
-        if name not in ("layers", "final_norm", *transformer.TABLES)
-    }
+    """Returns the trained part of a decoder or coprocessor: adapters, and all but its body."""
+    body = ("layers", "final_norm", *transformer.TABLES)
+    trained = {name: leaf for name, leaf in tree.items() if name not in body}
     if "layers" in tree:
         trained["layers"] = lora.init(key, tree["layers"], rank)
     return trained
 
 
 def place_decoder(exp: Experiment, dtype: Any) -> Params:
-    """Loads the decoder's weights in `dtype`, each to its place on the mesh; draws random ones
-    without a folder.
-    """
+    """Loads the decoder's weights onto the mesh in `dtype`, or draws them without a folder."""
     architecture = exp.aug.transformer.config
     shardings = mesh_lib.parameters(exp.mesh, folder.shapes(architecture), PARAM_AXES)
     if exp.decoder is not None:
@@ -261,12 +250,11 @@ def place_decoder(exp: Experiment, dtype: Any) -> Params:
 
 
 def place_start(exp: Experiment, dtype: Any) -> Params:
-    """Loads the coprocessor that training begins with, in `dtype`, each array to its place on the
-    mesh.
+    """Loads the coprocessor that training begins with onto the mesh, in `dtype`.
 
     Raises:
-      UserError: there is no such checkpoint; it is of another decoder or method, holds adapters, or
-        is damaged.
+      UserError: the checkpoint is missing or damaged, is of another decoder or method, or holds
+        adapters.
     """
     given = f"config.method.start={exp.config.method.start}"
     workdir, step = exp.start
@@ -285,9 +273,8 @@ def _whole_coprocessor(exp: Experiment) -> Params:
     """Returns the shapes of a coprocessor of the config's method without adapters."""
 
     def init(key: jax.Array, decoder: Params) -> Params:
-        return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, exp.aug.num_latents)[
-            "coprocessor"
-        ]
+        tree = METHODS[exp.aug.method].init(key, decoder, exp.aug.models, exp.aug.num_latents)
+        return tree["coprocessor"]
 
     return jax.eval_shape(init, jax.random.key(0), folder.shapes(exp.aug.transformer.config))
 

@@ -20,8 +20,7 @@ from latent_delib.weights import folder
 def export_decoder(
     exp: Experiment, workdir: str, step: int, trainable: Params, frozen: Params | None = None
 ) -> None:
-    """Writes WORKDIR/decoder, where the decoder was trained: in whole, or by adapters of the frozen
-    one.
+    """Writes WORKDIR/decoder where the decoder was trained, in whole or by adapters.
 
     One leaf at a time is gathered, on every device.
 

@@ -1,6 +1,4 @@
-"""Writes the metrics of a training job: to the screen, to metrics.jsonl and as TensorBoard
-events.
-"""
+"""Writes the metrics of a training job: to the screen, to metrics.jsonl and for TensorBoard."""
 
 import contextlib
 import dataclasses
@@ -43,8 +41,7 @@ class Mean:
 
 
 class Metrics:
-    """Collects the values of a run's steps. Process 0 writes them: a row per `train.log_every`
-    steps.
+    """Collects the values of a run's steps; process 0 writes a row per `train.log_every` steps.
 
     A step's values are the same on all processes. They are read after the next step is dispatched,
     so the device never waits for the host.
@@ -120,9 +117,7 @@ class Metrics:
             self._write_row(step)
 
     def _skip(self, problem: str) -> None:
-        """Counts a step that changed nothing; raises where it was one too many, or did change
-        something.
-        """
+        """Counts a step that is not finite; raises UserError where it is one too many."""
         self.bad += 1
         if self.bad <= self.allowed:
             if self.log:
@@ -131,11 +126,13 @@ class Metrics:
         self.close()  # the rows before this step show why
         if self.allowed:
             raise UserError(
-                f"{problem}; config.train.max_bad_steps={self.allowed} such steps were skipped before it"
+                f"{problem}; config.train.max_bad_steps={self.allowed} such steps were skipped "
+                "before it"
             )
         saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
         raise UserError(
-            f"{problem}; {saved}; expected a lower learning rate, or config.train.max_bad_steps above 0"
+            f"{problem}; {saved}; expected a lower learning rate, or config.train.max_bad_steps "
+            "above 0"
         )
 
     def _write_row(self, step: int) -> None:
@@ -209,12 +206,11 @@ class Log:
             return
         files.write(self.path, "".join(lines).encode())
         self.file = self.path.open("a")
-        # Not SummaryWriter: its thread ends where the disk is full, and its queue then blocks for
-        # ever.
+        # Not SummaryWriter: on a full disk its thread ends, and its queue then blocks for ever.
         folder = Path(workdir) / "tensorboard"
         folder.mkdir(exist_ok=True)
         self.events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        # TensorBoard drops later steps
+        # TensorBoard drops the steps from here on, which are done again.
         self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, row: dict[str, float]) -> None:
@@ -223,11 +219,7 @@ class Log:
             self.file.flush()
         if self.events is None:
             return
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in row.items()
-            if name != "step"
-        ]
+        values = [Summary.Value(tag=name, simple_value=row[name]) for name in row if name != "step"]
         self._write_event(int(row["step"]), summary=Summary(value=values))
 
     def _write_event(self, step: int, **content: Any) -> None:

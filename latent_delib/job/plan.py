@@ -1,6 +1,4 @@
-"""Plans a training job before any array is made: shapes, the place of every leaf, and the step over
-them.
-"""
+"""Plans a training job before any array is made: shapes, shardings, and the step over them."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,8 +39,9 @@ def make(exp: Experiment) -> Plan:
     split = mesh_lib.shards(exp.mesh, "batch")
     if (c.train.batch_size // c.train.accumulation) % split:
         raise UserError(
-            f"config.train.batch_size={c.train.batch_size} in {c.train.accumulation} parts does not split over "
-            f"{mesh_lib.setting(exp.mesh, 'batch')}: expected a multiple of {c.train.accumulation * split}"
+            f"config.train.batch_size={c.train.batch_size} in {c.train.accumulation} parts "
+            f"does not split over {mesh_lib.setting(exp.mesh, 'batch')}: "
+            f"expected a multiple of {c.train.accumulation * split}"
         )
     optimizer = make_optimizer(c.optimizer, c.train.steps)
     trainable = experiment.trainable_shapes(exp)
@@ -80,15 +79,15 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
     """Compiles the step for the devices of the mesh.
 
     Raises:
-      UserError: bfloat16 on CPUs with a tensor axis beside others, where XLA would abort the
-        process.
+      UserError: bfloat16 on CPUs with a tensor axis beside others, on which XLA aborts.
     """
     heads = mesh_lib.shards(exp.mesh, "heads")
     on_cpus = exp.mesh.devices.flat[0].platform == "cpu"
     if on_cpus and exp.dtype == jnp.bfloat16 and exp.mesh.size > heads > 1:
+        setting = mesh_lib.setting(exp.mesh, "heads")
         raise UserError(
-            f"config.compute.dtype=bfloat16 with {mesh_lib.setting(exp.mesh, 'heads')}: XLA's compiler for "
-            "CPUs aborts on it; expected float32, or config.mesh.tensor=1"
+            f"config.compute.dtype=bfloat16 with {setting}: XLA's compiler for CPUs aborts on it; "
+            "expected float32, or config.mesh.tensor=1"
         )
     return plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
 
@@ -115,16 +114,19 @@ def gib(size: float) -> str:
 def summary(exp: Experiment, plan: Plan) -> str:
     """Returns the lines that a job prints first: its shapes, and the place of every parameter."""
     trainable = plan.state.trainable
+    kind = exp.mesh.devices.flat[0].device_kind
     lines = [
         f"method {exp.config.method.name}: {_shapes(exp)}",
         f"decoder {exp.decoder or 'random'} [{exp.record.fingerprint[:12]}]",
-        f"parameters: {count(plan.frozen):,} frozen ({gib(size(plan.frozen))}), {count(trainable):,} trainable "
-        f"({gib(size(trainable))} + optimizer {gib(size(plan.state.opt_state))}), over all devices",
-        f"devices: {exp.mesh.size} x {exp.mesh.devices.flat[0].device_kind}, mesh {dict(exp.mesh.shape)}",
-        f"trainable parameters and where they lie, each with its optimizer moments:\n{mesh_lib.table(trainable)}",
+        f"parameters: {count(plan.frozen):,} frozen ({gib(size(plan.frozen))}), "
+        f"{count(trainable):,} trainable ({gib(size(trainable))} + "
+        f"optimizer {gib(size(plan.state.opt_state))}), over all devices",
+        f"devices: {exp.mesh.size} x {kind}, mesh {dict(exp.mesh.shape)}",
+        "trainable parameters and where they lie, each with its optimizer moments:",
+        mesh_lib.table(trainable),
     ]
     if plan.frozen:
-        lines.append(f"frozen parameters and where they lie:\n{mesh_lib.table(plan.frozen)}")
+        lines += ["frozen parameters and where they lie:", mesh_lib.table(plan.frozen)]
     return "\n".join(lines)
 
 

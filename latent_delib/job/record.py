@@ -1,4 +1,4 @@
-"""Holds what a run is, as plain data, and the one comparison of two runs.
+"""Describes a run by plain data, and compares two runs.
 
 A record is made from a config, from the meta of a checkpoint, or from a result. It knows neither
 models nor files. Everything that asks "does this fit?" asks `Record.differences` or
@@ -21,8 +21,7 @@ METHOD = (
     "method.start",
     "method.coprocessor",
 )
-# Purpose -> the keys that two runs must agree on. "method.*" is every key of that part of the
-# config.
+# Purpose -> the keys that two runs must agree on; "method.*" is every key of that part.
 AGREE = {
     # Training goes on: same decoder, same objective, same batches.
     "resume": (
@@ -84,7 +83,7 @@ class Difference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Says what a run is. Every field is plain data, as JSON holds it.
+    """Describes a run by plain data, as JSON holds it.
 
     config: every key of its config, nested.
     fingerprint: SHA-256 of the frozen decoder, hex.
@@ -110,7 +109,8 @@ class Record:
         found = meta.get("format", 0)
         if found > FORMAT:
             raise UserError(
-                f"{where}: checkpoint format {found}, expected at most {FORMAT}; use a newer latent_delib"
+                f"{where}: checkpoint format {found}, expected at most {FORMAT}; "
+                "use a newer latent_delib"
             )
         return cls(
             config=meta["config"],
@@ -126,7 +126,7 @@ class Record:
         return cls(result["config"], result["fingerprint"], step=result.get("step"))
 
     def meta(self) -> dict[str, Any]:
-        """Returns what a checkpoint stores of this record, JSON."""
+        """Returns the record as the meta of a checkpoint, JSON."""
         return {
             "format": FORMAT,
             "step": self.step,
@@ -142,10 +142,9 @@ class Record:
         return self.data.get("tokenizer")
 
     def __getitem__(self, key: str) -> Any:
-        """Returns a value by its dotted key: "decoder.fingerprint", "decoder.tokenizer", or a key
-        of the config.
+        """Returns a value by its dotted key; None where the run has no such key.
 
-        None: the run has no such key.
+        The key is "decoder.fingerprint", "decoder.tokenizer" or one of the config.
         """
         if key == "decoder.fingerprint":
             return self.fingerprint
@@ -159,9 +158,7 @@ class Record:
         return value
 
     def differences(self, other: "Record", purpose: str) -> list[Difference]:
-        """Compares this run with another for a purpose, a key of AGREE; returns every difference,
-        this run's first.
-        """
+        """Returns every difference from another run for a purpose, a key of AGREE."""
         found = []
         for key in self._keys(other, purpose):
             here = self[key]
@@ -173,9 +170,7 @@ class Record:
         return found
 
     def require(self, other: "Record", purpose: str, where: str) -> None:
-        """Raises UserError unless another run, found at `where`, agrees with this one on all that a
-        purpose needs.
-        """
+        """Raises UserError unless another run, found at `where`, agrees for a purpose."""
         found = self.differences(other, purpose)
         if not found:
             return
@@ -192,8 +187,7 @@ class Record:
             if not star:
                 yield key
                 continue
-            # Keys that came later than the other run either have a value in BEFORE, or cannot
-            # differ.
+            # A key newer than the other run has a value in BEFORE, or cannot differ.
             there = [f"{room}.{name}" for name in other.config[room]]
             older = [key for key in BEFORE if key.startswith(f"{room}.")]
             yield from dict.fromkeys(there + older)

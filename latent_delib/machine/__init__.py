@@ -1,1 +1,1 @@
-"""Disks, processes, signals and command lines. Nothing here knows of deliberation."""
+"""Handles disks, processes, signals and command lines; knows nothing of deliberation."""

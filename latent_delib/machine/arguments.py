@@ -1,5 +1,6 @@
-"""Checks of a caller's arguments. Each raises UserError with the argument's name; no value is
-rounded or cut to fit.
+"""Checks a caller's arguments; no value is rounded or cut to fit.
+
+Each check raises UserError with the argument's name.
 """
 
 import operator

@@ -1,5 +1,4 @@
-"""Orbax checkpoints of a training run: the trees that it changes, and what is needed to go on
-exactly.
+"""Saves and restores the checkpoints of a training run, with Orbax.
 
 Every process of a job calls everything here, in the same order. What one of them finds damaged is
 damaged for all. Where a disk fails for one, that one ends, and `distributed.job` ends the others.
@@ -44,10 +43,10 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Saves and restores the checkpoints of one run, in WORKDIR/checkpoints/STEP.
 
-    A checkpoint holds each tree that `save` is given, under its name; "meta", JSON that says what
-    the run is; and "contents", JSON by which damage is found. To store one more tree, pass it to
-    `save` and to `restore_newest`. A save is asynchronous. Its folder appears only once it is
-    whole, so an interrupted save leaves the checkpoint before it as the newest.
+    A checkpoint holds each tree that `save` is given, under its name; "meta", JSON that
+    describes the run; and "contents", JSON by which damage is found. To store one more tree, pass
+    it to `save` and to `restore_newest`. A save is asynchronous. Its folder appears only once it
+    is whole, so an interrupted save leaves the checkpoint before it as the newest.
 
     Args:
       workdir: a local folder, or gs://BUCKET/PATH.
@@ -91,7 +90,7 @@ class Checkpoints:
         Args:
           step: its number, which names its folder.
           trees: name -> tree of jax.Array: "trainable", and all else that is needed to go on.
-          meta: says what the run is; JSON must be able to hold it.
+          meta: describes the run; JSON must be able to hold it.
           loss: for `keep_best`, the same on every process; None or not finite: not among the best.
 
         Raises:
@@ -126,24 +125,21 @@ class Checkpoints:
         step: int | None = None,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
     ) -> Restored | None:
-        """Returns the newest checkpoint that can be read, bit for bit as it was saved, or `step`;
-        None without one.
+        """Returns the newest checkpoint that can be read, or `step`; None without one.
 
         Each newer, damaged checkpoint is reported in one line, and its folder renamed to
         DAMAGED-STEP-TIME, so that the run can save that step again. A reader renames nothing.
 
         Args:
           wanted: name -> tree of jax.ShapeDtypeStruct with the shardings wanted here, whatever mesh
-            wrote it. A tree that is None is read as it was saved, as numpy arrays. Others are not
-            read. Default: {"trainable": None}.
+            wrote it; None: as numpy arrays. Other trees are not read. Every bit is as it was saved.
+            Default: {"trainable": None}.
           step: the one checkpoint to read.
           check: gets the meta before any array is read; a UserError from it ends the search.
 
         Raises:
-          UserError: none can be read, or not the one asked for; or a tree wanted is not the one
-            that was saved.
-          OSError: the disk fails or denies access (Outage: the store does not answer), which is no
-            damage.
+          UserError: none can be read, or not the one asked for; or a tree differs from `wanted`.
+          OSError: the disk fails or denies access (Outage: the store does not answer).
         """
         if wanted is None:
             wanted = {"trainable": None}
@@ -164,9 +160,8 @@ class Checkpoints:
                 continue
             for bad, why in damaged.items():
                 aside = f"; its folder is now {self._put_aside(bad)}" if self.manager else ""
-                warn(
-                    f"{self.workdir}: checkpoint {bad} is damaged ({why}), checkpoint {at} is used instead{aside}"
-                )
+                instead = f"checkpoint {at} is used instead{aside}"
+                warn(f"{self.workdir}: checkpoint {bad} is damaged ({why}), {instead}")
             return restored
         # All keep their names, or the next try would start from scratch.
         each = ", ".join(f"checkpoint {bad} is damaged ({why})" for bad, why in damaged.items())
@@ -177,10 +172,7 @@ class Checkpoints:
     def _restore(
         self, step: int, wanted: Mapping[str, Any], check: Callable[[dict[str, Any]], None]
     ) -> tuple[Restored | None, str]:
-        """Reads one checkpoint and compares it with its sums; returns it, and the damage that any
-        process has found.
-        """
-        restored = None
+        """Reads one checkpoint and checks its sums; returns it, and damage found by any process."""
         damage = ""
         try:
             restored, saved = self._read(step, wanted, check)
@@ -197,9 +189,7 @@ class Checkpoints:
     def _read(
         self, step: int, wanted: Mapping[str, Any], check: Callable[[dict[str, Any]], None]
     ) -> tuple[Restored, dict[str, Any]]:
-        """Reads one checkpoint, without waiting for other processes; returns it, and its
-        contents.
-        """
+        """Reads one checkpoint without waiting for other processes; returns it and its contents."""
         folder = self.path / str(step)
         _require(folder / "_CHECKPOINT_METADATA")
         with _noted("meta"):
@@ -216,13 +206,10 @@ class Checkpoints:
         return Restored(step, meta, trees), saved
 
     def _read_tree(self, step: int, name: str, shapes: Any, saved: Mapping[str, Any]) -> Any:
-        """Reads one tree. Not through the manager: its `restore` ends in a barrier, where others
-        would wait.
-        """
+        """Reads one tree, without the manager: its `restore` waits for all other processes."""
+        where = f"--workdir={self.workdir}: checkpoint {step}"
         if name not in saved:
-            raise UserError(
-                f"--workdir={self.workdir}: checkpoint {step} has no {name}, which this config needs"
-            )
+            raise UserError(f"{where} has no {name}, which this config needs")
         folder = self.path / str(step) / name
         _require(folder / "_METADATA")  # orbax needs it only where no shapes are given
         if shapes is None:
@@ -233,9 +220,7 @@ class Checkpoints:
             ours = here.get(leaf, "nothing")
             theirs = there.get(leaf, "nothing")
             if theirs != ours:
-                raise UserError(
-                    f"--workdir={self.workdir}: checkpoint {step} has {theirs} for {name} {leaf}, this config {ours}"
-                )
+                raise UserError(f"{where} has {theirs} for {name} {leaf}, this config {ours}")
         return self.handler.restore(folder, args=ocp.args.StandardRestore(shapes))
 
     def _put_aside(self, step: int) -> str:
@@ -249,11 +234,9 @@ class Checkpoints:
         return name
 
     def _make_folder(self) -> None:
-        """Makes the folder, and a file in it for a moment: it can be written, and all processes see
-        the same one.
+        """Makes the folder, and checks that it can be written and that all processes share it.
 
-        On disks of their own each process would write its part of every checkpoint, and none would
-        ever be whole.
+        In folders of their own each would write its part alone, and no checkpoint would be whole.
         """
         name = f".started-{time.time_ns()}"
         is_first = jax.process_index() == 0
@@ -266,16 +249,15 @@ class Checkpoints:
             (self.path / name).unlink()
         if "False" in seen:
             raise UserError(
-                f"--workdir={self.workdir}: process {seen.index('False')} sees another folder there than process 0; "
-                "expected a shared one"
+                f"--workdir={self.workdir}: process {seen.index('False')} sees another folder "
+                "there than process 0; expected a shared one"
             )
 
 
 def open_for_reading(
     workdir: str, step: int | None = None
 ) -> tuple[Checkpoints, int, dict[str, Any]]:
-    """Returns a finished or running job's checkpoints, the step asked for or the newest, and its
-    meta.
+    """Returns the checkpoints of a job, the step asked for or the newest, and its meta.
 
     Raises:
       UserError: there is no checkpoint, or not that one.
@@ -305,8 +287,7 @@ def _folder(workdir: str) -> epath.Path:
     """Returns the folder of a run's checkpoints.
 
     Raises:
-      UserError: it is on gs://, and a package is missing that orbax would ask for at its first
-        save.
+      UserError: it is on gs://, and the package that orbax needs for it is missing.
     """
     if not is_remote(workdir):
         return epath.Path(os.path.abspath(workdir)) / "checkpoints"
@@ -314,7 +295,8 @@ def _folder(workdir: str) -> epath.Path:
         if importlib.util.find_spec("google.cloud.storage"):
             return epath.Path(workdir) / "checkpoints"
     raise UserError(
-        f"{workdir}: gs:// needs the package google-cloud-storage (LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
+        f"{workdir}: gs:// needs the package google-cloud-storage "
+        "(LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
     )
 
 
@@ -334,7 +316,7 @@ def _require(path: epath.Path) -> None:
 
 @contextmanager
 def _noted(item: str) -> Iterator[None]:
-    """Notes on an error which part of a checkpoint was being read."""
+    """Adds the name of the part that is being read to an error."""
     try:
         yield
     except Exception as error:
@@ -343,14 +325,12 @@ def _noted(item: str) -> Iterator[None]:
 
 
 def _on_host(leaf: Any) -> np.ndarray:
-    """Asks for a numpy array; takes no memory itself."""
+    """Returns the shape of a numpy array to read, as an array that takes no memory."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def _damage(error: Exception, path: epath.Path) -> str:
-    """Returns one line on files that cannot be read for what they hold; raises what is no damage of
-    a checkpoint.
-    """
+    """Returns one line on files that are damaged or missing; raises any other error."""
     if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
         raise error
     failed = store_error(error, path)
@@ -363,9 +343,7 @@ def _damage(error: Exception, path: epath.Path) -> str:
 
 @contextmanager
 def _disk_errors(path: epath.Path) -> Iterator[None]:
-    """Raises OSError for what a disk's or store's client raises; errors of a device, or of a lost
-    process, stay.
-    """
+    """Raises the errors of a disk or store as OSError; those of a device or process stay."""
     try:
         yield
     except (UserError, jax.errors.JaxRuntimeError):
@@ -374,12 +352,17 @@ def _disk_errors(path: epath.Path) -> Iterator[None]:
         raise store_error(error, path) or error from None
 
 
-def _make_manager(
-    path: epath.Path, keep: int, keep_every: int, keep_best: int
-) -> ocp.CheckpointManager:
-    """Returns a manager of the folder, which is there, that keeps the checkpoints named in
-    `Checkpoints`.
-    """
+class _Manager(ocp.CheckpointManager):
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """Returns None for a damaged loss, where orbax would find no checkpoint at all."""
+        try:
+            return {"loss": float(super().metrics(step)["loss"])}
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+def _make_manager(path: epath.Path, keep: int, keep_every: int, keep_best: int) -> _Manager:
+    """Returns a manager of an existing folder; see `Checkpoints` for the numbers."""
     policies: list[Any] = [LatestN(keep)]
     if keep_every:
         policies.append(EveryNSteps(keep_every))
@@ -389,11 +372,9 @@ def _make_manager(
         )
         policies.append(best)
     asynchronous = ocp.options.AsyncOptions(
-        # by the clock on the wall, which may jump; stores have time-outs of their own
-        timeout_secs=10**7,
+        timeout_secs=10**7,  # of wall-clock time, which may jump; stores have their own
         barrier_sync_fn=_barrier,
-        # Where a folder cannot be made, threads that wait for it would keep the process for 5
-        # minutes.
+        # Otherwise a folder that cannot be made holds the process for 5 minutes.
         create_directories_asynchronously=False,
     )
     options = ocp.CheckpointManagerOptions(
@@ -407,22 +388,11 @@ def _make_manager(
     return _Manager(path, options=options)
 
 
-class _Manager(ocp.CheckpointManager):
-    def metrics(self, step: int) -> dict[str, float] | None:
-        """Returns None for a damaged loss, where orbax would find no checkpoint at all."""
-        try:
-            return {"loss": float(super().metrics(step)["loss"])}
-        except (KeyError, TypeError, ValueError):
-            return None
-
-
 def _loss(metrics: dict[str, float]) -> float:
     return metrics["loss"]
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Does as orbax's own, but a process whose save has failed waits for nobody: 20 minutes would
-    hide the error.
-    """
+    """Waits as orbax does, but not after a failed save: 20 minutes would hide its error."""
     if sys.exc_info()[0] is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

@@ -1,4 +1,4 @@
-"""Tables in plain text."""
+"""Aligns tables in plain text."""
 
 from collections.abc import Collection, Sequence
 

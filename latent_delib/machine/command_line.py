@@ -1,6 +1,4 @@
-"""The command line of every command: flags without global state, and config files whose keys are
-flags.
-"""
+"""Reads a command line: flags without global state, and config files whose keys are flags."""
 
 import ast
 import difflib
@@ -26,14 +24,14 @@ FOLDERS = object()  # the list of words without a flag: at least one
 Options = dict[str, tuple[Any, str]]
 
 ROOT = Path(__file__).parents[2]  # of the repository, where configs/ is
-# the flags that are text; in every other a leading ~ is the home folder
-TEXTS = ("prompt", "stop", "text")
+TEXTS = ("prompt", "stop", "text")  # in every other flag a leading ~ is the home folder
 HOME = re.compile(r"^(files:|lines:|)(~[^/]*)")
 
 
 class _TupleParser(flags.ArgumentParser):
-    """Reads "('A', 'B')", or one string without quotes. The last of two counts, as of every other
-    key.
+    """Reads "('A', 'B')", or one string without quotes.
+
+    Of two such flags the last counts, as for every other key.
     """
 
     def parse(self, argument: Any) -> tuple:
@@ -108,8 +106,7 @@ def _define(values: flags.FlagValues, name: str, default: Any, text: str) -> Non
 
 
 def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]) -> list[str]:
-    """Loads the config file, and sets the keys that --NAME.KEY=VALUE give; returns the words that
-    are no flags.
+    """Loads the config file and sets its keys by --NAME.KEY=VALUE; returns the other words.
 
     Raises:
       UserError: no config file, or one that fails; a flag or key that is not there.
@@ -138,28 +135,23 @@ def _keys(config: ConfigDict, above: str = "") -> Iterator[str]:
 
 
 def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
-    """Raises UserError for an argument that looks like a flag and is none, with the known name most
-    like it.
-    """
+    """Raises UserError for an unknown flag, with the known name that is most like it."""
     for argument in arguments:
         found = re.match(r"--?([a-zA-Z][^=]*)", argument)
         if found is None or found[1] in known or found[1].removeprefix("no") in known:
             continue
-        # in another table
-        alike = [name for name in known if name.split(".")[-1] == found[1].split(".")[-1]]
-        close = difflib.get_close_matches(
-            found[1], alike or known, n=1, cutoff=0.0 if alike else 0.8
-        )
-        remedy = (
-            f"did you mean --{close[0]}?"
-            if close
-            else "--help lists the flags, configs/base.py the keys"
-        )
+        key = found[1].split(".")[-1]
+        alike = [name for name in known if name.split(".")[-1] == key]  # in another table
+        cutoff = 0.0 if alike else 0.8
+        close = difflib.get_close_matches(found[1], alike or known, n=1, cutoff=cutoff)
+        remedy = "--help lists the flags, configs/base.py the keys"
+        if close:
+            remedy = f"did you mean --{close[0]}?"
         raise UserError(f"{found[0]}: no such flag; {remedy}")
 
 
 def load_config(name: str, given: str) -> ConfigDict:
-    """Returns what get_config() of a config file returns; FILE.py:ARGUMENT gives it an argument.
+    """Runs get_config() of a config file; FILE.py:ARGUMENT gives it an argument.
 
     Raises:
       UserError: there is no such file, or it fails: with its line.
@@ -184,12 +176,9 @@ def load_config(name: str, given: str) -> ConfigDict:
 
 
 def _of_config_file(error: Exception, path: str) -> str:
-    """Returns one line with the file's own line in which an error came up."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == path
-    ]
+    """Returns an error as one line, with the number of the config file's line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
     where = f"{path}, line {lines[-1]}" if lines else path
     # ml_collections lists every key before its guess.
     text = re.sub(r"(?s)Other fields present: .*?(Did you mean|$)", r"\1", str(error))
@@ -197,9 +186,7 @@ def _of_config_file(error: Exception, path: str) -> str:
 
 
 def _expand_home(value: Any) -> Any:
-    """Returns a value with the home folder for each leading ~, which no shell expands behind
-    `--flag=`.
-    """
+    """Expands each leading ~ of a value to the home folder: no shell does so behind `--flag=`."""
     if isinstance(value, str):
         return HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), value)
     if isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""How every command runs and ends: with an exit code, and one clear line where it cannot go on."""
+"""Runs every command; ends it with an exit code, and one clear line where it cannot go on."""
 
 import errno
 import logging
@@ -21,15 +21,14 @@ from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 from latent_delib.machine import files
 from latent_delib.machine.command_line import help_text, parse
 
-# the exit code of a command that SIGTERM stopped, and that saved: run it again to go on
-STOPPED = 75
+STOPPED = 75  # the exit code after SIGTERM, once all is saved: run it again to go on
 UNREAD = 128 + signal.SIGPIPE  # the exit code where nobody reads the output any more: `| head`
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EPIPE)
-# Messages of Orbax and asyncio that tell nothing: of every run, or of a failed save, which raises
-# its error as well.
+# Messages of Orbax and asyncio that tell nothing; a failed save raises its error as well.
 NOISE = re.compile(
-    r"Requested `tracked_metric`|run\(\) raised an exception|Handler Commit operations|Save Finalize thread"
-    "|Event loop is closed|Task was destroyed but it is pending|exception was never retrieved"
+    r"Requested `tracked_metric`|run\(\) raised an exception|Handler Commit operations"
+    "|Save Finalize thread|Event loop is closed|Task was destroyed but it is pending"
+    "|exception was never retrieved"
 )
 
 
@@ -74,9 +73,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
 
 
 def leave(code: int) -> None:
-    """Ends the process without jax's clean-up at exit, which crashes now and then after an
-    interrupted compile.
-    """
+    """Ends the process without jax's clean-up, which may crash after an interrupted compile."""
     with suppress(AttributeError, OSError):  # a closed pipe, or no output at all
         sys.stdout.flush()
         sys.stderr.flush()
@@ -84,8 +81,8 @@ def leave(code: int) -> None:
 
 
 def _settle() -> None:
-    """Makes the process one whose last line is the error."""
-    # until here Ctrl-C ends the process: see __init__.py
+    """Sets up the process so that an error is its last line."""
+    # Until here Ctrl-C ends the process: see __init__.py.
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
@@ -93,16 +90,13 @@ def _settle() -> None:
     logging.basicConfig()  # a handler, where no library has made one
     for handler in logging.root.handlers:
         handler.addFilter(lambda record: not NOISE.search(str(record.msg)))
-    # orbax's, after a failed save
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # of a failed save
     sys.unraisablehook = _unraisable
     flags.FLAGS(sys.argv[:1])  # seqio reads absl's own flags and wants them parsed
 
 
 def _unraisable(lost: Any) -> None:
-    """Raises Ctrl-C again where Python drops it, as in a callback of a library that is being
-    imported.
-    """
+    """Raises Ctrl-C again where Python drops it, as in a callback while a library is imported."""
     if issubclass(lost.exc_type, KeyboardInterrupt):  # from a thread, or it would be dropped again
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     elif not NOISE.search(str(lost.exc_value)):
@@ -130,11 +124,10 @@ def _of_disk(error: OSError, values: flags.FlagValues) -> str:
         return f"{error.filename}: {text}"
     if error.errno not in UNWRITTEN:
         return text
-    written = [
-        f"--{name}={values[name].value}"
-        for name in ("out", "workdir")
-        if name in values and values[name].value
-    ]
+    written = []
+    for name in ("out", "workdir"):
+        if name in values and values[name].value:
+            written.append(f"--{name}={values[name].value}")
     return f"{text}, writing to {' or '.join([*written, 'standard output'])}"
 
 
@@ -146,8 +139,8 @@ def _of_device(error: Exception) -> str:
     line = no_memory(error)
     if line:
         return (
-            f"{line}; take fewer rows at once (evaluation: config.evaluate.batch_size and positions; others: "
-            "--batch_size), or more devices (config.mesh)"
+            f"{line}; take fewer rows at once (evaluation: config.evaluate.batch_size and "
+            "positions; others: --batch_size), or more devices (config.mesh)"
         )
     frames = traceback.extract_tb(error.__traceback__)
     if "xla_bridge" not in frames[-1].filename:

@@ -1,6 +1,4 @@
-"""The contents of a checkpoint: type and checksum of each leaf, by which damage is found when it is
-read again.
-"""
+"""Describes a checkpoint by the type and checksum of each leaf, so that damage is found later."""
 
 import json
 import zlib
@@ -13,9 +11,7 @@ import numpy as np
 
 
 def describe(meta: Mapping[str, Any], trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {tree: {leaf: [type, sum]}} and, as "crc32", a checksum of that and of the meta; JSON
-    can hold it.
-    """
+    """Returns {tree: {leaf: [type, sum]}} for JSON, with a "crc32" of that and of the meta."""
     contents: dict[str, Any] = {}
     for name, tree in trees.items():
         types, sums = leaf_types(tree), leaf_sums(tree)
@@ -45,11 +41,10 @@ def leaf_types(tree: Any) -> dict[str, str]:
 
 
 def leaf_sums(tree: Any) -> dict[str, int]:
-    """Returns each leaf's sum of bits, read as integers, modulo 2**32: any flipped bit changes it,
-    no mesh does.
+    """Returns the sum of each leaf's bits, read as integers, modulo 2**32.
 
-    Leaves are arrays of JAX, which are added up where they lie, or of numpy, which never go to a
-    device.
+    Any flipped bit changes it, no mesh does. Leaves are arrays of JAX, which are added up where
+    they lie, or of numpy, which never go to a device.
     """
     leaves = _named_leaves(tree)
     if any(isinstance(leaf, jax.Array) for leaf in leaves.values()):

@@ -1,4 +1,4 @@
-"""Many processes, one job: they start together, decide together, and none outlives another.
+"""Runs many processes as one job: they start, decide and end together.
 
 A process that dies, however it dies, closes its connections of the roll call. The others end at
 once, instead of waiting for it in a collective.
@@ -35,24 +35,22 @@ from latent_delib.machine.roll_call import (
 
 FLAGS = {
     "distributed": (False, "this is one of several processes of the job"),
-    "start_timeout": (
-        300,
-        "seconds within which all processes of a --distributed job must have started",
-    ),
+    "start_timeout": (300, "seconds within which all processes of a --distributed job must start"),
 }
 MESSAGE = 1000  # bytes that each process can say in `from_all`
 
 
 @contextlib.contextmanager
 def job(flags: Any) -> Iterator[None]:
-    """Joins the processes of a job started with --distributed, and holds them together until all
-    are done.
+    """Joins the processes of a --distributed job, and holds them together until all are done.
 
     It is entered before any device is used. The exit code tells whether to start the job again:
 
-      1     a process ended with 1, and so do all: a mistake, a failed disk, a bug or too little memory stays so.
-      LOST  a process was killed, its machine was lost, or the store of its checkpoints does not answer. The others end
-            GRACE seconds later, SILENCE more where the network does not tell.
+      1     a process ended with 1, and so do all: a mistake, a failed disk, a bug or too little
+            memory stays so.
+      LOST  a process was killed, its machine was lost, or the store of its checkpoints does not
+            answer. The others end GRACE seconds later, SILENCE more where the network does not
+            tell.
 
     Raises:
       UserError: the processes do not all start within `flags.start_timeout` seconds, or do not fit
@@ -94,8 +92,8 @@ def check_same(**texts: str) -> None:
         for process, digest in enumerate(digests):
             if digest != digests[0]:
                 raise UserError(
-                    f"process {process} has another {name} than process 0: expected the same command and files on "
-                    "every worker"
+                    f"process {process} has another {name} than process 0: expected the same "
+                    "command and files on every worker"
                 )
 
 
@@ -105,10 +103,10 @@ def from_first(value: Any) -> Any:
 
 
 def on_first(look: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function on process 0 alone, and returns its result, which JSON must hold, on every
-    process.
+    """Calls a function on process 0 alone, and returns its result on every process.
 
-    Every process must call this; `look` must not wait for another process.
+    Every process must call this. `look` must not wait for another process, and JSON must be able
+    to hold its result.
 
     Raises:
       UserError: `look` does; then on every process.
@@ -150,8 +148,7 @@ def warn(line: str) -> None:
 
 
 def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
-    """Returns a function from this process's yes or no to the number of devices whose processes say
-    yes, int32.
+    """Returns the function (this process's yes or no) -> number of devices that say yes, int32.
 
     All processes of the mesh call it in turn. The call waits for nothing; reading its result does.
     """
@@ -167,8 +164,7 @@ def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
 
 
 class Others:
-    """Watches the other processes of the job: a thread ends this one when one of them ends too
-    early.
+    """Watches the other processes in a thread, and ends this one when another ends too early.
 
     Where process 0 ends, jax aborts the others at once: if it can, it is the last to go.
     """
@@ -239,7 +235,7 @@ class Others:
 
 
 def _exit_code(error: BaseException, others: Others) -> int:
-    """Returns the exit code for what ended the work here.
+    """Returns the exit code for the error that ended the work here.
 
     Where another process is gone, a collective fails, with an exception of any kind and maybe
     before the loss is known. So other errors than the known ones wait for news. If a process is

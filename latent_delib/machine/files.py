@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Makes files and folders that appear whole or not at all."""
 
 import contextlib
 import errno
@@ -39,8 +39,7 @@ def write(path: epath.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary local folder that is renamed to `folder` on success, and removed on
-    failure.
+    """Yields a temporary folder, which becomes `folder` on success, and is removed on failure.
 
     Raises:
       UserError: the folder is there already, and `replace` is not set; or it is on gs:// or a mount
@@ -96,17 +95,13 @@ def make_folder(path: Path) -> None:
 
 
 def in_the_way(path: Path) -> Path | None:
-    """Returns the file that stands in the place of a folder or of one above it; None without
-    one.
-    """
+    """Returns the file in the place of a folder, or of one above it; None without one."""
     return next((each for each in (path, *path.parents) if each.is_file()), None)
 
 
 @contextlib.contextmanager
 def named(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Makes errors name the path that the user knows, where they name none or one that begins with
-    `partial`.
-    """
+    """Puts `path` into errors that name no path, or one that begins with `partial`."""
     try:
         yield
     except UserError as error:
@@ -122,11 +117,11 @@ def named(path: Path, partial: Path | None = None) -> Iterator[None]:
 
 
 class StoredLines:
-    """Writes lines to a file on a store, where nothing can be appended: the whole file for each, in
-    a thread.
+    """Writes lines to a file on a store, where nothing can be appended.
 
-    While a write goes on, lines wait for the next. A failed write does not end the job: it is
-    reported once, and the next line tries again, and so does `close`.
+    Each write is of the whole file, in a thread. While it goes on, lines wait for the next. A
+    failed write does not end the job: it is reported once, and the next line or `close` tries
+    again.
     """
 
     def __init__(self, path: epath.Path, lines: list[str]):

@@ -1,4 +1,4 @@
-"""Lines that say how far a long job is, with a rate and an ETA."""
+"""Prints the progress of a long job, with a rate and an ETA."""
 
 import time
 
@@ -6,10 +6,10 @@ EVERY = 5.0  # seconds between two lines
 
 
 class Progress:
-    """Prints "WHAT DONE/TOTAL UNIT  RATE UNIT/s  ETA H:MM:SS", the first line after EVERY seconds, then as often.
+    """Prints "WHAT DONE/TOTAL UNIT  RATE UNIT/s  ETA H:MM:SS" every EVERY seconds.
 
-    Jobs shorter than EVERY print nothing. `done` is work finished before a resume; it is excluded
-    from the rate.
+    Jobs shorter than EVERY print nothing. `done` is work finished before a resume, which the rate
+    does not count.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):

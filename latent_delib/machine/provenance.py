@@ -13,8 +13,7 @@ PACKAGES = ("latent_delib", "jax", "flax", "numpy")
 
 
 def provenance(computed: bool = True) -> dict[str, Any]:
-    """Returns the command, the date (UTC, ISO 8601), the hardware, and the versions that a result
-    was made with.
+    """Returns the command, date (UTC, ISO 8601), hardware and versions that made a result.
 
     Args:
       computed: whether jax computed it. If not, the hardware is left out: asking jax for its

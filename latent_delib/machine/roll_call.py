@@ -1,9 +1,8 @@
-"""How the processes of a job find each other: process 0 calls the roll over TCP, and names whoever
-is missing.
+"""Finds the processes of a job: process 0 calls the roll over TCP, and names the missing ones.
 
-jax.distributed does not say which process is missing; it aborts when its time-out expires. So the
-roll comes first, on the coordinator's port, which jax takes over afterwards. The connections stay
-open, for `distributed.Others` to watch.
+jax.distributed aborts when its time-out expires, and names none. So the roll comes first, on the
+coordinator's port, which jax takes over afterwards. The connections stay open, for
+`distributed.Others` to watch.
 """
 
 import contextlib
@@ -15,8 +14,7 @@ import time
 from latent_delib.errors import UserError
 
 SILENCE = 40  # seconds after which a machine that no longer answers counts as gone
-# seconds in which a process can still end by itself, and say why, once another has ended
-GRACE = 5.0
+GRACE = 5.0  # seconds in which a process can end by itself, and say why, once another has ended
 HELLO = "latent_delib"
 COMPLETE = "all are there"
 REFUSED = "refused "
@@ -45,8 +43,8 @@ def find_place(seconds: float) -> tuple[str, int, int]:
             raise UserError(f"--distributed: {' '.join(str(error).split())}") from None
     if None in (address, count, index):
         raise UserError(
-            "--distributed: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not all set, and no "
-            "Cloud TPU, GKE or Slurm is found that knows them"
+            "--distributed: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not "
+            "all set, and no Cloud TPU, GKE or Slurm is found that knows them"
         )
     if not re.fullmatch(r".+:\d+", address):
         raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: expected HOST:PORT, of process 0")
@@ -54,8 +52,7 @@ def find_place(seconds: float) -> tuple[str, int, int]:
 
 
 def meet(address: str, count: int, index: int, seconds: float) -> Connections:
-    """Returns connections to process 0, or as process 0 to all others, once all processes are
-    there.
+    """Returns connections to process 0, or from it to all others, once all processes are there.
 
     Raises:
       UserError: processes that did not come within so many seconds, by number; a number given
@@ -73,9 +70,7 @@ def send_line(connection: socket.socket, text: str) -> None:
 
 
 def read_line(connection: socket.socket) -> str:
-    """Returns one line; "" where the connection ends first, or is silent for longer than its
-    time-out.
-    """
+    """Returns one line; "" where the connection ends first, or its time-out expires."""
     line = b""
     with contextlib.suppress(OSError):
         while len(line) < 10_000:
@@ -98,16 +93,13 @@ def _number_from_environment(name: str) -> int | None:
 
 
 def _call_roll(address: str, count: int, seconds: float) -> Connections:
-    """Waits for all others, as process 0, and tells them that all are there, or why the job does
-    not start.
-    """
+    """Waits for the other processes, as process 0, and tells them to start, or why not."""
     there: Connections = {}
     until = time.monotonic() + seconds
     refusal = ""
+    port = int(address.rpartition(":")[2])
     try:
-        with _listen(
-            int(address.rpartition(":")[2]), min(until, time.monotonic() + 30)
-        ) as listener:
+        with _listen(port, min(until, time.monotonic() + 30)) as listener:
             while len(there) < count - 1:
                 listener.settimeout(max(0.01, until - time.monotonic()))
                 connection, _ = listener.accept()
@@ -117,8 +109,9 @@ def _call_roll(address: str, count: int, seconds: float) -> Connections:
     except TimeoutError:
         absent = [str(process) for process in range(1, count) if process not in there]
         refusal = (
-            f"--distributed: {len(absent)} of {count} processes did not connect to {address} within {seconds:g} s: "
-            f"number {', '.join(absent)}; is the command running on every worker, and the port open between them?"
+            f"--distributed: {len(absent)} of {count} processes did not connect to {address} "
+            f"within {seconds:g} s: number {', '.join(absent)}; is the command running on every "
+            "worker, and the port open between them?"
         )
     except UserError as error:
         refusal = str(error)
@@ -130,8 +123,10 @@ def _call_roll(address: str, count: int, seconds: float) -> Connections:
 
 
 def _enter(connection: socket.socket, there: Connections, count: int) -> None:
-    """Reads which process has connected, and enters it among those that are there; raises UserError
-    if it is wrong.
+    """Reads the number of a new process, and enters it in `there`.
+
+    Raises:
+      UserError: the number is wrong.
     """
     connection.settimeout(5)
     found = re.fullmatch(rf"{HELLO} (\d+) (\d+)", read_line(connection))
@@ -144,8 +139,8 @@ def _enter(connection: socket.socket, there: Connections, count: int) -> None:
         return
     host = connection.getpeername()[0].removeprefix("::ffff:")
     refusal = (
-        f"--distributed: a process on {host} was started as number {process} of {its_count}; expected 1 ... "
-        f"{count - 1} of {count}, each once, besides process 0"
+        f"--distributed: a process on {host} was started as number {process} of {its_count}; "
+        f"expected 1 ... {count - 1} of {count}, each once, besides process 0"
     )
     send_line(connection, f"{REFUSED}{refusal}")
     raise UserError(refusal)
@@ -154,17 +149,16 @@ def _enter(connection: socket.socket, there: Connections, count: int) -> None:
 def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connections:
     """Finds process 0, as any other process, and waits until it says that all are there."""
     host, _, port = address.rpartition(":")
+    place = (host.strip("[]"), int(port))
     until = time.monotonic() + seconds
     while True:
         answer = "it hung up, or said nothing"
         try:
-            connection = _keep_alive(
-                socket.create_connection((host.strip("[]"), int(port)), timeout=5)
-            )
+            connection = _keep_alive(socket.create_connection(place, timeout=5))
         except OSError as error:
             answer = error.strerror or str(error)
         else:
-            # process 0 has a limit of its own, and may have begun to wait later
+            # Process 0 has a limit of its own, and may have begun to wait later.
             connection.settimeout(seconds + GRACE)
             send_line(connection, f"{HELLO} {index} {count}")
             answer = read_line(connection) or answer
@@ -176,16 +170,14 @@ def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connec
             connection.close()
         if time.monotonic() > until:
             raise UserError(
-                f"--distributed: process 0 does not answer at {address} within {seconds:g} s ({answer}): is the "
-                "command running there, and the port open?"
+                f"--distributed: process 0 does not answer at {address} within {seconds:g} s "
+                f"({answer}): is the command running there, and the port open?"
             )
         time.sleep(0.5)
 
 
 def _listen(port: int, until: float) -> socket.socket:
-    """Returns a socket that listens on all addresses; a job that just ended may hold the port for a
-    moment.
-    """
+    """Returns a socket that listens on all addresses; waits while an ended job holds the port."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     while True:
@@ -203,9 +195,7 @@ def _listen(port: int, until: float) -> socket.socket:
 
 
 def _keep_alive(connection: socket.socket) -> socket.socket:
-    """Enables TCP keep-alive: an idle connection is fine, a lost machine is detected after SILENCE
-    seconds.
-    """
+    """Enables TCP keep-alive, which notices a lost machine after SILENCE seconds."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (

@@ -1,6 +1,4 @@
-"""How signals stop a training job: SIGTERM and Ctrl-C let it save first, a second Ctrl-C ends it at
-once.
-"""
+"""Stops a training job by a signal: it saves first, but a second Ctrl-C ends it at once."""
 
 import contextlib
 import os
@@ -13,7 +11,7 @@ from latent_delib.errors import INTERRUPTED
 
 
 class Stop:
-    """Holds what signals have asked for.
+    """Holds the requests of signals.
 
     Attributes:
       by: the first signal that asked the job to save and stop; 0 before one.
@@ -30,16 +28,15 @@ class Stop:
         self.by = self.by or number
 
     def ctrl_c(self) -> None:
-        """Says what will happen; ends the process at once before the first step, and at a second
-        Ctrl-C.
+        """Announces the stop; at a second Ctrl-C, or before the first step, ends the process.
 
-        Not by an exception: jax's clean-up at exit crashes now and then after an interrupted
-        compile.
+        Not by an exception: jax's clean-up may crash after an interrupted compile.
         """
         if self.steps and not self.warned:
             self.warned = True
             _say(
-                "stopping after two more steps at most, and saving; press Ctrl-C again to stop at once"
+                "stopping after two more steps at most, and saving; "
+                "press Ctrl-C again to stop at once"
             )
             return
         _say("stopped by Ctrl-C; the same command resumes at the newest checkpoint")
@@ -48,8 +45,7 @@ class Stop:
 
 @contextlib.contextmanager
 def graceful_stop(ctrl_c: bool = False) -> Iterator[Stop]:
-    """Turns SIGTERM into a request that the loop sees after the step it is in; with `ctrl_c`,
-    Ctrl-C too.
+    """Turns SIGTERM, and Ctrl-C with `ctrl_c`, into a request that the loop sees after its step.
 
     Ctrl-C may end the process, so it is for commands. Where it is ignored, as with nohup, it stays
     ignored.
@@ -75,8 +71,9 @@ def _handled(number: int, handler: Callable[[int, Any], None]) -> Iterator[None]
 
 @contextlib.contextmanager
 def _heard_at_once(number: int, act: Callable[[], None]) -> Iterator[None]:
-    """Calls `act` in a thread at each such signal: the main thread handles none while XLA compiles
-    or a step runs.
+    """Calls `act` in a thread at each such signal.
+
+    The main thread handles none while XLA compiles or a step runs.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -19,8 +19,7 @@ def is_remote(workdir: str) -> bool:
 
 @contextlib.contextmanager
 def exclusive(workdir: str) -> Iterator[None]:
-    """Holds a local workdir for one job; process 0 has the lock, which ends with it, however it
-    ends.
+    """Holds a local workdir for one job: process 0 has a lock, which ends with the process.
 
     Raises:
       UserError: another job holds it, or it cannot be written.
