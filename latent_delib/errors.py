@@ -23,7 +23,9 @@ class UserError(ValueError):
 
 
 def _printable(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 class Outage(OSError):

@@ -73,7 +73,8 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
             "one axis may be -1, which takes the rest"
         )
     shape = [count // product if length == -1 else length for length in shape]
-    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
 
 
 def spec(axes: Axes, rules: Rules) -> PartitionSpec:
@@ -153,8 +154,8 @@ def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any
     whole = replicated(mesh)
 
     def like(leaf: Any, parameter: Any) -> Any:
-        partition = _partition_like(leaf.shape, parameter)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, partition))
+        sharding = NamedSharding(mesh, _partition_like(leaf.shape, parameter))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def unlike(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
@@ -223,7 +224,8 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
     def place(x: jax.Array, axes: Axes) -> jax.Array:
         lengths = zip(axes, x.shape, strict=True)
         axes = tuple(axis if length > 1 else None for axis, length in lengths)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, ACTIVATIONS)))
+        sharding = NamedSharding(mesh, spec(axes, ACTIVATIONS))
+        return jax.lax.with_sharding_constraint(x, sharding)
 
     return place
 

@@ -28,7 +28,11 @@ from latent_delib.job.plan import Plan, gib
 from latent_delib.machine import files
 
 # Bytes of a chip that a program can use, as the compiler has it.
-MEMORY = {"TPU v5 lite": 15.75 * 2**30, "TPU v5": 95.74 * 2**30, "TPU v6 lite": 31.25 * 2**30}
+MEMORY = {
+    "TPU v5 lite": 15.75 * 2**30,
+    "TPU v5": 95.74 * 2**30,
+    "TPU v6 lite": 31.25 * 2**30,
+}
 # The compiler's words for too little memory: for a whole program, or for its temporaries alone.
 OUT_OF_MEMORY = re.compile(
     r"(?:Used |temporaries \()([\d.]+\w)\)? (?:of|exceeds available HBM \()\s?([\d.]+\w)"
@@ -116,9 +120,11 @@ def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[st
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     total += stats.generated_code_size_in_bytes
     total += stats.output_size_in_bytes - stats.alias_size_in_bytes
-    parts = _held(exp, plan)
+    memory = _held(exp, plan)
+    memory["other temporaries"] = total - sum(memory.values())
+    memory["total"] = total
     return {
-        "memory": parts | {"other temporaries": total - sum(parts.values()), "total": total},
+        "memory": memory,
         "memory_limit": MEMORY.get(exp.mesh.devices.flat[0].device_kind),
         "flops": _flops(exp),
     }
@@ -135,7 +141,9 @@ def _held(exp: Experiment, plan: Plan) -> dict[str, float]:
         gradients += trainable
     table = (plan.frozen or plan.state.trainable)["decoder"]["embedding"]
     vocabulary, width = table.sharding.shard_shape(table.shape)
-    is_split = width < table.shape[1]
+    gathered = 0.0
+    if width < table.shape[1]:
+        gathered = vocabulary * table.shape[1] * itemsize
     cache = 0.0
     if exp.aug.has_latents:
         rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # of one chip
@@ -146,7 +154,7 @@ def _held(exp: Experiment, plan: Plan) -> dict[str, float]:
         "trainable weights": trainable,
         "optimizer": _per_chip(plan.state.opt_state),
         "gradients, and weights cast": gradients,
-        "token table, gathered": vocabulary * table.shape[1] * itemsize if is_split else 0.0,
+        "token table, gathered": gathered,
         "cache of the text": cache,
     }
 

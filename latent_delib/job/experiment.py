@@ -184,7 +184,8 @@ def _check_splits(config: ConfigDict, mesh: Mesh, architecture: TransformerConfi
 
 def frozen_shapes(exp: Experiment) -> Params:
     """Returns the shapes of the frozen parameters, with dtype and shardings."""
-    frozen = {"decoder": _on_mesh(exp, folder.shapes(exp.aug.transformer.config), exp.dtype)}
+    decoder = folder.shapes(exp.aug.transformer.config)
+    frozen = {"decoder": _on_mesh(exp, decoder, exp.dtype)}
     if exp.adapts_start:
         frozen["coprocessor"] = _on_mesh(exp, _whole_coprocessor(exp), exp.dtype)
     return frozen
@@ -281,7 +282,8 @@ def _whole_coprocessor(exp: Experiment) -> Params:
 
 def _on_mesh(exp: Experiment, shapes: Params, dtype: Any = None) -> Params:
     """Returns shapes of parameters with their shardings, in `dtype` where given."""
-    return placed(shapes, mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method)), dtype)
+    shardings = mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method))
+    return placed(shapes, shardings, dtype)
 
 
 def placed(shapes: Any, shardings: Any, dtype: Any = None) -> Any:

@@ -66,7 +66,8 @@ class Metrics:
             exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead
         )
         self.flops = counted.useful
-        self.peak = cost.PEAK.get(jax.devices()[0].device_kind, math.nan) * jax.device_count()
+        peak = cost.PEAK.get(jax.devices()[0].device_kind, math.nan)
+        self.peak = peak * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.bad = 0
         self.grad_norm = math.nan
@@ -219,7 +220,10 @@ class Log:
             self.file.flush()
         if self.events is None:
             return
-        values = [Summary.Value(tag=name, simple_value=row[name]) for name in row if name != "step"]
+        values = []
+        for name, value in row.items():
+            if name != "step":
+                values.append(Summary.Value(tag=name, simple_value=value))
         self._write_event(int(row["step"]), summary=Summary(value=values))
 
     def _write_event(self, step: int, **content: Any) -> None:

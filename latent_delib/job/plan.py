@@ -144,5 +144,7 @@ def _shapes(exp: Experiment) -> str:
         parts.append(f"adapters of rank {m.lora_rank}")
     if c.train.accumulation > 1:
         parts.append(f"in {c.train.accumulation} parts")
-    parts += [c.compute.dtype, f"attention {exp.aug.transformer.form}", f"remat {c.compute.remat}"]
+    parts.append(c.compute.dtype)
+    parts.append(f"attention {exp.aug.transformer.form}")
+    parts.append(f"remat {c.compute.remat}")
     return ", ".join(parts)

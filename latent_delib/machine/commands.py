@@ -97,7 +97,8 @@ def _settle() -> None:
 
 def _unraisable(lost: Any) -> None:
     """Raises Ctrl-C again where Python drops it, as in a callback while a library is imported."""
-    if issubclass(lost.exc_type, KeyboardInterrupt):  # from a thread, or it would be dropped again
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        # From a thread, or it would be dropped again.
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     elif not NOISE.search(str(lost.exc_value)):
         sys.__unraisablehook__(lost)
@@ -146,5 +147,6 @@ def _of_device(error: Exception) -> str:
     if "xla_bridge" not in frames[-1].filename:
         return ""
     wanted = os.environ.get("JAX_PLATFORMS", "(unset)")
-    why = text.partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "JAX finds no such platform here"
+    why = text.partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+    why = why or "JAX finds no such platform here"
     return f"JAX_PLATFORMS={wanted}: {why}; unset it, or install what it needs (launch/setup.sh)"

@@ -37,7 +37,8 @@ def changed_leaves(contents: Mapping[str, Any], trees: Mapping[str, Any]) -> lis
 
 def leaf_types(tree: Any) -> dict[str, str]:
     """Returns each leaf's dtype and shape, such as float32[64, 8]."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named_leaves(tree).items()}
+    leaves = _named_leaves(tree)
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
 def leaf_sums(tree: Any) -> dict[str, int]:
@@ -73,8 +74,11 @@ def _sum_on_host(x: np.ndarray) -> np.ndarray:
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree by name, such as coprocessor.layers.wq."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        leaves[name] = leaf
+    return leaves
 
 
 def _crc32(*parts: Any) -> int:

@@ -217,10 +217,9 @@ class Others:
             self._tell(f"{code} {process}")
         if code != 1:
             self.one_lost.set()
-        if self.index and not process and code == LOST:  # process 0 is gone, and jax aborts at once
-            patience = 0.0
-        else:
-            patience = GRACE if self.index else GRACE + 1
+        patience = GRACE if self.index else GRACE + 1
+        if self.index and process == 0 and code == LOST:
+            patience = 0.0  # process 0 is gone, and jax aborts at once
         if self.failing.wait(patience):
             return
         if code == 1:

@@ -47,4 +47,5 @@ def _of_cpu(key: str) -> list[str]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return []
-    return [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(key)]
+    found = [line for line in text.splitlines() if line.startswith(key)]
+    return [line.partition(":")[2].strip() for line in found]

@@ -103,7 +103,8 @@ def _call_roll(address: str, count: int, seconds: float) -> Connections:
             while len(there) < count - 1:
                 listener.settimeout(max(0.01, until - time.monotonic()))
                 connection, _ = listener.accept()
-                for process in [process for process in there if _is_closed(there[process])]:
+                gone = [process for process in there if _is_closed(there[process])]
+                for process in gone:
                     del there[process]  # it may start again
                 _enter(connection, there, count)
     except TimeoutError:
