@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     exp = experiment.read(config)
     needs_folder = METHODS[config.method.name].trains_decoder or config.train.profile_at
     if is_remote(workdir) and needs_folder:
-        raise UserError(f"--workdir={workdir}: a trained decoder and a profile need a local folder")
+        raise UserError(f"--workdir={workdir}: a trained decoder and a profile need local folders")
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)
 
