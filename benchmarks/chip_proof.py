@@ -24,8 +24,8 @@ import optax
 
 from benchmarks import common, step
 from benchmarks.attention import both_passes
+from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.forms import KERNELS, attend
-from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.attention.primitive import Bounds, within_window
 from latent_delib.nn.sizes import SIZES
 

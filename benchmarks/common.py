@@ -27,8 +27,8 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.machine.columns import aligned
 from latent_delib.nn import transformer
+from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import kernel_of
-from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES, TransformerConfig

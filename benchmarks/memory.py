@@ -27,8 +27,8 @@ from latent_delib.delib import cost
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import choose
-from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES
 from latent_delib.nn.transformer import REMAT, Transformer

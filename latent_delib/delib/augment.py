@@ -1,8 +1,7 @@
-"""The three calls that make up the method: read the text, write latents, decode the ahead tokens
-(Section 2.1).
+"""The three calls of the method: read the text, write latents, decode ahead tokens.
 
 `params` is one dict: "decoder" (layers, final_norm, `transformer.TABLES`) and, for methods that
-write latents, "coprocessor". Only `assemble` knows which of the two is trained.
+write latents, "coprocessor". Only `assemble` knows which of the two is trained. See Section 2.1.
 """
 
 import dataclasses
@@ -28,10 +27,13 @@ from latent_delib.nn.transformer import Params, Transformer
 class Augmentation:
     """Holds what stays fixed while parameters and text change.
 
-    transformer: the decoder's. method: a key of `methods.METHODS`. num_latents: N_L. placement: a
-    key of `traces.PLACEMENTS`. loss_chunk: tokens of a sequence whose logits exist at a time; on a
-    device four times as many at most. coprocessor: its transformer, where that is not the
-    decoder's.
+    transformer: the decoder's.
+    method: a key of `methods.METHODS`.
+    num_latents: N_L.
+    placement: a key of `traces.PLACEMENTS`.
+    loss_chunk: tokens of a sequence whose logits exist at a time; on a device four times as many at
+      most.
+    coprocessor: its transformer, where that is not the decoder's.
     """
 
     transformer: Transformer
@@ -83,9 +85,7 @@ def assemble(frozen: Params, trainable: Params) -> Params:
 
 
 def gathered(aug: Augmentation, params: Params) -> Params:
-    """Returns the same parameters with the decoder's tables, if any, gathered once for all their
-    uses in a step.
-    """
+    """Returns the parameters with the decoder's tables gathered, once for all uses in a step."""
     if "decoder" not in params:
         return params
     decoder = dict(params["decoder"])
@@ -96,18 +96,20 @@ def gathered(aug: Augmentation, params: Params) -> Params:
 
 
 def read_text(
-    aug: Augmentation, params: Params, tokens_BT: jax.Array, segment_BT: jax.Array, dtype: jnp.dtype
+    aug: Augmentation,
+    params: Params,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    dtype: jnp.dtype,
 ) -> Reading:
     """Passes packed text through the plain decoder, in `dtype`."""
     start_BT = traces_lib.document_start(segment_BT)
     position_BT = jnp.arange(tokens_BT.shape[1]) - start_BT
-    x_BTD = transformer.embed(
-        params["decoder"]["embedding"].astype(dtype), tokens_BT, aug.transformer.config
-    )
+    embedding_VD = params["decoder"]["embedding"].astype(dtype)
+    x_BTD = transformer.embed(embedding_VD, tokens_BT, aug.transformer.config)
     bounds = transformer.own_text(start_BT)
-    x_BMTD, kv = aug.transformer.apply(
-        {"params": params["decoder"]}, x_BTD[:, None], position_BT[:, None], bounds
-    )
+    weights = {"params": params["decoder"]}
+    x_BMTD, kv = aug.transformer.apply(weights, x_BTD[:, None], position_BT[:, None], bounds)
     return Reading(x_BMTD[:, 0], cache_lib.of_text(kv, position_BT))
 
 
@@ -119,7 +121,11 @@ def write_latents(aug: Augmentation, params: Params, reading: Reading, traces: T
 
 
 def decode(
-    aug: Augmentation, params: Params, z: Latents, cache: Cache, traces: Traces
+    aug: Augmentation,
+    params: Params,
+    z: Latents,
+    cache: Cache,
+    traces: Traces,
 ) -> tuple[jax.Array, KV]:
     """Passes latents and ahead tokens through the decoder.
 
@@ -135,27 +141,32 @@ def decode(
         B, M, _, D = ahead_BMXD.shape
         z = jnp.zeros((B, M, aug.num_latents, D), ahead_BMXD.dtype)
     x_BMSD = jnp.concatenate([z, ahead_BMXD], axis=2)
-    out_BMSD, kv = aug.transformer.apply(
-        {"params": params["decoder"]}, x_BMSD, traces.position, traces.bounds, cache, given
-    )
+    weights = {"params": params["decoder"]}
+    position_BMS = traces.position
+    bounds = traces.bounds
+    out_BMSD, kv = aug.transformer.apply(weights, x_BMSD, position_BMS, bounds, cache, given)
     return out_BMSD[:, :, -traces.targets.shape[2] :], kv
 
 
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns -log p of each target [B, ...] from outputs [B, ..., D]: nats, float32. Training
-    takes `summed_nll`.
+    """Returns -log p of each target [B, ...] from outputs [B, ..., D]: nats, float32.
+
+    Training takes `summed_nll`.
     """
     return token_nll(*_of_rows(aug, params, x, targets)).reshape(targets.shape)
 
 
 def summed_nll(
-    aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
+    aug: Augmentation,
+    params: Params,
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
 ) -> jax.Array:
     """Returns the sum of `nll` times weights [B, ...], a float32 scalar, for training."""
     x_BRD, table_VD, target_BR, softcap, chunk = _of_rows(aug, params, x, targets)
-    return loss_lib.summed_nll(
-        x_BRD, table_VD, target_BR, weights.reshape(target_BR.shape), softcap, chunk
-    )
+    weight_BR = weights.reshape(target_BR.shape)
+    return loss_lib.summed_nll(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk)
 
 
 def _of_rows(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> tuple:
@@ -182,11 +193,10 @@ def loss(
     dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the training objective of one batch: Σ loss in nats and Σ tokens, both float32
-    scalars.
+    """Returns the training objective of one batch: Σ loss in nats, and Σ tokens.
 
-    With latents it is the cross-entropy of the ahead tokens of every trace, each weighted by
-    `loss.ahead_weights` (Section 2.3); without, that of all text.
+    Both are float32 scalars. With latents the loss is the cross-entropy of the ahead tokens of
+    every trace, each weighted by `loss.ahead_weights` (Section 2.3); without, that of all text.
 
     Args:
       params: with their tables gathered, where a mesh splits them.

@@ -1,9 +1,8 @@
-"""Coprocessors: models that read the decoder's cache through soft tokens of their own and write
-latents (Section 2.1).
+"""Coprocessors: models that read the decoder's cache and write latents (Section 2.1).
 
-Latents are vectors z [B, M, L, D] that enter the decoder where token embeddings do, not scaled
-again; or keys and values for each of its layers, `Inserted`. In every `write_...` function,
-`params` is the dict of `delib.augment`.
+They read it through soft tokens of their own. Latents are vectors z [B, M, L, D] that enter the
+decoder where token embeddings do, not scaled again; or keys and values for each of its layers,
+`Inserted`. In every `write_...` function, `params` is the dict of `delib.augment`.
 """
 
 from typing import NamedTuple
@@ -21,8 +20,7 @@ from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 
-# Logical axes of a coprocessor's parameters beside the layers: its soft tokens, and the maps of
-# `start_resized`.
+# Logical axes of a coprocessor's soft tokens, and of the maps of `start_resized`.
 AXES = {"soft_tokens": (None, "embed")}
 MAP_AXES = {
     "keys_in": ("layers", None, None, "heads", None),
@@ -32,8 +30,9 @@ MAP_AXES = {
 
 
 class Models(NamedTuple):
-    """Holds the decoder's architecture and the coprocessor's. They differ only for a coprocessor of
-    another size.
+    """Holds the decoder's architecture and the coprocessor's.
+
+    They differ only for a coprocessor of another size.
     """
 
     transformer: Transformer
@@ -41,8 +40,9 @@ class Models(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Holds what the decoder computed from a text: final-normed outputs [B, T, D], and the
-    cache.
+    """Holds what the decoder computed from a text.
+
+    outputs: [B, T, D], final-normed.
     """
 
     outputs: jax.Array
@@ -50,9 +50,7 @@ class Reading(NamedTuple):
 
 
 class Inserted(NamedTuple):
-    """Holds latents as keys and values, [B, M, layers, L, K, H] each; keys rotated as in the
-    call.
-    """
+    """Holds latents as keys, already rotated, and values: [B, M, layers, L, K, H] each."""
 
     k: jax.Array
     v: jax.Array
@@ -85,8 +83,9 @@ def body(decoder: Params) -> Params:
 
 
 def start_from_decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
-    """Starts from the decoder's own layers. The tree has no token table, because it never reads a
-    token.
+    """Starts from the decoder's own layers.
+
+    The tree has no token table, because it never reads a token.
     """
     del models
     tree = jax.tree.map(lambda x: x.astype(jnp.float32), body(decoder))
@@ -101,7 +100,10 @@ def start_from_scratch(key: jax.Array, decoder: Params, models: Models, num_late
 
 
 def start_with_soft_tokens(
-    key: jax.Array, decoder: Params, models: Models, num_latents: int
+    key: jax.Array,
+    decoder: Params,
+    models: Models,
+    num_latents: int,
 ) -> Params:
     """Starts from N_L vectors and no layers."""
     del models
@@ -109,7 +111,10 @@ def start_with_soft_tokens(
 
 
 def start_with_one_soft_token(
-    key: jax.Array, decoder: Params, models: Models, num_latents: int
+    key: jax.Array,
+    decoder: Params,
+    models: Models,
+    num_latents: int,
 ) -> Params:
     """Starts from one vector for all latents, and no layers."""
     del num_latents
@@ -117,8 +122,9 @@ def start_with_one_soft_token(
 
 
 def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
-    """Starts from random layers of the coprocessor's own shape, and random maps from the decoder's
-    cache and back.
+    """Starts from random layers of the coprocessor's own shape.
+
+    The maps from the decoder's cache, and to its width, are random too.
     """
     theirs = models.transformer.config
     ours = models.coprocessor.config
@@ -141,22 +147,23 @@ def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: 
 
 
 def as_inputs(params: Params, model: Transformer, traces: Traces, dtype: jnp.dtype) -> jax.Array:
-    """Returns the soft tokens for every trace, [B, M, L, D] in `dtype`; a single one stands L
-    times.
+    """Returns the soft tokens for every trace, [B, M, L, D] in `dtype`.
 
-    They are repeated as float32, because their gradient is the sum over all traces: thousands of
-    addends, of which a sum in bfloat16 would lose most.
+    A single one stands L times. They are repeated as float32, because their gradient is the sum
+    over all traces: thousands of addends, of which a sum in bfloat16 would lose most.
     """
     B, M, L = traces.latent_position.shape
-    soft_LD = model.partition.gather(
-        params["coprocessor"]["soft_tokens"].astype(dtype), AXES["soft_tokens"]
-    )
+    soft_LD = params["coprocessor"]["soft_tokens"].astype(dtype)
+    soft_LD = model.partition.gather(soft_LD, AXES["soft_tokens"])
     soft_BMLD = jnp.broadcast_to(soft_LD.astype(jnp.float32), (B, M, L, soft_LD.shape[-1]))
     return soft_BMLD.astype(dtype)
 
 
 def write_soft_tokens(
-    params: Params, models: Models, reading: Reading, traces: Traces
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
 ) -> jax.Array:
     """Returns the soft tokens themselves, whatever the text.
 
@@ -168,7 +175,10 @@ def write_soft_tokens(
 
 
 def write_in_one_pass(
-    params: Params, models: Models, reading: Reading, traces: Traces
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
 ) -> jax.Array:
     """Writes latents z [B, M, L, D] of every trace, in one forward pass.
 
@@ -180,7 +190,10 @@ def write_in_one_pass(
 
 
 def write_keys_and_values(
-    params: Params, models: Models, reading: Reading, traces: Traces
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
 ) -> Inserted:
     """Writes the keys and values of the same pass, those of layer l for the decoder's layer l.
 
@@ -191,26 +204,30 @@ def write_keys_and_values(
 
 
 def write_from_last_layer(
-    params: Params, models: Models, reading: Reading, traces: Traces
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
 ) -> jax.Array:
-    """Writes latents of a coprocessor that reads the decoder's last-layer outputs as inputs, not
-    its cache.
-    """
+    """Writes latents of a coprocessor that reads the decoder's outputs, not its cache."""
     position_BT = reading.cache.position
     bounds = transformer.own_text(jnp.arange(position_BT.shape[1]) - position_BT)
     weights = {"params": params["coprocessor"]}
-    _, kv = models.coprocessor.apply(
-        weights, reading.outputs[:, None], position_BT[:, None], bounds
-    )
+    x_BMTD = reading.outputs[:, None]
+    _, kv = models.coprocessor.apply(weights, x_BMTD, position_BT[:, None], bounds)
     z_BMLD, _ = _over(params, models.coprocessor, cache_lib.of_text(kv, position_BT), traces)
     return z_BMLD
 
 
 def write_one_after_another(
-    params: Params, models: Models, reading: Reading, traces: Traces
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
 ) -> jax.Array:
-    """Writes latents one at a time, in as many passes: each latent is added to the soft token of
-    the next.
+    """Writes latents one at a time, each added to the soft token of the next.
+
+    That takes as many passes as there are latents.
     """
     soft_BMLD = as_inputs(params, models.coprocessor, traces, reading.cache.k.dtype)
 
@@ -226,7 +243,10 @@ def write_one_after_another(
 
 
 def write_through_maps(
-    params: Params, models: Models, reading: Reading, traces: Traces
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
 ) -> jax.Array:
     """Writes latents of a coprocessor of another depth, heads and width.
 
@@ -254,8 +274,9 @@ def _over(
     traces: Traces,
     x_BMLD: jax.Array | None = None,
 ) -> tuple[jax.Array, KV]:
-    """Passes a coprocessor over a cache once; returns final-normed outputs [B, M, L, D], and keys
-    and values.
+    """Passes a coprocessor over a cache once.
+
+    Returns final-normed outputs [B, M, L, D], and keys and values.
     """
     if x_BMLD is None:
         x_BMLD = as_inputs(params, model, traces, cache.k.dtype)
@@ -264,11 +285,12 @@ def _over(
 
 
 def _rotated(
-    x_BTKH: jax.Array, position_BT: jax.Array, config: TransformerConfig, layer: int
+    x_BTKH: jax.Array,
+    position_BT: jax.Array,
+    config: TransformerConfig,
+    layer: int,
 ) -> jax.Array:
-    """Rotates keys as layer `layer` does at these positions; negative positions rotate them
-    back.
-    """
+    """Rotates keys as layer `layer` does at these positions; negative ones rotate back."""
     if config.is_local[layer]:
         table = rotary.table(position_BT, config.head_dim, config.local_rope_base)
     else:

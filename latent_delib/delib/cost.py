@@ -1,5 +1,6 @@
-"""Floating-point operations of a training step, and the peak of known devices: together,
-utilisation.
+"""Floating-point operations of a training step, and the peak of known devices.
+
+Together they give utilisation.
 
 Useful means the operations that the method needs if nothing is computed twice:
 
@@ -32,7 +33,11 @@ PEAK = {
 
 
 def step_flops(
-    aug: Augmentation, batch: int, seq_len: int, num_traces: int, num_ahead: int
+    aug: Augmentation,
+    batch: int,
+    seq_len: int,
+    num_traces: int,
+    num_ahead: int,
 ) -> Flops:
     """Counts the FLOPs of one training step.
 

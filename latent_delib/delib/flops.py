@@ -1,5 +1,6 @@
-"""Floating-point operations of a transformer's layers, and of writing latents. A multiply-add
-counts as two.
+"""Floating-point operations of a transformer's layers, and of writing latents.
+
+A multiply-add counts as two.
 """
 
 from typing import NamedTuple
@@ -14,8 +15,9 @@ def per_token(c: TransformerConfig) -> int:
 
 
 def attention(c: TransformerConfig, length: int) -> float:
-    """Returns the forward FLOPs of one query's attention in all layers, averaged over its places in
-    `length` tokens.
+    """Returns the forward FLOPs of one query's attention in all layers.
+
+    It is the mean over the query's places in `length` tokens.
     """
 
     def keys_seen(is_local: bool) -> float:
@@ -31,7 +33,12 @@ def text(c: TransformerConfig, tokens: int, seq_len: int) -> float:
 
 
 def traces(
-    c: TransformerConfig, count: int, length: int, seq_len: int, passes: int, text_passes: int
+    c: TransformerConfig,
+    count: int,
+    length: int,
+    seq_len: int,
+    passes: int,
+    text_passes: int,
 ) -> float:
     """Returns the FLOPs of passing traces through the layers.
 
@@ -47,9 +54,8 @@ def traces(
     """
     if not length:
         return 0.0
-    per_query = (
-        passes * per_token(c) + text_passes * attention(c, seq_len) + 3 * attention(c, length)
-    )
+    over_text = text_passes * attention(c, seq_len)
+    per_query = passes * per_token(c) + over_text + 3 * attention(c, length)
     return count * length * per_query
 
 
@@ -61,11 +67,11 @@ def again(
     more_products: int = 0,
     more_attention: int = 0,
 ) -> float:
-    """Returns the FLOPs that a backward pass repeats under `remat`, plus those of more passes over
-    products and text.
+    """Returns the FLOPs that a backward pass repeats under `remat`.
 
-    All but "none" and "dots" repeat the products of the layers; "full" repeats attention too.
-    Attention among a trace's own tokens is not counted.
+    Those of more passes over products and text are added. All but "none" and "dots" repeat the
+    products of the layers; "full" repeats attention too. Attention among a trace's own tokens is
+    not counted.
     """
     products = more_products + (remat not in ("none", "dots"))
     over_text = more_attention + (remat == "full")
@@ -75,8 +81,10 @@ def again(
 class Writing(NamedTuple):
     """Describes the writing of latents in one training step.
 
-    config: of the coprocessor. remat: see `nn.transformer.REMAT`. text_tokens: of all rows. traces:
-    of all rows. trains_decoder: the text's keys and values have a gradient.
+    config: of the coprocessor.
+    remat: see `nn.transformer.REMAT`.
+    text_tokens, traces: of all rows.
+    trains_decoder: the text's keys and values have a gradient.
     """
 
     config: TransformerConfig
@@ -89,8 +97,10 @@ class Writing(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Holds the FLOPs of a step or of a part. useful: if nothing were computed twice. repeated:
-    beyond that.
+    """Holds the FLOPs of a step or of a part.
+
+    useful: if nothing were computed twice.
+    repeated: beyond that.
     """
 
     useful: float
@@ -107,9 +117,7 @@ def no_pass(w: Writing) -> Flops:
 
 
 def one_pass(w: Writing) -> Flops:
-    """Counts one pass of the coprocessor over the soft tokens of all traces, forward and
-    backward.
-    """
+    """Counts one pass over the soft tokens of all traces, forward and backward."""
     text_passes = 3 if w.trains_decoder else 2
     return Flops(
         traces(w.config, w.traces, w.num_latents, w.seq_len, passes=3, text_passes=text_passes),
@@ -127,8 +135,9 @@ def pass_over_text_too(w: Writing) -> Flops:
 
 
 def pass_per_latent(w: Writing) -> Flops:
-    """Counts one pass over all soft tokens per latent; the backward pass repeats all but the last
-    in any case.
+    """Counts one pass over all soft tokens per latent.
+
+    The backward pass repeats all but the last in any case.
     """
     latents = one_pass(w)
     tokens = w.traces * (w.num_latents - 1) * w.num_latents

@@ -16,10 +16,10 @@ from latent_delib.nn.transformer import Params
 
 
 def init(key: jax.Array, tree: Params, rank: int) -> Params:
-    """Makes adapters for every matrix in a tree of layers, float32: a [layers, *in, r] and b
-    [layers, r, *out].
+    """Makes adapters for every matrix in a tree of layers, float32.
 
-    a is random and b is zero, so that nothing is changed at the start.
+    a [layers, *in, r] is random. b [layers, r, *out] is zero, so that nothing is changed at the
+    start.
     """
     adapters: Params = {}
     for i, (name, leaf) in enumerate(sorted(tree.items())):
@@ -33,18 +33,17 @@ def init(key: jax.Array, tree: Params, rank: int) -> Params:
             layers, *inputs = leaf.shape[:split]
             outputs = leaf.shape[split:]
             fan_in = math.prod(inputs)
-            adapters[f"{name}_a"] = (
-                jax.random.normal(leaf_key, (layers, *inputs, rank)) * fan_in**-0.5
-            )
+            a = jax.random.normal(leaf_key, (layers, *inputs, rank))
+            adapters[f"{name}_a"] = a * fan_in**-0.5
             adapters[f"{name}_b"] = jnp.zeros((layers, rank, *outputs))
     return adapters
 
 
 def lay_over(below: Params, tree: Params) -> Params:
-    """Returns the leaves of both trees, with adapters multiplied out. Where both have a leaf, it is
-    that of `tree`.
+    """Returns the leaves of both trees, with adapters multiplied out.
 
-    Leaves that `tree` neither replaces nor adapts are the arrays of `below` themselves.
+    Where both have a leaf, it is that of `tree`. Leaves that `tree` neither replaces nor adapts are
+    the arrays of `below` themselves.
     """
     found: Params = {}
     for name, leaf in below.items():

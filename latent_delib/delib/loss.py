@@ -1,6 +1,4 @@
-"""Negative log-likelihood of tokens, computed a few tokens of every sequence at a time, and its
-weights.
-"""
+"""Negative log-likelihood of tokens, a few of every sequence at a time, and its weights."""
 
 from functools import partial
 
@@ -9,8 +7,7 @@ import jax.numpy as jnp
 
 from latent_delib.nn.products import einsum, softcapped
 
-# the most on a device of which whole chunks are computed at a time; of more, smaller ones
-SEQUENCES = 4
+SEQUENCES = 4  # on a device; of more, fewer tokens than a chunk are computed at a time
 
 
 def ahead_weights(num_ahead: int) -> jax.Array:
@@ -34,10 +31,15 @@ def tokens_at_a_time(chunk: int, sequences: int, shards: int) -> int:
 
 
 def token_nll(
-    x_BRD: jax.Array, table_VD: jax.Array, target_BR: jax.Array, softcap: float, chunk: int
+    x_BRD: jax.Array,
+    table_VD: jax.Array,
+    target_BR: jax.Array,
+    softcap: float,
+    chunk: int,
 ) -> jax.Array:
-    """Returns -log p(target) of every token, in nats, float32 [B, R]; `summed_nll` is the one to
-    differentiate.
+    """Returns -log p(target) of every token, in nats, float32 [B, R].
+
+    `summed_nll` is the one to differentiate.
 
     Args:
       x_BRD: final-normed outputs.
@@ -47,9 +49,8 @@ def token_nll(
       chunk: tokens of every sequence whose logits exist at a time.
     """
     parts = _cut(chunk, x_BRD, target_BR)
-    return _join(
-        jax.lax.map(lambda part: _nll(part[0], table_VD, part[1], softcap)[0], parts), x_BRD
-    )
+    nll = jax.lax.map(lambda part: _nll(part[0], table_VD, part[1], softcap)[0], parts)
+    return _join(nll, x_BRD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -61,8 +62,7 @@ def summed_nll(
     softcap: float,
     chunk: int,
 ) -> jax.Array:
-    """Returns the sum of `token_nll` over all tokens, each times its weight: nats, a float32
-    scalar.
+    """Returns the weighted sum of `token_nll` over all tokens: nats, a float32 scalar.
 
     The forward pass makes the gradients too, while the logits are at hand: that of x, and that of
     the table where it is trained. So no logits are computed twice.
@@ -97,10 +97,14 @@ def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
 
 
 def _nll(
-    x_BrD: jax.Array, table_VD: jax.Array, target_Br: jax.Array, softcap: float
+    x_BrD: jax.Array,
+    table_VD: jax.Array,
+    target_Br: jax.Array,
+    softcap: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns -log p of the targets [B, r], and its gradient in the products x . table [B, r, V];
-    float32.
+    """Returns -log p of the targets, and its gradient in the products x . table.
+
+    They are float32 [B, r] and [B, r, V].
     """
     logits_BrV = einsum("BrD,VD->BrV", x_BrD, table_VD.astype(x_BrD.dtype), jnp.float32)
     logits_BrV, slope_BrV = softcapped(logits_BrV, softcap)
@@ -115,9 +119,8 @@ def _nll(
 
 def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
     trained = table_VD.perturbed
-    x_BRD, table_VD, target_BR, weight_BR = (
-        a.value for a in (x_BRD, table_VD, target_BR, weight_BR)
-    )
+    inputs = x_BRD, table_VD, target_BR, weight_BR
+    x_BRD, table_VD, target_BR, weight_BR = (x.value for x in inputs)
     dtype = x_BRD.dtype
 
     def one(dtable_VD, part):
@@ -127,9 +130,8 @@ def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
         dx_BrD = einsum("BrV,VD->BrD", dlogits_BrV, table_VD.astype(dtype), jnp.float32)
         if trained:
             dlogits_RV = dlogits_BrV.reshape(-1, dlogits_BrV.shape[-1])
-            dtable_VD += einsum(
-                "RV,RD->VD", dlogits_RV, x_BrD.reshape(-1, x_BrD.shape[-1]), jnp.float32
-            )
+            x_RD = x_BrD.reshape(-1, x_BrD.shape[-1])
+            dtable_VD += einsum("RV,RD->VD", dlogits_RV, x_RD, jnp.float32)
         return dtable_VD, (nll_Br * weight_Br, dx_BrD.astype(dtype))
 
     dtable_VD = jnp.zeros(table_VD.shape, jnp.float32) if trained else None

@@ -21,20 +21,20 @@ class Method(NamedTuple):
     """Holds all that others must know of a method.
 
     init: (key, decoder, models, num_latents) -> the trainable tree, keyed as in the parameters of
-    `delib.augment`:
-      "coprocessor" for a model that writes latents, "decoder" where the decoder itself is trained.
-      Leaves that a coprocessor's tree lacks are the decoder's own layers.
+      `delib.augment`: "coprocessor" for a model that writes latents, "decoder" where the decoder
+      itself is trained. Leaves that a coprocessor's tree lacks are the decoder's own layers.
     write: (params, models, reading, traces) -> latents in the dtype of the text. None: the method
-    writes none, and its
-      objective is the language-modelling loss of all text.
-    cost: FLOPs of writing the latents of one step. axes: logical axes of the method's own
-    parameters, by leaf name. trains_decoder: the tree has a "decoder". reads_text: the latents
-    depend on the text. Only then can they be late, or another text's. has_matrices: the tree has
-    matrices. Only then can low-rank adapters stand in for them. starts_random: the coprocessor
-    begins with random matrices, which no adapter can lie over. own_size: the coprocessor may have
-    another architecture than the decoder. writes_keys: the latents are keys and values, which hold
-    their position. Only a placement that reads x_p again then
-      has a vector that predicts the next token, and no other text's latents can stand in for them.
+      writes none, and its objective is the language-modelling loss of all text.
+    cost: FLOPs of writing the latents of one step.
+    axes: logical axes of the method's own parameters, by leaf name.
+    trains_decoder: the tree has a "decoder".
+    reads_text: the latents depend on the text. Only then can they be late, or another text's.
+    has_matrices: the tree has matrices. Only then can low-rank adapters stand in for them.
+    starts_random: the coprocessor begins with random matrices, which no adapter can lie over.
+    own_size: the coprocessor may have another architecture than the decoder.
+    writes_keys: the latents are keys and values, which hold their position. Only a placement that
+      reads x_p again then has a vector that predicts the next token, and no other text's latents
+      can stand in for them.
     """
 
     init: Callable[[jax.Array, Params, Models, int], Params]
@@ -80,8 +80,7 @@ METHODS = {
         _coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_in_one_pass,
     ),
-    # Their baselines: a random start; reading the decoder's last-layer outputs instead of its
-    # cache.
+    # Their baselines: a random start; reading the decoder's last-layer outputs, not its cache.
     "from_scratch": Method(
         _coprocessor(coprocessor.start_from_scratch),
         coprocessor.write_in_one_pass,
@@ -92,8 +91,7 @@ METHODS = {
         coprocessor.write_from_last_layer,
         cost=flops.pass_over_text_too,
     ),
-    # Goyal et al. 2023: trained vectors fed to the frozen decoder whatever the text; one vector L
-    # times, or L vectors.
+    # Goyal et al. 2023: trained vectors, whatever the text; one vector L times, or L vectors.
     "pause_tokens": Method(
         _coprocessor(coprocessor.start_with_one_soft_token),
         coprocessor.write_soft_tokens,
@@ -125,8 +123,7 @@ METHODS = {
         coprocessor.write_in_one_pass,
         trains_decoder=True,
     ),
-    # Future work of Liu et al.: latents one after another; a coprocessor of another size than the
-    # decoder.
+    # Future work of Liu et al.: latents one after another; a coprocessor of another size.
     "sequential": Method(
         _coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_one_after_another,

@@ -1,5 +1,6 @@
-"""Optimizer, train state, train step and evaluation steps: pure functions, jitted by the commands
-that call them.
+"""Optimizer, train state, train step and evaluation steps, as pure functions.
+
+The commands jit them.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ Score = Callable[[Augmentation, Params, jax.Array, jax.Array], Any]
 class TrainState(NamedTuple):
     """Holds what training changes.
 
-    step: int32 scalar, optimizer steps done. trainable: float32 master weights.
+    step: int32 scalar, optimizer steps done.
+    trainable: float32 master weights.
     """
 
     step: jax.Array
@@ -42,8 +44,9 @@ def _adamw(o: Any) -> optax.GradientTransformation:
 
 
 def _adafactor(o: Any) -> optax.GradientTransformation:
-    """Scales as Shazeer and Stern 2018 do, by optax's defaults; the learning rate is relative to a
-    leaf's size.
+    """Scales as Shazeer and Stern 2018 do, by optax's defaults.
+
+    The learning rate is relative to a leaf's size.
     """
     del o
     return optax.chain(
@@ -53,17 +56,16 @@ def _adafactor(o: Any) -> optax.GradientTransformation:
     )
 
 
-# How each optimizer scales gradients, from config.optimizer. Clipping, decay and rates are common
-# to all.
+# How each optimizer scales gradients. Clipping, decay and rates are common to all.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
 
 
 def make_optimizer(o: Any, steps: int) -> Optimizer:
-    """Makes the optimizer of a job of `steps` steps: gradients clipped by global norm, then scaled,
-    with weight decay.
+    """Makes the optimizer of a job of `steps` steps.
 
-    The learning rate warms up linearly to its peak, then follows a cosine to `final_fraction` of it
-    at the last step. Soft tokens have a peak rate of their own. Neither they nor norms decay.
+    Gradients are clipped by global norm, then scaled, with weight decay. The learning rate warms up
+    linearly to its peak, then follows a cosine to `final_fraction` of it at the last step. Soft
+    tokens have a peak rate of their own. Neither they nor norms decay.
 
     Args:
       o: config.optimizer.
@@ -72,9 +74,8 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
       UserError: no optimizer of that name.
     """
     if o.name not in OPTIMIZERS:
-        raise UserError(
-            f"config.optimizer.name={o.name!r}: expected one of {', '.join(sorted(OPTIMIZERS))}"
-        )
+        known = ", ".join(sorted(OPTIMIZERS))
+        raise UserError(f"config.optimizer.name={o.name!r}: expected one of {known}")
     learning_rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=o.learning_rate,
@@ -160,8 +161,7 @@ def train_step(
         tokens, segment, at, delay = part
         return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay)
 
-    # Differentiated where it is cast: gradients, and their sums over devices, have the dtype of the
-    # computation.
+    # Differentiated where it is cast: gradients are summed over devices in the computation's dtype.
     trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)
     whole = (tokens_BT, segment_BT, at_BM, delay_BM)
     if accumulation == 1:
@@ -181,11 +181,12 @@ def train_step(
 
 
 def _sum_over_parts(
-    loss_sum: Callable, trained: Params, whole: tuple[jax.Array, ...], accumulation: int
+    loss_sum: Callable,
+    trained: Params,
+    whole: tuple[jax.Array, ...],
+    accumulation: int,
 ) -> Any:
-    """Adds up loss, tokens and float32 gradients over the parts of a batch, one part after
-    another.
-    """
+    """Adds up loss, tokens and float32 gradients over the parts of a batch, in turn."""
 
     def split(x: jax.Array) -> jax.Array:
         # Part i takes rows i, i + accumulation, ...: rows stay on the devices that hold them.
@@ -202,7 +203,8 @@ def _sum_over_parts(
 
 
 def _unless_bad(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """Returns the new state; where the step was not good, with the old weights and moments.
+    """Returns the new state, with the old weights and moments where the step was bad.
+
     Counters go on.
     """
 

@@ -1,5 +1,4 @@
-"""Traces: at which text tokens the cache is augmented, and at which positions latents and ahead
-tokens then are.
+"""Traces: where the cache is augmented, and the positions of latents and ahead tokens.
 
 Everything here is integers (Liu et al. 2025, Section 2.3 and Figure 2). A trace at text token p of
 one document holds L latents and A ahead tokens; it sees that document's text up to p and itself
@@ -15,12 +14,15 @@ from latent_delib.nn.attention.primitive import Bounds
 
 
 class Placement(NamedTuple):
-    """Places a trace at text token p. Nothing else tells the placements apart.
+    """Places a trace at text token p.
 
-    first_latent: position of the first latent relative to p, for L latents: `first_latent +
-    per_latent * L`. reread: how many text tokens, x_p the last of them, are read again after the
-    latents instead of from the cache. shift: by how many positions, per latent, the text after the
-    latents moves on.
+    Nothing else tells the placements apart.
+
+    first_latent, per_latent: the position of the first latent relative to p, for L latents, is
+      `first_latent + per_latent * L`.
+    reread: how many text tokens, x_p the last of them, are read again after the latents instead of
+      from the cache.
+    shift: positions, per latent, by which the text after the latents moves on.
     """
 
     first_latent: int
@@ -32,11 +34,9 @@ class Placement(NamedTuple):
 PLACEMENTS = {
     # The paper's: latents follow x_p, text moves on by L, the last latent predicts ahead token 1.
     "after": Placement(first_latent=1, per_latent=0, reread=0, shift=1),
-    # Latents stand before x_p, which is read after them and predicts ahead token 1; x_p moves on by
-    # L too.
+    # Latents stand before x_p, which moves on by L; read after them, it predicts ahead token 1.
     "before": Placement(first_latent=0, per_latent=0, reread=1, shift=1),
-    # Latents share the positions p-L+1 ... p, no text moves; x_p is read after them and predicts
-    # ahead token 1.
+    # Latents share positions p-L+1 ... p; x_p stays; read after them, it predicts ahead token 1.
     "overlay": Placement(first_latent=1, per_latent=-1, reread=1, shift=0),
 }
 
@@ -44,10 +44,11 @@ PLACEMENTS = {
 class Traces(NamedTuple):
     """Holds M traces in each of B rows; int32 unless said. S = L + the number of inputs.
 
-    latent_position [B, M, L] and latent_bounds: the coprocessor's call. position [B, M, S] and
-    bounds: the decoder's call, over latents and then `inputs`. inputs: text tokens after the
-    latents, [B, M, A - 1 + reread]. The last A outputs predict `targets` [B, M, A], weighted by
-    `weights` float32 [B, M, A]: 0 past the end of the document that holds p.
+    latent_position [B, M, L], latent_bounds: of the coprocessor's call.
+    position [B, M, S], bounds: of the decoder's call, over latents and then `inputs`.
+    inputs [B, M, A - 1 + reread]: text tokens after the latents.
+    targets [B, M, A]: the tokens that the last A outputs predict.
+    weights: of the targets, float32 [B, M, A]; 0 past the end of the document that holds p.
     """
 
     latent_position: jax.Array
@@ -97,9 +98,7 @@ def draw(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array, num_traces
 
 
 def draw_delays(key: jax.Array, at_BM: jax.Array, max_delay: int) -> jax.Array:
-    """Draws how many tokens before each trace its latents are written: 0 to max_delay, int32 [B,
-    M].
-    """
+    """Draws each trace's delay of its latents: 0 to max_delay tokens, int32 [B, M]."""
     return jax.random.randint(key, at_BM.shape, 0, max_delay + 1)
 
 
@@ -135,8 +134,8 @@ def lay_out(
     at = at_BM[..., None]
     start = take(document_start(segment_BT), at)
     p = at - start  # position of x_p in its document
-    # position of x at the call
-    written = jnp.maximum(p - jnp.broadcast_to(delay_BM, at_BM.shape)[..., None], 0)
+    delay = jnp.broadcast_to(delay_BM, at_BM.shape)[..., None]
+    written = jnp.maximum(p - delay, 0)  # position of the last token that the coprocessor knows
 
     def latents_at(p: jax.Array) -> jax.Array:
         first = p + place.first_latent + place.per_latent * num_latents
@@ -144,16 +143,14 @@ def lay_out(
 
     offset = jnp.arange(1 - place.reread, num_ahead)  # of the inputs, from p
     ahead = at + jnp.arange(1, num_ahead + 1)
-    same_document = (
-        (ahead < T) & (take(segment_BT, ahead) == take(segment_BT, at)) & (take(segment_BT, at) > 0)
-    )
+    segment = take(segment_BT, at)
+    same_document = (ahead < T) & (take(segment_BT, ahead) == segment) & (segment > 0)
     latent_position = latents_at(written)
     position = jnp.concatenate([latents_at(p), p + offset + place.shift * num_latents], axis=-1)
 
     def bounds(like: jax.Array, stop: jax.Array) -> Bounds:
-        return Bounds(
-            *(jnp.broadcast_to(x, like.shape).astype(jnp.int32) for x in (start, stop, 0))
-        )
+        found = (start, stop, 0)
+        return Bounds(*(jnp.broadcast_to(x, like.shape).astype(jnp.int32) for x in found))
 
     return Traces(
         latent_position=latent_position,

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.errors import UserError
+from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import choose
 from latent_delib.nn.attention.forms import FORMS
-from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.layers import Partition
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer

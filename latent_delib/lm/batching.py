@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 TOGETHER = 8  # continuations of one prompt in one row
-# tokens with which a CPU's products are at full speed: more rows only pad each other
-CPU_TOKENS = 512
+CPU_TOKENS = 512  # give a CPU's products full speed: more rows only pad each other
 
 Key = tuple[int, int]
 
 
 class Question(NamedTuple):
-    """A prompt, and the numbers of some of its continuations. key: as `alike` takes it."""
+    """Holds a prompt, and the numbers of some of its continuations.
+
+    key: as `alike` takes it.
+    """
 
     head: tuple[int, ...]
     members: list[int]
@@ -24,8 +26,9 @@ class Question(NamedTuple):
 
 
 def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
-    """Yields batches of indices of rows: like keys together, the largest first, so that a lack of
-    memory shows at once.
+    """Yields batches of indices of rows: like keys together, the largest first.
+
+    So a lack of memory shows at once.
 
     Args:
       keys: of each row, the number of its continuations and its length.
@@ -39,8 +42,9 @@ def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]
 
 
 def few(length: int, most: int) -> int:
-    """Returns how many rows of a length to compute at a time on a CPU, a power of two where it is
-    less than `most`.
+    """Returns how many rows of a length, at most `most`, to compute at a time on a CPU.
+
+    Where that is less than `most`, it is a power of two.
     """
     rows = max(1, CPU_TOKENS // length)
     return max(1, min(most, 1 << (rows.bit_length() - 1)))
@@ -84,7 +88,10 @@ def questions(heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) ->
 
 
 def pad_tails(
-    batch: Sequence[Question], tails: Sequence[Sequence[int]], rows: int, pad_id: int
+    batch: Sequence[Question],
+    tails: Sequence[Sequence[int]],
+    rows: int,
+    pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pads the continuations of a batch of prompts.
 
@@ -118,7 +125,8 @@ def power(n: int) -> int:
 
 
 def bucket(n: int) -> int:
-    """Returns a length rounded up, beyond 128 by a fourth at most, so that few lengths are
-    compiled.
+    """Returns a length rounded up, so that few lengths are compiled.
+
+    Beyond 128 it grows by a fourth at most.
     """
     return round_up(n, max(32, power(n) // 8))

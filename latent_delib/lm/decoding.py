@@ -1,5 +1,4 @@
-"""Decoding with a growing cache: the prompt, latents when they are due, and the decoder token by
-token in between.
+"""Decoding with a growing cache: the prompt, latents when they are due, tokens in between.
 
 What follows an augmentation is a trace like any in training (`delib.traces`): the cache holds the
 text as the plain decoder read it, then latents, then the tokens decoded since. Before new latents
@@ -38,11 +37,13 @@ CHUNK = 16  # tokens decoded between two looks at them
 
 
 class Decoding(NamedTuple):
-    """A batch in the middle of decoding; all rows have the same number of new tokens.
+    """Holds a batch in the middle of decoding; all rows have equally many new tokens.
 
-    text: int32 [B, X], prompts and new tokens, left-aligned. length: int32 [B], tokens of it.
-    position: int32 [B], of the next token. logits: float32 [B, V], of the next token. ended: bool
-    [B], only padding follows.
+    text: int32 [B, X], prompts and new tokens, left-aligned.
+    length: int32 [B], tokens of it.
+    position: int32 [B], of the next token.
+    logits: float32 [B, V], of the next token.
+    ended: bool [B], only padding follows.
     """
 
     text: jax.Array
@@ -84,24 +85,27 @@ def run(
     """
     state, plain = prefill(params, text_BT, length_B, aug=aug, room=room, pad_id=pad_id)
     cache: Cache = plain.cache
-    # new tokens; those read as plain text; those there when latents were last asked for
-    made = held = asked = 0
+    read_more = partial(read_on, params, aug=aug)
+    decode = partial(decode_tokens, params, aug=aug, eos_id=eos_id, pad_id=pad_id)
+    made = 0  # new tokens
+    held = 0  # those of them that `plain` holds
+    asked = 0  # those there when latents were last asked for
     due = None if write is None else 0  # the number of new tokens at which latents are asked for
     z: Latents | None = None  # on their way
     joined: list[int] = []
     while made < options.max_new_tokens:
         if due is not None and made >= due and z is None:
-            plain = read_on(params, plain, state.text, made - held, aug=aug)
+            plain = read_more(plain, state.text, made - held)
             held = asked = made
             z = write(plain, state.text)
-            # without z it failed
-            due = made + options.every if options.every and z is not None else None
+            again = options.every and z is not None  # without z it failed
+            due = made + options.every if again else None
         if z is not None:
             arrived = _arrived(z, made - asked, options.delay)
             if arrived is None:  # they failed
                 z = due = None
             elif arrived:
-                plain = read_on(params, plain, state.text, made - held, aug=aug)
+                plain = read_more(plain, state.text, made - held)
                 held = made
                 state, cache = join(params, state, plain.cache, z, aug=aug)
                 joined.append(made)
@@ -111,17 +115,7 @@ def run(
         elif cache is plain.cache:
             cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites what it is given
         until = _next_look(options, made, due, None if z is None else asked)
-        state, cache = decode_tokens(
-            params,
-            state,
-            cache,
-            key_B,
-            options.sampler,
-            until - made,
-            aug=aug,
-            eos_id=eos_id,
-            pad_id=pad_id,
-        )
+        state, cache = decode(state, cache, key_B, options.sampler, until - made)
         made = until
         new_BN = np.asarray(_new_tokens(state.text, length_B, options.max_new_tokens))
         ended = np.asarray(state.ended) | stopped(new_BN[:, :made])
@@ -154,7 +148,12 @@ def _new_tokens(text_BX: jax.Array, length_B: jax.Array, count: int) -> jax.Arra
 
 
 def read_on(
-    params: Params, read: Reading, text_BX: jax.Array, new: int, *, aug: Augmentation
+    params: Params,
+    read: Reading,
+    text_BX: jax.Array,
+    new: int,
+    *,
+    aug: Augmentation,
 ) -> Reading:
     """Reads the next `new` tokens of every text with the plain decoder, after those it has read."""
     if new == 0:
@@ -166,8 +165,9 @@ def read_on(
 
 
 def _arrived(z: Latents, waited: int, delay: int | None) -> bool | None:
-    """Tells whether latents join now, `waited` tokens after they were asked for; None: they never
-    will.
+    """Tells whether latents join now, `waited` tokens after they were asked for.
+
+    None: they never will.
     """
     if delay is not None:
         return waited == delay
@@ -175,8 +175,9 @@ def _arrived(z: Latents, waited: int, delay: int | None) -> bool | None:
 
 
 def ready(z: Latents) -> bool:
-    """Tells, without waiting, whether latents are there. Raises the error that they turned out to
-    be.
+    """Tells, without waiting, whether latents are there.
+
+    Raises the error that they turned out to be.
     """
     if not all(x.is_ready() for x in jax.tree.leaves(z)):
         return False
@@ -185,8 +186,9 @@ def ready(z: Latents) -> bool:
 
 
 def attempt(action: Callable, *args: Any) -> Any:
-    """Returns action(*args), or None with a warning where it fails: the decoder goes on without its
-    coprocessor.
+    """Returns action(*args), or None with a warning where it fails.
+
+    The decoder then goes on without its coprocessor.
     """
     try:
         return action(*args)
@@ -197,10 +199,14 @@ def attempt(action: Callable, *args: Any) -> Any:
 
 
 def write_beside(
-    params: Params, aug: Augmentation, mesh: Mesh, home: Mesh, read: Reading, text_BX: jax.Array
+    params: Params,
+    aug: Augmentation,
+    mesh: Mesh,
+    home: Mesh,
+    read: Reading,
+    text_BX: jax.Array,
 ) -> Latents:
-    """Starts writing latents on devices of the coprocessor's own, and returns without waiting for
-    them.
+    """Starts writing latents on devices of the coprocessor's own, without waiting for them.
 
     The text that was read travels to these devices, latents travel back.
 
@@ -243,18 +249,17 @@ def prefill(
     )
     capacity = [(0, 0), (0, room + aug.num_latents)]
     wide = [(0, 0), *capacity, (0, 0), (0, 0)]
-    cache = Cache(
-        jnp.pad(cache.k, wide), jnp.pad(cache.v, wide), jnp.pad(cache.position, capacity), length_B
-    )
+    position = jnp.pad(cache.position, capacity)
+    cache = Cache(jnp.pad(cache.k, wide), jnp.pad(cache.v, wide), position, length_B)
     return state, Reading(jnp.pad(out_BTD, [*capacity, (0, 0)]), _place(aug, cache))
 
 
 def _place(aug: Augmentation, cache: Cache) -> Cache:
     """Puts rows and heads of a cache where they are used."""
     constrain = aug.transformer.partition.constrain
-    return cache._replace(
-        k=constrain(cache.k, cache_lib.AXES), v=constrain(cache.v, cache_lib.AXES)
-    )
+    k = constrain(cache.k, cache_lib.AXES)
+    v = constrain(cache.v, cache_lib.AXES)
+    return cache._replace(k=k, v=v)
 
 
 @partial(jax.jit, static_argnames=("aug", "size"))
@@ -270,25 +275,27 @@ def _extend(
     """Reads on by `new` tokens, at most `size`."""
     embedding_VD = params["decoder"]["embedding"]
     outputs_BXD, cache = read
-    # of the tokens, and in plain text their positions
+    # The index of each token, which in plain text is its position too.
     index_BS = cache.length[:, None] + jnp.arange(size)
     tokens_BS = jnp.take_along_axis(text_BX, jnp.minimum(index_BS, text_BX.shape[1] - 1), axis=1)
     x_BSD = transformer.embed(embedding_VD, tokens_BS, aug.transformer.config)
     out_BMSD, kv = _decode_more(params, x_BSD, index_BS, cache, aug)
-    outputs_BXD = outputs_BXD.at[jnp.arange(len(text_BX))[:, None], index_BS].set(
-        out_BMSD[:, 0], mode="drop"
-    )
-    return Reading(
-        outputs_BXD,
-        _place(aug, cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))),
-    )
+    row = jnp.arange(len(text_BX))[:, None]
+    outputs_BXD = outputs_BXD.at[row, index_BS].set(out_BMSD[:, 0], mode="drop")
+    cache = cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))
+    return Reading(outputs_BXD, _place(aug, cache))
 
 
 def _decode_more(
-    params: Params, x_BSD: jax.Array, position_BS: jax.Array, cache: Cache, aug: Augmentation
+    params: Params,
+    x_BSD: jax.Array,
+    position_BS: jax.Array,
+    cache: Cache,
+    aug: Augmentation,
 ):
-    """Runs the plain decoder over S more inputs, which see all the cache and each other
-    causally.
+    """Runs the plain decoder over S more inputs.
+
+    They see all the cache, and each other causally.
     """
     zero = jnp.zeros_like(position_BS)[:, None]
     bounds = Bounds(zero, zero + cache.length[:, None, None], zero)
@@ -304,32 +311,38 @@ def _trace(aug: Augmentation, text_BX: jax.Array, length_B: jax.Array) -> Traces
 
 @partial(jax.jit, static_argnames=("aug",))
 def write_after(params: Params, read: Reading, text_BX: jax.Array, *, aug: Augmentation) -> Latents:
-    """Writes latents after the text that was read, one trace per row; uses the coprocessor's
-    parameters alone.
+    """Writes latents after the text that was read, one trace per row.
+
+    Of the parameters it uses the coprocessor's alone.
     """
     return augment.write_latents(aug, params, read, _trace(aug, text_BX, read.cache.length))
 
 
 @partial(jax.jit, static_argnames=("aug",))
 def join(
-    params: Params, state: Decoding, plain: Cache, z: Latents, *, aug: Augmentation
+    params: Params,
+    state: Decoding,
+    plain: Cache,
+    z: Latents,
+    *,
+    aug: Augmentation,
 ) -> tuple[Decoding, Cache]:
-    """Puts latents after the text so far, which `plain` holds; returns the state and the cache to
-    decode with.
+    """Puts latents after the text so far, which `plain` holds.
+
+    Returns the state and the cache to decode with.
     """
     now = _trace(aug, state.text, state.length)
     reread = now.inputs.shape[2]  # the last token's entry gives way to latents and the token itself
     read = plain._replace(length=plain.length - reread)
     out_BMAD, kv = augment.decode(aug, params, z, read, now)
-    cache = cache_lib.append(
-        read, kv, now.position[:, 0], jnp.full_like(read.length, aug.num_latents + reread)
-    )
+    count_B = jnp.full_like(read.length, aug.num_latents + reread)
+    cache = cache_lib.append(read, kv, now.position[:, 0], count_B)
     output_VD = transformer.output_table(params["decoder"])
     state = state._replace(
         position=now.position[:, 0, -1] + 1,
         logits=transformer.unembed(output_VD, out_BMAD[:, 0, -1], aug.transformer.config),
     )
-    # latents may share positions with text before them
+    # Latents may share positions with text before them.
     return state, _place(aug, cache_lib.by_position(cache))
 
 
@@ -369,9 +382,8 @@ def decode_tokens(
             logits=transformer.unembed(output_VD, out_BMSD[:, 0, 0], config),
             ended=state.ended | (token_B == eos_id),
         )
-        return after, cache_lib.append(
-            cache, kv, state.position[:, None], jnp.ones_like(state.length)
-        )
+        one_B = jnp.ones_like(state.length)
+        return after, cache_lib.append(cache, kv, state.position[:, None], one_B)
 
     def goes_on(carry: tuple[Decoding, Cache]) -> jax.Array:
         return (carry[0].length[0] < goal) & ~jnp.all(carry[0].ended)

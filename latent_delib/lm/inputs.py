@@ -1,6 +1,4 @@
-"""The arguments of `AugmentedLM`, checked: nothing is cut, and nothing is taken for something
-else.
-"""
+"""The arguments of `AugmentedLM`, checked: nothing is cut or taken for something else."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,14 +17,13 @@ Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as the
 
 
 class GenerationOptions(NamedTuple):
-    """How prompts are continued.
+    """Says how prompts are continued.
 
     every: latents are written at the end of the prompt, and, unless this is 0, again whenever that
-    many tokens have
-      been decoded since they were last asked for.
+      many tokens have been decoded since they were last asked for.
     delay: latents join that many tokens after they were asked for, which is the published
-    simulation of an asynchronous
-      coprocessor. None: when they are ready, and a failure costs the latents alone.
+      simulation of an asynchronous coprocessor. None: when they are ready, and a failure costs the
+      latents alone.
     """
 
     max_new_tokens: int
@@ -36,7 +33,10 @@ class GenerationOptions(NamedTuple):
 
 
 def check_options(
-    max_new_tokens: int, every: int, delay: int | None, sampling: Mapping[str, Any]
+    max_new_tokens: int,
+    every: int,
+    delay: int | None,
+    sampling: Mapping[str, Any],
 ) -> GenerationOptions:
     """Returns the options with plain Python numbers; `sampling` holds fields of `Sampler`.
 
@@ -70,8 +70,9 @@ def check_attention(attention: str) -> None:
 
 
 def random_keys(seed: int | Sequence[int], count: int) -> list[jax.Array]:
-    """Returns a random key for each of `count` prompts, from a seed for each or from one for all
-    and their places.
+    """Returns a random key for each of `count` prompts.
+
+    They are made from a seed for each, or from one for all and their places.
     """
     if np.ndim(seed) == 0:
         base = jax.random.key(arguments.whole("seed", seed, 0, arguments.INT64))
@@ -90,9 +91,8 @@ def token_ids(name: str, text: Prompt, tokenizer: Tokenizer, vocab_size: int) ->
     ids = arguments.token_ids(name, text, "text or a list of token ids")
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise UserError(
-                f"{name}: token {token}, the vocabulary has {vocab_size}: expected 0 to {vocab_size - 1}"
-            )
+            expected = f"expected 0 to {vocab_size - 1}"
+            raise UserError(f"{name}: token {token}, the vocabulary has {vocab_size}: {expected}")
     return ids
 
 

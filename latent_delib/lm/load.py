@@ -33,8 +33,10 @@ from latent_delib.weights import folder
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Decoder:
-    """A frozen decoder. params: {"layers", "final_norm", "embedding" [V, D]}; fingerprint: SHA-256,
-    hex.
+    """Holds a frozen decoder.
+
+    params: {"layers", "final_norm", "embedding" [V, D]}.
+    fingerprint: SHA-256, hex.
     """
 
     config: TransformerConfig
@@ -45,16 +47,19 @@ class Decoder:
     def __repr__(self) -> str:
         c = self.config
         sizes = f"{c.num_layers} layers of width {c.embed_dim}, vocabulary of {c.vocab_size}"
-        return f"Decoder({sizes}, {self.params['embedding'].dtype}, fingerprint {self.fingerprint[:SHORT]})"
+        dtype = self.params["embedding"].dtype
+        return f"Decoder({sizes}, {dtype}, fingerprint {self.fingerprint[:SHORT]})"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Coprocessor:
-    """A coprocessor for one decoder.
+    """Holds a coprocessor for one decoder.
 
     params: without the layers that are the decoder's own (`delib.augment.assemble`); "soft_tokens"
-    is [L, D]. fingerprint: of the decoder. step: None where untrained. architecture: None where it
-    is the decoder's.
+      is [L, D].
+    fingerprint: of the decoder.
+    step: None where untrained.
+    architecture: None where it is the decoder's.
     """
 
     params: Params
@@ -74,7 +79,9 @@ class Coprocessor:
 
 
 def load_decoder(
-    path: str | os.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None
+    path: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Loads a decoder folder, or "packaged".
 
@@ -90,9 +97,8 @@ def load_decoder(
     config = folder.read_config(where)
     shardings = mesh_lib.parameters(mesh or build.one_device(), folder.shapes(config), PARAM_AXES)
     params = folder.load(where, config, dtype, shardings)
-    return Decoder(
-        config, params, Tokenizer(folder.tokenizer_path(where)), folder.fingerprint(where)
-    )
+    own = Tokenizer(folder.tokenizer_path(where))
+    return Decoder(config, params, own, folder.fingerprint(where))
 
 
 def _dtype(dtype: Any) -> np.dtype:
@@ -101,9 +107,8 @@ def _dtype(dtype: Any) -> np.dtype:
     except TypeError:
         found = None
     if found is None or found.name not in build.DTYPES:
-        raise UserError(
-            f"dtype={getattr(dtype, '__name__', dtype)}: expected {' or '.join(build.DTYPES)}"
-        )
+        name = getattr(dtype, "__name__", dtype)
+        raise UserError(f"dtype={name}: expected {' or '.join(build.DTYPES)}")
     return found
 
 
@@ -156,9 +161,8 @@ def _exported(where: str, step: int | None) -> Coprocessor:
         )
     for key, known in (("method", METHODS), ("placement", PLACEMENTS)):
         if fields[key] not in known:
-            raise UserError(
-                f"{where}: {key}={fields[key]!r}, expected one of {', '.join(sorted(known))}"
-            )
+            expected = ", ".join(sorted(known))
+            raise UserError(f"{where}: {key}={fields[key]!r}, expected one of {expected}")
     del fields["format"], fields["architecture"]
     return Coprocessor(params, **fields)
 
@@ -175,8 +179,7 @@ def read_record(workdir: str, step: int | None = None) -> Record:
 
 
 def decoder_of(workdir: str, record: Record) -> str:
-    """Returns the folder of the decoder that a checkpoint goes with: the one it trained, or the one
-    left frozen.
+    """Returns the folder of a checkpoint's decoder: the one it trained, or the frozen one.
 
     Args:
       record: of a checkpoint in `workdir`.
@@ -190,15 +193,15 @@ def decoder_of(workdir: str, record: Record) -> str:
         if there != record.step:
             found = "not written yet" if there is None else f"of step {there}"
             raise UserError(
-                f"{workdir}: the decoder trained there is {found}, the checkpoint is of step {record.step}; "
-                "it is written when training ends"
+                f"{workdir}: the decoder trained there is {found}, "
+                f"the checkpoint is of step {record.step}; it is written when training ends"
             )
         return f"{workdir}/decoder"
     path = record["decoder.path"]
     if not path:
         raise UserError(
-            f"{workdir}: trained with config.decoder.path='', on random weights that no folder holds; "
-            "train on a decoder folder"
+            f"{workdir}: trained with config.decoder.path='', "
+            "on random weights that no folder holds; train on a decoder folder"
         )
     own = folder.tokenizer_path(folder.locate(path))
     if record.tokenizer != tokenizer.fingerprint(own):
@@ -207,10 +210,14 @@ def decoder_of(workdir: str, record: Record) -> str:
 
 
 def init_coprocessor(
-    decoder: Decoder, num_latents: int = 16, placement: str = "after", seed: int = 0
+    decoder: Decoder,
+    num_latents: int = 16,
+    placement: str = "after",
+    seed: int = 0,
 ) -> Coprocessor:
-    """Returns an untrained coprocessor: the decoder's weights, and soft tokens from random rows of
-    its token table.
+    """Returns an untrained coprocessor of a decoder.
+
+    It has the decoder's weights, and soft tokens from random rows of the token table.
 
     Raises:
       UserError: an argument of another kind or out of range.
@@ -222,14 +229,16 @@ def init_coprocessor(
     seed = arguments.whole("seed", seed, 0, arguments.INT64)
     method = "cache_augmentation"
     model = Transformer(decoder.config)
-    tree = METHODS[method].init(
-        jax.random.key(seed), decoder.params, Models(model, model), num_latents
-    )
+    key = jax.random.key(seed)
+    tree = METHODS[method].init(key, decoder.params, Models(model, model), num_latents)
     return Coprocessor(tree["coprocessor"], method, num_latents, placement, decoder.fingerprint)
 
 
 def augmentation(
-    decoder: Decoder, coprocessor: Coprocessor | None, mesh: Mesh, attention: str
+    decoder: Decoder,
+    coprocessor: Coprocessor | None,
+    mesh: Mesh,
+    attention: str,
 ) -> Augmentation:
     """Returns both models as they run on a mesh.
 
@@ -241,23 +250,25 @@ def augmentation(
     if coprocessor is None:
         return Augmentation(model, "decoder", 0)
     arguments.instance("coprocessor", coprocessor, Coprocessor, "load_coprocessor")
-    of = coprocessor
-    if of.fingerprint != decoder.fingerprint:
+    c = coprocessor
+    if c.fingerprint != decoder.fingerprint:
+        theirs = c.fingerprint[:SHORT]
         this = decoder.fingerprint[:SHORT]
-        raise UserError(
-            f"coprocessor belongs to decoder {of.fingerprint[:SHORT]}, this decoder is {this}"
-        )
+        raise UserError(f"coprocessor belongs to decoder {theirs}, this decoder is {this}")
     own = None
-    if of.architecture is not None:
-        own = build.transformer(of.architecture, mesh, dtype, form=attention)
-    return Augmentation(model, of.method, of.num_latents, of.placement, coprocessor=own)
+    if c.architecture is not None:
+        own = build.transformer(c.architecture, mesh, dtype, form=attention)
+    return Augmentation(model, c.method, c.num_latents, c.placement, coprocessor=own)
 
 
 def place(mesh: Mesh, params: Params, dtype: Any, axes: Mapping[str, Axes] = PARAM_AXES) -> Params:
-    """Puts parameters where they lie on a mesh. Each is cast where it is, by itself: they need not
-    fit one device.
+    """Puts parameters where they lie on a mesh.
+
+    Each is cast where it is, by itself: they need not fit one device.
     """
     shardings = mesh_lib.parameters(mesh, params, axes)
-    return jax.tree.map(
-        lambda x, s: jax.device_put(x.astype(dtype, copy=False), s), params, shardings
-    )
+
+    def put(x: Any, sharding: Any) -> jax.Array:
+        return jax.device_put(x.astype(dtype, copy=False), sharding)
+
+    return jax.tree.map(put, params, shardings)

@@ -23,10 +23,11 @@ from latent_delib.nn.transformer import Params, Transformer
 
 
 class AttentionMap(NamedTuple):
-    """Attention weights of one call. weights: float32 [layers, N, S, T + S], rows add up to 1.
+    """Holds the attention weights of one call.
 
-    rows: names of the S tokens of the call. columns: names of the T text tokens in the cache, then
-    the same S.
+    weights: float32 [layers, N, S, T + S], rows add up to 1.
+    rows: names of the S tokens of the call.
+    columns: names of the T text tokens in the cache, then the same S.
     """
 
     weights: np.ndarray
@@ -40,7 +41,7 @@ class AttentionMap(NamedTuple):
 
 
 class Near(NamedTuple):
-    """A word of the vocabulary, and the cosine between a latent and its embedding."""
+    """Holds a word of the vocabulary, and the cosine between a latent and its embedding."""
 
     word: str
     cosine: float
@@ -53,7 +54,8 @@ class Watched:
     """
 
     def __init__(self, transformer: Transformer, seen: list[jax.Array]):
-        self.transformer, self.seen = transformer, seen
+        self.transformer = transformer
+        self.seen = seen
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transformer, name)
@@ -65,8 +67,9 @@ class Watched:
 
 
 def cache(lm: AugmentedLM, tokens_BT: Any) -> Cache:
-    """Returns the keys and values that the decoder keeps of texts, [layers, B, T, K, H] each, and
-    their positions.
+    """Returns the cache that the decoder keeps of texts.
+
+    Keys and values are [layers, B, T, K, H] each.
 
     Args:
       tokens_BT: one text per row, BOS first.
@@ -81,10 +84,11 @@ def _read(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any
 
 
 def attention(
-    lm: AugmentedLM, tokens: Sequence[int], at: int
+    lm: AugmentedLM,
+    tokens: Sequence[int],
+    at: int,
 ) -> tuple[AttentionMap | None, AttentionMap]:
-    """Returns what latents after token `at` of a text attend to, and what the text after them
-    attends to.
+    """Returns what latents after token `at` of a text attend to, and what text after them does.
 
     Args:
       tokens: the text, BOS first. Those after `at` are the ahead tokens, read as in training; at
@@ -116,8 +120,9 @@ def attention(
 
 
 def _weights(w: jax.Array, at: int, length: int) -> np.ndarray:
-    """Returns the weights of one trace, [layers, N, S, at + 1 + S]: nothing after `at` is seen in
-    the cache.
+    """Returns the weights of one trace, [layers, N, S, at + 1 + S].
+
+    Nothing after `at` is seen in the cache.
     """
     w = np.asarray(w[:, 0, 0], np.float32)
     w = np.concatenate([w[..., : at + 1], w[..., length:]], axis=-1)
@@ -135,30 +140,24 @@ def _called(
     dtype: Any,
     ahead: int,
 ) -> list[jax.Array]:
-    """Returns attention weights of the coprocessor's last call, if there is one, and of the
-    decoder's.
-    """
+    """Returns attention weights of the coprocessor's last call, if any, and of the decoder's."""
     seen: list[jax.Array] = []
-    decoder, coprocessor = aug.models
-    aug = dataclasses.replace(
-        aug, transformer=Watched(decoder, seen), coprocessor=Watched(coprocessor, seen)
-    )
+    decoder, coprocessor = (Watched(model, seen) for model in aug.models)
+    aug = dataclasses.replace(aug, transformer=decoder, coprocessor=coprocessor)
     segment_BT = jnp.ones_like(text_BT)
     text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
-    augment.decode(
-        aug, params, augment.write_latents(aug, params, text, traces), text.cache, traces
-    )
+    z = augment.write_latents(aug, params, text, traces)
+    augment.decode(aug, params, z, text.cache, traces)
     return seen[1:][-2:]
 
 
 def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]]:
-    """Finds the `count` words whose embeddings have the highest cosine with each latent, best
-    first.
+    """Finds the `count` words whose embeddings have the highest cosine with each latent.
 
-    Of the two readings this is the one that fits: the decoder reads latents where it reads
-    embeddings. Logits also grow with the length of a word's row, which says how frequent the word
-    is.
+    The best come first. Of the two readings this is the one that fits: the decoder reads latents
+    where it reads embeddings. Logits also grow with the length of a word's row, which says how
+    frequent the word is.
     """
     table_VD = jnp.asarray(lm.params["decoder"]["embedding"], jnp.float32)
     cosine_LV = einsum("LD,VD->LV", _unit(jnp.asarray(z_LD, jnp.float32)), _unit(table_VD))
@@ -174,9 +173,7 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def words(lm: AugmentedLM, tokens: Sequence[int]) -> list[str]:
-    """Returns the text each token stands for, by itself; its number where that is nothing that can
-    be read.
-    """
+    """Returns the text of each token by itself, or its number where that text is blank."""
     found = []
     for token in map(int, tokens):
         text = lm.tokenizer.decode([token])

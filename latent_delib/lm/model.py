@@ -29,9 +29,10 @@ Report = Callable[[int], None]  # gets the number of things done
 
 
 class Continuation(NamedTuple):
-    """The continuation of a prompt.
+    """Holds the continuation of a prompt.
 
-    tokens: int32 [new], padded after EOS. joined: after how many of them latents joined.
+    tokens: int32 [new], padded after EOS.
+    joined: the numbers of tokens after which latents joined.
     """
 
     text: str
@@ -40,8 +41,9 @@ class Continuation(NamedTuple):
 
 
 class AugmentedLM:
-    """A decoder and a coprocessor as one language model; without a coprocessor, the decoder as it
-    is.
+    """Makes one language model of a decoder and a coprocessor.
+
+    Without a coprocessor it is the decoder as it is.
 
     Token arrays hold one document per row, starting with BOS; padding on the right changes nothing
     before it. Lists of prompts may be of any length: they are taken `batch_size` at a time, those
@@ -101,8 +103,7 @@ class AugmentedLM:
         return scoring.score_vocabulary(self.params, tokens, aug=self.aug, dtype=self.dtype)
 
     def latents(self, tokens_BT: jax.Array, positions_BM: jax.Array) -> Latents:
-        """Returns latents [B, M, L, D], written after row b was read up to and with token
-        positions[b, m].
+        """Returns latents [B, M, L, D], written after token positions[b, m] of row b.
 
         A method that inserts keys and values returns these.
         """
@@ -115,7 +116,10 @@ class AugmentedLM:
         )
 
     def ahead_logprobs(
-        self, tokens_BT: jax.Array, positions_BM: jax.Array, ahead: int
+        self,
+        tokens_BT: jax.Array,
+        positions_BM: jax.Array,
+        ahead: int,
     ) -> tuple[jax.Array, jax.Array]:
         """Scores the `ahead` text tokens after each position, with and without latents.
 
@@ -139,8 +143,9 @@ class AugmentedLM:
         batch_size: int = 16,
         progress: Report | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores a continuation of each prompt. Latents join once, at the prompt's end; equal
-        prompts are read once.
+        """Scores a continuation of each prompt.
+
+        Latents join once, at the prompt's end. Equal prompts are read once.
 
         Args:
           augment: with latents.
@@ -158,16 +163,15 @@ class AugmentedLM:
         tails = [self._ids(f"continuations[{i}]", tail) for i, tail in enumerate(continuations)]
         if [] in tails:
             raise UserError(f"continuations[{tails.index([])}] is empty")
-        heads = [
-            self._head(f"prompts[{i}]", prompt, len(tails[i])) for i, prompt in enumerate(prompts)
-        ]
+        heads = []
+        for i, prompt in enumerate(prompts):
+            heads.append(self._head(f"prompts[{i}]", prompt, len(tails[i])))
         questions = batching.questions(heads, tails)
         sums = np.zeros(len(tails), np.float32)
         greedy = np.zeros(len(tails), bool)
         done = 0
-        for chosen in batching.alike(
-            [q.key for q in questions], lambda key: self._together(batch_size // key[0], key[1])
-        ):
+        keys = [question.key for question in questions]
+        for chosen in batching.alike(keys, partial(self._together, batch_size)):
             batch = [questions[i] for i in chosen]
             sums_BM, greedy_BM = self._score_tails(batch, tails, augment)
             for b, (_, members, _) in enumerate(batch):
@@ -210,29 +214,27 @@ class AugmentedLM:
             owners += [i] * len(more)
         sums = np.zeros(len(texts))
         done = 0
-        score = partial(
-            scoring.score_text, aug=self.aug if augment else self.plain, dtype=self.dtype
-        )
-        for chosen in batching.alike(
-            [(1, len(piece)) for piece in pieces], lambda key: self._together(batch_size, key[1])
-        ):
+        aug = self.aug if augment else self.plain
+        score = partial(scoring.score_text, aug=aug, dtype=self.dtype)
+        keys = [(1, len(piece)) for piece in pieces]
+        for chosen in batching.alike(keys, partial(self._together, batch_size)):
             tokens, length = self._pad([pieces[p] for p in chosen])
             predicted = tokens.shape[1] - 1
             found = score(self.params, tokens, length, stretch=min(every or predicted, predicted))
-            np.add.at(
-                sums, [owners[p] for p in chosen], np.asarray(found, np.float64)[: len(chosen)]
-            )
+            logp = np.asarray(found, np.float64)[: len(chosen)]
+            np.add.at(sums, [owners[p] for p in chosen], logp)
             done += len(chosen)
             if progress:
                 progress(done)
         return sums
 
     def generate(
-        self, prompts: Sequence[Prompt], max_new_tokens: int = 64, **options: Any
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 64,
+        **options: Any,
     ) -> list[str]:
-        """Returns continuations of the prompts, without the prompts; options as for
-        `continuations`.
-        """
+        """Returns continuations, without the prompts; options as for `continuations`."""
         return [c.text for c in self.continuations(prompts, max_new_tokens, **options)]
 
     def continuations(
@@ -286,15 +288,14 @@ class AugmentedLM:
                     progress(options.max_new_tokens * len(found) + new_BN.shape[1] * rows)
                 return ends.seen(new_BN)
 
-            new, joined = self._continue(
-                [heads[i] for i in chosen], [keys[i] for i in chosen], options, write, stopped
-            )
+            chosen_heads = [heads[i] for i in chosen]
+            chosen_keys = [keys[i] for i in chosen]
+            new, joined = self._continue(chosen_heads, chosen_keys, options, write, stopped)
             for i, row in zip(chosen, new):
-                # other rows may go on
+                # Other rows may have gone on, and latents joined them alone.
                 last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)
-                found[i] = Continuation(
-                    ends.cut(row), row, tuple(at for at in joined if at <= last)
-                )
+                joined_here = tuple(at for at in joined if at <= last)
+                found[i] = Continuation(ends.cut(row), row, joined_here)
         return [found[i] for i in range(len(prompts))]
 
     def _continue(
@@ -305,9 +306,7 @@ class AugmentedLM:
         write: Callable | None,
         stopped: Callable[[np.ndarray], np.ndarray],
     ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Continues one batch of prompts, `heads`, each with its own random key, as `decoding.run`
-        does.
-        """
+        """Continues a batch of prompts, each with its own random key, by `decoding.run`."""
         text, length = self._pad(heads)
         keys = keys + keys[:1] * (len(length) - len(keys))
         return decoding.run(
@@ -325,9 +324,7 @@ class AugmentedLM:
         )
 
     def _writer(self, delay: int | None) -> Callable | None:
-        """Returns the function that starts writing latents, as `decoding.run` calls it; None
-        without a coprocessor.
-        """
+        """Returns the `write` of `decoding.run`; None without a coprocessor."""
         if self.coprocessor is None:
             return None
         if delay is not None:
@@ -336,11 +333,12 @@ class AugmentedLM:
         return partial(decoding.attempt, decoding.write_beside, *where)
 
     def _score_tails(
-        self, batch: Sequence[Question], tails: Sequence[list[int]], augment: bool
+        self,
+        batch: Sequence[Question],
+        tails: Sequence[list[int]],
+        augment: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the sum of log p of each continuation, [B, M], and whether it is what greedy
-        decoding gives.
-        """
+        """Returns each continuation's log p, and whether it is the greedy one, [B, M]."""
         text, length = self._pad([question.head for question in batch])
         tails_BMA, inside_BMA = batching.pad_tails(batch, tails, len(length), self.tokenizer.pad_id)
         aug = self.aug if augment else self.plain
@@ -350,40 +348,40 @@ class AugmentedLM:
         sums_BM = np.where(inside_BMA, np.asarray(logp_BMA), 0).sum(axis=2)
         return sums_BM, np.all(np.asarray(likeliest_BMA) | ~inside_BMA, axis=2)
 
-    def _together(self, most: int, length: int) -> int:
-        """Returns how many of at most `most` texts of a length are read together; on a CPU so many
-        as gain by it.
+    def _together(self, batch_size: int, key: batching.Key) -> int:
+        """Returns how many rows with a key of `batching.alike` are read together.
+
+        On a CPU they are as many as gain by it.
         """
+        continuations, length = key
+        most = max(1, batch_size // continuations)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return batching.few(length, most) if on_cpu else max(1, most)
+        return batching.few(length, most) if on_cpu else most
 
     def _ids(self, name: str, text: Prompt) -> list[int]:
         return inputs.token_ids(name, text, self.tokenizer, self.decoder.config.vocab_size)
 
     def _head(self, name: str, prompt: Prompt, new: int) -> list[int]:
-        """Returns the tokens of a prompt, BOS before a text; `new` tokens must have room after
-        it.
-        """
+        """Returns the tokens of a prompt, BOS before a text; `new` more must have room."""
         ids = self._ids(name, prompt)
         if isinstance(prompt, str):
             ids = [self.tokenizer.bos_id, *ids]
         if not ids:
             raise UserError(f"{name}: holds no token, not even BOS")
         if len(ids) + new > self.max_length:
-            found = (
-                f"{len(ids)} tokens and {new} after them are more than max_length={self.max_length}"
-            )
-            raise UserError(f"{name}: {found}; shorten it, or raise max_length")
+            found = f"{name}: {len(ids)} tokens and {new} after them"
+            limit = f"max_length={self.max_length}"
+            raise UserError(f"{found} are more than {limit}; shorten it, or raise max_length")
         return ids
 
     def _token_array(self, tokens_BT: Any) -> jax.Array:
-        return inputs.token_array(
-            tokens_BT, self.decoder.config.vocab_size, mesh_lib.shards(self.mesh, "batch")
-        )
+        row_shards = mesh_lib.shards(self.mesh, "batch")
+        return inputs.token_array(tokens_BT, self.decoder.config.vocab_size, row_shards)
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-        """Returns rows [B, T] padded to one of few shapes, and their lengths [B]; 0 for rows that
-        fill the batch.
+        """Returns rows padded to one of few shapes, [B, T], and their lengths [B].
+
+        Rows that only fill the batch have length 0.
         """
         multiple = mesh_lib.shards(self.mesh, "batch")
         if self.coprocessor_mesh is not None:

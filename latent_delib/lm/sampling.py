@@ -39,14 +39,12 @@ class Sampler:
     def __call__(self, key_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
         """Returns a token for each row, int32 [B]."""
         likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        return jax.lax.cond(
-            self.temperature > 0, self._draw, lambda *_: likeliest_B, key_B, logits_BV
-        )
+        # A branch, because sorting a vocabulary costs more than reading a small decoder.
+        draws = self.temperature > 0
+        return jax.lax.cond(draws, self._draw, lambda *_: likeliest_B, key_B, logits_BV)
 
     def _draw(self, key_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
-        """Draws a token for each row. Sorting a vocabulary costs more than reading a small
-        decoder.
-        """
+        """Draws a token for each row."""
         scaled_BV = logits_BV / jnp.maximum(self.temperature, 1e-6)
         p_BV = jax.nn.softmax(scaled_BV)
         sorted_BV = jnp.sort(p_BV, axis=-1, descending=True)
@@ -75,9 +73,8 @@ class Sampler:
 
 def options() -> dict[str, tuple[Any, str]]:
     """Returns each field of `Sampler` with its default and its help text."""
-    return {
-        field.name: (field.default, field.metadata["help"]) for field in dataclasses.fields(Sampler)
-    }
+    fields = dataclasses.fields(Sampler)
+    return {field.name: (field.default, field.metadata["help"]) for field in fields}
 
 
 class Endings:
@@ -98,9 +95,8 @@ class Endings:
         for text in self.strings:
             if not isinstance(text, str) or not text:
                 raise UserError(f"stop: holds {text!r}, expected texts that are not empty")
-        self.tokens = [
-            tokenizer.control[text] for text in self.strings if text in tokenizer.control
-        ]
+        control = tokenizer.control
+        self.tokens = [control[text] for text in self.strings if text in control]
 
     def seen(self, new_BN: np.ndarray) -> np.ndarray:
         """Tells which rows of new tokens hold an ending, bool [B]."""

@@ -20,18 +20,26 @@ from latent_delib.nn.transformer import Params
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
 def score_vocabulary(
-    params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    aug: Augmentation,
+    dtype: Any,
 ) -> jax.Array:
     """Returns the plain decoder's logits, float32 [B, T, V]."""
     text = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
-    return transformer.unembed(
-        transformer.output_table(params["decoder"]), text.outputs, aug.transformer.config
-    )
+    table_VD = transformer.output_table(params["decoder"])
+    return transformer.unembed(table_VD, text.outputs, aug.transformer.config)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
 def write_latents_at(
-    params: Params, tokens_BT: jax.Array, at_BM: jax.Array, *, aug: Augmentation, dtype: Any
+    params: Params,
+    tokens_BT: jax.Array,
+    at_BM: jax.Array,
+    *,
+    aug: Augmentation,
+    dtype: Any,
 ) -> Latents:
     """Writes latents after text tokens `at_BM`, [B, M, L, D]."""
     segment_BT = jnp.ones_like(tokens_BT)
@@ -49,8 +57,9 @@ def score_ahead(
     dtype: Any,
     ahead: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns log p of the next `ahead` text tokens, by the decoder and with latents, float32 [B,
-    M, A] each.
+    """Returns log p of the next `ahead` text tokens, by the decoder and with latents.
+
+    Each is float32 [B, M, A].
     """
     segment_BT = jnp.ones_like(tokens_BT)
     text, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
@@ -114,7 +123,7 @@ def score_tails(
         logprob_BM = picked_BM - jax.nn.logsumexp(logits_BMV, axis=-1)
         return logprob_BM, jnp.argmax(logits_BMV, axis=-1) == target_BM
 
-    # the logits of one exist at a time
+    # The logits of one token exist at a time.
     by_token = (jnp.moveaxis(x_BMAD, 2, 0), jnp.moveaxis(tails_BMA, 2, 0))
     logprobs, greedy = jax.lax.map(lambda pair: one(*pair), by_token)
     return jnp.moveaxis(logprobs, 0, 2), jnp.moveaxis(greedy, 0, 2)
@@ -145,9 +154,9 @@ def score_text(
     if not aug.has_latents:
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
     at = jnp.arange(0, T - 1, stretch)
-    # traces at once: no more tokens than the text
+    # Traces that are computed at once have no more tokens than the text.
     together = min(len(at), max(1, T // (aug.num_latents + stretch)))
-    # T - 1 has no ahead tokens, so no weight
+    # T - 1 has no ahead tokens, so no weight.
     at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)
 
     def some(at_M: jax.Array) -> jax.Array:

@@ -16,11 +16,13 @@ class KV(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Holds the keys and values of all that a transformer has read: row b has `length[b]` entries,
-    from slot 0 on.
+    """Holds the keys and values of all that a transformer has read.
 
-    k, v: [layers, B, T, K, H], keys already rotated. position: int32 [B, T], the position of every
-    slot's entry (slots and positions differ once there are latents between). length: int32 [B].
+    Row b has `length[b]` entries, from slot 0 on.
+
+    k, v: [layers, B, T, K, H], keys already rotated.
+    position: int32 [B, T], of every slot's entry; not the slot itself once latents are between.
+    length: int32 [B].
     """
 
     k: jax.Array
@@ -36,8 +38,7 @@ def of_text(kv: KV, position_BT: jax.Array) -> Cache:
 
 
 def append(cache: Cache, kv: KV, position_BS: jax.Array, count_B: jax.Array) -> Cache:
-    """Appends the first `count_B` of the S new tokens (M = 1) to each row, after that row's last
-    entry.
+    """Appends the first `count_B` of S new tokens (M = 1) to each row of a cache.
 
     A row's other new tokens go to slots that the next append overwrites; tokens past the capacity
     are dropped.

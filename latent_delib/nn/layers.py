@@ -1,5 +1,6 @@
-"""The parts of one transformer layer. Parameters are created in float32 and computed with in the
-dtype of the input.
+"""The parts of one transformer layer.
+
+Parameters are created in float32, and cast to the dtype of the input.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 
 from latent_delib.nn import rotary
 from latent_delib.nn.attention import primitive
+from latent_delib.nn.attention.cards import LEAST
 from latent_delib.nn.attention.forms import FEW, attend
-from latent_delib.nn.attention.gpu import LEAST
 from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import matmul
 from latent_delib.nn.sizes import TransformerConfig
@@ -22,8 +23,7 @@ ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
 Axes = tuple[str | None, ...]
 
-# The logical axes of every leaf of a decoder or coprocessor, by its name; scales of norms are not
-# split.
+# The logical axes of every leaf of a decoder or coprocessor, by its name.
 _LEAVES: dict[str, Axes] = {
     "embedding": ("vocab", "embed"),
     "head": ("vocab", "embed"),
@@ -39,15 +39,12 @@ _LEAVES: dict[str, Axes] = {
     "down": ("layers", "ffn", "embed"),
     "scale": (None, None),
 }
-# The matrices of a layer, and how many of their axes after "layers" are those of the input: the
-# rest is the output's.
+# The matrices of a layer: how many of their axes after "layers" are the input's.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 
 
 def _adapter_axes() -> dict[str, Axes]:
-    """Returns the axes of low-rank adapters (`delib.lora`), which are split as their matrices
-    are.
-    """
+    """Returns the axes of low-rank adapters (`delib.lora`), split as their matrices are."""
     found: dict[str, Axes] = {}
     for name, count in INPUT_AXES.items():
         axes = _LEAVES[name]
@@ -71,15 +68,17 @@ def contracted(x_axes: Axes, w_axes: Axes, y_axes: Axes) -> int:
 
 
 class Partition(NamedTuple):
-    """Says how work is divided over devices, by the names of logical axes: all that `nn` and
-    `delib` know of a mesh.
+    """Says how work is divided over devices, by the names of logical axes.
 
-    constrain(x, axes): returns an activation, placed where it belongs. gather(w, axes): returns a
-    table of vectors, whole along the width. product(x, w, x_axes, w_axes, y_axes): returns
-    activations times a weight that is split (`products.matmul`). split(function, in_axes,
-    out_axes): returns the function that runs `function` on each device's own part. row_shards: the
-    number of parts that the rows of a batch are split into. shared_memory: the bytes that one
-    program of the GPU's kernels may have on each device.
+    It is all that `nn` and `delib` know of a mesh.
+
+    constrain(x, axes): returns an activation, placed where it belongs.
+    gather(w, axes): returns a table of vectors, whole along the width.
+    product(x, w, x_axes, w_axes, y_axes): returns activations times a weight that is split
+      (`products.matmul`).
+    split(function, in_axes, out_axes): returns `function` as run on each device's own part.
+    row_shards: parts into which the rows of a batch are split.
+    shared_memory: bytes that one program of the GPU's kernels may have on each device.
     """
 
     constrain: Callable[[jax.Array, Axes], jax.Array] = lambda x, axes: x
@@ -98,10 +97,10 @@ def _normal(fan_in: int) -> nn.initializers.Initializer:
 
 
 class RMSNorm(nn.Module):
-    """Computes x / rms(x) * (offset + scale) over the last axis, float32 inside (Zhang and Sennrich
-    2019).
+    """Computes x / rms(x) * (offset + scale) over the last axis (Zhang and Sennrich 2019).
 
-    Gemma stores what it adds to an offset of 1; with an offset of 0 the scale is the factor itself.
+    It computes in float32. Gemma stores what it adds to an offset of 1; with an offset of 0 the
+    scale is the factor itself.
     """
 
     eps: float
@@ -186,9 +185,8 @@ class Attention(nn.Module):
             shared_memory=self.partition.shared_memory,
         )
         in_axes = (HEADS, HEADS, HEADS, prefix and (TEXT, TEXT), Bounds(QUERIES, QUERIES, QUERIES))
-        out_BMSNH = self.partition.split(form, in_axes, HEADS)(
-            q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds
-        )
+        attention = self.partition.split(form, in_axes, HEADS)
+        out_BMSNH = attention(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
         out_BMSD = self.partition.product(out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
         return out_BMSD, (k_BMSKH, v_BMSKH)
@@ -211,17 +209,16 @@ class MLP(nn.Module):
         hidden_BMSF = ACTIVATIONS[self.config.activation](widen("gate")) * widen("up")
         hidden_BMSF = self.partition.constrain(hidden_BMSF, FEATURES)
         down_FD = self.param("down", _normal(F), (F, D)).astype(x_BMSD.dtype)
-        return self.partition.product(
-            hidden_BMSF, down_FD, FEATURES, PARAM_AXES["down"][1:], TRACES
-        )
+        axes = (FEATURES, PARAM_AXES["down"][1:], TRACES)
+        return self.partition.product(hidden_BMSF, down_FD, *axes)
 
 
 class Block(nn.Module):
-    """Computes one layer: attention and MLP, each normed before, and after where the family does so
-    (Gemma 2 and 3).
+    """Computes one layer: attention and MLP, each normed before.
 
-    ropes and ranges hold two kinds of rotary tables and bounds, of global layers and of local ones:
-    `is_local` picks.
+    Each is also normed after it where the family does so (Gemma 2 and 3).
+
+    ropes, ranges: rotary tables and bounds, of global layers and of local ones; `is_local` picks.
     """
 
     config: TransformerConfig
@@ -238,9 +235,9 @@ class Block(nn.Module):
 
         # Window and rotary base are data: one layer body serves both kinds.
         rope_2BMSH, bounds = jax.tree.map(lambda both: both[is_local], (ropes, ranges))
-        attended, kv = Attention(c, self.form, self.partition, self.few, name="attn")(
-            norm("pre_attn_norm", x_BMSD), rope_2BMSH, bounds, prefix, given
-        )
+        attention = Attention(c, self.form, self.partition, self.few, name="attn")
+        normed = norm("pre_attn_norm", x_BMSD)
+        attended, kv = attention(normed, rope_2BMSH, bounds, prefix, given)
         x_BMSD += norm("post_attn_norm", attended) if c.post_norms else attended
         fed = MLP(c, self.partition, name="mlp")(norm("pre_mlp_norm", x_BMSD))
         x_BMSD += norm("post_mlp_norm", fed) if c.post_norms else fed

@@ -25,23 +25,23 @@ def frequencies(head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> 
 
 
 def table(
-    position: jax.Array, head_dim: int, base: float, scaling: tuple[float, ...] = ()
+    position: jax.Array,
+    head_dim: int,
+    base: float,
+    scaling: tuple[float, ...] = (),
 ) -> jax.Array:
-    """Returns cosines and sines of integer positions' angles, float32 [2, *position.shape, head_dim
-    / 2].
-    """
-    angle = position[..., None].astype(jnp.float32) * frequencies(head_dim, base, scaling).astype(
-        np.float32
-    )
+    """Returns cosines and sines at positions, float32 [2, *position.shape, head_dim / 2]."""
+    frequency = frequencies(head_dim, base, scaling).astype(np.float32)
+    angle = position[..., None].astype(jnp.float32) * frequency
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
 
 def rotate(x_BMSNH: jax.Array, table_2BMSH: jax.Array) -> jax.Array:
-    """Rotates every head's halves by the angles of `table`; float32 inside, the dtype of x
-    outside.
+    """Rotates every head's halves by the angles of `table`.
+
+    It computes in float32, and returns the dtype of x.
     """
     cos, sin = table_2BMSH[:, ..., None, :]
     first, second = jnp.split(x_BMSNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x_BMSNH.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BMSNH.dtype)

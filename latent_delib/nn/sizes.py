@@ -53,14 +53,8 @@ class TransformerConfig:
     qkv_bias: bool = False
 
     def __post_init__(self):
-        for name in (
-            "num_layers",
-            "embed_dim",
-            "num_heads",
-            "num_kv_heads",
-            "ffn_dim",
-            "vocab_size",
-        ):
+        counts = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
         if not self.head_dim:
@@ -83,9 +77,8 @@ class TransformerConfig:
         for name in ("layer_pattern", "rope_scaling"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.rope_scaling:
-            if len(self.rope_scaling) != 4 or not all(
-                isinstance(x, float | int) for x in self.rope_scaling
-            ):
+            are_numbers = all(isinstance(x, float | int) for x in self.rope_scaling)
+            if len(self.rope_scaling) != 4 or not are_numbers:
                 raise UserError(
                     f"rope_scaling={self.rope_scaling}: expected (factor, low, high, context) or ()"
                 )
@@ -123,7 +116,10 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(
-        cls, fields: Mapping[str, Any], source: str, names: Mapping[str, str] = MappingProxyType({})
+        cls,
+        fields: Mapping[str, Any],
+        source: str,
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> "TransformerConfig":
         """Builds an architecture from plain values, for example JSON or a config.
 
@@ -156,8 +152,10 @@ class TransformerConfig:
 
 
 def checked(name: str, value: Any, kind: Any, source: str) -> Any:
-    """Returns a value that a file names in its type; raises UserError where it is of another or no
-    int32 holds it.
+    """Returns a value of a file in the type of its field.
+
+    Raises:
+      UserError: a value of another type, or a number that no int32 holds.
     """
     accepted = {
         float: (float, int),
@@ -177,14 +175,14 @@ def differences(found: TransformerConfig, wanted: TransformerConfig) -> list[str
     Rows of the token table beyond the wanted vocabulary are padding: some makers store more of them
     than others.
     """
-    pairs = {
-        f.name: (getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(found)
-    }
-    if found.vocab_size >= wanted.vocab_size:
-        del pairs["vocab_size"]
-    return [
-        f"{name}={here}, expected {there}" for name, (here, there) in pairs.items() if here != there
-    ]
+    lines = []
+    for field in dataclasses.fields(found):
+        here = getattr(found, field.name)
+        there = getattr(wanted, field.name)
+        is_padding = field.name == "vocab_size" and here > there
+        if here != there and not is_padding:
+            lines.append(f"{field.name}={here}, expected {there}")
+    return lines
 
 
 # How the layers of a family are built. The defaults of TransformerConfig are Gemma's.
@@ -218,12 +216,12 @@ def _marks(fields: Mapping[str, Any]) -> dict[str, bool]:
 _GEMMA = FAMILIES["gemma"]
 _GEMMA2 = FAMILIES["gemma2"] | dict(window=4096, attn_softcap=50.0, final_softcap=30.0)
 _GEMMA3 = FAMILIES["gemma3"] | dict(rope_base=1e6, query_scale=256**-0.5)
+_GEMMA3_LARGE = _GEMMA3 | dict(window=1024, rope_scaling=(8.0, 1.0, 4.0, 0.0))
 _LLAMA = FAMILIES["llama"] | dict(norm_eps=1e-5)
+_LLAMA3 = _LLAMA | dict(rope_base=5e5)
+_LLAMA3_BY_32 = _LLAMA3 | dict(rope_scaling=(32.0, 1.0, 4.0, 8192.0))
 _QWEN2 = FAMILIES["qwen2"] | dict(rope_base=1e6)
 _QWEN3 = FAMILIES["qwen3"] | dict(rope_base=1e6)
-
-
-_LINEAR_BY_8 = (8.0, 1.0, 4.0, 0.0)  # a rope_scaling
 
 
 def _size(
@@ -250,40 +248,15 @@ SIZES: dict[str, TransformerConfig] = {
     "gemma2_27b": _size(_GEMMA2, 46, 4608, 32, 16, 128, 36864, 256_000, query_scale=144**-0.5),
     "gemma3_270m": _size(_GEMMA3, 18, 640, 4, 1, 256, 2048, 262_144, window=512),
     "gemma3_1b": _size(_GEMMA3, 26, 1152, 4, 1, 256, 6912, 262_144, window=512),
-    "gemma3_4b": _size(
-        _GEMMA3, 34, 2560, 8, 4, 256, 10240, 262_144, window=1024, rope_scaling=_LINEAR_BY_8
-    ),
+    "gemma3_4b": _size(_GEMMA3_LARGE, 34, 2560, 8, 4, 256, 10240, 262_144),
     "gemma3_27b": _size(
-        _GEMMA3,
-        62,
-        5376,
-        32,
-        16,
-        128,
-        21504,
-        262_144,
-        window=1024,
-        rope_scaling=_LINEAR_BY_8,
-        query_scale=168**-0.5,
+        _GEMMA3_LARGE, 62, 5376, 32, 16, 128, 21504, 262_144, query_scale=168**-0.5
     ),
     "smollm2_135m": _size(_LLAMA, 30, 576, 9, 3, 64, 1536, 49_152, rope_base=1e5),
     "smollm2_360m": _size(_LLAMA, 32, 960, 15, 5, 64, 2560, 49_152, rope_base=1e5),
     "smollm2_1.7b": _size(_LLAMA, 24, 2048, 32, 32, 64, 8192, 49_152, rope_base=1.3e5),
-    "llama3.2_1b": _size(
-        _LLAMA,
-        16,
-        2048,
-        32,
-        8,
-        64,
-        8192,
-        128_256,
-        rope_base=5e5,
-        rope_scaling=(32.0, 1.0, 4.0, 8192.0),
-    ),
-    "llama3_8b": _size(
-        _LLAMA, 32, 4096, 32, 8, 128, 14336, 128_256, rope_base=5e5, untied_head=True
-    ),
+    "llama3.2_1b": _size(_LLAMA3_BY_32, 16, 2048, 32, 8, 64, 8192, 128_256),
+    "llama3_8b": _size(_LLAMA3, 32, 4096, 32, 8, 128, 14336, 128_256, untied_head=True),
     "qwen2.5_0.5b": _size(_QWEN2, 24, 896, 14, 2, 64, 4864, 151_936),
     "qwen2.5_1.5b": _size(_QWEN2, 28, 1536, 12, 2, 128, 8960, 151_936),
     "qwen2.5_7b": _size(_QWEN2, 28, 3584, 28, 4, 128, 18944, 152_064, untied_head=True),
@@ -291,8 +264,7 @@ SIZES: dict[str, TransformerConfig] = {
     "qwen3_1.7b": _size(_QWEN3, 28, 2048, 16, 8, 128, 6144, 151_936),
     # The packaged decoder: the Gemma 2 architecture, small enough to ship and to train on a laptop.
     "gemma2_3m": _size(_GEMMA2, 4, 192, 4, 2, 64, 768, 4096, window=128),
-    # Protocol a_gpu of configs/paper: the same family at a size that the mixture and minutes of a
-    # GPU can train.
+    # Protocol a_gpu of configs/paper: a size that minutes of a GPU can train on the mixture.
     "gemma2_49m": _size(_GEMMA2, 12, 512, 8, 4, 64, 2048, 4096, window=256),
     # For tests: every feature of the architecture in a few thousand parameters.
     "gemma2_test": _size(_GEMMA2, 4, 32, 4, 2, 16, 48, 97, window=5, query_scale=0.2),

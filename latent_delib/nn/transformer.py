@@ -1,5 +1,6 @@
-"""The transformer that both models are: layers under scan, a pure function of (parameters, inputs,
-cache).
+"""The transformer of both models: a pure function of parameters, inputs and cache.
+
+Its layers run under scan.
 """
 
 from typing import Any
@@ -89,11 +90,10 @@ class Transformer(nn.Module):
             in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, self.form, self.partition, self.few, name="layers")
-        prefix = (
-            None if cache is None else (cache.k.astype(x_BMSD.dtype), cache.v.astype(x_BMSD.dtype))
-        )
+        dtype = x_BMSD.dtype
+        prefix = None if cache is None else (cache.k.astype(dtype), cache.v.astype(dtype))
+        given = None if given is None else tuple(x.astype(dtype) for x in given)
         x_BMSD = self.partition.constrain(x_BMSD, TRACES)
-        given = None if given is None else tuple(x.astype(x_BMSD.dtype) for x in given)
         x_BMSD, kv = layers(x_BMSD, jnp.array(c.is_local, jnp.int32), prefix, given, ropes, ranges)
         return RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BMSD), KV(*kv)
 
@@ -113,28 +113,26 @@ def init(key: jax.Array, config: TransformerConfig) -> Params:
 
 
 def output_table(decoder: Params) -> jax.Array:
-    """Returns the table [V, D] that gives a decoder's logits: its head, or the token embeddings
-    where it has none.
-    """
+    """Returns the table [V, D] of a decoder's logits: its head, or its token embeddings."""
     return decoder["head"] if "head" in decoder else decoder["embedding"]
 
 
 def embed(embedding_VD: jax.Array, tokens: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Returns token embeddings as they enter the residual stream, [..., D], scaled by sqrt(D) where
-    the family does so.
+    """Returns token embeddings [..., D] as they enter the residual stream.
 
-    The gradient of a row is summed in float32: a frequent token has thousands of addends.
+    They are scaled by sqrt(D) where the family does so. The gradient of a row is summed in float32:
+    a frequent token has thousands of addends.
     """
-    V, dtype = embedding_VD.shape[0], embedding_VD.dtype
+    V = embedding_VD.shape[0]
+    dtype = embedding_VD.dtype
 
     @jax.custom_vjp
     def rows(embedding_VD: jax.Array, tokens: jax.Array) -> jax.Array:
         return embedding_VD[tokens]
 
     def back(tokens: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
-        return jnp.zeros((V, dx.shape[-1])).at[tokens].add(dx.astype(jnp.float32)).astype(
-            dtype
-        ), None
+        dembedding_VD = jnp.zeros((V, dx.shape[-1])).at[tokens].add(dx.astype(jnp.float32))
+        return dembedding_VD.astype(dtype), None
 
     rows.defvjp(lambda embedding_VD, tokens: (embedding_VD[tokens], tokens), back)
     return scaled(rows(embedding_VD, tokens), config)
@@ -148,8 +146,9 @@ def scaled(x: jax.Array, config: TransformerConfig) -> jax.Array:
 
 
 def unembed(table_VD: jax.Array, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Returns logits, float32 [..., V], softcapped where the family does so. table_VD: the
-    `output_table`.
+    """Returns logits, float32 [..., V], softcapped where the family does so.
+
+    table_VD: the `output_table`.
     """
     logits = einsum("...D,VD->...V", x, table_VD.astype(x.dtype), jnp.float32)
     return softcapped(logits, config.final_softcap)[0]

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks import memory
-from latent_delib.nn.attention import forms, gpu, primitive
-from latent_delib.nn.attention.gpu import A100, H100, L4
+from latent_delib.nn.attention import cards, forms, gpu, primitive
+from latent_delib.nn.attention.cards import A100, H100, L4
 from latent_delib.nn.attention.primitive import Bounds, within_window
 
 BAIT = 3  # so many slots at either end of the prefix are outside every bound
@@ -187,8 +187,8 @@ def test_a_policy_can_save_what_the_backward_pass_needs(capsys):
 )
 def test_shared_memory_of_a_card(platform, capability, found):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
-    assert gpu.shared_memory_of(device) == found
-    assert gpu.shared_memory_of(SimpleNamespace(platform=platform)) == (
+    assert cards.shared_memory_of(device) == found
+    assert cards.shared_memory_of(SimpleNamespace(platform=platform)) == (
         found if platform == "cpu" else 0
     )
 
@@ -260,7 +260,7 @@ def test_lowers_for_every_architecture(name):
         device_kind=card.name, num_cores=card.cores, platform="gpu"
     )
     case = Case(H=256, M=16, S=16)
-    attend = partial(KERNEL, shared_memory=gpu.shared_memory_of(device))
+    attend = partial(KERNEL, shared_memory=cards.shared_memory_of(device))
     with jax.sharding.use_abstract_mesh(
         jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
     ):
@@ -331,5 +331,5 @@ def test_compiles_for_cards_that_are_not_there(card, H, dtype):
         array(shape, dtype) for shape in ((1, 128, 31, 8, H), (1, 128, 31, 4, H), (1, 2048, 4, H))
     )
     bounds = Bounds(*[array((1, 128, 31), jnp.int32)] * 3)
-    attend = partial(KERNEL, shared_memory=gpu.shared_memory_of(one.mesh.devices.flat[0]))
+    attend = partial(KERNEL, shared_memory=cards.shared_memory_of(one.mesh.devices.flat[0]))
     out_and_grads.lower(attend, (q, k, k, (prefix, prefix)), bounds, 50.0).compile()

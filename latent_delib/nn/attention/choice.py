@@ -1,9 +1,8 @@
-"""Chooses the form of attention for a device. "auto" takes a kernel only on cards where it is
-proven.
+"""Chooses the form of attention for a device.
 
-`python -m benchmarks.chip` proves a kernel: it compares it with the reference on the card itself. A
-card is proven by its family, for which one result is committed, or by a run on the same machine,
-which leaves a record.
+"auto" takes a kernel only on cards where it is proven. `python -m benchmarks.chip` proves a kernel:
+it compares it with the reference on the card itself. A card is proven by its family, for which one
+result is committed, or by a run on the same machine, which leaves a record.
 """
 
 import functools
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from latent_delib.machine import files
-from latent_delib.nn.attention import gpu
+from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.forms import attend, give_way, unsupported
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.sizes import TransformerConfig
@@ -46,7 +45,7 @@ def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str
     """
     if form == "auto":
         form = _fastest(device, config, jnp.dtype(dtype))
-    if form == "pallas_gpu" and not gpu.shared_memory_of(device):
+    if form == "pallas_gpu" and not shared_memory_of(device):
         return give_way(form, f"{device.device_kind} (it needs NVIDIA's compute capability 8.0)")
     return form
 
@@ -54,7 +53,7 @@ def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str
 def kernel_of(device: Any) -> str | None:
     """Returns the kernel that a device can run, proven or not; None where there is none."""
     kernel = BY_PLATFORM.get(device.platform)
-    if kernel == "pallas_gpu" and not gpu.shared_memory_of(device):
+    if kernel == "pallas_gpu" and not shared_memory_of(device):
         return None
     return kernel
 
@@ -89,11 +88,10 @@ def note(kernel: str, family: str, about: dict[str, str] | None) -> Path:
 
 
 def is_proven(kernel: str, device: Any) -> bool:
-    """Tells whether a kernel is proven on a card: by its family, or on this machine with this
-    version of jax.
+    """Tells whether a kernel is proven on a card.
 
-    All processes of a job must decide alike, so where there are several no machine's own record
-    counts.
+    It is proven by the card's family, or on this machine with this version of jax. All processes of
+    a job must decide alike, so where there are several no machine's own record counts.
     """
     if family(device) in PROVEN[kernel]:
         return True
@@ -109,21 +107,20 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
     if not is_proven(kernel, device):
         _tell(f"attention: {kernel} is not proven on {named(device)}; xla does instead; {HOW}")
         return "xla"
-    # Only the first process could compile for the first device; where there are several, what fails
-    # is loud.
+    # Only the first process could compile for its device. Where there are more, failures are loud.
     why = None if jax.process_count() > 1 else _failure(kernel, device, config, dtype)
     if why:
-        _tell(
-            f"attention: {kernel} does not compile for {device.device_kind}; xla does instead: {why}"
-        )
+        failed = f"attention: {kernel} does not compile for {device.device_kind}"
+        _tell(f"{failed}; xla does instead: {why}")
         return "xla"
     return kernel
 
 
 @functools.cache
 def _failure(kernel: str, device: Any, config: TransformerConfig, dtype: Any) -> str | None:
-    """Compiles a call of whole blocks, forward and backward; returns the compiler's words where
-    that fails.
+    """Returns the compiler's words where a kernel does not compile, or None.
+
+    It compiles a call of whole blocks, forward and backward.
     """
     array = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
     H = config.head_dim
@@ -134,7 +131,7 @@ def _failure(kernel: str, device: Any, config: TransformerConfig, dtype: Any) ->
     if unsupported(kernel, q.shape, 512, dtype):
         return None  # each call says so itself
     call = partial(attend, form=kernel, scale=config.query_scale, softcap=config.attn_softcap)
-    call = partial(call, shared_memory=gpu.shared_memory_of(device))
+    call = partial(call, shared_memory=shared_memory_of(device))
 
     def both(q, k, v, prefix, bounds):
         out, pull = jax.vjp(lambda *own: call(*own, prefix, bounds), q, k, v)
@@ -165,8 +162,9 @@ def _path() -> Path:
 
 
 def _records() -> dict[str, dict[str, dict[str, str]]]:
-    """Returns this machine's records: kernel -> family -> about; empty where there are none, or no
-    JSON.
+    """Returns this machine's records: kernel -> family -> about.
+
+    They are empty where there is no file of them, or no JSON in it.
     """
     try:
         found = json.loads(_path().read_text())

@@ -1,10 +1,9 @@
-"""The forms of the attention primitive, and one gradient for all of them; `choice` chooses among
-them.
+"""The forms of the attention primitive, and one gradient for all of them.
 
 "reference" is `primitive.attend`. The others are a forward pass that also returns every row's
 log-sum-exp, and a backward pass that starts from it: "xla" for every platform, "pallas_gpu" and
 "pallas_tpu" as kernels. On any other platform than its own a kernel is interpreted, which is
-correct and very slow.
+correct and very slow. `choice` chooses among the forms.
 """
 
 import warnings
@@ -16,15 +15,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from latent_delib.nn.attention import gpu, primitive, tpu, xla
+from latent_delib.nn.attention.cards import LEAST
 from latent_delib.nn.attention.primitive import Bounds, Keys
 
 KERNELS = {"pallas_gpu": (gpu, "cuda"), "pallas_tpu": (tpu, "tpu")}
 FORMS = ("reference", "xla", *KERNELS)
-# queries per row: the scores of so few fit anywhere, and decoding is a product with the cache in
-# any form
-FEW = 16
-# names of the results that a backward pass needs beside q, k and v
-SAVED = ("attention_out", "attention_lse")
+FEW = 16  # queries per row: their scores fit anywhere, and no form decodes faster
+SAVED = ("attention_out", "attention_lse")  # what a backward pass needs beside q, k and v
 
 
 class Call(NamedTuple):
@@ -37,10 +34,14 @@ class Call(NamedTuple):
 
 
 def unsupported(
-    kernel: str, q_shape: tuple[int, ...], prefix_length: int | None, dtype: Any
+    kernel: str,
+    q_shape: tuple[int, ...],
+    prefix_length: int | None,
+    dtype: Any,
 ) -> str | None:
-    """Returns why a kernel cannot serve a call ("head dim 80"), or None. prefix_length: T, or None
-    without a prefix.
+    """Returns why a kernel cannot serve a call, such as "head dim 80", or None.
+
+    prefix_length: T, or None without a prefix.
     """
     H = q_shape[-1]
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
@@ -63,13 +64,12 @@ def attend(
     softcap: float,
     form: str,
     few: int = FEW,
-    shared_memory: int = gpu.LEAST,
+    shared_memory: int = LEAST,
 ) -> jax.Array:
-    """Computes `primitive.attend` in one of FORMS; gradients reach every input that is
-    differentiated.
+    """Computes `primitive.attend` in one of FORMS.
 
-    A kernel that does not serve these shapes, or not the gradient of a prefix, warns, and "xla"
-    computes instead.
+    Gradients reach every input that is differentiated. A kernel that does not serve these shapes,
+    or not the gradient of a prefix, warns, and "xla" computes instead.
 
     Args:
       q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
@@ -122,8 +122,9 @@ def _kernel(call: Call, name: str, *operands: Any) -> Any:
 
 
 def _save(q, own, prefix, bounds, call):
-    """Runs the forward pass of a differentiated call; whether the prefix is differentiated is saved
-    as structure.
+    """Runs the forward pass of a call that is differentiated.
+
+    Whether its prefix is, too, is saved as structure: () or None.
     """
     into_prefix = any(x.perturbed for x in jax.tree.leaves(prefix))
     q, own, prefix, bounds = jax.tree.map(lambda x: x.value, (q, own, prefix, bounds))
@@ -139,8 +140,7 @@ def _backward(call, saved, dout):
     form, wanted = call.form, into_prefix is not None
     if form in KERNELS and wanted:
         form = give_way(form, "the gradient of a prefix")
-    # What the softmax takes off: the gradient of a score is its weight * (gradient of the weight -
-    # delta).
+    # The gradient of a score is its weight * (the gradient of the weight - delta).
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
     if form == "xla":
         operands = q, own, prefix, bounds, lse, delta, dout

@@ -1,5 +1,4 @@
-"""The attention primitive for NVIDIA GPUs: `primitive.attend` as Pallas-Triton kernels, with a
-gradient.
+"""The attention primitive for NVIDIA GPUs, as Pallas-Triton kernels with a gradient.
 
 A row is a (token, g) pair of one key head, over the flattened tokens of all M groups, so the G
 query heads of a key head share the loaded keys. The own keys of all groups are flattened the same
@@ -13,7 +12,7 @@ gradient, so nothing is summed across programs.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,68 +21,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from latent_delib.nn.attention import cards
+from latent_delib.nn.attention.cards import Blocks
 from latent_delib.nn.attention.layout import by_head, flat
 from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import precision
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
-# the hardware's exponential is exp2: inside the kernels scores are in units of log(2)
-LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634  # scores are in units of log(2), for the hardware has exp2 alone
 MASKED = -1e30  # finite: a row that sees nothing of a block must not become NaN
-# Scores within this need no maximum subtracted: e^60 leaves float32 a factor of 1e12 for the number
-# and size of values.
-BOUNDED = 60.0
-
-
-class Blocks(NamedTuple):
-    """Says how one kernel is cut: rows and keys per block, warps per program, stages of its load
-    pipeline.
-    """
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# Bytes of shared memory that one program may have, on these cards and by compute capability (CUDA
-# programming guide). Every card that runs these kernels has LEAST.
-H100, A100, L4 = 227 * 1024, 163 * 1024, 99 * 1024
-SHARED_MEMORY = {
-    "8.0": A100,
-    "8.6": L4,
-    "8.7": A100,
-    "8.9": L4,
-    "9.0": H100,
-    "10.0": H100,
-    "12.0": L4,
-}
-LEAST = L4
-
-# Blocks by head dim, and by the shared memory that they take, most first. XLA compiles them for
-# such a card; for an H100 no registers are spilled, and products overlap.
-BFLOAT16 = {
-    "forward": {
-        64: {L4: Blocks(128, 64, 8, 3)},
-        128: {L4: Blocks(128, 64, 8, 3)},
-        256: {A100: Blocks(128, 64, 8, 2), L4: Blocks(64, 32, 8, 2)},
-    },
-    "query_gradient": {
-        64: {L4: Blocks(128, 64, 8, 2)},
-        128: {L4: Blocks(128, 64, 8, 2)},
-        256: {H100: Blocks(128, 32, 8, 2), A100: Blocks(64, 64, 8, 2), L4: Blocks(64, 32, 8, 1)},
-    },
-    "own_gradient": {
-        64: {L4: Blocks(64, 64, 8, 2)},
-        128: {L4: Blocks(64, 64, 8, 2)},
-        256: {A100: Blocks(32, 64, 8, 2), L4: Blocks(32, 32, 4, 2)},
-    },
-}
-FLOAT32 = {
-    64: {L4: Blocks(32, 32, 8, 1)},
-    128: {L4: Blocks(32, 32, 8, 1)},
-    256: {A100: Blocks(32, 32, 8, 1), L4: Blocks(32, 16, 8, 1)},
-}
+BOUNDED = 60.0  # scores within this need no maximum subtracted: float32 holds e^60 times 1e12
 
 
 class Options(NamedTuple):
@@ -110,23 +57,7 @@ class Source(NamedTuple):
     last: jax.Array
 
 
-def shared_memory_of(device: Any) -> int:
-    """Returns the bytes of shared memory that one program may have on a device.
-
-    Returns LEAST for a card that is not listed, and for other devices, which interpret the kernels.
-    Returns 0 for a GPU that cannot run them: of a compute capability below 8.0, or not NVIDIA's.
-    """
-    if device.platform not in ("gpu", "cuda"):
-        return LEAST
-    capability = str(getattr(device, "compute_capability", ""))
-    major = capability.partition(".")[0]
-    if not major.isdigit() or int(major) < 8:
-        return 0
-    return SHARED_MEMORY.get(capability, LEAST)
-
-
-# The calls. Their arrays are [B, U, K, G, ...], [B, X, K, H] and [B, any], where U = M * S counts
-# the tokens of a row.
+# The calls. Arrays are [B, U, K, G, ...], [B, X, K, H] and [B, any]; U = M * S tokens of a row.
 
 
 def forward(
@@ -141,8 +72,7 @@ def forward(
     shared_memory: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp,
-    float32 [B, M, S, N].
+    """Returns attention's output and the log-sum-exp of every row.
 
     Args:
       q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays
@@ -150,6 +80,9 @@ def forward(
         relative error 2^-11.
       shared_memory: bytes that one program may have; the largest blocks that fit are taken.
       interpret: run the kernels as ordinary JAX, on any platform.
+
+    Returns:
+      [B, M, S, N, H] in the dtype of v, and float32 [B, M, S, N].
     """
     options = Options(scale, softcap, shared_memory, interpret)
     rows = by_head(q_BMSNH, k_BMSKH.shape[3])
@@ -207,13 +140,12 @@ def _own_gradient(rows, k, v, bounds, options):
     """Returns dk and dv [B, U, K, H]."""
     cut = _cut("own_gradient", rows[0], options.shared_memory)
     [own] = _sources(k, v, None, bounds, rows[0], cut)
-    # Here a program holds keys and walks rows: from those of its first key to the last that sees
-    # one of its keys.
-    (B, U), G = own.lo.shape, rows[0].shape[3]
+    # A program holds keys here, and walks rows: from its first key's to the last that sees one.
+    B, U = own.lo.shape
+    G = rows[0].shape[3]
     start = cut.keys * np.arange(pl.cdiv(U, cut.keys))
-    until = jnp.max(
-        own.hi[:, None], axis=2, where=own.lo[:, None] < start[:, None] + cut.keys, initial=0
-    )
+    sees = own.lo[:, None] < start[:, None] + cut.keys
+    until = jnp.max(own.hi[:, None], axis=2, where=sees, initial=0)
     first = jnp.broadcast_to(jnp.int32(start * G // cut.rows), (B, len(start)))
     own = own._replace(first=first, last=pl.cdiv(until * G, cut.rows))
     outputs = jax.ShapeDtypeStruct(own.k.shape, k.dtype), jax.ShapeDtypeStruct(own.v.shape, v.dtype)
@@ -223,14 +155,14 @@ def _own_gradient(rows, k, v, bounds, options):
 def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
     """Returns the largest blocks that fit, with no more rows than there are."""
     _, U, _, G, H = q_BUKGH.shape
-    by_head_dim = FLOAT32 if q_BUKGH.dtype == jnp.float32 else BFLOAT16[kernel]
-    cut = next(cut for least, cut in by_head_dim[max(H, 64)].items() if least <= shared_memory)
+    cut = cards.blocks(kernel, H, q_BUKGH.dtype, shared_memory)
     return cut._replace(rows=min(cut.rows, max(16, pl.next_power_of_2(U * G))))
 
 
 def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
-    """Returns the sources of rows: the prefix where there is one, and the own tokens of all groups
-    in one sequence.
+    """Returns the sources of rows: the prefix, if there is one, and the own tokens.
+
+    The own tokens of all groups are one sequence.
     """
     B, U, _, G, _ = q_BUKGH.shape
     index = np.arange(U, dtype=np.int32)
@@ -240,22 +172,19 @@ def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
         start = jnp.maximum(flat(bounds.prefix_start), 0)
         stop = jnp.minimum(flat(bounds.prefix_stop), prefix[0].shape[1])
         found.insert(0, (*prefix, start, jnp.maximum(start, stop)))
-    # A kernel that found these limits itself would have them in every lane, and no compiler could
-    # tell they are equal.
+    # In a kernel every lane would find these limits, and no compiler could tell they are equal.
     token = np.arange(pl.cdiv(U * G, cut.rows) * cut.rows).reshape(-1, cut.rows) // G
     token = np.minimum(token, U - 1)  # [programs, rows]
-    return [
-        Source(
-            k, v, lo, hi, lo[:, token].min(-1) // cut.keys, pl.cdiv(hi[:, token].max(-1), cut.keys)
-        )
-        for k, v, lo, hi in found
-    ]
+    sources = []
+    for k, v, lo, hi in found:
+        first = lo[:, token].min(-1) // cut.keys
+        last = pl.cdiv(hi[:, token].max(-1), cut.keys)
+        sources.append(Source(k, v, lo, hi, first, last))
+    return sources
 
 
 def _call(kernel, rows, sources, outputs, cut, options):
-    """Runs kernel(*rows, sources, *outputs) for each program of the sources, sequence and key head,
-    on their share.
-    """
+    """Runs kernel(*rows, sources, *outputs) on the share of each sequence and key head."""
 
     def share(x):
         shape = (None, x.shape[1], None, *x.shape[3:])[: x.ndim]
@@ -274,8 +203,7 @@ def _call(kernel, rows, sources, outputs, cut, options):
     )(*inputs)
 
 
-# The kernels. Refs are one sequence's and one key head's: rows [U, G, H] or [U, G], keys [X, H],
-# ranges [U].
+# The kernels, on one sequence and key head: rows [U, G, H] or [U, G], keys [X, H], ranges [U].
 
 
 class _Rows(NamedTuple):
@@ -322,11 +250,10 @@ def _within(index, lo, hi):
 
 
 def _fold(program, rows, sources, cut, step, carry):
-    """Applies carry = step(k, v, visible, carry) to every block of keys that one of the rows may
-    see.
-    """
+    """Applies carry = step(k, v, visible, carry) to each block of keys that a row may see."""
     for source in sources:
-        lo, hi = rows.load(source.lo)[:, None], rows.load(source.hi)[:, None]
+        lo = rows.load(source.lo)[:, None]
+        hi = rows.load(source.hi)[:, None]
 
         def body(block, carry, source=source, lo=lo, hi=hi):
             index, k, v = _keys(block, cut.keys, source.k, source.v)
@@ -348,17 +275,13 @@ def _exp2(x, options):
     if options.interpret:
         return jnp.exp2(x)
     # jnp.exp2 is this instruction and three more around it, for results below 2^-126.
-    result = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
-    instruction = partial(
-        plgpu.elementwise_inline_asm, "ex2.approx.ftz.f32 $0, $1;", constraints="=f,f", pack=1
-    )
-    return instruction(args=[x], result_shape_dtypes=result)[0]
+    code = "ex2.approx.ftz.f32 $0, $1;"
+    instruction = partial(plgpu.elementwise_inline_asm, code, constraints="=f,f", pack=1)
+    return instruction(args=[x], result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)])[0]
 
 
 def _scores(a, b, options):
-    """Returns scores of the rows of a and b in units of log(2), and the slope of the softcap
-    there.
-    """
+    """Returns scores of rows in units of log(2), and the slope of the softcap there."""
     products = _dot(a, b, (1, 1))
     if not options.softcap:
         return products * (options.scale * LOG2E), 1.0
@@ -368,8 +291,7 @@ def _scores(a, b, options):
 
 
 def _forward_kernel(q_ref, sources, out_ref, lse_ref, *, cut, options):
-    # Programs start in order, and the highest positions have the most to do: those first, or the
-    # end waits for them.
+    # Programs start in order: first the highest positions, which have the most to do.
     program = pl.num_programs(0) - 1 - pl.program_id(0)
     rows = _rows(program, cut.rows, q_ref)
     q = rows.load(q_ref)
@@ -379,13 +301,16 @@ def _forward_kernel(q_ref, sources, out_ref, lse_ref, *, cut, options):
         out, total, top = carry
         scores = jnp.where(visible, _scores(q, k, options)[0], MASKED)
         if not bounded:
-            # A row that has seen nothing yet adds up nonsense, which the factor takes to zero when
-            # it does see a key.
+            # A row that has seen nothing yet adds up nonsense; at its first key the factor is 0.
             higher = jnp.maximum(top, jnp.max(scores, axis=1))
-            factor, top = _exp2(top - higher, options), higher
-            out, total, scores = out * factor[:, None], total * factor, scores - top[:, None]
+            factor = _exp2(top - higher, options)
+            top = higher
+            out *= factor[:, None]
+            total *= factor
+            scores -= top[:, None]
         weights = _exp2(scores, options)
-        return out + _dot(weights.astype(v.dtype), v, (1, 0)), total + jnp.sum(weights, axis=1), top
+        out += _dot(weights.astype(v.dtype), v, (1, 0))
+        return out, total + jnp.sum(weights, axis=1), top
 
     carry = jnp.zeros(q.shape), jnp.zeros(cut.rows), jnp.full(cut.rows, 0.0 if bounded else MASKED)
     out, total, top = _fold(program, rows, sources, cut, step, carry)
@@ -397,8 +322,10 @@ def _forward_kernel(q_ref, sources, out_ref, lse_ref, *, cut, options):
 def _query_gradient_kernel(q_ref, dout_ref, lse_ref, delta_ref, sources, dq_ref, *, cut, options):
     program = pl.num_programs(0) - 1 - pl.program_id(0)
     rows = _rows(program, cut.rows, q_ref)
-    q, dout = rows.load(q_ref), rows.load(dout_ref)
-    lse, delta = rows.load(lse_ref)[:, None] * LOG2E, rows.load(delta_ref)[:, None]
+    q = rows.load(q_ref)
+    dout = rows.load(dout_ref)
+    lse = rows.load(lse_ref)[:, None] * LOG2E
+    delta = rows.load(delta_ref)[:, None]
 
     def step(k, v, visible, dq):
         scores, slope = _scores(q, k, options)
@@ -406,11 +333,21 @@ def _query_gradient_kernel(q_ref, dout_ref, lse_ref, delta_ref, sources, dq_ref,
         dscores = weights * slope * (_dot(dout, v, (1, 1)) - delta)
         return dq + _dot(dscores.astype(k.dtype), k, (1, 0))
 
-    rows.store(dq_ref, options.scale * _fold(program, rows, sources, cut, step, jnp.zeros(q.shape)))
+    dq = _fold(program, rows, sources, cut, step, jnp.zeros(q.shape))
+    rows.store(dq_ref, options.scale * dq)
 
 
 def _own_gradient_kernel(
-    q_ref, dout_ref, lse_ref, delta_ref, sources, dk_ref, dv_ref, *, cut, options
+    q_ref,
+    dout_ref,
+    lse_ref,
+    delta_ref,
+    sources,
+    dk_ref,
+    dv_ref,
+    *,
+    cut,
+    options,
 ):
     [own] = sources
     program = pl.program_id(0)
@@ -423,16 +360,15 @@ def _own_gradient_kernel(
             rows.load(x) for x in (q_ref, dout_ref, lse_ref, delta_ref, own.lo, own.hi)
         )
         scores, slope = _scores(k, q, options)
-        weights = _exp2(
-            jnp.where(_within(index[:, None], lo, hi), scores - lse * LOG2E, MASKED), options
-        )
+        visible = _within(index[:, None], lo, hi)
+        weights = _exp2(jnp.where(visible, scores - lse * LOG2E, MASKED), options)
         dv += _dot(weights.astype(dout.dtype), dout, (1, 0))
         dscores = weights * slope * (_dot(v, dout, (1, 1)) - delta)
-        return dk + _dot(dscores.astype(q.dtype), q, (1, 0)), dv
+        dk += _dot(dscores.astype(q.dtype), q, (1, 0))
+        return dk, dv
 
-    dk, dv = lax.fori_loop(
-        own.first[program], own.last[program], body, (jnp.zeros(k.shape), jnp.zeros(v.shape))
-    )
+    zeros = jnp.zeros(k.shape), jnp.zeros(v.shape)
+    dk, dv = lax.fori_loop(own.first[program], own.last[program], body, zeros)
     for ref, x in (dk_ref, options.scale * dk), (dv_ref, dv):
         at = ref.at[pl.ds(program * cut.keys, cut.keys)]
         plgpu.store(at, x.astype(ref.dtype), mask=(index < ref.shape[0])[:, None])

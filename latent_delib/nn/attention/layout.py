@@ -1,5 +1,6 @@
-"""How the forms of attention lay out the tokens of all groups in one sequence, the heads that share
-keys together.
+"""Layouts of tokens that the forms of attention share.
+
+All groups lie in one sequence, and the heads that share keys lie together.
 """
 
 import jax

@@ -1,9 +1,8 @@
-"""The one attention primitive: every query sees a range of a shared prefix, and its own group
-causally.
+"""The attention primitive: each query sees a range of a shared prefix, and its own group.
 
-Training text has no prefix; a trace's prefix is the text up to its position; in decoding the prefix
-is everything so far. Visibility is therefore three integers per query (Liu et al. 2025, Figure 2,
-without ever building its mask).
+A query sees its own group causally. Training text has no prefix; a trace's prefix is the text up to
+its position; in decoding the prefix is everything so far. Visibility is therefore three integers
+per query (Liu et al. 2025, Figure 2, without ever building its mask).
 """
 
 from typing import NamedTuple
@@ -18,8 +17,9 @@ Keys = tuple[jax.Array, jax.Array]
 
 
 class Bounds(NamedTuple):
-    """What each query sees, int32 [B, M, S]: prefix slots start <= t < stop, own tokens own_start
-    <= j <= i.
+    """Holds the visible ranges of each query, int32 [B, M, S].
+
+    Query i sees prefix slots prefix_start <= t < prefix_stop and own tokens own_start <= j <= i.
     """
 
     prefix_start: jax.Array
@@ -37,8 +37,9 @@ def attend(
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Computes attention over a prefix range and the own group: the reference; autodiff reaches
-    every input.
+    """Computes attention over a prefix range and the own group.
+
+    This form is the reference. Autodiff reaches every input.
 
     Args:
       q_BMSNH, k_BMSKH, v_BMSKH: the group's queries, keys and values; query head n uses key head n
@@ -52,9 +53,8 @@ def attend(
       [B, M, S, N, H] in the dtype of v; scores and softmax are float32.
     """
     S = q_BMSNH.shape[2]
-    weights_BMKGSU = weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=scale, softcap=softcap).astype(
-        v_BMSKH.dtype
-    )
+    weights_BMKGSU = weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=scale, softcap=softcap)
+    weights_BMKGSU = weights_BMKGSU.astype(v_BMSKH.dtype)
     out = einsum("BMKGSU,BMUKH->BMSKGH", weights_BMKGSU[..., -S:], v_BMSKH)
     if prefix is not None:
         out += einsum("BMKGST,BTKH->BMSKGH", weights_BMKGSU[..., :-S], prefix[1])
@@ -70,11 +70,12 @@ def weights(
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Computes attention weights: float32 [B, M, K, G, S, T + S], over the prefix's slots and then
-    the own tokens.
+    """Computes attention weights, float32 [B, M, K, G, S, T + S].
 
-    Arguments as for `attend`. Rows add up to 1 and are 0 where nothing is visible; query head n is
-    key head n // G's number n % G.
+    The last axis holds the prefix's slots, then the own tokens. Rows add up to 1, and are 0 where
+    nothing is visible. Query head n is number n % G of key head n // G.
+
+    Arguments as for `attend`.
     """
     B, M, S, N, H = q_BMSNH.shape
     K = k_BMSKH.shape[-2]
@@ -103,7 +104,10 @@ def _prefix_in_range(bounds: Bounds, length: int) -> jax.Array:
 
 
 def within_window(
-    bounds: Bounds, position_BMS: jax.Array, prefix_position_BT: jax.Array | None, window: int
+    bounds: Bounds,
+    position_BMS: jax.Array,
+    prefix_position_BT: jax.Array | None,
+    window: int,
 ) -> Bounds:
     """Narrows bounds to keys less than `window` positions back.
 

@@ -28,18 +28,18 @@ from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import einsum, softcapped
 
 HEAD_DIMS = (64, 128, 256)
-# the largest query and key block, and what their sizes are multiples of
-ROWS, KEYS, LANES = 512, 256, 128
+ROWS, KEYS, LANES = 512, 256, 128  # the largest query and key block; the unit of their sizes
 UNSEEN = -1e30  # finite: a row that has seen nothing yet computes with it
 
 
 class Plan(NamedTuple):
     """Says how a call is cut, and which keys each row sees.
 
-    R, U: rows of a query block, keys of a key block. steps: as many key blocks as a query block can
-    see. sees: int32 [B, 4, r], the keys of each row: prefix start, prefix stop, own start, own
-    stop. visits: int32 [4, B, r / R], the key blocks of each query block: first and how many of the
-    prefix, the same of own.
+    R, U: rows of a query block, keys of a key block.
+    steps: the most key blocks that a query block can see.
+    sees: the keys of each row, int32 [B, 4, r]: prefix start, prefix stop, own start, own stop.
+    visits: the key blocks of each query block, int32 [4, B, r / R]: the first and how many of the
+      prefix, the same of own.
     """
 
     R: int
@@ -60,13 +60,15 @@ def forward(
     softcap: float,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention's output [B, M, S, N, H] in the dtype of v, and every row's log-sum-exp,
-    float32 [B, M, S, N].
+    """Returns attention's output and the log-sum-exp of every row.
 
     Args:
       q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays
         all bfloat16 or all float32.
       interpret: run on any platform, slowly, as the tests do.
+
+    Returns:
+      [B, M, S, N, H] in the dtype of v, and float32 [B, M, S, N].
     """
     plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
     B, K, r, H = operands[0].shape
@@ -77,7 +79,8 @@ def forward(
     state = (H, plan.R), (1, plan.R), (1, plan.R)
     kernel = partial(_forward_kernel, scale=scale, softcap=softcap)
     out, lse = _launch("attention_forward", kernel, plan, operands, (), outputs, state, interpret)
-    return _tokens(out, q_BMSNH.shape), _tokens(lse.swapaxes(2, 3), (*q_BMSNH.shape[:4], 1))[..., 0]
+    lse = _tokens(lse.swapaxes(2, 3), (*q_BMSNH.shape[:4], 1))
+    return _tokens(out, q_BMSNH.shape), lse[..., 0]
 
 
 def backward(
@@ -94,8 +97,9 @@ def backward(
     softcap: float,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of queries, own keys and own values, each like its operand; the prefix
-    is a constant.
+    """Returns the gradients of queries, own keys and own values, each like its operand.
+
+    The prefix is a constant.
 
     Args: as for `forward`; lse_BMSN, delta_BMSN and dout_BMSNH as for `xla.backward`.
     """
@@ -107,11 +111,11 @@ def backward(
     )
     outputs = (jax.ShapeDtypeStruct((B, K, r, H), q_BMSNH.dtype),)
     kernel = partial(_dq_kernel, scale=scale, softcap=softcap)
-    (dq,) = _launch(
-        "attention_dq", kernel, plan, operands, per_row, outputs, ((H, plan.R),), interpret
-    )
+    state = ((H, plan.R),)
+    (dq,) = _launch("attention_dq", kernel, plan, operands, per_row, outputs, state, interpret)
     # Only a group's own queries see its keys, which is little work: no kernel of its own.
-    own, saved = (k_BMSKH, v_BMSKH), (lse_BMSN, delta_BMSN, dout_BMSNH)
+    own = (k_BMSKH, v_BMSKH)
+    saved = (lse_BMSN, delta_BMSN, dout_BMSNH)
     _, (dk, dv), _ = xla.backward(
         q_BMSNH, own, None, bounds, *saved, scale, softcap, into_prefix=False
     )
@@ -119,15 +123,16 @@ def backward(
 
 
 def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the plan of a call, its queries [B, K, r, H], and all its keys and values [B, K, u,
-    H].
+    """Returns the plan of a call, its queries [B, K, r, H], and all its keys and values.
+
+    Keys and values are [B, K, u, H].
     """
     B, M, S, N, _ = q.shape
     K = k.shape[3]
     T = 0 if prefix is None else prefix[0].shape[1]
     G = N // K
     n = M * S
-    # blocks alike, or the last could be padding most of all
+    # blocks of one size, or the last could be padding for the most part
     R = _up(pl.cdiv(n * G, pl.cdiv(n * G, ROWS)), LANES)
     U = min(KEYS, _up(max(T, n), LANES))
     first_own = _up(T, U)
@@ -142,11 +147,12 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
     sees = pad(sees, 2, R)  # rows of padding see nothing
 
     start, stop = (sees[:, x::2].reshape(B, 2, -1, R) for x in range(2))
-    first = jnp.min(jnp.where(start < stop, start, first_own + n), axis=3) // U
-    count = jnp.maximum(pl.cdiv(jnp.max(jnp.where(start < stop, stop, 0), axis=3), U) - first, 0)
+    some = start < stop
+    first = jnp.min(jnp.where(some, start, first_own + n), axis=3) // U
+    end = pl.cdiv(jnp.max(jnp.where(some, stop, 0), axis=3), U)
+    count = jnp.maximum(end - first, 0)
     visits = jnp.stack([first, count], axis=2).reshape(B, 4, -1).swapaxes(0, 1)
-    # Own keys of a query block: of its tokens, and of those before them in their group, from
-    # anywhere in a key block.
+    # The own keys of a query block reach back to the start of a group, anywhere in a key block.
     own_steps = min(pl.cdiv(n, U), pl.cdiv(S - 1 + pl.cdiv(R, G), U) + 1)
 
     def keys(own: jax.Array, shared: jax.Array | None) -> jax.Array:
@@ -158,10 +164,16 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
 
 
 def _launch(
-    name: str, kernel, plan: Plan, operands, per_row, outputs, state, interpret: bool
+    name: str,
+    kernel,
+    plan: Plan,
+    operands,
+    per_row,
+    outputs,
+    state,
+    interpret: bool,
 ) -> list[jax.Array]:
-    """Runs a kernel over all sequences, key heads, query blocks, and the key blocks that each of
-    these visits.
+    """Runs a kernel over sequences, key heads, query blocks, and the key blocks of each.
 
     Args:
       operands: queries, keys and values as laid out.
@@ -169,7 +181,8 @@ def _launch(
       state: shapes of what is kept between the key blocks of a query block, float32.
     """
     B, K, r, H = operands[0].shape
-    R, U = plan.R, plan.U
+    R = plan.R
+    U = plan.U
 
     def rows(x) -> pl.BlockSpec:
         if x.shape[2] == 1:
@@ -180,6 +193,7 @@ def _launch(
         (None, None, U, H), lambda b, h, i, step, visits: (b, h, _block(visits, b, i, step)[0], 0)
     )
     sees = pl.BlockSpec((None, 4, R), lambda b, h, i, step, visits: (b, 0, i))
+    semantics = ("parallel", "parallel", "parallel", "arbitrary")  # state is kept along the last
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -190,10 +204,7 @@ def _launch(
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in state],
         ),
         out_shape=[*outputs],
-        compiler_params=pltpu.CompilerParams(
-            # the last: state is kept
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=interpret,
         name=name,
     )(plan.visits, plan.sees, *operands, *per_row)
@@ -230,7 +241,8 @@ def _forward_kernel(
         # see. The first key that it sees makes `fade` zero and all that forgotten; there is one,
         # for every query sees itself.
         high = jnp.maximum(high_ref[...], jnp.max(scores_UR, axis=0, keepdims=True))
-        weights_UR, fade = jnp.exp(scores_UR - high), jnp.exp(high_ref[...] - high)
+        weights_UR = jnp.exp(scores_UR - high)
+        fade = jnp.exp(high_ref[...] - high)
         high_ref[...] = high
         sum_ref[...] = sum_ref[...] * fade + jnp.sum(weights_UR, axis=0, keepdims=True)
         more_HR = einsum("UH,UR->HR", v_ref[...], weights_UR.astype(v_ref.dtype), jnp.float32)
@@ -281,10 +293,13 @@ def _dq_kernel(
 
 
 def _visit(visits_ref, sees_ref, U: int, visit: Callable[[jax.Array], None]) -> None:
-    """Calls `visit` with bool [U, R], which keys of this step's block each row sees; not if the
-    step has no block.
+    """Calls `visit` with the visibility of this step's keys to each row, bool [U, R].
+
+    A step without a block calls nothing.
     """
-    b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    b = pl.program_id(0)
+    i = pl.program_id(2)
+    step = pl.program_id(3)
     block, in_prefix = _block(visits_ref, b, i, step)
 
     @pl.when(step < visits_ref[1, b, i] + visits_ref[3, b, i])

@@ -1,5 +1,4 @@
-"""The attention primitive in plain XLA, a block of scores at a time: for every platform, without a
-kernel.
+"""The attention primitive in plain XLA, a block of scores at a time, for every platform.
 
 Queries pass in chunks of groups; a chunk goes over the blocks of shared keys that any of its
 queries sees (traces are sorted by position, so that is few), under a running softmax. The backward
@@ -25,15 +24,17 @@ from latent_delib.nn.products import einsum, softcapped
 
 QUERIES = 256  # tokens of a chunk, and
 KEYS = 256  # slots of a block: for every head this many scores are in flight
-# a score that leaves no weight, and finite: a row that has seen nothing yet computes with it
-NEVER = -1e30
+NEVER = -1e30  # leaves no weight; finite, for a row that has seen nothing yet computes with it
 
 
 class Chunk(NamedTuple):
-    """Holds the operands of c groups; where all chunks are meant they are stacked on the first
-    axis.
+    """Holds the operands of c groups.
 
-    q: [B, K, c, R, H]. own: keys and values [B, K, c, S, H], or None. own_start: int32 [B, c, S].
+    Operands of all chunks are stacked on one more axis, the first.
+
+    q: [B, K, c, R, H].
+    own: keys and values [B, K, c, S, H], or None.
+    own_start: int32 [B, c, S].
     start, stop: of each shared source, int32 [B, c, S].
     """
 
@@ -47,8 +48,9 @@ class Chunk(NamedTuple):
 class Softmax(NamedTuple):
     """Holds a running softmax of a chunk's rows over the keys so far, float32.
 
-    high: the highest score, [B, K, c, R]. total: the sum of weights exp(score - high), [B, K, c,
-    R]. out: the sum of values by these weights, [B, K, c, R, H].
+    high: the highest score, [B, K, c, R].
+    total: the sum of weights exp(score - high), [B, K, c, R].
+    out: the sum of values by these weights, [B, K, c, R, H].
     """
 
     high: jax.Array
@@ -59,8 +61,9 @@ class Softmax(NamedTuple):
 class Saved(NamedTuple):
     """Holds what the backward pass needs of a chunk's rows beside its operands.
 
-    dout: the gradient of the output, [B, K, c, R, H]. lse: the log-sum-exp, [B, K, c, R, 1]. delta:
-    what the softmax takes off the gradient of each weight, [B, K, c, R, 1].
+    dout: the gradient of the output, [B, K, c, R, H].
+    lse: the log-sum-exp, [B, K, c, R, 1].
+    delta: what the softmax takes off the gradient of each weight, [B, K, c, R, 1].
     """
 
     dout: jax.Array
@@ -69,12 +72,21 @@ class Saved(NamedTuple):
 
 
 def forward(
-    q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds, scale: float, softcap: float
+    q_BMSNH: jax.Array,
+    own: Keys,
+    prefix: Keys | None,
+    bounds: Bounds,
+    scale: float,
+    softcap: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention's output [B, M, S, N, H] in the dtype of the values, and every row's
-    log-sum-exp, float32.
+    """Returns attention's output and the log-sum-exp of every row.
 
-    Arguments as for `primitive.attend`; own: keys and values [B, M, S, K, H] of the groups.
+    Args:
+      q_BMSNH, prefix, bounds, scale, softcap: as for `primitive.attend`.
+      own: keys and values [B, M, S, K, H] of the groups.
+
+    Returns:
+      [B, M, S, N, H] in the dtype of the values, and float32 [B, M, S, N].
     """
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
     score = partial(_scores, scale=scale, softcap=softcap)
@@ -92,10 +104,12 @@ def forward(
 
             state = jax.lax.fori_loop(*_range(keys, start, stop), see_block, state)
         total = jnp.where(state.total > 0, state.total, 1.0)  # rows of padding
-        return (state.out / total[..., None]).astype(own[1].dtype), state.high + jnp.log(total)
+        out = state.out / total[..., None]
+        return out.astype(own[1].dtype), state.high + jnp.log(total)
 
     out, lse = jax.lax.map(attend, chunks)
-    return _join(out, q_BMSNH.shape), _join(lse[..., None], (*q_BMSNH.shape[:-1], 1))[..., 0]
+    lse = _join(lse[..., None], (*q_BMSNH.shape[:-1], 1))
+    return _join(out, q_BMSNH.shape), lse[..., 0]
 
 
 def _see(state: Softmax, q: jax.Array, keys: Keys, seen: jax.Array, score: Callable) -> Softmax:
@@ -105,7 +119,9 @@ def _see(state: Softmax, q: jax.Array, keys: Keys, seen: jax.Array, score: Calla
     weights = jnp.where(visible, jnp.exp(scores - high[..., None]), 0.0)
     fade = jnp.exp(state.high - high)
     more = _weighted(weights.astype(keys[1].dtype), keys[1])
-    return Softmax(high, state.total * fade + weights.sum(-1), state.out * fade[..., None] + more)
+    total = state.total * fade + weights.sum(-1)
+    out = state.out * fade[..., None] + more
+    return Softmax(high, total, out)
 
 
 def backward(
@@ -137,7 +153,7 @@ def backward(
     score = partial(_scores, scale=scale, softcap=softcap)
     like_q = (dout_BMSNH, lse_BMSN[..., None], delta_BMSN[..., None])
     saved = Saved(*(_cut(x, own, prefix, bounds)[0].q for x in like_q))
-    # of each shared source
+    # of each shared source: whether its gradient is computed
     wanted = [into_prefix] * (prefix is not None) + [True] * (chunks.own is None)
     totals = [_no_gradient(keys) if is_wanted else None for keys, is_wanted in zip(shared, wanted)]
 
@@ -146,9 +162,8 @@ def backward(
         dq = jnp.zeros(chunk.q.shape, jnp.float32)
         down = None
         if chunk.own is not None:
-            weights, dproducts = _derive(
-                chunk.q, chunk.own, own_in_range(chunk.own_start), saved, score
-            )
+            seen = own_in_range(chunk.own_start)
+            weights, dproducts = _derive(chunk.q, chunk.own, seen, saved, score)
             dq += _weighted(dproducts, chunk.own[0])
             down = _onto(dproducts, chunk.q, False), _onto(weights, saved.dout, False)
             down = jax.tree.map(lambda d, x: d.swapaxes(-1, -2).astype(x.dtype), down, chunk.own)
@@ -182,10 +197,15 @@ def backward(
 
 
 def _derive(
-    q: jax.Array, keys: Keys, seen: jax.Array, saved: Saved, score: Callable
+    q: jax.Array,
+    keys: Keys,
+    seen: jax.Array,
+    saved: Saved,
+    score: Callable,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns weights and the gradient of the bare products q . k, [B, K, c, R, U], in the dtype of
-    the operands.
+    """Returns weights and the gradient of the bare products q . k, [B, K, c, R, U] each.
+
+    The weights have the dtype of dout, the gradient that of q.
     """
     scores, slope, visible = score(q, keys[0], seen)
     weights = jnp.where(visible, jnp.exp(scores - saved.lse), 0.0)
@@ -195,9 +215,7 @@ def _derive(
 
 
 def _no_gradient(keys: Keys) -> Keys:
-    """Returns zeros [B, K, H, T], float32, for the gradients of shared keys and values [B, K, T,
-    H].
-    """
+    """Returns zeros, float32 [B, K, H, T], for gradients of shared keys [B, K, T, H]."""
     return jax.tree.map(lambda x: jnp.zeros_like(x.swapaxes(-1, -2), jnp.float32), keys)
 
 
@@ -207,13 +225,15 @@ def _as_given(gradients: Keys, keys: Keys) -> Keys:
 
 
 def _cut(
-    q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds
+    q_BMSNH: jax.Array,
+    own: Keys,
+    prefix: Keys | None,
+    bounds: Bounds,
 ) -> tuple[Chunk, list[Keys]]:
-    """Returns all chunks, and the keys and values [B, K, T, H] of each source that every group
-    shares.
+    """Returns all chunks, and each source that every group shares, [B, K, T, H].
 
-    These are the prefix and a long text's own keys. Such a text is cut between its tokens: each is
-    then a group of one, and the text is what they share.
+    The sources are the prefix and a long text's own keys. Such a text is cut between its tokens:
+    each is then a group of one, and the text is what they share.
     """
     B, M, S, N, H = q_BMSNH.shape
     K = own[0].shape[3]
@@ -230,7 +250,8 @@ def _cut(
         by_token = q_BMSNH, own_start, start, stop
         q_BMSNH, own_start, start, stop = jax.tree.map(lambda x: x.swapaxes(1, 2), by_token)
         own = None
-        M, S = S, 1
+        M = S
+        S = 1
     c = min(M, max(1, QUERIES // S))
 
     def cut(x: jax.Array) -> jax.Array:
@@ -260,28 +281,33 @@ def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _products(x: jax.Array, keys: jax.Array) -> jax.Array:
-    """Returns x . keys, [B, K, c, R, U], of [B, K, c, R, H] and keys: shared, [B, K, U, H], or own,
-    [B, K, c, U, H].
+    """Returns x . keys, float32 [B, K, c, R, U], of x [B, K, c, R, H].
+
+    keys: shared, [B, K, U, H], or own, [B, K, c, U, H].
     """
     if keys.ndim == 5:
         return einsum("BKcRH,BKcUH->BKcRU", x, keys, jnp.float32)
     rows = x.reshape(*x.shape[:2], -1, x.shape[-1])
-    return einsum("BKRH,BKUH->BKRU", rows, keys, jnp.float32).reshape(*x.shape[:-1], -1)
+    products = einsum("BKRH,BKUH->BKRU", rows, keys, jnp.float32)
+    return products.reshape(*x.shape[:-1], -1)
 
 
 def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns sums of values, [B, K, c, R, H], by weights [B, K, c, R, U]; values as the keys of
-    `_products`.
+    """Returns sums of values by weights [B, K, c, R, U], float32 [B, K, c, R, H].
+
+    values: of the shape of the keys of `_products`.
     """
     if values.ndim == 5:
         return einsum("BKcRU,BKcUH->BKcRH", weights, values, jnp.float32)
     rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
-    return einsum("BKRU,BKUH->BKRH", rows, values, jnp.float32).reshape(*weights.shape[:-1], -1)
+    sums = einsum("BKRU,BKUH->BKRH", rows, values, jnp.float32)
+    return sums.reshape(*weights.shape[:-1], -1)
 
 
 def _onto(weights: jax.Array, x: jax.Array, of_all: bool) -> jax.Array:
-    """Contracts x [B, K, c, R, H] over its rows: [B, K, c, H, U], or [B, K, H, U] for the sum
-    `of_all` groups.
+    """Contracts x [B, K, c, R, H] over its rows, float32 [B, K, c, H, U].
+
+    of_all: sums over all groups, [B, K, H, U].
 
     In that order of axes XLA transposes x; in the other it would transpose the weights, which are
     many more.
@@ -301,26 +327,28 @@ def _scores(q, k, seen, scale: float, softcap: float):
 
 
 def _first(shared: Keys, i: jax.Array) -> jax.Array:
-    """Returns the first slot of block i: the last block is moved back so that it ends where the
-    keys end.
-    """
+    """Returns the first slot of block i; the last block is moved back to end with the keys."""
     T = shared[0].shape[2]
     return jnp.minimum(i * KEYS, max(T - KEYS, 0))
 
 
 def _block(shared: Keys, start: jax.Array, stop: jax.Array, i: jax.Array) -> tuple[Keys, jax.Array]:
-    """Returns keys and values [B, K, U, H] of block i, and which of them a query sees, bool [B, c,
-    S, U].
+    """Returns keys and values [B, K, U, H] of block i, and their visibility.
+
+    The visibility of each key to each query is bool [B, c, S, U].
     """
-    at, size = _first(shared, i), min(KEYS, shared[0].shape[2])
+    at = _first(shared, i)
+    size = min(KEYS, shared[0].shape[2])
     slot = at + jnp.arange(size)
     seen = (slot >= start[..., None]) & (slot < stop[..., None]) & (slot >= i * KEYS)
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, size, axis=2), shared), seen
+    found = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, size, axis=2), shared)
+    return found, seen
 
 
 def _range(shared: Keys, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the range of blocks that some query of the chunk sees."""
-    T, some = shared[0].shape[2], start < stop
+    T = shared[0].shape[2]
+    some = start < stop
     first = jnp.min(jnp.where(some, start, T)) // KEYS
     last = jnp.minimum(jnp.max(jnp.where(some, stop, 0)), T)
     return first, pl.cdiv(last, KEYS)
