@@ -1,5 +1,4 @@
-"""The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`, `a/overlay` where
-nothing is named.
+"""The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`.
 
 `launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists
 them. Validation is by work: nothing is trained on any part of a work that is evaluated. Keys that
@@ -151,9 +150,8 @@ def get_config(name: str = "a/overlay") -> ConfigDict:
     """
     protocol, _, experiment = name.partition("/")
     if protocol not in PROTOCOLS or experiment not in EXPERIMENTS:
-        known = (
-            f"PROTOCOL one of {', '.join(PROTOCOLS)}, EXPERIMENT one of {', '.join(EXPERIMENTS)}"
-        )
+        known = f"PROTOCOL one of {', '.join(PROTOCOLS)}, "
+        known += f"EXPERIMENT one of {', '.join(EXPERIMENTS)}"
         raise ValueError(f"{name!r}: expected PROTOCOL/EXPERIMENT, {known}")
     size, settings = PROTOCOLS[protocol]
     c = base.get_config()

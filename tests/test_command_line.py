@@ -231,7 +231,8 @@ def test_what_libraries_warn_of_is_told_but_for_what_they_say_of_every_run(
 def test_ctrl_c_during_imports(tmp_path):
     """Some package drops KeyboardInterrupt: the command ends all the same, and without a word."""
     (tmp_path / "jax.py").write_text(
-        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
         "except KeyboardInterrupt:\n    pass\nos._exit(0)\n"
     )
     done = subprocess.run(

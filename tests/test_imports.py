@@ -122,7 +122,8 @@ def test_training_loads_no_tensorflow():
     not do.
     """
     code = (
-        "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate, latent_delib.data.token_files;"
+        "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate;"
+        "import latent_delib.data.token_files;"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'tensorflow', 'seqio', 'tensorflow_datasets', 'transformers'}))"
     )
@@ -131,6 +132,7 @@ def test_training_loads_no_tensorflow():
 
 
 def test_data_alone_loads_no_jax():
-    code = "import sys, latent_delib.data.token_files, latent_delib.data.batches; print('jax' in sys.modules)"
+    code = "import sys, latent_delib.data.token_files, latent_delib.data.batches;"
+    code += "print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr

@@ -210,7 +210,8 @@ def test_perplexity_by_number_of_latents(by_name):
         in table.note
     )
     assert table.origins[0] == (
-        "P1: runs/a/perplexity.json; checkpoint runs/a/checkpoints/180; decoder packaged (ab12cd34ef56); 5 documents; "
+        "P1: runs/a/perplexity.json; checkpoint runs/a/checkpoints/180; "
+        "decoder packaged (ab12cd34ef56); 5 documents; "
         "2026-11-25T09:00:00+00:00; 2 cores; python -m x <y>"
     )
     assert [origin[:2] for origin in table.origins] == ["P1", "P2", "P6", "P9"]

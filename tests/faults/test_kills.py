@@ -92,7 +92,8 @@ def test_random_moments(task, count):
                 )
         assert_same(workdir, task.undisturbed(count))
     print(
-        f"\n{count} process(es): {seen}; at most {repeated} steps done again; ended {slowest:.1f} s after a kill"
+        f"\n{count} process(es): {seen}; at most {repeated} steps done again; "
+        f"ended {slowest:.1f} s after a kill"
     )
     assert (seen["kills"], seen["stops"]) == (KILLS, STOPS) and seen["in a save"] >= 4
     assert slowest < distributed.GRACE + 5

@@ -56,9 +56,8 @@ def test_a_process_that_hangs_is_noticed(task):
         began = time.monotonic()
         job.processes[1].send_signal(signal.SIGSTOP)
         code = job.processes[0].wait(300)
-        print(
-            f"\nended {time.monotonic() - began:.0f} s after the other hung, with code {code}: {job.said(0)[-300:]}"
-        )
+        seconds = time.monotonic() - began
+        print(f"\nended {seconds:.0f} s after the other hung, code {code}: {job.said(0)[-300:]}")
         assert code in (distributed.LOST, -signal.SIGABRT)
     assert newest(workdir) > 0
 

@@ -6,11 +6,14 @@
 Needs torch and transformers (made with 2.13.0 and 5.23.0, qwen2 with 2.14.1 and 5.24.0); nothing of
 latent_delib is imported. A file holds
 
-  config          config.json as transformers 5 writes it; config_4: as releases before it did, and most folders have it
-  decoder         model.safetensors as transformers writes it, in bytes; coprocessor: another model of the same family
+  config          config.json as transformers 5 writes it
+  config_4        as releases before it did, and most folders have it
+  decoder         model.safetensors as transformers writes it, in bytes
+  coprocessor     another model of the same family
   tokens, logits  [B, T], [B, T, V]
   hidden          [layers, B, T, D], the final norm of what each layer gives out
-  positions, latents.PLACEMENT, logprobs.decoder, logprobs.PLACEMENT    the whole method (Liu et al. 2025)
+  positions, latents.PLACEMENT, logprobs.decoder, logprobs.PLACEMENT
+                  the whole method (Liu et al. 2025)
 
 The method is computed one trace at a time, with the cache of exactly the text the trace may see, so
 that no visibility is left to a mask but the sliding window.

@@ -68,5 +68,5 @@ def test_ragged_greedy_decoding(stored, lm):
         new = case["new"]  # shorter where EOS ended it
         assert len(new) == 64 or new[-1] == lm.tokenizer.eos_id
         padded = new + [lm.tokenizer.pad_id] * (64 - len(new))
-        where = f"{case['file']} {case['start']}: the reference's two largest logits came as near as {case['gap']}"
+        where = f"{case['file']} {case['start']}: its two largest logits came within {case['gap']}"
         assert found.tokens.tolist() == padded, where

@@ -112,5 +112,6 @@ def test_another_decoder_and_tokenizer(record):
         record.require(other, "evaluate", "runs/x")
     assert str(error.value) == (
         "runs/x: decoder.fingerprint is 000000000000 there, ffffffffffff here; "
-        "decoder.tokenizer is 111111111111 there, tttttttttttt here; use the same, or another --workdir"
+        "decoder.tokenizer is 111111111111 there, tttttttttttt here; "
+        "use the same, or another --workdir"
     )

@@ -578,7 +578,8 @@ def test_what_is_loaded_shows_itself_in_one_line(decoder, lms):
         repr(decoder)
         == f"Decoder(4 layers of width 32, vocabulary of 320, float32, fingerprint {of})"
     )
-    said = f"Coprocessor(cache_augmentation, 4 latents of width 32 'after', untrained, float32, of decoder {of})"
+    said = "Coprocessor(cache_augmentation, 4 latents of width 32 'after', untrained, float32, "
+    said += f"of decoder {of})"
     assert repr(lms["after"].coprocessor) == said
     assert repr(lms["after"]) == f"AugmentedLM({decoder}, {lms['after'].coprocessor})"
     assert "step 7" in repr(dataclasses.replace(lms["after"].coprocessor, step=7))
@@ -620,7 +621,8 @@ MISTAKES = {
         lambda lm, d: load.decoder_of(
             "W", Record({"method": {"name": "static_tokens"}, "decoder": {"path": ""}}, "")
         ),
-        "^W: trained with config.decoder.path='', on random weights that no folder holds; train on a decoder folder",
+        "^W: trained with config.decoder.path='', on random weights that no folder holds; "
+        "train on a decoder folder",
     ),
     "no path": (lambda lm, d: ld.load_decoder(None), "path=None: expected a path"),
     "a decoder far away": (
@@ -770,7 +772,8 @@ MISTAKES = {
     ),
     "long prompt": (
         lambda lm, d: ld.AugmentedLM(d, max_length=20).generate(["a", [2] * 15], 6),
-        r"prompts\[1\]: 15 tokens and 6 after them are more than max_length=20; shorten it, or raise max_length",
+        r"prompts\[1\]: 15 tokens and 6 after them are more than max_length=20; "
+        "shorten it, or raise max_length",
     ),
     "long continuation": (
         lambda lm, d: ld.AugmentedLM(d, max_length=20).logprobs([[2] * 15], [[2] * 6]),

@@ -364,7 +364,8 @@ def test_a_reader_renames_nothing(saved, capsys):
 def test_a_damaged_checkpoint_that_was_asked_for(saved):
     flip(largest(saved / "checkpoints" / "4", "trainable"), 0.5)
     checkpoints = Checkpoints(str(saved))
-    words = f"^{saved}: checkpoint 4 is damaged .trainable: coprocessor.w not as.*; name another step, one of .2."
+    words = f"^{saved}: checkpoint 4 is damaged .trainable: coprocessor.w not as.*; "
+    words += "name another step, one of .2."
     with pytest.raises(UserError, match=words):
         checkpoints.restore_newest(both(), step=4)
     cut(saved / "checkpoints" / "4" / "meta" / "metadata", 0.5)
@@ -467,7 +468,8 @@ def test_another_tree_or_meta_is_no_damage(saved, monkeypatch):
     other = tree | {
         "coprocessor": tree["coprocessor"] | {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
     }
-    words = r"checkpoint 4 has float32\[64, 64\] for trainable coprocessor.w, this config float32\[64, 32\]"
+    words = r"checkpoint 4 has float32\[64, 64\] for trainable coprocessor.w, "
+    words += r"this config float32\[64, 32\]"
     with pytest.raises(UserError, match=words):
         checkpoints.restore_newest(wanted | {"trainable": other})
     with pytest.raises(

@@ -33,9 +33,9 @@ def test_the_first_one_lets_the_step_be_saved_and_the_second_does_not(ended, cap
         until = time.monotonic() + 10
         while not (said := capfd.readouterr().err) and time.monotonic() < until:
             time.sleep(0.01)
-        assert (
-            said
-            == "stopping after two more steps at most, and saving; press Ctrl-C again to stop at once\n"
+        assert said == (
+            "stopping after two more steps at most, and saving; "
+            "press Ctrl-C again to stop at once\n"
         )
         assert stop.by == signal.SIGINT and ended.empty()
         interrupt()
