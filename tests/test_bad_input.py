@@ -1,6 +1,4 @@
-"""A user's mistake ends each command in one line that names the thing, before anything is
-trained.
-"""
+"""A user's mistake ends each command in one line that names the thing, before any training."""
 
 import runpy
 import shutil
@@ -24,8 +22,7 @@ ARCHITECTURE = {
 
 @pytest.fixture
 def error(command_line, monkeypatch, capsys):
-    """error(command, *arguments) -> the one line that command ends with, run as `python -m` runs
-    it.
+    """error(command, *arguments) -> the one line that the command ends with, as by `python -m`.
 
     Nothing is compiled before it: on a real machine that takes minutes.
     """

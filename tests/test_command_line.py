@@ -1,6 +1,4 @@
-"""How every command reads its line and ends: with an exit code, and one line where it cannot go
-on.
-"""
+"""How commands read their line and end: an exit code, and one line where they cannot go on."""
 
 import contextlib
 import errno
@@ -41,9 +39,7 @@ def command(command_line):
 
 @pytest.fixture
 def parsed(command, config_file):
-    """parsed(*arguments, **options) -> the values of a command with a config file, and with these
-    options.
-    """
+    """parsed(*arguments, **options) -> the values of a command with a config file."""
 
     def run(*arguments, **options):
         found = []

@@ -1,6 +1,4 @@
-"""Who imports whom: read from the sources, and what a process that trains from token files
-loads.
-"""
+"""Who imports whom, by the sources; what a process that trains from token files loads."""
 
 import ast
 import subprocess
@@ -37,9 +35,7 @@ FORBIDDEN = {
 
 
 def imports(source: str, name: str) -> set[str]:
-    """Dotted names of everything a module imports anywhere in it; `from a import b` counts as
-    a.b.
-    """
+    """Dotted names of all that a module imports, anywhere; `from a import b` counts as a.b."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -118,9 +114,7 @@ def test_tasks_are_imported_only_when_text_is_read():
 
 
 def test_training_loads_no_tensorflow():
-    """Nor transformers. tensorboardX loads torch where that is installed, which the test extra does
-    not do.
-    """
+    """Nor transformers. tensorboardX loads torch only where that is installed."""
     code = (
         "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate;"
         "import latent_delib.data.token_files;"

@@ -1,6 +1,4 @@
-"""Tokenizers against their own libraries and against llama.cpp (golden/make_tokens.py), alone and
-under seqio.
-"""
+"""Tokenizers against their own libraries and against llama.cpp, alone and under seqio."""
 
 import hashlib
 import importlib.util

@@ -1,5 +1,4 @@
-"""Jobs that are killed over and over: they always resume, and end with the weights of one that
-never was.
+"""Jobs that are killed over and over end with the weights of one that never was.
 
     ./launch/test.sh -n 0 -s -m slow tests/faults
 
@@ -22,9 +21,7 @@ KILLS, STOPS = 20, 5
 
 
 def reach(draw, job, workdir, kind):
-    """Waits for a random moment: some steps on, within a save, or soon after the start; False: the
-    job ended first.
-    """
+    """Waits some steps, for a save or a moment after the start; False: the job ended first."""
     goal = newest(workdir) + draw.randrange(1, 8)
     if kind == "start":
         time.sleep(draw.uniform(0, 8))

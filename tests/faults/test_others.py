@@ -1,6 +1,4 @@
-"""A launcher that starts a job again, a machine that hangs, a disk that is full, data that only one
-process reads.
-"""
+"""Jobs that are started again, that hang, whose disk is full, that share their data."""
 
 import os
 import shutil

@@ -1,5 +1,4 @@
-"""Makes a tiny run in an empty folder: decoder/, tokens/, workdir/ of two steps of four, and
-expected.json.
+"""Makes a tiny run in an empty folder, of two steps of four, and expected.json.
 
     python -m tests.golden.make_run FOLDER
 

@@ -106,9 +106,7 @@ def new_model(family: str, random: np.random.Generator) -> PreTrainedModel:
 
 
 def saved(model: PreTrainedModel) -> tuple[str, np.ndarray]:
-    """config.json, and the bytes of model.safetensors in float16 (a thousand small arrays would
-    double the files).
-    """
+    """config.json, and model.safetensors in float16, as bytes: smaller than many arrays."""
     with tempfile.TemporaryDirectory() as folder:
         copy.deepcopy(model).half().save_pretrained(folder)
         weights = (Path(folder) / "model.safetensors").read_bytes()
@@ -141,8 +139,7 @@ def before_5(config: str) -> str:
 def call(
     model: PreTrainedModel, x: torch.Tensor, position: torch.Tensor, text: DynamicCache, length: int
 ):
-    """A model over inputs x [S, D] at `position`, which see the first `length` tokens of the text
-    and themselves.
+    """Inputs x [S, D] at `position`, which see `length` tokens of the text and themselves.
 
     The library's own sliding mask counts slots of the cache; latents may share positions, so it is
     built here.

@@ -1,6 +1,4 @@
-"""Dry runs: what they say of a step, here and on slices that nobody here has; that they run and
-load nothing.
-"""
+"""Dry runs, here and on slices that are not: what they say, and that they run nothing."""
 
 import importlib.util
 import json

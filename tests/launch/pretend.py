@@ -197,9 +197,7 @@ class World:
         )
 
     def started(self, times: int) -> None:
-        """The command ran so often on both workers, each time the same; the last start may be on
-        its way.
-        """
+        """The command ran so often on both workers, the same; the last start may be on its way."""
         logs, end = [self.world / f"started-{worker}" for worker in (0, 1)], time.monotonic() + 20
         while not all(log.exists() and log.read_text().count("\n") >= times for log in logs):
             assert time.monotonic() < end

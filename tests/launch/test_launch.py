@@ -1,6 +1,4 @@
-"""The launch scripts, against interpreters that only pretend; and what setup.py and constraints.txt
-promise.
-"""
+"""The launch scripts, against pretended interpreters; what setup.py and constraints promise."""
 
 import os
 import re

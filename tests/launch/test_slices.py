@@ -1,6 +1,4 @@
-"""tpu_vm.sh, worker.sh and gke_xpk.sh against a `gcloud` and an `xpk` that play a script of
-states.
-"""
+"""tpu_vm.sh, worker.sh and gke_xpk.sh against a `gcloud` and an `xpk` that play a script."""
 
 import os
 import shlex
@@ -84,9 +82,7 @@ def test_quota_is_not_tried_again_and_passing_failures_are(world: World) -> None
 
 
 def test_what_exists_already(world: World) -> None:
-    """The first try did its work and its answer was lost; the name is another slice's; it came to
-    nothing.
-    """
+    """It worked and its answer was lost; the name is another slice's; it came to nothing."""
     create = ("tpu_vm", "create", "a", "--accelerator=v5litepod-16")
     world.plays(states=["ABSENT", "ACTIVE"], failures=["queued-resources create|ALREADY_EXISTS: a"])
     world.launch(*create)
@@ -189,9 +185,7 @@ def test_keep_stops_after_code_1(world: World) -> None:
 
 
 def test_keep_restarts_what_saved_and_what_died(world: World) -> None:
-    """Code 75 always, a death `restarts` times; what ended first is the cause, whatever the others
-    make of it.
-    """
+    """Code 75 always, a death `restarts` times; the cause is what ended first."""
     world.plays(**{"ends-0": ["75", "75", "137", "0"], "ends-1": ["hang", "75", "hang", "0"]})
     world.keep("--restarts=1")
     world.started(4)
@@ -334,9 +328,7 @@ def test_xpk_commands(world: World) -> None:
     [("", ["124", "124", "1", "0"], 0), ("RUNNING", ["125"], 1), ("FINISHED", ["1", "1", "1"], 1)],
 )
 def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> None:
-    """Waits a week at a time, over failures to ask, for a job that it started itself unless it was
-    there.
-    """
+    """Waits a week at a time, over failures to ask, for a job that it starts unless it is there."""
     there = {"FINISHED": ["EVERYTHING", "FINISHED"], "RUNNING": ["EVERYTHING"], "": []}[before]
     for status in ("EVERYTHING", "FINISHED"):
         world.plays(

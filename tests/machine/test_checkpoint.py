@@ -1,6 +1,4 @@
-"""Checkpoints of small trees: whole or absent, found out if damaged, on any mesh, with or without
-the optimizer.
-"""
+"""Checkpoints of small trees: whole or absent, damage found out, on any mesh."""
 
 import gc
 import importlib.util
@@ -45,9 +43,7 @@ HERE = (1, 4, 2)
 
 
 def make(seed, place):
-    """A trainable tree and an optimizer state with something in it, too large to lie in the
-    manifests.
-    """
+    """A trainable tree and an optimizer state, too large to lie in the manifests."""
     key = jax.random.key(seed)
     tree = {
         "coprocessor": {

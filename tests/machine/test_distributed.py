@@ -1,6 +1,4 @@
-"""Jobs of several processes: the same as one, whoever is missing is named, and none outlives
-another.
-"""
+"""Jobs of several processes: the same as one; who is missing is named; none outlives another."""
 
 import json
 import shutil
@@ -101,9 +99,7 @@ def copy_at_step_2(workdir, copy):
 
 
 def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp_path):
-    """Training, evaluation, going on from the other's checkpoint, writing a decoder that none of
-    them holds whole.
-    """
+    """Trains, evaluates, goes on from the other's checkpoint, writes a decoder held in parts."""
     other = "process 1 has another data than process 0: "
     other += "expected the same command and files on every worker"
     copy_at_step_2(trained, tmp_path / "resumed")
@@ -248,9 +244,7 @@ def test_only_where_something_was_lost_is_a_job_to_start_again():
 
 
 def call_roll(count, *others, seconds=5.0):
-    """Process 0 and `others`, each (count, index) as it was told, in threads: what each of them
-    ends with.
-    """
+    """Process 0 and `others`, each (count, index) as told, in threads: how each of them ends."""
     address, ends = f"127.0.0.1:{free_port()}", {}
 
     def join(key, said, index):

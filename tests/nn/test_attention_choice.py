@@ -1,6 +1,4 @@
-"""Which form a device gets: "auto" takes a kernel where it is proven, and says in one line why it
-does not.
-"""
+"""Which form a device gets: "auto" takes a proven kernel, or says in one line why not."""
 
 import json
 import re
@@ -32,9 +30,7 @@ HOPPER = Card("gpu", "NVIDIA H100 80GB HBM3", "9.0")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    """No record of this machine, no card that was asked about before, and cards that are
-    attached.
-    """
+    """No record of this machine, no card asked about before, and cards that are attached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(jax, "devices", lambda *_: [CPU, TPU, HOPPER])
     choice._failure.cache_clear()
@@ -137,9 +133,7 @@ def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capa
 
 
 def test_a_kernel_that_does_not_compile_gives_way(monkeypatch):
-    """Chosen by auto: it is compiled for the device first. Here the device is a CPU, which
-    interprets it.
-    """
+    """Chosen by auto: it is compiled first, for a device which here is an interpreting CPU."""
     device = jax.local_devices()[0]
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     monkeypatch.setitem(choice.BY_PLATFORM, "cpu", "pallas_gpu")
