@@ -31,12 +31,11 @@ from latent_delib.nn.sizes import SIZES
 
 B, K = 2, 2
 BAIT = 3  # slots at either end of the text
-# By dtype, the largest errors: by root mean square, and of any element. TF32 or passes of bfloat16
-# would break the first.
+# By dtype, the largest errors: by root mean square, and of any element.
+# TF32 or passes of bfloat16 would break the first.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2**-6, 2**-5)}
-# A step in bfloat16 beside one in float32: the relative errors of its loss and of its gradient (by
-# root mean square). Rounding alone makes 4 % of a gradient; a kernel may make half as much again as
-# `xla`.
+# A step in bfloat16 beside one in float32: relative errors of loss and gradient (root mean square).
+# Rounding alone makes 4 % of a gradient; a kernel may make half as much again as `xla`.
 LOSS, GRADIENT, MORE = 2e-3, 0.1, 1.5
 HEAD_DIMS = (256, 128, 64, 32, 16)
 ORDERS = ("sorted", "unsorted", "window")

@@ -1,4 +1,4 @@
-"""Where the time of a train step goes: each part added to those before it.
+"""Where the time of a train step goes, by adding one part after another.
 
 python -m benchmarks.parts [--small] [--json=FILE]
 """

@@ -279,8 +279,8 @@ class Model(nn.Module):
 
     def __init__(self, c: TransformerConfig, attend: Callable, num_soft: int = 0):
         super().__init__()
-        has_its_norms = c.post_norms and not c.qk_norm
-        assert has_its_norms and not c.rope_scaling and c.activation == "gelu", "a Gemma 2"
+        is_gemma2 = c.post_norms and not c.qk_norm and not c.rope_scaling
+        assert is_gemma2 and c.activation == "gelu", "a Gemma 2"
         self.c = c
         self.layers = nn.ModuleList(Layer(c, attend) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.embed_dim, c)

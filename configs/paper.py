@@ -113,8 +113,7 @@ EXPERIMENTS = {
     "inserted": {"method.name": "inserted"},
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
-    # Controls: the decoder trained on for as long, on the same text; the same by adapters, at the
-    # coprocessors' rate.
+    # Controls: the decoder itself, trained for as long on the same text; in whole, and by adapters.
     "decoder": {"method.name": "decoder"} | SLOW,
     "decoder_lora": {"method.name": "decoder", "method.lora_rank": 64},
     # Adaptation to tasks: adapters of rank 64 on the decoder (the paper's Figure 6 has rank 128,
