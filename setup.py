@@ -8,7 +8,7 @@ MIXTURE = ["lxml>=5"]
 setup(
     name="latent_delib",
     version="0.2.0",
-    description="Deliberation in latent space: a coprocessor that augments a frozen decoder's cache, in JAX",
+    description="Deliberation in latent space: a coprocessor for a frozen decoder's cache, in JAX",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["latent_delib", "latent_delib.*"]),
     package_data={

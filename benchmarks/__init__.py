@@ -1,3 +1,1 @@
-"""Speed and memory, every form beside a plain one. Run from the repository's root: python -m
-benchmarks.NAME --help
-"""
+"""Speed and memory, every form beside a plain one: `python -m benchmarks.NAME --help`."""

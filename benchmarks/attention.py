@@ -1,4 +1,4 @@
-"""Attention of one layer over all traces: time, useful TFLOP/s and working memory of every form.
+"""Attention of one layer over all traces: time, useful TFLOP/s and memory of every form.
 
   python -m benchmarks.attention [--latents 16 64] [--batch 1] [--forms ...] [--json=FILE]
 
@@ -22,12 +22,14 @@ from latent_delib.nn.attention.forms import attend
 
 
 def both_passes(attention: Callable) -> dict[str, Any]:
-    """The forward pass, and the forward and backward one, as functions of (q, k, v), of what else
-    attention takes, and of the output's gradient. Only q, k and v are differentiated.
+    """Returns "forward" and "both", forward and backward, jitted.
+
+    Each is a function of (q, k, v), of a tuple of what else attention takes, and of the output's
+    gradient. Only q, k and v are differentiated.
     """
 
     def forward_backward(operands: tuple, shown: tuple, dout: jax.Array):
-        # not of a sum: its gradient needs no output
+        # Not of a sum: its gradient needs no output.
         out, pull = jax.vjp(lambda *x: attention(*x, *shown), *operands)
         return out, pull(dout)
 
@@ -40,7 +42,7 @@ def both_passes(attention: Callable) -> dict[str, Any]:
 def torch_passes(
     c: Any, marks: Traces, text: dense.Tokens, operands: tuple, prefix: tuple, dout: jax.Array
 ) -> dict:
-    """The peer's forms of the same two, as functions without arguments."""
+    """Returns the peer's forms of the same two, to be measured."""
     import numpy as np
     import torch
 
@@ -49,14 +51,9 @@ def torch_passes(
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def theirs(x: jax.Array) -> Any:
-        """[B, tokens, heads, H] as torch has it."""
-        x32 = np.asarray(x.astype(jnp.float32))
-        return (
-            torch.from_numpy(x32)
-            .to(device, getattr(torch, x.dtype.name))
-            .transpose(1, 2)
-            .contiguous()
-        )
+        """Returns x [B, tokens, heads, H] as torch has it: [B, heads, tokens, H]."""
+        x32 = torch.from_numpy(np.asarray(x.astype(jnp.float32)))
+        return x32.to(device, getattr(torch, x.dtype.name)).transpose(1, 2).contiguous()
 
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, *x.shape[3:])
@@ -67,9 +64,8 @@ def torch_passes(
         marks.bounds.prefix_stop[..., 0],
         text.position,
     )
-    sees = peer_torch.trace_mask(
-        *(torch.tensor(np.asarray(x), device=device) for x in integers), None
-    )
+    there = [torch.tensor(np.asarray(x), device=device) for x in integers]
+    sees = peer_torch.trace_mask(*there, None)
     q, k, v = (theirs(flat(x)).requires_grad_() for x in operands)
     before, gradient = [theirs(x) for x in prefix], theirs(flat(dout))
     form = peer_torch.FORMS[device]
@@ -87,8 +83,8 @@ def torch_passes(
         torch.autograd.grad(attention(q, k, v), (q, k, v), gradient)
 
     return {
-        name: common.calls(run, peer_torch.wait)
-        for name, run in (("forward", forward), ("both", both))
+        "forward": common.calls(forward, peer_torch.wait),
+        "both": common.calls(both, peer_torch.wait),
     }
 
 
@@ -107,9 +103,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         text, key = dense.of_text(segment_BT), jax.random.key(0)
 
         def heads(i: int, *shape: int, key=key, B=B) -> jax.Array:
-            return jax.random.normal(jax.random.fold_in(key, i), (B, *shape, c.head_dim)).astype(
-                a.dtype
-            )
+            drawn = jax.random.normal(jax.random.fold_in(key, i), (B, *shape, c.head_dim))
+            return drawn.astype(a.dtype)
 
         S = marks.position.shape[2]
         operands = heads(0, a.traces, S, N), heads(1, a.traces, S, K), heads(2, a.traces, S, K)
@@ -118,16 +113,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         compiled, runs = {}, {}
         for form in a.forms:
             if form == "torch":
-                runs |= {
-                    (form, p): r
-                    for p, r in torch_passes(c, marks, text, operands, prefix, dout).items()
-                }
+                passes = torch_passes(c, marks, text, operands, prefix, dout)
+                runs |= {(form, name): run for name, run in passes.items()}
                 continue
             if form == "dense":
-                whole, total = (
-                    dense.both(text, dense.of_traces(marks.position, *marks.bounds[:2])),
-                    T + a.traces * S,
-                )
+                of_traces = dense.of_traces(marks.position, *marks.bounds[:2])
+                whole, total = dense.both(text, of_traces), T + a.traces * S
                 everything = heads(6, total, N), heads(7, total, K), heads(8, total, K)
                 arguments = everything, (dense.visible(whole, whole),), heads(9, total, N)
                 function = partial(dense.attend, scale=c.query_scale, softcap=c.attn_softcap)
@@ -145,14 +136,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             row = {"batch": B, "latents": L, "form": form, "pass": name, **common.spread(found)}
             row["tflops"] = row["vs_dense"] = None
             if row["ms"]:
-                row["tflops"] = (
-                    common.attention_flops(c, marks.bounds, name == "both") / row["ms"] / 1e9
-                )
+                flops = common.attention_flops(c, marks.bounds, name == "both")
+                row["tflops"] = flops / row["ms"] / 1e9
             if row["ms"] and seconds.get(("dense", name)):
                 row["vs_dense"] = common.spread(seconds["dense", name])["ms"] / row["ms"]
-            rows.append(
-                row | (common.memory(compiled[form, name]) if (form, name) in compiled else {})
-            )
+            if (form, name) in compiled:
+                row |= common.memory(compiled[form, name])
+            rows.append(row)
     return common.report("attention", a, rows)
 
 

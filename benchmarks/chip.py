@@ -1,14 +1,15 @@
-"""Proves a card, and measures what it does: the first command to run on a GPU or TPU, of at most 8
-minutes.
+"""Proves a card and measures it, in at most 8 minutes: the first command on a GPU or TPU.
 
-  ./launch/gpu.sh .venv/bin/python -m benchmarks.chip         on a GPU; on a TPU without gpu.sh
-  python -m benchmarks.chip --small                           in small: the default on a CPU, about a minute
-  python -m benchmarks.chip --table docs/results/chip         the table of the results in a folder, in Markdown
+  ./launch/gpu.sh .venv/bin/python -m benchmarks.chip     on a GPU; on a TPU without gpu.sh
+  python -m benchmarks.chip --small                       in small: the default on a CPU, a minute
+  python -m benchmarks.chip --table docs/results/chip     a folder's results, a table in Markdown
 
 Its parts, in this order; each has a share of the time:
 
-  proof   every form of attention against the reference, forward and gradients; a step against one in float32
-  steps   matrix products and copies at their fastest; training steps of Gemma 2 2B in the published setting
+  proof   every form of attention against the reference, forward and gradients;
+          a training step against one in float32
+  steps   matrix products and copies at their fastest;
+          training steps of Gemma 2 2B in the published setting
   peer    the same steps by PyTorch, where torch is installed
   use     evaluation and decoding
 
@@ -87,7 +88,7 @@ def start(small: bool, out: Path | None) -> Path:
     )
     if card["platform"] == "cpu" and not small:
         print("jax sees no GPU or TPU here: in small, which proves nothing", flush=True)
-    # without them XLA cannot compile the reference
+    # Without its flags XLA cannot compile the reference.
     if card["platform"] == "gpu" and not card["xla_flags"]:
         raise SystemExit(
             "error: no XLA_FLAGS: expected ./launch/gpu.sh .venv/bin/python -m benchmarks.chip"
@@ -96,17 +97,16 @@ def start(small: bool, out: Path | None) -> Path:
         chip_parts.write(out, {"card": card, "parts": {}})
     before = chip_parts.read(out)["card"]
     for key in SAME:
-        if before[key] != card[key]:
+        was, now = before[key], card[key]
+        if was != now:
             raise SystemExit(
-                f"error: {out}: made with {key} {before[key]!r}, now {card[key]!r}; name another --out"
+                f"error: {out}: made with {key} {was!r}, now {now!r}; name another --out"
             )
     return out
 
 
 def run(part: str, out: Path, until: float) -> None:
-    """Runs a part in processes of its own, within its share of the time that the parts still to do
-    have left.
-    """
+    """Runs a part in processes of its own, within its share of the time that is left."""
     result = chip_parts.read(out)
     later = list(SHARES)[list(SHARES).index(part) :]
     to_do = {p: SHARES[p] for p in later if not is_complete(result, p)}
@@ -162,16 +162,12 @@ def proof(result: dict[str, Any], form: str = "") -> dict[str, dict[str, Any]]:
 
 
 def disagreeing(result: dict[str, Any], form: str = "") -> list[str]:
-    """Returns the names of the rows of the proof, of one form or of all, that failed or do not
-    agree.
-    """
+    """Returns the rows of the proof, of one form or of all, that failed or do not agree."""
     return [name for name, row in proof(result, form).items() if not row.get("passed")]
 
 
 def is_proven(result: dict[str, Any]) -> bool:
-    """Tells whether the card's kernel agrees with the reference in every row of the proof, and none
-    is missing.
-    """
+    """Tells whether the card's kernel agrees in every row of the proof, and none is missing."""
     card = result["card"]
     kernel = card["kernel"]
     if card["small"] or not kernel or not proof(result, kernel):
@@ -183,15 +179,12 @@ def is_proven(result: dict[str, Any]) -> bool:
 
 
 def record(result: dict[str, Any]) -> str:
-    """Notes on this machine that the kernel is proven, or takes the note away; says so in one
-    line.
-    """
+    """Notes on this machine whether the kernel is proven; returns a line that says so."""
     card = result["card"]
     kernel = card["kernel"]
     if card["small"] or not kernel:
-        return "proof: nothing to record: " + (
-            "in small" if card["small"] else "this platform has no kernel"
-        )
+        why = "in small" if card["small"] else "this platform has no kernel"
+        return f"proof: nothing to record: {why}"
     where = f"proof: {kernel} on {card['family']}"
     failed = disagreeing(result, kernel)
     proven = is_proven(result)
@@ -201,9 +194,8 @@ def record(result: dict[str, Any]) -> str:
     try:
         path = choice.note(kernel, card["family"], about if proven else None)
     except OSError as error:
-        return (
-            f"{where}: {'proven' if proven else 'NOT proven'}; no record could be written: {error}"
-        )
+        verdict = "proven" if proven else "NOT proven"
+        return f"{where}: {verdict}; no record could be written: {error}"
     if proven:
         return f"{where}: proven; `auto` takes it on this machine ({path})"
     return f"{where}: NOT proven, {len(failed)} rows failed: {'; '.join(failed)}"
@@ -228,8 +220,9 @@ def summary(result: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "card | driver | jax / jaxlib | date | XLA_FLAGS | kernel | attention rows that agree | products, TFLOP/s"
-    " | copy, GB/s | 16 latents | 64 latents | evaluation | decoding, batch 1 / 8"
+    "card | driver | jax / jaxlib | date | XLA_FLAGS | kernel | attention rows that agree"
+    " | products, TFLOP/s | copy, GB/s | 16 latents | 64 latents"
+    " | evaluation | decoding, batch 1 / 8"
 )
 
 
@@ -255,11 +248,9 @@ def cells(result: dict[str, Any]) -> list[str]:
     agree = compared - len(disagreeing(result))
     whole = "" if is_complete(result, "proof") else ", unfinished"
     copies = [row["gb_per_second"] for row in rows(result, "copy").values()]
-    verdict = (
-        "none"
-        if not card["kernel"]
-        else f"{card['kernel']}, {'proven' if is_proven(result) else 'not proven'}"
-    )
+    verdict = "none"
+    if card["kernel"]:
+        verdict = f"{card['kernel']}, {'proven' if is_proven(result) else 'not proven'}"
     ceiling = best_product(result)
     return [
         f"{card['device']} ({card['family']})" + ", in small" * card["small"],
@@ -294,9 +285,8 @@ def share(part: float, whole: float | None) -> str:
 
 def of_steps(result: dict[str, Any], latents: int) -> str:
     """Says how fast the card's best step is, beside the other forms."""
-    steps = [
-        row for row in rows(result, "step").values() if row["latents"] == latents and row.get("ms")
-    ]
+    made = rows(result, "step").values()
+    steps = [row for row in made if row["latents"] == latents and row.get("ms")]
     if not steps:
         return "-"
     others = {row["form"]: speed(row) for row in steps if row["form"] in ("dense", "torch")}
@@ -304,11 +294,14 @@ def of_steps(result: dict[str, Any], latents: int) -> str:
     if best is None:
         return "-"
     tflops = best["tflop"] / best["ms"] * 1e3
+    of_peak = share(tflops, result["card"]["peak_tflops"])
+    of_products = share(tflops, best_product(result))
+    memory = common.cell(best.get("needs_gib"))
     said = [
         f"{speed(best):.2f}/s",
-        f"MFU {share(tflops, result['card']['peak_tflops'])} / {share(tflops, best_product(result))}",
+        f"MFU {of_peak} / {of_products}",
         *(f"{speed(best) / other:.1f} x {form}" for form, other in others.items()),
-        f"{best['form']}, B {best['batch']}, {best['remat']}, {common.cell(best.get('needs_gib'))} GiB",
+        f"{best['form']}, B {best['batch']}, {best['remat']}, {memory} GiB",
     ]
     if best["layers"] != common.ARCHITECTURES["gemma2_2b"].num_layers:
         said.append(f"{best['layers']} layers")
@@ -320,7 +313,8 @@ def of_evaluation(result: dict[str, Any]) -> str:
     if not found:
         return "-"
     row = found[0]
-    return f"{row['tokens_per_second']:,.0f} tokens/s ({share(row['tflop'] / row['ms'] * 1e3, best_product(result))})"
+    of_products = share(row["tflop"] / row["ms"] * 1e3, best_product(result))
+    return f"{row['tokens_per_second']:,.0f} tokens/s ({of_products})"
 
 
 def of_decoding(result: dict[str, Any]) -> str:

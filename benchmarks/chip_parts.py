@@ -1,9 +1,9 @@
-"""The parts of `benchmarks.chip`, each run in a process of its own: its memory goes with it, and so
-does its crash.
+"""The parts of `benchmarks.chip`, each run in a process of its own.
 
-  python -m benchmarks.chip_parts --part=card [--small]                       prints what the card is, as JSON
+  python -m benchmarks.chip_parts --part=card [--small]      prints what the card is, as JSON
   python -m benchmarks.chip_parts --part=PART --out=FILE --seconds=N [--small]
 
+A process that ends gives its memory back, and one that crashes leaves the other parts alone.
 A part is rows. Each is written to FILE as soon as it is there, with its error where it failed; rows
 that FILE has are not made again. A row that would not end within N seconds, if it took as long as
 the longest before it, is left out.
@@ -39,8 +39,7 @@ Rows = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 TRIES = 3  # a row that ended its process so often has failed
 PRODUCTS = ((8192, 8192, 8192), (10240, 2304, 9216), (2048, 2304, 9216))
 PRODUCTS_SMALL = ((256, 256, 256),)
-# The batch to begin with, by the number of latents: on 80 GB these fit, and larger ones are hardly
-# faster.
+# The batch to begin with, by number of latents: it fits on 80 GB, larger ones are hardly faster.
 BATCH = {16: 8, 64: 4}
 STEPS = common.PUBLISHED | dict(rounds=3, least=0.0, eager=False)
 STEPS_SMALL = common.SMALL | dict(
@@ -64,9 +63,7 @@ def card(small: bool) -> dict[str, Any]:
 
 
 def driver(device: Any) -> str:
-    """Returns the version of NVIDIA's driver; of other devices, the first line that their runtime
-    says of itself.
-    """
+    """Returns the version of NVIDIA's driver, or the first line of another device's runtime."""
     file = Path("/proc/driver/nvidia/version")
     if device.platform == "gpu" and file.exists():
         found = re.search(r"\d{3,}\.\d+(\.\d+)?", file.read_text())
@@ -75,9 +72,8 @@ def driver(device: Any) -> str:
     if device.platform == "gpu":
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
-            return subprocess.run(
-                command, capture_output=True, text=True, check=True
-            ).stdout.split()[0]
+            asked = subprocess.run(command, capture_output=True, text=True, check=True)
+            return asked.stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             return "unknown"
     return device.client.platform_version.partition("\n")[0]
@@ -87,9 +83,7 @@ def driver(device: Any) -> str:
 
 
 def steps(small: bool) -> Rows:
-    """Yields products and copies at their fastest, then training steps: those that matter most
-    first.
-    """
+    """Yields products and copies at their fastest, then training steps, the main ones first."""
     for shape in PRODUCTS_SMALL if small else PRODUCTS:
         yield "product " + " x ".join(map(str, shape)), partial(product, *shape)
     yield "copy", copy
@@ -121,9 +115,7 @@ def copy() -> dict[str, Any]:
 
 
 class Steps:
-    """Measures training steps; holds one training state at a time, that of one number of
-    latents.
-    """
+    """Measures training steps; holds one training state at a time, of one number of latents."""
 
     def __init__(self, small: bool):
         self.small = small
@@ -136,13 +128,8 @@ class Steps:
             gc.collect()
             self.jobs[L] = step.Job(arguments(self.small, trains=True), L)
         job = self.jobs[L]
-        row = {
-            "kind": "step",
-            "latents": L,
-            "form": form,
-            "remat": remat,
-            "layers": job.a.config.num_layers,
-        }
+        row = {"kind": "step", "latents": L, "form": form, "remat": remat}
+        row["layers"] = job.a.config.num_layers
         # A larger batch hardly changes the dense form, which is the slowest.
         batch = 1 if self.small or form == "dense" else BATCH[L]
         while batch:
@@ -155,9 +142,7 @@ class Steps:
     def measure(
         self, job: step.Job, form: str, remat: str, batch: int
     ) -> tuple[dict[str, Any] | None, int]:
-        """Returns what was measured, or None and the batch to try next, where this one does not
-        fit.
-        """
+        """Returns (figures, 0), or (None, the batch to try next) where this one does not fit."""
         inputs = dict(zip(("tokens", "segment"), common.text(job.a, batch)))
         began = time.perf_counter()
         try:
@@ -178,8 +163,9 @@ class Steps:
 
 
 def arguments(small: bool, trains: bool) -> argparse.Namespace:
-    """Returns the published setting, with as many layers as leave the card room to work; or what
-    stands for it.
+    """Returns the published setting, with as many layers as leave the card room to work.
+
+    small: what stands for it on a CPU. trains: the card also holds a training state.
     """
     a = argparse.Namespace(**(STEPS_SMALL if small else STEPS))
     config = common.ARCHITECTURES[a.size]
@@ -190,8 +176,9 @@ def arguments(small: bool, trains: bool) -> argparse.Namespace:
 
 
 def held(config: TransformerConfig, trains: bool) -> float:
-    """Returns bytes of both models in bfloat16; trains: of the coprocessor and its optimizer in
-    float32.
+    """Returns the bytes of both models in bfloat16.
+
+    trains: the coprocessor is in float32, with its optimizer.
     """
     shapes = jax.eval_shape(lambda: common.weights(config, 16, "float32"))
     decoder, coprocessor = (
@@ -280,12 +267,11 @@ def use(small: bool) -> Rows:
 
 def evaluate(small: bool) -> dict[str, Any]:
     """Measures a text evaluated at every position, and counts the useful products."""
-    preset = evaluation.PRESET | (dict(latents=[2], positions=24, ahead=3) if small else {})
     form = common.attention_forms()[-1]
-    a = arguments(small, trains=False)
-    a = argparse.Namespace(
-        **vars(a) | preset | {"batch": [1], "forms": [f"{form}, reused"], "rounds": 1}
-    )
+    preset = evaluation.PRESET | {"batch": [1], "forms": [f"{form}, reused"], "rounds": 1}
+    if small:
+        preset |= dict(latents=[2], positions=24, ahead=3)
+    a = argparse.Namespace(**vars(arguments(small, trains=False)) | preset)
     [row] = evaluation.measure(a)
     c, L, T = a.config, a.latents[0], a.seq_len
     places = -(-(T - 1) // a.positions) * a.positions
@@ -297,15 +283,11 @@ def evaluate(small: bool) -> dict[str, Any]:
 
 
 def decode(small: bool, batch: int) -> dict[str, Any]:
-    """Measures a token with latents, and the share of its time that reading the weights would
-    take.
-    """
-    preset = decoding.PUBLISHED | (
-        dict(latents=[2], seq_len=8, new=4, size="gemma2_test") if small else {}
-    )
-    a = arguments(small, trains=False)
-    a = argparse.Namespace(**vars(a) | preset | {"batch": [batch], "forms": ["latents"]})
-    a.dtype = "float32" if small else a.dtype
+    """Measures a token with latents, and the share of its time that reading would take."""
+    preset = decoding.PUBLISHED | {"batch": [batch], "forms": ["latents"]}
+    if small:
+        preset |= dict(latents=[2], seq_len=8, new=4, size="gemma2_test", dtype="float32")
+    a = argparse.Namespace(**vars(arguments(small, trains=False)) | preset)
     [row] = decoding.measure(a, decoding.bandwidth(3, 0.1))
     return {"kind": "decoding", **row, "layers": a.config.num_layers}
 
@@ -356,9 +338,8 @@ def run(rows: Rows, part: str, out: Path, seconds: float) -> None:
         made[name] = {"tries": tries + 1}  # what is found here, if this process ends
         write(out, result)
         if tries >= TRIES:
-            row = {
-                "failed": f"its process ended {tries} times while this ran: out of time, or a crash"
-            }
+            why = f"its process ended {tries} times while this ran: out of time, or a crash"
+            row = {"failed": why}
         else:
             row = attempt(make)
         made[name] = row | {"seconds": round(time.monotonic() - began, 2)}
@@ -381,12 +362,11 @@ def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def shown(row: dict[str, Any]) -> str:
     """Returns a row in one line."""
-    cells = {
-        key: value
-        for key, value in row.items()
-        if value is not None and not isinstance(value, dict)
-    }
-    return "  ".join(f"{key} {common.cell(value)}" for key, value in cells.items())
+    cells = []
+    for key, value in row.items():
+        if value is not None and not isinstance(value, dict):
+            cells.append(f"{key} {common.cell(value)}")
+    return "  ".join(cells)
 
 
 def main() -> None:

@@ -31,12 +31,11 @@ from latent_delib.nn.sizes import SIZES
 
 B, K = 2, 2
 BAIT = 3  # slots at either end of the text
-# dtype -> the largest error by root mean square, and of any element. TF32 or passes of bfloat16
-# would break the first.
+# By dtype, the largest errors: by root mean square, and of any element.
+# TF32 or passes of bfloat16 would break the first.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2**-6, 2**-5)}
-# A step in bfloat16 beside one in float32: the relative error of its loss, and that of its gradient
-# (root mean square). Rounding alone makes 4 % of a gradient; a kernel may make half as much again
-# as `xla`.
+# A step in bfloat16 beside one in float32: relative errors of loss and gradient (root mean square).
+# Rounding alone makes 4 % of a gradient; a kernel may make half as much again as `xla`.
 LOSS, GRADIENT, MORE = 2e-3, 0.1, 1.5
 HEAD_DIMS = (256, 128, 64, 32, 16)
 ORDERS = ("sorted", "unsorted", "window")
@@ -71,7 +70,7 @@ STEP_SMALL = dict(seq_len=64, traces=6, ahead=4, latents=4)
 def rows(small: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yields names of rows, and the functions that make them."""
     here = common.attention_forms()[:0:-1]  # a kernel first, without the reference
-    # on a CPU the kernels are interpreted
+    # On a CPU the kernels are interpreted.
     forms = [*KERNELS, "xla"] if jax.default_backend() == "cpu" else here
     layouts = SMALL if small else LAYOUTS
     for form in forms:
@@ -89,9 +88,7 @@ def rows(small: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 def compare(form: str, dtype: str, H: int, layout: Layout) -> dict[str, Any]:
-    """Finds errors of the output and of each gradient, the largest over all orders of the
-    groups.
-    """
+    """Finds the errors of the output and of each gradient, the largest over all ORDERS."""
     (q, k, v, prefix), dout = jax.tree.map(lambda x: x.astype(dtype), operands(layout, H))
     exact = jax.tree.map(_widened, (q, k, v, prefix, dout))
     names = ("out", "dq", "dk", "dv")
@@ -127,8 +124,10 @@ def _widened(x: jax.Array) -> jax.Array:
 
 @cache
 def passes(form: str, softcap: float) -> Callable:
-    """Returns the jitted (operands, (prefix, bounds), gradient of the output) -> output, gradients
-    of the operands.
+    """Returns a form's forward and backward pass, jitted.
+
+    It maps (operands, (prefix, bounds), gradient of the output) to (output, gradients of the
+    operands).
     """
     memory = shared_memory_of(jax.local_devices()[0])
     attention = partial(attend, form=form, scale=2.0, softcap=softcap, few=0, shared_memory=memory)
@@ -136,9 +135,7 @@ def passes(form: str, softcap: float) -> Callable:
 
 
 def errors(found: jax.Array, wanted: jax.Array) -> tuple[float, float]:
-    """Returns the error by root mean square, and of the worst element; not numbers where something
-    is none.
-    """
+    """Returns the error by root mean square, and of the worst element; NaN where one is NaN."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     apart = np.abs(found - wanted)
     rms = np.sqrt(np.mean(apart**2) / np.mean(wanted**2))
@@ -146,10 +143,10 @@ def errors(found: jax.Array, wanted: jax.Array) -> tuple[float, float]:
 
 
 def operands(layout: Layout, H: int) -> tuple[tuple, jax.Array]:
-    """Draws q, k, v and prefix, and the output's gradient. Queries are positive, so the bait's keys
-    score highest.
+    """Draws q, k, v and prefix, and the output's gradient.
 
-    A query's product with a key is of the size of a normal number, whatever the head dim.
+    Queries are positive, so the bait's keys score highest. A query's product with another key is of
+    the size of a normal number, whatever the head dim.
     """
     key = jax.random.split(jax.random.key(0), 6)
     M, S, T, G, _ = layout
@@ -166,9 +163,7 @@ def operands(layout: Layout, H: int) -> tuple[tuple, jax.Array]:
 
 
 def bounds_of(layout: Layout, order: str) -> Bounds:
-    """Draws two documents a row, of unequal length, and groups anywhere in them, the first with an
-    empty range.
-    """
+    """Draws two unequal documents a row, and groups anywhere in them; the first sees no text."""
     rng = np.random.default_rng(1)
     M, S, T = layout.M, layout.S, layout.T
     own = np.broadcast_to(np.arange(S), (B, M, S))
@@ -197,9 +192,7 @@ def bounds_of(layout: Layout, order: str) -> Bounds:
 
 
 def compare_step(form: str, small: bool) -> dict[str, Any]:
-    """Finds how far a step in bfloat16 is from one in float32 by `xla`, in its loss and its
-    gradient.
-    """
+    """Finds how far loss and gradient in bfloat16 are from those in float32 by `xla`."""
     loss, gradient = one_step("xla", "float32", small)
     runs = {name: one_step(name, "bfloat16", small) for name in (form, "xla")}
     apart = {name: float(_apart(found, gradient)) for name, (_, found) in runs.items()}

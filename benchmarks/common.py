@@ -1,6 +1,4 @@
-"""What the benchmarks share: presets, forms taking turns under one clock, and the table with what
-it was made on.
-"""
+"""What the benchmarks share: presets, forms that take turns under one clock, and the table."""
 
 import argparse
 import dataclasses
@@ -34,8 +32,7 @@ from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.nn.transformer import REMAT, Params, Transformer
 
-# "small": a Gemma 2 that two CPU cores train; as in the published setting, no window is shorter
-# than the text.
+# "small": a Gemma 2 that two CPU cores train. No window is shorter than the text, as published.
 ARCHITECTURES = SIZES | {
     "small": dataclasses.replace(
         SIZES["gemma2_3m"], embed_dim=256, ffn_dim=1024, window=SIZES["gemma2_2b"].window
@@ -56,8 +53,9 @@ def arguments(
     small: Mapping[str, Any],
     **switches: str,
 ) -> argparse.Namespace:
-    """The command line: every key of a preset is a flag, `switches` are flags that are off and
-    their help.
+    """Reads the command line: every key of a preset is a flag.
+
+    switches: flags that are off unless given, with their help.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,9 +96,7 @@ def arguments(
 
 
 def attention_forms() -> list[str]:
-    """The package's forms of attention that this platform has, proven or not; the last is its
-    fastest.
-    """
+    """Returns the forms of attention that this platform has, proven or not; its fastest last."""
     kernel = kernel_of(jax.local_devices()[0])
     return ["reference", "xla"] + [kernel] * (kernel is not None)
 
@@ -123,32 +119,31 @@ def augmentation(
 
 
 def weights(config: TransformerConfig, num_latents: int, dtype: str) -> Params:
-    """A decoder of random weights and a coprocessor that starts from it, both in `dtype`."""
+    """Makes a decoder of random weights and a coprocessor that starts from it, in `dtype`."""
 
     @jax.jit
     def start(key: jax.Array) -> Params:
         decoder = transformer.init(key, config)
-        trained = METHODS["cache_augmentation"].init(
-            key, decoder, augmentation(config, num_latents, "xla").models, num_latents
-        )
+        models = augmentation(config, num_latents, "xla").models
+        trained = METHODS["cache_augmentation"].init(key, decoder, models, num_latents)
         return jax.tree.map(lambda x: x.astype(dtype), {"decoder": decoder} | trained)
 
     return start(jax.random.key(0))
 
 
 def text(a: argparse.Namespace, batch: int) -> tuple[jax.Array, jax.Array]:
-    """Random tokens and their segments, int32 [B, T] each: every row one document."""
+    """Draws tokens and their segments, int32 [B, T] each: every row one document."""
     tokens = np.random.default_rng(0).integers(0, a.config.vocab_size, (batch, a.seq_len))
     return jnp.asarray(tokens, jnp.int32), jnp.ones((batch, a.seq_len), jnp.int32)
 
 
 def positions(a: argparse.Namespace, tokens_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
-    """Random sorted trace positions [B, M]."""
+    """Draws sorted trace positions [B, M]."""
     return traces.draw(jax.random.key(0), tokens_BT, segment_BT, a.traces)
 
 
 def attention_flops(config: TransformerConfig, bounds: Bounds, backward: bool) -> float:
-    """Useful FLOPs of one global layer's attention over what `bounds` show, a multiply-add as two.
+    """Counts a global layer's useful FLOPs of attention by `bounds`, a multiply-add as two.
 
     Forward, two products a visible pair: scores and sums. Backward, two more over the prefix, whose
     keys and values get no gradient (of the weights, of q), and four over the own group. Scores
@@ -162,7 +157,7 @@ def attention_flops(config: TransformerConfig, bounds: Bounds, backward: bool) -
 
 
 def calls(function: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> Run:
-    """A form to measure from a function that dispatches one call."""
+    """Returns a form to measure, from a function that dispatches one call."""
 
     def run(count: int) -> None:
         for _ in range(count):
@@ -173,7 +168,7 @@ def calls(function: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_un
 
 
 def measure(runs: Mapping[str, Run], rounds: int, least: float = 0.0) -> dict[str, list[float]]:
-    """Seconds a call, `rounds` times for each, or none where the device's memory does not hold it.
+    """Returns the seconds of a call, `rounds` times for each form; none where memory ran out.
 
     The forms take turns, so that a busy machine meets all of them alike.
     """
@@ -199,7 +194,7 @@ def measure(runs: Mapping[str, Run], rounds: int, least: float = 0.0) -> dict[st
 def spread(
     seconds: Sequence[float], scale: float = 1e3, unit: str = "ms"
 ) -> dict[str, float | None]:
-    """Median, least and most, times `scale`; None where there is no measurement."""
+    """Returns median, least and most, times `scale`; None where there is no measurement."""
     if not seconds:
         return dict.fromkeys((unit, f"{unit}_min", f"{unit}_max"))
     low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
@@ -207,9 +202,7 @@ def spread(
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """GiB of a compiled function: all that it needs at once, and what of it is neither input nor
-    output.
-    """
+    """Returns GiB of a compiled function: all that it needs, and its temporaries alone."""
     m = compiled.memory_analysis()
     if m is None:
         return {}
@@ -219,20 +212,18 @@ def memory(compiled: Any) -> dict[str, float]:
 
 
 def room() -> float:
-    """Bytes that JAX may hold on the device; infinite where it does not say."""
+    """Returns the bytes that JAX may hold on the device; infinite where it does not say."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def share_the_card() -> None:
-    """Lets JAX take memory as it needs it, and nearly all: PyTorch computes on the same card,
-    before or after it.
-    """
+    """Lets JAX take memory as it needs it, and nearly all: PyTorch uses the same card."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were made on."""
+    """Says what the numbers are made on."""
     found = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
@@ -252,11 +243,10 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def report(
@@ -273,8 +263,9 @@ def report(
         **measured,
         "rows": list(rows),
     }
-    load = f"{result['device']}, {result['processor']}, {result['cores']} cores, load {result['load']:.1f}"
-    print(f"{command}\n{load}, jax {result['jax']}, {result['date']}")
+    print(command)
+    print(f"{result['device']}, {result['processor']}, {result['cores']} cores, ", end="")
+    print(f"load {result['load']:.1f}, jax {result['jax']}, {result['date']}")
     print("  ".join(f"{k} {v}" for k, v in settings.items() if k not in ("forms", "small")))
     for key, value in measured.items():
         print(f"{key}: {cell(value)}")
@@ -286,7 +277,7 @@ def report(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Columns are the keys of all rows, in the order of their first appearance."""
+    """Returns a table whose columns are the keys of all rows, in order of appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns]
     named = set()
@@ -299,12 +290,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def cell(value: Any) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float):
-        return (
-            f"{value:,.0f}"
-            if abs(value) >= 1000
-            else f"{value:.3g}"
-            if abs(value) < 100
-            else f"{value:.1f}"
-        )
-    return str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"

@@ -1,8 +1,7 @@
-"""Decoding: tokens a second with and without latents, and the share of what the memory's bandwidth
-allows.
+"""Decoding: tokens a second, with latents and without, and the share that bandwidth allows.
 
   python -m benchmarks.decoding [--batch 1 8] [--seq_len 128] [--new 128] [--forms ...]
-  [--json=FILE]
+      [--json=FILE]
 
 Prompts hold `seq_len` tokens. A token's time is that of `decoding.run` for `new` tokens less that
 for one, which also reads the prompt and writes latents, over new - 1. A token reads all weights of
@@ -33,9 +32,9 @@ PUBLISHED = dict(
 
 
 def bandwidth(rounds: int, least: float) -> float:
-    """Bytes a second that a copy reads and writes, the best of `rounds`."""
+    """Returns the bytes a second that a copy reads and writes, the best of `rounds`."""
     x = jnp.zeros(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)
-    # in place: new pages cost a CPU more than a copy
+    # In place: new pages cost a CPU more than a copy.
     size, step = x.nbytes, jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def copy() -> jax.Array:
@@ -49,14 +48,14 @@ def bandwidth(rounds: int, least: float) -> float:
 def bytes_read(
     c: TransformerConfig, params: Any, itemsize: int, batch: int, entries: float
 ) -> float:
-    """Of one token a row: the decoder's weights, and each row's cache of `entries` entries."""
+    """Returns the bytes of one token a row: the weights, and `entries` of each row's cache."""
     weights = sum(x.nbytes for x in jax.tree.leaves(params["decoder"]))
     seen = sum(min(entries, c.window) if local else entries for local in c.is_local)
     return weights + batch * seen * 2 * c.num_kv_heads * c.head_dim * itemsize
 
 
 def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
-    """A row for each form, batch and number of latents. speed: bytes a second of a copy."""
+    """Returns a row for each form, batch and number of latents; speed: bytes a second of a copy."""
     dtype, rows = jnp.dtype(a.dtype), []
     for L, B in ((L, B) for L in a.latents for B in a.batch):
         params = common.weights(a.config, L, a.dtype)
@@ -96,10 +95,8 @@ def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
             row["first_ms"] = 1e3 * statistics.median(first)
             entries = a.seq_len + a.new / 2 + L * (name == "latents")
             read = bytes_read(a.config, params, dtype.itemsize, B, entries)
-            row["gb_token"], row["bandwidth_share"] = (
-                read / 1e9,
-                read / speed / statistics.median(token),
-            )
+            row["gb_token"] = read / 1e9
+            row["bandwidth_share"] = read / speed / statistics.median(token)
     return rows
 
 

@@ -1,5 +1,4 @@
-"""The published form, as a reference: one sequence under one dense mask (Liu et al. 2025, Figure
-2).
+"""The published form, to compare with: one sequence, one dense mask (Liu et al. 2025, Figure 2).
 
 The decoder reads [text, latents and ahead tokens of every trace] as one sequence of T + M S tokens,
 the coprocessor all soft tokens after the text's cache, and a mask over all pairs says who sees
@@ -24,7 +23,7 @@ from latent_delib.nn.transformer import Params
 
 
 class Tokens(NamedTuple):
-    """What visibility and rotation depend on, int32 [B, S] each.
+    """Holds what visibility and rotation depend on, int32 [B, S] each.
 
     position: rotary. document: index of its document's first token. trace: 0 for text, else 1 + m.
     order: place in the text or in the trace. last: the last text token that it sees.
@@ -44,7 +43,7 @@ def of_text(segment_BT: jax.Array) -> Tokens:
 
 
 def of_traces(position_BMS: jax.Array, start_BMS: jax.Array, stop_BMS: jax.Array) -> Tokens:
-    """All traces one after the other; a token of one sees text tokens start <= t < stop."""
+    """Lays traces one after the other; a token of one sees text tokens start <= t < stop."""
     _, M, S = position_BMS.shape
     trace_M1, order_S = 1 + jnp.arange(M)[:, None], jnp.arange(S)
     parts = (position_BMS, start_BMS, trace_M1, order_S, stop_BMS - 1)
@@ -56,7 +55,7 @@ def both(text: Tokens, traces: Tokens) -> Tokens:
 
 
 def visible(query: Tokens, key: Tokens) -> jax.Array:
-    """The mask of Figure 2, bool [B, S, U]."""
+    """Returns the mask of Figure 2, bool [B, S, U]."""
     q, k = jax.tree.map(lambda x: x[:, :, None], query), jax.tree.map(lambda x: x[:, None, :], key)
     text = (k.trace == 0) & (k.document == q.document) & (k.order <= q.last)
     own = (k.trace > 0) & (k.trace == q.trace) & (k.order <= q.order)
@@ -71,19 +70,17 @@ def attend(
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Attention of all queries to all keys, [B, S, N, H]; scores and softmax are float32."""
+    """Returns attention of all queries to all keys, [B, S, N, H]; scores are float32."""
     B, S, N, H = q_BSNH.shape
     K = k_BUKH.shape[2]
     q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
-    scores = (
-        jnp.einsum("BSKGH,BUKH->BKGSU", q_BSKGH, k_BUKH, preferred_element_type=jnp.float32) * scale
-    )
+    scores = jnp.einsum("BSKGH,BUKH->BKGSU", q_BSKGH, k_BUKH, preferred_element_type=jnp.float32)
+    scores = scores * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    weights = jax.nn.softmax(jnp.where(visible_BSU[:, None, None], scores, -jnp.inf)).astype(
-        v_BUKH.dtype
-    )
-    return jnp.einsum("BKGSU,BUKH->BSKGH", weights, v_BUKH).reshape(B, S, N, H)
+    weights = jax.nn.softmax(jnp.where(visible_BSU[:, None, None], scores, -jnp.inf))
+    out = jnp.einsum("BKGSU,BUKH->BSKGH", weights.astype(v_BUKH.dtype), v_BUKH)
+    return out.reshape(B, S, N, H)
 
 
 def forward(
@@ -94,8 +91,9 @@ def forward(
     key: Tokens,
     cache: tuple | None = None,
 ) -> tuple[jax.Array, tuple]:
-    """Final-normed outputs [B, S, D], and own keys and values [layers, B, S, K, H]; `cache` holds
-    those of the keys that stand before.
+    """Returns final-normed outputs [B, S, D], and own keys and values [layers, B, S, K, H].
+
+    cache: the keys and values of the tokens that stand before.
     """
     seen_BSU = visible(query, key)
     near_BSU = query.position[:, :, None] - key.position[:, None, :] < c.window
@@ -141,7 +139,7 @@ def loss(
     dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """What `augment.loss` computes for a coprocessor's training: Σ loss in nats and Σ tokens."""
+    """Computes what `augment.loss` does for a coprocessor: Σ loss in nats and Σ tokens."""
     c, (B, T), M = aug.transformer.config, tokens_BT.shape, at_BM.shape[1]
     decoder, coprocessor = params["decoder"], params["coprocessor"]
     traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)

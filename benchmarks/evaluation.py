@@ -1,8 +1,7 @@
-"""Perplexity at every position: text tokens a second, the text's cache reused or the text read
-again.
+"""Perplexity at every position: text tokens a second, by the text's cache or read again.
 
   python -m benchmarks.evaluation [--latents 16] [--batch 1] [--positions 64] [--forms ...]
-  [--json=FILE]
+      [--json=FILE]
 
 "reused" is what `latent_delib.evaluate` does: a text is read once, and its cache serves all its
 positions, some of them at a time. "again" reads the text for every such part, as a step without a
@@ -24,7 +23,7 @@ PRESET = dict(latents=[16], batch=[2], positions=64, ahead=32)
 
 
 def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each form, batch and number of latents."""
+    """Returns a row for each form, batch and number of latents."""
     rows = []
     for L, B in ((L, B) for L in a.latents for B in a.batch):
         params = common.weights(a.config, L, a.dtype)
@@ -51,7 +50,7 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
 
             @jax.jit
             def whole(params, at_BM):
-                # the loss of the text is not computed again
+                # The loss of the text is not computed again.
                 text, _ = read(params, tokens_BT, segment_BT)
                 return sums(*ahead(params, text, tokens_BT, segment_BT, at_BM))
 

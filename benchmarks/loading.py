@@ -35,11 +35,14 @@ Path(sys.argv[2]).mkdir()
 save_file({n: np.stack(x) if n.startswith("layers.") else x[0] for n, x in leaves.items()},
           Path(sys.argv[2]) / "model.safetensors")
 """
-LOAD = "import sys, jax, jax.numpy as jnp, latent_delib as ld; d = ld.load_decoder(sys.argv[1], jnp.bfloat16)"
+LOAD = """
+import jax.numpy as jnp, latent_delib, sys
+decoder = latent_delib.load_decoder(sys.argv[1], jnp.bfloat16)
+"""
 
 
 def write_random(where: Path, size: str) -> int:
-    """A Hugging Face folder of random weights; returns the bytes of its tensors."""
+    """Writes a Hugging Face folder of random weights; returns the bytes of its tensors."""
     config = SIZES[size]
     where.mkdir(parents=True)
     (where / "config.json").write_text(json.dumps(huggingface.config_json(config, "bfloat16", {})))
@@ -59,9 +62,7 @@ def write_random(where: Path, size: str) -> int:
 
 
 def measure(*arguments: str) -> tuple[float, float]:
-    """Seconds and peak resident GiB of a Python process, the interpreter and its libraries
-    included.
-    """
+    """Returns seconds and peak resident GiB of a Python process, its libraries included."""
     began = time.perf_counter()
     pid = os.posix_spawn(sys.executable, [sys.executable, *arguments], os.environ)
     _, status, usage = os.wait4(pid, 0)
@@ -81,39 +82,28 @@ def main() -> None:
     size = write_random(hf, a.size)
     largest = max(2 * int(np.prod(t.shape)) for t in names.tensors(SIZES[a.size], "huggingface"))
     convert = ("-m", "latent_delib.convert")
-    rows = []
-    for form, arguments in {
+    there = (f"--source={hf}", f"--out={ours}", f"--size={a.size}")
+    back_again = (f"--source={ours}", f"--out={back}", "--to=huggingface")
+    forms = {
         "the libraries alone": ("-c", "import latent_delib.convert"),
-        "convert: Hugging Face to ours": (
-            *convert,
-            f"--source={hf}",
-            f"--out={ours}",
-            f"--size={a.size}",
-        ),
+        "convert: Hugging Face to ours": (*convert, *there),
         "the plain way: all in memory": ("-c", PLAIN, str(hf), str(plain)),
-        "convert: ours to Hugging Face": (
-            *convert,
-            f"--source={ours}",
-            f"--out={back}",
-            "--to=huggingface",
-        ),
+        "convert: ours to Hugging Face": (*convert, *back_again),
         "load_decoder, bfloat16, one device": ("-c", LOAD, str(ours)),
-    }.items():
+    }
+    rows = []
+    for form, arguments in forms.items():
         seconds, peak = measure(*arguments)
         rows.append({"form": form, "seconds": round(seconds, 1), "peak_gib": round(peak, 2)})
         for unneeded in (plain, back):
             shutil.rmtree(unneeded, ignore_errors=True)
-    print(
-        f"{a.size}: {size / 2**30:.2f} GiB of weights, largest tensor {largest / 2**30:.2f} GiB; {platform.machine()},"
-    )
-    print(f"{os.cpu_count()} cores")
+    print(f"{a.size}: {size / 2**30:.2f} GiB of weights, largest tensor {largest / 2**30:.2f} GiB")
+    print(f"{platform.machine()}, {os.cpu_count()} cores")
     for row in rows:
         print(f"{row['form']:<36} {row['seconds']:>7.1f} s {row['peak_gib']:>7.2f} GiB at most")
     if a.json:
-        a.json.write_text(
-            json.dumps({"size": a.size, "bytes": size, "largest": largest, "rows": rows}, indent=2)
-            + "\n"
-        )
+        result = {"size": a.size, "bytes": size, "largest": largest, "rows": rows}
+        a.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What the train step needs on one chip that nobody here has: compiled for it on a CPU, nothing is
-run.
+"""What the train step needs on a chip that is not here: compiled for it on a CPU, never run.
 
   LATENT_DELIB_EXTRAS=cuda ./launch/setup.sh          # or tpu
-  ./launch/gpu.sh .venv/bin/python -m benchmarks.memory --target=h100 --latents 16 64 --batch 4
-  --remat attention full
+  ./launch/gpu.sh .venv/bin/python -m benchmarks.memory --target=h100 --latents 16 64 --batch 4 \
+      --remat attention full
 
 The true step: Gemma 2 2B, T 2048, M 128, A 16, bfloat16 with float32 master weights, AdamW, donated
 state. `held` is the state and the frozen weights; `working` is what the compiler plans beside them.
@@ -39,8 +38,9 @@ CARD = """
 gpu_device_info {{
   threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
   shared_memory_per_core: {core_memory}  shared_memory_per_block_optin: {block_memory}
-  threads_per_core_limit: {threads}  core_count: {cores}  fpus_per_core: 128  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535  block_dim_limit_z: 65535  memory_bandwidth: {bandwidth:.0f}  l2_cache_size: {cache}
+  threads_per_core_limit: {threads}  core_count: {cores}  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f}  l2_cache_size: {cache}
   clock_rate_ghz: {clock}  device_memory_size: {memory}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
@@ -52,7 +52,7 @@ device_description_str: "{name}"
 
 
 class Card(NamedTuple):
-    """The fields of CARD, from the makers' data sheets."""
+    """Holds the fields of CARD, from the makers' data sheets."""
 
     name: str
     major: int
@@ -73,42 +73,24 @@ CARDS = {
     ),
     "l4": Card("NVIDIA L4", 8, 9, 102400, 101376, 1536, 58, 300e9, 48 << 20, 2.04, 24 << 30),
     "h100": Card(
-        "NVIDIA H100 80GB HBM3",
-        9,
-        0,
-        233472,
-        232448,
-        2048,
-        132,
-        3352.32e9,
-        50 << 20,
-        1.98,
+        "NVIDIA H100 80GB HBM3", 9, 0, 233472, 232448, 2048, 132, 3352.32e9, 50 << 20, 1.98,
         84929347584,
     ),
     "b200": Card(
         "NVIDIA B200", 10, 0, 233472, 232448, 2048, 148, 8000e9, 126 << 20, 1.97, 180 << 30
     ),
     "rtx5090": Card(
-        "NVIDIA GeForce RTX 5090",
-        12,
-        0,
-        102400,
-        101376,
-        1536,
-        170,
-        1792e9,
-        96 << 20,
-        2.41,
+        "NVIDIA GeForce RTX 5090", 12, 0, 102400, 101376, 1536, 170, 1792e9, 96 << 20, 2.41,
         32 << 30,
     ),
-}
+}  # fmt: skip
 TARGETS = dict.fromkeys(CARDS, "cuda") | dict.fromkeys(("v5e", "v5p", "v6e"), "tpu")
 T, M, A = 2048, 128, 16
 
 
 def chip(target: str) -> NamedSharding:
-    """One device of a kind, which compiles and does not run."""
-    # nothing runs; plug-ins are looked for at the first use of a device
+    """Returns one device of a kind, which compiles and does not run."""
+    # jax looks for plug-ins at the first use of a device.
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
     if TARGETS[target] == "cuda":
@@ -123,7 +105,7 @@ def chip(target: str) -> NamedSharding:
 def compile_step(
     where: NamedSharding, size: str, L: int, B: int, remat: str, form: str
 ) -> dict[str, Any]:
-    """One row: seconds to compile, and GiB."""
+    """Returns one row: seconds to compile, and GiB."""
     config, c, method = SIZES[size], base.get_config(), METHODS["cache_augmentation"]
     device = where.mesh.devices.flat[0]
     partition = WHOLE._replace(shared_memory=shared_memory_of(device))
@@ -142,10 +124,8 @@ def compile_step(
         )
 
     decoder = folder.shapes(config)
-    state, frozen = (
-        here(jax.eval_shape(start, jax.random.key(0), decoder)),
-        here({"decoder": decoder}, jnp.bfloat16),
-    )
+    state = here(jax.eval_shape(start, jax.random.key(0), decoder))
+    frozen = here({"decoder": decoder}, jnp.bfloat16)
     row = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where)
     step = partial(
         train_step,
@@ -191,16 +171,12 @@ def main() -> None:
         for B in a.batch:
             for remat in a.remat:
                 for form in a.forms:
-                    rows.append(compile_step(where, a.size, L, B, remat, form))
-                    print(
-                        "  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True
-                    )
+                    row = compile_step(where, a.size, L, B, remat, form)
+                    rows.append(row)
+                    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if a.json:
-        a.json.write_text(
-            json.dumps(
-                {"target": a.target, "size": a.size, "jax": jax.__version__, "rows": rows}, indent=2
-            )
-        )
+        found = {"target": a.target, "size": a.size, "jax": jax.__version__, "rows": rows}
+        a.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The asynchronous coprocessor for real: does the decoder wait for it? On two devices, one for each
-model.
+"""Whether the decoder waits for the asynchronous coprocessor: on two devices, one for each.
 
   python -m benchmarks.overlap [--size=smollm2_135m] [--latents=16] [--seq_len=128] [--new=64]
 
@@ -36,9 +35,7 @@ from latent_delib.nn.transformer import Params
 
 
 class Timed:
-    """Measures one call of the coprocessor beside the decoder: when it was asked, and when its
-    answer was seen.
-    """
+    """Measures a call of the coprocessor: when it is asked, and when its answer is seen."""
 
     def __init__(self, write: Callable[[Reading, jax.Array], Latents]):
         self.write = write
@@ -69,14 +66,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def place(params: Params, where: Any) -> Params:
         return jax.device_put(params, mesh.replicated(where))
 
-    decoder, coprocessor = (
-        place({"decoder": params["decoder"]}, home),
-        {"coprocessor": params["coprocessor"]},
-    )
+    decoder = place({"decoder": params["decoder"]}, home)
+    coprocessor = {"coprocessor": params["coprocessor"]}
     here, beside = place(coprocessor, home), place(coprocessor, there)
-    prompt_BT, length_B = jax.device_put(
-        (common.text(a, a.batch)[0], jnp.full((a.batch,), a.seq_len)), mesh.rows(home)
-    )
+    prompts = common.text(a, a.batch)[0], jnp.full((a.batch,), a.seq_len)
+    prompt_BT, length_B = jax.device_put(prompts, mesh.rows(home))
     key_B = jax.device_put(jax.random.split(jax.random.key(0), a.batch), mesh.rows(home))
     timed: list[Timed] = []
 
@@ -90,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 write, stopped = timed[-1].ask, timed[-1].look
             options = GenerationOptions(new, Sampler(), delay=None if form == "beside" else 0)
             return decoding.run(
-                decoder, prompt_BT, length_B, key_B, options, aug=aug, write=write, room=a.new, eos_id=-1, pad_id=0,
-                stopped=stopped,
+                decoder, prompt_BT, length_B, key_B, options,
+                aug=aug, write=write, room=a.new, eos_id=-1, pad_id=0, stopped=stopped,
             )  # fmt: skip
 
         return call

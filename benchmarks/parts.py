@@ -1,4 +1,4 @@
-"""Where the time of a train step goes: each part added to those before it.
+"""Where the time of a train step goes, by adding one part after another.
 
 python -m benchmarks.parts [--small] [--json=FILE]
 """
@@ -25,16 +25,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     frozen = {"decoder": jax.tree.map(lambda x: x.astype(dtype), tree["decoder"])}
     trained = {"coprocessor": tree["coprocessor"]}
     tokens, segment = common.text(a, a.batch)
-    at, tx = (
-        common.positions(a, tokens, segment),
-        make_optimizer(base.get_config().optimizer, 1000).tx,
-    )
+    at = common.positions(a, tokens, segment)
+    tx = make_optimizer(base.get_config().optimizer, 1000).tx
 
     def params(trained):
         return frozen | jax.tree.map(lambda x: x.astype(dtype), trained)
 
+    def read(trained):
+        return augment.read_text(aug, params(trained), tokens, segment, dtype)
+
     def latents(trained):
-        text = augment.read_text(aug, params(trained), tokens, segment, dtype)
+        text = read(trained)
         marks = aug.lay_out(tokens, segment, at, a.ahead)
         return augment.write_latents(aug, params(trained), text, marks), text.cache, marks
 
@@ -57,10 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=dtype,
     )
     parts = {
-        "text": (
-            lambda t: augment.read_text(aug, params(t), tokens, segment, dtype).cache,
-            trained,
-        ),
+        "text": (lambda t: read(t).cache, trained),
         "+ latents": (lambda t: latents(t)[0], trained),
         "+ decoder over traces": (decode, trained),
         "+ loss": (loss, trained),

@@ -1,5 +1,4 @@
-"""What each side of `peers` does: the package's work, and the same work by PyTorch, transformers or
-sentencepiece.
+"""The sides of `peers`: the package's work, and the same by PyTorch and its like.
 
 A side is a function of the command line's values, `folder` and `smollm2` among them. It gets
 everything ready, and returns its work. It runs in a process of its own, so it imports what it needs
@@ -41,8 +40,9 @@ TINY = dataclasses.replace(
 
 
 class Work(NamedTuple):
-    """What a side does in one call, and how much that is, in the unit of its row. run: returns
-    figures, or None.
+    """Holds what a side does in one call: `run` returns figures, or None.
+
+    amount: how much that is, in the unit of its row.
     """
 
     run: Callable[[], Sequence[float] | None]
@@ -53,13 +53,13 @@ class Work(NamedTuple):
 
 
 def decoder_job(a: argparse.Namespace) -> tuple[ConfigDict, TransformerConfig]:
-    """The job that made the packaged decoder."""
+    """Returns the job that made the packaged decoder."""
     del a
     return packaged_decoder.get_config(), SIZES["gemma2_3m"]
 
 
 def tiny_job(a: argparse.Namespace) -> tuple[ConfigDict, TransformerConfig]:
-    """The same for a smaller decoder, with more and shorter rows."""
+    """Returns the same for a smaller decoder, with more and shorter rows."""
     config = packaged_decoder.get_config()
     config.decoder.architecture = ConfigDict(dataclasses.asdict(TINY))
     config.decoder.tokenizer = str(vocabulary(a.folder))
@@ -69,22 +69,20 @@ def tiny_job(a: argparse.Namespace) -> tuple[ConfigDict, TransformerConfig]:
 
 
 def coprocessor_job(a: argparse.Namespace) -> tuple[ConfigDict, TransformerConfig]:
-    """The quickstart's, over the packaged decoder."""
+    """Returns the quickstart's job, over the packaged decoder."""
     del a
     return quickstart.get_config(), SIZES["gemma2_3m"]
 
 
 def random_batch(config: ConfigDict, vocab_size: int) -> dict[str, np.ndarray]:
-    """Random tokens and their segments, int32 [B, T] each: every row one document."""
+    """Draws tokens and their segments, int32 [B, T] each: every row one document."""
     shape = config.train.batch_size, config.data.seq_len
     tokens = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
     return {"tokens": tokens, "segment": np.ones(shape, np.int32)}
 
 
 def train_ours(a: argparse.Namespace, *, job: Callable) -> Work:
-    """The step that `train` makes, on the mesh that it makes of this machine; values are read one
-    step late.
-    """
+    """Trains as `train` does, on its mesh of this machine; values are read one step late."""
     from latent_delib import mesh, train
     from latent_delib.job import experiment, plan
 
@@ -100,9 +98,8 @@ def train_ours(a: argparse.Namespace, *, job: Callable) -> Work:
         values = None
         for _ in range(STEPS):
             before = values
-            state, values = step(
-                state, frozen, mesh.place_rows(exp.mesh, batch, len(batch["tokens"]))
-            )
+            placed = mesh.place_rows(exp.mesh, batch, len(batch["tokens"]))
+            state, values = step(state, frozen, placed)
             if before is not None:
                 float(before["loss"])
         float(values["loss"])
@@ -111,7 +108,7 @@ def train_ours(a: argparse.Namespace, *, job: Callable) -> Work:
 
 
 def train_theirs(a: argparse.Namespace, *, job: Callable, compiled: bool) -> Work:
-    """The peer's step of the same job."""
+    """Trains the peer on the same job."""
     import torch
 
     from benchmarks.peer_steps import DecoderPeer, Peer
@@ -146,22 +143,22 @@ def all_cores() -> None:
 
 
 def texts(a: argparse.Namespace) -> list[list[int]]:
-    """Token ids of TEXTS paragraphs of the packaged validation text, spread over it; BOS first."""
+    """Returns the ids of TEXTS paragraphs, spread over the packaged validation text; BOS first."""
     from latent_delib.data.tokenizer import Tokenizer
 
     if not a.smollm2.is_dir():
         sys.exit(f"--smollm2={a.smollm2}: no such folder; the commands that make it are in --help")
     tokenizer = Tokenizer(a.smollm2 / "tokenizer.json")
     files = sorted((CORPUS / "validation").glob("*.txt"))
-    paragraphs = [
-        text for file in files for text in file.read_text().split("\n\n") if len(text) >= 400
-    ]
+    paragraphs = []
+    for file in files:
+        paragraphs += [text for text in file.read_text().split("\n\n") if len(text) >= 400]
     chosen = paragraphs[:: len(paragraphs) // TEXTS][:TEXTS]
     return [[tokenizer.bos_id, *tokenizer.encode(text)][:TEXT_TOKENS] for text in chosen]
 
 
 def our_model(a: argparse.Namespace) -> Any:
-    """The plain decoder on one device, in float32."""
+    """Returns the plain decoder on one device, in float32."""
     import jax.numpy as jnp
 
     import latent_delib as ld
@@ -170,7 +167,7 @@ def our_model(a: argparse.Namespace) -> Any:
 
 
 def their_model(a: argparse.Namespace) -> Any:
-    """The same weights in transformers, in float32; converted where that is not done yet."""
+    """Returns the same weights in transformers, in float32; converts them where that is to do."""
     import torch
     import transformers
 
@@ -179,13 +176,9 @@ def their_model(a: argparse.Namespace) -> Any:
     transformers.utils.logging.disable_progress_bar()
     folder = a.folder / "huggingface"
     if not folder.exists():
-        command = (
-            "latent_delib.convert",
-            f"--source={a.smollm2}",
-            f"--out={folder}",
-            "--to=huggingface",
-        )
-        subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "latent_delib.convert", f"--source={a.smollm2}"]
+        command += [f"--out={folder}", "--to=huggingface"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # no row ends early
     return model.eval()
@@ -197,7 +190,7 @@ def score_ours(a: argparse.Namespace) -> Work:
 
 
 def score_theirs(a: argparse.Namespace) -> Work:
-    """One text at a time: no padding."""
+    """Scores one text at a time: no padding."""
     import torch
 
     model, given = their_model(a), texts(a)
@@ -233,9 +226,7 @@ def decode_theirs(a: argparse.Namespace, *, batch: int) -> Work:
 
 
 def vocabulary(folder: Path) -> Path:
-    """A SentencePiece model of 512 pieces of the packaged validation text; made where it is not
-    there.
-    """
+    """Returns a SentencePiece model of 512 pieces; trains it on validation text where missing."""
     import sentencepiece
 
     model = folder / "vocabulary.model"
@@ -261,7 +252,7 @@ def vocabulary(folder: Path) -> Path:
 
 
 def corpus_files() -> list[Path]:
-    """Those of "packaged/train" and "packaged/validation"."""
+    """Returns the files of "packaged/train" and "packaged/validation"."""
     return [file for split in SPLITS for file in sorted((CORPUS / split).glob("*.txt"))]
 
 
@@ -270,7 +261,7 @@ def megabytes() -> float:
 
 
 def prepare_ours(a: argparse.Namespace) -> Work:
-    """The command, from its start to its end."""
+    """Runs the command, from its start to its end."""
     out = a.folder / "tokens"
     config = "--config=configs/quickstart.py", f"--config.decoder.tokenizer={vocabulary(a.folder)}"
     command = [sys.executable, "-m", "latent_delib.prepare", *config, f"--out={out}"]
@@ -286,9 +277,7 @@ def prepare_ours(a: argparse.Namespace) -> Work:
 
 
 def prepare_theirs(a: argparse.Namespace) -> Work:
-    """The tokenizer library: reads the files, tokenizes document by document, keeps arrays. One
-    thread, no start-up.
-    """
+    """Reads the files, and tokenizes each document by the library: one thread, no start-up."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary(a.folder)))

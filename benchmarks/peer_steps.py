@@ -1,7 +1,6 @@
-"""The peer's training steps: `Peer` trains a coprocessor, `DecoderPeer` a whole decoder. The model
-is `peer_torch`'s.
+"""The peer's training steps: `Peer` trains a coprocessor, `DecoderPeer` a whole decoder.
 
-A coprocessor's text is read without gradient and leaves a cache, traces read it.
+The model is `peer_torch`'s. The decoder reads the text without gradient, and traces read its cache.
 """
 
 from collections.abc import Callable
@@ -31,21 +30,22 @@ from latent_delib.nn.sizes import TransformerConfig
 
 
 def adamw(model: Model, optimizer: Any) -> torch.optim.AdamW:
-    """As ours, by config.optimizer: soft tokens have a rate of their own, and neither they nor
-    norms decay.
+    """Returns AdamW as ours, by config.optimizer.
+
+    Soft tokens have a rate of their own, and neither they nor norms decay.
     """
     soft, norms, matrices = [], [], []
     for name, parameter in model.named_parameters():
         kind = soft if name == "soft_tokens" else norms if "norm" in name else matrices
         kind.append(parameter)
-    rate, soft_rate, decay = (
-        optimizer.learning_rate,
-        optimizer.soft_token_learning_rate,
-        optimizer.weight_decay,
-    )
-    groups = (soft, soft_rate, 0.0), (norms, rate, 0.0), (matrices, rate, decay)
+    rate, soft_rate = optimizer.learning_rate, optimizer.soft_token_learning_rate
+    groups = [
+        {"params": soft, "lr": soft_rate, "weight_decay": 0.0},
+        {"params": norms, "lr": rate, "weight_decay": 0.0},
+        {"params": matrices, "lr": rate, "weight_decay": optimizer.weight_decay},
+    ]
     return torch.optim.AdamW(
-        [dict(zip(("params", "lr", "weight_decay"), group)) for group in groups if group[0]],
+        [group for group in groups if group["params"]],
         betas=(optimizer.b1, optimizer.b2),
         eps=optimizer.eps,
         fused=True,
@@ -53,15 +53,13 @@ def adamw(model: Model, optimizer: Any) -> torch.optim.AdamW:
 
 
 class Trained:
-    """A model under training: its gradients are clipped, then AdamW applies them. `optimizer` is
-    config.optimizer.
-    """
+    """Trains a model by config.optimizer: clips its gradients, then applies them by AdamW."""
 
     def __init__(self, model: Model, optimizer: Any):
         self.model, self.clip_norm, self.adamw = model, optimizer.clip_norm, adamw(model, optimizer)
 
     def update(self, loss: Tensor, tokens: Tensor) -> Tensor:
-        """One step down the mean of a sum over tokens; returns that mean, still on the device."""
+        """Steps down the mean of a sum over tokens; returns that mean, still on the device."""
         mean = loss / tokens.clamp(min=1)
         mean.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -71,9 +69,7 @@ class Trained:
 
 
 class DecoderPeer:
-    """The training step of a whole decoder on a CPU, in float32. compiled: its loss is under
-    torch.compile.
-    """
+    """Trains a whole decoder on a CPU, in float32; compiled: its loss is under torch.compile."""
 
     def __init__(self, c: TransformerConfig, optimizer: Any, compiled: bool):
         self.c, self.decoder = c, Model(c, plain)
@@ -83,7 +79,7 @@ class DecoderPeer:
             self.loss = torch.compile(self.loss, dynamic=False)
 
     def loss(self, tokens_BT: Tensor, segment_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ loss in nats of all text, and Σ tokens."""
+        """Returns Σ loss in nats of all text, and Σ tokens."""
         B, T = tokens_BT.shape
         start_BT = document_start(segment_BT)
         position = torch.arange(T) - start_BT
@@ -98,13 +94,12 @@ class DecoderPeer:
         return (nll * inside.flatten()).sum(), inside.sum()
 
     def step(self, tokens_BT: Tensor, segment_BT: Tensor) -> Tensor:
-        """One optimizer step; the mean loss."""
+        """Makes one optimizer step; returns the mean loss."""
         return self.trained.update(*self.loss(tokens_BT, segment_BT))
 
 
 class Peer:
-    """The training step: a frozen decoder, a coprocessor, its optimizer. `optimizer` is
-    config.optimizer.
+    """Trains a coprocessor over a frozen decoder, by config.optimizer.
 
     On a GPU the decoder is in bfloat16, and the coprocessor's float32 weights compute under
     autocast; on a CPU all is float32.
@@ -126,12 +121,8 @@ class Peer:
         checkpointed: bool = True,
         form: Form | None = None,
     ):
-        self.c, self.num_latents, self.num_ahead, self.placement = (
-            c,
-            num_latents,
-            num_ahead,
-            placement,
-        )
+        self.c, self.placement = c, placement
+        self.num_latents, self.num_ahead = num_latents, num_ahead
         self.device, self.checkpointed = torch.device(device), checkpointed
         self.attend, self.mask = form or FORMS[self.device.type]
         self.half = self.device.type != "cpu"
@@ -149,8 +140,7 @@ class Peer:
         if self.attend is not flex:
             self.loss = torch.compile(self.loss, dynamic=False)
             return
-        # One code serves all layers; text, latents and traces are three shapes of it, each compiled
-        # for itself.
+        # All layers share one code; text, latents and traces are three shapes, each compiled once.
         torch._dynamo.config.recompile_limit = 32
         for layer in (*self.decoder.layers, *self.coprocessor.layers):
             layer.compile(dynamic=False)
@@ -160,16 +150,12 @@ class Peer:
     def masks(
         self, make: Callable, batch: int, traces: int, size: int, text: int
     ) -> list[BlockMask | Tensor]:
-        """Of global and of local layers; `make(window)` is a mask function of `traces` traces over
-        a text.
-        """
-        windows = (None, self.c.window)
-        return [
-            self.mask(make(window), batch, traces, size, text, self.device) for window in windows
-        ]
+        """Returns the masks of global and of local layers; `make(window)` is a mask function."""
+        sizes = batch, traces, size, text
+        return [self.mask(make(window), *sizes, self.device) for window in (None, self.c.window)]
 
     def loss(self, tokens_BT: Tensor, segment_BT: Tensor, at_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ loss in nats of all traces' ahead tokens, and Σ tokens."""
+        """Returns Σ loss in nats of all traces' ahead tokens, and Σ tokens."""
         (B, T), M = tokens_BT.shape, at_BM.shape[1]
         traces = lay_out(
             tokens_BT, segment_BT, at_BM, self.num_latents, self.num_ahead, self.placement
@@ -202,7 +188,7 @@ class Peer:
         return (losses * traces.weights.flatten()).sum(), traces.weights.sum()
 
     def step(self, tokens_BT: Tensor, segment_BT: Tensor, num_traces: int) -> Tensor:
-        """One optimizer step; the mean loss, still on the device."""
+        """Makes one optimizer step; returns the mean loss, still on the device."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             loss, tokens = self.loss(tokens_BT, segment_BT, draw(segment_BT, num_traces))
         return self.trained.update(loss, tokens)

@@ -1,8 +1,7 @@
-"""The peer's model: Gemma 2 and its likes as a PyTorch user would write them. `peer_steps` trains
-it.
+"""The peer's model: Gemma 2 and its likes as a PyTorch user would write them.
 
-Layers are in the manner of `transformers`. Visibility is that of Liu et al. 2025, Figure 2, by mask
-functions.
+`peer_steps` trains it. Layers are in the manner of `transformers`. Visibility is that of Liu et al.
+2025, Figure 2, by mask functions.
 
 On a GPU, attention is torch's flex_attention with a block mask, and the softcap is its score
 modification. On a CPU it has no backward pass, and torch's other fused attention has no softcap.
@@ -30,9 +29,11 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 class Traces(NamedTuple):
-    """positions of latents [B, M, L], and of latents and inputs [B, M, X]; first text token seen
-    [B, M]; past the last one for the latents and for the tokens [B, M] each; inputs [B, M, X - L],
-    targets and weights [B, M, A].
+    """Holds the traces of a batch.
+
+    latent_position: of latents [B, M, L]. position: of latents and inputs [B, M, X].
+    start: the first text token seen [B, M]. latent_stop, stop: past the last one, for latents and
+    for tokens [B, M]. inputs: [B, M, X - L]. targets, weights: [B, M, A].
     """
 
     latent_position: Tensor
@@ -46,7 +47,7 @@ class Traces(NamedTuple):
 
 
 def document_start(segment_BT: Tensor) -> Tensor:
-    """Index of the first token of each token's document, [B, T]."""
+    """Returns the index of the first token of each token's document, [B, T]."""
     index = torch.arange(segment_BT.shape[1], device=segment_BT.device)
     first = torch.ones_like(segment_BT, dtype=torch.bool)
     first[:, 1:] = segment_BT[:, 1:] != segment_BT[:, :-1]
@@ -54,8 +55,9 @@ def document_start(segment_BT: Tensor) -> Tensor:
 
 
 def draw(segment_BT: Tensor, num_traces: int) -> Tensor:
-    """Random distinct sorted positions that have an ahead token, [B, M]; T - 1, which has none,
-    where they run out.
+    """Draws distinct sorted positions that have an ahead token, [B, M].
+
+    Where they run out it is T - 1, which has none.
     """
     usable = (segment_BT[:, :-1] == segment_BT[:, 1:]) & (segment_BT[:, 1:] > 0)
     noise = torch.rand(usable.shape, device=segment_BT.device).masked_fill(~usable, -1)
@@ -71,7 +73,7 @@ def lay_out(
     num_ahead: int,
     placement: str,
 ) -> Traces:
-    """Traces at text tokens `at_BM`, placed "after" or "overlay"."""
+    """Returns the traces at text tokens `at_BM`, placed "after" or "overlay"."""
     T, device = tokens_BT.shape[1], tokens_BT.device
 
     def take(row_BT: Tensor, index_BMX: Tensor) -> Tensor:
@@ -84,14 +86,12 @@ def lay_out(
     latent_position = (at - start + latent).clamp(min=0)
     offset = torch.arange(0 if overlay else 1, num_ahead, device=device)
     ahead = at + torch.arange(1, num_ahead + 1, device=device)
-    inside = (
-        (ahead < T) & (take(segment_BT, ahead) == take(segment_BT, at)) & (take(segment_BT, at) > 0)
-    )
+    segment = take(segment_BT, at)
+    inside = (ahead < T) & (take(segment_BT, ahead) == segment) & (segment > 0)
+    input_position = at - start + offset + (0 if overlay else num_latents)
     return Traces(
         latent_position=latent_position,
-        position=torch.cat(
-            [latent_position, at - start + offset + (0 if overlay else num_latents)], dim=-1
-        ),
+        position=torch.cat([latent_position, input_position], dim=-1),
         start=start[..., 0],
         latent_stop=at_BM + 1,
         stop=at_BM + (0 if overlay else 1),
@@ -102,7 +102,7 @@ def lay_out(
 
 
 def text_mask(position_BT: Tensor, start_BT: Tensor, window: int | None) -> Callable:
-    """Own document, causally."""
+    """Shows a token its own document, causally."""
 
     def sees(b, h, q, kv):
         seen = (kv >= start_BT[b, q]) & (kv <= q)
@@ -118,7 +118,7 @@ def trace_mask(
     text_position_BT: Tensor,
     window: int | None,
 ) -> Callable:
-    """Text tokens start <= t < stop, and the own trace causally."""
+    """Shows a token the text tokens start <= t < stop, and its own trace causally."""
     T, X = text_position_BT.shape[1], position_BMX.shape[2]
     position_BU = torch.cat([text_position_BT, position_BMX.flatten(1)], dim=1)
 
@@ -126,9 +126,9 @@ def trace_mask(
         text = (kv >= start_BM[b, q // X]) & (kv < stop_BM[b, q // X])
         own = (kv >= T) & ((kv - T) // X == q // X) & (kv - T <= q)
         seen = text | own
-        return (
-            seen if window is None else seen & (position_BU[b, T + q] - position_BU[b, kv] < window)
-        )
+        if window is None:
+            return seen
+        return seen & (position_BU[b, T + q] - position_BU[b, kv] < window)
 
     return sees
 
@@ -136,7 +136,7 @@ def trace_mask(
 def blocks(
     sees: Callable, batch: int, traces: int, size: int, text: int, device: torch.device
 ) -> BlockMask:
-    """The mask of `flex`, of traces of `size` tokens over a text; `sees` is a mask function."""
+    """Returns the mask of `flex`, of traces of `size` tokens over a text, by a mask function."""
     queries = traces * size
     return create_block_mask(sees, batch, None, queries, text + queries, device=device)
 
@@ -150,8 +150,9 @@ def softcapped(
 def flex(
     q: Tensor, own: Pair, cached: Pair | None, mask: BlockMask, scale: float, softcap: float
 ) -> Tensor:
-    """flex_attention. q [B, N, S, H]; own: keys and values [B, K, S, H] each; cached: the text's,
-    [B, K, T, H].
+    """Computes attention by flex_attention, [B, N, S, H].
+
+    q [B, N, S, H]; own: keys and values [B, K, S, H] each; cached: the text's, [B, K, T, H].
     """
     k, v = own
     if cached is not None:
@@ -163,9 +164,7 @@ def flex(
 def pairs(
     sees: Callable, batch: int, traces: int, size: int, text: int, device: torch.device
 ) -> Tensor:
-    """The mask of `plain`: a token with the text and with its own trace, bool [B, 1, 1, M, X, T +
-    X].
-    """
+    """Returns the mask of `plain`, over the text and the own trace: bool [B, 1, 1, M, X, T + X]."""
     first = size * torch.arange(traces, device=device)[:, None, None]
     inside = torch.arange(size, device=device)
     of_text = torch.arange(text, device=device).expand(traces, 1, text)
@@ -177,7 +176,7 @@ def pairs(
 def plain(
     q: Tensor, own: Pair, cached: Pair | None, mask: Tensor, scale: float, softcap: float
 ) -> Tensor:
-    """The same by tensor operations; no trace is multiplied with another."""
+    """Computes the same by tensor operations; no trace is multiplied with another."""
     B, N, S, H = q.shape
     K, M, X = own[0].shape[1], mask.shape[3], mask.shape[4]
     q = q.view(B, K, N // K, M, X, H)
@@ -196,7 +195,7 @@ def plain(
 
 
 class Form(NamedTuple):
-    """A form of attention, and the function that makes its mask."""
+    """Holds a form of attention, and the function that makes its mask."""
 
     attend: Callable
     mask: Callable
@@ -218,7 +217,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(position_BS: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [B, 1, S, H]."""
+    """Returns cosines and sines, float32 [B, 1, S, H]."""
     frequency = base ** (-torch.arange(0, head_dim, 2, device=position_BS.device) / head_dim)
     angle = (position_BS[:, None, :, None] * frequency).repeat(1, 1, 1, 2)
     return angle.cos(), angle.sin()
@@ -273,17 +272,15 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """A stack of layers over embeddings. A decoder also has a table of tokens, a coprocessor soft
-    tokens.
+    """Stacks layers over embeddings: a decoder has a table of tokens, a coprocessor soft tokens.
 
     attend: `flex` or `plain`.
     """
 
     def __init__(self, c: TransformerConfig, attend: Callable, num_soft: int = 0):
         super().__init__()
-        assert c.post_norms and not c.qk_norm and not c.rope_scaling and c.activation == "gelu", (
-            "a Gemma 2"
-        )
+        is_gemma2 = c.post_norms and not c.qk_norm and not c.rope_scaling
+        assert is_gemma2 and c.activation == "gelu", "a Gemma 2"
         self.c = c
         self.layers = nn.ModuleList(Layer(c, attend) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.embed_dim, c)
@@ -292,33 +289,33 @@ class Model(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = F.embedding(tokens, self.embedding)
-        return (
-            x * torch.tensor(self.c.embed_dim**0.5, dtype=x.dtype) if self.c.scale_embeddings else x
-        )
+        if self.c.scale_embeddings:
+            x = x * torch.tensor(self.c.embed_dim**0.5, dtype=x.dtype)
+        return x
 
     def forward(self, x_BSD, position_BS, masks, caches=None, checkpointed=False):
-        """Final-normed outputs, and every layer's keys and values; masks: for global layers and for
-        local ones.
+        """Returns final-normed outputs, and every layer's keys and values.
+
+        masks: of global layers, and of local ones.
         """
         c, kvs = self.c, []
         ropes = [rotary(position_BS, c.head_dim, base) for base in (c.rope_base, c.local_rope_base)]
         for i, (layer, local) in enumerate(zip(self.layers, c.is_local)):
             call = partial(checkpoint, layer, use_reentrant=False) if checkpointed else layer
-            x_BSD, kv = call(
-                x_BSD, ropes[local], masks[local], None if caches is None else caches[i]
-            )
+            cached = None if caches is None else caches[i]
+            x_BSD, kv = call(x_BSD, ropes[local], masks[local], cached)
             kvs.append(kv)
         return self.norm(x_BSD), kvs
 
 
 def wait(_: Any = None) -> None:
-    """Until the device has done everything."""
+    """Waits until the device has done everything."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def token_nll(x_RD: Tensor, embedding_VD: Tensor, target_R: Tensor, softcap: float) -> Tensor:
-    """-log p(target) of a chunk of rows, float32 [R]."""
+    """Returns -log p(target) of a chunk of rows, float32 [R]."""
     logits = (x_RD @ embedding_VD.T).float()
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -326,25 +323,21 @@ def token_nll(x_RD: Tensor, embedding_VD: Tensor, target_R: Tensor, softcap: flo
 
 
 def load(model: Model, tree: dict[str, Any]) -> None:
-    """The weights of a parameter tree of ours: layers stacked on the first axis, heads on an axis
-    of their own.
-    """
+    """Loads a parameter tree of ours: layers on the first axis, heads on an axis of their own."""
     layers, state = tree["layers"], {"norm.weight": tree["final_norm"]["scale"]}
     for name in ("embedding", "soft_tokens"):
         if name in tree:
             state[name] = tree[name]
+    width = model.c.embed_dim
     for i in range(model.c.num_layers):
         for name in ("q", "k", "v"):
-            state[f"layers.{i}.attn.{name}_proj.weight"] = (
-                layers["attn"][name][i].reshape(model.c.embed_dim, -1).T
-            )
-        state[f"layers.{i}.attn.o_proj.weight"] = (
-            layers["attn"]["out"][i].reshape(-1, model.c.embed_dim).T
-        )
+            weight = layers["attn"][name][i].reshape(width, -1)
+            state[f"layers.{i}.attn.{name}_proj.weight"] = weight.T
+        weight = layers["attn"]["out"][i].reshape(-1, width)
+        state[f"layers.{i}.attn.o_proj.weight"] = weight.T
         for name in ("gate", "up", "down"):
             state[f"layers.{i}.mlp.{name}_proj.weight"] = layers["mlp"][name][i].T
         for name in ("pre_attn_norm", "post_attn_norm", "pre_mlp_norm", "post_mlp_norm"):
             state[f"layers.{i}.{name}.weight"] = layers[name]["scale"][i]
-    model.load_state_dict(
-        {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
-    )
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    model.load_state_dict(tensors)

@@ -1,15 +1,18 @@
-"""The package beside what a PyTorch user would run for the same work, on the CPU: one Markdown
-table, and its JSON.
+"""The package beside what a PyTorch user would run for the same work, on the CPU.
 
-  LATENT_DELIB_EXTRAS=reference ./launch/setup.sh     # torch and transformers; torch.compile needs g++
-  .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" --size=smollm2_135m
-  \
-      --out=runs/smollm2_135m/decoder
+  LATENT_DELIB_EXTRAS=reference ./launch/setup.sh     # torch, transformers; torch.compile needs g++
+  .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" \
+      --size=smollm2_135m --out=runs/smollm2_135m/decoder
   .venv/bin/python -m benchmarks.peers [--rows=1,3] [--rounds=7] [--json=runs/peers.json]
 
-  1  training a plain decoder of the packaged architecture      4  scoring texts with SmolLM2-135M
-  2  the same, 0.16 M parameters                                 5  greedy decoding with it, batch 1 and 8
-  3  a coprocessor's training step in the quickstart's shapes    6  prepare, 16 MB of text, vocabulary 512
+Prints one Markdown table, and writes it as JSON too. Its rows:
+
+  1  training a plain decoder of the packaged architecture
+  2  the same, 0.16 M parameters
+  3  a coprocessor's training step in the quickstart's shapes
+  4  scoring texts with SmolLM2-135M
+  5  greedy decoding with it, batch 1 and 8
+  6  prepare, 16 MB of text, vocabulary 512
 
 Every side of a row is a process of its own. It gets ready, does its work twice, and waits. Then the
 sides take turns, one at a time, `--rounds` times: a turn repeats the work for at least `--least`
@@ -50,7 +53,7 @@ Side = Callable[[argparse.Namespace], Work]
 
 
 class Row(NamedTuple):
-    """One line of the table.
+    """Holds one line of the table.
 
     counted: what its figures count. sides: "ours", and peers by name.
     """
@@ -65,9 +68,7 @@ class Row(NamedTuple):
 
 
 def serve(connection: Connection, side: Side, a: argparse.Namespace) -> None:
-    """The process of a side: gets ready and sends its figures, then answers every message with the
-    rate of a turn.
-    """
+    """Gets a side ready and sends its figures, then answers every message with a turn's rate."""
     work = side(a)
     for _ in range(2):
         found = work.run()
@@ -82,7 +83,7 @@ def serve(connection: Connection, side: Side, a: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def started(side: Side, a: argparse.Namespace) -> Iterator[Connection]:
-    """The connection to a side's process, which ends with the context."""
+    """Yields the connection to a side's process, which ends with the context."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=serve, args=(there, side, a), daemon=True)
@@ -97,14 +98,14 @@ def started(side: Side, a: argparse.Namespace) -> Iterator[Connection]:
 
 
 def measure(row: Row, a: argparse.Namespace) -> dict[str, Any]:
-    """The row's figures: rates of every side, and the ratio to the fastest peer."""
+    """Returns the row's figures: rates of every side, and the ratio to the fastest peer."""
     figures, workers = {}, {}
     with contextlib.ExitStack() as stack:
         for name, side in row.sides.items():
             print(f"{row.work}: {name} gets ready", flush=True)
             workers[name] = stack.enter_context(started(side, a))
             try:
-                # then it waits, and the next one has the machine for itself
+                # Then it waits, and the next one has the machine for itself.
                 figures[name] = workers[name].recv()
             except EOFError:
                 sys.exit(f"{row.work}: {name} failed, as it says above")
@@ -115,9 +116,8 @@ def measure(row: Row, a: argparse.Namespace) -> dict[str, Any]:
                 rates[name].append(worker.recv())
     ours = rates.pop("ours")
     peer = max(rates, key=lambda name: statistics.median(rates[name]))
-    same = [
-        share_of_same(figures["ours"], figures[name]) for name in rates if figures[name] is not None
-    ]
+    told = [figures[name] for name in rates if figures[name] is not None]
+    same = [share_of_same(figures["ours"], found) for found in told]
     return {
         "work": row.work,
         "unit": row.unit,
@@ -135,7 +135,7 @@ def spread(found: Sequence[float]) -> dict[str, float]:
 
 
 def share_of_same(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The share of figures that differ by at most SAME."""
+    """Returns the share of figures that differ by at most SAME."""
     if len(ours) != len(theirs):
         return 0.0
     return float(np.mean(np.isclose(ours, theirs, rtol=SAME, atol=0)))
@@ -145,7 +145,7 @@ def share_of_same(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def training(job: Callable, *peers: bool) -> dict[str, Callable]:
-    """The sides of a training row; `peers`: whether each is compiled."""
+    """Returns the sides of a training row; `peers`: whether each is compiled."""
     names = {True: "torch compiled", False: "torch eager"}
     theirs = {
         names[compiled]: partial(peer_sides.train_theirs, job=job, compiled=compiled)
@@ -205,7 +205,8 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row(
             "`prepare`, 16 MB of text, vocabulary 512",
             "MB/s",
-            "bytes of text; ours is the command with its start-up, theirs tokenizes alone on one thread",
+            "bytes of text; ours is the command with its start-up, "
+            "theirs tokenizes alone on one thread",
             {"ours": peer_sides.prepare_ours, "sentencepiece": peer_sides.prepare_theirs},
         ),
     ),
@@ -221,7 +222,7 @@ def cell(found: Mapping[str, float]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of docs/performance.md."""
+    """Returns the table of docs/performance.md."""
     lines = [
         "| work | theirs | ours | ratio | same figures | counted |",
         "|---|---|---|---|---|---|",
@@ -242,7 +243,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the libraries on the other side; None where one is missing."""
+    """Returns the versions of the peers' libraries; None where one is missing."""
     found = dict.fromkeys(("torch", "transformers", "sentencepiece"))
     for name in found:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -281,11 +282,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "settings": {"rounds": a.rounds, "least": a.least},
         "rows": rows,
     }
-    print(
-        f"{result['processor']}, {result['cores']} cores, {result['date']}, jax {result['jax']}",
-        end="",
-    )
-    print("".join(f", {name} {version}" for name, version in result["versions"].items()))
+    print(f"{result['processor']}, {result['cores']} cores, {result['date']}", end="")
+    libraries = {"jax": result["jax"], **result["versions"]}
+    print("".join(f", {name} {version}" for name, version in libraries.items()))
     print(table(rows), flush=True)
     a.json.parent.mkdir(parents=True, exist_ok=True)
     a.json.write_text(json.dumps(result, indent=2) + "\n")

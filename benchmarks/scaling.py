@@ -1,12 +1,11 @@
-"""The published settings on TPU slices that nobody here has, by their compiler: the tables of
-docs/scaling.md.
+"""The published settings on TPU slices that are not here, by their compiler.
 
   LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh
-  .venv/bin/python -m benchmarks.scaling --out=runs/scaling                 every row, two to four minutes each
-  .venv/bin/python -m benchmarks.scaling --out=runs/scaling --only=chips    the rows of one table
+  .venv/bin/python -m benchmarks.scaling --out=runs/scaling [--only=chips]
 
-Memory and traffic are those of the program that the slice would run. Times are estimates from data
-sheets. Run again, it goes on where it stopped.
+Makes the tables of docs/scaling.md, or one of them; a row takes two to four minutes. Memory and
+traffic are those of the program that the slice would run. Times are estimates from data sheets. Run
+again, it goes on where it stopped.
 """
 
 import argparse
@@ -44,14 +43,14 @@ CHIPS = {
 }
 # A step reaches half of the peak: an assumption, not measured on any chip.
 PEAK_SHARE = 0.5
-# A collective has half of the links: rings use some directions only, and small slices have no
-# wrap-around.
+# A collective has half of the links: rings leave some unused, and small slices do not wrap around.
 LINK_SHARE = 0.5
 
 
 class Row(NamedTuple):
-    """Names a program. mesh: data, fsdp, traces. parts: the batch passes in as many
-    (config.train.accumulation).
+    """Names a program.
+
+    mesh: data, fsdp, traces. parts: the batch passes in as many (config.train.accumulation).
     """
 
     size: str
@@ -69,9 +68,8 @@ class Row(NamedTuple):
         data, fsdp, traces = self.mesh
         where = f"{self.topology.replace(':', '-')}_{data}x{fsdp}x{traces}"
         shape = f"L{self.latents}_M{self.traces}_T{self.seq_len}_B{self.batch}in{self.parts}"
-        return f"{self.size}_{shape}_{where}" + (
-            f"_{self.remat}" if self.remat != "attention" else ""
-        )
+        name = f"{self.size}_{shape}_{where}"
+        return name if self.remat == "attention" else f"{name}_{self.remat}"
 
     @property
     def rows(self) -> float:
@@ -119,8 +117,7 @@ TABLES = {
             ("v5p:8x8x16", 64),
         )
     ],
-    # Traces of a row shared out over four chips: for more chips than rows, or for a row that does
-    # not fit on one.
+    # The traces of a row on four chips: where chips outnumber rows, or a row does not fit on one.
     "traces": [
         Row("gemma2_2b", "v5e:16x16", (4, 16, 4), 16, 64),
         Row("gemma2_9b", "v5e:4x4", (1, 4, 4), 256, 64),
@@ -146,8 +143,8 @@ TABLES = {
 
 
 HEAD = (
-    "| model | N_L | M | T | remat | slice | data x fsdp x traces | rows per chip x parts | state, GiB | needs, GiB "
-    "| of | rows that fit | received, GiB | TFLOP | step, s | MFU |"
+    "| model | N_L | M | T | remat | slice | data x fsdp x traces | rows per chip x parts "
+    "| state, GiB | needs, GiB | of | rows that fit | received, GiB | TFLOP | step, s | MFU |"
 )
 
 
@@ -164,11 +161,10 @@ def compiled(config: ConfigDict, topology: str) -> dict[str, Any]:
     exp = experiment.read(config, dry_run.slice_of(topology))
     plan = planning.make(exp)
     program = dry_run.compile_step(exp, plan)
+    traffic = collectives(program.as_text())
     return {
         "chip": exp.mesh.devices.flat[0].device_kind,
-        "received": {
-            kind: traffic._asdict() for kind, traffic in collectives(program.as_text()).items()
-        },
+        "received": {kind: found._asdict() for kind, found in traffic.items()},
         **dry_run.needs(exp, plan, program),
     }
 
@@ -208,8 +204,9 @@ def received(found: dict[str, Any]) -> float:
 
 
 def result(row: Row, out: Path) -> dict[str, Any]:
-    """Returns what a row's program needs, or {"error": why} where it does not fit; either is kept
-    in OUT/NAME.json.
+    """Returns what a row's program needs, or {"error": why} where it does not fit.
+
+    Either is kept in OUT/NAME.json.
     """
     kept = out / f"{row.name}.json"
     if not kept.exists():
@@ -233,11 +230,9 @@ def figures(found: dict[str, Any], rows: float) -> list[str]:
     estimated = estimate(found, rows, CHIPS[found["chip"]], cost.PEAK[found["chip"]])
     memory = found["memory"]
     state = memory["frozen weights"] + memory["trainable weights"] + memory["optimizer"]
-    sizes = [
-        gib(size).removesuffix(" GiB") for size in (state, memory["total"], found["memory_limit"])
-    ]
+    sizes = state, memory["total"], found["memory_limit"]
     return [
-        *sizes,
+        *(gib(size).removesuffix(" GiB") for size in sizes),
         str(estimated["largest_rows"]),
         gib(received(found)).removesuffix(" GiB"),
         f"{sum(found['flops'].values()) / 1e12:,.0f}",

@@ -1,20 +1,19 @@
-"""The whole train step at true size, random weights, the real optimizer: time, utilisation and
-memory of every form.
+"""The whole train step at true size: time, utilisation and memory of every form.
 
-  python -m benchmarks.step [--latents 16 64] [--batch 1 2 4] [--remat attention dots] [--forms ...]
-  [--json=FILE]
+  python -m benchmarks.step [--latents 16 64] [--batch 1 2 4] [--remat attention dots]
+      [--forms ...] [--json=FILE]
 
-Forms: the dense one-sequence form (`dense`), the package's with each form of attention, and the
-PyTorch peer (`peer_steps`), where torch is installed. Useful FLOPs are those that train logs
-(`latent_delib.delib.cost`), the same for all. Where numbers are missing, a form does not fit. On a
-CPU the peer has no flex_attention: there it computes the same pairs by plain operations. The
-published setting on one GPU, with the flags it wants:
+Weights are random, the optimizer is the real one. Forms: the dense one-sequence form (`dense`), the
+package's with each form of attention, and the PyTorch peer (`peer_steps`), where torch is
+installed. Useful FLOPs are those that train logs (`latent_delib.delib.cost`), the same for all.
+Where numbers are missing, a form does not fit. On a CPU the peer has no flex_attention: there it
+computes the same pairs by plain operations. The published setting on one GPU, with the flags it
+wants:
 
   ./launch/gpu.sh .venv/bin/python -m benchmarks.step --json=FILE
 """
 
 import argparse
-import contextlib
 import gc
 from collections.abc import Sequence
 from functools import partial
@@ -33,16 +32,15 @@ OPTIMIZER = base.get_config().optimizer
 
 
 class Job:
-    """A frozen decoder, and one training state that all forms of a table advance in turn: it is
-    donated, not copied.
+    """Holds a frozen decoder, and one training state that all forms of a table advance in turn.
+
+    The state is donated, not copied.
     """
 
     def __init__(self, a: argparse.Namespace, num_latents: int):
         self.a, self.num_latents, self.tx = a, num_latents, make_optimizer(OPTIMIZER, 100_000).tx
-        self.frozen, self.state = (
-            {"decoder": common.weights(a.config, num_latents, a.dtype)["decoder"]},
-            None,
-        )
+        self.frozen = {"decoder": common.weights(a.config, num_latents, a.dtype)["decoder"]}
+        self.state: TrainState | None = None
 
     def start(self) -> TrainState:
         def init() -> TrainState:
@@ -53,13 +51,12 @@ class Job:
         return jax.jit(init)()
 
     def compile(self, form: str, remat: str, batch: dict[str, jax.Array]) -> Any:
-        """The step in one form. The dense one is the same step around another loss."""
+        """Compiles the step in one form. The dense one is the same step around another loss."""
         a, is_dense = self.a, form == "dense"
+        attention = "reference" if is_dense else form
         step = partial(
             train_step,
-            aug=common.augmentation(
-                a.config, self.num_latents, "reference" if is_dense else form, remat
-            ),
+            aug=common.augmentation(a.config, self.num_latents, attention, remat),
             tx=self.tx,
             seed=0,
             num_traces=a.traces,
@@ -67,16 +64,13 @@ class Job:
             accumulation=1,
             dtype=jnp.dtype(a.dtype),
         )
-        with (
-            mock.patch.object(augment, "loss", dense.loss) if is_dense else contextlib.nullcontext()
-        ):
-            lowered = jax.jit(step, donate_argnums=0).lower(
-                jax.eval_shape(self.start), self.frozen, batch
-            )
+        state = jax.eval_shape(self.start)
+        with mock.patch.object(augment, "loss", dense.loss if is_dense else augment.loss):
+            lowered = jax.jit(step, donate_argnums=0).lower(state, self.frozen, batch)
         return lowered.compile()
 
     def advance(self, compiled: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        # lost where memory ran out
+        # The state is lost where memory ran out.
         if self.state is None or jax.tree.leaves(self.state.trainable)[0].is_deleted():
             self.state = self.start()
         self.state, metrics = compiled(self.state, self.frozen, batch)
@@ -96,17 +90,9 @@ def measure_ours(a: argparse.Namespace, L: int) -> list[dict[str, Any]]:
                 if found[form, remat].get("needs_gib", 0) * 2**30 < common.room():
                     runs[form, remat] = common.calls(partial(job.advance, compiled, batch))
         seconds = common.measure(runs, a.rounds, a.least)
-        rows += [
-            {
-                "latents": L,
-                "batch": B,
-                "form": form,
-                "remat": remat,
-                **common.spread(seconds.get((form, remat), ())),
-                **m,
-            }
-            for (form, remat), m in found.items()
-        ]
+        for (form, remat), memory in found.items():
+            row = {"latents": L, "batch": B, "form": form, "remat": remat}
+            rows.append(row | common.spread(seconds.get((form, remat), ())) | memory)
     return rows
 
 
@@ -148,11 +134,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for L in a.latents:
         rows += measure_ours(a, L)
     peak = cost.PEAK.get(jax.devices()[0].device_kind)
-    plain = {
-        (r["latents"], r["batch"], r["form"]): r["ms"]
-        for r in rows
-        if r["form"] in ("dense", "torch")
-    }
+    others = [row for row in rows if row["form"] in ("dense", "torch")]
+    plain = {(row["latents"], row["batch"], row["form"]): row["ms"] for row in others}
     for row in rows:
         where = row["latents"], row["batch"]
         aug = common.augmentation(a.config, row["latents"], "reference")
@@ -160,9 +143,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         row["tflop"], row["tflops"] = useful / 1e12, row["ms"] and useful / row["ms"] / 1e9
         row["mfu"] = row["ms"] and peak and 1e12 * row["tflops"] / peak
         for other in ("dense", "torch"):
-            row[f"vs_{other}"] = (
-                row["ms"] and plain.get((*where, other)) and plain[*where, other] / row["ms"]
-            )
+            beside = plain.get((*where, other))
+            row[f"vs_{other}"] = row["ms"] and beside and beside / row["ms"]
     rows.sort(key=lambda row: (row["latents"], row["batch"]))
     return common.report("step", a, rows)
 

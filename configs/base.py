@@ -1,5 +1,7 @@
-"""Every configuration key, declared once. Shapes, batch and steps are the published ones (Liu et
-al. 2025, Section 2.3), decoder and text the packaged ones; the optimizer was not published.
+"""Every configuration key, declared once.
+
+Shapes, batch and steps are the published ones (Liu et al. 2025, Section 2.3), decoder and text the
+packaged ones; the optimizer was not published.
 
 Other files start from `get_config()` here and change what differs. A key that is not declared here
 is refused, but for the fields of TransformerConfig in `decoder.architecture` and
@@ -14,39 +16,29 @@ def get_config() -> ConfigDict:
     c.seed = 0
 
     c.decoder = ConfigDict()
-    # a decoder folder, "packaged", or "" for random weights of `architecture`
-    c.decoder.path = "packaged"
-    # fields of TransformerConfig; a decoder folder has its own, and must agree
-    c.decoder.architecture = ConfigDict()
-    # tokenizer.model or .json; "" is the decoder's own, "packaged" the packaged corpus's
-    c.decoder.tokenizer = ""
+    c.decoder.path = "packaged"  # or a decoder folder, or "": random weights of `architecture`
+    c.decoder.architecture = ConfigDict()  # of TransformerConfig; a folder has its own, must agree
+    c.decoder.tokenizer = ""  # the decoder's own; or "packaged", or tokenizer.model or .json
     c.decoder.export_dtype = "float32"  # of the decoder folder that training a decoder ends with
 
     c.method = ConfigDict()
     c.method.name = "cache_augmentation"  # a row of latent_delib/delib/methods.py
     c.method.num_latents = 16  # N_L
-    # the paper's; or a row of PLACEMENTS in delib/traces.py: "overlay", "before"
-    c.method.placement = "after"
+    c.method.placement = "after"  # the paper's; or "overlay", "before" (delib/traces.py)
     c.method.num_traces = 128  # M, per packed sequence
     c.method.num_ahead = 16  # N_A, the ahead tokens that carry the loss
-    # train low-rank adapters of that rank instead of every matrix; 0: train all
-    c.method.lora_rank = 0
-    # WORKDIR/checkpoints/STEP of a coprocessor of the same method to begin with
-    c.method.start = ""
-    # latents are written up to so many tokens before they join, drawn for each trace
-    c.method.max_delay = 0
-    # of method "resized": fields of TransformerConfig unlike the decoder's
-    c.method.coprocessor = ConfigDict()
+    c.method.lora_rank = 0  # train adapters of that rank instead of every matrix; 0: train all
+    c.method.start = ""  # begin with WORKDIR/checkpoints/STEP, a coprocessor of the same method
+    c.method.max_delay = 0  # latents are written up to so many tokens early, drawn for each trace
+    c.method.coprocessor = ConfigDict()  # of "resized": TransformerConfig unlike the decoder's
 
     c.data = ConfigDict()
-    # packaged/SPLIT, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE
-    c.data.sources = ("packaged/train",)
+    c.data.sources = ("packaged/train",)  # or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE
     c.data.weights = (1.0,)  # one per source
     c.data.validation = ("packaged/validation",)
     c.data.token_files = ""  # a directory written by `prepare`; "" reads the sources through seqio
     c.data.seq_len = 2048  # T
-    # documents or rows skipped because they cannot be used; one more ends the command
-    c.data.max_bad_records = 0
+    c.data.max_bad_records = 0  # unusable documents or rows skipped; one more ends the command
 
     c.optimizer = ConfigDict()  # linear warm-up, cosine; not published
     c.optimizer.name = "adamw"  # or a row of OPTIMIZERS in delib/step.py: "adafactor"
@@ -68,19 +60,18 @@ def get_config() -> ConfigDict:
     c.train.checkpoint_every = 1000
     c.train.keep = 2  # newest checkpoints kept
     c.train.keep_every = 0  # and those of every step that this divides; 0: none
-    # and that many with the lowest mean training loss since the checkpoint before
-    c.train.keep_best = 0
-    # steps skipped because their loss or gradient is not finite; one more ends the job
-    c.train.max_bad_steps = 0
+    c.train.keep_best = 0  # and so many of the lowest mean loss since the checkpoint before
+    c.train.max_bad_steps = 0  # skipped: loss or gradient not finite; one more ends the job
     c.train.profile_at = 0  # the step after which three are traced into WORKDIR/profile; 0: none
 
     c.compute = ConfigDict()
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
-    # auto: a proven kernel, or xla; or reference, xla, pallas_gpu, pallas_tpu
-    c.compute.attention = "auto"
-    # none, dots, attention, full: what the backward pass keeps, from most to least
+    c.compute.attention = (
+        "auto"  # a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu
+    )
+    # What the backward pass keeps, from most to least: none, dots, attention, full.
     c.compute.remat = "attention"
-    # tokens of a sequence whose logits exist at a time; on a device 4 times as many at most
+    # Tokens of a sequence whose logits exist at a time; on a device 4 times as many at most.
     c.compute.loss_chunk = 512
 
     c.mesh = ConfigDict()  # devices along each axis; -1: what the others leave
@@ -91,18 +82,17 @@ def get_config() -> ConfigDict:
 
     c.evaluate = ConfigDict()
     c.evaluate.num_ahead = 32  # perplexity of the n-th token ahead, n = 1 ... num_ahead
-    # tokens of a document seen at once; longer ones are cut into pieces
-    c.evaluate.max_length = 2048
+    c.evaluate.max_length = 2048  # tokens of a document seen at once; longer ones are cut
     c.evaluate.batch_size = 8  # pieces at once
     c.evaluate.positions = 64  # augmented positions of each piece at once: bounds memory
     c.evaluate.max_pieces = 0  # per validation source, spread over it; 0: all
-    # of a piece of max_length, and of a shorter one its share, drawn at random; 0: all
+    # Drawn from a piece of max_length, and from a shorter one its share; 0: all.
     c.evaluate.max_positions = 0
     c.evaluate.seed = 0  # of that draw, and of the confidence intervals
     c.evaluate.delay = 0  # latents are written so many tokens before they join
-    # a control: every piece is given the latents of another document at the same positions
+    # Controls: every piece is given the latents of another document at the same positions; so many
+    # tokens of each piece are read by the plain decoder alone.
     c.evaluate.swap = False
-    # a control: so many tokens of each piece are read by the plain decoder alone
     c.evaluate.longer_prompt = 0
     c.lock()
     c.decoder.architecture.unlock()

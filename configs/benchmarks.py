@@ -1,5 +1,4 @@
-"""The benchmarks: for each a row with the task of the lm-eval harness, the shots, and the metric
-reported.
+"""The benchmarks, one row each: task of the lm-eval harness, shots, and the metric reported.
 
 PUBLISHED are those of Liu et al. 2025, Table 2; they need the network once, for their data. OFFLINE
 are made locally by `make_tasks`. `benchmark` reads this file, or another of its form: --table=FILE.
@@ -43,8 +42,7 @@ PUBLISHED = {
         "filter": "create_test",
         "runs_code": True,
     },
-    # The English part. Its data have no training split: the examples are other documents of the
-    # test split.
+    # The English part. There is no training split: examples are other documents of the test split.
     "agieval": {"task": "agieval_en", "shots": 3, "metric": "acc"},
     "bbh": {"task": "bbh_cot_fewshot", "shots": 3, "metric": "exact_match", "filter": "get-answer"},
     "triviaqa": {
@@ -77,6 +75,5 @@ OFFLINE = {
     "held_out_text": {"task": "held_out_text", "shots": 0, "metric": "bits_per_byte"},
 }
 
-# Model zero_shot_cot: no worked examples, and this where the answer would begin (the paper's
-# baseline, on GSM8K).
+# Begins the answers of model zero_shot_cot, without worked examples (the paper's, on GSM8K).
 COT = "Let's think step by step."

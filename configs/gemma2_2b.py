@@ -1,18 +1,19 @@
-"""The published setting (Liu et al. 2025, Section 2.3): Gemma 2 2B, T 2048, M 128, A 16, batch
-1024, 100,000 steps.
+"""The published setting (Liu et al. 2025, Section 2.3): Gemma 2 2B, 100,000 steps of batch 1024.
 
-  python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR --dry_run
-  --topology=v5e:4x4 \
-      --config.mesh.fsdp=16 --config.train.accumulation=64    random weights: the true step, compiled for 16 chips
-  python -m latent_delib.convert --source=GEMMA --out=runs/gemma2_2b --size=gemma2_2b python -m
-  latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR
-  --config.decoder.path=runs/gemma2_2b \
-      --config.data.sources="('files:TEXT/*.txt',)" --config.mesh.fsdp=16
-      --config.train.accumulation=64
+The true step with random weights, compiled for 16 chips:
 
-A batch of 1024 passes in parts: docs/scaling.md has what fits on which slice. GEMMA is a Hugging
-Face folder, an orbax checkpoint or a GGUF. N_L is --config.method.num_latents, 4 to 64 in the
-paper.
+  python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR \
+      --config.mesh.fsdp=16 --config.train.accumulation=64 --dry_run --topology=v5e:4x4
+
+With the published weights; GEMMA is a Hugging Face folder, an orbax checkpoint or a GGUF:
+
+  python -m latent_delib.convert --source=GEMMA --out=runs/gemma2_2b --size=gemma2_2b
+  python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR \
+      --config.mesh.fsdp=16 --config.train.accumulation=64 \
+      --config.decoder.path=runs/gemma2_2b --config.data.sources="('files:TEXT/*.txt',)"
+
+T is 2048, M 128, A 16; N_L is --config.method.num_latents, 4 to 64 in the paper. A batch passes in
+parts: docs/scaling.md has what fits on which slice.
 """
 
 import dataclasses

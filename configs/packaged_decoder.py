@@ -1,10 +1,9 @@
-"""Makes the packaged decoder again: a small Gemma 2 trained on the packaged corpus by the same
-loop.
+"""Makes the packaged decoder again: a small Gemma 2, trained on the packaged corpus.
 
-  python -m latent_delib.prepare --config=configs/packaged_decoder.py
-  --out=runs/packaged_decoder/tokens python -m latent_delib.train
-  --config=configs/packaged_decoder.py --workdir=runs/packaged_decoder \
-      --config.data.token_files=runs/packaged_decoder/tokens
+  python -m latent_delib.prepare --config=configs/packaged_decoder.py \
+      --out=runs/packaged_decoder/tokens
+  python -m latent_delib.train --config=configs/packaged_decoder.py \
+      --workdir=runs/packaged_decoder --config.data.token_files=runs/packaged_decoder/tokens
 
 The trained decoder lies in runs/packaged_decoder/decoder.
 """

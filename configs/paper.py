@@ -1,5 +1,4 @@
-"""The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`, `a/overlay` where
-nothing is named.
+"""The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`.
 
 `launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists
 them. Validation is by work: nothing is trained on any part of a work that is evaluated. Keys that
@@ -114,8 +113,7 @@ EXPERIMENTS = {
     "inserted": {"method.name": "inserted"},
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
-    # Controls: the decoder trained on for as long, on the same text; the same by adapters, at the
-    # coprocessors' rate.
+    # Controls: the decoder itself, trained for as long on the same text; in whole, and by adapters.
     "decoder": {"method.name": "decoder"} | SLOW,
     "decoder_lora": {"method.name": "decoder", "method.lora_rank": 64},
     # Adaptation to tasks: adapters of rank 64 on the decoder (the paper's Figure 6 has rank 128,
@@ -151,9 +149,8 @@ def get_config(name: str = "a/overlay") -> ConfigDict:
     """
     protocol, _, experiment = name.partition("/")
     if protocol not in PROTOCOLS or experiment not in EXPERIMENTS:
-        known = (
-            f"PROTOCOL one of {', '.join(PROTOCOLS)}, EXPERIMENT one of {', '.join(EXPERIMENTS)}"
-        )
+        known = f"PROTOCOL one of {', '.join(PROTOCOLS)}, "
+        known += f"EXPERIMENT one of {', '.join(EXPERIMENTS)}"
         raise ValueError(f"{name!r}: expected PROTOCOL/EXPERIMENT, {known}")
     size, settings = PROTOCOLS[protocol]
     c = base.get_config()

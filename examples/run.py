@@ -22,9 +22,7 @@ TOUR = Path(__file__).with_name("tour.ipynb").resolve()
 
 
 def run(notebook: dict[str, Any]) -> dict[str, Any]:
-    """Runs the code cells in order, fills in their outputs, and returns the variables that they
-    leave.
-    """
+    """Runs the code cells in order, fills in their outputs, and returns their variables."""
     warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
     variables: dict[str, Any] = {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -58,9 +56,8 @@ def main(out: str = str(TOUR)) -> dict[str, Any]:
     os.chdir(TOUR.parent)
     notebook = json.loads(TOUR.read_text(encoding="utf-8"))
     variables = run(notebook)
-    Path(out).write_text(
-        json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(notebook, indent=1, ensure_ascii=False)
+    Path(out).write_text(f"{text}\n", encoding="utf-8")
     return variables
 
 

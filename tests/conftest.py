@@ -48,7 +48,9 @@ flags.FLAGS(["pytest"])  # seqio reads absl's flags and raises where nobody has 
 
 MEMORY = 1e9  # bytes that a worker may hold at the end of a file of tests
 ROOT = Path(__file__).parents[1]
-WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
+WORDS = (
+    "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
+).split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -293,8 +295,8 @@ def config_file(tiny, tmp_path):
     def write(changes: dict | None = None) -> Path:
         path = tmp_path / f"config_{len(list(tmp_path.glob('config_*')))}.py"
         path.write_text(
-            "from configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
-            f"    config.update_from_flattened_dict({tiny | (changes or {})!r})\n    return config\n"
+            "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n"
+            f"    c.update_from_flattened_dict({tiny | (changes or {})!r})\n    return c\n"
         )
         return path
 

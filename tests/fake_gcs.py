@@ -1,5 +1,4 @@
-"""A small Cloud Storage in memory, for tests: enough of its JSON API for TensorFlow, tensorstore
-and Google's client.
+"""A small Cloud Storage in memory: enough of its JSON API for the clients in use.
 
 The last two are sent here by environment variables. TensorFlow knows one address only, so the
 server is also the HTTPS proxy that answers for that address, with a certificate made for it.

@@ -148,9 +148,7 @@ def latent_position(p, L, placement):
 
 
 def written(config, decoder, coprocessor, text, q, placement, method="cache_augmentation"):
-    """Latents [L, D] after token q of a document: one dense sequence, text by the decoder, soft
-    tokens by the coprocessor.
-    """
+    """Latents [L, D] after token q of a document: one dense sequence of both models."""
     soft = np.asarray(coprocessor["soft_tokens"], np.float64)
     position = np.concatenate([np.arange(q + 1), latent_position(q, len(soft), placement)])
     visible = causal(len(position))
@@ -184,11 +182,10 @@ def trace_nll(
     delay=0,
     z=None,
 ):
-    """-log p of the (at most) `num_ahead` tokens after document[p], given document[: p + 1] and its
-    latents, which were written `delay` tokens before; or given the latents `z` [L, D].
+    """-log p of up to `num_ahead` tokens after document[p], given document[: p + 1] and latents.
 
-    The coprocessor's call is one dense sequence; the decoder's is another: text, latents, text
-    again.
+    Latents were written `delay` tokens before, or are `z` [L, D]. The coprocessor's call is one
+    dense sequence; the decoder's is another: text, latents, text again.
     """
     L = len(coprocessor["soft_tokens"])
     kept = p + 1 if placement == "after" else p
@@ -216,9 +213,10 @@ def trace_nll(
 
 
 def inserted(config, decoder, coprocessor, text, p, placement):
-    """Outputs from x_p on where the latents are keys and values: one dense sequence in which the
-    text after the latents sees the coprocessor's own tokens. x_p stands in it twice: as the
-    coprocessor reads it, and after the latents.
+    """Outputs from x_p on where the latents are keys and values.
+
+    In one dense sequence the text after the latents sees the coprocessor's own tokens. x_p stands
+    in it twice: as the coprocessor reads it, and after the latents.
     """
     L, shift = (
         len(coprocessor["soft_tokens"]),

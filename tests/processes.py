@@ -22,8 +22,7 @@ def free_port() -> int:
 
 
 class Job:
-    """`count` processes that run the same Python arguments with `devices` devices each; what they
-    print is in files.
+    """Runs `count` processes of the same Python arguments, with `devices` devices each.
 
     As a context manager it kills what is left of them.
     """

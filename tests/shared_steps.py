@@ -1,6 +1,4 @@
-"""Compiles a training step once per process: to trace and lower it again is most of what a tiny job
-does.
-"""
+"""Compiles a training step once per process, which is most of what a tiny job does."""
 
 import contextlib
 import copy

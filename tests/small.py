@@ -1,6 +1,4 @@
-"""Two small models between which every feature of the architecture is on and off; and what a run
-has left on disk.
-"""
+"""Two small models, on which every feature is on or off; and what a run leaves on disk."""
 
 import dataclasses
 import json
@@ -42,8 +40,9 @@ CONFIGS = {"gemma": GEMMA, "llama": LLAMA}
 
 
 def at_random(seed, shapes):
-    """Weights of these shapes, numpy float32. Norms' scales too: at their first value, zero, x * (1
-    + w), x + w and a forgotten weight look alike.
+    """Random weights of these shapes, numpy float32, the scales of norms too.
+
+    At their first value, zero, x * (1 + w), x + w and a forgotten weight look alike.
     """
     rng = np.random.default_rng(seed)
     width = {"scale": 0.3, "soft_tokens": 1.0}
@@ -67,9 +66,7 @@ def coprocessor(config, num_latents, seed=1):
 
 
 def packed(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and segments [2, 40], two documents a row, and traces [2, 5]: at starts and ends, in
-    padding.
-    """
+    """Tokens and segments [2, 40], two documents a row; traces [2, 5], at ends and in padding."""
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
     segment_BT = np.array([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])
     return tokens_BT, segment_BT, np.array([[0, 3, 14, 16, 30], [2, 5, 12, 28, 39]])

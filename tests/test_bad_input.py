@@ -1,6 +1,4 @@
-"""A user's mistake ends each command in one line that names the thing, before anything is
-trained.
-"""
+"""A user's mistake ends each command in one line that names the thing, before any training."""
 
 import runpy
 import shutil
@@ -24,8 +22,7 @@ ARCHITECTURE = {
 
 @pytest.fixture
 def error(command_line, monkeypatch, capsys):
-    """error(command, *arguments) -> the one line that command ends with, run as `python -m` runs
-    it.
+    """error(command, *arguments) -> the one line that the command ends with, as by `python -m`.
 
     Nothing is compiled before it: on a real machine that takes minutes.
     """
@@ -136,7 +133,8 @@ def test_config_files_and_flags(error, config_file, tmp_path):
         ("def get_config():\n    return {}\n", ["broken.py", "returns dict"]),
         ("from configs import base\n", ["broken.py", "get_config"]),
         (
-            "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n    c.train.stpes = 3\n",
+            "from configs import base\n\n\ndef get_config():\n"
+            "    c = base.get_config()\n    c.train.stpes = 3\n",
             ["broken.py, line 6", '"steps"', '"stpes"'],
         ),
     ):
@@ -167,7 +165,8 @@ def test_architectures_that_do_not_fit(error, tmp_path, field, value, words):
     path.write_text(
         "from ml_collections import ConfigDict\nfrom configs import base\n\n\ndef get_config():\n"
         "    c = base.get_config()\n    c.decoder.path = ''\n"
-        f"    c.decoder.architecture = ConfigDict({ARCHITECTURE | {field: value}!r})\n    return c\n"
+        f"    c.decoder.architecture = ConfigDict({ARCHITECTURE | {field: value}!r})\n"
+        "    return c\n"
     )
     named(
         error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}"), "config.decoder", *words
@@ -178,7 +177,8 @@ def test_an_architecture_other_than_the_folder_s(error, tmp_path, decoder_folder
     path = tmp_path / "config.py"
     path.write_text(
         "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n"
-        f"    c.decoder.path = {str(decoder_folder)!r}\n    c.decoder.architecture.num_layers = 5\n    return c\n"
+        f"    c.decoder.path = {str(decoder_folder)!r}\n"
+        "    c.decoder.architecture.num_layers = 5\n    return c\n"
     )
     line = error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}")
     named(line, "config.decoder.architecture", decoder_folder, "num_layers=4, expected 5")

@@ -90,9 +90,7 @@ def test_too_little_memory_is_told_in_one_line_with_the_remedy(error):
 
 @pytest.mark.parametrize("start, saved", [(2, "step 2 is saved"), (0, "nothing is saved yet")])
 def test_a_gradient_that_is_not_finite_ends_the_run_too(make_config, tmp_path, start, saved):
-    """The loss of a step is that of the weights before it: bad weights would be saved before a loss
-    shows them.
-    """
+    """A step's loss is of the weights before it: bad ones would be saved before a loss shows."""
     metrics = Metrics(experiment.read(make_config()), str(tmp_path), start, lambda step: 0.0)
     metrics.push(start + 1, {"loss": 5.0, "tokens": 8.0, "grad_norm": np.inf})
     with pytest.raises(UserError, match=f"step {start + 1}: .* inf; {saved}"):

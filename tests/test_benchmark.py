@@ -1,6 +1,4 @@
-"""Benchmarks: the adapter against lm-eval's own `hf` model and against AugmentedLM, the table of
-the published suite on made-up documents, and the command.
-"""
+"""Benchmarks: the adapter against lm-eval's `hf` and AugmentedLM, the table, the command."""
 
 import dataclasses
 import importlib.util
@@ -358,9 +356,7 @@ MARKS = {
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """The data of the published tasks as they would come from the network; code that a model writes
-    does not run.
-    """
+    """The published tasks' data as they would come; code that a model writes does not run."""
 
     def load_dataset(path, name=None, **_):
         name = path.split("/")[-1]
@@ -410,9 +406,7 @@ def test_published_rows_are_the_papers():
 
 
 def test_intervals():
-    """Wilson's interval is where the score test has p = 0.05; the ratio's error is that of a
-    jackknife.
-    """
+    """Wilson's interval is where the score test has p = 0.05; the error is a jackknife's."""
     samples = [{"acc": float(n < 13), "metrics": ["acc"]} for n in range(40)]
     made, p, n = scores.summarize_scores(samples, "acc"), 13 / 40, 40
 
@@ -464,9 +458,7 @@ ROW = {"benchmark": "b", "model": "decoder", "shots": 0, "every": 0, "delay": 0}
 
 @pytest.fixture
 def call(trained, tasks, tmp_path, capsys):
-    """call(benchmarks, model, ...) -> the error; or benchmarks.json, and each "BENCHMARK, MODEL"
-    that was measured.
-    """
+    """call(benchmarks, model, ...) -> the error; or benchmarks.json, and what was measured."""
 
     def run(benchmarks, model="decoder", **flags):
         flags = {"workdir": trained, "tasks": tasks, "batch_size": 4} | flags
@@ -486,9 +478,7 @@ def call(trained, tasks, tmp_path, capsys):
 
 
 def test_rows_and_resume(call, tmp_path):
-    """Latents are in the rows that name them; a row that is there is not made again; samples stand
-    beside.
-    """
+    """Latents are in the rows that name them; no row is made twice; samples stand beside."""
     first, measured = call("syllogism")
     assert measured == ["syllogism, decoder"]
     found, measured = call(

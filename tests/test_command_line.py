@@ -1,6 +1,4 @@
-"""How every command reads its line and ends: with an exit code, and one line where it cannot go
-on.
-"""
+"""How commands read their line and end: an exit code, and one line where they cannot go on."""
 
 import contextlib
 import errno
@@ -41,9 +39,7 @@ def command(command_line):
 
 @pytest.fixture
 def parsed(command, config_file):
-    """parsed(*arguments, **options) -> the values of a command with a config file, and with these
-    options.
-    """
+    """parsed(*arguments, **options) -> the values of a command with a config file."""
 
     def run(*arguments, **options):
         found = []
@@ -231,7 +227,8 @@ def test_what_libraries_warn_of_is_told_but_for_what_they_say_of_every_run(
 def test_ctrl_c_during_imports(tmp_path):
     """Some package drops KeyboardInterrupt: the command ends all the same, and without a word."""
     (tmp_path / "jax.py").write_text(
-        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
         "except KeyboardInterrupt:\n    pass\nos._exit(0)\n"
     )
     done = subprocess.run(

@@ -1,6 +1,4 @@
-"""Perplexity n tokens ahead: equal to a naive sum over the Python interface, however it is batched
-and sharded.
-"""
+"""Perplexity n tokens ahead equals a naive sum, however it is batched and sharded."""
 
 import contextlib
 import io
@@ -71,9 +69,7 @@ def cut(documents, length, bos=2):
 
 
 def ahead_logprobs(lm, pieces):
-    """Log-probabilities of the next A tokens after every token, without latents and with: float32
-    [pieces, MAX, A].
-    """
+    """log p of the next A tokens after every token, plain and with latents: [pieces, MAX, A]."""
     text = np.zeros((len(pieces), MAX + A), np.int32)
     for row, piece in zip(text, pieces):
         row[: len(piece)] = piece
@@ -219,9 +215,7 @@ def add_up(exp, params, ahead=None):
 
 @pytest.mark.parametrize("batch_size, positions", [(8, 8), (16, 2)])
 def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions):
-    """Their values are those of a naive sum, for both sides, however they are batched; no others
-    are computed.
-    """
+    """They are those of a naive sum, on both sides, in any batches; no others are computed."""
     computed = []
 
     def counting(ahead):
@@ -248,9 +242,7 @@ def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions
 def test_a_longer_prompt_for_the_decoder_alone(
     make_config, trained, lm, logprobs, pieces, tmp_path, method
 ):
-    """The first tokens of each piece are lost to the evaluated model; both are asked for the same
-    tokens.
-    """
+    """The first tokens of a piece are lost to the evaluated model; both face the same tokens."""
     lost = 5
     plain = logprobs[0]
     ours = ahead_logprobs(lm, [piece[:1] + piece[1 + lost :] for piece in pieces])[
@@ -339,9 +331,7 @@ def test_mistakes(make_config, trained, make_decoder, tmp_path):
 
 
 def test_a_tokenizer_that_was_exchanged(make_config, trained, decoder_folder, tmp_path):
-    """By one with a field more, which SentencePiece does not know; the decoder's weights are the
-    same.
-    """
+    """By one with a field that SentencePiece does not know; the decoder's weights are the same."""
     other = shutil.copytree(decoder_folder, tmp_path / "other")
     (model := other / "tokenizer.model").write_bytes(model.read_bytes() + b"\xc2\x3e\x01a")
     config = make_config({"decoder.path": str(other), "data.token_files": ""})

@@ -1,6 +1,4 @@
-"""Evaluation as a job: killed and continued bit for bit, over many checkpoints, beside a
-training.
-"""
+"""Evaluation as a job: killed and continued bit for bit, over many checkpoints."""
 
 import json
 import shutil
@@ -98,9 +96,7 @@ def assert_same(folder, expected):
 
 
 def test_how_it_was_trained_is_told_by_the_checkpoint(make_config, trained, tmp_path):
-    """Not by the config of the evaluation, which may be another in what evaluating takes no notice
-    of.
-    """
+    """Not by the config of the evaluation, which may differ in what evaluating leaves unread."""
     other = {"seed": 7, "method.num_ahead": 2, "method.max_delay": 1, "optimizer.clip_norm": 2.0}
     result = evaluate.evaluate(make_config(other), str(trained), str(tmp_path))["config"]
     assert (result["seed"], result["method"]["num_ahead"], result["method"]["max_delay"]) == (
@@ -112,18 +108,14 @@ def test_how_it_was_trained_is_told_by_the_checkpoint(make_config, trained, tmp_
 
 
 def test_evaluated_checkpoints_may_be_removed(make_config, evaluated, tmp_path):
-    """All are evaluated, so nothing is left to do; without evaluations it is a workdir that was not
-    trained.
-    """
+    """All are evaluated, so nothing is left to do; or the workdir was never trained."""
     evaluate.evaluate_many(make_config(), str(evaluated), str(evaluated))
     with pytest.raises(ld.UserError, match="holds no checkpoints"):
         evaluate.evaluate_many(make_config(), str(evaluated), str(tmp_path / "other"))
 
 
 def test_killed_and_continued(make_config, trained, alone, batches, tmp_path, capsys):
-    """Also what another evaluation left in its place, or what is damaged: that is told of, and not
-    used.
-    """
+    """Also what another evaluation left in its place, or is damaged: it is told of, not used."""
     config, out = make_config(), tmp_path / "out"
     for _ in range(2):  # each time one batch more is done, and saved
         batches.kill_after = 1
@@ -318,9 +310,7 @@ commands.run(evaluate.main, "", config=(CONFIG, ""), workdir=(REQUIRED, ""), out
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_real_kill(config_file, trained, tmp_path, count):
-    """SIGKILL while partial sums are written, of one process and of one of two; the same command
-    ends with the bits of an undisturbed run.
-    """
+    """SIGKILL while partial sums are written: the same command ends with the same bits."""
     config, devices = config_file({"evaluate.positions": 4}), 8 // count
     command = ("-c", CHILD, f"--config={config}", f"--workdir={trained}", "--watch")
     with Job(

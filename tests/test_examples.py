@@ -1,6 +1,4 @@
-"""Runs what is shown to be run: the README's block of Python as pasted, and the notebook under
-examples/.
-"""
+"""Runs what is shown to be run: the README's block of Python, and the notebook."""
 
 import json
 import os
@@ -17,9 +15,7 @@ RUN = "import sys, run, test_examples; test_examples.check(run.main(sys.argv[1])
 
 
 def test_the_block_of_the_readme_runs_as_pasted(tmp_path, monkeypatch, capsys):
-    """A coprocessor of the packaged decoder, untrained, stands where the quickstart would have left
-    one.
-    """
+    """An untrained coprocessor stands where the quickstart would have left one."""
     import latent_delib as ld
     from latent_delib.weights import coprocessor as exported
 

@@ -1,6 +1,4 @@
-"""Who imports whom: read from the sources, and what a process that trains from token files
-loads.
-"""
+"""Who imports whom, by the sources; what a process that trains from token files loads."""
 
 import ast
 import subprocess
@@ -37,9 +35,7 @@ FORBIDDEN = {
 
 
 def imports(source: str, name: str) -> set[str]:
-    """Dotted names of everything a module imports anywhere in it; `from a import b` counts as
-    a.b.
-    """
+    """Dotted names of all that a module imports, anywhere; `from a import b` counts as a.b."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -118,11 +114,10 @@ def test_tasks_are_imported_only_when_text_is_read():
 
 
 def test_training_loads_no_tensorflow():
-    """Nor transformers. tensorboardX loads torch where that is installed, which the test extra does
-    not do.
-    """
+    """Nor transformers. tensorboardX loads torch only where that is installed."""
     code = (
-        "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate, latent_delib.data.token_files;"
+        "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate;"
+        "import latent_delib.data.token_files;"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'tensorflow', 'seqio', 'tensorflow_datasets', 'transformers'}))"
     )
@@ -131,6 +126,7 @@ def test_training_loads_no_tensorflow():
 
 
 def test_data_alone_loads_no_jax():
-    code = "import sys, latent_delib.data.token_files, latent_delib.data.batches; print('jax' in sys.modules)"
+    code = "import sys, latent_delib.data.token_files, latent_delib.data.batches;"
+    code += "print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr

@@ -66,9 +66,7 @@ def not_among(tokens, others):
 
 
 def train(aug, frozen, trainable, tokens):
-    """Trains on these documents, in this order, with the step of the command; returns the trained
-    tree.
-    """
+    """Trains on these documents in order, with the command's step; returns the trained tree."""
     steps = len(tokens) // BATCH
     optimizer = base.get_config().optimizer
     optimizer.update(learning_rate=0.02, soft_token_learning_rate=0.02, warmup_steps=steps // 10)
@@ -108,9 +106,7 @@ def read(decoder, tokens):
 
 
 def augmented(aug, decoder, trained, tokens):
-    """Mean loss on the answer: with the latents of each document itself, and with those of another
-    one.
-    """
+    """Mean loss on the answer: with a document's own latents, and with those of another one."""
     params = {"decoder": decoder} | trained
     text, _ = read(decoder, tokens)
     row = np.arange(len(tokens))

@@ -1,6 +1,4 @@
-"""A run that version 0.1 left, before checkpoints had a format number: it resumes, evaluates and
-loads.
-"""
+"""A run that version 0.1 left resumes, evaluates and loads."""
 
 import json
 import tarfile

@@ -1,6 +1,4 @@
-"""From finished runs to tables, curves and one page: literal cells, hostile names, older, broken
-and packed runs.
-"""
+"""From finished runs to tables, curves and one page: also hostile, older and broken ones."""
 
 import csv
 import io
@@ -38,9 +36,7 @@ def config(name="cache_augmentation", latents=8, ahead=16, **method):
 
 
 def perplexity(folder, change, of, step: int | None = 180, sets=()):
-    """Writes a perplexity.json of n = 1, 2, 4: a change at n = 1, half of it at 2, a quarter at
-    4.
-    """
+    """Writes a perplexity.json: a change at n = 1, half of it at 2, a quarter at 4."""
     rows = [
         {
             "n": n,
@@ -210,7 +206,8 @@ def test_perplexity_by_number_of_latents(by_name):
         in table.note
     )
     assert table.origins[0] == (
-        "P1: runs/a/perplexity.json; checkpoint runs/a/checkpoints/180; decoder packaged (ab12cd34ef56); 5 documents; "
+        "P1: runs/a/perplexity.json; checkpoint runs/a/checkpoints/180; "
+        "decoder packaged (ab12cd34ef56); 5 documents; "
         "2026-11-25T09:00:00+00:00; 2 cores; python -m x <y>"
     )
     assert [origin[:2] for origin in table.origins] == ["P1", "P2", "P6", "P9"]
@@ -299,9 +296,7 @@ def test_tables_of_variants(by_name):
 
 
 def test_what_is_one_entry_and_what_is_not(tmp_path):
-    """A checkpoint's perplexity and benchmarks are one; each control, each text and each decoder is
-    its own.
-    """
+    """A checkpoint's perplexity and benchmarks are one; controls, texts and decoders are apart."""
     for name, more in (("joint", {}), ("swap", {"swap": True}), ("text", {})):
         of = config("joint" if name == "joint" else "cache_augmentation") | {"evaluate": more}
         of["data"] = {"validation": ["other" if name == "text" else "same"]}
@@ -341,9 +336,7 @@ def test_what_is_one_entry_and_what_is_not(tmp_path):
 
 
 def test_a_trained_decoder_is_not_the_frozen_one(tmp_path):
-    """Its perplexity names the decoder that it is compared with, its benchmarks the one that was
-    trained.
-    """
+    """Perplexity names the decoder compared with, benchmarks the one that was trained."""
     assert entries.writes_latents("a method of a newer version")
     perplexity(tmp_path / "latents", -1, config())
     benchmarks(tmp_path / "latents", {("gsm8k", "augmented", 0): 20})
@@ -373,9 +366,7 @@ def test_a_trained_decoder_is_not_the_frozen_one(tmp_path):
 
 
 def test_every_evaluation_is_there(tmp_path):
-    """The same figures once, others of the same checkpoint beside them; under a name that a workdir
-    has inside, too.
-    """
+    """The same figures once, others of the checkpoint beside them; also by a workdir's names."""
     for name, change in (("run", -1.0), ("run/decoder", -1.0), ("run/samples", -2.0)):
         perplexity(tmp_path / name, change, config())
         path = tmp_path / name / "perplexity.json"
@@ -431,9 +422,7 @@ def test_runs_of_different_text_or_size_are_no_line(tmp_path):
 
 
 def test_runs_against_one_of_them(tmp_path, capsys):
-    """Paired over documents: a difference that is the same in each has no width, however much
-    documents differ.
-    """
+    """Paired over documents: a difference that is the same in each has no width."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, 50, (6, 4))
     decoder, before = tokens * draw.normal(4, 1, (6, 1)), tokens * draw.normal(4, 1, (6, 1))
@@ -541,9 +530,7 @@ def test_the_same_runs_give_the_same_bytes(found, out, by_name):
 
 
 def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch):
-    """Those of an older version, and a training that still writes, too. A run of the same name
-    replaces another.
-    """
+    """Older ones, and a training that still writes, too. A run of the same name replaces one."""
     workdirs = [str(path) for path in Path("runs").resolve().iterdir()]
     monkeypatch.chdir(tmp_path)
     for some in (workdirs[:4], workdirs[3:]):

@@ -212,9 +212,7 @@ def copy_at_step_2(trained, workdir):
 
 
 def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
-    """The newest, every second, and the two with the lowest loss since the checkpoint before: steps
-    3 and 4.
-    """
+    """The newest, every second, and the two with the lowest loss: steps 3 and 4."""
     keep = {
         "train.keep": 1,
         "train.keep_every": 2,
@@ -228,9 +226,7 @@ def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
 
 
 def test_what_a_signal_saves_is_no_best_one(trained, make_config, tmp_path, signal_before_step_3):
-    """Its loss is a mean over the few steps since the checkpoint before: step 3 alone, though that
-    is below step 2's, and then step 4 alone.
-    """
+    """Its mean loss is of the few steps since the checkpoint before: step 3, then step 4."""
     losses = [row["loss"] for row in metrics(trained)]
     assert max(losses[2:]) < np.mean(losses[:2])
     config = make_config({"train.checkpoint_every": 2, "train.keep": 1, "train.keep_best": 1})
@@ -275,9 +271,7 @@ def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_
 
 
 def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
-    """A week ahead, with hours forth and back at every look; then a restart that is earlier than
-    what it continues.
-    """
+    """A week ahead, hours forth and back at every look; then a restart earlier than its run."""
     jumps, now = itertools.cycle([7200.0, -5400.0, 0.0, 36000.0, -90000.0]), time.time
     with monkeypatch.context() as ahead:
         ahead.setattr(time, "time", lambda: now() + 7 * 86400 + next(jumps))
@@ -369,8 +363,7 @@ def test_a_finished_run_is_left_alone(trained, make_config, tmp_path, capsys):
 def test_a_trained_decoder_is_exported(
     make_config, make_decoder, decoder_folder, tokenizer_path, tmp_path
 ):
-    """The method "decoder" trains the decoder itself; trace settings then mean nothing and may not
-    get in the way.
+    """Method "decoder" trains the decoder itself; trace settings may not get in the way.
 
     A finished job that is called again writes nothing; a decoder that is trained again takes the
     place of the old one, though it is of the same step.

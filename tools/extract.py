@@ -1,5 +1,4 @@
-"""Extracts plain text from packages: HTML manuals, man pages, POD, dictionaries, sayings; and
-cleans it.
+"""Extracts and cleans the text of packages: manuals, man pages, POD, dictionaries, sayings.
 
 The contents of a package are `Pages`: each page's name, and a function that reads its paragraphs,
 so that a sample of a large package costs no more than the pages in it. `build_corpus` and
@@ -28,8 +27,7 @@ ENTRIES = 200  # of a dictionary, on a page
 
 
 def debian(folder: Path, package: str) -> tuple[Path, str]:
-    """Unpacks a Debian package below `folder`, installing nothing; returns its root and its
-    version.
+    """Unpacks a Debian package below `folder`; returns its root and version, installs nothing.
 
     Raises:
       UserError: the package cannot be had.
@@ -53,18 +51,17 @@ def debian(folder: Path, package: str) -> tuple[Path, str]:
     return root, archives[0].name.split("_")[1].replace("%3a", ":")
 
 
-# --------------------------------------------------------------------------------------------------
-# HTML
+# HTML.
 
 BLOCKS = set(
-    "address article aside blockquote body center dd details div dl dt fieldset figure footer header "
-    "h1 h2 h3 h4 h5 h6 hr li main ol p pre section table tbody tr ul".split()
+    "address article aside blockquote body center dd details div dl dt fieldset figure footer "
+    "header h1 h2 h3 h4 h5 h6 hr li main ol p pre section table tbody tr ul".split()
 )
 DROPPED = set("button form head img nav noscript script style svg".split())
 CHROME = set(  # classes and ids
-    "bottomlang comments_section contents fancy_toc footer headerlink imgcontainer indexterm mainmenu menu "
-    "navfooter navheader page-header path permalink quickview searchmenu sidebar submenu tagline toc "
-    "toctree-wrapper top toplang up viewcode-link".split()
+    "bottomlang comments_section contents fancy_toc footer headerlink imgcontainer indexterm "
+    "mainmenu menu navfooter navheader page-header path permalink quickview searchmenu sidebar "
+    "submenu tagline toc toctree-wrapper top toplang up viewcode-link".split()
 )
 LEFTOVER = re.compile(
     r"This page (is part|last modified) .*|Previous: .*|See also:?|[a-z]+(-[a-z]+)+:", re.IGNORECASE
@@ -101,9 +98,7 @@ def within(element: html.HtmlElement) -> list[str]:
 
 
 def block(element: html.HtmlElement) -> list[str]:
-    """Returns the blocks of a block element: code as it is, one line per item of a list or row of a
-    table.
-    """
+    """Returns the blocks of a block element: code as it is, a line per list item or table row."""
     if element.tag == "pre":
         lines = [line.rstrip() for line in element.text_content().expandtabs().split("\n")]
         code = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
@@ -164,8 +159,7 @@ def _page(file: Path, text: Sequence[str]) -> list[str]:
     return []
 
 
-# ---------------------------------------------------------------------------------------- other
-# kinds of text
+# Other kinds of text.
 
 WIDE = "9999"  # characters of a line: a paragraph is one
 
@@ -183,22 +177,13 @@ def _man_page(file: Path) -> list[str]:
     source = gzip.decompress(file.read_bytes())
     if source.startswith(b".so "):  # another name of a page
         return []
-    command = [
-        "groff",
-        "-mandoc",
-        "-t",
-        "-Kutf8",
-        "-Tutf8",
-        "-P-cbou",
-        f"-rLL={WIDE}n",
-        "-rHY=0",
-        "-dAD=l",
-    ]
+    command = ["groff", "-mandoc", "-t", "-Kutf8", "-Tutf8", "-P-cbou"]
+    command += [f"-rLL={WIDE}n", "-rHY=0", "-dAD=l"]
     done = subprocess.run(command, input=source, capture_output=True)
-    # columns of tables, set wide apart
-    text = re.sub(r"(?<=\S) {3,}", "  ", done.stdout.decode(errors="replace"))
-    # and the rules between rows
-    return blocks(re.sub(r"(?m)^ *[\u2500-\u257f][ \u2500-\u257f]*\n", "", text))[1:-1]
+    text = done.stdout.decode(errors="replace")
+    text = re.sub(r"(?<=\S) {3,}", "  ", text)  # columns of tables, set wide apart
+    text = re.sub(r"(?m)^ *[\u2500-\u257f][ \u2500-\u257f]*\n", "", text)  # rules between rows
+    return blocks(text)[1:-1]
 
 
 def pods(root: Path) -> Pages:
@@ -226,8 +211,9 @@ def blocks(text: str) -> list[str]:
 
 
 def dictionary(root: Path) -> Pages:
-    """Returns a dictionary in dictd's format, ENTRIES per page: a headword begins a line, its
-    meaning is indented.
+    """Returns a dictionary in dictd's format, ENTRIES per page.
+
+    A headword begins a line, its meaning is indented.
     """
     (file,) = root.rglob("*.dict.dz")
     text = gzip.decompress(file.read_bytes()).decode(errors="replace")
@@ -262,13 +248,13 @@ def _sayings(file: Path) -> list[str]:
     return [saying.strip("\n") for saying in re.split(r"\n%\n", text)]
 
 
-# ----------------------------------------------------------------------------------------------
-# cleaning
+# Cleaning.
 
 
 def sample(pages: Pages, budget: int) -> list[list[str]]:
-    """Returns whole pages of roughly `budget` characters, chosen by the hash of their names, in the
-    order given.
+    """Returns whole pages, roughly `budget` characters in all, in the order given.
+
+    They are chosen by the hash of their names.
     """
     chosen: dict[str, list[str]] = {}
     size = 0
@@ -284,9 +270,7 @@ def sample(pages: Pages, budget: int) -> list[list[str]]:
 
 
 def plain(paragraph: str) -> str:
-    """Removes control, format, private-use and separator characters, and trailing blanks, from a
-    paragraph.
-    """
+    """Removes trailing blanks, and control, format, private-use and separator characters."""
     paragraph = unicodedata.normalize("NFC", paragraph).replace("\u00a0", " ")
     unwanted = ("Cc", "Cf", "Co", "Zl", "Zp")
     paragraph = "".join(
@@ -296,9 +280,7 @@ def plain(paragraph: str) -> str:
 
 
 def pack(pieces: list[str], joint: str) -> Iterator[str]:
-    """Joins pieces into few documents of about equal length, within `LONGEST` unless one piece is
-    longer.
-    """
+    """Joins pieces into few documents of about equal length, within LONGEST if every piece is."""
     size = len(joint.join(pieces))
     share = size / max(1, -(-size // LONGEST))
     document: list[str] = []
@@ -314,9 +296,7 @@ def pack(pieces: list[str], joint: str) -> Iterator[str]:
 
 
 def clean(documents: Iterable[list[str]], seen: set[str]) -> Iterator[str]:
-    """Yields documents without odd characters and without paragraphs that were met before; cuts
-    long ones.
-    """
+    """Yields documents without odd characters and repeated paragraphs; cuts long ones."""
     for document in documents:
         kept = []
         for paragraph in map(plain, document):

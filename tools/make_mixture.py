@@ -1,8 +1,7 @@
-"""Makes the open mixture: text to train and to evaluate on, from Debian packages, each with its
-licence.
+"""Makes the open mixture: text to train and evaluate on, from Debian packages.
 
-  python -m tools.make_mixture --out=runs/mixture [--licences=public_domain,permissive,copyleft]
-  [--budget=12e6]
+  python -m tools.make_mixture --out=runs/mixture [--budget=12e6]
+      [--licences=public_domain,permissive,copyleft]
 
 Writes OUT/train, OUT/validation and OUT/unseen, one file per work, for
 `data.sources=files:OUT/train/*.txt`; MIXTURE.md, a table of the works; about.json, their digests;
@@ -40,7 +39,8 @@ SPLITS = ("validation", "unseen", "train")  # a paragraph that repeats stays in 
 LICENCES = ("public_domain", "permissive", "copyleft")
 CORPUS = Path(latent_delib.__file__).parent / "data" / "corpus"
 # Folders and pages that are no text to read.
-NO_TEXT = "index doc-index genindex search toc tags _modules _sources changelog changes releases? whatsnew news"
+NO_TEXT = "index doc-index genindex search toc tags _modules _sources changelog changes releases? "
+NO_TEXT += "whatsnew news"
 SKIPPED = rf"(^|/)({'|'.join(NO_TEXT.split())})([^a-z/][^/]*)?(/|$)"
 
 
@@ -202,9 +202,7 @@ def write_mixture(folder: Path, chosen: dict[str, Source], works: dict[str, Work
         for name, (version, licence, documents) in _works_of(split, chosen, works).items():
             cleaned = list(extract.clean(documents, seen))
             if not cleaned:
-                raise UserError(
-                    f"{name} {version}: none of its text is its own, all of it is in other works too"
-                )
+                raise UserError(f"{name} {version}: all of its text is in other works too")
             content = extract.SEPARATOR.join(cleaned) + "\n"
             path = f"{split}/{name}.txt"
             (folder / path).write_text(content, encoding="utf-8")
@@ -218,10 +216,11 @@ def write_mixture(folder: Path, chosen: dict[str, Source], works: dict[str, Work
         if work.copyright:
             (folder / "licences" / f"{package}.txt").write_text(work.copyright, encoding="utf-8")
     totals = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
+    made = "Made by `tools.make_mixture`; `licences/` has the packages' own words."
     table = [
         "# The mixture",
         "",
-        f"Bytes of text: {totals}. Made by `tools.make_mixture`; `licences/` has the packages' own words.",
+        f"Bytes of text: {totals}. {made}",
         "",
         "| split | work | version | licence | documents | bytes |",
         "| --- | --- | --- | --- | ---: | ---: |",
@@ -235,9 +234,7 @@ def write_mixture(folder: Path, chosen: dict[str, Source], works: dict[str, Work
 def _works_of(
     split: str, chosen: dict[str, Source], works: dict[str, Work]
 ) -> dict[str, tuple[str, str, list[list[str]]]]:
-    """Returns work -> (version, licence, documents) of a split: prose of the packaged corpus, then
-    packages.
-    """
+    """Returns work -> (version, licence, documents) of a split: packaged prose, then packages."""
     found = {}
     for file in sorted((CORPUS / split).glob("prose_*.txt")):
         documents = file.read_text(encoding="utf-8").removesuffix("\n").split(extract.SEPARATOR)

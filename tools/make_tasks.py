@@ -49,8 +49,9 @@ EXACT |= {"regexes_to_ignore": [",", "\\$", "(?s).*#### "]}  # what GSM8K's own 
 
 
 def _generated(until: list[str], max_gen_toks: int, pattern: str) -> Row:
-    """Returns the harness settings of a task whose answer is generated greedily: the last match of
-    `pattern`.
+    """Returns the harness settings of a task whose answer is the last match of `pattern`.
+
+    The text is generated greedily.
     """
     found = [
         {"function": "regex", "regex_pattern": pattern, "group_select": -1},
@@ -68,9 +69,8 @@ def _generated(until: list[str], max_gen_toks: int, pattern: str) -> Row:
 
 def _chosen(**prompt: str) -> Row:
     """Returns the harness settings of a task whose answer is the likeliest of the choices."""
-    metrics = [
-        {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
-    ]
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    metrics = [{"metric": name, **mean} for name in ("acc", "acc_norm")]
     fixed = {
         "output_type": "multiple_choice",
         "doc_to_choice": "{{choices}}",
@@ -125,8 +125,9 @@ def chain_sum_choice(split: str) -> Iterator[Row]:
 
 
 def countdown(split: str) -> Iterator[Row]:
-    """Yields an expression that makes a number from given ones, among three that differ in
-    operators and miss it.
+    """Yields an expression that makes a number of given ones, among three that miss it.
+
+    They differ in their operators.
     """
     draw = random.Random(SEEDS[split])
     for item in _problems("countdown", split):
@@ -150,8 +151,8 @@ def countdown(split: str) -> Iterator[Row]:
 def syllogism(split: str) -> Iterator[Row]:
     """Yields two statements and a conclusion: whether it follows, Yes or No.
 
-    The answers of reasoning-gym 0.1.25 are not used: it says Yes to some that do not follow (an
-    undistributed middle).
+    The answers of reasoning-gym 0.1.25 are not used: it says Yes to some that do not follow, by an
+    undistributed middle.
     """
     for item in _problems("syllogism", split):
         form = []
@@ -168,9 +169,7 @@ def syllogism(split: str) -> Iterator[Row]:
 
 
 def next_sentence(split: str) -> Iterator[Row]:
-    """Yields the sentence that follows three others in held-out prose, among three of like length
-    from elsewhere.
-    """
+    """Yields the sentence after three others in held-out prose, among three of like length."""
     draw = random.Random(SEEDS[split])
     for path in sorted(TEXT.glob("prose_*.txt")):
         text = " ".join(path.read_text(encoding="utf-8").split())
@@ -261,9 +260,7 @@ def _new(rows: Iterator[Row], seen: set[str]) -> Iterator[Row]:
 
 
 def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
-    """Writes the settings of a task of TASKS, and its rows by split; file names are relative to the
-    folder.
-    """
+    """Writes the settings of a task of TASKS, and its rows by split; names files by the folder."""
     import yaml
 
     _, asked, _ = TASKS[name]
@@ -277,9 +274,8 @@ def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
         settings |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
     for split, some in rows.items():
         path = folder / f"{name}.{split}.jsonl"
-        path.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some), encoding="utf-8"
-        )
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in some]
+        path.write_text("".join(lines), encoding="utf-8")
         if "train" in rows and not name.endswith("_choice"):  # whose problems are another task's
             text = folder / "text" / split / f"{name}.txt"
             text.parent.mkdir(parents=True, exist_ok=True)
@@ -299,8 +295,8 @@ def _version() -> str:
         return metadata.version("reasoning-gym")
     except metadata.PackageNotFoundError:
         raise UserError(
-            "reasoning-gym is not installed: with a C compiler and Python's headers (on Debian: apt-get install gcc "
-            "python3-dev) LATENT_DELIB_EXTRAS=tasks ./launch/setup.sh brings it"
+            "reasoning-gym is not installed: with a C compiler and Python's headers (on Debian: "
+            "apt-get install gcc python3-dev) LATENT_DELIB_EXTRAS=tasks ./launch/setup.sh brings it"
         ) from None
 
 
@@ -319,11 +315,10 @@ def _choices(draw: random.Random, question: str, right: str, wrong: list[str]) -
 
 @functools.cache
 def _follows(*form: tuple[str, int, bool, int]) -> bool:
-    """Tells whether the last of three statements about three kinds of things holds in every world
-    where the others do.
+    """Tells whether the last of three statements holds in every world where the others do.
 
-    A world is a choice among the eight combinations of the kinds, with at least one thing of each
-    kind.
+    They are about three kinds of things. A world is a choice among the eight combinations of the
+    kinds, with at least one thing of each kind.
     """
 
     def holds(
@@ -347,9 +342,7 @@ def _follows(*form: tuple[str, int, bool, int]) -> bool:
 
 
 def _value(expression: str) -> Fraction | None:
-    """Returns the value of an expression of whole numbers, + - * / and brackets; None for a
-    division by zero.
-    """
+    """Returns the value of whole numbers, + - * / and brackets; None for a division by zero."""
     assert re.fullmatch(r"[-+*/() \d]+", expression), expression
     try:
         return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression))

@@ -44,9 +44,7 @@ def main(flags: Any) -> None:
 
 
 def kept(pack: Path, replaced: Collection[str]) -> dict[str, bytes]:
-    """Returns the files of a pack by name, without those of replaced runs; none where there is no
-    pack yet.
-    """
+    """Returns the files of a pack by name, without those of replaced runs; none without a pack."""
     found: dict[str, bytes] = {}
     if not pack.exists():
         return found

@@ -1,5 +1,4 @@
-"""Draws the two pictures of the method: method.svg (its three calls) and placements.svg (where
-latents stand).
+"""Draws method.svg, the three calls of the method, and placements.svg, where latents stand.
 
 python docs/figures/method.py
 """
@@ -27,6 +26,9 @@ AHEAD = ["mat", "and", "the", "dog"]
 LATENTS = ["$z_1$", "$z_2$", "$z_3$", "$z_4$"]
 SOFT = ["$s_1$", "$s_2$", "$s_3$", "$s_4$"]
 
+ABOVE = {"ha": "center", "va": "bottom"}  # text over a point
+BELOW = {"ha": "center", "va": "top"}
+
 plt.rcParams.update(
     {"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "svg.hashsalt": "latent_delib"}
 )
@@ -35,40 +37,19 @@ plt.rcParams.update(
 def box(axes, x, y, width, height, face, edge, text="", style="-"):
     """Draws one rounded box whose lower left corner is (x, y)."""
     corners = "round,pad=0,rounding_size=0.1"
-    patch = FancyBboxPatch(
-        (x, y),
-        width,
-        height,
-        corners,
-        facecolor=face,
-        edgecolor=edge,
-        linewidth=1.1,
-        linestyle=style,
-    )
-    axes.add_patch(patch)
-    axes.text(
-        x + width / 2,
-        y + height / 2 - 0.02,
-        text,
-        ha="center",
-        va="center",
-        fontsize=9.5,
-        color=INK,
-    )
+    look = {"facecolor": face, "edgecolor": edge, "linewidth": 1.1, "linestyle": style}
+    axes.add_patch(FancyBboxPatch((x, y), width, height, corners, **look))
+    middle = (x + width / 2, y + height / 2 - 0.02)
+    axes.text(*middle, text, ha="center", va="center", fontsize=9.5, color=INK)
 
 
 def arrow(axes, *points, color=INK, style="-", width=1.4):
     """Draws a line through the points with a head at the last one."""
     *way, last = points
-    axes.plot(
-        [x for x, _ in way], [y for _, y in way], color=color, linestyle=style, linewidth=width
-    )
-    ends = {"shrinkA": 0, "shrinkB": 0, "mutation_scale": 12}
-    axes.add_patch(
-        FancyArrowPatch(
-            way[-1], last, arrowstyle="-|>", color=color, linestyle=style, linewidth=width, **ends
-        )
-    )
+    look = {"color": color, "linestyle": style, "linewidth": width}
+    axes.plot(*zip(*way), **look)
+    head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 12}
+    axes.add_patch(FancyArrowPatch(way[-1], last, **head, **look))
 
 
 def layers(axes, x, columns, face, edge):
@@ -86,10 +67,9 @@ def chips(axes, x, y, words, face, edge, style="-"):
 
 def heading(axes, x, name, task, color):
     """Writes what a call is, above it."""
-    axes.text(
-        x + 0.08, TOP + 2.42, name, fontsize=12.5, fontweight="bold", color=color, va="bottom"
-    )
-    axes.text(x + 0.08, TOP + 2.3, task, fontsize=9.5, color=QUIET, va="top")
+    x = x + 0.08
+    axes.text(x, TOP + 2.42, name, fontsize=12.5, fontweight="bold", color=color, va="bottom")
+    axes.text(x, TOP + 2.3, task, fontsize=9.5, color=QUIET, va="top")
 
 
 def note(axes, x, y, text, color=QUIET, **options):
@@ -114,63 +94,30 @@ def draw_method():
     heading(axes, read, "1  decoder", "reads the text once, keeps its cache", FROZEN_EDGE)
     layers(axes, read, 5, FROZEN, FROZEN_EDGE)
     chips(axes, read, inputs, TEXT, TOKEN, TOKEN_EDGE)
-    note(
-        axes,
-        read + 2.5,
-        TOP + 0.16,
-        "key-value cache of the text",
-        ha="center",
-        va="bottom",
-        color=FROZEN_EDGE,
-    )
+    note(axes, read + 2.5, TOP + 0.16, "key-value cache of the text", FROZEN_EDGE, **ABOVE)
 
     heading(axes, augment, "2  coprocessor", "writes latents in one pass", TRAINED_EDGE)
     layers(axes, augment, 4, TRAINED, TRAINED_EDGE)
     chips(axes, augment, inputs, SOFT, TRAINED, TRAINED_EDGE)
     chips(axes, augment, outputs, LATENTS, TRAINED, TRAINED_EDGE)
-    note(axes, augment + 2, inputs - 0.18, "soft tokens", ha="center", va="top", color=TRAINED_EDGE)
+    note(axes, augment + 2, inputs - 0.18, "soft tokens", TRAINED_EDGE, **BELOW)
 
     heading(axes, decode, "3  decoder", "goes on from text and latents", FROZEN_EDGE)
     layers(axes, decode, 7, FROZEN, FROZEN_EDGE)
     chips(axes, decode, inputs, LATENTS, TRAINED, TRAINED_EDGE)
     chips(axes, decode + 4, inputs, AHEAD[:3], TOKEN, TOKEN_EDGE)
     chips(axes, decode + 3, outputs, AHEAD, "white", TOKEN_EDGE, "--")
-    note(
-        axes,
-        decode + 2,
-        inputs - 0.18,
-        "latents, as embeddings",
-        ha="center",
-        va="top",
-        color=TRAINED_EDGE,
-    )
-    note(axes, decode + 5.5, inputs - 0.18, "tokens ahead", ha="center", va="top")
-    note(axes, decode + 5, outputs + 0.68, "predictions and their loss", ha="center", va="bottom")
-
-    note(
-        axes,
-        decode + 1.5,
-        TOP + 0.16,
-        "latents extend the cache",
-        ha="center",
-        va="bottom",
-        color=TRAINED_EDGE,
-    )
+    note(axes, decode + 2, inputs - 0.18, "latents, as embeddings", TRAINED_EDGE, **BELOW)
+    note(axes, decode + 5.5, inputs - 0.18, "tokens ahead", **BELOW)
+    note(axes, decode + 5, outputs + 0.68, "predictions and their loss", **ABOVE)
+    note(axes, decode + 1.5, TOP + 0.16, "latents extend the cache", TRAINED_EDGE, **ABOVE)
 
     # The cache: layer by layer to the coprocessor, and past it to the decoder's second call.
     for layer in range(LAYERS):
         height = (layer + 0.5) * ROW
         arrow(axes, (read + 5.05, height), (augment, height), color=FROZEN_EDGE, width=1.1)
     middle = (read + 5 + augment) / 2
-    note(
-        axes,
-        middle,
-        TOP + 0.1,
-        "layer $l$ reads\nlayer $l$",
-        ha="center",
-        va="bottom",
-        color=FROZEN_EDGE,
-    )
+    note(axes, middle, TOP + 0.1, "layer $l$ reads\nlayer $l$", FROZEN_EDGE, **ABOVE)
     over, gap = TOP + 1.5, decode - 0.85
     arrow(
         axes,
@@ -181,14 +128,7 @@ def draw_method():
         (decode, TOP / 2),
         color=FROZEN_EDGE,
     )
-    note(
-        axes,
-        (augment + read + 5) / 2 - 1.6,
-        over + 0.1,
-        "the same cache",
-        va="bottom",
-        color=FROZEN_EDGE,
-    )
+    note(axes, middle - 1.6, over + 0.1, "the same cache", FROZEN_EDGE, va="bottom")
 
     # The latents: out of the coprocessor, into the decoder.
     out, side = outputs + 0.28, decode - 1.7
@@ -214,7 +154,7 @@ def draw_method():
         style=(0, (4, 2.5)),
     )
     remark = "gradient, through the frozen decoder, to the coprocessor and its soft tokens alone"
-    note(axes, decode - 1.2, low - 0.12, remark, color=GRADIENT, ha="center", va="top")
+    note(axes, decode - 1.2, low - 0.12, remark, GRADIENT, **BELOW)
 
     # The legend.
     box(axes, read + 0.08, low - 0.25, 0.5, 0.42, FROZEN, FROZEN_EDGE)
@@ -227,9 +167,7 @@ def draw_method():
 
 
 def draw_placements():
-    """Returns the figure of the placements: which position each vector has, for 5 tokens of text
-    and 3 latents.
-    """
+    """Returns the figure of the placements: the positions of 5 tokens of text and 3 latents."""
     figure, axes = plt.subplots(figsize=(9.2, 4.3), layout="constrained")
     latents = ["$z_1$", "$z_2$", "$z_3$"]
     text = ["$x_1$", "$x_2$", "$x_3$", "$x_4$", "$x_5$"]

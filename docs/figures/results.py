@@ -31,11 +31,9 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "latent_delib"  # the same runs give the same bytes
     figure, axes = pyplot.subplots(figsize=(7.2, 4.0), layout="constrained")
-    found = runs.find([str(DOCS / "results" / "b_cpu")])
-    by_folder = {
-        str(result.path.parent.relative_to(DOCS / "results" / "b_cpu")): result
-        for result in found.perplexity
-    }
+    results = DOCS / "results" / "b_cpu"
+    found = runs.find([str(results)]).perplexity
+    by_folder = {str(result.path.parent.relative_to(results)): result for result in found}
     for folder, (label, colour) in LINES.items():
         rows = by_folder[folder].data["sets"][KIND]["rows"]
         draw_ours(axes, rows, label, colour)
@@ -59,15 +57,7 @@ def draw_published(axes: Axes) -> None:
     """Draws the paper's line for the same number of latents."""
     by_n = published.PERPLEXITY_CHANGE[LATENTS]
     label = f"published: {published.DECODER}, {LATENTS} latents"
-    axes.plot(
-        by_n.keys(),
-        by_n.values(),
-        color="black",
-        marker="s",
-        markersize=4,
-        linestyle="--",
-        label=label,
-    )
+    axes.plot(by_n.keys(), by_n.values(), "s--", color="black", markersize=4, label=label)
 
 
 def decorate(axes: Axes) -> None:

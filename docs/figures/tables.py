@@ -2,8 +2,7 @@
 
   .venv/bin/python docs/figures/tables.py
 
-Write a table with its first column, and run this. A comment above the table says which runs it is
-of:
+Write a table with its first column, and run this. A comment above the table names its runs:
 
   <!-- table: runs=a -->                      docs/results/a, each run against its frozen decoder
   <!-- table: runs=a against=overlay@0 -->    against that run, document by document
@@ -34,8 +33,7 @@ PHRASES = {  # words of a row -> the folder of an evaluation
     "two tokens late": "delay2",
     "three tokens late": "delay3",
 }
-# of protocol b_cpu; a has unseen/ beside the run
-SOURCES = {"kinds trained on": "0", "unseen sources": "1"}
+SOURCES = {"kinds trained on": "0", "unseen sources": "1"}  # of b_cpu; a has unseen/ instead
 FILES = {file.path: file for file in packed.files_below(RESULTS)}
 
 
@@ -77,9 +75,7 @@ def filled(page: str) -> str:
 
 
 def row_of(words: str, settings: dict[str, str], before: Row) -> Row:
-    """Reads which evaluation a row is of, from its words, its table's settings and the row before
-    it.
-    """
+    """Reads the evaluation of a row from its words, its table's settings and the row before."""
     names = [name if "@" in name else f"{name}@0" for name in re.findall(r"`(\w+@?\w*)`", words)]
     phrases = [folder for phrase, folder in PHRASES.items() if phrase in words]
     step = re.search(r"step ([\d,]+)", words)

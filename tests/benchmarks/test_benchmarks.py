@@ -1,6 +1,4 @@
-"""Every benchmark runs in its smallest form, side by side in one process, and writes what it
-measured on what.
-"""
+"""Every benchmark runs in its smallest form, and writes what it measured on what."""
 
 import json
 
@@ -95,9 +93,7 @@ def test_parts_of_a_step(tmp_path):
 
 
 def test_useful_flops_of_attention_count_visible_pairs():
-    """Two traces of two tokens over prefixes of 3 and 5: 2 x (3 + 5) pairs with the text, 2 x 3
-    among themselves.
-    """
+    """Two traces of 2 tokens over 3 and 5 of text: 2 x 8 pairs with it, 2 x 3 of their own."""
     config, ones = common.ARCHITECTURES["gemma2_test"], np.ones((1, 2, 2), int)
     bounds = Bounds(jnp.array(0 * ones), jnp.array([[[3, 3], [5, 5]]]), jnp.array(0 * ones))
     # FLOPs of one of a pair's products, over all heads

@@ -1,6 +1,4 @@
-"""The dense one-sequence form computes what the package computes: the baseline does the same
-work.
-"""
+"""The dense one-sequence form computes what the package computes."""
 
 from functools import partial
 

@@ -1,6 +1,4 @@
-"""The table of peers: sides take turns, each in a process of its own. What they do is compared in
-test_peer.py.
-"""
+"""The table of peers: sides take turns. What they do is compared in test_peer.py."""
 
 import argparse
 import json

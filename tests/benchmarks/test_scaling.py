@@ -1,6 +1,4 @@
-"""The table of slices: its rows, its estimates, and what the compiler for TPUs says of a small
-model.
-"""
+"""The table of slices: its rows, its estimates, and what the compiler for TPUs says."""
 
 import dataclasses
 import importlib.util
@@ -36,9 +34,7 @@ FOUND = {
 
 
 def test_an_estimate_follows_from_what_was_found():
-    """The longer of compute and links, then the update; rows by proportion of what is not
-    theirs.
-    """
+    """The longer of compute and links, then the update; rows fill what the weights leave."""
     chip = scaling.Chip(bandwidth=1e12, links=1e9)
     found = scaling.estimate(FOUND, rows=1, chip=chip, peak=4e9)
     update = 7 * GIB / 2 / 1e12
@@ -87,9 +83,7 @@ def test_another_mistake_is_not_a_row(monkeypatch, tmp_path):
 
 
 def small_gemma():
-    """A model that the kernel for TPUs serves, with matrices large enough that the compiler treats
-    them as such.
-    """
+    """A model that the TPU kernel serves, with matrices that the compiler treats as large."""
     c = base.get_config()
     c.decoder.path, c.decoder.tokenizer = "", "packaged"
     size = dataclasses.replace(
@@ -107,8 +101,10 @@ def small_gemma():
     "topology, limit", [("v5e:2x4", 15.75), ("v6e:2x4", 31.25), ("v5p:2x2x2", 95.74)]
 )
 def test_a_slice(topology, limit):
-    """Weights are gathered once for each use, the token table once. Of matrices as small as these
-    the compiler sums some gradients whole, where it scatters those of true size (docs/scaling.md).
+    """Weights are gathered once for each use, the token table once.
+
+    The compiler sums some gradients of matrices as small as these whole, where it scatters those of
+    true size (docs/scaling.md).
     """
     found = scaling.compiled(small_gemma(), topology)
     assert found["memory_limit"] == limit * GIB

@@ -1,6 +1,4 @@
-"""Records that cannot be used, files that vanish, and the fingerprint that knows the data again:
-both routes.
-"""
+"""Unusable records, files that vanish, and the fingerprint of the data, on both routes."""
 
 import itertools
 import json
@@ -380,9 +378,7 @@ def test_fingerprint_of_text(change, tokenizer_path, tmp_path):
 def test_fingerprint_of_token_files_reads_meta_json_alone(
     folder, sources, tokenizer_path, tmp_path
 ):
-    """At the published scale there are 50,000 files; each chunk has a checksum for when it is
-    read.
-    """
+    """At the published scale there are 50,000 files; each chunk has a checksum for its reading."""
     before = fingerprint(make_data(sources["train"], folder), tokenizer_path)
     assert set(before) == {
         "tokenizer",
@@ -403,9 +399,7 @@ def test_fingerprint_of_token_files_reads_meta_json_alone(
 
 @pytest.mark.parametrize("version", [None, "1", "3"])
 def test_a_checkpoint_of_another_order_is_not_trained_on(version, folder, sources, tokenizer_path):
-    """Nor by what older versions stored, which also digested the ends of all files: one line says
-    why.
-    """
+    """Nor by what older versions stored, which also digested all files' ends: one line says why."""
     found = fingerprint(make_data(sources["train"], folder), tokenizer_path)
     stored = found | {"sources[0] (token_files/train/0)": "of the ends of all files"}
     stored.pop("order")

@@ -93,9 +93,7 @@ def test_any_step_of_a_huge_source_is_reached_at_once():
 
 
 def test_epochs_of_each_source():
-    """A source of 5 rows is read whole before any of it is read again, each time in another
-    order.
-    """
+    """A source of 5 rows is read whole before any row comes again, each time in another order."""
     source, row = order.Order(4, order.shares([3, 1]), [100_000, 5])(0, 3 * order.BLOCK)
     large, small = row[source == 0], row[source == 1]
     assert len(set(large.tolist())) == len(large)

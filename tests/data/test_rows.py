@@ -1,6 +1,4 @@
-"""Documents to rows, segments and pieces, against literal arrays and a token-by-token
-definition.
-"""
+"""Documents to rows, segments and pieces, against literal arrays and a plain definition."""
 
 import numpy as np
 import pytest

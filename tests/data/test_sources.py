@@ -1,6 +1,4 @@
-"""Source strings: what each form means, what is refused, and that it is refused before anything
-else is done.
-"""
+"""Source strings: what each form means, and what is refused before anything else is done."""
 
 import os
 import sys

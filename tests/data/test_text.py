@@ -1,6 +1,4 @@
-"""Text through seqio, and `prepare`: sources, rows, order, hosts, and what is refused. Imports
-TensorFlow, once.
-"""
+"""Text through seqio, and `prepare`: sources, rows, order, hosts, and what is refused."""
 
 import hashlib
 import itertools
@@ -21,7 +19,9 @@ from latent_delib.errors import UserError
 from latent_delib.machine import progress
 
 BOS, PAD, T = 2, 0, 16
-WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
+WORDS = (
+    "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,7 @@ def texts(tasks, tokenizer, source):
 
 
 def write_files(folder, files, documents_each, start=0):
-    """Files of documents, each document marked by a number of its own; returns the documents in
-    order.
-    """
+    """Writes files of documents, each marked by its own number; returns the documents in order."""
     folder.mkdir(exist_ok=True)
     documents = [f"{i + start} {make_text(i + start, 20)}" for i in range(files * documents_each)]
     for i in range(files):
@@ -243,7 +241,8 @@ from ml_collections import ConfigDict
 from latent_delib.data import batches
 flags.FLAGS(["test"])
 data, digest = ConfigDict({data.to_dict()!r}), hashlib.sha256()
-for batch in itertools.islice(batches.Training(data, {tokenizer!r}).batches(batch_size=4, seed=0), 100):
+training = batches.Training(data, {tokenizer!r})
+for batch in itertools.islice(training.batches(batch_size=4, seed=0), 100):
     digest.update(batch["tokens"])
 print(digest.hexdigest())
 """
@@ -287,9 +286,7 @@ def test_hosts_share_one_batch(tokenizer, tmp_path):
 
 
 def test_training_sees_every_document(tasks, tokenizer, tmp_path):
-    """Rows in their own order: nothing is lost at the end of an epoch, at the end of a row or to
-    the shuffling.
-    """
+    """Nothing is lost at the end of an epoch, at the end of a row or to the shuffling."""
     write_files(tmp_path, files=4, documents_each=5)
     source = f"files:{tmp_path}/*"
     tokens = np.concatenate(documents(tasks, tokenizer, source))
@@ -405,9 +402,7 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
 
 
 def test_works_are_files_told_from_each_other(tasks, tokenizer, tmp_path):
-    """By the shortest path that does it; lines are works of their own, whatever file they are
-    in.
-    """
+    """By the shortest path that does it; each line is a work of its own, in any file."""
     for name in ("one/a.txt", "two/a.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("A cat.\n\f\nA mat.\n")

@@ -1,6 +1,4 @@
-"""Tokenizers against their own libraries and against llama.cpp (golden/make_tokens.py), alone and
-under seqio.
-"""
+"""Tokenizers against their own libraries and against llama.cpp, alone and under seqio."""
 
 import hashlib
 import importlib.util
@@ -545,8 +543,10 @@ def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
 
 def test_a_sentencepiece_model_needs_no_other_library(sentencepiece_path):
     code = (
-        f"import sys; from latent_delib.data.tokenizer import Tokenizer; Tokenizer({str(sentencepiece_path)!r});"
-        "import latent_delib.weights.gguf_vocabulary; print({'tokenizers', 'jax', 'google'} & set(sys.modules))"
+        "import sys, latent_delib.weights.gguf_vocabulary;"
+        "from latent_delib.data.tokenizer import Tokenizer;"
+        f"Tokenizer({str(sentencepiece_path)!r});"
+        "print({'tokenizers', 'jax', 'google'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

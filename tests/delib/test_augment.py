@@ -1,5 +1,4 @@
-"""All traces together against each one alone: through the cache, and in the naive reading; who sees
-whom, by gradients.
+"""All traces together against each one alone; who sees whom, by gradients.
 
 Two packed rows, grouped queries, windows smaller than the text; one trace at a document's start and
 two near an end.
@@ -50,9 +49,7 @@ def document_of(b, m):
 
 @partial(jax.jit, static_argnums=0)
 def loss_and_nll(aug, params, tokens_BT, segment_BT, at_BM, delay_BM):
-    """The loss; -log p of every ahead token [B, M, A], and the weights. One program for all tests
-    of a placement.
-    """
+    """Returns loss, -log p of ahead tokens [B, M, A], weights; one program for each placement."""
     total = augment.loss(aug, params, tokens_BT, segment_BT, at_BM, A, jnp.float32, delay_BM)
     text = augment.read_text(aug, params, tokens_BT, segment_BT, jnp.float32)
     traces = aug.lay_out(tokens_BT, segment_BT, at_BM, A, delay_BM)
@@ -102,9 +99,7 @@ def test_latents_of_an_earlier_call(placement):
 
 @partial(jax.jit, static_argnums=0)
 def extend(config, weights, cache, x_BSD, position_BS, count_B):
-    """Reads more inputs (one row) after all that the cache holds, and appends the first
-    `count_B`.
-    """
+    """Reads more inputs (one row) after all that the cache holds; appends the first `count_B`."""
     position = position_BS[:, None]
     zero = jnp.zeros_like(position)
     bounds = Bounds(zero, zero + cache.length[:, None, None], zero)
@@ -116,9 +111,7 @@ def extend(config, weights, cache, x_BSD, position_BS, count_B):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_traces_together_equal_separate_runs_through_the_cache(placement):
-    """One at a time: prefill, latents, latents into the cache, then token by token, as in
-    decoding.
-    """
+    """One at a time, as in decoding: prefill, latents, latents in the cache, then each token."""
     config = small.GEMMA
     aug, params = setup(config, placement)
     together, tokens = loss(aug, params, TOKENS, SEGMENT, AT)
@@ -171,9 +164,7 @@ def test_traces_together_equal_separate_runs_through_the_cache(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_packed_documents_equal_each_document_alone(placement):
-    """The same three documents and traces, packed in two rows and in four; T - 1 is a trace without
-    weight.
-    """
+    """The same three documents and traces in two rows and in four; a trace at T - 1 weighs 0."""
     aug, params = setup(small.GEMMA, placement)
     packed = loss(aug, params, TOKENS, SEGMENT, AT)
     alone = np.zeros(2)
@@ -219,9 +210,7 @@ def test_visibility_by_gradients(placement):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_nothing_past_the_documents_end_matters(placement):
-    """Other text after each document's end, as context and as ahead tokens: bit for bit the same
-    weighted loss.
-    """
+    """Other text after each document's end, read or predicted: bit for bit the same loss."""
     aug, params = setup(small.GEMMA, placement)
     nll, weights = trace_nll(aug, params, TOKENS, SEGMENT, AT)
     other = np.where(SEGMENT == 1, TOKENS, (TOKENS + 31) % 97)

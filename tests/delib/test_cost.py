@@ -22,15 +22,11 @@ def of_products(config):
 
 
 def counted(config, L, placement, T, M, A):
-    """One sequence: every trace at every place in the text, averaged; windows over prefix and own
-    tokens apart.
-    """
+    """One sequence: traces at every place, averaged; windows over prefix and own tokens apart."""
     products = of_products(config)
 
     def pairs(length):
-        """Keys that the queries of `length` tokens see of each other, themselves half, over all
-        layers.
-        """
+        """Keys that `length` tokens see of each other, themselves half, over all layers."""
         return sum(
             sum(min(t, config.window) if local else t for t in np.arange(length) + 0.5)
             for local in config.is_local
@@ -63,9 +59,7 @@ def test_the_published_setting():
 
 
 def test_what_is_done_beyond_that():
-    """Under `attention` the products of the traces once more; under `full` what they see of the
-    text too.
-    """
+    """Under `attention` the traces' products again; under `full` those with the text too."""
     config = dataclasses.replace(small.GEMMA, window=8)
     products = of_products(config)
 

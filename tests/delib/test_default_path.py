@@ -1,5 +1,4 @@
-"""What users get by default: bfloat16, remat "attention", the xla form of attention, on shapes that
-run all of it.
+"""What users get by default: bfloat16, remat "attention", and the xla form of attention.
 
 The text is longer than one block of keys and one chunk of queries, and so are the traces together:
 no call is served by the reference, and every loop of the form goes round more than once.

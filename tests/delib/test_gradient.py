@@ -1,5 +1,4 @@
-"""The gradient of the whole method, on the path that training takes, against finite differences of
-the naive reading.
+"""The whole method's gradient against finite differences of the naive reading.
 
 `augment.loss` runs as a training job runs it: the xla form of attention, remat "attention", the
 loss in chunks. The naive reading is float64 numpy and knows no autodiff. Each trained leaf is moved
@@ -54,9 +53,7 @@ def parameters(method, config):
 
 
 def naive_loss(method, config, placement, params):
-    """Σ -log p over the tokens that `augment.loss` counts, one document or trace after the
-    other.
-    """
+    """Σ -log p over the tokens that `augment.loss` counts, one trace after the other."""
     decoder = params["decoder"]
     if method == "decoder":
         documents = (TOKENS[0, :9], TOKENS[0, 9:], TOKENS[1, :12])
@@ -124,7 +121,5 @@ def test_loss_and_gradient_equal_the_naive_reading(method, family, placement):
 
 
 def test_every_method_that_the_naive_reading_knows_is_here():
-    """from_scratch computes what cache_augmentation does; resized has tests of its maps, in
-    test_methods.py.
-    """
+    """from_scratch computes as cache_augmentation does; resized is tested in test_methods.py."""
     assert {method for method, *_ in CASES} == set(METHODS) - {"from_scratch", "resized"}

@@ -69,9 +69,7 @@ def test_equals_log_softmax(chunk, softcap):
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_bfloat16(softcap):
-    """bfloat16 outputs and a float32 table: the loss is float32, each gradient has the dtype of its
-    argument.
-    """
+    """Of bfloat16 outputs and a float32 table; each gradient has its argument's dtype."""
     x, embedding, target, weights = inputs(dtype=jnp.bfloat16)
     embedding = embedding.astype(jnp.bfloat16).astype(jnp.float32)
     (_, losses), grads = value_and_grads(ours(softcap, 4), x, embedding, target, weights)
@@ -112,9 +110,7 @@ def arrays_in(jaxpr):
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_a_frozen_table_changes_no_gradient(softcap):
-    """Of x alone, made in the forward pass: the same numbers as when the table's is asked for
-    too.
-    """
+    """Of x alone, made in the forward pass: the same numbers as with the table's."""
     x, embedding, target, weights = inputs()
 
     def total(x, embedding):

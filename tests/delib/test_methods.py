@@ -67,9 +67,7 @@ def text_of(seed, dtype=jnp.float32):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_trainable_tree(name):
-    """What writes latents is a coprocessor that reads no tokens; a decoder is in it where that is
-    trained.
-    """
+    """Latents come from a coprocessor that reads no tokens; a decoder is in it if that trains."""
     shapes = jax.eval_shape(lambda: METHODS[name].init(jax.random.key(0), DECODER, models(name), L))
     assert ("coprocessor" in shapes) == (name in WRITING)
     assert (
@@ -250,9 +248,7 @@ def through_identity(config, tree):
 
 @pytest.mark.parametrize("family, num_layers", [("gemma", 4), ("gemma", 2), ("llama", 2)])
 def test_maps_that_change_nothing(family, num_layers):
-    """Of the same shape: the coprocessor without maps. Of half the depth: it reads the first and
-    the last layer.
-    """
+    """Of the same shape: no maps. Of half the depth: it reads the first and the last layer."""
     config = dataclasses.replace(small.CONFIGS[family], num_layers=4)
     decoder = jax.tree.map(jnp.asarray, small.decoder(config))
     own = dataclasses.replace(config, num_layers=num_layers)

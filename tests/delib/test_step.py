@@ -1,5 +1,4 @@
-"""The train step: what it changes and what it cannot change, sums over ragged parts, the same on
-every mesh.
+"""The train step: what it changes, sums over ragged parts, the same on every mesh.
 
 One device computes attention by the reference; every mesh computes it by the form that a job runs
 there.
@@ -40,9 +39,7 @@ def first_batches(exp, count):
 
 
 class OneDevice:
-    """The tiny experiment without a mesh: the same step on the first device, with the reference
-    attention.
-    """
+    """The tiny experiment without a mesh: on the first device, with the reference attention."""
 
     def __init__(self, config):
         self.exp = experiment.read(config)
@@ -143,9 +140,7 @@ def test_eight_devices_data_parallel_equal_one(alone, train_on_mesh):
 
 
 def test_weights_sharded_three_ways_equal_one(alone, train_on_mesh):
-    """Training as the command does it, on a mesh that splits rows, widths, heads, features and
-    vocabulary.
-    """
+    """Trains as the command does, on a mesh that splits rows, widths, heads and vocabulary."""
     check_against_one_device(
         alone, train_on_mesh({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
     )
@@ -179,9 +174,7 @@ def test_no_frozen_parameter_in_gradients_optimizer_or_checkpoint(one, trained):
 
 
 def test_accumulation_equals_the_large_batch_with_ragged_token_counts(one):
-    """Sums and counts are added up, never means: 4 x 2 rows give the step of 8 rows whatever each
-    part holds.
-    """
+    """Sums and counts are added, never means: 4 x 2 rows give the step of 8 uneven rows."""
     rng = np.random.default_rng(0)
     # part i holds rows i and i + 4: 63, 4, 11 and 0 tokens
     length = np.array([32, 3, 2, 0, 31, 1, 9, 0])
@@ -275,9 +268,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 def test_traces_on_a_mesh_axis_of_their_own_equal_one(alone, train_on_mesh):
-    """Two devices share the traces of a row, and all eight the weights; the default remat gathers
-    these again.
-    """
+    """Two devices share a row's traces, all eight the weights; remat gathers these again."""
     mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
     workdir = train_on_mesh(mesh | {"compute.remat": "attention", "train.accumulation": 2})
     check_against_one_device(alone, workdir)
@@ -296,8 +287,7 @@ def test_the_default_path_on_a_mesh_is_near_float32_on_one_device(alone, train_o
 
 
 def steps_on(config, count, decoder):
-    """Trains for some steps on these devices as a job does, and checks that the frozen tree stays
-    bit for bit.
+    """Trains for some steps as a job does; checks that the frozen tree stays bit for bit.
 
     Returns the losses, and the plan and state after them.
     """
@@ -317,9 +307,7 @@ def steps_on(config, count, decoder):
 
 
 def test_a_factored_optimizer_trains_alike_on_a_mesh(make_config, tokenizer_path):
-    """Adafactor, with sums over rows and columns that lie split as their matrix does. It factors
-    from 128 x 128 on.
-    """
+    """Adafactor's sums lie split as their matrix does. It factors from 128 x 128 on."""
     size = {
         "num_layers": 1,
         "embed_dim": 128,

@@ -64,9 +64,7 @@ def test_overlay_literally():
 
 
 def seen(bounds, text_length):
-    """Who gets weight from `attend`: rows are all traces' tokens, columns the text, then all
-    traces' tokens.
-    """
+    """Tells who weighs in `attend`: rows are all traces' tokens; columns the text, then these."""
     weights = weights_of(bounds, text_length)
     return [
         "".join(map(str, row)) for row in np.array(weights > 0, int).reshape(-1, weights.shape[-1])

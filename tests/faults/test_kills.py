@@ -1,5 +1,4 @@
-"""Jobs that are killed over and over: they always resume, and end with the weights of one that
-never was.
+"""Jobs that are killed over and over end with the weights of one that never was.
 
     ./launch/test.sh -n 0 -s -m slow tests/faults
 
@@ -22,9 +21,7 @@ KILLS, STOPS = 20, 5
 
 
 def reach(draw, job, workdir, kind):
-    """Waits for a random moment: some steps on, within a save, or soon after the start; False: the
-    job ended first.
-    """
+    """Waits some steps, for a save or a moment after the start; False: the job ended first."""
     goal = newest(workdir) + draw.randrange(1, 8)
     if kind == "start":
         time.sleep(draw.uniform(0, 8))
@@ -92,7 +89,8 @@ def test_random_moments(task, count):
                 )
         assert_same(workdir, task.undisturbed(count))
     print(
-        f"\n{count} process(es): {seen}; at most {repeated} steps done again; ended {slowest:.1f} s after a kill"
+        f"\n{count} process(es): {seen}; at most {repeated} steps done again; "
+        f"ended {slowest:.1f} s after a kill"
     )
     assert (seen["kills"], seen["stops"]) == (KILLS, STOPS) and seen["in a save"] >= 4
     assert slowest < distributed.GRACE + 5

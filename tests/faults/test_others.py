@@ -1,6 +1,4 @@
-"""A launcher that starts a job again, a machine that hangs, a disk that is full, data that only one
-process reads.
-"""
+"""Jobs that are started again, that hang, whose disk is full, that share their data."""
 
 import os
 import shutil
@@ -56,9 +54,8 @@ def test_a_process_that_hangs_is_noticed(task):
         began = time.monotonic()
         job.processes[1].send_signal(signal.SIGSTOP)
         code = job.processes[0].wait(300)
-        print(
-            f"\nended {time.monotonic() - began:.0f} s after the other hung, with code {code}: {job.said(0)[-300:]}"
-        )
+        seconds = time.monotonic() - began
+        print(f"\nended {seconds:.0f} s after the other hung, code {code}: {job.said(0)[-300:]}")
         assert code in (distributed.LOST, -signal.SIGABRT)
     assert newest(workdir) > 0
 

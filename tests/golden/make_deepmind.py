@@ -1,5 +1,4 @@
-"""Writes deepmind_gemma.npz ...: what small random models compute in DeepMind's own `gemma` package
-(text alone).
+"""Writes deepmind_gemma.npz ...: what small models compute in DeepMind's own `gemma`.
 
   python tests/golden/make_deepmind.py            writes tests/golden/deepmind_FAMILY.npz
   python tests/golden/make_deepmind.py --check    computes them again and compares

@@ -1,5 +1,4 @@
-"""Writes harness.json: what lm-eval's own `hf` model makes of some of our offline tasks, with
-SmolLM2-135M-Instruct.
+"""Writes harness.json: what lm-eval's own `hf` model makes of some offline tasks.
 
   python -m tools.make_tasks --out=TASKS
   python tests/golden/make_harness.py TASKS            writes tests/golden/harness.json
@@ -103,9 +102,7 @@ def values(folder: Path) -> dict:
 
 
 def _plain(answer):
-    """A response without types of numpy or torch: text, [log-likelihood, greedy], or
-    log-likelihood.
-    """
+    """Plain types of a response: text, [log-likelihood, greedy], or log-likelihood."""
     if isinstance(answer, str):
         return answer
     if isinstance(answer, tuple | list):

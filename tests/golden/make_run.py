@@ -1,5 +1,4 @@
-"""Makes a tiny run in an empty folder: decoder/, tokens/, workdir/ of two steps of four, and
-expected.json.
+"""Makes a tiny run in an empty folder, of two steps of four, and expected.json.
 
     python -m tests.golden.make_run FOLDER
 
@@ -30,7 +29,9 @@ from latent_delib.nn import transformer
 from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder
 
-WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
+WORDS = (
+    "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
+).split()
 SIZE = {
     "embed_dim": 8,
     "num_layers": 2,

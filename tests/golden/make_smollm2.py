@@ -1,5 +1,4 @@
-"""Writes smollm2.json: what SmolLM2-135M-Instruct says of real text and how it goes on, in
-`transformers`, float32.
+"""Writes smollm2.json: how `transformers` scores and continues text by SmolLM2-135M-Instruct.
 
   python tests/golden/make_smollm2.py            writes tests/golden/smollm2.json
   python tests/golden/make_smollm2.py --check    computes it again and compares
@@ -37,9 +36,7 @@ RAGGED, RAGGED_NEW = 64, 64  # prompts cut from the text, of all lengths, and th
 
 
 def cuts() -> Iterator[tuple[str, int, int]]:
-    """(file, start, stop) of the ragged prompts: from the head of a word, each longer than the one
-    before.
-    """
+    """(file, start, stop) of the ragged prompts: they begin at a word, and grow in length."""
     files = sorted(TEXT.glob("*.txt"))
     for i in range(RAGGED):
         file = files[i % len(files)]
@@ -49,8 +46,7 @@ def cuts() -> Iterator[tuple[str, int, int]]:
 
 
 def values() -> dict:
-    """What the file holds: texts with the log-probability of every token but BOS, and prompts with
-    what follows them.
+    """Texts with each token's log-probability, and prompts with what follows them.
 
     After the ragged prompts, which end with EOS where the model says so, `gap` is the least
     difference between the two largest logits: how near the greedy choice came to being another.

@@ -31,7 +31,8 @@ TOKENS, MERGES = (
 CODE = """\
 def f(x: int = 0x1F) -> dict[str, list]:
 \t\"\"\"Two\ttabs.\"\"\"\n\tif x!=1_000 and not(x%2):\n\t\treturn {'a': [x**2]}\n
-\n\n    # four spaces\n    s = f"{x:>8.3f}\\n" + r'\\d+' @ np.array([1.5e-3])\n  \t mixed = lambda *a, **k: None  # ok
+\n\n    # four spaces\n    s = f"{x:>8.3f}\\n" + r'\\d+' @ np.array([1.5e-3])\n\
+  \t mixed = lambda *a, **k: None  # ok
 """
 TEXTS = [
     "",
@@ -49,28 +50,25 @@ TEXTS = [
     "trailing three   ",
     "\n\nnewlines around\n\n\n",
     " \n \t\n  mixed blanks \t \n\t ",
-    "runs"
-    + " " * 2
-    + "of"
-    + " " * 3
-    + "spaces"
-    + " " * 17
-    + "and"
-    + "\t" * 3
-    + "tabs"
-    + "\n" * 5
-    + "x",
-    "no-break\u00a0space, thin\u2009space, ideographic\u3000space, zero\u200bwidth, \ufeffBOM, line\u2028separator",
+    "runs  of   spaces" + " " * 17 + "and\t\t\ttabs\n\n\n\n\nx",
+    "no-break\u00a0space, thin\u2009space, ideographic\u3000space, zero\u200bwidth, "
+    "\ufeffBOM, line\u2028separator",
     "\U0001f600 \U0001f44d\U0001f3fd \U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 "
     "\U0001f1e9\U0001f1ea \u2764\ufe0f\u200d\U0001f525 1\ufe0f\u20e3",
-    "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3001\u4e2d\u6587\u53e5\u5b50\u3002\ud55c\uad6d\uc5b4 \ubb38\uc7a5",
-    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u0393\u03b5\u03b9\u03ac \u03c3\u03bf\u03c5",
-    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31",
-    "caf\u00e9 cafe\u0301 \u00c5 A\u030a z\u0351\u036b\u0343 \u1e9b\u0323 \ufb01 \u00bd \u2167 \u0663\u0664 \u00b2",
+    "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3001\u4e2d\u6587\u53e5\u5b50\u3002"
+    "\ud55c\uad6d\uc5b4 \ubb38\uc7a5",
+    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! "
+    "\u0393\u03b5\u03b9\u03ac \u03c3\u03bf\u03c5",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd "
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31",
+    "caf\u00e9 cafe\u0301 \u00c5 A\u030a z\u0351\u036b\u0343 "
+    "\u1e9b\u0323 \ufb01 \u00bd \u2167 \u0663\u0664 \u00b2",
     "0 12 345 6789 10,000.50 -1e-10 3.14159265358979 2026-11-24T01:02:03Z 192.168.0.1 +49(0)89",
     "<|im_start|>user\n<bos><eos><pad><unk><s></s><|endoftext|>[PAD]<0x0A><|im_end|>",
-    'https://example.org/a_b?c=d&e=%20#f  <div class="x">&amp;</div>  $x^2 + \\frac{1}{2}~|y|$ `code` \u20ac\u00a3',
-    "snake_case camelCase SCREAMING_CASE kebab-case ... !!! ??? --- === ### <<< >>> ((())) \u2014\u2026\u201cq\u201d",
+    'https://example.org/a_b?c=d&e=%20#f  <div class="x">&amp;</div>  '
+    "$x^2 + \\frac{1}{2}~|y|$ `code` \u20ac\u00a3",
+    "snake_case camelCase SCREAMING_CASE kebab-case ... !!! ??? --- === ### <<< >>> ((())) "
+    "\u2014\u2026\u201cq\u201d",
     "a" * 250,
     "\U00020000\U0001d54f\U0001f000 \U0001f9d1\U0001f3ff\u200d\U0001f4bb",
 ]

@@ -6,11 +6,14 @@
 Needs torch and transformers (made with 2.13.0 and 5.23.0, qwen2 with 2.14.1 and 5.24.0); nothing of
 latent_delib is imported. A file holds
 
-  config          config.json as transformers 5 writes it; config_4: as releases before it did, and most folders have it
-  decoder         model.safetensors as transformers writes it, in bytes; coprocessor: another model of the same family
+  config          config.json as transformers 5 writes it
+  config_4        as releases before it did, and most folders have it
+  decoder         model.safetensors as transformers writes it, in bytes
+  coprocessor     another model of the same family
   tokens, logits  [B, T], [B, T, V]
   hidden          [layers, B, T, D], the final norm of what each layer gives out
-  positions, latents.PLACEMENT, logprobs.decoder, logprobs.PLACEMENT    the whole method (Liu et al. 2025)
+  positions, latents.PLACEMENT, logprobs.decoder, logprobs.PLACEMENT
+                  the whole method (Liu et al. 2025)
 
 The method is computed one trace at a time, with the cache of exactly the text the trace may see, so
 that no visibility is left to a mask but the sliding window.
@@ -103,9 +106,7 @@ def new_model(family: str, random: np.random.Generator) -> PreTrainedModel:
 
 
 def saved(model: PreTrainedModel) -> tuple[str, np.ndarray]:
-    """config.json, and the bytes of model.safetensors in float16 (a thousand small arrays would
-    double the files).
-    """
+    """config.json, and model.safetensors in float16, as bytes: smaller than many arrays."""
     with tempfile.TemporaryDirectory() as folder:
         copy.deepcopy(model).half().save_pretrained(folder)
         weights = (Path(folder) / "model.safetensors").read_bytes()
@@ -138,8 +139,7 @@ def before_5(config: str) -> str:
 def call(
     model: PreTrainedModel, x: torch.Tensor, position: torch.Tensor, text: DynamicCache, length: int
 ):
-    """A model over inputs x [S, D] at `position`, which see the first `length` tokens of the text
-    and themselves.
+    """Inputs x [S, D] at `position`, which see `length` tokens of the text and themselves.
 
     The library's own sliding mask counts slots of the cache; latents may share positions, so it is
     built here.

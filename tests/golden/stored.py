@@ -1,6 +1,4 @@
-"""Files of golden values, for the scripts that make them: written, or with --check compared with
-what comes out now.
-"""
+"""Files of golden values: written, or with --check compared with what comes out now."""
 
 import json
 import sys
@@ -20,9 +18,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def parts(array: np.ndarray) -> dict[str, np.ndarray]:
-    """What can be compared: the values of JSON (but the version that wrote it), a file's tensors,
-    or the array.
-    """
+    """What can be compared: JSON without its writer's version, a file's tensors, or the array."""
     if array.dtype.kind == "U":
         return {
             key: np.array(str(x))

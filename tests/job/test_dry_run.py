@@ -1,6 +1,4 @@
-"""Dry runs: what they say of a step, here and on slices that nobody here has; that they run and
-load nothing.
-"""
+"""Dry runs, here and on slices that are not: what they say, and that they run nothing."""
 
 import importlib.util
 import json
@@ -70,8 +68,10 @@ def test_data_that_no_job_would_take_are_refused(make_config, tmp_path):
 @pytest.mark.parametrize(
     "said",
     [
-        "Ran out of memory in memory space hbm. Used 25.29G of 15.75G hbm. Exceeded hbm capacity by 9.54G.",
-        "Ran out of memory on HBM, the total required for HLO temporaries (25.29G) exceeds available HBM (15.75G).",
+        "Ran out of memory in memory space hbm. Used 25.29G of 15.75G hbm. "
+        "Exceeded hbm capacity by 9.54G.",
+        "Ran out of memory on HBM, the total required for HLO temporaries (25.29G) "
+        "exceeds available HBM (15.75G).",
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(make_config, said):

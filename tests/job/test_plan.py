@@ -1,6 +1,4 @@
-"""A job's plan: where every array of the published settings lies, and what a compiled step moves
-between devices.
-"""
+"""A job's plan: where every array lies, and what a step moves between devices."""
 
 import jax
 import pytest
@@ -35,9 +33,7 @@ def test_whatever_is_large_is_split_over_all_devices(make_config):
 
 @pytest.mark.parametrize("change", [{}, {"method.lora_rank": 2, "method.start": "trained"}])
 def test_frozen_parameters_lie_where_the_plan_says(make_config, trained, change):
-    """The decoder, and the coprocessor that adapters lie over; the dtype is that of the
-    computation.
-    """
+    """The decoder, and the coprocessor under adapters, in the dtype of the computation."""
     if change:
         change = change | {"method.start": f"{trained}/checkpoints/4"}
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
@@ -66,8 +62,7 @@ def traffic(config):
     ],
 )
 def test_what_a_step_moves(make_config, mesh, parts):
-    """A layer's weights once for each use, the token table once a step, gradients once a part;
-    nothing of activations.
+    """Layers once for each use, the token table once a step, gradients once a part; no more.
 
     The uses are the text, coprocessor and decoder forward, and both backward, where weights are
     gathered again.
@@ -99,9 +94,7 @@ def test_traces_must_split(make_config, key, value):
 
 
 def test_what_a_mesh_of_cpus_cannot_do(make_config):
-    """bfloat16 sums over devices with heads left to the compiler: an abort of the whole process, so
-    refused before.
-    """
+    """bfloat16 sums with heads left to the compiler abort the process: refused before."""
     mesh = {"mesh.data": 4, "mesh.tensor": 2}
     exp = experiment.read(make_config(mesh | {"compute.dtype": "bfloat16"}))
     with pytest.raises(

@@ -52,9 +52,7 @@ def test_a_meta_without_a_number_is_read(record):
 
 
 def test_a_key_that_is_newer_than_a_run_had_one_value_in_it(record):
-    """So a run from before `method.max_delay` cannot go on with delays, nor one from before other
-    optimizers.
-    """
+    """So a run from before delays, or from before other optimizers, cannot go on with them."""
     meta = json.loads(json.dumps(record.meta()))
     del meta["config"]["method"]["max_delay"], meta["config"]["optimizer"]["name"]
     older = Record.from_meta(meta, "w")
@@ -98,9 +96,7 @@ def test_each_purpose_names_its_differences(record, key, value, purposes):
 
 
 def test_a_start_is_a_whole_coprocessor(record):
-    """Adapters begin with a whole coprocessor: what has adapters itself, or began with another run,
-    is refused.
-    """
+    """Adapters begin with a whole coprocessor, not with one that has adapters or a start."""
     adapters = changed(record, "method.lora_rank", 8)
     assert not adapters.differences(record, "start")
     assert [d.key for d in adapters.differences(adapters, "start")] == ["method.lora_rank"]
@@ -112,5 +108,6 @@ def test_another_decoder_and_tokenizer(record):
         record.require(other, "evaluate", "runs/x")
     assert str(error.value) == (
         "runs/x: decoder.fingerprint is 000000000000 there, ffffffffffff here; "
-        "decoder.tokenizer is 111111111111 there, tttttttttttt here; use the same, or another --workdir"
+        "decoder.tokenizer is 111111111111 there, tttttttttttt here; "
+        "use the same, or another --workdir"
     )

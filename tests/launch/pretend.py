@@ -21,12 +21,15 @@ all="$*"
 { printf '%q ' "${@:1:$#-1}" && printf '%q\n' "${@: -1}"; } >>"$WORLD/calls"
 [[ ! -e $WORLD/hook ]] || source "$WORLD/hook"
 IFS='|' read -r pattern message <"$WORLD/failures"
-passed() { [[ -z $1 || -e $WORLD/$1 || $1 == started && -e $WORLD/started-0 && -e $WORLD/started-1 ]]; }
+passed() {
+  [[ -z $1 || -e $WORLD/$1 || $1 == started && -e $WORLD/started-0 && -e $WORLD/started-1 ]]
+}
 failing() { [[ -n $pattern && $1 =~ $pattern ]] && sed -i 1d "$WORLD/failures"; }
 wipe() {
-  local worker
+  local worker pid
   for worker in "$WORLD"/worker-*; do
-    [[ ! -e $worker/latent_delib/runs/job/pid ]] || kill -KILL -- "-$(<"$worker/latent_delib/runs/job/pid")" 2>/dev/null
+    pid=$worker/latent_delib/runs/job/pid
+    [[ ! -e $pid ]] || kill -KILL -- "-$(<"$pid")" 2>/dev/null
     rm -rf "${worker:?}"/*
   done
 }
@@ -37,7 +40,8 @@ esac
 case $all in
   *"queued-resources describe"*failedData*) echo "out of luck" ;;
   *"queued-resources describe"*)
-    if [[ -e $WORLD/looked ]] && read -r _ event < <(sed -n 2p "$WORLD/states") && passed "$event"; then
+    if [[ -e $WORLD/looked ]] &&
+      read -r _ event < <(sed -n 2p "$WORLD/states") && passed "$event"; then
       sed -i 1d "$WORLD/states"
     fi
     touch "$WORLD/looked"
@@ -55,7 +59,11 @@ case $all in
   *"tpu-vm ssh"*)
     code=0
     for worker in "$WORLD"/worker-*; do
-      if failing "${worker##*/} $all"; then echo "ERROR: (gcloud) $message" >&2 && code=255 && continue; fi
+      if failing "${worker##*/} $all"; then
+        echo "ERROR: (gcloud) $message" >&2
+        code=255
+        continue
+      fi
       export HOME=$worker HOSTNAME=t1v-n-0-w-${worker##*-}
       (cd "$HOME" && exec bash -c "${all##*--command=}" 3>&- 4>&-) || code=$?
     done
@@ -75,7 +83,9 @@ echo "$*" >>"$WORLD/started-$me"
 starts() { cat "$WORLD/started-$1" 2>/dev/null | wc -l; }
 other=$((1 - me))
 until (($(starts $other) >= $(starts "$me"))); do sleep 0.02; done
-[[ $end != later* ]] || until [[ -e $WORLD/worker-$other/latent_delib/runs/job/exit ]]; do sleep 0.02; done
+if [[ $end == later* ]]; then
+  until [[ -e $WORLD/worker-$other/latent_delib/runs/job/exit ]]; do sleep 0.02; done
+fi
 if [[ $end == hang ]]; then
   trap 'kill $!; exit 75' TERM
   sleep 60 >/dev/null &
@@ -93,7 +103,9 @@ FAKE_XPK = r"""#!/usr/bin/env bash
 all="$*"
 [[ ! -e $WORLD/hook ]] || source "$WORLD/hook"
 case $all in
-  *wait-for-job-completion*) read -r code <"$WORLD/waits" && sed -i 1d "$WORLD/waits" && exit "$code" ;;
+  *wait-for-job-completion*)
+    read -r code <"$WORLD/waits" && sed -i 1d "$WORLD/waits" && exit "$code"
+    ;;
   *filter-by-status=*) cat "$WORLD/listed-${all##*filter-by-status=}" 2>/dev/null || true ;;
 esac
 """
@@ -111,8 +123,8 @@ AT = "--project=project --zone=zone"
 STATE = f"gcloud compute tpus queued-resources describe a {AT} "
 STATE += r"--format=value\(state.state\,tpu.nodeSpec\[0\].node.acceleratorType\)"
 CREATE = (
-    f"gcloud compute tpus queued-resources create a {AT} --node-id=a --accelerator-type=v5litepod-16 "
-    "--runtime-version=v2-alpha-tpuv5-lite --spot --async --quiet"
+    f"gcloud compute tpus queued-resources create a {AT} --node-id=a "
+    "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot --async --quiet"
 )
 DELETE = f"gcloud compute tpus queued-resources delete a {AT} --force --quiet"
 SSH = f"gcloud compute tpus tpu-vm ssh a {AT} --worker=all --quiet".split()
@@ -185,9 +197,7 @@ class World:
         )
 
     def started(self, times: int) -> None:
-        """The command ran so often on both workers, each time the same; the last start may be on
-        its way.
-        """
+        """The command ran so often on both workers, the same; the last start may be on its way."""
         logs, end = [self.world / f"started-{worker}" for worker in (0, 1)], time.monotonic() + 20
         while not all(log.exists() and log.read_text().count("\n") >= times for log in logs):
             assert time.monotonic() < end

@@ -1,5 +1,4 @@
-"""Checks the pages: their commands name files, flags and keys that exist, their links lead
-somewhere.
+"""Checks the pages: commands name files, flags and keys that exist; links lead somewhere.
 
 On a slice, every chip of a printed command gets a sequence. README's Python block is run by
 test_examples.py.
@@ -36,17 +35,13 @@ def code_lines(page: Path) -> list[str]:
 
 
 def is_command(line: str) -> bool:
-    """Tells whether a line starts a module or a script of ours; a page's loops and other output do
-    not count.
-    """
+    """Tells whether a line starts a module or a script of ours, not a loop or an output."""
     starts = re.search(r"(^|\s)(-m (latent_delib|tools|benchmarks)\.|\./launch/\w+\.sh)", line)
     return bool(starts) and not line.startswith(("for ", "perplexity"))
 
 
 def words_of(line: str, arrays: dict[str, list[str]]) -> list[str]:
-    """Returns the words of a command, with bash arrays filled in and the brackets around options
-    left out.
-    """
+    """Returns a command's words: bash arrays filled in, brackets around options left out."""
     line = line.replace(" [", " ").replace("] ", " ").removesuffix("]")
     words = []
     for word in shlex.split(line, comments=True):
@@ -169,9 +164,7 @@ def test_links_lead_somewhere(page):
 
 
 def where(name: str) -> Path | None:
-    """Returns the file that a page names, below the root, the package or the tests; None where
-    there is none.
-    """
+    """Returns the file that a page names, below root, package or tests; None without one."""
     paths = [folder / name for folder in (ROOT, ROOT / "latent_delib", ROOT / "tests")]
     return next((path for path in paths if path.exists()), None)
 

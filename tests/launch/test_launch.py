@@ -1,6 +1,4 @@
-"""The launch scripts, against interpreters that only pretend; and what setup.py and constraints.txt
-promise.
-"""
+"""The launch scripts, against pretended interpreters; what setup.py and constraints promise."""
 
 import os
 import re
@@ -218,7 +216,8 @@ def test_second_run_does_nothing_until_something_changes(sandbox: Sandbox) -> No
 def test_what_must_be_compiled_is_for_those_who_can(sandbox: Sandbox) -> None:
     sandbox.python("python3.12", (3, 12, 1))
     assert sandbox.setup()[0] == 0
-    can = f'import ensurepip, sysconfig; shutil.which = str; sysconfig.get_path = {{"include": "{sandbox.root}"}}.get'
+    can = "import ensurepip, sysconfig; shutil.which = str; "
+    can += f'sysconfig.get_path = {{"include": "{sandbox.root}"}}.get'
     sandbox.python("python3.12", (3, 12, 1), can)
     shutil.copy(sandbox.bin / "python3.12", sandbox.root / ".venv" / "bin" / "python")
     assert sandbox.setup()[0] == 0

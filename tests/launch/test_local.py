@@ -75,14 +75,17 @@ def here(tmp_path: Path) -> Iterator[Checkout]:
 
 
 # local.sh. The commands say `up` once they can be signalled; `hang` is until SIGTERM.
-PROCESS = 'me=$JAX_PROCESS_ID\nhang() { trap "$1" TERM; trap "$2" INT; echo $me >>up; sleep 60 & wait; }\n'
+PROCESS = """me=$JAX_PROCESS_ID
+hang() { trap "$1" TERM; trap "$2" INT; echo $me >>up; sleep 60 & wait; }
+"""
 OTHER_IS_UP = "until grep -q $((1 - me)) up; do sleep 0.02; done\n"
 
 
 def test_every_process_knows_its_place(here: Checkout) -> None:
     command = here.script(
         "job",
-        'echo "$JAX_NUM_PROCESSES $JAX_NUM_CPU_DEVICES $JAX_PLATFORMS $*"; echo "$JAX_COORDINATOR_ADDRESS" >&2',
+        'echo "$JAX_NUM_PROCESSES $JAX_NUM_CPU_DEVICES $JAX_PLATFORMS $*"\n'
+        'echo "$JAX_COORDINATOR_ADDRESS" >&2',
     )
     out, err = here.launch("local", "--processes=3", "--devices=4", "--", str(command), "a b")
     lines = sorted(out.splitlines())
@@ -126,8 +129,8 @@ def test_signals_reach_every_process(here: Checkout, number: signal.Signals, cod
 
 
 def test_what_ignores_sigterm_is_killed(here: Checkout) -> None:
-    body = f'if ((me == 0)); then hang "" ""; else {OTHER_IS_UP} exit 75; fi\nfor _ in {{1..300}}; do sleep 0.1; done'
-    job = here.script("job", PROCESS + body)
+    body = f'if ((me == 0)); then hang "" ""; else {OTHER_IS_UP} exit 75; fi\n'
+    job = here.script("job", PROCESS + body + "for _ in {1..300}; do sleep 0.1; done")
     _, err = here.launch(
         "local", "--processes=2", "--restarts=0", "--grace=0.2", "--", str(job), code=75
     )
@@ -164,10 +167,8 @@ def test_dry_runs(here: Checkout) -> None:
         "local", "--processes=2", "--devices=4", "--dry_run", "--", "python", "a b"
     )
     shared = "env PYTHONUNBUFFERED=1 JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 JAX_NUM_PROCESSES=2"
-    assert out.splitlines() == [
-        rf"{shared} JAX_PROCESS_ID={i} JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT python a\ b --distributed"
-        for i in (0, 1)
-    ]
+    rest = r"JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT python a\ b --distributed"
+    assert out.splitlines() == [f"{shared} JAX_PROCESS_ID={i} {rest}" for i in (0, 1)]
     here.env["LATENT_DELIB_BUCKET"] = "bucket"
     out, _ = here.launch(
         "sweep",

@@ -69,10 +69,8 @@ def run_paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
 def test_a_run_of_protocol_a(here: Path) -> None:
     calls = run_paper(here, "a/overlay@1")
     run = "--workdir=runs/paper/a/overlay@1"
-    assert (
-        calls[0]
-        == "prepare --config=configs/paper.py:a/overlay --config.data.token_files= --out=runs/paper/a/tokens"
-    )
+    tokens = "--config.data.token_files= --out=runs/paper/a/tokens"
+    assert calls[0] == f"prepare --config=configs/paper.py:a/overlay {tokens}"
     assert calls[1] == f"train --config=configs/paper.py:a/overlay {run} --config.seed=1"
     controls = {
         "": "",
@@ -90,9 +88,8 @@ def test_a_run_of_protocol_a(here: Path) -> None:
     assert calls[-1] == "report runs/paper --out=runs/paper/report"
 
     again = run_paper(here, "a/overlay@1")
-    assert [call.split()[0] for call in again] == ["evaluate", "report"] and "--steps=all" in again[
-        0
-    ]
+    assert [call.split()[0] for call in again] == ["evaluate", "report"]
+    assert "--steps=all" in again[0]
 
 
 def test_a_trial_is_not_the_experiment(here: Path) -> None:
@@ -100,10 +97,11 @@ def test_a_trial_is_not_the_experiment(here: Path) -> None:
     more = ("--config.train.steps=20", "--config.a=(1, 'b')")
     calls = run_paper(here, "a/pause_tokens", "--", *more)
     workdir = "--workdir=runs/trials/a/pause_tokens@0,train.steps=20,a=-1,--b--"
+    config = "--config=configs/paper.py:a/pause_tokens"
+    added = " ".join(more)
     assert calls[1:] == [
-        f"train --config=configs/paper.py:a/pause_tokens {workdir} --config.seed=0 {' '.join(more)}",
-        f"evaluate --config=configs/paper.py:a/pause_tokens {workdir} --out={workdir[10:]} "
-        + " ".join(more),
+        f"train {config} {workdir} --config.seed=0 {added}",
+        f"evaluate {config} {workdir} --out={workdir[10:]} {added}",
     ]
     assert "train" in [call.split()[0] for call in run_paper(here, "a/pause_tokens")]
 

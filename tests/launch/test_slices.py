@@ -1,6 +1,4 @@
-"""tpu_vm.sh, worker.sh and gke_xpk.sh against a `gcloud` and an `xpk` that play a script of
-states.
-"""
+"""tpu_vm.sh, worker.sh and gke_xpk.sh against a `gcloud` and an `xpk` that play a script."""
 
 import os
 import shlex
@@ -14,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch.pretend import AT, CREATE, DELETE, QUOTED, SSH, STATE, TRAIN, XPK_AT, World
+
+BOTH_RUN = "-e $WORLD/started-0 && -e $WORLD/started-1 && ! -e $WORLD/deleted"
 
 
 @pytest.fixture
@@ -82,9 +82,7 @@ def test_quota_is_not_tried_again_and_passing_failures_are(world: World) -> None
 
 
 def test_what_exists_already(world: World) -> None:
-    """The first try did its work and its answer was lost; the name is another slice's; it came to
-    nothing.
-    """
+    """It worked and its answer was lost; the name is another slice's; it came to nothing."""
     create = ("tpu_vm", "create", "a", "--accelerator=v5litepod-16")
     world.plays(states=["ABSENT", "ACTIVE"], failures=["queued-resources create|ALREADY_EXISTS: a"])
     world.launch(*create)
@@ -157,7 +155,7 @@ def test_keep_after_a_preemption(world: World, how: str) -> None:
     if how != "queued resource":
         world.plays(states=["ABSENT", "ACTIVE", "ABSENT deleted", "ACTIVE"])
         says = "echo PREEMPTED && exit" if how == "node" else "echo NOT_FOUND >&2 && exit 1"
-        lost = '$all == *"tpu-vm describe"* && -e $WORLD/started-0 && -e $WORLD/started-1 && ! -e $WORLD/deleted'
+        lost = f'$all == *"tpu-vm describe"* && {BOTH_RUN}'
         world.plays(hook=[f"if [[ {lost} ]]; then {says}; fi"])
     done = world.keep("--restarts=0")
     assert "== a is lost: deleting it and asking for another" in done.stderr
@@ -187,9 +185,7 @@ def test_keep_stops_after_code_1(world: World) -> None:
 
 
 def test_keep_restarts_what_saved_and_what_died(world: World) -> None:
-    """Code 75 always, a death `restarts` times; what ended first is the cause, whatever the others
-    make of it.
-    """
+    """Code 75 always, a death `restarts` times; the cause is what ended first."""
     world.plays(**{"ends-0": ["75", "75", "137", "0"], "ends-1": ["hang", "75", "hang", "0"]})
     world.keep("--restarts=1")
     world.started(4)
@@ -240,7 +236,7 @@ def test_keep_finds_a_running_job_again(world: World, end: str) -> None:
 def test_keep_replaces_a_slice_that_does_not_answer(world: World) -> None:
     world.plays(**{"ends-0": ["hang", "0"], "ends-1": ["hang", "0"]})
     world.plays(states=["ABSENT", "ACTIVE", "ABSENT deleted", "ACTIVE"])
-    silent = '$all == *"worker.sh status"* && -e $WORLD/started-0 && -e $WORLD/started-1 && ! -e $WORLD/deleted'
+    silent = f'$all == *"worker.sh status"* && {BOTH_RUN}'
     world.plays(hook=[f"[[ ! ({silent}) ]] || exit 255"])
     assert "does not answer: deleting it" in world.keep().stderr
     world.started(2)
@@ -279,22 +275,17 @@ def test_dry_run_prints_what_would_run(world: World) -> None:
     copy, setup, start = map(shlex.split, lines[-3:])
     worker_sh = "latent_delib/launch/worker.sh"
     assert CREATE in lines
-    assert (
-        copy
-        == f"gcloud compute tpus tpu-vm scp runs/launch/a/code.tar.gz a: {AT} --worker=all --quiet".split()
-    )
+    code = "runs/launch/a/code.tar.gz"
+    assert copy == f"gcloud compute tpus tpu-vm scp {code} a: {AT} --worker=all --quiet".split()
     assert setup[-1].endswith("LATENT_DELIB_EXTRAS=tpu ./launch/worker.sh setup")
     assert start == [*SSH, f"--command={worker_sh} start {QUOTED} --distributed"]
-    fetched = "mkdir -p runs/d && gcloud storage rsync --recursive gs://bucket/d runs/d && LATENT_DELIB_EXTRAS=tpu"
-    assert (
-        fetched
-        in shlex.split(world.keep("--fetch=gs://bucket/d", "--dry_run").stdout.splitlines()[-2])[-1]
-    )
-    setup = shlex.split(world.keep("--fetch=gs://b/x & y", "--dry_run").stdout.splitlines()[-2])[-1]
-    assert (
-        r"mkdir -p runs/x\ \&\ y && gcloud storage rsync --recursive gs://b/x\ \&\ y runs/x\ \&\ y &&"
-        in setup
-    )
+    rsync = "gcloud storage rsync --recursive"
+    for source, fetched in (
+        ("gs://bucket/d", f"mkdir -p runs/d && {rsync} gs://bucket/d runs/d && LATENT_DELIB_"),
+        ("gs://b/x & y", rf"mkdir -p runs/x\ \&\ y && {rsync} gs://b/x\ \&\ y runs/x\ \&\ y &&"),
+    ):
+        setup = world.keep(f"--fetch={source}", "--dry_run").stdout.splitlines()[-2]
+        assert fetched in shlex.split(setup)[-1]
     assert world.launch("tpu_vm", "delete", "a", "--dry_run").stdout == DELETE + "\n"
     logs = world.launch("tpu_vm", "logs", "a", "--worker=1", "--dry_run").stdout
     assert shlex.split(logs)[-3:] == ["--worker=1", "--quiet", f"--command={worker_sh} logs"]
@@ -306,10 +297,12 @@ def test_xpk_commands(world: World) -> None:
     done = world.launch(
         "gke_xpk", "run", "a", "--accelerator=v5litepod-16", "--dry_run", "--", *TRAIN
     )
-    inside = "tar -xzf code.tar.gz && LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh && export PATH=$PWD/.venv/bin:$PATH "
-    inside += f"PYTHONUNBUFFERED=1 && exec {QUOTED} --distributed"
+    inside = "tar -xzf code.tar.gz && LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh && "
+    inside += "export PATH=$PWD/.venv/bin:$PATH PYTHONUNBUFFERED=1 && "
+    inside += f"exec {QUOTED} --distributed"
     assert shlex.split(done.stdout.splitlines()[2]) == [
-        *f"xpk workload create {XPK_AT} --workload=a --tpu-type=v5litepod-16 --num-slices=1".split(),
+        *f"xpk workload create {XPK_AT} --workload=a".split(),
+        *("--tpu-type=v5litepod-16", "--num-slices=1"),
         *("--base-docker-image=python:3.12", "--script-dir=runs/launch/a", f"--command={inside}"),
         *(
             "--max-restarts=1000",
@@ -317,10 +310,12 @@ def test_xpk_commands(world: World) -> None:
             "--termination-grace-period-seconds=300",
         ),
     ]
+    slice_of = "--tpu-type=v6e-16 --num-slices=1 --on-demand"
+    logs = "--prefix --follow --tail=20 --max-log-requests=1000"
     for arguments, expected in {
-        "create_cluster --accelerator=v6e-16": f"cluster create {XPK_AT} --tpu-type=v6e-16 --num-slices=1 --on-demand",
+        "create_cluster --accelerator=v6e-16": f"cluster create {XPK_AT} {slice_of}",
         "status": f"workload list {XPK_AT}",
-        "logs a": "logs --selector=xpk.google.com/workload=a --prefix --follow --tail=20 --max-log-requests=1000",
+        "logs a": f"logs --selector=xpk.google.com/workload=a {logs}",
         "delete a": f"workload delete {XPK_AT} --workload=a --force",
         "delete_cluster": f"cluster delete {XPK_AT}",
     }.items():
@@ -333,9 +328,7 @@ def test_xpk_commands(world: World) -> None:
     [("", ["124", "124", "1", "0"], 0), ("RUNNING", ["125"], 1), ("FINISHED", ["1", "1", "1"], 1)],
 )
 def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> None:
-    """Waits a week at a time, over failures to ask, for a job that it started itself unless it was
-    there.
-    """
+    """Waits a week at a time, over failures to ask, for a job that it starts unless it is there."""
     there = {"FINISHED": ["EVERYTHING", "FINISHED"], "RUNNING": ["EVERYTHING"], "": []}[before]
     for status in ("EVERYTHING", "FINISHED"):
         world.plays(

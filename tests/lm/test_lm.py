@@ -1,6 +1,4 @@
-"""The Python interface: against the dense oracle, and against what each call promises of the
-others.
-"""
+"""The Python interface against the dense oracle, and its calls against each other."""
 
 import contextlib
 import dataclasses
@@ -42,9 +40,7 @@ class Ids(Tokenizer):
 
 @pytest.fixture(scope="module")
 def decoder(decoder_folder):
-    """With layers loud enough to be heard over the embedding of the last token, or it would only
-    repeat that.
-    """
+    """With layers loud enough to be heard over the last token's embedding."""
     found, random = ld.load_decoder(str(decoder_folder)), np.random.default_rng(2)
     layers = jax.tree.map(
         lambda x: x + (1.5 + 0.5 * random.standard_normal(x.shape) if x.ndim == 2 else 0),
@@ -58,9 +54,7 @@ def decoder(decoder_folder):
 
 @pytest.fixture(scope="module")
 def lms(decoder):
-    """Placement -> model; the coprocessor is far from the decoder it started from. "decoder": no
-    coprocessor.
-    """
+    """By placement, with a coprocessor far from the decoder. "decoder": no coprocessor."""
     random = np.random.default_rng(0)
 
     def model(placement):
@@ -86,6 +80,7 @@ def text(decoder):
 
 def naive_logits(lm, prompt, new, delay=0):
     """Logits of what follows every token of prompt + new, float64: one dense sequence, no cache.
+
     `delay` tokens of `new` were decoded when the prompt's latents joined.
     """
     config, weights = lm.decoder.config, lm.decoder.params
@@ -118,9 +113,7 @@ def naive_logits(lm, prompt, new, delay=0):
 
 
 def naive_greedy(lm, prompt, delay=0, every=0):
-    """Latents are those of the text as it was `delay` tokens before they joined: the last that have
-    joined, alone.
-    """
+    """Latents are of the text `delay` tokens before they joined: the last ones that joined."""
     ids, new = [lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)], []
     for made in range(NEW):
         asked = max(0, made - delay) // every * every if every else 0
@@ -156,9 +149,7 @@ def test_latents_again_every_few_tokens(lms, name, every, delay):
 
 
 def test_a_head_of_its_own(decoder):
-    """Tokens enter by the embeddings and leave by the head, wherever a decoder with both decodes or
-    scores.
-    """
+    """Tokens enter by the embeddings and leave by the head, wherever a decoder has both."""
     config = dataclasses.replace(decoder.config, untied_head=True)
     head = (
         np.random.default_rng(3)
@@ -358,9 +349,7 @@ def test_sharded_equals_one_device(decoder, lms, text):
 
 
 def test_no_device_holds_a_whole_model(lms):
-    """A checkpoint's leaves are numpy, float32: what is cast is cast before it has a place, and
-    placed once.
-    """
+    """A checkpoint's leaves are numpy, float32: cast before they are placed, and placed once."""
     on = mesh.make({"fsdp": 8})
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), lms["overlay"].coprocessor.params)
     with jax.transfer_guard_device_to_device("disallow_explicit"):
@@ -476,9 +465,7 @@ def test_continuations_of_one_prompt_are_read_together(lms):
     [("decoder", 0), pytest.param("after", 0, marks=pytest.mark.slow), ("overlay", 3)],
 )
 def test_rolling_logprobs(lms, name, every):
-    """Stretch after stretch, each ahead of its own latents; a long text is cut, and every piece
-    begins with BOS.
-    """
+    """Each stretch lies ahead of its own latents; pieces of a long text all begin with BOS."""
     lm = ld.AugmentedLM(lms[name].decoder, lms[name].coprocessor, max_length=12)
     texts, stretch = [PROMPTS[0], "rain " * 9, "", "a"], every or 11
     found = lm.rolling_logprobs(texts, every=every, batch_size=4)
@@ -578,7 +565,8 @@ def test_what_is_loaded_shows_itself_in_one_line(decoder, lms):
         repr(decoder)
         == f"Decoder(4 layers of width 32, vocabulary of 320, float32, fingerprint {of})"
     )
-    said = f"Coprocessor(cache_augmentation, 4 latents of width 32 'after', untrained, float32, of decoder {of})"
+    said = "Coprocessor(cache_augmentation, 4 latents of width 32 'after', untrained, float32, "
+    said += f"of decoder {of})"
     assert repr(lms["after"].coprocessor) == said
     assert repr(lms["after"]) == f"AugmentedLM({decoder}, {lms['after'].coprocessor})"
     assert "step 7" in repr(dataclasses.replace(lms["after"].coprocessor, step=7))
@@ -591,9 +579,7 @@ def test_the_package_shows_its_interface(monkeypatch):
 
 
 def test_attention_is_a_choice(decoder, lms, text):
-    """Everywhere: in the decoder, in a coprocessor of its own size, and in both beside the
-    decoder.
-    """
+    """In the decoder, in a coprocessor of its own size, and in both beside the decoder."""
     architecture = dataclasses.replace(decoder.config, num_layers=2)
     start = dataclasses.replace(lms["overlay"].coprocessor, architecture=architecture)
     lm = ld.AugmentedLM(decoder, start, None, build.one_device(), attention="reference")
@@ -620,7 +606,8 @@ MISTAKES = {
         lambda lm, d: load.decoder_of(
             "W", Record({"method": {"name": "static_tokens"}, "decoder": {"path": ""}}, "")
         ),
-        "^W: trained with config.decoder.path='', on random weights that no folder holds; train on a decoder folder",
+        "^W: trained with config.decoder.path='', on random weights that no folder holds; "
+        "train on a decoder folder",
     ),
     "no path": (lambda lm, d: ld.load_decoder(None), "path=None: expected a path"),
     "a decoder far away": (
@@ -770,7 +757,8 @@ MISTAKES = {
     ),
     "long prompt": (
         lambda lm, d: ld.AugmentedLM(d, max_length=20).generate(["a", [2] * 15], 6),
-        r"prompts\[1\]: 15 tokens and 6 after them are more than max_length=20; shorten it, or raise max_length",
+        r"prompts\[1\]: 15 tokens and 6 after them are more than max_length=20; "
+        "shorten it, or raise max_length",
     ),
     "long continuation": (
         lambda lm, d: ld.AugmentedLM(d, max_length=20).logprobs([[2] * 15], [[2] * 6]),

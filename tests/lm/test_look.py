@@ -29,9 +29,7 @@ def tokens(decoder, texts):
 
 @pytest.mark.parametrize("placement", ["after", "overlay"])
 def test_attention_is_that_of_the_naive_reading(decoder, tokens, placement, monkeypatch):
-    """A coprocessor unlike the decoder; the weights are those that the oracle's own softmax gives
-    on the way.
-    """
+    """A coprocessor unlike the decoder; the weights are those of the oracle's own softmax."""
     coprocessor = ld.init_coprocessor(decoder, L, placement)
     params = jax.tree.map(
         lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape), coprocessor.params
@@ -80,9 +78,7 @@ def test_a_method_without_a_coprocessor(decoder, tokens):
 
 
 def test_the_cache_of_a_text(decoder, tokens):
-    """An entry depends on the tokens up to its own alone, and the public interface gives the
-    module.
-    """
+    """An entry depends on tokens up to its own alone; the public interface gives the module."""
     lm, c = ld.AugmentedLM(decoder), decoder.config
     other = [*tokens[:AT], *tokens[AT:][::-1]]
     found = ld.look.cache(lm, [tokens, other])

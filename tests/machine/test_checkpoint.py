@@ -1,6 +1,4 @@
-"""Checkpoints of small trees: whole or absent, found out if damaged, on any mesh, with or without
-the optimizer.
-"""
+"""Checkpoints of small trees: whole or absent, damage found out, on any mesh."""
 
 import gc
 import importlib.util
@@ -45,9 +43,7 @@ HERE = (1, 4, 2)
 
 
 def make(seed, place):
-    """A trainable tree and an optimizer state with something in it, too large to lie in the
-    manifests.
-    """
+    """A trainable tree and an optimizer state, too large to lie in the manifests."""
     key = jax.random.key(seed)
     tree = {
         "coprocessor": {
@@ -364,7 +360,8 @@ def test_a_reader_renames_nothing(saved, capsys):
 def test_a_damaged_checkpoint_that_was_asked_for(saved):
     flip(largest(saved / "checkpoints" / "4", "trainable"), 0.5)
     checkpoints = Checkpoints(str(saved))
-    words = f"^{saved}: checkpoint 4 is damaged .trainable: coprocessor.w not as.*; name another step, one of .2."
+    words = f"^{saved}: checkpoint 4 is damaged .trainable: coprocessor.w not as.*; "
+    words += "name another step, one of .2."
     with pytest.raises(UserError, match=words):
         checkpoints.restore_newest(both(), step=4)
     cut(saved / "checkpoints" / "4" / "meta" / "metadata", 0.5)
@@ -467,7 +464,8 @@ def test_another_tree_or_meta_is_no_damage(saved, monkeypatch):
     other = tree | {
         "coprocessor": tree["coprocessor"] | {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
     }
-    words = r"checkpoint 4 has float32\[64, 64\] for trainable coprocessor.w, this config float32\[64, 32\]"
+    words = r"checkpoint 4 has float32\[64, 64\] for trainable coprocessor.w, "
+    words += r"this config float32\[64, 32\]"
     with pytest.raises(UserError, match=words):
         checkpoints.restore_newest(wanted | {"trainable": other})
     with pytest.raises(

@@ -1,6 +1,4 @@
-"""Checkpoints of two processes with two devices each: what one of them finds damaged, both leave
-aside.
-"""
+"""Checkpoints of two processes: what one of them finds damaged, both leave aside."""
 
 import contextlib
 import io

@@ -1,6 +1,4 @@
-"""Jobs of several processes: the same as one, whoever is missing is named, and none outlives
-another.
-"""
+"""Jobs of several processes: the same as one; who is missing is named; none outlives another."""
 
 import json
 import shutil
@@ -47,14 +45,15 @@ def differ(config):
 
 def export(config, workdir):
     exp = experiment.read(config)
-    train.export_decoder(exp, workdir, 4, {"decoder": experiment.place_decoder(exp, jnp.float32)}, None)
+    decoder = experiment.place_decoder(exp, jnp.float32)
+    train.export_decoder(exp, workdir, 4, {"decoder": decoder}, None)
 
+tasks = {"train": train.train, "evaluate": evaluate.evaluate, "export": export, "differ": differ}
 with distributed.job(SimpleNamespace(distributed=True, start_timeout=300)):
     for kind, changes, *folders in eval(sys.argv[1]):
         config = base.get_config()
         config.update_from_flattened_dict(changes)
-        kinds = {"train": train.train, "evaluate": evaluate.evaluate, "export": export, "differ": differ}
-        result = kinds[kind](config, *folders)
+        result = tasks[kind](config, *folders)
         print("RESULT", json.dumps(result), flush=True)
 """
 
@@ -65,10 +64,8 @@ def run(count, devices, folder, *tasks):
         assert job.wait() == [0] * count, job.said(0) + job.said(1)
         said = [job.said(i) for i in range(count)]
     for i in range(count):
-        assert (
-            f"process {i} of {count}: {devices} of {count * devices} devices, coordinator 127.0.0.1:"
-            in said[i]
-        )
+        where = f"{devices} of {count * devices} devices, coordinator 127.0.0.1:"
+        assert f"process {i} of {count}: {where}" in said[i]
         assert ("step 1/4" in said[i]) == (i == 0), "process 0 alone tells of it"
     results = [[line for line in text.splitlines() if line.startswith("RESULT")] for text in said]
     assert all(lines == results[0] for lines in results)
@@ -102,10 +99,9 @@ def copy_at_step_2(workdir, copy):
 
 
 def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp_path):
-    """Training, evaluation, going on from the other's checkpoint, writing a decoder that none of
-    them holds whole.
-    """
-    other = "process 1 has another data than process 0: expected the same command and files on every worker"
+    """Trains, evaluates, goes on from the other's checkpoint, writes a decoder held in parts."""
+    other = "process 1 has another data than process 0: "
+    other += "expected the same command and files on every worker"
     copy_at_step_2(trained, tmp_path / "resumed")
     decoder = tiny | {"method.name": "decoder", "mesh.data": 1, "mesh.fsdp": 8}
     stopped, result, *_, said = run(
@@ -207,9 +203,13 @@ distributed.GRACE, distributed.SILENCE = 0.5, 2.0
 
 def end(error, meanwhile):
     here, other = socket.socketpair()
-    acts = {"closes": other.close, "lost a third": lambda: other.sendall(b"69 2\\n"), "": lambda: None}
+    acts = {
+        "closes": other.close,
+        "lost a third": lambda: other.sendall(b"69 2\\n"),
+        "": lambda: None,
+    }
     with distributed.held_together(1, {0: here}):
-        threading.Timer(0.2, acts[meanwhile]).start()  # the collective fails before it is known here
+        threading.Timer(0.2, acts[meanwhile]).start()  # the collective fails before it is known
         raise error
 
 codes = []
@@ -244,9 +244,7 @@ def test_only_where_something_was_lost_is_a_job_to_start_again():
 
 
 def call_roll(count, *others, seconds=5.0):
-    """Process 0 and `others`, each (count, index) as it was told, in threads: what each of them
-    ends with.
-    """
+    """Process 0 and `others`, each (count, index) as told, in threads: how each of them ends."""
     address, ends = f"127.0.0.1:{free_port()}", {}
 
     def join(key, said, index):
@@ -279,7 +277,8 @@ def test_the_roll():
         (2, [(3, 1)], "1 of 3; expected 1 ... 1 of 2"),
         (2, [(2, 2)], "2 of 2; expected 1 ... 1 of 2"),
     ):
-        said = f"--distributed: a process on 127.0.0.1 was started as number {found}, each once, besides process 0"
+        said = f"--distributed: a process on 127.0.0.1 was started as number {found}, "
+        said += "each once, besides process 0"
         assert call_roll(count, *others) == (said, *[said for _ in others])
 
 

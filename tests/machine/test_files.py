@@ -132,9 +132,7 @@ def test_what_is_in_the_way(tmp_path):
 
 
 def test_a_store_that_does_not_take_a_file():
-    """An outage is one, whatever the store's client raises; other failures of a store are errors of
-    a disk.
-    """
+    """An outage is one, whatever the client raises; a store's other failures are a disk's."""
 
     class Stored:
         parent = property(lambda self: self)

@@ -33,9 +33,9 @@ def test_the_first_one_lets_the_step_be_saved_and_the_second_does_not(ended, cap
         until = time.monotonic() + 10
         while not (said := capfd.readouterr().err) and time.monotonic() < until:
             time.sleep(0.01)
-        assert (
-            said
-            == "stopping after two more steps at most, and saving; press Ctrl-C again to stop at once\n"
+        assert said == (
+            "stopping after two more steps at most, and saving; "
+            "press Ctrl-C again to stop at once\n"
         )
         assert stop.by == signal.SIGINT and ended.empty()
         interrupt()
@@ -44,9 +44,7 @@ def test_the_first_one_lets_the_step_be_saved_and_the_second_does_not(ended, cap
 
 
 def test_before_the_first_step_it_ends_at_once(ended, capfd):
-    """Though the main thread hears of no signal while a step is compiled: as here, in one long call
-    of C.
-    """
+    """Though the main thread hears of no signal in one long call of C, such as a compilation."""
     with graceful_stop(ctrl_c=True):
         threading.Timer(0.1, interrupt).start()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 1_500_000)

@@ -75,9 +75,7 @@ def test_works_are_drawn_and_then_their_documents():
 
 
 def test_works_with_opposite_effects_tell_nothing_of_a_third():
-    """One gains, one loses, each surely: over works the change may be either, over documents alone
-    it is about zero.
-    """
+    """One work gains, one loses: over works the change is unsure, over documents it is zero."""
     tokens = np.full((80, 1), 100)
     decoder = 4.0 * tokens
     effect = np.repeat([-0.02, 0.03], [60, 20]) + np.random.default_rng(0).normal(0, 0.005, 80)

@@ -1,6 +1,4 @@
-"""Validation text: cut into pieces without loss, of documents, works and sources that are told
-apart.
-"""
+"""Validation text: cut into pieces without loss; documents, works and sources told apart."""
 
 import json
 import shutil
@@ -95,9 +93,7 @@ def test_sources_apart_and_together(
 def test_token_files_that_do_not_say_which_work_a_document_is_of(
     read, token_folder, tmp_path, capsys
 ):
-    """Those of an older version: each document counts as a work, and a line says so; the text is
-    the same.
-    """
+    """Of an older version: each document counts as a work, and a line says so."""
     folder = shutil.copytree(token_folder, tmp_path / "old")
     meta = json.loads((folder / "meta.json").read_text())
     del meta["validation"][0]["works"]

@@ -1,6 +1,4 @@
-"""Views of the text: after which tokens latents are put, which are lost, and whose latents a piece
-is given.
-"""
+"""Views of the text: where latents are put, which are lost, and whose a piece is given."""
 
 import numpy as np
 import pytest

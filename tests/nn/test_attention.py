@@ -1,6 +1,4 @@
-"""`attend` against a loop over queries that slices out what each one sees, and `within_window` on
-literal arrays.
-"""
+"""`attend` against a loop over queries, and `within_window` on literal arrays."""
 
 from functools import partial
 
@@ -22,9 +20,7 @@ BOUNDS = Bounds(*(jnp.array(x, jnp.int32) for x in (START, STOP, OWN)))
 
 
 def inputs(G):
-    """Positive queries, so that the bait's keys score higher than anything; its values are
-    unmistakable.
-    """
+    """Positive queries: the bait's keys score highest, and its values are unmistakable."""
     keys = jax.random.split(jax.random.key(0), 6)
     q = jnp.abs(jax.random.normal(keys[0], (B, M, S, K * G, H))) + 0.1
     k, v = (jax.random.normal(key, (B, M, S, K, H)) for key in keys[1:3])
@@ -113,9 +109,7 @@ def test_attend_scores_and_softmax_are_float32_accurate_in_bfloat16():
 
 
 def narrowed(own_start, position, window, prefix=None):
-    """Literal arrays of one group in one row: the new own_start, and prefix_start where there is a
-    prefix.
-    """
+    """One group in one row: the new own_start, and prefix_start where there is a prefix."""
 
     def group(x):
         return jnp.array(x, jnp.int32)[None, None]
@@ -150,9 +144,7 @@ def test_window_over_a_prefix():
 
 
 def test_window_where_positions_repeat():
-    """Overlay: latents share the positions of the text before them, x_p is read again after
-    them.
-    """
+    """Overlay: latents share the positions of the text before them; x_p is read again after."""
     prefix = ([0] * 5, [4] * 5, [0, 1, 2, 3])
     assert narrowed([0] * 5, [3, 4, 4, 5, 6], 2, prefix) == ([0, 0, 0, 1, 3], [2, 3, 3, 4, 4])
     assert narrowed([0] * 5, [0, 0, 0, 1, 2], 2, ([2] * 5, [2] * 5, [0, 1, 0])) == (

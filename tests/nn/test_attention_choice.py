@@ -1,6 +1,4 @@
-"""Which form a device gets: "auto" takes a kernel where it is proven, and says in one line why it
-does not.
-"""
+"""Which form a device gets: "auto" takes a proven kernel, or says in one line why not."""
 
 import json
 import re
@@ -32,9 +30,7 @@ HOPPER = Card("gpu", "NVIDIA H100 80GB HBM3", "9.0")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    """No record of this machine, no card that was asked about before, and cards that are
-    attached.
-    """
+    """No record of this machine, no card asked about before, and cards that are attached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(jax, "devices", lambda *_: [CPU, TPU, HOPPER])
     choice._failure.cache_clear()
@@ -76,7 +72,8 @@ def test_nothing_is_proven_yet():
 )
 def test_an_unproven_card_gets_xla_and_one_line(device, card):
     kernel = choice.kernel_of(device)
-    line = f"attention: {kernel} is not proven on {card}; xla does instead; `python -m benchmarks.chip` proves it"
+    line = f"attention: {kernel} is not proven on {card}; xla does instead; "
+    line += "`python -m benchmarks.chip` proves it"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
         assert [choose("auto", device) for _ in range(3)] == ["xla"] * 3
     assert len(found) == 1
@@ -128,16 +125,15 @@ def test_a_device_that_is_not_attached_gets_the_kernel(monkeypatch):
 )
 def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capability):
     card = Card("gpu", kind, capability)
-    line = f"attention: pallas_gpu does not serve {kind} (it needs NVIDIA's compute capability 8.0); xla does instead"
+    line = f"attention: pallas_gpu does not serve {kind} "
+    line += "(it needs NVIDIA's compute capability 8.0); xla does instead"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
         assert choose(form, card) == "xla"
     assert len(found) == 1
 
 
 def test_a_kernel_that_does_not_compile_gives_way(monkeypatch):
-    """Chosen by auto: it is compiled for the device first. Here the device is a CPU, which
-    interprets it.
-    """
+    """Chosen by auto: it is compiled first, for a device which here is an interpreting CPU."""
     device = jax.local_devices()[0]
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     monkeypatch.setitem(choice.BY_PLATFORM, "cpu", "pallas_gpu")
@@ -149,7 +145,8 @@ def test_a_kernel_that_does_not_compile_gives_way(monkeypatch):
 
     choice._failure.cache_clear()
     monkeypatch.setattr(gpu, "forward", broken)
-    line = "attention: pallas_gpu does not compile for cpu; xla does instead: ValueError: no such instruction"
+    line = "attention: pallas_gpu does not compile for cpu; xla does instead: "
+    line += "ValueError: no such instruction"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
         assert [choose("auto", device) for _ in range(2)] == ["xla", "xla"]
     assert len(found) == 1

@@ -1,6 +1,4 @@
-"""Every form of the attention primitive that this platform runs, against the reference: forward and
-gradients.
-"""
+"""Every form of attention on this platform against the reference: forward and gradients."""
 
 from functools import partial
 
@@ -37,9 +35,7 @@ def small_blocks(monkeypatch):
 
 
 def inputs(shape, dtype=jnp.float32, sort=False):
-    """Random operands and bounds; slots that nobody sees hold bait: enormous scores, unmistakable
-    values.
-    """
+    """Random operands and bounds; slots that nobody sees hold bait: enormous scores and values."""
     B, M, S, K, G, H, T = shape
     random = np.random.default_rng(0)
 
@@ -83,9 +79,7 @@ def gradients(form, operands, bounds, dout, wanted, softcap):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_the_reference(name):
-    """Every second shape with a softcap; positions in any order and sorted; with the prefix's
-    gradient and without.
-    """
+    """With and without softcap, order of positions, and the prefix's gradient."""
     softcap = 2.0 if list(SHAPES).index(name) % 2 else 0.0
     of_all = (0, 1, 2, 3) if SHAPES[name][-1] else (0, 1, 2)
     for sort in (False, True):

@@ -1,6 +1,4 @@
-"""The GPU's kernels, interpreted, against the reference in value and gradient; lowered, and
-compiled where XLA's CUDA plug-in is installed, for cards that are not there.
-"""
+"""The GPU's kernels, interpreted, against the reference; lowered, and compiled for cards."""
 
 import importlib.util
 import re
@@ -23,9 +21,7 @@ B, K = 2, 2
 
 
 class Case(NamedTuple):
-    """M groups of S tokens over T slots, or over none; in float32 a block has 32 rows and 32
-    keys.
-    """
+    """M groups of S tokens over T slots, or none; a float32 block has 32 rows and 32 keys."""
 
     H: int = 64
     G: int = 2
@@ -88,9 +84,7 @@ def bounds_of(case: Case) -> Bounds:
 
 
 def inputs(case: Case, dtype=jnp.float32):
-    """q, k, v and prefix: positive queries, so that the bait's keys score highest; its values are
-    unmistakable.
-    """
+    """Draws q, k, v and prefix: positive queries, so that the bait's keys score highest."""
     keys = jax.random.split(jax.random.key(0), 5)
     q = jnp.abs(jax.random.normal(keys[0], (B, case.M, case.S, K * case.G, case.H), dtype))
     k, v = (jax.random.normal(key, (B, case.M, case.S, K, case.H), dtype) for key in keys[1:3])
@@ -144,9 +138,7 @@ WIDE = Case(H=256, M=5, S=30, T=150)
     [(Case(H=64, M=9, S=20, T=200, softcap=50.0), L4), (WIDE, H100), (WIDE, A100), (WIDE, L4)],
 )
 def test_bfloat16(case, card):
-    """Here with the blocks of bfloat16. The reference rounds where it pleases, so float32 has the
-    last word.
-    """
+    """With the blocks of bfloat16. The reference rounds as it likes: float32 decides."""
     arrays, bounds = inputs(case, jnp.bfloat16), bounds_of(case)
     exact, exact_grads = out_and_grads(
         primitive.attend,

@@ -1,5 +1,4 @@
-"""The kernel for TPU without one: interpreted, against `attention.attend`; lowered; compiled where
-libtpu is installed.
+"""The TPU's kernel without one: interpreted, against `attend`; lowered, and compiled.
 
 Interpreted in float32 it equals the reference to 1e-5 in its output and all gradients. Every prefix
 has bait: slots outside every bound, whose keys score higher than anything and whose values are
@@ -22,9 +21,7 @@ B, K = 2, 2
 
 
 class Case(NamedTuple):
-    """M groups of S tokens after a text of T tokens in two documents. order: of the groups' places
-    in the text.
-    """
+    """M groups of S tokens after T of text in two documents; order: of the groups' places."""
 
     H: int = 64
     G: int = 1
@@ -222,9 +219,7 @@ def test_the_names_of_what_a_backward_pass_needs(capsys):
 )
 @pytest.mark.parametrize("M, S, T", [(128, 32, 2048), (128, 80, 2048), (1, 2048, 0)])
 def test_compiles_for_tpu(M, S, T, chip, monkeypatch):
-    """The published setting, without a device. Queries against all keys would be 4 GB; q itself is
-    40 MB at S = 80.
-    """
+    """The published setting: queries against all keys would take 4 GB; q itself takes 40 MB."""
     from jax.experimental import topologies
 
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

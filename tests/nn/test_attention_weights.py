@@ -1,6 +1,4 @@
-"""Attention weights: right where a transformer is asked for them, and never computed where it is
-not.
-"""
+"""Attention weights: right where they are asked for, and otherwise never computed."""
 
 import dataclasses
 

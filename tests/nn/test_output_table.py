@@ -1,6 +1,4 @@
-"""The table that gives the logits: the head where there is one, else the token embeddings; its
-gradient too.
-"""
+"""The table that gives the logits, head or token embeddings, and its gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,7 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
 
 
 def test_gradients_of_both_tables_are_those_of_plain_autodiff():
-    """Training a decoder: `delib.loss` makes the gradient of the table that gives the logits, and
-    of no other.
-    """
+    """`delib.loss` makes the gradient of the table that gives the logits, and of no other."""
     config = small.LLAMA
     aug = Augmentation(Transformer(config), "decoder", 0, loss_chunk=5)
     decoder = small.decoder(config)

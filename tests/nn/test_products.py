@@ -1,6 +1,4 @@
-"""The precision that a training loss and its gradients ask of the platform, read from the lowered
-program.
-"""
+"""The precision that a loss and its gradients ask of the platform, in the lowered program."""
 
 import re
 from functools import partial

@@ -53,9 +53,7 @@ def test_logits_equal_the_naive_reading(model):
 
 
 def test_cached_equals_uncached_at_every_split(model):
-    """Row 0 is read in s and T - s tokens, row 1 in T - s and s, for every s; then both in many
-    unequal pieces.
-    """
+    """Rows are read in two parts, cut at every s and T - s; then in many unequal pieces."""
     config, params = model
     start = np.zeros_like(START)
     full, full_kv = read(config, params, TOKENS, start)
@@ -89,9 +87,7 @@ def test_cached_equals_uncached_at_every_split(model):
 
 
 def test_bfloat16_stays_near_float32(model):
-    """The same rounded weights, computed in both: four layers of bfloat16 products, and nothing
-    worse.
-    """
+    """The same rounded weights in both: four layers of bfloat16 products, and nothing worse."""
     config, params = model
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     whole = jax.tree.map(lambda x: x.astype(jnp.float32), half)
@@ -103,9 +99,7 @@ def test_bfloat16_stays_near_float32(model):
 
 
 def test_norm_is_float32_inside():
-    """Correctly rounded: the float64 result and at most one rounding to bfloat16, for inputs up to
-    1e4.
-    """
+    """The float64 result with at most one rounding to bfloat16, for inputs up to 1e4."""
     x = (10.0 ** jax.random.uniform(jax.random.key(0), (7, 600), minval=-2, maxval=4)).astype(
         jnp.bfloat16
     )

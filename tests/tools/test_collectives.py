@@ -87,7 +87,7 @@ ENTRY %main (a: f32[8]) -> f32[] {
   %both = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%s), channel_id=3, replica_groups=mesh['x'=2,'y'=4] {'y'}
   ROOT %r = f32[] get-tuple-element(%sums), index=0
 }
-"""
+"""  # noqa: E501
 
 
 def test_every_kind_in_the_loops_that_hold_it():

@@ -1,6 +1,4 @@
-"""The tasks that need no network: the same everywhere, no test question taught, and right answers
-that are right.
-"""
+"""The offline tasks: the same everywhere, no test question taught, right answers right."""
 
 import ast
 import json
@@ -183,9 +181,7 @@ MOODS = {
 
 
 def follows(question):
-    """As the tradition has it. A conclusion may also turn one premise around: No A are B, so no B
-    are A.
-    """
+    """As tradition has it. A conclusion may turn a premise around: No A are B, so no B are A."""
     statements = re.findall(r"(All|No|Some) (\w+) are (not )?(\w+)", question)
     letters = {("All", ""): "A", ("No", ""): "E", ("Some", ""): "I", ("Some", "not "): "O"}
     one, two, (mood, subject, predicate) = [

@@ -1,6 +1,4 @@
-"""DeepMind's orbax folders: known sizes by their shapes, and what is refused. Their values:
-tests/golden.
-"""
+"""DeepMind's orbax folders: sizes by their shapes, and what is refused."""
 
 import shutil
 

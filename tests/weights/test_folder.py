@@ -1,6 +1,4 @@
-"""Our own folders: read part by part onto a mesh, written whole or not at all; a coprocessor's
-folder.
-"""
+"""Our own folders: read part by part onto a mesh, written whole or not at all."""
 
 import dataclasses
 import hashlib
@@ -30,9 +28,7 @@ def same(one, two):
 
 
 def test_a_device_reads_its_own_part(decoder_folder, monkeypatch):
-    """On 2 x 2 x 2 devices no read is larger than a shard, and the whole is what one device
-    reads.
-    """
+    """On 2 x 2 x 2 devices no read exceeds a shard, and the whole is what one device reads."""
     config = folder.read_config(decoder_folder)
     mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 1, "tensor": 2})
     shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
@@ -105,9 +101,7 @@ def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path):
 
 
 def test_old_checkpoints_fit_the_packaged_decoder_and_converted_ones(hf, tmp_path):
-    """Fingerprints as they were before they were stored, and before the youngest fields of an
-    architecture.
-    """
+    """Fingerprints as before they were stored, and before the architecture's youngest fields."""
     assert folder.fingerprint(folder.PACKAGED)[:16] == "f35f82592680b5ac"
     convert(str(hf("gemma2")), str(tmp_path / "out"))
     assert folder.fingerprint(tmp_path / "out")[:16] == "619a76fd3bef2b9a"
@@ -213,9 +207,7 @@ def test_pause_tokens_are_soft_tokens_alone(make_config, tmp_path):
 
 
 def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config, tmp_path):
-    """Only the matrices of its layers change: neither table does, nor do biases. It is no
-    coprocessor.
-    """
+    """Only the matrices of its layers change: no table, no bias. It is no coprocessor."""
     convert(str(hf("qwen2")), str(tmp_path / "qwen2"))
     changes = {
         "decoder.path": str(tmp_path / "qwen2"),

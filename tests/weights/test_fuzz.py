@@ -1,6 +1,4 @@
-"""Damaged headers by the thousand: a conversion ends in one clear line or in a whole folder, in
-bounded memory.
-"""
+"""Damaged headers by the thousand end in one clear line or a whole folder, in little memory."""
 
 import json
 import random

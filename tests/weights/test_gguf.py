@@ -1,6 +1,4 @@
-"""GGUF files, written by the `gguf` library under its own names, against the same models as Hugging
-Face folders.
-"""
+"""GGUF files that the `gguf` library wrote, against the same models as Hugging Face folders."""
 
 import dataclasses
 import struct
@@ -111,9 +109,7 @@ def finish(writer):
 
 @pytest.fixture
 def sized(monkeypatch):
-    """Makes the golden models known sizes: GGUF leaves out what is then looked up (query scale,
-    Llama 3's scaling).
-    """
+    """Gives golden models known sizes: GGUF leaves out query scale and Llama 3's scaling."""
     for family in FAMILIES:
         monkeypatch.setitem(
             SIZES, f"golden_{family}", huggingface.architecture(stored(family)[0], "x")
@@ -182,9 +178,7 @@ def naive_blocks(kind, data):
     [k for k in Type if k.name[0] in "QBFI" and k.name[:2] not in ("I8", "I1", "I3", "I6", "F6")],
 )
 def test_block_types(tmp_path, kind):
-    """Every block type: as the library dequantises it in one go, though ours goes a few blocks at a
-    time.
-    """
+    """Every block type, as the library dequantises it whole; ours goes a few blocks at a time."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     shape = (6, block * 4)
     random = np.random.default_rng(0)
@@ -225,9 +219,7 @@ def test_block_types(tmp_path, kind):
 
 
 def test_a_quantised_model(hf, tokenizer_path, tmp_path):
-    """As files come: matrices in blocks where their rows allow it, the rest in half precision,
-    norms in float32.
-    """
+    """As files come: matrices in blocks or in half precision, norms in float32."""
     file = write(
         tmp_path / "model.gguf",
         "gemma2",

@@ -1,6 +1,4 @@
-"""Hugging Face folders: published configs against the table of sizes, there and back, and what is
-refused.
-"""
+"""Hugging Face folders: published configs, there and back, and what is refused."""
 
 import dataclasses
 import json

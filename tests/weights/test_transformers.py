@@ -1,6 +1,4 @@
-"""What `transformers` makes of an exported folder: marked `reference`, skipped where it is not
-installed.
-"""
+"""What `transformers` makes of an exported folder; marked `reference`."""
 
 import shutil
 from pathlib import Path
