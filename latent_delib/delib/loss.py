@@ -123,7 +123,7 @@ def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
     x_BRD, table_VD, target_BR, weight_BR = (x.value for x in inputs)
     dtype = x_BRD.dtype
 
-    def one(dtable_VD, part):
+    def one(dtable_DV, part):
         x_BrD, target_Br, weight_Br = part
         nll_Br, dlogits_BrV = _nll(x_BrD, table_VD, target_Br, softcap)
         dlogits_BrV = (dlogits_BrV * weight_Br[..., None]).astype(dtype)
@@ -131,13 +131,13 @@ def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
         if trained:
             dlogits_RV = dlogits_BrV.reshape(-1, dlogits_BrV.shape[-1])
             x_RD = x_BrD.reshape(-1, x_BrD.shape[-1])
-            dtable_VD += einsum("RV,RD->VD", dlogits_RV, x_RD, jnp.float32)
-        return dtable_VD, (nll_Br * weight_Br, dx_BrD.astype(dtype))
+            # A CPU transposes the first operand: x, not the logits, which are many more.
+            dtable_DV += einsum("RD,RV->DV", x_RD, dlogits_RV, jnp.float32)
+        return dtable_DV, (nll_Br * weight_Br, dx_BrD.astype(dtype))
 
-    dtable_VD = jnp.zeros(table_VD.shape, jnp.float32) if trained else None
-    dtable_VD, (nll, dx) = jax.lax.scan(one, dtable_VD, _cut(chunk, x_BRD, target_BR, weight_BR))
-    if trained:
-        dtable_VD = dtable_VD.astype(table_VD.dtype)
+    dtable_DV = jnp.zeros(table_VD.shape[::-1], jnp.float32) if trained else None
+    dtable_DV, (nll, dx) = jax.lax.scan(one, dtable_DV, _cut(chunk, x_BRD, target_BR, weight_BR))
+    dtable_VD = dtable_DV.T.astype(table_VD.dtype) if trained else None
     return jnp.sum(nll), (_join(dx, x_BRD), dtable_VD)
 
 

@@ -16,7 +16,7 @@ from latent_delib.nn.attention import primitive
 from latent_delib.nn.attention.cards import LEAST
 from latent_delib.nn.attention.forms import FEW, attend
 from latent_delib.nn.attention.primitive import Bounds, Keys
-from latent_delib.nn.products import matmul
+from latent_delib.nn.products import einsum, matmul
 from latent_delib.nn.sizes import TransformerConfig
 
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
@@ -110,7 +110,10 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1) + self.eps)
+        # an einsum, for its gradient: on CPUs XLA multiplies two arrays and adds up their rows at
+        # an eighth of the speed of a product
+        normed = einsum("...D,...->...D", x32, inverse)
         return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 

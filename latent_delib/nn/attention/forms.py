@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from latent_delib.nn.attention import gpu, primitive, tpu, xla
 from latent_delib.nn.attention.cards import LEAST
 from latent_delib.nn.attention.primitive import Bounds, Keys
+from latent_delib.nn.products import einsum
 
 KERNELS = {"pallas_gpu": (gpu, "cuda"), "pallas_tpu": (tpu, "tpu")}
 FORMS = ("reference", "xla", *KERNELS)
@@ -141,7 +142,7 @@ def _backward(call, saved, dout):
     if form in KERNELS and wanted:
         form = give_way(form, "the gradient of a prefix")
     # The gradient of a score is its weight * (the gradient of the weight - delta).
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+    delta = einsum("...H,...H->...", out.astype(jnp.float32), dout.astype(jnp.float32))
     if form == "xla":
         operands = q, own, prefix, bounds, lse, delta, dout
         return *xla.backward(*operands, call.scale, call.softcap, wanted), None
