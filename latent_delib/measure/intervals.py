@@ -1,7 +1,7 @@
-"""Confidence intervals of a change in perplexity: a bootstrap that draws works, and then documents
-of each.
+"""Confidence intervals of a change in perplexity: a bootstrap over works and their documents.
 
-What holds for one work, a book for instance, may not hold for another: so intervals draw works.
+It draws works, and then documents of each: what holds for one work, a book for instance, may not
+hold for another.
 """
 
 import numpy as np
@@ -54,9 +54,7 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
 
 
 def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
-    """Tells for each n whether more than one document reaches it, and more than one work if there
-    are several.
-    """
+    """Tells for each n whether two documents reach it, of two works where there are several."""
     several = np.count_nonzero(tokens, axis=0) > 1
     works = np.unique(work)
     if len(works) > 1:
@@ -72,8 +70,9 @@ def _resampled(sums: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
-    """Draws how many times a resample has each document, int [documents]; `size` counts those of
-    each work.
+    """Draws how many times a resample has each document, int [documents].
+
+    size: the number of documents of each work.
     """
     works = draw.integers(len(size), size=len(size))
     first = np.cumsum(size) - size  # the first document of each work

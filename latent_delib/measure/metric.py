@@ -6,8 +6,8 @@ in documents.npz. This one tells how often the n-th token ahead is the most prob
   def is_first_choice(logits, targets):
       return logits.argmax(axis=-1) == targets
 
-  ACCURACY = Metric("accuracy", {"hits": of_logits(is_first_choice)}, lambda sums: sums["hits"] /
-  sums["tokens"])
+  hits = {"hits": of_logits(is_first_choice)}
+  ACCURACY = Metric("accuracy", hits, lambda sums: sums["hits"] / sums["tokens"])
 """
 
 from collections.abc import Callable, Mapping
@@ -23,8 +23,7 @@ from latent_delib.delib.loss import tokens_at_a_time
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
 
-# (augmentation, parameters, outputs [B, ..., D], the tokens [B, ...] that they predict) -> a number
-# for each token.
+# (augmentation, parameters, outputs [B, ..., D], tokens that they predict [B, ...]) -> [B, ...].
 Term = Callable[[Augmentation, Params, jax.Array, jax.Array], jax.Array]
 
 
@@ -42,10 +41,10 @@ class Metric(NamedTuple):
 
 
 def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
-    """Returns the term that a function makes from logits, float32 [..., V], and targets, int32
-    [...].
+    """Returns the term that a function makes of the logits of each token.
 
-    Logits exist for as few tokens at a time as in the loss.
+    value: takes logits, float32 [..., V], and targets, int32 [...], and returns a number for each
+    target. Logits exist for as few tokens at a time as in the loss.
     """
 
     def term(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:

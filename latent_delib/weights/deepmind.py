@@ -1,8 +1,7 @@
-"""Google DeepMind's Gemma checkpoints: orbax folders, keys flat
-("transformer/layer_0/attn/q_einsum") or nested.
+"""Google DeepMind's Gemma checkpoints: orbax folders that hold tensors alone.
 
-They hold tensors alone. What shapes do not tell (window, scales, rotary bases) is taken from the
-known size that fits.
+Keys are flat ("transformer/layer_0/attn/q_einsum") or nested. What shapes do not tell (window,
+scales, rotary bases) is taken from the known size that fits.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
     try:
         found = handler.metadata(epath.Path(where))
         leaves = jax.tree_util.tree_leaves_with_path(getattr(found, "tree", found))
-        # a list has no keys: no weights
+        # A list, which holds no weights, has no keys: AttributeError.
         leaves = [(tuple(key.key for key in path), leaf) for path, leaf in leaves]
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a readable orbax checkpoint ({reason(error)})") from None
@@ -84,9 +83,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 def _architecture(
     shapes: dict[str, tuple[int, ...]], where: str, wanted: TransformerConfig | None
 ) -> TransformerConfig:
-    """Returns the architecture: the known size that fits the shapes, or the one wanted, with as
-    many rows as stored.
-    """
+    """Returns the wanted architecture, or the known size that fits, with all rows stored."""
     if wanted is not None:
         rows = shapes.get("embedder/input_embedding", (0,))[0]
         return dataclasses.replace(wanted, vocab_size=max(rows, wanted.vocab_size))
@@ -118,9 +115,7 @@ def _architecture(
         "scale_embeddings": True,
     }
     for size in SIZES.values():
-        if (
-            all(getattr(size, key) == value for key, value in found.items())
-            and vocab_size >= size.vocab_size
-        ):
+        fits = all(getattr(size, key) == value for key, value in found.items())
+        if fits and vocab_size >= size.vocab_size:
             return dataclasses.replace(size, vocab_size=vocab_size)
     raise UserError(f"{where}: no known size has {found}; give --size")

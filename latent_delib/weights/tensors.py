@@ -28,9 +28,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def read_dtype(stored: np.dtype) -> np.dtype:
-    """Returns the dtype that a stored tensor is read as: float32 for float16, which it holds
-    exactly.
-    """
+    """Returns the dtype that a stored tensor is read as: float32 for float16, else its own."""
     return np.dtype(np.float32) if stored == np.float16 else stored
 
 
@@ -91,9 +89,7 @@ class TensorFile:
             self._begin[name] = 8 + length + entry["data_offsets"][0]
 
     def read(self, name: str, index: Any = ...) -> np.ndarray:
-        """Reads a tensor, or the part of it that a numpy index selects; nothing else of the file is
-        held.
-        """
+        """Reads a tensor, or only the part of it that a numpy index selects."""
         shape, dtype, begin = self.shapes[name], self.dtypes[name], self._begin[name]
         if index is not ... and index != (slice(None),) * len(shape):
             return np.array(np.memmap(self.path, dtype, "r", begin, shape)[index])
