@@ -99,7 +99,8 @@ def convert(
 
 def is_ours(where: Path) -> bool:
     """Returns whether a path is a decoder folder of ours."""
-    return (where / "config.json").is_file() and "format" in folder.read_json(where / "config.json")
+    config = where / "config.json"
+    return config.is_file() and "format" in folder.read_json(config)
 
 
 def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:

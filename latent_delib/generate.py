@@ -44,14 +44,16 @@ def main(flags: Any) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
 
     lm = load_model(flags)
+    prompts = [request["prompt"] for request in requests]
+    seeds = [request["seed"] for request in requests]
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and lm.coprocessor is None:
             continue
         found = lm.continuations(
-            [request["prompt"] for request in requests],
+            prompts,
             flags.max_new_tokens,
             stop=flags.stop or [],
-            seed=[request["seed"] for request in requests],
+            seed=seeds,
             augment=augment,
             every=flags.every,
             delay=delay if augment else 0,

@@ -46,7 +46,8 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
         by_work = np.argsort(work, kind="stable")
         sums = np.concatenate([change[:, known], tokens[:, known]], axis=1)
         size = np.unique(work, return_counts=True)[1]
-        total_change, total_tokens = np.split(_resampled(sums[by_work], size, seed), 2, axis=1)
+        resampled = _resampled(sums[by_work], size, seed)
+        total_change, total_tokens = np.split(resampled, 2, axis=1)
         mean = np.full_like(total_change, np.nan)
         np.divide(total_change, total_tokens, out=mean, where=total_tokens > 0)
         found[:, known] = 100 * np.expm1(np.nanpercentile(mean, [2.5, 97.5], axis=0))

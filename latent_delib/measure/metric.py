@@ -53,12 +53,13 @@ def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
         x_RBD = jnp.moveaxis(x.reshape(B, -1, D), 1, 0)
         targets_RB = jnp.moveaxis(targets.reshape(B, -1), 1, 0)
 
-        def of_a_token_of_every_sequence(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def of_one_column(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             x_BD, targets_B = inputs
-            return value(transformer.unembed(table_VD, x_BD, aug.transformer.config), targets_B)
+            logits_BV = transformer.unembed(table_VD, x_BD, aug.transformer.config)
+            return value(logits_BV, targets_B)
 
         chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
-        value_RB = jax.lax.map(of_a_token_of_every_sequence, (x_RBD, targets_RB), batch_size=chunk)
+        value_RB = jax.lax.map(of_one_column, (x_RBD, targets_RB), batch_size=chunk)
         return jnp.moveaxis(value_RB, 0, 1).reshape(targets.shape)
 
     return term

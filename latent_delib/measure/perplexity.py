@@ -133,7 +133,9 @@ class PartialSums:
 
         Without a file, or with that of another evaluation, they are `zeros` and 0.
         """
-        content = self.file.read_bytes() if jax.process_index() == 0 and self.file.exists() else b""
+        content = b""
+        if jax.process_index() == 0 and self.file.exists():
+            content = self.file.read_bytes()
         content = distributed.bytes_from_first(content)
         if not content:
             return zeros, 0

@@ -79,9 +79,10 @@ def _read_all(exp: Experiment) -> ValidationText:
     work: list[int] = []  # of each document
     numbers: dict[tuple[str, str | int], int] = {}  # of works, by source and name or document
     works_known = True
+    longest = exp.config.evaluate.max_length
     tokenizer = str(exp.tokenizer.path)
     for found in batches.validation_documents(exp.config.data, tokenizer_path=tokenizer):
-        cut = cut_pieces(found.tokens, exp.config.evaluate.max_length, exp.tokenizer.bos_id)
+        cut = cut_pieces(found.tokens, longest, exp.tokenizer.bos_id)
         pieces += cut
         document += [len(source)] * len(cut)
         name = found.work or len(source)
@@ -114,8 +115,9 @@ def _keep(text: ValidationText, chosen: np.ndarray) -> ValidationText:
     """Returns the chosen pieces alone, with documents and works numbered anew, without gaps."""
     documents, document = np.unique(text.document[chosen], return_inverse=True)
     works, work = np.unique(text.work[documents], return_inverse=True)
+    pieces = [text.pieces[i] for i in chosen]
     return text._replace(
-        pieces=[text.pieces[i] for i in chosen],
+        pieces=pieces,
         document=document,
         source=text.source[documents],
         work=work,

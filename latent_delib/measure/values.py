@@ -70,7 +70,8 @@ def jit_steps(exp: Experiment) -> Steps:
         raise UserError(
             f"config.evaluate.batch_size={e.batch_size} does not split over {shards} devices"
         )
-    return _jitted(exp.aug, exp.mesh, exp.dtype, e.num_ahead, e.delay, tuple(all_terms().items()))
+    terms = tuple(all_terms().items())
+    return _jitted(exp.aug, exp.mesh, exp.dtype, e.num_ahead, e.delay, terms)
 
 
 @functools.cache

@@ -58,7 +58,8 @@ def compare(found: Runs, against: str) -> Table:
             continue
         entry = entry_of(result)
         row = {"latents": entry.latents, "what": label(entry), "from": result.key}
-        rows.append(row | tables.changes(perplexity.table({"nll": pair.sums}, pair.work, seed=0)))
+        compared = perplexity.table({"nll": pair.sums}, pair.work, seed=0)
+        rows.append(row | tables.changes(compared))
         used.append(result)
         over[result.key] = pair.over
     if left_out:

@@ -44,8 +44,10 @@ def _heading(result: dict[str, Any]) -> str:
 def _documents(part: dict[str, Any]) -> str:
     """Says how many documents there are, and of how many works unless each is its own."""
     counts = {"works": f" of {part['num_works']} works", "documents of one work": " of one work"}
+    of_works = counts.get(part["interval_over"], "")
     count = part["documents"]
-    return f"{count} document{'' if count == 1 else 's'}{counts.get(part['interval_over'], '')}"
+    plural = "" if count == 1 else "s"
+    return f"{count} document{plural}{of_works}"
 
 
 def _works(works: dict[str, dict[str, Any]]) -> list[str]:

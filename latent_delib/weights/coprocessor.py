@@ -52,7 +52,8 @@ def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Par
     def chunks():
         yield leaves[SOFT_TOKENS]
         for t in body:
-            yield t.to_theirs(leaves[t.leaf] if t.layer is None else leaves[t.leaf][t.layer])
+            leaf = leaves[t.leaf]
+            yield t.to_theirs(leaf if t.layer is None else leaf[t.layer])
 
     with files.whole(out) as partial:
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})

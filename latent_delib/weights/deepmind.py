@@ -37,12 +37,13 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
     try:
         found = handler.metadata(epath.Path(where))
         leaves = jax.tree_util.tree_leaves_with_path(getattr(found, "tree", found))
-        # A list, which holds no weights, has no keys: AttributeError.
-        leaves = [(tuple(key.key for key in path), leaf) for path, leaf in leaves]
+        by_path = {}
+        for path, leaf in leaves:
+            by_path[tuple(key.key for key in path)] = leaf  # AttributeError for a list
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a readable orbax checkpoint ({reason(error)})") from None
     paths, shapes, dtypes = {}, {}, {}
-    for path, leaf in leaves:
+    for path, leaf in by_path.items():
         name = "/".join(map(str, path)).removeprefix("params/").removeprefix("transformer/")
         name = name.removesuffix("/w")
         if name.startswith(_VISION):
@@ -103,8 +104,10 @@ def _architecture(
         raise UserError(
             f"{where}: not a Gemma checkpoint: its tensors have other dimensions"
         ) from None
+    matches = map(re.compile(r"layer_\d+/").match, shapes)
+    layers = {m[0] for m in matches if m}
     found = {
-        "num_layers": len({m[0] for m in map(re.compile(r"layer_\d+/").match, shapes) if m}),
+        "num_layers": len(layers),
         "embed_dim": width,
         "num_heads": heads,
         "num_kv_heads": kv_heads,

@@ -70,8 +70,9 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / "tokenizer.model")
         return
     shutil.copyfile(path, folder / "tokenizer.json")
-    if (path.parent / "tokenizer_config.json").is_file():
-        shutil.copyfile(path.parent / "tokenizer_config.json", folder / "tokenizer_config.json")
+    config = path.parent / "tokenizer_config.json"
+    if config.is_file():
+        shutil.copyfile(config, folder / "tokenizer_config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -223,7 +223,8 @@ def architecture(file: GGUF) -> TransformerConfig:
         )
 
     def get(key: str, type_: type, default: Any = None) -> Any:
-        return checked(f"{kind}.{key}", file.metadata.get(f"{kind}.{key}", default), type_, where)
+        name = f"{kind}.{key}"
+        return checked(name, file.metadata.get(name, default), type_, where)
 
     if get("expert_count", int, 0):
         raise UserError(f"{where}: {kind}.expert_count: mixtures of experts are not known here")

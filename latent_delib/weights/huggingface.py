@@ -163,7 +163,9 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
       UserError: a key that is missing, wrong, or of a feature that is not known here.
     """
     multimodal = config.get("model_type") == "gemma3" and "text_config" in config
-    text = checked("text_config", config["text_config"], dict, where) if multimodal else config
+    text = config
+    if multimodal:
+        text = checked("text_config", config["text_config"], dict, where)
     model_type = text.get("model_type", "gemma3_text" if multimodal else None)
     families = {theirs: ours for ours, (theirs, _) in CLASSES.items()}
     if not isinstance(model_type, str) or model_type not in families:

@@ -185,24 +185,26 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
         V=c.vocab_size, D=c.embed_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim, F=c.ffn_dim
     )
     sizes |= dict(h=c.head_dim // 2, c=2)
+    has_pairs = form == "gguf" and family(c) == "llama"
     is_fused = form == "deepmind" and c.num_heads == c.num_kv_heads
     for leaf, row in rows(c).items():
         name, _, theirs = getattr(row, form).partition(" ")
         ours = row.ours
-        if form == "gguf" and family(c) == "llama" and leaf in ("layers.attn.q", "layers.attn.k"):
+        if has_pairs and leaf in ("layers.attn.q", "layers.attn.k"):
             # There rotary pairs are neighbours, (0, 1), (2, 3), ...; elsewhere halves of a head.
             theirs, ours = theirs.replace("H", "h c"), ours.replace("H", "(c h)")
         if is_fused and re.fullmatch(r"layers\.attn\.[qkv]", leaf):
             name = f"attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
         part = re.fullmatch(r"(.*)\[(\d)/(\d)\]", name)
         groups = re.findall(r"\([^)]*\)|\w", theirs)
+        shape = []
+        for group in groups:
+            shape.append(math.prod(sizes[axis] for axis in group.strip("()").split()))
         tensor = Tensor(
             leaf=leaf,
             layer=None,
             name=part[1] if part else name,
-            shape=tuple(
-                math.prod(sizes[axis] for axis in group.strip("()").split()) for group in groups
-            ),
+            shape=tuple(shape),
             part=(int(part[2]), int(part[3])) if part else None,
             theirs=theirs,
             ours=ours,
@@ -244,6 +246,7 @@ def match(
     ours: dict[str, str] = {}
     for t in wanted:
         shapes[t.name] = t.stored_shape
-        ours[t.name] = f" ({t.leaf})" if t.layer is None else f" ({t.leaf} of layer {t.layer})"
+        layer = "" if t.layer is None else f" of layer {t.layer}"
+        ours[t.name] = f" ({t.leaf}{layer})"
     check_shapes(found, shapes, source, ours)
     return wanted

@@ -51,7 +51,9 @@ def check_shapes(
             wrong.append(f"missing {name} {shape}{notes.get(name, '')}")
         elif found[name] != shape:
             wrong.append(f"{name} is {found[name]}, expected {shape}{notes.get(name, '')}")
-    wrong += [f"unknown {name} {shape}" for name, shape in found.items() if name not in wanted]
+    for name, shape in found.items():
+        if name not in wanted:
+            wrong.append(f"unknown {name} {shape}")
     if wrong:
         raise UserError(f"{source}: {'; '.join(wrong)}")
 
@@ -85,7 +87,8 @@ class TensorFile:
                 raise UserError(
                     f"{path}: {name} is of type {entry['dtype']}, expected {', '.join(DTYPES)}"
                 )
-            self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+            self.shapes[name] = tuple(entry["shape"])
+            self.dtypes[name] = DTYPES[entry["dtype"]]
             self._begin[name] = 8 + length + entry["data_offsets"][0]
 
     def read(self, name: str, index: Any = ...) -> np.ndarray:
@@ -93,8 +96,9 @@ class TensorFile:
         shape, dtype, begin = self.shapes[name], self.dtypes[name], self._begin[name]
         if index is not ... and index != (slice(None),) * len(shape):
             return np.array(np.memmap(self.path, dtype, "r", begin, shape)[index])
-        found = np.fromfile(self.path, np.uint8, math.prod(shape) * dtype.itemsize, offset=begin)
-        if len(found) != math.prod(shape) * dtype.itemsize:
+        size = math.prod(shape) * dtype.itemsize
+        found = np.fromfile(self.path, np.uint8, size, offset=begin)
+        if len(found) != size:
             raise UserError(f"{self.path}: {name} was cut off since the file was opened")
         return found.view(dtype).reshape(shape)
 
