@@ -1,9 +1,8 @@
-"""Benchmarks (Table 2) with the lm-eval harness: of a decoder, of a decoder with latents, of
-zero-shot CoT.
+"""Benchmarks (Table 2) with the lm-eval harness: a decoder, with latents, with zero-shot CoT.
 
-  python -m latent_delib.benchmark --workdir=DIR --benchmarks=published --model=decoder,augmented
-  --out=DIR python -m latent_delib.benchmark --decoder=DIR --benchmarks=gsm8k,arc_easy
-  --model=decoder --out=DIR [--limit=N]
+  python -m latent_delib.benchmark --workdir=DIR --benchmarks=published
+      --model=decoder,augmented --out=DIR
+  python -m latent_delib.benchmark --decoder=DIR --benchmarks=gsm8k,arc_easy --out=DIR [--limit=N]
 
 Benchmarks are the names in configs/benchmarks.py, or `published`, or `offline`, which needs no
 network but the tasks that `make_tasks` writes. Models: decoder; augmented, with the latents of
@@ -56,9 +55,9 @@ class Subject(NamedTuple):
     def about(self) -> dict[str, Any]:
         """Returns the fields of benchmarks.json that say what its rows are of."""
         r = self.record
-        checkpoint = (
-            str(epath.Path(self.workdir) / "checkpoints" / str(r.step)) if self.workdir else None
-        )
+        checkpoint = None
+        if self.workdir:
+            checkpoint = str(epath.Path(self.workdir) / "checkpoints" / str(r.step))
         return {
             "config": r.config,
             "checkpoint": checkpoint,
@@ -158,20 +157,17 @@ def _find_subject(flags: Any) -> Subject:
         decoder = flags.decoder
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
         record = Record(config, "")
-    record = dataclasses.replace(
-        record, config=config, fingerprint=folder.fingerprint(folder.locate(decoder))
-    )
+    fingerprint = folder.fingerprint(folder.locate(decoder))
+    record = dataclasses.replace(record, config=config, fingerprint=fingerprint)
     if "augmented" in _split(flags.model) and not record["method.num_latents"]:
         raise UserError(
-            "--model=augmented: there is no coprocessor; give the --workdir of a job that trained one"
+            "--model=augmented: there is no coprocessor; give the --workdir that trained one"
         )
     return Subject(record, decoder, workdir)
 
 
 def _import_harness(unsafe_code: bool) -> ModuleType:
-    """Returns `measure.harness`, imported at its first use; code that a model writes may run, or
-    may not.
-    """
+    """Imports `measure.harness` at its first use; code that a model writes may run, or may not."""
     if unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to say
@@ -224,8 +220,7 @@ def _asked(
             f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated"
         )
     again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
-    # a text that is read waits for nothing
-    late = model == "augmented" and "generate_until" in kinds
+    late = model == "augmented" and "generate_until" in kinds  # a text that is read never waits
     return {
         "benchmark": name,
         "model": model,
@@ -330,9 +325,7 @@ def _measure(
 
 
 def _save(out: epath.Path, subject: Subject, made: Row, samples: Sequence[Row]) -> dict[str, Row]:
-    """Writes a row and, before it, the result of each document; returns all rows, with those that
-    other calls added.
-    """
+    """Writes each document's result and then the row; returns all rows, also of other calls."""
     lines = [json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples]
     files.write(out / "samples" / f"{_label(made)}.jsonl", "".join(lines).encode())
     rows = _read_rows(out / FILE, subject)
@@ -364,7 +357,7 @@ if __name__ == "__main__":
         batch_size=(16, "prompts at once"),
         max_length=(
             8192,
-            "tokens of a document and its answer; what a decoder was trained on bounds what makes sense",
+            "tokens of a document and its answer; useful up to what the decoder was trained on",
         ),
         attention=(
             "auto",

@@ -1,7 +1,8 @@
 """Converts any checkpoint to a decoder folder of ours, and ours to Hugging Face's form.
 
-  python -m latent_delib.convert --source=PATH --out=DIR [--dtype=bfloat16] [--size=NAME]
-  [--tokenizer=PATH] python -m latent_delib.convert --source=PATH --out=DIR --to=huggingface
+  python -m latent_delib.convert --source=PATH --out=DIR
+      [--dtype=bfloat16] [--size=NAME] [--tokenizer=PATH]
+  python -m latent_delib.convert --source=PATH --out=DIR --to=huggingface
 
 PATH is a Hugging Face folder, a GGUF file, one of Google DeepMind's Gemma checkpoints (orbax), or a
 decoder folder of ours (`packaged` is one). From the workdir of a training job its coprocessor is
@@ -47,8 +48,9 @@ def convert(
     tokenizer: str = "",
     architecture: TransformerConfig | None = None,
 ) -> None:
-    """Converts one checkpoint; `out` appears only once whole. Host memory holds one tensor at a
-    time.
+    """Converts one checkpoint; `out` appears only once whole.
+
+    Host memory holds one tensor at a time.
 
     Args:
       source: a checkpoint, as in this module's docstring.
@@ -63,11 +65,8 @@ def convert(
     Raises:
       UserError: anything wrong with source or arguments, in most cases before a weight is read.
     """
-    for flag, value, allowed in (
-        ("to", to, FORMS),
-        ("dtype", dtype, ("", *DTYPES)),
-        ("size", size, ("", *SIZES)),
-    ):
+    choices = {"to": (to, FORMS), "dtype": (dtype, ("", *DTYPES)), "size": (size, ("", *SIZES))}
+    for flag, (value, allowed) in choices.items():
         if value not in allowed:
             raise UserError(
                 f"--{flag}={value!r}: expected one of {', '.join(filter(None, allowed))}"
@@ -79,14 +78,14 @@ def convert(
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
             raise UserError(
-                f"{source}: --to, --dtype, --size and --tokenizer are of decoders, this is a coprocessor"
+                f"{source}: is a coprocessor; --to, --dtype, --size and --tokenizer are of decoders"
             )
         return export_coprocessor(source, Path(out))
     with files.whole(Path(out)) as partial_:
         if is_ours(where):
             if tokenizer:
                 raise UserError(
-                    f"--tokenizer={tokenizer}: {source} is a decoder folder of ours, which has its own"
+                    f"--tokenizer={tokenizer}: {source} is a decoder folder of ours, with its own"
                 )
             convert_ours(where, partial_, to, dtype, wanted)
         elif to == "huggingface":
@@ -100,7 +99,8 @@ def convert(
 
 def is_ours(where: Path) -> bool:
     """Returns whether a path is a decoder folder of ours."""
-    return (where / "config.json").is_file() and "format" in folder.read_json(where / "config.json")
+    config = where / "config.json"
+    return config.is_file() and "format" in folder.read_json(config)
 
 
 def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
@@ -115,31 +115,33 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
         raise UserError(f"--source={where}: is inside the workdir {where.parents[1]}; name that")
     found = "is a folder with nothing known in it" if where.is_dir() else "does not exist"
     raise UserError(
-        f"--source={where}: {found}; expected a GGUF file, a folder with config.json, or an orbax checkpoint of Gemma"
+        f"--source={where}: {found}; expected a GGUF file, a folder with config.json, "
+        "or an orbax checkpoint of Gemma"
     )
 
 
 def convert_theirs(
     source: Source, out: Path, dtype: str, wanted: TransformerConfig | None, tokenizer: str = ""
 ) -> None:
-    """Writes a decoder folder of ours from a source. wanted: the architecture that it must have, or
-    None.
+    """Writes a decoder folder of ours from a source.
+
+    wanted: the architecture that it must have, or None.
     """
     config = source.architecture
     found = names.match(source.shapes, config, source.form, source.where)
     describe(config, wanted, source.where)
-    write_tokenizer = (
-        partial(folder.copy_tokenizer, Path(tokenizer)) if tokenizer else source.write_tokenizer
-    )
-    if write_tokenizer is None:
-        raise UserError(f"{source.where}: has no tokenizer; give one with --tokenizer=PATH")
+    write_tokenizer = source.write_tokenizer
     if tokenizer:
         Tokenizer(tokenizer)  # raises an error that names the given file, not its copy
+        write_tokenizer = partial(folder.copy_tokenizer, Path(tokenizer))
+    if write_tokenizer is None:
+        raise UserError(f"{source.where}: has no tokenizer; give one with --tokenizer=PATH")
     write_tokenizer(out)
     pieces = Tokenizer(folder.tokenizer_path(out)).vocab_size
     if pieces > config.vocab_size:
         raise UserError(
-            f"{source.where}: its tokenizer has {pieces} pieces, its token table {config.vocab_size} rows"
+            f"{source.where}: its tokenizer has {pieces} pieces, "
+            f"its token table {config.vocab_size} rows"
         )
 
     leaves = folder.by_name(folder.shapes(config))
@@ -174,9 +176,8 @@ def convert_ours(
     dtypes = dict.fromkeys(file.dtypes, DTYPES[dtype]) if dtype else file.dtypes
     if to == "huggingface":
         return _write_huggingface(file, config, dtypes, Tokenizer(tokenizer), out)
-    entries = {
-        leaf: (file.shapes[leaf], dtypes[leaf]) for leaf in folder.by_name(folder.shapes(config))
-    }
+    leaves = folder.by_name(folder.shapes(config))
+    entries = {leaf: (file.shapes[leaf], dtypes[leaf]) for leaf in leaves}
 
     def read(leaf: str) -> np.ndarray:
         return file.read(leaf).astype(dtypes[leaf], copy=False)
@@ -235,11 +236,10 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     if record["method.lora_rank"]:  # multiplied out
         decoder = load.load_decoder(load.decoder_of(workdir, record)).params
         params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
-    fields = {
-        name: getattr(trained, name)
-        for name in ("method", "num_latents", "placement", "step", "fingerprint")
-    }
-    coprocessor.save(out, fields, TransformerConfig.from_dict(record.architecture, workdir), params)
+    copied = ("method", "num_latents", "placement", "step", "fingerprint")
+    fields = {name: getattr(trained, name) for name in copied}
+    config = TransformerConfig.from_dict(record.architecture, workdir)
+    coprocessor.save(out, fields, config, params)
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
 
 
@@ -252,9 +252,8 @@ def describe(config: TransformerConfig, wanted: TransformerConfig | None, where:
     differing = differences(config, wanted) if wanted is not None else []
     if differing:
         raise UserError(f"{where}: not of that size: {'; '.join(differing)}")
-    size = next(
-        (name for name, size in SIZES.items() if not differences(config, size)), "of no known size"
-    )
+    fitting = [name for name, size in SIZES.items() if not differences(config, size)]
+    size = fitting[0] if fitting else "of no known size"
     count = sum(leaf.size for leaf in jax.tree.leaves(folder.shapes(config)))
     print(f"{where}: {family(config)}, {size}, {count:,} parameters", flush=True)
 
@@ -278,9 +277,6 @@ if __name__ == "__main__":
         out=(REQUIRED, "the folder to write, made whole or not at all"),
         to=("latent_delib", "latent_delib or huggingface"),
         dtype=("", "float32 or bfloat16; left out, nothing is rounded"),
-        size=(
-            "",
-            "the size it must have, a key of latent_delib/nn/sizes.py; tells what an orbax folder does not",
-        ),
+        size=("", "the size it must have, a key of nn/sizes.py; orbax may need it"),
         tokenizer=("", "tokenizer.model or tokenizer.json, for sources without one"),
     )

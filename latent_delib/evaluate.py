@@ -1,5 +1,4 @@
-"""Perplexity of the n-th token ahead, with latents after every token and without (Section 3.1,
-Table 1).
+"""Perplexity of the n-th token ahead, with latents and without (Section 3.1, Table 1).
 
   python -m latent_delib.evaluate --config=configs/X.py --workdir=DIR [--out=DIR] [--distributed]
       [--step=N | --steps=all | --steps=N,N,... | --watch [--patience=SECONDS]]
@@ -62,31 +61,30 @@ def main(flags: Any) -> None:
         raise UserError(f"--out={out}: is a file, expected a folder")
     with distributed.job(flags):
         if flags.watch or flags.steps:
-            steps = (
-                None
-                if flags.watch or flags.steps == "all"
-                else list(map(int, flags.steps.split(",")))
-            )
-            evaluate_many(
-                flags.config, flags.workdir, out, steps, flags.patience if flags.watch else None
-            )
+            steps = None
+            if flags.steps not in ("", "all"):
+                steps = list(map(int, flags.steps.split(",")))
+            patience = flags.patience if flags.watch else None
+            evaluate_many(flags.config, flags.workdir, out, steps, patience)
         else:
             evaluate(flags.config, flags.workdir, out, flags.step)
 
 
 def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None) -> dict[str, Any]:
-    """Evaluates a checkpoint on the config's validation sources; returns the content of
-    perplexity.json.
+    """Evaluates a checkpoint on the config's validation sources.
 
     Method "decoder" on a decoder with weights needs no checkpoint, unless a step is asked for: it
-    is the frozen decoder. Of several processes each reads all of the text and computes its share of
-    it, and all return the same.
+    is the frozen decoder. Each of several processes reads all of the text and computes its share,
+    and all return the same.
 
     Args:
       config: of the evaluation; its method and decoder are those of the training.
       workdir: of the training.
       out: where to write.
       step: of the checkpoint; None: the newest.
+
+    Returns:
+      The content of perplexity.json.
 
     Raises:
       UserError: no checkpoint, one of another decoder or method, bad config or data.
@@ -144,19 +142,16 @@ def evaluate_many(
     failed = on_first(lambda: sorted(whole_steps(workdir).intersection(failed)))
     if failed:
         raise UserError(
-            f"--workdir={workdir}: checkpoints {failed} could not be read; the same command tries again"
+            f"--workdir={workdir}: checkpoints {failed} could not be read; run this again"
         )
 
 
 class OtherRun(UserError):
-    """Tells that a checkpoint is of another decoder or method than the config: none of its workdir
-    will fit.
-    """
+    """Tells that all checkpoints of a workdir are of another decoder or method than the config."""
 
 
 def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored:
-    """Reads a checkpoint, the newest without `step`: its trainable tree in the config's dtype, its
-    step and its meta.
+    """Reads a checkpoint, the newest without `step`, with its trainable tree in the config's dtype.
 
     Raises:
       UserError: there is none, or it is damaged; OtherRun.
@@ -174,10 +169,10 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
 
 
 class Job:
-    """Holds the parts that all evaluations of a job share; text and weights are read when they are
-    first needed.
+    """Holds the parts that all evaluations of a job share.
 
-    arguments: further values that must be the same on all processes.
+    Text and weights are read when they are first needed. arguments: further values that must be the
+    same on all processes.
     """
 
     def __init__(self, config: ConfigDict, workdir: str, arguments: Sequence[Any]):
@@ -214,8 +209,9 @@ class Job:
         sums = self.add_up(found, partial)
         if not sums["nll"].tokens.any():
             raise UserError(
-                f"config.evaluate: max_positions={e.max_positions} and longer_prompt={e.longer_prompt} leave no token "
-                "to count; give more positions (0: all), or a shorter prompt"
+                f"config.evaluate: max_positions={e.max_positions} and "
+                f"longer_prompt={e.longer_prompt} leave no token to count; "
+                "give more positions (0: all), or a shorter prompt"
             )
         result = {
             **perplexity.by_source(text, sums, e.seed),
@@ -245,15 +241,12 @@ class Job:
         ]
 
     def add_up(self, found: Restored | None, partial: PartialSums) -> SumsByTerm:
-        """Adds up the values of all pieces; saves partial sums now and then, and goes on with saved
-        ones.
-        """
+        """Adds up the values of all pieces, from saved sums on; saves them now and then."""
         sums, done = partial.restore(perplexity.zeros(self.exp, self.text))
         sides = sides_of(self.frozen, {} if found is None else found.trainable)
         what = "evaluated" if found is None else f"checkpoint {found.step} evaluated"
         by_length = np.sort(self.text.lengths())
-        # of so many pieces, the shortest first
-        tokens = np.concatenate([[0], np.cumsum(by_length)])
+        tokens = np.concatenate([[0], np.cumsum(by_length)])  # by how many pieces are done
         progress = Progress(what, int(tokens[-1]), "tokens", int(tokens[done]))
         since = time.monotonic()
         for numbers in perplexity.batches_of(self.exp, self.text, self.view, done):
@@ -277,9 +270,8 @@ class Job:
         """
         if found is None:
             return {"config": self.exp.record.config, "checkpoint": None, "step": None}
-        trained = {
-            key: found.meta["config"][key] for key in ("method", "optimizer", "seed", "train")
-        }
+        own = ("method", "optimizer", "seed", "train")
+        trained = {key: found.meta["config"][key] for key in own}
         return {
             "config": {**self.exp.record.config, **trained},
             "checkpoint": str(epath.Path(self.workdir) / "checkpoints" / str(found.step)),
@@ -297,9 +289,7 @@ def write_evaluation(
 
 
 def draw_curves(folder: epath.Path) -> None:
-    """Draws curves.png: the change at a few n against the step, of all evaluations that are there
-    (Figure 3).
-    """
+    """Draws curves.png: the change at a few n by step, of all evaluations in a folder."""
     results = []
     for step, found in evaluations.read_results(folder).items():
         results.append(Result("", evaluations.file_of(folder, step), found))

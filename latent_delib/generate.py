@@ -1,11 +1,11 @@
 """Continues prompts with the plain decoder and with latents.
 
   python -m latent_delib.generate --workdir=DIR --prompt=TEXT [--no_augment]
-  python -m latent_delib.generate --workdir=DIR --prompts=FILE --out=FILE      many prompts, JSON lines in and out
+  python -m latent_delib.generate --workdir=DIR --prompts=FILE --out=FILE
 
-Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. A line of
---prompts is {"prompt": TEXT}, and may have a "seed" of its own; a line of --out adds "decoder",
-"augmented" and "joined".
+Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. Both FILEs are
+JSON lines. A line of --prompts is {"prompt": TEXT}, and may have a "seed" of its own; a line of
+--out adds "decoder", "augmented" and "joined".
 """
 
 import json
@@ -44,14 +44,16 @@ def main(flags: Any) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
 
     lm = load_model(flags)
+    prompts = [request["prompt"] for request in requests]
+    seeds = [request["seed"] for request in requests]
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and lm.coprocessor is None:
             continue
         found = lm.continuations(
-            [request["prompt"] for request in requests],
+            prompts,
             flags.max_new_tokens,
             stop=flags.stop or [],
-            seed=[request["seed"] for request in requests],
+            seed=seeds,
             augment=augment,
             every=flags.every,
             delay=delay if augment else 0,
@@ -73,26 +75,23 @@ def main(flags: Any) -> None:
 
 
 def read_requests(flags: Any) -> list[dict[str, Any]]:
-    """Returns the prompts of the flags, each a dict with "prompt", "seed", and whatever else its
-    line holds.
-    """
+    """Returns the prompts of the flags: dicts with "prompt", "seed", and the rest of their line."""
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
     arguments.whole("--seed", flags.seed, 0, arguments.INT64)
     if flags.prompt:
         return [{"prompt": flags.prompt, "seed": flags.seed}]
     try:
-        # with or without a byte order mark
-        text = Path(flags.prompts).read_text(encoding="utf-8-sig")
+        text = Path(flags.prompts).read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise UserError(f"{flags.prompts}: not UTF-8 at byte {error.start}") from None
     if not text:
         raise UserError(f"{flags.prompts}: holds no prompts")
     lines = text.removesuffix("\n").split("\n")  # splitlines knows line ends that JSON does not
-    return [
-        _read_request(line, f"{flags.prompts}:{i + 1}", flags.seed + i)
-        for i, line in enumerate(lines)
-    ]
+    requests = []
+    for i, line in enumerate(lines):
+        requests.append(_read_request(line, f"{flags.prompts}:{i + 1}", flags.seed + i))
+    return requests
 
 
 def _read_request(line: str, where: str, seed: int) -> dict[str, Any]:
@@ -104,14 +103,14 @@ def _read_request(line: str, where: str, seed: int) -> dict[str, Any]:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise UserError(f'{where}: expected a "prompt" that is text and not empty')
-    return row | {
-        "seed": arguments.whole(f"{where}: seed", row.get("seed", seed), 0, arguments.INT64)
-    }
+    seed = arguments.whole(f"{where}: seed", row.get("seed", seed), 0, arguments.INT64)
+    return row | {"seed": seed}
 
 
 def load_model(flags: Any) -> AugmentedLM:
-    """Loads the model of a workdir onto all devices; --coprocessor_devices: the last of them are
-    the coprocessor's.
+    """Loads the model of a workdir onto all devices.
+
+    With --coprocessor_devices the last of them are the coprocessor's.
     """
     mesh, beside = make_meshes(flags.tensor, flags.coprocessor_devices)
     record = load.read_record(flags.workdir, flags.step)
@@ -120,9 +119,8 @@ def load_model(flags: Any) -> AugmentedLM:
     augment = has_latents and not flags.no_augment
     if not augment:
         _refuse_rhythm(flags, "--no_augment" if has_latents else f"method {method}")
-    decoder = load.load_decoder(
-        load.decoder_of(flags.workdir, record), record["compute.dtype"], mesh
-    )
+    path = load.decoder_of(flags.workdir, record)
+    decoder = load.load_decoder(path, record["compute.dtype"], mesh)
     coprocessor = load.load_coprocessor(flags.workdir, flags.step) if augment else None
     return AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length, flags.attention)
 
@@ -143,7 +141,8 @@ def make_meshes(tensor: int, coprocessor_devices: int) -> tuple[Mesh, Mesh | Non
     if not 0 <= coprocessor_devices < len(devices):
         most = len(devices) - 1
         raise UserError(
-            f"--coprocessor_devices={coprocessor_devices}: expected 0 to {most}; the decoder needs one"
+            f"--coprocessor_devices={coprocessor_devices}: expected 0 to {most}, "
+            "as the decoder needs one"
         )
     split = len(devices) - coprocessor_devices
     if tensor < 1 or split % tensor:

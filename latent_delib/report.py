@@ -1,7 +1,7 @@
 """Makes tables and figures from finished runs: ours beside the published ones (Liu et al. 2025).
 
-  python -m latent_delib.report DIR [DIR ...] --out=DIR [--against=RUN] [--look=WORKDIR
-  [--text=TEXT]]
+  python -m latent_delib.report DIR [DIR ...] --out=DIR [--against=RUN]
+      [--look=WORKDIR [--text=TEXT]]
 
 Reads every perplexity.json, benchmarks.json and metrics.jsonl below the folders, packed ones
 (docs/results) too. Writes to --out, a local folder or gs://BUCKET/PATH: report.md, all tables and
@@ -31,8 +31,9 @@ from latent_delib.results.forms import Figure, Table, as_csv, markdown
 LONGEST = 512  # tokens of --text: the pictures have a column for each
 AHEAD = 12  # of the text, the last tokens that --look reads after the latents
 TEXT = (
-    "Tom had four apples and gave one of them to his sister. His mother then bought six more at the market, and put "
-    "all of them on the kitchen table. When Tom came home he counted the apples that were there, and"
+    "Tom had four apples and gave one of them to his sister. "
+    "His mother then bought six more at the market, and put all of them on the kitchen table. "
+    "When Tom came home he counted the apples that were there, and"
 )
 
 
@@ -81,16 +82,17 @@ def page(every: Sequence[Table], curves: Sequence[Picture], seen: Look | None) -
     all_runs, *others = every
     parts = [
         "# Deliberation in latent space: runs of latent_delib",
-        "Ours beside the figures of *Deliberation in Latent Space via Differentiable Cache Augmentation* (Liu et al. "
-        f"2025), which are on {published.DECODER}. A table that none of these runs is about holds the published lines.",
+        "Ours beside the figures of *Deliberation in Latent Space via Differentiable Cache "
+        f"Augmentation* (Liu et al. 2025), which are on {published.DECODER}. "
+        "A table that none of these runs is about holds the published lines.",
         "## What was run",
         markdown(all_runs),
     ]
     if curves:
         parts += ["## Curves", *map(_link, curves)]
     parts.append("## Tables")
-    # the first table has them all
-    parts += [markdown(table._replace(origins=[])) for table in others]
+    for table in others:
+        parts.append(markdown(table._replace(origins=[])))  # the first table has them all
     if seen:
         quoted = seen.words.replace("\n", "\n    ")
         parts += [
@@ -107,8 +109,7 @@ def _link(picture: Picture) -> str:
 
 
 def look_into(workdir: str, text: str) -> Look:
-    """Looks into latents of the newest checkpoint of `workdir`, in front of the last AHEAD tokens
-    of a text.
+    """Looks into latents of a workdir's newest checkpoint, before the last AHEAD tokens of a text.
 
     Raises:
       UserError: there is no such checkpoint, its method has no latents, its decoder is not on disk,
@@ -129,19 +130,18 @@ def look_into(workdir: str, text: str) -> Look:
     at = len(tokens) - 1 - AHEAD
     z_BMLD = model.latents([tokens], [[at]])
     if isinstance(z_BMLD, Inserted):
-        raise UserError(
-            f"--look={workdir}: method {model.coprocessor.method!r} writes keys and values, no vectors"
-        )
+        method = model.coprocessor.method
+        raise UserError(f"--look={workdir}: method {method!r} writes keys and values, no vectors")
     z_LD = z_BMLD[0, 0]
     before = model.tokenizer.decode(tokens[: at + 1])
     after = model.tokenizer.decode(tokens[at + 1 :])
-    note = f"Cosine with the rows of the decoder's token table. Checkpoint: {workdir}, step {model.coprocessor.step}."
-    nearest = _nearest(look.nearest(model, z_LD), note)
-    return Look(
-        f"{before} [{len(z_LD)} latents] {after}",
-        nearest,
-        _attention(*look.attention(model, tokens, at)),
+    words = f"{before} [{len(z_LD)} latents] {after}"
+    note = (
+        "Cosine with the rows of the decoder's token table. "
+        f"Checkpoint: {workdir}, step {model.coprocessor.step}."
     )
+    nearest = _nearest(look.nearest(model, z_LD), note)
+    return Look(words, nearest, _attention(*look.attention(model, tokens, at)))
 
 
 def _nearest(by_latent: Sequence[Sequence[look.Near]], note: str) -> Table:
@@ -155,29 +155,25 @@ def _nearest(by_latent: Sequence[Sequence[look.Near]], note: str) -> Table:
         for near in words:
             row += [near.word, Figure(near.cosine)]
         rows.append(row)
-    return Table(
-        "look_nearest", "Words whose embeddings lie nearest to each latent", columns, rows, note, []
-    )
+    title = "Words whose embeddings lie nearest to each latent"
+    return Table("look_nearest", title, columns, rows, note, [])
 
 
 def _attention(written: look.AttentionMap | None, decoded: look.AttentionMap) -> list[Picture]:
-    """Draws the attention of the two calls; a method without a coprocessor's call has one
-    picture.
-    """
+    """Draws the attention of the decoder's call, and of the coprocessor's where there is one."""
     pictures = []
     if written:
-        pictures.append(
-            _picture("look_coprocessor", "What latents attend to: the coprocessor's call", written)
-        )
+        title = "What latents attend to: the coprocessor's call"
+        pictures.append(_picture("look_coprocessor", title, written))
     title = "What latents and the tokens after them attend to: the decoder's call"
-    return [*pictures, _picture("look_decoder", title, decoded)]
+    pictures.append(_picture("look_decoder", title, decoded))
+    return pictures
 
 
 def _picture(name: str, title: str, seen: look.AttentionMap) -> Picture:
     weights_LSU = seen.weights.mean(axis=1)
-    return Picture(
-        name, title, figures.attention(weights_LSU, seen.rows, seen.columns, seen.text, title)
-    )
+    png = figures.attention(weights_LSU, seen.rows, seen.columns, seen.text, title)
+    return Picture(name, title, png)
 
 
 if __name__ == "__main__":

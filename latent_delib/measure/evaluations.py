@@ -1,6 +1,4 @@
-"""The evaluations of a run's checkpoints, a folder per step in OUT/evaluations; the steps still to
-evaluate.
-"""
+"""The evaluations of a run's checkpoints, a folder per step, and the steps still to do."""
 
 import json
 import time
@@ -36,8 +34,7 @@ def read_results(folder: epath.Path) -> dict[int, dict[str, Any]]:
 
 
 def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
-    """Raises UserError unless all evaluations in a folder may stand on one curve with one of this
-    record.
+    """Raises UserError unless all evaluations in a folder compare with one of this record.
 
     text: the digest of its text, once that is known.
     """
@@ -52,7 +49,7 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
             )
         if text and result.get("text", text) != text:
             raise UserError(
-                f"{file}: is of another text, under the same names; give another --out, or remove it"
+                f"{file}: is of another text of the same name; give another --out, or remove it"
             )
 
 
@@ -86,9 +83,7 @@ def steps_to_evaluate(
 
 
 def _require_begun(workdir: str, folder: epath.Path, patience: float | None) -> None:
-    """Raises UserError unless there is a checkpoint or an evaluation, or may come to the
-    workdir.
-    """
+    """Raises UserError unless there is a checkpoint or an evaluation, or one may still come."""
     if patience is None:
         if not (whole_steps(workdir) or read_results(folder)):
             raise UserError(f"--workdir={workdir}: holds no checkpoints; train it first")

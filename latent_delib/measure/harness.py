@@ -1,9 +1,8 @@
-"""Runs the lm-eval harness over our models: loads its tasks, and adapts a model to it. Imported
-only where it is used.
+"""Runs the lm-eval harness over our models: loads its tasks, and adapts a model to it.
 
-Token for token it asks what the harness's own `hf` model asks with add_bos_token=True. It differs
-where that model does not keep BOS: here BOS stays when a prompt is cut, and each piece of a long
-text begins with it.
+It is imported only where it is used. Token for token it asks what the harness's own `hf` model asks
+with add_bos_token=True. It differs where that model does not keep BOS: here BOS stays when a prompt
+is cut, and each piece of a long text begins with it.
 """
 
 import functools
@@ -31,13 +30,14 @@ from latent_delib.machine.progress import Progress
 MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own models
 SHOTS_SEED = 1234  # the harness's own
 
-# what the harness loads and evaluates: "tasks", each by its name, and their groups
+# What the harness loads and evaluates: "tasks", each by its name, and their groups.
 Tasks = dict[str, Any]
 
 
 class Adapter(TemplateLM):
-    """Gives the harness an AugmentedLM. A prompt begins with BOS once, whether or not its text
-    spells it.
+    """Gives the harness an AugmentedLM.
+
+    A prompt begins with BOS once, whether or not its text spells it.
 
     Args:
       augment: with latents.
@@ -82,15 +82,12 @@ class Adapter(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        # we have a progress line of our own
-        return super().loglikelihood(requests, disable_tqdm=True)
+        return super().loglikelihood(requests, disable_tqdm=True)  # the progress line is ours
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Returns log p of each continuation, and whether greedy decoding gives it. Equal prompts
-        are read once.
-        """
+        """Returns log p of each continuation, and whether greedy decoding gives it."""
         prompts = []
         tails = []
         for _, context, continuation in requests:
@@ -106,9 +103,8 @@ class Adapter(TemplateLM):
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         pieces = sum(-(-len(text) // (self.lm.max_length - 1)) for text in texts)
         progress = Progress("read", pieces, "pieces of text")
-        return self.lm.rolling_logprobs(
-            texts, self.augment, self.every, self.rows, progress
-        ).tolist()
+        sums = self.lm.rolling_logprobs(texts, self.augment, self.every, self.rows, progress)
+        return sums.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         groups: dict[str, list[int]] = defaultdict(list)
@@ -122,9 +118,8 @@ class Adapter(TemplateLM):
             drawn = kwargs.pop("do_sample")
             unknown = kwargs.keys() - sampling.options().keys()
             if unknown:
-                raise UserError(
-                    f"{requests[some[0]].task_name}: generation_kwargs {sorted(unknown)} are not supported"
-                )
+                task = requests[some[0]].task_name
+                raise UserError(f"{task}: generation_kwargs {sorted(unknown)} are not supported")
             prompts = []
             for i in some:
                 prompt = self.tok_encode(self._with_cot(requests[i].args[0]))
@@ -152,9 +147,7 @@ class Adapter(TemplateLM):
         return context + space + self.cot
 
     def _cut(self, context: list[int], new: int) -> list[int]:
-        """Returns a prompt that leaves room for `new` tokens, cut on the left behind its first
-        token.
-        """
+        """Returns a prompt cut behind its first token, so that `new` tokens have room."""
         too_many = max(0, len(context) + new - self.lm.max_length)
         return [*context[:1], *context[1 + too_many :]]
 
@@ -184,9 +177,7 @@ def load_local_task(task: str, folder: str) -> Tasks:
 
 
 def _check_json_lines(path: str) -> None:
-    """Raises UserError unless a file holds a JSON value on each line: `datasets` does not name a
-    damaged file.
-    """
+    """Raises UserError unless a file is JSON lines: `datasets` does not name a damaged file."""
     try:
         for line in Path(path).read_bytes().splitlines():
             json.loads(line)
@@ -218,16 +209,15 @@ def _public_tasks() -> TaskManager:
 
 
 def kinds(loaded: Tasks) -> set[str]:
-    """Returns the kinds of questions: generate_until, multiple_choice, loglikelihood,
-    loglikelihood_rolling.
+    """Returns the kinds of questions, as the harness names them.
+
+    They are generate_until, multiple_choice, loglikelihood and loglikelihood_rolling.
     """
     return {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
 
 
 def longest_answer(loaded: Tasks) -> int:
-    """Returns the tokens of the longest answer that a benchmark generates; 0 where it generates
-    none.
-    """
+    """Returns the most tokens of an answer that a benchmark generates; 0: it generates none."""
     longest = 0
     for task in loaded["tasks"].values():
         if task.OUTPUT_TYPE == "generate_until":
@@ -250,8 +240,7 @@ def run_tasks(
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOTS_SEED)
-        # AGIEval; a worked example shows the first
-        if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_target:
+        if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_target:  # AGIEval
             task.fewshot_cfg.doc_to_target = functools.partial(_first_right, task)
     results = evaluator.evaluate(
         adapter,
@@ -268,9 +257,7 @@ def run_tasks(
 
 
 def _first_right(task: Any, doc: dict[str, Any]) -> str:
-    """Returns the first right choice of a document that has several: the harness (0.4.13) cannot
-    show their list.
-    """
+    """Returns the first of several right choices; the harness (0.4.13) cannot show their list."""
     return task.doc_to_choice(doc)[task.doc_to_target(doc)[0]]
 
 

@@ -1,7 +1,7 @@
-"""Confidence intervals of a change in perplexity: a bootstrap that draws works, and then documents
-of each.
+"""Confidence intervals of a change in perplexity: a bootstrap over works and their documents.
 
-What holds for one work, a book for instance, may not hold for another: so intervals draw works.
+It draws works, and then documents of each: what holds for one work, a book for instance, may not
+hold for another.
 """
 
 import numpy as np
@@ -46,7 +46,8 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
         by_work = np.argsort(work, kind="stable")
         sums = np.concatenate([change[:, known], tokens[:, known]], axis=1)
         size = np.unique(work, return_counts=True)[1]
-        total_change, total_tokens = np.split(_resampled(sums[by_work], size, seed), 2, axis=1)
+        resampled = _resampled(sums[by_work], size, seed)
+        total_change, total_tokens = np.split(resampled, 2, axis=1)
         mean = np.full_like(total_change, np.nan)
         np.divide(total_change, total_tokens, out=mean, where=total_tokens > 0)
         found[:, known] = 100 * np.expm1(np.nanpercentile(mean, [2.5, 97.5], axis=0))
@@ -54,9 +55,7 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
 
 
 def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
-    """Tells for each n whether more than one document reaches it, and more than one work if there
-    are several.
-    """
+    """Tells for each n whether two documents reach it, of two works where there are several."""
     several = np.count_nonzero(tokens, axis=0) > 1
     works = np.unique(work)
     if len(works) > 1:
@@ -72,8 +71,9 @@ def _resampled(sums: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
-    """Draws how many times a resample has each document, int [documents]; `size` counts those of
-    each work.
+    """Draws how many times a resample has each document, int [documents].
+
+    size: the number of documents of each work.
     """
     works = draw.integers(len(size), size=len(size))
     first = np.cumsum(size) - size  # the first document of each work

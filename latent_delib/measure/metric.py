@@ -6,8 +6,8 @@ in documents.npz. This one tells how often the n-th token ahead is the most prob
   def is_first_choice(logits, targets):
       return logits.argmax(axis=-1) == targets
 
-  ACCURACY = Metric("accuracy", {"hits": of_logits(is_first_choice)}, lambda sums: sums["hits"] /
-  sums["tokens"])
+  hits = {"hits": of_logits(is_first_choice)}
+  ACCURACY = Metric("accuracy", hits, lambda sums: sums["hits"] / sums["tokens"])
 """
 
 from collections.abc import Callable, Mapping
@@ -23,8 +23,7 @@ from latent_delib.delib.loss import tokens_at_a_time
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
 
-# (augmentation, parameters, outputs [B, ..., D], the tokens [B, ...] that they predict) -> a number
-# for each token.
+# (augmentation, parameters, outputs [B, ..., D], tokens that they predict [B, ...]) -> [B, ...].
 Term = Callable[[Augmentation, Params, jax.Array, jax.Array], jax.Array]
 
 
@@ -42,10 +41,10 @@ class Metric(NamedTuple):
 
 
 def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
-    """Returns the term that a function makes from logits, float32 [..., V], and targets, int32
-    [...].
+    """Returns the term that a function makes of the logits of each token.
 
-    Logits exist for as few tokens at a time as in the loss.
+    value: takes logits, float32 [..., V], and targets, int32 [...], and returns a number for each
+    target. Logits exist for as few tokens at a time as in the loss.
     """
 
     def term(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
@@ -54,12 +53,13 @@ def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
         x_RBD = jnp.moveaxis(x.reshape(B, -1, D), 1, 0)
         targets_RB = jnp.moveaxis(targets.reshape(B, -1), 1, 0)
 
-        def of_a_token_of_every_sequence(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def of_one_column(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             x_BD, targets_B = inputs
-            return value(transformer.unembed(table_VD, x_BD, aug.transformer.config), targets_B)
+            logits_BV = transformer.unembed(table_VD, x_BD, aug.transformer.config)
+            return value(logits_BV, targets_B)
 
         chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
-        value_RB = jax.lax.map(of_a_token_of_every_sequence, (x_RBD, targets_RB), batch_size=chunk)
+        value_RB = jax.lax.map(of_one_column, (x_RBD, targets_RB), batch_size=chunk)
         return jnp.moveaxis(value_RB, 0, 1).reshape(targets.shape)
 
     return term

@@ -1,5 +1,4 @@
-"""Perplexity of the n-th token ahead (Section 3.1, Table 1): sums of each document, on disk too,
-and their tables.
+"""Perplexity of the n-th token ahead (Section 3.1, Table 1): sums of each document, and tables.
 
 How documents are pooled, and how sure a figure is, is decided only once all sums are there.
 """
@@ -27,8 +26,7 @@ FEW_WORKS = 20  # a source of at most so many works has a table for each
 
 
 class Sums(NamedTuple):
-    """Holds the sums of one term over the tokens of each document, arrays [documents, A] for n = 1
-    ... A.
+    """Holds the sums of one term over each document's tokens, [documents, A] for n = 1 ... A.
 
     tokens: int64, how many count.
     decoder: float64, the sum under the frozen decoder; -log p in nats, if the term is "nll".
@@ -105,14 +103,11 @@ def _add_piece(
         total.augmented[document] += augmented_kA.sum(axis=0, dtype=np.float64, where=counts_kA)
 
 
-# On disk: the sums of each document for good, and partial ones from which a killed evaluation goes
-# on.
+# On disk: the sums of each document, and partial ones, from which a killed evaluation goes on.
 
 
 def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) -> None:
-    """Writes documents.npz: the sums of each document, with its source and, where that is known,
-    its work.
-    """
+    """Writes documents.npz: the sums of each document, its source and, where known, its work."""
     about = {"source": text.source, "sources": np.array(text.sources)}
     if text.works_known:
         about |= {"work": text.work, "works": np.array(text.works)}
@@ -120,8 +115,7 @@ def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) ->
 
 
 class PartialSums:
-    """Saves the sums of an evaluation that goes on, in a file that only the same evaluation reads
-    again.
+    """Saves the sums of an unfinished evaluation; only the same evaluation reads them again.
 
     identity: whatever the sums depend on, as JSON can hold it.
     """
@@ -135,12 +129,13 @@ class PartialSums:
         _write_npz(self.file, {"identity": self.identity, "done": done} | _arrays(sums))
 
     def restore(self, zeros: SumsByTerm) -> tuple[SumsByTerm, int]:
-        """Returns the saved sums, and of how many pieces they are; `zeros` and 0 without a file, or
-        with another one.
+        """Returns the saved sums, and the number of their pieces, the same on every process.
 
-        Every process gets what process 0 finds.
+        Without a file, or with that of another evaluation, they are `zeros` and 0.
         """
-        content = self.file.read_bytes() if jax.process_index() == 0 and self.file.exists() else b""
+        content = b""
+        if jax.process_index() == 0 and self.file.exists():
+            content = self.file.read_bytes()
         content = distributed.bytes_from_first(content)
         if not content:
             return zeros, 0
@@ -160,9 +155,7 @@ class PartialSums:
 
 
 def _names(term: str) -> list[str]:
-    """Returns the names under which the three arrays of a term are stored; older files have those
-    of "nll" alone.
-    """
+    """Returns the names of a term's arrays on disk; older files have those of "nll" alone."""
     if term == "nll":
         return list(Sums._fields)
     return ["tokens", f"decoder_{term}", f"augmented_{term}"]
@@ -228,8 +221,7 @@ def _part(
 def summary(
     sums: SumsByTerm, work: np.ndarray, seed: int, works_known: bool = True
 ) -> dict[str, Any]:
-    """Returns the part of perplexity.json on some documents: their table, their number, what the
-    intervals draw.
+    """Returns the part of perplexity.json on some documents.
 
     Args:
       sums: of these documents, by term.
@@ -246,11 +238,10 @@ def summary(
 
 
 def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """Returns a row for each n that some document reaches: the figures of all metrics, and the
-    change in perplexity.
+    """Returns a row for each n that some document reaches: all metrics, and the change.
 
-    The ends of the change's interval are None where it cannot be estimated. Arguments are those of
-    `summary`.
+    The change is that of the perplexity, in percent. The ends of its interval are None where it
+    cannot be estimated. Arguments are those of `summary`.
     """
     tokens, decoder, augmented = sums["nll"]
     interval = intervals.interval(tokens, augmented - decoder, work, seed)
@@ -260,9 +251,7 @@ def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]
 
 
 def _row(index: int, total: SumsByTerm, interval: np.ndarray) -> dict[str, Any]:
-    """Returns the row of n = index + 1, from sums over all documents, [A], and the interval in
-    percent, [2, A].
-    """
+    """Returns the row of n = index + 1, from total sums, [A], and intervals, percent [2, A]."""
     tokens = total["nll"].tokens[index]
     decoder = {term: sums.decoder[index] for term, sums in total.items()}
     augmented = {term: sums.augmented[index] for term, sums in total.items()}

@@ -27,10 +27,10 @@ TEXT = ("benchmark", "model", "unit")  # columns; the rest are numbers
 
 
 def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row:
-    """Returns a row's figures over documents: value, standard error, 95 % interval, unit, number of
-    documents.
+    """Returns the figures of a row: a metric's value over documents, and its uncertainty.
 
-    Scores from 0 to 1 become percent. bits_per_byte is Σ -log2 p / Σ bytes.
+    They are metric, unit, value, stderr, low and high (the ends of the 95 % interval), and
+    documents (how many). Scores from 0 to 1 become percent. bits_per_byte is Σ -log2 p / Σ bytes.
 
     Args:
       samples: the harness's result for each document.
@@ -82,9 +82,7 @@ def _ratio(values: np.ndarray) -> tuple[float, float | None, float | None, float
 
 
 def _percent(scores: np.ndarray) -> tuple[float, float | None, float, float]:
-    """Returns the mean of scores from 0 to 1 in percent, its standard error, and the ends of
-    Wilson's interval.
-    """
+    """Returns the mean of 0-to-1 scores in percent, its standard error, Wilson's interval."""
     n = len(scores)
     p = float(scores.mean())
     variance = float(scores.var())  # p (1 - p) where every score is 0 or 1

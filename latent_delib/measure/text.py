@@ -63,8 +63,9 @@ def read_validation_text(exp: Experiment) -> ValidationText:
         raise UserError(f"config.data.validation={text.sources}: holds no text")
     if not text.works_known:
         warn(
-            f"config.data.token_files: {data.token_files} does not say which work a document is of, so intervals draw "
-            "documents; `prepare` the text again, with another --out, for intervals over works"
+            f"config.data.token_files: {data.token_files} does not say "
+            "which work a document is of, so intervals draw documents; "
+            "`prepare` the text again, with another --out, for intervals over works"
         )
     return text
 
@@ -76,13 +77,12 @@ def _read_all(exp: Experiment) -> ValidationText:
     document: list[int] = []  # of each piece
     source: list[int] = []  # of each document
     work: list[int] = []  # of each document
-    # of works by source and name; without a name, by document
-    numbers: dict[tuple[str, str | int], int] = {}
+    numbers: dict[tuple[str, str | int], int] = {}  # of works, by source and name or document
     works_known = True
-    for found in batches.validation_documents(
-        exp.config.data, tokenizer_path=str(exp.tokenizer.path)
-    ):
-        cut = cut_pieces(found.tokens, exp.config.evaluate.max_length, exp.tokenizer.bos_id)
+    longest = exp.config.evaluate.max_length
+    tokenizer = str(exp.tokenizer.path)
+    for found in batches.validation_documents(exp.config.data, tokenizer_path=tokenizer):
+        cut = cut_pieces(found.tokens, longest, exp.tokenizer.bos_id)
         pieces += cut
         document += [len(source)] * len(cut)
         name = found.work or len(source)
@@ -101,9 +101,7 @@ def _read_all(exp: Experiment) -> ValidationText:
 
 
 def _spread(text: ValidationText, most: int) -> np.ndarray:
-    """Returns the numbers of `most` pieces of each source, evenly spread over it; 0: all of
-    them.
-    """
+    """Returns the numbers of `most` pieces of each source, evenly spread; 0: all of them."""
     chosen = []
     source = text.source[text.document]
     for number in range(len(text.sources)):
@@ -114,13 +112,12 @@ def _spread(text: ValidationText, most: int) -> np.ndarray:
 
 
 def _keep(text: ValidationText, chosen: np.ndarray) -> ValidationText:
-    """Returns the text of the chosen pieces alone; documents and works are numbered anew, without
-    gaps.
-    """
+    """Returns the chosen pieces alone, with documents and works numbered anew, without gaps."""
     documents, document = np.unique(text.document[chosen], return_inverse=True)
     works, work = np.unique(text.work[documents], return_inverse=True)
+    pieces = [text.pieces[i] for i in chosen]
     return text._replace(
-        pieces=[text.pieces[i] for i in chosen],
+        pieces=pieces,
         document=document,
         source=text.source[documents],
         work=work,

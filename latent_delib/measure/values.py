@@ -1,6 +1,4 @@
-"""The terms of every token on both sides, computed a batch at a time: the frozen decoder and the
-evaluated model.
-"""
+"""The terms of every token, a batch at a time: of the frozen decoder and the evaluated model."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -25,9 +23,7 @@ PlacedText = tuple[jax.Array, jax.Array]  # tokens and segments, int32 [B, T] ea
 
 
 class Steps(NamedTuple):
-    """Holds the jitted `step.read_step` and `step.ahead_step`. Compiled once: no shape depends on
-    the text.
-    """
+    """Holds the jitted `read_step` and `ahead_step`; no shape depends on the text."""
 
     read: Callable[..., Any]
     ahead: Callable[..., Any]
@@ -74,7 +70,8 @@ def jit_steps(exp: Experiment) -> Steps:
         raise UserError(
             f"config.evaluate.batch_size={e.batch_size} does not split over {shards} devices"
         )
-    return _jitted(exp.aug, exp.mesh, exp.dtype, e.num_ahead, e.delay, tuple(all_terms().items()))
+    terms = tuple(all_terms().items())
+    return _jitted(exp.aug, exp.mesh, exp.dtype, e.num_ahead, e.delay, terms)
 
 
 @functools.cache
@@ -96,12 +93,9 @@ def _jitted(
 
 
 def sides_of(frozen: Params, trainable: Params) -> Sides:
-    """Returns the two sides of a comparison: the frozen decoder, and what a trained tree makes of
-    the frozen one.
-    """
-    return Sides(
-        {"decoder": frozen["decoder"]}, augment.assemble(frozen, trainable), "decoder" in trainable
-    )
+    """Returns the two sides: the frozen decoder, and the model with a trained tree in it."""
+    own = augment.assemble(frozen, trainable)
+    return Sides({"decoder": frozen["decoder"]}, own, "decoder" in trainable)
 
 
 def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]) -> Values:
@@ -140,8 +134,7 @@ def _with_latents(
     text: PlacedText,
     cases: Sequence[Case],
 ) -> list[dict[str, jax.Array]]:
-    """Computes the terms with latents after all places of a batch, some places at a time: [B, M, A]
-    each.
+    """Computes the terms with latents, some places at a time: [B, M, A] each.
 
     Args:
       params: of the evaluated model.
@@ -164,9 +157,7 @@ def _with_latents(
 
 
 def _places_at_once(exp: Experiment) -> int:
-    """Returns how many places of a piece are computed together: no more than are drawn, rounded up
-    for the mesh.
-    """
+    """Returns how many places of a piece are computed together: at most as many as are drawn."""
     e = exp.config.evaluate
     at_once = min(e.positions, e.max_length)
     if not e.max_positions:
@@ -176,10 +167,10 @@ def _places_at_once(exp: Experiment) -> int:
 
 
 def _places(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
-    """Returns where latents are written in each row: the cases, then their givers; int32 [B, a
-    multiple of `at_once`].
+    """Returns where each row's latents are written, int32 [B, a multiple of `at_once`].
 
-    Filled up with T - 1, which has no ahead tokens.
+    The rows of the givers follow those of the cases. The end is filled with T - 1, a place that has
+    no ahead tokens.
     """
     e = exp.config.evaluate
     most = max(len(case.own_at) for case in cases)

@@ -1,5 +1,4 @@
-"""Views of the validation text: what each side reads of a piece, and after which of its tokens
-latents are put.
+"""Views of the validation text: the tokens that each side reads, and where latents are put.
 
 A control of the evaluation is a function from one view to another. Code that adds up sees only the
 cases of a view.
@@ -14,8 +13,7 @@ from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
 from latent_delib.measure.text import ValidationText
 
-# the version of the random draws in `positions` and `donors`; 1: both ignored the length of a piece
-DRAWS = 2
+DRAWS = 2  # version of the draws in `positions` and `donors`; 1 ignored the length of a piece
 
 
 class Case(NamedTuple):
@@ -62,9 +60,7 @@ def view_of(exp: Experiment, text: ValidationText) -> View:
 
 
 def without_first_tokens(view: View, lost: int) -> View:
-    """Takes the first `lost` tokens after BOS from the evaluated model: the decoder alone has the
-    longer prompt.
-    """
+    """Takes the first `lost` tokens after BOS from the evaluated model, not from the decoder."""
 
     def shortened(number: int) -> Case:
         case = view(number)
@@ -91,8 +87,9 @@ def with_latents_of(view: View, donor: np.ndarray) -> View:
 def positions(
     seed: int, number: int, length: int, most: int, longest: int, first: int = 0
 ) -> np.ndarray:
-    """Draws after which tokens of a piece latents are put; a function of the seed and the piece's
-    number alone.
+    """Draws the tokens of a piece after which latents are put.
+
+    The draw depends on the seed and the piece's number alone.
 
     Args:
       seed: of the draw.
@@ -134,7 +131,8 @@ def donors(seed: int, text: ValidationText) -> np.ndarray:
     for number, name in enumerate(text.sources):
         if np.count_nonzero(text.source == number) == 1:
             raise UserError(
-                f"config.evaluate.swap: {name!r} of config.data.validation has one document among the pieces"
+                f"config.evaluate.swap: {name!r} of config.data.validation "
+                "has one document among the pieces"
             )
         ring = at_random[source[at_random] == number]
         for place, piece in enumerate(ring):

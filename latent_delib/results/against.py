@@ -1,5 +1,6 @@
-"""All runs compared with one of them, document by document: a difference that holds in each has a
-narrow interval.
+"""All runs compared with one of them, document by document.
+
+A difference that is the same in every document has a narrow interval.
 """
 
 from pathlib import Path
@@ -33,11 +34,10 @@ class Pair(NamedTuple):
 
 
 def compare(found: Runs, against: str) -> Table:
-    """Makes the table of all runs on the same text against one: the change in perplexity of the
-    n-th token ahead.
+    """Makes the table of all runs against one: the change in perplexity of the n-th token ahead.
 
-    Intervals draw works where one of the two files says which document is of which. A run whose
-    frozen decoder has other figures is left out, with a warning.
+    It has the runs on the same text. Intervals draw works where one of the two files says which
+    document is of which. A run whose frozen decoder has other figures is left out, with a warning.
 
     Raises:
       UserError: there is no documents.npz in `against`.
@@ -58,22 +58,20 @@ def compare(found: Runs, against: str) -> Table:
             continue
         entry = entry_of(result)
         row = {"latents": entry.latents, "what": label(entry), "from": result.key}
-        rows.append(row | tables.changes(perplexity.table({"nll": pair.sums}, pair.work, seed=0)))
+        compared = perplexity.table({"nll": pair.sums}, pair.work, seed=0)
+        rows.append(row | tables.changes(compared))
         used.append(result)
         over[result.key] = pair.over
     if left_out:
-        warn(
-            f"--against={against}: the frozen decoder has other figures in {', '.join(left_out)}: left out"
-        )
+        runs = ", ".join(left_out)
+        warn(f"--against={against}: the frozen decoder has other figures in {runs}: left out")
     title = f"Change in perplexity of the n-th token ahead against {against}"
     columns = ["latents", "what", "from", *tables.BY_N]
     return tables.finished("12_against", title, columns, rows, used, over)
 
 
 def pair_of(base: Arrays, result: Result) -> Pair | None:
-    """Returns a run beside the base, a documents.npz; None if the run has no such file or is of
-    another text.
-    """
+    """Returns a run beside the base; None if it is of another text or has no documents.npz."""
     if result.read_documents is None:
         return None
     other = result.read_documents()

@@ -1,6 +1,4 @@
-"""Which runs are together in a table, and beside which published lines: the comparisons of Section
-3 and two more.
-"""
+"""The comparisons of Section 3 and two more: the runs and published lines of each table."""
 
 from collections.abc import Sequence, Set
 from typing import NamedTuple
@@ -70,7 +68,8 @@ COMPARISONS = (
     ),
     Comparison(
         "9_follow_up",
-        "Keys and values inserted (H1), joint training (H2), one model for both (Coda-Forno et al. 2025)",
+        "Keys and values inserted (H1), joint training (H2), "
+        "one model for both (Coda-Forno et al. 2025)",
         (),
         {"inserted", "joint", "unified"},
     ),
@@ -85,10 +84,10 @@ COMPARISONS = (
 
 
 def kinds_of(entry: Entry) -> set[str]:
-    """Returns the kinds of run that an entry is: its method, or its model if it has no latents, and
-    "late".
+    """Returns the kinds of run that an entry is.
 
-    The paper's method counts as such only with latents that come at once, and without a control.
+    They are its method, or its model if it has no latents, and "late" if these come late. The
+    paper's method counts as such only with latents that come at once, and without a control.
     """
     if entry.model != "augmented":
         return {entry.model}
@@ -116,11 +115,9 @@ def entries_in(comparison: Comparison, every: Sequence[Entry]) -> list[Entry]:
     checkpoints = {entry.result.checkpoint for entry in about}
     found = []
     for entry in every:
-        belongs = (
-            not comparison.same_checkpoint
-            or is_decoder(entry)
-            or entry.result.checkpoint in checkpoints
-        )
-        if belongs and kinds_of(entry) & (comparison.about | comparison.beside):
+        belongs = is_decoder(entry) or entry.result.checkpoint in checkpoints
+        if comparison.same_checkpoint and not belongs:
+            continue
+        if kinds_of(entry) & (comparison.about | comparison.beside):
             found.append(entry)
     return found

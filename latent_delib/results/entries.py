@@ -1,6 +1,4 @@
-"""The lines of the tables: what each model came to, from all its files, and what it is, in
-words.
-"""
+"""The lines of the tables: the figures of each model, from all its files, and its label."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,10 +7,8 @@ from typing import Any
 from latent_delib.delib.methods import METHODS
 from latent_delib.results.runs import Result, Runs
 
-# keys of `evaluate` that change the latents or the text
-CONTROLS = ("swap", "delay", "longer_prompt")
-# models without anything trained
-ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}
+CONTROLS = ("swap", "delay", "longer_prompt")  # of `evaluate`: they change latents or text
+ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}  # nothing was trained
 
 
 @dataclasses.dataclass
@@ -38,9 +34,7 @@ class Entry:
 
     @property
     def method(self) -> str:
-        """Returns the method, "lora" where only adapters of it were trained; "" where there are no
-        latents.
-        """
+        """Returns the method; "lora" if only adapters were trained, "" if there are no latents."""
         if self.model != "augmented":
             return ""
         method = self.result.method
@@ -76,11 +70,10 @@ def entry_of(result: Result) -> Entry:
 
 
 def entries(runs: Runs) -> list[Entry]:
-    """Collects perplexity and benchmarks of each checkpoint in one entry; decoders first, then by
-    number of latents.
+    """Collects perplexity and benchmarks of each checkpoint in one entry.
 
-    Each text, each control, and each other evaluation that came to other figures has an entry of
-    its own.
+    Decoders come first, then entries by number of latents. Each text, each control, and each other
+    evaluation with other figures has an entry of its own.
     """
     found: list[Entry] = []
     for result in runs.perplexity:
@@ -92,9 +85,7 @@ def entries(runs: Runs) -> list[Entry]:
 
 
 def _add_perplexity(found: list[Entry], result: Result) -> None:
-    """Adds an evaluation to the entry with the same figures of the same model, or else as a new
-    one.
-    """
+    """Adds an evaluation to the entry of the same model and figures, or as a new one."""
     new = entry_of(result)
     for entry in found:
         if _subject(entry) == _subject(new) and _evaluation(entry.result) == _evaluation(result):
@@ -104,9 +95,7 @@ def _add_perplexity(found: list[Entry], result: Result) -> None:
 
 
 def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
-    """Adds a benchmark's row to the first entry of its model that is of no control, or else to a
-    new one.
-    """
+    """Adds a benchmark's row to the first entry of its model without a control, or to a new one."""
     new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
     for entry in found:
         if _subject(entry) == _subject(new) and not _is_control(entry):
@@ -158,9 +147,8 @@ def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
     if evaluated.get("swap"):
         words.append("latents of another text")
     if evaluated.get("longer_prompt"):
-        words.append(
-            f"without the first {evaluated['longer_prompt']} tokens that the decoder reads"
-        )
+        lost = evaluated["longer_prompt"]
+        words.append(f"without the first {lost} tokens that the decoder reads")
     return words
 
 
@@ -209,9 +197,7 @@ def _trained_decoder(entry: Entry) -> list[str]:
 
 
 def labels(results: Sequence[Result]) -> list[str]:
-    """Says in words what each perplexity.json is; on which text, too, where that is not the same
-    for all.
-    """
+    """Says in words what each perplexity.json is, with its text unless all have the same."""
     texts = {text_of(result) for result in results}
     words = []
     for result in results:

@@ -10,9 +10,7 @@ from latent_delib.results.tables import changes
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Writes the tables as plain text: of each set if there are several, each followed by its
-    works, then of all.
-    """
+    """Returns the tables as plain text: of each source and its works, then of all text."""
     sets = result["sets"]
     lines = [_heading(result)]
     for source, found in sets.items():
@@ -36,19 +34,20 @@ def _heading(result: dict[str, Any]) -> str:
     words += controls_in_words(result["config"]["evaluate"])
     if result["past_donors"]:
         words.append(
-            f"at {result['past_donors']:,} positions beyond that text's end the latents after its last token"
+            f"at {result['past_donors']:,} positions beyond that text's end "
+            "the latents after its last token"
         )
     words.append(f"{result['pieces']} pieces of {_documents(result)}")
     return f"perplexity of the n-th token ahead; {', '.join(words)}"
 
 
 def _documents(part: dict[str, Any]) -> str:
-    """Says how many documents there are, and of how many works where each is not a work of its
-    own.
-    """
+    """Says how many documents there are, and of how many works unless each is its own."""
     counts = {"works": f" of {part['num_works']} works", "documents of one work": " of one work"}
+    of_works = counts.get(part["interval_over"], "")
     count = part["documents"]
-    return f"{count} document{'' if count == 1 else 's'}{counts.get(part['interval_over'], '')}"
+    plural = "" if count == 1 else "s"
+    return f"{count} document{plural}{of_works}"
 
 
 def _works(works: dict[str, dict[str, Any]]) -> list[str]:
@@ -69,13 +68,13 @@ def _works(works: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
-    """Writes rows of perplexity.json as plain text: n = 1, 2, 4, 8, ...; `over`: what their
-    intervals draw.
+    """Returns rows of perplexity.json as plain text, for n = 1, 2, 4, 8, ...
+
+    over: names what their intervals draw.
     """
     interval = f"95 % interval over {over or 'documents of unknown works'}"
-    lines = [
-        f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"
-    ]
+    head = f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"
+    lines = [head]
     for row in rows:
         is_power_of_two = row["n"] & (row["n"] - 1) == 0
         if not is_power_of_two:
@@ -84,7 +83,8 @@ def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
         if row["change_low"] is not None:
             interval = f"[{row['change_low']:+.2f}, {row['change_high']:+.2f}]"
         lines.append(
-            f"{row['n']:>3} {row['tokens']:>10,} {row['decoder_ppl']:>10.4f} {row['augmented_ppl']:>10.4f} "
+            f"{row['n']:>3} {row['tokens']:>10,} "
+            f"{row['decoder_ppl']:>10.4f} {row['augmented_ppl']:>10.4f} "
             f"{row['change_percent']:>+8.2f}%   {interval}"
         )
     return "\n".join(lines)

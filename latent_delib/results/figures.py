@@ -80,9 +80,7 @@ def _all_by_n(runs: Runs) -> bytes:
 
 
 def _by_latents(results: Sequence[Result]) -> bytes:
-    """Draws runs that differ in their number of latents alone as a line, beside the published
-    line.
-    """
+    """Draws runs that differ in their latents alone as a line, beside the published line."""
     known = published.PERPLEXITY_CHANGE
     lines = lines_by_latents(results)
     numbers = set(known)
@@ -101,10 +99,10 @@ def _by_latents(results: Sequence[Result]) -> bytes:
 
 
 def lines_by_latents(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Returns "KEYS: what they are" -> runs that differ in their number of latents alone, by that
-    number.
+    """Returns "KEYS: what they are" -> runs that differ in their number of latents alone.
 
-    Where several runs make a line, runs that are alone are left out.
+    They are ordered by that number. Where several runs make a line, runs that are alone are left
+    out.
     """
     alike: dict[tuple[str, str], list[Result]] = {}
     for result, words in zip(results, labels(results)):
@@ -156,8 +154,7 @@ def _line(axes: Any, x: Sequence[float], rows: Rows, name: str) -> None:
     (line,) = axes.plot(x, _column(rows, "change_percent"), marker="o", markersize=3, label=name)
     if rows and None not in low and None not in high:
         axes.fill_between(x, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        # all there is to see of a single point
-        axes.vlines(x, low, high, color=line.get_color(), linewidth=0.6)
+        axes.vlines(x, low, high, color=line.get_color(), linewidth=0.6)  # shows a single point's
 
 
 def attention(
@@ -174,9 +171,8 @@ def attention(
     layers, S, U = weights_LSU.shape
     across = min(layers, 2)
     down = math.ceil(layers / across)
-    figure, panels = _panels(
-        layers, (across * max(2.4, 0.075 * U) + 1, down * max(1.6, 0.13 * S) + 1)
-    )
+    size = (across * max(2.4, 0.075 * U) + 1, down * max(1.6, 0.13 * S) + 1)
+    figure, panels = _panels(layers, size)
     for layer, axes in enumerate(panels):
         image = axes.imshow(
             weights_LSU[layer],
@@ -228,9 +224,7 @@ def _finished(figure: Any, named: Any) -> bytes:
 
 
 def _scale_changes(axes: Any) -> None:
-    """Draws the frozen decoder as a line at zero. The axis is logarithmic beyond LINEAR where
-    changes are large.
-    """
+    """Draws a line at zero; where changes are large, the axis is logarithmic beyond LINEAR."""
     axes.axhline(0, color="black", linewidth=0.8)
     low, high = axes.dataLim.intervaly
     if max(-low, high) > 2 * LINEAR:
@@ -244,8 +238,7 @@ def _png(figure: Any) -> bytes:
 
     png = io.BytesIO()
     with warnings.catch_warnings():
-        # a token may be of any script: a box stands for it
-        warnings.filterwarnings("ignore", "Glyph .* missing")
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a rare script
         figure.savefig(png, format="png", dpi=130)
     pyplot.close(figure)
     return png.getvalue()

@@ -9,9 +9,7 @@ CHANGE, SCORE = "{:+.2f}%", "{:.2f}"
 
 
 class Figure(NamedTuple):
-    """A figure with its 95 % interval where that is known, and the key of its file where a row has
-    several.
-    """
+    """A figure, its 95 % interval where known, and its file's key where a row has several."""
 
     value: float
     form: str = SCORE
@@ -77,8 +75,9 @@ def _line(cells: Iterable[Cell]) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Writes numbers as they are, not rounded. A column with intervals is three: X, "X low" and "X
-    high".
+    """Returns a table as CSV, its numbers not rounded.
+
+    A column with intervals becomes three: X, "X low" and "X high".
     """
     with_intervals = [_has_interval(column) for column in zip(*table.rows)]
     text = io.StringIO()
@@ -100,9 +99,7 @@ def _has_interval(column: Sequence[Cell]) -> bool:
 
 
 def _numbers(cell: Cell, is_wide: bool) -> list[Any]:
-    """Returns a cell as CSV has it: its value, and in a column with intervals its lower and upper
-    end.
-    """
+    """Returns a cell as CSV has it: its value and, in a wide column, the interval's ends."""
     if not isinstance(cell, Figure):
         return [cell, "", ""] if is_wide else [cell]
     return [cell.value, cell.low, cell.high] if is_wide else [cell.value]

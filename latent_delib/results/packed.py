@@ -1,5 +1,4 @@
-"""Reads the files of finished runs: as they were written, or packed into an archive, as
-docs/results keeps them.
+"""Reads the files of finished runs, as they were written or packed into an archive.
 
 A runs.zip stands for the files in it, and readers see the paths these would have beside it:
 docs/results/a/runs.zip holds docs/results/a/after@0/swap/perplexity.json. `tools/pack_results.py`
@@ -40,8 +39,7 @@ class File(NamedTuple):
     read_bytes: Callable[[], bytes]
 
     def read(self) -> Any:
-        """Returns its parsed content: a dict of .json, a list of dicts of .jsonl, arrays by name of
-        .npz.
+        """Returns its content: a dict of .json, a list of dicts of .jsonl, arrays of .npz by name.
 
         Raises:
           UserError: it is not JSON.
@@ -56,9 +54,7 @@ class File(NamedTuple):
 
 
 def files_below(folder: Path) -> Iterator[File]:
-    """Finds the files of runs below a folder, packed or not, by name; the folder may be inside a
-    pack.
-    """
+    """Finds the files of runs below a folder, packed or not; it may lie inside a pack."""
     if not folder.is_dir():
         for above in folder.parents:
             if (above / PACK).exists():
@@ -67,9 +63,8 @@ def files_below(folder: Path) -> Iterator[File]:
                         yield file
                 return
     for where, inside, names in os.walk(folder):
-        inside[:] = sorted(
-            name for name in inside if name not in NOT_LOOKED_INTO and not name.startswith(".")
-        )
+        shown = [name for name in inside if not name.startswith(".")]
+        inside[:] = sorted(set(shown).difference(NOT_LOOKED_INTO))
         for name in NAMES:
             if name in names:
                 path = Path(where) / name
@@ -95,9 +90,7 @@ def files_in(pack: Path) -> Iterator[File]:
 
 
 def _parse_lines(content: bytes, where: str) -> list[dict[str, Any]]:
-    """Reads a JSON object per line; a last line without an end is still being written, and left
-    out.
-    """
+    """Reads a JSON object per line, but no last line that is still being written."""
     lines = content.splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()

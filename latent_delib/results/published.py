@@ -1,14 +1,11 @@
-"""The published figures (Liu et al. 2025), as data: what `report` puts beside ours. All on Gemma-2
-2B unless said.
-"""
+"""The published figures (Liu et al. 2025), as data: on Gemma-2 2B unless said otherwise."""
 
 from typing import NamedTuple
 
 DECODER = "Gemma-2 2B"
 LATENTS = (4, 8, 16, 32, 64)  # of Table 2
 
-# Table 1, Section 3.1: change in perplexity of the n-th token ahead, percent; number of latents ->
-# n -> change.
+# Table 1, Section 3.1: number of latents -> n -> change in perplexity of that token ahead, percent.
 PERPLEXITY_CHANGE = {
     8: {1: -1.53, 2: -1.67, 4: -1.39, 8: -1.22, 16: -0.85, 32: -0.55},
     16: {1: -2.48, 2: -2.41, 4: -1.98, 8: -1.56, 16: -1.08, 32: -0.64},
@@ -29,8 +26,7 @@ def _row(title: str, setting: str, *scores: float) -> Benchmark:
     return Benchmark(title, setting, dict(zip((0, *LATENTS), scores, strict=True)))
 
 
-# Table 2. The coprocessor is called once, at the end of the prompt. Keyed by the name our
-# benchmarks have.
+# Table 2, by our names. The coprocessor is called once, at the end of the prompt.
 BENCHMARKS = {
     "mmlu": _row("MMLU", "5-shot", 52.00, 52.45, 52.24, 52.34, 54.61, 56.70),
     "gsm8k": _row("GSM8K", "8-shot", 21.38, 22.67, 23.12, 24.72, 26.76, 31.43),
@@ -53,8 +49,9 @@ BENCHMARKS = {
 
 
 class Variant(NamedTuple):
-    """A line of Section 3's comparisons. ppl: of the first token ahead; gsm8k: percent, 8-shot;
-    None: not published.
+    """A line of Section 3's comparisons; None: not published.
+
+    ppl: of the first token ahead. gsm8k: percent, 8-shot.
     """
 
     what: str

@@ -63,9 +63,7 @@ class Result(NamedTuple):
 
     @property
     def step(self) -> int | None:
-        """Returns the step of the checkpoint; older files tell it by the checkpoint's folder
-        alone.
-        """
+        """Returns the checkpoint's step; in older files only its folder's name tells it."""
         name = os.path.basename(self.checkpoint or "")
         return int(name) if name.isdecimal() else self.data.get("step")
 
@@ -170,10 +168,9 @@ def _losses(file: File) -> list[tuple[int, float]]:
 
 
 def _check(where: str, data: Any, fields: dict[str, Any]) -> None:
-    """Raises UserError unless an object has these fields, of their types, and those of OPTIONAL
-    that it has, too.
+    """Raises UserError unless an object has these fields, each of its type.
 
-    A number must be finite.
+    Those of OPTIONAL may be missing. A number must be finite.
     """
     if not isinstance(data, dict):
         raise UserError(f"{where}: holds {type(data).__name__}, expected an object")

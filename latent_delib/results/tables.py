@@ -25,8 +25,9 @@ INTERVALS = {
 
 
 def tables(runs: Runs) -> list[Table]:
-    """Makes all tables: all runs, the paper's eight, three more. One without a run says so below
-    published lines.
+    """Makes all tables: all runs, the paper's eight, three more.
+
+    A table that is about none of the runs says so below its published lines.
     """
     every = entries(runs)
     of_paper = [result for result in runs.perplexity if is_paper_method(entry_of(result))]
@@ -38,9 +39,8 @@ def tables(runs: Runs) -> list[Table]:
         _benchmarks(every),
     ]
     for each in COMPARISONS:
-        made.append(
-            _variants(each.name, f"{each.title} (Section 3)", each.lines, entries_in(each, every))
-        )
+        title = f"{each.title} (Section 3)"
+        made.append(_variants(each.name, title, each.lines, entries_in(each, every)))
     made.append(_perplexity("11_every_method", every_run, runs.perplexity))
     return made
 
@@ -51,8 +51,7 @@ def _perplexity(
     results: Sequence[Result],
     lines: Mapping[int, Mapping[int, float]] = MappingProxyType({}),
 ) -> Table:
-    """Makes a table with a row for each published number of latents and for each of our runs, by
-    number of latents.
+    """Makes a table of the change at each n: the published rows and our runs, by latents.
 
     A run has a row for each source and each work, too, where it has several.
 
@@ -68,15 +67,11 @@ def _perplexity(
         rows.append(row)
     for result, words in zip(results, labels(results)):
         for part, found in _parts(result.data).items():
-            row = {
-                "latents": entry_of(result).latents,
-                "what": words,
-                "from": result.key,
-            } | changes(found["rows"])
+            row = {"latents": entry_of(result).latents, "what": words, "from": result.key}
+            row |= changes(found["rows"])
             if part:
-                row["what"] = (
-                    f"{words}: {part} alone, interval {INTERVALS.get(found.get('interval_over'), '')}"
-                )
+                over = INTERVALS.get(found.get("interval_over"), "")
+                row["what"] = f"{words}: {part} alone, interval {over}"
             for each in found["rows"]:
                 if each["n"] == 1:
                     row[decoder] = Figure(each["decoder_ppl"])
@@ -91,8 +86,9 @@ def changes(rows: Sequence[dict[str, Any]]) -> Row:
 
 
 def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the parts of a perplexity.json: all of it, named "", and where there are several each
-    source and work.
+    """Returns the parts of a perplexity.json by name; "" is all of it.
+
+    Each source and each work is a part, where there are several.
     """
     parts = {"": data}
     sources = data.get("sets") or {}
@@ -107,9 +103,7 @@ def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _benchmarks(every: Sequence[Entry]) -> Table:
-    """Makes Table 2: for each benchmark the published line, then a line for each kind of our
-    runs.
-    """
+    """Makes Table 2: for each benchmark the published line, then our lines."""
     decoders = list(filter(is_decoder, every))
     ours = list(filter(is_paper_method, every))
     names = dict.fromkeys(published.BENCHMARKS)
@@ -128,9 +122,8 @@ def _benchmarks(every: Sequence[Entry]) -> Table:
             if result.path.name == BENCHMARKS:
                 used.append(result)
     columns = ["benchmark", "setting", "what", *map(_score_column, (0, *sorted(latents)))]
-    return finished(
-        "2_benchmarks", "Benchmarks, by number of latents (Table 2)", columns, rows, used
-    )
+    title = "Benchmarks, by number of latents (Table 2)"
+    return finished("2_benchmarks", title, columns, rows, used)
 
 
 def _score_column(latents: int) -> str:
@@ -149,8 +142,7 @@ def _published_line(benchmark: str) -> list[Row]:
 
 
 def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
-    """Returns our lines for a benchmark. Models that differ in their number of latents alone share
-    a line.
+    """Returns our lines for a benchmark; models that differ only in their latents share one.
 
     A decoder joins the lines of all that stand on it, and has one of its own where there are none.
     """
@@ -190,9 +182,7 @@ def _setting(row: dict[str, Any]) -> str:
 
 
 def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[Entry]) -> Table:
-    """Makes a table of perplexity of the first token ahead and of every benchmark that ours have,
-    GSM8K first.
-    """
+    """Makes a table of perplexity of the first token ahead, and of our benchmarks."""
     texts = {text_of(entry.result) for entry in ours if entry.perplexity}
     benchmarks = {"gsm8k": None}
     rows = [_published_row(line) for line in lines]
@@ -201,15 +191,8 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
         benchmarks |= dict.fromkeys(entry.scores)
         rows.append(_row(entry, len(texts) > 1))
         used += entry.results
-    columns = [
-        "what",
-        "latents",
-        "from",
-        "decoder, ppl n = 1",
-        "ppl n = 1",
-        "change",
-        *map(_title, benchmarks),
-    ]
+    columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change"]
+    columns += map(_title, benchmarks)
     return finished(name, title, columns, rows, used)
 
 
@@ -233,9 +216,7 @@ def _published_row(line: Variant) -> Row:
 
 
 def _row(entry: Entry, names_text: bool) -> Row:
-    """Returns our line: perplexity of the first token ahead, its change where there can be one, and
-    benchmarks.
-    """
+    """Returns our line: perplexity of the first token ahead, its change, and benchmarks."""
     keys = [result.key for result in entry.results]
     row: Row = {"what": label(entry), "latents": entry.latents or "", "from": " ".join(keys)}
     first = entry.perplexity
@@ -282,16 +263,15 @@ def finished(
         over = {result.key: result.data.get("interval_over") for result in of_perplexity}
     decoders = ", ".join(dict.fromkeys(result.decoder for result in used.values()))
     note = (
-        f"Ours are on {decoders}, the published on {published.DECODER}: changes in percent compare, absolute figures "
-        f"do not. Brackets: 95 % interval{_over(over)}. Blank: not published, or not measured."
+        f"Ours are on {decoders}, the published on {published.DECODER}: "
+        "changes in percent compare, absolute figures do not. "
+        f"Brackets: 95 % interval{_over(over)}. Blank: not published, or not measured."
     )
     return Table(name, title, columns, cells, note, list(map(_origin, used.values())))
 
 
 def _over(over: Mapping[str, str | None]) -> str:
-    """Says what intervals of perplexity are over, with the keys of each kind where there are
-    several.
-    """
+    """Says what intervals of perplexity are over, with keys where they are of several kinds."""
     keys: dict[str, list[str]] = {}
     for key, drawn in over.items():
         keys.setdefault(INTERVALS.get(drawn, f"over {drawn}"), []).append(key)
@@ -305,9 +285,7 @@ def _over(over: Mapping[str, str | None]) -> str:
 
 
 def _origin(result: Result) -> str:
-    """Says in a line where a file's figures come from; a blank where an older file does not
-    tell.
-    """
+    """Says in a line where a file's figures come from, as far as the file tells."""
     data = result.data
     provenance = data.get("provenance") or {}
     words = [

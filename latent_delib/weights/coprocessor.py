@@ -44,15 +44,16 @@ def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Par
       tree: its parameters.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
-    # pause tokens have none
-    body = [t for t in names.tensors(config, "huggingface") if t.leaf in leaves]
+    found = names.tensors(config, "huggingface")
+    body = [t for t in found if t.leaf in leaves]  # pause tokens have none
     entries = {SOFT_TOKENS: (leaves[SOFT_TOKENS].shape, leaves[SOFT_TOKENS].dtype)}
     entries |= {t.name: (t.shape, leaves[t.leaf].dtype) for t in body}
 
     def chunks():
         yield leaves[SOFT_TOKENS]
         for t in body:
-            yield t.to_theirs(leaves[t.leaf] if t.layer is None else leaves[t.leaf][t.layer])
+            leaf = leaves[t.leaf]
+            yield t.to_theirs(leaf if t.layer is None else leaf[t.layer])
 
     with files.whole(out) as partial:
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})

@@ -1,8 +1,7 @@
-"""Google DeepMind's Gemma checkpoints: orbax folders, keys flat
-("transformer/layer_0/attn/q_einsum") or nested.
+"""Google DeepMind's Gemma checkpoints: orbax folders that hold tensors alone.
 
-They hold tensors alone. What shapes do not tell (window, scales, rotary bases) is taken from the
-known size that fits.
+Keys are flat ("transformer/layer_0/attn/q_einsum") or nested. What shapes do not tell (window,
+scales, rotary bases) is taken from the known size that fits.
 """
 
 import dataclasses
@@ -38,12 +37,13 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
     try:
         found = handler.metadata(epath.Path(where))
         leaves = jax.tree_util.tree_leaves_with_path(getattr(found, "tree", found))
-        # a list has no keys: no weights
-        leaves = [(tuple(key.key for key in path), leaf) for path, leaf in leaves]
+        by_path = {}
+        for path, leaf in leaves:
+            by_path[tuple(key.key for key in path)] = leaf  # AttributeError for a list
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a readable orbax checkpoint ({reason(error)})") from None
     paths, shapes, dtypes = {}, {}, {}
-    for path, leaf in leaves:
+    for path, leaf in by_path.items():
         name = "/".join(map(str, path)).removeprefix("params/").removeprefix("transformer/")
         name = name.removesuffix("/w")
         if name.startswith(_VISION):
@@ -84,9 +84,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 def _architecture(
     shapes: dict[str, tuple[int, ...]], where: str, wanted: TransformerConfig | None
 ) -> TransformerConfig:
-    """Returns the architecture: the known size that fits the shapes, or the one wanted, with as
-    many rows as stored.
-    """
+    """Returns the wanted architecture, or the known size that fits, with all rows stored."""
     if wanted is not None:
         rows = shapes.get("embedder/input_embedding", (0,))[0]
         return dataclasses.replace(wanted, vocab_size=max(rows, wanted.vocab_size))
@@ -106,8 +104,10 @@ def _architecture(
         raise UserError(
             f"{where}: not a Gemma checkpoint: its tensors have other dimensions"
         ) from None
+    matches = map(re.compile(r"layer_\d+/").match, shapes)
+    layers = {m[0] for m in matches if m}
     found = {
-        "num_layers": len({m[0] for m in map(re.compile(r"layer_\d+/").match, shapes) if m}),
+        "num_layers": len(layers),
         "embed_dim": width,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
@@ -118,9 +118,7 @@ def _architecture(
         "scale_embeddings": True,
     }
     for size in SIZES.values():
-        if (
-            all(getattr(size, key) == value for key, value in found.items())
-            and vocab_size >= size.vocab_size
-        ):
+        fits = all(getattr(size, key) == value for key, value in found.items())
+        if fits and vocab_size >= size.vocab_size:
             return dataclasses.replace(size, vocab_size=vocab_size)
     raise UserError(f"{where}: no known size has {found}; give --size")

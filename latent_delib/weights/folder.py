@@ -34,8 +34,7 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
 
 
 def locate(path: str) -> Path:
-    """Returns the folder that a decoder's path means: "packaged" is the one that comes with this
-    package.
+    """Returns the folder that a decoder's path means; "packaged" comes with this package.
 
     Raises:
       UserError: the folder, or one of its files, does not exist.
@@ -59,24 +58,21 @@ def tokenizer_path(folder: Path) -> Path:
 
 
 def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:
-    """Returns the function that copies a folder's tokenizer into another folder; None where it has
-    none.
-    """
+    """Returns a function that copies a folder's tokenizer into another folder, if it has one."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
     return functools.partial(copy_tokenizer, tokenizer_path(folder))
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies a tokenizer, and the file that names its special tokens, under the names they have in
-    a decoder folder.
-    """
+    """Copies a tokenizer, and the file that names its special tokens, to a decoder folder."""
     if path.suffix != ".json":
         shutil.copyfile(path, folder / "tokenizer.model")
         return
     shutil.copyfile(path, folder / "tokenizer.json")
-    if (path.parent / "tokenizer_config.json").is_file():
-        shutil.copyfile(path.parent / "tokenizer_config.json", folder / "tokenizer_config.json")
+    config = path.parent / "tokenizer_config.json"
+    if config.is_file():
+        shutil.copyfile(config, folder / "tokenizer_config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,11 +103,11 @@ def read_config(folder: Path) -> TransformerConfig:
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns the SHA-256 over config.json and model.safetensors, hex: two decoders with the same
-    one are the same.
+    """Returns the SHA-256 over config.json and model.safetensors, hex.
 
-    A folder written by `write_model` has it in fingerprint.json, and its files are not hashed
-    again. Older folders have none: all their bytes are read.
+    Two decoders with the same one are the same. A folder written by `write_model` has it in
+    fingerprint.json, and its weights are not hashed again. Older folders have none: all their bytes
+    are read.
 
     Raises:
       UserError: a file has changed since the fingerprint was stored.
@@ -136,9 +132,7 @@ def fingerprint(folder: Path) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _hash(config: bytes, model: Path, changed: int) -> str:
-    """Returns the SHA-256 over a config and the file of a model, hex; the file is read once for
-    each time of change.
-    """
+    """Returns the SHA-256 of a config and a model file, hex; cached until the file changes."""
     digest = hashlib.sha256(config)
     with open(model, "rb") as file:
         return hashlib.file_digest(file, lambda: digest).hexdigest()
@@ -171,8 +165,9 @@ def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:
 def load(
     folder: Path, config: TransformerConfig, dtype: Any, shardings: Params | None = None
 ) -> Params:
-    """Reads the weights onto the devices; one device's part of one tensor at a time is in host
-    memory.
+    """Reads the weights onto the devices.
+
+    Host memory holds one device's part of one tensor at a time.
 
     Args:
       folder: a decoder folder.

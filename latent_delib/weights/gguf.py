@@ -22,21 +22,9 @@ from latent_delib.weights import gguf_vocabulary
 from latent_delib.weights.source import Source
 
 MAGIC = b"GGUF"
-# by type
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-STRING, ARRAY = 8, 9
+# The type of a value -> the letter that `struct` has for it.
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9  # the other types
 MOST = 1 << 22  # entries of a list: the largest vocabularies have a quarter of a million pieces
 CHUNK = 1 << 22  # elements dequantised at a time: what is in flight is float32, several times over
 ROPE_FREQS = "rope_freqs.weight"
@@ -53,15 +41,14 @@ KEYS = {
     "attn_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
-# fields that GGUF does not tell
-SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")
+SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")  # GGUF does not tell these
 
 
 class Info(NamedTuple):
-    """Describes a tensor: its shape as numpy has it, ggml type, blocks, and the bytes of a block
-    and before the first.
+    """Describes a tensor of the file.
 
-    begin: counted from the start of the file.
+    shape: as numpy has it. type: of ggml. blocks: how many. block_bytes: the bytes of one. begin:
+    the first byte, counted from the start of the file.
     """
 
     shape: tuple[int, ...]
@@ -120,8 +107,9 @@ class _Header:
 
 
 class GGUF:
-    """Holds an opened GGUF file. metadata: key -> str, number, bool or list of these. tensors: name
-    -> Info.
+    """Holds an opened GGUF file.
+
+    metadata: key -> str, number, bool or list of these. tensors: name -> Info.
 
     Raises:
       UserError: not GGUF, truncated, contradictory, or with a tensor of unknown type.
@@ -173,13 +161,13 @@ class GGUF:
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype of what `read` returns: bfloat16 as stored, float32 for all else."""
-        return np.dtype(
-            ml_dtypes.bfloat16 if self.tensors[name].type.name == "BF16" else np.float32
-        )
+        is_bfloat16 = self.tensors[name].type.name == "BF16"
+        return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else np.float32)
 
     def read(self, name: str, chunk: int = CHUNK) -> np.ndarray:
-        """Reads a tensor, dequantised to float32 some `chunk` elements at a time; bfloat16 stays
-        what it is.
+        """Reads a tensor as float32, or as bfloat16 if it is stored so.
+
+        About `chunk` elements are dequantised at a time.
         """
         from gguf.quants import dequantize
 
@@ -220,8 +208,9 @@ def open_source(path: Path) -> Source:
 
 
 def architecture(file: GGUF) -> TransformerConfig:
-    """Returns the TransformerConfig of a file's metadata; what GGUF leaves out is the known size's
-    that fits the rest.
+    """Returns the TransformerConfig of a file's metadata.
+
+    Fields that GGUF leaves out are those of the known size that fits the rest.
 
     Raises:
       UserError: a key that is missing, wrong, or of a feature that is not known here.
@@ -234,7 +223,8 @@ def architecture(file: GGUF) -> TransformerConfig:
         )
 
     def get(key: str, type_: type, default: Any = None) -> Any:
-        return checked(f"{kind}.{key}", file.metadata.get(f"{kind}.{key}", default), type_, where)
+        name = f"{kind}.{key}"
+        return checked(name, file.metadata.get(name, default), type_, where)
 
     if get("expert_count", int, 0):
         raise UserError(f"{where}: {kind}.expert_count: mixtures of experts are not known here")
@@ -248,9 +238,8 @@ def architecture(file: GGUF) -> TransformerConfig:
     fields.setdefault("num_kv_heads", fields.get("num_heads"))
     # Stored as float32; the decimal number it was made from has few digits.
     fields["norm_eps"] = float(f"{get('attention.layer_norm_rms_epsilon', float):.6g}")
-    fields["vocab_size"] = (
-        file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 1
-    )
+    table = file.tensors.get("token_embd.weight")
+    fields["vocab_size"] = table.shape[0] if table else 1
     fields["untied_head"] = "output.weight" in file.tensors
     scaling = get("rope.scaling.type", str, "none")
     if scaling == "linear":

@@ -1,9 +1,8 @@
-"""Writes the vocabulary inside a GGUF as the files it was made from: tokenizer.json, or a
-SentencePiece model.
+"""Writes the vocabulary inside a GGUF as the tokenizer files it was made from.
 
-The reference is llama.cpp's reading of the same keys (llama-vocab.cpp). Like it, and unlike some
-tokenizer.json of the same models (Qwen's composes accents first), the files written here take text
-as it is.
+They are tokenizer.json, or a SentencePiece model. The reference is llama.cpp's reading of the same
+keys (llama-vocab.cpp). Like it, and unlike some tokenizer.json of the same models (Qwen's composes
+accents first), the files written here take text as it is.
 """
 
 import json
@@ -20,8 +19,7 @@ _LLAMA3 = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> expressions that cut a text into words; each one cuts the pieces that those
-# before it left.
+# tokenizer.ggml.pre -> expressions that cut a text into words, one after the other.
 _WORDS = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
     "gpt-2": [_GPT2],
@@ -79,14 +77,12 @@ def _vocabulary(keys: Mapping[str, Any]) -> _Vocabulary:
     ids = {token: i for i, token in enumerate(tokens)}
     if not len(ids) == len(tokens) == len(types):
         raise ValueError(
-            f"{len(tokens)} tokens, {len(ids)} of them different, {len(types)} entries in token_type"
+            f"{len(tokens)} tokens, {len(ids)} of them different, "
+            f"{len(types)} entries in token_type"
         )
     special = {}
-    for name, key in (
-        ("bos", "bos_token_id"),
-        ("eos", "eos_token_id"),
-        ("pad", "padding_token_id"),
-    ):
+    keys_of = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
+    for name, key in keys_of.items():
         i = keys.get(key)
         if i is None:
             continue
@@ -103,23 +99,19 @@ def _write_byte_level_bpe(keys: Mapping[str, Any], vocabulary: _Vocabulary, fold
     from tokenizers import decoders, models, pre_tokenizers
 
     pre = keys.get("pre", "default")
-    expressions = _one_of(_WORDS, "pre", pre)
     merges = [tuple(merge.split(" ")) for merge in keys["merges"]]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocabulary.ids, merges, ignore_merges=pre == "llama-bpe")
-    )
-    words = [
-        pre_tokenizers.Split(tokenizers.Regex(expression), "isolated") for expression in expressions
-    ]
+    bpe = models.BPE(vocabulary.ids, merges, ignore_merges=pre == "llama-bpe")
+    tokenizer = tokenizers.Tokenizer(bpe)
+    regexes = map(tokenizers.Regex, _one_of(_WORDS, "pre", pre))
+    words = [pre_tokenizers.Split(regex, "isolated") for regex in regexes]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     added = []
     for token, kind in zip(vocabulary.ids, vocabulary.types):
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-            added.append(
-                tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
-            )
+            special = kind != _USER_DEFINED
+            added.append(tokenizers.AddedToken(token, normalized=False, special=special))
     tokenizer.add_tokens(added)  # at once: each call goes over all tokens added so far
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
     config = {f"{name}_token": vocabulary.special.get(name) for name in ("bos", "eos", "pad")}
@@ -150,6 +142,5 @@ def _write_sentencepiece(keys: Mapping[str, Any], vocabulary: _Vocabulary, folde
     normalizer.remove_extra_whitespaces = False
     normalizer.add_dummy_prefix = keys.get("add_space_prefix", True)
     content = model.SerializeToString(deterministic=True)
-    # raises an error for what is no vocabulary
-    sentencepiece.SentencePieceProcessor(model_proto=content)
+    sentencepiece.SentencePieceProcessor(model_proto=content)  # raises if it is no vocabulary
     (folder / "tokenizer.model").write_bytes(content)

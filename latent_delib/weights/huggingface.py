@@ -25,8 +25,7 @@ CLASSES = {
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
-# What a config.json means by a key that it leaves out (the defaults of `transformers`), by our
-# family.
+# By our family, the defaults of `transformers` for keys that a config.json leaves out.
 _COMMON = dict(
     hidden_act="silu",
     rms_norm_eps=1e-6,
@@ -112,32 +111,22 @@ def open_source(where: Path) -> Source:
         file, stored = places[name]
         return file.read(stored).astype(dtypes[name], copy=False)
 
-    # some exporters write the table twice
-    if not config.untied_head and {HEAD, EMBEDDING} <= shapes.keys():
+    if not config.untied_head and {HEAD, EMBEDDING} <= shapes.keys():  # written twice
         if not np.array_equal(read_tensor(HEAD), read_tensor(EMBEDDING)):
             raise UserError(
-                f"{where}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings=True"
+                f"{where}: {HEAD} differs from {EMBEDDING}, "
+                "but config.json says tie_word_embeddings=True"
             )
         del shapes[HEAD]
-    return Source(
-        str(where),
-        "huggingface",
-        config,
-        shapes,
-        dtypes,
-        read_tensor,
-        folder_lib.tokenizer_writer(where),
-    )
+    writer = folder_lib.tokenizer_writer(where)
+    return Source(str(where), "huggingface", config, shapes, dtypes, read_tensor, writer)
 
 
 def _text_name(name: str) -> str | None:
-    """Returns the name that a tensor has in a text-only checkpoint; None where a text decoder does
-    not use it.
-    """
+    """Returns a tensor's name in a text-only checkpoint; None if a text decoder has none."""
     if name.startswith(_IGNORED) or name.endswith("rotary_emb.inv_freq"):
         return None
-    # both have stood for Gemma 3's text part
-    for prefix in ("language_model.model.", "model.language_model."):
+    for prefix in ("language_model.model.", "model.language_model."):  # Gemma 3's text part
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix)
     return name.removeprefix("language_model.")
@@ -149,7 +138,8 @@ def _files(where: Path) -> dict[str, TensorFile]:
     if not index.is_file():
         if not (where / "model.safetensors").is_file():
             raise UserError(
-                f"{where}: has neither model.safetensors nor {index.name} (pickled weights are not read)"
+                f"{where}: has neither model.safetensors nor {index.name} "
+                "(pickled weights are not read)"
             )
         file = TensorFile(where / "model.safetensors")
         return dict.fromkeys(file.shapes, file)
@@ -157,9 +147,10 @@ def _files(where: Path) -> dict[str, TensorFile]:
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index}: weight_map is missing or no map of tensor names to file names")
     opened = {file: TensorFile(where / file) for file in sorted(set(listed.values()))}
-    astray = [
-        f"{name} in {file}" for name, file in listed.items() if name not in opened[file].shapes
-    ]
+    astray = []
+    for name, file in listed.items():
+        if name not in opened[file].shapes:
+            astray.append(f"{name} in {file}")
     if astray:
         raise UserError(f"{index}: these tensors are not where it says: {', '.join(astray)}")
     return {name: opened[file] for name, file in listed.items()}
@@ -172,7 +163,9 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
       UserError: a key that is missing, wrong, or of a feature that is not known here.
     """
     multimodal = config.get("model_type") == "gemma3" and "text_config" in config
-    text = checked("text_config", config["text_config"], dict, where) if multimodal else config
+    text = config
+    if multimodal:
+        text = checked("text_config", config["text_config"], dict, where)
     model_type = text.get("model_type", "gemma3_text" if multimodal else None)
     families = {theirs: ours for ours, (theirs, _) in CLASSES.items()}
     if not isinstance(model_type, str) or model_type not in families:
@@ -183,17 +176,17 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
     c = _in_one_form(ours, text, where)
     # Gemma 1's files say gelu and mean its tanh approximation, as `transformers` reads them.
     activations = ("gelu", "gelu_pytorch_tanh") if ours.startswith("gemma") else ("silu",)
-    for key, allowed in {
+    known = {
         "attention_bias": (False,),  # it would give the output projection a bias too
         "mlp_bias": (False,),
         "use_bidirectional_attention": (False,),
         "tie_word_embeddings": (True, False),
         "hidden_act": activations,
-    }.items():
-        if c[key] not in allowed:
-            raise UserError(
-                f"{where}: {key}={c[key]!r}, only {' or '.join(map(repr, allowed))} is known here"
-            )
+    }
+    for key, values in known.items():
+        if c[key] not in values:
+            expected = " or ".join(map(repr, values))
+            raise UserError(f"{where}: {key}={c[key]!r}, only {expected} is known here")
     pattern = _pattern(c, where)
     keys = KEYS if "local" in pattern else NUMBERS | SOFTCAPS
     fields = dict(FAMILIES[ours])
@@ -210,11 +203,10 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
 
 
 def _in_one_form(ours: str, text: Fields, where: str) -> dict[str, Any]:
-    """Returns the fields of a text decoder with all that they leave out, as `transformers` 4 wrote
-    them.
+    """Returns the fields of a text decoder, defaults included, as `transformers` 4 wrote them.
 
-    That is hidden_act, and rope_theta, rope_scaling and rope_local_base_freq where release 5 writes
-    rope_parameters, for all layers or by their kind.
+    Release 5 writes rope_parameters, for all layers or by their kind. Here they are rope_theta,
+    rope_scaling and rope_local_base_freq.
     """
     c = dict(DEFAULTS[ours])
     for key, value in text.items():
@@ -250,11 +242,8 @@ def _pattern(c: Fields, where: str) -> tuple[str, ...]:
         return ("local",) * (period - 1) + ("global",)
     kinds = c["layer_types"]
     num_layers = c.get("num_hidden_layers")
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != num_layers
-        or not all(kind in list(LAYERS) for kind in kinds)
-    ):
+    has_one_each = isinstance(kinds, list) and len(kinds) == num_layers
+    if not has_one_each or not all(kind in list(LAYERS) for kind in kinds):
         raise UserError(f"{where}: layer_types: expected {num_layers} of {' and '.join(LAYERS)}")
     ours = [LAYERS[kind] for kind in kinds]
     for period in range(1, len(ours)):
@@ -266,13 +255,11 @@ def _pattern(c: Fields, where: str) -> tuple[str, ...]:
 def _scaling(rope: Fields, where: str) -> tuple[float, ...]:
     """Returns the rotary scaling of TransformerConfig."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if (
-        not isinstance(kind, str)
-        or kind not in SCALINGS
-        or rope.get("partial_rotary_factor", 1) != 1
-    ):
+    is_known = isinstance(kind, str) and kind in SCALINGS
+    if not is_known or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(
-            f"{where}: rotary positions {dict(rope)}, expected the type to be one of {', '.join(SCALINGS)}"
+            f"{where}: rotary positions {dict(rope)}, "
+            f"expected the type to be one of {', '.join(SCALINGS)}"
         )
     values = [checked(key, rope.get(key), float, where) for key in SCALINGS[kind]]
     return (*values, 1.0, 4.0, 0.0) if kind == "linear" else tuple(values)
@@ -303,18 +290,15 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
     }
     fields |= {key: getattr(c, name) for name, key in NUMBERS.items()}
     if ours.startswith("gemma"):
-        # Gemma 1 needs both: 5 and 4
+        # Releases 4 and 5 read different ones of these for Gemma 1.
         fields["hidden_act"] = fields["hidden_activation"] = "gelu_pytorch_tanh"
     if ours in ("gemma2", "gemma3"):
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        fields["layer_types"] = [kinds[local] for local in c.is_local]
+        fields["sliding_window"] = c.window or 4096
         scalar = round(c.query_scale**-2, 6)
-        fields |= {
-            "layer_types": [
-                "sliding_attention" if local else "full_attention" for local in c.is_local
-            ],
-            "sliding_window": c.window or 4096,
-            # transformers 5 insists
-            "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
-        }
+        # Release 5 wants an integer where it is one.
+        fields["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
         fields |= {key: getattr(c, name) or None for name, key in SOFTCAPS.items()}
     if ours == "gemma3":
         fields["rope_local_base_freq"] = c.local_rope_base
@@ -343,9 +327,7 @@ def _rope_scaling(c: TransformerConfig) -> dict[str, Any] | None:
 
 
 def tokenizer_config(path: Path) -> dict[str, Any]:
-    """Returns the tokenizer_config.json that makes `transformers` read a SentencePiece model as it
-    is.
-    """
+    """Returns the tokenizer_config.json with which `transformers` reads a SentencePiece model."""
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     model = SentencePieceProcessor(model_file=str(path))

@@ -1,10 +1,9 @@
-"""Maps tensor names between our parameter tree and other formats: one table per family, read in
-both directions.
+"""Maps tensor names between our parameter tree and other formats.
 
-A row gives our leaf with its axes, and what Hugging Face, GGUF and DeepMind's own checkpoints call
-it: the name, then the axes as stored (einops). `[0/2]` picks a part of a tensor that fuses several
-leaves. Axes: V vocabulary, D width, N query heads, K key/value heads, H head dim, F feed-forward
-width.
+There is one table per family, read in both directions. A row gives our leaf with its axes, and its
+name in Hugging Face's, GGUF's and DeepMind's checkpoints, followed by the axes as stored (einops).
+`[0/2]` picks a part of a tensor that fuses several leaves. Axes: V vocabulary, D width, N query
+heads, K key/value heads, H head dim, F feed-forward width.
 """
 
 import dataclasses
@@ -88,7 +87,7 @@ _QK_NORMS = {
         "H", "self_attn.k_norm.weight H", "attn_k_norm.weight H", "attn/_key_norm/scale H"
     ),
 }
-# what Llama calls post_attention_layernorm stands before the MLP; here the name means what it says
+# Llama's post_attention_layernorm stands before the MLP; here it is after the attention.
 _POST_NORMS = {
     "post_attn_norm.scale": Row(
         "D",
@@ -186,28 +185,26 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
         V=c.vocab_size, D=c.embed_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim, F=c.ffn_dim
     )
     sizes |= dict(h=c.head_dim // 2, c=2)
+    has_pairs = form == "gguf" and family(c) == "llama"
+    is_fused = form == "deepmind" and c.num_heads == c.num_kv_heads
     for leaf, row in rows(c).items():
         name, _, theirs = getattr(row, form).partition(" ")
         ours = row.ours
-        if form == "gguf" and family(c) == "llama" and leaf in ("layers.attn.q", "layers.attn.k"):
-            # There rotary pairs are neighbours, (0, 1), (2, 3), ...; elsewhere the halves of a
-            # head.
+        if has_pairs and leaf in ("layers.attn.q", "layers.attn.k"):
+            # There rotary pairs are neighbours, (0, 1), (2, 3), ...; elsewhere halves of a head.
             theirs, ours = theirs.replace("H", "h c"), ours.replace("H", "(c h)")
-        if (
-            form == "deepmind"
-            and c.num_heads == c.num_kv_heads
-            and re.fullmatch(r"layers\.attn\.[qkv]", leaf)
-        ):
+        if is_fused and re.fullmatch(r"layers\.attn\.[qkv]", leaf):
             name = f"attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
         part = re.fullmatch(r"(.*)\[(\d)/(\d)\]", name)
         groups = re.findall(r"\([^)]*\)|\w", theirs)
+        shape = []
+        for group in groups:
+            shape.append(math.prod(sizes[axis] for axis in group.strip("()").split()))
         tensor = Tensor(
             leaf=leaf,
             layer=None,
             name=part[1] if part else name,
-            shape=tuple(
-                math.prod(sizes[axis] for axis in group.strip("()").split()) for group in groups
-            ),
+            shape=tuple(shape),
             part=(int(part[2]), int(part[3])) if part else None,
             theirs=theirs,
             ours=ours,
@@ -218,9 +215,8 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
             yield tensor
             continue
         for layer in range(c.num_layers):
-            yield dataclasses.replace(
-                tensor, layer=layer, name=LAYER[form].format(layer) + tensor.name
-            )
+            name = LAYER[form].format(layer) + tensor.name
+            yield dataclasses.replace(tensor, layer=layer, name=name)
 
 
 def match(
@@ -250,6 +246,7 @@ def match(
     ours: dict[str, str] = {}
     for t in wanted:
         shapes[t.name] = t.stored_shape
-        ours[t.name] = f" ({t.leaf})" if t.layer is None else f" ({t.leaf} of layer {t.layer})"
+        layer = "" if t.layer is None else f" of layer {t.layer}"
+        ours[t.name] = f" ({t.leaf}{layer})"
     check_shapes(found, shapes, source, ours)
     return wanted

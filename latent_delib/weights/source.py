@@ -1,6 +1,4 @@
-"""The interface that every checkpoint reader returns: the architecture, the tensors' shapes, and a
-way to read one.
-"""
+"""The interface of every checkpoint reader: the architecture, and how to read each tensor."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

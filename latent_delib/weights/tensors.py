@@ -28,9 +28,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def read_dtype(stored: np.dtype) -> np.dtype:
-    """Returns the dtype that a stored tensor is read as: float32 for float16, which it holds
-    exactly.
-    """
+    """Returns the dtype that a stored tensor is read as: float32 for float16, else its own."""
     return np.dtype(np.float32) if stored == np.float16 else stored
 
 
@@ -53,7 +51,9 @@ def check_shapes(
             wrong.append(f"missing {name} {shape}{notes.get(name, '')}")
         elif found[name] != shape:
             wrong.append(f"{name} is {found[name]}, expected {shape}{notes.get(name, '')}")
-    wrong += [f"unknown {name} {shape}" for name, shape in found.items() if name not in wanted]
+    for name, shape in found.items():
+        if name not in wanted:
+            wrong.append(f"unknown {name} {shape}")
     if wrong:
         raise UserError(f"{source}: {'; '.join(wrong)}")
 
@@ -87,18 +87,18 @@ class TensorFile:
                 raise UserError(
                     f"{path}: {name} is of type {entry['dtype']}, expected {', '.join(DTYPES)}"
                 )
-            self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+            self.shapes[name] = tuple(entry["shape"])
+            self.dtypes[name] = DTYPES[entry["dtype"]]
             self._begin[name] = 8 + length + entry["data_offsets"][0]
 
     def read(self, name: str, index: Any = ...) -> np.ndarray:
-        """Reads a tensor, or the part of it that a numpy index selects; nothing else of the file is
-        held.
-        """
+        """Reads a tensor, or only the part of it that a numpy index selects."""
         shape, dtype, begin = self.shapes[name], self.dtypes[name], self._begin[name]
         if index is not ... and index != (slice(None),) * len(shape):
             return np.array(np.memmap(self.path, dtype, "r", begin, shape)[index])
-        found = np.fromfile(self.path, np.uint8, math.prod(shape) * dtype.itemsize, offset=begin)
-        if len(found) != math.prod(shape) * dtype.itemsize:
+        size = math.prod(shape) * dtype.itemsize
+        found = np.fromfile(self.path, np.uint8, size, offset=begin)
+        if len(found) != size:
             raise UserError(f"{self.path}: {name} was cut off since the file was opened")
         return found.view(dtype).reshape(shape)
 
