@@ -64,7 +64,7 @@ SMALL = {"traces": Layout(M=3, S=5, T=30, G=2, softcap=5.0)}
 
 # The step: two layers of Gemma 2 2B, with a window shorter than the text.
 STEP = dict(seq_len=1024, traces=32, ahead=16, latents=16)
-STEP_SMALL = dict(seq_len=64, traces=6, ahead=4, latents=4)
+STEP_SMALL = dict(seq_len=48, traces=4, ahead=3, latents=2)
 
 
 def rows(small: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:

@@ -216,11 +216,18 @@ def test_registration_is_idempotent_and_new_files_are_seen(tasks, tokenizer, tmp
     assert texts(tasks, tokenizer, source)[-1] == "late"
 
 
-def test_batch_is_a_function_of_seed_and_step(tokenizer, tmp_path):
-    write_files(tmp_path / "a", files=3, documents_each=5)
-    write_files(tmp_path / "b", files=1, documents_each=5)
-    data = config_data((f"files:{tmp_path}/a/*", f"files:{tmp_path}/b/*"), (2.0, 1.0))
-    straight = train(data, tokenizer, 24)  # more than an epoch
+@pytest.fixture(scope="module")
+def mixture(tokenizer, tmp_path_factory):
+    """The data of two sources, and its first 24 batches: more than an epoch."""
+    folder = tmp_path_factory.mktemp("mixture")
+    write_files(folder / "a", files=3, documents_each=5)
+    write_files(folder / "b", files=1, documents_each=5)
+    data = config_data((f"files:{folder}/a/*", f"files:{folder}/b/*"), (2.0, 1.0))
+    return data, train(data, tokenizer, 24)
+
+
+def test_batch_is_a_function_of_seed_and_step(tokenizer, mixture):
+    data, straight = mixture
     assert equal(train(data, tokenizer, 8, start_step=16), straight[16:])
     assert not equal(train(data, tokenizer, 8, seed=1), straight[:8])
     for batch in straight:
@@ -273,16 +280,12 @@ def test_weights(tokenizer, tmp_path):
     assert abs(share - 0.8) < 0.05
 
 
-def test_hosts_share_one_batch(tokenizer, tmp_path):
+def test_hosts_share_one_batch(tokenizer, mixture):
     """Each host keeps exactly its rows, whether they lie together or apart, from any step on."""
-    write_files(tmp_path / "a", files=3, documents_each=5)
-    write_files(tmp_path / "b", files=1, documents_each=5)
-    data = config_data((f"files:{tmp_path}/a/*", f"files:{tmp_path}/b/*"), (2.0, 1.0))
-    whole = train(data, tokenizer, 6, batch_size=8, start_step=3)
-    # the second of two hosts, the second of four
-    for mine in (np.arange(4, 8), np.arange(1, 8, 4)):
-        expected = [{k: v[mine] for k, v in batch.items()} for batch in whole]
-        assert equal(train(data, tokenizer, 6, batch_size=8, rows=mine, start_step=3), expected)
+    data, straight = mixture
+    for mine in (np.arange(2, 4), np.arange(1, 4, 2)):  # the second of two hosts
+        expected = [{k: v[mine] for k, v in batch.items()} for batch in straight[3:9]]
+        assert equal(train(data, tokenizer, 6, rows=mine, start_step=3), expected)
 
 
 def test_training_sees_every_document(tasks, tokenizer, tmp_path):

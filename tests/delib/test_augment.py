@@ -70,8 +70,15 @@ def loss(aug, params, tokens_BT, segment_BT, at_BM):
     return loss_and_nll(aug, params, tokens_BT, segment_BT, at_BM, NO_DELAY)[0]
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("family", small.CONFIGS)
+@pytest.mark.parametrize(
+    "family, placement",
+    [
+        *(("gemma", placement) for placement in PLACEMENTS),
+        ("llama", "after"),
+        pytest.param("llama", "before", marks=pytest.mark.slow),
+        pytest.param("llama", "overlay", marks=pytest.mark.slow),
+    ],
+)
 def test_traces_together_equal_the_naive_reading_of_each(family, placement):
     config = small.CONFIGS[family]
     aug, params = setup(config, placement)
