@@ -151,6 +151,12 @@ def cut_pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]
     return found
 
 
+def grouped(items: Iterable, size: int) -> Iterator[list]:
+    """Yields the items in lists of `size`, the last one shorter."""
+    items = iter(items)
+    yield from iter(lambda: list(itertools.islice(items, size)), [])
+
+
 def ahead(function: Callable, items: Iterable, threads: int, count: int) -> Iterator:
     """Yields function(item) of each item, in order.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from latent_delib.data import text
-from latent_delib.data.rows import BadRecords, pack, segments
+from latent_delib.data.rows import BadRecords, grouped, pack, segments
 from latent_delib.data.sources import Tfds, parse
 from latent_delib.data.stores import builder, quiet, tf
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
@@ -52,7 +52,7 @@ class _Tfds(_ShuffleDocuments, seqio.TfdsDataSource):
 def _blocks(source: str, path: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the contents and the numbers of the texts of a file, many at once."""
     texts = text.texts_of_file(source, path.decode())
-    for block in iter(lambda: list(itertools.islice(texts, _BLOCK)), []):
+    for block in grouped(texts, _BLOCK):
         contents = np.array([found.content for found in block], object)
         yield contents, np.array([found.number for found in block])
 

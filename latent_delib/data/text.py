@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from latent_delib.data.rows import BadRecords, Document, ahead, encode
+from latent_delib.data.rows import BadRecords, Document, ahead, encode, grouped
 from latent_delib.data.sources import Tfds, common_folder, local_files, only_files, parse
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError, store_error
@@ -78,7 +78,8 @@ def files_of(source: str) -> list[str]:
     from latent_delib.data.stores import gfile
 
     with reading([source]):
-        return only_files(source, gfile.glob(meant.pattern), gfile.isdir)
+        found = gfile.glob(meant.pattern)
+    return only_files(source, found, gfile.isdir)
 
 
 def num_bytes(source: str) -> int:
@@ -154,22 +155,30 @@ def texts_of_file(source: str, path: str) -> Iterator[Text]:
             yield Text(content, path, number)
 
 
-def texts(source: str) -> Iterator[Text]:
-    """Yields every text of a source once, in the order of its seqio task without shuffling."""
-    meant = parse(source)
-    if isinstance(meant, Tfds):
-        from latent_delib.data import stores
+def _in_turns(files: Iterator[Iterator[Text]]) -> Iterator[Text]:
+    """Yields the texts of files, a block of each of the open ones in turn, as tf.data does.
 
-        with reading([source]):
-            yield from map(Text, stores.texts_of(meant))
-        return
-    closed = (texts_of_file(source, path) for path in files_of(source))
-    opened = collections.deque(itertools.islice(closed, CYCLE))
+    The next file is opened in the place of one that has ended.
+    """
+    opened = collections.deque(itertools.islice(files, CYCLE))
     while opened:
         file = opened.popleft()
         block = list(itertools.islice(file, BLOCK))
         yield from block
-        opened.extend([file] if len(block) == BLOCK else itertools.islice(closed, 1))
+        has_ended = len(block) < BLOCK
+        opened.extend(itertools.islice(files, 1) if has_ended else [file])
+
+
+def texts(source: str) -> Iterator[Text]:
+    """Yields every text of a source once, in the order of its seqio task without shuffling."""
+    meant = parse(source)
+    if not isinstance(meant, Tfds):
+        yield from _in_turns(texts_of_file(source, path) for path in files_of(source))
+        return
+    from latent_delib.data import stores
+
+    with reading([source]):
+        yield from map(Text, stores.texts_of(meant))
 
 
 def tokens_of(source: str, text: Text, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
@@ -198,13 +207,12 @@ def documents(source: str, tokenizer_path: str, bad: BadRecords) -> Iterator[dic
     tokenizer = Tokenizer(tokenizer_path)
     folder = common_folder(files_of(source))
     of_files = not source.startswith("lines:")  # a record of TFDS has no file
-    found = texts(source)
-    groups = iter(lambda: list(itertools.islice(found, _GROUP)), [])
 
     def encoded(group: list[Text]) -> list[tuple[Text, np.ndarray, str]]:
         return [(text, *tokens_of(source, text, tokenizer)) for text in group]
 
     empty = True
+    groups = grouped(texts(source), _GROUP)
     for group in ahead(encoded, groups, threads=_THREADS, count=2 * _THREADS):
         for text, tokens, fault in group:
             if fault:

@@ -332,6 +332,22 @@ def test_text_that_vanishes_during_a_run_is_named(kind, tokenizer_path, tmp_path
     assert str(error.value) == expected
 
 
+def test_a_store_that_fails_during_a_run_is_an_outage(tokenizer_path, tmp_path, monkeypatch):
+    """It is told through TensorFlow, which keeps no exception of the reader's."""
+    (tmp_path / "1").write_text("the cat sat on a mat\n" * 300)
+    data = make_data(f"lines:{tmp_path}/1")
+    loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=64, seed=0)
+    next(loader)
+
+    def fail(path):
+        raise TimeoutError(110, "Connection timed out", path)
+
+    monkeypatch.setattr(text, "_open", fail)
+    with pytest.raises(Outage, match="Connection timed out"):
+        for _ in range(500):
+            next(loader)
+
+
 def fingerprint(data, tokenizer_path):
     return batches.Training(data, str(tokenizer_path)).fingerprint()
 

@@ -193,7 +193,7 @@ def test_documents_of_tfds(tokenizer, tmp_path, monkeypatch):
         batches.Training(data, tokenizer).fingerprint()
 
 
-def test_rows_of_a_task_are_its_packed_documents(tokenizer, tmp_path):
+def test_rows_of_a_task_are_its_packed_documents(tasks, tokenizer, tmp_path):
     write_files(tmp_path, files=3, documents_each=5)
     name = tasks.add_task(f"files:{tmp_path}/*", tokenizer)
     dataset = tasks.seqio.TaskRegistry.get(name).get_dataset(
