@@ -229,6 +229,19 @@ def test_seqio_yields_what_the_reader_yields(tasks, tokenizer, tmp_path):
         assert list(records.met) == bad and len(bad) > 10
 
 
+@pytest.mark.parametrize("kind", ["files", "lines"])
+def test_files_of_a_store_hold_what_local_files_hold(kind, tmp_path):
+    """TensorFlow reads a URL, here one of the disk."""
+    write_files(tmp_path, files=3, documents_each=5)
+    local, url = f"{kind}:{tmp_path}/*", f"{kind}:file://{tmp_path}/*"
+    for here, there in zip(reader.texts(local), reader.texts(url), strict=True):
+        assert there == here._replace(file=f"file://{here.file}")
+    assert reader.num_bytes(url) == reader.num_bytes(local)
+    assert reader.fingerprint(url) == reader.fingerprint(local)
+    with pytest.raises(UserError, match="file:///none; No such file"):
+        list(reader.texts_of_file(url, "file:///none"))
+
+
 def test_registration_is_idempotent_and_new_files_are_seen(tasks, tokenizer, tmp_path):
     write_files(tmp_path, files=1, documents_each=2)
     source = f"files:{tmp_path}/*"
