@@ -124,7 +124,8 @@ def test_training_loads_no_tensorflow():
     not do.
     """
     code = (
-        "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate, latent_delib.prepare;"
+        "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate;"
+        "import latent_delib.prepare;"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'tensorflow', 'seqio', 'tensorflow_datasets', 'transformers'}))"
     )
@@ -133,6 +134,9 @@ def test_training_loads_no_tensorflow():
 
 
 def test_data_alone_loads_no_jax():
-    code = "import sys, latent_delib.data.token_files, latent_delib.data.batches; print('jax' in sys.modules)"
+    code = (
+        "import sys, latent_delib.data.token_files, latent_delib.data.batches;"
+        "print('jax' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr

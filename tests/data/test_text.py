@@ -22,7 +22,8 @@ from latent_delib.errors import UserError
 from latent_delib.machine import progress
 
 BOS, PAD, T = 2, 0, 16
-WORDS = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night".split()
+TEXT = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,8 @@ from ml_collections import ConfigDict
 from latent_delib.data import batches
 flags.FLAGS(["test"])
 data, digest = ConfigDict({data.to_dict()!r}), hashlib.sha256()
-for batch in itertools.islice(batches.Training(data, {tokenizer!r}).batches(batch_size=4, seed=0), 100):
+found = batches.Training(data, {tokenizer!r}).batches(batch_size=4, seed=0)
+for batch in itertools.islice(found, 100):
     digest.update(batch["tokens"])
 print(digest.hexdigest())
 """

@@ -539,8 +539,9 @@ def test_json_through_the_reader_and_prepare(every, tmp_path):
 
 def test_a_sentencepiece_model_needs_no_other_library(sentencepiece_path):
     code = (
-        f"import sys; from latent_delib.data.tokenizer import Tokenizer; Tokenizer({str(sentencepiece_path)!r});"
-        "import latent_delib.weights.gguf_vocabulary; print({'tokenizers', 'jax', 'google'} & set(sys.modules))"
+        "import sys; from latent_delib.data.tokenizer import Tokenizer;"
+        f"Tokenizer({str(sentencepiece_path)!r}); import latent_delib.weights.gguf_vocabulary;"
+        "print({'tokenizers', 'jax', 'google'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
