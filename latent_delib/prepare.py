@@ -2,9 +2,9 @@
 
   python -m latent_delib.prepare --config=configs/X.py --out=DIR [--config.key=value ...]
 
-One pass over each source of `config.data.sources` and `config.data.validation`, through the seqio
-tasks that training from text uses too. Training and evaluation then read DIR, named in
-`config.data.token_files`, without TensorFlow.
+One pass over each source of `config.data.sources` and `config.data.validation`, by the reader that
+training from text uses too. Training and evaluation then read DIR, named in
+`config.data.token_files`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latent_delib.data import token_files
+from latent_delib.data import text, token_files
 from latent_delib.data.rows import BadRecords
 from latent_delib.data.sources import check_files
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
@@ -29,8 +29,7 @@ COUNTS = ("documents", "tokens", "rows", "skipped")  # of a source, printed at t
 
 
 def prepare(config: Any, out: str) -> dict:
-    """Writes the token files of `config.data`; returns their meta.json. Does nothing where they are
-    there already.
+    """Writes the token files of `config.data`, unless they are there; returns their meta.json.
 
     Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.Training`
     says which.
@@ -46,10 +45,8 @@ def prepare(config: Any, out: str) -> dict:
     data = config.data
     out = out.rstrip("/")
     check_files([*data.sources, *data.validation])
-    from latent_delib.data import tasks  # imports TensorFlow, which takes its time
-
     tokenizer_path = str(tokenizer_path_of(config))
-    meta = _describe(data, tokenizer_path, tasks)
+    meta = _describe(data, tokenizer_path)
     found = token_files.read_meta(out)
     if found:
         difference = _difference(found, meta)
@@ -58,13 +55,14 @@ def prepare(config: Any, out: str) -> dict:
         print(f"{out} is already prepared from this config")
         if any("works" not in entry for entry in found["validation"]):
             print(
-                f"{out} is of an older version and does not say which work a document is of; another --out would"
+                f"{out} is of an older version and does not say which work a document is of; "
+                "another --out would"
             )
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"--out={out} exists and holds no finished token files: name another")
     bad = BadRecords(data.max_bad_records)
-    tasks.check_sources([*data.sources, *data.validation], tokenizer_path, bad)
+    text.check_sources([*data.sources, *data.validation], tokenizer_path, bad)
 
     # A store renames nothing: there meta.json alone marks a folder as finished.
     whole = contextlib.nullcontext(out) if "://" in out else files.whole(Path(out))
@@ -73,8 +71,8 @@ def prepare(config: Any, out: str) -> dict:
             for number, entry in enumerate(meta[split]):
                 source = entry["source"]
                 skipped_before = bad.met.total()
-                documents = tasks.documents(source, tokenizer_path, bad)
-                documents = _progress(source, documents, tasks.num_bytes(source))
+                documents = text.documents(source, tokenizer_path, bad)
+                documents = _progress(source, documents, text.num_bytes(source))
                 entry |= _write_source(str(directory), split, number, documents, meta)
                 entry["skipped"] = bad.met.total() - skipped_before
         token_files.write_meta(str(directory), meta)
@@ -84,12 +82,12 @@ def prepare(config: Any, out: str) -> dict:
     return meta
 
 
-def _describe(data: Any, tokenizer_path: str, tasks: Any) -> dict:
+def _describe(data: Any, tokenizer_path: str) -> dict:
     """Returns the meta.json of token files that are about to be written, without counts."""
     tokenizer = Tokenizer(tokenizer_path)
 
     def described(sources: Any) -> list[dict]:
-        return [{"source": source, "text": tasks.source_fingerprint(source)} for source in sources]
+        return [{"source": source, "text": text.fingerprint(source)} for source in sources]
 
     return {
         "format": token_files.FORMAT,
@@ -122,9 +120,7 @@ def _difference(found: dict, meta: dict) -> str | None:
 
 
 def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[dict]:
-    """Yields the same documents, of `total` bytes of text in all; prints how many bytes are
-    done.
-    """
+    """Yields the same documents, of `total` bytes in all; prints how many bytes are done."""
     say = Progress(f"{source}: prepared", total, "bytes")
     done = 0
     for document in documents:
@@ -138,10 +134,10 @@ def _write_source(
 ) -> dict:
     """Writes one source; returns its counts."""
     if split == "train":
-        return token_files.write_train(directory, number, (d["tokens"] for d in documents), meta)
-    return token_files.write_validation(
-        directory, number, ((d["work"], d["tokens"]) for d in documents), meta
-    )
+        tokens = (document["tokens"] for document in documents)
+        return token_files.write_train(directory, number, tokens, meta)
+    named = ((document["work"], document["tokens"]) for document in documents)
+    return token_files.write_validation(directory, number, named, meta)
 
 
 def main(values: Any) -> None:

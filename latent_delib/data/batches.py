@@ -1,6 +1,4 @@
-"""Training batches and validation documents, from text through seqio or from prepared token
-files.
-"""
+"""Training batches and validation documents, from text or from token files."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,18 +11,8 @@ from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
 from latent_delib.errors import UserError
 
 
-def _route(data: Any) -> Any:
-    """Returns the module that reads `data`. Only the second one imports TensorFlow."""
-    if data.token_files:
-        from latent_delib.data import token_files as route
-    else:
-        from latent_delib.data import tasks as route
-    return route
-
-
 def check(data: Any, field: str) -> None:
-    """Checks the text that is about to be read, in a moment and without TensorFlow. A job asks this
-    once, at its start.
+    """Checks the text that is about to be read. A job asks this once, at its start.
 
     Args:
       data: config.data.
@@ -53,11 +41,14 @@ class Training:
 
     def __init__(self, data: Any, tokenizer_path: str):
         self.tokenizer_path = tokenizer_path
-        self.text = _route(data).Training(data, tokenizer_path)
+        if data.token_files:
+            from latent_delib.data import token_files as route
+        else:
+            from latent_delib.data import tasks as route  # imports TensorFlow
+        self.text = route.Training(data, tokenizer_path)
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns what training reads: name -> SHA-256 of a part of it, the same wherever the files
-        lie.
+        """Returns what training reads: the name of a part -> its SHA-256, wherever the files lie.
 
         Of token files it covers meta.json, which holds a digest of the tokens of each source (in
         format 1 their numbers alone), and the version of the order in which rows are read. A file
@@ -69,9 +60,8 @@ class Training:
         Raises:
           UserError: text that is missing or cannot be read.
         """
-        return {
-            "tokenizer": fingerprint_of_tokenizer(self.tokenizer_path)
-        } | self.text.fingerprint()
+        tokenizer = fingerprint_of_tokenizer(self.tokenizer_path)
+        return {"tokenizer": tokenizer} | self.text.fingerprint()
 
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray | None = None, start_step: int = 0
@@ -96,8 +86,7 @@ class Training:
 
         Yields:
           {"tokens": int32 [b, T], "segment": int32 [b, T]} with T = data.seq_len. segment numbers
-            the BOS-led pieces of
-          a row from 1 and is 0 on padding.
+            the BOS-led pieces of a row from 1 and is 0 on padding.
 
         Raises:
           UserError: before the first batch, sources are missing, empty or do not fit `data`; later,
@@ -116,19 +105,22 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document
     Raises:
       UserError: before the first document, sources are missing or empty.
     """
-    return _route(data).validation_documents(data, tokenizer_path=tokenizer_path)
+    if data.token_files:
+        from latent_delib.data import token_files as route
+    else:
+        from latent_delib.data import text as route
+    return route.validation_documents(data, tokenizer_path=tokenizer_path)
 
 
 def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:
-    """Raises UserError, naming every part that differs, unless both are of the same data in the
-    same order.
-    """
+    """Raises UserError, naming the parts that differ, unless both are of the same data."""
     from_token_files = "token_files/meta.json" in stored.keys() & found.keys()
     if from_token_files and stored.get("order") != found["order"]:
         raise UserError(
-            "config.data.token_files: the checkpoint was trained by an older version, which read the rows in another "
-            "order: it can still be evaluated and generated from; to train it on, use the version that started it, "
-            "or begin with its weights (method.start) in a new --workdir"
+            "config.data.token_files: the checkpoint was trained by an older version, which read "
+            "the rows in another order: it can still be evaluated and generated from; to train it "
+            "on, use the version that started it, or begin with its weights (method.start) in a "
+            "new --workdir"
         )
     changed = [name for name in stored.keys() & found.keys() if stored[name] != found[name]]
     gone = stored.keys() - found.keys()

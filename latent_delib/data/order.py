@@ -54,8 +54,9 @@ def permute(index: np.ndarray, size: int, *key: Any) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, half: np.uint64, key: np.ndarray) -> np.ndarray:
-    """Scrambles numbers of 2 x `half` bits, one to one: a round changes one half by a function of
-    the other.
+    """Scrambles numbers of 2 x `half` bits, one to one.
+
+    A round changes one half by a function of the other.
     """
     low = (np.uint64(1) << half) - np.uint64(1)
     left = x >> half
@@ -67,8 +68,12 @@ def _feistel(x: np.ndarray, half: np.uint64, key: np.ndarray) -> np.ndarray:
 
 
 def shares(weights: Iterable[float]) -> np.ndarray:
-    """Returns how many rows of a block each source has, by largest remainders: int64 [sources],
-    whose sum is BLOCK.
+    """Returns how many rows of a block each source has: int64 [sources], whose sum is BLOCK.
+
+    They are rounded by largest remainders.
+
+    Raises:
+      UserError: a source has none.
     """
     weights = [float(weight) for weight in weights]
     exact = np.array(weights) / sum(weights) * BLOCK
@@ -77,8 +82,8 @@ def shares(weights: Iterable[float]) -> np.ndarray:
     share[largest_first[: BLOCK - share.sum()]] += 1
     if not share.all():
         raise UserError(
-            f"config.data.weights={tuple(weights)}: a source of less than 1/{BLOCK} would never be read; "
-            f"of {BLOCK} rows they would have {share.tolist()}"
+            f"config.data.weights={tuple(weights)}: a source of less than 1/{BLOCK} would never be "
+            f"read; of {BLOCK} rows they would have {share.tolist()}"
         )
     return share
 
@@ -101,8 +106,9 @@ class Order:
         self.rows = rows
 
     def __call__(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (source, row of that source), each int64 [stop - start], of the rows start ...
-        stop - 1.
+        """Returns (source, row of that source) of the rows start ... stop - 1.
+
+        Each is int64 [stop - start].
         """
         first = start // BLOCK
         sources, counts = [], []
@@ -121,9 +127,7 @@ class Order:
         return source, row
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (source, number of rows of that source before it), each int64 [BLOCK], of the
-        rows of a block.
-        """
+        """Returns (source, rows of that source before it) of a block's rows, each int64 [BLOCK]."""
         in_order = np.repeat(np.arange(len(self.share)), self.share)
         source = in_order[permute(np.arange(BLOCK), BLOCK, self.seed, 0, block)]
         count = np.empty_like(source)

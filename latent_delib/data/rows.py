@@ -7,6 +7,9 @@ padding.
 """
 
 import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +19,7 @@ from latent_delib.errors import UserError
 
 
 def check_data(data: Any) -> None:
-    """Raises UserError unless the `data` config names a possible mixture; looks at no file, imports
-    no TensorFlow.
-    """
+    """Raises UserError unless the `data` config names a possible mixture. Looks at no file."""
     sources, validation, weights = list(data.sources), list(data.validation), list(data.weights)
     for source in [*sources, *validation]:
         if not isinstance(source, str):
@@ -55,10 +56,10 @@ def check_data(data: Any) -> None:
 class Document(NamedTuple):
     """Holds a document of a validation source.
 
-    source: as the config names it. work: the file that the document is a part of, by the shortest
-    path that tells it from the source's other files; ""
-      where each document is a work of its own, as a line or a record is; None where that is not
-      known.
+    source: as the config names it.
+    work: the file that the document is a part of, by the shortest path that tells it from the
+      source's other files. "" where each document is a work of its own, as a line or a record is.
+      None where that is not known.
     tokens: int32 [n], without BOS.
     """
 
@@ -78,8 +79,7 @@ class BadRecords:
         self.met: collections.Counter[str] = collections.Counter()
 
     def __call__(self, record: str) -> None:
-        """Skips `record`, "FILE: which one: what is wrong with it". Prints the first few, and then
-        ever fewer.
+        """Skips `record`, "FILE: which one: what is wrong". Prints the first few, then ever fewer.
 
         Raises:
           UserError: it is one more than the limit.
@@ -88,7 +88,8 @@ class BadRecords:
         number = len(self.met) + 1
         if is_new and number > self.limit:
             raise UserError(
-                f"config.data: {record} (bad record number {number}, config.data.max_bad_records is {self.limit})"
+                f"config.data: {record} (bad record number {number}, "
+                f"config.data.max_bad_records is {self.limit})"
             )
         is_power_of_two = number & (number - 1) == 0
         if is_new and (number <= 8 or is_power_of_two):
@@ -96,21 +97,19 @@ class BadRecords:
         self.met[record] += 1
 
 
-def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, bytes]:
-    """Returns the tokens of a document, int32 [n] without BOS, and the reason why it is unusable:
-    empty as a rule.
-    """
+def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, str]:
+    """Returns the tokens of a document, int32 [n] without BOS, and why it is bad: "" as a rule."""
     nothing = np.empty(0, np.int32)
     try:
         decoded = text.decode()
     except UnicodeDecodeError:
-        return nothing, b"not UTF-8 text"
+        return nothing, "not UTF-8 text"
     if "\0" in decoded:
-        return nothing, b"holds NUL characters, is it UTF-16? convert the file to UTF-8"
+        return nothing, "holds NUL characters, is it UTF-16? convert the file to UTF-8"
     tokens = np.array(tokenizer.encode(decoded), np.int32)
     if ((tokens == tokenizer.bos_id) | (tokens == tokenizer.pad_id)).any():
-        return nothing, b"the tokenizer makes BOS or padding of its text"
-    return tokens, b""
+        return nothing, "the tokenizer makes BOS or padding of its text"
+    return tokens, ""
 
 
 def pack(
@@ -138,20 +137,40 @@ def pack(
 
 
 def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
-    """Returns the number, from 1 in each row, of the BOS-led piece of each token; 0 on padding.
-    int32 [B, T].
-    """
-    return np.where(tokens_BT == pad_id, 0, np.cumsum(tokens_BT == bos_id, axis=-1)).astype(
-        np.int32
-    )
+    """Returns the number of each token's BOS-led piece, int32 [B, T]: from 1, 0 on padding."""
+    pieces_BT = np.cumsum(tokens_BT == bos_id, axis=-1)
+    return np.where(tokens_BT == pad_id, 0, pieces_BT).astype(np.int32)
 
 
 def cut_pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]:
-    """Cuts a document int32 [n] into pieces of BOS and at most `length` - 1 tokens, each token in
-    one piece.
-    """
+    """Cuts a document, int32 [n], into pieces of BOS and at most `length` - 1 tokens."""
     found = []
     for start in range(0, len(tokens), length - 1):
         part = tokens[start : start + length - 1]
         found.append(np.concatenate([[bos_id], part]).astype(np.int32))
     return found
+
+
+def grouped(items: Iterable, size: int) -> Iterator[list]:
+    """Yields the items in lists of `size`, the last one shorter."""
+    items = iter(items)
+    yield from iter(lambda: list(itertools.islice(items, size)), [])
+
+
+def ahead(function: Callable, items: Iterable, threads: int, count: int) -> Iterator:
+    """Yields function(item) of each item, in order.
+
+    Threads work on the next `count` items meanwhile.
+    """
+    items = iter(items)
+    pool = ThreadPoolExecutor(threads)
+    pending = collections.deque()
+    try:
+        for item in itertools.islice(items, count):
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
+            for item in itertools.islice(items, 1):
+                pending.append(pool.submit(function, item))
+    finally:
+        pool.shutdown(cancel_futures=True)

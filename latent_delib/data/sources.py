@@ -1,10 +1,9 @@
-"""Source strings, which name text: their forms, and the local files that they mean. Needs no
-TensorFlow.
+"""Source strings, which name text: their forms, and the local files that they mean.
 
 packaged/train, packaged/validation   the text in data/corpus
-files:GLOB                            files of documents, separated by lines that hold only a form feed
+files:GLOB                            files of documents; a line of a form feed alone parts two
 lines:GLOB                            files with a document on each line
-tfds:NAME:SPLIT:FEATURE               a prepared TFDS dataset in $TFDS_DATA_DIR; never downloaded
+tfds:NAME:SPLIT:FEATURE               a TFDS dataset in $TFDS_DATA_DIR; nothing is downloaded
 """
 
 import glob
@@ -57,17 +56,17 @@ def parse(source: str) -> Files | Tfds:
 
 
 def local_files(pattern: str) -> list[str]:
-    """Finds local files and folders: the one of exactly this name, otherwise all that the pattern
-    matches.
-    """
+    """Finds local files and folders: the one of this name, else all that the pattern matches."""
     if os.path.exists(pattern):
         return [pattern]
     return glob.glob(pattern, include_hidden=True)
 
 
 def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], bool]) -> list[str]:
-    """Returns the files among the matches of a source's pattern, sorted. Raises UserError where
-    there are none.
+    """Returns the files among the matches of a source's pattern, sorted.
+
+    Raises:
+      UserError: there are none.
     """
     found = sorted(found)
     files = [path for path in found if not is_folder(path)]
@@ -77,7 +76,8 @@ def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], boo
     if found:
         folder = found[0].rstrip("/")
         raise UserError(
-            f"config.data: source {source!r}: {folder} is a folder, did you mean {kind}:{folder}/*.txt?"
+            f"config.data: source {source!r}: {folder} is a folder, "
+            f"did you mean {kind}:{folder}/*.txt?"
         )
     raise UserError(f"config.data: source {source!r}: no file matches {pattern!r}")
 
@@ -88,9 +88,7 @@ def common_folder(paths: Iterable[str]) -> str:
 
 
 def check_files(sources: Iterable[str]) -> None:
-    """Raises UserError unless each source has a known form and its local files are there. Looks at
-    no others.
-    """
+    """Raises UserError unless each source has a known form, and its local files are there."""
     for source in sources:
         meant = parse(source)
         if isinstance(meant, Files) and "://" not in meant.pattern:

@@ -1,79 +1,35 @@
-"""seqio tasks and mixtures of text sources, and what training and evaluation read from them (see
-sources.py).
+"""seqio tasks and mixtures of text sources, and the training batches that come through them.
 
-Importing this module imports TensorFlow, so it is itself imported only where text is read.
+Importing this module imports TensorFlow, so it is itself imported only where training reads text.
 """
 
-import contextlib
+import errno
 import functools
 import hashlib
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from latent_delib.data.rows import BadRecords, Document, encode, pack, segments
-from latent_delib.data.sources import Tfds, common_folder, local_files, only_files, parse
+from latent_delib.data import text
+from latent_delib.data.rows import BadRecords, grouped, pack, segments
+from latent_delib.data.sources import Tfds, parse
+from latent_delib.data.stores import builder, quiet, tf
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
-from latent_delib.errors import UserError, store_error
+from latent_delib.errors import Outage, UserError
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops what TensorFlow prints to stderr from C++ at its import, which no log level turns
-    off.
-    """
-    kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-with _quiet():
+with quiet():
     import seqio
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    tf.config.set_visible_devices([], "GPU")  # the accelerator's memory is JAX's
 
 SPLIT = "train"  # the one split of every task: the source string says what is read
 SHUFFLE_DOCUMENTS = SHUFFLE_ROWS = 1000
-_END = 1 << 16  # bytes
-_LOST = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError, tf.errors.DataLossError)
-_LOST += (tf.errors.UnimplementedError,)  # a kind of store that TensorFlow does not know
-
-
-@contextlib.contextmanager
-def reading(sources: Iterable[str]) -> Iterator[None]:
-    """Raises UserError for a file that is lost, OSError where a store or disk fails; other faults
-    are the program's.
-    """
-    try:
-        yield
-    except tf.errors.OpError as error:
-        read = ", ".join(map(repr, sources))
-        if not isinstance(error, _LOST):
-            raise store_error(error, read) or error from None
-        # The message names the file and the cause among parts of the pipeline.
-        cause = error.message.partition("\n")[0].partition(" [Op:")[0]
-        cause = re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
-        raise UserError(f"config.data: reading {read}: {cause}") from None
+_BLOCK = 256  # texts that TensorFlow takes from the reader at once
 
 
 class _ShuffleDocuments:
-    """Shuffles documents as well as files, differently in each epoch, before seqio repeats the
-    source.
-    """
+    """Shuffles documents as well as files, anew in each epoch, before seqio repeats the source."""
 
     shuffle_files = True
 
@@ -83,107 +39,65 @@ class _ShuffleDocuments:
 
 
 class _Files(_ShuffleDocuments, seqio.FileDataSource):
-    pass
+    def list_shards(self, split):
+        return self._split_to_filepattern[split]  # names, though they may look like patterns
 
 
 class _Tfds(_ShuffleDocuments, seqio.TfdsDataSource):
-    pass
+    def get_dataset(self, *arguments, **named):
+        records = super().get_dataset(*arguments, **named)
+        return records.map(lambda record: text.Text(record[self.feature])._asdict())
 
 
-def _numbered(texts: tf.data.Dataset, path: tf.Tensor) -> tf.data.Dataset:
-    """Gives the texts of a file their numbers there, from 1, and drops the mark that may begin a
-    UTF-8 file.
-    """
-
-    def record(number: tf.Tensor, text: tf.Tensor) -> dict[str, tf.Tensor]:
-        unmarked = tf.strings.regex_replace(text, r"\A\x{FEFF}[\r\n]*", "")
-        return {"text": tf.where(number == 1, unmarked, text), "file": path, "number": number}
-
-    return texts.enumerate(1).map(record)
+def _blocks(source: str, path: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the contents and the numbers of the texts of a file, many at once."""
+    texts = text.texts_of_file(source, path.decode())
+    for block in grouped(texts, _BLOCK):
+        contents = np.array([found.content for found in block], object)
+        yield contents, np.array([found.number for found in block])
 
 
-def _documents_of_file(path: tf.Tensor) -> tf.data.Dataset:
-    text = tf.strings.join(["\n", tf.io.read_file(path), "\n"])
-    text = tf.strings.regex_replace(text, r"(\r?\n\f)+\r?\n", "\n\f\n")
-    text = tf.strings.regex_replace(tf.strings.split(text, "\n\f\n"), r"\A[\r\n]+|[\r\n]+\z", "")
-    return _numbered(tf.data.Dataset.from_tensor_slices(text), path)
+def _texts_of_file(path: tf.Tensor, source: str) -> tf.data.Dataset:
+    """Makes a dataset of the texts of a file, as `text.Text`."""
+    blocks = functools.partial(_blocks, source)
+    signature = (tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64))
+    texts = tf.data.Dataset.from_generator(blocks, args=[path], output_signature=signature)
+    texts = texts.unbatch()
+    return texts.map(lambda content, number: text.Text(content, path, number)._asdict())
 
 
-def _lines_of_file(path: tf.Tensor) -> tf.data.Dataset:
-    return _numbered(tf.data.TextLineDataset(path), path)
-
-
-def _data_source(source: str) -> tuple[seqio.DataSource, str]:
-    """Returns the seqio source that a source string means, and the feature that holds its text."""
+def _data_source(source: str) -> seqio.DataSource:
+    """Returns the seqio source that a source string means."""
     meant = parse(source)
-    if isinstance(meant, Tfds):
-        return _tfds_source(source, *meant), meant.feature
-    if "://" in meant.pattern:
-        with reading([source]):
-            found = tf.io.gfile.glob(meant.pattern)
-    else:
-        found = local_files(meant.pattern)
-    files = only_files(source, found, tf.io.gfile.isdir)
-    read = _documents_of_file if meant.kind == "files" else _lines_of_file
-    return _Files(read, {SPLIT: files}), "text"
-
-
-def _tfds_source(source: str, name: str, split: str, feature: str) -> seqio.DataSource:
-    folder = os.environ.get("TFDS_DATA_DIR", tfds.core.constants.DATA_DIR)
-    try:  # from files only: the general tfds.builder asks the network for datasets it knows
-        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError):
-        raise UserError(
-            f"config.data: source {source!r}: no dataset {name!r} in {folder} (TFDS_DATA_DIR)"
-        ) from None
-    features = builder.info.features
-    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
-    for kind, found, known in (
-        ("split", split.partition("[")[0], builder.info.splits),
-        ("text", feature, texts),
-    ):
-        if found not in known:
-            raise UserError(
-                f"config.data: source {source!r}: no {kind} {found!r}, {name} has {', '.join(known)}"
-            )
-    provider = _Tfds(tfds_data_dir=str(builder.data_dir), splits={SPLIT: split}, read_only=True)
-    # such a dataset refuses to be read out of order
-    provider.shuffle_files = not builder.info.disable_shuffling
+    if not isinstance(meant, Tfds):
+        read = functools.partial(_texts_of_file, source=source)
+        files = {SPLIT: text.files_of(source)}
+        return _Files(read, files, cycle_length=text.CYCLE, block_length=text.BLOCK)
+    stored = builder(meant)
+    folder = str(stored.data_dir)
+    provider = _Tfds(tfds_data_dir=folder, splits={SPLIT: meant.split}, read_only=True)
+    provider.feature = meant.feature
+    # Such a dataset refuses to be read out of order.
+    provider.shuffle_files = not stored.info.disable_shuffling
     return provider
 
 
-def _files_of(source: str) -> list[str]:
-    return _data_source(source)[0].list_shards(SPLIT)
-
-
-def _tokenize(
-    dataset: tf.data.Dataset, source: str, feature: str, tokenizer: Tokenizer
-) -> tf.data.Dataset:
-    """Tokenizes texts into {"tokens": without BOS, "bytes": size of the text, "file", "bad": what
-    is wrong, or empty}.
+def _tokenize(dataset: tf.data.Dataset, source: str, tokenizer: Tokenizer) -> tf.data.Dataset:
+    """Tokenizes texts into {"tokens": int32 [n] without BOS, "bad": what is wrong, or empty}.
 
     Texts without a token are left out. Bad ones stay, without tokens, to be counted by the reader.
     """
 
-    def numpy_tokenize(text: bytes, file: bytes, number: int) -> tuple[np.ndarray, int, bytes]:
-        tokens, fault = encode(text, tokenizer)
-        if not fault:
-            return tokens, len(text), b""
-        if file:
-            unit = b"line" if source.startswith("lines:") else b"document"
-            where = b"%s: %s %d" % (file, unit, number)
-        else:  # a record of TFDS has no number: the beginning of its text names it
-            where = b"%s: text %a" % (source.encode(), text[:60])
-        return tokens, len(text), b"%s: %s" % (where, fault)
+    def numpy_tokenize(content: bytes, file: bytes, number: int) -> tuple[np.ndarray, bytes]:
+        found = text.Text(content, file.decode(), number)
+        tokens, fault = text.tokens_of(source, found, tokenizer)
+        return tokens, fault.encode(errors="backslashreplace")
 
     def tokenize(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        file = example.get("file", tf.constant(""))
-        texts = [example[feature], file, example.get("number", tf.constant(0))]
-        types = [tf.int32, tf.int64, tf.string]
-        tokens, size, bad = tf.numpy_function(numpy_tokenize, texts, types, stateful=False)
-        tokens = tf.ensure_shape(tokens, [None])
-        bad = tf.ensure_shape(bad, [])
-        return {"tokens": tokens, "bytes": size, "file": file, "bad": bad}
+        arguments = text.Text(**example)
+        types = [tf.int32, tf.string]
+        tokens, bad = tf.numpy_function(numpy_tokenize, arguments, types, stateful=False)
+        return {"tokens": tf.ensure_shape(tokens, [None]), "bad": tf.ensure_shape(bad, [])}
 
     def is_something(example: dict[str, tf.Tensor]) -> tf.Tensor:
         return (tf.size(example["tokens"]) > 0) | (example["bad"] != "")
@@ -194,8 +108,7 @@ def _tokenize(
 def _pack(
     dataset: tf.data.Dataset, tokenizer: Tokenizer, sequence_length: Any = None
 ) -> tf.data.Dataset:
-    """Packs documents into rows of sequence_length["tokens"] tokens (see rows.py); without a
-    length, changes nothing.
+    """Packs documents into rows of sequence_length["tokens"] tokens; changes nothing without it.
 
     The "bad" of a row are the lines of the bad documents met since the rows before it.
     """
@@ -222,8 +135,7 @@ def _pack(
         }
 
     nothing = {"tokens": tf.zeros([0], tf.int32), "bad": tf.constant("")}
-    documents = dataset.map(lambda example: {key: example[key] for key in nothing})
-    documents = documents.concatenate(tf.data.Dataset.from_tensors(nothing))
+    documents = dataset.concatenate(tf.data.Dataset.from_tensors(nothing))
     return documents.scan((nothing["tokens"], nothing["bad"]), step).unbatch()
 
 
@@ -236,16 +148,15 @@ def _name(text: str, *identity: Any) -> str:
 def add_task(source: str, tokenizer_path: str, number: int = 0) -> str:
     """Registers the seqio task of a source, unless it is there already, and returns its name.
 
-    Asked for with sequence_length={"tokens": T}, its dataset holds packed rows {"tokens": int32
-    [T], "bad": string}. Otherwise it holds whole documents {"tokens": int32 [n] without BOS, "bad":
-    string, "bytes": int64, "file": string}. "bad" says which documents are left out and why; it is
-    empty as a rule.
+    With sequence_length={"tokens": T} its dataset holds packed rows {"tokens": int32 [T], "bad":
+    string}. Otherwise it holds documents {"tokens": int32 [n] without BOS, "bad": string}. "bad"
+    says which documents are left out and why. It is empty as a rule.
     """
-    provider, feature = _data_source(source)
+    provider = _data_source(source)
     name = _name(f"{number:03} {source}", fingerprint(tokenizer_path), provider.list_shards(SPLIT))
     if name not in seqio.TaskRegistry.names():
         tokenizer = Tokenizer(tokenizer_path)
-        tokenize = functools.partial(_tokenize, source=source, feature=feature, tokenizer=tokenizer)
+        tokenize = functools.partial(_tokenize, source=source, tokenizer=tokenizer)
         vocabulary = seqio.PassThroughVocabulary(tokenizer.vocab_size)  # the tokens are ids already
         seqio.TaskRegistry.add(
             name,
@@ -259,7 +170,7 @@ def add_task(source: str, tokenizer_path: str, number: int = 0) -> str:
 
 def add_mixture(sources: list[str], weights: list[float], tokenizer_path: str) -> str:
     """Registers the seqio mixture that draws rows of `sources` by `weights`; returns its name."""
-    # seqio mixes in the order of the tasks' names: numbers keep it the same wherever the files lie
+    # seqio mixes in the order of names: numbers keep it the same wherever the files lie.
     tasks = [add_task(source, tokenizer_path, number) for number, source in enumerate(sources)]
     rates = list(zip(tasks, weights, strict=True))
     name = _name("mixture", rates)
@@ -270,87 +181,27 @@ def add_mixture(sources: list[str], weights: list[float], tokenizer_path: str) -
 
 def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
     """Yields the elements of a dataset. Raises UserError for a file that vanished or is damaged."""
-    with reading(sources):
-        yield from dataset.as_numpy_iterator()
+    try:
+        with text.reading(sources):
+            yield from dataset.as_numpy_iterator()
+    except tf.errors.OpError as error:  # TensorFlow keeps no more than a line of the reader's own
+        told = re.search(r"\b(UserError|Outage): (.*)", error.message)
+        if told is None:
+            raise
+        kind, line = told.groups()
+        if kind == "Outage":
+            raise Outage(errno.ECONNABORTED, line, ", ".join(sources)) from None
+        raise UserError(line) from None
 
 
 def _text(lines: bytes) -> str:
     return lines.decode(errors="backslashreplace")
 
 
-def documents(source: str, tokenizer_path: str, bad: BadRecords) -> Iterator[dict[str, Any]]:
-    """Yields every good document of a source once, in a fixed order. Raises UserError where there
-    is none.
-
-    Each is {"tokens": int32 [n] without BOS, "bytes": int, "work": str, as in `rows.Document`}.
-    """
-    task = seqio.TaskRegistry.get(add_task(source, tokenizer_path))
-    folder = common_folder(_files_of(source))
-    of_files = not source.startswith("lines:")  # a record of TFDS has no file
-    empty = True
-    for document in _elements(task.get_dataset(None, SPLIT, shuffle=False), [source]):
-        fault = document.pop("bad")
-        file = _text(document.pop("file"))
-        if fault:
-            bad(_text(fault))
-            continue
-        empty = False
-        yield document | {"work": file.removeprefix(f"{folder}/") if of_files else ""}
-    if empty:
-        raise UserError(f"config.data: source {source!r} holds no text")
-
-
-def check_sources(sources: Iterable[str], tokenizer_path: str, bad: BadRecords) -> None:
-    """Raises UserError unless each source can be read and holds text; reads up to the first good
-    document of each.
-    """
-    for source in sources:
-        next(documents(source, tokenizer_path, bad))
-
-
-def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
-    """Returns `batches.validation_documents` of text."""
-    bad = BadRecords(data.max_bad_records)
-    check_sources(data.validation, tokenizer_path, bad)
-
-    def found() -> Iterator[Document]:
-        for source in data.validation:
-            for document in documents(source, tokenizer_path, bad):
-                yield Document(source, document["work"], document["tokens"])
-
-    return found()
-
-
-def num_bytes(source: str) -> int:
-    """Returns the size of the files of a source, which a progress line counts towards."""
-    return sum(tf.io.gfile.stat(path).length for path in _files_of(source))
-
-
-def _fingerprint_of_file(path: str) -> tuple[int, str]:
-    """Returns the size of a file, and a digest of its first and last 64 KiB."""
-    with tf.io.gfile.GFile(path, "rb") as file:
-        size = file.size()
-        first = file.read(_END)
-        file.seek(max(0, size - _END))
-        return size, hashlib.sha256(first + file.read(_END)).hexdigest()
-
-
-def source_fingerprint(source: str) -> str:
-    """Returns a digest of a source's files, wherever they lie."""
-    paths = sorted(_files_of(source))
-    folder = common_folder(paths)
-    kind = source[:5] if source.startswith(("files:", "lines:")) else source
-    with reading([source]), ThreadPoolExecutor(32) as pool:
-        found = list(pool.map(_fingerprint_of_file, paths))
-    files = [
-        (path.removeprefix(folder), *of_file) for path, of_file in zip(paths, found, strict=True)
-    ]
-    return hashlib.sha256(repr((kind, files)).encode()).hexdigest()
-
-
 class Training(NamedTuple):
-    """Serves `batches.Training` from text: every process runs the whole pipeline and keeps its
-    rows.
+    """Serves `batches.Training` from text.
+
+    Every process runs the whole pipeline and keeps its rows.
     """
 
     data: Any
@@ -359,8 +210,7 @@ class Training(NamedTuple):
     def fingerprint(self) -> dict[str, str]:
         """Returns a digest of each source."""
         return {
-            f"sources[{i}]": source_fingerprint(source)
-            for i, source in enumerate(self.data.sources)
+            f"sources[{i}]": text.fingerprint(source) for i, source in enumerate(self.data.sources)
         }
 
     def batches(
@@ -373,8 +223,8 @@ class Training(NamedTuple):
         mixture = seqio.MixtureRegistry.get(
             add_mixture(list(data.sources), list(data.weights), self.tokenizer_path)
         )
-        # an endless repetition of nothing would never return
-        check_sources(data.sources, self.tokenizer_path, bad)
+        # An endless repetition of nothing would never return.
+        text.check_sources(data.sources, self.tokenizer_path, bad)
         dataset = mixture.get_dataset(
             {"tokens": data.seq_len},
             SPLIT,

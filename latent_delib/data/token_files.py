@@ -3,9 +3,10 @@
     OUT/train/<i>/tokens         [rows, seq_len], the packed rows of source i
     OUT/validation/<i>/tokens    [N], the documents of source i one after the other, without BOS
     OUT/validation/<i>/offsets   int64 [documents + 1], where each begins
-    OUT/validation/<i>/work      int64 [documents], the work that each is a part of: a number in meta.json's "works" of
-                                 source i, or -1, where each document is a work of its own
-    OUT/meta.json                written last: without it OUT is unfinished; holds a digest of each source's tokens
+    OUT/validation/<i>/work      int64 [documents], the work that each is a part of: a number in
+                                 meta.json's "works" of source i, or -1 where it is its own work
+    OUT/meta.json                written last: without it OUT is unfinished; holds a digest of each
+                                 source's tokens
 
 The arrays are zarr3, uint16 where the vocabulary fits and int32 elsewhere, on a local disk or
 gs://. Rows lie in small uncompressed chunks of large files, so a row anywhere costs a read of a few
@@ -13,7 +14,6 @@ kilobytes. Each chunk has a checksum. Older formats are read too: format 1 had n
 format 2 no works.
 """
 
-import collections
 import contextlib
 import functools
 import hashlib
@@ -21,27 +21,24 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
 from latent_delib.data.order import VERSION, Order, shares
-from latent_delib.data.rows import BadRecords, Document, pack, segments
+from latent_delib.data.rows import BadRecords, Document, ahead, pack, segments
 from latent_delib.data.tokenizer import fingerprint
 from latent_delib.errors import UserError, reason, store_error
 
 FORMAT = 3
 KEYS = {"format", "seq_len", "tokenizer_sha256", "train", "validation"}  # of every meta.json
-# split -> the key of config.data that names its sources
-FIELDS = {"train": "sources", "validation": "validation"}
+FIELDS = {"train": "sources", "validation": "validation"}  # of config.data: the split's sources
 AGAIN = "copy the token files again, or prepare them again"
 _FILE = 1 << 22  # tokens
 _CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
-# how tensorstore's message begins: a wrong checksum, a cut-off file
-_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")
+_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")  # tensorstore's: a wrong checksum, a cut-off file
 _CACHE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
 
 
@@ -57,9 +54,7 @@ def _store(path: str) -> Any:
 
 @contextlib.contextmanager
 def _store_errors(path: str) -> Iterator[None]:
-    """Turns tensorstore's errors into an OSError where a store or disk fails, otherwise into a
-    UserError.
-    """
+    """Turns tensorstore's errors into OSError where a store or disk fails, else into UserError."""
     try:
         yield
     except ValueError as error:
@@ -80,9 +75,8 @@ def _folder(directory: str) -> ts.KvStore:
 def _open_array(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
     """Opens an array to read. Raises UserError where its shape is not that of meta.json."""
     spec = {"driver": "zarr3", "kvstore": _store(path), "fill_missing_data_reads": False}
-    array = _done(
-        ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False), path
-    )
+    opening = ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False)
+    array = _done(opening, path)
     if array.shape != shape:
         raise UserError(
             f"{path}: an array of shape {list(array.shape)}, meta.json says {list(shape)}; {AGAIN}"
@@ -170,8 +164,10 @@ def _write_array(
 
 
 def read_meta(directory: str) -> dict | None:
-    """Returns the content of meta.json; None where there is none. Raises UserError where it is
-    another program's.
+    """Returns the content of meta.json; None where there is none.
+
+    Raises:
+      UserError: it is damaged, or another program's.
     """
     found = _done(_folder(directory).read("meta.json"), directory)
     if found.state != "value":
@@ -201,9 +197,7 @@ def write_meta(directory: str, meta: dict) -> None:
 def write_train(
     directory: str, number: int, documents: Iterable[np.ndarray], meta: dict
 ) -> dict[str, Any]:
-    """Packs documents (int32 [n], without BOS) into the rows of source `number`; returns the
-    source's counts.
-    """
+    """Packs documents, int32 [n] without BOS, into rows of source `number`; returns its counts."""
     count = {"documents": 0, "tokens": 0}
     nothing = np.empty(0, np.int32)
     step = functools.partial(
@@ -229,9 +223,7 @@ def write_train(
 def write_validation(
     directory: str, number: int, documents: Iterable[tuple[str, np.ndarray]], meta: dict
 ) -> dict[str, Any]:
-    """Writes the documents of source `number` whole, (work, tokens) each as in `Document`; returns
-    its counts.
-    """
+    """Writes documents, (work, tokens) as in `Document`, of source `number`; returns its counts."""
     offsets = [0]
     work: list[int] = []
     numbers: dict[str, int] = {}  # of the works, in the order in which they come
@@ -259,8 +251,9 @@ def write_validation(
 
 
 class Stored(NamedTuple):
-    """Names a source as it is stored. name: SPLIT/NUMBER, its place in the folder. entry: its part
-    of meta.json.
+    """Names a source as it is stored.
+
+    name: SPLIT/NUMBER, its place in the folder. entry: its part of meta.json.
     """
 
     source: str
@@ -270,9 +263,7 @@ class Stored(NamedTuple):
 
 
 def _open(data: Any, tokenizer_path: str, split: str) -> tuple[dict, list[Stored]]:
-    """Checks that token files fit the config; returns their meta, and the sources of a split that
-    the config names.
-    """
+    """Checks that token files fit the config; returns their meta, and its sources of a split."""
     where = data.token_files.rstrip("/")
     meta = read_meta(where)
     if meta is None:
@@ -298,39 +289,25 @@ def _check_fits(meta: dict, where: str, seq_len: int, tokenizer_path: str) -> No
     """Raises UserError for token files of another format, row length or tokenizer."""
     if not 1 <= meta["format"] <= FORMAT:
         raise UserError(
-            f"config.data.token_files: {where} has format {meta['format']}, expected 1 to {FORMAT}; "
-            "prepare the token files with this version, or use a newer one"
+            f"config.data.token_files: {where} has format {meta['format']}, "
+            f"expected 1 to {FORMAT}; prepare the token files with this version, or use a newer one"
         )
     if meta["seq_len"] != seq_len:
         raise UserError(
-            f"config.data.token_files: {where} has rows of {meta['seq_len']} tokens, config.data.seq_len is "
-            f"{seq_len}; prepare token files of that length, or change it"
+            f"config.data.token_files: {where} has rows of {meta['seq_len']} tokens, "
+            f"config.data.seq_len is {seq_len}; prepare token files of that length, or change it"
         )
     found = fingerprint(tokenizer_path)
     if found != meta["tokenizer_sha256"]:
         raise UserError(
-            f"config.data.token_files: {where} was prepared with tokenizer sha256 {meta['tokenizer_sha256']}, "
-            f"{tokenizer_path} has {found}; use that one (config.decoder.tokenizer), or prepare with this one"
+            f"config.data.token_files: {where} was prepared with tokenizer sha256 "
+            f"{meta['tokenizer_sha256']}, {tokenizer_path} has {found}; "
+            "use that one (config.decoder.tokenizer), or prepare with this one"
         )
-
-
-def _ahead(function: Callable[[int], dict], start: int) -> Iterator[dict]:
-    """Yields function(start), function(start + 1), ... without end; a thread works on the next two
-    meanwhile.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        pending = collections.deque(
-            [pool.submit(function, start), pool.submit(function, start + 1)]
-        )
-        for step in itertools.count(start + 2):
-            yield pending.popleft().result()
-            pending.append(pool.submit(function, step))
 
 
 class Training:
-    """Serves `batches.Training` from token files: reads the wanted rows of each batch and no
-    others.
-    """
+    """Serves `batches.Training` from token files: reads the wanted rows of each batch alone."""
 
     def __init__(self, data: Any, tokenizer_path: str):
         self.data = data
@@ -358,14 +335,13 @@ class Training:
             reads = [arrays[source][row].read() for source, row in places]
             tokens = np.full([len(rows), data.seq_len], meta["pad_id"], np.int32)
             for i, (source, row) in enumerate(places):
-                found = _tokens(
-                    reads[i], f"{stored[source].path}: row {row}", meta["vocab_size"], bad
-                )
+                where = f"{stored[source].path}: row {row}"
+                found = _tokens(reads[i], where, meta["vocab_size"], bad)
                 if found is not None:
                     tokens[i] = found
             return {"tokens": tokens, "segment": segments(tokens, meta["bos_id"], meta["pad_id"])}
 
-        return _ahead(batch, start_step)
+        return ahead(batch, itertools.count(start_step), threads=1, count=2)
 
 
 def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
@@ -379,9 +355,8 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document
             offsets = _numbers(f"{path}/offsets", entry["documents"] + 1)
             works = _works(path, entry)
             for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
-                found = _tokens(
-                    tokens[begin:end].read(), f"{path}: document {i}", meta["vocab_size"], bad
-                )
+                where = f"{path}: document {i}"
+                found = _tokens(tokens[begin:end].read(), where, meta["vocab_size"], bad)
                 if found is not None:
                     yield Document(source, works[i], found)
 

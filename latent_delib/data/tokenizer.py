@@ -16,8 +16,7 @@ _SEPARATOR = "<|endoftext|>"  # between documents, where a vocabulary has no BOS
 
 
 def files(path: str | Path) -> list[Path]:
-    """Returns the files of a tokenizer: a SentencePiece model, or tokenizer.json and
-    tokenizer_config.json beside it.
+    """Returns the files of a tokenizer: a model, or tokenizer.json and tokenizer_config.json.
 
     Raises:
       UserError: one of them does not exist.
@@ -95,8 +94,10 @@ class Tokenizer:
         self.pad_id = required("padding", usable[0] if usable else None)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without BOS: the caller adds it at the start of a
-        document or prompt.
+        """Returns the token ids of a text, without BOS, which the caller adds where it belongs.
+
+        Raises:
+          UserError: `text` is no str, or not Unicode.
         """
         if not isinstance(text, str):
             raise UserError(f"text={reprlib.repr(text)}: expected a str")
@@ -109,9 +110,7 @@ class Tokenizer:
         return self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids. Control tokens, and ids beyond the vocabulary, leave no
-        trace.
-        """
+        """Returns the text of token ids. Control tokens, and ids too high, leave no trace."""
         found = arguments.token_ids("ids", ids)
         for token in found:
             if token < 0:
@@ -182,7 +181,7 @@ def _read_json(path: Path) -> _Model:
     eos_id = token_id("eos_token")
     pad_id = token_id("pad_token")
     unk = getattr(model.model, "unk_token", None)
-    # after `token_id`, which adds what the file does not mark
+    # After `token_id`, which adds what the file does not mark.
     added = model.get_added_tokens_decoder()
     return _Model(
         encode=lambda text: model.encode(text, add_special_tokens=False).ids,

@@ -13,7 +13,7 @@ import tensorstore
 from ml_collections import ConfigDict
 
 from latent_delib import prepare
-from latent_delib.data import batches, rows, token_files
+from latent_delib.data import batches, rows, text, token_files
 from latent_delib.errors import Outage, UserError
 
 T, PAD, CHUNK = 32, 0, 128  # rows of a chunk
@@ -198,22 +198,19 @@ def test_a_url_of_no_known_kind():
 
 
 def test_what_a_failed_read_of_text_is():
-    from latent_delib.data import tasks
+    from latent_delib.data.stores import tf
 
     def failed(kind):
-        with pytest.raises(Exception) as found, tasks.reading(["lines:gs://b/a"]):
+        with pytest.raises(Exception) as found, text.reading(["lines:gs://b/a"]):
             raise kind(None, None, "the cause [Op:ReadFile]")
         return found.value
 
-    assert isinstance(failed(tasks.tf.errors.UnavailableError), Outage)
-    assert isinstance(failed(tasks.tf.errors.DeadlineExceededError), Outage)
+    assert isinstance(failed(tf.errors.UnavailableError), Outage)
+    assert isinstance(failed(tf.errors.DeadlineExceededError), Outage)
     assert (
-        str(failed(tasks.tf.errors.NotFoundError))
-        == "config.data: reading 'lines:gs://b/a': the cause"
+        str(failed(tf.errors.NotFoundError)) == "config.data: reading 'lines:gs://b/a': the cause"
     )
-    assert isinstance(
-        failed(tasks.tf.errors.InvalidArgumentError), tasks.tf.errors.InvalidArgumentError
-    )
+    assert isinstance(failed(tf.errors.InvalidArgumentError), tf.errors.InvalidArgumentError)
 
 
 @pytest.fixture
@@ -280,25 +277,21 @@ def test_a_source_of_nothing_else_holds_no_text(tokenizer_path, tmp_path):
 
 @pytest.mark.parametrize("special", [2, PAD])
 def test_text_that_becomes_bos_or_padding_is_bad(special):
-    from latent_delib.data import tasks
+    def encode(text):
+        return [9, special if len(text) > 5 else 9]
 
-    tokenizer = types.SimpleNamespace(
-        bos_id=2, pad_id=PAD, encode=lambda text: [9, special if len(text) > 5 else 9]
-    )
-    dataset = tasks.tf.data.Dataset.from_tensor_slices({"text": ["short", "longer\n"]})
-    for source, where in {
-        "lines:x": "f: line 2",
-        "files:x": "f: document 2",
-        "tfds:x": "tfds:x: text b'longer\\n'",
-    }.items():
-        texts = (
-            dataset
-            if source == "tfds:x"
-            else tasks._numbered(dataset.map(lambda x: x["text"]), "f")
-        )
-        good, bad = tasks._tokenize(texts, source, "text", tokenizer).as_numpy_iterator()
-        assert good["tokens"].tolist() == [9, 9] and not good["bad"] and not len(bad["tokens"])
-        assert bad["bad"].decode() == f"{where}: the tokenizer makes BOS or padding of its text"
+    tokenizer = types.SimpleNamespace(bos_id=2, pad_id=PAD, encode=encode)
+    long = text.Text(b"longer\n", "f", 2)
+    for source, record, where in (
+        ("lines:x", long, "f: line 2"),
+        ("files:x", long, "f: document 2"),
+        ("tfds:x", text.Text(b"longer\n"), "tfds:x: text b'longer\\n'"),
+    ):
+        tokens, fault = text.tokens_of(source, text.Text(b"short"), tokenizer)
+        assert tokens.tolist() == [9, 9] and not fault
+        tokens, fault = text.tokens_of(source, record, tokenizer)
+        assert not len(tokens)
+        assert fault == f"{where}: the tokenizer makes BOS or padding of its text"
 
 
 def test_prepare_counts_what_it_skips(bad_text, tokenizer_path, tmp_path, capsys):
@@ -335,6 +328,22 @@ def test_text_that_vanishes_during_a_run_is_named(kind, tokenizer_path, tmp_path
         for _ in range(500):
             next(loader)
     assert str(error.value) == expected
+
+
+def test_a_store_that_fails_during_a_run_is_an_outage(tokenizer_path, tmp_path, monkeypatch):
+    """It is told through TensorFlow, which keeps no exception of the reader's."""
+    (tmp_path / "1").write_text("the cat sat on a mat\n" * 300)
+    data = make_data(f"lines:{tmp_path}/1")
+    loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=64, seed=0)
+    next(loader)
+
+    def fail(path):
+        raise TimeoutError(110, "Connection timed out", path)
+
+    monkeypatch.setattr(text, "_open", fail)
+    with pytest.raises(Outage, match="Connection timed out"):
+        for _ in range(500):
+            next(loader)
 
 
 def fingerprint(data, tokenizer_path):

@@ -1,5 +1,8 @@
 """Documents to rows, segments and pieces, against literal arrays and a plain definition."""
 
+import itertools
+import threading
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -128,3 +131,27 @@ def test_no_validation():
     rows.check_data(data)
     with pytest.raises(UserError, match=r"config\.data\.validation: empty"):
         check(data, "validation")
+
+
+def test_work_ahead_ends_with_its_user_and_hands_on_failures():
+    def function(step):
+        if step == 3:
+            raise OSError("gone")
+        return step
+
+    running = threading.active_count()
+    found = rows.ahead(function, itertools.count(), threads=1, count=2)
+    assert [next(found), next(found), next(found)] == [0, 1, 2]
+    with pytest.raises(OSError, match="gone"):
+        next(found)
+    found = rows.ahead(function, itertools.count(5), threads=1, count=2)
+    assert next(found) == 5 and threading.active_count() == running + 1
+    found.close()
+    assert threading.active_count() == running
+
+
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_work_ahead_keeps_the_order(count):
+    squares = [number**2 for number in range(20)]
+    assert list(rows.ahead(lambda x: x**2, range(20), threads=3, count=count)) == squares
+    assert list(rows.grouped(range(5), 2)) == [[0, 1], [2, 3], [4]]

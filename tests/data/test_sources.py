@@ -98,8 +98,9 @@ MISTAKES = {
 def test_a_wrong_source_is_told_before_anything_is_done(command, source, monkeypatch, tmp_path):
     """Before TensorFlow is imported, a model described, a decoder's folder read."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delattr(latent_delib.data, "tasks", raising=False)
-    monkeypatch.setitem(sys.modules, "latent_delib.data.tasks", None)  # its import would fail
+    for name in ("stores", "tasks"):
+        monkeypatch.delattr(latent_delib.data, name, raising=False)
+        monkeypatch.setitem(sys.modules, f"latent_delib.data.{name}", None)  # no import of it works
     field = "validation" if command == "evaluate" else "sources"
     with pytest.raises(UserError, match=MISTAKES[source]):
         COMMANDS[command](config_of(**{field: (source,)}))  # a config that holds nothing else

@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 
 from latent_delib import prepare as prepare_command
 from latent_delib.data import batches, rows, token_files
+from latent_delib.data import text as reader
 from latent_delib.errors import UserError
 from latent_delib.machine import progress
 
 BOS, PAD, T = 2, 0, 16
-WORDS = (
-    "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
-).split()
+TEXT = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def decode(tokenizer, tokens):
     return sentencepiece.SentencePieceProcessor(model_file=tokenizer).decode(tokens.tolist())
 
 
-def documents(tasks, tokenizer, source):
-    return [d["tokens"] for d in tasks.documents(source, tokenizer, rows.BadRecords(0))]
+def documents(tokenizer, source):
+    return [d["tokens"] for d in reader.documents(source, tokenizer, rows.BadRecords(0))]
 
 
-def texts(tasks, tokenizer, source):
-    return [decode(tokenizer, tokens) for tokens in documents(tasks, tokenizer, source)]
+def texts(tokenizer, source):
+    return [decode(tokenizer, tokens) for tokens in documents(tokenizer, source)]
 
 
 def write_files(folder, files, documents_each, start=0):
@@ -103,7 +103,7 @@ def equal(one, other):
     )
 
 
-def test_documents_of_files(tasks, tokenizer, tmp_path):
+def test_documents_of_files(tokenizer, tmp_path):
     (tmp_path / "1.txt").write_bytes(
         b"\f\n  one\n\nmore one \n\f\n\f\ntwo \f two\n\fthree\r\n\f\r\nfour\n\f\n"
     )
@@ -112,21 +112,21 @@ def test_documents_of_files(tasks, tokenizer, tmp_path):
     (tmp_path / "4.txt").write_bytes(b"\n\f\n")
     expected = ["  one\n\nmore one ", "two \f two\n\fthree", "four", "five"]
     expected += ["s\u00efx \x01 \ufeff \u4e2d", "\ufeffseven"]
-    assert texts(tasks, tokenizer, f"files:{tmp_path}/*.txt") == expected
+    assert texts(tokenizer, f"files:{tmp_path}/*.txt") == expected
 
 
-def test_documents_of_lines(tasks, tokenizer, tmp_path):
+def test_documents_of_lines(tokenizer, tmp_path):
     (tmp_path / "1").write_bytes(b"one\n\n two  two\r\n")
     (tmp_path / "2").write_bytes(b"three")
-    assert sorted(texts(tasks, tokenizer, f"lines:{tmp_path}/*")) == [" two  two", "one", "three"]
+    assert sorted(texts(tokenizer, f"lines:{tmp_path}/*")) == [" two  two", "one", "three"]
 
 
 @pytest.mark.parametrize("kind", ["files", "lines"])
 @pytest.mark.parametrize("blank", ["", "\r\n"])
-def test_the_mark_that_begins_a_utf_8_file_is_no_text(tasks, tokenizer, tmp_path, kind, blank):
+def test_the_mark_that_begins_a_utf_8_file_is_no_text(tokenizer, tmp_path, kind, blank):
     (tmp_path / "1").write_bytes(f"\ufeff{blank}one\r\n\f\r\ntwo".encode())
     expected = {"files": ["one", "two"], "lines": ["one", "\f", "two"]}[kind]
-    assert sorted(texts(tasks, tokenizer, f"{kind}:{tmp_path}/1")) == sorted(expected)
+    assert sorted(texts(tokenizer, f"{kind}:{tmp_path}/1")) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -138,15 +138,15 @@ def test_the_mark_that_begins_a_utf_8_file_is_no_text(tasks, tokenizer, tmp_path
         ("files", "", "utf-32-be"),
     ],
 )
-def test_utf_16_is_refused(tasks, tokenizer, tmp_path, kind, mark, encoding):
+def test_utf_16_is_refused(tokenizer, tmp_path, kind, mark, encoding):
     (tmp_path / "1").write_bytes(f"{mark}the cat sat".encode(encoding))
     reason = "not UTF-8" if mark else "NUL characters, is it UTF-16"
     unit = {"files": "document", "lines": "line"}[kind]
     with pytest.raises(UserError, match=f"{tmp_path}/1: {unit} 1: .*{reason}"):
-        documents(tasks, tokenizer, f"{kind}:{tmp_path}/1")
+        documents(tokenizer, f"{kind}:{tmp_path}/1")
 
 
-def test_documents_of_tfds(tasks, tokenizer, tmp_path, monkeypatch):
+def test_documents_of_tfds(tokenizer, tmp_path, monkeypatch):
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -163,8 +163,8 @@ def test_documents_of_tfds(tasks, tokenizer, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     for name in ("tiny_notes", "tiny_notes:1.2.0"):
-        assert texts(tasks, tokenizer, f"tfds:{name}:train:body") == ["one", "two", "three"]
-    assert texts(tasks, tokenizer, "tfds:tiny_notes:train[:1]:body") == ["one"]
+        assert texts(tokenizer, f"tfds:{name}:train:body") == ["one", "two", "three"]
+    assert texts(tokenizer, "tfds:tiny_notes:train[:1]:body") == ["one"]
     data = config_data(("tfds:tiny_notes:train:body",))
     assert train(data, tokenizer, 1)[0]["tokens"].shape == (4, T)
     for source, message in {
@@ -184,7 +184,7 @@ def test_documents_of_tfds(tasks, tokenizer, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-2])
     assert batches.Training(data, tokenizer).fingerprint() != before
     with pytest.raises(UserError, match="truncated record"):
-        texts(tasks, tokenizer, "tfds:tiny_notes:train:body")
+        texts(tokenizer, "tfds:tiny_notes:train:body")
     file.unlink()
     with pytest.raises(UserError, match=f"{file}; No such file"):
         batches.Training(data, tokenizer).fingerprint()
@@ -198,10 +198,45 @@ def test_rows_of_a_task_are_its_packed_documents(tasks, tokenizer, tmp_path):
     )
     found = [row["tokens"].tolist() for row in dataset.as_numpy_iterator()]
     body, expected = np.empty(0, np.int32), []
-    for document in [*documents(tasks, tokenizer, f"files:{tmp_path}/*"), np.empty(0)]:
+    for document in [*documents(tokenizer, f"files:{tmp_path}/*"), np.empty(0)]:
         complete, body = rows.pack(body, document, length=T, bos_id=BOS, pad_id=PAD)
         expected += complete.tolist()
     assert found == expected and len(found) > 10
+
+
+def test_seqio_yields_what_the_reader_yields(tasks, tokenizer, tmp_path):
+    """The same documents in the same order: more files than are read in turns, some of them bad."""
+    for i in range(40):
+        content = [make_text(i + k, 5).encode() for k in range((0, 1, 15, 16, 17, 40)[i % 6])]
+        content = [b"\xff" if k % 13 == 12 else text for k, text in enumerate(content)]
+        (tmp_path / f"{i:02}.txt").write_bytes(b"\r\n\f\n".join(content))
+    for kind in ("files", "lines"):
+        source = f"{kind}:{tmp_path}/*"
+        task = tasks.seqio.TaskRegistry.get(tasks.add_task(source, tokenizer))
+        found = task.get_dataset(None, tasks.SPLIT, shuffle=False).as_numpy_iterator()
+        good, bad = [], []
+        for document in found:
+            if document["bad"]:
+                bad.append(document["bad"].decode())
+            else:
+                good.append(document["tokens"].tolist())
+        records = rows.BadRecords(999)
+        read = reader.documents(source, tokenizer, records)
+        assert [d["tokens"].tolist() for d in read] == good and len(good) > 300
+        assert list(records.met) == bad and len(bad) > 10
+
+
+@pytest.mark.parametrize("kind", ["files", "lines"])
+def test_files_of_a_store_hold_what_local_files_hold(kind, tmp_path):
+    """TensorFlow reads a URL, here one of the disk."""
+    write_files(tmp_path, files=3, documents_each=5)
+    local, url = f"{kind}:{tmp_path}/*", f"{kind}:file://{tmp_path}/*"
+    for here, there in zip(reader.texts(local), reader.texts(url), strict=True):
+        assert there == here._replace(file=f"file://{here.file}")
+    assert reader.num_bytes(url) == reader.num_bytes(local)
+    assert reader.fingerprint(url) == reader.fingerprint(local)
+    with pytest.raises(UserError, match="file:///none; No such file"):
+        list(reader.texts_of_file(url, "file:///none"))
 
 
 def test_registration_is_idempotent_and_new_files_are_seen(tasks, tokenizer, tmp_path):
@@ -213,7 +248,7 @@ def test_registration_is_idempotent_and_new_files_are_seen(tasks, tokenizer, tmp
         [source], [1.0], tokenizer
     )
     (tmp_path / "99.txt").write_text("late")
-    assert texts(tasks, tokenizer, source)[-1] == "late"
+    assert texts(tokenizer, source)[-1] == "late"
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +283,8 @@ from ml_collections import ConfigDict
 from latent_delib.data import batches
 flags.FLAGS(["test"])
 data, digest = ConfigDict({data.to_dict()!r}), hashlib.sha256()
-training = batches.Training(data, {tokenizer!r})
-for batch in itertools.islice(training.batches(batch_size=4, seed=0), 100):
+found = batches.Training(data, {tokenizer!r}).batches(batch_size=4, seed=0)
+for batch in itertools.islice(found, 100):
     digest.update(batch["tokens"])
 print(digest.hexdigest())
 """
@@ -288,11 +323,11 @@ def test_hosts_share_one_batch(tokenizer, mixture):
         assert equal(train(data, tokenizer, 6, rows=mine, start_step=3), expected)
 
 
-def test_training_sees_every_document(tasks, tokenizer, tmp_path):
+def test_training_sees_every_document(tokenizer, tmp_path):
     """Nothing is lost at the end of an epoch, at the end of a row or to the shuffling."""
     write_files(tmp_path, files=4, documents_each=5)
     source = f"files:{tmp_path}/*"
-    tokens = np.concatenate(documents(tasks, tokenizer, source))
+    tokens = np.concatenate(documents(tokenizer, source))
     found = np.concatenate([b["tokens"] for b in train(config_data((source,)), tokenizer, 400)])
     assert found.all(), "an endless stream has no padding"
     expected = np.bincount(tokens) / len(tokens)
@@ -354,7 +389,7 @@ def prepare(data, tokenizer, out):
     )
 
 
-def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys, monkeypatch):
+def test_prepared_files_hold_what_text_holds(tokenizer, tmp_path, capsys, monkeypatch):
     write_files(tmp_path / "a", files=3, documents_each=5)
     write_files(tmp_path / "b", files=2, documents_each=4, start=50)
     sources = (f"files:{tmp_path}/a/*", f"files:{tmp_path}/b/*")
@@ -398,20 +433,20 @@ def test_prepared_files_hold_what_text_holds(tasks, tokenizer, tmp_path, capsys,
             .read()
             .result()
         )
-        text = np.concatenate(documents(tasks, tokenizer, source))
+        text = np.concatenate(documents(tokenizer, source))
         np.testing.assert_array_equal(stored[stored > BOS], text)
         assert meta["train"][i]["tokens"] == len(text) and meta["train"][i]["rows"] == len(stored)
     assert train(prepared, tokenizer, 1)[0]["tokens"].shape == (4, T)
 
 
-def test_works_are_files_told_from_each_other(tasks, tokenizer, tmp_path):
+def test_works_are_files_told_from_each_other(tokenizer, tmp_path):
     """By the shortest path that does it; each line is a work of its own, in any file."""
     for name in ("one/a.txt", "two/a.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("A cat.\n\f\nA mat.\n")
 
     def works(source):
-        return [d["work"] for d in tasks.documents(source, tokenizer, rows.BadRecords(0))]
+        return [d["work"] for d in reader.documents(source, tokenizer, rows.BadRecords(0))]
 
     assert works(f"files:{tmp_path}/*/a.txt") == ["one/a.txt"] * 2 + ["two/a.txt"] * 2
     assert works(f"files:{tmp_path}/one/*") == ["a.txt"] * 2

@@ -6,7 +6,6 @@ import itertools
 import shutil
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -254,23 +253,6 @@ def test_folders_without_checksums_can_still_be_read(prepared, tmp_path, monkeyp
     data = prepared.data(token_files=directory)
     found = Training(data, prepared.tokenizer).batches(batch_size=8, seed=0)
     assert equal(itertools.islice(found, 20), prepared.batches(20))
-
-
-def test_reading_ahead_ends_with_its_user_and_hands_on_failures(prepared):
-    def function(step):
-        if step == 3:
-            raise OSError("gone")
-        return step
-
-    running = threading.active_count()
-    ahead = token_files._ahead(function, 0)
-    assert [next(ahead), next(ahead), next(ahead)] == [0, 1, 2]
-    with pytest.raises(OSError, match="gone"):
-        next(ahead)
-    ahead = token_files._ahead(function, 5)
-    assert next(ahead) == 5 and threading.active_count() == running + 1
-    ahead.close()
-    assert threading.active_count() == running
 
 
 def test_a_failed_write_leaves_no_trace(prepared, tmp_path):

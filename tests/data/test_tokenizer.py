@@ -17,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from latent_delib.data import batches
+from latent_delib.data import text as reader
 from latent_delib.data.rows import BadRecords
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
@@ -492,14 +493,7 @@ def test_gguf_user_defined_tokens_are_cut_out_first(bpe_keys, tmp_path):
     assert ids.count(500) == ids.count(501) == 1 and found.decode(ids) == "a<tool>    b"
 
 
-@pytest.fixture(scope="module")
-def tasks():
-    from latent_delib.data import tasks  # TensorFlow
-
-    return tasks
-
-
-def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
+def test_json_through_the_reader_and_prepare(every, tmp_path):
     from latent_delib import prepare
 
     tokenizer = every["json"]
@@ -508,7 +502,7 @@ def test_json_through_seqio_and_prepare(tasks, every, tmp_path):
     (tmp_path / "text").write_bytes("\n\f\n".join(documents).encode())
     source, path = f"files:{tmp_path}/text", str(tokenizer.path)
     expected = [tokenizer.encode(text) for text in documents]
-    assert [d["tokens"].tolist() for d in tasks.documents(source, path, BadRecords(0))] == expected
+    assert [d["tokens"].tolist() for d in reader.documents(source, path, BadRecords(0))] == expected
 
     data = {
         "sources": (source,),
