@@ -168,13 +168,11 @@ def disagreeing(result: dict[str, Any], form: str = "") -> list[str]:
     return [name for name, row in proof(result, form).items() if not row.get("passed")]
 
 
-def is_proven(result: dict[str, Any]) -> bool:
-    """Tells whether the card's kernel agrees with the reference in every row of the proof, and none
-    is missing.
+def is_proven(result: dict[str, Any], kernel: str) -> bool:
+    """Tells whether a kernel agrees with the reference in every row of the proof, and none is
+    missing.
     """
-    card = result["card"]
-    kernel = card["kernel"]
-    if card["small"] or not kernel or not proof(result, kernel):
+    if result["card"]["small"] or not proof(result, kernel):
         return False
     left_out = result["parts"]["proof"].get("left_out")
     if left_out is None:  # its process was stopped
@@ -183,18 +181,25 @@ def is_proven(result: dict[str, Any]) -> bool:
 
 
 def record(result: dict[str, Any]) -> str:
-    """Notes on this machine that the kernel is proven, or takes the note away; says so in one
-    line.
+    """Notes on this machine that the card's kernels are proven, or takes the notes away; says so in
+    a line for each.
     """
     card = result["card"]
-    kernel = card["kernel"]
-    if card["small"] or not kernel:
+    if card["small"] or not card["kernels"]:
         return "proof: nothing to record: " + (
             "in small" if card["small"] else "this platform has no kernel"
         )
+    return "\n".join(record_kernel(result, kernel) for kernel in card["kernels"])
+
+
+def record_kernel(result: dict[str, Any], kernel: str) -> str:
+    """Notes on this machine that a kernel is proven, or takes the note away; says so in one
+    line.
+    """
+    card = result["card"]
     where = f"proof: {kernel} on {card['family']}"
     failed = disagreeing(result, kernel)
-    proven = is_proven(result)
+    proven = is_proven(result, kernel)
     if not failed and not proven:
         return f"{where}: not proven yet, rows are missing; run the same command again"
     about = {key: card[key] for key in ("device", "date", "jax")}
@@ -255,11 +260,10 @@ def cells(result: dict[str, Any]) -> list[str]:
     agree = compared - len(disagreeing(result))
     whole = "" if is_complete(result, "proof") else ", unfinished"
     copies = [row["gb_per_second"] for row in rows(result, "copy").values()]
-    verdict = (
-        "none"
-        if not card["kernel"]
-        else f"{card['kernel']}, {'proven' if is_proven(result) else 'not proven'}"
-    )
+    verdicts = [
+        f"{kernel}, {'proven' if is_proven(result, kernel) else 'not proven'}"
+        for kernel in card["kernels"]
+    ]
     ceiling = best_product(result)
     return [
         f"{card['device']} ({card['family']})" + ", in small" * card["small"],
@@ -267,7 +271,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         f"{card['jax']} / {card['jaxlib']}",
         card["date"][:10],
         f"`{card['xla_flags']}`" if card["xla_flags"] else "",
-        verdict,
+        "; ".join(verdicts) or "none",
         f"{agree} of {compared}{whole}",
         common.cell(ceiling),
         common.cell(max(copies, default=None)),

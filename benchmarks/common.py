@@ -27,7 +27,7 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.machine.columns import aligned
 from latent_delib.nn import transformer
-from latent_delib.nn.attention.choice import kernel_of
+from latent_delib.nn.attention.choice import kernels_of
 from latent_delib.nn.attention.gpu import shared_memory_of
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
@@ -98,11 +98,10 @@ def arguments(
 
 
 def attention_forms() -> list[str]:
-    """The package's forms of attention that this platform has, proven or not; the last is its
-    fastest.
+    """The package's forms of attention that this platform has, proven or not; the last is the one
+    that `auto` prefers.
     """
-    kernel = kernel_of(jax.local_devices()[0])
-    return ["reference", "xla"] + [kernel] * (kernel is not None)
+    return ["reference", "xla", *reversed(kernels_of(jax.local_devices()[0]))]
 
 
 def has_torch() -> bool:

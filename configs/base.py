@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
 
     c.compute = ConfigDict()
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
-    # auto: a proven kernel, or xla; or reference, xla, pallas_gpu, pallas_tpu
+    # auto: a proven kernel, or xla; or reference, xla, pallas_gpu, pallas_tpu, tokamax_gpu
     c.compute.attention = "auto"
     # none, dots, attention, full: what the backward pass keeps, from most to least
     c.compute.remat = "attention"

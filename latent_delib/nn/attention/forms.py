@@ -3,8 +3,8 @@ them.
 
 "reference" is `primitive.attend`. The others are a forward pass that also returns every row's
 log-sum-exp, and a backward pass that starts from it: "xla" for every platform, "pallas_gpu" and
-"pallas_tpu" as kernels. On any other platform than its own a kernel is interpreted, which is
-correct and very slow.
+"pallas_tpu" as kernels, "tokamax_gpu" by the kernels of a library. On any other platform than its
+own a kernel of ours is interpreted, which is correct and very slow; the library's refuse.
 """
 
 import warnings
@@ -15,11 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from latent_delib.nn.attention import gpu, primitive, tpu, xla
+from latent_delib.nn.attention import gpu, primitive, tokamax_gpu, tpu, xla
 from latent_delib.nn.attention.primitive import Bounds, Keys
 
+# kernels of ours: the module, and the platform
 KERNELS = {"pallas_gpu": (gpu, "cuda"), "pallas_tpu": (tpu, "tpu")}
-FORMS = ("reference", "xla", *KERNELS)
+FLOATS = (jnp.bfloat16, jnp.float32)
+# what the kernels serve: head dims and dtypes
+SERVED = {
+    "pallas_gpu": (gpu.HEAD_DIMS, FLOATS),
+    "pallas_tpu": (tpu.HEAD_DIMS, FLOATS),
+    "tokamax_gpu": (tokamax_gpu.HEAD_DIMS, tokamax_gpu.DTYPES),
+}
+FORMS = ("reference", "xla", *SERVED)
 # queries per row: the scores of so few fit anywhere, and decoding is a product with the cache in
 # any form
 FEW = 16
@@ -43,9 +51,10 @@ def unsupported(
     without a prefix.
     """
     H = q_shape[-1]
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+    head_dims, dtypes = SERVED[kernel]
+    if jnp.dtype(dtype) not in dtypes:
         return f"dtype {jnp.dtype(dtype)}"
-    if H not in KERNELS[kernel][0].HEAD_DIMS:
+    if H not in head_dims:
         return f"head dim {H}"
     if 0 in q_shape or prefix_length == 0:
         return "an empty axis"
@@ -81,7 +90,7 @@ def attend(
         return primitive.attend(
             q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=scale, softcap=softcap
         )
-    if form in KERNELS:
+    if form in SERVED:
         length = None if prefix is None else prefix[0].shape[1]
         why = unsupported(form, q_BMSNH.shape, length, q_BMSNH.dtype)
         if why:
@@ -105,6 +114,8 @@ def _attend(q_BMSNH, own, prefix, bounds, call):
 def _forward(q, own, prefix, bounds, call):
     if call.form == "xla":
         return xla.forward(q, own, prefix, bounds, call.scale, call.softcap)
+    if call.form == "tokamax_gpu":
+        return tokamax_gpu.forward(q, own, prefix, bounds, call.scale, call.softcap)
     return _kernel(call, "forward", q, *own, prefix, bounds)
 
 
@@ -139,6 +150,10 @@ def _backward(call, saved, dout):
     form, wanted = call.form, into_prefix is not None
     if form in KERNELS and wanted:
         form = give_way(form, "the gradient of a prefix")
+    if form == "tokamax_gpu":
+        operands = q, own, prefix, bounds, out, lse, dout
+        dq, down, dprefix = tokamax_gpu.backward(*operands, call.scale, call.softcap)
+        return dq, down, dprefix if wanted else None, None
     # What the softmax takes off: the gradient of a score is its weight * (gradient of the weight -
     # delta).
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
