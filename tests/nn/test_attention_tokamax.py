@@ -165,8 +165,8 @@ def kernel_gradient(residuals, out, dout, q, k, v, *, mask, logits_scale, logits
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
-    """tokamax's attention in plain XLA, and `kernel_gradient`, in float32: the Mosaic kernels have no
-    interpreter, since jax's stops at their products.
+    """tokamax's attention in plain XLA, and `kernel_gradient`, in float32: jax's interpreter stops
+    at the products of the Mosaic kernels.
     """
     from tokamax._src.ops.attention.base import DotProductAttention
 
