@@ -166,11 +166,9 @@ def disagreeing(result: dict[str, Any], form: str = "") -> list[str]:
     return [name for name, row in proof(result, form).items() if not row.get("passed")]
 
 
-def is_proven(result: dict[str, Any]) -> bool:
-    """Tells whether the card's kernel agrees in every row of the proof, and none is missing."""
-    card = result["card"]
-    kernel = card["kernel"]
-    if card["small"] or not kernel or not proof(result, kernel):
+def is_proven(result: dict[str, Any], kernel: str) -> bool:
+    """Tells whether a kernel agrees in every row of the proof, and none is missing."""
+    if result["card"]["small"] or not proof(result, kernel):
         return False
     left_out = result["parts"]["proof"].get("left_out")
     if left_out is None:  # its process was stopped
@@ -179,15 +177,20 @@ def is_proven(result: dict[str, Any]) -> bool:
 
 
 def record(result: dict[str, Any]) -> str:
-    """Notes on this machine whether the kernel is proven; returns a line that says so."""
+    """Notes on this machine which kernels are proven; returns a line that says so for each."""
     card = result["card"]
-    kernel = card["kernel"]
-    if card["small"] or not kernel:
+    if card["small"] or not card["kernels"]:
         why = "in small" if card["small"] else "this platform has no kernel"
         return f"proof: nothing to record: {why}"
+    return "\n".join(record_kernel(result, kernel) for kernel in card["kernels"])
+
+
+def record_kernel(result: dict[str, Any], kernel: str) -> str:
+    """Notes on this machine whether a kernel is proven; returns a line that says so."""
+    card = result["card"]
     where = f"proof: {kernel} on {card['family']}"
     failed = disagreeing(result, kernel)
-    proven = is_proven(result)
+    proven = is_proven(result, kernel)
     if not failed and not proven:
         return f"{where}: not proven yet, rows are missing; run the same command again"
     about = {key: card[key] for key in ("device", "date", "jax")}
@@ -248,9 +251,10 @@ def cells(result: dict[str, Any]) -> list[str]:
     agree = compared - len(disagreeing(result))
     whole = "" if is_complete(result, "proof") else ", unfinished"
     copies = [row["gb_per_second"] for row in rows(result, "copy").values()]
-    verdict = "none"
-    if card["kernel"]:
-        verdict = f"{card['kernel']}, {'proven' if is_proven(result) else 'not proven'}"
+    verdicts = [
+        f"{kernel}, {'proven' if is_proven(result, kernel) else 'not proven'}"
+        for kernel in card["kernels"]
+    ]
     ceiling = best_product(result)
     return [
         f"{card['device']} ({card['family']})" + ", in small" * card["small"],
@@ -258,7 +262,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         f"{card['jax']} / {card['jaxlib']}",
         card["date"][:10],
         f"`{card['xla_flags']}`" if card["xla_flags"] else "",
-        verdict,
+        "; ".join(verdicts) or "none",
         f"{agree} of {compared}{whole}",
         common.cell(ceiling),
         common.cell(max(copies, default=None)),

@@ -31,7 +31,7 @@ from etils import epath
 from benchmarks import chip_proof, common, decoding, evaluation, step
 from latent_delib.delib import cost, flops
 from latent_delib.machine import files
-from latent_delib.nn.attention.choice import brief, family, kernel_of
+from latent_delib.nn.attention.choice import brief, family, kernels_of
 from latent_delib.nn.sizes import TransformerConfig
 
 Rows = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
@@ -56,7 +56,7 @@ def card(small: bool) -> dict[str, Any]:
         "driver": driver(device),
         "platform": device.platform,
         "family": family(device),
-        "kernel": kernel_of(device),
+        "kernels": list(kernels_of(device)),
         "peak_tflops": cost.PEAK.get(device.device_kind, 0) / 1e12 or None,
         "small": small or device.platform == "cpu",
     }
@@ -88,11 +88,10 @@ def steps(small: bool) -> Rows:
         yield "product " + " x ".join(map(str, shape)), partial(product, *shape)
     yield "copy", copy
     measured = Steps(small)
-    fastest = common.attention_forms()[-1]
+    *others, fastest = common.attention_forms()[1:]
     first = [(fastest, "attention"), ("dense", "full")]
     then = [(fastest, "dots"), (fastest, "full"), (fastest, "none")]
-    if fastest != "xla":
-        then.append(("xla", "attention"))
+    then += [(form, "attention") for form in others]
     for several in (first,) if small else (first, then):
         for L in (2,) if small else (64, 16):
             for form, remat in several:

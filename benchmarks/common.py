@@ -26,7 +26,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.machine.columns import aligned
 from latent_delib.nn import transformer
 from latent_delib.nn.attention.cards import shared_memory_of
-from latent_delib.nn.attention.choice import kernel_of
+from latent_delib.nn.attention.choice import kernels_of
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES, TransformerConfig
@@ -96,9 +96,8 @@ def arguments(
 
 
 def attention_forms() -> list[str]:
-    """Returns the forms of attention that this platform has, proven or not; its fastest last."""
-    kernel = kernel_of(jax.local_devices()[0])
-    return ["reference", "xla"] + [kernel] * (kernel is not None)
+    """Returns the forms of attention that this platform has; the last is what `auto` prefers."""
+    return ["reference", "xla", *reversed(kernels_of(jax.local_devices()[0]))]
 
 
 def has_torch() -> bool:

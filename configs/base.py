@@ -66,9 +66,8 @@ def get_config() -> ConfigDict:
 
     c.compute = ConfigDict()
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
-    c.compute.attention = (
-        "auto"  # a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu
-    )
+    # A proven kernel, or xla: auto. Others: reference, xla, pallas_gpu, pallas_tpu, tokamax_gpu
+    c.compute.attention = "auto"
     # What the backward pass keeps, from most to least: none, dots, attention, full.
     c.compute.remat = "attention"
     # Tokens of a sequence whose logits exist at a time; on a device 4 times as many at most.

@@ -361,7 +361,8 @@ if __name__ == "__main__":
         ),
         attention=(
             "auto",
-            "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu",
+            "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu,"
+            " tokamax_gpu",
         ),
         tasks=("runs/tasks", "the folder that make_tasks wrote"),
         table=("configs/benchmarks.py", "the benchmarks, a row each"),

@@ -182,7 +182,8 @@ if __name__ == "__main__":
         max_length=(8192, "tokens of a prompt and its continuation"),
         attention=(
             "auto",
-            "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu",
+            "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu,"
+            " tokamax_gpu",
         ),
         step=(None, "checkpoint step; the newest if left out"),
     )

@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import fcntl
 import gc
+import importlib.metadata
 import os
 import random
 import resource
@@ -31,9 +32,10 @@ xla_flags = ["--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLA
 xla_flags += [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
+if importlib.metadata.version("jaxlib") < "0.12":  # XLA ends the process for a flag it lost
+    xla_flags.append("--xla_cpu_use_fusion_emitters=false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores among themselves
     os.environ["OMP_NUM_THREADS"] = "1"
     xla_flags.append("--xla_cpu_multi_thread_eigen=false")

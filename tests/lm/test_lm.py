@@ -645,7 +645,8 @@ MISTAKES = {
     ),
     "attention": (
         lambda lm, d: ld.AugmentedLM(d, attention="flash"),
-        "attention='flash': expected one of auto, reference, xla, pallas_gpu, pallas_tpu",
+        "attention='flash': expected one of auto, reference, xla, pallas_gpu, pallas_tpu,"
+        " tokamax_gpu",
     ),
     "no room": (lambda lm, d: ld.AugmentedLM(d, max_length=1), "max_length=1: expected at least 2"),
     "begun of a path": (

@@ -53,7 +53,7 @@ def quietly(form, device):
 
 
 def test_a_named_form_is_taken():
-    assert forms.FORMS == ("reference", "xla", "pallas_gpu", "pallas_tpu")
+    assert forms.FORMS == ("reference", "xla", "pallas_gpu", "pallas_tpu", "tokamax_gpu")
     assert quietly("reference", TPU) == "reference"
     assert quietly("pallas_gpu", HOPPER) == "pallas_gpu"  # unproven
     assert quietly("pallas_gpu", CPU) == "pallas_gpu"  # interpreted
@@ -64,14 +64,14 @@ def test_a_device_without_a_kernel_gets_xla():
 
 
 def test_nothing_is_proven_yet():
-    assert choice.PROVEN == {"pallas_gpu": (), "pallas_tpu": ()}
+    assert choice.PROVEN == {"pallas_gpu": (), "pallas_tpu": (), "tokamax_gpu": ()}
 
 
 @pytest.mark.parametrize(
     "device, card", [(HOPPER, "NVIDIA H100 80GB HBM3 (sm_90)"), (TPU, "TPU v5 lite")]
 )
 def test_an_unproven_card_gets_xla_and_one_line(device, card):
-    kernel = choice.kernel_of(device)
+    [kernel] = choice.kernels_of(device)
     line = f"attention: {kernel} is not proven on {card}; xla does instead; "
     line += "`python -m benchmarks.chip` proves it"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
@@ -136,7 +136,7 @@ def test_a_kernel_that_does_not_compile_gives_way(monkeypatch):
     """Chosen by auto: it is compiled first, for a device which here is an interpreting CPU."""
     device = jax.local_devices()[0]
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
-    monkeypatch.setitem(choice.BY_PLATFORM, "cpu", "pallas_gpu")
+    monkeypatch.setitem(choice.BY_PLATFORM, "cpu", ("pallas_gpu",))
     monkeypatch.setitem(choice.PROVEN, "pallas_gpu", (choice.family(device),))
     assert quietly("auto", device) == "pallas_gpu"
 

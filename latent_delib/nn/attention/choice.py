@@ -19,14 +19,20 @@ import jax.numpy as jnp
 from etils import epath
 
 from latent_delib.machine import files
+from latent_delib.nn.attention import tokamax_gpu
 from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.forms import attend, give_way, unsupported
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.sizes import TransformerConfig
 
-BY_PLATFORM = {"gpu": "pallas_gpu", "cuda": "pallas_gpu", "tpu": "pallas_tpu"}
+# Platform -> its kernels, in the order in which "auto" takes those that are proven.
+BY_PLATFORM = {
+    "gpu": ("pallas_gpu", "tokamax_gpu"),
+    "cuda": ("pallas_gpu", "tokamax_gpu"),
+    "tpu": ("pallas_tpu",),
+}
 # Kernel -> the families of cards on which it is proven: those of the results in docs/results/chip.
-PROVEN: dict[str, tuple[str, ...]] = {"pallas_gpu": (), "pallas_tpu": ()}
+PROVEN: dict[str, tuple[str, ...]] = {"pallas_gpu": (), "pallas_tpu": (), "tokamax_gpu": ()}
 HOW = "`python -m benchmarks.chip` proves it"
 
 
@@ -42,20 +48,36 @@ def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str
       device: of jax.
       config: the model that will call it.
       dtype: of the computation.
+
+    Raises:
+      UserError: tokamax is asked for, and is not installed.
     """
     if form == "auto":
         form = _fastest(device, config, jnp.dtype(dtype))
-    if form == "pallas_gpu" and not shared_memory_of(device):
-        return give_way(form, f"{device.device_kind} (it needs NVIDIA's compute capability 8.0)")
+    if form == "tokamax_gpu":
+        tokamax_gpu.require()
+    needs = _lacks(form, device)
+    if needs:
+        card = f"{device.device_kind} (it needs NVIDIA's compute capability {needs})"
+        return give_way(form, card)
     return form
 
 
-def kernel_of(device: Any) -> str | None:
-    """Returns the kernel that a device can run, proven or not; None where there is none."""
-    kernel = BY_PLATFORM.get(device.platform)
-    if kernel == "pallas_gpu" and not shared_memory_of(device):
-        return None
-    return kernel
+def kernels_of(device: Any) -> tuple[str, ...]:
+    """Returns the kernels that a device can run and that are installed, proven or not."""
+    found = [name for name in BY_PLATFORM.get(device.platform, ()) if not _lacks(name, device)]
+    if not tokamax_gpu.is_installed():
+        found = [name for name in found if name != "tokamax_gpu"]
+    return tuple(found)
+
+
+def _lacks(form: str, device: Any) -> str | None:
+    """Returns the compute capability that a device lacks for a form; None where it lacks none."""
+    if form == "pallas_gpu" and not shared_memory_of(device):
+        return "8.0"
+    if form == "tokamax_gpu" and not tokamax_gpu.runs_on(device):
+        return "9.0 or 10.0"
+    return None
 
 
 def family(device: Any) -> str:
@@ -101,11 +123,13 @@ def is_proven(kernel: str, device: Any) -> bool:
 
 def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
     """Returns what "auto" means on a device."""
-    kernel = kernel_of(device)
-    if kernel is None or device not in jax.devices():
-        return BY_PLATFORM.get(device.platform, "xla")
-    if not is_proven(kernel, device):
-        _tell(f"attention: {kernel} is not proven on {named(device)}; xla does instead; {HOW}")
+    kernels = kernels_of(device)
+    if not kernels or device not in jax.devices():
+        return BY_PLATFORM.get(device.platform, ("xla",))[0]
+    kernel = next((name for name in kernels if is_proven(name, device)), None)
+    if kernel is None:
+        names = " or ".join(kernels)
+        _tell(f"attention: {names} is not proven on {named(device)}; xla does instead; {HOW}")
         return "xla"
     # Only the first process could compile for its device. Where there are more, failures are loud.
     why = None if jax.process_count() > 1 else _failure(kernel, device, config, dtype)

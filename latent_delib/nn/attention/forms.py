@@ -2,8 +2,8 @@
 
 "reference" is `primitive.attend`. The others are a forward pass that also returns every row's
 log-sum-exp, and a backward pass that starts from it: "xla" for every platform, "pallas_gpu" and
-"pallas_tpu" as kernels. On any other platform than its own a kernel is interpreted, which is
-correct and very slow. `choice` chooses among the forms.
+"pallas_tpu" as kernels, "tokamax_gpu" by the kernels of a library. On any other platform than its
+own a kernel of ours is interpreted, which is correct and very slow; the library's refuse.
 """
 
 import warnings
@@ -14,13 +14,21 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from latent_delib.nn.attention import gpu, primitive, tpu, xla
+from latent_delib.nn.attention import gpu, primitive, tokamax_gpu, tpu, xla
 from latent_delib.nn.attention.cards import LEAST
 from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import einsum
 
+# Our kernels: the module, and the platform.
 KERNELS = {"pallas_gpu": (gpu, "cuda"), "pallas_tpu": (tpu, "tpu")}
-FORMS = ("reference", "xla", *KERNELS)
+FLOATS = (jnp.bfloat16, jnp.float32)
+# The head dims and dtypes that the kernels serve.
+SERVED = {
+    "pallas_gpu": (gpu.HEAD_DIMS, FLOATS),
+    "pallas_tpu": (tpu.HEAD_DIMS, FLOATS),
+    "tokamax_gpu": (tokamax_gpu.HEAD_DIMS, tokamax_gpu.DTYPES),
+}
+FORMS = ("reference", "xla", *SERVED)
 FEW = 16  # queries per row: their scores fit anywhere, and no form decodes faster
 SAVED = ("attention_out", "attention_lse")  # what a backward pass needs beside q, k and v
 
@@ -45,9 +53,10 @@ def unsupported(
     prefix_length: T, or None without a prefix.
     """
     H = q_shape[-1]
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+    head_dims, dtypes = SERVED[kernel]
+    if jnp.dtype(dtype) not in dtypes:
         return f"dtype {jnp.dtype(dtype)}"
-    if H not in KERNELS[kernel][0].HEAD_DIMS:
+    if H not in head_dims:
         return f"head dim {H}"
     if 0 in q_shape or prefix_length == 0:
         return "an empty axis"
@@ -82,7 +91,7 @@ def attend(
         return primitive.attend(
             q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=scale, softcap=softcap
         )
-    if form in KERNELS:
+    if form in SERVED:
         length = None if prefix is None else prefix[0].shape[1]
         why = unsupported(form, q_BMSNH.shape, length, q_BMSNH.dtype)
         if why:
@@ -106,6 +115,8 @@ def _attend(q_BMSNH, own, prefix, bounds, call):
 def _forward(q, own, prefix, bounds, call):
     if call.form == "xla":
         return xla.forward(q, own, prefix, bounds, call.scale, call.softcap)
+    if call.form == "tokamax_gpu":
+        return tokamax_gpu.forward(q, own, prefix, bounds, call.scale, call.softcap)
     return _kernel(call, "forward", q, *own, prefix, bounds)
 
 
@@ -141,6 +152,10 @@ def _backward(call, saved, dout):
     form, wanted = call.form, into_prefix is not None
     if form in KERNELS and wanted:
         form = give_way(form, "the gradient of a prefix")
+    if form == "tokamax_gpu":
+        operands = q, own, prefix, bounds, out, lse, dout
+        dq, down, dprefix = tokamax_gpu.backward(*operands, call.scale, call.softcap)
+        return dq, down, dprefix if wanted else None, None
     # The gradient of a score is its weight * (the gradient of the weight - delta).
     delta = einsum("...H,...H->...", out.astype(jnp.float32), dout.astype(jnp.float32))
     if form == "xla":
