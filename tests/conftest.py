@@ -44,7 +44,7 @@ os.environ["XLA_FLAGS"] = " ".join(filter(None, xla_flags))
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.TemporaryDirectory(prefix="latent_delib_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # Threads of XLA come and go, and each arena of malloc keeps what its threads have freed. Workers
 # and child processes read this at their start.
@@ -60,8 +60,9 @@ WORDS = (
 
 
 def pytest_collection_finish():
-    """Takes the imported modules out of the garbage collector's sight: they stay, and to look
-    through them takes a quarter of a second each time.
+    """Hides the imported modules from the garbage collector.
+
+    They stay, and looking through them takes a quarter of a second each time.
     """
     gc.collect()
     gc.freeze()
@@ -69,9 +70,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def little_memory():
-    """Frees the compiled programs that jax keeps, where a worker has grown; the disk keeps them
-    too.
-    """
+    """Frees the compiled programs that jax keeps, where a worker has grown: the disk has them."""
     yield
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     if "jax" in sys.modules and pages * resource.getpagesize() > MEMORY:

@@ -73,7 +73,8 @@ def ahead_logprobs(lm, pieces):
     text = np.zeros((len(pieces), MAX + A), np.int32)
     for row, piece in zip(text, pieces):
         row[: len(piece)] = piece
-    return lm.ahead_logprobs(text, np.tile(np.arange(MAX), (len(pieces), 1)), A)
+    found = lm.ahead_logprobs(text, np.tile(np.arange(MAX), (len(pieces), 1)), A)
+    return [np.asarray(logprobs) for logprobs in found]
 
 
 def pooled(logprobs, pieces, chosen):

@@ -237,7 +237,8 @@ class Block(nn.Module):
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
         # Window and rotary base are data: one layer body serves both kinds.
-        rope_2BMSH, bounds = jax.tree.map(lambda both: both[is_local], (ropes, ranges))
+        kind = partial(jax.lax.dynamic_index_in_dim, index=is_local, keepdims=False)
+        rope_2BMSH, bounds = jax.tree.map(kind, (ropes, ranges))
         attention = Attention(c, self.form, self.partition, self.few, name="attn")
         normed = norm("pre_attn_norm", x_BMSD)
         attended, kv = attention(normed, rope_2BMSH, bounds, prefix, given)

@@ -78,10 +78,9 @@ def break_down():
 # -- the command
 
 
+@pytest.mark.slow
 def test_in_small_on_this_machine(tmp_path, cache, capfd, monkeypatch):
-    """Every part; the card in a process of its own, the others here. A second call finds everything
-    there.
-    """
+    """Every part; the card in a process of its own, the others here. A second call does nothing."""
     start_process = subprocess.run
 
     def run_here(command, **arguments):

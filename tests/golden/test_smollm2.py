@@ -44,6 +44,7 @@ def test_text(stored, lm):
     assert perplexity == pytest.approx(stored["perplexity"], rel=5e-5)
 
 
+@pytest.mark.slow
 def test_greedy_decoding(stored, lm):
     length = len(stored["greedy"][0]["tokens"])
     found = lm.generate([case["prompt"] for case in stored["greedy"]], max_new_tokens=length)

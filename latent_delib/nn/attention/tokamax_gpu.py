@@ -1,5 +1,4 @@
-"""The attention primitive by tokamax's Mosaic kernels for NVIDIA's Hopper and Blackwell, forward
-and gradients.
+"""The attention primitive by tokamax's Mosaic kernels, for NVIDIA's Hopper and Blackwell.
 
 A call of tokamax sees one range of keys per query, and here a query sees two. So the prefix and the
 own keys are a call each. Forward, their outputs are merged by their log-sum-exps. Backward, each
@@ -63,10 +62,9 @@ def require() -> None:
 def forward(
     q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds, scale: float, softcap: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention's output [B, M, S, N, H] in the dtype of the queries, and every row's
-    log-sum-exp [B, M, S, N], float32.
+    """Returns attention's output [B, M, S, N, H], and every row's log-sum-exp [B, M, S, N].
 
-    Arguments as for `xla.forward`, in bfloat16. jax's first device is the one compiled for.
+    The output has the dtype of the queries, the log-sum-exp is float32. Arguments as for `xla.forward`, in bfloat16. jax's first device is the one compiled for.
     """
     kernel, options = _kernel(scale, softcap)
     outs, sums = [], []
@@ -92,8 +90,7 @@ def backward(
     scale: float,
     softcap: float,
 ) -> tuple[jax.Array, Keys, Keys | None]:
-    """Returns the gradients of queries, of own keys and values, and of the prefix, each like its
-    operand.
+    """Returns the gradients of queries, own keys and values, and the prefix, as their operands are.
 
     Arguments as for `forward`, with its results and the gradient of the output. XLA drops the
     kernel of a gradient that is not used.
