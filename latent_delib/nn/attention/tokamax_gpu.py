@@ -64,7 +64,9 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention's output [B, M, S, N, H], and every row's log-sum-exp [B, M, S, N].
 
-    The output has the dtype of the queries, the log-sum-exp is float32. Arguments as for `xla.forward`, in bfloat16. jax's first device is the one compiled for.
+    The output has the dtype of the queries, the log-sum-exp is float32.
+
+    Arguments as for `xla.forward`, in bfloat16. jax's first device is the one compiled for.
     """
     kernel, options = _kernel(scale, softcap)
     outs, sums = [], []
