@@ -21,7 +21,8 @@ def stored():
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory):
+def lm(tmp_path_factory, free_memory):
+    free_memory()
     (gguf,) = Path(SPEC.submodule_search_locations[0]).glob("*.gguf")
     out = str(tmp_path_factory.mktemp("smollm2") / "decoder")
     convert.convert(str(gguf), out, size="smollm2_135m")
