@@ -137,7 +137,10 @@ def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
 
     dtable_DV = jnp.zeros(table_VD.shape[::-1], jnp.float32) if trained else None
     dtable_DV, (nll, dx) = jax.lax.scan(one, dtable_DV, _cut(chunk, x_BRD, target_BR, weight_BR))
-    dtable_VD = dtable_DV.T.astype(table_VD.dtype) if trained else None
+    dtable_VD = None
+    if trained:
+        # The barrier keeps XLA from taking this transpose into the product.
+        dtable_VD = jax.lax.optimization_barrier(dtable_DV).T.astype(table_VD.dtype)
     return jnp.sum(nll), (_join(dx, x_BRD), dtable_VD)
 
 
