@@ -6,6 +6,7 @@ damaged for all. Where a disk fails for one, that one ends, and `distributed.job
 
 import errno
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -158,8 +159,9 @@ class Checkpoints:
             if damage:
                 damaged[at] = damage
                 continue
-            for bad, why in damaged.items():
-                aside = f"; its folder is now {self._put_aside(bad)}" if self.manager else ""
+            names = self._put_aside(list(damaged)) if self.manager and damaged else []
+            for (bad, why), name in itertools.zip_longest(damaged.items(), names):
+                aside = f"; its folder is now {name}" if name else ""
                 instead = f"checkpoint {at} is used instead{aside}"
                 warn(f"{self.workdir}: checkpoint {bad} is damaged ({why}), {instead}")
             return restored
@@ -223,15 +225,17 @@ class Checkpoints:
                 raise UserError(f"{where} has {theirs} for {name} {leaf}, this config {ours}")
         return self.handler.restore(folder, args=ocp.args.StandardRestore(shapes))
 
-    def _put_aside(self, step: int) -> str:
-        """Renames the folder of a step; returns its new name."""
-        name = f"DAMAGED-{step}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
+    def _put_aside(self, steps: list[int]) -> list[str]:
+        """Renames the folders of some steps; returns their new names."""
+        now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        names = [f"DAMAGED-{step}-{now}" for step in steps]
         if jax.process_index() == 0:
             with _disk_errors(self.path):
-                (self.path / str(step)).rename(self.path / name)
-        name = from_first(name)  # which comes after the renaming
+                for step, name in zip(steps, names):
+                    (self.path / str(step)).rename(self.path / name)
+        names = from_first(names)  # which comes after the last renaming: no folder may go meanwhile
         self.manager.reload()
-        return name
+        return names
 
     def _make_folder(self) -> None:
         """Makes the folder, and checks that it can be written and that all processes share it.
@@ -254,9 +258,7 @@ class Checkpoints:
             )
 
 
-def open_for_reading(
-    workdir: str, step: int | None = None
-) -> tuple[Checkpoints, int, dict[str, Any]]:
+def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, int, dict]:
     """Returns the checkpoints of a job, the step asked for or the newest, and its meta.
 
     Raises:
