@@ -21,9 +21,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
-
 from tools.extract import SEPARATOR, clean, debian, manual, sample
+from tools.make_vocabulary import vocabulary
 
 HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
 
@@ -196,35 +195,6 @@ def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
         yield work, sample(pages, source.budget)
 
 
-def vocabulary(train: Path, model: Path) -> None:
-    """Trains a BPE vocabulary on the train split; line ends and tabs are pieces of their own."""
-
-    def lines() -> Iterator[str]:
-        for file in sorted(train.glob("*.txt")):
-            yield from filter(None, re.split(r"[\n\f\t]+", file.read_text(encoding="utf-8")))
-
-    with model.open("wb") as out:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(),
-            model_writer=out,
-            model_type="bpe",
-            vocab_size=4096,
-            character_coverage=0.9999,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            user_defined_symbols=["\n", "\n\n", "\t"],
-            pad_id=0, eos_id=1, bos_id=2, unk_id=3,
-            pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
-            max_sentence_length=100_000,
-            num_threads=2,
-            minloglevel=1,
-        )  # fmt: skip
-
-
 def main() -> None:
     """Writes the corpus and its tokenizer."""
     seen: set[str] = set()
@@ -238,7 +208,8 @@ def main() -> None:
         file.parent.mkdir(exist_ok=True)
         file.write_text(SEPARATOR.join(documents) + "\n", encoding="utf-8")
         print(f"{work:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)
-    vocabulary(HERE / "train", HERE / "tokenizer.model")
+    model = vocabulary((HERE / "train").glob("*.txt"), 4096)
+    (HERE / "tokenizer.model").write_bytes(model)
 
 
 if __name__ == "__main__":

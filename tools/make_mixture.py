@@ -7,7 +7,8 @@ Writes OUT/train, OUT/validation and OUT/unseen, one file per work, for
 `data.sources=files:OUT/train/*.txt`; MIXTURE.md, a table of the works; about.json, their digests;
 licences/, each package's own words. The split is by work: validation has other works of kinds that
 train has too, unseen has works further from them. A paragraph of 60 characters or more is in one
-place only, in validation or unseen rather than train. Works of prose come from the packaged corpus.
+place only, in train rather than validation or unseen: more works there do not change what is
+trained on. Works of prose come from the packaged corpus.
 Some of the text is copyleft: read MIXTURE.md before you pass it on.
 
 Needs Debian 12 (`apt-get update` first), groff and perl; installs nothing. The same package
@@ -35,7 +36,7 @@ from latent_delib.machine.provenance import provenance
 from tools import extract
 from tools.extract import Pages, dictionary, man_pages, manual, pods, sayings
 
-SPLITS = ("validation", "unseen", "train")  # a paragraph that repeats stays in the first of these
+SPLITS = ("train", "validation", "unseen")  # a paragraph that repeats stays in the first of these
 LICENCES = ("public_domain", "permissive", "copyleft")
 CORPUS = Path(latent_delib.__file__).parent / "data" / "corpus"
 # Folders and pages that are no text to read.

@@ -1,0 +1,95 @@
+"""Trains a vocabulary on text files.
+
+  python -m tools.make_vocabulary --text='runs/mixture/train/*.txt' --size=1024 --out=FILE.model
+
+It is SentencePiece's byte-pair encoding, with a piece for every byte, for each digit, for line ends
+and for tabs. The same text gives the same bytes.
+"""
+
+import glob
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+from etils import epath
+
+from latent_delib.errors import UserError
+from latent_delib.machine import commands, files
+from latent_delib.machine.command_line import REQUIRED
+
+
+def vocabulary(texts: Iterable[Path], size: int, characters: float = math.inf) -> bytes:
+    """Returns a SentencePiece model.
+
+    Args:
+      texts: UTF-8 files.
+      size: pieces, V.
+      characters: of text to learn from, roughly, at most; lines are taken evenly from all files.
+    """
+    texts = sorted(texts)
+    total = sum(text.stat().st_size for text in texts)
+    every = max(1, round(total / characters))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_lines(texts, every),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=size,
+        character_coverage=0.9999,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        user_defined_symbols=["\n", "\n\n", "\t"],
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
+        max_sentence_length=100_000,
+        num_threads=2,
+        minloglevel=1,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def _lines(texts: Iterable[Path], every: int) -> Iterator[str]:
+    """Yields one in `every` of the lines that are not empty."""
+    number = 0
+    for text in texts:
+        for line in re.split(r"[\n\f\t]+", text.read_text(encoding="utf-8")):
+            number += bool(line)
+            if line and number % every == 0:
+                yield line
+
+
+def make_vocabulary(text: str, size: int, out: str, characters: float) -> None:
+    """Trains a vocabulary on the files that match `text`, and writes it to the file `out`.
+
+    Raises:
+      UserError: no file matches; `out` exists; the text does not yield so many pieces.
+    """
+    if Path(out).exists():
+        raise UserError(f"--out={out}: exists already")
+    texts = [Path(path) for path in glob.glob(text)]
+    if not texts:
+        raise UserError(f"--text={text}: no file matches")
+    try:
+        model = vocabulary(texts, size, characters)
+    except RuntimeError as error:  # of SentencePiece
+        raise UserError(f"--size={size}: {error}") from None
+    files.write(epath.Path(out), model)
+    print(f"{out}: {size} pieces")
+
+
+if __name__ == "__main__":
+    commands.run(
+        lambda flags: make_vocabulary(flags.text, flags.size, flags.out, flags.characters),
+        __doc__,
+        text=(REQUIRED, "text files, as a pattern"),
+        size=(4096, "pieces"),
+        out=(REQUIRED, "the file to write"),
+        characters=(2e7, "of text to learn from, roughly, at most; taken evenly"),
+    )
