@@ -15,7 +15,6 @@ setup(
         "latent_delib": [
             "data/corpus/train/*.txt",
             "data/corpus/validation/*.txt",
-            "data/corpus/tokenizer.model",
             "data/corpus/LICENSES.md",
             "data/corpus/licenses/*",
             "weights/packaged/*",

@@ -28,8 +28,9 @@ SPLITS = ("train", "validation")
 STEPS = 4  # of training, in one call
 TEXTS, TEXT_TOKENS = 24, 256  # scored; a longer paragraph is cut
 PROMPT, NEW = 32, 64  # tokens of a prompt, and decoded after it
+DECODER = SIZES["gemma2_3m"]
 TINY = dataclasses.replace(
-    SIZES["gemma2_3m"],
+    DECODER,
     num_layers=2,
     embed_dim=64,
     head_dim=16,
@@ -53,9 +54,14 @@ class Work(NamedTuple):
 
 
 def decoder_job(a: argparse.Namespace) -> tuple[ConfigDict, TransformerConfig]:
-    """Returns the job that made the packaged decoder."""
+    """Returns the training of a decoder of 3.15 M parameters."""
     del a
-    return packaged_decoder.get_config(), SIZES["gemma2_3m"]
+    config = packaged_decoder.get_config()
+    config.decoder.architecture = ConfigDict(dataclasses.asdict(DECODER))
+    config.decoder.tokenizer = "packaged"
+    config.data.seq_len = 256
+    config.train.batch_size = 8
+    return config, DECODER
 
 
 def tiny_job(a: argparse.Namespace) -> tuple[ConfigDict, TransformerConfig]:
@@ -63,15 +69,16 @@ def tiny_job(a: argparse.Namespace) -> tuple[ConfigDict, TransformerConfig]:
     config = packaged_decoder.get_config()
     config.decoder.architecture = ConfigDict(dataclasses.asdict(TINY))
     config.decoder.tokenizer = str(vocabulary(a.folder))
-    config.data.seq_len = 128
-    config.train.batch_size = 32
     return config, TINY
 
 
 def coprocessor_job(a: argparse.Namespace) -> tuple[ConfigDict, TransformerConfig]:
-    """Returns the quickstart's job, over the packaged decoder."""
-    del a
-    return quickstart.get_config(), SIZES["gemma2_3m"]
+    """Returns the training of a coprocessor over such a decoder: 8 traces of 8 latents per row."""
+    config, architecture = decoder_job(a)
+    config.method = quickstart.get_config().method
+    config.method.num_latents = 8
+    config.method.num_traces = 8
+    return config, architecture
 
 
 def random_batch(config: ConfigDict, vocab_size: int) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@
 
 Prints one Markdown table, and writes it as JSON too. Its rows:
 
-  1  training a plain decoder of the packaged architecture
+  1  training a plain decoder
   2  the same, 0.16 M parameters
   3  a coprocessor's training step in the quickstart's shapes
   4  scoring texts with SmolLM2-135M
@@ -170,7 +170,7 @@ STEP = "text tokens of whole steps: loss, gradient, clipping, Adam"
 ROWS: dict[str, tuple[Row, ...]] = {
     "1": (
         Row(
-            "training a plain decoder of the packaged architecture (3.15 M, T 256, B 8)",
+            "training a plain decoder (3.15 M, T 256, B 8)",
             "tokens/s",
             STEP,
             training(peer_sides.decoder_job, True, False),

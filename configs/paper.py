@@ -16,21 +16,6 @@ MIXTURE = {  # of tools.make_mixture
     "data.sources": ("files:runs/mixture/train/*.txt",),
     "data.validation": ("files:runs/mixture/validation/*.txt", "files:runs/mixture/unseen/*.txt"),
 }
-CPU = {
-    "method.num_traces": 16,
-    "data.seq_len": 256,
-    "optimizer.warmup_steps": 50,
-    "train.steps": 1000,
-    "train.batch_size": 8,
-    "train.checkpoint_every": 250,
-    "train.keep_every": 250,  # all stay: the learning curve
-    "compute.dtype": "float32",
-    "compute.remat": "dots",
-    "evaluate.max_length": 256,
-    "evaluate.batch_size": 4,
-    "evaluate.max_pieces": 200,
-    "evaluate.max_positions": 32,
-}
 GPU = {
     "method.num_traces": 32,
     "data.seq_len": 512,
@@ -43,45 +28,39 @@ GPU = {
     "evaluate.max_pieces": 400,
     "evaluate.max_positions": 64,
 }
-LAB = {  # 100 predicted tokens for each parameter, as in the paper
-    "decoder.path": "runs/paper/lab/pretrain/decoder",
-    "decoder.tokenizer": "runs/paper/lab/tokenizer.model",
+LAB = {  # two CPU cores
     "method.num_traces": 16,
     "data.seq_len": 128,
     "optimizer.learning_rate": 2e-3,
     "optimizer.soft_token_learning_rate": 2e-3,
     "optimizer.warmup_steps": 100,
-    "train.steps": 5000,
+    "train.steps": 8000,  # 16 M predicted tokens: 100 for each parameter, as in the paper
     "train.batch_size": 8,
-    "train.checkpoint_every": 500,
-    "train.keep_every": 500,
+    "train.checkpoint_every": 1000,
+    "train.keep_every": 1000,  # all stay: the learning curve
     "compute.dtype": "float32",
     "compute.remat": "dots",
     "evaluate.max_length": 128,
-    "evaluate.batch_size": 8,
     "evaluate.max_pieces": 2000,
     "evaluate.max_positions": 16,
 }
-LONGER = {  # twice a's steps: there is more to learn here, and no row comes twice
-    "train.steps": 2000,
-    "train.checkpoint_every": 500,
-    "train.keep_every": 500,
-    "evaluate.max_pieces": 100,  # of each of two sources
-}
 # Protocol -> size of the decoder, and what differs from base.py in all its experiments.
 PROTOCOLS = {
-    # The paper's logic on two CPU cores: decoder and coprocessor are trained on the same text. The
-    # packaged decoder (3.1 M parameters) and the packaged corpus; a run takes some twenty minutes.
-    "a": ("gemma2_3m", CPU),
-    # The paper's proportions on two CPU cores: a decoder of 0.16 M parameters has read 1,000 tokens
-    # of the mixture for each of them.
-    "lab": ("gemma2_lab", LAB | MIXTURE),
-    # The same with a decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU.
-    "a_gpu": ("gemma2_49m", GPU | MIXTURE | {"decoder.path": "runs/paper/a_gpu/pretrain/decoder"}),
+    # The paper's proportions in miniature: the packaged decoder (0.16 M parameters) has read 1,000
+    # tokens of the mixture for each parameter, and coprocessors are trained on the same mixture.
+    "lab": ("gemma2_160k", LAB | MIXTURE),
+    # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU.
+    "a_gpu": (
+        "gemma2_49m",
+        GPU
+        | MIXTURE
+        | {
+            "decoder.path": "runs/paper/a_gpu/pretrain/decoder",
+            "decoder.tokenizer": "runs/paper/a_gpu/tokenizer.model",  # of tools.make_vocabulary
+        },
+    ),
     # SmolLM2-135M on the mixture, which is not what it was pretrained on; one GPU.
     "b": ("smollm2_135m", GPU | MIXTURE | {"decoder.path": "runs/smollm2_135m/decoder"}),
-    # The same with the packaged decoder, which has read a twentieth of the mixture; two CPU cores.
-    "b_cpu": ("gemma2_3m", CPU | MIXTURE | LONGER),
 }
 
 SLOW = {"optimizer.learning_rate": 3e-4}  # where the decoder's own weights are trained
@@ -143,31 +122,15 @@ EXPERIMENTS = {
     "adapt_decoder": {"method.name": "decoder"} | TASKS,
     "adapt_coprocessor": {"method.start": "runs/paper/{protocol}/overlay@0/checkpoints/{steps}"}
     | TASKS,
-    # The decoder of a protocol, from random weights. But a decoder that knows its text by heart
-    # teaches a coprocessor nothing (docs/results.md): where there is more text, read it once.
+    # The decoder of a_gpu: random weights, 240 M tokens, which is the mixture two to three times.
+    # Its training loss should be flat at the end, or it wants more steps. But a decoder that knows
+    # its text by heart teaches a coprocessor nothing (docs/results.md): where there is more text,
+    # read it once.
     "pretrain": {
         "seed": 1000,  # the experiments read the same text, and must not read it in the same order
         "decoder.path": "",
-        "method.name": "decoder",
-    },
-}
-# Protocol -> what differs in its experiment `pretrain`.
-PRETRAIN = {
-    # 165 M tokens: 1,000 for each parameter.
-    "lab": {
-        "optimizer.learning_rate": 8e-3,
-        "optimizer.warmup_steps": 500,
-        "optimizer.final_fraction": 0.01,
-        "optimizer.weight_decay": 0.03,
-        "train.batch_size": 32,
-        "train.steps": 40_000,
-        "train.checkpoint_every": 1000,
-        "train.keep_every": 10_000,
-    },
-    # 240 M tokens. The training loss should be flat at the end, or it wants more steps.
-    "a_gpu": {
-        "decoder.tokenizer": "packaged",
         "decoder.export_dtype": "bfloat16",
+        "method.name": "decoder",
         "optimizer.learning_rate": 2e-3,
         "optimizer.warmup_steps": 200,
         "optimizer.weight_decay": 0.1,
@@ -178,7 +141,7 @@ PRETRAIN = {
 }
 
 
-def get_config(name: str = "a/overlay") -> ConfigDict:
+def get_config(name: str = "lab/overlay") -> ConfigDict:
     """Returns the config of an experiment in a protocol, "PROTOCOL/EXPERIMENT".
 
     Raises:
@@ -196,10 +159,7 @@ def get_config(name: str = "a/overlay") -> ConfigDict:
     c.method.placement = "overlay"
     c.update_from_flattened_dict(settings)
     made = {"protocol": protocol, "steps": c.train.steps}
-    rows = EXPERIMENTS[experiment]
-    if experiment == "pretrain":
-        rows = rows | PRETRAIN[protocol]
-    for key, value in rows.items():
+    for key, value in EXPERIMENTS[experiment].items():
         if isinstance(value, str):
             value = value.format(**made)
         c.update_from_flattened_dict({key: value})

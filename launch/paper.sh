@@ -2,9 +2,9 @@
 # Trains and evaluates experiments of configs/paper.py, and makes the report over all that are there. Run again, it goes on
 # where it stopped; what is done is not done again.
 #
-#   ./launch/paper.sh                               all of protocol a, seed 0: ten hours and more on two CPU cores
-#   ./launch/paper.sh a/overlay a/after@1           some; @1 is another seed
-#   ./launch/paper.sh a/overlay -- --config.train.steps=20      more arguments for train and evaluate
+#   ./launch/paper.sh                               all of protocol lab, seed 0: a night on two CPU cores
+#   ./launch/paper.sh lab/overlay lab/after@1       some; @1 is another seed
+#   ./launch/paper.sh lab/overlay -- --config.train.steps=20    more arguments for train and evaluate
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
@@ -12,7 +12,6 @@
 #   swap/               every text is given the latents of another: the same, joint and unified
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
-#   unseen/             other sources, in protocol a where runs/mixture is there (`tools.make_mixture` first)
 # A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the
 # report leaves it out.
 # shellcheck source=common.sh
@@ -28,8 +27,8 @@ names=${names//$'\n'/ }
 wanted=()
 while (($#)) && [[ $1 != -- ]]; do
   name=${1#*/}
-  if [[ ! $1 =~ ^(a|a_gpu|b|b_cpu)/ || " $names " != *" ${name%@*} "* ]]; then
-    die "$1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, PROTOCOL one of a a_gpu b b_cpu, NAME one of $names"
+  if [[ ! $1 =~ ^(lab|a_gpu|b)/ || " $names " != *" ${name%@*} "* ]]; then
+    die "$1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, PROTOCOL one of lab a_gpu b, NAME one of $names"
   fi
   wanted+=("$1")
   shift
@@ -42,18 +41,21 @@ if ((${#more[@]})); then
   suffix=${suffix//[^A-Za-z0-9.,=_-]/-}
 fi
 if ((!${#wanted[@]})); then
-  wanted=(a/overlay a/after a/decoder) # what the others are compared with, or start from
+  wanted=(lab/overlay lab/after lab/decoder) # what the others are compared with, or start from
   for name in $names; do
-    [[ " ${wanted[*]} a/pretrain " == *" a/$name "* || $name == adapt_* ]] || wanted+=("a/$name")
+    [[ " ${wanted[*]} lab/pretrain " == *" lab/$name "* || $name == adapt_* ]] || wanted+=("lab/$name")
   done
-  wanted+=(a/adapt_decoder a/adapt_coprocessor) # last: they want reasoning-gym, which is not everywhere
+  wanted+=(lab/adapt_decoder lab/adapt_coprocessor) # last: they want reasoning-gym, which is not everywhere
 fi
 
 run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
 prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens
-  if [[ $1 != a && ! -e runs/mixture/MIXTURE.md ]]; then
+  if [[ ! -e runs/mixture/MIXTURE.md ]]; then
     run tools.make_mixture --out=runs/mixture
+  fi
+  if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/tokenizer.model ]]; then
+    run tools.make_vocabulary --text='runs/mixture/train/*.txt' --size=4096 --out=runs/paper/a_gpu/tokenizer.model
   fi
   if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
     run latent_delib.convert --source="$(./launch/get_smollm2.sh)" --out=runs/smollm2_135m/decoder --size=smollm2_135m
@@ -77,8 +79,6 @@ evaluate() { # OUT, then what goes to the command; what is there already stays
   [[ -e $1/perplexity.json ]] || run latent_delib.evaluate --config="$config" --workdir="$workdir" --out="$1" "${@:2}" "${more[@]}"
 }
 
-unseen="('files:runs/mixture/unseen/*.txt',)"
-
 left_out=()
 for each in "${wanted[@]}"; do
   protocol=${each%%/*} experiment=${each#*/}
@@ -92,9 +92,6 @@ for each in "${wanted[@]}"; do
   prepare "$protocol" "$name"
   [[ -e $workdir/perplexity.json ]] || run latent_delib.train --config="$config" --workdir="$workdir" --config.seed="$seed" "${more[@]}"
   evaluate "$workdir"
-  if [[ $protocol == a && $name != adapt_* && -e runs/mixture ]]; then
-    evaluate "$workdir/unseen" --config.data.token_files= --config.data.validation="$unseen"
-  fi
   if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|joint|unified|adapt_coprocessor)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi

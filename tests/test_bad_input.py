@@ -16,7 +16,7 @@ ARCHITECTURE = {
     "num_heads": 4,
     "num_kv_heads": 2,
     "ffn_dim": 48,
-    "vocab_size": 4096,
+    "vocab_size": 1024,
 }
 
 
@@ -157,7 +157,7 @@ def test_config_files_and_flags(error, config_file, tmp_path):
         ("layer_pattern", "local", ["layer_pattern='local'", "tuple"]),
         ("rope_base", None, ["rope_base=None", "float"]),
         ("width", 3, ["unknown", "width", "embed_dim"]),
-        ("vocab_size", 100, ["config.decoder.tokenizer", "4096 pieces", "100"]),
+        ("vocab_size", 100, ["config.decoder.tokenizer", "1024 pieces", "100"]),
     ],
 )
 def test_architectures_that_do_not_fit(error, tmp_path, field, value, words):

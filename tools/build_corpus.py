@@ -1,4 +1,4 @@
-"""Makes the packaged corpus and its tokenizer again, in latent_delib/data/corpus.
+"""Makes the packaged corpus again, in latent_delib/data/corpus.
 
   python -m tools.build_corpus
 
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.extract import SEPARATOR, clean, debian, manual, sample
-from tools.make_vocabulary import vocabulary
 
 HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
 
@@ -196,7 +195,7 @@ def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
 
 
 def main() -> None:
-    """Writes the corpus and its tokenizer."""
+    """Writes the corpus."""
     seen: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         made = {work: list(documents) for work, documents in works(Path(folder))}
@@ -208,8 +207,6 @@ def main() -> None:
         file.parent.mkdir(exist_ok=True)
         file.write_text(SEPARATOR.join(documents) + "\n", encoding="utf-8")
         print(f"{work:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)
-    model = vocabulary((HERE / "train").glob("*.txt"), 4096)
-    (HERE / "tokenizer.model").write_bytes(model)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,6 @@ from latent_delib.nn.sizes import TransformerConfig, differences
 from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder
 
-CORPUS_TOKENIZER = Path(__file__).parents[1] / "data" / "corpus" / "tokenizer.model"
-
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -130,9 +128,9 @@ def tokenizer_path(config: ConfigDict) -> Path:
     """Returns the file of a config's tokenizer."""
     name = config.decoder.tokenizer
     decoder = config.decoder.path
-    if name == "packaged" or not (name or decoder):
-        return CORPUS_TOKENIZER
-    return Path(name) if name else folder.tokenizer_path(folder.locate(decoder))
+    if name and name != "packaged":
+        return Path(name)
+    return folder.tokenizer_path(folder.locate(decoder if decoder and not name else "packaged"))
 
 
 def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer:

@@ -18,6 +18,7 @@ from latent_delib.data import batches, rows, token_files
 from latent_delib.data import text as reader
 from latent_delib.errors import UserError
 from latent_delib.machine import progress
+from latent_delib.weights.folder import PACKAGED
 
 BOS, PAD, T = 2, 0, 16
 TEXT = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
@@ -501,7 +502,7 @@ def test_a_failed_prepare_leaves_nothing(tokenizer, tmp_path):
 
 
 def test_packaged_text():
-    packaged = Path(batches.__file__).parent / "corpus" / "tokenizer.model"
+    packaged = PACKAGED / "tokenizer.model"
     data = config_data(("packaged/train",), validation=("packaged/validation",))
     assert train(data, packaged, 1)[0]["tokens"].shape == (4, T)
     source, work, tokens = next(batches.validation_documents(data, tokenizer_path=packaged))

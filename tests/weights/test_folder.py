@@ -100,9 +100,8 @@ def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path):
     assert folder.fingerprint(folder.PACKAGED) == hashed(folder.PACKAGED)
 
 
-def test_old_checkpoints_fit_the_packaged_decoder_and_converted_ones(hf, tmp_path):
+def test_old_checkpoints_fit_converted_decoders(hf, tmp_path):
     """Fingerprints as before they were stored, and before the architecture's youngest fields."""
-    assert folder.fingerprint(folder.PACKAGED)[:16] == "f35f82592680b5ac"
     convert(str(hf("gemma2")), str(tmp_path / "out"))
     assert folder.fingerprint(tmp_path / "out")[:16] == "619a76fd3bef2b9a"
 
