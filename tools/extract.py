@@ -1,4 +1,4 @@
-"""Extracts and cleans the text of packages: manuals, man pages, POD, dictionaries, sayings.
+"""Extracts and cleans the text of packages: manuals, man pages, POD, dictionaries, sayings, books.
 
 The contents of a package are `Pages`: each page's name, and a function that reads its paragraphs,
 so that a sample of a large package costs no more than the pages in it. `build_corpus` and
@@ -9,8 +9,10 @@ import functools
 import gzip
 import hashlib
 import re
+import struct
 import subprocess
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -130,7 +132,13 @@ def block(element: html.HtmlElement) -> list[str]:
 MAIN = ("//*[@role='main']", "//main", "//article", "//div[@id='content']", "/html/body")
 
 
-def manual(root: Path, keep: str = ".*", drop: str = "$^", text: Sequence[str] = MAIN) -> Pages:
+def manual(
+    root: Path,
+    keep: str = ".*",
+    drop: str = "$^",
+    text: Sequence[str] = MAIN,
+    ending: str = ".html",
+) -> Pages:
     """Returns the HTML pages below `root`.
 
     Args:
@@ -138,9 +146,10 @@ def manual(root: Path, keep: str = ".*", drop: str = "$^", text: Sequence[str] =
       keep: a pattern that matches the whole path of a page below `root`.
       drop: a pattern that matches nowhere in it.
       text: XPaths of a page's text, of which the first is taken that a page has.
+      ending: of the names of the pages.
     """
     pages: Pages = {}
-    for file in sorted(root.rglob("*.html")):
+    for file in sorted(root.rglob(f"*{ending}")):
         name = file.relative_to(root).as_posix()
         is_wanted = re.fullmatch(keep, name) and not re.search(drop, name)
         if is_wanted and file.is_file() and not file.is_symlink():
@@ -246,6 +255,45 @@ def sayings(root: Path) -> Pages:
 def _sayings(file: Path) -> list[str]:
     text = file.read_text(encoding="utf-8", errors="replace").expandtabs(4)
     return [saying.strip("\n") for saying in re.split(r"\n%\n", text)]
+
+
+def texts(root: Path, keep: str) -> Pages:
+    """Returns the plain text files whose whole path below `root` matches `keep`, packed or not."""
+    pages: Pages = {}
+    for file in sorted(root.rglob("*")):
+        name = file.relative_to(root).as_posix()
+        if re.fullmatch(keep, name) and file.is_file() and not file.is_symlink():
+            pages[name] = functools.partial(_text, file)
+    return pages
+
+
+def _text(file: Path) -> list[str]:
+    source = file.read_bytes()
+    if file.suffix in (".gz", ".dz"):
+        source = gzip.decompress(source)
+    return blocks(source.decode(errors="replace"))
+
+
+def commentary(root: Path) -> Pages:
+    """Returns a commentary in the format of SWORD, a book or chapter of the Bible per page.
+
+    The text is packed by zlib; an index has the place and size of each pack.
+    """
+    pages: Pages = {}
+    for index in sorted(root.rglob("*t.?zs")):
+        packs = index.with_suffix(index.suffix[:-1] + "z").read_bytes()
+        records = struct.iter_unpack("<III", index.read_bytes())
+        for number, (start, size, _) in enumerate(records):
+            pack = packs[start : start + size]
+            pages[f"{index.stem}{number:04}"] = functools.partial(_commentary, pack)
+    return pages
+
+
+def _commentary(pack: bytes) -> list[str]:
+    text = zlib.decompress(pack).decode()
+    parts = re.split(r"</?(?:div|title|list|item|row|lb)\b[^>]*>", text)
+    lines = [" ".join(html.fromstring(f"<p>{part}</p>").text_content().split()) for part in parts]
+    return [line for line in lines if line]
 
 
 # Cleaning.

@@ -20,7 +20,6 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,99 +33,12 @@ from latent_delib.machine.files import whole
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
 from tools import extract
-from tools.extract import Pages, dictionary, man_pages, manual, pods, sayings
+from tools.mixture_sources import SOURCES, Source
 
 SPLITS = ("train", "validation", "unseen")  # a paragraph that repeats stays in the first of these
 LICENCES = ("public_domain", "permissive", "copyleft")
+HELD_OUT = 400_000  # characters of a work outside train, roughly, at most: all weigh about alike
 CORPUS = Path(latent_delib.__file__).parent / "data" / "corpus"
-# Folders and pages that are no text to read.
-NO_TEXT = "index doc-index genindex search toc tags _modules _sources changelog changes releases? "
-NO_TEXT += "whatsnew news"
-SKIPPED = rf"(^|/)({'|'.join(NO_TEXT.split())})([^a-z/][^/]*)?(/|$)"
-
-
-class Source(NamedTuple):
-    """Describes a Debian package of the mixture.
-
-    licence: of its text, as its copyright file states it. group: of LICENCES.
-    """
-
-    licence: str
-    group: str
-    read: Callable[[Path], Pages] = partial(manual, drop=SKIPPED)
-    split: str = "train"
-
-
-def english(keep: str) -> Callable[[Path], Pages]:
-    """Returns a reader of the HTML pages of one language or part, by their path below usr/share."""
-    return partial(manual, keep=f"usr/share/{keep}", drop=SKIPPED)
-
-
-# By package. (Not dict-foldoc: it contains a third of the Jargon File, which is unseen.)
-SOURCES = {
-    "ada-reference-manual-2012": Source("GPL-3+", "copyleft"),
-    "apache2-doc": Source("Apache-2.0", "permissive", english("doc/apache2-doc/manual/en/.*")),
-    "debian-handbook": Source(
-        "GPL-2+ or CC-BY-SA-3.0", "copyleft", english("doc/debian-handbook/html/en-US/.*")
-    ),
-    "debian-policy": Source("GPL-2+", "copyleft"),
-    "developers-reference": Source("GPL-2+", "copyleft"),
-    "dict-gcide": Source("GPL-3+", "copyleft", dictionary),
-    "dict-wn": Source("WordNet-3.0", "permissive", dictionary),
-    "erlang-doc": Source("Apache-2.0", "permissive"),
-    "freebsd-manpages": Source("BSD-2-Clause and BSD-4-Clause", "permissive", man_pages),
-    "ghc-doc": Source("BSD-3-Clause", "permissive"),
-    "git-doc": Source("GPL-2", "copyleft"),
-    "installation-guide-amd64": Source(
-        "GPL-2", "copyleft", english("doc/installation-guide-amd64/en/.*")
-    ),
-    "kicad-doc-en": Source("GPL-3+", "copyleft"),
-    "libboost1.81-doc": Source("BSL-1.0", "permissive"),
-    "libreoffice-help-en-us": Source("MPL-2.0", "copyleft"),
-    "lilypond-doc-html": Source(
-        "GPL-3+", "copyleft", english(r"doc/lilypond/html/Documentation/[^.]*\.html")
-    ),
-    "linux-doc-6.1": Source(
-        "GPL-2", "copyleft", english(r"doc/linux-doc-6.1/html/(?!translations/).*")
-    ),
-    "llvm-14-doc": Source("Apache-2.0 with LLVM exceptions", "permissive"),
-    "manpages": Source("GPL-2+ and others", "copyleft", man_pages),
-    "manpages-dev": Source("GPL-2+ and others", "copyleft", man_pages),
-    "maxima-doc": Source("GPL-2", "copyleft", english("doc/maxima-doc/html/.*")),
-    "nodejs-doc": Source("MIT", "permissive"),
-    "octave-doc": Source("GPL-3+", "copyleft"),
-    "openjdk-17-doc": Source("GPL-2 with Classpath exception", "copyleft"),
-    "perl-doc": Source("GPL-1+ or Artistic", "copyleft", pods),
-    "postgis-doc": Source("GPL-2+", "copyleft"),
-    "postgresql-doc-15": Source("PostgreSQL", "permissive"),
-    "python-django-doc": Source("BSD-3-Clause", "permissive"),
-    "python-pandas-doc": Source("BSD-3-Clause", "permissive"),
-    "python-scipy-doc": Source("BSD-3-Clause", "permissive"),
-    "python-sklearn-doc": Source("BSD-3-Clause", "permissive"),
-    "python-sqlalchemy-doc": Source("MIT", "permissive"),
-    "python-sympy-doc": Source("BSD-3-Clause", "permissive"),
-    "python3.11-doc": Source("PSF-2", "permissive"),
-    "qtbase5-doc-html": Source("LGPL-3 or GPL-2", "copyleft"),
-    "racket-doc": Source("LGPL-2.1+", "copyleft"),
-    "rust-doc": Source(
-        "MIT or Apache-2.0",
-        "permissive",
-        english(r"doc/rust-doc/html/(?!src/|core/arch|std/arch).*"),
-    ),
-    "sagemath-doc": Source("GPL-2+", "copyleft", english("doc/sagemath/html/en/.*")),
-    "sbcl-doc": Source("public domain", "public_domain"),
-    "sqlite3-doc": Source("public domain", "public_domain"),
-    "swi-prolog-doc": Source("BSD-2-Clause", "permissive"),
-    "vim-doc": Source("Vim", "permissive"),
-    "bind9-doc": Source("MPL-2.0", "copyleft", split="validation"),
-    "debian-reference-en": Source("GPL-2+", "copyleft", split="validation"),
-    "postfix-doc": Source("EPL-2.0 or IPL-1.0", "permissive", split="validation"),
-    "python-tornado-doc": Source("Apache-2.0", "permissive", split="validation"),
-    "anarchism": Source("GPL-2", "copyleft", split="unseen"),
-    "dict-devil": Source("public domain", "public_domain", dictionary, "unseen"),
-    "dict-jargon": Source("public domain", "public_domain", dictionary, "unseen"),
-    "fortunes": Source("BSD-4-Clause collection", "permissive", sayings, "unseen"),
-}
 
 
 class Work(NamedTuple):
@@ -180,8 +92,11 @@ def make_mixture(out: str, licences: str, budget: float) -> None:
 
 def read_package(package: str, scratch: str, budget: int) -> Work:
     """Fetches a package of SOURCES and reads it; removes the unpacked folder."""
+    source = SOURCES[package]
+    if source.split != "train":
+        budget = min(budget, HELD_OUT)
     root, version = extract.debian(Path(scratch), package)
-    documents = extract.sample(SOURCES[package].read(root), budget)
+    documents = extract.sample(source.read(root), budget)
     notice = root / "usr/share/doc" / package / "copyright"
     text = ""
     if notice.is_file():  # otherwise it is a link into a package that this one needs

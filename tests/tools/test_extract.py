@@ -3,6 +3,8 @@
 import gzip
 import os
 import shutil
+import struct
+import zlib
 
 import pytest
 
@@ -37,11 +39,13 @@ def test_a_manuals_pages(tmp_path):
     write(tmp_path / "html/queue.html", HTML)
     write(tmp_path / "html/plain.html", "<html><body><p>No main part.</p></body></html>")
     write(tmp_path / "html/index.html", HTML)
+    write(tmp_path / "html/old.htm", "<html><body><p>A short ending.</p></body></html>")
     (tmp_path / "html/folder.html").mkdir()
     (tmp_path / "html/link.html").symlink_to(tmp_path / "html/queue.html")
     pages = extract.manual(tmp_path, keep="html/.*", drop="index")
     assert list(pages) == ["html/plain.html", "html/queue.html"]
     assert pages["html/plain.html"]() == ["No main part."]
+    assert list(extract.manual(tmp_path, ending=".htm")) == ["html/old.htm"]
     assert pages["html/queue.html"]() == [
         "Queues",
         "A queue holds what waits.",
@@ -85,6 +89,28 @@ def test_a_dictionary_and_sayings(tmp_path):
     write(tmp_path / "fun", "One.\n\t-- A\n%\nTwo.\n%\n")
     write(tmp_path / "fun.dat", "")
     assert extract.sayings(tmp_path)["fun"]() == ["One.\n    -- A", "Two.", ""]
+
+
+def test_text_files(tmp_path):
+    write(tmp_path / "doc/rules.txt", "  Rules\n\n  One.\n    Two.\n")
+    write(tmp_path / "doc/law.gz", "All are equal.\n")
+    write(tmp_path / "doc/other", "Not wanted.\n")
+    pages = extract.texts(tmp_path, r"doc/(rules\.txt|law.*)")
+    assert {name: page() for name, page in pages.items()} == {
+        "doc/law.gz": ["All are equal."],
+        "doc/rules.txt": ["Rules", "One.\n  Two."],
+    }
+
+
+def test_a_commentary(tmp_path):
+    books = '<title>Ruth</title> <div sID="1"/> Of <hi>love</hi> &amp; bread. ', "<chapter/>Job"
+    packs = [zlib.compress(book.encode()) for book in books]
+    (tmp_path / "ot.bzz").write_bytes(packs[0] + b"gap" + packs[1])
+    index = struct.pack("<III", 0, len(packs[0]), len(books[0]))
+    index += struct.pack("<III", len(packs[0]) + 3, len(packs[1]), len(books[1]))
+    (tmp_path / "ot.bzs").write_bytes(index)
+    first, second = extract.commentary(tmp_path).values()
+    assert first() == ["Ruth", "Of love & bread."] and second() == ["Job"]
 
 
 def test_a_sample_is_of_the_names_and_reads_no_more_than_it_keeps():

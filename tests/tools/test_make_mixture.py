@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from latent_delib.errors import UserError
 from tests.launch.pretend import program
 from tools import extract, make_mixture
-from tools.make_mixture import SOURCES, Source, Work
+from tools.make_mixture import Work
+from tools.mixture_sources import SOURCES, Source
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = "The same paragraph stands in two works, and is long enough to be noticed. " * 8
@@ -40,10 +42,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_paragraph_of_an_evaluated_work_is_not_trained_on(folder):
-    held, ours = ((folder / path).read_text() for path in ("validation/held.txt", "train/ours.txt"))
-    assert SHARED.strip() in held and SHARED.strip() not in ours
-    assert len(ours.split(extract.SEPARATOR)) == 2
+def test_a_paragraph_that_is_trained_on_is_not_evaluated(folder):
+    ours, held = ((folder / path).read_text() for path in ("train/ours.txt", "validation/held.txt"))
+    assert SHARED.strip() in ours and SHARED.strip() not in held
+    assert own("c").strip() in held
+
+
+def test_works_outside_train_do_not_change_it(folder, tmp_path):
+    (tmp_path / "alone").mkdir()
+    make_mixture.write_mixture(tmp_path / "alone", {"ours": CHOSEN["ours"]}, WORKS)
+    alone, beside = ((path / "train/ours.txt").read_text() for path in (tmp_path / "alone", folder))
+    assert alone == beside
 
 
 def test_what_is_written(folder):
@@ -115,6 +124,13 @@ def test_a_package_is_read_and_removed(packages, tmp_path):
         make_mixture.read_package("perl-doc", str(scratch), 10**6)
 
 
+def test_a_held_out_work_has_a_budget_of_its_own(packages, tmp_path, monkeypatch):
+    monkeypatch.setattr(extract, "sample", lambda pages, budget: [[str(budget)]])
+    for package, budget in ("sbcl-doc", 10**6), ("bind9-doc", make_mixture.HELD_OUT):
+        assert make_mixture.read_package(package, str(tmp_path), 10**6).documents == [[str(budget)]]
+    assert make_mixture.read_package("bind9-doc", str(tmp_path), 1000).documents == [["1000"]]
+
+
 def test_every_source_is_of_a_known_split_and_group():
     assert {source.split for source in SOURCES.values()} == set(make_mixture.SPLITS)
     assert {source.group for source in SOURCES.values()} == set(make_mixture.LICENCES)
@@ -141,24 +157,25 @@ def test_a_missing_program_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_whole_way(packages, tmp_path):
+def test_the_whole_way(packages, tmp_path, monkeypatch):
     """Packages of one group of licences; the same bytes again."""
+    names = "sbcl-doc", "bind9-doc", "dict-devil", "dict-jargon"
+    monkeypatch.setattr(make_mixture, "SOURCES", {name: SOURCES[name] for name in names})
+    monkeypatch.setattr(make_mixture, "ProcessPoolExecutor", ThreadPoolExecutor)
     folders = tmp_path / "one", tmp_path / "two"
     for out in folders:
-        command = [
-            sys.executable,
-            "-m",
-            "tools.make_mixture",
-            f"--out={out}",
-            "--licences=public_domain",
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        make_mixture.make_mixture(str(out), "public_domain", 1e6)
     one, _ = folders
-    found = {path.name for split in ("train", "unseen") for path in (one / split).glob("[!p]*.txt")}
-    assert found == {"sbcl-doc.txt", "sqlite3-doc.txt", "dict-devil.txt", "dict-jargon.txt"}
+    found = {path.name for split in make_mixture.SPLITS for path in (one / split).glob("[!p]*.txt")}
+    assert found == {"sbcl-doc.txt", "dict-devil.txt", "dict-jargon.txt"}
     assert (one / "train/sbcl-doc.txt").read_text().startswith("sbcl-doc 1 is a word")
     assert "| unseen | dict-devil | 9.9 | public domain | 1 |" in (one / "MIXTURE.md").read_text()
     assert (one / "licences/dict-devil.txt").read_text() == "dict-devil is free.\n"
     first, second = (json.loads((out / "about.json").read_text())["sha256"] for out in folders)
     assert first == second
+
+
+def test_the_command(tmp_path):
+    command = [sys.executable, "-m", "tools.make_mixture", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run([*command, "--licences=mit"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "--licences: 'mit'" in done.stderr
