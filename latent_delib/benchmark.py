@@ -35,6 +35,7 @@ from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.provenance import provenance
 from latent_delib.measure.scores import Row, format_rows, summarize_scores
+from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
 FILE = "benchmarks.json"  # in --out
@@ -57,7 +58,7 @@ class Subject(NamedTuple):
         r = self.record
         checkpoint = None
         if self.workdir:
-            checkpoint = str(epath.Path(self.workdir) / "checkpoints" / str(r.step))
+            checkpoint = exported.name_of(self.workdir, r.step)
         return {
             "config": r.config,
             "checkpoint": checkpoint,

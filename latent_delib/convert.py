@@ -9,6 +9,7 @@ decoder folder of ours (`packaged` is one). From the workdir of a training job i
 exported (docs/weights.md).
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -238,6 +239,9 @@ def export_coprocessor(workdir: str, out: Path) -> None:
         params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
     copied = ("method", "num_latents", "placement", "step", "fingerprint")
     fields = {name: getattr(trained, name) for name in copied}
+    method = {**record.config["method"], "lora_rank": 0, "start": ""}  # it is whole now
+    whole = dataclasses.replace(record, config={**record.config, "method": method})
+    fields["record"] = whole.meta()
     config = TransformerConfig.from_dict(record.architecture, workdir)
     coprocessor.save(out, fields, config, params)
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)

@@ -44,6 +44,7 @@ from latent_delib.nn.transformer import Params
 from latent_delib.results import figures
 from latent_delib.results.evaluation import as_text
 from latent_delib.results.runs import Result
+from latent_delib.weights import coprocessor as exported
 
 SAVE_EVERY = 30.0  # seconds between two savings of partial sums
 
@@ -56,6 +57,8 @@ def main(flags: Any) -> None:
         raise UserError(f"--steps={flags.steps}: expected all, or numbers with commas between")
     if flags.patience < 0:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
+    if exported.locate(flags.workdir) and not flags.out:
+        raise UserError(f"--workdir={flags.workdir}: is an exported coprocessor; name an --out")
     out = flags.out or flags.workdir
     if os.path.isfile(out):
         raise UserError(f"--out={out}: is a file, expected a folder")
@@ -151,21 +154,38 @@ class OtherRun(UserError):
 
 
 def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored:
-    """Reads a checkpoint, the newest without `step`, with its trainable tree in the config's dtype.
+    """Reads a checkpoint, the newest without `step`, or an exported coprocessor.
+
+    Its trainable tree comes in the config's dtype.
 
     Raises:
       UserError: there is none, or it is damaged; OtherRun.
     """
-    checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
-    with contextlib.closing(checkpoints):
-        try:
-            exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
-        except UserError as error:
-            raise OtherRun(str(error)) from None
-        wanted = {"trainable": experiment.trainable_shapes(exp)}
-        found = checkpoints.restore_newest(wanted, step=step)
+    where = exported.locate(workdir)
+    if where is not None:
+        meta = exported.read_meta(where, step)
+        _require_same(exp, meta, workdir)
+        _, params = exported.load(where)
+        wanted = experiment.trainable_shapes(exp)
+        trained = jax.tree.map(
+            lambda x, to: jax.device_put(x, to.sharding), {"coprocessor": params}, wanted
+        )
+        found = Restored(meta["step"], meta, {"trainable": trained})
+    else:
+        checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
+        with contextlib.closing(checkpoints):
+            _require_same(exp, meta, workdir)
+            wanted = {"trainable": experiment.trainable_shapes(exp)}
+            found = checkpoints.restore_newest(wanted, step=step)
     trainable = jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable)
     return found._replace(trees={"trainable": trainable})
+
+
+def _require_same(exp: Experiment, meta: dict[str, Any], workdir: str) -> None:
+    try:
+        exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
+    except UserError as error:
+        raise OtherRun(str(error)) from None
 
 
 class Job:
@@ -274,7 +294,7 @@ class Job:
         trained = {key: found.meta["config"][key] for key in own}
         return {
             "config": {**self.exp.record.config, **trained},
-            "checkpoint": str(epath.Path(self.workdir) / "checkpoints" / str(found.step)),
+            "checkpoint": exported.name_of(self.workdir, found.step),
             "step": found.step,
         }
 

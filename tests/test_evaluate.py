@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import test_imports
 
 import latent_delib as ld
-from latent_delib import evaluate
+from latent_delib import convert, evaluate
 from latent_delib import mesh as mesh_lib
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib.methods import param_axes
+from latent_delib.errors import UserError
 from latent_delib.job import experiment
 from latent_delib.job.record import Record
 from latent_delib.lm import load
@@ -303,6 +305,20 @@ def test_the_decoder_needs_no_checkpoint(make_config, logprobs, pieces, tmp_path
         row["change_percent"] == 0 and row["augmented_ppl"] == row["decoder_ppl"]
         for row in result["rows"]
     )
+
+
+def test_an_exported_coprocessor_stands_for_its_workdir(make_config, trained, evaluated, tmp_path):
+    where = str(tmp_path / "exported")
+    convert.convert(str(trained), where)
+    found = evaluate.evaluate(make_config(), where, str(tmp_path / "out"))
+    result = evaluated[0]
+    assert found["rows"] == result["rows"] and found["step"] == result["step"]
+    assert found["checkpoint"] == where
+    with pytest.raises(UserError, match="num_latents is 2 there, 3 here"):
+        evaluate.evaluate(make_config({"method.num_latents": 3}), where, str(tmp_path / "out"))
+    flags = SimpleNamespace(step=None, steps="", watch=False, patience=1.0, workdir=where, out="")
+    with pytest.raises(UserError, match="--workdir=.*exported coprocessor; name an --out"):
+        evaluate.main(flags)
 
 
 def test_programs_are_shared(make_config):

@@ -1,6 +1,6 @@
 """Packs finished runs into one archive, runs.zip, as docs/results keeps them.
 
-  python -m tools.pack_results WORKDIR [WORKDIR ...] --out=docs/results/b_cpu
+  python -m tools.pack_results WORKDIR [WORKDIR ...] --out=docs/results/lab
 
 Takes what `train`, `evaluate` and `benchmark` wrote below each workdir: perplexity.json,
 benchmarks.json, metrics.jsonl and documents.npz. Adds it to the archive in --out, if there is one;

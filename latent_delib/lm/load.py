@@ -116,7 +116,7 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
     """Loads the coprocessor that a training job wrote, or one that was exported.
 
     Args:
-      workdir: of the job, or the folder of the exported one.
+      workdir: of the job, or the folder of the exported one, or "packaged".
       step: of the checkpoint; by default the newest that can be read.
 
     Raises:
@@ -126,8 +126,9 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
     workdir = arguments.path("workdir", workdir)
     if step is not None:
         step = arguments.whole("step", step, 0)
-    if (Path(workdir) / exported.FILE).is_file():
-        return _exported(workdir, step)
+    where = exported.locate(workdir)
+    if where is not None:
+        return _exported(where, step)
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
     with contextlib.closing(checkpoints):
         name = Record.from_meta(meta, workdir)["method.name"]
@@ -153,26 +154,25 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
     )
 
 
-def _exported(where: str, step: int | None) -> Coprocessor:
-    fields, params = exported.load(Path(where))
-    if step not in (None, fields["step"]):
-        raise UserError(
-            f"{where}: holds the coprocessor of step {fields['step']}, not of step {step}"
-        )
+def _exported(where: Path, step: int | None) -> Coprocessor:
+    fields, params = exported.load(where, step)
     for key, known in (("method", METHODS), ("placement", PLACEMENTS)):
         if fields[key] not in known:
             expected = ", ".join(sorted(known))
             raise UserError(f"{where}: {key}={fields[key]!r}, expected one of {expected}")
-    del fields["format"], fields["architecture"]
-    return Coprocessor(params, **fields)
+    kept = ("method", "num_latents", "placement", "fingerprint", "step")
+    return Coprocessor(params, **{key: fields[key] for key in kept})
 
 
 def read_record(workdir: str, step: int | None = None) -> Record:
     """Reads the record of a training job's newest checkpoint, or of `step`; reads no weights.
 
     Raises:
-      UserError: no such checkpoint.
+      UserError: no such checkpoint; an exported coprocessor of an older version.
     """
+    where = exported.locate(workdir)
+    if where is not None:
+        return Record.from_meta(exported.read_meta(where, step), workdir)
     checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
     checkpoints.close()
     return Record.from_meta(meta, workdir)

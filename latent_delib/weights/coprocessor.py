@@ -1,10 +1,11 @@
 """A coprocessor's folder: `coprocessor.json` and `model.safetensors`.
 
-coprocessor.json holds {"format": "latent_delib coprocessor 1", "method", "num_latents",
+coprocessor.json holds {"format": "latent_delib coprocessor 2", "method", "num_latents",
 "placement", "step", "fingerprint": of the decoder it belongs to, "architecture": {fields of
-TransformerConfig}}. The tensors are "soft_tokens" [L, D] and, under the names and in the axes that
-a Hugging Face decoder of the family has, its layers and final norm
-("model.layers.0.self_attn.q_proj.weight", ...): a coprocessor has no token table.
+TransformerConfig}, "record": the meta of its checkpoint}; format 1 had no record. The tensors are
+"soft_tokens" [L, D] and, under the names and in the axes that a Hugging Face decoder of the family
+has, its layers and final norm ("model.layers.0.self_attn.q_proj.weight", ...): a coprocessor has no
+token table.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 import flax.traverse_util
 import numpy as np
+from etils import epath
 
 from latent_delib.errors import UserError
 from latent_delib.machine import files
@@ -21,8 +23,9 @@ from latent_delib.nn.transformer import TABLES, Params
 from latent_delib.weights import folder, names, tensors
 from latent_delib.weights.tensors import TensorFile
 
-FORMAT = "latent_delib coprocessor 1"
+FORMATS = ("latent_delib coprocessor 1", "latent_delib coprocessor 2")  # we write the last
 FILE = "coprocessor.json"
+PACKAGED = folder.PACKAGED / "coprocessor"
 SOFT_TOKENS = "soft_tokens"
 FIELDS = {
     "method": str,
@@ -34,12 +37,28 @@ FIELDS = {
 }
 
 
+def locate(workdir: str) -> Path | None:
+    """Returns the coprocessor's folder that a workdir is; None for one of a training job.
+
+    "packaged" comes with this package.
+    """
+    where = PACKAGED if workdir == "packaged" else Path(workdir)
+    return where if (where / FILE).is_file() else None
+
+
+def name_of(workdir: str, step: int) -> str:
+    """Returns the path of a checkpoint, or of the exported coprocessor that a workdir is."""
+    if locate(workdir) is not None:
+        return workdir
+    return str(epath.Path(workdir) / "checkpoints" / str(step))
+
+
 def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Params) -> None:
     """Writes a coprocessor's folder, whole or not at all.
 
     Args:
       out: the folder.
-      fields: FIELDS without the architecture.
+      fields: FIELDS without the architecture, and the record.
       config: the coprocessor's architecture.
       tree: its parameters.
     """
@@ -57,21 +76,49 @@ def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Par
 
     with files.whole(out) as partial:
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})
-        fields = {"format": FORMAT, **fields, "architecture": config.to_dict()}
+        fields = {"format": FORMATS[-1], **fields, "architecture": config.to_dict()}
         (partial / FILE).write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def load(where: Path) -> tuple[dict[str, Any], Params]:
+def read_fields(where: Path, step: int | None = None) -> dict[str, Any]:
+    """Reads coprocessor.json, which must be of `step` where one is asked for.
+
+    Raises:
+      UserError: not such a folder, or one of another step.
+    """
+    fields = folder.read_json(where / FILE)
+    if fields.get("format") not in FORMATS:
+        expected = " or ".join(map(repr, FORMATS))
+        raise UserError(f"{where / FILE}: format is {fields.get('format')!r}, expected {expected}")
+    for key, kind in FIELDS.items():
+        checked(key, fields.get(key), kind, str(where / FILE))
+    if step not in (None, fields["step"]):
+        raise UserError(
+            f"{where}: holds the coprocessor of step {fields['step']}, not of step {step}"
+        )
+    return fields
+
+
+def read_meta(where: Path, step: int | None = None) -> dict[str, Any]:
+    """Reads the meta of the checkpoint that was exported.
+
+    Raises:
+      UserError: not such a folder, one of another step, or of format 1.
+    """
+    fields = read_fields(where, step)
+    if "record" not in fields:
+        raise UserError(f"{where / FILE}: has no record; export it again with this version")
+    return fields["record"]
+
+
+def load(where: Path, step: int | None = None) -> tuple[dict[str, Any], Params]:
     """Reads the fields of a coprocessor's folder, and its parameter tree, numpy.
 
     Raises:
-      UserError: not such a folder, or tensors that do not fit its architecture.
+      UserError: not such a folder, one of another step, or tensors that do not fit its
+        architecture.
     """
-    fields = folder.read_json(where / FILE)
-    if fields.get("format") != FORMAT:
-        raise UserError(f"{where / FILE}: format is {fields.get('format')!r}, expected {FORMAT!r}")
-    for key, kind in FIELDS.items():
-        checked(key, fields.get(key), kind, str(where / FILE))
+    fields = read_fields(where, step)
     config = TransformerConfig.from_dict(fields["architecture"], str(where / FILE))
     file = TensorFile(where / "model.safetensors")
     soft = (fields["num_latents"], config.embed_dim)

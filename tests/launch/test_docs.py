@@ -103,7 +103,7 @@ EXPERIMENTS = {
     word
     for words in COMMANDS.values()
     for word in words
-    if re.fullmatch(r"(a|b|a_gpu|b_cpu)/\w+(@\d)?", word)
+    if re.fullmatch(r"(lab|b|a_gpu)/\w+(@\d)?", word)
 }
 
 

@@ -17,6 +17,7 @@ from latent_delib import train
 from latent_delib.convert import convert
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
+from latent_delib.lm import load
 from latent_delib.machine import files
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.weights import coprocessor, folder
@@ -171,10 +172,18 @@ def test_a_coprocessor_is_exported_and_read_again(
         "model.embed_tokens.weight"
     }
     assert all(own[name].shape == body[name].shape for name in own.keys() & body.keys())
-    assert json.loads((tmp_path / "out" / "coprocessor.json").read_text())["step"] == 4
+    file = tmp_path / "out" / "coprocessor.json"
+    fields = json.loads(file.read_text())
+    assert fields["step"] == 4
+    assert load.read_record(str(tmp_path / "out")) == load.read_record(str(trained))
     assert ld.load_coprocessor(str(tmp_path / "out"), step=4).step == 4
     with pytest.raises(UserError, match="of step 4, not of step 3"):
         ld.load_coprocessor(str(tmp_path / "out"), step=3)
+    del fields["record"]
+    file.write_text(json.dumps(fields | {"format": "latent_delib coprocessor 1"}))
+    same(ld.load_coprocessor(str(tmp_path / "out")).params, found.params)
+    with pytest.raises(UserError, match="has no record; export it again"):
+        load.read_record(str(tmp_path / "out"))
 
 
 def test_a_coprocessor_with_biases_is_stored(tmp_path):
