@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
     c.train.profile_at = 0  # the step after which three are traced into WORKDIR/profile; 0: none
 
     c.compute = ConfigDict()
+    c.compute.cpu_devices = 1  # to make of a CPU's cores; several are faster where D is small
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
     # A proven kernel, or xla: auto. Others: reference, xla, pallas_gpu, pallas_tpu, tokamax_gpu
     c.compute.attention = "auto"

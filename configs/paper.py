@@ -31,16 +31,19 @@ GPU = {
 LAB = {  # two CPU cores
     "method.num_traces": 16,
     "data.seq_len": 128,
-    "optimizer.learning_rate": 3e-3,
-    "optimizer.soft_token_learning_rate": 3e-3,
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.soft_token_learning_rate": 2e-3,
     "optimizer.warmup_steps": 100,
+    "optimizer.final_fraction": 0.02,
     "train.steps": 8000,  # 16 M predicted tokens: 100 for each parameter, as in the paper
     "train.batch_size": 8,
     "train.checkpoint_every": 1000,
     "train.keep_every": 1000,  # all stay: the learning curve
+    "compute.cpu_devices": 2,
     "compute.dtype": "float32",
     "compute.remat": "dots",
     "evaluate.max_length": 128,
+    "evaluate.batch_size": 32,
     "evaluate.max_pieces": 2000,
     "evaluate.max_positions": 16,
 }

@@ -62,6 +62,7 @@ def main(flags: Any) -> None:
     out = flags.out or flags.workdir
     if os.path.isfile(out):
         raise UserError(f"--out={out}: is a file, expected a folder")
+    distributed.split_cores(flags.config.compute.cpu_devices)
     with distributed.job(flags):
         if flags.watch or flags.steps:
             steps = None

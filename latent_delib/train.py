@@ -56,6 +56,7 @@ def main(flags: Any) -> None:
     if flags.dry_run or flags.topology:
         dry_run.dry_run(flags.config, flags.workdir, flags.topology)
         return
+    distributed.split_cores(flags.config.compute.cpu_devices)
     with distributed.job(flags):
         code = train(flags.config, flags.workdir, ctrl_c=True)
     if code:

@@ -2,9 +2,9 @@
 
   .venv/bin/python docs/figures/results.py
 
-It shows the change in perplexity of the n-th token ahead on works that no model has read, for three
-of our runs and for the paper. Ours are protocol b_cpu: 16 latents, placement overlay, the packaged
-decoder of 3 M parameters.
+It shows the change in perplexity of the n-th token ahead on works that no model has read, for our
+runs and for the paper. Ours are protocol lab: 16 latents, placement overlay, the packaged decoder
+of 0.16 M parameters.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ DOCS = Path(__file__).parents[1]
 KIND = "files:runs/mixture/validation/*.txt"  # other works of the kinds trained on
 LATENTS = 16
 LINES = {  # evaluation -> (label, colour)
-    "overlay@1": ("latents of the text at hand", "#1b6ca8"),
-    "overlay@1/swap": ("control: latents of another document", "#d1741f"),
+    "overlay@0": ("latents of the text at hand", "#1b6ca8"),
+    "overlay@0/swap": ("control: latents of another document", "#d1741f"),
     "static_tokens@0": ("control: 16 trained vectors, no coprocessor", "#7a7a7a"),
 }
 
@@ -31,7 +31,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "latent_delib"  # the same runs give the same bytes
     figure, axes = pyplot.subplots(figsize=(7.2, 4.0), layout="constrained")
-    results = DOCS / "results" / "b_cpu"
+    results = DOCS / "results" / "lab"
     found = runs.find([str(results)]).perplexity
     by_folder = {str(result.path.parent.relative_to(results)): result for result in found}
     for folder, (label, colour) in LINES.items():

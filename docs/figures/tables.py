@@ -7,7 +7,7 @@ Write a table with its first column, and run this. A comment above the table nam
   <!-- table: runs=a -->                      docs/results/a, each run against its frozen decoder
   <!-- table: runs=a against=overlay@0 -->    against that run, document by document
   <!-- table: runs=a run=NAME -->             of one run; rows then need no name
-  <!-- table: runs=b_cpu source=0 -->         of its first validation source alone
+  <!-- table: runs=lab source=0 -->           of its first validation source alone
 
 The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given,
 and one of PHRASES. "the same" stands for the phrase of the row before, "against `NAME`" and
@@ -33,7 +33,7 @@ PHRASES = {  # words of a row -> the folder of an evaluation
     "two tokens late": "delay2",
     "three tokens late": "delay3",
 }
-SOURCES = {"kinds trained on": "0", "unseen sources": "1"}  # of b_cpu; a has unseen/ instead
+SOURCES = {"kinds trained on": "0", "unseen": "1"}
 FILES = {file.path: file for file in packed.files_below(RESULTS)}
 
 
@@ -80,8 +80,6 @@ def row_of(words: str, settings: dict[str, str], before: Row) -> Row:
     phrases = [folder for phrase, folder in PHRASES.items() if phrase in words]
     step = re.search(r"step ([\d,]+)", words)
     sources = [number for phrase, number in SOURCES.items() if phrase in words]
-    if sources == ["1"] and not settings["runs"].endswith("b_cpu"):
-        phrases, sources = ["unseen"], []
     run = settings.get("run") or (names[0] if names else before.run)
     evaluation = settings.get("evaluation", "")
     base = settings.get("against", "")

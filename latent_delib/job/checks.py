@@ -32,6 +32,7 @@ AT_LEAST = {  # 0 for all other numbers
     "train.log_every": 1,
     "train.checkpoint_every": 1,
     "train.keep": 1,
+    "compute.cpu_devices": 1,
     "compute.loss_chunk": 1,
     "evaluate.num_ahead": 1,
     "evaluate.max_length": 2,

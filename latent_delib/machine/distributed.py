@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import os
 import selectors
 import sys
 import threading
@@ -69,6 +70,13 @@ def job(flags: Any) -> Iterator[None]:
         here = f"{jax.local_device_count()} of {jax.device_count()} devices"
         print(f"process {index} of {count}: {here}, coordinator {address}", flush=True)
         yield
+
+
+def split_cores(devices: int) -> None:
+    """Lets jax make so many devices of this machine's CPU, unless XLA_FLAGS says how many."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if devices > 1 and "xla_force_host_platform_device_count" not in flags:
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Jobs of several processes: the same as one; who is missing is named; none outlives another."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -370,3 +371,17 @@ def test_an_environment_that_does_not_fit(monkeypatch, environment, message):
 def test_votes_are_counted_on_any_mesh():
     vote = distributed.vote(mesh_lib.make({"data": 2, "fsdp": 2, "traces": 1, "tensor": 2}))
     assert [int(vote(said)) for said in (False, True, False)] == [0, 8, 0]
+
+
+@pytest.mark.parametrize("flags, count", [("", 3), ("--xla_force_host_platform_device_count=2", 2)])
+def test_cores_become_devices_where_no_flag_says_how_many(flags, count):
+    code = "import jax; from latent_delib.machine import distributed; distributed.split_cores(3); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(jax.device_count())"],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) == count
