@@ -18,6 +18,7 @@ setup(
             "data/corpus/LICENSES.md",
             "data/corpus/licenses/*",
             "weights/packaged/*",
+            "weights/packaged/coprocessor/*",
         ]
     },
     zip_safe=False,

@@ -78,7 +78,7 @@ def kinds(notebook):
 def check(tour):
     """Checks the variables that the cells leave."""
     B, T, A = tour["B"], tour["T"], tour["AHEAD"]
-    assert tour["cache"].k.shape == tour["cache"].v.shape == (4, 1, T, 2, 64)
+    assert tour["cache"].k.shape == tour["cache"].v.shape == (2, 1, T, 2, 16)
     assert tour["unchanged"].sum() == 60
 
     # The decoder's log-probabilities are those of its logits; training made the untrained
@@ -94,7 +94,7 @@ def check(tour):
     assert trained[:4].mean() < untrained[:4].mean() - 1
 
     # Until latents join, the text is the decoder's.
-    assert tour["z"].shape == (4, 3, 8, 192)
+    assert tour["z"].shape == (4, 3, 16, 64)
     decoder, prompt, again, late = [
         tour["tokenizer"].encode(text) for text in tour["continued"].values()
     ]
@@ -103,9 +103,9 @@ def check(tour):
     assert decoder != prompt != late
 
     for call, rows in (
-        (tour["written"], 8),
-        (tour["decoded"], 8 + 1 + tour["end"] - tour["at"] - 2),
+        (tour["written"], 16),
+        (tour["decoded"], 16 + 1 + tour["end"] - tour["at"] - 2),
     ):
-        assert call.weights.shape == (4, 4, rows, tour["at"] + 1 + rows)
+        assert call.weights.shape == (2, 4, rows, tour["at"] + 1 + rows)
         np.testing.assert_allclose(call.weights.sum(axis=-1), 1, rtol=1e-4)
-    assert [len(row) for row in tour["nearest"]] == [5] * 8
+    assert [len(row) for row in tour["nearest"]] == [5] * 16
