@@ -31,8 +31,8 @@ GPU = {
 LAB = {  # two CPU cores
     "method.num_traces": 16,
     "data.seq_len": 128,
-    "optimizer.learning_rate": 6e-3,
-    "optimizer.soft_token_learning_rate": 6e-3,
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.soft_token_learning_rate": 2e-3,
     "optimizer.warmup_steps": 100,
     "optimizer.final_fraction": 0.02,
     "train.steps": 8000,  # 16 M predicted tokens: 100 for each parameter, as in the paper

@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     c.method.placement = "overlay"
     c.method.num_traces = 16
     c.data.seq_len = 128
-    c.optimizer.learning_rate = 6e-3
-    c.optimizer.soft_token_learning_rate = 6e-3
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.soft_token_learning_rate = 2e-3
     c.optimizer.warmup_steps = 50
     c.train.steps = 2000
     c.train.batch_size = 8
