@@ -33,6 +33,10 @@ if [[ -n ${FROZEN:-} && ! -e runs/$CONFIG/frozen/perplexity.json ]]; then
 fi
 step train --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
 step evaluate --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
+if [[ $CONFIG == quickstart && $# == 0 ]]; then # beside it, the packaged coprocessor: trained for longer, on more text
+  step evaluate --config="$config" --workdir=packaged --out="$run/packaged" --config.data.token_files="$tokens" \
+    --config.method.num_latents=16
+fi
 step generate --workdir="$run" --prompt="${PROMPT:-It was a fine morning, and}" --max_new_tokens=48 \
   --temperature=0.7 --top_p=0.9
 echo "done in $SECONDS s; perplexity.json, its plot, the metrics and the checkpoints are in $run"
