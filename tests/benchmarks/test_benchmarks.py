@@ -50,7 +50,10 @@ FORMS = {
 
 @pytest.mark.parametrize(
     "benchmark",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m is overlap), id=m.__name__) for m in FORMS],
+    [
+        pytest.param(m, marks=[pytest.mark.slow] * (m in (overlap, decoding)), id=m.__name__)
+        for m in FORMS
+    ],
 )
 def test_smallest_form(benchmark, tmp_path, capsys):
     forms, arguments, columns = FORMS[benchmark]
