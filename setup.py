@@ -31,7 +31,7 @@ setup(
         "matplotlib>=3.9",
         "ml_collections>=1.1",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.7",
         "orbax-checkpoint>=0.12",
         "safetensors>=0.5",
         "sentencepiece>=0.2.3",

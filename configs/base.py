@@ -41,12 +41,12 @@ def get_config() -> ConfigDict:
     c.data.max_bad_records = 0  # unusable documents or rows skipped; one more ends the command
 
     c.optimizer = ConfigDict()  # linear warm-up, cosine; not published
-    c.optimizer.name = "adamw"  # or a row of OPTIMIZERS in delib/step.py: "adafactor"
+    c.optimizer.name = "adamw"  # or a row of OPTIMIZERS in delib/step.py: "adafactor", "muon"
     c.optimizer.learning_rate = 1e-3
     c.optimizer.soft_token_learning_rate = 1e-3
     c.optimizer.warmup_steps = 1000
     c.optimizer.final_fraction = 0.1  # of the peak rate, at the last step
-    c.optimizer.b1 = 0.9  # b1, b2, eps: AdamW's
+    c.optimizer.b1 = 0.9  # b1, b2, eps: AdamW's; b1 is Muon's momentum as well
     c.optimizer.b2 = 0.99
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0

@@ -146,14 +146,19 @@ def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any
 
     A leaf in the shape of its parameter lies like it. A leaf that lacks one of the parameter's
     axes, as Adafactor's row and column sums do, lies like the axes that remain. All else is
-    replicated.
+    replicated. Where Muon has nothing to keep for a parameter, its placeholder stays.
 
     Args:
       trainable: the parameters, a tree of ShapeDtypeStruct with shardings.
     """
     whole = replicated(mesh)
 
+    def is_placeholder(leaf: Any) -> bool:
+        return isinstance(leaf, optax.MaskedNode)
+
     def like(leaf: Any, parameter: Any) -> Any:
+        if is_placeholder(leaf):
+            return leaf
         sharding = NamedSharding(mesh, _partition_like(leaf.shape, parameter))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -161,7 +166,9 @@ def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
     state = jax.eval_shape(tx.init, trainable)
-    return optax.tree.map_params(tx, like, state, trainable, transform_non_params=unlike)
+    return optax.tree.map_params(
+        tx, like, state, trainable, transform_non_params=unlike, is_leaf=is_placeholder
+    )
 
 
 def _partition_like(shape: tuple[int, ...], parameter: Any) -> PartitionSpec:

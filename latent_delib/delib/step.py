@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from latent_delib.delib import augment, traces
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Reading
 from latent_delib.errors import UserError
+from latent_delib.nn.layers import INPUT_AXES
 from latent_delib.nn.transformer import Params
 
 # (aug, params, outputs [..., D], the tokens [...] that they predict) -> arrays [...].
@@ -56,8 +58,35 @@ def _adafactor(o: Any) -> optax.GradientTransformation:
     )
 
 
+def _muon(o: Any) -> optax.GradientTransformation:
+    """Makes the updates of a layer's matrices orthogonal (Jordan et al. 2024).
+
+    Each is as large as Adam's is by experience (arXiv 2502.16982), so one rate serves both. All
+    other leaves are scaled as Adam does.
+    """
+
+    def axes(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        inputs = INPUT_AXES.get(path[-1].key)
+        if inputs is None:
+            return None
+        first_output = 1 + inputs  # axis 0 is that of layers
+        return MuonDimensionNumbers(
+            tuple(range(1, first_output)), tuple(range(first_output, leaf.ndim))
+        )
+
+    return muon(
+        learning_rate=-1.0,  # the rate, and the sign, come later
+        beta=o.b1,
+        eps=o.eps,
+        adam_b1=o.b1,
+        adam_b2=o.b2,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(axes, params),
+        consistent_rms=0.2,
+    )
+
+
 # How each optimizer scales gradients. Clipping, decay and rates are common to all.
-OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor}
+OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
 
 
 def make_optimizer(o: Any, steps: int) -> Optimizer:

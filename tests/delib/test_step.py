@@ -306,8 +306,9 @@ def steps_on(config, count, decoder):
     return losses, plan, state
 
 
-def test_a_factored_optimizer_trains_alike_on_a_mesh(make_config, tokenizer_path):
-    """Adafactor's sums lie split as their matrix does. It factors from 128 x 128 on."""
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_other_optimizers_train_alike_on_a_mesh(make_config, tokenizer_path, name):
+    """Their state lies split as the matrices do. Adafactor factors from 128 x 128 on."""
     size = {
         "num_layers": 1,
         "embed_dim": 128,
@@ -317,7 +318,7 @@ def test_a_factored_optimizer_trains_alike_on_a_mesh(make_config, tokenizer_path
         "ffn_dim": 128,
     }
     changes = {
-        "optimizer.name": "adafactor",
+        "optimizer.name": name,
         "decoder.path": "",
         "decoder.tokenizer": str(tokenizer_path),
         "decoder.architecture": size | {"vocab_size": 320},
@@ -332,16 +333,44 @@ def test_a_factored_optimizer_trains_alike_on_a_mesh(make_config, tokenizer_path
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.trainable, alone.trainable
     )
-    factored = optax.tree.get(state.opt_state, "v_row")["coprocessor"]["layers"]["mlp"]["gate"]
-    assert factored.shape == (1, 128)
-    assert {shard.data.shape for shard in factored.addressable_shards} < {(1, 64), (1, 32)}, (
-        "it lies split"
-    )
+    kept, shape = {"adafactor": ("v_row", (1, 128)), "muon": ("mu", (1, 128, 128))}[name]
+    trees = [tree for _, tree in optax.tree.get_all_with_path(state.opt_state, kept)]
+    gates = [tree["coprocessor"]["layers"]["mlp"]["gate"] for tree in trees]
+    [gate] = [gate for gate in gates if isinstance(gate, jax.Array)]  # Muon: Adam's has none
+    assert gate.shape == shape
+    assert {shard.data.size for shard in gate.addressable_shards} < {gate.size // 2, gate.size // 4}
     assert planning.shardings_of(state.opt_state) == planning.shardings_of(plan.state.opt_state)
 
 
+def test_muon_makes_updates_of_matrices_orthogonal():
+    """Of one head's width or the whole layer's: U V of the gradient's U S V, by NumPy.
+
+    All other leaves are scaled as by Adam with Nesterov's momentum.
+    """
+    shapes = {"q": (2, 12, 3, 4), "out": (2, 3, 4, 12), "down": (2, 24, 12), "scale": (2, 12)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    grads = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    o = optimizer(name="muon", learning_rate=1.0, warmup_steps=0, clip_norm=1e9)
+    tx = make_optimizer(o, 1000).tx
+    found, _ = tx.update(grads, tx.init(grads), grads)
+    for name, inputs in {"q": 12, "out": 12, "down": 24}.items():
+        gradient = np.asarray(grads[name], np.float64).reshape(2, inputs, 12)
+        u, _, v = np.linalg.svd(gradient, full_matrices=False)
+        update = np.asarray(found[name]).reshape(2, inputs, 12)
+        assert np.sqrt(np.mean(update**2)) == pytest.approx(0.2, rel=0.25), name
+        along = np.einsum("lio,lio->l", update, u @ v)
+        size = np.linalg.norm(update, axis=(1, 2)) * np.linalg.norm(u @ v, axis=(1, 2))
+        np.testing.assert_array_less(along / size, -0.95)
+    adam = optax.scale_by_adam(o.b1, o.b2, o.eps, nesterov=True)
+    expected, _ = adam.update(grads, adam.init(grads))
+    np.testing.assert_allclose(found["scale"], -expected["scale"], rtol=1e-5)
+
+
 def test_an_unknown_optimizer_is_named():
-    with pytest.raises(UserError, match="optimizer.name='sgd'.*adafactor, adamw"):
+    with pytest.raises(UserError, match="optimizer.name='sgd'.*adafactor, adamw, muon"):
         make_optimizer(optimizer(name="sgd"), 10)
 
 
