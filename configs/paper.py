@@ -99,6 +99,12 @@ EXPERIMENTS = {
     "ahead_4": {"method.num_ahead": 4},
     "ahead_8": {"method.num_ahead": 8},
     "ahead_32": {"method.num_ahead": 32},
+    # Training steps, as multiples of the protocol's.
+    "steps_8th": {"train.steps": lambda steps: steps // 8},
+    "steps_4th": {"train.steps": lambda steps: steps // 4},
+    "steps_half": {"train.steps": lambda steps: steps // 2},
+    "steps_x2": {"train.steps": lambda steps: steps * 2},
+    "steps_x4": {"train.steps": lambda steps: steps * 4},
     # Latents come late by 0 to 3 tokens, drawn for each trace.
     "delay": {"method.max_delay": 3},
     # The paper's baselines: a random start, the decoder's last layer instead of its cache, adapters
@@ -110,10 +116,11 @@ EXPERIMENTS = {
     "lora_128": {"method.lora_rank": 128},
     "static_tokens": {"method.name": "static_tokens"},
     "pause_tokens": {"method.name": "pause_tokens"},
-    # Named as future work by the paper: latents one after another, and a smaller coprocessor, of
-    # half the decoder's depth; it begins with random weights, so compare it with from_scratch.
+    # Named as future work by the paper: latents one after another, and a coprocessor of another
+    # depth than the decoder's; that begins with random weights, so compare it with from_scratch.
     "sequential": {"method.name": "sequential"},
     "half": {"method.name": "resized"},
+    "double": {"method.name": "resized"},
     # Coda-Forno et al. 2025: keys and values inserted in each layer (H1), decoder and coprocessor
     # trained together (H2), one model that writes its own latents (the unified baseline).
     "inserted": {"method.name": "inserted"},
@@ -163,13 +170,18 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
     c.data.token_files = f"runs/paper/{protocol}/tokens"
     c.method.placement = "overlay"
     c.update_from_flattened_dict(settings)
-    made = {"protocol": protocol, "steps": c.train.steps}
+    steps = c.train.steps
     for key, value in EXPERIMENTS[experiment].items():
+        if callable(value):
+            value = value(steps)
         if isinstance(value, str):
-            value = value.format(**made)
+            value = value.format(protocol=protocol, steps=steps)
         c.update_from_flattened_dict({key: value})
+    layers = c.decoder.architecture.num_layers
     if experiment == "half":
-        c.method.coprocessor = ConfigDict({"num_layers": c.decoder.architecture.num_layers // 2})
+        c.method.coprocessor = ConfigDict({"num_layers": layers // 2})
+    if experiment == "double":
+        c.method.coprocessor = ConfigDict({"num_layers": layers * 2})
     return c
 
 
