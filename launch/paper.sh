@@ -2,14 +2,14 @@
 # Trains and evaluates experiments of configs/paper.py, and makes the report over all that are there. Run again, it goes on
 # where it stopped; what is done is not done again.
 #
-#   ./launch/paper.sh                               all of protocol lab, seed 0: a night on two CPU cores
+#   ./launch/paper.sh lab                           all of a protocol, seed 0; of lab, a night on two CPU cores
 #   ./launch/paper.sh lab/overlay lab/after@1       some; @1 is another seed
 #   ./launch/paper.sh lab/overlay -- --config.train.steps=20    more arguments for train and evaluate
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
-#   swap/               every text is given the latents of another: the same, joint and unified
+#   swap/               every text is given the latents of another: the same, steps_*, joint and unified
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
 # A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the
@@ -17,6 +17,7 @@
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 
+(($#)) || usage
 for argument; do
   [[ $argument != --help && $argument != -h ]] || usage
 done
@@ -25,14 +26,26 @@ names=$(python -m configs.paper)
 names=${names//$'\n'/ }
 
 wanted=()
+all() { # PROTOCOL
+  wanted+=("$1/overlay" "$1/after" "$1/decoder") # what the others are compared with, or start from
+  local name
+  for name in $names; do
+    [[ " overlay after decoder pretrain " == *" $name "* || $name == adapt_* ]] || wanted+=("$1/$name")
+  done
+  wanted+=("$1/adapt_decoder" "$1/adapt_coprocessor") # last: they want reasoning-gym, which is not everywhere
+}
 while (($#)) && [[ $1 != -- ]]; do
   name=${1#*/}
-  if [[ ! $1 =~ ^(lab|a_gpu|b)/ || " $names " != *" ${name%@*} "* ]]; then
-    die "$1: expected PROTOCOL/NAME or PROTOCOL/NAME@SEED, PROTOCOL one of lab a_gpu b, NAME one of $names"
+  if [[ $1 =~ ^(lab|a_gpu|b)$ ]]; then
+    all "$1"
+  elif [[ $1 =~ ^(lab|a_gpu|b)/ && " $names " == *" ${name%@*} "* ]]; then
+    wanted+=("$1")
+  else
+    die "$1: expected PROTOCOL, PROTOCOL/NAME or PROTOCOL/NAME@SEED; PROTOCOL one of lab a_gpu b, NAME one of $names"
   fi
-  wanted+=("$1")
   shift
 done
+((${#wanted[@]})) || die "no experiment is named; --help tells more"
 more=("${@:2}")
 overrides "${more[@]}"
 root=runs/paper suffix=''
@@ -40,14 +53,6 @@ if ((${#more[@]})); then
   root=runs/trials suffix=$(printf ',%s' "${more[@]#--config.}")
   suffix=${suffix//[^A-Za-z0-9.,=_-]/-}
 fi
-if ((!${#wanted[@]})); then
-  wanted=(lab/overlay lab/after lab/decoder) # what the others are compared with, or start from
-  for name in $names; do
-    [[ " ${wanted[*]} lab/pretrain " == *" lab/$name "* || $name == adapt_* ]] || wanted+=("lab/$name")
-  done
-  wanted+=(lab/adapt_decoder lab/adapt_coprocessor) # last: they want reasoning-gym, which is not everywhere
-fi
-
 run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
 prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens
@@ -79,12 +84,28 @@ evaluate() { # OUT, then what goes to the command; what is there already stays
   [[ -e $1/perplexity.json ]] || run latent_delib.evaluate --config="$config" --workdir="$workdir" --out="$1" "${@:2}" "${more[@]}"
 }
 
+read_name() { # PROTOCOL/NAME@SEED
+  protocol=${1%%/*} name=${1#*/} seed=0
+  [[ $name != *@* ]] || seed=${name#*@}
+  name=${name%@*}
+  config=configs/paper.py:$protocol/$name workdir=$root/$protocol/$name@$seed$suffix
+}
+
+made=0
+say_time_left() {
+  local each left=0
+  for each in "${wanted[@]}"; do
+    read_name "$each"
+    [[ -e $workdir/perplexity.json ]] || left=$((left + 1))
+  done
+  local minutes=$((SECONDS * left / made / 60))
+  echo "== $left of ${#wanted[@]} experiments left, about $((minutes / 60)) h $((minutes % 60)) min"
+}
+
 left_out=()
 for each in "${wanted[@]}"; do
-  protocol=${each%%/*} experiment=${each#*/}
-  [[ $experiment == *@* ]] && seed=${experiment#*@} || seed=0
-  name=${experiment%@*}
-  config=configs/paper.py:$protocol/$name workdir=$root/$protocol/$name@$seed$suffix
+  read_name "$each"
+  [[ -e $workdir/perplexity.json ]] && is_new='' || is_new=1
   if [[ $name == adapt_* && ! -e runs/tasks ]] && ! run tools.make_tasks --out=runs/tasks; then
     left_out+=("$each")
     continue
@@ -92,7 +113,7 @@ for each in "${wanted[@]}"; do
   prepare "$protocol" "$name"
   [[ -e $workdir/perplexity.json ]] || run latent_delib.train --config="$config" --workdir="$workdir" --config.seed="$seed" "${more[@]}"
   evaluate "$workdir"
-  if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|joint|unified|adapt_coprocessor)$ ]]; then
+  if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|steps_.*|joint|unified|adapt_coprocessor)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
   if [[ $name == overlay || $name == after ]]; then
@@ -103,6 +124,10 @@ for each in "${wanted[@]}"; do
   fi
   if [[ $name == overlay || $name == after || $name == delay ]]; then
     for delay in 1 2 3; do evaluate "$workdir/delay$delay" --config.evaluate.delay="$delay"; done
+  fi
+  if [[ -n $is_new ]]; then
+    made=$((made + 1))
+    say_time_left
   fi
 done
 [[ $root == runs/trials ]] || run latent_delib.report runs/paper --out=runs/paper/report

@@ -151,8 +151,8 @@ def test_latents_of_another_document_are_a_control(here: Path) -> None:
     assert [match[1] for match in found] == names
 
 
-def test_without_names_all_of_the_laboratory(here: Path) -> None:
-    trained = [call.split()[1] for call in run_paper(here) if call.startswith("train")]
+def test_all_of_a_protocol(here: Path) -> None:
+    trained = [call.split()[1] for call in run_paper(here, "lab") if call.startswith("train")]
     names = [name for name in paper.EXPERIMENTS if name != "pretrain"]
     assert sorted(trained) == sorted(f"--config=configs/paper.py:lab/{name}" for name in names)
     started = {
@@ -160,6 +160,21 @@ def test_without_names_all_of_the_laboratory(here: Path) -> None:
         for name in ("overlay", "adapt_coprocessor")
     }
     assert started["overlay"] < started["adapt_coprocessor"]  # which starts from it
+
+
+def test_the_time_left_counts_what_is_not_done(here: Path) -> None:
+    run_paper(here, "lab/static_tokens")
+    command = [here / "launch/paper.sh", *(f"lab/{name}_tokens" for name in ("static", "pause"))]
+    done = subprocess.run(
+        command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True
+    )
+    said = [line for line in done.stdout.splitlines() if "left" in line]
+    assert said == ["== 0 of 2 experiments left, about 0 h 0 min"]
+
+
+def test_no_experiment_is_named(here: Path) -> None:
+    (said,) = run_paper(here, "--", "--config.train.steps=20", code=1)
+    assert said == "error: no experiment is named; --help tells more"
 
 
 def test_without_tasks_all_else_is_made_and_reported(here: Path) -> None:
