@@ -375,7 +375,13 @@ def made_up(monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
 
 
-@pytest.mark.parametrize("name", TABLE["PUBLISHED"])
+def rows_of_the_paper():
+    """All published rows; mmlu has 57 subjects, which take ten seconds."""
+    slow = {"mmlu": pytest.mark.slow}
+    return [pytest.param(name, marks=slow.get(name, ())) for name in TABLE["PUBLISHED"]]
+
+
+@pytest.mark.parametrize("name", rows_of_the_paper())
 def test_published_row(says, made_up, name):
     row = TABLE["PUBLISHED"][name]
     loaded = harness.load_public_task(row["task"])

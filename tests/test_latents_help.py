@@ -45,7 +45,7 @@ COPROCESSOR = dataclasses.replace(DECODER, layer_pattern=("global",))
 AUGMENTATION = Augmentation(
     Transformer(DECODER), num_latents=2, placement="overlay", coprocessor=Transformer(COPROCESSOR)
 )
-BATCH, DECODER_STEPS, STEPS = 32, 60, 400
+BATCH, DECODER_STEPS, STEPS = 32, 60, 160
 SEED = 0
 
 
@@ -69,7 +69,8 @@ def train(aug, frozen, trainable, tokens):
     """Trains on these documents in order, with the command's step; returns the trained tree."""
     steps = len(tokens) // BATCH
     optimizer = base.get_config().optimizer
-    optimizer.update(learning_rate=0.02, soft_token_learning_rate=0.02, warmup_steps=steps // 10)
+    rates = {"learning_rate": 0.02, "soft_token_learning_rate": 0.02, "warmup_steps": steps // 10}
+    optimizer.update({"name": "muon"} | rates)  # AdamW needs 400 steps for as much
     tx = make_optimizer(optimizer, steps).tx
     step = partial(
         train_step,
@@ -164,9 +165,9 @@ def test_cache_augmentation_answers_what_decoder_and_static_tokens_cannot(decode
     own, other = losses["cache_augmentation"]
     static, _ = losses["static_tokens"]
     plain = float(read(decoder, fresh)[1].mean())
-    # Nats per answer, three seeds: decoder 3.6 to 6.6, static tokens 2.2 to 2.4, augmented 0.01 to
-    # 0.02, latents of another text 6.1 to 6.2. A coprocessor whose bounds show it nothing of the
-    # cache: 2.4.
+    # Nats per answer, three seeds: decoder 3.7 to 5.4, static tokens 2.1 to 2.2, augmented 0.01,
+    # latents of another text 6.2 to 6.8. A coprocessor whose bounds show it nothing of the cache,
+    # trained with AdamW: 2.4.
     assert own < 0.5, losses
     assert own < min(plain, static) - 1, losses
     assert other > GUESS + 1, losses

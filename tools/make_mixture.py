@@ -152,7 +152,8 @@ def _works_of(
 ) -> dict[str, tuple[str, str, list[list[str]]]]:
     """Returns work -> (version, licence, documents) of a split: packaged prose, then packages."""
     found = {}
-    for file in sorted((CORPUS / split).glob("prose_*.txt")):
+    folder = CORPUS / ("prose" if split == "train" else split)
+    for file in sorted(folder.glob("prose_*.txt")):
         found[file.stem] = ("packaged corpus", "public domain", extract.read(file))
     for package, source in chosen.items():
         if source.split == split:

@@ -17,28 +17,34 @@ def paragraph(document, i):
 @pytest.mark.parametrize("documents, paragraphs", [(200, 4), (40, 40), (3, 100)])
 def test_excerpts_are_beginnings_of_documents_all_over_a_work(documents, paragraphs):
     work = ["\n\n".join(paragraph(d, i) for i in range(paragraphs)) for d in range(documents)]
-    found = build_corpus.excerpts(work)
-    assert build_corpus.SIZE - 1500 < sum(map(len, found)) <= build_corpus.SIZE
+    found = build_corpus.excerpts(work, 25_000, 10)
+    assert 25_000 - 1500 < sum(map(len, found)) <= 25_000
     places = []
     for part in found:
         (place,) = (i for i, document in enumerate(work) if document.startswith(part))
         assert part == work[place] or work[place].startswith(f"{part}\n\n")
         places.append(place)
     assert places == sorted(places)
-    assert len(places) >= min(documents, build_corpus.PARTS)
+    assert len(places) >= min(documents, 10)
     gaps = [after - before for before, after in zip(places, places[1:])]
     assert max(gaps) <= 3 * documents / len(places)
 
 
 def test_a_document_of_one_paragraph_is_cut_after_a_sentence():
     work = [" ".join(f"Here is sentence number {i} of the work." for i in range(2000))]
-    (part,) = build_corpus.excerpts(work)
-    assert part.endswith(" of the work.") and build_corpus.SIZE - 50 < len(part)
+    (part,) = build_corpus.excerpts(work, 25_000, 10)
+    assert part.endswith(" of the work.") and 25_000 - 50 < len(part)
+
+
+def test_a_large_excerpt_is_of_whole_documents_but_the_last():
+    work = ["\n\n".join(paragraph(d, i) for i in range(20)) for d in range(100)]
+    found = build_corpus.excerpts(work, 50_000, 1)
+    assert sum(part in work for part in found) >= len(found) - 1 > 5
 
 
 def test_a_short_work_is_kept_whole():
     work = [paragraph("a", 0) * 3, paragraph("b", 0) * 4]
-    assert build_corpus.excerpts(work) == work
+    assert build_corpus.excerpts(work, 25_000, 10) == work
 
 
 def keys(file):
@@ -52,13 +58,14 @@ def test_works_to_validate_on_are_many_and_of_one_size():
     assert len(VALIDATION) > 40
     for file in VALIDATION:
         size = len(file.read_text(encoding="utf-8"))
-        assert abs(size / build_corpus.SIZE - 1) < 0.03, file.name
+        assert abs(size / build_corpus.SIZE["validation"] - 1) < 0.03, file.name
 
 
 def test_no_paragraph_of_them_is_trained_on():
     trained = set()
-    for file in (CORPUS / "train").glob("*.txt"):
-        trained |= keys(file)
+    for split in ("prose", "train"):
+        for file in (CORPUS / split).glob("*.txt"):
+            trained |= keys(file)
     seen = set()
     for file in VALIDATION:
         found = keys(file)
@@ -69,7 +76,7 @@ def test_no_paragraph_of_them_is_trained_on():
 
 def test_every_work_has_its_row_and_licence():
     text = (CORPUS / "LICENSES.md").read_text(encoding="utf-8")
-    for split in ("train", "validation"):
+    for split in ("prose", "train", "validation"):
         rows = dict(re.findall(rf"(?m)^\| {split} \| `(\w[^`]*)` \|(.*)$", text))
         files = {file.stem: file for file in (CORPUS / split).glob("*.txt")}
         assert set(rows) == set(files)
