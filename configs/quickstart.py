@@ -16,9 +16,12 @@ def get_config() -> ConfigDict:
     c.method.placement = "overlay"
     c.method.num_traces = 16
     c.data.seq_len = 128
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.name = "muon"
+    c.optimizer.b1 = 0.95
+    c.optimizer.learning_rate = 4e-3
     c.optimizer.soft_token_learning_rate = 2e-3
     c.optimizer.warmup_steps = 50
+    c.optimizer.final_fraction = 0.02
     c.train.steps = 2000
     c.train.batch_size = 8
     c.train.checkpoint_every = 500

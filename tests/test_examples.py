@@ -57,6 +57,33 @@ def test_the_notebook_shows_what_it_says(notebook, tmp_path):
     assert kinds(json.loads(out.read_text(encoding="utf-8"))) == kinds(notebook)
 
 
+def test_the_kinds_of_tokens_of_the_probe(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import probe
+
+    at = 40
+    row = np.arange(1000, 1000 + probe.LENGTH)  # no token twice, but for these
+    row[at + 1] = row[at - 15]
+    row[at + 2] = row[at - 16]
+    row[at + 4] = row[at + 3]  # not before the place
+    rank = np.full(2000, 300)
+    rank[row[at + 1]], rank[row[at + 2]] = 63, 64
+    found = probe.kinds(row, at, rank, np.log([0.6, 0.05, 0.04] + [0.5] * 13))
+    groups = np.array(list(found.values())).astype(int)
+    np.testing.assert_array_equal(groups[0], 1)
+    for three in np.split(groups[1:], 3):
+        np.testing.assert_array_equal(three.sum(axis=0), 1)
+    assert [name for name in found if found[name][0]] == [
+        "all",
+        "stands in the last 16 tokens",
+        "one of the 64 most frequent",
+        "p > 0.5 by the decoder",
+    ]
+    second = groups[:, 1].nonzero()[0].tolist()
+    third = groups[:, 2].nonzero()[0].tolist()
+    assert (second, third) == ([0, 2, 5, 8], [0, 3, 6, 9])
+
+
 def kinds(notebook):
     """Returns the kinds of all outputs, in order."""
     return [
