@@ -6,6 +6,7 @@ no row names are those of base.py.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -49,13 +50,64 @@ LAB = {  # two CPU cores
     "evaluate.max_pieces": 2000,
     "evaluate.max_positions": 16,
 }
-# Protocol -> size of the decoder, and what differs from base.py in all its experiments.
+PRETRAIN_LAB = {
+    "optimizer.name": "adamw",
+    "optimizer.b1": 0.9,
+    "optimizer.learning_rate": 8e-3,
+    "optimizer.warmup_steps": 500,
+    "optimizer.final_fraction": 0.01,
+    "optimizer.weight_decay": 0.03,
+    "train.batch_size": 32,
+    "train.keep_every": 10_000,
+    "compute.cpu_devices": 1,
+}
+PRETRAIN_GPU = {
+    "decoder.export_dtype": "bfloat16",
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.weight_decay": 0.1,
+    "train.batch_size": 64,
+    "train.steps": 7400,
+    "train.checkpoint_every": 1000,
+}
+
+
+class Protocol(NamedTuple):
+    """Describes a decoder, a text and a budget.
+
+    size: of the decoder, a key of SIZES. settings: what differs from base.py in all experiments.
+    pretrain: what differs from these where the decoder itself is made.
+    """
+
+    size: str
+    settings: dict[str, Any]
+    pretrain: dict[str, Any] = {}
+
+
+def smaller_lab(name: str, size: str, steps: int, pretrain_steps: int) -> Protocol:
+    """Returns `lab` with a decoder that is made first; equal proportions need fewer steps."""
+    settings = {
+        "decoder.path": f"runs/paper/{name}/pretrain/decoder",
+        "decoder.tokenizer": "packaged",
+        "data.token_files": "runs/paper/lab/tokens",
+        "train.steps": steps,
+        "train.checkpoint_every": steps // 4,
+        "train.keep_every": steps // 4,
+    }
+    pretrain = {"train.steps": pretrain_steps, "train.checkpoint_every": 1000}
+    return Protocol(size, LAB | MIXTURE | settings, PRETRAIN_LAB | pretrain)
+
+
 PROTOCOLS = {
     # The paper's proportions in miniature: the packaged decoder (0.16 M parameters) has read 1,000
     # tokens of the mixture for each parameter, and coprocessors are trained on the same mixture.
-    "lab": ("gemma2_160k", LAB | MIXTURE),
-    # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU.
-    "a_gpu": (
+    "lab": Protocol("gemma2_160k", LAB | MIXTURE, PRETRAIN_LAB | {"train.steps": 40_000}),
+    "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
+    "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
+    # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
+    # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
+    # wants more steps. But a decoder that knows its text by heart teaches a coprocessor nothing
+    # (docs/results.md): where there is more text, read it once.
+    "a_gpu": Protocol(
         "gemma2_49m",
         GPU
         | MIXTURE
@@ -63,9 +115,12 @@ PROTOCOLS = {
             "decoder.path": "runs/paper/a_gpu/pretrain/decoder",
             "decoder.tokenizer": "runs/paper/a_gpu/tokenizer.model",  # of tools.make_vocabulary
         },
+        PRETRAIN_GPU,
     ),
     # SmolLM2-135M on the mixture, which is not what it was pretrained on; one GPU.
-    "b": ("smollm2_135m", GPU | MIXTURE | {"decoder.path": "runs/smollm2_135m/decoder"}),
+    "b": Protocol(
+        "smollm2_135m", GPU | MIXTURE | {"decoder.path": "runs/smollm2_135m/decoder"}, PRETRAIN_GPU
+    ),
 }
 
 SLOW = {"optimizer.learning_rate": 3e-4}  # where the decoder's own weights are trained
@@ -134,21 +189,11 @@ EXPERIMENTS = {
     "adapt_decoder": {"method.name": "decoder"} | TASKS,
     "adapt_coprocessor": {"method.start": "runs/paper/{protocol}/overlay@0/checkpoints/{steps}"}
     | TASKS,
-    # The decoder of a_gpu: random weights, 240 M tokens, which is the mixture two to three times.
-    # Its training loss should be flat at the end, or it wants more steps. But a decoder that knows
-    # its text by heart teaches a coprocessor nothing (docs/results.md): where there is more text,
-    # read it once.
+    # The decoder itself, from random weights.
     "pretrain": {
         "seed": 1000,  # the experiments read the same text, and must not read it in the same order
         "decoder.path": "",
-        "decoder.export_dtype": "bfloat16",
         "method.name": "decoder",
-        "optimizer.learning_rate": 2e-3,
-        "optimizer.warmup_steps": 200,
-        "optimizer.weight_decay": 0.1,
-        "train.batch_size": 64,
-        "train.steps": 7400,
-        "train.checkpoint_every": 1000,
     },
 }
 
@@ -164,14 +209,17 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
         known = f"PROTOCOL one of {', '.join(PROTOCOLS)}, "
         known += f"EXPERIMENT one of {', '.join(EXPERIMENTS)}"
         raise ValueError(f"{name!r}: expected PROTOCOL/EXPERIMENT, {known}")
-    size, settings = PROTOCOLS[protocol]
+    size, settings, pretrain = PROTOCOLS[protocol]
     c = base.get_config()
     c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES[size]))
     c.data.token_files = f"runs/paper/{protocol}/tokens"
     c.method.placement = "overlay"
     c.update_from_flattened_dict(settings)
     steps = c.train.steps
-    for key, value in EXPERIMENTS[experiment].items():
+    row = EXPERIMENTS[experiment]
+    if experiment == "pretrain":
+        row = row | pretrain
+    for key, value in row.items():
         if callable(value):
             value = value(steps)
         if isinstance(value, str):

@@ -5,6 +5,7 @@
 #   ./launch/paper.sh lab                           all of a protocol, seed 0; of lab, a night on two CPU cores
 #   ./launch/paper.sh lab/overlay lab/after@1       some; @1 is another seed
 #   ./launch/paper.sh lab/overlay -- --config.train.steps=20    more arguments for train and evaluate
+#   ./launch/paper.sh lab_58k/overlay lab_23k/overlay    the same proportions for smaller decoders, which are made first
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
@@ -25,6 +26,7 @@ done
 names=$(python -m configs.paper)
 names=${names//$'\n'/ }
 
+protocols='lab lab_58k lab_23k a_gpu b'
 wanted=()
 all() { # PROTOCOL
   wanted+=("$1/overlay" "$1/after" "$1/decoder") # what the others are compared with, or start from
@@ -35,13 +37,14 @@ all() { # PROTOCOL
   wanted+=("$1/adapt_decoder" "$1/adapt_coprocessor") # last: they want reasoning-gym, which is not everywhere
 }
 while (($#)) && [[ $1 != -- ]]; do
-  name=${1#*/}
-  if [[ $1 =~ ^(lab|a_gpu|b)$ ]]; then
-    all "$1"
-  elif [[ $1 =~ ^(lab|a_gpu|b)/ && " $names " == *" ${name%@*} "* ]]; then
+  protocol=${1%%/*} name=${1#*/}
+  if [[ " $protocols " != *" $protocol "* || ($1 == */* && " $names " != *" ${name%@*} "*) ]]; then
+    die "$1: expected PROTOCOL, PROTOCOL/NAME or PROTOCOL/NAME@SEED; PROTOCOL one of $protocols, NAME one of $names"
+  fi
+  if [[ $1 == */* ]]; then
     wanted+=("$1")
   else
-    die "$1: expected PROTOCOL, PROTOCOL/NAME or PROTOCOL/NAME@SEED; PROTOCOL one of lab a_gpu b, NAME one of $names"
+    all "$1"
   fi
   shift
 done
@@ -55,7 +58,8 @@ if ((${#more[@]})); then
 fi
 run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
-prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens
+prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laboratories share
+  local tokens=runs/paper/${1%%_[0-9]*}/tokens
   if [[ ! -e runs/mixture/MIXTURE.md ]]; then
     run tools.make_mixture --out=runs/mixture
   fi
@@ -65,14 +69,14 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens
   if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
     run latent_delib.convert --source="$(./launch/get_smollm2.sh)" --out=runs/smollm2_135m/decoder --size=smollm2_135m
   fi
-  if [[ ! -e runs/paper/$1/tokens/meta.json ]]; then
-    local config=configs/paper.py:$1/overlay
-    [[ $1 == a_gpu ]] && config=configs/paper.py:a_gpu/pretrain # the same text and vocabulary, and needs no decoder yet
-    run latent_delib.prepare --config="$config" --config.data.token_files= --out="runs/paper/$1/tokens"
+  local its_own=overlay
+  [[ $1 != a_gpu && $1 != lab_* ]] || its_own=pretrain # the same text and vocabulary, and needs no decoder yet
+  if [[ ! -e $tokens/meta.json ]]; then
+    run latent_delib.prepare --config="configs/paper.py:$1/$its_own" --config.data.token_files= --out="$tokens"
   fi
-  if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/frozen/perplexity.json ]]; then
-    run latent_delib.train --config=configs/paper.py:a_gpu/pretrain --workdir=runs/paper/a_gpu/pretrain
-    run latent_delib.evaluate --config=configs/paper.py:a_gpu/decoder --workdir=runs/paper/a_gpu/frozen
+  if [[ $its_own == pretrain && ! -e runs/paper/$1/frozen/perplexity.json ]]; then
+    run latent_delib.train --config="configs/paper.py:$1/pretrain" --workdir="runs/paper/$1/pretrain"
+    run latent_delib.evaluate --config="configs/paper.py:$1/decoder" --workdir="runs/paper/$1/frozen"
   fi
   if [[ $2 == adapt_* ]]; then
     [[ -e runs/paper/$1/task_tokens/meta.json ]] ||

@@ -264,6 +264,9 @@ SIZES: dict[str, TransformerConfig] = {
     "qwen3_1.7b": _size(_QWEN3, 28, 2048, 16, 8, 128, 6144, 151_936),
     # The packaged decoder: two cores show it 1,000 tokens for each parameter within an hour.
     "gemma2_160k": _size(_GEMMA2, 2, 64, 4, 2, 16, 192, 1024, window=64),
+    # The same in smaller: how the gain grows with the decoder (protocols lab_58k and lab_23k).
+    "gemma2_58k": _size(_GEMMA2, 2, 32, 2, 1, 16, 96, 1024, window=64),
+    "gemma2_23k": _size(_GEMMA2, 2, 16, 1, 1, 16, 48, 1024, window=64),
     "gemma2_3m": _size(_GEMMA2, 4, 192, 4, 2, 64, 768, 4096, window=128),
     # Protocol a_gpu of configs/paper: a size that minutes of a GPU can train on the mixture.
     "gemma2_49m": _size(_GEMMA2, 12, 512, 8, 4, 64, 2048, 4096, window=256),
