@@ -20,7 +20,7 @@ def test_the_block_of_the_readme_runs_as_pasted(tmp_path, monkeypatch, capsys):
     block = text.partition("```python\n")[2].partition("```")[0]
     variables = {}
     exec(block, variables)
-    assert variables["lm"].coprocessor.step == 8000
+    assert variables["lm"].coprocessor.step == 32_000
     assert len(capsys.readouterr().out) > 4  # the text that it generates
 
 

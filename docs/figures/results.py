@@ -20,8 +20,9 @@ DOCS = Path(__file__).parents[1]
 KIND = "files:runs/mixture/validation/*.txt"  # other works of the kinds trained on
 LATENTS = 16
 LINES = {  # evaluation -> (label, colour)
-    "overlay@0": ("latents of the text at hand", "#1b6ca8"),
-    "overlay@0/swap": ("control: latents of another document", "#d1741f"),
+    "overlay@0": ("16 latents, 8,000 steps", "#7fb3d9"),
+    "steps_x4@0": ("16 latents, 32,000 steps", "#1b6ca8"),
+    "steps_x4@0/swap": ("control: latents of another document", "#d1741f"),
     "static_tokens@0": ("control: 16 trained vectors, no coprocessor", "#7a7a7a"),
 }
 
