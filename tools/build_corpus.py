@@ -1,4 +1,4 @@
-"""Makes the packaged corpus again, in latent_delib/data/corpus.
+"""Makes the packaged corpus again, in latent_delib/data/corpus, and tools/prose.
 
   python -m tools.build_corpus --mixture=runs/mixture
 
@@ -9,9 +9,9 @@ give the same bytes; `LICENSES.md` names the versions, authors and licences.
 
 Every file is one work; a form feed on a line of its own separates its documents. The split is by
 work: manuals in `train/` are parts of works that the mixture trains on, those in `validation/` of
-works that it does not. `prose/` is what the mixture takes its prose from. Intervals are taken over
-works, so those in `validation/` are many and of one size. A paragraph of 60 characters or more that
-is trained on, here or in the mixture, is in none of them.
+works that it does not. `tools/prose/` is what the mixture takes its prose from. Intervals are taken
+over works, so those in `validation/` are many and of one size. A paragraph of 60 characters or more
+that is trained on, here or in the mixture, is in none of them.
 """
 
 import functools
@@ -30,6 +30,7 @@ from tools.extract import SEPARATOR, SHORTEST, clean, debian, pieces, read, samp
 from tools.mixture_sources import SOURCES
 
 HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
+PROSE = Path(__file__).with_name("prose")
 
 # Packages.
 
@@ -201,31 +202,33 @@ def write_validation(prose: dict[str, list[list[str]]], mixture: Path) -> None:
     for package in manuals("validation", mixture):
         made[package] = read(mixture / "validation" / f"{package}.txt")
     seen: set[str] = set()
-    for folder in (HERE / "prose", mixture / "train"):
+    for folder in (PROSE, mixture / "train"):
         for file in folder.glob("*.txt"):
             list(clean(read(file), seen))
     for work, documents in made.items():
-        write("validation", work, list(clean(documents, seen)))
+        write_excerpts("validation", work, list(clean(documents, seen)))
 
 
 def write_train(mixture: Path) -> None:
     """Writes manuals to train on: whole documents of them, as they are in the mixture."""
     for package in manuals("train", mixture):
         documents = read(mixture / "train" / f"{package}.txt")
-        write("train", package, ["\n\n".join(paragraphs) for paragraphs in documents])
+        write_excerpts("train", package, ["\n\n".join(paragraphs) for paragraphs in documents])
 
 
 # The whole.
 
 
-def write(split: str, work: str, documents: Sequence[str]) -> None:
-    """Writes the file of a work: all of prose to train on, excerpts of everything else."""
-    if split in SIZE:
-        documents = excerpts(documents, SIZE[split], PARTS[split])
-    file = HERE / split / f"{work}.txt"
+def write_excerpts(split: str, work: str, documents: Sequence[str]) -> None:
+    """Writes the file of a work of a split."""
+    write(HERE / split / f"{work}.txt", excerpts(documents, SIZE[split], PARTS[split]))
+
+
+def write(file: Path, documents: Sequence[str]) -> None:
+    """Writes the file of a work."""
     file.parent.mkdir(exist_ok=True)
     file.write_text(SEPARATOR.join(documents) + "\n", encoding="utf-8")
-    print(f"{work:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)
+    print(f"{file.stem:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)
 
 
 def write_prose() -> dict[str, list[list[str]]]:
@@ -237,7 +240,7 @@ def write_prose() -> dict[str, list[list[str]]]:
     for documents in held_out.values():  # so that a paragraph that repeats is not trained on
         list(clean(documents, seen))
     for work in sorted(made):
-        write("prose", work, list(clean(made[work], seen)))
+        write(PROSE / f"{work}.txt", list(clean(made[work], seen)))
     return held_out
 
 

@@ -39,6 +39,7 @@ SPLITS = ("train", "validation", "unseen")  # a paragraph that repeats stays in 
 LICENCES = ("public_domain", "permissive", "copyleft")
 HELD_OUT = 400_000  # characters of a work outside train, roughly, at most: all weigh about alike
 CORPUS = Path(latent_delib.__file__).parent / "data" / "corpus"
+PROSE = Path(__file__).with_name("prose")
 
 
 class Work(NamedTuple):
@@ -152,7 +153,7 @@ def _works_of(
 ) -> dict[str, tuple[str, str, list[list[str]]]]:
     """Returns work -> (version, licence, documents) of a split: packaged prose, then packages."""
     found = {}
-    folder = CORPUS / ("prose" if split == "train" else split)
+    folder = PROSE if split == "train" else CORPUS / split
     for file in sorted(folder.glob("prose_*.txt")):
         found[file.stem] = ("packaged corpus", "public domain", extract.read(file))
     for package, source in chosen.items():

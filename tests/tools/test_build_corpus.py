@@ -63,8 +63,8 @@ def test_works_to_validate_on_are_many_and_of_one_size():
 
 def test_no_paragraph_of_them_is_trained_on():
     trained = set()
-    for split in ("prose", "train"):
-        for file in (CORPUS / split).glob("*.txt"):
+    for folder in (build_corpus.PROSE, CORPUS / "train"):
+        for file in folder.glob("*.txt"):
             trained |= keys(file)
     seen = set()
     for file in VALIDATION:
@@ -76,9 +76,10 @@ def test_no_paragraph_of_them_is_trained_on():
 
 def test_every_work_has_its_row_and_licence():
     text = (CORPUS / "LICENSES.md").read_text(encoding="utf-8")
-    for split in ("prose", "train", "validation"):
+    folders = {split: CORPUS / split for split in ("train", "validation")}
+    for split, folder in (folders | {"prose": build_corpus.PROSE}).items():
         rows = dict(re.findall(rf"(?m)^\| {split} \| `(\w[^`]*)` \|(.*)$", text))
-        files = {file.stem: file for file in (CORPUS / split).glob("*.txt")}
+        files = {file.stem: file for file in folder.glob("*.txt")}
         assert set(rows) == set(files)
         for work, row in rows.items():
             size, documents = files[work].stat().st_size, len(extract.read(files[work]))

@@ -80,11 +80,12 @@ def test_what_is_written(folder):
 
 def test_the_prose_of_the_packaged_corpus_stays_as_it_is(folder):
     same = {
-        "train/prose_emma.txt": "prose/prose_emma.txt",
-        "validation/prose_lincoln_addresses.txt": "validation/prose_lincoln_addresses.txt",
+        "train/prose_emma.txt": make_mixture.PROSE / "prose_emma.txt",
+        "validation/prose_lincoln_addresses.txt": make_mixture.CORPUS
+        / "validation/prose_lincoln_addresses.txt",
     }
     for path, packaged in same.items():
-        assert (folder / path).read_bytes() == (make_mixture.CORPUS / packaged).read_bytes()
+        assert (folder / path).read_bytes() == packaged.read_bytes()
 
 
 def test_a_work_of_which_nothing_is_left_is_named(tmp_path):
