@@ -216,7 +216,11 @@ class Training(NamedTuple):
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Returns batches without end, as `batches.Training` does."""
+        """Returns batches without end, as `batches.Training` does.
+
+        They are a generator. Close it where the process ends before they are dropped: TensorFlow's
+        threads may wait for Python for ever then.
+        """
         data = self.data
         tokenizer = Tokenizer(self.tokenizer_path)
         bad = BadRecords(data.max_bad_records)
@@ -244,4 +248,5 @@ class Training(NamedTuple):
             }
 
         elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
-        return itertools.islice(map(batch, elements), start_step, None)
+        every_batch = map(batch, elements)  # those before start_step too: their bad records count
+        return (each for each in itertools.islice(every_batch, start_step, None))

@@ -287,6 +287,7 @@ data, digest = ConfigDict({data.to_dict()!r}), hashlib.sha256()
 found = batches.Training(data, {tokenizer!r}).batches(batch_size=4, seed=0)
 for batch in itertools.islice(found, 100):
     digest.update(batch["tokens"])
+found.close()
 print(digest.hexdigest())
 """
     env = os.environ | {"PYTHONHASHSEED": "7"}
