@@ -17,6 +17,13 @@ MIXTURE = {  # of tools.make_mixture
     "data.sources": ("files:runs/mixture/train/*.txt",),
     "data.validation": ("files:runs/mixture/validation/*.txt", "files:runs/mixture/unseen/*.txt"),
 }
+PROBLEMS = {  # half of the rows are the mixture, half tools.make_problems
+    "data.sources": (*MIXTURE["data.sources"], "files:runs/problems/text/train/*.txt"),
+    "data.weights": (1.0, 1.0),
+    "data.validation": MIXTURE["data.validation"],
+    "decoder.path": "runs/paper/problems/pretrain/decoder",
+    "decoder.tokenizer": "packaged",
+}
 GPU = {
     "method.num_traces": 32,
     "data.seq_len": 512,
@@ -103,6 +110,13 @@ PROTOCOLS = {
     "lab": Protocol("gemma2_160k", LAB | MIXTURE, PRETRAIN_LAB | {"train.steps": 40_000}),
     "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
     "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
+    # Reasoning in miniature: the packaged decoder, trained on with problems beside its text until
+    # it half solves them.
+    "problems": Protocol(
+        "gemma2_160k",
+        LAB | PROBLEMS,
+        PRETRAIN_LAB | {"decoder.path": "packaged", "train.steps": 10_000},
+    ),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
     # wants more steps. But a decoder that knows its text by heart teaches a coprocessor nothing
@@ -126,6 +140,7 @@ PROTOCOLS = {
 SLOW = {"optimizer.learning_rate": 3e-4}  # where the decoder's own weights are trained
 TASKS = {  # of tools.make_tasks; so many steps see each problem a few times
     "data.sources": ("files:runs/tasks/text/train/*.txt",),
+    "data.weights": (1.0,),
     "data.validation": ("files:runs/tasks/text/test/*.txt",),
     "data.token_files": "runs/paper/{protocol}/task_tokens",
     "method.lora_rank": 64,

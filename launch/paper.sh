@@ -11,6 +11,7 @@
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   swap/               every text is given the latents of another: the same, steps_*, joint and unified
+#   benchmarks.json     accuracy on problems: protocol problems, which wants LATENT_DELIB_EXTRAS=test
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
 # A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the
@@ -26,7 +27,7 @@ done
 names=$(python -m configs.paper)
 names=${names//$'\n'/ }
 
-protocols='lab lab_58k lab_23k a_gpu b'
+protocols='lab lab_58k lab_23k problems a_gpu b'
 wanted=()
 all() { # PROTOCOL
   wanted+=("$1/overlay" "$1/after" "$1/decoder") # what the others are compared with, or start from
@@ -69,8 +70,11 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
     run latent_delib.convert --source="$(./launch/get_smollm2.sh)" --out=runs/smollm2_135m/decoder --size=smollm2_135m
   fi
+  if [[ $1 == problems && ! -e runs/problems ]]; then
+    run tools.make_problems --out=runs/problems
+  fi
   local its_own=overlay
-  [[ $1 != a_gpu && $1 != lab_* ]] || its_own=pretrain # the same text and vocabulary, and needs no decoder yet
+  [[ $1 != a_gpu && $1 != lab_* && $1 != problems ]] || its_own=pretrain # the same text and vocabulary, and needs no decoder yet
   if [[ ! -e $tokens/meta.json ]]; then
     run latent_delib.prepare --config="configs/paper.py:$1/$its_own" --config.data.token_files= --out="$tokens"
   fi
@@ -128,6 +132,11 @@ for each in "${wanted[@]}"; do
   fi
   if [[ $name == overlay || $name == after || $name == delay ]]; then
     for delay in 1 2 3; do evaluate "$workdir/delay$delay" --config.evaluate.delay="$delay"; done
+  fi
+  if [[ $protocol == problems ]]; then
+    [[ $name == decoder* ]] && model=decoder || model=decoder,augmented
+    run latent_delib.benchmark --workdir="$workdir" --model="$model" --benchmarks=offline --table=configs/problems.py \
+      --tasks=runs/problems --out="$workdir"
   fi
   if [[ -n $is_new ]]; then
     made=$((made + 1))

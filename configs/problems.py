@@ -1,0 +1,13 @@
+"""The benchmarks of tools.make_problems, for `benchmark --table=configs/problems.py`.
+
+Their form is that of configs/benchmarks.py.
+"""
+
+PUBLISHED: dict = {}
+OFFLINE = {
+    "sums": {"task": "sums", "shots": 0, "metric": "exact_match"},
+    "sorting": {"task": "sorting", "shots": 0, "metric": "exact_match"},
+    "links": {"task": "links", "shots": 0, "metric": "exact_match"},
+    "brackets": {"task": "brackets", "shots": 0, "metric": "exact_match"},
+}
+COT = ""

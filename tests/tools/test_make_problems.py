@@ -1,0 +1,68 @@
+"""Problems: the same everywhere, none twice, right answers right."""
+
+import json
+import re
+
+import pytest
+
+from tools import make_problems
+
+TRAIN, TEST = 300, 100
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "problems"
+    make_problems.make_problems(str(folder), TRAIN, TEST)
+    return folder
+
+
+def documents(folder, split, kind):
+    text = (folder / "text" / split / f"{kind}.txt").read_text(encoding="utf-8")
+    return text.strip().split("\n\f\n")
+
+
+def solve(question):
+    """Answers a question in another way than its maker."""
+    kind, _, rest = question.rstrip("=").partition(" ")
+    if kind == "sort":
+        return "".join(digit * rest.count(digit) for digit in "0123456789")
+    if kind == "links":
+        pairs, steps, start = re.fullmatch(r"([\d ]+); (\d) from (\d)", rest).groups()
+        following = dict(pairs.split())
+        for _ in range(int(steps)):
+            start = following[start]
+        return start
+    if kind == "close":
+        while re.search(r"\(\)|\[\]|{}", rest):
+            rest = re.sub(r"\(\)|\[\]|{}", "", rest)
+        return rest[::-1].translate(str.maketrans("([{", ")]}"))
+    return str(sum(int(number) for number in kind.split("+")))
+
+
+@pytest.mark.parametrize("kind", make_problems.KINDS)
+def test_answers_are_right_and_no_problem_is_there_twice(folder, kind):
+    both = documents(folder, "train", kind) + documents(folder, "test", kind)
+    assert len(set(both)) == TRAIN + TEST
+    for document in both:
+        question, answer = re.fullmatch(r"(.+=)(.+)\.", document).groups()
+        assert solve(question) == answer, document
+
+
+@pytest.mark.parametrize("kind", make_problems.KINDS)
+def test_the_harness_asks_the_problems_of_the_test_split(folder, kind):
+    harness = pytest.importorskip("latent_delib.measure.harness")
+    task = harness.load_local_task(kind, str(folder))["tasks"][kind]
+    asked = list(task.test_docs())
+    texts = [task.doc_to_text(row) + task.doc_to_target(row) + "." for row in asked]
+    assert texts == documents(folder, "test", kind)
+
+
+def test_the_same_problems_are_made_again_and_more_to_train_on_change_no_test(folder, tmp_path):
+    more = tmp_path / "problems"
+    make_problems.make_problems(str(more), TRAIN + 50, TEST)
+    for kind in make_problems.KINDS:
+        assert documents(more, "train", kind)[:TRAIN] == documents(folder, "train", kind)
+        file = f"{kind}.test.jsonl"
+        assert (more / file).read_bytes() == (folder / file).read_bytes()
+        assert len(json.loads((more / file).read_text().splitlines()[0])) == 2
