@@ -11,7 +11,7 @@
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   swap/               every text is given the latents of another: the same, steps_*, joint and unified
-#   benchmarks.json     accuracy on problems: protocol problems, which wants LATENT_DELIB_EXTRAS=test
+#   benchmarks.json     accuracy on problems: protocol problems
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
 # A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the

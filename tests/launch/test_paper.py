@@ -163,6 +163,21 @@ def test_smaller_decoders_are_made_first_on_the_same_tokens(here: Path) -> None:
     assert sum("pretrain" in call for call in calls) == 2
 
 
+def test_problems_are_made_and_solved(here: Path) -> None:
+    calls = run_paper(here, "problems/static_tokens", "problems/decoder")
+    config, folder = "--config=configs/paper.py:problems", "runs/paper/problems"
+    assert calls[1:4] == [
+        "tools.make_problems --out=runs/problems",
+        f"prepare {config}/pretrain --config.data.token_files= --out={folder}/tokens",
+        f"train {config}/pretrain --workdir={folder}/pretrain",
+    ]
+    table = "--benchmarks=offline --table=configs/problems.py --tasks=runs/problems"
+    assert [call for call in calls if call.startswith("benchmark")] == [
+        f"benchmark --workdir={folder}/{name}@0 --model={models} {table} --out={folder}/{name}@0"
+        for name, models in (("static_tokens", "decoder,augmented"), ("decoder", "decoder"))
+    ]
+
+
 def test_the_script_knows_all_protocols() -> None:
     script = (ROOT / "launch/paper.sh").read_text()
     assert f"protocols='{' '.join(paper.PROTOCOLS)}'" in script
