@@ -17,12 +17,15 @@ MIXTURE = {  # of tools.make_mixture
     "data.sources": ("files:runs/mixture/train/*.txt",),
     "data.validation": ("files:runs/mixture/validation/*.txt", "files:runs/mixture/unseen/*.txt"),
 }
-PROBLEMS = {  # half of the rows are the mixture, half tools.make_problems
-    "data.sources": (*MIXTURE["data.sources"], "files:runs/problems/text/train/*.txt"),
-    "data.weights": (1.0, 1.0),
-    "data.validation": MIXTURE["data.validation"],
+PROBLEMS = {  # of tools.make_problems
+    "data.sources": ("files:runs/problems/text/train/*.txt",),
+    "data.validation": ("files:runs/problems/text/test/*.txt",),
     "decoder.path": "runs/paper/problems/pretrain/decoder",
     "decoder.tokenizer": "packaged",
+    "method.prompt_end": "=",
+    "method.num_traces": 6,  # problems in a row, at most
+    "train.batch_size": 32,
+    "train.steps": 4000,
 }
 GPU = {
     "method.num_traces": 32,
@@ -68,6 +71,13 @@ PRETRAIN_LAB = {
     "train.keep_every": 10_000,
     "compute.cpu_devices": 1,
 }
+PRETRAIN_PROBLEMS = {
+    "decoder.path": "packaged",
+    "data.sources": (*MIXTURE["data.sources"], *PROBLEMS["data.sources"]),
+    "data.weights": (1.0, 1.0),
+    "data.validation": (*MIXTURE["data.validation"], *PROBLEMS["data.validation"]),
+    "train.steps": 10_000,
+}
 PRETRAIN_GPU = {
     "decoder.export_dtype": "bfloat16",
     "optimizer.learning_rate": 2e-3,
@@ -110,13 +120,9 @@ PROTOCOLS = {
     "lab": Protocol("gemma2_160k", LAB | MIXTURE, PRETRAIN_LAB | {"train.steps": 40_000}),
     "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
     "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
-    # Reasoning in miniature: the packaged decoder, trained on with problems beside its text until
-    # it half solves them.
-    "problems": Protocol(
-        "gemma2_160k",
-        LAB | PROBLEMS,
-        PRETRAIN_LAB | {"decoder.path": "packaged", "train.steps": 10_000},
-    ),
+    # Reasoning in miniature: the packaged decoder, trained on with problems in half of its rows,
+    # half solves them. Then a coprocessor is called once, at the end of each problem.
+    "problems": Protocol("gemma2_160k", LAB | PROBLEMS, PRETRAIN_LAB | PRETRAIN_PROBLEMS),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
     # wants more steps. But a decoder that knows its text by heart teaches a coprocessor nothing

@@ -230,9 +230,10 @@ class Job:
         sums = self.add_up(found, partial)
         if not sums["nll"].tokens.any():
             raise UserError(
-                f"config.evaluate: max_positions={e.max_positions} and "
-                f"longer_prompt={e.longer_prompt} leave no token to count; "
-                "give more positions (0: all), or a shorter prompt"
+                f"config: evaluate.max_positions={e.max_positions}, "
+                f"evaluate.longer_prompt={e.longer_prompt} and "
+                f"method.prompt_end={self.exp.config.method.prompt_end!r} leave no token to count; "
+                "give more positions (0: all), a shorter prompt or another end of it"
             )
         result = {
             **perplexity.by_source(text, sums, e.seed),

@@ -2,9 +2,9 @@
 
   python -m tools.make_problems --out=runs/problems
 
-  sums      37+48+5=90.
-  sorting   sort 73915=13579.
-  links     links 37 14 79; 2 from 3=9.     two digits are a link; so many are followed
+  sums      sum 7 5 9 3 8 8 1 9 4=54.
+  sorting   sort 73 91 50 46 82=46 50 73 82 91.
+  look_ups  look up a7 b3 c9 d4; b+d=7.
   brackets  close {[](=)}.                  what is still open
 
 Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each, and
@@ -15,7 +15,7 @@ for `benchmark`. No problem is there twice. The same counts give the same files.
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from latent_delib.machine import commands
@@ -25,56 +25,57 @@ from latent_delib.machine.progress import Progress
 
 Problem = tuple[str, str]  # question, answer
 
+NAMES = "abcdefghij"
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def sums(draw: random.Random) -> Problem:
-    """Adds two numbers of three digits, or three of two."""
-    if draw.random() < 0.5:
-        numbers = draw.sample(range(100, 1000), 2)
-    else:
-        numbers = draw.sample(range(10, 100), 3)
-    return "+".join(map(str, numbers)) + "=", str(sum(numbers))
+    """Adds eight to twenty numbers of one digit."""
+    numbers = draw.choices(range(1, 10), k=draw.randint(8, 20))
+    return f"sum {_list(numbers)}=", str(sum(numbers))
 
 
 def sorting(draw: random.Random) -> Problem:
-    """Sorts five to eight digits."""
-    digits = draw.choices("0123456789", k=draw.randint(5, 8))
-    return f"sort {''.join(digits)}=", "".join(sorted(digits))
+    """Sorts six to nine numbers of two digits."""
+    numbers = draw.choices(range(10, 100), k=draw.randint(6, 9))
+    return f"sort {_list(numbers)}=", _list(sorted(numbers))
 
 
-def links(draw: random.Random) -> Problem:
-    """Follows one to three links around a ring of four to six digits."""
-    ring = draw.sample("0123456789", draw.randint(4, 6))
-    pairs = [ring[i - 1] + ring[i] for i in range(len(ring))]
-    draw.shuffle(pairs)
-    start = draw.randrange(len(ring))
-    steps = draw.randint(1, 3)
-    end = ring[(start + steps) % len(ring)]
-    return f"links {' '.join(pairs)}; {steps} from {ring[start]}=", end
+def look_ups(draw: random.Random) -> Problem:
+    """Looks up one to three of six digits by their names, and adds them."""
+    names = draw.sample(NAMES, 6)
+    values = draw.choices(range(1, 10), k=6)
+    pairs = [f"{name}{value}" for name, value in zip(names, values)]
+    asked = draw.sample(range(6), draw.randint(1, 3))
+    question = f"look up {' '.join(pairs)}; {'+'.join(names[i] for i in asked)}="
+    return question, str(sum(values[i] for i in asked))
 
 
 def brackets(draw: random.Random) -> Problem:
-    """Closes what eight to sixteen brackets leave open, one to six of them."""
+    """Closes what twenty to fifty brackets leave open, one to twelve of them."""
     while True:
         text = ""
         still_open: list[str] = []
-        for _ in range(draw.randint(8, 16)):
+        for _ in range(draw.randint(20, 50)):
             if still_open and draw.random() < 0.45:
                 text += PAIRS[still_open.pop()]
             else:
                 bracket = draw.choice("([{")
                 text += bracket
                 still_open.append(bracket)
-        if 1 <= len(still_open) <= 6:
+        if 1 <= len(still_open) <= 12:
             answer = "".join(PAIRS[bracket] for bracket in reversed(still_open))
             return f"close {text}=", answer
+
+
+def _list(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
 KINDS: dict[str, Callable[[random.Random], Problem]] = {
     "sums": sums,
     "sorting": sorting,
-    "links": links,
+    "look_ups": look_ups,
     "brackets": brackets,
 }
 
@@ -84,7 +85,7 @@ ASKED = {
     "doc_to_text": "{{question}}",
     "doc_to_target": "{{answer}}",
     "target_delimiter": "",
-    "generation_kwargs": {"until": ["."], "max_gen_toks": 16, "do_sample": False},
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 32, "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     "metadata": {"version": 1.0},
 }
@@ -152,6 +153,6 @@ if __name__ == "__main__":
         lambda flags: make_problems(flags.out, flags.train, flags.test),
         __doc__,
         out=(REQUIRED, "the folder to write"),
-        train=(250_000, "problems of each kind to train on"),
+        train=(200_000, "problems of each kind to train on"),
         test=(1000, "problems of each kind to test on"),
     )

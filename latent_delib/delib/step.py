@@ -150,6 +150,7 @@ def train_step(
     accumulation: int,
     dtype: jnp.dtype,
     max_delay: int = 0,
+    prompt_end: tuple[int, ...] = (),
     skip_bad: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one optimizer step on the mean loss over all ahead tokens of the batch.
@@ -169,6 +170,7 @@ def train_step(
       dtype: of the computation; master weights are cast to it once.
       max_delay: latents of a trace are written up to so many tokens before they join, drawn at
         random.
+      prompt_end: tokens that end a prompt; traces stand only behind them. Empty: anywhere.
       skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the
         learning rate, go on.
 
@@ -179,7 +181,7 @@ def train_step(
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     num_traces = min(num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
-    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces)
+    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces, prompt_end)
     delay_BM = traces.draw_delays(jax.random.fold_in(key, 1), at_BM, max_delay)
 
     frozen = augment.gathered(aug, frozen)  # before the loop over parts

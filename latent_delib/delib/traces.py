@@ -5,6 +5,7 @@ one document holds L latents and A ahead tokens; it sees that document's text up
 causally, never another trace.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -67,6 +68,16 @@ def document_start(segment_BT: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
+def ends_with(tokens_BT: jax.Array, ending: Sequence[int]) -> jax.Array:
+    """Returns whether the text up to each token ends with the tokens `ending`, bool [B, T]."""
+    T = tokens_BT.shape[1]
+    found_BT = jnp.ones(tokens_BT.shape, bool)
+    for back, token in enumerate(reversed(ending)):
+        earlier_BT = jnp.pad(tokens_BT, ((0, 0), (back, 0)), constant_values=-1)[:, :T]
+        found_BT &= earlier_BT == token
+    return found_BT
+
+
 def scores(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
     """Returns a random score [B, T - 1] of every text token but the last. `draw` takes the highest.
 
@@ -78,20 +89,28 @@ def scores(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array) -> jax.A
     return jax.random.uniform(key, (B, T - 1))
 
 
-def draw(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array, num_traces: int) -> jax.Array:
+def draw(
+    key: jax.Array,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    num_traces: int,
+    prompt_end: Sequence[int] = (),
+) -> jax.Array:
     """Draws distinct trace positions, each with at least one ahead token in its own document.
 
     Args:
       tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
       num_traces: M.
+      prompt_end: tokens that the text must end with at each position; empty: any.
 
     Returns:
       int32 [B, M], sorted. A row with fewer than M such positions repeats T - 1, which has no ahead
       tokens and so no weight.
     """
     has_ahead = (segment_BT[:, :-1] == segment_BT[:, 1:]) & (segment_BT[:, 1:] > 0)
-    score = jnp.where(has_ahead, scores(key, tokens_BT, segment_BT), -jnp.inf)
+    fits = has_ahead & ends_with(tokens_BT, prompt_end)[:, :-1]
+    score = jnp.where(fits, scores(key, tokens_BT, segment_BT), -jnp.inf)
     score, at = jax.lax.top_k(score, num_traces)
     last = segment_BT.shape[1] - 1
     return jnp.sort(jnp.where(score > -jnp.inf, at, last), axis=1).astype(jnp.int32)

@@ -57,6 +57,11 @@ class Experiment:
         return METHODS[method.name].trains_decoder and not method.lora_rank
 
     @property
+    def prompt_end(self) -> tuple[int, ...]:
+        """Returns the tokens of `method.prompt_end`."""
+        return tuple(self.tokenizer.encode(self.config.method.prompt_end))
+
+    @property
     def adapts_start(self) -> bool:
         """Returns whether adapters are trained over the coprocessor that training begins with."""
         return self.start is not None and self.config.method.lora_rank > 0

@@ -59,6 +59,7 @@ class Metrics:
         self.log_every = t.log_every
         self.steps = t.steps
         self.allowed = t.max_bad_steps
+        self.prompt_end = c.method.prompt_end
         self.steps_between_saves = min(t.checkpoint_every, t.steps)
         self.learning_rate = learning_rate
         self.tokens = t.batch_size * c.data.seq_len
@@ -98,7 +99,8 @@ class Metrics:
         """Reads the values that are pending.
 
         Raises:
-          UserError: loss or gradient is not finite, and `train.max_bad_steps` were skipped before.
+          UserError: loss or gradient is not finite, and `train.max_bad_steps` were skipped before;
+            or the text had nothing to predict.
         """
         if self.pending is None:
             return
@@ -114,8 +116,15 @@ class Metrics:
             self.grad_norm = grad_norm
         else:
             self._skip(f"step {step}: the loss is {loss}, the gradient norm {grad_norm}")
-        if (step % self.log_every == 0 or step == self.steps) and self.since_row.tokens:
+        if step % self.log_every and step != self.steps:
+            return
+        if self.since_row.tokens:
             self._write_row(step)
+        elif not tokens:
+            raise UserError(
+                f"step {step}: no token was predicted since step {self.row_begin}: no document "
+                f"goes on after config.method.prompt_end={self.prompt_end!r}"
+            )
 
     def _skip(self, problem: str) -> None:
         """Counts a step that is not finite; raises UserError where it is one too many."""

@@ -62,6 +62,7 @@ def make(exp: Experiment) -> Plan:
         num_traces=c.method.num_traces,
         num_ahead=c.method.num_ahead,
         max_delay=c.method.max_delay,
+        prompt_end=exp.prompt_end,
         accumulation=c.train.accumulation,
         dtype=exp.dtype,
         skip_bad=c.train.max_bad_steps > 0,
@@ -140,6 +141,8 @@ def _shapes(exp: Experiment) -> str:
         parts.append(f"placement {m.placement}")
     if exp.aug.has_latents and m.max_delay:
         parts.append(f"delays up to {m.max_delay}")
+    if exp.aug.has_latents and m.prompt_end:
+        parts.append(f"latents behind {m.prompt_end!r}")
     if m.lora_rank:
         parts.append(f"adapters of rank {m.lora_rank}")
     if c.train.accumulation > 1:

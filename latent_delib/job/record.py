@@ -41,6 +41,7 @@ AGREE = {
     "compare": (
         "decoder.fingerprint",
         *METHOD,
+        "method.prompt_end",
         "data.validation",
         "evaluate.num_ahead",
         "evaluate.max_length",
@@ -58,6 +59,7 @@ BEFORE = {
     "method.coprocessor": {},
     "method.lora_rank": 0,
     "method.max_delay": 0,
+    "method.prompt_end": "",
     "method.start": "",
     "optimizer.name": "adamw",
 }

@@ -4,11 +4,12 @@ A control of the evaluation is a function from one view to another. Code that ad
 cases of a view.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from latent_delib.delib import traces
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
 from latent_delib.measure.text import ValidationText
@@ -48,7 +49,12 @@ def view_of(exp: Experiment, text: ValidationText) -> View:
 
     def whole(number: int) -> Case:
         piece = text.pieces[number]
-        at = positions(e.seed, number, len(piece), e.max_positions, e.max_length, e.longer_prompt)
+        if exp.prompt_end:
+            at = prompt_ends(piece, exp.prompt_end, e.longer_prompt)
+        else:
+            at = positions(
+                e.seed, number, len(piece), e.max_positions, e.max_length, e.longer_prompt
+            )
         return Case(piece, at, piece, at)
 
     view: View = whole
@@ -111,6 +117,16 @@ def positions(
     share, rest = divmod(usable * most, usable_in_longest)
     share += draw.integers(usable_in_longest) < rest  # rounded so that its mean is exact
     return first + np.sort(draw.choice(usable, share, replace=False))
+
+
+def prompt_ends(piece: np.ndarray, ending: Sequence[int], first: int = 0) -> np.ndarray:
+    """Returns where a piece, from token `first` on and before its last, ends with `ending`.
+
+    They are int64 [k], ascending.
+    """
+    found = np.asarray(traces.ends_with(piece[None], ending))[0]
+    at = np.flatnonzero(found[:-1])
+    return at[at >= first]
 
 
 def donors(seed: int, text: ValidationText) -> np.ndarray:

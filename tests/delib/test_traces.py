@@ -204,3 +204,20 @@ def test_what_is_drawn_has_an_ahead_token_and_the_rest_no_weight(placement):
     assert not np.any(
         compiled(tokens, PACKED, ends, num_latents=2, num_ahead=3, placement=placement).weights
     )
+
+
+def test_traces_at_the_end_of_prompts():
+    """Only behind `prompt_end`, where the document goes on; what is left over has no weight."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 4, PACKED.shape)
+    for prompt_end in ((2,), (1, 3)):
+        size = len(prompt_end)
+        for row, (text, segment) in enumerate(zip(tokens, np.array(PACKED))):
+            fits = []
+            for last in range(size - 1, len(text) - 1):
+                ends = tuple(text[last + 1 - size : last + 1]) == prompt_end
+                if ends and segment[last] == segment[last + 1] > 0:
+                    fits.append(last)
+            at = traces.draw(jax.random.key(row), tokens[row : row + 1], PACKED[row : row + 1], 6, prompt_end)
+            expected = fits + [len(text) - 1] * (6 - len(fits))
+            np.testing.assert_array_equal(at[0], expected)
