@@ -199,12 +199,12 @@ def train_step(
         (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, whole)
     else:
         (loss, tokens), grads = _sum_over_parts(loss_sum, trained, whole, accumulation)
-    tokens = jnp.maximum(tokens, 1.0)
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / tokens, grads)
+    count = jnp.maximum(tokens, 1.0)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     new = TrainState(state.step + 1, trainable, opt_state)
-    metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss / count, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
     if skip_bad:
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         new = _unless_bad(good, new, state)

@@ -71,6 +71,15 @@ def test_a_document_alone_in_its_source_has_no_donor():
         views.donors(0, text)
 
 
+def test_the_ends_of_prompts():
+    """Every one before the last token, from the first allowed token on."""
+    piece = np.array([0, 7, 2, 7, 2, 2, 7, 7, 2])
+    assert views.prompt_ends(piece, (7,)).tolist() == [1, 3, 6, 7]
+    assert views.prompt_ends(piece, (7, 2)).tolist() == [2, 4]
+    assert views.prompt_ends(piece, (7,), 3).tolist() == [3, 6, 7]
+    assert views.prompt_ends(piece, (9,)).tolist() == []
+
+
 def test_what_each_side_reads(make_config):
     """A longer prompt and swapped latents, each alone and together."""
     text = validation_text([9, 6, 9, 3], np.array([0, 1, 2, 3]), np.array([0, 0, 1, 1]))
