@@ -8,10 +8,11 @@ Write a table with its first column, and run this. A comment above the table nam
   <!-- table: runs=a against=overlay@0 -->    against that run, document by document
   <!-- table: runs=a run=NAME -->             of one run; rows then need no name
   <!-- table: runs=lab source=0 -->           of its first validation source alone
+  <!-- table: runs=problems accuracy=1 -->    percent of problems solved, by the columns' benchmarks
 
 The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given,
 and one of PHRASES. "the same" stands for the phrase of the row before, "against `NAME`" and
-"against its own" for another base.
+"against its own" for another base. In a table of accuracy, "without latents" is the plain decoder.
 """
 
 import re
@@ -58,18 +59,26 @@ def filled(page: str) -> str:
     """Returns the page with the figures of all its tables."""
     lines = []
     settings: dict[str, str] = {}
+    head: list[str] = []
     row = Row("")
     for line in page.splitlines():
         comment = COMMENT.fullmatch(line)
         if comment:
             settings = dict(word.split("=", 1) for word in comment[1].split())
+            head = []
             row = Row("")
         elif not line.startswith("|"):
             settings = settings if not line else {}
-        elif settings and "n = 1" not in line and "---" not in line:
+        elif settings and not head:
+            head = [cell.strip(" `") for cell in line.split("|")[2:-1]]
+        elif settings and "---" not in line:
             words = line.split("|")[1].strip()
             row = row_of(words, settings, row)
-            line = f"| {words} | {' | '.join(cells(settings['runs'], row))} |"
+            if "accuracy" in settings:
+                found = accuracies(settings["runs"], row, head, "without latents" in words)
+            else:
+                found = cells(settings["runs"], row)
+            line = f"| {words} | {' | '.join(found)} |"
         lines.append(line)
     return "\n".join(lines) + "\n"
 
@@ -115,6 +124,17 @@ def cells(folder: str, row: Row) -> list[str]:
         rows = data["rows"]
     by_n = {each["n"]: str(change(each)).replace("%", "") for each in rows}
     return [by_n[n] for n in AHEAD]
+
+
+def accuracies(folder: str, row: Row, benchmarks: list[str], is_plain: bool) -> list[str]:
+    """Returns the percentage that a run solves of each benchmark, with its interval."""
+    rows = FILES[RESULTS / folder / row.run / "benchmarks.json"].read()["rows"]
+    latents = "decoder" if is_plain or row.run.startswith("decoder") else "augmented"
+    values = {}
+    for each in rows:
+        if each["model"] == latents:
+            values[each["benchmark"]] = f"{each['value']:.1f} [{each['low']:.1f}, {each['high']:.1f}]"
+    return [values[name] for name in benchmarks]
 
 
 def find(run: Path, evaluation: str) -> runs.Result:
