@@ -138,5 +138,6 @@ def test_a_store_that_does_not_take_metrics_ends_nothing(capsys, failures):
 
 def test_text_without_the_end_of_a_prompt_ends_the_run(make_config, tmp_path):
     config = make_config({"method.prompt_end": "no text goes on like this", "train.log_every": 2})
-    with pytest.raises(UserError, match="step 2: no token .* since step 0: .*method.prompt_end='no"):
+    expected = "step 2: no token .* since step 0: .*method.prompt_end='no"
+    with pytest.raises(UserError, match=expected):
         train.train(config, str(tmp_path))

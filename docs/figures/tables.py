@@ -133,7 +133,9 @@ def accuracies(folder: str, row: Row, benchmarks: list[str], is_plain: bool) -> 
     values = {}
     for each in rows:
         if each["model"] == latents:
-            values[each["benchmark"]] = f"{each['value']:.1f} [{each['low']:.1f}, {each['high']:.1f}]"
+            values[each["benchmark"]] = (
+                f"{each['value']:.1f} [{each['low']:.1f}, {each['high']:.1f}]"
+            )
     return [values[name] for name in benchmarks]
 
 

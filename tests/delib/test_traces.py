@@ -218,6 +218,8 @@ def test_traces_at_the_end_of_prompts():
                 ends = tuple(text[last + 1 - size : last + 1]) == prompt_end
                 if ends and segment[last] == segment[last + 1] > 0:
                     fits.append(last)
-            at = traces.draw(jax.random.key(row), tokens[row : row + 1], PACKED[row : row + 1], 6, prompt_end)
+            at = traces.draw(
+                jax.random.key(row), tokens[row : row + 1], PACKED[row : row + 1], 6, prompt_end
+            )
             expected = fits + [len(text) - 1] * (6 - len(fits))
             np.testing.assert_array_equal(at[0], expected)
