@@ -9,11 +9,14 @@
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
+#   swap/               every text is given the latents of another: overlay, after and before with any number of
+#                       latents, steps_*, joint, unified, adapt_coprocessor
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
-#   swap/               every text is given the latents of another: the same, steps_*, joint and unified
-#   benchmarks.json     accuracy on problems: protocol problems
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
+# Protocol problems has swap/, and instead of the others
+#   benchmarks.json     problems solved, with latents and without
+#   text/               perplexity on text of a decoder that was trained on problems: decoder, decoder_lora
 # A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the
 # report leaves it out.
 # shellcheck source=common.sh
@@ -92,6 +95,28 @@ evaluate() { # OUT, then what goes to the command; what is there already stays
   [[ -e $1/perplexity.json ]] || run latent_delib.evaluate --config="$config" --workdir="$workdir" --out="$1" "${@:2}" "${more[@]}"
 }
 
+control() {
+  if [[ $name == overlay || $name == after ]]; then
+    evaluate "$workdir/longer" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
+  fi
+  if [[ $name =~ ^(overlay|after|before|adapt_) ]]; then
+    run latent_delib.evaluate --config="$config" --workdir="$workdir" --steps=all "${more[@]}"
+  fi
+  if [[ $name == overlay || $name == after || $name == delay ]]; then
+    for delay in 1 2 3; do evaluate "$workdir/delay$delay" --config.evaluate.delay="$delay"; done
+  fi
+}
+
+solve() { # the problems; and, where the decoder itself was trained on them, the text that it read before
+  local models=decoder,augmented
+  if [[ $name == decoder* ]]; then
+    models=decoder
+    evaluate "$workdir/text" --config.data.validation="('files:runs/mixture/validation/*.txt',)" --config.method.prompt_end=
+  fi
+  run latent_delib.benchmark --workdir="$workdir" --model="$models" --benchmarks=offline --table=configs/problems.py \
+    --tasks=runs/problems --out="$workdir"
+}
+
 read_name() { # PROTOCOL/NAME@SEED
   protocol=${1%%/*} name=${1#*/} seed=0
   [[ $name != *@* ]] || seed=${name#*@}
@@ -124,19 +149,10 @@ for each in "${wanted[@]}"; do
   if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|steps_.*|joint|unified|adapt_coprocessor)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
-  if [[ $name == overlay || $name == after ]]; then
-    evaluate "$workdir/longer" --config.evaluate.longer_prompt=32 # two passes for each of 16 latents
-  fi
-  if [[ $name =~ ^(overlay|after|before|adapt_) ]]; then
-    run latent_delib.evaluate --config="$config" --workdir="$workdir" --steps=all "${more[@]}"
-  fi
-  if [[ $name == overlay || $name == after || $name == delay ]]; then
-    for delay in 1 2 3; do evaluate "$workdir/delay$delay" --config.evaluate.delay="$delay"; done
-  fi
   if [[ $protocol == problems ]]; then
-    [[ $name == decoder* ]] && model=decoder || model=decoder,augmented
-    run latent_delib.benchmark --workdir="$workdir" --model="$model" --benchmarks=offline --table=configs/problems.py \
-      --tasks=runs/problems --out="$workdir"
+    solve
+  else
+    control
   fi
   if [[ -n $is_new ]]; then
     made=$((made + 1))

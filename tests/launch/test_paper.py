@@ -164,7 +164,7 @@ def test_smaller_decoders_are_made_first_on_the_same_tokens(here: Path) -> None:
 
 
 def test_problems_are_made_and_solved(here: Path) -> None:
-    calls = run_paper(here, "problems/static_tokens", "problems/decoder")
+    calls = run_paper(here, "problems/static_tokens", "problems/decoder", "problems/overlay")
     config, folder = "--config=configs/paper.py:problems", "runs/paper/problems"
     assert calls[1:4] == [
         "tools.make_problems --out=runs/problems",
@@ -174,8 +174,19 @@ def test_problems_are_made_and_solved(here: Path) -> None:
     table = "--benchmarks=offline --table=configs/problems.py --tasks=runs/problems"
     assert [call for call in calls if call.startswith("benchmark")] == [
         f"benchmark --workdir={folder}/{name}@0 --model={models} {table} --out={folder}/{name}@0"
-        for name, models in (("static_tokens", "decoder,augmented"), ("decoder", "decoder"))
+        for name, models in (
+            ("static_tokens", "decoder,augmented"),
+            ("decoder", "decoder"),
+            ("overlay", "decoder,augmented"),
+        )
     ]
+    text = "--config.data.validation=('files:runs/mixture/validation/*.txt',)"
+    run = f"{folder}/decoder@0"
+    assert [call for call in calls if "/text" in call] == [
+        f"evaluate {config}/decoder --workdir={run} --out={run}/text {text}"
+        " --config.method.prompt_end="
+    ]
+    assert not any("delay" in call or "longer" in call for call in calls)
 
 
 def test_the_script_knows_all_protocols() -> None:
