@@ -4,7 +4,7 @@
 
   sums      sum 7 5 9 3 8 8 1 9 4=54.
   sorting   sort 73 91 50 46 82=46 50 73 82 91.
-  look_ups  look up a7 b3 c9 d4; b+d=7.
+  look_ups  follow 3 1 4 2; 2: 1 2=4 3.      from 1 to its third place, and so on, two times
   brackets  close {[](=)}.                  what is still open
 
 Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each, and
@@ -25,45 +25,45 @@ from latent_delib.machine.progress import Progress
 
 Problem = tuple[str, str]  # question, answer
 
-NAMES = "abcdefghij"
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def sums(draw: random.Random) -> Problem:
-    """Adds eight to twenty numbers of one digit."""
-    numbers = draw.choices(range(1, 10), k=draw.randint(8, 20))
+    """Adds ten to thirty numbers of one digit."""
+    numbers = draw.choices(range(1, 10), k=draw.randint(10, 30))
     return f"sum {_list(numbers)}=", str(sum(numbers))
 
 
 def sorting(draw: random.Random) -> Problem:
-    """Sorts six to nine numbers of two digits."""
-    numbers = draw.choices(range(10, 100), k=draw.randint(6, 9))
+    """Sorts eight to ten numbers of two digits."""
+    numbers = draw.choices(range(10, 100), k=draw.randint(8, 10))
     return f"sort {_list(numbers)}=", _list(sorted(numbers))
 
 
 def look_ups(draw: random.Random) -> Problem:
-    """Looks up one to three of six digits by their names, and adds them."""
-    names = draw.sample(NAMES, 6)
-    values = draw.choices(range(1, 10), k=6)
-    pairs = [f"{name}{value}" for name, value in zip(names, values)]
-    asked = draw.sample(range(6), draw.randint(1, 3))
-    question = f"look up {' '.join(pairs)}; {'+'.join(names[i] for i in asked)}="
-    return question, str(sum(values[i] for i in asked))
+    """Looks up five places in a list of eight places, one to three times over."""
+    places = draw.choices(range(1, 9), k=8)
+    asked = draw.choices(range(1, 9), k=5)
+    times = draw.randint(1, 3)
+    found = asked
+    for _ in range(times):
+        found = [places[place - 1] for place in found]
+    return f"follow {_list(places)}; {times}: {_list(asked)}=", _list(found)
 
 
 def brackets(draw: random.Random) -> Problem:
-    """Closes what twenty to fifty brackets leave open, one to twelve of them."""
+    """Closes what thirty to sixty brackets leave open, one to fourteen of them."""
     while True:
         text = ""
         still_open: list[str] = []
-        for _ in range(draw.randint(20, 50)):
+        for _ in range(draw.randint(30, 60)):
             if still_open and draw.random() < 0.45:
                 text += PAIRS[still_open.pop()]
             else:
                 bracket = draw.choice("([{")
                 text += bracket
                 still_open.append(bracket)
-        if 1 <= len(still_open) <= 12:
+        if 1 <= len(still_open) <= 14:
             answer = "".join(PAIRS[bracket] for bracket in reversed(still_open))
             return f"close {text}=", answer
 
@@ -85,7 +85,7 @@ ASKED = {
     "doc_to_text": "{{question}}",
     "doc_to_target": "{{answer}}",
     "target_delimiter": "",
-    "generation_kwargs": {"until": ["."], "max_gen_toks": 32, "do_sample": False},
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 40, "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     "metadata": {"version": 1.0},
 }
@@ -153,6 +153,6 @@ if __name__ == "__main__":
         lambda flags: make_problems(flags.out, flags.train, flags.test),
         __doc__,
         out=(REQUIRED, "the folder to write"),
-        train=(200_000, "problems of each kind to train on"),
+        train=(400_000, "problems of each kind to train on"),
         test=(1000, "problems of each kind to test on"),
     )

@@ -29,9 +29,12 @@ def solve(question):
         return str(sum(map(int, rest.split())))
     if kind == "sort":
         return " ".join(sorted(rest.split()))  # all of two digits
-    if kind == "look":
-        pairs, names = rest.removeprefix("up ").split("; ")
-        return str(sum(int(re.search(rf"{name}(\d)", pairs)[1]) for name in names.split("+")))
+    if kind == "follow":
+        places, times, asked = re.split("; |: ", rest)
+        following = str.maketrans("12345678", places.replace(" ", ""))
+        for _ in range(int(times)):
+            asked = asked.translate(following)
+        return asked
     while re.search(r"\(\)|\[\]|{}", rest):
         rest = re.sub(r"\(\)|\[\]|{}", "", rest)
     return rest[::-1].translate(str.maketrans("([{", ")]}"))
