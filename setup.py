@@ -1,7 +1,20 @@
-"""Packaging of latent_delib. Tested versions of everything: constraints.txt."""
+"""Packaging of latent_delib. Tested versions of everything: constraints*.txt."""
 
 from setuptools import find_packages, setup
 
+# TensorFlow and what is built on it; none of it has wheels for Python 3.14.
+SEQIO = [
+    f"{requirement}; python_version < '3.14'"
+    for requirement in (
+        "seqio>=0.0.20",
+        "tensorflow>=2.19",
+        "tensorflow-datasets>=4.9.9",
+        "tensorflow-text>=2.19",
+        # needed, and declared by nobody:
+        "importlib_resources",  # tensorflow-datasets, when it writes a dataset
+        "protobuf>=7.36.1",  # sentencepiece's generated module, which seqio imports
+    )
+]
 EVAL = ["lm-eval[math]>=0.4.13"]  # math: what minerva_math imports
 MIXTURE = ["lxml>=5"]
 
@@ -9,7 +22,7 @@ setup(
     name="latent_delib",
     version="0.2.0",
     description="Deliberation in latent space: a coprocessor for a frozen decoder's cache, in JAX",
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11",
     packages=find_packages(include=["latent_delib", "latent_delib.*"]),
     package_data={
         "latent_delib": [
@@ -32,21 +45,16 @@ setup(
         "ml_collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.7",
-        "orbax-checkpoint>=0.12",
+        "orbax-checkpoint>=0.12,<1",
         "safetensors>=0.5",
         "sentencepiece>=0.2.3",
-        "seqio>=0.0.20",
         "tensorboardX>=2.6.3",
-        "tensorflow>=2.19",
-        "tensorflow-datasets>=4.9.9",
-        "tensorflow-text>=2.19",
         "tensorstore>=0.1.84",
         "tokenizers>=0.22",
-        # needed, and declared by nobody:
-        "importlib_resources",  # tensorflow-datasets, when it writes a dataset
-        "protobuf>=7.36.1",  # sentencepiece's generated module, which seqio imports
     ],
     extras_require={
+        # training on text that is not prepared, text on gs://, TFDS
+        "seqio": SEQIO,
         # the first is for orbax, where a workdir is gs://
         "tpu": ["google-cloud-storage>=3", "jax[tpu]"],
         "cuda": ["jax[cuda12]"],
@@ -60,6 +68,7 @@ setup(
         # golden values are made with them
         "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],
         "test": [
+            *SEQIO,
             *EVAL,
             *MIXTURE,
             "google-cloud-storage>=3",

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from latent_delib.delib.methods import METHODS
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, extra
 from latent_delib.job.record import Record
 from latent_delib.lm import load
 from latent_delib.lm.inputs import check_attention, check_rhythm
@@ -172,12 +172,8 @@ def _import_harness(unsafe_code: bool) -> ModuleType:
     if unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to say
-    try:
+    with extra("eval"):
         from latent_delib.measure import harness
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed: LATENT_DELIB_EXTRAS=eval ./launch/setup.sh brings it"
-        ) from None
     return harness
 
 

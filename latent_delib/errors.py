@@ -35,6 +35,17 @@ class Outage(OSError):
     """
 
 
+@contextlib.contextmanager
+def extra(name: str, more: str = "") -> Iterator[None]:
+    """Raises UserError, with that extra of setup.py, where an import inside finds no package."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        line = f"{error.name} is not installed: "
+        line += f"LATENT_DELIB_EXTRAS={name} ./launch/setup.sh brings it"
+        raise UserError(line + more) from None
+
+
 # The second form is a TPU's.
 NO_MEMORY = re.compile("out of memory|attempting to (allocate|reserve)", re.IGNORECASE)
 

@@ -1,7 +1,10 @@
 """Perplexity of the n-th token ahead, with latents and without (Section 3.1, Table 1).
 
-  python -m latent_delib.evaluate --config=configs/X.py --workdir=DIR [--out=DIR] [--distributed]
+  python -m latent_delib.evaluate --workdir=DIR [--out=DIR] [--config=configs/X.py] [--distributed]
       [--step=N | --steps=all | --steps=N,N,... | --watch [--patience=SECONDS]]
+
+Without --config it takes the config that the workdir was trained with. --config.KEY=VALUE changes a
+key of either.
 
 Prints the table and writes to OUT, by default the workdir: perplexity.json, perplexity.png, and
 documents.npz with the sums of each document. With --steps or --watch each checkpoint has its own in
@@ -31,7 +34,7 @@ from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files
 from latent_delib.machine.checkpoint import Restored, whole_steps
-from latent_delib.machine.command_line import CONFIG, REQUIRED
+from latent_delib.machine.command_line import REQUIRED, ROOT, load_config
 from latent_delib.machine.distributed import on_first, warn
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
@@ -72,6 +75,22 @@ def main(flags: Any) -> None:
             evaluate_many(flags.config, flags.workdir, out, steps, patience)
         else:
             evaluate(flags.config, flags.workdir, out, flags.step)
+
+
+def config_of_training(flags: Any) -> ConfigDict:
+    """Returns the config that a workdir was trained with; newer keys are as in configs/base.py."""
+    if not flags.workdir:
+        raise UserError("--workdir is missing: of a training job")
+    workdir = os.path.expanduser(flags.workdir)
+    where = exported.locate(workdir)
+    if where is not None:
+        meta = exported.read_meta(where, flags.step)
+    else:
+        meta = checkpoint.peek(workdir, flags.step)
+    config = load_config("config", str(ROOT / "configs" / "base.py"))
+    with config.unlocked():
+        config.update(meta["config"])
+    return config
 
 
 def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None) -> dict[str, Any]:
@@ -322,7 +341,7 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(CONFIG, "a file under configs/"),
+        config=(config_of_training, "a file under configs/; that of the training if left out"),
         workdir=(REQUIRED, "of a training job"),
         out=("", "where to write; the workdir if left out"),
         step=(None, "checkpoint step; the newest if left out"),

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository's root: what setup.py asks for, in the versions of constraints.txt. Does nothing if
-# that is done already, and starts again if it was cut short.
+# Makes .venv in the repository's root: what setup.py asks for, in versions that are tested. Does nothing if that is done
+# already, and starts again if it was cut short. Takes uv where it is on PATH.
 #
-#   PYTHON=/opt/py312/bin/python   a Python 3.11 or 3.12 to try before those on PATH
-#   LATENT_DELIB_EXTRAS=tpu        what to add: tpu, cuda, eval, mixture, reference, or several with commas between;
-#                                  what an earlier call added stays
-#
-# `test` is always there, and `tasks` where Python can build extensions: PyPI has only the source of one of its parts.
+#   setup.sh [EXTRA ...]           extras of setup.py to add; without any: seqio; `base`: none. What an earlier call added
+#                                  stays. tasks is left out where Python cannot build extensions (PyPI has only the source
+#                                  of one of its parts), seqio on Python 3.14.
+#   LATENT_DELIB_EXTRAS=tpu        more of them, through any script that calls this: tpu, cuda, eval, mixture, reference,
+#                                  or several with commas between
+#   PYTHON=/opt/py312/bin/python   a Python 3.11 to 3.14 to try before those on PATH
 set -euo pipefail
 [[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"
-if (($#)); then
-  echo "error: $1: expected no arguments; --help tells more" >&2
-  exit 1
-fi
+for extra; do
+  [[ $extra =~ ^[a-z]+$ ]] || { echo "error: $extra: expected the name of an extra; --help tells more" >&2 && exit 1; }
+done
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 stamp=.venv/setup.stamp # what .venv was made from, or `unfinished`
@@ -23,11 +23,11 @@ if command -v flock >/dev/null; then # a second call at the same time waits, the
 fi
 
 # Each interpreter is asked by running it: a name on PATH may be a shim with nothing behind it. It answers with its base
-# executable, because an environment cannot be replaced by the interpreter inside it, and with the extras it can have.
+# executable, because an environment cannot be replaced by the interpreter inside it, and with the extras it cannot have.
 probe='
 import os, shutil, sys, sysconfig
 version = "%d.%d.%d" % sys.version_info[:3]
-if sys.version_info[:2] not in ((3, 11), (3, 12)):
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
     print(version)
     sys.exit(1)
 try:
@@ -37,28 +37,38 @@ except ImportError:
     sys.exit(1)
 compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0])
 builds = compiler and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
-print(version, sys._base_executable, "test,tasks" if builds else "test")
+lacks = ([] if builds else ["tasks"]) + (["seqio"] if sys.version_info[:2] == (3, 14) else [])
+print(version, sys._base_executable, ",".join(lacks))
 '
 found=
-for candidate in ${PYTHON:+"$PYTHON"} .venv/bin/python python3.12 python3.11 python3; do
+for candidate in ${PYTHON:+"$PYTHON"} .venv/bin/python python3.12 python3.11 python3.13 python3.14 python3; do
   command -v "$candidate" >/dev/null || continue
   answer=$("$candidate" -c "$probe" 2>/dev/null) && break
   found+="${found:+, }$candidate is ${answer:-broken}"
   answer=
 done
 if [[ -z ${answer:-} ]]; then
-  echo "error: Python 3.11 or 3.12 with ensurepip is needed, found: ${found:-none}; PYTHON=... names another" >&2
+  echo "error: Python 3.11 to 3.14 with ensurepip is needed, found: ${found:-none}; PYTHON=... names another" >&2
   exit 1
 fi
-read -r version executable default <<<"$answer"
+read -r version executable lacks <<<"$answer"
+constraints=constraints.txt
+[[ $version == 3.1[12].* ]] || constraints="constraints-3.13.txt"
 
 have=$(cat $stamp 2>/dev/null || true)
-extras="test"
+extras=
 [[ $have != "$version "* ]] || read -r _ extras _ <<<"$have"
-for extra in $(tr , ' ' <<<"$default,${LATENT_DELIB_EXTRAS:-}"); do
-  [[ ,$extras, == *",$extra,"* ]] || extras+=,$extra
+[[ $extras != base ]] || extras=
+add() { [[ ,$extras, == *",$1,"* ]] || extras+=${extras:+,}$1; }
+(($#)) || set -- seqio
+for extra; do
+  [[ $extra == base || ,$lacks, == *",$extra,"* ]] || add "$extra"
 done
-want="$version $extras $PWD $(cat setup.py constraints.txt | cksum)"
+for extra in $(tr , ' ' <<<"${LATENT_DELIB_EXTRAS:-}"); do
+  add "$extra"
+done
+[[ -n $extras ]] || extras=base # a stamp has no empty word
+want="$version $extras $PWD $(cat setup.py $constraints | cksum)"
 usable() {
   [[ $have != unfinished && $(.venv/bin/python -c "$probe" 2>/dev/null) == "$version "* ]] &&
     .venv/bin/python -m pip --version &>/dev/null
@@ -75,8 +85,12 @@ if [[ ! -e .venv/bin/python ]]; then
   echo "setup: making .venv with $executable (Python $version)"
   "$executable" -m venv .venv
 fi
-echo "setup: installing latent_delib[$extras]: some 4 GB, about two minutes"
-if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"; then
+echo "setup: installing latent_delib[$extras], a minute or two"
+pip=(.venv/bin/python -m pip install --disable-pip-version-check)
+! command -v uv >/dev/null || pip=(uv pip install --python .venv/bin/python)
+package=.
+[[ $extras == base ]] || package=".[$extras]"
+if ! "${pip[@]}" --quiet -c $constraints -e "$package"; then
   # Where it got nothing, without a network, all is as it was.
   [[ -z $have ]] || ! .venv/bin/python -m pip check &>/dev/null || echo "$have" >$stamp
   exit 1

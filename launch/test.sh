@@ -10,7 +10,7 @@
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 [[ ${1:-} != --help && ${1:-} != -h ]] || usage
 
-./launch/setup.sh
+./launch/setup.sh test tasks
 ./launch/get_smollm2.sh >/dev/null # a real decoder, for the tests that compare with its reference
 python=.venv/bin/python
 $python -m ruff check

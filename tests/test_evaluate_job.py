@@ -14,6 +14,7 @@ from latent_delib import evaluate
 from latent_delib.measure import evaluations, perplexity
 from tests.fake_gcs import running
 from tests.processes import Job
+from tests.run_command import run_command
 
 
 class Killed(Exception):
@@ -105,6 +106,32 @@ def test_how_it_was_trained_is_told_by_the_checkpoint(make_config, trained, tmp_
         0,
     )
     assert result["optimizer"]["clip_norm"] == 1.0
+
+
+def test_a_workdir_is_enough(trained, alone, tmp_path):
+    out = tmp_path / "out"
+    assert run_command("evaluate", workdir=trained, out=out) == ""
+    assert_same(out, alone[4])
+    fewer = {"config.evaluate.max_pieces": 2}
+    assert run_command("evaluate", workdir=trained, out=tmp_path / "few", step=2, **fewer) == ""
+    result = json.loads((tmp_path / "few" / "perplexity.json").read_text())
+    assert (result["step"], result["pieces"]) == (2, 2)
+
+
+def test_the_config_of_a_training(make_config, trained, tmp_path):
+    workdir = tmp_path / "workdir"
+    shutil.copytree(trained, workdir)
+
+    def read(step=None):
+        return evaluate.config_of_training(SimpleNamespace(workdir=str(workdir), step=step))
+
+    expected = make_config().to_dict()
+    assert read().to_dict() == read(2).to_dict() == expected
+    newest = workdir / "checkpoints/4/meta/metadata"
+    newest.write_text("{")
+    assert read().to_dict() == expected  # of the checkpoint before
+    with pytest.raises(ld.UserError, match="no checkpoint of step 4 .* give a --config"):
+        read(4)
 
 
 def test_evaluated_checkpoints_may_be_removed(make_config, evaluated, tmp_path):

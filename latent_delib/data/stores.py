@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 from latent_delib.data.sources import Tfds
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, extra
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def quiet() -> Iterator[None]:
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-with quiet():
+with extra("seqio", ", up to Python 3.13. Token files on this machine need none of it"), quiet():
     import tensorflow as tf
     import tensorflow_datasets as tfds
 

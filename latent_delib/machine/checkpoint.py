@@ -271,6 +271,26 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
     return checkpoints, found.step, found.meta
 
 
+def peek(workdir: str, step: int | None = None) -> dict[str, Any]:
+    """Reads the meta of the newest checkpoint, or of `step`, and asks for no device.
+
+    So a command can read it before jax knows what its devices are. It reads an older meta where the
+    newest is damaged; damage elsewhere goes unseen.
+
+    Raises:
+      UserError: there is no checkpoint, or not that one.
+    """
+    path = _folder(workdir)
+    for number in sorted(whole_steps(workdir), reverse=True):
+        if step in (None, number):
+            with suppress(OSError, ValueError):
+                return json.loads((path / str(number) / "meta" / "metadata").read_text())
+    at = "" if step is None else f" of step {step}"
+    raise UserError(
+        f"--workdir={workdir}: no checkpoint{at} that says how it was trained; give a --config"
+    )
+
+
 def whole_steps(workdir: str) -> set[int]:
     """Returns the steps whose save is done, damaged ones too; asks no other process.
 

@@ -18,7 +18,9 @@ from latent_delib.errors import UserError
 
 # Defaults of flags that have none.
 REQUIRED = object()  # a string that must be given
-CONFIG = object()  # a config file, whose keys can be changed by --NAME.KEY=VALUE
+# A config file, whose keys can be changed by --NAME.KEY=VALUE. A function instead of it returns,
+# for the values of the other flags, the config to take where no file is named.
+CONFIG = object()
 FOLDERS = object()  # the list of words without a flag: at least one
 # flag -> (default, help); the default gives the type, None an optional integer
 Options = dict[str, tuple[Any, str]]
@@ -99,7 +101,7 @@ def _shown(name: str, default: Any) -> str:
 
 def _define(values: flags.FlagValues, name: str, default: Any, text: str) -> None:
     kind = int if default is None else type(default)
-    if default in (REQUIRED, CONFIG, FOLDERS):
+    if default in (REQUIRED, CONFIG, FOLDERS) or callable(default):
         kind, default = str, None
     flag = flags.Flag(PARSERS[kind], None, name, default, text, boolean=kind is bool)
     flags.DEFINE_flag(flag, values)
@@ -115,11 +117,16 @@ def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]
     configs = {}
     known = list(values)
     for name, (default, text) in options.items():
-        if default is CONFIG and not values[name].value:
+        if default is not CONFIG and not callable(default):
+            continue
+        if values[name].value:
+            config = load_config(name, values[name].value)
+        elif callable(default):
+            config = default(values)
+        else:
             raise UserError(f"--{name} is missing: {text}")
-        if default is CONFIG:
-            configs[name] = values[name].value = load_config(name, values[name].value)
-            known += [f"{name}.{key}" for key in _keys(configs[name])]
+        configs[name] = values[name].value = config
+        known += [f"{name}.{key}" for key in _keys(config)]
     _refuse_unknown(arguments, known)
     keys = flags.FlagValues()
     for name, config in configs.items():

@@ -41,12 +41,12 @@ class Sandbox:
     def __init__(self, root: Path):
         self.root = root
         self.bin = root / "bin"
-        for name in ("setup.py", "constraints.txt", "launch/setup.sh"):
+        for name in ("setup.py", "constraints.txt", "constraints-3.13.txt", "launch/setup.sh"):
             (root / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, root / name)
         self.bin.mkdir()
-        for name in ("python3", "python3.11", "python3.12"):
-            self.python(name, (3, 13, 0))
+        for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
+            self.python(name, (3, 15, 0))
 
     def python(self, name: str, version: tuple[int, int, int], more: str = "pass") -> None:
         path = self.bin / name
@@ -54,16 +54,16 @@ class Sandbox:
             path, FAKE_PYTHON.format(python=sys.executable, version=version, more=more, path=path)
         )
 
-    def start(self, **env: str) -> subprocess.Popen:
+    def start(self, *extras: str, **env: str) -> subprocess.Popen:
         env = {"PATH": f"{self.bin}:{os.defpath}", "HOME": str(self.root)} | env
-        command = [self.root / "launch" / "setup.sh"]
+        command = [self.root / "launch" / "setup.sh", *extras]
         pipe = subprocess.PIPE
         return subprocess.Popen(
             command, cwd="/", env=env, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True
         )
 
-    def setup(self, **env: str) -> tuple[int, str, str]:
-        process = self.start(**env)
+    def setup(self, *extras: str, **env: str) -> tuple[int, str, str]:
+        process = self.start(*extras, **env)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
 
@@ -115,7 +115,7 @@ def test_help_is_the_head_and_starts_nothing(scripts: Path, script: str) -> None
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
-        ("setup.sh", ["tpu"], "tpu: "),
+        ("setup.sh", ["--tpu"], "--tpu: "),
         ("get_smollm2.sh", ["--dry_run"], "--dry_run: "),
         ("get_smollm2.sh", ["all"], "all: "),
         ("quickstart.sh", ["--steps=3"], "--steps=3: "),
@@ -160,9 +160,9 @@ def test_unsuitable_interpreters_are_named_in_one_line(sandbox: Sandbox) -> None
     assert code == 1
     assert out == ""
     assert len(err.splitlines()) == 1
-    assert err.startswith("error: Python 3.11 or 3.12 ")
+    assert err.startswith("error: Python 3.11 to 3.14 ")
     for part in (
-        "python3 is 3.13.0",
+        "python3 is 3.15.0",
         "python3.12 is broken",
         "3.11.2 without ensurepip",
         "install python3.11-venv",
@@ -192,13 +192,14 @@ def test_second_run_does_nothing_until_something_changes(sandbox: Sandbox) -> No
     assert sandbox.setup()[0] == 0
     (call,) = sandbox.pip_calls()
     assert "-c constraints.txt" in call
-    assert call.endswith("-e .[test]")
+    assert call.endswith("-e .[seqio]")
 
     assert sandbox.setup()[0] == 0
+    assert sandbox.setup("base")[0] == 0
     assert len(sandbox.pip_calls()) == 1
 
-    assert sandbox.setup(LATENT_DELIB_EXTRAS="tpu,eval")[0] == 0
-    assert sandbox.pip_calls()[1].endswith("-e .[test,tpu,eval]")
+    assert sandbox.setup("tpu", LATENT_DELIB_EXTRAS="eval")[0] == 0
+    assert sandbox.pip_calls()[1].endswith("-e .[seqio,tpu,eval]")
     assert "is ready" in sandbox.setup(LATENT_DELIB_EXTRAS="eval")[1] and sandbox.setup()[0] == 0
     assert len(sandbox.pip_calls()) == 2  # what is there is enough
 
@@ -215,16 +216,44 @@ def test_second_run_does_nothing_until_something_changes(sandbox: Sandbox) -> No
 
 def test_what_must_be_compiled_is_for_those_who_can(sandbox: Sandbox) -> None:
     sandbox.python("python3.12", (3, 12, 1))
-    assert sandbox.setup()[0] == 0
+    assert sandbox.setup("test", "tasks")[0] == 0
     can = "import ensurepip, sysconfig; shutil.which = str; "
     can += f'sysconfig.get_path = {{"include": "{sandbox.root}"}}.get'
     sandbox.python("python3.12", (3, 12, 1), can)
     shutil.copy(sandbox.bin / "python3.12", sandbox.root / ".venv" / "bin" / "python")
-    assert sandbox.setup()[0] == 0
+    assert sandbox.setup("test", "tasks")[0] == 0
     assert len(sandbox.pip_calls()) == 1  # a compiler, but no headers
     (sandbox.root / "Python.h").touch()
-    assert sandbox.setup()[0] == 0
+    assert sandbox.setup("test", "tasks")[0] == 0
     assert sandbox.pip_calls()[1].endswith("-e .[test,tasks]")
+
+
+def test_base_adds_nothing_and_takes_more_later(sandbox: Sandbox) -> None:
+    sandbox.python("python3.12", (3, 12, 1))
+    assert sandbox.setup("base")[0] == 0
+    assert sandbox.setup("base")[0] == 0
+    (call,) = sandbox.pip_calls()
+    assert call.endswith("-e .")
+    assert sandbox.setup("eval")[0] == 0
+    assert sandbox.pip_calls()[1].endswith("-e .[eval]")
+
+
+def test_new_versions_of_python_have_constraints_of_their_own(sandbox: Sandbox) -> None:
+    sandbox.python("python3.14", (3, 14, 0))
+    assert sandbox.setup()[0] == 0
+    (call,) = sandbox.pip_calls()
+    assert "-c constraints-3.13.txt" in call
+    assert call.endswith("-e .")  # without seqio, which wants TensorFlow
+
+
+def test_uv_is_taken_where_it_is_on_path(sandbox: Sandbox) -> None:
+    sandbox.python("python3.12", (3, 12, 1))
+    program(sandbox.bin / "uv", '#!/usr/bin/env bash\necho "$*" >>uv.log\n')
+    assert sandbox.setup()[0] == 0
+    (call,) = (sandbox.root / "uv.log").read_text().splitlines()
+    assert call.startswith("pip install --python .venv/bin/python ")
+    assert call.endswith("-e .[seqio]")
+    assert not sandbox.pip_calls()
 
 
 @pytest.mark.parametrize("damage", ["pip fails", "no interpreter", "no pip"])
