@@ -4,8 +4,8 @@
       [--distributed] [--dry_run [--topology=v5e:4x4]]
 
 The same command resumes. WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when
-the decoder was trained. On gs://BUCKET/PATH it gets checkpoints/ and metrics.jsonl only, and no
-lock keeps two jobs from using it at once. Ctrl-C saves after at most two more steps. A second
+the decoder was trained. It may be gs://BUCKET/PATH; no lock then keeps two jobs from using it at
+once. Ctrl-C saves after at most two more steps. A second
 Ctrl-C, or one before the first step, ends the job at once.
 
 Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was
@@ -15,8 +15,11 @@ not cure.
 
 import dataclasses
 import json
+import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
-from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import TrainState
-from latent_delib.errors import INTERRUPTED, UserError, device_memory
+from latent_delib.errors import INTERRUPTED, device_memory
 from latent_delib.job import build, dry_run, experiment
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
@@ -38,7 +41,7 @@ from latent_delib.job.export import export_decoder
 from latent_delib.job.metrics import Metrics
 from latent_delib.job.plan import Plan
 from latent_delib.job.record import Record
-from latent_delib.machine import commands, distributed
+from latent_delib.machine import commands, distributed, files
 from latent_delib.machine.checkpoint import Checkpoints, Restored
 from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.stopping import Stop, graceful_stop
@@ -80,9 +83,6 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     """
     batches.check(config.data, "sources")
     exp = experiment.read(config)
-    needs_folder = METHODS[config.method.name].trains_decoder or config.train.profile_at
-    if is_remote(workdir) and needs_folder:
-        raise UserError(f"--workdir={workdir}: a trained decoder and a profile need local folders")
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)
 
@@ -226,10 +226,16 @@ def trace_steps(profile_at: int, step: int, values: Any, workdir: str) -> None:
     jax.block_until_ready(values)  # a trace begins and ends between steps
     if jax.process_index():
         return
+    folder = Path(workdir) / "profile"
+    if is_remote(workdir):
+        folder = Path(tempfile.gettempdir()) / f"latent_delib-profile-{os.getpid()}"
     if step == profile_at:
-        jax.profiler.start_trace(str(Path(workdir) / "profile"))
-    else:
-        jax.profiler.stop_trace()
+        jax.profiler.start_trace(str(folder))
+        return
+    jax.profiler.stop_trace()
+    if is_remote(workdir):
+        files.upload(folder, epath.Path(workdir) / "profile")
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -260,9 +260,6 @@ def test_workdirs_elsewhere(error, config_file):
     named(
         error("train", config, "--workdir=s3://bucket/run"), "s3://bucket/run", "gs://BUCKET/PATH"
     )
-    for changes in ({"method.name": "decoder"}, {"train.profile_at": 1}):
-        line = error("train", f"--config={config_file(changes)}", "--workdir=gs://bucket/run")
-        named(line, "gs://bucket/run", "local folders")
 
 
 def test_a_checkpoints_folder_that_cannot_be_written(error, config_file, tmp_path):

@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_too(make_config, tmp_path, s
 
 
 class Store:
-    """A file on a store; `failures` of its first writes fail."""
+    """A file on a store; the first `failures` writes fail."""
 
     def __init__(self, failures):
         self.failures, self.content, self.answers = failures, None, threading.Event()
@@ -106,30 +106,33 @@ class Store:
     def __str__(self):
         return "gs://bucket/run/metrics.jsonl"
 
-    def write_text(self, text):
+    def write_bytes(self, content):
         self.answers.wait()
         if self.failures:
             self.failures -= 1
             raise RuntimeError("503 later")
-        self.content = text
+        self.content = content
 
 
 @pytest.mark.parametrize("failures", [0, 2, 99])
-def test_a_store_that_does_not_take_metrics_ends_nothing(capsys, failures):
+def test_a_store_that_does_not_take_metrics_ends_nothing(capsys, failures, tmp_path):
     """Nor does one that is slow: the training goes on beside it."""
     store = Store(failures)
-    file = files.StoredLines(store, [])
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    copy = files.Copy(path, store)
     for step in range(1, 5):
-        file.write(f"{step}\n")
-        file.flush()
+        with path.open("a") as file:
+            file.write(f"{step}\n")
+        copy.update()
         if step == 2:  # two lines came while the store was silent
             store.answers.set()
         if step in (2, 3):
-            file.writing.join()
-    file.close()
+            copy.copying.join()
+    copy.close()
     warnings = capsys.readouterr().err.splitlines()
     if failures < 99:
-        assert store.content == "1\n2\n3\n4\n"
+        assert store.content == b"1\n2\n3\n4\n"
         assert len(warnings) == bool(failures)
     else:
         assert len(warnings) == 2

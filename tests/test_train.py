@@ -60,7 +60,7 @@ batches.Training.batches = interrupted
 sys.argv = ["train", "--config=" + os.environ["CONFIG"], "--workdir=" + os.environ["WORKDIR"]]
 runpy.run_module("latent_delib.train", run_name="__main__")
 """
-# Stopped in its first step, resumed, evaluated.
+# Stopped in its first step, resumed, evaluated; and a decoder, with a profile.
 IN_STORAGE = """
 import os, signal, sys
 from configs import base
@@ -77,7 +77,11 @@ batches.Training.batches = interrupted
 assert train.train(config, workdir) == 75
 batches.Training.batches = read
 assert train.train(config, workdir) == 0
-print(len(evaluate.evaluate(config, workdir, workdir + "/out")["rows"]))
+rows = evaluate.evaluate(config, workdir, workdir + "/out")["rows"]
+config.method.name, config.train.profile_at = "decoder", 1
+for _ in range(2):
+    assert train.train(config, "gs://bucket/a/decoder") == 0
+print(len(rows))
 """
 KILL = "step_2_is_saved(); os.kill(os.getpid(), signal.SIGKILL)"
 DISK_FULL = "step_2_is_saved(); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
@@ -298,16 +302,32 @@ def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
             json.loads(line) for line in server.objects["bucket/a/run/metrics.jsonl"].splitlines()
         ]
         files = [name for name in server.objects if not name.endswith("/")]
+        events = [name for name in files if name.startswith("bucket/a/run/tensorboard/")]
+        assert b"loss" in server.objects[events[-1]]
+        decoder = {
+            name.removeprefix("bucket/a/decoder/decoder/"): content
+            for name, content in server.objects.items()
+            if name.startswith("bucket/a/decoder/decoder/") and not name.endswith("/")
+        }
     for words in ("step 1 is saved", "resuming gs://bucket/a/run at step 1"):
         assert words in done.stdout
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] == metrics(trained)[3][
         "loss"
     ]
-    assert {f.removeprefix("bucket/a/run/").split("/")[0] for f in files} == {
+    there = [name.split("/")[3] for name in files if name.startswith("bucket/a/run/")]
+    assert set(there) == {
         "checkpoints",
         "metrics.jsonl",
+        "tensorboard",
         "out",
     }
+    assert json.loads(decoder["trained.json"]) == {"step": 4}
+    for name, content in decoder.items():
+        (tmp_path / "decoder" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "decoder" / name).write_bytes(content)
+    where = folder.locate(str(tmp_path / "decoder"))
+    folder.load(where, folder.read_config(where))
+    assert any(name.endswith(".xplane.pb") for name in files)
     assert not list(tmp_path.glob("gs:*"))
 
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
@@ -72,5 +72,5 @@ def split_start(path: str) -> tuple[str, int]:
 
 def step_of_decoder(workdir: str) -> int | None:
     """Returns the step of the trained decoder in `workdir`; None without one."""
-    file = Path(workdir) / "decoder" / TRAINED
-    return folder.read_json(file)["step"] if file.is_file() else None
+    file = epath.Path(workdir) / "decoder" / TRAINED
+    return folder.read_json(file)["step"] if file.exists() else None

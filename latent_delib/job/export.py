@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib import lora
@@ -13,6 +14,7 @@ from latent_delib.job import experiment
 from latent_delib.job.build import TRAINED
 from latent_delib.job.experiment import Experiment
 from latent_delib.machine import files
+from latent_delib.machine.workdir import is_remote
 from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder
 
@@ -44,8 +46,12 @@ def export_decoder(
         for _ in arrays:  # takes part in each gather
             pass
         return
-    path = Path(workdir) / "decoder"
-    with files.whole(path, replace=True) as partial:
+    path = epath.Path(workdir) / "decoder"
+    if is_remote(workdir):
+        to_be_whole = files.stored(path, last=TRAINED)
+    else:
+        to_be_whole = files.whole(Path(path), replace=True)
+    with to_be_whole as partial:
         folder.copy_tokenizer(exp.tokenizer.path, partial)
         entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
         folder.write_model(partial, exp.aug.transformer.config, entries, arrays)

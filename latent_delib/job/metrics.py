@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,48 +203,59 @@ def line(row: dict[str, float], steps: int) -> str:
 
 
 class Log:
-    """Writes rows to WORKDIR/metrics.jsonl and as TensorBoard events; on gs:// there are no events.
+    """Writes rows to WORKDIR/metrics.jsonl, and as events to WORKDIR/tensorboard.
 
-    Rows of steps after `start` are dropped: these steps are done again.
+    Rows of steps after `start` are dropped: these steps are done again. For a workdir on gs:// both
+    files are written to a temporary folder, and copied.
     """
 
     def __init__(self, workdir: str, start: int):
-        self.path = epath.Path(workdir) / "metrics.jsonl"
-        lines = _lines_until(self.path, start)
-        self.events = None
+        there = epath.Path(workdir)
+        lines = _lines_until(there / "metrics.jsonl", start)
+        self.temporary = None
+        self.folder = Path(workdir)
         if is_remote(workdir):
-            self.file = files.StoredLines(self.path, lines)
-            return
+            self.temporary = tempfile.TemporaryDirectory()
+            self.folder = Path(self.temporary.name)
+        self.path = self.folder / "metrics.jsonl"
         files.write(self.path, "".join(lines).encode())
         self.file = self.path.open("a")
         # Not SummaryWriter: on a full disk its thread ends, and its queue then blocks for ever.
-        folder = Path(workdir) / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        self.events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        (self.folder / "tensorboard").mkdir(exist_ok=True)
+        self.events = EventsWriter(str(self.folder / "tensorboard" / "events"), f".{os.getpid()}")
         # TensorBoard drops the steps from here on, which are done again.
         self._write_event(start + 1, session_log=SessionLog(status=SessionLog.START))
+        self.copies = []
+        if is_remote(workdir):
+            written = [self.path, *self.folder.glob("tensorboard/*")]
+            self.copies = [
+                files.Copy(path, there / path.relative_to(self.folder)) for path in written
+            ]
 
     def write(self, row: dict[str, float]) -> None:
         with files.named(self.path):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        if self.events is None:
-            return
         values = []
         for name, value in row.items():
             if name != "step":
                 values.append(Summary.Value(tag=name, simple_value=value))
         self._write_event(int(row["step"]), summary=Summary(value=values))
+        for copy in self.copies:
+            copy.update()
 
     def _write_event(self, step: int, **content: Any) -> None:
-        with files.named(self.path.parent / "tensorboard"):
+        with files.named(self.folder / "tensorboard"):
             self.events.write_event(Event(wall_time=time.time(), step=step, **content))
             self.events.flush()
 
     def close(self) -> None:
         self.file.close()
-        if self.events is not None:
-            self.events.close()
+        self.events.close()
+        for copy in self.copies:
+            copy.close()
+        if self.temporary is not None:
+            self.temporary.cleanup()
 
 
 def _lines_until(path: epath.Path, last: int) -> list[str]:

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,44 +117,78 @@ def named(path: Path, partial: Path | None = None) -> Iterator[None]:
         raise kind(error.errno, error.strerror or str(error), str(path)) from None
 
 
-class StoredLines:
-    """Writes lines to a file on a store, where nothing can be appended.
+class Copy:
+    """Keeps a copy of a growing local file on a store, where nothing can be appended.
 
-    Each write is of the whole file, in a thread. While it goes on, lines wait for the next. A
-    failed write does not end the job: it is reported once, and the next line or `close` tries
-    again.
+    Each copy is of the whole file, made in a thread; while one is made, the file waits for the next
+    `update`. A copy that fails does not end the job: it is reported once, and the next `update` or
+    `close` tries again.
     """
 
-    def __init__(self, path: epath.Path, lines: list[str]):
-        self.path = path
-        self.lines = lines
-        self.writing = threading.Thread()
+    def __init__(self, source: Path, target: epath.Path):
+        self.source = source
+        self.target = target
+        self.copying = threading.Thread()
         self.warned = False
 
-    def write(self, line: str) -> None:
-        self.lines.append(line)
-
-    def flush(self) -> None:
-        if not self.writing.is_alive():
-            self.writing = threading.Thread(
-                target=self._put, args=["".join(self.lines)], daemon=True
-            )
-            self.writing.start()
+    def update(self) -> None:
+        if not self.copying.is_alive():
+            self.copying = threading.Thread(target=self._copy, daemon=True)
+            self.copying.start()
 
     def close(self) -> None:
-        if self.writing.is_alive():
-            self.writing.join()
+        if self.copying.is_alive():
+            self.copying.join()
         self.warned = False
-        self._put("".join(self.lines))
+        self._copy()
 
-    def _put(self, text: str) -> None:
+    def _copy(self) -> None:
         try:
-            self.path.write_text(text)
+            self.target.write_bytes(self.source.read_bytes())
         except Exception as error:  # a store's client raises exceptions of any kind
             if not self.warned:
-                text = f"{self.path}: not written ({reason(error)}); the job goes on"
+                text = f"{self.target}: not written ({reason(error)}); the job goes on"
                 print(f"warning: {text}", file=sys.stderr, flush=True)
             self.warned = True
+
+
+@contextlib.contextmanager
+def stored(folder: epath.Path, last: str) -> Iterator[Path]:
+    """Yields a temporary local folder, whose files replace those of `folder` on a store.
+
+    Args:
+      folder: where the files go on success.
+      last: the file whose presence tells that the folder is whole. It is removed first, and comes
+        last.
+
+    Raises:
+      OSError: the store failed; an Outage where it does not answer.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+        upload(Path(temporary), folder, last)
+
+
+def upload(folder: Path, target: epath.Path, last: str = "") -> None:
+    """Copies the files of a local folder to a folder on a store, each part by part.
+
+    Args:
+      last: a file that is removed there first, and copied after all others.
+
+    Raises:
+      OSError: the store failed; an Outage where it does not answer.
+    """
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    names.sort(key=lambda name: str(name) == last)
+    try:
+        if last:
+            (target / last).unlink(missing_ok=True)
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / name).open("rb") as source, (target / name).open("wb") as sink:
+                shutil.copyfileobj(source, sink, 16 << 20)
+    except Exception as error:  # a store's client raises exceptions of any kind
+        raise store_error(error, target) or error from None
 
 
 @contextlib.contextmanager
