@@ -2,10 +2,10 @@
 
   python -m tools.make_problems --out=runs/problems
 
-  sums      sum 7 5 9 3 8 8 1 9 4=54.
-  sorting   sort 73 91 50 46 82=46 50 73 82 91.
-  look_ups  follow 3 1 4 2; 2: 1 2=4 3.      from 1 to its third place, and so on, two times
-  brackets  close {[](=)}.                  what is still open
+  sums      sum 47 12 90=149.
+  look_ups  follow 3 1 4 2; 2: 1 2=4 3.    from 1 to the number at its place, 3, from there to 4
+  swaps     swap 4 1 3 2; 14 23=2 3 1 4.   the first and the fourth, then the second and the third
+  brackets  close {[](=)}.                 what is still open
 
 Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each, and
 KIND.yaml and KIND.test.jsonl, which the lm-eval harness reads; configs/problems.py is their table
@@ -29,41 +29,46 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def sums(draw: random.Random) -> Problem:
-    """Adds ten to thirty numbers of one digit."""
-    numbers = draw.choices(range(1, 10), k=draw.randint(10, 30))
+    """Adds two to twelve numbers of two digits."""
+    numbers = draw.choices(range(10, 100), k=draw.randint(2, 12))
     return f"sum {_list(numbers)}=", str(sum(numbers))
 
 
-def sorting(draw: random.Random) -> Problem:
-    """Sorts eight to ten numbers of two digits."""
-    numbers = draw.choices(range(10, 100), k=draw.randint(8, 10))
-    return f"sort {_list(numbers)}=", _list(sorted(numbers))
-
-
 def look_ups(draw: random.Random) -> Problem:
-    """Looks up five places in a list of eight places, one to three times over."""
+    """Follows a list of eight places from five of them, one to four steps."""
     places = draw.choices(range(1, 9), k=8)
     asked = draw.choices(range(1, 9), k=5)
-    times = draw.randint(1, 3)
+    steps = draw.randint(1, 4)
     found = asked
-    for _ in range(times):
+    for _ in range(steps):
         found = [places[place - 1] for place in found]
-    return f"follow {_list(places)}; {times}: {_list(asked)}=", _list(found)
+    return f"follow {_list(places)}; {steps}: {_list(asked)}=", _list(found)
+
+
+def swaps(draw: random.Random) -> Problem:
+    """Swaps places of a list of six, one to eight times."""
+    before = draw.sample(range(1, 7), 6)
+    after = list(before)
+    pairs = [draw.sample(range(1, 7), 2) for _ in range(draw.randint(1, 8))]
+    for i, j in pairs:
+        after[i - 1], after[j - 1] = after[j - 1], after[i - 1]
+    asked = " ".join(f"{i}{j}" for i, j in pairs)
+    return f"swap {_list(before)}; {asked}=", _list(after)
 
 
 def brackets(draw: random.Random) -> Problem:
-    """Closes what thirty to sixty brackets leave open, one to fourteen of them."""
+    """Closes what thirty to ninety brackets leave open, one to twenty of them."""
     while True:
         text = ""
         still_open: list[str] = []
-        for _ in range(draw.randint(30, 60)):
+        for _ in range(draw.randint(30, 90)):
             if still_open and draw.random() < 0.45:
                 text += PAIRS[still_open.pop()]
             else:
                 bracket = draw.choice("([{")
                 text += bracket
                 still_open.append(bracket)
-        if 1 <= len(still_open) <= 14:
+        if 1 <= len(still_open) <= 20:
             answer = "".join(PAIRS[bracket] for bracket in reversed(still_open))
             return f"close {text}=", answer
 
@@ -74,8 +79,8 @@ def _list(numbers: Iterable[int]) -> str:
 
 KINDS: dict[str, Callable[[random.Random], Problem]] = {
     "sums": sums,
-    "sorting": sorting,
     "look_ups": look_ups,
+    "swaps": swaps,
     "brackets": brackets,
 }
 
@@ -85,7 +90,7 @@ ASKED = {
     "doc_to_text": "{{question}}",
     "doc_to_target": "{{answer}}",
     "target_delimiter": "",
-    "generation_kwargs": {"until": ["."], "max_gen_toks": 40, "do_sample": False},
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 32, "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     "metadata": {"version": 1.0},
 }
