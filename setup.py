@@ -1,7 +1,13 @@
 """Packaging of latent_delib. Tested versions of everything: constraints*.txt."""
 
-from setuptools import find_packages, setup
+import re
+import shutil
+from pathlib import Path
 
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+VERSION = re.search('__version__ = "(.*)"', Path("latent_delib/__init__.py").read_text())[1]
 # TensorFlow and what is built on it; none of it has wheels for Python 3.14.
 SEQIO = [
     f"{requirement}; python_version < '3.14'"
@@ -18,9 +24,22 @@ SEQIO = [
 EVAL = ["lm-eval[math]>=0.4.13"]  # math: what minerva_math imports
 MIXTURE = ["lxml>=5"]
 
+
+class Build(build_py):
+    """Copies configs/ into the package: installed outside a checkout, commands find them there."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            there = Path(self.build_lib) / "latent_delib" / "repository" / "configs"
+            there.mkdir(parents=True, exist_ok=True)
+            for config in Path("configs").glob("*.py"):
+                shutil.copy(config, there)
+
+
 setup(
     name="latent_delib",
-    version="0.2.0",
+    version=VERSION,
     description="Deliberation in latent space: a coprocessor for a frozen decoder's cache, in JAX",
     python_requires=">=3.11",
     packages=find_packages(include=["latent_delib", "latent_delib.*"]),
@@ -34,6 +53,8 @@ setup(
             "weights/packaged/coprocessor/*",
         ]
     },
+    cmdclass={"build_py": Build},
+    entry_points={"console_scripts": ["latent-delib = latent_delib.__main__:entry"]},
     zip_safe=False,
     install_requires=[
         "absl-py>=2.1",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from latent_delib.lm.model import AugmentedLM
 
+__version__ = "0.2.0"
 __all__ = [
     "AugmentedLM",
     "Coprocessor",

@@ -1,6 +1,8 @@
-"""Lists the commands: python -m latent_delib."""
+"""Lists the commands; `latent-delib train ...` runs one, as `python -m latent_delib.train ...`."""
 
 import ast
+import os
+import sys
 from pathlib import Path
 
 from latent_delib.machine import commands
@@ -8,7 +10,7 @@ from latent_delib.machine import commands
 
 def main(values: object) -> None:
     del values
-    print("The commands, each with --help:\n")
+    print("The commands, each with --help; `latent-delib COMMAND` is the same:\n")
     for name, doc in there().items():
         print(f"  python -m latent_delib.{name:13} {doc.splitlines()[0]}")
 
@@ -23,5 +25,12 @@ def there() -> dict[str, str]:
     return found
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    if len(sys.argv) > 1 and sys.argv[1] in there():
+        command = [sys.executable, "-m", f"latent_delib.{sys.argv[1]}", *sys.argv[2:]]
+        os.execv(sys.executable, command)
     commands.run(main, __doc__)
+
+
+if __name__ == "__main__":
+    entry()

@@ -32,7 +32,7 @@ if [[ -n ${FROZEN:-} && ! -e runs/$CONFIG/frozen/perplexity.json ]]; then
     --config.method.name=decoder
 fi
 step train --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
-step evaluate --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
+step evaluate --workdir="$run" "$@"
 if [[ $CONFIG == quickstart && $# == 0 ]]; then # beside it, the packaged coprocessor: trained for longer, on more text
   step evaluate --config="$config" --workdir=packaged --out="$run/packaged" --config.data.token_files="$tokens" \
     --config.method.num_latents=16

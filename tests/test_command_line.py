@@ -274,6 +274,32 @@ def test_ctrl_c_that_python_drops(command):
     assert command(main) == 130
 
 
+def test_a_config_by_name(command):
+    found = []
+    assert command(found.append, "--config=paper:lab/overlay_32", config=(CONFIG, "")) is None
+    assert found[0].config.method.num_latents == 32
+    named(
+        command(found.append, "--config=quick", config=(CONFIG, "")),
+        "--config=quick: no such file; by name there are base, gemma2_2b",
+        "quickstart",
+    )
+
+
+def test_the_package_runs_its_commands(command_line, monkeypatch):
+    class Replaced(Exception):
+        pass
+
+    def execv(program, arguments):
+        raise Replaced(program, *arguments)
+
+    monkeypatch.setattr(os, "execv", execv)
+    command_line("latent-delib", "train", "--workdir=w")
+    with pytest.raises(Replaced) as replaced:
+        runpy.run_module("latent_delib", run_name="__main__")
+    python = sys.executable
+    assert replaced.value.args == (python, python, "-m", "latent_delib.train", "--workdir=w")
+
+
 def test_the_package_lists_its_commands(command_line, capsys):
     command_line("latent_delib")
     runpy.run_module("latent_delib", run_name="__main__")

@@ -25,7 +25,10 @@ FOLDERS = object()  # the list of words without a flag: at least one
 # flag -> (default, help); the default gives the type, None an optional integer
 Options = dict[str, tuple[Any, str]]
 
-ROOT = Path(__file__).parents[2]  # of the repository, where configs/ is
+# Where configs/ is: the repository, or what setup.py copies of it into the installed package.
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "configs").is_dir():
+    ROOT = Path(__file__).parents[1] / "repository"
 TEXTS = ("prompt", "stop", "text")  # in every other flag a leading ~ is the home folder
 HOME = re.compile(r"^(files:|lines:|)(~[^/]*)")
 
@@ -160,13 +163,19 @@ def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
 def load_config(name: str, given: str) -> ConfigDict:
     """Runs get_config() of a config file; FILE.py:ARGUMENT gives it an argument.
 
+    A name without a folder, as `quickstart`, is that of a file in configs/.
+
     Raises:
       UserError: there is no such file, or it fails: with its line.
     """
     path, colon, argument = given.partition(":")
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise UserError(f"--{name}={given}: no such file")
+        known = _configs()
+        if path not in known:
+            names = ", ".join(known)
+            raise UserError(f"--{name}={given}: no such file; by name there are {names}")
+        path = str(known[path])
     if str(ROOT) not in sys.path:
         # `from configs import base`, from wherever the command is started
         sys.path.append(str(ROOT))
@@ -180,6 +189,12 @@ def load_config(name: str, given: str) -> ConfigDict:
             f"{path}: get_config() returns {type(config).__name__}, expected a ConfigDict"
         )
     return config
+
+
+def _configs() -> dict[str, Path]:
+    """Returns the config files in configs/ by name."""
+    files = sorted((ROOT / "configs").glob("*.py"))
+    return {file.stem: file for file in files if "def get_config" in file.read_text()}
 
 
 def _of_config_file(error: Exception, path: str) -> str:

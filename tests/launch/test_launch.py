@@ -307,6 +307,35 @@ def test_every_file_of_the_package_is_installed(distribution: Distribution) -> N
     assert here == installed
 
 
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("latent_delib", "configs"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignore)
+    for name in ("setup.py", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, checkout]
+    subprocess.run(build, check=True)
+    shutil.rmtree(checkout)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run(
+        [*pip, "install", "--no-deps", f"--target={tmp_path / 'there'}", wheel], check=True
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        env = os.environ | {"PYTHONPATH": str(tmp_path / "there")}
+        command = [sys.executable, tmp_path / "there/bin/latent-delib", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    wrong = run("train", "--config=paper:lab/overlay", "--config.train.stpes=3", "--workdir=run")
+    assert "did you mean --config.train.steps?" in wrong.stderr
+    done = run("generate", "--workdir=packaged", "--prompt=The cat", "--max_new_tokens=2")
+    assert done.returncode == 0, done.stderr
+    assert "--- augmented" in done.stdout
+
+
 def test_constraints_satisfy_setup(distribution: Distribution) -> None:
     """Everything that Python 3.11 can have is pinned to a version that is allowed.
 
