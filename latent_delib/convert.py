@@ -4,9 +4,9 @@
       [--dtype=bfloat16] [--size=NAME] [--tokenizer=PATH]
   python -m latent_delib.convert --source=PATH --out=DIR --to=huggingface
 
-PATH is a Hugging Face folder, a GGUF file, one of Google DeepMind's Gemma checkpoints (orbax), or a
-decoder folder of ours (`packaged` is one). From the workdir of a training job its coprocessor is
-exported (docs/weights.md).
+PATH is a Hugging Face folder, or the name of one on their Hub, as hf:google/gemma-2-2b; a GGUF
+file; one of Google DeepMind's Gemma checkpoints (orbax); or a decoder folder of ours (`packaged` is
+one). From the workdir of a training job its coprocessor is exported (docs/weights.md).
 """
 
 import dataclasses
@@ -19,16 +19,28 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
 from latent_delib.errors import UserError
+from latent_delib.job.record import Record
 from latent_delib.lm import load
 from latent_delib.machine import commands, files
 from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.progress import Progress
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences, family
-from latent_delib.weights import coprocessor, deepmind, folder, gguf, huggingface, names, tensors
+from latent_delib.results.card import card
+from latent_delib.weights import (
+    coprocessor,
+    deepmind,
+    folder,
+    gguf,
+    hub,
+    huggingface,
+    names,
+    tensors,
+)
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import TensorFile
 
@@ -75,7 +87,7 @@ def convert(
     if "://" in source:
         raise UserError(f"--source={source}: expected a local path; download it, and name that")
     wanted = SIZES[size] if size else architecture
-    where = folder.PACKAGED if source == "packaged" else Path(source)
+    where = folder.PACKAGED if source == "packaged" else hub.located(source)
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
             raise UserError(
@@ -243,8 +255,15 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     whole = dataclasses.replace(record, config={**record.config, "method": method})
     fields["record"] = whole.meta()
     config = TransformerConfig.from_dict(record.architecture, workdir)
-    coprocessor.save(out, fields, config, params)
+    coprocessor.save(out, fields, config, params, card(whole, evaluation_of(workdir, record)))
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
+
+
+def evaluation_of(workdir: str, record: Record) -> dict[str, Any] | None:
+    """Returns the evaluation of a checkpoint in its workdir; None where there is none."""
+    file = epath.Path(workdir) / "perplexity.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found if found.get("step") == record.step else None
 
 
 def describe(config: TransformerConfig, wanted: TransformerConfig | None, where: str) -> None:

@@ -23,6 +23,7 @@ from latent_delib.lm import load
 from latent_delib.machine import checkpoint
 from latent_delib.measure import perplexity, values, views
 from latent_delib.measure.text import read_validation_text
+from latent_delib.results.evaluation import as_text
 
 A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
 KEYS = [
@@ -323,6 +324,11 @@ def test_an_exported_coprocessor_stands_for_its_workdir(make_config, trained, ev
     result = evaluated[0]
     assert found["rows"] == result["rows"] and found["step"] == result["step"]
     assert found["checkpoint"] == where
+    (tmp_path / "trained" / "checkpoints").parent.mkdir()
+    (tmp_path / "trained" / "checkpoints").symlink_to(trained / "checkpoints")
+    (tmp_path / "trained" / "perplexity.json").write_text(json.dumps(result))
+    convert.convert(str(tmp_path / "trained"), str(tmp_path / "with_card"))
+    assert as_text(result) in (tmp_path / "with_card" / "README.md").read_text()
     with pytest.raises(UserError, match="num_latents is 2 there, 3 here"):
         evaluate.evaluate(make_config({"method.num_latents": 3}), where, str(tmp_path / "out"))
     flags = SimpleNamespace(step=None, steps="", watch=False, patience=1.0, workdir=where, out="")

@@ -1,4 +1,4 @@
-"""A coprocessor's folder: `coprocessor.json` and `model.safetensors`.
+"""A coprocessor's folder: `coprocessor.json`, `model.safetensors`, and `README.md`, a model card.
 
 coprocessor.json holds {"format": "latent_delib coprocessor 2", "method", "num_latents",
 "placement", "step", "fingerprint": of the decoder it belongs to, "architecture": {fields of
@@ -20,7 +20,7 @@ from latent_delib.errors import UserError
 from latent_delib.machine import files
 from latent_delib.nn.sizes import TransformerConfig, checked
 from latent_delib.nn.transformer import TABLES, Params
-from latent_delib.weights import folder, names, tensors
+from latent_delib.weights import folder, hub, names, tensors
 from latent_delib.weights.tensors import TensorFile
 
 FORMATS = ("latent_delib coprocessor 1", "latent_delib coprocessor 2")  # we write the last
@@ -40,9 +40,9 @@ FIELDS = {
 def locate(workdir: str) -> Path | None:
     """Returns the coprocessor's folder that a workdir is; None for one of a training job.
 
-    "packaged" comes with this package.
+    "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
     """
-    where = PACKAGED if workdir == "packaged" else Path(workdir)
+    where = PACKAGED if workdir == "packaged" else hub.located(workdir)
     return where if (where / FILE).is_file() else None
 
 
@@ -53,7 +53,9 @@ def name_of(workdir: str, step: int) -> str:
     return str(epath.Path(workdir) / "checkpoints" / str(step))
 
 
-def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Params) -> None:
+def save(
+    out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Params, card: str
+) -> None:
     """Writes a coprocessor's folder, whole or not at all.
 
     Args:
@@ -61,6 +63,7 @@ def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Par
       fields: FIELDS without the architecture, and the record.
       config: the coprocessor's architecture.
       tree: its parameters.
+      card: the content of README.md.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
     found = names.tensors(config, "huggingface")
@@ -78,6 +81,7 @@ def save(out: Path, fields: dict[str, Any], config: TransformerConfig, tree: Par
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})
         fields = {"format": FORMATS[-1], **fields, "architecture": config.to_dict()}
         (partial / FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def read_fields(where: Path, step: int | None = None) -> dict[str, Any]:

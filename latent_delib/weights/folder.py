@@ -23,7 +23,7 @@ from latent_delib.errors import UserError
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params
-from latent_delib.weights import tensors
+from latent_delib.weights import hub, tensors
 from latent_delib.weights.tensors import TensorFile
 
 FORMAT = "latent_delib decoder 1"
@@ -34,14 +34,16 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
 
 
 def locate(path: str) -> Path:
-    """Returns the folder that a decoder's path means; "packaged" comes with this package.
+    """Returns the folder that a decoder's path means.
+
+    "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
 
     Raises:
       UserError: the folder, or one of its files, does not exist.
     """
     if "://" in path:
         raise UserError(f"decoder {path!r}: expected a local folder; download it, and name that")
-    folder = PACKAGED if path == "packaged" else Path(path)
+    folder = PACKAGED if path == "packaged" else hub.located(path)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"decoder {path!r}: {folder / name} does not exist")

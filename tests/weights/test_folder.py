@@ -175,7 +175,16 @@ def test_a_coprocessor_is_exported_and_read_again(
     file = tmp_path / "out" / "coprocessor.json"
     fields = json.loads(file.read_text())
     assert fields["step"] == 4
-    assert load.read_record(str(tmp_path / "out")) == load.read_record(str(trained))
+    record = load.read_record(str(trained))
+    assert load.read_record(str(tmp_path / "out")) == record
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in (
+        "2 latents, placement `after`, step 4",
+        record.fingerprint,
+        "| `train.steps` | 4 |",
+    ):
+        assert words in card
+    assert "Perplexity" not in card
     assert ld.load_coprocessor(str(tmp_path / "out"), step=4).step == 4
     with pytest.raises(UserError, match="of step 4, not of step 3"):
         ld.load_coprocessor(str(tmp_path / "out"), step=3)
@@ -197,7 +206,7 @@ def test_a_coprocessor_with_biases_is_stored(tmp_path):
         "step": 3,
         "fingerprint": "f",
     }
-    coprocessor.save(tmp_path / "out", fields, config, tree)
+    coprocessor.save(tmp_path / "out", fields, config, tree, "# A card\n")
     found, read = coprocessor.load(tmp_path / "out")
     assert found["architecture"]["qkv_bias"] and fields.items() <= found.items()
     same(read, tree)

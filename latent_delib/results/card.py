@@ -1,0 +1,62 @@
+"""The model card of an exported coprocessor, Markdown as the Hugging Face Hub shows it."""
+
+from typing import Any
+
+from latent_delib.job.record import Record
+from latent_delib.results.evaluation import as_text
+
+TRAINING = (  # keys of the config that the card lists
+    "data.sources",
+    "data.seq_len",
+    "method.num_traces",
+    "method.num_ahead",
+    "method.prompt_end",
+    "optimizer.name",
+    "optimizer.learning_rate",
+    "train.steps",
+    "train.batch_size",
+    "seed",
+)
+
+
+def card(record: Record, evaluation: dict[str, Any] | None) -> str:
+    """Returns a coprocessor's model card.
+
+    Args:
+      record: of its checkpoint.
+      evaluation: the content of perplexity.json for that checkpoint, or None.
+    """
+    method = record["method.name"]
+    latents = f"{record['method.num_latents']} latents, placement `{record['method.placement']}`"
+    lines = [
+        "---",
+        "library_name: latent_delib",
+        "tags: [latent-reasoning, cache-augmentation]",
+        "---",
+        "",
+        "# A coprocessor for a frozen decoder",
+        "",
+        f"Method `{method}`, {latents}, step {record.step:,}. It belongs to one decoder alone:",
+        f"fingerprint `{record.fingerprint}`, `{record['decoder.path']}` where it was trained.",
+        "",
+        "```python",
+        "import latent_delib as ld",
+        "",
+        'decoder = ld.load_decoder("DECODER")',
+        'coprocessor = ld.load_coprocessor("hf:OWNER/NAME")',
+        "lm = ld.AugmentedLM(decoder, coprocessor)",
+        "```",
+        "",
+        "## Training",
+        "",
+        "| key | value |",
+        "|---|---|",
+    ]
+    for key in TRAINING:
+        value = record[key]
+        if value not in (None, ""):
+            lines.append(f"| `{key}` | {value} |")
+    if evaluation is not None:
+        lines += ["", "## Perplexity, with latents and without", "", "```"]
+        lines += [as_text(evaluation), "```"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,47 @@
+"""Finds models on the Hugging Face Hub by name, `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`.
+
+A model is downloaded once, to the Hub's own cache (HF_HOME), and is found there without a network
+afterwards. HF_TOKEN opens private and gated models.
+"""
+
+import re
+from pathlib import Path
+
+from latent_delib.errors import UserError
+
+PREFIX = "hf:"
+NAME = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+FILES = ("*.safetensors", "*.json", "tokenizer.model")  # pickles stay there
+
+
+def located(path: str) -> Path:
+    """Returns a path as it is, or the local folder of the model on the Hub that it names.
+
+    Raises:
+      UserError: a name of another form, a model that is not there, or none in the cache while the
+        Hub does not answer.
+    """
+    if not path.startswith(PREFIX):
+        return Path(path)
+    found = NAME.fullmatch(path)
+    if found is None:
+        raise UserError(f"{path}: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    model, revision = found.groups()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=list(FILES)
+        )
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{path}: wants permission; accept its terms on the Hub, then set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{path}: no such model on the Hub; a private one needs HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{path}: that model has no revision {revision!r}") from None
+    except (OSError, errors.LocalEntryNotFoundError):
+        raise UserError(f"{path}: not in the Hub's cache, and the Hub does not answer") from None
+    return Path(folder)
