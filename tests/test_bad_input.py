@@ -270,6 +270,18 @@ def test_a_checkpoints_folder_that_cannot_be_written(error, config_file, tmp_pat
     named(line, tmp_path / "workdir", "checkpoints: is a file")
 
 
+def test_text_without_tensorflow(error, config_file, tmp_path, monkeypatch):
+    """Training on text that is not prepared names the extra that brings it."""
+    for name in ("stores", "tasks"):
+        monkeypatch.delitem(sys.modules, f"latent_delib.data.{name}", raising=False)
+        monkeypatch.delattr(f"latent_delib.data.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    config = config_file({"data.token_files": ""})
+    line = error("train", f"--config={config}", f"--workdir={tmp_path / 'w'}")
+    named(line, "tensorflow is not installed", "LATENT_DELIB_EXTRAS=seqio", "Token files")
+    assert not (tmp_path / "w" / "checkpoints").exists()
+
+
 def test_processes_that_are_not_there(error, config_file, trained, tmp_path, monkeypatch):
     """Found out before jax looks for its devices; evaluation waits for them as training does."""
     config = f"--config={config_file()}"
