@@ -24,7 +24,7 @@ PROBLEMS = {  # of tools.make_problems
     "decoder.tokenizer": "packaged",
     "method.prompt_end": "=",
     "method.num_traces": 4,  # more problems are rarely in a row
-    "method.num_ahead": 20,  # the longest answer has 18
+    "method.num_ahead": 32,  # the longest answer has 30
     "train.batch_size": 32,
     "train.steps": 4000,
 }

@@ -6,8 +6,10 @@ Their form is that of configs/benchmarks.py.
 PUBLISHED: dict = {}
 OFFLINE = {
     "sums": {"task": "sums", "shots": 0, "metric": "exact_match"},
-    "look_ups": {"task": "look_ups", "shots": 0, "metric": "exact_match"},
-    "swaps": {"task": "swaps", "shots": 0, "metric": "exact_match"},
+    "sorting": {"task": "sorting", "shots": 0, "metric": "exact_match"},
     "brackets": {"task": "brackets", "shots": 0, "metric": "exact_match"},
+    "look_ups_1": {"task": "look_ups_1", "shots": 0, "metric": "exact_match"},
+    "look_ups_2": {"task": "look_ups_2", "shots": 0, "metric": "exact_match"},
+    "look_ups_3": {"task": "look_ups_3", "shots": 0, "metric": "exact_match"},
 }
 COT = ""

@@ -2,14 +2,15 @@
 
   python -m tools.make_problems --out=runs/problems
 
-  sums      sum 47 12 90=149.
-  look_ups  follow 3 1 4 2; 2: 1 2=4 3.    from 1 to the number at its place, 3, from there to 4
-  swaps     swap 4 1 3 2; 14 23=2 3 1 4.   the first and the fourth, then the second and the third
-  brackets  close {[](=)}.                 what is still open
+  sums      sum 7 5 9 3 8 8 1 9 4=54.
+  sorting   sort 73 91 50 46 82=46 50 73 82 91.
+  look_ups  follow 3 1 4 2; 2: 1 2=4 3.      from 1 to its third place, and so on, two times
+  brackets  close {[](=)}.                  what is still open
 
-Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each, and
-KIND.yaml and KIND.test.jsonl, which the lm-eval harness reads; configs/problems.py is their table
-for `benchmark`. No problem is there twice. The same counts give the same files.
+Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each; and
+for each of BENCHMARKS NAME.yaml and NAME.test.jsonl, which the lm-eval harness reads, with
+configs/problems.py as their table for `benchmark`. No problem is there twice. The same counts give
+the same files.
 """
 
 import itertools
@@ -29,46 +30,41 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def sums(draw: random.Random) -> Problem:
-    """Adds two to twelve numbers of two digits."""
-    numbers = draw.choices(range(10, 100), k=draw.randint(2, 12))
+    """Adds ten to thirty numbers of one digit."""
+    numbers = draw.choices(range(1, 10), k=draw.randint(10, 30))
     return f"sum {_list(numbers)}=", str(sum(numbers))
 
 
+def sorting(draw: random.Random) -> Problem:
+    """Sorts eight to ten numbers of two digits."""
+    numbers = draw.choices(range(10, 100), k=draw.randint(8, 10))
+    return f"sort {_list(numbers)}=", _list(sorted(numbers))
+
+
 def look_ups(draw: random.Random) -> Problem:
-    """Follows a list of eight places from five of them, one to four steps."""
+    """Looks up five places in a list of eight places, one to three times over."""
     places = draw.choices(range(1, 9), k=8)
     asked = draw.choices(range(1, 9), k=5)
-    steps = draw.randint(1, 4)
+    times = draw.randint(1, 3)
     found = asked
-    for _ in range(steps):
+    for _ in range(times):
         found = [places[place - 1] for place in found]
-    return f"follow {_list(places)}; {steps}: {_list(asked)}=", _list(found)
-
-
-def swaps(draw: random.Random) -> Problem:
-    """Swaps places of a list of six, one to eight times."""
-    before = draw.sample(range(1, 7), 6)
-    after = list(before)
-    pairs = [draw.sample(range(1, 7), 2) for _ in range(draw.randint(1, 8))]
-    for i, j in pairs:
-        after[i - 1], after[j - 1] = after[j - 1], after[i - 1]
-    asked = " ".join(f"{i}{j}" for i, j in pairs)
-    return f"swap {_list(before)}; {asked}=", _list(after)
+    return f"follow {_list(places)}; {times}: {_list(asked)}=", _list(found)
 
 
 def brackets(draw: random.Random) -> Problem:
-    """Closes what thirty to ninety brackets leave open, one to twenty of them."""
+    """Closes what thirty to sixty brackets leave open, one to fourteen of them."""
     while True:
         text = ""
         still_open: list[str] = []
-        for _ in range(draw.randint(30, 90)):
+        for _ in range(draw.randint(30, 60)):
             if still_open and draw.random() < 0.45:
                 text += PAIRS[still_open.pop()]
             else:
                 bracket = draw.choice("([{")
                 text += bracket
                 still_open.append(bracket)
-        if 1 <= len(still_open) <= 20:
+        if 1 <= len(still_open) <= 14:
             answer = "".join(PAIRS[bracket] for bracket in reversed(still_open))
             return f"close {text}=", answer
 
@@ -79,9 +75,19 @@ def _list(numbers: Iterable[int]) -> str:
 
 KINDS: dict[str, Callable[[random.Random], Problem]] = {
     "sums": sums,
+    "sorting": sorting,
     "look_ups": look_ups,
-    "swaps": swaps,
     "brackets": brackets,
+}
+
+# Benchmark -> its kind, and the words of a question that count: look-ups by their number of steps.
+BENCHMARKS = {
+    "sums": ("sums", ""),
+    "sorting": ("sorting", ""),
+    "brackets": ("brackets", ""),
+    "look_ups_1": ("look_ups", "; 1:"),
+    "look_ups_2": ("look_ups", "; 2:"),
+    "look_ups_3": ("look_ups", "; 3:"),
 }
 
 # How the harness asks: it continues the question greedily, up to the full stop.
@@ -90,7 +96,7 @@ ASKED = {
     "doc_to_text": "{{question}}",
     "doc_to_target": "{{answer}}",
     "target_delimiter": "",
-    "generation_kwargs": {"until": ["."], "max_gen_toks": 32, "do_sample": False},
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 40, "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     "metadata": {"version": 1.0},
 }
@@ -124,7 +130,7 @@ def make_problems(out: str, train: int, test: int) -> None:
                 some = list(itertools.islice(problems, count))
                 write_text(folder / "text" / split / f"{kind}.txt", some)
                 if split == "test":
-                    write_benchmark(folder, kind, some)
+                    write_benchmarks(folder, kind, some)
                 done += count
                 progress(done)
 
@@ -136,21 +142,26 @@ def write_text(path: Path, problems: list[Problem]) -> None:
     path.write_text("\n\f\n".join(documents) + "\n", encoding="utf-8")
 
 
-def write_benchmark(folder: Path, kind: str, problems: list[Problem]) -> None:
-    """Writes the task of a kind for the harness, and its problems."""
+def write_benchmarks(folder: Path, kind: str, problems: list[Problem]) -> None:
+    """Writes the tasks of a kind for the harness, and their problems."""
     import yaml
 
-    file = f"{kind}.test.jsonl"
-    settings = {
-        "task": kind,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": file}},
-        "test_split": "test",
-    }
-    (folder / f"{kind}.yaml").write_text(yaml.safe_dump(settings | ASKED, sort_keys=False))
-    rows = [{"question": question, "answer": answer} for question, answer in problems]
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (folder / file).write_text("".join(lines), encoding="utf-8")
+    for name, (of, words) in BENCHMARKS.items():
+        if of != kind:
+            continue
+        file = f"{name}.test.jsonl"
+        settings = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": file}},
+            "test_split": "test",
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings | ASKED, sort_keys=False))
+        lines = []
+        for question, answer in problems:
+            if words in question:
+                lines.append(json.dumps({"question": question, "answer": answer}) + "\n")
+        (folder / file).write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
