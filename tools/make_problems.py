@@ -4,7 +4,7 @@
 
   sums      sum 7 5 9 3 8 8 1 9 4=54.
   sorting   sort 73 91 50 46 82=46 50 73 82 91.
-  look_ups  follow 3 1 4 2; 2: 1 2=4 3.      from 1 to its third place, and so on, two times
+  look_ups  follow 3 1 4 2; 2: 1 2=4 3.     two steps: from 1 to the number at its place, 3, then to 4
   brackets  close {[](=)}.                  what is still open
 
 Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each; and
@@ -42,14 +42,14 @@ def sorting(draw: random.Random) -> Problem:
 
 
 def look_ups(draw: random.Random) -> Problem:
-    """Looks up five places in a list of eight places, one to three times over."""
+    """Follows a list of eight places from five of them, one to three steps."""
     places = draw.choices(range(1, 9), k=8)
     asked = draw.choices(range(1, 9), k=5)
-    times = draw.randint(1, 3)
+    steps = draw.randint(1, 3)
     found = asked
-    for _ in range(times):
+    for _ in range(steps):
         found = [places[place - 1] for place in found]
-    return f"follow {_list(places)}; {times}: {_list(asked)}=", _list(found)
+    return f"follow {_list(places)}; {steps}: {_list(asked)}=", _list(found)
 
 
 def brackets(draw: random.Random) -> Problem:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from configs import problems
 from tools import make_problems
 
 TRAIN, TEST = 300, 100
@@ -20,6 +21,10 @@ def folder(tmp_path_factory):
 def documents(folder, split, kind):
     text = (folder / "text" / split / f"{kind}.txt").read_text(encoding="utf-8")
     return text.strip().split("\n\f\n")
+
+
+def benchmarks_of(kind):
+    return [name for name, (of, _) in make_problems.BENCHMARKS.items() if of == kind]
 
 
 def solve(question):
@@ -52,10 +57,12 @@ def test_answers_are_right_and_no_problem_is_there_twice(folder, kind):
 @pytest.mark.parametrize("kind", make_problems.KINDS)
 def test_the_harness_asks_the_problems_of_the_test_split(folder, kind):
     harness = pytest.importorskip("latent_delib.measure.harness")
-    task = harness.load_local_task(kind, str(folder))["tasks"][kind]
-    asked = list(task.test_docs())
-    texts = [task.doc_to_text(row) + task.doc_to_target(row) + "." for row in asked]
-    assert texts == documents(folder, "test", kind)
+    texts = []
+    for name in benchmarks_of(kind):
+        task = harness.load_local_task(name, str(folder))["tasks"][name]
+        for row in task.test_docs():
+            texts.append(task.doc_to_text(row) + task.doc_to_target(row) + ".")
+    assert sorted(texts) == sorted(documents(folder, "test", kind))
 
 
 def test_the_same_problems_are_made_again_and_more_to_train_on_change_no_test(folder, tmp_path):
@@ -63,6 +70,11 @@ def test_the_same_problems_are_made_again_and_more_to_train_on_change_no_test(fo
     make_problems.make_problems(str(more), TRAIN + 50, TEST)
     for kind in make_problems.KINDS:
         assert documents(more, "train", kind)[:TRAIN] == documents(folder, "train", kind)
-        file = f"{kind}.test.jsonl"
-        assert (more / file).read_bytes() == (folder / file).read_bytes()
-        assert len(json.loads((more / file).read_text().splitlines()[0])) == 2
+        for name in benchmarks_of(kind):
+            file = f"{name}.test.jsonl"
+            assert (more / file).read_bytes() == (folder / file).read_bytes()
+            assert len(json.loads((more / file).read_text().splitlines()[0])) == 2
+
+
+def test_the_table_names_all_benchmarks():
+    assert list(problems.OFFLINE) == list(make_problems.BENCHMARKS)
