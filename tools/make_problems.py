@@ -4,7 +4,7 @@
 
   sums      sum 7 5 9 3 8 8 1 9 4=54.
   sorting   sort 73 91 50 46 82=46 50 73 82 91.
-  look_ups  follow 3 1 4 2; 2: 1 2=4 3.     two steps: from 1 to the number at its place, 3, then to 4
+  look_ups  follow 3 1 4 2; 2: 1 2=4 3.    two steps: from 1 to the number at its place, then on
   brackets  close {[](=)}.                  what is still open
 
 Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each; and
