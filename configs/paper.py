@@ -23,8 +23,7 @@ PROBLEMS = {  # of tools.make_problems
     "decoder.path": "runs/paper/problems/pretrain/decoder",
     "decoder.tokenizer": "packaged",
     "method.prompt_end": "=",
-    "method.num_traces": 4,  # more problems are rarely in a row
-    "method.num_ahead": 32,  # the longest answer has 30
+    "method.num_traces": 6,  # problems in a row, at most
     "train.batch_size": 32,
     "train.steps": 4000,
 }
@@ -74,9 +73,10 @@ PRETRAIN_LAB = {
 }
 PRETRAIN_PROBLEMS = {
     "decoder.path": "packaged",
-    "train.steps": 25_000,
-    "train.checkpoint_every": 5000,
-    "train.keep_every": 5000,
+    "data.sources": (*MIXTURE["data.sources"], *PROBLEMS["data.sources"]),
+    "data.weights": (1.0, 1.0),
+    "data.validation": (*MIXTURE["data.validation"], *PROBLEMS["data.validation"]),
+    "train.steps": 10_000,
 }
 PRETRAIN_GPU = {
     "decoder.export_dtype": "bfloat16",
@@ -120,9 +120,9 @@ PROTOCOLS = {
     "lab": Protocol("gemma2_160k", LAB | MIXTURE, PRETRAIN_LAB | {"train.steps": 40_000}),
     "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
     "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
-    # Reasoning in miniature: the packaged decoder, trained on with problems to its plateau, half
-    # solves them. Then a coprocessor is called once, at the end of each question.
-    "problems": Protocol("gemma2_160k", LAB | PROBLEMS, PRETRAIN_PROBLEMS),
+    # Reasoning in miniature: the packaged decoder, trained on with problems in half of its rows,
+    # half solves them. Then a coprocessor is called once, at the end of each problem.
+    "problems": Protocol("gemma2_160k", LAB | PROBLEMS, PRETRAIN_LAB | PRETRAIN_PROBLEMS),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
     # wants more steps. But a decoder that knows its text by heart teaches a coprocessor nothing

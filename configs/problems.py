@@ -7,9 +7,7 @@ PUBLISHED: dict = {}
 OFFLINE = {
     "sums": {"task": "sums", "shots": 0, "metric": "exact_match"},
     "sorting": {"task": "sorting", "shots": 0, "metric": "exact_match"},
+    "look_ups": {"task": "look_ups", "shots": 0, "metric": "exact_match"},
     "brackets": {"task": "brackets", "shots": 0, "metric": "exact_match"},
-    "look_ups_1": {"task": "look_ups_1", "shots": 0, "metric": "exact_match"},
-    "look_ups_2": {"task": "look_ups_2", "shots": 0, "metric": "exact_match"},
-    "look_ups_3": {"task": "look_ups_3", "shots": 0, "metric": "exact_match"},
 }
 COT = ""

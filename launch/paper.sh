@@ -14,7 +14,9 @@
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
-# Protocol problems has swap/, and instead of the others benchmarks.json: problems solved, with latents and without.
+# Protocol problems has swap/, and instead of the others
+#   benchmarks.json     problems solved, with latents and without
+#   text/               perplexity on text of a decoder that was trained on problems: decoder, decoder_lora
 # A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the
 # report leaves it out.
 # shellcheck source=common.sh
@@ -62,10 +64,7 @@ run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
 prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laboratories share
   local tokens=runs/paper/${1%%_[0-9]*}/tokens
-  if [[ $1 == problems && ! -e runs/problems ]]; then
-    run tools.make_problems --out=runs/problems
-  fi
-  if [[ $1 != problems && ! -e runs/mixture/MIXTURE.md ]]; then
+  if [[ ! -e runs/mixture/MIXTURE.md ]]; then
     run tools.make_mixture --out=runs/mixture
   fi
   if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/tokenizer.model ]]; then
@@ -73,6 +72,9 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   fi
   if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
     run latent_delib.convert --source="$(./launch/get_smollm2.sh)" --out=runs/smollm2_135m/decoder --size=smollm2_135m
+  fi
+  if [[ $1 == problems && ! -e runs/problems ]]; then
+    run tools.make_problems --out=runs/problems
   fi
   local its_own=overlay
   [[ $1 != a_gpu && $1 != lab_* && $1 != problems ]] || its_own=pretrain # the same text and vocabulary, and needs no decoder yet
@@ -105,9 +107,12 @@ control() {
   fi
 }
 
-solve() { # the problems
+solve() { # the problems; and, where the decoder itself was trained on them, the text that it read before
   local models=decoder,augmented
-  [[ $name != decoder* ]] || models=decoder
+  if [[ $name == decoder* ]]; then
+    models=decoder
+    evaluate "$workdir/text" --config.data.validation="('files:runs/mixture/validation/*.txt',)" --config.method.prompt_end=
+  fi
   run latent_delib.benchmark --workdir="$workdir" --model="$models" --benchmarks=offline --table=configs/problems.py \
     --tasks=runs/problems --out="$workdir"
 }

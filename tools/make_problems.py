@@ -4,13 +4,12 @@
 
   sums      sum 7 5 9 3 8 8 1 9 4=54.
   sorting   sort 73 91 50 46 82=46 50 73 82 91.
-  look_ups  follow 3 1 4 2; 2: 1 2=4 3.    two steps: from 1 to the number at its place, then on
+  look_ups  look up a7 b3 c9 d4; b+d=7.
   brackets  close {[](=)}.                  what is still open
 
-Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each; and
-for each of BENCHMARKS NAME.yaml and NAME.test.jsonl, which the lm-eval harness reads, with
-configs/problems.py as their table for `benchmark`. No problem is there twice. The same counts give
-the same files.
+Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each, and
+KIND.yaml and KIND.test.jsonl, which the lm-eval harness reads; configs/problems.py is their table
+for `benchmark`. No problem is there twice. The same counts give the same files.
 """
 
 import itertools
@@ -26,45 +25,45 @@ from latent_delib.machine.progress import Progress
 
 Problem = tuple[str, str]  # question, answer
 
+NAMES = "abcdefghij"
 PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def sums(draw: random.Random) -> Problem:
-    """Adds ten to thirty numbers of one digit."""
-    numbers = draw.choices(range(1, 10), k=draw.randint(10, 30))
+    """Adds eight to twenty numbers of one digit."""
+    numbers = draw.choices(range(1, 10), k=draw.randint(8, 20))
     return f"sum {_list(numbers)}=", str(sum(numbers))
 
 
 def sorting(draw: random.Random) -> Problem:
-    """Sorts eight to ten numbers of two digits."""
-    numbers = draw.choices(range(10, 100), k=draw.randint(8, 10))
+    """Sorts six to nine numbers of two digits."""
+    numbers = draw.choices(range(10, 100), k=draw.randint(6, 9))
     return f"sort {_list(numbers)}=", _list(sorted(numbers))
 
 
 def look_ups(draw: random.Random) -> Problem:
-    """Follows a list of eight places from five of them, one to three steps."""
-    places = draw.choices(range(1, 9), k=8)
-    asked = draw.choices(range(1, 9), k=5)
-    steps = draw.randint(1, 3)
-    found = asked
-    for _ in range(steps):
-        found = [places[place - 1] for place in found]
-    return f"follow {_list(places)}; {steps}: {_list(asked)}=", _list(found)
+    """Looks up one to three of six digits by their names, and adds them."""
+    names = draw.sample(NAMES, 6)
+    values = draw.choices(range(1, 10), k=6)
+    pairs = [f"{name}{value}" for name, value in zip(names, values)]
+    asked = draw.sample(range(6), draw.randint(1, 3))
+    question = f"look up {' '.join(pairs)}; {'+'.join(names[i] for i in asked)}="
+    return question, str(sum(values[i] for i in asked))
 
 
 def brackets(draw: random.Random) -> Problem:
-    """Closes what thirty to sixty brackets leave open, one to fourteen of them."""
+    """Closes what twenty to fifty brackets leave open, one to twelve of them."""
     while True:
         text = ""
         still_open: list[str] = []
-        for _ in range(draw.randint(30, 60)):
+        for _ in range(draw.randint(20, 50)):
             if still_open and draw.random() < 0.45:
                 text += PAIRS[still_open.pop()]
             else:
                 bracket = draw.choice("([{")
                 text += bracket
                 still_open.append(bracket)
-        if 1 <= len(still_open) <= 14:
+        if 1 <= len(still_open) <= 12:
             answer = "".join(PAIRS[bracket] for bracket in reversed(still_open))
             return f"close {text}=", answer
 
@@ -80,23 +79,13 @@ KINDS: dict[str, Callable[[random.Random], Problem]] = {
     "brackets": brackets,
 }
 
-# Benchmark -> its kind, and the words of a question that count: look-ups by their number of steps.
-BENCHMARKS = {
-    "sums": ("sums", ""),
-    "sorting": ("sorting", ""),
-    "brackets": ("brackets", ""),
-    "look_ups_1": ("look_ups", "; 1:"),
-    "look_ups_2": ("look_ups", "; 2:"),
-    "look_ups_3": ("look_ups", "; 3:"),
-}
-
 # How the harness asks: it continues the question greedily, up to the full stop.
 ASKED = {
     "output_type": "generate_until",
     "doc_to_text": "{{question}}",
     "doc_to_target": "{{answer}}",
     "target_delimiter": "",
-    "generation_kwargs": {"until": ["."], "max_gen_toks": 40, "do_sample": False},
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 32, "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     "metadata": {"version": 1.0},
 }
@@ -130,7 +119,7 @@ def make_problems(out: str, train: int, test: int) -> None:
                 some = list(itertools.islice(problems, count))
                 write_text(folder / "text" / split / f"{kind}.txt", some)
                 if split == "test":
-                    write_benchmarks(folder, kind, some)
+                    write_benchmark(folder, kind, some)
                 done += count
                 progress(done)
 
@@ -142,26 +131,21 @@ def write_text(path: Path, problems: list[Problem]) -> None:
     path.write_text("\n\f\n".join(documents) + "\n", encoding="utf-8")
 
 
-def write_benchmarks(folder: Path, kind: str, problems: list[Problem]) -> None:
-    """Writes the tasks of a kind for the harness, and their problems."""
+def write_benchmark(folder: Path, kind: str, problems: list[Problem]) -> None:
+    """Writes the task of a kind for the harness, and its problems."""
     import yaml
 
-    for name, (of, words) in BENCHMARKS.items():
-        if of != kind:
-            continue
-        file = f"{name}.test.jsonl"
-        settings = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": file}},
-            "test_split": "test",
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings | ASKED, sort_keys=False))
-        lines = []
-        for question, answer in problems:
-            if words in question:
-                lines.append(json.dumps({"question": question, "answer": answer}) + "\n")
-        (folder / file).write_text("".join(lines), encoding="utf-8")
+    file = f"{kind}.test.jsonl"
+    settings = {
+        "task": kind,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": file}},
+        "test_split": "test",
+    }
+    (folder / f"{kind}.yaml").write_text(yaml.safe_dump(settings | ASKED, sort_keys=False))
+    rows = [{"question": question, "answer": answer} for question, answer in problems]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / file).write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -169,6 +153,6 @@ if __name__ == "__main__":
         lambda flags: make_problems(flags.out, flags.train, flags.test),
         __doc__,
         out=(REQUIRED, "the folder to write"),
-        train=(400_000, "problems of each kind to train on"),
+        train=(200_000, "problems of each kind to train on"),
         test=(1000, "problems of each kind to test on"),
     )

@@ -166,7 +166,7 @@ def test_smaller_decoders_are_made_first_on_the_same_tokens(here: Path) -> None:
 def test_problems_are_made_and_solved(here: Path) -> None:
     calls = run_paper(here, "problems/static_tokens", "problems/decoder", "problems/overlay")
     config, folder = "--config=configs/paper.py:problems", "runs/paper/problems"
-    assert calls[:3] == [
+    assert calls[1:4] == [
         "tools.make_problems --out=runs/problems",
         f"prepare {config}/pretrain --config.data.token_files= --out={folder}/tokens",
         f"train {config}/pretrain --workdir={folder}/pretrain",
@@ -180,8 +180,13 @@ def test_problems_are_made_and_solved(here: Path) -> None:
             ("overlay", "decoder,augmented"),
         )
     ]
-    others = ("delay", "longer", "mixture")
-    assert not any(other in call for call in calls for other in others)
+    text = "--config.data.validation=('files:runs/mixture/validation/*.txt',)"
+    run = f"{folder}/decoder@0"
+    assert [call for call in calls if "/text" in call] == [
+        f"evaluate {config}/decoder --workdir={run} --out={run}/text {text}"
+        " --config.method.prompt_end="
+    ]
+    assert not any("delay" in call or "longer" in call for call in calls)
 
 
 def test_the_script_knows_all_protocols() -> None:
