@@ -32,8 +32,8 @@ from latent_delib.errors import Outage, UserError
 from latent_delib.job import experiment
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
-from latent_delib.machine import checkpoint, commands, distributed, files
-from latent_delib.machine.checkpoint import Restored, whole_steps
+from latent_delib.machine import checkpoint, commands, distributed, files, saved_steps
+from latent_delib.machine.checkpoint import Restored
 from latent_delib.machine.command_line import REQUIRED, ROOT, load_config
 from latent_delib.machine.distributed import on_first, warn
 from latent_delib.machine.progress import Progress
@@ -86,7 +86,7 @@ def config_of_training(flags: Any) -> ConfigDict:
     if where is not None:
         meta = exported.read_meta(where, flags.step)
     else:
-        meta = checkpoint.peek(workdir, flags.step)
+        meta = saved_steps.read_meta(workdir, flags.step)
     config = load_config("config", str(ROOT / "configs" / "base.py"))
     with config.unlocked():
         config.update(meta["config"])
@@ -162,7 +162,7 @@ def evaluate_many(
         if jax.process_index() == 0:
             draw_curves(folder)
     # Of a running training, old checkpoints are removed meanwhile.
-    failed = on_first(lambda: sorted(whole_steps(workdir).intersection(failed)))
+    failed = on_first(lambda: sorted(saved_steps.whole(workdir).intersection(failed)))
     if failed:
         raise UserError(
             f"--workdir={workdir}: checkpoints {failed} could not be read; run this again"

@@ -5,16 +5,13 @@ damaged for all. Where a disk fails for one, that one ends, and `distributed.job
 """
 
 import errno
-import importlib.util
 import itertools
 import json
 import math
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +21,8 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
 from latent_delib.errors import UserError, reason, store_error
-from latent_delib.machine import contents, files
+from latent_delib.machine import contents, files, saved_steps
 from latent_delib.machine.distributed import from_all, from_first, warn
-from latent_delib.machine.workdir import is_remote
 
 
 class Restored(NamedTuple):
@@ -71,7 +67,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.workdir = workdir
-        self.path = _folder(workdir)
+        self.path = saved_steps.folder(workdir)
         self.handler = ocp.StandardCheckpointHandler()
         self.manager = None
         if not read_only:
@@ -146,7 +142,7 @@ class Checkpoints:
             wanted = {"trainable": None}
         self.wait()
         with _disk_errors(self.path):
-            there = sorted(whole_steps(self.workdir))
+            there = sorted(saved_steps.whole(self.workdir))
         there = from_first(there)
         if not there:
             return None
@@ -267,68 +263,8 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
     checkpoints = Checkpoints(workdir, read_only=True)
     found = checkpoints.restore_newest({}, step=step)
     if found is None:
-        raise UserError(f"{workdir}: {_no_checkpoints(workdir)}")
+        raise UserError(f"{workdir}: {saved_steps.none_there(workdir)}")
     return checkpoints, found.step, found.meta
-
-
-def peek(workdir: str, step: int | None = None) -> dict[str, Any]:
-    """Reads the meta of the newest checkpoint, or of `step`, and asks for no device.
-
-    So a command can read it before jax knows what its devices are. It reads an older meta where the
-    newest is damaged; damage elsewhere goes unseen.
-
-    Raises:
-      UserError: there is no checkpoint, or not that one.
-    """
-    path = _folder(workdir)
-    for number in sorted(whole_steps(workdir), reverse=True):
-        if step in (None, number):
-            with suppress(OSError, ValueError):
-                return json.loads((path / str(number) / "meta" / "metadata").read_text())
-    at = "" if step is None else f" of step {step}"
-    raise UserError(
-        f"--workdir={workdir}: no checkpoint{at} that says how it was trained; give a --config"
-    )
-
-
-def whole_steps(workdir: str) -> set[int]:
-    """Returns the steps whose save is done, damaged ones too; asks no other process.
-
-    A local folder takes its name once it is whole; in a bucket one file comes last.
-    """
-    path = _folder(workdir)
-    if not path.is_dir():
-        return set()
-    folders = [folder for folder in path.iterdir() if folder.name.isdigit()]
-    if is_remote(workdir):
-        folders = [folder for folder in folders if (folder / "commit_success.txt").exists()]
-    return {int(folder.name) for folder in folders}
-
-
-def _folder(workdir: str) -> epath.Path:
-    """Returns the folder of a run's checkpoints.
-
-    Raises:
-      UserError: it is on gs://, and the package that orbax needs for it is missing.
-    """
-    if not is_remote(workdir):
-        return epath.Path(os.path.abspath(workdir)) / "checkpoints"
-    with suppress(ModuleNotFoundError):  # of a package above it
-        if importlib.util.find_spec("google.cloud.storage"):
-            return epath.Path(workdir) / "checkpoints"
-    raise UserError(
-        f"{workdir}: gs:// needs the package google-cloud-storage "
-        "(LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
-    )
-
-
-def _no_checkpoints(workdir: str) -> str:
-    """Returns why a folder holds no checkpoints, and the remedy."""
-    inside = re.fullmatch(r"(.+)/checkpoints(?:/(\d+))?/*", workdir)
-    if inside is None:
-        return "holds no checkpoints; train it first"
-    step = f", with step={inside[2]}" if inside[2] else ""
-    return f"is inside the workdir {inside[1]}; name that{step}"
 
 
 def _require(path: epath.Path) -> None:

@@ -9,7 +9,7 @@ from etils import epath
 
 from latent_delib.errors import UserError
 from latent_delib.job.record import Record
-from latent_delib.machine.checkpoint import whole_steps
+from latent_delib.machine import saved_steps
 from latent_delib.machine.distributed import on_first
 from latent_delib.measure import views
 
@@ -85,7 +85,7 @@ def steps_to_evaluate(
 def _require_begun(workdir: str, folder: epath.Path, patience: float | None) -> None:
     """Raises UserError unless there is a checkpoint or an evaluation, or one may still come."""
     if patience is None:
-        if not (whole_steps(workdir) or read_results(folder)):
+        if not (saved_steps.whole(workdir) or read_results(folder)):
             raise UserError(f"--workdir={workdir}: holds no checkpoints; train it first")
     elif not epath.Path(workdir).is_dir():
         raise UserError(
@@ -97,7 +97,7 @@ def _missing(
     workdir: str, folder: epath.Path, steps: Sequence[int] | None, tried: Sequence[int]
 ) -> list[int]:
     """Returns the steps to evaluate next, the smallest first; called on process 0 alone."""
-    there = whole_steps(workdir)
+    there = saved_steps.whole(workdir)
     wanted = there if steps is None else set(steps)
     missing = wanted - read_results(folder).keys() - set(tried)
     absent = sorted(missing - there)

@@ -1,0 +1,75 @@
+"""Finds the checkpoints of a run on disk; asks neither Orbax nor other processes, nor for a device.
+
+So a command can ask before jax knows what its devices are.
+"""
+
+import importlib.util
+import json
+import os
+import re
+from contextlib import suppress
+from typing import Any
+
+from etils import epath
+
+from latent_delib.errors import UserError
+from latent_delib.machine.workdir import is_remote
+
+
+def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
+    """Reads the meta of the newest checkpoint, or of `step`.
+
+    An older meta is read where the newest is damaged; damage elsewhere goes unseen.
+
+    Raises:
+      UserError: there is no checkpoint, or not that one.
+    """
+    where = folder(workdir)
+    for number in sorted(whole(workdir), reverse=True):
+        if step in (None, number):
+            with suppress(OSError, ValueError):
+                return json.loads((where / str(number) / "meta" / "metadata").read_text())
+    at = "" if step is None else f" of step {step}"
+    raise UserError(
+        f"--workdir={workdir}: no checkpoint{at} that says how it was trained; give a --config"
+    )
+
+
+def whole(workdir: str) -> set[int]:
+    """Returns the steps whose save is done, damaged ones too; asks no other process.
+
+    A local folder takes its name once it is whole; in a bucket one file comes last.
+    """
+    where = folder(workdir)
+    if not where.is_dir():
+        return set()
+    folders = [each for each in where.iterdir() if each.name.isdigit()]
+    if is_remote(workdir):
+        folders = [each for each in folders if (each / "commit_success.txt").exists()]
+    return {int(each.name) for each in folders}
+
+
+def folder(workdir: str) -> epath.Path:
+    """Returns the folder of a run's checkpoints.
+
+    Raises:
+      UserError: it is on gs://, and the package that orbax needs for it is missing.
+    """
+    if not is_remote(workdir):
+        return epath.Path(os.path.abspath(workdir)) / "checkpoints"
+    with suppress(ModuleNotFoundError):  # of a package above it
+        if importlib.util.find_spec("google.cloud.storage"):
+            return epath.Path(workdir) / "checkpoints"
+    raise UserError(
+        f"{workdir}: gs:// needs the package google-cloud-storage "
+        "(LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
+    )
+
+
+def none_there(workdir: str) -> str:
+    """Returns why a folder holds no checkpoints, and the remedy."""
+    inside = re.fullmatch(r"(.+)/checkpoints(?:/(\d+))?/*", workdir)
+    if inside is None:
+        return "holds no checkpoints; train it first"
+    step = f", with step={inside[2]}" if inside[2] else ""
+    return f"is inside the workdir {inside[1]}; name that{step}"
