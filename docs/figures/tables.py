@@ -129,14 +129,14 @@ def cells(folder: str, row: Row) -> list[str]:
 def accuracies(folder: str, row: Row, benchmarks: list[str], is_plain: bool) -> list[str]:
     """Returns the percentage that a run solves of each benchmark, with its interval."""
     rows = FILES[RESULTS / folder / row.run / "benchmarks.json"].read()["rows"]
-    latents = "decoder" if is_plain or row.run.startswith("decoder") else "augmented"
+    latents = "decoder" if is_plain or "decoder" in row.run else "augmented"
     values = {}
     for each in rows:
         if each["model"] == latents:
             values[each["benchmark"]] = (
                 f"{each['value']:.1f} [{each['low']:.1f}, {each['high']:.1f}]"
             )
-    return [values[name] for name in benchmarks]
+    return [values.get(name, "") for name in benchmarks]
 
 
 def find(run: Path, evaluation: str) -> runs.Result:

@@ -180,7 +180,7 @@ def test_files_that_a_page_names_are_there(page):
 
 def test_the_version_is_one():
     said = {
-        "setup.py": r'version="(.+)"',
+        "latent_delib/__init__.py": r'__version__ = "(.+)"',
         "CITATION.cff": r"\nversion: (.+)",
         "CHANGELOG.md": r"## \[(.+)\]",  # the newest, which is first
     }
