@@ -248,9 +248,10 @@ def test_lowers_for_every_architecture(name):
     """For a card that is not there, with the blocks that its shared memory takes."""
     card = memory.CARDS[name]
     device = SimpleNamespace(platform="gpu", compute_capability=f"{card.major}.{card.minor}")
-    abstract = jax.sharding.AbstractDevice(
-        device_kind=card.name, num_cores=card.cores, platform="gpu"
-    )
+    kind = card.name
+    if name == "rtx5090":  # of sm_120 jax 0.12 knows professional cards alone
+        kind = "NVIDIA RTX PRO 6000"
+    abstract = jax.sharding.AbstractDevice(device_kind=kind, num_cores=card.cores, platform="gpu")
     case = Case(H=256, M=16, S=16)
     attend = partial(KERNEL, shared_memory=cards.shared_memory_of(device))
     arrays, bounds = inputs(case, BF16), bounds_of(case)  # inside, jax 0.12 computes nothing
