@@ -326,7 +326,7 @@ def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
         (tmp_path / "decoder" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "decoder" / name).write_bytes(content)
     where = folder.locate(str(tmp_path / "decoder"))
-    folder.load(where, folder.read_config(where))
+    folder.load(where, folder.read_config(where), np.float32)
     assert any(name.endswith(".xplane.pb") for name in files)
     assert not list(tmp_path.glob("gs:*"))
 
