@@ -42,6 +42,6 @@ def located(path: str) -> Path:
         raise UserError(f"{path}: no such model on the Hub; a private one needs HF_TOKEN") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{path}: that model has no revision {revision!r}") from None
-    except (OSError, errors.LocalEntryNotFoundError):
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
         raise UserError(f"{path}: not in the Hub's cache, and the Hub does not answer") from None
     return Path(folder)
