@@ -27,6 +27,16 @@ PROBLEMS = {  # of tools.make_problems
     "train.batch_size": 32,
     "train.steps": 4000,
 }
+FOLLOW = PROBLEMS | {  # of tools.make_problems --kinds=follow
+    "data.sources": ("files:runs/follow/text/train/*.txt",),
+    "data.validation": ("files:runs/follow/text/test/*.txt",),
+    "decoder.path": "runs/paper/depth/pretrain/decoder",
+    "method.num_traces": 4,
+    "method.num_ahead": 10,  # the whole answer
+    "train.steps": 12_000,
+    "train.checkpoint_every": 3000,
+    "train.keep_every": 3000,
+}
 GPU = {
     "method.num_traces": 32,
     "data.seq_len": 512,
@@ -123,6 +133,13 @@ PROTOCOLS = {
     # Reasoning in miniature: the packaged decoder, trained on with problems in half of its rows,
     # half solves them. Then a coprocessor is called once, at the end of each problem.
     "problems": Protocol("gemma2_160k", LAB | PROBLEMS, PRETRAIN_LAB | PRETRAIN_PROBLEMS),
+    # Depth: a decoder of two layers that was trained on look-ups of one to three steps until it
+    # learned no more solves one and two. Then coprocessors are trained on them.
+    "depth": Protocol(
+        "gemma2_160k",
+        LAB | FOLLOW,
+        {"decoder.path": "packaged", "train.steps": 20_000},
+    ),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
     # wants more steps. But a decoder that knows its text by heart teaches a coprocessor nothing

@@ -9,5 +9,8 @@ OFFLINE = {
     "sorting": {"task": "sorting", "shots": 0, "metric": "exact_match"},
     "look_ups": {"task": "look_ups", "shots": 0, "metric": "exact_match"},
     "brackets": {"task": "brackets", "shots": 0, "metric": "exact_match"},
+    "follow_1": {"task": "follow_1", "shots": 0, "metric": "exact_match"},
+    "follow_2": {"task": "follow_2", "shots": 0, "metric": "exact_match"},
+    "follow_3": {"task": "follow_3", "shots": 0, "metric": "exact_match"},
 }
 COT = ""

@@ -14,7 +14,7 @@
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
-# Protocol problems has swap/, and instead of the others
+# Protocols problems and depth have swap/, and instead of the others
 #   benchmarks.json     problems solved, with latents and without
 #   text/               perplexity on text of a decoder that was trained on problems: decoder, decoder_lora
 # A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the
@@ -30,7 +30,7 @@ done
 names=$(python -m configs.paper)
 names=${names//$'\n'/ }
 
-protocols='lab lab_58k lab_23k problems a_gpu b'
+protocols='lab lab_58k lab_23k problems depth a_gpu b'
 wanted=()
 all() { # PROTOCOL
   wanted+=("$1/overlay" "$1/after" "$1/decoder") # what the others are compared with, or start from
@@ -64,7 +64,7 @@ run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
 prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laboratories share
   local tokens=runs/paper/${1%%_[0-9]*}/tokens
-  if [[ ! -e runs/mixture/MIXTURE.md ]]; then
+  if [[ $1 != depth && ! -e runs/mixture/MIXTURE.md ]]; then
     run tools.make_mixture --out=runs/mixture
   fi
   if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/tokenizer.model ]]; then
@@ -76,8 +76,11 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   if [[ $1 == problems && ! -e runs/problems ]]; then
     run tools.make_problems --out=runs/problems
   fi
+  if [[ $1 == depth && ! -e runs/follow ]]; then
+    run tools.make_problems --kinds=follow --train=1600000 --test=3000 --out=runs/follow
+  fi
   local its_own=overlay
-  [[ $1 != a_gpu && $1 != lab_* && $1 != problems ]] || its_own=pretrain # the same text and vocabulary, and needs no decoder yet
+  [[ $1 != a_gpu && $1 != lab_* && $1 != problems && $1 != depth ]] || its_own=pretrain # the same text and vocabulary, and needs no decoder yet
   if [[ ! -e $tokens/meta.json ]]; then
     run latent_delib.prepare --config="configs/paper.py:$1/$its_own" --config.data.token_files= --out="$tokens"
   fi
@@ -108,13 +111,18 @@ control() {
 }
 
 solve() { # the problems; and, where the decoder itself was trained on them, the text that it read before
-  local models=decoder,augmented
+  local models=decoder,augmented problems=runs/problems benchmarks=sums,sorting,look_ups,brackets
+  if [[ $protocol == depth ]]; then
+    problems=runs/follow benchmarks=follow_1,follow_2,follow_3
+  fi
   if [[ $name == decoder* ]]; then
     models=decoder
+  fi
+  if [[ $name == decoder* && $protocol == problems ]]; then
     evaluate "$workdir/text" --config.data.validation="('files:runs/mixture/validation/*.txt',)" --config.method.prompt_end=
   fi
-  run latent_delib.benchmark --workdir="$workdir" --model="$models" --benchmarks=offline --table=configs/problems.py \
-    --tasks=runs/problems --out="$workdir"
+  run latent_delib.benchmark --workdir="$workdir" --model="$models" --benchmarks="$benchmarks" --table=configs/problems.py \
+    --tasks="$problems" --out="$workdir"
 }
 
 read_name() { # PROTOCOL/NAME@SEED
@@ -149,7 +157,7 @@ for each in "${wanted[@]}"; do
   if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|steps_.*|joint|unified|adapt_coprocessor)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
-  if [[ $protocol == problems ]]; then
+  if [[ $protocol == problems || $protocol == depth ]]; then
     solve
   else
     control

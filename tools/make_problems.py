@@ -6,16 +6,20 @@
   sorting   sort 73 91 50 46 82=46 50 73 82 91.
   look_ups  look up a7 b3 c9 d4; b+d=7.
   brackets  close {[](=)}.                  what is still open
+  follow    follow 3 1 4 2; 2: 1 2=4 3.     two steps: 1 leads to 3, that to 4
 
 Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each, and
-KIND.yaml and KIND.test.jsonl, which the lm-eval harness reads; configs/problems.py is their table
-for `benchmark`. No problem is there twice. The same counts give the same files.
+KIND.yaml and KIND.test.jsonl, which the lm-eval harness reads; `follow` has a benchmark for each
+number of steps, follow_1 to follow_3. configs/problems.py is their table for `benchmark`. No
+problem is there twice. The same counts give the same files.
 """
 
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from latent_delib.machine import commands
@@ -68,6 +72,17 @@ def brackets(draw: random.Random) -> Problem:
             return f"close {text}=", answer
 
 
+def follow(draw: random.Random) -> Problem:
+    """Follows a list of eight places from five of them, one to three steps."""
+    places = draw.choices(range(1, 9), k=8)
+    asked = draw.choices(range(1, 9), k=5)
+    steps = draw.randint(1, 3)
+    found = asked
+    for _ in range(steps):
+        found = [places[place - 1] for place in found]
+    return f"follow {_list(places)}; {steps}: {_list(asked)}=", _list(found)
+
+
 def _list(numbers: Iterable[int]) -> str:
     return " ".join(map(str, numbers))
 
@@ -77,6 +92,7 @@ KINDS: dict[str, Callable[[random.Random], Problem]] = {
     "sorting": sorting,
     "look_ups": look_ups,
     "brackets": brackets,
+    "follow": follow,
 }
 
 # How the harness asks: it continues the question greedily, up to the full stop.
@@ -102,24 +118,31 @@ def different(kind: str) -> Iterator[Problem]:
             yield question, answer
 
 
-def make_problems(out: str, train: int, test: int) -> None:
-    """Writes problems of every kind to the folder `out`, whole or not at all.
+def make_problems(out: str, kinds: Sequence[str], train: int, test: int) -> None:
+    """Writes problems of some kinds to the folder `out`, whole or not at all.
 
     Args:
       out: the folder, which must not exist.
+      kinds: keys of KINDS.
       train, test: problems of each kind. Those to test on come first: more to train on change
         nothing there.
+
+    Raises:
+      ValueError: there is no such kind.
     """
-    progress = Progress("made", len(KINDS) * (train + test), "problems")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"--kinds: {kind!r}: expected some of {', '.join(KINDS)}")
+    progress = Progress("made", len(kinds) * (train + test), "problems")
     done = 0
     with whole(Path(out)) as folder:
-        for kind in KINDS:
+        for kind in kinds:
             problems = different(kind)
             for split, count in (("test", test), ("train", train)):
                 some = list(itertools.islice(problems, count))
                 write_text(folder / "text" / split / f"{kind}.txt", some)
                 if split == "test":
-                    write_benchmark(folder, kind, some)
+                    write_benchmarks(folder, kind, some)
                 done += count
                 progress(done)
 
@@ -131,28 +154,38 @@ def write_text(path: Path, problems: list[Problem]) -> None:
     path.write_text("\n\f\n".join(documents) + "\n", encoding="utf-8")
 
 
-def write_benchmark(folder: Path, kind: str, problems: list[Problem]) -> None:
-    """Writes the task of a kind for the harness, and its problems."""
+def benchmark_of(kind: str, question: str) -> str:
+    """Returns the name of the benchmark that asks a question."""
+    steps = re.search(r"; (\d):", question)
+    return f"{kind}_{steps[1]}" if steps else kind
+
+
+def write_benchmarks(folder: Path, kind: str, problems: list[Problem]) -> None:
+    """Writes the tasks of a kind for the harness, and their problems."""
     import yaml
 
-    file = f"{kind}.test.jsonl"
-    settings = {
-        "task": kind,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": file}},
-        "test_split": "test",
-    }
-    (folder / f"{kind}.yaml").write_text(yaml.safe_dump(settings | ASKED, sort_keys=False))
-    rows = [{"question": question, "answer": answer} for question, answer in problems]
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (folder / file).write_text("".join(lines), encoding="utf-8")
+    lines = defaultdict(list)
+    for question, answer in problems:
+        row = {"question": question, "answer": answer}
+        lines[benchmark_of(kind, question)].append(json.dumps(row) + "\n")
+    for name in lines:
+        file = f"{name}.test.jsonl"
+        settings = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": file}},
+            "test_split": "test",
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings | ASKED, sort_keys=False))
+        (folder / file).write_text("".join(lines[name]), encoding="utf-8")
 
 
 if __name__ == "__main__":
     commands.run(
-        lambda flags: make_problems(flags.out, flags.train, flags.test),
+        lambda flags: make_problems(flags.out, flags.kinds.split(","), flags.train, flags.test),
         __doc__,
         out=(REQUIRED, "the folder to write"),
+        kinds=("sums,sorting,look_ups,brackets", "the kinds to make"),
         train=(200_000, "problems of each kind to train on"),
         test=(1000, "problems of each kind to test on"),
     )

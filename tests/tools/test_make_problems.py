@@ -13,7 +13,7 @@ TRAIN, TEST = 300, 100
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "problems"
-    make_problems.make_problems(str(folder), TRAIN, TEST)
+    make_problems.make_problems(str(folder), list(make_problems.KINDS), TRAIN, TEST)
     return folder
 
 
@@ -32,6 +32,15 @@ def solve(question):
     if kind == "look":
         pairs, names = rest.removeprefix("up ").split("; ")
         return str(sum(int(re.search(rf"{name}(\d)", pairs)[1]) for name in names.split("+")))
+    if kind == "follow":
+        places, steps, asked = re.fullmatch(r"(.+); (\d): (.+)", rest).groups()
+        table = dict(enumerate(places.split(), 1))
+        answers = []
+        for place in asked.split():
+            for _ in range(int(steps)):
+                place = table[int(place)]
+            answers.append(place)
+        return " ".join(answers)
     while re.search(r"\(\)|\[\]|{}", rest):
         rest = re.sub(r"\(\)|\[\]|{}", "", rest)
     return rest[::-1].translate(str.maketrans("([{", ")]}"))
@@ -46,20 +55,33 @@ def test_answers_are_right_and_no_problem_is_there_twice(folder, kind):
         assert solve(question) == answer, document
 
 
+BENCHMARKS = {kind: [kind] for kind in make_problems.KINDS}
+BENCHMARKS["follow"] = ["follow_1", "follow_2", "follow_3"]  # one per number of steps
+
+
 @pytest.mark.parametrize("kind", make_problems.KINDS)
 def test_the_harness_asks_the_problems_of_the_test_split(folder, kind):
     harness = pytest.importorskip("latent_delib.measure.harness")
-    task = harness.load_local_task(kind, str(folder))["tasks"][kind]
-    asked = list(task.test_docs())
-    texts = [task.doc_to_text(row) + task.doc_to_target(row) + "." for row in asked]
-    assert texts == documents(folder, "test", kind)
+    texts = []
+    for name in BENCHMARKS[kind]:
+        task = harness.load_local_task(name, str(folder))["tasks"][name]
+        asked = list(task.test_docs())
+        texts += [task.doc_to_text(row) + task.doc_to_target(row) + "." for row in asked]
+        assert all(name == make_problems.benchmark_of(kind, row["question"]) for row in asked)
+    assert sorted(texts) == sorted(documents(folder, "test", kind))
 
 
 def test_the_same_problems_are_made_again_and_more_to_train_on_change_no_test(folder, tmp_path):
     more = tmp_path / "problems"
-    make_problems.make_problems(str(more), TRAIN + 50, TEST)
+    make_problems.make_problems(str(more), list(make_problems.KINDS), TRAIN + 50, TEST)
     for kind in make_problems.KINDS:
         assert documents(more, "train", kind)[:TRAIN] == documents(folder, "train", kind)
-        file = f"{kind}.test.jsonl"
-        assert (more / file).read_bytes() == (folder / file).read_bytes()
-        assert len(json.loads((more / file).read_text().splitlines()[0])) == 2
+        for name in BENCHMARKS[kind]:
+            file = f"{name}.test.jsonl"
+            assert (more / file).read_bytes() == (folder / file).read_bytes()
+            assert len(json.loads((more / file).read_text().splitlines()[0])) == 2
+
+
+def test_an_unknown_kind_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'folow': expected some of sums, .*follow"):
+        make_problems.make_problems(str(tmp_path / "made"), ["folow"], TRAIN, TEST)
