@@ -171,7 +171,8 @@ def test_problems_are_made_and_solved(here: Path) -> None:
         f"prepare {config}/pretrain --config.data.token_files= --out={folder}/tokens",
         f"train {config}/pretrain --workdir={folder}/pretrain",
     ]
-    table = "--benchmarks=sums,sorting,look_ups,brackets --table=configs/problems.py --tasks=runs/problems"
+    table = "--benchmarks=sums,sorting,look_ups,brackets --table=configs/problems.py"
+    table += " --tasks=runs/problems"
     assert [call for call in calls if call.startswith("benchmark")] == [
         f"benchmark --workdir={folder}/{name}@0 --model={models} {table} --out={folder}/{name}@0"
         for name, models in (
@@ -192,6 +193,7 @@ def test_problems_are_made_and_solved(here: Path) -> None:
 def test_look_ups_are_made_and_solved_without_the_mixture(here: Path) -> None:
     calls = run_paper(here, "depth/decoder")
     config, folder = "--config=configs/paper.py:depth", "runs/paper/depth"
+    table = "--benchmarks=follow_1,follow_2,follow_3 --table=configs/problems.py"
     assert calls == [
         "tools.make_problems --kinds=follow --train=1600000 --test=3000 --out=runs/follow",
         f"prepare {config}/pretrain --config.data.token_files= --out={folder}/tokens",
@@ -199,8 +201,8 @@ def test_look_ups_are_made_and_solved_without_the_mixture(here: Path) -> None:
         f"evaluate {config}/decoder --workdir={folder}/frozen",
         f"train {config}/decoder --workdir={folder}/decoder@0 --config.seed=0",
         f"evaluate {config}/decoder --workdir={folder}/decoder@0 --out={folder}/decoder@0",
-        f"benchmark --workdir={folder}/decoder@0 --model=decoder --benchmarks=follow_1,follow_2,follow_3"
-        f" --table=configs/problems.py --tasks=runs/follow --out={folder}/decoder@0",
+        f"benchmark --workdir={folder}/decoder@0 --model=decoder {table} --tasks=runs/follow"
+        f" --out={folder}/decoder@0",
         "report runs/paper --out=runs/paper/report",
     ]
 
