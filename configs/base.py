@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.method.start = ""  # begin with WORKDIR/checkpoints/STEP, a coprocessor of the same method
     c.method.max_delay = 0  # latents are written up to so many tokens early, drawn for each trace
     # Latents are put only where the text ends with this, as "Answer:", in training and evaluation;
-    # "": anywhere.
+    # a decoder is trained on what follows it alone. "": anywhere.
     c.method.prompt_end = ""
     c.method.coprocessor = ConfigDict()  # of "resized": TransformerConfig unlike the decoder's
 

@@ -83,6 +83,7 @@ PRETRAIN_LAB = {
 }
 PRETRAIN_PROBLEMS = {
     "decoder.path": "packaged",
+    "method.prompt_end": "",  # questions are learned too
     "data.sources": (*MIXTURE["data.sources"], *PROBLEMS["data.sources"]),
     "data.weights": (1.0, 1.0),
     "data.validation": (*MIXTURE["data.validation"], *PROBLEMS["data.validation"]),
@@ -138,7 +139,7 @@ PROTOCOLS = {
     "depth": Protocol(
         "gemma2_160k",
         LAB | FOLLOW,
-        {"decoder.path": "packaged", "train.steps": 20_000},
+        {"decoder.path": "packaged", "train.steps": 20_000, "method.prompt_end": ""},
     ),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. Its training loss should be flat at the end, or it

@@ -5,6 +5,7 @@ write latents, "coprocessor". Only `assemble` knows which of the two is trained.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -192,11 +193,13 @@ def loss(
     num_ahead: int,
     dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
+    prompt_end: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the training objective of one batch: Σ loss in nats, and Σ tokens.
 
     Both are float32 scalars. With latents the loss is the cross-entropy of the ahead tokens of
-    every trace, each weighted by `loss.ahead_weights` (Section 2.3); without, that of all text.
+    every trace, each weighted by `loss.ahead_weights` (Section 2.3); without, that of all text
+    behind prompts.
 
     Args:
       params: with their tables gathered, where a mesh splits them.
@@ -206,6 +209,8 @@ def loss(
       num_ahead: A, ahead tokens per trace.
       dtype: of the computation.
       delay_BM: see `traces.lay_out`.
+      prompt_end: tokens that end a prompt; empty: all text is behind one. Traces are where `at_BM`
+        says.
     """
     reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
     if aug.has_latents:
@@ -219,5 +224,7 @@ def loss(
         targets, next_segment_BT = (
             jnp.pad(x[:, 1:], [(0, 0), (0, 1)]) for x in (tokens_BT, segment_BT)
         )
-        weights = ((segment_BT == next_segment_BT) & (segment_BT > 0)).astype(jnp.float32)
+        counts = (segment_BT == next_segment_BT) & (segment_BT > 0)
+        counts &= traces_lib.is_answered(tokens_BT, segment_BT, prompt_end)
+        weights = counts.astype(jnp.float32)
     return summed_nll(aug, params, outputs, targets, weights), jnp.sum(weights)

@@ -170,7 +170,8 @@ def train_step(
       dtype: of the computation; master weights are cast to it once.
       max_delay: latents of a trace are written up to so many tokens before they join, drawn at
         random.
-      prompt_end: tokens that end a prompt; traces stand only behind them. Empty: anywhere.
+      prompt_end: tokens that end a prompt; traces, or the loss of a plain decoder, are only
+        behind them. Empty: anywhere.
       skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the
         learning rate, go on.
 
@@ -190,7 +191,7 @@ def train_step(
         # Tables that are trained are gathered here, so that their gradients lie as they do.
         params = augment.assemble(frozen, augment.gathered(aug, trained))
         tokens, segment, at, delay = part
-        return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay)
+        return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, prompt_end)
 
     # Differentiated where it is cast: gradients are summed over devices in the computation's dtype.
     trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)

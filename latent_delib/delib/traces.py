@@ -78,6 +78,20 @@ def ends_with(tokens_BT: jax.Array, ending: Sequence[int]) -> jax.Array:
     return found_BT
 
 
+def is_answered(
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    prompt_end: Sequence[int],
+) -> jax.Array:
+    """Returns whether a prompt of the token's document has ended, at it or before, bool [B, T].
+
+    With an empty `prompt_end` all have.
+    """
+    index = jnp.arange(tokens_BT.shape[1])
+    end_BT = jax.lax.cummax(jnp.where(ends_with(tokens_BT, prompt_end), index, -1), axis=1)
+    return end_BT >= document_start(segment_BT)
+
+
 def scores(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
     """Returns a random score [B, T - 1] of every text token but the last. `draw` takes the highest.
 

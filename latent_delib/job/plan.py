@@ -141,8 +141,9 @@ def _shapes(exp: Experiment) -> str:
         parts.append(f"placement {m.placement}")
     if exp.aug.has_latents and m.max_delay:
         parts.append(f"delays up to {m.max_delay}")
-    if exp.aug.has_latents and m.prompt_end:
-        parts.append(f"latents behind {m.prompt_end!r}")
+    if m.prompt_end:
+        learned = "latents" if exp.aug.has_latents else "loss"
+        parts.append(f"{learned} behind {m.prompt_end!r}")
     if m.lora_rank:
         parts.append(f"adapters of rank {m.lora_rank}")
     if c.train.accumulation > 1:

@@ -292,3 +292,18 @@ def test_loss_of_a_plain_decoder_is_that_of_all_text():
         expected += naive.nll(config, params["decoder"], out[:-1], document[1:]).sum()
     assert tokens == 8 + 6 + 11
     np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+def test_a_plain_decoder_learns_what_follows_prompts_alone():
+    config = small.GEMMA
+    _, params = setup(config, "after")
+    aug = Augmentation(Transformer(config), "decoder", 0, loss_chunk=5)
+    end = (int(TOKENS[0, 2]),)
+    assert np.argwhere(TOKENS == end[0]).tolist() == [[0, 2]]
+    total, tokens = augment.loss(
+        aug, {"decoder": params["decoder"]}, TOKENS, SEGMENT, AT, A, jnp.float32, 0, end
+    )
+    out = naive.text_outputs(config, params["decoder"], TOKENS[0, :9], np.zeros(9))
+    expected = naive.nll(config, params["decoder"], out[2:-1], TOKENS[0, 3:9]).sum()
+    assert tokens == 6
+    np.testing.assert_allclose(total, expected, rtol=1e-5)

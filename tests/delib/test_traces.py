@@ -223,3 +223,18 @@ def test_traces_at_the_end_of_prompts():
             )
             expected = fits + [len(text) - 1] * (6 - len(fits))
             np.testing.assert_array_equal(at[0], expected)
+
+
+def test_tokens_behind_the_end_of_a_prompt():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 4, PACKED.shape)
+    tokens[np.diff(PACKED, axis=1, prepend=0) != 0] = 9  # as BOS, in no ending
+    for prompt_end in ((), (2,), (1, 3)):
+        found = traces.is_answered(jnp.array(tokens), PACKED, prompt_end)
+        for row, (text, segment) in enumerate(zip(tokens.tolist(), np.array(PACKED))):
+            for at in range(len(text)):
+                start = int(np.flatnonzero(segment == segment[at])[0])
+                read = text[start : at + 1]
+                sizes = range(len(prompt_end), len(read) + 1)
+                ends = [tuple(read[n - len(prompt_end) : n]) == prompt_end for n in sizes]
+                assert found[row, at] == any(ends), (prompt_end, row, at)
