@@ -220,6 +220,10 @@ EXPERIMENTS = {
     "inserted": {"method.name": "inserted"},
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
+    # Neighbours of the method: keys and values trained once for all texts (Cartridges), and a
+    # decoder that feeds its outputs back as its next inputs (Coconut).
+    "cartridge": {"method.name": "cartridge"},
+    "feedback": {"method.name": "feedback"} | SLOW,
     # Controls: the decoder itself, trained for as long on the same text; in whole, and by adapters.
     "decoder": {"method.name": "decoder"} | SLOW,
     "decoder_lora": {"method.name": "decoder", "method.lora_rank": 64},

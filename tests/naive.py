@@ -66,11 +66,13 @@ def layer_of(tree, l):
     }
 
 
-def forward(config, parts, position_S, visible_SS):
+def forward(config, parts, position_S, visible_SS, given=None):
     """Final-normed outputs [S, D] of one sequence.
 
     parts: [(weights, inputs [n, D]), ...]: runs of tokens that stand one after the other in the
     sequence, each read by weights of its own, all under one attention. A plain decoder is one part.
+    given: (first, keys, values), [layers, n, K, H] each: what tokens `first`, ... have instead of
+    their own, before keys are rotated.
     """
     weights, xs = [w for w, _ in parts], [np.asarray(x, np.float64) for _, x in parts]
     ends = np.cumsum([len(x) for x in xs])[:-1]
@@ -96,6 +98,10 @@ def forward(config, parts, position_S, visible_SS):
                     y = norm(y, w["attn"][f"{name}_norm"]["scale"])
                 run.append(y)
         q, k, v = (np.concatenate(run) for run in heads.values())
+        if given:
+            first, keys, values = given
+            k[first : first + len(keys[l])] = keys[l]
+            v[first : first + len(values[l])] = values[l]
         out = attention(
             config, rotate(q, position_S, *rope), rotate(k, position_S, *rope), v, seen_SS
         )
@@ -147,11 +153,21 @@ def latent_position(p, L, placement):
     return np.maximum(np.arange(first, first + L), 0)
 
 
-def written(config, decoder, coprocessor, text, q, placement, method="cache_augmentation"):
+def written(config, decoder, coprocessor, text, q, placement, method="cache_augmentation", L=None):
     """Latents [L, D] after token q of a document: one dense sequence of both models."""
+    if method == "cartridge":
+        return np.zeros((L, config.embed_dim))
     soft = np.asarray(coprocessor["soft_tokens"], np.float64)
-    position = np.concatenate([np.arange(q + 1), latent_position(q, len(soft), placement)])
+    L = L or len(soft)
+    position = np.concatenate([np.arange(q + 1), latent_position(q, L, placement)])
     visible = causal(len(position))
+    if method == "feedback":
+        x = np.concatenate([text[: q + 1], scaled(config, soft)])
+        for _ in range(L - 1):
+            n = len(x)
+            out = forward(config, [(coprocessor, x)], position[:n], visible[:n, :n])
+            x = np.concatenate([x, out[-1:]])
+        return x[q + 1 :]
     if method == "static_tokens":
         return scaled(config, soft)
     # all of it by the coprocessor, over what the decoder made of the text
@@ -181,13 +197,14 @@ def trace_nll(
     method="cache_augmentation",
     delay=0,
     z=None,
+    L=None,
 ):
     """-log p of up to `num_ahead` tokens after document[p], given document[: p + 1] and latents.
 
     Latents were written `delay` tokens before, or are `z` [L, D]. The coprocessor's call is one
     dense sequence; the decoder's is another: text, latents, text again.
     """
-    L = len(coprocessor["soft_tokens"])
+    L = L or len(coprocessor["soft_tokens"])
     kept = p + 1 if placement == "after" else p
     shift = 0 if placement == "overlay" else L
     text, q = embed(config, decoder, document[: p + num_ahead]), max(p - delay, 0)
@@ -199,14 +216,16 @@ def trace_nll(
             inserted(config, decoder, coprocessor, text, p, placement)[: len(targets)],
             targets,
         )
-    z = written(config, decoder, coprocessor, text, q, placement, method) if z is None else z
+    if z is None:
+        z = written(config, decoder, coprocessor, text, q, placement, method, L)
     x = np.concatenate([text[:kept], z, text[kept:]])
     position = [
         np.arange(kept),
         latent_position(p, L, placement),
         np.arange(kept, len(text)) + shift,
     ]
-    out = forward(config, [(decoder, x)], np.concatenate(position), causal(len(x)))
+    given = (kept, coprocessor["keys"], coprocessor["values"]) if method == "cartridge" else None
+    out = forward(config, [(decoder, x)], np.concatenate(position), causal(len(x)), given)
     # from the last latent on, or from x_p where that follows the latents
     predicting = out[p + L :][: len(targets)]
     return nll(config, decoder, predicting, targets)

@@ -43,6 +43,8 @@ VARIANTS = {
     "joint": {},
     "unified": {},
     "sequential": {},
+    "cartridge": {"method.placement": "overlay"},
+    "feedback": {},
     "resized": {"method.coprocessor": HALF},
     "lora": {"method.name": "cache_augmentation", "method.lora_rank": 2},
     "decoder lora": {"method.name": "decoder", "method.lora_rank": 2},
@@ -52,7 +54,7 @@ VARIANTS = {
         "method.placement": "overlay",
     },
 }
-TRAINS_DECODER = ("joint", "unified", "decoder lora")
+TRAINS_DECODER = ("joint", "unified", "feedback", "decoder lora")
 
 
 def changes(variant):

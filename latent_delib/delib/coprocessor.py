@@ -20,8 +20,13 @@ from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 
-# Logical axes of a coprocessor's soft tokens, and of the maps of `start_resized`.
+# Logical axes of a coprocessor's soft tokens, of the keys and values of `start_cartridge`, and of
+# the maps of `start_resized`.
 AXES = {"soft_tokens": (None, "embed")}
+CARTRIDGE_AXES = {
+    "keys": ("layers", None, "heads", None),
+    "values": ("layers", None, "heads", None),
+}
 MAP_AXES = {
     "keys_in": ("layers", None, None, "heads", None),
     "values_in": ("layers", None, None, "heads", None),
@@ -121,6 +126,20 @@ def start_with_one_soft_token(
     return start_with_soft_tokens(key, decoder, models, 1)
 
 
+def start_cartridge(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+    """Starts from keys, not rotated, and values of every layer, [layers, L, K, H] each.
+
+    They are those of N_L tokens that the decoder reads at position 0, where nothing is rotated.
+    """
+    config = models.transformer.config
+    soft_LD = soft_tokens(key, decoder["embedding"], num_latents)
+    x_BMLD = transformer.scaled(soft_LD.astype(decoder["embedding"].dtype), config)[None, None]
+    position_BML = jnp.zeros((1, 1, num_latents), jnp.int32)
+    bounds = transformer.own_text(position_BML[0])
+    _, kv = Transformer(config).apply({"params": decoder}, x_BMLD, position_BML, bounds)
+    return {"keys": kv.k[:, 0, 0], "values": kv.v[:, 0, 0]}
+
+
 def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
     """Starts from random layers of the coprocessor's own shape.
 
@@ -172,6 +191,31 @@ def write_soft_tokens(
     """
     soft_BMLD = as_inputs(params, models.transformer, traces, reading.cache.k.dtype)
     return transformer.scaled(soft_BMLD, models.transformer.config)
+
+
+def write_cartridge(
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
+) -> Inserted:
+    """Returns trained keys and values for each layer, whatever the text.
+
+    Keys are rotated as those of tokens at the latents' positions.
+    """
+    config = models.transformer.config
+    dtype = reading.cache.k.dtype
+    B, M, _ = traces.latent_position.shape
+
+    def of_traces(x: jax.Array) -> jax.Array:
+        # Repeated as float32, as in `as_inputs`: [B, M, layers, L, K, H].
+        x = x.astype(dtype).astype(jnp.float32)
+        return jnp.broadcast_to(x, (B, M, *x.shape)).astype(dtype)
+
+    k = of_traces(params["coprocessor"]["keys"])
+    position = traces.latent_position
+    layers = [_rotated(k[:, :, l], position, config, l) for l in range(config.num_layers)]
+    return Inserted(jnp.stack(layers, axis=2), of_traces(params["coprocessor"]["values"]))
 
 
 def write_in_one_pass(
@@ -230,16 +274,25 @@ def write_one_after_another(
     That takes as many passes as there are latents.
     """
     soft_BMLD = as_inputs(params, models.coprocessor, traces, reading.cache.k.dtype)
-
-    @jax.checkpoint
-    def one(x_BMLD: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        z_BMLD, _ = _over(params, models.coprocessor, reading.cache, traces, x_BMLD)
-        z_BMD = jnp.take(z_BMLD, i, axis=2)
-        return x_BMLD.at[:, :, i + 1].add(z_BMD, mode="drop"), None
-
-    x_BMLD, _ = jax.lax.scan(one, soft_BMLD, jnp.arange(soft_BMLD.shape[2] - 1))
+    x_BMLD = _fed_back(params, models, reading, traces, soft_BMLD)
     z_BMLD, _ = _over(params, models.coprocessor, reading.cache, traces, x_BMLD)
     return z_BMLD
+
+
+def write_feedback(
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
+) -> jax.Array:
+    """Writes a trained token, then the model's outputs, each fed back as the next input.
+
+    These are the continuous thoughts of Hao et al. 2024, behind the token that begins them. Latent
+    i + 1 is the output at latent i, so there are N_L - 1 thoughts.
+    """
+    soft_BMLD = write_soft_tokens(params, models, reading, traces)
+    is_first_L1 = jnp.arange(soft_BMLD.shape[2])[:, None] == 0
+    return _fed_back(params, models, reading, traces, jnp.where(is_first_L1, soft_BMLD, 0))
 
 
 def write_through_maps(
@@ -267,6 +320,25 @@ def write_through_maps(
     return einsum("BMLd,dD->BMLD", z_BMLd, tree["latents_out"].astype(z_BMLd.dtype))
 
 
+def _fed_back(
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
+    x_BMLD: jax.Array,
+) -> jax.Array:
+    """Returns inputs to which the output of the one before has been added, one after another."""
+
+    @jax.checkpoint
+    def one(x_BMLD: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        z_BMLD, _ = _over(params, models.coprocessor, reading.cache, traces, x_BMLD)
+        z_BMD = jnp.take(z_BMLD, i, axis=2)
+        return x_BMLD.at[:, :, i + 1].add(z_BMD, mode="drop"), None
+
+    x_BMLD, _ = jax.lax.scan(one, x_BMLD, jnp.arange(x_BMLD.shape[2] - 1))
+    return x_BMLD
+
+
 def _over(
     params: Params,
     model: Transformer,
@@ -285,14 +357,14 @@ def _over(
 
 
 def _rotated(
-    x_BTKH: jax.Array,
-    position_BT: jax.Array,
+    x: jax.Array,
+    position: jax.Array,
     config: TransformerConfig,
     layer: int,
 ) -> jax.Array:
-    """Rotates keys as layer `layer` does at these positions; negative ones rotate back."""
+    """Rotates keys [..., K, H] as layer `layer` does at positions [...]; negative rotate back."""
     if config.is_local[layer]:
-        table = rotary.table(position_BT, config.head_dim, config.local_rope_base)
+        table = rotary.table(position, config.head_dim, config.local_rope_base)
     else:
-        table = rotary.table(position_BT, config.head_dim, config.rope_base, config.rope_scaling)
-    return rotary.rotate(x_BTKH, table)
+        table = rotary.table(position, config.head_dim, config.rope_base, config.rope_scaling)
+    return rotary.rotate(x, table)

@@ -106,6 +106,16 @@ METHODS = {
         reads_text=False,
         has_matrices=False,
     ),
+    # Eyuboglu et al. 2025 (Cartridges): trained keys and values in each layer, whatever the text.
+    "cartridge": Method(
+        _coprocessor(coprocessor.start_cartridge),
+        coprocessor.write_cartridge,
+        cost=flops.no_pass,
+        axes=coprocessor.CARTRIDGE_AXES,
+        reads_text=False,
+        has_matrices=False,
+        writes_keys=True,
+    ),
     # Coda-Forno et al. 2025: keys and values inserted in each layer (H1); decoder and coprocessor
     # trained together (H2); one model that writes its own latents (the unified baseline).
     "inserted": Method(
@@ -121,6 +131,13 @@ METHODS = {
     "unified": Method(
         _both(coprocessor.start_with_soft_tokens),
         coprocessor.write_in_one_pass,
+        trains_decoder=True,
+    ),
+    # Hao et al. 2024 (Coconut): the trained decoder's own outputs, fed back as its next inputs.
+    "feedback": Method(
+        _both(coprocessor.start_with_one_soft_token),
+        coprocessor.write_feedback,
+        cost=flops.pass_per_latent,
         trains_decoder=True,
     ),
     # Future work of Liu et al.: latents one after another; a coprocessor of another size.

@@ -55,8 +55,7 @@ class Decoder:
 class Coprocessor:
     """Holds a coprocessor for one decoder.
 
-    params: without the layers that are the decoder's own (`delib.augment.assemble`); "soft_tokens"
-      is [L, D].
+    params: without the layers that are the decoder's own (`delib.augment.assemble`).
     fingerprint: of the decoder.
     step: None where untrained.
     architecture: None where it is the decoder's.
@@ -71,11 +70,11 @@ class Coprocessor:
     architecture: TransformerConfig | None = None
 
     def __repr__(self) -> str:
-        soft_LD = self.params["soft_tokens"]
-        latents = f"{self.num_latents} latents of width {soft_LD.shape[-1]} {self.placement!r}"
+        dtype = jax.tree.leaves(self.params)[0].dtype
+        latents = f"{self.num_latents} latents {self.placement!r}"
         step = "untrained" if self.step is None else f"step {self.step}"
         of = f"of decoder {self.fingerprint[:SHORT]}"
-        return f"Coprocessor({self.method}, {latents}, {step}, {soft_LD.dtype}, {of})"
+        return f"Coprocessor({self.method}, {latents}, {step}, {dtype}, {of})"
 
 
 def load_decoder(

@@ -75,9 +75,10 @@ COMPARISONS = (
     ),
     Comparison(
         "10_beyond",
-        "Latents one after another, and coprocessors of another size",
+        "Latents one after another, coprocessors of another size, and the neighbours: "
+        "Cartridges, and outputs fed back (Coconut)",
         (),
-        {"sequential", "resized"},
+        {"sequential", "resized", "cartridge", "feedback"},
         BOTH | {"from_scratch"},  # as a coprocessor of another size begins
     ),
 )

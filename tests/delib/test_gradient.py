@@ -29,11 +29,13 @@ CASES = [  # between gemma and llama every feature of the architecture
     ("last_layer", "gemma", "after"),
     ("pause_tokens", "gemma", "overlay"),
     ("static_tokens", "llama", "after"),
+    ("cartridge", "gemma", "overlay"),
     ("inserted", "gemma", "overlay"),
     ("inserted", "llama", "before"),  # it has no other placement
     ("joint", "gemma", "after"),
     ("unified", "llama", "overlay"),
     ("sequential", "gemma", "overlay"),
+    ("feedback", "gemma", "after"),
     ("decoder", "gemma", "after"),  # ordinary language modelling: placement means nothing
 ]
 
@@ -47,9 +49,17 @@ def parameters(method, config):
         "static_tokens": {"coprocessor": {"soft_tokens": soft_tokens}},
         "joint": {"decoder": decoder, "coprocessor": coprocessor},
         "unified": {"decoder": decoder, "coprocessor": {"soft_tokens": soft_tokens}},
+        "feedback": {"decoder": decoder, "coprocessor": {"soft_tokens": soft_tokens[:1]}},
+        "cartridge": {"coprocessor": cartridge(config)},
         "decoder": {"decoder": decoder},
     }.get(method, {"coprocessor": coprocessor})
     return trained, {"decoder": decoder}
+
+
+def cartridge(config):
+    rng = np.random.default_rng(5)
+    shape = (config.num_layers, L, config.num_kv_heads, config.head_dim)
+    return {name: rng.normal(size=shape).astype(np.float32) for name in ("keys", "values")}
 
 
 def naive_loss(method, config, placement, params):
@@ -59,14 +69,16 @@ def naive_loss(method, config, placement, params):
         documents = (TOKENS[0, :9], TOKENS[0, 9:], TOKENS[1, :12])
         return sum(naive_text_loss(config, decoder, document) for document in documents)
     coprocessor = params["coprocessor"]
-    if method == "unified":
+    if method in ("unified", "feedback"):
         coprocessor = decoder | coprocessor
     if method == "pause_tokens":
         coprocessor = {"soft_tokens": np.repeat(coprocessor["soft_tokens"], L, axis=0)}
     read = "static_tokens" if method == "pause_tokens" else method
     total = 0.0
     for b, m in np.ndindex(AT.shape):
-        nll = naive.trace_nll(config, decoder, coprocessor, *document_of(b, m), A, placement, read)
+        nll = naive.trace_nll(
+            config, decoder, coprocessor, *document_of(b, m), A, placement, read, L=L
+        )
         total += nll.sum()
     return total
 

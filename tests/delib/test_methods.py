@@ -73,7 +73,7 @@ def test_trainable_tree(name):
     assert (
         ("decoder" in shapes)
         == METHODS[name].trains_decoder
-        == (name in ("decoder", "joint", "unified"))
+        == (name in ("decoder", "joint", "unified", "feedback"))
     )
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     if "decoder" in shapes:
@@ -83,7 +83,12 @@ def test_trainable_tree(name):
     tree = shapes["coprocessor"]
     assert "embedding" not in str(jax.tree.structure(tree))
     config = models(name).coprocessor.config
-    assert tree["soft_tokens"].shape == (1 if name == "pause_tokens" else L, config.embed_dim)
+    if name == "cartridge":
+        shape = (CONFIG.num_layers, L, CONFIG.num_kv_heads, CONFIG.head_dim)
+        assert jax.tree.map(jnp.shape, tree) == {"keys": shape, "values": shape}
+        return
+    soft_tokens = 1 if name in ("pause_tokens", "feedback") else L
+    assert tree["soft_tokens"].shape == (soft_tokens, config.embed_dim)
     if name in WITH_BODY:
         body, wanted = ({n: t[n] for n in ("layers", "final_norm")} for t in (tree, DECODER))
         assert set(tree) == {"layers", "final_norm", "soft_tokens"}
@@ -137,7 +142,7 @@ def test_latents_have_the_shape_and_the_dtype_of_the_text(name, dtype):
         return write(name, jax.tree.map(lambda x: x.astype(dtype), tree), text_of(0, dtype))
 
     z = jax.eval_shape(latents)
-    if name == "inserted":
+    if METHODS[name].writes_keys:
         assert isinstance(z, Inserted)
         shape = (B, M, CONFIG.num_layers, L, CONFIG.num_kv_heads, CONFIG.head_dim)
         assert {(x.shape, x.dtype) for x in z} == {(shape, jnp.dtype(dtype))}
@@ -145,7 +150,7 @@ def test_latents_have_the_shape_and_the_dtype_of_the_text(name, dtype):
         assert z.shape == (B, M, L, CONFIG.embed_dim) and z.dtype == dtype
 
 
-@pytest.mark.parametrize("name", [name for name in WRITING if name != "resized"])
+@pytest.mark.parametrize("name", [n for n in WRITING if n not in ("resized", "cartridge")])
 def test_soft_tokens_are_distinct_rows_of_the_token_table(name):
     table = DECODER["embedding"]
     for seed in range(2):
@@ -186,7 +191,7 @@ def test_from_scratch_starts_at_random():
     assert 0.8 < np.std(q) * CONFIG.embed_dim**0.5 < 1.2
 
 
-@pytest.mark.parametrize("name", ["decoder", "joint", "unified"])
+@pytest.mark.parametrize("name", ["decoder", "joint", "unified", "feedback"])
 def test_a_trained_decoder_starts_as_it_is(name):
     tree = METHODS[name].init(jax.random.key(0), DECODER, models(name), L)
     assert tree["decoder"] is DECODER
@@ -204,7 +209,7 @@ def test_pause_tokens_are_read_as_tokens_are_whatever_the_text(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in WRITING if name not in ("pause_tokens", "static_tokens")]
+    "name", [name for name in WRITING if METHODS[name].reads_text and name != "feedback"]
 )
 def test_a_coprocessor_reads_the_text(name):
     """The same weights over two texts: latents of every trace differ."""
@@ -214,6 +219,41 @@ def test_a_coprocessor_reads_the_text(name):
         if name == "inserted":  # the first layer's keys and values are the soft tokens'
             differ = differ[:, :, 1:]
         assert np.all(differ.max(axis=-1) > 1e-3)
+
+
+def test_a_cartridge_starts_with_keys_and_values_of_tokens():
+    """They are those that the decoder makes where L tokens stand at position 0, in every layer."""
+    tree = begin("cartridge")["coprocessor"]
+    rows = begin("static_tokens")["coprocessor"]["soft_tokens"]
+    x = transformer.embed(rows, jnp.arange(L), CONFIG)[None, None]
+    zeros = jnp.zeros((1, 1, L), jnp.int32)
+    _, kv = MODEL.apply({"params": DECODER}, x, zeros, transformer.own_text(zeros[0]))
+    for found, expected in ((tree["keys"], kv.k), (tree["values"], kv.v)):
+        np.testing.assert_allclose(found, expected[:, 0, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cartridge_is_rotated_to_the_places_of_its_latents_whatever_the_text():
+    tree = begin("cartridge")
+    one, other = (write("cartridge", tree, text_of(seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(one.k, other.k)
+    np.testing.assert_array_equal(one.v, other.v)
+    keys, values = tree["coprocessor"]["keys"], tree["coprocessor"]["values"]
+    norm = np.linalg.norm(one.k, axis=-1)
+    np.testing.assert_allclose(
+        norm, np.broadcast_to(np.linalg.norm(keys, axis=-1), norm.shape), rtol=1e-5
+    )
+    np.testing.assert_array_equal(one.v, np.broadcast_to(values, one.v.shape))
+    assert not np.allclose(one.k[0, 0], one.k[0, 1])
+
+
+def test_feedback_reads_the_text_from_its_second_latent_on():
+    """The first is the token that begins the thoughts, scaled as tokens are."""
+    tree = begin("feedback")
+    one, other = (write("feedback", tree, text_of(seed)) for seed in (0, 1))
+    bot_D = transformer.scaled(tree["coprocessor"]["soft_tokens"][0], CONFIG)
+    for z in (one, other):
+        np.testing.assert_array_equal(z[:, :, 0], np.broadcast_to(bot_D, z[:, :, 0].shape))
+    assert np.all(np.abs(one[:, :, 1:] - other[:, :, 1:]).max(axis=-1) > 1e-3)
 
 
 def test_the_unified_model_is_a_coprocessor_of_the_decoders_weights():

@@ -565,7 +565,7 @@ def test_what_is_loaded_shows_itself_in_one_line(decoder, lms):
         repr(decoder)
         == f"Decoder(4 layers of width 32, vocabulary of 320, float32, fingerprint {of})"
     )
-    said = "Coprocessor(cache_augmentation, 4 latents of width 32 'after', untrained, float32, "
+    said = "Coprocessor(cache_augmentation, 4 latents 'after', untrained, float32, "
     said += f"of decoder {of})"
     assert repr(lms["after"].coprocessor) == said
     assert repr(lms["after"]) == f"AugmentedLM({decoder}, {lms['after'].coprocessor})"
