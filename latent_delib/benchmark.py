@@ -5,7 +5,8 @@
   python -m latent_delib.benchmark --decoder=DIR --benchmarks=gsm8k,arc_easy --out=DIR [--limit=N]
 
 Benchmarks are the names in configs/benchmarks.py, or `published`, or `offline`, which needs no
-network but the tasks that `make_tasks` writes. Models: decoder; augmented, with the latents of
+network but the tasks that `make_tasks` writes, or qa:FILE, your own questions and answers in JSON
+lines, answered in full or not. Models: decoder; augmented, with the latents of
 WORKDIR, whatever its method, written once at the end of the prompt; zero_shot_cot, the decoder
 without worked examples, told to think step by step.
 
@@ -20,6 +21,7 @@ import os
 import runpy
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -39,6 +41,7 @@ from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
 FILE = "benchmarks.json"  # in --out
+QUESTIONS = "qa:"  # begins the name of a file of questions
 MODELS = ("decoder", "augmented", "zero_shot_cot")
 
 
@@ -114,8 +117,11 @@ def _chosen(table: dict[str, Any], benchmarks: str) -> dict[str, Row]:
         sets[name] = {name: row}
     chosen: dict[str, Row] = {}
     for name in _split(benchmarks):
+        if name.startswith(QUESTIONS):
+            chosen[Path(name).stem] = {"task": name, "shots": 0, "metric": "exact_match"}
+            continue
         if name not in sets:
-            raise UserError(f"--benchmarks={name}: there are {', '.join(sets)}")
+            raise UserError(f"--benchmarks={name}: there are {', '.join(sets)}, and qa:FILE")
         chosen |= sets[name]
     if not chosen:
         raise UserError(f"--benchmarks is empty; there are {', '.join(sets)}")
@@ -189,6 +195,8 @@ def _load_tasks(
     for name, row in chosen.items():
         if name in table["OFFLINE"]:
             loaded[name] = harness.load_local_task(row["task"], flags.tasks)
+        elif row["task"].startswith(QUESTIONS):
+            loaded[name] = harness.load_questions(row["task"].removeprefix(QUESTIONS))
         else:
             loaded[name] = harness.load_public_task(row["task"])
         answer = harness.longest_answer(loaded[name])
@@ -228,16 +236,22 @@ def _asked(
         "metric": row["metric"],
         "filter": row.get("filter", "none"),
         "cot": table["COT"] if is_cot else "",
-        "data": _digest(row["task"], flags.tasks) if name in table["OFFLINE"] else None,
+        "data": _digest(name, row["task"], table, flags),
         "max_length": flags.max_length,
         "limit": flags.limit,
     }
 
 
-def _digest(task: str, tasks: str) -> str:
-    """Returns the SHA-256 of the files of a task of `make_tasks`, hex."""
+def _digest(name: str, task: str, table: dict[str, Any], flags: Any) -> str | None:
+    """Returns the SHA-256 of the files of a task, hex; None for one of the harness's own."""
+    if task.startswith(QUESTIONS):
+        files_of_task = [epath.Path(task.removeprefix(QUESTIONS))]
+    elif name in table["OFFLINE"]:
+        files_of_task = sorted(epath.Path(flags.tasks).glob(f"{task}.*"))
+    else:
+        return None
     total = hashlib.sha256()
-    for file in sorted(epath.Path(tasks).glob(f"{task}.*")):
+    for file in files_of_task:
         total.update(hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
 
@@ -342,7 +356,7 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        benchmarks=(REQUIRED, "names with commas between, or published, or offline"),
+        benchmarks=(REQUIRED, "names with commas between, or published, or offline, or qa:FILE"),
         out=(REQUIRED, "where to write"),
         workdir=("", "of a training job"),
         decoder=("", "a decoder folder, or `packaged`, where there is no workdir"),

@@ -520,6 +520,33 @@ def test_rows_and_resume(call, tmp_path):
     ]
 
 
+def test_questions_of_your_own(call, lm, tmp_path, monkeypatch):
+    """Right in full or wrong, whatever spaces; of a reply with steps what follows them counts."""
+    rows = [
+        {"question": "the cat", "answer": "7"},
+        {"question": "the dog", "answer": " a  hill", "steps": "it ran"},
+        {"question": "rain", "answer": "7", "steps": "it fell"},
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = []
+
+    def generate(self, prompts, new, stop, **_):
+        asked.append(([self.tokenizer.decode(prompt[1:]) for prompt in prompts], new, stop))
+        return [" 7 ", " it ran #### a hill", " it fell #### 8"]
+
+    monkeypatch.setattr(type(lm), "generate", generate)
+    found, _ = call(f"qa:{file}")
+    (row,) = found["rows"]
+    assert (row["benchmark"], row["documents"]) == ("mine", 3)
+    assert row["value"] == pytest.approx(100 * 2 / 3)
+    longest = len(" it fell #### 7\n")
+    prompts = ["the cat\nAnswer:", "the dog\nAnswer:", "rain\nAnswer:"]
+    assert asked == [(prompts, max(longest, len(" it ran #### a hill\n")), ["\n"])]
+    file.write_text('{"question": "the cat"}\n')
+    assert re.search(r"mine.jsonl: line 1: 'answer' is None", call(f"qa:{file}"))
+
+
 def test_a_quick_look_gives_way_to_more_documents(call):
     call("chain_sum", "zero_shot_cot", limit=1)
     found, measured = call("chain_sum", "zero_shot_cot", limit=2, attention="reference")

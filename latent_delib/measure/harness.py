@@ -21,6 +21,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from latent_delib.data import questions
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError, reason
 from latent_delib.lm import sampling
@@ -174,6 +175,51 @@ def load_local_task(task: str, folder: str) -> Tasks:
         raise
     except Exception as error:  # yaml and datasets raise many kinds
         raise UserError(f"{path}: the task cannot be loaded ({reason(error)})") from None
+
+
+def load_questions(path: str) -> Tasks:
+    """Makes a task of a file of questions and answers (see `data.questions`).
+
+    Raises:
+      UserError: the file is missing or empty, or a line is not of the form.
+    """
+    longest = 0
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"--benchmarks=qa:{path}: {reason(error)}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            question = questions.read(line, with_steps=False)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number}: {error}") from None
+        longest = max(longest, len(question.reply(bool(question.steps)).encode()))
+    if not lines:
+        raise UserError(f"{path}: holds no questions")
+    spec = {
+        "task": Path(path).stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(Path(path).resolve())}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": f"{{{{question}}}}\n{questions.PROMPT_END}",
+        "doc_to_target": "{{answer.split() | join(' ')}}",
+        "target_delimiter": " ",
+        # a token is at least a byte
+        "generation_kwargs": {"until": [questions.STOP], "max_gen_toks": min(longest, 512)},
+        "filter_list": [
+            {
+                "name": "none",
+                "filter": [
+                    {"function": "regex", "regex_pattern": questions.ANSWER},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+    return TaskManager(include_defaults=False).load([spec])
 
 
 def _check_json_lines(path: str) -> None:

@@ -1,0 +1,83 @@
+"""Questions with answers: a line of JSON becomes text that a decoder is trained on and asked.
+
+A line is {"question": TEXT, "answer": TEXT}, and may have "steps". As text it is
+
+    QUESTION
+    Answer: ANSWER
+
+or, where the steps are learned too, "Answer: STEPS #### ANSWER". It ends with a line break, at
+which a generated answer stops. To ask in another form, change this file: training, evaluation and
+`benchmark` take it from here.
+"""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from latent_delib.data.tokenizer import Tokenizer
+
+PROMPT_END = "Answer:"  # config.method.prompt_end of a job that is trained on questions
+STEPS_END = "####"
+STOP = "\n"
+# The answer in a generated reply, with or without steps.
+ANSWER = rf"^(?:.*{STEPS_END})?\s*(.*?)\s*$"
+FORM = '{"question": TEXT, "answer": TEXT}'
+
+
+class Question(NamedTuple):
+    """Holds a question, its answer, and the steps that lead to it, "" where it has none."""
+
+    question: str
+    answer: str
+    steps: str = ""
+
+    def prompt(self) -> str:
+        """Returns the text that is asked."""
+        return f"{self.question}\n{PROMPT_END}"
+
+    def reply(self, with_steps: bool) -> str:
+        """Returns the text that is to follow, on one line."""
+        words = self.answer.split()
+        if with_steps:
+            words = [*self.steps.split(), STEPS_END, *words]
+        return f" {' '.join(words)}{STOP}"
+
+
+def read(line: bytes, with_steps: bool) -> Question:
+    """Reads a line of JSON.
+
+    Raises:
+      ValueError: it is not of the form, with the reason.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"not JSON of the form {FORM}")
+    fields = ["question", "answer"]
+    if with_steps:
+        fields.append("steps")
+    for field in fields:
+        value = row.get(field)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{field!r} is {value!r}, expected text in the form {FORM}")
+    return Question(row["question"], row["answer"], row.get("steps", ""))
+
+
+def encode(line: bytes, with_steps: bool, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the tokens of a line, int32 [n] without BOS.
+
+    The prompt is encoded by itself, as it is when the question is asked.
+
+    Raises:
+      ValueError: it is not of the form, or the tokenizer joins PROMPT_END to the question.
+    """
+    question = read(line, with_steps)
+    prompt = tokenizer.encode(question.prompt())
+    end = tokenizer.encode(PROMPT_END)
+    if prompt[-len(end) :] != end:
+        raise ValueError(f"the tokenizer joins {PROMPT_END!r} to the end of the question")
+    reply = tokenizer.encode(question.reply(with_steps))
+    return np.array([*prompt, *reply], np.int32)
