@@ -107,15 +107,15 @@ ASKED = {
 }
 
 
-def different(kind: str) -> Iterator[Problem]:
-    """Yields problems of a kind, none twice, the same in every run."""
+def different(kind: str, make: Callable[[random.Random], tuple]) -> Iterator[tuple]:
+    """Yields problems of a kind, their questions first, none twice, the same in every run."""
     draw = random.Random(kind)
     seen: set[str] = set()
     while True:
-        question, answer = KINDS[kind](draw)
-        if question not in seen:
-            seen.add(question)
-            yield question, answer
+        problem = make(draw)
+        if problem[0] not in seen:
+            seen.add(problem[0])
+            yield problem
 
 
 def make_problems(out: str, kinds: Sequence[str], train: int, test: int) -> None:
@@ -137,7 +137,7 @@ def make_problems(out: str, kinds: Sequence[str], train: int, test: int) -> None
     done = 0
     with whole(Path(out)) as folder:
         for kind in kinds:
-            problems = different(kind)
+            problems = different(kind, KINDS[kind])
             for split, count in (("test", test), ("train", train)):
                 some = list(itertools.islice(problems, count))
                 write_text(folder / "text" / split / f"{kind}.txt", some)

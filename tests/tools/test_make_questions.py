@@ -1,0 +1,82 @@
+"""Questions: answers right by other means, steps that lead there, none twice, the same again."""
+
+import json
+import re
+
+import pytest
+
+from tools import make_questions
+
+TRAIN, TEST = 200, 50
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "questions"
+    make_questions.make_questions(str(folder), TRAIN, TEST)
+    return folder
+
+
+def rows(folder, kind, split):
+    lines = (folder / f"{kind}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def check_equations(steps, answer):
+    """Each equation holds and begins with the result of the one before."""
+    result = None
+    for left, sign, right, found in re.findall(r"<<(\d+)([-+*/])(\d+)=(-?\d+)>>", steps):
+        assert result in (None, left)
+        assert eval(f"{left}{sign}{right}") == int(found)  # digits and a sign alone
+        result = found
+    assert result == answer
+
+
+def reachable(facts, start):
+    """The concepts that a path of rules leads to."""
+    found, new = set(), {start}
+    while new:
+        found |= new
+        new = {other for one, other in facts if one in new} - found
+    return found
+
+
+@pytest.mark.parametrize("kind", make_questions.KINDS)
+def test_answers_and_steps_are_right_and_no_question_is_there_twice(folder, kind):
+    both = rows(folder, kind, "train") + rows(folder, kind, "test")
+    assert len({row["question"] for row in both}) == TRAIN + TEST
+    for row in both:
+        question, answer, steps = row["question"], row["answer"], row["steps"]
+        if kind == "arithmetic":
+            assert eval(question.removeprefix("What is ").rstrip("?")) == int(answer)
+        if kind != "chains":
+            check_equations(steps, answer)
+            continue
+        name, start = re.search(r"(\w+) is a (\w+)\. Is", question).groups()
+        facts = re.findall(r"Every (\w+) is a (\w+)\.", question)
+        right, wrong = re.search(r"a (\w+) or a (\w+)\?", question).groups()
+        if wrong in reachable(facts, start):
+            right, wrong = wrong, right
+        assert right in reachable(facts, start) and wrong not in reachable(facts, start)
+        assert answer == f"{name} is a {right}."
+        used = re.findall(r"Every (\w+) is a (\w+)\.", steps)
+        assert used[0][0] == start and used[-1][1] == right and set(used) <= set(facts)
+        assert all(one[1] == other[0] for one, other in zip(used, used[1:]))
+
+
+def test_word_problems_end_as_their_events_say(folder):
+    signs = {"gets": "+", "gives": "-", "swaps": "*", "puts": "/"}
+    for row in rows(folder, "word_problems", "test"):
+        first, *events, _ = row["question"].split(". ")
+        equations = re.findall(r"<<(\d+)(.)(\d+)=", row["steps"])
+        assert equations[0][0] == re.search(r"\d+", first)[0]
+        told = [(signs[event.split()[1]], re.search(r"\d+", event)[0]) for event in events]
+        assert told == [(sign, by) for _, sign, by in equations]
+
+
+def test_the_same_questions_are_made_again(folder, tmp_path):
+    more = tmp_path / "questions"
+    make_questions.make_questions(str(more), TRAIN + 50, TEST)
+    for kind in make_questions.KINDS:
+        assert rows(more, kind, "test") == rows(folder, kind, "test")
+        assert rows(more, kind, "train")[:TRAIN] == rows(folder, kind, "train")

@@ -1,0 +1,166 @@
+"""Makes questions that need several steps, with their steps and answers, in JSON lines.
+
+  python -m tools.make_questions --out=runs/questions
+
+  arithmetic     "What is 47 * 86 - 12?", steps "<<47*86=4042>> <<4042-12=4030>>", answer "4030"
+  word_problems  how many things someone has after two to four events, steps as above; the form of
+                 GSM8K-aug (2405.14838)
+  chains         a path in a graph of invented concepts, in ProsQA's form (2412.06769): "Every
+                 lempus is a rimpus. ... Ann is a lempus. Is Ann a zorpus or a gompus?"
+
+Writes KIND.train.jsonl and KIND.test.jsonl, lines of {"question", "steps", "answer"}, for the
+source qa:FILE and for `benchmark --benchmarks=qa:FILE`. No question is there twice. The same counts
+give the same files.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from latent_delib.data.questions import Question
+from latent_delib.machine import commands
+from latent_delib.machine.command_line import REQUIRED
+from latent_delib.machine.files import whole
+from latent_delib.machine.progress import Progress
+from tools.make_problems import different
+
+NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "June")
+THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "eggs",
+    "keys",
+    "letters",
+    "pens",
+    "shells",
+    "stamps",
+    "tickets",
+)
+EVENTS = {  # how a number of things changes
+    "+": "{name} gets {by} more.",
+    "-": "{name} gives {by} away.",
+    "*": "{name} swaps each of them for {by} smaller ones.",
+    "/": "{name} puts them into {by} equal heaps and keeps one heap.",
+}
+FIRST = ("bro", "gom", "jel", "lem", "rim", "ster", "tum", "vim", "wor", "yim", "zor", "zum")
+LAST = ("bus", "dus", "gus", "mus", "pus")
+
+
+def arithmetic(draw: random.Random) -> Question:
+    """Multiplies two numbers of two digits, and adds or takes away a third."""
+    a, b, c = draw.choices(range(10, 100), k=3)
+    sign = draw.choice("+-")
+    product = a * b
+    answer = product + c if sign == "+" else product - c
+    steps = f"<<{a}*{b}={product}>> <<{product}{sign}{c}={answer}>>"
+    return Question(f"What is {a} * {b} {sign} {c}?", str(answer), steps)
+
+
+def word_problems(draw: random.Random) -> Question:
+    """Tells of two to four events that change how many things someone has."""
+    name = draw.choice(NAMES)
+    things = draw.choice(THINGS)
+    count = draw.randint(3, 40)
+    sentences = [f"{name} has {count} {things}."]
+    steps = []
+    for _ in range(draw.randint(2, 4)):
+        sign, by, after = _event(draw, count)
+        sentences.append(EVENTS[sign].format(name=name, by=by))
+        steps.append(f"<<{count}{sign}{by}={after}>>")
+        count = after
+    sentences.append(f"How many {things} does {name} have now?")
+    return Question(" ".join(sentences), str(count), " ".join(steps))
+
+
+def _event(draw: random.Random, count: int) -> tuple[str, int, int]:
+    """Draws a sign and a number that fit a count; returns them and the count that they make."""
+    divisors = [by for by in range(2, 7) if count % by == 0]
+    signs = ["+"]
+    if count > 2:
+        signs.append("-")
+    if count < 100:
+        signs.append("*")
+    if divisors:
+        signs.append("/")
+    sign = draw.choice(signs)
+    if sign == "+":
+        by = draw.randint(2, 30)
+        return sign, by, count + by
+    if sign == "-":
+        by = draw.randint(1, count - 1)
+        return sign, by, count - by
+    if sign == "*":
+        by = draw.randint(2, 5)
+        return sign, by, count * by
+    by = draw.choice(divisors)
+    return sign, by, count // by
+
+
+def chains(draw: random.Random) -> Question:
+    """Asks which of two concepts someone belongs to, three to five steps away.
+
+    The right one ends a path from the concept that is named first. Each concept of the path also
+    leads astray. The wrong one ends a path of the same length that begins elsewhere.
+    """
+    length = draw.randint(3, 5)
+    concepts = [first + last for first in FIRST for last in LAST]
+    draw.shuffle(concepts)
+    path, concepts = concepts[: length + 1], concepts[length + 1 :]
+    other, concepts = concepts[: length + 1], concepts[length + 1 :]
+    astray = list(zip([*path[:-1], *other[:-1]], concepts))
+    name = draw.choice(NAMES)
+    rules = [_rule(*pair) for pair in itertools.pairwise(path)]
+    others = [_rule(*pair) for pair in [*itertools.pairwise(other), *astray]]
+    facts = [*rules, *others]
+    draw.shuffle(facts)
+    is_a = f"{name} is a {path[0]}."
+    choices = [path[-1], other[-1]]
+    draw.shuffle(choices)
+    question = f"{' '.join(facts)} {is_a} Is {name} a {choices[0]} or a {choices[1]}?"
+    return Question(question, f"{name} is a {path[-1]}.", f"{is_a} {' '.join(rules)}")
+
+
+def _rule(one: str, other: str) -> str:
+    return f"Every {one} is a {other}."
+
+
+KINDS: dict[str, Callable[[random.Random], Question]] = {
+    "arithmetic": arithmetic,
+    "word_problems": word_problems,
+    "chains": chains,
+}
+
+
+def make_questions(out: str, train: int, test: int) -> None:
+    """Writes questions of every kind to the folder `out`, whole or not at all.
+
+    Args:
+      out: the folder, which must not exist.
+      train, test: questions of each kind. Those to test on come first: more to train on change
+        nothing there.
+    """
+    progress = Progress("made", len(KINDS) * (train + test), "questions")
+    done = 0
+    with whole(Path(out)) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, make in KINDS.items():
+            questions = different(kind, make)
+            for split, count in (("test", test), ("train", train)):
+                some = itertools.islice(questions, count)
+                lines = [json.dumps(question._asdict()) + "\n" for question in some]
+                (folder / f"{kind}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+                done += count
+                progress(done)
+
+
+if __name__ == "__main__":
+    commands.run(
+        lambda flags: make_questions(flags.out, flags.train, flags.test),
+        __doc__,
+        out=(REQUIRED, "the folder to write"),
+        train=(50_000, "questions of each kind to train on"),
+        test=(500, "questions of each kind to test on"),
+    )
