@@ -27,9 +27,10 @@ PROBLEMS = {  # of tools.make_problems
     "train.batch_size": 32,
     "train.steps": 4000,
 }
-FOLLOW = PROBLEMS | {  # of tools.make_problems --kinds=follow
-    "data.sources": ("files:runs/follow/text/train/*.txt",),
-    "data.validation": ("files:runs/follow/text/test/*.txt",),
+FAR = PROBLEMS | {  # of tools.make_problems --kinds=follow,far
+    "data.sources": ("files:runs/follow/text/train/far.txt",),
+    "data.validation": ("files:runs/follow/text/test/far.txt",),
+    "data.token_files": "runs/paper/depth/far_tokens",
     "decoder.path": "runs/paper/depth/pretrain/decoder",
     "method.num_traces": 4,
     "method.num_ahead": 10,  # the whole answer
@@ -89,6 +90,14 @@ PRETRAIN_PROBLEMS = {
     "data.validation": (*MIXTURE["data.validation"], *PROBLEMS["data.validation"]),
     "train.steps": 10_000,
 }
+PRETRAIN_DEPTH = {
+    "decoder.path": "packaged",
+    "method.prompt_end": "",  # questions are learned too
+    "data.sources": ("files:runs/follow/text/train/follow.txt",),
+    "data.validation": ("files:runs/follow/text/test/follow.txt",),
+    "data.token_files": "runs/paper/depth/tokens",
+    "train.steps": 20_000,
+}
 PRETRAIN_GPU = {
     "decoder.export_dtype": "bfloat16",
     "optimizer.learning_rate": 2e-3,
@@ -134,13 +143,9 @@ PROTOCOLS = {
     # Reasoning in miniature: the packaged decoder, trained on with problems in half of its rows,
     # half solves them. Then a coprocessor is called once, at the end of each problem.
     "problems": Protocol("gemma2_160k", LAB | PROBLEMS, PRETRAIN_LAB | PRETRAIN_PROBLEMS),
-    # Depth: a decoder of two layers that was trained on look-ups of one to three steps until it
-    # learned no more solves one and two. Then coprocessors are trained on them.
-    "depth": Protocol(
-        "gemma2_160k",
-        LAB | FOLLOW,
-        {"decoder.path": "packaged", "train.steps": 20_000, "method.prompt_end": ""},
-    ),
+    # Depth: a decoder of two layers learns look-ups of one to three steps, the most that two layers
+    # can do. Then coprocessors, or the decoder itself, are trained on four to six.
+    "depth": Protocol("gemma2_160k", LAB | FAR, PRETRAIN_DEPTH),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
     # wants more steps. But a decoder that knows its text by heart teaches a coprocessor nothing

@@ -77,12 +77,15 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
     run tools.make_problems --out=runs/problems
   fi
   if [[ $1 == depth && ! -e runs/follow ]]; then
-    run tools.make_problems --kinds=follow --train=1600000 --test=3000 --out=runs/follow
+    run tools.make_problems --kinds=follow,far --train=1600000 --test=3000 --out=runs/follow
   fi
   local its_own=overlay
   [[ $1 != a_gpu && $1 != lab_* && $1 != problems && $1 != depth ]] || its_own=pretrain # the same text and vocabulary, and needs no decoder yet
   if [[ ! -e $tokens/meta.json ]]; then
     run latent_delib.prepare --config="configs/paper.py:$1/$its_own" --config.data.token_files= --out="$tokens"
+  fi
+  if [[ $1 == depth && ! -e runs/paper/depth/far_tokens/meta.json ]]; then
+    run latent_delib.prepare --config=configs/paper.py:depth/overlay --config.data.token_files= --out=runs/paper/depth/far_tokens
   fi
   if [[ $its_own == pretrain && ! -e runs/paper/$1/frozen/perplexity.json ]]; then
     run latent_delib.train --config="configs/paper.py:$1/pretrain" --workdir="runs/paper/$1/pretrain"
@@ -113,7 +116,7 @@ control() {
 solve() { # the problems; and, where the decoder itself was trained on them, the text that it read before
   local models=decoder,augmented problems=runs/problems benchmarks=sums,sorting,look_ups,brackets
   if [[ $protocol == depth ]]; then
-    problems=runs/follow benchmarks=follow_1,follow_2,follow_3
+    problems=runs/follow benchmarks=follow_1,follow_2,follow_3,follow_4,follow_5,follow_6
   fi
   if [[ $name == decoder* ]]; then
     models=decoder

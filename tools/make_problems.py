@@ -7,11 +7,12 @@
   look_ups  look up a7 b3 c9 d4; b+d=7.
   brackets  close {[](=)}.                  what is still open
   follow    follow 3 1 4 2; 2: 1 2=4 3.     two steps: 1 leads to 3, that to 4
+  far       the same, of four to six steps
 
 Writes for each kind text/train/KIND.txt and text/test/KIND.txt, documents of one problem each, and
-KIND.yaml and KIND.test.jsonl, which the lm-eval harness reads; `follow` has a benchmark for each
-number of steps, follow_1 to follow_3. configs/problems.py is their table for `benchmark`. No
-problem is there twice. The same counts give the same files.
+KIND.yaml and KIND.test.jsonl, which the lm-eval harness reads; `follow` and `far` have a benchmark
+for each number of steps, follow_1 to follow_6. configs/problems.py is their table for `benchmark`.
+No problem is there twice. The same counts give the same files.
 """
 
 import itertools
@@ -74,9 +75,17 @@ def brackets(draw: random.Random) -> Problem:
 
 def follow(draw: random.Random) -> Problem:
     """Follows a list of eight places from five of them, one to three steps."""
+    return _follow(draw, draw.randint(1, 3))
+
+
+def far(draw: random.Random) -> Problem:
+    """Follows such a list for four to six steps."""
+    return _follow(draw, draw.randint(4, 6))
+
+
+def _follow(draw: random.Random, steps: int) -> Problem:
     places = draw.choices(range(1, 9), k=8)
     asked = draw.choices(range(1, 9), k=5)
-    steps = draw.randint(1, 3)
     found = asked
     for _ in range(steps):
         found = [places[place - 1] for place in found]
@@ -93,6 +102,7 @@ KINDS: dict[str, Callable[[random.Random], Problem]] = {
     "look_ups": look_ups,
     "brackets": brackets,
     "follow": follow,
+    "far": far,
 }
 
 # How the harness asks: it continues the question greedily, up to the full stop.
@@ -157,7 +167,7 @@ def write_text(path: Path, problems: list[Problem]) -> None:
 def benchmark_of(kind: str, question: str) -> str:
     """Returns the name of the benchmark that asks a question."""
     steps = re.search(r"; (\d):", question)
-    return f"{kind}_{steps[1]}" if steps else kind
+    return f"follow_{steps[1]}" if steps else kind
 
 
 def write_benchmarks(folder: Path, kind: str, problems: list[Problem]) -> None:

@@ -193,10 +193,12 @@ def test_problems_are_made_and_solved(here: Path) -> None:
 def test_look_ups_are_made_and_solved_without_the_mixture(here: Path) -> None:
     calls = run_paper(here, "depth/decoder")
     config, folder = "--config=configs/paper.py:depth", "runs/paper/depth"
-    table = "--benchmarks=follow_1,follow_2,follow_3 --table=configs/problems.py"
+    names = ",".join(f"follow_{steps}" for steps in range(1, 7))
+    table = f"--benchmarks={names} --table=configs/problems.py"
     assert calls == [
-        "tools.make_problems --kinds=follow --train=1600000 --test=3000 --out=runs/follow",
+        "tools.make_problems --kinds=follow,far --train=1600000 --test=3000 --out=runs/follow",
         f"prepare {config}/pretrain --config.data.token_files= --out={folder}/tokens",
+        f"prepare {config}/overlay --config.data.token_files= --out={folder}/far_tokens",
         f"train {config}/pretrain --workdir={folder}/pretrain",
         f"evaluate {config}/decoder --workdir={folder}/frozen",
         f"train {config}/decoder --workdir={folder}/decoder@0 --config.seed=0",

@@ -32,7 +32,7 @@ def solve(question):
     if kind == "look":
         pairs, names = rest.removeprefix("up ").split("; ")
         return str(sum(int(re.search(rf"{name}(\d)", pairs)[1]) for name in names.split("+")))
-    if kind == "follow":
+    if kind == "follow":  # and far
         places, steps, asked = re.fullmatch(r"(.+); (\d): (.+)", rest).groups()
         table = dict(enumerate(places.split(), 1))
         answers = []
@@ -57,6 +57,7 @@ def test_answers_are_right_and_no_problem_is_there_twice(folder, kind):
 
 BENCHMARKS = {kind: [kind] for kind in make_problems.KINDS}
 BENCHMARKS["follow"] = ["follow_1", "follow_2", "follow_3"]  # one per number of steps
+BENCHMARKS["far"] = ["follow_4", "follow_5", "follow_6"]
 
 
 @pytest.mark.parametrize("kind", make_problems.KINDS)
