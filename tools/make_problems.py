@@ -75,17 +75,18 @@ def brackets(draw: random.Random) -> Problem:
 
 def follow(draw: random.Random) -> Problem:
     """Follows a list of eight places from five of them, one to three steps."""
-    return _follow(draw, draw.randint(1, 3))
+    return _follow(draw, 1, 3)
 
 
 def far(draw: random.Random) -> Problem:
     """Follows such a list for four to six steps."""
-    return _follow(draw, draw.randint(4, 6))
+    return _follow(draw, 4, 6)
 
 
-def _follow(draw: random.Random, steps: int) -> Problem:
+def _follow(draw: random.Random, least: int, most: int) -> Problem:
     places = draw.choices(range(1, 9), k=8)
     asked = draw.choices(range(1, 9), k=5)
+    steps = draw.randint(least, most)
     found = asked
     for _ in range(steps):
         found = [places[place - 1] for place in found]
