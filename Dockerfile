@@ -1,9 +1,10 @@
 # One image for CPUs, GPUs and TPUs: EXTRAS are the extras of setup.py that it adds to the base, with commas between.
 #
 #   docker build --tag=latent_delib .                              # CPU
-#   docker build --tag=latent_delib:cuda --build-arg EXTRAS=cuda . # NVIDIA GPUs: docker run --gpus=all
+#   docker build --tag=latent_delib:cuda --build-arg EXTRAS=cuda . # NVIDIA GPUs
 #   docker build --tag=latent_delib:tpu --build-arg EXTRAS=tpu .   # what launch/gke_xpk.sh builds
 #   docker run --rm latent_delib python -m latent_delib.train --help
+#   docker run --rm --gpus=all latent_delib:cuda ./launch/gpu.sh python -m benchmarks.chip
 FROM python:3.12-slim
 ARG EXTRAS=
 WORKDIR /latent_delib
