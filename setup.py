@@ -21,6 +21,8 @@ SEQIO = [
         "protobuf>=7.36.1",  # sentencepiece's generated module, which seqio imports
     )
 ]
+# gs://: orbax takes the first, epath the second where TensorFlow is not installed
+GS = ["google-cloud-storage>=3", "gcsfs>=2026.8"]
 EVAL = ["lm-eval[math]>=0.4.13"]  # math: what minerva_math imports
 MIXTURE = ["lxml>=5"]
 
@@ -76,8 +78,7 @@ setup(
     extras_require={
         # training on text that is not prepared, text on gs://, TFDS
         "seqio": SEQIO,
-        # the first is for orbax, where a workdir is gs://
-        "tpu": ["google-cloud-storage>=3", "jax[tpu]"],
+        "tpu": [*GS, "jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": EVAL,
         # pinned: what it is used for is not in its interface yet; not beside constraints.txt, whose
@@ -92,7 +93,7 @@ setup(
             *SEQIO,
             *EVAL,
             *MIXTURE,
-            "google-cloud-storage>=3",
+            *GS,
             "mypy>=1.15",
             "pytest>=8",
             "pytest-xdist>=3.6",

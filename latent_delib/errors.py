@@ -77,10 +77,14 @@ def device_memory(remedy: str) -> Iterator[None]:
 # Words near the start of an error: the store does not answer, or it denies access.
 NO_ANSWER = re.compile(
     "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport"
-    "|gateway|internal ?server|too ?many ?requests",
+    "|gateway|internal ?server|too ?many ?requests"
+    "|client(connector|os|payload)|disconnected|proxyerror",  # of gcsfs, by their names
     re.IGNORECASE,
 )
 DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
+# The same, as the HTTP status that an exception of gcsfs carries.
+NO_ANSWER_STATUS = ("408", "429", "500", "502", "503", "504")
+DENIED_STATUS = ("401", "403")
 
 
 def store_error(error: BaseException, path: Any) -> OSError | None:
@@ -97,10 +101,13 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
     if code and not isinstance(error, OSError):
         error = OSError(int(code[1]), os.strerror(int(code[1])), str(path))
     text = f"{type(error).__name__} {reason(error)}"[:60]
+    status = str(getattr(error, "code", ""))
     # TensorFlow's words for a host that is not found
-    if NO_ANSWER.search(text) or "libcurl code" in reason(error):
+    silent = NO_ANSWER.search(text) or "libcurl code" in reason(error)
+    if silent or status in NO_ANSWER_STATUS:
         return Outage(errno.ECONNABORTED, reason(error), str(path))
-    if not isinstance(error, OSError) and DENIED.search(text):
+    denied = DENIED.search(text) or status in DENIED_STATUS
+    if not isinstance(error, OSError) and denied:
         return OSError(errno.EACCES, reason(error), str(path))
     return error if isinstance(error, OSError) else None
 

@@ -42,13 +42,17 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a mesh over all devices; neighbours in it are neighbours on a slice.
 
+    Of several slices, joined by a slower network, each holds a range of the data axis: all other
+    axes lie within a slice.
+
     Args:
       sizes: length of each mesh axis, 1 where none is given. One may be -1, which takes the rest of
         the devices.
       devices: by default all of the job.
 
     Raises:
-      UserError: unknown axes, or sizes whose product is not the number of devices.
+      UserError: unknown axes, sizes whose product is not the number of devices, or a data axis
+        that several slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
     unknown = sorted(set(sizes) - set(AXES))
@@ -73,8 +77,28 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
             "one axis may be -1, which takes the rest"
         )
     shape = [count // product if length == -1 else length for length in shape]
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES)
+    return Mesh(_grid(shape, devices), AXES)
+
+
+def _grid(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Returns the devices as an array of this shape, whose first axis lies over the slices."""
+    # a GPU has a slice_index too: its host's, which says nothing about a slower network
+    tpus = [device for device in devices if device.platform == "tpu"]
+    slices = {getattr(device, "slice_index", 0) for device in tpus}
+    if len(slices) < 2:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *others = shape
+    if data % len(slices):
+        raise UserError(
+            f"mesh axis data={data}: expected a multiple of {len(slices)}, the number of slices; "
+            "only the data axis crosses the network between them"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        [data // len(slices), *others],
+        [len(slices), *(1 for _ in others)],
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def spec(axes: Axes, rules: Rules) -> PartitionSpec:

@@ -245,6 +245,6 @@ if __name__ == "__main__":
         config=(CONFIG, "a file under configs/"),
         workdir=(REQUIRED, "where the job writes"),
         dry_run=(False, "compile the step, print its needs, write dry_run.json; run nothing"),
-        topology=("", "the TPU slice to compile for, as v5e:4x4 or v5p:4x4x4; else this machine"),
+        topology=("", "the TPU slice to compile for, as v5e:4x4 or 2*v5p:4x4x4; else this machine"),
         **distributed.FLAGS,
     )

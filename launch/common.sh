@@ -92,15 +92,19 @@ retry() {
   done
 }
 
-# job local|slice: makes COMMAND one of many processes. On a slice all must see its workdir, which must outlive them.
+# job local|slice: makes COMMAND one of many processes. On a slice all must see its workdir, which must outlive them; what
+# they compile stays in its bucket, for the next start.
 job() {
   ((${#COMMAND[@]})) || die "no command: ... -- python -m latent_delib.train --config=... --workdir=..."
-  local argument
+  local argument bucket cache=()
   for argument in "${COMMAND[@]}"; do
-    [[ $1 != slice || $argument != --workdir=* || $argument == --workdir=gs://* ]] ||
+    [[ $1 == slice && $argument == --workdir=* ]] || continue
+    [[ $argument == --workdir=gs://* ]] ||
       die "$argument: a slice's disks are not shared and go with it; expected gs://..."
+    bucket=${argument#--workdir=gs://}
+    cache=(env JAX_COMPILATION_CACHE_DIR="gs://${bucket%%/*}/compiled")
   done
-  COMMAND+=(--distributed)
+  COMMAND=("${cache[@]}" "${COMMAND[@]}" --distributed)
 }
 
 # pack NAME: packs this folder, without what is built or written here, as runs/launch/NAME/code.tar.gz.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository's root: what setup.py asks for, in versions that are tested. Does nothing if that is done
-# already, and starts again if it was cut short. Takes uv where it is on PATH.
+# already, and starts again if it was cut short. Takes uv where it is on PATH, else pip in the version of constraints.txt.
 #
 #   setup.sh [EXTRA ...]           extras of setup.py to add; without any: seqio; `base`: none. What an earlier call added
 #                                  stays. tasks is left out where Python cannot build extensions (PyPI has only the source
@@ -88,9 +88,10 @@ fi
 echo "setup: installing latent_delib[$extras], a minute or two"
 pip=(.venv/bin/python -m pip install --disable-pip-version-check)
 ! command -v uv >/dev/null || pip=(uv pip install --python .venv/bin/python)
+pip+=(--quiet -c "$constraints")
 package=.
 [[ $extras == base ]] || package=".[$extras]"
-if ! "${pip[@]}" --quiet -c $constraints -e "$package"; then
+if ! { "${pip[@]}" pip && "${pip[@]}" -e "$package"; }; then # the installer first, in the version that is tested
   # Where it got nothing, without a network, all is as it was.
   [[ -z $have ]] || ! .venv/bin/python -m pip check &>/dev/null || echo "$have" >$stamp
   exit 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a job on all workers of a Cloud TPU VM slice, which it asks for through queued resources.
+# Runs a job on all workers of a Cloud TPU VM slice, or several, which it asks for through queued resources.
 #
 #   ./launch/tpu_vm.sh create NAME --accelerator=v5litepod-16 [--spot]    asks for a slice, waits until it is ready
 #   ./launch/tpu_vm.sh setup  NAME                           copies this folder to every worker, makes .venv there
@@ -14,41 +14,64 @@
 # asked for again; a job that died or was stopped is started again, and resumes. It ends when the job is done or has
 # failed with code 1. The job goes on without `keep`, and the same `keep` finds it again.
 #
-#   --accelerator=TYPE   v5litepod-N (chips), v5p-N (cores, two a chip), v6e-N (chips)
+#   --accelerator=TYPE   v5litepod-N, v6e-N (chips), v4-N, v5p-N (cores, two a chip)
+#   --slices=1           how many such slices work on one job; every action needs it again. mesh.data is a multiple of it
 #   --spot               cheaper, and taken away at any time; without it on demand
+#   --reserved           of a reservation
+#   --flex_start=12h     for so long, 7d at most, as soon as there is room; `keep` then asks again
+#   --runtime=VERSION    the slice's image, where it is not the generation's usual one
 #   --create_flags=...   more flags of `gcloud compute tpus queued-resources create`, such as --network=NAME
 #   --fetch=gs://...     a folder that `setup` copies to every worker, into runs/: a decoder
 #   --restarts=10        how often `keep` starts a dead job again; preemptions and code 75 do not count
 #   --delete             `keep` deletes the slice when the job is done or has failed
-#   --worker=all         whose logs
+#   --worker=all         whose logs; of several slices those of the first, where process 0 is
 #   --dry_run            prints the commands, one a line, and runs none
 #
 # Environment: LATENT_DELIB_PROJECT, LATENT_DELIB_ZONE; see also common.sh.
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
-accelerator='' spot='' create_flags='' fetch='' restarts=10 delete='' worker=all
-parse "accelerator spot create_flags fetch restarts delete worker" "$@"
+accelerator='' slices=1 spot='' reserved='' flex_start='' runtime='' create_flags='' fetch='' restarts=10 delete=''
+worker=all
+parse "accelerator slices spot reserved flex_start runtime create_flags fetch restarts delete worker" "$@"
 action=${REST[0]:-} name=${REST[1]:-}
 [[ " create setup run keep status logs stop delete " == *" $action "* ]] ||
   die "no action '$action'; --help has them all"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ && ${#REST[@]} == 2 ]] ||
   die "expected an action and a name of a-z, 0-9 and -, found '${REST[*]}'; --help tells more"
 [[ ! $fetch || $fetch =~ ^gs://.+[^/]$ ]] || die "--fetch=$fetch: expected gs://BUCKET/.../FOLDER"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: expected 1 or more"
+[[ ! $flex_start || $flex_start =~ ^[1-9][0-9]*[smhd]$ ]] || die "--flex_start=$flex_start: expected a time like 12h"
+tiers=(${spot:+--spot} ${reserved:+--reserved} ${flex_start:+--flex_start})
+((${#tiers[@]} < 2)) || die "${tiers[*]}: expected one of them"
 environment LATENT_DELIB_PROJECT "the Google Cloud project"
 environment LATENT_DELIB_ZONE "the zone of the slice, such as us-central1-a"
 installed gcloud "https://cloud.google.com/sdk/docs/install"
 tpus=(gcloud compute tpus) at=(--project="$LATENT_DELIB_PROJECT" --zone="$LATENT_DELIB_ZONE")
 unseen="the state of $name cannot be seen; is gcloud logged in (gcloud auth login), and allowed to see"
 unseen+=" $LATENT_DELIB_PROJECT? A job on $name goes on"
+nodes=("$name") numbered=(--node-id="$name")
+if ((slices > 1)); then
+  mapfile -t nodes < <(seq -f "$name-%.0f" 0 $((slices - 1)))
+  numbered=(--node-count="$slices" --node-prefix="$name")
+fi
 known='' had='' shown='' # of the queued resource: asked for, or seen; and whether there ever was one
 
-runtime() {
+image() {
+  if [[ -n $runtime && -n $accelerator ]]; then echo "$runtime" && return; fi
   case $accelerator in
+    v4-*) echo tpu-ubuntu2204-base ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
-    *) die "--accelerator=$accelerator: expected v5litepod-N, v5p-N or v6e-N" ;;
+    tpu7x-*) die "--accelerator=$accelerator: Google has TPU7x in GKE only (gke_xpk.sh); --runtime=VERSION asks anyway" ;;
+    *) die "--accelerator=$accelerator: expected v4-N, v5litepod-N, v5p-N or v6e-N; others need --runtime=VERSION" ;;
   esac
+}
+
+# Runs a command for each slice, whose name is then in `node`.
+each_slice() {
+  local node
+  for node in "${nodes[@]}"; do "$@" || return; done
 }
 
 describe() { retry "${tpus[@]}" queued-resources describe "$name" "${at[@]}" --format="value($1)"; }
@@ -56,23 +79,28 @@ describe() { retry "${tpus[@]}" queued-resources describe "$name" "${at[@]}" --f
 # Prints ABSENT, ACTIVE (and its node is ready), PREEMPTED, another state of the queued resource or its node, or the type
 # of a slice that is not the one asked for.
 state() {
-  local found type
+  local found type node
   found=$(describe 'state.state,tpu.nodeSpec[0].node.acceleratorType') || { (($? == 4)) && echo ABSENT; return; }
   read -r found type <<<"${found:-${known:-ABSENT}}" # a dry run finds nothing, then what it has asked for
   [[ -z $type || -z $accelerator || $type == "$accelerator" ]] || found=$type
   if [[ $found == ACTIVE || $found == asked ]]; then
-    found=$(retry "${tpus[@]}" tpu-vm describe "$name" "${at[@]}" --format='value(state)') ||
-      { (($? == 4)) && echo PREEMPTED; return; }
-    found=${found:-READY} found=${found/READY/ACTIVE} found=${found/TERMINATED/PREEMPTED}
+    for node in "${nodes[@]}"; do
+      found=$(retry "${tpus[@]}" tpu-vm describe "$node" "${at[@]}" --format='value(state)') ||
+        { (($? == 4)) && echo PREEMPTED; return; }
+      found=${found:-READY} found=${found/READY/ACTIVE} found=${found/TERMINATED/PREEMPTED}
+      [[ $found == ACTIVE ]] || break
+    done
   fi
   echo "$found"
 }
 
 # Asks for the slice unless it is there and waits until it is ready. Fails where that will not come.
 create() {
-  local now flags version
-  version=$(runtime) || exit 1
+  local now flags version ask=("${tpus[@]}")
+  version=$(image) || exit 1
   read -ra flags <<<"$create_flags"
+  [[ -z $flex_start ]] || ask=(gcloud alpha compute tpus) # where these flags are
+  [[ -z $flex_start ]] || tiers=(--provisioning-model=flex-start --max-run-duration="$flex_start")
   while now=$(state); do
     if [[ $now != "$shown" ]]; then
       say "$name: $now"
@@ -80,12 +108,12 @@ create() {
     fi
     shown=$now
     case $now$known in
-      v*) die "$name exists already, as a $now" ;;
+      v* | tpu*) die "$name exists already, as a $now" ;;
       ABSENTseen) die "$name is gone: somebody deleted it" ;;
       ABSENTasked) ;;
       ABSENT)
-        retry "${tpus[@]}" queued-resources create "$name" "${at[@]}" --node-id="$name" \
-          --accelerator-type="$accelerator" --runtime-version="$version" ${spot:+--spot} "${flags[@]}" \
+        retry "${ask[@]}" queued-resources create "$name" "${at[@]}" "${numbered[@]}" \
+          --accelerator-type="$accelerator" --runtime-version="$version" "${tiers[@]}" "${flags[@]}" \
           --async --quiet ||
           (($? == 5)) || { [[ -n $had ]] && return 1; } ||
           die "$name is not granted; spot and on-demand chips have separate quotas, in each zone"
@@ -109,7 +137,13 @@ release() {
   known=''
 }
 
-on_workers() { retry "${tpus[@]}" tpu-vm ssh "$name" "${at[@]}" --worker=all --quiet --command="$1"; }
+on_slice() {
+  local which=''
+  ((slices == 1)) || which="export SLICE=${node##*-}; "
+  retry "${tpus[@]}" tpu-vm ssh "$node" "${at[@]}" --worker=all --quiet --command="$which$1"
+}
+copy_to_slice() { retry "${tpus[@]}" tpu-vm scp "$1" "$node:" "${at[@]}" --worker=all --quiet; }
+on_workers() { each_slice on_slice "$1"; }
 start() { on_workers "latent_delib/launch/worker.sh start $(quote "${COMMAND[@]}")"; }
 if_set_up() { on_workers "test ! -x latent_delib/launch/worker.sh && echo - none || latent_delib/launch/worker.sh $1"; }
 
@@ -120,7 +154,7 @@ setup() {
   [[ -z $fetch ]] ||
     commands+=" && mkdir -p $(quote "$copy") && gcloud storage rsync --recursive $(quote "$fetch" "$copy")"
   if_set_up idle >/dev/null &&
-    retry "${tpus[@]}" tpu-vm scp "runs/launch/$name/code.tar.gz" "$name:" "${at[@]}" --worker=all --quiet &&
+    each_slice copy_to_slice "runs/launch/$name/code.tar.gz" &&
     on_workers "$commands && LATENT_DELIB_EXTRAS=tpu ./launch/worker.sh setup"
 }
 
@@ -204,7 +238,7 @@ case $action in
     [[ $now != ACTIVE && -z $dry_run ]] || if_set_up status
     ;;
   logs)
-    call "${tpus[@]}" tpu-vm ssh "$name" "${at[@]}" --worker="$worker" --quiet \
+    call "${tpus[@]}" tpu-vm ssh "${nodes[0]}" "${at[@]}" --worker="$worker" --quiet \
       --command="latent_delib/launch/worker.sh logs"
     ;;
   stop) if_set_up stop ;;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the job on one worker of a slice; tpu_vm.sh calls this on all of them, over ssh.
 #
-#   worker.sh setup            makes .venv, with a Python from uv if the machine has none that fits
+#   worker.sh setup            makes .venv, with a Python from uv if the machine has none that fits; what
+#                              $LATENT_DELIB_EXTRAS names is all that it adds to the base, so no TensorFlow
 #   worker.sh start COMMAND    detached from the ssh session; its log, process id and exit code stay in runs/job
 #   worker.sh status           WORKER, then none, running, `exit CODE TIME`, or lost (it ended without a code: a reboot)
 #   worker.sh logs             the end of the log, and what follows until the job ends
@@ -10,7 +11,7 @@
 set -euo pipefail
 [[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
-worker=${HOSTNAME##*-w-} job=runs/job
+worker=${SLICE:+$SLICE.}${HOSTNAME##*-w-} job=runs/job
 mkdir -p $job
 
 # The job's supervisor holds the lock: a process id may be another process's after a reboot.
@@ -21,12 +22,12 @@ signal() { kill "-$1" -- "-$(<$job/pid)" 2>/dev/null || true; }
 case ${1:-} in
   setup)
     with_uv() {
-      curl -LsSf https://astral.sh/uv/install.sh | sh
+      curl -LsSf https://astral.sh/uv/0.13.9/install.sh | sh
       PATH=~/.local/bin:$PATH
       uv python install 3.12
-      PYTHON=$(uv python find --managed-python --no-project 3.12) ./launch/setup.sh
+      PYTHON=$(uv python find --managed-python --no-project 3.12) ./launch/setup.sh base
     }
-    { ./launch/setup.sh || with_uv; } >$job/setup.log 2>&1 || { tail -n 5 $job/setup.log >&2 && exit 1; }
+    { ./launch/setup.sh base || with_uv; } >$job/setup.log 2>&1 || { tail -n 5 $job/setup.log >&2 && exit 1; }
     echo "$worker $(tail -n 1 $job/setup.log)"
     ;;
   start)

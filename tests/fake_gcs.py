@@ -29,6 +29,7 @@ class Server(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.generations: dict[str, int] = {}
         self.uploads: dict[str, tuple[str, dict[str, str]]] = {}
+        self.parts: dict[str, bytearray] = {}  # of uploads that go on
         self.lock, self.count = threading.RLock(), 0
         key = folder / "key.pem"
         self.certificate = folder / "certificate.pem"
@@ -60,6 +61,8 @@ class Server(ThreadingHTTPServer):
             "STORAGE_EMULATOR_HOST": here,
             "TENSORSTORE_GCS_HTTP_URL": here,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+            "FSSPEC_GCS": '{"token": "anon"}',
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # which would ask over gRPC
             "NO_GCE_CHECK": "true",
             "GCS_READ_CACHE_BLOCK_SIZE_MB": "1",  # TensorFlow allocates as much for each read
         }
@@ -128,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
                 both := re.fullmatch(r"(.+)/rewriteTo/b/([^/]+)/o/(.+)", rest)
             ):
                 return self.rewrite(f"{bucket}/{unquote(both[1])}", f"{both[2]}/{unquote(both[3])}")
+            if rest is not None and (both := re.fullmatch(r"(.+)/moveTo/o/(.+)", rest)):
+                return self.move(f"{bucket}/{unquote(both[1])}", f"{bucket}/{unquote(both[2])}")
             if rest is not None:
                 return self.one(f"{bucket}/{unquote(rest)}", query)
             if path.endswith("/o"):
@@ -229,12 +234,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resume(self, number: str, data: bytes):
         path, query = self.server.uploads[number]
-        if (
-            self.headers.get("Content-Range", "").startswith("bytes */")
-            and path in self.server.objects
-        ):
+        sent = self.headers.get("Content-Range", "")
+        if sent.startswith("bytes */") and path in self.server.objects:
             return self.answer(200, self.about(path))  # only asks how much has arrived
-        self.put(path, query, data)
+        parts = self.server.parts.setdefault(number, bytearray())
+        parts += data
+        if sent.endswith("/*"):  # more will come
+            return self.answer(308, Range=f"bytes=0-{len(parts) - 1}")
+        self.put(path, query, bytes(parts))
 
     def rewrite(self, source: str, target: str):
         with self.server.lock:
@@ -249,6 +256,13 @@ class _Handler(BaseHTTPRequestHandler):
                 "resource": self.about(target),
             }
             self.answer(200, {"kind": "storage#rewriteResponse"} | about)
+
+    def move(self, source: str, target: str):
+        with self.server.lock:
+            if source not in self.server.objects:
+                return self.missing()
+            self.server.write(target, self.server.objects.pop(source))
+            self.answer(200, self.about(target))
 
     def list(self, bucket: str, query: dict[str, str]):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")

@@ -1,5 +1,6 @@
 """Mesh and sharding rules: the table of the tiny decoder, and what is refused."""
 
+import dataclasses
 import math
 
 import jax
@@ -52,6 +53,38 @@ def test_minus_one_takes_what_the_others_leave():
 def test_a_mesh_that_cannot_be_is_refused(sizes, words):
     with pytest.raises(UserError, match=words):
         mesh_lib.make(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as `mesh.make` sees it: a chip of one of several slices."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int] = (0, 0, 0)
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+def test_only_the_data_axis_crosses_slices():
+    # three slices of 2 x 4 chips; jax promises no order
+    chips = [Chip(id, id % 3, (id // 3 % 2, id // 6, 0)) for id in range(24)]
+    mesh = mesh_lib.make(sizes(data=6, fsdp=2, tensor=2), chips)
+    assert {chip.id for chip in mesh.devices.flat} == set(range(24))
+    for index, row in enumerate(mesh.devices):
+        assert {chip.slice_index for chip in row.flat} == {index // 2}
+
+    for data, others in ((8, 3), (2, 12)):
+        with pytest.raises(UserError, match=f"data={data}: expected a multiple of 3.* slices"):
+            mesh_lib.make(sizes(data=data, fsdp=others), chips)
+    assert mesh_lib.make(sizes(data=-1, fsdp=8), chips).shape["data"] == 3
+
+
+def test_hosts_of_gpus_are_no_slices():
+    gpus = [Chip(id, id // 8, platform="gpu") for id in range(16)]
+    assert mesh_lib.make(sizes(fsdp=16), gpus).shape["fsdp"] == 16
 
 
 @pytest.mark.parametrize(

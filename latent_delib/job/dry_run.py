@@ -68,16 +68,19 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
 
 
 def slice_of(topology: str) -> Sequence[Any]:
-    """Returns the devices of a TPU slice that is not here: they compile and do not run.
+    """Returns the devices of TPU slices that are not here: they compile and do not run.
 
     Args:
       topology: generation and chips along each axis of the torus, "v5e:4x4", "v5p:4x4x4",
-        "v6e:16x16".
+        "v6e:16x16"; of several slices with their number before it, "2*v5e:4x4".
     """
-    if not re.fullmatch(r"v\w+:\d+(x\d+){1,2}", topology):
+    form = re.fullmatch(r"(?:([1-9]\d*)\*)?(v\w+:\d+(?:x\d+){1,2})", topology)
+    if form is None:
         raise UserError(
-            f"--topology={topology}: expected a form like v5e:4x4, v5p:4x4x4 or v6e:16x16"
+            f"--topology={topology}: expected a form like v5e:4x4, v5p:4x4x4 or 2*v6e:16x16"
         )
+    count, name = form.groups()
+    several = {"num_slices": int(count)} if count else {}
     # asks no metadata server for the slice this machine is in
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several dry runs at once
@@ -86,7 +89,7 @@ def slice_of(topology: str) -> Sequence[Any]:
     jax.config.update("jax_platforms", "cpu")  # arrays of this process; libtpu only compiles
     jax.devices()
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
     except Exception as error:  # jax and libtpu raise several kinds
         hint = "no such slice, or libtpu is missing (LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
         why = " ".join(str(error).split())[:300]

@@ -14,9 +14,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec.config
 from etils import epath
 
 from latent_delib.errors import Outage, UserError, reason, store_error
+
+# gcsfs, through which epath reads gs:// without TensorFlow, would list each folder once only.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 NOT_A_FOLDER = "is a file, expected a folder"
 HOST = re.sub(r"\W", "_", socket.gethostname())

@@ -53,17 +53,27 @@ def folder(workdir: str) -> epath.Path:
     """Returns the folder of a run's checkpoints.
 
     Raises:
-      UserError: it is on gs://, and the package that orbax needs for it is missing.
+      UserError: it is on gs://, and a package that orbax or epath needs for it is missing.
     """
     if not is_remote(workdir):
         return epath.Path(os.path.abspath(workdir)) / "checkpoints"
+    missing = ""
+    if not _is_installed("google.cloud.storage"):
+        missing = "google-cloud-storage"
+    elif not _is_installed("gcsfs") and not _is_installed("tensorflow"):
+        missing = "gcsfs"
+    if missing:
+        raise UserError(
+            f"{workdir}: gs:// needs the package {missing} "
+            "(LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
+        )
+    return epath.Path(workdir) / "checkpoints"
+
+
+def _is_installed(package: str) -> bool:
     with suppress(ModuleNotFoundError):  # of a package above it
-        if importlib.util.find_spec("google.cloud.storage"):
-            return epath.Path(workdir) / "checkpoints"
-    raise UserError(
-        f"{workdir}: gs:// needs the package google-cloud-storage "
-        "(LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
-    )
+        return importlib.util.find_spec(package) is not None
+    return False
 
 
 def none_there(workdir: str) -> str:

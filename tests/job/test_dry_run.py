@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import re
 
 import jax
 import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from latent_delib import train
+from latent_delib import mesh, train
 from latent_delib.errors import UserError
 from latent_delib.job import dry_run, experiment
 
@@ -54,9 +55,13 @@ def test_the_command_runs_it(config_file, tmp_path, monkeypatch):
     assert seen == [(0, "DIR", "v5e:4x4")]
 
 
-@pytest.mark.parametrize("topology", ["v5e-16", "v5e", "4x4", "v5e:4", "h100", "v5e:4x4x4x4"])
+@pytest.mark.parametrize(
+    "topology", ["v5e-16", "v5e", "4x4", "v5e:4", "h100", "v5e:4x4x4x4", "0*v5e:4x4"]
+)
 def test_a_topology_of_another_form(topology):
-    with pytest.raises(UserError, match=f"--topology={topology}: expected a form like v5e:4x4"):
+    with pytest.raises(
+        UserError, match=f"--topology={re.escape(topology)}: expected a form like v5e:4x4"
+    ):
         dry_run.slice_of(topology)
 
 
@@ -91,3 +96,11 @@ def test_what_does_not_fit_is_said_in_one_line(make_config, said):
 def test_a_slice_that_does_not_exist():
     with pytest.raises(UserError, match="--topology=v5e:3x5: no such slice"):
         dry_run.slice_of("v5e:3x5")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_two_slices_split_the_data_axis():
+    chips = dry_run.slice_of("2*v5e:2x2")
+    placed = mesh.make({"data": 2, "fsdp": 4}, chips).devices
+    for index in (0, 1):
+        assert {chip.slice_index for chip in placed[index].flat} == {index}

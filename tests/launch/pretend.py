@@ -1,6 +1,7 @@
 """Programs that only pretend, and a cloud of them.
 
 The pretended slice has two workers, each a folder, in which commands given over ssh run for real.
+Two slices have one each: a slice NAME-0 the first, NAME-1 the second.
 """
 
 import os
@@ -23,6 +24,10 @@ all="$*"
 IFS='|' read -r pattern message <"$WORLD/failures"
 passed() {
   [[ -z $1 || -e $WORLD/$1 || $1 == started && -e $WORLD/started-0 && -e $WORLD/started-1 ]]
+}
+workers() { # of a slice
+  local slice=${1%:}
+  if [[ $slice =~ -[01]$ ]]; then echo "$WORLD/worker-${slice##*-}"; else echo "$WORLD"/worker-*; fi
 }
 failing() { [[ -n $pattern && $1 =~ $pattern ]] && sed -i 1d "$WORLD/failures"; }
 wipe() {
@@ -55,10 +60,10 @@ case $all in
   *"queued-resources create"*) ;;
   *"queued-resources delete"*) wipe && touch "$WORLD/deleted" ;;
   *"tpu-vm describe"*) cat "$WORLD/node" ;;
-  *"tpu-vm scp"*) for worker in "$WORLD"/worker-*; do cp "$5" "$worker/"; done ;;
+  *"tpu-vm scp"*) for worker in $(workers "$6"); do cp "$5" "$worker/"; done ;;
   *"tpu-vm ssh"*)
     code=0
-    for worker in "$WORLD"/worker-*; do
+    for worker in $(workers "$5"); do
       if failing "${worker##*/} $all"; then
         echo "ERROR: (gcloud) $message" >&2
         code=255
@@ -95,7 +100,7 @@ exit "${end#later }"
 """
 
 FAKE_SETUP = r"""#!/usr/bin/env bash
-mkdir -p .venv/bin && cp "$WORLD/python" .venv/bin/python && echo "ready, $LATENT_DELIB_EXTRAS"
+mkdir -p .venv/bin && cp "$WORLD/python" .venv/bin/python && echo "ready, $* $LATENT_DELIB_EXTRAS"
 """
 
 FAKE_XPK = r"""#!/usr/bin/env bash
@@ -117,7 +122,8 @@ TRAIN = (
     "--config=configs/x.py",
     "--workdir=gs://bucket/a run",
 )
-QUOTED = r"python -m latent_delib.train --config=configs/x.py --workdir=gs://bucket/a\ run"
+QUOTED = "env JAX_COMPILATION_CACHE_DIR=gs://bucket/compiled "
+QUOTED += r"python -m latent_delib.train --config=configs/x.py --workdir=gs://bucket/a\ run"
 STARTED = "-m latent_delib.train --config=configs/x.py --workdir=gs://bucket/a run --distributed"
 AT = "--project=project --zone=zone"
 STATE = f"gcloud compute tpus queued-resources describe a {AT} "
@@ -153,6 +159,7 @@ class World:
         program(self.world / "bin/gcloud", FAKE_GCLOUD)
         program(self.world / "bin/xpk", FAKE_XPK)
         program(self.world / "bin/kubectl", FAKE_XPK)
+        program(self.world / "bin/docker", FAKE_XPK)
         self.plays(states=["ACTIVE"], failures=[], node=["READY"])
         for worker in (0, 1):
             (self.world / f"worker-{worker}").mkdir()

@@ -25,7 +25,12 @@ PAGES = [
 ARRAY = re.compile(r"(\w+)(\+?)=\((.*)\)")
 MODULE = re.compile(r"(latent_delib|tools|benchmarks)\.\w+")
 SLICE = re.compile(r"--accelerator=(?:v5litepod|v6e)-(\d+)")
-PARTS = [SLICE, re.compile(r"--devices=(\d+)"), re.compile(r"--processes=(\d+)")]
+PARTS = [
+    SLICE,
+    re.compile(r"--slices=(\d+)"),
+    re.compile(r"--devices=(\d+)"),
+    re.compile(r"--processes=(\d+)"),
+]
 
 
 def code_lines(page: Path) -> list[str]:

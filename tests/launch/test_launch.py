@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from distutils.core import run_setup  # setuptools' own
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from setuptools.command.build_py import build_py
 from tests.launch.pretend import program
 
 ROOT = Path(__file__).resolve().parents[2]
+SETUP = ("setup.py", "constraints.txt", "constraints-3.13.txt", "launch/setup.sh")
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
 # Runs the script's own probe under another version and without a C compiler, copies itself for `-m
-# venv`, and notes what pip is asked for.
+# venv`, and notes what pip is asked for, after pip itself.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   -c*) exec "{python}" -c 'import os, shutil, sys; shutil.which = lambda name: None
@@ -29,7 +31,9 @@ exec(sys.argv[1])' "$2" ;;
   "-m venv "*) mkdir -p "$3/bin" && cp "{path}" "$3/bin/python" ;;
   "-m pip --version") ;;
   "-m pip check") ;;
-  "-m pip install "*) echo "$*" >>pip.log && sleep 0.2 && exit "${{PIP_STATUS:-0}}" ;;
+  "-m pip install "*" -c constraints"*".txt pip") touch installer ;;
+  "-m pip install "*)
+    [[ -e installer ]] && echo "$*" >>pip.log && sleep 0.2 && exit "${{PIP_STATUS:-0}}" ;;
   *) exit 2 ;;
 esac
 """
@@ -38,10 +42,10 @@ esac
 class Sandbox:
     """A checkout with nothing but what setup.sh reads, and a PATH whose interpreters are fakes."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, names: Sequence[str] = SETUP):
         self.root = root
         self.bin = root / "bin"
-        for name in ("setup.py", "constraints.txt", "constraints-3.13.txt", "launch/setup.sh"):
+        for name in names:
             (root / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, root / name)
         self.bin.mkdir()
@@ -250,10 +254,32 @@ def test_uv_is_taken_where_it_is_on_path(sandbox: Sandbox) -> None:
     sandbox.python("python3.12", (3, 12, 1))
     program(sandbox.bin / "uv", '#!/usr/bin/env bash\necho "$*" >>uv.log\n')
     assert sandbox.setup()[0] == 0
-    (call,) = (sandbox.root / "uv.log").read_text().splitlines()
+    installer, call = (sandbox.root / "uv.log").read_text().splitlines()
+    assert installer.endswith("-c constraints.txt pip")
     assert call.startswith("pip install --python .venv/bin/python ")
     assert call.endswith("-e .[seqio]")
     assert not sandbox.pip_calls()
+
+
+def copied_before_run() -> list[str]:
+    """Returns what the Dockerfile copies before it installs."""
+    before = (ROOT / "Dockerfile").read_text().partition("\nRUN ")[0]
+    lines = [line.split() for line in before.splitlines()]
+    return [name for words in lines if words[:1] == ["COPY"] for name in words[1:-1]]
+
+
+@pytest.mark.parametrize("extras, wanted", [("", "-e ."), ("tpu", "-e .[tpu]")])
+def test_the_image_installs_from_what_it_has_copied(tmp_path, extras, wanted) -> None:
+    sandbox = Sandbox(tmp_path, copied_before_run())
+    sandbox.python("python3.12", (3, 12, 1))
+    (line,) = re.findall(r"^RUN (.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    env = {"PATH": f"{sandbox.bin}:{os.defpath}", "EXTRAS": extras}
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, check=True, capture_output=True)
+    (call,) = sandbox.pip_calls()
+    assert call.endswith(wanted)
+    name = [sys.executable, "setup.py", "--quiet", "--version"]  # which setup.py finds there too
+    done = subprocess.run(name, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", done.stdout.split()[-1])
 
 
 @pytest.mark.parametrize("damage", ["pip fails", "no interpreter", "no pip"])

@@ -1,6 +1,7 @@
 """tpu_vm.sh, worker.sh and gke_xpk.sh against a `gcloud` and an `xpk` that play a script."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -41,7 +42,12 @@ def test_create_asks_once_and_waits_until_the_node_is_ready(world: World) -> Non
 
 @pytest.mark.parametrize(
     "accelerator, version",
-    [("v5p-128", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e"), ("v5e-16", None)],
+    [
+        ("v4-16", "tpu-ubuntu2204-base"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v6e-16", "v2-alpha-tpuv6e"),
+        ("v5e-16", None),
+    ],
 )
 def test_runtime_version_follows_the_generation(
     world: World, accelerator: str, version: str | None
@@ -49,11 +55,50 @@ def test_runtime_version_follows_the_generation(
     done = world.launch(
         "tpu_vm", "create", "a", f"--accelerator={accelerator}", "--dry_run", code=int(not version)
     )
-    assert (
-        f"--runtime-version={version} --async" in done.stdout
-        or "expected v5litepod-N" in done.stderr
-    )
+    assert f"--runtime-version={version} --async" in done.stdout or "expected v4-N" in done.stderr
     assert "--spot" not in done.stdout
+
+
+def test_a_runtime_version_may_be_given(world: World) -> None:
+    create = ("tpu_vm", "create", "a", "--accelerator=tpu7x-16", "--dry_run")
+    assert "gke_xpk.sh" in world.launch(*create, code=1).stderr
+    done = world.launch(*create, "--runtime=another")
+    assert "--accelerator-type=tpu7x-16 --runtime-version=another --async" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "given"),
+    [
+        ("--reserved", " compute tpus .* --reserved "),
+        (
+            "--flex_start=12h",
+            " alpha compute tpus .* --provisioning-model=flex-start --max-run-duration=12h ",
+        ),
+    ],
+)
+def test_how_a_slice_is_paid(world: World, flag: str, given: str) -> None:
+    create = ("tpu_vm", "create", "a", "--accelerator=v6e-16", "--dry_run", flag)
+    (line,) = [line for line in world.launch(*create).stdout.splitlines() if "create" in line]
+    assert re.search(given, line)
+    assert (
+        f"{flag.partition('=')[0]}: expected one" in world.launch(*create, "--spot", code=1).stderr
+    )
+
+
+def test_keep_sees_a_job_through_on_two_slices(world: World) -> None:
+    world.plays(states=["ABSENT", "ACTIVE"])
+    assert "the job on a is done" in world.keep("--slices=2", "--delete").stderr
+    world.started(1)
+    (create,) = world.calls("create")
+    assert "--node-count=2 --node-prefix=a " in create and "--node-id" not in create
+    assert len(world.calls("scp")) == 2 and len(world.calls("delete")) == 1
+    world.plays(**{"ends-0": ["hang"], "ends-1": ["hang"]})
+    for action in ("setup", "run"):
+        world.launch("tpu_vm", action, "a", "--slices=2", *(["--", *TRAIN] * (action == "run")))
+    status = world.launch("tpu_vm", "status", "a", "--slices=2").stdout
+    assert status == "0.0 running\n1.1 running\n"
+    world.launch("tpu_vm", "stop", "a", "--slices=2")
+    assert "running" not in world.launch("tpu_vm", "status", "a", "--slices=2").stdout
 
 
 def test_quota_is_not_tried_again_and_passing_failures_are(world: World) -> None:
@@ -101,7 +146,7 @@ def test_run_is_detached_on_every_worker(world: World) -> None:
     (world.root / "configs" / "x.py").touch()
     (world.root / "runs").mkdir(exist_ok=True)
     (world.root / "runs" / "mine").touch()
-    assert world.launch("tpu_vm", "setup", "a").stdout == "0 ready, tpu\n1 ready, tpu\n"
+    assert world.launch("tpu_vm", "setup", "a").stdout == "0 ready, base tpu\n1 ready, base tpu\n"
     for worker in (0, 1):
         home = world.world / f"worker-{worker}" / "latent_delib"
         assert (home / "configs" / "x.py").exists()
@@ -249,6 +294,8 @@ def test_keep_replaces_a_slice_that_does_not_answer(world: World) -> None:
         ("create a", "PATH", "gcloud is not on PATH"),
         ("create A_b", "ANY", "a name of a-z, 0-9 and -"),
         ("create a", "ANY", "--accelerator=: "),
+        ("create a --slices=0", "ANY", "--slices=0: "),
+        ("create a --flex_start", "ANY", "--flex_start=1: expected a time like 12h"),
         ("restart a", "ANY", "no action 'restart'"),
         ("restart", "LATENT_DELIB_PROJECT", "no action 'restart'"),
         ("run a --flag=1", "ANY", "--flag=1: "),
@@ -294,22 +341,26 @@ def test_dry_run_prints_what_would_run(world: World) -> None:
 
 
 def test_xpk_commands(world: World) -> None:
-    done = world.launch(
-        "gke_xpk", "run", "a", "--accelerator=v5litepod-16", "--dry_run", "--", *TRAIN
-    )
-    inside = "tar -xzf code.tar.gz && LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh && "
-    inside += "export PATH=$PWD/.venv/bin:$PATH PYTHONUNBUFFERED=1 && "
-    inside += f"exec {QUOTED} --distributed"
-    assert shlex.split(done.stdout.splitlines()[2]) == [
+    run = ("gke_xpk", "run", "a", "--accelerator=v5litepod-16", "--slices=2")
+    done = world.launch(*run, "--image=gcr.io/p/i:1", "--dry_run", "--", *TRAIN)
+    (create,) = map(shlex.split, done.stdout.splitlines())
+    assert create == [
         *f"xpk workload create {XPK_AT} --workload=a".split(),
-        *("--tpu-type=v5litepod-16", "--num-slices=1"),
-        *("--base-docker-image=python:3.12", "--script-dir=runs/launch/a", f"--command={inside}"),
+        *("--tpu-type=v5litepod-16", "--num-slices=2", "--docker-image=gcr.io/p/i:1"),
+        f"--command=exec {QUOTED} --distributed",
         *(
             "--max-restarts=1000",
             "--restart-on-exit-codes=69,75",
             "--termination-grace-period-seconds=300",
         ),
     ]
+    world.launch(*run, "--", *TRAIN)
+    build, push, create = world.calls()
+    image = push.removeprefix("push ")
+    assert image.startswith("gcr.io/project/latent_delib:")
+    assert build == f"build --platform=linux/amd64 --build-arg=EXTRAS=tpu --tag={image} ."
+    assert f"--docker-image={image}" in create.split()
+
     slice_of = "--tpu-type=v6e-16 --num-slices=1 --on-demand"
     logs = "--prefix --follow --tail=20 --max-log-requests=1000"
     for arguments, expected in {
@@ -339,23 +390,22 @@ def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> Non
     assert len(world.calls("wait-for-job-completion")) == len(waits)
     assert len(world.calls("workload create")) == (before != "RUNNING")
     assert len(world.calls("workload delete")) == (before == "FINISHED")
-    assert (world.root / "runs" / "launch" / "a" / "code.tar.gz").exists() == (before != "RUNNING")
+    assert len(world.calls("push")) == (before != "RUNNING")  # of its image
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="needs gcloud, though no cloud")
 def test_gcloud_knows_every_flag(world: World) -> None:
-    lines = (
-        world.keep("--spot", "--dry_run").stdout
-        + world.launch("tpu_vm", "delete", "a", "--dry_run").stdout
-    )
+    lines = world.launch("tpu_vm", "delete", "a", "--dry_run").stdout
+    for flags in (["--spot"], ["--reserved", "--slices=2"], ["--flex_start=12h"]):
+        lines += world.keep(*flags, "--dry_run").stdout
     used: dict[tuple[str, ...], set[str]] = {}
     for words in map(shlex.split, lines.splitlines()):
         if words[0] == "gcloud":
-            used.setdefault(tuple(words[:5]), set()).update(
+            used.setdefault(tuple(words[: 5 + (words[1] == "alpha")]), set()).update(
                 w.split("=")[0] for w in words if w.startswith("--")
             )
-    assert len(used) == 6
+    assert len(used) == 7
     for command, flags in used.items():
         text = subprocess.run(
             [*command, "--help"], capture_output=True, text=True, check=True

@@ -558,14 +558,21 @@ def test_a_folder_that_cannot_be_written(saved, tmp_path):
     assert sorted(p.name for p in (saved / "moved").iterdir()) == ["2", "4"]
 
 
-@pytest.mark.parametrize("missing", ["google.cloud.storage", "google.cloud"])
-def test_the_package_for_gs(missing, monkeypatch):
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        (["google.cloud.storage"], "google-cloud-storage"),
+        (["google.cloud"], "google-cloud-storage"),
+        (["gcsfs", "tensorflow"], "gcsfs"),
+    ],
+)
+def test_the_package_for_gs(missing, named, monkeypatch):
     def find_spec(name):
-        if name.rpartition(".")[0] == missing:
+        if name.rpartition(".")[0] in missing:
             raise ModuleNotFoundError(name)
-        return None if name == missing else "found"
+        return None if name in missing else "found"
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     for use in (Checkpoints, open_for_reading):
-        with pytest.raises(UserError, match="^gs://bucket/run: .*google-cloud-storage"):
+        with pytest.raises(UserError, match=f"^gs://bucket/run: .*{named}"):
             use("gs://bucket/run")

@@ -61,14 +61,16 @@ def job(workdir: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_on_gs(tmp_path):
+@pytest.mark.parametrize("client", ["tensorflow", "gcsfs"])
+def test_a_job_on_gs(client, tmp_path):
     pytest.importorskip("google.cloud.storage")
+    pytest.importorskip(client)
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the server's certificate")
 
     with running(tmp_path) as server:
         environment = os.environ | server.environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-m", "tests.machine.test_checkpoint_gcs"]
+        command = [sys.executable, "-m", "tests.machine.test_checkpoint_gcs", client]
         done = subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
         )
@@ -79,4 +81,6 @@ def test_a_job_on_gs(tmp_path):
 
 
 if __name__ == "__main__":
+    if sys.argv[1] != "tensorflow":
+        sys.modules["tensorflow"] = None  # as where it is not installed
     job("gs://bucket/some/run")

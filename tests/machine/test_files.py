@@ -152,3 +152,20 @@ def test_a_store_that_does_not_take_a_file():
         files.write(Stored(RuntimeError("403 Forbidden")), b"")
     with pytest.raises(TypeError):
         files.write(Stored(TypeError("a bug")), b"")
+
+    class HttpError(Exception):  # as gcsfs raises it
+        def __init__(self, code):
+            super().__init__(f"as the server says, {code}")
+            self.code = code
+
+    class ServerDisconnectedError(Exception):
+        pass
+
+    with pytest.raises(Outage, match="gs://bucket/perplexity.json"):
+        files.write(Stored(HttpError(503)), b"")
+    with pytest.raises(Outage):
+        files.write(Stored(ServerDisconnectedError()), b"")
+    with pytest.raises(PermissionError):
+        files.write(Stored(HttpError(401)), b"")
+    with pytest.raises(HttpError):
+        files.write(Stored(HttpError(400)), b"")
