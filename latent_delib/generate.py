@@ -3,9 +3,10 @@
   python -m latent_delib.generate --workdir=DIR --prompt=TEXT [--no_augment]
   python -m latent_delib.generate --workdir=DIR --prompts=FILE --out=FILE
 
-Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. Both FILEs are
-JSON lines. A line of --prompts is {"prompt": TEXT}, and may have a "seed" of its own; a line of
---out adds "decoder", "augmented" and "joined".
+Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. On the screen
+the continuation of a single prompt appears as it is decoded. Both FILEs are JSON lines. A line of
+--prompts is {"prompt": TEXT}, and may have a "seed" of its own; a line of --out adds "decoder",
+"augmented" and "joined".
 """
 
 import json
@@ -49,17 +50,26 @@ def main(flags: Any) -> None:
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and lm.coprocessor is None:
             continue
+        options = {
+            "stop": flags.stop or [],
+            "augment": augment,
+            "every": flags.every,
+            "delay": delay if augment else 0,
+            **sampler,
+        }
+        if flags.prompt and not flags.out:
+            print(f"--- {name}\n{flags.prompt}", end="", flush=True)
+            for piece in lm.stream(prompts[0], flags.max_new_tokens, seed=flags.seed, **options):
+                print(piece, end="", flush=True)
+            print()
+            continue
         found = lm.continuations(
             prompts,
             flags.max_new_tokens,
-            stop=flags.stop or [],
             seed=seeds,
-            augment=augment,
-            every=flags.every,
-            delay=delay if augment else 0,
             batch_size=flags.batch_size,
             progress=Progress(f"{name}: decoded", len(requests) * flags.max_new_tokens, "tokens"),
-            **sampler,
+            **options,
         )
         for request, continuation in zip(requests, found):
             request[name] = continuation.text

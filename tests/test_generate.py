@@ -65,6 +65,16 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
     assert "name another step, one of [2]" in run(workdir=workdir, step=4, **flags)
 
 
+def test_the_continuation_of_one_prompt_appears_as_it_is_decoded(trained, decoder_folder, capsys):
+    assert run(workdir=trained, prompt="the cat", temperature=0.7, seed=3) == ""
+    lm = ld.AugmentedLM(ld.load_decoder(decoder_folder), ld.load_coprocessor(trained))
+    expected = ""
+    for name, augment in (("decoder", False), ("augmented", True)):
+        (text,) = lm.generate(["the cat"], 5, temperature=0.7, seed=[3], augment=augment)
+        expected += f"--- {name}\nthe cat{text}\n"
+    assert capsys.readouterr().out.endswith(expected)
+
+
 def test_the_model_of_the_flags(trained):
     """Its form of attention; and its devices, the last of which are the coprocessor's."""
     flags = dict(workdir=str(trained), step=None, no_augment=False, every=0, delay=0, max_length=64)

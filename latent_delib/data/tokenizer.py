@@ -40,16 +40,21 @@ def fingerprint(path: str | Path) -> str:
 
 
 class _Model(NamedTuple):
-    """Holds what a library reads from the files. An id is None where the files name none."""
+    """Holds what a library reads from the files. An id is None where the files name none.
+
+    runs: tokens of which the library decodes a run as a whole, or as no text at all.
+    """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    spell: Callable[[int], str]
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
     unk_id: int | None
     control: dict[str, int]
+    runs: frozenset[int] = frozenset()
 
 
 class Tokenizer:
@@ -66,6 +71,7 @@ class Tokenizer:
       bos_id, eos_id, pad_id: pad differs from BOS; text that spells one of them does not become it.
       unk_id: None for a vocabulary without such a token.
       control: spelling of a control token -> its id.
+      spell: id -> the token's own spelling, which is no text where it holds bytes.
 
     Raises:
       UserError: a file is missing or broken, or there is no BOS, no EOS or nothing to pad with.
@@ -84,9 +90,11 @@ class Tokenizer:
 
         self._encode = model.encode
         self._decode = model.decode
+        self.spell = model.spell
         self.vocab_size = model.vocab_size
         self.unk_id = model.unk_id
         self.control = model.control
+        self._runs = model.runs
         self.bos_id = required("BOS", model.bos_id)
         self.eos_id = required("EOS", model.eos_id)
         pads = [model.pad_id, self.eos_id, *sorted(self.control.values())]
@@ -119,6 +127,17 @@ class Tokenizer:
                 )
         return self._decode([token for token in found if token < self.vocab_size])
 
+    def settled(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids as far as no token after them can change it.
+
+        A character may be spread over several tokens.
+        """
+        kept = arguments.token_ids("ids", ids)
+        leave_open = self._runs.union(self.control.values())
+        while kept and (kept[-1] in leave_open or kept[-1] >= self.vocab_size):
+            kept.pop()
+        return self.decode(kept).rstrip("\ufffd")  # stands for part of a character
+
 
 def _read_sentencepiece(path: Path) -> _Model:
     try:
@@ -133,6 +152,7 @@ def _read_sentencepiece(path: Path) -> _Model:
     return _Model(
         encode=model.encode,
         decode=model.decode,
+        spell=model.id_to_piece,
         vocab_size=size,
         bos_id=known(model.bos_id()),
         eos_id=known(model.eos_id()),
@@ -181,15 +201,18 @@ def _read_json(path: Path) -> _Model:
     eos_id = token_id("eos_token")
     pad_id = token_id("pad_token")
     unk = getattr(model.model, "unk_token", None)
+    of_bytes = [model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     # After `token_id`, which adds what the file does not mark.
     added = model.get_added_tokens_decoder()
     return _Model(
         encode=lambda text: model.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: model.decode(ids, skip_special_tokens=True),
+        spell=lambda token: model.id_to_token(token) or "",
         vocab_size=max(model.get_vocab().values(), default=-1) + 1,
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=pad_id,
         unk_id=None if unk is None else model.token_to_id(unk),
         control={token.content: i for i, token in added.items() if token.special},
+        runs=frozenset(i for i in of_bytes if i is not None),
     )
