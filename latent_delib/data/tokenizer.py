@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import re
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 
+from latent_delib.data import chat
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
 
@@ -72,6 +74,7 @@ class Tokenizer:
       unk_id: None for a vocabulary without such a token.
       control: spelling of a control token -> its id.
       spell: id -> the token's own spelling, which is no text where it holds bytes.
+      chat_template: of an instruct model, from chat_template.jinja beside the files; else None.
 
     Raises:
       UserError: a file is missing or broken, or there is no BOS, no EOS or nothing to pad with.
@@ -95,6 +98,7 @@ class Tokenizer:
         self.unk_id = model.unk_id
         self.control = model.control
         self._runs = model.runs
+        self.chat_template = chat.read(self.path)
         self.bos_id = required("BOS", model.bos_id)
         self.eos_id = required("EOS", model.eos_id)
         pads = [model.pad_id, self.eos_id, *sorted(self.control.values())]
@@ -116,6 +120,37 @@ class Tokenizer:
                 f"text: character {error.start} is {text[error.start]!a}, which is not Unicode"
             ) from None
         return self._encode(text)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Returns the token ids of a conversation, up to where the model's next message begins.
+
+        They are a prompt as it is: the template writes BOS where the model wants it. Control tokens
+        are those that the template writes. A message that spells one holds it as text.
+
+        Args:
+          messages: {"role": TEXT, "content": TEXT} each; what roles there are is the template's.
+
+        Raises:
+          UserError: the model has no chat template; messages of another form; the template refuses
+            them.
+        """
+        conversation = chat.checked("messages", messages)
+        if self.chat_template is None:
+            raise UserError(
+                f"tokenizer {self.path}: has no {chat.FILE} beside it, so its model cannot chat; "
+                "convert an instruct model (again, if an older version converted it)"
+            )
+        tokens = {"bos_token": self.spell(self.bos_id), "eos_token": self.spell(self.eos_id)}
+        text = chat.render(self.chat_template, chat.marked(conversation, self.control), tokens)
+        longest_first = sorted(self.control, key=len, reverse=True)
+        control = "|".join(map(re.escape, longest_first))
+        ids: list[int] = []
+        for part in re.split(f"({control})", text):
+            if part in self.control:
+                ids.append(self.control[part])
+            else:
+                ids += self.encode(part.replace(chat.MARK, ""))
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids. Control tokens, and ids too high, leave no trace."""

@@ -1,9 +1,10 @@
 """A decoder's folder: read part by part onto devices, written with its fingerprint.
 
 It holds `config.json`, `model.safetensors`, `fingerprint.json` and a tokenizer: `tokenizer.model`
-(SentencePiece), or `tokenizer.json` with `tokenizer_config.json`. config.json holds {"format":
-"latent_delib decoder 1", "architecture": {fields of TransformerConfig}}. The tensors are the leaves
-of the parameter tree under their dotted names, layers stacked on the first axis ("layers.attn.q").
+(SentencePiece), or `tokenizer.json` with `tokenizer_config.json`; and `chat_template.jinja`, if the
+decoder is an instruct model. config.json holds {"format": "latent_delib decoder 1", "architecture":
+{fields of TransformerConfig}}. The tensors are the leaves of the parameter tree under their dotted
+names, layers stacked on the first axis ("layers.attn.q").
 fingerprint.json holds {"sha256": of config.json and model.safetensors, one after the other,
 "config_sha256", "model_bytes": the size of model.safetensors}.
 """
@@ -30,6 +31,7 @@ FORMAT = "latent_delib decoder 1"
 FINGERPRINT = "fingerprint.json"
 REMEDY = f"copy the folder whole, or delete {FINGERPRINT} if you changed it yourself"
 PACKAGED = Path(__file__).parent / "packaged"
+CHAT_TEMPLATE = "chat_template.jinja"  # Hugging Face's name
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
 
 
@@ -67,7 +69,13 @@ def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies a tokenizer, and the file that names its special tokens, to a decoder folder."""
+    """Copies a tokenizer to a decoder folder, with the files beside it that belong to it.
+
+    They are the one that names its special tokens, and the model's chat template.
+    """
+    template = chat_template(path.parent)
+    if template is not None:
+        (folder / CHAT_TEMPLATE).write_text(template, "utf-8")
     if path.suffix != ".json":
         shutil.copyfile(path, folder / "tokenizer.model")
         return
@@ -75,6 +83,34 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     config = path.parent / "tokenizer_config.json"
     if config.is_file():
         shutil.copyfile(config, folder / "tokenizer_config.json")
+
+
+def chat_template(folder: Path) -> str | None:
+    """Returns the chat template in a folder; None where there is none.
+
+    It is a file of its own, or what older releases of `transformers` wrote into
+    tokenizer_config.json: a template, or several with names, of which it takes "default".
+
+    Raises:
+      UserError: a file that is no UTF-8; tokenizer_config.json holds something else there.
+    """
+    file = folder / CHAT_TEMPLATE
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+    config = folder / "tokenizer_config.json"
+    stored = read_json(config).get("chat_template") if config.is_file() else None
+    several = stored if isinstance(stored, list) else []
+    for entry in several:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            stored = entry.get("template")
+    if stored is not None and not isinstance(stored, str):
+        raise UserError(
+            f'{config}: chat_template: expected a text, or several, one of them "default"'
+        )
+    return stored
 
 
 def read_json(path: Path) -> dict[str, Any]:
