@@ -243,7 +243,7 @@ class AugmentedLM:
         """Continues the prompts.
 
         Args:
-          stop: a text ends before the first of these strings.
+          stop: a text ends before the first of these strings that is there whole.
           seed: one for each prompt, or one for all, from which each draws by its place in the list.
           augment: latents join at the end of the prompt.
           every: where it is not 0, latents join again after each so many tokens.

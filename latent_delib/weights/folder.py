@@ -35,22 +35,53 @@ CHAT_TEMPLATE = "chat_template.jinja"  # Hugging Face's name
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
 
 
-def locate(path: str) -> Path:
-    """Returns the folder that a decoder's path means.
+def named(path: str) -> Path:
+    """Returns the local path that a decoder's path means.
 
     "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
 
     Raises:
-      UserError: the folder, or one of its files, does not exist.
+      UserError: it is in a store, or not on the Hub.
     """
     if "://" in path:
         raise UserError(f"decoder {path!r}: expected a local folder; download it, and name that")
-    folder = PACKAGED if path == "packaged" else hub.located(path)
+    return PACKAGED if path == "packaged" else hub.located(path)
+
+
+def is_ours(path: Path) -> bool:
+    """Returns whether a path is a decoder folder of ours."""
+    config = path / "config.json"
+    return config.is_file() and "format" in read_json(config)
+
+
+def is_theirs(path: Path) -> bool:
+    """Returns whether a path is a GGUF file, or a folder in Hugging Face's form."""
+    config = path / "config.json"
+    return path.is_file() or (config.is_file() and "model_type" in read_json(config))
+
+
+def locate(path: str) -> Path:
+    """Returns the folder that a decoder's path means, one of ours.
+
+    Raises:
+      UserError: as `named` and `check_ours`.
+    """
+    folder = named(path)
+    check_ours(folder, path)
+    return folder
+
+
+def check_ours(folder: Path, path: str) -> None:
+    """Raises UserError for what is no decoder folder of ours; `path` is for messages."""
+    if is_theirs(folder):
+        raise UserError(
+            f"decoder {path!r}: is in another form, expected a folder that latent_delib.convert "
+            "made of it; as it is, only load_decoder reads it"
+        )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"decoder {path!r}: {folder / name} does not exist")
     tokenizer_path(folder)
-    return folder
 
 
 def tokenizer_path(folder: Path) -> Path:
@@ -135,9 +166,14 @@ def read_config(folder: Path) -> TransformerConfig:
     path = folder / "config.json"
     fields = read_json(path)
     if fields.get("format") != FORMAT:
-        hint = "; latent_delib.convert makes ours of it" if "model_type" in fields else ""
-        raise UserError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}{hint}")
+        raise UserError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}")
     return TransformerConfig.from_dict(fields.get("architecture", {}), f"{path}")
+
+
+def config_text(config: TransformerConfig) -> bytes:
+    """Returns the config.json of an architecture."""
+    fields = {"format": FORMAT, "architecture": config.to_dict()}
+    return (json.dumps(fields, indent=2) + "\n").encode()
 
 
 def fingerprint(folder: Path) -> str:
@@ -249,8 +285,7 @@ def write_model(
       entries: name -> shape and dtype of every leaf.
       chunks: the data of all leaves; see `tensors.write`.
     """
-    fields = {"format": FORMAT, "architecture": config.to_dict()}
-    text = (json.dumps(fields, indent=2) + "\n").encode()
+    text = config_text(config)
     (folder / "config.json").write_bytes(text)
     digest = hashlib.sha256(text)
     config_sha256 = digest.hexdigest()
