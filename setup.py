@@ -64,6 +64,7 @@ setup(
         "flax>=0.12",
         "gguf>=0.17",
         "jax>=0.10,<0.13",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml_collections>=1.1",
         "numpy>=2.0",

@@ -11,13 +11,12 @@ one). From the workdir of a training job its coprocessor is exported (docs/weigh
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from etils import epath
 
@@ -36,16 +35,16 @@ from latent_delib.weights import (
     deepmind,
     folder,
     gguf,
-    hub,
     huggingface,
+    imported,
     names,
     tensors,
 )
+from latent_delib.weights.imported import DTYPES
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import TensorFile
 
 FORMS = ("latent_delib", "huggingface")
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def main(flags: Any) -> None:
@@ -87,7 +86,7 @@ def convert(
     if "://" in source:
         raise UserError(f"--source={source}: expected a local path; download it, and name that")
     wanted = SIZES[size] if size else architecture
-    where = folder.PACKAGED if source == "packaged" else hub.located(source)
+    where = folder.named(source)
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
             raise UserError(
@@ -95,7 +94,7 @@ def convert(
             )
         return export_coprocessor(source, Path(out))
     with files.whole(Path(out)) as partial_:
-        if is_ours(where):
+        if folder.is_ours(where):
             if tokenizer:
                 raise UserError(
                     f"--tokenizer={tokenizer}: {source} is a decoder folder of ours, with its own"
@@ -108,12 +107,6 @@ def convert(
         else:
             convert_theirs(open_source(where, wanted), partial_, dtype, wanted, tokenizer)
     print(f"{out}: done", flush=True)
-
-
-def is_ours(where: Path) -> bool:
-    """Returns whether a path is a decoder folder of ours."""
-    config = where / "config.json"
-    return config.is_file() and "format" in folder.read_json(config)
 
 
 def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
@@ -141,7 +134,7 @@ def convert_theirs(
     wanted: the architecture that it must have, or None.
     """
     config = source.architecture
-    found = names.match(source.shapes, config, source.form, source.where)
+    entries, chunks = imported.tensors_of(source, dtype)
     describe(config, wanted, source.where)
     write_tokenizer = source.write_tokenizer
     if tokenizer:
@@ -150,27 +143,8 @@ def convert_theirs(
     if write_tokenizer is None:
         raise UserError(f"{source.where}: has no tokenizer; give one with --tokenizer=PATH")
     write_tokenizer(out)
-    pieces = Tokenizer(folder.tokenizer_path(out)).vocab_size
-    if pieces > config.vocab_size:
-        raise UserError(
-            f"{source.where}: its tokenizer has {pieces} pieces, "
-            f"its token table {config.vocab_size} rows"
-        )
-
-    leaves = folder.by_name(folder.shapes(config))
-    order = list(leaves)
-    found.sort(key=lambda t: order.index(t.leaf))  # the same file, whatever it was made from
-    kept = dict.fromkeys(leaves, DTYPES[dtype or "bfloat16"])
-    if not dtype:
-        for t in found:  # float32 where any layer of the leaf needs it
-            if source.dtypes[t.name] != DTYPES["bfloat16"]:
-                kept[t.leaf] = DTYPES["float32"]
-    entries = {t.leaf: (leaves[t.leaf].shape, kept[t.leaf]) for t in found}
-
-    def read(t: names.Tensor) -> np.ndarray:
-        return t.to_ours(source.read(t.name)).astype(kept[t.leaf], copy=False)
-
-    folder.write_model(out, config, entries, progress(map(read, found), entries))
+    imported.check_vocabulary(source, Tokenizer(folder.tokenizer_path(out)).vocab_size)
+    folder.write_model(out, config, entries, progress(chunks, entries))
 
 
 def convert_ours(
@@ -281,7 +255,7 @@ def describe(config: TransformerConfig, wanted: TransformerConfig | None, where:
     print(f"{where}: {family(config)}, {size}, {count:,} parameters", flush=True)
 
 
-def progress(chunks: Iterator[np.ndarray], entries: dict[str, tuple]) -> Iterator[np.ndarray]:
+def progress(chunks: Iterator[np.ndarray], entries: Mapping[str, tuple]) -> Iterator[np.ndarray]:
     """Yields the chunks, and prints how many of the bytes are done."""
     total = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in entries.values())
     say = Progress("written", total, "bytes")

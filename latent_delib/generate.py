@@ -1,11 +1,15 @@
 """Continues prompts with the plain decoder and with latents.
 
-  python -m latent_delib.generate --workdir=DIR --prompt=TEXT [--no_augment]
+  python -m latent_delib.generate --workdir=DIR --prompt=TEXT [--chat] [--no_augment]
   python -m latent_delib.generate --workdir=DIR --prompts=FILE --out=FILE
 
-Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. Both FILEs are
-JSON lines. A line of --prompts is {"prompt": TEXT}, and may have a "seed" of its own; a line of
---out adds "decoder", "augmented" and "joined".
+Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. On the screen
+the continuation of a single prompt appears as it is decoded. Both FILEs are JSON lines. A line of
+--prompts is {"prompt": TEXT}, and may have a "seed" of its own; a line of --out adds "decoder",
+"augmented" and "joined".
+
+With --chat an instruct model answers each prompt. A line may also hold a whole conversation to be
+answered, {"messages": [{"role": "user", "content": TEXT}, ...]}.
 """
 
 import json
@@ -17,9 +21,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
+from latent_delib.data import chat
+from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.lm import inputs, load, sampling
+from latent_delib.lm.inputs import Prompt
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.command_line import REQUIRED
@@ -44,29 +51,39 @@ def main(flags: Any) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
 
     lm = load_model(flags)
-    prompts = [request["prompt"] for request in requests]
+    prompts = [prompt_of(request, flags.chat, lm.tokenizer) for request in requests]
     seeds = [request["seed"] for request in requests]
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and lm.coprocessor is None:
             continue
+        options = {
+            "stop": flags.stop or [],
+            "augment": augment,
+            "every": flags.every,
+            "delay": delay if augment else 0,
+            **sampler,
+        }
+        if flags.prompt and not flags.out:
+            print(f"--- {name}\n{shown(requests[0], flags.chat)}", end="", flush=True)
+            for piece in lm.stream(prompts[0], flags.max_new_tokens, seed=flags.seed, **options):
+                print(piece, end="", flush=True)
+            print()
+            continue
         found = lm.continuations(
             prompts,
             flags.max_new_tokens,
-            stop=flags.stop or [],
             seed=seeds,
-            augment=augment,
-            every=flags.every,
-            delay=delay if augment else 0,
             batch_size=flags.batch_size,
             progress=Progress(f"{name}: decoded", len(requests) * flags.max_new_tokens, "tokens"),
-            **sampler,
+            **options,
         )
         for request, continuation in zip(requests, found):
             request[name] = continuation.text
             if augment:
                 request["joined"] = list(continuation.joined)
             if not flags.out:
-                print(f"--- {name}\n{request['prompt']}{continuation.text}", flush=True)
+                said = shown(request, flags.chat)
+                print(f"--- {name}\n{said}{continuation.text}", flush=True)
     if flags.out:
         # ASCII: JSON has half characters, UTF-8 has not
         lines = [json.dumps(request) + "\n" for request in requests]
@@ -74,8 +91,27 @@ def main(flags: Any) -> None:
         print(f"{len(requests)} continuations are in {out}", flush=True)
 
 
+def prompt_of(request: dict[str, Any], is_chat: bool, tokenizer: Tokenizer) -> Prompt:
+    """Returns what the model continues for a request: its text, or the tokens of a conversation."""
+    if "messages" in request:
+        return tokenizer.chat(request["messages"])
+    if is_chat:
+        return tokenizer.chat([{"role": "user", "content": request["prompt"]}])
+    return request["prompt"]
+
+
+def shown(request: dict[str, Any], is_chat: bool) -> str:
+    """Returns what the screen shows before a continuation: the prompt, or the last message."""
+    if "messages" in request:
+        return request["messages"][-1]["content"] + "\n\n"
+    return request["prompt"] + "\n\n" * is_chat
+
+
 def read_requests(flags: Any) -> list[dict[str, Any]]:
-    """Returns the prompts of the flags: dicts with "prompt", "seed", and the rest of their line."""
+    """Returns the requests of the flags.
+
+    They are dicts with "prompt" or "messages", "seed", and the rest of their line.
+    """
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
     arguments.whole("--seed", flags.seed, 0, arguments.INT64)
@@ -100,11 +136,15 @@ def _read_request(line: str, where: str, seed: int) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError):
         raise UserError(f'{where}: not JSON, expected {{"prompt": TEXT}} on each line') from None
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(prompt, str) or not prompt:
-        raise UserError(f'{where}: expected a "prompt" that is text and not empty')
-    seed = arguments.whole(f"{where}: seed", row.get("seed", seed), 0, arguments.INT64)
-    return row | {"seed": seed}
+    found = row if isinstance(row, dict) else {}
+    if "messages" in found and "prompt" not in found:
+        chat.checked(f"{where}: messages", found["messages"])
+    elif "messages" in found or not isinstance(found.get("prompt"), str) or not found["prompt"]:
+        raise UserError(
+            f'{where}: expected a "prompt" that is text and not empty, or else "messages"'
+        )
+    seed = arguments.whole(f"{where}: seed", found.get("seed", seed), 0, arguments.INT64)
+    return found | {"seed": seed}
 
 
 def load_model(flags: Any) -> AugmentedLM:
@@ -162,6 +202,7 @@ if __name__ == "__main__":
         workdir=(REQUIRED, "of a training job"),
         prompt=("", "the text to continue"),
         prompts=("", "or a file of them, JSON lines"),
+        chat=(False, "each prompt is the message of a user, in the model's chat template"),
         out=("", "where continuations go, JSON lines; the screen if left out"),
         no_augment=(False, "the plain decoder alone"),
         max_new_tokens=(64, "tokens to decode"),

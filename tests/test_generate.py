@@ -10,6 +10,7 @@ import pytest
 
 import latent_delib as ld
 from latent_delib import generate
+from latent_delib.lm import load
 from latent_delib.lm.sampling import Sampler
 from tests.run_command import run_command
 
@@ -63,6 +64,62 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
         prompts, 5, temperature=0.7, seed=[3, 12]
     )
     assert "name another step, one of [2]" in run(workdir=workdir, step=4, **flags)
+
+
+def test_the_continuation_of_one_prompt_appears_as_it_is_decoded(trained, decoder_folder, capsys):
+    assert run(workdir=trained, prompt="the cat", temperature=0.7, seed=3) == ""
+    lm = ld.AugmentedLM(ld.load_decoder(decoder_folder), ld.load_coprocessor(trained))
+    expected = ""
+    for name, augment in (("decoder", False), ("augmented", True)):
+        (text,) = lm.generate(["the cat"], 5, temperature=0.7, seed=[3], augment=augment)
+        expected += f"--- {name}\nthe cat{text}\n"
+    assert capsys.readouterr().out.endswith(expected)
+
+
+TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}
+"""
+
+
+def test_chat(trained, decoder_folder, tmp_path, monkeypatch, capsys):
+    """A prompt is the message of a user; a line may hold a conversation, whatever the flags say."""
+    assert "has no chat_template.jinja beside it" in run(workdir=trained, prompt="a", chat=True)
+    decoder = tmp_path / "decoder"
+    shutil.copytree(decoder_folder, decoder)
+    (decoder / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setattr(load, "decoder_of", lambda workdir, record: str(decoder))
+    lm = ld.AugmentedLM(ld.load_decoder(decoder), ld.load_coprocessor(trained))
+    asked = [{"role": "user", "content": "the cat"}]
+    longer = [*asked, {"role": "assistant", "content": "ran"}, *asked]
+    prompts = [lm.tokenizer.chat(asked), lm.tokenizer.chat(longer)]
+    texts = lm.generate(prompts, 5, seed=[7, 8])
+    lines = [{"prompt": "the cat", "id": 1}, {"messages": longer}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = dict(workdir=trained, prompts=tmp_path / "in.jsonl", seed=7, chat=True)
+    assert run(out=tmp_path / "out.jsonl", **flags) == ""
+    found = rows(tmp_path / "out.jsonl")
+    assert [row["augmented"] for row in found] == texts
+    assert found[0]["prompt"] == "the cat" and found[1]["messages"] == longer
+    capsys.readouterr()
+    assert run(workdir=trained, prompt="the cat", seed=7, chat=True) == ""
+    assert capsys.readouterr().out.endswith(f"--- augmented\nthe cat\n\n{texts[0]}\n")
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ({"messages": []}, "in.jsonl:1: messages: holds none"),
+        ({"messages": [{"role": "user"}]}, r"in.jsonl:1: messages[0]="),
+        ({"messages": [], "prompt": "a"}, 'in.jsonl:1: expected a "prompt" that is text'),
+        ({"prompt": ""}, 'in.jsonl:1: expected a "prompt" that is text'),
+    ],
+)
+def test_lines_that_hold_no_request(line, words, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    flags = SimpleNamespace(prompt="", prompts=str(tmp_path / "in.jsonl"), seed=0)
+    with pytest.raises(ld.UserError) as caught:
+        generate.read_requests(flags)
+    assert words in str(caught.value)
 
 
 def test_the_model_of_the_flags(trained):

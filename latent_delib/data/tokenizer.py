@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import re
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 
+from latent_delib.data import chat
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
 
@@ -40,16 +42,21 @@ def fingerprint(path: str | Path) -> str:
 
 
 class _Model(NamedTuple):
-    """Holds what a library reads from the files. An id is None where the files name none."""
+    """Holds what a library reads from the files. An id is None where the files name none.
+
+    runs: tokens of which the library decodes a run as a whole, or as no text at all.
+    """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    spell: Callable[[int], str]
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
     unk_id: int | None
     control: dict[str, int]
+    runs: frozenset[int] = frozenset()
 
 
 class Tokenizer:
@@ -66,6 +73,8 @@ class Tokenizer:
       bos_id, eos_id, pad_id: pad differs from BOS; text that spells one of them does not become it.
       unk_id: None for a vocabulary without such a token.
       control: spelling of a control token -> its id.
+      spell: id -> the token's own spelling, which is no text where it holds bytes.
+      chat_template: of an instruct model, from chat_template.jinja beside the files; else None.
 
     Raises:
       UserError: a file is missing or broken, or there is no BOS, no EOS or nothing to pad with.
@@ -84,9 +93,12 @@ class Tokenizer:
 
         self._encode = model.encode
         self._decode = model.decode
+        self.spell = model.spell
         self.vocab_size = model.vocab_size
         self.unk_id = model.unk_id
         self.control = model.control
+        self._runs = model.runs
+        self.chat_template = chat.read(self.path)
         self.bos_id = required("BOS", model.bos_id)
         self.eos_id = required("EOS", model.eos_id)
         pads = [model.pad_id, self.eos_id, *sorted(self.control.values())]
@@ -109,6 +121,37 @@ class Tokenizer:
             ) from None
         return self._encode(text)
 
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Returns the token ids of a conversation, up to where the model's next message begins.
+
+        They are a prompt as it is: the template writes BOS where the model wants it. Control tokens
+        are those that the template writes. A message that spells one holds it as text.
+
+        Args:
+          messages: {"role": TEXT, "content": TEXT} each; what roles there are is the template's.
+
+        Raises:
+          UserError: the model has no chat template; messages of another form; the template refuses
+            them.
+        """
+        conversation = chat.checked("messages", messages)
+        if self.chat_template is None:
+            raise UserError(
+                f"tokenizer {self.path}: has no {chat.FILE} beside it, so its model cannot chat; "
+                "convert an instruct model (again, if an older version converted it)"
+            )
+        tokens = {"bos_token": self.spell(self.bos_id), "eos_token": self.spell(self.eos_id)}
+        text = chat.render(self.chat_template, chat.marked(conversation, self.control), tokens)
+        longest_first = sorted(self.control, key=len, reverse=True)
+        control = "|".join(map(re.escape, longest_first))
+        ids: list[int] = []
+        for part in re.split(f"({control})", text):
+            if part in self.control:
+                ids.append(self.control[part])
+            else:
+                ids += self.encode(part.replace(chat.MARK, ""))
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids. Control tokens, and ids too high, leave no trace."""
         found = arguments.token_ids("ids", ids)
@@ -118,6 +161,17 @@ class Tokenizer:
                     f"ids: token {token}, the vocabulary has {self.vocab_size}: expected at least 0"
                 )
         return self._decode([token for token in found if token < self.vocab_size])
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids as far as no token after them can change it.
+
+        A character may be spread over several tokens.
+        """
+        kept = arguments.token_ids("ids", ids)
+        leave_open = self._runs.union(self.control.values())
+        while kept and (kept[-1] in leave_open or kept[-1] >= self.vocab_size):
+            kept.pop()
+        return self.decode(kept).rstrip("\ufffd")  # stands for part of a character
 
 
 def _read_sentencepiece(path: Path) -> _Model:
@@ -133,6 +187,7 @@ def _read_sentencepiece(path: Path) -> _Model:
     return _Model(
         encode=model.encode,
         decode=model.decode,
+        spell=model.id_to_piece,
         vocab_size=size,
         bos_id=known(model.bos_id()),
         eos_id=known(model.eos_id()),
@@ -181,15 +236,18 @@ def _read_json(path: Path) -> _Model:
     eos_id = token_id("eos_token")
     pad_id = token_id("pad_token")
     unk = getattr(model.model, "unk_token", None)
+    of_bytes = [model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     # After `token_id`, which adds what the file does not mark.
     added = model.get_added_tokens_decoder()
     return _Model(
         encode=lambda text: model.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: model.decode(ids, skip_special_tokens=True),
+        spell=lambda token: model.id_to_token(token) or "",
         vocab_size=max(model.get_vocab().values(), default=-1) + 1,
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=pad_id,
         unk_id=None if unk is None else model.token_to_id(unk),
         control={token.content: i for i, token in added.items() if token.special},
+        runs=frozenset(i for i in of_bytes if i is not None),
     )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 TOGETHER = 8  # continuations of one prompt in one row
 CPU_TOKENS = 512  # give a CPU's products full speed: more rows only pad each other
@@ -39,6 +40,17 @@ def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]
         count = size(keys[order[0]])
         yield order[:count]
         order = order[count:]
+
+
+def together(mesh: Mesh, batch_size: int, key: Key) -> int:
+    """Returns how many rows with a key of `alike` are read together.
+
+    On a CPU they are as many as gain by it.
+    """
+    continuations, length = key
+    most = max(1, batch_size // continuations)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return few(length, most) if on_cpu else most
 
 
 def few(length: int, most: int) -> int:

@@ -6,11 +6,11 @@ join, the cache is rolled back: the tokens decoded since are read again as plain
 latents follow them. So the next token depends on the text and on where latents were last written,
 as `delib.augment.loss` trained it to.
 
-`run` is the loop. The functions below "Compiled" are compiled once for each shape.
+`looks` is the loop. The functions below "Compiled" are compiled once for each shape.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,8 +33,6 @@ from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.cache import Cache
 from latent_delib.nn.transformer import Params
 
-CHUNK = 16  # tokens decoded between two looks at them
-
 
 class Decoding(NamedTuple):
     """Holds a batch in the middle of decoding; all rows have equally many new tokens.
@@ -53,7 +51,13 @@ class Decoding(NamedTuple):
     ended: jax.Array
 
 
-def run(
+def run(*args: Any, **options: Any) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Continues a batch of prompts to its end; returns the last of `looks`."""
+    *_, last = looks(*args, **options)
+    return last
+
+
+def looks(
     params: Params,
     text_BT: jax.Array,
     length_B: jax.Array,
@@ -66,8 +70,8 @@ def run(
     eos_id: int,
     pad_id: int,
     stopped: Callable[[np.ndarray], np.ndarray],
-) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Continues a batch of prompts.
+) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+    """Continues a batch of prompts, and yields it each time that it looks up from decoding.
 
     Args:
       text_BT: prompts, BOS first, padded on the right.
@@ -76,12 +80,11 @@ def run(
       write: starts writing latents for the text that was read, and returns them; None: it failed,
         and is asked no more. Without it, the decoder as it is.
       room: tokens that the caches have room for after T, at least max_new_tokens.
-      stopped: gets the new tokens [B, n], every CHUNK of them at least, and returns which rows end,
-        bool [B].
+      stopped: gets the new tokens [B, n] at each look, and returns which rows end, bool [B].
 
-    Returns:
-      The new tokens int32 [B, max_new_tokens], padded after EOS, and after how many of them latents
-      joined.
+    Yields:
+      The new tokens so far, int32 [B, max_new_tokens], padded after these and after EOS; and after
+      how many of them latents joined.
     """
     state, plain = prefill(params, text_BT, length_B, aug=aug, room=room, pad_id=pad_id)
     cache: Cache = plain.cache
@@ -119,21 +122,21 @@ def run(
         made = until
         new_BN = np.asarray(_new_tokens(state.text, length_B, options.max_new_tokens))
         ended = np.asarray(state.ended) | stopped(new_BN[:, :made])
+        yield new_BN, tuple(joined)
         if ended.all():
-            break
+            return
         state = state._replace(ended=jax.device_put(ended, state.ended.sharding))
-    return new_BN, tuple(joined)
 
 
 def _next_look(options: GenerationOptions, made: int, due: int | None, asked: int | None) -> int:
-    """Returns the number of new tokens at which `run` looks up from decoding.
+    """Returns the number of new tokens at which `looks` looks up from decoding.
 
     Args:
       made: new tokens now.
       due: the number at which latents are asked for.
       asked: the number at which the latents on their way were asked for.
     """
-    until = min(options.max_new_tokens, made + CHUNK)
+    until = min(options.max_new_tokens, made + options.chunk)
     if due is not None:
         until = min(until, max(due, made + 1))
     if asked is not None:

@@ -24,12 +24,14 @@ class GenerationOptions(NamedTuple):
     delay: latents join that many tokens after they were asked for, which is the published
       simulation of an asynchronous coprocessor. None: when they are ready, and a failure costs the
       latents alone.
+    chunk: tokens decoded between two looks at them.
     """
 
     max_new_tokens: int
     sampler: Sampler
     every: int = 0
     delay: int | None = 0
+    chunk: int = 16
 
 
 def check_options(
@@ -94,6 +96,24 @@ def token_ids(name: str, text: Prompt, tokenizer: Tokenizer, vocab_size: int) ->
             expected = f"expected 0 to {vocab_size - 1}"
             raise UserError(f"{name}: token {token}, the vocabulary has {vocab_size}: {expected}")
     return ids
+
+
+def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Returns the tokens of a prompt, BOS before a text."""
+    ids = token_ids(name, prompt, tokenizer, vocab_size)
+    if isinstance(prompt, str):
+        ids = [tokenizer.bos_id, *ids]
+    if not ids:
+        raise UserError(f"{name}: holds no token, not even BOS")
+    return ids
+
+
+def check_length(name: str, length: int, new: int, max_length: int) -> None:
+    """Raises UserError where a prompt of `length` tokens has no room for `new` more."""
+    if length + new > max_length:
+        found = f"{name}: {length} tokens and {new} after them"
+        limit = f"max_length={max_length}"
+        raise UserError(f"{found} are more than {limit}; shorten it, or raise max_length")
 
 
 def token_array(tokens_BT: Any, vocab_size: int, row_shards: int) -> jax.Array:

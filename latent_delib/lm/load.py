@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from latent_delib.nn.layers import PARAM_AXES, Axes
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 from latent_delib.weights import coprocessor as exported
-from latent_delib.weights import folder
+from latent_delib.weights import folder, gguf, huggingface, imported
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -82,22 +83,44 @@ def load_decoder(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
 ) -> Decoder:
-    """Loads a decoder folder, or "packaged".
+    """Loads a decoder.
 
     Args:
+      path: a decoder folder; one in Hugging Face's form; a GGUF file; "hf:OWNER/NAME", a folder of
+        either form on the Hub; or "packaged".
       dtype: of the parameters and of everything computed with them: float32 or bfloat16.
       mesh: where parameters lie; each is read straight to its place. By default the first device.
 
     Raises:
       UserError: missing files, or tensors that do not fit the architecture; another dtype.
     """
-    where = folder.locate(arguments.path("path", path))
+    name = arguments.path("path", path)
     dtype = _dtype(dtype)
+    mesh = mesh or build.one_device()
+    where = folder.named(name)
+    if folder.is_theirs(where):
+        return _load_theirs(where, dtype, mesh)
+    folder.check_ours(where, name)
     config = folder.read_config(where)
-    shardings = mesh_lib.parameters(mesh or build.one_device(), folder.shapes(config), PARAM_AXES)
+    shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
     params = folder.load(where, config, dtype, shardings)
     own = Tokenizer(folder.tokenizer_path(where))
     return Decoder(config, params, own, folder.fingerprint(where))
+
+
+def _load_theirs(where: Path, dtype: np.dtype, mesh: Mesh) -> Decoder:
+    """Loads a decoder of another form, as if it had been converted first."""
+    source = gguf.open_source(where) if where.is_file() else huggingface.open_source(where)
+    if source.write_tokenizer is None:
+        raise UserError(f"{where}: has no tokenizer, neither {' nor '.join(folder.TOKENIZERS)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        source.write_tokenizer(Path(scratch))
+        own = Tokenizer(folder.tokenizer_path(Path(scratch)))
+    imported.check_vocabulary(source, own.vocab_size)
+    config = source.architecture
+    shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
+    params, fingerprint = imported.load(source, dtype, shardings)
+    return Decoder(config, params, own, fingerprint)
 
 
 def _dtype(dtype: Any) -> np.dtype:

@@ -1,9 +1,9 @@
 """The language model that a decoder and a coprocessor make."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +21,12 @@ from latent_delib.lm import batching, decoding, inputs, scoring
 from latent_delib.lm.batching import Question
 from latent_delib.lm.inputs import GenerationOptions, Prompt
 from latent_delib.lm.load import Coprocessor, Decoder, augmentation, place
-from latent_delib.lm.sampling import Endings
+from latent_delib.lm.sampling import Continuation, Endings
 from latent_delib.machine import arguments
 from latent_delib.nn.transformer import Params
 
+STREAMED = 4  # tokens between two pieces of a stream
 Report = Callable[[int], None]  # gets the number of things done
-
-
-class Continuation(NamedTuple):
-    """Holds the continuation of a prompt.
-
-    tokens: int32 [new], padded after EOS.
-    joined: the numbers of tokens after which latents joined.
-    """
-
-    text: str
-    tokens: np.ndarray
-    joined: tuple[int, ...]
 
 
 class AugmentedLM:
@@ -171,7 +160,7 @@ class AugmentedLM:
         greedy = np.zeros(len(tails), bool)
         done = 0
         keys = [question.key for question in questions]
-        for chosen in batching.alike(keys, partial(self._together, batch_size)):
+        for chosen in batching.alike(keys, partial(batching.together, self.mesh, batch_size)):
             batch = [questions[i] for i in chosen]
             sums_BM, greedy_BM = self._score_tails(batch, tails, augment)
             for b, (_, members, _) in enumerate(batch):
@@ -217,7 +206,7 @@ class AugmentedLM:
         aug = self.aug if augment else self.plain
         score = partial(scoring.score_text, aug=aug, dtype=self.dtype)
         keys = [(1, len(piece)) for piece in pieces]
-        for chosen in batching.alike(keys, partial(self._together, batch_size)):
+        for chosen in batching.alike(keys, partial(batching.together, self.mesh, batch_size)):
             tokens, length = self._pad([pieces[p] for p in chosen])
             predicted = tokens.shape[1] - 1
             found = score(self.params, tokens, length, stretch=min(every or predicted, predicted))
@@ -254,7 +243,7 @@ class AugmentedLM:
         """Continues the prompts.
 
         Args:
-          stop: a text ends before the first of these strings.
+          stop: a text ends before the first of these strings that is there whole.
           seed: one for each prompt, or one for all, from which each draws by its place in the list.
           augment: latents join at the end of the prompt.
           every: where it is not 0, latents join again after each so many tokens.
@@ -269,17 +258,9 @@ class AugmentedLM:
         batch_size = arguments.whole("batch_size", batch_size, 1)
         prompts = arguments.several("prompts", prompts)
         ends = Endings(self.tokenizer, stop)
-        if options.delay is None and self.coprocessor is not None and self.coprocessor_mesh is None:
-            raise UserError(
-                "delay=None: give the coprocessor devices of its own (coprocessor_mesh)"
-            )
-        keys = inputs.random_keys(seed, len(prompts))
-        heads = []
-        for i, prompt in enumerate(prompts):
-            if isinstance(prompt, str) and not prompt:
-                raise UserError(f"prompts[{i}] is empty")
-            heads.append(self._head(f"prompts[{i}]", prompt, options.max_new_tokens))
         write = self._writer(options.delay) if augment else None
+        keys = inputs.random_keys(seed, len(prompts))
+        heads = self._heads(prompts, options.max_new_tokens)
         found: dict[int, Continuation] = {}
         for chosen in batching.alike([(1, len(head)) for head in heads], lambda key: batch_size):
 
@@ -290,13 +271,39 @@ class AugmentedLM:
 
             chosen_heads = [heads[i] for i in chosen]
             chosen_keys = [keys[i] for i in chosen]
-            new, joined = self._continue(chosen_heads, chosen_keys, options, write, stopped)
+            looks = self._continue(chosen_heads, chosen_keys, options, write, stopped)
+            *_, (new, joined) = looks
             for i, row in zip(chosen, new):
                 # Other rows may have gone on, and latents joined them alone.
                 last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)
                 joined_here = tuple(at for at in joined if at <= last)
                 found[i] = Continuation(ends.cut(row), row, joined_here)
         return [found[i] for i in range(len(prompts))]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 64,
+        *,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        augment: bool = True,
+        every: int = 0,
+        delay: int | None = 0,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Returns an iterator over the continuation of one prompt, piece by piece as it is decoded.
+
+        Joined, the pieces are what `generate` returns for this prompt alone. The options are those
+        of `continuations`, and are checked at once.
+        """
+        options = inputs.check_options(max_new_tokens, every, delay, sampling)
+        ends = Endings(self.tokenizer, stop)
+        write = self._writer(options.delay) if augment else None
+        keys = inputs.random_keys(seed, 1)
+        heads = self._heads([prompt], options.max_new_tokens)
+        looks = self._continue(heads, keys, options._replace(chunk=STREAMED), write, ends.seen)
+        return ends.pieces(new_BN[0] for new_BN, _ in looks)
 
     def _continue(
         self,
@@ -305,11 +312,11 @@ class AugmentedLM:
         options: GenerationOptions,
         write: Callable | None,
         stopped: Callable[[np.ndarray], np.ndarray],
-    ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Continues a batch of prompts, each with its own random key, by `decoding.run`."""
+    ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+        """Continues a batch of prompts, each with its own random key, by `decoding.looks`."""
         text, length = self._pad(heads)
         keys = keys + keys[:1] * (len(length) - len(keys))
-        return decoding.run(
+        return decoding.looks(
             self.params,
             text,
             length,
@@ -324,11 +331,15 @@ class AugmentedLM:
         )
 
     def _writer(self, delay: int | None) -> Callable | None:
-        """Returns the `write` of `decoding.run`; None without a coprocessor."""
+        """Returns the `write` of `decoding.looks`; None without a coprocessor."""
         if self.coprocessor is None:
             return None
         if delay is not None:
             return partial(decoding.write_after, self.params, aug=self.aug)
+        if self.coprocessor_mesh is None:
+            raise UserError(
+                "delay=None: give the coprocessor devices of its own (coprocessor_mesh)"
+            )
         where = (self.params_beside, self.aug_beside, self.coprocessor_mesh, self.mesh)
         return partial(decoding.attempt, decoding.write_beside, *where)
 
@@ -348,30 +359,21 @@ class AugmentedLM:
         sums_BM = np.where(inside_BMA, np.asarray(logp_BMA), 0).sum(axis=2)
         return sums_BM, np.all(np.asarray(likeliest_BMA) | ~inside_BMA, axis=2)
 
-    def _together(self, batch_size: int, key: batching.Key) -> int:
-        """Returns how many rows with a key of `batching.alike` are read together.
-
-        On a CPU they are as many as gain by it.
-        """
-        continuations, length = key
-        most = max(1, batch_size // continuations)
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return batching.few(length, most) if on_cpu else most
-
     def _ids(self, name: str, text: Prompt) -> list[int]:
         return inputs.token_ids(name, text, self.tokenizer, self.decoder.config.vocab_size)
 
+    def _heads(self, prompts: Sequence[Prompt], new: int) -> list[list[int]]:
+        """Returns the tokens of prompts, none of which may be an empty text."""
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, str) and not prompt:
+                raise UserError(f"prompts[{i}] is empty")
+        return [self._head(f"prompts[{i}]", prompt, new) for i, prompt in enumerate(prompts)]
+
     def _head(self, name: str, prompt: Prompt, new: int) -> list[int]:
         """Returns the tokens of a prompt, BOS before a text; `new` more must have room."""
-        ids = self._ids(name, prompt)
-        if isinstance(prompt, str):
-            ids = [self.tokenizer.bos_id, *ids]
-        if not ids:
-            raise UserError(f"{name}: holds no token, not even BOS")
-        if len(ids) + new > self.max_length:
-            found = f"{name}: {len(ids)} tokens and {new} after them"
-            limit = f"max_length={self.max_length}"
-            raise UserError(f"{found} are more than {limit}; shorten it, or raise max_length")
+        vocab_size = self.decoder.config.vocab_size
+        ids = inputs.prompt_tokens(name, prompt, self.tokenizer, vocab_size)
+        inputs.check_length(name, len(ids), new, self.max_length)
         return ids
 
     def _token_array(self, tokens_BT: Any) -> jax.Array:

@@ -6,7 +6,8 @@ and a setting that the tasks of the lm-eval harness may name.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +78,20 @@ def options() -> dict[str, tuple[Any, str]]:
     return {field.name: (field.default, field.metadata["help"]) for field in fields}
 
 
+class Continuation(NamedTuple):
+    """Holds the continuation of a prompt.
+
+    tokens: int32 [new], padded after EOS.
+    joined: the numbers of tokens after which latents joined.
+    """
+
+    text: str
+    tokens: np.ndarray
+    joined: tuple[int, ...]
+
+
 class Endings:
-    """Ends a text before the first of some stop strings.
+    """Ends a text before the first stop string that is there whole.
 
     Control tokens among them are looked for as tokens: decoded text does not show them.
 
@@ -102,15 +115,53 @@ class Endings:
         """Tells which rows of new tokens hold an ending, bool [B]."""
         found_B = np.isin(new_BN, self.tokens).any(axis=1)
         if self.strings:
-            texts = [self.tokenizer.decode(row) for row in new_BN]
+            texts = [self.tokenizer.settled(row) for row in new_BN]
             found_B |= [any(stop in text for stop in self.strings) for text in texts]
         return found_B
 
     def cut(self, new_N: np.ndarray) -> str:
         """Returns the text of new tokens up to the first ending."""
+        return self._before(self.tokenizer.decode(self._kept(new_N)))
+
+    def pieces(self, looks: Iterable[np.ndarray]) -> Iterator[str]:
+        """Yields the text of new tokens in pieces, as it grows.
+
+        Joined, they are `cut` of the last look. A piece ends before half a character, and before
+        what may become a stop string.
+
+        Args:
+          looks: the new tokens so far, int32 [N], padded on the right; each holds more of them.
+        """
+        said = 0
+        for new_N in looks:
+            text = self._before(self.tokenizer.settled(self._kept(new_N)))
+            sure = len(text) - self._begun(text)
+            if sure > said:
+                yield text[said:sure]
+                said = sure
+        rest = self.cut(new_N)[said:]
+        if rest:
+            yield rest
+
+    def _kept(self, new_N: np.ndarray) -> list[int]:
+        """Returns the tokens before the first control token that ends a text."""
         (ends,) = np.nonzero(np.isin(new_N, self.tokens))
-        if len(ends):
-            new_N = new_N[: ends[0]]
-        text = self.tokenizer.decode(new_N.tolist())
-        found = [text.find(stop) for stop in self.strings]
-        return text[: min((i for i in found if i >= 0), default=None)]
+        return new_N[: ends[0] if len(ends) else None].tolist()
+
+    def _before(self, text: str) -> str:
+        """Returns a text up to the stop string that is the first to be there whole."""
+        found = []
+        for stop in self.strings:
+            begin = text.find(stop)
+            if begin >= 0:
+                found.append((begin + len(stop), begin))
+        return text[: min(found)[1]] if found else text
+
+    def _begun(self, text: str) -> int:
+        """Returns how many characters at the end of a text may begin a stop string."""
+        longest = 0
+        for stop in self.strings:
+            for length in range(1, len(stop)):
+                if text.endswith(stop[:length]):
+                    longest = max(longest, length)
+        return longest

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-import tokenizers
 import yaml
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
@@ -22,7 +20,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from latent_delib.data import questions
-from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError, reason
 from latent_delib.lm import sampling
 from latent_delib.lm.model import AugmentedLM
@@ -63,7 +60,7 @@ class Adapter(TemplateLM):
         self.delay = delay
         self.cot = cot
         self.rows = batch_size  # the harness has a batch_size of its own
-        self.bos = _spelled_bos(lm.tokenizer)
+        self.bos = lm.tokenizer.spell(lm.tokenizer.bos_id)
 
     @property
     def eot_token_id(self) -> int:
@@ -305,10 +302,3 @@ def run_tasks(
 def _first_right(task: Any, doc: dict[str, Any]) -> str:
     """Returns the first of several right choices; the harness (0.4.13) cannot show their list."""
     return task.doc_to_choice(doc)[task.doc_to_target(doc)[0]]
-
-
-def _spelled_bos(tokenizer: Tokenizer) -> str:
-    if tokenizer.path.suffix == ".json":
-        return tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.bos_id)
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
-    return model.id_to_piece(tokenizer.bos_id)

@@ -1,9 +1,10 @@
 """A decoder's folder: read part by part onto devices, written with its fingerprint.
 
 It holds `config.json`, `model.safetensors`, `fingerprint.json` and a tokenizer: `tokenizer.model`
-(SentencePiece), or `tokenizer.json` with `tokenizer_config.json`. config.json holds {"format":
-"latent_delib decoder 1", "architecture": {fields of TransformerConfig}}. The tensors are the leaves
-of the parameter tree under their dotted names, layers stacked on the first axis ("layers.attn.q").
+(SentencePiece), or `tokenizer.json` with `tokenizer_config.json`; and `chat_template.jinja`, if the
+decoder is an instruct model. config.json holds {"format": "latent_delib decoder 1", "architecture":
+{fields of TransformerConfig}}. The tensors are the leaves of the parameter tree under their dotted
+names, layers stacked on the first axis ("layers.attn.q").
 fingerprint.json holds {"sha256": of config.json and model.safetensors, one after the other,
 "config_sha256", "model_bytes": the size of model.safetensors}.
 """
@@ -30,25 +31,57 @@ FORMAT = "latent_delib decoder 1"
 FINGERPRINT = "fingerprint.json"
 REMEDY = f"copy the folder whole, or delete {FINGERPRINT} if you changed it yourself"
 PACKAGED = Path(__file__).parent / "packaged"
+CHAT_TEMPLATE = "chat_template.jinja"  # Hugging Face's name
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
 
 
-def locate(path: str) -> Path:
-    """Returns the folder that a decoder's path means.
+def named(path: str) -> Path:
+    """Returns the local path that a decoder's path means.
 
     "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
 
     Raises:
-      UserError: the folder, or one of its files, does not exist.
+      UserError: it is in a store, or not on the Hub.
     """
     if "://" in path:
         raise UserError(f"decoder {path!r}: expected a local folder; download it, and name that")
-    folder = PACKAGED if path == "packaged" else hub.located(path)
+    return PACKAGED if path == "packaged" else hub.located(path)
+
+
+def is_ours(path: Path) -> bool:
+    """Returns whether a path is a decoder folder of ours."""
+    config = path / "config.json"
+    return config.is_file() and "format" in read_json(config)
+
+
+def is_theirs(path: Path) -> bool:
+    """Returns whether a path is a GGUF file, or a folder in Hugging Face's form."""
+    config = path / "config.json"
+    return path.is_file() or (config.is_file() and "model_type" in read_json(config))
+
+
+def locate(path: str) -> Path:
+    """Returns the folder that a decoder's path means, one of ours.
+
+    Raises:
+      UserError: as `named` and `check_ours`.
+    """
+    folder = named(path)
+    check_ours(folder, path)
+    return folder
+
+
+def check_ours(folder: Path, path: str) -> None:
+    """Raises UserError for what is no decoder folder of ours; `path` is for messages."""
+    if is_theirs(folder):
+        raise UserError(
+            f"decoder {path!r}: is in another form, expected a folder that latent_delib.convert "
+            "made of it; as it is, only load_decoder reads it"
+        )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"decoder {path!r}: {folder / name} does not exist")
     tokenizer_path(folder)
-    return folder
 
 
 def tokenizer_path(folder: Path) -> Path:
@@ -67,7 +100,13 @@ def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies a tokenizer, and the file that names its special tokens, to a decoder folder."""
+    """Copies a tokenizer to a decoder folder, with the files beside it that belong to it.
+
+    They are the one that names its special tokens, and the model's chat template.
+    """
+    template = chat_template(path.parent)
+    if template is not None:
+        (folder / CHAT_TEMPLATE).write_text(template, "utf-8")
     if path.suffix != ".json":
         shutil.copyfile(path, folder / "tokenizer.model")
         return
@@ -75,6 +114,34 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     config = path.parent / "tokenizer_config.json"
     if config.is_file():
         shutil.copyfile(config, folder / "tokenizer_config.json")
+
+
+def chat_template(folder: Path) -> str | None:
+    """Returns the chat template in a folder; None where there is none.
+
+    It is a file of its own, or what older releases of `transformers` wrote into
+    tokenizer_config.json: a template, or several with names, of which it takes "default".
+
+    Raises:
+      UserError: a file that is no UTF-8; tokenizer_config.json holds something else there.
+    """
+    file = folder / CHAT_TEMPLATE
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+    config = folder / "tokenizer_config.json"
+    stored = read_json(config).get("chat_template") if config.is_file() else None
+    several = stored if isinstance(stored, list) else []
+    for entry in several:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            stored = entry.get("template")
+    if stored is not None and not isinstance(stored, str):
+        raise UserError(
+            f'{config}: chat_template: expected a text, or several, one of them "default"'
+        )
+    return stored
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,9 +166,14 @@ def read_config(folder: Path) -> TransformerConfig:
     path = folder / "config.json"
     fields = read_json(path)
     if fields.get("format") != FORMAT:
-        hint = "; latent_delib.convert makes ours of it" if "model_type" in fields else ""
-        raise UserError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}{hint}")
+        raise UserError(f"{path}: format is {fields.get('format')!r}, expected {FORMAT!r}")
     return TransformerConfig.from_dict(fields.get("architecture", {}), f"{path}")
+
+
+def config_text(config: TransformerConfig) -> bytes:
+    """Returns the config.json of an architecture."""
+    fields = {"format": FORMAT, "architecture": config.to_dict()}
+    return (json.dumps(fields, indent=2) + "\n").encode()
 
 
 def fingerprint(folder: Path) -> str:
@@ -213,8 +285,7 @@ def write_model(
       entries: name -> shape and dtype of every leaf.
       chunks: the data of all leaves; see `tensors.write`.
     """
-    fields = {"format": FORMAT, "architecture": config.to_dict()}
-    text = (json.dumps(fields, indent=2) + "\n").encode()
+    text = config_text(config)
     (folder / "config.json").write_bytes(text)
     digest = hashlib.sha256(text)
     config_sha256 = digest.hexdigest()

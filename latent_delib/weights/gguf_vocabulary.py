@@ -1,8 +1,9 @@
 """Writes the vocabulary inside a GGUF as the tokenizer files it was made from.
 
-They are tokenizer.json, or a SentencePiece model. The reference is llama.cpp's reading of the same
-keys (llama-vocab.cpp). Like it, and unlike some tokenizer.json of the same models (Qwen's composes
-accents first), the files written here take text as it is.
+They are tokenizer.json, or a SentencePiece model; the chat template, if any, lies beside them. The
+reference is llama.cpp's reading of the same keys (llama-vocab.cpp). Like it, and unlike some
+tokenizer.json of the same models (Qwen's composes accents first), the files written here take text
+as it is.
 """
 
 import json
@@ -57,6 +58,9 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
     try:
         write_files = _one_of(writers, "model", keys["model"])
         write_files(keys, _vocabulary(keys), folder)
+        if "tokenizer.chat_template" in metadata:
+            template = metadata["tokenizer.chat_template"]
+            (folder / "chat_template.jinja").write_text(template, "utf-8")
     except KeyError as error:
         raise UserError(f"{source}: tokenizer.ggml.{error.args[0]} is missing") from None
     except Exception as error:  # tokenizers raises nothing more special

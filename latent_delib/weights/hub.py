@@ -11,7 +11,7 @@ from latent_delib.errors import UserError
 
 PREFIX = "hf:"
 NAME = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-FILES = ("*.safetensors", "*.json", "tokenizer.model")  # pickles stay there
+FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")  # pickles stay there
 
 
 def located(path: str) -> Path:

@@ -103,6 +103,30 @@ class TensorFile:
         return found.view(dtype).reshape(shape)
 
 
+def header(
+    entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """Returns all that a safetensors file holds before its data; arguments as for `write`."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (shape, dtype) in entries.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        fields[name] = {
+            "dtype": _CODES[np.dtype(dtype)],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """Returns the bytes of an array as a file holds them."""
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+
+
 def write(
     path: Path,
     entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
@@ -119,17 +143,7 @@ def write(
       metadata: strings for the header.
       digest: a `hashlib` object, updated with every byte of the file; None for no hash.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, (shape, dtype) in entries.items():
-        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        header[name] = {
-            "dtype": _CODES[np.dtype(dtype)],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    start = header(entries, metadata)
     with open(path, "wb") as file:
 
         def put(data: Any) -> None:
@@ -137,10 +151,13 @@ def write(
             if digest is not None:
                 digest.update(data)
 
-        put(struct.pack("<Q", len(text)) + text)
+        put(start)
         for chunk in chunks:
-            put(np.ascontiguousarray(chunk).view(np.uint8).reshape(-1).data)
-        written = file.tell() - 8 - len(text)
-        assert written == end, f"{path}: {written} bytes of data, {end} in the header"
+            put(raw(chunk))
+        written = file.tell() - len(start)
+        wanted = sum(
+            math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in entries.values()
+        )
+        assert written == wanted, f"{path}: {written} bytes of data, {wanted} in the header"
         file.flush()
         os.fsync(file.fileno())

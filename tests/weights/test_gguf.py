@@ -10,6 +10,7 @@ import sentencepiece
 from checkpoints import FAMILIES, refused, stored
 from gguf import GGMLQuantizationType as Type
 
+import latent_delib as ld
 from latent_delib.convert import convert
 from latent_delib.nn import rotary
 from latent_delib.nn.sizes import SIZES, differences
@@ -134,6 +135,7 @@ def test_equals_the_hugging_face_folder(hf, tokenizer_path, tmp_path, sized, fam
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-7)
         else:
             np.testing.assert_array_equal(x, y, err_msg=name)
+    assert ld.load_decoder(file).fingerprint == folder.fingerprint(tmp_path / "gguf")
     text = "the cat sat on  a mat\n\tand ran"
     tokenizers = [
         sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / n / "tokenizer.model"))

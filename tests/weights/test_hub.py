@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from latent_delib.convert import convert
 from latent_delib.errors import UserError
 from latent_delib.weights import folder, hub
 
@@ -85,10 +86,9 @@ def serving(models: Path) -> Iterator[ThreadingHTTPServer]:
 CHILD = """
 import sys
 import latent_delib as ld
-from latent_delib.weights import folder
 for name in sys.argv[1:]:
     try:
-        print(folder.fingerprint(folder.locate(name)))
+        print(ld.load_decoder(name).fingerprint)
     except ld.UserError as error:
         print(error)
 """
@@ -116,16 +116,19 @@ def test_models_are_fetched_once_and_stay(tmp_path):
     for path in folder.PACKAGED.iterdir():
         if path.is_file():
             (model / path.name).write_bytes(path.read_bytes())
+    convert("packaged", str(tmp_path / "models" / "me" / "theirs"), "huggingface")
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
     expected = folder.fingerprint(folder.PACKAGED)
     with serving(tmp_path / "models") as server:
         endpoint = f"http://127.0.0.1:{server.server_port}"
         names = ("hf:me/decoder", "hf:me/decoder@other", "hf:me/gated", "hf:me/absent")
+        names += ("hf:me/theirs",)  # in Hugging Face's form
         found = ask(tmp_path, endpoint, *names)
         assert found[0] == expected
         assert found[1] == "hf:me/decoder@other: that model has no revision 'other'"
         assert "accept its terms" in found[2] and "HF_TOKEN" in found[2]
         assert found[3].startswith("hf:me/absent: no such model")
+        assert found[4] == expected
         assert "model.safetensors" in server.asked
         assert "pytorch_model.bin" not in server.asked
     found = ask(tmp_path, endpoint, "hf:me/decoder", "hf:me/another", HF_HUB_OFFLINE="1")

@@ -1,0 +1,103 @@
+"""Chat templates: a conversation as the one text that an instruct model continues.
+
+A template is a Jinja program that comes with the model. It gets what `transformers` gives it
+(apply_chat_template), and runs in a sandbox.
+"""
+
+import datetime
+import json
+import reprlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from latent_delib.errors import UserError
+from latent_delib.machine import arguments
+
+FILE = "chat_template.jinja"  # beside a tokenizer
+MARK = "\ufdd0"  # a noncharacter, which Unicode keeps for uses like this
+FIELDS = {"role", "content"}
+
+
+def read(tokenizer: Path) -> str | None:
+    """Returns the chat template beside a tokenizer; None where there is none.
+
+    Raises:
+      UserError: it is no UTF-8.
+    """
+    file = tokenizer.with_name(FILE)
+    if not file.is_file():
+        return None
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+
+
+def checked(name: str, messages: Any) -> list[dict[str, str]]:
+    """Returns messages as a list of dicts.
+
+    Raises:
+      UserError: one of another form than {"role": TEXT, "content": TEXT}, or none at all.
+    """
+    found = arguments.several(name, messages)
+    for i, message in enumerate(found):
+        has_fields = isinstance(message, Mapping) and set(message) == FIELDS
+        if not has_fields or not all(isinstance(text, str) for text in message.values()):
+            raise UserError(
+                f'{name}[{i}]={reprlib.repr(message)}: expected {{"role": TEXT, "content": TEXT}}'
+            )
+    if not found:
+        raise UserError(f"{name}: holds none")
+    return [dict(message) for message in found]
+
+
+def marked(messages: list[dict[str, str]], control: Iterable[str]) -> list[dict[str, str]]:
+    """Returns messages that spell no control token: MARK stands inside of each."""
+    found = []
+    for message in messages:
+        content = message["content"]
+        for token in control:
+            content = content.replace(token, token[0] + MARK + token[1:])
+        found.append(message | {"content": content})
+    return found
+
+
+def render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, str]) -> str:
+    """Returns a conversation as text, up to where the next message of the model begins.
+
+    Args:
+      template: a Jinja program.
+      messages: as `checked` or `marked` returns them.
+      tokens: "bos_token" and "eos_token", as they are spelled.
+
+    Raises:
+      UserError: the template refuses the messages, or cannot be run.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    try:
+        program = environment.from_string(template)
+        return program.render(messages=messages, add_generation_prompt=True, **tokens)
+    except Exception as error:  # it is a program, and may fail in any way
+        raise UserError(f"messages: the chat template fails on them: {error}") from None
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Returns a value as JSON. Jinja's own filter would escape it for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Ends a template with an error, when it asks for that."""
+    raise ValueError(message)
+
+
+def _now(form: str) -> str:
+    """Returns the time, which some templates write into the text."""
+    return datetime.datetime.now().strftime(form)

@@ -1,0 +1,102 @@
+"""A decoder of another form as one of ours: what a folder would hold, or straight onto devices."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from latent_delib.errors import UserError
+from latent_delib.nn.transformer import Params
+from latent_delib.weights import folder, names, tensors
+from latent_delib.weights.source import Source
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+Entries = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+
+
+def tensors_of(source: Source, dtype: str = "") -> tuple[Entries, Iterator[np.ndarray]]:
+    """Returns the tensors of a source as a decoder folder of ours holds them.
+
+    Args:
+      source: a decoder of another form.
+      dtype: a key of DTYPES, or "" to round nothing: a leaf is float32 where any layer of it is not
+        bfloat16.
+
+    Returns:
+      Name -> shape and dtype of every leaf, in order; and their data in that order, read one tensor
+      of the source at a time.
+
+    Raises:
+      UserError: tensors are missing, unknown or misshapen.
+    """
+    config = source.architecture
+    found = names.match(source.shapes, config, source.form, source.where)
+    leaves = folder.by_name(folder.shapes(config))
+    order = list(leaves)
+    found.sort(key=lambda t: order.index(t.leaf))  # the same file, whatever it was made from
+    kept = dict.fromkeys(leaves, DTYPES[dtype or "bfloat16"])
+    if not dtype:
+        for t in found:
+            if source.dtypes[t.name] != DTYPES["bfloat16"]:
+                kept[t.leaf] = DTYPES["float32"]
+    entries = {t.leaf: (leaves[t.leaf].shape, kept[t.leaf]) for t in found}
+
+    def read(t: names.Tensor) -> np.ndarray:
+        return t.to_ours(source.read(t.name)).astype(kept[t.leaf], copy=False)
+
+    return entries, map(read, found)
+
+
+def check_vocabulary(source: Source, pieces: int) -> None:
+    """Raises UserError for a tokenizer of more pieces than the token table of a source has rows."""
+    rows = source.architecture.vocab_size
+    if pieces > rows:
+        raise UserError(
+            f"{source.where}: its tokenizer has {pieces} pieces, its token table {rows} rows"
+        )
+
+
+def load(source: Source, dtype: Any, shardings: Params) -> tuple[Params, str]:
+    """Reads a source onto the devices, as `folder.load` reads a folder that was made of it.
+
+    Host memory holds one leaf at a time, with all of its layers.
+
+    Args:
+      source: a decoder of another form.
+      dtype: of the arrays.
+      shardings: of every leaf.
+
+    Returns:
+      The parameters, and the fingerprint that the folder would have.
+    """
+    entries, chunks = tensors_of(source)
+    digest = hashlib.sha256(folder.config_text(source.architecture))
+    digest.update(tensors.header(entries))
+    placed = []
+    for name, sharding in folder.by_name(shardings).items():
+        leaf = _next_leaf(*entries[name], chunks)
+        digest.update(tensors.raw(leaf))
+        placed.append(_place(leaf, dtype, sharding))
+    return jax.tree.unflatten(jax.tree.structure(shardings), placed), digest.hexdigest()
+
+
+def _next_leaf(shape: tuple[int, ...], dtype: np.dtype, chunks: Iterator[np.ndarray]) -> np.ndarray:
+    """Returns the next leaf of the chunks, which each hold some of its layers."""
+    leaf = np.empty(shape, dtype)
+    flat = leaf.reshape(-1)
+    done = 0
+    while done < flat.size:
+        chunk = next(chunks)
+        flat[done : done + chunk.size] = chunk.reshape(-1)
+        done += chunk.size
+    return leaf
+
+
+def _place(leaf: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Puts a leaf where it lies on the devices."""
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index: leaf[index].astype(dtype, copy=False)
+    )
