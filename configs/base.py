@@ -64,6 +64,8 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 1024  # packed sequences a step, over all hosts
     c.train.accumulation = 1  # parts the batch passes in
     c.train.log_every = 10  # steps per line of metrics
+    # Steps between two losses on held-out text, the same each time; also after the last. 0: never.
+    c.train.validate_every = 0
     c.train.checkpoint_every = 1000  # steps
     c.train.keep = 2  # newest checkpoints kept
     c.train.keep_every = 0  # and those of every step that this divides; 0: none

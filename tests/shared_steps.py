@@ -17,6 +17,7 @@ OUTSIDE = {
     "data": ("sources", "weights", "validation", "token_files", "max_bad_records"),
     "train": (
         "log_every",
+        "validate_every",
         "checkpoint_every",
         "keep",
         "keep_every",

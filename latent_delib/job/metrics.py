@@ -70,7 +70,7 @@ class Metrics:
         self.flops = counted.useful
         peak = cost.PEAK.get(jax.devices()[0].device_kind, math.nan)
         self.peak = peak * jax.device_count()
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
         self.bad = 0
         self.grad_norm = math.nan
         self.since_save = Mean()
@@ -91,10 +91,24 @@ class Metrics:
         yield
         self.waited += time.perf_counter() - began
 
-    def push(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes a step's values, and reads those of the step before."""
+    @contextlib.contextmanager
+    def paused(self, values: Any) -> Iterator[None]:
+        """Leaves the time spent inside out of the steps' time. Waits for `values`, of a step."""
+        jax.block_until_ready(values)
+        began = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - began
+
+    def push(
+        self, step: int, values: dict[str, jax.Array], held_out: dict[str, float] | None = None
+    ) -> None:
+        """Takes a step's values, and reads those of the step before.
+
+        Args:
+          held_out: figures of `Validation`, where the step has some; its row has them too.
+        """
         self.flush()
-        self.pending = (step, values)
+        self.pending = (step, values, held_out or {})
 
     def flush(self) -> None:
         """Reads the values that are pending.
@@ -105,7 +119,7 @@ class Metrics:
         """
         if self.pending is None:
             return
-        step, values = self.pending
+        step, values, held_out = self.pending
         self.pending = None
         loss = float(values["loss"])
         tokens = float(values["tokens"])
@@ -120,7 +134,7 @@ class Metrics:
         if step % self.log_every and step != self.steps:
             return
         if self.since_row.tokens:
-            self._write_row(step)
+            self._write_row(step, held_out)
         elif not tokens:
             raise UserError(
                 f"step {step}: no token was predicted since step {self.row_begin}: no document "
@@ -146,7 +160,7 @@ class Metrics:
             "above 0"
         )
 
-    def _write_row(self, step: int) -> None:
+    def _write_row(self, step: int, held_out: dict[str, float]) -> None:
         """Writes the row of the steps since the last one, and prints it."""
         count = step - self.row_begin
         seconds = (time.perf_counter() - self.clock) / count
@@ -164,6 +178,7 @@ class Metrics:
             row["bad_steps"] = self.bad
         if math.isfinite(utilisation):
             row["model_flops_utilisation"] = utilisation
+        row |= held_out
         if self.log:
             self.log.write(row)
             print(line(row, self.steps), flush=True)
@@ -192,6 +207,12 @@ def line(row: dict[str, float], steps: int) -> str:
     parts = [
         f"step {row['step']}/{steps}",
         f"loss {row['loss']:.4f}",
+    ]
+    if "validation_loss" in row:
+        parts.append(f"validation {row['validation_loss']:.4f}")
+    if "validation_loss_decoder" in row:
+        parts[-1] += f" (decoder {row['validation_loss_decoder']:.4f})"
+    parts += [
         f"grad {row['grad_norm']:.3f}",
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens_per_second']:,.0f} tokens/s",
