@@ -66,6 +66,7 @@ def get_config() -> ConfigDict:
     c.train.log_every = 10  # steps per line of metrics
     # Steps between two losses on held-out text, the same each time; also after the last. 0: never.
     c.train.validate_every = 0
+    c.train.wandb = ""  # a project of Weights & Biases that gets the metrics too; "": none
     c.train.checkpoint_every = 1000  # steps
     c.train.keep = 2  # newest checkpoints kept
     c.train.keep_every = 0  # and those of every step that this divides; 0: none

@@ -116,15 +116,16 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     state, frozen = place_state(exp, plan, found)
 
     # Compile.
+    metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
     began = time.perf_counter()
     train_step = planning.compile_step(exp, plan)
     validation = Validation(exp, plan, frozen) if t.validate_every else None
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     # Train.
-    metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
     vote = distributed.vote(exp.mesh)
     stop.steps = True
+    metrics.begin_row(first)
     for step in range(first + 1, t.steps + 1):
         with metrics.waiting():
             local = next(loader)

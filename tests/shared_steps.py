@@ -18,6 +18,7 @@ OUTSIDE = {
     "train": (
         "log_every",
         "validate_every",
+        "wandb",
         "checkpoint_every",
         "keep",
         "keep_every",

@@ -1,4 +1,4 @@
-"""Writes the metrics of a training job: to the screen, to metrics.jsonl and for TensorBoard."""
+"""Writes the metrics of a training job: to the screen, metrics.jsonl, TensorBoard and W&B."""
 
 import contextlib
 import dataclasses
@@ -20,6 +20,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from latent_delib.delib import cost
 from latent_delib.errors import UserError, store_error
 from latent_delib.job.experiment import Experiment
+from latent_delib.job.wandb_run import WandbRun
 from latent_delib.machine import files
 from latent_delib.machine.progress import hours
 from latent_delib.machine.workdir import is_remote
@@ -75,10 +76,15 @@ class Metrics:
         self.grad_norm = math.nan
         self.since_save = Mean()
         self.saved = start
-        self.log = Log(workdir, start) if jax.process_index() == 0 else None
-        self._begin_row(start)
+        self.logs: list[Log | WandbRun] = []
+        if jax.process_index() == 0:
+            self.logs.append(Log(workdir, start))
+        if jax.process_index() == 0 and t.wandb:
+            self.logs.append(WandbRun(t.wandb, workdir, exp.record.config))
+        self.begin_row(start)
 
-    def _begin_row(self, step: int) -> None:
+    def begin_row(self, step: int) -> None:
+        """Starts the clock of the steps after `step`."""
         self.since_row = Mean()
         self.waited = 0.0
         self.row_begin = step
@@ -145,7 +151,7 @@ class Metrics:
         """Counts a step that is not finite; raises UserError where it is one too many."""
         self.bad += 1
         if self.bad <= self.allowed:
-            if self.log:
+            if self.logs:
                 print(f"{problem}; skipped, {self.bad} of at most {self.allowed}", flush=True)
             return
         self.close()  # the rows before this step show why
@@ -179,10 +185,11 @@ class Metrics:
         if math.isfinite(utilisation):
             row["model_flops_utilisation"] = utilisation
         row |= held_out
-        if self.log:
-            self.log.write(row)
+        for log in self.logs:
+            log.write(row)
+        if self.logs:
             print(line(row, self.steps), flush=True)
-        self._begin_row(step)
+        self.begin_row(step)
 
     def loss_to_save(self, step: int) -> float | None:
         """Returns the mean loss since the last save, in nats per token.
@@ -198,8 +205,8 @@ class Metrics:
 
     def close(self) -> None:
         self.flush()
-        if self.log:
-            self.log.close()
+        for log in self.logs:
+            log.close()
 
 
 def line(row: dict[str, float], steps: int) -> str:
