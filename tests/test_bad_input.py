@@ -53,6 +53,7 @@ def error(command_line, monkeypatch, capsys):
         ("--config.decoder.architecture.window=1.5", ["architecture.window=1.5", "'1.5'"]),
         ("--config.decoder.architecture.qk_norm=maybe", ["architecture.qk_norm=maybe", "oolean"]),
         ("--config.decoder.architecture.layer_pattern=both", ["layer_pattern=('both',)", "global"]),
+        ("--config.decoder.architecture.layer_pattern=[[1]]", ["layer_pattern=([1],)", "global"]),
         ("--confg.train.steps=3", ["--confg.train.steps", "--config.train.steps?"]),
         ("--work_dir=w", ["--work_dir", "--workdir?"]),
         ("--xyz=w", ["--xyz", "--help"]),
