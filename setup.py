@@ -88,6 +88,7 @@ setup(
         # needs pycosat, which wants a C compiler and Python's headers
         "tasks": ["reasoning-gym>=0.1.25"],
         "mixture": MIXTURE,
+        "wandb": ["wandb>=0.31"],
         # golden values are made with them
         "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],
         "test": [

@@ -4,20 +4,24 @@ Shapes, batch and steps are the published ones (Liu et al. 2025, Section 2.3), d
 packaged ones; the optimizer was not published.
 
 Other files start from `get_config()` here and change what differs. A key that is not declared here
-is refused, but for the fields of TransformerConfig in `decoder.architecture` and
-`method.coprocessor`.
+is refused. Any command that takes --config prints its keys with --list_keys, and the comments here.
 """
 
 from ml_collections import ConfigDict
 
+from latent_delib.nn.sizes import TransformerConfig
+
+# Tables that are empty here, and may hold fields of a dataclass.
+TABLES = {"decoder.architecture": TransformerConfig, "method.coprocessor": TransformerConfig}
+
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.seed = 0
+    c.seed = 0  # of the order of text, of traces, and of weights that start at random
 
     c.decoder = ConfigDict()
     c.decoder.path = "packaged"  # or a decoder folder, or "": random weights of `architecture`
-    c.decoder.architecture = ConfigDict()  # of TransformerConfig; a folder has its own, must agree
+    c.decoder.architecture = ConfigDict()  # TransformerConfig; must agree with the folder's own
     c.decoder.tokenizer = ""  # the decoder's own; or "packaged", or tokenizer.model or .json
     c.decoder.export_dtype = "float32"  # of the decoder folder that training a decoder ends with
 
@@ -38,29 +42,32 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.sources = ("packaged/train",)  # or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE
     c.data.weights = (1.0,)  # one per source
-    c.data.validation = ("packaged/validation",)
+    c.data.validation = ("packaged/validation",)  # held-out text, named like the sources
     c.data.token_files = ""  # a directory written by `prepare`; "" reads the sources through seqio
     c.data.seq_len = 2048  # T
     c.data.max_bad_records = 0  # unusable documents or rows skipped; one more ends the command
 
     c.optimizer = ConfigDict()  # linear warm-up, cosine; not published
     c.optimizer.name = "adamw"  # or a row of OPTIMIZERS in delib/step.py: "adafactor", "muon"
-    c.optimizer.learning_rate = 1e-3
-    c.optimizer.soft_token_learning_rate = 1e-3
+    c.optimizer.learning_rate = 1e-3  # the peak
+    c.optimizer.soft_token_learning_rate = 1e-3  # the peak for soft tokens
     c.optimizer.warmup_steps = 1000
     c.optimizer.final_fraction = 0.1  # of the peak rate, at the last step
     c.optimizer.b1 = 0.9  # b1, b2, eps: AdamW's; b1 is Muon's momentum as well
     c.optimizer.b2 = 0.99
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0
-    c.optimizer.clip_norm = 1.0
+    c.optimizer.clip_norm = 1.0  # of the whole gradient
 
     c.train = ConfigDict()
     c.train.steps = 100_000
     c.train.batch_size = 1024  # packed sequences a step, over all hosts
     c.train.accumulation = 1  # parts the batch passes in
-    c.train.log_every = 10
-    c.train.checkpoint_every = 1000
+    c.train.log_every = 10  # steps per line of metrics
+    # Steps between two losses on held-out text, the same each time; also after the last. 0: never.
+    c.train.validate_every = 0
+    c.train.wandb = ""  # a project of Weights & Biases that gets the metrics too; "": none
+    c.train.checkpoint_every = 1000  # steps
     c.train.keep = 2  # newest checkpoints kept
     c.train.keep_every = 0  # and those of every step that this divides; 0: none
     c.train.keep_best = 0  # and so many of the lowest mean loss since the checkpoint before
@@ -93,10 +100,9 @@ def get_config() -> ConfigDict:
     c.evaluate.max_positions = 0
     c.evaluate.seed = 0  # of that draw, and of the confidence intervals
     c.evaluate.delay = 0  # latents are written so many tokens before they join
-    # Controls: every piece is given the latents of another document at the same positions; so many
-    # tokens of each piece are read by the plain decoder alone.
+    # Control: every piece is given the latents of another document at the same positions.
     c.evaluate.swap = False
-    c.evaluate.longer_prompt = 0
+    c.evaluate.longer_prompt = 0  # control: so many tokens of a piece are read without latents
     c.lock()
     c.decoder.architecture.unlock()
     c.method.coprocessor.unlock()

@@ -41,6 +41,7 @@ from latent_delib.job.export import export_decoder
 from latent_delib.job.metrics import Metrics
 from latent_delib.job.plan import Plan
 from latent_delib.job.record import Record
+from latent_delib.job.validation import Validation
 from latent_delib.machine import commands, distributed, files
 from latent_delib.machine.checkpoint import Checkpoints, Restored
 from latent_delib.machine.command_line import CONFIG, REQUIRED
@@ -82,6 +83,8 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
       OSError: the disk failed; the last checkpoint is whole.
     """
     batches.check(config.data, "sources")
+    if config.train.validate_every:
+        batches.check(config.data, "validation")
     exp = experiment.read(config)
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)
@@ -113,21 +116,27 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     state, frozen = place_state(exp, plan, found)
 
     # Compile.
+    metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
     began = time.perf_counter()
     train_step = planning.compile_step(exp, plan)
+    validation = Validation(exp, plan, frozen) if t.validate_every else None
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     # Train.
-    metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
     vote = distributed.vote(exp.mesh)
     stop.steps = True
+    metrics.begin_row(first)
     for step in range(first + 1, t.steps + 1):
         with metrics.waiting():
             local = next(loader)
         stop_votes = vote(bool(stop.by))  # before the step, so known when the step before is done
         batch = mesh_lib.place_rows(exp.mesh, local, t.batch_size)
         state, values = train_step(state, frozen, batch)
-        metrics.push(step, values)
+        held_out = {}
+        if validation and validation.is_due(step):
+            with metrics.paused(values):
+                held_out = validation(state.trainable)
+        metrics.push(step, values, held_out)
         if t.profile_at > first:
             trace_steps(t.profile_at, step, values, workdir)
         stopping = bool(stop_votes)  # the same on all processes

@@ -17,6 +17,8 @@ OUTSIDE = {
     "data": ("sources", "weights", "validation", "token_files", "max_bad_records"),
     "train": (
         "log_every",
+        "validate_every",
+        "wandb",
         "checkpoint_every",
         "keep",
         "keep_every",

@@ -16,6 +16,7 @@ import jax
 import pytest
 from small import named
 
+from configs import base
 from latent_delib.errors import Outage
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import CONFIG, FOLDERS, REQUIRED
@@ -39,12 +40,16 @@ def command(command_line):
 
 @pytest.fixture
 def parsed(command, config_file):
-    """parsed(*arguments, **options) -> the values of a command with a config file."""
+    """parsed(*arguments, **options) -> the values of a command with a config file.
 
-    def run(*arguments, **options):
+    changes: of the file, as `config_file` takes them.
+    """
+
+    def run(*arguments, changes=None, **options):
         found = []
         options = {"config": (CONFIG, "")} | options
-        assert command(found.append, f"--config={config_file()}", *arguments, **options) is None
+        file = config_file(changes)
+        assert command(found.append, f"--config={file}", *arguments, **options) is None
         return found[0]
 
     return run
@@ -67,6 +72,85 @@ def test_the_last_of_what_is_given_twice_counts(parsed):
     assert values.config.data.sources == ("files:b", "files:c")
     assert values.config.data.validation == ("files:b",)
     assert (values.config.train.steps, values.out) == (2, "b")
+
+
+def test_fields_of_tables_are_keys(parsed):
+    """Those that a file leaves out too; they have the types of the fields, whatever a file has."""
+    there = {"decoder.architecture": {"rope_base": 10_000, "layer_pattern": ["global"]}}
+    values = parsed(
+        "--config.decoder.architecture.num_layers=2",
+        "--config.decoder.architecture.activation=silu",
+        "--config.decoder.architecture.rope_base=1e6",
+        "--config.decoder.architecture.layer_pattern=('local', 'global')",
+        "--config.decoder.architecture.post_norms",
+        "--config.method.coprocessor.num_layers=3",
+        "--config.method.coprocessor.layer_pattern=local",
+        "--config.method.coprocessor.rope_scaling=(8, 1.0, 4.0, 64)",
+        "--noconfig.method.coprocessor.qk_norm",
+        changes=there,
+    )
+    assert values.config.decoder.architecture.to_dict() == {
+        "num_layers": 2,
+        "activation": "silu",
+        "rope_base": 1e6,
+        "layer_pattern": ("local", "global"),
+        "post_norms": True,
+    }
+    assert values.config.method.coprocessor.to_dict() == {
+        "num_layers": 3,
+        "layer_pattern": ("local",),
+        "rope_scaling": (8, 1.0, 4.0, 64),
+        "qk_norm": False,
+    }
+    assert not parsed().config.method.coprocessor
+
+
+def listed(capsys, command, *arguments):
+    """--list_keys -> key -> (value as Python, comment) of the lines that are not headings."""
+
+    def main(values):
+        raise AssertionError("--list_keys runs nothing")
+
+    options = {"config": (CONFIG, ""), "workdir": (REQUIRED, "")}
+    assert command(main, "--list_keys", *arguments, **options) is None
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    found = {}
+    for line in lines:
+        code, _, comment = line.partition("  # ")
+        key, _, value = code.strip().partition(" = ")
+        found[key] = (value.strip(), comment)
+    return found
+
+
+def test_the_keys_are_listed_with_values_and_comments(command, capsys, config_file):
+    found = listed(capsys, command)
+    assert found["method.num_latents"] == ("16", "N_L")
+    assert found["method.coprocessor.num_layers"] == ("", "not set: int")
+    assert found["decoder.architecture.layer_pattern"] == ("", "not set: tuple")
+    above = "What the backward pass keeps, from most to least: none, dots, attention, full."
+    assert found["compute.remat"] == ("'attention'", above)
+    assert found["mesh.data"] == ("-1", "")
+    of_leaves = base.get_config().to_dict()
+    leaves = {f"{room}.{key}" for room in of_leaves if room != "seed" for key in of_leaves[room]}
+    leaves |= {"seed"}
+    leaves -= {"decoder.architecture", "method.coprocessor"}
+    assert leaves <= set(found)
+    names = [key for key in found if key in leaves]
+    assert names[:2] == ["seed", "decoder.path"], "in the order of base.py"
+    changed = listed(
+        capsys,
+        command,
+        f"--config={config_file()}",
+        "--config.train.steps=7",
+        "--config.method.coprocessor.num_layers=1",
+    )
+    assert changed["method.num_latents"] == ("2", "N_L")
+    assert changed["train.steps"][0] == "7"
+    assert changed["method.coprocessor.num_layers"] == ("1", "")
+
+
+def test_a_command_without_a_config_has_no_keys(command):
+    named(command(lambda values: None, "--list_keys", out=("", "")), "--list_keys", "no such flag")
 
 
 def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):

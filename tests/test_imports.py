@@ -92,6 +92,7 @@ def test_no_door_imports_another():
         ({"torch", "transformers"}, set()),
         ({"orbax"}, {"machine/checkpoint", "weights/deepmind"}),
         ({"gguf"}, {"weights/gguf"}),
+        ({"wandb"}, {"job/wandb_run"}),
     ],
 )
 def test_heavy_packages_stay_in_their_room(packages, users):

@@ -1,14 +1,19 @@
 """Training batches and validation documents, from text or from token files."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from latent_delib.data.rows import Document
+from latent_delib.data.rows import Document, pack, segments
 from latent_delib.data.sources import check_files
+from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
 from latent_delib.errors import UserError
+
+SPREAD = 16  # of so many rows of held-out text one is taken
 
 
 def check(data: Any, field: str) -> None:
@@ -110,6 +115,54 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document
     else:
         from latent_delib.data import text as route
     return route.validation_documents(data, tokenizer_path=tokenizer_path)
+
+
+def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, np.ndarray]:
+    """Returns rows of held-out text, packed as training rows are, always the same ones.
+
+    Each source of `data.validation` has an equal share. They are evenly spaced over the beginning
+    of the source, at most SPREAD times as long: so little of a large source is read.
+
+    Args:
+      data: config.data.
+      tokenizer_path: its file.
+      count: how many rows; where sources are short, the last ones are padding.
+
+    Returns:
+      As `Training.batches` yields them, {"tokens": int32 [count, T], "segment": int32 [count, T]}.
+
+    Raises:
+      UserError: sources are missing, empty or do not fit `data`.
+    """
+    tokenizer = Tokenizer(tokenizer_path)
+    share = -(-count // len(data.validation))
+    taken: list[np.ndarray] = []
+    for source in data.validation:
+        one = ConfigDict({**data, "validation": (source,)})
+        documents = validation_documents(one, tokenizer_path=tokenizer_path)
+        packed = _packed(documents, data.seq_len, tokenizer)
+        found = list(itertools.islice(packed, SPREAD * share))
+        stride = max(1, len(found) // share)
+        taken += found[::stride][:share]
+    if not taken:
+        raise UserError("config.data.validation: holds no text")
+    tokens = np.full([count, data.seq_len], tokenizer.pad_id, np.int32)
+    tokens[: len(taken)] = taken[:count]
+    return {"tokens": tokens, "segment": segments(tokens, tokenizer.bos_id, tokenizer.pad_id)}
+
+
+def _packed(
+    documents: Iterator[Document], length: int, tokenizer: Tokenizer
+) -> Iterator[np.ndarray]:
+    """Yields the rows of documents, int32 [length] each."""
+    nothing = np.empty(0, np.int32)
+    body = nothing
+    tokens = (document.tokens for document in documents)
+    for part in itertools.chain(tokens, [nothing]):
+        rows, body = pack(
+            body, part, length=length, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id
+        )
+        yield from rows
 
 
 def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:

@@ -228,3 +228,32 @@ def loss(
         counts &= traces_lib.is_answered(tokens_BT, segment_BT, prompt_end)
         weights = counts.astype(jnp.float32)
     return summed_nll(aug, params, outputs, targets, weights), jnp.sum(weights)
+
+
+def loss_without_latents(
+    aug: Augmentation,
+    params: Params,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    at_BM: jax.Array,
+    num_ahead: int,
+    dtype: jnp.dtype,
+    delay_BM: jax.Array | int = 0,
+    prompt_end: Sequence[int] = (),
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of `loss` for the plain decoder, on the same ahead tokens.
+
+    Args:
+      aug: a method with latents.
+      params: those of the decoder are enough.
+      tokens_BT, segment_BT, at_BM, num_ahead, dtype, delay_BM, prompt_end: as for `loss`.
+    """
+    del prompt_end  # of a plain decoder's own loss; `at_BM` is behind prompts already
+    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)
+    weights = traces.weights * ahead_weights(num_ahead)
+    reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
+    nll_BT = nll(aug, params, reading.outputs[:, :-1], tokens_BT[:, 1:])
+    before_BMA = at_BM[..., None] + jnp.arange(num_ahead)  # the token before each ahead token
+    before_BR = jnp.minimum(before_BMA, nll_BT.shape[1] - 1).reshape(len(at_BM), -1)
+    nll_BMA = jnp.take_along_axis(nll_BT, before_BR, axis=1).reshape(weights.shape)
+    return jnp.sum(nll_BMA * weights), jnp.sum(weights)

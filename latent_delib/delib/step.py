@@ -20,6 +20,8 @@ from latent_delib.nn.transformer import Params
 
 # (aug, params, outputs [..., D], the tokens [...] that they predict) -> arrays [...].
 Score = Callable[[Augmentation, Params, jax.Array, jax.Array], Any]
+# Tokens, segments, trace positions and their delays: int32 [B, T], [B, T], [B, M], [B, M].
+Batch = tuple[jax.Array, ...]
 
 
 class TrainState(NamedTuple):
@@ -179,15 +181,10 @@ def train_step(
       The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before
       clipping).
     """
-    tokens_BT, segment_BT = batch["tokens"], batch["segment"]
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    num_traces = min(num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
-    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces, prompt_end)
-    delay_BM = traces.draw_delays(jax.random.fold_in(key, 1), at_BM, max_delay)
-
+    whole = _with_traces(batch, seed, state.step, num_traces, max_delay, prompt_end)
     frozen = augment.gathered(aug, frozen)  # before the loop over parts
 
-    def loss_sum(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def loss_sum(trained: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
         # Tables that are trained are gathered here, so that their gradients lie as they do.
         params = augment.assemble(frozen, augment.gathered(aug, trained))
         tokens, segment, at, delay = part
@@ -195,7 +192,6 @@ def train_step(
 
     # Differentiated where it is cast: gradients are summed over devices in the computation's dtype.
     trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)
-    whole = (tokens_BT, segment_BT, at_BM, delay_BM)
     if accumulation == 1:
         (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, whole)
     else:
@@ -215,23 +211,88 @@ def train_step(
 def _sum_over_parts(
     loss_sum: Callable,
     trained: Params,
-    whole: tuple[jax.Array, ...],
+    whole: Batch,
     accumulation: int,
 ) -> Any:
     """Adds up loss, tokens and float32 gradients over the parts of a batch, in turn."""
 
-    def split(x: jax.Array) -> jax.Array:
-        # Part i takes rows i, i + accumulation, ...: rows stay on the devices that hold them.
-        return x.reshape(-1, accumulation, x.shape[1]).swapaxes(0, 1)
-
-    def add(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, None]:
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
         found = jax.value_and_grad(loss_sum, has_aux=True)(trained, part)
         return jax.tree.map(jnp.add, total, found), None
 
     no_loss = (jnp.zeros(()), jnp.zeros(()))
     no_grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
-    total, _ = jax.lax.scan(add, (no_loss, no_grads), jax.tree.map(split, whole))
+    total, _ = jax.lax.scan(add, (no_loss, no_grads), _parts(whole, accumulation))
     return total
+
+
+def _with_traces(
+    batch: dict[str, jax.Array],
+    seed: int,
+    number: jax.Array,
+    num_traces: int,
+    max_delay: int,
+    prompt_end: tuple[int, ...],
+) -> Batch:
+    """Draws traces and delays for the text of a batch, by the seed and the batch's number."""
+    tokens_BT, segment_BT = batch["tokens"], batch["segment"]
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    num_traces = min(num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
+    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces, prompt_end)
+    delay_BM = traces.draw_delays(jax.random.fold_in(key, 1), at_BM, max_delay)
+    return tokens_BT, segment_BT, at_BM, delay_BM
+
+
+def _parts(whole: Batch, accumulation: int) -> Batch:
+    """Splits a batch into equal parts along a new first axis.
+
+    Part i takes rows i, i + accumulation, ...: rows stay on the devices that hold them.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, accumulation, x.shape[1]).swapaxes(0, 1)
+
+    return jax.tree.map(split, whole)
+
+
+def validation_step(
+    trainable: Params,
+    frozen: Params,
+    batch: dict[str, jax.Array],
+    number: jax.Array,
+    *,
+    aug: Augmentation,
+    seed: int,
+    num_traces: int,
+    num_ahead: int,
+    accumulation: int,
+    dtype: jnp.dtype,
+    max_delay: int = 0,
+    prompt_end: tuple[int, ...] = (),
+    loss: Callable[..., tuple[jax.Array, jax.Array]] = augment.loss,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the loss of a batch as `train_step` does, without a gradient.
+
+    Args:
+      trainable: float32 master weights; {}: the frozen parameters are enough.
+      number: of the batch, int32; its traces are those of training step `number`.
+      loss: `augment.loss` or `augment.loss_without_latents`.
+      frozen, batch, aug, seed, num_traces, num_ahead, accumulation, dtype, max_delay, prompt_end:
+        as for `train_step`.
+
+    Returns:
+      Σ loss in nats, and Σ tokens: float32 scalars.
+    """
+    whole = _with_traces(batch, seed, number, num_traces, max_delay, prompt_end)
+    trained = jax.tree.map(lambda x: x.astype(dtype), trainable)
+    params = augment.gathered(aug, augment.assemble(frozen, trained))
+
+    def one(part: Batch) -> tuple[jax.Array, jax.Array]:
+        tokens, segment, at, delay = part
+        return loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, prompt_end)
+
+    losses, counts = jax.lax.map(one, _parts(whole, accumulation))
+    return jnp.sum(losses), jnp.sum(counts)
 
 
 def _unless_bad(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:

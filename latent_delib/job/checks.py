@@ -94,6 +94,11 @@ def _check_train(t: ConfigDict) -> None:
             f"config.train.profile_at={t.profile_at}: expected at most {t.steps - 3}, so that "
             f"three steps follow it before config.train.steps={t.steps}"
         )
+    if t.validate_every % t.log_every:
+        raise UserError(
+            f"config.train.validate_every={t.validate_every}: expected a multiple of "
+            f"config.train.log_every={t.log_every}"
+        )
     if t.batch_size % t.accumulation:
         raise UserError(
             f"config.train.accumulation={t.accumulation}: expected a divisor of "

@@ -1,4 +1,4 @@
-"""Writes the metrics of a training job: to the screen, to metrics.jsonl and for TensorBoard."""
+"""Writes the metrics of a training job: to the screen, metrics.jsonl, TensorBoard and W&B."""
 
 import contextlib
 import dataclasses
@@ -20,6 +20,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from latent_delib.delib import cost
 from latent_delib.errors import UserError, store_error
 from latent_delib.job.experiment import Experiment
+from latent_delib.job.wandb_run import WandbRun
 from latent_delib.machine import files
 from latent_delib.machine.progress import hours
 from latent_delib.machine.workdir import is_remote
@@ -70,15 +71,20 @@ class Metrics:
         self.flops = counted.useful
         peak = cost.PEAK.get(jax.devices()[0].device_kind, math.nan)
         self.peak = peak * jax.device_count()
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
         self.bad = 0
         self.grad_norm = math.nan
         self.since_save = Mean()
         self.saved = start
-        self.log = Log(workdir, start) if jax.process_index() == 0 else None
-        self._begin_row(start)
+        self.logs: list[Log | WandbRun] = []
+        if jax.process_index() == 0:
+            self.logs.append(Log(workdir, start))
+        if jax.process_index() == 0 and t.wandb:
+            self.logs.append(WandbRun(t.wandb, workdir, exp.record.config))
+        self.begin_row(start)
 
-    def _begin_row(self, step: int) -> None:
+    def begin_row(self, step: int) -> None:
+        """Starts the clock of the steps after `step`."""
         self.since_row = Mean()
         self.waited = 0.0
         self.row_begin = step
@@ -91,10 +97,24 @@ class Metrics:
         yield
         self.waited += time.perf_counter() - began
 
-    def push(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes a step's values, and reads those of the step before."""
+    @contextlib.contextmanager
+    def paused(self, values: Any) -> Iterator[None]:
+        """Leaves the time spent inside out of the steps' time. Waits for `values`, of a step."""
+        jax.block_until_ready(values)
+        began = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - began
+
+    def push(
+        self, step: int, values: dict[str, jax.Array], held_out: dict[str, float] | None = None
+    ) -> None:
+        """Takes a step's values, and reads those of the step before.
+
+        Args:
+          held_out: figures of `Validation`, where the step has some; its row has them too.
+        """
         self.flush()
-        self.pending = (step, values)
+        self.pending = (step, values, held_out or {})
 
     def flush(self) -> None:
         """Reads the values that are pending.
@@ -105,7 +125,7 @@ class Metrics:
         """
         if self.pending is None:
             return
-        step, values = self.pending
+        step, values, held_out = self.pending
         self.pending = None
         loss = float(values["loss"])
         tokens = float(values["tokens"])
@@ -120,7 +140,7 @@ class Metrics:
         if step % self.log_every and step != self.steps:
             return
         if self.since_row.tokens:
-            self._write_row(step)
+            self._write_row(step, held_out)
         elif not tokens:
             raise UserError(
                 f"step {step}: no token was predicted since step {self.row_begin}: no document "
@@ -131,7 +151,7 @@ class Metrics:
         """Counts a step that is not finite; raises UserError where it is one too many."""
         self.bad += 1
         if self.bad <= self.allowed:
-            if self.log:
+            if self.logs:
                 print(f"{problem}; skipped, {self.bad} of at most {self.allowed}", flush=True)
             return
         self.close()  # the rows before this step show why
@@ -146,7 +166,7 @@ class Metrics:
             "above 0"
         )
 
-    def _write_row(self, step: int) -> None:
+    def _write_row(self, step: int, held_out: dict[str, float]) -> None:
         """Writes the row of the steps since the last one, and prints it."""
         count = step - self.row_begin
         seconds = (time.perf_counter() - self.clock) / count
@@ -164,10 +184,12 @@ class Metrics:
             row["bad_steps"] = self.bad
         if math.isfinite(utilisation):
             row["model_flops_utilisation"] = utilisation
-        if self.log:
-            self.log.write(row)
+        row |= held_out
+        for log in self.logs:
+            log.write(row)
+        if self.logs:
             print(line(row, self.steps), flush=True)
-        self._begin_row(step)
+        self.begin_row(step)
 
     def loss_to_save(self, step: int) -> float | None:
         """Returns the mean loss since the last save, in nats per token.
@@ -183,8 +205,8 @@ class Metrics:
 
     def close(self) -> None:
         self.flush()
-        if self.log:
-            self.log.close()
+        for log in self.logs:
+            log.close()
 
 
 def line(row: dict[str, float], steps: int) -> str:
@@ -192,6 +214,12 @@ def line(row: dict[str, float], steps: int) -> str:
     parts = [
         f"step {row['step']}/{steps}",
         f"loss {row['loss']:.4f}",
+    ]
+    if "validation_loss" in row:
+        parts.append(f"validation {row['validation_loss']:.4f}")
+    if "validation_loss_decoder" in row:
+        parts[-1] += f" (decoder {row['validation_loss_decoder']:.4f})"
+    parts += [
         f"grad {row['grad_norm']:.3f}",
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens_per_second']:,.0f} tokens/s",

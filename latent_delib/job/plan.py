@@ -55,17 +55,7 @@ def make(exp: Experiment) -> Plan:
         (c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(exp.mesh)
     )
     step = partial(
-        train_step,
-        aug=exp.aug,
-        tx=optimizer.tx,
-        seed=c.seed,
-        num_traces=c.method.num_traces,
-        num_ahead=c.method.num_ahead,
-        max_delay=c.method.max_delay,
-        prompt_end=exp.prompt_end,
-        accumulation=c.train.accumulation,
-        dtype=exp.dtype,
-        skip_bad=c.train.max_bad_steps > 0,
+        train_step, tx=optimizer.tx, skip_bad=c.train.max_bad_steps > 0, **objective(exp)
     )
     return Plan(
         state=state,
@@ -74,6 +64,21 @@ def make(exp: Experiment) -> Plan:
         optimizer=optimizer,
         step=jax.jit(step, out_shardings=(shardings_of(state), whole), donate_argnums=0),
     )
+
+
+def objective(exp: Experiment) -> dict[str, Any]:
+    """Returns the arguments of `train_step` and `validation_step` that say what the loss is."""
+    c = exp.config
+    return {
+        "aug": exp.aug,
+        "seed": c.seed,
+        "num_traces": c.method.num_traces,
+        "num_ahead": c.method.num_ahead,
+        "max_delay": c.method.max_delay,
+        "prompt_end": exp.prompt_end,
+        "accumulation": c.train.accumulation,
+        "dtype": exp.dtype,
+    }
 
 
 def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:

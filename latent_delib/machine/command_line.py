@@ -1,6 +1,7 @@
 """Reads a command line: flags without global state, and config files whose keys are flags."""
 
 import ast
+import dataclasses
 import difflib
 import os
 import re
@@ -29,6 +30,7 @@ Options = dict[str, tuple[Any, str]]
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "configs").is_dir():
     ROOT = Path(__file__).parents[1] / "repository"
+BASE = ROOT / "configs" / "base.py"  # declares every key
 TEXTS = ("prompt", "stop", "text")  # in every other flag a leading ~ is the home folder
 HOME = re.compile(r"^(files:|lines:|)(~[^/]*)")
 
@@ -66,7 +68,42 @@ def help_text(doc: str, options: Options) -> str:
     lines = [doc.strip(), "", "flags:"]
     for name, (default, text) in options.items():
         lines.append(f"  {_shown(name, default)}: {text}")
+    if configs_of(options):
+        lines.append("  --list_keys: print the keys of the config, their values and meanings")
     return "\n".join(lines)
+
+
+def configs_of(options: Options) -> list[str]:
+    """Returns the names of the flags that take a config file."""
+    return [
+        name for name, (default, _) in options.items() if default is CONFIG or callable(default)
+    ]
+
+
+def parse_configs(options: Options) -> dict[str, ConfigDict]:
+    """Returns the configs of sys.argv by flag, those of configs/base.py where no file is named.
+
+    Other flags may be missing; --list_keys may be there.
+
+    Raises:
+      UserError: as `parse`.
+    """
+    lenient: Options = {"list_keys": (False, "")}
+    names = configs_of(options)
+    for name, (default, text) in options.items():
+        if name in names:
+            default = _base_config
+        elif default in (REQUIRED, FOLDERS):
+            default = ""
+        lenient[name] = default, text
+    values = flags.FlagValues()
+    parse(values, lenient)
+    return {name: values[name].value for name in names}
+
+
+def _base_config(values: flags.FlagValues) -> ConfigDict:
+    del values
+    return load_config("config", str(BASE))
 
 
 def parse(values: flags.FlagValues, options: Options) -> None:
@@ -119,9 +156,8 @@ def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]
     """
     configs = {}
     known = list(values)
-    for name, (default, text) in options.items():
-        if default is not CONFIG and not callable(default):
-            continue
+    for name in configs_of(options):
+        default, text = options[name]
         if values[name].value:
             config = load_config(name, values[name].value)
         elif callable(default):
@@ -129,35 +165,79 @@ def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]
         else:
             raise UserError(f"--{name} is missing: {text}")
         configs[name] = values[name].value = config
-        known += [f"{name}.{key}" for key in _keys(config)]
+        known += [f"{name}.{key}" for key in keys_of(config)]
+        known += [f"{name}.{key}" for key in fields_of_tables(config)]
     _refuse_unknown(arguments, known)
+    for name, config in configs.items():
+        _make_room(name, config, arguments)
     keys = flags.FlagValues()
     for name, config in configs.items():
         config_flags.DEFINE_config_dict(name, config, flag_values=keys, sys_argv=arguments)
     return keys(["", *arguments])[1:]
 
 
-def _keys(config: ConfigDict, above: str = "") -> Iterator[str]:
+def keys_of(config: ConfigDict, above: str = "") -> Iterator[str]:
+    """Yields the dotted key of every value and table of a config."""
     for name, value in config.items():
         yield above + name
         if isinstance(value, ConfigDict):
-            yield from _keys(value, f"{above}{name}.")
+            yield from keys_of(value, f"{above}{name}.")
+
+
+def value_of(config: ConfigDict, key: str) -> Any:
+    """Returns the value of a dotted key; None for a field that is not set."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part)
+    return value
+
+
+def fields_of_tables(config: ConfigDict) -> dict[str, Any]:
+    """Returns key -> type of the fields that tables of a config may hold, by TABLES of base.py."""
+    there = set(keys_of(config))
+    found = {}
+    for table, kind in runpy.run_path(str(BASE))["TABLES"].items():
+        if table in there:
+            found |= {f"{table}.{field.name}": field.type for field in dataclasses.fields(kind)}
+    return found
+
+
+def _make_room(name: str, config: ConfigDict, arguments: list[str]) -> None:
+    """Sets each field that an argument names to an empty value of its type.
+
+    So a flag sets it, and is read as that type, whatever the config file has there.
+    """
+    given = {flag.removeprefix("no") for flag in map(_flag_of, arguments)}
+    for key, kind in fields_of_tables(config).items():
+        if f"{name}.{key}" in given:
+            above, _, field = key.rpartition(".")
+            table = value_of(config, above)
+            with config.unlocked():
+                if field in table:
+                    del table[field]  # a value of any type
+                table[field] = kind()
+
+
+def _flag_of(argument: str) -> str:
+    """Returns the name of a flag without dashes and value; "" for another word."""
+    found = re.match(r"--?([a-zA-Z][^=]*)", argument)
+    return found[1] if found else ""
 
 
 def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
     """Raises UserError for an unknown flag, with the known name that is most like it."""
     for argument in arguments:
-        found = re.match(r"--?([a-zA-Z][^=]*)", argument)
-        if found is None or found[1] in known or found[1].removeprefix("no") in known:
+        flag = _flag_of(argument)
+        if not flag or flag in known or flag.removeprefix("no") in known:
             continue
-        key = found[1].split(".")[-1]
+        key = flag.split(".")[-1]
         alike = [name for name in known if name.split(".")[-1] == key]  # in another table
         cutoff = 0.0 if alike else 0.8
-        close = difflib.get_close_matches(found[1], alike or known, n=1, cutoff=cutoff)
-        remedy = "--help lists the flags, configs/base.py the keys"
+        close = difflib.get_close_matches(flag, alike or known, n=1, cutoff=cutoff)
+        remedy = "--list_keys lists the keys" if "." in flag else "--help lists the flags"
         if close:
             remedy = f"did you mean --{close[0]}?"
-        raise UserError(f"{found[0]}: no such flag; {remedy}")
+        raise UserError(f"--{flag}: no such flag; {remedy}")
 
 
 def load_config(name: str, given: str) -> ConfigDict:

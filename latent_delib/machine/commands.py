@@ -19,7 +19,8 @@ from absl import flags
 
 from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 from latent_delib.machine import files
-from latent_delib.machine.command_line import help_text, parse
+from latent_delib.machine.command_line import configs_of, help_text, parse
+from latent_delib.machine.config_keys import list_keys
 
 STOPPED = 75  # the exit code after SIGTERM, once all is saved: run it again to go on
 UNREAD = 128 + signal.SIGPIPE  # the exit code where nobody reads the output any more: `| head`
@@ -46,8 +47,11 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
     _settle()
     values = flags.FlagValues()
     try:
-        if {"--help", "-h", "--helpfull"} & set(sys.argv[1:]):
+        words = set(sys.argv[1:])
+        if {"--help", "-h", "--helpfull"} & words:
             print(help_text(doc, options))
+        elif "--list_keys" in words and configs_of(options):
+            print(list_keys(options))
         else:
             parse(values, options)
             main(values)

@@ -87,7 +87,8 @@ class TransformerConfig:
                 raise UserError(
                     f"rope_scaling={self.rope_scaling}: expected factor > 0 and low < high"
                 )
-        if not self.layer_pattern or set(self.layer_pattern) - {"local", "global"}:
+        kinds_are_known = all(kind in ("local", "global") for kind in self.layer_pattern)
+        if not self.layer_pattern or not kinds_are_known:
             raise UserError(
                 f"layer_pattern={self.layer_pattern}: expected a sequence of 'local' and 'global'"
             )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from latent_delib import evaluate, train
 from latent_delib import mesh as mesh_lib
@@ -105,11 +106,12 @@ def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp
     other += "expected the same command and files on every worker"
     copy_at_step_2(trained, tmp_path / "resumed")
     decoder = tiny | {"method.name": "decoder", "mesh.data": 1, "mesh.fsdp": 8}
+    validated = {"train.validate_every": 2}
     stopped, result, *_, said = run(
         2,
         4,
         tmp_path / "said",
-        ("train", tiny, str(tmp_path / "fresh")),
+        ("train", tiny | validated, str(tmp_path / "fresh")),
         ("evaluate", tiny, str(tmp_path / "fresh"), str(tmp_path / "out")),
         ("train", tiny, str(tmp_path / "resumed")),
         ("export", decoder, str(tmp_path / "exported")),
@@ -132,8 +134,11 @@ def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp
     jax.tree.map(np.testing.assert_array_equal, exported, original)
 
     copy_at_step_2(tmp_path / "fresh", tmp_path / "alone again")
-    train.train(make_config(), str(tmp_path / "alone again"))
+    train.train(make_config(validated), str(tmp_path / "alone again"))
     assert_close(tmp_path / "alone again", trained)
+    figures = [small.rows_of(tmp_path / name)[-1] for name in ("fresh", "alone again")]
+    for name in ("validation_loss", "validation_loss_decoder"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,101 @@
+"""Computes the loss on held-out text during a training job."""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_delib import mesh as mesh_lib
+from latent_delib.data import batches
+from latent_delib.delib import augment
+from latent_delib.delib.step import validation_step
+from latent_delib.errors import UserError
+from latent_delib.job import plan as planning
+from latent_delib.job.experiment import Experiment
+from latent_delib.job.plan import Plan
+from latent_delib.machine import distributed
+from latent_delib.nn.transformer import Params
+
+BATCHES = 8  # of `train.batch_size` rows
+
+
+class Validation:
+    """Computes the mean loss of BATCHES batches of `data.validation`, always the same ones.
+
+    The loss is that of training, with the same traces each time. Where the method writes latents
+    for a frozen decoder, the loss of that decoder on the same ahead tokens is computed once.
+
+    Args:
+      exp: the job's.
+      plan: of the same job.
+      frozen: the frozen parameters, on the mesh.
+
+    Raises:
+      UserError: validation sources are missing, empty, not the same for all processes, or have
+        nothing to predict.
+    """
+
+    def __init__(self, exp: Experiment, plan: Plan, frozen: Params):
+        t = exp.config.train
+        self.every, self.steps = t.validate_every, t.steps
+        self.frozen = frozen
+        self.batches = _place_batches(exp)
+        sums = _compile(exp, plan, plan.state.trainable, augment.loss)
+        self.sums = sums
+        self.without_latents: float | None = None
+        if exp.aug.has_latents and "decoder" not in plan.state.trainable:
+            sums = _compile(exp, plan, {}, augment.loss_without_latents)
+            self.without_latents = self._mean(sums, {})
+
+    def is_due(self, step: int) -> bool:
+        """Tells whether a step is one of every `train.validate_every`, or the last."""
+        return step % self.every == 0 or step == self.steps
+
+    def __call__(self, trainable: Params) -> dict[str, float]:
+        """Returns the figures of a row of metrics, in nats per token.
+
+        These are validation_loss, and validation_loss_decoder: that of the frozen decoder alone.
+        """
+        row = {"validation_loss": self._mean(self.sums, trainable)}
+        if self.without_latents is not None:
+            row["validation_loss_decoder"] = self.without_latents
+        return row
+
+    def _mean(self, sums: Callable, trainable: Params) -> float:
+        found = [sums(trainable, self.frozen, *batch) for batch in self.batches]
+        nats, tokens = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
+        if not tokens:
+            raise UserError(
+                "config.data.validation: no token to predict; expected more text, or "
+                "config.train.validate_every=0"
+            )
+        return float(nats / tokens)
+
+
+def _compile(exp: Experiment, plan: Plan, trainable: Params, loss: Callable) -> Callable:
+    """Compiles (trainable, frozen, batch, number) -> sums over a batch, for the mesh."""
+    step = partial(validation_step, loss=loss, **planning.objective(exp))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    jitted = jax.jit(step, out_shardings=mesh_lib.replicated(exp.mesh))
+    return jitted.lower(trainable, plan.frozen, plan.batch, number).compile()
+
+
+def _place_batches(exp: Experiment) -> list[tuple[dict[str, jax.Array], np.int32]]:
+    """Returns the batches on the mesh, each with its number."""
+    c = exp.config
+    B = c.train.batch_size
+    rows = batches.validation_rows(
+        c.data, tokenizer_path=str(exp.tokenizer.path), count=BATCHES * B
+    )
+    digest = hashlib.sha256(rows["tokens"]).hexdigest()
+    distributed.check_same(**{"validation text": digest})
+    here = mesh_lib.local_rows(exp.mesh, B)
+    placed = []
+    for number in range(BATCHES):
+        of_batch = {name: x[number * B + here] for name, x in rows.items()}
+        if rows["segment"][number * B :][:B].any():
+            placed.append((mesh_lib.place_rows(exp.mesh, of_batch, B), np.int32(number)))
+    return placed

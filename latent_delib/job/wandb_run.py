@@ -1,0 +1,68 @@
+"""Writes the metrics of a training job to Weights & Biases."""
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from latent_delib.errors import UserError, extra, store_error
+from latent_delib.machine import files
+from latent_delib.machine.workdir import is_remote
+
+
+class WandbRun:
+    """Writes rows to the one W&B run of a workdir, which goes on when the training resumes.
+
+    Its id is in WORKDIR/wandb_run.txt, its local files are in WORKDIR/wandb, or in ./wandb where
+    the workdir is on gs://. WANDB_MODE=offline writes these alone.
+
+    Args:
+      project: of W&B.
+      workdir: of the job; names the run.
+      config: every key, as plain data.
+
+    Raises:
+      UserError: the package is missing, or W&B refuses the run or does not answer.
+    """
+
+    def __init__(self, project: str, workdir: str, config: Mapping[str, Any]):
+        with extra("wandb"):
+            import wandb
+        try:
+            self.run = wandb.init(
+                project=project,
+                id=_id_of_run(epath.Path(workdir) / "wandb_run.txt"),
+                name=workdir,
+                resume="allow",
+                config=dict(config),
+                allow_val_change=True,  # a job may resume with more steps
+                dir=None if is_remote(workdir) else workdir,
+            )
+        except wandb.Error as error:
+            why = " ".join(str(error).split())
+            raise UserError(
+                f"config.train.wandb={project}: {why}; WANDB_MODE=offline needs no network"
+            ) from None
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Writes a row of metrics, unless the run has its step from before a resume."""
+        step = int(row["step"])
+        values = {name: value for name, value in row.items() if name != "step"}
+        if step >= self.run.starting_step:
+            self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _id_of_run(file: epath.Path) -> str:
+    """Returns the id that a workdir has for its run; a new one is drawn and stored."""
+    try:
+        if file.exists():
+            return file.read_text().strip()
+    except Exception as error:  # a store's client raises exceptions of any kind
+        raise store_error(error, file) or error from None
+    drawn = secrets.token_hex(4)
+    files.write(file, drawn.encode())
+    return drawn

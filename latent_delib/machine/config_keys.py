@@ -1,0 +1,81 @@
+"""Lists the keys of a config, with the comments of configs/base.py."""
+
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from latent_delib.machine.command_line import (
+    BASE,
+    Options,
+    fields_of_tables,
+    keys_of,
+    parse_configs,
+    value_of,
+)
+
+WIDTH = 48  # of keys with their values, where they fit
+KEY = re.compile(r"c\.([\w.]+) = ")
+
+
+def list_keys(options: Options) -> str:
+    """Returns the text that --list_keys prints: a line per key of the configs in sys.argv.
+
+    A line has the key, its value and its comment. The order is that of configs/base.py.
+
+    Raises:
+      UserError: a flag, key or value that is wrong, or a config file that fails.
+    """
+    comments = comments_of(BASE.read_text())
+    lines = []
+    for name, config in parse_configs(options).items():
+        lines.append(f"# --{name}.KEY=VALUE changes a key for a run")
+        fields = fields_of_tables(config)
+        # The fields that are not set come behind those that are.
+        keys = dict.fromkeys([*keys_of(config), *fields])
+        for key in sorted(keys, key=_place_in(comments)):
+            lines += _lines_of(key, config, fields.get(key), comments.get(key, ""))
+    return "\n".join(lines)
+
+
+def comments_of(source: str) -> dict[str, str]:
+    """Returns key -> comment from the source of base.py: that above its line, then at its end."""
+    found = {}
+    above: list[str] = []
+    for line in source.splitlines():
+        code, _, comment = line.strip().partition("# ")
+        key = KEY.match(code)
+        if key:
+            found[key[1]] = " ".join([*above, comment]).strip()
+        above = [*above, comment] if comment and not code else []
+    return found
+
+
+def _place_in(comments: dict[str, str]) -> Any:
+    """Returns the function key -> its place among those of base.py; a field has its table's."""
+    places = {key: place for place, key in enumerate(comments)}
+
+    def place(key: str) -> int:
+        table = key.rpartition(".")[0]
+        return places.get(key, places.get(table, len(places)))
+
+    return place
+
+
+def _lines_of(key: str, config: ConfigDict, kind: Any, comment: str) -> list[str]:
+    """Returns the line of a key; none for a table without a comment.
+
+    Args:
+      key: dotted; of the config, or of a field that is not set.
+      config: the key's.
+      kind: the type of a field; None for other keys.
+      comment: the key's.
+    """
+    value = value_of(config, key)
+    if isinstance(value, ConfigDict):
+        return [f"# {key}: {comment}"] if comment else []
+    shown = f"{key} = {value!r}"
+    if value is None and kind:
+        shown = key
+        comment = f"not set: {kind.__name__}"
+    return [f"{shown:<{WIDTH}}  # {comment}" if comment else shown]

@@ -1,0 +1,206 @@
+"""The loss on held-out text during training: what it is, and that training does not feel it."""
+
+import shutil
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import small
+from ml_collections import ConfigDict
+
+import latent_delib as ld
+from latent_delib import prepare, train
+from latent_delib.data import batches
+from latent_delib.delib import augment, traces
+from latent_delib.errors import UserError
+from latent_delib.job import experiment
+from latent_delib.job import plan as planning
+from latent_delib.job.validation import BATCHES, Validation
+from tests.test_train import assert_same, copy_at_step_2
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
+FIGURES = ("validation_loss", "validation_loss_decoder")
+
+
+def rows_of(config, count=None):
+    exp = experiment.read(config)
+    count = count or BATCHES * config.train.batch_size
+    return batches.validation_rows(config.data, tokenizer_path=str(exp.tokenizer.path), count=count)
+
+
+def figures_of(workdir):
+    """Step -> its figures of held-out text, of the steps that have some."""
+    rows = [row for row in small.rows_of(workdir) if FIGURES[0] in row]
+    return {row["step"]: {name: row[name] for name in FIGURES if name in row} for row in rows}
+
+
+@pytest.fixture(scope="module")
+def validated(make_config, tmp_path_factory):
+    """The workdir of the tiny job, with a validation every second step."""
+    folder = tmp_path_factory.mktemp("validated")
+    train.train(make_config({"train.validate_every": 2}), str(folder))
+    return folder
+
+
+def test_training_does_not_feel_it(trained, validated):
+    """Bit for bit; the plain decoder's figure is one number."""
+    assert_same(validated, trained)
+    figures = figures_of(validated)
+    assert list(figures) == [2, 4]
+    assert len({row["validation_loss"] for row in figures.values()}) == 2
+    assert len({row["validation_loss_decoder"] for row in figures.values()}) == 1
+    (events,) = (validated / "tensorboard").iterdir()
+    assert all(name.encode() in events.read_bytes() for name in FIGURES)
+
+
+def test_it_is_what_the_model_in_use_says(make_config, validated):
+    """Document by document, through `AugmentedLM`; those are padded, which causal models ignore."""
+    config = make_config()
+    T, A = config.data.seq_len, config.method.num_ahead
+    rows = rows_of(config)
+    documents, positions, left = [], [], []
+    for number in range(BATCHES):
+        here = slice(number * config.train.batch_size, (number + 1) * config.train.batch_size)
+        tokens_BT, segment_BT = rows["tokens"][here], rows["segment"][here]
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        at_BM = traces.draw(key, tokens_BT, segment_BT, config.method.num_traces)
+        for tokens, segment, at in zip(tokens_BT, segment_BT, np.array(at_BM)):
+            for p in at[segment[at] > 0]:
+                (inside,) = np.nonzero(segment == segment[p])
+                documents.append(np.pad(tokens[inside], (0, T + A - len(inside))))
+                positions.append(p - inside[0])
+                left.append(min(A, inside[-1] - p))
+    lm = ld.AugmentedLM(ld.load_decoder(config.decoder.path), ld.load_coprocessor(validated))
+    counted = np.arange(A) < np.array(left)[:, None]
+    assert counted.sum() > 100 and not counted.all()
+    found = lm.ahead_logprobs(np.array(documents), np.array(positions)[:, None], ahead=A)
+    decoder, augmented = (-np.array(each)[:, 0][counted].mean() for each in found)
+    assert abs(decoder - augmented) > 1e-3
+    expected = {"validation_loss": augmented, "validation_loss_decoder": decoder}
+    assert figures_of(validated)[4] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_resumed_job_finds_the_same(trained, validated, make_config, tmp_path):
+    copy_at_step_2(trained, tmp_path / "workdir")  # trained without
+    train.train(make_config({"train.validate_every": 2}), str(tmp_path / "workdir"))
+    assert figures_of(tmp_path / "workdir") == {4: figures_of(validated)[4]}
+    shutil.rmtree(tmp_path / "workdir" / "checkpoints" / "4")
+    train.train(make_config({"train.validate_every": 3}), str(tmp_path / "workdir"))
+    assert list(figures_of(tmp_path / "workdir")) == [3, 4], "and after the last step"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2},
+        {"mesh.data": 2, "mesh.tensor": 2, "mesh.traces": 2, "train.accumulation": 2},
+    ],
+)
+def test_it_is_the_same_however_it_is_computed(make_config, validated, changes):
+    exp = experiment.read(make_config({"train.validate_every": 2} | changes))
+    plan = planning.make(exp)
+    validation = Validation(exp, plan, experiment.load_frozen(exp))
+    weights = small.weights_of(validated, 4)
+    shardings = planning.shardings_of(plan.state.trainable)
+    found = validation(jax.device_put(weights, shardings))
+    assert found == pytest.approx(figures_of(validated)[4], rel=1e-5)
+
+
+def test_a_decoder_that_is_trained(make_config, tmp_path):
+    """It is scored on all of the text, and has no other to compare with."""
+    config = make_config({"method.name": "decoder", "train.validate_every": 1})
+    train.train(config, str(tmp_path))
+    figures = figures_of(tmp_path)
+    assert all(list(row) == ["validation_loss"] for row in figures.values())
+    lm = ld.AugmentedLM(ld.load_decoder(tmp_path / "decoder"), None)
+    rows = rows_of(config)
+    nats = []
+    for tokens, segment in zip(rows["tokens"], rows["segment"]):
+        for number in range(1, segment.max() + 1):
+            document = tokens[segment == number]
+            padded = np.pad(document, (0, config.data.seq_len - len(document)))
+            logits = np.array(lm.logits(padded[None]))[0, : len(document) - 1]
+            picked = logits[np.arange(len(logits)), document[1:]]
+            nats += list(np.array(jax.nn.logsumexp(logits, axis=-1)) - picked)
+    assert figures[4]["validation_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+
+
+def test_delays_and_other_methods(make_config):
+    """A decoder that is trained too is no frozen one to compare with."""
+    for changes, names in (
+        ({"method.name": "joint"}, FIGURES[:1]),
+        ({"method.max_delay": 3, "method.lora_rank": 2}, FIGURES),
+    ):
+        exp = experiment.read(make_config({"train.validate_every": 1} | changes))
+        plan = planning.make(exp)
+        state, frozen = train.place_state(exp, plan, None)
+        found = Validation(exp, plan, frozen)(state.trainable)
+        assert tuple(found) == names and all(map(np.isfinite, found.values()))
+
+
+def test_the_rows(make_config, sources, tmp_path):
+    """Token files and text give the same; sources have equal shares; a large one is not read."""
+    config = make_config()
+    rows = rows_of(config, 8)
+    among = {row.tobytes() for row in rows_of(config, 64)["tokens"]}
+    prepare.prepare(config, str(tmp_path / "tokens"))  # in the order of the files
+    of_files = rows_of(make_config({"data.token_files": str(tmp_path / "tokens")}), 8)
+    of_text = rows_of(make_config({"data.token_files": ""}), 8)
+    assert all(np.array_equal(of_files[name], of_text[name]) for name in rows)
+    assert (rows["tokens"][:, 0] == 2).all() and rows["tokens"].shape == (8, 32)
+    assert len(np.unique(rows["tokens"], axis=0)) == 8
+    everything = rows_of(config, 64)
+    filled = everything["segment"].any(axis=1)
+    assert 8 < filled.sum() < 64 and not (filled[1:] & ~filled[:-1]).any(), "padding comes last"
+    assert all(row.tobytes() in among for row in rows["tokens"])
+
+    (tmp_path / "large.txt").write_text("a cat and a dog\n" * 100_000)
+    two = (f"lines:{tmp_path}/large.txt", sources["validation"])
+    data = ConfigDict({**config.data, "token_files": "", "validation": two})
+    read = []
+    route = batches.validation_documents
+
+    def counted(*args, **kwargs):
+        for document in route(*args, **kwargs):
+            read.append(document.source)
+            yield document
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "validation_documents", counted)
+        tokenizer_path = str(experiment.read(config).tokenizer.path)
+        both = batches.validation_rows(data, tokenizer_path=tokenizer_path, count=8)
+    assert len(read) < 2000
+    of_text = rows_of(make_config({"data.token_files": ""}), 4)["tokens"]
+    assert np.array_equal(both["tokens"][4:], of_text)
+    assert not np.array_equal(both["tokens"][:4], of_text)
+
+
+def test_what_is_refused(make_config, tmp_path):
+    for changes, words in (
+        ({"train.validate_every": 3, "train.log_every": 2}, "validate_every=3.*log_every=2"),
+        ({"train.validate_every": 1, "data.validation": ()}, "config.data.validation: empty"),
+        (
+            {"train.validate_every": 1, "method.prompt_end": "nowhere is this"},
+            "config.data.validation: no token to predict",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            train.train(make_config(changes), str(tmp_path))
+
+
+def test_the_loss_without_latents_is_of_the_same_tokens(make_config):
+    """Weights of `loss`, that is: as many tokens, also where documents end."""
+    exp = experiment.read(make_config())
+    rows = rows_of(make_config(), 8)
+    tokens_BT, segment_BT = rows["tokens"], rows["segment"]
+    at_BM = np.tile([0, 20, 30, 31], (8, 1))
+    state, frozen = train.place_state(exp, planning.make(exp), None)
+
+    def sums(loss):
+        params = augment.assemble(frozen, state.trainable)
+        found = partial(loss, exp.aug, params, num_ahead=3, dtype=exp.dtype)
+        return jax.jit(found)(tokens_BT=tokens_BT, segment_BT=segment_BT, at_BM=at_BM)
+
+    (loss, count), (plain, same) = sums(augment.loss), sums(augment.loss_without_latents)
+    assert loss != plain and count == same > 0
