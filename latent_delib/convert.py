@@ -188,23 +188,24 @@ def _write_huggingface(
       tokenizer: its tokenizer.
       out: an existing folder, which holds the tokenizer's file.
     """
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if tokenizer.pad_id in tokenizer.control.values():  # others would show in decoded text
+        ids["pad_token_id"] = tokenizer.pad_id
     dtype = "float32" if DTYPES["float32"] in dtypes.values() else "bfloat16"
     fields = huggingface.config_json(config, dtype, ids)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     if (out / "tokenizer.model").is_file():
         about = huggingface.tokenizer_config(out / "tokenizer.model")
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    theirs = list(names.tensors(config, "huggingface"))
-    entries = {t.name: (t.shape, dtypes[t.leaf]) for t in theirs}
+    theirs = names.fused(names.tensors(config, "huggingface"))
+    entries = {}
+    for name, parts in theirs.items():
+        entries[name] = parts[0].shape, np.result_type(*(dtypes[t.leaf] for t in parts))
 
-    def read(t: names.Tensor) -> np.ndarray:
-        ours = file.read(t.leaf) if t.layer is None else file.read(t.leaf, t.layer)
-        return t.to_theirs(ours).astype(dtypes[t.leaf], copy=False)
+    def read(name: str) -> np.ndarray:
+        parts = theirs[name]
+        ours = [file.read(t.leaf, ... if t.layer is None else t.layer) for t in parts]
+        return parts[0].to_theirs(ours).astype(entries[name][1], copy=False)
 
     tensors.write(
         out / "model.safetensors", entries, progress(map(read, theirs), entries), {"format": "pt"}

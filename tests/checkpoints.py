@@ -10,7 +10,7 @@ from safetensors.numpy import load
 from latent_delib.convert import convert
 from latent_delib.errors import UserError
 
-FAMILIES = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
+FAMILIES = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3", "gpt2")
 
 
 def stored(family: str) -> tuple[dict, dict[str, np.ndarray]]:

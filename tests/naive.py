@@ -12,6 +12,10 @@ def rms_norm(x, scale, eps, offset=1):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * (offset + scale)
 
 
+def layer_norm(x, scale, bias, eps):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * scale + bias
+
+
 def frequency(i, half, base, scaling):
     """Radians a position turns pair i by; `scaling` as Llama 3.1 defines it, by wavelength."""
     f = float(base) ** (-i / half)
@@ -76,10 +80,21 @@ def forward(config, parts, position_S, visible_SS, given=None):
     """
     weights, xs = [w for w, _ in parts], [np.asarray(x, np.float64) for _, x in parts]
     ends = np.cumsum([len(x) for x in xs])[:-1]
+    if config.learned_positions:  # of whatever stands there: a token, a latent, a soft token
+        for i, (w, at) in enumerate(zip(weights, np.split(position_S, ends))):
+            xs[i] = xs[i] + np.asarray(w["positions"], np.float64)[at]
     back_SS = position_S[:, None] - position_S[None, :]
 
-    def norm(x, scale):
-        return rms_norm(x, scale, config.norm_eps, config.norm_offset)
+    def norm(x, w):
+        if config.layer_norm:
+            return layer_norm(x, w["scale"], w["bias"], config.norm_eps)
+        return rms_norm(x, w["scale"], config.norm_eps, config.norm_offset)
+
+    def turned(x):
+        return x if config.learned_positions else rotate(x, position_S, *rope)
+
+    def bias(w, name):
+        return w[f"{name}_bias"] if config.other_bias else 0
 
     for l in range(config.num_layers):
         is_local = config.layer_pattern[l % len(config.layer_pattern)] == "local"
@@ -89,33 +104,36 @@ def forward(config, parts, position_S, visible_SS, given=None):
 
         heads = {"q": [], "k": [], "v": []}
         for w, x in zip(layers, xs):
-            normed = norm(x, w["pre_attn_norm"]["scale"])
+            normed = norm(x, w["pre_attn_norm"])
             for name, run in heads.items():
                 y = np.einsum("sd,dnh->snh", normed, w["attn"][name])
                 if config.qkv_bias:
                     y = y + w["attn"][f"{name}_bias"]
                 if config.qk_norm and name != "v":
-                    y = norm(y, w["attn"][f"{name}_norm"]["scale"])
+                    y = norm(y, w["attn"][f"{name}_norm"])
                 run.append(y)
         q, k, v = (np.concatenate(run) for run in heads.values())
         if given:
             first, keys, values = given
             k[first : first + len(keys[l])] = keys[l]
             v[first : first + len(values[l])] = values[l]
-        out = attention(
-            config, rotate(q, position_S, *rope), rotate(k, position_S, *rope), v, seen_SS
-        )
+        out = attention(config, turned(q), turned(k), v, seen_SS)
 
         for i, (w, attended) in enumerate(zip(layers, np.split(out, ends))):
-            y = np.einsum("snh,nhd->sd", attended, w["attn"]["out"])
-            xs[i] = xs[i] + (norm(y, w["post_attn_norm"]["scale"]) if config.post_norms else y)
-            normed = norm(xs[i], w["pre_mlp_norm"]["scale"])
-            gate, up = normed @ w["mlp"]["gate"], normed @ w["mlp"]["up"]
-            y = (activation(config.activation, gate) * up) @ w["mlp"]["down"]
-            xs[i] = xs[i] + (norm(y, w["post_mlp_norm"]["scale"]) if config.post_norms else y)
-    finals = [
-        norm(x, np.asarray(w["final_norm"]["scale"], np.float64)) for w, x in zip(weights, xs)
-    ]
+            y = np.einsum("snh,nhd->sd", attended, w["attn"]["out"]) + bias(w["attn"], "out")
+            xs[i] = xs[i] + (norm(y, w["post_attn_norm"]) if config.post_norms else y)
+            mlp, normed = w["mlp"], norm(xs[i], w["pre_mlp_norm"])
+            y = normed @ mlp["up"] + bias(mlp, "up")
+            if config.plain_mlp:
+                y = activation(config.activation, y)
+            else:
+                y = activation(config.activation, normed @ mlp["gate"]) * y
+            y = y @ mlp["down"] + bias(mlp, "down")
+            xs[i] = xs[i] + (norm(y, w["post_mlp_norm"]) if config.post_norms else y)
+    finals = []
+    for w, x in zip(weights, xs):
+        own = {name: np.asarray(leaf, np.float64) for name, leaf in w["final_norm"].items()}
+        finals.append(norm(x, own))
     return np.concatenate(finals)
 
 

@@ -1,4 +1,4 @@
-"""Two small models, on which every feature is on or off; and what a run leaves on disk."""
+"""Three small models, on which every feature is on or off; and what a run leaves on disk."""
 
 import dataclasses
 import json
@@ -36,7 +36,8 @@ LLAMA = TransformerConfig(
     untied_head=True,
     qkv_bias=True,
 )
-CONFIGS = {"gemma": GEMMA, "llama": LLAMA}
+GPT2 = dataclasses.replace(SIZES["gpt2_test"], learned_positions=64)
+CONFIGS = {"gemma": GEMMA, "llama": LLAMA, "gpt2": GPT2}
 
 
 def at_random(seed, shapes):

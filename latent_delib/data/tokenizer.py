@@ -14,7 +14,9 @@ from latent_delib.data import chat
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
 
-_SEPARATOR = "<|endoftext|>"  # between documents, where a vocabulary has no BOS (Qwen's)
+# Between documents, where a vocabulary names no BOS (Qwen's), or no EOS either (GPT-2's).
+_SEPARATOR = "<|endoftext|>"
+_NO_TEXT = "\u00ff"  # byte 255 as byte-level vocabularies spell it; no text in UTF-8 has it
 
 
 def files(path: str | Path) -> list[Path]:
@@ -55,6 +57,7 @@ class _Model(NamedTuple):
     eos_id: int | None
     pad_id: int | None
     unk_id: int | None
+    no_text_id: int | None
     control: dict[str, int]
     runs: frozenset[int] = frozenset()
 
@@ -65,7 +68,7 @@ class Tokenizer:
     Padding is never read, so any id serves that is not BOS and that no text yields: the files' own
     pad if it differs from BOS (Qwen's pad is its document separator, which is BOS here), else EOS
     (Llama has no pad), else another control token (SmolLM2's base model has one token for BOS and
-    EOS, and no pad).
+    EOS, and no pad), else a byte that no text has (GPT-2 has one control token).
 
     Attributes:
       files: of the tokenizer.
@@ -101,7 +104,7 @@ class Tokenizer:
         self.chat_template = chat.read(self.path)
         self.bos_id = required("BOS", model.bos_id)
         self.eos_id = required("EOS", model.eos_id)
-        pads = [model.pad_id, self.eos_id, *sorted(self.control.values())]
+        pads = [model.pad_id, self.eos_id, *sorted(self.control.values()), model.no_text_id]
         usable = [pad for pad in pads if pad not in (None, self.bos_id)]
         self.pad_id = required("padding", usable[0] if usable else None)
 
@@ -153,14 +156,18 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids. Control tokens, and ids too high, leave no trace."""
+        """Returns the text of token ids.
+
+        Control tokens, padding, and ids too high leave no trace.
+        """
         found = arguments.token_ids("ids", ids)
         for token in found:
             if token < 0:
                 raise UserError(
                     f"ids: token {token}, the vocabulary has {self.vocab_size}: expected at least 0"
                 )
-        return self._decode([token for token in found if token < self.vocab_size])
+        kept = [token for token in found if token < self.vocab_size and token != self.pad_id]
+        return self._decode(kept)
 
     def settled(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids as far as no token after them can change it.
@@ -193,6 +200,7 @@ def _read_sentencepiece(path: Path) -> _Model:
         eos_id=known(model.eos_id()),
         pad_id=known(model.pad_id()),
         unk_id=known(model.unk_id()),
+        no_text_id=None,
         control={model.id_to_piece(i): i for i in range(size) if model.is_control(i)},
     )
 
@@ -220,7 +228,8 @@ def _read_json(path: Path) -> _Model:
     def token_id(key: str) -> int | None:
         value = config.get(key)
         token = value.get("content") if isinstance(value, dict) else value
-        if key == "bos_token" and value is None and model.token_to_id(_SEPARATOR) is not None:
+        stands_in = key in ("bos_token", "eos_token") and config.get("bos_token") is None
+        if stands_in and value is None and model.token_to_id(_SEPARATOR) is not None:
             token = _SEPARATOR
         if token is None and value is None:
             return None
@@ -237,6 +246,7 @@ def _read_json(path: Path) -> _Model:
     pad_id = token_id("pad_token")
     unk = getattr(model.model, "unk_token", None)
     of_bytes = [model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    is_byte_level = isinstance(model.decoder, tokenizers.decoders.ByteLevel)
     # After `token_id`, which adds what the file does not mark.
     added = model.get_added_tokens_decoder()
     return _Model(
@@ -248,6 +258,7 @@ def _read_json(path: Path) -> _Model:
         eos_id=eos_id,
         pad_id=pad_id,
         unk_id=None if unk is None else model.token_to_id(unk),
+        no_text_id=model.token_to_id(_NO_TEXT) if is_byte_level else None,
         control={token.content: i for i, token in added.items() if token.special},
         runs=frozenset(i for i in of_bytes if i is not None),
     )

@@ -83,8 +83,8 @@ def soft_tokens(key: jax.Array, embedding_VD: jax.Array, num_latents: int) -> ja
 
 
 def body(decoder: Params) -> Params:
-    """Returns a decoder's layers: all of it but its tables."""
-    return {"layers": decoder["layers"], "final_norm": decoder["final_norm"]}
+    """Returns a decoder's BODY: all of it but its tables."""
+    return {name: decoder[name] for name in transformer.BODY if name in decoder}
 
 
 def start_from_decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
@@ -363,6 +363,8 @@ def _rotated(
     layer: int,
 ) -> jax.Array:
     """Rotates keys [..., K, H] as layer `layer` does at positions [...]; negative rotate back."""
+    if config.learned_positions:
+        return x
     if config.is_local[layer]:
         table = rotary.table(position, config.head_dim, config.local_rope_base)
     else:

@@ -11,7 +11,8 @@ from latent_delib.nn.sizes import TransformerConfig
 def per_token(c: TransformerConfig) -> int:
     """Returns the forward FLOPs of the layers' matrix products for one token."""
     attention = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    return 2 * c.num_layers * (attention + 3 * c.embed_dim * c.ffn_dim)
+    matrices = 2 if c.plain_mlp else 3
+    return 2 * c.num_layers * (attention + matrices * c.embed_dim * c.ffn_dim)
 
 
 def attention(c: TransformerConfig, length: int) -> float:

@@ -96,7 +96,7 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
 
     Gradients are clipped by global norm, then scaled, with weight decay. The learning rate warms up
     linearly to its peak, then follows a cosine to `final_fraction` of it at the last step. Soft
-    tokens have a peak rate of their own. Neither they nor norms decay.
+    tokens have a peak rate of their own. Neither they nor norms nor biases decay.
 
     Args:
       o: config.optimizer.
@@ -116,7 +116,7 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
     )
 
     def decays(path: tuple, _: jax.Array) -> bool:
-        return not path[-1].key.endswith(("scale", "soft_tokens", "_bias"))
+        return not path[-1].key.endswith(("scale", "soft_tokens", "bias"))
 
     def soft_token_rate(updates: Params, params: Params | None) -> Params:
         del params

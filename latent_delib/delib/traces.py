@@ -42,6 +42,11 @@ PLACEMENTS = {
 }
 
 
+def latent_positions(placement: str, num_latents: int) -> int:
+    """Returns how many positions past its last token a text with latents takes."""
+    return PLACEMENTS[placement].shift * num_latents
+
+
 class Traces(NamedTuple):
     """Holds M traces in each of B rows; int32 unless said. S = L + the number of inputs.
 

@@ -19,6 +19,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import lora
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS, param_axes
+from latent_delib.delib.traces import latent_positions
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.checks import check
@@ -80,9 +81,9 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     changed = config.method.coprocessor.to_dict()
     coprocessor = build.coprocessor_config(architecture, changed) if changed else None
     mesh = mesh_lib.make(config.mesh, devices)
-    _check_splits(config, mesh, architecture)
-    if coprocessor is not None:
-        _check_splits(config, mesh, coprocessor)
+    for each in (architecture, coprocessor or architecture):
+        _check_splits(config, mesh, each)
+        _check_positions(config, each)
 
     def model(architecture: TransformerConfig) -> transformer.Transformer:
         c = config.compute
@@ -182,6 +183,23 @@ def _check_splits(config: ConfigDict, mesh: Mesh, architecture: TransformerConfi
             raise UserError(f"{setting} does not divide {key}={length}: expected a divisor of it")
 
 
+def _check_positions(config: ConfigDict, architecture: TransformerConfig) -> None:
+    """Raises UserError where texts and latents need more positions than a learned table has."""
+    m = config.method
+    moved = 0
+    if METHODS[m.name].write is not None:
+        moved = latent_positions(m.placement, m.num_latents)
+    for key, tokens in (
+        ("data.seq_len", config.data.seq_len),
+        ("evaluate.max_length", config.evaluate.max_length),
+    ):
+        if architecture.learned_positions and tokens + moved > architecture.learned_positions:
+            raise UserError(
+                f"config.{key}={tokens}: with {moved} positions for latents, expected at most "
+                f"{architecture.learned_positions}, the decoder's learned positions"
+            )
+
+
 # Parameters: the frozen ones, the trained ones, and those that training begins with.
 
 
@@ -233,8 +251,8 @@ def init_trainable(exp: Experiment) -> Callable[..., Params]:
 
 def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
     """Returns the trained part of a decoder or coprocessor: adapters, and all but its body."""
-    body = ("layers", "final_norm", *transformer.TABLES)
-    trained = {name: leaf for name, leaf in tree.items() if name not in body}
+    frozen = (*transformer.BODY, *transformer.TABLES)
+    trained = {name: leaf for name, leaf in tree.items() if name not in frozen}
     if "layers" in tree:
         trained["layers"] = lora.init(key, tree["layers"], rank)
     return trained

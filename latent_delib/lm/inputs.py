@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.traces import latent_positions
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION
 from latent_delib.lm.sampling import Sampler
 from latent_delib.machine import arguments
 
+_END = "the decoder's table of learned positions ends there"
 Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as they are
 
 
@@ -108,17 +111,47 @@ def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: i
     return ids
 
 
-def check_length(name: str, length: int, new: int, max_length: int) -> None:
-    """Raises UserError where a prompt of `length` tokens has no room for `new` more."""
-    if length + new > max_length:
-        found = f"{name}: {length} tokens and {new} after them"
-        limit = f"max_length={max_length}"
-        raise UserError(f"{found} are more than {limit}; shorten it, or raise max_length")
+def room(aug: Augmentation) -> int:
+    """Returns how many tokens a text may have: those that learned positions, if any, suffice for.
+
+    Latents take some of them.
+    """
+    learned = aug.transformer.config.learned_positions
+    if not learned:
+        return arguments.INT32
+    return learned - latent_positions(aug.placement, aug.num_latents)
 
 
-def token_array(tokens_BT: Any, vocab_size: int, row_shards: int) -> jax.Array:
-    """Returns tokens as int32 [B, T]; the rows are split into `row_shards` parts."""
+def check_length(name: str, length: int, new: int, max_length: int, room: int) -> None:
+    """Raises UserError for a text that is too long.
+
+    Args:
+      name: of the text.
+      length: its tokens.
+      new: tokens that are to follow.
+      max_length: of both together, at most `room`.
+      room: see there.
+    """
+    if length + new <= max_length:
+        return
+    remedy = f"it, {_END}" if max_length == room else "it, or raise max_length"
+    found = f"{name}: {length} tokens and {new} after them"
+    raise UserError(f"{found} are more than max_length={max_length}; shorten {remedy}")
+
+
+def token_array(tokens_BT: Any, vocab_size: int, row_shards: int, room: int) -> jax.Array:
+    """Returns tokens as int32 [B, T].
+
+    Args:
+      tokens_BT: integers below `vocab_size`.
+      vocab_size: V.
+      row_shards: parts into which the rows are split.
+      room: the most that T may be; see there.
+    """
     tokens_BT = _integers("tokens", tokens_BT, "[B, T]")
+    T = tokens_BT.shape[1]
+    if T > room:
+        raise UserError(f"tokens: rows of {T}, expected at most {room}; {_END}")
     _check_range("tokens", tokens_BT, vocab_size - 1, f"the vocabulary has {vocab_size}")
     B = len(tokens_BT)
     if B > 1 and B % row_shards:

@@ -36,7 +36,7 @@ from latent_delib.weights import folder, gguf, huggingface, imported
 class Decoder:
     """Holds a frozen decoder.
 
-    params: {"layers", "final_norm", "embedding" [V, D]}.
+    params: {"layers", "final_norm", "embedding" [V, D]}, and what else the architecture has.
     fingerprint: SHA-256, hex.
     """
 

@@ -44,7 +44,8 @@ class AugmentedLM:
       coprocessor_mesh: devices of the coprocessor's own, on which it works beside the decoder
         (`delay=None`).
       max_length: tokens of a prompt and its continuation together. Choose it by what the decoder
-        was trained on, and by what fits into memory.
+        was trained on, and by what fits into memory. Where positions are learned it is at most what
+        their table has room for, latents included.
       attention: the form of attention, as `compute.attention` of a config: "auto", a proven kernel
         or "xla"; or one of `nn.attention.forms.FORMS`.
 
@@ -72,6 +73,8 @@ class AugmentedLM:
         self.coprocessor_mesh = coprocessor_mesh
         self.plain = augmentation(decoder, None, self.mesh, attention)
         self.aug = augmentation(decoder, coprocessor, self.mesh, attention)
+        self.room = inputs.room(self.aug)
+        self.max_length = min(self.max_length, self.room)
         self.params: Params = {"decoder": place(self.mesh, decoder.params, self.dtype)}
         if coprocessor is None:
             return
@@ -373,12 +376,13 @@ class AugmentedLM:
         """Returns the tokens of a prompt, BOS before a text; `new` more must have room."""
         vocab_size = self.decoder.config.vocab_size
         ids = inputs.prompt_tokens(name, prompt, self.tokenizer, vocab_size)
-        inputs.check_length(name, len(ids), new, self.max_length)
+        inputs.check_length(name, len(ids), new, self.max_length, self.room)
         return ids
 
     def _token_array(self, tokens_BT: Any) -> jax.Array:
         row_shards = mesh_lib.shards(self.mesh, "batch")
-        return inputs.token_array(tokens_BT, self.decoder.config.vocab_size, row_shards)
+        vocab_size = self.decoder.config.vocab_size
+        return inputs.token_array(tokens_BT, vocab_size, row_shards, self.room)
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         """Returns rows padded to one of few shapes, [B, T], and their lengths [B].

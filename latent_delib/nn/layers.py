@@ -34,10 +34,15 @@ _LEAVES: dict[str, Axes] = {
     "k_bias": ("layers", "heads", None),
     "v_bias": ("layers", "heads", None),
     "out": ("layers", "heads", None, "embed"),
+    "out_bias": ("layers", None),
     "gate": ("layers", "embed", "ffn"),
     "up": ("layers", "embed", "ffn"),
+    "up_bias": ("layers", "ffn"),
     "down": ("layers", "ffn", "embed"),
+    "down_bias": ("layers", None),
     "scale": (None, None),
+    "bias": (None, None),
+    "positions": (None, "embed"),
 }
 # The matrices of a layer: how many of their axes after "layers" are the input's.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
@@ -117,6 +122,13 @@ class RMSNorm(nn.Module):
         return (normed * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
+def normed(c: TransformerConfig, name: str, x: jax.Array) -> jax.Array:
+    """Computes a layer's norm of x [..., D], in float32; its parameters lie under `name`."""
+    if c.layer_norm:
+        return nn.LayerNorm(c.norm_eps, x.dtype, use_fast_variance=False, name=name)(x)
+    return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
+
+
 class Attention(nn.Module):
     """Computes grouped-query attention.
 
@@ -133,7 +145,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BMSD: jax.Array,
-        rope_2BMSH: jax.Array,
+        rope_2BMSH: jax.Array | None,
         bounds: Bounds,
         prefix: Keys | None,
         given: Keys | None,
@@ -142,7 +154,7 @@ class Attention(nn.Module):
 
         Args:
           x_BMSD: normed inputs.
-          rope_2BMSH: the `rotary.table` of their positions.
+          rope_2BMSH: the `rotary.table` of their positions; None where these are learned.
           bounds: the visible ranges.
           prefix: keys and values [B, T, K, H] that all groups of a row share, or None.
           given: keys and values [B, M, L, K, H], keys rotated, that replace those of the first L
@@ -167,8 +179,9 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_BMSNH = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q_BMSNH)
             k_BMSKH = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k_BMSKH)
-        q_BMSNH = rotary.rotate(q_BMSNH, rope_2BMSH)
-        k_BMSKH = rotary.rotate(k_BMSKH, rope_2BMSH)
+        if rope_2BMSH is not None:
+            q_BMSNH = rotary.rotate(q_BMSNH, rope_2BMSH)
+            k_BMSKH = rotary.rotate(k_BMSKH, rope_2BMSH)
         if given is not None:
             given_k, given_v = given
             L = given_k.shape[2]
@@ -192,28 +205,39 @@ class Attention(nn.Module):
         out_BMSNH = attention(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
         out_BMSD = self.partition.product(out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
+        if c.other_bias:
+            out_BMSD += self.param("out_bias", nn.initializers.zeros, (D,)).astype(out_BMSD.dtype)
         return out_BMSD, (k_BMSKH, v_BMSKH)
 
 
 class MLP(nn.Module):
-    """Computes a gated feed-forward layer (Shazeer 2020), [B, M, S, D] to the same."""
+    """Computes a feed-forward layer, [B, M, S, D] to the same; gated ones are Shazeer's (2020)."""
 
     config: TransformerConfig
     partition: Partition = WHOLE
 
     @nn.compact
     def __call__(self, x_BMSD):
-        D, F = self.config.embed_dim, self.config.ffn_dim
+        c = self.config
+        D, F = c.embed_dim, c.ffn_dim
+        activation = ACTIVATIONS[c.activation]
+
+        def product(name: str, x: jax.Array, axes: tuple[Axes, Axes], shape: tuple) -> jax.Array:
+            w = self.param(name, _normal(shape[0]), shape).astype(x.dtype)
+            y = self.partition.product(x, w, axes[0], PARAM_AXES[name][1:], axes[1])
+            if c.other_bias:
+                y += self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(y.dtype)
+            return y
 
         def widen(name: str) -> jax.Array:
-            w_DF = self.param(name, _normal(D), (D, F)).astype(x_BMSD.dtype)
-            return self.partition.product(x_BMSD, w_DF, TRACES, PARAM_AXES[name][1:], FEATURES)
+            return product(name, x_BMSD, (TRACES, FEATURES), (D, F))
 
-        hidden_BMSF = ACTIVATIONS[self.config.activation](widen("gate")) * widen("up")
+        if c.plain_mlp:
+            hidden_BMSF = activation(widen("up"))
+        else:
+            hidden_BMSF = activation(widen("gate")) * widen("up")
         hidden_BMSF = self.partition.constrain(hidden_BMSF, FEATURES)
-        down_FD = self.param("down", _normal(F), (F, D)).astype(x_BMSD.dtype)
-        axes = (FEATURES, PARAM_AXES["down"][1:], TRACES)
-        return self.partition.product(hidden_BMSF, down_FD, *axes)
+        return product("down", hidden_BMSF, (FEATURES, TRACES), (F, D))
 
 
 class Block(nn.Module):
@@ -221,7 +245,8 @@ class Block(nn.Module):
 
     Each is also normed after it where the family does so (Gemma 2 and 3).
 
-    ropes, ranges: rotary tables and bounds, of global layers and of local ones; `is_local` picks.
+    ropes, ranges: rotary tables, if any, and bounds, of global layers and of local ones; `is_local`
+      picks.
     """
 
     config: TransformerConfig
@@ -232,16 +257,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BMSD, is_local, prefix, given, ropes, ranges):
         c = self.config
-
-        def norm(name: str, x: jax.Array) -> jax.Array:
-            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
-
+        norm = partial(normed, c)
         # Window and rotary base are data: one layer body serves both kinds.
         kind = partial(jax.lax.dynamic_index_in_dim, index=is_local, keepdims=False)
         rope_2BMSH, bounds = jax.tree.map(kind, (ropes, ranges))
         attention = Attention(c, self.form, self.partition, self.few, name="attn")
-        normed = norm("pre_attn_norm", x_BMSD)
-        attended, kv = attention(normed, rope_2BMSH, bounds, prefix, given)
+        x_normed = norm("pre_attn_norm", x_BMSD)
+        attended, kv = attention(x_normed, rope_2BMSH, bounds, prefix, given)
         x_BMSD += norm("post_attn_norm", attended) if c.post_norms else attended
         fed = MLP(c, self.partition, name="mlp")(norm("pre_mlp_norm", x_BMSD))
         x_BMSD += norm("post_mlp_norm", fed) if c.post_norms else fed

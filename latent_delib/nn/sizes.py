@@ -9,7 +9,15 @@ from typing import Any
 
 from latent_delib.errors import UserError
 
-ADDED_LATER = ("untied_head", "qkv_bias")  # after the first decoder folders were written
+# Fields that came after the first decoder folders were written.
+ADDED_LATER = (
+    "untied_head",
+    "qkv_bias",
+    "other_bias",
+    "layer_norm",
+    "plain_mlp",
+    "learned_positions",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +30,10 @@ class TransformerConfig:
     multiply by `norm_offset` + scale: 1 in Gemma, 0 elsewhere, so that stored scales are the
     makers' own. `rope_scaling` of global layers is () for none or (factor, low, high, context): see
     `rotary.frequencies`. Logits come from the token table unless `untied_head`. Queries, keys and
-    values have a bias where `qkv_bias` (Qwen 2).
+    values have a bias where `qkv_bias` (Qwen 2), the other products of a layer where `other_bias`.
+    Norms are RMSNorm, or LayerNorm with a bias where `layer_norm`. The MLP is gated unless
+    `plain_mlp`. Positions are rotary where `learned_positions` is 0; otherwise a table of so many
+    rows is added to whatever enters at these positions. GPT-2 has all of these.
 
     Raises:
       UserError: numbers that do not fit together, named by field.
@@ -51,6 +62,10 @@ class TransformerConfig:
     norm_offset: float = 1.0
     untied_head: bool = False
     qkv_bias: bool = False
+    other_bias: bool = False
+    layer_norm: bool = False
+    plain_mlp: bool = False
+    learned_positions: int = 0
 
     def __post_init__(self):
         counts = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")
@@ -70,7 +85,9 @@ class TransformerConfig:
             raise UserError(
                 f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
+        if self.learned_positions < 0:
+            raise UserError(f"learned_positions={self.learned_positions}: expected at least 0")
+        if self.head_dim % 2 and not self.learned_positions:
             raise UserError(f"head_dim={self.head_dim}: rotary positions need an even number")
         if self.activation not in ("gelu", "silu"):
             raise UserError(f"activation={self.activation!r}: expected 'gelu' or 'silu'")
@@ -106,8 +123,8 @@ class TransformerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain data.
 
-        Fields of ADDED_LATER are left out where they are False: what older folders and checkpoints
-        say stays as it was, to the byte, and with it their fingerprints.
+        Fields of ADDED_LATER are left out where they say nothing: what older folders and
+        checkpoints say stays as it was, to the byte, and with it their fingerprints.
         """
         fields = dataclasses.asdict(self)
         for name in ADDED_LATER:
@@ -195,9 +212,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _PLAIN,
     "qwen2": _PLAIN | dict(qkv_bias=True),
     "qwen3": _PLAIN | dict(qk_norm=True),
+    "gpt2": dict(
+        scale_embeddings=False,
+        norm_offset=0.0,
+        qkv_bias=True,
+        other_bias=True,
+        layer_norm=True,
+        plain_mlp=True,
+    ),
 }
 # The fields that tell families apart: by these a tensor is named and a class chosen.
-MARKS = ("scale_embeddings", "post_norms", "qk_norm", "qkv_bias")
+MARKS = ("scale_embeddings", "post_norms", "qk_norm", "qkv_bias", "layer_norm")
 
 
 def family(config: TransformerConfig) -> str:
@@ -223,6 +248,7 @@ _LLAMA3 = _LLAMA | dict(rope_base=5e5)
 _LLAMA3_BY_32 = _LLAMA3 | dict(rope_scaling=(32.0, 1.0, 4.0, 8192.0))
 _QWEN2 = FAMILIES["qwen2"] | dict(rope_base=1e6)
 _QWEN3 = FAMILIES["qwen3"] | dict(rope_base=1e6)
+_GPT2 = FAMILIES["gpt2"] | dict(norm_eps=1e-5, learned_positions=1024)
 
 
 def _size(
@@ -263,6 +289,7 @@ SIZES: dict[str, TransformerConfig] = {
     "qwen2.5_7b": _size(_QWEN2, 28, 3584, 28, 4, 128, 18944, 152_064, untied_head=True),
     "qwen3_0.6b": _size(_QWEN3, 28, 1024, 16, 8, 128, 3072, 151_936),
     "qwen3_1.7b": _size(_QWEN3, 28, 2048, 16, 8, 128, 6144, 151_936),
+    "gpt2": _size(_GPT2, 12, 768, 12, 12, 64, 3072, 50_257),
     # The packaged decoder: two cores show it 1,000 tokens for each parameter within an hour.
     "gemma2_160k": _size(_GEMMA2, 2, 64, 4, 2, 16, 192, 1024, window=64),
     # The same in smaller: how the gain grows with the decoder (protocols lab_58k and lab_23k).
@@ -273,4 +300,5 @@ SIZES: dict[str, TransformerConfig] = {
     "gemma2_49m": _size(_GEMMA2, 12, 512, 8, 4, 64, 2048, 4096, window=256),
     # For tests: every feature of the architecture in a few thousand parameters.
     "gemma2_test": _size(_GEMMA2, 4, 32, 4, 2, 16, 48, 97, window=5, query_scale=0.2),
+    "gpt2_test": _size(_GPT2, 2, 32, 4, 4, 8, 128, 97),
 }

@@ -13,12 +13,13 @@ from latent_delib.nn import rotary
 from latent_delib.nn.attention.forms import FEW, SAVED
 from latent_delib.nn.attention.primitive import Bounds, within_window
 from latent_delib.nn.cache import KV, Cache
-from latent_delib.nn.layers import TRACES, WHOLE, Block, Partition, RMSNorm
+from latent_delib.nn.layers import PARAM_AXES, TRACES, WHOLE, Block, Partition, normed
 from latent_delib.nn.products import einsum, softcapped
 from latent_delib.nn.sizes import TransformerConfig
 
 Params = dict[str, Any]
 TABLES = ("embedding", "head")  # the leaves of a decoder that have one row per token
+BODY = ("layers", "final_norm", "positions")  # the others; the last where they are learned
 
 # What a backward pass keeps of each layer beside its input: everything; the results of attention
 # and of products with weights; the results of attention; nothing. It computes the rest again.
@@ -35,9 +36,9 @@ REMAT = {
 class Transformer(nn.Module):
     """Reads soft inputs (token embeddings or latents), grouped into M independent traces per row.
 
-    Parameters: {"layers": ..., "final_norm": ...}. A decoder's tree also holds its TABLES:
-    "embedding" [V, D] and, where that does not give the logits too, "head" [V, D]. A coprocessor's
-    holds "soft_tokens" [L, D]. `apply` ignores these.
+    Parameters: {"layers": ..., "final_norm": ...}, and "positions" [P, D] where these are learned.
+    A decoder's tree also holds its TABLES: "embedding" [V, D] and, where that does not give the
+    logits too, "head" [V, D]. A coprocessor's holds "soft_tokens" [L, D]. `apply` ignores these.
     """
 
     config: TransformerConfig
@@ -59,7 +60,8 @@ class Transformer(nn.Module):
 
         Args:
           x_BMSD: inputs in the residual stream; their dtype is the dtype of the computation.
-          position_BMS: int32 rotary positions, never falling inside a group.
+          position_BMS: int32 positions, never falling inside a group. Learned ones end with their
+            table: those past it are taken for its last row.
           bounds: the visible ranges of the cache's slots and of each token's own group.
           cache: the shared prefix, or None.
           given: keys and values [layers, B, M, L, K, H] that replace those of the first L tokens,
@@ -72,12 +74,16 @@ class Transformer(nn.Module):
         c = self.config
         prefix_position = None if cache is None else cache.position
         # Index 0 of each stack is for global layers, 1 for local ones.
-        ropes = [rotary.table(position_BMS, c.head_dim, c.rope_base, c.rope_scaling)]
+        bases = [(c.rope_base, c.rope_scaling)]
         ranges = [bounds]
         if any(c.is_local):
-            ropes.append(rotary.table(position_BMS, c.head_dim, c.local_rope_base))
+            bases.append((c.local_rope_base, ()))
             ranges.append(within_window(bounds, position_BMS, prefix_position, c.window))
-        ropes = jnp.stack(ropes)
+        ropes = None
+        if c.learned_positions:
+            x_BMSD = x_BMSD + self._positions(position_BMS, x_BMSD.dtype)
+        else:
+            ropes = jnp.stack([rotary.table(position_BMS, c.head_dim, *base) for base in bases])
         ranges = jax.tree.map(lambda *kinds: jnp.stack(kinds), *ranges)
 
         block = Block
@@ -95,7 +101,14 @@ class Transformer(nn.Module):
         given = None if given is None else tuple(x.astype(dtype) for x in given)
         x_BMSD = self.partition.constrain(x_BMSD, TRACES)
         x_BMSD, kv = layers(x_BMSD, jnp.array(c.is_local, jnp.int32), prefix, given, ropes, ranges)
-        return RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x_BMSD), KV(*kv)
+        return normed(c, "final_norm", x_BMSD), KV(*kv)
+
+    def _positions(self, position_BMS: jax.Array, dtype: Any) -> jax.Array:
+        """Returns the learned vectors of positions, [B, M, S, D]."""
+        shape = (self.config.learned_positions, self.config.embed_dim)
+        table_PD = self.param("positions", nn.initializers.normal(shape[1] ** -0.5), shape)
+        table_PD = self.partition.gather(table_PD.astype(dtype), PARAM_AXES["positions"])
+        return look_up(table_PD, position_BMS)
 
 
 def init(key: jax.Array, config: TransformerConfig) -> Params:
@@ -120,22 +133,29 @@ def output_table(decoder: Params) -> jax.Array:
 def embed(embedding_VD: jax.Array, tokens: jax.Array, config: TransformerConfig) -> jax.Array:
     """Returns token embeddings [..., D] as they enter the residual stream.
 
-    They are scaled by sqrt(D) where the family does so. The gradient of a row is summed in float32:
-    a frequent token has thousands of addends.
+    They are scaled by sqrt(D) where the family does so.
     """
-    V = embedding_VD.shape[0]
-    dtype = embedding_VD.dtype
+    return scaled(look_up(embedding_VD, tokens), config)
+
+
+def look_up(table_VD: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns rows of a table, [..., D].
+
+    The gradient of a row is summed in float32: a frequent token has thousands of addends.
+    """
+    V = table_VD.shape[0]
+    dtype = table_VD.dtype
 
     @jax.custom_vjp
-    def rows(embedding_VD: jax.Array, tokens: jax.Array) -> jax.Array:
-        return embedding_VD[tokens]
+    def taken(table_VD: jax.Array, index: jax.Array) -> jax.Array:
+        return table_VD[index]
 
-    def back(tokens: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
-        dembedding_VD = jnp.zeros((V, dx.shape[-1])).at[tokens].add(dx.astype(jnp.float32))
-        return dembedding_VD.astype(dtype), None
+    def back(index: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
+        dtable_VD = jnp.zeros((V, dx.shape[-1])).at[index].add(dx.astype(jnp.float32))
+        return dtable_VD.astype(dtype), None
 
-    rows.defvjp(lambda embedding_VD, tokens: (embedding_VD[tokens], tokens), back)
-    return scaled(rows(embedding_VD, tokens), config)
+    taken.defvjp(lambda table_VD, index: (table_VD[index], index), back)
+    return taken(table_VD, index)
 
 
 def scaled(x: jax.Array, config: TransformerConfig) -> jax.Array:

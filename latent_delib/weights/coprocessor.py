@@ -4,8 +4,8 @@ coprocessor.json holds {"format": "latent_delib coprocessor 2", "method", "num_l
 "placement", "step", "fingerprint": of the decoder it belongs to, "architecture": {fields of
 TransformerConfig}, "record": the meta of its checkpoint}; format 1 had no record. The tensors are
 "soft_tokens" [L, D] and, under the names and in the axes that a Hugging Face decoder of the family
-has, its layers and final norm ("model.layers.0.self_attn.q_proj.weight", ...): a coprocessor has no
-token table.
+has, its layers, final norm and learned positions ("model.layers.0.self_attn.q_proj.weight", ...): a
+coprocessor has no token table.
 """
 
 import json
@@ -67,15 +67,16 @@ def save(
     """
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
     found = names.tensors(config, "huggingface")
-    body = [t for t in found if t.leaf in leaves]  # pause tokens have none
+    body = names.fused(t for t in found if t.leaf in leaves)  # pause tokens have none
     entries = {SOFT_TOKENS: (leaves[SOFT_TOKENS].shape, leaves[SOFT_TOKENS].dtype)}
-    entries |= {t.name: (t.shape, leaves[t.leaf].dtype) for t in body}
+    for name, parts in body.items():
+        entries[name] = parts[0].shape, leaves[parts[0].leaf].dtype
 
     def chunks():
         yield leaves[SOFT_TOKENS]
-        for t in body:
-            leaf = leaves[t.leaf]
-            yield t.to_theirs(leaf if t.layer is None else leaf[t.layer])
+        for parts in body.values():
+            ours = [leaves[t.leaf][... if t.layer is None else t.layer] for t in parts]
+            yield parts[0].to_theirs(ours)
 
     with files.whole(out) as partial:
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})

@@ -229,6 +229,10 @@ def architecture(file: GGUF) -> TransformerConfig:
     if get("expert_count", int, 0):
         raise UserError(f"{where}: {kind}.expert_count: mixtures of experts are not known here")
     names = {name: f"{kind}.{key}" for name, key in KEYS.items()}
+    norm = "attention.layer_norm_rms_epsilon"
+    if kind == "gpt2":
+        names["learned_positions"] = "gpt2.context_length"
+        norm = "attention.layer_norm_epsilon"
     fields = dict(FAMILIES[kind])
     for name, key in names.items():
         if key in file.metadata:
@@ -237,7 +241,7 @@ def architecture(file: GGUF) -> TransformerConfig:
         fields.pop("window", None)
     fields.setdefault("num_kv_heads", fields.get("num_heads"))
     # Stored as float32; the decimal number it was made from has few digits.
-    fields["norm_eps"] = float(f"{get('attention.layer_norm_rms_epsilon', float):.6g}")
+    fields["norm_eps"] = float(f"{get(norm, float):.6g}")
     table = file.tensors.get("token_embd.weight")
     fields["vocab_size"] = table.shape[0] if table else 1
     fields["untied_head"] = "output.weight" in file.tensors

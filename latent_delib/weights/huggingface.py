@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from latent_delib.errors import UserError
 from latent_delib.nn.sizes import FAMILIES, TransformerConfig, checked, differences, family
 from latent_delib.weights import folder as folder_lib
+from latent_delib.weights import names
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import TensorFile, read_dtype
 
@@ -24,6 +26,7 @@ CLASSES = {
     "gemma": ("gemma", "GemmaForCausalLM"),
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "gpt2": ("gpt2", "GPT2LMHeadModel"),
 }
 # By our family, the defaults of `transformers` for keys that a config.json leaves out.
 _COMMON = dict(
@@ -49,6 +52,9 @@ _GEMMA3_ALONE = dict(
     rope_local_base_freq=1e4,
     sliding_window_pattern=6,
 )
+_GPT2_FIXED = dict(
+    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False
+)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _COMMON,
     "qwen2": _COMMON,
@@ -57,6 +63,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA2
     | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window_pattern=2),
     "gemma3": _GEMMA2 | _GEMMA3_ALONE,
+    "gpt2": _GPT2_FIXED
+    | dict(
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        n_positions=1024,
+        tie_word_embeddings=True,
+    ),
 }
 # Our field -> the key of a config.json that holds the same number.
 NUMBERS = {
@@ -73,6 +86,16 @@ NUMBERS = {
 SOFTCAPS = {"attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
 LOCAL = {"window": "sliding_window", "local_rope_base": "rope_local_base_freq"}  # of local layers
 KEYS = NUMBERS | SOFTCAPS | LOCAL
+GPT2_NUMBERS = {
+    "num_layers": "n_layer",
+    "embed_dim": "n_embd",
+    "num_heads": "n_head",
+    "num_kv_heads": "n_head",
+    "ffn_dim": "n_inner",
+    "vocab_size": "vocab_size",
+    "norm_eps": "layer_norm_epsilon",
+    "learned_positions": "n_positions",
+}
 # Their kind of layer -> ours.
 LAYERS = {"full_attention": "global", "sliding_attention": "local"}
 # Their kind of rotary scaling -> the keys that it needs.
@@ -88,7 +111,10 @@ _IGNORED = (
     "model.vision_tower.",
     "model.multi_modal_projector.",
 )
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# What GPT-2's tensors are called where its body was saved alone, as the published ones were.
+_GPT2_BODY = ("h.", "wte.", "wpe.", "ln_f.")
+_GPT2_MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # older releases
+HEAD = "lm_head.weight"
 
 
 def open_source(where: Path) -> Source:
@@ -101,9 +127,7 @@ def open_source(where: Path) -> Source:
     config = architecture(folder_lib.read_json(path), str(path))
     places: dict[str, tuple[TensorFile, str]] = {}
     for name, file in _files(where).items():
-        text_name = _text_name(name)
-        if text_name is not None:
-            places[text_name] = file, name
+        places[_text_name(name)] = file, name
     shapes = {name: file.shapes[stored] for name, (file, stored) in places.items()}
     dtypes = {name: read_dtype(file.dtypes[stored]) for name, (file, stored) in places.items()}
 
@@ -111,10 +135,11 @@ def open_source(where: Path) -> Source:
         file, stored = places[name]
         return file.read(stored).astype(dtypes[name], copy=False)
 
-    if not config.untied_head and {HEAD, EMBEDDING} <= shapes.keys():  # written twice
-        if not np.array_equal(read_tensor(HEAD), read_tensor(EMBEDDING)):
+    embedding = names.rows(config)["embedding"].huggingface.partition(" ")[0]
+    if not config.untied_head and {HEAD, embedding} <= shapes.keys():  # written twice
+        if not np.array_equal(read_tensor(HEAD), read_tensor(embedding)):
             raise UserError(
-                f"{where}: {HEAD} differs from {EMBEDDING}, "
+                f"{where}: {HEAD} differs from {embedding}, "
                 "but config.json says tie_word_embeddings=True"
             )
         del shapes[HEAD]
@@ -122,10 +147,16 @@ def open_source(where: Path) -> Source:
     return Source(str(where), "huggingface", config, shapes, dtypes, read_tensor, writer)
 
 
-def _text_name(name: str) -> str | None:
-    """Returns a tensor's name in a text-only checkpoint; None if a text decoder has none."""
-    if name.startswith(_IGNORED) or name.endswith("rotary_emb.inv_freq"):
-        return None
+def _is_ignored(name: str) -> bool:
+    """Tells whether a text decoder has no such tensor."""
+    is_buffer = name.endswith("rotary_emb.inv_freq") or _GPT2_MASK.fullmatch(name)
+    return bool(is_buffer) or name.startswith(_IGNORED)
+
+
+def _text_name(name: str) -> str:
+    """Returns a tensor's name in a text-only checkpoint."""
+    if name.startswith(_GPT2_BODY):
+        return f"transformer.{name}"
     for prefix in ("language_model.model.", "model.language_model."):  # Gemma 3's text part
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix)
@@ -133,7 +164,7 @@ def _text_name(name: str) -> str | None:
 
 
 def _files(where: Path) -> dict[str, TensorFile]:
-    """Returns the file that each tensor lies in, by the index where there is one."""
+    """Returns the file of each tensor that a text decoder has, by the index where there is one."""
     index = where / "model.safetensors.index.json"
     if not index.is_file():
         if not (where / "model.safetensors").is_file():
@@ -141,12 +172,13 @@ def _files(where: Path) -> dict[str, TensorFile]:
                 f"{where}: has neither model.safetensors nor {index.name} "
                 "(pickled weights are not read)"
             )
-        file = TensorFile(where / "model.safetensors")
+        file = TensorFile(where / "model.safetensors", _is_ignored)
         return dict.fromkeys(file.shapes, file)
     listed = folder_lib.read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index}: weight_map is missing or no map of tensor names to file names")
-    opened = {file: TensorFile(where / file) for file in sorted(set(listed.values()))}
+    opened = {file: TensorFile(where / file, _is_ignored) for file in sorted(set(listed.values()))}
+    listed = {name: file for name, file in listed.items() if not _is_ignored(name)}
     astray = []
     for name, file in listed.items():
         if name not in opened[file].shapes:
@@ -173,6 +205,8 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
             f"{where}: model_type={model_type!r}, expected one of {', '.join(families)} or gemma3"
         )
     ours = families[model_type]
+    if ours == "gpt2":
+        return _gpt2(text, where)
     c = _in_one_form(ours, text, where)
     # Gemma 1's files say gelu and mean its tanh approximation, as `transformers` reads them.
     activations = ("gelu", "gelu_pytorch_tanh") if ours.startswith("gemma") else ("silu",)
@@ -183,10 +217,7 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
         "tie_word_embeddings": (True, False),
         "hidden_act": activations,
     }
-    for key, values in known.items():
-        if c[key] not in values:
-            expected = " or ".join(map(repr, values))
-            raise UserError(f"{where}: {key}={c[key]!r}, only {expected} is known here")
+    _check_known(c, known, where)
     pattern = _pattern(c, where)
     keys = KEYS if "local" in pattern else NUMBERS | SOFTCAPS
     fields = dict(FAMILIES[ours])
@@ -200,6 +231,30 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
         scalar = checked("query_pre_attn_scalar", c["query_pre_attn_scalar"], float, where)
         fields["query_scale"] = scalar**-0.5 if scalar > 0 else 0.0
     return TransformerConfig.from_dict(fields, where, KEYS)
+
+
+def _check_known(c: Fields, known: Mapping[str, tuple], where: str) -> None:
+    """Raises UserError for the first key whose value is none of the known ones."""
+    for key, values in known.items():
+        if c[key] not in values:
+            expected = " or ".join(map(repr, values))
+            raise UserError(f"{where}: {key}={c[key]!r}, only {expected} is known here")
+
+
+def _gpt2(text: Fields, where: str) -> TransformerConfig:
+    """Returns the TransformerConfig of a GPT-2's fields, which have names of their own."""
+    c = DEFAULTS["gpt2"] | {key: value for key, value in text.items() if value is not None}
+    known: dict[str, tuple] = {key: (value,) for key, value in _GPT2_FIXED.items()}
+    known["activation_function"] = ("gelu_new", "gelu_pytorch_tanh")
+    known["tie_word_embeddings"] = (True, False)
+    _check_known(c, known, where)
+    c.setdefault("n_inner", 4 * checked("n_embd", c.get("n_embd"), int, where))
+    if checked("n_positions", c["n_positions"], int, where) < 1:
+        raise UserError(f"{where}: n_positions={c['n_positions']}: expected at least 1")
+    numbers = {name: c[key] for name, key in GPT2_NUMBERS.items() if key in c}
+    fields = FAMILIES["gpt2"] | numbers
+    fields["untied_head"] = not c["tie_word_embeddings"]
+    return TransformerConfig.from_dict(fields, where, GPT2_NUMBERS)
 
 
 def _in_one_form(ours: str, text: Fields, where: str) -> dict[str, Any]:
@@ -282,13 +337,16 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
     fields = {
         "architectures": [class_name],
         "model_type": model_type,
-        "hidden_act": "silu",
         "tie_word_embeddings": not c.untied_head,
-        "rope_scaling": _rope_scaling(c),
         "dtype": dtype,
         **token_ids,
     }
-    fields |= {key: getattr(c, name) for name, key in NUMBERS.items()}
+    numbers = GPT2_NUMBERS if ours == "gpt2" else NUMBERS
+    fields |= {key: getattr(c, name) for name, key in numbers.items()}
+    if ours == "gpt2":
+        fields["activation_function"] = "gelu_new"
+    else:
+        fields |= {"hidden_act": "silu", "rope_scaling": _rope_scaling(c)}
     if ours.startswith("gemma"):
         # Releases 4 and 5 read different ones of these for Gemma 1.
         fields["hidden_act"] = fields["hidden_activation"] = "gelu_pytorch_tanh"

@@ -2,14 +2,14 @@
 
 There is one table per family, read in both directions. A row gives our leaf with its axes, and its
 name in Hugging Face's, GGUF's and DeepMind's checkpoints, followed by the axes as stored (einops).
-`[0/2]` picks a part of a tensor that fuses several leaves. Axes: V vocabulary, D width, N query
-heads, K key/value heads, H head dim, F feed-forward width.
+`[0/2]` picks a part of a tensor that fuses several leaves, along its axis i. Axes: V vocabulary, D
+width, N query heads, K key/value heads, H head dim, F feed-forward width, P learned positions.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import einops
@@ -31,6 +31,7 @@ class Row(NamedTuple):
 
 # The names of a layer's tensors begin with these; `{}` is its number.
 LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}.", "deepmind": "layer_{}/"}
+GPT2_LAYER = LAYER | {"huggingface": "transformer.h.{}."}
 
 _OUTSIDE = {
     "embedding": Row(
@@ -54,13 +55,13 @@ _LLAMA = {
         "D K H",
         "self_attn.k_proj.weight (K H) D",
         "attn_k.weight (K H) D",
-        "attn/kv_einsum[0/2] K D H",
+        "attn/kv_einsum[0/2] i K D H",
     ),
     "attn.v": Row(
         "D K H",
         "self_attn.v_proj.weight (K H) D",
         "attn_v.weight (K H) D",
-        "attn/kv_einsum[1/2] K D H",
+        "attn/kv_einsum[1/2] i K D H",
     ),
     "attn.out": Row(
         "N H D",
@@ -72,10 +73,10 @@ _LLAMA = {
         "D", "post_attention_layernorm.weight D", "ffn_norm.weight D", "pre_ffw_norm/scale D"
     ),
     "mlp.gate": Row(
-        "D F", "mlp.gate_proj.weight F D", "ffn_gate.weight F D", "mlp/gating_einsum[0/2] D F"
+        "D F", "mlp.gate_proj.weight F D", "ffn_gate.weight F D", "mlp/gating_einsum[0/2] i D F"
     ),
     "mlp.up": Row(
-        "D F", "mlp.up_proj.weight F D", "ffn_up.weight F D", "mlp/gating_einsum[1/2] D F"
+        "D F", "mlp.up_proj.weight F D", "ffn_up.weight F D", "mlp/gating_einsum[1/2] i D F"
     ),
     "mlp.down": Row("F D", "mlp.down_proj.weight D F", "ffn_down.weight D F", "mlp/linear F D"),
 }
@@ -111,6 +112,30 @@ _QKV_BIASES = {
     "attn.v_bias": Row("K H", "self_attn.v_proj.bias (K H)", "attn_v.bias (K H)"),
 }
 _HEAD = Row("V D", "lm_head.weight V D", "output.weight V D")
+_GPT2_OUTSIDE = {
+    "embedding": Row("V D", "transformer.wte.weight V D", "token_embd.weight V D"),
+    "positions": Row("P D", "transformer.wpe.weight P D", "position_embd.weight P D"),
+    "final_norm.scale": Row("D", "transformer.ln_f.weight D", "output_norm.weight D"),
+    "final_norm.bias": Row("D", "transformer.ln_f.bias D", "output_norm.bias D"),
+}
+_GPT2 = {
+    "pre_attn_norm.scale": Row("D", "ln_1.weight D", "attn_norm.weight D"),
+    "pre_attn_norm.bias": Row("D", "ln_1.bias D", "attn_norm.bias D"),
+    "attn.q": Row("D N H", "attn.c_attn.weight[0/3] D (i N H)", "attn_qkv.weight[0/3] (i N H) D"),
+    "attn.k": Row("D N H", "attn.c_attn.weight[1/3] D (i N H)", "attn_qkv.weight[1/3] (i N H) D"),
+    "attn.v": Row("D N H", "attn.c_attn.weight[2/3] D (i N H)", "attn_qkv.weight[2/3] (i N H) D"),
+    "attn.q_bias": Row("N H", "attn.c_attn.bias[0/3] (i N H)", "attn_qkv.bias[0/3] (i N H)"),
+    "attn.k_bias": Row("N H", "attn.c_attn.bias[1/3] (i N H)", "attn_qkv.bias[1/3] (i N H)"),
+    "attn.v_bias": Row("N H", "attn.c_attn.bias[2/3] (i N H)", "attn_qkv.bias[2/3] (i N H)"),
+    "attn.out": Row("N H D", "attn.c_proj.weight (N H) D", "attn_output.weight D (N H)"),
+    "attn.out_bias": Row("D", "attn.c_proj.bias D", "attn_output.bias D"),
+    "pre_mlp_norm.scale": Row("D", "ln_2.weight D", "ffn_norm.weight D"),
+    "pre_mlp_norm.bias": Row("D", "ln_2.bias D", "ffn_norm.bias D"),
+    "mlp.up": Row("D F", "mlp.c_fc.weight D F", "ffn_up.weight F D"),
+    "mlp.up_bias": Row("F", "mlp.c_fc.bias F", "ffn_up.bias F"),
+    "mlp.down": Row("F D", "mlp.c_proj.weight F D", "ffn_down.weight D F"),
+    "mlp.down_bias": Row("D", "mlp.c_proj.bias D", "ffn_down.bias D"),
+}
 LAYER_ROWS = {
     "llama": _LLAMA,
     "qwen2": _LLAMA | _QKV_BIASES,
@@ -118,13 +143,15 @@ LAYER_ROWS = {
     "gemma": _LLAMA,
     "gemma2": _LLAMA | _POST_NORMS,
     "gemma3": _LLAMA | _POST_NORMS | _QK_NORMS,
+    "gpt2": _GPT2,
 }
 
 
 def rows(config: TransformerConfig) -> dict[str, Row]:
     """Returns the rows of an architecture's leaves, by leaf."""
-    found = dict(_OUTSIDE)
-    for leaf, row in LAYER_ROWS[family(config)].items():
+    ours = family(config)
+    found = dict(_GPT2_OUTSIDE if ours == "gpt2" else _OUTSIDE)
+    for leaf, row in LAYER_ROWS[ours].items():
         found[f"layers.{leaf}"] = row
     if config.untied_head:
         found["head"] = _HEAD
@@ -135,42 +162,40 @@ def rows(config: TransformerConfig) -> dict[str, Row]:
 class Tensor:
     """Says how one leaf of ours, or one layer of it, is stored in another format.
 
-    leaf, layer: ours; no layer for leaves that are not stacked. name, shape: of the stored tensor,
-    or of the part of it that is this leaf. part: (index, of how many) on a leading axis, or None.
-    theirs, ours: axes in both formats. sizes: of the axes. added: what stored norms hold beyond
-    ours.
+    leaf, layer: ours; no layer for leaves that are not stacked. name, shape: of the stored tensor.
+    part: the index on its axis i of the part that is this leaf, or None. theirs, ours: axes in both
+    formats. sizes: of the axes. added: what stored norms hold beyond ours.
     """
 
     leaf: str
     layer: int | None
     name: str
     shape: tuple[int, ...]
-    part: tuple[int, int] | None
+    part: int | None
     theirs: str
     ours: str
     sizes: Mapping[str, int]
     added: float
 
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Returns the shape of the whole stored tensor."""
-        return self.shape if self.part is None else (self.part[1], *self.shape)
-
     def to_ours(self, x: np.ndarray) -> np.ndarray:
         """Returns a stored tensor as our leaf, in its dtype."""
+        ours = self.ours if self.part is None else f"i {self.ours}"
+        x = self._rearranged(x, self.theirs, ours)
         if self.part is not None:
-            x = x[self.part[0]]
-        x = einops.rearrange(x, f"{self.theirs} -> {self.ours}", **self._sizes(self.theirs))
+            x = x[self.part]
         return x - x.dtype.type(self.added) if self.added else x
 
-    def to_theirs(self, x: np.ndarray) -> np.ndarray:
-        """Returns our leaf as the tensor to store; fused ones are never written."""
-        return einops.rearrange(x, f"{self.ours} -> {self.theirs}", **self._sizes(self.ours))
+    def to_theirs(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the tensor to store of our leaves: this one, or all that it fuses, in order."""
+        if self.part is None:
+            return self._rearranged(leaves[0], self.ours, self.theirs)
+        return self._rearranged(np.stack(leaves), f"i {self.ours}", self.theirs)
 
-    def _sizes(self, axes: str) -> dict[str, int]:
-        """Returns the sizes of the axes in brackets, which einops cannot find by itself."""
-        inside = " ".join(re.findall(r"\(([^)]*)\)", axes)).split()
-        return {axis: self.sizes[axis] for axis in inside}
+    def _rearranged(self, x: np.ndarray, before: str, after: str) -> np.ndarray:
+        # Of the axes in brackets einops must be told the sizes.
+        inside = " ".join(re.findall(r"\(([^)]*)\)", before)).split()
+        sizes = {axis: self.sizes[axis] for axis in inside}
+        return einops.rearrange(x, f"{before} -> {after}", **sizes)
 
 
 def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
@@ -184,7 +209,8 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
     sizes = dict(
         V=c.vocab_size, D=c.embed_dim, N=c.num_heads, K=c.num_kv_heads, H=c.head_dim, F=c.ffn_dim
     )
-    sizes |= dict(h=c.head_dim // 2, c=2)
+    sizes |= dict(P=c.learned_positions, h=c.head_dim // 2, c=2)
+    prefixes = GPT2_LAYER if family(c) == "gpt2" else LAYER
     has_pairs = form == "gguf" and family(c) == "llama"
     is_fused = form == "deepmind" and c.num_heads == c.num_kv_heads
     for leaf, row in rows(c).items():
@@ -195,28 +221,38 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
             theirs, ours = theirs.replace("H", "h c"), ours.replace("H", "(c h)")
         if is_fused and re.fullmatch(r"layers\.attn\.[qkv]", leaf):
             name = f"attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
+            theirs = f"i {theirs.removeprefix('i ')}"
         part = re.fullmatch(r"(.*)\[(\d)/(\d)\]", name)
+        own_sizes = sizes | {"i": int(part[3])} if part else sizes
         groups = re.findall(r"\([^)]*\)|\w", theirs)
         shape = []
         for group in groups:
-            shape.append(math.prod(sizes[axis] for axis in group.strip("()").split()))
+            shape.append(math.prod(own_sizes[axis] for axis in group.strip("()").split()))
         tensor = Tensor(
             leaf=leaf,
             layer=None,
             name=part[1] if part else name,
             shape=tuple(shape),
-            part=(int(part[2]), int(part[3])) if part else None,
+            part=int(part[2]) if part else None,
             theirs=theirs,
             ours=ours,
-            sizes=sizes,
+            sizes=own_sizes,
             added=c.norm_offset if form == "gguf" and leaf.endswith(".scale") else 0.0,
         )
         if not leaf.startswith("layers."):
             yield tensor
             continue
         for layer in range(c.num_layers):
-            name = LAYER[form].format(layer) + tensor.name
+            name = prefixes[form].format(layer) + tensor.name
             yield dataclasses.replace(tensor, layer=layer, name=name)
+
+
+def fused(found: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    """Returns the tensors by the name that they are stored under, the parts of one in order."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in found:
+        groups.setdefault(tensor.name, []).append(tensor)
+    return groups
 
 
 def match(
@@ -245,7 +281,7 @@ def match(
     shapes: dict[str, tuple[int, ...]] = {}
     ours: dict[str, str] = {}
     for t in wanted:
-        shapes[t.name] = t.stored_shape
+        shapes[t.name] = t.shape
         layer = "" if t.layer is None else f" of layer {t.layer}"
         ours[t.name] = f" ({t.leaf}{layer})"
     check_shapes(found, shapes, source, ours)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,16 @@ def check_shapes(
 class TensorFile:
     """Holds an opened safetensors file. shapes, dtypes: of every tensor, by name.
 
+    Args:
+      path: of the file.
+      ignored: tells by its name whether a tensor is to be left out, whatever its type.
+
     Raises:
       UserError: missing, truncated or contradictory, or a tensor of another type than float32,
         float16 or bfloat16.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, ignored: Callable[[str], bool] = lambda name: False):
         self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
@@ -83,6 +87,8 @@ class TensorFile:
             raise UserError(f"{path}: not a whole safetensors file ({error})") from None
         header.pop("__metadata__", None)
         for name, entry in header.items():
+            if ignored(name):
+                continue
             if entry["dtype"] not in DTYPES:
                 raise UserError(
                     f"{path}: {name} is of type {entry['dtype']}, expected {', '.join(DTYPES)}"

@@ -290,6 +290,19 @@ def test_special_ids_of_json(library, tmp_path, change, ids):
     assert found.decode(ids) == ""
 
 
+def test_a_vocabulary_with_one_control_token(library, tmp_path):
+    """GPT-2's: it separates documents, so a byte that no text has is the padding."""
+    model = json.loads(library.to_str())
+    model["added_tokens"] = model["added_tokens"][:1]
+    found = Tokenizer(write_json(tmp_path, json.dumps(model), {"model_max_length": 1024}))
+    assert (found.bos_id, found.eos_id) == (0, 0)
+    assert found.pad_id == library.token_to_id("ÿ")
+    for text in [*TEXTS, "ÿ", "naïveÿ\u00ff"]:
+        ids = found.encode(text)
+        assert found.pad_id not in ids
+        assert found.decode([*ids, found.eos_id, found.pad_id, found.pad_id]) == text
+
+
 def test_json_that_does_not_mark_its_special_tokens(library, tmp_path):
     model = json.loads(library.to_str())
     model["added_tokens"] = [token | {"special": False} for token in model["added_tokens"]]

@@ -16,8 +16,11 @@ from latent_delib.weights import folder
 def of_products(config):
     """Operations of a token in the products with all layers' matrices."""
     leaves = folder.by_name(folder.shapes(config))
+    vectors = ("scale", "bias")
     return 2 * sum(
-        x.size for name, x in leaves.items() if name.startswith("layers") and "norm" not in name
+        x.size
+        for name, x in leaves.items()
+        if name.startswith("layers") and not name.endswith(vectors)
     )
 
 
@@ -42,9 +45,10 @@ def counted(config, L, placement, T, M, A):
     return text + M * (write + decode + 2 * A * vocabulary)
 
 
+@pytest.mark.parametrize("family", ["gemma", "gpt2"])
 @pytest.mark.parametrize("placement", ["after", "overlay"])
-def test_counted_pair_by_pair(placement):
-    config = dataclasses.replace(small.GEMMA, window=8)
+def test_counted_pair_by_pair(placement, family):
+    config = dataclasses.replace(small.CONFIGS[family], window=8)
     aug = Augmentation(Transformer(config), "cache_augmentation", 4, placement)
     ours = step_flops(aug, 3, 64, 5, 6).useful
     # In a window the first half pair is counted whole.

@@ -286,7 +286,9 @@ def through_identity(config, tree):
     return tree | {"keys_in": same, "values_in": same, "latents_out": jnp.eye(D)}
 
 
-@pytest.mark.parametrize("family, num_layers", [("gemma", 4), ("gemma", 2), ("llama", 2)])
+@pytest.mark.parametrize(
+    "family, num_layers", [("gemma", 4), ("gemma", 2), ("llama", 2), ("gpt2", 2)]
+)
 def test_maps_that_change_nothing(family, num_layers):
     """Of the same shape: no maps. Of half the depth: it reads the first and the last layer."""
     config = dataclasses.replace(small.CONFIGS[family], num_layers=4)

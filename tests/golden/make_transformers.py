@@ -3,8 +3,8 @@
   python tests/golden/make_transformers.py            writes tests/golden/FAMILY.npz
   python tests/golden/make_transformers.py --check    computes them again and compares
 
-Needs torch and transformers (made with 2.13.0 and 5.23.0, qwen2 with 2.14.1 and 5.24.0); nothing of
-latent_delib is imported. A file holds
+Needs torch and transformers (made with 2.13.0 and 5.23.0, qwen2 with 2.14.1 and 5.24.0, gpt2 with
+2.13.0 and 5.24.0); nothing of latent_delib is imported. A file holds
 
   config          config.json as transformers 5 writes it
   config_4        as releases before it did, and most folders have it
@@ -46,6 +46,16 @@ GEMMA3 = {
     "full_attention": dict(rope_type="linear", rope_theta=5000.0, factor=4.0),
     "sliding_attention": dict(rope_type="default", rope_theta=100.0),
 }
+# GPT-2's own words for what the others' configs say; it has more positions than the texts need.
+GPT2_WORDS = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+GPT2_HAS_NONE = ("num_key_value_heads", "head_dim")
 # Family -> its classes' name, (layers, D, N, K, F), what else its config says, the norm weight that
 # changes nothing.
 FAMILIES = {
@@ -72,6 +82,7 @@ FAMILIES = {
         dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0)),
         1.0,
     ),
+    "gpt2": ("GPT2", (3, 24, 3, 3, 40), dict(max_position_embeddings=64), 1.0),
 }
 
 
@@ -81,7 +92,7 @@ def new_model(family: str, random: np.random.Generator) -> PreTrainedModel:
     Values are multiples of 1/64, which float16 holds and zip packs well.
     """
     name, (layers, D, N, K, F), others, norm = FAMILIES[family]
-    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(
+    fields = dict(
         vocab_size=320,
         hidden_size=D,
         intermediate_size=F,
@@ -92,9 +103,15 @@ def new_model(family: str, random: np.random.Generator) -> PreTrainedModel:
         max_position_embeddings=512,
         rms_norm_eps=1e-3,  # a wrong one is seen
         attn_implementation="eager",
-        **dict(tie_word_embeddings=True) | others,
     )
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    fields |= dict(tie_word_embeddings=True) | others
+    config_name, model_name = f"{name}Config", f"{name}ForCausalLM"
+    if family == "gemma3":
+        config_name = "Gemma3TextConfig"
+    if family == "gpt2":
+        model_name = "GPT2LMHeadModel"
+        fields = {GPT2_WORDS.get(k, k): v for k, v in fields.items() if k not in GPT2_HAS_NONE}
+    model = getattr(transformers, model_name)(getattr(transformers, config_name)(**fields)).eval()
     for name, parameter in model.named_parameters():
         noise = random.standard_normal(tuple(parameter.shape))
         if parameter.ndim == 1:
@@ -118,6 +135,8 @@ def before_5(config: str) -> str:
     fields = json.loads(config)
     del fields["transformers_version"]
     fields["torch_dtype"] = fields.pop("dtype")
+    if fields["model_type"] == "gpt2":  # nothing of it has changed
+        return json.dumps(fields, indent=2)
     rope = fields.pop("rope_parameters")
     if "full_attention" in rope:
         fields["rope_local_base_freq"], rope = (
@@ -177,10 +196,12 @@ def values(family: str) -> dict[str, np.ndarray]:
     embed, read = decoder.get_input_embeddings(), decoder(tokens, output_hidden_states=True)
     torch.testing.assert_close(decoder(inputs_embeds=embed(tokens)).logits, read.logits)
     *layers, last = read.hidden_states[1:]  # of these only the last has been through the final norm
+    body = decoder.base_model
     torch.testing.assert_close(
-        decoder.lm_head(last), decoder.lm_head(decoder.model(tokens).last_hidden_state)
+        decoder.lm_head(last), decoder.lm_head(body(tokens).last_hidden_state)
     )
-    hidden = torch.stack([*map(decoder.model.norm, layers), last])
+    final_norm = body.ln_f if family == "gpt2" else body.norm
+    hidden = torch.stack([*map(final_norm, layers), last])
 
     results: dict[str, list[torch.Tensor]] = {}
     for b, row in enumerate(tokens):
@@ -201,7 +222,9 @@ def values(family: str) -> dict[str, np.ndarray]:
                 ("overlay", p - L + 1, 1, 0),
             ):
                 latent_position = (first + torch.arange(L)).clamp(min=0)
-                z = call(coprocessor.model, soft, latent_position, text, p + 1).last_hidden_state[0]
+                z = call(
+                    coprocessor.base_model, soft, latent_position, text, p + 1
+                ).last_hidden_state[0]
                 index = torch.arange(p + 1 - reread, p + A)
                 position = torch.cat([latent_position, index + shift])
                 x = torch.cat([z, embed(row[index])])

@@ -14,9 +14,9 @@ from latent_delib import convert
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.nn.sizes import TransformerConfig
-from latent_delib.nn.transformer import Transformer
+from latent_delib.nn.transformer import TABLES, Transformer
 
-TRANSFORMERS = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
+TRANSFORMERS = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3", "gpt2")
 # What DeepMind's checkpoints do not hold.
 NORMED = dict(post_norms=True, window=5)
 DEEPMIND = {
@@ -68,7 +68,7 @@ def golden(request, tokenizer_path, tmp_path_factory):
 
     decoder, coprocessor = imported("decoder", "config"), imported("coprocessor", "config_4")
     assert coprocessor.config == decoder.config  # both ways to write it say the same
-    body = {name: coprocessor.params[name] for name in ("layers", "final_norm")}
+    body = {name: x for name, x in coprocessor.params.items() if name not in TABLES}
     return values, decoder, body | {"soft_tokens": values["soft_tokens"]}
 
 
@@ -93,7 +93,8 @@ def test_every_layer(golden):
         """The same decoder, whose layers after the first n add nothing to the residual stream."""
 
         def cut(path, x):
-            return x.at[n:].set(0) if path[-1].key in ("out", "down") else x
+            last = path[-1].key.removesuffix("_bias")
+            return x.at[n:].set(0) if last in ("out", "down") else x
 
         return decoder.params | {"layers": jax.tree.map_with_path(cut, decoder.params["layers"])}
 

@@ -24,7 +24,7 @@ DOCUMENT = np.array([[0] * 5 + [1] * 9, [0] * T])
 START = np.array([[0] * 5 + [5] * 9, [0] * T])
 
 
-@pytest.fixture(scope="module", params=["gemma", "llama"])
+@pytest.fixture(scope="module", params=["gemma", "llama", "gpt2"])
 def model(request):
     config = small.CONFIGS[request.param]
     return config, small.decoder(config)
@@ -139,6 +139,7 @@ def test_rotary_is_float32_inside_far_into_the_text():
         ),
         (dict(layer_pattern=()), "layer_pattern=.*: expected a sequence"),
         (dict(window=0), "window=0: local layers need at least 1"),
+        (dict(learned_positions=-1), "learned_positions=-1: expected at least 0"),
     ],
 )
 def test_config_errors_name_the_field(fields, message):

@@ -25,7 +25,7 @@ def tree(config, random=None):
         *path, last = f"transformer/{t.name}".split("/")
         if last not in ("input_embedding", "scale"):
             path, last = [*path, last], "w"
-        out.setdefault("/".join(path), {})[last] = random.standard_normal(t.stored_shape).astype(
+        out.setdefault("/".join(path), {})[last] = random.standard_normal(t.shape).astype(
             ml_dtypes.bfloat16
         )
     return out

@@ -195,9 +195,10 @@ def test_a_coprocessor_is_exported_and_read_again(
         load.read_record(str(tmp_path / "out"))
 
 
-def test_a_coprocessor_with_biases_is_stored(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_coprocessor_with_biases_is_stored(tmp_path, family):
     """It has no table of tokens, whether the decoder's head is tied or not."""
-    config = dataclasses.replace(small.LLAMA, qk_norm=False)
+    config = dataclasses.replace(small.CONFIGS[family], qk_norm=False)
     tree = small.coprocessor(config, 2)
     fields = {
         "method": "cache_augmentation",

@@ -25,9 +25,13 @@ def hyper_parameters(writer, config):
     writer.add_feed_forward_length(config.ffn_dim)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_base)
+    if config.layer_norm:
+        writer.add_context_length(config.learned_positions)
+        writer.add_layer_norm_eps(config.norm_eps)
+    else:
+        writer.add_key_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_rope_freq_base(config.rope_base)
     if config.window:
         writer.add_sliding_window(config.window)
     if config.attn_softcap:
@@ -81,6 +85,8 @@ def write(path, family, tokenizer_path, quantise=None, changed=None):
             )
         if family.startswith("gemma") and name.endswith("norm.weight"):
             w = w + 1
+        if ".c_" in name:  # Conv1D's are transposed
+            w = w.T
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         kind = quantise(theirs) if quantise else Type.F32
         if kind == Type.F32 or w.ndim == 1:

@@ -96,7 +96,23 @@ def numbers(layers, width, ffn, heads=None, kv_heads=None, **others):
     return fields | others
 
 
+# Of the published folder; its tensors have no prefix, and masks are stored among them.
+GPT2 = dict(
+    model_type="gpt2",
+    activation_function="gelu_new",
+    attn_pdrop=0.1,
+    bos_token_id=50256,
+    eos_token_id=50256,
+    layer_norm_epsilon=1e-05,
+    n_ctx=1024,
+    n_embd=768,
+    n_head=12,
+    n_layer=12,
+    n_positions=1024,
+    vocab_size=50257,
+)
 PUBLISHED = {
+    "gpt2": GPT2,
     "gemma_2b": GEMMA | numbers(18, 2048, 16384, 8, 1),
     "gemma_7b": GEMMA | numbers(28, 3072, 24576, 16, 16),
     "gemma2_2b": GEMMA2 | numbers(26, 2304, 9216, 8, 4, head_dim=256, query_pre_attn_scalar=256),
@@ -174,12 +190,17 @@ def test_sizes_are_the_published_ones(size):
     assert [name for name, other in SIZES.items() if not differences(found, other)] == [size]
     leaves = folder.by_name(folder.shapes(SIZES[size]))
     assert ("head" in leaves) == (not PUBLISHED[size].get("tie_word_embeddings", True))
-    assert ("layers.attn.q_bias" in leaves) == size.startswith("qwen2.5")
+    assert ("layers.attn.q_bias" in leaves) == size.startswith(("qwen2.5", "gpt2"))
 
 
 def test_every_size_has_a_published_config():
     ours = {f"gemma2_{size}" for size in ("160k", "58k", "23k", "3m", "49m", "test")}
-    assert set(SIZES) - set(PUBLISHED) == ours
+    assert set(SIZES) - set(PUBLISHED) == ours | {"gpt2_test"}
+
+
+def test_gpt2_has_124_million_parameters():
+    leaves = folder.by_name(folder.shapes(SIZES["gpt2"]))
+    assert sum(leaf.size for leaf in leaves.values()) == 124_439_808
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -307,6 +328,21 @@ def test_a_copy_of_the_token_table(hf, tmp_path):
     refused(untied, tmp_path / "out", "lm_head.weight differs", "tie_word_embeddings=True")
 
 
+def test_gpt2_as_it_was_published(hf, tmp_path):
+    """Without the prefix of its names, with masks in types that hold no weights."""
+    tensors = stored("gpt2")[1]
+    convert(str(hf("gpt2")), str(tmp_path / "plain"))
+    bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    masks = {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.uint8)}
+    masks |= {"h.1.attn.masked_bias": np.array(-1e4, np.float32)}
+    convert(str(hf("gpt2", bare | masks)), str(tmp_path / "bare"))
+    prefixed = {f"transformer.{name}": x for name, x in masks.items()}
+    table = {"lm_head.weight": tensors["transformer.wte.weight"].copy()}
+    convert(str(hf("gpt2", tensors | prefixed | table)), str(tmp_path / "old"))
+    wanted = folder.fingerprint(tmp_path / "plain")
+    assert folder.fingerprint(tmp_path / "bare") == wanted == folder.fingerprint(tmp_path / "old")
+
+
 def test_every_wrong_tensor_is_listed_by_both_names(hf, tmp_path):
     tensors = stored("gemma3")[1]
     del tensors["model.layers.3.self_attn.q_norm.weight"], tensors["model.norm.weight"]
@@ -350,6 +386,17 @@ def test_every_wrong_tensor_is_listed_by_both_names(hf, tmp_path):
         ),
         ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
         ("llama", dict(rope_parameters=3), ["rope_parameters=3"]),
+        ("gpt2", dict(activation_function="gelu"), ["activation_function='gelu'", "gelu_new"]),
+        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), ["inverse_layer_idx=True", "False"]),
+        ("gpt2", dict(n_embd="24"), ["n_embd='24'"]),
+        ("gpt2", dict(n_positions=0), ["n_positions=0: expected at least 1"]),
+        ("gpt2", dict(n_layer=None), ["n_layer is missing"]),
+        ("gpt2", dict(n_head=5), ["n_embd=24 is not divisible by n_head=5"]),
+        (
+            "gpt2",
+            dict(n_positions=128),
+            ["transformer.wpe.weight is (64, 24), expected (128, 24) (positions)"],
+        ),
         ("llama", dict(rope_parameters={}, rope_scaling="linear"), ["rope_scaling='linear'"]),
         ("llama", dict(rope_parameters={"rope_theta": "big"}), ["rope_theta='big'"]),
         ("llama", dict(num_hidden_layers=10**9), ["1000000000 layers", "29 tensors"]),
