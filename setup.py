@@ -21,6 +21,7 @@ SEQIO = [
         "protobuf>=7.36.1",  # sentencepiece's generated module, which seqio imports
     )
 ]
+HUB = ["datasets>=4"]
 EVAL = ["lm-eval[math]>=0.4.13"]  # math: what minerva_math imports
 MIXTURE = ["lxml>=5"]
 
@@ -74,8 +75,11 @@ setup(
         "tokenizers>=0.22",
     ],
     extras_require={
-        # training on text that is not prepared, text on gs://, TFDS
+        # training on text that is not prepared
         "seqio": SEQIO,
+        # text of datasets: of TFDS, and of the Hugging Face Hub
+        "tfds": ["tensorflow-datasets>=4.9.9"],
+        "hub": HUB,
         # the first is for orbax, where a workdir is gs://
         "tpu": ["google-cloud-storage>=3", "jax[tpu]"],
         "cuda": ["jax[cuda12]"],
@@ -91,6 +95,7 @@ setup(
         "test": [
             *SEQIO,
             *EVAL,
+            *HUB,
             *MIXTURE,
             "google-cloud-storage>=3",
             "mypy>=1.15",

@@ -46,7 +46,8 @@ def prepare(config: Any, out: str) -> dict:
     out = out.rstrip("/")
     check_files([*data.sources, *data.validation])
     tokenizer_path = str(tokenizer_path_of(config))
-    meta = _describe(data, tokenizer_path)
+    readers = {source: text.open_source(source) for source in (*data.sources, *data.validation)}
+    meta = _describe(data, tokenizer_path, readers)
     found = token_files.read_meta(out)
     if found:
         difference = _difference(found, meta)
@@ -62,17 +63,17 @@ def prepare(config: Any, out: str) -> dict:
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"--out={out} exists and holds no finished token files: name another")
     bad = BadRecords(data.max_bad_records)
-    text.check_sources([*data.sources, *data.validation], tokenizer_path, bad)
+    text.check_texts(readers.values(), tokenizer_path, bad)
 
     # A store renames nothing: there meta.json alone marks a folder as finished.
     whole = contextlib.nullcontext(out) if "://" in out else files.whole(Path(out))
     with whole as directory:
         for split in SPLITS:
             for number, entry in enumerate(meta[split]):
-                source = entry["source"]
+                reader = readers[entry["source"]]
                 skipped_before = bad.met.total()
-                documents = text.documents(source, tokenizer_path, bad)
-                documents = _progress(source, documents, text.num_bytes(source))
+                documents = text.documents(reader, tokenizer_path, bad)
+                documents = _progress(reader, documents)
                 entry |= _write_source(str(directory), split, number, documents, meta)
                 entry["skipped"] = bad.met.total() - skipped_before
         token_files.write_meta(str(directory), meta)
@@ -82,12 +83,12 @@ def prepare(config: Any, out: str) -> dict:
     return meta
 
 
-def _describe(data: Any, tokenizer_path: str) -> dict:
+def _describe(data: Any, tokenizer_path: str, readers: dict[str, text.Reader]) -> dict:
     """Returns the meta.json of token files that are about to be written, without counts."""
     tokenizer = Tokenizer(tokenizer_path)
 
     def described(sources: Any) -> list[dict]:
-        return [{"source": source, "text": text.fingerprint(source)} for source in sources]
+        return [{"source": each, "text": readers[each].fingerprint()} for each in sources]
 
     return {
         "format": token_files.FORMAT,
@@ -119,14 +120,15 @@ def _difference(found: dict, meta: dict) -> str | None:
     return None
 
 
-def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[dict]:
-    """Yields the same documents, of `total` bytes in all; prints how many bytes are done."""
-    say = Progress(f"{source}: prepared", total, "bytes")
+def _progress(reader: text.Reader, documents: Iterator[dict]) -> Iterator[dict]:
+    """Yields the same documents, those of a reader; prints how many bytes are done."""
+    total = reader.num_bytes()
+    say = Progress(f"{reader.source}: prepared", total, "bytes")
     done = 0
     for document in documents:
         yield document
         done += int(document["bytes"])
-        say(min(done, total))
+        say(min(done, total) if total else done)
 
 
 def _write_source(

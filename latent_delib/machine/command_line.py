@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 if not (ROOT / "configs").is_dir():
     ROOT = Path(__file__).parents[1] / "repository"
 TEXTS = ("prompt", "stop", "text")  # in every other flag a leading ~ is the home folder
-HOME = re.compile(r"^(files:|lines:|)(~[^/]*)")
+HOME = re.compile(r"^(files:|lines:|hf:|)(~[^/]*)")
 
 
 class _TupleParser(flags.ArgumentParser):
