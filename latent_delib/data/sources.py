@@ -96,6 +96,13 @@ def parse(source: str) -> Files | Tfds | Hub:
     )
 
 
+def source_of(given: str) -> str:
+    """Returns the source string that a command line means: as it is, or files:GIVEN for a path."""
+    if given.startswith(("packaged/", "files:", "lines:", "tfds:", "hf:")):
+        return given
+    return f"files:{os.path.expanduser(given)}"
+
+
 def local_files(pattern: str) -> list[str]:
     """Finds local files and folders: the one of this name, else all that the pattern matches."""
     if os.path.exists(pattern):

@@ -15,7 +15,7 @@ from latent_delib.data import rows
 from latent_delib.data import text as reader
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
-from latent_delib.prepare import prepare
+from latent_delib.job.preparation import prepare
 from tests.fake_hub import COMMIT, environment, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,7 +185,7 @@ import datasets
 import sys
 from latent_delib.data import text
 from latent_delib.errors import UserError
-from latent_delib.prepare import prepare
+from latent_delib.job.preparation import prepare
 for source in sys.argv[1:]:
     try:
         found = text.open_source(source)
