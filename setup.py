@@ -23,6 +23,7 @@ SEQIO = [
 ]
 # gs://: orbax takes the first, epath the second where TensorFlow is not installed
 GS = ["google-cloud-storage>=3", "gcsfs>=2026.8"]
+HUB = ["datasets>=4"]
 EVAL = ["lm-eval[math]>=0.4.13"]  # math: what minerva_math imports
 MIXTURE = ["lxml>=5"]
 
@@ -77,8 +78,11 @@ setup(
         "tokenizers>=0.22",
     ],
     extras_require={
-        # training on text that is not prepared, text on gs://, TFDS
+        # training on text that is not prepared
         "seqio": SEQIO,
+        # text of datasets: of TFDS, and of the Hugging Face Hub
+        "tfds": ["tensorflow-datasets>=4.9.9"],
+        "hub": HUB,
         "tpu": [*GS, "jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": EVAL,
@@ -94,6 +98,7 @@ setup(
         "test": [
             *SEQIO,
             *EVAL,
+            *HUB,
             *MIXTURE,
             *GS,
             "mypy>=1.15",

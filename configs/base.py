@@ -40,7 +40,8 @@ def get_config() -> ConfigDict:
     c.method.coprocessor = ConfigDict()  # of "resized": TransformerConfig unlike the decoder's
 
     c.data = ConfigDict()
-    c.data.sources = ("packaged/train",)  # or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE
+    # Or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME:SPLIT:FEATURE.
+    c.data.sources = ("packaged/train",)
     c.data.weights = (1.0,)  # one per source
     c.data.validation = ("packaged/validation",)  # held-out text, named like the sources
     c.data.token_files = ""  # a directory written by `prepare`; "" reads the sources through seqio

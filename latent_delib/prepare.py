@@ -2,142 +2,15 @@
 
   python -m latent_delib.prepare --config=configs/X.py --out=DIR [--config.key=value ...]
 
-One pass over each source of `config.data.sources` and `config.data.validation`, by the reader that
-training from text uses too. Training and evaluation then read DIR, named in
-`config.data.token_files`.
+Training and evaluation then read DIR, named in `config.data.token_files`.
 """
 
-import contextlib
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from latent_delib.data import text, token_files
-from latent_delib.data.rows import BadRecords
-from latent_delib.data.sources import check_files
-from latent_delib.data.tokenizer import Tokenizer, fingerprint
-from latent_delib.errors import UserError
 from latent_delib.job.experiment import check
-from latent_delib.job.experiment import tokenizer_path as tokenizer_path_of
-from latent_delib.machine import commands, files
+from latent_delib.job.preparation import prepare
+from latent_delib.machine import commands
 from latent_delib.machine.command_line import CONFIG, REQUIRED
-from latent_delib.machine.progress import Progress
-
-SPLITS = ("train", "validation")
-COUNTS = ("documents", "tokens", "rows", "skipped")  # of a source, printed at the end
-
-
-def prepare(config: Any, out: str) -> dict:
-    """Writes the token files of `config.data`, unless they are there; returns their meta.json.
-
-    Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.Training`
-    says which.
-
-    Args:
-      config: of a training job.
-      out: a local directory or gs:// path, made whole or not at all.
-
-    Raises:
-      UserError: one bad document too many, sources that are missing or empty, or anything else in
-        `out`.
-    """
-    data = config.data
-    out = out.rstrip("/")
-    check_files([*data.sources, *data.validation])
-    tokenizer_path = str(tokenizer_path_of(config))
-    meta = _describe(data, tokenizer_path)
-    found = token_files.read_meta(out)
-    if found:
-        difference = _difference(found, meta)
-        if difference:
-            raise UserError(f"--out={out} holds other token files: {difference}; name another")
-        print(f"{out} is already prepared from this config")
-        if any("works" not in entry for entry in found["validation"]):
-            print(
-                f"{out} is of an older version and does not say which work a document is of; "
-                "another --out would"
-            )
-        return found
-    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise UserError(f"--out={out} exists and holds no finished token files: name another")
-    bad = BadRecords(data.max_bad_records)
-    text.check_sources([*data.sources, *data.validation], tokenizer_path, bad)
-
-    # A store renames nothing: there meta.json alone marks a folder as finished.
-    whole = contextlib.nullcontext(out) if "://" in out else files.whole(Path(out))
-    with whole as directory:
-        for split in SPLITS:
-            for number, entry in enumerate(meta[split]):
-                source = entry["source"]
-                skipped_before = bad.met.total()
-                documents = text.documents(source, tokenizer_path, bad)
-                documents = _progress(source, documents, text.num_bytes(source))
-                entry |= _write_source(str(directory), split, number, documents, meta)
-                entry["skipped"] = bad.met.total() - skipped_before
-        token_files.write_meta(str(directory), meta)
-    for entry in [*meta["train"], *meta["validation"]]:
-        counts = [f"{entry[key]:,} {key}" for key in COUNTS if key in entry]
-        print(f"{entry['source']}: {', '.join(counts)}")
-    return meta
-
-
-def _describe(data: Any, tokenizer_path: str) -> dict:
-    """Returns the meta.json of token files that are about to be written, without counts."""
-    tokenizer = Tokenizer(tokenizer_path)
-
-    def described(sources: Any) -> list[dict]:
-        return [{"source": source, "text": text.fingerprint(source)} for source in sources]
-
-    return {
-        "format": token_files.FORMAT,
-        "seq_len": data.seq_len,
-        "vocab_size": tokenizer.vocab_size,
-        "bos_id": tokenizer.bos_id,
-        "pad_id": tokenizer.pad_id,
-        "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32",
-        "tokenizer_sha256": fingerprint(tokenizer_path),
-        "train": described(data.sources),
-        "validation": described(data.validation),
-    }
-
-
-def _difference(found: dict, meta: dict) -> str | None:
-    """Returns the first difference between finished token files and those that would be written."""
-    for key in meta:
-        there, here = found.get(key), meta[key]
-        if key in SPLITS:
-            there = [entry["source"] for entry in there]
-            here = [entry["source"] for entry in here]
-        is_older = key == "format" and there in range(1, token_files.FORMAT)  # which is read too
-        if there != here and not is_older:
-            return f"{key} is {there} there and {here} here"
-    for split in SPLITS:
-        for there, here in zip(found[split], meta[split]):
-            if there.get("text", here["text"]) != here["text"]:  # older token files do not say
-                return f"the text of {here['source']} is another now"
-    return None
-
-
-def _progress(source: str, documents: Iterator[dict], total: int) -> Iterator[dict]:
-    """Yields the same documents, of `total` bytes in all; prints how many bytes are done."""
-    say = Progress(f"{source}: prepared", total, "bytes")
-    done = 0
-    for document in documents:
-        yield document
-        done += int(document["bytes"])
-        say(min(done, total))
-
-
-def _write_source(
-    directory: str, split: str, number: int, documents: Iterator[dict], meta: dict
-) -> dict:
-    """Writes one source; returns its counts."""
-    if split == "train":
-        tokens = (document["tokens"] for document in documents)
-        return token_files.write_train(directory, number, tokens, meta)
-    named = ((document["work"], document["tokens"]) for document in documents)
-    return token_files.write_validation(directory, number, named, meta)
 
 
 def main(values: Any) -> None:

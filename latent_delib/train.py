@@ -1,12 +1,15 @@
 """Trains a method's parameters on a frozen decoder, or the decoder itself.
 
   python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...]
-      [--distributed] [--dry_run [--topology=v5e:4x4]]
+      [--text=GLOB --held_out=GLOB] [--distributed] [--dry_run [--topology=v5e:4x4]]
 
 The same command resumes. WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when
 the decoder was trained. It may be gs://BUCKET/PATH; no lock then keeps two jobs from using it at
 once. Ctrl-C saves after at most two more steps. A second
 Ctrl-C, or one before the first step, ends the job at once.
+
+--text and --held_out name a text of your own, to train on and to evaluate on. They are turned into
+token files first, in WORKDIR/tokens.
 
 Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was
 lost, run again; 130 stopped by Ctrl-C, the same command resumes; 1 an error that running again does
@@ -33,8 +36,8 @@ from ml_collections import ConfigDict
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
 from latent_delib.delib.step import TrainState
-from latent_delib.errors import INTERRUPTED, device_memory
-from latent_delib.job import build, dry_run, experiment
+from latent_delib.errors import INTERRUPTED, UserError, device_memory
+from latent_delib.job import build, dry_run, experiment, preparation
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.export import export_decoder
@@ -60,11 +63,20 @@ def main(flags: Any) -> None:
     if flags.dry_run or flags.topology:
         dry_run.dry_run(flags.config, flags.workdir, flags.topology)
         return
+    if flags.text or flags.held_out:
+        use_text(flags)
     distributed.split_cores(flags.config.compute.cpu_devices)
     with distributed.job(flags):
         code = train(flags.config, flags.workdir, ctrl_c=True)
     if code:
         sys.exit(code)
+
+
+def use_text(flags: Any) -> None:
+    """Prepares the text that the flags name, and puts its token files into their config."""
+    if flags.distributed:
+        raise UserError(f"--text={flags.text}: one process prepares it; run prepare first")
+    preparation.use_text(flags.config, flags.text, flags.held_out, flags.workdir)
 
 
 def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
@@ -253,6 +265,8 @@ if __name__ == "__main__":
         __doc__,
         config=(CONFIG, "a file under configs/"),
         workdir=(REQUIRED, "where the job writes"),
+        text=("", "to train on, as 'TEXT/*.txt' or any source of text; needs --held_out"),
+        held_out=("", "to evaluate on, of the same form; needs --text"),
         dry_run=(False, "compile the step, print its needs, write dry_run.json; run nothing"),
         topology=("", "the TPU slice to compile for, as v5e:4x4 or 2*v5p:4x4x4; else this machine"),
         **distributed.FLAGS,

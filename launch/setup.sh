@@ -5,8 +5,8 @@
 #   setup.sh [EXTRA ...]           extras of setup.py to add; without any: seqio; `base`: none. What an earlier call added
 #                                  stays. tasks is left out where Python cannot build extensions (PyPI has only the source
 #                                  of one of its parts), seqio on Python 3.14.
-#   LATENT_DELIB_EXTRAS=tpu        more of them, through any script that calls this: tpu, cuda, eval, mixture, reference,
-#                                  wandb, or several with commas between
+#   LATENT_DELIB_EXTRAS=tpu        more of them, through any script that calls this: tpu, cuda, eval, hub, tfds, mixture,
+#                                  reference, wandb, or several with commas between
 #   PYTHON=/opt/py312/bin/python   a Python 3.11 to 3.14 to try before those on PATH
 set -euo pipefail
 [[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"

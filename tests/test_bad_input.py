@@ -277,13 +277,13 @@ def test_a_checkpoints_folder_that_cannot_be_written(error, config_file, tmp_pat
 
 def test_text_without_tensorflow(error, config_file, tmp_path, monkeypatch):
     """Training on text that is not prepared names the extra that brings it."""
-    for name in ("stores", "tasks"):
+    for name in ("tensorflow", "tasks"):
         monkeypatch.delitem(sys.modules, f"latent_delib.data.{name}", raising=False)
         monkeypatch.delattr(f"latent_delib.data.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     config = config_file({"data.token_files": ""})
     line = error("train", f"--config={config}", f"--workdir={tmp_path / 'w'}")
-    named(line, "tensorflow is not installed", "LATENT_DELIB_EXTRAS=seqio", "Token files")
+    named(line, "tensorflow is not installed", "LATENT_DELIB_EXTRAS=seqio", "or run prepare")
     assert not (tmp_path / "w" / "checkpoints").exists()
 
 

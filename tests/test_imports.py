@@ -87,7 +87,9 @@ def test_no_door_imports_another():
 @pytest.mark.parametrize(
     "packages, users",
     [
-        ({"tensorflow", "tensorflow_datasets", "tensorflow_text"}, {"data/stores"}),
+        ({"tensorflow", "tensorflow_text"}, {"data/tensorflow"}),
+        ({"tensorflow_datasets", "array_record"}, {"data/tfds_datasets"}),
+        ({"datasets"}, {"data/hub_datasets"}),
         ({"seqio"}, {"data/tasks"}),
         ({"torch", "transformers"}, set()),
         ({"orbax"}, {"machine/checkpoint", "weights/deepmind"}),
@@ -112,7 +114,8 @@ def test_tensorflow_is_imported_only_when_text_needs_it():
             for n in ast.parse(source).body
             if isinstance(n, ast.Import | ast.ImportFrom)
         )
-        heavy = {"latent_delib.data.tasks", "latent_delib.data.stores"}
+        heavy = {"tensorflow.tf", "tasks", "tfds_datasets", "hub_datasets"}
+        heavy = {f"latent_delib.data.{each}" for each in heavy}
         assert name == "data/tasks" or not heavy & set(imports(top, name)), name
 
 
@@ -122,7 +125,7 @@ def test_training_loads_no_tensorflow():
         "import sys, latent_delib.train, latent_delib.evaluate, latent_delib.generate;"
         "import latent_delib.prepare;"
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
-        "{'tensorflow', 'seqio', 'tensorflow_datasets', 'transformers'}))"
+        "{'tensorflow', 'seqio', 'tensorflow_datasets', 'datasets', 'transformers'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

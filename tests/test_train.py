@@ -26,6 +26,7 @@ from latent_delib.lm import load
 from latent_delib.machine import checkpoint, saved_steps
 from latent_delib.weights import folder
 from tests import fake_gcs
+from tests.run_command import run_command
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -151,6 +152,56 @@ def test_killed_and_resumed_equals_straight_from_text(trained, config_file, make
     assert done.returncode == -9, done.stderr
     train.train(make_config(text), str(workdir))
     assert_same(workdir, straight)
+
+
+def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tmp_path):
+    for name, words in {
+        "text/1": "a cat sat ",
+        "text/2": "a dog ran ",
+        "held_out/3": "rain ",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text(words * 60)
+    given = {
+        "config": config_file({"data.token_files": "", "data.weights": (2.0,)}),
+        "text": f"{tmp_path}/text/*.txt",
+        "held_out": f"lines:{tmp_path}/held_out/*",
+        "workdir": f"{tmp_path}/run",
+    }
+    assert run_command("train", **given) == ""
+    meta = small.meta_of(tmp_path / "run")
+    assert meta["config"]["data"]["token_files"] == f"{tmp_path}/run/tokens"
+    assert meta["config"]["data"]["sources"] == [f"files:{tmp_path}/text/*.txt"]
+    assert "order" in meta["data"]["fingerprint"]  # of token files
+    assert run_command("evaluate", workdir=f"{tmp_path}/run") == ""
+    result = json.loads((tmp_path / "run" / "perplexity.json").read_text())
+    assert result["config"]["data"]["validation"] == [given["held_out"]]
+    assert run_command("train", **given) == ""  # again: nothing is left to do
+    (tmp_path / "text" / "3.txt").write_text("one more")
+    said = run_command("train", **given)
+    small.named(said, f"{tmp_path}/run/tokens", "the text of files:", "name another folder")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"held_out": ""}, ["--text", "--held_out", "expected both"]),
+        ({"text": "none*"}, ["source 'files:none*'", "no file matches"]),
+        ({"config.data.token_files": "tokens"}, ["--text", "config.data.token_files=tokens"]),
+        ({"config.train.steps": 0}, ["config.train.steps=0"]),
+        ({"distributed": True}, ["--text", "run prepare first"]),
+    ],
+)
+def test_a_text_of_your_own_that_is_refused(changes, words, config_file, tmp_path):
+    (tmp_path / "a.txt").write_text("a cat")
+    given = {
+        "config": config_file({"data.token_files": ""}),
+        "text": f"{tmp_path}/a.txt",
+        "held_out": "packaged/validation",
+        "workdir": f"{tmp_path}/run",
+    }
+    small.named(run_command("train", **given | changes), *words)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

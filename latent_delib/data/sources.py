@@ -4,6 +4,9 @@ packaged/train, packaged/validation   the text in data/corpus
 files:GLOB                            files of documents; a line of a form feed alone parts two
 lines:GLOB                            files with a document on each line
 tfds:NAME:SPLIT:FEATURE               a TFDS dataset in $TFDS_DATA_DIR; nothing is downloaded
+hf:OWNER/NAME:SPLIT:FEATURE           a dataset on the Hugging Face Hub, read as it arrives; also
+                                      hf:OWNER/NAME/CONFIG:... and hf:OWNER/NAME@REVISION:...
+hf:FOLDER:SPLIT:FEATURE               such a dataset in a local folder; it begins with / or ./
 """
 
 import glob
@@ -16,7 +19,17 @@ from typing import NamedTuple
 from latent_delib.errors import UserError
 
 PACKAGED = ("packaged/train", "packaged/validation")
-FORMS = (*PACKAGED, "files:GLOB", "lines:GLOB", "tfds:NAME:SPLIT:FEATURE")
+FORMS = (
+    *PACKAGED,
+    "files:GLOB",
+    "lines:GLOB",
+    "tfds:NAME:SPLIT:FEATURE",
+    "hf:OWNER/NAME[/CONFIG][@REVISION]:SPLIT:FEATURE",
+    "hf:./FOLDER:SPLIT:FEATURE",
+)
+_TFDS = re.compile(r"tfds:(.+):([^:[\]]+(?:\[.*\])?):([^:]+)")
+_HUB = re.compile(r"hf:([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?:([\w.-]+):([^:]+)")
+_FOLDER = re.compile(r"hf:(\.{0,2}/.+):([\w.-]+):([^:]+)")
 _CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 
@@ -35,7 +48,24 @@ class Tfds(NamedTuple):
     feature: str
 
 
-def parse(source: str) -> Files | Tfds:
+class Hub(NamedTuple):
+    """Names a split of a dataset on the Hugging Face Hub, and the feature that holds its text.
+
+    name: OWNER/NAME, or a local folder. config, revision: "" where the source names none.
+    """
+
+    name: str
+    config: str
+    revision: str
+    split: str
+    feature: str
+
+    @property
+    def is_local(self) -> bool:
+        return self.name.startswith((".", "/"))
+
+
+def parse(source: str) -> Files | Tfds | Hub:
     """Returns what a source string means; looks at no file.
 
     Raises:
@@ -46,13 +76,31 @@ def parse(source: str) -> Files | Tfds:
         return Files("files", f"{glob.escape(str(folder))}/*.txt")
     kind, _, rest = source.partition(":")
     if kind in ("files", "lines") and rest:
+        if "://" in rest and not rest.startswith("gs://"):
+            raise UserError(
+                f"config.data: source {source!r}: expected files on this machine or on gs://"
+            )
         return Files(kind, rest)
-    parts = re.fullmatch(r"(.+):([^:[\]]+(?:\[.*\])?):([^:]+)", rest)
-    if kind == "tfds" and parts:
-        return Tfds(*parts.groups())
+    tfds = _TFDS.fullmatch(source)
+    if tfds:
+        return Tfds(*tfds.groups())
+    hub = _HUB.fullmatch(source)
+    if hub:
+        return Hub(*hub.groups(default=""))
+    local = _FOLDER.fullmatch(source)
+    if local:
+        name, split, feature = local.groups()
+        return Hub(name, "", "", split, feature)
     raise UserError(
         f"config.data: unknown source {source!r}, expected one of the forms {', '.join(FORMS)}"
     )
+
+
+def source_of(given: str) -> str:
+    """Returns the source string that a command line means: as it is, or files:GIVEN for a path."""
+    if given.startswith(("packaged/", "files:", "lines:", "tfds:", "hf:")):
+        return given
+    return f"files:{os.path.expanduser(given)}"
 
 
 def local_files(pattern: str) -> list[str]:

@@ -9,88 +9,73 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from latent_delib.data import text
 from latent_delib.data.rows import BadRecords, grouped, pack, segments
-from latent_delib.data.sources import Tfds, parse
-from latent_delib.data.stores import builder, quiet, tf
+from latent_delib.data.text import Reader
+from latent_delib.data.text_files import reading
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
-from latent_delib.errors import Outage, UserError
+from latent_delib.errors import Outage, UserError, extra
 
-with quiet():
-    import seqio
+with extra("seqio", ", up to Python 3.13; or run prepare first, which needs none of it"):
+    from latent_delib.data.tensorflow import quiet, tf
+
+    with quiet():
+        import seqio
 
 SPLIT = "train"  # the one split of every task: the source string says what is read
 SHUFFLE_DOCUMENTS = SHUFFLE_ROWS = 1000
 _BLOCK = 256  # texts that TensorFlow takes from the reader at once
 
 
-class _ShuffleDocuments:
-    """Shuffles documents as well as files, anew in each epoch, before seqio repeats the source."""
+class _Source(seqio.FileDataSource):
+    """Serves the texts of a reader, part by part, as `text.Text`.
 
-    shuffle_files = True
+    Shuffles documents as well as parts, anew in each epoch, before seqio repeats the source.
+    """
 
-    def get_dataset(self, split, shuffle=True, seed=None, shard_info=None):
-        dataset = super().get_dataset(split, shuffle and self.shuffle_files, seed, shard_info)
-        return dataset.shuffle(SHUFFLE_DOCUMENTS, seed=seed) if shuffle else dataset
+    def __init__(self, reader: Reader):
+        texts = functools.partial(_texts_of_part, reader)
+        parts = {SPLIT: reader.parts}
+        super().__init__(texts, parts, cycle_length=reader.cycle, block_length=text.BLOCK)
 
-
-class _Files(_ShuffleDocuments, seqio.FileDataSource):
     def list_shards(self, split):
         return self._split_to_filepattern[split]  # names, though they may look like patterns
 
-
-class _Tfds(_ShuffleDocuments, seqio.TfdsDataSource):
-    def get_dataset(self, *arguments, **named):
-        records = super().get_dataset(*arguments, **named)
-        return records.map(lambda record: text.Text(record[self.feature])._asdict())
+    def get_dataset(self, split, shuffle=True, seed=None, shard_info=None):
+        dataset = super().get_dataset(split, shuffle, seed, shard_info)
+        return dataset.shuffle(SHUFFLE_DOCUMENTS, seed=seed) if shuffle else dataset
 
 
-def _blocks(source: str, path: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the contents and the numbers of the texts of a file, many at once."""
-    texts = text.texts_of_file(source, path.decode())
+def _blocks(reader: Reader, part: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the contents and the numbers of the texts of a part, many at once."""
+    texts = text.texts_of_part(reader, part.decode())
     for block in grouped(texts, _BLOCK):
         contents = np.array([found.content for found in block], object)
         yield contents, np.array([found.number for found in block])
 
 
-def _texts_of_file(path: tf.Tensor, source: str) -> tf.data.Dataset:
-    """Makes a dataset of the texts of a file, as `text.Text`."""
-    blocks = functools.partial(_blocks, source)
+def _texts_of_part(reader: Reader, part: tf.Tensor) -> tf.data.Dataset:
+    """Makes a dataset of the texts of a part, as `text.Text`."""
+    blocks = functools.partial(_blocks, reader)
     signature = (tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64))
-    texts = tf.data.Dataset.from_generator(blocks, args=[path], output_signature=signature)
+    texts = tf.data.Dataset.from_generator(blocks, args=[part], output_signature=signature)
     texts = texts.unbatch()
-    return texts.map(lambda content, number: text.Text(content, path, number)._asdict())
+    return texts.map(lambda content, number: text.Text(content, part, number)._asdict())
 
 
-def _data_source(source: str) -> seqio.DataSource:
-    """Returns the seqio source that a source string means."""
-    meant = parse(source)
-    if not isinstance(meant, Tfds):
-        read = functools.partial(_texts_of_file, source=source)
-        files = {SPLIT: text.files_of(source)}
-        return _Files(read, files, cycle_length=text.CYCLE, block_length=text.BLOCK)
-    stored = builder(meant)
-    folder = str(stored.data_dir)
-    provider = _Tfds(tfds_data_dir=folder, splits={SPLIT: meant.split}, read_only=True)
-    provider.feature = meant.feature
-    # Such a dataset refuses to be read out of order.
-    provider.shuffle_files = not stored.info.disable_shuffling
-    return provider
-
-
-def _tokenize(dataset: tf.data.Dataset, source: str, tokenizer: Tokenizer) -> tf.data.Dataset:
+def _tokenize(dataset: tf.data.Dataset, reader: Reader, tokenizer: Tokenizer) -> tf.data.Dataset:
     """Tokenizes texts into {"tokens": int32 [n] without BOS, "bad": what is wrong, or empty}.
 
     Texts without a token are left out. Bad ones stay, without tokens, to be counted by the reader.
     """
 
-    def numpy_tokenize(content: bytes, file: bytes, number: int) -> tuple[np.ndarray, bytes]:
-        found = text.Text(content, file.decode(), number)
-        tokens, fault = text.tokens_of(source, found, tokenizer)
+    def numpy_tokenize(content: bytes, part: bytes, number: int) -> tuple[np.ndarray, bytes]:
+        found = text.Text(content, part.decode(), number)
+        tokens, fault = text.tokens_of(reader, found, tokenizer)
         return tokens, fault.encode(errors="backslashreplace")
 
     def tokenize(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -145,22 +130,21 @@ def _name(text: str, *identity: Any) -> str:
     return re.sub(r"\W+", "_", f"{text} {digest[:8]}")
 
 
-def add_task(source: str, tokenizer_path: str, number: int = 0) -> str:
+def add_task(reader: Reader, tokenizer_path: str, number: int = 0) -> str:
     """Registers the seqio task of a source, unless it is there already, and returns its name.
 
     With sequence_length={"tokens": T} its dataset holds packed rows {"tokens": int32 [T], "bad":
     string}. Otherwise it holds documents {"tokens": int32 [n] without BOS, "bad": string}. "bad"
     says which documents are left out and why. It is empty as a rule.
     """
-    provider = _data_source(source)
-    name = _name(f"{number:03} {source}", fingerprint(tokenizer_path), provider.list_shards(SPLIT))
+    name = _name(f"{number:03} {reader.source}", fingerprint(tokenizer_path), reader.parts)
     if name not in seqio.TaskRegistry.names():
         tokenizer = Tokenizer(tokenizer_path)
-        tokenize = functools.partial(_tokenize, source=source, tokenizer=tokenizer)
+        tokenize = functools.partial(_tokenize, reader=reader, tokenizer=tokenizer)
         vocabulary = seqio.PassThroughVocabulary(tokenizer.vocab_size)  # the tokens are ids already
         seqio.TaskRegistry.add(
             name,
-            source=provider,
+            source=_Source(reader),
             preprocessors=[tokenize, functools.partial(_pack, tokenizer=tokenizer)],
             output_features={"tokens": seqio.Feature(vocabulary, add_eos=False)},
             shuffle_buffer_size=SHUFFLE_ROWS,
@@ -168,10 +152,10 @@ def add_task(source: str, tokenizer_path: str, number: int = 0) -> str:
     return name
 
 
-def add_mixture(sources: list[str], weights: list[float], tokenizer_path: str) -> str:
-    """Registers the seqio mixture that draws rows of `sources` by `weights`; returns its name."""
+def add_mixture(readers: list[Reader], weights: list[float], tokenizer_path: str) -> str:
+    """Registers the seqio mixture that draws rows of sources by `weights`; returns its name."""
     # seqio mixes in the order of names: numbers keep it the same wherever the files lie.
-    tasks = [add_task(source, tokenizer_path, number) for number, source in enumerate(sources)]
+    tasks = [add_task(reader, tokenizer_path, number) for number, reader in enumerate(readers)]
     rates = list(zip(tasks, weights, strict=True))
     name = _name("mixture", rates)
     if name not in seqio.MixtureRegistry.names():
@@ -182,7 +166,7 @@ def add_mixture(sources: list[str], weights: list[float], tokenizer_path: str) -
 def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
     """Yields the elements of a dataset. Raises UserError for a file that vanished or is damaged."""
     try:
-        with text.reading(sources):
+        with reading(sources):
             yield from dataset.as_numpy_iterator()
     except tf.errors.OpError as error:  # TensorFlow keeps no more than a line of the reader's own
         told = re.search(r"\b(UserError|Outage): (.*)", error.message)
@@ -198,20 +182,20 @@ def _text(lines: bytes) -> str:
     return lines.decode(errors="backslashreplace")
 
 
-class Training(NamedTuple):
+class Training:
     """Serves `batches.Training` from text.
 
     Every process runs the whole pipeline and keeps its rows.
     """
 
-    data: Any
-    tokenizer_path: str
+    def __init__(self, data: Any, tokenizer_path: str):
+        self.data = data
+        self.tokenizer_path = tokenizer_path
+        self.readers = list(map(text.open_source, data.sources))
 
     def fingerprint(self) -> dict[str, str]:
         """Returns a digest of each source."""
-        return {
-            f"sources[{i}]": text.fingerprint(source) for i, source in enumerate(self.data.sources)
-        }
+        return {f"sources[{i}]": reader.fingerprint() for i, reader in enumerate(self.readers)}
 
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
@@ -225,10 +209,10 @@ class Training(NamedTuple):
         tokenizer = Tokenizer(self.tokenizer_path)
         bad = BadRecords(data.max_bad_records)
         mixture = seqio.MixtureRegistry.get(
-            add_mixture(list(data.sources), list(data.weights), self.tokenizer_path)
+            add_mixture(self.readers, list(data.weights), self.tokenizer_path)
         )
         # An endless repetition of nothing would never return.
-        text.check_sources(data.sources, self.tokenizer_path, bad)
+        text.check_texts(self.readers, self.tokenizer_path, bad)
         dataset = mixture.get_dataset(
             {"tokens": data.seq_len},
             SPLIT,

@@ -8,8 +8,8 @@ EVERY = 5.0  # seconds between two lines
 class Progress:
     """Prints "WHAT DONE/TOTAL UNIT  RATE UNIT/s  ETA H:MM:SS" every EVERY seconds.
 
-    Jobs shorter than EVERY print nothing. `done` is work finished before a resume, which the rate
-    does not count.
+    Jobs shorter than EVERY print nothing. A total of 0 is one that is not known: then there is no
+    ETA. `done` is work finished before a resume, which the rate does not count.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
@@ -23,9 +23,12 @@ class Progress:
             return
         self.said = now
         rate = (done - self.began_with) / (now - self.began)
-        eta = hours((self.total - done) / rate)
-        counts = f"{done:,}/{self.total:,} {self.unit}"
-        print(f"{self.what} {counts}  {rate:,.3g} {self.unit}/s  ETA {eta}", flush=True)
+        of_all = eta = ""
+        if self.total:
+            of_all = f"/{self.total:,}"
+            eta = f"  ETA {hours((self.total - done) / rate)}"
+        counts = f"{done:,}{of_all} {self.unit}"
+        print(f"{self.what} {counts}  {rate:,.3g} {self.unit}/s{eta}", flush=True)
 
 
 def hours(seconds: float) -> str:

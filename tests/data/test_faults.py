@@ -13,7 +13,7 @@ import tensorstore
 from ml_collections import ConfigDict
 
 from latent_delib import prepare
-from latent_delib.data import batches, rows, text, token_files
+from latent_delib.data import batches, rows, text, text_files, token_files
 from latent_delib.errors import Outage, UserError
 
 T, PAD, CHUNK = 32, 0, 128  # rows of a chunk
@@ -198,10 +198,10 @@ def test_a_url_of_no_known_kind():
 
 
 def test_what_a_failed_read_of_text_is():
-    from latent_delib.data.stores import tf
+    from latent_delib.data.tensorflow import tf
 
     def failed(kind):
-        with pytest.raises(Exception) as found, text.reading(["lines:gs://b/a"]):
+        with pytest.raises(Exception) as found, text_files.reading(["lines:gs://b/a"]):
             raise kind(None, None, "the cause [Op:ReadFile]")
         return found.value
 
@@ -258,7 +258,8 @@ def test_rows_name_what_was_skipped_before_them(tokenizer_path, tmp_path):
 
     lines = [b"cat", b"\xff", b"dog", b"\xfe", *[b"the cat sat on a mat " * 9] * 3, b"end", b"\xff"]
     (tmp_path / "1").write_bytes(b"\n".join(lines))
-    task = tasks.seqio.TaskRegistry.get(tasks.add_task(f"lines:{tmp_path}/1", str(tokenizer_path)))
+    reader = text.open_source(f"lines:{tmp_path}/1")
+    task = tasks.seqio.TaskRegistry.get(tasks.add_task(reader, str(tokenizer_path)))
     dataset = task.get_dataset(
         {"tokens": T}, tasks.SPLIT, shuffle=False, trim_output_features=False
     )
@@ -281,17 +282,12 @@ def test_text_that_becomes_bos_or_padding_is_bad(special):
         return [9, special if len(text) > 5 else 9]
 
     tokenizer = types.SimpleNamespace(bos_id=2, pad_id=PAD, encode=encode)
-    long = text.Text(b"longer\n", "f", 2)
-    for source, record, where in (
-        ("lines:x", long, "f: line 2"),
-        ("files:x", long, "f: document 2"),
-        ("tfds:x", text.Text(b"longer\n"), "tfds:x: text b'longer\\n'"),
-    ):
-        tokens, fault = text.tokens_of(source, text.Text(b"short"), tokenizer)
-        assert tokens.tolist() == [9, 9] and not fault
-        tokens, fault = text.tokens_of(source, record, tokenizer)
-        assert not len(tokens)
-        assert fault == f"{where}: the tokenizer makes BOS or padding of its text"
+    reader = types.SimpleNamespace(unit="line")
+    tokens, fault = text.tokens_of(reader, text.Text(b"short", "f", 1), tokenizer)
+    assert tokens.tolist() == [9, 9] and not fault
+    tokens, fault = text.tokens_of(reader, text.Text(b"longer\n", "f", 2), tokenizer)
+    assert not len(tokens)
+    assert fault == "f: line 2: the tokenizer makes BOS or padding of its text"
 
 
 def test_prepare_counts_what_it_skips(bad_text, tokenizer_path, tmp_path, capsys):
@@ -340,7 +336,7 @@ def test_a_store_that_fails_during_a_run_is_an_outage(tokenizer_path, tmp_path, 
     def fail(path):
         raise TimeoutError(110, "Connection timed out", path)
 
-    monkeypatch.setattr(text, "_open", fail)
+    monkeypatch.setattr(text_files, "open_file", fail)
     with pytest.raises(Outage, match="Connection timed out"):
         for _ in range(500):
             next(loader)

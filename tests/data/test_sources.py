@@ -18,22 +18,43 @@ def test_each_form():
     assert sources.parse("tfds:c4/en:3.0.1:train[:1%]:text") == sources.Tfds(
         "c4/en:3.0.1", "train[:1%]", "text"
     )
+    for source, meant in {
+        "hf:me/notes:train:text": ("me/notes", "", "", "train", "text"),
+        "hf:me/notes/en.2@main:dev:the text": ("me/notes", "en.2", "main", "dev", "the text"),
+        "hf:./notes:train:text": ("./notes", "", "", "train", "text"),
+        "hf:/a:b/c d:train:text": ("/a:b/c d", "", "", "train", "text"),
+    }.items():
+        found = sources.parse(source)
+        assert found == sources.Hub(*meant) and found.is_local == (meant[0][0] in "./")
     kind, pattern = sources.parse("packaged/validation")
     assert kind == "files" and pattern.endswith("/corpus/validation/*.txt")
     sources.check_files(sources.PACKAGED)
 
 
 @pytest.mark.parametrize(
-    "source", ["packaged/trian", "file:a.txt", "texts/*.txt", "tfds:tiny_notes", "files:", ""]
+    "source",
+    [
+        "packaged/trian",
+        "file:a.txt",
+        "texts/*.txt",
+        "tfds:tiny_notes",
+        "hf:notes:train:text",
+        "hf:me/notes:text",
+        "hf:me/notes/a/b:train:text",
+        "files:",
+        "",
+    ],
 )
 def test_another_form_is_refused(source):
     with pytest.raises(UserError) as error:
         sources.parse(source)
-    forms = "packaged/train, packaged/validation, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE"
-    assert (
-        str(error.value)
-        == f"config.data: unknown source {source!r}, expected one of the forms {forms}"
-    )
+    assert f"unknown source {source!r}" in str(error.value)
+    assert "files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME" in str(error.value)
+
+
+def test_files_on_another_store_are_refused():
+    with pytest.raises(UserError, match="'files:s3://a/\\*': expected .* on gs://"):
+        sources.parse("files:s3://a/*")
 
 
 @pytest.fixture
@@ -98,7 +119,7 @@ MISTAKES = {
 def test_a_wrong_source_is_told_before_anything_is_done(command, source, monkeypatch, tmp_path):
     """Before TensorFlow is imported, a model described, a decoder's folder read."""
     monkeypatch.chdir(tmp_path)
-    for name in ("stores", "tasks"):
+    for name in ("tensorflow", "tasks"):
         monkeypatch.delattr(latent_delib.data, name, raising=False)
         monkeypatch.setitem(sys.modules, f"latent_delib.data.{name}", None)  # no import of it works
     field = "validation" if command == "evaluate" else "sources"

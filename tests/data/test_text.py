@@ -62,7 +62,8 @@ def decode(tokenizer, tokens):
 
 
 def documents(tokenizer, source):
-    return [d["tokens"] for d in reader.documents(source, tokenizer, rows.BadRecords(0))]
+    found = reader.documents(reader.open_source(source), tokenizer, rows.BadRecords(0))
+    return [document["tokens"] for document in found]
 
 
 def texts(tokenizer, source):
@@ -147,53 +148,9 @@ def test_utf_16_is_refused(tokenizer, tmp_path, kind, mark, encoding):
         documents(tokenizer, f"{kind}:{tmp_path}/1")
 
 
-def test_documents_of_tfds(tokenizer, tmp_path, monkeypatch):
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    stored = tf.data.Dataset.from_tensor_slices(
-        {"body": ["one", "two", "", "three"], "score": [1, 2, 3, 4]}
-    )
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="tiny_notes",
-        version="1.2.0",
-        data_dir=tmp_path,
-        split_datasets={"train": stored},
-        features=tfds.features.FeaturesDict({"body": tfds.features.Text(), "score": tf.int64}),
-        disable_shuffling=True,
-    )
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    for name in ("tiny_notes", "tiny_notes:1.2.0"):
-        assert texts(tokenizer, f"tfds:{name}:train:body") == ["one", "two", "three"]
-    assert texts(tokenizer, "tfds:tiny_notes:train[:1]:body") == ["one"]
-    data = config_data(("tfds:tiny_notes:train:body",))
-    assert train(data, tokenizer, 1)[0]["tokens"].shape == (4, T)
-    for source, message in {
-        "tfds:no_such_notes:train:body": f"no dataset 'no_such_notes' in {tmp_path}",
-        "tfds:tiny_notes:9.9.9:train:body": f"no dataset 'tiny_notes:9.9.9' in {tmp_path}",
-        "tfds:tiny_notes:dev:body": "no split 'dev', tiny_notes has train",
-        "tfds:tiny_notes:train:text": "no text 'text', tiny_notes has body",
-        "tfds:tiny_notes:train:score": "no text 'score', tiny_notes has body",
-        "tfds:tiny_notes": "unknown source 'tfds:tiny_notes'",
-    }.items():
-        with pytest.raises(UserError) as error:
-            train(config_data((source,)), tokenizer, 1)
-        assert message in str(error.value)
-
-    (file,) = tmp_path.rglob("*.tfrecord*")
-    before = batches.Training(data, tokenizer).fingerprint()
-    file.write_bytes(file.read_bytes()[:-2])
-    assert batches.Training(data, tokenizer).fingerprint() != before
-    with pytest.raises(UserError, match="truncated record"):
-        texts(tokenizer, "tfds:tiny_notes:train:body")
-    file.unlink()
-    with pytest.raises(UserError, match=f"{file}; No such file"):
-        batches.Training(data, tokenizer).fingerprint()
-
-
 def test_rows_of_a_task_are_its_packed_documents(tasks, tokenizer, tmp_path):
     write_files(tmp_path, files=3, documents_each=5)
-    name = tasks.add_task(f"files:{tmp_path}/*", tokenizer)
+    name = tasks.add_task(reader.open_source(f"files:{tmp_path}/*"), tokenizer)
     dataset = tasks.seqio.TaskRegistry.get(name).get_dataset(
         {"tokens": T}, tasks.SPLIT, shuffle=False, trim_output_features=False
     )
@@ -212,7 +169,7 @@ def test_seqio_yields_what_the_reader_yields(tasks, tokenizer, tmp_path):
         content = [b"\xff" if k % 13 == 12 else text for k, text in enumerate(content)]
         (tmp_path / f"{i:02}.txt").write_bytes(b"\r\n\f\n".join(content))
     for kind in ("files", "lines"):
-        source = f"{kind}:{tmp_path}/*"
+        source = reader.open_source(f"{kind}:{tmp_path}/*")
         task = tasks.seqio.TaskRegistry.get(tasks.add_task(source, tokenizer))
         found = task.get_dataset(None, tasks.SPLIT, shuffle=False).as_numpy_iterator()
         good, bad = [], []
@@ -227,26 +184,14 @@ def test_seqio_yields_what_the_reader_yields(tasks, tokenizer, tmp_path):
         assert list(records.met) == bad and len(bad) > 10
 
 
-@pytest.mark.parametrize("kind", ["files", "lines"])
-def test_files_of_a_store_hold_what_local_files_hold(kind, tmp_path):
-    """TensorFlow reads a URL, here one of the disk."""
-    write_files(tmp_path, files=3, documents_each=5)
-    local, url = f"{kind}:{tmp_path}/*", f"{kind}:file://{tmp_path}/*"
-    for here, there in zip(reader.texts(local), reader.texts(url), strict=True):
-        assert there == here._replace(file=f"file://{here.file}")
-    assert reader.num_bytes(url) == reader.num_bytes(local)
-    assert reader.fingerprint(url) == reader.fingerprint(local)
-    with pytest.raises(UserError, match="file:///none; No such file"):
-        list(reader.texts_of_file(url, "file:///none"))
-
-
 def test_registration_is_idempotent_and_new_files_are_seen(tasks, tokenizer, tmp_path):
     write_files(tmp_path, files=1, documents_each=2)
     source = f"files:{tmp_path}/*"
-    name = tasks.add_task(source, tokenizer)
-    assert tasks.add_task(source, tokenizer) == name and name in tasks.seqio.TaskRegistry.names()
-    assert tasks.add_mixture([source], [1.0], tokenizer) == tasks.add_mixture(
-        [source], [1.0], tokenizer
+    found = reader.open_source(source)
+    name = tasks.add_task(found, tokenizer)
+    assert tasks.add_task(found, tokenizer) == name and name in tasks.seqio.TaskRegistry.names()
+    assert tasks.add_mixture([found], [1.0], tokenizer) == tasks.add_mixture(
+        [found], [1.0], tokenizer
     )
     (tmp_path / "99.txt").write_text("late")
     assert texts(tokenizer, source)[-1] == "late"
@@ -352,9 +297,6 @@ def test_bad_sources(tokenizer, tmp_path):
     assert f"no file matches '{tmp_path}/none'" in bad(
         config_data((f"lines:{tmp_path}/none",)), tokenizer
     )
-    assert "'s4' not implemented (file: 's4://bucket/" in bad(
-        config_data(("files:s4://bucket/*",)), tokenizer
-    )
 
     (tmp_path / "empty").write_text("\n\f\n\n")
     for kind in ("files", "lines"):
@@ -448,7 +390,8 @@ def test_works_are_files_told_from_each_other(tokenizer, tmp_path):
         (tmp_path / name).write_text("A cat.\n\f\nA mat.\n")
 
     def works(source):
-        return [d["work"] for d in reader.documents(source, tokenizer, rows.BadRecords(0))]
+        found = reader.documents(reader.open_source(source), tokenizer, rows.BadRecords(0))
+        return [document["work"] for document in found]
 
     assert works(f"files:{tmp_path}/*/a.txt") == ["one/a.txt"] * 2 + ["two/a.txt"] * 2
     assert works(f"files:{tmp_path}/one/*") == ["a.txt"] * 2

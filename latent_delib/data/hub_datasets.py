@@ -1,0 +1,126 @@
+"""Datasets of the Hugging Face Hub, read as they arrive; those in local folders too.
+
+Their text is not stored on this machine. Without a network the library takes what an earlier
+`datasets.load_dataset` has stored in its cache (HF_HOME). HF_TOKEN opens private and gated ones.
+"""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from latent_delib.data.sources import Hub
+from latent_delib.data.text_files import digest_of_files
+from latent_delib.errors import UserError, extra, reason, store_error
+
+with extra("hub"):
+    import datasets
+    from datasets import exceptions
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+
+class HubDataset:
+    """Reads a split of a dataset.
+
+    Attributes:
+      parts: a name for each of its files, in their order.
+      cycle: one: the cache may hold the same records in fewer files.
+      unit: what a file is divided into.
+
+    Raises:
+      UserError: there is no such dataset, split or text, or none in the cache while the Hub does
+        not answer.
+    """
+
+    cycle = 1
+    unit = "record"
+
+    def __init__(self, source: str, meant: Hub):
+        self.source = source
+        self.meant = meant
+        with self._errors():
+            self.builder = self._find()
+            stream = self.builder.as_streaming_dataset(split=meant.split)
+            texts = _texts(stream)
+        if meant.feature not in texts:
+            raise self._error(f"no text {meant.feature!r}, it has {', '.join(texts) or 'none'}")
+        self.stream = stream.select_columns([meant.feature])
+        self.parts = [f"{source}, file {i + 1}" for i in range(stream.num_shards)]
+
+    def contents(self, part: str) -> Iterator[bytes]:
+        """Yields the texts of one file. Raises UserError where it is lost or damaged."""
+        with self._errors():
+            for record in self.stream.shard(len(self.parts), self.parts.index(part)):
+                text = record[self.meant.feature] or ""  # a record may hold null
+                yield text.encode()
+
+    def work(self, part: str) -> str:
+        """Returns "": each record is a work of its own."""
+        return ""
+
+    def num_bytes(self) -> int:
+        """Returns 0: the size of the text is not known."""
+        return 0
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the revision on the Hub, or of the files of a local folder."""
+        if self.meant.is_local:
+            files = self.builder.config.data_files[self.meant.split]
+            kind = f"hf:{self.meant.split}:{self.meant.feature}"
+            return digest_of_files(self.source, kind, files)
+        return hashlib.sha256(repr((self.source, self.builder.hash)).encode()).hexdigest()
+
+    def _find(self) -> Any:
+        """Returns the builder of the dataset, which knows its files."""
+        name, config, revision, *_ = self.meant
+        try:
+            found = datasets.load_dataset_builder(name, config or None, revision=revision or None)
+        except exceptions.DatasetNotFoundError as error:
+            raise self._error(_not_found(error, revision)) from None
+        except ConnectionError:
+            raise self._error("not in the library's cache, and the Hub does not answer") from None
+        # Where the Hub does not answer, the library takes whatever revision it has.
+        if _COMMIT.fullmatch(revision) and found.hash != revision:
+            raise self._error(f"the library's cache has {found.hash}, and the Hub does not answer")
+        return found
+
+    def _error(self, text: str) -> UserError:
+        return UserError(f"config.data: source {self.source!r}: {text}")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raises UserError for what is lost, damaged or not there, OSError where the Hub fails."""
+        try:
+            yield
+        except UserError:
+            raise
+        except FileNotFoundError as error:
+            raise self._error(reason(error)) from None
+        except Exception as error:  # of the library, or of one that it reads a format with
+            failed = store_error(error, self.source)
+            if failed or not isinstance(
+                error, ValueError | RuntimeError | exceptions.DatasetsError
+            ):
+                raise failed or error from None
+            raise self._error(reason(error)) from None
+
+
+def _not_found(error: Exception, revision: str) -> str:
+    """Returns why the Hub does not give a dataset, and the remedy."""
+    told = str(error)
+    if "gated" in told:
+        return "wants permission; accept its terms on the Hub, then set HF_TOKEN"
+    if told.startswith("Revision"):
+        return f"that dataset has no revision {revision!r}"
+    return "no such dataset on the Hub; a private one needs HF_TOKEN"
+
+
+def _texts(stream: Any) -> list[str]:
+    """Returns the names of the features of a dataset that hold text."""
+    if stream.features is not None:
+        kinds = {name: getattr(kind, "dtype", "") for name, kind in stream.features.items()}
+        return [name for name in kinds if kinds[name] in ("string", "large_string")]
+    first = next(iter(stream), {})  # of JSON lines nothing is known before they are read
+    return [name for name in first if isinstance(first[name], str)]

@@ -1,0 +1,29 @@
+"""Imports TensorFlow, without the lines that it prints then, and without an accelerator.
+
+So this module is itself imported only where TensorFlow is needed.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drops the lines that TensorFlow prints from C++ at its import, which no log level stops."""
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+with quiet():
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # the accelerator's memory is JAX's

@@ -1,0 +1,164 @@
+"""Text files: which ones a source means, what they hold, and a digest of them.
+
+On stores such as gs:// epath reads them, by TensorFlow where that is installed, else by gcsfs.
+"""
+
+import codecs
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from latent_delib.data.sources import Files, common_folder, local_files, only_files
+from latent_delib.errors import UserError, reason, store_error
+
+CYCLE = 16  # as seqio and TFDS have it
+_SEPARATOR = re.compile(rb"\n\f(?:\r?\n\f)*\r?\n")
+_END = 1 << 16  # bytes
+# Errors of a file, by name: the last three are TensorFlow's.
+_LOST = {"FileNotFoundError", "PermissionError"}
+_LOST |= {"NotFoundError", "PermissionDeniedError", "DataLossError"}
+
+
+class TextFiles:
+    """Reads the files of a source. Those of a store are found by its client.
+
+    Attributes:
+      parts: the paths of the files, sorted.
+      cycle: how many of them are read in turns.
+      unit: what a file is divided into.
+
+    Raises:
+      UserError: there are none.
+    """
+
+    cycle = CYCLE
+
+    def __init__(self, source: str, meant: Files):
+        self.source = source
+        self.unit = "line" if meant.kind == "lines" else "document"
+        self.parts = _find(source, meant.pattern)
+        self.folder = common_folder(self.parts)
+
+    def contents(self, path: str) -> Iterator[bytes]:
+        """Yields the texts of one file. Raises UserError where it is lost."""
+        divide = _lines if self.unit == "line" else _documents
+        with reading([self.source]), open_file(path) as file:
+            for number, content in enumerate(divide(file)):
+                if number == 0 and content.startswith(codecs.BOM_UTF8):  # a mark, which is no text
+                    content = content.removeprefix(codecs.BOM_UTF8).lstrip(b"\r\n")
+                yield content
+
+    def work(self, path: str) -> str:
+        """Returns the work that the texts of a file are parts of, as in `rows.Document`."""
+        return "" if self.unit == "line" else path.removeprefix(f"{self.folder}/")
+
+    def num_bytes(self) -> int:
+        """Returns the size of all files."""
+        return bytes_of_files(self.source, self.parts)
+
+    def fingerprint(self) -> str:
+        """Returns a digest of all files, wherever they lie."""
+        is_packaged = self.source.startswith("packaged/")
+        kind = self.source if is_packaged else self.source[:5]
+        return digest_of_files(self.source, kind, self.parts)
+
+
+def _find(source: str, pattern: str) -> list[str]:
+    """Returns the files of a pattern, sorted. Raises UserError where there are none."""
+    if "://" not in pattern:
+        return only_files(source, local_files(pattern), os.path.isdir)
+    bucket, _, inside = pattern.removeprefix("gs://").partition("/")
+    with reading([source]):
+        found = [str(path) for path in epath.Path(f"gs://{bucket}").glob(inside)]
+        return only_files(source, found, lambda path: epath.Path(path).is_dir())
+
+
+def _documents(file: BinaryIO) -> Iterator[bytes]:
+    """Yields the documents of a file, without the empty lines around them."""
+    for text in _SEPARATOR.split(b"\n" + file.read() + b"\n"):
+        yield text.strip(b"\r\n")
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yields the lines of a file, without carriage returns."""
+    for line in file:
+        yield line.removesuffix(b"\n").replace(b"\r", b"")
+
+
+# Any files: a dataset's too.
+
+
+def open_file(path: str) -> Any:
+    """Opens a file on a disk or a store, to read bytes."""
+    return epath.Path(path).open("rb")
+
+
+@contextlib.contextmanager
+def reading(sources: Iterable[str]) -> Iterator[None]:
+    """Raises UserError for a file that is lost, OSError where a store or disk fails.
+
+    Other faults are the program's, and pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        read = ", ".join(map(repr, sources))
+        if isinstance(error, ImportError):  # "Please install gcsfs ..."
+            raise UserError(
+                f"config.data: reading {read}: {error}, or TensorFlow, which "
+                "LATENT_DELIB_EXTRAS=seqio ./launch/setup.sh brings"
+            ) from None
+        if type(error).__name__ not in _LOST:
+            raise store_error(error, read) or error from None
+        raise UserError(f"config.data: reading {read}: {_cause(error)}") from None
+
+
+def _cause(error: Exception) -> str:
+    """Returns the file and the fault that an error is about."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}; {error.strerror}"
+    # TensorFlow's message names them among parts of the pipeline.
+    cause = getattr(error, "message", reason(error))
+    cause = cause.partition("\n")[0].partition(" [Op:")[0]
+    return re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
+
+
+def bytes_of_files(source: str, paths: Iterable[str]) -> int:
+    """Returns the size of files, which a progress line counts towards."""
+    total = 0
+    for path in paths:
+        with reading([source]), open_file(path) as file:
+            total += _size(file)
+    return total
+
+
+def _size(file: BinaryIO) -> int:
+    file.seek(0, os.SEEK_END)
+    return file.tell()
+
+
+def digest_of_files(source: str, kind: str, paths: Iterable[str]) -> str:
+    """Returns a digest of a kind of text and of files, by their names below a common folder."""
+    paths = sorted(paths)
+    folder = common_folder(paths)
+    with reading([source]), ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(_digest_of_file, paths))
+    files = [
+        (path.removeprefix(folder), *of_file) for path, of_file in zip(paths, found, strict=True)
+    ]
+    return hashlib.sha256(repr((kind, files)).encode()).hexdigest()
+
+
+def _digest_of_file(path: str) -> tuple[int, str]:
+    """Returns the size of a file, and a digest of its first and last 64 KiB."""
+    with open_file(path) as file:
+        first = file.read(_END)
+        size = _size(file)
+        file.seek(max(0, size - _END))
+        return size, hashlib.sha256(first + file.read(_END)).hexdigest()

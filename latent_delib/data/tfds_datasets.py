@@ -1,0 +1,119 @@
+"""TFDS datasets in $TFDS_DATA_DIR; nothing is downloaded.
+
+TensorFlow is imported only for those that are stored as tfrecord, which is what TFDS writes unless
+it is told otherwise. Those stored as array_record need none.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from latent_delib.data.sources import Tfds
+from latent_delib.data.text_files import CYCLE, bytes_of_files, digest_of_files, reading
+from latent_delib.errors import UserError, extra, reason
+
+with extra("tfds"):
+    import tensorflow_datasets as tfds
+
+_READ = 256  # records that are read at once
+
+
+class TfdsDataset:
+    """Reads a split of a TFDS dataset.
+
+    Attributes:
+      parts: the paths of its files, in their order.
+      cycle: how many of them are read in turns: one where the order of records matters.
+      unit: what a file is divided into.
+
+    Raises:
+      UserError: there is no such dataset, split or text.
+    """
+
+    unit = "record"
+
+    def __init__(self, source: str, meant: Tfds):
+        self.source = source
+        self.feature = meant.feature
+        self.info = _find(source, meant).info
+        parts = self.info.splits[meant.split].file_instructions
+        self.files = {part.filename: part for part in parts}
+        self.parts = list(self.files)
+        self.cycle = 1 if self.info.disable_shuffling else CYCLE
+
+    def contents(self, path: str) -> Iterator[bytes]:
+        """Yields the texts of one file. Raises UserError where it is lost or damaged."""
+        features = self.info.features
+        others = {name: tfds.decode.SkipDecoding() for name in features if name != self.feature}
+        read = _array_records
+        if self.info.file_format.value == "tfrecord":
+            read = _tfrecords
+        with reading([path]):
+            for record in read(self.files[path]):
+                yield features.deserialize_example_np(record, decoders=others)[self.feature]
+
+    def work(self, path: str) -> str:
+        """Returns "": each record is a work of its own."""
+        return ""
+
+    def num_bytes(self) -> int:
+        """Returns the size of all files."""
+        return bytes_of_files(self.source, self.parts)
+
+    def fingerprint(self) -> str:
+        """Returns a digest of all files, wherever they lie."""
+        return digest_of_files(self.source, self.source, self.parts)
+
+
+def _find(source: str, meant: Tfds) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a prepared dataset.
+
+    Raises:
+      UserError: there is no such dataset, split or text, or its files are of another format.
+    """
+    name, split, feature = meant
+    folder = os.environ.get("TFDS_DATA_DIR", tfds.core.constants.DATA_DIR)
+    try:  # from files only: the general tfds.builder asks the network for datasets it knows
+        found = tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
+    except (tfds.core.registered.DatasetNotFoundError, ValueError):
+        raise UserError(
+            f"config.data: source {source!r}: no dataset {name!r} in {folder} (TFDS_DATA_DIR)"
+        ) from None
+    features = found.info.features
+    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
+    for kind, value, known in (
+        ("split", split.partition("[")[0], found.info.splits),
+        ("text", feature, texts),
+    ):
+        if value not in known:
+            names = ", ".join(known)
+            raise UserError(
+                f"config.data: source {source!r}: no {kind} {value!r}, {name} has {names}"
+            )
+    form = found.info.file_format.value
+    if form not in ("tfrecord", "array_record"):
+        raise UserError(
+            f"config.data: source {source!r}: stored as {form}, expected array_record or tfrecord"
+        )
+    return found
+
+
+def _array_records(part: Any) -> Iterator[bytes]:
+    """Yields the records of a part of an array_record file."""
+    with extra("tfds"):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+    try:
+        with ArrayRecordDataSource([part]) as records:
+            for start in range(0, len(records), _READ):
+                stop = min(start + _READ, len(records))
+                yield from records.__getitems__(range(start, stop))
+    except (IndexError, RuntimeError, ValueError) as error:  # it has no errors of its own
+        raise UserError(f"config.data: reading {part.filename!r}: {reason(error)}") from None
+
+
+def _tfrecords(part: Any) -> Iterator[bytes]:
+    """Yields the records of a part of a tfrecord file."""
+    with extra("seqio", ", up to Python 3.13; a dataset stored as array_record needs none of it"):
+        from latent_delib.data.tensorflow import tf
+    records = tf.data.TFRecordDataset(part.filename).skip(part.skip).take(part.take)
+    yield from records.as_numpy_iterator()

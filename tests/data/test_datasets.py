@@ -1,0 +1,277 @@
+"""Text of datasets, of TFDS and of the Hugging Face Hub; and what seqio reads of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ml_collections import ConfigDict
+
+from latent_delib.data import rows
+from latent_delib.data import text as reader
+from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.errors import UserError
+from latent_delib.job.preparation import prepare
+from tests.fake_hub import COMMIT, environment, serving
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARDS = 18  # more than are read in turns
+
+
+def contents(source):
+    return [text.content.decode() for text in reader.texts(reader.open_source(source))]
+
+
+def error(source):
+    with pytest.raises(UserError) as found:
+        list(reader.texts(reader.open_source(source)))
+    assert str(found.value).startswith("config.data: ") and "\n" not in str(found.value)
+    return str(found.value)
+
+
+# TFDS.
+
+
+def store(folder, name, file_format, bodies, disable_shuffling=False):
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    records = {"body": bodies, "score": list(range(len(bodies)))}
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=name,
+        version="1.2.0",
+        data_dir=folder,
+        split_datasets={"train": tf.data.Dataset.from_tensor_slices(records)},
+        features=tfds.features.FeaturesDict({"body": tfds.features.Text(), "score": tf.int64}),
+        disable_shuffling=disable_shuffling,
+        file_format=file_format,
+        download_config=tfds.download.DownloadConfig(num_shards=SHARDS if len(bodies) > 9 else 1),
+    )
+
+
+@pytest.fixture(params=["array_record", "tfrecord"])
+def tfds_folder(request, tmp_path, monkeypatch):
+    """$TFDS_DATA_DIR, with a dataset of four records."""
+    store(tmp_path, "tiny_notes", request.param, ["one", "two", "", "three"], True)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_texts_of_tfds(tfds_folder):
+    for name in ("tiny_notes", "tiny_notes:1.2.0"):
+        assert contents(f"tfds:{name}:train:body") == ["one", "two", "", "three"]
+    assert contents("tfds:tiny_notes:train[1:2]:body") == ["two"]
+    for source, message in {
+        "tfds:no_such_notes:train:body": f"no dataset 'no_such_notes' in {tfds_folder}",
+        "tfds:tiny_notes:9.9.9:train:body": f"no dataset 'tiny_notes:9.9.9' in {tfds_folder}",
+        "tfds:tiny_notes:dev:body": "no split 'dev', tiny_notes has train",
+        "tfds:tiny_notes:train:text": "no text 'text', tiny_notes has body",
+        "tfds:tiny_notes:train:score": "no text 'score', tiny_notes has body",
+    }.items():
+        assert message in error(source)
+
+
+def test_damaged_and_lost_files_of_tfds(tfds_folder):
+    (file,) = tfds_folder.rglob("*record-0*")
+    source = "tfds:tiny_notes:train:body"
+    before = reader.open_source(source).fingerprint()
+    file.write_bytes(file.read_bytes()[:-2])
+    assert reader.open_source(source).fingerprint() != before
+    assert str(file) in error(source)
+    file.unlink()
+    assert str(file) in error(source)
+    with pytest.raises(UserError, match=f"{file}; No such file"):
+        reader.open_source(source).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("file_format", "is_ordered"),
+    [("tfrecord", False), ("tfrecord", True), ("array_record", True)],
+)
+def test_order_of_tfds_is_its_own(file_format, is_ordered, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    bodies = [f"document {i}" for i in range(SHARDS * 20)]
+    store(tmp_path, "notes", file_format, bodies, is_ordered)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    if file_format == "tfrecord":
+        dataset = tfds.load("notes", data_dir=tmp_path, split="train[10:300]", shuffle_files=False)
+        expected = dataset.as_numpy_iterator()
+    else:
+        expected = tfds.data_source("notes", data_dir=tmp_path, split="train[10:300]")
+    expected = [record["body"].decode() for record in expected]
+    assert contents("tfds:notes:train[10:300]:body") == expected
+    assert len(reader.open_source("tfds:notes:train[10:300]:body").parts) > 10
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+from latent_delib.data import text
+for source in sys.argv[1:]:
+    print([found.content for found in text.texts(text.open_source(source))])
+print("tensorflow" in sys.modules)
+"""
+
+
+def test_array_records_need_no_tensorflow(tmp_path):
+    store(tmp_path, "tiny_notes", "array_record", ["one", "two"], True)
+    done = run(WITHOUT_TENSORFLOW, "tfds:tiny_notes:train:body", TFDS_DATA_DIR=str(tmp_path))
+    assert done == ["[b'one', b'two']", "False"]
+
+
+def run(code, *arguments, **variables):
+    """The lines that a process of its own prints."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+# The Hub.
+
+
+def write_dataset(folder):
+    """Three files for training, with a null in each, and one for validation; returns the texts."""
+    folder.mkdir(parents=True)
+    texts = []
+    for i in range(3):
+        part = [f"document {i} {k}" for k in range(20)]
+        texts += [*part, ""]
+        table = pa.table({"text": [*part, None], "score": list(range(21))})
+        pq.write_table(table, folder / f"train-{i:05}-of-00003.parquet")
+    table = pa.table({"text": ["held out"], "score": [1]})
+    pq.write_table(table, folder / "test-00000-of-00001.parquet")
+    return texts
+
+
+def test_texts_of_a_local_folder(tmp_path):
+    folder = tmp_path / "notes"
+    texts = write_dataset(folder)
+    assert contents(f"hf:{folder}:train:text") == texts
+    assert contents(f"hf:{folder}:test:text") == ["held out"]
+    (tmp_path / "lines").mkdir()
+    lines = "\n".join(json.dumps({"body": text, "score": 1}) for text in texts)
+    (tmp_path / "lines" / "train.jsonl").write_text(lines)
+    assert contents(f"hf:{tmp_path}/lines:train:body") == texts
+    for source, words in {
+        f"hf:{folder}:dev:text": "Bad split: dev. Available splits: ['train', 'test']",
+        f"hf:{folder}:train:score": "no text 'score', it has text",
+        f"hf:{tmp_path}/lines:train:score": "no text 'score', it has body",
+        f"hf:{tmp_path}/none:train:text": f"{tmp_path}/none",
+    }.items():
+        assert words in error(source)
+
+
+def test_fingerprint_and_damage_of_a_local_folder(tmp_path):
+    folder = tmp_path / "notes"
+    write_dataset(folder)
+    before = reader.open_source(f"hf:{folder}:train:text").fingerprint()
+    folder.rename(tmp_path / "elsewhere")
+    source = f"hf:{tmp_path}/elsewhere:train:text"
+    assert reader.open_source(source).fingerprint() == before
+    file = tmp_path / "elsewhere" / "train-00002-of-00003.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert reader.open_source(source).fingerprint() != before
+    assert source in error(source)
+
+
+CHILD = """
+import datasets
+import sys
+from latent_delib.data import text
+from latent_delib.errors import UserError
+from latent_delib.job.preparation import prepare
+for source in sys.argv[1:]:
+    try:
+        found = text.open_source(source)
+        print(found.fingerprint(), [each.content.decode() for each in text.texts(found)])
+    except UserError as error:
+        print(error)
+if not datasets.config.HF_HUB_OFFLINE:
+    datasets.load_dataset("me/notes", revision="%s")
+"""
+
+
+def test_texts_of_the_hub(tmp_path):
+    """Streamed, then from the library's cache: the same text, the same fingerprint."""
+    texts = write_dataset(tmp_path / "hub" / "me" / "notes" / "data")
+    # With another revision than main the library asks no other server.
+    name = f"hf:me/notes@{COMMIT}"
+    with serving(tmp_path / "hub") as server:
+        there = environment(server, tmp_path / "cache")
+        wrong = [
+            f"{name}:train:score",
+            f"{name}:dev:text",
+            f"hf:me/notes/other@{COMMIT}:train:text",
+            "hf:me/notes@other:train:text",
+            "hf:me/gated:train:text",
+            "hf:me/absent:train:text",
+        ]
+        streamed, *errors = run(CHILD % COMMIT, f"{name}:train:text", *wrong, **there)
+        words = ["no text 'score'", "Bad split: dev", "'other' not found"]
+        words += ["no revision 'other'", "HF_TOKEN", "no such dataset"]
+        for line, source, expected in zip(errors, wrong, words, strict=True):
+            assert line.startswith(f"config.data: source {source!r}: ") and expected in line
+        assert streamed.endswith(str(texts))
+    another = f"hf:me/notes@{'d' * 40}:train:text"
+    sources = [f"{name}:train:text", another, "hf:me/another:train:text"]
+    cached, *errors = run(CHILD % COMMIT, *sources, **there, HF_HUB_OFFLINE="1")
+    assert cached == streamed
+    assert f"the library's cache has {COMMIT}" in errors[0]
+    assert errors[1].endswith("not in the library's cache, and the Hub does not answer")
+
+
+# prepare, and seqio.
+
+
+def test_prepare_writes_the_same_each_time(tmp_path, tokenizer_path):
+    write_dataset(tmp_path / "notes")
+    data = {
+        "sources": (f"hf:{tmp_path}/notes:train:text",),
+        "validation": (f"hf:{tmp_path}/notes:test:text",),
+        "token_files": "",
+        "seq_len": 32,
+        "max_bad_records": 0,
+    }
+    decoder = {"path": "", "tokenizer": str(tokenizer_path)}
+    config = ConfigDict({"data": data, "decoder": decoder})
+    metas = [prepare(config, str(tmp_path / out)) for out in ("a", "b", "a")]
+    assert metas[0] == metas[1] == metas[2]
+    assert metas[0]["train"][0]["documents"] == 60  # those without text are left out
+    assert metas[0]["validation"][0]["works"] == []  # each is its own
+
+
+@pytest.mark.parametrize("kind", ["tfds", "hf"])
+def test_seqio_yields_what_the_reader_yields(kind, tokenizer_path, tmp_path, monkeypatch):
+    from latent_delib.data import tasks
+
+    if kind == "hf":
+        write_dataset(tmp_path / "notes")
+        source = f"hf:{tmp_path}/notes:train:text"
+    else:
+        store(tmp_path, "notes", "array_record", [f"document {i}" for i in range(SHARDS * 20)])
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+        source = "tfds:notes:train:body"
+    found = reader.open_source(source)
+    path = str(tokenizer_path)
+    task = tasks.seqio.TaskRegistry.get(tasks.add_task(found, path))
+    dataset = task.get_dataset(None, tasks.SPLIT, shuffle=False)
+    read = [document["tokens"].tolist() for document in dataset.as_numpy_iterator()]
+    expected = reader.documents(found, path, rows.BadRecords(0))
+    assert read == [document["tokens"].tolist() for document in expected] and len(read) > 50
+    shuffled = task.get_dataset(None, tasks.SPLIT, shuffle=True, seed=0).as_numpy_iterator()
+    shuffled = [document["tokens"].tolist() for document in shuffled]
+    assert shuffled != read and sorted(shuffled) == sorted(read)
+
+
+def test_a_bad_record_is_named(tmp_path, tokenizer_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a cat"}\n{"text": "a \\u0000 cat"}\n')
+    found = reader.open_source(f"hf:{tmp_path}:train:text")
+    *_, bad = reader.texts(found)
+    fault = reader.tokens_of(found, bad, Tokenizer(tokenizer_path))[1]
+    assert fault.startswith(f"hf:{tmp_path}:train:text, file 1: record 2: holds NUL")
