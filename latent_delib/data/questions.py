@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from latent_delib.data import rows
 from latent_delib.data.tokenizer import Tokenizer
 
 PROMPT_END = "Answer:"  # config.method.prompt_end of a job that is trained on questions
@@ -66,18 +67,23 @@ def read(line: bytes, with_steps: bool) -> Question:
     return Question(row["question"], row["answer"], row.get("steps", ""))
 
 
-def encode(line: bytes, with_steps: bool, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns the tokens of a line, int32 [n] without BOS.
+def encode(line: bytes, with_steps: bool, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+    """Returns the tokens of a line and why it is bad, as `rows.encode` does.
 
     The prompt is encoded by itself, as it is when the question is asked.
-
-    Raises:
-      ValueError: it is not of the form, or the tokenizer joins PROMPT_END to the question.
     """
-    question = read(line, with_steps)
-    prompt = tokenizer.encode(question.prompt())
+    nothing = np.empty(0, np.int32)
+    try:
+        question = read(line, with_steps)
+    except ValueError as error:
+        return nothing, str(error)
+    parts = []
+    for text in (question.prompt(), question.reply(with_steps)):
+        tokens, fault = rows.encode(text.encode(errors="surrogatepass"), tokenizer)
+        if fault:
+            return nothing, fault
+        parts.append(tokens)
     end = tokenizer.encode(PROMPT_END)
-    if prompt[-len(end) :] != end:
-        raise ValueError(f"the tokenizer joins {PROMPT_END!r} to the end of the question")
-    reply = tokenizer.encode(question.reply(with_steps))
-    return np.array([*prompt, *reply], np.int32)
+    if parts[0][-len(end) :].tolist() != end:
+        return nothing, f"the tokenizer joins {PROMPT_END!r} to the end of the question"
+    return np.concatenate(parts), ""

@@ -3,6 +3,7 @@
 packaged/train, packaged/validation   the text in data/corpus
 files:GLOB                            files of documents; a line of a form feed alone parts two
 lines:GLOB                            files with a document on each line
+qa:GLOB, qa_steps:GLOB                JSON lines of questions with answers, or with steps too
 tfds:NAME:SPLIT:FEATURE               a TFDS dataset in $TFDS_DATA_DIR; nothing is downloaded
 hf:OWNER/NAME:SPLIT:FEATURE           a dataset on the Hugging Face Hub, read as it arrives; also
                                       hf:OWNER/NAME/CONFIG:... and hf:OWNER/NAME@REVISION:...
@@ -23,10 +24,13 @@ FORMS = (
     *PACKAGED,
     "files:GLOB",
     "lines:GLOB",
+    "qa:GLOB",
+    "qa_steps:GLOB",
     "tfds:NAME:SPLIT:FEATURE",
     "hf:OWNER/NAME[/CONFIG][@REVISION]:SPLIT:FEATURE",
     "hf:./FOLDER:SPLIT:FEATURE",
 )
+FILES = ("files", "lines", "qa", "qa_steps")  # kinds of sources that are text files
 _TFDS = re.compile(r"tfds:(.+):([^:[\]]+(?:\[.*\])?):([^:]+)")
 _HUB = re.compile(r"hf:([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?:([\w.-]+):([^:]+)")
 _FOLDER = re.compile(r"hf:(\.{0,2}/.+):([\w.-]+):([^:]+)")
@@ -34,7 +38,7 @@ _CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 
 class Files(NamedTuple):
-    """Names text files. kind: "files" of documents, or "lines", where each line is a document."""
+    """Names text files. kind: "files" of documents, or another of FILES, a document per line."""
 
     kind: str
     pattern: str
@@ -75,7 +79,7 @@ def parse(source: str) -> Files | Tfds | Hub:
         folder = _CORPUS / source.removeprefix("packaged/")
         return Files("files", f"{glob.escape(str(folder))}/*.txt")
     kind, _, rest = source.partition(":")
-    if kind in ("files", "lines") and rest:
+    if kind in FILES and rest:
         if "://" in rest and not rest.startswith("gs://"):
             raise UserError(
                 f"config.data: source {source!r}: expected files on this machine or on gs://"
@@ -98,7 +102,7 @@ def parse(source: str) -> Files | Tfds | Hub:
 
 def source_of(given: str) -> str:
     """Returns the source string that a command line means: as it is, or files:GIVEN for a path."""
-    if given.startswith(("packaged/", "files:", "lines:", "tfds:", "hf:")):
+    if given.startswith(("packaged/", "tfds:", "hf:", *(f"{kind}:" for kind in FILES))):
         return given
     return f"files:{os.path.expanduser(given)}"
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from latent_delib.data import questions
 from latent_delib.data.rows import BadRecords, Document, ahead, encode, grouped
 from latent_delib.data.sources import Files, Tfds, parse
 from latent_delib.data.text_files import TextFiles
@@ -108,7 +109,11 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
 
     The line is empty as a rule. A bad text has no tokens.
     """
-    tokens, fault = encode(text.content, tokenizer)
+    kind, _, _ = reader.source.partition(":")
+    if kind in ("qa", "qa_steps"):
+        tokens, fault = questions.encode(text.content, kind == "qa_steps", tokenizer)
+    else:
+        tokens, fault = encode(text.content, tokenizer)
     if fault:
         fault = f"{text.part}: {reader.unit} {text.number}: {fault}"
     return tokens, fault

@@ -41,7 +41,8 @@ class TextFiles:
 
     def __init__(self, source: str, meant: Files):
         self.source = source
-        self.unit = "line" if meant.kind == "lines" else "document"
+        self.kind = meant.kind
+        self.unit = "document" if meant.kind == "files" else "line"
         self.parts = _find(source, meant.pattern)
         self.folder = common_folder(self.parts)
 
@@ -65,7 +66,7 @@ class TextFiles:
     def fingerprint(self) -> str:
         """Returns a digest of all files, wherever they lie."""
         is_packaged = self.source.startswith("packaged/")
-        kind = self.source if is_packaged else self.source[:5]
+        kind = self.source if is_packaged else self.kind
         return digest_of_files(self.source, kind, self.parts)
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from latent_delib.data import questions
+from latent_delib.data import questions, text
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.weights import folder
 
@@ -29,7 +29,8 @@ def line(**changes):
     ],
 )
 def test_text_of_a_question(tokenizer, with_steps, text):
-    tokens = questions.encode(line(), with_steps, tokenizer)
+    tokens, fault = questions.encode(line(), with_steps, tokenizer)
+    assert not fault
     assert tokenizer.decode(tokens.tolist()) == text
     prompt = tokenizer.encode("What is 3 + 4?\nAnswer:")
     assert tokens[: len(prompt)].tolist() == prompt
@@ -52,8 +53,26 @@ def test_the_answer_is_found_in_a_reply(with_steps):
         (line(answer=7), False, "'answer' is 7, expected text"),
         (line(question=" "), False, "'question' is ' '"),
         (json.dumps({"question": "q", "answer": "a"}).encode(), True, "'steps' is None"),
+        (line(answer="\ud800"), False, "not UTF-8"),
+        (line(question="a\0"), False, "holds NUL"),
     ],
 )
 def test_a_line_of_another_form(tokenizer, bad, with_steps, why):
-    with pytest.raises(ValueError, match=re.escape(why)):
-        questions.encode(bad, with_steps, tokenizer)
+    tokens, fault = questions.encode(bad, with_steps, tokenizer)
+    assert len(tokens) == 0 and why in fault
+
+
+def test_a_source_of_questions(tmp_path, tokenizer):
+    """As `prepare` reads it: a document per line, bad ones named; prompts end with PROMPT_END."""
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(line() + b"\n{}\n" + line(answer="8") + b"\n")
+    for kind, with_steps in (("qa", False), ("qa_steps", True)):
+        reader = text.open_source(f"{kind}:{tmp_path}/*.jsonl")
+        bad = []
+        found = list(text.documents(reader, str(tokenizer.path), bad.append))
+        for document, answer in zip(found, ("7", "8"), strict=True):
+            tokens, _ = questions.encode(line(answer=answer), with_steps, tokenizer)
+            assert document["tokens"].tolist() == tokens.tolist() and document["work"] == ""
+        (fault,) = bad
+        assert fault.startswith(f"{file}: line 2: 'question' is None")
+    assert reader.fingerprint() != text.open_source(f"qa:{file}").fingerprint()

@@ -49,7 +49,8 @@ def test_another_form_is_refused(source):
     with pytest.raises(UserError) as error:
         sources.parse(source)
     assert f"unknown source {source!r}" in str(error.value)
-    assert "files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME" in str(error.value)
+    assert "files:GLOB, lines:GLOB, qa:GLOB" in str(error.value)
+    assert "tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME" in str(error.value)
 
 
 def test_files_on_another_store_are_refused():
