@@ -103,7 +103,7 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
         raise UserError(
             f"does not fit: a chip needs {found[1]}iB of {found[2]}iB; split the batch "
             "(config.train.accumulation), shard more (config.mesh.fsdp, mesh.traces), "
-            "keep less (config.compute.remat=full) or take more chips"
+            "keep less (config.compute.remat=full) or take more chips; --search tries these"
         ) from None
 
 
