@@ -30,7 +30,7 @@ from etils import epath
 
 from benchmarks import chip_proof, common, decoding, evaluation, step
 from latent_delib.delib import cost, flops
-from latent_delib.machine import files
+from latent_delib.machine import chips, files
 from latent_delib.nn.attention.choice import brief, family, kernels_of
 from latent_delib.nn.sizes import TransformerConfig
 
@@ -57,7 +57,7 @@ def card(small: bool) -> dict[str, Any]:
         "platform": device.platform,
         "family": family(device),
         "kernels": list(kernels_of(device)),
-        "peak_tflops": cost.PEAK.get(device.device_kind, 0) / 1e12 or None,
+        "peak_tflops": (chips.of(device).peak or 0) / 1e12 or None,
         "small": small or device.platform == "cpu",
     }
 

@@ -16,35 +16,13 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs import gemma2_2b
-from latent_delib.delib import cost
 from latent_delib.errors import UserError
 from latent_delib.job import dry_run, experiment
 from latent_delib.job import plan as planning
+from latent_delib.job.estimate import step_seconds
 from latent_delib.job.plan import gib
+from latent_delib.machine.chips import CHIPS, Chip
 from tools.collectives import collectives
-
-
-class Chip(NamedTuple):
-    """Holds what the makers' pages say of a chip.
-
-    bandwidth: of its memory, bytes per second.
-    links: bytes per second that it receives over all its links to other chips.
-    """
-
-    bandwidth: float
-    links: float
-
-
-# cloud.google.com/tpu/docs: v5e, v5p, v6e.
-CHIPS = {
-    "TPU v5 lite": Chip(819e9, 200e9),
-    "TPU v5": Chip(2765e9, 600e9),
-    "TPU v6 lite": Chip(1640e9, 448e9),
-}
-# A step reaches half of the peak: an assumption, not measured on any chip.
-PEAK_SHARE = 0.5
-# A collective has half of the links: rings leave some unused, and small slices do not wrap around.
-LINK_SHARE = 0.5
 
 
 class Row(NamedTuple):
@@ -169,31 +147,26 @@ def compiled(config: ConfigDict, topology: str) -> dict[str, Any]:
     }
 
 
-def estimate(found: dict[str, Any], rows: float, chip: Chip, peak: float) -> dict[str, Any]:
+def estimate(found: dict[str, Any], rows: float, chip: Chip) -> dict[str, Any]:
     """Estimates the time per step, the utilisation, and the largest batch that fits.
 
     Args:
       found: as `compiled` returns it.
       rows: of a batch that a chip has in work at once.
-      peak: FLOP/s of the chip.
 
     Returns:
       seconds: part -> time; utilisation: useful FLOPs as a share of the peak; largest_rows: as
         `rows`.
     """
-    compute = sum(found["flops"].values()) / (PEAK_SHARE * peak)
-    links = received(found) / (LINK_SHARE * chip.links)
-    # Gradients, master weights and both moments are read, the last three written.
-    update = 7 * found["memory"]["trainable weights"] / chip.bandwidth
-    step = max(compute, links) + update
-
-    # Whatever is not weights, gradients or table grows in proportion to the rows.
     memory = found["memory"]
+    computed = sum(found["flops"].values())
+    seconds = step_seconds(computed, received(found), memory["trainable weights"], chip)
+    # Whatever is not weights, gradients or table grows in proportion to the rows.
     grows = memory["cache of the text"] + max(memory["other temporaries"], 0)
     fit = (found["memory_limit"] - memory["total"] + grows) / (grows / rows)
     return {
-        "seconds": {"compute": compute, "links": links, "update": update, "step": step},
-        "utilisation": found["flops"]["useful"] / step / peak,
+        "seconds": seconds,
+        "utilisation": found["flops"]["useful"] / seconds["step"] / chip.peak,
         "largest_rows": max(int(fit), int(rows)),
     }
 
@@ -227,7 +200,7 @@ def figures(found: dict[str, Any], rows: float) -> list[str]:
     if "error" in found:
         why = found["error"].partition(";")[0]
         return ["", why, *[""] * 6]
-    estimated = estimate(found, rows, CHIPS[found["chip"]], cost.PEAK[found["chip"]])
+    estimated = estimate(found, rows, CHIPS[found["chip"]])
     memory = found["memory"]
     state = memory["frozen weights"] + memory["trainable weights"] + memory["optimizer"]
     sizes = state, memory["total"], found["memory_limit"]

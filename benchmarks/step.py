@@ -27,6 +27,7 @@ from benchmarks import common, dense
 from configs import base
 from latent_delib.delib import augment, cost
 from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.machine import chips
 
 OPTIMIZER = base.get_config().optimizer
 
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows += [measure_torch(a, L, B) for L in a.latents for B in a.batch]
     for L in a.latents:
         rows += measure_ours(a, L)
-    peak = cost.PEAK.get(jax.devices()[0].device_kind)
+    peak = chips.of(jax.devices()[0]).peak
     others = [row for row in rows if row["form"] in ("dense", "torch")]
     plain = {(row["latents"], row["batch"], row["form"]): row["ms"] for row in others}
     for row in rows:

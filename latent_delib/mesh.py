@@ -1,4 +1,6 @@
-"""Makes the mesh, and shardings by rules; no other file names a mesh axis.
+"""Makes the mesh, and shardings by rules.
+
+No other file names a mesh axis, but job/search.py, which varies them.
 
 Models name the logical axes of their arrays; the three tables of rules below say which mesh axes
 split them.
@@ -123,9 +125,12 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part
 
 
-def shards(mesh: Mesh, axis: str) -> int:
-    """Returns the number of parts of an axis of activations: "batch", "traces", "heads", "ffn"."""
-    return math.prod(mesh.shape[name] for name in _names(ACTIVATIONS[axis]))
+def shards(mesh: Mesh, axis: str, rules: Rules = ACTIVATIONS) -> int:
+    """Returns the number of parts of an axis of activations: "batch", "traces", "heads", "ffn".
+
+    With rules=WEIGHTS, of an axis of weights.
+    """
+    return math.prod(mesh.shape[name] for name in _names(rules[axis]))
 
 
 def setting(mesh: Mesh, axis: str) -> str:

@@ -1,7 +1,7 @@
 """Trains a method's parameters on a frozen decoder, or the decoder itself.
 
   python -m latent_delib.train --config=configs/X.py --workdir=DIR [--config.key=value ...]
-      [--text=GLOB --held_out=GLOB] [--distributed] [--dry_run [--topology=v5e:4x4]]
+      [--text=GLOB --held_out=GLOB] [--distributed] [--dry_run [--topology=v5e:4x4 [--search]]]
 
 The same command resumes. WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when
 the decoder was trained. It may be gs://BUCKET/PATH; no lock then keeps two jobs from using it at
@@ -37,7 +37,7 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import INTERRUPTED, UserError, device_memory
-from latent_delib.job import build, dry_run, experiment, preparation
+from latent_delib.job import build, dry_run, experiment, preparation, search
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.export import export_decoder
@@ -60,6 +60,9 @@ SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 def main(flags: Any) -> None:
+    if flags.search:
+        search.search(flags.config, flags.workdir, flags.topology, sys.argv[1:])
+        return
     if flags.dry_run or flags.topology:
         dry_run.dry_run(flags.config, flags.workdir, flags.topology)
         return
@@ -269,5 +272,6 @@ if __name__ == "__main__":
         held_out=("", "to evaluate on, of the same form; needs --text"),
         dry_run=(False, "compile the step, print its needs, write dry_run.json; run nothing"),
         topology=("", "the TPU slice to compile for, as v5e:4x4 or 2*v5p:4x4x4; else this machine"),
+        search=(False, "compile for several meshes, and print the fastest that fit in memory"),
         **distributed.FLAGS,
     )

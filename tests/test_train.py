@@ -233,7 +233,12 @@ def test_a_signal_saves_and_the_run_resumes(
 ):
     config = make_config({"train.checkpoint_every": 1000, "train.keep": 1})
     flags = SimpleNamespace(
-        config=config, workdir=str(tmp_path), distributed=False, dry_run=False, topology=""
+        config=config,
+        workdir=str(tmp_path),
+        distributed=False,
+        dry_run=False,
+        topology="",
+        search=False,
     )
     assert saved_steps.whole(str(tmp_path)) == set()
     with signal_before_step_3(number), pytest.raises(SystemExit) as end:

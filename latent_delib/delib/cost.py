@@ -1,6 +1,4 @@
-"""Floating-point operations of a training step, and the peak of known devices.
-
-Together they give utilisation.
+"""Floating-point operations of a training step.
 
 Useful means the operations that the method needs if nothing is computed twice:
 
@@ -19,17 +17,6 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.flops import Flops, Writing
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
-
-# Dense bfloat16 peak of one chip, FLOP/s, from the makers' data sheets.
-PEAK = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def step_flops(
@@ -75,9 +62,7 @@ def step_flops(
             trains_decoder=method.trains_decoder,
         )
     )
-    tokens = num_ahead - 1 + PLACEMENTS[aug.placement].reread
-    if not method.writes_keys:
-        tokens += aug.num_latents
+    tokens = decoded_tokens(aug, num_ahead)
     decoding = flops.traces(c, traces, tokens, seq_len, passes, passes)
     decoding_again = flops.again(c, remat, traces * tokens, seq_len)
     if method.writes_keys:
@@ -87,3 +72,9 @@ def step_flops(
         text_passes * text + writing.useful + decoding + passes * traces * num_ahead * vocabulary,
         text_again + writing.repeated + decoding_again,
     )
+
+
+def decoded_tokens(aug: Augmentation, num_ahead: int) -> int:
+    """Returns the tokens of one trace that the decoder reads: latents and ahead tokens."""
+    tokens = num_ahead - 1 + PLACEMENTS[aug.placement].reread
+    return tokens if METHODS[aug.method].writes_keys else tokens + aug.num_latents

@@ -19,20 +19,13 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.delib import cost, flops
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
+from latent_delib.job import estimate, experiment
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.plan import Plan, gib
-from latent_delib.machine import files
+from latent_delib.machine import chips, files
 
-# Bytes of a chip that a program can use, as the compiler has it.
-MEMORY = {
-    "TPU v5 lite": 15.75 * 2**30,
-    "TPU v5": 95.74 * 2**30,
-    "TPU v6 lite": 31.25 * 2**30,
-}
 # The compiler's words for too little memory: for a whole program, or for its temporaries alone.
 OUT_OF_MEMORY = re.compile(
     r"(?:Used |temporaries \()([\d.]+\w)\)? (?:of|exceeds available HBM \()\s?([\d.]+\w)"
@@ -72,15 +65,18 @@ def slice_of(topology: str) -> Sequence[Any]:
 
     Args:
       topology: generation and chips along each axis of the torus, "v5e:4x4", "v5p:4x4x4",
-        "v6e:16x16"; of several slices with their number before it, "2*v5e:4x4".
+        "v6e:16x16", "tpu7x:2x2x1"; of several slices with their number before it, "2*v5e:4x4". A
+        device is a chip; of a TPU7x, half a chip.
     """
-    form = re.fullmatch(r"(?:([1-9]\d*)\*)?(v\w+:\d+(?:x\d+){1,2})", topology)
+    form = re.fullmatch(r"(?:([1-9]\d*)\*)?((?:v|tpu)\d\w*:\d+(?:x\d+){1,2})", topology)
     if form is None:
         raise UserError(
-            f"--topology={topology}: expected a form like v5e:4x4, v5p:4x4x4 or 2*v6e:16x16"
+            f"--topology={topology}: expected a form like v5e:4x4, tpu7x:2x2x1 or 2*v6e:16x16"
         )
     count, name = form.groups()
-    several = {"num_slices": int(count)} if count else {}
+    options: dict[str, Any] = {"num_slices": int(count)} if count else {}
+    if name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # both cores are one device, as on Cloud TPU
     # asks no metadata server for the slice this machine is in
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several dry runs at once
@@ -89,7 +85,7 @@ def slice_of(topology: str) -> Sequence[Any]:
     jax.config.update("jax_platforms", "cpu")  # arrays of this process; libtpu only compiles
     jax.devices()
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # jax and libtpu raise several kinds
         hint = "no such slice, or libtpu is missing (LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
         why = " ".join(str(error).split())[:300]
@@ -107,7 +103,7 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
         raise UserError(
             f"does not fit: a chip needs {found[1]}iB of {found[2]}iB; split the batch "
             "(config.train.accumulation), shard more (config.mesh.fsdp, mesh.traces), "
-            "keep less (config.compute.remat=full) or take more chips"
+            "keep less (config.compute.remat=full) or take more chips; --search tries these"
         ) from None
 
 
@@ -123,17 +119,17 @@ def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[st
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     total += stats.generated_code_size_in_bytes
     total += stats.output_size_in_bytes - stats.alias_size_in_bytes
-    memory = _held(exp, plan)
+    memory = held(exp, plan)
     memory["other temporaries"] = total - sum(memory.values())
     memory["total"] = total
     return {
         "memory": memory,
-        "memory_limit": MEMORY.get(exp.mesh.devices.flat[0].device_kind),
-        "flops": _flops(exp),
+        "memory_limit": chips.of(exp.mesh.devices.flat[0]).memory,
+        "flops": estimate.step_flops(exp),
     }
 
 
-def _held(exp: Experiment, plan: Plan) -> dict[str, float]:
+def held(exp: Experiment, plan: Plan) -> dict[str, float]:
     """Returns the bytes on one chip that follow from shapes and shardings, by part."""
     a = exp.aug.transformer.config
     t = exp.config.train
@@ -169,17 +165,6 @@ def _per_chip(tree: Any, dtype: Any = None) -> float:
         itemsize = jnp.dtype(dtype or leaf.dtype).itemsize
         total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * itemsize
     return total
-
-
-def _flops(exp: Experiment) -> dict[str, float]:
-    """Returns the FLOPs of one chip per step: those the method needs, and those done again."""
-    c = exp.config
-    rows = c.train.batch_size
-    length = c.data.seq_len
-    useful, again = cost.step_flops(exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
-    text = flops.text(exp.aug.transformer.config, rows * length, length)
-    again += (mesh_lib.shards(exp.mesh, "traces") - 1) * text
-    return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
 
 
 def show(result: dict[str, Any]) -> str:

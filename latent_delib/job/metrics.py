@@ -21,7 +21,7 @@ from latent_delib.delib import cost
 from latent_delib.errors import UserError, store_error
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.wandb_run import WandbRun
-from latent_delib.machine import files
+from latent_delib.machine import chips, files
 from latent_delib.machine.progress import hours
 from latent_delib.machine.workdir import is_remote
 
@@ -69,7 +69,7 @@ class Metrics:
             exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead
         )
         self.flops = counted.useful
-        peak = cost.PEAK.get(jax.devices()[0].device_kind, math.nan)
+        peak = chips.of(jax.devices()[0]).peak or math.nan
         self.peak = peak * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
         self.bad = 0

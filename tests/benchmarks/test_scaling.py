@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from benchmarks import scaling
 from configs import base
-from latent_delib.delib import cost
 from latent_delib.errors import UserError
+from latent_delib.machine.chips import CHIPS, Chip
 from latent_delib.nn.sizes import SIZES
 
 GIB = 2.0**30
@@ -35,8 +35,8 @@ FOUND = {
 
 def test_an_estimate_follows_from_what_was_found():
     """The longer of compute and links, then the update; rows fill what the weights leave."""
-    chip = scaling.Chip(bandwidth=1e12, links=1e9)
-    found = scaling.estimate(FOUND, rows=1, chip=chip, peak=4e9)
+    chip = Chip(peak=4e9, bandwidth=1e12, links=1e9)
+    found = scaling.estimate(FOUND, rows=1, chip=chip)
     update = 7 * GIB / 2 / 1e12
     assert found["seconds"] == pytest.approx(
         {"compute": 2.0, "links": 2.0, "update": update, "step": 2.0 + update}
@@ -119,5 +119,5 @@ def test_a_slice(topology, limit):
     gathered = found["received"]["all-gather"]["received"]
     assert gathered == pytest.approx(3 / 4 * (5 * matrices + table), rel=0.01)
     assert 3 / 4 * matrices < scaling.received(found) - gathered < 2 * matrices
-    estimated = scaling.estimate(found, 1, scaling.CHIPS[found["chip"]], cost.PEAK[found["chip"]])
+    estimated = scaling.estimate(found, 1, CHIPS[found["chip"]])
     assert 0 < estimated["utilisation"] < 0.5 and estimated["largest_rows"] > 1

@@ -49,14 +49,20 @@ def test_the_command_runs_it(config_file, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(dry_run, "dry_run", lambda config, *rest: seen.append((config.seed, *rest)))
     flags = ConfigDict(
-        {"config": base.get_config(), "workdir": "DIR", "dry_run": True, "topology": "v5e:4x4"}
+        {
+            "config": base.get_config(),
+            "workdir": "DIR",
+            "dry_run": True,
+            "topology": "v5e:4x4",
+            "search": False,
+        }
     )
     train.main(flags)
     assert seen == [(0, "DIR", "v5e:4x4")]
 
 
 @pytest.mark.parametrize(
-    "topology", ["v5e-16", "v5e", "4x4", "v5e:4", "h100", "v5e:4x4x4x4", "0*v5e:4x4"]
+    "topology", ["v5e-16", "v5e", "4x4", "v5e:4", "h100", "v5e:4x4x4x4", "0*v5e:4x4", "tpu:2x2"]
 )
 def test_a_topology_of_another_form(topology):
     with pytest.raises(

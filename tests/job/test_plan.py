@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
+from latent_delib.job import estimate, experiment
 from latent_delib.job import plan as planning
 from tests.golden import make_sharding
 from tools import collectives
@@ -48,8 +48,8 @@ def test_frozen_parameters_lie_where_the_plan_says(make_config, trained, change)
     assert jax.tree.map(described, loaded) == jax.tree.map(described, planned)
 
 
-def traffic(config):
-    plan = planning.make(experiment.read(config))
+def traffic(exp):
+    plan = planning.make(exp)
     text = plan.step.lower(plan.state, plan.frozen, plan.batch).compile().as_text()
     return plan, {kind: t.received for kind, t in collectives.collectives(text).items()}
 
@@ -68,7 +68,8 @@ def test_what_a_step_moves(make_config, mesh, parts):
     gathered again.
     """
     rows = {"train.accumulation": parts, "train.batch_size": 16}
-    plan, received = traffic(make_config(mesh | rows | {"compute.remat": "full"}))
+    exp = experiment.read(make_config(mesh | rows | {"compute.remat": "full"}))
+    plan, received = traffic(exp)
     layers = plan.state.trainable["coprocessor"]["layers"]
     matrices = 4 * sum(x.size for x in jax.tree.leaves(layers) if x.ndim > 2)
     table = planning.size(plan.frozen["decoder"]["embedding"])
@@ -83,6 +84,7 @@ def test_what_a_step_moves(make_config, mesh, parts):
     assert sum(received.values()) < 1.01 * sum(
         received[k] for k in ("all-gather", "reduce-scatter", "all-reduce")
     )
+    assert estimate.received(exp) == gathers + received["reduce-scatter"] + sums
 
 
 @pytest.mark.parametrize("key, value", [("method.num_traces", 3), ("evaluate.positions", 7)])

@@ -1,0 +1,140 @@
+"""Estimates what a step needs of a device without compiling it: memory, traffic and time.
+
+docs/scaling.md derives the formulas, and compares them with compiled programs.
+"""
+
+import jax.numpy as jnp
+
+from latent_delib import mesh as mesh_lib
+from latent_delib.delib import cost, flops
+from latent_delib.delib.loss import tokens_at_a_time
+from latent_delib.delib.methods import METHODS
+from latent_delib.job.experiment import Experiment
+from latent_delib.machine.chips import Chip
+from latent_delib.nn.sizes import TransformerConfig
+
+# A step reaches half of the peak: an assumption, not measured on any chip.
+PEAK_SHARE = 0.5
+# A collective has half of the links: rings leave some unused, and small slices do not wrap around.
+LINK_SHARE = 0.5
+
+
+def step_seconds(
+    computed: float, received: float, trainable: float, chip: Chip
+) -> dict[str, float]:
+    """Returns the seconds of a step by part, and of all of it as "step".
+
+    Computation and traffic overlap, so the longer of them counts.
+
+    Args:
+      computed: FLOPs of a device per step, repeated ones too.
+      received: bytes of a device per step.
+      trainable: bytes of master weights on a device.
+      chip: one whose figures are known.
+    """
+    compute = computed / (PEAK_SHARE * chip.peak)
+    links = received / (LINK_SHARE * chip.links)
+    # Gradients, master weights and both moments are read, the last three written.
+    update = 7 * trainable / chip.bandwidth
+    step = max(compute, links) + update
+    return {"compute": compute, "links": links, "update": update, "step": step}
+
+
+def step_flops(exp: Experiment) -> dict[str, float]:
+    """Returns the FLOPs of a device per step: those the method needs, and those done again."""
+    c = exp.config
+    rows = c.train.batch_size
+    length = c.data.seq_len
+    useful, again = cost.step_flops(exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
+    text = flops.text(exp.aug.transformer.config, rows * length, length)
+    again += (mesh_lib.shards(exp.mesh, "traces") - 1) * text
+    return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
+
+
+def received(exp: Experiment) -> float:
+    """Returns the bytes that a device receives per step: weights, and the sums of gradients.
+
+    Weights are gathered for each use in each part of a batch, the token tables once per step. A
+    coprocessor counts as used forward and backward once, so one that reads the text by itself or
+    writes latents one by one receives more than this.
+    """
+    architecture = exp.aug.transformer.config
+    method = METHODS[exp.aug.method]
+    tensor = mesh_lib.shards(exp.mesh, "heads")
+    split = mesh_lib.shards(exp.mesh, "embed", mesh_lib.WEIGHTS)
+    copies = exp.mesh.size // (split * tensor)
+    itemsize = jnp.dtype(exp.dtype).itemsize / tensor
+
+    uses = 2 * _matrices(architecture)
+    if exp.aug.has_latents:
+        uses += (1 + method.trains_decoder) * _matrices(architecture)
+    if exp.aug.has_latents and method.has_matrices:
+        uses += 2 * _matrices(exp.aug.models.coprocessor.config)
+    tables = (1 + architecture.untied_head) * architecture.vocab_size * architecture.embed_dim
+    parts = exp.config.train.accumulation
+    gathered = (split - 1) / split * (uses * parts + tables)
+    scattered = (split - 1) / split * trained(exp) * parts
+    summed = 2 * (copies - 1) / copies * trained(exp) / split * parts
+    return itemsize * (gathered + scattered + summed)
+
+
+def trained(exp: Experiment) -> int:
+    """Returns the number of trained weights in the matrices of layers; adapters count as none."""
+    method = METHODS[exp.aug.method]
+    if exp.config.method.lora_rank:
+        return 0
+    count = 0
+    if method.trains_decoder:
+        count += _matrices(exp.aug.transformer.config)
+    if exp.aug.has_latents and method.has_matrices:
+        count += _matrices(exp.aug.models.coprocessor.config)
+    return count
+
+
+def _matrices(c: TransformerConfig) -> int:
+    """Returns the number of weights in the matrices of all layers: two FLOPs each per token."""
+    return flops.per_token(c) // 2
+
+
+def activations(exp: Experiment) -> float:
+    """Returns the bytes of a device that a backward pass needs at least.
+
+    These are what `remat` keeps of each layer for the tokens of one part of a batch, and one copy
+    of the logits that exist at a time. A compiler that is short of memory comes close to this; with
+    room it takes more.
+    """
+    c = exp.config
+    shards = mesh_lib.shards(exp.mesh, "batch")
+    sequences = c.train.batch_size // c.train.accumulation
+    rows = sequences / shards
+    traces = rows * c.method.num_traces / mesh_lib.shards(exp.mesh, "traces")
+    method = METHODS[exp.aug.method]
+    read = 0.0
+    written = 0.0
+    predicted = rows * c.data.seq_len
+    if exp.aug.has_latents:
+        read = traces * cost.decoded_tokens(exp.aug, c.method.num_ahead)
+        predicted = traces * c.method.num_ahead
+    if method.trains_decoder:
+        read += rows * c.data.seq_len
+    if exp.aug.has_latents and method.has_matrices:
+        written = traces * c.method.num_latents
+    kept = read * _kept(exp, exp.aug.transformer.config)
+    kept += written * _kept(exp, exp.aug.models.coprocessor.config)
+    at_a_time = rows * tokens_at_a_time(c.compute.loss_chunk, sequences, shards)
+    vocabulary = exp.aug.transformer.config.vocab_size / mesh_lib.shards(exp.mesh, "heads")
+    return kept + min(at_a_time, predicted) * vocabulary * jnp.dtype(jnp.float32).itemsize
+
+
+def _kept(exp: Experiment, c: TransformerConfig) -> float:
+    """Returns the bytes that all layers keep of one token under `remat`."""
+    split = mesh_lib.shards(exp.mesh, "heads")
+    heads = c.num_heads * c.head_dim / split
+    keys_and_values = 2 * c.num_kv_heads * c.head_dim / split
+    kept = float(c.embed_dim)  # the input
+    if exp.aug.transformer.remat != "full":
+        kept += heads  # the result of attention
+    if exp.aug.transformer.remat in ("none", "dots"):
+        features = (1 if c.plain_mlp else 2) * c.ffn_dim / split
+        kept += heads + keys_and_values + features + 2 * c.embed_dim
+    return c.num_layers * kept * jnp.dtype(exp.dtype).itemsize

@@ -1,0 +1,381 @@
+"""Searches for the mesh, accumulation and remat of a job that fit on a TPU slice and are fastest.
+
+Time follows from formulas (job/estimate.py), and orders all settings. Whether one fits only the
+compiler can say, in minutes. So settings are compiled in that order until some fit, each by the
+ordinary dry run in a process of its own, without those that cannot fit or are not worth it.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from latent_delib.errors import UserError
+from latent_delib.job import dry_run, estimate, experiment
+from latent_delib.job import plan as planning
+from latent_delib.job.plan import gib
+from latent_delib.machine import chips, files
+
+WANTED = 3  # settings that fit: estimates of time are rough, so the first may not be the fastest
+REMAT = ("dots", "attention", "full")  # "none" repeats as much as "dots", and keeps more
+
+
+class Setting(NamedTuple):
+    """Holds what a search varies, as named in a config; mesh.data takes the rest of the devices."""
+
+    fsdp: int
+    traces: int
+    accumulation: int
+    remat: str
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """Returns config key -> value."""
+        return {
+            "mesh.data": -1,
+            "mesh.fsdp": self.fsdp,
+            "mesh.traces": self.traces,
+            "train.accumulation": self.accumulation,
+            "compute.remat": self.remat,
+        }
+
+    @property
+    def flags(self) -> list[str]:
+        """Returns the words of a command line that choose this setting."""
+        return [f"--config.{key}={value}" for key, value in self.keys.items()]
+
+    def needs_no_more_than(self, other: "Setting") -> bool:
+        """Tells whether it surely needs no more memory than another, which is surely as fast.
+
+        Weights are split as much or more, and as little or less of a batch is there at once.
+        """
+        return (
+            self.traces == other.traces
+            and self.fsdp >= other.fsdp
+            and self.accumulation >= other.accumulation
+            and REMAT.index(self.remat) >= REMAT.index(other.remat)
+        )
+
+
+class Estimate(NamedTuple):
+    """Holds a setting's estimate: seconds per step, and bytes that a device receives per step."""
+
+    setting: Setting
+    seconds: float
+    received: float
+
+
+class Verdict(NamedTuple):
+    """Holds what the compiler says of a setting: dry_run.json, or in one line why it does not fit.
+
+    One of the two is None.
+    """
+
+    setting: Setting
+    result: dict[str, Any] | None
+    error: str | None
+
+    @property
+    def needs(self) -> float:
+        """Returns the bytes of a device that the compiler found too many."""
+        number, unit = re.search(r"needs ([\d.]+)([KMGT])iB", self.error).groups()
+        return float(number) * 1024 ** (1 + "KMGT".index(unit))
+
+
+class Memory(NamedTuple):
+    """Holds what a setting needs of a device at least, bytes.
+
+    held: weights and whatever else depends on the mesh alone. activations: of a part of the batch.
+    """
+
+    held: float
+    activations: float
+
+
+def search(
+    config: ConfigDict, workdir: str, topology: str, arguments: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Prints the settings that fit, by estimated time per step, and writes WORKDIR/search.json.
+
+    Args:
+      config: of the job; its mesh (but for tensor), accumulation and remat are not looked at.
+      topology: the TPU slice, as `dry_run.slice_of` takes it.
+      arguments: the words of the command line that made `config`.
+
+    Returns:
+      One row per setting that fits: its flags, memory, memory_limit, received and seconds.
+
+    Raises:
+      UserError: a mistake in the config, a chip without figures, or nothing that fits.
+    """
+    if not topology:
+        raise UserError("--search: expected --topology as well, the TPU slice to search for")
+    began = time.perf_counter()
+    devices = dry_run.slice_of(topology)
+    if None in chips.of(devices[0]):
+        known = [kind for kind, chip in chips.CHIPS.items() if None not in chip]
+        raise UserError(
+            f"--search: nothing is known of {devices[0].device_kind}: expected one of "
+            f"{', '.join(known)}"
+        )
+    estimates = in_order(estimate_all(config, devices))
+    print(f"{len(estimates)} settings, {processes()} compiled at once, {WANTED} wanted", flush=True)
+    verdicts = first_to_fit(
+        [each.setting for each in estimates],
+        chips.of(devices[0]).memory,
+        lambda setting: least_memory(config, setting, devices),
+        lambda settings: compile_all(settings, arguments),
+    )
+    fitting = {verdict.setting: verdict.result for verdict in verdicts if verdict.result}
+    if not fitting:
+        why = verdicts[-1].error if verdicts else "no setting leaves room for its activations"
+        raise UserError(f"--search: nothing fits on {topology}: {why}")
+    rows = [row(each, fitting[each.setting]) for each in estimates if each.setting in fitting]
+    took = time.perf_counter() - began
+    print(f"compiled {len(verdicts)} settings in {took:.0f} s; {len(rows)} fit on {topology}:")
+    print(show(rows), flush=True)
+    text = json.dumps(rows, indent=2)
+    files.write(epath.Path(workdir) / "search.json", f"{text}\n".encode())
+    return rows
+
+
+def applied(config: ConfigDict, setting: Setting) -> ConfigDict:
+    """Returns a copy of a config with a setting."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(setting.keys)
+    return changed
+
+
+def processes() -> int:
+    """Returns the number of settings that are compiled at once: at most one per core."""
+    return min(len(os.sched_getaffinity(0)), WANTED)
+
+
+# Which settings, and in which order.
+
+
+def settings(devices: int, batch_size: int) -> Iterator[Setting]:
+    """Returns every setting that gives each device whole rows of each part of a batch.
+
+    Args:
+      devices: over which mesh.data, fsdp and traces divide the work.
+    """
+    for traces in _divisors(devices):
+        row_shards = devices // traces
+        if batch_size % row_shards:
+            continue
+        for fsdp in _divisors(row_shards):
+            for accumulation in _divisors(batch_size // row_shards):
+                for remat in REMAT:
+                    yield Setting(fsdp, traces, accumulation, remat)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def estimate_all(config: ConfigDict, devices: Sequence[Any]) -> list[Estimate]:
+    """Estimates every setting that a config allows.
+
+    Raises:
+      UserError: a mistake in the config, or a batch that no mesh divides.
+    """
+    chip = chips.of(devices[0])
+    given = applied(config, Setting(1, 1, 1, REMAT[-1]))
+    experiment.read(given, devices)  # a mistake elsewhere would be one in every setting
+    count = len(devices) // config.mesh.tensor
+    found = []
+    for setting in settings(count, config.train.batch_size):
+        try:
+            exp = experiment.read(applied(config, setting), devices)
+        except UserError:  # traces that mesh.traces does not divide
+            continue
+        received = estimate.received(exp)
+        computed = sum(estimate.step_flops(exp).values())
+        weights = 4 * estimate.trained(exp) / (setting.fsdp * setting.traces * config.mesh.tensor)
+        seconds = estimate.step_seconds(computed, received, weights, chip)
+        found.append(Estimate(setting, seconds["step"], received))
+    if not found:
+        raise UserError(
+            f"--search: config.train.batch_size={config.train.batch_size} splits over no mesh of "
+            f"{count} devices: expected a multiple of {count}, or of {count} / mesh.traces"
+        )
+    return found
+
+
+def in_order(estimates: Iterable[Estimate]) -> list[Estimate]:
+    """Sorts by time; where that agrees in two digits, by traffic.
+
+    Traffic beside computation costs no time by the formulas, and some in truth.
+    """
+    return sorted(estimates, key=lambda each: (float(f"{each.seconds:.2g}"), each.received))
+
+
+def least_memory(config: ConfigDict, setting: Setting, devices: Sequence[Any]) -> Memory:
+    """Returns what a setting needs at least; infinity where its mesh does not divide a weight."""
+    exp = experiment.read(applied(config, setting), devices)
+    try:
+        plan = planning.make(exp)
+    except UserError:
+        return Memory(math.inf, math.inf)
+    return Memory(sum(dry_run.held(exp, plan).values()), estimate.activations(exp))
+
+
+# Compiling.
+
+
+def first_to_fit(
+    ordered: Iterable[Setting],
+    limit: float,
+    least: Callable[[Setting], Memory],
+    compile_all: Callable[[list[Setting]], list[Verdict]],
+) -> list[Verdict]:
+    """Compiles settings in order until WANTED fit, and returns all verdicts.
+
+    A verdict speaks for other settings too: one that needs no less memory than one that does not
+    fit is not compiled, nor is one that needs no more than one that fits, because it is slower. And
+    activations that took more than the least are expected to do so in other settings.
+
+    Args:
+      ordered: from the fastest on.
+      limit: bytes of a device.
+      least: what a setting needs of them at least.
+      compile_all: returns the verdicts on some settings.
+    """
+    verdicts: list[Verdict] = []
+
+    def is_open(setting: Setting) -> bool:
+        if is_decided(setting, verdicts):
+            return False
+        held, activations = least(setting)
+        return held + excess(setting.remat, verdicts, least) * activations <= limit
+
+    open_settings = filter(is_open, ordered)
+    while True:
+        fitting = [verdict for verdict in verdicts if verdict.result]
+        chosen = list(islice(open_settings, min(processes(), WANTED - len(fitting))))
+        if not chosen:
+            return verdicts
+        verdicts += compile_all(chosen)
+
+
+def excess(remat: str, verdicts: Iterable[Verdict], least: Callable[[Setting], Memory]) -> float:
+    """Returns how many times their least the activations of settings with this remat take.
+
+    It is the smallest that the verdicts show, and 1 without any.
+    """
+    found = []
+    for verdict in verdicts:
+        if verdict.error and verdict.setting.remat == remat:
+            held, activations = least(verdict.setting)
+            found.append((verdict.needs - held) / activations)
+    return max(1.0, min(found, default=1.0))
+
+
+def is_decided(setting: Setting, verdicts: Iterable[Verdict]) -> bool:
+    """Tells whether the verdict on another setting makes that on this one needless."""
+    for verdict in verdicts:
+        if verdict.result and setting.needs_no_more_than(verdict.setting):
+            return True
+        if verdict.error and verdict.setting.needs_no_more_than(setting):
+            return True
+    return False
+
+
+def compile_all(settings: list[Setting], arguments: Sequence[str]) -> list[Verdict]:
+    """Runs the dry run of each setting in a process, all at once, and prints the verdicts.
+
+    Args:
+      arguments: of the command line. Of two equal flags the last counts.
+
+    Raises:
+      UserError: a dry run that fails for another reason than memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        try:
+            for i, setting in enumerate(settings):
+                workdir = Path(folder) / str(i)
+                workdir.mkdir()
+                words = [*arguments, "--nosearch", f"--workdir={workdir}", *setting.flags]
+                running.append(_start(words, workdir / "log"))
+            verdicts = []
+            for i, setting in enumerate(settings):
+                code = running[i].wait()
+                verdicts.append(_verdict(setting, code, Path(folder) / str(i)))
+            return verdicts
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+
+
+def _start(words: list[str], log: Path) -> subprocess.Popen:
+    """Starts `train` with these words; what it prints goes to a file."""
+    command = [sys.executable, "-m", "latent_delib.train", *words]
+    with log.open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+
+
+def _verdict(setting: Setting, code: int, workdir: Path) -> Verdict:
+    """Reads, and prints, what a dry run that has ended says."""
+    name = " ".join(setting.flags)
+    if code == 0:
+        result = json.loads((workdir / "dry_run.json").read_text())
+        print(f"fits, {gib(result['memory']['total'])}: {name}", flush=True)
+        return Verdict(setting, result, None)
+    lines = (workdir / "log").read_text(errors="replace").splitlines()
+    last = lines[-1].removeprefix("error: ") if lines else ""
+    if not last.startswith("does not fit"):
+        raise UserError(f"--search: the dry run of {name} ended with exit code {code}: {last}")
+    error = last.partition(";")[0]
+    print(f"{error}: {name}", flush=True)
+    return Verdict(setting, None, error)
+
+
+# What is printed and written.
+
+
+def row(each: Estimate, result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row of a setting that fits."""
+    return {
+        "flags": each.setting.flags,
+        "mesh": result["mesh"],
+        "accumulation": each.setting.accumulation,
+        "remat": each.setting.remat,
+        "memory": result["memory"]["total"],
+        "memory_limit": result["memory_limit"],
+        "received": each.received,
+        "seconds": each.seconds,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows as a table in Markdown, and the flags of the first."""
+    axes = " x ".join(rows[0]["mesh"])
+    limit = gib(rows[0]["memory_limit"])
+    head = [axes, "accumulation", "remat", f"memory, of {limit}", "received", "estimated step, s"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for one in rows:
+        cells = [
+            " x ".join(map(str, one["mesh"].values())),
+            str(one["accumulation"]),
+            one["remat"],
+            gib(one["memory"]),
+            gib(one["received"]),
+            f"{one['seconds']:.3g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["the first, as flags:", " ".join(rows[0]["flags"])]
+    return "\n".join(lines)
