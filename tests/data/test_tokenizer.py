@@ -516,7 +516,8 @@ def test_json_through_the_reader_and_prepare(every, tmp_path):
     (tmp_path / "text").write_bytes("\n\f\n".join(documents).encode())
     source, path = f"files:{tmp_path}/text", str(tokenizer.path)
     expected = [tokenizer.encode(text) for text in documents]
-    assert [d["tokens"].tolist() for d in reader.documents(source, path, BadRecords(0))] == expected
+    found = reader.documents(reader.open_source(source), path, BadRecords(0))
+    assert [document["tokens"].tolist() for document in found] == expected
 
     data = {
         "sources": (source,),
