@@ -143,8 +143,8 @@ PROTOCOLS = {
     # Reasoning in miniature: the packaged decoder, trained on with problems in half of its rows,
     # half solves them. Then a coprocessor is called once, at the end of each problem.
     "problems": Protocol("gemma2_160k", LAB | PROBLEMS, PRETRAIN_LAB | PRETRAIN_PROBLEMS),
-    # Depth: a decoder of two layers learns look-ups of one to three steps, the most that two layers
-    # can do. Then coprocessors, or the decoder itself, are trained on four to six.
+    # More steps than before: a decoder learns look-ups of one to three steps, on a million of them.
+    # Then coprocessors, or the decoder itself, are trained on four to six.
     "depth": Protocol("gemma2_160k", LAB | FAR, PRETRAIN_DEPTH),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
