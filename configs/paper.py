@@ -229,8 +229,10 @@ EXPERIMENTS = {
     # decoder that feeds its outputs back as its next inputs (Coconut).
     "cartridge": {"method.name": "cartridge"},
     "feedback": {"method.name": "feedback"} | SLOW,
-    # Controls: the decoder itself, trained for as long on the same text; in whole, and by adapters.
+    # Controls: the decoder itself, trained for as long on the same text; in whole, at a small rate
+    # or at the coprocessor's, and by adapters.
     "decoder": {"method.name": "decoder"} | SLOW,
+    "decoder_fast": {"method.name": "decoder"},
     "decoder_lora": {"method.name": "decoder", "method.lora_rank": 64},
     # Adaptation to tasks: adapters of rank 64 on the decoder (the paper's Figure 6 has rank 128,
     # GSM8K and MATH), and on the coprocessor that `overlay` trained.
