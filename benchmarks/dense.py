@@ -8,6 +8,7 @@ attention. Plain autodiff; a layer's input is kept, the rest computed again.
 Letters: here S counts the queries of the whole sequence, U its keys.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -138,8 +139,10 @@ def loss(
     num_ahead: int,
     dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
+    prompt_end: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Computes what `augment.loss` does for a coprocessor: Σ loss in nats and Σ tokens."""
+    del prompt_end  # `at_BM` is behind prompts already
     c, (B, T), M = aug.transformer.config, tokens_BT.shape, at_BM.shape[1]
     decoder, coprocessor = params["decoder"], params["coprocessor"]
     traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)

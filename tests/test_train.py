@@ -235,6 +235,8 @@ def test_a_signal_saves_and_the_run_resumes(
     flags = SimpleNamespace(
         config=config,
         workdir=str(tmp_path),
+        text="",
+        held_out="",
         distributed=False,
         dry_run=False,
         topology="",

@@ -282,7 +282,7 @@ def test_text_that_becomes_bos_or_padding_is_bad(special):
         return [9, special if len(text) > 5 else 9]
 
     tokenizer = types.SimpleNamespace(bos_id=2, pad_id=PAD, encode=encode)
-    reader = types.SimpleNamespace(unit="line")
+    reader = types.SimpleNamespace(source="lines:f", unit="line")
     tokens, fault = text.tokens_of(reader, text.Text(b"short", "f", 1), tokenizer)
     assert tokens.tolist() == [9, 9] and not fault
     tokens, fault = text.tokens_of(reader, text.Text(b"longer\n", "f", 2), tokenizer)
