@@ -90,6 +90,7 @@ def test_a_resumed_job_finds_the_same(trained, validated, make_config, tmp_path)
     assert list(figures_of(tmp_path / "workdir")) == [3, 4], "and after the last step"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -107,6 +108,7 @@ def test_it_is_the_same_however_it_is_computed(make_config, validated, changes):
     assert found == pytest.approx(figures_of(validated)[4], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_is_trained(make_config, tmp_path):
     """It is scored on all of the text, and has no other to compare with."""
     config = make_config({"method.name": "decoder", "train.validate_every": 1})
@@ -126,6 +128,7 @@ def test_a_decoder_that_is_trained(make_config, tmp_path):
     assert figures[4]["validation_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_delays_and_other_methods(make_config):
     """A decoder that is trained too is no frozen one to compare with."""
     for changes, names in (

@@ -56,6 +56,7 @@ def test_a_run_has_the_rows_of_the_job_and_goes_on_with_it(trained, make_config,
     assert first["config"] == small.meta_of(workdir)["config"] | {"train": first["config"]["train"]}
 
 
+@pytest.mark.slow
 def test_steps_that_are_done_again_are_not_told_again(trained, make_config, tmp_path, wandb):
     """A job that was killed in step 4 had told of step 3."""
     copy_at_step_2(trained, tmp_path / "workdir")
