@@ -52,7 +52,8 @@ os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 
 flags.FLAGS(["pytest"])  # seqio reads absl's flags and raises where nobody has parsed them
 
-MEMORY = 1.5e9  # bytes that a worker may hold between two tests
+MEMORY = 1.5e9  # bytes at which a worker lets go of what it can
+GROWTH = 1e8  # and again each time that it has grown by so many: letting go takes half a second
 ROOT = Path(__file__).parents[1]
 WORDS = (
     "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
@@ -82,13 +83,25 @@ def free_memory():
     return free
 
 
+def resident() -> int:
+    """Returns the bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+@pytest.fixture(scope="session")
+def memory_limit():
+    """Holds the number of bytes at which this worker frees memory next."""
+    return [MEMORY]
+
+
 @pytest.fixture(autouse=True)
-def little_memory(free_memory):
+def little_memory(free_memory, memory_limit):
     """Frees memory where a worker has grown."""
     yield
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    if pages * resource.getpagesize() > MEMORY:
+    if resident() > memory_limit[0]:
         free_memory()
+        memory_limit[0] = max(MEMORY, resident() + GROWTH)
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ def workdir(config_of, tmp_path_factory):
     return where
 
 
+@pytest.mark.slow
 def test_every_mesh_trains_alike(config_of, workdir, tmp_path):
     mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
     train.train(config_of(mesh), str(tmp_path))

@@ -51,7 +51,7 @@ FORMS = {
 @pytest.mark.parametrize(
     "benchmark",
     [
-        pytest.param(m, marks=[pytest.mark.slow] * (m in (overlap, decoding)), id=m.__name__)
+        pytest.param(m, marks=[pytest.mark.slow] * (m in (overlap, decoding, step)), id=m.__name__)
         for m in FORMS
     ],
 )

@@ -306,7 +306,7 @@ def steps_on(config, count, decoder):
     return losses, plan, state
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize("name", [pytest.param("adafactor", marks=pytest.mark.slow), "muon"])
 def test_other_optimizers_train_alike_on_a_mesh(make_config, tokenizer_path, name):
     """Their state lies split as the matrices do. Adafactor factors from 128 x 128 on."""
     size = {

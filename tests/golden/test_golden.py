@@ -102,7 +102,7 @@ def test_every_layer(golden):
         equal(outputs(first_layers(n)), hidden, err_msg=f"layer {n}")
 
 
-@pytest.mark.parametrize("placement", ["after", "overlay"])
+@pytest.mark.parametrize("placement", ["after", pytest.param("overlay", marks=pytest.mark.slow)])
 def test_latents_and_what_they_do(golden, placement):
     values, decoder, coprocessor = golden
     num_latents = len(values["soft_tokens"])

@@ -81,6 +81,7 @@ def test_it_is_what_the_model_in_use_says(make_config, validated):
     assert figures_of(validated)[4] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_job_finds_the_same(trained, validated, make_config, tmp_path):
     copy_at_step_2(trained, tmp_path / "workdir")  # trained without
     train.train(make_config({"train.validate_every": 2}), str(tmp_path / "workdir"))

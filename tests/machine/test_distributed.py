@@ -100,18 +100,19 @@ def copy_at_step_2(workdir, copy):
     shutil.rmtree(copy / "checkpoints" / "4")
 
 
-def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp_path):
+def test_two_processes_equal_one(
+    shared_steps, tiny, trained, make_config, decoder_folder, tmp_path
+):
     """Trains, evaluates, goes on from the other's checkpoint, writes a decoder held in parts."""
     other = "process 1 has another data than process 0: "
     other += "expected the same command and files on every worker"
     copy_at_step_2(trained, tmp_path / "resumed")
     decoder = tiny | {"method.name": "decoder", "mesh.data": 1, "mesh.fsdp": 8}
-    validated = {"train.validate_every": 2}
     stopped, result, *_, said = run(
         2,
         4,
         tmp_path / "said",
-        ("train", tiny | validated, str(tmp_path / "fresh")),
+        ("train", tiny, str(tmp_path / "fresh")),
         ("evaluate", tiny, str(tmp_path / "fresh"), str(tmp_path / "out")),
         ("train", tiny, str(tmp_path / "resumed")),
         ("export", decoder, str(tmp_path / "exported")),
@@ -134,17 +135,15 @@ def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp
     jax.tree.map(np.testing.assert_array_equal, exported, original)
 
     copy_at_step_2(tmp_path / "fresh", tmp_path / "alone again")
-    train.train(make_config(validated), str(tmp_path / "alone again"))
+    train.train(make_config(), str(tmp_path / "alone again"))
     assert_close(tmp_path / "alone again", trained)
-    figures = [small.rows_of(tmp_path / name)[-1] for name in ("fresh", "alone again")]
-    for name in ("validation_loss", "validation_loss_decoder"):
-        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_four_processes_on_every_mesh_axis_equal_one(tiny, trained, make_config, tmp_path):
     """Weights, heads and traces are split across processes; a row lies on four of them."""
-    split = tiny | {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
+    validated = {"train.validate_every": 2}
+    split = tiny | validated | {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
     _, result = run(
         4,
         2,
@@ -153,6 +152,11 @@ def test_four_processes_on_every_mesh_axis_equal_one(tiny, trained, make_config,
         ("evaluate", split, str(trained), str(tmp_path / "out")),
     )
     assert_close(tmp_path / "fresh", trained)
+    copy_at_step_2(trained, tmp_path / "one")
+    train.train(make_config(validated), str(tmp_path / "one"))
+    several, one = (small.rows_of(tmp_path / name)[-1] for name in ("fresh", "one"))
+    for name in ("validation_loss", "validation_loss_decoder"):
+        assert several[name] == pytest.approx(one[name], rel=1e-5)
     assert_same_perplexity(
         result, evaluate.evaluate(make_config(), str(trained), str(tmp_path / "alone"))
     )
