@@ -23,7 +23,7 @@ from latent_delib.lm import load, look
 from latent_delib.lm import model as lm
 from latent_delib.machine import commands, files
 from latent_delib.machine.command_line import FOLDERS, REQUIRED
-from latent_delib.results import figures, published, runs, tables
+from latent_delib.results import costs, figures, published, runs, tables
 from latent_delib.results.against import compare
 from latent_delib.results.figures import Picture
 from latent_delib.results.forms import Figure, Table, as_csv, markdown
@@ -49,7 +49,7 @@ def main(flags: Any) -> None:
     if os.path.isfile(flags.out):
         raise UserError(f"--out={flags.out}: is a file, expected a folder")
     found = runs.find(flags.folders)
-    every = tables.tables(found)
+    every = [*tables.tables(found), costs.compare(found)]
     if flags.against:
         every.append(compare(found, flags.against))
     seen = look_into(flags.look, flags.text) if flags.look else None

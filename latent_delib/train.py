@@ -237,7 +237,8 @@ def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any
     if start is None and exp.start:
         start = experiment.place_start(exp, jnp.float32)
     shardings = planning.shardings_of(plan.state)
-    init = jax.jit(experiment.init_trainable(exp), out_shardings=shardings.trainable)
+    init = experiment.init_trainable(exp.aug, exp.config.method.lora_rank)
+    init = jax.jit(init, out_shardings=shardings.trainable)
     trainable = init(jax.random.key(exp.config.seed), decoder, start)
     init_optimizer = jax.jit(plan.optimizer.tx.init, out_shardings=shardings.opt_state)
     return trainable, init_optimizer(trainable)

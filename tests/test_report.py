@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -16,6 +17,7 @@ from etils import epath
 import latent_delib as ld
 from latent_delib import evaluate, report
 from latent_delib.delib.coprocessor import Inserted
+from latent_delib.job import estimate, experiment
 from latent_delib.results import against, entries, figures, forms, published, runs, tables
 from tools import pack_results
 
@@ -683,7 +685,14 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     table = (out / "1_perplexity.md").read_text()
     assert "| 2 | cache augmentation, after, 3 ahead tokens, step 4, seed 0 | P1 | " in table
     assert f" | {change:+.2f}%" in table
-    assert "| P1 | +0.00% [+0.00, +0.00] |" in (out / "12_against.md").read_text()
+    assert "| P1 | +0.00% [+0.00, +0.00] |" in (out / "13_against.md").read_text()
+    (costs,) = csv.DictReader((out / "12_costs.csv").open())
+    own = ld.load_coprocessor(str(trained)).params
+    assert costs["trained parameters"] == f"{sum(x.size for x in jax.tree.leaves(own))}"
+    exp = experiment.read(make_config())
+    useful = estimate.step_flops(exp)["useful"] * exp.mesh.size
+    assert float(costs["GFLOP per step"]) == pytest.approx(useful / 1e9)
+    assert costs["steps"] == "4" and costs["n = 1"] == f"{change}"
     nearest = list(csv.reader((out / "look_nearest.csv").open()))
     assert [row[0] for row in nearest] == ["latent", "z1", "z2"] and len(nearest[1]) == 11
     page = (out / "report.md").read_text()

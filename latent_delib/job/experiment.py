@@ -226,16 +226,15 @@ def load_frozen(exp: Experiment) -> Params:
 def trainable_shapes(exp: Experiment) -> Params:
     """Returns the shapes of the trainable tree, float32, with shardings."""
     decoder = folder.shapes(exp.aug.transformer.config)
-    return _on_mesh(exp, jax.eval_shape(init_trainable(exp), jax.random.key(0), decoder))
+    init = init_trainable(exp.aug, exp.config.method.lora_rank)
+    return _on_mesh(exp, jax.eval_shape(init, jax.random.key(0), decoder))
 
 
-def init_trainable(exp: Experiment) -> Callable[..., Params]:
+def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
     """Returns the function (key, decoder, start) -> trainable tree, float32.
 
-    start is a whole coprocessor, or None.
+    start is a whole coprocessor, or None. rank is that of adapters; 0 trains all.
     """
-    aug = exp.aug
-    rank = exp.config.method.lora_rank
 
     def init(key: jax.Array, decoder: Params, start: Params | None = None) -> Params:
         tree = METHODS[aug.method].init(key, decoder, aug.models, aug.num_latents)

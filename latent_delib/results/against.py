@@ -67,7 +67,7 @@ def compare(found: Runs, against: str) -> Table:
         warn(f"--against={against}: the frozen decoder has other figures in {runs}: left out")
     title = f"Change in perplexity of the n-th token ahead against {against}"
     columns = ["latents", "what", "from", *tables.BY_N]
-    return tables.finished("12_against", title, columns, rows, used, over)
+    return tables.finished("13_against", title, columns, rows, used, over)
 
 
 def pair_of(base: Arrays, result: Result) -> Pair | None:

@@ -98,7 +98,7 @@ def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
     """Adds a benchmark's row to the first entry of its model without a control, or to a new one."""
     new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
     for entry in found:
-        if _subject(entry) == _subject(new) and not _is_control(entry):
+        if _subject(entry) == _subject(new) and not is_control(entry):
             break
     else:
         entry = new
@@ -125,7 +125,8 @@ def _evaluation(result: Result) -> tuple:
     return text_of(result), result.data["rows"], controls(result)
 
 
-def _is_control(entry: Entry) -> bool:
+def is_control(entry: Entry) -> bool:
+    """Tells whether an entry is of an evaluation that changes latents or text."""
     return entry.perplexity is not None and any(controls(entry.result).values())
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ OPTIONAL = {
     **dict.fromkeys(("sets", "works", "provenance"), dict),
     **dict.fromkeys(("step", "documents"), int),
     **dict.fromkeys(
-        ("change_low", "change_high", "low", "high", "shots", "every", "delay"), NUMBER
+        ("change_low", "change_high", "low", "high", "shots", "every", "delay", "step_seconds"),
+        NUMBER,
     ),
 }
 
@@ -79,13 +81,15 @@ class Runs(NamedTuple):
 
     perplexity: one per folder: its own, or, after all of these, the last of its evaluations/STEP.
     benchmarks: one per file. curves: folder -> the results of its evaluations/STEP, by step.
-    losses: folder -> (step, loss in nats) of its training.
+    losses: folder -> (step, loss in nats) of its training. step_seconds: folder -> the median over
+    the rows of its training; older files do not tell it.
     """
 
     perplexity: list[Result]
     benchmarks: list[Result]
     curves: dict[Path, list[Result]]
     losses: dict[Path, list[tuple[int, float]]]
+    step_seconds: dict[Path, float]
 
 
 def find(folders: Sequence[str]) -> Runs:
@@ -109,12 +113,20 @@ def find(folders: Sequence[str]) -> Runs:
     for results in curves.values():
         results.sort(key=lambda result: result.step)
     last = {folder: results[-1] for folder, results in curves.items() if folder not in own}
-    losses = {file.path.parent: _losses(file) for file in found[METRICS].values()}
+    losses: dict[Path, list[tuple[int, float]]] = {}
+    step_seconds: dict[Path, float] = {}
+    for file in found[METRICS].values():
+        rows = _metrics(file)
+        losses[file.path.parent] = [(row["step"], row["loss"]) for row in rows]
+        seconds = [row["step_seconds"] for row in rows if row.get("step_seconds")]
+        if seconds:
+            step_seconds[file.path.parent] = statistics.median(seconds)
     return Runs(
         _numbered("P", [*own.values(), *last.values()]),
         _numbered("B", [_result(file) for file in found[BENCHMARKS].values()]),
         curves,
         losses,
+        step_seconds,
     )
 
 
@@ -159,12 +171,12 @@ def _check_part(where: str, part: Any, fields: dict[str, Any]) -> None:
             _check_part(f"{where}: {room}[{name!r}]", inside, fields)
 
 
-def _losses(file: File) -> list[tuple[int, float]]:
-    losses = []
-    for number, row in enumerate(file.read(), 1):
+def _metrics(file: File) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics.jsonl."""
+    rows = list(file.read())
+    for number, row in enumerate(rows, 1):
         _check(f"{file.path}:{number}", row, FIELDS[METRICS])
-        losses.append((row["step"], row["loss"]))
-    return losses
+    return rows
 
 
 def _check(where: str, data: Any, fields: dict[str, Any]) -> None:

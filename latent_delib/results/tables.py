@@ -25,7 +25,7 @@ INTERVALS = {
 
 
 def tables(runs: Runs) -> list[Table]:
-    """Makes all tables: all runs, the paper's eight, three more.
+    """Makes all tables but those of costs and of one run against the others.
 
     A table that is about none of the runs says so below its published lines.
     """

@@ -67,7 +67,7 @@ class OneDevice:
         )
 
     def start(self, seed):
-        trainable = experiment.init_trainable(self.exp)(
+        trainable = experiment.init_trainable(self.exp.aug, self.exp.config.method.lora_rank)(
             jax.random.key(seed), self.frozen["decoder"]
         )
         return TrainState(jnp.int32(0), trainable, self.tx.init(trainable))
@@ -293,7 +293,9 @@ def steps_on(config, count, decoder):
     """
     exp = experiment.read(config, jax.devices()[:count])
     plan = planning.make(exp)
-    start = jax.jit(experiment.init_trainable(exp))(jax.random.key(0), decoder)
+    start = jax.jit(experiment.init_trainable(exp.aug, exp.config.method.lora_rank))(
+        jax.random.key(0), decoder
+    )
     state = TrainState(jnp.int32(0), start, plan.optimizer.tx.init(start))
     state = jax.device_put(state, planning.shardings_of(plan.state))
     frozen = jax.device_put({"decoder": decoder}, planning.shardings_of(plan.frozen))

@@ -1,0 +1,117 @@
+"""The table of all methods: what each costs in training, and what it gains."""
+
+from typing import NamedTuple
+
+import jax
+
+from latent_delib.delib import cost
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.methods import METHODS
+from latent_delib.errors import UserError
+from latent_delib.job import build, experiment
+from latent_delib.job import plan as planning
+from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.transformer import Transformer
+from latent_delib.results import tables
+from latent_delib.results.entries import Entry, entries, is_control, label
+from latent_delib.results.forms import Figure, Row, Table, score
+from latent_delib.results.runs import PERPLEXITY, Result, Runs
+from latent_delib.weights import folder
+
+AHEAD = [f"n = {n}" for n in (1, 4, 16, 32)]  # columns
+COSTS = ["trained parameters", "steps", "GFLOP per step", "ms per step"]
+WHOLE, TENTHS = "{:,.0f}", "{:,.1f}"
+
+
+class Costs(NamedTuple):
+    """Holds what training costs: trained parameters, and useful FLOPs per step."""
+
+    parameters: int
+    step_flops: float
+
+
+def compare(found: Runs) -> Table:
+    """Makes the table of all trained models: the costs of each, its changes, its scores.
+
+    Controls are left out. GFLOP are those that the method needs if nothing is computed twice; ms
+    are the median over the rows of metrics.jsonl, on the machine that trained.
+    """
+    ours = [entry for entry in entries(found) if is_trained(entry) and not is_control(entry)]
+    benchmarks: dict[str, None] = {}
+    rows: list[Row] = []
+    used: list[Result] = []
+    for entry in ours:
+        benchmarks |= dict.fromkeys(entry.scores)
+        rows.append(_row(entry, found))
+        used += entry.results
+    columns = ["what", "latents", "from", *COSTS, *AHEAD, *benchmarks]
+    return tables.finished("12_costs", "What every method costs and gains", columns, rows, used)
+
+
+def is_trained(entry: Entry) -> bool:
+    """Tells whether anything of a model was trained by us."""
+    return entry.model == "augmented" or entry.trained
+
+
+def _row(entry: Entry, found: Runs) -> Row:
+    """Returns the line of one model."""
+    keys = [result.key for result in entry.results]
+    row: Row = {"what": label(entry), "latents": entry.latents or "", "from": " ".join(keys)}
+    costs = of(entry.result)
+    if costs is not None:
+        row["trained parameters"] = Figure(costs.parameters, WHOLE)
+        row["GFLOP per step"] = Figure(costs.step_flops / 1e9, TENTHS)
+    if entry.result.step:
+        row["steps"] = Figure(entry.result.step, WHOLE)
+    seconds = found.step_seconds.get(entry.result.path.parent)
+    if seconds is not None:
+        row["ms per step"] = Figure(1000 * seconds, WHOLE)
+    for result in entry.results:
+        if result.path.name == PERPLEXITY:
+            row |= tables.changes(result.data["rows"])
+    for benchmark, (scored, _) in entry.scores.items():
+        row[benchmark] = score(scored)
+    return row
+
+
+def architecture_of(result: Result) -> TransformerConfig | None:
+    """Returns a run's decoder: its config's, or that of its folder, if this is still the same."""
+    config = result.record
+    fields = config["decoder.architecture"]
+    if fields:
+        return TransformerConfig.from_dict(fields, str(result.path))
+    try:
+        decoder = folder.locate(config["decoder.path"])
+        if folder.fingerprint(decoder) == config["decoder.fingerprint"]:
+            return folder.read_config(decoder)
+    except UserError:
+        pass  # it is not here
+    return None
+
+
+def of(result: Result) -> Costs | None:
+    """Returns the costs of a run; None where its decoder's sizes or its method are not known."""
+    config = result.record
+    method = result.method
+    decoder = architecture_of(result)
+    if decoder is None or method["name"] not in METHODS:
+        return None
+    changed = method.get("coprocessor")
+    coprocessor = build.coprocessor_config(decoder, changed) if changed else decoder
+    aug = Augmentation(
+        Transformer(decoder),
+        method["name"],
+        method["num_latents"],
+        method["placement"],
+        coprocessor=Transformer(coprocessor),
+    )
+    init = experiment.init_trainable(aug, method.get("lora_rank", 0))
+    trained = jax.eval_shape(init, jax.random.key(0), folder.shapes(decoder))
+    counted = cost.step_flops(
+        aug,
+        config["train.batch_size"],
+        config["data.seq_len"],
+        method["num_traces"],
+        method["num_ahead"],
+    )
+    return Costs(planning.count(trained), counted.useful)
