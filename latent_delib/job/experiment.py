@@ -99,6 +99,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
             placement=config.method.placement,
             loss_chunk=config.compute.loss_chunk,
             coprocessor=None if coprocessor is None else model(coprocessor),
+            every=config.method.every,
         ),
         mesh=mesh,
         dtype=jnp.dtype(config.compute.dtype),

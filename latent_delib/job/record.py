@@ -17,6 +17,7 @@ METHOD = (
     "method.name",
     "method.num_latents",
     "method.placement",
+    "method.every",
     "method.lora_rank",
     "method.start",
     "method.coprocessor",
@@ -57,6 +58,7 @@ WHOLE = {"method.lora_rank": 0, "method.start": ""}  # of a coprocessor that oth
 # The value a key has in a run that is older than the key.
 BEFORE = {
     "method.coprocessor": {},
+    "method.every": 0,
     "method.lora_rank": 0,
     "method.max_delay": 0,
     "method.prompt_end": "",

@@ -11,6 +11,12 @@ MISTAKES = [
     ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
     ({"method.name": "from_scratch", "method.lora_rank": 2}, "starts at random"),
     ({"method.name": "inserted"}, "config.method.placement='after'"),
+    ({"method.name": "static_tokens", "method.every": 2}, "config.method.every=2: .* join once"),
+    ({"method.name": "latent_tokens"}, "config.method.every=0: .* at least 1"),
+    (
+        {"method.name": "latent_tokens", "method.every": 2, "method.placement": "overlay"},
+        "config.method.placement='overlay': .* expected shared",
+    ),
     (
         {"method.coprocessor": {"num_layers": 2}},
         "config.method.coprocessor: .* has the decoder's size",
