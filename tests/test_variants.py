@@ -120,6 +120,35 @@ def test_it_is_evaluated_against_the_decoder_that_was_frozen(
     )
 
 
+def test_training_begins_with_all_that_another_run_has_trained(job, make_config):
+    """The decoder too; with another number of latents where one vector stands for all."""
+    variant, config, workdir = job
+    start = {"method.start": f"{workdir}/checkpoints/4"}
+    more = {"method.num_latents": config.method.num_latents + 1}
+    if "lora" in variant:
+        said = "adapters of a trained decoder|method.lora_rank is 2 there, 0 here"
+        with pytest.raises(UserError, match=said):
+            begun(make_config(changes(variant) | start))
+        return
+    tree = small.weights_of(workdir, 4)
+    jax.tree.map(np.testing.assert_array_equal, begun(make_config(changes(variant) | start)), tree)
+    of_more = make_config(changes(variant) | start | more)
+    if variant == "feedback":
+        jax.tree.map(np.testing.assert_array_equal, begun(of_more), tree)
+        return
+    with pytest.raises(UserError, match="num_latents is . there, .* a vector for each"):
+        begun(of_more)
+
+
+def begun(config):
+    """The tree that a job trains, before its first step."""
+    exp = experiment.read(config)
+    plan = planning.make(exp)
+    frozen = experiment.load_frozen(exp) if plan.frozen else {}
+    trainable, _ = train.init_state(exp, plan, frozen)
+    return trainable
+
+
 def load(workdir, decoder_folder, variant):
     decoder = workdir / "decoder" if variant in TRAINS_DECODER else decoder_folder
     coprocessor = None if variant == "decoder lora" else ld.load_coprocessor(str(workdir))

@@ -115,10 +115,10 @@ def _check_method(m: ConfigDict) -> None:
             f"config.method.coprocessor: a coprocessor of method {m.name!r} has the decoder's "
             f"size; leave it empty, or set config.method.name={' or '.join(others)}"
         )
-    if m.start and (row.write is None or row.trains_decoder):
+    if m.start and m.lora_rank and row.trains_decoder:
         raise UserError(
-            f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone; "
-            "leave it empty"
+            f"config.method.start={m.start}: adapters of a trained decoder lie over the one of "
+            "config.decoder.path; leave it empty, or set config.method.lora_rank=0"
         )
     if m.lora_rank and not row.has_matrices:
         raise UserError(

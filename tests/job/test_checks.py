@@ -23,8 +23,10 @@ MISTAKES = [
     ),
     ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
-    ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
-    ({"method.name": "joint", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
+    (
+        {"method.name": "joint", "method.start": "w/checkpoints/1", "method.lora_rank": 2},
+        "config.method.start=w/checkpoints/1: adapters of a trained decoder",
+    ),
     ({"method.start": "checkpoints/1"}, "expected WORKDIR/checkpoints/STEP"),
     ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),
     (
