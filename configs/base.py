@@ -28,11 +28,12 @@ def get_config() -> ConfigDict:
     c.method = ConfigDict()
     c.method.name = "cache_augmentation"  # a row of latent_delib/delib/methods.py
     c.method.num_latents = 16  # N_L
-    c.method.placement = "after"  # the paper's; or "overlay", "before" (delib/traces.py)
+    c.method.placement = "after"  # the paper's; or "overlay", "before", "shared" (delib/traces.py)
+    c.method.every = 0  # of "latent_tokens": they join again after each so many ahead tokens
     c.method.num_traces = 128  # M, per packed sequence
     c.method.num_ahead = 16  # N_A, the ahead tokens that carry the loss
     c.method.lora_rank = 0  # train adapters of that rank instead of every matrix; 0: train all
-    c.method.start = ""  # begin with WORKDIR/checkpoints/STEP, a coprocessor of the same method
+    c.method.start = ""  # begin with WORKDIR/checkpoints/STEP, what the same method has trained
     c.method.max_delay = 0  # latents are written up to so many tokens early, drawn for each trace
     # Latents are put only where the text ends with this, as "Answer:", in training and evaluation;
     # a decoder is trained on what follows it alone. "": anywhere.

@@ -225,8 +225,15 @@ EXPERIMENTS = {
     "inserted": {"method.name": "inserted"},
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
-    # Neighbours of the method: keys and values trained once for all texts (Cartridges), and a
-    # decoder that feeds its outputs back as its next inputs (Coconut).
+    # Neighbours of the method: trained vectors again and again among the tokens (latent tokens; 16
+    # in a trace of training, as many as the others have), keys and values trained once for all
+    # texts (Cartridges), and a decoder that feeds its outputs back as its next inputs (Coconut).
+    "latent_tokens": {
+        "method.name": "latent_tokens",
+        "method.placement": "shared",
+        "method.num_latents": 4,
+        "method.every": 4,
+    },
     "cartridge": {"method.name": "cartridge"},
     "feedback": {"method.name": "feedback"} | SLOW,
     # Controls: the decoder itself, trained for as long on the same text; in whole, at a small rate

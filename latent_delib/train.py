@@ -230,12 +230,14 @@ def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[Tr
 
 def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any]:
     """Returns the trainable tree before the first step, and its optimizer state."""
-    decoder = frozen.get("decoder")
-    if decoder is None:  # its weights are what training begins with
-        decoder = experiment.place_decoder(exp, jnp.float32)
-    start = frozen.get("coprocessor")
-    if start is None and exp.start:
+    start = None
+    if exp.adapts_start:
+        start = {"coprocessor": frozen["coprocessor"]}
+    elif exp.start:
         start = experiment.place_start(exp, jnp.float32)
+    decoder = frozen.get("decoder")
+    if decoder is None and start is None:  # its weights are what training begins with
+        decoder = experiment.place_decoder(exp, jnp.float32)
     shardings = planning.shardings_of(plan.state)
     init = experiment.init_trainable(exp.aug, exp.config.method.lora_rank)
     init = jax.jit(init, out_shardings=shardings.trainable)

@@ -167,8 +167,15 @@ def causal(n):
 
 
 def latent_position(p, L, placement):
+    if placement == "shared":
+        return np.full(L, p)
     first = {"after": p + 1, "before": p, "overlay": p - L + 1}[placement]
     return np.maximum(np.arange(first, first + L), 0)
+
+
+def moves(placement):
+    """Whether text after latents moves on by their number."""
+    return placement not in ("overlay", "shared")
 
 
 def written(config, decoder, coprocessor, text, q, placement, method="cache_augmentation", L=None):
@@ -224,7 +231,7 @@ def trace_nll(
     """
     L = L or len(coprocessor["soft_tokens"])
     kept = p + 1 if placement == "after" else p
-    shift = 0 if placement == "overlay" else L
+    shift = L if moves(placement) else 0
     text, q = embed(config, decoder, document[: p + num_ahead]), max(p - delay, 0)
     targets = document[p + 1 : p + 1 + num_ahead]
     if method == "inserted":
@@ -249,16 +256,32 @@ def trace_nll(
     return nll(config, decoder, predicting, targets)
 
 
+def recurring(config, decoder, soft, document, p, every):
+    """Outputs from document[p] on, with a group of latents before it and each `every`-th token on.
+
+    A latent has the position of the token that follows it. All are one dense sequence.
+    """
+    text = embed(config, decoder, document)
+    x, position, tokens = [], [], []
+    for at, token in enumerate(text):
+        if at >= p and (at - p) % every == 0:
+            x += list(scaled(config, np.asarray(soft, np.float64)))
+            position += [at] * len(soft)
+        tokens.append(len(x))
+        x.append(token)
+        position.append(at)
+    out = forward(config, [(decoder, np.array(x))], np.array(position), causal(len(x)))
+    return out[tokens[p:]]
+
+
 def inserted(config, decoder, coprocessor, text, p, placement):
     """Outputs from x_p on where the latents are keys and values.
 
     In one dense sequence the text after the latents sees the coprocessor's own tokens. x_p stands
     in it twice: as the coprocessor reads it, and after the latents.
     """
-    L, shift = (
-        len(coprocessor["soft_tokens"]),
-        0 if placement == "overlay" else len(coprocessor["soft_tokens"]),
-    )
+    L = len(coprocessor["soft_tokens"])
+    shift = L if moves(placement) else 0
     parts = [
         (decoder, text[: p + 1]),
         (coprocessor, coprocessor["soft_tokens"]),

@@ -39,6 +39,7 @@ HALF = {
 VARIANTS = {
     "last_layer": {},
     "static_tokens": {},
+    "latent_tokens": {"method.placement": "shared", "method.every": 2},
     "inserted": {"method.placement": "overlay"},
     "joint": {},
     "unified": {},
@@ -119,6 +120,35 @@ def test_it_is_evaluated_against_the_decoder_that_was_frozen(
     )
 
 
+def test_training_begins_with_all_that_another_run_has_trained(job, make_config):
+    """The decoder too; with another number of latents where one vector stands for all."""
+    variant, config, workdir = job
+    start = {"method.start": f"{workdir}/checkpoints/4"}
+    more = {"method.num_latents": config.method.num_latents + 1}
+    if "lora" in variant:
+        said = "adapters of a trained decoder|method.lora_rank is 2 there, 0 here"
+        with pytest.raises(UserError, match=said):
+            begun(make_config(changes(variant) | start))
+        return
+    tree = small.weights_of(workdir, 4)
+    jax.tree.map(np.testing.assert_array_equal, begun(make_config(changes(variant) | start)), tree)
+    of_more = make_config(changes(variant) | start | more)
+    if variant == "feedback":
+        jax.tree.map(np.testing.assert_array_equal, begun(of_more), tree)
+        return
+    with pytest.raises(UserError, match="num_latents is . there, .* a vector for each"):
+        begun(of_more)
+
+
+def begun(config):
+    """The tree that a job trains, before its first step."""
+    exp = experiment.read(config)
+    plan = planning.make(exp)
+    frozen = experiment.load_frozen(exp) if plan.frozen else {}
+    trainable, _ = train.init_state(exp, plan, frozen)
+    return trainable
+
+
 def load(workdir, decoder_folder, variant):
     decoder = workdir / "decoder" if variant in TRAINS_DECODER else decoder_folder
     coprocessor = None if variant == "decoder lora" else ld.load_coprocessor(str(workdir))
@@ -132,7 +162,10 @@ def test_it_generates_what_it_scores(job, decoder_folder):
     (found,) = lm.continuations(["the cat sat on"], 5)
     total, greedy = lm.logprobs(["the cat sat on"], [found.tokens.tolist()])
     assert greedy[0] and total[0] < 0
-    assert found.joined == (() if variant == "decoder lora" else (0,))
+    joined = {"decoder lora": (), "latent_tokens": (0, 2, 4)}.get(variant, (0,))
+    assert found.joined == joined
+    if variant == "latent_tokens":
+        return  # its rhythm is its own
     (again,) = lm.continuations(["the cat sat on"], 6, every=3)
     prompt = [lm.tokenizer.bos_id, *lm.tokenizer.encode("the cat sat on")]
     assert again.tokens[:3].tolist() == found.tokens[:3].tolist()

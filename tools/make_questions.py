@@ -2,15 +2,16 @@
 
   python -m tools.make_questions --out=runs/questions
 
-  arithmetic     "What is 47 * 86 - 12?", steps "<<47*86=4042>> <<4042-12=4030>>", answer "4030"
+  arithmetic     "What is 47 * 86 - 12?", the steps "<<47*86=4042>>" and "<<4042-12=4030>>", the
+                 answer "4030"
   word_problems  how many things someone has after two to four events, steps as above; the form of
                  GSM8K-aug (2405.14838)
   chains         a path in a graph of invented concepts, in ProsQA's form (2412.06769): "Every
                  lempus is a rimpus. ... Ann is a lempus. Is Ann a zorpus or a gompus?"
 
 Writes KIND.train.jsonl and KIND.test.jsonl, lines of {"question", "steps", "answer"}, for the
-source qa:FILE and for `benchmark --benchmarks=qa:FILE`. No question is there twice. The same counts
-give the same files.
+sources qa:FILE and qa_steps:FILE and for `benchmark --benchmarks=qa:FILE`. Each step is a line of
+"steps". No question is there twice. The same counts give the same files.
 """
 
 import itertools
@@ -55,7 +56,7 @@ def arithmetic(draw: random.Random) -> Question:
     sign = draw.choice("+-")
     product = a * b
     answer = product + c if sign == "+" else product - c
-    steps = f"<<{a}*{b}={product}>> <<{product}{sign}{c}={answer}>>"
+    steps = f"<<{a}*{b}={product}>>\n<<{product}{sign}{c}={answer}>>"
     return Question(f"What is {a} * {b} {sign} {c}?", str(answer), steps)
 
 
@@ -72,7 +73,7 @@ def word_problems(draw: random.Random) -> Question:
         steps.append(f"<<{count}{sign}{by}={after}>>")
         count = after
     sentences.append(f"How many {things} does {name} have now?")
-    return Question(" ".join(sentences), str(count), " ".join(steps))
+    return Question(" ".join(sentences), str(count), "\n".join(steps))
 
 
 def _event(draw: random.Random, count: int) -> tuple[str, int, int]:
@@ -120,7 +121,7 @@ def chains(draw: random.Random) -> Question:
     choices = [path[-1], other[-1]]
     draw.shuffle(choices)
     question = f"{' '.join(facts)} {is_a} Is {name} a {choices[0]} or a {choices[1]}?"
-    return Question(question, f"{name} is a {path[-1]}.", f"{is_a} {' '.join(rules)}")
+    return Question(question, f"{name} is a {path[-1]}.", "\n".join([is_a, *rules]))
 
 
 def _rule(one: str, other: str) -> str:

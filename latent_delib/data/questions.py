@@ -27,7 +27,10 @@ FORM = '{"question": TEXT, "answer": TEXT}'
 
 
 class Question(NamedTuple):
-    """Holds a question, its answer, and the steps that lead to it, "" where it has none."""
+    """Holds a question, its answer, and the steps that lead to it.
+
+    steps: one on each line; "" where it has none.
+    """
 
     question: str
     answer: str
@@ -37,11 +40,12 @@ class Question(NamedTuple):
         """Returns the text that is asked."""
         return f"{self.question}\n{PROMPT_END}"
 
-    def reply(self, with_steps: bool) -> str:
-        """Returns the text that is to follow, on one line."""
+    def reply(self, with_steps: bool, removed: int = 0) -> str:
+        """Returns the text that is to follow, on one line, without the first `removed` steps."""
         words = self.answer.split()
         if with_steps:
-            words = [*self.steps.split(), STEPS_END, *words]
+            steps = [line for line in self.steps.split("\n") if line.strip()]
+            words = [*" ".join(steps[removed:]).split(), STEPS_END, *words]
         return f" {' '.join(words)}{STOP}"
 
 
@@ -67,10 +71,18 @@ def read(line: bytes, with_steps: bool) -> Question:
     return Question(row["question"], row["answer"], row.get("steps", ""))
 
 
-def encode(line: bytes, with_steps: bool, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+def encode(
+    line: bytes, with_steps: bool, tokenizer: Tokenizer, removed: int = 0
+) -> tuple[np.ndarray, str]:
     """Returns the tokens of a line and why it is bad, as `rows.encode` does.
 
     The prompt is encoded by itself, as it is when the question is asked.
+
+    Args:
+      line: of JSON.
+      with_steps: the reply has steps before the answer.
+      tokenizer: the decoder's.
+      removed: so many of the steps, from the first on, are left out.
     """
     nothing = np.empty(0, np.int32)
     try:
@@ -78,7 +90,7 @@ def encode(line: bytes, with_steps: bool, tokenizer: Tokenizer) -> tuple[np.ndar
     except ValueError as error:
         return nothing, str(error)
     parts = []
-    for text in (question.prompt(), question.reply(with_steps)):
+    for text in (question.prompt(), question.reply(with_steps, removed)):
         tokens, fault = rows.encode(text.encode(errors="surrogatepass"), tokenizer)
         if fault:
             return nothing, fault

@@ -4,6 +4,7 @@ packaged/train, packaged/validation   the text in data/corpus
 files:GLOB                            files of documents; a line of a form feed alone parts two
 lines:GLOB                            files with a document on each line
 qa:GLOB, qa_steps:GLOB                JSON lines of questions with answers, or with steps too
+qa_steps-K:GLOB                       the same without the first K steps of each
 tfds:NAME:SPLIT:FEATURE               a TFDS dataset in $TFDS_DATA_DIR; nothing is downloaded
 hf:OWNER/NAME:SPLIT:FEATURE           a dataset on the Hugging Face Hub, read as it arrives; also
                                       hf:OWNER/NAME/CONFIG:... and hf:OWNER/NAME@REVISION:...
@@ -25,12 +26,12 @@ FORMS = (
     "files:GLOB",
     "lines:GLOB",
     "qa:GLOB",
-    "qa_steps:GLOB",
+    "qa_steps[-K]:GLOB",
     "tfds:NAME:SPLIT:FEATURE",
     "hf:OWNER/NAME[/CONFIG][@REVISION]:SPLIT:FEATURE",
     "hf:./FOLDER:SPLIT:FEATURE",
 )
-FILES = ("files", "lines", "qa", "qa_steps")  # kinds of sources that are text files
+_FILES = re.compile(r"(files|lines|qa|qa_steps(?:-\d+)?):(.*)", re.DOTALL)
 _TFDS = re.compile(r"tfds:(.+):([^:[\]]+(?:\[.*\])?):([^:]+)")
 _HUB = re.compile(r"hf:([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?:([\w.-]+):([^:]+)")
 _FOLDER = re.compile(r"hf:(\.{0,2}/.+):([\w.-]+):([^:]+)")
@@ -38,7 +39,10 @@ _CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 
 class Files(NamedTuple):
-    """Names text files. kind: "files" of documents, or another of FILES, a document per line."""
+    """Names text files.
+
+    kind: "files" of documents; or "lines", "qa", "qa_steps", "qa_steps-K", a document per line.
+    """
 
     kind: str
     pattern: str
@@ -78,13 +82,13 @@ def parse(source: str) -> Files | Tfds | Hub:
     if source in PACKAGED:
         folder = _CORPUS / source.removeprefix("packaged/")
         return Files("files", f"{glob.escape(str(folder))}/*.txt")
-    kind, _, rest = source.partition(":")
-    if kind in FILES and rest:
-        if "://" in rest and not rest.startswith("gs://"):
+    files = _FILES.fullmatch(source)
+    if files and files[2]:
+        if "://" in files[2] and not files[2].startswith("gs://"):
             raise UserError(
                 f"config.data: source {source!r}: expected files on this machine or on gs://"
             )
-        return Files(kind, rest)
+        return Files(*files.groups())
     tfds = _TFDS.fullmatch(source)
     if tfds:
         return Tfds(*tfds.groups())
@@ -102,7 +106,7 @@ def parse(source: str) -> Files | Tfds | Hub:
 
 def source_of(given: str) -> str:
     """Returns the source string that a command line means: as it is, or files:GIVEN for a path."""
-    if given.startswith(("packaged/", "tfds:", "hf:", *(f"{kind}:" for kind in FILES))):
+    if given.startswith(("packaged/", "tfds:", "hf:")) or _FILES.match(given):
         return given
     return f"files:{os.path.expanduser(given)}"
 

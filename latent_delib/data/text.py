@@ -110,8 +110,10 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
     The line is empty as a rule. A bad text has no tokens.
     """
     kind, _, _ = reader.source.partition(":")
+    kind, _, removed = kind.partition("-")
     if kind in ("qa", "qa_steps"):
-        tokens, fault = questions.encode(text.content, kind == "qa_steps", tokenizer)
+        with_steps = kind == "qa_steps"
+        tokens, fault = questions.encode(text.content, with_steps, tokenizer, int(removed or 0))
     else:
         tokens, fault = encode(text.content, tokenizer)
     if fault:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from latent_delib.delib import coprocessor, lora
 from latent_delib.delib import loss as loss_lib
@@ -35,6 +36,7 @@ class Augmentation:
     loss_chunk: tokens of a sequence whose logits exist at a time; on a device four times as many at
       most.
     coprocessor: its transformer, where that is not the decoder's.
+    every: the latents join again after each so many ahead tokens, and stay; 0: once.
     """
 
     transformer: Transformer
@@ -43,6 +45,7 @@ class Augmentation:
     placement: str = "after"
     loss_chunk: int = 512
     coprocessor: Transformer | None = None
+    every: int = 0
 
     @property
     def has_latents(self) -> bool:
@@ -54,6 +57,14 @@ class Augmentation:
         """Returns both architectures."""
         return Models(self.transformer, self.coprocessor or self.transformer)
 
+    def count_latents(self, num_ahead: int) -> int:
+        """Returns how many latents a trace of so many ahead tokens holds, in all groups."""
+        return self.num_latents * len(traces_lib.group_offsets(num_ahead, self.every))
+
+    def reading_order(self, num_ahead: int) -> np.ndarray:
+        """Returns `traces.reading_order` of this method."""
+        return traces_lib.reading_order(self.num_latents, num_ahead, self.placement, self.every)
+
     def lay_out(
         self,
         tokens_BT: jax.Array,
@@ -64,7 +75,14 @@ class Augmentation:
     ) -> Traces:
         """Lays out traces at text tokens `at_BM`; see `traces.lay_out`."""
         return traces_lib.lay_out(
-            tokens_BT, segment_BT, at_BM, self.num_latents, num_ahead, self.placement, delay_BM
+            tokens_BT,
+            segment_BT,
+            at_BM,
+            self.num_latents,
+            num_ahead,
+            self.placement,
+            delay_BM,
+            self.every,
         )
 
 
@@ -142,11 +160,17 @@ def decode(
         B, M, _, D = ahead_BMXD.shape
         z = jnp.zeros((B, M, aug.num_latents, D), ahead_BMXD.dtype)
     x_BMSD = jnp.concatenate([z, ahead_BMXD], axis=2)
+    A = traces.targets.shape[2]
+    if aug.every:
+        order = aug.reading_order(A)
+        x_BMSD = x_BMSD[:, :, order]
     weights = {"params": params["decoder"]}
     position_BMS = traces.position
     bounds = traces.bounds
     out_BMSD, kv = aug.transformer.apply(weights, x_BMSD, position_BMS, bounds, cache, given)
-    return out_BMSD[:, :, -traces.targets.shape[2] :], kv
+    if aug.every:
+        out_BMSD = out_BMSD[:, :, np.argsort(order)]  # latents first again
+    return out_BMSD[:, :, -A:], kv
 
 
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:

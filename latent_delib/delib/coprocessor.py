@@ -168,13 +168,15 @@ def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: 
 def as_inputs(params: Params, model: Transformer, traces: Traces, dtype: jnp.dtype) -> jax.Array:
     """Returns the soft tokens for every trace, [B, M, L, D] in `dtype`.
 
-    A single one stands L times. They are repeated as float32, because their gradient is the sum
-    over all traces: thousands of addends, of which a sum in bfloat16 would lose most.
+    A single one stands L times, and those of a group as often as it recurs. They are repeated as
+    float32, because their gradient is the sum over all traces: thousands of addends, of which a sum
+    in bfloat16 would lose most.
     """
     B, M, L = traces.latent_position.shape
     soft_LD = params["coprocessor"]["soft_tokens"].astype(dtype)
     soft_LD = model.partition.gather(soft_LD, AXES["soft_tokens"])
-    soft_BMLD = jnp.broadcast_to(soft_LD.astype(jnp.float32), (B, M, L, soft_LD.shape[-1]))
+    soft_LD = jnp.tile(soft_LD.astype(jnp.float32), (L // len(soft_LD), 1))
+    soft_BMLD = jnp.broadcast_to(soft_LD, (B, M, *soft_LD.shape))
     return soft_BMLD.astype(dtype)
 
 

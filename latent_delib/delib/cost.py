@@ -77,4 +77,4 @@ def step_flops(
 def decoded_tokens(aug: Augmentation, num_ahead: int) -> int:
     """Returns the tokens of one trace that the decoder reads: latents and ahead tokens."""
     tokens = num_ahead - 1 + PLACEMENTS[aug.placement].reread
-    return tokens if METHODS[aug.method].writes_keys else tokens + aug.num_latents
+    return tokens if METHODS[aug.method].writes_keys else tokens + aug.count_latents(num_ahead)

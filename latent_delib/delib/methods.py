@@ -35,6 +35,7 @@ class Method(NamedTuple):
     writes_keys: the latents are keys and values, which hold their position. Only a placement that
       reads x_p again then has a vector that predicts the next token, and no other text's latents
       can stand in for them.
+    recurs: the latents join again after each `every` ahead tokens, and stay.
     """
 
     init: Callable[[jax.Array, Params, Models, int], Params]
@@ -47,6 +48,7 @@ class Method(NamedTuple):
     starts_random: bool = False
     own_size: bool = False
     writes_keys: bool = False
+    recurs: bool = False
 
 
 def param_axes(method: str) -> Mapping[str, Axes]:
@@ -105,6 +107,16 @@ METHODS = {
         cost=flops.no_pass,
         reads_text=False,
         has_matrices=False,
+    ),
+    # Sun et al. 2025 (latent tokens): such vectors again and again among the tokens, all of which
+    # see those before them and keep their positions.
+    "latent_tokens": Method(
+        _coprocessor(coprocessor.start_with_soft_tokens),
+        coprocessor.write_soft_tokens,
+        cost=flops.no_pass,
+        reads_text=False,
+        has_matrices=False,
+        recurs=True,
     ),
     # Eyuboglu et al. 2025 (Cartridges): trained keys and values in each layer, whatever the text.
     "cartridge": Method(

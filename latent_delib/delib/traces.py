@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from latent_delib.nn.attention.primitive import Bounds
 
@@ -24,12 +25,14 @@ class Placement(NamedTuple):
     reread: how many text tokens, x_p the last of them, are read again after the latents instead of
       from the cache.
     shift: positions, per latent, by which the text after the latents moves on.
+    apart: positions from one latent to the next.
     """
 
     first_latent: int
     per_latent: int
     reread: int
     shift: int
+    apart: int = 1
 
 
 PLACEMENTS = {
@@ -39,6 +42,8 @@ PLACEMENTS = {
     "before": Placement(first_latent=0, per_latent=0, reread=1, shift=1),
     # Latents share positions p-L+1 ... p; x_p stays; read after them, it predicts ahead token 1.
     "overlay": Placement(first_latent=1, per_latent=-1, reread=1, shift=0),
+    # Latents all have the position of x_p; x_p stays; read after them, it predicts ahead token 1.
+    "shared": Placement(first_latent=0, per_latent=0, reread=1, shift=0, apart=0),
 }
 
 
@@ -47,13 +52,43 @@ def latent_positions(placement: str, num_latents: int) -> int:
     return PLACEMENTS[placement].shift * num_latents
 
 
+def group_offsets(num_ahead: int, every: int) -> np.ndarray:
+    """Returns how many tokens after x_p each group of latents joins, int [groups].
+
+    Groups recur while there are ahead tokens to predict. With `every` 0 there is one, at x_p.
+    """
+    return np.arange(0, num_ahead, every or num_ahead)
+
+
+def reading_order(num_latents: int, num_ahead: int, placement: str, every: int) -> np.ndarray:
+    """Returns the order in which the decoder reads a trace's latents and inputs, int [S].
+
+    Entries are indices into all latents, group by group, and then the inputs. A group stands before
+    the input that it joins at.
+
+    Args:
+      num_latents: of a group.
+      num_ahead, placement, every: as for `lay_out`.
+    """
+    latents = np.repeat(group_offsets(num_ahead, every), num_latents)
+    inputs = _input_offsets(num_ahead, placement)
+    return np.argsort(np.concatenate([latents, inputs]), kind="stable")
+
+
+def _input_offsets(num_ahead: int, placement: str) -> np.ndarray:
+    """Returns how many tokens after x_p each input is."""
+    return np.arange(1 - PLACEMENTS[placement].reread, num_ahead)
+
+
 class Traces(NamedTuple):
     """Holds M traces in each of B rows; int32 unless said. S = L + the number of inputs.
 
+    L are the latents of all groups where these recur.
+
     latent_position [B, M, L], latent_bounds: of the coprocessor's call.
-    position [B, M, S], bounds: of the decoder's call, over latents and then `inputs`.
+    position [B, M, S], bounds: of the decoder's call, over latents and `inputs` in `reading_order`.
     inputs [B, M, A - 1 + reread]: text tokens after the latents.
-    targets [B, M, A]: the tokens that the last A outputs predict.
+    targets [B, M, A]: the ahead tokens, which are predicted from what is read just before each.
     weights: of the targets, float32 [B, M, A]; 0 past the end of the document that holds p.
     """
 
@@ -148,6 +183,7 @@ def lay_out(
     num_ahead: int,
     placement: str,
     delay_BM: jax.Array | int = 0,
+    every: int = 0,
 ) -> Traces:
     """Lays out the traces at text tokens `at_BM` of packed rows. See `Traces`.
 
@@ -155,12 +191,13 @@ def lay_out(
       tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
       at_BM: int32 text tokens at which the cache is augmented.
-      num_latents: L.
+      num_latents: L, of a group.
       num_ahead: A.
-      placement: a key of PLACEMENTS.
+      placement: a key of PLACEMENTS; where latents recur, one in which they move no text.
       delay_BM: the coprocessor was called so many tokens earlier, but not before the document's
         first token, and knows the text only up to there. Its latents still join at `at_BM`, as
         those of an asynchronous coprocessor do.
+      every: the latents join again after each so many ahead tokens, and stay; 0: once.
     """
     place = PLACEMENTS[placement]
     T = tokens_BT.shape[1]
@@ -175,16 +212,21 @@ def lay_out(
     delay = jnp.broadcast_to(delay_BM, at_BM.shape)[..., None]
     written = jnp.maximum(p - delay, 0)  # position of the last token that the coprocessor knows
 
+    groups = group_offsets(num_ahead, every)
+    from_first = np.add.outer(groups, place.apart * np.arange(num_latents)).reshape(-1)
+
     def latents_at(p: jax.Array) -> jax.Array:
         first = p + place.first_latent + place.per_latent * num_latents
-        return jnp.maximum(first + jnp.arange(num_latents), 0)
+        return jnp.maximum(first + from_first, 0)
 
-    offset = jnp.arange(1 - place.reread, num_ahead)  # of the inputs, from p
+    offset = _input_offsets(num_ahead, placement)
     ahead = at + jnp.arange(1, num_ahead + 1)
     segment = take(segment_BT, at)
     same_document = (ahead < T) & (take(segment_BT, ahead) == segment) & (segment > 0)
     latent_position = latents_at(written)
     position = jnp.concatenate([latents_at(p), p + offset + place.shift * num_latents], axis=-1)
+    if every:
+        position = position[..., reading_order(num_latents, num_ahead, placement, every)]
 
     def bounds(like: jax.Array, stop: jax.Array) -> Bounds:
         found = (start, stop, 0)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from latent_delib.data.rows import check_data
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import OPTIMIZERS
-from latent_delib.delib.traces import PLACEMENTS
+from latent_delib.delib.traces import PLACEMENTS, group_offsets
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
 from latent_delib.nn.transformer import REMAT
@@ -115,10 +115,10 @@ def _check_method(m: ConfigDict) -> None:
             f"config.method.coprocessor: a coprocessor of method {m.name!r} has the decoder's "
             f"size; leave it empty, or set config.method.name={' or '.join(others)}"
         )
-    if m.start and (row.write is None or row.trains_decoder):
+    if m.start and m.lora_rank and row.trains_decoder:
         raise UserError(
-            f"config.method.start={m.start}: method {m.name!r} trains no coprocessor alone; "
-            "leave it empty"
+            f"config.method.start={m.start}: adapters of a trained decoder lie over the one of "
+            "config.decoder.path; leave it empty, or set config.method.lora_rank=0"
         )
     if m.lora_rank and not row.has_matrices:
         raise UserError(
@@ -136,6 +136,29 @@ def _check_method(m: ConfigDict) -> None:
         raise UserError(
             f"config.method.placement={m.placement!r}: method {m.name!r} has no vector to predict "
             f"the next token from; expected one that reads x_p again: {', '.join(fit)}"
+        )
+    _check_groups(m)
+
+
+def _check_groups(m: ConfigDict) -> None:
+    """Raises UserError where latents would recur and must not, or would move the text."""
+    row = METHODS[m.name]
+    if m.every and not row.recurs:
+        raise UserError(
+            f"config.method.every={m.every}: latents of method {m.name!r} join once; leave it 0"
+        )
+    if not row.recurs:
+        return
+    if not m.every:
+        raise UserError(
+            f"config.method.every=0: latents of method {m.name!r} recur; expected after how many "
+            "ahead tokens, at least 1"
+        )
+    fit = [name for name, place in PLACEMENTS.items() if not place.shift and not place.apart]
+    if m.placement not in fit:
+        raise UserError(
+            f"config.method.placement={m.placement!r}: where latents of method {m.name!r} recur, "
+            f"the text between them keeps its positions; expected {' or '.join(fit)}"
         )
 
 
@@ -182,10 +205,11 @@ def _check_trace_length(config: ConfigDict) -> None:
     length = config.data.seq_len
     if METHODS[m.name].write is None:
         return
-    if length < m.num_latents + m.num_ahead:
+    latents = m.num_latents * len(group_offsets(m.num_ahead, m.every))
+    if length < latents + m.num_ahead:
         raise UserError(
-            f"config.data.seq_len={length}: expected at least {m.num_latents + m.num_ahead}, "
-            f"the length of a trace: {m.num_latents} latents + {m.num_ahead} ahead tokens"
+            f"config.data.seq_len={length}: expected at least {latents + m.num_ahead}, "
+            f"the length of a trace: {latents} latents + {m.num_ahead} ahead tokens"
         )
     if m.num_traces >= length:
         raise UserError(

@@ -39,7 +39,7 @@ class Experiment:
     record: describes the job, for comparison with checkpoints and results.
     dtype: of computations and of frozen weights.
     decoder: the decoder's folder; None for random weights.
-    start: workdir and step of the coprocessor that training begins with, or None.
+    start: workdir and step of the checkpoint that training begins with, or None.
     """
 
     config: ConfigDict
@@ -99,6 +99,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
             placement=config.method.placement,
             loss_chunk=config.compute.loss_chunk,
             coprocessor=None if coprocessor is None else model(coprocessor),
+            every=config.method.every,
         ),
         mesh=mesh,
         dtype=jnp.dtype(config.compute.dtype),
@@ -208,7 +209,7 @@ def frozen_shapes(exp: Experiment) -> Params:
     decoder = folder.shapes(exp.aug.transformer.config)
     frozen = {"decoder": _on_mesh(exp, decoder, exp.dtype)}
     if exp.adapts_start:
-        frozen["coprocessor"] = _on_mesh(exp, _whole_coprocessor(exp), exp.dtype)
+        frozen |= _on_mesh(exp, _whole(exp), exp.dtype)
     return frozen
 
 
@@ -219,7 +220,7 @@ def load_frozen(exp: Experiment) -> Params:
     """
     frozen = {"decoder": place_decoder(exp, exp.dtype)}
     if exp.adapts_start:
-        frozen["coprocessor"] = place_start(exp, exp.dtype)
+        frozen |= place_start(exp, exp.dtype)
     return frozen
 
 
@@ -233,13 +234,14 @@ def trainable_shapes(exp: Experiment) -> Params:
 def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
     """Returns the function (key, decoder, start) -> trainable tree, float32.
 
-    start is a whole coprocessor, or None. rank is that of adapters; 0 trains all.
+    start is such a tree without adapters, or None; with it, the decoder is not used. rank is that
+    of adapters; 0 trains all.
     """
 
-    def init(key: jax.Array, decoder: Params, start: Params | None = None) -> Params:
-        tree = METHODS[aug.method].init(key, decoder, aug.models, aug.num_latents)
-        if start is not None:
-            tree["coprocessor"] = start
+    def init(key: jax.Array, decoder: Params | None, start: Params | None = None) -> Params:
+        tree = start
+        if tree is None:
+            tree = METHODS[aug.method].init(key, decoder, aug.models, aug.num_latents)
         if rank:
             for i, room in enumerate(sorted(tree)):
                 tree[room] = _adapters(jax.random.fold_in(key, i), tree[room], rank)
@@ -271,11 +273,11 @@ def place_decoder(exp: Experiment, dtype: Any) -> Params:
 
 
 def place_start(exp: Experiment, dtype: Any) -> Params:
-    """Loads the coprocessor that training begins with onto the mesh, in `dtype`.
+    """Loads the tree that training begins with onto the mesh, in `dtype`: all that was trained.
 
     Raises:
-      UserError: the checkpoint is missing or damaged, is of another decoder or method, or holds
-        adapters.
+      UserError: the checkpoint is missing or damaged, is of another decoder, method or number of
+        trained vectors, or holds adapters.
     """
     given = f"config.method.start={exp.config.method.start}"
     workdir, step = exp.start
@@ -284,18 +286,36 @@ def place_start(exp: Experiment, dtype: Any) -> Params:
     except UserError as error:
         raise UserError(f"{given}: {str(error).removeprefix(f'{workdir}: ')}") from None
     with contextlib.closing(checkpoints):
-        exp.record.require(Record.from_meta(meta, given), "start", given)
-        wanted = {"coprocessor": _on_mesh(exp, _whole_coprocessor(exp))}
-        found = checkpoints.restore_newest({"trainable": wanted}, step=step)
-    return jax.tree.map(lambda x: x.astype(dtype), found.trainable["coprocessor"])
+        there = Record.from_meta(meta, given)
+        exp.record.require(there, "start", given)
+        _require_same_vectors(exp, there, given)
+        wanted = {"trainable": _on_mesh(exp, _whole(exp))}
+        found = checkpoints.restore_newest(wanted, step=step)
+    return jax.tree.map(lambda x: x.astype(dtype), found.trainable)
 
 
-def _whole_coprocessor(exp: Experiment) -> Params:
-    """Returns the shapes of a coprocessor of the config's method without adapters."""
+def _require_same_vectors(exp: Experiment, there: Record, given: str) -> None:
+    """Raises UserError for a start of another number of latents, where each is a vector of its own.
+
+    A method that trains one vector for all of them may go on with another number.
+    """
+    latents = there["method.num_latents"]
+    if _whole(exp, latents) != _whole(exp):
+        raise UserError(
+            f"{given}: method.num_latents is {latents} there, {exp.aug.num_latents} here; "
+            f"method {exp.aug.method!r} trains a vector for each; name another checkpoint"
+        )
+
+
+def _whole(exp: Experiment, num_latents: int | None = None) -> Params:
+    """Returns the shapes of the config's trainable tree without adapters.
+
+    num_latents: N_L; by default the config's.
+    """
+    count = num_latents or exp.aug.num_latents
 
     def init(key: jax.Array, decoder: Params) -> Params:
-        tree = METHODS[exp.aug.method].init(key, decoder, exp.aug.models, exp.aug.num_latents)
-        return tree["coprocessor"]
+        return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, count)
 
     return jax.eval_shape(init, jax.random.key(0), folder.shapes(exp.aug.transformer.config))
 

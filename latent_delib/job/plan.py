@@ -144,6 +144,8 @@ def _shapes(exp: Experiment) -> str:
     if exp.aug.has_latents:
         parts[0] += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}"
         parts.append(f"placement {m.placement}")
+    if m.every:
+        parts.append(f"latents again after each {m.every} tokens")
     if exp.aug.has_latents and m.max_delay:
         parts.append(f"delays up to {m.max_delay}")
     if m.prompt_end:

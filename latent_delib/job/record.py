@@ -17,6 +17,7 @@ METHOD = (
     "method.name",
     "method.num_latents",
     "method.placement",
+    "method.every",
     "method.lora_rank",
     "method.start",
     "method.coprocessor",
@@ -35,8 +36,15 @@ AGREE = {
     ),
     # A checkpoint is evaluated or used: same decoder, same latents.
     "evaluate": ("decoder.fingerprint", "decoder.tokenizer", *METHOD),
-    # Training begins with another run's coprocessor, which must be whole.
-    "start": ("decoder.fingerprint", *METHOD),
+    # Training begins with what another run has trained, which must be whole.
+    "start": (
+        "decoder.fingerprint",
+        "method.name",
+        "method.placement",
+        "method.every",
+        "method.lora_rank",
+        "method.coprocessor",
+    ),
     # Two evaluations stand on one curve.
     "compare": (
         "decoder.fingerprint",
@@ -53,10 +61,11 @@ AGREE = {
         "evaluate.longer_prompt",
     ),
 }
-WHOLE = {"method.lora_rank": 0, "method.start": ""}  # of a coprocessor that other runs begin with
+WHOLE = {"method.lora_rank": 0}  # of a run that others begin with
 # The value a key has in a run that is older than the key.
 BEFORE = {
     "method.coprocessor": {},
+    "method.every": 0,
     "method.lora_rank": 0,
     "method.max_delay": 0,
     "method.prompt_end": "",

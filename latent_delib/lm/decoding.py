@@ -4,7 +4,8 @@ What follows an augmentation is a trace like any in training (`delib.traces`): t
 text as the plain decoder read it, then latents, then the tokens decoded since. Before new latents
 join, the cache is rolled back: the tokens decoded since are read again as plain text, and the new
 latents follow them. So the next token depends on the text and on where latents were last written,
-as `delib.augment.loss` trained it to.
+as `delib.augment.loss` trained it to. Latents that recur (`Method.recurs`) stay instead: the next
+ones join the cache as it is.
 
 `looks` is the loop. The functions below "Compiled" are compiled once for each shape.
 """
@@ -98,7 +99,7 @@ def looks(
     joined: list[int] = []
     while made < options.max_new_tokens:
         if due is not None and made >= due and z is None:
-            plain = read_more(plain, state.text, made - held)
+            plain = read_more(plain, cache, state.text, made - held)
             held = asked = made
             z = write(plain, state.text)
             again = options.every and z is not None  # without z it failed
@@ -108,7 +109,7 @@ def looks(
             if arrived is None:  # they failed
                 z = due = None
             elif arrived:
-                plain = read_more(plain, state.text, made - held)
+                plain = read_more(plain, cache, state.text, made - held)
                 held = made
                 state, cache = join(params, state, plain.cache, z, aug=aug)
                 joined.append(made)
@@ -153,12 +154,15 @@ def _new_tokens(text_BX: jax.Array, length_B: jax.Array, count: int) -> jax.Arra
 def read_on(
     params: Params,
     read: Reading,
+    cache: Cache,
     text_BX: jax.Array,
     new: int,
     *,
     aug: Augmentation,
 ) -> Reading:
     """Reads the next `new` tokens of every text with the plain decoder, after those it has read."""
+    if aug.every:  # latents stay: `cache`, with which these tokens were decoded, has read them
+        return read._replace(cache=cache)
     if new == 0:
         return read
     return _extend(params, read, text_BX, new, aug=aug, size=batching.power(new))
@@ -250,7 +254,7 @@ def prefill(
         logits=transformer.unembed(output_VD, last_BD, aug.transformer.config),
         ended=length_B == 0,
     )
-    capacity = [(0, 0), (0, room + aug.num_latents)]
+    capacity = [(0, 0), (0, room + aug.count_latents(room))]
     wide = [(0, 0), *capacity, (0, 0), (0, 0)]
     position = jnp.pad(cache.position, capacity)
     cache = Cache(jnp.pad(cache.k, wide), jnp.pad(cache.v, wide), position, length_B)
@@ -330,13 +334,15 @@ def join(
     *,
     aug: Augmentation,
 ) -> tuple[Decoding, Cache]:
-    """Puts latents after the text so far, which `plain` holds.
+    """Puts latents after the text so far, which `plain` holds, with earlier latents if these stay.
 
     Returns the state and the cache to decode with.
     """
     now = _trace(aug, state.text, state.length)
     reread = now.inputs.shape[2]  # the last token's entry gives way to latents and the token itself
     read = plain._replace(length=plain.length - reread)
+    stop = jnp.broadcast_to(read.length[:, None, None], now.position.shape)
+    now = now._replace(bounds=now.bounds._replace(prefix_stop=stop))
     out_BMAD, kv = augment.decode(aug, params, z, read, now)
     count_B = jnp.full_like(read.length, aug.num_latents + reread)
     cache = cache_lib.append(read, kv, now.position[:, 0], count_B)

@@ -42,15 +42,34 @@ def check_options(
     every: int,
     delay: int | None,
     sampling: Mapping[str, Any],
+    aug: Augmentation,
 ) -> GenerationOptions:
     """Returns the options with plain Python numbers; `sampling` holds fields of `Sampler`.
+
+    `every` is the method's own where its latents recur.
 
     Raises:
       UserError: one of another kind or out of range.
     """
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
     sampler = Sampler(**sampling).checked()
-    return GenerationOptions(max_new_tokens, sampler, *check_rhythm(every, delay))
+    every = check_every(every, aug)
+    return GenerationOptions(max_new_tokens, sampler, *check_rhythm(aug.every or every, delay))
+
+
+def check_every(every: int, aug: Augmentation) -> int:
+    """Returns `every` as a plain Python number.
+
+    Raises:
+      UserError: the latents recur as they were trained to, and not after so many tokens.
+    """
+    every = arguments.whole("every", every, 0)
+    if aug.every and every:
+        raise UserError(
+            f"every={every}: latents of method {aug.method!r} join again after each {aug.every} "
+            "tokens, as they were trained to; leave it 0"
+        )
+    return every
 
 
 def check_rhythm(every: int, delay: int | None) -> tuple[int, int | None]:

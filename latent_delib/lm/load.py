@@ -60,6 +60,7 @@ class Coprocessor:
     fingerprint: of the decoder.
     step: None where untrained.
     architecture: None where it is the decoder's.
+    every: after how many tokens its latents recur; 0: they do not.
     """
 
     params: Params
@@ -69,6 +70,7 @@ class Coprocessor:
     fingerprint: str
     step: int | None = None
     architecture: TransformerConfig | None = None
+    every: int = 0
 
     def __repr__(self) -> str:
         dtype = jax.tree.leaves(self.params)[0].dtype
@@ -170,9 +172,15 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
     if record["method.coprocessor"]:
         decoder = TransformerConfig(**record.architecture)
         architecture = build.coprocessor_config(decoder, record["method.coprocessor"])
-    num_latents = record["method.num_latents"]
     return Coprocessor(
-        params, name, num_latents, record["method.placement"], fingerprint, found.step, architecture
+        params,
+        name,
+        record["method.num_latents"],
+        record["method.placement"],
+        fingerprint,
+        found.step,
+        architecture,
+        record["method.every"],
     )
 
 
@@ -183,7 +191,10 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
             expected = ", ".join(sorted(known))
             raise UserError(f"{where}: {key}={fields[key]!r}, expected one of {expected}")
     kept = ("method", "num_latents", "placement", "fingerprint", "step")
-    return Coprocessor(params, **{key: fields[key] for key in kept})
+    every = 0  # of an older version, which had no latents that recur
+    if "record" in fields:
+        every = Record.from_meta(fields["record"], str(where))["method.every"]
+    return Coprocessor(params, **{key: fields[key] for key in kept}, every=every)
 
 
 def read_record(workdir: str, step: int | None = None) -> Record:
@@ -280,7 +291,7 @@ def augmentation(
     own = None
     if c.architecture is not None:
         own = build.transformer(c.architecture, mesh, dtype, form=attention)
-    return Augmentation(model, c.method, c.num_latents, c.placement, coprocessor=own)
+    return Augmentation(model, c.method, c.num_latents, c.placement, coprocessor=own, every=c.every)
 
 
 def place(mesh: Mesh, params: Params, dtype: Any, axes: Mapping[str, Axes] = PARAM_AXES) -> Params:

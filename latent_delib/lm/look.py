@@ -111,10 +111,11 @@ def attention(
     *written, decoded = (_weights(w, at, len(tokens)) for w in called)
     names = [f"{i} {word}" for i, word in enumerate(words(lm, tokens))]
     cached = names[: at + 1]
-    latents = [f"z{i + 1}" for i in range(lm.aug.num_latents)]
+    latents = [f"z{i + 1}" for i in range(lm.aug.count_latents(ahead))]
     # tokens of the cache that the decoder reads again
     reread = decoded.shape[2] - len(latents) - (ahead - 1)
     rows = latents + names[at + 1 - reread : -1]
+    rows = [rows[i] for i in lm.aug.reading_order(ahead)]
     of_coprocessor = AttentionMap(written[0], latents, cached + latents) if written else None
     return of_coprocessor, AttentionMap(decoded, rows, cached + rows)
 

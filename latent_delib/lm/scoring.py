@@ -104,7 +104,7 @@ def score_tails(
     B, M, A = tails_BMA.shape
     last_B1 = length_B[:, None] - 1
     if aug.has_latents:
-        z = augment.write_latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, 1))
+        z = augment.write_latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, A))
     else:
         aug = dataclasses.replace(aug, num_latents=0, placement="overlay")
         z = jnp.zeros((B, 1, 0, table_VD.shape[1]), dtype)
@@ -155,7 +155,7 @@ def score_text(
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
     at = jnp.arange(0, T - 1, stretch)
     # Traces that are computed at once have no more tokens than the text.
-    together = min(len(at), max(1, T // (aug.num_latents + stretch)))
+    together = min(len(at), max(1, T // (aug.count_latents(stretch) + stretch)))
     # T - 1 has no ahead tokens, so no weight.
     at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)
 

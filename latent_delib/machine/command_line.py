@@ -32,7 +32,7 @@ if not (ROOT / "configs").is_dir():
     ROOT = Path(__file__).parents[1] / "repository"
 BASE = ROOT / "configs" / "base.py"  # declares every key
 TEXTS = ("prompt", "stop", "text")  # in every other flag a leading ~ is the home folder
-HOME = re.compile(r"^(files:|lines:|qa:|qa_steps:|hf:|)(~[^/]*)")
+HOME = re.compile(r"^(files:|lines:|qa:|qa_steps(?:-\d+)?:|hf:|)(~[^/]*)")
 
 
 class _TupleParser(flags.ArgumentParser):

@@ -76,9 +76,9 @@ COMPARISONS = (
     Comparison(
         "10_beyond",
         "Latents one after another, coprocessors of another size, and the neighbours: "
-        "Cartridges, and outputs fed back (Coconut)",
+        "latent tokens, Cartridges, and outputs fed back (Coconut)",
         (),
-        {"sequential", "resized", "cartridge", "feedback"},
+        {"sequential", "resized", "latent_tokens", "cartridge", "feedback"},
         BOTH | {"from_scratch"},  # as a coprocessor of another size begins
     ),
 )

@@ -104,6 +104,7 @@ def of(result: Result) -> Costs | None:
         method["num_latents"],
         method["placement"],
         coprocessor=Transformer(coprocessor),
+        every=method.get("every", 0),
     )
     init = experiment.init_trainable(aug, method.get("lora_rank", 0))
     trained = jax.eval_shape(init, jax.random.key(0), folder.shapes(decoder))

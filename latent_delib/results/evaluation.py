@@ -31,6 +31,8 @@ def _heading(result: dict[str, Any]) -> str:
         words.append(f"step {result['step']}")
     if writes_latents(method["name"]):
         words += [f"{method['num_latents']} latents", f"placement {method['placement']}"]
+    if method.get("every"):
+        words.append(f"again after each {method['every']} tokens")
     words += controls_in_words(result["config"]["evaluate"])
     if result["past_donors"]:
         words.append(

@@ -7,8 +7,10 @@ import pytest
 
 from latent_delib.data import questions, text
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.errors import UserError
 from latent_delib.weights import folder
 
+KINDS = {"qa": (False, 0), "qa_steps": (True, 0), "qa_steps-1": (True, 1)}
 ROW = {"question": "What is 3 + 4?", "answer": "7", "steps": "3 + 4\nis 7,"}
 
 
@@ -35,6 +37,18 @@ def test_text_of_a_question(tokenizer, with_steps, text):
     prompt = tokenizer.encode("What is 3 + 4?\nAnswer:")
     assert tokens[: len(prompt)].tolist() == prompt
     assert prompt[-len(tokenizer.encode("Answer:")) :] == tokenizer.encode("Answer:")
+
+
+@pytest.mark.parametrize(
+    "removed, reply", [(1, " is 7, #### 7\n"), (2, " #### 7\n"), (9, " #### 7\n")]
+)
+def test_steps_are_left_out_from_the_first_on(tokenizer, removed, reply):
+    """The question stays as it was, and with all steps out the mark before the answer."""
+    tokens, fault = questions.encode(line(), True, tokenizer, removed)
+    assert not fault
+    assert tokenizer.decode(tokens.tolist()) == f"What is 3 + 4?\nAnswer:{reply}"
+    spaced = questions.read(line(steps="\n3 + 4\n \n\tis 7,\n"), True)
+    assert spaced.reply(True, removed) == reply
 
 
 @pytest.mark.parametrize("with_steps", [False, True])
@@ -66,13 +80,17 @@ def test_a_source_of_questions(tmp_path, tokenizer):
     """As `prepare` reads it: a document per line, bad ones named; prompts end with PROMPT_END."""
     file = tmp_path / "mine.jsonl"
     file.write_bytes(line() + b"\n{}\n" + line(answer="8") + b"\n")
-    for kind, with_steps in (("qa", False), ("qa_steps", True)):
+    for kind, (with_steps, removed) in KINDS.items():
         reader = text.open_source(f"{kind}:{tmp_path}/*.jsonl")
         bad = []
         found = list(text.documents(reader, str(tokenizer.path), bad.append))
         for document, answer in zip(found, ("7", "8"), strict=True):
-            tokens, _ = questions.encode(line(answer=answer), with_steps, tokenizer)
+            tokens, _ = questions.encode(line(answer=answer), with_steps, tokenizer, removed)
             assert document["tokens"].tolist() == tokens.tolist() and document["work"] == ""
         (fault,) = bad
         assert fault.startswith(f"{file}: line 2: 'question' is None")
-    assert reader.fingerprint() != text.open_source(f"qa:{file}").fingerprint()
+    digests = {text.open_source(f"{kind}:{file}").fingerprint() for kind in KINDS}
+    assert len(digests) == len(KINDS)
+    for source in ("qa_steps-:x", "qa_steps-two:x", "qa-1:x", "qa_steps-1:"):
+        with pytest.raises(UserError, match=r"unknown source .* qa_steps\[-K\]:GLOB"):
+            text.open_source(source)

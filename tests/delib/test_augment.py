@@ -151,7 +151,7 @@ def test_traces_together_equal_separate_runs_through_the_cache(placement):
         out, cache = extend(config, decoder, cache, z[None], latent_position, np.array([L]))
         cache = cache_lib.by_position(cache)
         outputs = [] if reread else [out[-1]]
-        shift = 0 if placement == "overlay" else L
+        shift = L if naive.moves(placement) else 0
         targets = document[p + 1 : p + 1 + A]
         for at in range(p + 1 - reread, p + len(targets)):
             position = np.array([[at + shift]])

@@ -21,6 +21,7 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.nn.transformer import Transformer
 
+EVERY = 2  # ahead tokens from one group of `latent_tokens` to the next
 STEP = 1e-4  # of the finite differences: their own error is of its square
 CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("cache_augmentation", "gemma", "after"),
@@ -30,6 +31,7 @@ CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("last_layer", "gemma", "after"),
     ("pause_tokens", "gemma", "overlay"),
     ("static_tokens", "llama", "after"),
+    ("latent_tokens", "gemma", "shared"),
     ("cartridge", "gemma", "overlay"),
     ("inserted", "gemma", "overlay"),
     ("inserted", "llama", "before"),  # it has no other placement
@@ -54,6 +56,7 @@ def parameters(method, config):
     trained = {
         "pause_tokens": {"coprocessor": {"soft_tokens": soft_tokens[:1]}},
         "static_tokens": {"coprocessor": {"soft_tokens": soft_tokens}},
+        "latent_tokens": {"coprocessor": {"soft_tokens": soft_tokens}},
         "joint": {"decoder": decoder, "coprocessor": coprocessor},
         "unified": {"decoder": decoder, "coprocessor": {"soft_tokens": soft_tokens}},
         "feedback": {"decoder": decoder, "coprocessor": {"soft_tokens": soft_tokens[:1]}},
@@ -83,6 +86,12 @@ def naive_loss(method, config, placement, params):
     read = "static_tokens" if method == "pause_tokens" else method
     total = 0.0
     for b, m in np.ndindex(AT.shape):
+        if method == "latent_tokens":
+            document, p = document_of(b, m)
+            read = document[: p + 1 + A]
+            outputs = naive.recurring(config, decoder, coprocessor["soft_tokens"], read, p, EVERY)
+            total += naive.nll(config, decoder, outputs[:-1], read[p + 1 :]).sum()
+            continue
         nll = naive.trace_nll(
             config, decoder, coprocessor, *document_of(b, m), A, placement, read, L=L
         )
@@ -109,7 +118,8 @@ def test_loss_and_gradient_equal_the_naive_reading(method, family, placement):
     config = small.CONFIGS[family]
     trained, frozen = parameters(method, config)
     model = Transformer(config, remat="attention", form="xla", few=0)
-    aug = Augmentation(model, method, L, placement, loss_chunk=5)
+    every = EVERY if METHODS[method].recurs else 0
+    aug = Augmentation(model, method, L, placement, loss_chunk=5, every=every)
 
     @partial(jax.value_and_grad, has_aux=True)
     def loss(trained):

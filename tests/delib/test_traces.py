@@ -18,11 +18,14 @@ SEGMENT = jnp.array([[1] * 5 + [2] * 5 + [0]])
 AT = jnp.array([[3, 5]])
 
 
-compiled = jax.jit(traces.lay_out, static_argnames=("num_latents", "num_ahead", "placement"))
+compiled = jax.jit(
+    traces.lay_out, static_argnames=("num_latents", "num_ahead", "placement", "every")
+)
 
 
-def lay_out(placement):
-    return compiled(TOKENS, SEGMENT, AT, num_latents=2, num_ahead=3, placement=placement)
+def lay_out(placement, every=0):
+    sizes = {"num_latents": 2, "num_ahead": 3, "every": every}
+    return compiled(TOKENS, SEGMENT, AT, placement=placement, **sizes)
 
 
 def check(found, expected):
@@ -61,6 +64,22 @@ def test_overlay_literally():
         weights=[[1.0, 0, 0], [1, 1, 1]],
     )
     check(lay_out("overlay"), expected)
+
+
+def test_latents_that_recur_literally():
+    """Two latents before x_p, and two before the second token after it, at their positions."""
+    order = traces.reading_order(num_latents=2, num_ahead=3, placement="shared", every=2)
+    assert order.tolist() == [0, 1, 4, 5, 2, 3, 6]
+    expected = traces.Traces(
+        latent_position=[[3, 3, 5, 5], [0, 0, 2, 2]],
+        latent_bounds=bounds([0, 5], [4, 6], 4),
+        position=[[3, 3, 3, 4, 5, 5, 5], [0, 0, 0, 1, 2, 2, 2]],
+        bounds=bounds([0, 5], [3, 5], 7),
+        inputs=[[13, 14, 15], [15, 16, 17]],
+        targets=[[14, 15, 16], [16, 17, 18]],
+        weights=[[1.0, 0, 0], [1, 1, 1]],
+    )
+    check(lay_out("shared", every=2), expected)
 
 
 def seen(bounds, text_length):

@@ -11,14 +11,22 @@ MISTAKES = [
     ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
     ({"method.name": "from_scratch", "method.lora_rank": 2}, "starts at random"),
     ({"method.name": "inserted"}, "config.method.placement='after'"),
+    ({"method.name": "static_tokens", "method.every": 2}, "config.method.every=2: .* join once"),
+    ({"method.name": "latent_tokens"}, "config.method.every=0: .* at least 1"),
+    (
+        {"method.name": "latent_tokens", "method.every": 2, "method.placement": "overlay"},
+        "config.method.placement='overlay': .* expected shared",
+    ),
     (
         {"method.coprocessor": {"num_layers": 2}},
         "config.method.coprocessor: .* has the decoder's size",
     ),
     ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
-    ({"method.name": "decoder", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
-    ({"method.name": "joint", "method.start": "w/checkpoints/1"}, "trains no coprocessor alone"),
+    (
+        {"method.name": "joint", "method.start": "w/checkpoints/1", "method.lora_rank": 2},
+        "config.method.start=w/checkpoints/1: adapters of a trained decoder",
+    ),
     ({"method.start": "checkpoints/1"}, "expected WORKDIR/checkpoints/STEP"),
     ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),
     (

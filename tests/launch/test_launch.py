@@ -126,6 +126,8 @@ def test_help_is_the_head_and_starts_nothing(scripts: Path, script: str) -> None
         ("quickstart.sh", [], "CONFIG=quickstart: "),
         ("smollm2.sh", ["train.steps=3"], "train.steps=3: "),
         ("smollm2.sh", [], "CONFIG=smollm2_135m: "),
+        ("coconut.sh", ["--steps=3"], "--steps=3: "),
+        ("coconut.sh", [], "CONFIG=quickstart: "),
         ("gpu.sh", [], "nothing to run"),
         ("gpu.sh", ["--flag"], "--flag: "),
         ("worker.sh", ["restart"], "no action 'restart'"),
@@ -155,6 +157,38 @@ def test_a_wrong_key_is_met_by_the_first_command(scripts: Path, script: str) -> 
     assert run(scripts, script, "--config.train.stpes=3").returncode == 1
     last = (scripts / "calls").read_text().splitlines()[-1].split()
     assert last[0] == "latent_delib.prepare" and last[-1] == "--config.train.stpes=3"
+
+
+def test_each_stage_of_the_curriculum_begins_where_the_one_before_ended(scripts: Path) -> None:
+    program(scripts / "launch/setup.sh", "")
+    program(scripts / ".venv/bin/python", 'echo "${*:2}" >>calls')
+    shutil.copytree(ROOT / "configs", scripts / "configs")
+    (scripts / "runs/questions").mkdir(parents=True)
+    for split in ("train", "test"):
+        (scripts / f"runs/questions/word_problems.{split}.jsonl").write_text("")
+    (scripts / "runs/questions/word_problems.test.jsonl").unlink()
+    assert (
+        "there is no runs/questions/word_problems.test.jsonl" in run(scripts, "coconut.sh").stderr
+    )
+    (scripts / "runs/questions/word_problems.test.jsonl").write_text("")
+    done = run(scripts, "coconut.sh", "--config.method.num_ahead=9")
+    assert (done.returncode, done.stderr) == (0, "")
+    calls = (scripts / "calls").read_text().splitlines()
+    expected = [("0", 0, 1, ""), ("1", 1, 3, "0"), ("2", 2, 5, "1"), ("3", 3, 7, "2")]
+    for number, (name, removed, latents, before) in enumerate([*expected, ("last", 1000, 7, "3")]):
+        train, benchmark = calls[2 * number : 2 * number + 2]
+        start = f"runs/coconut/{before}/checkpoints/2000" if before else ""
+        for word in (
+            f"--workdir=runs/coconut/{name}",
+            f"--text=qa_steps-{removed}:runs/questions/word_problems.train.jsonl",
+            f"--held_out=qa_steps-{removed}:runs/questions/word_problems.test.jsonl",
+            f"--config.method.num_latents={latents}",
+            f"--config.method.start={start}",
+        ):
+            assert word in train.split(), word
+        assert train.index("num_ahead=64") < train.index("num_ahead=9")
+        assert f"--workdir=runs/coconut/{name} " in benchmark and "--model=augmented" in benchmark
+    assert len(calls) == 10
 
 
 def test_unsuitable_interpreters_are_named_in_one_line(sandbox: Sandbox) -> None:

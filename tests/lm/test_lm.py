@@ -71,6 +71,15 @@ def lms(decoder):
 
 
 @pytest.fixture(scope="module")
+def recurring(decoder):
+    """Two trained vectors before the prompt's last token, and before each third one after it."""
+    vectors = np.random.default_rng(4).standard_normal((2, decoder.config.embed_dim))
+    params = {"soft_tokens": vectors.astype(np.float32)}
+    where = ("latent_tokens", 2, "shared", decoder.fingerprint)
+    return ld.AugmentedLM(decoder, load.Coprocessor(params, *where, every=3))
+
+
+@pytest.fixture(scope="module")
 def text(decoder):
     """Two rows of 24 tokens, BOS first."""
     tokens = np.random.default_rng(1).integers(4, decoder.config.vocab_size, (2, 24))
@@ -90,7 +99,7 @@ def naive_logits(lm, prompt, new, delay=0):
         out = naive.forward(config, [(weights, x)], np.arange(len(x)), np.tri(len(x), dtype=bool))
         return naive.logits(config, weights, out)
     placement = lm.coprocessor.placement
-    moves = L if placement != "overlay" else 0
+    moves = L if naive.moves(placement) else 0
 
     P = len(prompt)
     parts = [(weights, x[:P]), (lm.coprocessor.params, lm.coprocessor.params["soft_tokens"])]
@@ -146,6 +155,51 @@ def test_latents_again_every_few_tokens(lms, name, every, delay):
     ]
     assert {c.joined for c in found} == {tuple(range(delay, NEW, every))}
     assert [c.text for c in found] != lm.generate(PROMPTS[:3], NEW, delay=delay)
+
+
+def recurring_logits(lm, tokens, p):
+    """Logits after tokens[p] and each one that follows, float64: one dense sequence."""
+    soft = lm.coprocessor.params["soft_tokens"]
+    where = (soft, np.array(tokens), p, lm.coprocessor.every)
+    out = naive.recurring(lm.decoder.config, lm.decoder.params, *where)
+    return naive.logits(lm.decoder.config, lm.decoder.params, out)
+
+
+def recurring_logprob(lm, tokens, p):
+    """log p of all tokens after tokens[p]."""
+    logits = recurring_logits(lm, tokens[:-1], p)
+    return np.log(naive.softmax(logits))[range(len(logits)), tokens[p + 1 :]].sum()
+
+
+def test_latents_that_recur_while_decoding(recurring):
+    """Every token sees all groups before it, as in one sequence; scores say the same."""
+    lm = recurring
+    found = lm.continuations(PROMPTS, NEW)
+    assert {c.joined for c in found} == {(0, 3, 6)}
+    prompts = [[lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)] for prompt in PROMPTS]
+    for prompt, new in zip(prompts, found):
+        whole = [*prompt, *new.tokens.tolist()]
+        likeliest = recurring_logits(lm, whole, len(prompt) - 1).argmax(axis=-1)
+        assert likeliest[:-1].tolist() == new.tokens.tolist()
+    tails = [new.tokens.tolist() for new in found]
+    sums, greedy = lm.logprobs(prompts, tails)
+    expected = [recurring_logprob(lm, p + tail, len(p) - 1) for p, tail in zip(prompts, tails)]
+    np.testing.assert_allclose(sums, expected, rtol=1e-4)
+    assert greedy.all()
+    with pytest.raises(ld.UserError, match="every=2: latents .* after each 3 tokens"):
+        lm.generate(PROMPTS, NEW, every=2)
+
+
+@pytest.mark.slow
+def test_latents_that_recur_in_a_text_that_is_read(recurring, text):
+    """From its first token on, or from some position."""
+    lm = recurring
+    rows = [row.tolist() for row in text]
+    sums = lm.rolling_logprobs(rows)
+    np.testing.assert_allclose(sums, [recurring_logprob(lm, row, 0) for row in rows], rtol=1e-4)
+    _, ahead = lm.ahead_logprobs(text, [[3], [8]], 7)
+    expected = [recurring_logprob(lm, row[: p + 8], p) for row, p in zip(rows, (3, 8))]
+    np.testing.assert_allclose(ahead.sum(axis=(1, 2)), expected, rtol=1e-4)
 
 
 def test_a_head_of_its_own(decoder):
