@@ -76,9 +76,9 @@ COMPARISONS = (
     Comparison(
         "10_beyond",
         "Latents one after another, coprocessors of another size, and the neighbours: "
-        "Cartridges, and outputs fed back (Coconut)",
+        "Cartridges, outputs fed back (Coconut), and an assistant (SoftCoT, Cache-to-Cache)",
         (),
-        {"sequential", "resized", "cartridge", "feedback"},
+        {"sequential", "resized", "cartridge", "feedback", "assistant"},
         BOTH | {"from_scratch"},  # as a coprocessor of another size begins
     ),
 )

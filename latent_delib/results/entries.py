@@ -184,6 +184,8 @@ def _method(method: Mapping[str, Any]) -> list[str]:
     words = [method["name"].replace("_", " ")]
     if method.get("placement"):
         words.append(method["placement"])
+    if method.get("assistant"):
+        words.append(method["assistant"])
     for key, value in (method.get("coprocessor") or {}).items():
         words.append(f"{key.replace('_', ' ')} {value}")
     return words
