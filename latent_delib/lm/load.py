@@ -84,6 +84,8 @@ class Coprocessor:
         latents = f"{self.num_latents} latents {self.placement!r}"
         step = "untrained" if self.step is None else f"step {self.step}"
         of = f"of decoder {self.fingerprint[:SHORT]}"
+        if self.assistant is not None:
+            of += f", of assistant {self.assistant.fingerprint[:SHORT]}"
         return f"Coprocessor({self.method}, {latents}, {step}, {dtype}, {of})"
 
 
