@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     # Latents are put only where the text ends with this, as "Answer:", in training and evaluation;
     # a decoder is trained on what follows it alone. "": anywhere.
     c.method.prompt_end = ""
+    c.method.assistant = ""  # of "assistant": another decoder of the same vocabulary, by its path
     c.method.coprocessor = ConfigDict()  # of "resized": TransformerConfig unlike the decoder's
 
     c.data = ConfigDict()

@@ -112,12 +112,14 @@ class Protocol(NamedTuple):
     """Describes a decoder, a text and a budget.
 
     size: of the decoder, a key of SIZES. settings: what differs from base.py in all experiments.
-    pretrain: what differs from these where the decoder itself is made.
+    pretrain: what differs from these where the decoder itself is made. assistant: another decoder
+    of the same vocabulary.
     """
 
     size: str
     settings: dict[str, Any]
     pretrain: dict[str, Any] = {}
+    assistant: str = "packaged"
 
 
 def smaller_lab(name: str, size: str, steps: int, pretrain_steps: int) -> Protocol:
@@ -137,7 +139,12 @@ def smaller_lab(name: str, size: str, steps: int, pretrain_steps: int) -> Protoc
 PROTOCOLS = {
     # The paper's proportions in miniature: the packaged decoder (0.16 M parameters) has read 1,000
     # tokens of the mixture for each parameter, and coprocessors are trained on the same mixture.
-    "lab": Protocol("gemma2_160k", LAB | MIXTURE, PRETRAIN_LAB | {"train.steps": 40_000}),
+    "lab": Protocol(
+        "gemma2_160k",
+        LAB | MIXTURE,
+        PRETRAIN_LAB | {"train.steps": 40_000},
+        assistant="runs/paper/lab_58k/pretrain/decoder",
+    ),
     "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
     "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
     # Reasoning in miniature: the packaged decoder, trained on with problems in half of its rows,
@@ -226,14 +233,17 @@ EXPERIMENTS = {
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
     # Neighbours of the method: trained vectors again and again among the tokens (latent tokens; 16
-    # in a trace of training, as many as the others have), keys and values trained once for all
-    # texts (Cartridges), and a decoder that feeds its outputs back as its next inputs (Coconut).
+    # in a trace of training, as many as the others have), a coprocessor that starts from another
+    # decoder and reads that one's cache (SoftCoT, Cache-to-Cache), keys and values trained once for
+    # all texts (Cartridges), and a decoder that feeds its outputs back as its next inputs
+    # (Coconut). An assistant needs another decoder of the same vocabulary; a_gpu and b have none.
     "latent_tokens": {
         "method.name": "latent_tokens",
         "method.placement": "shared",
         "method.num_latents": 4,
         "method.every": 4,
     },
+    "assistant": {"method.name": "assistant", "method.assistant": "{assistant}"},
     "cartridge": {"method.name": "cartridge"},
     "feedback": {"method.name": "feedback"} | SLOW,
     # Controls: the decoder itself, trained for as long on the same text; in whole, at a small rate
@@ -266,7 +276,7 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
         known = f"PROTOCOL one of {', '.join(PROTOCOLS)}, "
         known += f"EXPERIMENT one of {', '.join(EXPERIMENTS)}"
         raise ValueError(f"{name!r}: expected PROTOCOL/EXPERIMENT, {known}")
-    size, settings, pretrain = PROTOCOLS[protocol]
+    size, settings, pretrain, assistant = PROTOCOLS[protocol]
     c = base.get_config()
     c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES[size]))
     c.data.token_files = f"runs/paper/{protocol}/tokens"
@@ -280,7 +290,7 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
         if callable(value):
             value = value(steps)
         if isinstance(value, str):
-            value = value.format(protocol=protocol, steps=steps)
+            value = value.format(protocol=protocol, steps=steps, assistant=assistant)
         c.update_from_flattened_dict({key: value})
     layers = c.decoder.architecture.num_layers
     if experiment == "half":

@@ -22,6 +22,7 @@ from etils import epath
 
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
+from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job.record import Record
 from latent_delib.lm import load
@@ -216,20 +217,22 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     """Writes the newest coprocessor of a training job as a folder (`weights.coprocessor`)."""
     record = load.read_record(workdir)
     trained = load.load_coprocessor(workdir, record.step)
-    if trained.architecture is not None:
+    if METHODS[trained.method].own_size:
         raise UserError(
             f"{workdir}: a resized coprocessor has no form of its own to be exported in"
         )
     params = trained.params
     if record["method.lora_rank"]:  # multiplied out
-        decoder = load.load_decoder(load.decoder_of(workdir, record)).params
-        params = augment.assemble({"decoder": decoder}, {"coprocessor": params})["coprocessor"]
+        below = {"decoder": load.load_decoder(load.decoder_of(workdir, record)).params}
+        below |= load.load_assistant(trained)
+        params = augment.assemble(below, {"coprocessor": params})["coprocessor"]
     copied = ("method", "num_latents", "placement", "step", "fingerprint")
     fields = {name: getattr(trained, name) for name in copied}
     method = {**record.config["method"], "lora_rank": 0, "start": ""}  # it is whole now
     whole = dataclasses.replace(record, config={**record.config, "method": method})
     fields["record"] = whole.meta()
-    config = TransformerConfig.from_dict(record.architecture, workdir)
+    architecture = record.assistant.get("architecture", record.architecture)
+    config = TransformerConfig.from_dict(architecture, workdir)
     coprocessor.save(out, fields, config, params, card(whole, evaluation_of(workdir, record)))
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
 

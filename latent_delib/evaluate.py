@@ -220,7 +220,10 @@ class Job:
         self.exp = experiment.read(config)
         self.workdir = workdir
         same = json.dumps([self.exp.record.config, workdir, *arguments])
-        distributed.check_same(config=same, decoder=self.exp.record.fingerprint)
+        record = self.exp.record
+        distributed.check_same(
+            config=same, decoder=record.fingerprint, assistant=record["method.assistant"]
+        )
         self.steps = jit_steps(self.exp)
 
     @functools.cached_property
@@ -261,6 +264,7 @@ class Job:
             "draws": views.DRAWS,
             **self.origin(found),
             "fingerprint": self.exp.record.fingerprint,
+            "assistant": self.exp.record.assistant,
             "text": text.digest(),
             "provenance": on_first(provenance),
         }

@@ -35,6 +35,7 @@ from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
+from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import INTERRUPTED, UserError, device_memory
 from latent_delib.job import build, dry_run, experiment, preparation, search
@@ -186,7 +187,12 @@ def record_with_data(exp: Experiment, text: batches.Training) -> Record:
     data = text.fingerprint()
     record = dataclasses.replace(exp.record, data=data)
     config = json.dumps(record.config)
-    distributed.check_same(config=config, decoder=record.fingerprint, data=json.dumps(data))
+    distributed.check_same(
+        config=config,
+        decoder=record.fingerprint,
+        assistant=record["method.assistant"],
+        data=json.dumps(data),
+    )
     return record
 
 
@@ -235,13 +241,13 @@ def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any
         start = {"coprocessor": frozen["coprocessor"]}
     elif exp.start:
         start = experiment.place_start(exp, jnp.float32)
-    decoder = frozen.get("decoder")
-    if decoder is None and start is None:  # its weights are what training begins with
-        decoder = experiment.place_decoder(exp, jnp.float32)
+    begun_from = augment.begun_from(frozen) if frozen else None
+    if begun_from is None and start is None:  # the decoder's own weights are trained
+        begun_from = experiment.place_decoder(exp, jnp.float32)
     shardings = planning.shardings_of(plan.state)
     init = experiment.init_trainable(exp.aug, exp.config.method.lora_rank)
     init = jax.jit(init, out_shardings=shardings.trainable)
-    trainable = init(jax.random.key(exp.config.seed), decoder, start)
+    trainable = init(jax.random.key(exp.config.seed), begun_from, start)
     init_optimizer = jax.jit(plan.optimizer.tx.init, out_shardings=shardings.opt_state)
     return trainable, init_optimizer(trainable)
 

@@ -36,6 +36,7 @@ all() { # PROTOCOL
   wanted+=("$1/overlay" "$1/after" "$1/decoder") # what the others are compared with, or start from
   local name
   for name in $names; do
+    [[ $name != assistant || $1 == lab* ]] || continue # it needs a second decoder of the same vocabulary
     [[ " overlay after decoder pretrain " == *" $name "* || $name == adapt_* ]] || wanted+=("$1/$name")
   done
   wanted+=("$1/adapt_decoder" "$1/adapt_coprocessor") # last: they want reasoning-gym, which is not everywhere
@@ -78,6 +79,9 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   fi
   if [[ $1 == depth && ! -e runs/follow ]]; then
     run tools.make_problems --kinds=follow,far --train=1600000 --test=3000 --out=runs/follow
+  fi
+  if [[ $1/$2 == lab/assistant ]]; then
+    prepare lab_58k overlay # its decoder
   fi
   local its_own=overlay
   [[ $1 != a_gpu && $1 != lab_* && $1 != problems && $1 != depth ]] || its_own=pretrain # the same text and vocabulary, and needs no decoder yet

@@ -178,8 +178,8 @@ def tokenizer_path(texts, once) -> Path:
 
 @pytest.fixture(scope="session")
 def make_decoder(tokenizer_path, once):
-    """make_decoder(seed) -> a decoder folder: every feature of Gemma 2 in some 30 k random
-    parameters.
+    """make_decoder(seed, field=...) -> a decoder folder: every feature of Gemma 2 in some 30 k
+    random parameters. A seed belongs to one set of fields.
     """
     import jax
     import numpy as np
@@ -190,9 +190,9 @@ def make_decoder(tokenizer_path, once):
     from latent_delib.nn.sizes import SIZES
     from latent_delib.weights import folder
 
-    def write(path: Path, seed: int) -> None:
-        vocab_size = Tokenizer(tokenizer_path).vocab_size
-        architecture = dataclasses.replace(SIZES["gemma2_test"], vocab_size=vocab_size)
+    def write(path: Path, seed: int, fields: dict) -> None:
+        fields = {"vocab_size": Tokenizer(tokenizer_path).vocab_size} | fields
+        architecture = dataclasses.replace(SIZES["gemma2_test"], **fields)
         params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), architecture)
         leaves = folder.by_name(params)
         entries = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
@@ -202,8 +202,9 @@ def make_decoder(tokenizer_path, once):
                 partial, architecture, entries, (np.asarray(leaf) for leaf in leaves.values())
             )
 
-    def make(seed: int) -> Path:
-        return once(f"decoder_{seed}", lambda path: write(path / "decoder", seed)) / "decoder"
+    def make(seed: int, **fields) -> Path:
+        name = f"decoder_{seed}"
+        return once(name, lambda path: write(path / "decoder", seed, fields)) / "decoder"
 
     return make
 
@@ -212,6 +213,13 @@ def make_decoder(tokenizer_path, once):
 def decoder_folder(make_decoder) -> Path:
     """The decoder of the tiny config."""
     return make_decoder(1)
+
+
+@pytest.fixture(scope="session")
+def assistant_folder(make_decoder) -> Path:
+    """Another decoder of the same vocabulary, smaller."""
+    sizes = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
+    return make_decoder(9, **sizes, ffn_dim=20)
 
 
 @pytest.fixture(scope="session")

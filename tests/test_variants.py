@@ -47,6 +47,12 @@ VARIANTS = {
     "cartridge": {"method.placement": "overlay"},
     "feedback": {},
     "resized": {"method.coprocessor": HALF},
+    "assistant": {"method.assistant": "HERE", "method.placement": "overlay"},
+    "assistant lora": {
+        "method.name": "assistant",
+        "method.assistant": "HERE",
+        "method.lora_rank": 2,
+    },
     "lora": {"method.name": "cache_augmentation", "method.lora_rank": 2},
     "decoder lora": {"method.name": "decoder", "method.lora_rank": 2},
     "delayed": {
@@ -67,10 +73,13 @@ PARAMS = [v if v in FAST else pytest.param(v, marks=pytest.mark.slow) for v in V
 
 
 @pytest.fixture(scope="module", params=PARAMS)
-def job(request, make_config, tmp_path_factory):
+def job(request, make_config, assistant_folder, tmp_path_factory):
     """The name of a variant, its config, and the workdir of its four steps."""
     workdir = tmp_path_factory.mktemp("variant") / "workdir"
-    config = make_config(changes(request.param))
+    changed = changes(request.param)
+    if "method.assistant" in changed:
+        changed["method.assistant"] = str(assistant_folder)
+    config = make_config(changed)
     with shared_steps():
         train.train(config, str(workdir))
     return request.param, config, workdir

@@ -43,6 +43,20 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def difference(own: "Tokenizer", other: "Tokenizer") -> str:
+    """Says where another tokenizer has not the same piece for every token; "" if it has.
+
+    The other may have more tokens. The forms of the files may differ.
+    """
+    if other.vocab_size < own.vocab_size:
+        return f"{other.path} has {other.vocab_size} pieces, not {own.vocab_size}"
+    for token in range(own.vocab_size):
+        here, there = own.spell(token), other.spell(token)
+        if here != there:
+            return f"token {token} of {other.path} is {there!r}, not {here!r}"
+    return ""
+
+
 class _Model(NamedTuple):
     """Holds what a library reads from the files. An id is None where the files name none.
 

@@ -1,10 +1,12 @@
 """The three calls of the method: read the text, write latents, decode ahead tokens.
 
-`params` is one dict: "decoder" (layers, final_norm, `transformer.TABLES`) and, for methods that
-write latents, "coprocessor". Only `assemble` knows which of the two is trained. See Section 2.1.
+`params` is one dict: "decoder" (layers, final_norm, `transformer.TABLES`), for methods that write
+latents "coprocessor", and for methods with an assistant "assistant", of the same form as "decoder"
+and always frozen. Only `assemble` knows which of the first two is trained. See Section 2.1.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -35,7 +37,7 @@ class Augmentation:
     placement: a key of `traces.PLACEMENTS`.
     loss_chunk: tokens of a sequence whose logits exist at a time; on a device four times as many at
       most.
-    coprocessor: its transformer, where that is not the decoder's.
+    coprocessor: its transformer, where that is not the decoder's. It is the assistant's too.
     every: the latents join again after each so many ahead tokens, and stay; 0: once.
     """
 
@@ -56,6 +58,14 @@ class Augmentation:
     def models(self) -> Models:
         """Returns both architectures."""
         return Models(self.transformer, self.coprocessor or self.transformer)
+
+    @property
+    def readers(self) -> dict[str, Transformer]:
+        """Returns the models that read the text, each by the name of its parameters."""
+        found = {"decoder": self.transformer}
+        if METHODS[self.method].has_assistant:
+            found["assistant"] = self.models.coprocessor
+        return found
 
     def count_latents(self, num_ahead: int) -> int:
         """Returns how many latents a trace of so many ahead tokens holds, in all groups."""
@@ -90,28 +100,35 @@ def assemble(frozen: Params, trainable: Params) -> Params:
     """Returns the parameters that a frozen and a trainable tree make together.
 
     Decoder leaves that are not trained come from the frozen decoder. Coprocessor leaves that are
-    not trained come from the frozen coprocessor if there is one, otherwise from the decoder's
-    layers as they are trained: adapters of `joint` lie over the adapted decoder's.
+    not trained come from the frozen coprocessor if there is one, otherwise from the layers of the
+    assistant, or of the decoder as they are trained: adapters of `joint` lie over the adapted
+    decoder's.
     """
     decoder = lora.lay_over(frozen.get("decoder", {}), trainable.get("decoder", {}))
+    params = frozen | {"decoder": decoder}
     if "coprocessor" not in trainable:
-        return {"decoder": decoder}
+        return params
     own = trainable["coprocessor"]
     if "final_norm" in own:  # whole, and perhaps of another architecture
-        return {"decoder": decoder, "coprocessor": own}
-    below = frozen.get("coprocessor") or coprocessor.body(decoder)
-    return {"decoder": decoder, "coprocessor": lora.lay_over(below, own)}
+        return params | {"coprocessor": own}
+    below = frozen.get("coprocessor") or coprocessor.body(begun_from(params))
+    return params | {"coprocessor": lora.lay_over(below, own)}
+
+
+def begun_from(params: Params) -> Params:
+    """Returns the decoder that a coprocessor begins from: the assistant, where there is one."""
+    return params["assistant"] if "assistant" in params else params["decoder"]
 
 
 def gathered(aug: Augmentation, params: Params) -> Params:
-    """Returns the parameters with the decoder's tables gathered, once for all uses in a step."""
-    if "decoder" not in params:
-        return params
-    decoder = dict(params["decoder"])
-    for name in transformer.TABLES:
-        if name in decoder:
-            decoder[name] = aug.transformer.partition.gather(decoder[name], PARAM_AXES[name])
-    return params | {"decoder": decoder}
+    """Returns the parameters with the readers' tables gathered, once for all uses in a step."""
+    found = dict(params)
+    for room, name in itertools.product(aug.readers, transformer.TABLES):
+        table = params.get(room, {}).get(name)
+        if table is not None:
+            whole = aug.transformer.partition.gather(table, PARAM_AXES[name])
+            found[room] = found[room] | {name: whole}
+    return found
 
 
 def read_text(
@@ -121,15 +138,21 @@ def read_text(
     segment_BT: jax.Array,
     dtype: jnp.dtype,
 ) -> Reading:
-    """Passes packed text through the plain decoder, in `dtype`."""
+    """Passes packed text through the plain decoder, and through the assistant, in `dtype`."""
     start_BT = traces_lib.document_start(segment_BT)
     position_BT = jnp.arange(tokens_BT.shape[1]) - start_BT
-    embedding_VD = params["decoder"]["embedding"].astype(dtype)
-    x_BTD = transformer.embed(embedding_VD, tokens_BT, aug.transformer.config)
     bounds = transformer.own_text(start_BT)
-    weights = {"params": params["decoder"]}
-    x_BMTD, kv = aug.transformer.apply(weights, x_BTD[:, None], position_BT[:, None], bounds)
-    return Reading(x_BMTD[:, 0], cache_lib.of_text(kv, position_BT))
+
+    outputs = {}
+    caches = {}
+    for room, model in aug.readers.items():
+        weights = params[room]
+        x_BTD = transformer.embed(weights["embedding"].astype(dtype), tokens_BT, model.config)
+        variables = {"params": weights}
+        x_BMTD, kv = model.apply(variables, x_BTD[:, None], position_BT[:, None], bounds)
+        outputs[room] = x_BMTD[:, 0]
+        caches[room] = cache_lib.of_text(kv, position_BT)
+    return Reading(outputs["decoder"], caches["decoder"], caches.get("assistant"))
 
 
 def write_latents(aug: Augmentation, params: Params, reading: Reading, traces: Traces) -> Latents:

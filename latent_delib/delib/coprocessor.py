@@ -9,35 +9,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from latent_delib.delib.traces import Traces
 from latent_delib.errors import UserError
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import rotary, transformer
 from latent_delib.nn.cache import KV, Cache
-from latent_delib.nn.products import einsum
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 
-# Logical axes of a coprocessor's soft tokens, of the keys and values of `start_cartridge`, and of
-# the maps of `start_resized`.
+# Logical axes of a coprocessor's soft tokens, and of the keys and values of `start_cartridge`.
 AXES = {"soft_tokens": (None, "embed")}
 CARTRIDGE_AXES = {
     "keys": ("layers", None, "heads", None),
     "values": ("layers", None, "heads", None),
-}
-MAP_AXES = {
-    "keys_in": ("layers", None, None, "heads", None),
-    "values_in": ("layers", None, None, "heads", None),
-    "latents_out": (None, "embed"),
 }
 
 
 class Models(NamedTuple):
     """Holds the decoder's architecture and the coprocessor's.
 
-    They differ only for a coprocessor of another size.
+    They differ for a coprocessor of another size, and for one of an assistant, which has the
+    assistant's.
     """
 
     transformer: Transformer
@@ -48,10 +41,12 @@ class Reading(NamedTuple):
     """Holds what the decoder computed from a text.
 
     outputs: [B, T, D], final-normed.
+    assistant: the cache of the assistant, another decoder, where the method has one.
     """
 
     outputs: jax.Array
     cache: Cache
+    assistant: Cache | None = None
 
 
 class Inserted(NamedTuple):
@@ -140,28 +135,6 @@ def start_cartridge(key: jax.Array, decoder: Params, models: Models, num_latents
     return {"keys": kv.k[:, 0, 0], "values": kv.v[:, 0, 0]}
 
 
-def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
-    """Starts from random layers of the coprocessor's own shape.
-
-    The maps from the decoder's cache, and to its width, are random too.
-    """
-    theirs = models.transformer.config
-    ours = models.coprocessor.config
-    layers_key, soft_key, keys_key, values_key, out_key = jax.random.split(key, 5)
-
-    def normal(key: jax.Array, fan_in: int, *shape: int) -> jax.Array:
-        return jax.random.normal(key, shape) * fan_in**-0.5
-
-    heads = (theirs.num_kv_heads, theirs.head_dim, ours.num_kv_heads, ours.head_dim)
-    fan_in = theirs.num_kv_heads * theirs.head_dim
-    return body(transformer.init(layers_key, ours)) | {
-        "soft_tokens": normal(soft_key, ours.embed_dim, num_latents, ours.embed_dim),
-        "keys_in": normal(keys_key, fan_in, ours.num_layers, *heads),
-        "values_in": normal(values_key, fan_in, ours.num_layers, *heads),
-        "latents_out": normal(out_key, ours.embed_dim, ours.embed_dim, theirs.embed_dim),
-    }
-
-
 # How latents are written: (params, models, reading, traces) -> latents.
 
 
@@ -216,7 +189,7 @@ def write_cartridge(
 
     k = of_traces(params["coprocessor"]["keys"])
     position = traces.latent_position
-    layers = [_rotated(k[:, :, l], position, config, l) for l in range(config.num_layers)]
+    layers = [rotated(k[:, :, l], position, config, l) for l in range(config.num_layers)]
     return Inserted(jnp.stack(layers, axis=2), of_traces(params["coprocessor"]["values"]))
 
 
@@ -297,31 +270,6 @@ def write_feedback(
     return _fed_back(params, models, reading, traces, jnp.where(is_first_L1, soft_BMLD, 0))
 
 
-def write_through_maps(
-    params: Params,
-    models: Models,
-    reading: Reading,
-    traces: Traces,
-) -> jax.Array:
-    """Writes latents of a coprocessor of another depth, heads and width.
-
-    Its layers read layers of the decoder, evenly spaced from the first to the last, each through a
-    linear map. Keys are mapped as they were before they were rotated, so that a map does not depend
-    on the position.
-    """
-    theirs = models.transformer.config
-    ours = models.coprocessor.config
-    cache = reading.cache
-    tree = params["coprocessor"]
-    source = np.linspace(0, theirs.num_layers - 1, ours.num_layers).round().astype(int)
-    k = jnp.stack([_rotated(cache.k[l], -cache.position, theirs, l) for l in source])
-    k = einsum("lBTKH,lKHkh->lBTkh", k, tree["keys_in"].astype(k.dtype))
-    k = jnp.stack([_rotated(k[l], cache.position, ours, l) for l in range(ours.num_layers)])
-    v = einsum("lBTKH,lKHkh->lBTkh", cache.v[source], tree["values_in"].astype(k.dtype))
-    z_BMLd, _ = _over(params, models.coprocessor, cache._replace(k=k, v=v), traces)
-    return einsum("BMLd,dD->BMLD", z_BMLd, tree["latents_out"].astype(z_BMLd.dtype))
-
-
 def _fed_back(
     params: Params,
     models: Models,
@@ -358,7 +306,7 @@ def _over(
     return model.apply(weights, x_BMLD, traces.latent_position, traces.latent_bounds, cache)
 
 
-def _rotated(
+def rotated(
     x: jax.Array,
     position: jax.Array,
     config: TransformerConfig,

@@ -135,6 +135,12 @@ def pass_over_text_too(w: Writing) -> Flops:
     )
 
 
+def pass_of_assistant_too(w: Writing) -> Flops:
+    """Counts an assistant that reads the text once, and one pass of a coprocessor of its size."""
+    latents = one_pass(w)
+    return latents._replace(useful=latents.useful + text(w.config, w.text_tokens, w.seq_len))
+
+
 def pass_per_latent(w: Writing) -> Flops:
     """Counts one pass over all soft tokens per latent.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from latent_delib.delib import coprocessor, flops
+from latent_delib.delib import coprocessor, flops, mapped
 from latent_delib.delib.coprocessor import Latents, Models, Reading
 from latent_delib.delib.flops import Flops, Writing
 from latent_delib.delib.traces import Traces
@@ -32,6 +32,9 @@ class Method(NamedTuple):
     has_matrices: the tree has matrices. Only then can low-rank adapters stand in for them.
     starts_random: the coprocessor begins with random matrices, which no adapter can lie over.
     own_size: the coprocessor may have another architecture than the decoder.
+    has_assistant: another frozen decoder, the assistant, reads the text too. The coprocessor has
+      its architecture and begins from it: `init` is given the assistant where others are given the
+      decoder, and leaves that the coprocessor's tree lacks are the assistant's layers.
     writes_keys: the latents are keys and values, which hold their position. Only a placement that
       reads x_p again then has a vector that predicts the next token, and no other text's latents
       can stand in for them.
@@ -47,6 +50,7 @@ class Method(NamedTuple):
     has_matrices: bool = True
     starts_random: bool = False
     own_size: bool = False
+    has_assistant: bool = False
     writes_keys: bool = False
     recurs: bool = False
 
@@ -145,6 +149,15 @@ METHODS = {
         coprocessor.write_in_one_pass,
         trains_decoder=True,
     ),
+    # Xu et al. 2025 (SoftCoT), Fu et al. 2025 (Cache-to-Cache): the coprocessor starts from another
+    # pretrained decoder, and reads that one's cache of the text.
+    "assistant": Method(
+        _coprocessor(mapped.start_from_assistant),
+        mapped.write_by_assistant,
+        cost=flops.pass_of_assistant_too,
+        axes=mapped.OUT_AXES,
+        has_assistant=True,
+    ),
     # Hao et al. 2024 (Coconut): the trained decoder's own outputs, fed back as its next inputs.
     "feedback": Method(
         _both(coprocessor.start_with_one_soft_token),
@@ -159,9 +172,9 @@ METHODS = {
         cost=flops.pass_per_latent,
     ),
     "resized": Method(
-        _coprocessor(coprocessor.start_resized),
-        coprocessor.write_through_maps,
-        axes=coprocessor.MAP_AXES,
+        _coprocessor(mapped.start_resized),
+        mapped.write_through_maps,
+        axes=mapped.MAP_AXES,
         starts_random=True,
         own_size=True,
     ),

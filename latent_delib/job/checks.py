@@ -115,6 +115,17 @@ def _check_method(m: ConfigDict) -> None:
             f"config.method.coprocessor: a coprocessor of method {m.name!r} has the decoder's "
             f"size; leave it empty, or set config.method.name={' or '.join(others)}"
         )
+    if m.assistant and not row.has_assistant:
+        others = [name for name in METHODS if METHODS[name].has_assistant]
+        raise UserError(
+            f"config.method.assistant={m.assistant}: method {m.name!r} has none; leave it empty, "
+            f"or set config.method.name={' or '.join(others)}"
+        )
+    if row.has_assistant and not m.assistant:
+        raise UserError(
+            f"config.method.assistant is empty: method {m.name!r} needs another decoder's folder, "
+            "of the same vocabulary"
+        )
     if m.start and m.lora_rank and row.trains_decoder:
         raise UserError(
             f"config.method.start={m.start}: adapters of a trained decoder lie over the one of "

@@ -131,23 +131,24 @@ def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[st
 
 def held(exp: Experiment, plan: Plan) -> dict[str, float]:
     """Returns the bytes on one chip that follow from shapes and shardings, by part."""
-    a = exp.aug.transformer.config
     t = exp.config.train
     itemsize = jnp.dtype(exp.dtype).itemsize
     trainable = _per_chip(plan.state.trainable)
     gradients = 2 * _per_chip(plan.state.trainable, exp.dtype)
     if t.accumulation > 1:  # their float32 sums
         gradients += trainable
-    table = (plan.frozen or plan.state.trainable)["decoder"]["embedding"]
-    vocabulary, width = table.sharding.shard_shape(table.shape)
     gathered = 0.0
-    if width < table.shape[1]:
-        gathered = vocabulary * table.shape[1] * itemsize
     cache = 0.0
-    if exp.aug.has_latents:
-        rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # of one chip
-        entries = rows * exp.config.data.seq_len * a.num_kv_heads * a.head_dim
-        cache = 2 * a.num_layers * entries * itemsize / mesh_lib.shards(exp.mesh, "heads")
+    for room, model in exp.aug.readers.items():
+        a = model.config
+        table = (plan.frozen or plan.state.trainable)[room]["embedding"]
+        vocabulary, width = table.sharding.shard_shape(table.shape)
+        if width < table.shape[1]:
+            gathered += vocabulary * table.shape[1] * itemsize
+        if exp.aug.has_latents:
+            rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # of a chip
+            entries = rows * exp.config.data.seq_len * a.num_kv_heads * a.head_dim
+            cache += 2 * a.num_layers * entries * itemsize / mesh_lib.shards(exp.mesh, "heads")
     return {
         "frozen weights": _per_chip(plan.frozen),
         "trainable weights": trainable,

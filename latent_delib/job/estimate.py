@@ -46,8 +46,9 @@ def step_flops(exp: Experiment) -> dict[str, float]:
     rows = c.train.batch_size
     length = c.data.seq_len
     useful, again = cost.step_flops(exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
-    text = flops.text(exp.aug.transformer.config, rows * length, length)
-    again += (mesh_lib.shards(exp.mesh, "traces") - 1) * text
+    for reader in exp.aug.readers.values():
+        text = flops.text(reader.config, rows * length, length)
+        again += (mesh_lib.shards(exp.mesh, "traces") - 1) * text
     return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
 
 
@@ -71,6 +72,10 @@ def received(exp: Experiment) -> float:
     if exp.aug.has_latents and method.has_matrices:
         uses += 2 * _matrices(exp.aug.models.coprocessor.config)
     tables = (1 + architecture.untied_head) * architecture.vocab_size * architecture.embed_dim
+    if method.has_assistant:
+        assistant = exp.aug.models.coprocessor.config
+        uses += _matrices(assistant)
+        tables += assistant.vocab_size * assistant.embed_dim
     parts = exp.config.train.accumulation
     gathered = (split - 1) / split * (uses * parts + tables)
     scattered = (split - 1) / split * trained(exp) * parts

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import tokenizer as tokenizers
 from latent_delib.data.tokenizer import Tokenizer
-from latent_delib.delib import lora
+from latent_delib.delib import augment, lora
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS, param_axes
 from latent_delib.delib.traces import latent_positions
@@ -39,6 +39,7 @@ class Experiment:
     record: describes the job, for comparison with checkpoints and results.
     dtype: of computations and of frozen weights.
     decoder: the decoder's folder; None for random weights.
+    assistant: the assistant's folder, or None.
     start: workdir and step of the checkpoint that training begins with, or None.
     """
 
@@ -49,6 +50,7 @@ class Experiment:
     dtype: Any
     tokenizer: Tokenizer
     decoder: Path | None
+    assistant: Path | None
     start: tuple[str, int] | None
 
     @property
@@ -78,8 +80,8 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     decoder = folder.locate(config.decoder.path) if config.decoder.path else None
     architecture = _architecture(config, decoder)
     tokenizer = _tokenizer(config, architecture)
-    changed = config.method.coprocessor.to_dict()
-    coprocessor = build.coprocessor_config(architecture, changed) if changed else None
+    assistant = _assistant(config, tokenizer)
+    coprocessor = _coprocessor(config, architecture, assistant)
     mesh = mesh_lib.make(config.mesh, devices)
     for each in (architecture, coprocessor or architecture):
         _check_splits(config, mesh, each)
@@ -91,7 +93,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
 
     return Experiment(
         config=config,
-        record=_record(config, decoder, architecture, tokenizer),
+        record=_record(config, decoder, architecture, tokenizer, assistant),
         aug=Augmentation(
             transformer=model(architecture),
             method=config.method.name,
@@ -105,6 +107,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         dtype=jnp.dtype(config.compute.dtype),
         tokenizer=tokenizer,
         decoder=decoder,
+        assistant=assistant,
         start=build.split_start(config.method.start) if config.method.start else None,
     )
 
@@ -151,8 +154,44 @@ def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer
     return tokenizer
 
 
+def _assistant(config: ConfigDict, tokenizer: Tokenizer) -> Path | None:
+    """Returns the assistant's folder; None without one.
+
+    The assistant reads the decoder's tokens, so it must know each of them by the same number.
+    """
+    given = config.method.assistant
+    if not given:
+        return None
+    try:
+        assistant = folder.locate(given)
+        theirs = Tokenizer(folder.tokenizer_path(assistant))
+    except UserError as error:
+        raise UserError(f"config.method.assistant: {error}") from None
+    why = tokenizers.difference(tokenizer, theirs)
+    if why:
+        raise UserError(
+            f"config.method.assistant={given}: {why}; expected a decoder with the tokenizer "
+            f"{tokenizer.path}"
+        )
+    return assistant
+
+
+def _coprocessor(
+    config: ConfigDict, architecture: TransformerConfig, assistant: Path | None
+) -> TransformerConfig | None:
+    """Returns the coprocessor's architecture; None where it is the decoder's."""
+    changed = config.method.coprocessor.to_dict()
+    if assistant is not None:
+        return folder.read_config(assistant)
+    return build.coprocessor_config(architecture, changed) if changed else None
+
+
 def _record(
-    config: ConfigDict, decoder: Path | None, architecture: TransformerConfig, tokenizer: Tokenizer
+    config: ConfigDict,
+    decoder: Path | None,
+    architecture: TransformerConfig,
+    tokenizer: Tokenizer,
+    assistant: Path | None,
 ) -> Record:
     """Returns the record of a job before its data are known and before its first step."""
     fields = architecture.to_dict()
@@ -161,12 +200,24 @@ def _record(
         fingerprint = hashlib.sha256(random.encode()).hexdigest()
     else:
         fingerprint = folder.fingerprint(decoder)
+    of_assistant = {}
+    if assistant is not None:
+        of_assistant = {
+            "fingerprint": folder.fingerprint(assistant),
+            "architecture": folder.read_config(assistant).to_dict(),
+        }
     return Record(
         config=json.loads(config.to_json_best_effort()),
         fingerprint=fingerprint,
-        architecture=json.loads(json.dumps(fields)),  # JSON has no tuples
+        architecture=_plain(fields),
         data={"tokenizer": tokenizers.fingerprint(tokenizer.path)},
+        assistant=_plain(of_assistant),
     )
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as JSON gives it back: without tuples."""
+    return json.loads(json.dumps(value))
 
 
 def _check_splits(config: ConfigDict, mesh: Mesh, architecture: TransformerConfig) -> None:
@@ -206,36 +257,43 @@ def _check_positions(config: ConfigDict, architecture: TransformerConfig) -> Non
 
 def frozen_shapes(exp: Experiment) -> Params:
     """Returns the shapes of the frozen parameters, with dtype and shardings."""
-    decoder = folder.shapes(exp.aug.transformer.config)
-    frozen = {"decoder": _on_mesh(exp, decoder, exp.dtype)}
+    frozen = _decoder_shapes(exp)
     if exp.adapts_start:
-        frozen |= _on_mesh(exp, _whole(exp), exp.dtype)
-    return frozen
+        frozen |= _whole(exp)
+    return _on_mesh(exp, frozen, exp.dtype)
 
 
 def load_frozen(exp: Experiment) -> Params:
     """Loads the frozen parameters in the compute dtype: the decoder, as "decoder".
 
-    Where adapters are trained over a start, its coprocessor is there too, as "coprocessor".
+    The assistant is there as "assistant", if the method has one. Where adapters are trained over a
+    start, its coprocessor is there too, as "coprocessor".
     """
     frozen = {"decoder": place_decoder(exp, exp.dtype)}
+    if exp.assistant is not None:
+        frozen["assistant"] = place_assistant(exp, exp.dtype)
     if exp.adapts_start:
         frozen |= place_start(exp, exp.dtype)
     return frozen
 
 
+def _decoder_shapes(exp: Experiment) -> Params:
+    """Returns the shapes of the decoder and, where there is one, of the assistant."""
+    return {room: folder.shapes(model.config) for room, model in exp.aug.readers.items()}
+
+
 def trainable_shapes(exp: Experiment) -> Params:
     """Returns the shapes of the trainable tree, float32, with shardings."""
-    decoder = folder.shapes(exp.aug.transformer.config)
+    begun_from = augment.begun_from(_decoder_shapes(exp))
     init = init_trainable(exp.aug, exp.config.method.lora_rank)
-    return _on_mesh(exp, jax.eval_shape(init, jax.random.key(0), decoder))
+    return _on_mesh(exp, jax.eval_shape(init, jax.random.key(0), begun_from))
 
 
 def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
     """Returns the function (key, decoder, start) -> trainable tree, float32.
 
-    start is such a tree without adapters, or None; with it, the decoder is not used. rank is that
-    of adapters; 0 trains all.
+    decoder is the assistant, where there is one. start is such a tree without adapters, or None;
+    with it, the decoder is not used. rank is that of adapters; 0 trains all.
     """
 
     def init(key: jax.Array, decoder: Params | None, start: Params | None = None) -> Params:
@@ -270,6 +328,13 @@ def place_decoder(exp: Experiment, dtype: Any) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), transformer.init(key, architecture))
 
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(exp.config.seed))
+
+
+def place_assistant(exp: Experiment, dtype: Any) -> Params:
+    """Loads the assistant's weights onto the mesh in `dtype`, where those of a decoder lie."""
+    architecture = exp.aug.models.coprocessor.config
+    shardings = mesh_lib.parameters(exp.mesh, folder.shapes(architecture), PARAM_AXES)
+    return folder.load(exp.assistant, architecture, dtype, shardings)
 
 
 def place_start(exp: Experiment, dtype: Any) -> Params:
@@ -317,7 +382,7 @@ def _whole(exp: Experiment, num_latents: int | None = None) -> Params:
     def init(key: jax.Array, decoder: Params) -> Params:
         return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, count)
 
-    return jax.eval_shape(init, jax.random.key(0), folder.shapes(exp.aug.transformer.config))
+    return jax.eval_shape(init, jax.random.key(0), augment.begun_from(_decoder_shapes(exp)))
 
 
 def _on_mesh(exp: Experiment, shapes: Params, dtype: Any = None) -> Params:

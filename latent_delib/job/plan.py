@@ -131,6 +131,8 @@ def summary(exp: Experiment, plan: Plan) -> str:
         "trainable parameters and where they lie, each with its optimizer moments:",
         mesh_lib.table(trainable),
     ]
+    if exp.assistant is not None:
+        lines.insert(2, f"assistant {exp.assistant} [{exp.record['method.assistant'][:12]}]")
     if plan.frozen:
         lines += ["frozen parameters and where they lie:", mesh_lib.table(plan.frozen)]
     return "\n".join(lines)

@@ -21,6 +21,7 @@ METHOD = (
     "method.lora_rank",
     "method.start",
     "method.coprocessor",
+    "method.assistant",
 )
 # Purpose -> the keys that two runs must agree on; "method.*" is every key of that part.
 AGREE = {
@@ -44,6 +45,7 @@ AGREE = {
         "method.every",
         "method.lora_rank",
         "method.coprocessor",
+        "method.assistant",
     ),
     # Two evaluations stand on one curve.
     "compare": (
@@ -64,6 +66,7 @@ AGREE = {
 WHOLE = {"method.lora_rank": 0}  # of a run that others begin with
 # The value a key has in a run that is older than the key.
 BEFORE = {
+    "method.assistant": "",
     "method.coprocessor": {},
     "method.every": 0,
     "method.lora_rank": 0,
@@ -78,7 +81,7 @@ REMEDY = {
     "start": "name another checkpoint",
     "compare": "give another --out, or remove it",
 }
-FINGERPRINTS = ("decoder.fingerprint", "decoder.tokenizer")
+FINGERPRINTS = ("decoder.fingerprint", "decoder.tokenizer", "method.assistant")
 SHORT = 12  # characters of a fingerprint that messages show
 
 Plain = Mapping[str, Any]
@@ -102,6 +105,7 @@ class Record:
     data: name -> SHA-256 of "tokenizer" and, once known, of every part of the training text, as
       `data.batches.Training` makes them; empty where not known.
     step: optimizer steps done; None: nothing trained.
+    assistant: "fingerprint" and "architecture" of the assistant; empty where there is none.
     """
 
     config: Plain
@@ -109,6 +113,7 @@ class Record:
     architecture: Plain = dataclasses.field(default_factory=dict)
     data: Plain = dataclasses.field(default_factory=dict)
     step: int | None = None
+    assistant: Plain = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_meta(cls, meta: Plain, where: str) -> "Record":
@@ -129,12 +134,18 @@ class Record:
             architecture=meta["architecture"],
             data=meta["data"]["fingerprint"],
             step=meta["step"],
+            assistant=meta.get("assistant", {}),
         )
 
     @classmethod
     def from_result(cls, result: Plain) -> "Record":
         """Reads the record of a perplexity.json or benchmarks.json."""
-        return cls(result["config"], result["fingerprint"], step=result.get("step"))
+        return cls(
+            config=result["config"],
+            fingerprint=result["fingerprint"],
+            step=result.get("step"),
+            assistant=result.get("assistant", {}),
+        )
 
     def meta(self) -> dict[str, Any]:
         """Returns the record as the meta of a checkpoint, JSON."""
@@ -144,6 +155,7 @@ class Record:
             "config": self.config,
             "fingerprint": self.fingerprint,
             "architecture": self.architecture,
+            "assistant": self.assistant,
             "data": {"seed": self.config["seed"], "fingerprint": self.data},
         }
 
@@ -155,12 +167,15 @@ class Record:
     def __getitem__(self, key: str) -> Any:
         """Returns a value by its dotted key; None where the run has no such key.
 
-        The key is "decoder.fingerprint", "decoder.tokenizer" or one of the config.
+        The key is "decoder.fingerprint" or one of the config. Of "decoder.tokenizer" and
+        "method.assistant" the value is the SHA-256, hex.
         """
         if key == "decoder.fingerprint":
             return self.fingerprint
         if key == "decoder.tokenizer":
             return self.tokenizer
+        if key == "method.assistant":
+            return self.assistant.get("fingerprint", "")
         value: Any = self.config
         for part in key.split("."):
             if part not in value:
@@ -206,4 +221,4 @@ class Record:
 
 def _short(key: str, value: Any) -> str:
     """Returns a value as a message shows it."""
-    return str(value)[:SHORT] if key in FINGERPRINTS else repr(value)
+    return str(value or None)[:SHORT] if key in FINGERPRINTS else repr(value)

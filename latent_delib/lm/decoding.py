@@ -31,8 +31,8 @@ from latent_delib.lm.sampling import Sampler
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
 from latent_delib.nn.attention.primitive import Bounds
-from latent_delib.nn.cache import Cache
-from latent_delib.nn.transformer import Params
+from latent_delib.nn.cache import KV, Cache
+from latent_delib.nn.transformer import Params, Transformer
 
 
 class Decoding(NamedTuple):
@@ -160,7 +160,7 @@ def read_on(
     *,
     aug: Augmentation,
 ) -> Reading:
-    """Reads the next `new` tokens of every text with the plain decoder, after those it has read."""
+    """Reads the next `new` tokens of every text, after those that were read."""
     if aug.every:  # latents stay: `cache`, with which these tokens were decoded, has read them
         return read._replace(cache=cache)
     if new == 0:
@@ -224,7 +224,8 @@ def write_beside(
     """
     row = mesh_lib.rows(mesh)
     kv = NamedSharding(mesh, mesh_lib.spec(cache_lib.AXES, mesh_lib.ACTIVATIONS))
-    read = jax.device_put(read, Reading(row, Cache(kv, kv, row, row)))
+    cache = Cache(kv, kv, row, row)
+    read = jax.device_put(read, Reading(row, cache, read.assistant and cache))
     z = write_after(params, read, jax.device_put(text_BX, row), aug=aug)
     return jax.device_put(z, mesh_lib.rows(home))
 
@@ -245,8 +246,8 @@ def prefill(
     """Reads the prompts; leaves room for `room` more tokens, and in the cache for latents."""
     output_VD = transformer.output_table(params["decoder"])
     segment_BT = batching.one_segment(text_BT, length_B)
-    out_BTD, cache = augment.read_text(aug, params, text_BT, segment_BT, output_VD.dtype)
-    last_BD = jnp.take_along_axis(out_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+    read = augment.read_text(aug, params, text_BT, segment_BT, output_VD.dtype)
+    last_BD = jnp.take_along_axis(read.outputs, (length_B - 1)[:, None, None], axis=1)[:, 0]
     state = Decoding(
         text=jnp.pad(text_BT, [(0, 0), (0, room)], constant_values=pad_id),
         length=length_B,
@@ -254,11 +255,11 @@ def prefill(
         logits=transformer.unembed(output_VD, last_BD, aug.transformer.config),
         ended=length_B == 0,
     )
-    capacity = [(0, 0), (0, room + aug.count_latents(room))]
-    wide = [(0, 0), *capacity, (0, 0), (0, 0)]
-    position = jnp.pad(cache.position, capacity)
-    cache = Cache(jnp.pad(cache.k, wide), jnp.pad(cache.v, wide), position, length_B)
-    return state, Reading(jnp.pad(out_BTD, [*capacity, (0, 0)]), _place(aug, cache))
+    more = room + aug.count_latents(room)
+    outputs_BXD = jnp.pad(read.outputs, [(0, 0), (0, more), (0, 0)])
+    with_room = partial(cache_lib.with_room, more=more, length_B=length_B)
+    assistant = read.assistant and _place(aug, with_room(read.assistant))
+    return state, Reading(outputs_BXD, _place(aug, with_room(read.cache)), assistant)
 
 
 def _place(aug: Augmentation, cache: Cache) -> Cache:
@@ -280,34 +281,39 @@ def _extend(
     size: int,
 ) -> Reading:
     """Reads on by `new` tokens, at most `size`."""
-    embedding_VD = params["decoder"]["embedding"]
-    outputs_BXD, cache = read
     # The index of each token, which in plain text is its position too.
-    index_BS = cache.length[:, None] + jnp.arange(size)
+    index_BS = read.cache.length[:, None] + jnp.arange(size)
     tokens_BS = jnp.take_along_axis(text_BX, jnp.minimum(index_BS, text_BX.shape[1] - 1), axis=1)
-    x_BSD = transformer.embed(embedding_VD, tokens_BS, aug.transformer.config)
-    out_BMSD, kv = _decode_more(params, x_BSD, index_BS, cache, aug)
+
+    def more(room: str, cache: Cache) -> tuple[jax.Array, Cache]:
+        model = aug.readers[room]
+        x_BSD, kv = _decode_more(model, params[room], tokens_BS, index_BS, cache)
+        cache = cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))
+        return x_BSD, _place(aug, cache)
+
+    out_BSD, cache = more("decoder", read.cache)
     row = jnp.arange(len(text_BX))[:, None]
-    outputs_BXD = outputs_BXD.at[row, index_BS].set(out_BMSD[:, 0], mode="drop")
-    cache = cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))
-    return Reading(outputs_BXD, _place(aug, cache))
+    outputs_BXD = read.outputs.at[row, index_BS].set(out_BSD, mode="drop")
+    assistant = read.assistant and more("assistant", read.assistant)[1]
+    return Reading(outputs_BXD, cache, assistant)
 
 
 def _decode_more(
-    params: Params,
-    x_BSD: jax.Array,
+    model: Transformer,
+    weights: Params,
+    tokens_BS: jax.Array,
     position_BS: jax.Array,
     cache: Cache,
-    aug: Augmentation,
-):
-    """Runs the plain decoder over S more inputs.
+) -> tuple[jax.Array, KV]:
+    """Runs a plain decoder over S more tokens.
 
     They see all the cache, and each other causally.
     """
+    x_BMSD = transformer.embed(weights["embedding"], tokens_BS, model.config)[:, None]
     zero = jnp.zeros_like(position_BS)[:, None]
     bounds = Bounds(zero, zero + cache.length[:, None, None], zero)
-    decoder = {"params": params["decoder"]}
-    return aug.transformer.apply(decoder, x_BSD[:, None], position_BS[:, None], bounds, cache)
+    x_BMSD, kv = model.apply({"params": weights}, x_BMSD, position_BS[:, None], bounds, cache)
+    return x_BMSD[:, 0], kv
 
 
 def _trace(aug: Augmentation, text_BX: jax.Array, length_B: jax.Array) -> Traces:
@@ -373,8 +379,8 @@ def decode_tokens(
     A row's draws depend on its own key and on the number of tokens before, on no other row.
     """
     config = aug.transformer.config
-    embedding_VD = params["decoder"]["embedding"]
-    output_VD = transformer.output_table(params["decoder"])
+    decoder = params["decoder"]
+    output_VD = transformer.output_table(decoder)
     row = jnp.arange(state.length.shape[0])
     goal = state.length[0] + count
 
@@ -382,17 +388,17 @@ def decode_tokens(
         state, cache = carry
         token_B = sampler(jax.vmap(jax.random.fold_in)(key_B, state.length), state.logits)
         token_B = jnp.where(state.ended, pad_id, token_B)
-        x_BSD = transformer.embed(embedding_VD, token_B[:, None], config)
-        out_BMSD, kv = _decode_more(params, x_BSD, state.position[:, None], cache, aug)
+        position_B1 = state.position[:, None]
+        x_BSD, kv = _decode_more(aug.transformer, decoder, token_B[:, None], position_B1, cache)
         after = Decoding(
             text=state.text.at[row, state.length].set(token_B),
             length=state.length + 1,
             position=state.position + 1,
-            logits=transformer.unembed(output_VD, out_BMSD[:, 0, 0], config),
+            logits=transformer.unembed(output_VD, x_BSD[:, 0], config),
             ended=state.ended | (token_B == eos_id),
         )
         one_B = jnp.ones_like(state.length)
-        return after, cache_lib.append(cache, kv, state.position[:, None], one_B)
+        return after, cache_lib.append(cache, kv, position_B1, one_B)
 
     def goes_on(carry: tuple[Decoding, Cache]) -> jax.Array:
         return (carry[0].length[0] < goal) & ~jnp.all(carry[0].ended)

@@ -133,12 +133,12 @@ def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: i
 def room(aug: Augmentation) -> int:
     """Returns how many tokens a text may have: those that learned positions, if any, suffice for.
 
-    Latents take some of them.
+    Latents take some of them. So it is for the decoder and for an assistant.
     """
-    learned = aug.transformer.config.learned_positions
-    if not learned:
+    tables = [model.config.learned_positions for model in aug.readers.values()]
+    if not any(tables):
         return arguments.INT32
-    return learned - latent_positions(aug.placement, aug.num_latents)
+    return min(filter(None, tables)) - latent_positions(aug.placement, aug.num_latents)
 
 
 def check_length(name: str, length: int, new: int, max_length: int, room: int) -> None:

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,13 @@ class Decoder:
         return f"Decoder({sizes}, {dtype}, fingerprint {self.fingerprint[:SHORT]})"
 
 
+class Assistant(NamedTuple):
+    """Names an assistant: the path of a decoder, as `load_decoder` takes it, and its SHA-256."""
+
+    path: str
+    fingerprint: str
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Coprocessor:
     """Holds a coprocessor for one decoder.
@@ -61,6 +68,7 @@ class Coprocessor:
     step: None where untrained.
     architecture: None where it is the decoder's.
     every: after how many tokens its latents recur; 0: they do not.
+    assistant: the other decoder whose cache it reads, or None.
     """
 
     params: Params
@@ -71,12 +79,15 @@ class Coprocessor:
     step: int | None = None
     architecture: TransformerConfig | None = None
     every: int = 0
+    assistant: Assistant | None = None
 
     def __repr__(self) -> str:
         dtype = jax.tree.leaves(self.params)[0].dtype
         latents = f"{self.num_latents} latents {self.placement!r}"
         step = "untrained" if self.step is None else f"step {self.step}"
         of = f"of decoder {self.fingerprint[:SHORT]}"
+        if self.assistant is not None:
+            of += f", of assistant {self.assistant.fingerprint[:SHORT]}"
         return f"Coprocessor({self.method}, {latents}, {step}, {dtype}, {of})"
 
 
@@ -136,17 +147,33 @@ def _dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Coprocessor:
+def load_coprocessor(
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    assistant: str | os.PathLike = "",
+) -> Coprocessor:
     """Loads the coprocessor that a training job wrote, or one that was exported.
 
     Args:
       workdir: of the job, or the folder of the exported one, or "packaged".
       step: of the checkpoint; by default the newest that can be read.
+      assistant: where the assistant is, as `load_decoder` takes it; by default where training found
+        it. AugmentedLM loads it.
 
     Raises:
       UserError: no such checkpoint or folder, a damaged one, or one of a method that writes no
-        latents.
+        latents; an assistant for a coprocessor that has none.
     """
+    found = _load_coprocessor(workdir, step)
+    if not assistant:
+        return found
+    if found.assistant is None:
+        raise UserError(f"assistant={assistant}: method {found.method!r} has none; leave it out")
+    path = arguments.path("assistant", assistant)
+    return dataclasses.replace(found, assistant=found.assistant._replace(path=path))
+
+
+def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocessor:
     workdir = arguments.path("workdir", workdir)
     if step is not None:
         step = arguments.whole("step", step, 0)
@@ -163,7 +190,7 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
     record = Record.from_meta(found.meta, workdir)
     params = found.trainable["coprocessor"]
     if record["method.lora_rank"] and record["method.start"]:
-        start = load_coprocessor(*build.split_start(record["method.start"]))
+        start = _load_coprocessor(*build.split_start(record["method.start"]))
         params = lora.lay_over(start.params, params)
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
@@ -172,6 +199,10 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
     if record["method.coprocessor"]:
         decoder = TransformerConfig(**record.architecture)
         architecture = build.coprocessor_config(decoder, record["method.coprocessor"])
+    assistant = None
+    if record.assistant:
+        architecture = TransformerConfig(**record.assistant["architecture"])
+        assistant = _assistant(record)
     return Coprocessor(
         params,
         name,
@@ -181,7 +212,12 @@ def load_coprocessor(workdir: str | os.PathLike, step: int | None = None) -> Cop
         found.step,
         architecture,
         record["method.every"],
+        assistant,
     )
+
+
+def _assistant(record: Record) -> Assistant:
+    return Assistant(record.config["method"]["assistant"], record["method.assistant"])
 
 
 def _exported(where: Path, step: int | None) -> Coprocessor:
@@ -194,7 +230,15 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
     every = 0  # of an older version, which had no latents that recur
     if "record" in fields:
         every = Record.from_meta(fields["record"], str(where))["method.every"]
-    return Coprocessor(params, **{key: fields[key] for key in kept}, every=every)
+    found = Coprocessor(params, **{key: fields[key] for key in kept}, every=every)
+    if not METHODS[found.method].has_assistant:
+        return found
+    architecture = TransformerConfig(**fields["architecture"])
+    record = Record.from_meta(exported.read_meta(where), str(where))
+    shape = (architecture.embed_dim, record.architecture["embed_dim"])
+    if np.shape(params.get("latents_out")) != shape:
+        raise UserError(f"{where}: expected a tensor latents_out of shape {shape}")
+    return dataclasses.replace(found, architecture=architecture, assistant=_assistant(record))
 
 
 def read_record(workdir: str, step: int | None = None) -> Record:
@@ -292,6 +336,30 @@ def augmentation(
     if c.architecture is not None:
         own = build.transformer(c.architecture, mesh, dtype, form=attention)
     return Augmentation(model, c.method, c.num_latents, c.placement, coprocessor=own, every=c.every)
+
+
+def load_assistant(
+    coprocessor: Coprocessor,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+) -> Params:
+    """Loads a coprocessor's assistant as `load_decoder` does: {"assistant": parameters}, or {}.
+
+    Raises:
+      UserError: it is not where it is said to be, or is another decoder.
+    """
+    if coprocessor.assistant is None:
+        return {}
+    path, fingerprint = coprocessor.assistant
+    remedy = "name its folder: load_coprocessor(..., assistant=PATH)"
+    try:
+        found = load_decoder(path, dtype, mesh)
+    except UserError as error:
+        raise UserError(f"the coprocessor's assistant: {error}; {remedy}") from None
+    if found.fingerprint != fingerprint:
+        theirs, this = fingerprint[:SHORT], found.fingerprint[:SHORT]
+        raise UserError(f"the coprocessor's assistant is {theirs}, {path} is {this}; {remedy}")
+    return {"assistant": found.params}
 
 
 def place(mesh: Mesh, params: Params, dtype: Any, axes: Mapping[str, Axes] = PARAM_AXES) -> Params:

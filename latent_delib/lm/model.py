@@ -20,7 +20,7 @@ from latent_delib.job import build
 from latent_delib.lm import batching, decoding, inputs, scoring
 from latent_delib.lm.batching import Question
 from latent_delib.lm.inputs import GenerationOptions, Prompt
-from latent_delib.lm.load import Coprocessor, Decoder, augmentation, place
+from latent_delib.lm.load import Coprocessor, Decoder, augmentation, load_assistant, place
 from latent_delib.lm.sampling import Continuation, Endings
 from latent_delib.machine import arguments
 from latent_delib.nn.transformer import Params
@@ -78,6 +78,7 @@ class AugmentedLM:
         self.params: Params = {"decoder": place(self.mesh, decoder.params, self.dtype)}
         if coprocessor is None:
             return
+        self.params |= load_assistant(coprocessor, self.dtype, self.mesh)
         axes = param_axes(coprocessor.method)
         own = {"coprocessor": place(self.mesh, coprocessor.params, self.dtype, axes)}
         self.params = assemble(self.params, own)

@@ -32,8 +32,8 @@ class Steps(NamedTuple):
 class Sides(NamedTuple):
     """Holds the parameters of the two models that are compared.
 
-    plain: of the frozen decoder. own: of the evaluated model. own_decoder: whether that one trained
-    its decoder.
+    plain: of the frozen decoder, and of the assistant, which reads the same text. own: of the
+    evaluated model. own_decoder: whether that one trained its decoder.
     """
 
     plain: Params
@@ -95,7 +95,8 @@ def _jitted(
 def sides_of(frozen: Params, trainable: Params) -> Sides:
     """Returns the two sides: the frozen decoder, and the model with a trained tree in it."""
     own = augment.assemble(frozen, trainable)
-    return Sides({"decoder": frozen["decoder"]}, own, "decoder" in trainable)
+    plain = {room: weights for room, weights in frozen.items() if room != "coprocessor"}
+    return Sides(plain, own, "decoder" in trainable)
 
 
 def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]) -> Values:

@@ -37,6 +37,14 @@ def of_text(kv: KV, position_BT: jax.Array) -> Cache:
     return Cache(kv.k[:, :, 0], kv.v[:, :, 0], position_BT, jnp.full((B,), T))
 
 
+def with_room(cache: Cache, more: int, length_B: jax.Array) -> Cache:
+    """Returns a cache of `length_B` entries, with `more` slots behind those it has."""
+    capacity = [(0, 0), (0, more)]
+    wide = [(0, 0), *capacity, (0, 0), (0, 0)]
+    position = jnp.pad(cache.position, capacity)
+    return Cache(jnp.pad(cache.k, wide), jnp.pad(cache.v, wide), position, length_B)
+
+
 def append(cache: Cache, kv: KV, position_BS: jax.Array, count_B: jax.Array) -> Cache:
     """Appends the first `count_B` of S new tokens (M = 1) to each row of a cache.
 

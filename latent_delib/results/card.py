@@ -38,6 +38,7 @@ def card(record: Record, evaluation: dict[str, Any] | None) -> str:
         "",
         f"Method `{method}`, {latents}, step {record.step:,}. It belongs to one decoder alone:",
         f"fingerprint `{record.fingerprint}`, `{record['decoder.path']}` where it was trained.",
+        *_assistant(record),
         "",
         "```python",
         "import latent_delib as ld",
@@ -60,3 +61,14 @@ def card(record: Record, evaluation: dict[str, Any] | None) -> str:
         lines += ["", "## Perplexity, with latents and without", "", "```"]
         lines += [as_text(evaluation), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _assistant(record: Record) -> list[str]:
+    """Returns the lines about the assistant, if there is one."""
+    if not record.assistant:
+        return []
+    path = record.config["method"]["assistant"]
+    return [
+        "It reads the cache of another, which `ld.load_coprocessor(..., assistant=PATH)` names:",
+        f"fingerprint `{record['method.assistant']}`, `{path}` where it was trained.",
+    ]

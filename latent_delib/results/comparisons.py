@@ -76,9 +76,10 @@ COMPARISONS = (
     Comparison(
         "10_beyond",
         "Latents one after another, coprocessors of another size, and the neighbours: "
-        "latent tokens, Cartridges, and outputs fed back (Coconut)",
+        "latent tokens, Cartridges, outputs fed back (Coconut), and an assistant (SoftCoT, "
+        "Cache-to-Cache)",
         (),
-        {"sequential", "resized", "latent_tokens", "cartridge", "feedback"},
+        {"sequential", "resized", "latent_tokens", "cartridge", "feedback", "assistant"},
         BOTH | {"from_scratch"},  # as a coprocessor of another size begins
     ),
 )

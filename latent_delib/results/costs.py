@@ -98,6 +98,8 @@ def of(result: Result) -> Costs | None:
         return None
     changed = method.get("coprocessor")
     coprocessor = build.coprocessor_config(decoder, changed) if changed else decoder
+    if config.assistant:
+        coprocessor = TransformerConfig(**config.assistant["architecture"])
     aug = Augmentation(
         Transformer(decoder),
         method["name"],
@@ -107,7 +109,8 @@ def of(result: Result) -> Costs | None:
         every=method.get("every", 0),
     )
     init = experiment.init_trainable(aug, method.get("lora_rank", 0))
-    trained = jax.eval_shape(init, jax.random.key(0), folder.shapes(decoder))
+    begun_from = coprocessor if config.assistant else decoder
+    trained = jax.eval_shape(init, jax.random.key(0), folder.shapes(begun_from))
     counted = cost.step_flops(
         aug,
         config["train.batch_size"],

@@ -187,6 +187,8 @@ def _method(method: Mapping[str, Any]) -> list[str]:
         words.append(method["placement"])
     if method.get("every"):
         words.append(f"again after each {method['every']} tokens")
+    if method.get("assistant"):
+        words.append(method["assistant"])
     for key, value in (method.get("coprocessor") or {}).items():
         words.append(f"{key.replace('_', ' ')} {value}")
     return words

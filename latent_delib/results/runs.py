@@ -1,5 +1,6 @@
 """Finished runs: what `train`, `evaluate` and `benchmark` wrote, found, read and checked."""
 
+import dataclasses
 import math
 import os
 import statistics
@@ -53,7 +54,7 @@ class Result(NamedTuple):
 
     @property
     def record(self) -> Record:
-        return Record(self.data["config"], self.data["fingerprint"], step=self.step)
+        return dataclasses.replace(Record.from_result(self.data), step=self.step)
 
     @property
     def method(self) -> dict[str, Any]:

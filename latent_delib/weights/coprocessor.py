@@ -5,7 +5,8 @@ coprocessor.json holds {"format": "latent_delib coprocessor 2", "method", "num_l
 TransformerConfig}, "record": the meta of its checkpoint}; format 1 had no record. The tensors are
 "soft_tokens" [L, D] and, under the names and in the axes that a Hugging Face decoder of the family
 has, its layers, final norm and learned positions ("model.layers.0.self_attn.q_proj.weight", ...): a
-coprocessor has no token table.
+coprocessor has no token table. That of an assistant has the assistant's architecture, and
+"latents_out" [d, D], the map to the decoder's width.
 """
 
 import json
@@ -27,6 +28,7 @@ FORMATS = ("latent_delib coprocessor 1", "latent_delib coprocessor 2")  # we wri
 FILE = "coprocessor.json"
 PACKAGED = folder.PACKAGED / "coprocessor"
 SOFT_TOKENS = "soft_tokens"
+OWN = (SOFT_TOKENS, "latents_out")  # what no decoder has; the second of an assistant's alone
 FIELDS = {
     "method": str,
     "num_latents": int,
@@ -68,12 +70,13 @@ def save(
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
     found = names.tensors(config, "huggingface")
     body = names.fused(t for t in found if t.leaf in leaves)  # pause tokens have none
-    entries = {SOFT_TOKENS: (leaves[SOFT_TOKENS].shape, leaves[SOFT_TOKENS].dtype)}
+    own = [name for name in OWN if name in leaves]
+    entries = {name: (leaves[name].shape, leaves[name].dtype) for name in own}
     for name, parts in body.items():
         entries[name] = parts[0].shape, leaves[parts[0].leaf].dtype
 
     def chunks():
-        yield leaves[SOFT_TOKENS]
+        yield from (leaves[name] for name in own)
         for parts in body.values():
             ours = [leaves[t.leaf][... if t.layer is None else t.layer] for t in parts]
             yield parts[0].to_theirs(ours)
@@ -131,11 +134,11 @@ def load(where: Path, step: int | None = None) -> tuple[dict[str, Any], Params]:
     if found not in (soft, (1, config.embed_dim)):  # one vector may stand for all
         raise UserError(f"{file.path}: {SOFT_TOKENS} is {found}, expected {soft}")
     layers: dict[str, list[np.ndarray]] = {}
-    if len(file.shapes) > 1:
-        rest = {name: shape for name, shape in file.shapes.items() if name != SOFT_TOKENS}
+    rest = {name: shape for name, shape in file.shapes.items() if name not in OWN}
+    if rest:
         for t in names.match(rest, config, "huggingface", str(file.path), without=TABLES):
             layers.setdefault(t.leaf, []).append(t.to_ours(file.read(t.name)))
-    leaves = {SOFT_TOKENS: file.read(SOFT_TOKENS)}
+    leaves = {name: file.read(name) for name in OWN if name in file.shapes}
     for leaf, parts in layers.items():
         leaves[leaf] = np.stack(parts) if leaf.startswith("layers.") else parts[0]
     return fields, flax.traverse_util.unflatten_dict(leaves, sep=".")

@@ -17,7 +17,6 @@ import small
 from latent_delib.delib import augment
 from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.coprocessor import Reading
 from latent_delib.delib.step import TrainState, train_step
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.nn import cache as cache_lib
@@ -190,14 +189,13 @@ def test_packed_documents_equal_each_document_alone(placement):
 def test_visibility_by_gradients(placement):
     """Exactly zero from what a trace must not see, not zero from each thing it sees."""
     aug, params = setup(small.GEMMA, placement)
-    outputs, text = jax.jit(lambda p: augment.read_text(aug, p, TOKENS, SEGMENT, jnp.float32))(
-        params
-    )
+    read = jax.jit(lambda p: augment.read_text(aug, p, TOKENS, SEGMENT, jnp.float32))(params)
+    text = read.cache
     traces = aug.lay_out(TOKENS, SEGMENT, AT, A)
 
     def losses(k, v, change_BMLD):
         cache = text._replace(k=k, v=v)
-        z = augment.write_latents(aug, params, Reading(outputs, cache), traces) + change_BMLD
+        z = augment.write_latents(aug, params, read._replace(cache=cache), traces) + change_BMLD
         out, _ = augment.decode(aug, params, z, cache, traces)
         return jnp.sum(augment.nll(aug, params, out, traces.targets) * traces.weights, axis=-1)
 
@@ -274,8 +272,8 @@ def test_without_a_coprocessor_the_decoder_is_bit_identical():
     expected = plain(params["decoder"])
     alone = Augmentation(Transformer(config), "decoder", 0)
     for one, tree in ((alone, {"decoder": params["decoder"]}), (aug, params)):
-        out, cache = read(one, tree, TOKENS, SEGMENT, jnp.float32)
-        for ours, theirs in zip((out, cache.k, cache.v), expected):
+        found = read(one, tree, TOKENS, SEGMENT, jnp.float32)
+        for ours, theirs in zip((found.outputs, found.cache.k, found.cache.v), expected):
             np.testing.assert_array_equal(ours, theirs)
 
 

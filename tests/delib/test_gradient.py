@@ -38,6 +38,8 @@ CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("joint", "gemma", "after"),
     ("unified", "llama", "overlay"),
     ("sequential", "gemma", "overlay"),
+    ("assistant", "gemma", "overlay"),  # it has the next family
+    ("assistant", "llama", "after"),
     ("feedback", "gemma", "after"),
     ("decoder", "gemma", "after"),  # ordinary language modelling: placement means nothing
 ]
@@ -51,6 +53,8 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER]
 
 def parameters(method, config):
     """What is trained, and what is frozen."""
+    if method == "assistant":
+        return with_assistant(config)
     decoder, coprocessor = small.decoder(config), small.coprocessor(config, L)
     soft_tokens = coprocessor["soft_tokens"]
     trained = {
@@ -64,6 +68,18 @@ def parameters(method, config):
         "decoder": {"decoder": decoder},
     }.get(method, {"coprocessor": coprocessor})
     return trained, {"decoder": decoder}
+
+
+ASSISTANTS = {small.GEMMA: small.LLAMA, small.LLAMA: small.GPT2}  # by the decoder
+
+
+def with_assistant(config):
+    assistant = ASSISTANTS[config]
+    coprocessor = small.coprocessor(assistant, L)
+    size = (assistant.embed_dim, config.embed_dim)
+    coprocessor["latents_out"] = np.random.default_rng(6).normal(0, 0.2, size).astype(np.float32)
+    frozen = {"decoder": small.decoder(config), "assistant": small.decoder(assistant, seed=7)}
+    return {"coprocessor": coprocessor}, frozen
 
 
 def cartridge(config):
@@ -85,18 +101,29 @@ def naive_loss(method, config, placement, params):
         coprocessor = {"soft_tokens": np.repeat(coprocessor["soft_tokens"], L, axis=0)}
     read = "static_tokens" if method == "pause_tokens" else method
     total = 0.0
+    z = None
     for b, m in np.ndindex(AT.shape):
+        document, p = document_of(b, m)
         if method == "latent_tokens":
-            document, p = document_of(b, m)
             read = document[: p + 1 + A]
             outputs = naive.recurring(config, decoder, coprocessor["soft_tokens"], read, p, EVERY)
             total += naive.nll(config, decoder, outputs[:-1], read[p + 1 :]).sum()
             continue
+        if method == "assistant":
+            z = latents_of_assistant(ASSISTANTS[config], params, document[: p + 1], placement)
         nll = naive.trace_nll(
-            config, decoder, coprocessor, *document_of(b, m), A, placement, read, L=L
+            config, decoder, coprocessor, document, p, A, placement, read, z=z, L=L
         )
         total += nll.sum()
     return total
+
+
+def latents_of_assistant(config, params, tokens, placement):
+    """Latents [L, D]: the assistant's method of its own, cache augmentation, and then the map."""
+    assistant, coprocessor = params["assistant"], params["coprocessor"]
+    text = naive.embed(config, assistant, tokens)
+    z = naive.written(config, assistant, coprocessor, text, len(tokens) - 1, placement)
+    return z @ np.asarray(coprocessor["latents_out"], np.float64)
 
 
 def naive_text_loss(config, decoder, document):
@@ -117,9 +144,17 @@ def moved(tree, path, change):
 def test_loss_and_gradient_equal_the_naive_reading(method, family, placement):
     config = small.CONFIGS[family]
     trained, frozen = parameters(method, config)
-    model = Transformer(config, remat="attention", form="xla", few=0)
-    every = EVERY if METHODS[method].recurs else 0
-    aug = Augmentation(model, method, L, placement, loss_chunk=5, every=every)
+    model = partial(Transformer, remat="attention", form="xla", few=0)
+    other = model(ASSISTANTS[config]) if method == "assistant" else None
+    aug = Augmentation(
+        model(config),
+        method,
+        L,
+        placement,
+        loss_chunk=5,
+        coprocessor=other,
+        every=EVERY if METHODS[method].recurs else 0,
+    )
 
     @partial(jax.value_and_grad, has_aux=True)
     def loss(trained):

@@ -29,6 +29,7 @@ OTHER = Transformer(
     )
 )
 DECODER = jax.tree.map(jnp.asarray, small.decoder(CONFIG))
+ASSISTANT = jax.tree.map(jnp.asarray, small.decoder(OTHER.config, seed=3))
 AT = jnp.array([[0, 2, 4], [1, 2, 3]])
 TRACES = traces.lay_out(jnp.zeros((B, T), int), jnp.ones((B, T), int), AT, L, 2, "overlay")
 WRITING = [name for name, method in METHODS.items() if method.write]
@@ -36,7 +37,11 @@ WITH_BODY = ["cache_augmentation", "from_scratch", "last_layer", "inserted", "jo
 
 
 def models(name):
-    return Models(MODEL, OTHER if name == "resized" else MODEL)
+    return Models(MODEL, OTHER if name in ("resized", "assistant") else MODEL)
+
+
+def begun_from(name):
+    return ASSISTANT if name == "assistant" else DECODER
 
 
 @functools.cache
@@ -44,8 +49,8 @@ def starter(name):
     return jax.jit(lambda key, decoder: METHODS[name].init(key, decoder, models(name), L))
 
 
-def begin(name, seed=0, decoder=DECODER):
-    return starter(name)(jax.random.key(seed), decoder)
+def begin(name, seed=0, decoder=None):
+    return starter(name)(jax.random.key(seed), decoder or begun_from(name))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -56,19 +61,22 @@ def write(name, tree, text):
 
 
 def text_of(seed, dtype=jnp.float32):
-    """What some decoder might have read."""
-    cache = small.empty_cache(CONFIG, B, T, dtype)
-    k, v = jax.random.normal(jax.random.key(seed), (2, *cache.k.shape), dtype)
-    cache = cache._replace(
-        k=k, v=v, position=jnp.tile(jnp.arange(T), (B, 1)), length=jnp.full((B,), T)
-    )
-    return Reading(jax.random.normal(jax.random.key(seed), (B, T, CONFIG.embed_dim), dtype), cache)
+    """What some decoder, and some assistant, might have read."""
+
+    def cache_of(config):
+        cache = small.empty_cache(config, B, T, dtype)
+        k, v = jax.random.normal(jax.random.key(seed), (2, *cache.k.shape), dtype)
+        position = jnp.tile(jnp.arange(T), (B, 1))
+        return cache._replace(k=k, v=v, position=position, length=jnp.full((B,), T))
+
+    outputs = jax.random.normal(jax.random.key(seed), (B, T, CONFIG.embed_dim), dtype)
+    return Reading(outputs, cache_of(CONFIG), cache_of(OTHER.config))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_trainable_tree(name):
     """Latents come from a coprocessor that reads no tokens; a decoder is in it if that trains."""
-    shapes = jax.eval_shape(lambda: METHODS[name].init(jax.random.key(0), DECODER, models(name), L))
+    shapes = jax.eval_shape(lambda: begin(name))
     assert ("coprocessor" in shapes) == (name in WRITING)
     assert (
         ("decoder" in shapes)
@@ -93,13 +101,15 @@ def test_trainable_tree(name):
         body, wanted = ({n: t[n] for n in ("layers", "final_norm")} for t in (tree, DECODER))
         assert set(tree) == {"layers", "final_norm", "soft_tokens"}
         assert jax.tree.map(jnp.shape, body) == jax.tree.map(jnp.shape, wanted)
+    elif name == "assistant":
+        assert set(tree) == {"layers", "final_norm", "soft_tokens", "latents_out"}
     elif name != "resized":
         assert set(tree) == {"soft_tokens"}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_parameter_has_logical_axes(name):
-    shapes = jax.eval_shape(lambda: METHODS[name].init(jax.random.key(0), DECODER, models(name), L))
+    shapes = jax.eval_shape(lambda: begin(name))
     axes = param_axes(name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         assert len(axes[path[-1].key]) >= leaf.ndim, path
@@ -138,7 +148,7 @@ def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):
 @pytest.mark.parametrize("name", WRITING)
 def test_latents_have_the_shape_and_the_dtype_of_the_text(name, dtype):
     def latents():
-        tree = METHODS[name].init(jax.random.key(0), DECODER, models(name), L)
+        tree = begin(name)
         return write(name, jax.tree.map(lambda x: x.astype(dtype), tree), text_of(0, dtype))
 
     z = jax.eval_shape(latents)
@@ -152,7 +162,7 @@ def test_latents_have_the_shape_and_the_dtype_of_the_text(name, dtype):
 
 @pytest.mark.parametrize("name", [n for n in WRITING if n not in ("resized", "cartridge")])
 def test_soft_tokens_are_distinct_rows_of_the_token_table(name):
-    table = DECODER["embedding"]
+    table = begun_from(name)["embedding"]
     for seed in range(2):
         soft = np.array(begin(name, seed)["coprocessor"]["soft_tokens"])
         rows = np.argmax(np.all(soft[:, None] == table, axis=-1), axis=1)
@@ -315,6 +325,28 @@ def test_maps_that_change_nothing(family, num_layers):
     )
     expected = jax.jit(without)(params, reading=read, traces=TRACES)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_assistant_that_is_the_decoder():
+    """Through a map that changes nothing, it is cache augmentation, at every weight."""
+    tree = begin("cache_augmentation")["coprocessor"]
+    text = text_of(0)
+    params = {"coprocessor": tree | {"latents_out": jnp.eye(CONFIG.embed_dim)}}
+    of_assistant = functools.partial(METHODS["assistant"].write, models=Models(MODEL, MODEL))
+    found = jax.jit(of_assistant)(
+        params, reading=text._replace(assistant=text.cache), traces=TRACES
+    )
+    expected = write("cache_augmentation", {"coprocessor": tree}, text)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_coprocessor_of_an_assistant_starts_as_that_and_keeps_the_size_of_its_outputs():
+    tree = begin("assistant")["coprocessor"]
+    for part in ("layers", "final_norm"):
+        jax.tree.map(np.testing.assert_array_equal, tree[part], ASSISTANT[part])
+    assert tree["latents_out"].shape == (OTHER.config.embed_dim, CONFIG.embed_dim)
+    x = jax.random.normal(jax.random.key(0), (100, OTHER.config.embed_dim))
+    assert 0.9 < np.std(x @ tree["latents_out"]) < 1.1
 
 
 def test_maps_do_not_depend_on_the_position():

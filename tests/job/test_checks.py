@@ -22,6 +22,8 @@ MISTAKES = [
         "config.method.coprocessor: .* has the decoder's size",
     ),
     ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
+    ({"method.name": "assistant"}, "config.method.assistant is empty: method 'assistant'"),
+    ({"method.assistant": "packaged"}, "config.method.assistant=packaged: .*has none"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
     (
         {"method.name": "joint", "method.start": "w/checkpoints/1", "method.lora_rank": 2},

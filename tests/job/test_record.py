@@ -103,6 +103,15 @@ def test_a_start_is_whole(record):
     assert not record.differences(changed(record, "method.start", "w/checkpoints/1"), "start")
 
 
+def test_another_assistant_is_named_by_its_fingerprint(record):
+    other = dataclasses.replace(record, assistant={"fingerprint": "0" * 64})
+    with pytest.raises(UserError, match="method.assistant is 000000000000 there, None here"):
+        record.require(other, "resume", "runs/x")
+    assert Record.from_meta(json.loads(json.dumps(other.meta())), "w") == other
+    result = {"config": record.config, "fingerprint": "f" * 64, "assistant": other.assistant}
+    assert Record.from_result(result)["method.assistant"] == "0" * 64
+
+
 def test_another_decoder_and_tokenizer(record):
     other = dataclasses.replace(record, fingerprint="0" * 64, data={"tokenizer": "1" * 64})
     with pytest.raises(UserError) as error:

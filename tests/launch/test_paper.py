@@ -215,14 +215,17 @@ def test_the_script_knows_all_protocols() -> None:
 
 
 def test_all_of_a_protocol(here: Path) -> None:
-    trained = [call.split()[1] for call in run_paper(here, "lab") if call.startswith("train")]
+    calls = run_paper(here, "lab")
+    trained = [call.split()[1].partition(":")[2] for call in calls if call.startswith("train")]
     names = [name for name in paper.EXPERIMENTS if name != "pretrain"]
-    assert sorted(trained) == sorted(f"--config=configs/paper.py:lab/{name}" for name in names)
-    started = {
-        name: trained.index(f"--config=configs/paper.py:lab/{name}")
-        for name in ("overlay", "adapt_coprocessor")
-    }
-    assert started["overlay"] < started["adapt_coprocessor"]  # which starts from it
+    assert sorted(trained) == sorted([*(f"lab/{name}" for name in names), "lab_58k/pretrain"])
+    for first, then in (
+        ("lab/overlay", "lab/adapt_coprocessor"),  # which starts from it
+        ("lab_58k/pretrain", "lab/assistant"),
+    ):
+        assert trained.index(first) < trained.index(then)
+    of_others = [call for call in run_paper(here, "depth") if "depth/assistant" in call]
+    assert of_others == []
 
 
 def test_the_time_left_counts_what_is_not_done(here: Path) -> None:
@@ -288,6 +291,8 @@ def test_every_experiment_is_a_config_that_can_run(protocol: str) -> None:
         c = paper.get_config(f"{protocol}/{name}")
         if c.decoder.path != "packaged":
             c.decoder.path, c.decoder.tokenizer = "", "packaged"
+        if c.method.assistant:
+            c.method.assistant = "packaged"
         methods.add(experiment.read(c, jax.devices()[:1]).aug.method)
     assert methods == set(METHODS)
 

@@ -392,9 +392,8 @@ def test_sharded_equals_one_device(decoder, lms, text):
     np.testing.assert_allclose(
         lm.latents(four, [[3], [8]] * 2), one.latents(four, [[3], [8]] * 2), atol=1e-4
     )
-    _, (_, cache) = decoding.prefill(
-        lm.params, *lm._pad([[2, 5, 6]] * 4), aug=lm.aug, room=32, pad_id=0
-    )
+    rows = lm._pad([[2, 5, 6]] * 4)
+    cache = decoding.prefill(lm.params, *rows, aug=lm.aug, room=32, pad_id=0)[1].cache
     assert cache.k.shape[1:4:2] == (4, 2) and cache.k.sharding.shard_shape(cache.k.shape)[
         1:4:2
     ] == (1, 1)

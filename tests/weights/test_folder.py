@@ -266,7 +266,7 @@ def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config
         (
             "coprocessor.json",
             lambda c: c | {"method": "x"},
-            "method='x', expected one of cache_augmentation",
+            "method='x', expected one of assistant",
         ),
         (
             "coprocessor.json",

@@ -1,0 +1,122 @@
+"""Coprocessors of another shape than the decoder's, which read or write through learned maps.
+
+They are of two kinds: of a size of their own, or of an assistant's, which is another pretrained
+decoder. `delib.coprocessor` says what the functions take and return.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_delib.delib.coprocessor import (
+    Models,
+    Reading,
+    body,
+    rotated,
+    start_from_decoder,
+    write_in_one_pass,
+)
+from latent_delib.delib.traces import Traces
+from latent_delib.nn import transformer
+from latent_delib.nn.products import einsum
+from latent_delib.nn.transformer import Params
+
+# Logical axes of the map to the decoder's width, and of all maps of `start_resized`.
+OUT_AXES = {"latents_out": (None, "embed")}
+MAP_AXES = OUT_AXES | {
+    "keys_in": ("layers", None, None, "heads", None),
+    "values_in": ("layers", None, None, "heads", None),
+}
+
+
+def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+    """Starts from random layers of the coprocessor's own shape.
+
+    The maps from the decoder's cache, and to its width, are random too.
+    """
+    theirs = models.transformer.config
+    ours = models.coprocessor.config
+    layers_key, soft_key, keys_key, values_key, out_key = jax.random.split(key, 5)
+    heads = (theirs.num_kv_heads, theirs.head_dim, ours.num_kv_heads, ours.head_dim)
+    fan_in = theirs.num_kv_heads * theirs.head_dim
+    return body(transformer.init(layers_key, ours)) | {
+        "soft_tokens": _normal(soft_key, ours.embed_dim, num_latents, ours.embed_dim),
+        "keys_in": _normal(keys_key, fan_in, ours.num_layers, *heads),
+        "values_in": _normal(values_key, fan_in, ours.num_layers, *heads),
+        "latents_out": _latents_out(out_key, models),
+    }
+
+
+def start_from_assistant(
+    key: jax.Array,
+    assistant: Params,
+    models: Models,
+    num_latents: int,
+) -> Params:
+    """Starts from an assistant's own layers, and a random map to the decoder's width.
+
+    The map keeps the mean square of its inputs, so the latents begin as large as those of a
+    coprocessor that starts from the decoder. Behind the decoder's norms a smaller map would not
+    make smaller latents, but larger gradients.
+    """
+    tree = start_from_decoder(key, assistant, models, num_latents)
+    return tree | {"latents_out": _latents_out(jax.random.fold_in(key, 1), models)}
+
+
+def _normal(key: jax.Array, fan_in: int, *shape: int) -> jax.Array:
+    return jax.random.normal(key, shape) * fan_in**-0.5
+
+
+def _latents_out(key: jax.Array, models: Models) -> jax.Array:
+    """Draws a map from the coprocessor's width to the decoder's, [d, D]."""
+    width = models.coprocessor.config.embed_dim
+    return _normal(key, width, width, models.transformer.config.embed_dim)
+
+
+def write_through_maps(
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
+) -> jax.Array:
+    """Writes latents of a coprocessor of another depth, heads and width.
+
+    Its layers read layers of the decoder, evenly spaced from the first to the last, each through a
+    linear map. Keys are mapped as they were before they were rotated, so that a map does not depend
+    on the position.
+    """
+    theirs = models.transformer.config
+    ours = models.coprocessor.config
+    cache = reading.cache
+    tree = params["coprocessor"]
+    source = np.linspace(0, theirs.num_layers - 1, ours.num_layers).round().astype(int)
+    k = jnp.stack([rotated(cache.k[l], -cache.position, theirs, l) for l in source])
+    k = einsum("lBTKH,lKHkh->lBTkh", k, tree["keys_in"].astype(k.dtype))
+    k = jnp.stack([rotated(k[l], cache.position, ours, l) for l in range(ours.num_layers)])
+    v = einsum("lBTKH,lKHkh->lBTkh", cache.v[source], tree["values_in"].astype(k.dtype))
+    reading = reading._replace(cache=cache._replace(k=k, v=v))
+    z_BMLd = write_in_one_pass(params, models, reading, traces)
+    return _mapped_out(params, z_BMLd)
+
+
+def write_by_assistant(
+    params: Params,
+    models: Models,
+    reading: Reading,
+    traces: Traces,
+) -> jax.Array:
+    """Writes latents of a coprocessor that reads an assistant's cache, through a linear map.
+
+    The latents enter as those of SoftCoT's assistant (Xu et al. 2025) do. What is read is a whole
+    cache, as in Cache-to-Cache (Fu et al. 2025), and not a prompt for the assistant.
+    """
+    assert reading.assistant is not None, "an augmentation of this method reads with it"
+    reading = reading._replace(cache=reading.assistant)
+    z_BMLd = write_in_one_pass(params, models, reading, traces)
+    return _mapped_out(params, z_BMLd)
+
+
+def _mapped_out(params: Params, z_BMLd: jax.Array) -> jax.Array:
+    """Returns latents in the decoder's width."""
+    map_dD = params["coprocessor"]["latents_out"].astype(z_BMLd.dtype)
+    return einsum("BMLd,dD->BMLD", z_BMLd, map_dD)
