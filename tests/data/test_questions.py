@@ -37,6 +37,17 @@ def test_text_of_a_question(tokenizer, with_steps, text):
     assert prompt[-len(tokenizer.encode("Answer:")) :] == tokenizer.encode("Answer:")
 
 
+def test_the_answer_has_the_same_tokens_with_and_without_steps(tokenizer):
+    """So latents that stand for the steps are asked for the answer as it is learned."""
+    whole, _ = questions.encode(line(), True, tokenizer)
+    short, _ = questions.encode(line(), False, tokenizer)
+    prompt = tokenizer.encode("What is 3 + 4?\nAnswer:")
+    answer = short[len(prompt) :].tolist()
+    end = questions.steps_end(tokenizer)
+    assert whole[-len(answer) :].tolist() == answer
+    assert tuple(whole[-len(answer) - len(end) : -len(answer)]) == end
+
+
 @pytest.mark.parametrize("with_steps", [False, True])
 def test_the_answer_is_found_in_a_reply(with_steps):
     for answer in ("7", "a green hill", "#7"):
@@ -53,6 +64,7 @@ def test_the_answer_is_found_in_a_reply(with_steps):
         (line(answer=7), False, "'answer' is 7, expected text"),
         (line(question=" "), False, "'question' is ' '"),
         (json.dumps({"question": "q", "answer": "a"}).encode(), True, "'steps' is None"),
+        (line(steps="3 #### 4"), True, "'steps' holds '####'"),
         (line(answer="\ud800"), False, "not UTF-8"),
         (line(question="a\0"), False, "holds NUL"),
     ],
