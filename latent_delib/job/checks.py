@@ -5,7 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from latent_delib.data import questions
 from latent_delib.data.rows import check_data
+from latent_delib.data.sources import has_steps
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import OPTIMIZERS
 from latent_delib.delib.traces import PLACEMENTS
@@ -60,6 +62,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.seed={config.seed}: expected at least 0 and below 2**63")
     _check_train(config.train)
     _check_method(config.method)
+    _check_distill(config)
     _check_evaluate(config.evaluate)
     _check_controls(config)
     _check_trace_length(config)
@@ -137,6 +140,36 @@ def _check_method(m: ConfigDict) -> None:
             f"config.method.placement={m.placement!r}: method {m.name!r} has no vector to predict "
             f"the next token from; expected one that reads x_p again: {', '.join(fit)}"
         )
+
+
+def _check_distill(config: ConfigDict) -> None:
+    """Raises UserError where there is no frozen decoder to learn from, or no steps for it."""
+    m = config.method
+    if not m.distill:
+        return
+    given = f"config.method.distill={m.distill:g}"
+    row = METHODS[m.name]
+    if m.distill > 1:
+        raise UserError(f"{given}: expected at least 0 and at most 1")
+    if row.write is None or row.trains_decoder:
+        raise UserError(
+            f"{given}: method {m.name!r} trains the decoder; expected a method that writes latents "
+            "for a frozen one, which is the teacher"
+        )
+    if m.prompt_end != questions.PROMPT_END:
+        raise UserError(
+            f"{given}: config.method.prompt_end={m.prompt_end!r}, expected "
+            f"{questions.PROMPT_END!r}, behind which the steps begin"
+        )
+    fields = ["sources"]
+    if config.train.validate_every:
+        fields.append("validation")
+    for field in fields:
+        if not any(map(has_steps, config.data[field])):
+            raise UserError(
+                f"{given}: no questions with steps in config.data.{field}; expected a source "
+                "qa_steps:GLOB, or config.method.distill=0"
+            )
 
 
 def _no_text(key: str, value: Any, method: str) -> str:

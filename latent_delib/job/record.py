@@ -42,6 +42,7 @@ AGREE = {
         "decoder.fingerprint",
         *METHOD,
         "method.prompt_end",
+        "method.distill",
         "data.validation",
         "evaluate.num_ahead",
         "evaluate.max_length",
@@ -57,6 +58,7 @@ WHOLE = {"method.lora_rank": 0, "method.start": ""}  # of a coprocessor that oth
 # The value a key has in a run that is older than the key.
 BEFORE = {
     "method.coprocessor": {},
+    "method.distill": 0.0,
     "method.lora_rank": 0,
     "method.max_delay": 0,
     "method.prompt_end": "",

@@ -33,6 +33,24 @@ MISTAKES = [
         {"method.name": "pause_tokens", "method.max_delay": 1},
         "config.method.max_delay=1: method 'pause_tokens'",
     ),
+    ({"method.distill": 1.5}, "config.method.distill=1.5: expected at least 0 and at most 1"),
+    ({"method.distill": -0.5}, "config.method.distill=-0.5"),
+    ({"method.distill": 0.5, "method.name": "joint"}, "distill=0.5: method 'joint' trains the"),
+    ({"method.distill": 0.5, "method.name": "decoder"}, "distill=0.5: method 'decoder' trains"),
+    ({"method.distill": 0.5}, "config.method.prompt_end='', expected 'Answer:'"),
+    (
+        {"method.distill": 0.5, "method.prompt_end": "Answer:"},
+        "no questions with steps in config.data.sources; expected a source qa_steps:GLOB",
+    ),
+    (
+        {
+            "method.distill": 0.5,
+            "method.prompt_end": "Answer:",
+            "data.sources": ("qa_steps:a",),
+            "train.validate_every": 1,
+        },
+        "no questions with steps in config.data.validation",
+    ),
     (
         {"evaluate.swap": True, "method.name": "inserted", "method.placement": "overlay"},
         "config.evaluate.swap: the keys that method 'inserted' writes",
