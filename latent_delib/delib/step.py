@@ -175,8 +175,7 @@ def train_step(
         random.
       prompt_end: tokens that end a prompt; traces, or the loss of a plain decoder, are only
         behind them. Empty: anywhere.
-      steps_end: tokens that end the steps between a trace and its ahead tokens. Empty: there are no
-        steps.
+      steps_end: tokens that end the steps between trace and ahead tokens. Empty: there are none.
       skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the
         learning rate, go on.
 
@@ -184,14 +183,14 @@ def train_step(
       The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before
       clipping).
     """
-    whole = _with_traces(batch, seed, state.step, num_traces, max_delay, prompt_end, steps_end)
+    ends = (prompt_end, steps_end)
+    whole = _with_traces(batch, seed, state.step, num_traces, max_delay, *ends)
     frozen = augment.gathered(aug, frozen)  # before the loop over parts
 
     def loss_sum(trained: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
         # Tables that are trained are gathered here, so that their gradients lie as they do.
         params = augment.assemble(frozen, augment.gathered(aug, trained))
         tokens, segment, at, delay = part
-        ends = (prompt_end, steps_end)
         return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, *ends)
 
     # Differentiated where it is cast: gradients are summed over devices in the computation's dtype.
@@ -289,13 +288,13 @@ def validation_step(
     Returns:
       Σ loss in nats, and Σ tokens: float32 scalars.
     """
-    whole = _with_traces(batch, seed, number, num_traces, max_delay, prompt_end, steps_end)
+    ends = (prompt_end, steps_end)
+    whole = _with_traces(batch, seed, number, num_traces, max_delay, *ends)
     trained = jax.tree.map(lambda x: x.astype(dtype), trainable)
     params = augment.gathered(aug, augment.assemble(frozen, trained))
 
     def one(part: Batch) -> tuple[jax.Array, jax.Array]:
         tokens, segment, at, delay = part
-        ends = (prompt_end, steps_end)
         return loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, *ends)
 
     losses, counts = jax.lax.map(one, _parts(whole, accumulation))

@@ -62,10 +62,28 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.seed={config.seed}: expected at least 0 and below 2**63")
     _check_train(config.train)
     _check_method(config.method)
-    _check_distill(config)
+    _check_distill(config.method)
     _check_evaluate(config.evaluate)
     _check_controls(config)
     _check_trace_length(config)
+
+
+def check_steps(config: ConfigDict) -> None:
+    """Raises UserError where `method.distill` finds no steps in the text that is about to be read.
+
+    Where the text does not matter, as for a dry run, this is not asked.
+    """
+    if not config.method.distill:
+        return
+    fields = ["sources"]
+    if config.train.validate_every:
+        fields.append("validation")
+    for field in fields:
+        if not any(map(has_steps, config.data[field])):
+            raise UserError(
+                f"config.method.distill={config.method.distill:g}: no questions with steps in "
+                f"config.data.{field}; expected a source qa_steps:GLOB, or config.method.distill=0"
+            )
 
 
 def _check_finite(config: ConfigDict, above: str = "config") -> None:
@@ -142,9 +160,8 @@ def _check_method(m: ConfigDict) -> None:
         )
 
 
-def _check_distill(config: ConfigDict) -> None:
-    """Raises UserError where there is no frozen decoder to learn from, or no steps for it."""
-    m = config.method
+def _check_distill(m: ConfigDict) -> None:
+    """Raises UserError where there is no frozen decoder to learn from, or no place for steps."""
     if not m.distill:
         return
     given = f"config.method.distill={m.distill:g}"
@@ -161,15 +178,6 @@ def _check_distill(config: ConfigDict) -> None:
             f"{given}: config.method.prompt_end={m.prompt_end!r}, expected "
             f"{questions.PROMPT_END!r}, behind which the steps begin"
         )
-    fields = ["sources"]
-    if config.train.validate_every:
-        fields.append("validation")
-    for field in fields:
-        if not any(map(has_steps, config.data[field])):
-            raise UserError(
-                f"{given}: no questions with steps in config.data.{field}; expected a source "
-                "qa_steps:GLOB, or config.method.distill=0"
-            )
 
 
 def _no_text(key: str, value: Any, method: str) -> str:
