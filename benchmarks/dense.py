@@ -140,12 +140,13 @@ def loss(
     dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
     prompt_end: Sequence[int] = (),
+    steps_end: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Computes what `augment.loss` does for a coprocessor: Σ loss in nats and Σ tokens."""
     del prompt_end  # `at_BM` is behind prompts already
     c, (B, T), M = aug.transformer.config, tokens_BT.shape, at_BM.shape[1]
     decoder, coprocessor = params["decoder"], params["coprocessor"]
-    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)
+    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
     text = of_text(segment_BT)
     soft = of_traces(traces.latent_position, *traces.latent_bounds[:2])
     whole = both(text, of_traces(traces.position, *traces.bounds[:2]))
@@ -160,7 +161,7 @@ def loss(
     x_BSD = jnp.concatenate([embed(tokens_BT), x_BMSD.reshape(B, -1, c.embed_dim)], axis=1)
     out_BSD, _ = forward(c, decoder, x_BSD, whole, whole)
     out_BMSD = out_BSD[:, T:].reshape(x_BMSD.shape)
-    total = augment.summed_nll(
+    total = augment.summed_loss(
         aug, params, out_BMSD[:, :, -num_ahead:], traces.targets, traces.weights
     )
     return total, jnp.sum(traces.weights)

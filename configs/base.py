@@ -39,6 +39,10 @@ def get_config() -> ConfigDict:
     # a decoder is trained on what follows it alone. "": anywhere.
     c.method.prompt_end = ""
     c.method.assistant = ""  # of "assistant": another decoder of the same vocabulary, by its path
+    # With questions with steps (qa_steps:GLOB), latents stand for the steps. The loss is, by this
+    # weight in [0, 1], the divergence from what the decoder predicts that has read them; by the
+    # rest, that of the answer. 0: steps are text like any other.
+    c.method.distill = 0.0
     c.method.coprocessor = ConfigDict()  # of "resized": TransformerConfig unlike the decoder's
 
     c.data = ConfigDict()

@@ -40,6 +40,7 @@ from latent_delib.delib.step import TrainState
 from latent_delib.errors import INTERRUPTED, UserError, device_memory
 from latent_delib.job import build, dry_run, experiment, preparation, search
 from latent_delib.job import plan as planning
+from latent_delib.job.checks import check_steps
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.export import export_decoder
 from latent_delib.job.metrics import Metrics
@@ -101,6 +102,7 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     batches.check(config.data, "sources")
     if config.train.validate_every:
         batches.check(config.data, "validation")
+    check_steps(config)
     exp = experiment.read(config)
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)

@@ -5,7 +5,7 @@ A line is {"question": TEXT, "answer": TEXT}, and may have "steps". As text it i
     QUESTION
     Answer: ANSWER
 
-or, where the steps are learned too, "Answer: STEPS #### ANSWER". It ends with a line break, at
+or, where the steps are read too, "Answer: STEPS #### ANSWER". It ends with a line break, at
 which a generated answer stops. To ask in another form, change this file: training, evaluation and
 `benchmark` take it from here.
 """
@@ -42,11 +42,27 @@ class Question(NamedTuple):
 
     def reply(self, with_steps: bool, removed: int = 0) -> str:
         """Returns the text that is to follow, on one line, without the first `removed` steps."""
-        words = self.answer.split()
+        return "".join(self.parts(with_steps, removed)[1:])
+
+    def parts(self, with_steps: bool, removed: int = 0) -> list[str]:
+        """Returns prompt and reply in the parts that are encoded each by itself."""
+        parts = [self.prompt()]
         if with_steps:
             steps = [line for line in self.steps.split("\n") if line.strip()]
-            words = [*" ".join(steps[removed:]).split(), STEPS_END, *words]
-        return f" {' '.join(words)}{STOP}"
+            if steps[removed:]:
+                parts.append(_words(" ".join(steps[removed:])))
+            parts.append(_words(STEPS_END))
+        return [*parts, _words(self.answer) + STOP]
+
+
+def _words(text: str) -> str:
+    """Returns a text as it follows another one, on one line."""
+    return f" {' '.join(text.split())}"
+
+
+def steps_end(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens between the steps and the answer, as `encode` makes them."""
+    return tuple(tokenizer.encode(_words(STEPS_END)))
 
 
 def read(line: bytes, with_steps: bool) -> Question:
@@ -68,6 +84,8 @@ def read(line: bytes, with_steps: bool) -> Question:
         value = row.get(field)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{field!r} is {value!r}, expected text in the form {FORM}")
+    if with_steps and STEPS_END in row["steps"]:
+        raise ValueError(f"'steps' holds {STEPS_END!r}, which is to follow them")
     return Question(row["question"], row["answer"], row.get("steps", ""))
 
 
@@ -76,7 +94,8 @@ def encode(
 ) -> tuple[np.ndarray, str]:
     """Returns the tokens of a line and why it is bad, as `rows.encode` does.
 
-    The prompt is encoded by itself, as it is when the question is asked.
+    The prompt is encoded by itself, as it is when the question is asked; so are the steps, their
+    end and the answer, whose tokens are the same with and without steps.
 
     Args:
       line: of JSON.
@@ -90,7 +109,7 @@ def encode(
     except ValueError as error:
         return nothing, str(error)
     parts = []
-    for text in (question.prompt(), question.reply(with_steps, removed)):
+    for text in question.parts(with_steps, removed):
         tokens, fault = rows.encode(text.encode(errors="surrogatepass"), tokenizer)
         if fault:
             return nothing, fault

@@ -111,6 +111,11 @@ def source_of(given: str) -> str:
     return f"files:{os.path.expanduser(given)}"
 
 
+def has_steps(source: str) -> bool:
+    """Tells whether a source has questions with the steps to their answers."""
+    return source.startswith("qa_steps")
+
+
 def local_files(pattern: str) -> list[str]:
     """Finds local files and folders: the one of this name, else all that the pattern matches."""
     if os.path.exists(pattern):

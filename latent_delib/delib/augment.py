@@ -17,7 +17,7 @@ from latent_delib.delib import coprocessor, lora
 from latent_delib.delib import loss as loss_lib
 from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.coprocessor import Inserted, Latents, Models, Reading
-from latent_delib.delib.loss import ahead_weights, token_nll, tokens_at_a_time
+from latent_delib.delib.loss import ahead_weights, token_loss, tokens_at_a_time
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import Traces
 from latent_delib.nn import cache as cache_lib
@@ -39,6 +39,8 @@ class Augmentation:
       most.
     coprocessor: its transformer, where that is not the decoder's. It is the assistant's too.
     every: the latents join again after each so many ahead tokens, and stay; 0: once.
+    distill: the weight, in [0, 1], of what the decoder itself predicts in the training loss; the
+      text has the rest.
     """
 
     transformer: Transformer
@@ -48,6 +50,7 @@ class Augmentation:
     loss_chunk: int = 512
     coprocessor: Transformer | None = None
     every: int = 0
+    distill: float = 0.0
 
     @property
     def has_latents(self) -> bool:
@@ -82,6 +85,7 @@ class Augmentation:
         at_BM: jax.Array,
         num_ahead: int,
         delay_BM: jax.Array | int = 0,
+        steps_end: Sequence[int] = (),
     ) -> Traces:
         """Lays out traces at text tokens `at_BM`; see `traces.lay_out`."""
         return traces_lib.lay_out(
@@ -93,6 +97,7 @@ class Augmentation:
             self.placement,
             delay_BM,
             self.every,
+            steps_end,
         )
 
 
@@ -199,26 +204,37 @@ def decode(
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns -log p of each target [B, ...] from outputs [B, ..., D]: nats, float32.
 
-    Training takes `summed_nll`.
+    Training takes `summed_loss`.
     """
-    return token_nll(*_of_rows(aug, params, x, targets)).reshape(targets.shape)
+    return token_loss(*_of_rows(aug, params, x, targets)).reshape(targets.shape)
 
 
-def summed_nll(
+def summed_loss(
     aug: Augmentation,
     params: Params,
     x: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
+    teacher: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the sum of `nll` times weights [B, ...], a float32 scalar, for training."""
+    """Returns the sum of `loss.token_loss` times weights [B, ...], a float32 scalar, for training.
+
+    Args:
+      x: outputs [B, ..., D].
+      targets, weights: [B, ...].
+      teacher: outputs like x, which also predict the targets; None where `aug.distill` is 0.
+    """
     x_BRD, table_VD, target_BR, softcap, chunk = _of_rows(aug, params, x, targets)
     weight_BR = weights.reshape(target_BR.shape)
-    return loss_lib.summed_nll(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk)
+    if teacher is not None:
+        teacher = teacher.reshape(x_BRD.shape)
+    return loss_lib.summed_loss(
+        x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, aug.distill, teacher
+    )
 
 
 def _of_rows(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> tuple:
-    """Returns the arguments of `loss.token_nll`: the tokens of each row in one sequence."""
+    """Returns the arguments of `loss.token_loss`: the tokens of each row in one sequence."""
     B, D = x.shape[0], x.shape[-1]
     table_VD = transformer.output_table(params["decoder"])
     chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
@@ -241,12 +257,13 @@ def loss(
     dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
     prompt_end: Sequence[int] = (),
+    steps_end: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the training objective of one batch: Σ loss in nats, and Σ tokens.
 
-    Both are float32 scalars. With latents the loss is the cross-entropy of the ahead tokens of
-    every trace, each weighted by `loss.ahead_weights` (Section 2.3); without, that of all text
-    behind prompts.
+    Both are float32 scalars. With latents the loss is `loss.token_loss` of the ahead tokens of
+    every trace, each weighted by `loss.ahead_weights` (Section 2.3); without, the cross-entropy of
+    all text behind prompts.
 
     Args:
       params: with their tables gathered, where a mesh splits them.
@@ -258,23 +275,20 @@ def loss(
       delay_BM: see `traces.lay_out`.
       prompt_end: tokens that end a prompt; empty: all text is behind one. Traces are where `at_BM`
         says.
+      steps_end: see `traces.first_ahead`.
     """
     reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
     if aug.has_latents:
-        traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)
+        traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
         z = write_latents(aug, params, reading, traces)
-        outputs, _ = decode(aug, params, z, reading.cache, traces)
-        targets = traces.targets
-        weights = traces.weights * ahead_weights(num_ahead)
-    else:
-        outputs = reading.outputs
-        targets, next_segment_BT = (
-            jnp.pad(x[:, 1:], [(0, 0), (0, 1)]) for x in (tokens_BT, segment_BT)
-        )
-        counts = (segment_BT == next_segment_BT) & (segment_BT > 0)
-        counts &= traces_lib.is_answered(tokens_BT, segment_BT, prompt_end)
-        weights = counts.astype(jnp.float32)
-    return summed_nll(aug, params, outputs, targets, weights), jnp.sum(weights)
+        return _loss_of_traces(aug, params, z, reading, traces)
+    targets, next_segment_BT = (
+        jnp.pad(x[:, 1:], [(0, 0), (0, 1)]) for x in (tokens_BT, segment_BT)
+    )
+    counts = (segment_BT == next_segment_BT) & (segment_BT > 0)
+    counts &= traces_lib.is_answered(tokens_BT, segment_BT, prompt_end)
+    weights = counts.astype(jnp.float32)
+    return summed_loss(aug, params, reading.outputs, targets, weights), jnp.sum(weights)
 
 
 def loss_without_latents(
@@ -287,20 +301,47 @@ def loss_without_latents(
     dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
     prompt_end: Sequence[int] = (),
+    steps_end: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of `loss` for the plain decoder, on the same ahead tokens.
+
+    Its traces have no latents: x_p is read again, and the ahead tokens follow it.
 
     Args:
       aug: a method with latents.
       params: those of the decoder are enough.
-      tokens_BT, segment_BT, at_BM, num_ahead, dtype, delay_BM, prompt_end: as for `loss`.
+      tokens_BT, segment_BT, at_BM, num_ahead, dtype, delay_BM, prompt_end, steps_end: as for
+        `loss`.
     """
     del prompt_end  # of a plain decoder's own loss; `at_BM` is behind prompts already
-    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM)
-    weights = traces.weights * ahead_weights(num_ahead)
+    aug = dataclasses.replace(aug, num_latents=0, placement="overlay")
+    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
     reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
-    nll_BT = nll(aug, params, reading.outputs[:, :-1], tokens_BT[:, 1:])
-    before_BMA = at_BM[..., None] + jnp.arange(num_ahead)  # the token before each ahead token
-    before_BR = jnp.minimum(before_BMA, nll_BT.shape[1] - 1).reshape(len(at_BM), -1)
-    nll_BMA = jnp.take_along_axis(nll_BT, before_BR, axis=1).reshape(weights.shape)
-    return jnp.sum(nll_BMA * weights), jnp.sum(weights)
+    none = jnp.zeros((*at_BM.shape, 0, reading.outputs.shape[-1]), dtype)
+    return _loss_of_traces(aug, params, none, reading, traces)
+
+
+def _loss_of_traces(
+    aug: Augmentation,
+    params: Params,
+    z: Latents,
+    reading: Reading,
+    traces: Traces,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns Σ loss and Σ tokens of traces with latents z."""
+    outputs, _ = decode(aug, params, z, reading.cache, traces)
+    teacher = taught(reading, traces) if aug.distill else None
+    weights = traces.weights * ahead_weights(traces.targets.shape[2])
+    total = summed_loss(aug, params, outputs, traces.targets, weights, teacher)
+    return total, jnp.sum(weights)
+
+
+def taught(reading: Reading, traces: Traces) -> jax.Array:
+    """Returns the decoder's outputs [B, M, A, D] that predict the ahead tokens from the text.
+
+    It has read all text before them: also the steps that a trace skips, and no latents.
+    """
+    B, T, D = reading.outputs.shape
+    before_BR = jnp.minimum(traces.ahead - 1, T - 1).reshape(B, -1)
+    found_BRD = jnp.take_along_axis(reading.outputs, before_BR[..., None], axis=1)
+    return found_BRD.reshape(*traces.ahead.shape, D)

@@ -5,7 +5,7 @@ Useful means the operations that the method needs if nothing is computed twice:
   - the text once forward;
   - the coprocessor forward and backward, to activations and weights;
   - the decoder's traces forward and backward, to activations only where the decoder is frozen;
-  - the vocabulary likewise;
+  - the vocabulary likewise, and once forward for a teacher;
   - attention on visible pairs only, without gradients of the frozen text's keys and values.
 
 Not counted: the products that make adapters into weights, and maps between caches. A method's row
@@ -62,6 +62,7 @@ def step_flops(
             trains_decoder=method.trains_decoder,
         )
     )
+    predicting = (passes + (aug.distill > 0)) * traces * num_ahead * vocabulary
     tokens = decoded_tokens(aug, num_ahead)
     decoding = flops.traces(c, traces, tokens, seq_len, passes, passes)
     decoding_again = flops.again(c, remat, traces * tokens, seq_len)
@@ -69,7 +70,7 @@ def step_flops(
         zeros = traces * aug.num_latents
         decoding_again += flops.again(c, remat, zeros, seq_len, more_products=2, more_attention=2)
     return Flops(
-        text_passes * text + writing.useful + decoding + passes * traces * num_ahead * vocabulary,
+        text_passes * text + writing.useful + decoding + predicting,
         text_again + writing.repeated + decoding_again,
     )
 

@@ -1,6 +1,11 @@
-"""Negative log-likelihood of tokens, a few of every sequence at a time, and its weights."""
+"""The loss of predicted tokens, a few of every sequence at a time, and its weights.
+
+It is -log p of each token; or, with a teacher, in part the divergence from what the teacher
+predicts there.
+"""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,51 +35,75 @@ def tokens_at_a_time(chunk: int, sequences: int, shards: int) -> int:
     return max(1, min(chunk, chunk * SEQUENCES * shards // sequences))
 
 
-def token_nll(
+def divergence(logits_BrV: jax.Array, teacher_BrV: jax.Array) -> jax.Array:
+    """Returns how far every token's distribution is from the teacher's, in nats, float32 [B, r].
+
+    It is KL(teacher || student), from the logits of both. To distil by another divergence, change
+    this function: its gradient follows.
+    """
+    log_p_BrV = jax.nn.log_softmax(logits_BrV)
+    log_q_BrV = jax.nn.log_softmax(teacher_BrV)
+    return jnp.sum(jnp.exp(log_q_BrV) * (log_q_BrV - log_p_BrV), axis=-1)
+
+
+def token_loss(
     x_BRD: jax.Array,
     table_VD: jax.Array,
     target_BR: jax.Array,
     softcap: float,
     chunk: int,
+    distill: float = 0.0,
+    teacher_BRD: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns -log p(target) of every token, in nats, float32 [B, R].
+    """Returns the loss of every token, in nats, float32 [B, R].
 
-    `summed_nll` is the one to differentiate.
+    It is (1 - distill) * -log p(target) + distill * `divergence`. `summed_loss` is the one to
+    differentiate.
 
     Args:
       x_BRD: final-normed outputs.
-      table_VD: the table that gives the logits, x @ table.T.
+      table_VD: the table that gives the logits, x @ table.T, of the teacher too.
       target_BR: int32.
       softcap: logits are softcapped by it; 0 leaves them as they are.
       chunk: tokens of every sequence whose logits exist at a time.
+      distill: in [0, 1].
+      teacher_BRD: the teacher's final-normed outputs; None where distill is 0.
     """
-    parts = _cut(chunk, x_BRD, target_BR)
-    nll = jax.lax.map(lambda part: _nll(part[0], table_VD, part[1], softcap)[0], parts)
-    return _join(nll, x_BRD)
+    parts = _cut(chunk, (x_BRD, target_BR, teacher_BRD))
+
+    def one(part: tuple) -> jax.Array:
+        x_BrD, target_Br, teacher_BrD = part
+        return _loss(x_BrD, table_VD, target_Br, softcap, distill, teacher_BrD)[0]
+
+    return _join(jax.lax.map(one, parts), x_BRD)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def summed_nll(
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def summed_loss(
     x_BRD: jax.Array,
     table_VD: jax.Array,
     target_BR: jax.Array,
     weight_BR: jax.Array,
     softcap: float,
     chunk: int,
+    distill: float = 0.0,
+    teacher_BRD: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the weighted sum of `token_nll` over all tokens: nats, a float32 scalar.
+    """Returns the weighted sum of `token_loss` over all tokens: nats, a float32 scalar.
 
     The forward pass makes the gradients too, while the logits are at hand: that of x, and that of
     the table where it is trained. So no logits are computed twice.
 
     Args:
-      x_BRD, table_VD, target_BR, softcap, chunk: as for `token_nll`.
+      x_BRD, table_VD, target_BR, softcap, chunk, distill: as for `token_loss`.
       weight_BR: float32; it gets no gradient.
+      teacher_BRD: as for `token_loss`; it gets no gradient, nor does the table through it.
     """
-    return jnp.sum(token_nll(x_BRD, table_VD, target_BR, softcap, chunk) * weight_BR)
+    loss_BR = token_loss(x_BRD, table_VD, target_BR, softcap, chunk, distill, teacher_BRD)
+    return jnp.sum(loss_BR * weight_BR)
 
 
-def _cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _cut(chunk: int, arrays: Any) -> Any:
     """Cuts arrays [B, R, ...] into [chunks, B, r, ...], token i in chunk i % chunks.
 
     Neighbours may lie on one device, and every device is to have its part of every chunk.
@@ -87,7 +116,7 @@ def _cut(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         x = jnp.pad(x, [(0, 0), (0, -R % r), *no_padding])
         return jnp.moveaxis(x.reshape(B, r, -1, *x.shape[2:]), 2, 0)
 
-    return tuple(map(cut, arrays))
+    return jax.tree.map(cut, arrays)
 
 
 def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
@@ -96,36 +125,59 @@ def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 0, 2).reshape(B, -1, *x.shape[3:])[:, :R]
 
 
-def _nll(
+def _loss(
     x_BrD: jax.Array,
     table_VD: jax.Array,
     target_Br: jax.Array,
     softcap: float,
+    distill: float,
+    teacher_BrD: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns -log p of the targets, and its gradient in the products x . table.
+    """Returns the loss of every token, and its gradient in the products x . table.
 
     They are float32 [B, r] and [B, r, V].
     """
-    logits_BrV = einsum("BrD,VD->BrV", x_BrD, table_VD.astype(x_BrD.dtype), jnp.float32)
-    logits_BrV, slope_BrV = softcapped(logits_BrV, softcap)
+    logits_BrV, slope_BrV = _logits(x_BrD, table_VD, softcap)
+    loss_Br, dlogits_BrV = _nll(logits_BrV, target_Br)
+    if teacher_BrD is not None:
+        taught_BrV, _ = _logits(teacher_BrD, table_VD, softcap)
+        apart_Br, gradient = jax.vjp(lambda logits: divergence(logits, taught_BrV), logits_BrV)
+        (dapart_BrV,) = gradient(jnp.ones_like(apart_Br))
+        loss_Br = (1 - distill) * loss_Br + distill * apart_Br
+        dlogits_BrV = (1 - distill) * dlogits_BrV + distill * dapart_BrV
+    return loss_Br, dlogits_BrV * slope_BrV
+
+
+def _logits(
+    x_BrD: jax.Array,
+    table_VD: jax.Array,
+    softcap: float,
+) -> tuple[jax.Array, jax.Array | float]:
+    """Returns logits, float32 [B, r, V], and their slope in the products x . table."""
+    products_BrV = einsum("BrD,VD->BrV", x_BrD, table_VD.astype(x_BrD.dtype), jnp.float32)
+    return softcapped(products_BrV, softcap)
+
+
+def _nll(logits_BrV: jax.Array, target_Br: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns -log p of the targets, float32 [B, r], and its gradient in the logits."""
     high_Br1 = jnp.max(logits_BrV, axis=-1, keepdims=True)
     exp_BrV = jnp.exp(logits_BrV - high_Br1)
     total_Br1 = jnp.sum(exp_BrV, axis=-1, keepdims=True)
     picked_Br1 = jnp.take_along_axis(logits_BrV, target_Br[..., None], axis=-1)
-    is_target_BrV = target_Br[..., None] == jnp.arange(table_VD.shape[0])
-    dlogits_BrV = (exp_BrV / total_Br1 - is_target_BrV) * slope_BrV
+    is_target_BrV = target_Br[..., None] == jnp.arange(logits_BrV.shape[-1])
+    dlogits_BrV = exp_BrV / total_Br1 - is_target_BrV
     return (jnp.log(total_Br1) + high_Br1 - picked_Br1)[..., 0], dlogits_BrV
 
 
-def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
+def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, distill, teacher_BRD):
     trained = table_VD.perturbed
-    inputs = x_BRD, table_VD, target_BR, weight_BR
-    x_BRD, table_VD, target_BR, weight_BR = (x.value for x in inputs)
+    inputs = x_BRD, table_VD, target_BR, weight_BR, teacher_BRD
+    x_BRD, table_VD, *others = jax.tree.map(lambda x: x.value, inputs)
     dtype = x_BRD.dtype
 
     def one(dtable_DV, part):
-        x_BrD, target_Br, weight_Br = part
-        nll_Br, dlogits_BrV = _nll(x_BrD, table_VD, target_Br, softcap)
+        x_BrD, target_Br, weight_Br, teacher_BrD = part
+        loss_Br, dlogits_BrV = _loss(x_BrD, table_VD, target_Br, softcap, distill, teacher_BrD)
         dlogits_BrV = (dlogits_BrV * weight_Br[..., None]).astype(dtype)
         dx_BrD = einsum("BrV,VD->BrD", dlogits_BrV, table_VD.astype(dtype), jnp.float32)
         if trained:
@@ -133,20 +185,21 @@ def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk):
             x_RD = x_BrD.reshape(-1, x_BrD.shape[-1])
             # A CPU transposes the first operand: x, not the logits, which are many more.
             dtable_DV += einsum("RD,RV->DV", x_RD, dlogits_RV, jnp.float32)
-        return dtable_DV, (nll_Br * weight_Br, dx_BrD.astype(dtype))
+        return dtable_DV, (loss_Br * weight_Br, dx_BrD.astype(dtype))
 
     dtable_DV = jnp.zeros(table_VD.shape[::-1], jnp.float32) if trained else None
-    dtable_DV, (nll, dx) = jax.lax.scan(one, dtable_DV, _cut(chunk, x_BRD, target_BR, weight_BR))
+    parts = _cut(chunk, (x_BRD, *others))
+    dtable_DV, (loss, dx) = jax.lax.scan(one, dtable_DV, parts)
     dtable_VD = None
     if trained:
         # The barrier keeps XLA from taking this transpose into the product.
         dtable_VD = jax.lax.optimization_barrier(dtable_DV).T.astype(table_VD.dtype)
-    return jnp.sum(nll), (_join(dx, x_BRD), dtable_VD)
+    return jnp.sum(loss), (_join(dx, x_BRD), dtable_VD)
 
 
-def _backward(softcap, chunk, saved, dsum):
+def _backward(softcap, chunk, distill, saved, dsum):
     dx_BRD, dtable_VD = (None if d is None else (d * dsum).astype(d.dtype) for d in saved)
-    return dx_BRD, dtable_VD, None, None
+    return dx_BRD, dtable_VD, None, None, None
 
 
-summed_nll.defvjp(_forward, _backward, symbolic_zeros=True)
+summed_loss.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -153,6 +153,7 @@ def train_step(
     dtype: jnp.dtype,
     max_delay: int = 0,
     prompt_end: tuple[int, ...] = (),
+    steps_end: tuple[int, ...] = (),
     skip_bad: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one optimizer step on the mean loss over all ahead tokens of the batch.
@@ -174,6 +175,7 @@ def train_step(
         random.
       prompt_end: tokens that end a prompt; traces, or the loss of a plain decoder, are only
         behind them. Empty: anywhere.
+      steps_end: tokens that end the steps between trace and ahead tokens. Empty: there are none.
       skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the
         learning rate, go on.
 
@@ -181,14 +183,15 @@ def train_step(
       The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before
       clipping).
     """
-    whole = _with_traces(batch, seed, state.step, num_traces, max_delay, prompt_end)
+    ends = (prompt_end, steps_end)
+    whole = _with_traces(batch, seed, state.step, num_traces, max_delay, *ends)
     frozen = augment.gathered(aug, frozen)  # before the loop over parts
 
     def loss_sum(trained: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
         # Tables that are trained are gathered here, so that their gradients lie as they do.
         params = augment.assemble(frozen, augment.gathered(aug, trained))
         tokens, segment, at, delay = part
-        return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, prompt_end)
+        return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, *ends)
 
     # Differentiated where it is cast: gradients are summed over devices in the computation's dtype.
     trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)
@@ -233,12 +236,13 @@ def _with_traces(
     num_traces: int,
     max_delay: int,
     prompt_end: tuple[int, ...],
+    steps_end: tuple[int, ...],
 ) -> Batch:
     """Draws traces and delays for the text of a batch, by the seed and the batch's number."""
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
     key = jax.random.fold_in(jax.random.key(seed), number)
     num_traces = min(num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
-    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces, prompt_end)
+    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces, prompt_end, steps_end)
     delay_BM = traces.draw_delays(jax.random.fold_in(key, 1), at_BM, max_delay)
     return tokens_BT, segment_BT, at_BM, delay_BM
 
@@ -269,6 +273,7 @@ def validation_step(
     dtype: jnp.dtype,
     max_delay: int = 0,
     prompt_end: tuple[int, ...] = (),
+    steps_end: tuple[int, ...] = (),
     loss: Callable[..., tuple[jax.Array, jax.Array]] = augment.loss,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the loss of a batch as `train_step` does, without a gradient.
@@ -277,19 +282,20 @@ def validation_step(
       trainable: float32 master weights; {}: the frozen parameters are enough.
       number: of the batch, int32; its traces are those of training step `number`.
       loss: `augment.loss` or `augment.loss_without_latents`.
-      frozen, batch, aug, seed, num_traces, num_ahead, accumulation, dtype, max_delay, prompt_end:
-        as for `train_step`.
+      frozen, batch, aug, seed, num_traces, num_ahead, accumulation, dtype, max_delay, prompt_end,
+        steps_end: as for `train_step`.
 
     Returns:
       Σ loss in nats, and Σ tokens: float32 scalars.
     """
-    whole = _with_traces(batch, seed, number, num_traces, max_delay, prompt_end)
+    ends = (prompt_end, steps_end)
+    whole = _with_traces(batch, seed, number, num_traces, max_delay, *ends)
     trained = jax.tree.map(lambda x: x.astype(dtype), trainable)
     params = augment.gathered(aug, augment.assemble(frozen, trained))
 
     def one(part: Batch) -> tuple[jax.Array, jax.Array]:
         tokens, segment, at, delay = part
-        return loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, prompt_end)
+        return loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, *ends)
 
     losses, counts = jax.lax.map(one, _parts(whole, accumulation))
     return jnp.sum(losses), jnp.sum(counts)

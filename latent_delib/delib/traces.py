@@ -88,7 +88,8 @@ class Traces(NamedTuple):
     latent_position [B, M, L], latent_bounds: of the coprocessor's call.
     position [B, M, S], bounds: of the decoder's call, over latents and `inputs` in `reading_order`.
     inputs [B, M, A - 1 + reread]: text tokens after the latents.
-    targets [B, M, A]: the ahead tokens, which are predicted from what is read just before each.
+    ahead [B, M, A]: the places of the ahead tokens in the text; some may be past its end.
+    targets [B, M, A]: the tokens there, which are predicted from what is read just before each.
     weights: of the targets, float32 [B, M, A]; 0 past the end of the document that holds p.
     """
 
@@ -97,6 +98,7 @@ class Traces(NamedTuple):
     position: jax.Array
     bounds: Bounds
     inputs: jax.Array
+    ahead: jax.Array
     targets: jax.Array
     weights: jax.Array
 
@@ -132,6 +134,17 @@ def is_answered(
     return end_BT >= document_start(segment_BT)
 
 
+def first_ahead(tokens_BT: jax.Array, steps_end: Sequence[int] = ()) -> jax.Array:
+    """Returns the place of the first ahead token of a trace at each token, int32 [B, T].
+
+    It is the next one. With `steps_end` it is the one behind the next place where the text ends
+    with these tokens: the steps up to there are skipped. T or more: there is none.
+    """
+    T = tokens_BT.shape[1]
+    end_BT = jnp.where(ends_with(tokens_BT, steps_end), jnp.arange(T), T)
+    return jax.lax.cummin(end_BT, axis=1, reverse=True) + 1
+
+
 def scores(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
     """Returns a random score [B, T - 1] of every text token but the last. `draw` takes the highest.
 
@@ -149,6 +162,7 @@ def draw(
     segment_BT: jax.Array,
     num_traces: int,
     prompt_end: Sequence[int] = (),
+    steps_end: Sequence[int] = (),
 ) -> jax.Array:
     """Draws distinct trace positions, each with at least one ahead token in its own document.
 
@@ -157,13 +171,17 @@ def draw(
       segment_BT: int32 document number of each token, 0 on padding.
       num_traces: M.
       prompt_end: tokens that the text must end with at each position; empty: any.
+      steps_end: see `first_ahead`.
 
     Returns:
       int32 [B, M], sorted. A row with fewer than M such positions repeats T - 1, which has no ahead
       tokens and so no weight.
     """
-    has_ahead = (segment_BT[:, :-1] == segment_BT[:, 1:]) & (segment_BT[:, 1:] > 0)
-    fits = has_ahead & ends_with(tokens_BT, prompt_end)[:, :-1]
+    beyond = [(0, 0), (0, 2)]  # `first_ahead` is at most T + 1
+    first_BT = first_ahead(tokens_BT, steps_end)
+    there_BT = jnp.take_along_axis(jnp.pad(segment_BT, beyond), first_BT, axis=1)
+    has_ahead = (there_BT == segment_BT) & (segment_BT > 0)
+    fits = (has_ahead & ends_with(tokens_BT, prompt_end))[:, :-1]
     score = jnp.where(fits, scores(key, tokens_BT, segment_BT), -jnp.inf)
     score, at = jax.lax.top_k(score, num_traces)
     last = segment_BT.shape[1] - 1
@@ -184,6 +202,7 @@ def lay_out(
     placement: str,
     delay_BM: jax.Array | int = 0,
     every: int = 0,
+    steps_end: Sequence[int] = (),
 ) -> Traces:
     """Lays out the traces at text tokens `at_BM` of packed rows. See `Traces`.
 
@@ -198,6 +217,7 @@ def lay_out(
         first token, and knows the text only up to there. Its latents still join at `at_BM`, as
         those of an asynchronous coprocessor do.
       every: the latents join again after each so many ahead tokens, and stay; 0: once.
+      steps_end: see `first_ahead`. Ahead tokens stand where they would without the steps.
     """
     place = PLACEMENTS[placement]
     T = tokens_BT.shape[1]
@@ -220,7 +240,8 @@ def lay_out(
         return jnp.maximum(first + from_first, 0)
 
     offset = _input_offsets(num_ahead, placement)
-    ahead = at + jnp.arange(1, num_ahead + 1)
+    ahead = take(first_ahead(tokens_BT, steps_end), at) + jnp.arange(num_ahead)
+    again = at + jnp.arange(1 - place.reread, 1)
     segment = take(segment_BT, at)
     same_document = (ahead < T) & (take(segment_BT, ahead) == segment) & (segment > 0)
     latent_position = latents_at(written)
@@ -237,7 +258,8 @@ def lay_out(
         latent_bounds=bounds(latent_position, start + written + 1),
         position=position,
         bounds=bounds(position, at + 1 - place.reread),
-        inputs=take(tokens_BT, at + offset),
+        inputs=take(tokens_BT, jnp.concatenate([again, ahead[..., :-1]], axis=-1)),
+        ahead=ahead,
         targets=take(tokens_BT, ahead),
         weights=same_document.astype(jnp.float32),
     )

@@ -5,7 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from latent_delib.data import questions
 from latent_delib.data.rows import check_data
+from latent_delib.data.sources import has_steps
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import OPTIMIZERS
 from latent_delib.delib.traces import PLACEMENTS, group_offsets
@@ -60,9 +62,28 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.seed={config.seed}: expected at least 0 and below 2**63")
     _check_train(config.train)
     _check_method(config.method)
+    _check_distill(config.method)
     _check_evaluate(config.evaluate)
     _check_controls(config)
     _check_trace_length(config)
+
+
+def check_steps(config: ConfigDict) -> None:
+    """Raises UserError where `method.distill` finds no steps in the text that is about to be read.
+
+    Where the text does not matter, as for a dry run, this is not asked.
+    """
+    if not config.method.distill:
+        return
+    fields = ["sources"]
+    if config.train.validate_every:
+        fields.append("validation")
+    for field in fields:
+        if not any(map(has_steps, config.data[field])):
+            raise UserError(
+                f"config.method.distill={config.method.distill:g}: no questions with steps in "
+                f"config.data.{field}; expected a source qa_steps:GLOB, or config.method.distill=0"
+            )
 
 
 def _check_finite(config: ConfigDict, above: str = "config") -> None:
@@ -170,6 +191,26 @@ def _check_groups(m: ConfigDict) -> None:
         raise UserError(
             f"config.method.placement={m.placement!r}: where latents of method {m.name!r} recur, "
             f"the text between them keeps its positions; expected {' or '.join(fit)}"
+        )
+
+
+def _check_distill(m: ConfigDict) -> None:
+    """Raises UserError where there is no frozen decoder to learn from, or no place for steps."""
+    if not m.distill:
+        return
+    given = f"config.method.distill={m.distill:g}"
+    row = METHODS[m.name]
+    if m.distill > 1:
+        raise UserError(f"{given}: expected at least 0 and at most 1")
+    if row.write is None or row.trains_decoder:
+        raise UserError(
+            f"{given}: method {m.name!r} trains the decoder; expected a method that writes latents "
+            "for a frozen one, which is the teacher"
+        )
+    if m.prompt_end != questions.PROMPT_END:
+        raise UserError(
+            f"{given}: config.method.prompt_end={m.prompt_end!r}, expected "
+            f"{questions.PROMPT_END!r}, behind which the steps begin"
         )
 
 

@@ -105,8 +105,8 @@ def activations(exp: Experiment) -> float:
     """Returns the bytes of a device that a backward pass needs at least.
 
     These are what `remat` keeps of each layer for the tokens of one part of a batch, and one copy
-    of the logits that exist at a time. A compiler that is short of memory comes close to this; with
-    room it takes more.
+    of the logits that exist at a time, and of a teacher's. A compiler that is short of memory comes
+    close to this; with room it takes more.
     """
     c = exp.config
     shards = mesh_lib.shards(exp.mesh, "batch")
@@ -128,6 +128,8 @@ def activations(exp: Experiment) -> float:
     kept += written * _kept(exp, exp.aug.models.coprocessor.config)
     at_a_time = rows * tokens_at_a_time(c.compute.loss_chunk, sequences, shards)
     vocabulary = exp.aug.transformer.config.vocab_size / mesh_lib.shards(exp.mesh, "heads")
+    if exp.aug.distill:
+        vocabulary *= 2
     return kept + min(at_a_time, predicted) * vocabulary * jnp.dtype(jnp.float32).itemsize
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
+from latent_delib.data import questions
 from latent_delib.data import tokenizer as tokenizers
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment, lora
@@ -65,6 +66,11 @@ class Experiment:
         return tuple(self.tokenizer.encode(self.config.method.prompt_end))
 
     @property
+    def steps_end(self) -> tuple[int, ...]:
+        """Returns the tokens behind the steps that latents stand for; none without a teacher."""
+        return questions.steps_end(self.tokenizer) if self.config.method.distill else ()
+
+    @property
     def adapts_start(self) -> bool:
         """Returns whether adapters are trained over the coprocessor that training begins with."""
         return self.start is not None and self.config.method.lora_rank > 0
@@ -102,6 +108,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
             loss_chunk=config.compute.loss_chunk,
             coprocessor=None if coprocessor is None else model(coprocessor),
             every=config.method.every,
+            distill=config.method.distill,
         ),
         mesh=mesh,
         dtype=jnp.dtype(config.compute.dtype),

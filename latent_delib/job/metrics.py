@@ -61,7 +61,9 @@ class Metrics:
         self.log_every = t.log_every
         self.steps = t.steps
         self.allowed = t.max_bad_steps
-        self.prompt_end = c.method.prompt_end
+        self.prompt_end = f"config.method.prompt_end={c.method.prompt_end!r}"
+        if c.method.distill:
+            self.prompt_end += " and the steps behind it"
         self.steps_between_saves = min(t.checkpoint_every, t.steps)
         self.learning_rate = learning_rate
         self.tokens = t.batch_size * c.data.seq_len
@@ -144,7 +146,7 @@ class Metrics:
         elif not tokens:
             raise UserError(
                 f"step {step}: no token was predicted since step {self.row_begin}: no document "
-                f"goes on after config.method.prompt_end={self.prompt_end!r}"
+                f"goes on after {self.prompt_end}"
             )
 
     def _skip(self, problem: str) -> None:

@@ -76,6 +76,7 @@ def objective(exp: Experiment) -> dict[str, Any]:
         "num_ahead": c.method.num_ahead,
         "max_delay": c.method.max_delay,
         "prompt_end": exp.prompt_end,
+        "steps_end": exp.steps_end,
         "accumulation": c.train.accumulation,
         "dtype": exp.dtype,
     }
@@ -153,6 +154,8 @@ def _shapes(exp: Experiment) -> str:
     if m.prompt_end:
         learned = "latents" if exp.aug.has_latents else "loss"
         parts.append(f"{learned} behind {m.prompt_end!r}")
+    if m.distill:
+        parts.append(f"{m.distill:g} of the loss from the decoder that has read the steps")
     if m.lora_rank:
         parts.append(f"adapters of rank {m.lora_rank}")
     if c.train.accumulation > 1:

@@ -15,7 +15,7 @@ from latent_delib.data.rows import BadRecords
 from latent_delib.data.sources import check_files, source_of
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
-from latent_delib.job.experiment import check
+from latent_delib.job.checks import check, check_steps
 from latent_delib.job.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.machine import files
 from latent_delib.machine.progress import Progress
@@ -101,6 +101,7 @@ def use_text(config: Any, text: str, held_out: str, workdir: str) -> None:
     data.weights = (1.0,)
     data.validation = (source_of(held_out),)
     check(config)
+    check_steps(config)
     tokens = f"{workdir.rstrip('/')}/tokens"
     prepare(config, tokens)
     data.token_files = tokens

@@ -52,6 +52,7 @@ AGREE = {
         "decoder.fingerprint",
         *METHOD,
         "method.prompt_end",
+        "method.distill",
         "data.validation",
         "evaluate.num_ahead",
         "evaluate.max_length",
@@ -68,6 +69,7 @@ WHOLE = {"method.lora_rank": 0}  # of a run that others begin with
 BEFORE = {
     "method.assistant": "",
     "method.coprocessor": {},
+    "method.distill": 0.0,
     "method.every": 0,
     "method.lora_rank": 0,
     "method.max_delay": 0,

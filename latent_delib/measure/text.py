@@ -37,6 +37,10 @@ class ValidationText(NamedTuple):
         """Returns how many tokens each piece has, int64 [pieces]."""
         return np.array([len(piece) for piece in self.pieces])
 
+    def source_of(self, piece: int) -> str:
+        """Returns the name of the source that a piece is of."""
+        return self.sources[self.source[self.document[piece]]]
+
     def digest(self) -> str:
         """Returns the SHA-256, hex, of the pieces, and of the document and source of each."""
         names = np.frombuffer(repr(self.sources).encode(), np.uint8)

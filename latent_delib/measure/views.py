@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from latent_delib.data.sources import has_steps
 from latent_delib.delib import traces
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
@@ -51,6 +52,8 @@ def view_of(exp: Experiment, text: ValidationText) -> View:
         piece = text.pieces[number]
         if exp.prompt_end:
             at = prompt_ends(piece, exp.prompt_end, e.longer_prompt)
+            if exp.steps_end and has_steps(text.source_of(number)):
+                piece, at = without_steps(piece, at, exp.steps_end)
         else:
             at = positions(
                 e.seed, number, len(piece), e.max_positions, e.max_length, e.longer_prompt
@@ -127,6 +130,28 @@ def prompt_ends(piece: np.ndarray, ending: Sequence[int], first: int = 0) -> np.
     found = np.asarray(traces.ends_with(piece[None], ending))[0]
     at = np.flatnonzero(found[:-1])
     return at[at >= first]
+
+
+def without_steps(
+    piece: np.ndarray, at: np.ndarray, ending: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Takes the tokens between each prompt and its answer out of a piece.
+
+    Args:
+      piece: int32 [length].
+      at: int64 [k], the last token of each prompt, ascending.
+      ending: tokens that end the steps.
+
+    Returns:
+      What is left of the piece, and the same places in it; prompts without an answer lose theirs.
+    """
+    answer = np.asarray(traces.first_ahead(piece[None], ending))[0]
+    at = at[answer[at] < len(piece)]
+    kept = np.ones(len(piece), bool)
+    for last in at:
+        kept[last + 1 : answer[last]] = False
+    at = at[kept[at]]
+    return piece[kept], np.cumsum(kept)[at] - 1
 
 
 def donors(seed: int, text: ValidationText) -> np.ndarray:

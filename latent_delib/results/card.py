@@ -11,6 +11,7 @@ TRAINING = (  # keys of the config that the card lists
     "method.num_traces",
     "method.num_ahead",
     "method.prompt_end",
+    "method.distill",
     "optimizer.name",
     "optimizer.learning_rate",
     "train.steps",

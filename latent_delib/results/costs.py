@@ -107,6 +107,7 @@ def of(result: Result) -> Costs | None:
         method["placement"],
         coprocessor=Transformer(coprocessor),
         every=method.get("every", 0),
+        distill=method.get("distill", 0.0),
     )
     init = experiment.init_trainable(aug, method.get("lora_rank", 0))
     begun_from = coprocessor if config.assistant else decoder

@@ -175,6 +175,8 @@ def label(entry: Entry) -> str:
         words.append(f"trained for delays up to {method['max_delay']}")
     if method.get("prompt_end"):
         words.append(f"behind {method['prompt_end']!r}")
+    if method.get("distill"):
+        words.append(f"distilled by {method['distill']:g}")
     if method.get("start"):
         words.append(f"begun with {method['start']}")
     done = controls(result) | {"delay": 0}  # an entry's own delay is above

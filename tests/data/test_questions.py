@@ -51,6 +51,17 @@ def test_steps_are_left_out_from_the_first_on(tokenizer, removed, reply):
     assert spaced.reply(True, removed) == reply
 
 
+def test_the_answer_has_the_same_tokens_with_and_without_steps(tokenizer):
+    """So latents that stand for the steps are asked for the answer as it is learned."""
+    whole, _ = questions.encode(line(), True, tokenizer)
+    short, _ = questions.encode(line(), False, tokenizer)
+    prompt = tokenizer.encode("What is 3 + 4?\nAnswer:")
+    answer = short[len(prompt) :].tolist()
+    end = questions.steps_end(tokenizer)
+    assert whole[-len(answer) :].tolist() == answer
+    assert tuple(whole[-len(answer) - len(end) : -len(answer)]) == end
+
+
 @pytest.mark.parametrize("with_steps", [False, True])
 def test_the_answer_is_found_in_a_reply(with_steps):
     for answer in ("7", "a green hill", "#7"):
@@ -67,6 +78,7 @@ def test_the_answer_is_found_in_a_reply(with_steps):
         (line(answer=7), False, "'answer' is 7, expected text"),
         (line(question=" "), False, "'question' is ' '"),
         (json.dumps({"question": "q", "answer": "a"}).encode(), True, "'steps' is None"),
+        (line(steps="3 #### 4"), True, "'steps' holds '####'"),
         (line(answer="\ud800"), False, "not UTF-8"),
         (line(question="a\0"), False, "holds NUL"),
     ],

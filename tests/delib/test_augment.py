@@ -4,6 +4,7 @@ Two packed rows, grouped queries, windows smaller than the text; one trace at a 
 two near an end.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -252,6 +253,95 @@ def test_a_step_trains_on_the_traces_that_are_drawn():
         np.testing.assert_allclose(metrics["loss"], total / tokens, rtol=1e-5)
         found.append(at)
     assert np.any(found[0] != found[1])
+
+
+STEPS_END = (11, 12)
+QUESTIONS = np.array(  # a document's first token, its trace, its first and its last ahead token
+    [[(0, 2, 7, 8), (9, 10, 14, 15)], [(0, 3, 8, 11), (0, 9, 16, 15)]]
+)
+
+
+def questions():
+    """Two rows whose first three traces have steps before their ahead tokens, and a fourth none."""
+    tokens = np.where(np.isin(TOKENS, STEPS_END), 13, TOKENS)
+    for b, m in ((0, 0), (0, 1), (1, 0)):
+        first = QUESTIONS[b, m, 2]
+        tokens[b, first - 2 : first] = STEPS_END
+    return tokens
+
+
+def test_latents_instead_of_steps():
+    """The loss of each question without its steps, which the teacher alone reads; its gradient.
+
+    The student is computed on rows without steps, the teacher by the naive reading, and the
+    divergence from all logits at once.
+    """
+    config, tokens, distill = small.GEMMA, questions(), 0.75
+    aug, params = setup(config, "after")
+    plain, trained = params["decoder"], params["coprocessor"]
+    rows, segment, at = np.zeros((3, T), int), np.zeros((3, T), int), np.zeros((3, 1), int)
+    taught, answers = [], []
+    for row, (b, m) in enumerate(((0, 0), (0, 1), (1, 0))):
+        start, trace, first, last = QUESTIONS[b, m]
+        answers.append(tokens[b, first : last + 1])
+        short = np.concatenate([tokens[b, start : trace + 1], answers[row]])
+        rows[row, : len(short)], segment[row, : len(short)], at[row] = short, 1, trace - start
+        document = tokens[b, start : last + 1]
+        outputs = naive.text_outputs(config, plain, document, np.zeros(len(document)))
+        before = outputs[-1 - len(answers[row]) : -1]
+        taught.append(naive.softmax(naive.logits(config, plain, before)))
+
+    @jax.jit
+    def student(trained):
+        own = {"decoder": plain, "coprocessor": trained}
+        text = augment.read_text(aug, own, rows, segment, jnp.float32)
+        traces = aug.lay_out(rows, segment, at, A)
+        z = augment.write_latents(aug, own, text, traces)
+        return augment.decode(aug, own, z, text.cache, traces)[0]
+
+    def expected(trained):
+        total = 0.0
+        for outputs, q, answer in zip(np.array(student(trained), np.float64), taught, answers):
+            p = naive.softmax(naive.logits(config, plain, outputs[0, : len(answer)]))
+            nll = -np.log(p[np.arange(len(answer)), answer])
+            total += np.sum(distill * np.sum(q * np.log(q / p), axis=-1) + (1 - distill) * nll)
+        return total
+
+    @partial(jax.value_and_grad, has_aux=True)
+    def ours(trained):
+        own = {"decoder": plain, "coprocessor": trained}
+        where = (tokens, SEGMENT, QUESTIONS[..., 1], A, jnp.float32)
+        one = dataclasses.replace(aug, distill=distill)
+        return augment.loss(one, own, *where, steps_end=STEPS_END)
+
+    (total, count), gradient = jax.jit(ours)(trained)
+    assert count == 2 + 2 + 4
+    np.testing.assert_allclose(total, expected(trained), rtol=1e-5)
+    for seed in range(3):
+        direction = small.at_random(seed, trained)
+        ends = [optax.tree.add_scale(trained, step, direction) for step in (1e-2, -1e-2)]
+        forth, back = map(expected, ends)
+        slope = optax.tree.vdot(gradient, direction)
+        np.testing.assert_allclose(slope, (forth - back) / 2e-2, rtol=2e-2)
+
+
+def test_the_plain_decoder_without_the_steps():
+    """Its traces have no latents: what it makes of the question alone."""
+    config, tokens = small.GEMMA, questions()
+    aug, params = setup(config, "after")
+    total, count = jax.jit(augment.loss_without_latents, static_argnums=(0, 5, 6, 9))(
+        aug, params, tokens, SEGMENT, QUESTIONS[..., 1], A, jnp.float32, 0, (), STEPS_END
+    )
+    expected = 0.0
+    for start, trace, first, last in QUESTIONS.reshape(-1, 4)[:3]:
+        b = int(last == 11)
+        answer = tokens[b, first : last + 1]
+        document = np.concatenate([tokens[b, start : trace + 1], answer])
+        out = naive.text_outputs(config, params["decoder"], document, np.zeros(len(document)))
+        before = out[-1 - len(answer) : -1]
+        expected += naive.nll(config, params["decoder"], before, answer).sum()
+    assert count == 2 + 2 + 4
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
 def test_without_a_coprocessor_the_decoder_is_bit_identical():

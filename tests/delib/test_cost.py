@@ -99,3 +99,11 @@ def test_what_is_done_beyond_that():
         == again("attention", "last_layer")
         == (tokens + 3 * 64) * products
     )
+
+
+def test_a_teacher_costs_its_logits():
+    config = small.GEMMA
+    alone = Augmentation(Transformer(config), "cache_augmentation", 4)
+    both = dataclasses.replace(alone, distill=0.5)
+    more = step_flops(both, 3, 64, 5, 6).useful - step_flops(alone, 3, 64, 5, 6).useful
+    assert more == 3 * 5 * 6 * 2 * config.vocab_size * config.embed_dim

@@ -11,7 +11,7 @@ import small
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.loss import summed_nll, token_nll
+from latent_delib.delib.loss import summed_loss, token_loss
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.transformer import Transformer
 
@@ -44,8 +44,8 @@ def naive(softcap):
 @functools.cache
 def ours(softcap, chunk):
     def total(x, embedding, target, weights):
-        losses = token_nll(x, embedding, target, softcap, chunk)
-        return summed_nll(x, embedding, target, weights, softcap, chunk), losses
+        losses = token_loss(x, embedding, target, softcap, chunk)
+        return summed_loss(x, embedding, target, weights, softcap, chunk), losses
 
     return total
 
@@ -97,6 +97,45 @@ def test_extreme_logits_are_finite_and_right(softcap):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("distill, softcap", [(0.3, 2.0), (1.0, 0.0)])
+def test_with_a_teacher_equals_the_definition(distill, softcap):
+    """Forward, and the gradients of x and of the table; none passes through the teacher."""
+    x, table, target, weights = inputs()
+    teacher = jax.random.normal(jax.random.key(1), x.shape)
+
+    def log_p(x, table):
+        logits = x @ table.T
+        return jax.nn.log_softmax(softcap * jnp.tanh(logits / softcap) if softcap else logits)
+
+    def definition(x, table):
+        student = log_p(x, table)
+        taught = jax.lax.stop_gradient(log_p(teacher, table))
+        nll = -jnp.take_along_axis(student, target[..., None], axis=-1)[..., 0]
+        apart = jnp.sum(jnp.exp(taught) * (taught - student), axis=-1)
+        losses = (1 - distill) * nll + distill * apart
+        return jnp.sum(losses * weights), losses
+
+    def chunked(x, table, teacher):
+        settings = (softcap, 4, distill, teacher)
+        losses = token_loss(x, table, target, *settings)
+        return summed_loss(x, table, target, weights, *settings), losses
+
+    grad = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1, 2), has_aux=True))
+    (total, losses), (*grads, through_teacher) = grad(x, table, teacher)
+    (total_wanted, wanted), grads_wanted = jax.value_and_grad(definition, (0, 1), has_aux=True)(
+        x, table
+    )
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total, total_wanted, rtol=1e-5)
+    for found, expected in zip(grads, grads_wanted):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert not through_teacher.any()
+    if distill == 1:  # a student that is its teacher has nothing to learn
+        (_, losses), grads = grad(x, table, x)
+        for found in (losses, *grads):
+            np.testing.assert_allclose(found, np.zeros(found.shape), atol=1e-5)
+
+
 def arrays_in(jaxpr):
     """Shapes and dtypes of everything a program computes, inner programs included."""
     for equation in jaxpr.eqns:
@@ -114,7 +153,7 @@ def test_a_frozen_table_changes_no_gradient(softcap):
     x, embedding, target, weights = inputs()
 
     def total(x, embedding):
-        return summed_nll(x, embedding, target, weights, softcap, 4)
+        return summed_loss(x, embedding, target, weights, softcap, 4)
 
     alone = jax.jit(jax.grad(total))(x, embedding)
     both = jax.jit(jax.grad(total, argnums=(0, 1)))(x, embedding)
@@ -126,13 +165,15 @@ def test_a_frozen_table_changes_no_gradient(softcap):
     np.testing.assert_allclose(table, both[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("distill", [0.0, 0.5])
 @pytest.mark.parametrize("argnums", [0, (0, 1)])
 @pytest.mark.parametrize("chunk, whole", [(4, False), (R, True)])
-def test_no_logits_of_all_tokens(chunk, whole, argnums):
+def test_no_logits_of_all_tokens(chunk, whole, argnums, distill):
     x, embedding, target, weights = inputs()
+    teacher = x + 1 if distill else None
 
     def total(x, embedding):
-        return summed_nll(x, embedding, target, weights, 2.0, chunk)
+        return summed_loss(x, embedding, target, weights, 2.0, chunk, distill, teacher)
 
     program = jax.make_jaxpr(jax.value_and_grad(total, argnums))(x, embedding)
     floats = [a.shape for a in arrays_in(program.jaxpr) if jnp.issubdtype(a.dtype, jnp.floating)]
@@ -152,7 +193,7 @@ def test_logits_at_a_time_do_not_grow_with_the_batch(shards, tokens):
     targets = jax.ShapeDtypeStruct((sequences, 1, 300), jnp.int32)
 
     def total(x, table, targets):
-        return augment.summed_nll(
+        return augment.summed_loss(
             aug, {"decoder": {"embedding": table}}, x, targets, jnp.ones(targets.shape)
         )
 

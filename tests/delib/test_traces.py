@@ -47,6 +47,7 @@ def test_after_literally():
         position=[[4, 5, 6, 7], [1, 2, 3, 4]],
         bounds=bounds([0, 5], [4, 6], 4),
         inputs=[[14, 15], [16, 17]],
+        ahead=[[4, 5, 6], [6, 7, 8]],
         targets=[[14, 15, 16], [16, 17, 18]],
         weights=[[1.0, 0, 0], [1, 1, 1]],
     )
@@ -60,6 +61,7 @@ def test_overlay_literally():
         position=[[2, 3, 3, 4, 5], [0, 0, 0, 1, 2]],
         bounds=bounds([0, 5], [3, 5], 5),
         inputs=[[13, 14, 15], [15, 16, 17]],
+        ahead=[[4, 5, 6], [6, 7, 8]],
         targets=[[14, 15, 16], [16, 17, 18]],
         weights=[[1.0, 0, 0], [1, 1, 1]],
     )
@@ -76,10 +78,31 @@ def test_latents_that_recur_literally():
         position=[[3, 3, 3, 4, 5, 5, 5], [0, 0, 0, 1, 2, 2, 2]],
         bounds=bounds([0, 5], [3, 5], 7),
         inputs=[[13, 14, 15], [15, 16, 17]],
+        ahead=[[4, 5, 6], [6, 7, 8]],
         targets=[[14, 15, 16], [16, 17, 18]],
         weights=[[1.0, 0, 0], [1, 1, 1]],
     )
     check(lay_out("shared", every=2), expected)
+
+
+@pytest.mark.parametrize("placement", ["after", "overlay"])
+def test_ahead_tokens_behind_steps(placement):
+    """The tokens behind the ending, with the positions and the view of those behind the trace."""
+    at = jnp.array([[0, 5]])
+    change = {"num_latents": 2, "num_ahead": 3, "placement": placement}
+    near = traces.lay_out(TOKENS, SEGMENT, at, **change)
+    found = traces.lay_out(TOKENS, SEGMENT, at, **change, steps_end=(11, 12))
+    inputs = [[13, 14], [21, 21]]  # the second trace has no such ending behind it
+    reread = [[10], [15]] if placement == "overlay" else [[], []]
+    expected = near._replace(
+        inputs=np.array([[*x, *y] for x, y in zip(reread, inputs)])[None],
+        ahead=np.array([[3, 4, 5], [12, 13, 14]])[None],
+        targets=np.array([[13, 14, 15], [20, 20, 20]])[None],
+        weights=np.array([[1.0, 1, 0], [0, 0, 0]])[None],
+    )
+    assert found.inputs[0, 0].tolist() == expected.inputs[0, 0].tolist()
+    expected = expected._replace(inputs=found.inputs)  # those without weight do not matter
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def seen(bounds, text_length):
@@ -242,6 +265,26 @@ def test_traces_at_the_end_of_prompts():
             )
             expected = fits + [len(text) - 1] * (6 - len(fits))
             np.testing.assert_array_equal(at[0], expected)
+
+
+def test_traces_before_the_end_of_steps():
+    """Only where such an end follows, at the trace or later, and the document goes on behind it."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 4, PACKED.shape)
+    tokens[np.diff(PACKED, axis=1, prepend=0) != 0] = 9  # as BOS, in no ending
+    ending = (1, 3)
+    for row, (text, segment) in enumerate(zip(tokens.tolist(), np.array(PACKED))):
+        fits = []
+        for at in range(len(text) - 1):
+            ends = [e for e in range(at, len(text)) if tuple(text[max(e - 1, 0) : e + 1]) == ending]
+            first = (ends or [len(text)])[0] + 1
+            if first < len(text) and segment[first] == segment[at] > 0:
+                fits.append(at)
+        drawn = traces.draw(
+            jax.random.key(row), tokens[row : row + 1], PACKED[row : row + 1], 12, (), ending
+        )
+        expected = fits + [len(text) - 1] * (12 - len(fits))
+        np.testing.assert_array_equal(drawn[0], expected)
 
 
 def test_tokens_behind_the_end_of_a_prompt():

@@ -2,9 +2,10 @@
 
 import pytest
 
+from latent_delib import train
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
+from latent_delib.job import experiment, preparation
 
 MISTAKES = [
     ({"method.lora_rank": -1}, "config.method.lora_rank=-1"),
@@ -43,6 +44,11 @@ MISTAKES = [
         {"method.name": "pause_tokens", "method.max_delay": 1},
         "config.method.max_delay=1: method 'pause_tokens'",
     ),
+    ({"method.distill": 1.5}, "config.method.distill=1.5: expected at least 0 and at most 1"),
+    ({"method.distill": -0.5}, "config.method.distill=-0.5"),
+    ({"method.distill": 0.5, "method.name": "joint"}, "distill=0.5: method 'joint' trains the"),
+    ({"method.distill": 0.5, "method.name": "decoder"}, "distill=0.5: method 'decoder' trains"),
+    ({"method.distill": 0.5}, "config.method.prompt_end='', expected 'Answer:'"),
     (
         {"evaluate.swap": True, "method.name": "inserted", "method.placement": "overlay"},
         "config.evaluate.swap: the keys that method 'inserted' writes",
@@ -58,6 +64,22 @@ MISTAKES = [
 def test_mistakes(make_config, change, said):
     with pytest.raises(UserError, match=said.replace("[", r"\[")):
         experiment.read(make_config(change))
+
+
+def test_a_teacher_needs_steps_to_read(make_config, sources, tmp_path):
+    """In the text that is trained on, and in that of the validation."""
+    with_steps = (f"qa_steps:{tmp_path}/a.jsonl",)
+    distilled = {"method.distill": 0.5, "method.prompt_end": "Answer:"}
+    both = distilled | {"data.sources": with_steps, "train.validate_every": 1}
+    for change, field in ((distilled, "sources"), (both, "validation")):
+        config = make_config(change)
+        experiment.read(config)  # as a dry run does
+        with pytest.raises(UserError, match=rf"distill=0.5: no .* steps in config.data.{field};"):
+            train.train(config, str(tmp_path / "workdir"))
+    config = make_config(distilled | {"data.token_files": ""})
+    with pytest.raises(UserError, match=r"no .* steps in config.data.sources"):
+        preparation.use_text(config, sources["train"], with_steps[0], str(tmp_path / "workdir"))
+    assert not (tmp_path / "workdir").exists()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_a_newer_checkpoint_is_refused(record):
         ("method.num_latents", 3, {"resume", "evaluate", "compare"}),
         ("method.coprocessor", {"num_layers": 1}, {"resume", "evaluate", "start", "compare"}),
         ("method.num_ahead", 3, {"resume"}),
+        ("method.distill", 0.5, {"resume", "compare"}),
         ("method.lora_rank", 4, {"resume", "evaluate", "start", "compare"}),
         ("optimizer.b1", 0.5, {"resume"}),
         ("seed", 3, {"resume"}),

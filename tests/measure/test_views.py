@@ -80,6 +80,16 @@ def test_the_ends_of_prompts():
     assert views.prompt_ends(piece, (9,)).tolist() == []
 
 
+def test_questions_without_their_steps():
+    """They go up to the next 8; a prompt within them, or without an 8 behind it, is no place."""
+    piece = np.array([1, 7, 3, 3, 8, 4, 5, 7, 3, 3, 7, 3, 8, 4, 5, 7, 3])
+    at = views.prompt_ends(piece, (7,))
+    assert at.tolist() == [1, 7, 10, 15]
+    left, places = views.without_steps(piece, at, (8,))
+    assert left.tolist() == [1, 7, 4, 5, 7, 4, 5, 7, 3]
+    assert places.tolist() == [1, 4]
+
+
 def test_what_each_side_reads(make_config):
     """A longer prompt and swapped latents, each alone and together."""
     text = validation_text([9, 6, 9, 3], np.array([0, 1, 2, 3]), np.array([0, 0, 1, 1]))
