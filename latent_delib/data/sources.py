@@ -30,7 +30,8 @@ FORMS = (
     "hf:OWNER/NAME[/CONFIG][@REVISION]:SPLIT:FEATURE",
     "hf:./FOLDER:SPLIT:FEATURE",
 )
-FILES = ("files", "lines", "qa", "qa_steps")  # kinds of sources that are text files
+QUESTIONS = ("qa", "qa_steps")  # kinds of sources that are questions with answers
+FILES = ("files", "lines", *QUESTIONS)  # kinds of sources that are text files
 _TFDS = re.compile(r"tfds:(.+):([^:[\]]+(?:\[.*\])?):([^:]+)")
 _HUB = re.compile(r"hf:([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?:([\w.-]+):([^:]+)")
 _FOLDER = re.compile(r"hf:(\.{0,2}/.+):([\w.-]+):([^:]+)")
@@ -98,6 +99,11 @@ def parse(source: str) -> Files | Tfds | Hub:
     raise UserError(
         f"config.data: unknown source {source!r}, expected one of the forms {', '.join(FORMS)}"
     )
+
+
+def has_questions(source: str) -> bool:
+    """Tells whether a source holds questions with answers."""
+    return source.startswith(tuple(f"{kind}:" for kind in QUESTIONS))
 
 
 def source_of(given: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from latent_delib.data import questions
 from latent_delib.data.rows import BadRecords, Document, ahead, encode, grouped
-from latent_delib.data.sources import Files, Tfds, parse
+from latent_delib.data.sources import Files, Tfds, has_questions, parse
 from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
@@ -109,9 +109,9 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
 
     The line is empty as a rule. A bad text has no tokens.
     """
-    kind, _, _ = reader.source.partition(":")
-    if kind in ("qa", "qa_steps"):
-        tokens, fault = questions.encode(text.content, kind == "qa_steps", tokenizer)
+    if has_questions(reader.source):
+        with_steps = reader.source.startswith("qa_steps:")
+        tokens, fault = questions.encode(text.content, with_steps, tokenizer)
     else:
         tokens, fault = encode(text.content, tokenizer)
     if fault:

@@ -53,7 +53,7 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
         value, stderr, low, high = _ratio(np.array(values, np.float64))
     else:
         unit = "percent"
-        value, stderr, low, high = _percent(np.array(values, np.float64))
+        value, stderr, low, high = percent(np.array(values, np.float64))
     return {
         "metric": metric,
         "unit": unit,
@@ -81,8 +81,21 @@ def _ratio(values: np.ndarray) -> tuple[float, float | None, float | None, float
     return value, stderr, value - Z * stderr, value + Z * stderr
 
 
-def _percent(scores: np.ndarray) -> tuple[float, float | None, float, float]:
-    """Returns the mean of 0-to-1 scores in percent, its standard error, Wilson's interval."""
+def mean(values: np.ndarray) -> tuple[float, float | None, float | None, float | None]:
+    """Returns the mean of values, float64 [documents], its standard error, the interval's ends."""
+    n = len(values)
+    value = float(values.mean())
+    if n == 1:
+        return value, None, None, None
+    stderr = float(values.std(ddof=1)) / math.sqrt(n)
+    return value, stderr, value - Z * stderr, value + Z * stderr
+
+
+def percent(scores: np.ndarray) -> tuple[float, float | None, float, float]:
+    """Returns the mean of 0-to-1 scores in percent, its standard error, Wilson's interval.
+
+    scores: float64 [documents].
+    """
     n = len(scores)
     p = float(scores.mean())
     variance = float(scores.var())  # p (1 - p) where every score is 0 or 1
