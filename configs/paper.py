@@ -43,7 +43,7 @@ QUESTIONS = PROBLEMS | {  # of tools.make_questions
     "data.validation": ("qa:runs/questions/countdown.test.jsonl",),
     "decoder.path": "runs/paper/questions/pretrain/decoder",
     "method.prompt_end": "Answer:",
-    "method.num_latents": 8,
+    "method.num_latents": 4,
     "method.num_traces": 4,
     "method.num_ahead": 12,  # the whole answer
     "train.steps": 1200,

@@ -19,6 +19,7 @@ import numpy as np
 
 from latent_delib.data import rows
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.errors import UserError
 
 PROMPT_END = "Answer:"  # config.method.prompt_end of a job that is trained on questions
 STEPS_END = "####"
@@ -96,7 +97,7 @@ def parted(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int
     """Returns the tokens of the prompt and of the reply, of tokens that `encode` made.
 
     Raises:
-      ValueError: they are of another form.
+      UserError: they are of another form.
     """
     end = tokenizer.encode(PROMPT_END)
     for k in range(len(end), len(tokens)):
@@ -106,7 +107,10 @@ def parted(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int
         # A reply is one line. Behind PROMPT_END in a question there are more.
         if tokenizer.decode(reply).count(STOP) == 1:
             return prompt, reply
-    raise ValueError(f"{tokenizer.decode(tokens)!r}: no reply follows {PROMPT_END!r}")
+    raise UserError(
+        f"config.data: {tokenizer.decode(tokens)!r}: expected {PROMPT_END!r} and a line behind it; "
+        "prepare the token files again"
+    )
 
 
 def answer_in(reply: str) -> str:

@@ -1,6 +1,6 @@
 """Asks a model the questions of `data.validation` while it is trained."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -81,16 +81,15 @@ class Answers:
         logp, _ = lm.logprobs(prompts, replies, batch_size=batch_size)
         solved = scores.percent(np.array(right, np.float64))
         scored = scores.mean(logp.astype(np.float64))
-        return _named("validation_solved", *solved) | _named("validation_answer", *scored)
+        return _named("validation_solved", solved) | _named("validation_answer", scored)
 
 
-def _named(
-    name: str, value: float, stderr: float | None, low: float | None, high: float | None
-) -> dict[str, float]:
-    """Returns a figure, and the ends of its interval where it has one."""
-    del stderr
-    row = {name: value, f"{name}_low": low, f"{name}_high": high}
-    return {key: x for key, x in row.items() if x is not None}
+def _named(name: str, figure: scores.Figure) -> dict[str, float]:
+    """Returns a figure and the ends of its interval, where it has one."""
+    value, _, low, high = figure
+    if low is None or high is None:
+        return {name: value}
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
@@ -106,7 +105,7 @@ def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
             aug.num_latents,
             aug.placement,
             fingerprint,
-            architecture=aug.coprocessor and aug.coprocessor.config,
+            architecture=None if aug.coprocessor is None else aug.coprocessor.config,
         )
     attention = exp.config.compute.attention
     return AugmentedLM(decoder, coprocessor, mesh=exp.mesh, attention=attention)
@@ -123,7 +122,7 @@ def _read(exp: Experiment) -> tuple[list[Asked], int]:
     asked: list[Asked] = []
     replies: list[str] = []
     for source in named:
-        one: Any = ConfigDict({**data, "validation": (source,)})
+        one = ConfigDict({**data, "validation": (source,)})
         documents = batches.validation_documents(one, tokenizer_path=str(exp.tokenizer.path))
         for number, document in enumerate(documents):
             prompt, reply = questions.parted(document.tokens.tolist(), exp.tokenizer)

@@ -10,6 +10,8 @@ from latent_delib.errors import UserError
 from latent_delib.machine.columns import aligned
 
 Row = dict[str, Any]
+# A value, its standard error, the ends of its 95 % interval.
+Figure = tuple[float, float | None, float | None, float | None]
 
 Z = 1.96  # standard errors, for 95 %
 COLUMNS = (
@@ -65,7 +67,7 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
     }
 
 
-def _ratio(values: np.ndarray) -> tuple[float, float | None, float | None, float | None]:
+def _ratio(values: np.ndarray) -> Figure:
     """Returns Σ bits / Σ bytes, its standard error as of a ratio, and the interval's ends.
 
     values: log p and bytes of each document, float64 [documents, 2].
@@ -81,7 +83,7 @@ def _ratio(values: np.ndarray) -> tuple[float, float | None, float | None, float
     return value, stderr, value - Z * stderr, value + Z * stderr
 
 
-def mean(values: np.ndarray) -> tuple[float, float | None, float | None, float | None]:
+def mean(values: np.ndarray) -> Figure:
     """Returns the mean of values, float64 [documents], its standard error, the interval's ends."""
     n = len(values)
     value = float(values.mean())
@@ -91,7 +93,7 @@ def mean(values: np.ndarray) -> tuple[float, float | None, float | None, float |
     return value, stderr, value - Z * stderr, value + Z * stderr
 
 
-def percent(scores: np.ndarray) -> tuple[float, float | None, float, float]:
+def percent(scores: np.ndarray) -> Figure:
     """Returns the mean of 0-to-1 scores in percent, its standard error, Wilson's interval.
 
     scores: float64 [documents].

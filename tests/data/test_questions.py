@@ -7,6 +7,7 @@ import pytest
 
 from latent_delib.data import questions, text
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.errors import UserError
 from latent_delib.weights import folder
 
 ROW = {"question": "What is 3 + 4?", "answer": "7", "steps": "3 + 4\nis 7,"}
@@ -60,6 +61,15 @@ def test_the_answer_is_found_in_a_reply(with_steps):
 def test_a_line_of_another_form(tokenizer, bad, with_steps, why):
     tokens, fault = questions.encode(bad, with_steps, tokenizer)
     assert len(tokens) == 0 and why in fault
+
+
+def test_tokens_of_another_form(tokenizer):
+    tokens, _ = questions.encode(line(), False, tokenizer)
+    prompt, reply = questions.parted(tokens.tolist(), tokenizer)
+    assert prompt + reply == tokens.tolist()
+    for bad in (prompt, tokenizer.encode("the cat\nAnswer: 7\nand a dog\n")):
+        with pytest.raises(UserError, match="'Answer:' and a line behind it"):
+            questions.parted(bad, tokenizer)
 
 
 def test_a_source_of_questions(tmp_path, tokenizer):
