@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
     c.train.accumulation = 1  # parts the batch passes in
     c.train.log_every = 10  # steps per line of metrics
     # Steps between two losses on held-out text, the same each time; also after the last. 0: never.
+    # Where that text is questions, some are asked too.
     c.train.validate_every = 0
     c.train.wandb = ""  # a project of Weights & Biases that gets the metrics too; "": none
     c.train.checkpoint_every = 1000  # steps

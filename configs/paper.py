@@ -38,6 +38,19 @@ FAR = PROBLEMS | {  # of tools.make_problems --kinds=follow,far
     "train.checkpoint_every": 3000,
     "train.keep_every": 3000,
 }
+QUESTIONS = PROBLEMS | {  # of tools.make_questions
+    "data.sources": ("qa:runs/questions/countdown.train.jsonl",),
+    "data.validation": ("qa:runs/questions/countdown.test.jsonl",),
+    "decoder.path": "runs/paper/questions/pretrain/decoder",
+    "method.prompt_end": "Answer:",
+    "method.num_latents": 4,
+    "method.num_traces": 4,
+    "method.num_ahead": 12,  # the whole answer
+    "train.steps": 1200,
+    "train.checkpoint_every": 400,
+    "train.keep_every": 400,
+    "train.validate_every": 400,
+}
 GPU = {
     "method.num_traces": 32,
     "data.seq_len": 512,
@@ -98,6 +111,13 @@ PRETRAIN_DEPTH = {
     "data.token_files": "runs/paper/depth/tokens",
     "train.steps": 20_000,
 }
+PRETRAIN_QUESTIONS = {
+    "decoder.path": "packaged",
+    "method.prompt_end": "",  # questions are learned too
+    "train.steps": 3000,
+    "train.checkpoint_every": 1000,
+    "train.validate_every": 1000,
+}
 PRETRAIN_GPU = {
     "decoder.export_dtype": "bfloat16",
     "optimizer.learning_rate": 2e-3,
@@ -153,6 +173,9 @@ PROTOCOLS = {
     # More steps than before: a decoder learns look-ups of one to three steps, on a million of them.
     # Then coprocessors, or the decoder itself, are trained on four to six.
     "depth": Protocol("gemma2_160k", LAB | FAR, PRETRAIN_DEPTH),
+    # Twenty minutes from nothing: the packaged decoder, trained on with questions until it half
+    # answers them; then each row is trained on their answers.
+    "questions": Protocol("gemma2_160k", LAB | QUESTIONS, PRETRAIN_LAB | PRETRAIN_QUESTIONS),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
     # wants more steps. But a decoder that knows its text by heart teaches a coprocessor nothing
@@ -246,6 +269,7 @@ EXPERIMENTS = {
     "assistant": {"method.name": "assistant", "method.assistant": "{assistant}"},
     "cartridge": {"method.name": "cartridge"},
     "feedback": {"method.name": "feedback"} | SLOW,
+    "feedback_fast": {"method.name": "feedback"},
     # Controls: the decoder itself, trained for as long on the same text; in whole, at a small rate
     # or at the coprocessor's, and by adapters.
     "decoder": {"method.name": "decoder"} | SLOW,

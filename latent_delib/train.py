@@ -52,6 +52,7 @@ from latent_delib.machine.checkpoint import Checkpoints, Restored
 from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.stopping import Stop, graceful_stop
 from latent_delib.machine.workdir import exclusive, is_remote
+from latent_delib.measure.answers import Answers
 from latent_delib.nn.transformer import Params
 
 MORE_MEMORY = (
@@ -138,6 +139,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     began = time.perf_counter()
     train_step = planning.compile_step(exp, plan)
     validation = Validation(exp, plan, frozen) if t.validate_every else None
+    answers = Answers(exp, frozen) if t.validate_every else None
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     # Train.
@@ -151,9 +153,9 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
         batch = mesh_lib.place_rows(exp.mesh, local, t.batch_size)
         state, values = train_step(state, frozen, batch)
         held_out = {}
-        if validation and validation.is_due(step):
+        if validation and answers and validation.is_due(step):
             with metrics.paused(values):
-                held_out = validation(state.trainable)
+                held_out = validation(state.trainable) | answers(state.trainable)
         metrics.push(step, values, held_out)
         if t.profile_at > first:
             trace_steps(t.profile_at, step, values, workdir)

@@ -8,17 +8,24 @@
                  GSM8K-aug (2405.14838)
   chains         a path in a graph of invented concepts, in ProsQA's form (2412.06769): "Every
                  lempus is a rimpus. ... Ann is a lempus. Is Ann a zorpus or a gompus?"
+  countdown      "Make 28 of 24, 8 and 2.", steps "<<8/2=4>> <<24+4=28>>", answer "24+(8/2)"; the
+                 task of Stream of Search (2404.03683), with three numbers and one right answer
 
 Writes KIND.train.jsonl and KIND.test.jsonl, lines of {"question", "steps", "answer"}, for the
 sources qa:FILE and qa_steps:FILE and for `benchmark --benchmarks=qa:FILE`. Each step is a line of
 "steps". No question is there twice. The same counts give the same files.
 """
 
+import functools
 import itertools
 import json
+import operator
 import random
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 from latent_delib.data.questions import Question
 from latent_delib.machine import commands
@@ -48,6 +55,14 @@ EVENTS = {  # how a number of things changes
 }
 FIRST = ("bro", "gom", "jel", "lem", "rim", "ster", "tum", "vim", "wor", "yim", "zor", "zum")
 LAST = ("bus", "dus", "gus", "mus", "pus")
+OPERATIONS = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+# Stand for the three numbers, to tell formulas apart: no two formulas make the same of these.
+OTHERS = (Fraction(1009, 7), Fraction(2003, 11), Fraction(499, 13))
 
 
 def arithmetic(draw: random.Random) -> Question:
@@ -128,10 +143,80 @@ def _rule(one: str, other: str) -> str:
     return f"Every {one} is a {other}."
 
 
+def countdown(draw: random.Random) -> Question:
+    """Asks to make a number of three others, each used once, which one formula alone does.
+
+    Of the ways to write it the answer is the first of `_terms`, so there is one right answer.
+    """
+    numbers = tuple(sorted(draw.sample(range(2, 31), 3), reverse=True))
+    targets = _targets(numbers)
+    target = draw.choice(list(targets))
+    first, second, third = numbers
+    question = f"Make {target} of {first}, {second} and {third}."
+    made = targets[target]
+    return Question(question, made.text[1:-1], " ".join(made.steps))
+
+
+class Term(NamedTuple):
+    """Holds a number or what was made of several.
+
+    value: what it is, at least 1. other: the same formula of OTHERS. text: with brackets.
+    steps: the equations that made it.
+    """
+
+    value: int
+    other: Fraction
+    text: str
+    steps: tuple[str, ...] = ()
+
+
+@functools.cache
+def _targets(numbers: tuple[int, int, int]) -> dict[int, Term]:
+    """Returns what one formula alone makes of three different numbers, and its first form."""
+    found: dict[int, dict[Fraction, Term]] = defaultdict(dict)
+    for term in _terms([Term(n, other, str(n)) for n, other in zip(numbers, OTHERS)]):
+        found[term.value].setdefault(term.other, term)
+    targets = {}
+    for target, formulas in found.items():
+        if len(formulas) == 1:
+            (targets[target],) = formulas.values()
+    return targets
+
+
+def _terms(terms: list[Term]) -> Iterator[Term]:
+    """Yields every term that takes in all of these, the larger one first in each operation.
+
+    All between are whole numbers from 1.
+    """
+    if len(terms) == 1:
+        yield terms[0]
+    for pair in itertools.combinations(terms, 2):
+        rest = [term for term in terms if term not in pair]
+        for sign in OPERATIONS:
+            made = _combined(*sorted(pair, reverse=True), sign)
+            if made:
+                yield from _terms([*rest, made])
+
+
+def _combined(a: Term, b: Term, sign: str) -> Term | None:
+    """Returns a SIGN b; None where it is no whole number from 1."""
+    value = OPERATIONS[sign](Fraction(a.value), b.value)
+    if value < 1 or value.denominator > 1:
+        return None
+    step = f"<<{a.value}{sign}{b.value}={value}>>"
+    return Term(
+        int(value),
+        OPERATIONS[sign](a.other, b.other),
+        f"({a.text}{sign}{b.text})",
+        (*a.steps, *b.steps, step),
+    )
+
+
 KINDS: dict[str, Callable[[random.Random], Question]] = {
     "arithmetic": arithmetic,
     "word_problems": word_problems,
     "chains": chains,
+    "countdown": countdown,
 }
 
 

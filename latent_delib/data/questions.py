@@ -11,18 +11,22 @@ which a generated answer stops. To ask in another form, change this file: traini
 """
 
 import json
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from latent_delib.data import rows
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.errors import UserError
 
 PROMPT_END = "Answer:"  # config.method.prompt_end of a job that is trained on questions
 STEPS_END = "####"
 STOP = "\n"
 # The answer in a generated reply, with or without steps.
 ANSWER = rf"^(?:.*{STEPS_END})?\s*(.*?)\s*$"
+MOST_TOKENS = 512  # of a generated reply
 FORM = '{"question": TEXT, "answer": TEXT}'
 
 
@@ -118,3 +122,38 @@ def encode(
     if parts[0][-len(end) :].tolist() != end:
         return nothing, f"the tokenizer joins {PROMPT_END!r} to the end of the question"
     return np.concatenate(parts), ""
+
+
+def parted(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the tokens of the prompt and of the reply, of tokens that `encode` made.
+
+    Raises:
+      UserError: they are of another form.
+    """
+    end = tokenizer.encode(PROMPT_END)
+    for k in range(len(end), len(tokens)):
+        prompt, reply = tokens[:k], tokens[k:]
+        if prompt[-len(end) :] != end:
+            continue
+        # A reply is one line. Behind PROMPT_END in a question there are more.
+        if tokenizer.decode(reply).count(STOP) == 1:
+            return prompt, reply
+    raise UserError(
+        f"config.data: {tokenizer.decode(tokens)!r}: expected {PROMPT_END!r} and a line behind it; "
+        "prepare the token files again"
+    )
+
+
+def answer_in(reply: str) -> str:
+    """Returns the answer in a reply, which may have steps before it."""
+    found = re.search(ANSWER, reply.removesuffix(STOP))
+    return found[1] if found else ""
+
+
+def room_for(replies: Iterable[str]) -> int:
+    """Returns how many tokens suffice for each of some replies: a token is a byte at least.
+
+    There is no more room than MOST_TOKENS.
+    """
+    longest = max((len(reply.encode()) for reply in replies), default=1)
+    return min(longest, MOST_TOKENS)

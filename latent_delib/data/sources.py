@@ -32,6 +32,7 @@ FORMS = (
     "hf:./FOLDER:SPLIT:FEATURE",
 )
 _FILES = re.compile(r"(files|lines|qa|qa_steps(?:-\d+)?):(.*)", re.DOTALL)
+_QUESTIONS = re.compile(r"(qa|qa_steps(?:-\d+)?):")
 _TFDS = re.compile(r"tfds:(.+):([^:[\]]+(?:\[.*\])?):([^:]+)")
 _HUB = re.compile(r"hf:([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?:([\w.-]+):([^:]+)")
 _FOLDER = re.compile(r"hf:(\.{0,2}/.+):([\w.-]+):([^:]+)")
@@ -102,6 +103,11 @@ def parse(source: str) -> Files | Tfds | Hub:
     raise UserError(
         f"config.data: unknown source {source!r}, expected one of the forms {', '.join(FORMS)}"
     )
+
+
+def has_questions(source: str) -> bool:
+    """Tells whether a source holds questions with answers."""
+    return _QUESTIONS.match(source) is not None
 
 
 def source_of(given: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from latent_delib.data import questions
 from latent_delib.data.rows import BadRecords, Document, ahead, encode, grouped
-from latent_delib.data.sources import Files, Tfds, parse
+from latent_delib.data.sources import Files, Tfds, has_questions, parse
 from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
@@ -109,10 +109,10 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
 
     The line is empty as a rule. A bad text has no tokens.
     """
-    kind, _, _ = reader.source.partition(":")
-    kind, _, removed = kind.partition("-")
-    if kind in ("qa", "qa_steps"):
-        with_steps = kind == "qa_steps"
+    if has_questions(reader.source):
+        kind, _, _ = reader.source.partition(":")
+        name, _, removed = kind.partition("-")
+        with_steps = name == "qa_steps"
         tokens, fault = questions.encode(text.content, with_steps, tokenizer, int(removed or 0))
     else:
         tokens, fault = encode(text.content, tokenizer)

@@ -113,7 +113,7 @@ class Metrics:
         """Takes a step's values, and reads those of the step before.
 
         Args:
-          held_out: figures of `Validation`, where the step has some; its row has them too.
+          held_out: figures of held-out text, where the step has some; its row has them too.
         """
         self.flush()
         self.pending = (step, values, held_out or {})
@@ -221,6 +221,10 @@ def line(row: dict[str, float], steps: int) -> str:
         parts.append(f"validation {row['validation_loss']:.4f}")
     if "validation_loss_decoder" in row:
         parts[-1] += f" (decoder {row['validation_loss_decoder']:.4f})"
+    if "validation_solved" in row:
+        parts.append(f"solved {row['validation_solved']:.1f} %")
+    if "validation_solved_decoder" in row:
+        parts[-1] += f" (decoder {row['validation_solved_decoder']:.1f} %)"
     parts += [
         f"grad {row['grad_norm']:.3f}",
         f"lr {row['learning_rate']:.2e}",

@@ -199,10 +199,8 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     if record["method.coprocessor"]:
         decoder = TransformerConfig(**record.architecture)
         architecture = build.coprocessor_config(decoder, record["method.coprocessor"])
-    assistant = None
     if record.assistant:
         architecture = TransformerConfig(**record.assistant["architecture"])
-        assistant = _assistant(record)
     return Coprocessor(
         params,
         name,
@@ -212,11 +210,14 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
         found.step,
         architecture,
         record["method.every"],
-        assistant,
+        assistant_of(record),
     )
 
 
-def _assistant(record: Record) -> Assistant:
+def assistant_of(record: Record) -> Assistant | None:
+    """Returns the assistant of a run, or None."""
+    if not record.assistant:
+        return None
     return Assistant(record.config["method"]["assistant"], record["method.assistant"])
 
 
@@ -238,7 +239,7 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
     shape = (architecture.embed_dim, record.architecture["embed_dim"])
     if np.shape(params.get("latents_out")) != shape:
         raise UserError(f"{where}: expected a tensor latents_out of shape {shape}")
-    return dataclasses.replace(found, architecture=architecture, assistant=_assistant(record))
+    return dataclasses.replace(found, architecture=architecture, assistant=assistant_of(record))
 
 
 def read_record(workdir: str, step: int | None = None) -> Record:

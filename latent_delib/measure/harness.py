@@ -180,7 +180,7 @@ def load_questions(path: str) -> Tasks:
     Raises:
       UserError: the file is missing or empty, or a line is not of the form.
     """
-    longest = 0
+    replies = []
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
@@ -190,7 +190,7 @@ def load_questions(path: str) -> Tasks:
             question = questions.read(line, with_steps=False)
         except ValueError as error:
             raise UserError(f"{path}: line {number}: {error}") from None
-        longest = max(longest, len(question.reply(bool(question.steps)).encode()))
+        replies.append(question.reply(bool(question.steps)))
     if not lines:
         raise UserError(f"{path}: holds no questions")
     spec = {
@@ -202,8 +202,10 @@ def load_questions(path: str) -> Tasks:
         "doc_to_text": f"{{{{question}}}}\n{questions.PROMPT_END}",
         "doc_to_target": "{{answer.split() | join(' ')}}",
         "target_delimiter": " ",
-        # a token is at least a byte
-        "generation_kwargs": {"until": [questions.STOP], "max_gen_toks": min(longest, 512)},
+        "generation_kwargs": {
+            "until": [questions.STOP],
+            "max_gen_toks": questions.room_for(replies),
+        },
         "filter_list": [
             {
                 "name": "none",

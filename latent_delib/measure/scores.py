@@ -10,6 +10,8 @@ from latent_delib.errors import UserError
 from latent_delib.machine.columns import aligned
 
 Row = dict[str, Any]
+# A value, its standard error, the ends of its 95 % interval.
+Figure = tuple[float, float | None, float | None, float | None]
 
 Z = 1.96  # standard errors, for 95 %
 COLUMNS = (
@@ -53,7 +55,7 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
         value, stderr, low, high = _ratio(np.array(values, np.float64))
     else:
         unit = "percent"
-        value, stderr, low, high = _percent(np.array(values, np.float64))
+        value, stderr, low, high = percent(np.array(values, np.float64))
     return {
         "metric": metric,
         "unit": unit,
@@ -65,7 +67,7 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
     }
 
 
-def _ratio(values: np.ndarray) -> tuple[float, float | None, float | None, float | None]:
+def _ratio(values: np.ndarray) -> Figure:
     """Returns Σ bits / Σ bytes, its standard error as of a ratio, and the interval's ends.
 
     values: log p and bytes of each document, float64 [documents, 2].
@@ -81,8 +83,21 @@ def _ratio(values: np.ndarray) -> tuple[float, float | None, float | None, float
     return value, stderr, value - Z * stderr, value + Z * stderr
 
 
-def _percent(scores: np.ndarray) -> tuple[float, float | None, float, float]:
-    """Returns the mean of 0-to-1 scores in percent, its standard error, Wilson's interval."""
+def mean(values: np.ndarray) -> Figure:
+    """Returns the mean of values, float64 [documents], its standard error, the interval's ends."""
+    n = len(values)
+    value = float(values.mean())
+    if n == 1:
+        return value, None, None, None
+    stderr = float(values.std(ddof=1)) / math.sqrt(n)
+    return value, stderr, value - Z * stderr, value + Z * stderr
+
+
+def percent(scores: np.ndarray) -> Figure:
+    """Returns the mean of 0-to-1 scores in percent, its standard error, Wilson's interval.
+
+    scores: float64 [documents].
+    """
     n = len(scores)
     p = float(scores.mean())
     variance = float(scores.var())  # p (1 - p) where every score is 0 or 1

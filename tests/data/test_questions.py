@@ -88,6 +88,15 @@ def test_a_line_of_another_form(tokenizer, bad, with_steps, why):
     assert len(tokens) == 0 and why in fault
 
 
+def test_tokens_of_another_form(tokenizer):
+    tokens, _ = questions.encode(line(), False, tokenizer)
+    prompt, reply = questions.parted(tokens.tolist(), tokenizer)
+    assert prompt + reply == tokens.tolist()
+    for bad in (prompt, tokenizer.encode("the cat\nAnswer: 7\nand a dog\n")):
+        with pytest.raises(UserError, match="'Answer:' and a line behind it"):
+            questions.parted(bad, tokenizer)
+
+
 def test_a_source_of_questions(tmp_path, tokenizer):
     """As `prepare` reads it: a document per line, bad ones named; prompts end with PROMPT_END."""
     file = tmp_path / "mine.jsonl"

@@ -209,6 +209,33 @@ def test_look_ups_are_made_and_solved_without_the_mixture(here: Path) -> None:
     ]
 
 
+def test_questions_are_made_and_answered_in_four_rows(here: Path) -> None:
+    calls = run_paper(here, "questions")
+    config, folder = "--config=configs/paper.py:questions", "runs/paper/questions"
+    assert calls[:4] == [
+        "tools.make_questions --out=runs/questions",
+        f"prepare {config}/pretrain --config.data.token_files= --out={folder}/tokens",
+        f"train {config}/pretrain --workdir={folder}/pretrain",
+        f"evaluate {config}/decoder --workdir={folder}/frozen",
+    ]
+    asked = "--benchmarks=qa:runs/questions/countdown.test.jsonl"
+    found = [call for call in calls if call.startswith("benchmark")]
+    for call, (name, models) in zip(
+        found,
+        (
+            ("overlay", "decoder,augmented"),
+            ("static_tokens", "decoder,augmented"),
+            ("feedback_fast", "decoder,augmented"),
+            ("decoder_fast", "decoder"),
+        ),
+        strict=True,
+    ):
+        run = f"{folder}/{name}@0"
+        assert call.startswith(f"benchmark --workdir={run} --model={models} {asked} ")
+        assert call.endswith(f" --out={run}")
+    assert calls[-1] == "report runs/paper --out=runs/paper/report"
+
+
 def test_the_script_knows_all_protocols() -> None:
     script = (ROOT / "launch/paper.sh").read_text()
     assert f"protocols='{' '.join(paper.PROTOCOLS)}'" in script

@@ -1,7 +1,9 @@
 """Questions: answers right by other means, steps that lead there, none twice, the same again."""
 
+import itertools
 import json
 import re
+from fractions import Fraction
 
 import pytest
 
@@ -23,13 +25,35 @@ def rows(folder, kind, split):
 
 
 def check_equations(steps, answer):
-    """Each equation holds and begins with the result of the one before."""
+    """Each equation holds and goes on from the one before, on its left as a rule."""
     result = None
     for left, sign, right, found in re.findall(r"<<(\d+)([-+*/])(\d+)=(-?\d+)>>", steps):
-        assert result in (None, left)
+        assert result in (None, left, right)
         assert eval(f"{left}{sign}{right}") == int(found)  # digits and a sign alone
         result = found
     assert result == answer
+
+
+def formulas():
+    """Every formula of a, b and c that takes each of them once, compiled."""
+    found = []
+    for (x, y, z), (s, t) in itertools.product(
+        itertools.permutations("abc"), itertools.product("+-*/", repeat=2)
+    ):
+        found += [f"({x}{s}{y}){t}{z}", f"{x}{s}({y}{t}{z})"]
+    return [compile(text, text, "eval") for text in found]
+
+
+def values(found, *numbers):
+    """What formulas make of three numbers; None where they divide by zero."""
+    named = dict(zip("abc", map(Fraction, numbers)))
+    made = []
+    for formula in found:
+        try:
+            made.append(eval(formula, named.copy()))
+        except ZeroDivisionError:
+            made.append(None)
+    return made
 
 
 def reachable(facts, start):
@@ -49,6 +73,12 @@ def test_answers_and_steps_are_right_and_no_question_is_there_twice(folder, kind
         question, answer, steps = row["question"], row["answer"], row["steps"]
         if kind == "arithmetic":
             assert eval(question.removeprefix("What is ").rstrip("?")) == int(answer)
+        if kind == "countdown":
+            target, *numbers = re.findall(r"\d+", question)
+            assert eval(answer) == int(target)
+            assert sorted(re.findall(r"\d+", answer)) == sorted(numbers)
+            check_equations(steps, target)
+            continue
         if kind != "chains":
             check_equations(steps, answer)
             continue
@@ -72,6 +102,19 @@ def test_word_problems_end_as_their_events_say(folder):
         assert equations[0][0] == re.search(r"\d+", first)[0]
         told = [(signs[event.split()[1]], re.search(r"\d+", event)[0]) for event in events]
         assert told == [(sign, by) for _, sign, by in equations]
+
+
+def test_one_formula_alone_makes_a_number(folder):
+    """All that do are equal for other numbers too; of some numbers not all targets are taken."""
+    every = formulas()
+    elsewhere = values(every, 1009, 2003, 499)
+    for row in rows(folder, "countdown", "test")[:20]:
+        target, *numbers = re.findall(r"\d+", row["question"])
+        made = values(every, *numbers)
+        alike = {other for value, other in zip(made, elsewhere) if value == int(target)}
+        assert len(alike) == 1
+    targets = make_questions._targets((4, 3, 2))
+    assert 24 in targets and 14 not in targets, "which is (4+3)*2, and (4*3)+2"
 
 
 def test_the_same_questions_are_made_again(folder, tmp_path):
