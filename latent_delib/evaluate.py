@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from latent_delib.data import batches
 from latent_delib.errors import Outage, UserError
-from latent_delib.job import experiment
+from latent_delib.job import experiment, parameters
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files, saved_steps
@@ -186,7 +186,7 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
         meta = exported.read_meta(where, step)
         _require_same(exp, meta, workdir)
         _, params = exported.load(where)
-        wanted = experiment.trainable_shapes(exp)
+        wanted = parameters.trainable_shapes(exp)
         trained = jax.tree.map(
             lambda x, to: jax.device_put(x, to.sharding), {"coprocessor": params}, wanted
         )
@@ -195,7 +195,7 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
         checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
         with contextlib.closing(checkpoints):
             _require_same(exp, meta, workdir)
-            wanted = {"trainable": experiment.trainable_shapes(exp)}
+            wanted = {"trainable": parameters.trainable_shapes(exp)}
             found = checkpoints.restore_newest(wanted, step=step)
     trainable = jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable)
     return found._replace(trees={"trainable": trainable})
@@ -238,7 +238,7 @@ class Job:
 
     @functools.cached_property
     def frozen(self) -> Params:
-        return experiment.load_frozen(self.exp)
+        return parameters.load_frozen(self.exp)
 
     def run(self, found: Restored | None, out: epath.Path) -> dict[str, Any]:
         """Evaluates a checkpoint, or without one the frozen decoder, and writes all files.

@@ -38,7 +38,7 @@ from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import INTERRUPTED, UserError, device_memory
-from latent_delib.job import build, dry_run, experiment, preparation, search
+from latent_delib.job import build, dry_run, experiment, parameters, preparation, search
 from latent_delib.job import plan as planning
 from latent_delib.job.checks import check_steps
 from latent_delib.job.experiment import Experiment
@@ -227,7 +227,7 @@ def trees_of(state: TrainState) -> dict[str, Any]:
 
 def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[TrainState, Params]:
     """Returns the state to train, restored or new, and the frozen parameters, on the mesh."""
-    frozen = experiment.load_frozen(exp) if plan.frozen else {}
+    frozen = parameters.load_frozen(exp) if plan.frozen else {}
     if found is None:
         trainable, opt_state = init_state(exp, plan, frozen)
     else:
@@ -244,12 +244,12 @@ def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any
     if exp.adapts_start:
         start = {"coprocessor": frozen["coprocessor"]}
     elif exp.start:
-        start = experiment.place_start(exp, jnp.float32)
+        start = parameters.place_start(exp, jnp.float32)
     begun_from = augment.begun_from(frozen) if frozen else None
     if begun_from is None and start is None:  # the decoder's own weights are trained
-        begun_from = experiment.place_decoder(exp, jnp.float32)
+        begun_from = parameters.place_decoder(exp, jnp.float32)
     shardings = planning.shardings_of(plan.state)
-    init = experiment.init_trainable(exp.aug, exp.config.method.lora_rank)
+    init = parameters.init_trainable(exp.aug, exp.config.method.lora_rank)
     init = jax.jit(init, out_shardings=shardings.trainable)
     trainable = init(jax.random.key(exp.config.seed), begun_from, start)
     init_optimizer = jax.jit(plan.optimizer.tx.init, out_shardings=shardings.opt_state)

@@ -13,7 +13,7 @@ import latent_delib as ld
 from latent_delib import convert, train
 from latent_delib.delib.lora import INPUT_AXES
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
+from latent_delib.job import experiment, parameters
 from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder
 
@@ -117,7 +117,7 @@ def test_texts_past_the_last_position_are_refused_before_decoding(gpt2_folder):
 
 def test_adapters_are_of_matrices_alone(config_of):
     exp = experiment.read(config_of({"method.lora_rank": 2}))
-    leaves = set(folder.by_name(experiment.trainable_shapes(exp)["coprocessor"]))
+    leaves = set(folder.by_name(parameters.trainable_shapes(exp)["coprocessor"]))
     matrices = {f"attn.{name}" for name in ("q", "k", "v", "out")} | {"mlp.up", "mlp.down"}
     assert {m.partition(".")[2] for m in matrices} == INPUT_AXES.keys() - {"gate"}
     assert leaves == {f"layers.{m}_{part}" for m in matrices for part in "ab"} | {"soft_tokens"}

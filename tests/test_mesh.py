@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.coprocessor import AXES
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
+from latent_delib.job import parameters
 from latent_delib.nn.layers import FEATURES, PARAM_AXES, TRACES
 from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder
@@ -146,7 +146,7 @@ def test_optimizer_leaves_lie_as_what_they_have_of_their_parameter():
         "gate": jax.ShapeDtypeStruct((3, 256, 128), np.float32),
         "scale": jax.ShapeDtypeStruct((3, 256), np.float32),
     }
-    trainable = experiment.placed(shapes, mesh_lib.parameters(mesh, shapes, PARAM_AXES))
+    trainable = parameters.placed(shapes, mesh_lib.parameters(mesh, shapes, PARAM_AXES))
     _, moments, _ = mesh_lib.optimizer_state(mesh, optax.adamw(1e-3), trainable)[0]
     assert {name: leaf.sharding.spec for name, leaf in moments.items()} == {
         "gate": P(None, WIDTH, "tensor"),
@@ -177,7 +177,7 @@ def test_table_names_every_parameter_once():
     shapes = folder.shapes(SIZES["gemma2_test"])
     shardings = mesh_lib.parameters(mesh_lib.make(sizes(data=-1)), shapes, PARAM_AXES)
     lines = [
-        line.split() for line in mesh_lib.table(experiment.placed(shapes, shardings)).splitlines()
+        line.split() for line in mesh_lib.table(parameters.placed(shapes, shardings)).splitlines()
     ]
     assert len(lines) == len(jax.tree.leaves(shapes))
     assert ["layers.mlp.down", "4x48x32", "P(None,", "'tensor',", "('fsdp',", "'traces'))"] in lines

@@ -18,7 +18,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import UserError
-from latent_delib.job import build, experiment
+from latent_delib.job import build, experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.job.record import Record
 from latent_delib.measure import views
@@ -153,7 +153,7 @@ def begun(config):
     """The tree that a job trains, before its first step."""
     exp = experiment.read(config)
     plan = planning.make(exp)
-    frozen = experiment.load_frozen(exp) if plan.frozen else {}
+    frozen = parameters.load_frozen(exp) if plan.frozen else {}
     trainable, _ = train.init_state(exp, plan, frozen)
     return trainable
 
@@ -271,7 +271,7 @@ def first_loss(config, coprocessor):
     rows = next(text.batches(batch_size=config.train.batch_size, seed=config.seed))
     batch = mesh_lib.place_rows(exp.mesh, rows, config.train.batch_size)
     compiled = planning.compile_step(exp, plan)
-    _, values = compiled(TrainState(step, trainable, opt_state), experiment.load_frozen(exp), batch)
+    _, values = compiled(TrainState(step, trainable, opt_state), parameters.load_frozen(exp), batch)
     return float(values["loss"])
 
 

@@ -1,14 +1,12 @@
 """Turns a config into the objects of a job: its record, mesh, augmentation and parameters."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -17,19 +15,15 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.data import questions
 from latent_delib.data import tokenizer as tokenizers
 from latent_delib.data.tokenizer import Tokenizer
-from latent_delib.delib import augment, lora
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.methods import METHODS, param_axes
+from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import latent_positions
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.checks import check
 from latent_delib.job.record import Record
-from latent_delib.machine import checkpoint
 from latent_delib.nn import transformer
-from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.sizes import TransformerConfig, differences
-from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder
 
 
@@ -257,151 +251,3 @@ def _check_positions(config: ConfigDict, architecture: TransformerConfig) -> Non
                 f"config.{key}={tokens}: with {moved} positions for latents, expected at most "
                 f"{architecture.learned_positions}, the decoder's learned positions"
             )
-
-
-# Parameters: the frozen ones, the trained ones, and those that training begins with.
-
-
-def frozen_shapes(exp: Experiment) -> Params:
-    """Returns the shapes of the frozen parameters, with dtype and shardings."""
-    frozen = _decoder_shapes(exp)
-    if exp.adapts_start:
-        frozen |= _whole(exp)
-    return _on_mesh(exp, frozen, exp.dtype)
-
-
-def load_frozen(exp: Experiment) -> Params:
-    """Loads the frozen parameters in the compute dtype: the decoder, as "decoder".
-
-    The assistant is there as "assistant", if the method has one. Where adapters are trained over a
-    start, its coprocessor is there too, as "coprocessor".
-    """
-    frozen = {"decoder": place_decoder(exp, exp.dtype)}
-    if exp.assistant is not None:
-        frozen["assistant"] = place_assistant(exp, exp.dtype)
-    if exp.adapts_start:
-        frozen |= place_start(exp, exp.dtype)
-    return frozen
-
-
-def _decoder_shapes(exp: Experiment) -> Params:
-    """Returns the shapes of the decoder and, where there is one, of the assistant."""
-    return {room: folder.shapes(model.config) for room, model in exp.aug.readers.items()}
-
-
-def trainable_shapes(exp: Experiment) -> Params:
-    """Returns the shapes of the trainable tree, float32, with shardings."""
-    begun_from = augment.begun_from(_decoder_shapes(exp))
-    init = init_trainable(exp.aug, exp.config.method.lora_rank)
-    return _on_mesh(exp, jax.eval_shape(init, jax.random.key(0), begun_from))
-
-
-def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
-    """Returns the function (key, decoder, start) -> trainable tree, float32.
-
-    decoder is the assistant, where there is one. start is such a tree without adapters, or None;
-    with it, the decoder is not used. rank is that of adapters; 0 trains all.
-    """
-
-    def init(key: jax.Array, decoder: Params | None, start: Params | None = None) -> Params:
-        tree = start
-        if tree is None:
-            tree = METHODS[aug.method].init(key, decoder, aug.models, aug.num_latents)
-        if rank:
-            for i, room in enumerate(sorted(tree)):
-                tree[room] = _adapters(jax.random.fold_in(key, i), tree[room], rank)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-    return init
-
-
-def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
-    """Returns the trained part of a decoder or coprocessor: adapters, and all but its body."""
-    frozen = (*transformer.BODY, *transformer.TABLES)
-    trained = {name: leaf for name, leaf in tree.items() if name not in frozen}
-    if "layers" in tree:
-        trained["layers"] = lora.init(key, tree["layers"], rank)
-    return trained
-
-
-def place_decoder(exp: Experiment, dtype: Any) -> Params:
-    """Loads the decoder's weights onto the mesh in `dtype`, or draws them without a folder."""
-    architecture = exp.aug.transformer.config
-    shardings = mesh_lib.parameters(exp.mesh, folder.shapes(architecture), PARAM_AXES)
-    if exp.decoder is not None:
-        return folder.load(exp.decoder, architecture, dtype, shardings)
-
-    def draw(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(dtype), transformer.init(key, architecture))
-
-    return jax.jit(draw, out_shardings=shardings)(jax.random.key(exp.config.seed))
-
-
-def place_assistant(exp: Experiment, dtype: Any) -> Params:
-    """Loads the assistant's weights onto the mesh in `dtype`, where those of a decoder lie."""
-    architecture = exp.aug.models.coprocessor.config
-    shardings = mesh_lib.parameters(exp.mesh, folder.shapes(architecture), PARAM_AXES)
-    return folder.load(exp.assistant, architecture, dtype, shardings)
-
-
-def place_start(exp: Experiment, dtype: Any) -> Params:
-    """Loads the tree that training begins with onto the mesh, in `dtype`: all that was trained.
-
-    Raises:
-      UserError: the checkpoint is missing or damaged, is of another decoder, method or number of
-        trained vectors, or holds adapters.
-    """
-    given = f"config.method.start={exp.config.method.start}"
-    workdir, step = exp.start
-    try:
-        checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
-    except UserError as error:
-        raise UserError(f"{given}: {str(error).removeprefix(f'{workdir}: ')}") from None
-    with contextlib.closing(checkpoints):
-        there = Record.from_meta(meta, given)
-        exp.record.require(there, "start", given)
-        _require_same_vectors(exp, there, given)
-        wanted = {"trainable": _on_mesh(exp, _whole(exp))}
-        found = checkpoints.restore_newest(wanted, step=step)
-    return jax.tree.map(lambda x: x.astype(dtype), found.trainable)
-
-
-def _require_same_vectors(exp: Experiment, there: Record, given: str) -> None:
-    """Raises UserError for a start of another number of latents, where each is a vector of its own.
-
-    A method that trains one vector for all of them may go on with another number.
-    """
-    latents = there["method.num_latents"]
-    if _whole(exp, latents) != _whole(exp):
-        raise UserError(
-            f"{given}: method.num_latents is {latents} there, {exp.aug.num_latents} here; "
-            f"method {exp.aug.method!r} trains a vector for each; name another checkpoint"
-        )
-
-
-def _whole(exp: Experiment, num_latents: int | None = None) -> Params:
-    """Returns the shapes of the config's trainable tree without adapters.
-
-    num_latents: N_L; by default the config's.
-    """
-    count = num_latents or exp.aug.num_latents
-
-    def init(key: jax.Array, decoder: Params) -> Params:
-        return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, count)
-
-    return jax.eval_shape(init, jax.random.key(0), augment.begun_from(_decoder_shapes(exp)))
-
-
-def _on_mesh(exp: Experiment, shapes: Params, dtype: Any = None) -> Params:
-    """Returns shapes of parameters with their shardings, in `dtype` where given."""
-    shardings = mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method))
-    return placed(shapes, shardings, dtype)
-
-
-def placed(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
-    """Returns shapes that carry shardings, in `dtype` where given."""
-
-    def one(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
-
-    return jax.tree.map(one, shapes, shardings)

@@ -10,7 +10,7 @@ from etils import epath
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib import lora
-from latent_delib.job import experiment
+from latent_delib.job import parameters
 from latent_delib.job.build import TRAINED
 from latent_delib.job.experiment import Experiment
 from latent_delib.machine import files
@@ -35,7 +35,7 @@ def export_decoder(
         return
     tree = trainable["decoder"]
     if not exp.trains_whole_decoder:
-        frozen = frozen or experiment.place_decoder(exp, exp.dtype)
+        frozen = frozen or parameters.place_decoder(exp, exp.dtype)
         below = jax.tree.map(lambda x: x.astype(jnp.float32), frozen)
         tree = jax.jit(lora.lay_over)(below, tree)
     leaves = folder.by_name(tree)

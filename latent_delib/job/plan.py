@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.step import Optimizer, TrainState, make_optimizer, train_step
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
+from latent_delib.job import parameters
 from latent_delib.job.experiment import Experiment
 from latent_delib.nn.transformer import Params
 
@@ -44,7 +44,7 @@ def make(exp: Experiment) -> Plan:
             f"expected a multiple of {c.train.accumulation * split}"
         )
     optimizer = make_optimizer(c.optimizer, c.train.steps)
-    trainable = experiment.trainable_shapes(exp)
+    trainable = parameters.trainable_shapes(exp)
     whole = mesh_lib.replicated(exp.mesh)
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
@@ -59,7 +59,7 @@ def make(exp: Experiment) -> Plan:
     )
     return Plan(
         state=state,
-        frozen={} if exp.trains_whole_decoder else experiment.frozen_shapes(exp),
+        frozen={} if exp.trains_whole_decoder else parameters.frozen_shapes(exp),
         batch={"tokens": row, "segment": row},
         optimizer=optimizer,
         step=jax.jit(step, out_shardings=(shardings_of(state), whole), donate_argnums=0),

@@ -8,7 +8,7 @@ from latent_delib.delib import cost
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
-from latent_delib.job import build, experiment
+from latent_delib.job import build, parameters
 from latent_delib.job import plan as planning
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer
@@ -109,7 +109,7 @@ def of(result: Result) -> Costs | None:
         every=method.get("every", 0),
         distill=method.get("distill", 0.0),
     )
-    init = experiment.init_trainable(aug, method.get("lora_rank", 0))
+    init = parameters.init_trainable(aug, method.get("lora_rank", 0))
     begun_from = coprocessor if config.assistant else decoder
     trained = jax.eval_shape(init, jax.random.key(0), folder.shapes(begun_from))
     counted = cost.step_flops(

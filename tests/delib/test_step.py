@@ -21,7 +21,7 @@ from latent_delib import train
 from latent_delib.data import batches
 from latent_delib.delib.step import TrainState, make_optimizer, train_step
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
+from latent_delib.job import experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.nn.attention.forms import FEW
 from latent_delib.nn.transformer import Transformer
@@ -67,7 +67,7 @@ class OneDevice:
         )
 
     def start(self, seed):
-        trainable = experiment.init_trainable(self.exp.aug, self.exp.config.method.lora_rank)(
+        trainable = parameters.init_trainable(self.exp.aug, self.exp.config.method.lora_rank)(
             jax.random.key(seed), self.frozen["decoder"]
         )
         return TrainState(jnp.int32(0), trainable, self.tx.init(trainable))
@@ -293,7 +293,7 @@ def steps_on(config, count, decoder):
     """
     exp = experiment.read(config, jax.devices()[:count])
     plan = planning.make(exp)
-    start = jax.jit(experiment.init_trainable(exp.aug, exp.config.method.lora_rank))(
+    start = jax.jit(parameters.init_trainable(exp.aug, exp.config.method.lora_rank))(
         jax.random.key(0), decoder
     )
     state = TrainState(jnp.int32(0), start, plan.optimizer.tx.init(start))
@@ -326,7 +326,7 @@ def test_other_optimizers_train_alike_on_a_mesh(make_config, tokenizer_path, nam
         "decoder.architecture": size | {"vocab_size": 320},
     }
     config = make_config(changes)
-    decoder = experiment.place_decoder(experiment.read(config, jax.devices()[:1]), jnp.float32)
+    decoder = parameters.place_decoder(experiment.read(config, jax.devices()[:1]), jnp.float32)
     decoder = jax.device_get(decoder)
     expected, _, alone = steps_on(config, 1, decoder)
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}

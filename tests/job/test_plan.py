@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from latent_delib.errors import UserError
-from latent_delib.job import estimate, experiment
+from latent_delib.job import estimate, experiment, parameters
 from latent_delib.job import plan as planning
 from tests.golden import make_sharding
 from tools import collectives
@@ -39,7 +39,7 @@ def test_frozen_parameters_lie_where_the_plan_says(make_config, trained, change)
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     exp = experiment.read(make_config(mesh | change | {"compute.dtype": "bfloat16"}))
     planned = planning.make(exp).frozen
-    loaded = experiment.load_frozen(exp)
+    loaded = parameters.load_frozen(exp)
     assert loaded.keys() == ({"decoder", "coprocessor"} if change else {"decoder"})
 
     def described(leaf):

@@ -14,7 +14,7 @@ from latent_delib import prepare, train
 from latent_delib.data import batches
 from latent_delib.delib import augment, traces
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
+from latent_delib.job import experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.job.validation import BATCHES, Validation
 from tests.test_train import assert_same, copy_at_step_2
@@ -102,7 +102,7 @@ def test_a_resumed_job_finds_the_same(trained, validated, make_config, tmp_path)
 def test_it_is_the_same_however_it_is_computed(make_config, validated, changes):
     exp = experiment.read(make_config({"train.validate_every": 2} | changes))
     plan = planning.make(exp)
-    validation = Validation(exp, plan, experiment.load_frozen(exp))
+    validation = Validation(exp, plan, parameters.load_frozen(exp))
     weights = small.weights_of(validated, 4)
     shardings = planning.shardings_of(plan.state.trainable)
     found = validation(jax.device_put(weights, shardings))

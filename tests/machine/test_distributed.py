@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from configs import base
 from latent_delib import evaluate, train
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
+from latent_delib.job import experiment, parameters
 from latent_delib.machine import distributed
 
 def differ(config):
@@ -47,7 +47,7 @@ def differ(config):
 
 def export(config, workdir):
     exp = experiment.read(config)
-    decoder = experiment.place_decoder(exp, jnp.float32)
+    decoder = parameters.place_decoder(exp, jnp.float32)
     train.export_decoder(exp, workdir, 4, {"decoder": decoder}, None)
 
 tasks = {"train": train.train, "evaluate": evaluate.evaluate, "export": export, "differ": differ}

@@ -11,7 +11,7 @@ import small
 import latent_delib as ld
 from latent_delib import prepare, train
 from latent_delib.data import questions
-from latent_delib.job import experiment
+from latent_delib.job import experiment, parameters
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.measure import answers
 from latent_delib.measure.answers import Answers
@@ -90,7 +90,7 @@ def test_what_counts(config_of, write, monkeypatch):
     coprocessor = ld.load_coprocessor("packaged")
     config = config_of(write(ROWS), **{"method.num_latents": coprocessor.num_latents})
     exp = experiment.read(config, jax.devices()[:1])
-    measure = Answers(exp, experiment.load_frozen(exp))
+    measure = Answers(exp, parameters.load_frozen(exp))
     found = measure({"coprocessor": coprocessor.params})
     lm = ld.AugmentedLM(ld.load_decoder("packaged"), coprocessor)
     prompts = [questions.Question(**row).prompt() for row in ROWS]
@@ -114,7 +114,7 @@ def test_a_mesh_says_the_same(config_of, write):
             write(ROWS), **{"method.num_latents": coprocessor.num_latents}, **changes
         )
         exp = experiment.read(config, devices)
-        measure = Answers(exp, experiment.load_frozen(exp))
+        measure = Answers(exp, parameters.load_frozen(exp))
         found.append(measure({"coprocessor": coprocessor.params}))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
