@@ -3,7 +3,7 @@
 # the first k steps out of the replies and puts THOUGHTS latents for each behind the question; the last leaves out all.
 # Arguments, --config.KEY=VALUE, go to train. Run again, it goes on where it stopped.
 #
-#   QUESTIONS=runs/questions/word_problems ./launch/coconut.sh    # has QUESTIONS.train.jsonl and QUESTIONS.test.jsonl
+#   QUESTIONS=runs/questions/word_problems ./launch/coconut.sh    # the files QUESTIONS.train.jsonl and QUESTIONS.test.jsonl
 #   THOUGHTS=2 STAGES=3 STEPS=2000                                # per step; before the last; of training in each
 #   RUN=runs/coconut CONFIG=quickstart                            # where to write; configs/CONFIG.py
 # shellcheck source=common.sh
@@ -13,6 +13,7 @@ overrides "$@"
 questions=${QUESTIONS:-runs/questions/word_problems} thoughts=${THOUGHTS:-2} stages=${STAGES:-3} steps=${STEPS:-2000}
 run=${RUN:-runs/coconut} config=configs/${CONFIG:=quickstart}.py
 [[ -e $config ]] || die "CONFIG=$CONFIG: there is no $config"
+[[ ${QUESTIONS:-} || -e $questions.train.jsonl ]] || python -m tools.make_questions --out=runs/questions
 for split in train test; do
   [[ -e $questions.$split.jsonl ]] || die "QUESTIONS=$questions: there is no $questions.$split.jsonl"
 done
