@@ -54,19 +54,6 @@ PANELS = (
             32000: "lab/steps_x4@0",
         },
     ),
-    Panel(
-        "latents",
-        {
-            4: "lab/overlay_4@0",
-            8: "lab/overlay_8@0",
-            16: "lab/overlay@0",
-            32: "lab/overlay_32@0",
-        },
-    ),
-    Panel(
-        "layers of the coprocessor, all from a random start",
-        {1: "lab/half@0", 2: "lab/from_scratch@0", 4: "lab/double@0"},
-    ),
 )
 
 
@@ -74,12 +61,13 @@ def draw(path: Path) -> None:
     """Draws the figure into an SVG."""
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "latent_delib"  # the same runs give the same bytes
-    figure, grid = pyplot.subplots(2, 2, figsize=(8.0, 5.6), sharey=True, layout="constrained")
-    for axes, panel in zip(grid.flat, PANELS, strict=True):
+    figure, grid = pyplot.subplots(
+        1, len(PANELS), figsize=(8.0, 3.2), sharey=True, layout="constrained"
+    )
+    for axes, panel in zip(grid, PANELS, strict=True):
         draw_panel(axes, panel)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("change in perplexity (%)")
-    grid[0, 0].legend(loc="lower left", fontsize=8, frameon=False)
+    grid[0].set_ylabel("change in perplexity (%)")
+    grid[0].legend(loc="lower left", fontsize=8, frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -9,6 +9,7 @@ Write a table with its first column, and run this. A comment above the table nam
   <!-- table: runs=a run=NAME -->             of one run; rows then need no name
   <!-- table: runs=lab source=0 -->           of its first validation source alone
   <!-- table: runs=problems accuracy=1 -->    percent of problems solved, by the columns' benchmarks
+  <!-- table: runs=lab source=0 costs=1 -->  trained parameters and GFLOP per step, then the changes
 
 The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given,
 and one of PHRASES. "the same" stands for the phrase of the row before, "against `NAME`" and
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latent_delib.measure import perplexity
-from latent_delib.results import against, packed, runs
+from latent_delib.results import against, costs, packed, runs
 from latent_delib.results.forms import change
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -78,6 +79,8 @@ def filled(page: str) -> str:
                 found = accuracies(settings["runs"], row, head, "without latents" in words)
             else:
                 found = cells(settings["runs"], row)
+            if "costs" in settings:
+                found = [*costs_of(settings["runs"], row), *found]
             line = f"| {words} | {' | '.join(found)} |"
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -124,6 +127,12 @@ def cells(folder: str, row: Row) -> list[str]:
         rows = data["rows"]
     by_n = {each["n"]: str(change(each)).replace("%", "") for each in rows}
     return [by_n[n] for n in AHEAD]
+
+
+def costs_of(folder: str, row: Row) -> list[str]:
+    """Returns the trained parameters of a run and the GFLOP of a step."""
+    found = costs.of(find(RESULTS / folder / row.run, ""))
+    return [f"{found.parameters:,}", f"{found.step_flops / 1e9:.1f}"]
 
 
 def accuracies(folder: str, row: Row, benchmarks: list[str], is_plain: bool) -> list[str]:
