@@ -108,6 +108,7 @@ def one_step(dtype, remat):
     return optax.tree.get(state.opt_state, "mu"), state, metrics
 
 
+@pytest.mark.slow  # the step on a mesh, in test_step.py, is the same and more
 def test_a_step_in_bfloat16_is_close_to_one_in_float32():
     rounded, state, metrics = one_step(jnp.bfloat16, "attention")
     exact, _, expected = one_step(jnp.float32, "none")

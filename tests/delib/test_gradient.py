@@ -39,11 +39,11 @@ CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("unified", "llama", "overlay"),
     ("sequential", "gemma", "overlay"),
     ("assistant", "gemma", "overlay"),  # it has the next family
-    ("assistant", "llama", "after"),
     ("feedback", "gemma", "after"),
     ("decoder", "gemma", "after"),  # ordinary language modelling: placement means nothing
 ]
 FURTHER = [
+    ("assistant", "llama", "after"),
     ("last_layer", "gpt2", "overlay"),
     ("inserted", "gpt2", "overlay"),
     ("joint", "gpt2", "before"),

@@ -308,7 +308,8 @@ def steps_on(config, count, decoder):
     return losses, plan, state
 
 
-@pytest.mark.parametrize("name", [pytest.param("adafactor", marks=pytest.mark.slow), "muon"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_other_optimizers_train_alike_on_a_mesh(make_config, tokenizer_path, name):
     """Their state lies split as the matrices do. Adafactor factors from 128 x 128 on."""
     size = {

@@ -41,6 +41,7 @@ def wandb(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_has_the_rows_of_the_job_and_goes_on_with_it(trained, make_config, tmp_path, wandb):
     workdir = tmp_path / "workdir"
     copy_at_step_2(trained, workdir)
