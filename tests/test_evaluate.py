@@ -136,6 +136,7 @@ def test_a_checkpoint(make_config, trained, evaluated, logprobs, documents, piec
         "checkpoint",
         "step",
         "fingerprint",
+        "assistant",
         "text",
         "provenance",
     }

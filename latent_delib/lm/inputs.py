@@ -42,19 +42,21 @@ def check_options(
     every: int,
     delay: int | None,
     sampling: Mapping[str, Any],
-    aug: Augmentation,
+    aug: Augmentation | None = None,
 ) -> GenerationOptions:
     """Returns the options with plain Python numbers; `sampling` holds fields of `Sampler`.
 
-    `every` is the method's own where its latents recur.
+    `every` is the method's own where its latents recur; without `aug`, which a command does not
+    know before it has loaded the model, it is taken as given.
 
     Raises:
       UserError: one of another kind or out of range.
     """
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
     sampler = Sampler(**sampling).checked()
-    every = check_every(every, aug)
-    return GenerationOptions(max_new_tokens, sampler, *check_rhythm(aug.every or every, delay))
+    if aug is not None:
+        every = check_every(every, aug) or aug.every
+    return GenerationOptions(max_new_tokens, sampler, *check_rhythm(every, delay))
 
 
 def check_every(every: int, aug: Augmentation) -> int:

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 from configs import base
 from latent_delib import mesh, train
 from latent_delib.errors import UserError
-from latent_delib.job import dry_run, experiment
+from latent_delib.job import dry_run, experiment, parameters
 
 
 def test_here(make_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(experiment, "place_decoder", None)  # weights are not even read
+    monkeypatch.setattr(parameters, "place_decoder", None)  # weights are not even read
     found = dry_run.dry_run(
         make_config({"mesh.fsdp": 2, "mesh.tensor": 2, "train.accumulation": 2}),
         str(tmp_path / "new"),
