@@ -22,7 +22,6 @@ from etils import epath
 
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
-from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job.record import Record
 from latent_delib.lm import load
@@ -217,10 +216,6 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     """Writes the newest coprocessor of a training job as a folder (`weights.coprocessor`)."""
     record = load.read_record(workdir)
     trained = load.load_coprocessor(workdir, record.step)
-    if METHODS[trained.method].own_size:
-        raise UserError(
-            f"{workdir}: a resized coprocessor has no form of its own to be exported in"
-        )
     params = trained.params
     if record["method.lora_rank"]:  # multiplied out
         below = {"decoder": load.load_decoder(load.decoder_of(workdir, record)).params}
@@ -231,8 +226,7 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     method = {**record.config["method"], "lora_rank": 0, "start": ""}  # it is whole now
     whole = dataclasses.replace(record, config={**record.config, "method": method})
     fields["record"] = whole.meta()
-    architecture = record.assistant.get("architecture", record.architecture)
-    config = TransformerConfig.from_dict(architecture, workdir)
+    config = trained.architecture or TransformerConfig.from_dict(record.architecture, workdir)
     coprocessor.save(out, fields, config, params, card(whole, evaluation_of(workdir, record)))
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
 

@@ -405,7 +405,7 @@ def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):
 
 @pytest.mark.slow
 def test_exports(make_config, trained, tmp_path):
-    """Adapters are exported multiplied out; another size has no names in the other form."""
+    """Adapters are exported multiplied out, a coprocessor of another size with its maps."""
     train.train(make_config(changes("lora")), str(tmp_path / "w"))
     convert.convert(str(tmp_path / "w"), str(tmp_path / "out"))
     found, expected = (
@@ -419,5 +419,10 @@ def test_exports(make_config, trained, tmp_path):
     ]
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
     train.train(make_config(changes("resized")), str(tmp_path / "r"))
-    with pytest.raises(UserError, match="resized"):
-        convert.convert(str(tmp_path / "r"), str(tmp_path / "other"))
+    convert.convert(str(tmp_path / "r"), str(tmp_path / "resized"))
+    text, at = np.arange(3, 23)[None], np.array([[2, 9]])
+    exported, trained = (
+        ld.AugmentedLM(decoder, ld.load_coprocessor(str(tmp_path / name))).latents(text, at)
+        for name in ("resized", "r")
+    )
+    np.testing.assert_array_equal(exported, trained)

@@ -195,12 +195,6 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
         fingerprint = folder.fingerprint(folder.locate(decoder_of(workdir, record)))
-    architecture = None
-    if record["method.coprocessor"]:
-        decoder = TransformerConfig(**record.architecture)
-        architecture = build.coprocessor_config(decoder, record["method.coprocessor"])
-    if record.assistant:
-        architecture = TransformerConfig(**record.assistant["architecture"])
     return Coprocessor(
         params,
         name,
@@ -208,10 +202,20 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
         record["method.placement"],
         fingerprint,
         found.step,
-        architecture,
+        _own_architecture(record),
         record["method.every"],
         assistant_of(record),
     )
+
+
+def _own_architecture(record: Record) -> TransformerConfig | None:
+    """Returns the architecture of a run's coprocessor; None where it is the decoder's."""
+    if record.assistant:
+        return TransformerConfig(**record.assistant["architecture"])
+    if record["method.coprocessor"]:
+        decoder = TransformerConfig(**record.architecture)
+        return build.coprocessor_config(decoder, record["method.coprocessor"])
+    return None
 
 
 def assistant_of(record: Record) -> Assistant | None:
@@ -228,18 +232,38 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
             expected = ", ".join(sorted(known))
             raise UserError(f"{where}: {key}={fields[key]!r}, expected one of {expected}")
     kept = ("method", "num_latents", "placement", "fingerprint", "step")
-    every = 0  # of an older version, which had no latents that recur
+    found = Coprocessor(params, **{key: fields[key] for key in kept})
+    decoder = fields["architecture"]  # in format 1, which has no record, it is the decoder's
     if "record" in fields:
-        every = Record.from_meta(fields["record"], str(where))["method.every"]
-    found = Coprocessor(params, **{key: fields[key] for key in kept}, every=every)
-    if not METHODS[found.method].has_assistant:
-        return found
-    architecture = TransformerConfig(**fields["architecture"])
-    record = Record.from_meta(exported.read_meta(where), str(where))
-    shape = (architecture.embed_dim, record.architecture["embed_dim"])
-    if np.shape(params.get("latents_out")) != shape:
-        raise UserError(f"{where}: expected a tensor latents_out of shape {shape}")
-    return dataclasses.replace(found, architecture=architecture, assistant=assistant_of(record))
+        record = Record.from_meta(fields["record"], str(where))
+        decoder = record.architecture
+        found = dataclasses.replace(
+            found,
+            architecture=_own_architecture(record),
+            every=record["method.every"],
+            assistant=assistant_of(record),
+        )
+    _check_shapes(found, TransformerConfig(**decoder), where)
+    return found
+
+
+def _check_shapes(found: Coprocessor, decoder: TransformerConfig, where: Path) -> None:
+    """Raises UserError unless a coprocessor's parameters are those that its method begins with."""
+    models = Models(Transformer(decoder), Transformer(found.architecture or decoder))
+    begun_from = models.coprocessor.config if found.assistant else decoder
+
+    def init(key: jax.Array, params: Params) -> Params:
+        return METHODS[found.method].init(key, params, models, found.num_latents)["coprocessor"]
+
+    expected = jax.eval_shape(init, jax.random.key(0), folder.shapes(begun_from))
+    shapes = {name: leaf.shape for name, leaf in folder.by_name(found.params).items()}
+    wanted = {name: leaf.shape for name, leaf in folder.by_name(expected).items()}
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if shapes.get(name) != wanted.get(name):
+            raise UserError(
+                f"{where}: {name} is {shapes.get(name)}, expected {wanted.get(name)} "
+                f"for method {found.method!r} with {found.num_latents} latents"
+            )
 
 
 def read_record(workdir: str, step: int | None = None) -> Record:

@@ -1,12 +1,11 @@
 """A coprocessor's folder: `coprocessor.json`, `model.safetensors`, and `README.md`, a model card.
 
 coprocessor.json holds {"format": "latent_delib coprocessor 2", "method", "num_latents",
-"placement", "step", "fingerprint": of the decoder it belongs to, "architecture": {fields of
-TransformerConfig}, "record": the meta of its checkpoint}; format 1 had no record. The tensors are
-"soft_tokens" [L, D] and, under the names and in the axes that a Hugging Face decoder of the family
-has, its layers, final norm and learned positions ("model.layers.0.self_attn.q_proj.weight", ...): a
-coprocessor has no token table. That of an assistant has the assistant's architecture, and
-"latents_out" [d, D], the map to the decoder's width.
+"placement", "step", "fingerprint": of the decoder it belongs to, "architecture": the coprocessor's,
+{fields of TransformerConfig}, "record": the meta of its checkpoint}; format 1 had no record. The
+tensors are those of OWN that its method trains ("soft_tokens" [L, D], ...) and, under the names and
+in the axes that a Hugging Face decoder of the family has, its layers, final norm and learned
+positions ("model.layers.0.self_attn.q_proj.weight", ...): a coprocessor has no token table.
 """
 
 import json
@@ -27,8 +26,8 @@ from latent_delib.weights.tensors import TensorFile
 FORMATS = ("latent_delib coprocessor 1", "latent_delib coprocessor 2")  # we write the last
 FILE = "coprocessor.json"
 PACKAGED = folder.PACKAGED / "coprocessor"
-SOFT_TOKENS = "soft_tokens"
-OWN = (SOFT_TOKENS, "latents_out")  # what no decoder has; the second of an assistant's alone
+# What no decoder has. `delib.methods` says which of them a method trains, and their shapes.
+OWN = ("soft_tokens", "keys", "values", "keys_in", "values_in", "latents_out")
 FIELDS = {
     "method": str,
     "num_latents": int,
@@ -69,7 +68,7 @@ def save(
     """
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
     found = names.tensors(config, "huggingface")
-    body = names.fused(t for t in found if t.leaf in leaves)  # pause tokens have none
+    body = names.fused(t for t in found if t.leaf in leaves)  # trained vectors have none
     own = [name for name in OWN if name in leaves]
     entries = {name: (leaves[name].shape, leaves[name].dtype) for name in own}
     for name, parts in body.items():
@@ -123,16 +122,11 @@ def load(where: Path, step: int | None = None) -> tuple[dict[str, Any], Params]:
     """Reads the fields of a coprocessor's folder, and its parameter tree, numpy.
 
     Raises:
-      UserError: not such a folder, one of another step, or tensors that do not fit its
-        architecture.
+      UserError: not such a folder, one of another step, or layers that do not fit its architecture.
     """
     fields = read_fields(where, step)
     config = TransformerConfig.from_dict(fields["architecture"], str(where / FILE))
     file = TensorFile(where / "model.safetensors")
-    soft = (fields["num_latents"], config.embed_dim)
-    found = file.shapes.get(SOFT_TOKENS)
-    if found not in (soft, (1, config.embed_dim)):  # one vector may stand for all
-        raise UserError(f"{file.path}: {SOFT_TOKENS} is {found}, expected {soft}")
     layers: dict[str, list[np.ndarray]] = {}
     rest = {name: shape for name, shape in file.shapes.items() if name not in OWN}
     if rest:

@@ -213,11 +213,14 @@ def test_a_coprocessor_with_biases_is_stored(tmp_path, family):
     same(read, tree)
 
 
-def test_pause_tokens_are_soft_tokens_alone(make_config, tmp_path):
-    config = make_config({"method.name": "pause_tokens", "train.steps": 1})
-    train.train(config, str(tmp_path / "w"))
+@pytest.mark.parametrize(
+    "method, tensors", [("pause_tokens", {"soft_tokens"}), ("cartridge", {"keys", "values"})]
+)
+def test_trained_vectors_are_stored_without_layers(make_config, tmp_path, method, tensors):
+    changes = {"method.name": method, "method.placement": "overlay", "train.steps": 1}
+    train.train(make_config(changes), str(tmp_path / "w"))
     convert(str(tmp_path / "w"), str(tmp_path / "out"))
-    assert set(load_file(tmp_path / "out" / "model.safetensors")) == {"soft_tokens"}
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == tensors
     same(
         ld.load_coprocessor(str(tmp_path / "out")).params,
         ld.load_coprocessor(str(tmp_path / "w")).params,
