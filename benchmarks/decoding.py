@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from latent_delib.lm import decoding
+from latent_delib.lm import compiled, decoding
 from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.sizes import TransformerConfig
@@ -73,7 +73,7 @@ def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
                 *prompt,
                 GenerationOptions(new, Sampler()),
                 aug=aug,
-                write=partial(decoding.write_after, params, aug=aug) if name == "latents" else None,
+                write=partial(compiled.write_after, params, aug=aug) if name == "latents" else None,
                 room=a.new,
                 eos_id=-1,  # no row ends early
                 pad_id=0,

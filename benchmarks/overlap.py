@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import common
 from latent_delib import mesh
 from latent_delib.delib.coprocessor import Latents, Reading
-from latent_delib.lm import decoding
+from latent_delib.lm import compiled, decoding
 from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.transformer import Params
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         def call() -> Any:
             write, stopped = None, lambda tokens: np.zeros(a.batch, bool)
             if form == "waits":
-                write = partial(decoding.write_after, here, aug=aug)
+                write = partial(compiled.write_after, here, aug=aug)
             if form == "beside":
                 timed.append(Timed(partial(decoding.write_beside, beside, aug, there, home)))
                 write, stopped = timed[-1].ask, timed[-1].look

@@ -17,7 +17,7 @@ from latent_delib.delib.coprocessor import Latents
 from latent_delib.delib.methods import param_axes
 from latent_delib.errors import UserError
 from latent_delib.job import build
-from latent_delib.lm import batching, decoding, inputs, scoring
+from latent_delib.lm import batching, compiled, decoding, inputs, scoring
 from latent_delib.lm.batching import Question
 from latent_delib.lm.inputs import GenerationOptions, Prompt
 from latent_delib.lm.load import Coprocessor, Decoder, augmentation, load_assistant, place
@@ -339,7 +339,7 @@ class AugmentedLM:
         if self.coprocessor is None:
             return None
         if delay is not None:
-            return partial(decoding.write_after, self.params, aug=self.aug)
+            return partial(compiled.write_after, self.params, aug=self.aug)
         if self.coprocessor_mesh is None:
             raise UserError(
                 "delay=None: give the coprocessor devices of its own (coprocessor_mesh)"

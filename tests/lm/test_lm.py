@@ -18,7 +18,7 @@ from latent_delib.delib.methods import param_axes
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.job import build
 from latent_delib.job.record import Record
-from latent_delib.lm import decoding, load
+from latent_delib.lm import compiled, decoding, load
 from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.machine.checkpoint import Checkpoints
@@ -372,10 +372,10 @@ def test_a_control_token_ends_a_text_that_shows_no_trace_of_it(decoder, lms):
 def test_few_shapes_are_compiled(lms):
     lm = lms["decoder"]
     lm.generate(PROMPTS, NEW)
-    before = decoding.prefill._cache_size(), decoding.decode_tokens._cache_size()
+    before = compiled.prefill._cache_size(), compiled.decode_tokens._cache_size()
     lm.generate(PROMPTS[:3], NEW - 3, temperature=0.5, top_k=4, seed=8)
     lm.generate([p + " rain rain" for p in PROMPTS], NEW + 4)
-    assert (decoding.prefill._cache_size(), decoding.decode_tokens._cache_size()) == before
+    assert (compiled.prefill._cache_size(), compiled.decode_tokens._cache_size()) == before
 
 
 def test_sharded_equals_one_device(decoder, lms, text):
@@ -393,7 +393,7 @@ def test_sharded_equals_one_device(decoder, lms, text):
         lm.latents(four, [[3], [8]] * 2), one.latents(four, [[3], [8]] * 2), atol=1e-4
     )
     rows = lm._pad([[2, 5, 6]] * 4)
-    cache = decoding.prefill(lm.params, *rows, aug=lm.aug, room=32, pad_id=0)[1].cache
+    cache = compiled.prefill(lm.params, *rows, aug=lm.aug, room=32, pad_id=0)[1].cache
     assert cache.k.shape[1:4:2] == (4, 2) and cache.k.sharding.shard_shape(cache.k.shape)[
         1:4:2
     ] == (1, 1)
@@ -453,7 +453,7 @@ def test_latents_join_when_they_are_ready(lms, beside):
 @pytest.mark.parametrize("fault", ["fails at once", "fails later", "never answers"])
 def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, fault):
     """Bit for bit: the logits after the last token are the plain decoder's."""
-    last, decode = [], decoding.decode_tokens
+    last, decode = [], compiled.decode_tokens
 
     def watched(*args, **options):
         state, cache = decode(*args, **options)
@@ -469,7 +469,7 @@ def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, f
         monkeypatch.setattr(
             decoding, "ready", broken if fault == "fails later" else lambda z: False
         )
-    monkeypatch.setattr(decoding, "decode_tokens", watched)
+    monkeypatch.setattr(compiled, "decode_tokens", watched)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = beside.continuations(PROMPTS, 32, every=5, delay=None)

@@ -1,0 +1,235 @@
+"""The compiled pieces of decoding: the prompt, latents that join, and the tokens in between.
+
+Each is compiled once for each shape. `lm.decoding` calls them in turn.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.coprocessor import Latents, Reading
+from latent_delib.delib.traces import Traces
+from latent_delib.lm import batching
+from latent_delib.lm.sampling import Sampler
+from latent_delib.nn import cache as cache_lib
+from latent_delib.nn import transformer
+from latent_delib.nn.attention.primitive import Bounds
+from latent_delib.nn.cache import KV, Cache
+from latent_delib.nn.transformer import Params, Transformer
+
+
+class Decoding(NamedTuple):
+    """Holds a batch in the middle of decoding; all rows have equally many new tokens.
+
+    text: int32 [B, X], prompts and new tokens, left-aligned.
+    length: int32 [B], tokens of it.
+    position: int32 [B], of the next token.
+    logits: float32 [B, V], of the next token.
+    ended: bool [B], only padding follows.
+    """
+
+    text: jax.Array
+    length: jax.Array
+    position: jax.Array
+    logits: jax.Array
+    ended: jax.Array
+
+
+@partial(jax.jit, static_argnames=("aug", "room", "pad_id"))
+def prefill(
+    params: Params,
+    text_BT: jax.Array,
+    length_B: jax.Array,
+    *,
+    aug: Augmentation,
+    room: int,
+    pad_id: int,
+) -> tuple[Decoding, Reading]:
+    """Reads the prompts; leaves room for `room` more tokens, and in the cache for latents."""
+    output_VD = transformer.output_table(params["decoder"])
+    segment_BT = batching.one_segment(text_BT, length_B)
+    read = augment.read_text(aug, params, text_BT, segment_BT, output_VD.dtype)
+    last_BD = jnp.take_along_axis(read.outputs, (length_B - 1)[:, None, None], axis=1)[:, 0]
+    state = Decoding(
+        text=jnp.pad(text_BT, [(0, 0), (0, room)], constant_values=pad_id),
+        length=length_B,
+        position=length_B,
+        logits=transformer.unembed(output_VD, last_BD, aug.transformer.config),
+        ended=length_B == 0,
+    )
+    more = room + aug.count_latents(room)
+    outputs_BXD = jnp.pad(read.outputs, [(0, 0), (0, more), (0, 0)])
+    with_room = partial(cache_lib.with_room, more=more, length_B=length_B)
+    assistant = read.assistant and _place(aug, with_room(read.assistant))
+    return state, Reading(outputs_BXD, _place(aug, with_room(read.cache)), assistant)
+
+
+def _place(aug: Augmentation, cache: Cache) -> Cache:
+    """Puts rows and heads of a cache where they are used."""
+    constrain = aug.transformer.partition.constrain
+    k = constrain(cache.k, cache_lib.AXES)
+    v = constrain(cache.v, cache_lib.AXES)
+    return cache._replace(k=k, v=v)
+
+
+def read_on(
+    params: Params,
+    read: Reading,
+    cache: Cache,
+    text_BX: jax.Array,
+    new: int,
+    *,
+    aug: Augmentation,
+) -> Reading:
+    """Reads the next `new` tokens of every text, after those that were read."""
+    if aug.every:  # latents stay: `cache`, with which these tokens were decoded, has read them
+        return read._replace(cache=cache)
+    if new == 0:
+        return read
+    return _extend(params, read, text_BX, new, aug=aug, size=batching.power(new))
+
+
+@partial(jax.jit, static_argnames=("aug", "size"))
+def _extend(
+    params: Params,
+    read: Reading,
+    text_BX: jax.Array,
+    new: jax.Array,
+    *,
+    aug: Augmentation,
+    size: int,
+) -> Reading:
+    """Reads on by `new` tokens, at most `size`."""
+    # The index of each token, which in plain text is its position too.
+    index_BS = read.cache.length[:, None] + jnp.arange(size)
+    tokens_BS = jnp.take_along_axis(text_BX, jnp.minimum(index_BS, text_BX.shape[1] - 1), axis=1)
+
+    def more(room: str, cache: Cache) -> tuple[jax.Array, Cache]:
+        model = aug.readers[room]
+        x_BSD, kv = _decode_more(model, params[room], tokens_BS, index_BS, cache)
+        cache = cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))
+        return x_BSD, _place(aug, cache)
+
+    out_BSD, cache = more("decoder", read.cache)
+    row = jnp.arange(len(text_BX))[:, None]
+    outputs_BXD = read.outputs.at[row, index_BS].set(out_BSD, mode="drop")
+    assistant = read.assistant and more("assistant", read.assistant)[1]
+    return Reading(outputs_BXD, cache, assistant)
+
+
+def _decode_more(
+    model: Transformer,
+    weights: Params,
+    tokens_BS: jax.Array,
+    position_BS: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, KV]:
+    """Runs a plain decoder over S more tokens.
+
+    They see all the cache, and each other causally.
+    """
+    x_BMSD = transformer.embed(weights["embedding"], tokens_BS, model.config)[:, None]
+    zero = jnp.zeros_like(position_BS)[:, None]
+    bounds = Bounds(zero, zero + cache.length[:, None, None], zero)
+    x_BMSD, kv = model.apply({"params": weights}, x_BMSD, position_BS[:, None], bounds, cache)
+    return x_BMSD[:, 0], kv
+
+
+def _trace(aug: Augmentation, text_BX: jax.Array, length_B: jax.Array) -> Traces:
+    """Lays out one trace per row, at the last token of its text."""
+    segment_BX = batching.one_segment(text_BX, length_B)
+    return aug.lay_out(text_BX, segment_BX, length_B[:, None] - 1, num_ahead=1)
+
+
+@partial(jax.jit, static_argnames=("aug",))
+def write_after(params: Params, read: Reading, text_BX: jax.Array, *, aug: Augmentation) -> Latents:
+    """Writes latents after the text that was read, one trace per row.
+
+    Of the parameters it uses the coprocessor's alone.
+    """
+    return augment.write_latents(aug, params, read, _trace(aug, text_BX, read.cache.length))
+
+
+@partial(jax.jit, static_argnames=("aug",))
+def join(
+    params: Params,
+    state: Decoding,
+    plain: Cache,
+    z: Latents,
+    *,
+    aug: Augmentation,
+) -> tuple[Decoding, Cache]:
+    """Puts latents after the text so far, which `plain` holds, with earlier latents if these stay.
+
+    Returns the state and the cache to decode with.
+    """
+    now = _trace(aug, state.text, state.length)
+    reread = now.inputs.shape[2]  # the last token's entry gives way to latents and the token itself
+    read = plain._replace(length=plain.length - reread)
+    stop = jnp.broadcast_to(read.length[:, None, None], now.position.shape)
+    now = now._replace(bounds=now.bounds._replace(prefix_stop=stop))
+    out_BMAD, kv = augment.decode(aug, params, z, read, now)
+    count_B = jnp.full_like(read.length, aug.num_latents + reread)
+    cache = cache_lib.append(read, kv, now.position[:, 0], count_B)
+    output_VD = transformer.output_table(params["decoder"])
+    state = state._replace(
+        position=now.position[:, 0, -1] + 1,
+        logits=transformer.unembed(output_VD, out_BMAD[:, 0, -1], aug.transformer.config),
+    )
+    # Latents may share positions with text before them.
+    return state, _place(aug, cache_lib.by_position(cache))
+
+
+@partial(jax.jit, static_argnames="aug", donate_argnames="cache")
+def decode_tokens(
+    params: Params,
+    state: Decoding,
+    cache: Cache,
+    key_B: jax.Array,
+    sampler: Sampler,
+    count: jax.Array,
+    *,
+    aug: Augmentation,
+    eos_id: int,
+    pad_id: int,
+) -> tuple[Decoding, Cache]:
+    """Decodes `count` more tokens in every row, fewer when all rows have ended.
+
+    A row's draws depend on its own key and on the number of tokens before, on no other row.
+    """
+    config = aug.transformer.config
+    decoder = params["decoder"]
+    output_VD = transformer.output_table(decoder)
+    row = jnp.arange(state.length.shape[0])
+    goal = state.length[0] + count
+
+    def one_token(carry: tuple[Decoding, Cache]) -> tuple[Decoding, Cache]:
+        state, cache = carry
+        token_B = sampler(jax.vmap(jax.random.fold_in)(key_B, state.length), state.logits)
+        token_B = jnp.where(state.ended, pad_id, token_B)
+        position_B1 = state.position[:, None]
+        x_BSD, kv = _decode_more(aug.transformer, decoder, token_B[:, None], position_B1, cache)
+        after = Decoding(
+            text=state.text.at[row, state.length].set(token_B),
+            length=state.length + 1,
+            position=state.position + 1,
+            logits=transformer.unembed(output_VD, x_BSD[:, 0], config),
+            ended=state.ended | (token_B == eos_id),
+        )
+        one_B = jnp.ones_like(state.length)
+        return after, cache_lib.append(cache, kv, position_B1, one_B)
+
+    def goes_on(carry: tuple[Decoding, Cache]) -> jax.Array:
+        return (carry[0].length[0] < goal) & ~jnp.all(carry[0].ended)
+
+    return jax.lax.while_loop(goes_on, one_token, (state, cache))
+
+
+@partial(jax.jit, static_argnums=2)
+def new_tokens(text_BX: jax.Array, length_B: jax.Array, count: int) -> jax.Array:
+    """Returns the `count` tokens after each prompt."""
+    return jnp.take_along_axis(text_BX, length_B[:, None] + jnp.arange(count), axis=1)
