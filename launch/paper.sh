@@ -152,14 +152,14 @@ read_name() { # PROTOCOL/NAME@SEED
   config=configs/paper.py:$protocol/$name workdir=$root/$protocol/$name@$seed$suffix
 }
 
-made=0
+made=0 spent=0 # experiments, and seconds for them: decoders and tokens are made once
 say_time_left() {
   local each left=0
   for each in "${wanted[@]}"; do
     read_name "$each"
     [[ -e $workdir/perplexity.json ]] || left=$((left + 1))
   done
-  local minutes=$((SECONDS * left / made / 60))
+  local minutes=$((spent * left / made / 60))
   echo "== $left of ${#wanted[@]} experiments left, about $((minutes / 60)) h $((minutes % 60)) min"
 }
 
@@ -172,6 +172,7 @@ for each in "${wanted[@]}"; do
     continue
   fi
   prepare "$protocol" "$name"
+  began=$SECONDS
   [[ -e $workdir/perplexity.json ]] || run latent_delib.train --config="$config" --workdir="$workdir" --config.seed="$seed" "${more[@]}"
   evaluate "$workdir"
   if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|steps_.*|joint|unified|adapt_coprocessor)$ ]]; then
@@ -183,7 +184,7 @@ for each in "${wanted[@]}"; do
     control
   fi
   if [[ -n $is_new ]]; then
-    made=$((made + 1))
+    made=$((made + 1)) spent=$((spent + SECONDS - began))
     say_time_left
   fi
 done

@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from latent_delib.errors import UserError
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.files import whole
@@ -32,6 +33,7 @@ Problem = tuple[str, str]  # question, answer
 
 NAMES = "abcdefghij"
 PAIRS = {"(": ")", "[": "]", "{": "}"}
+DRAWS = 10_000  # in vain, before a kind of problems counts as used up
 
 
 def sums(draw: random.Random) -> Problem:
@@ -119,14 +121,24 @@ ASKED = {
 
 
 def different(kind: str, make: Callable[[random.Random], tuple]) -> Iterator[tuple]:
-    """Yields problems of a kind, their questions first, none twice, the same in every run."""
+    """Yields problems of a kind, their questions first, none twice, the same in every run.
+
+    Raises:
+      UserError: no new one was drawn for a long time: there are hardly more.
+    """
     draw = random.Random(kind)
     seen: set[str] = set()
-    while True:
+    in_vain = 0
+    while in_vain < DRAWS:
         problem = make(draw)
+        in_vain += 1
         if problem[0] not in seen:
             seen.add(problem[0])
+            in_vain = 0
             yield problem
+    raise UserError(
+        f"{kind}: there are hardly more than {len(seen):,} different ones; ask for fewer"
+    )
 
 
 def make_problems(out: str, kinds: Sequence[str], train: int, test: int) -> None:
@@ -139,11 +151,11 @@ def make_problems(out: str, kinds: Sequence[str], train: int, test: int) -> None
         nothing there.
 
     Raises:
-      ValueError: there is no such kind.
+      UserError: there is no such kind.
     """
     for kind in kinds:
         if kind not in KINDS:
-            raise ValueError(f"--kinds: {kind!r}: expected some of {', '.join(KINDS)}")
+            raise UserError(f"--kinds: {kind!r}: expected some of {', '.join(KINDS)}")
     progress = Progress("made", len(kinds) * (train + test), "problems")
     done = 0
     with whole(Path(out)) as folder:

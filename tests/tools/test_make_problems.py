@@ -1,10 +1,12 @@
 """Problems: the same everywhere, none twice, right answers right."""
 
+import itertools
 import json
 import re
 
 import pytest
 
+from latent_delib.errors import UserError
 from tools import make_problems
 
 TRAIN, TEST = 300, 100
@@ -84,5 +86,13 @@ def test_the_same_problems_are_made_again_and_more_to_train_on_change_no_test(fo
 
 
 def test_an_unknown_kind_is_named(tmp_path):
-    with pytest.raises(ValueError, match="'folow': expected some of sums, .*follow"):
+    with pytest.raises(UserError, match="'folow': expected some of sums, .*follow"):
         make_problems.make_problems(str(tmp_path / "made"), ["folow"], TRAIN, TEST)
+
+
+def test_no_more_are_asked_for_than_there_are():
+    """The tenth of ten digits is found; an eleventh is looked for in vain, and not for ever."""
+    digits = make_problems.different("digits", lambda draw: (draw.randint(0, 9),))
+    assert sorted(problem for (problem,) in itertools.islice(digits, 10)) == list(range(10))
+    with pytest.raises(UserError, match="digits: .* more than 10 different"):
+        next(digits)
