@@ -51,6 +51,23 @@ QUESTIONS = PROBLEMS | {  # of tools.make_questions
     "train.keep_every": 400,
     "train.validate_every": 400,
 }
+HOPS = QUESTIONS | {
+    "data.sources": ("qa:runs/questions/hops.train.jsonl",),
+    "data.validation": ("qa:runs/questions/hops.test.jsonl",),
+    "data.token_files": "runs/paper/hops/answer_tokens",
+    "decoder.path": "runs/paper/hops/pretrain/decoder",
+    "method.num_latents": 16,
+    "method.num_ahead": 4,  # the whole answer
+    "train.steps": 4000,
+    "train.checkpoint_every": 1000,
+    "train.keep_every": 1000,
+    "train.validate_every": 1000,
+}
+HOPS_WRITTEN = {  # the same with their steps
+    "data.sources": ("qa_steps:runs/questions/hops.train.jsonl",),
+    "data.validation": ("qa_steps:runs/questions/hops.test.jsonl",),
+    "data.token_files": "runs/paper/hops/tokens",
+}
 GPU = {
     "method.num_traces": 32,
     "data.seq_len": 512,
@@ -120,6 +137,13 @@ PRETRAIN_QUESTIONS = {
     "train.checkpoint_every": 500,
     "train.validate_every": 500,
 }
+PRETRAIN_HOPS = HOPS_WRITTEN | {
+    "decoder.path": "packaged",
+    "method.prompt_end": "",  # questions are learned too
+    "train.steps": 4000,
+    "train.checkpoint_every": 1000,
+    "train.validate_every": 1000,
+}
 PRETRAIN_GPU = {
     "decoder.export_dtype": "bfloat16",
     "optimizer.learning_rate": 2e-3,
@@ -178,6 +202,9 @@ PROTOCOLS = {
     # Twenty minutes from nothing: the packaged decoder, trained on with questions until it half
     # answers them; then each row is trained on their answers.
     "questions": Protocol("gemma2_160k", LAB | QUESTIONS, PRETRAIN_LAB | PRETRAIN_QUESTIONS),
+    # Latents instead of steps: the packaged decoder learns to answer in written steps. Then rows
+    # learn to answer at once; the decoder that has read the steps teaches `distilled`.
+    "hops": Protocol("gemma2_160k", LAB | HOPS, PRETRAIN_LAB | PRETRAIN_HOPS),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
     # wants more steps. But a decoder that knows its text by heart teaches a coprocessor nothing
@@ -272,6 +299,8 @@ EXPERIMENTS = {
     "cartridge": {"method.name": "cartridge"},
     "feedback": {"method.name": "feedback"} | SLOW,
     "feedback_fast": {"method.name": "feedback"},
+    # Latents that stand for written steps, taught by the decoder that has read these (CODI, KaVa).
+    "distilled": {"method.distill": 0.5} | HOPS_WRITTEN,
     # Controls: the decoder itself, trained for as long on the same text; in whole, at a small rate
     # or at the coprocessor's, and by adapters.
     "decoder": {"method.name": "decoder"} | SLOW,

@@ -7,6 +7,7 @@
 #   ./launch/paper.sh lab/overlay -- --config.train.steps=20    more arguments for train and evaluate
 #   ./launch/paper.sh lab_58k/overlay lab_23k/overlay    the same proportions for smaller decoders, which are made first
 #   ./launch/paper.sh questions                     four rows on Countdown, in twenty minutes on two idle CPU cores
+#   ./launch/paper.sh hops                          latents instead of written steps, four rows
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
@@ -15,7 +16,7 @@
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
-# Protocols problems, depth and questions have swap/, and instead of the others
+# Protocols problems, depth, questions and hops have swap/, and instead of the others
 #   benchmarks.json     problems solved, with latents and without
 #   text/               perplexity on text of a decoder that was trained on problems: decoder, decoder_lora
 # A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the
@@ -31,17 +32,22 @@ done
 names=$(python -m configs.paper)
 names=${names//$'\n'/ }
 
-protocols='lab lab_58k lab_23k problems depth questions a_gpu b'
+protocols='lab lab_58k lab_23k problems depth questions hops a_gpu b'
 wanted=()
 all() { # PROTOCOL
   if [[ $1 == questions ]]; then # a first look
     wanted+=(questions/overlay questions/static_tokens questions/feedback_fast questions/decoder_fast)
     return
   fi
+  if [[ $1 == hops ]]; then
+    wanted+=(hops/distilled hops/overlay hops/static_tokens hops/decoder_fast)
+    return
+  fi
   wanted+=("$1/overlay" "$1/after" "$1/decoder") # what the others are compared with, or start from
   local name
   for name in $names; do
     [[ $name != assistant || $1 == lab* ]] || continue # it needs a second decoder of the same vocabulary
+    [[ $name != distilled ]] || continue # it needs questions with steps: protocol hops
     [[ " overlay after decoder pretrain " == *" $name "* || $name == adapt_* ]] || wanted+=("$1/$name")
   done
   wanted+=("$1/adapt_decoder" "$1/adapt_coprocessor") # last: they want reasoning-gym, which is not everywhere
@@ -70,7 +76,7 @@ run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
 prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laboratories share
   local tokens=runs/paper/${1%%_[0-9]*}/tokens
-  if [[ $1 != depth && $1 != questions && ! -e runs/mixture/MIXTURE.md ]]; then
+  if [[ ! $1 =~ ^(depth|questions|hops)$ && ! -e runs/mixture/MIXTURE.md ]]; then
     run tools.make_mixture --out=runs/mixture
   fi
   if [[ $1 == a_gpu && ! -e runs/paper/a_gpu/tokenizer.model ]]; then
@@ -88,18 +94,23 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   if [[ $1/$2 == lab/assistant ]]; then
     prepare lab_58k overlay # its decoder
   fi
-  if [[ $1 == questions && ! -e runs/questions ]]; then
+  if [[ $1 =~ ^(questions|hops)$ && ! -e runs/questions ]]; then
     run tools.make_questions --out=runs/questions
   fi
   local its_own=overlay
   case $1 in
-    a_gpu | lab_* | problems | depth | questions) its_own=pretrain ;; # the same text and vocabulary, and needs no decoder yet
+    a_gpu | lab_* | problems | depth | questions | hops) its_own=pretrain ;; # the same text and vocabulary, and needs no decoder yet
   esac
   if [[ ! -e $tokens/meta.json ]]; then
     run latent_delib.prepare --config="configs/paper.py:$1/$its_own" --config.data.token_files= --out="$tokens"
   fi
-  if [[ $1 == depth && ! -e runs/paper/depth/far_tokens/meta.json ]]; then
-    run latent_delib.prepare --config=configs/paper.py:depth/overlay --config.data.token_files= --out=runs/paper/depth/far_tokens
+  local others='' # what rows read where it is not what the decoder was trained on
+  case $1 in
+    depth) others=far_tokens ;;
+    hops) others=answer_tokens ;;
+  esac
+  if [[ -n $others && ! -e runs/paper/$1/$others/meta.json ]]; then
+    run latent_delib.prepare --config="configs/paper.py:$1/overlay" --config.data.token_files= --out="runs/paper/$1/$others"
   fi
   if [[ $its_own == pretrain && ! -e runs/paper/$1/frozen/perplexity.json ]]; then
     run latent_delib.train --config="configs/paper.py:$1/pretrain" --workdir="runs/paper/$1/pretrain"
@@ -131,6 +142,9 @@ solve() { # the problems; and, where the decoder itself was trained on them, the
   local models=decoder,augmented problems=runs/problems benchmarks=sums,sorting,look_ups,brackets
   if [[ $protocol == questions ]]; then
     benchmarks=qa:runs/questions/countdown.test.jsonl
+  fi
+  if [[ $protocol == hops ]]; then
+    benchmarks=qa:runs/questions/hops.test.jsonl
   fi
   if [[ $protocol == depth ]]; then
     problems=runs/follow benchmarks=follow_1,follow_2,follow_3,follow_4,follow_5,follow_6
@@ -178,7 +192,7 @@ for each in "${wanted[@]}"; do
   if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|steps_.*|joint|unified|adapt_coprocessor)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
-  if [[ $protocol == problems || $protocol == depth || $protocol == questions ]]; then
+  if [[ $protocol =~ ^(problems|depth|questions|hops)$ ]]; then
     solve
   else
     control
