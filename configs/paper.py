@@ -1,8 +1,8 @@
 """The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`.
 
 `launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists
-them. Validation is by work: nothing is trained on any part of a work that is evaluated. Keys that
-no row names are those of base.py.
+them. Validation is by work, or by problem: nothing is trained on any part of a work that is
+evaluated, or on a problem that is asked. Keys that no row names are those of base.py.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ HOPS = QUESTIONS | {
     "data.token_files": "runs/paper/hops/answer_tokens",
     "decoder.path": "runs/paper/hops/pretrain/decoder",
     "method.num_latents": 16,
-    "method.num_ahead": 4,  # the whole answer
+    "method.num_ahead": 8,  # the whole answer, and its line break
     "train.steps": 4000,
     "train.checkpoint_every": 1000,
     "train.keep_every": 1000,
@@ -83,7 +83,7 @@ GPU = {
 LAB = {  # two CPU cores
     "method.num_traces": 16,
     "data.seq_len": 128,
-    "optimizer.name": "muon",  # gains in a third of AdamW's steps (docs/results.md)
+    "optimizer.name": "muon",  # gains in half of AdamW's steps (docs/results.md)
     "optimizer.b1": 0.95,
     "optimizer.learning_rate": 4e-3,
     "optimizer.soft_token_learning_rate": 2e-3,
@@ -196,11 +196,11 @@ PROTOCOLS = {
     # Reasoning in miniature: the packaged decoder, trained on with problems in half of its rows,
     # half solves them. Then a coprocessor is called once, at the end of each problem.
     "problems": Protocol("gemma2_160k", LAB | PROBLEMS, PRETRAIN_LAB | PRETRAIN_PROBLEMS),
-    # More steps than before: a decoder learns look-ups of one to three steps, on a million of them.
+    # More steps than before: a decoder learns look-ups of one to three steps, 1.6 million of them.
     # Then coprocessors, or the decoder itself, are trained on four to six.
     "depth": Protocol("gemma2_160k", LAB | FAR, PRETRAIN_DEPTH),
-    # Twenty minutes from nothing: the packaged decoder, trained on with questions until it half
-    # answers them; then each row is trained on their answers.
+    # Twenty minutes from nothing: the packaged decoder, trained on with questions until it answers
+    # a third of them; then each row is trained on their answers.
     "questions": Protocol("gemma2_160k", LAB | QUESTIONS, PRETRAIN_LAB | PRETRAIN_QUESTIONS),
     # Latents instead of steps: the packaged decoder learns to answer in written steps. Then rows
     # learn to answer at once; the decoder that has read the steps teaches `distilled`.
@@ -331,6 +331,8 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
         known = f"PROTOCOL one of {', '.join(PROTOCOLS)}, "
         known += f"EXPERIMENT one of {', '.join(EXPERIMENTS)}"
         raise ValueError(f"{name!r}: expected PROTOCOL/EXPERIMENT, {known}")
+    if experiment == "distilled" and protocol != "hops":
+        raise ValueError(f"{name!r}: needs questions with steps, so there is hops/distilled alone")
     size, settings, pretrain, assistant = PROTOCOLS[protocol]
     c = base.get_config()
     c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES[size]))

@@ -34,7 +34,7 @@ from latent_delib.lm import load
 from latent_delib.lm.inputs import check_attention, check_rhythm
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
-from latent_delib.machine.command_line import REQUIRED
+from latent_delib.machine.command_line import REQUIRED, ROOT
 from latent_delib.machine.provenance import provenance
 from latent_delib.measure.scores import Row, format_rows, summarize_scores
 from latent_delib.weights import coprocessor as exported
@@ -97,10 +97,11 @@ def main(flags: Any) -> None:
 
 
 def _read_table(path: str) -> dict[str, Any]:
-    """Reads a file of the form of configs/benchmarks.py."""
-    if not os.path.isfile(path):
-        raise UserError(f"--table={path}: no such file")
-    return runpy.run_path(path)
+    """Reads a file of the form of configs/benchmarks.py, which outside a checkout is ours."""
+    for found in (Path(path), ROOT / path):
+        if found.is_file():
+            return runpy.run_path(str(found))
+    raise UserError(f"--table={path}: no such file")
 
 
 def _split(names: str) -> list[str]:

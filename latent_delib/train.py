@@ -5,7 +5,7 @@
 
 The same command resumes. WORKDIR gets checkpoints/, metrics.jsonl, tensorboard/, and decoder/ when
 the decoder was trained. It may be gs://BUCKET/PATH; no lock then keeps two jobs from using it at
-once. Ctrl-C saves after at most two more steps. A second
+once. Ctrl-C saves after at most two more steps, or after the validation that is under way. A second
 Ctrl-C, or one before the first step, ends the job at once.
 
 --text and --held_out name a text of your own, to train on and to evaluate on. They are turned into
@@ -100,11 +100,11 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
         loss that is not finite, with its step.
       OSError: the disk failed; the last checkpoint is whole.
     """
+    exp = experiment.read(config)
     batches.check(config.data, "sources")
     if config.train.validate_every:
         batches.check(config.data, "validation")
     check_steps(config)
-    exp = experiment.read(config)
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)
 
@@ -137,9 +137,9 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     # Compile.
     metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
     began = time.perf_counter()
-    train_step = planning.compile_step(exp, plan)
-    validation = Validation(exp, plan, frozen) if t.validate_every else None
+    validation = Validation(exp, plan, frozen, state.trainable) if t.validate_every else None
     answers = Answers(exp, frozen) if t.validate_every else None
+    train_step = planning.compile_step(exp, plan)
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     # Train.

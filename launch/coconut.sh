@@ -9,6 +9,7 @@
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 overrides "$@"
+./launch/setup.sh eval
 
 questions=${QUESTIONS:-runs/questions/word_problems} thoughts=${THOUGHTS:-2} stages=${STAGES:-3} steps=${STEPS:-2000}
 run=${RUN:-runs/coconut} config=configs/${CONFIG:=quickstart}.py
@@ -33,7 +34,6 @@ stage() { # NAME REMOVED LATENTS ARGUMENT...: trains one stage and measures it
   start=$workdir/checkpoints/$steps
 }
 
-./launch/setup.sh eval
 for ((k = 0; k <= stages; k++)); do
   stage "$k" "$k" $((1 + thoughts * k)) "$@" # the first latent is the token that begins the thoughts
 done

@@ -94,7 +94,7 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   if [[ $1/$2 == lab/assistant ]]; then
     prepare lab_58k overlay # its decoder
   fi
-  if [[ $1 =~ ^(questions|hops)$ && ! -e runs/questions ]]; then
+  if [[ $1 =~ ^(questions|hops)$ && ! -e runs/questions/hops.train.jsonl ]]; then
     run tools.make_questions --out=runs/questions
   fi
   local its_own=overlay

@@ -283,7 +283,7 @@ def _fed_back(
     def one(x_BMLD: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         z_BMLD, _ = _over(params, models.coprocessor, reading.cache, traces, x_BMLD)
         z_BMD = jnp.take(z_BMLD, i, axis=2)
-        return x_BMLD.at[:, :, i + 1].add(z_BMD, mode="drop"), None
+        return x_BMLD.at[:, :, i + 1].add(z_BMD), None
 
     x_BMLD, _ = jax.lax.scan(one, x_BMLD, jnp.arange(x_BMLD.shape[2] - 1))
     return x_BMLD

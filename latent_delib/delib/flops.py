@@ -112,7 +112,7 @@ class Flops(NamedTuple):
 
 
 def no_pass(w: Writing) -> Flops:
-    """Counts latents that are soft tokens as they are."""
+    """Counts latents that are trained vectors, or trained keys and values, as they are."""
     del w
     return Flops(0.0, 0.0)
 
@@ -150,3 +150,10 @@ def pass_per_latent(w: Writing) -> Flops:
     tokens = w.traces * (w.num_latents - 1) * w.num_latents
     forth_and_back = again(w.config, w.remat, tokens, w.seq_len, more_products=4, more_attention=3)
     return Flops(latents.useful, latents.repeated + forth_and_back)
+
+
+def pass_per_thought(w: Writing) -> Flops:
+    """Counts the same without the last: of the outputs of latents, that of the last is not used."""
+    latents = pass_per_latent(w)
+    last = one_pass(w._replace(num_latents=1))
+    return Flops(latents.useful - last.useful, latents.repeated)

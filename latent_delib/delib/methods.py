@@ -24,7 +24,8 @@ class Method(NamedTuple):
       `delib.augment`: "coprocessor" for a model that writes latents, "decoder" where the decoder
       itself is trained. Leaves that a coprocessor's tree lacks are the decoder's own layers.
     write: (params, models, reading, traces) -> latents in the dtype of the text. None: the method
-      writes none, and its objective is the language-modelling loss of all text.
+      writes none, and its objective is the language-modelling loss of the text (with
+      `method.prompt_end`, of what follows prompts).
     cost: FLOPs of writing the latents of one step.
     axes: logical axes of the method's own parameters, by leaf name.
     trains_decoder: the tree has a "decoder".
@@ -162,7 +163,7 @@ METHODS = {
     "feedback": Method(
         _both(coprocessor.start_with_one_soft_token),
         coprocessor.write_feedback,
-        cost=flops.pass_per_latent,
+        cost=flops.pass_per_thought,
         trains_decoder=True,
     ),
     # Future work of Liu et al.: latents one after another; a coprocessor of another size.

@@ -79,11 +79,13 @@ def check_steps(config: ConfigDict) -> None:
     if config.train.validate_every:
         fields.append("validation")
     for field in fields:
-        if not any(map(has_steps, config.data[field])):
-            raise UserError(
-                f"config.method.distill={config.method.distill:g}: no questions with steps in "
-                f"config.data.{field}; expected a source qa_steps:GLOB, or config.method.distill=0"
-            )
+        for source in config.data[field]:
+            if not has_steps(source):
+                raise UserError(
+                    f"config.method.distill={config.method.distill:g}: config.data.{field} has "
+                    f"{source!r}, which has no steps to learn from; expected qa_steps:GLOB, or "
+                    "config.method.distill=0"
+                )
 
 
 def _check_finite(config: ConfigDict, above: str = "config") -> None:
@@ -185,6 +187,11 @@ def _check_groups(m: ConfigDict) -> None:
         raise UserError(
             f"config.method.every=0: latents of method {m.name!r} recur; expected after how many "
             "ahead tokens, at least 1"
+        )
+    if m.every >= m.num_ahead:
+        raise UserError(
+            f"config.method.every={m.every}: expected less than config.method.num_ahead="
+            f"{m.num_ahead}; with as many, no latents recur in training"
         )
     fit = [name for name, place in PLACEMENTS.items() if not place.shift and not place.apart]
     if m.placement not in fit:

@@ -3,14 +3,17 @@
 docs/scaling.md derives the formulas, and compares them with compiled programs.
 """
 
+import jax
 import jax.numpy as jnp
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib import cost, flops
 from latent_delib.delib.loss import tokens_at_a_time
 from latent_delib.delib.methods import METHODS
+from latent_delib.job import parameters
 from latent_delib.job.experiment import Experiment
 from latent_delib.machine.chips import Chip
+from latent_delib.nn.layers import INPUT_AXES
 from latent_delib.nn.sizes import TransformerConfig
 
 # A step reaches half of the peak: an assumption, not measured on any chip.
@@ -85,15 +88,8 @@ def received(exp: Experiment) -> float:
 
 def trained(exp: Experiment) -> int:
     """Returns the number of trained weights in the matrices of layers; adapters count as none."""
-    method = METHODS[exp.aug.method]
-    if exp.config.method.lora_rank:
-        return 0
-    count = 0
-    if method.trains_decoder:
-        count += _matrices(exp.aug.transformer.config)
-    if exp.aug.has_latents and method.has_matrices:
-        count += _matrices(exp.aug.models.coprocessor.config)
-    return count
+    leaves = jax.tree_util.tree_leaves_with_path(parameters.trainable_shapes(exp))
+    return sum(leaf.size for path, leaf in leaves if path[-1].key in INPUT_AXES)
 
 
 def _matrices(c: TransformerConfig) -> int:

@@ -31,24 +31,26 @@ class Validation:
     Args:
       exp: the job's.
       plan: of the same job.
-      frozen: the frozen parameters, on the mesh.
+      frozen, trainable: its parameters, on the mesh.
 
     Raises:
       UserError: validation sources are missing, empty, not the same for all processes, or have
         nothing to predict.
     """
 
-    def __init__(self, exp: Experiment, plan: Plan, frozen: Params):
+    def __init__(self, exp: Experiment, plan: Plan, frozen: Params, trainable: Params):
         t = exp.config.train
         self.every, self.steps = t.validate_every, t.steps
+        self.prompt_end = exp.config.method.prompt_end
         self.frozen = frozen
         self.batches = _place_batches(exp)
-        sums = _compile(exp, plan, plan.state.trainable, augment.loss)
-        self.sums = sums
+        self.sums = _compile(exp, plan, plan.state.trainable, augment.loss)
         self.without_latents: float | None = None
         if exp.aug.has_latents and "decoder" not in plan.state.trainable:
             sums = _compile(exp, plan, {}, augment.loss_without_latents)
             self.without_latents = self._mean(sums, {})
+        else:
+            self._mean(self.sums, trainable)  # raises now, not in the middle of training
 
     def is_due(self, step: int) -> bool:
         """Tells whether a step is one of every `train.validate_every`, or the last."""
@@ -68,8 +70,9 @@ class Validation:
         found = [sums(trainable, self.frozen, *batch) for batch in self.batches]
         nats, tokens = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
         if not tokens:
+            behind = self.prompt_end and f" behind config.method.prompt_end={self.prompt_end!r}"
             raise UserError(
-                "config.data.validation: no token to predict; expected more text, or "
+                f"config.data.validation: no token to predict{behind}; expected more text, or "
                 "config.train.validate_every=0"
             )
         return float(nats / tokens)

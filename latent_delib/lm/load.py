@@ -53,10 +53,14 @@ class Decoder:
 
 
 class Assistant(NamedTuple):
-    """Names an assistant: the path of a decoder, as `load_decoder` takes it, and its SHA-256."""
+    """Names an assistant: the path of a decoder, as `load_decoder` takes it, and its SHA-256.
+
+    params: those of the decoder, where they are loaded already.
+    """
 
     path: str
     fingerprint: str
+    params: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -375,7 +379,9 @@ def load_assistant(
     """
     if coprocessor.assistant is None:
         return {}
-    path, fingerprint = coprocessor.assistant
+    path, fingerprint, params = coprocessor.assistant
+    if params is not None:
+        return {"assistant": params}
     remedy = "name its folder: load_coprocessor(..., assistant=PATH)"
     try:
         found = load_decoder(path, dtype, mesh)

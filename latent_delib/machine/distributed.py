@@ -73,9 +73,10 @@ def job(flags: Any) -> Iterator[None]:
 
 
 def split_cores(devices: int) -> None:
-    """Lets jax make so many devices of this machine's CPU, unless XLA_FLAGS says how many."""
+    """Lets jax make so many devices of this machine's CPU, unless the environment says how many."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if devices > 1 and "xla_force_host_platform_device_count" not in flags:
+    said = "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ
+    if devices > 1 and not said:
         jax.config.update("jax_num_cpu_devices", devices)
 
 

@@ -1,5 +1,6 @@
 """Asks a model the questions of `data.validation` while it is trained."""
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -9,9 +10,12 @@ from ml_collections import ConfigDict
 from latent_delib.data import batches, questions, sources
 from latent_delib.delib.augment import assemble
 from latent_delib.delib.methods import METHODS
+from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
-from latent_delib.lm.load import Coprocessor, Decoder, assistant_of
+from latent_delib.lm import inputs
+from latent_delib.lm.load import Assistant, Coprocessor, Decoder, assistant_of
 from latent_delib.lm.model import AugmentedLM
+from latent_delib.machine import arguments
 from latent_delib.measure import scores, views
 from latent_delib.nn.transformer import Params
 
@@ -21,8 +25,8 @@ QUESTIONS = 100  # of each source, the first ones
 class Asked(NamedTuple):
     """Holds a question.
 
-    prompt: tokens, BOS first. reply: the tokens that are right, with steps where they are learned.
-    answer: the text of it that counts.
+    prompt: tokens, BOS first. reply: the tokens of the right reply, with its steps where these are
+    trained on. answer: the text of it that counts.
     """
 
     prompt: list[int]
@@ -33,22 +37,24 @@ class Asked(NamedTuple):
 class Answers:
     """Counts the questions that a model answers right, and scores the right replies.
 
-    They are the first QUESTIONS of each source of questions in `data.validation`. A reply is
-    generated greedily, and right where `benchmark --benchmarks=qa:FILE` says so. Where the method
-    writes latents for a frozen decoder, that decoder is asked once.
+    They are the first QUESTIONS of each source of questions in `data.validation`. Replies are
+    decoded greedily, and judged as `benchmark --benchmarks=qa:FILE` judges them. A frozen decoder
+    is asked once, at the start.
 
     Args:
       exp: the job's.
       frozen: the frozen parameters, on the mesh.
 
     Raises:
-      UserError: a source of questions is missing or empty.
+      UserError: a source of questions is missing or empty; a question is longer than a table of
+        learned positions.
     """
 
     def __init__(self, exp: Experiment, frozen: Params):
         self.exp = exp
         self.frozen = frozen
-        self.asked, self.room = _read(exp)
+        self.asked = _read(exp)
+        _check_lengths(self.asked, inputs.room(exp.aug))
         self.decoder: dict[str, float] = {}
         trains_decoder = METHODS[exp.aug.method].trains_decoder
         if self.asked and exp.aug.has_latents and not trains_decoder:
@@ -59,8 +65,8 @@ class Answers:
         """Returns the figures of a row of metrics; none where there are no questions.
 
         These are validation_solved, in percent, and validation_answer, the mean log p of a right
-        reply, in nats. Of each there are the ends of its 95 % interval, with _low and _high behind.
-        Those of the frozen decoder have _decoder behind.
+        reply, in nats. NAME_low and NAME_high are the ends of a 95 % interval; NAME_decoder is the
+        frozen decoder's.
         """
         if not self.asked:
             return {}
@@ -73,8 +79,10 @@ class Answers:
         prompts = [asked.prompt for asked in self.asked]
         replies = [asked.reply for asked in self.asked]
         batch_size = self.exp.config.evaluate.batch_size
+        # A reply ends with its line. A decoder may write its steps first, whatever is learned here.
+        room = min(questions.MOST_TOKENS, lm.max_length - max(map(len, prompts)))
         texts = lm.generate(
-            prompts, self.room, stop=questions.STOP, temperature=0.0, batch_size=batch_size
+            prompts, room, stop=questions.STOP, temperature=0.0, batch_size=batch_size
         )
         found = [questions.answer_in(text) for text in texts]
         right = [answer == asked.answer for answer, asked in zip(found, self.asked)]
@@ -92,6 +100,16 @@ def _named(name: str, figure: scores.Figure) -> dict[str, float]:
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
+def _check_lengths(asked: list[Asked], room: int) -> None:
+    for question in asked:
+        tokens = len(question.prompt) + len(question.reply)
+        if tokens > room:
+            raise UserError(
+                f"config.data.validation: a question and its reply have {tokens} tokens, expected "
+                f"at most {room}: the decoder's learned positions"
+            )
+
+
 def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
     """Returns the model in use that parameters make, on the mesh of the job."""
     aug = exp.aug
@@ -107,14 +125,21 @@ def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
             fingerprint,
             architecture=None if aug.coprocessor is None else aug.coprocessor.config,
             every=aug.every,
-            assistant=assistant_of(exp.record),
+            assistant=_assistant(exp, params),
         )
     attention = exp.config.compute.attention
-    return AugmentedLM(decoder, coprocessor, mesh=exp.mesh, attention=attention)
+    return AugmentedLM(
+        decoder, coprocessor, mesh=exp.mesh, max_length=arguments.INT32, attention=attention
+    )
 
 
-def _read(exp: Experiment) -> tuple[list[Asked], int]:
-    """Returns the questions, and the tokens that a reply has room for."""
+def _assistant(exp: Experiment, params: Params) -> Assistant | None:
+    """Returns the assistant with its parameters, which are on the mesh, or None."""
+    found = assistant_of(exp.record)
+    return found and found._replace(params=params["assistant"])
+
+
+def _read(exp: Experiment) -> list[Asked]:
     data = exp.config.data
     named = [source for source in data.validation if sources.has_questions(source)]
     if named and jax.process_count() > 1:
@@ -122,19 +147,15 @@ def _read(exp: Experiment) -> tuple[list[Asked], int]:
             print(f"{', '.join(named)}: not asked, one process alone generates answers", flush=True)
         named = []
     asked: list[Asked] = []
-    replies: list[str] = []
     for source in named:
         one = ConfigDict({**data, "validation": (source,)})
         documents = batches.validation_documents(one, tokenizer_path=str(exp.tokenizer.path))
-        for number, document in enumerate(documents):
+        for document in itertools.islice(documents, QUESTIONS):
             tokens = document.tokens
             if exp.steps_end and sources.has_steps(source):  # latents stand for them
                 at = views.prompt_ends(tokens, exp.prompt_end)
                 tokens, _ = views.without_steps(tokens, at, exp.steps_end)
             prompt, reply = questions.parted(tokens.tolist(), exp.tokenizer)
-            text = exp.tokenizer.decode(reply)
-            replies.append(text)
-            if number < QUESTIONS:
-                answer = questions.answer_in(text)
-                asked.append(Asked([exp.tokenizer.bos_id, *prompt], reply, answer))
-    return asked, questions.room_for(replies)
+            answer = questions.answer_in(exp.tokenizer.decode(reply))
+            asked.append(Asked([exp.tokenizer.bos_id, *prompt], reply, answer))
+    return asked

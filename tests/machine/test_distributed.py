@@ -382,12 +382,19 @@ def test_votes_are_counted_on_any_mesh():
     assert [int(vote(said)) for said in (False, True, False)] == [0, 8, 0]
 
 
-@pytest.mark.parametrize("flags, count", [("", 3), ("--xla_force_host_platform_device_count=2", 2)])
-def test_cores_become_devices_where_no_flag_says_how_many(flags, count):
+@pytest.mark.parametrize(
+    "said, count",
+    [
+        ({}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, 2),
+        ({"JAX_NUM_CPU_DEVICES": "2"}, 2),  # of launch/local.sh
+    ],
+)
+def test_cores_become_devices_where_the_environment_does_not_say_how_many(said, count):
     code = "import jax; from latent_delib.machine import distributed; distributed.split_cores(3); "
     done = subprocess.run(
         [sys.executable, "-c", code + "print(jax.device_count())"],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | said,
         cwd=ROOT,
         capture_output=True,
         text=True,
