@@ -57,8 +57,9 @@ HOPS = QUESTIONS | {
     "data.token_files": "runs/paper/hops/answer_tokens",
     "decoder.path": "runs/paper/hops/pretrain/decoder",
     "method.num_latents": 16,
+    "method.num_traces": 2,
     "method.num_ahead": 8,  # the whole answer, and its line break
-    "train.steps": 4000,
+    "train.steps": 6000,
     "train.checkpoint_every": 1000,
     "train.keep_every": 1000,
     "train.validate_every": 1000,
@@ -140,9 +141,9 @@ PRETRAIN_QUESTIONS = {
 PRETRAIN_HOPS = HOPS_WRITTEN | {
     "decoder.path": "packaged",
     "method.prompt_end": "",  # questions are learned too
-    "train.steps": 4000,
-    "train.checkpoint_every": 1000,
-    "train.validate_every": 1000,
+    "train.steps": 8000,
+    "train.checkpoint_every": 2000,
+    "train.validate_every": 2000,
 }
 PRETRAIN_GPU = {
     "decoder.export_dtype": "bfloat16",

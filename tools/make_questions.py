@@ -10,8 +10,8 @@
                  lempus is a rimpus. ... Ann is a lempus. Is Ann a zorpus or a gompus?"
   countdown      "Make 28 of 24, 8 and 2.", steps "<<8/2=4>> <<24+4=28>>", answer "24+(8/2)"; the
                  task of Stream of Search (2404.03683), with three numbers and one right answer
-  hops           "Follow 57125258 from 346, 2 hops.": place 3 holds 1, place 1 holds 5, and so on
-                 for 4 and 6; the steps "1:122" and "2:577", the answer "577"
+  hops           "Follow 5 7 1 2 5 2 5 8 from 3 4 6, 2 hops.": place 3 holds 1, place 1 holds 5, and
+                 so on for 4 and 6; the steps "1: 1 2 2" and "2: 5 7 7", the answer "5 7 7"
 
 Writes KIND.train.jsonl and KIND.test.jsonl, lines of {"question", "steps", "answer"}, for the
 sources qa:FILE and qa_steps:FILE and for `benchmark --benchmarks=qa:FILE`. Each step is a line of
@@ -218,14 +218,14 @@ def hops(draw: random.Random) -> Question:
     """Follows eight places, each of which holds another's number, from three of them."""
     places = draw.choices("12345678", k=8)
     start = draw.choices("12345678", k=3)
-    count = draw.randint(2, 6)
+    count = draw.randint(2, 5)
     at = start
     steps = []
     for hop in range(1, count + 1):
         at = [places[int(place) - 1] for place in at]
-        steps.append(f"{hop}:{''.join(at)}")
-    question = f"Follow {''.join(places)} from {''.join(start)}, {count} hops."
-    return Question(question, "".join(at), "\n".join(steps))
+        steps.append(f"{hop}: {' '.join(at)}")
+    question = f"Follow {' '.join(places)} from {' '.join(start)}, {count} hops."
+    return Question(question, " ".join(at), "\n".join(steps))
 
 
 KINDS: dict[str, Callable[[random.Random], Question]] = {

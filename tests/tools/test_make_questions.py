@@ -74,12 +74,12 @@ def test_answers_and_steps_are_right_and_no_question_is_there_twice(folder, kind
         if kind == "arithmetic":
             assert eval(question.removeprefix("What is ").rstrip("?")) == int(answer)
         if kind == "hops":
-            places, start, count = re.findall(r"\d+", question)
-            hop_on = str.maketrans("12345678", places)
-            at = start
+            *places, a, b, c, count = re.findall(r"\d+", question)
+            hop_on = str.maketrans("12345678", "".join(places))
+            at = f"{a} {b} {c}"
             for hop, line in enumerate(steps.split("\n"), start=1):
                 at = at.translate(hop_on)
-                assert line == f"{hop}:{at}"
+                assert line == f"{hop}: {at}"
             assert (str(hop), at) == (count, answer)
             continue
         if kind == "countdown":
