@@ -39,14 +39,15 @@ def get_config() -> ConfigDict:
     # a decoder is trained on what follows it alone. "": anywhere.
     c.method.prompt_end = ""
     c.method.assistant = ""  # of "assistant": another decoder of the same vocabulary, by its path
-    # With questions with steps (qa_steps:GLOB), latents stand for the steps. The loss is, by this
-    # weight in [0, 1], the divergence from what the decoder predicts that has read them; by the
-    # rest, that of the answer. 0: steps are text like any other.
+    # Latents replace the written steps of questions (qa_steps:GLOB). The loss is this weight, in
+    # [0, 1], times the divergence from the decoder that has read the steps, plus the rest times the
+    # loss of the answer. 0: steps are ordinary text.
     c.method.distill = 0.0
     c.method.coprocessor = ConfigDict()  # of "resized": TransformerConfig unlike the decoder's
 
     c.data = ConfigDict()
-    # Or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME:SPLIT:FEATURE.
+    # Or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME:SPLIT:FEATURE; of questions
+    # qa:GLOB and qa_steps:GLOB (docs/commands.md).
     c.data.sources = ("packaged/train",)
     c.data.weights = (1.0,)  # one per source
     c.data.validation = ("packaged/validation",)  # held-out text, named like the sources
@@ -57,7 +58,7 @@ def get_config() -> ConfigDict:
     c.optimizer = ConfigDict()  # linear warm-up, cosine; not published
     c.optimizer.name = "adamw"  # or a row of OPTIMIZERS in delib/step.py: "adafactor", "muon"
     c.optimizer.learning_rate = 1e-3  # the peak
-    c.optimizer.soft_token_learning_rate = 1e-3  # the peak for soft tokens
+    c.optimizer.soft_token_learning_rate = 1e-3  # the peak for soft tokens, not for keys and values
     c.optimizer.warmup_steps = 1000
     c.optimizer.final_fraction = 0.1  # of the peak rate, at the last step
     c.optimizer.b1 = 0.9  # b1, b2, eps: AdamW's; b1 is Muon's momentum as well
@@ -68,7 +69,7 @@ def get_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 100_000
-    c.train.batch_size = 1024  # packed sequences a step, over all hosts
+    c.train.batch_size = 1024  # packed sequences per step, over all hosts
     c.train.accumulation = 1  # parts the batch passes in
     c.train.log_every = 10  # steps per line of metrics
     # Steps between two losses on held-out text, the same each time; also after the last. 0: never.
@@ -85,11 +86,12 @@ def get_config() -> ConfigDict:
     c.compute = ConfigDict()
     c.compute.cpu_devices = 1  # to make of a CPU's cores; several are faster where D is small
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
-    # A proven kernel, or xla: auto. Others: reference, xla, pallas_gpu, pallas_tpu, tokamax_gpu
+    # auto: a kernel that is proven on this card, else xla. Or one by name: reference, xla,
+    # pallas_gpu, pallas_tpu, tokamax_gpu.
     c.compute.attention = "auto"
     # What the backward pass keeps, from most to least: none, dots, attention, full.
     c.compute.remat = "attention"
-    # Tokens of a sequence whose logits exist at a time; on a device 4 times as many at most.
+    # How many tokens per sequence have logits at one time; a device holds at most 4 times as many.
     c.compute.loss_chunk = 512
 
     c.mesh = ConfigDict()  # devices along each axis; -1: what the others leave

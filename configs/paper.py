@@ -141,9 +141,9 @@ PRETRAIN_QUESTIONS = {
 PRETRAIN_HOPS = HOPS_WRITTEN | {
     "decoder.path": "packaged",
     "method.prompt_end": "",  # questions are learned too
-    "train.steps": 8000,
-    "train.checkpoint_every": 2000,
-    "train.validate_every": 2000,
+    "train.steps": 3000,
+    "train.checkpoint_every": 1000,
+    "train.validate_every": 1000,
 }
 PRETRAIN_GPU = {
     "decoder.export_dtype": "bfloat16",

@@ -1,6 +1,7 @@
 """Makes the mesh, and shardings by rules.
 
-No other file names a mesh axis, but job/search.py, which varies them.
+Elsewhere mesh axes are named only by what a user chooses them with: `config.mesh`, the flags of
+generate, and the search over meshes.
 
 Models name the logical axes of their arrays; the three tables of rules below say which mesh axes
 split them.

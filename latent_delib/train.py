@@ -132,6 +132,8 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     loader = text.batches(
         batch_size=t.batch_size, seed=exp.config.seed, rows=rows, start_step=first
     )
+    if exp.start and (found is None or exp.adapts_start):
+        parameters.check_start(exp)
     state, frozen = place_state(exp, plan, found)
 
     # Compile.

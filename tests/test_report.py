@@ -572,8 +572,9 @@ def test_the_stored_runs_open(tmp_path):
     assert "latents of another document" in (tmp_path / "results.svg").read_text()
 
 
-def test_the_tables_of_the_results_page_are_those_of_the_stored_runs():
-    page = (DOCS / "results.md").read_text()
+@pytest.mark.parametrize("name", ["results.md", "earlier_results.md"])
+def test_the_tables_of_a_page_are_those_of_the_stored_runs(name):
+    page = (DOCS / name).read_text()
     script = runpy.run_path(str(DOCS / "figures" / "tables.py"))
     assert script["filled"](page).splitlines() == page.splitlines()
     accuracies = page.count("accuracy=1 -->")

@@ -1,4 +1,4 @@
-"""Fills in the tables of docs/results.md from the runs stored in docs/results.
+"""Fills in the tables of PAGES from the runs stored in docs/results.
 
   .venv/bin/python docs/figures/tables.py
 
@@ -25,7 +25,7 @@ from latent_delib.results import against, costs, packed, runs
 from latent_delib.results.forms import change
 
 RESULTS = Path(__file__).parents[1] / "results"
-PAGE = RESULTS.with_suffix(".md")
+PAGES = (RESULTS.with_suffix(".md"), RESULTS.with_name("earlier_results.md"))
 AHEAD = (1, 4, 16, 32)
 COMMENT = re.compile(r"<!-- table: (.*) -->")
 PHRASES = {  # words of a row -> the folder of an evaluation
@@ -53,7 +53,8 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 def filled(page: str) -> str:

@@ -35,12 +35,12 @@ class Augmentation:
     method: a key of `methods.METHODS`.
     num_latents: N_L.
     placement: a key of `traces.PLACEMENTS`.
-    loss_chunk: tokens of a sequence whose logits exist at a time; on a device four times as many at
-      most.
+    loss_chunk: how many tokens per sequence have logits at one time; a device holds at most four
+      times as many.
     coprocessor: its transformer, where that is not the decoder's. It is the assistant's too.
     every: the latents join again after each so many ahead tokens, and stay; 0: once.
-    distill: the weight, in [0, 1], of what the decoder itself predicts in the training loss; the
-      text has the rest.
+    distill: weight, in [0, 1], of the divergence from the decoder that has read the steps; the loss
+      of the text has the rest.
     """
 
     transformer: Transformer
@@ -104,10 +104,9 @@ class Augmentation:
 def assemble(frozen: Params, trainable: Params) -> Params:
     """Returns the parameters that a frozen and a trainable tree make together.
 
-    Decoder leaves that are not trained come from the frozen decoder. Coprocessor leaves that are
-    not trained come from the frozen coprocessor if there is one, otherwise from the layers of the
-    assistant, or of the decoder as they are trained: adapters of `joint` lie over the adapted
-    decoder's.
+    Decoder leaves that are not trained come from the frozen decoder. The rest of a coprocessor
+    comes from the frozen coprocessor; without one, from the assistant's layers; without that, from
+    the decoder's, adapters included.
     """
     decoder = lora.lay_over(frozen.get("decoder", {}), trainable.get("decoder", {}))
     params = frozen | {"decoder": decoder}

@@ -1,6 +1,7 @@
 """Coprocessors: models that read the decoder's cache and write latents (Section 2.1).
 
-They read it through soft tokens of their own. Latents are vectors z [B, M, L, D] that enter the
+They read it through soft tokens of their own. Beside them are trained vectors, and trained keys and
+values, which read nothing. Latents are vectors z [B, M, L, D] that enter the
 decoder where token embeddings do, not scaled again; or keys and values for each of its layers,
 `Inserted`. In every `write_...` function, `params` is the dict of `delib.augment`.
 """
@@ -71,7 +72,7 @@ def soft_tokens(key: jax.Array, embedding_VD: jax.Array, num_latents: int) -> ja
     size = embedding_VD.shape[0]
     if num_latents > size:
         raise UserError(
-            f"{num_latents} latents: expected at most {size}, the rows of the token table"
+            f"num_latents={num_latents}: expected at most {size}, the rows of the token table"
         )
     rows = jax.random.choice(key, size, (num_latents,), replace=False)
     return embedding_VD[rows].astype(jnp.float32)

@@ -70,9 +70,9 @@ def again(
 ) -> float:
     """Returns the FLOPs that a backward pass repeats under `remat`.
 
-    Those of more passes over products and text are added. All but "none" and "dots" repeat the
-    products of the layers; "full" repeats attention too. Attention among a trace's own tokens is
-    not counted.
+    more_products and more_attention count further passes over the products and over the text. All
+    but "none" and "dots" repeat the products of the layers; "full" repeats attention too. Attention
+    among a trace's own tokens is not counted.
     """
     products = more_products + (remat not in ("none", "dots"))
     over_text = more_attention + (remat == "full")

@@ -1,4 +1,4 @@
-"""The loss of predicted tokens, a few of every sequence at a time, and its weights.
+"""The loss of predicted tokens and its weights, computed on a few tokens per sequence at a time.
 
 It is -log p of each token; or, with a teacher, in part the divergence from what the teacher
 predicts there.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from latent_delib.nn.products import einsum, softcapped
 
-SEQUENCES = 4  # on a device; of more, fewer tokens than a chunk are computed at a time
+SEQUENCES = 4  # per device; with more of them, each has fewer tokens than a chunk at a time
 
 
 def ahead_weights(num_ahead: int) -> jax.Array:

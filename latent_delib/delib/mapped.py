@@ -1,7 +1,7 @@
 """Coprocessors of another shape than the decoder's, which read or write through learned maps.
 
-They are of two kinds: of a size of their own, or of an assistant's, which is another pretrained
-decoder. `delib.coprocessor` says what the functions take and return.
+There are two kinds: one has a size of its own, the other the size of an assistant (another
+pretrained decoder). `delib.coprocessor` says what the functions take and return.
 """
 
 import jax

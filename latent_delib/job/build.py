@@ -59,6 +59,8 @@ def transformer(
 def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:
     """Returns the architecture of a coprocessor that differs from the decoder's in some fields."""
     fields = dataclasses.asdict(decoder) | changed
+    if "query_scale" not in changed and decoder.query_scale == decoder.head_dim**-0.5:
+        fields["query_scale"] = 0.0  # it follows from the coprocessor's head_dim
     return TransformerConfig.from_dict(fields, "config.method.coprocessor")
 
 

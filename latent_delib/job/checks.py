@@ -71,7 +71,7 @@ def check(config: ConfigDict) -> None:
 def check_steps(config: ConfigDict) -> None:
     """Raises UserError where `method.distill` finds no steps in the text that is about to be read.
 
-    Where the text does not matter, as for a dry run, this is not asked.
+    A dry run reads no text, so it does not call this.
     """
     if not config.method.distill:
         return

@@ -1,7 +1,7 @@
 """Compiles a job's step for this machine or for a TPU slice, and prints its needs.
 
-The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`): memory is
-that of the program that the slice would run.
+The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`): it reports
+the memory of the very program that the slice would run.
 """
 
 import json

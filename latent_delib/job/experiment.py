@@ -83,9 +83,12 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     assistant = _assistant(config, tokenizer)
     coprocessor = _coprocessor(config, architecture, assistant)
     mesh = mesh_lib.make(config.mesh, devices)
-    for each in (architecture, coprocessor or architecture):
-        _check_splits(config, mesh, each)
-        _check_positions(config, each)
+    _check_splits(config, mesh, architecture, "the decoder")
+    _check_positions(config, architecture, "the decoder")
+    if coprocessor is not None:
+        owner = "the coprocessor" if assistant is None else "the assistant"
+        _check_splits(config, mesh, coprocessor, owner)
+        _check_positions(config, coprocessor, owner)
 
     def model(architecture: TransformerConfig) -> transformer.Transformer:
         c = config.compute
@@ -221,13 +224,15 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _check_splits(config: ConfigDict, mesh: Mesh, architecture: TransformerConfig) -> None:
+def _check_splits(
+    config: ConfigDict, mesh: Mesh, architecture: TransformerConfig, owner: str
+) -> None:
     """Raises UserError for heads, features or traces that the mesh does not divide."""
     positions = min(config.evaluate.positions, config.evaluate.max_length)
     for axis, key, length in (
-        ("heads", "num_heads", architecture.num_heads),
-        ("heads", "num_kv_heads", architecture.num_kv_heads),
-        ("ffn", "ffn_dim", architecture.ffn_dim),
+        ("heads", f"{owner}'s num_heads", architecture.num_heads),
+        ("heads", f"{owner}'s num_kv_heads", architecture.num_kv_heads),
+        ("ffn", f"{owner}'s ffn_dim", architecture.ffn_dim),
         ("traces", "config.method.num_traces", config.method.num_traces),
         ("traces", "config.evaluate.positions", positions),
     ):
@@ -236,7 +241,7 @@ def _check_splits(config: ConfigDict, mesh: Mesh, architecture: TransformerConfi
             raise UserError(f"{setting} does not divide {key}={length}: expected a divisor of it")
 
 
-def _check_positions(config: ConfigDict, architecture: TransformerConfig) -> None:
+def _check_positions(config: ConfigDict, architecture: TransformerConfig, owner: str) -> None:
     """Raises UserError where texts and latents need more positions than a learned table has."""
     m = config.method
     moved = 0
@@ -249,5 +254,5 @@ def _check_positions(config: ConfigDict, architecture: TransformerConfig) -> Non
         if architecture.learned_positions and tokens + moved > architecture.learned_positions:
             raise UserError(
                 f"config.{key}={tokens}: with {moved} positions for latents, expected at most "
-                f"{architecture.learned_positions}, the decoder's learned positions"
+                f"{architecture.learned_positions}, the learned positions of {owner}"
             )

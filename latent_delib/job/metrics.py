@@ -101,7 +101,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def paused(self, values: Any) -> Iterator[None]:
-        """Leaves the time spent inside out of the steps' time. Waits for `values`, of a step."""
+        """Waits for a step's `values`, then stops the clock while the block runs."""
         jax.block_until_ready(values)
         began = time.perf_counter()
         yield

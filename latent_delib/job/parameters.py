@@ -58,8 +58,8 @@ def trainable_shapes(exp: Experiment) -> Params:
 def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
     """Returns the function (key, decoder, start) -> trainable tree, float32.
 
-    decoder is the assistant, where there is one. start is such a tree without adapters, or None;
-    with it, the decoder is not used. rank is that of adapters; 0 trains all.
+    decoder: the assistant's tree, where there is one. start: a trained tree to begin with; the
+    decoder is then not read. rank is that of adapters; 0 trains all.
     """
 
     def init(key: jax.Array, decoder: Params | None, start: Params | None = None) -> Params:
@@ -103,26 +103,44 @@ def place_assistant(exp: Experiment, dtype: Any) -> Params:
     return folder.load(exp.assistant, architecture, dtype, shardings)
 
 
+def check_start(exp: Experiment) -> None:
+    """Checks the checkpoint that training begins with, before anything large is loaded.
+
+    Raises:
+      UserError: it is missing or damaged, is of another decoder, method or number of trained
+        vectors, or holds adapters.
+    """
+    _open_start(exp).close()
+
+
 def place_start(exp: Experiment, dtype: Any) -> Params:
     """Loads the tree that training begins with onto the mesh, in `dtype`: all that was trained.
 
     Raises:
-      UserError: the checkpoint is missing or damaged, is of another decoder, method or number of
-        trained vectors, or holds adapters.
+      UserError: as `check_start`.
     """
+    _, step = exp.start
+    with contextlib.closing(_open_start(exp)) as checkpoints:
+        wanted = {"trainable": _on_mesh(exp, _whole(exp))}
+        found = checkpoints.restore_newest(wanted, step=step)
+    return jax.tree.map(lambda x: x.astype(dtype), found.trainable)
+
+
+def _open_start(exp: Experiment) -> checkpoint.Checkpoints:
     given = f"config.method.start={exp.config.method.start}"
     workdir, step = exp.start
     try:
         checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
     except UserError as error:
         raise UserError(f"{given}: {str(error).removeprefix(f'{workdir}: ')}") from None
-    with contextlib.closing(checkpoints):
+    try:
         there = Record.from_meta(meta, given)
         exp.record.require(there, "start", given)
         _require_same_vectors(exp, there, given)
-        wanted = {"trainable": _on_mesh(exp, _whole(exp))}
-        found = checkpoints.restore_newest(wanted, step=step)
-    return jax.tree.map(lambda x: x.astype(dtype), found.trainable)
+    except UserError:
+        checkpoints.close()
+        raise
+    return checkpoints
 
 
 def _require_same_vectors(exp: Experiment, there: Record, given: str) -> None:

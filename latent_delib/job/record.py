@@ -215,7 +215,7 @@ class Record:
             if not star:
                 yield key
                 continue
-            # A key newer than the other run has a value in BEFORE, or cannot differ.
+            # A key that the other run lacks has its old value in BEFORE, or it is left out.
             there = [f"{room}.{name}" for name in other.config[room]]
             older = [key for key in BEFORE if key.startswith(f"{room}.")]
             yield from dict.fromkeys(there + older)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import small
 
+from latent_delib.delib import flops
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.cost import step_flops
 from latent_delib.nn.sizes import SIZES
@@ -99,6 +100,13 @@ def test_what_is_done_beyond_that():
         == again("attention", "last_layer")
         == (tokens + 3 * 64) * products
     )
+
+
+def test_the_token_that_begins_thoughts_costs_no_pass():
+    w = flops.Writing(small.GEMMA, "full", 3 * 64, 64, 15, num_latents=1, trains_decoder=True)
+    assert flops.pass_per_thought(w) == flops.Flops(0.0, 0.0)
+    two = flops.pass_per_thought(w._replace(num_latents=2)).useful
+    assert two == pytest.approx(flops.one_pass(w).useful, rel=0.1)
 
 
 def test_a_teacher_costs_its_logits():

@@ -15,6 +15,15 @@ MISTAKES = [
     ({"method.name": "static_tokens", "method.every": 2}, "config.method.every=2: .* join once"),
     ({"method.name": "latent_tokens"}, "config.method.every=0: .* at least 1"),
     (
+        {
+            "method.name": "latent_tokens",
+            "method.every": 4,
+            "method.num_ahead": 4,
+            "method.placement": "shared",
+        },
+        "config.method.every=4: expected less than config.method.num_ahead=4",
+    ),
+    (
         {"method.name": "latent_tokens", "method.every": 2, "method.placement": "overlay"},
         "config.method.placement='overlay': .* expected shared",
     ),

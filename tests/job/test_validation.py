@@ -186,7 +186,15 @@ def test_what_is_refused(make_config, tmp_path):
         ({"train.validate_every": 1, "data.validation": ()}, "config.data.validation: empty"),
         (
             {"train.validate_every": 1, "method.prompt_end": "nowhere is this"},
-            "config.data.validation: no token to predict",
+            "config.data.validation: no token to predict behind config.method.prompt_end='nowhere",
+        ),
+        (
+            {
+                "train.validate_every": 1,
+                "method.prompt_end": "nowhere is this",
+                "method.name": "decoder",
+            },
+            "config.data.validation: no token to predict",  # not at the first validation
         ),
     ):
         with pytest.raises(UserError, match=words):
