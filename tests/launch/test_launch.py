@@ -59,6 +59,7 @@ def test_help_is_the_head_and_starts_nothing(scripts: Path, script: str) -> None
         ("smollm2.sh", ["train.steps=3"], "train.steps=3: "),
         ("smollm2.sh", [], "CONFIG=smollm2_135m: "),
         ("coconut.sh", ["--steps=3"], "--steps=3: "),
+        ("coconut.sh", ["--config.seed=1", "--config.train.steps=9"], "--config.train.steps: "),
         ("coconut.sh", [], "CONFIG=quickstart: "),
         ("gpu.sh", [], "nothing to run"),
         ("gpu.sh", ["--flag"], "--flag: "),
@@ -92,23 +93,24 @@ def test_a_wrong_key_is_met_by_the_first_command(scripts: Path, script: str) -> 
 
 
 def test_each_stage_of_the_curriculum_begins_where_the_one_before_ended(scripts: Path) -> None:
-    program(scripts / "launch/setup.sh", "")
-    program(scripts / ".venv/bin/python", 'echo "${*:2}" >>calls')
+    program(scripts / "python", 'echo "${*:2}" >>calls')  # .venv has none before setup.sh
+    program(scripts / "launch/setup.sh", "mkdir -p .venv/bin && cp python .venv/bin")
     shutil.copytree(ROOT / "configs", scripts / "configs")
+    questions = "runs/questions/word_problems"
+    assert f"there is no {questions}.train.jsonl" in run(scripts, "coconut.sh").stderr
+    calls = scripts / "calls"
+    assert calls.read_text() == "tools.make_questions --out=runs/questions\n"
+    calls.unlink()
     (scripts / "runs/questions").mkdir(parents=True)
-    for split in ("train", "test"):
-        (scripts / f"runs/questions/word_problems.{split}.jsonl").write_text("")
-    (scripts / "runs/questions/word_problems.test.jsonl").unlink()
-    assert (
-        "there is no runs/questions/word_problems.test.jsonl" in run(scripts, "coconut.sh").stderr
-    )
-    (scripts / "runs/questions/word_problems.test.jsonl").write_text("")
+    (scripts / f"{questions}.train.jsonl").touch()
+    assert f"there is no {questions}.test.jsonl" in run(scripts, "coconut.sh").stderr
+    (scripts / f"{questions}.test.jsonl").touch()
     done = run(scripts, "coconut.sh", "--config.method.num_ahead=9")
     assert (done.returncode, done.stderr) == (0, "")
-    calls = (scripts / "calls").read_text().splitlines()
+    commands = calls.read_text().splitlines()
     expected = [("0", 0, 1, ""), ("1", 1, 3, "0"), ("2", 2, 5, "1"), ("3", 3, 7, "2")]
     for number, (name, removed, latents, before) in enumerate([*expected, ("last", 1000, 7, "3")]):
-        train, benchmark = calls[2 * number : 2 * number + 2]
+        train, benchmark = commands[2 * number : 2 * number + 2]
         start = f"runs/coconut/{before}/checkpoints/2000" if before else ""
         for word in (
             f"--workdir=runs/coconut/{name}",
@@ -120,4 +122,4 @@ def test_each_stage_of_the_curriculum_begins_where_the_one_before_ended(scripts:
             assert word in train.split(), word
         assert train.index("num_ahead=64") < train.index("num_ahead=9")
         assert f"--workdir=runs/coconut/{name} " in benchmark and "--model=augmented" in benchmark
-    assert len(calls) == 10
+    assert len(commands) == 10
