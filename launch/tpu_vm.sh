@@ -176,7 +176,7 @@ finish() { # CODE MESSAGE
 }
 
 keep() {
-  local started='' lost=0 silent=0 stuck=0 deaths=0 now
+  local started='' lost=0 silent=0 stuck=0 deaths=0 code now
   pack "$name"
   while true; do
     until create; do
@@ -188,8 +188,11 @@ keep() {
     done
     lost=0
 
-    if ! now=$(if_set_up status | verdict); then
-      ((++silent < 2)) && continue
+    code=0
+    now=$(if_set_up status | verdict) || code=$?
+    ((code != 3)) || die "$unseen" # for a cause on this side
+    if ((code)); then
+      ((++silent < 2)) && pause && continue
       [[ -n $started ]] || die "$name does not answer"
       say "== $name does not answer: deleting it and asking for another"
       release
@@ -206,8 +209,8 @@ keep() {
     case $now in
       "done") finish 0 "the job on $name is done" ;;
       "ended 1" | "ended 126" | "ended 127")
-        if_set_up stop
-        on_workers "tail -n 20 latent_delib/runs/job/log"
+        if_set_up stop || true # workers may be going
+        on_workers "tail -n 20 latent_delib/runs/job/log" || true
         finish 1 "the job on $name failed with code ${now#ended }; not started again, its log has the reason"
         ;;
       ended*)

@@ -214,6 +214,14 @@ def test_keep_stops_after_code_1(world: World) -> None:
     assert order == sorted(order)
 
 
+def test_keep_deletes_the_slice_of_a_failed_job_though_its_workers_go(world: World) -> None:
+    world.plays(**{"ends-0": ["1"], "ends-1": ["1"]})
+    going = f"$all =~ (job/log|worker.sh stop)$ && {BOTH_RUN}"
+    world.plays(hook=[f"[[ ! ({going}) ]] || exit 255"])
+    world.keep("--delete", code=1)
+    assert (len(world.calls("job/log")), len(world.calls("delete"))) == (3, 1)
+
+
 def test_keep_restarts_what_saved_and_what_died(world: World) -> None:
     """Code 75 always, a death `restarts` times; the cause is what ended first."""
     world.plays(**{"ends-0": ["75", "75", "137", "0"], "ends-1": ["hang", "75", "hang", "0"]})
@@ -270,6 +278,18 @@ def test_keep_replaces_a_slice_that_does_not_answer(world: World) -> None:
     world.plays(hook=[f"[[ ! ({silent}) ]] || exit 255"])
     assert "does not answer: deleting it" in world.keep().stderr
     world.started(2)
+
+
+def test_keep_leaves_a_slice_that_it_may_not_ask(world: World) -> None:
+    world.plays(**{"ends-0": ["hang"], "ends-1": ["hang"]})
+    world.plays(states=["ABSENT", "ACTIVE"])
+    lost_key = f'$all == *"worker.sh status"* && {BOTH_RUN}'
+    says = "echo 'SSH Key is not present in the SSH agent' >&2 && exit 1"
+    world.plays(hook=[f"if [[ {lost_key} ]]; then {says}; fi"])
+    assert "A job on a goes on" in world.keep(code=1).stderr.splitlines()[-1]
+    assert not world.calls("delete")
+    world.plays(hook=[])
+    assert world.launch("tpu_vm", "status", "a").stdout == "0 running\n1 running\n"
 
 
 @pytest.mark.parametrize(
