@@ -74,6 +74,7 @@ keep() {
     esac
     pause
   done
+  [[ $code == 0 || $code == 125 ]] || die "the end of $name cannot be seen; the job goes on"
   [[ -z $delete ]] || xpk_workload delete --workload="$name" --force
   ((!code)) || exit 1
 }

@@ -46,15 +46,20 @@ def test_xpk_commands(world: World) -> None:
     [("", ["124", "124", "1", "0"], 0), ("RUNNING", ["125"], 1), ("FINISHED", ["1", "1", "1"], 1)],
 )
 def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> None:
-    """Waits a week at a time, over failures to ask, for a job that it starts unless it is there."""
+    """Waits a week at a time, over failures to ask, for a job that it starts unless it is there.
+
+    It deletes the job that was there before, and its own once it has seen its end.
+    """
     there = {"FINISHED": ["EVERYTHING", "FINISHED"], "RUNNING": ["EVERYTHING"], "": []}[before]
     for status in ("EVERYTHING", "FINISHED"):
         world.plays(
             **{f"listed-{status}": ["Jobset   Status", "ab   x", *["a   x"] * (status in there)]}
         )
     world.plays(waits=waits, hook=['[[ $all != *delete* ]] || echo >"$WORLD/listed-EVERYTHING"'])
-    world.launch("gke_xpk", "keep", "a", "--accelerator=v5litepod-16", "--", *TRAIN, code=code)
+    keep = ("gke_xpk", "keep", "a", "--accelerator=v5litepod-16", "--delete")
+    world.launch(*keep, "--", *TRAIN, code=code)
     assert len(world.calls("wait-for-job-completion")) == len(waits)
     assert len(world.calls("workload create")) == (before != "RUNNING")
-    assert len(world.calls("workload delete")) == (before == "FINISHED")
+    seen_to_end = waits[-1] in ("0", "125")
+    assert len(world.calls("workload delete")) == (before == "FINISHED") + seen_to_end
     assert len(world.calls("push")) == (before != "RUNNING")  # of its image
