@@ -35,6 +35,7 @@ parse() {
     case $1 in
       --) COMMAND=("${@:2}") && return ;;
       --help | -h) usage ;;
+      --delete=* | --dry_run=* | --reserved=* | --spot=*) die "$1: takes no value; leave it out" ;;
       --*=*) [[ "$allowed " == *" $flag "* ]] && printf -v "$flag" %s "${1#*=}" ;;
       --*) [[ "$allowed " == *" $flag "* ]] && printf -v "$flag" 1 ;;
       *) REST+=("$1") ;;

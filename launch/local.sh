@@ -16,6 +16,8 @@ processes='' devices=1 restarts=3 grace=30
 parse "processes devices restarts grace" "$@"
 [[ $processes =~ ^[1-9][0-9]*$ && $devices =~ ^[1-9][0-9]*$ && ${#REST[@]} == 0 ]] ||
   die "expected --processes=N [--devices=D] -- COMMAND; --help tells more"
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || die "--restarts=$restarts: expected 0 or more"
+[[ $grace =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--grace=$grace: expected seconds"
 job local
 shared=(env PYTHONUNBUFFERED=1 JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_NUM_CPU_DEVICES="$devices"
   JAX_NUM_PROCESSES="$processes")

@@ -40,6 +40,7 @@ action=${REST[0]:-} name=${REST[1]:-}
   die "expected an action and a name of a-z, 0-9 and -, found '${REST[*]}'; --help tells more"
 [[ ! $fetch || $fetch =~ ^gs://.+[^/]$ ]] || die "--fetch=$fetch: expected gs://BUCKET/.../FOLDER"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: expected 1 or more"
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || die "--restarts=$restarts: expected 0 or more"
 [[ ! $flex_start || $flex_start =~ ^[1-9][0-9]*[smhd]$ ]] || die "--flex_start=$flex_start: expected a time like 12h"
 tiers=(${spot:+--spot} ${reserved:+--reserved} ${flex_start:+--flex_start})
 ((${#tiers[@]} < 2)) || die "${tiers[*]}: expected one of them"

@@ -300,6 +300,8 @@ def test_keep_leaves_a_slice_that_it_may_not_ask(world: World) -> None:
         ("create A_b", "ANY", "a name of a-z, 0-9 and -"),
         ("create a", "ANY", "--accelerator=: "),
         ("create a --slices=0", "ANY", "--slices=0: "),
+        ("create a --spot=false", "ANY", "--spot=false: takes no value"),
+        ("create a --restarts=ten", "ANY", "--restarts=ten: "),
         ("create a --flex_start", "ANY", "--flex_start=1: expected a time like 12h"),
         ("restart a", "ANY", "no action 'restart'"),
         ("restart", "LATENT_DELIB_PROJECT", "no action 'restart'"),
