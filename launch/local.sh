@@ -4,8 +4,8 @@
 #   ./launch/local.sh --processes=2 --devices=4 -- python -m latent_delib.train --config=... --workdir=...
 #
 # Adds --distributed to the command. Every line of output begins with its process's number. SIGTERM and SIGINT go to all
-# processes. When one dies, the others are stopped and all start again: after a signal or code 75, but not after code 1,
-# the user's mistake. Exits with the first code of a process that was not 0.
+# processes. When one dies, the others are stopped and all start again, but not after codes 1, 126 and 127, the user's
+# mistakes. Exits with the first code of a process that was not 0.
 #
 #   --restarts=3   how often all may start again
 #   --grace=30     seconds between SIGTERM and SIGKILL for the others when one has died

@@ -55,7 +55,8 @@ if ((slices > 1)); then
   mapfile -t nodes < <(seq -f "$name-%.0f" 0 $((slices - 1)))
   numbered=(--node-count="$slices" --node-prefix="$name")
 fi
-known='' had='' shown='' # of the queued resource: asked for, or seen; and whether there ever was one
+# known: `asked` or `seen`, the queued resource. had: set once one was seen. shown: the state printed last
+known='' had='' shown=''
 
 image() {
   if [[ -n $runtime && -n $accelerator ]]; then echo "$runtime" && return; fi
@@ -233,7 +234,7 @@ keep() {
 
 case $action in
   create) create || die "$name will not come; delete it before asking again" ;;
-  setup) pack "$name" && { setup || die "$name is not set up; the same command tries again"; } ;;
+  setup) pack "$name" && { setup || die "$name is not set up; is it there? Then the same command tries again"; } ;;
   run) job slice && { start || die "the job is not on every worker of $name; was that set up? is another there?"; } ;;
   keep) job slice && keep ;;
   status)
@@ -245,6 +246,6 @@ case $action in
     call "${tpus[@]}" tpu-vm ssh "${nodes[0]}" "${at[@]}" --worker="$worker" --quiet \
       --command="latent_delib/launch/worker.sh logs"
     ;;
-  stop) if_set_up stop ;;
+  stop) if_set_up stop || die "$name does not answer; is it there? \`status\` tells" ;;
   delete) release ;;
 esac

@@ -128,6 +128,11 @@ def test_what_exists_already(world: World) -> None:
 def test_run_is_detached_on_every_worker(world: World) -> None:
     world.plays(**{"ends-0": ["hang"], "ends-1": ["hang"]})
     assert "set up?" in world.launch("tpu_vm", "run", "a", "--", *TRAIN, code=1).stderr
+    world.plays(hook=["[[ $all != *tpu-vm* ]] || { echo NOT_FOUND >&2 && exit 1; }"])
+    for action in ("setup", "stop"):
+        (said,) = world.launch("tpu_vm", action, "a", code=1).stderr.splitlines()
+        assert "is it there?" in said
+    world.plays(hook=[])
     (world.root / "configs" / "x.py").touch()
     (world.root / "runs").mkdir(exist_ok=True)
     (world.root / "runs" / "mine").touch()
@@ -138,6 +143,8 @@ def test_run_is_detached_on_every_worker(world: World) -> None:
         assert not (home / "runs" / "mine").exists()
         (home / "configs" / "gone.py").touch()
     assert world.launch("tpu_vm", "status", "a").stdout == "0 none\n1 none\n"
+    said = world.launch("tpu_vm", "logs", "a", code=1).stderr
+    assert said == "error: no job has run here\n" * 2
 
     world.launch("tpu_vm", "run", "a", "--", *TRAIN)
     assert world.launch("tpu_vm", "status", "a").stdout == "0 running\n1 running\n"
