@@ -92,6 +92,23 @@ def test_a_wrong_key_is_met_by_the_first_command(scripts: Path, script: str) -> 
     assert last[0] == "latent_delib.prepare" and last[-1] == "--config.train.stpes=3"
 
 
+def test_the_frozen_decoder_is_evaluated_as_the_run_is(scripts: Path) -> None:
+    """On its text and with its weights, with what is no matter of the method."""
+    for name, text in {
+        "launch/setup.sh": "",
+        "launch/get_smollm2.sh": "echo model.gguf",
+        ".venv/bin/python": 'echo "${*:2}" >>calls',
+    }.items():
+        program(scripts / name, text)
+    shutil.copytree(ROOT / "configs", scripts / "configs")
+    text = ("--config.data.seq_len=1024", "--config.method.prompt_end=A:")
+    assert run(scripts, "smollm2.sh", "--config.method.every=4", *text).returncode == 0
+    calls = (scripts / "calls").read_text().splitlines()
+    (frozen,) = [call for call in calls if "/frozen " in call]
+    assert "--workdir=runs/smollm2_135m/frozen " in frozen and "--config.method.every" not in frozen
+    assert frozen.endswith(" ".join([*text, "--config.method.name=decoder"]))
+
+
 def test_each_stage_of_the_curriculum_begins_where_the_one_before_ended(scripts: Path) -> None:
     program(scripts / "python", 'echo "${*:2}" >>calls')  # .venv has none before setup.sh
     program(scripts / "launch/setup.sh", "mkdir -p .venv/bin && cp python .venv/bin")
