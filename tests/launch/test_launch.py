@@ -51,7 +51,6 @@ def test_help_is_the_head_and_starts_nothing(scripts: Path, script: str) -> None
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
-        ("setup.sh", ["--tpu"], "--tpu: "),
         ("get_smollm2.sh", ["--dry_run"], "--dry_run: "),
         ("get_smollm2.sh", ["all"], "all: "),
         ("quickstart.sh", ["--steps=3"], "--steps=3: "),

@@ -97,6 +97,22 @@ def test_unsuitable_interpreters_are_named_in_one_line(sandbox: Sandbox) -> None
     assert not (sandbox.root / ".venv").exists()
 
 
+@pytest.mark.parametrize("extras, more", [(["--tpu"], ""), (["eval", "gpu"], ""), ([], "eval,gpu")])
+def test_an_extra_that_is_none(sandbox: Sandbox, extras: list[str], more: str) -> None:
+    """pip would only warn."""
+    sandbox.python("python3.12", (3, 12, 1))
+    code, out, err = sandbox.setup(*extras, LATENT_DELIB_EXTRAS=more)
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {extras[-1] if extras else 'gpu'}: ") and " cuda " in line
+    assert not (sandbox.root / ".venv").exists()
+
+
+def test_an_interpreter_with_a_blank_in_its_path(sandbox: Sandbox) -> None:
+    sandbox.python("my python", (3, 12, 1))
+    assert sandbox.setup(PYTHON=str(sandbox.bin / "my python"))[0] == 0
+
+
 def test_first_suitable_interpreter_is_taken_and_kept(sandbox: Sandbox) -> None:
     sandbox.python("python3.11", (3, 11, 9))
     sandbox.python("python3", (3, 12, 4))
