@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains method `feedback` by Coconut's curriculum (Hao et al. 2024), and asks questions after each stage. Stage k leaves
 # the first k steps out of the replies and puts THOUGHTS latents for each behind the question; the last leaves out all.
-# Arguments, --config.KEY=VALUE, go to train; STEPS stands for --config.train.steps. Run again, it goes on where it stopped.
+# Arguments, --config.KEY=VALUE, go to train, all but train.steps (STEPS). Run again, it goes on where it stopped.
 #
 #   QUESTIONS=runs/questions/word_problems ./launch/coconut.sh    # the files QUESTIONS.train.jsonl and QUESTIONS.test.jsonl
 #   THOUGHTS=2 STAGES=3 STEPS=2000                                # per step; before the last; of training in each
