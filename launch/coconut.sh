@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains method `feedback` by Coconut's curriculum (Hao et al. 2024), and asks questions after each stage. Stage k leaves
 # the first k steps out of the replies and puts THOUGHTS latents for each behind the question; the last leaves out all.
-# Arguments, --config.KEY=VALUE, go to train. Run again, it goes on where it stopped.
+# Arguments, --config.KEY=VALUE, go to train, all but train.steps (STEPS). Run again, it goes on where it stopped.
 #
 #   QUESTIONS=runs/questions/word_problems ./launch/coconut.sh    # the files QUESTIONS.train.jsonl and QUESTIONS.test.jsonl
 #   THOUGHTS=2 STAGES=3 STEPS=2000                                # per step; before the last; of training in each
@@ -9,11 +9,12 @@
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 overrides "$@"
-./launch/setup.sh eval
+[[ "$*" != *--config.train.steps=* ]] || die "--config.train.steps: expected STEPS=N before the command instead"
 
 questions=${QUESTIONS:-runs/questions/word_problems} thoughts=${THOUGHTS:-2} stages=${STAGES:-3} steps=${STEPS:-2000}
 run=${RUN:-runs/coconut} config=configs/${CONFIG:=quickstart}.py
 [[ -e $config ]] || die "CONFIG=$CONFIG: there is no $config"
+./launch/setup.sh eval
 [[ ${QUESTIONS:-} || -e $questions.train.jsonl ]] || python -m tools.make_questions --out=runs/questions
 for split in train test; do
   [[ -e $questions.$split.jsonl ]] || die "QUESTIONS=$questions: there is no $questions.$split.jsonl"

@@ -35,6 +35,7 @@ parse() {
     case $1 in
       --) COMMAND=("${@:2}") && return ;;
       --help | -h) usage ;;
+      --delete=* | --dry_run=* | --reserved=* | --spot=*) die "$1: takes no value; leave it out" ;;
       --*=*) [[ "$allowed " == *" $flag "* ]] && printf -v "$flag" %s "${1#*=}" ;;
       --*) [[ "$allowed " == *" $flag "* ]] && printf -v "$flag" 1 ;;
       *) REST+=("$1") ;;
@@ -73,18 +74,21 @@ environment() { [[ -n ${!1:-} ]] || die "$1 is not set in the environment: $2"; 
 installed() { [[ -n $dry_run ]] || command -v "$1" >/dev/null || die "$1 is not on PATH: $2"; }
 
 # retry COMMAND...: tries until the command succeeds, and prints its stdout. Its stderr is shown only as the reason for
-# another try or for giving up. Returns 4 where something is not found, 5 where it exists already, without a message.
+# another try or for giving up. Returns 3 where trying again is hopeless; and without a message 4 where something is not
+# found, 5 where it exists already.
 retry() {
-  local try pause=${LATENT_DELIB_WAIT:-10} errors reason
+  local try pause=${LATENT_DELIB_WAIT:-10} errors reason code
   for ((try = 1; ; try++)); do
     if [[ -n $dry_run ]]; then call "$@" && return; fi
     { errors=$("$@" 2>&1 >&4 4>&-); } 4>&1 && return
     [[ ! $errors =~ NOT_FOUND|"was not found" ]] || return 4
     [[ $errors != *ALREADY_EXISTS* ]] || return 5
     reason=$(grep -im 1 error <<<"$errors" || tail -n 1 <<<"$errors")
-    if [[ $errors =~ $HOPELESS && $errors != *"per minute"* ]] || ((try >= RETRIES)); then
+    code=1
+    [[ ! $errors =~ $HOPELESS || $errors == *"per minute"* ]] || code=3
+    if ((code == 3 || try >= RETRIES)); then
       say "gave up at try $try: $reason"
-      return 1
+      return "$code"
     fi
     say "try $try of $RETRIES failed, the next in $pause s: $reason"
     sleep "$pause"

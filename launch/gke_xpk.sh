@@ -34,6 +34,7 @@ action=${REST[0]:-} name=${REST[1]:-}
 [[ $name =~ ^([a-z]([-a-z0-9]{0,38}[a-z0-9])?)?$ && ${#REST[@]} -le 2 ]] ||
   die "expected an action and a name of a-z, 0-9 and -, found '${REST[*]}'; --help tells more"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: expected 1 or more"
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || die "--restarts=$restarts: expected 0 or more"
 environment LATENT_DELIB_PROJECT "the Google Cloud project"
 environment LATENT_DELIB_ZONE "the zone of the cluster's slices, such as us-central1-a"
 environment LATENT_DELIB_CLUSTER "the name of the GKE cluster"
@@ -74,6 +75,7 @@ keep() {
     esac
     pause
   done
+  [[ $code == 0 || $code == 125 ]] || die "the end of $name cannot be seen; the job goes on"
   [[ -z $delete ]] || xpk_workload delete --workload="$name" --force
   ((!code)) || exit 1
 }

@@ -4,8 +4,8 @@
 #   ./launch/local.sh --processes=2 --devices=4 -- python -m latent_delib.train --config=... --workdir=...
 #
 # Adds --distributed to the command. Every line of output begins with its process's number. SIGTERM and SIGINT go to all
-# processes. When one dies, the others are stopped and all start again: after a signal or code 75, but not after code 1,
-# the user's mistake. Exits with the first code of a process that was not 0.
+# processes. When one dies, the others are stopped and all start again, but not after codes 1, 126 and 127, the user's
+# mistakes. Exits with the first code of a process that was not 0.
 #
 #   --restarts=3   how often all may start again
 #   --grace=30     seconds between SIGTERM and SIGKILL for the others when one has died
@@ -16,6 +16,8 @@ processes='' devices=1 restarts=3 grace=30
 parse "processes devices restarts grace" "$@"
 [[ $processes =~ ^[1-9][0-9]*$ && $devices =~ ^[1-9][0-9]*$ && ${#REST[@]} == 0 ]] ||
   die "expected --processes=N [--devices=D] -- COMMAND; --help tells more"
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || die "--restarts=$restarts: expected 0 or more"
+[[ $grace =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--grace=$grace: expected seconds"
 job local
 shared=(env PYTHONUNBUFFERED=1 JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_NUM_CPU_DEVICES="$devices"
   JAX_NUM_PROCESSES="$processes")

@@ -19,8 +19,8 @@
 # Protocols problems, depth, questions and hops have swap/, and instead of the others
 #   benchmarks.json     problems solved, with latents and without
 #   text/               perplexity on text of a decoder that was trained on problems: decoder, decoder_lora
-# A run with more arguments is not what its name says: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the
-# report leaves it out.
+# More arguments make another experiment: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves
+# it out.
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 
@@ -50,13 +50,20 @@ all() { # PROTOCOL
     [[ $name != distilled ]] || continue # it needs questions with steps: protocol hops
     [[ " overlay after decoder pretrain " == *" $name "* || $name == adapt_* ]] || wanted+=("$1/$name")
   done
-  wanted+=("$1/adapt_decoder" "$1/adapt_coprocessor") # last: they want reasoning-gym, which is not everywhere
+  # Last: they want reasoning-gym, which is not everywhere. Two protocols have tasks of their own.
+  [[ $1 == problems || $1 == depth ]] || wanted+=("$1/adapt_decoder" "$1/adapt_coprocessor")
 }
 while (($#)) && [[ $1 != -- ]]; do
   protocol=${1%%/*} name=${1#*/}
   if [[ " $protocols " != *" $protocol "* || ($1 == */* && " $names " != *" ${name%@*} "*) ]]; then
     die "$1: expected PROTOCOL, PROTOCOL/NAME or PROTOCOL/NAME@SEED; PROTOCOL one of $protocols, NAME one of $names"
   fi
+  [[ $1 != *@* || $1 =~ @[0-9]+$ ]] || die "$1: expected a number behind @"
+  case ${1%@*} in
+    a_gpu/assistant | b/assistant) die "$1: needs a second decoder of the same vocabulary, and $protocol has none" ;;
+    hops/distilled) ;;
+    */distilled) die "$1: needs questions with steps, so there is hops/distilled alone" ;;
+  esac
   if [[ $1 == */* ]]; then
     wanted+=("$1")
   else
@@ -95,6 +102,7 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
     prepare lab_58k overlay # its decoder
   fi
   if [[ $1 =~ ^(questions|hops)$ && ! -e runs/questions/hops.train.jsonl ]]; then
+    [[ ! -e runs/questions ]] || die "runs/questions has no hops.train.jsonl; remove the folder, and it is made anew"
     run tools.make_questions --out=runs/questions
   fi
   local its_own=overlay
@@ -149,7 +157,7 @@ solve() { # the problems; and, where the decoder itself was trained on them, the
   if [[ $protocol == depth ]]; then
     problems=runs/follow benchmarks=follow_1,follow_2,follow_3,follow_4,follow_5,follow_6
   fi
-  if [[ $name == decoder* ]]; then
+  if [[ $name == decoder* || $name == adapt_decoder ]]; then
     models=decoder
   fi
   if [[ $name == decoder* && $protocol == problems ]]; then

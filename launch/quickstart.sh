@@ -6,6 +6,8 @@
 #   RUN=runs/after ./launch/quickstart.sh --config.method.placement=after    # another run, on the same tokens
 #   CONFIG=X ./launch/quickstart.sh                                          # configs/X.py, under runs/X
 #   FROZEN=1 ./launch/quickstart.sh                                          # evaluates the plain decoder as well
+#
+# The plain decoder's table is in RUN/frozen. It gets the arguments too, but of --config.method.* only prompt_end.
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 overrides "$@"
@@ -27,8 +29,12 @@ step() { # NAME ARGUMENT...: runs a command of latent_delib, and says how long i
 if [[ ! -e $tokens/meta.json ]]; then
   step prepare --config="$config" --out="$tokens" "$@" # which refuses a wrong key or value before it begins
 fi
-if [[ -n ${FROZEN:-} && ! -e runs/$CONFIG/frozen/perplexity.json ]]; then
-  step evaluate --config="$config" --workdir="runs/$CONFIG/frozen" --config.data.token_files="$tokens" \
+if [[ -n ${FROZEN:-} && ! -e $run/frozen/perplexity.json ]]; then
+  shared=() # what is not of the method alone
+  for argument; do
+    [[ $argument == --config.method.!(prompt_end=*) ]] || shared+=("$argument")
+  done
+  step evaluate --config="$config" --workdir="$run/frozen" --config.data.token_files="$tokens" "${shared[@]}" \
     --config.method.name=decoder
 fi
 step train --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"

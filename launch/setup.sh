@@ -10,10 +10,13 @@
 #   PYTHON=/opt/py312/bin/python   a Python 3.11 to 3.14 to try before those on PATH
 set -euo pipefail
 [[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"
-for extra; do
-  [[ $extra =~ ^[a-z]+$ ]] || { echo "error: $extra: expected the name of an extra; --help tells more" >&2 && exit 1; }
-done
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+named=${LATENT_DELIB_EXTRAS:-}
+read -ra more <<<"${named//,/ }"
+known=" base $(sed -nE 's/^ +"([a-z]+)":.*/\1/p' setup.py | tr '\n' ' ')"
+for extra in "$@" "${more[@]}"; do # pip would only warn
+  [[ $known == *" $extra "* ]] || { echo "error: $extra: expected extras of setup.py, or base:$known" >&2 && exit 1; }
+done
 
 stamp=.venv/setup.stamp # what .venv was made from, or `unfinished`
 
@@ -38,7 +41,7 @@ except ImportError:
 compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0])
 builds = compiler and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 lacks = ([] if builds else ["tasks"]) + (["seqio"] if sys.version_info[:2] == (3, 14) else [])
-print(version, sys._base_executable, ",".join(lacks))
+print(version, ",".join(lacks) or "-", sys._base_executable)  # the path last: it may have blanks
 '
 found=
 for candidate in ${PYTHON:+"$PYTHON"} .venv/bin/python python3.12 python3.11 python3.13 python3.14 python3; do
@@ -51,7 +54,7 @@ if [[ -z ${answer:-} ]]; then
   echo "error: Python 3.11 to 3.14 with ensurepip is needed, found: ${found:-none}; PYTHON=... names another" >&2
   exit 1
 fi
-read -r version executable lacks <<<"$answer"
+read -r version lacks executable <<<"$answer"
 constraints=constraints.txt
 [[ $version == 3.1[12].* ]] || constraints="constraints-3.13.txt"
 
@@ -59,12 +62,12 @@ have=$(cat $stamp 2>/dev/null || true)
 extras=
 [[ $have != "$version "* ]] || read -r _ extras _ <<<"$have"
 [[ $extras != base ]] || extras=
-add() { [[ ,$extras, == *",$1,"* ]] || extras+=${extras:+,}$1; }
+add() { [[ $1 == base || ,$extras, == *",$1,"* ]] || extras+=${extras:+,}$1; }
 (($#)) || set -- seqio
 for extra; do
-  [[ $extra == base || ,$lacks, == *",$extra,"* ]] || add "$extra"
+  [[ ,$lacks, == *",$extra,"* ]] || add "$extra"
 done
-for extra in $(tr , ' ' <<<"${LATENT_DELIB_EXTRAS:-}"); do
+for extra in "${more[@]}"; do
   add "$extra"
 done
 [[ -n $extras ]] || extras=base # a stamp has no empty word

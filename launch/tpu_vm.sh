@@ -40,6 +40,7 @@ action=${REST[0]:-} name=${REST[1]:-}
   die "expected an action and a name of a-z, 0-9 and -, found '${REST[*]}'; --help tells more"
 [[ ! $fetch || $fetch =~ ^gs://.+[^/]$ ]] || die "--fetch=$fetch: expected gs://BUCKET/.../FOLDER"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: expected 1 or more"
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || die "--restarts=$restarts: expected 0 or more"
 [[ ! $flex_start || $flex_start =~ ^[1-9][0-9]*[smhd]$ ]] || die "--flex_start=$flex_start: expected a time like 12h"
 tiers=(${spot:+--spot} ${reserved:+--reserved} ${flex_start:+--flex_start})
 ((${#tiers[@]} < 2)) || die "${tiers[*]}: expected one of them"
@@ -54,7 +55,8 @@ if ((slices > 1)); then
   mapfile -t nodes < <(seq -f "$name-%.0f" 0 $((slices - 1)))
   numbered=(--node-count="$slices" --node-prefix="$name")
 fi
-known='' had='' shown='' # of the queued resource: asked for, or seen; and whether there ever was one
+# known: `asked` or `seen`, the queued resource. had: set once one was seen. shown: the state printed last
+known='' had='' shown=''
 
 image() {
   if [[ -n $runtime && -n $accelerator ]]; then echo "$runtime" && return; fi
@@ -176,7 +178,7 @@ finish() { # CODE MESSAGE
 }
 
 keep() {
-  local started='' lost=0 silent=0 stuck=0 deaths=0 now
+  local started='' lost=0 silent=0 stuck=0 deaths=0 code now
   pack "$name"
   while true; do
     until create; do
@@ -188,8 +190,11 @@ keep() {
     done
     lost=0
 
-    if ! now=$(if_set_up status | verdict); then
-      ((++silent < 2)) && continue
+    code=0
+    now=$(if_set_up status | verdict) || code=$?
+    ((code != 3)) || die "$unseen" # for a cause on this side
+    if ((code)); then
+      ((++silent < 2)) && pause && continue
       [[ -n $started ]] || die "$name does not answer"
       say "== $name does not answer: deleting it and asking for another"
       release
@@ -206,8 +211,8 @@ keep() {
     case $now in
       "done") finish 0 "the job on $name is done" ;;
       "ended 1" | "ended 126" | "ended 127")
-        if_set_up stop
-        on_workers "tail -n 20 latent_delib/runs/job/log"
+        if_set_up stop || true # workers may be going
+        on_workers "tail -n 20 latent_delib/runs/job/log" || true
         finish 1 "the job on $name failed with code ${now#ended }; not started again, its log has the reason"
         ;;
       ended*)
@@ -229,7 +234,7 @@ keep() {
 
 case $action in
   create) create || die "$name will not come; delete it before asking again" ;;
-  setup) pack "$name" && { setup || die "$name is not set up; the same command tries again"; } ;;
+  setup) pack "$name" && { setup || die "$name is not set up; is it there? Then the same command tries again"; } ;;
   run) job slice && { start || die "the job is not on every worker of $name; was that set up? is another there?"; } ;;
   keep) job slice && keep ;;
   status)
@@ -241,6 +246,6 @@ case $action in
     call "${tpus[@]}" tpu-vm ssh "${nodes[0]}" "${at[@]}" --worker="$worker" --quiet \
       --command="latent_delib/launch/worker.sh logs"
     ;;
-  stop) if_set_up stop ;;
+  stop) if_set_up stop || die "$name does not answer; is it there? \`status\` tells" ;;
   delete) release ;;
 esac

@@ -61,7 +61,10 @@ case ${1:-} in
       echo "$worker $(cat $job/exit 2>/dev/null || echo lost)"
     fi
     ;;
-  logs) tail -n 20 --pid="$(<$job/pid)" -F $job/log | sed -u "s/^/[$worker] /" ;;
+  logs)
+    [[ -s $job/pid ]] || { echo "error: no job has run here" >&2 && exit 1; }
+    tail -n 20 --pid="$(<$job/pid)" -F $job/log | sed -u "s/^/[$worker] /"
+    ;;
   idle) ! running || busy ;;
   stop)
     for seconds in 1 10 30 80; do # again, because a job that is only just starting may miss it

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import paper
 from latent_delib.job import experiment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,8 +109,8 @@ EXPERIMENTS = {
     word
     for words in COMMANDS.values()
     for word in words
-    if re.fullmatch(r"(lab|b|a_gpu)/\w+(@\d)?", word)
-}
+    if re.fullmatch(rf"({'|'.join(paper.PROTOCOLS)})/\w+(@\d)?", word)
+} | {name for page in PAGES for name in re.findall(r"paper\.py:([a-z]\w*/\w+)", page.read_text())}
 
 
 def test_the_pages_have_commands():
@@ -156,8 +157,6 @@ def test_a_config_is_one_that_runs(words, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_an_experiment_is_in_the_table(name):
-    from configs import paper
-
     experiment.check(paper.get_config(name.partition("@")[0]))
 
 

@@ -142,6 +142,9 @@ def test_what_ignores_sigterm_is_killed(here: Checkout) -> None:
     [
         ("local", "--processes=0 -- x", "--processes=N"),
         ("local", "--processes=2", "no command"),
+        ("local", "--processes=2 --restarts=x -- x", "--restarts=x: "),
+        ("local", "--processes=2 --grace=x -- x", "--grace=x: "),
+        ("local", "--processes=2 --dry_run=false -- x", "--dry_run=false: "),
         ("local", "--process=2 -- x", "--process=2: "),
         ("sweep", "Name configs/x.py", "a name of a-z, 0-9 and -"),
         ("sweep", "name seed=0,1", "a config"),

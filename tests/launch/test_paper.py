@@ -1,4 +1,4 @@
-"""paper.sh around a python that only pretends, and the table of experiments it runs."""
+"""paper.sh around a python that only pretends."""
 
 import os
 import re
@@ -6,13 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import jax
 import pytest
-from ml_collections import ConfigDict
 
-from configs import base, paper
-from latent_delib.delib.methods import METHODS
-from latent_delib.job import experiment
+from configs import paper
 from tests.launch.pretend import program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +27,7 @@ case $2 in
   *.evaluate) [[ $* == *--steps=all* ]] || touch "$out/perplexity.json" ;;
   *.prepare) touch "$out/meta.json" ;;
   *.make_mixture) touch "$out/MIXTURE.md" ;;
+  *.make_questions) touch "$out/hops.train.jsonl" ;;
   *.make_vocabulary) rmdir "$out" && touch "$out" ;;
 esac
 """
@@ -257,6 +254,12 @@ def test_hops_are_read_with_steps_and_without(here: Path) -> None:
         assert found.data.sources[0].startswith("qa_steps:") == (row == "distilled")
 
 
+def test_questions_of_before_there_were_hops_are_not_overwritten(here: Path) -> None:
+    (here / "runs/questions").mkdir(parents=True)
+    assert "remove the folder" in run_paper(here, "hops", code=1)[-1]
+    assert not (here / "calls").exists()
+
+
 def test_the_script_knows_all_protocols() -> None:
     script = (ROOT / "launch/paper.sh").read_text()
     assert f"protocols='{' '.join(paper.PROTOCOLS)}'" in script
@@ -272,8 +275,10 @@ def test_all_of_a_protocol(here: Path) -> None:
         ("lab_58k/pretrain", "lab/assistant"),
     ):
         assert trained.index(first) < trained.index(then)
-    of_others = [call for call in run_paper(here, "depth") if "depth/assistant" in call]
-    assert of_others == []
+    left_out = [call for call in run_paper(here, "depth") if "assistant" in call or "adapt" in call]
+    assert left_out == []
+    (solved,) = [call for call in run_paper(here, "depth/adapt_decoder") if "benchmark" in call]
+    assert " --model=decoder " in solved
 
 
 def test_the_time_left_counts_what_is_not_done(here: Path) -> None:
@@ -309,10 +314,23 @@ def test_more_arguments_are_of_the_config(here: Path) -> None:
     assert not (here / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["overlay", "lab/nothing", "lab/protocols", "lab/", "c/overlay"])
-def test_a_name_that_is_none(here: Path, name: str) -> None:
-    (said,) = run_paper(here, name, code=1)
-    assert said.startswith(f"error: {name}: ") and "PROTOCOL/NAME@SEED" in said
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        *(
+            (name, "PROTOCOL/NAME@SEED")
+            for name in ("overlay", "lab/protocols", "lab/", "c/overlay")
+        ),
+        ("problems/overlay@x", "a number"),
+        ("lab/overlay@", "a number"),
+        ("b/assistant", "second decoder"),
+        ("lab/distilled@1", "hops/distilled"),
+    ],
+)
+def test_a_name_that_is_none(here: Path, name: str, part: str) -> None:
+    """Or that cannot work: said before anything is made."""
+    (said,) = run_paper(here, "lab/overlay", name, code=1)
+    assert said.startswith(f"error: {name}: ") and part in said
     assert not (here / "runs").exists()
 
 
@@ -329,62 +347,3 @@ def test_a_sweep_over_experiments(here: Path) -> None:
     assert folders == ["runs/s/paper-lab-overlay,seed=0", "runs/s/paper-b-after_8,seed=0"], (
         done.stderr
     )
-
-
-@pytest.mark.parametrize("protocol", paper.PROTOCOLS)
-def test_every_experiment_is_a_config_that_can_run(protocol: str) -> None:
-    """With random weights where a protocol's decoder is made elsewhere."""
-    methods = set()
-    for name in paper.EXPERIMENTS:
-        if name == "distilled" and protocol != "hops":  # it needs questions with steps
-            continue
-        c = paper.get_config(f"{protocol}/{name}")
-        if c.decoder.path != "packaged":
-            c.decoder.path, c.decoder.tokenizer = "", "packaged"
-        if c.method.assistant:
-            c.method.assistant = "packaged"
-        methods.add(experiment.read(c, jax.devices()[:1]).aug.method)
-    assert methods == set(METHODS)
-
-
-@pytest.mark.parametrize("protocol", paper.PROTOCOLS)
-def test_a_run_that_is_stopped_keeps_its_curve(protocol: str) -> None:
-    """Every checkpoint that is evaluated stays, whatever else a signal saves between them."""
-    for name in ("overlay", "adapt_decoder"):
-        train = paper.get_config(f"{protocol}/{name}").train
-        assert (
-            train.steps % train.checkpoint_every == 0 and train.keep_every == train.checkpoint_every
-        )
-
-
-def flat(config: ConfigDict, above: str = "") -> dict[str, object]:
-    """Returns the keys of a config, "train.steps", and their values."""
-    found: dict[str, object] = {}
-    for key, value in config.items():
-        found |= (
-            flat(value, f"{above}{key}.") if isinstance(value, ConfigDict) else {above + key: value}
-        )
-    return found
-
-
-def test_a_row_says_all_that_an_experiment_changes() -> None:
-    of_base, overlay = flat(base.get_config()), flat(paper.get_config("lab/overlay"))
-    for name, row in paper.EXPERIMENTS.items():
-        c = flat(paper.get_config(f"lab/{name}"))
-        changed = {key for key in c if c[key] != overlay.get(key)}
-        if name == "pretrain":
-            changed -= paper.PROTOCOLS["lab"].pretrain.keys()
-        assert changed <= row.keys() | {"method.coprocessor.num_layers"}, name
-        assert name in ("overlay", "pretrain") or changed
-    settings = paper.PROTOCOLS["lab"].settings
-    changed = {key for key in of_base if of_base[key] != overlay[key]}
-    assert changed <= settings.keys() | {"method.placement", "data.token_files"}
-    assert paper.get_config("lab/half").method.coprocessor.num_layers == 1
-    start = paper.get_config("lab/adapt_coprocessor").method.start
-    assert start == "runs/paper/lab/overlay@0/checkpoints/8000"
-
-
-@pytest.mark.parametrize("name", ["overlay", "lab/nothing", "c/overlay", ""])
-def test_a_config_that_is_none(name: str) -> None:
-    with pytest.raises(ValueError, match="PROTOCOL/EXPERIMENT.* a_gpu, .* overlay_32"):
-        paper.get_config(name)

@@ -1,31 +1,16 @@
-"""tpu_vm.sh, worker.sh and gke_xpk.sh against a `gcloud` and an `xpk` that play a script."""
+"""tpu_vm.sh and worker.sh against a `gcloud` that plays a script."""
 
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.launch.pretend import AT, CREATE, DELETE, QUOTED, SSH, STATE, TRAIN, XPK_AT, World
+from tests.launch.pretend import AT, CREATE, DELETE, QUOTED, SSH, STATE, TRAIN, World
 
 BOTH_RUN = "-e $WORLD/started-0 && -e $WORLD/started-1 && ! -e $WORLD/deleted"
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
-    yield world
-    for pid in world.world.glob("worker-*/latent_delib/runs/job/pid"):
-        try:
-            os.killpg(int(pid.read_text()), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def test_create_asks_once_and_waits_until_the_node_is_ready(world: World) -> None:
@@ -143,6 +128,11 @@ def test_what_exists_already(world: World) -> None:
 def test_run_is_detached_on_every_worker(world: World) -> None:
     world.plays(**{"ends-0": ["hang"], "ends-1": ["hang"]})
     assert "set up?" in world.launch("tpu_vm", "run", "a", "--", *TRAIN, code=1).stderr
+    world.plays(hook=["[[ $all != *tpu-vm* ]] || { echo NOT_FOUND >&2 && exit 1; }"])
+    for action in ("setup", "stop"):
+        (said,) = world.launch("tpu_vm", action, "a", code=1).stderr.splitlines()
+        assert "is it there?" in said
+    world.plays(hook=[])
     (world.root / "configs" / "x.py").touch()
     (world.root / "runs").mkdir(exist_ok=True)
     (world.root / "runs" / "mine").touch()
@@ -153,6 +143,8 @@ def test_run_is_detached_on_every_worker(world: World) -> None:
         assert not (home / "runs" / "mine").exists()
         (home / "configs" / "gone.py").touch()
     assert world.launch("tpu_vm", "status", "a").stdout == "0 none\n1 none\n"
+    said = world.launch("tpu_vm", "logs", "a", code=1).stderr
+    assert said == "error: no job has run here\n" * 2
 
     world.launch("tpu_vm", "run", "a", "--", *TRAIN)
     assert world.launch("tpu_vm", "status", "a").stdout == "0 running\n1 running\n"
@@ -229,6 +221,14 @@ def test_keep_stops_after_code_1(world: World) -> None:
     assert order == sorted(order)
 
 
+def test_keep_deletes_the_slice_of_a_failed_job_though_its_workers_go(world: World) -> None:
+    world.plays(**{"ends-0": ["1"], "ends-1": ["1"]})
+    going = f"$all =~ (job/log|worker.sh stop)$ && {BOTH_RUN}"
+    world.plays(hook=[f"[[ ! ({going}) ]] || exit 255"])
+    world.keep("--delete", code=1)
+    assert (len(world.calls("job/log")), len(world.calls("delete"))) == (3, 1)
+
+
 def test_keep_restarts_what_saved_and_what_died(world: World) -> None:
     """Code 75 always, a death `restarts` times; the cause is what ended first."""
     world.plays(**{"ends-0": ["75", "75", "137", "0"], "ends-1": ["hang", "75", "hang", "0"]})
@@ -287,6 +287,18 @@ def test_keep_replaces_a_slice_that_does_not_answer(world: World) -> None:
     world.started(2)
 
 
+def test_keep_leaves_a_slice_that_it_may_not_ask(world: World) -> None:
+    world.plays(**{"ends-0": ["hang"], "ends-1": ["hang"]})
+    world.plays(states=["ABSENT", "ACTIVE"])
+    lost_key = f'$all == *"worker.sh status"* && {BOTH_RUN}'
+    says = "echo 'SSH Key is not present in the SSH agent' >&2 && exit 1"
+    world.plays(hook=[f"if [[ {lost_key} ]]; then {says}; fi"])
+    assert "A job on a goes on" in world.keep(code=1).stderr.splitlines()[-1]
+    assert not world.calls("delete")
+    world.plays(hook=[])
+    assert world.launch("tpu_vm", "status", "a").stdout == "0 running\n1 running\n"
+
+
 @pytest.mark.parametrize(
     "arguments, missing, message",
     [
@@ -295,6 +307,8 @@ def test_keep_replaces_a_slice_that_does_not_answer(world: World) -> None:
         ("create A_b", "ANY", "a name of a-z, 0-9 and -"),
         ("create a", "ANY", "--accelerator=: "),
         ("create a --slices=0", "ANY", "--slices=0: "),
+        ("create a --spot=false", "ANY", "--spot=false: takes no value"),
+        ("create a --restarts=ten", "ANY", "--restarts=ten: "),
         ("create a --flex_start", "ANY", "--flex_start=1: expected a time like 12h"),
         ("restart a", "ANY", "no action 'restart'"),
         ("restart", "LATENT_DELIB_PROJECT", "no action 'restart'"),
@@ -338,59 +352,6 @@ def test_dry_run_prints_what_would_run(world: World) -> None:
     assert shlex.split(logs)[-3:] == ["--worker=1", "--quiet", f"--command={worker_sh} logs"]
     assert not world.calls()
     assert not (world.root / "runs").exists()
-
-
-def test_xpk_commands(world: World) -> None:
-    run = ("gke_xpk", "run", "a", "--accelerator=v5litepod-16", "--slices=2")
-    done = world.launch(*run, "--image=gcr.io/p/i:1", "--dry_run", "--", *TRAIN)
-    (create,) = map(shlex.split, done.stdout.splitlines())
-    assert create == [
-        *f"xpk workload create {XPK_AT} --workload=a".split(),
-        *("--tpu-type=v5litepod-16", "--num-slices=2", "--docker-image=gcr.io/p/i:1"),
-        f"--command=exec {QUOTED} --distributed",
-        *(
-            "--max-restarts=1000",
-            "--restart-on-exit-codes=69,75",
-            "--termination-grace-period-seconds=300",
-        ),
-    ]
-    world.launch(*run, "--", *TRAIN)
-    build, push, create = world.calls()
-    image = push.removeprefix("push ")
-    assert image.startswith("gcr.io/project/latent_delib:")
-    assert build == f"build --platform=linux/amd64 --build-arg=EXTRAS=tpu --tag={image} ."
-    assert f"--docker-image={image}" in create.split()
-
-    slice_of = "--tpu-type=v6e-16 --num-slices=1 --on-demand"
-    logs = "--prefix --follow --tail=20 --max-log-requests=1000"
-    for arguments, expected in {
-        "create_cluster --accelerator=v6e-16": f"cluster create {XPK_AT} {slice_of}",
-        "status": f"workload list {XPK_AT}",
-        "logs a": f"logs --selector=xpk.google.com/workload=a {logs}",
-        "delete a": f"workload delete {XPK_AT} --workload=a --force",
-        "delete_cluster": f"cluster delete {XPK_AT}",
-    }.items():
-        world.launch("gke_xpk", *arguments.split())
-        assert world.calls()[-1] == expected
-
-
-@pytest.mark.parametrize(
-    "before, waits, code",
-    [("", ["124", "124", "1", "0"], 0), ("RUNNING", ["125"], 1), ("FINISHED", ["1", "1", "1"], 1)],
-)
-def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> None:
-    """Waits a week at a time, over failures to ask, for a job that it starts unless it is there."""
-    there = {"FINISHED": ["EVERYTHING", "FINISHED"], "RUNNING": ["EVERYTHING"], "": []}[before]
-    for status in ("EVERYTHING", "FINISHED"):
-        world.plays(
-            **{f"listed-{status}": ["Jobset   Status", "ab   x", *["a   x"] * (status in there)]}
-        )
-    world.plays(waits=waits, hook=['[[ $all != *delete* ]] || echo >"$WORLD/listed-EVERYTHING"'])
-    world.launch("gke_xpk", "keep", "a", "--accelerator=v5litepod-16", "--", *TRAIN, code=code)
-    assert len(world.calls("wait-for-job-completion")) == len(waits)
-    assert len(world.calls("workload create")) == (before != "RUNNING")
-    assert len(world.calls("workload delete")) == (before == "FINISHED")
-    assert len(world.calls("push")) == (before != "RUNNING")  # of its image
 
 
 @pytest.mark.slow

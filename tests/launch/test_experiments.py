@@ -1,0 +1,69 @@
+"""The table of experiments that paper.sh runs, configs/paper.py."""
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base, paper
+from latent_delib.delib.methods import METHODS
+from latent_delib.job import experiment
+
+
+@pytest.mark.parametrize("protocol", paper.PROTOCOLS)
+def test_every_experiment_is_a_config_that_can_run(protocol: str) -> None:
+    """With random weights where a protocol's decoder is made elsewhere."""
+    methods = set()
+    for name in paper.EXPERIMENTS:
+        if name == "distilled" and protocol != "hops":  # it needs questions with steps
+            continue
+        c = paper.get_config(f"{protocol}/{name}")
+        if c.decoder.path != "packaged":
+            c.decoder.path, c.decoder.tokenizer = "", "packaged"
+        if c.method.assistant:
+            c.method.assistant = "packaged"
+        methods.add(experiment.read(c, jax.devices()[:1]).aug.method)
+    assert methods == set(METHODS)
+
+
+@pytest.mark.parametrize("protocol", paper.PROTOCOLS)
+def test_a_run_that_is_stopped_keeps_its_curve(protocol: str) -> None:
+    """Every checkpoint that is evaluated stays, whatever else a signal saves between them."""
+    for name in ("overlay", "adapt_decoder"):
+        train = paper.get_config(f"{protocol}/{name}").train
+        assert (
+            train.steps % train.checkpoint_every == 0 and train.keep_every == train.checkpoint_every
+        )
+
+
+def flat(config: ConfigDict, above: str = "") -> dict[str, object]:
+    """Returns the keys of a config, "train.steps", and their values."""
+    found: dict[str, object] = {}
+    for key, value in config.items():
+        found |= (
+            flat(value, f"{above}{key}.") if isinstance(value, ConfigDict) else {above + key: value}
+        )
+    return found
+
+
+def test_a_row_says_all_that_an_experiment_changes() -> None:
+    for name, row in paper.EXPERIMENTS.items():
+        protocol = "hops" if name == "distilled" else "lab"
+        c, overlay = (flat(paper.get_config(f"{protocol}/{each}")) for each in (name, "overlay"))
+        changed = {key for key in c if c[key] != overlay.get(key)}
+        if name == "pretrain":
+            changed -= paper.PROTOCOLS["lab"].pretrain.keys()
+        assert changed <= row.keys() | {"method.coprocessor.num_layers"}, name
+        assert name in ("overlay", "pretrain") or changed
+    of_base, overlay = flat(base.get_config()), flat(paper.get_config("lab/overlay"))
+    settings = paper.PROTOCOLS["lab"].settings
+    changed = {key for key in of_base if of_base[key] != overlay[key]}
+    assert changed <= settings.keys() | {"method.placement", "data.token_files"}
+    assert paper.get_config("lab/half").method.coprocessor.num_layers == 1
+    start = paper.get_config("lab/adapt_coprocessor").method.start
+    assert start == "runs/paper/lab/overlay@0/checkpoints/8000"
+
+
+@pytest.mark.parametrize("name", ["overlay", "lab/nothing", "c/overlay", ""])
+def test_a_config_that_is_none(name: str) -> None:
+    with pytest.raises(ValueError, match="PROTOCOL/EXPERIMENT.* a_gpu, .* overlay_32"):
+        paper.get_config(name)
