@@ -100,11 +100,11 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
         loss that is not finite, with its step.
       OSError: the disk failed; the last checkpoint is whole.
     """
-    exp = experiment.read(config)
     batches.check(config.data, "sources")
     if config.train.validate_every:
         batches.check(config.data, "validation")
     check_steps(config)
+    exp = experiment.read(config)
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)
 

@@ -75,7 +75,8 @@ def test_it_learns_and_is_validated(make, distilled):
     figures = {}
     for distill in (0.25, 0.5, 0.75):
         one = experiment.read(make({"method.distill": distill}))
-        figures[distill] = Validation(one, planning.make(one), frozen)(state.trainable)
+        validation = Validation(one, planning.make(one), frozen, state.trainable)
+        figures[distill] = validation(state.trainable)
     for name in FIGURES:
         low, middle, high = (figures[distill][name] for distill in figures)
         assert low != high and middle == pytest.approx((low + high) / 2, rel=1e-5)

@@ -153,7 +153,15 @@ def pass_per_latent(w: Writing) -> Flops:
 
 
 def pass_per_thought(w: Writing) -> Flops:
-    """Counts the same without the last: of the outputs of latents, that of the last is not used."""
-    latents = pass_per_latent(w)
-    last = one_pass(w._replace(num_latents=1))
-    return Flops(latents.useful - last.useful, latents.repeated)
+    """Counts one pass over all latents per thought: the output of the last latent is not used.
+
+    The backward pass repeats all but the last in any case.
+    """
+    thoughts = w.num_latents - 1
+    if not thoughts:
+        return Flops(0.0, 0.0)
+    useful = one_pass(w).useful - one_pass(w._replace(num_latents=1)).useful
+    last = again(w.config, w.remat, w.traces * w.num_latents, w.seq_len)
+    tokens = w.traces * (thoughts - 1) * w.num_latents
+    forth_and_back = again(w.config, w.remat, tokens, w.seq_len, more_products=4, more_attention=3)
+    return Flops(useful, last + forth_and_back)

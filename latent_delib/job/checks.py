@@ -82,8 +82,8 @@ def check_steps(config: ConfigDict) -> None:
         for source in config.data[field]:
             if not has_steps(source):
                 raise UserError(
-                    f"config.method.distill={config.method.distill:g}: config.data.{field} has "
-                    f"{source!r}, which has no steps to learn from; expected qa_steps:GLOB, or "
+                    f"config.method.distill={config.method.distill:g}: no questions with steps in "
+                    f"{source!r} of config.data.{field}; expected qa_steps:GLOB, or "
                     "config.method.distill=0"
                 )
 

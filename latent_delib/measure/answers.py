@@ -26,12 +26,14 @@ class Asked(NamedTuple):
     """Holds a question.
 
     prompt: tokens, BOS first. reply: the tokens of the right reply, with its steps where these are
-    trained on. answer: the text of it that counts.
+    trained on. answer: the text of it that counts. room: tokens that suffice for the reply with all
+    steps that the text has; a decoder may write them, whatever is learned here.
     """
 
     prompt: list[int]
     reply: list[int]
     answer: str
+    room: int
 
 
 class Answers:
@@ -79,8 +81,7 @@ class Answers:
         prompts = [asked.prompt for asked in self.asked]
         replies = [asked.reply for asked in self.asked]
         batch_size = self.exp.config.evaluate.batch_size
-        # A reply ends with its line. A decoder may write its steps first, whatever is learned here.
-        room = min(questions.MOST_TOKENS, lm.max_length - max(map(len, prompts)))
+        room = max(asked.room for asked in self.asked)
         texts = lm.generate(
             prompts, room, stop=questions.STOP, temperature=0.0, batch_size=batch_size
         )
@@ -102,11 +103,11 @@ def _named(name: str, figure: scores.Figure) -> dict[str, float]:
 
 def _check_lengths(asked: list[Asked], room: int) -> None:
     for question in asked:
-        tokens = len(question.prompt) + len(question.reply)
+        tokens = len(question.prompt) + max(len(question.reply), question.room)
         if tokens > room:
             raise UserError(
-                f"config.data.validation: a question and its reply have {tokens} tokens, expected "
-                f"at most {room}: the decoder's learned positions"
+                f"config.data.validation: a question and its reply may have {tokens} tokens, "
+                f"expected at most {room}: the decoder's learned positions"
             )
 
 
@@ -152,10 +153,12 @@ def _read(exp: Experiment) -> list[Asked]:
         documents = batches.validation_documents(one, tokenizer_path=str(exp.tokenizer.path))
         for document in itertools.islice(documents, QUESTIONS):
             tokens = document.tokens
+            _, written = questions.parted(tokens.tolist(), exp.tokenizer)
+            room = questions.room_for([exp.tokenizer.decode(written)])
             if exp.steps_end and sources.has_steps(source):  # latents stand for them
                 at = views.prompt_ends(tokens, exp.prompt_end)
                 tokens, _ = views.without_steps(tokens, at, exp.steps_end)
             prompt, reply = questions.parted(tokens.tolist(), exp.tokenizer)
             answer = questions.answer_in(exp.tokenizer.decode(reply))
-            asked.append(Asked([exp.tokenizer.bos_id, *prompt], reply, answer))
+            asked.append(Asked([exp.tokenizer.bos_id, *prompt], reply, answer, room))
     return asked

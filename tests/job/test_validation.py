@@ -102,10 +102,10 @@ def test_a_resumed_job_finds_the_same(trained, validated, make_config, tmp_path)
 def test_it_is_the_same_however_it_is_computed(make_config, validated, changes):
     exp = experiment.read(make_config({"train.validate_every": 2} | changes))
     plan = planning.make(exp)
-    validation = Validation(exp, plan, parameters.load_frozen(exp))
-    weights = small.weights_of(validated, 4)
     shardings = planning.shardings_of(plan.state.trainable)
-    found = validation(jax.device_put(weights, shardings))
+    weights = jax.device_put(small.weights_of(validated, 4), shardings)
+    validation = Validation(exp, plan, parameters.load_frozen(exp), weights)
+    found = validation(weights)
     assert found == pytest.approx(figures_of(validated)[4], rel=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_delays_and_other_methods(make_config):
         exp = experiment.read(make_config({"train.validate_every": 1} | changes))
         plan = planning.make(exp)
         state, frozen = train.place_state(exp, plan, None)
-        found = Validation(exp, plan, frozen)(state.trainable)
+        found = Validation(exp, plan, frozen, state.trainable)(state.trainable)
         assert tuple(found) == names and all(map(np.isfinite, found.values()))
 
 

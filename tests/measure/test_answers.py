@@ -73,6 +73,7 @@ def test_what_is_asked(config_of, write, sources, monkeypatch, kind):
         assert found.prompt == [exp.tokenizer.bos_id, *encode(question.prompt())]
         assert found.reply == encode(question.reply(kind == "qa_steps"))
         assert found.answer == " ".join(question.answer.split())
+        assert found.room == len(question.reply(kind == "qa_steps"))
 
 
 def test_what_counts(config_of, write, monkeypatch):
@@ -99,7 +100,7 @@ def test_what_counts(config_of, write, monkeypatch):
         assert found[f"validation_solved{behind}"] == solved
         figures = [found[f"validation_answer{end}{behind}"] for end in ("", "_low", "_high")]
         assert figures == pytest.approx(np.mean(logp) + np.array([0, -half, half]), rel=1e-5)
-    assert asked == [(questions.MOST_TOKENS, "\n", 0.0)] * 2  # room for steps, if it writes them
+    assert asked == [(len(" on a mat\n"), "\n", 0.0)] * 2
 
 
 @pytest.mark.slow
