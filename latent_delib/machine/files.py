@@ -42,14 +42,12 @@ def write(path: epath.Path, content: bytes) -> None:
         partial.replace(path)
 
 
-@contextlib.contextmanager
-def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder, which becomes `folder` on success, and is removed on failure.
+def check_free(folder: Path, replace: bool = False) -> None:
+    """Checks that `whole` can make a folder; asked before work whose result is to lie there.
 
     Raises:
       UserError: the folder is there already, and `replace` is not set; or it is on gs:// or a mount
         point.
-      OSError: with the folder's name, where the disk is full or not writable.
     """
     if str(folder).partition("/")[0].endswith(":"):
         raise UserError(f"{folder}: expected a local folder; copy it from there")
@@ -61,6 +59,19 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
         raise UserError(f"{folder}: {NOT_A_FOLDER}; name another")
     if folder.exists() and not replace and any(folder.iterdir()):
         raise UserError(f"{folder}: already exists and is not empty; name another")
+
+
+@contextlib.contextmanager
+def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder, which becomes `folder` on success, and is removed on failure.
+
+    Raises:
+      UserError: as `check_free`; or a file is in the place of a folder above.
+      OSError: with the folder's name, where the disk is full or not writable.
+    """
+    if folder.is_symlink():
+        folder = folder.resolve()  # a link stays, and its folder may lie on another disk
+    check_free(folder, replace)
     make_folder(folder.parent)
     with _beside(folder) as partial:
         partial.mkdir()
