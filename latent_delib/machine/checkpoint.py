@@ -141,9 +141,7 @@ class Checkpoints:
         if wanted is None:
             wanted = {"trainable": None}
         self.wait()
-        with _disk_errors(self.path):
-            there = sorted(saved_steps.whole(self.workdir))
-        there = from_first(there)
+        there = from_first(sorted(saved_steps.whole(self.workdir)))
         if not there:
             return None
         asked = [at for at in reversed(there) if step in (None, at)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import fsspec.config
 from etils import epath
 
-from latent_delib.errors import Outage, UserError, reason, store_error
+from latent_delib.errors import Outage, UserError, reason, store_errors
 
 # gcsfs, through which epath reads gs:// without TensorFlow, would list each folder once only.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -29,11 +29,9 @@ HOST = re.sub(r"\W", "_", socket.gethostname())
 def write(path: epath.Path, content: bytes) -> None:
     """Writes a file atomically, local or on gs://, and makes its folder."""
     if "://" in str(path):  # a store shows whole files only
-        try:
+        with store_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        except Exception as error:  # a store's client raises exceptions of any kind
-            raise store_error(error, path) or error from None
         return
     path = Path(path)
     make_folder(path.parent)
@@ -195,15 +193,13 @@ def upload(folder: Path, target: epath.Path, last: str = "") -> None:
     """
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     names.sort(key=lambda name: str(name) == last)
-    try:
+    with store_errors(target):
         if last:
             (target / last).unlink(missing_ok=True)
         for name in names:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("rb") as source, (target / name).open("wb") as sink:
                 shutil.copyfileobj(source, sink, 16 << 20)
-    except Exception as error:  # a store's client raises exceptions of any kind
-        raise store_error(error, target) or error from None
 
 
 @contextlib.contextmanager
