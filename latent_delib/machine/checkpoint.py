@@ -48,8 +48,8 @@ class Checkpoints:
     Args:
       workdir: a local folder, or gs://BUCKET/PATH.
       keep: how many of the newest checkpoints stay.
-      keep_every: checkpoints of its multiples stay, too; 0: none.
-      keep_best: so many checkpoints of the lowest loss stay, too.
+      keep_every: checkpoints whose step it divides stay too; 0: none.
+      keep_best: how many checkpoints of the lowest loss stay too.
       read_only: makes, renames and removes nothing.
 
     Raises:
