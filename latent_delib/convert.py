@@ -85,6 +85,7 @@ def convert(
             )
     if "://" in source:
         raise UserError(f"--source={source}: expected a local path; download it, and name that")
+    files.check_free(Path(out))
     wanted = SIZES[size] if size else architecture
     where = folder.named(source)
     if (where / "checkpoints").is_dir():

@@ -78,7 +78,8 @@ def device_memory(remedy: str) -> Iterator[None]:
 NO_ANSWER = re.compile(
     "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport"
     "|gateway|internal ?server|too ?many ?requests"
-    "|client(connector|os|payload)|disconnected|proxyerror",  # of gcsfs, by their names
+    "|client(connector|os|payload)|disconnected|proxyerror"  # of gcsfs, by their names
+    "|(connect|read|write|remoteprotocol)error",  # of the Hub's client
     re.IGNORECASE,
 )
 DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
@@ -110,6 +111,15 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
     if not isinstance(error, OSError) and denied:
         return OSError(errno.EACCES, reason(error), str(path))
     return error if isinstance(error, OSError) else None
+
+
+@contextlib.contextmanager
+def store_errors(path: Any) -> Iterator[None]:
+    """Raises what a store's client raises inside as OSError, an Outage where it does not answer."""
+    try:
+        yield
+    except Exception as error:  # a store's client raises exceptions of any kind
+        raise store_error(error, path) or error from None
 
 
 def reason(error: BaseException) -> str:

@@ -524,11 +524,11 @@ def test_questions_of_your_own(call, lm, tmp_path, monkeypatch):
     """Right in full or wrong, whatever spaces; of a reply with steps what follows them counts."""
     rows = [
         {"question": "the cat", "answer": "7"},
-        {"question": "the dog", "answer": " a  hill", "steps": "it ran"},
-        {"question": "rain", "answer": "7", "steps": "it fell"},
+        {"question": "the dog", "answer": " a  hill", "steps": ["it ran"]},
+        {"question": "rain", "answer": "7", "steps": ["it", "fell"]},
     ]
     file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     asked = []
 
     def generate(self, prompts, new, stop, **_):

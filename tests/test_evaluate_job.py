@@ -11,6 +11,7 @@ import pytest
 
 import latent_delib as ld
 from latent_delib import evaluate
+from latent_delib.errors import Outage
 from latent_delib.measure import evaluations, perplexity
 from tests.fake_gcs import running
 from tests.processes import Job
@@ -274,6 +275,15 @@ def test_beside_a_training(trained, alone, tmp_path, capsys):
     assert list(steps) == []
     assert capsys.readouterr().out == "step 4 was the last\n"
     assert list(evaluations.steps_to_evaluate(str(workdir), folder, None, patience=0.0)) == [3]
+
+
+def test_a_store_that_does_not_answer_as_evaluations_are_looked_for():
+    class Folder:
+        def exists(self):
+            raise ValueError("UNAVAILABLE: all 33 retries failed")
+
+    with pytest.raises(Outage):
+        evaluations.read_results(Folder())
 
 
 def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp_path, capsys):

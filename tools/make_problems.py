@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from latent_delib.errors import UserError
-from latent_delib.machine import commands
+from latent_delib.machine import arguments, commands
 from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.files import whole
 from latent_delib.machine.progress import Progress
@@ -151,8 +151,10 @@ def make_problems(out: str, kinds: Sequence[str], train: int, test: int) -> None
         nothing there.
 
     Raises:
-      UserError: there is no such kind.
+      UserError: there is no such kind, or a count is below 0.
     """
+    arguments.whole("--train", train, 0)
+    arguments.whole("--test", test, 0)
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"--kinds: {kind!r}: expected some of {', '.join(KINDS)}")

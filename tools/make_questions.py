@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latent_delib.data.questions import Question
-from latent_delib.machine import commands
+from latent_delib.machine import arguments, commands
 from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.files import whole
 from latent_delib.machine.progress import Progress
@@ -244,11 +244,15 @@ def make_questions(out: str, train: int, test: int) -> None:
       out: the folder, which must not exist.
       train, test: questions of each kind. Those to test on come first: more to train on change
         nothing there.
+
+    Raises:
+      UserError: a count is below 0.
     """
+    arguments.whole("--train", train, 0)
+    arguments.whole("--test", test, 0)
     progress = Progress("made", len(KINDS) * (train + test), "questions")
     done = 0
     with whole(Path(out)) as folder:
-        folder.mkdir(parents=True, exist_ok=True)
         for kind, make in KINDS.items():
             questions = different(kind, make)
             for split, count in (("test", test), ("train", train)):

@@ -28,13 +28,18 @@ def vocabulary(texts: Iterable[Path], size: int, characters: float = math.inf) -
       texts: UTF-8 files.
       size: pieces, V.
       characters: of text to learn from, roughly, at most; lines are taken evenly from all files.
+
+    Raises:
+      UserError: a file is not UTF-8.
+      RuntimeError: the text does not yield so many pieces.
     """
     texts = sorted(texts)
     total = sum(text.stat().st_size for text in texts)
     every = max(1, round(total / characters))
+    lines = list(_lines(texts, every))  # SentencePiece would hide an error from inside
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_lines(texts, every),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
         vocab_size=size,
@@ -59,7 +64,11 @@ def _lines(texts: Iterable[Path], every: int) -> Iterator[str]:
     """Yields one in `every` of the lines that are not empty."""
     number = 0
     for text in texts:
-        for line in re.split(r"[\n\f\t]+", text.read_text(encoding="utf-8")):
+        try:
+            content = text.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"--text: {text} is not UTF-8") from None
+        for line in re.split(r"[\n\f\t]+", content):
             number += bool(line)
             if line and number % every == 0:
                 yield line
@@ -69,8 +78,11 @@ def make_vocabulary(text: str, size: int, out: str, characters: float) -> None:
     """Trains a vocabulary on the files that match `text`, and writes it to the file `out`.
 
     Raises:
-      UserError: no file matches; `out` exists; the text does not yield so many pieces.
+      UserError: no file matches, or one is not UTF-8; `out` exists; `characters` is below 1; the
+        text does not yield so many pieces.
     """
+    if not characters >= 1:
+        raise UserError(f"--characters={characters:g}: expected at least 1")
     if Path(out).exists():
         raise UserError(f"--out={out}: exists already")
     texts = [Path(path) for path in glob.glob(text)]

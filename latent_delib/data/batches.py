@@ -13,7 +13,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
 from latent_delib.errors import UserError
 
-SPREAD = 16  # of so many rows of held-out text one is taken
+SPREAD = 16  # one row of held-out text is taken out of this many
 
 
 def check(data: Any, field: str) -> None:

@@ -6,6 +6,7 @@ Their text is not stored on this machine. Without a network the library takes wh
 
 import contextlib
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ with extra("hub"):
     import datasets
     from datasets import exceptions
 
+_LOOK = 100  # records that tell what JSON lines hold, of which nothing is known before
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -26,7 +28,7 @@ class HubDataset:
 
     Attributes:
       parts: a name for each of its files, in their order.
-      cycle: one: the cache may hold the same records in fewer files.
+      cycle: 1, so that the order is the same however many files the cache has.
       unit: what a file is divided into.
 
     Raises:
@@ -122,5 +124,9 @@ def _texts(stream: Any) -> list[str]:
     if stream.features is not None:
         kinds = {name: getattr(kind, "dtype", "") for name, kind in stream.features.items()}
         return [name for name in kinds if kinds[name] in ("string", "large_string")]
-    first = next(iter(stream), {})  # of JSON lines nothing is known before they are read
-    return [name for name in first if isinstance(first[name], str)]
+    found: dict[str, Any] = {}
+    for record in itertools.islice(stream, _LOOK):
+        for name, value in record.items():
+            if value is not None:
+                found.setdefault(name, value)
+    return [name for name in found if isinstance(found[name], str)]

@@ -1,6 +1,7 @@
 """Questions with answers: a line of JSON becomes text that a decoder is trained on and asked.
 
-A line is {"question": TEXT, "answer": TEXT}, and may have "steps". As text it is
+A line is {"question": TEXT, "answer": TEXT}, and may have "steps": a text with a step on each line,
+or a list of steps. Empty lines are skipped. As text it is
 
     QUESTION
     Answer: ANSWER
@@ -12,6 +13,7 @@ which a generated answer stops. To ask in another form, change this file: traini
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -60,7 +62,7 @@ class Question(NamedTuple):
 
 
 def _words(text: str) -> str:
-    """Returns a text as it follows another one, on one line."""
+    """Returns a text on one line, behind a blank."""
     return f" {' '.join(text.split())}"
 
 
@@ -81,22 +83,28 @@ def read(line: bytes, with_steps: bool) -> Question:
         row = None
     if not isinstance(row, dict):
         raise ValueError(f"not JSON of the form {FORM}")
-    fields = ["question", "answer"]
-    if with_steps:
-        fields.append("steps")
-    for field in fields:
+    steps = row.get("steps")
+    if isinstance(steps, list):
+        row["steps"] = "\n".join(map(str, steps))
+    elif steps is None and not with_steps:
+        row["steps"] = ""
+    for field in Question._fields:
         value = row.get(field)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{field!r} is {value!r}, expected text in the form {FORM}")
+        may_be_empty = field == "steps" and not with_steps
+        if not isinstance(value, str) or not (value.strip() or may_be_empty):
+            found = reprlib.repr(value)
+            raise ValueError(f"{field!r} is {found}, expected text in the form {FORM}")
     if with_steps and STEPS_END in row["steps"]:
         raise ValueError(f"'steps' holds {STEPS_END!r}, which is to follow them")
-    return Question(row["question"], row["answer"], row.get("steps", ""))
+    if STEPS_END in row["answer"]:
+        raise ValueError(f"'answer' holds {STEPS_END!r}: put what stands before it into 'steps'")
+    return Question(row["question"], row["answer"], row["steps"])
 
 
 def encode(
     line: bytes, with_steps: bool, tokenizer: Tokenizer, removed: int = 0
 ) -> tuple[np.ndarray, str]:
-    """Returns the tokens of a line and why it is bad, as `rows.encode` does.
+    """Returns the tokens of a line and why it is bad, as `rows.encode` does; none of an empty one.
 
     The prompt is encoded by itself, as it is when the question is asked; so are the steps, their
     end and the answer, whose tokens are the same with and without steps.
@@ -108,6 +116,8 @@ def encode(
       removed: so many of the steps, from the first on, are left out.
     """
     nothing = np.empty(0, np.int32)
+    if not line.strip():
+        return nothing, ""
     try:
         question = read(line, with_steps)
     except ValueError as error:
@@ -135,7 +145,7 @@ def parted(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int
         prompt, reply = tokens[:k], tokens[k:]
         if prompt[-len(end) :] != end:
             continue
-        # A reply is one line. Behind PROMPT_END in a question there are more.
+        # A reply is one line. Behind an earlier PROMPT_END, inside the question, there are more.
         if tokenizer.decode(reply).count(STOP) == 1:
             return prompt, reply
     raise UserError(
@@ -151,9 +161,9 @@ def answer_in(reply: str) -> str:
 
 
 def room_for(replies: Iterable[str]) -> int:
-    """Returns how many tokens suffice for each of some replies: a token is a byte at least.
+    """Returns a number of tokens that each of these replies fits into, at most MOST_TOKENS.
 
-    There is no more room than MOST_TOKENS.
+    A token has at least one byte.
     """
     longest = max((len(reply.encode()) for reply in replies), default=1)
     return min(longest, MOST_TOKENS)

@@ -1,7 +1,8 @@
 """Source strings, which name text: their forms, and the local files that they mean.
 
 packaged/train, packaged/validation   the text in data/corpus
-files:GLOB                            files of documents; a line of a form feed alone parts two
+files:GLOB                            files of documents; a line of a form feed alone parts two; **
+                                      in a GLOB means folders at any depth, on this machine alone
 lines:GLOB                            files with a document on each line
 qa:GLOB, qa_steps:GLOB                JSON lines of questions with answers, or with steps too
 qa_steps-K:GLOB                       the same without the first K steps of each
@@ -89,6 +90,10 @@ def parse(source: str) -> Files | Tfds | Hub:
             raise UserError(
                 f"config.data: source {source!r}: expected files on this machine or on gs://"
             )
+        if "://" in files[2] and "**" in files[2]:
+            raise UserError(
+                f"config.data: source {source!r}: ** is for files on this machine; name each depth"
+            )
         return Files(*files.groups())
     tfds = _TFDS.fullmatch(source)
     if tfds:
@@ -126,7 +131,7 @@ def local_files(pattern: str) -> list[str]:
     """Finds local files and folders: the one of this name, else all that the pattern matches."""
     if os.path.exists(pattern):
         return [pattern]
-    return glob.glob(pattern, include_hidden=True)
+    return glob.glob(pattern, recursive=True, include_hidden=True)
 
 
 def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], bool]) -> list[str]:
@@ -135,7 +140,7 @@ def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], boo
     Raises:
       UserError: there are none.
     """
-    found = sorted(found)
+    found = sorted(set(found))
     files = [path for path in found if not is_folder(path)]
     if files:
         return files

@@ -49,7 +49,7 @@ class Reader(Protocol):
         """Returns how many bytes there are to read; 0 where that is not known."""
 
     def fingerprint(self) -> str:
-        """Returns a digest, which another text has not."""
+        """Returns a digest; different texts have different ones."""
 
 
 def open_source(source: str) -> Reader:

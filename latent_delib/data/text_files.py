@@ -87,9 +87,9 @@ def _documents(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of a file, without carriage returns."""
+    """Yields the lines of a file, without their ends."""
     for line in file:
-        yield line.removesuffix(b"\n").replace(b"\r", b"")
+        yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
 # Any files: a dataset's too.
@@ -150,9 +150,8 @@ def digest_of_files(source: str, kind: str, paths: Iterable[str]) -> str:
     folder = common_folder(paths)
     with reading([source]), ThreadPoolExecutor(32) as pool:
         found = list(pool.map(_digest_of_file, paths))
-    files = [
-        (path.removeprefix(folder), *of_file) for path, of_file in zip(paths, found, strict=True)
-    ]
+    names = ["/" + path.removeprefix(folder).lstrip("/") for path in paths]
+    files = [(name, *of_file) for name, of_file in zip(names, found, strict=True)]
     return hashlib.sha256(repr((kind, files)).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ class TfdsDataset:
       unit: what a file is divided into.
 
     Raises:
-      UserError: there is no such dataset, split or text.
+      UserError: there is no such dataset, split, slice of it or text.
     """
 
     unit = "record"
@@ -36,7 +36,10 @@ class TfdsDataset:
         self.source = source
         self.feature = meant.feature
         self.info = _find(source, meant).info
-        parts = self.info.splits[meant.split].file_instructions
+        try:
+            parts = self.info.splits[meant.split].file_instructions
+        except ValueError as error:  # as of a slice that begins behind the last record
+            raise UserError(f"config.data: source {source!r}: {reason(error)}") from None
         self.files = {part.filename: part for part in parts}
         self.parts = list(self.files)
         self.cycle = 1 if self.info.disable_shuffling else CYCLE

@@ -44,7 +44,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def difference(own: "Tokenizer", other: "Tokenizer") -> str:
-    """Says where another tokenizer has not the same piece for every token; "" if it has.
+    """Returns the first token that two tokenizers spell differently, as a message; "" without one.
 
     The other may have more tokens. The forms of the files may differ.
     """

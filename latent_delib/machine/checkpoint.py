@@ -48,8 +48,8 @@ class Checkpoints:
     Args:
       workdir: a local folder, or gs://BUCKET/PATH.
       keep: how many of the newest checkpoints stay.
-      keep_every: checkpoints of its multiples stay, too; 0: none.
-      keep_best: so many checkpoints of the lowest loss stay, too.
+      keep_every: checkpoints whose step it divides stay too; 0: none.
+      keep_best: how many checkpoints of the lowest loss stay too.
       read_only: makes, renames and removes nothing.
 
     Raises:
@@ -141,9 +141,7 @@ class Checkpoints:
         if wanted is None:
             wanted = {"trainable": None}
         self.wait()
-        with _disk_errors(self.path):
-            there = sorted(saved_steps.whole(self.workdir))
-        there = from_first(there)
+        there = from_first(sorted(saved_steps.whole(self.workdir)))
         if not there:
             return None
         asked = [at for at in reversed(there) if step in (None, at)]

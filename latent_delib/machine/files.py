@@ -17,7 +17,7 @@ from pathlib import Path
 import fsspec.config
 from etils import epath
 
-from latent_delib.errors import Outage, UserError, reason, store_error
+from latent_delib.errors import Outage, UserError, reason, store_errors
 
 # gcsfs, through which epath reads gs:// without TensorFlow, would list each folder once only.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -29,11 +29,9 @@ HOST = re.sub(r"\W", "_", socket.gethostname())
 def write(path: epath.Path, content: bytes) -> None:
     """Writes a file atomically, local or on gs://, and makes its folder."""
     if "://" in str(path):  # a store shows whole files only
-        try:
+        with store_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        except Exception as error:  # a store's client raises exceptions of any kind
-            raise store_error(error, path) or error from None
         return
     path = Path(path)
     make_folder(path.parent)
@@ -42,14 +40,12 @@ def write(path: epath.Path, content: bytes) -> None:
         partial.replace(path)
 
 
-@contextlib.contextmanager
-def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder, which becomes `folder` on success, and is removed on failure.
+def check_free(folder: Path, replace: bool = False) -> None:
+    """Checks that `whole` can make a folder; asked before work whose result is to lie there.
 
     Raises:
       UserError: the folder is there already, and `replace` is not set; or it is on gs:// or a mount
         point.
-      OSError: with the folder's name, where the disk is full or not writable.
     """
     if str(folder).partition("/")[0].endswith(":"):
         raise UserError(f"{folder}: expected a local folder; copy it from there")
@@ -61,6 +57,19 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
         raise UserError(f"{folder}: {NOT_A_FOLDER}; name another")
     if folder.exists() and not replace and any(folder.iterdir()):
         raise UserError(f"{folder}: already exists and is not empty; name another")
+
+
+@contextlib.contextmanager
+def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder, which becomes `folder` on success, and is removed on failure.
+
+    Raises:
+      UserError: as `check_free`; or a file is in the place of a folder above.
+      OSError: with the folder's name, where the disk is full or not writable.
+    """
+    if folder.is_symlink():
+        folder = folder.resolve()  # a link stays, and its folder may lie on another disk
+    check_free(folder, replace)
     make_folder(folder.parent)
     with _beside(folder) as partial:
         partial.mkdir()
@@ -184,15 +193,13 @@ def upload(folder: Path, target: epath.Path, last: str = "") -> None:
     """
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     names.sort(key=lambda name: str(name) == last)
-    try:
+    with store_errors(target):
         if last:
             (target / last).unlink(missing_ok=True)
         for name in names:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("rb") as source, (target / name).open("wb") as sink:
                 shutil.copyfileobj(source, sink, 16 << 20)
-    except Exception as error:  # a store's client raises exceptions of any kind
-        raise store_error(error, target) or error from None
 
 
 @contextlib.contextmanager

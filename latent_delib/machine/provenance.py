@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("latent_delib", "jax", "flax", "numpy")
+PACKAGES = ("jax", "flax", "numpy")
 
 
 def provenance(computed: bool = True) -> dict[str, Any]:
@@ -25,7 +25,9 @@ def provenance(computed: bool = True) -> dict[str, Any]:
     }
     if computed:
         found["hardware"] = hardware()
-    found["versions"] = {package: metadata.version(package) for package in PACKAGES}
+    ours = sys.modules["latent_delib"].__version__  # a checkout need not be installed
+    others = {package: metadata.version(package) for package in PACKAGES}
+    found["versions"] = {"latent_delib": ours} | others
     return found
 
 

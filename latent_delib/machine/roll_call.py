@@ -46,7 +46,8 @@ def find_place(seconds: float) -> tuple[str, int, int]:
             "--distributed: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not "
             "all set, and no Cloud TPU, GKE or Slurm is found that knows them"
         )
-    if not re.fullmatch(r".+:\d+", address):
+    port = re.fullmatch(r".+:(\d+)", address)
+    if port is None or int(port[1]) > 65535:
         raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: expected HOST:PORT, of process 0")
     return address, count, index
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, store_errors
 from latent_delib.machine.workdir import is_remote
 
 
@@ -39,13 +39,18 @@ def whole(workdir: str) -> set[int]:
     """Returns the steps whose save is done, damaged ones too; asks no other process.
 
     A local folder takes its name once it is whole; in a bucket one file comes last.
+
+    Raises:
+      UserError: as `folder`.
+      OSError: the disk or store fails (Outage: it does not answer).
     """
     where = folder(workdir)
-    if not where.is_dir():
-        return set()
-    folders = [each for each in where.iterdir() if each.name.isdigit()]
-    if is_remote(workdir):
-        folders = [each for each in folders if (each / "commit_success.txt").exists()]
+    with store_errors(where):
+        if not where.is_dir():
+            return set()
+        folders = [each for each in where.iterdir() if each.name.isdigit()]
+        if is_remote(workdir):
+            folders = [each for each in folders if (each / "commit_success.txt").exists()]
     return {int(each.name) for each in folders}
 
 

@@ -22,7 +22,7 @@ def exclusive(workdir: str) -> Iterator[None]:
     """Holds a local workdir for one job: process 0 has a lock, which ends with the process.
 
     Raises:
-      UserError: another job holds it, or it cannot be written.
+      UserError: another job holds it, or it cannot be written or locked.
     """
     if is_remote(workdir) or jax.process_index():
         yield
@@ -37,10 +37,15 @@ def exclusive(workdir: str) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             raise UserError(
                 f"--workdir={workdir}: in use by another job (process {lock.read().strip()})"
+            ) from None
+        except OSError as error:  # as on NFS without lockd
+            raise UserError(
+                f"--workdir={workdir}: cannot be locked ({reason(error)}); "
+                "name a folder on another disk"
             ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")

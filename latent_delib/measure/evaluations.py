@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, store_errors
 from latent_delib.job.record import Record
 from latent_delib.machine import saved_steps
 from latent_delib.machine.distributed import on_first
@@ -22,14 +22,19 @@ def file_of(folder: epath.Path, step: int) -> epath.Path:
 
 
 def read_results(folder: epath.Path) -> dict[int, dict[str, Any]]:
-    """Reads the perplexity.json of each step that has one, by step, the smallest first."""
+    """Reads the perplexity.json of each step that has one, by step, the smallest first.
+
+    Raises:
+      OSError: the disk or store fails (Outage: it does not answer).
+    """
     results: dict[int, dict[str, Any]] = {}
-    if not folder.exists():
-        return results
-    names = [each.name for each in folder.iterdir()]
-    for step in sorted(int(name) for name in names if name.isdigit()):
-        if file_of(folder, step).exists():
-            results[step] = json.loads(file_of(folder, step).read_text())
+    with store_errors(folder):
+        if not folder.exists():
+            return results
+        names = [each.name for each in folder.iterdir()]
+        for step in sorted(int(name) for name in names if name.isdigit()):
+            if file_of(folder, step).exists():
+                results[step] = json.loads(file_of(folder, step).read_text())
     return results
 
 

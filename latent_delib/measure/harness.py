@@ -186,12 +186,14 @@ def load_questions(path: str) -> Tasks:
     except OSError as error:
         raise UserError(f"--benchmarks=qa:{path}: {reason(error)}") from None
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             question = questions.read(line, with_steps=False)
         except ValueError as error:
             raise UserError(f"{path}: line {number}: {error}") from None
         replies.append(question.reply(bool(question.steps)))
-    if not lines:
+    if not replies:
         raise UserError(f"{path}: holds no questions")
     spec = {
         "task": Path(path).stem,

@@ -39,7 +39,7 @@ FIELDS = {
 
 
 def locate(workdir: str) -> Path | None:
-    """Returns the coprocessor's folder that a workdir is; None for one of a training job.
+    """Returns the folder of an exported coprocessor; None where it is a training job's workdir.
 
     "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
     """
@@ -68,7 +68,8 @@ def save(
     """
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
     found = names.tensors(config, "huggingface")
-    body = names.fused(t for t in found if t.leaf in leaves)  # trained vectors have none
+    # methods that train vectors alone have no layers
+    body = names.fused(t for t in found if t.leaf in leaves)
     own = [name for name in OWN if name in leaves]
     entries = {name: (leaves[name].shape, leaves[name].dtype) for name in own}
     for name, parts in body.items():

@@ -7,7 +7,7 @@ afterwards. HF_TOKEN opens private and gated models.
 import re
 from pathlib import Path
 
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, reason, store_error
 
 PREFIX = "hf:"
 NAME = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -20,6 +20,7 @@ def located(path: str) -> Path:
     Raises:
       UserError: a name of another form, a model that is not there, or none in the cache while the
         Hub does not answer.
+      OSError: the disk is full (Outage: a download broke off).
     """
     if not path.startswith(PREFIX):
         return Path(path)
@@ -42,6 +43,10 @@ def located(path: str) -> Path:
         raise UserError(f"{path}: no such model on the Hub; a private one needs HF_TOKEN") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{path}: that model has no revision {revision!r}") from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{path}: {reason(error)}") from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
         raise UserError(f"{path}: not in the Hub's cache, and the Hub does not answer") from None
+    except Exception as error:  # of the library's HTTP client, where a download breaks off
+        raise store_error(error, path) or error from None
     return Path(folder)

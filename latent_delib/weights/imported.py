@@ -1,4 +1,4 @@
-"""A decoder of another form as one of ours: what a folder would hold, or straight onto devices."""
+"""Turns a decoder of another form into one of ours: tensors for a folder, or arrays on devices."""
 
 import hashlib
 from collections.abc import Iterator, Mapping

@@ -163,8 +163,8 @@ class Tensor:
     """Says how one leaf of ours, or one layer of it, is stored in another format.
 
     leaf, layer: ours; no layer for leaves that are not stacked. name, shape: of the stored tensor.
-    part: the index on its axis i of the part that is this leaf, or None. theirs, ours: axes in both
-    formats. sizes: of the axes. added: what stored norms hold beyond ours.
+    part: the index on axis i where this leaf lies; None where the tensor is one leaf. theirs, ours:
+    axes in both formats. sizes: of the axes. added: what stored norms hold beyond ours.
     """
 
     leaf: str

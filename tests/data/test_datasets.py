@@ -69,6 +69,8 @@ def test_texts_of_tfds(tfds_folder):
         "tfds:no_such_notes:train:body": f"no dataset 'no_such_notes' in {tfds_folder}",
         "tfds:tiny_notes:9.9.9:train:body": f"no dataset 'tiny_notes:9.9.9' in {tfds_folder}",
         "tfds:tiny_notes:dev:body": "no split 'dev', tiny_notes has train",
+        "tfds:tiny_notes:train[10:]:body": "source 'tfds:tiny_notes:train[10:]:body': ",
+        "tfds:tiny_notes:train[1]:body": "source 'tfds:tiny_notes:train[1]:body': ",
         "tfds:tiny_notes:train:text": "no text 'text', tiny_notes has body",
         "tfds:tiny_notes:train:score": "no text 'score', tiny_notes has body",
     }.items():
@@ -165,6 +167,17 @@ def test_texts_of_a_local_folder(tmp_path):
         f"hf:{tmp_path}/none:train:text": f"{tmp_path}/none",
     }.items():
         assert words in error(source)
+
+
+def test_a_feature_that_begins_with_null_holds_text():
+    """Where the library does not know the features of JSON lines, as in some versions."""
+    from latent_delib.data import hub_datasets
+
+    class Stream(list):
+        features = None
+
+    records = [{"body": None, "score": 1}, {"body": "one", "score": 2, "note": None}]
+    assert hub_datasets._texts(Stream(records)) == ["body"]
 
 
 def test_fingerprint_and_damage_of_a_local_folder(tmp_path):

@@ -49,6 +49,8 @@ def test_steps_are_left_out_from_the_first_on(tokenizer, removed, reply):
     assert tokenizer.decode(tokens.tolist()) == f"What is 3 + 4?\nAnswer:{reply}"
     spaced = questions.read(line(steps="\n3 + 4\n \n\tis 7,\n"), True)
     assert spaced.reply(True, removed) == reply
+    listed = questions.read(line(steps=["3 + 4", "is 7,"]), True)
+    assert listed == questions.read(line(), True)
 
 
 def test_the_answer_has_the_same_tokens_with_and_without_steps(tokenizer):
@@ -79,6 +81,11 @@ def test_the_answer_is_found_in_a_reply(with_steps):
         (line(question=" "), False, "'question' is ' '"),
         (json.dumps({"question": "q", "answer": "a"}).encode(), True, "'steps' is None"),
         (line(steps="3 #### 4"), True, "'steps' holds '####'"),
+        (line(steps=["3", "####"]), True, "'steps' holds '####'"),
+        (line(steps=[]), True, "'steps' is '', expected text"),
+        (line(steps=7), False, "'steps' is 7, expected text"),
+        (line(answer="3 and 4 #### 7"), False, "'answer' holds '####': put what stands before it"),
+        (line(answer=7 * [999999999]), False, "9, ...], expected text"),
         (line(answer="\ud800"), False, "not UTF-8"),
         (line(question="a\0"), False, "holds NUL"),
     ],
@@ -100,7 +107,7 @@ def test_tokens_of_another_form(tokenizer):
 def test_a_source_of_questions(tmp_path, tokenizer):
     """As `prepare` reads it: a document per line, bad ones named; prompts end with PROMPT_END."""
     file = tmp_path / "mine.jsonl"
-    file.write_bytes(line() + b"\n{}\n" + line(answer="8") + b"\n")
+    file.write_bytes(line() + b"\n{}\n" + line(answer="8") + b"\n \r\n\n")
     for kind, (with_steps, removed) in KINDS.items():
         reader = text.open_source(f"{kind}:{tmp_path}/*.jsonl")
         bad = []

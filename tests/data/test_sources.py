@@ -56,12 +56,14 @@ def test_another_form_is_refused(source):
 def test_files_on_another_store_are_refused():
     with pytest.raises(UserError, match="'files:s3://a/\\*': expected .* on gs://"):
         sources.parse("files:s3://a/*")
+    with pytest.raises(UserError, match="'lines:gs://a/\\*\\*/b': .* on this machine"):
+        sources.parse("lines:gs://a/**/b")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "folder").mkdir()
-    for name in ("a[1].txt", "a1.txt", ".hidden"):
+    (tmp_path / "folder" / "b").mkdir(parents=True)
+    for name in ("a[1].txt", "a1.txt", ".hidden", "folder/b/b.md"):
         (tmp_path / name).write_text("text")
     return tmp_path
 
@@ -73,6 +75,8 @@ def folder(tmp_path):
         ("a[12].txt", ["a1.txt"]),
         ("a*", ["a1.txt", "a[1].txt"]),
         ("*", [".hidden", "a1.txt", "a[1].txt"]),
+        ("**/a1.txt", ["a1.txt"]),
+        ("**/**/*.md", ["folder/b/b.md"]),
     ],
 )
 def test_the_files_that_a_pattern_means(folder, pattern, names):

@@ -1,4 +1,4 @@
-"""Files of text on stores: those on gs:// hold what local ones hold."""
+"""Files of text: a digest of them; those on gs:// hold what local ones hold."""
 
 import os
 import shutil
@@ -56,6 +56,13 @@ def test_files_of_a_store_hold_what_local_files_hold(kind, bucket, tmp_path):
     Bucket().rm(missing)
     with pytest.raises(UserError, match="reading .*: .*bucket/a folder/3"):
         list(there.contents(missing))
+
+
+def test_a_digest_is_the_same_however_a_path_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1").write_text("one")
+    paths = ("1", "./1", f"{tmp_path}/1")
+    assert len({text.open_source(f"files:{path}").fingerprint() for path in paths}) == 1
 
 
 def test_files_of_a_store_that_are_not_there(bucket, monkeypatch):

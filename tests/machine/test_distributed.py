@@ -361,6 +361,7 @@ def test_a_port_that_is_taken():
         ({}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not all set"),
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two: expected a number"),
         ({"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS=here: expected HOST:PORT"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:65536"}, "=a:65536: expected HOST:PORT"),
     ],
 )
 def test_an_environment_that_does_not_fit(monkeypatch, environment, message):

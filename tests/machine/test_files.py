@@ -110,6 +110,20 @@ def test_a_temporary_name_is_nobody_s_business(tmp_path):
     assert error.value.filename == str(tmp_path / "source")
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_link_to_a_folder_stays_and_its_folder_is_made(tmp_path, is_there, replace):
+    target = tmp_path / "disk" / "out"
+    if is_there:
+        target.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(target)
+    with files.whole(tmp_path / "link", replace) as partial:
+        assert partial.parent == target.parent
+        (partial / "weights").write_text("whole")
+    assert names(target) == ["weights"] and (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["disk", "link"] and names(target.parent) == ["out"]
+
+
 def test_what_is_in_the_way(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from latent_delib.errors import UserError
-from tools import make_problems
+from tools import make_problems, make_questions
 
 TRAIN, TEST = 300, 100
 
@@ -88,6 +88,14 @@ def test_the_same_problems_are_made_again_and_more_to_train_on_change_no_test(fo
 def test_an_unknown_kind_is_named(tmp_path):
     with pytest.raises(UserError, match="'folow': expected some of sums, .*follow"):
         make_problems.make_problems(str(tmp_path / "made"), ["folow"], TRAIN, TEST)
+
+
+@pytest.mark.parametrize("counts", [(-1, TEST), (TRAIN, -1)])
+def test_counts_below_nothing_are_refused(counts, tmp_path):
+    with pytest.raises(UserError, match="--t(rain|est)=-1: expected at least 0"):
+        make_problems.make_problems(str(tmp_path / "made"), ["sums"], *counts)
+    with pytest.raises(UserError, match="--t(rain|est)=-1: expected at least 0"):
+        make_questions.make_questions(str(tmp_path / "made"), *counts)
 
 
 def test_no_more_are_asked_for_than_there_are():

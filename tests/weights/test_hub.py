@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from latent_delib.convert import convert
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError
 from latent_delib.weights import folder, hub
 from tests.fake_hub import environment, serving
 
@@ -64,6 +64,27 @@ def test_models_are_fetched_once_and_stay(tmp_path):
 def test_names_of_another_form(path):
     with pytest.raises(UserError, match="expected hf:OWNER/NAME"):
         hub.located(path)
+
+
+def test_a_name_that_the_hub_does_not_allow():
+    with pytest.raises(UserError, match="hf:a--b/c: .*--"):
+        hub.located("hf:a--b/c")
+
+
+@pytest.mark.parametrize(
+    "name", ["ConnectError", "ReadError", "ReadTimeout", "ProxyError", "RemoteProtocolError"]
+)
+def test_a_download_that_breaks_off(name, monkeypatch):
+    import huggingface_hub
+
+    client = huggingface_hub.errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]
+
+    def fail(*_, **options):
+        raise getattr(sys.modules[client], name)("in the middle of it")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(Outage, match="in the middle"):
+        hub.located("hf:me/decoder")
 
 
 def test_other_paths_stay_as_they_are():

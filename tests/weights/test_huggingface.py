@@ -492,8 +492,9 @@ def test_arguments_that_are_refused(hf, tmp_path):
     refused(where, out, "has no tokenizer", "--tokenizer")
     out.mkdir()
     (out / "mine").write_text("kept")
-    with pytest.raises(UserError, match="not empty"):
-        convert(str(where), str(out))
+    for source in (str(where), "hf:"):  # before the Hub is asked
+        with pytest.raises(UserError, match="not empty"):
+            convert(source, str(out))
     assert (out / "mine").read_text() == "kept"
 
 
