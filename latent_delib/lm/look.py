@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core.tracers import current_trace
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
@@ -50,19 +51,22 @@ class Near(NamedTuple):
 class Watched:
     """Stands for a transformer in the calls of `delib.augment`.
 
-    Each call adds its attention weights to `seen`: [layers, B, M, K, G, S, T + S].
+    Each call adds its attention weights to `seen`: [layers, B, M, K, G, S, T + S]. Calls inside a
+    loop add nothing, because their weights do not leave it.
     """
 
     def __init__(self, transformer: Transformer, seen: list[jax.Array]):
         self.transformer = transformer
         self.seen = seen
+        self.trace = current_trace()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transformer, name)
 
     def apply(self, variables: Params, *args: Any, **options: Any) -> Any:
         out, kept = self.transformer.apply(variables, *args, mutable="intermediates", **options)
-        self.seen += kept["intermediates"]["layers"]["attn"]["weights"]
+        if current_trace() == self.trace:
+            self.seen += kept["intermediates"]["layers"]["attn"]["weights"]
         return out
 
 
@@ -95,9 +99,9 @@ def attention(
         least two.
 
     Returns:
-      The coprocessor's call (rows: the L latents; None where a method has no coprocessor) and the
-      decoder's (rows: the latents as it reads them, then the tokens after them). Columns: the text
-      up to `at`, then the rows.
+      The coprocessor's last call (rows: the L latents; None where a method has no coprocessor, or
+      one that is called in a loop alone) and the decoder's (rows: the latents as it reads them,
+      then the tokens after them). Columns: the text up to `at`, then the rows.
     """
     if not lm.aug.has_latents:
         raise UserError("this model has no coprocessor, so no latents")

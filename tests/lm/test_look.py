@@ -1,6 +1,7 @@
 """Looks into latents: attention weights against the naive reading, and words near to latents."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 import latent_delib as ld
+from latent_delib.delib import augment
+from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.lm import look
+from latent_delib.nn.transformer import Transformer
 
 AT, LENGTH, L = 6, 12, 3
 
@@ -75,6 +79,34 @@ def test_a_method_without_a_coprocessor(decoder, tokens):
         LENGTH - AT - 2 + L,
         AT + 1 + LENGTH - AT - 2 + L,
     )
+
+
+IN_ONE_CALL = {"pause_tokens", "static_tokens", "latent_tokens", "cartridge", "feedback"}
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.write])
+def test_the_calls_of_every_method(decoder, name):
+    """Traced only: the coprocessor's last call, where one is outside of loops, and the decoder's."""
+    method, model = METHODS[name], Transformer(decoder.config)
+    own = (
+        Transformer(dataclasses.replace(decoder.config, num_layers=1)) if method.own_size else None
+    )
+    every = 4 if method.recurs else 0
+    aug = Augmentation(model, name, L, "overlay", coprocessor=own, every=every)
+
+    def call(key, weights):
+        tree = method.init(key, weights, aug.models, L)
+        params = augment.assemble({"decoder": weights, "assistant": weights}, tree)
+        text = jnp.zeros((1, LENGTH), jnp.int32)
+        ahead = LENGTH - 1 - AT
+        return look._called(
+            params, text, jnp.array([[AT]]), aug=aug, dtype=jnp.float32, ahead=ahead
+        )
+
+    called = jax.eval_shape(call, jax.random.key(0), decoder.params)
+    assert len(called) == (1 if name in IN_ONE_CALL else 2)
+    latents = aug.count_latents(LENGTH - 1 - AT)
+    assert called[-1].shape[-1] - LENGTH == called[-1].shape[-2] >= latents
 
 
 def test_the_cache_of_a_text(decoder, tokens):
