@@ -22,6 +22,7 @@ from etils import epath
 
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
+from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job.record import Record
 from latent_delib.lm import load
@@ -228,7 +229,10 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     whole = dataclasses.replace(record, config={**record.config, "method": method})
     fields["record"] = whole.meta()
     config = trained.architecture or TransformerConfig.from_dict(record.architecture, workdir)
-    coprocessor.save(out, fields, config, params, card(whole, evaluation_of(workdir, record)))
+    trains_decoder = METHODS[trained.method].trains_decoder
+    decoder = f"{workdir}/decoder" if trains_decoder else record["decoder.path"]
+    about = card(whole, decoder, trained.fingerprint, evaluation_of(workdir, record))
+    coprocessor.save(out, fields, config, params, about)
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
 
 

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from latent_delib.data import batches
 from latent_delib.errors import Outage, UserError
-from latent_delib.job import experiment, parameters
+from latent_delib.job import build, experiment, parameters
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files, saved_steps
@@ -62,6 +62,11 @@ def main(flags: Any) -> None:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
     if exported.locate(flags.workdir) and not flags.out:
         raise UserError(f"--workdir={flags.workdir}: is an exported coprocessor; name an --out")
+    if exported.locate(flags.workdir) and (flags.watch or flags.steps):
+        raise UserError(
+            f"--workdir={flags.workdir}: is an exported coprocessor, of one step; "
+            "leave out --steps and --watch"
+        )
     out = flags.out or flags.workdir
     if os.path.isfile(out):
         raise UserError(f"--out={out}: is a file, expected a folder")
@@ -185,6 +190,7 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
     if where is not None:
         meta = exported.read_meta(where, step)
         _require_same(exp, meta, workdir)
+        build.require_decoder(workdir, exp.aug.method)
         _, params = exported.load(where)
         wanted = parameters.trainable_shapes(exp)
         trained = jax.tree.map(
@@ -247,23 +253,17 @@ class Job:
           The content of perplexity.json.
         """
         text = self.text
-        e = self.exp.config.evaluate
+        self.require_places()
         partial = PartialSums(out / "partial.npz", self.identity(found))
         sums = self.add_up(found, partial)
-        if not sums["nll"].tokens.any():
-            raise UserError(
-                f"config: evaluate.max_positions={e.max_positions}, "
-                f"evaluate.longer_prompt={e.longer_prompt} and "
-                f"method.prompt_end={self.exp.config.method.prompt_end!r} leave no token to count; "
-                "give more positions (0: all), a shorter prompt or another end of it"
-            )
         result = {
-            **perplexity.by_source(text, sums, e.seed),
+            **perplexity.by_source(text, sums, self.exp.config.evaluate.seed),
             "pieces": len(text.pieces),
             "past_donors": views.count_past_givers(self.view, len(text.pieces)),
             "draws": views.DRAWS,
             **self.origin(found),
             "fingerprint": self.exp.record.fingerprint,
+            "architecture": self.exp.record.architecture,
             "assistant": self.exp.record.assistant,
             "text": text.digest(),
             "provenance": on_first(provenance),
@@ -273,6 +273,18 @@ class Job:
             partial.remove()
             print(as_text(result), flush=True)
         return result
+
+    def require_places(self) -> None:
+        """Raises UserError where no piece has a place for latents, so no token that counts."""
+        if any(len(self.view(number).at) for number in range(len(self.text.pieces))):
+            return
+        c = self.exp.config
+        raise UserError(
+            f"config: evaluate.max_positions={c.evaluate.max_positions}, "
+            f"evaluate.longer_prompt={c.evaluate.longer_prompt} and "
+            f"method.prompt_end={c.method.prompt_end!r} leave no token to count; "
+            "give more positions (0: all), a shorter prompt or another end of it"
+        )
 
     def identity(self, found: Restored | None) -> list[Any]:
         """Returns whatever the sums depend on, as JSON can hold it."""
@@ -315,8 +327,9 @@ class Job:
         """
         if found is None:
             return {"config": self.exp.record.config, "checkpoint": None, "step": None}
-        own = ("method", "optimizer", "seed", "train")
-        trained = {key: found.meta["config"][key] for key in own}
+        config = found.meta["config"]
+        trained = {key: config[key] for key in ("method", "optimizer", "seed", "train")}
+        trained["data"] = {**self.exp.record.config["data"], "seq_len": config["data"]["seq_len"]}
         return {
             "config": {**self.exp.record.config, **trained},
             "checkpoint": exported.name_of(self.workdir, found.step),
@@ -346,7 +359,7 @@ if __name__ == "__main__":
         main,
         __doc__,
         config=(config_of_training, "a file under configs/; that of the training if left out"),
-        workdir=(REQUIRED, "of a training job"),
+        workdir=(REQUIRED, "of a training job; also an exported folder, hf:OWNER/NAME, packaged"),
         out=("", "where to write; the workdir if left out"),
         step=(None, "checkpoint step; the newest if left out"),
         steps=("", "several: all, or their numbers with commas between"),

@@ -51,6 +51,7 @@ def main(flags: Any) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
 
     lm = load_model(flags)
+    inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler, lm.aug)
     prompts = [prompt_of(request, flags.chat, lm.tokenizer) for request in requests]
     seeds = [request["seed"] for request in requests]
     for name, augment in (("decoder", False), ("augmented", True)):
@@ -199,7 +200,7 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        workdir=(REQUIRED, "of a training job"),
+        workdir=(REQUIRED, "of a training job; also an exported folder, hf:OWNER/NAME, packaged"),
         prompt=("", "the text to continue"),
         prompts=("", "or a file of them, JSON lines"),
         chat=(False, "each prompt is the message of a user, in the model's chat template"),
@@ -221,10 +222,6 @@ if __name__ == "__main__":
         tensor=(1, "devices that split each layer between them; prompts are split over the rest"),
         batch_size=(16, "prompts at once"),
         max_length=(8192, "tokens of a prompt and its continuation"),
-        attention=(
-            "auto",
-            "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu,"
-            " tokamax_gpu",
-        ),
+        attention=inputs.ATTENTION_FLAG,
         step=(None, "checkpoint step; the newest if left out"),
     )

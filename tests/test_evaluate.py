@@ -243,13 +243,18 @@ def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions
     assert np.count_nonzero(at < MAX - 1) == sum(map(len, chosen))
 
 
-def test_latents_behind_prompts_alone(make_config, trained, logprobs, pieces, tmp_path):
+def test_latents_behind_prompts_alone(
+    make_config, trained, logprobs, pieces, tmp_path, monkeypatch
+):
     config = make_config({"method.prompt_end": "a", "evaluate.max_positions": 3})
     (last,) = experiment.read(config).prompt_end
     chosen = [[t for t, token in enumerate(piece[:-1]) if token == last] for piece in pieces]
     assert sum(map(len, chosen)) > 20
     found = evaluate.evaluate(config, str(trained), str(tmp_path))
     assert_same(found["rows"], pooled(logprobs, pieces, chosen))
+    monkeypatch.setattr(evaluate, "values_of", None)  # nothing is computed before it is refused
+    with pytest.raises(UserError, match="'zz' leave no token to count"):
+        evaluate.evaluate(make_config({"method.prompt_end": "zz"}), str(trained), str(tmp_path))
 
 
 @pytest.mark.parametrize("method", ["cache_augmentation", "decoder"])

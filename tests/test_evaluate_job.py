@@ -100,7 +100,9 @@ def assert_same(folder, expected):
 def test_how_it_was_trained_is_told_by_the_checkpoint(make_config, trained, tmp_path):
     """Not by the config of the evaluation, which may differ in what evaluating leaves unread."""
     other = {"seed": 7, "method.num_ahead": 2, "method.max_delay": 1, "optimizer.clip_norm": 2.0}
+    other |= {"data.seq_len": 64, "data.token_files": ""}
     result = evaluate.evaluate(make_config(other), str(trained), str(tmp_path))["config"]
+    assert result["data"]["seq_len"] == 32
     assert (result["seed"], result["method"]["num_ahead"], result["method"]["max_delay"]) == (
         0,
         3,
@@ -317,6 +319,9 @@ def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp
         ({"steps": "all", "step": 2}, "--step, --steps, --watch"),
         ({"watch": True, "patience": -1.0}, "--patience=-1.0"),
         ({"out": __file__}, "is a file"),
+        ({"workdir": "packaged"}, "name an --out"),
+        ({"workdir": "packaged", "out": "out", "watch": True}, "packaged: .* of one step"),
+        ({"workdir": "packaged", "out": "out", "steps": "all"}, "packaged: .* of one step"),
     ],
 )
 def test_flags(flags, message):

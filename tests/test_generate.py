@@ -10,7 +10,7 @@ import pytest
 
 import latent_delib as ld
 from latent_delib import generate
-from latent_delib.lm import load
+from latent_delib.lm import load, model
 from latent_delib.lm.sampling import Sampler
 from tests.run_command import run_command
 
@@ -140,6 +140,13 @@ def test_every_field_of_the_sampler_is_a_flag(capsys):
     said = capsys.readouterr().out
     for field in dataclasses.fields(Sampler):
         assert f"--{field.name}: {field.metadata['help']}" in said
+
+
+def test_a_rhythm_of_its_own(trained, monkeypatch):
+    """It is known with the model, and a delay that does not fit is refused before the decoder's."""
+    lm = SimpleNamespace(aug=SimpleNamespace(every=8))
+    monkeypatch.setattr(model, "AugmentedLM", lambda *_: lm)
+    assert "delay=8: expected less than every=8" in run(workdir=trained, prompt="a", delay=8)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from latent_delib.errors import UserError
 from latent_delib.job import build, experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.job.record import Record
+from latent_delib.lm.load import decoder_of, read_record
 from latent_delib.measure import views
 from latent_delib.measure.text import read_validation_text
 from latent_delib.weights import folder
@@ -210,6 +211,13 @@ def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path,
         ld.AugmentedLM(ld.load_decoder(str(workdir / "decoder")), exported)
         with pytest.raises(UserError, match="decoder"):
             ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), exported)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert exported.fingerprint in card and f"{workdir}/decoder" in card
+        out = str(tmp_path / "out")
+        with pytest.raises(UserError, match="an export has no decoder"):
+            decoder_of(out, read_record(out))
+        with pytest.raises(UserError, match="an export has no decoder"):
+            evaluate.read_checkpoint(experiment.read(config), out, None)
 
 
 def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_folder, tmp_path):

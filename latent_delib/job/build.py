@@ -9,6 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
+from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import choose
@@ -16,6 +17,7 @@ from latent_delib.nn.attention.forms import FORMS
 from latent_delib.nn.layers import Partition
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer
+from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
 DTYPES = ("float32", "bfloat16")  # of parameters, and of what is computed with them
@@ -70,6 +72,15 @@ def split_start(path: str) -> tuple[str, int]:
     if not workdir or not step.isdigit():
         raise UserError(f"config.method.start={path}: expected WORKDIR/checkpoints/STEP")
     return workdir, int(step)
+
+
+def require_decoder(workdir: str, method: str) -> None:
+    """Raises UserError for an export of a method that trained the decoder as well."""
+    if METHODS[method].trains_decoder and exported.locate(workdir) is not None:
+        raise UserError(
+            f"{workdir}: an export has no decoder, and method {method!r} trained one; "
+            "name the training's workdir"
+        )
 
 
 def step_of_decoder(workdir: str) -> int | None:

@@ -15,7 +15,7 @@ CPU_TOKENS = 512  # give a CPU's products full speed: more rows only pad each ot
 Key = tuple[int, int]
 
 
-class Question(NamedTuple):
+class Group(NamedTuple):
     """Holds a prompt, and the numbers of some of its continuations.
 
     key: as `alike` takes it.
@@ -80,27 +80,27 @@ def pad(rows: Sequence[Any], pad_id: int, multiple: int) -> tuple[np.ndarray, np
     return padded_BT, length_B
 
 
-def questions(heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> list[Question]:
+def groups(heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> list[Group]:
     """Groups continuations by their prompts, at most TOGETHER of one prompt in a group.
 
     Args:
       heads: the prompt of each continuation.
       tails: the continuations.
     """
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    by_head: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, head in enumerate(heads):
-        groups[tuple(head)].append(i)
+        by_head[tuple(head)].append(i)
     found = []
-    for head, every in groups.items():
+    for head, every in by_head.items():
         for first in range(0, len(every), TOGETHER):
             members = every[first : first + TOGETHER]
             longest = max(len(tails[i]) for i in members)
-            found.append(Question(head, members, (power(len(members)), len(head) + longest)))
+            found.append(Group(head, members, (power(len(members)), len(head) + longest)))
     return found
 
 
 def pad_tails(
-    batch: Sequence[Question],
+    batch: Sequence[Group],
     tails: Sequence[Sequence[int]],
     rows: int,
     pad_id: int,
@@ -114,8 +114,8 @@ def pad_tails(
     longest = max(len(tails[i]) for question in batch for i in question.members)
     tails_BMA = np.full((rows, M, round_up(longest, 8)), pad_id, np.int32)
     inside_BMA = np.zeros(tails_BMA.shape, bool)
-    for b, question in enumerate(batch):
-        for m, i in enumerate(question.members):
+    for b, group in enumerate(batch):
+        for m, i in enumerate(group.members):
             tails_BMA[b, m, : len(tails[i])] = tails[i]
             inside_BMA[b, m, : len(tails[i])] = True
     return tails_BMA, inside_BMA

@@ -163,9 +163,10 @@ def join(
     *,
     aug: Augmentation,
 ) -> tuple[Decoding, Cache]:
-    """Puts latents after the text so far, which `plain` holds, with earlier latents if these stay.
+    """Appends latents to the text so far.
 
-    Returns the state and the cache to decode with.
+    `plain` holds that text, and the earlier latents where these stay. Returns the state and the
+    cache to decode with.
     """
     now = _trace(aug, state.text, state.length)
     reread = now.inputs.shape[2]  # the last token's entry gives way to latents and the token itself

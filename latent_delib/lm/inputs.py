@@ -11,11 +11,16 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.traces import latent_positions
 from latent_delib.errors import UserError
-from latent_delib.job.build import ATTENTION
+from latent_delib.job.build import ATTENTION, DTYPES
 from latent_delib.lm.sampling import Sampler
 from latent_delib.machine import arguments
 
 _END = "the decoder's table of learned positions ends there"
+ATTENTION_FLAG = (
+    "auto",
+    "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu,"
+    " tokamax_gpu",
+)
 Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as they are
 
 
@@ -46,8 +51,7 @@ def check_options(
 ) -> GenerationOptions:
     """Returns the options with plain Python numbers; `sampling` holds fields of `Sampler`.
 
-    `every` is the method's own where its latents recur; without `aug`, which a command does not
-    know before it has loaded the model, it is taken as given.
+    Latents that recur keep the rhythm of `aug`. A command that has no model yet gives no `aug`.
 
     Raises:
       UserError: one of another kind or out of range.
@@ -55,21 +59,21 @@ def check_options(
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
     sampler = Sampler(**sampling).checked()
     if aug is not None:
-        every = check_every(every, aug) or aug.every
+        every = check_every(every, aug.every) or aug.every
     return GenerationOptions(max_new_tokens, sampler, *check_rhythm(every, delay))
 
 
-def check_every(every: int, aug: Augmentation) -> int:
+def check_every(every: int, own: int) -> int:
     """Returns `every` as a plain Python number.
 
     Raises:
-      UserError: the latents recur as they were trained to, and not after so many tokens.
+      UserError: the latents recur after each `own` tokens, unless that is 0, and after no others.
     """
     every = arguments.whole("every", every, 0)
-    if aug.every and every:
+    if own and every:
         raise UserError(
-            f"every={every}: latents of method {aug.method!r} join again after each {aug.every} "
-            "tokens, as they were trained to; leave it 0"
+            f"every={every}: latents join again after each {own} tokens, "
+            "as they were trained to; leave it 0"
         )
     return every
 
@@ -87,6 +91,18 @@ def check_rhythm(every: int, delay: int | None) -> tuple[int, int | None]:
     if every and delay >= every:
         raise UserError(f"delay={delay}: expected less than every={every}")
     return every, delay
+
+
+def checked_dtype(dtype: Any) -> np.dtype:
+    """Returns a dtype of parameters, which has a name of `build.DTYPES`."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        name = getattr(dtype, "__name__", dtype)
+        raise UserError(f"dtype={name}: expected {' or '.join(DTYPES)}")
+    return found
 
 
 def check_attention(attention: str) -> None:
@@ -133,9 +149,9 @@ def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: i
 
 
 def room(aug: Augmentation) -> int:
-    """Returns how many tokens a text may have: those that learned positions, if any, suffice for.
+    """Returns the most tokens of a text for which learned positions suffice, latents included.
 
-    Latents take some of them. So it is for the decoder and for an assistant.
+    So it is in decoder and assistant; INT32 without such a table.
     """
     tables = [model.config.learned_positions for model in aug.readers.values()]
     if not any(tables):

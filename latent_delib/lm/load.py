@@ -24,6 +24,7 @@ from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.record import SHORT, Record
+from latent_delib.lm import inputs
 from latent_delib.machine import arguments, checkpoint
 from latent_delib.nn.layers import PARAM_AXES, Axes
 from latent_delib.nn.sizes import TransformerConfig
@@ -112,7 +113,7 @@ def load_decoder(
       UserError: missing files, or tensors that do not fit the architecture; another dtype.
     """
     name = arguments.path("path", path)
-    dtype = _dtype(dtype)
+    dtype = inputs.checked_dtype(dtype)
     mesh = mesh or build.one_device()
     where = folder.named(name)
     if folder.is_theirs(where):
@@ -138,17 +139,6 @@ def _load_theirs(where: Path, dtype: np.dtype, mesh: Mesh) -> Decoder:
     shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
     params, fingerprint = imported.load(source, dtype, shardings)
     return Decoder(config, params, own, fingerprint)
-
-
-def _dtype(dtype: Any) -> np.dtype:
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found.name not in build.DTYPES:
-        name = getattr(dtype, "__name__", dtype)
-        raise UserError(f"dtype={name}: expected {' or '.join(build.DTYPES)}")
-    return found
 
 
 def load_coprocessor(
@@ -292,8 +282,9 @@ def decoder_of(workdir: str, record: Record) -> str:
 
     Raises:
       UserError: no folder holds it, because its weights are random; it was trained, and the folder
-        holds another step; or training used another tokenizer.
+        holds another step, or `workdir` is an export; or training used another tokenizer.
     """
+    build.require_decoder(workdir, record["method.name"])
     if METHODS[record["method.name"]].trains_decoder:
         there = build.step_of_decoder(workdir)
         if there != record.step:

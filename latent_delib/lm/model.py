@@ -18,7 +18,6 @@ from latent_delib.delib.methods import param_axes
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.lm import batching, compiled, decoding, inputs, scoring
-from latent_delib.lm.batching import Question
 from latent_delib.lm.inputs import GenerationOptions, Prompt
 from latent_delib.lm.load import Coprocessor, Decoder, augmentation, load_assistant, place
 from latent_delib.lm.sampling import Continuation, Endings
@@ -159,13 +158,13 @@ class AugmentedLM:
         heads = []
         for i, prompt in enumerate(prompts):
             heads.append(self._head(f"prompts[{i}]", prompt, len(tails[i])))
-        questions = batching.questions(heads, tails)
+        groups = batching.groups(heads, tails)
         sums = np.zeros(len(tails), np.float32)
         greedy = np.zeros(len(tails), bool)
         done = 0
-        keys = [question.key for question in questions]
+        keys = [group.key for group in groups]
         for chosen in batching.alike(keys, partial(batching.together, self.mesh, batch_size)):
-            batch = [questions[i] for i in chosen]
+            batch = [groups[i] for i in chosen]
             sums_BM, greedy_BM = self._score_tails(batch, tails, augment)
             for b, (_, members, _) in enumerate(batch):
                 sums[members] = sums_BM[b, : len(members)]
@@ -193,7 +192,7 @@ class AugmentedLM:
           progress: gets the number of pieces that are done.
         """
         texts = arguments.several("texts", texts)
-        every = inputs.check_every(every, self.aug)
+        every = inputs.check_every(every, self.aug.every)
         batch_size = arguments.whole("batch_size", batch_size, 1)
         bos_id = self.tokenizer.bos_id
         pieces: list[np.ndarray] = []
@@ -349,12 +348,12 @@ class AugmentedLM:
 
     def _score_tails(
         self,
-        batch: Sequence[Question],
+        batch: Sequence[batching.Group],
         tails: Sequence[list[int]],
         augment: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns each continuation's log p, and whether it is the greedy one, [B, M]."""
-        text, length = self._pad([question.head for question in batch])
+        text, length = self._pad([group.head for group in batch])
         tails_BMA, inside_BMA = batching.pad_tails(batch, tails, len(length), self.tokenizer.pad_id)
         aug = self.aug if augment else self.plain
         logp_BMA, likeliest_BMA = scoring.score_tails(

@@ -60,7 +60,7 @@ class Sampler:
         """Returns the same sampler with plain Python numbers.
 
         Raises:
-          UserError: a field of another kind or out of range.
+          UserError: a field of another kind or out of range; top_k or top_p where nothing is drawn.
         """
         temperature = arguments.number("temperature", self.temperature)
         if not temperature >= 0:
@@ -69,6 +69,10 @@ class Sampler:
         top_p = arguments.number("top_p", self.top_p)
         if not 0 < top_p <= 1:
             raise UserError(f"top_p={self.top_p}: expected above 0, at most 1")
+        if not temperature and (top_k or top_p < 1):
+            raise UserError(
+                f"top_k={top_k}, top_p={top_p}: temperature=0 draws nothing; give a temperature"
+            )
         return Sampler(temperature, min(top_k, arguments.INT32), top_p)
 
 

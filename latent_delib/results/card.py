@@ -20,11 +20,12 @@ TRAINING = (  # keys of the config that the card lists
 )
 
 
-def card(record: Record, evaluation: dict[str, Any] | None) -> str:
+def card(record: Record, decoder: str, fingerprint: str, evaluation: dict[str, Any] | None) -> str:
     """Returns a coprocessor's model card.
 
     Args:
       record: of its checkpoint.
+      decoder, fingerprint: of the decoder that it belongs to, its path and its SHA-256.
       evaluation: the content of perplexity.json for that checkpoint, or None.
     """
     method = record["method.name"]
@@ -35,10 +36,10 @@ def card(record: Record, evaluation: dict[str, Any] | None) -> str:
         "tags: [latent-reasoning, cache-augmentation]",
         "---",
         "",
-        "# A coprocessor for a frozen decoder",
+        "# A coprocessor for one decoder",
         "",
-        f"Method `{method}`, {latents}, step {record.step:,}. It belongs to one decoder alone:",
-        f"fingerprint `{record.fingerprint}`, `{record['decoder.path']}` where it was trained.",
+        f"Method `{method}`, {latents}, step {record.step:,}. It belongs to this decoder alone:",
+        f"fingerprint `{fingerprint}`, `{decoder}` where it was trained.",
         *_assistant(record),
         "",
         "```python",

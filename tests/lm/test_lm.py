@@ -877,6 +877,10 @@ MISTAKES = {
         lambda lm, d: lm.generate(["a"], top_p=0.0),
         "^top_p=0.0: expected above 0, at most 1",
     ),
+    "top_p of nothing drawn": (
+        lambda lm, d: lm.generate(["a"], top_p=0.9),
+        "^top_k=0, top_p=0.9: temperature=0 draws nothing",
+    ),
     "top_p 2": (
         lambda lm, d: lm.generate(["a"], top_p=2.0),
         "^top_p=2.0: expected above 0, at most 1",

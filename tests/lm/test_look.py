@@ -1,7 +1,6 @@
 """Looks into latents: attention weights against the naive reading, and words near to latents."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +85,7 @@ IN_ONE_CALL = {"pause_tokens", "static_tokens", "latent_tokens", "cartridge", "f
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.write])
 def test_the_calls_of_every_method(decoder, name):
-    """Traced only: the coprocessor's last call, where one is outside of loops, and the decoder's."""
+    """Traced only: the coprocessor's last call outside of loops, if any, and the decoder's."""
     method, model = METHODS[name], Transformer(decoder.config)
     own = (
         Transformer(dataclasses.replace(decoder.config, num_layers=1)) if method.own_size else None
