@@ -5,10 +5,10 @@
   python -m latent_delib.benchmark --decoder=DIR --benchmarks=gsm8k,arc_easy --out=DIR [--limit=N]
 
 Benchmarks are the names in configs/benchmarks.py, or `published`, or `offline`, which needs no
-network but the tasks that `make_tasks` writes, or qa:FILE, your own questions and answers in JSON
-lines, answered in full or not. Models: decoder; augmented, with the latents of
-WORKDIR, whatever its method, written once at the end of the prompt; zero_shot_cot, the decoder
-without worked examples, told to think step by step.
+network but the tasks that `make_tasks` writes, or qa:FILE, your own questions in JSON lines; an
+answer counts if all of it is right. Models: decoder; augmented, with the latents of WORKDIR,
+whatever its method, written once at the end of the prompt; zero_shot_cot, the decoder without
+worked examples, told to think step by step.
 
 Writes benchmarks.json to --out (may be gs://), a row saved as soon as it is there; run again, it
 does what is missing. Each document's result is in OUT/samples.
@@ -31,7 +31,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError, extra
 from latent_delib.job.record import Record
 from latent_delib.lm import load
-from latent_delib.lm.inputs import check_attention, check_rhythm
+from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_every, check_rhythm
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.command_line import REQUIRED, ROOT
@@ -67,6 +67,8 @@ class Subject(NamedTuple):
             "checkpoint": checkpoint,
             "step": r.step,
             "fingerprint": r.fingerprint,
+            "architecture": r.architecture,
+            "assistant": r.assistant,
         }
 
 
@@ -79,12 +81,12 @@ def main(flags: Any) -> None:
     rows = _read_rows(epath.Path(flags.out) / FILE, subject)
     harness = _import_harness(flags.confirm_run_unsafe_code)
     tasks = _load_tasks(harness, chosen, table, flags)
-    missing = []
+    wanted = []
     for name, row in chosen.items():
         for model in _split(flags.model):
-            asked = _asked(name, row, model, harness.kinds(tasks[name]), table, flags)
-            if not _is_there(rows, asked, flags.out):
-                missing.append(asked)
+            wanted.append(_asked(name, row, model, harness.kinds(tasks[name]), table, flags))
+    _check_joins(wanted, flags)
+    missing = [asked for asked in wanted if not _is_there(rows, asked, flags.out)]
     if missing:
         lm = _load_model(subject, missing, flags)
         for asked in missing:
@@ -119,7 +121,10 @@ def _chosen(table: dict[str, Any], benchmarks: str) -> dict[str, Row]:
     chosen: dict[str, Row] = {}
     for name in _split(benchmarks):
         if name.startswith(QUESTIONS):
-            chosen[Path(name).stem] = {"task": name, "shots": 0, "metric": "exact_match"}
+            stem = Path(name.removeprefix(QUESTIONS)).stem
+            if stem in sets or stem in chosen:
+                raise UserError(f"--benchmarks={name}: there is another {stem}; rename the file")
+            chosen[stem] = {"task": name, "shots": 0, "metric": "exact_match"}
             continue
         if name not in sets:
             raise UserError(f"--benchmarks={name}: there are {', '.join(sets)}, and qa:FILE")
@@ -157,6 +162,8 @@ def _find_subject(flags: Any) -> Subject:
         record = load.read_record(workdir, flags.step)
         decoder = load.decoder_of(workdir, record)
         config = record.config
+        own = record["method.every"]
+        check_rhythm(check_every(flags.every, own) or own, flags.delay)
         if METHODS[record["method.name"]].write is None:
             config = config | {"method": config["method"] | {"num_latents": 0}}
     elif flags.step is not None:
@@ -165,8 +172,11 @@ def _find_subject(flags: Any) -> Subject:
         decoder = flags.decoder
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
         record = Record(config, "")
-    fingerprint = folder.fingerprint(folder.locate(decoder))
-    record = dataclasses.replace(record, config=config, fingerprint=fingerprint)
+    where = folder.locate(decoder)
+    architecture = json.loads(json.dumps(folder.read_config(where).to_dict()))
+    record = dataclasses.replace(
+        record, config=config, fingerprint=folder.fingerprint(where), architecture=architecture
+    )
     if "augmented" in _split(flags.model) and not record["method.num_latents"]:
         raise UserError(
             "--model=augmented: there is no coprocessor; give the --workdir that trained one"
@@ -221,9 +231,10 @@ def _asked(
       kinds: the questions of its tasks; see `harness.kinds`.
     """
     is_cot = model == "zero_shot_cot"
-    if is_cot and kinds != {"generate_until"}:
+    if is_cot and (kinds != {"generate_until"} or row["task"].startswith(QUESTIONS)):
         raise UserError(
-            f"--model=zero_shot_cot: {name} has choices or text to score; nothing is generated"
+            f"--model=zero_shot_cot: {name} has choices, text to score or replies that are the "
+            "answer alone; there is no room to think"
         )
     again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
     late = model == "augmented" and "generate_until" in kinds  # a text that is read never waits
@@ -241,6 +252,14 @@ def _asked(
         "max_length": flags.max_length,
         "limit": flags.limit,
     }
+
+
+def _check_joins(wanted: Sequence[Row], flags: Any) -> None:
+    """Raises UserError for --every or --delay where no row takes it."""
+    for key in ("every", "delay"):
+        value = getattr(flags, key)
+        if value and not any(asked[key] for asked in wanted):
+            raise UserError(f"--{key}={value}: none of these rows has latents that join so")
 
 
 def _digest(name: str, task: str, table: dict[str, Any], flags: Any) -> str | None:
@@ -271,20 +290,21 @@ def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
 
     Raises:
       UserError: they are of another decoder or checkpoint, or `benchmark` did not write the file.
+        Older files lack some of the fields that say so.
     """
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text())
-        there = {key: found[key] for key in subject.about()}
         rows = {_label(row): row for row in found["rows"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not what `benchmark` writes ({type(error).__name__}: {error})"
         ) from None
     for key, here in subject.about().items():
-        if there[key] != here:
-            values = "" if key == "config" else f" ({there[key]}, here {here})"
+        there = found.get(key, here)
+        if there != here:
+            values = "" if isinstance(here, dict) else f" ({there}, here {here})"
             raise UserError(
                 f"{path}: its rows are of another {key}{values}; give another --out, or remove it"
             )
@@ -359,7 +379,7 @@ if __name__ == "__main__":
         __doc__,
         benchmarks=(REQUIRED, "names with commas between, or published, or offline, or qa:FILE"),
         out=(REQUIRED, "where to write"),
-        workdir=("", "of a training job"),
+        workdir=("", "of a training job; also an exported folder, hf:OWNER/NAME, packaged"),
         decoder=("", "a decoder folder, or `packaged`, where there is no workdir"),
         model=("decoder", "decoder, augmented, zero_shot_cot; several with commas between"),
         step=(None, "checkpoint step; the newest if left out"),
@@ -371,11 +391,7 @@ if __name__ == "__main__":
             8192,
             "tokens of a document and its answer; useful up to what the decoder was trained on",
         ),
-        attention=(
-            "auto",
-            "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu,"
-            " tokamax_gpu",
-        ),
+        attention=ATTENTION_FLAG,
         tasks=("runs/tasks", "the folder that make_tasks wrote"),
         table=("configs/benchmarks.py", "the benchmarks, a row each"),
         confirm_run_unsafe_code=(False, "let mbpp and humaneval run code that the model writes"),

@@ -16,8 +16,9 @@ from lm_eval.api.instance import Instance
 from scipy import optimize
 
 import latent_delib as ld
-from latent_delib import convert
-from latent_delib.lm import scoring
+from latent_delib import benchmark, convert
+from latent_delib.data.questions import Question
+from latent_delib.lm import load, scoring
 from latent_delib.measure import harness, scores
 from latent_delib.results import published
 from tests.run_command import run_command
@@ -260,7 +261,7 @@ def test_generation(lm):
     options = [
         {"until": [stop], "max_gen_toks": 12, "do_sample": False},
         {"until": ["\n\n\n"], "max_gen_toks": 5},
-        {"until": [stop, ""], "max_gen_toks": 12, "do_sample": False},
+        {"until": [stop, ""], "max_gen_toks": 12, "do_sample": False, "top_p": 0.9},
     ]
     adapter = harness.Adapter(lm, False)
     found = adapter.generate_until(instances("generate_until", *zip(prompts, options)))
@@ -508,6 +509,7 @@ def test_rows_and_resume(call, tmp_path):
         (4, 0, 0, ""),
     ]
     assert found["step"] == 4 and found["config"]["method"]["num_latents"] == 2
+    assert found["architecture"]["embed_dim"] > 0 and found["assistant"] == {}
     assert all(row["provenance"]["versions"]["lm_eval"] for row in found["rows"])
     assert call("chain_sum,syllogism", "decoder,augmented", every=4, delay=2) == (found, [])
     assert sorted(path.name for path in (tmp_path / "out" / "samples").iterdir()) == [
@@ -521,11 +523,15 @@ def test_rows_and_resume(call, tmp_path):
 
 
 def test_questions_of_your_own(call, lm, tmp_path, monkeypatch):
-    """Right in full or wrong, whatever spaces; of a reply with steps what follows them counts."""
+    """Right in full or wrong, whatever spaces; of a reply with steps what follows them counts.
+
+    They are asked as `Question.prompt` says.
+    """
     rows = [
         {"question": "the cat", "answer": "7"},
         {"question": "the dog", "answer": " a  hill", "steps": ["it ran"]},
         {"question": "rain", "answer": "7", "steps": ["it", "fell"]},
+        {"question": "hills", "answer": " [14,54]"},
     ]
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
@@ -533,18 +539,44 @@ def test_questions_of_your_own(call, lm, tmp_path, monkeypatch):
 
     def generate(self, prompts, new, stop, **_):
         asked.append(([self.tokenizer.decode(prompt[1:]) for prompt in prompts], new, stop))
-        return [" 7 ", " it ran #### a hill", " it fell #### 8"]
+        return [" 7 ", " it ran #### a hill", " it fell #### 8", " [14,54]"]
 
+    monkeypatch.setattr(Question, "prompt", lambda self: f"{self.question}?")
     monkeypatch.setattr(type(lm), "generate", generate)
     found, _ = call(f"qa:{file}")
     (row,) = found["rows"]
-    assert (row["benchmark"], row["documents"]) == ("mine", 3)
-    assert row["value"] == pytest.approx(100 * 2 / 3)
+    assert (row["benchmark"], row["documents"]) == ("mine", 4)
+    assert row["value"] == 75
+    samples = (tmp_path / "out" / "samples" / "mine.decoder.jsonl").read_text().splitlines()
+    assert [json.loads(line)["target"] for line in samples] == ["7", "a hill", "7", "[14,54]"]
     longest = len(" it fell #### 7\n")
-    prompts = ["the cat\nAnswer:", "the dog\nAnswer:", "rain\nAnswer:"]
+    prompts = ["the cat?", "the dog?", "rain?", "hills?"]
     assert asked == [(prompts, max(longest, len(" it ran #### a hill\n")), ["\n"])]
     file.write_text('{"question": "the cat"}\n')
     assert re.search(r"mine.jsonl: line 1: 'answer' is None", call(f"qa:{file}"))
+    file.write_text(json.dumps({"question": "a", "answer": "\ud800"}) + "\n")
+    assert "mine.jsonl: the task cannot be loaded (" in call(f"qa:{file}")
+    file.write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
+    assert "--model=zero_shot_cot: mine has" in call(f"qa:{file}", "zero_shot_cot")
+
+
+def test_names_of_files_of_questions():
+    for name, row in (("qa:test.jsonl", "test"), ("qa:x/countdown.test.jsonl", "countdown.test")):
+        assert list(benchmark._chosen(TABLE, name)) == [row]
+
+
+def test_a_rhythm_of_its_own(call, monkeypatch):
+    """Refused before the decoder's row is made."""
+    read = load.read_record
+
+    def recurring(*args):
+        found = read(*args)
+        method = found.config["method"] | {"every": 4}
+        return dataclasses.replace(found, config=found.config | {"method": method})
+
+    monkeypatch.setattr(load, "read_record", recurring)
+    assert "every=2: latents join again after each 4" in call("chain_sum", every=2)
+    assert "delay=4: expected less than every=4" in call("chain_sum", delay=4)
 
 
 def test_a_quick_look_gives_way_to_more_documents(call):
@@ -594,6 +626,9 @@ def test_rows_made_in_another_way_are_refused(call, trained, tmp_path):
     assert "another config" in call("syllogism", workdir="", decoder="packaged")
     assert "chain_sum has answers of up to 16 tokens" in call("chain_sum", max_length=17)
     file = tmp_path / "out" / "benchmarks.json"
+    later = ("architecture", "assistant")  # fields that older files lack
+    file.write_text(json.dumps({key: written[key] for key in written if key not in later}))
+    assert call("syllogism")[1] == []
     file.write_text(json.dumps(written | {"fingerprint": "0"}))
     assert "another fingerprint (0, here " in call("syllogism")
     file.write_text('{"rows": 3}')
@@ -661,13 +696,22 @@ MISTAKES = {
     "workdir": (dict(decoder="", workdir="nowhere"), "nowhere: holds no checkpoints"),
     "latents": (dict(model="augmented"), "--model=augmented"),
     "cot": (dict(model="zero_shot_cot"), "--model=zero_shot_cot: syllogism"),
+    "unused every": (dict(every=2), "--every=2: none of these rows"),
+    "unused delay": (
+        dict(decoder="", workdir="trained", model="augmented", delay=2),
+        "--delay=2: none of these rows",
+    ),
+    "questions of a known name": (dict(benchmarks="qa:x/gsm8k.jsonl"), "rename the file"),
+    "questions of one name": (dict(benchmarks="qa:a/t.jsonl,qa:b/t.jsonl"), "rename the file"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(call, decoder_folder, tmp_path, name):
+def test_mistakes(call, decoder_folder, trained, tmp_path, name):
     """One line; nothing is written."""
     changes, words = MISTAKES[name]
+    if changes.get("workdir") == "trained":
+        changes = changes | {"workdir": trained}
     line = call(**{"benchmarks": "syllogism", "workdir": "", "decoder": decoder_folder} | changes)
     assert line.startswith("error: ") and words in line and "\n" not in line
     assert not (tmp_path / "out").exists()

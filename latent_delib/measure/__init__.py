@@ -1,1 +1,1 @@
-"""How good a model is: perplexity of the n-th token ahead, and the benchmarks of lm-eval."""
+"""How good a model is: perplexity n tokens ahead, lm-eval's benchmarks, questions in training."""

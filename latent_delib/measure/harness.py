@@ -1,14 +1,15 @@
 """Runs the lm-eval harness over our models: loads its tasks, and adapts a model to it.
 
-It is imported only where it is used. Token for token it asks what the harness's own `hf` model asks
-with add_bos_token=True. It differs where that model does not keep BOS: here BOS stays when a prompt
-is cut, and each piece of a long text begins with it.
+It is imported only where it is used. Its prompts are, token for token, those of the harness's `hf`
+model with add_bos_token=True, but for two: BOS stays when a prompt is cut, and each piece of a long
+text begins with BOS.
 """
 
+import contextlib
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from latent_delib.data import questions
+from latent_delib.data.questions import Question
 from latent_delib.errors import UserError, reason
 from latent_delib.lm import sampling
 from latent_delib.lm.model import AugmentedLM
@@ -118,6 +120,9 @@ class Adapter(TemplateLM):
             if unknown:
                 task = requests[some[0]].task_name
                 raise UserError(f"{task}: generation_kwargs {sorted(unknown)} are not supported")
+            sampler = {"temperature": 1.0 if drawn else 0.0} | kwargs
+            if not sampler["temperature"]:
+                sampler = {}  # nothing is drawn, whatever else the task says of it
             prompts = []
             for i in some:
                 prompt = self.tok_encode(self._with_cot(requests[i].args[0]))
@@ -132,7 +137,7 @@ class Adapter(TemplateLM):
                 delay=self.delay,
                 batch_size=self.rows,
                 progress=Progress("decoded", new * len(some), "tokens"),
-                **{"temperature": 1.0 if drawn else 0.0} | kwargs,
+                **sampler,
             )
             found.update(zip(some, texts))
         return [found[i] for i in range(len(requests))]
@@ -161,24 +166,21 @@ def load_local_task(task: str, folder: str) -> Tasks:
         raise UserError(
             f"{path}: no such file; `python -m tools.make_tasks --out={folder}` makes it"
         )
-    try:
+    with _loading(path):
         spec = yaml.safe_load(path.read_text())
         files = spec["dataset_kwargs"]["data_files"]
         for split, name in files.items():
             files[split] = str((path.parent / name).resolve())
             _check_json_lines(files[split])
         return TaskManager(include_defaults=False).load([spec])
-    except UserError:
-        raise
-    except Exception as error:  # yaml and datasets raise many kinds
-        raise UserError(f"{path}: the task cannot be loaded ({reason(error)})") from None
 
 
 def load_questions(path: str) -> Tasks:
     """Makes a task of a file of questions and answers (see `data.questions`).
 
     Raises:
-      UserError: the file is missing or empty, or a line is not of the form.
+      UserError: the file is missing or empty, a line is not of the form, or has what `datasets`
+        cannot read.
     """
     replies = []
     try:
@@ -195,14 +197,25 @@ def load_questions(path: str) -> Tasks:
         replies.append(question.reply(bool(question.steps)))
     if not replies:
         raise UserError(f"{path}: holds no questions")
-    spec = {
+    with _loading(path):
+        return TaskManager(include_defaults=False).load([_task_of_questions(path, replies)])
+
+
+def _task_of_questions(path: str, replies: Sequence[str]) -> dict[str, Any]:
+    """Returns a task, as the harness's own yaml files describe one, of a file of questions."""
+
+    def asked(doc: dict[str, Any]) -> Question:
+        return Question(doc["question"], doc["answer"])
+
+    return {
         "task": Path(path).stem,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(Path(path).resolve())}},
         "test_split": "test",
         "output_type": "generate_until",
-        "doc_to_text": f"{{{{question}}}}\n{questions.PROMPT_END}",
-        "doc_to_target": "{{answer.split() | join(' ')}}",
+        # No templates: the harness makes a list of a target in brackets.
+        "doc_to_text": lambda doc: asked(doc).prompt(),
+        "doc_to_target": lambda doc: asked(doc).reply(with_steps=False).strip(),
         "target_delimiter": " ",
         "generation_kwargs": {
             "until": [questions.STOP],
@@ -220,7 +233,17 @@ def load_questions(path: str) -> Tasks:
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
     }
-    return TaskManager(include_defaults=False).load([spec])
+
+
+@contextlib.contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    """Raises UserError that names the file, whatever making a task of it raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # yaml and datasets raise many kinds
+        raise UserError(f"{path}: the task cannot be loaded ({reason(error)})") from None
 
 
 def _check_json_lines(path: str) -> None:
@@ -279,7 +302,7 @@ def run_tasks(
     """Returns the harness's result for each document and each filter it goes through.
 
     Args:
-      loaded: from `load_local_task` or `load_public_task`.
+      loaded: from `load_local_task`, `load_questions` or `load_public_task`.
       shots: worked examples in each prompt.
       limit: only the first so many documents of each task.
       unsafe_code: code that the model writes may run.
