@@ -20,7 +20,7 @@ from etils import epath
 from latent_delib.delib.coprocessor import Inserted
 from latent_delib.errors import UserError
 from latent_delib.lm import load, look
-from latent_delib.lm import model as lm
+from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import commands, files
 from latent_delib.machine.command_line import FOLDERS, REQUIRED
 from latent_delib.results import costs, figures, published, runs, tables
@@ -48,8 +48,10 @@ class Look(NamedTuple):
 def main(flags: Any) -> None:
     if os.path.isfile(flags.out):
         raise UserError(f"--out={flags.out}: is a file, expected a folder")
+    if flags.text != TEXT and not flags.look:
+        raise UserError(f"--text={flags.text!r}: is for --look=WORKDIR; give both")
     found = runs.find(flags.folders)
-    every = [*tables.tables(found), costs.compare(found)]
+    every = [*tables.tables(found), costs.table(found)]
     if flags.against:
         every.append(compare(found, flags.against))
     seen = look_into(flags.look, flags.text) if flags.look else None
@@ -109,17 +111,17 @@ def _link(picture: Picture) -> str:
 
 
 def look_into(workdir: str, text: str) -> Look:
-    """Looks into latents of a workdir's newest checkpoint, before the last AHEAD tokens of a text.
+    """Looks into latents before the last AHEAD tokens of a text.
+
+    They are those of a workdir's newest checkpoint, or of an export.
 
     Raises:
       UserError: there is no such checkpoint, its method has no latents, its decoder is not on disk,
         or the text is too short or too long.
     """
-    if not (epath.Path(workdir) / "checkpoints").is_dir():
-        raise UserError(f"--look={workdir}: holds no checkpoints; train it first")
     record = load.read_record(workdir)
     decoder = load.load_decoder(load.decoder_of(workdir, record))
-    model = lm.AugmentedLM(decoder, load.load_coprocessor(workdir, record.step))
+    model = AugmentedLM(decoder, load.load_coprocessor(workdir, record.step))
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
         raise UserError(
@@ -183,6 +185,6 @@ if __name__ == "__main__":
         folders=(FOLDERS, "folders of finished runs, with all that lies below them"),
         out=(REQUIRED, "where to write"),
         against=("", "a folder with documents.npz, that of the run to compare with"),
-        look=("", "a workdir whose latents are looked into"),
+        look=("", "a workdir, or an export, whose latents are looked into"),
         text=(TEXT, "what they are looked at in"),
     )

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import small
 from etils import epath
 
 import latent_delib as ld
-from latent_delib import evaluate, report
+from latent_delib import convert, evaluate, report
 from latent_delib.delib.coprocessor import Inserted
 from latent_delib.job import estimate, experiment
-from latent_delib.results import against, entries, figures, forms, published, runs, tables
+from latent_delib.results import against, costs, entries, figures, forms, published, runs, tables
 from tools import pack_results
 
 FINGERPRINT = "ab12cd34ef56" + 52 * "0"
@@ -295,6 +296,10 @@ def test_tables_of_variants(by_name):
         ("delay 2", "B1", "10.00 [8.00, 12.00]"),
     ]
     assert len(by_name["0_runs"].rows) == 12
+    of_section_3 = [name for name, table in by_name.items() if "(Section 3)" in table.title]
+    assert of_section_3 == [
+        name for name in by_name if name[:2] in ("3_", "4_", "5_", "6_", "7_", "8_")
+    ]
 
 
 def test_what_is_one_entry_and_what_is_not(tmp_path):
@@ -393,6 +398,38 @@ def test_late_latents_are_the_asynchronous_table_and_controls_are_in_none(tmp_pa
     assert ours["8_asynchronous"] == [what, f"{what}, delay 2"] and ours["7_ahead_tokens"] == [what]
     assert ours["0_runs"] == [what, f"{what}, latents of another text", f"{what}, delay 2"]
     assert [row[1] for row in by_name["1_perplexity"] if row[2]] == [what]
+
+
+def test_costs(tmp_path):
+    """Of files alone: no decoder is there; in older ones the config has a part of its sizes."""
+    of = config(num_traces=4) | {"train": {"batch_size": 2}, "data": {"seq_len": 32}}
+    of["decoder"] = {"path": "nowhere", "architecture": {"num_layers": 2}}
+    architecture = json.loads(json.dumps(small.GEMMA.to_dict()))
+    for name, text, more in (
+        ("old", "seen", {}),
+        ("run/evaluations/60", "seen", {"architecture": architecture}),
+        ("run/other", "unseen", {"architecture": architecture}),
+    ):
+        of["data"] = {"seq_len": 32, "validation": [text]}
+        perplexity(tmp_path / name, -1.0, of)
+        path = tmp_path / name / "perplexity.json"
+        checkpoint = f"{name.partition('/')[0]}/checkpoints/180"
+        write(path, json.loads(path.read_text()) | {"checkpoint": checkpoint} | more)
+    metrics = {"step": 10, "loss": 4.5, "step_seconds": 0.25}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    table = costs.table(runs.find([str(tmp_path)]))
+    old, unseen, seen = [dict(zip(table.columns, row)) for row in table.rows]
+    assert old["trained parameters"] == old["ms per step"] == ""
+    assert seen["trained parameters"] == unseen["trained parameters"] != ""
+    assert [str(row["ms per step"]) for row in (unseen, seen)] == ["", "250"]
+    what = "cache augmentation, after, 16 ahead tokens, step 180, seed 3"
+    assert [seen["what"], unseen["what"]] == [f"{what}, on seen", f"{what}, on unseen"]
+
+
+def test_the_step_of_an_export():
+    """A folder's name may be a number; of older files it tells the step."""
+    for data, step in (({"checkpoint": "shared/2", "step": 9}, 9), ({"checkpoint": "w/7"}, 7)):
+        assert runs.Result("", Path("x"), data).step == step
 
 
 def test_runs_of_different_text_or_size_are_no_line(tmp_path):
@@ -654,8 +691,9 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     assert "folders" in error("--folders=runs", out)
     assert (
         error("runs", out, f"--look={tmp_path}")
-        == f"error: --look={tmp_path}: holds no checkpoints; train it first"
+        == f"error: {tmp_path}: holds no checkpoints; train it first"
     )
+    assert error("runs", out, "--text=a") == "error: --text='a': is for --look=WORKDIR; give both"
     (tmp_path / "file").write_text("")
     in_file = f"--out={tmp_path / 'file'}"
     assert error("runs", in_file) == f"error: {in_file}: is a file, expected a folder"
@@ -667,13 +705,14 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
 
 
 def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, capsys, monkeypatch):
-    """What `train` and `evaluate` really write, and a look into the latents of the checkpoint."""
+    """What `train` and `evaluate` really write, and a look into the latents of its export."""
+    convert.convert(str(trained), str(tmp_path / "export"))
     evaluate.evaluate(make_config(), str(trained), str(tmp_path / "evaluated"))
     text = max(texts["validation"], key=len)
     flags = SimpleNamespace(
         folders=[str(trained), str(tmp_path)],
         out=str(tmp_path / "out"),
-        look=str(trained),
+        look=str(tmp_path / "export"),
         text=text,
         against=str(tmp_path / "evaluated"),
     )

@@ -145,6 +145,7 @@ class Record:
         return cls(
             config=result["config"],
             fingerprint=result["fingerprint"],
+            architecture=result.get("architecture", {}),
             step=result.get("step"),
             assistant=result.get("assistant", {}),
         )

@@ -1,1 +1,1 @@
-"""Finished runs beside the published figures. Only `report` and `evaluate` import it."""
+"""Finished runs beside the published figures. Only commands import it."""

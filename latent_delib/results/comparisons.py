@@ -14,9 +14,8 @@ BOTH = {"decoder", PAPER}
 class Comparison(NamedTuple):
     """A table that compares kinds of runs.
 
-    lines: the published ones. about: the kinds it is about; without a run of one of them it has
-    published lines only. beside: the kinds that are beside those. same_checkpoint: of these only
-    the checkpoints that the table is about.
+    lines: the published ones. about: kinds that make the table; without one it has published lines
+    alone. beside: kinds shown with them. same_checkpoint: only checkpoints that `about` has.
     """
 
     name: str
@@ -30,38 +29,38 @@ class Comparison(NamedTuple):
 COMPARISONS = (
     Comparison(
         "3_pause_tokens",
-        "Pause tokens (Goyal et al. 2023) against cache augmentation",
+        "Pause tokens (Goyal et al. 2023) against cache augmentation (Section 3)",
         published.PAUSE_TOKENS,
         {"pause_tokens", "static_tokens"},
     ),
     Comparison(
         "4_zero_shot_cot",
-        "Zero-shot chain of thought against cache augmentation",
+        "Zero-shot chain of thought against cache augmentation (Section 3)",
         published.ZERO_SHOT_COT,
         {"zero_shot_cot"},
     ),
     Comparison(
         "5_coprocessors",
-        "Coprocessors from scratch and as low-rank parts",
+        "Coprocessors from scratch and as low-rank parts (Section 3)",
         published.COPROCESSORS,
         {"from_scratch", "lora"},
     ),
     Comparison(
         "6_last_layer",
-        "Last-layer activations instead of the cache",
+        "Last-layer activations instead of the cache (Section 3)",
         published.LAST_LAYER,
         {"last_layer"},
     ),
     Comparison(
         "7_ahead_tokens",
-        "Ahead tokens in training",
+        "Ahead tokens in training (Section 3)",
         published.NUM_AHEAD,
         {PAPER},
         {"decoder"},
     ),
     Comparison(
         "8_asynchronous",
-        "Asynchronous coprocessor: latents that come some tokens late",
+        "Asynchronous coprocessor: latents that come some tokens late (Section 3)",
         published.DELAY,
         {"late"},
         same_checkpoint=True,

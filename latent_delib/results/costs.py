@@ -1,5 +1,7 @@
 """The table of all methods: what each costs in training, and what it gains."""
 
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ from latent_delib.job import plan as planning
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer
 from latent_delib.results import tables
-from latent_delib.results.entries import Entry, entries, is_control, label
+from latent_delib.results.entries import Entry, entries, is_control, label, text_of
 from latent_delib.results.forms import Figure, Row, Table, score
 from latent_delib.results.runs import PERPLEXITY, Result, Runs
 from latent_delib.weights import folder
@@ -30,19 +32,20 @@ class Costs(NamedTuple):
     step_flops: float
 
 
-def compare(found: Runs) -> Table:
+def table(found: Runs) -> Table:
     """Makes the table of all trained models: the costs of each, its changes, its scores.
 
-    Controls are left out. GFLOP are those that the method needs if nothing is computed twice; ms
-    are the median over the rows of metrics.jsonl, on the machine that trained.
+    Controls are left out. GFLOP counts nothing twice. ms is the median of metrics.jsonl, on the
+    machine that trained.
     """
     ours = [entry for entry in entries(found) if is_trained(entry) and not is_control(entry)]
+    texts = {text_of(entry.result) for entry in ours if entry.perplexity}
     benchmarks: dict[str, None] = {}
     rows: list[Row] = []
     used: list[Result] = []
     for entry in ours:
         benchmarks |= dict.fromkeys(entry.scores)
-        rows.append(_row(entry, found))
+        rows.append(_row(entry, found, len(texts) > 1))
         used += entry.results
     columns = ["what", "latents", "from", *COSTS, *AHEAD, *benchmarks]
     return tables.finished("12_costs", "What every method costs and gains", columns, rows, used)
@@ -53,20 +56,22 @@ def is_trained(entry: Entry) -> bool:
     return entry.model == "augmented" or entry.trained
 
 
-def _row(entry: Entry, found: Runs) -> Row:
+def _row(entry: Entry, found: Runs, names_text: bool) -> Row:
     """Returns the line of one model."""
     keys = [result.key for result in entry.results]
     row: Row = {"what": label(entry), "latents": entry.latents or "", "from": " ".join(keys)}
+    if names_text and entry.perplexity:
+        row["what"] = f"{row['what']}, on {text_of(entry.result)}"
     costs = of(entry.result)
     if costs is not None:
         row["trained parameters"] = Figure(costs.parameters, WHOLE)
         row["GFLOP per step"] = Figure(costs.step_flops / 1e9, TENTHS)
     if entry.result.step:
         row["steps"] = Figure(entry.result.step, WHOLE)
-    seconds = found.step_seconds.get(entry.result.path.parent)
-    if seconds is not None:
-        row["ms per step"] = Figure(1000 * seconds, WHOLE)
     for result in entry.results:
+        seconds = found.step_seconds.get(_workdir(result.path.parent))
+        if seconds is not None:
+            row["ms per step"] = Figure(1000 * seconds, WHOLE)
         if result.path.name == PERPLEXITY:
             row |= tables.changes(result.data["rows"])
     for benchmark, (scored, _) in entry.scores.items():
@@ -74,32 +79,39 @@ def _row(entry: Entry, found: Runs) -> Row:
     return row
 
 
+def _workdir(folder: Path) -> Path:
+    """Returns the workdir of a result's folder, which may be WORKDIR/evaluations/STEP."""
+    return folder.parents[1] if folder.parent.name == "evaluations" else folder
+
+
 def architecture_of(result: Result) -> TransformerConfig | None:
-    """Returns a run's decoder: its config's, or that of its folder, if this is still the same."""
-    config = result.record
-    fields = config["decoder.architecture"]
-    if fields:
-        return TransformerConfig.from_dict(fields, str(result.path))
-    try:
-        decoder = folder.locate(config["decoder.path"])
-        if folder.fingerprint(decoder) == config["decoder.fingerprint"]:
+    """Returns the architecture of a run's decoder.
+
+    Where the file does not tell it, as older ones, it is the config's, if this is whole, or that of
+    the decoder's folder, if this is still the same.
+    """
+    record = result.record
+    for fields in (record.architecture, record["decoder.architecture"]):
+        with suppress(UserError):  # a part of it
+            return TransformerConfig.from_dict(fields or {}, str(result.path))
+    with suppress(UserError):  # it is not here
+        decoder = folder.locate(record["decoder.path"])
+        if folder.fingerprint(decoder) == record.fingerprint:
             return folder.read_config(decoder)
-    except UserError:
-        pass  # it is not here
     return None
 
 
 def of(result: Result) -> Costs | None:
     """Returns the costs of a run; None where its decoder's sizes or its method are not known."""
-    config = result.record
+    record = result.record
     method = result.method
     decoder = architecture_of(result)
     if decoder is None or method["name"] not in METHODS:
         return None
     changed = method.get("coprocessor")
     coprocessor = build.coprocessor_config(decoder, changed) if changed else decoder
-    if config.assistant:
-        coprocessor = TransformerConfig(**config.assistant["architecture"])
+    if record.assistant:
+        coprocessor = TransformerConfig(**record.assistant["architecture"])
     aug = Augmentation(
         Transformer(decoder),
         method["name"],
@@ -110,12 +122,12 @@ def of(result: Result) -> Costs | None:
         distill=method.get("distill", 0.0),
     )
     init = parameters.init_trainable(aug, method.get("lora_rank", 0))
-    begun_from = coprocessor if config.assistant else decoder
+    begun_from = coprocessor if record.assistant else decoder
     trained = jax.eval_shape(init, jax.random.key(0), folder.shapes(begun_from))
     counted = cost.step_flops(
         aug,
-        config["train.batch_size"],
-        config["data.seq_len"],
+        record["train.batch_size"],
+        record["data.seq_len"],
         method["num_traces"],
         method["num_ahead"],
     )

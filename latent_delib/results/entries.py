@@ -72,8 +72,8 @@ def entry_of(result: Result) -> Entry:
 def entries(runs: Runs) -> list[Entry]:
     """Collects perplexity and benchmarks of each checkpoint in one entry.
 
-    Decoders come first, then entries by number of latents. Each text, each control, and each other
-    evaluation with other figures has an entry of its own.
+    Decoders come first, then entries by number of latents. An evaluation of another text, with a
+    control, or with other figures is an entry of its own.
     """
     found: list[Entry] = []
     for result in runs.perplexity:

@@ -67,8 +67,10 @@ class Result(NamedTuple):
     @property
     def step(self) -> int | None:
         """Returns the checkpoint's step; in older files only its folder's name tells it."""
+        if self.data.get("step") is not None:
+            return self.data["step"]
         name = os.path.basename(self.checkpoint or "")
-        return int(name) if name.isdecimal() else self.data.get("step")
+        return int(name) if name.isdecimal() else None
 
     @property
     def decoder(self) -> str:

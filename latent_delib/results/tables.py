@@ -39,8 +39,7 @@ def tables(runs: Runs) -> list[Table]:
         _benchmarks(every),
     ]
     for each in COMPARISONS:
-        title = f"{each.title} (Section 3)"
-        made.append(_variants(each.name, title, each.lines, entries_in(each, every)))
+        made.append(_variants(each.name, each.title, each.lines, entries_in(each, every)))
     made.append(_perplexity("11_every_method", every_run, runs.perplexity))
     return made
 
