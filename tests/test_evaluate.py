@@ -137,6 +137,7 @@ def test_a_checkpoint(make_config, trained, evaluated, logprobs, documents, piec
         "step",
         "fingerprint",
         "assistant",
+        "architecture",
         "text",
         "provenance",
     }

@@ -175,7 +175,7 @@ def test_soft_tokens_do_not_repeat_when_all_rows_are_taken():
     decoder = DECODER | {"embedding": DECODER["embedding"][:L]}
     soft = begin("static_tokens", 0, decoder)["coprocessor"]["soft_tokens"]
     np.testing.assert_array_equal(np.sort(soft[:, 0]), np.sort(decoder["embedding"][:, 0]))
-    with pytest.raises(UserError, match=f"{L} latents.* {L - 1}"):
+    with pytest.raises(UserError, match=f"num_latents={L}: .* {L - 1}"):
         begin("static_tokens", 0, DECODER | {"embedding": DECODER["embedding"][: L - 1]})
 
 
