@@ -104,14 +104,21 @@ def pad_tails(
     tails: Sequence[Sequence[int]],
     rows: int,
     pad_id: int,
+    shards: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pads the continuations of a batch of prompts.
+
+    Args:
+      rows: of the batch, those that only fill it included.
+      shards: devices that share M; they share it evenly, or one continuation has them all.
 
     Returns:
       int32 [rows, M, A], padded on the right, and where no padding is, bool [rows, M, A].
     """
-    M = max(power(len(question.members)) for question in batch)
-    longest = max(len(tails[i]) for question in batch for i in question.members)
+    M = max(power(len(group.members)) for group in batch)
+    if M > 1:
+        M = round_up(M, shards)
+    longest = max(len(tails[i]) for group in batch for i in group.members)
     tails_BMA = np.full((rows, M, round_up(longest, 8)), pad_id, np.int32)
     inside_BMA = np.zeros(tails_BMA.shape, bool)
     for b, group in enumerate(batch):

@@ -340,9 +340,7 @@ class AugmentedLM:
         if delay is not None:
             return partial(compiled.write_after, self.params, aug=self.aug)
         if self.coprocessor_mesh is None:
-            raise UserError(
-                "delay=None: give the coprocessor devices of its own (coprocessor_mesh)"
-            )
+            raise UserError("delay=None: give the coprocessor its own devices (coprocessor_mesh)")
         where = (self.params_beside, self.aug_beside, self.coprocessor_mesh, self.mesh)
         return partial(decoding.attempt, decoding.write_beside, *where)
 
@@ -354,7 +352,10 @@ class AugmentedLM:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns each continuation's log p, and whether it is the greedy one, [B, M]."""
         text, length = self._pad([group.head for group in batch])
-        tails_BMA, inside_BMA = batching.pad_tails(batch, tails, len(length), self.tokenizer.pad_id)
+        traces = mesh_lib.shards(self.mesh, "traces")
+        tails_BMA, inside_BMA = batching.pad_tails(
+            batch, tails, len(length), self.tokenizer.pad_id, traces
+        )
         aug = self.aug if augment else self.plain
         logp_BMA, likeliest_BMA = scoring.score_tails(
             self.params, text, length, self._rows(tails_BMA), aug=aug, dtype=self.dtype

@@ -18,7 +18,7 @@ from latent_delib.delib.methods import param_axes
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.job import build
 from latent_delib.job.record import Record
-from latent_delib.lm import compiled, decoding, load
+from latent_delib.lm import batching, compiled, decoding, load
 from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.machine.checkpoint import Checkpoints
@@ -367,6 +367,13 @@ def test_a_control_token_ends_a_text_that_shows_no_trace_of_it(decoder, lms):
             tokens[: min([*np.flatnonzero(tokens == whole[0][3]), NEW])]
         )
     assert len(found[0].text) <= 3
+
+
+def test_devices_share_the_continuations_of_a_prompt_evenly():
+    """Or one continuation is on all of them."""
+    for tails, shape in (([[3], [4, 5]], (1, 4, 8)), ([[3]], (1, 1, 8))):
+        group = batching.Group([2], list(range(len(tails))), (len(tails), 2))
+        assert batching.pad_tails([group], tails, 1, 0, shards=4)[0].shape == shape
 
 
 def test_few_shapes_are_compiled(lms):
@@ -837,7 +844,7 @@ MISTAKES = {
     ),
     "no device": (
         lambda lm, d: lm.generate(["a"], delay=None),
-        "delay=None: give the coprocessor devices of its own",
+        "delay=None: give the coprocessor its own devices",
     ),
     "one prompt": (lambda lm, d: lm.generate("a cat"), "prompts='a cat': expected a list"),
     "one text": (lambda lm, d: lm.rolling_logprobs("a cat"), "texts='a cat': expected a list"),
