@@ -54,6 +54,15 @@ PANELS = (
             32000: "lab/steps_x4@0",
         },
     ),
+    Panel(
+        "latents",
+        {
+            4: "lab/overlay_4@0",
+            8: "lab/overlay_8@0",
+            16: "lab/overlay@0",
+            32: "lab/overlay_32@0",
+        },
+    ),
 )
 
 
@@ -62,7 +71,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "latent_delib"  # the same runs give the same bytes
     figure, grid = pyplot.subplots(
-        1, len(PANELS), figsize=(8.0, 3.2), sharey=True, layout="constrained"
+        1, len(PANELS), figsize=(10.0, 3.2), sharey=True, layout="constrained"
     )
     for axes, panel in zip(grid, PANELS, strict=True):
         draw_panel(axes, panel)
