@@ -133,16 +133,19 @@ def test_it_is_evaluated_against_the_decoder_that_was_frozen(
 def test_training_begins_with_all_that_another_run_has_trained(job, make_config):
     """The decoder too; with another number of latents where one vector stands for all."""
     variant, config, workdir = job
-    start = {"method.start": f"{workdir}/checkpoints/4"}
+    start = changes(variant) | {
+        "method.assistant": config.method.assistant,
+        "method.start": f"{workdir}/checkpoints/4",
+    }
     more = {"method.num_latents": config.method.num_latents + 1}
     if "lora" in variant:
         said = "adapters of a trained decoder|method.lora_rank is 2 there, 0 here"
         with pytest.raises(UserError, match=said):
-            begun(make_config(changes(variant) | start))
+            begun(make_config(start))
         return
     tree = small.weights_of(workdir, 4)
-    jax.tree.map(np.testing.assert_array_equal, begun(make_config(changes(variant) | start)), tree)
-    of_more = make_config(changes(variant) | start | more)
+    jax.tree.map(np.testing.assert_array_equal, begun(make_config(start)), tree)
+    of_more = make_config(start | more)
     if variant == "feedback":
         jax.tree.map(np.testing.assert_array_equal, begun(of_more), tree)
         return
