@@ -132,8 +132,6 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     loader = text.batches(
         batch_size=t.batch_size, seed=exp.config.seed, rows=rows, start_step=first
     )
-    if exp.start and (found is None or exp.adapts_start):
-        parameters.check_start(exp)
     state, frozen = place_state(exp, plan, found)
 
     # Compile.
@@ -229,6 +227,8 @@ def trees_of(state: TrainState) -> dict[str, Any]:
 
 def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[TrainState, Params]:
     """Returns the state to train, restored or new, and the frozen parameters, on the mesh."""
+    if exp.start and (found is None or exp.adapts_start):
+        parameters.check_start(exp)
     frozen = parameters.load_frozen(exp) if plan.frozen else {}
     if found is None:
         trainable, opt_state = init_state(exp, plan, frozen)
