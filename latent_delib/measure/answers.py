@@ -101,14 +101,15 @@ def _named(name: str, figure: scores.Figure) -> dict[str, float]:
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
-def _check_lengths(asked: list[Asked], room: int) -> None:
-    for question in asked:
-        tokens = len(question.prompt) + max(len(question.reply), question.room)
-        if tokens > room:
-            raise UserError(
-                f"config.data.validation: a question and its reply may have {tokens} tokens, "
-                f"expected at most {room}: the decoder's learned positions"
-            )
+def _check_lengths(asked: list[Asked], positions: int) -> None:
+    """Raises UserError where the longest question leaves no room for the longest reply."""
+    prompt = max((len(each.prompt) for each in asked), default=0)
+    reply = max((max(each.room, len(each.reply)) for each in asked), default=0)
+    if prompt + reply > positions:
+        raise UserError(
+            f"config.data.validation: a question has {prompt} tokens, and a reply up to {reply}; "
+            f"expected {positions} together at most, the decoder's learned positions"
+        )
 
 
 def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:

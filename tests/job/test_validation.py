@@ -180,7 +180,8 @@ def test_the_rows(make_config, sources, tmp_path):
     assert not np.array_equal(both["tokens"][:4], of_text)
 
 
-def test_what_is_refused(make_config, tmp_path):
+def test_what_is_refused(make_config, tmp_path, capsys):
+    """Before the step is compiled, whether the decoder is frozen or trained."""
     for changes, words in (
         ({"train.validate_every": 3, "train.log_every": 2}, "validate_every=3.*log_every=2"),
         ({"train.validate_every": 1, "data.validation": ()}, "config.data.validation: empty"),
@@ -194,11 +195,12 @@ def test_what_is_refused(make_config, tmp_path):
                 "method.prompt_end": "nowhere is this",
                 "method.name": "decoder",
             },
-            "config.data.validation: no token to predict",  # not at the first validation
+            "config.data.validation: no token to predict",
         ),
     ):
         with pytest.raises(UserError, match=words):
             train.train(make_config(changes), str(tmp_path))
+        assert "compiled in" not in capsys.readouterr().out
 
 
 def test_the_loss_without_latents_is_of_the_same_tokens(make_config):

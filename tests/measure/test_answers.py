@@ -11,6 +11,7 @@ import small
 import latent_delib as ld
 from latent_delib import prepare, train
 from latent_delib.data import questions
+from latent_delib.errors import UserError
 from latent_delib.job import experiment, parameters
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.measure import answers
@@ -74,6 +75,14 @@ def test_what_is_asked(config_of, write, sources, monkeypatch, kind):
         assert found.reply == encode(question.reply(kind == "qa_steps"))
         assert found.answer == " ".join(question.answer.split())
         assert found.room == len(question.reply(kind == "qa_steps"))
+
+
+def test_a_question_has_room_among_learned_positions():
+    """The longest one, with the longest reply: they are asked in batches."""
+    asked = [answers.Asked([2] * 5, [3], "", 1), answers.Asked([2], [3] * 4, "", 2)]
+    answers._check_lengths(asked, 9)
+    with pytest.raises(UserError, match="has 5 tokens, and a reply up to 4; expected 8 together"):
+        answers._check_lengths(asked, 8)
 
 
 def test_what_counts(config_of, write, monkeypatch):
