@@ -180,21 +180,20 @@ def decode(
       tokens.
     """
     embedding_VD = params["decoder"]["embedding"].astype(cache.k.dtype)
-    ahead_BMXD = transformer.embed(embedding_VD, traces.inputs, aug.transformer.config)
+    x_BMSD = transformer.embed(embedding_VD, traces.inputs, aug.transformer.config)
+    bounds = traces.bounds
     given = None
-    if isinstance(z, Inserted):  # no vectors enter: every layer overwrites the zeros in their place
+    if isinstance(z, Inserted):
         given = KV(jnp.moveaxis(z.k, 2, 0), jnp.moveaxis(z.v, 2, 0))
-        B, M, _, D = ahead_BMXD.shape
-        z = jnp.zeros((B, M, aug.num_latents, D), ahead_BMXD.dtype)
-    x_BMSD = jnp.concatenate([z, ahead_BMXD], axis=2)
+        bounds = jax.tree.map(lambda x: x[:, :, aug.num_latents :], bounds)
+    else:
+        x_BMSD = jnp.concatenate([z, x_BMSD], axis=2)
     A = traces.targets.shape[2]
     if aug.every:
         order = aug.reading_order(A)
         x_BMSD = x_BMSD[:, :, order]
     weights = {"params": params["decoder"]}
-    position_BMS = traces.position
-    bounds = traces.bounds
-    out_BMSD, kv = aug.transformer.apply(weights, x_BMSD, position_BMS, bounds, cache, given)
+    out_BMSD, kv = aug.transformer.apply(weights, x_BMSD, traces.position, bounds, cache, given)
     if aug.every:
         out_BMSD = out_BMSD[:, :, np.argsort(order)]  # latents first again
     return out_BMSD[:, :, -A:], kv

@@ -247,12 +247,10 @@ def write_one_after_another(
 ) -> jax.Array:
     """Writes latents one at a time, each added to the soft token of the next.
 
-    That takes as many passes as there are latents.
+    That takes as many passes as there are latents, of one token each.
     """
     soft_BMLD = as_inputs(params, models.coprocessor, traces, reading.cache.k.dtype)
-    x_BMLD = _fed_back(params, models, reading, traces, soft_BMLD)
-    z_BMLD, _ = _over(params, models.coprocessor, reading.cache, traces, x_BMLD)
-    return z_BMLD
+    return _fed_back(params, models, reading, traces, soft_BMLD)
 
 
 def write_feedback(
@@ -268,7 +266,9 @@ def write_feedback(
     """
     soft_BMLD = write_soft_tokens(params, models, reading, traces)
     is_first_L1 = jnp.arange(soft_BMLD.shape[2])[:, None] == 0
-    return _fed_back(params, models, reading, traces, jnp.where(is_first_L1, soft_BMLD, 0))
+    inputs_BMLD = jnp.where(is_first_L1, soft_BMLD, 0)
+    thoughts = _fed_back(params, models, reading, traces, inputs_BMLD[:, :, :-1])
+    return jnp.concatenate([soft_BMLD[:, :, :1], thoughts], axis=2)
 
 
 def _fed_back(
@@ -278,16 +278,30 @@ def _fed_back(
     traces: Traces,
     x_BMLD: jax.Array,
 ) -> jax.Array:
-    """Returns inputs to which the output of the one before has been added, one after another."""
+    """Returns the outputs at inputs to each of which the output before it is added, one by one."""
+    model = models.coprocessor
+    c = model.config
+    B, M, L, D = x_BMLD.shape
+    position_BML = traces.latent_position[:, :, :L]
+    weights = {"params": params["coprocessor"]}
 
-    @jax.checkpoint
-    def one(x_BMLD: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        z_BMLD, _ = _over(params, models.coprocessor, reading.cache, traces, x_BMLD)
-        z_BMD = jnp.take(z_BMLD, i, axis=2)
-        return x_BMLD.at[:, :, i + 1].add(z_BMD), None
+    def one(carry: tuple[jax.Array, KV], i: jax.Array) -> tuple[tuple[jax.Array, KV], jax.Array]:
+        z_BMD, earlier = carry
+        x_BMD = jnp.take(x_BMLD, i, axis=2) + z_BMD
+        # Token i and those before it stand at the end of L places.
+        room = L - 1 - i
+        places_BML = jnp.roll(position_BML, room, axis=2)
+        bounds = jax.tree.map(lambda x: jnp.take(x, i, axis=2)[..., None], traces.latent_bounds)
+        bounds = bounds._replace(own_start=bounds.own_start + room)
+        cache = reading.cache
+        z_BM1D, kv = model.apply(weights, x_BMD[:, :, None], places_BML, bounds, cache, earlier)
+        z_BMD = z_BM1D[:, :, 0]
+        return (z_BMD, jax.tree.map(lambda x: x[:, :, :, 1:], kv)), z_BMD
 
-    x_BMLD, _ = jax.lax.scan(one, x_BMLD, jnp.arange(x_BMLD.shape[2] - 1))
-    return x_BMLD
+    none = jnp.zeros((c.num_layers, B, M, max(L - 1, 0), c.num_kv_heads, c.head_dim), x_BMLD.dtype)
+    start = jnp.zeros((B, M, D), x_BMLD.dtype), KV(none, none)
+    _, z_LBMD = jax.lax.scan(one, start, jnp.arange(L))
+    return jnp.moveaxis(z_LBMD, 0, 2)
 
 
 def _over(
@@ -295,14 +309,12 @@ def _over(
     model: Transformer,
     cache: Cache,
     traces: Traces,
-    x_BMLD: jax.Array | None = None,
 ) -> tuple[jax.Array, KV]:
     """Passes a coprocessor over a cache once.
 
     Returns final-normed outputs [B, M, L, D], and keys and values.
     """
-    if x_BMLD is None:
-        x_BMLD = as_inputs(params, model, traces, cache.k.dtype)
+    x_BMLD = as_inputs(params, model, traces, cache.k.dtype)
     weights = {"params": params["coprocessor"]}
     return model.apply(weights, x_BMLD, traces.latent_position, traces.latent_bounds, cache)
 

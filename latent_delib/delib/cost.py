@@ -37,8 +37,8 @@ def step_flops(
 
     Returns:
       The useful FLOPs, and the repeated ones without attention among a trace's own tokens: products
-      of the layers in the backward pass, attention where the transformer's `remat` does not keep
-      it, and the zeros that the decoder reads in the places of inserted keys and values.
+      of the layers in the backward pass, and attention where the transformer's `remat` does not
+      keep it.
     """
     method = METHODS[aug.method]
     c = aug.transformer.config
@@ -66,9 +66,6 @@ def step_flops(
     tokens = decoded_tokens(aug, num_ahead)
     decoding = flops.traces(c, traces, tokens, seq_len, passes, passes)
     decoding_again = flops.again(c, remat, traces * tokens, seq_len)
-    if method.writes_keys:
-        zeros = traces * aug.num_latents
-        decoding_again += flops.again(c, remat, zeros, seq_len, more_products=2, more_attention=2)
     return Flops(
         text_passes * text + writing.useful + decoding + predicting,
         text_again + writing.repeated + decoding_again,

@@ -65,17 +65,14 @@ def again(
     remat: str,
     tokens: int,
     seq_len: int,
-    more_products: int = 0,
-    more_attention: int = 0,
 ) -> float:
     """Returns the FLOPs that a backward pass repeats under `remat`.
 
-    more_products and more_attention count further passes over the products and over the text. All
-    but "none" and "dots" repeat the products of the layers; "full" repeats attention too. Attention
-    among a trace's own tokens is not counted.
+    All but "none" and "dots" repeat the products of the layers; "full" repeats attention too.
+    Attention among a trace's own tokens is not counted.
     """
-    products = more_products + (remat not in ("none", "dots"))
-    over_text = more_attention + (remat == "full")
+    products = remat not in ("none", "dots")
+    over_text = remat == "full"
     return tokens * (products * per_token(c) + over_text * attention(c, seq_len))
 
 
@@ -141,27 +138,6 @@ def pass_of_assistant_too(w: Writing) -> Flops:
     return latents._replace(useful=latents.useful + text(w.config, w.text_tokens, w.seq_len))
 
 
-def pass_per_latent(w: Writing) -> Flops:
-    """Counts one pass over all soft tokens per latent.
-
-    The backward pass repeats all but the last in any case.
-    """
-    latents = one_pass(w)
-    tokens = w.traces * (w.num_latents - 1) * w.num_latents
-    forth_and_back = again(w.config, w.remat, tokens, w.seq_len, more_products=4, more_attention=3)
-    return Flops(latents.useful, latents.repeated + forth_and_back)
-
-
 def pass_per_thought(w: Writing) -> Flops:
-    """Counts one pass over all latents per thought: the output of the last latent is not used.
-
-    The backward pass repeats all but the last in any case.
-    """
-    thoughts = w.num_latents - 1
-    if not thoughts:
-        return Flops(0.0, 0.0)
-    useful = one_pass(w).useful - one_pass(w._replace(num_latents=1)).useful
-    last = again(w.config, w.remat, w.traces * w.num_latents, w.seq_len)
-    tokens = w.traces * (thoughts - 1) * w.num_latents
-    forth_and_back = again(w.config, w.remat, tokens, w.seq_len, more_products=4, more_attention=3)
-    return Flops(useful, last + forth_and_back)
+    """Counts one pass over all latents but the last, whose output is not used."""
+    return one_pass(w._replace(num_latents=w.num_latents - 1))

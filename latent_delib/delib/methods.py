@@ -170,7 +170,7 @@ METHODS = {
     "sequential": Method(
         _coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_one_after_another,
-        cost=flops.pass_per_latent,
+        cost=flops.one_pass,
     ),
     "resized": Method(
         _coprocessor(mapped.start_resized),

@@ -26,19 +26,17 @@ from latent_delib.nn.transformer import Params, Transformer
 class AttentionMap(NamedTuple):
     """Holds the attention weights of one call.
 
-    weights: float32 [layers, N, S, T + S], rows add up to 1.
+    weights: float32 [layers, N, S, T + U], rows add up to 1.
     rows: names of the S tokens of the call.
-    columns: names of the T text tokens in the cache, then the same S.
+    columns: names of the T text tokens in the cache, then of the U tokens after them: the same S,
+      and before these the latents that are keys and values.
+    text: T.
     """
 
     weights: np.ndarray
     rows: list[str]
     columns: list[str]
-
-    @property
-    def text(self) -> int:
-        """Returns the number of columns that are text in the cache."""
-        return len(self.columns) - len(self.rows)
+    text: int
 
 
 class Near(NamedTuple):
@@ -51,7 +49,7 @@ class Near(NamedTuple):
 class Watched:
     """Stands for a transformer in the calls of `delib.augment`.
 
-    Each call adds its attention weights to `seen`: [layers, B, M, K, G, S, T + S]. Calls inside a
+    Each call adds its attention weights to `seen`: [layers, B, M, K, G, S, T + U]. Calls inside a
     loop add nothing, because their weights do not leave it.
     """
 
@@ -99,9 +97,10 @@ def attention(
         least two.
 
     Returns:
-      The coprocessor's last call (rows: the L latents; None where a method has no coprocessor, or
-      one that is called in a loop alone) and the decoder's (rows: the latents as it reads them,
-      then the tokens after them). Columns: the text up to `at`, then the rows.
+      The coprocessor's call (rows: the L latents; None where a method has no coprocessor, or calls
+      it in a loop) and the decoder's (rows: the latents as it reads them, then the tokens after
+      them; the tokens alone where latents are keys and values). Columns: the text up to `at`, then
+      latents and tokens.
     """
     if not lm.aug.has_latents:
         raise UserError("this model has no coprocessor, so no latents")
@@ -117,15 +116,17 @@ def attention(
     cached = names[: at + 1]
     latents = [f"z{i + 1}" for i in range(lm.aug.count_latents(ahead))]
     # tokens of the cache that the decoder reads again
-    reread = decoded.shape[2] - len(latents) - (ahead - 1)
-    rows = latents + names[at + 1 - reread : -1]
-    rows = [rows[i] for i in lm.aug.reading_order(ahead)]
-    of_coprocessor = AttentionMap(written[0], latents, cached + latents) if written else None
-    return of_coprocessor, AttentionMap(decoded, rows, cached + rows)
+    reread = decoded.shape[3] - len(cached) - len(latents) - (ahead - 1)
+    own = latents + names[at + 1 - reread : -1]
+    own = [own[i] for i in lm.aug.reading_order(ahead)]
+    of_decoder = AttentionMap(decoded, own[-decoded.shape[2] :], cached + own, at + 1)
+    if not written:
+        return None, of_decoder
+    return AttentionMap(written[0], latents, cached + latents, at + 1), of_decoder
 
 
 def _weights(w: jax.Array, at: int, length: int) -> np.ndarray:
-    """Returns the weights of one trace, [layers, N, S, at + 1 + S].
+    """Returns the weights of one trace, [layers, N, S, at + 1 + U].
 
     Nothing after `at` is seen in the cache.
     """
@@ -145,7 +146,7 @@ def _called(
     dtype: Any,
     ahead: int,
 ) -> list[jax.Array]:
-    """Returns attention weights of the coprocessor's last call, if any, and of the decoder's."""
+    """Returns attention weights of the coprocessor's call, if any, and of the decoder's."""
     seen: list[jax.Array] = []
     decoder, coprocessor = (Watched(model, seen) for model in aug.models)
     aug = dataclasses.replace(aug, transformer=decoder, coprocessor=coprocessor)

@@ -157,11 +157,11 @@ class Attention(nn.Module):
           rope_2BMSH: the `rotary.table` of their positions; None where these are learned.
           bounds: the visible ranges.
           prefix: keys and values [B, T, K, H] that all groups of a row share, or None.
-          given: keys and values [B, M, L, K, H], keys rotated, that replace those of the first L
-            tokens, or None.
+          given: keys and values [B, M, U - S, K, H], keys rotated, of the group's tokens before
+            these; or None.
 
         Returns:
-          The output [B, M, S, D], and the own keys and values [B, M, S, K, H].
+          The output [B, M, S, D], and all own keys and values [B, M, U, K, H].
         """
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
@@ -182,14 +182,13 @@ class Attention(nn.Module):
         if rope_2BMSH is not None:
             q_BMSNH = rotary.rotate(q_BMSNH, rope_2BMSH)
             k_BMSKH = rotary.rotate(k_BMSKH, rope_2BMSH)
+        k_BMUKH, v_BMUKH = k_BMSKH, v_BMSKH
         if given is not None:
-            given_k, given_v = given
-            L = given_k.shape[2]
-            k_BMSKH = jnp.concatenate([given_k, k_BMSKH[:, :, L:]], axis=2)
-            v_BMSKH = jnp.concatenate([given_v, v_BMSKH[:, :, L:]], axis=2)
+            k_BMUKH = jnp.concatenate([given[0], k_BMSKH], axis=2)
+            v_BMUKH = jnp.concatenate([given[1], v_BMSKH], axis=2)
         if self.is_mutable_collection("intermediates"):
             seen = primitive.weights(
-                q_BMSNH, k_BMSKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap
+                q_BMSNH, k_BMUKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap
             )
             self.sow("intermediates", "weights", seen)
         form = partial(
@@ -202,12 +201,12 @@ class Attention(nn.Module):
         )
         in_axes = (HEADS, HEADS, HEADS, prefix and (TEXT, TEXT), Bounds(QUERIES, QUERIES, QUERIES))
         attention = self.partition.split(form, in_axes, HEADS)
-        out_BMSNH = attention(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
+        out_BMSNH = attention(q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds)
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
         out_BMSD = self.partition.product(out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
         if c.other_bias:
             out_BMSD += self.param("out_bias", nn.initializers.zeros, (D,)).astype(out_BMSD.dtype)
-        return out_BMSD, (k_BMSKH, v_BMSKH)
+        return out_BMSD, (k_BMUKH, v_BMUKH)
 
 
 class MLP(nn.Module):

@@ -51,7 +51,7 @@ class Transformer(nn.Module):
     def __call__(
         self,
         x_BMSD: jax.Array,
-        position_BMS: jax.Array,
+        position_BMU: jax.Array,
         bounds: Bounds,
         cache: Cache | None = None,
         given: KV | None = None,
@@ -60,25 +60,27 @@ class Transformer(nn.Module):
 
         Args:
           x_BMSD: inputs in the residual stream; their dtype is the dtype of the computation.
-          position_BMS: int32 positions, never falling inside a group. Learned ones end with their
-            table: those past it are taken for its last row.
-          bounds: the visible ranges of the cache's slots and of each token's own group.
+          position_BMU: int32 positions of each group's tokens, never falling inside it. Learned
+            ones end with their table: those past it are taken for its last row.
+          bounds: the visible ranges [B, M, S] of the cache's slots and of each token's own group.
           cache: the shared prefix, or None.
-          given: keys and values [layers, B, M, L, K, H] that replace those of the first L tokens,
-            or None.
+          given: the first tokens of each group, of which there are keys and values already
+            [layers, B, M, U - S, K, H]; or None, where U = S.
 
         Returns:
-          Final-normed outputs [B, M, S, D], and the keys and values of these tokens. With
+          Final-normed outputs [B, M, S, D], and the keys and values of all U tokens. With
           mutable="intermediates", `apply` also returns every layer's attention weights.
         """
         c = self.config
+        S = x_BMSD.shape[2]
+        position_BMS = position_BMU[:, :, -S:]
         prefix_position = None if cache is None else cache.position
         # Index 0 of each stack is for global layers, 1 for local ones.
         bases = [(c.rope_base, c.rope_scaling)]
         ranges = [bounds]
         if any(c.is_local):
             bases.append((c.local_rope_base, ()))
-            ranges.append(within_window(bounds, position_BMS, prefix_position, c.window))
+            ranges.append(within_window(bounds, position_BMU, prefix_position, c.window))
         ropes = None
         if c.learned_positions:
             x_BMSD = x_BMSD + self._positions(position_BMS, x_BMSD.dtype)

@@ -77,24 +77,9 @@ def test_what_is_done_beyond_that():
     assert again("full") > again("attention")
     assert again("attention", "pause_tokens") == 3 * 5 * (4 + 6 - 1) * products
     assert again("attention", "decoder") == 3 * 64 * products
-    # One after another: three passes more over four, forward twice and backward (the text has no
-    # gradient). Inserted: zeros in their places.
-    one_after_another, zeros = 3 * 5 * 3 * 4, 3 * 5 * 4
-    pair = 4 * config.num_heads * config.head_dim
-    seen = pair * sum(
-        np.minimum(np.arange(64) + 0.5, 8 if local else 64).mean() for local in config.is_local
-    )
-    for method, base, tokens_more, times_products, times_seen in (
-        ("sequential", tokens, one_after_another, 4, 3),
-        ("inserted", tokens - zeros, zeros, 2, 2),
-    ):
-        more = again("none", method)
-        np.testing.assert_allclose(
-            more, tokens_more * (times_products * products + times_seen * seen), rtol=1e-2
-        )
-        np.testing.assert_allclose(
-            again("attention", method) - more, (base + tokens_more) * products
-        )
+    assert again("none", "sequential") == again("none", "inserted") == 0
+    assert again("attention", "sequential") == tokens * products
+    assert again("attention", "inserted") == (tokens - 3 * 5 * 4) * products
     assert (
         again("attention", "joint")
         == again("attention", "last_layer")

@@ -115,7 +115,7 @@ def narrowed(own_start, position, window, prefix=None):
         return jnp.array(x, jnp.int32)[None, None]
 
     start, stop, slots = (
-        prefix if prefix else (np.zeros(len(position)), np.zeros(len(position)), None)
+        prefix if prefix else (np.zeros(len(own_start)), np.zeros(len(own_start)), None)
     )
     bounds = Bounds(group(start), group(stop), group(own_start))
     slots = None if slots is None else jnp.array(slots, jnp.int32)[None]
@@ -141,6 +141,11 @@ def test_window_over_a_prefix():
     prefix = ([1, 1, 1], [4, 4, 4], [7, 0, 1, 2, 3, 4])  # slot 0 and slots 4, 5 belong to others
     assert narrowed([0, 0, 0], [3, 4, 5], 3, prefix) == ([0, 0, 0], [2, 3, 4])
     assert narrowed([0, 0, 0], [3, 4, 5], 2, prefix) == ([0, 0, 1], [3, 4, 4])
+
+
+def test_window_of_the_last_queries_of_a_group():
+    assert narrowed([0, 1], [0, 1, 2, 3, 4], 2) == ([2, 3],)
+    assert narrowed([2, 2], [9, 9, 0, 1, 2], 3) == ([2, 2],)  # what stands before is not seen
 
 
 def test_window_where_positions_repeat():

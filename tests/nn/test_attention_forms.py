@@ -92,6 +92,35 @@ def test_equals_the_reference(name):
                 np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "form, name",
+    [
+        ("reference", "traces"),
+        ("xla", "traces"),
+        ("xla", "text"),
+        ("xla", "text after a prefix"),
+        ("xla", "groups without a prefix"),
+        ("pallas_gpu", "traces of a kernel"),
+        ("pallas_tpu", "traces of a kernel"),
+    ],
+)
+def test_queries_of_the_last_tokens_of_a_group(form, name):
+    """They see what they see among the queries of all its tokens."""
+    shape = SHAPES.get(name, (1, 9, 3, 1, 2, 64, 21))
+    operands, bounds, dout = inputs(shape)
+    first = 1
+    last = (operands[0][:, :, first:], *operands[1:])
+    last_bounds = jax.tree.map(lambda x: x[:, :, first:], bounds)
+    out_wanted, (dq_wanted, *down_wanted) = gradients(
+        "reference", operands, bounds, dout.at[:, :, :first].set(0), (0, 1, 2), 2.0
+    )
+    out, (dq, *down) = gradients(form, last, last_bounds, dout[:, :, first:], (0, 1, 2), 2.0)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(
+        close, (out, dq, down), (out_wanted[:, :, first:], dq_wanted[:, :, first:], down_wanted)
+    )
+
+
 def test_bait_has_no_gradient():
     """Nor does it matter which operands are differentiated: here queries and the prefix."""
     operands, bounds, dout = inputs(SHAPES["traces"])

@@ -86,6 +86,21 @@ def test_cached_equals_uncached_at_every_split(model):
             np.testing.assert_allclose(cached, own[:, :, 0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_group_is_read_on_from_its_keys_and_values(model):
+    """The later tokens of a group, of whose earlier ones keys and values are there already."""
+    config, params = model
+    cut = T // 2
+    full, kv = read(config, params, TOKENS, START)
+    bounds = transformer.own_text(jnp.asarray(START))
+    bounds = jax.tree.map(lambda x: x[:, :, cut:], bounds)
+    x = transformer.embed(params["embedding"], TOKENS[:, cut:], config)[:, None]
+    given = jax.tree.map(lambda x: x[:, :, :, :cut], kv)
+    position = (np.arange(T) - START)[:, None]
+    out, own = Transformer(config).apply({"params": params}, x, position, bounds, None, given)
+    np.testing.assert_allclose(out[:, 0], full[:, cut:], rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), own, kv)
+
+
 def test_bfloat16_stays_near_float32(model):
     """The same rounded weights in both: four layers of bfloat16 products, and nothing worse."""
     config, params = model

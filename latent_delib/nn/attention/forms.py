@@ -65,8 +65,8 @@ def unsupported(
 
 def attend(
     q_BMSNH: jax.Array,
-    k_BMSKH: jax.Array,
-    v_BMSKH: jax.Array,
+    k_BMUKH: jax.Array,
+    v_BMUKH: jax.Array,
     prefix: Keys | None,
     bounds: Bounds,
     *,
@@ -82,23 +82,29 @@ def attend(
     or not the gradient of a prefix, warns, and "xla" computes instead.
 
     Args:
-      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
+      q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
       form: one of FORMS.
       few: calls of at most this many queries per row are computed by the reference.
       shared_memory: bytes that the GPU's kernels are cut to fit.
     """
     if form == "reference" or q_BMSNH.shape[1] * q_BMSNH.shape[2] <= few:
         return primitive.attend(
-            q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale=scale, softcap=softcap
+            q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale=scale, softcap=softcap
         )
     if form in SERVED:
         length = None if prefix is None else prefix[0].shape[1]
         why = unsupported(form, q_BMSNH.shape, length, q_BMSNH.dtype)
         if why:
             form = give_way(form, why)
-    return _attend(
-        q_BMSNH, (k_BMSKH, v_BMSKH), prefix, bounds, Call(form, scale, softcap, shared_memory)
-    )
+    call = Call(form, scale, softcap, shared_memory)
+    if form == "xla":
+        return _attend(q_BMSNH, (k_BMUKH, v_BMUKH), prefix, bounds, call)
+    # A kernel wants a query for each key of a group; the results of those that are added go.
+    before = [(0, 0), (0, 0), (k_BMUKH.shape[2] - q_BMSNH.shape[2], 0)]
+    q_BMUNH = jnp.pad(q_BMSNH, [*before, (0, 0), (0, 0)])
+    bounds = jax.tree.map(lambda x: jnp.pad(x, before), bounds)
+    out_BMUNH = _attend(q_BMUNH, (k_BMUKH, v_BMUKH), prefix, bounds, call)
+    return out_BMUNH[:, :, -q_BMSNH.shape[2] :]
 
 
 def give_way(form: str, why: str) -> str:

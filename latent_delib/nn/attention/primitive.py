@@ -12,14 +12,15 @@ import jax.numpy as jnp
 
 from latent_delib.nn.products import einsum, softcapped
 
-# keys and values: of the groups [B, M, S, K, H], or of a prefix [B, T, K, H]
+# keys and values: of the groups [B, M, U, K, H], or of a prefix [B, T, K, H]
 Keys = tuple[jax.Array, jax.Array]
 
 
 class Bounds(NamedTuple):
     """Holds the visible ranges of each query, int32 [B, M, S].
 
-    Query i sees prefix slots prefix_start <= t < prefix_stop and own tokens own_start <= j <= i.
+    Query i sees prefix slots prefix_start <= t < prefix_stop and own tokens own_start <= j <= i;
+    where its group has U keys, more than it has queries, own tokens own_start <= j <= U - S + i.
     """
 
     prefix_start: jax.Array
@@ -29,8 +30,8 @@ class Bounds(NamedTuple):
 
 def attend(
     q_BMSNH: jax.Array,
-    k_BMSKH: jax.Array,
-    v_BMSKH: jax.Array,
+    k_BMUKH: jax.Array,
+    v_BMUKH: jax.Array,
     prefix: Keys | None,
     bounds: Bounds,
     *,
@@ -42,8 +43,8 @@ def attend(
     This form is the reference. Autodiff reaches every input.
 
     Args:
-      q_BMSNH, k_BMSKH, v_BMSKH: the group's queries, keys and values; query head n uses key head n
-        // G.
+      q_BMSNH, k_BMUKH, v_BMUKH: the group's queries, keys and values; query head n uses key head n
+        // G. The queries are those of its last S tokens.
       prefix: keys and values [B, T, K, H] that all M groups of a row share, or None.
       bounds: the visible ranges. A query always sees itself.
       scale: factor on the scores.
@@ -52,25 +53,25 @@ def attend(
     Returns:
       [B, M, S, N, H] in the dtype of v; scores and softmax are float32.
     """
-    S = q_BMSNH.shape[2]
-    weights_BMKGSU = weights(q_BMSNH, k_BMSKH, prefix, bounds, scale=scale, softcap=softcap)
-    weights_BMKGSU = weights_BMKGSU.astype(v_BMSKH.dtype)
-    out = einsum("BMKGSU,BMUKH->BMSKGH", weights_BMKGSU[..., -S:], v_BMSKH)
+    U = k_BMUKH.shape[2]
+    seen = weights(q_BMSNH, k_BMUKH, prefix, bounds, scale=scale, softcap=softcap)
+    seen = seen.astype(v_BMUKH.dtype)
+    out = einsum("BMKGSU,BMUKH->BMSKGH", seen[..., -U:], v_BMUKH)
     if prefix is not None:
-        out += einsum("BMKGST,BTKH->BMSKGH", weights_BMKGSU[..., :-S], prefix[1])
+        out += einsum("BMKGST,BTKH->BMSKGH", seen[..., :-U], prefix[1])
     return out.reshape(q_BMSNH.shape)
 
 
 def weights(
     q_BMSNH: jax.Array,
-    k_BMSKH: jax.Array,
+    k_BMUKH: jax.Array,
     prefix: Keys | None,
     bounds: Bounds,
     *,
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Computes attention weights, float32 [B, M, K, G, S, T + S].
+    """Computes attention weights, float32 [B, M, K, G, S, T + U].
 
     The last axis holds the prefix's slots, then the own tokens. Rows add up to 1, and are 0 where
     nothing is visible. Query head n is number n % G of key head n // G.
@@ -78,10 +79,10 @@ def weights(
     Arguments as for `attend`.
     """
     B, M, S, N, H = q_BMSNH.shape
-    K = k_BMSKH.shape[-2]
+    U, K = k_BMUKH.shape[2:4]
     q = q_BMSNH.reshape(B, M, S, K, N // K, H)
-    scores = einsum("BMSKGH,BMUKH->BMKGSU", q, k_BMSKH, jnp.float32)
-    visible = own_in_range(bounds.own_start)
+    scores = einsum("BMSKGH,BMUKH->BMKGSU", q, k_BMUKH, jnp.float32)
+    visible = own_in_range(bounds.own_start, U)
     if prefix is not None:
         k_BTKH = prefix[0]
         over_prefix = einsum("BMSKGH,BTKH->BMKGST", q, k_BTKH, jnp.float32)
@@ -91,10 +92,14 @@ def weights(
     return jax.nn.softmax(jnp.where(visible[:, :, None, None], scores, -jnp.inf), axis=-1)
 
 
-def own_in_range(own_start: jax.Array) -> jax.Array:
-    """Returns which own tokens each query sees, bool [..., S, S], from own_start [..., S]."""
-    own = jnp.arange(own_start.shape[-1])
-    return (own >= own_start[..., None]) & (own <= own[:, None])
+def own_in_range(own_start: jax.Array, length: int) -> jax.Array:
+    """Returns which of a group's `length` tokens each query sees, bool [..., S, length].
+
+    own_start: [..., S]; the queries are those of the last S tokens.
+    """
+    own = jnp.arange(length)
+    query = own[length - own_start.shape[-1] :]
+    return (own >= own_start[..., None]) & (own <= query[:, None])
 
 
 def _prefix_in_range(bounds: Bounds, length: int) -> jax.Array:
@@ -105,19 +110,23 @@ def _prefix_in_range(bounds: Bounds, length: int) -> jax.Array:
 
 def within_window(
     bounds: Bounds,
-    position_BMS: jax.Array,
+    position_BMU: jax.Array,
     prefix_position_BT: jax.Array | None,
     window: int,
 ) -> Bounds:
     """Narrows bounds to keys less than `window` positions back.
 
+    position_BMU: of a group's tokens; the queries are those of the last S.
+
     Positions do not fall from one slot of a visible range to the next, so what remains is a range
     again: its start is its stop minus the number of keys that are near enough. (Slot numbers would
     not do: latents share positions.)
     """
-    oldest = (position_BMS - window)[..., None]
-    near = own_in_range(bounds.own_start) & (position_BMS[:, :, None, :] > oldest)
-    own_start = jnp.arange(1, position_BMS.shape[-1] + 1) - near.sum(-1)
+    U = position_BMU.shape[-1]
+    query = jnp.arange(U)[U - bounds.own_start.shape[-1] :]
+    oldest = (position_BMU[:, :, query] - window)[..., None]
+    near = own_in_range(bounds.own_start, U) & (position_BMU[:, :, None, :] > oldest)
+    own_start = query + 1 - near.sum(-1)
     if prefix_position_BT is None:
         return bounds._replace(own_start=own_start)
     in_range = _prefix_in_range(bounds, prefix_position_BT.shape[1])

@@ -33,7 +33,7 @@ class Chunk(NamedTuple):
     Operands of all chunks are stacked on one more axis, the first.
 
     q: [B, K, c, R, H].
-    own: keys and values [B, K, c, S, H], or None.
+    own: keys and values [B, K, c, U, H], or None.
     own_start: int32 [B, c, S].
     start, stop: of each shared source, int32 [B, c, S].
     """
@@ -83,7 +83,7 @@ def forward(
 
     Args:
       q_BMSNH, prefix, bounds, scale, softcap: as for `primitive.attend`.
-      own: keys and values [B, M, S, K, H] of the groups.
+      own: keys and values [B, M, U, K, H] of the groups.
 
     Returns:
       [B, M, S, N, H] in the dtype of the values, and float32 [B, M, S, N].
@@ -95,7 +95,8 @@ def forward(
         zeros = jnp.zeros(chunk.q.shape, jnp.float32)
         state = Softmax(zeros[..., 0] + NEVER, zeros[..., 0], zeros)
         if chunk.own is not None:
-            state = _see(state, chunk.q, chunk.own, own_in_range(chunk.own_start), score)
+            seen = own_in_range(chunk.own_start, chunk.own[0].shape[3])
+            state = _see(state, chunk.q, chunk.own, seen, score)
         for keys, start, stop in zip(shared, chunk.start, chunk.stop):
 
             def see_block(i, state, keys=keys, start=start, stop=stop):
@@ -162,7 +163,7 @@ def backward(
         dq = jnp.zeros(chunk.q.shape, jnp.float32)
         down = None
         if chunk.own is not None:
-            seen = own_in_range(chunk.own_start)
+            seen = own_in_range(chunk.own_start, chunk.own[0].shape[3])
             weights, dproducts = _derive(chunk.q, chunk.own, seen, saved, score)
             dq += _weighted(dproducts, chunk.own[0])
             down = _onto(dproducts, chunk.q, False), _onto(weights, saved.dout, False)
@@ -190,7 +191,7 @@ def backward(
         down = jax.tree.map(lambda d: d[:, None], dshared[-1])
     else:
         B, M = q_BMSNH.shape[:2]
-        # [B, chunks, c, S, K, H]
+        # [B, chunks, c, U, K, H]
         down = jax.tree.map(lambda d: jnp.moveaxis(d, (1, 2), (0, 4)), down)
         down = jax.tree.map(lambda d: d.reshape(B, -1, *d.shape[3:])[:, :M], down)
     return _join(dq, q_BMSNH.shape), down, None if prefix is None else dshared[0]
@@ -246,7 +247,9 @@ def _cut(
     if M == 1 and S > QUERIES:
         shared.append((own[0][:, 0], own[1][:, 0]))
         start.append(own_start)
-        stop.append(jnp.broadcast_to(jnp.arange(1, S + 1, dtype=jnp.int32), own_start.shape))
+        U = own[0].shape[2]
+        last = jnp.arange(U - S + 1, U + 1, dtype=jnp.int32)
+        stop.append(jnp.broadcast_to(last, own_start.shape))
         by_token = q_BMSNH, own_start, start, stop
         q_BMSNH, own_start, start, stop = jax.tree.map(lambda x: x.swapaxes(1, 2), by_token)
         own = None
