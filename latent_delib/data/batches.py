@@ -1,5 +1,6 @@
 """Training batches and validation documents, from text or from token files."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from latent_delib.data.rows import Document, pack, segments
-from latent_delib.data.sources import check_files
+from latent_delib.data.sources import check_files, has_questions
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
 from latent_delib.errors import UserError
@@ -140,7 +141,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
     for source in data.validation:
         one = ConfigDict({**data, "validation": (source,)})
         documents = validation_documents(one, tokenizer_path=tokenizer_path)
-        packed = _packed(documents, data.seq_len, tokenizer)
+        packed = _packed(documents, data.seq_len, tokenizer, has_questions(source))
         found = list(itertools.islice(packed, SPREAD * share))
         stride = max(1, len(found) // share)
         taken += found[::stride][:share]
@@ -152,16 +153,17 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
 
 
 def _packed(
-    documents: Iterator[Document], length: int, tokenizer: Tokenizer
+    documents: Iterator[Document], length: int, tokenizer: Tokenizer, whole: bool
 ) -> Iterator[np.ndarray]:
-    """Yields the rows of documents, int32 [length] each."""
+    """Yields the rows of documents, int32 [length] each; `whole` as for `pack`."""
     nothing = np.empty(0, np.int32)
     body = nothing
+    step = functools.partial(
+        pack, length=length, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id, whole=whole
+    )
     tokens = (document.tokens for document in documents)
     for part in itertools.chain(tokens, [nothing]):
-        rows, body = pack(
-            body, part, length=length, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id
-        )
+        rows, body = step(body, part)
         yield from rows
 
 

@@ -2,8 +2,8 @@
 
 A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it;
 a row that begins inside a document begins with BOS too. So every row consists of pieces that each
-begin with BOS, no token of the text is dropped or doubled, and only the last row of a stream has
-padding.
+begin with BOS, and no token of the text is dropped or doubled. The last row of a stream has
+padding; so has every row where documents are kept whole, as questions are.
 """
 
 import collections
@@ -113,7 +113,13 @@ def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, str]:
 
 
 def pack(
-    body: np.ndarray, tokens: np.ndarray, *, length: int, bos_id: int, pad_id: int
+    body: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    length: int,
+    bos_id: int,
+    pad_id: int,
+    whole: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Adds a document to the row begun so far and cuts off complete rows: one step of packing.
 
@@ -122,14 +128,18 @@ def pack(
         empty one.
       tokens: int32 [n], a document without BOS; an empty one ends the stream and pads the rest.
       length: tokens of a row.
+      whole: a document that does not fit into the row begun so far begins the next one. It is cut
+        only where it is longer than a row.
 
     Returns:
       The complete rows int32 [k, length], and the new body.
     """
-    if len(body) and len(tokens):
-        body = np.append(body, bos_id)  # a document that begins a row is led by the row's own BOS
+    left = length - 1 - len(body)
+    ends = not len(tokens) or (whole and 1 + len(tokens) > left)
+    if len(body) and ends:
+        body = np.append(body, np.full(left, pad_id))
     elif len(body):
-        tokens = np.full(length - 1 - len(body), pad_id)
+        body = np.append(body, bos_id)  # a document that begins a row is led by the row's own BOS
     body = np.concatenate([body, tokens]).astype(np.int32)
     whole = len(body) - len(body) % (length - 1)
     rows = body[:whole].reshape(-1, length - 1)

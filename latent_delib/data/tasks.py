@@ -15,6 +15,7 @@ import numpy as np
 
 from latent_delib.data import text
 from latent_delib.data.rows import BadRecords, grouped, pack, segments
+from latent_delib.data.sources import has_questions
 from latent_delib.data.text import Reader
 from latent_delib.data.text_files import reading
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
@@ -91,22 +92,24 @@ def _tokenize(dataset: tf.data.Dataset, reader: Reader, tokenizer: Tokenizer) ->
 
 
 def _pack(
-    dataset: tf.data.Dataset, tokenizer: Tokenizer, sequence_length: Any = None
+    dataset: tf.data.Dataset, tokenizer: Tokenizer, whole: bool, sequence_length: Any = None
 ) -> tf.data.Dataset:
     """Packs documents into rows of sequence_length["tokens"] tokens; changes nothing without it.
 
+    `whole` is that of `rows.pack`.
     The "bad" of a row are the lines of the bad documents met since the rows before it.
     """
     if sequence_length is None:
         return dataset
     length = sequence_length["tokens"]
+    pack_one = functools.partial(
+        pack, length=length, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id, whole=whole
+    )
 
     def numpy_step(body: np.ndarray, lines: bytes, tokens: np.ndarray, bad: bytes) -> tuple:
         if bad:
             return body, lines + bad + b"\n", np.empty([0, length], np.int32), np.empty(0, object)
-        rows, body = pack(
-            body, tokens, length=length, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id
-        )
+        rows, body = pack_one(body, tokens)
         return body, b"" if len(rows) else lines, rows, np.full(len(rows), lines, object)
 
     def step(state: tuple, document: dict[str, tf.Tensor]) -> tuple:
@@ -141,11 +144,13 @@ def add_task(reader: Reader, tokenizer_path: str, number: int = 0) -> str:
     if name not in seqio.TaskRegistry.names():
         tokenizer = Tokenizer(tokenizer_path)
         tokenize = functools.partial(_tokenize, reader=reader, tokenizer=tokenizer)
+        whole = has_questions(reader.source)
+        packed = functools.partial(_pack, tokenizer=tokenizer, whole=whole)
         vocabulary = seqio.PassThroughVocabulary(tokenizer.vocab_size)  # the tokens are ids already
         seqio.TaskRegistry.add(
             name,
             source=_Source(reader),
-            preprocessors=[tokenize, functools.partial(_pack, tokenizer=tokenizer)],
+            preprocessors=[tokenize, packed],
             output_features={"tokens": seqio.Feature(vocabulary, add_eos=False)},
             shuffle_buffer_size=SHUFFLE_ROWS,
         )

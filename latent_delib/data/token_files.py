@@ -195,13 +195,20 @@ def write_meta(directory: str, meta: dict) -> None:
 
 
 def write_train(
-    directory: str, number: int, documents: Iterable[np.ndarray], meta: dict
+    directory: str,
+    number: int,
+    documents: Iterable[np.ndarray],
+    meta: dict,
+    whole: bool = False,
 ) -> dict[str, Any]:
-    """Packs documents, int32 [n] without BOS, into rows of source `number`; returns its counts."""
+    """Packs documents, int32 [n] without BOS, into rows of source `number`; returns its counts.
+
+    `whole` is that of `rows.pack`.
+    """
     count = {"documents": 0, "tokens": 0}
     nothing = np.empty(0, np.int32)
     step = functools.partial(
-        pack, length=meta["seq_len"], bos_id=meta["bos_id"], pad_id=meta["pad_id"]
+        pack, length=meta["seq_len"], bos_id=meta["bos_id"], pad_id=meta["pad_id"], whole=whole
     )
 
     def rows() -> Iterator[np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from latent_delib.data import text, token_files
 from latent_delib.data.rows import BadRecords
-from latent_delib.data.sources import check_files, source_of
+from latent_delib.data.sources import check_files, has_questions, source_of
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
 from latent_delib.job.checks import check, check_steps
@@ -161,6 +161,7 @@ def _write_source(
     """Writes one source; returns its counts."""
     if split == "train":
         tokens = (document["tokens"] for document in documents)
-        return token_files.write_train(directory, number, tokens, meta)
+        whole = has_questions(meta[split][number]["source"])
+        return token_files.write_train(directory, number, tokens, meta, whole)
     named = ((document["work"], document["tokens"]) for document in documents)
     return token_files.write_validation(directory, number, named, meta)

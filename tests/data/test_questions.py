@@ -3,11 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
-from latent_delib.data import questions, text
+from latent_delib.data import batches, questions, text, token_files
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
+from latent_delib.job import preparation
 from latent_delib.weights import folder
 
 KINDS = {"qa": (False, 0), "qa_steps": (True, 0), "qa_steps-1": (True, 1)}
@@ -102,6 +104,46 @@ def test_tokens_of_another_form(tokenizer):
     for bad in (prompt, tokenizer.encode("the cat\nAnswer: 7\nand a dog\n")):
         with pytest.raises(UserError, match="'Answer:' and a line behind it"):
             questions.parted(bad, tokenizer)
+
+
+def test_questions_are_kept_whole(tmp_path, tokenizer, make_config):
+    """Token files, seqio and the rows of a validation; what is asked always stands in one row."""
+    pytest.importorskip("seqio")
+    from latent_delib.data import tasks
+
+    file = tmp_path / "mine.jsonl"
+    answers = [str(10**i) for i in range(12)]
+    file.write_bytes(b"\n".join(line(answer=answer) for answer in answers))
+    source = f"qa:{file}"
+    changes = {"data.sources": (source,), "data.validation": (source,), "data.seq_len": 64}
+    config = make_config(changes | {"data.token_files": "", "decoder.tokenizer": "packaged"})
+    folder_of_tokens = str(tmp_path / "tokens")
+    meta = preparation.prepare(config, folder_of_tokens)
+    path = str(tokenizer.path)
+
+    def of_token_files():
+        data = make_config(changes | {"data.token_files": folder_of_tokens}).data
+        count = meta["train"][0]["rows"]
+        every = token_files.Training(data, path).batches(
+            batch_size=count, seed=0, rows=np.arange(count), start_step=0
+        )
+        yield from next(every)["tokens"]
+
+    def of_seqio():
+        task = tasks.seqio.TaskRegistry.get(tasks.add_task(text.open_source(source), path))
+        rows = task.get_dataset({"tokens": 64}, tasks.SPLIT, shuffle=False)
+        yield from (row["tokens"] for row in rows.as_numpy_iterator())
+
+    def of_validation():
+        yield from batches.validation_rows(config.data, tokenizer_path=path, count=12)["tokens"]
+
+    wanted = [questions.encode(line(answer=a), False, tokenizer)[0].tolist() for a in answers]
+    for rows in (of_token_files(), of_seqio(), of_validation()):
+        found = []
+        for row in rows:
+            pieces = np.split(row, np.flatnonzero(row == tokenizer.bos_id))[1:]
+            found += [[int(t) for t in piece[1:] if t != tokenizer.pad_id] for piece in pieces]
+        assert sorted(found) == sorted(wanted)
 
 
 def test_a_source_of_questions(tmp_path, tokenizer):

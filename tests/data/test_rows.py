@@ -15,11 +15,13 @@ from latent_delib.errors import UserError
 PAD, BOS = 0, 2
 
 
-def packed(documents, length):
+def packed(documents, length, whole=False):
     body = np.empty(0, np.int32)
     found = []
     for document in [*documents, np.empty(0, np.int32)]:
-        complete, body = rows.pack(body, document, length=length, bos_id=BOS, pad_id=PAD)
+        complete, body = rows.pack(
+            body, document, length=length, bos_id=BOS, pad_id=PAD, whole=whole
+        )
         found.extend(complete.tolist())
     assert not len(body)
     return found
@@ -52,6 +54,23 @@ def test_pack_literally():
     assert packed([np.array([10, 11, 12]), np.array([20, 21])], 5) == [
         [2, 10, 11, 12, 2],
         [2, 20, 21, 0, 0],
+    ]
+
+
+def test_whole_documents_are_cut_only_where_they_are_longer_than_a_row():
+    documents = [np.array(d) for d in ([10, 11], [20, 21], [30], [40, 41, 42, 43, 44], [50])]
+    assert packed(documents, 6, whole=True) == [
+        [2, 10, 11, 2, 20, 21],
+        [2, 30, 0, 0, 0, 0],
+        [2, 40, 41, 42, 43, 44],
+        [2, 50, 0, 0, 0, 0],
+    ]
+    documents = [np.array([10]), np.arange(20, 27), np.array([30])]
+    assert packed(documents, 5, whole=True) == [
+        [2, 10, 0, 0, 0],
+        [2, 20, 21, 22, 23],
+        [2, 24, 25, 26, 0],
+        [2, 30, 0, 0, 0],
     ]
 
 

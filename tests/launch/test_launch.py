@@ -1,6 +1,7 @@
 """The launch scripts on one machine: lint, help, arguments, and what they call in which order."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,9 +29,9 @@ def scripts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(here: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """From inside launch/, as a script is called by who has gone there."""
-    command, env = [f"./{script}", *arguments], {"PATH": os.defpath, "HOME": str(here)}
+def run(here: Path, script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+    """From inside launch/, as a script is called by who has gone there; `more` is environment."""
+    command, env = [f"./{script}", *arguments], {"PATH": os.defpath, "HOME": str(here)} | more
     return subprocess.run(
         command, cwd=here / "launch", env=env, capture_output=True, text=True, timeout=60
     )
@@ -59,7 +60,7 @@ def test_help_is_the_head_and_starts_nothing(scripts: Path, script: str) -> None
         ("smollm2.sh", [], "CONFIG=smollm2_135m: "),
         ("coconut.sh", ["--steps=3"], "--steps=3: "),
         ("coconut.sh", ["--config.seed=1", "--config.train.steps=9"], "--config.train.steps: "),
-        ("coconut.sh", [], "CONFIG=quickstart: "),
+        ("coconut.sh", [], "CONFIG=coconut: "),
         ("gpu.sh", [], "nothing to run"),
         ("gpu.sh", ["--flag"], "--flag: "),
         ("worker.sh", ["restart"], "no action 'restart'"),
@@ -136,6 +137,20 @@ def test_each_stage_of_the_curriculum_begins_where_the_one_before_ended(scripts:
             f"--config.method.start={start}",
         ):
             assert word in train.split(), word
-        assert train.index("num_ahead=64") < train.index("num_ahead=9")
+        assert "--config=coconut" in train.split() and train.endswith("--config.method.num_ahead=9")
         assert f"--workdir=runs/coconut/{name} " in benchmark and "--model=augmented" in benchmark
     assert len(commands) == 10
+
+    calls.unlink()
+    of_a_coprocessor = dict(
+        CONFIG="paper:hops/after", LATENTS="9", FIRST="1", STAGES="2", STEPS="5"
+    )
+    assert run(scripts, "coconut.sh", **of_a_coprocessor).returncode == 0
+    trained = [line for line in calls.read_text().splitlines() if "latent_delib.train" in line]
+    assert [re.findall("qa_steps-([0-9]+):runs/[a-z_/]*.train", line) for line in trained] == [
+        ["1"],
+        ["2"],
+        ["1000"],
+    ]
+    for line in trained:
+        assert "--config=paper:hops/after" in line and "num_latents=9" in line
