@@ -120,7 +120,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
     job = Job(config, workdir, [step])
     needs_checkpoint = job.exp.aug.has_latents or not config.decoder.path or step is not None
     found = None
-    if needs_checkpoint or on_first((epath.Path(workdir) / "checkpoints").is_dir):
+    if needs_checkpoint or on_first(saved_steps.is_begun, workdir):
         found = read_checkpoint(job.exp, workdir, step)
     return job.run(found, epath.Path(out))
 

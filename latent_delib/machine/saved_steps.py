@@ -7,12 +7,11 @@ import importlib.util
 import json
 import os
 import re
-from contextlib import suppress
 from typing import Any
 
 from etils import epath
 
-from latent_delib.errors import UserError, store_errors
+from latent_delib.errors import Outage, UserError, store_errors
 from latent_delib.machine.workdir import is_remote
 
 
@@ -23,12 +22,20 @@ def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
 
     Raises:
       UserError: there is no checkpoint, or not that one.
+      OSError: as `whole`.
     """
     where = folder(workdir)
     for number in sorted(whole(workdir), reverse=True):
-        if step in (None, number):
-            with suppress(OSError, ValueError):
-                return json.loads((where / str(number) / "meta" / "metadata").read_text())
+        if step not in (None, number):
+            continue
+        path = where / str(number) / "meta" / "metadata"
+        try:
+            with store_errors(path):
+                return json.loads(path.read_text())
+        except Outage:
+            raise
+        except (OSError, ValueError):
+            continue
     at = "" if step is None else f" of step {step}"
     raise UserError(
         f"--workdir={workdir}: no checkpoint{at} that says how it was trained; give a --config"
@@ -44,14 +51,25 @@ def whole(workdir: str) -> set[int]:
       UserError: as `folder`.
       OSError: the disk or store fails (Outage: it does not answer).
     """
+    if not is_begun(workdir):
+        return set()
     where = folder(workdir)
     with store_errors(where):
-        if not where.is_dir():
-            return set()
         folders = [each for each in where.iterdir() if each.name.isdigit()]
         if is_remote(workdir):
             folders = [each for each in folders if (each / "commit_success.txt").exists()]
     return {int(each.name) for each in folders}
+
+
+def is_begun(workdir: str) -> bool:
+    """Returns whether a run has a folder of checkpoints, perhaps an empty one.
+
+    Raises:
+      UserError, OSError: as `whole`.
+    """
+    where = folder(workdir)
+    with store_errors(where):
+        return where.is_dir()
 
 
 def folder(workdir: str) -> epath.Path:

@@ -5,6 +5,7 @@ import fcntl
 import os
 
 import pytest
+from etils import epath
 
 from latent_delib.errors import Outage, UserError
 from latent_delib.machine import saved_steps, workdir
@@ -26,5 +27,22 @@ def test_a_store_that_does_not_answer_as_steps_are_looked_for(monkeypatch):
             raise ValueError("UNAVAILABLE: all 33 retries failed")
 
     monkeypatch.setattr(saved_steps, "folder", lambda workdir: Folder())
-    with pytest.raises(Outage):
-        saved_steps.whole("gs://bucket/run")
+    for look in (saved_steps.whole, saved_steps.is_begun, saved_steps.read_meta):
+        with pytest.raises(Outage):
+            look("gs://bucket/run")
+
+
+@pytest.mark.parametrize("name, found", [("read_text", Outage), (None, UserError)])
+def test_a_meta_that_cannot_be_read(tmp_path, monkeypatch, name, found):
+    """A store that does not answer is told; a damaged file leaves nothing that says more."""
+
+    def fails(*args):
+        raise ValueError("UNAVAILABLE: all 33 retries failed")
+
+    meta = tmp_path / "checkpoints" / "3" / "meta"
+    meta.mkdir(parents=True)
+    (meta / "metadata").write_text("{")
+    if name:
+        monkeypatch.setattr(type(epath.Path("/")), name, fails)
+    with pytest.raises(found):
+        saved_steps.read_meta(str(tmp_path))
