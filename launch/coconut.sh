@@ -8,7 +8,8 @@
 #   FIRST=1 LATENTS=9                                             # the first stage; as many latents in every stage
 #   RUN=runs/coconut CONFIG=coconut                               # where to write; configs/CONFIG.py, or its argument too: paper:hops/after
 #
-# A coprocessor has a soft token for each of its latents, so it wants LATENTS.
+# A coprocessor has a soft token for each of its latents, so it wants LATENTS. With --config.method.name=decoder there are
+# none: the decoder learns to leave out its steps (Deng et al. 2024).
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 overrides "$@"
@@ -22,6 +23,8 @@ run=${RUN:-runs/coconut} config=${CONFIG:-coconut} first=${FIRST:-0} latents=${L
 for split in train test; do
   [[ -e $questions.$split.jsonl ]] || die "QUESTIONS=$questions: there is no $questions.$split.jsonl"
 done
+model=augmented # what is asked
+[[ "$*" != *--config.method.name=decoder* ]] || model=decoder
 start= # the checkpoint that the next stage begins with
 
 stage() { # NAME REMOVED LATENTS ARGUMENT...: trains one stage and measures it
@@ -30,7 +33,7 @@ stage() { # NAME REMOVED LATENTS ARGUMENT...: trains one stage and measures it
   python -m latent_delib.train --config="$config" --workdir="$workdir" \
     --text="qa_steps-$2:$questions.train.jsonl" --held_out="qa_steps-$2:$questions.test.jsonl" \
     --config.data.token_files= --config.method.num_latents="$3" --config.train.steps="$steps" --config.method.start="$start" "${@:4}"
-  python -m latent_delib.benchmark --workdir="$workdir" --out="$workdir" --model=augmented \
+  python -m latent_delib.benchmark --workdir="$workdir" --out="$workdir" --model="$model" \
     --benchmarks="qa:$questions.test.jsonl"
   start=$workdir/checkpoints/$steps
 }

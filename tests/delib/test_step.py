@@ -134,6 +134,7 @@ def test_no_call_on_a_mesh_is_left_to_the_reference(make_config):
     assert method.num_traces // 2 * method.num_latents > FEW
 
 
+@pytest.mark.slow  # the next test splits rows too
 def test_eight_devices_data_parallel_equal_one(alone, train_on_mesh):
     check_against_one_device(alone, train_on_mesh({}))
 

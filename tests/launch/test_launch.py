@@ -154,3 +154,8 @@ def test_each_stage_of_the_curriculum_begins_where_the_one_before_ended(scripts:
     ]
     for line in trained:
         assert "--config=paper:hops/after" in line and "num_latents=9" in line
+
+    calls.unlink()
+    assert run(scripts, "coconut.sh", "--config.method.name=decoder", STAGES="0").returncode == 0
+    asked = [line for line in calls.read_text().splitlines() if "latent_delib.benchmark" in line]
+    assert len(asked) == 2 and all("--model=decoder" in line for line in asked)
