@@ -1,10 +1,12 @@
 """The table of experiments that paper.sh runs, configs/paper.py."""
 
+from types import ModuleType
+
 import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, paper
+from configs import base, coconut, hops_curriculum, paper
 from latent_delib.delib.methods import METHODS
 from latent_delib.job import experiment
 
@@ -23,6 +25,14 @@ def test_every_experiment_is_a_config_that_can_run(protocol: str) -> None:
             c.method.assistant = "packaged"
         methods.add(experiment.read(c, jax.devices()[:1]).aug.method)
     assert methods == set(METHODS)
+
+
+@pytest.mark.parametrize("module, method", [(coconut, "feedback"), (hops_curriculum, "sequential")])
+def test_a_curriculum_is_a_config_that_can_run(module: ModuleType, method: str) -> None:
+    c = module.get_config()
+    if c.decoder.path != "packaged":
+        c.decoder.path, c.decoder.tokenizer = "", "packaged"
+    assert experiment.read(c, jax.devices()[:1]).aug.method == method
 
 
 @pytest.mark.parametrize("protocol", paper.PROTOCOLS)
