@@ -1,10 +1,8 @@
 """Coconut's curriculum for a coprocessor: latents take the place of the steps of protocol `hops`.
 
   ./launch/paper.sh hops/overlay    # makes the decoder, which writes its steps, and the questions
-  CONFIG=hops_curriculum QUESTIONS=runs/questions/hops FIRST=1 STAGES=4 STEPS=3000 LATENTS=9 \\
-    RUN=runs/paper/hops/curriculum_sequential ./launch/coconut.sh
-
-Nine latents, as many as one step has tokens, stand behind the question for all that are left out.
+  CONFIG=hops_curriculum QUESTIONS=runs/questions/hops FIRST=1 STAGES=4 THOUGHTS=4 \\
+    RUN=runs/paper/hops/curriculum ./launch/coconut.sh
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +13,6 @@ from configs import paper
 def get_config() -> ConfigDict:
     c = paper.get_config("hops/sequential")
     c.method.placement = "after"
-    c.method.num_latents = 9
     c.method.num_ahead = 48  # the longest reply without its first step
     c.optimizer.learning_rate = 3e-3
     c.optimizer.final_fraction = 0.2

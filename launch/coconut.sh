@@ -1,23 +1,22 @@
 #!/usr/bin/env bash
 # Trains latents by Coconut's curriculum (Hao et al. 2024), and asks questions after each stage. Stage k leaves the first k
-# steps out of the replies and puts THOUGHTS latents for each behind the question; the last leaves out all. Arguments,
+# steps out of the replies and puts 1 + k * THOUGHTS latents behind the question; the last leaves out all steps. Arguments,
 # --config.KEY=VALUE, go to train, all but train.steps (STEPS). Run again, it goes on where it stopped.
 #
 #   QUESTIONS=runs/questions/word_problems ./launch/coconut.sh    # the files QUESTIONS.train.jsonl and QUESTIONS.test.jsonl
-#   THOUGHTS=2 STAGES=3 STEPS=2000                                # per step; before the last; of training in each
-#   FIRST=1 LATENTS=9                                             # the first stage; as many latents in every stage
-#   RUN=runs/coconut CONFIG=coconut                               # where to write; configs/CONFIG.py, or its argument too: paper:hops/after
+#   THOUGHTS=2 STEPS=2000                                         # latents per step; training steps of each stage
+#   FIRST=0 STAGES=3                                              # the first stage, and the one before the last
+#   RUN=runs/coconut CONFIG=coconut                               # where to write; configs/CONFIG.py
 #
-# A coprocessor has a soft token for each of its latents, so it wants LATENTS. With --config.method.name=decoder there are
-# none: the decoder learns to leave out its steps (Deng et al. 2024).
+# With --config.method.name=decoder there are no latents: the decoder learns to leave out its steps (Deng et al. 2024).
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 overrides "$@"
 [[ "$*" != *--config.train.steps=* ]] || die "--config.train.steps: expected STEPS=N before the command instead"
 
 questions=${QUESTIONS:-runs/questions/word_problems} thoughts=${THOUGHTS:-2} stages=${STAGES:-3} steps=${STEPS:-2000}
-run=${RUN:-runs/coconut} config=${CONFIG:-coconut} first=${FIRST:-0} latents=${LATENTS:-}
-[[ -e configs/${config%%:*}.py ]] || die "CONFIG=$config: there is no configs/${config%%:*}.py"
+run=${RUN:-runs/coconut} config=${CONFIG:-coconut} first=${FIRST:-0}
+[[ -e configs/$config.py ]] || die "CONFIG=$config: there is no configs/$config.py"
 ./launch/setup.sh eval
 [[ ${QUESTIONS:-} || -e $questions.train.jsonl ]] || python -m tools.make_questions --out=runs/questions
 for split in train test; do
@@ -39,6 +38,6 @@ stage() { # NAME REMOVED LATENTS ARGUMENT...: trains one stage and measures it
 }
 
 for ((k = first; k <= stages; k++)); do
-  stage "$k" "$k" "${latents:-$((1 + thoughts * k))}" "$@" # a token that begins the thoughts is one more
+  stage "$k" "$k" $((1 + thoughts * k)) "$@" # of `feedback` the first is a token that begins the thoughts
 done
-stage last 1000 "${latents:-$((1 + thoughts * stages))}" "$@"
+stage last 1000 $((1 + thoughts * stages)) "$@"

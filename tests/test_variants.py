@@ -131,13 +131,14 @@ def test_it_is_evaluated_against_the_decoder_that_was_frozen(
 
 
 def test_training_begins_with_all_that_another_run_has_trained(job, make_config):
-    """The decoder too; with another number of latents where one vector stands for all."""
+    """The decoder too; with more latents, new soft tokens begin as the last one ended."""
     variant, config, workdir = job
     start = changes(variant) | {
         "method.assistant": config.method.assistant,
         "method.start": f"{workdir}/checkpoints/4",
     }
-    more = {"method.num_latents": config.method.num_latents + 1}
+    L = config.method.num_latents
+    more = {"method.num_latents": L + 1}
     if "lora" in variant:
         said = "adapters of a trained decoder|method.lora_rank is 2 there, 0 here"
         with pytest.raises(UserError, match=said):
@@ -145,12 +146,18 @@ def test_training_begins_with_all_that_another_run_has_trained(job, make_config)
         return
     tree = small.weights_of(workdir, 4)
     jax.tree.map(np.testing.assert_array_equal, begun(make_config(start)), tree)
+    refused = pytest.raises(UserError, match="num_latents is . there, .* something for each")
     of_more = make_config(start | more)
-    if variant == "feedback":
-        jax.tree.map(np.testing.assert_array_equal, begun(of_more), tree)
+    if variant == "cartridge":
+        with refused:
+            begun(of_more)
         return
-    with pytest.raises(UserError, match="num_latents is . there, .* a vector for each"):
-        begun(of_more)
+    if variant != "feedback":  # it has one soft token
+        soft_tokens = tree["coprocessor"]["soft_tokens"]
+        tree["coprocessor"]["soft_tokens"] = np.concatenate([soft_tokens, soft_tokens[-1:]])
+        with refused:
+            begun(make_config(start | {"method.num_latents": L - 1}))
+    jax.tree.map(np.testing.assert_array_equal, begun(of_more), tree)
 
 
 def begun(config):

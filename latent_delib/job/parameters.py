@@ -107,26 +107,42 @@ def check_start(exp: Experiment) -> None:
     """Checks the checkpoint that training begins with, before anything large is loaded.
 
     Raises:
-      UserError: it is missing or damaged, is of another decoder, method or number of trained
-        vectors, or holds adapters.
+      UserError: it is missing or damaged, is of another decoder or method, has more soft tokens,
+        or holds adapters.
     """
-    _open_start(exp).close()
+    checkpoints, _ = _open_start(exp)
+    checkpoints.close()
 
 
 def place_start(exp: Experiment, dtype: Any) -> Params:
     """Loads the tree that training begins with onto the mesh, in `dtype`: all that was trained.
 
+    Where there are more latents than in that training, the soft tokens of the new ones begin as the
+    last of those there.
+
     Raises:
       UserError: as `check_start`.
     """
     _, step = exp.start
-    with contextlib.closing(_open_start(exp)) as checkpoints:
-        wanted = {"trainable": _on_mesh(exp, _whole(exp))}
+    checkpoints, latents = _open_start(exp)
+    with contextlib.closing(checkpoints):
+        wanted = {"trainable": _on_mesh(exp, _whole(exp, latents))}
         found = checkpoints.restore_newest(wanted, step=step)
-    return jax.tree.map(lambda x: x.astype(dtype), found.trainable)
+
+    def fitted(x: jax.Array, here: jax.ShapeDtypeStruct) -> jax.Array:
+        more = [(0, now - before) for before, now in zip(x.shape, here.shape, strict=True)]
+        return jnp.pad(x.astype(dtype), more, mode="edge")
+
+    here = _on_mesh(exp, _whole(exp))
+    fit = jax.jit(
+        lambda tree: jax.tree.map(fitted, tree, here),
+        out_shardings=jax.tree.map(lambda x: x.sharding, here),
+    )
+    return fit(found.trainable)
 
 
-def _open_start(exp: Experiment) -> checkpoint.Checkpoints:
+def _open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
+    """Returns the checkpoints that the start is one of, and its number of latents."""
     given = f"config.method.start={exp.config.method.start}"
     workdir, step = exp.start
     try:
@@ -136,23 +152,26 @@ def _open_start(exp: Experiment) -> checkpoint.Checkpoints:
     try:
         there = Record.from_meta(meta, given)
         exp.record.require(there, "start", given)
-        _require_same_vectors(exp, there, given)
+        _require_room(exp, there, given)
     except UserError:
         checkpoints.close()
         raise
-    return checkpoints
+    return checkpoints, there["method.num_latents"]
 
 
-def _require_same_vectors(exp: Experiment, there: Record, given: str) -> None:
-    """Raises UserError for a start of another number of latents, where each is a vector of its own.
+def _require_room(exp: Experiment, there: Record, given: str) -> None:
+    """Raises UserError unless all that a start has trained has its place among the latents here.
 
-    A method that trains one vector for all of them may go on with another number.
+    More soft tokens are made from those there; keys and values are not.
     """
     latents = there["method.num_latents"]
-    if _whole(exp, latents) != _whole(exp):
+    before, now = (_whole(exp, count).get("coprocessor", {}) for count in (latents, None))
+    soft_tokens = [tree.pop("soft_tokens", None) for tree in (before, now)]
+    fewer = None not in soft_tokens and soft_tokens[1].shape < soft_tokens[0].shape
+    if fewer or before != now:
         raise UserError(
             f"{given}: method.num_latents is {latents} there, {exp.aug.num_latents} here; "
-            f"method {exp.aug.method!r} trains a vector for each; name another checkpoint"
+            f"method {exp.aug.method!r} has trained something for each; name another checkpoint"
         )
 
 

@@ -1,7 +1,6 @@
 """The launch scripts on one machine: lint, help, arguments, and what they call in which order."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -142,18 +141,12 @@ def test_each_stage_of_the_curriculum_begins_where_the_one_before_ended(scripts:
     assert len(commands) == 10
 
     calls.unlink()
-    of_a_coprocessor = dict(
-        CONFIG="paper:hops/after", LATENTS="9", FIRST="1", STAGES="2", STEPS="5"
-    )
-    assert run(scripts, "coconut.sh", **of_a_coprocessor).returncode == 0
+    other = dict(CONFIG="hops_curriculum", THOUGHTS="4", FIRST="1", STAGES="2", STEPS="5")
+    assert run(scripts, "coconut.sh", **other).returncode == 0
     trained = [line for line in calls.read_text().splitlines() if "latent_delib.train" in line]
-    assert [re.findall("qa_steps-([0-9]+):runs/[a-z_/]*.train", line) for line in trained] == [
-        ["1"],
-        ["2"],
-        ["1000"],
-    ]
-    for line in trained:
-        assert "--config=paper:hops/after" in line and "num_latents=9" in line
+    for line, (removed, latents) in zip(trained, [(1, 5), (2, 9), (1000, 9)], strict=True):
+        assert f"--text=qa_steps-{removed}:" in line and f"num_latents={latents} " in line
+        assert "--config=hops_curriculum" in line and "--config.train.steps=5" in line
 
     calls.unlink()
     assert run(scripts, "coconut.sh", "--config.method.name=decoder", STAGES="0").returncode == 0
