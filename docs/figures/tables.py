@@ -13,7 +13,8 @@ Write a table with its first column, and run this. A comment above the table nam
 
 The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given,
 and one of PHRASES. "the same" stands for the phrase of the row before, "against `NAME`" and
-"against its own" for another base. In a table of accuracy, "without latents" is the plain decoder.
+"against its own" for another base. In a table of accuracy, "without latents" is the plain decoder,
+and "stage K" a stage of Coconut's curriculum.
 """
 
 import re
@@ -92,6 +93,7 @@ def row_of(words: str, settings: dict[str, str], before: Row) -> Row:
     names = [name if "@" in name else f"{name}@0" for name in re.findall(r"`(\w+@?\w*)`", words)]
     phrases = [folder for phrase, folder in PHRASES.items() if phrase in words]
     step = re.search(r"step ([\d,]+)", words)
+    stage = re.search(r"stage (\w+)", words)
     sources = [number for phrase, number in SOURCES.items() if phrase in words]
     run = settings.get("run") or (names[0] if names else before.run)
     evaluation = settings.get("evaluation", "")
@@ -102,6 +104,8 @@ def row_of(words: str, settings: dict[str, str], before: Row) -> Row:
         evaluation = before.evaluation
     elif step:
         evaluation = f"evaluations/{step[1].replace(',', '')}"
+    elif stage:
+        evaluation = stage[1]
     if "against its own" in words:
         base = run
     elif "against" in words:
@@ -138,7 +142,7 @@ def costs_of(folder: str, row: Row) -> list[str]:
 
 def accuracies(folder: str, row: Row, benchmarks: list[str], is_plain: bool) -> list[str]:
     """Returns the percentage that a run solves of each benchmark, with its interval."""
-    rows = FILES[RESULTS / folder / row.run / "benchmarks.json"].read()["rows"]
+    rows = FILES[RESULTS / folder / row.run / row.evaluation / "benchmarks.json"].read()["rows"]
     latents = "decoder" if is_plain or "decoder" in row.run else "augmented"
     values = {}
     for each in rows:
