@@ -1,8 +1,10 @@
 """Coconut's curriculum for a coprocessor: latents take the place of the steps of protocol `hops`.
 
   ./launch/paper.sh hops/overlay    # makes the decoder, which writes its steps, and the questions
-  CONFIG=hops_curriculum QUESTIONS=runs/questions/hops FIRST=1 STAGES=4 THOUGHTS=4 \\
-    RUN=runs/paper/hops/curriculum ./launch/coconut.sh
+  CONFIG=hops_curriculum QUESTIONS=runs/questions/hops FIRST=1 STAGES=4 THOUGHTS=9 \\
+    RUN=runs/paper/hops/curriculum@0 ./launch/coconut.sh
+
+A written step has nine tokens.
 """
 
 from ml_collections import ConfigDict

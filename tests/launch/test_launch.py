@@ -141,10 +141,10 @@ def test_each_stage_of_the_curriculum_begins_where_the_one_before_ended(scripts:
     assert len(commands) == 10
 
     calls.unlink()
-    other = dict(CONFIG="hops_curriculum", THOUGHTS="4", FIRST="1", STAGES="2", STEPS="5")
+    other = dict(CONFIG="hops_curriculum", THOUGHTS="9", FIRST="1", STAGES="2", STEPS="5")
     assert run(scripts, "coconut.sh", **other).returncode == 0
     trained = [line for line in calls.read_text().splitlines() if "latent_delib.train" in line]
-    for line, (removed, latents) in zip(trained, [(1, 5), (2, 9), (1000, 9)], strict=True):
+    for line, (removed, latents) in zip(trained, [(1, 10), (2, 19), (1000, 19)], strict=True):
         assert f"--text=qa_steps-{removed}:" in line and f"num_latents={latents} " in line
         assert "--config=hops_curriculum" in line and "--config.train.steps=5" in line
 
