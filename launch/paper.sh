@@ -12,7 +12,7 @@
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
 #   swap/               every text is given the latents of another: overlay, after and before with any number of
-#                       latents, steps_*, joint, unified, adapt_coprocessor
+#                       latents, steps_*, double, joint, unified, adapt_coprocessor
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
@@ -40,7 +40,7 @@ all() { # PROTOCOL
     return
   fi
   if [[ $1 == hops ]]; then
-    wanted+=(hops/distilled hops/overlay hops/static_tokens hops/decoder_fast)
+    wanted+=(hops/double hops/overlay hops/static_tokens hops/decoder_fast)
     return
   fi
   wanted+=("$1/overlay" "$1/after" "$1/decoder") # what the others are compared with, or start from
@@ -197,7 +197,7 @@ for each in "${wanted[@]}"; do
   began=$SECONDS
   [[ -e $workdir/perplexity.json ]] || run latent_delib.train --config="$config" --workdir="$workdir" --config.seed="$seed" "${more[@]}"
   evaluate "$workdir"
-  if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|steps_.*|joint|unified|adapt_coprocessor)$ ]]; then
+  if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|steps_.*|double|joint|unified|adapt_coprocessor)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
   if [[ $protocol =~ ^(problems|depth|questions|hops)$ ]]; then

@@ -243,7 +243,7 @@ def test_hops_are_read_with_steps_and_without(here: Path) -> None:
         f"train {config}/pretrain --workdir={folder}/pretrain",
         f"evaluate {config}/decoder --workdir={folder}/frozen",
     ]
-    rows = ["distilled", "overlay", "static_tokens", "decoder_fast"]
+    rows = ["double", "overlay", "static_tokens", "decoder_fast"]
     trained = [call.split()[1] for call in calls if call.startswith("train")]
     assert trained == [f"{config}/{row}" for row in ["pretrain", *rows]]
     asked = [call for call in calls if "--benchmarks=qa:runs/questions/hops.test.jsonl" in call]
