@@ -3,7 +3,7 @@
 A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it;
 a row that begins inside a document begins with BOS too. So every row consists of pieces that each
 begin with BOS, and no token of the text is dropped or doubled. The last row of a stream has
-padding; so has every row where documents are kept whole, as questions are.
+padding; so may every row where documents are kept whole, as questions are.
 """
 
 import collections

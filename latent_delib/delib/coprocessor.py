@@ -282,6 +282,8 @@ def _fed_back(
     model = models.coprocessor
     c = model.config
     B, M, L, D = x_BMLD.shape
+    if L == 0:  # one latent of `write_feedback`: the token that begins thoughts
+        return x_BMLD
     position_BML = traces.latent_position[:, :, :L]
     weights = {"params": params["coprocessor"]}
 
@@ -298,7 +300,7 @@ def _fed_back(
         z_BMD = z_BM1D[:, :, 0]
         return (z_BMD, jax.tree.map(lambda x: x[:, :, :, 1:], kv)), z_BMD
 
-    none = jnp.zeros((c.num_layers, B, M, max(L - 1, 0), c.num_kv_heads, c.head_dim), x_BMLD.dtype)
+    none = jnp.zeros((c.num_layers, B, M, L - 1, c.num_kv_heads, c.head_dim), x_BMLD.dtype)
     start = jnp.zeros((B, M, D), x_BMLD.dtype), KV(none, none)
     _, z_LBMD = jax.lax.scan(one, start, jnp.arange(L))
     return jnp.moveaxis(z_LBMD, 0, 2)

@@ -256,6 +256,15 @@ def test_a_cartridge_is_rotated_to_the_places_of_its_latents_whatever_the_text()
     assert not np.allclose(one.k[0, 0], one.k[0, 1])
 
 
+def test_a_single_latent_of_feedback_is_its_soft_token():
+    tree = METHODS["feedback"].init(jax.random.key(0), DECODER, models("feedback"), 1)
+    params = augment.assemble({"decoder": DECODER}, tree)
+    of_one = traces.lay_out(jnp.zeros((B, T), int), jnp.ones((B, T), int), AT, 1, 2, "after")
+    z = METHODS["feedback"].write(params, models("feedback"), text_of(0), of_one)
+    token = transformer.scaled(tree["coprocessor"]["soft_tokens"][0], CONFIG)
+    np.testing.assert_array_equal(z, np.broadcast_to(token, (B, M, 1, CONFIG.embed_dim)))
+
+
 def test_feedback_reads_the_text_from_its_second_latent_on():
     """The first is the token that begins the thoughts, scaled as tokens are."""
     tree = begin("feedback")
