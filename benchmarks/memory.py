@@ -25,7 +25,7 @@ from configs import base
 from latent_delib.delib import cost
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
-from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
 from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import choose
 from latent_delib.nn.layers import WHOLE
@@ -127,16 +127,13 @@ def compile_step(
     state = here(jax.eval_shape(start, jax.random.key(0), decoder))
     frozen = here({"decoder": decoder}, jnp.bfloat16)
     row = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=where)
-    step = partial(
-        train_step,
+    objective = Objective(
         aug=aug,
-        tx=tx,
-        seed=0,
         num_traces=M,
         num_ahead=A,
-        accumulation=1,
         dtype=jnp.bfloat16,
     )
+    step = partial(train_step, objective=objective, tx=tx)
     began = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, {"tokens": row, "segment": row})
     memory = lowered.compile().memory_analysis()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from benchmarks import common
 from configs import base
 from latent_delib.delib import augment
-from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
 
 PRESET = dict(latents=16, batch=1, remat="attention")
 
@@ -47,16 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return augment.decode(aug, params(trained), z, cache, marks)[0]
 
     state = TrainState(jnp.int32(0), trained, tx.init(trained))
-    step = partial(
-        train_step,
+    objective = Objective(
         aug=aug,
-        tx=tx,
-        seed=0,
         num_traces=a.traces,
         num_ahead=a.ahead,
-        accumulation=1,
         dtype=dtype,
     )
+    step = partial(train_step, objective=objective, tx=tx)
     parts = {
         "text": (lambda t: read(t).cache, trained),
         "+ latents": (lambda t: latents(t)[0], trained),

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from benchmarks import common, dense
 from configs import base
 from latent_delib.delib import augment, cost
-from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
 from latent_delib.machine import chips
 
 OPTIMIZER = base.get_config().optimizer
@@ -55,16 +55,13 @@ class Job:
         """Compiles the step in one form. The dense one is the same step around another loss."""
         a, is_dense = self.a, form == "dense"
         attention = "reference" if is_dense else form
-        step = partial(
-            train_step,
+        objective = Objective(
             aug=common.augmentation(a.config, self.num_latents, attention, remat),
-            tx=self.tx,
-            seed=0,
             num_traces=a.traces,
             num_ahead=a.ahead,
-            accumulation=1,
             dtype=jnp.dtype(a.dtype),
         )
+        step = partial(train_step, objective=objective, tx=self.tx)
         state = jax.eval_shape(self.start)
         with mock.patch.object(augment, "loss", dense.loss if is_dense else augment.loss):
             lowered = jax.jit(step, donate_argnums=0).lower(state, self.frozen, batch)

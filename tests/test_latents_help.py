@@ -19,7 +19,14 @@ import pytest
 from configs import base
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
-from latent_delib.delib.step import TrainState, ahead_step, make_optimizer, read_step, train_step
+from latent_delib.delib.step import (
+    Objective,
+    TrainState,
+    ahead_step,
+    make_optimizer,
+    read_step,
+    train_step,
+)
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer
@@ -72,16 +79,14 @@ def train(aug, frozen, trainable, tokens):
     rates = {"learning_rate": 0.02, "soft_token_learning_rate": 0.02, "warmup_steps": steps // 10}
     optimizer.update({"name": "muon"} | rates)  # AdamW needs 400 steps for as much
     tx = make_optimizer(optimizer, steps).tx
-    step = partial(
-        train_step,
+    objective = Objective(
         aug=aug,
-        tx=tx,
-        seed=SEED,
         num_traces=LENGTH - 1,
         num_ahead=1,
-        accumulation=1,
         dtype=jnp.float32,
+        seed=SEED,
     )
+    step = partial(train_step, objective=objective, tx=tx)
 
     # Hundreds of steps run three times as fast when they are compiled with more effort than other
     # tests need.

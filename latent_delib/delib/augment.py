@@ -58,6 +58,11 @@ class Augmentation:
         return METHODS[self.method].write is not None
 
     @property
+    def without_latents(self) -> "Augmentation":
+        """Returns this with traces of no latents: x_p is read again, ahead tokens follow it."""
+        return dataclasses.replace(self, num_latents=0, placement="overlay")
+
+    @property
     def models(self) -> Models:
         """Returns both architectures."""
         return Models(self.transformer, self.coprocessor or self.transformer)
@@ -161,6 +166,9 @@ def read_text(
 
 def write_latents(aug: Augmentation, params: Params, reading: Reading, traces: Traces) -> Latents:
     """Writes the latents of every trace, as the method does."""
+    if not aug.num_latents:
+        D = reading.outputs.shape[-1]
+        return jnp.zeros((*traces.latent_position.shape, D), reading.outputs.dtype)
     write = METHODS[aug.method].write
     assert write is not None, aug.method
     return write(params, aug.models, reading, traces)
@@ -279,7 +287,11 @@ def loss(
     if aug.has_latents:
         traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
         z = write_latents(aug, params, reading, traces)
-        return _loss_of_traces(aug, params, z, reading, traces)
+        outputs, _ = decode(aug, params, z, reading.cache, traces)
+        teacher = teacher_outputs(reading, traces) if aug.distill else None
+        weights = traces.weights * ahead_weights(num_ahead)
+        total = summed_loss(aug, params, outputs, traces.targets, weights, teacher)
+        return total, jnp.sum(weights)
     targets, next_segment_BT = (
         jnp.pad(x[:, 1:], [(0, 0), (0, 1)]) for x in (tokens_BT, segment_BT)
     )
@@ -289,55 +301,10 @@ def loss(
     return summed_loss(aug, params, reading.outputs, targets, weights), jnp.sum(weights)
 
 
-def loss_without_latents(
-    aug: Augmentation,
-    params: Params,
-    tokens_BT: jax.Array,
-    segment_BT: jax.Array,
-    at_BM: jax.Array,
-    num_ahead: int,
-    dtype: jnp.dtype,
-    delay_BM: jax.Array | int = 0,
-    prompt_end: Sequence[int] = (),
-    steps_end: Sequence[int] = (),
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the sums of `loss` for the plain decoder, on the same ahead tokens.
-
-    Its traces have no latents: x_p is read again, and the ahead tokens follow it.
-
-    Args:
-      aug: a method with latents.
-      params: those of the decoder are enough.
-      tokens_BT, segment_BT, at_BM, num_ahead, dtype, delay_BM, prompt_end, steps_end: as for
-        `loss`.
-    """
-    del prompt_end  # of a plain decoder's own loss; `at_BM` is behind prompts already
-    aug = dataclasses.replace(aug, num_latents=0, placement="overlay")
-    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
-    reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
-    none = jnp.zeros((*at_BM.shape, 0, reading.outputs.shape[-1]), dtype)
-    return _loss_of_traces(aug, params, none, reading, traces)
-
-
-def _loss_of_traces(
-    aug: Augmentation,
-    params: Params,
-    z: Latents,
-    reading: Reading,
-    traces: Traces,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns Σ loss and Σ tokens of traces with latents z."""
-    outputs, _ = decode(aug, params, z, reading.cache, traces)
-    teacher = taught(reading, traces) if aug.distill else None
-    weights = traces.weights * ahead_weights(traces.targets.shape[2])
-    total = summed_loss(aug, params, outputs, traces.targets, weights, teacher)
-    return total, jnp.sum(weights)
-
-
-def taught(reading: Reading, traces: Traces) -> jax.Array:
+def teacher_outputs(reading: Reading, traces: Traces) -> jax.Array:
     """Returns the decoder's outputs [B, M, A, D] that predict the ahead tokens from the text.
 
-    It has read all text before them: also the steps that a trace skips, and no latents.
+    The decoder has read all text before them, including steps that a trace skips, but no latents.
     """
     B, T, D = reading.outputs.shape
     before_BR = jnp.minimum(traces.ahead - 1, T - 1).reshape(B, -1)

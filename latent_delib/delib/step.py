@@ -3,7 +3,9 @@
 The commands jit them.
 """
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -132,43 +134,51 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
     return Optimizer(tx, learning_rate)
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Says how the loss of a batch is computed.
+
+    aug: the method and both models.
+    num_traces: M, per row.
+    num_ahead: A, per trace.
+    dtype: of the computation; master weights are cast to it once.
+    seed: of trace positions and delays, which are a function of it and of the batch's number.
+    accumulation: the batch passes in this many equal parts. Sums of loss, tokens and gradients are
+      added up and divided once, so the step is that of the whole batch whatever the parts hold.
+    max_delay: latents of a trace are written up to so many tokens before they join, drawn at
+      random.
+    prompt_end: tokens that end a prompt; traces, or the loss of a plain decoder, are only behind
+      them. Empty: anywhere.
+    steps_end: tokens that end the steps between trace and ahead tokens. Empty: there are none.
+    """
+
+    aug: Augmentation
+    num_traces: int
+    num_ahead: int
+    dtype: jnp.dtype
+    seed: int = 0
+    accumulation: int = 1
+    max_delay: int = 0
+    prompt_end: tuple[int, ...] = ()
+    steps_end: tuple[int, ...] = ()
+
+
 def train_step(
     state: TrainState,
     frozen: Params,
     batch: dict[str, jax.Array],
     *,
-    aug: Augmentation,
+    objective: Objective,
     tx: optax.GradientTransformation,
-    seed: int,
-    num_traces: int,
-    num_ahead: int,
-    accumulation: int,
-    dtype: jnp.dtype,
-    max_delay: int = 0,
-    prompt_end: tuple[int, ...] = (),
-    steps_end: tuple[int, ...] = (),
     skip_bad: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Makes one optimizer step on the mean loss over all ahead tokens of the batch.
+    """Makes one optimizer step on the mean loss per predicted token of a batch.
 
     Args:
       state: donated by the jitted step.
-      frozen: parameters that are not trained, in `dtype`.
+      frozen: parameters that are not trained, in the dtype of the computation.
       batch: "tokens" and "segment", int32 [B, T].
-      aug: the method and both models.
       tx: of `make_optimizer`.
-      seed: of trace positions and delays, which are a function of it and of the step.
-      num_traces: M, per row.
-      num_ahead: A, per trace.
-      accumulation: the batch passes in this many equal parts. Sums of loss, tokens and gradients
-        are added up and divided once, so the step is that of the whole batch whatever the parts
-        hold.
-      dtype: of the computation; master weights are cast to it once.
-      max_delay: latents of a trace are written up to so many tokens before they join, drawn at
-        random.
-      prompt_end: tokens that end a prompt; traces, or the loss of a plain decoder, are only
-        behind them. Empty: anywhere.
-      steps_end: tokens that end the steps between trace and ahead tokens. Empty: there are none.
       skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the
         learning rate, go on.
 
@@ -176,22 +186,21 @@ def train_step(
       The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before
       clipping).
     """
-    ends = (prompt_end, steps_end)
-    whole = _with_traces(batch, seed, state.step, num_traces, max_delay, *ends)
+    aug, parts = objective.aug, objective.accumulation
+    whole = _with_traces(objective, batch, state.step)
     frozen = augment.gathered(aug, frozen)  # before the loop over parts
 
     def loss_sum(trained: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
         # Tables that are trained are gathered here, so that their gradients lie as they do.
         params = augment.assemble(frozen, augment.gathered(aug, trained))
-        tokens, segment, at, delay = part
-        return augment.loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, *ends)
+        return _loss_sum(objective, params, part)
 
     # Differentiated where it is cast: gradients are summed over devices in the computation's dtype.
-    trained = jax.tree.map(lambda x: x.astype(dtype), state.trainable)
-    if accumulation == 1:
+    trained = jax.tree.map(lambda x: x.astype(objective.dtype), state.trainable)
+    if parts == 1:
         (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, whole)
     else:
-        (loss, tokens), grads = _sum_over_parts(loss_sum, trained, whole, accumulation)
+        (loss, tokens), grads = _sum_over_parts(loss_sum, trained, whole, parts)
     count = jnp.maximum(tokens, 1.0)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
@@ -222,22 +231,24 @@ def _sum_over_parts(
     return total
 
 
-def _with_traces(
-    batch: dict[str, jax.Array],
-    seed: int,
-    number: jax.Array,
-    num_traces: int,
-    max_delay: int,
-    prompt_end: tuple[int, ...],
-    steps_end: tuple[int, ...],
-) -> Batch:
+def _with_traces(objective: Objective, batch: dict[str, jax.Array], number: jax.Array) -> Batch:
     """Draws traces and delays for the text of a batch, by the seed and the batch's number."""
+    o = objective
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    num_traces = min(num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
-    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces, prompt_end, steps_end)
-    delay_BM = traces.draw_delays(jax.random.fold_in(key, 1), at_BM, max_delay)
+    key = jax.random.fold_in(jax.random.key(o.seed), number)
+    num_traces = min(o.num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
+    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces, o.prompt_end, o.steps_end)
+    delay_BM = traces.draw_delays(jax.random.fold_in(key, 1), at_BM, o.max_delay)
     return tokens_BT, segment_BT, at_BM, delay_BM
+
+
+def _loss_sum(objective: Objective, params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of `augment.loss` over a part of a batch."""
+    o = objective
+    tokens, segment, at, delay = part
+    return augment.loss(
+        o.aug, params, tokens, segment, at, o.num_ahead, o.dtype, delay, o.prompt_end, o.steps_end
+    )
 
 
 def _parts(whole: Batch, accumulation: int) -> Batch:
@@ -258,39 +269,24 @@ def validation_step(
     batch: dict[str, jax.Array],
     number: jax.Array,
     *,
-    aug: Augmentation,
-    seed: int,
-    num_traces: int,
-    num_ahead: int,
-    accumulation: int,
-    dtype: jnp.dtype,
-    max_delay: int = 0,
-    prompt_end: tuple[int, ...] = (),
-    steps_end: tuple[int, ...] = (),
-    loss: Callable[..., tuple[jax.Array, jax.Array]] = augment.loss,
+    objective: Objective,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the loss of a batch as `train_step` does, without a gradient.
 
     Args:
       trainable: float32 master weights; {}: the frozen parameters are enough.
+      frozen, batch: as for `train_step`.
       number: of the batch, int32; its traces are those of training step `number`.
-      loss: `augment.loss` or `augment.loss_without_latents`.
-      frozen, batch, aug, seed, num_traces, num_ahead, accumulation, dtype, max_delay, prompt_end,
-        steps_end: as for `train_step`.
 
     Returns:
       Σ loss in nats, and Σ tokens: float32 scalars.
     """
-    ends = (prompt_end, steps_end)
-    whole = _with_traces(batch, seed, number, num_traces, max_delay, *ends)
-    trained = jax.tree.map(lambda x: x.astype(dtype), trainable)
-    params = augment.gathered(aug, augment.assemble(frozen, trained))
-
-    def one(part: Batch) -> tuple[jax.Array, jax.Array]:
-        tokens, segment, at, delay = part
-        return loss(aug, params, tokens, segment, at, num_ahead, dtype, delay, *ends)
-
-    losses, counts = jax.lax.map(one, _parts(whole, accumulation))
+    whole = _with_traces(objective, batch, number)
+    trained = jax.tree.map(lambda x: x.astype(objective.dtype), trainable)
+    params = augment.gathered(objective.aug, augment.assemble(frozen, trained))
+    losses, counts = jax.lax.map(
+        partial(_loss_sum, objective, params), _parts(whole, objective.accumulation)
+    )
     return jnp.sum(losses), jnp.sum(counts)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.delib.step import Optimizer, TrainState, make_optimizer, train_step
+from latent_delib.delib.step import Objective, Optimizer, TrainState, make_optimizer, train_step
 from latent_delib.errors import UserError
 from latent_delib.job import parameters
 from latent_delib.job.experiment import Experiment
@@ -55,7 +55,10 @@ def make(exp: Experiment) -> Plan:
         (c.train.batch_size, c.data.seq_len), jnp.int32, sharding=mesh_lib.rows(exp.mesh)
     )
     step = partial(
-        train_step, tx=optimizer.tx, skip_bad=c.train.max_bad_steps > 0, **objective(exp)
+        train_step,
+        objective=objective(exp),
+        tx=optimizer.tx,
+        skip_bad=c.train.max_bad_steps > 0,
     )
     return Plan(
         state=state,
@@ -66,20 +69,20 @@ def make(exp: Experiment) -> Plan:
     )
 
 
-def objective(exp: Experiment) -> dict[str, Any]:
-    """Returns the arguments of `train_step` and `validation_step` that say what the loss is."""
+def objective(exp: Experiment) -> Objective:
+    """Returns the loss that the job's config names."""
     c = exp.config
-    return {
-        "aug": exp.aug,
-        "seed": c.seed,
-        "num_traces": c.method.num_traces,
-        "num_ahead": c.method.num_ahead,
-        "max_delay": c.method.max_delay,
-        "prompt_end": exp.prompt_end,
-        "steps_end": exp.steps_end,
-        "accumulation": c.train.accumulation,
-        "dtype": exp.dtype,
-    }
+    return Objective(
+        aug=exp.aug,
+        num_traces=c.method.num_traces,
+        num_ahead=c.method.num_ahead,
+        dtype=exp.dtype,
+        seed=c.seed,
+        accumulation=c.train.accumulation,
+        max_delay=c.method.max_delay,
+        prompt_end=exp.prompt_end,
+        steps_end=exp.steps_end,
+    )
 
 
 def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:

@@ -1,5 +1,6 @@
 """Computes the loss on held-out text during a training job."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +11,7 @@ import numpy as np
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
-from latent_delib.delib import augment
-from latent_delib.delib.step import validation_step
+from latent_delib.delib.step import Objective, validation_step
 from latent_delib.errors import UserError
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
@@ -44,11 +44,12 @@ class Validation:
         self.prompt_end = exp.config.method.prompt_end
         self.frozen = frozen
         self.batches = _place_batches(exp)
-        self.sums = _compile(exp, plan, plan.state.trainable, augment.loss)
+        objective = planning.objective(exp)
+        self.sums = _compile(exp, plan, plan.state.trainable, objective)
         self.without_latents: float | None = None
         if exp.aug.has_latents and "decoder" not in plan.state.trainable:
-            sums = _compile(exp, plan, {}, augment.loss_without_latents)
-            self.without_latents = self._mean(sums, {})
+            plain = dataclasses.replace(objective, aug=exp.aug.without_latents)
+            self.without_latents = self._mean(_compile(exp, plan, {}, plain), {})
         else:
             self._mean(self.sums, trainable)  # raises now, not in the middle of training
 
@@ -78,9 +79,9 @@ class Validation:
         return float(nats / tokens)
 
 
-def _compile(exp: Experiment, plan: Plan, trainable: Params, loss: Callable) -> Callable:
+def _compile(exp: Experiment, plan: Plan, trainable: Params, objective: Objective) -> Callable:
     """Compiles (trainable, frozen, batch, number) -> sums over a batch, for the mesh."""
-    step = partial(validation_step, loss=loss, **planning.objective(exp))
+    step = partial(validation_step, objective=objective)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     jitted = jax.jit(step, out_shardings=mesh_lib.replicated(exp.mesh))
     return jitted.lower(trainable, plan.frozen, plan.batch, number).compile()

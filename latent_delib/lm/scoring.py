@@ -3,7 +3,6 @@
 Every function is compiled once for each shape. `dtype` is the one that it computes in.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -103,11 +102,9 @@ def score_tails(
     text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
     B, M, A = tails_BMA.shape
     last_B1 = length_B[:, None] - 1
-    if aug.has_latents:
-        z = augment.write_latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, A))
-    else:
-        aug = dataclasses.replace(aug, num_latents=0, placement="overlay")
-        z = jnp.zeros((B, 1, 0, table_VD.shape[1]), dtype)
+    if not aug.has_latents:
+        aug = aug.without_latents
+    z = augment.write_latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, A))
     marks = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
     reread = marks.inputs.shape[2] - (A - 1)
     marks = marks._replace(

@@ -18,7 +18,7 @@ import small
 from latent_delib.delib import augment
 from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.step import TrainState, train_step
+from latent_delib.delib.step import Objective, TrainState, train_step
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
@@ -233,16 +233,13 @@ def test_a_step_trains_on_the_traces_that_are_drawn():
     aug, params = setup(small.GEMMA, "overlay")
     frozen, trainable = {"decoder": params["decoder"]}, {"coprocessor": params["coprocessor"]}
     tx = optax.identity()
-    step = partial(
-        train_step,
+    objective = Objective(
         aug=aug,
-        tx=tx,
-        seed=0,
         num_traces=M,
         num_ahead=A,
-        accumulation=1,
         dtype=jnp.float32,
     )
+    step = partial(train_step, objective=objective, tx=tx)
     step, found = jax.jit(step), []
     for done in range(2):
         state = TrainState(jnp.int32(done), trainable, tx.init(trainable))
@@ -329,8 +326,17 @@ def test_the_plain_decoder_without_the_steps():
     """Its traces have no latents: what it makes of the question alone."""
     config, tokens = small.GEMMA, questions()
     aug, params = setup(config, "after")
-    total, count = jax.jit(augment.loss_without_latents, static_argnums=(0, 5, 6, 9))(
-        aug, params, tokens, SEGMENT, QUESTIONS[..., 1], A, jnp.float32, 0, (), STEPS_END
+    total, count = jax.jit(augment.loss, static_argnums=(0, 5, 6, 8, 9))(
+        aug.without_latents,
+        params,
+        tokens,
+        SEGMENT,
+        QUESTIONS[..., 1],
+        A,
+        jnp.float32,
+        0,
+        (),
+        STEPS_END,
     )
     expected = 0.0
     for start, trace, first, last in QUESTIONS.reshape(-1, 4)[:3]:

@@ -17,7 +17,7 @@ from configs import base
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import as_inputs
-from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
 from latent_delib.nn.attention import xla
 from latent_delib.nn.transformer import REMAT, Transformer
 
@@ -99,12 +99,11 @@ def one_step(dtype, remat):
     trainable = {"coprocessor": jax.tree.map(jnp.asarray, PARAMS["coprocessor"])}
     frozen = {"decoder": jax.tree.map(lambda x: jnp.asarray(x, dtype), PARAMS["decoder"])}
     tx = make_optimizer(base.get_config().optimizer, steps=10).tx
-    step = partial(train_step, tx=tx, seed=0, num_traces=M, num_ahead=A, accumulation=1)
+    objective = Objective(augmentation(remat), num_traces=M, num_ahead=A, dtype=dtype)
     state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
     batch = {"tokens": TOKENS, "segment": SEGMENT}
-    state, metrics = jax.jit(partial(step, aug=augmentation(remat), dtype=dtype))(
-        state, frozen, batch
-    )
+    step = jax.jit(partial(train_step, objective=objective, tx=tx))
+    state, metrics = step(state, frozen, batch)
     return optax.tree.get(state.opt_state, "mu"), state, metrics
 
 

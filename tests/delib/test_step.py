@@ -19,7 +19,7 @@ import small
 from configs import base
 from latent_delib import train
 from latent_delib.data import batches
-from latent_delib.delib.step import TrainState, make_optimizer, train_step
+from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
 from latent_delib.job import experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.nn.attention.forms import FEW
@@ -52,18 +52,15 @@ class OneDevice:
 
     def uncompiled(self, state, frozen, batch, tx, accumulation=1):
         m = self.exp.config.method
-        return train_step(
-            state,
-            frozen,
-            batch,
+        objective = Objective(
             aug=self.aug,
-            tx=tx,
-            seed=self.exp.config.seed,
             num_traces=m.num_traces,
             num_ahead=m.num_ahead,
-            accumulation=accumulation,
             dtype=jnp.float32,
+            seed=self.exp.config.seed,
+            accumulation=accumulation,
         )
+        return train_step(state, frozen, batch, objective=objective, tx=tx)
 
     def start(self, seed):
         trainable = parameters.init_trainable(self.exp.aug, self.exp.config.method.lora_rank)(

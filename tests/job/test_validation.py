@@ -211,10 +211,10 @@ def test_the_loss_without_latents_is_of_the_same_tokens(make_config):
     at_BM = np.tile([0, 20, 30, 31], (8, 1))
     state, frozen = train.place_state(exp, planning.make(exp), None)
 
-    def sums(loss):
+    def sums(aug):
         params = augment.assemble(frozen, state.trainable)
-        found = partial(loss, exp.aug, params, num_ahead=3, dtype=exp.dtype)
+        found = partial(augment.loss, aug, params, num_ahead=3, dtype=exp.dtype)
         return jax.jit(found)(tokens_BT=tokens_BT, segment_BT=segment_BT, at_BM=at_BM)
 
-    (loss, count), (plain, same) = sums(augment.loss), sums(augment.loss_without_latents)
+    (loss, count), (plain, same) = sums(exp.aug), sums(exp.aug.without_latents)
     assert loss != plain and count == same > 0
