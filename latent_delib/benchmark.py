@@ -167,13 +167,13 @@ def _find_subject(flags: Any) -> Subject:
         if METHODS[record["method.name"]].write is None:
             config = config | {"method": config["method"] | {"num_latents": 0}}
     elif flags.step is not None:
-        raise UserError(f"--step={flags.step}: a checkpoint of --workdir; a --decoder has none")
+        raise UserError(f"--step={flags.step}: needs --workdir; a --decoder has no checkpoints")
     else:
         decoder = flags.decoder
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
         record = Record(config, "")
     where = folder.locate(decoder)
-    architecture = json.loads(json.dumps(folder.read_config(where).to_dict()))
+    architecture = folder.read_config(where).to_dict()
     record = dataclasses.replace(
         record, config=config, fingerprint=folder.fingerprint(where), architecture=architecture
     )
@@ -259,7 +259,7 @@ def _check_joins(wanted: Sequence[Row], flags: Any) -> None:
     for key in ("every", "delay"):
         value = getattr(flags, key)
         if value and not any(asked[key] for asked in wanted):
-            raise UserError(f"--{key}={value}: none of these rows has latents that join so")
+            raise UserError(f"--{key}={value}: no selected row supports it; leave it out")
 
 
 def _digest(name: str, task: str, table: dict[str, Any], flags: Any) -> str | None:

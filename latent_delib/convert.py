@@ -92,7 +92,7 @@ def convert(
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
             raise UserError(
-                f"{source}: is a coprocessor; --to, --dtype, --size and --tokenizer are of decoders"
+                f"{source}: is a coprocessor; leave out --to, --dtype, --size and --tokenizer"
             )
         return export_coprocessor(source, Path(out))
     with files.whole(Path(out)) as partial_:
@@ -261,12 +261,7 @@ def describe(config: TransformerConfig, wanted: TransformerConfig | None, where:
 def progress(chunks: Iterator[np.ndarray], entries: Mapping[str, tuple]) -> Iterator[np.ndarray]:
     """Yields the chunks, and prints how many of the bytes are done."""
     total = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in entries.values())
-    say = Progress("written", total, "bytes")
-    done = 0
-    for chunk in chunks:
-        yield chunk
-        done += chunk.nbytes
-        say(done)
+    return Progress("written", total, "bytes").over(chunks, lambda chunk: chunk.nbytes)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
         )
         found = Restored(meta["step"], meta, {"trainable": trained})
     else:
-        checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
+        checkpoints, meta = checkpoint.open_for_reading(workdir, step)
         with contextlib.closing(checkpoints):
             _require_same(exp, meta, workdir)
             wanted = {"trainable": parameters.trainable_shapes(exp)}

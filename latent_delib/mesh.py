@@ -1,6 +1,6 @@
 """Makes the mesh, and shardings by rules.
 
-Elsewhere mesh axes are named only by what a user chooses them with: `config.mesh`, the flags of
+Elsewhere only the code that lets a user choose a mesh names its axes: `config.mesh`, the flags of
 generate, and the search over meshes.
 
 Models name the logical axes of their arrays; the three tables of rules below say which mesh axes

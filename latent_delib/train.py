@@ -70,19 +70,14 @@ def main(flags: Any) -> None:
         dry_run.dry_run(flags.config, flags.workdir, flags.topology)
         return
     if flags.text or flags.held_out:
-        use_text(flags)
+        if flags.distributed:
+            raise UserError(f"--text={flags.text}: one process prepares it; run prepare first")
+        preparation.use_text(flags.config, flags.text, flags.held_out, flags.workdir)
     distributed.split_cores(flags.config.compute.cpu_devices)
     with distributed.job(flags):
         code = train(flags.config, flags.workdir, ctrl_c=True)
     if code:
         sys.exit(code)
-
-
-def use_text(flags: Any) -> None:
-    """Prepares the text that the flags name, and puts its token files into their config."""
-    if flags.distributed:
-        raise UserError(f"--text={flags.text}: one process prepares it; run prepare first")
-    preparation.use_text(flags.config, flags.text, flags.held_out, flags.workdir)
 
 
 def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:

@@ -88,7 +88,8 @@ def rows_of(workdir: Path) -> list[dict]:
 
 def weights_of(workdir: Path, step: int | None = None) -> dict:
     """The trainable tree of a run's checkpoint, of its newest or of a step."""
-    checkpoints, step, _ = checkpoint.open_for_reading(str(workdir), step)
+    checkpoints, meta = checkpoint.open_for_reading(str(workdir), step)
+    step = meta["step"]
     found = checkpoints.restore_newest(step=step)
     checkpoints.close()
     return jax.device_get(found.trainable)
@@ -96,7 +97,7 @@ def weights_of(workdir: Path, step: int | None = None) -> dict:
 
 def meta_of(workdir: Path) -> dict:
     """What a run's newest checkpoint says of itself."""
-    checkpoints, _, meta = checkpoint.open_for_reading(str(workdir))
+    checkpoints, meta = checkpoint.open_for_reading(str(workdir))
     checkpoints.close()
     return meta
 

@@ -404,7 +404,7 @@ def test_costs(tmp_path):
     """Of files alone: no decoder is there; in older ones the config has a part of its sizes."""
     of = config(num_traces=4) | {"train": {"batch_size": 2}, "data": {"seq_len": 32}}
     of["decoder"] = {"path": "nowhere", "architecture": {"num_layers": 2}}
-    architecture = json.loads(json.dumps(small.GEMMA.to_dict()))
+    architecture = small.GEMMA.to_dict()
     for name, text, more in (
         ("old", "seen", {}),
         ("run/evaluations/60", "seen", {"architecture": architecture}),

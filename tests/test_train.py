@@ -105,7 +105,8 @@ def metrics(workdir):
 
 def everything(workdir, step=None):
     """Step, and every leaf of trainable tree and optimizer of a checkpoint."""
-    checkpoints, step, _ = checkpoint.open_for_reading(str(workdir), step)
+    checkpoints, meta = checkpoint.open_for_reading(str(workdir), step)
+    step = meta["step"]
     trees = checkpoints.restore_newest({"trainable": None, "optimizer": None}, step=step).trees
     checkpoints.close()
     return step, {
@@ -320,7 +321,8 @@ def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_pa
 
 def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_config, tmp_path):
     """A checkpoint as it was before there were versions of the order."""
-    checkpoints, step, meta = checkpoint.open_for_reading(str(trained))
+    checkpoints, meta = checkpoint.open_for_reading(str(trained))
+    step = meta["step"]
     weights = checkpoints.restore_newest(step=step).trainable
     del meta["data"]["fingerprint"]["order"]
     older = checkpoint.Checkpoints(str(tmp_path))

@@ -136,8 +136,8 @@ def cells(folder: str, row: Row) -> list[str]:
 
 def costs_of(folder: str, row: Row) -> list[str]:
     """Returns the trained parameters of a run and the GFLOP of a step."""
-    found = costs.of(find(RESULTS / folder / row.run, ""))
-    return [f"{found.parameters:,}", f"{found.step_flops / 1e9:.1f}"]
+    trained, flops = costs.training_costs(find(RESULTS / folder / row.run, ""))
+    return [f"{trained:,}", f"{flops / 1e9:.1f}"]
 
 
 def accuracies(folder: str, row: Row, benchmarks: list[str], is_plain: bool) -> list[str]:

@@ -1,6 +1,5 @@
 """Training batches and validation documents, from text or from token files."""
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from latent_delib.data.rows import Document, pack, segments
+from latent_delib.data.rows import Document, packed, segments
 from latent_delib.data.sources import check_files, has_questions
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
@@ -80,9 +79,9 @@ class Training:
         before it yields one: many hosts, or long runs, want token files.
 
         Bad records are skipped and counted up to `data.max_bad_records`. Bad text is not UTF-8,
-        holds NUL characters or becomes BOS or padding in the tokenizer: nothing of it is left, and
+        holds NUL characters or becomes BOS or padding in the tokenizer. It is skipped whole, and
         every process counts all of it. A bad row of token files is damaged or holds an id outside
-        the vocabulary: it becomes padding, and a process counts its own.
+        the vocabulary. It becomes padding, and each process counts its own.
 
         Args:
           batch_size: rows of a batch, over all processes.
@@ -141,8 +140,14 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
     for source in data.validation:
         one = ConfigDict({**data, "validation": (source,)})
         documents = validation_documents(one, tokenizer_path=tokenizer_path)
-        packed = _packed(documents, data.seq_len, tokenizer, has_questions(source))
-        found = list(itertools.islice(packed, SPREAD * share))
+        parts = packed(
+            (document.tokens for document in documents),
+            length=data.seq_len,
+            bos_id=tokenizer.bos_id,
+            pad_id=tokenizer.pad_id,
+            whole=has_questions(source),
+        )
+        found = list(itertools.islice(itertools.chain.from_iterable(parts), SPREAD * share))
         stride = max(1, len(found) // share)
         taken += found[::stride][:share]
     if not taken:
@@ -150,21 +155,6 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
     tokens = np.full([count, data.seq_len], tokenizer.pad_id, np.int32)
     tokens[: len(taken)] = taken[:count]
     return {"tokens": tokens, "segment": segments(tokens, tokenizer.bos_id, tokenizer.pad_id)}
-
-
-def _packed(
-    documents: Iterator[Document], length: int, tokenizer: Tokenizer, whole: bool
-) -> Iterator[np.ndarray]:
-    """Yields the rows of documents, int32 [length] each; `whole` as for `pack`."""
-    nothing = np.empty(0, np.int32)
-    body = nothing
-    step = functools.partial(
-        pack, length=length, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id, whole=whole
-    )
-    tokens = (document.tokens for document in documents)
-    for part in itertools.chain(tokens, [nothing]):
-        rows, body = step(body, part)
-        yield from rows
 
 
 def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:

@@ -98,7 +98,7 @@ class BadRecords:
 
 
 def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, str]:
-    """Returns the tokens of a document, int32 [n] without BOS, and why it is bad: "" as a rule."""
+    """Returns a document's tokens, int32 [n] without BOS, and its fault; "" if it has none."""
     nothing = np.empty(0, np.int32)
     try:
         decoded = text.decode()
@@ -141,9 +141,18 @@ def pack(
     elif len(body):
         body = np.append(body, bos_id)  # a document that begins a row is led by the row's own BOS
     body = np.concatenate([body, tokens]).astype(np.int32)
-    whole = len(body) - len(body) % (length - 1)
-    rows = body[:whole].reshape(-1, length - 1)
-    return np.pad(rows, ((0, 0), (1, 0)), constant_values=bos_id), body[whole:]
+    complete = len(body) - len(body) % (length - 1)
+    rows = body[:complete].reshape(-1, length - 1)
+    return np.pad(rows, ((0, 0), (1, 0)), constant_values=bos_id), body[complete:]
+
+
+def packed(documents: Iterable[np.ndarray], **settings: Any) -> Iterator[np.ndarray]:
+    """Yields the complete rows int32 [k, length] of documents, k after each; settings of `pack`."""
+    nothing = np.empty(0, np.int32)
+    body = nothing
+    for tokens in itertools.chain(documents, [nothing]):
+        rows, body = pack(body, tokens, **settings)
+        yield rows
 
 
 def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:

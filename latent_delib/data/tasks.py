@@ -138,7 +138,7 @@ def add_task(reader: Reader, tokenizer_path: str, number: int = 0) -> str:
 
     With sequence_length={"tokens": T} its dataset holds packed rows {"tokens": int32 [T], "bad":
     string}. Otherwise it holds documents {"tokens": int32 [n] without BOS, "bad": string}. "bad"
-    says which documents are left out and why. It is empty as a rule.
+    says which documents are left out and why; "" if there are none.
     """
     name = _name(f"{number:03} {reader.source}", fingerprint(tokenizer_path), reader.parts)
     if name not in seqio.TaskRegistry.names():

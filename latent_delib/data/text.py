@@ -105,9 +105,9 @@ def texts(reader: Reader) -> Iterator[Text]:
 
 
 def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
-    """Returns the tokens of a text, int32 [n] without BOS, and a line that says why it is bad.
+    """Returns a text's tokens, int32 [n] without BOS, and its fault; "" if it has none.
 
-    The line is empty as a rule. A bad text has no tokens.
+    A text with a fault has no tokens.
     """
     if has_questions(reader.source):
         kind, _, _ = reader.source.partition(":")

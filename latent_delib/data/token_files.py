@@ -15,7 +15,6 @@ format 2 no works.
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -28,7 +27,7 @@ import numpy as np
 import tensorstore as ts
 
 from latent_delib.data.order import VERSION, Order, shares
-from latent_delib.data.rows import BadRecords, Document, ahead, pack, segments
+from latent_delib.data.rows import BadRecords, Document, ahead, packed, segments
 from latent_delib.data.tokenizer import fingerprint
 from latent_delib.errors import UserError, reason, store_error
 
@@ -206,24 +205,23 @@ def write_train(
     `whole` is that of `rows.pack`.
     """
     count = {"documents": 0, "tokens": 0}
-    nothing = np.empty(0, np.int32)
-    step = functools.partial(
-        pack, length=meta["seq_len"], bos_id=meta["bos_id"], pad_id=meta["pad_id"], whole=whole
-    )
 
-    def rows() -> Iterator[np.ndarray]:
-        body = nothing
+    def counted() -> Iterator[np.ndarray]:
         for tokens in documents:
             count["documents"] += 1
             count["tokens"] += len(tokens)
-            complete, body = step(body, tokens)
-            yield complete
-        complete, _ = step(body, nothing)
-        yield complete
+            yield tokens
 
+    rows = packed(
+        counted(),
+        length=meta["seq_len"],
+        bos_id=meta["bos_id"],
+        pad_id=meta["pad_id"],
+        whole=whole,
+    )
     digest = hashlib.sha256()
     path = f"{directory}/train/{number}/tokens"
-    length = _write_array(path, rows(), meta["dtype"], 1 << 12, digest, (meta["seq_len"],))
+    length = _write_array(path, rows, meta["dtype"], 1 << 12, digest, (meta["seq_len"],))
     return {**count, "rows": length, "sha256": digest.hexdigest()}
 
 

@@ -70,7 +70,6 @@ class _Model(NamedTuple):
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
-    unk_id: int | None
     no_text_id: int | None
     control: dict[str, int]
     runs: frozenset[int] = frozenset()
@@ -88,7 +87,6 @@ class Tokenizer:
       files: of the tokenizer.
       vocab_size: the highest id + 1.
       bos_id, eos_id, pad_id: pad differs from BOS; text that spells one of them does not become it.
-      unk_id: None for a vocabulary without such a token.
       control: spelling of a control token -> its id.
       spell: id -> the token's own spelling, which is no text where it holds bytes.
       chat_template: of an instruct model, from chat_template.jinja beside the files; else None.
@@ -112,7 +110,6 @@ class Tokenizer:
         self._decode = model.decode
         self.spell = model.spell
         self.vocab_size = model.vocab_size
-        self.unk_id = model.unk_id
         self.control = model.control
         self._runs = model.runs
         self.chat_template = chat.read(self.path)
@@ -213,7 +210,6 @@ def _read_sentencepiece(path: Path) -> _Model:
         bos_id=known(model.bos_id()),
         eos_id=known(model.eos_id()),
         pad_id=known(model.pad_id()),
-        unk_id=known(model.unk_id()),
         no_text_id=None,
         control={model.id_to_piece(i): i for i in range(size) if model.is_control(i)},
     )
@@ -258,7 +254,6 @@ def _read_json(path: Path) -> _Model:
     bos_id = token_id("bos_token")
     eos_id = token_id("eos_token")
     pad_id = token_id("pad_token")
-    unk = getattr(model.model, "unk_token", None)
     of_bytes = [model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     is_byte_level = isinstance(model.decoder, tokenizers.decoders.ByteLevel)
     # After `token_id`, which adds what the file does not mark.
@@ -271,7 +266,6 @@ def _read_json(path: Path) -> _Model:
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=pad_id,
-        unk_id=None if unk is None else model.token_to_id(unk),
         no_text_id=model.token_to_id(_NO_TEXT) if is_byte_level else None,
         control={token.content: i for i, token in added.items() if token.special},
         runs=frozenset(i for i in of_bytes if i is not None),

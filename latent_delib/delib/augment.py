@@ -2,7 +2,8 @@
 
 `params` is one dict: "decoder" (layers, final_norm, `transformer.TABLES`), for methods that write
 latents "coprocessor", and for methods with an assistant "assistant", of the same form as "decoder"
-and always frozen. Only `assemble` knows which of the first two is trained. See Section 2.1.
+and always frozen. Only `assemble` knows which of the first two is trained. See Section 2.1 of the
+paper.
 """
 
 import dataclasses

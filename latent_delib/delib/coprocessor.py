@@ -1,9 +1,9 @@
 """Coprocessors: models that read the decoder's cache and write latents (Section 2.1).
 
-They read it through soft tokens of their own. Beside them are trained vectors, and trained keys and
-values, which read nothing. Latents are vectors z [B, M, L, D] that enter the
-decoder where token embeddings do, not scaled again; or keys and values for each of its layers,
-`Inserted`. In every `write_...` function, `params` is the dict of `delib.augment`.
+Coprocessors read the cache through soft tokens of their own. This module also holds trained
+vectors, and trained keys and values, which read nothing. Latents are vectors z [B, M, L, D] that
+enter the decoder where token embeddings do, not scaled again; or keys and values for each of its
+layers, `Inserted`. In every `write_...` function, `params` is the dict of `delib.augment`.
 """
 
 from typing import NamedTuple
@@ -30,11 +30,10 @@ CARTRIDGE_AXES = {
 class Models(NamedTuple):
     """Holds the decoder's architecture and the coprocessor's.
 
-    They differ for a coprocessor of another size, and for one of an assistant, which has the
-    assistant's.
+    They differ where the coprocessor has a size of its own, or that of an assistant.
     """
 
-    transformer: Transformer
+    decoder: Transformer
     coprocessor: Transformer
 
 
@@ -96,7 +95,7 @@ def start_from_decoder(key: jax.Array, decoder: Params, models: Models, num_late
 def start_from_scratch(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
     """Starts from random layers of the decoder's shape."""
     body_key, soft_key = jax.random.split(key)
-    tree = body(transformer.init(body_key, models.transformer.config))
+    tree = body(transformer.init(body_key, models.decoder.config))
     return tree | {"soft_tokens": soft_tokens(soft_key, decoder["embedding"], num_latents)}
 
 
@@ -127,7 +126,7 @@ def start_cartridge(key: jax.Array, decoder: Params, models: Models, num_latents
 
     They are those of N_L tokens that the decoder reads at position 0, where nothing is rotated.
     """
-    config = models.transformer.config
+    config = models.decoder.config
     soft_LD = soft_tokens(key, decoder["embedding"], num_latents)
     x_BMLD = transformer.scaled(soft_LD.astype(decoder["embedding"].dtype), config)[None, None]
     position_BML = jnp.zeros((1, 1, num_latents), jnp.int32)
@@ -165,8 +164,8 @@ def write_soft_tokens(
     They are scaled as rows of the token table are: unscaled they would enter a Gemma decoder
     sqrt(D) times shorter than its tokens do.
     """
-    soft_BMLD = as_inputs(params, models.transformer, traces, reading.cache.k.dtype)
-    return transformer.scaled(soft_BMLD, models.transformer.config)
+    soft_BMLD = as_inputs(params, models.decoder, traces, reading.cache.k.dtype)
+    return transformer.scaled(soft_BMLD, models.decoder.config)
 
 
 def write_cartridge(
@@ -179,7 +178,7 @@ def write_cartridge(
 
     Keys are rotated as those of tokens at the latents' positions.
     """
-    config = models.transformer.config
+    config = models.decoder.config
     dtype = reading.cache.k.dtype
     B, M, _ = traces.latent_position.shape
 
@@ -278,7 +277,10 @@ def _fed_back(
     traces: Traces,
     x_BMLD: jax.Array,
 ) -> jax.Array:
-    """Returns the outputs at inputs to each of which the output before it is added, one by one."""
+    """Runs the model one token at a time, adding each output to the next input.
+
+    Returns the outputs.
+    """
     model = models.coprocessor
     c = model.config
     B, M, L, D = x_BMLD.shape

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (Hu et al. 2022) as a pure function of a parameter tree.
+"""Low-rank adaptation (Hu et al. 2021) as a pure function of a parameter tree.
 
 A matrix w of a layer becomes w + a b; only a and b are trained. In a tree of adapters, "q_a" and
 "q_b" belong to "q" of the tree below.

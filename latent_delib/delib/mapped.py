@@ -34,7 +34,7 @@ def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: 
 
     The maps from the decoder's cache, and to its width, are random too.
     """
-    theirs = models.transformer.config
+    theirs = models.decoder.config
     ours = models.coprocessor.config
     layers_key, soft_key, keys_key, values_key, out_key = jax.random.split(key, 5)
     heads = (theirs.num_kv_heads, theirs.head_dim, ours.num_kv_heads, ours.head_dim)
@@ -70,7 +70,7 @@ def _normal(key: jax.Array, fan_in: int, *shape: int) -> jax.Array:
 def _latents_out(key: jax.Array, models: Models) -> jax.Array:
     """Draws a map from the coprocessor's width to the decoder's, [d, D]."""
     width = models.coprocessor.config.embed_dim
-    return _normal(key, width, width, models.transformer.config.embed_dim)
+    return _normal(key, width, width, models.decoder.config.embed_dim)
 
 
 def write_through_maps(
@@ -85,7 +85,7 @@ def write_through_maps(
     linear map. Keys are mapped as they were before they were rotated, so that a map does not depend
     on the position.
     """
-    theirs = models.transformer.config
+    theirs = models.decoder.config
     ours = models.coprocessor.config
     cache = reading.cache
     tree = params["coprocessor"]

@@ -23,9 +23,9 @@ class Method(NamedTuple):
     init: (key, decoder, models, num_latents) -> the trainable tree, keyed as in the parameters of
       `delib.augment`: "coprocessor" for a model that writes latents, "decoder" where the decoder
       itself is trained. Leaves that a coprocessor's tree lacks are the decoder's own layers.
-    write: (params, models, reading, traces) -> latents in the dtype of the text. None: the method
-      writes none, and its objective is the language-modelling loss of the text (with
-      `method.prompt_end`, of what follows prompts).
+    write: (params, models, reading, traces) -> latents in the dtype of the decoder's cache. None:
+      the method writes none, and its objective is the language-modelling loss of the text (with
+      `method.prompt_end`, of the tokens that follow prompts).
     cost: FLOPs of writing the latents of one step.
     axes: logical axes of the method's own parameters, by leaf name.
     trains_decoder: the tree has a "decoder".

@@ -47,8 +47,8 @@ PLACEMENTS = {
 }
 
 
-def latent_positions(placement: str, num_latents: int) -> int:
-    """Returns how many positions past its last token a text with latents takes."""
+def text_shift(placement: str, num_latents: int) -> int:
+    """Returns by how many positions latents move the text after them."""
     return PLACEMENTS[placement].shift * num_latents
 
 
@@ -83,7 +83,7 @@ def _input_offsets(num_ahead: int, placement: str) -> np.ndarray:
 class Traces(NamedTuple):
     """Holds M traces in each of B rows; int32 unless said. S = L + the number of inputs.
 
-    L are the latents of all groups where these recur.
+    Where latents recur, L counts the latents of all groups.
 
     latent_position [B, M, L], latent_bounds: of the coprocessor's call.
     position [B, M, S], bounds: of the decoder's call, over latents and `inputs` in `reading_order`.
@@ -125,9 +125,9 @@ def is_answered(
     segment_BT: jax.Array,
     prompt_end: Sequence[int],
 ) -> jax.Array:
-    """Returns whether a prompt of the token's document has ended, at it or before, bool [B, T].
+    """Returns whether a prompt has ended at or before each token of its document, bool [B, T].
 
-    With an empty `prompt_end` all have.
+    An empty `prompt_end` gives True everywhere.
     """
     index = jnp.arange(tokens_BT.shape[1])
     end_BT = jax.lax.cummax(jnp.where(ends_with(tokens_BT, prompt_end), index, -1), axis=1)
@@ -137,8 +137,8 @@ def is_answered(
 def first_ahead(tokens_BT: jax.Array, steps_end: Sequence[int] = ()) -> jax.Array:
     """Returns the place of the first ahead token of a trace at each token, int32 [B, T].
 
-    It is the next one. With `steps_end` it is the one behind the next place where the text ends
-    with these tokens: the steps up to there are skipped. T or more: there is none.
+    Without `steps_end` it is the next token. With it, the token after the next occurrence of these
+    tokens, so that the steps are skipped. T or more means that there is none.
     """
     T = tokens_BT.shape[1]
     end_BT = jnp.where(ends_with(tokens_BT, steps_end), jnp.arange(T), T)

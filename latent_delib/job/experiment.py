@@ -17,7 +17,7 @@ from latent_delib.data import tokenizer as tokenizers
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
-from latent_delib.delib.traces import latent_positions
+from latent_delib.delib.traces import text_shift
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.checks import check
@@ -213,15 +213,10 @@ def _record(
     return Record(
         config=json.loads(config.to_json_best_effort()),
         fingerprint=fingerprint,
-        architecture=_plain(fields),
+        architecture=fields,
         data={"tokenizer": tokenizers.fingerprint(tokenizer.path)},
-        assistant=_plain(of_assistant),
+        assistant=of_assistant,
     )
-
-
-def _plain(value: Any) -> Any:
-    """Returns a value as JSON gives it back: without tuples."""
-    return json.loads(json.dumps(value))
 
 
 def _check_splits(
@@ -246,7 +241,7 @@ def _check_positions(config: ConfigDict, architecture: TransformerConfig, owner:
     m = config.method
     moved = 0
     if METHODS[m.name].write is not None:
-        moved = latent_positions(m.placement, m.num_latents)
+        moved = text_shift(m.placement, m.num_latents)
     for key, tokens in (
         ("data.seq_len", config.data.seq_len),
         ("evaluate.max_length", config.evaluate.max_length),

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from latent_delib.delib import cost
-from latent_delib.errors import UserError, store_error
+from latent_delib.errors import UserError, store_errors
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.wandb_run import WandbRun
 from latent_delib.machine import chips, files
@@ -294,10 +294,8 @@ class Log:
 
 def _lines_until(path: epath.Path, last: int) -> list[str]:
     """Returns the whole lines of a metrics.jsonl up to a step; there may be none."""
-    try:
+    with store_errors(path):
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    except Exception as error:  # a store's client raises exceptions of any kind
-        raise store_error(error, path) or error from None
     lines = []
     for line in text.splitlines(keepends=True):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a kill

@@ -117,8 +117,7 @@ def check_start(exp: Experiment) -> None:
 def place_start(exp: Experiment, dtype: Any) -> Params:
     """Loads the tree that training begins with onto the mesh, in `dtype`: all that was trained.
 
-    Where there are more latents than in that training, the soft tokens of the new ones begin as the
-    last of those there.
+    Additional latents begin as copies of that training's last soft token.
 
     Raises:
       UserError: as `check_start`.
@@ -146,7 +145,7 @@ def _open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
     given = f"config.method.start={exp.config.method.start}"
     workdir, step = exp.start
     try:
-        checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
+        checkpoints, meta = checkpoint.open_for_reading(workdir, step)
     except UserError as error:
         raise UserError(f"{given}: {str(error).removeprefix(f'{workdir}: ')}") from None
     try:

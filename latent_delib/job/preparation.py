@@ -53,7 +53,7 @@ def prepare(config: Any, out: str) -> dict:
         if any("works" not in entry for entry in found["validation"]):
             print(
                 f"{out} is of an older version and does not say which work a document is of; "
-                "another --out would"
+                "prepare again with another --out to record it"
             )
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
@@ -146,13 +146,8 @@ def _difference(found: dict, meta: dict) -> str | None:
 
 def _progress(reader: text.Reader, documents: Iterator[dict]) -> Iterator[dict]:
     """Yields the same documents, those of a reader; prints how many bytes are done."""
-    total = reader.num_bytes()
-    say = Progress(f"{reader.source}: prepared", total, "bytes")
-    done = 0
-    for document in documents:
-        yield document
-        done += int(document["bytes"])
-        say(min(done, total) if total else done)
+    progress = Progress(f"{reader.source}: prepared", reader.num_bytes(), "bytes")
+    return progress.over(documents, lambda document: int(document["bytes"]))
 
 
 def _write_source(

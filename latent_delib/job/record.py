@@ -162,21 +162,16 @@ class Record:
             "data": {"seed": self.config["seed"], "fingerprint": self.data},
         }
 
-    @property
-    def tokenizer(self) -> str | None:
-        """Returns the SHA-256 of the tokenizer, hex; None where not known."""
-        return self.data.get("tokenizer")
-
     def __getitem__(self, key: str) -> Any:
         """Returns a value by its dotted key; None where the run has no such key.
 
         The key is "decoder.fingerprint" or one of the config. Of "decoder.tokenizer" and
-        "method.assistant" the value is the SHA-256, hex.
+        "method.assistant" the value is the SHA-256, hex; None where that is not known.
         """
         if key == "decoder.fingerprint":
             return self.fingerprint
         if key == "decoder.tokenizer":
-            return self.tokenizer
+            return self.data.get("tokenizer")
         if key == "method.assistant":
             return self.assistant.get("fingerprint", "")
         value: Any = self.config

@@ -56,9 +56,9 @@ class Setting(NamedTuple):
         return [f"--config.{key}={value}" for key, value in self.keys.items()]
 
     def needs_no_more_than(self, other: "Setting") -> bool:
-        """Tells whether it surely needs no more memory than another, which is surely as fast.
+        """Tells whether it is sure to need no more memory than another, and to be no faster.
 
-        Weights are split as much or more, and as little or less of a batch is there at once.
+        It splits the weights at least as much, and holds no more of a batch at once.
         """
         return (
             self.traces == other.traces
@@ -243,9 +243,9 @@ def first_to_fit(
 ) -> list[Verdict]:
     """Compiles settings in order until WANTED fit, and returns all verdicts.
 
-    A verdict speaks for other settings too: one that needs no less memory than one that does not
-    fit is not compiled, nor is one that needs no more than one that fits, because it is slower. And
-    activations that took more than the least are expected to do so in other settings.
+    A verdict decides other settings too. A setting that needs at least as much memory as a failed
+    one cannot fit; one that needs no more than a fitting one is no faster. Neither is compiled.
+    Activations that took more than their least are expected to do so in other settings.
 
     Args:
       ordered: from the fastest on.

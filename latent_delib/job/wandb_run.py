@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from latent_delib.errors import UserError, extra, store_error
+from latent_delib.errors import UserError, extra, store_errors
 from latent_delib.machine import files
 from latent_delib.machine.workdir import is_remote
 
@@ -58,11 +58,9 @@ class WandbRun:
 
 def _id_of_run(file: epath.Path) -> str:
     """Returns the id that a workdir has for its run; a new one is drawn and stored."""
-    try:
+    with store_errors(file):
         if file.exists():
             return file.read_text().strip()
-    except Exception as error:  # a store's client raises exceptions of any kind
-        raise store_error(error, file) or error from None
     drawn = secrets.token_hex(4)
     files.write(file, drawn.encode())
     return drawn

@@ -50,10 +50,10 @@ def together(mesh: Mesh, batch_size: int, key: Key) -> int:
     continuations, length = key
     most = max(1, batch_size // continuations)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return few(length, most) if on_cpu else most
+    return rows_at_once(length, most) if on_cpu else most
 
 
-def few(length: int, most: int) -> int:
+def rows_at_once(length: int, most: int) -> int:
     """Returns how many rows of a length, at most `most`, to compute at a time on a CPU.
 
     Where that is less than `most`, it is a power of two.

@@ -7,7 +7,7 @@ latents follow them. So the next token depends on the text and on where latents 
 as `delib.augment.loss` trained it to. Latents that recur (`Method.recurs`) stay instead: the next
 ones join the cache as it is.
 
-`looks` is the loop; its pieces are in `lm.compiled`.
+`decode_in_chunks` is the loop; its pieces are in `lm.compiled`.
 """
 
 import warnings
@@ -31,12 +31,12 @@ from latent_delib.nn.transformer import Params
 
 
 def run(*args: Any, **options: Any) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Continues a batch of prompts to its end; returns the last of `looks`."""
-    *_, last = looks(*args, **options)
+    """Continues a batch of prompts to its end; returns the last of `decode_in_chunks`."""
+    *_, last = decode_in_chunks(*args, **options)
     return last
 
 
-def looks(
+def decode_in_chunks(
     params: Params,
     text_BT: jax.Array,
     length_B: jax.Array,
@@ -50,7 +50,7 @@ def looks(
     pad_id: int,
     stopped: Callable[[np.ndarray], np.ndarray],
 ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-    """Continues a batch of prompts, and yields it each time that it looks up from decoding.
+    """Continues a batch of prompts, and yields the new tokens after each chunk.
 
     Args:
       text_BT: prompts, BOS first, padded on the right.
@@ -59,7 +59,7 @@ def looks(
       write: starts writing latents for the text that was read, and returns them; None: it failed,
         and is asked no more. Without it, the decoder as it is.
       room: tokens that the caches have room for after T, at least max_new_tokens.
-      stopped: gets the new tokens [B, n] at each look, and returns which rows end, bool [B].
+      stopped: gets the new tokens [B, n] after each chunk, and returns which rows end, bool [B].
 
     Yields:
       The new tokens so far, int32 [B, max_new_tokens], padded after these and after EOS; and after
@@ -96,7 +96,7 @@ def looks(
             plain = None  # no more latents will join
         elif cache is plain.cache:
             cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites what it is given
-        until = _next_look(options, made, due, None if z is None else asked)
+        until = _next_stop(options, made, due, None if z is None else asked)
         state, cache = decode(state, cache, key_B, options.sampler, until - made)
         made = until
         new_BN = np.asarray(compiled.new_tokens(state.text, length_B, options.max_new_tokens))
@@ -107,8 +107,8 @@ def looks(
         state = state._replace(ended=jax.device_put(ended, state.ended.sharding))
 
 
-def _next_look(options: GenerationOptions, made: int, due: int | None, asked: int | None) -> int:
-    """Returns the number of new tokens at which `looks` looks up from decoding.
+def _next_stop(options: GenerationOptions, made: int, due: int | None, asked: int | None) -> int:
+    """Returns the number of new tokens at which the next chunk ends.
 
     Args:
       made: new tokens now.

@@ -9,7 +9,7 @@ import numpy as np
 
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.traces import latent_positions
+from latent_delib.delib.traces import text_shift
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
 from latent_delib.lm.sampling import Sampler
@@ -32,7 +32,7 @@ class GenerationOptions(NamedTuple):
     delay: latents join that many tokens after they were asked for, which is the published
       simulation of an asynchronous coprocessor. None: when they are ready, and a failure costs the
       latents alone.
-    chunk: tokens decoded between two looks at them.
+    chunk: most tokens decoded between two yields.
     """
 
     max_new_tokens: int
@@ -148,47 +148,47 @@ def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: i
     return ids
 
 
-def room(aug: Augmentation) -> int:
-    """Returns the most tokens of a text for which learned positions suffice, latents included.
+def longest_text(aug: Augmentation) -> int:
+    """Returns the most tokens of a text whose positions, with latents, fit the learned tables.
 
-    So it is in decoder and assistant; INT32 without such a table.
+    The smallest table of decoder and assistant decides; INT32 where none is learned.
     """
     tables = [model.config.learned_positions for model in aug.readers.values()]
     if not any(tables):
         return arguments.INT32
-    return min(filter(None, tables)) - latent_positions(aug.placement, aug.num_latents)
+    return min(filter(None, tables)) - text_shift(aug.placement, aug.num_latents)
 
 
-def check_length(name: str, length: int, new: int, max_length: int, room: int) -> None:
+def check_length(name: str, length: int, new: int, max_length: int, longest: int) -> None:
     """Raises UserError for a text that is too long.
 
     Args:
       name: of the text.
       length: its tokens.
       new: tokens that are to follow.
-      max_length: of both together, at most `room`.
-      room: see there.
+      max_length: of both together, at most `longest`.
+      longest: of `longest_text`.
     """
     if length + new <= max_length:
         return
-    remedy = f"it, {_END}" if max_length == room else "it, or raise max_length"
+    remedy = f"it, {_END}" if max_length == longest else "it, or raise max_length"
     found = f"{name}: {length} tokens and {new} after them"
     raise UserError(f"{found} are more than max_length={max_length}; shorten {remedy}")
 
 
-def token_array(tokens_BT: Any, vocab_size: int, row_shards: int, room: int) -> jax.Array:
+def token_array(tokens_BT: Any, vocab_size: int, row_shards: int, longest: int) -> jax.Array:
     """Returns tokens as int32 [B, T].
 
     Args:
       tokens_BT: integers below `vocab_size`.
       vocab_size: V.
       row_shards: parts into which the rows are split.
-      room: the most that T may be; see there.
+      longest: the most that T may be, of `longest_text`.
     """
     tokens_BT = _integers("tokens", tokens_BT, "[B, T]")
     T = tokens_BT.shape[1]
-    if T > room:
-        raise UserError(f"tokens: rows of {T}, expected at most {room}; {_END}")
+    if T > longest:
+        raise UserError(f"tokens: rows of {T}, expected at most {longest}; {_END}")
     _check_range("tokens", tokens_BT, vocab_size - 1, f"the vocabulary has {vocab_size}")
     B = len(tokens_BT)
     if B > 1 and B % row_shards:

@@ -174,7 +174,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     where = exported.locate(workdir)
     if where is not None:
         return _exported(where, step)
-    checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
+    checkpoints, meta = checkpoint.open_for_reading(workdir, step)
     with contextlib.closing(checkpoints):
         name = Record.from_meta(meta, workdir)["method.name"]
         if METHODS[name].write is None:
@@ -269,7 +269,7 @@ def read_record(workdir: str, step: int | None = None) -> Record:
     where = exported.locate(workdir)
     if where is not None:
         return Record.from_meta(exported.read_meta(where, step), workdir)
-    checkpoints, _, meta = checkpoint.open_for_reading(workdir, step)
+    checkpoints, meta = checkpoint.open_for_reading(workdir, step)
     checkpoints.close()
     return Record.from_meta(meta, workdir)
 
@@ -301,7 +301,7 @@ def decoder_of(workdir: str, record: Record) -> str:
             "on random weights that no folder holds; train on a decoder folder"
         )
     own = folder.tokenizer_path(folder.locate(path))
-    if record.tokenizer != tokenizer.fingerprint(own):
+    if record["decoder.tokenizer"] != tokenizer.fingerprint(own):
         raise UserError(f"{workdir}: trained with another tokenizer than {own}, the decoder's")
     return path
 

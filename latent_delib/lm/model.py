@@ -72,8 +72,8 @@ class AugmentedLM:
         self.coprocessor_mesh = coprocessor_mesh
         self.plain = augmentation(decoder, None, self.mesh, attention)
         self.aug = augmentation(decoder, coprocessor, self.mesh, attention)
-        self.room = inputs.room(self.aug)
-        self.max_length = min(self.max_length, self.room)
+        self.longest = inputs.longest_text(self.aug)
+        self.max_length = min(self.max_length, self.longest)
         self.params: Params = {"decoder": place(self.mesh, decoder.params, self.dtype)}
         if coprocessor is None:
             return
@@ -274,8 +274,8 @@ class AugmentedLM:
 
             chosen_heads = [heads[i] for i in chosen]
             chosen_keys = [keys[i] for i in chosen]
-            looks = self._continue(chosen_heads, chosen_keys, options, write, stopped)
-            *_, (new, joined) = looks
+            chunks = self._continue(chosen_heads, chosen_keys, options, write, stopped)
+            *_, (new, joined) = chunks
             for i, row in zip(chosen, new):
                 # Other rows may have gone on, and latents joined them alone.
                 last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)
@@ -305,8 +305,8 @@ class AugmentedLM:
         write = self._writer(options.delay) if augment else None
         keys = inputs.random_keys(seed, 1)
         heads = self._heads([prompt], options.max_new_tokens)
-        looks = self._continue(heads, keys, options._replace(chunk=STREAMED), write, ends.seen)
-        return ends.pieces(new_BN[0] for new_BN, _ in looks)
+        chunks = self._continue(heads, keys, options._replace(chunk=STREAMED), write, ends.seen)
+        return ends.pieces(new_BN[0] for new_BN, _ in chunks)
 
     def _continue(
         self,
@@ -316,10 +316,10 @@ class AugmentedLM:
         write: Callable | None,
         stopped: Callable[[np.ndarray], np.ndarray],
     ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-        """Continues a batch of prompts, each with its own random key, by `decoding.looks`."""
+        """Continues a batch of prompts, each with its own random key; see `decode_in_chunks`."""
         text, length = self._pad(heads)
         keys = keys + keys[:1] * (len(length) - len(keys))
-        return decoding.looks(
+        return decoding.decode_in_chunks(
             self.params,
             text,
             length,
@@ -334,7 +334,7 @@ class AugmentedLM:
         )
 
     def _writer(self, delay: int | None) -> Callable | None:
-        """Returns the `write` of `decoding.looks`; None without a coprocessor."""
+        """Returns the `write` of `decoding.decode_in_chunks`; None without a coprocessor."""
         if self.coprocessor is None:
             return None
         if delay is not None:
@@ -374,16 +374,16 @@ class AugmentedLM:
         return [self._head(f"prompts[{i}]", prompt, new) for i, prompt in enumerate(prompts)]
 
     def _head(self, name: str, prompt: Prompt, new: int) -> list[int]:
-        """Returns the tokens of a prompt, BOS before a text; `new` more must have room."""
+        """Returns the tokens of a prompt, BOS before a text; `new` more must fit."""
         vocab_size = self.decoder.config.vocab_size
         ids = inputs.prompt_tokens(name, prompt, self.tokenizer, vocab_size)
-        inputs.check_length(name, len(ids), new, self.max_length, self.room)
+        inputs.check_length(name, len(ids), new, self.max_length, self.longest)
         return ids
 
     def _token_array(self, tokens_BT: Any) -> jax.Array:
         row_shards = mesh_lib.shards(self.mesh, "batch")
         vocab_size = self.decoder.config.vocab_size
-        return inputs.token_array(tokens_BT, vocab_size, row_shards, self.room)
+        return inputs.token_array(tokens_BT, vocab_size, row_shards, self.longest)
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         """Returns rows padded to one of few shapes, [B, T], and their lengths [B].

@@ -127,17 +127,17 @@ class Endings:
         """Returns the text of new tokens up to the first ending."""
         return self._before(self.tokenizer.decode(self._kept(new_N)))
 
-    def pieces(self, looks: Iterable[np.ndarray]) -> Iterator[str]:
+    def pieces(self, chunks: Iterable[np.ndarray]) -> Iterator[str]:
         """Yields the text of new tokens in pieces, as it grows.
 
         Joined, they are `cut` of the last look. A piece ends before half a character, and before
         what may become a stop string.
 
         Args:
-          looks: the new tokens so far, int32 [N], padded on the right; each holds more of them.
+          chunks: the new tokens so far, int32 [N], padded on the right; each holds more of them.
         """
         said = 0
-        for new_N in looks:
+        for new_N in chunks:
             text = self._before(self.tokenizer.settled(self._kept(new_N)))
             sure = len(text) - self._begun(text)
             if sure > said:

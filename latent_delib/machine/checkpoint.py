@@ -227,7 +227,7 @@ class Checkpoints:
             with _disk_errors(self.path):
                 for step, name in zip(steps, names):
                     (self.path / str(step)).rename(self.path / name)
-        names = from_first(names)  # which comes after the last renaming: no folder may go meanwhile
+        names = from_first(names)  # waits until all folders are renamed
         self.manager.reload()
         return names
 
@@ -252,8 +252,8 @@ class Checkpoints:
             )
 
 
-def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, int, dict]:
-    """Returns the checkpoints of a job, the step asked for or the newest, and its meta.
+def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, dict]:
+    """Returns the checkpoints of a job, and the meta of the step asked for or of the newest.
 
     Raises:
       UserError: there is no checkpoint, or not that one.
@@ -262,7 +262,7 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
     found = checkpoints.restore_newest({}, step=step)
     if found is None:
         raise UserError(f"{workdir}: {saved_steps.none_there(workdir)}")
-    return checkpoints, found.step, found.meta
+    return checkpoints, found.meta
 
 
 def _require(path: epath.Path) -> None:

@@ -37,7 +37,7 @@ def changed_leaves(contents: Mapping[str, Any], trees: Mapping[str, Any]) -> lis
 
 def leaf_types(tree: Any) -> dict[str, str]:
     """Returns each leaf's dtype and shape, such as float32[64, 8]."""
-    leaves = _named_leaves(tree)
+    leaves = by_name(tree)
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
@@ -47,7 +47,7 @@ def leaf_sums(tree: Any) -> dict[str, int]:
     Any flipped bit changes it, no mesh does. Leaves are arrays of JAX, which are added up where
     they lie, or of numpy, which never go to a device.
     """
-    leaves = _named_leaves(tree)
+    leaves = by_name(tree)
     if any(isinstance(leaf, jax.Array) for leaf in leaves.values()):
         sums = jax.device_get(_sums_on_devices(leaves))
     else:
@@ -72,13 +72,10 @@ def _sum_on_host(x: np.ndarray) -> np.ndarray:
     return bits.sum(dtype=np.uint32)
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by name, such as coprocessor.layers.wq."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        leaves[name] = leaf
-    return leaves
+def by_name(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their dotted names, such as coprocessor.layers.wq."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _crc32(*parts: Any) -> int:

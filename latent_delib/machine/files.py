@@ -41,7 +41,7 @@ def write(path: epath.Path, content: bytes) -> None:
 
 
 def check_free(folder: Path, replace: bool = False) -> None:
-    """Checks that `whole` can make a folder; asked before work whose result is to lie there.
+    """Checks that `whole` can make a folder, before the work that fills it.
 
     Raises:
       UserError: the folder is there already, and `replace` is not set; or it is on gs:// or a mount

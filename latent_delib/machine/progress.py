@@ -1,8 +1,11 @@
 """Prints the progress of a long job, with a rate and an ETA."""
 
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 EVERY = 5.0  # seconds between two lines
+Item = TypeVar("Item")
 
 
 class Progress:
@@ -29,6 +32,14 @@ class Progress:
             eta = f"  ETA {hours((self.total - done) / rate)}"
         counts = f"{done:,}{of_all} {self.unit}"
         print(f"{self.what} {counts}  {rate:,.3g} {self.unit}/s{eta}", flush=True)
+
+    def over(self, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[Item]:
+        """Yields the items; each that is taken on is size(item) of the work done."""
+        done = self.began_with
+        for item in items:
+            yield item
+            done += size(item)
+            self(min(done, self.total) if self.total else done)
 
 
 def hours(seconds: float) -> str:

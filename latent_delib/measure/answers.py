@@ -56,7 +56,7 @@ class Answers:
         self.exp = exp
         self.frozen = frozen
         self.asked = _read(exp)
-        _check_lengths(self.asked, inputs.room(exp.aug))
+        _check_lengths(self.asked, inputs.longest_text(exp.aug))
         self.decoder: dict[str, float] = {}
         trains_decoder = METHODS[exp.aug.method].trains_decoder
         if self.asked and exp.aug.has_latents and not trains_decoder:
@@ -146,7 +146,9 @@ def _read(exp: Experiment) -> list[Asked]:
     named = [source for source in data.validation if sources.has_questions(source)]
     if named and jax.process_count() > 1:
         if jax.process_index() == 0:
-            print(f"{', '.join(named)}: not asked, one process alone generates answers", flush=True)
+            print(
+                f"{', '.join(named)}: not asked; only jobs of one process ask questions", flush=True
+            )
         named = []
     asked: list[Asked] = []
     for source in named:

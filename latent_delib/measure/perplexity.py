@@ -214,26 +214,13 @@ def _part(
     text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray
 ) -> dict[str, Any]:
     """Returns the part on the documents that `documents`, bool [documents], marks."""
-    chosen = jax.tree.map(lambda x: x[documents], sums)
-    return summary(chosen, text.work[documents], seed, text.works_known)
-
-
-def summary(
-    sums: SumsByTerm, work: np.ndarray, seed: int, works_known: bool = True
-) -> dict[str, Any]:
-    """Returns the part of perplexity.json on some documents.
-
-    Args:
-      sums: of these documents, by term.
-      work: int [documents], the work that each is of.
-      seed: of the intervals.
-      works_known: False where each document counts as a work because its own is not known.
-    """
+    work = text.work[documents]
     return {
-        "rows": table(sums, work, seed),
+        "rows": table(jax.tree.map(lambda x: x[documents], sums), work, seed),
         "documents": len(work),
         "num_works": len(np.unique(work)),
-        "interval_over": intervals.unit(work) if works_known else None,
+        # Where works are not known, each document counts as one.
+        "interval_over": intervals.unit(work) if text.works_known else None,
     }
 
 
@@ -241,7 +228,12 @@ def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]
     """Returns a row for each n that some document reaches: all metrics, and the change.
 
     The change is that of the perplexity, in percent. The ends of its interval are None where it
-    cannot be estimated. Arguments are those of `summary`.
+    cannot be estimated.
+
+    Args:
+      sums: of some documents, by term.
+      work: int [documents], the work that each is of.
+      seed: of the intervals.
     """
     tokens, decoder, augmented = sums["nll"]
     interval = intervals.interval(tokens, augmented - decoder, work, seed)

@@ -1,6 +1,7 @@
 """The numbers that make a transformer: one dataclass, the families, and a table of known sizes."""
 
 import dataclasses
+import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -121,16 +122,16 @@ class TransformerConfig:
         return tuple(pattern[i % len(pattern)] == "local" for i in range(self.num_layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain data.
+        """Returns the fields as JSON has them.
 
-        Fields of ADDED_LATER are left out where they say nothing: what older folders and
-        checkpoints say stays as it was, to the byte, and with it their fingerprints.
+        Those of ADDED_LATER are left out where they are 0 or False, so that older folders and
+        checkpoints keep their bytes, and with them their fingerprints.
         """
         fields = dataclasses.asdict(self)
         for name in ADDED_LATER:
             if not fields[name]:
                 del fields[name]
-        return fields
+        return json.loads(json.dumps(fields))  # lists for tuples
 
     @classmethod
     def from_dict(

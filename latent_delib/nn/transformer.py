@@ -60,8 +60,8 @@ class Transformer(nn.Module):
 
         Args:
           x_BMSD: inputs in the residual stream; their dtype is the dtype of the computation.
-          position_BMU: int32 positions of each group's tokens, never falling inside it. Learned
-            ones end with their table: those past it are taken for its last row.
+          position_BMU: int32 positions of each group's tokens, in nondecreasing order. A learned
+            position past the end of the table uses its last row.
           bounds: the visible ranges [B, M, S] of the cache's slots and of each token's own group.
           cache: the shared prefix, or None.
           given: the first tokens of each group, of which there are keys and values already

@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
@@ -23,13 +22,6 @@ from latent_delib.weights import folder
 AHEAD = [f"n = {n}" for n in (1, 4, 16, 32)]  # columns
 COSTS = ["trained parameters", "steps", "GFLOP per step", "ms per step"]
 WHOLE, TENTHS = "{:,.0f}", "{:,.1f}"
-
-
-class Costs(NamedTuple):
-    """Holds what training costs: trained parameters, and useful FLOPs per step."""
-
-    parameters: int
-    step_flops: float
 
 
 def table(found: Runs) -> Table:
@@ -62,10 +54,11 @@ def _row(entry: Entry, found: Runs, names_text: bool) -> Row:
     row: Row = {"what": label(entry), "latents": entry.latents or "", "from": " ".join(keys)}
     if names_text and entry.perplexity:
         row["what"] = f"{row['what']}, on {text_of(entry.result)}"
-    costs = of(entry.result)
+    costs = training_costs(entry.result)
     if costs is not None:
-        row["trained parameters"] = Figure(costs.parameters, WHOLE)
-        row["GFLOP per step"] = Figure(costs.step_flops / 1e9, TENTHS)
+        trained, flops = costs
+        row["trained parameters"] = Figure(trained, WHOLE)
+        row["GFLOP per step"] = Figure(flops / 1e9, TENTHS)
     if entry.result.step:
         row["steps"] = Figure(entry.result.step, WHOLE)
     for result in entry.results:
@@ -101,8 +94,11 @@ def architecture_of(result: Result) -> TransformerConfig | None:
     return None
 
 
-def of(result: Result) -> Costs | None:
-    """Returns the costs of a run; None where its decoder's sizes or its method are not known."""
+def training_costs(result: Result) -> tuple[int, float] | None:
+    """Returns a run's trained parameters and its useful FLOPs per step.
+
+    None: its decoder's sizes or its method are not known.
+    """
     record = result.record
     method = result.method
     decoder = architecture_of(result)
@@ -131,4 +127,4 @@ def of(result: Result) -> Costs | None:
         method["num_traces"],
         method["num_ahead"],
     )
-    return Costs(planning.count(trained), counted.useful)
+    return planning.count(trained), counted.useful

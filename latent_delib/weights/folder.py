@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from latent_delib.errors import UserError
+from latent_delib.machine.contents import by_name
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params
@@ -216,12 +217,6 @@ def _hash(config: bytes, model: Path, changed: int) -> str:
 def shapes(config: TransformerConfig) -> Params:
     """Returns the parameter tree of a decoder as jax.ShapeDtypeStruct, float32."""
     return jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by their dotted names, in order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:

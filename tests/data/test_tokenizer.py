@@ -236,7 +236,7 @@ def test_a_sentencepiece_vocabulary_gives_what_llama_cpp_gives(tmp_path):
     for text, expected in zip(TEXTS, GOLDEN["sentencepiece"], strict=True):
         assert direct.encode(text) == through_gguf.encode(text) == expected
     assert vars(direct).keys() == vars(through_gguf).keys()
-    for key in ("bos_id", "eos_id", "pad_id", "unk_id", "vocab_size"):
+    for key in ("bos_id", "eos_id", "pad_id", "vocab_size"):
         assert getattr(direct, key) == getattr(through_gguf, key)
 
 
@@ -482,7 +482,7 @@ def test_gguf_without_bos_or_padding(bpe_keys, sentencepiece_path, tmp_path):
     assert "tokenizer.ggml.padding_token_id" not in metadata
     # the unknown token, as some files have it
     found = from_gguf(metadata | keys(padding_token_id=0), tmp_path / "pad")
-    assert (found.bos_id, found.eos_id, found.pad_id, found.unk_id) == (1, 2, 2, 0)
+    assert (found.bos_id, found.eos_id, found.pad_id) == (1, 2, 2)
 
 
 def test_gguf_special_tokens_of_normal_type(bpe_keys, sentencepiece_path, tmp_path):

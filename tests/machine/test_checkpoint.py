@@ -120,7 +120,8 @@ def saved(finished, tmp_path):
 @pytest.mark.parametrize("shape", [HERE, (1, 2, 4), (8, 1, 1), (1, 8, 1), (2, 1, 4)])
 def test_round_trip_onto_this_and_other_meshes(finished, shape):
     place = sharding(*shape)
-    checkpoints, step, _ = open_for_reading(str(finished))
+    checkpoints, meta = open_for_reading(str(finished))
+    step = meta["step"]
     restored = checkpoints.restore_newest(both(place), step=step).trees
     assert_equal(restored, make(4, sharding(*HERE)))
     for leaf in jax.tree.leaves(restored):
@@ -129,7 +130,8 @@ def test_round_trip_onto_this_and_other_meshes(finished, shape):
 
 def test_the_trainable_tree_alone(saved):
     shutil.rmtree(saved / "checkpoints" / "4" / "optimizer")  # it is not even looked at
-    checkpoints, step, meta = open_for_reading(str(saved))
+    checkpoints, meta = open_for_reading(str(saved))
+    step = meta["step"]
     tree = make(4, sharding(*HERE))["trainable"]
     assert (step, meta) == (4, META | {"step": 4})
     restored = checkpoints.restore_newest(
@@ -140,7 +142,8 @@ def test_the_trainable_tree_alone(saved):
 
 
 def test_shapes_need_not_be_known(finished):
-    checkpoints, step, _ = open_for_reading(str(finished), step=2)
+    checkpoints, meta = open_for_reading(str(finished), step=2)
+    step = meta["step"]
     restored = checkpoints.restore_newest(step=step).trainable
     assert_equal(restored, make(2, sharding(*HERE))["trainable"])
     assert {type(x) for x in jax.tree.leaves(restored)} == {np.ndarray}  # on no device
@@ -164,7 +167,8 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path):
     """One that is stored in the repository, with Adam's count and mean of two leaves."""
     with tarfile.open(Path(__file__).parents[1] / "golden" / "checkpoint.tar.gz") as file:
         file.extractall(tmp_path, filter="data")
-    checkpoints, step, meta = open_for_reading(str(tmp_path / "workdir"))
+    checkpoints, meta = open_for_reading(str(tmp_path / "workdir"))
+    step = meta["step"]
     assert (step, meta) == (2, META | {"step": 2})
     trees = checkpoints.restore_newest({"trainable": None, "optimizer": None}).trees
     weights = {
@@ -181,7 +185,7 @@ def test_a_half_written_checkpoint_is_ignored(saved):
     shutil.copytree(root / "4", half)
     shutil.rmtree(half / "optimizer")
     (half / "commit_success.txt").unlink(missing_ok=True)
-    assert open_for_reading(str(saved))[1] == 4
+    assert open_for_reading(str(saved))[1]["step"] == 4
     assert half.exists(), "a reader cleans nothing up: the job may be about to finish it"
     checkpoints = Checkpoints(str(saved))
     assert checkpoints.restore_newest({}).step == 4
@@ -345,7 +349,8 @@ def test_after_damage_the_step_is_saved_again(saved):
 
 def test_a_reader_renames_nothing(saved, capsys):
     flip(largest(saved / "checkpoints" / "4", "trainable"), 0.5)
-    checkpoints, step, _ = open_for_reading(str(saved))
+    checkpoints, meta = open_for_reading(str(saved))
+    step = meta["step"]
     assert step == 4, "its meta is whole"
     assert checkpoints.restore_newest().step == 2
     line = capsys.readouterr().err
@@ -353,7 +358,7 @@ def test_a_reader_renames_nothing(saved, capsys):
         f"warning: {saved}: checkpoint 4 is .*, checkpoint 2 is used instead\n", line
     ), line
     cut(saved / "checkpoints" / "4" / "meta" / "metadata", 0.5)
-    assert open_for_reading(str(saved))[1:] == (2, META | {"step": 2})
+    assert open_for_reading(str(saved))[1] == META | {"step": 2}
     assert steps(saved) == [2, 4] and aside(saved) == ([],)
 
 

@@ -52,7 +52,8 @@ def job(workdir: str) -> None:
     aside = checkpoints.path / said.rpartition(" ")[2]
     assert "DAMAGED-6-" in str(aside) and (aside / file.relative_to(folder)).read_bytes() == data
     save(checkpoints, 6)  # again, and 4 goes
-    checkpoints, step, _ = open_for_reading(workdir)
+    checkpoints, meta = open_for_reading(workdir)
+    step = meta["step"]
     assert step == 6 and {p.name for p in checkpoints.path.iterdir()} == {"6", aside.name}
     np.testing.assert_array_equal(
         checkpoints.restore_newest(step=step).trainable["w"], tree(6)["w"]

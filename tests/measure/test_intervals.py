@@ -81,16 +81,12 @@ def test_works_with_opposite_effects_tell_nothing_of_a_third():
     effect = np.repeat([-0.02, 0.03], [60, 20]) + np.random.default_rng(0).normal(0, 0.005, 80)
     sums = Sums(tokens, decoder, decoder + effect[:, None] * tokens)
     work = np.repeat([0, 1], [60, 20])
-    whole = perplexity.summary({"nll": sums}, work, 0)
-    (row,) = whole["rows"]
-    assert (whole["interval_over"], whole["num_works"]) == ("works", 2)
+    (row,) = perplexity.table({"nll": sums}, work, 0)
+    assert intervals.unit(work) == "works"
     assert row["change_low"] < -1.8 and row["change_high"] > 2.8
-    over_documents = perplexity.summary({"nll": sums}, np.arange(80), 0)
-    assert over_documents["interval_over"] == "documents"
-    assert over_documents["rows"][0]["change_high"] < 0, (
-        "a bootstrap over documents is sure of a gain"
-    )
-    novel = perplexity.summary({"nll": Sums(*(x[work == 0] for x in sums))}, work[work == 0], 0)
-    assert (
-        novel["interval_over"] == "documents of one work" and novel["rows"][0]["change_high"] < -1.7
-    )
+    (over_documents,) = perplexity.table({"nll": sums}, np.arange(80), 0)
+    assert intervals.unit(np.arange(80)) == "documents"
+    assert over_documents["change_high"] < 0, "a bootstrap over documents is sure of a gain"
+    (novel,) = perplexity.table({"nll": Sums(*(x[work == 0] for x in sums))}, work[work == 0], 0)
+    assert intervals.unit(work[work == 0]) == "documents of one work"
+    assert novel["change_high"] < -1.7

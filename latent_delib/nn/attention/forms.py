@@ -99,7 +99,7 @@ def attend(
     call = Call(form, scale, softcap, shared_memory)
     if form == "xla":
         return _attend(q_BMSNH, (k_BMUKH, v_BMUKH), prefix, bounds, call)
-    # A kernel wants a query for each key of a group; the results of those that are added go.
+    # A kernel wants one query per key of a group: queries are padded, and their outputs cut off.
     before = [(0, 0), (0, 0), (k_BMUKH.shape[2] - q_BMSNH.shape[2], 0)]
     q_BMUNH = jnp.pad(q_BMSNH, [*before, (0, 0), (0, 0)])
     bounds = jax.tree.map(lambda x: jnp.pad(x, before), bounds)

@@ -22,8 +22,9 @@ from latent_delib.nn.attention.layout import pad
 from latent_delib.nn.attention.primitive import Bounds, Keys, own_in_range
 from latent_delib.nn.products import einsum, softcapped
 
-QUERIES = 256  # tokens of a chunk, and
-KEYS = 256  # slots of a block: for every head this many scores are in flight
+# QUERIES x KEYS scores per head exist at a time.
+QUERIES = 256  # tokens of a chunk
+KEYS = 256  # slots of a block
 NEVER = -1e30  # leaves no weight; finite, for a row that has seen nothing yet computes with it
 
 
