@@ -31,7 +31,8 @@ stage() { # NAME REMOVED LATENTS ARGUMENT...: trains one stage and measures it
   echo "== stage $1: without $2 steps, $3 latents"
   python -m latent_delib.train --config="$config" --workdir="$workdir" \
     --text="qa_steps-$2:$questions.train.jsonl" --held_out="qa_steps-$2:$questions.test.jsonl" \
-    --config.data.token_files= --config.method.num_latents="$3" --config.train.steps="$steps" --config.method.start="$start" "${@:4}"
+    --config.data.token_files= --config.method.num_latents="$3" --config.train.steps="$steps" --config.method.start="$start" \
+    --config.method.prompt_end=Answer: "${@:4}"
   python -m latent_delib.benchmark --workdir="$workdir" --out="$workdir" --model="$model" \
     --benchmarks="qa:$questions.test.jsonl"
   start=$workdir/checkpoints/$steps

@@ -3,7 +3,8 @@
 A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it;
 a row that begins inside a document begins with BOS too. So every row consists of pieces that each
 begin with BOS, and no token of the text is dropped or doubled. The last row of a stream has
-padding; so may every row where documents are kept whole, as questions are.
+padding. Where documents are kept whole, as questions are, every row may have some, and the end of a
+document that is longer than a row is left out.
 """
 
 import collections
@@ -128,12 +129,15 @@ def pack(
         empty one.
       tokens: int32 [n], a document without BOS; an empty one ends the stream and pads the rest.
       length: tokens of a row.
-      whole: a document that does not fit into the row begun so far begins the next one. It is cut
-        only where it is longer than a row.
+      whole: a document that does not fit into the row begun so far begins the next one. Of one
+        that is longer than a row the end is left out: what would follow is the end of a question
+        whose beginning is in another row.
 
     Returns:
       The complete rows int32 [k, length], and the new body.
     """
+    if whole:
+        tokens = tokens[: length - 1]
     left = length - 1 - len(body)
     ends = not len(tokens) or (whole and 1 + len(tokens) > left)
     if len(body) and ends:

@@ -199,8 +199,13 @@ class Training:
         self.readers = list(map(text.open_source, data.sources))
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns a digest of each source."""
-        return {f"sources[{i}]": reader.fingerprint() for i, reader in enumerate(self.readers)}
+        """Returns a digest of each source, and how questions are packed."""
+        found = {}
+        for i, reader in enumerate(self.readers):
+            found[f"sources[{i}]"] = reader.fingerprint()
+            if has_questions(reader.source):  # older versions cut them anywhere
+                found[f"packing of sources[{i}]"] = "whole"
+        return found
 
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int

@@ -202,7 +202,7 @@ def write_train(
 ) -> dict[str, Any]:
     """Packs documents, int32 [n] without BOS, into rows of source `number`; returns its counts.
 
-    `whole` is that of `rows.pack`.
+    `whole` is that of `rows.pack`; then "cut" counts the documents that are longer than a row.
     """
     count = {"documents": 0, "tokens": 0}
 
@@ -210,6 +210,8 @@ def write_train(
         for tokens in documents:
             count["documents"] += 1
             count["tokens"] += len(tokens)
+            if whole and len(tokens) >= meta["seq_len"]:
+                count["cut"] = count.get("cut", 0) + 1
             yield tokens
 
     rows = packed(

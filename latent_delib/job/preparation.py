@@ -21,7 +21,7 @@ from latent_delib.machine import files
 from latent_delib.machine.progress import Progress
 
 SPLITS = ("train", "validation")
-COUNTS = ("documents", "tokens", "rows", "skipped")  # of a source, printed at the end
+COUNTS = ("documents", "tokens", "rows", "cut", "skipped")  # of a source, printed at the end
 
 
 def prepare(config: Any, out: str) -> dict:
@@ -114,6 +114,10 @@ def _describe(data: Any, tokenizer_path: str, readers: dict[str, text.Reader]) -
     def described(sources: Any) -> list[dict]:
         return [{"source": each, "text": readers[each].fingerprint()} for each in sources]
 
+    train = described(data.sources)
+    for entry in train:
+        entry["whole"] = has_questions(entry["source"])  # as for `rows.pack`
+
     return {
         "format": token_files.FORMAT,
         "seq_len": data.seq_len,
@@ -122,7 +126,7 @@ def _describe(data: Any, tokenizer_path: str, readers: dict[str, text.Reader]) -
         "pad_id": tokenizer.pad_id,
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32",
         "tokenizer_sha256": fingerprint(tokenizer_path),
-        "train": described(data.sources),
+        "train": train,
         "validation": described(data.validation),
     }
 
@@ -141,6 +145,8 @@ def _difference(found: dict, meta: dict) -> str | None:
         for there, here in zip(found[split], meta[split]):
             if there.get("text", here["text"]) != here["text"]:  # older token files do not say
                 return f"the text of {here['source']} is another now"
+            if here.get("whole") and not there.get("whole"):
+                return f"an older version cut the questions of {here['source']} anywhere"
     return None
 
 
@@ -156,7 +162,7 @@ def _write_source(
     """Writes one source; returns its counts."""
     if split == "train":
         tokens = (document["tokens"] for document in documents)
-        whole = has_questions(meta[split][number]["source"])
+        whole = meta[split][number]["whole"]
         return token_files.write_train(directory, number, tokens, meta, whole)
     named = ((document["work"], document["tokens"]) for document in documents)
     return token_files.write_validation(directory, number, named, meta)

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from latent_delib.errors import Outage, UserError, store_errors
+from latent_delib.errors import UserError, store_errors
 from latent_delib.machine.workdir import is_remote
 
 
@@ -33,9 +33,7 @@ def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
         try:
             with store_errors(path):
                 return json.loads(path.read_text())
-        except Outage:
-            raise
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             continue
     at = "" if step is None else f" of step {step}"
     raise UserError(

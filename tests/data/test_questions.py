@@ -146,6 +146,23 @@ def test_questions_are_kept_whole(tmp_path, tokenizer, make_config):
         assert sorted(found) == sorted(wanted)
 
 
+def test_of_a_question_longer_than_a_row_the_end_is_left_out(tmp_path, make_config, capsys):
+    """No row has an answer without its question, and `prepare` counts what it has cut."""
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(line(question="one two three " * 20) + b"\n" + line())
+    changes = {"data.sources": (f"qa:{file}",), "data.validation": (f"qa:{file}",)}
+    changes |= {"data.seq_len": 32, "data.token_files": "", "decoder.tokenizer": "packaged"}
+    folder_of_tokens = tmp_path / "tokens"
+    meta = preparation.prepare(make_config(changes), str(folder_of_tokens))
+    assert [meta["train"][0][key] for key in ("documents", "rows", "cut")] == [2, 2, 1]
+    assert "2 documents" in capsys.readouterr().out
+    # Token files of an older version, which cut questions anywhere, are not taken for these.
+    del meta["train"][0]["whole"]
+    (folder_of_tokens / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="an older version cut the questions of qa:"):
+        preparation.prepare(make_config(changes), str(folder_of_tokens))
+
+
 def test_a_source_of_questions(tmp_path, tokenizer):
     """As `prepare` reads it: a document per line, bad ones named; prompts end with PROMPT_END."""
     file = tmp_path / "mine.jsonl"
