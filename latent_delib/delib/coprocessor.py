@@ -6,6 +6,7 @@ enter the decoder where token embeddings do, not scaled again; or keys and value
 layers, `Inserted`. In every `write_...` function, `params` is the dict of `delib.augment`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -302,10 +303,17 @@ def _fed_back(
         z_BMD = z_BM1D[:, :, 0]
         return (z_BMD, jax.tree.map(lambda x: x[:, :, :, 1:], kv)), z_BMD
 
+    # Each step keeps the keys and values of all L places for its gradient. With remat "full" only
+    # the first of each `together` steps does, and those between are computed again.
+    together = L
+    steps = partial(jax.lax.scan, one)
+    if model.remat == "full":
+        together = max(n for n in range(1, L + 1) if L % n == 0 and n * n <= L)
+        steps = jax.checkpoint(steps)
     none = jnp.zeros((c.num_layers, B, M, L - 1, c.num_kv_heads, c.head_dim), x_BMLD.dtype)
     start = jnp.zeros((B, M, D), x_BMLD.dtype), KV(none, none)
-    _, z_LBMD = jax.lax.scan(one, start, jnp.arange(L))
-    return jnp.moveaxis(z_LBMD, 0, 2)
+    _, z = jax.lax.scan(steps, start, jnp.arange(L).reshape(-1, together))
+    return jnp.moveaxis(z.reshape(L, B, M, D), 0, 2)
 
 
 def _over(

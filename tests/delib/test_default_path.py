@@ -4,6 +4,8 @@ The text is longer than one block of keys and one chunk of queries, and so are t
 no call is served by the reference, and every loop of the form goes round more than once.
 """
 
+import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -60,6 +62,28 @@ def test_remat_keeps_less():
 def gradient_without_remat():
     loss = partial(loss_of_coprocessor, augmentation("none"))
     return jax.jit(jax.value_and_grad(loss))(PARAMS["coprocessor"])
+
+
+def test_latents_one_after_another_are_kept_in_part():
+    """With remat "full" they are computed again, a few at a time.
+
+    Rounding grows from one latent to the next, so gradients agree to 1e-4.
+    """
+    kept, found = {}, {}
+    params = PARAMS["coprocessor"] | {"soft_tokens": small.coprocessor(CONFIG, 9)["soft_tokens"]}
+    for remat in ("attention", "full"):
+        aug = dataclasses.replace(augmentation(remat, "sequential"), num_latents=9)
+        loss = partial(loss_of_coprocessor, aug)
+        saved = jax.eval_shape(lambda c, loss=loss: jax.vjp(loss, c)[1], params)
+        shapes = [x.shape for x in jax.tree.leaves(saved)]
+        # Keys and values that are carried from one latent to the next: all, or those of three.
+        carried = [s for s in shapes if s[-6:] == (CONFIG.num_layers, B, M, 8, 2, CONFIG.head_dim)]
+        kept[remat] = sum(math.prod(s) for s in carried)
+        found[remat] = jax.jit(jax.grad(loss))(params)
+    assert 0 < kept["full"] * 2 < kept["attention"]
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(found["full"]))
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * largest)
+    jax.tree.map(close, found["full"], found["attention"])
 
 
 @pytest.mark.parametrize(

@@ -93,22 +93,24 @@ def test_equals_the_reference(name):
 
 
 @pytest.mark.parametrize(
-    "form, name",
+    "form, name, first",
     [
-        ("reference", "traces"),
-        ("xla", "traces"),
-        ("xla", "text"),
-        ("xla", "text after a prefix"),
-        ("xla", "groups without a prefix"),
-        ("pallas_gpu", "traces of a kernel"),
-        ("pallas_tpu", "traces of a kernel"),
+        ("reference", "traces", 1),
+        ("xla", "traces", 1),
+        ("xla", "traces", -1),  # as latents that are written one after another
+        ("xla", "text", 1),
+        ("xla", "text after a prefix", 1),
+        ("xla", "groups without a prefix", 1),
+        ("pallas_gpu", "traces of a kernel", 1),
+        ("pallas_tpu", "traces of a kernel", 1),
+        ("pallas_tpu", "traces of a kernel", -1),
     ],
 )
-def test_queries_of_the_last_tokens_of_a_group(form, name):
+def test_queries_of_the_last_tokens_of_a_group(form, name, first):
     """They see what they see among the queries of all its tokens."""
     shape = SHAPES.get(name, (1, 9, 3, 1, 2, 64, 21))
     operands, bounds, dout = inputs(shape)
-    first = 1
+    first %= operands[0].shape[2]
     last = (operands[0][:, :, first:], *operands[1:])
     last_bounds = jax.tree.map(lambda x: x[:, :, first:], bounds)
     out_wanted, (dq_wanted, *down_wanted) = gradients(

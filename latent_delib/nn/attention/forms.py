@@ -96,15 +96,23 @@ def attend(
         why = unsupported(form, q_BMSNH.shape, length, q_BMSNH.dtype)
         if why:
             form = give_way(form, why)
+    S, U = q_BMSNH.shape[2], k_BMUKH.shape[2]
+    if form in SERVED and U > 2 * S:
+        form = "xla"  # which needs no padding; a kernel would work more than twice as much
     call = Call(form, scale, softcap, shared_memory)
     if form == "xla":
         return _attend(q_BMSNH, (k_BMUKH, v_BMUKH), prefix, bounds, call)
     # A kernel wants one query per key of a group: queries are padded, and their outputs cut off.
-    before = [(0, 0), (0, 0), (k_BMUKH.shape[2] - q_BMSNH.shape[2], 0)]
+    before = [(0, 0), (0, 0), (U - S, 0)]
     q_BMUNH = jnp.pad(q_BMSNH, [*before, (0, 0), (0, 0)])
-    bounds = jax.tree.map(lambda x: jnp.pad(x, before), bounds)
+    # The same part of the prefix, so that none of its blocks is visited for the padding alone.
+    bounds = Bounds(
+        jnp.pad(bounds.prefix_start, before, mode="edge"),
+        jnp.pad(bounds.prefix_stop, before, mode="edge"),
+        jnp.pad(bounds.own_start, before),
+    )
     out_BMUNH = _attend(q_BMUNH, (k_BMUKH, v_BMUKH), prefix, bounds, call)
-    return out_BMUNH[:, :, -q_BMSNH.shape[2] :]
+    return out_BMUNH[:, :, -S:]
 
 
 def give_way(form: str, why: str) -> str:
