@@ -53,7 +53,7 @@ os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 flags.FLAGS(["pytest"])  # seqio reads absl's flags and raises where nobody has parsed them
 
 MEMORY = 1.5e9  # bytes at which a worker lets go of what it can
-GROWTH = 1e8  # and again each time that it has grown by so many: letting go takes half a second
+GROWTH = 1.7e8  # and again each time that it has grown by so many: letting go takes a second
 ROOT = Path(__file__).parents[1]
 WORDS = (
     "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"

@@ -25,7 +25,6 @@ EVERY = 2  # ahead tokens from one group of `latent_tokens` to the next
 STEP = 1e-4  # of the finite differences: their own error is of its square
 CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("cache_augmentation", "gemma", "after"),
-    ("cache_augmentation", "gemma", "before"),
     ("cache_augmentation", "llama", "overlay"),
     ("cache_augmentation", "gpt2", "after"),
     ("last_layer", "gemma", "after"),
@@ -43,6 +42,7 @@ CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("decoder", "gemma", "after"),  # ordinary language modelling: placement means nothing
 ]
 FURTHER = [
+    ("cache_augmentation", "gemma", "before"),
     ("assistant", "llama", "after"),
     ("last_layer", "gpt2", "overlay"),
     ("inserted", "gpt2", "overlay"),
