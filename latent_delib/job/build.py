@@ -14,9 +14,9 @@ from latent_delib.errors import UserError
 from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import choose
 from latent_delib.nn.attention.forms import FORMS
-from latent_delib.nn.layers import Partition
+from latent_delib.nn.layers import PARAM_AXES, Partition
 from latent_delib.nn.sizes import TransformerConfig
-from latent_delib.nn.transformer import Transformer
+from latent_delib.nn.transformer import Params, Transformer
 from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
@@ -56,6 +56,11 @@ def transformer(
     """
     attention = choose(form, mesh.devices.flat[0], config, dtype)
     return Transformer(config, remat, partition(mesh), attention)
+
+
+def decoder_shardings(mesh: Mesh, config: TransformerConfig) -> Params:
+    """Returns the sharding of every leaf of a decoder, or of an assistant, on a mesh."""
+    return mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
 
 
 def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:

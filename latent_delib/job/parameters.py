@@ -1,6 +1,7 @@
 """The parameters of a job: frozen ones, trained ones, and those that training begins with."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,11 @@ from latent_delib.delib import augment, lora
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS, param_axes
 from latent_delib.errors import UserError
+from latent_delib.job import build
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint
 from latent_delib.nn import transformer
-from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder
 
@@ -25,7 +26,7 @@ def frozen_shapes(exp: Experiment) -> Params:
     """Returns the shapes of the frozen parameters, with dtype and shardings."""
     frozen = _decoder_shapes(exp)
     if exp.adapts_start:
-        frozen |= _whole(exp)
+        frozen |= _trainable(exp)
     return _on_mesh(exp, frozen, exp.dtype)
 
 
@@ -37,7 +38,9 @@ def load_frozen(exp: Experiment) -> Params:
     """
     frozen = {"decoder": place_decoder(exp, exp.dtype)}
     if exp.assistant is not None:
-        frozen["assistant"] = place_assistant(exp, exp.dtype)
+        config = exp.aug.models.coprocessor.config
+        shardings = build.decoder_shardings(exp.mesh, config)
+        frozen["assistant"] = folder.load(exp.assistant, config, exp.dtype, shardings)
     if exp.adapts_start:
         frozen |= place_start(exp, exp.dtype)
     return frozen
@@ -50,9 +53,7 @@ def _decoder_shapes(exp: Experiment) -> Params:
 
 def trainable_shapes(exp: Experiment) -> Params:
     """Returns the shapes of the trainable tree, float32, with shardings."""
-    begun_from = augment.begun_from(_decoder_shapes(exp))
-    init = init_trainable(exp.aug, exp.config.method.lora_rank)
-    return _on_mesh(exp, jax.eval_shape(init, jax.random.key(0), begun_from))
+    return _on_mesh(exp, _trainable(exp, exp.config.method.lora_rank))
 
 
 def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
@@ -86,7 +87,7 @@ def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
 def place_decoder(exp: Experiment, dtype: Any) -> Params:
     """Loads the decoder's weights onto the mesh in `dtype`, or draws them without a folder."""
     architecture = exp.aug.transformer.config
-    shardings = mesh_lib.parameters(exp.mesh, folder.shapes(architecture), PARAM_AXES)
+    shardings = build.decoder_shardings(exp.mesh, architecture)
     if exp.decoder is not None:
         return folder.load(exp.decoder, architecture, dtype, shardings)
 
@@ -94,13 +95,6 @@ def place_decoder(exp: Experiment, dtype: Any) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), transformer.init(key, architecture))
 
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(exp.config.seed))
-
-
-def place_assistant(exp: Experiment, dtype: Any) -> Params:
-    """Loads the assistant's weights onto the mesh in `dtype`, where those of a decoder lie."""
-    architecture = exp.aug.models.coprocessor.config
-    shardings = mesh_lib.parameters(exp.mesh, folder.shapes(architecture), PARAM_AXES)
-    return folder.load(exp.assistant, architecture, dtype, shardings)
 
 
 def check_start(exp: Experiment) -> None:
@@ -125,14 +119,14 @@ def place_start(exp: Experiment, dtype: Any) -> Params:
     _, step = exp.start
     checkpoints, latents = _open_start(exp)
     with contextlib.closing(checkpoints):
-        wanted = {"trainable": _on_mesh(exp, _whole(exp, latents))}
+        wanted = {"trainable": _on_mesh(exp, _trainable(exp, num_latents=latents))}
         found = checkpoints.restore_newest(wanted, step=step)
 
     def fitted(x: jax.Array, here: jax.ShapeDtypeStruct) -> jax.Array:
         more = [(0, now - before) for before, now in zip(x.shape, here.shape, strict=True)]
         return jnp.pad(x.astype(dtype), more, mode="edge")
 
-    here = _on_mesh(exp, _whole(exp))
+    here = _on_mesh(exp, _trainable(exp))
     fit = jax.jit(
         lambda tree: jax.tree.map(fitted, tree, here),
         out_shardings=jax.tree.map(lambda x: x.sharding, here),
@@ -164,7 +158,8 @@ def _require_room(exp: Experiment, there: Record, given: str) -> None:
     More soft tokens are made from those there; keys and values are not.
     """
     latents = there["method.num_latents"]
-    before, now = (_whole(exp, count).get("coprocessor", {}) for count in (latents, None))
+    before = _trainable(exp, num_latents=latents).get("coprocessor", {})
+    now = _trainable(exp).get("coprocessor", {})
     soft_tokens = [tree.pop("soft_tokens", None) for tree in (before, now)]
     fewer = None not in soft_tokens and soft_tokens[1].shape < soft_tokens[0].shape
     if fewer or before != now:
@@ -174,17 +169,16 @@ def _require_room(exp: Experiment, there: Record, given: str) -> None:
         )
 
 
-def _whole(exp: Experiment, num_latents: int | None = None) -> Params:
-    """Returns the shapes of the config's trainable tree without adapters.
+def _trainable(exp: Experiment, rank: int = 0, num_latents: int | None = None) -> Params:
+    """Returns the shapes of a trainable tree: with adapters of a rank, or 0, without them.
 
     num_latents: N_L; by default the config's.
     """
-    count = num_latents or exp.aug.num_latents
-
-    def init(key: jax.Array, decoder: Params) -> Params:
-        return METHODS[exp.aug.method].init(key, decoder, exp.aug.models, count)
-
-    return jax.eval_shape(init, jax.random.key(0), augment.begun_from(_decoder_shapes(exp)))
+    aug = exp.aug
+    if num_latents is not None:
+        aug = dataclasses.replace(aug, num_latents=num_latents)
+    begun_from = augment.begun_from(_decoder_shapes(exp))
+    return jax.eval_shape(init_trainable(aug, rank), jax.random.key(0), begun_from)
 
 
 def _on_mesh(exp: Experiment, shapes: Params, dtype: Any = None) -> Params:

@@ -120,7 +120,7 @@ def load_decoder(
         return _load_theirs(where, dtype, mesh)
     folder.check_ours(where, name)
     config = folder.read_config(where)
-    shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
+    shardings = build.decoder_shardings(mesh, config)
     params = folder.load(where, config, dtype, shardings)
     own = Tokenizer(folder.tokenizer_path(where))
     return Decoder(config, params, own, folder.fingerprint(where))
@@ -136,7 +136,7 @@ def _load_theirs(where: Path, dtype: np.dtype, mesh: Mesh) -> Decoder:
         own = Tokenizer(folder.tokenizer_path(Path(scratch)))
     imported.check_vocabulary(source, own.vocab_size)
     config = source.architecture
-    shardings = mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
+    shardings = build.decoder_shardings(mesh, config)
     params, fingerprint = imported.load(source, dtype, shardings)
     return Decoder(config, params, own, fingerprint)
 
