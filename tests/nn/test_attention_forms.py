@@ -123,6 +123,15 @@ def test_queries_of_the_last_tokens_of_a_group(form, name, first):
     )
 
 
+@pytest.mark.parametrize("first, is_kernel", [(0, True), (1, True), (2, False)])
+def test_a_kernel_is_padded_to_twice_its_queries_at_most(first, is_kernel):
+    operands, bounds, _ = inputs((1, 9, 3, 1, 2, 64, 21))
+    last = (operands[0][:, :, first:], *operands[1:])
+    last_bounds = jax.tree.map(lambda x: x[:, :, first:], bounds)
+    kernel = partial(attend, form="pallas_tpu", scale=0.3, softcap=0.0, few=0)
+    assert ("pallas_call" in str(jax.make_jaxpr(kernel)(*last, last_bounds))) == is_kernel
+
+
 def test_bait_has_no_gradient():
     """Nor does it matter which operands are differentiated: here queries and the prefix."""
     operands, bounds, dout = inputs(SHAPES["traces"])
