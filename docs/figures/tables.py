@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latent_delib.measure import perplexity
-from latent_delib.results import against, costs, packed, runs
+from latent_delib.results import against, packed, runs
+from latent_delib.results.costs import training_costs
 from latent_delib.results.forms import change
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -77,12 +78,15 @@ def filled(page: str) -> str:
         elif settings and "---" not in line:
             words = line.split("|")[1].strip()
             row = row_of(words, settings, row)
+            is_plain = "without latents" in words
+            costs = []
+            if "costs" in settings:
+                costs = ["", ""] if is_plain else costs_of(settings["runs"], row)
             if "accuracy" in settings:
-                found = accuracies(settings["runs"], row, head, "without latents" in words)
+                found = accuracies(settings["runs"], row, head[len(costs) :], is_plain)
             else:
                 found = cells(settings["runs"], row)
-            if "costs" in settings:
-                found = [*costs_of(settings["runs"], row), *found]
+            found = [*costs, *found]
             line = f"| {words} | {' | '.join(found)} |"
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -136,7 +140,7 @@ def cells(folder: str, row: Row) -> list[str]:
 
 def costs_of(folder: str, row: Row) -> list[str]:
     """Returns the trained parameters of a run and the GFLOP of a step."""
-    trained, flops = costs.training_costs(find(RESULTS / folder / row.run, ""))
+    trained, flops = training_costs(find(RESULTS / folder / row.run, ""))
     return [f"{trained:,}", f"{flops / 1e9:.1f}"]
 
 
