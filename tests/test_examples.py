@@ -57,6 +57,15 @@ def test_the_notebook_shows_what_it_says(notebook, tmp_path):
     assert kinds(json.loads(out.read_text(encoding="utf-8"))) == kinds(notebook)
 
 
+@pytest.mark.slow
+def test_latents_take_the_place_of_written_steps():
+    """New questions of another seed than the one that is shown."""
+    from examples import hops
+
+    shares = hops.main(seed=1, count=32)
+    assert min(shares.values()) >= 0.9
+
+
 def test_the_kinds_of_tokens_of_the_probe(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import probe
