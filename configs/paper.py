@@ -285,6 +285,7 @@ EXPERIMENTS = {
     "inserted": {"method.name": "inserted"},
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
+    "unified_fast": {"method.name": "unified"},
     # Neighbours of the method: trained vectors again and again among the tokens (latent tokens; 16
     # in a trace of training, as many as the others have), a coprocessor that starts from another
     # decoder and reads that one's cache (SoftCoT, Cache-to-Cache), keys and values trained once for
