@@ -134,8 +134,8 @@ def normed(c: TransformerConfig, name: str, x: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Computes grouped-query attention.
 
-    Where the collection "intermediates" is mutable, it also computes the attention weights and sows
-    them into this collection.
+    Where the collection "intermediates" is mutable, attention weights are also computed, and sown
+    into this collection.
     """
 
     config: TransformerConfig

@@ -34,15 +34,15 @@ class TransformerConfig:
     attn_softcap, final_softcap: softcaps of scores and of logits; 0 means none.
     post_norms: a norm also follows attention and MLP (Gemma 2 and 3).
     qk_norm: queries and keys are normed (Gemma 3, Qwen 3).
-    norm_offset: RMSNorm multiplies by it + scale. It is 1 for Gemma and 0 for all others, so that
-      stored scales are the makers' own.
+    norm_offset: RMSNorm multiplies by norm_offset + scale. The offset is 1 for Gemma and 0 for all
+      others, so that stored scales are the makers' own.
     untied_head: logits come from a table of their own instead of the token table.
     qkv_bias: queries, keys and values have a bias (Qwen 2, GPT-2).
     other_bias: the other products of a layer have a bias (GPT-2).
     layer_norm: norms are LayerNorm with a bias instead of RMSNorm (GPT-2).
     plain_mlp: the MLP is not gated (GPT-2).
-    learned_positions: rows of a learned table of positions, which is added to the inputs (GPT-2);
-      0 means rotary positions.
+    learned_positions: number of rows of a learned table of positions, whose rows are added to the
+      inputs (GPT-2); 0 means rotary positions.
 
     Raises:
       UserError: numbers that do not fit together, named by field.
@@ -130,7 +130,7 @@ class TransformerConfig:
         return tuple(pattern[i % len(pattern)] == "local" for i in range(self.num_layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as values of JSON.
+        """Returns the fields as JSON values.
 
         Fields in ADDED_LATER are left out where they are 0 or False, so that older folders and
         checkpoints keep their bytes, and with them their fingerprints.
@@ -199,8 +199,8 @@ def checked(name: str, value: Any, kind: Any, source: str) -> Any:
 def differences(found: TransformerConfig, wanted: TransformerConfig) -> list[str]:
     """Lists the fields in which an architecture is not the one wanted, each with both values.
 
-    Rows of the token table beyond the wanted vocabulary are padding and no difference: some makers
-    store more of them than others.
+    Rows of the token table beyond the wanted vocabulary are padding, and are not listed: some
+    makers store more of them than others.
     """
     lines = []
     for field in dataclasses.fields(found):

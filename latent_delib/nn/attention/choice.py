@@ -41,8 +41,8 @@ def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str
 
     "auto" becomes a kernel of the device's platform that is proven and compiles. Without such a
     kernel it becomes "xla"; where the platform has kernels, a warning says why. On a device that is
-    not attached, for which one only compiles, "auto" becomes the platform's first kernel. A kernel
-    that the GPU cannot run becomes "xla", with a warning.
+    not attached (compilation only), "auto" becomes the platform's first kernel. A kernel that the
+    GPU cannot run becomes "xla", with a warning.
 
     Args:
       form: "auto", or one of `forms.FORMS`.
@@ -133,8 +133,8 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
         names = " or ".join(kernels)
         _tell(f"attention: {names} is not proven on {named(device)}; xla does instead; {HOW}")
         return "xla"
-    # Only the first process could compile for its device. With several processes a kernel that does
-    # not compile fails loudly later.
+    # Only the first process could compile for its device. With several processes, a kernel that
+    # does not compile raises its error when the job compiles.
     why = None if jax.process_count() > 1 else _failure(kernel, device, config, dtype)
     if why:
         failed = f"attention: {kernel} does not compile for {device.device_kind}"

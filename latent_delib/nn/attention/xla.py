@@ -142,8 +142,8 @@ def backward(
 
     Args:
       q_BMSNH, own, prefix, bounds, scale, softcap: as for `forward`.
-      lse_BMSN: log-sum-exp of every row over all keys that it sees. Some of them are not among
-        these operands where the caller adds up the gradients of several sources.
+      lse_BMSN: log-sum-exp of every row over all keys that it sees. A caller that adds up the
+        gradients of several sources includes the keys of all sources.
       delta_BMSN: the amount that the softmax subtracts from the gradient of each weight of a row.
       dout_BMSNH: the gradient of the output.
       into_prefix: compute the gradient of the prefix.
