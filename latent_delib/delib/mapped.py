@@ -1,7 +1,7 @@
 """Coprocessors of another shape than the decoder's, which read or write through learned maps.
 
-A coprocessor of one kind has a size of its own, of the other kind the size of an assistant (another
-pretrained decoder). Arguments and results are those of the functions in `delib.coprocessor`.
+Such a coprocessor has either a size of its own, or the size of an assistant (another pretrained
+decoder). Arguments and results are those of the functions in `delib.coprocessor`.
 """
 
 import jax

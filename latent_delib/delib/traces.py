@@ -1,8 +1,8 @@
 """Traces: where the cache is augmented, and the positions of latents and ahead tokens.
 
-All quantities of this module are integers (Liu et al. 2025, Section 2.3 and Figure 2). A trace at
-text token p of a document holds L latents and A ahead tokens. It sees the document's text up to p,
-and itself causally, but never another trace.
+A trace at text token p of a document holds L latents and A ahead tokens. It sees the document's
+text up to p, and itself causally, but never another trace (Liu et al. 2025, Section 2.3 and Figure
+2). Positions and visibility are integers.
 """
 
 from collections.abc import Sequence
@@ -35,15 +35,16 @@ class Placement(NamedTuple):
     apart: int = 1
 
 
+# In "after", the last latent predicts ahead token 1. In the others x_p, read again after the
+# latents, predicts it.
 PLACEMENTS = {
-    # The paper's: latents follow x_p, text moves on by L, the last latent predicts ahead token 1.
+    # The paper's: latents follow x_p, and the text after them moves on by L.
     "after": Placement(first_latent=1, per_latent=0, reread=0, shift=1),
-    # In the others x_p is read again after the latents, and predicts ahead token 1.
     # Latents take the positions from p on, and x_p moves on by L.
     "before": Placement(first_latent=0, per_latent=0, reread=1, shift=1),
-    # Latents share the positions p-L+1 ... p with text tokens, and x_p keeps its position.
+    # Latents share the positions p-L+1 ... p with text tokens, which do not move.
     "overlay": Placement(first_latent=1, per_latent=-1, reread=1, shift=0),
-    # All latents have the position of x_p, which keeps it.
+    # All latents share the position of x_p, which does not move.
     "shared": Placement(first_latent=0, per_latent=0, reread=1, shift=0, apart=0),
 }
 
