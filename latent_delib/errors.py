@@ -1,4 +1,4 @@
-"""Turns mistakes, and failures of disks, stores and memory, into errors of one line."""
+"""Turns users' mistakes, and failures of disks, stores and memory, into errors of one line."""
 
 import contextlib
 import errno
@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-LOST = 69  # the exit code where another process or a store is lost: run it again to go on
-INTERRUPTED = 130  # the exit code after Ctrl-C, as shells expect it
+LOST = 69  # exit code when another process or a store is lost: run the command again to go on
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect
 
 
 class UserError(ValueError):
     """Reports a user's mistake: the field or file, the value found, the value expected.
 
-    Names from damaged files may hold anything: characters that cannot be printed are escaped, so
-    that the message stays one line.
+    Characters that cannot be printed, for example in names from damaged files, are escaped, so that
+    the message stays one line.
     """
 
     def __init__(self, message: str):
@@ -31,13 +31,13 @@ def _printable(character: str) -> str:
 class Outage(OSError):
     """Reports a store that does not answer, as (errno, text, filename).
 
-    It may answer later; nothing is damaged.
+    The store may answer later; nothing is damaged.
     """
 
 
 @contextlib.contextmanager
 def extra(name: str, more: str = "") -> Iterator[None]:
-    """Raises UserError, with that extra of setup.py, where an import inside finds no package."""
+    """Raises UserError, with the extra to install, where an import inside finds no package."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -46,7 +46,7 @@ def extra(name: str, more: str = "") -> Iterator[None]:
         raise UserError(line + more) from None
 
 
-# The second form is a TPU's.
+# The words after the bar are a TPU's.
 NO_MEMORY = re.compile("out of memory|attempting to (allocate|reserve)", re.IGNORECASE)
 
 
@@ -74,7 +74,7 @@ def device_memory(remedy: str) -> Iterator[None]:
         raise UserError(f"{line}; {remedy}") from None
 
 
-# Words near the start of an error: the store does not answer, or it denies access.
+# Words near the start of an error that mean: the store does not answer, or it denies access.
 NO_ANSWER = re.compile(
     "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport"
     "|gateway|internal ?server|too ?many ?requests"
@@ -83,27 +83,27 @@ NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 DENIED = re.compile("denied|forbidden|unauth|credential", re.IGNORECASE)
-# The same, as the HTTP status that an exception of gcsfs carries.
+# HTTP statuses with the same meanings, in exceptions of gcsfs.
 NO_ANSWER_STATUS = ("408", "429", "500", "502", "503", "504")
 DENIED_STATUS = ("401", "403")
 
 
 def store_error(error: BaseException, path: Any) -> OSError | None:
-    """Returns an exception as a failure of the disk or store of `path`; None if it is none.
+    """Returns an exception as a failure of the disk or store of `path`; None if it is another one.
 
-    The failure is an Outage where a store does not answer. A store's client raises exceptions of
-    any kind: tensorstore a ValueError with the code in its text.
+    The failure is an Outage where a store does not answer. Clients of stores raise exceptions of
+    any kind; tensorstore, for example, a ValueError with the error code in its text.
     """
     if no_memory(error):
         return None
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return error  # whatever words its path has
+        return error  # whatever words are in its path
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code and not isinstance(error, OSError):
         error = OSError(int(code[1]), os.strerror(int(code[1])), str(path))
     text = f"{type(error).__name__} {reason(error)}"[:60]
     status = str(getattr(error, "code", ""))
-    # TensorFlow's words for a host that is not found
+    # "libcurl code": TensorFlow's words for a host that is not found
     silent = NO_ANSWER.search(text) or "libcurl code" in reason(error)
     if silent or status in NO_ANSWER_STATUS:
         return Outage(errno.ECONNABORTED, reason(error), str(path))
@@ -115,7 +115,10 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
 
 @contextlib.contextmanager
 def store_errors(path: Any) -> Iterator[None]:
-    """Raises what a store's client raises inside as OSError, an Outage where it does not answer."""
+    """Raises OSError where a store's client fails inside; an Outage if the store does not answer.
+
+    Other exceptions pass unchanged.
+    """
     try:
         yield
     except Exception as error:  # a store's client raises exceptions of any kind

@@ -1,10 +1,10 @@
 """Makes the mesh, and shardings by rules.
 
-Elsewhere only the code that lets a user choose a mesh names its axes: `config.mesh`, the flags of
-generate, and the search over meshes.
+Models name the logical axes of their arrays. The three tables of rules below say which mesh axes
+split each logical axis.
 
-Models name the logical axes of their arrays; the three tables of rules below say which mesh axes
-split them.
+Elsewhere mesh axes are named only where a user chooses a mesh: in `config.mesh`, in the flags of
+generate, and in the search over meshes.
 """
 
 import math
@@ -24,8 +24,8 @@ from latent_delib.nn.products import matmul
 AXES = ("data", "fsdp", "traces", "tensor")
 ROWS = ("data", "fsdp")
 
-# Logical axis -> mesh axes. Where weights lie: along the width on fsdp, and on traces, where each
-# device would have the same ones otherwise; along heads, features and vocabulary on tensor.
+# Logical axis -> mesh axes. Weights are split along the width over fsdp, and over traces, whose
+# devices would otherwise hold copies; along heads, features and vocabulary over tensor.
 WEIGHTS = {
     "vocab": "tensor",
     "embed": ("fsdp", "traces"),
@@ -33,10 +33,10 @@ WEIGHTS = {
     "ffn": "tensor",
     "layers": None,
 }
-# Where they are while they are used: whole along the width.
+# Weights while they are used are whole along the width.
 IN_USE = WEIGHTS | {"embed": None}
-# Activations: rows over data and fsdp together, the traces of a row over traces; heads and features
-# follow the weights.
+# Activations: rows are split over data and fsdp together, the traces of a row over traces, heads
+# and features like the weights.
 ACTIVATIONS = {"batch": ROWS, "traces": "traces", "heads": "tensor", "ffn": "tensor"}
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -45,13 +45,13 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a mesh over all devices; neighbours in it are neighbours on a slice.
 
-    Of several slices, joined by a slower network, each holds a range of the data axis: all other
-    axes lie within a slice.
+    Where a slower network joins several slices, each slice holds a range of the data axis. All
+    other axes stay within a slice.
 
     Args:
       sizes: length of each mesh axis, 1 where none is given. One may be -1, which takes the rest of
         the devices.
-      devices: by default all of the job.
+      devices: devices of the mesh; by default all devices of the job.
 
     Raises:
       UserError: unknown axes, sizes whose product is not the number of devices, or a data axis
@@ -84,8 +84,8 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
 
 
 def _grid(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """Returns the devices as an array of this shape, whose first axis lies over the slices."""
-    # a GPU has a slice_index too: its host's, which says nothing about a slower network
+    """Returns the devices as an array of this shape, whose first axis runs over the slices."""
+    # a GPU has a slice_index too: it numbers the hosts and says nothing about a slower network
     tpus = [device for device in devices if device.platform == "tpu"]
     slices = {getattr(device, "slice_index", 0) for device in tpus}
     if len(slices) < 2:
@@ -127,9 +127,10 @@ def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def shards(mesh: Mesh, axis: str, rules: Rules = ACTIVATIONS) -> int:
-    """Returns the number of parts of an axis of activations: "batch", "traces", "heads", "ffn".
+    """Returns the number of parts into which the mesh splits a logical axis.
 
-    With rules=WEIGHTS, of an axis of weights.
+    axis: an axis of activations, "batch", "traces", "heads" or "ffn"; with rules=WEIGHTS an axis of
+      weights.
     """
     return math.prod(mesh.shape[name] for name in _names(rules[axis]))
 
@@ -174,9 +175,10 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
 def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any) -> Any:
     """Returns an optimizer's state as a tree of ShapeDtypeStruct with shardings.
 
-    A leaf in the shape of its parameter lies like it. A leaf that lacks one of the parameter's
-    axes, as Adafactor's row and column sums do, lies like the axes that remain. All else is
-    replicated. Where Muon has nothing to keep for a parameter, its placeholder stays.
+    A leaf in the shape of its parameter is sharded like the parameter. A leaf that lacks one of the
+    parameter's axes, as Adafactor's row and column sums do, is sharded like the remaining axes. All
+    other leaves are replicated. Where Muon keeps nothing for a parameter, optax's placeholder
+    stays.
 
     Args:
       trainable: the parameters, a tree of ShapeDtypeStruct with shardings.
@@ -219,14 +221,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of batches: rows split, whole otherwise."""
+    """Returns the sharding of batches: rows are split, all other axes are whole."""
     return NamedSharding(mesh, spec(("batch",), ACTIVATIONS))
 
 
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
-    """Returns the indices, of `count` rows, that lie on this process's devices, sorted int64.
+    """Returns the indices of those of `count` rows that this process's devices hold, sorted int64.
 
-    Several processes may share a row.
+    Several processes may hold the same row.
     """
     slices = rows(mesh).addressable_devices_indices_map((count,)).values()
     everything = np.arange(count)
@@ -252,11 +254,11 @@ def place_rows(mesh: Mesh, local: Any, count: int) -> Any:
     return jax.tree.map(place, local)
 
 
-# What `nn` is given, as fields of its `Partition`.
+# The functions that `nn` gets as fields of its `Partition`.
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
-    """Returns the function that places an activation by its axes; it splits none of length 1."""
+    """Returns the function that splits an activation by its axes; axes of length 1 stay whole."""
 
     def place(x: jax.Array, axes: Axes) -> jax.Array:
         lengths = zip(axes, x.shape, strict=True)
@@ -293,14 +295,14 @@ def gather(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
 def product(mesh: Mesh) -> Callable[..., jax.Array]:
     """Returns the function that multiplies activations by a weight.
 
-    Each device gathers the weight, uses it on its own rows and traces, and forgets it; the gradient
-    is reduce-scattered to where the weight lies. This is written out, because a compiler that
-    splits products by itself sums whole gradients on every chip, or moves activations instead of
-    weights. Heads and features, which tensor splits, are left to it.
+    Each device gathers the weight, uses it on its own rows and traces, and drops it. The gradient
+    is reduce-scattered to the shards of the weight. These steps are written out, because a compiler
+    that splits products by itself sums whole gradients on every chip, or moves activations instead
+    of weights. Heads and features, which tensor splits, are left to the compiler.
     """
     width = WEIGHTS["embed"]
     flat = mesh.devices.flat[0].platform == "cpu"
-    # The compiler for CPUs aborts on sums of bfloat16 over some axes while others are left to it.
+    # The compiler for CPUs aborts on sums of bfloat16 over some axes when it has to split others.
     by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
@@ -332,10 +334,9 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
-    """Returns the wrapper of a function that a compiler cannot split; each device runs its part.
+    """Returns the wrapper of functions that a compiler cannot split.
 
-    Its part is its own rows, traces and heads. Of the logical axes that the arguments name, those
-    of length 1 are not split.
+    Each device runs the function on its own rows, traces and heads. Axes of length 1 are not split.
     """
 
     def is_axes(x: Any) -> bool:

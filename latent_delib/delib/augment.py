@@ -1,9 +1,12 @@
 """The three calls of the method: read the text, write latents, decode ahead tokens.
 
-`params` is one dict: "decoder" (layers, final_norm, `transformer.TABLES`), for methods that write
-latents "coprocessor", and for methods with an assistant "assistant", of the same form as "decoder"
-and always frozen. Only `assemble` knows which of the first two is trained. See Section 2.1 of the
-paper.
+See Section 2.1 of the paper. `params` is one dict:
+
+  decoder: layers, final_norm and `transformer.TABLES`.
+  coprocessor: present for methods that write latents.
+  assistant: present for methods with an assistant; of the same form as "decoder", always frozen.
+
+Only `assemble` knows which of "decoder" and "coprocessor" are trained.
 """
 
 import dataclasses
@@ -32,16 +35,16 @@ from latent_delib.nn.transformer import Params, Transformer
 class Augmentation:
     """Holds what stays fixed while parameters and text change.
 
-    transformer: the decoder's.
+    transformer: the decoder's transformer.
     method: a key of `methods.METHODS`.
     num_latents: N_L.
     placement: a key of `traces.PLACEMENTS`.
-    loss_chunk: how many tokens per sequence have logits at one time; a device holds at most four
-      times as many.
-    coprocessor: its transformer, where that is not the decoder's. It is the assistant's too.
-    every: the latents join again after each so many ahead tokens, and stay; 0: once.
-    distill: weight, in [0, 1], of the divergence from the decoder that has read the steps; the loss
-      of the text has the rest.
+    loss_chunk: largest number of tokens per sequence that have logits at one time. A device holds
+      logits of at most four times as many tokens.
+    coprocessor: the coprocessor's transformer, also used for the assistant; None: the decoder's.
+    every: number of ahead tokens after which latents join again, and stay; 0: they join once.
+    distill: weight in [0, 1] of the divergence from the decoder that has read the steps. The
+      cross-entropy of the text has the remaining weight.
     """
 
     transformer: Transformer
@@ -60,7 +63,7 @@ class Augmentation:
 
     @property
     def without_latents(self) -> "Augmentation":
-        """Returns this with traces of no latents: x_p is read again, ahead tokens follow it."""
+        """Returns a copy without latents: x_p is read again, and ahead tokens follow it."""
         return dataclasses.replace(self, num_latents=0, placement="overlay")
 
     @property
@@ -77,7 +80,7 @@ class Augmentation:
         return found
 
     def count_latents(self, num_ahead: int) -> int:
-        """Returns how many latents a trace of so many ahead tokens holds, in all groups."""
+        """Returns the number of latents in a trace of `num_ahead` ahead tokens, in all groups."""
         return self.num_latents * len(traces_lib.group_offsets(num_ahead, self.every))
 
     def reading_order(self, num_ahead: int) -> np.ndarray:
@@ -110,9 +113,9 @@ class Augmentation:
 def assemble(frozen: Params, trainable: Params) -> Params:
     """Returns the parameters that a frozen and a trainable tree make together.
 
-    Decoder leaves that are not trained come from the frozen decoder. The rest of a coprocessor
-    comes from the frozen coprocessor; without one, from the assistant's layers; without that, from
-    the decoder's, adapters included.
+    Decoder leaves that are not trained come from the frozen decoder. Coprocessor leaves that are
+    not trained come from the frozen coprocessor. Without a frozen coprocessor they come from the
+    assistant's layers, and without an assistant from the decoder's layers, adapters included.
     """
     decoder = lora.lay_over(frozen.get("decoder", {}), trainable.get("decoder", {}))
     params = frozen | {"decoder": decoder}
@@ -126,12 +129,12 @@ def assemble(frozen: Params, trainable: Params) -> Params:
 
 
 def begun_from(params: Params) -> Params:
-    """Returns the decoder that a coprocessor begins from: the assistant, where there is one."""
+    """Returns the decoder from which a coprocessor begins: the assistant, or else the decoder."""
     return params["assistant"] if "assistant" in params else params["decoder"]
 
 
 def gathered(aug: Augmentation, params: Params) -> Params:
-    """Returns the parameters with the readers' tables gathered, once for all uses in a step."""
+    """Returns the parameters with all readers' token tables gathered, once for the whole step."""
     found = dict(params)
     for room, name in itertools.product(aug.readers, transformer.TABLES):
         table = params.get(room, {}).get(name)
@@ -148,7 +151,7 @@ def read_text(
     segment_BT: jax.Array,
     dtype: jnp.dtype,
 ) -> Reading:
-    """Passes packed text through the plain decoder, and through the assistant, in `dtype`."""
+    """Passes packed text through the plain decoder, and through an assistant if any, in `dtype`."""
     start_BT = traces_lib.document_start(segment_BT)
     position_BT = jnp.arange(tokens_BT.shape[1]) - start_BT
     bounds = transformer.own_text(start_BT)
@@ -166,7 +169,7 @@ def read_text(
 
 
 def write_latents(aug: Augmentation, params: Params, reading: Reading, traces: Traces) -> Latents:
-    """Writes the latents of every trace, as the method does."""
+    """Writes the latents of every trace by the method."""
     if not aug.num_latents:
         D = reading.outputs.shape[-1]
         return jnp.zeros((*traces.latent_position.shape, D), reading.outputs.dtype)
@@ -211,7 +214,7 @@ def decode(
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns -log p of each target [B, ...] from outputs [B, ..., D]: nats, float32.
 
-    Training takes `summed_loss`.
+    Training uses `summed_loss` instead.
     """
     return token_loss(*_of_rows(aug, params, x, targets)).reshape(targets.shape)
 
@@ -229,7 +232,7 @@ def summed_loss(
     Args:
       x: outputs [B, ..., D].
       targets, weights: [B, ...].
-      teacher: outputs like x, which also predict the targets; None where `aug.distill` is 0.
+      teacher: the teacher's outputs, in the shape of x; None where `aug.distill` is 0.
     """
     x_BRD, table_VD, target_BR, softcap, chunk = _of_rows(aug, params, x, targets)
     weight_BR = weights.reshape(target_BR.shape)
@@ -241,7 +244,7 @@ def summed_loss(
 
 
 def _of_rows(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> tuple:
-    """Returns the arguments of `loss.token_loss`: the tokens of each row in one sequence."""
+    """Returns the arguments of `loss.token_loss`, with the tokens of each row in one sequence."""
     B, D = x.shape[0], x.shape[-1]
     table_VD = transformer.output_table(params["decoder"])
     chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
@@ -269,19 +272,18 @@ def loss(
     """Returns the training objective of one batch: Σ loss in nats, and Σ tokens.
 
     Both are float32 scalars. With latents the loss is `loss.token_loss` of the ahead tokens of
-    every trace, each weighted by `loss.ahead_weights` (Section 2.3); without, the cross-entropy of
-    all text behind prompts.
+    every trace, each weighted by `loss.ahead_weights` (Section 2.3). Without latents it is the
+    cross-entropy of all text behind prompts.
 
     Args:
-      params: with their tables gathered, where a mesh splits them.
+      params: parameters, after `gathered` where a mesh splits them.
       tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
       at_BM: int32 text tokens at which the cache is augmented.
       num_ahead: A, ahead tokens per trace.
-      dtype: of the computation.
+      dtype: dtype of the computation.
       delay_BM: see `traces.lay_out`.
-      prompt_end: tokens that end a prompt; empty: all text is behind one. Traces are where `at_BM`
-        says.
+      prompt_end: tokens that end a prompt, for the loss without latents; empty: all text counts.
       steps_end: see `traces.first_ahead`.
     """
     reading = read_text(aug, params, tokens_BT, segment_BT, dtype)

@@ -1,9 +1,11 @@
 """Coprocessors: models that read the decoder's cache and write latents (Section 2.1).
 
-Coprocessors read the cache through soft tokens of their own. This module also holds trained
-vectors, and trained keys and values, which read nothing. Latents are vectors z [B, M, L, D] that
-enter the decoder where token embeddings do, not scaled again; or keys and values for each of its
-layers, `Inserted`. In every `write_...` function, `params` is the dict of `delib.augment`.
+Coprocessors read the cache through soft tokens of their own. This module also writes latents
+without a coprocessor: trained vectors, or trained keys and values, which read nothing.
+
+Latents are vectors z [B, M, L, D], which enter the decoder where token embeddings do and are not
+scaled again; or they are keys and values for each decoder layer (`Inserted`). In every `write_...`
+function, `params` is the dict of `delib.augment`.
 """
 
 from functools import partial
@@ -31,7 +33,7 @@ CARTRIDGE_AXES = {
 class Models(NamedTuple):
     """Holds the decoder's architecture and the coprocessor's.
 
-    They differ where the coprocessor has a size of its own, or that of an assistant.
+    The two differ where the coprocessor has a size of its own, or the size of an assistant.
     """
 
     decoder: Transformer
@@ -41,8 +43,10 @@ class Models(NamedTuple):
 class Reading(NamedTuple):
     """Holds what the decoder computed from a text.
 
-    outputs: [B, T, D], final-normed.
-    assistant: the cache of the assistant, another decoder, where the method has one.
+    outputs: final-normed outputs [B, T, D].
+    cache: the decoder's cache.
+    assistant: the cache of the assistant (another decoder) of the same text, where the method has
+      an assistant.
     """
 
     outputs: jax.Array
@@ -67,7 +71,7 @@ def soft_tokens(key: jax.Array, embedding_VD: jax.Array, num_latents: int) -> ja
     """Draws N_L distinct starting vectors [L, D], float32: random rows of the token table.
 
     Raises:
-      UserError: there are fewer rows.
+      UserError: the table has fewer than N_L rows.
     """
     size = embedding_VD.shape[0]
     if num_latents > size:
@@ -79,14 +83,14 @@ def soft_tokens(key: jax.Array, embedding_VD: jax.Array, num_latents: int) -> ja
 
 
 def body(decoder: Params) -> Params:
-    """Returns a decoder's BODY: all of it but its tables."""
+    """Returns a decoder's `transformer.BODY`: all of its parameters but the token tables."""
     return {name: decoder[name] for name in transformer.BODY if name in decoder}
 
 
 def start_from_decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
     """Starts from the decoder's own layers.
 
-    The tree has no token table, because it never reads a token.
+    The tree has no token table, because a coprocessor never reads a token.
     """
     del models
     tree = jax.tree.map(lambda x: x.astype(jnp.float32), body(decoder))
@@ -125,7 +129,7 @@ def start_with_one_soft_token(
 def start_cartridge(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
     """Starts from keys, not rotated, and values of every layer, [layers, L, K, H] each.
 
-    They are those of N_L tokens that the decoder reads at position 0, where nothing is rotated.
+    The decoder computes them from N_L random tokens at position 0, where nothing is rotated.
     """
     config = models.decoder.config
     soft_LD = soft_tokens(key, decoder["embedding"], num_latents)
@@ -142,9 +146,9 @@ def start_cartridge(key: jax.Array, decoder: Params, models: Models, num_latents
 def as_inputs(params: Params, model: Transformer, traces: Traces, dtype: jnp.dtype) -> jax.Array:
     """Returns the soft tokens for every trace, [B, M, L, D] in `dtype`.
 
-    A single one stands L times, and those of a group as often as it recurs. They are repeated as
-    float32, because their gradient is the sum over all traces: thousands of addends, of which a sum
-    in bfloat16 would lose most.
+    A single soft token is repeated L times, and a group of soft tokens as often as it recurs. The
+    repetition is in float32: the gradient of a soft token is a sum over all traces, and a sum of
+    thousands of addends in bfloat16 would lose most of them.
     """
     B, M, L = traces.latent_position.shape
     soft_LD = params["coprocessor"]["soft_tokens"].astype(dtype)
@@ -162,8 +166,8 @@ def write_soft_tokens(
 ) -> jax.Array:
     """Returns the soft tokens themselves, whatever the text.
 
-    They are scaled as rows of the token table are: unscaled they would enter a Gemma decoder
-    sqrt(D) times shorter than its tokens do.
+    They are scaled like rows of the token table. Unscaled, they would enter a Gemma decoder sqrt(D)
+    times shorter than its tokens do.
     """
     soft_BMLD = as_inputs(params, models.decoder, traces, reading.cache.k.dtype)
     return transformer.scaled(soft_BMLD, models.decoder.config)
@@ -177,7 +181,7 @@ def write_cartridge(
 ) -> Inserted:
     """Returns trained keys and values for each layer, whatever the text.
 
-    Keys are rotated as those of tokens at the latents' positions.
+    Keys are rotated to the latents' positions.
     """
     config = models.decoder.config
     dtype = reading.cache.k.dtype
@@ -215,9 +219,9 @@ def write_keys_and_values(
     reading: Reading,
     traces: Traces,
 ) -> Inserted:
-    """Writes the keys and values of the same pass, those of layer l for the decoder's layer l.
+    """Writes the keys and values of such a pass; those of layer l enter the decoder's layer l.
 
-    This is hypothesis 1 of Coda-Forno et al. 2025.
+    The pass is that of `write_in_one_pass`. This is hypothesis 1 of Coda-Forno et al. 2025.
     """
     _, kv = _over(params, models.coprocessor, reading.cache, traces)
     return Inserted(jnp.moveaxis(kv.k, 0, 2), jnp.moveaxis(kv.v, 0, 2))
@@ -229,7 +233,7 @@ def write_from_last_layer(
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
-    """Writes latents of a coprocessor that reads the decoder's outputs, not its cache."""
+    """Writes latents with a coprocessor that reads the decoder's outputs, not its cache."""
     position_BT = reading.cache.position
     bounds = transformer.own_text(jnp.arange(position_BT.shape[1]) - position_BT)
     weights = {"params": params["coprocessor"]}
@@ -245,9 +249,9 @@ def write_one_after_another(
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
-    """Writes latents one at a time, each added to the soft token of the next.
+    """Writes latents one at a time, and adds each latent to the soft token of the next.
 
-    That takes as many passes as there are latents, of one token each.
+    This takes one pass per latent, each over one token.
     """
     soft_BMLD = as_inputs(params, models.coprocessor, traces, reading.cache.k.dtype)
     return _fed_back(params, models, reading, traces, soft_BMLD)
@@ -261,8 +265,8 @@ def write_feedback(
 ) -> jax.Array:
     """Writes a trained token, then the model's outputs, each fed back as the next input.
 
-    These are the continuous thoughts of Hao et al. 2024, behind the token that begins them. Latent
-    i + 1 is the output at latent i, so there are N_L - 1 thoughts.
+    The outputs are the continuous thoughts of Hao et al. 2024; the trained token begins them.
+    Latent i + 1 is the output at latent i, so there are N_L - 1 thoughts.
     """
     soft_BMLD = write_soft_tokens(params, models, reading, traces)
     is_first_L1 = jnp.arange(soft_BMLD.shape[2])[:, None] == 0
@@ -293,7 +297,7 @@ def _fed_back(
     def one(carry: tuple[jax.Array, KV], i: jax.Array) -> tuple[tuple[jax.Array, KV], jax.Array]:
         z_BMD, earlier = carry
         x_BMD = jnp.take(x_BMLD, i, axis=2) + z_BMD
-        # Token i and those before it stand at the end of L places.
+        # Tokens up to i take the last of the L places.
         room = L - 1 - i
         places_BML = jnp.roll(position_BML, room, axis=2)
         bounds = jax.tree.map(lambda x: jnp.take(x, i, axis=2)[..., None], traces.latent_bounds)
@@ -304,7 +308,7 @@ def _fed_back(
         return (z_BMD, jax.tree.map(lambda x: x[:, :, :, 1:], kv)), z_BMD
 
     # Each step keeps the keys and values of all L places for its gradient. With remat "full" only
-    # the first of each `together` steps does, and those between are computed again.
+    # the first of every `together` steps keeps them, and the other steps are computed again.
     together = L
     steps = partial(jax.lax.scan, one)
     if model.remat == "full":
@@ -337,7 +341,10 @@ def rotated(
     config: TransformerConfig,
     layer: int,
 ) -> jax.Array:
-    """Rotates keys [..., K, H] as layer `layer` does at positions [...]; negative rotate back."""
+    """Rotates keys [..., K, H] as layer `layer` does at positions [...].
+
+    Negated positions rotate back.
+    """
     if config.learned_positions:
         return x
     if config.is_local[layer]:

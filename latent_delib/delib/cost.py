@@ -5,11 +5,11 @@ Useful means the operations that the method needs if nothing is computed twice:
   - the text once forward;
   - the coprocessor forward and backward, to activations and weights;
   - the decoder's traces forward and backward, to activations only where the decoder is frozen;
-  - the vocabulary likewise, and once forward for a teacher;
+  - the logits likewise, and once forward for a teacher;
   - attention on visible pairs only, without gradients of the frozen text's keys and values.
 
-Not counted: the products that make adapters into weights, and maps between caches. A method's row
-says what writing its latents costs.
+Not counted: the products that make adapters into weights, and maps between caches. `Method.cost`
+gives the cost of writing latents.
 """
 
 from latent_delib.delib import flops
@@ -36,9 +36,8 @@ def step_flops(
       num_ahead: ahead tokens per trace.
 
     Returns:
-      The useful FLOPs, and the repeated ones without attention among a trace's own tokens: products
-      of the layers in the backward pass, and attention where the transformer's `remat` does not
-      keep it.
+      The useful FLOPs, and the FLOPs that the backward pass repeats under the transformer's
+      `remat`; see `flops.again`.
     """
     method = METHODS[aug.method]
     c = aug.transformer.config
@@ -73,6 +72,6 @@ def step_flops(
 
 
 def decoded_tokens(aug: Augmentation, num_ahead: int) -> int:
-    """Returns the tokens of one trace that the decoder reads: latents and ahead tokens."""
+    """Returns how many tokens of a trace the decoder reads: inputs, and latents if vectors."""
     tokens = num_ahead - 1 + PLACEMENTS[aug.placement].reread
     return tokens if METHODS[aug.method].writes_keys else tokens + aug.count_latents(num_ahead)

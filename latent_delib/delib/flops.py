@@ -18,7 +18,7 @@ def per_token(c: TransformerConfig) -> int:
 def attention(c: TransformerConfig, length: int) -> float:
     """Returns the forward FLOPs of one query's attention in all layers.
 
-    It is the mean over the query's places in `length` tokens.
+    The figure is the mean over all places of the query among `length` tokens.
     """
 
     def keys_seen(is_local: bool) -> float:
@@ -44,14 +44,14 @@ def traces(
     """Returns the FLOPs of passing traces through the layers.
 
     Args:
-      c: the layers.
-      count: traces.
-      length: tokens of one trace, which see each other causally.
-      seq_len: tokens of text before a trace; they count with their mean over all places in it.
-      passes: of the matrix products; 1 forward, 2 backward to the inputs, 3 backward to the weights
-        too.
-      text_passes: of attention over the text; 3 if its keys and values have a gradient, otherwise
-        2.
+      c: architecture of the layers.
+      count: number of traces.
+      length: number of tokens of one trace, which see each other causally.
+      seq_len: tokens per row of text; the count is the mean over all places of a trace in a row.
+      passes: number of passes over the matrix products: 1 for forward alone, 2 with the gradient of
+        the inputs, 3 with the gradient of the weights too.
+      text_passes: passes of attention over the text: 3 if the text's keys and values have a
+        gradient, otherwise 2.
     """
     if not length:
         return 0.0
@@ -68,8 +68,8 @@ def again(
 ) -> float:
     """Returns the FLOPs that a backward pass repeats under `remat`.
 
-    All but "none" and "dots" repeat the products of the layers; "full" repeats attention too.
-    Attention among a trace's own tokens is not counted.
+    Every `remat` but "none" and "dots" repeats the products of the layers; "full" repeats attention
+    too. Attention among a trace's own tokens is not counted.
     """
     products = remat not in ("none", "dots")
     over_text = remat == "full"
@@ -79,10 +79,10 @@ def again(
 class Writing(NamedTuple):
     """Describes the writing of latents in one training step.
 
-    config: of the coprocessor.
+    config: the coprocessor's architecture.
     remat: see `nn.transformer.REMAT`.
-    text_tokens, traces: of all rows.
-    trains_decoder: the text's keys and values have a gradient.
+    text_tokens, traces: number in all rows.
+    trains_decoder: whether the text's keys and values have a gradient.
     """
 
     config: TransformerConfig
@@ -97,19 +97,19 @@ class Writing(NamedTuple):
 class Flops(NamedTuple):
     """Holds the FLOPs of a step or of a part.
 
-    useful: if nothing were computed twice.
-    repeated: beyond that.
+    useful: the FLOPs needed if nothing were computed twice.
+    repeated: the FLOPs of repeated computation.
     """
 
     useful: float
     repeated: float
 
 
-# What writing latents costs, one function per way of writing them. A method's row names its own.
+# The cost of writing latents: one function per way of writing, named by the rows of `METHODS`.
 
 
 def no_pass(w: Writing) -> Flops:
-    """Counts latents that are trained vectors, or trained keys and values, as they are."""
+    """Counts the cost, 0, of latents that are trained vectors, or trained keys and values."""
     del w
     return Flops(0.0, 0.0)
 
@@ -124,7 +124,7 @@ def one_pass(w: Writing) -> Flops:
 
 
 def pass_over_text_too(w: Writing) -> Flops:
-    """Counts a coprocessor that first reads the text by itself, and trains through that."""
+    """Counts a coprocessor that first reads the text itself, with a gradient through this pass."""
     latents = one_pass(w._replace(trains_decoder=True))
     return Flops(
         latents.useful + 3 * text(w.config, w.text_tokens, w.seq_len),

@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al. 2021) as a pure function of a parameter tree.
 
 A matrix w of a layer becomes w + a b; only a and b are trained. In a tree of adapters, "q_a" and
-"q_b" belong to "q" of the tree below.
+"q_b" belong to the matrix "q" of the adapted tree.
 """
 
 import math
@@ -18,8 +18,8 @@ from latent_delib.nn.transformer import Params
 def init(key: jax.Array, tree: Params, rank: int) -> Params:
     """Makes adapters for every matrix in a tree of layers, float32.
 
-    a [layers, *in, r] is random. b [layers, r, *out] is zero, so that nothing is changed at the
-    start.
+    a [layers, *in, r] is random. b [layers, r, *out] is zero, so that adapters change nothing at
+    the start.
     """
     adapters: Params = {}
     for i, (name, leaf) in enumerate(sorted(tree.items())):
@@ -42,8 +42,8 @@ def init(key: jax.Array, tree: Params, rank: int) -> Params:
 def lay_over(below: Params, tree: Params) -> Params:
     """Returns the leaves of both trees, with adapters multiplied out.
 
-    Where both have a leaf, it is that of `tree`. Leaves that `tree` neither replaces nor adapts are
-    the arrays of `below` themselves.
+    Where both trees have a leaf, it is taken from `tree`. Leaves that `tree` neither replaces nor
+    adapts are the arrays of `below` themselves.
     """
     found: Params = {}
     for name, leaf in below.items():

@@ -1,7 +1,7 @@
 """The loss of predicted tokens and its weights, computed on a few tokens per sequence at a time.
 
-It is -log p of each token; or, with a teacher, in part the divergence from what the teacher
-predicts there.
+The loss of a token is -log p. With a teacher, a part of it is the divergence from the teacher's
+prediction.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from latent_delib.nn.products import einsum, softcapped
 
-SEQUENCES = 4  # per device; with more of them, each has fewer tokens than a chunk at a time
+SEQUENCES = 4  # per device; with more sequences, fewer tokens than a chunk are computed at a time
 
 
 def ahead_weights(num_ahead: int) -> jax.Array:
@@ -27,19 +27,19 @@ def ahead_weights(num_ahead: int) -> jax.Array:
 def tokens_at_a_time(chunk: int, sequences: int, shards: int) -> int:
     """Returns how many tokens of every sequence to compute at a time.
 
-    These are `chunk`, or fewer where a device holds more than SEQUENCES sequences.
+    The number is `chunk`, or less where a device holds more than SEQUENCES sequences.
 
     Args:
-      shards: into how many parts the sequences are split over devices.
+      shards: number of parts into which the sequences are split over devices.
     """
     return max(1, min(chunk, chunk * SEQUENCES * shards // sequences))
 
 
 def divergence(logits_BrV: jax.Array, teacher_BrV: jax.Array) -> jax.Array:
-    """Returns how far every token's distribution is from the teacher's, in nats, float32 [B, r].
+    """Returns the divergence of every token's distribution from the teacher's, float32 [B, r].
 
-    It is KL(teacher || student), from the logits of both. To distil by another divergence, change
-    this function: its gradient follows.
+    The divergence is KL(teacher || student) in nats, from the logits of both. To distil by another
+    divergence, change this function: its gradient follows.
     """
     log_p_BrV = jax.nn.log_softmax(logits_BrV)
     log_q_BrV = jax.nn.log_softmax(teacher_BrV)
@@ -57,16 +57,16 @@ def token_loss(
 ) -> jax.Array:
     """Returns the loss of every token, in nats, float32 [B, R].
 
-    It is (1 - distill) * -log p(target) + distill * `divergence`. `summed_loss` is the one to
-    differentiate.
+    The loss is (1 - distill) * -log p(target) + distill * `divergence`. For gradients, use
+    `summed_loss`.
 
     Args:
       x_BRD: final-normed outputs.
-      table_VD: the table that gives the logits, x @ table.T, of the teacher too.
-      target_BR: int32.
-      softcap: logits are softcapped by it; 0 leaves them as they are.
-      chunk: tokens of every sequence whose logits exist at a time.
-      distill: in [0, 1].
+      table_VD: the table of the logits, x @ table.T, also for the teacher.
+      target_BR: target tokens, int32.
+      softcap: softcap of the logits; 0 for none.
+      chunk: number of tokens of every sequence whose logits exist at a time.
+      distill: weight of the divergence, in [0, 1].
       teacher_BRD: the teacher's final-normed outputs; None where distill is 0.
     """
     parts = _cut(chunk, (x_BRD, target_BR, teacher_BRD))
@@ -91,13 +91,13 @@ def summed_loss(
 ) -> jax.Array:
     """Returns the weighted sum of `token_loss` over all tokens: nats, a float32 scalar.
 
-    The forward pass makes the gradients too, while the logits are at hand: that of x, and that of
-    the table where it is trained. So no logits are computed twice.
+    While the forward pass has the logits, it also computes the gradient of x, and of the table
+    where the table is trained. So no logits are computed twice.
 
     Args:
       x_BRD, table_VD, target_BR, softcap, chunk, distill: as for `token_loss`.
       weight_BR: float32; it gets no gradient.
-      teacher_BRD: as for `token_loss`; it gets no gradient, nor does the table through it.
+      teacher_BRD: as for `token_loss`; the teacher gets no gradient, and gives the table none.
     """
     loss_BR = token_loss(x_BRD, table_VD, target_BR, softcap, chunk, distill, teacher_BRD)
     return jnp.sum(loss_BR * weight_BR)
@@ -106,7 +106,7 @@ def summed_loss(
 def _cut(chunk: int, arrays: Any) -> Any:
     """Cuts arrays [B, R, ...] into [chunks, B, r, ...], token i in chunk i % chunks.
 
-    Neighbours may lie on one device, and every device is to have its part of every chunk.
+    Neighbouring tokens may be on one device. Cut this way, every chunk has a part on every device.
     """
     B, R = arrays[0].shape[:2]
     r = min(chunk, R)
@@ -120,7 +120,7 @@ def _cut(chunk: int, arrays: Any) -> Any:
 
 
 def _join(x: jax.Array, like_BRD: jax.Array) -> jax.Array:
-    """Inverts the cut."""
+    """Undoes `_cut` for x [chunks, B, r, ...], without the padding."""
     B, R = like_BRD.shape[:2]
     return jnp.moveaxis(x, 0, 2).reshape(B, -1, *x.shape[3:])[:, :R]
 
@@ -135,7 +135,7 @@ def _loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the loss of every token, and its gradient in the products x . table.
 
-    They are float32 [B, r] and [B, r, V].
+    The loss is float32 [B, r], the gradient float32 [B, r, V].
     """
     logits_BrV, slope_BrV = _logits(x_BrD, table_VD, softcap)
     loss_Br, dlogits_BrV = _nll(logits_BrV, target_Br)
@@ -183,7 +183,7 @@ def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, distill, tea
         if trained:
             dlogits_RV = dlogits_BrV.reshape(-1, dlogits_BrV.shape[-1])
             x_RD = x_BrD.reshape(-1, x_BrD.shape[-1])
-            # A CPU transposes the first operand: x, not the logits, which are many more.
+            # On a CPU the first operand is transposed: x, not the logits, which are larger.
             dtable_DV += einsum("RD,RV->DV", x_RD, dlogits_RV, jnp.float32)
         return dtable_DV, (loss_Br * weight_Br, dx_BrD.astype(dtype))
 
@@ -192,7 +192,7 @@ def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, distill, tea
     dtable_DV, (loss, dx) = jax.lax.scan(one, dtable_DV, parts)
     dtable_VD = None
     if trained:
-        # The barrier keeps XLA from taking this transpose into the product.
+        # The barrier keeps XLA from merging this transpose into the product.
         dtable_VD = jax.lax.optimization_barrier(dtable_DV).T.astype(table_VD.dtype)
     return jnp.sum(loss), (_join(dx, x_BRD), dtable_VD)
 

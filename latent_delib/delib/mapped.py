@@ -1,7 +1,7 @@
 """Coprocessors of another shape than the decoder's, which read or write through learned maps.
 
-There are two kinds: one has a size of its own, the other the size of an assistant (another
-pretrained decoder). `delib.coprocessor` says what the functions take and return.
+Such a coprocessor has either a size of its own, or the size of an assistant (another pretrained
+decoder). Arguments and results are those of the functions in `delib.coprocessor`.
 """
 
 import jax
@@ -56,8 +56,8 @@ def start_from_assistant(
     """Starts from an assistant's own layers, and a random map to the decoder's width.
 
     The map keeps the mean square of its inputs, so the latents begin as large as those of a
-    coprocessor that starts from the decoder. Behind the decoder's norms a smaller map would not
-    make smaller latents, but larger gradients.
+    coprocessor that starts from the decoder. A smaller map would not have a smaller effect, because
+    the decoder norms its inputs; it would have larger gradients.
     """
     tree = start_from_decoder(key, assistant, models, num_latents)
     return tree | {"latents_out": _latents_out(jax.random.fold_in(key, 1), models)}
@@ -79,11 +79,11 @@ def write_through_maps(
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
-    """Writes latents of a coprocessor of another depth, heads and width.
+    """Writes latents with a coprocessor of another depth, other heads and another width.
 
-    Its layers read layers of the decoder, evenly spaced from the first to the last, each through a
-    linear map. Keys are mapped as they were before they were rotated, so that a map does not depend
-    on the position.
+    Each of its layers reads one layer of the decoder through a linear map. The layers that are read
+    are evenly spaced from the first to the last. Keys are rotated back before they are mapped, so
+    that a map does not depend on the position.
     """
     theirs = models.decoder.config
     ours = models.coprocessor.config
@@ -105,9 +105,9 @@ def write_by_assistant(
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
-    """Writes latents of a coprocessor that reads an assistant's cache, through a linear map.
+    """Writes latents with a coprocessor that reads an assistant's cache, through a linear map.
 
-    The latents enter as those of SoftCoT's assistant (Xu et al. 2025) do. What is read is a whole
+    The latents enter the decoder as in SoftCoT (Xu et al. 2025). The coprocessor reads a whole
     cache, as in Cache-to-Cache (Fu et al. 2025), and not a prompt for the assistant.
     """
     assert reading.assistant is not None, "an augmentation of this method reads with it"

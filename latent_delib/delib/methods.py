@@ -1,7 +1,7 @@
 """The table of methods. A new variant is one row here and one short config.
 
-A row says how its trainable tree begins, which latents it writes and what that costs. Everything
-else is shared.
+A row says how the trainable tree begins, which latents the method writes, and what the writing
+costs. Everything else is shared.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from latent_delib.nn.transformer import Params
 
 
 class Method(NamedTuple):
-    """Holds all that others must know of a method.
+    """Holds all that other modules need to know of a method.
 
     init: (key, decoder, models, num_latents) -> the trainable tree, keyed as in the parameters of
       `delib.augment`: "coprocessor" for a model that writes latents, "decoder" where the decoder
@@ -29,17 +29,18 @@ class Method(NamedTuple):
     cost: FLOPs of writing the latents of one step.
     axes: logical axes of the method's own parameters, by leaf name.
     trains_decoder: the tree has a "decoder".
-    reads_text: the latents depend on the text. Only then can they be late, or another text's.
-    has_matrices: the tree has matrices. Only then can low-rank adapters stand in for them.
-    starts_random: the coprocessor begins with random matrices, which no adapter can lie over.
+    reads_text: the latents depend on the text. Only such latents can be late, or be swapped for
+      latents of another text.
+    has_matrices: the tree has matrices. Only then can low-rank adapters replace them.
+    starts_random: the coprocessor begins with random matrices, on which no adapter can build.
     own_size: the coprocessor may have another architecture than the decoder.
     has_assistant: another frozen decoder, the assistant, reads the text too. The coprocessor has
-      its architecture and begins from it: `init` is given the assistant where others are given the
+      the assistant's architecture and begins from it: `init` gets the assistant in place of the
       decoder, and leaves that the coprocessor's tree lacks are the assistant's layers.
-    writes_keys: the latents are keys and values, which hold their position. Only a placement that
-      reads x_p again then has a vector that predicts the next token, and no other text's latents
-      can stand in for them.
-    recurs: the latents join again after each `every` ahead tokens, and stay.
+    writes_keys: the latents are keys and values, which hold their position. So latents of another
+      text cannot replace them, and only a placement that reads x_p again has an output that
+      predicts the next token.
+    recurs: the latents join again after every `every` ahead tokens, and stay.
     """
 
     init: Callable[[jax.Array, Params, Models, int], Params]
@@ -75,7 +76,7 @@ def _both(start: Callable[..., Params]) -> Callable[..., Params]:
 
 
 METHODS = {
-    # The decoder as it is; training it is ordinary language modelling.
+    # The decoder alone; its training is ordinary language modelling.
     "decoder": Method(
         _decoder,
         write=None,
@@ -87,7 +88,8 @@ METHODS = {
         _coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_in_one_pass,
     ),
-    # Their baselines: a random start; reading the decoder's last-layer outputs, not its cache.
+    # Baselines of Liu et al.: a random start; reading the decoder's last-layer outputs, not its
+    # cache.
     "from_scratch": Method(
         _coprocessor(coprocessor.start_from_scratch),
         coprocessor.write_in_one_pass,
@@ -113,8 +115,8 @@ METHODS = {
         reads_text=False,
         has_matrices=False,
     ),
-    # Sun et al. 2025 (latent tokens): such vectors again and again among the tokens, all of which
-    # see those before them and keep their positions.
+    # Sun et al. 2025 (latent tokens): trained vectors that recur among the tokens. Tokens see all
+    # vectors before them, and keep their positions.
     "latent_tokens": Method(
         _coprocessor(coprocessor.start_with_soft_tokens),
         coprocessor.write_soft_tokens,
@@ -151,7 +153,7 @@ METHODS = {
         trains_decoder=True,
     ),
     # Xu et al. 2025 (SoftCoT), Fu et al. 2025 (Cache-to-Cache): the coprocessor starts from another
-    # pretrained decoder, and reads that one's cache of the text.
+    # pretrained decoder, and reads the cache which that decoder keeps of the text.
     "assistant": Method(
         _coprocessor(mapped.start_from_assistant),
         mapped.write_by_assistant,

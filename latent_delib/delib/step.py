@@ -19,9 +19,9 @@ from latent_delib.delib.coprocessor import Reading
 from latent_delib.nn.layers import INPUT_AXES
 from latent_delib.nn.transformer import Params
 
-# (aug, params, outputs [..., D], the tokens [...] that they predict) -> arrays [...].
+# (aug, params, outputs [..., D], tokens [...] that the outputs predict) -> arrays [...].
 Score = Callable[[Augmentation, Params, jax.Array, jax.Array], Any]
-# Tokens, segments, trace positions and their delays: int32 [B, T], [B, T], [B, M], [B, M].
+# Tokens, segments, trace positions and delays of latents: int32 [B, T], [B, T], [B, M], [B, M].
 Batch = tuple[jax.Array, ...]
 
 
@@ -51,7 +51,7 @@ def _adamw(o: Any) -> optax.GradientTransformation:
 def _adafactor(o: Any) -> optax.GradientTransformation:
     """Scales as Shazeer and Stern 2018 do, by optax's defaults.
 
-    The learning rate is relative to a leaf's size.
+    The learning rate is relative to the root mean square of a leaf.
     """
     del o
     return optax.chain(
@@ -64,21 +64,21 @@ def _adafactor(o: Any) -> optax.GradientTransformation:
 def _muon(o: Any) -> optax.GradientTransformation:
     """Makes the updates of a layer's matrices orthogonal (Jordan et al. 2024).
 
-    Each is as large as Adam's is by experience (arXiv 2502.16982), so one rate serves both. All
-    other leaves are scaled as Adam does.
+    Each update is made about as large as updates of Adam are in practice (arXiv 2502.16982), so one
+    learning rate serves both. All other leaves are scaled by Adam.
     """
 
     def axes(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
         inputs = INPUT_AXES.get(path[-1].key)
         if inputs is None:
             return None
-        first_output = 1 + inputs  # axis 0 is that of layers
+        first_output = 1 + inputs  # axis 0 is "layers"
         return MuonDimensionNumbers(
             tuple(range(1, first_output)), tuple(range(first_output, leaf.ndim))
         )
 
     return muon(
-        learning_rate=-1.0,  # the rate, and the sign, come later
+        learning_rate=-1.0,  # the rate and the sign are applied later
         beta=o.b1,
         eps=o.eps,
         adam_b1=o.b1,
@@ -88,16 +88,16 @@ def _muon(o: Any) -> optax.GradientTransformation:
     )
 
 
-# How each optimizer scales gradients. Clipping, decay and rates are common to all.
+# How each optimizer scales gradients. Clipping, weight decay and rates are the same for all.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
 
 
 def make_optimizer(o: Any, steps: int) -> Optimizer:
     """Makes the optimizer of a job of `steps` steps.
 
-    Gradients are clipped by global norm, then scaled, with weight decay. The learning rate warms up
-    linearly to its peak, then follows a cosine to `final_fraction` of it at the last step. Soft
-    tokens have a peak rate of their own. Neither they nor norms nor biases decay.
+    Gradients are clipped by global norm and scaled, then weight decay is added. The learning rate
+    warms up linearly to its peak, then follows a cosine to `final_fraction` of the peak at the last
+    step. Soft tokens have a peak rate of their own. Soft tokens, norms and biases do not decay.
 
     Args:
       o: config.optimizer.
@@ -139,17 +139,17 @@ class Objective:
     """Says how the loss of a batch is computed.
 
     aug: the method and both models.
-    num_traces: M, per row.
-    num_ahead: A, per trace.
-    dtype: of the computation; master weights are cast to it once.
-    seed: of trace positions and delays, which are a function of it and of the batch's number.
-    accumulation: the batch passes in this many equal parts. Sums of loss, tokens and gradients are
-      added up and divided once, so the step is that of the whole batch whatever the parts hold.
-    max_delay: latents of a trace are written up to so many tokens before they join, drawn at
-      random.
-    prompt_end: tokens that end a prompt; traces, or the loss of a plain decoder, are only behind
-      them. Empty: anywhere.
-    steps_end: tokens that end the steps between trace and ahead tokens. Empty: there are none.
+    num_traces: M, traces per row.
+    num_ahead: A, ahead tokens per trace.
+    dtype: dtype of the computation; master weights are cast to it once.
+    seed: trace positions and delays are a function of the seed and of the batch's number.
+    accumulation: number of equal parts into which a batch is split. Sums of loss, tokens and
+      gradients are added up and divided once, so the parts give the step of the whole batch.
+    max_delay: largest number of tokens by which a trace's latents are written before they join;
+      each trace draws its number at random.
+    prompt_end: tokens that end a prompt. Traces are drawn only where the text ends with them, and a
+      plain decoder is trained only on the text after them. Empty: anywhere.
+    steps_end: tokens that end the steps between trace and ahead tokens. Empty: there are no steps.
     """
 
     aug: Augmentation
@@ -178,9 +178,9 @@ def train_step(
       state: donated by the jitted step.
       frozen: parameters that are not trained, in the dtype of the computation.
       batch: "tokens" and "segment", int32 [B, T].
-      tx: of `make_optimizer`.
-      skip_bad: where loss or gradient is not finite, weights and moments stay; counters, so the
-        learning rate, go on.
+      tx: the optimizer of `make_optimizer`.
+      skip_bad: where loss or gradient is not finite, keep weights and moments. Counters go on, and
+        with them the learning rate.
 
     Returns:
       The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before
@@ -191,11 +191,11 @@ def train_step(
     frozen = augment.gathered(aug, frozen)  # before the loop over parts
 
     def loss_sum(trained: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
-        # Tables that are trained are gathered here, so that their gradients lie as they do.
+        # Trained tables are gathered here, so that their gradients are sharded as they are.
         params = augment.assemble(frozen, augment.gathered(aug, trained))
         return _loss_sum(objective, params, part)
 
-    # Differentiated where it is cast: gradients are summed over devices in the computation's dtype.
+    # Gradients are of the cast weights, and so summed over devices in the computation's dtype.
     trained = jax.tree.map(lambda x: x.astype(objective.dtype), state.trainable)
     if parts == 1:
         (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, whole)
@@ -274,9 +274,9 @@ def validation_step(
     """Computes the loss of a batch as `train_step` does, without a gradient.
 
     Args:
-      trainable: float32 master weights; {}: the frozen parameters are enough.
+      trainable: float32 master weights; {} where all parameters are frozen.
       frozen, batch: as for `train_step`.
-      number: of the batch, int32; its traces are those of training step `number`.
+      number: number of the batch, int32; traces are drawn as in training step `number`.
 
     Returns:
       Σ loss in nats, and Σ tokens: float32 scalars.
@@ -293,7 +293,7 @@ def validation_step(
 def _unless_bad(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     """Returns the new state, with the old weights and moments where the step was bad.
 
-    Counters go on.
+    Counters are always the new ones.
     """
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -314,8 +314,8 @@ def read_step(
     """Reads text with the plain decoder.
 
     Returns:
-      What it computed, and the score of text token t + 1 at every t, [B, T - 1] each: by default
-      -log p in nats, float32.
+      The `Reading`, and the score of text token t + 1 at every t, [B, T - 1]: by default -log p in
+      nats, float32.
     """
     params = augment.gathered(aug, params)
     reading = augment.read_text(aug, params, tokens_BT, segment_BT, dtype)
@@ -338,20 +338,20 @@ def ahead_step(
     """Predicts the next A text tokens with latents after text tokens `at_BM` (Section 3.1).
 
     Args:
-      params: of `delib.augment`.
-      reading: of `read_step`, of the same text.
+      params: parameters as in `delib.augment`.
+      reading: what `read_step` returned for the same text.
       tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
       at_BM: int32 text tokens at which the cache is augmented.
-      from_B: the row whose latents each row is given instead of its own.
+      from_B: index of the row whose latents each row gets instead of its own; None: its own.
       aug: the method and both models.
       num_ahead: A.
-      delay: latents are written so many tokens before they join.
-      score: computed for each of these tokens.
+      delay: number of tokens by which latents are written before they join.
+      score: the score to compute for each ahead token.
 
     Returns:
-      The scores, by default -log p in nats, float32, and the weights of the tokens, float32, 0 past
-      the document's end; [B, M, A] each.
+      The scores of the ahead tokens, [B, M, A], by default -log p in nats, float32; and the weights
+      of these tokens, float32 [B, M, A], 0 past the document's end.
     """
     params = augment.gathered(aug, params)
     marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)

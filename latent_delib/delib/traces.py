@@ -1,8 +1,8 @@
 """Traces: where the cache is augmented, and the positions of latents and ahead tokens.
 
-Everything here is integers (Liu et al. 2025, Section 2.3 and Figure 2). A trace at text token p of
-one document holds L latents and A ahead tokens; it sees that document's text up to p and itself
-causally, never another trace.
+A trace at text token p of a document holds L latents and A ahead tokens. It sees the document's
+text up to p, and itself causally, but never another trace (Liu et al. 2025, Section 2.3 and Figure
+2). Positions and visibility are integers.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from latent_delib.nn.attention.primitive import Bounds
 class Placement(NamedTuple):
     """Places a trace at text token p.
 
-    Nothing else tells the placements apart.
+    Placements differ in nothing else.
 
-    first_latent, per_latent: the position of the first latent relative to p, for L latents, is
-      `first_latent + per_latent * L`.
-    reread: how many text tokens, x_p the last of them, are read again after the latents instead of
-      from the cache.
-    shift: positions, per latent, by which the text after the latents moves on.
-    apart: positions from one latent to the next.
+    first_latent, per_latent: the first of L latents has position
+      `p + first_latent + per_latent * L`.
+    reread: number of text tokens, x_p the last of them, that are read again after the latents
+      instead of from the cache.
+    shift: number of positions per latent by which the text after the latents moves on.
+    apart: number of positions from one latent to the next.
     """
 
     first_latent: int
@@ -35,27 +35,29 @@ class Placement(NamedTuple):
     apart: int = 1
 
 
+# In "after", the last latent predicts ahead token 1. In the others x_p, read again after the
+# latents, predicts it.
 PLACEMENTS = {
-    # The paper's: latents follow x_p, text moves on by L, the last latent predicts ahead token 1.
+    # The paper's: latents follow x_p, and the text after them moves on by L.
     "after": Placement(first_latent=1, per_latent=0, reread=0, shift=1),
-    # Latents stand before x_p, which moves on by L; read after them, it predicts ahead token 1.
+    # Latents take the positions from p on, and x_p moves on by L.
     "before": Placement(first_latent=0, per_latent=0, reread=1, shift=1),
-    # Latents share positions p-L+1 ... p; x_p stays; read after them, it predicts ahead token 1.
+    # Latents share the positions p-L+1 ... p with text tokens, which do not move.
     "overlay": Placement(first_latent=1, per_latent=-1, reread=1, shift=0),
-    # Latents all have the position of x_p; x_p stays; read after them, it predicts ahead token 1.
+    # All latents share the position of x_p, which does not move.
     "shared": Placement(first_latent=0, per_latent=0, reread=1, shift=0, apart=0),
 }
 
 
 def text_shift(placement: str, num_latents: int) -> int:
-    """Returns by how many positions latents move the text after them."""
+    """Returns the number of positions by which latents move the text after them."""
     return PLACEMENTS[placement].shift * num_latents
 
 
 def group_offsets(num_ahead: int, every: int) -> np.ndarray:
     """Returns how many tokens after x_p each group of latents joins, int [groups].
 
-    Groups recur while there are ahead tokens to predict. With `every` 0 there is one, at x_p.
+    Groups recur while there are ahead tokens to predict. With `every` 0 there is one group, at x_p.
     """
     return np.arange(0, num_ahead, every or num_ahead)
 
@@ -63,11 +65,11 @@ def group_offsets(num_ahead: int, every: int) -> np.ndarray:
 def reading_order(num_latents: int, num_ahead: int, placement: str, every: int) -> np.ndarray:
     """Returns the order in which the decoder reads a trace's latents and inputs, int [S].
 
-    Entries are indices into all latents, group by group, and then the inputs. A group stands before
-    the input that it joins at.
+    Entries are indices into the latents of all groups, followed by the inputs. A group of latents
+    is read just before the input at which it joins.
 
     Args:
-      num_latents: of a group.
+      num_latents: number of latents in a group.
       num_ahead, placement, every: as for `lay_out`.
     """
     latents = np.repeat(group_offsets(num_ahead, every), num_latents)
@@ -76,21 +78,23 @@ def reading_order(num_latents: int, num_ahead: int, placement: str, every: int) 
 
 
 def _input_offsets(num_ahead: int, placement: str) -> np.ndarray:
-    """Returns how many tokens after x_p each input is."""
+    """Returns the number of tokens from x_p to each input."""
     return np.arange(1 - PLACEMENTS[placement].reread, num_ahead)
 
 
 class Traces(NamedTuple):
-    """Holds M traces in each of B rows; int32 unless said. S = L + the number of inputs.
+    """Holds M traces in each of B rows. Arrays are int32 unless noted.
 
-    Where latents recur, L counts the latents of all groups.
+    S = L + the number of inputs. Where latents recur, L counts the latents of all groups.
 
-    latent_position [B, M, L], latent_bounds: of the coprocessor's call.
-    position [B, M, S], bounds: of the decoder's call, over latents and `inputs` in `reading_order`.
-    inputs [B, M, A - 1 + reread]: text tokens after the latents.
-    ahead [B, M, A]: the places of the ahead tokens in the text; some may be past its end.
-    targets [B, M, A]: the tokens there, which are predicted from what is read just before each.
-    weights: of the targets, float32 [B, M, A]; 0 past the end of the document that holds p.
+    latent_position: positions of latents in the coprocessor's call, [B, M, L].
+    latent_bounds: visible ranges of latents in the coprocessor's call.
+    position: positions in the decoder's call, [B, M, S], of latents and inputs in `reading_order`.
+    bounds: visible ranges in the decoder's call.
+    inputs: text tokens that the decoder reads after the latents, [B, M, A - 1 + reread].
+    ahead: indices of the ahead tokens in the row, [B, M, A]; some may be past its end.
+    targets: the ahead tokens [B, M, A]. Each is predicted at the input or latent just before it.
+    weights: weights of the targets, float32 [B, M, A]; 0 past the end of the document that holds p.
     """
 
     latent_position: jax.Array
@@ -135,10 +139,11 @@ def is_answered(
 
 
 def first_ahead(tokens_BT: jax.Array, steps_end: Sequence[int] = ()) -> jax.Array:
-    """Returns the place of the first ahead token of a trace at each token, int32 [B, T].
+    """Returns the index of the first ahead token of a trace at each token, int32 [B, T].
 
-    Without `steps_end` it is the next token. With it, the token after the next occurrence of these
-    tokens, so that the steps are skipped. T or more means that there is none.
+    Without `steps_end` the first ahead token is the next token. With it, the first ahead token
+    follows the next occurrence of the tokens `steps_end`, so that the steps are skipped. An index
+    of T or more means that there is none.
     """
     T = tokens_BT.shape[1]
     end_BT = jnp.where(ends_with(tokens_BT, steps_end), jnp.arange(T), T)
@@ -148,8 +153,8 @@ def first_ahead(tokens_BT: jax.Array, steps_end: Sequence[int] = ()) -> jax.Arra
 def scores(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
     """Returns a random score [B, T - 1] of every text token but the last. `draw` takes the highest.
 
-    Uniform, as published. To sample positions by content, change this function; Gumbel noise plus
-    the log-probability of a position draws without replacement.
+    Scores are uniform, as published. To sample positions by content, change this function; Gumbel
+    noise plus the log-probability of a position draws without replacement.
     """
     del tokens_BT
     B, T = segment_BT.shape
@@ -170,7 +175,7 @@ def draw(
       tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
       num_traces: M.
-      prompt_end: tokens that the text must end with at each position; empty: any.
+      prompt_end: tokens with which the text must end at each position; empty for any text.
       steps_end: see `first_ahead`.
 
     Returns:
@@ -210,14 +215,15 @@ def lay_out(
       tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
       at_BM: int32 text tokens at which the cache is augmented.
-      num_latents: L, of a group.
+      num_latents: number of latents in a group.
       num_ahead: A.
-      placement: a key of PLACEMENTS; where latents recur, one in which they move no text.
-      delay_BM: the coprocessor was called so many tokens earlier, but not before the document's
-        first token, and knows the text only up to there. Its latents still join at `at_BM`, as
-        those of an asynchronous coprocessor do.
-      every: the latents join again after each so many ahead tokens, and stay; 0: once.
-      steps_end: see `first_ahead`. Ahead tokens stand where they would without the steps.
+      placement: a key of PLACEMENTS; where latents recur, a placement that does not move the text.
+      delay_BM: number of tokens by which the coprocessor is called earlier, at the earliest at the
+        document's first token. It knows the text only up to there, but its latents still join at
+        `at_BM`, like latents of an asynchronous coprocessor.
+      every: number of ahead tokens after which latents join again, and stay; 0: they join once.
+      steps_end: see `first_ahead`. Ahead tokens have the positions that they would have without
+        the steps.
     """
     place = PLACEMENTS[placement]
     T = tokens_BT.shape[1]

@@ -21,7 +21,8 @@ class Cache(NamedTuple):
     Row b has `length[b]` entries, from slot 0 on.
 
     k, v: [layers, B, T, K, H], keys already rotated.
-    position: int32 [B, T], of every slot's entry; not the slot itself once latents are between.
+    position: int32 [B, T], position of every slot's entry; differs from the slot's index in packed
+      rows, and after latents.
     length: int32 [B].
     """
 
@@ -38,7 +39,7 @@ def of_text(kv: KV, position_BT: jax.Array) -> Cache:
 
 
 def with_room(cache: Cache, more: int, length_B: jax.Array) -> Cache:
-    """Returns a cache of `length_B` entries, with `more` slots behind those it has."""
+    """Returns a cache with `length_B` entries per row, and `more` slots added at the end."""
     capacity = [(0, 0), (0, more)]
     wide = [(0, 0), *capacity, (0, 0), (0, 0)]
     position = jnp.pad(cache.position, capacity)
@@ -63,7 +64,7 @@ def append(cache: Cache, kv: KV, position_BS: jax.Array, count_B: jax.Array) -> 
 
 
 def by_position(cache: Cache) -> Cache:
-    """Sorts the entries by their positions, which a window needs (`primitive.within_window`)."""
+    """Sorts the entries by position, as a window requires (`primitive.within_window`)."""
     used = jnp.arange(cache.position.shape[1]) < cache.length[:, None]
     order = jnp.argsort(jnp.where(used, cache.position, jnp.iinfo(jnp.int32).max), axis=1)
     slot = order[None, :, :, None, None]

@@ -44,12 +44,12 @@ _LEAVES: dict[str, Axes] = {
     "bias": (None, None),
     "positions": (None, "embed"),
 }
-# The matrices of a layer: how many of their axes after "layers" are the input's.
+# Matrix of a layer -> how many of its axes after "layers" belong to the input.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 
 
 def _adapter_axes() -> dict[str, Axes]:
-    """Returns the axes of low-rank adapters (`delib.lora`), split as their matrices are."""
+    """Returns the axes of low-rank adapters (`delib.lora`), which are split like their matrices."""
     found: dict[str, Axes] = {}
     for name, count in INPUT_AXES.items():
         axes = _LEAVES[name]
@@ -60,7 +60,8 @@ def _adapter_axes() -> dict[str, Axes]:
 
 PARAM_AXES = _LEAVES | _adapter_axes()
 
-TRACES = ("batch", "traces", None, None)  # of activations [B, M, S, D]
+# Logical axes of activations.
+TRACES = ("batch", "traces", None, None)  # [B, M, S, D]
 HEADS = ("batch", "traces", None, "heads", None)
 QUERIES = ("batch", "traces", None)
 TEXT = ("batch", None, "heads", None)  # a prefix
@@ -75,15 +76,16 @@ def contracted(x_axes: Axes, w_axes: Axes, y_axes: Axes) -> int:
 class Partition(NamedTuple):
     """Says how work is divided over devices, by the names of logical axes.
 
-    It is all that `nn` and `delib` know of a mesh.
+    `nn` and `delib` know nothing else of a mesh.
 
-    constrain(x, axes): returns an activation, placed where it belongs.
-    gather(w, axes): returns a table of vectors, whole along the width.
-    product(x, w, x_axes, w_axes, y_axes): returns activations times a weight that is split
-      (`products.matmul`).
-    split(function, in_axes, out_axes): returns `function` as run on each device's own part.
-    row_shards: parts into which the rows of a batch are split.
-    shared_memory: bytes that one program of the GPU's kernels may have on each device.
+    constrain(x, axes): returns the activation x, split over devices by its axes.
+    gather(w, axes): returns the table of vectors w, whole along the width.
+    product(x, w, x_axes, w_axes, y_axes): returns activations x times a weight w that is split over
+      devices (`products.matmul`).
+    split(function, in_axes, out_axes): returns a function that runs `function` on each device's own
+      part of the arguments.
+    row_shards: number of parts into which the rows of a batch are split.
+    shared_memory: bytes of shared memory that one program of a GPU kernel may have.
     """
 
     constrain: Callable[[jax.Array, Axes], jax.Array] = lambda x, axes: x
@@ -104,8 +106,8 @@ def _normal(fan_in: int) -> nn.initializers.Initializer:
 class RMSNorm(nn.Module):
     """Computes x / rms(x) * (offset + scale) over the last axis (Zhang and Sennrich 2019).
 
-    It computes in float32. Gemma stores what it adds to an offset of 1; with an offset of 0 the
-    scale is the factor itself.
+    The computation is in float32. Gemma's stored scales are added to an offset of 1. With an offset
+    of 0 the scale is the whole factor.
     """
 
     eps: float
@@ -123,7 +125,7 @@ class RMSNorm(nn.Module):
 
 
 def normed(c: TransformerConfig, name: str, x: jax.Array) -> jax.Array:
-    """Computes a layer's norm of x [..., D], in float32; its parameters lie under `name`."""
+    """Computes the norm of x [..., D] in float32, with the parameters that are called `name`."""
     if c.layer_norm:
         return nn.LayerNorm(c.norm_eps, x.dtype, use_fast_variance=False, name=name)(x)
     return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
@@ -132,8 +134,8 @@ def normed(c: TransformerConfig, name: str, x: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     """Computes grouped-query attention.
 
-    Attention weights are sown into the collection "intermediates", and computed only where that is
-    mutable.
+    Where the collection "intermediates" is mutable, attention weights are also computed, and sown
+    into this collection.
     """
 
     config: TransformerConfig
@@ -154,14 +156,14 @@ class Attention(nn.Module):
 
         Args:
           x_BMSD: normed inputs.
-          rope_2BMSH: the `rotary.table` of their positions; None where these are learned.
+          rope_2BMSH: `rotary.table` of the inputs' positions; None where positions are learned.
           bounds: the visible ranges.
           prefix: keys and values [B, T, K, H] that all groups of a row share, or None.
-          given: keys and values [B, M, U - S, K, H], keys rotated, of the group's tokens before
-            these; or None.
+          given: keys (already rotated) and values [B, M, U - S, K, H] of the group's tokens before
+            the inputs, or None.
 
         Returns:
-          The output [B, M, S, D], and all own keys and values [B, M, U, K, H].
+          The output [B, M, S, D], and the keys and values [B, M, U, K, H] of the whole group.
         """
         c = self.config
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
@@ -210,7 +212,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Computes a feed-forward layer, [B, M, S, D] to the same; gated ones are Shazeer's (2020)."""
+    """Computes a feed-forward layer of x [B, M, S, D]: plain, or gated (Shazeer 2020)."""
 
     config: TransformerConfig
     partition: Partition = WHOLE
@@ -240,12 +242,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Computes one layer: attention and MLP, each normed before.
+    """Computes one layer: attention and MLP, with a norm before each.
 
-    Each is also normed after it where the family does so (Gemma 2 and 3).
+    Where `config.post_norms` is set (Gemma 2 and 3), a norm also follows each.
 
-    ropes, ranges: rotary tables, if any, and bounds, of global layers and of local ones; `is_local`
-      picks.
+    ropes: rotary tables of global layers and of local ones, or None; `is_local` is the index.
+    ranges: bounds of global layers and of local ones; `is_local` is the index.
     """
 
     config: TransformerConfig

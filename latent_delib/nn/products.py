@@ -1,6 +1,6 @@
 """Products of arrays at the precision of their operands, on every platform, and softcaps.
 
-Where nothing is asked, GPUs round float32 operands to TF32 and TPUs to bfloat16.
+By default, GPUs round float32 operands to TF32, and TPUs round them to bfloat16.
 """
 
 import math
@@ -18,7 +18,7 @@ def precision(*operands: jax.Array) -> jax.lax.Precision | None:
 def einsum(equation: str, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
     """Returns the einsum of two arrays.
 
-    dtype: of the sums and the result; None for that of the operands.
+    dtype: dtype of the sums and of the result; None for the operands' dtype.
     """
     return jnp.einsum(equation, x, y, precision=precision(x, y), preferred_element_type=dtype)
 
@@ -27,10 +27,10 @@ def matmul(x: jax.Array, w: jax.Array, contracted: int, flat: bool = False) -> j
     """Returns x [..., *in] times w [*in, *out], [..., *out].
 
     Args:
-      contracted: the number of axes `in`.
-      flat: computes it as one product of two matrices. CPUs want that: with more axes XLA copies
-        the operands of the backward pass, transposed, an element at a time, which takes longer than
-        the products. TPUs do not: there reshaping copies.
+      contracted: number of axes `in`, which are summed over.
+      flat: compute the result as one product of two matrices. This is faster on CPUs: with more
+        axes XLA transposes the operands of the backward pass, one element at a time, and takes
+        longer for this than for the products. It is not faster on TPUs, where reshaping copies.
     """
     rows = x.shape[: x.ndim - contracted]
     outputs = w.shape[contracted:]

@@ -6,14 +6,14 @@ import numpy as np
 
 
 def frequencies(head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> np.ndarray:
-    """Returns the radians per position that each pair of features turns by, float64 [head_dim / 2].
+    """Returns the angle per position of each pair of features, in radians, float64 [head_dim / 2].
 
     Args:
       head_dim: H.
-      base: of the geometric series of frequencies.
-      scaling: () for none, or (factor, low, high, context) as in Llama 3.1: frequencies of fewer
-        than `low` turns in `context` tokens are divided by `factor`, those of more than `high`
-        turns are kept, and those between are interpolated. A context of 0 divides all: linear
+      base: base of the geometric series of frequencies.
+      scaling: () for none, or (factor, low, high, context) as in Llama 3.1. Frequencies with fewer
+        than `low` turns in `context` tokens are divided by `factor`. Frequencies with more than
+        `high` turns are kept. Those between are interpolated. A context of 0 divides all: linear
         scaling, as in Gemma 3.
     """
     frequency = base ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -39,7 +39,7 @@ def table(
 def rotate(x_BMSNH: jax.Array, table_2BMSH: jax.Array) -> jax.Array:
     """Rotates every head's halves by the angles of `table`.
 
-    It computes in float32, and returns the dtype of x.
+    The computation is in float32, and the result has the dtype of x.
     """
     cos, sin = table_2BMSH[:, ..., None, :]
     first, second = jnp.split(x_BMSNH.astype(jnp.float32), 2, axis=-1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from latent_delib.errors import UserError
 
-# Fields that came after the first decoder folders were written.
+# Fields that were added after the first decoder folders were written.
 ADDED_LATER = (
     "untied_head",
     "qkv_bias",
@@ -25,16 +25,24 @@ ADDED_LATER = (
 class TransformerConfig:
     """Holds the architecture of a decoder-only transformer.
 
-    A layer is local (sees `window` positions back, rotary base `local_rope_base`) or global (sees
-    everything, `rope_base`); `layer_pattern` is repeated over the layers. A softcap of 0 means
-    none. `head_dim` 0 means embed_dim / num_heads, `query_scale` 0 means head_dim ** -0.5. Norms
-    multiply by `norm_offset` + scale: 1 in Gemma, 0 elsewhere, so that stored scales are the
-    makers' own. `rope_scaling` of global layers is () for none or (factor, low, high, context): see
-    `rotary.frequencies`. Logits come from the token table unless `untied_head`. Queries, keys and
-    values have a bias where `qkv_bias` (Qwen 2), the other products of a layer where `other_bias`.
-    Norms are RMSNorm, or LayerNorm with a bias where `layer_norm`. The MLP is gated unless
-    `plain_mlp`. Positions are rotary where `learned_positions` is 0; otherwise a table of so many
-    rows is added to whatever enters at these positions. GPT-2 has all of these.
+    head_dim: H; 0 means embed_dim / num_heads.
+    layer_pattern: kinds of layers, "local" or "global", repeated over all layers. A global layer
+      sees all tokens before; a local one sees those less than `window` positions back.
+    rope_base, local_rope_base: bases of the rotary frequencies, in global and in local layers.
+    rope_scaling: scaling of global layers' frequencies, as in `rotary.frequencies`; () for none.
+    query_scale: factor on the scores; 0 means head_dim ** -0.5.
+    attn_softcap, final_softcap: softcaps of scores and of logits; 0 means none.
+    post_norms: a norm also follows attention and MLP (Gemma 2 and 3).
+    qk_norm: queries and keys are normed (Gemma 3, Qwen 3).
+    norm_offset: RMSNorm multiplies by norm_offset + scale. The offset is 1 for Gemma and 0 for all
+      others, so that stored scales are the makers' own.
+    untied_head: logits come from a table of their own instead of the token table.
+    qkv_bias: queries, keys and values have a bias (Qwen 2, GPT-2).
+    other_bias: the other products of a layer have a bias (GPT-2).
+    layer_norm: norms are LayerNorm with a bias instead of RMSNorm (GPT-2).
+    plain_mlp: the MLP is not gated (GPT-2).
+    learned_positions: number of rows of a learned table of positions, whose rows are added to the
+      inputs (GPT-2); 0 means rotary positions.
 
     Raises:
       UserError: numbers that do not fit together, named by field.
@@ -122,9 +130,9 @@ class TransformerConfig:
         return tuple(pattern[i % len(pattern)] == "local" for i in range(self.num_layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON has them.
+        """Returns the fields as JSON values.
 
-        Those of ADDED_LATER are left out where they are 0 or False, so that older folders and
+        Fields in ADDED_LATER are left out where they are 0 or False, so that older folders and
         checkpoints keep their bytes, and with them their fingerprints.
         """
         fields = dataclasses.asdict(self)
@@ -143,9 +151,9 @@ class TransformerConfig:
         """Builds an architecture from plain values, for example JSON or a config.
 
         Args:
-          fields: of this class, by name.
-          source: where they are from, for messages.
-          names: what the source calls a field, where that is not our name.
+          fields: values by name of field.
+          source: the origin of the values, for messages.
+          names: name of a field -> its name in the source, where the two differ.
 
         Raises:
           UserError: unknown or missing fields, values of another type, or numbers that do not fit
@@ -171,10 +179,10 @@ class TransformerConfig:
 
 
 def checked(name: str, value: Any, kind: Any, source: str) -> Any:
-    """Returns a value of a file in the type of its field.
+    """Returns a value that was read from a source, in the type of its field.
 
     Raises:
-      UserError: a value of another type, or a number that no int32 holds.
+      UserError: a value of another type, or a number that is not within +-2**31.
     """
     accepted = {
         float: (float, int),
@@ -191,8 +199,8 @@ def checked(name: str, value: Any, kind: Any, source: str) -> Any:
 def differences(found: TransformerConfig, wanted: TransformerConfig) -> list[str]:
     """Lists the fields in which an architecture is not the one wanted, each with both values.
 
-    Rows of the token table beyond the wanted vocabulary are padding: some makers store more of them
-    than others.
+    Rows of the token table beyond the wanted vocabulary are padding, and are not listed: some
+    makers store more of them than others.
     """
     lines = []
     for field in dataclasses.fields(found):
@@ -222,12 +230,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         plain_mlp=True,
     ),
 }
-# The fields that tell families apart: by these a tensor is named and a class chosen.
+# The fields that tell families apart. They decide how tensors are named and which class is chosen.
 MARKS = ("scale_embeddings", "post_norms", "qk_norm", "qkv_bias", "layer_norm")
 
 
 def family(config: TransformerConfig) -> str:
-    """Returns the family that an architecture belongs to: the one with its MARKS."""
+    """Returns the name of the family with the same MARKS as an architecture."""
     found = _marks(vars(config))
     for name, fields in FAMILIES.items():
         if _marks(fields) == found:
@@ -291,13 +299,13 @@ SIZES: dict[str, TransformerConfig] = {
     "qwen3_0.6b": _size(_QWEN3, 28, 1024, 16, 8, 128, 3072, 151_936),
     "qwen3_1.7b": _size(_QWEN3, 28, 2048, 16, 8, 128, 6144, 151_936),
     "gpt2": _size(_GPT2, 12, 768, 12, 12, 64, 3072, 50_257),
-    # The packaged decoder: two cores show it 1,000 tokens for each parameter within an hour.
+    # The packaged decoder: two cores train it on 1,000 tokens per parameter within an hour.
     "gemma2_160k": _size(_GEMMA2, 2, 64, 4, 2, 16, 192, 1024, window=64),
-    # The same in smaller: how the gain grows with the decoder (protocols lab_58k and lab_23k).
+    # Smaller ones, to see how the gain grows with the decoder (protocols lab_58k and lab_23k).
     "gemma2_58k": _size(_GEMMA2, 2, 32, 2, 1, 16, 96, 1024, window=64),
     "gemma2_23k": _size(_GEMMA2, 2, 16, 1, 1, 16, 48, 1024, window=64),
     "gemma2_3m": _size(_GEMMA2, 4, 192, 4, 2, 64, 768, 4096, window=128),
-    # Protocol a_gpu of configs/paper: a size that minutes of a GPU can train on the mixture.
+    # Protocol a_gpu of configs/paper: a size that one GPU can train on the mixture within minutes.
     "gemma2_49m": _size(_GEMMA2, 12, 512, 8, 4, 64, 2048, 4096, window=256),
     # For tests: every feature of the architecture in a few thousand parameters.
     "gemma2_test": _size(_GEMMA2, 4, 32, 4, 2, 16, 48, 97, window=5, query_scale=0.2),

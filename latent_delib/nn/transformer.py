@@ -18,11 +18,12 @@ from latent_delib.nn.products import einsum, softcapped
 from latent_delib.nn.sizes import TransformerConfig
 
 Params = dict[str, Any]
-TABLES = ("embedding", "head")  # the leaves of a decoder that have one row per token
-BODY = ("layers", "final_norm", "positions")  # the others; the last where they are learned
+TABLES = ("embedding", "head")  # parts of a decoder's tree with one row per token of the vocabulary
+BODY = ("layers", "final_norm", "positions")  # all other parts; "positions" only where learned
 
-# What a backward pass keeps of each layer beside its input: everything; the results of attention
-# and of products with weights; the results of attention; nothing. It computes the rest again.
+# What a backward pass keeps of each layer beside its input. It computes the rest again.
+#   none: everything. full: nothing. attention: results of attention.
+#   dots: results of attention and of products with weights.
 _attention = jax.checkpoint_policies.save_only_these_names(*SAVED)
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT = {
@@ -36,15 +37,16 @@ REMAT = {
 class Transformer(nn.Module):
     """Reads soft inputs (token embeddings or latents), grouped into M independent traces per row.
 
-    Parameters: {"layers": ..., "final_norm": ...}, and "positions" [P, D] where these are learned.
-    A decoder's tree also holds its TABLES: "embedding" [V, D] and, where that does not give the
-    logits too, "head" [V, D]. A coprocessor's holds "soft_tokens" [L, D]. `apply` ignores these.
+    Parameters: {"layers": ..., "final_norm": ...}, and "positions" [P, D] where positions are
+    learned. A decoder's tree also holds its TABLES: "embedding" [V, D] and, where the logits have a
+    table of their own, "head" [V, D]. A coprocessor's tree holds "soft_tokens" [L, D]. `apply`
+    ignores tables and soft tokens.
     """
 
     config: TransformerConfig
     remat: str = "none"
     partition: Partition = WHOLE
-    form: str = "xla"  # of attention: one of forms.FORMS
+    form: str = "xla"  # form of attention, one of forms.FORMS
     few: int = FEW  # calls of at most this many queries per row are computed by the reference form
 
     @nn.compact
@@ -64,8 +66,8 @@ class Transformer(nn.Module):
             position past the end of the table uses its last row.
           bounds: the visible ranges [B, M, S] of the cache's slots and of each token's own group.
           cache: the shared prefix, or None.
-          given: the first tokens of each group, of which there are keys and values already
-            [layers, B, M, U - S, K, H]; or None, where U = S.
+          given: keys and values [layers, B, M, U - S, K, H] of the first tokens of each group,
+            which are then not computed again; None where U = S.
 
         Returns:
           Final-normed outputs [B, M, S, D], and the keys and values of all U tokens. With
@@ -135,7 +137,7 @@ def output_table(decoder: Params) -> jax.Array:
 def embed(embedding_VD: jax.Array, tokens: jax.Array, config: TransformerConfig) -> jax.Array:
     """Returns token embeddings [..., D] as they enter the residual stream.
 
-    They are scaled by sqrt(D) where the family does so.
+    They are scaled by sqrt(D) where `config.scale_embeddings` is set.
     """
     return scaled(look_up(embedding_VD, tokens), config)
 
@@ -168,9 +170,9 @@ def scaled(x: jax.Array, config: TransformerConfig) -> jax.Array:
 
 
 def unembed(table_VD: jax.Array, x: jax.Array, config: TransformerConfig) -> jax.Array:
-    """Returns logits, float32 [..., V], softcapped where the family does so.
+    """Returns logits, float32 [..., V], softcapped by `config.final_softcap`.
 
-    table_VD: the `output_table`.
+    table_VD: the decoder's `output_table`.
     """
     logits = einsum("...D,VD->...V", x, table_VD.astype(x.dtype), jnp.float32)
     return softcapped(logits, config.final_softcap)[0]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 # Bytes of shared memory that one program may have, on these cards and by compute capability (CUDA
-# programming guide). Every card that runs the kernels has LEAST.
+# programming guide). Every card that runs the kernels has at least LEAST.
 H100, A100, L4 = 227 * 1024, 163 * 1024, 99 * 1024
 SHARED_MEMORY = {
     "8.0": A100,
@@ -20,11 +20,11 @@ LEAST = L4
 
 
 class Blocks(NamedTuple):
-    """Says how one kernel is cut.
+    """Says into which blocks a kernel is cut.
 
-    rows, keys: per block.
-    warps: per program.
-    stages: of its load pipeline.
+    rows, keys: number per block.
+    warps: number per program.
+    stages: number of stages of the load pipeline.
     """
 
     rows: int
@@ -33,8 +33,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Blocks by head dim, and by the shared memory that they take, most first. XLA compiles them for
-# such a card; for an H100 no registers are spilled, and products overlap.
+# Blocks by head dim, and by the shared memory that they need, largest first. XLA compiles each for
+# a card with this much; compiled for an H100, no registers are spilled, and products overlap.
 BFLOAT16 = {
     "forward": {
         64: {L4: Blocks(128, 64, 8, 3)},
@@ -63,7 +63,8 @@ def shared_memory_of(device: Any) -> int:
     """Returns the bytes of shared memory that one program may have on a device.
 
     Returns LEAST for a card that is not listed, and for other devices, which interpret the kernels.
-    Returns 0 for a GPU that cannot run them: of a compute capability below 8.0, or not NVIDIA's.
+    Returns 0 for a GPU that cannot run the kernels: one below compute capability 8.0, or not
+    NVIDIA's.
     """
     if device.platform not in ("gpu", "cuda"):
         return LEAST
@@ -80,7 +81,7 @@ def blocks(kernel: str, head_dim: int, dtype: Any, shared_memory: int) -> Blocks
     Args:
       kernel: a key of BFLOAT16.
       head_dim: H, one of `gpu.HEAD_DIMS`.
-      dtype: of the operands, bfloat16 or float32.
+      dtype: dtype of the operands, bfloat16 or float32.
       shared_memory: bytes, at least LEAST.
     """
     by_head_dim = FLOAT32 if dtype == jnp.float32 else BFLOAT16[kernel]

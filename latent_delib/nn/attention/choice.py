@@ -1,8 +1,8 @@
 """Chooses the form of attention for a device.
 
-"auto" takes a kernel only on cards where it is proven. `python -m benchmarks.chip` proves a kernel:
-it compares it with the reference on the card itself. A card is proven by its family, for which one
-result is committed, or by a run on the same machine, which leaves a record.
+"auto" takes a kernel only on cards on which the kernel is proven. `python -m benchmarks.chip`
+proves a kernel: it compares the kernel with the reference on the card itself. The proof is a
+committed result for the card's family, or the record that such a run leaves on this machine.
 """
 
 import functools
@@ -31,7 +31,7 @@ BY_PLATFORM = {
     "cuda": ("pallas_gpu", "tokamax_gpu"),
     "tpu": ("pallas_tpu",),
 }
-# Kernel -> the families of cards on which it is proven: those of the results in docs/results/chip.
+# Kernel -> the families of cards on which it is proven, by the results in docs/results/chip.
 PROVEN: dict[str, tuple[str, ...]] = {"pallas_gpu": (), "pallas_tpu": (), "tokamax_gpu": ()}
 HOW = "`python -m benchmarks.chip` proves it"
 
@@ -39,15 +39,16 @@ HOW = "`python -m benchmarks.chip` proves it"
 def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str:
     """Returns the form to use on a device.
 
-    "auto" becomes the kernel of the device's platform where that is proven and compiles, elsewhere
-    "xla", with one line that says why. A device that is not attached, for which a compiler is
-    asked, gets the kernel. A kernel that its GPU cannot run becomes "xla".
+    "auto" becomes a kernel of the device's platform that is proven and compiles. Without such a
+    kernel it becomes "xla"; where the platform has kernels, a warning says why. On a device that is
+    not attached (compilation only), "auto" becomes the platform's first kernel. A kernel that the
+    GPU cannot run becomes "xla", with a warning.
 
     Args:
       form: "auto", or one of `forms.FORMS`.
-      device: of jax.
-      config: the model that will call it.
-      dtype: of the computation.
+      device: device of jax.
+      config: architecture of the model that calls the form.
+      dtype: dtype of the computation.
 
     Raises:
       UserError: tokamax is asked for, and is not installed.
@@ -81,13 +82,13 @@ def _lacks(form: str, device: Any) -> str | None:
 
 
 def family(device: Any) -> str:
-    """Returns the family of a card, whose members run the same programs: "sm_90", "TPU v5 lite"."""
+    """Returns the family of cards that run the same programs: "sm_90", "TPU v5 lite"."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{capability.replace('.', '')}" if capability else device.device_kind
 
 
 def named(device: Any) -> str:
-    """Returns the name of a card, and its family where that is another: "NVIDIA L4 (sm_89)"."""
+    """Returns the name of a card, with its family where the two differ: "NVIDIA L4 (sm_89)"."""
     kind, of_family = device.device_kind, family(device)
     return kind if kind == of_family else f"{kind} ({of_family})"
 
@@ -96,8 +97,8 @@ def note(kernel: str, family: str, about: dict[str, str] | None) -> Path:
     """Writes this machine's record of a kernel on a family of cards, and returns its path.
 
     Args:
-      about: the card, the date and the version of jax of the run that proved it. None takes the
-        record away.
+      about: the card, the date and the version of jax of the run that proved the kernel. None
+        removes the record.
     """
     records = _records()
     of_kernel = records.setdefault(kernel, {})
@@ -112,8 +113,9 @@ def note(kernel: str, family: str, about: dict[str, str] | None) -> Path:
 def is_proven(kernel: str, device: Any) -> bool:
     """Tells whether a kernel is proven on a card.
 
-    It is proven by the card's family, or on this machine with this version of jax. All processes of
-    a job must decide alike, so where there are several no machine's own record counts.
+    The proof is a result for the card's family, or this machine's record with this version of jax.
+    Where a job has several processes, such a record does not count: all processes must decide
+    alike.
     """
     if family(device) in PROVEN[kernel]:
         return True
@@ -131,7 +133,8 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
         names = " or ".join(kernels)
         _tell(f"attention: {names} is not proven on {named(device)}; xla does instead; {HOW}")
         return "xla"
-    # Only the first process could compile for its device. Where there are more, failures are loud.
+    # Only the first process could compile for its device. With several processes, a kernel that
+    # does not compile raises its error when the job compiles.
     why = None if jax.process_count() > 1 else _failure(kernel, device, config, dtype)
     if why:
         failed = f"attention: {kernel} does not compile for {device.device_kind}"
@@ -142,9 +145,9 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
 
 @functools.cache
 def _failure(kernel: str, device: Any, config: TransformerConfig, dtype: Any) -> str | None:
-    """Returns the compiler's words where a kernel does not compile, or None.
+    """Returns the compiler's message where a kernel does not compile, or None.
 
-    It compiles a call of whole blocks, forward and backward.
+    The call that is compiled has whole blocks, and a forward and a backward pass.
     """
     array = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
     H = config.head_dim
@@ -153,7 +156,7 @@ def _failure(kernel: str, device: Any, config: TransformerConfig, dtype: Any) ->
     prefix = array((1, 512, 1, H), dtype)
     bounds = Bounds(*[array((1, 4, 128), jnp.int32)] * 3)
     if unsupported(kernel, q.shape, 512, dtype):
-        return None  # each call says so itself
+        return None  # each call gives this warning itself
     call = partial(attend, form=kernel, scale=config.query_scale, softcap=config.attn_softcap)
     call = partial(call, shared_memory=shared_memory_of(device))
 
@@ -163,7 +166,7 @@ def _failure(kernel: str, device: Any, config: TransformerConfig, dtype: Any) ->
 
     try:
         jax.jit(both).lower(q, own, own, (prefix, prefix), bounds).compile()
-    except Exception as error:  # of jax, Triton or Mosaic
+    except Exception as error:  # from jax, Triton or Mosaic
         return brief(error)
     return None
 
@@ -176,7 +179,7 @@ def brief(error: BaseException) -> str:
 
 @functools.cache
 def _tell(line: str) -> None:
-    """Warns once."""
+    """Warns once per line."""
     warnings.warn(line, stacklevel=2)
 
 
@@ -188,10 +191,10 @@ def _path() -> Path:
 def _records() -> dict[str, dict[str, dict[str, str]]]:
     """Returns this machine's records: kernel -> family -> about.
 
-    They are empty where there is no file of them, or no JSON in it.
+    Returns {} where their file is missing or is not JSON.
     """
     try:
         found = json.loads(_path().read_text())
-    except (OSError, ValueError, RuntimeError):  # the last: no home
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,9 +1,11 @@
 """The forms of the attention primitive, and one gradient for all of them.
 
-"reference" is `primitive.attend`. The others are a forward pass that also returns every row's
-log-sum-exp, and a backward pass that starts from it: "xla" for every platform, "pallas_gpu" and
-"pallas_tpu" as kernels, "tokamax_gpu" by the kernels of a library. On any other platform than its
-own a kernel of ours is interpreted, which is correct and very slow; the library's refuse.
+"reference" is `primitive.attend`. Every other form has a forward pass, which also returns each
+query's log-sum-exp, and a backward pass, which starts from the log-sum-exp:
+
+  xla: runs on every platform.
+  pallas_gpu, pallas_tpu: our kernels. On other platforms they are interpreted: correct, very slow.
+  tokamax_gpu: the kernels of a library, which refuse other platforms.
 """
 
 import warnings
@@ -29,7 +31,7 @@ SERVED = {
     "tokamax_gpu": (tokamax_gpu.HEAD_DIMS, tokamax_gpu.DTYPES),
 }
 FORMS = ("reference", "xla", *SERVED)
-FEW = 16  # queries per row: their scores fit anywhere, and no form decodes faster
+FEW = 16  # queries per row; scores of so few fit anywhere, and no form decodes faster
 SAVED = ("attention_out", "attention_lse")  # what a backward pass needs beside q, k and v
 
 
@@ -78,14 +80,14 @@ def attend(
 ) -> jax.Array:
     """Computes `primitive.attend` in one of FORMS.
 
-    Gradients reach every input that is differentiated. A kernel that does not serve these shapes,
-    or not the gradient of a prefix, warns, and "xla" computes instead.
+    Gradients reach every input that is differentiated. Where a kernel does not serve these shapes,
+    or the gradient of a prefix, "xla" computes instead, with a warning.
 
     Args:
       q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
       form: one of FORMS.
-      few: calls of at most this many queries per row are computed by the reference.
-      shared_memory: bytes that the GPU's kernels are cut to fit.
+      few: the reference computes calls of at most this many queries per row.
+      shared_memory: bytes of shared memory into which blocks of the GPU kernels must fit.
     """
     if form == "reference" or q_BMSNH.shape[1] * q_BMSNH.shape[2] <= few:
         return primitive.attend(
@@ -98,14 +100,15 @@ def attend(
             form = give_way(form, why)
     S, U = q_BMSNH.shape[2], k_BMUKH.shape[2]
     if form in SERVED and U > 2 * S:
-        form = "xla"  # which needs no padding; a kernel would work more than twice as much
+        form = "xla"  # needs no padding; a kernel would do more than twice the work
     call = Call(form, scale, softcap, shared_memory)
     if form == "xla":
         return _attend(q_BMSNH, (k_BMUKH, v_BMUKH), prefix, bounds, call)
-    # A kernel wants one query per key of a group: queries are padded, and their outputs cut off.
+    # A kernel needs one query per key of a group: queries are padded, and the padding's outputs
+    # are cut off.
     before = [(0, 0), (0, 0), (U - S, 0)]
     q_BMUNH = jnp.pad(q_BMSNH, [*before, (0, 0), (0, 0)])
-    # The same part of the prefix, so that none of its blocks is visited for the padding alone.
+    # Padding sees the prefix as the first query does, so that no block is visited for it alone.
     bounds = Bounds(
         jnp.pad(bounds.prefix_start, before, mode="edge"),
         jnp.pad(bounds.prefix_stop, before, mode="edge"),
@@ -116,7 +119,7 @@ def attend(
 
 
 def give_way(form: str, why: str) -> str:
-    """Warns that a form does not serve something, and returns the one that does."""
+    """Warns that a form does not serve something, and returns the form that does: "xla"."""
     warnings.warn(f"attention: {form} does not serve {why}; xla does instead", stacklevel=3)
     return "xla"
 
@@ -150,7 +153,7 @@ def _kernel(call: Call, name: str, *operands: Any) -> Any:
 def _save(q, own, prefix, bounds, call):
     """Runs the forward pass of a call that is differentiated.
 
-    Whether its prefix is, too, is saved as structure: () or None.
+    The last saved value is () where the prefix is differentiated too, else None: static structure.
     """
     into_prefix = any(x.perturbed for x in jax.tree.leaves(prefix))
     q, own, prefix, bounds = jax.tree.map(lambda x: x.value, (q, own, prefix, bounds))

@@ -1,14 +1,15 @@
 """The attention primitive for NVIDIA GPUs, as Pallas-Triton kernels with a gradient.
 
-A row is a (token, g) pair of one key head, over the flattened tokens of all M groups, so the G
+A row is a (token, g) pair of one key head, and the tokens of all M groups are flattened. So the G
 query heads of a key head share the loaded keys. The own keys of all groups are flattened the same
-way: a row then sees one range of prefix slots and one range of own tokens, and a program of some
-rows walks the key blocks of the first, then of the second, from the least start to the greatest
-stop among its rows. That skips most of the work where neighbouring groups have neighbouring
-positions; any other order is slower, and as correct.
+way: a row sees one range of prefix slots and one range of own tokens.
 
-Backward: one kernel for dq like the forward one, one for the own dk and dv. The prefix gets no
-gradient, so nothing is summed across programs.
+A program holds a block of rows. It walks the key blocks of the prefix, then those of the own
+tokens, from the least start to the greatest stop among its rows. This skips most of the work where
+neighbouring groups have neighbouring positions; any other order is slower, and as correct.
+
+The backward pass has two kernels: one for dq, like the forward kernel, and one for the own dk and
+dv. The prefix gets no gradient, so nothing is summed across programs.
 """
 
 from functools import partial
@@ -28,9 +29,9 @@ from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import precision
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
-LOG2E = 1.4426950408889634  # scores are in units of log(2), for the hardware has exp2 alone
-MASKED = -1e30  # finite: a row that sees nothing of a block must not become NaN
-BOUNDED = 60.0  # scores within this need no maximum subtracted: float32 holds e^60 times 1e12
+LOG2E = 1.4426950408889634  # scores are in units of log(2), because the hardware has only exp2
+MASKED = -1e30  # finite: a row that sees no key of a block must not become NaN
+BOUNDED = 60.0  # scores up to this need no maximum subtracted: float32 holds e^60 times 1e12
 
 
 class Options(NamedTuple):
@@ -45,7 +46,8 @@ class Options(NamedTuple):
 class Source(NamedTuple):
     """Holds keys and values that rows can see.
 
-    k, v: [B, X, K, H]. lo, hi: each token's range lo <= x < hi, int32 [B, U].
+    k, v: [B, X, K, H].
+    lo, hi: each token's range lo <= x < hi, int32 [B, U].
     first, last: the blocks first <= i < last that each program walks, int32 [B, programs].
     """
 
@@ -57,7 +59,8 @@ class Source(NamedTuple):
     last: jax.Array
 
 
-# The calls. Arrays are [B, U, K, G, ...], [B, X, K, H] and [B, any]; U = M * S tokens of a row.
+# The calls. Rows are [B, U, K, G, ...], keys [B, X, K, H], ranges [B, U] or [B, programs];
+# U = M * S tokens of a sequence.
 
 
 def forward(
@@ -75,10 +78,10 @@ def forward(
     """Returns attention's output and the log-sum-exp of every row.
 
     Args:
-      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays
-        all bfloat16 or all float32. With bfloat16 the tanh of the softcap is the hardware's, of
-        relative error 2^-11.
-      shared_memory: bytes that one program may have; the largest blocks that fit are taken.
+      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; all
+        arrays in bfloat16, or all in float32. With bfloat16 the softcap's tanh is the hardware's,
+        with a relative error of 2^-11.
+      shared_memory: bytes that one program may have; the largest blocks that fit are used.
       interpret: run the kernels as ordinary JAX, on any platform.
 
     Returns:
@@ -117,7 +120,7 @@ def backward(
     shared_memory: int,
     interpret: bool,
 ):
-    """Returns the gradients of q, k and v, each like its operand; the prefix is a constant.
+    """Returns the gradients of q, k and v, each like its operand; the prefix gets none.
 
     Args: as for `forward`; lse, delta and dout as for `xla.backward`.
     """
@@ -140,7 +143,8 @@ def _own_gradient(rows, k, v, bounds, options):
     """Returns dk and dv [B, U, K, H]."""
     cut = _cut("own_gradient", rows[0], options.shared_memory)
     [own] = _sources(k, v, None, bounds, rows[0], cut)
-    # A program holds keys here, and walks rows: from its first key's to the last that sees one.
+    # Here a program holds a block of keys and walks rows: from those of its first key's token to
+    # the last row that sees one of its keys.
     B, U = own.lo.shape
     G = rows[0].shape[3]
     start = cut.keys * np.arange(pl.cdiv(U, cut.keys))
@@ -153,7 +157,7 @@ def _own_gradient(rows, k, v, bounds, options):
 
 
 def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
-    """Returns the largest blocks that fit, with no more rows than there are."""
+    """Returns the largest blocks that fit, cut down to the number of rows of the call."""
     _, U, _, G, H = q_BUKGH.shape
     cut = cards.blocks(kernel, H, q_BUKGH.dtype, shared_memory)
     return cut._replace(rows=min(cut.rows, max(16, pl.next_power_of_2(U * G))))
@@ -172,7 +176,8 @@ def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
         start = jnp.maximum(flat(bounds.prefix_start), 0)
         stop = jnp.minimum(flat(bounds.prefix_stop), prefix[0].shape[1])
         found.insert(0, (*prefix, start, jnp.maximum(start, stop)))
-    # In a kernel every lane would find these limits, and no compiler could tell they are equal.
+    # Found here, not in the kernel: there every lane would find these limits for itself, and the
+    # compiler could not tell that they are equal.
     token = np.arange(pl.cdiv(U * G, cut.rows) * cut.rows).reshape(-1, cut.rows) // G
     token = np.minimum(token, U - 1)  # [programs, rows]
     sources = []
@@ -184,7 +189,7 @@ def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
 
 
 def _call(kernel, rows, sources, outputs, cut, options):
-    """Runs kernel(*rows, sources, *outputs) on the share of each sequence and key head."""
+    """Runs kernel(*rows, sources, *outputs) on the part of each sequence and key head."""
 
     def share(x):
         shape = (None, x.shape[1], None, *x.shape[3:])[: x.ndim]
@@ -237,7 +242,7 @@ def _rows(block, size, ref_UGH) -> _Rows:
 
 
 def _keys(block, size, *refs_XH):
-    """Returns the indices of a block of keys, and that block of each ref; zeros past the end."""
+    """Returns the indices of a block of keys, and this block of each ref; zeros past the end."""
     X = refs_XH[0].shape[0]
     index = block * size + jnp.arange(size)
     masked = dict(mask=(index < X)[:, None], other=0) if X % size else {}
@@ -245,7 +250,7 @@ def _keys(block, size, *refs_XH):
 
 
 def _within(index, lo, hi):
-    """Returns lo <= index < hi in one comparison, given lo <= hi; False where both are zero."""
+    """Returns lo <= index < hi in one comparison, given lo <= hi; False where lo = hi."""
     return (index - lo).astype(jnp.uint32) < (hi - lo).astype(jnp.uint32)
 
 
@@ -264,7 +269,7 @@ def _fold(program, rows, sources, cut, step, carry):
 
 
 def _dot(a, b, contract):
-    """Contracts a and b over these axes, float32."""
+    """Contracts a and b over the axes `contract`, one of each; float32."""
     axes = ((contract[:1], contract[1:]), ((), ()))
     return lax.dot_general(
         a, b, axes, precision=precision(a, b), preferred_element_type=jnp.float32
@@ -281,7 +286,7 @@ def _exp2(x, options):
 
 
 def _scores(a, b, options):
-    """Returns scores of rows in units of log(2), and the slope of the softcap there."""
+    """Returns scores in units of log(2), and the slope of the softcap at these scores."""
     products = _dot(a, b, (1, 1))
     if not options.softcap:
         return products * (options.scale * LOG2E), 1.0
@@ -291,7 +296,7 @@ def _scores(a, b, options):
 
 
 def _forward_kernel(q_ref, sources, out_ref, lse_ref, *, cut, options):
-    # Programs start in order: first the highest positions, which have the most to do.
+    # Programs start in order. The highest positions, which have the most work, come first.
     program = pl.num_programs(0) - 1 - pl.program_id(0)
     rows = _rows(program, cut.rows, q_ref)
     q = rows.load(q_ref)
@@ -301,7 +306,7 @@ def _forward_kernel(q_ref, sources, out_ref, lse_ref, *, cut, options):
         out, total, top = carry
         scores = jnp.where(visible, _scores(q, k, options)[0], MASKED)
         if not bounded:
-            # A row that has seen nothing yet adds up nonsense; at its first key the factor is 0.
+            # Until a row sees its first key, its sums are wrong; at this key the factor is 0.
             higher = jnp.maximum(top, jnp.max(scores, axis=1))
             factor = _exp2(top - higher, options)
             top = higher

@@ -2,7 +2,7 @@
 
 A query sees its own group causally. Training text has no prefix; a trace's prefix is the text up to
 its position; in decoding the prefix is everything so far. Visibility is therefore three integers
-per query (Liu et al. 2025, Figure 2, without ever building its mask).
+per query. The mask of Liu et al. 2025, Figure 2, is never built.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,8 @@ Keys = tuple[jax.Array, jax.Array]
 class Bounds(NamedTuple):
     """Holds the visible ranges of each query, int32 [B, M, S].
 
-    Query i sees prefix slots prefix_start <= t < prefix_stop and own tokens own_start <= j <= i;
-    where its group has U keys, more than it has queries, own tokens own_start <= j <= U - S + i.
+    Query i sees prefix slots prefix_start <= t < prefix_stop and own tokens own_start <= j <= i.
+    Where its group has more keys (U) than queries (S), it sees own_start <= j <= U - S + i.
     """
 
     prefix_start: jax.Array
@@ -43,8 +43,8 @@ def attend(
     This form is the reference. Autodiff reaches every input.
 
     Args:
-      q_BMSNH, k_BMUKH, v_BMUKH: the group's queries, keys and values; query head n uses key head n
-        // G. The queries are those of its last S tokens.
+      q_BMSNH, k_BMUKH, v_BMUKH: queries of each group's last S tokens, and keys and values of all
+        its U tokens. Query head n uses key head n // G.
       prefix: keys and values [B, T, K, H] that all M groups of a row share, or None.
       bounds: the visible ranges. A query always sees itself.
       scale: factor on the scores.
@@ -73,10 +73,10 @@ def weights(
 ) -> jax.Array:
     """Computes attention weights, float32 [B, M, K, G, S, T + U].
 
-    The last axis holds the prefix's slots, then the own tokens. Rows add up to 1, and are 0 where
-    nothing is visible. Query head n is number n % G of key head n // G.
+    The last axis holds the prefix's slots, then the own tokens. The weights of a query add up to 1;
+    those of keys that it does not see are 0. Query head n is entry n % G of key head n // G.
 
-    Arguments as for `attend`.
+    Arguments are those of `attend`.
     """
     B, M, S, N, H = q_BMSNH.shape
     U, K = k_BMUKH.shape[2:4]
@@ -95,7 +95,7 @@ def weights(
 def own_in_range(own_start: jax.Array, length: int) -> jax.Array:
     """Returns which of a group's `length` tokens each query sees, bool [..., S, length].
 
-    own_start: [..., S]; the queries are those of the last S tokens.
+    own_start: [..., S]; the queries belong to the group's last S tokens.
     """
     own = jnp.arange(length)
     query = own[length - own_start.shape[-1] :]
@@ -116,11 +116,11 @@ def within_window(
 ) -> Bounds:
     """Narrows bounds to keys less than `window` positions back.
 
-    position_BMU: of a group's tokens; the queries are those of the last S.
+    position_BMU: positions of each group's tokens; the queries belong to the last S of them.
 
-    Positions do not fall from one slot of a visible range to the next, so what remains is a range
-    again: its start is its stop minus the number of keys that are near enough. (Slot numbers would
-    not do: latents share positions.)
+    Positions never decrease within a visible range, so the near keys are a range again: it has the
+    same stop, and starts at the stop minus the number of near keys. Slot numbers cannot replace
+    positions, because latents share positions.
     """
     U = position_BMU.shape[-1]
     query = jnp.arange(U)[U - bounds.own_start.shape[-1] :]

@@ -1,13 +1,15 @@
 """The attention primitive by tokamax's Mosaic kernels, for NVIDIA's Hopper and Blackwell.
 
-A call of tokamax sees one range of keys per query, and here a query sees two. So the prefix and the
-own keys are a call each. Forward, their outputs are merged by their log-sum-exps. Backward, each
-call is given the log-sum-exp and the output of both: its gradients are then shares of the whole.
+In tokamax a query sees one range of keys per call; here it sees two. So the prefix and the own keys
+take one call each. In the forward pass the two outputs are merged by their log-sum-exps. In the
+backward pass each call gets the output and the log-sum-exp of both together: its gradients are then
+shares of the whole.
 
 tokamax's backward pass walks all blocks but those above a causal diagonal. The own tokens are
-therefore cut to sequences of about a block, each of a few whole groups.
+therefore cut into sequences of about one block, each of a few whole groups.
 
-tokamax is imported where it is used: it is an extra, and needs a later Python and jax.
+tokamax is imported only where it is used: it is an optional extra, and needs a later Python and jax
+than this package does.
 """
 
 import importlib.util
@@ -29,8 +31,10 @@ BLOCK = 128  # queries of one program
 class Source(NamedTuple):
     """Holds keys that queries can see in one call.
 
-    keys: keys and values [b, t, K, H]. mask: tokamax's. cut: lays [B, M, S, ...] out as the call's
-    queries [b, s, ...]. join: the reverse.
+    keys: keys and values [b, t, K, H].
+    mask: tokamax's mask.
+    cut: turns [B, M, S, ...] into the call's queries [b, s, ...].
+    join: undoes `cut`.
     """
 
     keys: Keys
@@ -66,7 +70,8 @@ def forward(
 
     The output has the dtype of the queries, the log-sum-exp is float32.
 
-    Arguments as for `xla.forward`, in bfloat16. jax's first device is the one compiled for.
+    Arguments are those of `xla.forward`, in bfloat16. The kernel is compiled for jax's first
+    device.
     """
     kernel, options = _kernel(scale, softcap)
     outs, sums = [], []
@@ -74,7 +79,7 @@ def forward(
         operands = source.cut(q_BMSNH), *source.keys
         out, (top, total) = kernel(*operands, mask=source.mask, return_residuals=True, **options)
         outs.append(source.join(out))
-        # -inf for a row that sees nothing here
+        # -inf for a row that sees no key of this source
         sums.append(source.join((top + jnp.log(total)).swapaxes(1, 2)))
     lse = jax.nn.logsumexp(jnp.stack(sums), axis=0)
     shares = jnp.exp(jnp.stack(sums) - lse)[..., None]
@@ -92,9 +97,9 @@ def backward(
     scale: float,
     softcap: float,
 ) -> tuple[jax.Array, Keys, Keys | None]:
-    """Returns the gradients of queries, own keys and values, and the prefix, as their operands are.
+    """Returns the gradients of queries, own keys and values, and prefix, each like its operand.
 
-    Arguments as for `forward`, with its results and the gradient of the output. XLA drops the
+    Arguments are those of `forward`, its results, and the gradient of the output. XLA drops the
     kernel of a gradient that is not used.
     """
     kernel, options = _kernel(scale, softcap)
@@ -104,7 +109,7 @@ def backward(
     for source in sources:
         call = kernel.bind(source.cut(q_BMSNH), *source.keys, mask=source.mask, **options)
         lse = source.cut(lse_BMSN).swapaxes(1, 2)
-        # weights are exp(score - the first) / the second
+        # tokamax takes a pair (top, total): weights are exp(score - top) / total
         residuals = lse, jnp.ones_like(lse)
         rows = source.cut(out_BMSNH), source.cut(dout_BMSNH)
         found = kernel.vjp(residuals, *rows, *call.args, **call.kwargs)
@@ -116,7 +121,7 @@ def backward(
 
 def _kernel(scale: float, softcap: float) -> tuple[Any, dict[str, Any]]:
     """Returns tokamax's attention, and the options of every call."""
-    # not in tokamax's interface yet, and nothing there takes ranges: the version is pinned
+    # a private module, because tokamax's public functions take no ranges: the version is pinned
     from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
 
     options = {"logits_scale": scale, "logits_soft_cap": softcap or None}
@@ -124,11 +129,11 @@ def _kernel(scale: float, softcap: float) -> tuple[Any, dict[str, Any]]:
 
 
 def _sources(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> list[Source]:
-    """Returns the own keys, and the prefix where there is one."""
+    """Returns the sources: the own keys, then the prefix if it is given."""
     from tokamax._src.ops.attention.base import Mask
 
     B, M, S = q_BMSNH.shape[:3]
-    length = max(1, min(M, BLOCK // S)) * S  # of a sequence of whole groups
+    length = max(1, min(M, BLOCK // S)) * S  # tokens of a sequence of whole groups
 
     def cut(x: jax.Array) -> jax.Array:
         x = pad(x, 1, length // S)

@@ -1,16 +1,17 @@
 """The attention primitive as a Pallas kernel for TPU: forward and backward pass.
 
-A query block is R rows of one key head: (token, g) pairs over the flattened tokens of all M groups,
-so that the G queries of a token share the fetched keys, and short groups share a block. To the
-kernel prefix and own keys are one sequence, the prefix first and padded to whole blocks of U keys,
-of which a row sees two ranges. The key blocks to visit are scalar-prefetched, so bounds can change
-every step without recompiling. Keys that no row of a block sees are neither fetched nor multiplied.
-That saves most where the positions of a block's groups are close together: positions in order are
-fast, any others are correct.
+A query block is R rows of one key head. A row is a (token, g) pair, and the tokens of all M groups
+are flattened. So the G queries of a token share the fetched keys, and short groups share a block.
 
-Scores are [U, R], keys down and rows across: bounds and statistics of rows are then vectors [1, R]
-along the lanes, as in memory, and sums over keys add whole registers. r = all rows, u = all keys,
-of one key head.
+The kernel treats prefix and own keys as one sequence, of which a row sees two ranges. The prefix
+comes first, padded to whole blocks of U keys. The key blocks to visit are scalar-prefetched, so
+bounds can change every step without recompilation. Keys that no row of a block sees are neither
+fetched nor multiplied. This saves most where the groups of a block have close positions: sorted
+positions are fast, any other order is correct.
+
+Scores are [U, R], keys down and rows across. Bounds and statistics of rows are then vectors [1, R]
+along the lanes, as in memory, and sums over keys add whole registers. In shapes, r is all rows and
+u all keys of one key head.
 """
 
 from collections.abc import Callable
@@ -28,18 +29,19 @@ from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import einsum, softcapped
 
 HEAD_DIMS = (64, 128, 256)
-ROWS, KEYS, LANES = 512, 256, 128  # the largest query and key block; the unit of their sizes
-UNSEEN = -1e30  # finite: a row that has seen nothing yet computes with it
+ROWS, KEYS, LANES = 512, 256, 128  # the largest query block and key block; the unit of their sizes
+UNSEEN = -1e30  # finite, because a row that has seen nothing yet computes with it
 
 
 class Plan(NamedTuple):
     """Says how a call is cut, and which keys each row sees.
 
-    R, U: rows of a query block, keys of a key block.
+    R: rows of a query block.
+    U: keys of a key block.
     steps: the most key blocks that a query block can see.
     sees: the keys of each row, int32 [B, 4, r]: prefix start, prefix stop, own start, own stop.
-    visits: the key blocks of each query block, int32 [4, B, r / R]: the first and how many of the
-      prefix, the same of own.
+    visits: the key blocks of each query block, int32 [4, B, r / R]: first block and number of
+      blocks of the prefix, then the same of the own keys.
     """
 
     R: int
@@ -63,8 +65,8 @@ def forward(
     """Returns attention's output and the log-sum-exp of every row.
 
     Args:
-      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; arrays
-        all bfloat16 or all float32.
+      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; all
+        arrays in bfloat16, or all in float32.
       interpret: run on any platform, slowly, as the tests do.
 
     Returns:
@@ -99,7 +101,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of queries, own keys and own values, each like its operand.
 
-    The prefix is a constant.
+    The prefix gets no gradient.
 
     Args: as for `forward`; lse_BMSN, delta_BMSN and dout_BMSNH as for `xla.backward`.
     """
@@ -113,7 +115,7 @@ def backward(
     kernel = partial(_dq_kernel, scale=scale, softcap=softcap)
     state = ((H, plan.R),)
     (dq,) = _launch("attention_dq", kernel, plan, operands, per_row, outputs, state, interpret)
-    # Only a group's own queries see its keys, which is little work: no kernel of its own.
+    # Only a group's own queries see its keys: too little work for a kernel.
     own = (k_BMSKH, v_BMSKH)
     saved = (lse_BMSN, delta_BMSN, dout_BMSNH)
     _, (dk, dv), _ = xla.backward(
@@ -123,16 +125,16 @@ def backward(
 
 
 def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the plan of a call, its queries [B, K, r, H], and all its keys and values.
+    """Returns a call's plan and its operands.
 
-    Keys and values are [B, K, u, H].
+    The operands are queries [B, K, r, H], and all keys and values [B, K, u, H].
     """
     B, M, S, N, _ = q.shape
     K = k.shape[3]
     T = 0 if prefix is None else prefix[0].shape[1]
     G = N // K
     n = M * S
-    # blocks of one size, or the last could be padding for the most part
+    # blocks of equal size: with blocks of ROWS rows the last could be mostly padding
     R = _up(pl.cdiv(n * G, pl.cdiv(n * G, ROWS)), LANES)
     U = min(KEYS, _up(max(T, n), LANES))
     first_own = _up(T, U)
@@ -152,7 +154,8 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
     end = pl.cdiv(jnp.max(jnp.where(some, stop, 0), axis=3), U)
     count = jnp.maximum(end - first, 0)
     visits = jnp.stack([first, count], axis=2).reshape(B, 4, -1).swapaxes(0, 1)
-    # The own keys of a query block reach back to the start of a group, anywhere in a key block.
+    # The own keys of a query block reach back to the start of a group, which can be anywhere in a
+    # key block.
     own_steps = min(pl.cdiv(n, U), pl.cdiv(S - 1 + pl.cdiv(R, G), U) + 1)
 
     def keys(own: jax.Array, shared: jax.Array | None) -> jax.Array:
@@ -176,9 +179,10 @@ def _launch(
     """Runs a kernel over sequences, key heads, query blocks, and the key blocks of each.
 
     Args:
-      operands: queries, keys and values as laid out.
-      per_row: more inputs, and outputs: shapes of outputs, [B, K, r, H] or [B, K, 1, r].
-      state: shapes of what is kept between the key blocks of a query block, float32.
+      operands: queries, keys and values of `_lay_out`.
+      per_row: more inputs, [B, K, r, H] or [B, K, 1, r].
+      outputs: shapes and dtypes of the outputs, [B, K, r, H] or [B, K, 1, r].
+      state: shapes of the float32 arrays kept between the key blocks of a query block.
     """
     B, K, r, H = operands[0].shape
     R = plan.R
@@ -193,7 +197,7 @@ def _launch(
         (None, None, U, H), lambda b, h, i, step, visits: (b, h, _block(visits, b, i, step)[0], 0)
     )
     sees = pl.BlockSpec((None, 4, R), lambda b, h, i, step, visits: (b, 0, i))
-    semantics = ("parallel", "parallel", "parallel", "arbitrary")  # state is kept along the last
+    semantics = ("parallel", "parallel", "parallel", "arbitrary")  # last: its steps share the state
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -237,9 +241,9 @@ def _forward_kernel(
         products_UR = einsum("UH,RH->UR", k_ref[...], q_ref[...], jnp.float32)
         scores_UR, _ = softcapped(products_UR * scale, softcap)
         scores_UR = jnp.where(visible_UR, scores_UR, UNSEEN)
-        # A row that has seen nothing yet gives weight exp(UNSEEN - UNSEEN) = 1 to what it does not
-        # see. The first key that it sees makes `fade` zero and all that forgotten; there is one,
-        # for every query sees itself.
+        # Until a row sees its first key, it gives weight exp(UNSEEN - UNSEEN) = 1 to keys that it
+        # does not see. At its first key `fade` is 0, which removes these weights. Every row has
+        # such a key, because every query sees itself.
         high = jnp.maximum(high_ref[...], jnp.max(scores_UR, axis=0, keepdims=True))
         weights_UR = jnp.exp(scores_UR - high)
         fade = jnp.exp(high_ref[...] - high)
@@ -295,7 +299,7 @@ def _dq_kernel(
 def _visit(visits_ref, sees_ref, U: int, visit: Callable[[jax.Array], None]) -> None:
     """Calls `visit` with the visibility of this step's keys to each row, bool [U, R].
 
-    A step without a block calls nothing.
+    A step past the last key block makes no call.
     """
     b = pl.program_id(0)
     i = pl.program_id(2)
@@ -312,9 +316,9 @@ def _visit(visits_ref, sees_ref, U: int, visit: Callable[[jax.Array], None]) -> 
 
 
 def _block(visits_ref, b, i, step):
-    """Returns the key block of a step, and whether it is the prefix's.
+    """Returns the key block of a step, and whether it belongs to the prefix.
 
-    Steps past the last block stay at it, so that nothing is fetched.
+    Steps past the last block return the last block again, so that nothing is fetched.
     """
     first, count, own_first, own_count = (visits_ref[x, b, i] for x in range(4))
     step = jnp.minimum(step, count + own_count - 1)
@@ -323,13 +327,13 @@ def _block(visits_ref, b, i, step):
 
 
 def _rows(x_BMSNX: jax.Array, K: int, r: int) -> jax.Array:
-    """Lays [B, M, S, N, X] out as rows [B, K, r, X]."""
+    """Turns [B, M, S, N, X] into rows [B, K, r, X]."""
     x = jnp.moveaxis(by_head(x_BMSNX, K), 2, 1)
     return pad(x.reshape(*x.shape[:2], -1, x.shape[-1]), 2, r)
 
 
 def _tokens(x_BKrX: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Lays rows [B, K, r, X] out as [B, M, S, N, X], which is `shape`."""
+    """Turns rows [B, K, r, X] into [B, M, S, N, X], which is `shape`."""
     B, M, S, N, X = shape
     K = x_BKrX.shape[1]
     x = x_BKrX[:, :, : M * S * N // K].reshape(B, K, M * S, N // K, X)

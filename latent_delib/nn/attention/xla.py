@@ -1,13 +1,13 @@
 """The attention primitive in plain XLA, a block of scores at a time, for every platform.
 
-Queries pass in chunks of groups; a chunk goes over the blocks of shared keys that any of its
-queries sees (traces are sorted by position, so that is few), under a running softmax. The backward
-pass computes the scores again from the saved log-sum-exp. No array of all queries x all keys exists
-in either.
+Queries pass in chunks of groups. Under a running softmax, a chunk goes over the blocks of shared
+keys that any of its queries sees; these are few, because traces are sorted by position. The
+backward pass computes the weights again from the saved log-sum-exp. Neither pass has an array of
+all queries x all keys.
 
-Letters of its own: c groups of a chunk, R = S x G rows of a group, U keys of a block. Heads come
-first and rows are one axis in every product: with any other order XLA copies the operands, of a
-block or as large as the scores.
+Letters of this module: c groups of a chunk, R = S x G rows of a group, U keys of a block. In every
+product heads come first and rows are one axis: with any other order XLA copies the operands, some
+of them as large as the scores.
 """
 
 from collections.abc import Callable
@@ -25,18 +25,18 @@ from latent_delib.nn.products import einsum, softcapped
 # QUERIES x KEYS scores per head exist at a time.
 QUERIES = 256  # tokens of a chunk
 KEYS = 256  # slots of a block
-NEVER = -1e30  # leaves no weight; finite, for a row that has seen nothing yet computes with it
+NEVER = -1e30  # gives no weight; finite, because a row that has seen nothing yet computes with it
 
 
 class Chunk(NamedTuple):
     """Holds the operands of c groups.
 
-    Operands of all chunks are stacked on one more axis, the first.
+    The operands of all chunks together have one more axis, the first.
 
-    q: [B, K, c, R, H].
-    own: keys and values [B, K, c, U, H], or None.
-    own_start: int32 [B, c, S].
-    start, stop: of each shared source, int32 [B, c, S].
+    q: queries [B, K, c, R, H].
+    own: own keys and values [B, K, c, U, H], or None.
+    own_start: `Bounds.own_start`, int32 [B, c, S].
+    start, stop: the visible range of each shared source, int32 [B, c, S].
     """
 
     q: jax.Array
@@ -60,11 +60,11 @@ class Softmax(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Holds what the backward pass needs of a chunk's rows beside its operands.
+    """Holds arrays per row of a chunk that the backward pass needs beside the chunk's operands.
 
     dout: the gradient of the output, [B, K, c, R, H].
     lse: the log-sum-exp, [B, K, c, R, 1].
-    delta: what the softmax takes off the gradient of each weight, [B, K, c, R, 1].
+    delta: the amount that the softmax subtracts from the gradient of each weight, [B, K, c, R, 1].
     """
 
     dout: jax.Array
@@ -105,7 +105,7 @@ def forward(
                 return _see(state, chunk.q, found, seen, score)
 
             state = jax.lax.fori_loop(*_range(keys, start, stop), see_block, state)
-        total = jnp.where(state.total > 0, state.total, 1.0)  # rows of padding
+        total = jnp.where(state.total > 0, state.total, 1.0)  # 0 in rows of padding
         out = state.out / total[..., None]
         return out.astype(own[1].dtype), state.high + jnp.log(total)
 
@@ -142,20 +142,20 @@ def backward(
 
     Args:
       q_BMSNH, own, prefix, bounds, scale, softcap: as for `forward`.
-      lse_BMSN: every row's log-sum-exp over all that it sees: over more than these operands where
-        the caller adds up the gradients of several sources.
-      delta_BMSN: what the softmax takes off the gradient of all weights of a row.
+      lse_BMSN: log-sum-exp of every row over all keys that it sees. A caller that adds up the
+        gradients of several sources includes the keys of all sources.
+      delta_BMSN: the amount that the softmax subtracts from the gradient of each weight of a row.
       dout_BMSNH: the gradient of the output.
-      into_prefix: the gradient of the prefix is wanted.
+      into_prefix: compute the gradient of the prefix.
 
     Returns:
-      Each in its operand's shape and dtype; None for a prefix that is not wanted.
+      Each gradient in its operand's shape and dtype; None for the prefix's unless `into_prefix`.
     """
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
     score = partial(_scores, scale=scale, softcap=softcap)
     like_q = (dout_BMSNH, lse_BMSN[..., None], delta_BMSN[..., None])
     saved = Saved(*(_cut(x, own, prefix, bounds)[0].q for x in like_q))
-    # of each shared source: whether its gradient is computed
+    # for each shared source, whether its gradient is computed
     wanted = [into_prefix] * (prefix is not None) + [True] * (chunks.own is None)
     totals = [_no_gradient(keys) if is_wanted else None for keys, is_wanted in zip(shared, wanted)]
 
@@ -205,9 +205,10 @@ def _derive(
     saved: Saved,
     score: Callable,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns weights and the gradient of the bare products q . k, [B, K, c, R, U] each.
+    """Returns weights and the gradient of the products q . k, [B, K, c, R, U] each.
 
-    The weights have the dtype of dout, the gradient that of q.
+    The products are without scale and softcap. The weights have the dtype of dout, the gradient has
+    the dtype of q.
     """
     scores, slope, visible = score(q, keys[0], seen)
     weights = jnp.where(visible, jnp.exp(scores - saved.lse), 0.0)
@@ -234,8 +235,8 @@ def _cut(
 ) -> tuple[Chunk, list[Keys]]:
     """Returns all chunks, and each source that every group shares, [B, K, T, H].
 
-    The sources are the prefix and a long text's own keys. Such a text is cut between its tokens:
-    each is then a group of one, and the text is what they share.
+    The sources are the prefix, and the own keys of a long text (M = 1). Such a text is cut between
+    its tokens: each token is then a group of one, and these groups share the text's keys.
     """
     B, M, S, N, H = q_BMSNH.shape
     K = own[0].shape[3]
@@ -276,7 +277,7 @@ def _cut(
 
 
 def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Undoes the cut: [chunks, B, K, c, R, H] to [B, M, S, N, H]."""
+    """Undoes `_cut` for queries: [chunks, B, K, c, R, H] to [B, M, S, N, H]."""
     B, M, S, N, H = shape
     chunks, _, K, c, R, _ = x.shape
     x = x.reshape(chunks, B, K, c, R * K // N, N // K, H)
@@ -285,9 +286,9 @@ def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _products(x: jax.Array, keys: jax.Array) -> jax.Array:
-    """Returns x . keys, float32 [B, K, c, R, U], of x [B, K, c, R, H].
+    """Returns products of x [B, K, c, R, H] with keys, float32 [B, K, c, R, U].
 
-    keys: shared, [B, K, U, H], or own, [B, K, c, U, H].
+    keys: shared [B, K, U, H], or own [B, K, c, U, H].
     """
     if keys.ndim == 5:
         return einsum("BKcRH,BKcUH->BKcRU", x, keys, jnp.float32)
@@ -299,7 +300,7 @@ def _products(x: jax.Array, keys: jax.Array) -> jax.Array:
 def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
     """Returns sums of values by weights [B, K, c, R, U], float32 [B, K, c, R, H].
 
-    values: of the shape of the keys of `_products`.
+    values: in the same shapes as the keys of `_products`.
     """
     if values.ndim == 5:
         return einsum("BKcRU,BKcUH->BKcRH", weights, values, jnp.float32)
@@ -309,12 +310,12 @@ def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _onto(weights: jax.Array, x: jax.Array, of_all: bool) -> jax.Array:
-    """Contracts x [B, K, c, R, H] over its rows, float32 [B, K, c, H, U].
+    """Returns sums over rows of x [B, K, c, R, H] by weights, float32 [B, K, c, H, U].
 
-    of_all: sums over all groups, [B, K, H, U].
+    of_all: sum over all groups too, which gives [B, K, H, U].
 
-    In that order of axes XLA transposes x; in the other it would transpose the weights, which are
-    many more.
+    With H before U XLA transposes x. With U before H it would transpose the weights, which are
+    larger.
     """
     if not of_all:
         return einsum("BKcRH,BKcRU->BKcHU", x, weights, jnp.float32)
@@ -331,15 +332,15 @@ def _scores(q, k, seen, scale: float, softcap: float):
 
 
 def _first(shared: Keys, i: jax.Array) -> jax.Array:
-    """Returns the first slot of block i; the last block is moved back to end with the keys."""
+    """Returns the first slot of block i; the last block begins earlier, to end with the keys."""
     T = shared[0].shape[2]
     return jnp.minimum(i * KEYS, max(T - KEYS, 0))
 
 
 def _block(shared: Keys, start: jax.Array, stop: jax.Array, i: jax.Array) -> tuple[Keys, jax.Array]:
-    """Returns keys and values [B, K, U, H] of block i, and their visibility.
+    """Returns keys and values [B, K, U, H] of block i, and which of them each query sees.
 
-    The visibility of each key to each query is bool [B, c, S, U].
+    The latter is bool [B, c, S, U].
     """
     at = _first(shared, i)
     size = min(KEYS, shared[0].shape[2])
@@ -350,7 +351,7 @@ def _block(shared: Keys, start: jax.Array, stop: jax.Array, i: jax.Array) -> tup
 
 
 def _range(shared: Keys, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the range of blocks that some query of the chunk sees."""
+    """Returns first and stop of the blocks that some query of the chunk sees."""
     T = shared[0].shape[2]
     some = start < stop
     first = jnp.min(jnp.where(some, start, T)) // KEYS
@@ -359,6 +360,6 @@ def _range(shared: Keys, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, 
 
 
 def _add(total: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
-    """Adds a block's part [B, K, H, U] to the whole [B, K, H, T], from slot `at` on."""
+    """Adds a block's part [B, K, H, U] to the total [B, K, H, T], from slot `at` on."""
     before = jax.lax.dynamic_slice_in_dim(total, at, part.shape[3], axis=3)
     return jax.lax.dynamic_update_slice_in_dim(total, before + part, at, axis=3)
