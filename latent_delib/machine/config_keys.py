@@ -14,7 +14,7 @@ from latent_delib.machine.command_line import (
     value_of,
 )
 
-WIDTH = 48  # columns for a key with its value, where they fit
+WIDTH = 48  # characters for a key with its value, where they fit
 KEY = re.compile(r"c\.([\w.]+) = ")
 
 
