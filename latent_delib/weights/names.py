@@ -169,7 +169,7 @@ class Tensor:
 
     leaf: our name of the leaf.
     layer: number of the layer; None for leaves that are not stacked.
-    name, shape: of the stored tensor.
+    name, shape: name and shape of the stored tensor.
     part: index of this leaf on axis i of the stored tensor; None where the tensor is one leaf.
     theirs, ours: the axes of the stored tensor and of our leaf.
     sizes: axis -> size.
