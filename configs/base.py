@@ -1,10 +1,10 @@
 """Every configuration key, declared once.
 
-Shapes, batch and steps are the published ones (Liu et al. 2025, Section 2.3), decoder and text the
-packaged ones; the optimizer was not published.
+Shapes, batch and steps are the published ones (Liu et al. 2025, Section 2.3). Decoder and text are
+the packaged ones. The optimizer was not published.
 
-Other files start from `get_config()` here and change what differs. A key that is not declared here
-is refused. Any command that takes --config prints its keys with --list_keys, and the comments here.
+Other files start from this `get_config()` and change what differs. A key that is not declared here
+is refused. Every command that takes --config prints its keys and these comments with --list_keys.
 """
 
 from ml_collections import ConfigDict
@@ -17,45 +17,45 @@ TABLES = {"decoder.architecture": TransformerConfig, "method.coprocessor": Trans
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.seed = 0  # of the order of text, of traces, and of weights that start at random
+    c.seed = 0  # decides the order of text, the traces, and weights that start at random
 
     c.decoder = ConfigDict()
     c.decoder.path = "packaged"  # or a decoder folder, or "": random weights of `architecture`
     c.decoder.architecture = ConfigDict()  # TransformerConfig; must agree with the folder's own
-    c.decoder.tokenizer = ""  # the decoder's own; or "packaged", or tokenizer.model or .json
-    c.decoder.export_dtype = "float32"  # of the decoder folder that training a decoder ends with
+    c.decoder.tokenizer = ""  # "": the decoder's; or "packaged", or a tokenizer.model or .json
+    c.decoder.export_dtype = "float32"  # dtype of the decoder folder that training a decoder writes
 
     c.method = ConfigDict()
     c.method.name = "cache_augmentation"  # a row of latent_delib/delib/methods.py
     c.method.num_latents = 16  # N_L
     c.method.placement = "after"  # the paper's; or "overlay", "before", "shared" (delib/traces.py)
-    c.method.every = 0  # of "latent_tokens": they join again after each so many ahead tokens
+    c.method.every = 0  # for "latent_tokens": ahead tokens from one group of latents to the next
     c.method.num_traces = 128  # M, per packed sequence
     c.method.num_ahead = 16  # N_A, the ahead tokens that carry the loss
-    c.method.lora_rank = 0  # train adapters of that rank instead of every matrix; 0: train all
-    c.method.start = ""  # begin with WORKDIR/checkpoints/STEP, what the same method has trained
-    c.method.max_delay = 0  # latents are written up to so many tokens early, drawn for each trace
-    # Latents are put only where the text ends with this, as "Answer:", in training and evaluation;
-    # a decoder is trained on what follows it alone. "": anywhere.
+    c.method.lora_rank = 0  # train adapters of this rank in place of matrices; 0: train matrices
+    c.method.start = ""  # begin with the weights of WORKDIR/checkpoints/STEP, of the same method
+    c.method.max_delay = 0  # latents are written 0 to this many tokens early, drawn for each trace
+    # Latents are put only where the text ends with this, such as "Answer:", in training and
+    # evaluation. Method "decoder" learns only the tokens that follow it. "": no such limit.
     c.method.prompt_end = ""
-    c.method.assistant = ""  # of "assistant": another decoder of the same vocabulary, by its path
-    # Latents replace the written steps of questions (qa_steps:GLOB). The loss is this weight, in
-    # [0, 1], times the divergence from the decoder that has read the steps, plus the rest times the
-    # loss of the answer. 0: steps are ordinary text.
+    c.method.assistant = ""  # for "assistant": path of another decoder of the same vocabulary
+    # Latents replace the written steps of questions (qa_steps:GLOB). With this weight w, in [0, 1],
+    # the loss is w times the divergence from the decoder that has read the steps, plus 1 - w times
+    # the loss of the answer. 0: steps are ordinary text.
     c.method.distill = 0.0
-    c.method.coprocessor = ConfigDict()  # of "resized": TransformerConfig unlike the decoder's
+    c.method.coprocessor = ConfigDict()  # for "resized": TransformerConfig unlike the decoder's
 
     c.data = ConfigDict()
-    # Or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME:SPLIT:FEATURE; of questions
+    # Or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME:SPLIT:FEATURE; for questions
     # qa:GLOB and qa_steps:GLOB (docs/commands.md).
     c.data.sources = ("packaged/train",)
     c.data.weights = (1.0,)  # one per source
     c.data.validation = ("packaged/validation",)  # held-out text, named like the sources
     c.data.token_files = ""  # a directory written by `prepare`; "" reads the sources through seqio
     c.data.seq_len = 2048  # T
-    c.data.max_bad_records = 0  # unusable documents or rows skipped; one more ends the command
+    c.data.max_bad_records = 0  # how many bad documents or rows to skip; one more ends the command
 
-    c.optimizer = ConfigDict()  # linear warm-up, cosine; not published
+    c.optimizer = ConfigDict()  # linear warm-up, then cosine; the paper's is not published
     c.optimizer.name = "adamw"  # or a row of OPTIMIZERS in delib/step.py: "adafactor", "muon"
     c.optimizer.learning_rate = 1e-3  # the peak
     c.optimizer.soft_token_learning_rate = 1e-3  # the peak for soft tokens, not for keys and values
@@ -70,21 +70,22 @@ def get_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.steps = 100_000
     c.train.batch_size = 1024  # packed sequences per step, over all hosts
-    c.train.accumulation = 1  # parts the batch passes in
+    c.train.accumulation = 1  # parts of a batch, computed one after another
     c.train.log_every = 10  # steps per line of metrics
-    # Steps between two losses on held-out text, the same each time; also after the last. 0: never.
-    # Where that text is questions, some are asked too.
+    # Steps between two losses on held-out text, always the same text; also after the last step. 0:
+    # never. If the text is questions, some of them are asked too.
     c.train.validate_every = 0
     c.train.wandb = ""  # a project of Weights & Biases that gets the metrics too; "": none
     c.train.checkpoint_every = 1000  # steps
     c.train.keep = 2  # newest checkpoints kept
-    c.train.keep_every = 0  # and those of every step that this divides; 0: none
-    c.train.keep_best = 0  # and so many of the lowest mean loss since the checkpoint before
-    c.train.max_bad_steps = 0  # skipped: loss or gradient not finite; one more ends the job
-    c.train.profile_at = 0  # the step after which three are traced into WORKDIR/profile; 0: none
+    c.train.keep_every = 0  # checkpoints whose step this divides are kept too; 0: none
+    c.train.keep_best = 0  # this many of lowest loss, the mean since the save before, are kept too
+    # How many steps are skipped because loss or gradient is not finite; one more ends the job.
+    c.train.max_bad_steps = 0
+    c.train.profile_at = 0  # the three steps after this are profiled in WORKDIR/profile; 0: none
 
     c.compute = ConfigDict()
-    c.compute.cpu_devices = 1  # to make of a CPU's cores; several are faster where D is small
+    c.compute.cpu_devices = 1  # devices that a CPU's cores make; several are faster if D is small
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
     # auto: a kernel that is proven on this card, else xla. Or one by name: reference, xla,
     # pallas_gpu, pallas_tpu, tokamax_gpu.
@@ -105,14 +106,14 @@ def get_config() -> ConfigDict:
     c.evaluate.max_length = 2048  # tokens of a document seen at once; longer ones are cut
     c.evaluate.batch_size = 8  # pieces at once
     c.evaluate.positions = 64  # augmented positions of each piece at once: bounds memory
-    c.evaluate.max_pieces = 0  # per validation source, spread over it; 0: all
-    # Drawn from a piece of max_length, and from a shorter one its share; 0: all.
+    c.evaluate.max_pieces = 0  # pieces of each validation source, spread over it; 0: all
+    # Positions that are drawn from a piece of max_length; a shorter piece has its share. 0: all.
     c.evaluate.max_positions = 0
-    c.evaluate.seed = 0  # of that draw, and of the confidence intervals
-    c.evaluate.delay = 0  # latents are written so many tokens before they join
-    # Control: every piece is given the latents of another document at the same positions.
+    c.evaluate.seed = 0  # decides what is drawn, and the confidence intervals
+    c.evaluate.delay = 0  # latents are written this many tokens before they join
+    # Control: every piece gets the latents of another document at the same positions.
     c.evaluate.swap = False
-    c.evaluate.longer_prompt = 0  # control: so many tokens of a piece are read without latents
+    c.evaluate.longer_prompt = 0  # control: the plain decoder alone reads this many first tokens
     c.lock()
     c.decoder.architecture.unlock()
     c.method.coprocessor.unlock()

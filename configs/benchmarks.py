@@ -1,24 +1,25 @@
 """The benchmarks, one row each: task of the lm-eval harness, shots, and the metric reported.
 
-PUBLISHED are those of Liu et al. 2025, Table 2; they need the network once, for their data. OFFLINE
-are made locally by `make_tasks`. `benchmark` reads this file, or another of its form: --table=FILE.
+PUBLISHED are the benchmarks of Liu et al. 2025, Table 2; they need the network once, for their
+data. OFFLINE are made locally by `make_tasks`. `benchmark` reads this file, or another of the same
+form with --table=FILE.
 
   task       a task or group of the harness; in a group every document counts the same
   shots      worked examples in the prompt
   metric     by its name in the harness; reported in percent, except for bits_per_byte
-  filter     the reading of a generated answer that counts, where the harness has several
+  filter     which reading of a generated answer counts, where the harness has several
   runs_code  the code that the model writes is run: only with --confirm_run_unsafe_code
 
-The paper gives shots and, for DROP, the metric. The rest follows the harness's custom: acc_norm
-(choices divided by their length) where choices are sentences of different length, acc elsewhere.
-All of a task's metrics are in OUT/samples.
+The paper gives shots and, for DROP, the metric. Other metrics follow the harness's custom: acc_norm
+(log p of a choice divided by its length) where choices are sentences of different length, else acc.
+All metrics of a task are in OUT/samples.
 """
 
 PUBLISHED = {
     "mmlu": {"task": "mmlu", "shots": 5, "metric": "acc"},
     # gsm8k_cot has the usual eight worked examples, fixed; the harness's gsm8k draws five from the
-    # training set. The last number counts: the one reading that suits the decoder, latents and
-    # zero-shot CoT alike.
+    # training set. The last number of an answer counts: only this reading suits the decoder,
+    # latents and zero-shot CoT alike.
     "gsm8k": {
         "task": "gsm8k_cot",
         "shots": 8,
@@ -42,7 +43,7 @@ PUBLISHED = {
         "filter": "create_test",
         "runs_code": True,
     },
-    # The English part. There is no training split: examples are other documents of the test split.
+    # The English part. It has no training split: examples are other documents of the test split.
     "agieval": {"task": "agieval_en", "shots": 3, "metric": "acc"},
     "bbh": {"task": "bbh_cot_fewshot", "shots": 3, "metric": "exact_match", "filter": "get-answer"},
     "triviaqa": {
@@ -75,5 +76,6 @@ OFFLINE = {
     "held_out_text": {"task": "held_out_text", "shots": 0, "metric": "bits_per_byte"},
 }
 
-# Begins the answers of model zero_shot_cot, without worked examples (the paper's, on GSM8K).
+# The beginning of each answer of model zero_shot_cot, without worked examples (in the paper, on
+# GSM8K).
 COT = "Let's think step by step."

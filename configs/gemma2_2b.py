@@ -1,6 +1,6 @@
 """The published setting (Liu et al. 2025, Section 2.3): Gemma 2 2B, 100,000 steps of batch 1024.
 
-The true step with random weights, compiled for 16 chips:
+The training step at full size, with random weights, compiled for 16 chips:
 
   python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR \
       --config.mesh.fsdp=16 --config.train.accumulation=64 --dry_run --topology=v5e:4x4
@@ -12,8 +12,8 @@ With the published weights; GEMMA is a Hugging Face folder, an orbax checkpoint 
       --config.mesh.fsdp=16 --config.train.accumulation=64 \
       --config.decoder.path=runs/gemma2_2b --config.data.sources="('files:TEXT/*.txt',)"
 
-T is 2048, M 128, A 16; N_L is --config.method.num_latents, 4 to 64 in the paper. A batch passes in
-parts: docs/scaling.md has what fits on which slice.
+T is 2048, M 128, A 16; N_L is --config.method.num_latents, 4 to 64 in the paper. A batch is
+computed in parts; docs/scaling.md says which parts fit on which slice.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Gemma 2 9B in the setting of gemma2_2b.py (Liu et al. 2025, Appendix A.4).
 
-The same commands, with what fits this size (docs/scaling.md):
+Use the commands of that file, with settings that fit this size (docs/scaling.md):
 
   --config.mesh.fsdp=16 --config.train.accumulation=4 --topology=v5p:4x4x4
 """

@@ -1,4 +1,4 @@
-"""Makes the packaged decoder again: a small Gemma 2, trained on the mixture until it is flat.
+"""Makes the packaged decoder again: a small Gemma 2, trained on the mixture until its loss is flat.
 
   python -m tools.make_mixture --out=runs/mixture
   python -m tools.make_vocabulary --text='runs/mixture/train/*.txt' --size=1024 \
@@ -8,7 +8,7 @@
   python -m latent_delib.train --config=configs/packaged_decoder.py \
       --workdir=runs/packaged_decoder --config.data.token_files=runs/packaged_decoder/tokens
 
-The trained decoder lies in runs/packaged_decoder/decoder.
+The trained decoder is then in runs/packaged_decoder/decoder.
 """
 
 from ml_collections import ConfigDict

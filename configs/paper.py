@@ -2,7 +2,7 @@
 
 `launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists
 them. Validation is by work, or by problem: nothing is trained on any part of a work that is
-evaluated, or on a problem that is asked. Keys that no row names are those of base.py.
+evaluated, or on a problem that is asked. Keys that no row names have their values of base.py.
 """
 
 import dataclasses
@@ -13,21 +13,21 @@ from ml_collections import ConfigDict
 from configs import base
 from latent_delib.nn.sizes import SIZES
 
-MIXTURE = {  # of tools.make_mixture
+MIXTURE = {  # made by tools.make_mixture
     "data.sources": ("files:runs/mixture/train/*.txt",),
     "data.validation": ("files:runs/mixture/validation/*.txt", "files:runs/mixture/unseen/*.txt"),
 }
-PROBLEMS = {  # of tools.make_problems
+PROBLEMS = {  # made by tools.make_problems
     "data.sources": ("files:runs/problems/text/train/*.txt",),
     "data.validation": ("files:runs/problems/text/test/*.txt",),
     "decoder.path": "runs/paper/problems/pretrain/decoder",
     "decoder.tokenizer": "packaged",
     "method.prompt_end": "=",
-    "method.num_traces": 6,  # problems in a row, at most
+    "method.num_traces": 6,  # the most problems in a row
     "train.batch_size": 32,
     "train.steps": 4000,
 }
-FAR = PROBLEMS | {  # of tools.make_problems --kinds=follow,far
+FAR = PROBLEMS | {  # made by tools.make_problems --kinds=follow,far
     "data.sources": ("files:runs/follow/text/train/far.txt",),
     "data.validation": ("files:runs/follow/text/test/far.txt",),
     "data.token_files": "runs/paper/depth/far_tokens",
@@ -38,7 +38,7 @@ FAR = PROBLEMS | {  # of tools.make_problems --kinds=follow,far
     "train.checkpoint_every": 3000,
     "train.keep_every": 3000,
 }
-QUESTIONS = PROBLEMS | {  # of tools.make_questions
+QUESTIONS = PROBLEMS | {  # made by tools.make_questions
     "data.sources": ("qa:runs/questions/countdown.train.jsonl",),
     "data.validation": ("qa:runs/questions/countdown.test.jsonl",),
     "decoder.path": "runs/paper/questions/pretrain/decoder",
@@ -64,7 +64,7 @@ HOPS = QUESTIONS | {
     "train.keep_every": 1000,
     "train.validate_every": 1000,
 }
-HOPS_WRITTEN = {  # the same with their steps
+HOPS_WRITTEN = {  # the same questions with their steps
     "data.sources": ("qa_steps:runs/questions/hops.train.jsonl",),
     "data.validation": ("qa_steps:runs/questions/hops.test.jsonl",),
     "data.token_files": "runs/paper/hops/tokens",
@@ -93,7 +93,7 @@ LAB = {  # two CPU cores
     "train.steps": 8000,  # 16 M predicted tokens: 100 for each parameter, as in the paper
     "train.batch_size": 8,
     "train.checkpoint_every": 1000,
-    "train.keep_every": 1000,  # all stay: the learning curve
+    "train.keep_every": 1000,  # all are kept, for the learning curve
     "compute.cpu_devices": 2,
     "compute.dtype": "float32",
     "compute.remat": "dots",
@@ -132,7 +132,7 @@ PRETRAIN_DEPTH = {
 PRETRAIN_QUESTIONS = {
     "decoder.path": "packaged",
     "method.prompt_end": "",  # questions are learned too
-    # Stopped on its way: of a decoder near its plateau latents learn little in so few steps.
+    # Stopped early: for a decoder near its plateau, latents learn little in so few steps.
     "optimizer.final_fraction": 1.0,
     "train.steps": 1500,
     "train.checkpoint_every": 500,
@@ -158,9 +158,10 @@ PRETRAIN_GPU = {
 class Protocol(NamedTuple):
     """Describes a decoder, a text and a budget.
 
-    size: of the decoder, a key of SIZES. settings: what differs from base.py in all experiments.
-    pretrain: what differs from these where the decoder itself is made. assistant: another decoder
-    of the same vocabulary.
+    size: the decoder's size, a key of SIZES.
+    settings: key -> value, where all experiments differ from base.py.
+    pretrain: key -> value, where experiment `pretrain`, which makes the decoder, differs from them.
+    assistant: path of another decoder of the same vocabulary.
     """
 
     size: str
@@ -170,7 +171,7 @@ class Protocol(NamedTuple):
 
 
 def smaller_lab(name: str, size: str, steps: int, pretrain_steps: int) -> Protocol:
-    """Returns `lab` with a decoder that is made first; equal proportions need fewer steps."""
+    """Returns `lab` with a smaller decoder, made first; equal proportions need fewer steps."""
     settings = {
         "decoder.path": f"runs/paper/{name}/pretrain/decoder",
         "decoder.tokenizer": "packaged",
@@ -194,22 +195,23 @@ PROTOCOLS = {
     ),
     "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
     "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
-    # Reasoning in miniature: the packaged decoder, trained on with problems in half of its rows,
-    # half solves them. Then a coprocessor is called once, at the end of each problem.
+    # Reasoning in miniature: the packaged decoder is trained further, with problems in half of its
+    # rows, until it solves about half of them. Then a coprocessor is called once, at the end of
+    # each problem.
     "problems": Protocol("gemma2_160k", LAB | PROBLEMS, PRETRAIN_LAB | PRETRAIN_PROBLEMS),
-    # More steps than before: a decoder learns look-ups of one to three steps, 1.6 million of them.
-    # Then coprocessors, or the decoder itself, are trained on four to six.
+    # More steps than the decoder has learned: it learns 1.6 million look-ups of one to three steps.
+    # Then coprocessors, or the decoder itself, are trained on look-ups of four to six steps.
     "depth": Protocol("gemma2_160k", LAB | FAR, PRETRAIN_DEPTH),
-    # Twenty minutes from nothing: the packaged decoder, trained on with questions until it answers
-    # a third of them; then each row is trained on their answers.
+    # Twenty minutes in all: the packaged decoder is trained further, with questions, until it
+    # answers a third of them. Then each experiment is trained on the answers.
     "questions": Protocol("gemma2_160k", LAB | QUESTIONS, PRETRAIN_LAB | PRETRAIN_QUESTIONS),
-    # Latents instead of steps: the packaged decoder learns to answer in written steps. Then rows
-    # learn to answer at once; the decoder that has read the steps teaches `distilled`.
+    # Latents instead of steps: the packaged decoder learns to answer in written steps. Then each
+    # experiment learns to answer at once. The decoder that has read the steps teaches `distilled`.
     "hops": Protocol("gemma2_160k", LAB | HOPS, PRETRAIN_LAB | PRETRAIN_HOPS),
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
-    # tokens, the mixture two to three times. Its training loss should be flat at the end, or it
-    # wants more steps. But a decoder that knows its text by heart teaches a coprocessor nothing
-    # (docs/results.md): where there is more text, read it once.
+    # tokens, the mixture two to three times. If its training loss is not flat at the end, it needs
+    # more steps. But a decoder that knows its text by heart teaches a coprocessor nothing
+    # (docs/results.md): if you have more text, read it once.
     "a_gpu": Protocol(
         "gemma2_49m",
         GPU
@@ -227,7 +229,7 @@ PROTOCOLS = {
 }
 
 SLOW = {"optimizer.learning_rate": 3e-4}  # where the decoder's own weights are trained
-TASKS = {  # of tools.make_tasks; so many steps see each problem a few times
+TASKS = {  # made by tools.make_tasks; these steps see each problem a few times
     "data.sources": ("files:runs/tasks/text/train/*.txt",),
     "data.weights": (1.0,),
     "data.validation": ("files:runs/tasks/text/test/*.txt",),
@@ -241,8 +243,9 @@ TASKS = {  # of tools.make_tasks; so many steps see each problem a few times
 # Experiment -> what differs from `overlay`.
 EXPERIMENTS = {
     # Cache augmentation (Liu et al. 2025), by placement and number of latents. overlay: latents
-    # share positions with the text they follow. after: the paper's, they follow the text, which
-    # moves on. before: they are between the text and its last token, which is read again.
+    # share positions with the text that they follow. after, the paper's placement: latents follow
+    # the text, and later text moves on. before: latents are between the text and its last token,
+    # which is read again.
     "overlay": {},
     "overlay_4": {"method.num_latents": 4},
     "overlay_8": {"method.num_latents": 8},
@@ -267,8 +270,8 @@ EXPERIMENTS = {
     # Latents come late by 0 to 3 tokens, drawn for each trace.
     "delay": {"method.max_delay": 3},
     # The paper's baselines: a random start, the decoder's last layer instead of its cache, adapters
-    # (its ranks), and N_L trained vectors, which it calls pause tokens. pause_tokens: one vector
-    # N_L times (Goyal et al. 2023).
+    # of the paper's ranks, and N_L trained vectors, which the paper calls pause tokens (here
+    # static_tokens). pause_tokens: one vector N_L times (Goyal et al. 2023).
     "from_scratch": {"method.name": "from_scratch"},
     "last_layer": {"method.name": "last_layer"},
     "lora": {"method.lora_rank": 64},
@@ -276,7 +279,7 @@ EXPERIMENTS = {
     "static_tokens": {"method.name": "static_tokens"},
     "pause_tokens": {"method.name": "pause_tokens"},
     # Named as future work by the paper: latents one after another, and a coprocessor of another
-    # depth than the decoder's; that begins with random weights, so compare it with from_scratch.
+    # depth than the decoder's. The latter begins with random weights: compare it with from_scratch.
     "sequential": {"method.name": "sequential"},
     "half": {"method.name": "resized"},
     "double": {"method.name": "resized"},
@@ -286,11 +289,11 @@ EXPERIMENTS = {
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
     "unified_fast": {"method.name": "unified"},
-    # Neighbours of the method: trained vectors again and again among the tokens (latent tokens; 16
-    # in a trace of training, as many as the others have), a coprocessor that starts from another
-    # decoder and reads that one's cache (SoftCoT, Cache-to-Cache), keys and values trained once for
-    # all texts (Cartridges), and a decoder that feeds its outputs back as its next inputs
-    # (Coconut). An assistant needs another decoder of the same vocabulary; a_gpu and b have none.
+    # Related methods, in this order: trained vectors that recur among the tokens (latent tokens; a
+    # training trace has 16, as many as in the other methods); a coprocessor that starts from
+    # another decoder and reads that decoder's cache (SoftCoT, Cache-to-Cache); keys and values
+    # trained once for all texts (Cartridges); and a decoder that feeds its outputs back as its next
+    # inputs (Coconut). `assistant` needs a decoder of the same vocabulary; a_gpu and b have none.
     "latent_tokens": {
         "method.name": "latent_tokens",
         "method.placement": "shared",
@@ -301,10 +304,10 @@ EXPERIMENTS = {
     "cartridge": {"method.name": "cartridge"},
     "feedback": {"method.name": "feedback"} | SLOW,
     "feedback_fast": {"method.name": "feedback"},
-    # Latents that stand for written steps, taught by the decoder that has read these (CODI, KaVa).
+    # Latents in place of written steps, taught by the decoder that has read the steps (CODI, KaVa).
     "distilled": {"method.distill": 0.5} | HOPS_WRITTEN,
-    # Controls: the decoder itself, trained for as long on the same text; in whole, at a small rate
-    # or at the coprocessor's, and by adapters.
+    # Controls: the decoder itself, trained for as long on the same text: in whole, at a small rate
+    # or at the coprocessor's rate, and by adapters.
     "decoder": {"method.name": "decoder"} | SLOW,
     "decoder_fast": {"method.name": "decoder"},
     "decoder_lora": {"method.name": "decoder", "method.lora_rank": 64},

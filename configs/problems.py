@@ -1,6 +1,6 @@
 """The benchmarks of tools.make_problems, for `benchmark --table=configs/problems.py`.
 
-Their form is that of configs/benchmarks.py.
+The tables have the form of configs/benchmarks.py.
 """
 
 PUBLISHED: dict = {}

@@ -1,10 +1,11 @@
-"""SmolLM2-135M for real: a coprocessor for a pretrained decoder, on one GPU.
+"""A coprocessor for a real pretrained decoder, SmolLM2-135M, on one GPU.
 
   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/smollm2.sh
   CONFIG=smollm2_135m_cpu ./launch/smollm2.sh     the smallest form, on two CPU cores
 
-The script gets the decoder, evaluates it frozen, trains and evaluates. The learning rate was the
-best of 1e-4, 3e-4 and 1e-3 in an earlier study of this size, of which no file is kept.
+The script gets the decoder and evaluates it alone, then trains and evaluates a coprocessor. The
+learning rate was the best of 1e-4, 3e-4 and 1e-3 in an earlier study of this size, of which no file
+is kept.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     c.method.num_traces = 8
     c.method.num_ahead = 8
     c.data.seq_len = 256
-    c.optimizer.learning_rate = 1e-4  # ten times that undoes what so small batches teach
+    c.optimizer.learning_rate = 1e-4  # ten times this rate undoes what such small batches teach
     c.optimizer.warmup_steps = 10
     c.train.steps = 100
     c.train.batch_size = 4

@@ -17,15 +17,14 @@ SPREAD = 16  # one row of held-out text is taken out of this many
 
 
 def check(data: Any, field: str) -> None:
-    """Checks the text that is about to be read. A job asks this once, at its start.
+    """Checks that the text of a job exists. A job calls this once, at its start.
 
     Args:
       data: config.data.
       field: "sources" or "validation".
 
     Raises:
-      UserError: there are no sources, or, unless token files stand in for them, local files are
-        missing.
+      UserError: there are no sources; or local files are missing, and no token files are named.
     """
     if not data[field]:
         raise UserError(f"config.data.{field}: empty, expected at least one source")
@@ -34,14 +33,14 @@ def check(data: Any, field: str) -> None:
 
 
 class Training:
-    """Reads the text that a job trains on. Token files are opened once, when this is made.
+    """Reads the text that a job trains on. Token files are opened once, by the constructor.
 
     Args:
       data: config.data.
-      tokenizer_path: its file.
+      tokenizer_path: the tokenizer's file.
 
     Raises:
-      UserError: token files without meta.json, or that do not fit `data`.
+      UserError: token files have no meta.json, or do not fit `data`.
     """
 
     def __init__(self, data: Any, tokenizer_path: str):
@@ -53,17 +52,19 @@ class Training:
         self.text = route.Training(data, tokenizer_path)
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns what training reads: the name of a part -> its SHA-256, wherever the files lie.
+        """Returns a fingerprint of the training data: the name of a part -> its digest or version.
 
-        Of token files it covers meta.json, which holds a digest of the tokens of each source (in
-        format 1 their numbers alone), and the version of the order in which rows are read. A file
-        that is missing or damaged is found when it is read.
+        The folders of the files do not matter.
 
-        Of text it covers the names and sizes of the files and their first and last 64 KiB: two
-        small reads per file. A change in the middle of a file that keeps its size goes unseen.
+        For token files it covers meta.json, which holds a digest of the tokens of each source (in
+        format 1 only their number), and the version of the order in which rows are read. A missing
+        or damaged file is noticed later, when it is read.
+
+        For text files it covers their names, their sizes, and their first and last 64 KiB: two
+        small reads per file. A change in the middle of a file that keeps its size is not noticed.
 
         Raises:
-          UserError: text that is missing or cannot be read.
+          UserError: text is missing or cannot be read.
         """
         tokenizer = fingerprint_of_tokenizer(self.tokenizer_path)
         return {"tokenizer": tokenizer} | self.text.fingerprint()
@@ -75,19 +76,20 @@ class Training:
 
         A batch is a function of (seed, step), not of the hosts. With `data.token_files` only the
         wanted rows are read, and any step is reached at once. Otherwise every process reads and
-        tokenizes all of the text, drops the rows of others, and runs through `start_step` batches
-        before it yields one: many hosts, or long runs, want token files.
+        tokenizes all of the text, drops the rows of other processes, and runs through `start_step`
+        batches before it yields one. Use token files for many hosts and for long runs.
 
-        Bad records are skipped and counted up to `data.max_bad_records`. Bad text is not UTF-8,
-        holds NUL characters or becomes BOS or padding in the tokenizer. It is skipped whole, and
-        every process counts all of it. A bad row of token files is damaged or holds an id outside
-        the vocabulary. It becomes padding, and each process counts its own.
+        Bad records are skipped and counted up to `data.max_bad_records`. A document is bad if it is
+        not UTF-8, holds NUL characters, or becomes BOS or padding in the tokenizer. It is skipped
+        whole, and every process counts all bad documents. A row of token files is bad if it is
+        damaged or holds an id outside the vocabulary. It becomes padding, and each process counts
+        its own bad rows.
 
         Args:
-          batch_size: rows of a batch, over all processes.
-          seed: of the order.
-          rows: int [b] sorted, the rows of each batch that this process needs; None: all of them.
-          start_step: the first batch.
+          batch_size: rows per batch, over all processes.
+          seed: decides the order of rows.
+          rows: int [b] sorted, the rows of each batch that this process needs; None: all rows.
+          start_step: number of the first batch.
 
         Yields:
           {"tokens": int32 [b, T], "segment": int32 [b, T]} with T = data.seq_len. segment numbers
@@ -95,7 +97,7 @@ class Training:
 
         Raises:
           UserError: before the first batch, sources are missing, empty or do not fit `data`; later,
-            one bad record too many or files that are gone.
+            there is one bad record too many, or files are gone.
           OSError: the disk fails, the store denies access or (Outage) does not answer.
         """
         rows = np.arange(batch_size) if rows is None else rows
@@ -118,15 +120,15 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document
 
 
 def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, np.ndarray]:
-    """Returns rows of held-out text, packed as training rows are, always the same ones.
+    """Returns rows of held-out text, always the same rows, packed as training rows are.
 
-    Each source of `data.validation` has an equal share. They are evenly spaced over the beginning
-    of the source, at most SPREAD times as long: so little of a large source is read.
+    Each source of `data.validation` gives an equal share of the rows, evenly spaced over its
+    beginning. At most SPREAD times as many rows are read, so little of a large source is read.
 
     Args:
       data: config.data.
-      tokenizer_path: its file.
-      count: how many rows; where sources are short, the last ones are padding.
+      tokenizer_path: the tokenizer's file.
+      count: how many rows; where sources are short, the last rows are padding.
 
     Returns:
       As `Training.batches` yields them, {"tokens": int32 [count, T], "segment": int32 [count, T]}.
@@ -158,7 +160,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
 
 
 def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:
-    """Raises UserError, naming the parts that differ, unless both are of the same data."""
+    """Raises UserError, with the parts that differ, unless both fingerprints are of equal data."""
     from_token_files = "token_files/meta.json" in stored.keys() & found.keys()
     if from_token_files and stored.get("order") != found["order"]:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Chat templates: a conversation as the one text that an instruct model continues.
+"""Chat templates: turn a conversation into one text, which an instruct model continues.
 
-A template is a Jinja program that comes with the model. It gets what `transformers` gives it
-(apply_chat_template), and runs in a sandbox.
+A template is a Jinja program that comes with the model. It gets the same names as from
+`transformers` (apply_chat_template), and runs in a sandbox.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from latent_delib.errors import UserError
 from latent_delib.machine import arguments
 
 FILE = "chat_template.jinja"  # beside a tokenizer
-MARK = "\ufdd0"  # a noncharacter, which Unicode keeps for uses like this
+MARK = "\ufdd0"  # a noncharacter, which Unicode reserves for uses like this
 FIELDS = {"role", "content"}
 
 
@@ -23,7 +23,7 @@ def read(tokenizer: Path) -> str | None:
     """Returns the chat template beside a tokenizer; None where there is none.
 
     Raises:
-      UserError: it is no UTF-8.
+      UserError: the template is not UTF-8.
     """
     file = tokenizer.with_name(FILE)
     if not file.is_file():
@@ -38,7 +38,7 @@ def checked(name: str, messages: Any) -> list[dict[str, str]]:
     """Returns messages as a list of dicts.
 
     Raises:
-      UserError: one of another form than {"role": TEXT, "content": TEXT}, or none at all.
+      UserError: a message has another form than {"role": TEXT, "content": TEXT}, or there is none.
     """
     found = arguments.several(name, messages)
     for i, message in enumerate(found):
@@ -53,7 +53,7 @@ def checked(name: str, messages: Any) -> list[dict[str, str]]:
 
 
 def marked(messages: list[dict[str, str]], control: Iterable[str]) -> list[dict[str, str]]:
-    """Returns messages that spell no control token: MARK stands inside of each."""
+    """Returns messages that spell no control token: MARK is put inside each that they spelled."""
     found = []
     for message in messages:
         content = message["content"]
@@ -69,7 +69,7 @@ def render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, s
     Args:
       template: a Jinja program.
       messages: as `checked` or `marked` returns them.
-      tokens: "bos_token" and "eos_token", as they are spelled.
+      tokens: the spellings of "bos_token" and "eos_token".
 
     Raises:
       UserError: the template refuses the messages, or cannot be run.
@@ -84,7 +84,7 @@ def render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, s
     try:
         program = environment.from_string(template)
         return program.render(messages=messages, add_generation_prompt=True, **tokens)
-    except Exception as error:  # it is a program, and may fail in any way
+    except Exception as error:  # a template is a program, and may fail in any way
         raise UserError(f"messages: the chat template fails on them: {error}") from None
 
 
@@ -94,7 +94,7 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    """Ends a template with an error, when it asks for that."""
+    """Raises the error that a template asks for."""
     raise ValueError(message)
 
 

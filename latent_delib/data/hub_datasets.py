@@ -1,7 +1,8 @@
-"""Datasets of the Hugging Face Hub, read as they arrive; those in local folders too.
+"""Streams datasets from the Hugging Face Hub, or from local folders.
 
-Their text is not stored on this machine. Without a network the library takes what an earlier
-`datasets.load_dataset` has stored in its cache (HF_HOME). HF_TOKEN opens private and gated ones.
+Streamed text is not stored on this machine. Without a network the library reads what an earlier
+`datasets.load_dataset` has stored in its cache (HF_HOME). HF_TOKEN opens private and gated
+datasets.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ with extra("hub"):
     import datasets
     from datasets import exceptions
 
-_LOOK = 100  # records that tell what JSON lines hold, of which nothing is known before
+_LOOK = 100  # records that are read to find the features of JSON lines, which declare none
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -27,13 +28,13 @@ class HubDataset:
     """Reads a split of a dataset.
 
     Attributes:
-      parts: a name for each of its files, in their order.
-      cycle: 1, so that the order is the same however many files the cache has.
-      unit: what a file is divided into.
+      parts: a name for each file of the dataset, in the order of the files.
+      cycle: 1. So the order of texts does not depend on how many files the cache has.
+      unit: the word for one text of a file.
 
     Raises:
-      UserError: there is no such dataset, split or text, or none in the cache while the Hub does
-        not answer.
+      UserError: there is no such dataset, split or text feature; or the Hub does not answer, and
+        the cache does not have the dataset.
     """
 
     cycle = 1
@@ -52,7 +53,7 @@ class HubDataset:
         self.parts = [f"{source}, file {i + 1}" for i in range(stream.num_shards)]
 
     def contents(self, part: str) -> Iterator[bytes]:
-        """Yields the texts of one file. Raises UserError where it is lost or damaged."""
+        """Yields the texts of one file. Raises UserError if the file is lost or damaged."""
         with self._errors():
             for record in self.stream.shard(len(self.parts), self.parts.index(part)):
                 text = record[self.meant.feature] or ""  # a record may hold null
@@ -93,14 +94,14 @@ class HubDataset:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Raises UserError for what is lost, damaged or not there, OSError where the Hub fails."""
+        """Raises UserError for data that is missing or damaged, OSError where the Hub fails."""
         try:
             yield
         except UserError:
             raise
         except FileNotFoundError as error:
             raise self._error(reason(error)) from None
-        except Exception as error:  # of the library, or of one that it reads a format with
+        except Exception as error:  # of this library, or of another that reads a file format for it
             failed = store_error(error, self.source)
             if failed or not isinstance(
                 error, ValueError | RuntimeError | exceptions.DatasetsError
@@ -120,7 +121,7 @@ def _not_found(error: Exception, revision: str) -> str:
 
 
 def _texts(stream: Any) -> list[str]:
-    """Returns the names of the features of a dataset that hold text."""
+    """Returns the names of a dataset's text features."""
     if stream.features is not None:
         kinds = {name: getattr(kind, "dtype", "") for name, kind in stream.features.items()}
         return [name for name in kinds if kinds[name] in ("string", "large_string")]

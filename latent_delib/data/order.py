@@ -1,10 +1,10 @@
-"""The order of training rows: row i is a function of (seed, i) that needs neither time nor memory.
+"""The order of training rows: row i is a function of (seed, i), found without a list of all rows.
 
-A source may have 1e8 rows and more, so no shuffled list of them is ever made. A keyed permutation
-gives the place of one row alone: a Feistel network scrambles all numbers of an even number of bits,
-one to one. A number that it puts beyond the size is scrambled again until it is below it (cycle
-walking: J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", 2002). The hash inside is
-that of splitmix64.
+A source may have 1e8 rows or more, so its rows are never listed and shuffled. Instead a keyed
+permutation gives the place of a single row. It is a Feistel network, which maps the numbers of an
+even number of bits to each other, one to one. A result that is not below the number of rows is
+scrambled again until it is (cycle walking: J. Black and P. Rogaway, "Ciphers with arbitrary finite
+domains", 2002). The hash function inside is the one of splitmix64.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ import numpy as np
 
 from latent_delib.errors import UserError
 
-VERSION = "2"  # 1, until November 2026, sorted random numbers
+VERSION = "2"  # version 1, until November 2026, sorted random numbers
 BLOCK = 1024  # rows in which each source has exactly its share
 _ROUNDS = 8
 # 2**64 divided by the golden ratio: multiples of it are far apart
@@ -29,7 +29,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _hash(*parts: Any) -> np.ndarray:
-    """Hashes integers and arrays of them, which broadcast, to uint64."""
+    """Hashes integers, or arrays of integers that broadcast, to uint64."""
     found = np.zeros(1, np.uint64)
     for part in parts:
         found = _mix(found + _GOLDEN + np.asarray(part).astype(np.uint64))
@@ -39,8 +39,8 @@ def _hash(*parts: Any) -> np.ndarray:
 def permute(index: np.ndarray, size: int, *key: Any) -> np.ndarray:
     """Returns where a random permutation of range(size) puts each index: int64 [n].
 
-    The permutation is a function of `key` alone: integers, or arrays [n] of them, which give each
-    index its own.
+    `size` and `key` decide the permutation. A key is integers, or arrays [n] of integers, which
+    give each index a permutation of its own.
     """
     bits = (size - 1).bit_length()
     half = max(4, (bits + 1) // 2)  # with fewer than 8 bits in all the network is too regular
@@ -56,7 +56,7 @@ def permute(index: np.ndarray, size: int, *key: Any) -> np.ndarray:
 def _feistel(x: np.ndarray, half: np.uint64, key: np.ndarray) -> np.ndarray:
     """Scrambles numbers of 2 x `half` bits, one to one.
 
-    A round changes one half by a function of the other.
+    Each round changes one half of the bits by a function of the other half.
     """
     low = (np.uint64(1) << half) - np.uint64(1)
     left = x >> half
@@ -70,10 +70,10 @@ def _feistel(x: np.ndarray, half: np.uint64, key: np.ndarray) -> np.ndarray:
 def shares(weights: Iterable[float]) -> np.ndarray:
     """Returns how many rows of a block each source has: int64 [sources], whose sum is BLOCK.
 
-    They are rounded by largest remainders.
+    Shares are rounded by the method of largest remainders.
 
     Raises:
-      UserError: a source has none.
+      UserError: a source would have no row.
     """
     weights = [float(weight) for weight in weights]
     exact = np.array(weights) / sum(weights) * BLOCK
@@ -89,14 +89,14 @@ def shares(weights: Iterable[float]) -> np.ndarray:
 
 
 class Order:
-    """Tells which row of which source is row i of the training.
+    """Tells which row of which source is row i of training.
 
-    Rows come in blocks in which each source has its share, in an order drawn for (seed, block). A
-    source is read in epochs, each in an order drawn for (seed, source, epoch).
+    Rows come in blocks. Each source has its share of a block, in an order drawn for (seed, block).
+    A source is read in epochs, each in an order drawn for (seed, source, epoch).
 
     Args:
-      seed: of the whole order.
-      share: of `shares`.
+      seed: decides all of these orders.
+      share: how many rows of a block each source has, from `shares`.
       rows: how many rows each source has.
     """
 
@@ -106,7 +106,7 @@ class Order:
         self.rows = rows
 
     def __call__(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (source, row of that source) of the rows start ... stop - 1.
+        """Returns rows start ... stop - 1 as (source, row of that source).
 
         Each is int64 [stop - start].
         """
@@ -127,7 +127,10 @@ class Order:
         return source, row
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (source, rows of that source before it) of a block's rows, each int64 [BLOCK]."""
+        """Returns, for each row of a block, its source and how many rows of that source precede it.
+
+        Each is int64 [BLOCK].
+        """
         in_order = np.repeat(np.arange(len(self.share)), self.share)
         source = in_order[permute(np.arange(BLOCK), BLOCK, self.seed, 0, block)]
         count = np.empty_like(source)

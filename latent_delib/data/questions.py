@@ -1,14 +1,14 @@
-"""Questions with answers: a line of JSON becomes text that a decoder is trained on and asked.
+"""Questions with answers: turns lines of JSON into text, to train a decoder and to ask it.
 
 A line is {"question": TEXT, "answer": TEXT}, and may have "steps": a text with a step on each line,
-or a list of steps. Empty lines are skipped. As text it is
+or a list of steps. Empty lines are skipped. The text of a question is
 
     QUESTION
     Answer: ANSWER
 
-or, where the steps are read too, "Answer: STEPS #### ANSWER". It ends with a line break, at
-which a generated answer stops. To ask in another form, change this file: training, evaluation and
-`benchmark` take it from here.
+or, where the steps are read too, "Answer: STEPS #### ANSWER". The text ends with a line break, at
+which a generated answer stops. To ask in another form, change this file alone: training,
+evaluation and `benchmark` all use it.
 """
 
 import json
@@ -33,9 +33,9 @@ FORM = '{"question": TEXT, "answer": TEXT}'
 
 
 class Question(NamedTuple):
-    """Holds a question, its answer, and the steps that lead to it.
+    """Holds a question, its answer, and the steps that lead to the answer.
 
-    steps: one on each line; "" where it has none.
+    steps: one step on each line; "" where there are none.
     """
 
     question: str
@@ -43,15 +43,15 @@ class Question(NamedTuple):
     steps: str = ""
 
     def prompt(self) -> str:
-        """Returns the text that is asked."""
+        """Returns the text that asks the question."""
         return f"{self.question}\n{PROMPT_END}"
 
     def reply(self, with_steps: bool, removed: int = 0) -> str:
-        """Returns the text that is to follow, on one line, without the first `removed` steps."""
+        """Returns the text after the prompt, on one line, without the first `removed` steps."""
         return "".join(self.parts(with_steps, removed)[1:])
 
     def parts(self, with_steps: bool, removed: int = 0) -> list[str]:
-        """Returns prompt and reply in the parts that are encoded each by itself."""
+        """Returns prompt and reply, divided into the parts that are tokenized separately."""
         parts = [self.prompt()]
         if with_steps:
             steps = [line for line in self.steps.split("\n") if line.strip()]
@@ -62,7 +62,7 @@ class Question(NamedTuple):
 
 
 def _words(text: str) -> str:
-    """Returns a text on one line, behind a blank."""
+    """Returns a text on one line, with a space before it."""
     return f" {' '.join(text.split())}"
 
 
@@ -75,7 +75,7 @@ def read(line: bytes, with_steps: bool) -> Question:
     """Reads a line of JSON.
 
     Raises:
-      ValueError: it is not of the form, with the reason.
+      ValueError: the line has another form; the message gives the reason.
     """
     try:
         row = json.loads(line)
@@ -104,16 +104,16 @@ def read(line: bytes, with_steps: bool) -> Question:
 def encode(
     line: bytes, with_steps: bool, tokenizer: Tokenizer, removed: int = 0
 ) -> tuple[np.ndarray, str]:
-    """Returns the tokens of a line and why it is bad, as `rows.encode` does; none of an empty one.
+    """Returns the tokens of a line and its fault, as `rows.encode` does. An empty line has neither.
 
-    The prompt is encoded by itself, as it is when the question is asked; so are the steps, their
-    end and the answer, whose tokens are the same with and without steps.
+    The prompt, the steps, their end and the answer are tokenized separately. So the prompt has the
+    same tokens when the question is asked, and the answer has the same with and without steps.
 
     Args:
-      line: of JSON.
-      with_steps: the reply has steps before the answer.
-      tokenizer: the decoder's.
-      removed: so many of the steps, from the first on, are left out.
+      line: one line of JSON.
+      with_steps: whether the reply has steps before the answer.
+      tokenizer: the decoder's tokenizer.
+      removed: how many steps, from the first on, are left out.
     """
     nothing = np.empty(0, np.int32)
     if not line.strip():
@@ -135,17 +135,17 @@ def encode(
 
 
 def parted(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Returns the tokens of the prompt and of the reply, of tokens that `encode` made.
+    """Divides tokens that `encode` made; returns those of the prompt and those of the reply.
 
     Raises:
-      UserError: they are of another form.
+      UserError: the tokens have another form.
     """
     end = tokenizer.encode(PROMPT_END)
     for k in range(len(end), len(tokens)):
         prompt, reply = tokens[:k], tokens[k:]
         if prompt[-len(end) :] != end:
             continue
-        # A reply is one line. Behind an earlier PROMPT_END, inside the question, there are more.
+        # A reply is one line. After an earlier PROMPT_END, inside the question, more lines follow.
         if tokenizer.decode(reply).count(STOP) == 1:
             return prompt, reply
     raise UserError(
@@ -161,9 +161,9 @@ def answer_in(reply: str) -> str:
 
 
 def room_for(replies: Iterable[str]) -> int:
-    """Returns a number of tokens that each of these replies fits into, at most MOST_TOKENS.
+    """Returns a number of tokens that is enough for each of these replies, at most MOST_TOKENS.
 
-    A token has at least one byte.
+    The bytes of the longest reply are counted, because a token has at least one byte.
     """
     longest = max((len(reply.encode()) for reply in replies), default=1)
     return min(longest, MOST_TOKENS)

@@ -1,10 +1,10 @@
-"""Documents to rows of tokens, rows to segments, and a count of what had to be skipped: numpy only.
+"""Packs documents into rows of tokens, numbers the pieces of rows, counts bad records: numpy only.
 
-A *stream* is all documents one after the other, each led by BOS. A *row* is `length` tokens of it;
-a row that begins inside a document begins with BOS too. So every row consists of pieces that each
-begin with BOS, and no token of the text is dropped or doubled. The last row of a stream has
-padding. Where documents are kept whole, as questions are, every row may have some, and the end of a
-document that is longer than a row is left out.
+A *stream* is all documents one after the other, each after a BOS. A *row* is `length` tokens of the
+stream; a row that begins inside a document begins with BOS too. So every row consists of pieces
+that each begin with BOS, and no token of the text is dropped or doubled. The last row of a stream
+ends with padding. Questions are kept whole: then any row may end with padding, and a document
+longer than a row loses its end.
 """
 
 import collections
@@ -20,7 +20,7 @@ from latent_delib.errors import UserError
 
 
 def check_data(data: Any) -> None:
-    """Raises UserError unless the `data` config names a possible mixture. Looks at no file."""
+    """Raises UserError unless the `data` config describes a possible mixture. Opens no file."""
     sources, validation, weights = list(data.sources), list(data.validation), list(data.weights)
     for source in [*sources, *validation]:
         if not isinstance(source, str):
@@ -57,10 +57,10 @@ def check_data(data: Any) -> None:
 class Document(NamedTuple):
     """Holds a document of a validation source.
 
-    source: as the config names it.
-    work: the file that the document is a part of, by the shortest path that tells it from the
-      source's other files. "" where each document is a work of its own, as a line or a record is.
-      None where that is not known.
+    source: the source string of the config.
+    work: the file that the document is a part of, by its path below the common folder of the
+      source's files. "" where each document is a work of its own, such as a line or a record. None
+      where the work is not known.
     tokens: int32 [n], without BOS.
     """
 
@@ -72,7 +72,7 @@ class Document(NamedTuple):
 class BadRecords:
     """Counts distinct skipped records; raises UserError once there are more than `limit`.
 
-    The count begins at 0 with the process: a job that resumes may skip as many again.
+    Each process counts from 0, so a job that resumes may skip as many again.
     """
 
     def __init__(self, limit: int):
@@ -80,10 +80,12 @@ class BadRecords:
         self.met: collections.Counter[str] = collections.Counter()
 
     def __call__(self, record: str) -> None:
-        """Skips `record`, "FILE: which one: what is wrong". Prints the first few, then ever fewer.
+        """Counts `record`, a text "FILE: PLACE: FAULT".
+
+        Prints the first eight records, then those whose number is a power of two.
 
         Raises:
-          UserError: it is one more than the limit.
+          UserError: the record is one more than the limit.
         """
         is_new = record not in self.met
         number = len(self.met) + 1
@@ -125,13 +127,12 @@ def pack(
     """Adds a document to the row begun so far and cuts off complete rows: one step of packing.
 
     Args:
-      body: int32 [< length - 1], the row begun so far without its leading BOS; at the start an
-        empty one.
-      tokens: int32 [n], a document without BOS; an empty one ends the stream and pads the rest.
-      length: tokens of a row.
-      whole: a document that does not fit into the row begun so far begins the next one. Of one
-        that is longer than a row the end is left out: what would follow is the end of a question
-        whose beginning is in another row.
+      body: int32 [< length - 1], the row begun so far without its leading BOS; empty at the start.
+      tokens: int32 [n], a document without BOS. An empty document ends the stream and pads the row.
+      length: number of tokens in a row.
+      whole: whether documents are kept whole. A document that does not fit into the row begun so
+        far then begins the next row. One that is longer than a row loses its end: in the next row
+        that would be the end of a question without its beginning.
 
     Returns:
       The complete rows int32 [k, length], and the new body.
@@ -151,7 +152,7 @@ def pack(
 
 
 def packed(documents: Iterable[np.ndarray], **settings: Any) -> Iterator[np.ndarray]:
-    """Yields the complete rows int32 [k, length] of documents, k after each; settings of `pack`."""
+    """Yields the complete rows, int32 [k, length], after each document; `settings` are `pack`'s."""
     nothing = np.empty(0, np.int32)
     body = nothing
     for tokens in itertools.chain(documents, [nothing]):
@@ -160,7 +161,7 @@ def packed(documents: Iterable[np.ndarray], **settings: Any) -> Iterator[np.ndar
 
 
 def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
-    """Returns the number of each token's BOS-led piece, int32 [B, T]: from 1, 0 on padding."""
+    """Returns the number of each token's BOS-led piece, int32 [B, T]: from 1, and 0 on padding."""
     pieces_BT = np.cumsum(tokens_BT == bos_id, axis=-1)
     return np.where(tokens_BT == pad_id, 0, pieces_BT).astype(np.int32)
 
@@ -183,7 +184,7 @@ def grouped(items: Iterable, size: int) -> Iterator[list]:
 def ahead(function: Callable, items: Iterable, threads: int, count: int) -> Iterator:
     """Yields function(item) of each item, in order.
 
-    Threads work on the next `count` items meanwhile.
+    Meanwhile threads work on the next `count` items.
     """
     items = iter(items)
     pool = ThreadPoolExecutor(threads)

@@ -1,15 +1,16 @@
-"""Source strings, which name text: their forms, and the local files that they mean.
+"""Parses source strings, which name text, and finds the local files that they name.
 
 packaged/train, packaged/validation   the text in data/corpus
-files:GLOB                            files of documents; a line of a form feed alone parts two; **
-                                      in a GLOB means folders at any depth, on this machine alone
+files:GLOB                            files of documents, separated by lines that hold only a form
+                                      feed; ** in any GLOB means folders at any depth, and is for
+                                      files on this machine
 lines:GLOB                            files with a document on each line
-qa:GLOB, qa_steps:GLOB                JSON lines of questions with answers, or with steps too
-qa_steps-K:GLOB                       the same without the first K steps of each
+qa:GLOB, qa_steps:GLOB                JSON lines of questions with answers; with steps too
+qa_steps-K:GLOB                       the same without the first K steps of each question
 tfds:NAME:SPLIT:FEATURE               a TFDS dataset in $TFDS_DATA_DIR; nothing is downloaded
 hf:OWNER/NAME:SPLIT:FEATURE           a dataset on the Hugging Face Hub, read as it arrives; also
                                       hf:OWNER/NAME/CONFIG:... and hf:OWNER/NAME@REVISION:...
-hf:FOLDER:SPLIT:FEATURE               such a dataset in a local folder; it begins with / or ./
+hf:FOLDER:SPLIT:FEATURE               such a dataset in a folder that begins with /, ./ or ../
 """
 
 import glob
@@ -43,7 +44,9 @@ _CORPUS = pathlib.Path(__file__).parent / "corpus"
 class Files(NamedTuple):
     """Names text files.
 
-    kind: "files" of documents; or "lines", "qa", "qa_steps", "qa_steps-K", a document per line.
+    kind: "files", for files of documents; or "lines", "qa", "qa_steps" or "qa_steps-K", for files
+      with a document on each line.
+    pattern: a glob of the files.
     """
 
     kind: str
@@ -61,7 +64,8 @@ class Tfds(NamedTuple):
 class Hub(NamedTuple):
     """Names a split of a dataset on the Hugging Face Hub, and the feature that holds its text.
 
-    name: OWNER/NAME, or a local folder. config, revision: "" where the source names none.
+    name: OWNER/NAME, or a local folder.
+    config, revision: "" where the source names none.
     """
 
     name: str
@@ -76,10 +80,10 @@ class Hub(NamedTuple):
 
 
 def parse(source: str) -> Files | Tfds | Hub:
-    """Returns what a source string means; looks at no file.
+    """Parses a source string; opens no file.
 
     Raises:
-      UserError: it has none of the forms.
+      UserError: the string has none of FORMS.
     """
     if source in PACKAGED:
         folder = _CORPUS / source.removeprefix("packaged/")
@@ -116,7 +120,7 @@ def has_questions(source: str) -> bool:
 
 
 def source_of(given: str) -> str:
-    """Returns the source string that a command line means: as it is, or files:GIVEN for a path."""
+    """Returns a source string of a command line unchanged, and files:GIVEN for a path."""
     if given.startswith(("packaged/", "tfds:", "hf:")) or _FILES.match(given):
         return given
     return f"files:{os.path.expanduser(given)}"
@@ -160,7 +164,7 @@ def common_folder(paths: Iterable[str]) -> str:
 
 
 def check_files(sources: Iterable[str]) -> None:
-    """Raises UserError unless each source has a known form, and its local files are there."""
+    """Raises UserError unless each source has a known form, and its local files exist."""
     for source in sources:
         meant = parse(source)
         if isinstance(meant, Files) and "://" not in meant.pattern:

@@ -1,6 +1,6 @@
-"""seqio tasks and mixtures of text sources, and the training batches that come through them.
+"""Makes seqio tasks and mixtures of text sources, and training batches from them.
 
-Importing this module imports TensorFlow, so it is itself imported only where training reads text.
+This module imports TensorFlow. So it is imported only where training reads text, not token files.
 """
 
 import errno
@@ -33,9 +33,9 @@ _BLOCK = 256  # texts that TensorFlow takes from the reader at once
 
 
 class _Source(seqio.FileDataSource):
-    """Serves the texts of a reader, part by part, as `text.Text`.
+    """Gives seqio the texts of a reader, part by part, as `text.Text`.
 
-    Shuffles documents as well as parts, anew in each epoch, before seqio repeats the source.
+    Shuffles parts and documents, anew in each epoch, before seqio repeats the source.
     """
 
     def __init__(self, reader: Reader):
@@ -44,7 +44,7 @@ class _Source(seqio.FileDataSource):
         super().__init__(texts, parts, cycle_length=reader.cycle, block_length=text.BLOCK)
 
     def list_shards(self, split):
-        return self._split_to_filepattern[split]  # names, though they may look like patterns
+        return self._split_to_filepattern[split]  # names, even if they look like patterns
 
     def get_dataset(self, split, shuffle=True, seed=None, shard_info=None):
         dataset = super().get_dataset(split, shuffle, seed, shard_info)
@@ -69,9 +69,9 @@ def _texts_of_part(reader: Reader, part: tf.Tensor) -> tf.data.Dataset:
 
 
 def _tokenize(dataset: tf.data.Dataset, reader: Reader, tokenizer: Tokenizer) -> tf.data.Dataset:
-    """Tokenizes texts into {"tokens": int32 [n] without BOS, "bad": what is wrong, or empty}.
+    """Tokenizes texts into {"tokens": int32 [n] without BOS, "bad": the fault, or empty}.
 
-    Texts without a token are left out. Bad ones stay, without tokens, to be counted by the reader.
+    Texts without a token are left out. Bad texts stay, without tokens, and are counted later.
     """
 
     def numpy_tokenize(content: bytes, part: bytes, number: int) -> tuple[np.ndarray, bytes]:
@@ -96,8 +96,8 @@ def _pack(
 ) -> tf.data.Dataset:
     """Packs documents into rows of sequence_length["tokens"] tokens; changes nothing without it.
 
-    `whole` is that of `rows.pack`.
-    The "bad" of a row are the lines of the bad documents met since the rows before it.
+    `whole` is as in `rows.pack`. "bad" of a row has a line for each bad document since the rows
+    before it.
     """
     if sequence_length is None:
         return dataset
@@ -128,13 +128,13 @@ def _pack(
 
 
 def _name(text: str, *identity: Any) -> str:
-    """Returns a name that seqio accepts, the same for the same identity only."""
+    """Returns a name that seqio accepts, which differs for each text and identity."""
     digest = hashlib.sha256(repr((text, *identity)).encode()).hexdigest()
     return re.sub(r"\W+", "_", f"{text} {digest[:8]}")
 
 
 def add_task(reader: Reader, tokenizer_path: str, number: int = 0) -> str:
-    """Registers the seqio task of a source, unless it is there already, and returns its name.
+    """Registers the seqio task of a source, unless that is done already, and returns its name.
 
     With sequence_length={"tokens": T} its dataset holds packed rows {"tokens": int32 [T], "bad":
     string}. Otherwise it holds documents {"tokens": int32 [n] without BOS, "bad": string}. "bad"
@@ -159,7 +159,7 @@ def add_task(reader: Reader, tokenizer_path: str, number: int = 0) -> str:
 
 def add_mixture(readers: list[Reader], weights: list[float], tokenizer_path: str) -> str:
     """Registers the seqio mixture that draws rows of sources by `weights`; returns its name."""
-    # seqio mixes in the order of names: numbers keep it the same wherever the files lie.
+    # seqio mixes in the order of names: with numbers, the files' folders do not change the order.
     tasks = [add_task(reader, tokenizer_path, number) for number, reader in enumerate(readers)]
     rates = list(zip(tasks, weights, strict=True))
     name = _name("mixture", rates)
@@ -173,7 +173,7 @@ def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict
     try:
         with reading(sources):
             yield from dataset.as_numpy_iterator()
-    except tf.errors.OpError as error:  # TensorFlow keeps no more than a line of the reader's own
+    except tf.errors.OpError as error:  # TensorFlow keeps one line of an error that a reader raised
         told = re.search(r"\b(UserError|Outage): (.*)", error.message)
         if told is None:
             raise
@@ -188,9 +188,9 @@ def _text(lines: bytes) -> str:
 
 
 class Training:
-    """Serves `batches.Training` from text.
+    """Implements `batches.Training` with text.
 
-    Every process runs the whole pipeline and keeps its rows.
+    Every process runs the whole pipeline and keeps its own rows.
     """
 
     def __init__(self, data: Any, tokenizer_path: str):
@@ -199,11 +199,11 @@ class Training:
         self.readers = list(map(text.open_source, data.sources))
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns a digest of each source, and how questions are packed."""
+        """Returns a digest of each source, and how its questions are packed."""
         found = {}
         for i, reader in enumerate(self.readers):
             found[f"sources[{i}]"] = reader.fingerprint()
-            if has_questions(reader.source):  # older versions cut them anywhere
+            if has_questions(reader.source):  # older versions cut questions anywhere
                 found[f"packing of sources[{i}]"] = "whole"
         return found
 
@@ -212,8 +212,8 @@ class Training:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Returns batches without end, as `batches.Training` does.
 
-        They are a generator. Close it where the process ends before they are dropped: TensorFlow's
-        threads may wait for Python for ever then.
+        The result is a generator. Close it before the process ends: otherwise TensorFlow's threads
+        may wait for Python for ever.
         """
         data = self.data
         tokenizer = Tokenizer(self.tokenizer_path)
@@ -221,7 +221,7 @@ class Training:
         mixture = seqio.MixtureRegistry.get(
             add_mixture(self.readers, list(data.weights), self.tokenizer_path)
         )
-        # An endless repetition of nothing would never return.
+        # An endless repetition of an empty source would never return.
         text.check_texts(self.readers, self.tokenizer_path, bad)
         dataset = mixture.get_dataset(
             {"tokens": data.seq_len},
@@ -242,5 +242,5 @@ class Training:
             }
 
         elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
-        every_batch = map(batch, elements)  # those before start_step too: their bad records count
+        every_batch = map(batch, elements)  # also before start_step: their bad records count
         return (each for each in itertools.islice(every_batch, start_step, None))

@@ -1,6 +1,6 @@
-"""Imports TensorFlow, without the lines that it prints then, and without an accelerator.
+"""Imports TensorFlow without the lines that it prints, and keeps it off the accelerator.
 
-So this module is itself imported only where TensorFlow is needed.
+Import this module only where TensorFlow is needed.
 """
 
 import contextlib

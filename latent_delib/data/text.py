@@ -1,7 +1,7 @@
-"""Documents of text sources, in a fixed order: one reader for `prepare`, evaluation and seqio.
+"""Reads the documents of text sources in a fixed order, for `prepare`, evaluation and seqio alike.
 
-A source has parts, files as a rule, and each part has texts. What is particular to a kind of source
-is in text_files.py, tfds_datasets.py and hub_datasets.py.
+A source has parts, usually files, and each part has texts. Each kind of source has a reader of its
+own, in text_files.py, tfds_datasets.py and hub_datasets.py.
 """
 
 import collections
@@ -19,7 +19,7 @@ from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 
-BLOCK = 16  # texts of a part in a turn, as seqio has it
+BLOCK = 16  # texts that are read from a part at each of its turns, as in seqio
 _THREADS = min(8, os.cpu_count() or 1)
 _GROUP = 16  # texts that a thread takes at once
 
@@ -28,10 +28,10 @@ class Reader(Protocol):
     """Reads a source. The same source has the same parts and texts each time, in the same order.
 
     Attributes:
-      source: as the config names it.
-      parts: their names.
-      cycle: how many of them are read in turns, a block of texts from each.
-      unit: what a part is divided into, as error messages call it.
+      source: the source string of the config.
+      parts: the names of the parts.
+      cycle: how many parts are open at a time; in turn, a block of texts is read from each.
+      unit: the word for one text of a part in error messages, such as "line".
     """
 
     source: str
@@ -40,23 +40,23 @@ class Reader(Protocol):
     unit: str
 
     def contents(self, part: str) -> Iterator[bytes]:
-        """Yields the texts of a part: UTF-8, or bad."""
+        """Yields the texts of a part as bytes, which may turn out not to be UTF-8."""
 
     def work(self, part: str) -> str:
-        """Returns the work that the texts of a part are of, as in `rows.Document`."""
+        """Returns the work that the texts of a part belong to, as in `rows.Document`."""
 
     def num_bytes(self) -> int:
-        """Returns how many bytes there are to read; 0 where that is not known."""
+        """Returns the size of the source in bytes; 0 where it is not known."""
 
     def fingerprint(self) -> str:
-        """Returns a digest; different texts have different ones."""
+        """Returns a digest that tells different texts apart."""
 
 
 def open_source(source: str) -> Reader:
-    """Finds the text that a source string means.
+    """Returns the reader of the text that a source string names.
 
     Raises:
-      UserError: it is not there, or the package that reads it is not.
+      UserError: the text is missing, or the package that reads it is not installed.
     """
     meant = parse(source)
     if isinstance(meant, Files):
@@ -71,7 +71,12 @@ def open_source(source: str) -> Reader:
 
 
 class Text(NamedTuple):
-    """Holds a text as it was read: UTF-8 or bad, its part, and its number there, from 1."""
+    """Holds a text as it was read.
+
+    content: bytes, which may turn out not to be UTF-8.
+    part: the part of the source that the text is from.
+    number: the number of the text in its part, from 1.
+    """
 
     content: bytes
     part: str
@@ -85,9 +90,9 @@ def texts_of_part(reader: Reader, part: str) -> Iterator[Text]:
 
 
 def _in_turns(parts: Iterator[Iterator[Text]], cycle: int) -> Iterator[Text]:
-    """Yields the texts of parts, a block of each of the open ones in turn, as tf.data does.
+    """Yields the texts of parts: in turn, a block from each open part, as tf.data does.
 
-    The next part is opened in the place of one that has ended.
+    `cycle` parts are open at a time. When one has ended, the next part takes its place.
     """
     opened = collections.deque(itertools.islice(parts, cycle))
     while opened:
@@ -127,7 +132,7 @@ def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[
     Each is {"tokens": int32 [n] without BOS, "bytes": int, "work": str, as in `rows.Document`}.
 
     Raises:
-      UserError: there is none, or one bad document too many.
+      UserError: the source has no good document, or one bad document too many.
     """
     tokenizer = Tokenizer(tokenizer_path)
 
@@ -149,13 +154,13 @@ def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[
 
 
 def check_texts(readers: Iterable[Reader], tokenizer_path: str, bad: BadRecords) -> None:
-    """Reads each source up to its first good document. Raises UserError where there is none."""
+    """Reads each source up to its first good document. Raises UserError if a source has none."""
     for reader in readers:
         next(documents(reader, tokenizer_path, bad))
 
 
 def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
-    """Returns `batches.validation_documents` of text."""
+    """Implements `batches.validation_documents` for text."""
     bad = BadRecords(data.max_bad_records)
     readers = list(map(open_source, data.validation))
     check_texts(readers, tokenizer_path, bad)

@@ -1,6 +1,6 @@
-"""Text files: which ones a source means, what they hold, and a digest of them.
+"""Finds the text files of a source, reads their texts, and computes their digest.
 
-On stores such as gs:// epath reads them, by TensorFlow where that is installed, else by gcsfs.
+epath reads files on gs://, by TensorFlow where it is installed, else by gcsfs.
 """
 
 import codecs
@@ -17,24 +17,24 @@ from etils import epath
 from latent_delib.data.sources import Files, common_folder, local_files, only_files
 from latent_delib.errors import UserError, reason, store_error
 
-CYCLE = 16  # as seqio and TFDS have it
+CYCLE = 16  # files that are read in turns, as in seqio and TFDS
 _SEPARATOR = re.compile(rb"\n\f(?:\r?\n\f)*\r?\n")
-_END = 1 << 16  # bytes
+_END = 1 << 16  # bytes at each end of a file that its digest covers
 # Errors of a file, by name: the last three are TensorFlow's.
 _LOST = {"FileNotFoundError", "PermissionError"}
 _LOST |= {"NotFoundError", "PermissionDeniedError", "DataLossError"}
 
 
 class TextFiles:
-    """Reads the files of a source. Those of a store are found by its client.
+    """Reads the files of a source, on a local disk or gs://.
 
     Attributes:
       parts: the paths of the files, sorted.
-      cycle: how many of them are read in turns.
-      unit: what a file is divided into.
+      cycle: how many files are read in turns.
+      unit: the word for one text of a file.
 
     Raises:
-      UserError: there are none.
+      UserError: there are no files.
     """
 
     cycle = CYCLE
@@ -47,31 +47,31 @@ class TextFiles:
         self.folder = common_folder(self.parts)
 
     def contents(self, path: str) -> Iterator[bytes]:
-        """Yields the texts of one file. Raises UserError where it is lost."""
+        """Yields the texts of one file. Raises UserError if the file is lost."""
         divide = _lines if self.unit == "line" else _documents
         with reading([self.source]), open_file(path) as file:
             for number, content in enumerate(divide(file)):
-                if number == 0 and content.startswith(codecs.BOM_UTF8):  # a mark, which is no text
+                if number == 0 and content.startswith(codecs.BOM_UTF8):  # a mark, not text
                     content = content.removeprefix(codecs.BOM_UTF8).lstrip(b"\r\n")
                 yield content
 
     def work(self, path: str) -> str:
-        """Returns the work that the texts of a file are parts of, as in `rows.Document`."""
+        """Returns the work that the texts of a file belong to, as in `rows.Document`."""
         return "" if self.unit == "line" else path.removeprefix(f"{self.folder}/")
 
     def num_bytes(self) -> int:
-        """Returns the size of all files."""
+        """Returns the size of all files in bytes."""
         return bytes_of_files(self.source, self.parts)
 
     def fingerprint(self) -> str:
-        """Returns a digest of all files, wherever they lie."""
+        """Returns a digest of all files, which does not depend on their folder."""
         is_packaged = self.source.startswith("packaged/")
         kind = self.source if is_packaged else self.kind
         return digest_of_files(self.source, kind, self.parts)
 
 
 def _find(source: str, pattern: str) -> list[str]:
-    """Returns the files of a pattern, sorted. Raises UserError where there are none."""
+    """Returns the files that match a pattern, sorted. Raises UserError if there are none."""
     if "://" not in pattern:
         return only_files(source, local_files(pattern), os.path.isdir)
     bucket, _, inside = pattern.removeprefix("gs://").partition("/")
@@ -92,7 +92,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
-# Any files: a dataset's too.
+# For files of any source, datasets included.
 
 
 def open_file(path: str) -> Any:
@@ -104,7 +104,7 @@ def open_file(path: str) -> Any:
 def reading(sources: Iterable[str]) -> Iterator[None]:
     """Raises UserError for a file that is lost, OSError where a store or disk fails.
 
-    Other faults are the program's, and pass.
+    Other errors are bugs of the program, and pass unchanged.
     """
     try:
         yield
@@ -124,14 +124,14 @@ def _cause(error: Exception) -> str:
     """Returns the file and the fault that an error is about."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}; {error.strerror}"
-    # TensorFlow's message names them among parts of the pipeline.
+    # TensorFlow's message names file and fault among parts of the pipeline.
     cause = getattr(error, "message", reason(error))
     cause = cause.partition("\n")[0].partition(" [Op:")[0]
     return re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
 
 
 def bytes_of_files(source: str, paths: Iterable[str]) -> int:
-    """Returns the size of files, which a progress line counts towards."""
+    """Returns the total size of files in bytes."""
     total = 0
     for path in paths:
         with reading([source]), open_file(path) as file:
@@ -145,7 +145,10 @@ def _size(file: BinaryIO) -> int:
 
 
 def digest_of_files(source: str, kind: str, paths: Iterable[str]) -> str:
-    """Returns a digest of a kind of text and of files, by their names below a common folder."""
+    """Returns a digest of a kind of text and of files: of their sizes, beginnings and ends.
+
+    Files are named by their paths below their common folder.
+    """
     paths = sorted(paths)
     folder = common_folder(paths)
     with reading([source]), ThreadPoolExecutor(32) as pool:

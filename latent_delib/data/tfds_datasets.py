@@ -1,7 +1,7 @@
-"""TFDS datasets in $TFDS_DATA_DIR; nothing is downloaded.
+"""Reads TFDS datasets in $TFDS_DATA_DIR; downloads nothing.
 
-TensorFlow is imported only for those that are stored as tfrecord, which is what TFDS writes unless
-it is told otherwise. Those stored as array_record need none.
+TensorFlow is imported only for datasets that are stored as tfrecord, the default of TFDS. Datasets
+that are stored as array_record do not need it.
 """
 
 import os
@@ -22,12 +22,12 @@ class TfdsDataset:
     """Reads a split of a TFDS dataset.
 
     Attributes:
-      parts: the paths of its files, in their order.
-      cycle: how many of them are read in turns: one where the order of records matters.
-      unit: what a file is divided into.
+      parts: the paths of the split's files, in order.
+      cycle: how many files are read in turns; 1 where the order of records matters.
+      unit: the word for one text of a file.
 
     Raises:
-      UserError: there is no such dataset, split, slice of it or text.
+      UserError: there is no such dataset, split, slice of the split or text feature.
     """
 
     unit = "record"
@@ -38,14 +38,14 @@ class TfdsDataset:
         self.info = _find(source, meant).info
         try:
             parts = self.info.splits[meant.split].file_instructions
-        except ValueError as error:  # as of a slice that begins behind the last record
+        except ValueError as error:  # for example, a slice begins after the last record
             raise UserError(f"config.data: source {source!r}: {reason(error)}") from None
         self.files = {part.filename: part for part in parts}
         self.parts = list(self.files)
         self.cycle = 1 if self.info.disable_shuffling else CYCLE
 
     def contents(self, path: str) -> Iterator[bytes]:
-        """Yields the texts of one file. Raises UserError where it is lost or damaged."""
+        """Yields the texts of one file. Raises UserError if the file is lost or damaged."""
         features = self.info.features
         others = {name: tfds.decode.SkipDecoding() for name in features if name != self.feature}
         read = _array_records
@@ -60,11 +60,11 @@ class TfdsDataset:
         return ""
 
     def num_bytes(self) -> int:
-        """Returns the size of all files."""
+        """Returns the size of all files in bytes."""
         return bytes_of_files(self.source, self.parts)
 
     def fingerprint(self) -> str:
-        """Returns a digest of all files, wherever they lie."""
+        """Returns a digest of all files, which does not depend on their folder."""
         return digest_of_files(self.source, self.source, self.parts)
 
 
@@ -72,7 +72,7 @@ def _find(source: str, meant: Tfds) -> tfds.core.DatasetBuilder:
     """Returns the builder of a prepared dataset.
 
     Raises:
-      UserError: there is no such dataset, split or text, or its files are of another format.
+      UserError: there is no such dataset, split or text feature, or the file format is unknown.
     """
     name, split, feature = meant
     folder = os.environ.get("TFDS_DATA_DIR", tfds.core.constants.DATA_DIR)
@@ -110,7 +110,7 @@ def _array_records(part: Any) -> Iterator[bytes]:
             for start in range(0, len(records), _READ):
                 stop = min(start + _READ, len(records))
                 yield from records.__getitems__(range(start, stop))
-    except (IndexError, RuntimeError, ValueError) as error:  # it has no errors of its own
+    except (IndexError, RuntimeError, ValueError) as error:  # the library has no error types
         raise UserError(f"config.data: reading {part.filename!r}: {reason(error)}") from None
 
 

@@ -2,16 +2,17 @@
 
     OUT/train/<i>/tokens         [rows, seq_len], the packed rows of source i
     OUT/validation/<i>/tokens    [N], the documents of source i one after the other, without BOS
-    OUT/validation/<i>/offsets   int64 [documents + 1], where each begins
-    OUT/validation/<i>/work      int64 [documents], the work that each is a part of: a number in
-                                 meta.json's "works" of source i, or -1 where it is its own work
+    OUT/validation/<i>/offsets   int64 [documents + 1], where each document begins, and the end
+    OUT/validation/<i>/work      int64 [documents], the work that each document is a part of: an
+                                 index into "works" of source i in meta.json; -1 for a document that
+                                 is a work of its own
     OUT/meta.json                written last: without it OUT is unfinished; holds a digest of each
                                  source's tokens
 
-The arrays are zarr3, uint16 where the vocabulary fits and int32 elsewhere, on a local disk or
-gs://. Rows lie in small uncompressed chunks of large files, so a row anywhere costs a read of a few
-kilobytes. Each chunk has a checksum. Older formats are read too: format 1 had no checksums, and
-format 2 no works.
+The arrays are zarr3, on a local disk or gs://. Tokens are uint16 where the vocabulary fits, else
+int32. Rows are stored in small uncompressed chunks of large files, so that to read any row takes a
+few kilobytes. Each chunk has a checksum. Older formats are read too: formats 1 and 2 have no works,
+and format 1 has no checksums.
 """
 
 import contextlib
@@ -32,10 +33,10 @@ from latent_delib.data.tokenizer import fingerprint
 from latent_delib.errors import UserError, reason, store_error
 
 FORMAT = 3
-KEYS = {"format", "seq_len", "tokenizer_sha256", "train", "validation"}  # of every meta.json
-FIELDS = {"train": "sources", "validation": "validation"}  # of config.data: the split's sources
+KEYS = {"format", "seq_len", "tokenizer_sha256", "train", "validation"}  # in every meta.json
+FIELDS = {"train": "sources", "validation": "validation"}  # split -> its key in config.data
 AGAIN = "copy the token files again, or prepare them again"
-_FILE = 1 << 22  # tokens
+_FILE = 1 << 22  # numbers in a file, such as tokens
 _CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
 _DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")  # tensorstore's: a wrong checksum, a cut-off file
 _CACHE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
@@ -72,7 +73,7 @@ def _folder(directory: str) -> ts.KvStore:
 
 
 def _open_array(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
-    """Opens an array to read. Raises UserError where its shape is not that of meta.json."""
+    """Opens an array to read. Raises UserError unless it has `shape`, which meta.json gives."""
     spec = {"driver": "zarr3", "kvstore": _store(path), "fill_missing_data_reads": False}
     opening = ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False)
     array = _done(opening, path)
@@ -84,10 +85,13 @@ def _open_array(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
 
 
 def _tokens(future: Any, where: str, vocab_size: int, bad: BadRecords) -> np.ndarray | None:
-    """Returns the tokens that tensorstore reads, int32; counts bad ones and returns None.
+    """Returns the tokens that tensorstore reads, int32; None for bad tokens, which it counts.
 
-    Bad tokens are damaged, or hold an id outside the vocabulary. A store that fails and a file that
-    is gone raise.
+    Tokens are bad if they are damaged or hold an id outside the vocabulary.
+
+    Raises:
+      OSError: the store fails.
+      UserError: the file is gone.
     """
     try:
         tokens = future.result().astype(np.int32)
@@ -134,7 +138,7 @@ def _write_array(
 
     Args:
       chunk: how many numbers are read together.
-      digest: a hash that is fed all that is stored.
+      digest: a hash object, which is updated with everything that is stored.
     """
     chunk_rows = max(1, chunk // math.prod(width))
     file_rows = max(1, _FILE // math.prod(width) // chunk_rows) * chunk_rows
@@ -166,7 +170,7 @@ def read_meta(directory: str) -> dict | None:
     """Returns the content of meta.json; None where there is none.
 
     Raises:
-      UserError: it is damaged, or another program's.
+      UserError: the file is damaged, or another program wrote it.
     """
     found = _done(_folder(directory).read("meta.json"), directory)
     if found.state != "value":
@@ -202,7 +206,7 @@ def write_train(
 ) -> dict[str, Any]:
     """Packs documents, int32 [n] without BOS, into rows of source `number`; returns its counts.
 
-    `whole` is that of `rows.pack`; then "cut" counts the documents that are longer than a row.
+    `whole` is as in `rows.pack`. With it, the count "cut" is of documents longer than a row.
     """
     count = {"documents": 0, "tokens": 0}
 
@@ -230,10 +234,10 @@ def write_train(
 def write_validation(
     directory: str, number: int, documents: Iterable[tuple[str, np.ndarray]], meta: dict
 ) -> dict[str, Any]:
-    """Writes documents, (work, tokens) as in `Document`, of source `number`; returns its counts."""
+    """Writes the documents of source `number`, (work, tokens) as in `Document`; returns counts."""
     offsets = [0]
     work: list[int] = []
-    numbers: dict[str, int] = {}  # of the works, in the order in which they come
+    numbers: dict[str, int] = {}  # work -> its number, in the order in which works first appear
 
     def tokens() -> Iterator[np.ndarray]:
         for name, document in documents:
@@ -260,7 +264,10 @@ def write_validation(
 class Stored(NamedTuple):
     """Names a source as it is stored.
 
-    name: SPLIT/NUMBER, its place in the folder. entry: its part of meta.json.
+    source: the source string of the config.
+    name: SPLIT/NUMBER, the place of the source in the folder of token files.
+    path: the folder of the source.
+    entry: the part of meta.json that describes the source.
     """
 
     source: str
@@ -270,7 +277,7 @@ class Stored(NamedTuple):
 
 
 def _open(data: Any, tokenizer_path: str, split: str) -> tuple[dict, list[Stored]]:
-    """Checks that token files fit the config; returns their meta, and its sources of a split."""
+    """Checks that token files fit the config; returns meta.json, and the config's sources."""
     where = data.token_files.rstrip("/")
     meta = read_meta(where)
     if meta is None:
@@ -314,14 +321,17 @@ def _check_fits(meta: dict, where: str, seq_len: int, tokenizer_path: str) -> No
 
 
 class Training:
-    """Serves `batches.Training` from token files: reads the wanted rows of each batch alone."""
+    """Implements `batches.Training` with token files; reads only the wanted rows of each batch."""
 
     def __init__(self, data: Any, tokenizer_path: str):
         self.data = data
         self.meta, self.stored = _open(data, tokenizer_path, "train")
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns digests of the order of rows and of meta.json, however many files there are."""
+        """Returns the version of the row order, and digests of meta.json and its entry per source.
+
+        It reads no other file.
+        """
         found = {"order": VERSION, "token_files/meta.json": _digest(self.meta)}
         for i, source in enumerate(self.stored):
             found[f"sources[{i}] (token_files/{source.name})"] = _digest(source.entry)
@@ -352,7 +362,7 @@ class Training:
 
 
 def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
-    """Returns `batches.validation_documents` of token files."""
+    """Implements `batches.validation_documents` for token files."""
     meta, stored = _open(data, tokenizer_path, "validation")
     bad = BadRecords(data.max_bad_records)
 
@@ -379,7 +389,7 @@ def _works(path: str, entry: dict) -> list[str | None]:
     """Reads the work of each document of a validation source, as in `Document`."""
     if "works" not in entry:  # format 2
         return [None] * entry["documents"]
-    names = [*entry["works"], ""]  # -1 is the last
+    names = [*entry["works"], ""]  # index -1 is the last, ""
     return [names[number] for number in _numbers(f"{path}/work", entry["documents"])]
 
 

@@ -14,16 +14,17 @@ from latent_delib.data import chat
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
 
-# Between documents, where a vocabulary names no BOS (Qwen's), or no EOS either (GPT-2's).
+# Separates documents. It is BOS where a vocabulary names none (Qwen's), and EOS too where it names
+# neither (GPT-2's).
 _SEPARATOR = "<|endoftext|>"
-_NO_TEXT = "\u00ff"  # byte 255 as byte-level vocabularies spell it; no text in UTF-8 has it
+_NO_TEXT = "\u00ff"  # byte 255, as byte-level vocabularies spell it; UTF-8 text never has this byte
 
 
 def files(path: str | Path) -> list[Path]:
-    """Returns the files of a tokenizer: a model, or tokenizer.json and tokenizer_config.json.
+    """Returns a tokenizer's files: one model, or tokenizer.json and tokenizer_config.json.
 
     Raises:
-      UserError: one of them does not exist.
+      UserError: one of the files does not exist.
     """
     path = Path(path)
     found = [path]
@@ -36,7 +37,7 @@ def files(path: str | Path) -> list[Path]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Returns the SHA-256 of a tokenizer's files, hex. The same one means the same tokenizer."""
+    """Returns the SHA-256 of a tokenizer's files, hex. Equal ones mean equal tokenizers."""
     digest = hashlib.sha256()
     for file in files(path):
         digest.update(file.read_bytes())
@@ -44,9 +45,10 @@ def fingerprint(path: str | Path) -> str:
 
 
 def difference(own: "Tokenizer", other: "Tokenizer") -> str:
-    """Returns the first token that two tokenizers spell differently, as a message; "" without one.
+    """Returns a message on the first difference between two tokenizers; "" if there is none.
 
-    The other may have more tokens. The forms of the files may differ.
+    `other` must spell each token of `own` alike. It may have more tokens, and files of another
+    form.
     """
     if other.vocab_size < own.vocab_size:
         return f"{other.path} has {other.vocab_size} pieces, not {own.vocab_size}"
@@ -58,9 +60,11 @@ def difference(own: "Tokenizer", other: "Tokenizer") -> str:
 
 
 class _Model(NamedTuple):
-    """Holds what a library reads from the files. An id is None where the files name none.
+    """Holds a tokenizer as a library reads it from the files.
 
-    runs: tokens of which the library decodes a run as a whole, or as no text at all.
+    bos_id, eos_id, pad_id, no_text_id: None where the files name no such token.
+    runs: tokens that the library decodes together where they follow each other: as one text, or as
+      no text at all.
     """
 
     encode: Callable[[str], list[int]]
@@ -78,21 +82,23 @@ class _Model(NamedTuple):
 class Tokenizer:
     """Wraps a SentencePiece model, or a Hugging Face `tokenizer.json` where the path ends in .json.
 
-    Padding is never read, so any id serves that is not BOS and that no text yields: the files' own
-    pad if it differs from BOS (Qwen's pad is its document separator, which is BOS here), else EOS
-    (Llama has no pad), else another control token (SmolLM2's base model has one token for BOS and
-    EOS, and no pad), else a byte that no text has (GPT-2 has one control token).
+    Padding is never read, so its id may be any that differs from BOS and that no text yields. The
+    first of these that differs from BOS is taken:
+      1. the files' own pad (Qwen's does not differ: it is the document separator, BOS here);
+      2. EOS (Llama has no pad);
+      3. another control token (SmolLM2's base model has one token for BOS and EOS, and no pad);
+      4. a byte that no text has (GPT-2 has one control token).
 
     Attributes:
-      files: of the tokenizer.
+      files: the tokenizer's files.
       vocab_size: the highest id + 1.
-      bos_id, eos_id, pad_id: pad differs from BOS; text that spells one of them does not become it.
+      bos_id, eos_id, pad_id: ids that text never becomes, even where it spells the token.
       control: spelling of a control token -> its id.
-      spell: id -> the token's own spelling, which is no text where it holds bytes.
-      chat_template: of an instruct model, from chat_template.jinja beside the files; else None.
+      spell: id -> the token's spelling, which is not readable text where the token holds bytes.
+      chat_template: the content of chat_template.jinja beside the files; None without that file.
 
     Raises:
-      UserError: a file is missing or broken, or there is no BOS, no EOS or nothing to pad with.
+      UserError: a file is missing or broken; no token serves as BOS, as EOS or as padding.
     """
 
     def __init__(self, path: str | Path):
@@ -120,10 +126,10 @@ class Tokenizer:
         self.pad_id = required("padding", usable[0] if usable else None)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without BOS, which the caller adds where it belongs.
+        """Returns the token ids of a text, without BOS; the caller adds BOS where it belongs.
 
         Raises:
-          UserError: `text` is no str, or not Unicode.
+          UserError: `text` is not a str, or not Unicode.
         """
         if not isinstance(text, str):
             raise UserError(f"text={reprlib.repr(text)}: expected a str")
@@ -138,15 +144,15 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Returns the token ids of a conversation, up to where the model's next message begins.
 
-        They are a prompt as it is: the template writes BOS where the model wants it. Control tokens
-        are those that the template writes. A message that spells one holds it as text.
+        The ids are a whole prompt: the template writes BOS where the model wants it. Only the
+        template writes control tokens: a message that spells a control token holds it as text.
 
         Args:
-          messages: {"role": TEXT, "content": TEXT} each; what roles there are is the template's.
+          messages: dicts {"role": TEXT, "content": TEXT}; the template defines the roles.
 
         Raises:
-          UserError: the model has no chat template; messages of another form; the template refuses
-            them.
+          UserError: the model has no chat template; messages have another form; the template
+            refuses them.
         """
         conversation = chat.checked("messages", messages)
         if self.chat_template is None:
@@ -169,7 +175,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids.
 
-        Control tokens, padding, and ids too high leave no trace.
+        Control tokens, padding and ids beyond the vocabulary become no text.
         """
         found = arguments.token_ids("ids", ids)
         for token in found:
@@ -181,9 +187,9 @@ class Tokenizer:
         return self._decode(kept)
 
     def settled(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids as far as no token after them can change it.
+        """Returns the text of token ids, without any end that later tokens may still change.
 
-        A character may be spread over several tokens.
+        Such an end exists because a character may be spread over several tokens.
         """
         kept = arguments.token_ids("ids", ids)
         leave_open = self._runs.union(self.control.values())
@@ -248,7 +254,7 @@ def _read_json(path: Path) -> _Model:
             raise UserError(
                 f"tokenizer {source}: {key} is {reprlib.repr(value)}, expected a token of {path}"
             )
-        model.add_special_tokens([token])  # where the file does not mark it, text could spell it
+        model.add_special_tokens([token])  # or text could spell it, if the file does not mark it
         return found
 
     bos_id = token_id("bos_token")
@@ -256,7 +262,7 @@ def _read_json(path: Path) -> _Model:
     pad_id = token_id("pad_token")
     of_bytes = [model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     is_byte_level = isinstance(model.decoder, tokenizers.decoders.ByteLevel)
-    # After `token_id`, which adds what the file does not mark.
+    # Read after the calls of `token_id`, which add control tokens that the file does not mark.
     added = model.get_added_tokens_decoder()
     return _Model(
         encode=lambda text: model.encode(text, add_special_tokens=False).ids,

@@ -12,7 +12,7 @@ from typing import Any
 
 from latent_delib.errors import UserError
 
-INT32, INT64 = 2**31 - 1, 2**63 - 1  # the largest
+INT32, INT64 = 2**31 - 1, 2**63 - 1  # the largest numbers of these types
 
 
 def whole(name: str, value: Any, low: int, high: int = INT32) -> int:
@@ -47,7 +47,7 @@ def path(name: str, value: Any) -> str:
 
 
 def several(name: str, value: Any) -> list[Any]:
-    """Returns an iterable as a list; a single text is refused, though it has letters."""
+    """Returns an iterable as a list; a single text is refused, though it can be iterated."""
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise UserError(f"{name}={reprlib.repr(value)}: expected a list")
     return list(value)

@@ -1,7 +1,8 @@
 """Saves and restores the checkpoints of a training run, with Orbax.
 
-Every process of a job calls everything here, in the same order. What one of them finds damaged is
-damaged for all. Where a disk fails for one, that one ends, and `distributed.job` ends the others.
+Every process of a job makes the same calls to this module, in the same order. A checkpoint that one
+process finds damaged is damaged for all. If a disk fails for one process, that process ends, and
+`distributed.job` ends the others.
 """
 
 import errno
@@ -53,9 +54,9 @@ class Checkpoints:
       read_only: makes, renames and removes nothing.
 
     Raises:
-      UserError: there is a file in the place of the folder, it is not the same folder for all
-        processes, or gs:// lacks its package.
-      OSError: it cannot be written (Outage: the store does not answer).
+      UserError: there is a file in place of the folder, processes see different folders, or a
+        package for gs:// is missing.
+      OSError: the folder cannot be written (Outage: the store does not answer).
     """
 
     def __init__(
@@ -82,13 +83,14 @@ class Checkpoints:
         meta: Mapping[str, Any],
         loss: float | None = None,
     ) -> None:
-        """Starts a save; the one before it is finished first.
+        """Starts a save, after the save before it is finished.
 
         Args:
-          step: its number, which names its folder.
-          trees: name -> tree of jax.Array: "trainable", and all else that is needed to go on.
-          meta: describes the run; JSON must be able to hold it.
-          loss: for `keep_best`, the same on every process; None or not finite: not among the best.
+          step: the step's number, which names the folder.
+          trees: name -> tree of jax.Array: "trainable", and all else that is needed to resume.
+          meta: a description of the run; JSON must be able to hold it.
+          loss: for `keep_best`, the same on every process. With None, or a number that is not
+            finite, the checkpoint is not among the best.
 
         Raises:
           OSError: the disk is full or not writable (Outage: the store does not answer); earlier
@@ -122,20 +124,23 @@ class Checkpoints:
         step: int | None = None,
         check: Callable[[dict[str, Any]], None] = lambda meta: None,
     ) -> Restored | None:
-        """Returns the newest checkpoint that can be read, or `step`; None without one.
+        """Returns the newest checkpoint that can be read, or that of `step`; None if there is none.
 
-        Each newer, damaged checkpoint is reported in one line, and its folder renamed to
-        DAMAGED-STEP-TIME, so that the run can save that step again. A reader renames nothing.
+        Each newer, damaged checkpoint is reported in one line. Its folder is renamed to
+        DAMAGED-STEP-TIME, so that the run can save that step again. With `read_only` nothing is
+        renamed.
 
         Args:
-          wanted: name -> tree of jax.ShapeDtypeStruct with the shardings wanted here, whatever mesh
-            wrote it; None: as numpy arrays. Other trees are not read. Every bit is as it was saved.
-            Default: {"trainable": None}.
-          step: the one checkpoint to read.
-          check: gets the meta before any array is read; a UserError from it ends the search.
+          wanted: name -> tree of jax.ShapeDtypeStruct, with the shardings that this job wants: they
+            need not be those of the save. With None for a tree, it is read as numpy arrays. Other
+            trees are not read. Every bit is as it was saved. Default: {"trainable": None}.
+          step: the step of the only checkpoint to read; None: the newest.
+          check: a function that gets the meta before any array is read; a UserError from it ends
+            the search.
 
         Raises:
-          UserError: none can be read, or not the one asked for; or a tree differs from `wanted`.
+          UserError: no checkpoint can be read, or not that of `step`; or a tree differs from
+            `wanted`.
           OSError: the disk fails or denies access (Outage: the store does not answer).
         """
         if wanted is None:
@@ -159,7 +164,7 @@ class Checkpoints:
                 instead = f"checkpoint {at} is used instead{aside}"
                 warn(f"{self.workdir}: checkpoint {bad} is damaged ({why}), {instead}")
             return restored
-        # All keep their names, or the next try would start from scratch.
+        # All folders keep their names, or the next try would start from scratch.
         each = ", ".join(f"checkpoint {bad} is damaged ({why})" for bad, why in damaged.items())
         others = [at for at in there if at not in damaged]
         remedy = f"name another step, one of {others}" if others else "there is no other"
@@ -168,7 +173,10 @@ class Checkpoints:
     def _restore(
         self, step: int, wanted: Mapping[str, Any], check: Callable[[dict[str, Any]], None]
     ) -> tuple[Restored | None, str]:
-        """Reads one checkpoint and checks its sums; returns it, and damage found by any process."""
+        """Reads one checkpoint and checks its sums; returns it, and damage that any process found.
+
+        The checkpoint is None if it cannot be read.
+        """
         damage = ""
         try:
             restored, saved = self._read(step, wanted, check)
@@ -234,14 +242,14 @@ class Checkpoints:
     def _make_folder(self) -> None:
         """Makes the folder, and checks that it can be written and that all processes share it.
 
-        In folders of their own each would write its part alone, and no checkpoint would be whole.
+        If each process had a folder of its own, each folder would hold only a part of a checkpoint.
         """
         name = f".started-{time.time_ns()}"
         is_first = jax.process_index() == 0
         if is_first:
             files.make_folder(self.path)
             (self.path / name).write_text("")
-        name = from_first(name)  # which comes after the writing
+        name = from_first(name)  # returns after process 0 has written the file
         seen = from_all(str((self.path / name).exists()))
         if is_first:
             (self.path / name).unlink()
@@ -253,10 +261,10 @@ class Checkpoints:
 
 
 def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints, dict]:
-    """Returns the checkpoints of a job, and the meta of the step asked for or of the newest.
+    """Returns the checkpoints of a job, and the meta of `step` or of the newest.
 
     Raises:
-      UserError: there is no checkpoint, or not that one.
+      UserError: there is no checkpoint, or none of `step`.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     found = checkpoints.restore_newest({}, step=step)
@@ -281,7 +289,7 @@ def _noted(item: str) -> Iterator[None]:
 
 
 def _on_host(leaf: Any) -> np.ndarray:
-    """Returns the shape of a numpy array to read, as an array that takes no memory."""
+    """Returns an array without memory, whose shape and type ask orbax for a numpy array."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
@@ -299,7 +307,7 @@ def _damage(error: Exception, path: epath.Path) -> str:
 
 @contextmanager
 def _disk_errors(path: epath.Path) -> Iterator[None]:
-    """Raises the errors of a disk or store as OSError; those of a device or process stay."""
+    """Raises errors of a disk or store as OSError; errors of a device or process stay the same."""
     try:
         yield
     except (UserError, jax.errors.JaxRuntimeError):
@@ -310,7 +318,7 @@ def _disk_errors(path: epath.Path) -> Iterator[None]:
 
 class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> dict[str, float] | None:
-        """Returns None for a damaged loss, where orbax would find no checkpoint at all."""
+        """Returns None for a damaged loss, with which orbax itself would find no checkpoint."""
         try:
             return {"loss": float(super().metrics(step)["loss"])}
         except (KeyError, TypeError, ValueError):
@@ -328,7 +336,7 @@ def _make_manager(path: epath.Path, keep: int, keep_every: int, keep_best: int) 
         )
         policies.append(best)
     asynchronous = ocp.options.AsyncOptions(
-        timeout_secs=10**7,  # of wall-clock time, which may jump; stores have their own
+        timeout_secs=10**7,  # in wall-clock time, which may jump; stores have their own time-outs
         barrier_sync_fn=_barrier,
         # Otherwise a folder that cannot be made holds the process for 5 minutes.
         create_directories_asynchronously=False,
@@ -349,6 +357,6 @@ def _loss(metrics: dict[str, float]) -> float:
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Waits as orbax does, but not after a failed save: 20 minutes would hide its error."""
+    """Waits as orbax does, but not after a failed save: 20 minutes of waiting hide its error."""
     if sys.exc_info()[0] is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

@@ -1,4 +1,4 @@
-"""What the makers' data sheets say of accelerators, by the names that JAX has for them."""
+"""Figures of accelerators from their makers' data sheets, by JAX's names of the devices."""
 
 from typing import Any, NamedTuple
 
@@ -7,8 +7,8 @@ class Chip(NamedTuple):
     """Holds the figures of one device; None where no data sheet was read.
 
     peak: FLOP/s of dense bfloat16.
-    memory: bytes that a program can use, as the compiler has it.
-    bandwidth: of its memory, bytes per second.
+    memory: bytes that a program can use, according to the compiler.
+    bandwidth: bytes per second of its memory.
     links: bytes per second that it receives over all its links to other chips.
     """
 
@@ -19,10 +19,10 @@ class Chip(NamedTuple):
 
 
 UNKNOWN = Chip()
-# TPUs: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x. They give links in
-# both directions; half of that is received. The page of v4 has the bisection of a pod instead:
-# 24 TB/s over the 512 links that cut a torus of 16 x 16 x 16, and a chip has six. A TPU7x is two
-# devices, which share its figures.
+# TPUs: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x. The pages add up both
+# directions of links; half of the sum is received. The page of v4 has the bisection of a pod
+# instead: 24 TB/s over the 512 links that cut a torus of 16 x 16 x 16; a chip has six links. A
+# TPU7x is two devices, which share its figures.
 CHIPS = {
     "NVIDIA H100 80GB HBM3": Chip(989e12),
     "NVIDIA H200": Chip(989e12),

@@ -7,8 +7,8 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[str]) -> list[str]:
     """Returns the lines of a table, each column as wide as its longest cell.
 
     Args:
-      lines: the cells of each line; those of the first are the names of the columns.
-      left: names of columns whose cells stand to the left. All others stand to the right.
+      lines: the cells of each line; the first line has the names of the columns.
+      left: names of the columns that are aligned left. All others are aligned right.
     """
     names = lines[0]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

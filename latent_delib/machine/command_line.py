@@ -17,16 +17,16 @@ from ml_collections import ConfigDict, config_flags
 
 from latent_delib.errors import UserError
 
-# Defaults of flags that have none.
+# These take the place of a default where a flag has none.
 REQUIRED = object()  # a string that must be given
-# A config file, whose keys can be changed by --NAME.KEY=VALUE. A function instead of it returns,
-# for the values of the other flags, the config to take where no file is named.
+# A config file, whose keys can be changed by --NAME.KEY=VALUE. A function may be used instead: from
+# the values of the other flags it returns the config for a command line that names no file.
 CONFIG = object()
-FOLDERS = object()  # the list of words without a flag: at least one
-# flag -> (default, help); the default gives the type, None an optional integer
+FOLDERS = object()  # all words that belong to no flag: at least one
+# flag -> (default, help). The default gives the type; None means an optional integer.
 Options = dict[str, tuple[Any, str]]
 
-# Where configs/ is: the repository, or what setup.py copies of it into the installed package.
+# The folder above configs/: the repository, or the copy that setup.py puts into the package.
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "configs").is_dir():
     ROOT = Path(__file__).parents[1] / "repository"
@@ -38,7 +38,7 @@ HOME = re.compile(r"^(files:|lines:|qa:|qa_steps(?:-\d+)?:|hf:|)(~[^/]*)")
 class _TupleParser(flags.ArgumentParser):
     """Reads "('A', 'B')", or one string without quotes.
 
-    Of two such flags the last counts, as for every other key.
+    If a flag is given twice, the last one counts, as for every other key.
     """
 
     def parse(self, argument: Any) -> tuple:
@@ -81,9 +81,9 @@ def configs_of(options: Options) -> list[str]:
 
 
 def parse_configs(options: Options) -> dict[str, ConfigDict]:
-    """Returns the configs of sys.argv by flag, those of configs/base.py where no file is named.
+    """Returns flag -> config from sys.argv; the config of configs/base.py where no file is named.
 
-    Other flags may be missing; --list_keys may be there.
+    Other flags may be missing, and --list_keys may be given.
 
     Raises:
       UserError: as `parse`.
@@ -110,8 +110,7 @@ def parse(values: flags.FlagValues, options: Options) -> None:
     """Parses sys.argv into `values`, and runs the config file that it names.
 
     Raises:
-      UserError: a flag, key or value that is wrong, one that is missing, or a config file that
-        fails.
+      UserError: a flag, key or value is wrong; a flag is missing; or a config file fails.
     """
     words = [name for name, (default, _) in options.items() if default is FOLDERS]
     for name, (default, text) in options.items():
@@ -151,8 +150,8 @@ def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]
     """Loads the config file and sets its keys by --NAME.KEY=VALUE; returns the other words.
 
     Raises:
-      UserError: no config file, or one that fails; a flag or key that is not there.
-      flags.Error: a value that is wrong.
+      UserError: a config file is missing or fails; a flag or key does not exist.
+      flags.Error: a value is wrong.
     """
     configs = {}
     known = list(values)
@@ -193,7 +192,7 @@ def value_of(config: ConfigDict, key: str) -> Any:
 
 
 def fields_of_tables(config: ConfigDict) -> dict[str, Any]:
-    """Returns key -> type of the fields that tables of a config may hold, by TABLES of base.py."""
+    """Returns key -> type, for each field that TABLES of base.py allows in the config's tables."""
     there = set(keys_of(config))
     found = {}
     for table, kind in runpy.run_path(str(BASE))["TABLES"].items():
@@ -205,7 +204,7 @@ def fields_of_tables(config: ConfigDict) -> dict[str, Any]:
 def _make_room(name: str, config: ConfigDict, arguments: list[str]) -> None:
     """Sets each field that an argument names to an empty value of its type.
 
-    So a flag sets it, and is read as that type, whatever the config file has there.
+    Then the flag sets the field, and is read as that type, whatever the config file has set.
     """
     given = {flag.removeprefix("no") for flag in map(_flag_of, arguments)}
     for key, kind in fields_of_tables(config).items():
@@ -243,10 +242,10 @@ def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
 def load_config(name: str, given: str) -> ConfigDict:
     """Runs get_config() of a config file; FILE.py:ARGUMENT gives it an argument.
 
-    A name without a folder, as `quickstart`, is that of a file in configs/.
+    A bare name, such as `quickstart`, means a file in configs/.
 
     Raises:
-      UserError: there is no such file, or it fails: with its line.
+      UserError: there is no such file; or it fails, and the message names the line.
     """
     path, colon, argument = given.partition(":")
     path = os.path.expanduser(path)
@@ -257,7 +256,7 @@ def load_config(name: str, given: str) -> ConfigDict:
             raise UserError(f"--{name}={given}: no such file; by name there are {names}")
         path = str(known[path])
     if str(ROOT) not in sys.path:
-        # `from configs import base`, from wherever the command is started
+        # `from configs import base` works then, in whatever folder the command is started
         sys.path.append(str(ROOT))
     try:
         get_config = runpy.run_path(path)["get_config"]
@@ -288,7 +287,7 @@ def _of_config_file(error: Exception, path: str) -> str:
 
 
 def _expand_home(value: Any) -> Any:
-    """Expands each leading ~ of a value to the home folder: no shell does so behind `--flag=`."""
+    """Expands each leading ~ of a value to the home folder: a shell does not, after `--flag=`."""
     if isinstance(value, str):
         return HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), value)
     if isinstance(value, tuple | list):

@@ -23,9 +23,9 @@ from latent_delib.machine.command_line import configs_of, help_text, parse
 from latent_delib.machine.config_keys import list_keys
 
 STOPPED = 75  # the exit code after SIGTERM, once all is saved: run it again to go on
-UNREAD = 128 + signal.SIGPIPE  # the exit code where nobody reads the output any more: `| head`
+UNREAD = 128 + signal.SIGPIPE  # the exit code once nobody reads the output, as after `| head`
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EPIPE)
-# Messages of Orbax and asyncio that tell nothing; a failed save raises its error as well.
+# Messages of Orbax and asyncio that tell nothing new: a failed save raises its error as well.
 NOISE = re.compile(
     r"Requested `tracked_metric`|run\(\) raised an exception|Handler Commit operations"
     "|Save Finalize thread|Event loop is closed|Task was destroyed but it is pending"
@@ -40,8 +40,8 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
     does not answer, INTERRUPTED for Ctrl-C, UNREAD for a closed pipe.
 
     Args:
-      main: gets the values as attributes.
-      doc: printed by --help.
+      main: a function that gets the values of the flags as attributes.
+      doc: the text that --help prints first.
       options: flag -> (default, help), as in `command_line.Options`.
     """
     _settle()
@@ -64,7 +64,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         sys.exit(LOST)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
-            sys.stdout = None  # or Python tries again as it ends, and tells of it
+            sys.stdout = None  # or Python, as it ends, writes again, and reports the failure
             sys.exit(UNREAD)
         sys.exit(f"error: {_of_disk(error, values)}")
     except KeyboardInterrupt:
@@ -137,7 +137,7 @@ def _of_disk(error: OSError, values: flags.FlagValues) -> str:
 
 
 def _of_device(error: Exception) -> str:
-    """Returns one line where memory is short, or where JAX finds no device; "" for a bug."""
+    """Returns one line for too little memory, or if JAX finds no device; "" for other errors."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return f"out of memory: {text or 'none is left'}"

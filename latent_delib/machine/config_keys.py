@@ -14,7 +14,7 @@ from latent_delib.machine.command_line import (
     value_of,
 )
 
-WIDTH = 48  # of keys with their values, where they fit
+WIDTH = 48  # characters for a key with its value, where they fit
 KEY = re.compile(r"c\.([\w.]+) = ")
 
 
@@ -31,7 +31,7 @@ def list_keys(options: Options) -> str:
     for name, config in parse_configs(options).items():
         lines.append(f"# --{name}.KEY=VALUE changes a key for a run")
         fields = fields_of_tables(config)
-        # The fields that are not set come behind those that are.
+        # The fields that are not set come after those that are.
         keys = dict.fromkeys([*keys_of(config), *fields])
         for key in sorted(keys, key=_place_in(comments)):
             lines += _lines_of(key, config, fields.get(key), comments.get(key, ""))
@@ -39,7 +39,10 @@ def list_keys(options: Options) -> str:
 
 
 def comments_of(source: str) -> dict[str, str]:
-    """Returns key -> comment from the source of base.py: that above its line, then at its end."""
+    """Returns key -> comment, from the source of base.py.
+
+    A comment is the lines above the key's line, then the comment at the end of that line.
+    """
     found = {}
     above: list[str] = []
     for line in source.splitlines():
@@ -52,7 +55,7 @@ def comments_of(source: str) -> dict[str, str]:
 
 
 def _place_in(comments: dict[str, str]) -> Any:
-    """Returns the function key -> its place among those of base.py; a field has its table's."""
+    """Returns a function from a key to its place in base.py; a field has the place of its table."""
     places = {key: place for place, key in enumerate(comments)}
 
     def place(key: str) -> int:
@@ -63,13 +66,13 @@ def _place_in(comments: dict[str, str]) -> Any:
 
 
 def _lines_of(key: str, config: ConfigDict, kind: Any, comment: str) -> list[str]:
-    """Returns the line of a key; none for a table without a comment.
+    """Returns the line of a key, as a list; an empty list for a table without a comment.
 
     Args:
-      key: dotted; of the config, or of a field that is not set.
-      config: the key's.
+      key: the dotted key of a value, a table or a field that is not set.
+      config: the config that has the key.
       kind: the type of a field; None for other keys.
-      comment: the key's.
+      comment: the comment of the key.
     """
     value = value_of(config, key)
     if isinstance(value, ConfigDict):

@@ -44,8 +44,8 @@ def leaf_types(tree: Any) -> dict[str, str]:
 def leaf_sums(tree: Any) -> dict[str, int]:
     """Returns the sum of each leaf's bits, read as integers, modulo 2**32.
 
-    Any flipped bit changes it, no mesh does. Leaves are arrays of JAX, which are added up where
-    they lie, or of numpy, which never go to a device.
+    Any flipped bit changes the sum; the mesh does not change it. JAX's arrays are added up on their
+    devices. numpy's arrays never go to a device.
     """
     leaves = by_name(tree)
     if any(isinstance(leaf, jax.Array) for leaf in leaves.values()):

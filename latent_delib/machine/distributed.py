@@ -1,7 +1,7 @@
 """Runs many processes as one job: they start, decide and end together.
 
-A process that dies, however it dies, closes its connections of the roll call. The others end at
-once, instead of waiting for it in a collective.
+A process that dies, in whatever way, closes the connections that it made in the roll call. The
+others notice at once, and end instead of waiting for it in a collective.
 """
 
 import atexit
@@ -47,11 +47,11 @@ def job(flags: Any) -> Iterator[None]:
 
     It is entered before any device is used. The exit code tells whether to start the job again:
 
-      1     a process ended with 1, and so do all: a mistake, a failed disk, a bug or too little
-            memory stays so.
-      LOST  a process was killed, its machine was lost, or the store of its checkpoints does not
-            answer. The others end GRACE seconds later, SILENCE more where the network does not
-            tell.
+      1     No. A process ended with 1, and so do all others: a mistake, a failed disk, a bug or too
+            little memory would stop the job again.
+      LOST  Yes. A process was killed, its machine was lost, or the store of its checkpoints does
+            not answer. The others end GRACE seconds later, SILENCE more if the network does not
+            report the loss.
 
     Raises:
       UserError: the processes do not all start within `flags.start_timeout` seconds, or do not fit
@@ -62,7 +62,7 @@ def job(flags: Any) -> Iterator[None]:
         return
     address, count, index = find_place(flags.start_timeout)
     with held_together(index, meet(address, count, index, flags.start_timeout)):
-        # it would take SIGTERM for itself
+        # the service would take SIGTERM for itself
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             address, count, index, initialization_timeout=flags.start_timeout
@@ -73,7 +73,7 @@ def job(flags: Any) -> Iterator[None]:
 
 
 def split_cores(devices: int) -> None:
-    """Lets jax make so many devices of this machine's CPU, unless the environment says how many."""
+    """Has jax split this machine's CPU into `devices`, unless the environment gives a number."""
     flags = os.environ.get("XLA_FLAGS", "")
     said = "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ
     if devices > 1 and not said:
@@ -89,7 +89,7 @@ def held_together(index: int, connections: Connections) -> Iterator[None]:
     except BaseException as error:
         code = _exit_code(error, others)
         others.fail(code)
-        atexit.register(leave, code)  # runs before jax's own, which waits for all processes
+        atexit.register(leave, code)  # before jax's exit handler, which waits for all processes
         raise
     others.finish()
 
@@ -118,7 +118,7 @@ def on_first(look: Callable[..., Any], *arguments: Any) -> Any:
     to hold its result.
 
     Raises:
-      UserError: `look` does; then on every process.
+      UserError: `look` raises one; every process raises it.
     """
     answer = {}
     if jax.process_index() == 0:
@@ -142,7 +142,7 @@ def bytes_from_first(content: bytes) -> bytes:
 
 
 def from_all(text: str) -> list[str]:
-    """Returns the text of each process, in their order; at most MESSAGE bytes of it."""
+    """Returns the text of each process, by process number, cut to MESSAGE bytes each."""
     if jax.process_count() == 1:
         return [text]
     padded = text.encode()[:MESSAGE].ljust(MESSAGE, b"\0")
@@ -157,9 +157,9 @@ def warn(line: str) -> None:
 
 
 def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
-    """Returns the function (this process's yes or no) -> number of devices that say yes, int32.
+    """Returns a function: this process's yes or no -> number of devices that say yes, int32.
 
-    All processes of the mesh call it in turn. The call waits for nothing; reading its result does.
+    All processes of the mesh must call it. The call does not wait; reading its result does.
     """
     each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ballots = {}
@@ -175,7 +175,7 @@ def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
 class Others:
     """Watches the other processes in a thread, and ends this one when another ends too early.
 
-    Where process 0 ends, jax aborts the others at once: if it can, it is the last to go.
+    When process 0 ends, jax aborts the others at once. So process 0 ends last, if it can.
     """
 
     def __init__(self, index: int, connections: Connections):
@@ -187,7 +187,7 @@ class Others:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def finish(self) -> None:
-        """Returns when all processes have come here."""
+        """Returns when all processes have called this."""
         if self.index:
             self._tell("done")
         self.none_left.wait()
@@ -212,7 +212,7 @@ class Others:
             while selector.get_map():
                 for key, _ in selector.select():
                     words = read_line(key.fileobj).split()
-                    if not words:  # it is gone
+                    if not words:  # the process is gone
                         self._follow(key.data, LOST)
                     elif words != ["done"]:
                         code, process = map(int, words)
@@ -245,9 +245,9 @@ class Others:
 def _exit_code(error: BaseException, others: Others) -> int:
     """Returns the exit code for the error that ended the work here.
 
-    Where another process is gone, a collective fails, with an exception of any kind and maybe
-    before the loss is known. So other errors than the known ones wait for news. If a process is
-    lost, the watching thread ends this one.
+    When another process is gone, a collective fails, with an exception of any kind and maybe before
+    the loss is known. So after an error of unknown kind this process waits for news of the others.
+    If one is lost, the watching thread ends this process.
     """
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED

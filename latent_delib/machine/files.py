@@ -19,7 +19,7 @@ from etils import epath
 
 from latent_delib.errors import Outage, UserError, reason, store_errors
 
-# gcsfs, through which epath reads gs:// without TensorFlow, would list each folder once only.
+# Without TensorFlow epath reads gs:// through gcsfs, which would list each folder only once.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 NOT_A_FOLDER = "is a file, expected a folder"
@@ -44,8 +44,8 @@ def check_free(folder: Path, replace: bool = False) -> None:
     """Checks that `whole` can make a folder, before the work that fills it.
 
     Raises:
-      UserError: the folder is there already, and `replace` is not set; or it is on gs:// or a mount
-        point.
+      UserError: the folder exists, is not empty, and `replace` is not set; or it is a file, a mount
+        point or on gs://.
     """
     if str(folder).partition("/")[0].endswith(":"):
         raise UserError(f"{folder}: expected a local folder; copy it from there")
@@ -64,11 +64,12 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `folder` on success, and is removed on failure.
 
     Raises:
-      UserError: as `check_free`; or a file is in the place of a folder above.
-      OSError: with the folder's name, where the disk is full or not writable.
+      UserError: as `check_free`; or a file is in place of a folder above, or another job has made
+        the folder.
+      OSError: the disk is full or not writable; the error names the folder.
     """
     if folder.is_symlink():
-        folder = folder.resolve()  # a link stays, and its folder may lie on another disk
+        folder = folder.resolve()  # the link stays; its target may be on another disk
     check_free(folder, replace)
     make_folder(folder.parent)
     with _beside(folder) as partial:
@@ -86,7 +87,7 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def _replace(folder: Path, partial: Path) -> None:
-    """Puts a folder in the place of one that is there; if that fails, the old one comes back."""
+    """Replaces an existing folder by another; if that fails, the old folder comes back."""
     with _beside(folder) as before:
         folder.rename(before)
         try:
@@ -97,10 +98,10 @@ def _replace(folder: Path, partial: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a local folder and those above it, unless they are there.
+    """Makes a local folder and the folders above it, unless they exist.
 
     Raises:
-      UserError: a file is in the place of one of them.
+      UserError: a file is in place of one of these folders.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -109,13 +110,13 @@ def make_folder(path: Path) -> None:
 
 
 def in_the_way(path: Path) -> Path | None:
-    """Returns the file in the place of a folder, or of one above it; None without one."""
+    """Returns the file that is in place of a folder or of one above it; None if there is none."""
     return next((each for each in (path, *path.parents) if each.is_file()), None)
 
 
 @contextlib.contextmanager
 def named(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Puts `path` into errors that name no path, or one that begins with `partial`."""
+    """Puts `path` into errors that name no path, or a path that begins with `partial`."""
     try:
         yield
     except UserError as error:
@@ -133,8 +134,8 @@ def named(path: Path, partial: Path | None = None) -> Iterator[None]:
 class Copy:
     """Keeps a copy of a growing local file on a store, where nothing can be appended.
 
-    Each copy is of the whole file, made in a thread; while one is made, the file waits for the next
-    `update`. A copy that fails does not end the job: it is reported once, and the next `update` or
+    Each copy is of the whole file, and is made in a thread. While it is being made, `update` does
+    nothing. A copy that fails does not end the job: it is reported once, and the next `update` or
     `close` tries again.
     """
 
@@ -171,7 +172,7 @@ def stored(folder: epath.Path, last: str) -> Iterator[Path]:
 
     Args:
       folder: where the files go on success.
-      last: the file whose presence tells that the folder is whole. It is removed first, and comes
+      last: the file whose presence tells that the folder is whole. It is removed first, and copied
         last.
 
     Raises:
@@ -183,10 +184,12 @@ def stored(folder: epath.Path, last: str) -> Iterator[Path]:
 
 
 def upload(folder: Path, target: epath.Path, last: str = "") -> None:
-    """Copies the files of a local folder to a folder on a store, each part by part.
+    """Copies the files of a local folder to a folder on a store, each file part by part.
 
     Args:
-      last: a file that is removed there first, and copied after all others.
+      folder: the local folder.
+      target: the folder on the store.
+      last: a file that is removed from `target` first, and copied after all others.
 
     Raises:
       OSError: the store failed; an Outage where it does not answer.
@@ -204,10 +207,10 @@ def upload(folder: Path, target: epath.Path, last: str = "") -> None:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """Yields a new name beside `path`, and removes what is there at the end.
+    """Yields a new path beside `path`; in the end removes the file or folder of that name, if any.
 
-    Leftovers of killed processes are removed first. Those of other machines stay, whose processes
-    are not seen here.
+    Leftovers of killed processes are removed first. Leftovers of other machines stay, because their
+    processes cannot be seen from this machine.
     """
     here = path.absolute()
     prefix = f"{here.name}.tmp-{HOST}-"
@@ -227,7 +230,7 @@ def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except OSError as error:
-        return error.errno != errno.ESRCH  # or it is another user's
+        return error.errno != errno.ESRCH  # other errors: the process is another user's
     return True
 
 

@@ -11,8 +11,8 @@ Item = TypeVar("Item")
 class Progress:
     """Prints "WHAT DONE/TOTAL UNIT  RATE UNIT/s  ETA H:MM:SS" every EVERY seconds.
 
-    Jobs shorter than EVERY print nothing. A total of 0 is one that is not known: then there is no
-    ETA. `done` is work finished before a resume, which the rate does not count.
+    Jobs shorter than EVERY print nothing. A total of 0 means that the total is not known; no ETA is
+    printed then. `done` is work finished before a resume, which the rate does not count.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0):
@@ -34,7 +34,7 @@ class Progress:
         print(f"{self.what} {counts}  {rate:,.3g} {self.unit}/s{eta}", flush=True)
 
     def over(self, items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[Item]:
-        """Yields the items; each that is taken on is size(item) of the work done."""
+        """Yields the items; after the use of each, size(item) more of the work is done."""
         done = self.began_with
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""Says where a result comes from; written beside every result."""
+"""Says how a result was made; this is written beside every result."""
 
 import shlex
 import sys

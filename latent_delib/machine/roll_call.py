@@ -1,8 +1,8 @@
 """Finds the processes of a job: process 0 calls the roll over TCP, and names the missing ones.
 
-jax.distributed aborts when its time-out expires, and names none. So the roll comes first, on the
-coordinator's port, which jax takes over afterwards. The connections stay open, for
-`distributed.Others` to watch.
+jax.distributed aborts when its time-out expires, and names no missing process. So the roll call
+comes first, on the coordinator's port, which jax takes over afterwards. The connections stay open,
+for `distributed.Others` to watch.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ HELLO = "latent_delib"
 COMPLETE = "all are there"
 REFUSED = "refused "
 
-# by process: process 0 has one to each other, the others one to process 0
+# process -> connection. Process 0 has one to each other process, and each other one to process 0.
 Connections = dict[int, socket.socket]
 
 
 def find_place(seconds: float) -> tuple[str, int, int]:
-    """Returns the coordinator's address, the number of processes and this one's.
+    """Returns the coordinator's address, the count of processes, and the number of this process.
 
     They come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where set, else
     from the cluster (Cloud TPU, GKE, Slurm).
@@ -53,11 +53,11 @@ def find_place(seconds: float) -> tuple[str, int, int]:
 
 
 def meet(address: str, count: int, index: int, seconds: float) -> Connections:
-    """Returns connections to process 0, or from it to all others, once all processes are there.
+    """Returns the connections of this process, once all processes are there.
 
     Raises:
-      UserError: processes that did not come within so many seconds, by number; a number given
-        twice, or one that does not fit; a coordinator that does not answer.
+      UserError: processes did not connect within `seconds`, and the message names their numbers; a
+        number is given twice, or does not fit; the coordinator does not answer.
     """
     if index == 0:
         return _call_roll(address, count, seconds)
@@ -65,7 +65,7 @@ def meet(address: str, count: int, index: int, seconds: float) -> Connections:
 
 
 def send_line(connection: socket.socket, text: str) -> None:
-    """Sends a line. If the other side is gone, that is found when it is read."""
+    """Sends a line. If the other side is gone, this is noticed when the connection is read."""
     with contextlib.suppress(OSError):
         connection.sendall(f"{text}\n".encode())
 
@@ -94,7 +94,7 @@ def _number_from_environment(name: str) -> int | None:
 
 
 def _call_roll(address: str, count: int, seconds: float) -> Connections:
-    """Waits for the other processes, as process 0, and tells them to start, or why not."""
+    """Waits, as process 0, for the other processes, and tells them to start, or why not."""
     there: Connections = {}
     until = time.monotonic() + seconds
     refusal = ""
@@ -106,7 +106,7 @@ def _call_roll(address: str, count: int, seconds: float) -> Connections:
                 connection, _ = listener.accept()
                 gone = [process for process in there if _is_closed(there[process])]
                 for process in gone:
-                    del there[process]  # it may start again
+                    del there[process]  # the process may start again
                 _enter(connection, there, count)
     except TimeoutError:
         absent = [str(process) for process in range(1, count) if process not in there]
@@ -132,7 +132,7 @@ def _enter(connection: socket.socket, there: Connections, count: int) -> None:
     """
     connection.settimeout(5)
     found = re.fullmatch(rf"{HELLO} (\d+) (\d+)", read_line(connection))
-    if found is None:  # a stranger
+    if found is None:  # another program
         connection.close()
         return
     process, its_count = int(found[1]), int(found[2])
@@ -149,7 +149,7 @@ def _enter(connection: socket.socket, there: Connections, count: int) -> None:
 
 
 def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connections:
-    """Finds process 0, as any other process, and waits until it says that all are there."""
+    """Connects, as any other process, to process 0, which tells when all are there."""
     host, _, port = address.rpartition(":")
     place = (host.strip("[]"), int(port))
     until = time.monotonic() + seconds

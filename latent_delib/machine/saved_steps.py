@@ -1,6 +1,6 @@
-"""Finds the checkpoints of a run on disk; asks neither Orbax nor other processes, nor for a device.
+"""Finds the checkpoints of a run on disk, without Orbax, other processes or devices.
 
-So a command can ask before jax knows what its devices are.
+So a command can look for checkpoints before jax has set up its devices.
 """
 
 import importlib.util
@@ -19,10 +19,10 @@ from latent_delib.machine.workdir import is_remote
 def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
     """Reads the meta of the newest checkpoint, or of `step`.
 
-    An older meta is read where the newest is damaged; damage elsewhere goes unseen.
+    An older meta is read if the newest is damaged. Damage to other files is not noticed.
 
     Raises:
-      UserError: there is no checkpoint, or not that one.
+      UserError: there is no checkpoint, or none of `step`.
       OSError: as `whole`.
     """
     where = folder(workdir)
@@ -44,11 +44,11 @@ def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
 def whole(workdir: str) -> set[int]:
     """Returns the steps whose save is done, damaged ones too; asks no other process.
 
-    A local folder takes its name once it is whole; in a bucket one file comes last.
+    A local folder gets its name once it is whole. In a bucket, commit_success.txt is written last.
 
     Raises:
       UserError: as `folder`.
-      OSError: the disk or store fails (Outage: it does not answer).
+      OSError: the disk or store fails (Outage: the store does not answer).
     """
     if not is_begun(workdir):
         return set()
@@ -75,7 +75,7 @@ def folder(workdir: str) -> epath.Path:
     """Returns the folder of a run's checkpoints.
 
     Raises:
-      UserError: it is on gs://, and a package that orbax or epath needs for it is missing.
+      UserError: the workdir is on gs://, and a package that orbax or epath needs is missing.
     """
     if not is_remote(workdir):
         return epath.Path(os.path.abspath(workdir)) / "checkpoints"
@@ -93,7 +93,7 @@ def folder(workdir: str) -> epath.Path:
 
 
 def _is_installed(package: str) -> bool:
-    with suppress(ModuleNotFoundError):  # of a package above it
+    with suppress(ModuleNotFoundError):  # raised where a package above this one is missing
         return importlib.util.find_spec(package) is not None
     return False
 

@@ -1,4 +1,4 @@
-"""Stops a training job by a signal: it saves first, but a second Ctrl-C ends it at once."""
+"""Stops a training job by a signal: the job saves first, but a second Ctrl-C ends it at once."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from latent_delib.errors import INTERRUPTED
 
 
 class Stop:
-    """Holds the requests of signals.
+    """Holds the requests that signals make.
 
     Attributes:
       by: the first signal that asked the job to save and stop; 0 before one.
@@ -30,7 +30,7 @@ class Stop:
     def ctrl_c(self) -> None:
         """Announces the stop; at a second Ctrl-C, or before the first step, ends the process.
 
-        Not by an exception: jax's clean-up may crash after an interrupted compile.
+        It raises no exception for that: jax's clean-up may crash after an interrupted compile.
         """
         if self.steps and not self.warned:
             self.warned = True
@@ -47,8 +47,8 @@ class Stop:
 def graceful_stop(ctrl_c: bool = False) -> Iterator[Stop]:
     """Turns SIGTERM, and Ctrl-C with `ctrl_c`, into a request that the loop sees after its step.
 
-    Ctrl-C may end the process, so it is for commands. Where it is ignored, as with nohup, it stays
-    ignored.
+    Only commands should set `ctrl_c`, because Ctrl-C may end the process. If Ctrl-C is ignored, as
+    with nohup, it stays ignored.
     """
     stop = Stop()
     with contextlib.ExitStack() as stack:
@@ -61,7 +61,7 @@ def graceful_stop(ctrl_c: bool = False) -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def _handled(number: int, handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Sets the handler of a signal, and the one before it at the end."""
+    """Sets the handler of a signal, and in the end restores the handler before it."""
     before = signal.signal(number, handler)
     try:
         yield
@@ -71,9 +71,9 @@ def _handled(number: int, handler: Callable[[int, Any], None]) -> Iterator[None]
 
 @contextlib.contextmanager
 def _heard_at_once(number: int, act: Callable[[], None]) -> Iterator[None]:
-    """Calls `act` in a thread at each such signal.
+    """Calls `act` in a thread at each signal `number`.
 
-    The main thread handles none while XLA compiles or a step runs.
+    The main thread handles no signal while XLA compiles or a step runs.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -22,7 +22,7 @@ def exclusive(workdir: str) -> Iterator[None]:
     """Holds a local workdir for one job: process 0 has a lock, which ends with the process.
 
     Raises:
-      UserError: another job holds it, or it cannot be written or locked.
+      UserError: another job holds the workdir, or it cannot be written or locked.
     """
     if is_remote(workdir) or jax.process_index():
         yield

@@ -1,1 +1,1 @@
-"""Checkpoints of decoders, read and written tensor by tensor."""
+"""Checkpoints of decoders and coprocessors, read and written tensor by tensor."""

@@ -1,11 +1,16 @@
 """A coprocessor's folder: `coprocessor.json`, `model.safetensors`, and `README.md`, a model card.
 
-coprocessor.json holds {"format": "latent_delib coprocessor 2", "method", "num_latents",
-"placement", "step", "fingerprint": of the decoder it belongs to, "architecture": the coprocessor's,
-{fields of TransformerConfig}, "record": the meta of its checkpoint}; format 1 had no record. The
-tensors are those of OWN that its method trains ("soft_tokens" [L, D], ...) and, under the names and
-in the axes that a Hugging Face decoder of the family has, its layers, final norm and learned
-positions ("model.layers.0.self_attn.q_proj.weight", ...): a coprocessor has no token table.
+coprocessor.json holds
+    "format"         "latent_delib coprocessor 2"
+    "method", "num_latents", "placement", "step"
+    "fingerprint"    the fingerprint of the decoder that the coprocessor belongs to
+    "architecture"   the coprocessor's architecture, {fields of TransformerConfig}
+    "record"         the meta of its checkpoint; not in format 1
+
+model.safetensors holds those tensors of OWN that the method trains ("soft_tokens" [L, D], ...). It
+also holds the layers, the final norm and learned positions, with the names and axes of a Hugging
+Face decoder of the family ("model.layers.0.self_attn.q_proj.weight", ...). A coprocessor has no
+token table.
 """
 
 import json
@@ -23,10 +28,11 @@ from latent_delib.nn.transformer import TABLES, Params
 from latent_delib.weights import folder, hub, names, tensors
 from latent_delib.weights.tensors import TensorFile
 
-FORMATS = ("latent_delib coprocessor 1", "latent_delib coprocessor 2")  # we write the last
+FORMATS = ("latent_delib coprocessor 1", "latent_delib coprocessor 2")  # the last one is written
 FILE = "coprocessor.json"
 PACKAGED = folder.PACKAGED / "coprocessor"
-# What no decoder has. `delib.methods` says which of them a method trains, and their shapes.
+# Parameters that no decoder has. `delib.methods` says which of them a method trains, and their
+# shapes.
 OWN = ("soft_tokens", "keys", "values", "keys_in", "values_in", "latents_out")
 FIELDS = {
     "method": str,
@@ -48,7 +54,7 @@ def locate(workdir: str) -> Path | None:
 
 
 def name_of(workdir: str, step: int) -> str:
-    """Returns the path of a checkpoint, or of the exported coprocessor that a workdir is."""
+    """Returns the path of a job's checkpoint, or `workdir` where it is an exported coprocessor."""
     if locate(workdir) is not None:
         return workdir
     return str(epath.Path(workdir) / "checkpoints" / str(step))
@@ -61,9 +67,9 @@ def save(
 
     Args:
       out: the folder.
-      fields: FIELDS without the architecture, and the record.
+      fields: the values of FIELDS without the architecture, and "record".
       config: the coprocessor's architecture.
-      tree: its parameters.
+      tree: the coprocessor's parameters.
       card: the content of README.md.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
@@ -89,10 +95,10 @@ def save(
 
 
 def read_fields(where: Path, step: int | None = None) -> dict[str, Any]:
-    """Reads coprocessor.json, which must be of `step` where one is asked for.
+    """Reads coprocessor.json; it must be of `step`, if that is given.
 
     Raises:
-      UserError: not such a folder, or one of another step.
+      UserError: the folder is not a coprocessor's, or of another step.
     """
     fields = folder.read_json(where / FILE)
     if fields.get("format") not in FORMATS:
@@ -111,7 +117,7 @@ def read_meta(where: Path, step: int | None = None) -> dict[str, Any]:
     """Reads the meta of the checkpoint that was exported.
 
     Raises:
-      UserError: not such a folder, one of another step, or of format 1.
+      UserError: the folder is not a coprocessor's, of another step, or of format 1.
     """
     fields = read_fields(where, step)
     if "record" not in fields:
@@ -120,10 +126,11 @@ def read_meta(where: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def load(where: Path, step: int | None = None) -> tuple[dict[str, Any], Params]:
-    """Reads the fields of a coprocessor's folder, and its parameter tree, numpy.
+    """Reads a coprocessor's folder; returns its fields, and its parameter tree of numpy arrays.
 
     Raises:
-      UserError: not such a folder, one of another step, or layers that do not fit its architecture.
+      UserError: the folder is not a coprocessor's, or of another step; or its layers do not fit its
+        architecture.
     """
     fields = read_fields(where, step)
     config = TransformerConfig.from_dict(fields["architecture"], str(where / FILE))

@@ -1,7 +1,7 @@
-"""Google DeepMind's Gemma checkpoints: orbax folders that hold tensors alone.
+"""Google DeepMind's Gemma checkpoints: orbax folders that hold only tensors.
 
-Keys are flat ("transformer/layer_0/attn/q_einsum") or nested. What shapes do not tell (window,
-scales, rotary bases) is taken from the known size that fits.
+Keys are flat ("transformer/layer_0/attn/q_einsum") or nested. Shapes do not tell window, scales and
+rotary bases: these are taken from the known size that fits.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import DTYPES, read_dtype
 
-MARKS = ("_METADATA", "manifest.ocdbt", "checkpoint")  # one of them lies in every orbax folder
+MARKS = ("_METADATA", "manifest.ocdbt", "checkpoint")  # every orbax folder has one of them
 _VISION = ("vision_encoder/", "SigLiPFromPatches_0/", "embedder/mm_")
 
 
@@ -28,10 +28,10 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 
     Args:
       where: the folder.
-      wanted: its architecture, where that is no known size.
+      wanted: the architecture, where it is not a known size.
 
     Raises:
-      UserError: not a readable checkpoint of Gemma, or of no known size.
+      UserError: the folder is not a readable Gemma checkpoint, or not of a known size.
     """
     handler = ocp.PyTreeCheckpointHandler()
     try:
@@ -84,7 +84,10 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 def _architecture(
     shapes: dict[str, tuple[int, ...]], where: str, wanted: TransformerConfig | None
 ) -> TransformerConfig:
-    """Returns the wanted architecture, or the known size that fits, with all rows stored."""
+    """Returns the wanted architecture, or the known size that fits.
+
+    Its vocabulary has at least as many tokens as the stored token table has rows.
+    """
     if wanted is not None:
         rows = shapes.get("embedder/input_embedding", (0,))[0]
         return dataclasses.replace(wanted, vocab_size=max(rows, wanted.vocab_size))

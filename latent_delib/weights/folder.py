@@ -1,12 +1,13 @@
 """A decoder's folder: read part by part onto devices, written with its fingerprint.
 
-It holds `config.json`, `model.safetensors`, `fingerprint.json` and a tokenizer: `tokenizer.model`
-(SentencePiece), or `tokenizer.json` with `tokenizer_config.json`; and `chat_template.jinja`, if the
-decoder is an instruct model. config.json holds {"format": "latent_delib decoder 1", "architecture":
-{fields of TransformerConfig}}. The tensors are the leaves of the parameter tree under their dotted
-names, layers stacked on the first axis ("layers.attn.q").
-fingerprint.json holds {"sha256": of config.json and model.safetensors, one after the other,
-"config_sha256", "model_bytes": the size of model.safetensors}.
+config.json           {"format": "latent_delib decoder 1", "architecture": {fields of
+                      TransformerConfig}}
+model.safetensors     the leaves of the parameter tree, by their dotted names ("layers.attn.q");
+                      layers are stacked on the first axis
+fingerprint.json      {"sha256": the hash of config.json and model.safetensors, one after the other,
+                      "config_sha256", "model_bytes": the size of model.safetensors}
+tokenizer.model       a SentencePiece tokenizer; or tokenizer.json with tokenizer_config.json
+chat_template.jinja   for an instruct model alone
 """
 
 import functools
@@ -33,7 +34,7 @@ FINGERPRINT = "fingerprint.json"
 REMEDY = f"copy the folder whole, or delete {FINGERPRINT} if you changed it yourself"
 PACKAGED = Path(__file__).parent / "packaged"
 CHAT_TEMPLATE = "chat_template.jinja"  # Hugging Face's name
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that exists is used
 
 
 def named(path: str) -> Path:
@@ -42,7 +43,7 @@ def named(path: str) -> Path:
     "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
 
     Raises:
-      UserError: it is in a store, or not on the Hub.
+      UserError: the path is in a store, or the Hub does not give the model.
     """
     if "://" in path:
         raise UserError(f"decoder {path!r}: expected a local folder; download it, and name that")
@@ -62,7 +63,7 @@ def is_theirs(path: Path) -> bool:
 
 
 def locate(path: str) -> Path:
-    """Returns the folder that a decoder's path means, one of ours.
+    """Returns the decoder folder of ours that a path means.
 
     Raises:
       UserError: as `named` and `check_ours`.
@@ -73,7 +74,7 @@ def locate(path: str) -> Path:
 
 
 def check_ours(folder: Path, path: str) -> None:
-    """Raises UserError for what is no decoder folder of ours; `path` is for messages."""
+    """Raises UserError unless `folder` is a decoder folder of ours; `path` is for messages."""
     if is_theirs(folder):
         raise UserError(
             f"decoder {path!r}: is in another form, expected a folder that latent_delib.convert "
@@ -101,9 +102,9 @@ def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies a tokenizer to a decoder folder, with the files beside it that belong to it.
+    """Copies a tokenizer to a decoder folder, with the files that belong to it, if they exist.
 
-    They are the one that names its special tokens, and the model's chat template.
+    These are tokenizer_config.json, for a tokenizer.json, and the model's chat template.
     """
     template = chat_template(path.parent)
     if template is not None:
@@ -120,11 +121,12 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
 def chat_template(folder: Path) -> str | None:
     """Returns the chat template in a folder; None where there is none.
 
-    It is a file of its own, or what older releases of `transformers` wrote into
-    tokenizer_config.json: a template, or several with names, of which it takes "default".
+    The template has a file of its own. Older releases of `transformers` wrote it into
+    tokenizer_config.json instead: one template, or several with names, of which "default" is used.
 
     Raises:
-      UserError: a file that is no UTF-8; tokenizer_config.json holds something else there.
+      UserError: the file is not UTF-8; tokenizer_config.json holds no such template, but something
+        else.
     """
     file = folder / CHAT_TEMPLATE
     if file.is_file():
@@ -149,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Raises:
-      UserError: it does not exist, or holds anything else.
+      UserError: the file does not exist, or holds anything else.
     """
     try:
         fields = json.loads(path.read_bytes())
@@ -180,9 +182,9 @@ def config_text(config: TransformerConfig) -> bytes:
 def fingerprint(folder: Path) -> str:
     """Returns the SHA-256 over config.json and model.safetensors, hex.
 
-    Two decoders with the same one are the same. A folder written by `write_model` has it in
-    fingerprint.json, and its weights are not hashed again. Older folders have none: all their bytes
-    are read.
+    Decoders with equal fingerprints are equal. `write_model` stores the fingerprint in
+    fingerprint.json, so that weights are not hashed again. Older folders do not have that file: all
+    their bytes are read.
 
     Raises:
       UserError: a file has changed since the fingerprint was stored.
@@ -220,10 +222,11 @@ def shapes(config: TransformerConfig) -> Params:
 
 
 def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:
-    """Opens the weights of a decoder folder; none of them is read yet.
+    """Opens the weights of a decoder folder, without reading them.
 
     Raises:
-      UserError: tensors missing, unknown, or of another shape than `config` says; all are listed.
+      UserError: tensors are missing, unknown, or not of the shape that `config` says; all are
+        listed.
     """
     file = TensorFile(folder / "model.safetensors")
     wanted = {name: leaf.shape for name, leaf in by_name(shapes(config)).items()}
@@ -241,8 +244,8 @@ def load(
     Args:
       folder: a decoder folder.
       config: its architecture.
-      dtype: of the arrays.
-      shardings: of every leaf; the first device where left out.
+      dtype: dtype of the arrays.
+      shardings: the sharding of every leaf; None: all on the first device.
 
     Raises:
       UserError: as `open_tensors`.

@@ -1,7 +1,7 @@
 """GGUF files (version 2 and 3, little-endian), as llama.cpp's converter writes them.
 
 The `gguf` library dequantises blocks. Its reader is not used: it trusts every count in a header, so
-that one damaged length of a list makes it loop for ever. Layout (llama.cpp's gguf.md): magic,
+one damaged length of a list makes it loop for ever. Layout of a file (llama.cpp's gguf.md): magic,
 version, counts; keys with typed values; tensor infos; aligned data.
 """
 
@@ -25,8 +25,8 @@ MAGIC = b"GGUF"
 # The type of a value -> the letter that `struct` has for it.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9  # the other types
-MOST = 1 << 22  # entries of a list: the largest vocabularies have a quarter of a million pieces
-CHUNK = 1 << 22  # elements dequantised at a time: what is in flight is float32, several times over
+MOST = 1 << 22  # entries of a list; the largest vocabularies have a quarter of a million pieces
+CHUNK = 1 << 22  # elements dequantised at a time; meanwhile each takes several float32
 ROPE_FREQS = "rope_freqs.weight"
 # Our field -> the key that holds it, after the name of the architecture.
 KEYS = {
@@ -41,14 +41,17 @@ KEYS = {
     "attn_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
-SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")  # GGUF does not tell these
+SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")  # fields GGUF may not tell
 
 
 class Info(NamedTuple):
     """Describes a tensor of the file.
 
-    shape: as numpy has it. type: of ggml. blocks: how many. block_bytes: the bytes of one. begin:
-    the first byte, counted from the start of the file.
+    shape: in numpy's order, which is the reverse of GGUF's.
+    type: ggml's type.
+    blocks: number of blocks.
+    block_bytes: bytes per block.
+    begin: the first byte, counted from the start of the file.
     """
 
     shape: tuple[int, ...]
@@ -59,7 +62,7 @@ class Info(NamedTuple):
 
 
 class _Header:
-    """Reads a header forwards and never past the end of its file: numpy raises ValueError there."""
+    """Reads a header forwards. At the end of the file numpy raises ValueError."""
 
     def __init__(self, data: mmap.mmap):
         self.data = data
@@ -109,10 +112,12 @@ class _Header:
 class GGUF:
     """Holds an opened GGUF file.
 
-    metadata: key -> str, number, bool or list of these. tensors: name -> Info.
+    Attributes:
+      metadata: key -> str, number, bool or list of these.
+      tensors: name -> Info.
 
     Raises:
-      UserError: not GGUF, truncated, contradictory, or with a tensor of unknown type.
+      UserError: the file is not GGUF, truncated or contradictory, or has a tensor of unknown type.
     """
 
     def __init__(self, path: Path):
@@ -160,7 +165,7 @@ class GGUF:
             self.tensors[name] = info._replace(begin=begin)
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype of what `read` returns: bfloat16 as stored, float32 for all else."""
+        """Returns the dtype that `read` returns: bfloat16 for tensors stored so, else float32."""
         is_bfloat16 = self.tensors[name].type.name == "BF16"
         return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else np.float32)
 
@@ -210,10 +215,10 @@ def open_source(path: Path) -> Source:
 def architecture(file: GGUF) -> TransformerConfig:
     """Returns the TransformerConfig of a file's metadata.
 
-    Fields that GGUF leaves out are those of the known size that fits the rest.
+    Fields that GGUF leaves out are taken from the known size that fits the rest.
 
     Raises:
-      UserError: a key that is missing, wrong, or of a feature that is not known here.
+      UserError: a key is missing, wrong, or of a feature that is not known here.
     """
     where = str(file.path)
     kind = file.metadata.get("general.architecture")
@@ -240,7 +245,7 @@ def architecture(file: GGUF) -> TransformerConfig:
     if "layer_pattern" not in fields:
         fields.pop("window", None)
     fields.setdefault("num_kv_heads", fields.get("num_heads"))
-    # Stored as float32; the decimal number it was made from has few digits.
+    # Stored as float32; the decimal number that it was made from has few digits.
     fields["norm_eps"] = float(f"{get(norm, float):.6g}")
     table = file.tensors.get("token_embd.weight")
     fields["vocab_size"] = table.shape[0] if table else 1
@@ -265,7 +270,7 @@ def architecture(file: GGUF) -> TransformerConfig:
 
 
 def _known_size(config: TransformerConfig) -> TransformerConfig | None:
-    """Returns the known size that has an architecture's numbers in every field that GGUF tells."""
+    """Returns the known size that equals an architecture in all fields outside SILENT, or None."""
     for size in SIZES.values():
         told = [line for line in differences(config, size) if not line.startswith(SILENT)]
         if not told:

@@ -1,9 +1,8 @@
-"""Writes the vocabulary inside a GGUF as the tokenizer files it was made from.
+"""Writes the vocabulary inside a GGUF as the tokenizer files that it was made from.
 
-They are tokenizer.json, or a SentencePiece model; the chat template, if any, lies beside them. The
-reference is llama.cpp's reading of the same keys (llama-vocab.cpp). Like it, and unlike some
-tokenizer.json of the same models (Qwen's composes accents first), the files written here take text
-as it is.
+The files are tokenizer.json or a SentencePiece model, and the chat template, if any. The reference
+is llama.cpp's reading of the same keys (llama-vocab.cpp). As in llama.cpp, text is not normalized
+first; the original tokenizer.json of some models does so (Qwen's composes accents).
 """
 
 import json
@@ -20,7 +19,7 @@ _LLAMA3 = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> expressions that cut a text into words, one after the other.
+# tokenizer.ggml.pre -> regular expressions that cut a text into words, applied one after the other.
 _WORDS = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
     "gpt-2": [_GPT2],
@@ -33,8 +32,9 @@ _WORDS = {
 class _Vocabulary(NamedTuple):
     """Holds a vocabulary.
 
-    ids: token -> 0, 1, ..., in order. types: of every token. special: "bos", "eos", "pad" -> token,
-    where there is one.
+    ids: token -> 0, 1, ..., in order.
+    types: the type of every token.
+    special: "bos", "eos", "pad" -> token, where the vocabulary names one.
     """
 
     ids: dict[str, int]
@@ -70,7 +70,7 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
 
 
 def _one_of(known: Mapping[str, Any], key: str, value: Any) -> Any:
-    """Returns the known thing that a key names."""
+    """Returns the entry of `known` that a key's value names."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{key} is {value!r:.40}, expected one of {', '.join(known)}")
     return known[value]
@@ -92,7 +92,7 @@ def _vocabulary(keys: Mapping[str, Any]) -> _Vocabulary:
             continue
         if not 0 <= i < len(tokens):
             raise ValueError(f"{key} is {i}, expected one of {len(tokens)} tokens")
-        if types[i] != _UNKNOWN:  # some files call them normal, and text could spell them
+        if types[i] != _UNKNOWN:  # some files call it a normal token, which text could spell
             types[i] = _CONTROL
         special[name] = tokens[i]
     return _Vocabulary(ids, types, special)
@@ -116,7 +116,7 @@ def _write_byte_level_bpe(keys: Mapping[str, Any], vocabulary: _Vocabulary, fold
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             special = kind != _USER_DEFINED
             added.append(tokenizers.AddedToken(token, normalized=False, special=special))
-    tokenizer.add_tokens(added)  # at once: each call goes over all tokens added so far
+    tokenizer.add_tokens(added)  # in one call, because each goes over all tokens added so far
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
     config = {f"{name}_token": vocabulary.special.get(name) for name in ("bos", "eos", "pad")}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -139,12 +139,12 @@ def _write_sentencepiece(keys: Mapping[str, Any], vocabulary: _Vocabulary, folde
     trainer.vocab_size = len(ids)
     trainer.byte_fallback = _BYTE in types
     for name, token in special.items():
-        setattr(trainer, f"{name}_piece", token)  # the library finds them by these names
+        setattr(trainer, f"{name}_piece", token)  # the library finds the token by this name
         setattr(trainer, f"{name}_id", ids[token])
     normalizer = model.normalizer_spec
     normalizer.name = "identity"
     normalizer.remove_extra_whitespaces = False
     normalizer.add_dummy_prefix = keys.get("add_space_prefix", True)
     content = model.SerializeToString(deterministic=True)
-    sentencepiece.SentencePieceProcessor(model_proto=content)  # raises if it is no vocabulary
+    sentencepiece.SentencePieceProcessor(model_proto=content)  # raises if `content` is no model
     (folder / "tokenizer.model").write_bytes(content)

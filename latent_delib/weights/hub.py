@@ -11,15 +11,15 @@ from latent_delib.errors import UserError, reason, store_error
 
 PREFIX = "hf:"
 NAME = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")  # pickles stay there
+FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")  # pickles are not downloaded
 
 
 def located(path: str) -> Path:
-    """Returns a path as it is, or the local folder of the model on the Hub that it names.
+    """Returns a local path unchanged, or the local folder of a model that is named on the Hub.
 
     Raises:
-      UserError: a name of another form, a model that is not there, or none in the cache while the
-        Hub does not answer.
+      UserError: the name has another form; there is no such model; or the Hub does not answer, and
+        the cache does not have the model.
       OSError: the disk is full (Outage: a download broke off).
     """
     if not path.startswith(PREFIX):

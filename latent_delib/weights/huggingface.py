@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors in one file, or in many with an index."""
+"""Hugging Face folders: config.json, and safetensors in one file or in several with an index."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ CLASSES = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "gpt2": ("gpt2", "GPT2LMHeadModel"),
 }
-# By our family, the defaults of `transformers` for keys that a config.json leaves out.
+# For each of our families, the defaults of `transformers` for keys that a config.json leaves out.
 _COMMON = dict(
     hidden_act="silu",
     rms_norm_eps=1e-6,
@@ -84,7 +84,7 @@ NUMBERS = {
     "rope_base": "rope_theta",
 }
 SOFTCAPS = {"attn_softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
-LOCAL = {"window": "sliding_window", "local_rope_base": "rope_local_base_freq"}  # of local layers
+LOCAL = {"window": "sliding_window", "local_rope_base": "rope_local_base_freq"}  # for local layers
 KEYS = NUMBERS | SOFTCAPS | LOCAL
 GPT2_NUMBERS = {
     "num_layers": "n_layer",
@@ -111,7 +111,7 @@ _IGNORED = (
     "model.vision_tower.",
     "model.multi_modal_projector.",
 )
-# What GPT-2's tensors are called where its body was saved alone, as the published ones were.
+# GPT-2's tensor names begin with these where its body was saved alone, as in published checkpoints.
 _GPT2_BODY = ("h.", "wte.", "wpe.", "ln_f.")
 _GPT2_MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # older releases
 HEAD = "lm_head.weight"
@@ -121,7 +121,7 @@ def open_source(where: Path) -> Source:
     """Opens a Hugging Face folder as a source.
 
     Raises:
-      UserError: files missing, damaged or contradictory; an architecture that is none of FAMILIES.
+      UserError: files are missing, damaged or contradictory; the architecture is none of FAMILIES.
     """
     path = where / "config.json"
     config = architecture(folder_lib.read_json(path), str(path))
@@ -148,7 +148,7 @@ def open_source(where: Path) -> Source:
 
 
 def _is_ignored(name: str) -> bool:
-    """Tells whether a text decoder has no such tensor."""
+    """Tells whether a tensor is not a parameter of a text decoder."""
     is_buffer = name.endswith("rotary_emb.inv_freq") or _GPT2_MASK.fullmatch(name)
     return bool(is_buffer) or name.startswith(_IGNORED)
 
@@ -164,7 +164,7 @@ def _text_name(name: str) -> str:
 
 
 def _files(where: Path) -> dict[str, TensorFile]:
-    """Returns the file of each tensor that a text decoder has, by the index where there is one."""
+    """Returns the file of each tensor of a text decoder, as the index says where there is one."""
     index = where / "model.safetensors.index.json"
     if not index.is_file():
         if not (where / "model.safetensors").is_file():
@@ -189,10 +189,14 @@ def _files(where: Path) -> dict[str, TensorFile]:
 
 
 def architecture(config: Fields, where: str) -> TransformerConfig:
-    """Returns the TransformerConfig of the fields of a config.json. where: its path, for messages.
+    """Returns the TransformerConfig that a config.json describes.
+
+    Args:
+      config: the fields of the config.json.
+      where: its path, for messages.
 
     Raises:
-      UserError: a key that is missing, wrong, or of a feature that is not known here.
+      UserError: a key is missing, wrong, or of a feature that is not known here.
     """
     multimodal = config.get("model_type") == "gemma3" and "text_config" in config
     text = config
@@ -211,7 +215,7 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
     # Gemma 1's files say gelu and mean its tanh approximation, as `transformers` reads them.
     activations = ("gelu", "gelu_pytorch_tanh") if ours.startswith("gemma") else ("silu",)
     known = {
-        "attention_bias": (False,),  # it would give the output projection a bias too
+        "attention_bias": (False,),  # True would give the output projection a bias too
         "mlp_bias": (False,),
         "use_bidirectional_attention": (False,),
         "tie_word_embeddings": (True, False),
@@ -242,7 +246,7 @@ def _check_known(c: Fields, known: Mapping[str, tuple], where: str) -> None:
 
 
 def _gpt2(text: Fields, where: str) -> TransformerConfig:
-    """Returns the TransformerConfig of a GPT-2's fields, which have names of their own."""
+    """Returns the TransformerConfig of GPT-2's fields, which have names of their own."""
     c = DEFAULTS["gpt2"] | {key: value for key, value in text.items() if value is not None}
     known: dict[str, tuple] = {key: (value,) for key, value in _GPT2_FIXED.items()}
     known["activation_function"] = ("gelu_new", "gelu_pytorch_tanh")
@@ -260,8 +264,8 @@ def _gpt2(text: Fields, where: str) -> TransformerConfig:
 def _in_one_form(ours: str, text: Fields, where: str) -> dict[str, Any]:
     """Returns the fields of a text decoder, defaults included, as `transformers` 4 wrote them.
 
-    Release 5 writes rope_parameters, for all layers or by their kind. Here they are rope_theta,
-    rope_scaling and rope_local_base_freq.
+    Release 5 writes rope_parameters, for all layers or for each kind of layer. They become
+    rope_theta, rope_scaling and rope_local_base_freq.
     """
     c = dict(DEFAULTS[ours])
     for key, value in text.items():
@@ -325,12 +329,12 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
 
     Args:
       c: the architecture.
-      dtype: of the weights: "float32" or "bfloat16".
+      dtype: dtype of the weights, "float32" or "bfloat16".
       token_ids: "bos_token_id", "eos_token_id", "pad_token_id".
 
     Raises:
-      UserError: `transformers` has no class that computes it; read back, the fields give another
-        architecture.
+      UserError: the class of the family in `transformers` does not compute this architecture: read
+        back, the fields give another.
     """
     ours = family(c)
     model_type, class_name = CLASSES[ours]
@@ -348,14 +352,14 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
     else:
         fields |= {"hidden_act": "silu", "rope_scaling": _rope_scaling(c)}
     if ours.startswith("gemma"):
-        # Releases 4 and 5 read different ones of these for Gemma 1.
+        # For Gemma 1, releases 4 and 5 read different ones of these keys.
         fields["hidden_act"] = fields["hidden_activation"] = "gelu_pytorch_tanh"
     if ours in ("gemma2", "gemma3"):
         kinds = {True: "sliding_attention", False: "full_attention"}
         fields["layer_types"] = [kinds[local] for local in c.is_local]
         fields["sliding_window"] = c.window or 4096
         scalar = round(c.query_scale**-2, 6)
-        # Release 5 wants an integer where it is one.
+        # Release 5 wants an integer where the number is whole.
         fields["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
         fields |= {key: getattr(c, name) or None for name, key in SOFTCAPS.items()}
     if ours == "gemma3":
@@ -390,7 +394,7 @@ def tokenizer_config(path: Path) -> dict[str, Any]:
 
     model = SentencePieceProcessor(model_file=str(path))
     proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    # The classes differ in whether a text begins with a blank of its own.
+    # The classes differ in whether a space is put before a text.
     class_name = "LlamaTokenizer" if proto.normalizer_spec.add_dummy_prefix else "GemmaTokenizer"
     fields = {"tokenizer_class": class_name, "add_bos_token": True}
     for name in ("bos", "eos", "unk", "pad"):

@@ -1,4 +1,4 @@
-"""Turns a decoder of another form into one of ours: tensors for a folder, or arrays on devices."""
+"""Turns a decoder of another form into our form: tensors for a folder, or arrays on devices."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -22,21 +22,21 @@ def tensors_of(source: Source, dtype: str = "") -> tuple[Entries, Iterator[np.nd
 
     Args:
       source: a decoder of another form.
-      dtype: a key of DTYPES, or "" to round nothing: a leaf is float32 where any layer of it is not
-        bfloat16.
+      dtype: a key of DTYPES; or "" to round nothing: then a leaf is bfloat16 if all its layers are,
+        else float32.
 
     Returns:
-      Name -> shape and dtype of every leaf, in order; and their data in that order, read one tensor
-      of the source at a time.
+      Name -> shape and dtype of every leaf, in order; and the data of the leaves in that order,
+      read one tensor of the source at a time.
 
     Raises:
-      UserError: tensors are missing, unknown or misshapen.
+      UserError: tensors are missing, unknown or of a wrong shape.
     """
     config = source.architecture
     found = names.match(source.shapes, config, source.form, source.where)
     leaves = folder.by_name(folder.shapes(config))
     order = list(leaves)
-    found.sort(key=lambda t: order.index(t.leaf))  # the same file, whatever it was made from
+    found.sort(key=lambda t: order.index(t.leaf))  # one order, whatever the form of the source
     kept = dict.fromkeys(leaves, DTYPES[dtype or "bfloat16"])
     if not dtype:
         for t in found:
@@ -51,7 +51,7 @@ def tensors_of(source: Source, dtype: str = "") -> tuple[Entries, Iterator[np.nd
 
 
 def check_vocabulary(source: Source, pieces: int) -> None:
-    """Raises UserError for a tokenizer of more pieces than the token table of a source has rows."""
+    """Raises UserError if a tokenizer has more pieces than the source's token table has rows."""
     rows = source.architecture.vocab_size
     if pieces > rows:
         raise UserError(
@@ -60,17 +60,17 @@ def check_vocabulary(source: Source, pieces: int) -> None:
 
 
 def load(source: Source, dtype: Any, shardings: Params) -> tuple[Params, str]:
-    """Reads a source onto the devices, as `folder.load` reads a folder that was made of it.
+    """Reads a source onto the devices, as `folder.load` reads a folder that was made from it.
 
     Host memory holds one leaf at a time, with all of its layers.
 
     Args:
       source: a decoder of another form.
-      dtype: of the arrays.
-      shardings: of every leaf.
+      dtype: dtype of the arrays.
+      shardings: the sharding of every leaf.
 
     Returns:
-      The parameters, and the fingerprint that the folder would have.
+      The parameters, and the fingerprint that such a folder would have.
     """
     entries, chunks = tensors_of(source)
     digest = hashlib.sha256(folder.config_text(source.architecture))
@@ -84,7 +84,7 @@ def load(source: Source, dtype: Any, shardings: Params) -> tuple[Params, str]:
 
 
 def _next_leaf(shape: tuple[int, ...], dtype: np.dtype, chunks: Iterator[np.ndarray]) -> np.ndarray:
-    """Returns the next leaf of the chunks, which each hold some of its layers."""
+    """Returns the next leaf, joined from chunks that each hold some of its layers."""
     leaf = np.empty(shape, dtype)
     flat = leaf.reshape(-1)
     done = 0
@@ -96,7 +96,7 @@ def _next_leaf(shape: tuple[int, ...], dtype: np.dtype, chunks: Iterator[np.ndar
 
 
 def _place(leaf: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Puts a leaf where it lies on the devices."""
+    """Puts a leaf onto the devices, by its sharding."""
     return jax.make_array_from_callback(
         leaf.shape, sharding, lambda index: leaf[index].astype(dtype, copy=False)
     )

@@ -1,9 +1,10 @@
 """Maps tensor names between our parameter tree and other formats.
 
-There is one table per family, read in both directions. A row gives our leaf with its axes, and its
-name in Hugging Face's, GGUF's and DeepMind's checkpoints, followed by the axes as stored (einops).
-`[0/2]` picks a part of a tensor that fuses several leaves, along its axis i. Axes: V vocabulary, D
-width, N query heads, K key/value heads, H head dim, F feed-forward width, P learned positions.
+Each family has one table, which is read in both directions. A row gives the axes of our leaf, and
+then its name in Hugging Face's, GGUF's and DeepMind's checkpoints, each followed by the axes as
+stored (einops). `[0/2]` after a name means part 0 of 2 of a tensor that fuses several leaves along
+its axis i. Axes: V vocabulary, D width, N query heads, K key/value heads, H head dim, F
+feed-forward width, P learned positions.
 """
 
 import dataclasses
@@ -21,7 +22,10 @@ from latent_delib.weights.tensors import check_shapes
 
 
 class Row(NamedTuple):
-    """Holds the names and axes of one leaf; DeepMind has published Gemma alone."""
+    """Holds the axes of one leaf, and its name and axes in each form.
+
+    deepmind: "" for leaves that Gemma does not have: DeepMind has published Gemma alone.
+    """
 
     ours: str
     huggingface: str
@@ -29,7 +33,7 @@ class Row(NamedTuple):
     deepmind: str = ""
 
 
-# The names of a layer's tensors begin with these; `{}` is its number.
+# The names of a layer's tensors begin with these; `{}` is the layer's number.
 LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}.", "deepmind": "layer_{}/"}
 GPT2_LAYER = LAYER | {"huggingface": "transformer.h.{}."}
 
@@ -88,7 +92,8 @@ _QK_NORMS = {
         "H", "self_attn.k_norm.weight H", "attn_k_norm.weight H", "attn/_key_norm/scale H"
     ),
 }
-# Llama's post_attention_layernorm stands before the MLP; here it is after the attention.
+# Hugging Face's post_attention_layernorm is the norm before the MLP in Llama, but after the
+# attention here.
 _POST_NORMS = {
     "post_attn_norm.scale": Row(
         "D",
@@ -148,7 +153,7 @@ LAYER_ROWS = {
 
 
 def rows(config: TransformerConfig) -> dict[str, Row]:
-    """Returns the rows of an architecture's leaves, by leaf."""
+    """Returns leaf -> row, for all leaves of an architecture."""
     ours = family(config)
     found = dict(_GPT2_OUTSIDE if ours == "gpt2" else _OUTSIDE)
     for leaf, row in LAYER_ROWS[ours].items():
@@ -160,11 +165,15 @@ def rows(config: TransformerConfig) -> dict[str, Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Says how one leaf of ours, or one layer of it, is stored in another format.
+    """Says how one leaf of ours, or one layer of it, is stored in another form.
 
-    leaf, layer: ours; no layer for leaves that are not stacked. name, shape: of the stored tensor.
-    part: the index on axis i where this leaf lies; None where the tensor is one leaf. theirs, ours:
-    axes in both formats. sizes: of the axes. added: what stored norms hold beyond ours.
+    leaf: our name of the leaf.
+    layer: number of the layer; None for leaves that are not stacked.
+    name, shape: name and shape of the stored tensor.
+    part: index of this leaf on axis i of the stored tensor; None where the tensor is one leaf.
+    theirs, ours: the axes of the stored tensor and of our leaf.
+    sizes: axis -> size.
+    added: the number by which a stored norm exceeds ours.
     """
 
     leaf: str
@@ -186,13 +195,13 @@ class Tensor:
         return x - x.dtype.type(self.added) if self.added else x
 
     def to_theirs(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the tensor to store of our leaves: this one, or all that it fuses, in order."""
+        """Returns the tensor to store, made from this leaf or from all that it fuses, in order."""
         if self.part is None:
             return self._rearranged(leaves[0], self.ours, self.theirs)
         return self._rearranged(np.stack(leaves), f"i {self.ours}", self.theirs)
 
     def _rearranged(self, x: np.ndarray, before: str, after: str) -> np.ndarray:
-        # Of the axes in brackets einops must be told the sizes.
+        # einops must be told the sizes of the axes in brackets.
         inside = " ".join(re.findall(r"\(([^)]*)\)", before)).split()
         sizes = {axis: self.sizes[axis] for axis in inside}
         return einops.rearrange(x, f"{before} -> {after}", **sizes)
@@ -217,7 +226,8 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
         name, _, theirs = getattr(row, form).partition(" ")
         ours = row.ours
         if has_pairs and leaf in ("layers.attn.q", "layers.attn.k"):
-            # There rotary pairs are neighbours, (0, 1), (2, 3), ...; elsewhere halves of a head.
+            # GGUF's Llama has rotary pairs as neighbours, (0, 1), (2, 3), ...; others as two halves
+            # of a head.
             theirs, ours = theirs.replace("H", "h c"), ours.replace("H", "(c h)")
         if is_fused and re.fullmatch(r"layers\.attn\.[qkv]", leaf):
             name = f"attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
@@ -248,7 +258,7 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
 
 
 def fused(found: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """Returns the tensors by the name that they are stored under, the parts of one in order."""
+    """Returns stored name -> tensors: one, or the parts of a fused tensor in order."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in found:
         groups.setdefault(tensor.name, []).append(tensor)
@@ -265,15 +275,15 @@ def match(
     """Returns the tensors of a checkpoint.
 
     Args:
-      found: name -> shape of all that it holds.
+      found: name -> shape of every tensor in the checkpoint.
       config: its architecture.
       form: a column of the tables.
       source: its path, for messages.
-      without: leaves that it does not have.
+      without: leaves that the checkpoint does not have.
 
     Raises:
-      UserError: tensors are missing, unknown or misshapen; all are listed, by their name and by
-        ours.
+      UserError: tensors are missing, unknown or of a wrong shape. All are listed, by their stored
+        name and by ours.
     """
     if config.num_layers > len(found):  # a damaged number must not make a billion names
         raise UserError(f"{source}: {config.num_layers} layers, but only {len(found)} tensors")

@@ -12,10 +12,13 @@ from latent_delib.nn.sizes import TransformerConfig
 class Source(NamedTuple):
     """Describes a decoder on disk; no weight has been read.
 
-    where: its path, for messages. form: a column of the tables in `names`. shapes: of every tensor,
-    by its stored name. dtypes: of what `read` returns, bfloat16 as stored and float32 for all else
-    that it holds exactly. read: reads one tensor. write_tokenizer: writes its tokenizer into a
-    folder; None where it has none.
+    where: the path, for messages.
+    form: a column of the tables in `names`.
+    architecture: the decoder's architecture.
+    shapes: stored name -> shape, of every tensor.
+    dtypes: stored name -> dtype that `read` returns: bfloat16 for tensors stored so, else float32.
+    read: reads one tensor, by its stored name.
+    write_tokenizer: writes the tokenizer into a folder; None where the decoder has none.
     """
 
     where: str

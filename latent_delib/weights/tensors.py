@@ -1,8 +1,8 @@
 """Files of tensors in the safetensors format, read and written one tensor at a time.
 
-The `safetensors` library checks that a header fits its file. Data is read and written here, because
-the library maps whole files to read and takes all tensors at once to write. Layout: eight bytes of
-header length, header (JSON), data.
+The `safetensors` library checks that a header fits its file. This module reads and writes the data,
+because the library maps whole files into memory to read, and takes all tensors at once to write.
+Layout of a file: eight bytes with the header's length, the header (JSON), the data.
 """
 
 import json
@@ -28,7 +28,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def read_dtype(stored: np.dtype) -> np.dtype:
-    """Returns the dtype that a stored tensor is read as: float32 for float16, else its own."""
+    """Returns the dtype that a stored tensor is read as: float32 for float16, else `stored`."""
     return np.dtype(np.float32) if stored == np.float16 else stored
 
 
@@ -38,12 +38,12 @@ def check_shapes(
     source: str,
     notes: Mapping[str, str],
 ) -> None:
-    """Raises UserError that lists all tensors that are missing, unknown or misshapen.
+    """Raises a UserError with all tensors that are missing, unknown or of a wrong shape, if any.
 
     Args:
       found, wanted: name -> shape.
-      source: where they are from, for messages.
-      notes: name -> what a message adds to it.
+      source: path of the tensors, for messages.
+      notes: name -> text that the message puts after the tensor.
     """
     wrong = []
     for name, shape in wanted.items():
@@ -59,15 +59,18 @@ def check_shapes(
 
 
 class TensorFile:
-    """Holds an opened safetensors file. shapes, dtypes: of every tensor, by name.
+    """Holds an opened safetensors file.
 
     Args:
-      path: of the file.
-      ignored: tells by its name whether a tensor is to be left out, whatever its type.
+      path: the file.
+      ignored: tells by its name whether a tensor is left out, whatever its type.
+
+    Attributes:
+      shapes, dtypes: name -> shape or dtype, of every tensor.
 
     Raises:
-      UserError: missing, truncated or contradictory, or a tensor of another type than float32,
-        float16 or bfloat16.
+      UserError: the file is missing, truncated or contradictory, or has a tensor of another type
+        than float32, float16 or bfloat16.
     """
 
     def __init__(self, path: Path, ignored: Callable[[str], bool] = lambda name: False):
@@ -113,7 +116,7 @@ def header(
     entries: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Returns all that a safetensors file holds before its data; arguments as for `write`."""
+    """Returns the bytes of a safetensors file before its data; arguments as for `write`."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (shape, dtype) in entries.items():
@@ -144,8 +147,8 @@ def write(
 
     Args:
       entries: name -> shape and dtype, in the order of the file.
-      chunks: the data of all tensors, one after the other, cut anywhere; one chunk at a time is in
-        memory.
+      chunks: the data of all tensors, one after the other, cut into chunks at any place. One chunk
+        at a time is in memory.
       metadata: strings for the header.
       digest: a `hashlib` object, updated with every byte of the file; None for no hash.
     """
