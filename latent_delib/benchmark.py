@@ -7,8 +7,8 @@
 Benchmarks are names in configs/benchmarks.py; `published`; `offline`, which needs no network but
 the tasks that `make_tasks` writes; or qa:FILE, your own questions in JSON lines, where an answer
 counts only if all of it is right. Models are decoder; augmented, with the latents of WORKDIR by any
-method, by default written once, at the end of the prompt; and zero_shot_cot, the decoder without
-worked examples, told to think step by step.
+method, written at the end of the prompt; and zero_shot_cot, the decoder without worked examples,
+told to think step by step.
 
 Writes benchmarks.json to --out (may be gs://), and saves each row as soon as it is made. Run again,
 it makes the rows that are missing. The result of each document is in OUT/samples.

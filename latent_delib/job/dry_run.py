@@ -61,7 +61,7 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
 
 
 def slice_of(topology: str) -> Sequence[Any]:
-    """Returns the devices of absent TPU slices: one can compile for them, but not run.
+    """Returns the devices of TPU slices, to compile for; this machine need not have them.
 
     A device is a chip. On a TPU7x it is half a chip.
 

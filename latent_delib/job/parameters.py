@@ -115,7 +115,7 @@ def check_start(exp: Experiment) -> None:
 def place_start(exp: Experiment, dtype: Any) -> Params:
     """Loads the whole tree that training begins with onto the mesh, in `dtype`.
 
-    Additional soft tokens begin as copies of its last one.
+    Additional soft tokens begin as copies of the last one in that tree.
 
     Raises:
       UserError: as `check_start`.

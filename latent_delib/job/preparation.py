@@ -138,7 +138,7 @@ def _difference(found: dict, meta: dict) -> str | None:
         if key in SPLITS:
             there = [entry["source"] for entry in there]
             here = [entry["source"] for entry in here]
-        is_older = key == "format" and there in range(1, token_files.FORMAT)  # also readable
+        is_older = key == "format" and there in range(1, token_files.FORMAT)  # readable too
         if there != here and not is_older:
             return f"{key} is {there} there and {here} here"
     for split in SPLITS:

@@ -35,7 +35,7 @@ def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]
 
     Args:
       keys: for each row, the number of its continuations and its length.
-      size: returns how many rows a batch has whose largest key is the argument.
+      size: returns the number of rows in a batch, given the largest key in it.
     """
     order = sorted(range(len(keys)), key=lambda i: keys[i], reverse=True)
     while order:

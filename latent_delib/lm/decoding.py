@@ -3,8 +3,8 @@
 Latents and the tokens after them are a trace, as in training (`delib.traces`). The cache holds the
 text as the plain decoder read it, then latents, then the tokens decoded since. Before new latents
 join, the cache is rolled back: the tokens after the old latents are read again as plain text, and
-the new latents follow them. So the next token depends on the text and on the place of the last
-latents alone, as in training (`delib.augment.loss`). Latents that recur (`Method.recurs`) are not
+the new latents follow them. So the next token depends only on the text and on the place of the
+last latents, as in training (`delib.augment.loss`). Latents that recur (`Method.recurs`) are not
 rolled back: new latents join the cache as it is.
 
 `decode_in_chunks` is the loop; its compiled functions are in `lm.compiled`.

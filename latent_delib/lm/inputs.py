@@ -31,7 +31,7 @@ class GenerationOptions(NamedTuple):
       only once, at the end of the prompt.
     delay: number of tokens between asking for latents and their joining, the published simulation
       of an asynchronous coprocessor. None: they join when they are ready, and if the coprocessor
-      fails, decoding goes on without them.
+      fails, decoding goes on without new ones.
     chunk: the most tokens decoded between two yields.
     """
 
@@ -152,7 +152,7 @@ def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: i
 
 
 def longest_text(aug: Augmentation) -> int:
-    """Returns the most tokens that a text may have if positions are learned, latents included.
+    """Returns the most tokens of a text that leave space for latents among learned positions.
 
     The smaller table of decoder and assistant decides. Without such a table it is INT32.
     """

@@ -109,10 +109,10 @@ def load_decoder(
       path: a decoder folder; a folder in Hugging Face's form; a GGUF file; "hf:OWNER/NAME", a
         folder of either form on the Hub; or "packaged".
       dtype: the dtype of parameters and computation: float32 or bfloat16.
-      mesh: devices of the parameters, by default the first device. Each device reads its own part.
+      mesh: devices of the parameters, by default the first. Each is read straight to its place.
 
     Raises:
-      UserError: files are missing, tensors do not fit the architecture, or it is another dtype.
+      UserError: files are missing, tensors do not fit the architecture, or `dtype` is another.
     """
     name = arguments.path("path", path)
     dtype = inputs.checked_dtype(dtype)
@@ -389,7 +389,7 @@ def load_assistant(
 def place(mesh: Mesh, params: Params, dtype: Any, axes: Mapping[str, Axes] = PARAM_AXES) -> Params:
     """Puts parameters onto the devices of a mesh.
 
-    Each is cast by itself before it is moved, so that all need not fit one device.
+    They are cast and moved one by one, and need not all fit one device.
     """
     shardings = mesh_lib.parameters(mesh, params, axes)
 

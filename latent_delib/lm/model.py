@@ -188,7 +188,7 @@ class AugmentedLM:
 
         Args:
           augment: whether latents join after BOS.
-          every: number of tokens after which latents join again; 0: they join once.
+          every: number of tokens after which latents join again, if not 0.
           progress: gets the number of pieces that are done.
         """
         texts = arguments.several("texts", texts)
@@ -249,10 +249,10 @@ class AugmentedLM:
           stop: a text ends before the first of these strings that is complete in it.
           seed: one seed for each prompt; or one for all, which is combined with a prompt's place.
           augment: whether latents join at the end of the prompt.
-          every: number of tokens after which latents join again; 0: they join once.
+          every: number of tokens after which latents join again, if not 0.
           delay: latents join that many tokens after the text they were written for. None: they join
             when they are ready. The coprocessor then works on its own devices, and if it fails,
-            decoding goes on without latents.
+            decoding goes on without new latents.
           progress: gets the number of tokens that are decoded, over all prompts.
           sampling: temperature (0: the likeliest token), top_k, top_p, ...: the fields of
             `sampling.Sampler`.

@@ -19,7 +19,7 @@ from latent_delib.machine import arguments
 from latent_delib.measure import scores, views
 from latent_delib.nn.transformer import Params
 
-QUESTIONS = 100  # the number asked of each source, its first ones
+QUESTIONS = 100  # asked of each source: its first ones
 
 
 class Asked(NamedTuple):

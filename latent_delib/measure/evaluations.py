@@ -67,8 +67,8 @@ def steps_to_evaluate(
     whether or not the caller can read them.
 
     Raises:
-      UserError: there is no checkpoint, or none of a step in `steps`; or no checkpoint came within
-        `patience` seconds.
+      UserError: there is no checkpoint; a step of `steps` has none; none came within `patience`
+        seconds.
     """
     on_first(_require_begun, workdir, folder, patience)
     tried: list[int] = []

@@ -18,7 +18,7 @@ class Entry:
     results: the files that the figures are from, at least one.
     model: "augmented", "decoder" or "zero_shot_cot".
     delay: number of tokens by which latents come late.
-    every: number of tokens after which latents are written again; 0: they are written once.
+    every: number of tokens after which latents are written again; 0: they are not.
     perplexity: the row of the first token ahead.
     scores: benchmark -> its row, and its file.
     """

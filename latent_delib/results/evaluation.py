@@ -44,7 +44,7 @@ def _heading(result: dict[str, Any]) -> str:
 
 
 def _documents(part: dict[str, Any]) -> str:
-    """Says how many documents there are, and of how many works unless each is a work."""
+    """Says how many documents there are, and of how many works unless each is its own work."""
     counts = {"works": f" of {part['num_works']} works", "documents of one work": " of one work"}
     of_works = counts.get(part["interval_over"], "")
     count = part["documents"]
