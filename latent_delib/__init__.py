@@ -35,18 +35,18 @@ __all__ = [
 MODULES = {"look": "latent_delib.lm.look", "mesh": "latent_delib.mesh"}
 
 if sys.argv[:1] == ["-m"] and any(word.startswith("latent_delib") for word in sys.orig_argv):
-    # A command: Ctrl-C ends its imports at once, without a word. `commands.run` takes over.
+    # In a command Ctrl-C ends the imports at once, without a message. `commands.run` takes over.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # The arrays of a step come and go, and the kernel clears each of their pages. With pages of
-    # 4 KiB that is a quarter of a CPU's time. glibc reads the size only as a process starts.
+    # Each step allocates and frees arrays, and the kernel clears each of their pages. With pages of
+    # 4 KiB this takes a quarter of a CPU's time. glibc reads the size only when a process starts.
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
 
 
 def __getattr__(name: str) -> Any:
-    """Returns a part of the interface, imported at first use: `data` alone needs no JAX."""
+    """Returns a part of the interface, imported at first use, because `data` alone needs no JAX."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in MODULES:

@@ -1,4 +1,4 @@
-"""Lists the commands; `latent-delib train ...` runs one, as `python -m latent_delib.train ...`."""
+"""Lists the commands; `latent-delib train ...` is short for `python -m latent_delib.train ...`."""
 
 import ast
 import os

@@ -4,14 +4,14 @@
       --model=decoder,augmented --out=DIR
   python -m latent_delib.benchmark --decoder=DIR --benchmarks=gsm8k,arc_easy --out=DIR [--limit=N]
 
-Benchmarks are the names in configs/benchmarks.py, or `published`, or `offline`, which needs no
-network but the tasks that `make_tasks` writes, or qa:FILE, your own questions in JSON lines; an
-answer counts if all of it is right. Models: decoder; augmented, with the latents of WORKDIR,
-whatever its method, written once at the end of the prompt; zero_shot_cot, the decoder without
-worked examples, told to think step by step.
+Benchmarks are names in configs/benchmarks.py; `published`; `offline`, which needs no network but
+the tasks that `make_tasks` writes; or qa:FILE, your own questions in JSON lines, where an answer
+counts only if all of it is right. Models are decoder; augmented, with the latents of WORKDIR by any
+method, written at the end of the prompt; and zero_shot_cot, the decoder without worked examples,
+told to think step by step.
 
-Writes benchmarks.json to --out (may be gs://), a row saved as soon as it is there; run again, it
-does what is missing. Each document's result is in OUT/samples.
+Writes benchmarks.json to --out (may be gs://), and saves each row as soon as it is made. Run again,
+it makes the rows that are missing. The result of each document is in OUT/samples.
 """
 
 import dataclasses
@@ -46,10 +46,12 @@ MODELS = ("decoder", "augmented", "zero_shot_cot")
 
 
 class Subject(NamedTuple):
-    """A decoder or training job that is measured.
+    """Holds the decoder or training job that is measured.
 
     record: of the checkpoint, or of a config with the decoder alone; its fingerprint is of
-    `decoder`. decoder: its folder. workdir: of the job; "" without one.
+      `decoder`.
+    decoder: the decoder's folder.
+    workdir: the job's workdir; "" without a job.
     """
 
     record: Record
@@ -57,7 +59,7 @@ class Subject(NamedTuple):
     workdir: str = ""
 
     def about(self) -> dict[str, Any]:
-        """Returns the fields of benchmarks.json that say what its rows are of."""
+        """Returns the fields of benchmarks.json that identify the subject of its rows."""
         r = self.record
         checkpoint = None
         if self.workdir:
@@ -73,7 +75,7 @@ class Subject(NamedTuple):
 
 
 def main(flags: Any) -> None:
-    """Makes the rows that OUT/benchmarks.json does not have yet, and prints all."""
+    """Makes the rows that OUT/benchmarks.json does not have yet, and prints all rows."""
     table = _read_table(flags.table)
     chosen = _chosen(table, flags.benchmarks)
     _check_flags(flags, chosen)
@@ -99,7 +101,7 @@ def main(flags: Any) -> None:
 
 
 def _read_table(path: str) -> dict[str, Any]:
-    """Reads a file of the form of configs/benchmarks.py, which outside a checkout is ours."""
+    """Reads a file in the form of configs/benchmarks.py; looks in ROOT if it is not found here."""
     for found in (Path(path), ROOT / path):
         if found.is_file():
             return runpy.run_path(str(found))
@@ -185,10 +187,10 @@ def _find_subject(flags: Any) -> Subject:
 
 
 def _import_harness(unsafe_code: bool) -> ModuleType:
-    """Imports `measure.harness` at its first use; code that a model writes may run, or may not."""
+    """Imports `measure.harness`; with `unsafe_code`, code that a model writes may run."""
     if unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to say
+    os.environ.setdefault("TQDM_DISABLE", "1")  # we print the progress
     with extra("eval"):
         from latent_delib.measure import harness
     return harness
@@ -218,7 +220,7 @@ def _load_tasks(
     return loaded
 
 
-# Rows: the part that is known before a row is made, those that are there, a new one.
+# Rows: the part known in advance, the rows of earlier calls, a new row.
 
 
 def _asked(
@@ -227,8 +229,8 @@ def _asked(
     """Returns the part of a row of benchmarks.json that is known before it is made.
 
     Args:
-      name, row: of the table of benchmarks.
-      kinds: the questions of its tasks; see `harness.kinds`.
+      name, row: the benchmark's name and its row of the table.
+      kinds: the kinds of its questions; see `harness.kinds`.
     """
     is_cot = model == "zero_shot_cot"
     if is_cot and (kinds != {"generate_until"} or row["task"].startswith(QUESTIONS)):
@@ -237,7 +239,7 @@ def _asked(
             "answer alone; there is no room to think"
         )
     again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
-    late = model == "augmented" and "generate_until" in kinds  # a text that is read never waits
+    late = model == "augmented" and "generate_until" in kinds  # a scored text never waits
     return {
         "benchmark": name,
         "model": model,
@@ -277,7 +279,7 @@ def _digest(name: str, task: str, table: dict[str, Any], flags: Any) -> str | No
 
 
 def _label(row: Row) -> str:
-    """Names a row: benchmarks.json holds one of each name, and OUT/samples a file."""
+    """Names a row: for each name benchmarks.json holds one row, and OUT/samples one file."""
     label = f"{row['benchmark']}.{row['model']}"
     for key in ("every", "delay"):
         if row[key]:
@@ -290,7 +292,7 @@ def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
 
     Raises:
       UserError: they are of another decoder or checkpoint, or `benchmark` did not write the file.
-        Older files lack some of the fields that say so.
+        Fields that an older file lacks are not compared.
     """
     if not path.exists():
         return {}
@@ -312,11 +314,10 @@ def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
 
 
 def _is_there(rows: dict[str, Row], asked: Row, out: str) -> bool:
-    """Tells whether a row is there. One over the first few documents gives way to one over more.
+    """Tells whether a row exists. If more documents are asked for than it has, it does not count.
 
     Raises:
-      UserError: it is there, but made in another way: over fewer documents than it has, or with
-        other settings.
+      UserError: the row exists, but has more documents than are asked for, or other settings.
     """
     old = rows.get(_label(asked))
     if old is None:
@@ -357,7 +358,7 @@ def _measure(
 
 
 def _save(out: epath.Path, subject: Subject, made: Row, samples: Sequence[Row]) -> dict[str, Row]:
-    """Writes each document's result and then the row; returns all rows, also of other calls."""
+    """Writes each document's result and then the row; returns all rows, earlier ones too."""
     lines = [json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples]
     files.write(out / "samples" / f"{_label(made)}.jsonl", "".join(lines).encode())
     rows = _read_rows(out / FILE, subject)

@@ -4,9 +4,9 @@
       [--dtype=bfloat16] [--size=NAME] [--tokenizer=PATH]
   python -m latent_delib.convert --source=PATH --out=DIR --to=huggingface
 
-PATH is a Hugging Face folder, or the name of one on their Hub, as hf:google/gemma-2-2b; a GGUF
-file; one of Google DeepMind's Gemma checkpoints (orbax); or a decoder folder of ours (`packaged` is
-one). From the workdir of a training job its coprocessor is exported (docs/weights.md).
+PATH is a Hugging Face folder, or its name on their Hub, as hf:google/gemma-2-2b; a GGUF file; one
+of Google DeepMind's Gemma checkpoints (orbax); or a decoder folder of ours (`packaged` is one). If
+PATH is the workdir of a training job, its coprocessor is exported (docs/weights.md).
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def convert(
     tokenizer: str = "",
     architecture: TransformerConfig | None = None,
 ) -> None:
-    """Converts one checkpoint; `out` appears only once whole.
+    """Converts one checkpoint; `out` appears only when it is complete.
 
     Host memory holds one tensor at a time.
 
@@ -69,11 +69,11 @@ def convert(
       source: a checkpoint, as in this module's docstring.
       out: the folder to write.
       to: "latent_delib" or "huggingface".
-      dtype: "float32", "bfloat16", or "" to round nothing: bfloat16 stays that, everything else
-        becomes float32.
+      dtype: "float32", "bfloat16", or "" to round nothing: bfloat16 stays bfloat16, everything
+        else becomes float32.
       size: a key of SIZES that the source must have.
       tokenizer: a tokenizer file, for sources that carry none.
-      architecture: that the source must have, for a size without a name.
+      architecture: the architecture that the source must have, for a size without a name.
 
     Raises:
       UserError: anything wrong with source or arguments, in most cases before a weight is read.
@@ -112,7 +112,7 @@ def convert(
 
 
 def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
-    """Opens a checkpoint of another format, which the files at the path tell."""
+    """Opens a checkpoint of another format; its files show which format it is."""
     if where.is_file():
         return gguf.open_source(where)
     if (where / "config.json").is_file():
@@ -219,13 +219,13 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     record = load.read_record(workdir)
     trained = load.load_coprocessor(workdir, record.step)
     params = trained.params
-    if record["method.lora_rank"]:  # multiplied out
+    if record["method.lora_rank"]:  # adapters are multiplied out
         below = {"decoder": load.load_decoder(load.decoder_of(workdir, record)).params}
         below |= load.load_assistant(trained)
         params = augment.assemble(below, {"coprocessor": params})["coprocessor"]
     copied = ("method", "num_latents", "placement", "step", "fingerprint")
     fields = {name: getattr(trained, name) for name in copied}
-    method = {**record.config["method"], "lora_rank": 0, "start": ""}  # it is whole now
+    method = {**record.config["method"], "lora_rank": 0, "start": ""}  # without adapters now
     whole = dataclasses.replace(record, config={**record.config, "method": method})
     fields["record"] = whole.meta()
     config = trained.architecture or TransformerConfig.from_dict(record.architecture, workdir)

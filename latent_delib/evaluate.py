@@ -7,10 +7,11 @@ Without --config it takes the config that the workdir was trained with. --config
 key of either.
 
 Prints the table and writes to OUT, by default the workdir: perplexity.json, perplexity.png, and
-documents.npz with the sums of each document. With --steps or --watch each checkpoint has its own in
-OUT/evaluations/STEP, and OUT/evaluations/curves.png shows all; steps that are evaluated are
-skipped. --watch evaluates the checkpoints of a running training as they appear, until its last. A
-killed evaluation continues with the same command. Both folders may be gs://BUCKET/PATH.
+documents.npz with the sums of each document. With --steps or --watch these files are in
+OUT/evaluations/STEP for each checkpoint, and OUT/evaluations/curves.png shows all checkpoints.
+Steps that are already evaluated are skipped. --watch evaluates the checkpoints of a running
+training as they appear, until its last. A killed evaluation continues with the same command. Both
+folders may be gs://BUCKET/PATH.
 """
 
 import contextlib
@@ -83,7 +84,7 @@ def main(flags: Any) -> None:
 
 
 def config_of_training(flags: Any) -> ConfigDict:
-    """Returns the config that a workdir was trained with; newer keys are as in configs/base.py."""
+    """Returns the config of a workdir's training; newer keys are as in configs/base.py."""
     if not flags.workdir:
         raise UserError("--workdir is missing: of a training job")
     workdir = os.path.expanduser(flags.workdir)
@@ -101,15 +102,15 @@ def config_of_training(flags: Any) -> ConfigDict:
 def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None) -> dict[str, Any]:
     """Evaluates a checkpoint on the config's validation sources.
 
-    Method "decoder" on a decoder with weights needs no checkpoint, unless a step is asked for: it
-    is the frozen decoder. Each of several processes reads all of the text and computes its share,
-    and all return the same.
+    Method "decoder" with a decoder folder needs no checkpoint, unless a step is asked for: the
+    frozen decoder is evaluated. Each of several processes reads all of the text and computes its
+    share, and all return the same.
 
     Args:
-      config: of the evaluation; its method and decoder are those of the training.
-      workdir: of the training.
+      config: the config of the evaluation, with the method and decoder of the training.
+      workdir: the workdir of the training.
       out: where to write.
-      step: of the checkpoint; None: the newest.
+      step: the checkpoint's step; None: the newest.
 
     Returns:
       The content of perplexity.json.
@@ -137,19 +138,18 @@ def evaluate_many(
     Args:
       config, workdir: as in `evaluate`.
       out: where to write. Steps that have a perplexity.json there are skipped.
-      steps: of the checkpoints; None: all.
-      patience: None: checkpoints that are there now. Otherwise new ones too, until the training's
-        last step is done, or for so many seconds none has come.
+      steps: the steps of the checkpoints; None: all.
+      patience: None: evaluates the checkpoints that exist now. Otherwise it evaluates new ones too,
+        until the training's last step is done, or no checkpoint has come for so many seconds.
 
     Raises:
-      UserError: as `evaluate`; there is no checkpoint of one of `steps`; OUT has evaluations of
-        another config; in the end, when all others are done, for checkpoints that could not be
-        read.
+      UserError: errors of `evaluate`; a step of `steps` has no checkpoint; OUT has evaluations of
+        another config; after all others are done, some checkpoints could not be read.
     """
     job = Job(config, workdir, [steps, patience])
     folder = epath.Path(out) / "evaluations"
     on_first(evaluations.require_same, folder, job.exp.record)
-    # All processes find the same damage. An error of the disk may be of one alone: it ends the job.
+    # All processes find the same damage. A disk error may be on one process alone: it ends the job.
     skipped = (UserError, OSError) if jax.process_count() == 1 else UserError
     failed = []
     for step in evaluations.steps_to_evaluate(workdir, folder, steps, patience):
@@ -163,10 +163,10 @@ def evaluate_many(
             continue
         on_first(evaluations.require_same, folder, job.exp.record, job.text.digest())
         job.run(found, folder / str(step))
-        del found  # before the next is read
+        del found  # before the next checkpoint is read
         if jax.process_index() == 0:
             draw_curves(folder)
-    # Of a running training, old checkpoints are removed meanwhile.
+    # A running training may have removed some of them.
     failed = on_first(lambda: sorted(saved_steps.whole(workdir).intersection(failed)))
     if failed:
         raise UserError(
@@ -175,7 +175,7 @@ def evaluate_many(
 
 
 class OtherRun(UserError):
-    """Tells that all checkpoints of a workdir are of another decoder or method than the config."""
+    """Says that a workdir's checkpoints are of another decoder or method than the config."""
 
 
 def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored:
@@ -184,7 +184,8 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
     Its trainable tree comes in the config's dtype.
 
     Raises:
-      UserError: there is none, or it is damaged; OtherRun.
+      UserError: there is no checkpoint, or it is damaged.
+      OtherRun: the workdir is of another decoder or method.
     """
     where = exported.locate(workdir)
     if where is not None:
@@ -217,8 +218,10 @@ def _require_same(exp: Experiment, meta: dict[str, Any], workdir: str) -> None:
 class Job:
     """Holds the parts that all evaluations of a job share.
 
-    Text and weights are read when they are first needed. arguments: further values that must be the
-    same on all processes.
+    Text and weights are read when they are first needed.
+
+    Args:
+      arguments: further values that must be the same on all processes.
     """
 
     def __init__(self, config: ConfigDict, workdir: str, arguments: Sequence[Any]):
@@ -247,7 +250,7 @@ class Job:
         return parameters.load_frozen(self.exp)
 
     def run(self, found: Restored | None, out: epath.Path) -> dict[str, Any]:
-        """Evaluates a checkpoint, or without one the frozen decoder, and writes all files.
+        """Evaluates a checkpoint, or the frozen decoder if `found` is None, and writes all files.
 
         Returns:
           The content of perplexity.json.
@@ -275,7 +278,7 @@ class Job:
         return result
 
     def require_places(self) -> None:
-        """Raises UserError where no piece has a place for latents, so no token that counts."""
+        """Raises UserError if no piece has a place for latents, because no token would count."""
         if any(len(self.view(number).at) for number in range(len(self.text.pieces))):
             return
         c = self.exp.config
@@ -287,7 +290,7 @@ class Job:
         )
 
     def identity(self, found: Restored | None) -> list[Any]:
-        """Returns whatever the sums depend on, as JSON can hold it."""
+        """Returns everything that the sums depend on, as plain JSON data."""
         return [
             self.exp.record.config,
             None if found is None else [found.step, found.meta],
@@ -298,7 +301,7 @@ class Job:
         ]
 
     def add_up(self, found: Restored | None, partial: PartialSums) -> SumsByTerm:
-        """Adds up the values of all pieces, from saved sums on; saves them now and then."""
+        """Adds up the values of all pieces, beginning with saved sums; saves every SAVE_EVERY s."""
         sums, done = partial.restore(perplexity.zeros(self.exp, self.text))
         sides = sides_of(self.frozen, {} if found is None else found.trainable)
         what = "evaluated" if found is None else f"checkpoint {found.step} evaluated"
@@ -320,10 +323,10 @@ class Job:
         return sums
 
     def origin(self, found: Restored | None) -> dict[str, Any]:
-        """Returns what perplexity.json says of the checkpoint.
+        """Returns the fields of perplexity.json about the checkpoint.
 
-        Keys of the config that evaluating ignores, such as the ahead tokens of training, are the
-        checkpoint's own.
+        Keys of the config that an evaluation ignores, such as the ahead tokens of training, have
+        the checkpoint's values.
         """
         if found is None:
             return {"config": self.exp.record.config, "checkpoint": None, "step": None}
@@ -340,7 +343,7 @@ class Job:
 def write_evaluation(
     result: dict[str, Any], text: ValidationText, sums: SumsByTerm, out: epath.Path
 ) -> None:
-    """Writes documents.npz, perplexity.png and, the last, perplexity.json: where it is, all are."""
+    """Writes documents.npz and perplexity.png, and then perplexity.json as a sign of completion."""
     perplexity.write_documents(out / "documents.npz", text, sums)
     files.write(out / "perplexity.png", figures.by_n(result["rows"]))
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())

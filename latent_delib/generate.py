@@ -86,7 +86,7 @@ def main(flags: Any) -> None:
                 said = shown(request, flags.chat)
                 print(f"--- {name}\n{said}{continuation.text}", flush=True)
     if flags.out:
-        # ASCII: JSON has half characters, UTF-8 has not
+        # ASCII: JSON can hold half characters, UTF-8 cannot
         lines = [json.dumps(request) + "\n" for request in requests]
         files.write(out, "".join(lines).encode())
         print(f"{len(requests)} continuations are in {out}", flush=True)
@@ -111,7 +111,7 @@ def shown(request: dict[str, Any], is_chat: bool) -> str:
 def read_requests(flags: Any) -> list[dict[str, Any]]:
     """Returns the requests of the flags.
 
-    They are dicts with "prompt" or "messages", "seed", and the rest of their line.
+    Each is a dict with "prompt" or "messages", "seed", and any other keys of its line.
     """
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
@@ -124,7 +124,7 @@ def read_requests(flags: Any) -> list[dict[str, Any]]:
         raise UserError(f"{flags.prompts}: not UTF-8 at byte {error.start}") from None
     if not text:
         raise UserError(f"{flags.prompts}: holds no prompts")
-    lines = text.removesuffix("\n").split("\n")  # splitlines knows line ends that JSON does not
+    lines = text.removesuffix("\n").split("\n")  # splitlines splits at more than JSON does
     requests = []
     for i, line in enumerate(lines):
         requests.append(_read_request(line, f"{flags.prompts}:{i + 1}", flags.seed + i))
@@ -132,7 +132,7 @@ def read_requests(flags: Any) -> list[dict[str, Any]]:
 
 
 def _read_request(line: str, where: str, seed: int) -> dict[str, Any]:
-    """Returns the row on a line, checked; `seed` is for a row without one."""
+    """Returns the request on a line, checked; `seed` is for a request without a seed."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -151,7 +151,7 @@ def _read_request(line: str, where: str, seed: int) -> dict[str, Any]:
 def load_model(flags: Any) -> AugmentedLM:
     """Loads the model of a workdir onto all devices.
 
-    With --coprocessor_devices the last of them are the coprocessor's.
+    With --coprocessor_devices the last devices are the coprocessor's.
     """
     mesh, beside = make_meshes(flags.tensor, flags.coprocessor_devices)
     record = load.read_record(flags.workdir, flags.step)

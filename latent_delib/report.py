@@ -7,7 +7,7 @@ Reads every perplexity.json, benchmarks.json and metrics.jsonl below the folders
 (docs/results) too. Writes to --out, a local folder or gs://BUCKET/PATH: report.md, all tables and
 figures on one page; each table as .md and .csv; each figure as .png. --against adds a table of all
 runs compared with one of them, document by document. --look adds what the latents of a checkpoint
-attend to, what attends to them, and the words they lie near. The same runs give the same files,
+attend to, what attends to them, and the words nearest to them. The same runs give the same files,
 byte for byte.
 """
 
@@ -29,7 +29,7 @@ from latent_delib.results.figures import Picture
 from latent_delib.results.forms import Figure, Table, as_csv, markdown
 
 LONGEST = 512  # tokens of --text: the pictures have a column for each
-AHEAD = 12  # of the text, the last tokens that --look reads after the latents
+AHEAD = 12  # last tokens of --text, which --look reads after the latents
 TEXT = (
     "Tom had four apples and gave one of them to his sister. "
     "His mother then bought six more at the market, and put all of them on the kitchen table. "
@@ -38,7 +38,12 @@ TEXT = (
 
 
 class Look(NamedTuple):
-    """What --look found. words: the text, and where in it the latents are."""
+    """Holds the findings of --look.
+
+    words: the text, with the place of the latents.
+    nearest: the words nearest to each latent.
+    pictures: attention maps.
+    """
 
     words: str
     nearest: Table
@@ -68,7 +73,7 @@ def main(flags: Any) -> None:
 def write_report(
     every: Sequence[Table], curves: Sequence[Picture], seen: Look | None, out: epath.Path
 ) -> None:
-    """Writes each table and each picture, and the last report.md."""
+    """Writes each table and each picture, and report.md last."""
     written = [*every, seen.nearest] if seen else every
     pictures = [*curves, *seen.pictures] if seen else curves
     for table in written:
@@ -111,13 +116,13 @@ def _link(picture: Picture) -> str:
 
 
 def look_into(workdir: str, text: str) -> Look:
-    """Looks into latents before the last AHEAD tokens of a text.
+    """Inspects latents that are written before the last AHEAD tokens of a text.
 
-    They are those of a workdir's newest checkpoint, or of an export.
+    A workdir's newest checkpoint writes them, or an export.
 
     Raises:
-      UserError: there is no such checkpoint, its method has no latents, its decoder is not on disk,
-        or the text is too short or too long.
+      UserError: there is no such checkpoint, its method writes no latents, or keys and values
+        instead, its decoder is not on disk, or the text is too short or too long.
     """
     record = load.read_record(workdir)
     decoder = load.load_decoder(load.decoder_of(workdir, record))

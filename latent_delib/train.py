@@ -86,9 +86,10 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     A SIGTERM to any of its processes saves and stops them all.
 
     Args:
-      config: as configs/base.py has it.
+      config: a config in the form of configs/base.py.
       workdir: where the job writes, a local folder or gs://BUCKET/PATH.
-      ctrl_c: lets Ctrl-C do as SIGTERM does; it may then end the process.
+      ctrl_c: lets Ctrl-C save and stop as SIGTERM does. A second Ctrl-C, or one before the first
+        step, ends the process at once.
 
     Raises:
       UserError: anything wrong with config, data, decoder or workdir, before training starts; a
@@ -144,7 +145,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     for step in range(first + 1, t.steps + 1):
         with metrics.waiting():
             local = next(loader)
-        stop_votes = vote(bool(stop.by))  # before the step, so known when the step before is done
+        stop_votes = vote(bool(stop.by))  # before the step, so known when the last one is done
         batch = mesh_lib.place_rows(exp.mesh, local, t.batch_size)
         state, values = train_step(state, frozen, batch)
         held_out = {}

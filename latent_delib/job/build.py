@@ -1,4 +1,4 @@
-"""Builds models for a mesh, and finds the checkpoint or the decoder that a job has left."""
+"""Builds models for a mesh, and finds the checkpoint or the decoder that another job wrote."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from latent_delib.nn.transformer import Params, Transformer
 from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
-DTYPES = ("float32", "bfloat16")  # of parameters, and of what is computed with them
+DTYPES = ("float32", "bfloat16")  # of parameters and of the computation
 ATTENTION = ("auto", *FORMS)  # values of config.compute.attention
 TRAINED = "trained.json"  # in the folder of a decoder that a job has trained: {"step": N}
 
@@ -32,7 +32,10 @@ def one_device() -> Mesh:
 
 @functools.cache
 def partition(mesh: Mesh) -> Partition:
-    """Returns the division of work over a mesh: one object, so that equal models compile once."""
+    """Returns the division of work over a mesh.
+
+    Each mesh has one such object, so that equal models compile once.
+    """
     return Partition(
         mesh_lib.constrain(mesh),
         mesh_lib.gather(mesh),
@@ -46,13 +49,13 @@ def partition(mesh: Mesh) -> Partition:
 def transformer(
     config: TransformerConfig, mesh: Mesh, dtype: Any, remat: str = "none", form: str = "auto"
 ) -> Transformer:
-    """Returns a model for a mesh: its work is divided, and its attention fits the devices.
+    """Returns a model that divides its work over a mesh, with attention that fits the devices.
 
     Args:
-      config: its architecture.
-      dtype: of its computation.
+      config: the model's architecture.
+      dtype: the dtype it computes in.
       remat: a key of `nn.transformer.REMAT`.
-      form: one of ATTENTION.
+      form: the form of attention, one of ATTENTION.
     """
     attention = choose(form, mesh.devices.flat[0], config, dtype)
     return Transformer(config, remat, partition(mesh), attention)
@@ -80,7 +83,7 @@ def split_start(path: str) -> tuple[str, int]:
 
 
 def require_decoder(workdir: str, method: str) -> None:
-    """Raises UserError for an export of a method that trained the decoder as well."""
+    """Raises UserError if `workdir` is an export and `method` trained the decoder as well."""
     if METHODS[method].trains_decoder and exported.locate(workdir) is not None:
         raise UserError(
             f"{workdir}: an export has no decoder, and method {method!r} trained one; "

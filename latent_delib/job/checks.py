@@ -1,4 +1,4 @@
-"""Checks a config: everything that needs no file and no device."""
+"""Checks everything in a config that needs neither a file nor a device."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ ONE_OF = {
     "compute.attention": ATTENTION,
     "decoder.export_dtype": DTYPES,
 }
-AT_LEAST = {  # 0 for all other numbers
+AT_LEAST = {  # the smallest value allowed; 0 for all other numbers
     "method.num_latents": 1,
     "method.num_traces": 1,
     "method.num_ahead": 1,
@@ -69,9 +69,9 @@ def check(config: ConfigDict) -> None:
 
 
 def check_steps(config: ConfigDict) -> None:
-    """Raises UserError where `method.distill` finds no steps in the text that is about to be read.
+    """Raises UserError where `method.distill` is set and a source of text has no steps.
 
-    A dry run reads no text, so it does not call this.
+    A dry run reads no text, so it does not call this function.
     """
     if not config.method.distill:
         return
@@ -89,7 +89,7 @@ def check_steps(config: ConfigDict) -> None:
 
 
 def _check_finite(config: ConfigDict, above: str = "config") -> None:
-    """Raises UserError for numbers that no array has as its length, and for infinity."""
+    """Raises UserError for integers from 2**31 on, except the seed, for infinity and NaN."""
     for name, value in config.items():
         key = f"{above}.{name}"
         if isinstance(value, ConfigDict):
@@ -130,7 +130,7 @@ def _check_train(t: ConfigDict) -> None:
 
 
 def _check_method(m: ConfigDict) -> None:
-    """Raises UserError where the method's row does not allow a setting."""
+    """Raises UserError for a setting that the method's entry in METHODS does not allow."""
     row = METHODS[m.name]
     if m.coprocessor and not row.own_size:
         others = [name for name in METHODS if METHODS[name].own_size]
@@ -175,7 +175,7 @@ def _check_method(m: ConfigDict) -> None:
 
 
 def _check_groups(m: ConfigDict) -> None:
-    """Raises UserError where latents would recur and must not, or would move the text."""
+    """Raises UserError where `method.every` does not fit the method, or latents move the text."""
     row = METHODS[m.name]
     if m.every and not row.recurs:
         raise UserError(
@@ -202,7 +202,7 @@ def _check_groups(m: ConfigDict) -> None:
 
 
 def _check_distill(m: ConfigDict) -> None:
-    """Raises UserError where there is no frozen decoder to learn from, or no place for steps."""
+    """Raises UserError where `method.distill` lacks a frozen decoder or a place for the steps."""
     if not m.distill:
         return
     given = f"config.method.distill={m.distill:g}"
@@ -259,7 +259,7 @@ def _check_controls(config: ConfigDict) -> None:
 
 
 def _check_trace_length(config: ConfigDict) -> None:
-    """Raises UserError unless a trace, and all traces of a row, fit into the row."""
+    """Raises UserError unless a row holds a whole trace, and a position for each of its traces."""
     m = config.method
     length = config.data.seq_len
     if METHODS[m.name].write is None:

@@ -1,7 +1,7 @@
 """Compiles a job's step for this machine or for a TPU slice, and prints its needs.
 
-The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`): it reports
-the memory of the very program that the slice would run.
+The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`). It
+reports the memory of the same program that the slice would run.
 """
 
 import json
@@ -36,7 +36,7 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
     """Compiles the step, prints its needs, and writes WORKDIR/dry_run.json; runs nothing.
 
     Args:
-      topology: the TPU slice to compile for, as `slice_of` takes it; empty: this machine.
+      topology: the TPU slice to compile for, in the form of `slice_of`; empty: this machine.
 
     Raises:
       UserError: a mistake in the config, an unknown topology, or a program that does not fit.
@@ -61,12 +61,14 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
 
 
 def slice_of(topology: str) -> Sequence[Any]:
-    """Returns the devices of TPU slices that are not here: they compile and do not run.
+    """Returns the devices of TPU slices, to compile for; this machine need not have them.
+
+    A device is a chip. On a TPU7x it is half a chip.
 
     Args:
-      topology: generation and chips along each axis of the torus, "v5e:4x4", "v5p:4x4x4",
-        "v6e:16x16", "tpu7x:2x2x1"; of several slices with their number before it, "2*v5e:4x4". A
-        device is a chip; of a TPU7x, half a chip.
+      topology: the generation, and the number of chips along each axis of the torus: "v5e:4x4",
+        "v5p:4x4x4", "v6e:16x16", "tpu7x:2x2x1". The number of several slices comes first:
+        "2*v5e:4x4".
     """
     form = re.fullmatch(r"(?:([1-9]\d*)\*)?((?:v|tpu)\d\w*:\d+(?:x\d+){1,2})", topology)
     if form is None:
@@ -77,12 +79,12 @@ def slice_of(topology: str) -> Sequence[Any]:
     options: dict[str, Any] = {"num_slices": int(count)} if count else {}
     if name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # both cores are one device, as on Cloud TPU
-    # asks no metadata server for the slice this machine is in
+    # does not ask a metadata server which slice this machine is in
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several dry runs at once
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    jax.config.update("jax_platforms", "cpu")  # arrays of this process; libtpu only compiles
+    jax.config.update("jax_platforms", "cpu")  # for this process; libtpu only compiles
     jax.devices()
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
@@ -108,12 +110,12 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
 
 
 def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Returns the needs of one chip for a compiled step.
+    """Returns the resources that a compiled step needs on one chip.
 
     Returns:
-      memory: part -> bytes, with their total.
-      memory_limit: bytes; None where the chip is not known.
-      flops: part -> number.
+      memory: part -> bytes, with the total.
+      memory_limit: memory of the chip, bytes; None where the chip is not known.
+      flops: part -> number of FLOPs.
     """
     stats = compiled.memory_analysis()
     total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
@@ -135,7 +137,7 @@ def held(exp: Experiment, plan: Plan) -> dict[str, float]:
     itemsize = jnp.dtype(exp.dtype).itemsize
     trainable = _per_chip(plan.state.trainable)
     gradients = 2 * _per_chip(plan.state.trainable, exp.dtype)
-    if t.accumulation > 1:  # their float32 sums
+    if t.accumulation > 1:  # float32 sums of the gradients
         gradients += trainable
     gathered = 0.0
     cache = 0.0
@@ -146,7 +148,7 @@ def held(exp: Experiment, plan: Plan) -> dict[str, float]:
         if width < table.shape[1]:
             gathered += vocabulary * table.shape[1] * itemsize
         if exp.aug.has_latents:
-            rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # of a chip
+            rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # per chip
             entries = rows * exp.config.data.seq_len * a.num_kv_heads * a.head_dim
             cache += 2 * a.num_layers * entries * itemsize / mesh_lib.shards(exp.mesh, "heads")
     return {

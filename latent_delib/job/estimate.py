@@ -18,33 +18,33 @@ from latent_delib.nn.sizes import TransformerConfig
 
 # A step reaches half of the peak: an assumption, not measured on any chip.
 PEAK_SHARE = 0.5
-# A collective has half of the links: rings leave some unused, and small slices do not wrap around.
+# A collective uses half of the links: rings leave some unused, and small slices do not wrap around.
 LINK_SHARE = 0.5
 
 
 def step_seconds(
     computed: float, received: float, trainable: float, chip: Chip
 ) -> dict[str, float]:
-    """Returns the seconds of a step by part, and of all of it as "step".
+    """Returns the seconds of each part of a step, and of the whole step as "step".
 
-    Computation and traffic overlap, so the longer of them counts.
+    Computation and traffic overlap, so only the longer of the two counts.
 
     Args:
-      computed: FLOPs of a device per step, repeated ones too.
-      received: bytes of a device per step.
+      computed: FLOPs of a device per step, including repeated ones.
+      received: bytes that a device receives per step.
       trainable: bytes of master weights on a device.
-      chip: one whose figures are known.
+      chip: a chip whose figures are all known.
     """
     compute = computed / (PEAK_SHARE * chip.peak)
     links = received / (LINK_SHARE * chip.links)
-    # Gradients, master weights and both moments are read, the last three written.
+    # Reads gradients, master weights and both moments; writes the last three.
     update = 7 * trainable / chip.bandwidth
     step = max(compute, links) + update
     return {"compute": compute, "links": links, "update": update, "step": step}
 
 
 def step_flops(exp: Experiment) -> dict[str, float]:
-    """Returns the FLOPs of a device per step: those the method needs, and those done again."""
+    """Returns the FLOPs of a device per step: useful ones, and those that are done again."""
     c = exp.config
     rows = c.train.batch_size
     length = c.data.seq_len
@@ -59,8 +59,8 @@ def received(exp: Experiment) -> float:
     """Returns the bytes that a device receives per step: weights, and the sums of gradients.
 
     Weights are gathered for each use in each part of a batch, the token tables once per step. A
-    coprocessor counts as used forward and backward once, so one that reads the text by itself or
-    writes latents one by one receives more than this.
+    coprocessor counts as one forward and one backward use. A coprocessor that reads the text by
+    itself, or writes latents one by one, receives more than this.
     """
     architecture = exp.aug.transformer.config
     method = METHODS[exp.aug.method]
@@ -87,7 +87,7 @@ def received(exp: Experiment) -> float:
 
 
 def trained(exp: Experiment) -> int:
-    """Returns the number of trained weights in the matrices of layers; adapters count as none."""
+    """Returns the number of trained weights in the matrices of layers; adapters do not count."""
     leaves = jax.tree_util.tree_leaves_with_path(parameters.trainable_shapes(exp))
     return sum(leaf.size for path, leaf in leaves if path[-1].key in INPUT_AXES)
 
@@ -98,11 +98,11 @@ def _matrices(c: TransformerConfig) -> int:
 
 
 def activations(exp: Experiment) -> float:
-    """Returns the bytes of a device that a backward pass needs at least.
+    """Returns the least memory that a backward pass needs on a device, bytes.
 
-    These are what `remat` keeps of each layer for the tokens of one part of a batch, and one copy
-    of the logits that exist at a time, and of a teacher's. A compiler that is short of memory comes
-    close to this; with room it takes more.
+    It holds the values that `remat` keeps of each layer for the tokens of one part of a batch. It
+    also holds one copy of the logits that exist at a time, and of the teacher's logits. A compiler
+    that is short of memory comes close to this, and takes more where memory is free.
     """
     c = exp.config
     shards = mesh_lib.shards(exp.mesh, "batch")
@@ -130,7 +130,7 @@ def activations(exp: Experiment) -> float:
 
 
 def _kept(exp: Experiment, c: TransformerConfig) -> float:
-    """Returns the bytes that all layers keep of one token under `remat`."""
+    """Returns the bytes that all layers keep for one token under `remat`."""
     split = mesh_lib.shards(exp.mesh, "heads")
     heads = c.num_heads * c.head_dim / split
     keys_and_values = 2 * c.num_kv_heads * c.head_dim / split

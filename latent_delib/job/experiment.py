@@ -32,7 +32,7 @@ class Experiment:
     """Holds a checked config and all that follows from it, except weights.
 
     record: describes the job, for comparison with checkpoints and results.
-    dtype: of computations and of frozen weights.
+    dtype: the dtype of computations and of frozen weights.
     decoder: the decoder's folder; None for random weights.
     assistant: the assistant's folder, or None.
     start: workdir and step of the checkpoint that training begins with, or None.
@@ -61,7 +61,7 @@ class Experiment:
 
     @property
     def steps_end(self) -> tuple[int, ...]:
-        """Returns the tokens behind the steps that latents stand for; none without a teacher."""
+        """Returns the tokens that end the steps which latents replace; none without a teacher."""
         return questions.steps_end(self.tokenizer) if self.config.method.distill else ()
 
     @property
@@ -74,7 +74,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     """Checks a config and builds its experiment on `devices`, by default all; loads no weights.
 
     Raises:
-      UserError: the first thing found wrong, by key.
+      UserError: the first mistake found; the message names its key.
     """
     check(config)
     decoder = folder.locate(config.decoder.path) if config.decoder.path else None
@@ -117,7 +117,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
 
 
 def _architecture(config: ConfigDict, decoder: Path | None) -> TransformerConfig:
-    """Returns the decoder's architecture: its folder's, or the config's where it has no folder.
+    """Returns the decoder's architecture, from its folder or, without a folder, from the config.
 
     The fields of the config must agree with the folder.
     """
@@ -148,7 +148,7 @@ def tokenizer_path(config: ConfigDict) -> Path:
 
 
 def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer:
-    """Loads the config's tokenizer; the decoder must have a vector for each of its pieces."""
+    """Loads the config's tokenizer; raises UserError if the decoder has too few vectors for it."""
     tokenizer = Tokenizer(tokenizer_path(config))
     if tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(

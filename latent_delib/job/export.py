@@ -24,12 +24,12 @@ def export_decoder(
 ) -> None:
     """Writes WORKDIR/decoder where the decoder was trained, in whole or by adapters.
 
-    One leaf at a time is gathered, on every device.
+    Every device gathers one leaf at a time.
 
     Args:
-      step: of the weights; stored beside them.
+      step: the step of the weights; stored beside them.
       trainable: the trained tree.
-      frozen: the decoder that adapters lie over; loaded where it is None.
+      frozen: the decoder below the adapters; None: it is loaded.
     """
     if "decoder" not in trainable:
         return

@@ -49,8 +49,8 @@ class Metrics:
     so the device never waits for the host.
 
     Args:
-      start: the step that the run goes on from.
-      learning_rate: the optimizer's, as a function of the steps done.
+      start: the step from which the run continues.
+      learning_rate: the optimizer's learning rate, as a function of the steps done.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class Metrics:
     def push(
         self, step: int, values: dict[str, jax.Array], held_out: dict[str, float] | None = None
     ) -> None:
-        """Takes a step's values, and reads those of the step before.
+        """Takes a step's values, and reads the values of the step before.
 
         Args:
-          held_out: figures of held-out text, where the step has some; its row has them too.
+          held_out: figures of held-out text, where the step has some; they go into its row.
         """
         self.flush()
         self.pending = (step, values, held_out or {})
@@ -122,8 +122,8 @@ class Metrics:
         """Reads the values that are pending.
 
         Raises:
-          UserError: loss or gradient is not finite, and `train.max_bad_steps` were skipped before;
-            or the text had nothing to predict.
+          UserError: loss or gradient is not finite, and `train.max_bad_steps` steps were skipped
+            before; or the text had nothing to predict.
         """
         if self.pending is None:
             return
@@ -132,7 +132,7 @@ class Metrics:
         loss = float(values["loss"])
         tokens = float(values["tokens"])
         grad_norm = float(values["grad_norm"])
-        # The loss is that of the weights before the update; the gradient makes those after it.
+        # The loss is of the weights before the update; the gradient makes the weights after it.
         if math.isfinite(loss + grad_norm):
             self.since_row.add(loss, tokens)
             self.since_save.add(loss, tokens)
@@ -150,7 +150,7 @@ class Metrics:
             )
 
     def _skip(self, problem: str) -> None:
-        """Counts a step that is not finite; raises UserError where it is one too many."""
+        """Counts a step that is not finite; raises UserError for one more than allowed."""
         self.bad += 1
         if self.bad <= self.allowed:
             if self.logs:
@@ -196,8 +196,8 @@ class Metrics:
     def loss_to_save(self, step: int) -> float | None:
         """Returns the mean loss since the last save, in nats per token.
 
-        None where every step was skipped; and after fewer steps than usual, because that mean must
-        not win `train.keep_best`.
+        It is None where every step was skipped. It is also None after fewer steps than usual,
+        because such a mean must not win `train.keep_best`.
         """
         loss = self.since_save.value()
         count = step - self.saved
@@ -239,8 +239,8 @@ def line(row: dict[str, float], steps: int) -> str:
 class Log:
     """Writes rows to WORKDIR/metrics.jsonl, and as events to WORKDIR/tensorboard.
 
-    Rows of steps after `start` are dropped: these steps are done again. For a workdir on gs:// both
-    files are written to a temporary folder, and copied.
+    Rows of steps after `start` are dropped, because these steps are done again. For a workdir on
+    gs:// both files are written to a temporary folder and then copied.
     """
 
     def __init__(self, workdir: str, start: int):
@@ -293,7 +293,7 @@ class Log:
 
 
 def _lines_until(path: epath.Path, last: int) -> list[str]:
-    """Returns the whole lines of a metrics.jsonl up to a step; there may be none."""
+    """Returns the complete lines of a metrics.jsonl up to step `last`; none without a file."""
     with store_errors(path):
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     lines = []

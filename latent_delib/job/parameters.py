@@ -31,10 +31,11 @@ def frozen_shapes(exp: Experiment) -> Params:
 
 
 def load_frozen(exp: Experiment) -> Params:
-    """Loads the frozen parameters in the compute dtype: the decoder, as "decoder".
+    """Loads the frozen parameters in the compute dtype, a tree for each model.
 
-    The assistant is there as "assistant", if the method has one. Where adapters are trained over a
-    start, its coprocessor is there too, as "coprocessor".
+    "decoder": always.
+    "assistant": if the method has one.
+    "coprocessor": if adapters are trained over the coprocessor of a start.
     """
     frozen = {"decoder": place_decoder(exp, exp.dtype)}
     if exp.assistant is not None:
@@ -59,8 +60,11 @@ def trainable_shapes(exp: Experiment) -> Params:
 def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
     """Returns the function (key, decoder, start) -> trainable tree, float32.
 
-    decoder: the assistant's tree, where there is one. start: a trained tree to begin with; the
-    decoder is then not read. rank is that of adapters; 0 trains all.
+    decoder: the decoder's tree or, where there is an assistant, the assistant's.
+    start: a trained tree to begin with; `decoder` is then not read.
+
+    Args:
+      rank: the rank of adapters; 0: whole matrices are trained.
     """
 
     def init(key: jax.Array, decoder: Params | None, start: Params | None = None) -> Params:
@@ -76,7 +80,7 @@ def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
 
 
 def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
-    """Returns the trained part of a decoder or coprocessor: adapters, and all but its body."""
+    """Returns the trained part of a tree: adapters of its layers, and leaves no decoder has."""
     frozen = (*transformer.BODY, *transformer.TABLES)
     trained = {name: leaf for name, leaf in tree.items() if name not in frozen}
     if "layers" in tree:
@@ -85,7 +89,7 @@ def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
 
 
 def place_decoder(exp: Experiment, dtype: Any) -> Params:
-    """Loads the decoder's weights onto the mesh in `dtype`, or draws them without a folder."""
+    """Loads the decoder's weights onto the mesh in `dtype`; without a folder, draws them."""
     architecture = exp.aug.transformer.config
     shardings = build.decoder_shardings(exp.mesh, architecture)
     if exp.decoder is not None:
@@ -101,17 +105,17 @@ def check_start(exp: Experiment) -> None:
     """Checks the checkpoint that training begins with, before anything large is loaded.
 
     Raises:
-      UserError: it is missing or damaged, is of another decoder or method, has more soft tokens,
-        or holds adapters.
+      UserError: the checkpoint is missing or damaged, is of another decoder or method, has more
+        soft tokens, or holds adapters.
     """
     checkpoints, _ = _open_start(exp)
     checkpoints.close()
 
 
 def place_start(exp: Experiment, dtype: Any) -> Params:
-    """Loads the tree that training begins with onto the mesh, in `dtype`: all that was trained.
+    """Loads the whole tree that training begins with onto the mesh, in `dtype`.
 
-    Additional latents begin as copies of that training's last soft token.
+    Additional soft tokens begin as copies of the last one in that tree.
 
     Raises:
       UserError: as `check_start`.
@@ -135,7 +139,7 @@ def place_start(exp: Experiment, dtype: Any) -> Params:
 
 
 def _open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
-    """Returns the checkpoints that the start is one of, and its number of latents."""
+    """Opens the checkpoints of the start's run; returns them, and the start's number of latents."""
     given = f"config.method.start={exp.config.method.start}"
     workdir, step = exp.start
     try:
@@ -153,9 +157,9 @@ def _open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
 
 
 def _require_room(exp: Experiment, there: Record, given: str) -> None:
-    """Raises UserError unless all that a start has trained has its place among the latents here.
+    """Raises UserError where the start has trained weights for which this job has no place.
 
-    More soft tokens are made from those there; keys and values are not.
+    Additional soft tokens are made from the start's; additional keys and values are not.
     """
     latents = there["method.num_latents"]
     before = _trainable(exp, num_latents=latents).get("coprocessor", {})
@@ -170,9 +174,11 @@ def _require_room(exp: Experiment, there: Record, given: str) -> None:
 
 
 def _trainable(exp: Experiment, rank: int = 0, num_latents: int | None = None) -> Params:
-    """Returns the shapes of a trainable tree: with adapters of a rank, or 0, without them.
+    """Returns the shapes of a trainable tree.
 
-    num_latents: N_L; by default the config's.
+    Args:
+      rank: the rank of adapters; 0: the tree has no adapters.
+      num_latents: N_L; by default the config's.
     """
     aug = exp.aug
     if num_latents is not None:

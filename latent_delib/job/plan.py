@@ -15,11 +15,12 @@ from latent_delib.nn.transformer import Params
 
 
 class Plan(NamedTuple):
-    """Holds a job's step, and the form of all that it takes.
+    """Holds a job's step, and the shapes of all that it takes.
 
-    state, frozen, batch: trees of jax.ShapeDtypeStruct that carry shardings; nothing else decides
-    where an array lies. optimizer: with the learning rate that it uses. step: jitted (state,
-    frozen, batch) -> (state, metrics); the state is donated.
+    state, frozen, batch: trees of jax.ShapeDtypeStruct with shardings; nothing else decides on
+      which devices an array is.
+    optimizer: the optimizer and the learning rate that it uses.
+    step: jitted (state, frozen, batch) -> (state, metrics); the state is donated.
     """
 
     state: TrainState
@@ -89,7 +90,7 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
     """Compiles the step for the devices of the mesh.
 
     Raises:
-      UserError: bfloat16 on CPUs with a tensor axis beside others, on which XLA aborts.
+      UserError: bfloat16 on CPUs with a tensor axis beside other axes; XLA aborts on this.
     """
     heads = mesh_lib.shards(exp.mesh, "heads")
     on_cpus = exp.mesh.devices.flat[0].platform == "cpu"
@@ -122,7 +123,7 @@ def gib(size: float) -> str:
 
 
 def summary(exp: Experiment, plan: Plan) -> str:
-    """Returns the lines that a job prints first: its shapes, and the place of every parameter."""
+    """Returns the lines that a job prints first: its shapes, and each parameter's sharding."""
     trainable = plan.state.trainable
     kind = exp.mesh.devices.flat[0].device_kind
     lines = [
@@ -143,7 +144,7 @@ def summary(exp: Experiment, plan: Plan) -> str:
 
 
 def _shapes(exp: Experiment) -> str:
-    """Returns the sizes of a step in the letters of docs, and how it is computed."""
+    """Returns one line: the sizes of a step, by the axis letters, and its settings."""
     c = exp.config
     m = c.method
     parts = [f"B {c.train.batch_size} T {c.data.seq_len}"]

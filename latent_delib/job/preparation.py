@@ -1,7 +1,7 @@
 """Turns the texts of a config into token files.
 
-One pass over each source of `config.data.sources` and `config.data.validation`, by the reader that
-training from text uses too.
+It reads each source of `config.data.sources` and `config.data.validation` once, with the reader
+that training from text uses too.
 """
 
 import contextlib
@@ -21,22 +21,21 @@ from latent_delib.machine import files
 from latent_delib.machine.progress import Progress
 
 SPLITS = ("train", "validation")
-COUNTS = ("documents", "tokens", "rows", "cut", "skipped")  # of a source, printed at the end
+COUNTS = ("documents", "tokens", "rows", "cut", "skipped")  # printed for each source at the end
 
 
 def prepare(config: Any, out: str) -> dict:
     """Writes the token files of `config.data`, unless they are there; returns their meta.json.
 
-    Bad documents are skipped and counted, up to `data.max_bad_records` in all; `batches.Training`
-    says which.
+    Bad documents are skipped and counted, up to `data.max_bad_records` in all.
+    `batches.Training.batches` says which documents are bad.
 
     Args:
-      config: of a training job.
+      config: the config of a training job.
       out: a local directory or gs:// path, made whole or not at all.
 
     Raises:
-      UserError: one bad document too many, sources that are missing or empty, or anything else in
-        `out`.
+      UserError: too many bad documents, sources that are missing or empty, or other files in `out`.
     """
     data = config.data
     out = out.rstrip("/")
@@ -61,7 +60,7 @@ def prepare(config: Any, out: str) -> dict:
     bad = BadRecords(data.max_bad_records)
     text.check_texts(readers.values(), tokenizer_path, bad)
 
-    # A store renames nothing: there meta.json alone marks a folder as finished.
+    # A store renames nothing, so only meta.json marks a folder on it as finished.
     whole = contextlib.nullcontext(out) if "://" in out else files.whole(Path(out))
     with whole as directory:
         for split in SPLITS:
@@ -80,15 +79,16 @@ def prepare(config: Any, out: str) -> dict:
 
 
 def use_text(config: Any, text: str, held_out: str, workdir: str) -> None:
-    """Prepares the text that a command line names in WORKDIR/tokens; puts it into the config.
+    """Turns a command line's text into WORKDIR/tokens, and names these files in the config.
 
     Args:
-      config: of a training job; its `data` is changed.
-      text, held_out: to train on and to evaluate on, as `sources.source_of` takes them.
-      workdir: of the job.
+      config: the config of a training job; its `data` is changed.
+      text, held_out: texts to train on and to evaluate on, in a form of `sources.source_of`.
+      workdir: the job's workdir.
 
     Raises:
-      UserError: one of the two is missing, or the config names token files; as `prepare`.
+      UserError: `text` or `held_out` is missing, or the config names token files; errors of
+        `prepare`.
     """
     if not (text and held_out):
         raise UserError(f"--text={text}, --held_out={held_out}: expected both")
@@ -116,7 +116,7 @@ def _describe(data: Any, tokenizer_path: str, readers: dict[str, text.Reader]) -
 
     train = described(data.sources)
     for entry in train:
-        entry["whole"] = has_questions(entry["source"])  # as for `rows.pack`
+        entry["whole"] = has_questions(entry["source"])  # an argument of `rows.pack`
 
     return {
         "format": token_files.FORMAT,
@@ -138,7 +138,7 @@ def _difference(found: dict, meta: dict) -> str | None:
         if key in SPLITS:
             there = [entry["source"] for entry in there]
             here = [entry["source"] for entry in here]
-        is_older = key == "format" and there in range(1, token_files.FORMAT)  # which is read too
+        is_older = key == "format" and there in range(1, token_files.FORMAT)  # readable too
         if there != here and not is_older:
             return f"{key} is {there} there and {here} here"
     for split in SPLITS:
@@ -151,7 +151,7 @@ def _difference(found: dict, meta: dict) -> str | None:
 
 
 def _progress(reader: text.Reader, documents: Iterator[dict]) -> Iterator[dict]:
-    """Yields the same documents, those of a reader; prints how many bytes are done."""
+    """Yields the documents of a reader unchanged; prints how many of its bytes are done."""
     progress = Progress(f"{reader.source}: prepared", reader.num_bytes(), "bytes")
     return progress.over(documents, lambda document: int(document["bytes"]))
 

@@ -1,7 +1,7 @@
 """Describes a run by plain data, and compares two runs.
 
 A record is made from a config, from the meta of a checkpoint, or from a result. It knows neither
-models nor files. Everything that asks "does this fit?" asks `Record.differences` or
+models nor files. All code that asks whether two runs fit together calls `Record.differences` or
 `Record.require`.
 """
 
@@ -37,7 +37,7 @@ AGREE = {
     ),
     # A checkpoint is evaluated or used: same decoder, same latents.
     "evaluate": ("decoder.fingerprint", "decoder.tokenizer", *METHOD),
-    # Training begins with what another run has trained, which must be whole.
+    # Training begins with weights of another run. They must be whole, not adapters.
     "start": (
         "decoder.fingerprint",
         "method.name",
@@ -47,7 +47,7 @@ AGREE = {
         "method.coprocessor",
         "method.assistant",
     ),
-    # Two evaluations stand on one curve.
+    # Two evaluations are points of one curve.
     "compare": (
         "decoder.fingerprint",
         *METHOD,
@@ -64,7 +64,7 @@ AGREE = {
         "evaluate.longer_prompt",
     ),
 }
-WHOLE = {"method.lora_rank": 0}  # of a run that others begin with
+WHOLE = {"method.lora_rank": 0}  # values of a run that others may begin with
 # The value a key has in a run that is older than the key.
 BEFORE = {
     "method.assistant": "",
@@ -101,12 +101,12 @@ class Difference(NamedTuple):
 class Record:
     """Describes a run by plain data, as JSON holds it.
 
-    config: every key of its config, nested.
+    config: every key of the run's config, nested.
     fingerprint: SHA-256 of the frozen decoder, hex.
-    architecture: the fields of its TransformerConfig; empty where not known.
-    data: name -> SHA-256 of "tokenizer" and, once known, of every part of the training text, as
-      `data.batches.Training` makes them; empty where not known.
-    step: optimizer steps done; None: nothing trained.
+    architecture: the fields of the decoder's TransformerConfig; empty where not known.
+    data: name -> SHA-256, for "tokenizer" and, once known, for every part of the training text
+      (`data.batches.Training`); empty where not known.
+    step: optimizer steps done; None: nothing is trained.
     assistant: "fingerprint" and "architecture" of the assistant; empty where there is none.
     """
 
@@ -122,7 +122,7 @@ class Record:
         """Reads the meta of a checkpoint, of this version or an older one.
 
         Raises:
-          UserError: it is of a newer version.
+          UserError: the meta is of a newer version.
         """
         found = meta.get("format", 0)
         if found > FORMAT:
@@ -163,10 +163,11 @@ class Record:
         }
 
     def __getitem__(self, key: str) -> Any:
-        """Returns a value by its dotted key; None where the run has no such key.
+        """Returns the value of a dotted key: "decoder.fingerprint", or a key of the config.
 
-        The key is "decoder.fingerprint" or one of the config. Of "decoder.tokenizer" and
-        "method.assistant" the value is the SHA-256, hex; None where that is not known.
+        A key that the run lacks has its value of BEFORE, or None. For "decoder.tokenizer" the value
+        is the SHA-256, hex; None where not known. For "method.assistant" it is the SHA-256, hex;
+        "" without an assistant.
         """
         if key == "decoder.fingerprint":
             return self.fingerprint

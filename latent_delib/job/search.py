@@ -1,8 +1,9 @@
-"""Searches for the mesh, accumulation and remat of a job that fit on a TPU slice and are fastest.
+"""Searches for the fastest mesh, accumulation and remat with which a job fits on a TPU slice.
 
-Time follows from formulas (job/estimate.py), and orders all settings. Whether one fits only the
-compiler can say, in minutes. So settings are compiled in that order until some fit, each by the
-ordinary dry run in a process of its own, without those that cannot fit or are not worth it.
+Formulas (job/estimate.py) order all settings by estimated time. Only the compiler can tell whether
+a setting fits, and that takes minutes. So settings are compiled in this order until some fit. Each
+is compiled by the ordinary dry run, in a process of its own. Settings that cannot fit, or cannot be
+faster than one that fits, are left out.
 """
 
 import json
@@ -32,7 +33,7 @@ REMAT = ("dots", "attention", "full")  # "none" repeats as much as "dots", and k
 
 
 class Setting(NamedTuple):
-    """Holds what a search varies, as named in a config; mesh.data takes the rest of the devices."""
+    """Holds the config values that a search varies; mesh.data takes the rest of the devices."""
 
     fsdp: int
     traces: int
@@ -56,9 +57,9 @@ class Setting(NamedTuple):
         return [f"--config.{key}={value}" for key, value in self.keys.items()]
 
     def needs_no_more_than(self, other: "Setting") -> bool:
-        """Tells whether it is sure to need no more memory than another, and to be no faster.
+        """Tells whether this setting surely needs no more memory than another, and is no faster.
 
-        It splits the weights at least as much, and holds no more of a batch at once.
+        Such a setting splits the weights at least as much, and holds no more of a batch at once.
         """
         return (
             self.traces == other.traces
@@ -77,9 +78,10 @@ class Estimate(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Holds what the compiler says of a setting: dry_run.json, or in one line why it does not fit.
+    """Holds the compiler's verdict on a setting.
 
-    One of the two is None.
+    result: the content of dry_run.json; None if the setting does not fit.
+    error: one line that says why it does not fit; None if it fits.
     """
 
     setting: Setting
@@ -88,15 +90,16 @@ class Verdict(NamedTuple):
 
     @property
     def needs(self) -> float:
-        """Returns the bytes of a device that the compiler found too many."""
+        """Returns the bytes that a setting which does not fit needs on a device."""
         number, unit = re.search(r"needs ([\d.]+)([KMGT])iB", self.error).groups()
         return float(number) * 1024 ** (1 + "KMGT".index(unit))
 
 
 class Memory(NamedTuple):
-    """Holds what a setting needs of a device at least, bytes.
+    """Holds the least memory that a setting needs on a device, bytes.
 
-    held: weights and whatever else depends on the mesh alone. activations: of a part of the batch.
+    held: weights, and all else that follows from shapes and shardings (`dry_run.held`).
+    activations: the activations of one part of a batch.
     """
 
     held: float
@@ -109,12 +112,12 @@ def search(
     """Prints the settings that fit, by estimated time per step, and writes WORKDIR/search.json.
 
     Args:
-      config: of the job; its mesh (but for tensor), accumulation and remat are not looked at.
-      topology: the TPU slice, as `dry_run.slice_of` takes it.
+      config: the job's config; its mesh (except tensor), accumulation and remat are ignored.
+      topology: the TPU slice, in the form of `dry_run.slice_of`.
       arguments: the words of the command line that made `config`.
 
     Returns:
-      One row per setting that fits: its flags, memory, memory_limit, received and seconds.
+      One row per setting that fits, as `row` makes it.
 
     Raises:
       UserError: a mistake in the config, a chip without figures, or nothing that fits.
@@ -166,10 +169,11 @@ def processes() -> int:
 
 
 def settings(devices: int, batch_size: int) -> Iterator[Setting]:
-    """Returns every setting that gives each device whole rows of each part of a batch.
+    """Yields every setting that gives each device whole rows of each part of a batch.
 
     Args:
-      devices: over which mesh.data, fsdp and traces divide the work.
+      devices: number of devices over which mesh.data, mesh.fsdp and mesh.traces divide the work.
+      batch_size: rows of a batch.
     """
     for traces in _divisors(devices):
         row_shards = devices // traces
@@ -193,7 +197,7 @@ def estimate_all(config: ConfigDict, devices: Sequence[Any]) -> list[Estimate]:
     """
     chip = chips.of(devices[0])
     given = applied(config, Setting(1, 1, 1, REMAT[-1]))
-    experiment.read(given, devices)  # a mistake elsewhere would be one in every setting
+    experiment.read(given, devices)  # a mistake in other keys would be in every setting
     count = len(devices) // config.mesh.tensor
     found = []
     for setting in settings(count, config.train.batch_size):
@@ -215,15 +219,15 @@ def estimate_all(config: ConfigDict, devices: Sequence[Any]) -> list[Estimate]:
 
 
 def in_order(estimates: Iterable[Estimate]) -> list[Estimate]:
-    """Sorts by time; where that agrees in two digits, by traffic.
+    """Sorts by time to two digits, then by traffic.
 
-    Traffic beside computation costs no time by the formulas, and some in truth.
+    Traffic that overlaps computation costs no time by the formulas, but does cost some in truth.
     """
     return sorted(estimates, key=lambda each: (float(f"{each.seconds:.2g}"), each.received))
 
 
 def least_memory(config: ConfigDict, setting: Setting, devices: Sequence[Any]) -> Memory:
-    """Returns what a setting needs at least; infinity where its mesh does not divide a weight."""
+    """Returns a setting's least memory; infinity where its mesh does not divide a weight."""
     exp = experiment.read(applied(config, setting), devices)
     try:
         plan = planning.make(exp)
@@ -244,13 +248,13 @@ def first_to_fit(
     """Compiles settings in order until WANTED fit, and returns all verdicts.
 
     A verdict decides other settings too. A setting that needs at least as much memory as a failed
-    one cannot fit; one that needs no more than a fitting one is no faster. Neither is compiled.
-    Activations that took more than their least are expected to do so in other settings.
+    one cannot fit. A setting that surely needs no more than a fitting one is no faster. Neither is
+    compiled. Activations that exceeded their least are expected to exceed it in other settings.
 
     Args:
-      ordered: from the fastest on.
-      limit: bytes of a device.
-      least: what a setting needs of them at least.
+      ordered: the settings, the fastest first.
+      limit: memory of a device, bytes.
+      least: returns the least memory that a setting needs.
       compile_all: returns the verdicts on some settings.
     """
     verdicts: list[Verdict] = []
@@ -271,9 +275,9 @@ def first_to_fit(
 
 
 def excess(remat: str, verdicts: Iterable[Verdict], least: Callable[[Setting], Memory]) -> float:
-    """Returns how many times their least the activations of settings with this remat take.
+    """Returns the factor by which activations exceed their least in settings with this remat.
 
-    It is the smallest that the verdicts show, and 1 without any.
+    It is the smallest factor in the verdicts on settings that did not fit; 1 without such verdicts.
     """
     found = []
     for verdict in verdicts:
@@ -284,7 +288,7 @@ def excess(remat: str, verdicts: Iterable[Verdict], least: Callable[[Setting], M
 
 
 def is_decided(setting: Setting, verdicts: Iterable[Verdict]) -> bool:
-    """Tells whether the verdict on another setting makes that on this one needless."""
+    """Tells whether a verdict on another setting decides this one, too."""
     for verdict in verdicts:
         if verdict.result and setting.needs_no_more_than(verdict.setting):
             return True
@@ -297,10 +301,10 @@ def compile_all(settings: list[Setting], arguments: Sequence[str]) -> list[Verdi
     """Runs the dry run of each setting in a process, all at once, and prints the verdicts.
 
     Args:
-      arguments: of the command line. Of two equal flags the last counts.
+      arguments: words of the command line. A setting's flags follow them, and so take effect.
 
     Raises:
-      UserError: a dry run that fails for another reason than memory.
+      UserError: a dry run fails for another reason than memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         running = []
@@ -322,14 +326,14 @@ def compile_all(settings: list[Setting], arguments: Sequence[str]) -> list[Verdi
 
 
 def _start(words: list[str], log: Path) -> subprocess.Popen:
-    """Starts `train` with these words; what it prints goes to a file."""
+    """Starts `train` with these arguments; its output goes to the file `log`."""
     command = [sys.executable, "-m", "latent_delib.train", *words]
     with log.open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
 
 
 def _verdict(setting: Setting, code: int, workdir: Path) -> Verdict:
-    """Reads, and prints, what a dry run that has ended says."""
+    """Reads the verdict of a dry run that has ended, and prints it."""
     name = " ".join(setting.flags)
     if code == 0:
         result = json.loads((workdir / "dry_run.json").read_text())

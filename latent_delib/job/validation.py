@@ -25,13 +25,13 @@ BATCHES = 8  # of `train.batch_size` rows
 class Validation:
     """Computes the mean loss of BATCHES batches of `data.validation`, always the same ones.
 
-    The loss is that of training, with the same traces each time. Where the method writes latents
-    for a frozen decoder, the loss of that decoder on the same ahead tokens is computed once.
+    It is the loss of training, with the same traces each time. Where the method writes latents for
+    a frozen decoder, the loss of that decoder on the same ahead tokens is computed once.
 
     Args:
-      exp: the job's.
-      plan: of the same job.
-      frozen, trainable: its parameters, on the mesh.
+      exp: the job's experiment.
+      plan: the job's plan.
+      frozen, trainable: the job's parameters, on the mesh.
 
     Raises:
       UserError: validation sources are missing, empty, not the same for all processes, or have
@@ -58,9 +58,10 @@ class Validation:
         return step % self.every == 0 or step == self.steps
 
     def __call__(self, trainable: Params) -> dict[str, float]:
-        """Returns the figures of a row of metrics, in nats per token.
+        """Returns figures for a row of metrics, in nats per token.
 
-        These are validation_loss, and validation_loss_decoder: that of the frozen decoder alone.
+        validation_loss: the loss with the trained parameters.
+        validation_loss_decoder: the loss of the frozen decoder alone, where it was computed.
         """
         row = {"validation_loss": self._mean(self.sums, trainable)}
         if self.without_latents is not None:

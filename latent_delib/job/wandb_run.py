@@ -12,15 +12,15 @@ from latent_delib.machine.workdir import is_remote
 
 
 class WandbRun:
-    """Writes rows to the one W&B run of a workdir, which goes on when the training resumes.
+    """Writes rows to the one W&B run of a workdir, which continues when the training resumes.
 
-    Its id is in WORKDIR/wandb_run.txt, its local files are in WORKDIR/wandb, or in ./wandb where
-    the workdir is on gs://. WANDB_MODE=offline writes these alone.
+    The run's id is in WORKDIR/wandb_run.txt. Its local files are in WORKDIR/wandb, or in ./wandb if
+    the workdir is on gs://. With WANDB_MODE=offline only the local files are written.
 
     Args:
-      project: of W&B.
-      workdir: of the job; names the run.
-      config: every key, as plain data.
+      project: the W&B project.
+      workdir: the job's workdir, which names the run.
+      config: every key of the job's config, as plain data.
 
     Raises:
       UserError: the package is missing, or W&B refuses the run or does not answer.
@@ -46,7 +46,7 @@ class WandbRun:
             ) from None
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Writes a row of metrics, unless the run has its step from before a resume."""
+        """Writes a row of metrics, unless the run already has this step from before a resume."""
         step = int(row["step"])
         values = {name: value for name, value in row.items() if name != "step"}
         if step >= self.run.starting_step:
@@ -57,7 +57,7 @@ class WandbRun:
 
 
 def _id_of_run(file: epath.Path) -> str:
-    """Returns the id that a workdir has for its run; a new one is drawn and stored."""
+    """Returns the id of a workdir's run; draws and stores one where there is none."""
     with store_errors(file):
         if file.exists():
             return file.read_text().strip()

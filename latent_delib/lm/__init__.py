@@ -1,1 +1,1 @@
-"""The trained model, used: loading, decoding, sampling, scoring, a look into the latents."""
+"""Uses a trained model: loads it, decodes, samples, scores text, and inspects its latents."""

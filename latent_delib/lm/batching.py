@@ -1,4 +1,4 @@
-"""Rows of any length in few shapes, each of which is compiled once."""
+"""Brings rows of any length into few shapes, so that few programs are compiled."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-TOGETHER = 8  # continuations of one prompt in one row
-CPU_TOKENS = 512  # give a CPU's products full speed: more rows only pad each other
+TOGETHER = 8  # at most so many continuations of one prompt in one row
+CPU_TOKENS = 512  # enough for full speed on a CPU; more rows only add padding
 
 Key = tuple[int, int]
 
 
 class Group(NamedTuple):
-    """Holds a prompt, and the numbers of some of its continuations.
+    """Holds a prompt and some of its continuations.
 
-    key: as `alike` takes it.
+    head: the prompt's tokens.
+    members: the numbers of the continuations.
+    key: an element of `keys` of `alike`.
     """
 
     head: tuple[int, ...]
@@ -27,13 +29,13 @@ class Group(NamedTuple):
 
 
 def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
-    """Yields batches of indices of rows: like keys together, the largest first.
+    """Yields batches of row indices: similar keys together, the largest first.
 
-    So a lack of memory shows at once.
+    In this order a lack of memory shows at once.
 
     Args:
-      keys: of each row, the number of its continuations and its length.
-      size: the number of rows with such a key that make a batch.
+      keys: for each row, the number of its continuations and its length.
+      size: returns the number of rows in a batch, given the largest key in it.
     """
     order = sorted(range(len(keys)), key=lambda i: keys[i], reverse=True)
     while order:
@@ -45,7 +47,7 @@ def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]
 def together(mesh: Mesh, batch_size: int, key: Key) -> int:
     """Returns how many rows with a key of `alike` are read together.
 
-    On a CPU they are as many as gain by it.
+    A CPU reads only as many as `rows_at_once`.
     """
     continuations, length = key
     most = max(1, batch_size // continuations)
@@ -66,11 +68,11 @@ def pad(rows: Sequence[Any], pad_id: int, multiple: int) -> tuple[np.ndarray, np
     """Pads rows of tokens to one of few shapes.
 
     Args:
-      multiple: the number of rows is one of this.
+      multiple: the number of rows becomes a multiple of this.
 
     Returns:
-      int32 [B, T], padded on the right, and the lengths int32 [B], 0 for a row that only fills the
-      batch.
+      The rows, int32 [B, T], padded on the right, and their lengths, int32 [B]: 0 for a row that
+      only fills the batch.
     """
     length_B = np.zeros(round_up(power(len(rows)), multiple), np.int32)
     length_B[: len(rows)] = [len(row) for row in rows]
@@ -109,11 +111,12 @@ def pad_tails(
     """Pads the continuations of a batch of prompts.
 
     Args:
-      rows: of the batch, those that only fill it included.
-      shards: devices that share M; they share it evenly, or one continuation has them all.
+      rows: number of rows of the batch, including rows that only fill it.
+      shards: devices over which M is split. M is a multiple of this number, or 1.
 
     Returns:
-      int32 [rows, M, A], padded on the right, and where no padding is, bool [rows, M, A].
+      The continuations, int32 [rows, M, A], padded on the right, and a mask, bool [rows, M, A],
+      True except on padding.
     """
     M = max(power(len(group.members)) for group in batch)
     if M > 1:

@@ -1,6 +1,6 @@
-"""The compiled pieces of decoding: the prompt, latents that join, and the tokens in between.
+"""The compiled functions of decoding: they read prompts, let latents join, and decode tokens.
 
-Each is compiled once for each shape. `lm.decoding` calls them in turn.
+Each function is compiled once for each shape. `lm.decoding` calls them in turn.
 """
 
 from functools import partial
@@ -26,10 +26,10 @@ class Decoding(NamedTuple):
     """Holds a batch in the middle of decoding; all rows have equally many new tokens.
 
     text: int32 [B, X], prompts and new tokens, left-aligned.
-    length: int32 [B], tokens of it.
-    position: int32 [B], of the next token.
-    logits: float32 [B, V], of the next token.
-    ended: bool [B], only padding follows.
+    length: int32 [B], number of tokens in each text.
+    position: int32 [B], position id of the next token.
+    logits: float32 [B, V], logits of the next token.
+    ended: bool [B], True where only padding follows.
     """
 
     text: jax.Array
@@ -49,7 +49,7 @@ def prefill(
     room: int,
     pad_id: int,
 ) -> tuple[Decoding, Reading]:
-    """Reads the prompts; leaves room for `room` more tokens, and in the cache for latents."""
+    """Reads the prompts. Adds space for `room` more tokens, and in the caches also for latents."""
     output_VD = transformer.output_table(params["decoder"])
     segment_BT = batching.one_segment(text_BT, length_B)
     read = augment.read_text(aug, params, text_BT, segment_BT, output_VD.dtype)
@@ -69,7 +69,7 @@ def prefill(
 
 
 def _place(aug: Augmentation, cache: Cache) -> Cache:
-    """Puts rows and heads of a cache where they are used."""
+    """Puts rows and heads of a cache onto the devices that use them."""
     constrain = aug.transformer.partition.constrain
     k = constrain(cache.k, cache_lib.AXES)
     v = constrain(cache.v, cache_lib.AXES)
@@ -85,8 +85,8 @@ def read_on(
     *,
     aug: Augmentation,
 ) -> Reading:
-    """Reads the next `new` tokens of every text, after those that were read."""
-    if aug.every:  # latents stay: `cache`, with which these tokens were decoded, has read them
+    """Reads `new` more tokens of every text, after the tokens in `read`."""
+    if aug.every:  # latents stay: `cache`, with which the tokens were decoded, holds them already
         return read._replace(cache=cache)
     if new == 0:
         return read
@@ -130,7 +130,7 @@ def _decode_more(
 ) -> tuple[jax.Array, KV]:
     """Runs a plain decoder over S more tokens.
 
-    They see all the cache, and each other causally.
+    Each token sees all of the cache, and the other new tokens causally.
     """
     x_BMSD = transformer.embed(weights["embedding"], tokens_BS, model.config)[:, None]
     zero = jnp.zeros_like(position_BS)[:, None]
@@ -149,7 +149,7 @@ def _trace(aug: Augmentation, text_BX: jax.Array, length_B: jax.Array) -> Traces
 def write_after(params: Params, read: Reading, text_BX: jax.Array, *, aug: Augmentation) -> Latents:
     """Writes latents after the text that was read, one trace per row.
 
-    Of the parameters it uses the coprocessor's alone.
+    It uses only the coprocessor's parameters.
     """
     return augment.write_latents(aug, params, read, _trace(aug, text_BX, read.cache.length))
 
@@ -165,11 +165,15 @@ def join(
 ) -> tuple[Decoding, Cache]:
     """Appends latents to the text so far.
 
-    `plain` holds that text, and the earlier latents where these stay. Returns the state and the
-    cache to decode with.
+    Args:
+      plain: the cache of the text, and of earlier latents where latents stay.
+      z: the latents.
+
+    Returns:
+      The state and the cache to decode with.
     """
     now = _trace(aug, state.text, state.length)
-    reread = now.inputs.shape[2]  # the last token's entry gives way to latents and the token itself
+    reread = now.inputs.shape[2]  # where the last token is read again, its entry is dropped first
     read = plain._replace(length=plain.length - reread)
     stop = jnp.broadcast_to(read.length[:, None, None], now.position.shape)
     now = now._replace(bounds=now.bounds._replace(prefix_stop=stop))
@@ -200,7 +204,7 @@ def decode_tokens(
 ) -> tuple[Decoding, Cache]:
     """Decodes `count` more tokens in every row, fewer when all rows have ended.
 
-    A row's draws depend on its own key and on the number of tokens before, on no other row.
+    A row's draws depend on its own key and on the number of tokens before, not on other rows.
     """
     config = aug.transformer.config
     decoder = params["decoder"]

@@ -1,13 +1,13 @@
 """Decoding with a growing cache: the prompt, latents when they are due, tokens in between.
 
-What follows an augmentation is a trace like any in training (`delib.traces`): the cache holds the
+Latents and the tokens after them are a trace, as in training (`delib.traces`). The cache holds the
 text as the plain decoder read it, then latents, then the tokens decoded since. Before new latents
-join, the cache is rolled back: the tokens decoded since are read again as plain text, and the new
-latents follow them. So the next token depends on the text and on where latents were last written,
-as `delib.augment.loss` trained it to. Latents that recur (`Method.recurs`) stay instead: the next
-ones join the cache as it is.
+join, the cache is rolled back: the tokens after the old latents are read again as plain text, and
+the new latents follow them. So the next token depends only on the text and on the place of the
+last latents, as in training (`delib.augment.loss`). Latents that recur (`Method.recurs`) are not
+rolled back: new latents join the cache as it is.
 
-`decode_in_chunks` is the loop; its pieces are in `lm.compiled`.
+`decode_in_chunks` is the loop; its compiled functions are in `lm.compiled`.
 """
 
 import warnings
@@ -31,7 +31,7 @@ from latent_delib.nn.transformer import Params
 
 
 def run(*args: Any, **options: Any) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Continues a batch of prompts to its end; returns the last of `decode_in_chunks`."""
+    """Continues a batch of prompts to its end; returns the last value of `decode_in_chunks`."""
     *_, last = decode_in_chunks(*args, **options)
     return last
 
@@ -56,35 +56,35 @@ def decode_in_chunks(
       text_BT: prompts, BOS first, padded on the right.
       length_B: their lengths; 0 for a row that only fills the batch.
       key_B: a random key for each row.
-      write: starts writing latents for the text that was read, and returns them; None: it failed,
-        and is asked no more. Without it, the decoder as it is.
-      room: tokens that the caches have room for after T, at least max_new_tokens.
+      write: starts writing latents for the text that was read, and returns them. It returns None
+        where it failed, and is then not called again. Without `write` the plain decoder continues.
+      room: number of tokens for which the caches have space after T, at least max_new_tokens.
       stopped: gets the new tokens [B, n] after each chunk, and returns which rows end, bool [B].
 
     Yields:
-      The new tokens so far, int32 [B, max_new_tokens], padded after these and after EOS; and after
-      how many of them latents joined.
+      The new tokens so far, int32 [B, max_new_tokens], padded after the last one and after EOS; and
+      the numbers of new tokens after which latents joined.
     """
     state, plain = compiled.prefill(params, text_BT, length_B, aug=aug, room=room, pad_id=pad_id)
     cache: Cache = plain.cache
     read_more = partial(compiled.read_on, params, aug=aug)
     decode = partial(compiled.decode_tokens, params, aug=aug, eos_id=eos_id, pad_id=pad_id)
     made = 0  # new tokens
-    held = 0  # those of them that `plain` holds
-    asked = 0  # those there when latents were last asked for
+    held = 0  # new tokens that `plain` holds
+    asked = 0  # new tokens when latents were last asked for
     due = None if write is None else 0  # the number of new tokens at which latents are asked for
-    z: Latents | None = None  # on their way
+    z: Latents | None = None  # latents that have not joined yet
     joined: list[int] = []
     while made < options.max_new_tokens:
         if due is not None and made >= due and z is None:
             plain = read_more(plain, cache, state.text, made - held)
             held = asked = made
             z = write(plain, state.text)
-            again = options.every and z is not None  # without z it failed
+            again = options.every and z is not None  # z is None: writing failed
             due = made + options.every if again else None
         if z is not None:
             arrived = _arrived(z, made - asked, options.delay)
-            if arrived is None:  # they failed
+            if arrived is None:  # writing failed
                 z = due = None
             elif arrived:
                 plain = read_more(plain, cache, state.text, made - held)
@@ -95,7 +95,7 @@ def decode_in_chunks(
         if due is None and z is None:
             plain = None  # no more latents will join
         elif cache is plain.cache:
-            cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites what it is given
+            cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites its input
         until = _next_stop(options, made, due, None if z is None else asked)
         state, cache = decode(state, cache, key_B, options.sampler, until - made)
         made = until
@@ -123,13 +123,13 @@ def _next_stop(options: GenerationOptions, made: int, due: int | None, asked: in
     return until
 
 
-# Latents on their way.
+# Latents that were asked for and have not joined yet.
 
 
 def _arrived(z: Latents, waited: int, delay: int | None) -> bool | None:
     """Tells whether latents join now, `waited` tokens after they were asked for.
 
-    None: they never will.
+    None: writing them failed, so they never join.
     """
     if delay is not None:
         return waited == delay
@@ -137,9 +137,9 @@ def _arrived(z: Latents, waited: int, delay: int | None) -> bool | None:
 
 
 def ready(z: Latents) -> bool:
-    """Tells, without waiting, whether latents are there.
+    """Tells, without waiting, whether latents are computed.
 
-    Raises the error that they turned out to be.
+    Raises the error of their computation, if it failed.
     """
     if not all(x.is_ready() for x in jax.tree.leaves(z)):
         return False
@@ -168,14 +168,15 @@ def write_beside(
     read: Reading,
     text_BX: jax.Array,
 ) -> Latents:
-    """Starts writing latents on devices of the coprocessor's own, without waiting for them.
+    """Starts writing latents on the coprocessor's own devices, without waiting for them.
 
-    The text that was read travels to these devices, latents travel back.
+    The cache of the text is copied to these devices, and the latents are copied back.
 
     Args:
-      params, aug: the coprocessor's, as they lie on `mesh`.
+      params, aug: the coprocessor's, on `mesh`.
+      mesh: the mesh of the coprocessor.
       home: the mesh of the decoder.
-      read, text_BX: the text and its tokens, on `home`.
+      read, text_BX: the text as it was read, and its tokens, on `home`.
     """
     row = mesh_lib.rows(mesh)
     kv = NamedSharding(mesh, mesh_lib.spec(cache_lib.AXES, mesh_lib.ACTIVATIONS))

@@ -1,4 +1,4 @@
-"""The arguments of `AugmentedLM`, checked: nothing is cut or taken for something else."""
+"""Checks the arguments of `AugmentedLM`: no value is cut short or silently reinterpreted."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,12 +27,12 @@ Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as the
 class GenerationOptions(NamedTuple):
     """Says how prompts are continued.
 
-    every: latents are written at the end of the prompt, and, unless this is 0, again whenever that
-      many tokens have been decoded since they were last asked for.
-    delay: latents join that many tokens after they were asked for, which is the published
-      simulation of an asynchronous coprocessor. None: when they are ready, and a failure costs the
-      latents alone.
-    chunk: most tokens decoded between two yields.
+    every: number of decoded tokens after which latents are asked for again. 0: they are written
+      only once, at the end of the prompt.
+    delay: number of tokens between asking for latents and their joining, the published simulation
+      of an asynchronous coprocessor. None: they join when they are ready, and if the coprocessor
+      fails, decoding goes on without new ones.
+    chunk: the most tokens decoded between two yields.
     """
 
     max_new_tokens: int
@@ -51,10 +51,10 @@ def check_options(
 ) -> GenerationOptions:
     """Returns the options with plain Python numbers; `sampling` holds fields of `Sampler`.
 
-    Latents that recur keep the rhythm of `aug`. A command that has no model yet gives no `aug`.
+    Latents that recur keep the `every` of `aug`. A command that has no model yet gives no `aug`.
 
     Raises:
-      UserError: one of another kind or out of range.
+      UserError: an option is of another type or out of range.
     """
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
     sampler = Sampler(**sampling).checked()
@@ -66,8 +66,11 @@ def check_options(
 def check_every(every: int, own: int) -> int:
     """Returns `every` as a plain Python number.
 
+    Args:
+      own: number of tokens after which the latents recur by themselves; 0: they do not.
+
     Raises:
-      UserError: the latents recur after each `own` tokens, unless that is 0, and after no others.
+      UserError: both `every` and `own` are set.
     """
     every = arguments.whole("every", every, 0)
     if own and every:
@@ -94,7 +97,7 @@ def check_rhythm(every: int, delay: int | None) -> tuple[int, int | None]:
 
 
 def checked_dtype(dtype: Any) -> np.dtype:
-    """Returns a dtype of parameters, which has a name of `build.DTYPES`."""
+    """Returns a dtype of parameters; raises UserError unless its name is in `build.DTYPES`."""
     try:
         found = jnp.dtype(dtype)
     except TypeError:
@@ -114,7 +117,7 @@ def check_attention(attention: str) -> None:
 def random_keys(seed: int | Sequence[int], count: int) -> list[jax.Array]:
     """Returns a random key for each of `count` prompts.
 
-    They are made from a seed for each, or from one for all and their places.
+    They are made from a list of seeds, or from one seed and the place of each prompt.
     """
     if np.ndim(seed) == 0:
         base = jax.random.key(arguments.whole("seed", seed, 0, arguments.INT64))
@@ -149,9 +152,9 @@ def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: i
 
 
 def longest_text(aug: Augmentation) -> int:
-    """Returns the most tokens of a text whose positions, with latents, fit the learned tables.
+    """Returns the most tokens of a text that leave space for latents among learned positions.
 
-    The smallest table of decoder and assistant decides; INT32 where none is learned.
+    The smaller table of decoder and assistant decides. Without such a table it is INT32.
     """
     tables = [model.config.learned_positions for model in aug.readers.values()]
     if not any(tables):
@@ -163,11 +166,11 @@ def check_length(name: str, length: int, new: int, max_length: int, longest: int
     """Raises UserError for a text that is too long.
 
     Args:
-      name: of the text.
-      length: its tokens.
-      new: tokens that are to follow.
-      max_length: of both together, at most `longest`.
-      longest: of `longest_text`.
+      name: the text's name, for messages.
+      length: number of tokens in the text.
+      new: number of tokens that are to follow.
+      max_length: the most tokens of both together; at most `longest`.
+      longest: the result of `longest_text`.
     """
     if length + new <= max_length:
         return
@@ -183,7 +186,7 @@ def token_array(tokens_BT: Any, vocab_size: int, row_shards: int, longest: int) 
       tokens_BT: integers below `vocab_size`.
       vocab_size: V.
       row_shards: parts into which the rows are split.
-      longest: the most that T may be, of `longest_text`.
+      longest: the largest T allowed, the result of `longest_text`.
     """
     tokens_BT = _integers("tokens", tokens_BT, "[B, T]")
     T = tokens_BT.shape[1]
@@ -210,7 +213,7 @@ def position_array(positions_BM: Any, tokens_BT: jax.Array, ahead: int) -> jax.A
 
 
 def _integers(name: str, value: Any, shape: str) -> np.ndarray:
-    """Returns an array of two axes; a message says `shape`."""
+    """Returns an integer array of two axes; messages name the expected `shape`."""
     try:
         array = np.asarray(value)
     except ValueError:

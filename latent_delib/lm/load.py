@@ -1,4 +1,4 @@
-"""Decoders and coprocessors, loaded or begun: what `lm.model.AugmentedLM` is made of."""
+"""Loads decoders and coprocessors for `lm.model.AugmentedLM`, and makes untrained coprocessors."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ from latent_delib.weights import folder, gguf, huggingface, imported
 class Decoder:
     """Holds a frozen decoder.
 
-    params: {"layers", "final_norm", "embedding" [V, D]}, and what else the architecture has.
+    params: {"layers", "final_norm", "embedding" [V, D]}, and other leaves of the architecture.
     fingerprint: SHA-256, hex.
     """
 
@@ -54,9 +54,11 @@ class Decoder:
 
 
 class Assistant(NamedTuple):
-    """Names an assistant: the path of a decoder, as `load_decoder` takes it, and its SHA-256.
+    """Names an assistant.
 
-    params: those of the decoder, where they are loaded already.
+    path: its decoder, in a form of `load_decoder`.
+    fingerprint: the SHA-256 of that decoder, hex.
+    params: the decoder's parameters, if they are loaded already.
     """
 
     path: str
@@ -69,10 +71,10 @@ class Coprocessor:
     """Holds a coprocessor for one decoder.
 
     params: without the layers that are the decoder's own (`delib.augment.assemble`).
-    fingerprint: of the decoder.
-    step: None where untrained.
-    architecture: None where it is the decoder's.
-    every: after how many tokens its latents recur; 0: they do not.
+    fingerprint: the SHA-256 of the decoder, hex.
+    step: the training step; None: untrained.
+    architecture: the coprocessor's architecture; None: the decoder's.
+    every: number of tokens after which its latents recur; 0: they do not.
     assistant: the other decoder whose cache it reads, or None.
     """
 
@@ -104,13 +106,13 @@ def load_decoder(
     """Loads a decoder.
 
     Args:
-      path: a decoder folder; one in Hugging Face's form; a GGUF file; "hf:OWNER/NAME", a folder of
-        either form on the Hub; or "packaged".
-      dtype: of the parameters and of everything computed with them: float32 or bfloat16.
-      mesh: where parameters lie; each is read straight to its place. By default the first device.
+      path: a decoder folder; a folder in Hugging Face's form; a GGUF file; "hf:OWNER/NAME", a
+        folder of either form on the Hub; or "packaged".
+      dtype: the dtype of parameters and computation: float32 or bfloat16.
+      mesh: devices of the parameters, by default the first. Each is read straight to its place.
 
     Raises:
-      UserError: missing files, or tensors that do not fit the architecture; another dtype.
+      UserError: files are missing, tensors do not fit the architecture, or `dtype` is another.
     """
     name = arguments.path("path", path)
     dtype = inputs.checked_dtype(dtype)
@@ -127,7 +129,7 @@ def load_decoder(
 
 
 def _load_theirs(where: Path, dtype: np.dtype, mesh: Mesh) -> Decoder:
-    """Loads a decoder of another form, as if it had been converted first."""
+    """Loads a decoder in Hugging Face's form or GGUF, as if it had been converted first."""
     source = gguf.open_source(where) if where.is_file() else huggingface.open_source(where)
     if source.write_tokenizer is None:
         raise UserError(f"{where}: has no tokenizer, neither {' nor '.join(folder.TOKENIZERS)}")
@@ -149,10 +151,10 @@ def load_coprocessor(
     """Loads the coprocessor that a training job wrote, or one that was exported.
 
     Args:
-      workdir: of the job, or the folder of the exported one, or "packaged".
-      step: of the checkpoint; by default the newest that can be read.
-      assistant: where the assistant is, as `load_decoder` takes it; by default where training found
-        it. AugmentedLM loads it.
+      workdir: the job's workdir, the folder of an exported coprocessor, or "packaged".
+      step: the step of the checkpoint; by default the newest that can be read.
+      assistant: the assistant's path, in a form of `load_decoder`; by default the path in training.
+        AugmentedLM loads the assistant.
 
     Raises:
       UserError: no such checkpoint or folder, a damaged one, or one of a method that writes no
@@ -242,7 +244,7 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
 
 
 def _check_shapes(found: Coprocessor, decoder: TransformerConfig, where: Path) -> None:
-    """Raises UserError unless a coprocessor's parameters are those that its method begins with."""
+    """Raises UserError unless a coprocessor's parameters have the shapes of its method."""
     models = Models(Transformer(decoder), Transformer(found.architecture or decoder))
     begun_from = models.coprocessor.config if found.assistant else decoder
 
@@ -278,11 +280,11 @@ def decoder_of(workdir: str, record: Record) -> str:
     """Returns the folder of a checkpoint's decoder: the one it trained, or the frozen one.
 
     Args:
-      record: of a checkpoint in `workdir`.
+      record: the record of a checkpoint in `workdir`.
 
     Raises:
-      UserError: no folder holds it, because its weights are random; it was trained, and the folder
-        holds another step, or `workdir` is an export; or training used another tokenizer.
+      UserError: no folder holds the decoder, because its weights are random; it was trained, and
+        its folder holds another step or `workdir` is an export; training used another tokenizer.
     """
     build.require_decoder(workdir, record["method.name"])
     if METHODS[record["method.name"]].trains_decoder:
@@ -363,10 +365,10 @@ def load_assistant(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
 ) -> Params:
-    """Loads a coprocessor's assistant as `load_decoder` does: {"assistant": parameters}, or {}.
+    """Returns {"assistant": parameters}, loaded if need be; {} without an assistant.
 
     Raises:
-      UserError: it is not where it is said to be, or is another decoder.
+      UserError: the assistant's path holds no decoder, or another one.
     """
     if coprocessor.assistant is None:
         return {}
@@ -385,9 +387,9 @@ def load_assistant(
 
 
 def place(mesh: Mesh, params: Params, dtype: Any, axes: Mapping[str, Axes] = PARAM_AXES) -> Params:
-    """Puts parameters where they lie on a mesh.
+    """Puts parameters onto the devices of a mesh.
 
-    Each is cast where it is, by itself: they need not fit one device.
+    They are cast and moved one by one, and need not all fit one device.
     """
     shardings = mesh_lib.parameters(mesh, params, axes)
 

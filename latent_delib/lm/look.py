@@ -1,7 +1,7 @@
-"""Looks into latents: what they attend to, what attends to them, and which words they lie near.
+"""Inspects latents: what they attend to, what attends to them, and the words nearest to them.
 
 In each function `lm` is an AugmentedLM. The fast paths never hold attention weights; the
-transformer gives them where "intermediates" are asked for (`nn.layers.Attention`).
+transformer computes them where "intermediates" is a mutable collection (`nn.layers.Attention`).
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from latent_delib.nn.transformer import Params, Transformer
 class AttentionMap(NamedTuple):
     """Holds the attention weights of one call.
 
-    weights: float32 [layers, N, S, T + U], rows add up to 1.
+    weights: float32 [layers, N, S, T + U]; each row adds up to 1.
     rows: names of the S tokens of the call.
-    columns: names of the T text tokens in the cache, then of the U tokens after them: the same S,
-      and before these the latents that are keys and values.
+    columns: names of the T text tokens in the cache, then of U more: latents that are keys and
+      values, where there are some, and the S tokens.
     text: T.
     """
 
@@ -47,10 +47,10 @@ class Near(NamedTuple):
 
 
 class Watched:
-    """Stands for a transformer in the calls of `delib.augment`.
+    """Replaces a transformer in the calls of `delib.augment`, and records attention weights.
 
-    Each call adds its attention weights to `seen`: [layers, B, M, K, G, S, T + U]. Calls inside a
-    loop add nothing, because their weights do not leave it.
+    Each call adds its weights to `seen`: [layers, B, M, K, G, S, T + U]. Calls inside a loop add
+    nothing, because their weights do not leave the loop.
     """
 
     def __init__(self, transformer: Transformer, seen: list[jax.Array]):
@@ -90,17 +90,17 @@ def attention(
     tokens: Sequence[int],
     at: int,
 ) -> tuple[AttentionMap | None, AttentionMap]:
-    """Returns what latents after token `at` of a text attend to, and what text after them does.
+    """Returns the attention of latents after token `at` of a text, and of the text after them.
 
     Args:
-      tokens: the text, BOS first. Those after `at` are the ahead tokens, read as in training; at
-        least two.
+      tokens: the text, BOS first. Tokens after `at`, at least two, are the ahead tokens; they are
+        read as in training.
 
     Returns:
-      The coprocessor's call (rows: the L latents; None where a method has no coprocessor, or calls
-      it in a loop) and the decoder's (rows: the latents as it reads them, then the tokens after
-      them; the tokens alone where latents are keys and values). Columns: the text up to `at`, then
-      latents and tokens.
+      The map of the coprocessor's call: its rows are the L latents. It is None where a method has
+      no coprocessor, or calls it in a loop. Then the map of the decoder's call: its rows are the
+      latents as the decoder reads them and the tokens after them, or the tokens alone where latents
+      are keys and values. Columns are the text up to `at`, then the latents, then the tokens.
     """
     if not lm.aug.has_latents:
         raise UserError("this model has no coprocessor, so no latents")
@@ -115,7 +115,7 @@ def attention(
     names = [f"{i} {word}" for i, word in enumerate(words(lm, tokens))]
     cached = names[: at + 1]
     latents = [f"z{i + 1}" for i in range(lm.aug.count_latents(ahead))]
-    # tokens of the cache that the decoder reads again
+    # number of tokens in the cache that the decoder reads again
     reread = decoded.shape[3] - len(cached) - len(latents) - (ahead - 1)
     own = latents + names[at + 1 - reread : -1]
     own = [own[i] for i in lm.aug.reading_order(ahead)]
@@ -128,7 +128,7 @@ def attention(
 def _weights(w: jax.Array, at: int, length: int) -> np.ndarray:
     """Returns the weights of one trace, [layers, N, S, at + 1 + U].
 
-    Nothing after `at` is seen in the cache.
+    Columns of the cache after `at` are left out, because no row attends to them.
     """
     w = np.asarray(w[:, 0, 0], np.float32)
     w = np.concatenate([w[..., : at + 1], w[..., length:]], axis=-1)
@@ -161,9 +161,9 @@ def _called(
 def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]]:
     """Finds the `count` words whose embeddings have the highest cosine with each latent.
 
-    The best come first. Of the two readings this is the one that fits: the decoder reads latents
-    where it reads embeddings. Logits also grow with the length of a word's row, which says how
-    frequent the word is.
+    The best come first. Embeddings are the right comparison, because the decoder reads latents
+    where it reads embeddings. Logits would not do: they also grow with the norm of a word's
+    embedding, which depends on the word's frequency.
     """
     table_VD = jnp.asarray(lm.params["decoder"]["embedding"], jnp.float32)
     cosine_LV = einsum("LD,VD->LV", _unit(jnp.asarray(z_LD, jnp.float32)), _unit(table_VD))

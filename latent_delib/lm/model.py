@@ -25,7 +25,7 @@ from latent_delib.machine import arguments
 from latent_delib.nn.transformer import Params
 
 STREAMED = 4  # tokens between two pieces of a stream
-Report = Callable[[int], None]  # gets the number of things done
+Report = Callable[[int], None]  # gets the number of items done
 
 
 class AugmentedLM:
@@ -34,17 +34,17 @@ class AugmentedLM:
     Without a coprocessor it is the decoder as it is.
 
     Token arrays hold one document per row, starting with BOS; padding on the right changes nothing
-    before it. Lists of prompts may be of any length: they are taken `batch_size` at a time, those
-    of like length together, in few shapes, each compiled once. Results are in the order of the
-    prompts.
+    before it. A list of prompts may have any length. Prompts are taken `batch_size` at a time,
+    similar lengths together, in few shapes that are each compiled once. Results are in the order of
+    the prompts.
 
     Args:
-      mesh: where the decoder and its caches lie (`mesh.make`); by default the first device.
-      coprocessor_mesh: devices of the coprocessor's own, on which it works beside the decoder
+      mesh: devices of the decoder and its caches (`mesh.make`); by default the first device.
+      coprocessor_mesh: devices of the coprocessor alone, which then works beside the decoder
         (`delay=None`).
-      max_length: tokens of a prompt and its continuation together. Choose it by what the decoder
-        was trained on, and by what fits into memory. Where positions are learned it is at most what
-        their table has room for, latents included.
+      max_length: the most tokens of a prompt and its continuation together. Choose it by the length
+        that the decoder was trained on, and by memory. A table of learned positions lowers it to
+        the tokens that fit the table, latents included.
       attention: the form of attention, as `compute.attention` of a config: "auto", a proven kernel
         or "xla"; or one of `nn.attention.forms.FORMS`.
 
@@ -97,7 +97,7 @@ class AugmentedLM:
     def latents(self, tokens_BT: jax.Array, positions_BM: jax.Array) -> Latents:
         """Returns latents [B, M, L, D], written after token positions[b, m] of row b.
 
-        A method that inserts keys and values returns these.
+        A method that inserts keys and values returns keys and values instead.
         """
         if self.coprocessor is None:
             raise UserError("this model has no coprocessor, so no latents")
@@ -116,8 +116,8 @@ class AugmentedLM:
         """Scores the `ahead` text tokens after each position, with and without latents.
 
         Returns:
-          log p by the decoder and with latents, float32 [B, M, A] each. With latents: given the
-          text up to the position, its latents, and the ahead tokens before. Without a coprocessor
+          log p by the decoder, and log p with latents, float32 [B, M, A] each. The second is given
+          the text up to the position, its latents, and earlier ahead tokens. Without a coprocessor
           both are the decoder's.
         """
         ahead = arguments.whole("ahead", ahead, 1)
@@ -140,7 +140,7 @@ class AugmentedLM:
         Latents join once, at the prompt's end. Equal prompts are read once.
 
         Args:
-          augment: with latents.
+          augment: whether to use latents.
           progress: gets the number of continuations that are done.
 
         Returns:
@@ -187,8 +187,8 @@ class AugmentedLM:
         A text longer than max_length is cut into pieces that each begin with BOS.
 
         Args:
-          augment: latents join after BOS.
-          every: where it is not 0, latents join again after each so many tokens.
+          augment: whether latents join after BOS.
+          every: number of tokens after which latents join again, if not 0.
           progress: gets the number of pieces that are done.
         """
         texts = arguments.several("texts", texts)
@@ -246,13 +246,13 @@ class AugmentedLM:
         """Continues the prompts.
 
         Args:
-          stop: a text ends before the first of these strings that is there whole.
-          seed: one for each prompt, or one for all, from which each draws by its place in the list.
-          augment: latents join at the end of the prompt.
-          every: where it is not 0, latents join again after each so many tokens.
-          delay: latents join that many tokens after the text they were written for. None: when they
-            are ready; the coprocessor works on devices of its own meanwhile, and a failure of it
-            costs the latents alone.
+          stop: a text ends before the first of these strings that is complete in it.
+          seed: one seed for each prompt; or one for all, which is combined with a prompt's place.
+          augment: whether latents join at the end of the prompt.
+          every: number of tokens after which latents join again, if not 0.
+          delay: latents join that many tokens after the text they were written for. None: they join
+            when they are ready. The coprocessor then works on its own devices, and if it fails,
+            decoding goes on without new latents.
           progress: gets the number of tokens that are decoded, over all prompts.
           sampling: temperature (0: the likeliest token), top_k, top_p, ...: the fields of
             `sampling.Sampler`.
@@ -277,7 +277,7 @@ class AugmentedLM:
             chunks = self._continue(chosen_heads, chosen_keys, options, write, stopped)
             *_, (new, joined) = chunks
             for i, row in zip(chosen, new):
-                # Other rows may have gone on, and latents joined them alone.
+                # After this row ended, latents may have joined other rows.
                 last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)
                 joined_here = tuple(at for at in joined if at <= last)
                 found[i] = Continuation(ends.cut(row), row, joined_here)
@@ -374,7 +374,7 @@ class AugmentedLM:
         return [self._head(f"prompts[{i}]", prompt, new) for i, prompt in enumerate(prompts)]
 
     def _head(self, name: str, prompt: Prompt, new: int) -> list[int]:
-        """Returns the tokens of a prompt, BOS before a text; `new` more must fit."""
+        """Returns the tokens of a prompt, BOS before a text; `new` more tokens must fit."""
         vocab_size = self.decoder.config.vocab_size
         ids = inputs.prompt_tokens(name, prompt, self.tokenizer, vocab_size)
         inputs.check_length(name, len(ids), new, self.max_length, self.longest)

@@ -1,8 +1,8 @@
-"""How a text goes on: the choice of the next token, and the strings that end a text.
+"""Chooses the next token of a text, and finds the strings that end a text.
 
-`Sampler` is one value that takes keys and logits. To add a rule, give it a field and use that in
-`_draw`. The field is then an argument of `AugmentedLM.generate`, a flag of the command `generate`,
-and a setting that the tasks of the lm-eval harness may name.
+`Sampler` is one value that takes keys and logits. To add a rule, give it a field, and use the field
+in `_draw`. The field is then an argument of `AugmentedLM.generate`, a flag of the command
+`generate`, and a setting that the tasks of the lm-eval harness may name.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def _option(default: Any, text: str) -> Any:
 class Sampler:
     """Chooses tokens: the likeliest, or one drawn from the likeliest.
 
-    The fields are inputs of a compiled program: other values compile nothing.
+    The fields are inputs of a compiled program, so other values compile nothing.
     """
 
     temperature: float = _option(0.0, "0: the likeliest token each time")
@@ -95,12 +95,13 @@ class Continuation(NamedTuple):
 
 
 class Endings:
-    """Ends a text before the first stop string that is there whole.
+    """Ends a text before the first stop string that is complete in it.
 
-    Control tokens among them are looked for as tokens: decoded text does not show them.
+    Stop strings that name control tokens are found as tokens, because decoded text does not show
+    them.
 
     Args:
-      stop: a text, or a list of them.
+      stop: a text, or a list of texts.
 
     Raises:
       UserError: another kind of value, or an empty string.
@@ -130,11 +131,11 @@ class Endings:
     def pieces(self, chunks: Iterable[np.ndarray]) -> Iterator[str]:
         """Yields the text of new tokens in pieces, as it grows.
 
-        Joined, they are `cut` of the last look. A piece ends before half a character, and before
-        what may become a stop string.
+        Joined, the pieces are `cut` of the last chunk. A piece ends before an incomplete character,
+        and before the possible beginning of a stop string.
 
         Args:
-          chunks: the new tokens so far, int32 [N], padded on the right; each holds more of them.
+          chunks: the new tokens so far, int32 [N], padded on the right; more in each chunk.
         """
         said = 0
         for new_N in chunks:
@@ -153,7 +154,7 @@ class Endings:
         return new_N[: ends[0] if len(ends) else None].tolist()
 
     def _before(self, text: str) -> str:
-        """Returns a text up to the stop string that is the first to be there whole."""
+        """Returns a text up to the stop string that is the first to be complete."""
         found = []
         for stop in self.strings:
             begin = text.find(stop)

@@ -1,6 +1,6 @@
-"""Scores of given text, with latents and without: logits, log-probabilities.
+"""Scores given text, with latents and without: logits, log-probabilities.
 
-Every function is compiled once for each shape. `dtype` is the one that it computes in.
+Every function is compiled once for each shape. `dtype` is the dtype that it computes in.
 """
 
 from functools import partial
@@ -84,9 +84,8 @@ def score_tails(
 ) -> tuple[jax.Array, jax.Array]:
     """Scores M continuations of each prompt, token by token.
 
-    A prompt is read once; its continuations are traces at its last token, all with the same
-    latents. Where the method writes none they are traces of no latents, which begin by reading that
-    token again.
+    A prompt is read once. Its continuations are traces at its last token, all with the same
+    latents. Without latents, a trace begins by reading that token again.
 
     Args:
       text_BT: prompts, padded on the right.
@@ -120,7 +119,7 @@ def score_tails(
         logprob_BM = picked_BM - jax.nn.logsumexp(logits_BMV, axis=-1)
         return logprob_BM, jnp.argmax(logits_BMV, axis=-1) == target_BM
 
-    # The logits of one token exist at a time.
+    # One token at a time, to hold only its logits.
     by_token = (jnp.moveaxis(x_BMAD, 2, 0), jnp.moveaxis(tails_BMA, 2, 0))
     logprobs, greedy = jax.lax.map(lambda pair: one(*pair), by_token)
     return jnp.moveaxis(logprobs, 0, 2), jnp.moveaxis(greedy, 0, 2)
@@ -139,10 +138,10 @@ def score_text(
     """Returns log p of all tokens but the first of each row, summed, float32 [B].
 
     Latents join after the first token and again after each `stretch` tokens. Each stretch is a
-    trace, as when text is generated so. A method that writes no latents gives the decoder's.
+    trace, as in generation. Without latents it is the decoder's log p.
 
     Args:
-      length_B: tokens in each row, before padding.
+      length_B: number of tokens in each row, before padding.
       stretch: at most T - 1.
     """
     segment_BT = one_segment(tokens_BT, length_B)
@@ -153,7 +152,7 @@ def score_text(
     at = jnp.arange(0, T - 1, stretch)
     # Traces that are computed at once have no more tokens than the text.
     together = min(len(at), max(1, T // (aug.count_latents(stretch) + stretch)))
-    # T - 1 has no ahead tokens, so no weight.
+    # Place T - 1 has no ahead tokens, so it has no weight.
     at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)
 
     def some(at_M: jax.Array) -> jax.Array:

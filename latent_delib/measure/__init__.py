@@ -1,1 +1,1 @@
-"""How good a model is: perplexity n tokens ahead, lm-eval's benchmarks, questions in training."""
+"""Measures a model: perplexity n tokens ahead, lm-eval's benchmarks, questions in training."""

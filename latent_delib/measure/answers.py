@@ -19,15 +19,17 @@ from latent_delib.machine import arguments
 from latent_delib.measure import scores, views
 from latent_delib.nn.transformer import Params
 
-QUESTIONS = 100  # of each source, the first ones
+QUESTIONS = 100  # asked of each source: its first ones
 
 
 class Asked(NamedTuple):
     """Holds a question.
 
-    prompt: tokens, BOS first. reply: the tokens of the right reply, with its steps where these are
-    trained on. answer: the text of it that counts. room: tokens that suffice for the reply with all
-    steps that the text has; a decoder may write them, whatever is learned here.
+    prompt: tokens, BOS first.
+    reply: the tokens of the right reply, with its steps if these are trained on.
+    answer: the part of the reply's text that counts.
+    room: a number of tokens that is enough for the reply with all steps in the text. A decoder may
+      write the steps even if they are not trained on.
     """
 
     prompt: list[int]
@@ -39,17 +41,17 @@ class Asked(NamedTuple):
 class Answers:
     """Counts the questions that a model answers right, and scores the right replies.
 
-    They are the first QUESTIONS of each source of questions in `data.validation`. Replies are
-    decoded greedily, and judged as `benchmark --benchmarks=qa:FILE` judges them. A frozen decoder
-    is asked once, at the start.
+    The questions are the first QUESTIONS of each source of questions in `data.validation`. Replies
+    are decoded greedily, and judged as `benchmark --benchmarks=qa:FILE` judges them. A frozen
+    decoder is asked once, at the start.
 
     Args:
-      exp: the job's.
+      exp: the job's experiment.
       frozen: the frozen parameters, on the mesh.
 
     Raises:
-      UserError: a source of questions is missing or empty; a question is longer than a table of
-        learned positions.
+      UserError: a source of questions is missing or empty; a question and its reply are longer than
+        a table of learned positions.
     """
 
     def __init__(self, exp: Experiment, frozen: Params):
@@ -64,11 +66,12 @@ class Answers:
             self.decoder = {f"{name}_decoder": value for name, value in found.items()}
 
     def __call__(self, trainable: Params) -> dict[str, float]:
-        """Returns the figures of a row of metrics; none where there are no questions.
+        """Returns figures for a row of metrics; none where there are no questions.
 
-        These are validation_solved, in percent, and validation_answer, the mean log p of a right
-        reply, in nats. NAME_low and NAME_high are the ends of a 95 % interval; NAME_decoder is the
-        frozen decoder's.
+        validation_solved: questions answered right, percent.
+        validation_answer: the mean log p of a right reply, nats.
+        NAME_low, NAME_high: the ends of a figure's 95 % interval.
+        NAME_decoder: the frozen decoder's figure.
         """
         if not self.asked:
             return {}
@@ -113,7 +116,7 @@ def _check_lengths(asked: list[Asked], positions: int) -> None:
 
 
 def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
-    """Returns the model in use that parameters make, on the mesh of the job."""
+    """Returns the AugmentedLM of these parameters, on the mesh of the job."""
     aug = exp.aug
     fingerprint = exp.record.fingerprint
     decoder = Decoder(aug.transformer.config, params["decoder"], exp.tokenizer, fingerprint)
@@ -158,7 +161,7 @@ def _read(exp: Experiment) -> list[Asked]:
             tokens = document.tokens
             _, written = questions.parted(tokens.tolist(), exp.tokenizer)
             room = questions.room_for([exp.tokenizer.decode(written)])
-            if exp.steps_end and sources.has_steps(source):  # latents stand for them
+            if exp.steps_end and sources.has_steps(source):  # latents replace the steps
                 at = views.prompt_ends(tokens, exp.prompt_end)
                 tokens, _ = views.without_steps(tokens, at, exp.steps_end)
             prompt, reply = questions.parted(tokens.tolist(), exp.tokenizer)

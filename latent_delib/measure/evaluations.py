@@ -1,4 +1,4 @@
-"""The evaluations of a run's checkpoints, a folder per step, and the steps still to do."""
+"""Reads the evaluations of a run's checkpoints, a folder per step; finds the steps still to do."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from latent_delib.machine import saved_steps
 from latent_delib.machine.distributed import on_first
 from latent_delib.measure import views
 
-POLL = 20.0  # seconds between two looks for new checkpoints
+POLL = 20.0  # seconds between two searches for new checkpoints
 
 
 def file_of(folder: epath.Path, step: int) -> epath.Path:
@@ -39,9 +39,9 @@ def read_results(folder: epath.Path) -> dict[int, dict[str, Any]]:
 
 
 def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
-    """Raises UserError unless all evaluations in a folder compare with one of this record.
+    """Raises UserError unless all evaluations in a folder can be compared with this record.
 
-    text: the digest of its text, once that is known.
+    text: the digest of the record's validation text, once that is known.
     """
     is_drawn = record["evaluate.max_positions"] or record["evaluate.swap"]
     for step, result in read_results(folder).items():
@@ -67,7 +67,8 @@ def steps_to_evaluate(
     whether or not the caller can read them.
 
     Raises:
-      UserError: there is no checkpoint, or not one of `steps`; none came within `patience` seconds.
+      UserError: there is no checkpoint; a step of `steps` has none; none came within `patience`
+        seconds.
     """
     on_first(_require_begun, workdir, folder, patience)
     tried: list[int] = []

@@ -1,8 +1,8 @@
 """Runs the lm-eval harness over our models: loads its tasks, and adapts a model to it.
 
-It is imported only where it is used. Its prompts are, token for token, those of the harness's `hf`
-model with add_bos_token=True, but for two: BOS stays when a prompt is cut, and each piece of a long
-text begins with BOS.
+This module is imported only where it is used. Its prompts are, token for token, the prompts of the
+harness's `hf` model with add_bos_token=True, with two exceptions: BOS stays when a prompt is cut,
+and each piece of a long text begins with BOS.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ from latent_delib.lm import sampling
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine.progress import Progress
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as in the harness's own models
+MAX_NEW_TOKENS = 256  # for a task that sets no limit, as in the harness's own models
 SHOTS_SEED = 1234  # the harness's own
 
-# What the harness loads and evaluates: "tasks", each by its name, and their groups.
+# The form in which the harness loads tasks: under "tasks" each task by name, and their groups.
 Tasks = dict[str, Any]
 
 
 class Adapter(TemplateLM):
-    """Gives the harness an AugmentedLM.
+    """Makes an AugmentedLM a model of the harness.
 
-    A prompt begins with BOS once, whether or not its text spells it.
+    A prompt begins with exactly one BOS, whether or not its text spells BOS.
 
     Args:
-      augment: with latents.
-      every, delay: as in `AugmentedLM.continuations`; `every` also where a text is read.
+      augment: whether to use latents.
+      every, delay: as in `AugmentedLM.continuations`; `every` also applies where a text is scored.
       batch_size: prompts at once.
-      cot: put where a generated answer would begin.
+      cot: words of zero-shot CoT, put where a generated answer begins.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Adapter(TemplateLM):
                 raise UserError(f"{task}: generation_kwargs {sorted(unknown)} are not supported")
             sampler = {"temperature": 1.0 if drawn else 0.0} | kwargs
             if not sampler["temperature"]:
-                sampler = {}  # nothing is drawn, whatever else the task says of it
+                sampler = {}  # nothing is drawn, so no setting of the task counts
             prompts = []
             for i in some:
                 prompt = self.tok_encode(self._with_cot(requests[i].args[0]))
@@ -150,7 +150,7 @@ class Adapter(TemplateLM):
         return context + space + self.cot
 
     def _cut(self, context: list[int], new: int) -> list[int]:
-        """Returns a prompt cut behind its first token, so that `new` tokens have room."""
+        """Cuts tokens after the first one of a prompt, so that `new` tokens fit behind it."""
         too_many = max(0, len(context) + new - self.lm.max_length)
         return [*context[:1], *context[1 + too_many :]]
 
@@ -179,8 +179,8 @@ def load_questions(path: str) -> Tasks:
     """Makes a task of a file of questions and answers (see `data.questions`).
 
     Raises:
-      UserError: the file is missing or empty, a line is not of the form, or has what `datasets`
-        cannot read.
+      UserError: the file is missing or empty, or a line has another form or something that
+        `datasets` cannot read.
     """
     replies = []
     try:
@@ -213,7 +213,7 @@ def _task_of_questions(path: str, replies: Sequence[str]) -> dict[str, Any]:
         "dataset_kwargs": {"data_files": {"test": str(Path(path).resolve())}},
         "test_split": "test",
         "output_type": "generate_until",
-        # No templates: the harness makes a list of a target in brackets.
+        # Functions, not templates: the harness turns a target in brackets into a list.
         "doc_to_text": lambda doc: asked(doc).prompt(),
         "doc_to_target": lambda doc: asked(doc).reply(with_steps=False).strip(),
         "target_delimiter": " ",
@@ -237,7 +237,7 @@ def _task_of_questions(path: str, replies: Sequence[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _loading(path: str | Path) -> Iterator[None]:
-    """Raises UserError that names the file, whatever making a task of it raises."""
+    """Turns any error of loading a task into a UserError that names the file."""
     try:
         yield
     except UserError:
@@ -247,7 +247,7 @@ def _loading(path: str | Path) -> Iterator[None]:
 
 
 def _check_json_lines(path: str) -> None:
-    """Raises UserError unless a file is JSON lines: `datasets` does not name a damaged file."""
+    """Raises UserError unless a file is JSON lines; `datasets` would not name a damaged file."""
     try:
         for line in Path(path).read_bytes().splitlines():
             json.loads(line)
@@ -259,7 +259,7 @@ def load_public_task(task: str) -> Tasks:
     """Loads a task or group of tasks of the harness, with its data from the network or its cache.
 
     Raises:
-      UserError: there is none of that name, or its data cannot be fetched.
+      UserError: there is no task of that name, or its data cannot be fetched.
     """
     if task not in _public_tasks().all_tasks:
         raise UserError(f"task {task}: lm-eval has none of that name")
@@ -304,8 +304,8 @@ def run_tasks(
     Args:
       loaded: from `load_local_task`, `load_questions` or `load_public_task`.
       shots: worked examples in each prompt.
-      limit: only the first so many documents of each task.
-      unsafe_code: code that the model writes may run.
+      limit: how many documents of each task, from the first on; None: all.
+      unsafe_code: whether code that the model writes may run.
     """
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", shots)

@@ -10,13 +10,13 @@ RESAMPLES = 2000
 
 
 def unit(work: np.ndarray) -> str:
-    """Names the things that `interval` draws.
+    """Returns the name of the things that `interval` draws.
 
-    "works"; "documents", where each is a work of its own; "documents of one work", which tell
-    nothing of other works.
+    It is "works", or "documents" if each is a work of its own. It is "documents of one work" if
+    there is only one work: these tell nothing about other works.
 
     Args:
-      work: int [documents], the work that each document is of.
+      work: int [documents], the work of each document.
     """
     works = len(np.unique(work))
     if works == 1:
@@ -27,15 +27,15 @@ def unit(work: np.ndarray) -> str:
 def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int) -> np.ndarray:
     """Estimates the 95 % interval of the change in perplexity, in percent, for each n.
 
-    It is the 2.5th and 97.5th percentile over RESAMPLES resamples. One draws as many works as there
-    are, and of each drawn work as many documents as it has. A resample without any token of an n
-    does not count for it.
+    Its ends are the 2.5th and 97.5th percentiles over RESAMPLES resamples. A resample draws as many
+    works as there are, and from each drawn work as many documents as the work has. For an n of
+    which it has no token, it does not count.
 
     Args:
-      tokens: int64 [documents, A], how many tokens count.
-      change: float64 [documents, A], the sum of what latents add to their -log p, nats.
-      work: int [documents], the work that each document is of.
-      seed: of the draws.
+      tokens: int64 [documents, A], number of tokens that count.
+      change: float64 [documents, A], the change in -log p by latents, summed over tokens, nats.
+      work: int [documents], the work of each document.
+      seed: the seed of the draws.
 
     Returns:
       float64 [2, A]. NaN for an n that only one document reaches, or only one of several works.
@@ -65,7 +65,12 @@ def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
 
 
 def _resampled(sums: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
-    """Adds up each resample of `sums`, [documents, columns], which has those of a work together."""
+    """Returns the sums of each resample, [RESAMPLES, columns].
+
+    Args:
+      sums: [documents, columns]; the documents of a work are next to each other.
+      size: the number of documents of each work.
+    """
     draw = np.random.default_rng(seed)
     return np.array([_resample(draw, size) @ sums for _ in range(RESAMPLES)])
 

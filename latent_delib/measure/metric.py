@@ -1,7 +1,7 @@
-"""The metrics of an evaluation: what each takes of every token, and how its sums become a figure.
+"""The metrics of an evaluation: terms of every token, and the figure that their sums make.
 
-A metric is one entry of METRICS. Its figures are in perplexity.json, and the sums of each document
-in documents.npz. This one tells how often the n-th token ahead is the most probable one:
+A metric is one entry of METRICS. Its figures are in perplexity.json, and its sums for each document
+in documents.npz. This example tells how often the n-th token ahead is the most probable token:
 
   def is_first_choice(logits, targets):
       return logits.argmax(axis=-1) == targets
@@ -30,9 +30,9 @@ Term = Callable[[Augmentation, Params, jax.Array, jax.Array], jax.Array]
 class Metric(NamedTuple):
     """Describes a figure of the n-th token ahead, under the decoder and with latents.
 
-    name: its keys in a row of perplexity.json are decoder_NAME and augmented_NAME.
-    terms: what is added up over tokens, by name; metrics that share a term share its name.
-    pool: (sums by name, and "tokens", how many count) -> the figure.
+    name: the keys in a row of perplexity.json are decoder_NAME and augmented_NAME.
+    terms: the terms that are added up over tokens, by name. Metrics may share a term by its name.
+    pool: (sums by name, with the number of tokens as "tokens") -> the figure.
     """
 
     name: str
@@ -41,10 +41,13 @@ class Metric(NamedTuple):
 
 
 def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
-    """Returns the term that a function makes of the logits of each token.
+    """Returns the term that computes `value` from the logits of each token.
 
-    value: takes logits, float32 [..., V], and targets, int32 [...], and returns a number for each
-    target. Logits exist for as few tokens at a time as in the loss.
+    Logits exist for as few tokens at a time as in the loss.
+
+    Args:
+      value: takes logits, float32 [..., V], and targets, int32 [...]; returns a number for each
+        target.
     """
 
     def term(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Perplexity of the n-th token ahead (Section 3.1, Table 1): sums of each document, and tables.
 
-How documents are pooled, and how sure a figure is, is decided only once all sums are there.
+Documents are pooled, and intervals estimated, only after all sums are known.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from latent_delib.measure.text import ValidationText
 from latent_delib.measure.values import Values
 from latent_delib.measure.views import Case, View
 
-FEW_WORKS = 20  # a source of at most so many works has a table for each
+FEW_WORKS = 20  # a source of at most so many works has a table for each work
 
 
 class Sums(NamedTuple):
@@ -42,7 +42,7 @@ SumsByTerm = dict[str, Sums]
 
 
 def zeros(exp: Experiment, text: ValidationText) -> SumsByTerm:
-    """Returns the sums that adding up begins with, by term."""
+    """Returns the initial sums by term, all zero."""
     shape = (len(text.source), exp.config.evaluate.num_ahead)
     sums = {}
     for term in metric.all_terms():
@@ -70,14 +70,14 @@ def add_up(
     """Adds the values of a batch to the sums of its documents, in place.
 
     Each token counts once for each n, under both models. Values are added in float64, piece by
-    piece: the same batches in the same order end with the same bits.
+    piece, so the same batches in the same order give the same bits.
 
     Args:
       exp: the experiment.
-      sums: by term.
+      sums: the sums by term.
       document: int64 [pieces], the document of each case.
       cases: the pieces of the batch.
-      values: of the batch.
+      values: the values of the batch.
     """
     for row, case in enumerate(cases):
         _add_piece(exp, sums, document[row], case, values.of(row))
@@ -103,7 +103,7 @@ def _add_piece(
         total.augmented[document] += augmented_kA.sum(axis=0, dtype=np.float64, where=counts_kA)
 
 
-# On disk: the sums of each document, and partial ones, from which a killed evaluation goes on.
+# On disk: the sums of each document, and partial sums, with which a killed evaluation continues.
 
 
 def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) -> None:
@@ -117,7 +117,7 @@ def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) ->
 class PartialSums:
     """Saves the sums of an unfinished evaluation; only the same evaluation reads them again.
 
-    identity: whatever the sums depend on, as JSON can hold it.
+    identity: everything that the sums depend on, as plain JSON data.
     """
 
     def __init__(self, file: epath.Path, identity: Any):
@@ -131,7 +131,7 @@ class PartialSums:
     def restore(self, zeros: SumsByTerm) -> tuple[SumsByTerm, int]:
         """Returns the saved sums, and the number of their pieces, the same on every process.
 
-        Without a file, or with that of another evaluation, they are `zeros` and 0.
+        They are `zeros` and 0 if there is no file, or it is damaged or of another evaluation.
         """
         content = b""
         if jax.process_index() == 0 and self.file.exists():
@@ -187,9 +187,9 @@ def _write_npz(file: epath.Path, arrays: Mapping[str, Any]) -> None:
 
 
 def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, Any]:
-    """Returns the part of perplexity.json on all text, and under "sets" that on each source.
+    """Returns the part of perplexity.json on all text, and under "sets" the part on each source.
 
-    A part on a source has under "works" a part on each work with a name, where they are few.
+    The part on a source has under "works" a part on each work with a name, unless they are many.
     """
     whole = _part(text, sums, seed, text.source >= 0)
     sets = {}
@@ -213,7 +213,7 @@ def _by_work(
 def _part(
     text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray
 ) -> dict[str, Any]:
-    """Returns the part on the documents that `documents`, bool [documents], marks."""
+    """Returns the part on some documents: those with True in `documents`, bool [documents]."""
     work = text.work[documents]
     return {
         "rows": table(jax.tree.map(lambda x: x[documents], sums), work, seed),
@@ -227,13 +227,13 @@ def _part(
 def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]:
     """Returns a row for each n that some document reaches: all metrics, and the change.
 
-    The change is that of the perplexity, in percent. The ends of its interval are None where it
+    The change is in perplexity, percent. The ends of its interval are None where the interval
     cannot be estimated.
 
     Args:
-      sums: of some documents, by term.
-      work: int [documents], the work that each is of.
-      seed: of the intervals.
+      sums: the sums of some documents, by term.
+      work: int [documents], the work of each document.
+      seed: the seed of the intervals.
     """
     tokens, decoder, augmented = sums["nll"]
     interval = intervals.interval(tokens, augmented - decoder, work, seed)

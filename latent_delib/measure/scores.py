@@ -36,8 +36,8 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
 
     Args:
       samples: the harness's result for each document.
-      metric: the key of a sample that counts.
-      name: of the benchmark, for the message.
+      metric: the key of the score in a sample.
+      name: the benchmark's name, for the message.
 
     Raises:
       UserError: the documents have no such metric.
@@ -68,7 +68,7 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
 
 
 def _ratio(values: np.ndarray) -> Figure:
-    """Returns Σ bits / Σ bytes, its standard error as of a ratio, and the interval's ends.
+    """Returns Σ bits / Σ bytes, the standard error of this ratio, and the interval's ends.
 
     values: log p and bytes of each document, float64 [documents, 2].
     """

@@ -18,11 +18,14 @@ from latent_delib.machine.distributed import warn
 class ValidationText(NamedTuple):
     """Holds the pieces of the documents of several works and sources.
 
-    pieces: int32 [length] each, BOS first, 1 < length <= max_length. document: int64 [pieces], the
-    document that each piece is of. source: int64 [documents], the source that each document is of.
-    sources: the names of the sources. work: int64 [documents], the work that each document is of.
-    works: the names of the works; "" where a document is a work of its own. works_known: False
-    where older token files do not say which work a document is of; each then counts as a work.
+    pieces: int32 [length] each, BOS first, 1 < length <= max_length.
+    document: int64 [pieces], the document of each piece.
+    source: int64 [documents], the source of each document.
+    sources: the names of the sources.
+    work: int64 [documents], the work of each document.
+    works: the names of the works; "" where a document is a work of its own.
+    works_known: False where older token files do not record works; each document then counts as a
+      work.
     """
 
     pieces: list[np.ndarray]
@@ -38,7 +41,7 @@ class ValidationText(NamedTuple):
         return np.array([len(piece) for piece in self.pieces])
 
     def source_of(self, piece: int) -> str:
-        """Returns the name of the source that a piece is of."""
+        """Returns the name of a piece's source."""
         return self.sources[self.source[self.document[piece]]]
 
     def digest(self) -> str:
@@ -53,8 +56,8 @@ class ValidationText(NamedTuple):
 def read_validation_text(exp: Experiment) -> ValidationText:
     """Reads the validation sources of a config.
 
-    With `evaluate.max_pieces`, that many pieces of each source, evenly spread over it, and the
-    documents they are of.
+    With `evaluate.max_pieces` it keeps so many pieces of each source, evenly spread over the
+    source, and the documents of these pieces.
 
     Raises:
       UserError: the sources are missing or hold no text.

@@ -1,4 +1,4 @@
-"""The terms of every token, a batch at a time: of the frozen decoder and the evaluated model."""
+"""Computes the terms of every token, a batch at a time: frozen decoder and evaluated model."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -32,8 +32,9 @@ class Steps(NamedTuple):
 class Sides(NamedTuple):
     """Holds the parameters of the two models that are compared.
 
-    plain: of the frozen decoder, and of the assistant, which reads the same text. own: of the
-    evaluated model. own_decoder: whether that one trained its decoder.
+    plain: parameters of the frozen decoder, and of the assistant, which reads the same text.
+    own: parameters of the evaluated model.
+    own_decoder: whether the decoder of the evaluated model was trained.
     """
 
     plain: Params
@@ -42,11 +43,11 @@ class Sides(NamedTuple):
 
 
 class Values(NamedTuple):
-    """Holds the terms of a batch on the host, each a dict by name of arrays.
+    """Holds the terms of a batch on the host. Each field is a dict: name of a term -> array.
 
-    plain: [B, T - 1], of each next token of `Case.plain`, under the frozen decoder.
-    own: [B, T - 1], of each next token of `Case.own`, under the evaluated model without latents.
-    ahead: [B, k, A], with latents after `Case.own_at`; None: a method without latents.
+    plain: [B, T - 1], each next token of `Case.plain`, under the frozen decoder.
+    own: [B, T - 1], each next token of `Case.own`, under the evaluated model without latents.
+    ahead: [B, k, A], ahead tokens with latents after `Case.own_at`; None: no latents.
     """
 
     plain: dict[str, np.ndarray]
@@ -54,12 +55,12 @@ class Values(NamedTuple):
     ahead: dict[str, np.ndarray] | None
 
     def of(self, row: int) -> "Values":
-        """Returns those of one row."""
+        """Returns the values of one row."""
         return jax.tree.map(lambda x: x[row], self)
 
 
 def jit_steps(exp: Experiment) -> Steps:
-    """Jits the steps for the config's mesh; experiments that are alike share them in a process.
+    """Jits the steps for the config's mesh; equal experiments in a process share them.
 
     Raises:
       UserError: a batch does not split over the mesh.
@@ -103,9 +104,9 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
     """Computes a batch of cases on both sides.
 
     A text is read once, and a second time where the evaluated model has another decoder or another
-    text. Its cache then serves all its places, `evaluate.positions` of them at a time: so the
-    device holds the cache of batch_size x max_length tokens and traces at batch_size x positions,
-    and the host batch_size x max_length x num_ahead values. Every process gets all values.
+    text. Its cache then serves all its places, `evaluate.positions` at a time. So the device holds
+    the cache of batch_size x max_length tokens, and traces at batch_size x positions places. The
+    host holds batch_size x max_length x num_ahead values. Every process gets all values.
     """
     givers = [case.giver for case in cases if case.giver is not None]
     text = _place_text(exp, [case.plain for case in cases] + givers)
@@ -119,7 +120,7 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
     parts = []
     if exp.aug.has_latents:
         parts = _with_latents(exp, steps, sides.own, reading, text, cases)
-    # Read only now that the device has all it needs to go on.
+    # Fetched only now: the device already has all its work.
     plain, own, parts = jax.device_get((plain, own, parts))
     ahead = None
     if parts:
@@ -138,9 +139,9 @@ def _with_latents(
     """Computes the terms with latents, some places at a time: [B, M, A] each.
 
     Args:
-      params: of the evaluated model.
-      reading: what `steps.read` returned for the text.
-      text: of the cases, and then of their givers.
+      params: the parameters of the evaluated model.
+      reading: the result of `steps.read` for the text.
+      text: the texts of the cases, and then of their givers.
     """
     at_once = _places_at_once(exp)
     places = _places(exp, cases, at_once)
@@ -170,8 +171,8 @@ def _places_at_once(exp: Experiment) -> int:
 def _places(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
     """Returns where each row's latents are written, int32 [B, a multiple of `at_once`].
 
-    The rows of the givers follow those of the cases. The end is filled with T - 1, a place that has
-    no ahead tokens.
+    The rows of the givers follow the rows of the cases. Free entries hold T - 1, a place without
+    ahead tokens.
     """
     e = exp.config.evaluate
     most = max(len(case.own_at) for case in cases)

@@ -22,11 +22,11 @@ class Case(NamedTuple):
     """Holds one piece as it is evaluated.
 
     plain: int32 [length], the piece, which the frozen decoder reads.
-    at: int64 [k], after which of its tokens latents are put, ascending.
+    at: int64 [k], the tokens of `plain` after which latents are put, ascending.
     own: int32 [length], the text that the evaluated model reads.
     own_at: int64 [k], the same places in `own`.
     giver: int32 [length], the text whose latents are used; None: those of `own`.
-    giver_at: int64 [k], after which tokens of it these latents are written.
+    giver_at: int64 [k], the tokens of `giver` after which these latents are written.
     """
 
     plain: np.ndarray
@@ -37,14 +37,14 @@ class Case(NamedTuple):
     giver_at: np.ndarray | None = None
 
 
-View = Callable[[int], Case]  # from the number of a piece
+View = Callable[[int], Case]  # number of a piece -> its case
 
 
 def view_of(exp: Experiment, text: ValidationText) -> View:
     """Returns the view that the config's `evaluate` asks for.
 
     Raises:
-      UserError: `swap`, and a source has one document only.
+      UserError: `swap` is set, and a source has only one document.
     """
     e = exp.config.evaluate
 
@@ -69,7 +69,7 @@ def view_of(exp: Experiment, text: ValidationText) -> View:
 
 
 def without_first_tokens(view: View, lost: int) -> View:
-    """Takes the first `lost` tokens after BOS from the evaluated model, not from the decoder."""
+    """Hides the first `lost` tokens after BOS from the evaluated model, not from the decoder."""
 
     def shortened(number: int) -> Case:
         case = view(number)
@@ -80,9 +80,9 @@ def without_first_tokens(view: View, lost: int) -> View:
 
 
 def with_latents_of(view: View, donor: np.ndarray) -> View:
-    """Gives each piece the latents that its donor, int64 [pieces], writes at the same places.
+    """Gives each piece the latents of its donor, int64 [pieces], at the same places.
 
-    Past the donor's end, they are its last ones.
+    Places past the donor's end get the donor's last latents.
     """
 
     def swapped(number: int) -> Case:
@@ -101,12 +101,12 @@ def positions(
     The draw depends on the seed and the piece's number alone.
 
     Args:
-      seed: of the draw.
-      number: of the piece.
+      seed: the seed of the draw.
+      number: the number of the piece.
       length: tokens of the piece.
-      most: places in a piece of `longest` tokens; a shorter one has its share, so that each token
-        of the text is as likely as any other. 0: every token that has a next one.
-      longest: tokens of the longest piece there may be.
+      most: places to draw in a piece of `longest` tokens. A shorter piece has its share, so that
+        each token of the text is as likely as any other. 0: every token that has a next one.
+      longest: tokens of the longest possible piece.
       first: the first token that may be drawn.
 
     Returns:
@@ -123,9 +123,9 @@ def positions(
 
 
 def prompt_ends(piece: np.ndarray, ending: Sequence[int], first: int = 0) -> np.ndarray:
-    """Returns where a piece, from token `first` on and before its last, ends with `ending`.
+    """Returns the places where the text of a piece so far ends with `ending`, int64 [k], ascending.
 
-    They are int64 [k], ascending.
+    They are at or after token `first`, and before the last token.
     """
     found = np.asarray(traces.ends_with(piece[None], ending))[0]
     at = np.flatnonzero(found[:-1])
@@ -143,7 +143,7 @@ def without_steps(
       ending: tokens that end the steps.
 
     Returns:
-      What is left of the piece, and the same places in it; prompts without an answer lose theirs.
+      The rest of the piece, and the same places in it. A prompt without an answer loses its place.
     """
     answer = np.asarray(traces.first_ahead(piece[None], ending))[0]
     at = at[answer[at] < len(piece)]
@@ -155,14 +155,14 @@ def without_steps(
 
 
 def donors(seed: int, text: ValidationText) -> np.ndarray:
-    """Draws for each piece another one that gives it its latents, int64 [pieces].
+    """Draws a donor for each piece, another piece whose latents it gets, int64 [pieces].
 
-    It is of another document of the same source, so that latents differ in content and not in kind
-    of text. It is at least as long as the piece; where none is, the longest. Of several that fit,
-    the next in a random order is taken.
+    The donor is of another document of the same source, so that latents differ in content and not
+    in the kind of text. It is at least as long as the piece or, if none is, the longest. Of several
+    that fit, the next in a random order is taken.
 
     Raises:
-      UserError: a source has one document only.
+      UserError: a source has only one document.
     """
     at_random = np.random.default_rng(seed).permutation(len(text.pieces))
     document = text.document

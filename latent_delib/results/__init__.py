@@ -1,1 +1,1 @@
-"""Finished runs beside the published figures. Only commands import it."""
+"""Shows finished runs beside the published figures. Only commands import this folder."""

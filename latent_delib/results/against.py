@@ -1,4 +1,4 @@
-"""All runs compared with one of them, document by document.
+"""Compares all runs with one of them, document by document.
 
 A difference that is the same in every document has a narrow interval.
 """
@@ -19,12 +19,13 @@ from latent_delib.results.runs import Result, Runs
 
 
 class Pair(NamedTuple):
-    """Two evaluations of the same text, the first n of both.
+    """Holds two evaluations of the same text, for every n that both have.
 
-    sums: of the one as "decoder", of the other as "augmented". work: int64 [documents], the work
-    each document is of. over: what intervals draw, as `intervals.unit` names it; None: neither file
-    says which works there are. same_decoder: whether the frozen decoder came to the same figures in
-    both.
+    sums: as "decoder" the augmented sums of the base, as "augmented" those of the other run.
+    work: int64 [documents], the work of each document.
+    over: the name of the things that intervals draw (`intervals.unit`); None: neither file records
+      works.
+    same_decoder: whether the frozen decoder has the same figures in both.
     """
 
     sums: perplexity.Sums
@@ -36,8 +37,8 @@ class Pair(NamedTuple):
 def compare(found: Runs, against: str) -> Table:
     """Makes the table of all runs against one: the change in perplexity of the n-th token ahead.
 
-    It has the runs on the same text. Intervals draw works where one of the two files says which
-    document is of which. A run whose frozen decoder has other figures is left out, with a warning.
+    Only runs on the same text are in it. Intervals draw works where one of the two files records
+    the works. A run whose frozen decoder has other figures is left out, with a warning.
 
     Raises:
       UserError: there is no documents.npz in `against`.
@@ -71,7 +72,7 @@ def compare(found: Runs, against: str) -> Table:
 
 
 def pair_of(base: Arrays, result: Result) -> Pair | None:
-    """Returns a run beside the base; None if it is of another text or has no documents.npz."""
+    """Pairs a run with the base; None if it is of another text or has no documents.npz."""
     if result.read_documents is None:
         return None
     other = result.read_documents()

@@ -24,8 +24,8 @@ def card(record: Record, decoder: str, fingerprint: str, evaluation: dict[str, A
     """Returns a coprocessor's model card.
 
     Args:
-      record: of its checkpoint.
-      decoder, fingerprint: of the decoder that it belongs to, its path and its SHA-256.
+      record: the record of its checkpoint.
+      decoder, fingerprint: the path and the SHA-256 of the decoder that it belongs to.
       evaluation: the content of perplexity.json for that checkpoint, or None.
     """
     method = record["method.name"]

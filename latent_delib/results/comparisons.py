@@ -12,10 +12,12 @@ BOTH = {"decoder", PAPER}
 
 
 class Comparison(NamedTuple):
-    """A table that compares kinds of runs.
+    """Describes a table that compares kinds of runs.
 
-    lines: the published ones. about: kinds that make the table; without one it has published lines
-    alone. beside: kinds shown with them. same_checkpoint: only checkpoints that `about` has.
+    lines: the published lines.
+    about: the kinds that the table is about. If no run is of these, it has published lines alone.
+    beside: the kinds shown with them.
+    same_checkpoint: whether to show only checkpoints of runs in `about`, and decoders.
     """
 
     name: str
@@ -87,8 +89,8 @@ COMPARISONS = (
 def kinds_of(entry: Entry) -> set[str]:
     """Returns the kinds of run that an entry is.
 
-    They are its method, or its model if it has no latents, and "late" if these come late. The
-    paper's method counts as such only with latents that come at once, and without a control.
+    They are its method, or its model if it has no latents, and "late" if its latents come late. The
+    paper's method counts only if latents come at once, and no control is set.
     """
     if entry.model != "augmented":
         return {entry.model}
@@ -109,7 +111,7 @@ def is_paper_method(entry: Entry) -> bool:
 
 
 def entries_in(comparison: Comparison, every: Sequence[Entry]) -> list[Entry]:
-    """Returns the entries that a table has, in their order."""
+    """Returns the entries of `every` that belong in a table, in the same order."""
     about = [entry for entry in every if kinds_of(entry) & comparison.about]
     if not about:
         return []

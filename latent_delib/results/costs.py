@@ -27,8 +27,8 @@ WHOLE, TENTHS = "{:,.0f}", "{:,.1f}"
 def table(found: Runs) -> Table:
     """Makes the table of all trained models: the costs of each, its changes, its scores.
 
-    Controls are left out. GFLOP counts nothing twice. ms is the median of metrics.jsonl, on the
-    machine that trained.
+    Controls are left out. GFLOP counts no repeated work. ms is the median step time of
+    metrics.jsonl, on the machine that trained.
     """
     ours = [entry for entry in entries(found) if is_trained(entry) and not is_control(entry)]
     texts = {text_of(entry.result) for entry in ours if entry.perplexity}
@@ -44,7 +44,7 @@ def table(found: Runs) -> Table:
 
 
 def is_trained(entry: Entry) -> bool:
-    """Tells whether anything of a model was trained by us."""
+    """Tells whether any part of a model was trained by us."""
     return entry.model == "augmented" or entry.trained
 
 
@@ -78,16 +78,16 @@ def _workdir(folder: Path) -> Path:
 
 
 def architecture_of(result: Result) -> TransformerConfig | None:
-    """Returns the architecture of a run's decoder.
+    """Returns the architecture of a run's decoder; None where not known.
 
-    Where the file does not tell it, as older ones, it is the config's, if this is whole, or that of
-    the decoder's folder, if this is still the same.
+    Older files do not record it. It is then the config's, if complete, or that of the decoder's
+    folder, if the folder still has the run's fingerprint.
     """
     record = result.record
     for fields in (record.architecture, record["decoder.architecture"]):
-        with suppress(UserError):  # a part of it
+        with suppress(UserError):  # incomplete
             return TransformerConfig.from_dict(fields or {}, str(result.path))
-    with suppress(UserError):  # it is not here
+    with suppress(UserError):  # no such folder on this machine
         decoder = folder.locate(record["decoder.path"])
         if folder.fingerprint(decoder) == record.fingerprint:
             return folder.read_config(decoder)
@@ -97,7 +97,7 @@ def architecture_of(result: Result) -> TransformerConfig | None:
 def training_costs(result: Result) -> tuple[int, float] | None:
     """Returns a run's trained parameters and its useful FLOPs per step.
 
-    None: its decoder's sizes or its method are not known.
+    Returns None if its decoder's architecture or its method is not known.
     """
     record = result.record
     method = result.method

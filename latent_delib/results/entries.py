@@ -13,12 +13,14 @@ ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}  # nothi
 
 @dataclasses.dataclass
 class Entry:
-    """A line of the tables: what one model came to.
+    """Holds a line of the tables: the figures of one model.
 
-    results: the files it is from, at least one. model: "augmented", "decoder" or "zero_shot_cot".
-    delay: how many tokens late latents come. every: after how many tokens they are written again;
-    0: they are not. perplexity: the row of the first token ahead. scores: benchmark -> its row, and
-    its file.
+    results: the files that the figures are from, at least one.
+    model: "augmented", "decoder" or "zero_shot_cot".
+    delay: number of tokens by which latents come late.
+    every: number of tokens after which latents are written again; 0: they are not.
+    perplexity: the row of the first token ahead.
+    scores: benchmark -> its row, and its file.
     """
 
     results: list[Result]
@@ -57,7 +59,7 @@ def _has_own_decoder(result: Result) -> bool:
 
 
 def writes_latents(name: str) -> bool:
-    """Tells whether a method writes latents; one that is not known here counts as such."""
+    """Tells whether a method writes latents; an unknown method counts as one that does."""
     method = METHODS.get(name)
     return method is None or method.write is not None
 
@@ -109,7 +111,7 @@ def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
 
 
 def _subject(entry: Entry) -> tuple:
-    """Returns what tells one model from another."""
+    """Returns the values that distinguish one model from another."""
     result = entry.result
     decoder, checkpoint = result.data["fingerprint"], result.checkpoint
     if _has_own_decoder(result):
@@ -121,7 +123,7 @@ def _subject(entry: Entry) -> tuple:
 
 
 def _evaluation(result: Result) -> tuple:
-    """Returns what tells one evaluation of a model from another."""
+    """Returns the values that distinguish one evaluation of a model from another."""
     return text_of(result), result.data["rows"], controls(result)
 
 

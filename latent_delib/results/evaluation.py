@@ -44,7 +44,7 @@ def _heading(result: dict[str, Any]) -> str:
 
 
 def _documents(part: dict[str, Any]) -> str:
-    """Says how many documents there are, and of how many works unless each is its own."""
+    """Says how many documents there are, and of how many works unless each is its own work."""
     counts = {"works": f" of {part['num_works']} works", "documents of one work": " of one work"}
     of_works = counts.get(part["interval_over"], "")
     count = part["documents"]
@@ -53,7 +53,7 @@ def _documents(part: dict[str, Any]) -> str:
 
 
 def _works(works: dict[str, dict[str, Any]]) -> list[str]:
-    """Writes a line for each of several works: its change at a few n."""
+    """Returns a line for each of several works: its change at a few n."""
     if len(works) < 2:
         return []
     deepest = max(len(part["rows"]) for part in works.values())
@@ -72,7 +72,7 @@ def _works(works: dict[str, dict[str, Any]]) -> list[str]:
 def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
     """Returns rows of perplexity.json as plain text, for n = 1, 2, 4, 8, ...
 
-    over: names what their intervals draw.
+    over: the name of the things that intervals draw (`intervals.unit`).
     """
     interval = f"95 % interval over {over or 'documents of unknown works'}"
     head = f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"

@@ -1,4 +1,4 @@
-"""Figures as PNG: curves of runs with the published ones dashed, and where attention goes."""
+"""Draws figures as PNG: curves of runs, with published curves dashed, and attention maps."""
 
 import io
 import math
@@ -22,7 +22,10 @@ Rows = Sequence[dict[str, Any]]
 
 
 class Picture(NamedTuple):
-    """A PNG. name: of its file, without suffix."""
+    """Holds a PNG.
+
+    name: the name of its file, without suffix.
+    """
 
     name: str
     caption: str
@@ -80,7 +83,7 @@ def _all_by_n(runs: Runs) -> bytes:
 
 
 def _by_latents(results: Sequence[Result]) -> bytes:
-    """Draws runs that differ in their latents alone as a line, beside the published line."""
+    """Draws a line for runs that differ only in their latents, beside the published line."""
     known = published.PERPLEXITY_CHANGE
     lines = lines_by_latents(results)
     numbers = set(known)
@@ -99,10 +102,10 @@ def _by_latents(results: Sequence[Result]) -> bytes:
 
 
 def lines_by_latents(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Returns "KEYS: what they are" -> runs that differ in their number of latents alone.
+    """Returns lines of runs that differ only in their number of latents: "KEYS: label" -> runs.
 
-    They are ordered by that number. Where several runs make a line, runs that are alone are left
-    out.
+    The runs are ordered by that number. If any line has several numbers of latents, lines with only
+    one are left out.
     """
     alike: dict[tuple[str, str], list[Result]] = {}
     for result, words in zip(results, labels(results)):
@@ -160,11 +163,11 @@ def _line(axes: Any, x: Sequence[float], rows: Rows, name: str) -> None:
 def attention(
     weights_LSU: np.ndarray, rows: Sequence[str], columns: Sequence[str], text: int, title: str
 ) -> bytes:
-    """Draws a panel per layer: rows attend to columns. Colours go by the root of the weight.
+    """Draws a panel per layer: rows attend to columns. Colour shows the square root of a weight.
 
     Args:
       weights_LSU: float32 [layers, rows, columns], a mean over heads.
-      text: how many of the columns are text; a line parts them from the others.
+      text: how many of the columns are text; a line separates them from the others.
     """
     from matplotlib.colors import PowerNorm
 

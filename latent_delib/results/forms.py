@@ -9,7 +9,12 @@ CHANGE, SCORE = "{:+.2f}%", "{:.2f}"
 
 
 class Figure(NamedTuple):
-    """A figure, its 95 % interval where known, and its file's key where a row has several."""
+    """Holds a figure.
+
+    form: the format of the value.
+    low, high: the ends of the 95 % interval, where known.
+    key: the key of the figure's file, where a row has figures of several files.
+    """
 
     value: float
     form: str = SCORE
@@ -34,10 +39,12 @@ Row = dict[str, Cell]  # by column
 
 
 class Table(NamedTuple):
-    """A table of the report.
+    """Holds a table of the report.
 
-    name: of its files. rows: one cell per column. note: a line below. origins: where the figures
-    are from, a line each.
+    name: the name of its files, without suffix.
+    rows: one cell per column.
+    note: a line below the table.
+    origins: lines that say where the figures are from, one per file.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Reads the files of finished runs, as they were written or packed into an archive.
 
-A runs.zip stands for the files in it, and readers see the paths these would have beside it:
+A file in a runs.zip has the path that it would have if the archive were unpacked in its folder:
 docs/results/a/runs.zip holds docs/results/a/after@0/swap/perplexity.json. `tools/pack_results.py`
 makes such archives.
 """
@@ -29,20 +29,20 @@ Arrays = dict[str, np.ndarray]
 
 
 class File(NamedTuple):
-    """A file of a finished run.
+    """Names a file of a finished run.
 
-    path: where it is, or would be if it were not packed. read_bytes: returns its content, wherever
-    that lies.
+    path: the file's path, or the path that it would have if it were not packed.
+    read_bytes: returns its content, packed or not.
     """
 
     path: Path
     read_bytes: Callable[[], bytes]
 
     def read(self) -> Any:
-        """Returns its content: a dict of .json, a list of dicts of .jsonl, arrays of .npz by name.
+        """Returns the content: .json a dict, .jsonl a list of dicts, .npz arrays by name.
 
         Raises:
-          UserError: it is not JSON.
+          UserError: the content is not JSON.
         """
         content = self.read_bytes()
         if self.path.suffix == ".npz":
@@ -54,7 +54,7 @@ class File(NamedTuple):
 
 
 def files_below(folder: Path) -> Iterator[File]:
-    """Finds the files of runs below a folder, packed or not; it may lie inside a pack."""
+    """Finds the files of runs below a folder, packed or not; the folder may be inside a pack."""
     if not folder.is_dir():
         for above in folder.parents:
             if (above / PACK).exists():

@@ -15,7 +15,10 @@ PERPLEXITY_CHANGE = {
 
 
 class Benchmark(NamedTuple):
-    """A row of Table 2. scores: percent, by number of latents; 0 is the frozen decoder."""
+    """Holds a row of Table 2.
+
+    scores: percent, by number of latents; 0 is the frozen decoder.
+    """
 
     title: str
     setting: str
@@ -49,9 +52,10 @@ BENCHMARKS = {
 
 
 class Variant(NamedTuple):
-    """A line of Section 3's comparisons; None: not published.
+    """Holds a line of Section 3's comparisons; None: not published.
 
-    ppl: of the first token ahead. gsm8k: percent, 8-shot.
+    ppl: the perplexity of the first token ahead.
+    gsm8k: percent, 8-shot.
     """
 
     what: str

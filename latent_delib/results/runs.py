@@ -1,4 +1,4 @@
-"""Finished runs: what `train`, `evaluate` and `benchmark` wrote, found, read and checked."""
+"""Finds, reads and checks finished runs: the files of `train`, `evaluate` and `benchmark`."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from latent_delib.results.packed import DOCUMENTS, METRICS, NAMES, RESULTS, Arra
 
 PERPLEXITY, BENCHMARKS = RESULTS
 NUMBER = (int, float)
-# What every row must have.
+# Fields that every row must have.
 FIELDS = {
     PERPLEXITY: {
         "n": int,
@@ -27,7 +27,7 @@ FIELDS = {
     BENCHMARKS: {"benchmark": str, "model": str, "value": NUMBER},
     METRICS: {"step": int, "loss": NUMBER},
 }
-# What files and rows may have; older files leave some of it out.
+# Fields that files and rows may have; older files lack some of them.
 OPTIONAL = {
     **dict.fromkeys(("checkpoint", "metric", "interval_over"), str),
     **dict.fromkeys(("sets", "works", "provenance"), dict),
@@ -40,11 +40,12 @@ OPTIONAL = {
 
 
 class Result(NamedTuple):
-    """A perplexity.json or benchmarks.json.
+    """Holds a perplexity.json or benchmarks.json.
 
-    key: its name in the report, "P1" or "B2". path: where it is. data: all it says; of perplexity,
-    data["rows"] are ordered by n. read_documents: reads the documents.npz beside it; None if there
-    is none.
+    key: its name in the report, for example "P1" or "B2".
+    path: the path of the file.
+    data: its content. In a perplexity.json data["rows"] are ordered by n.
+    read_documents: reads the documents.npz beside it; None if there is none.
     """
 
     key: str
@@ -66,7 +67,7 @@ class Result(NamedTuple):
 
     @property
     def step(self) -> int | None:
-        """Returns the checkpoint's step; in older files only its folder's name tells it."""
+        """Returns the checkpoint's step; for older files it is read from the folder's name."""
         if self.data.get("step") is not None:
             return self.data["step"]
         name = os.path.basename(self.checkpoint or "")
@@ -74,18 +75,20 @@ class Result(NamedTuple):
 
     @property
     def decoder(self) -> str:
-        """Returns the folder and the fingerprint of the decoder that the figures are on."""
+        """Returns the folder and the fingerprint of the decoder that was measured."""
         path = self.record["decoder.path"] or "unnamed"
         return f"{path} ({self.data['fingerprint'][:12]})"
 
 
 class Runs(NamedTuple):
-    """All that was found, in the order of the folders given, and below each by name.
+    """Holds all files found, in the order of the given folders, and below each folder by name.
 
-    perplexity: one per folder: its own, or, after all of these, the last of its evaluations/STEP.
-    benchmarks: one per file. curves: folder -> the results of its evaluations/STEP, by step.
-    losses: folder -> (step, loss in nats) of its training. step_seconds: folder -> the median over
-    the rows of its training; older files do not tell it.
+    perplexity: one per folder. Folders with a perplexity.json of their own come first, then the
+      last evaluations/STEP of folders that have only such.
+    benchmarks: one per file.
+    curves: folder -> the results of its evaluations/STEP, by step.
+    losses: folder -> (step, loss in nats) of its training.
+    step_seconds: folder -> the median over the rows of its training; older files lack it.
     """
 
     perplexity: list[Result]
@@ -134,7 +137,7 @@ def find(folders: Sequence[str]) -> Runs:
 
 
 def _files(folders: Sequence[str]) -> dict[str, dict[Path, File]]:
-    """Returns for each kind of file those found, by the folder they are really in."""
+    """Returns kind of file -> folder, with links resolved -> the file found there."""
     found: dict[str, dict[Path, File]] = {name: {} for name in NAMES}
     for folder in folders:
         below = list(packed.files_below(Path(folder)))
@@ -165,7 +168,7 @@ def _result(file: File, read_documents: Callable[[], Arrays] | None = None) -> R
 
 
 def _check_part(where: str, part: Any, fields: dict[str, Any]) -> None:
-    """Checks the rows of a result, and those of its parts on each source and each work."""
+    """Checks the rows of a result, and the rows of its parts on each source and each work."""
     _check(where, part, {"rows": list})
     for number, row in enumerate(part["rows"]):
         _check(f"{where}: rows[{number}]", row, fields)
@@ -185,7 +188,7 @@ def _metrics(file: File) -> list[dict[str, Any]]:
 def _check(where: str, data: Any, fields: dict[str, Any]) -> None:
     """Raises UserError unless an object has these fields, each of its type.
 
-    Those of OPTIONAL may be missing. A number must be finite.
+    Fields of OPTIONAL may be missing. A number must be finite.
     """
     if not isinstance(data, dict):
         raise UserError(f"{where}: holds {type(data).__name__}, expected an object")

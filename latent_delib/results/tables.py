@@ -25,9 +25,9 @@ INTERVALS = {
 
 
 def tables(runs: Runs) -> list[Table]:
-    """Makes all tables but those of costs and of one run against the others.
+    """Makes all tables except the tables of `costs` and `against`.
 
-    A table that is about none of the runs says so below its published lines.
+    A table to which no run belongs says so below its published lines.
     """
     every = entries(runs)
     of_paper = [result for result in runs.perplexity if is_paper_method(entry_of(result))]
@@ -80,7 +80,7 @@ def _perplexity(
 
 
 def changes(rows: Sequence[dict[str, Any]]) -> Row:
-    """Returns the change at each n, by column, of rows of a perplexity.json."""
+    """Returns cells with the change at each n, by column, from rows of a perplexity.json."""
     return {f"n = {row['n']}": change(row) for row in rows}
 
 
@@ -143,7 +143,8 @@ def _published_line(benchmark: str) -> list[Row]:
 def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
     """Returns our lines for a benchmark; models that differ only in their latents share one.
 
-    A decoder joins the lines of all that stand on it, and has one of its own where there are none.
+    A decoder's score is added to the lines of the models that use it, or gets a line of its own if
+    there are none.
     """
     groups: dict[tuple[str, str], list[Row]] = {}  # (fingerprint of the decoder, label) -> lines
     for entry in models:
@@ -244,9 +245,9 @@ def finished(
     """Makes a table of rows, with its note, and where the figures of `results` come from.
 
     Args:
-      rows: cells by column; one that is not there is blank.
-      over: key of a result -> what its intervals are over, a key of INTERVALS; None: as the files
-        say.
+      rows: cells by column; a missing cell is blank.
+      over: key of a result -> what its intervals are over, a key of INTERVALS; None: as recorded in
+        the files.
     """
     in_order = sorted(results, key=lambda result: (result.path.name, int(result.key[1:])))
     used = {result.key: result for result in in_order}
@@ -270,7 +271,7 @@ def finished(
 
 
 def _over(over: Mapping[str, str | None]) -> str:
-    """Says what intervals of perplexity are over, with keys where they are of several kinds."""
+    """Says what intervals of perplexity are over, for which keys if there are several kinds."""
     keys: dict[str, list[str]] = {}
     for key, drawn in over.items():
         keys.setdefault(INTERVALS.get(drawn, f"over {drawn}"), []).append(key)
