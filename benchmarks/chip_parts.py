@@ -57,7 +57,7 @@ def card(small: bool) -> dict[str, Any]:
         "platform": device.platform,
         "family": family(device),
         "kernels": list(kernels_of(device)),
-        "peak_tflops": (chips.of(device).peak or 0) / 1e12 or None,
+        "peak_tflops": (chips.chip_of(device).peak or 0) / 1e12 or None,
         "small": small or device.platform == "cpu",
     }
 

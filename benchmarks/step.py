@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows += [measure_torch(a, L, B) for L in a.latents for B in a.batch]
     for L in a.latents:
         rows += measure_ours(a, L)
-    peak = chips.of(jax.devices()[0]).peak
+    peak = chips.chip_of(jax.devices()[0]).peak
     others = [row for row in rows if row["form"] in ("dense", "torch")]
     plain = {(row["latents"], row["batch"], row["form"]): row["ms"] for row in others}
     for row in rows:

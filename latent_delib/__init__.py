@@ -51,8 +51,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in MODULES:
         return importlib.import_module(MODULES[name])
-    room = "latent_delib.lm.model" if name == "AugmentedLM" else "latent_delib.lm.load"
-    return getattr(importlib.import_module(room), name)
+    module = "latent_delib.lm.model" if name == "AugmentedLM" else "latent_delib.lm.load"
+    return getattr(importlib.import_module(module), name)
 
 
 def __dir__() -> list[str]:

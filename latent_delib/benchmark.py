@@ -236,7 +236,7 @@ def _asked(
     if is_cot and (kinds != {"generate_until"} or row["task"].startswith(QUESTIONS)):
         raise UserError(
             f"--model=zero_shot_cot: {name} has choices, text to score or replies that are the "
-            "answer alone; there is no room to think"
+            "answer alone; no reasoning can be written"
         )
     again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
     late = model == "augmented" and "generate_until" in kinds  # a scored text never waits

@@ -42,7 +42,7 @@ def extra(name: str, more: str = "") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         line = f"{error.name} is not installed: "
-        line += f"LATENT_DELIB_EXTRAS={name} ./launch/setup.sh brings it"
+        line += f"install it with LATENT_DELIB_EXTRAS={name} ./launch/setup.sh"
         raise UserError(line + more) from None
 
 
@@ -59,7 +59,7 @@ def no_memory(error: BaseException) -> str:
     size = re.search(r"allocat\w* (\d+) bytes", text)
     if size is None:
         return "out of device memory"
-    return f"out of device memory: {int(size[1]) / 2**30:,.1f} GiB asked for at once"
+    return f"out of device memory: {int(size[1]) / 2**30:,.1f} GiB requested at once"
 
 
 @contextlib.contextmanager

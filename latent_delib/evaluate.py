@@ -167,7 +167,7 @@ def evaluate_many(
         if jax.process_index() == 0:
             draw_curves(folder)
     # A running training may have removed some of them.
-    failed = on_first(lambda: sorted(saved_steps.whole(workdir).intersection(failed)))
+    failed = on_first(lambda: sorted(saved_steps.whole_steps(workdir).intersection(failed)))
     if failed:
         raise UserError(
             f"--workdir={workdir}: checkpoints {failed} could not be read; run this again"

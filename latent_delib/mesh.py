@@ -157,7 +157,7 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if path[-1].key not in axes:
             raise ValueError(
-                f"parameter {name} has no logical axes; there are some for {sorted(axes)}"
+                f"parameter {name} has no logical axes; known parameters: {sorted(axes)}"
             )
         own_axes = axes[path[-1].key][-leaf.ndim :]
         partition = spec(own_axes, WEIGHTS)

@@ -162,7 +162,7 @@ def _nearest(by_latent: Sequence[Sequence[look.Near]], note: str) -> Table:
         for near in words:
             row += [near.word, Figure(near.cosine)]
         rows.append(row)
-    title = "Words whose embeddings lie nearest to each latent"
+    title = "Words whose embeddings are nearest to each latent"
     return Table("look_nearest", title, columns, rows, note, [])
 
 
@@ -191,5 +191,5 @@ if __name__ == "__main__":
         out=(REQUIRED, "where to write"),
         against=("", "a folder with documents.npz, that of the run to compare with"),
         look=("", "a workdir, or an export, whose latents are looked into"),
-        text=(TEXT, "what they are looked at in"),
+        text=(TEXT, "the text after which latents are written"),
     )

@@ -243,7 +243,7 @@ def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any
         start = {"coprocessor": frozen["coprocessor"]}
     elif exp.start:
         start = parameters.place_start(exp, jnp.float32)
-    begun_from = augment.begun_from(frozen) if frozen else None
+    begun_from = augment.starting_decoder(frozen) if frozen else None
     if begun_from is None and start is None:  # the decoder's own weights are trained
         begun_from = parameters.place_decoder(exp, jnp.float32)
     shardings = planning.shardings_of(plan.state)

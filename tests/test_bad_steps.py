@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 def wait_for(workdir, step):
     """A save may be under way when a job ends with an error."""
     for _ in range(1000):
-        if step in saved_steps.whole(str(workdir)):
+        if step in saved_steps.whole_steps(str(workdir)):
             return
         time.sleep(0.02)
 
@@ -35,7 +35,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_config, tmp_path):
     with pytest.raises(UserError, match="step 3: .* nan, .* step 2 is saved"):
         train.train(config, str(tmp_path))
     wait_for(tmp_path, 2)
-    assert saved_steps.whole(str(tmp_path)) == {1, 2}
+    assert saved_steps.whole_steps(str(tmp_path)) == {1, 2}
 
 
 def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(

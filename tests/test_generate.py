@@ -108,7 +108,7 @@ def test_chat(trained, decoder_folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ({"messages": []}, "in.jsonl:1: messages: holds none"),
+        ({"messages": []}, "in.jsonl:1: messages: is empty"),
         ({"messages": [{"role": "user"}]}, r"in.jsonl:1: messages[0]="),
         ({"messages": [], "prompt": "a"}, 'in.jsonl:1: expected a "prompt" that is text'),
         ({"prompt": ""}, 'in.jsonl:1: expected a "prompt" that is text'),

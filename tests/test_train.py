@@ -243,7 +243,7 @@ def test_a_signal_saves_and_the_run_resumes(
         topology="",
         search=False,
     )
-    assert saved_steps.whole(str(tmp_path)) == set()
+    assert saved_steps.whole_steps(str(tmp_path)) == set()
     with signal_before_step_3(number), pytest.raises(SystemExit) as end:
         train.main(flags)
     out, err = capfd.readouterr()
@@ -251,7 +251,7 @@ def test_a_signal_saves_and_the_run_resumes(
     assert ("press Ctrl-C again" in err) == (name == "Ctrl-C")
     last = out.splitlines()[-1]
     assert name in last and "step 3 is saved" in last
-    assert max(saved_steps.whole(str(tmp_path))) == everything(tmp_path)[0] == 3
+    assert max(saved_steps.whole_steps(str(tmp_path))) == everything(tmp_path)[0] == 3
     train.train(config, str(tmp_path))
     assert_same(tmp_path, trained)
 
@@ -295,9 +295,9 @@ def test_what_a_signal_saves_is_no_best_one(trained, make_config, tmp_path, sign
     config = make_config({"train.checkpoint_every": 2, "train.keep": 1, "train.keep_best": 1})
     with signal_before_step_3(signal.SIGTERM):
         assert train.train(config, str(tmp_path)) == 75
-    assert saved_steps.whole(str(tmp_path)) == {2, 3}
+    assert saved_steps.whole_steps(str(tmp_path)) == {2, 3}
     train.train(config, str(tmp_path))
-    assert saved_steps.whole(str(tmp_path)) == {2, 4}
+    assert saved_steps.whole_steps(str(tmp_path)) == {2, 4}
 
 
 def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_path):

@@ -48,7 +48,7 @@ def checked(name: str, messages: Any) -> list[dict[str, str]]:
                 f'{name}[{i}]={reprlib.repr(message)}: expected {{"role": TEXT, "content": TEXT}}'
             )
     if not found:
-        raise UserError(f"{name}: holds none")
+        raise UserError(f"{name}: is empty")
     return [dict(message) for message in found]
 
 

@@ -114,7 +114,7 @@ def _not_found(error: Exception, revision: str) -> str:
     """Returns why the Hub does not give a dataset, and the remedy."""
     told = str(error)
     if "gated" in told:
-        return "wants permission; accept its terms on the Hub, then set HF_TOKEN"
+        return "needs permission; accept its terms on the Hub, then set HF_TOKEN"
     if told.startswith("Revision"):
         return f"that dataset has no revision {revision!r}"
     return "no such dataset on the Hub; a private one needs HF_TOKEN"

@@ -160,7 +160,7 @@ def answer_in(reply: str) -> str:
     return found[1] if found else ""
 
 
-def room_for(replies: Iterable[str]) -> int:
+def enough_tokens(replies: Iterable[str]) -> int:
     """Returns a number of tokens that is enough for each of these replies, at most MOST_TOKENS.
 
     The bytes of the longest reply are counted, because a token has at least one byte.

@@ -181,7 +181,7 @@ def grouped(items: Iterable, size: int) -> Iterator[list]:
     yield from iter(lambda: list(itertools.islice(items, size)), [])
 
 
-def ahead(function: Callable, items: Iterable, threads: int, count: int) -> Iterator:
+def map_in_threads(function: Callable, items: Iterable, threads: int, count: int) -> Iterator:
     """Yields function(item) of each item, in order.
 
     Meanwhile threads work on the next `count` items.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from latent_delib.data import questions
-from latent_delib.data.rows import BadRecords, Document, ahead, encode, grouped
+from latent_delib.data.rows import BadRecords, Document, encode, grouped, map_in_threads
 from latent_delib.data.sources import Files, Tfds, has_questions, parse
 from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[
 
     empty = True
     groups = grouped(texts(reader), _GROUP)
-    for group in ahead(encoded, groups, threads=_THREADS, count=2 * _THREADS):
+    for group in map_in_threads(encoded, groups, threads=_THREADS, count=2 * _THREADS):
         for text, tokens, fault in group:
             if fault:
                 bad(fault)

@@ -28,7 +28,7 @@ import numpy as np
 import tensorstore as ts
 
 from latent_delib.data.order import VERSION, Order, shares
-from latent_delib.data.rows import BadRecords, Document, ahead, packed, segments
+from latent_delib.data.rows import BadRecords, Document, map_in_threads, packed, segments
 from latent_delib.data.tokenizer import fingerprint
 from latent_delib.errors import UserError, reason, store_error
 
@@ -358,7 +358,7 @@ class Training:
                     tokens[i] = found
             return {"tokens": tokens, "segment": segments(tokens, meta["bos_id"], meta["pad_id"])}
 
-        return ahead(batch, itertools.count(start_step), threads=1, count=2)
+        return map_in_threads(batch, itertools.count(start_step), threads=1, count=2)
 
 
 def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:

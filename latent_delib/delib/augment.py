@@ -124,11 +124,11 @@ def assemble(frozen: Params, trainable: Params) -> Params:
     own = trainable["coprocessor"]
     if "final_norm" in own:  # whole, and perhaps of another architecture
         return params | {"coprocessor": own}
-    below = frozen.get("coprocessor") or coprocessor.body(begun_from(params))
+    below = frozen.get("coprocessor") or coprocessor.body(starting_decoder(params))
     return params | {"coprocessor": lora.lay_over(below, own)}
 
 
-def begun_from(params: Params) -> Params:
+def starting_decoder(params: Params) -> Params:
     """Returns the decoder from which a coprocessor begins: the assistant, or else the decoder."""
     return params["assistant"] if "assistant" in params else params["decoder"]
 
@@ -136,11 +136,11 @@ def begun_from(params: Params) -> Params:
 def gathered(aug: Augmentation, params: Params) -> Params:
     """Returns the parameters with all readers' token tables gathered, once for the whole step."""
     found = dict(params)
-    for room, name in itertools.product(aug.readers, transformer.TABLES):
-        table = params.get(room, {}).get(name)
+    for reader, name in itertools.product(aug.readers, transformer.TABLES):
+        table = params.get(reader, {}).get(name)
         if table is not None:
             whole = aug.transformer.partition.gather(table, PARAM_AXES[name])
-            found[room] = found[room] | {name: whole}
+            found[reader] = found[reader] | {name: whole}
     return found
 
 
@@ -158,13 +158,13 @@ def read_text(
 
     outputs = {}
     caches = {}
-    for room, model in aug.readers.items():
-        weights = params[room]
+    for reader, model in aug.readers.items():
+        weights = params[reader]
         x_BTD = transformer.embed(weights["embedding"].astype(dtype), tokens_BT, model.config)
         variables = {"params": weights}
         x_BMTD, kv = model.apply(variables, x_BTD[:, None], position_BT[:, None], bounds)
-        outputs[room] = x_BMTD[:, 0]
-        caches[room] = cache_lib.of_text(kv, position_BT)
+        outputs[reader] = x_BMTD[:, 0]
+        caches[reader] = cache_lib.of_text(kv, position_BT)
     return Reading(outputs["decoder"], caches["decoder"], caches.get("assistant"))
 
 

@@ -298,10 +298,10 @@ def _fed_back(
         z_BMD, earlier = carry
         x_BMD = jnp.take(x_BMLD, i, axis=2) + z_BMD
         # Tokens up to i take the last of the L places.
-        room = L - 1 - i
-        places_BML = jnp.roll(position_BML, room, axis=2)
+        unused = L - 1 - i
+        places_BML = jnp.roll(position_BML, unused, axis=2)
         bounds = jax.tree.map(lambda x: jnp.take(x, i, axis=2)[..., None], traces.latent_bounds)
-        bounds = bounds._replace(own_start=bounds.own_start + room)
+        bounds = bounds._replace(own_start=bounds.own_start + unused)
         cache = reading.cache
         z_BM1D, kv = model.apply(weights, x_BMD[:, :, None], places_BML, bounds, cache, earlier)
         z_BMD = z_BM1D[:, :, 0]

@@ -25,14 +25,14 @@ class Placement(NamedTuple):
     reread: number of text tokens, x_p the last of them, that are read again after the latents
       instead of from the cache.
     shift: number of positions per latent by which the text after the latents moves on.
-    apart: number of positions from one latent to the next.
+    spacing: number of positions from one latent to the next.
     """
 
     first_latent: int
     per_latent: int
     reread: int
     shift: int
-    apart: int = 1
+    spacing: int = 1
 
 
 # In "after", the last latent predicts ahead token 1. In the others x_p, read again after the
@@ -45,7 +45,7 @@ PLACEMENTS = {
     # Latents share the positions p-L+1 ... p with text tokens, which do not move.
     "overlay": Placement(first_latent=1, per_latent=-1, reread=1, shift=0),
     # All latents share the position of x_p, which does not move.
-    "shared": Placement(first_latent=0, per_latent=0, reread=1, shift=0, apart=0),
+    "shared": Placement(first_latent=0, per_latent=0, reread=1, shift=0, spacing=0),
 }
 
 
@@ -239,7 +239,7 @@ def lay_out(
     written = jnp.maximum(p - delay, 0)  # position of the last token that the coprocessor knows
 
     groups = group_offsets(num_ahead, every)
-    from_first = np.add.outer(groups, place.apart * np.arange(num_latents)).reshape(-1)
+    from_first = np.add.outer(groups, place.spacing * np.arange(num_latents)).reshape(-1)
 
     def latents_at(p: jax.Array) -> jax.Array:
         first = p + place.first_latent + place.per_latent * num_latents

@@ -48,16 +48,16 @@ def check(config: ConfigDict) -> None:
     _check_finite(config)
     check_data(config.data)
     for key, allowed in ONE_OF.items():
-        room, name = key.split(".")
-        value = config[room][name]
+        section, name = key.split(".")
+        value = config[section][name]
         if value not in allowed:
             raise UserError(f"config.{key}={value!r}: expected one of {', '.join(sorted(allowed))}")
     _check_optimizer(config.optimizer)
-    for room in ("method", "optimizer", "train", "compute", "evaluate"):
-        for name, value in config[room].items():
-            low = AT_LEAST.get(f"{room}.{name}", 0)
+    for section in ("method", "optimizer", "train", "compute", "evaluate"):
+        for name, value in config[section].items():
+            low = AT_LEAST.get(f"{section}.{name}", 0)
             if isinstance(value, int | float) and value < low:
-                raise UserError(f"config.{room}.{name}={value}: expected at least {low}")
+                raise UserError(f"config.{section}.{name}={value}: expected at least {low}")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"config.seed={config.seed}: expected at least 0 and below 2**63")
     _check_train(config.train)
@@ -151,7 +151,7 @@ def _check_method(m: ConfigDict) -> None:
         )
     if m.start and m.lora_rank and row.trains_decoder:
         raise UserError(
-            f"config.method.start={m.start}: adapters of a trained decoder lie over the one of "
+            f"config.method.start={m.start}: adapters of a trained decoder belong to that of "
             "config.decoder.path; leave it empty, or set config.method.lora_rank=0"
         )
     if m.lora_rank and not row.has_matrices:
@@ -161,7 +161,7 @@ def _check_method(m: ConfigDict) -> None:
     if m.lora_rank and row.starts_random and not m.start:
         raise UserError(
             f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} starts "
-            "at random; expected config.method.start, a trained one for the adapters to lie over"
+            "at random; expected config.method.start, a trained one to which adapters are added"
         )
     if m.max_delay and row.write is not None and not row.reads_text:
         raise UserError(_no_text("method.max_delay", m.max_delay, m.name))
@@ -193,7 +193,7 @@ def _check_groups(m: ConfigDict) -> None:
             f"config.method.every={m.every}: expected less than config.method.num_ahead="
             f"{m.num_ahead}; with as many, no latents recur in training"
         )
-    fit = [name for name, place in PLACEMENTS.items() if not place.shift and not place.apart]
+    fit = [name for name, place in PLACEMENTS.items() if not place.shift and not place.spacing]
     if m.placement not in fit:
         raise UserError(
             f"config.method.placement={m.placement!r}: where latents of method {m.name!r} recur, "

@@ -126,7 +126,7 @@ def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[st
     memory["total"] = total
     return {
         "memory": memory,
-        "memory_limit": chips.of(exp.mesh.devices.flat[0]).memory,
+        "memory_limit": chips.chip_of(exp.mesh.devices.flat[0]).memory,
         "flops": estimate.step_flops(exp),
     }
 

@@ -71,7 +71,7 @@ class Metrics:
             exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead
         )
         self.flops = counted.useful
-        peak = chips.of(jax.devices()[0]).peak or math.nan
+        peak = chips.chip_of(jax.devices()[0]).peak or math.nan
         self.peak = peak * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
         self.bad = 0

@@ -183,7 +183,7 @@ def _trainable(exp: Experiment, rank: int = 0, num_latents: int | None = None) -
     aug = exp.aug
     if num_latents is not None:
         aug = dataclasses.replace(aug, num_latents=num_latents)
-    begun_from = augment.begun_from(_decoder_shapes(exp))
+    begun_from = augment.starting_decoder(_decoder_shapes(exp))
     return jax.eval_shape(init_trainable(aug, rank), jax.random.key(0), begun_from)
 
 

@@ -133,13 +133,13 @@ def summary(exp: Experiment, plan: Plan) -> str:
         f"{count(trainable):,} trainable ({gib(size(trainable))} + "
         f"optimizer {gib(size(plan.state.opt_state))}), over all devices",
         f"devices: {exp.mesh.size} x {kind}, mesh {dict(exp.mesh.shape)}",
-        "trainable parameters and where they lie, each with its optimizer moments:",
+        "trainable parameters and their shardings, which their optimizer moments share:",
         mesh_lib.table(trainable),
     ]
     if exp.assistant is not None:
         lines.insert(2, f"assistant {exp.assistant} [{exp.record['method.assistant'][:12]}]")
     if plan.frozen:
-        lines += ["frozen parameters and where they lie:", mesh_lib.table(plan.frozen)]
+        lines += ["frozen parameters and their shardings:", mesh_lib.table(plan.frozen)]
     return "\n".join(lines)
 
 

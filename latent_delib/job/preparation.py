@@ -144,7 +144,7 @@ def _difference(found: dict, meta: dict) -> str | None:
     for split in SPLITS:
         for there, here in zip(found[split], meta[split]):
             if there.get("text", here["text"]) != here["text"]:  # older token files do not say
-                return f"the text of {here['source']} is another now"
+                return f"the text of {here['source']} has changed"
             if here.get("whole") and not there.get("whole"):
                 return f"an older version cut the questions of {here['source']} anywhere"
     return None

@@ -208,13 +208,13 @@ class Record:
     def _keys(self, other: "Record", purpose: str) -> Iterator[str]:
         """Yields the keys of a purpose, one by one."""
         for key in AGREE[purpose]:
-            room, star, _ = key.partition(".*")
+            section, star, _ = key.partition(".*")
             if not star:
                 yield key
                 continue
             # A key that the other run lacks has its old value in BEFORE, or it is left out.
-            there = [f"{room}.{name}" for name in other.config[room]]
-            older = [key for key in BEFORE if key.startswith(f"{room}.")]
+            there = [f"{section}.{name}" for name in other.config[section]]
+            older = [key for key in BEFORE if key.startswith(f"{section}.")]
             yield from dict.fromkeys(there + older)
 
 

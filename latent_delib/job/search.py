@@ -126,23 +126,22 @@ def search(
         raise UserError("--search: expected --topology as well, the TPU slice to search for")
     began = time.perf_counter()
     devices = dry_run.slice_of(topology)
-    if None in chips.of(devices[0]):
+    if None in chips.chip_of(devices[0]):
         known = [kind for kind, chip in chips.CHIPS.items() if None not in chip]
         raise UserError(
-            f"--search: nothing is known of {devices[0].device_kind}: expected one of "
-            f"{', '.join(known)}"
+            f"--search: no figures for {devices[0].device_kind}: expected one of {', '.join(known)}"
         )
     estimates = in_order(estimate_all(config, devices))
     print(f"{len(estimates)} settings, {processes()} compiled at once, {WANTED} wanted", flush=True)
     verdicts = first_to_fit(
         [each.setting for each in estimates],
-        chips.of(devices[0]).memory,
+        chips.chip_of(devices[0]).memory,
         lambda setting: least_memory(config, setting, devices),
         lambda settings: compile_all(settings, arguments),
     )
     fitting = {verdict.setting: verdict.result for verdict in verdicts if verdict.result}
     if not fitting:
-        why = verdicts[-1].error if verdicts else "no setting leaves room for its activations"
+        why = verdicts[-1].error if verdicts else "no setting leaves memory for its activations"
         raise UserError(f"--search: nothing fits on {topology}: {why}")
     rows = [row(each, fitting[each.setting]) for each in estimates if each.setting in fitting]
     took = time.perf_counter() - began
@@ -195,7 +194,7 @@ def estimate_all(config: ConfigDict, devices: Sequence[Any]) -> list[Estimate]:
     Raises:
       UserError: a mistake in the config, or a batch that no mesh divides.
     """
-    chip = chips.of(devices[0])
+    chip = chips.chip_of(devices[0])
     given = applied(config, Setting(1, 1, 1, REMAT[-1]))
     experiment.read(given, devices)  # a mistake in other keys would be in every setting
     count = len(devices) // config.mesh.tensor
@@ -212,8 +211,8 @@ def estimate_all(config: ConfigDict, devices: Sequence[Any]) -> list[Estimate]:
         found.append(Estimate(setting, seconds["step"], received))
     if not found:
         raise UserError(
-            f"--search: config.train.batch_size={config.train.batch_size} splits over no mesh of "
-            f"{count} devices: expected a multiple of {count}, or of {count} / mesh.traces"
+            f"--search: config.train.batch_size={config.train.batch_size} does not split over any "
+            f"mesh of {count} devices: expected a multiple of {count}, or of {count} / mesh.traces"
         )
     return found
 

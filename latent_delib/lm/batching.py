@@ -20,7 +20,7 @@ class Group(NamedTuple):
 
     head: the prompt's tokens.
     members: the numbers of the continuations.
-    key: an element of `keys` of `alike`.
+    key: an element of `keys` of `by_key`.
     """
 
     head: tuple[int, ...]
@@ -28,7 +28,7 @@ class Group(NamedTuple):
     key: Key
 
 
-def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
+def by_key(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
     """Yields batches of row indices: similar keys together, the largest first.
 
     In this order a lack of memory shows at once.
@@ -45,7 +45,7 @@ def alike(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]
 
 
 def together(mesh: Mesh, batch_size: int, key: Key) -> int:
-    """Returns how many rows with a key of `alike` are read together.
+    """Returns how many rows with a key of `by_key` are read together.
 
     A CPU reads only as many as `rows_at_once`.
     """
@@ -74,7 +74,7 @@ def pad(rows: Sequence[Any], pad_id: int, multiple: int) -> tuple[np.ndarray, np
       The rows, int32 [B, T], padded on the right, and their lengths, int32 [B]: 0 for a row that
       only fills the batch.
     """
-    length_B = np.zeros(round_up(power(len(rows)), multiple), np.int32)
+    length_B = np.zeros(round_up(power_of_two(len(rows)), multiple), np.int32)
     length_B[: len(rows)] = [len(row) for row in rows]
     padded_BT = np.full((len(length_B), bucket(int(max(length_B)))), pad_id, np.int32)
     for b, row in enumerate(rows):
@@ -97,7 +97,7 @@ def groups(heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> li
         for first in range(0, len(every), TOGETHER):
             members = every[first : first + TOGETHER]
             longest = max(len(tails[i]) for i in members)
-            found.append(Group(head, members, (power(len(members)), len(head) + longest)))
+            found.append(Group(head, members, (power_of_two(len(members)), len(head) + longest)))
     return found
 
 
@@ -118,7 +118,7 @@ def pad_tails(
       The continuations, int32 [rows, M, A], padded on the right, and a mask, bool [rows, M, A],
       True except on padding.
     """
-    M = max(power(len(group.members)) for group in batch)
+    M = max(power_of_two(len(group.members)) for group in batch)
     if M > 1:
         M = round_up(M, shards)
     longest = max(len(tails[i]) for group in batch for i in group.members)
@@ -141,7 +141,7 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def power(n: int) -> int:
+def power_of_two(n: int) -> int:
     """Returns the least power of two that is not below n."""
     return 1 << (n - 1).bit_length()
 
@@ -151,4 +151,4 @@ def bucket(n: int) -> int:
 
     Beyond 128 it grows by a fourth at most.
     """
-    return round_up(n, max(32, power(n) // 8))
+    return round_up(n, max(32, power_of_two(n) // 8))

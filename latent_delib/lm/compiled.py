@@ -63,9 +63,9 @@ def prefill(
     )
     more = room + aug.count_latents(room)
     outputs_BXD = jnp.pad(read.outputs, [(0, 0), (0, more), (0, 0)])
-    with_room = partial(cache_lib.with_room, more=more, length_B=length_B)
-    assistant = read.assistant and _place(aug, with_room(read.assistant))
-    return state, Reading(outputs_BXD, _place(aug, with_room(read.cache)), assistant)
+    extended = partial(cache_lib.extended, more=more, length_B=length_B)
+    assistant = read.assistant and _place(aug, extended(read.assistant))
+    return state, Reading(outputs_BXD, _place(aug, extended(read.cache)), assistant)
 
 
 def _place(aug: Augmentation, cache: Cache) -> Cache:
@@ -90,7 +90,7 @@ def read_on(
         return read._replace(cache=cache)
     if new == 0:
         return read
-    return _extend(params, read, text_BX, new, aug=aug, size=batching.power(new))
+    return _extend(params, read, text_BX, new, aug=aug, size=batching.power_of_two(new))
 
 
 @partial(jax.jit, static_argnames=("aug", "size"))

@@ -146,7 +146,7 @@ class Checkpoints:
         if wanted is None:
             wanted = {"trainable": None}
         self.wait()
-        there = from_first(sorted(saved_steps.whole(self.workdir)))
+        there = from_first(sorted(saved_steps.whole_steps(self.workdir)))
         if not there:
             return None
         asked = [at for at in reversed(there) if step in (None, at)]
@@ -187,7 +187,7 @@ class Checkpoints:
             return None, damage
         changed = ", ".join(contents.changed_leaves(saved, restored.trees))
         if changed:
-            damage = f"{changed[:400]} not as saved"
+            damage = f"{changed[:400]} differs from what was saved"
         return restored, max(from_all(damage))
 
     def _read(
@@ -201,7 +201,7 @@ class Checkpoints:
         with _noted("contents"):
             saved = json.loads((folder / "contents" / "metadata").read_text())
             if not contents.is_whole(meta, saved):
-                raise ValueError("meta or contents not as saved")
+                raise ValueError("meta or contents differ from what was saved")
         check(meta)
         trees = {}
         for name, shapes in wanted.items():

@@ -35,6 +35,6 @@ CHIPS = {
 }
 
 
-def of(device: Any) -> Chip:
+def chip_of(device: Any) -> Chip:
     """Returns the figures of a JAX device."""
     return CHIPS.get(device.device_kind, UNKNOWN)

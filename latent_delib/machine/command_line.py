@@ -168,7 +168,7 @@ def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]
         known += [f"{name}.{key}" for key in fields_of_tables(config)]
     _refuse_unknown(arguments, known)
     for name, config in configs.items():
-        _make_room(name, config, arguments)
+        _clear_named_fields(name, config, arguments)
     keys = flags.FlagValues()
     for name, config in configs.items():
         config_flags.DEFINE_config_dict(name, config, flag_values=keys, sys_argv=arguments)
@@ -201,7 +201,7 @@ def fields_of_tables(config: ConfigDict) -> dict[str, Any]:
     return found
 
 
-def _make_room(name: str, config: ConfigDict, arguments: list[str]) -> None:
+def _clear_named_fields(name: str, config: ConfigDict, arguments: list[str]) -> None:
     """Sets each field that an argument names to an empty value of its type.
 
     Then the flag sets the field, and is read as that type, whatever the config file has set.

@@ -23,10 +23,10 @@ def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
 
     Raises:
       UserError: there is no checkpoint, or none of `step`.
-      OSError: as `whole`.
+      OSError: as `whole_steps`.
     """
     where = folder(workdir)
-    for number in sorted(whole(workdir), reverse=True):
+    for number in sorted(whole_steps(workdir), reverse=True):
         if step not in (None, number):
             continue
         path = where / str(number) / "meta" / "metadata"
@@ -41,7 +41,7 @@ def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
     )
 
 
-def whole(workdir: str) -> set[int]:
+def whole_steps(workdir: str) -> set[int]:
     """Returns the steps whose save is done, damaged ones too; asks no other process.
 
     A local folder gets its name once it is whole. In a bucket, commit_success.txt is written last.
@@ -64,7 +64,7 @@ def is_begun(workdir: str) -> bool:
     """Returns whether a run has a folder of checkpoints, perhaps an empty one.
 
     Raises:
-      UserError, OSError: as `whole`.
+      UserError, OSError: as `whole_steps`.
     """
     where = folder(workdir)
     with store_errors(where):

@@ -160,7 +160,7 @@ def _read(exp: Experiment) -> list[Asked]:
         for document in itertools.islice(documents, QUESTIONS):
             tokens = document.tokens
             _, written = questions.parted(tokens.tolist(), exp.tokenizer)
-            room = questions.room_for([exp.tokenizer.decode(written)])
+            room = questions.enough_tokens([exp.tokenizer.decode(written)])
             if exp.steps_end and sources.has_steps(source):  # latents replace the steps
                 at = views.prompt_ends(tokens, exp.prompt_end)
                 tokens, _ = views.without_steps(tokens, at, exp.steps_end)

@@ -91,7 +91,7 @@ def steps_to_evaluate(
 def _require_begun(workdir: str, folder: epath.Path, patience: float | None) -> None:
     """Raises UserError unless there is a checkpoint or an evaluation, or one may still come."""
     if patience is None:
-        if not (saved_steps.whole(workdir) or read_results(folder)):
+        if not (saved_steps.whole_steps(workdir) or read_results(folder)):
             raise UserError(f"--workdir={workdir}: holds no checkpoints; train it first")
     elif not epath.Path(workdir).is_dir():
         raise UserError(
@@ -103,7 +103,7 @@ def _missing(
     workdir: str, folder: epath.Path, steps: Sequence[int] | None, tried: Sequence[int]
 ) -> list[int]:
     """Returns the steps to evaluate next, the smallest first; called on process 0 alone."""
-    there = saved_steps.whole(workdir)
+    there = saved_steps.whole_steps(workdir)
     wanted = there if steps is None else set(steps)
     missing = wanted - read_results(folder).keys() - set(tried)
     absent = sorted(missing - there)

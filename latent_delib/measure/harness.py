@@ -219,7 +219,7 @@ def _task_of_questions(path: str, replies: Sequence[str]) -> dict[str, Any]:
         "target_delimiter": " ",
         "generation_kwargs": {
             "until": [questions.STOP],
-            "max_gen_toks": questions.room_for(replies),
+            "max_gen_toks": questions.enough_tokens(replies),
         },
         "filter_list": [
             {

@@ -38,7 +38,7 @@ def of_text(kv: KV, position_BT: jax.Array) -> Cache:
     return Cache(kv.k[:, :, 0], kv.v[:, :, 0], position_BT, jnp.full((B,), T))
 
 
-def with_room(cache: Cache, more: int, length_B: jax.Array) -> Cache:
+def extended(cache: Cache, more: int, length_B: jax.Array) -> Cache:
     """Returns a cache with `length_B` entries per row, and `more` slots added at the end."""
     capacity = [(0, 0), (0, more)]
     wide = [(0, 0), *capacity, (0, 0), (0, 0)]

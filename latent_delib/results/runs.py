@@ -172,9 +172,9 @@ def _check_part(where: str, part: Any, fields: dict[str, Any]) -> None:
     _check(where, part, {"rows": list})
     for number, row in enumerate(part["rows"]):
         _check(f"{where}: rows[{number}]", row, fields)
-    for room in ("sets", "works"):
-        for name, inside in (part.get(room) or {}).items():
-            _check_part(f"{where}: {room}[{name!r}]", inside, fields)
+    for section in ("sets", "works"):
+        for name, inside in (part.get(section) or {}).items():
+            _check_part(f"{where}: {section}[{name!r}]", inside, fields)
 
 
 def _metrics(file: File) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def located(path: str) -> Path:
         )
     except errors.GatedRepoError:
         raise UserError(
-            f"{path}: wants permission; accept its terms on the Hub, then set HF_TOKEN"
+            f"{path}: needs permission; accept its terms on the Hub, then set HF_TOKEN"
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"{path}: no such model on the Hub; a private one needs HF_TOKEN") from None

@@ -189,11 +189,7 @@ def _files(where: Path) -> dict[str, TensorFile]:
 
 
 def architecture(config: Fields, where: str) -> TransformerConfig:
-    """Returns the TransformerConfig that a config.json describes.
-
-    Args:
-      config: the fields of the config.json.
-      where: its path, for messages.
+    """Returns the TransformerConfig that the fields of a config.json at `where` describe.
 
     Raises:
       UserError: a key is missing, wrong, or of a feature that is not known here.
@@ -369,7 +365,7 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
         back = dataclasses.replace(back, query_scale=c.query_scale)
     differing = differences(back, c)
     if differing:
-        raise UserError(f"not to be expressed as {class_name}: {'; '.join(differing)}")
+        raise UserError(f"cannot be expressed as {class_name}: {'; '.join(differing)}")
     return fields
 
 

@@ -82,7 +82,7 @@ def test_templates_that_fail(template, words, tmp_path):
     "messages, words",
     [
         ("hello", "messages='hello': expected a list"),
-        ([], "messages: holds none"),
+        ([], "messages: is empty"),
         (["hello"], r"messages\[0\]='hello': expected {\"role\": TEXT, \"content\": TEXT}"),
         ([*HELLO, {"role": "user"}], r"messages\[1\]={'role': 'user'}: expected"),
         ([{"role": "user", "content": None}], r"messages\[0\]="),

@@ -158,11 +158,11 @@ def test_work_ahead_ends_with_its_user_and_hands_on_failures():
         return step
 
     running = threading.active_count()
-    found = rows.ahead(function, itertools.count(), threads=1, count=2)
+    found = rows.map_in_threads(function, itertools.count(), threads=1, count=2)
     assert [next(found), next(found), next(found)] == [0, 1, 2]
     with pytest.raises(OSError, match="gone"):
         next(found)
-    found = rows.ahead(function, itertools.count(5), threads=1, count=2)
+    found = rows.map_in_threads(function, itertools.count(5), threads=1, count=2)
     assert next(found) == 5 and threading.active_count() == running + 1
     found.close()
     assert threading.active_count() == running
@@ -171,5 +171,5 @@ def test_work_ahead_ends_with_its_user_and_hands_on_failures():
 @pytest.mark.parametrize("count", [1, 3, 50])
 def test_work_ahead_keeps_the_order(count):
     squares = [number**2 for number in range(20)]
-    assert list(rows.ahead(lambda x: x**2, range(20), threads=3, count=count)) == squares
+    assert list(rows.map_in_threads(lambda x: x**2, range(20), threads=3, count=count)) == squares
     assert list(rows.grouped(range(5), 2)) == [[0, 1], [2, 3], [4]]

@@ -147,7 +147,7 @@ def test_another_failure_ends_the_search(monkeypatch):
 
 
 def test_a_batch_that_no_mesh_divides(make_config):
-    with pytest.raises(UserError, match="batch_size=7 splits over no mesh of 8 devices"):
+    with pytest.raises(UserError, match="batch_size=7 does not split over any mesh of 8 devices"):
         config = make_config({"train.batch_size": 7, "method.num_traces": 3})
         search.estimate_all(config, jax.devices())
 
@@ -164,7 +164,7 @@ def test_a_mistake_elsewhere_is_said_as_always(make_config):
 def test_what_a_search_needs(make_config, tmp_path):
     with pytest.raises(UserError, match="--search: expected --topology"):
         search.search(make_config(), str(tmp_path), "", [])
-    with pytest.raises(UserError, match="nothing is known of TPU v3: .* TPU v5 lite"):
+    with pytest.raises(UserError, match="no figures for TPU v3: .* TPU v5 lite"):
         search.search(make_config(), str(tmp_path), "v3:2x2", [])
 
 
@@ -174,7 +174,7 @@ def test_chips_of_two_cores(topology, devices):
     """The cores of a v4 are one device, those of a TPU7x two."""
     found = dry_run.slice_of(topology)
     assert len(found) == devices
-    assert None not in chips.of(found[0])
+    assert None not in chips.chip_of(found[0])
 
 
 # The compiler's verdicts, from docs/scaling.md.
@@ -196,7 +196,7 @@ def test_the_least_memory_tells_what_fits(size, latents, topology, setting, fits
     config.method.num_latents = latents
     devices = dry_run.slice_of(topology)
     least_memory = sum(search.least_memory(config, setting, devices))
-    assert (least_memory <= chips.of(devices[0]).memory) == fits
+    assert (least_memory <= chips.chip_of(devices[0]).memory) == fits
 
 
 @needs_libtpu

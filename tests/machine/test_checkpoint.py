@@ -284,18 +284,18 @@ DAMAGE = {
     "array empty": (lambda d: cut(largest(d, "trainable"), 0), "trainable: .*coprocessor.w/"),
     "a bit of a parameter": (
         lambda d: flip(largest(d, "trainable"), 0.4),
-        "trainable: (.*not as saved|.* failed)",
+        "trainable: (.*differs? from what was saved|.* failed)",
     ),
     "a bit of the optimizer": (
         lambda d: flip(largest(d, "optimizer"), 0.4),
-        "optimizer: (.*not as saved|.* failed)",
+        "optimizer: (.*differs? from what was saved|.* failed)",
     ),
     "meta cut": (lambda d: cut(d / "meta" / "metadata", 0.6), "meta: "),
     "meta empty": (lambda d: cut(d / "meta" / "metadata", 0), "meta: Expecting value"),
     "meta missing": (lambda d: (d / "meta" / "metadata").unlink(), "meta: No such file"),
     "meta changed": (
         lambda d: (d / "meta" / "metadata").write_text(json.dumps(META | {"step": 5})),
-        "meta or contents not as saved",
+        "meta or contents differs? from what was saved",
     ),
     "contents cut": (lambda d: cut(d / "contents" / "metadata", 0.9), "contents: "),
     "contents of other bytes": (
@@ -365,7 +365,7 @@ def test_a_reader_renames_nothing(saved, capsys):
 def test_a_damaged_checkpoint_that_was_asked_for(saved):
     flip(largest(saved / "checkpoints" / "4", "trainable"), 0.5)
     checkpoints = Checkpoints(str(saved))
-    words = f"^{saved}: checkpoint 4 is damaged .trainable: coprocessor.w not as.*; "
+    words = f"^{saved}: checkpoint 4 is damaged .trainable: coprocessor.w differs from.*; "
     words += "name another step, one of .2."
     with pytest.raises(UserError, match=words):
         checkpoints.restore_newest(both(), step=4)

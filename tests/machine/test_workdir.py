@@ -27,7 +27,7 @@ def test_a_store_that_does_not_answer_as_steps_are_looked_for(monkeypatch):
             raise ValueError("UNAVAILABLE: all 33 retries failed")
 
     monkeypatch.setattr(saved_steps, "folder", lambda workdir: Folder())
-    for look in (saved_steps.whole, saved_steps.is_begun, saved_steps.read_meta):
+    for look in (saved_steps.whole_steps, saved_steps.is_begun, saved_steps.read_meta):
         with pytest.raises(Outage):
             look("gs://bucket/run")
 

@@ -72,7 +72,7 @@ def test_nothing_is_proven_yet():
 )
 def test_an_unproven_card_gets_xla_and_one_line(device, card):
     [kernel] = choice.kernels_of(device)
-    line = f"attention: {kernel} is not proven on {card}; xla does instead; "
+    line = f"attention: {kernel} is not proven on {card}; using xla instead; "
     line += "`python -m benchmarks.chip` proves it"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
         assert [choose("auto", device) for _ in range(3)] == ["xla"] * 3
@@ -126,7 +126,7 @@ def test_a_device_that_is_not_attached_gets_the_kernel(monkeypatch):
 def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capability):
     card = Card("gpu", kind, capability)
     line = f"attention: pallas_gpu does not serve {kind} "
-    line += "(it needs NVIDIA's compute capability 8.0); xla does instead"
+    line += "(it needs NVIDIA's compute capability 8.0); using xla instead"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
         assert choose(form, card) == "xla"
     assert len(found) == 1
@@ -145,7 +145,7 @@ def test_a_kernel_that_does_not_compile_gives_way(monkeypatch):
 
     choice._failure.cache_clear()
     monkeypatch.setattr(gpu, "forward", broken)
-    line = "attention: pallas_gpu does not compile for cpu; xla does instead: "
+    line = "attention: pallas_gpu does not compile for cpu; using xla instead: "
     line += "ValueError: no such instruction"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
         assert [choose("auto", device) for _ in range(2)] == ["xla", "xla"]

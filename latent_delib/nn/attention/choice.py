@@ -21,7 +21,7 @@ from etils import epath
 from latent_delib.machine import files
 from latent_delib.nn.attention import tokamax_gpu
 from latent_delib.nn.attention.cards import shared_memory_of
-from latent_delib.nn.attention.forms import attend, give_way, unsupported
+from latent_delib.nn.attention.forms import attend, fall_back, unsupported
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.sizes import TransformerConfig
 
@@ -57,22 +57,26 @@ def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str
         form = _fastest(device, config, jnp.dtype(dtype))
     if form == "tokamax_gpu":
         tokamax_gpu.require()
-    needs = _lacks(form, device)
+    needs = _missing_capability(form, device)
     if needs:
         card = f"{device.device_kind} (it needs NVIDIA's compute capability {needs})"
-        return give_way(form, card)
+        return fall_back(form, card)
     return form
 
 
 def kernels_of(device: Any) -> tuple[str, ...]:
     """Returns the kernels that a device can run and that are installed, proven or not."""
-    found = [name for name in BY_PLATFORM.get(device.platform, ()) if not _lacks(name, device)]
+    found = [
+        name
+        for name in BY_PLATFORM.get(device.platform, ())
+        if not _missing_capability(name, device)
+    ]
     if not tokamax_gpu.is_installed():
         found = [name for name in found if name != "tokamax_gpu"]
     return tuple(found)
 
 
-def _lacks(form: str, device: Any) -> str | None:
+def _missing_capability(form: str, device: Any) -> str | None:
     """Returns the compute capability that a device lacks for a form; None where it lacks none."""
     if form == "pallas_gpu" and not shared_memory_of(device):
         return "8.0"
@@ -131,14 +135,14 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
     kernel = next((name for name in kernels if is_proven(name, device)), None)
     if kernel is None:
         names = " or ".join(kernels)
-        _tell(f"attention: {names} is not proven on {named(device)}; xla does instead; {HOW}")
+        _tell(f"attention: {names} is not proven on {named(device)}; using xla instead; {HOW}")
         return "xla"
     # Only the first process could compile for its device. With several processes, a kernel that
     # does not compile raises its error when the job compiles.
     why = None if jax.process_count() > 1 else _failure(kernel, device, config, dtype)
     if why:
         failed = f"attention: {kernel} does not compile for {device.device_kind}"
-        _tell(f"{failed}; xla does instead: {why}")
+        _tell(f"{failed}; using xla instead: {why}")
         return "xla"
     return kernel
 

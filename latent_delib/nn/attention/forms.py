@@ -97,7 +97,7 @@ def attend(
         length = None if prefix is None else prefix[0].shape[1]
         why = unsupported(form, q_BMSNH.shape, length, q_BMSNH.dtype)
         if why:
-            form = give_way(form, why)
+            form = fall_back(form, why)
     S, U = q_BMSNH.shape[2], k_BMUKH.shape[2]
     if form in SERVED and U > 2 * S:
         form = "xla"  # needs no padding; a kernel would do more than twice the work
@@ -118,9 +118,9 @@ def attend(
     return out_BMUNH[:, :, -S:]
 
 
-def give_way(form: str, why: str) -> str:
+def fall_back(form: str, why: str) -> str:
     """Warns that a form does not serve something, and returns the form that does: "xla"."""
-    warnings.warn(f"attention: {form} does not serve {why}; xla does instead", stacklevel=3)
+    warnings.warn(f"attention: {form} does not serve {why}; using xla instead", stacklevel=3)
     return "xla"
 
 
@@ -168,7 +168,7 @@ def _backward(call, saved, dout):
         dout = jnp.zeros(dout.shape, dout.dtype)
     form, wanted = call.form, into_prefix is not None
     if form in KERNELS and wanted:
-        form = give_way(form, "the gradient of a prefix")
+        form = fall_back(form, "the gradient of a prefix")
     if form == "tokamax_gpu":
         operands = q, own, prefix, bounds, out, lse, dout
         dq, down, dprefix = tokamax_gpu.backward(*operands, call.scale, call.softcap)
