@@ -118,10 +118,7 @@ def read_requests(flags: Any) -> list[dict[str, Any]]:
     arguments.whole("--seed", flags.seed, 0, arguments.INT64)
     if flags.prompt:
         return [{"prompt": flags.prompt, "seed": flags.seed}]
-    try:
-        text = Path(flags.prompts).read_text(encoding="utf-8-sig")  # a byte order mark is no text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flags.prompts}: not UTF-8 at byte {error.start}") from None
+    text = files.read_text(Path(flags.prompts), "utf-8-sig")  # a byte order mark is no text
     if not text:
         raise UserError(f"{flags.prompts}: holds no prompts")
     lines = text.removesuffix("\n").split("\n")  # splitlines splits at more than JSON does

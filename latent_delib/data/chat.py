@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from latent_delib.errors import UserError
-from latent_delib.machine import arguments
+from latent_delib.machine import arguments, files
 
 FILE = "chat_template.jinja"  # beside a tokenizer
 MARK = "\ufdd0"  # a noncharacter, which Unicode reserves for uses like this
@@ -28,10 +28,7 @@ def read(tokenizer: Path) -> str | None:
     file = tokenizer.with_name(FILE)
     if not file.is_file():
         return None
-    try:
-        return file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+    return files.read_text(file)
 
 
 def checked(name: str, messages: Any) -> list[dict[str, str]]:

@@ -1,7 +1,6 @@
 """Text to token ids and back: one interface for commands, data and the Python interface."""
 
 import hashlib
-import json
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ import sentencepiece
 from latent_delib.data import chat
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
+from latent_delib.machine.files import read_json
 
 # Separates documents. It is BOS where a vocabulary names none (Qwen's), and EOS too where it names
 # neither (GPT-2's).
@@ -234,12 +234,7 @@ def _read_json(path: Path) -> _Model:
     model.no_padding()
 
     source = path.with_name("tokenizer_config.json")
-    try:
-        config = json.loads(source.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"tokenizer {source}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"tokenizer {source}: holds {type(config).__name__}, expected an object")
+    config = read_json(source)
 
     def token_id(key: str) -> int | None:
         value = config.get(key)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import glob
+import json
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec.config
 from etils import epath
@@ -38,6 +40,35 @@ def write(path: epath.Path, content: bytes) -> None:
     with _beside(path) as partial:
         partial.write_bytes(content)
         partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+      UserError: the file does not exist, or holds anything else.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: holds {type(fields).__name__}, expected an object")
+    return fields
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Reads a text file.
+
+    Raises:
+      UserError: the file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def check_free(folder: Path, replace: bool = False) -> None:

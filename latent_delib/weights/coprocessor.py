@@ -100,7 +100,7 @@ def read_fields(where: Path, step: int | None = None) -> dict[str, Any]:
     Raises:
       UserError: the folder is not a coprocessor's, or of another step.
     """
-    fields = folder.read_json(where / FILE)
+    fields = files.read_json(where / FILE)
     if fields.get("format") not in FORMATS:
         expected = " or ".join(map(repr, FORMATS))
         raise UserError(f"{where / FILE}: format is {fields.get('format')!r}, expected {expected}")

@@ -23,6 +23,7 @@ import numpy as np
 
 from latent_delib.errors import UserError
 from latent_delib.machine.contents import by_name
+from latent_delib.machine.files import read_json, read_text
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params
@@ -130,10 +131,7 @@ def chat_template(folder: Path) -> str | None:
     """
     file = folder / CHAT_TEMPLATE
     if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+        return read_text(file)
     config = folder / "tokenizer_config.json"
     stored = read_json(config).get("chat_template") if config.is_file() else None
     several = stored if isinstance(stored, list) else []
@@ -145,23 +143,6 @@ def chat_template(folder: Path) -> str | None:
             f'{config}: chat_template: expected a text, or several, one of them "default"'
         )
     return stored
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
-
-    Raises:
-      UserError: the file does not exist, or holds anything else.
-    """
-    try:
-        fields = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: holds {type(fields).__name__}, expected an object")
-    return fields
 
 
 def read_config(folder: Path) -> TransformerConfig:

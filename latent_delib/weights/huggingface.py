@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from latent_delib.errors import UserError
+from latent_delib.machine import files
 from latent_delib.nn.sizes import FAMILIES, TransformerConfig, checked, differences, family
 from latent_delib.weights import folder as folder_lib
 from latent_delib.weights import names
@@ -124,7 +125,7 @@ def open_source(where: Path) -> Source:
       UserError: files are missing, damaged or contradictory; the architecture is none of FAMILIES.
     """
     path = where / "config.json"
-    config = architecture(folder_lib.read_json(path), str(path))
+    config = architecture(files.read_json(path), str(path))
     places: dict[str, tuple[TensorFile, str]] = {}
     for name, file in _files(where).items():
         places[_text_name(name)] = file, name
@@ -174,15 +175,13 @@ def _files(where: Path) -> dict[str, TensorFile]:
             )
         file = TensorFile(where / "model.safetensors", _is_ignored)
         return dict.fromkeys(file.shapes, file)
-    listed = folder_lib.read_json(index).get("weight_map")
+    listed = files.read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index}: weight_map is missing or no map of tensor names to file names")
     opened = {file: TensorFile(where / file, _is_ignored) for file in sorted(set(listed.values()))}
     listed = {name: file for name, file in listed.items() if not _is_ignored(name)}
-    astray = []
-    for name, file in listed.items():
-        if name not in opened[file].shapes:
-            astray.append(f"{name} in {file}")
+    there = {name: name in opened[file].shapes for name, file in listed.items()}
+    astray = [f"{name} in {listed[name]}" for name, found in there.items() if not found]
     if astray:
         raise UserError(f"{index}: these tensors are not where it says: {', '.join(astray)}")
     return {name: opened[file] for name, file in listed.items()}
