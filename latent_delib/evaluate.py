@@ -90,7 +90,7 @@ def config_of_training(flags: Any) -> ConfigDict:
     workdir = os.path.expanduser(flags.workdir)
     where = exported.locate(workdir)
     if where is not None:
-        meta = exported.read_meta(where, flags.step)
+        meta = exported.read_fields(where, flags.step)["record"]
     else:
         meta = saved_steps.read_meta(workdir, flags.step)
     config = load_config("config", str(ROOT / "configs" / "base.py"))
@@ -189,7 +189,7 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
     """
     where = exported.locate(workdir)
     if where is not None:
-        meta = exported.read_meta(where, step)
+        meta = exported.read_fields(where, step)["record"]
         _require_same(exp, meta, workdir)
         build.require_decoder(workdir, exp.aug.method)
         _, params = exported.load(where)

@@ -191,13 +191,18 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
         fingerprint = folder.fingerprint(folder.locate(decoder_of(workdir, record)))
+    return _of_record(params, record, fingerprint)
+
+
+def _of_record(params: Params, record: Record, fingerprint: str) -> Coprocessor:
+    """Returns the coprocessor of a run, for the decoder with a fingerprint."""
     return Coprocessor(
         params,
-        name,
+        record["method.name"],
         record["method.num_latents"],
         record["method.placement"],
         fingerprint,
-        found.step,
+        record.step,
         _own_architecture(record),
         record["method.every"],
         assistant_of(record),
@@ -227,19 +232,14 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
         if fields[key] not in known:
             expected = ", ".join(sorted(known))
             raise UserError(f"{where}: {key}={fields[key]!r}, expected one of {expected}")
-    kept = ("method", "num_latents", "placement", "fingerprint", "step")
-    found = Coprocessor(params, **{key: fields[key] for key in kept})
-    decoder = fields["architecture"]  # in format 1, which has no record, it is the decoder's
-    if "record" in fields:
-        record = Record.from_meta(fields["record"], str(where))
-        decoder = record.architecture
-        found = dataclasses.replace(
-            found,
-            architecture=_own_architecture(record),
-            every=record["method.every"],
-            assistant=assistant_of(record),
-        )
-    _check_shapes(found, TransformerConfig(**decoder), where)
+    record = Record.from_meta(fields["record"], str(where))
+    for key in ("name", "num_latents", "placement"):
+        told = fields["method" if key == "name" else key]
+        if told != record[f"method.{key}"]:
+            known = record[f"method.{key}"]
+            raise UserError(f"{where}: {key}={told!r}, expected {known!r} as in its record")
+    found = _of_record(params, record, fields["fingerprint"])
+    _check_shapes(found, TransformerConfig(**record.architecture), where)
     return found
 
 
@@ -270,7 +270,7 @@ def read_record(workdir: str, step: int | None = None) -> Record:
     """
     where = exported.locate(workdir)
     if where is not None:
-        return Record.from_meta(exported.read_meta(where, step), workdir)
+        return Record.from_meta(exported.read_fields(where, step)["record"], workdir)
     checkpoints, meta = checkpoint.open_for_reading(workdir, step)
     checkpoints.close()
     return Record.from_meta(meta, workdir)

@@ -28,7 +28,7 @@ from latent_delib.nn.transformer import TABLES, Params
 from latent_delib.weights import folder, hub, names, tensors
 from latent_delib.weights.tensors import TensorFile
 
-FORMATS = ("latent_delib coprocessor 1", "latent_delib coprocessor 2")  # the last one is written
+FORMAT = "latent_delib coprocessor 2"
 FILE = "coprocessor.json"
 PACKAGED = folder.PACKAGED / "coprocessor"
 # Parameters that no decoder has. `delib.methods` says which of them a method trains, and their
@@ -41,6 +41,7 @@ FIELDS = {
     "step": int,
     "fingerprint": str,
     "architecture": dict,
+    "record": dict,
 }
 
 
@@ -67,7 +68,7 @@ def save(
 
     Args:
       out: the folder.
-      fields: the values of FIELDS without the architecture, and "record".
+      fields: the values of FIELDS without the architecture.
       config: the coprocessor's architecture.
       tree: the coprocessor's parameters.
       card: the content of README.md.
@@ -89,7 +90,7 @@ def save(
 
     with files.whole(out) as partial:
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})
-        fields = {"format": FORMATS[-1], **fields, "architecture": config.to_dict()}
+        fields = {"format": FORMAT, **fields, "architecture": config.to_dict()}
         (partial / FILE).write_text(json.dumps(fields, indent=2) + "\n")
         (partial / "README.md").write_text(card, encoding="utf-8")
 
@@ -101,9 +102,11 @@ def read_fields(where: Path, step: int | None = None) -> dict[str, Any]:
       UserError: the folder is not a coprocessor's, or of another step.
     """
     fields = files.read_json(where / FILE)
-    if fields.get("format") not in FORMATS:
-        expected = " or ".join(map(repr, FORMATS))
-        raise UserError(f"{where / FILE}: format is {fields.get('format')!r}, expected {expected}")
+    if fields.get("format") != FORMAT:
+        raise UserError(
+            f"{where / FILE}: format is {fields.get('format')!r}, expected {FORMAT!r}; "
+            "export it again with this version"
+        )
     for key, kind in FIELDS.items():
         checked(key, fields.get(key), kind, str(where / FILE))
     if step not in (None, fields["step"]):
@@ -111,18 +114,6 @@ def read_fields(where: Path, step: int | None = None) -> dict[str, Any]:
             f"{where}: holds the coprocessor of step {fields['step']}, not of step {step}"
         )
     return fields
-
-
-def read_meta(where: Path, step: int | None = None) -> dict[str, Any]:
-    """Reads the meta of the checkpoint that was exported.
-
-    Raises:
-      UserError: the folder is not a coprocessor's, of another step, or of format 1.
-    """
-    fields = read_fields(where, step)
-    if "record" not in fields:
-        raise UserError(f"{where / FILE}: has no record; export it again with this version")
-    return fields["record"]
 
 
 def load(where: Path, step: int | None = None) -> tuple[dict[str, Any], Params]:

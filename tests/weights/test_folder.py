@@ -190,9 +190,9 @@ def test_a_coprocessor_is_exported_and_read_again(
         ld.load_coprocessor(str(tmp_path / "out"), step=3)
     del fields["record"]
     file.write_text(json.dumps(fields | {"format": "latent_delib coprocessor 1"}))
-    same(ld.load_coprocessor(str(tmp_path / "out")).params, found.params)
-    with pytest.raises(UserError, match="has no record; export it again"):
-        load.read_record(str(tmp_path / "out"))
+    for read in (ld.load_coprocessor, load.read_record):
+        with pytest.raises(UserError, match="format is .*1'.*; export it again"):
+            read(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -206,6 +206,7 @@ def test_a_coprocessor_with_biases_is_stored(tmp_path, family):
         "placement": "after",
         "step": 3,
         "fingerprint": "f",
+        "record": {},
     }
     coprocessor.save(tmp_path / "out", fields, config, tree, "# A card\n")
     found, read = coprocessor.load(tmp_path / "out")
@@ -263,7 +264,7 @@ def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config
         (
             "coprocessor.json",
             lambda c: c | {"num_latents": 3},
-            r"soft_tokens is \(2, 32\), expected \(3, 32\)",
+            "num_latents=3, expected 2 as in its record",
         ),
         ("coprocessor.json", lambda c: c | {"architecture": {}}, "is missing"),
         (
