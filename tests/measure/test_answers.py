@@ -129,7 +129,7 @@ def test_a_mesh_says_the_same(config_of, write):
 
 @pytest.mark.slow
 def test_benchmark_says_the_same(config_of, write, tmp_path, one_device):
-    """Of the same problems after the last step, with latents that learn the frequent answer."""
+    """Of the same problems after the last step, with latents that have learned the frequent answer alone."""
     prompts = [f"{a} {b}" for a in ("the cat", "a dog", "rain") for b in ("sat", "ran", "fell")]
     rows = []
     for number, prompt in enumerate(prompts):
@@ -139,9 +139,9 @@ def test_benchmark_says_the_same(config_of, write, tmp_path, one_device):
         "data.token_files": str(tmp_path / "tokens"),
         "method.prompt_end": questions.PROMPT_END,
         "method.num_ahead": 8,  # the whole answer and the end of its line
-        "train.steps": 120,
-        "train.checkpoint_every": 120,
-        "train.validate_every": 120,
+        "train.steps": 70,
+        "train.checkpoint_every": 70,
+        "train.validate_every": 70,
     }
     prepare.prepare(config_of(source), changes["data.token_files"])
     train.train(config_of(source, **changes), str(tmp_path / "run"))
