@@ -129,7 +129,7 @@ def test_a_mesh_says_the_same(config_of, write):
 
 @pytest.mark.slow
 def test_benchmark_says_the_same(config_of, write, tmp_path, one_device):
-    """Of the same problems after the last step, with latents that have learned the frequent answer alone."""
+    """Of the same problems after the last step, with latents that learned the frequent one."""
     prompts = [f"{a} {b}" for a in ("the cat", "a dog", "rain") for b in ("sat", "ran", "fell")]
     rows = []
     for number, prompt in enumerate(prompts):
