@@ -696,10 +696,10 @@ MISTAKES = {
     "workdir": (dict(decoder="", workdir="nowhere"), "nowhere: holds no checkpoints"),
     "latents": (dict(model="augmented"), "--model=augmented"),
     "cot": (dict(model="zero_shot_cot"), "--model=zero_shot_cot: syllogism"),
-    "unused every": (dict(every=2), "--every=2: none of these rows"),
+    "unused every": (dict(every=2), "--every=2: no selected row supports it"),
     "unused delay": (
         dict(decoder="", workdir="trained", model="augmented", delay=2),
-        "--delay=2: none of these rows",
+        "--delay=2: no selected row supports it",
     ),
     "questions of a known name": (dict(benchmarks="qa:x/gsm8k.jsonl"), "rename the file"),
     "questions of one name": (dict(benchmarks="qa:a/t.jsonl,qa:b/t.jsonl"), "rename the file"),
