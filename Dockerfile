@@ -10,7 +10,7 @@ ARG EXTRAS=
 WORKDIR /latent_delib
 
 # All that setup.sh reads, so that a change of the code does not install everything again.
-COPY setup.py constraints.txt constraints-3.13.txt ./
+COPY setup.py constraints.txt constraints-3.12.txt ./
 COPY launch/setup.sh launch/
 COPY latent_delib/__init__.py latent_delib/
 RUN PIP_NO_CACHE_DIR=1 LATENT_DELIB_EXTRAS=$EXTRAS ./launch/setup.sh base

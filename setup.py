@@ -86,8 +86,7 @@ setup(
         "tpu": [*GS, "jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "eval": EVAL,
-        # pinned: what it is used for is not in its interface yet; not beside constraints.txt, whose
-        # jax is older
+        # pinned: what it is used for is not in its interface yet; Python 3.11 has an older jax
         "tokamax": ["tokamax==0.0.17; python_version >= '3.12'"],
         # needs pycosat, which wants a C compiler and Python's headers
         "tasks": ["reasoning-gym>=0.1.25"],

@@ -56,7 +56,7 @@ if [[ -z ${answer:-} ]]; then
 fi
 read -r version lacks executable <<<"$answer"
 constraints=constraints.txt
-[[ $version == 3.1[12].* ]] || constraints="constraints-3.13.txt"
+[[ $version == 3.11.* ]] || constraints="constraints-3.12.txt"
 
 have=$(cat $stamp 2>/dev/null || true)
 extras=

@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 
 from tests.launch.pretend import ROOT, program
 
-SETUP = ("setup.py", "constraints.txt", "constraints-3.13.txt", "launch/setup.sh")
+SETUP = ("setup.py", "constraints.txt", "constraints-3.12.txt", "launch/setup.sh")
 
 # Runs the script's own probe under another version and without a C compiler, copies itself for `-m
 # venv`, and notes what pip is asked for, after pip itself.
@@ -130,7 +130,7 @@ def test_first_suitable_interpreter_is_taken_and_kept(sandbox: Sandbox) -> None:
 
 
 def test_second_run_does_nothing_until_something_changes(sandbox: Sandbox) -> None:
-    sandbox.python("python3.12", (3, 12, 1))
+    sandbox.python("python3.11", (3, 11, 9))
     assert sandbox.setup()[0] == 0
     (call,) = sandbox.pip_calls()
     assert "-c constraints.txt" in call
@@ -184,7 +184,7 @@ def test_new_versions_of_python_have_constraints_of_their_own(sandbox: Sandbox) 
     sandbox.python("python3.14", (3, 14, 0))
     assert sandbox.setup()[0] == 0
     (call,) = sandbox.pip_calls()
-    assert "-c constraints-3.13.txt" in call
+    assert "-c constraints-3.12.txt" in call
     assert call.endswith("-e .")  # without seqio, which wants TensorFlow
 
 
@@ -193,7 +193,7 @@ def test_uv_is_taken_where_it_is_on_path(sandbox: Sandbox) -> None:
     program(sandbox.bin / "uv", '#!/usr/bin/env bash\necho "$*" >>uv.log\n')
     assert sandbox.setup()[0] == 0
     installer, call = (sandbox.root / "uv.log").read_text().splitlines()
-    assert installer.endswith("-c constraints.txt pip")
+    assert installer.endswith("-c constraints-3.12.txt pip")
     assert call.startswith("pip install --python .venv/bin/python ")
     assert call.endswith("-e .[seqio]")
     assert not sandbox.pip_calls()
@@ -304,8 +304,9 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     "file, version, unpinned",
     [
         ("constraints.txt", "3.11", ()),
-        ("constraints-3.13.txt", "3.13", ("tpu", "cuda", "tokamax", "reference")),
-        ("constraints-3.13.txt", "3.14", ("tpu", "cuda", "tokamax", "reference")),
+        ("constraints-3.12.txt", "3.12", ("tpu", "cuda", "tokamax", "reference")),
+        ("constraints-3.12.txt", "3.13", ("tpu", "cuda", "tokamax", "reference")),
+        ("constraints-3.12.txt", "3.14", ("tpu", "cuda", "tokamax", "reference")),
     ],
 )
 def test_constraints_satisfy_setup(
