@@ -23,9 +23,13 @@ SEQIO = [
 ]
 # gs://: orbax takes the first, epath the second where TensorFlow is not installed
 GS = ["google-cloud-storage>=3", "gcsfs>=2026.8"]
-HUB = ["datasets>=4"]
 EVAL = ["lm-eval[math]>=0.4.13"]  # math: what minerva_math imports
+GGUF = ["gguf>=0.17"]
+HUB = ["datasets>=4"]
 MIXTURE = ["lxml>=5"]
+REPORT = ["matplotlib>=3.9"]
+TFDS = ["tensorflow-datasets>=4.9.9"]
+WANDB = ["wandb>=0.31"]
 
 
 class Build(build_py):
@@ -63,10 +67,8 @@ setup(
         "absl-py>=2.1",
         "einops>=0.8",
         "flax>=0.12",
-        "gguf>=0.17",
         "jax>=0.10,<0.13",
         "jinja2>=3.1",
-        "matplotlib>=3.9",
         "ml_collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.7",
@@ -81,25 +83,34 @@ setup(
         # training on text that is not prepared
         "seqio": SEQIO,
         # text of datasets: of TFDS, and of the Hugging Face Hub
-        "tfds": ["tensorflow-datasets>=4.9.9"],
+        "tfds": TFDS,
         "hub": HUB,
         "tpu": [*GS, "jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        # the Evaluation Harness's tasks
         "eval": EVAL,
+        # decoders from GGUF files
+        "gguf": GGUF,
+        # the plots of evaluate and report
+        "report": REPORT,
         # pinned: what it is used for is not in its interface yet; Python 3.11 has an older jax
         "tokamax": ["tokamax==0.0.17; python_version >= '3.12'"],
         # needs pycosat, which wants a C compiler and Python's headers
         "tasks": ["reasoning-gym>=0.1.25"],
         "mixture": MIXTURE,
-        "wandb": ["wandb>=0.31"],
+        "wandb": WANDB,
+        # all of these that need neither a certain device nor a compiler
+        "all": [*SEQIO, *EVAL, *GGUF, *GS, *HUB, *MIXTURE, *REPORT, *TFDS, *WANDB],
         # golden values are made with them
         "reference": ["accelerate>=1", "torch>=2.6", "transformers>=5"],
         "test": [
             *SEQIO,
             *EVAL,
+            *GGUF,
+            *GS,
             *HUB,
             *MIXTURE,
-            *GS,
+            *REPORT,
             "mypy>=1.15",
             "pytest>=8",
             "pytest-xdist>=3.6",

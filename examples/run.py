@@ -1,4 +1,5 @@
 """Runs the notebook tour.ipynb and stores its outputs and plots in it; no Jupyter is needed.
+Needs matplotlib (./launch/setup.sh report).
 
 .venv/bin/python examples/run.py [NOTEBOOK]        NOTEBOOK: write there instead
 """

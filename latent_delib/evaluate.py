@@ -20,7 +20,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -343,9 +343,9 @@ class Job:
 def write_evaluation(
     result: dict[str, Any], text: ValidationText, sums: SumsByTerm, out: epath.Path
 ) -> None:
-    """Writes documents.npz and perplexity.png, and then perplexity.json as a sign of completion."""
+    """Writes documents.npz, perplexity.png, and perplexity.json last, as a sign of completion."""
     perplexity.write_documents(out / "documents.npz", text, sums)
-    files.write(out / "perplexity.png", figures.by_n(result["rows"]))
+    draw(out / "perplexity.png", figures.by_n, result["rows"])
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())
 
 
@@ -354,7 +354,17 @@ def draw_curves(folder: epath.Path) -> None:
     results = []
     for step, found in evaluations.read_results(folder).items():
         results.append(Result("", evaluations.file_of(folder, step), found))
-    files.write(folder / "curves.png", figures.by_step({str(folder.parent): results}))
+    draw(folder / "curves.png", figures.by_step, {str(folder.parent): results})
+
+
+def draw(path: epath.Path, figure: Callable[[Any], bytes], found: Any) -> None:
+    """Writes a figure of `found`; where matplotlib is not installed, says how to get it instead."""
+    try:
+        png = figure(found)
+    except UserError as error:
+        print(f"{path.name} is left out: {error}", flush=True)
+        return
+    files.write(path, png)
 
 
 if __name__ == "__main__":

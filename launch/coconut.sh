@@ -17,7 +17,7 @@ overrides "$@"
 questions=${QUESTIONS:-runs/questions/word_problems} thoughts=${THOUGHTS:-2} stages=${STAGES:-3} steps=${STEPS:-2000}
 run=${RUN:-runs/coconut} config=${CONFIG:-coconut} first=${FIRST:-0}
 [[ -e configs/$config.py ]] || die "CONFIG=$config: there is no configs/$config.py"
-./launch/setup.sh eval
+./launch/setup.sh eval report
 [[ ${QUESTIONS:-} || -e $questions.train.jsonl ]] || python -m tools.make_questions --out=runs/questions
 for split in train test; do
   [[ -e $questions.$split.jsonl ]] || die "QUESTIONS=$questions: there is no $questions.$split.jsonl"

@@ -28,7 +28,7 @@ source "$(dirname "$(readlink -f "$0")")/common.sh"
 for argument; do
   [[ $argument != --help && $argument != -h ]] || usage
 done
-./launch/setup.sh eval mixture tasks
+./launch/setup.sh eval gguf mixture report tasks
 names=$(python -m configs.paper)
 names=${names//$'\n'/ }
 

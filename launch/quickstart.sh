@@ -25,7 +25,7 @@ step() { # NAME ARGUMENT...: runs a command of latent_delib, and says how long i
   echo "-- $1: $((SECONDS - start)) s"
 }
 
-./launch/setup.sh base
+./launch/setup.sh report
 if [[ ! -e $tokens/meta.json ]]; then
   step prepare --config="$config" --out="$tokens" "$@" # which refuses a wrong key or value before it begins
 fi

@@ -12,7 +12,7 @@ export CONFIG=${CONFIG:-smollm2_135m} PROMPT="The capital of France is" FROZEN=1
 decoder=runs/smollm2_135m/decoder
 [[ -e configs/$CONFIG.py ]] || die "CONFIG=$CONFIG: there is no configs/$CONFIG.py"
 
-./launch/setup.sh base
+./launch/setup.sh gguf report
 if [[ ! -e $decoder ]]; then
   gguf=$(./launch/get_smollm2.sh)
   .venv/bin/python -m latent_delib.convert --source="$gguf" --out=$decoder --size=smollm2_135m

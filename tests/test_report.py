@@ -704,6 +704,20 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     assert "\n  DIR: folders of finished runs" in capsys.readouterr().out
 
 
+def test_without_matplotlib(found, tmp_path, monkeypatch, capsys):
+    """`report` refuses at once; `evaluate` leaves out its figure and keeps the table."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = "matplotlib is not installed: install it with LATENT_DELIB_EXTRAS=report "
+    flags = SimpleNamespace(
+        folders=["nowhere"], out=str(tmp_path / "out"), look="", text=report.TEXT
+    )
+    with pytest.raises(ld.UserError, match=line):
+        report.main(flags)
+    evaluate.draw(epath.Path(tmp_path) / "a.png", figures.by_n, found.perplexity[0].data["rows"])
+    assert capsys.readouterr().out.startswith(f"a.png is left out: {line}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, capsys, monkeypatch):
     """What `train` and `evaluate` really write, and a look into the latents of its export."""
     convert.convert(str(trained), str(tmp_path / "export"))

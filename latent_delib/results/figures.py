@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from latent_delib.errors import extra
 from latent_delib.results import published
 from latent_delib.results.entries import entry_of, labels
 from latent_delib.results.runs import Result, Runs
@@ -30,6 +31,20 @@ class Picture(NamedTuple):
     name: str
     caption: str
     png: bytes
+
+
+def pyplot() -> Any:
+    """Returns matplotlib's pyplot, which draws into files.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    with extra("report"):
+        import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
 
 
 def curves(runs: Runs) -> list[Picture]:
@@ -169,13 +184,13 @@ def attention(
       weights_LSU: float32 [layers, rows, columns], a mean over heads.
       text: how many of the columns are text; a line separates them from the others.
     """
-    from matplotlib.colors import PowerNorm
-
     layers, S, U = weights_LSU.shape
     across = min(layers, 2)
     down = math.ceil(layers / across)
     size = (across * max(2.4, 0.075 * U) + 1, down * max(1.6, 0.13 * S) + 1)
     figure, panels = _panels(layers, size)
+    from matplotlib.colors import PowerNorm
+
     for layer, axes in enumerate(panels):
         image = axes.imshow(
             weights_LSU[layer],
@@ -198,14 +213,9 @@ def attention(
 
 def _panels(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
     """Makes a figure of `count` panels, two per row; size: width and height in inches."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     across = min(count, 2)
     down = math.ceil(count / across)
-    figure, panels = pyplot.subplots(
+    figure, panels = pyplot().subplots(
         down, across, figsize=size, layout="constrained", squeeze=False
     )
     for axes in panels.flat[count:]:
@@ -237,13 +247,11 @@ def _scale_changes(axes: Any) -> None:
 
 
 def _png(figure: Any) -> bytes:
-    from matplotlib import pyplot
-
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a rare script
         figure.savefig(png, format="png", dpi=130)
-    pyplot.close(figure)
+    pyplot().close(figure)
     return png.getvalue()
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, extra
 from latent_delib.nn import rotary
 from latent_delib.nn.sizes import FAMILIES, SIZES, TransformerConfig, checked, differences
 from latent_delib.weights import gguf_vocabulary
@@ -96,14 +96,13 @@ class _Header:
 
     def info(self) -> Info:
         """Returns a tensor's info, with `begin` counted from the start of all data."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+        library = _library()
         dims = self.number("I")
         if not 1 <= dims <= 4:
             raise ValueError(f"{dims} dimensions, expected 1 to 4")
         shape = tuple(self.take("Q", dims)[::-1].tolist())
-        kind = GGMLQuantizationType(self.number("I"))
-        block, block_bytes = GGML_QUANT_SIZES[kind]
+        kind = library.GGMLQuantizationType(self.number("I"))
+        block, block_bytes = library.GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise ValueError(f"rows of {shape[-1]}, expected a multiple of {block} ({kind.name})")
         return Info(shape, kind, math.prod(shape) // block, block_bytes, self.number("Q"))
@@ -117,7 +116,8 @@ class GGUF:
       tensors: name -> Info.
 
     Raises:
-      UserError: the file is not GGUF, truncated or contradictory, or has a tensor of unknown type.
+      UserError: the file is not GGUF, truncated or contradictory, or has a tensor of unknown type;
+        the `gguf` library is not installed.
     """
 
     def __init__(self, path: Path):
@@ -134,6 +134,7 @@ class GGUF:
         magic = data[: len(MAGIC)]
         if magic != MAGIC:
             raise UserError(f"{path}: not a GGUF file (begins with {magic!r})")
+        _library()  # refuses here, not as damage below
         header = _Header(data)
         header.at = len(MAGIC)
         try:
@@ -174,8 +175,7 @@ class GGUF:
 
         About `chunk` elements are dequantised at a time.
         """
-        from gguf.quants import dequantize
-
+        quants = _library().quants
         shape, kind, blocks, block_bytes, begin = self.tensors[name]
         size = math.prod(shape)
         out = np.empty(size, self.dtype(name))
@@ -188,12 +188,18 @@ class GGUF:
             if len(stored) != count:
                 raise UserError(f"{self.path}: {name} was cut off since the file was opened")
             try:
-                out[first * block : last * block] = dequantize(stored, kind)
+                out[first * block : last * block] = quants.dequantize(stored, kind)
             except NotImplementedError:
                 raise UserError(
                     f"{self.path}: {name} is of type {kind.name}, which cannot be dequantised"
                 ) from None
         return out.reshape(shape)
+
+
+def _library() -> Any:
+    with extra("gguf"):
+        import gguf
+    return gguf
 
 
 def open_source(path: Path) -> Source:

@@ -300,6 +300,12 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     assert "--- augmented" in done.stdout
 
 
+def test_all_is_all_that_every_machine_can_have(distribution: Distribution) -> None:
+    extras = distribution.extras_require
+    leaves_out = {"cuda", "tpu", "tokamax", "tasks", "reference", "test"}
+    assert set(extras["all"]) == set().union(*(extras[name] for name in extras.keys() - leaves_out))
+
+
 @pytest.mark.parametrize(
     "file, version, unpinned",
     [

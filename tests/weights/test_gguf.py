@@ -2,6 +2,7 @@
 
 import dataclasses
 import struct
+import sys
 
 import gguf
 import numpy as np
@@ -345,9 +346,17 @@ def start(tensors=0, keys=0, version=3):
         (start(keys=1) + header("general.alignment", ("I", 8), "x") + bytes(64), ["damaged"]),
     ],
 )
-def test_files_that_lie(tmp_path, data, words):
+def test_damaged_files(tmp_path, data, words):
     (tmp_path / "x.gguf").write_bytes(data)
     refused(tmp_path / "x.gguf", tmp_path / "out", "x.gguf", *words)
+
+
+def test_without_the_library(tmp_path, monkeypatch):
+    """Its absence is told as such, not as damage of the file."""
+    (tmp_path / "x.gguf").write_bytes(start(tensors=1) + tensor(kind=999) + bytes(256))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ld.UserError, match="gguf is not installed: .*LATENT_DELIB_EXTRAS=gguf "):
+        ours.open_source(tmp_path / "x.gguf")
 
 
 def test_the_real_one(tmp_path):
