@@ -380,6 +380,16 @@ def test_fingerprint_of_text(change, tokenizer_path, tmp_path):
         )
 
 
+def test_a_run_of_the_older_packing_does_not_go_on(tokenizer_path, tmp_path):
+    """seqio packs questions whole; older versions cut them, so their rows were others."""
+    (tmp_path / "q.jsonl").write_text('{"question": "A?", "answer": "B"}\n')
+    found = fingerprint(make_data(f"qa:{tmp_path}/q.jsonl"), tokenizer_path)
+    of_older = {name: value for name, value in found.items() if "packing" not in name}
+    assert len(of_older) == len(found) - 1
+    with pytest.raises(UserError, match=r": packing of sources\[0\] new; "):
+        batches.check_fingerprint(of_older, found)
+
+
 def test_fingerprint_of_token_files_reads_meta_json_alone(
     folder, sources, tokenizer_path, tmp_path
 ):
