@@ -1,6 +1,6 @@
 """What the train step needs on a chip that is not here: compiled for it on a CPU, never run.
 
-  LATENT_DELIB_EXTRAS=cuda ./launch/setup.sh          # or tpu
+  ./launch/setup.sh cuda          # or tpu
   ./launch/gpu.sh .venv/bin/python -m benchmarks.memory --target=h100 --latents 16 64 --batch 4 \
       --remat attention full
 

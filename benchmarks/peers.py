@@ -1,6 +1,6 @@
 """The package beside what a PyTorch user would run for the same work, on the CPU.
 
-  LATENT_DELIB_EXTRAS=reference ./launch/setup.sh     # torch, transformers; torch.compile needs g++
+  ./launch/setup.sh reference     # torch, transformers; torch.compile needs g++
   .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" \
       --size=smollm2_135m --out=runs/smollm2_135m/decoder
   .venv/bin/python -m benchmarks.peers [--rows=1,3] [--rounds=7] [--json=runs/peers.json]

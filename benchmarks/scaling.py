@@ -1,6 +1,6 @@
 """The published settings on TPU slices that are not here, by their compiler.
 
-  LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh
+  ./launch/setup.sh tpu
   .venv/bin/python -m benchmarks.scaling --out=runs/scaling [--only=chips]
 
 Makes the tables of docs/scaling.md, or one of them; a row takes two to four minutes. Memory and

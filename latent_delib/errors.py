@@ -42,7 +42,7 @@ def extra(name: str, more: str = "") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         line = f"{error.name} is not installed: "
-        line += f"install it with LATENT_DELIB_EXTRAS={name} ./launch/setup.sh"
+        line += f"install it with ./launch/setup.sh {name}"
         raise UserError(line + more) from None
 
 

@@ -283,7 +283,7 @@ def test_text_without_tensorflow(error, config_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     config = config_file({"data.token_files": ""})
     line = error("train", f"--config={config}", f"--workdir={tmp_path / 'w'}")
-    named(line, "tensorflow is not installed", "LATENT_DELIB_EXTRAS=seqio", "or run prepare")
+    named(line, "tensorflow is not installed", "setup.sh seqio", "or run prepare")
     assert not (tmp_path / "w" / "checkpoints").exists()
 
 

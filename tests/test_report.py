@@ -707,7 +707,7 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
 def test_without_matplotlib(found, tmp_path, monkeypatch, capsys):
     """`report` refuses at once; `evaluate` leaves out its figure and keeps the table."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    line = "matplotlib is not installed: install it with LATENT_DELIB_EXTRAS=report "
+    line = "matplotlib is not installed: install it with ./launch/setup.sh report"
     flags = SimpleNamespace(
         folders=["nowhere"], out=str(tmp_path / "out"), look="", text=report.TEXT
     )

@@ -296,7 +296,7 @@ def _version() -> str:
     except metadata.PackageNotFoundError:
         raise UserError(
             "reasoning-gym is not installed: with a C compiler and Python's headers (on Debian: "
-            "apt-get install gcc python3-dev) LATENT_DELIB_EXTRAS=tasks ./launch/setup.sh brings it"
+            "apt-get install gcc python3-dev) ./launch/setup.sh tasks brings it"
         ) from None
 
 

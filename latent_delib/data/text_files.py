@@ -113,7 +113,7 @@ def reading(sources: Iterable[str]) -> Iterator[None]:
         if isinstance(error, ImportError):  # "Please install gcsfs ..."
             raise UserError(
                 f"config.data: reading {read}: {error}, or TensorFlow, which "
-                "LATENT_DELIB_EXTRAS=seqio ./launch/setup.sh brings"
+                "./launch/setup.sh seqio brings"
             ) from None
         if type(error).__name__ not in _LOST:
             raise store_error(error, read) or error from None

@@ -1,6 +1,6 @@
 """Compiles a job's step for this machine or for a TPU slice, and prints its needs.
 
-The compiler for TPUs runs on any machine (`LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh`). It
+The compiler for TPUs runs on any machine (`./launch/setup.sh tpu`). It
 reports the memory of the same program that the slice would run.
 """
 
@@ -89,7 +89,7 @@ def slice_of(topology: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # jax and libtpu raise several kinds
-        hint = "no such slice, or libtpu is missing (LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
+        hint = "no such slice, or libtpu is missing (./launch/setup.sh tpu)"
         why = " ".join(str(error).split())[:300]
         raise UserError(f"--topology={topology}: {hint}: {why}") from None
 

@@ -87,7 +87,7 @@ def folder(workdir: str) -> epath.Path:
     if missing:
         raise UserError(
             f"{workdir}: gs:// needs the package {missing} "
-            "(LATENT_DELIB_EXTRAS=tpu ./launch/setup.sh)"
+            "(./launch/setup.sh tpu)"
         )
     return epath.Path(workdir) / "checkpoints"
 

@@ -87,7 +87,7 @@ def test_a_store_without_its_client_names_the_extra(monkeypatch):
     monkeypatch.setattr(backend, "tf_backend", backend.fsspec_backend)
     backend.fsspec_backend._get_filesystem.cache_clear()
     monkeypatch.setattr(fsspec, "filesystem", fail)
-    with pytest.raises(UserError, match="install gcsfs .*LATENT_DELIB_EXTRAS=seqio"):
+    with pytest.raises(UserError, match="install gcsfs .*setup.sh seqio"):
         text.open_source("files:gs://bucket/*")
 
 

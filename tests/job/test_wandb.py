@@ -83,7 +83,7 @@ def test_what_is_missing_is_told_in_one_line(make_config, tmp_path, wandb, monke
     with pytest.raises(UserError, match="config.train.wandb=a-project: No API key.* Use"):
         train.train(make_config(WANDB), str(tmp_path))
     monkeypatch.setitem(sys.modules, "wandb", None)
-    line = "wandb is not installed: install it with LATENT_DELIB_EXTRAS=wandb"
+    line = "wandb is not installed: install it with ./launch/setup.sh wandb"
     with pytest.raises(UserError, match=line):
         train.train(make_config(WANDB), str(tmp_path))
     assert "compiled in" not in capsys.readouterr().out

@@ -250,7 +250,7 @@ def test_mistakes(folder, tmp_path, monkeypatch):
     with pytest.raises(ld.UserError, match="tasks: already exists"):
         make_tasks.make_tasks(str(folder))
     monkeypatch.setattr(make_tasks.metadata, "version", _missing)
-    with pytest.raises(ld.UserError, match="LATENT_DELIB_EXTRAS=tasks"):
+    with pytest.raises(ld.UserError, match="setup.sh tasks"):
         make_tasks.make_tasks(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
