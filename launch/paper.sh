@@ -11,8 +11,8 @@
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols a_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
-#   swap/               every text is given the latents of another: overlay, after and before with any number of
-#                       latents, steps_*, double, joint, unified, adapt_coprocessor
+#   swap/               every text is given the latents of another: all that write latents from a text, but inserted,
+#                       whose keys depend on their position
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
@@ -197,7 +197,7 @@ for each in "${wanted[@]}"; do
   began=$SECONDS
   [[ -e $workdir/perplexity.json ]] || run latent_delib.train --config="$config" --workdir="$workdir" --config.seed="$seed" "${more[@]}"
   evaluate "$workdir"
-  if [[ $name =~ ^((overlay|after|before)(_[0-9]+)?|steps_.*|double|joint|unified|adapt_coprocessor)$ ]]; then
+  if [[ ! $name =~ ^((static|pause|latent)_tokens|cartridge|inserted|decoder.*|adapt_decoder|pretrain)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
   if [[ $protocol =~ ^(problems|depth|questions|hops)$ ]]; then

@@ -137,9 +137,9 @@ def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
 
 
 def test_latents_of_another_document_are_a_control(here: Path) -> None:
-    names = ["adapt_coprocessor", "joint", "unified", "after_8", "overlay_64", "before"]
-    # those depend on no document
-    swapped = run_paper(here, *(f"lab/{name}" for name in [*names, "pause_tokens"]))
+    names = ["adapt_coprocessor", "joint", "last_layer", "after_8", "overlay_64", "before"]
+    without = ["pause_tokens", "decoder_lora", "inserted"]  # the first two depend on no document
+    swapped = run_paper(here, *(f"lab/{name}" for name in [*names, *without]))
     found = [
         re.search(r"--out=runs/paper/lab/(\w+)@0/swap ", call)
         for call in swapped
