@@ -85,10 +85,7 @@ def folder(workdir: str) -> epath.Path:
     elif not _is_installed("gcsfs") and not _is_installed("tensorflow"):
         missing = "gcsfs"
     if missing:
-        raise UserError(
-            f"{workdir}: gs:// needs the package {missing} "
-            "(./launch/setup.sh tpu)"
-        )
+        raise UserError(f"{workdir}: gs:// needs the package {missing} (./launch/setup.sh tpu)")
     return epath.Path(workdir) / "checkpoints"
 
 
