@@ -5,7 +5,7 @@ text up to p, and itself causally, but never another trace (Liu et al. 2025, Sec
 2). Positions and visibility are integers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,42 +16,39 @@ from latent_delib.nn.attention.primitive import Bounds
 
 
 class Placement(NamedTuple):
-    """Places a trace at text token p.
+    """Places a trace at text token p, whose position is also called p.
 
-    Placements differ in nothing else.
+    Placements differ in nothing else. The positions of latents and of the tokens after them must
+    not decrease along a trace: windows rely on it (`nn.attention.primitive.within_window`).
 
-    first_latent, per_latent: the first of L latents has position
-      `p + first_latent + per_latent * L`.
+    latents: L -> the positions of the L latents minus p, int [L].
+    shift: L -> the number of positions by which the text after the latents moves on.
     reread: number of text tokens, x_p the last of them, that are read again after the latents
       instead of from the cache.
-    shift: number of positions per latent by which the text after the latents moves on.
-    spacing: number of positions from one latent to the next.
     """
 
-    first_latent: int
-    per_latent: int
+    latents: Callable[[int], np.ndarray]
+    shift: Callable[[int], int]
     reread: int
-    shift: int
-    spacing: int = 1
 
 
 # In "after", the last latent predicts ahead token 1. In the others x_p, read again after the
 # latents, predicts it.
 PLACEMENTS = {
     # The paper's: latents follow x_p, and the text after them moves on by L.
-    "after": Placement(first_latent=1, per_latent=0, reread=0, shift=1),
+    "after": Placement(lambda L: np.arange(1, L + 1), shift=lambda L: L, reread=0),
     # Latents take the positions from p on, and x_p moves on by L.
-    "before": Placement(first_latent=0, per_latent=0, reread=1, shift=1),
+    "before": Placement(lambda L: np.arange(L), shift=lambda L: L, reread=1),
     # Latents share the positions p-L+1 ... p with text tokens, which do not move.
-    "overlay": Placement(first_latent=1, per_latent=-1, reread=1, shift=0),
+    "overlay": Placement(lambda L: np.arange(1 - L, 1), shift=lambda L: 0, reread=1),
     # All latents share the position of x_p, which does not move.
-    "shared": Placement(first_latent=0, per_latent=0, reread=1, shift=0, spacing=0),
+    "shared": Placement(lambda L: np.zeros(L, int), shift=lambda L: 0, reread=1),
 }
 
 
 def text_shift(placement: str, num_latents: int) -> int:
     """Returns the number of positions by which latents move the text after them."""
-    return PLACEMENTS[placement].shift * num_latents
+    return PLACEMENTS[placement].shift(num_latents)
 
 
 def group_offsets(num_ahead: int, every: int) -> np.ndarray:
@@ -239,11 +236,10 @@ def lay_out(
     written = jnp.maximum(p - delay, 0)  # position of the last token that the coprocessor knows
 
     groups = group_offsets(num_ahead, every)
-    from_first = np.add.outer(groups, place.spacing * np.arange(num_latents)).reshape(-1)
+    from_p = np.add.outer(groups, place.latents(num_latents)).reshape(-1)
 
     def latents_at(p: jax.Array) -> jax.Array:
-        first = p + place.first_latent + place.per_latent * num_latents
-        return jnp.maximum(first + from_first, 0)
+        return jnp.maximum(p + from_p, 0)
 
     offset = _input_offsets(num_ahead, placement)
     ahead = take(first_ahead(tokens_BT, steps_end), at) + jnp.arange(num_ahead)
@@ -251,7 +247,7 @@ def lay_out(
     segment = take(segment_BT, at)
     same_document = (ahead < T) & (take(segment_BT, ahead) == segment) & (segment > 0)
     latent_position = latents_at(written)
-    position = jnp.concatenate([latents_at(p), p + offset + place.shift * num_latents], axis=-1)
+    position = jnp.concatenate([latents_at(p), p + offset + place.shift(num_latents)], axis=-1)
     if every:
         position = position[..., reading_order(num_latents, num_ahead, placement, every)]
 

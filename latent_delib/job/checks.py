@@ -193,7 +193,12 @@ def _check_groups(m: ConfigDict) -> None:
             f"config.method.every={m.every}: expected less than config.method.num_ahead="
             f"{m.num_ahead}; with as many, no latents recur in training"
         )
-    fit = [name for name, place in PLACEMENTS.items() if not place.shift and not place.spacing]
+    L = m.num_latents
+    fit = [
+        name
+        for name, place in PLACEMENTS.items()
+        if not place.shift(L) and not any(place.latents(L))
+    ]
     if m.placement not in fit:
         raise UserError(
             f"config.method.placement={m.placement!r}: where latents of method {m.name!r} recur, "

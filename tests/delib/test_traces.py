@@ -157,6 +157,14 @@ def test_visibility_of_the_coprocessor(placement):
     """)
 
 
+@pytest.mark.parametrize("placement", traces.PLACEMENTS)
+def test_positions_do_not_decrease_along_a_trace(placement):
+    """Windows rely on it: `within_window`."""
+    found = compiled(TOKENS, SEGMENT, AT, num_latents=5, num_ahead=12, placement=placement)
+    assert np.all(np.diff(found.position) >= 0)
+    assert np.all(np.diff(found.latent_position) >= 0)
+
+
 def test_visibility_after():
     assert seen(lay_out("after").bounds, 11) == literal("""
         11110 00000 0  1000 0000
