@@ -65,7 +65,8 @@ AGREE = {
     ),
 }
 WHOLE = {"method.lora_rank": 0}  # values of a run that others may begin with
-# The value a key has in a run that is older than the key.
+# The value a key has in a run that is older than the key. A new key of `method` or `optimizer`
+# needs a line, or no older run can go on.
 BEFORE = {
     "method.assistant": "",
     "method.coprocessor": {},
@@ -212,10 +213,8 @@ class Record:
             if not star:
                 yield key
                 continue
-            # A key that the other run lacks has its old value in BEFORE, or it is left out.
-            there = [f"{section}.{name}" for name in other.config[section]]
-            older = [key for key in BEFORE if key.startswith(f"{section}.")]
-            yield from dict.fromkeys(there + older)
+            for name in {**other.config[section], **self.config[section]}:
+                yield f"{section}.{name}"
 
 
 def _short(key: str, value: Any) -> str:

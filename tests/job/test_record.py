@@ -64,6 +64,11 @@ def test_a_key_that_is_newer_than_a_run_had_one_value_in_it(record):
     ]
 
 
+def test_a_key_whose_old_value_nobody_told_is_a_difference(record):
+    newer = changed(record, "method.penalty", 100.0)
+    assert [d.key for d in newer.differences(record, "resume")] == ["method.penalty"]
+
+
 def test_a_newer_checkpoint_is_refused(record):
     with pytest.raises(
         UserError, match=f"w: checkpoint format {FORMAT + 1}, expected at most {FORMAT}"
