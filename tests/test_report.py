@@ -704,6 +704,14 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     assert "\n  DIR: folders of finished runs" in capsys.readouterr().out
 
 
+def test_a_key_of_a_fork_is_in_the_label(tmp_path):
+    """Runs that differ in nothing else can be told apart."""
+    for penalty in (1.0, 2.0):
+        perplexity(epath.Path(tmp_path) / f"run{penalty}", -1.0, config(latent_penalty=penalty))
+    labels = [entries.label(e) for e in entries.entries(runs.find([str(tmp_path)]))]
+    assert [label.partition("latent penalty ")[2] for label in labels] == ["1.0", "2.0"]
+
+
 def test_without_matplotlib(found, tmp_path, monkeypatch, capsys):
     """`report` refuses at once; `evaluate` leaves out its figure and keeps the table."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -8,7 +8,7 @@ or a list of steps. Empty lines are skipped. The text of a question is
 
 or, where the steps are read too, "Answer: STEPS #### ANSWER". The text ends with a line break, at
 which a generated answer stops. To ask in another form, change this file alone: training,
-evaluation and `benchmark` all use it.
+evaluation and `benchmark` all use it. A reply is right if its answer equals in full.
 """
 
 import json
@@ -88,7 +88,7 @@ def read(line: bytes, with_steps: bool) -> Question:
         row["steps"] = "\n".join(map(str, steps))
     elif steps is None and not with_steps:
         row["steps"] = ""
-    for field in Question._fields:
+    for field in ("question", "answer", "steps"):
         value = row.get(field)
         may_be_empty = field == "steps" and not with_steps
         if not isinstance(value, str) or not (value.strip() or may_be_empty):

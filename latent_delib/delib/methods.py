@@ -27,7 +27,7 @@ class Method(NamedTuple):
       the method writes none, and its objective is the language-modelling loss of the text (with
       `method.prompt_end`, of the tokens that follow prompts).
     cost: FLOPs of writing the latents of one step.
-    axes: logical axes of the method's own parameters, by leaf name.
+    axes: logical axes of the method's own parameters, by leaf name; no layer has these names.
     trains_decoder: the tree has a "decoder".
     reads_text: the latents depend on the text. Only such latents can be late, or be swapped for
       latents of another text.
@@ -58,8 +58,16 @@ class Method(NamedTuple):
 
 
 def param_axes(method: str) -> Mapping[str, Axes]:
-    """Returns the logical axes of every parameter of a method and of its decoder, by leaf name."""
-    return PARAM_AXES | coprocessor.AXES | METHODS[method].axes
+    """Returns the logical axes of every parameter of a method and of its decoder, by leaf name.
+
+    Raises:
+      ValueError: a parameter of the method has the name of a layer's.
+    """
+    own = coprocessor.AXES | METHODS[method].axes
+    taken = sorted(own.keys() & PARAM_AXES.keys())
+    if taken:
+        raise ValueError(f"method {method!r}: {taken} are parameters of layers; use other names")
+    return PARAM_AXES | own
 
 
 def _decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:

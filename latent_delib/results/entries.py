@@ -10,6 +10,24 @@ from latent_delib.results.runs import Result, Runs
 CONTROLS = ("swap", "delay", "longer_prompt")  # of `evaluate`: they change latents or text
 ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}  # nothing was trained
 
+# Keys of `method` that `label` has words for, or that a column shows. Any other key is named as it
+# is, so that runs of a fork that differ in it have different labels.
+WORDED = {
+    "name",
+    "placement",
+    "num_latents",
+    "num_traces",
+    "num_ahead",
+    "every",
+    "assistant",
+    "coprocessor",
+    "lora_rank",
+    "max_delay",
+    "prompt_end",
+    "distill",
+    "start",
+}
+
 
 @dataclasses.dataclass
 class Entry:
@@ -181,6 +199,8 @@ def label(entry: Entry) -> str:
         words.append(f"distilled by {method['distill']:g}")
     if method.get("start"):
         words.append(f"begun with {method['start']}")
+    for key in sorted(method.keys() - WORDED):
+        words.append(f"{key.replace('_', ' ')} {method[key]}")
     done = controls(result) | {"delay": 0}  # an entry's own delay is above
     return ", ".join(words + controls_in_words(done))
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from latent_delib.machine.columns import aligned
+from latent_delib.measure import metric
 from latent_delib.results.entries import controls_in_words, writes_latents
 from latent_delib.results.figures import CURVES
 from latent_delib.results.tables import changes
@@ -72,11 +73,14 @@ def _works(works: dict[str, dict[str, Any]]) -> list[str]:
 def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
     """Returns rows of perplexity.json as plain text, for n = 1, 2, 4, 8, ...
 
+    Metrics other than perplexity stand behind the interval, without latents and with them.
+
     over: the name of the things that intervals draw (`intervals.unit`).
     """
     interval = f"95 % interval over {over or 'documents of unknown works'}"
     head = f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"
-    lines = [head]
+    others = [each.name for each in metric.METRICS if each is not metric.PERPLEXITY]
+    lines = ["; ".join([head, *others])]
     for row in rows:
         is_power_of_two = row["n"] & (row["n"] - 1) == 0
         if not is_power_of_two:
@@ -84,9 +88,11 @@ def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
         interval = "one alone"
         if row["change_low"] is not None:
             interval = f"[{row['change_low']:+.2f}, {row['change_high']:+.2f}]"
-        lines.append(
+        line = (
             f"{row['n']:>3} {row['tokens']:>10,} "
             f"{row['decoder_ppl']:>10.4f} {row['augmented_ppl']:>10.4f} "
             f"{row['change_percent']:>+8.2f}%   {interval}"
         )
+        more = [f"{row[f'decoder_{name}']:.4g} {row[f'augmented_{name}']:.4g}" for name in others]
+        lines.append("; ".join([line, *more]))
     return "\n".join(lines)

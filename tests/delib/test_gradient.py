@@ -187,5 +187,8 @@ def test_loss_and_gradient_equal_the_naive_reading(method, family, placement):
 
 
 def test_every_method_that_the_naive_reading_knows_is_here():
-    """from_scratch computes as cache_augmentation does; resized is tested in test_methods.py."""
+    """A new method needs a row of CASES, and its reading in `naive_loss`.
+
+    from_scratch computes as cache_augmentation does; resized is tested in test_methods.py.
+    """
     assert {method for method, *_ in CASES} == set(METHODS) - {"from_scratch", "resized"}

@@ -10,7 +10,7 @@ import pytest
 import small
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.delib import augment, traces
+from latent_delib.delib import augment, flops, traces
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Inserted, Models, Reading
 from latent_delib.delib.cost import step_flops
@@ -103,7 +103,7 @@ def test_trainable_tree(name):
         assert jax.tree.map(jnp.shape, body) == jax.tree.map(jnp.shape, wanted)
     elif name == "assistant":
         assert set(tree) == {"layers", "final_norm", "soft_tokens", "latents_out"}
-    elif name != "resized":
+    elif METHODS[name].cost is flops.no_pass or name in ("unified", "feedback"):
         assert set(tree) == {"soft_tokens"}
 
 
@@ -113,6 +113,14 @@ def test_every_parameter_has_logical_axes(name):
     axes = param_axes(name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         assert len(axes[path[-1].key]) >= leaf.ndim, path
+
+
+def test_a_parameter_may_not_have_the_name_of_a_layers(monkeypatch):
+    """Rules for the optimizer and the mesh go by leaf names."""
+    taken = METHODS["static_tokens"]._replace(axes={"gate": (None,)})
+    monkeypatch.setitem(METHODS, "gated", taken)
+    with pytest.raises(ValueError, match=r"'gated': \['gate'\] are parameters of layers"):
+        param_axes("gated")
 
 
 def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):

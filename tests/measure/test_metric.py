@@ -12,6 +12,7 @@ from latent_delib.job import experiment
 from latent_delib.measure import metric
 from latent_delib.measure.metric import Metric, of_logits
 from latent_delib.measure.text import read_validation_text
+from latent_delib.results.evaluation import as_text
 
 # of each piece of the vocabulary; any numbers serve
 BYTES = np.random.default_rng(0).integers(1, 9, 320)
@@ -70,6 +71,11 @@ def test_new_metrics(make_config, trained, decoder_folder, tmp_path, monkeypatch
                 nats / BYTES[targets].sum() / np.log(2)
             )
             assert row[f"{side}_likelihood"] == pytest.approx(1 / row[f"{side}_ppl"], rel=1e-6)
+    head, first = as_text(result).splitlines()[1:3]
+    assert head.endswith("; accuracy; bits_per_byte; likelihood")
+    found = result["rows"][0]
+    _, accuracy, *_ = first.split("; ")
+    assert accuracy == f"{found['decoder_accuracy']:.4g} {found['augmented_accuracy']:.4g}"
     with np.load(tmp_path / "more" / "documents.npz") as sums:
         hits = sums["decoder_hits"][:, 0].sum()
         assert hits == result["rows"][0]["decoder_accuracy"] * sums["tokens"][:, 0].sum()

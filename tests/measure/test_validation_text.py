@@ -12,6 +12,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
 from latent_delib.measure import perplexity
+from latent_delib.measure.metric import all_terms
 from latent_delib.measure.text import read_validation_text
 from latent_delib.results.evaluation import as_text
 
@@ -114,7 +115,8 @@ def test_token_files_that_do_not_say_which_work_a_document_is_of(
     )
     assert known.works_known and not text.works_known
 
-    sums = {"nll": perplexity.Sums(np.ones((12, 1), int), np.ones((12, 1)), np.ones((12, 1)))}
+    ones = perplexity.Sums(np.ones((12, 1), int), np.ones((12, 1)), np.ones((12, 1)))
+    sums = dict.fromkeys(all_terms(), ones)
     result = perplexity.by_source(text, sums, seed=0)
     assert result["interval_over"] is None
     config = {"method": {"name": "decoder"}, "evaluate": {}}
