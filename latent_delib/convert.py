@@ -223,11 +223,9 @@ def export_coprocessor(workdir: str, out: Path) -> None:
         below = {"decoder": load.load_decoder(load.decoder_of(workdir, record)).params}
         below |= load.load_assistant(trained)
         params = augment.assemble(below, {"coprocessor": params})["coprocessor"]
-    copied = ("method", "num_latents", "placement", "step", "fingerprint")
-    fields = {name: getattr(trained, name) for name in copied}
     method = {**record.config["method"], "lora_rank": 0, "start": ""}  # without adapters now
     whole = dataclasses.replace(record, config={**record.config, "method": method})
-    fields["record"] = whole.meta()
+    fields = {"fingerprint": trained.fingerprint, "record": whole.meta()}
     config = trained.architecture or TransformerConfig.from_dict(record.architecture, workdir)
     trains_decoder = METHODS[trained.method].trains_decoder
     decoder = f"{workdir}/decoder" if trains_decoder else record["decoder.path"]

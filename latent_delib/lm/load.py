@@ -228,16 +228,11 @@ def assistant_of(record: Record) -> Assistant | None:
 
 def _exported(where: Path, step: int | None) -> Coprocessor:
     fields, params = exported.load(where, step)
-    for key, known in (("method", METHODS), ("placement", PLACEMENTS)):
-        if fields[key] not in known:
-            expected = ", ".join(sorted(known))
-            raise UserError(f"{where}: {key}={fields[key]!r}, expected one of {expected}")
     record = Record.from_meta(fields["record"], str(where))
-    for key in ("name", "num_latents", "placement"):
-        told = fields["method" if key == "name" else key]
-        if told != record[f"method.{key}"]:
-            known = record[f"method.{key}"]
-            raise UserError(f"{where}: {key}={told!r}, expected {known!r} as in its record")
+    for key, known in (("method.name", METHODS), ("method.placement", PLACEMENTS)):
+        if record[key] not in known:
+            expected = ", ".join(sorted(known))
+            raise UserError(f"{where}: {key}={record[key]!r}, expected one of {expected}")
     found = _of_record(params, record, fields["fingerprint"])
     _check_shapes(found, TransformerConfig(**record.architecture), where)
     return found

@@ -2,10 +2,9 @@
 
 coprocessor.json holds
     "format"         "latent_delib coprocessor 2"
-    "method", "num_latents", "placement", "step"
     "fingerprint"    the fingerprint of the decoder that the coprocessor belongs to
     "architecture"   the coprocessor's architecture, {fields of TransformerConfig}
-    "record"         the meta of its checkpoint; not in format 1
+    "record"         the meta of its checkpoint: its step, and the config of its training
 
 model.safetensors holds those tensors of OWN that the method trains ("soft_tokens" [L, D], ...). It
 also holds the layers, the final norm and learned positions, with the names and axes of a Hugging
@@ -34,15 +33,7 @@ PACKAGED = folder.PACKAGED / "coprocessor"
 # Parameters that no decoder has. `delib.methods` says which of them a method trains, and their
 # shapes.
 OWN = ("soft_tokens", "keys", "values", "keys_in", "values_in", "latents_out")
-FIELDS = {
-    "method": str,
-    "num_latents": int,
-    "placement": str,
-    "step": int,
-    "fingerprint": str,
-    "architecture": dict,
-    "record": dict,
-}
+FIELDS = {"fingerprint": str, "architecture": dict, "record": dict}
 
 
 def locate(workdir: str) -> Path | None:
@@ -109,10 +100,9 @@ def read_fields(where: Path, step: int | None = None) -> dict[str, Any]:
         )
     for key, kind in FIELDS.items():
         checked(key, fields.get(key), kind, str(where / FILE))
-    if step not in (None, fields["step"]):
-        raise UserError(
-            f"{where}: holds the coprocessor of step {fields['step']}, not of step {step}"
-        )
+    found = fields["record"]["step"]
+    if step not in (None, found):
+        raise UserError(f"{where}: holds the coprocessor of step {found}, not of step {step}")
     return fields
 
 
