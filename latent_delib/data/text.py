@@ -14,7 +14,7 @@ import numpy as np
 
 from latent_delib.data import questions
 from latent_delib.data.rows import BadRecords, Document, encode, grouped, map_in_threads
-from latent_delib.data.sources import Files, Tfds, has_questions, parse
+from latent_delib.data.sources import Files, Tfds, parse
 from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
@@ -114,11 +114,9 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
 
     A text with a fault has no tokens.
     """
-    if has_questions(reader.source):
-        kind, _, _ = reader.source.partition(":")
-        name, _, removed = kind.partition("-")
-        with_steps = name == "qa_steps"
-        tokens, fault = questions.encode(text.content, with_steps, tokenizer, int(removed or 0))
+    meant = parse(reader.source)
+    if isinstance(meant, Files) and meant.has_questions:
+        tokens, fault = questions.encode(text.content, meant.with_steps, tokenizer, meant.removed)
     else:
         tokens, fault = encode(text.content, tokenizer)
     if fault:
