@@ -157,10 +157,12 @@ def check_texts(readers: Iterable[Reader], tokenizer_path: str, bad: BadRecords)
         next(documents(reader, tokenizer_path, bad))
 
 
-def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
+def validation_documents(
+    data: Any, sources: Iterable[str], tokenizer_path: str
+) -> Iterator[Document]:
     """Implements `batches.validation_documents` for text."""
     bad = BadRecords(data.max_bad_records)
-    readers = list(map(open_source, data.validation))
+    readers = list(map(open_source, sources))
     check_texts(readers, tokenizer_path, bad)
 
     def found() -> Iterator[Document]:
