@@ -124,10 +124,8 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
     return tokens, fault
 
 
-def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[dict[str, Any]]:
+def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[Document]:
     """Yields every good document of a source once, in a fixed order.
-
-    Each is {"tokens": int32 [n] without BOS, "bytes": int, "work": str, as in `rows.Document`}.
 
     Raises:
       UserError: the source has no good document, or one bad document too many.
@@ -146,7 +144,7 @@ def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[
             elif len(tokens):
                 empty = False
                 work = reader.work(text.part)
-                yield {"tokens": tokens, "bytes": len(text.content), "work": work}
+                yield Document(reader.source, work, tokens, len(text.content))
     if empty:
         raise UserError(f"config.data: source {reader.source!r} holds no text")
 
@@ -164,10 +162,5 @@ def validation_documents(
     bad = BadRecords(data.max_bad_records)
     readers = list(map(open_source, sources))
     check_texts(readers, tokenizer_path, bad)
-
-    def found() -> Iterator[Document]:
-        for reader in readers:
-            for document in documents(reader, tokenizer_path, bad):
-                yield Document(reader.source, document["work"], document["tokens"])
-
-    return found()
+    of_each = (documents(reader, tokenizer_path, bad) for reader in readers)
+    return itertools.chain.from_iterable(of_each)
