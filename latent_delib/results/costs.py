@@ -15,8 +15,8 @@ from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer
 from latent_delib.results import tables
 from latent_delib.results.entries import Entry, entries, is_control, text_of
-from latent_delib.results.forms import Figure, Row, Table, score
 from latent_delib.results.runs import PERPLEXITY, Result, Runs
+from latent_delib.results.table_format import Figure, Row, Table, score
 from latent_delib.weights import folder
 
 AHEAD = [f"n = {n}" for n in (1, 4, 16, 32)]  # columns

@@ -8,9 +8,9 @@ from typing import Any
 from latent_delib.results import published
 from latent_delib.results.comparisons import COMPARISONS, entries_in, is_decoder, is_paper_method
 from latent_delib.results.entries import Entry, entries, entry_of, label, labels, text_of
-from latent_delib.results.forms import CHANGE, Figure, Row, Table, change, score
 from latent_delib.results.published import Variant
 from latent_delib.results.runs import BENCHMARKS, PERPLEXITY, Result, Runs
+from latent_delib.results.table_format import CHANGE, Figure, Row, Table, change, score
 
 AHEAD = (1, 2, 4, 8, 16, 32)  # n of Table 1
 BY_N = [f"n = {n}" for n in AHEAD]  # columns
