@@ -12,7 +12,7 @@ import sentencepiece
 from latent_delib.data import chat
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
-from latent_delib.machine.files import read_json
+from latent_delib.machine.files import read_json, read_text
 
 # Separates documents. It is BOS where a vocabulary names none (Qwen's), and EOS too where it names
 # neither (GPT-2's).
@@ -118,7 +118,8 @@ class Tokenizer:
         self.vocab_size = model.vocab_size
         self.control = model.control
         self._runs = model.runs
-        self.chat_template = chat.read(self.path)
+        template = self.path.with_name(chat.FILE)
+        self.chat_template = read_text(template) if template.is_file() else None
         self.bos_id = required("BOS", model.bos_id)
         self.eos_id = required("EOS", model.eos_id)
         pads = [model.pad_id, self.eos_id, *sorted(self.control.values()), model.no_text_id]
