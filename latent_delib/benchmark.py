@@ -60,18 +60,10 @@ class Subject(NamedTuple):
 
     def about(self) -> dict[str, Any]:
         """Returns the fields of benchmarks.json that identify the subject of its rows."""
-        r = self.record
         checkpoint = None
         if self.workdir:
-            checkpoint = exported.name_of(self.workdir, r.step)
-        return {
-            "config": r.config,
-            "checkpoint": checkpoint,
-            "step": r.step,
-            "fingerprint": r.fingerprint,
-            "architecture": r.architecture,
-            "assistant": r.assistant,
-        }
+            checkpoint = exported.name_of(self.workdir, self.record.step)
+        return self.record.as_result(checkpoint)
 
 
 def main(flags: Any) -> None:

@@ -15,6 +15,7 @@ folders may be gs://BUCKET/PATH.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -265,9 +266,6 @@ class Job:
             "past_donors": views.count_past_givers(self.view, len(text.pieces)),
             "draws": views.DRAWS,
             **self.origin(found),
-            "fingerprint": self.exp.record.fingerprint,
-            "architecture": self.exp.record.architecture,
-            "assistant": self.exp.record.assistant,
             "text": text.digest(),
             "provenance": on_first(provenance),
         }
@@ -323,21 +321,19 @@ class Job:
         return sums
 
     def origin(self, found: Restored | None) -> dict[str, Any]:
-        """Returns the fields of perplexity.json about the checkpoint.
+        """Returns the fields of perplexity.json that identify the run.
 
         Keys of the config that an evaluation ignores, such as the ahead tokens of training, have
         the checkpoint's values.
         """
+        record = self.exp.record
         if found is None:
-            return {"config": self.exp.record.config, "checkpoint": None, "step": None}
+            return record.as_result(None)
         config = found.meta["config"]
         trained = {key: config[key] for key in ("method", "optimizer", "seed", "train")}
-        trained["data"] = {**self.exp.record.config["data"], "seq_len": config["data"]["seq_len"]}
-        return {
-            "config": {**self.exp.record.config, **trained},
-            "checkpoint": exported.name_of(self.workdir, found.step),
-            "step": found.step,
-        }
+        trained["data"] = {**record.config["data"], "seq_len": config["data"]["seq_len"]}
+        record = dataclasses.replace(record, config={**record.config, **trained}, step=found.step)
+        return record.as_result(exported.name_of(self.workdir, found.step))
 
 
 def write_evaluation(
