@@ -34,6 +34,7 @@ from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
 from tools import extract
 from tools.mixture_sources import SOURCES, Source
+from tools.task_files import SEPARATOR
 
 SPLITS = ("train", "validation", "unseen")  # a paragraph that repeats stays in the first of these
 LICENCES = ("public_domain", "permissive", "copyleft")
@@ -120,7 +121,7 @@ def write_mixture(folder: Path, chosen: dict[str, Source], works: dict[str, Work
             cleaned = list(extract.clean(documents, seen))
             if not cleaned:
                 raise UserError(f"{name} {version}: all of its text is in other works too")
-            content = extract.SEPARATOR.join(cleaned) + "\n"
+            content = SEPARATOR.join(cleaned) + "\n"
             path = f"{split}/{name}.txt"
             (folder / path).write_text(content, encoding="utf-8")
             size = len(content.encode())
