@@ -59,7 +59,6 @@ def convert(
     dtype: str = "",
     size: str = "",
     tokenizer: str = "",
-    architecture: TransformerConfig | None = None,
 ) -> None:
     """Converts one checkpoint; `out` appears only when it is complete.
 
@@ -73,7 +72,6 @@ def convert(
         else becomes float32.
       size: a key of SIZES that the source must have.
       tokenizer: a tokenizer file, for sources that carry none.
-      architecture: the architecture that the source must have, for a size without a name.
 
     Raises:
       UserError: anything wrong with source or arguments, in most cases before a weight is read.
@@ -87,7 +85,7 @@ def convert(
     if "://" in source:
         raise UserError(f"--source={source}: expected a local path; download it, and name that")
     files.check_free(Path(out))
-    wanted = SIZES[size] if size else architecture
+    wanted = SIZES[size] if size else None
     where = folder.named(source)
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
