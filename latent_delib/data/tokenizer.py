@@ -237,14 +237,18 @@ def _read_json(path: Path) -> _Model:
     source = path.with_name("tokenizer_config.json")
     config = read_json(source)
 
+    defaults = {}
+    has_separator = model.token_to_id(_SEPARATOR) is not None
+    if has_separator and config.get("bos_token") is None:
+        defaults = {"bos_token": _SEPARATOR, "eos_token": _SEPARATOR}
+
     def token_id(key: str) -> int | None:
         value = config.get(key)
-        token = value.get("content") if isinstance(value, dict) else value
-        stands_in = key in ("bos_token", "eos_token") and config.get("bos_token") is None
-        if stands_in and value is None and model.token_to_id(_SEPARATOR) is not None:
-            token = _SEPARATOR
-        if token is None and value is None:
+        if value is None:
+            value = defaults.get(key)
+        if value is None:
             return None
+        token = value.get("content") if isinstance(value, dict) else value
         found = model.token_to_id(token) if isinstance(token, str) else None
         if found is None:
             raise UserError(
