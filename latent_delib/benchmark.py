@@ -172,7 +172,7 @@ def _find_subject(flags: Any) -> Subject:
         decoder = flags.decoder
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
         record = Record(config, "")
-    where = folder.locate(decoder)
+    where = folder.find_decoder(decoder)
     architecture = folder.read_config(where).to_dict()
     record = dataclasses.replace(
         record, config=config, fingerprint=folder.fingerprint(where), architecture=architecture

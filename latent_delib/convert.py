@@ -86,7 +86,7 @@ def convert(
         raise UserError(f"--source={source}: expected a local path; download it, and name that")
     files.check_free(Path(out))
     wanted = SIZES[size] if size else None
-    where = folder.named(source)
+    where = folder.local_path(source)
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
             raise UserError(
@@ -154,7 +154,7 @@ def convert_ours(
 
     wanted: the architecture that it must have, or None.
     """
-    folder.locate(str(where))
+    folder.find_decoder(str(where))
     config = folder.read_config(where)
     describe(config, wanted, str(where))
     file = folder.open_tensors(where, config)

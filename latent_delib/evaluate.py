@@ -62,9 +62,9 @@ def main(flags: Any) -> None:
         raise UserError(f"--steps={flags.steps}: expected all, or numbers with commas between")
     if flags.patience < 0:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
-    if exported.locate(flags.workdir) and not flags.out:
+    if exported.find_export(flags.workdir) and not flags.out:
         raise UserError(f"--workdir={flags.workdir}: is an exported coprocessor; name an --out")
-    if exported.locate(flags.workdir) and (flags.watch or flags.steps):
+    if exported.find_export(flags.workdir) and (flags.watch or flags.steps):
         raise UserError(
             f"--workdir={flags.workdir}: is an exported coprocessor, of one step; "
             "leave out --steps and --watch"
@@ -89,7 +89,7 @@ def config_of_training(flags: Any) -> ConfigDict:
     if not flags.workdir:
         raise UserError("--workdir is missing: of a training job")
     workdir = os.path.expanduser(flags.workdir)
-    where = exported.locate(workdir)
+    where = exported.find_export(workdir)
     if where is not None:
         meta = exported.read_fields(where, flags.step)["record"]
     else:
@@ -188,7 +188,7 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
       UserError: there is no checkpoint, or it is damaged.
       OtherRun: the workdir is of another decoder or method.
     """
-    where = exported.locate(workdir)
+    where = exported.find_export(workdir)
     if where is not None:
         meta = exported.read_fields(where, step)["record"]
         _require_same(exp, meta, workdir)

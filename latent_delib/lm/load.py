@@ -117,7 +117,7 @@ def load_decoder(
     name = arguments.path("path", path)
     dtype = inputs.checked_dtype(dtype)
     mesh = mesh or build.one_device()
-    where = folder.named(name)
+    where = folder.local_path(name)
     if folder.is_theirs(where):
         return _load_theirs(where, dtype, mesh)
     folder.check_ours(where, name)
@@ -173,7 +173,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     workdir = arguments.path("workdir", workdir)
     if step is not None:
         step = arguments.whole("step", step, 0)
-    where = exported.locate(workdir)
+    where = exported.find_export(workdir)
     if where is not None:
         return _exported(where, step)
     checkpoints, meta = checkpoint.open_for_reading(workdir, step)
@@ -190,7 +190,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
         params = lora.lay_over(start.params, params)
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
-        fingerprint = folder.fingerprint(folder.locate(decoder_of(workdir, record)))
+        fingerprint = folder.fingerprint(folder.find_decoder(decoder_of(workdir, record)))
     return _of_record(params, record, fingerprint)
 
 
@@ -263,7 +263,7 @@ def read_record(workdir: str, step: int | None = None) -> Record:
     Raises:
       UserError: no such checkpoint; an exported coprocessor of an older version.
     """
-    where = exported.locate(workdir)
+    where = exported.find_export(workdir)
     if where is not None:
         return Record.from_meta(exported.read_fields(where, step)["record"], workdir)
     checkpoints, meta = checkpoint.open_for_reading(workdir, step)
@@ -297,7 +297,7 @@ def decoder_of(workdir: str, record: Record) -> str:
             f"{workdir}: trained with config.decoder.path='', "
             "on random weights that no folder holds; train on a decoder folder"
         )
-    own = folder.tokenizer_path(folder.locate(path))
+    own = folder.tokenizer_path(folder.find_decoder(path))
     if record["decoder.tokenizer"] != tokenizer.fingerprint(own):
         raise UserError(f"{workdir}: trained with another tokenizer than {own}, the decoder's")
     return path

@@ -85,7 +85,7 @@ def architecture_of(result: Result) -> TransformerConfig | None:
         with suppress(UserError):  # incomplete
             return TransformerConfig.from_dict(fields or {}, str(result.path))
     with suppress(UserError):  # no such folder on this machine
-        decoder = folder.locate(record["decoder.path"])
+        decoder = folder.find_decoder(record["decoder.path"])
         if folder.fingerprint(decoder) == record.fingerprint:
             return folder.read_config(decoder)
     return None

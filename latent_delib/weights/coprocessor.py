@@ -36,18 +36,18 @@ OWN = ("soft_tokens", "keys", "values", "keys_in", "values_in", "latents_out")
 FIELDS = {"fingerprint": str, "architecture": dict, "record": dict}
 
 
-def locate(workdir: str) -> Path | None:
+def find_export(workdir: str) -> Path | None:
     """Returns the folder of an exported coprocessor; None where it is a training job's workdir.
 
     "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
     """
-    where = PACKAGED if workdir == "packaged" else hub.located(workdir)
+    where = PACKAGED if workdir == "packaged" else hub.download(workdir)
     return where if (where / FILE).is_file() else None
 
 
 def name_of(workdir: str, step: int) -> str:
     """Returns the path of a job's checkpoint, or `workdir` where it is an exported coprocessor."""
-    if locate(workdir) is not None:
+    if find_export(workdir) is not None:
         return workdir
     return str(epath.Path(workdir) / "checkpoints" / str(step))
 

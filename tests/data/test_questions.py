@@ -18,7 +18,7 @@ ROW = {"question": "What is 3 + 4?", "answer": "7", "steps": "3 + 4\nis 7,"}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(folder.tokenizer_path(folder.locate("packaged")))
+    return Tokenizer(folder.tokenizer_path(folder.find_decoder("packaged")))
 
 
 def line(**changes):
