@@ -93,7 +93,7 @@ def convert(
                 f"{source}: is a coprocessor; leave out --to, --dtype, --size and --tokenizer"
             )
         return export_coprocessor(source, Path(out))
-    with files.whole(Path(out)) as partial_:
+    with files.atomic_folder(Path(out)) as partial_:
         if folder.is_ours(where):
             if tokenizer:
                 raise UserError(

@@ -29,7 +29,7 @@ import latent_delib
 from latent_delib.errors import UserError
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
-from latent_delib.machine.files import whole
+from latent_delib.machine.files import atomic_folder
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
 from tools import extract
@@ -80,7 +80,7 @@ def make_mixture(out: str, licences: str, budget: float) -> None:
                 f"{program} is not installed; Debian's apt, dpkg, groff and perl are needed"
             )
     chosen = {package: source for package, source in SOURCES.items() if source.group in groups}
-    with whole(Path(out)) as folder, tempfile.TemporaryDirectory() as scratch:
+    with atomic_folder(Path(out)) as folder, tempfile.TemporaryDirectory() as scratch:
         progress = Progress("read", len(chosen), "packages")
         works: dict[str, Work] = {}
         with ProcessPoolExecutor() as pool:

@@ -25,7 +25,7 @@ from pathlib import Path
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments, commands
 from latent_delib.machine.command_line import REQUIRED
-from latent_delib.machine.files import whole
+from latent_delib.machine.files import atomic_folder
 from latent_delib.machine.progress import Progress
 from tools import task_files
 
@@ -159,7 +159,7 @@ def make_problems(out: str, kinds: Sequence[str], train: int, test: int) -> None
             raise UserError(f"--kinds: {kind!r}: expected some of {', '.join(KINDS)}")
     progress = Progress("made", len(kinds) * (train + test), "problems")
     done = 0
-    with whole(Path(out)) as folder:
+    with atomic_folder(Path(out)) as folder:
         for kind in kinds:
             problems = different(kind, KINDS[kind])
             for split, count in (("test", test), ("train", train)):

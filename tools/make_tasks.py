@@ -24,7 +24,7 @@ import latent_delib
 from latent_delib.errors import UserError
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
-from latent_delib.machine.files import whole
+from latent_delib.machine.files import atomic_folder
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
 from tools import task_files
@@ -226,7 +226,7 @@ def make_tasks(out: str) -> None:
     progress = Progress("made", total, "problems")
     done = 0
     lines = []
-    with whole(Path(out)) as folder:
+    with atomic_folder(Path(out)) as folder:
         for name, (make, _, splits) in TASKS.items():
             made: dict[str, list[Row]] = {}
             seen: set[str] = set()  # the test split comes first: no question of it is taught

@@ -61,7 +61,7 @@ def prepare(config: Any, out: str) -> dict:
     text.check_texts(readers.values(), tokenizer_path, bad)
 
     # A store renames nothing, so only meta.json marks a folder on it as finished.
-    whole = contextlib.nullcontext(out) if "://" in out else files.whole(Path(out))
+    whole = contextlib.nullcontext(out) if "://" in out else files.atomic_folder(Path(out))
     with whole as directory:
         for split in SPLITS:
             for number, entry in enumerate(meta[split]):

@@ -79,7 +79,7 @@ def save(
             ours = [leaves[t.leaf][... if t.layer is None else t.layer] for t in parts]
             yield parts[0].to_theirs(ours)
 
-    with files.whole(out) as partial:
+    with files.atomic_folder(out) as partial:
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})
         fields = {"format": FORMAT, **fields, "architecture": config.to_dict()}
         (partial / FILE).write_text(json.dumps(fields, indent=2) + "\n")

@@ -51,20 +51,20 @@ def test_a_device_reads_its_own_part(decoder_folder, monkeypatch):
 
 def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypatch):
     out = tmp_path / "decoder"
-    with pytest.raises(OSError), files.whole(out) as partial:
+    with pytest.raises(OSError), files.atomic_folder(out) as partial:
         (partial / "config.json").write_text("{}")
         raise OSError("the disk is full")
     assert not list(tmp_path.iterdir())
     shutil.copytree(decoder_folder, out)
     before = folder.fingerprint(out)
-    with pytest.raises(OSError), files.whole(out, replace=True) as partial:
+    with pytest.raises(OSError), files.atomic_folder(out, replace=True) as partial:
         (partial / "config.json").write_text("{}")
         raise OSError("the disk is full")
     assert folder.fingerprint(out) == before and [p.name for p in tmp_path.iterdir()] == ["decoder"]
     with (
         monkeypatch.context() as patch,
         pytest.raises(OSError),
-        files.whole(out, replace=True) as partial,
+        files.atomic_folder(out, replace=True) as partial,
     ):
         rename = type(partial).rename
 
@@ -75,7 +75,7 @@ def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypa
 
         patch.setattr(type(partial), "rename", fails)
     assert folder.fingerprint(out) == before and [p.name for p in tmp_path.iterdir()] == ["decoder"]
-    with files.whole(out, replace=True) as partial:
+    with files.atomic_folder(out, replace=True) as partial:
         (partial / "config.json").write_text("{}")
     assert [p.name for p in out.iterdir()] == ["config.json"] and [
         p.name for p in tmp_path.iterdir()
