@@ -34,7 +34,6 @@ from latent_delib.errors import UserError, reason, store_error
 
 FORMAT = 3
 KEYS = {"format", "seq_len", "tokenizer_sha256", "train", "validation"}  # in every meta.json
-FIELDS = {"train": "sources", "validation": "validation"}  # split -> its key in config.data
 AGAIN = "copy the token files again, or prepare them again"
 _FILE = 1 << 22  # numbers in a file, such as tokens
 _CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
@@ -293,7 +292,7 @@ def _open(
     for source in sources:
         if source not in numbers:
             raise UserError(
-                f"config.data.{FIELDS[split]}: {source!r} is not in {where}, which has "
+                f"config.data: source {source!r} is not in {where}, which has "
                 f"{', '.join(map(repr, numbers))}; name sources as they were when it was prepared"
             )
         name = f"{split}/{numbers[source]}"
