@@ -4,7 +4,8 @@ PUBLISHED are the benchmarks of Liu et al. 2025, Table 2; they need the network 
 data. OFFLINE are made locally by `make_tasks`. `benchmark` reads this file, or another of the same
 form with --table=FILE.
 
-  task       a task or group of the harness; in a group every document counts the same
+  task       a task or group of the harness, where its name is not the benchmark's; in a group every
+             document counts the same
   shots      worked examples in the prompt
   metric     by its name in the harness; reported in percent, except for bits_per_byte
   filter     which reading of a generated answer counts, where the harness has several
@@ -16,7 +17,7 @@ All metrics of a task are in OUT/samples.
 """
 
 PUBLISHED = {
-    "mmlu": {"task": "mmlu", "shots": 5, "metric": "acc"},
+    "mmlu": {"shots": 5, "metric": "acc"},
     # gsm8k_cot has the usual eight worked examples, fixed; the harness's gsm8k draws five from the
     # training set. The last number of an answer counts: only this reading suits the decoder,
     # latents and zero-shot CoT alike.
@@ -26,18 +27,17 @@ PUBLISHED = {
         "metric": "exact_match",
         "filter": "flexible-extract",
     },
-    "drop": {"task": "drop", "shots": 3, "metric": "f1"},
-    "arc_easy": {"task": "arc_easy", "shots": 0, "metric": "acc"},
-    "arc_challenge": {"task": "arc_challenge", "shots": 0, "metric": "acc_norm"},
+    "drop": {"shots": 3, "metric": "f1"},
+    "arc_easy": {"shots": 0, "metric": "acc"},
+    "arc_challenge": {"shots": 0, "metric": "acc_norm"},
     "math": {"task": "minerva_math", "shots": 4, "metric": "exact_match"},
-    "winogrande": {"task": "winogrande", "shots": 0, "metric": "acc"},
-    "piqa": {"task": "piqa", "shots": 0, "metric": "acc"},
+    "winogrande": {"shots": 0, "metric": "acc"},
+    "piqa": {"shots": 0, "metric": "acc"},
     "siqa": {"task": "social_iqa", "shots": 0, "metric": "acc"},
-    "hellaswag": {"task": "hellaswag", "shots": 0, "metric": "acc_norm"},
-    "boolq": {"task": "boolq", "shots": 0, "metric": "acc"},
-    "mbpp": {"task": "mbpp", "shots": 3, "metric": "pass_at_1", "runs_code": True},
+    "hellaswag": {"shots": 0, "metric": "acc_norm"},
+    "boolq": {"shots": 0, "metric": "acc"},
+    "mbpp": {"shots": 3, "metric": "pass_at_1", "runs_code": True},
     "humaneval": {
-        "task": "humaneval",
         "shots": 0,
         "metric": "pass@1",
         "filter": "create_test",
@@ -46,34 +46,19 @@ PUBLISHED = {
     # The English part. It has no training split: examples are other documents of the test split.
     "agieval": {"task": "agieval_en", "shots": 3, "metric": "acc"},
     "bbh": {"task": "bbh_cot_fewshot", "shots": 3, "metric": "exact_match", "filter": "get-answer"},
-    "triviaqa": {
-        "task": "triviaqa",
-        "shots": 5,
-        "metric": "exact_match",
-        "filter": "remove_whitespace",
-    },
+    "triviaqa": {"shots": 5, "metric": "exact_match", "filter": "remove_whitespace"},
     "nq": {"task": "nq_open", "shots": 5, "metric": "exact_match", "filter": "remove_whitespace"},
 }
 
 OFFLINE = {
-    "gsm_symbolic": {
-        "task": "gsm_symbolic",
-        "shots": 4,
-        "metric": "exact_match",
-        "filter": "answer",
-    },
-    "chain_sum": {"task": "chain_sum", "shots": 4, "metric": "exact_match", "filter": "answer"},
-    "basic_arithmetic": {
-        "task": "basic_arithmetic",
-        "shots": 4,
-        "metric": "exact_match",
-        "filter": "answer",
-    },
-    "chain_sum_choice": {"task": "chain_sum_choice", "shots": 4, "metric": "acc"},
-    "countdown": {"task": "countdown", "shots": 4, "metric": "acc"},
-    "syllogism": {"task": "syllogism", "shots": 4, "metric": "acc"},
-    "next_sentence": {"task": "next_sentence", "shots": 0, "metric": "acc_norm"},
-    "held_out_text": {"task": "held_out_text", "shots": 0, "metric": "bits_per_byte"},
+    "gsm_symbolic": {"shots": 4, "metric": "exact_match", "filter": "answer"},
+    "chain_sum": {"shots": 4, "metric": "exact_match", "filter": "answer"},
+    "basic_arithmetic": {"shots": 4, "metric": "exact_match", "filter": "answer"},
+    "chain_sum_choice": {"shots": 4, "metric": "acc"},
+    "countdown": {"shots": 4, "metric": "acc"},
+    "syllogism": {"shots": 4, "metric": "acc"},
+    "next_sentence": {"shots": 0, "metric": "acc_norm"},
+    "held_out_text": {"shots": 0, "metric": "bits_per_byte"},
 }
 
 # The beginning of each answer of model zero_shot_cot, without worked examples (in the paper, on

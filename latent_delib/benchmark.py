@@ -60,18 +60,10 @@ class Subject(NamedTuple):
 
     def about(self) -> dict[str, Any]:
         """Returns the fields of benchmarks.json that identify the subject of its rows."""
-        r = self.record
         checkpoint = None
         if self.workdir:
-            checkpoint = exported.name_of(self.workdir, r.step)
-        return {
-            "config": r.config,
-            "checkpoint": checkpoint,
-            "step": r.step,
-            "fingerprint": r.fingerprint,
-            "architecture": r.architecture,
-            "assistant": r.assistant,
-        }
+            checkpoint = exported.name_of(self.workdir, self.record.step)
+        return self.record.as_result(checkpoint)
 
 
 def main(flags: Any) -> None:
@@ -82,11 +74,12 @@ def main(flags: Any) -> None:
     subject = _find_subject(flags)
     rows = _read_rows(epath.Path(flags.out) / FILE, subject)
     harness = _import_harness(flags.confirm_run_unsafe_code)
-    tasks = _load_tasks(harness, chosen, table, flags)
+    tasks = _load_tasks(harness, chosen, flags)
     wanted = []
     for name, row in chosen.items():
         for model in _split(flags.model):
-            wanted.append(_asked(name, row, model, harness.kinds(tasks[name]), table, flags))
+            kinds = harness.kinds(tasks[name])
+            wanted.append(_wanted_row(name, row, model, kinds, table["COT"], flags))
     _check_joins(wanted, flags)
     missing = [asked for asked in wanted if not _is_there(rows, asked, flags.out)]
     if missing:
@@ -114,11 +107,15 @@ def _split(names: str) -> list[str]:
 
 
 def _chosen(table: dict[str, Any], benchmarks: str) -> dict[str, Row]:
-    """Returns the rows of the table that --benchmarks names, in its order."""
-    published = table["PUBLISHED"]
-    offline = table["OFFLINE"]
-    sets = {"published": published, "offline": offline}
-    for name, row in (published | offline).items():
+    """Returns the rows of the table that --benchmarks names, in its order.
+
+    Each says its task, and its set: "published", "offline" or "questions".
+    """
+    sets: dict[str, dict[str, Row]] = {"published": {}, "offline": {}}
+    for each, rows in sets.items():
+        for name, row in table[each.upper()].items():
+            rows[name] = {"set": each, "task": name} | row
+    for name, row in (sets["published"] | sets["offline"]).items():
         sets[name] = {name: row}
     chosen: dict[str, Row] = {}
     for name in _split(benchmarks):
@@ -126,7 +123,8 @@ def _chosen(table: dict[str, Any], benchmarks: str) -> dict[str, Row]:
             stem = Path(name.removeprefix(QUESTIONS)).stem
             if stem in sets or stem in chosen:
                 raise UserError(f"--benchmarks={name}: there is another {stem}; rename the file")
-            chosen[stem] = {"task": name, "shots": 0, "metric": "exact_match"}
+            row = {"set": "questions", "task": name}
+            chosen[stem] = row | {"shots": 0, "metric": "exact_match"}
             continue
         if name not in sets:
             raise UserError(f"--benchmarks={name}: there are {', '.join(sets)}, and qa:FILE")
@@ -174,7 +172,7 @@ def _find_subject(flags: Any) -> Subject:
         decoder = flags.decoder
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
         record = Record(config, "")
-    where = folder.locate(decoder)
+    where = folder.find_decoder(decoder)
     architecture = folder.read_config(where).to_dict()
     record = dataclasses.replace(
         record, config=config, fingerprint=folder.fingerprint(where), architecture=architecture
@@ -196,9 +194,7 @@ def _import_harness(unsafe_code: bool) -> ModuleType:
     return harness
 
 
-def _load_tasks(
-    harness: ModuleType, chosen: dict[str, Row], table: dict[str, Any], flags: Any
-) -> dict[str, Any]:
+def _load_tasks(harness: ModuleType, chosen: dict[str, Row], flags: Any) -> dict[str, Any]:
     """Loads the tasks and their data, by the name of the benchmark.
 
     Raises:
@@ -206,9 +202,9 @@ def _load_tasks(
     """
     loaded = {}
     for name, row in chosen.items():
-        if name in table["OFFLINE"]:
+        if row["set"] == "offline":
             loaded[name] = harness.load_local_task(row["task"], flags.tasks)
-        elif row["task"].startswith(QUESTIONS):
+        elif row["set"] == "questions":
             loaded[name] = harness.load_questions(row["task"].removeprefix(QUESTIONS))
         else:
             loaded[name] = harness.load_public_task(row["task"])
@@ -223,17 +219,18 @@ def _load_tasks(
 # Rows: the part known in advance, the rows of earlier calls, a new row.
 
 
-def _asked(
-    name: str, row: Row, model: str, kinds: set[str], table: dict[str, Any], flags: Any
-) -> Row:
+def _wanted_row(name: str, row: Row, model: str, kinds: set[str], cot: str, flags: Any) -> Row:
     """Returns the part of a row of benchmarks.json that is known before it is made.
 
     Args:
       name, row: the benchmark's name and its row of the table.
+      model: one of MODELS.
       kinds: the kinds of its questions; see `harness.kinds`.
+      cot: the words of zero-shot CoT.
+      flags: of the command line.
     """
     is_cot = model == "zero_shot_cot"
-    if is_cot and (kinds != {"generate_until"} or row["task"].startswith(QUESTIONS)):
+    if is_cot and (kinds != {"generate_until"} or row["set"] == "questions"):
         raise UserError(
             f"--model=zero_shot_cot: {name} has choices, text to score or replies that are the "
             "answer alone; no reasoning can be written"
@@ -249,8 +246,8 @@ def _asked(
         "task": row["task"],
         "metric": row["metric"],
         "filter": row.get("filter", "none"),
-        "cot": table["COT"] if is_cot else "",
-        "data": _digest(name, row["task"], table, flags),
+        "cot": cot if is_cot else "",
+        "data": _digest(row, flags),
         "max_length": flags.max_length,
         "limit": flags.limit,
     }
@@ -264,14 +261,14 @@ def _check_joins(wanted: Sequence[Row], flags: Any) -> None:
             raise UserError(f"--{key}={value}: no selected row supports it; leave it out")
 
 
-def _digest(name: str, task: str, table: dict[str, Any], flags: Any) -> str | None:
+def _digest(row: Row, flags: Any) -> str | None:
     """Returns the SHA-256 of the files of a task, hex; None for one of the harness's own."""
-    if task.startswith(QUESTIONS):
-        files_of_task = [epath.Path(task.removeprefix(QUESTIONS))]
-    elif name in table["OFFLINE"]:
-        files_of_task = sorted(epath.Path(flags.tasks).glob(f"{task}.*"))
-    else:
+    if row["set"] == "published":
         return None
+    if row["set"] == "questions":
+        files_of_task = [epath.Path(row["task"].removeprefix(QUESTIONS))]
+    else:
+        files_of_task = sorted(epath.Path(flags.tasks).glob(f"{row['task']}.*"))
     total = hashlib.sha256()
     for file in files_of_task:
         total.update(hashlib.sha256(file.read_bytes()).digest())

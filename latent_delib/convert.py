@@ -59,7 +59,6 @@ def convert(
     dtype: str = "",
     size: str = "",
     tokenizer: str = "",
-    architecture: TransformerConfig | None = None,
 ) -> None:
     """Converts one checkpoint; `out` appears only when it is complete.
 
@@ -73,7 +72,6 @@ def convert(
         else becomes float32.
       size: a key of SIZES that the source must have.
       tokenizer: a tokenizer file, for sources that carry none.
-      architecture: the architecture that the source must have, for a size without a name.
 
     Raises:
       UserError: anything wrong with source or arguments, in most cases before a weight is read.
@@ -87,15 +85,15 @@ def convert(
     if "://" in source:
         raise UserError(f"--source={source}: expected a local path; download it, and name that")
     files.check_free(Path(out))
-    wanted = SIZES[size] if size else architecture
-    where = folder.named(source)
+    wanted = SIZES[size] if size else None
+    where = folder.local_path(source)
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
             raise UserError(
                 f"{source}: is a coprocessor; leave out --to, --dtype, --size and --tokenizer"
             )
         return export_coprocessor(source, Path(out))
-    with files.whole(Path(out)) as partial_:
+    with files.atomic_folder(Path(out)) as partial_:
         if folder.is_ours(where):
             if tokenizer:
                 raise UserError(
@@ -156,7 +154,7 @@ def convert_ours(
 
     wanted: the architecture that it must have, or None.
     """
-    folder.locate(str(where))
+    folder.find_decoder(str(where))
     config = folder.read_config(where)
     describe(config, wanted, str(where))
     file = folder.open_tensors(where, config)
@@ -223,11 +221,9 @@ def export_coprocessor(workdir: str, out: Path) -> None:
         below = {"decoder": load.load_decoder(load.decoder_of(workdir, record)).params}
         below |= load.load_assistant(trained)
         params = augment.assemble(below, {"coprocessor": params})["coprocessor"]
-    copied = ("method", "num_latents", "placement", "step", "fingerprint")
-    fields = {name: getattr(trained, name) for name in copied}
     method = {**record.config["method"], "lora_rank": 0, "start": ""}  # without adapters now
     whole = dataclasses.replace(record, config={**record.config, "method": method})
-    fields["record"] = whole.meta()
+    fields = {"fingerprint": trained.fingerprint, "record": whole.meta()}
     config = trained.architecture or TransformerConfig.from_dict(record.architecture, workdir)
     trains_decoder = METHODS[trained.method].trains_decoder
     decoder = f"{workdir}/decoder" if trains_decoder else record["decoder.path"]

@@ -15,6 +15,7 @@ folders may be gs://BUCKET/PATH.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -61,9 +62,9 @@ def main(flags: Any) -> None:
         raise UserError(f"--steps={flags.steps}: expected all, or numbers with commas between")
     if flags.patience < 0:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
-    if exported.locate(flags.workdir) and not flags.out:
+    if exported.find_export(flags.workdir) and not flags.out:
         raise UserError(f"--workdir={flags.workdir}: is an exported coprocessor; name an --out")
-    if exported.locate(flags.workdir) and (flags.watch or flags.steps):
+    if exported.find_export(flags.workdir) and (flags.watch or flags.steps):
         raise UserError(
             f"--workdir={flags.workdir}: is an exported coprocessor, of one step; "
             "leave out --steps and --watch"
@@ -88,7 +89,7 @@ def config_of_training(flags: Any) -> ConfigDict:
     if not flags.workdir:
         raise UserError("--workdir is missing: of a training job")
     workdir = os.path.expanduser(flags.workdir)
-    where = exported.locate(workdir)
+    where = exported.find_export(workdir)
     if where is not None:
         meta = exported.read_fields(where, flags.step)["record"]
     else:
@@ -187,7 +188,7 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
       UserError: there is no checkpoint, or it is damaged.
       OtherRun: the workdir is of another decoder or method.
     """
-    where = exported.locate(workdir)
+    where = exported.find_export(workdir)
     if where is not None:
         meta = exported.read_fields(where, step)["record"]
         _require_same(exp, meta, workdir)
@@ -265,9 +266,6 @@ class Job:
             "past_donors": views.count_past_givers(self.view, len(text.pieces)),
             "draws": views.DRAWS,
             **self.origin(found),
-            "fingerprint": self.exp.record.fingerprint,
-            "architecture": self.exp.record.architecture,
-            "assistant": self.exp.record.assistant,
             "text": text.digest(),
             "provenance": on_first(provenance),
         }
@@ -323,21 +321,19 @@ class Job:
         return sums
 
     def origin(self, found: Restored | None) -> dict[str, Any]:
-        """Returns the fields of perplexity.json about the checkpoint.
+        """Returns the fields of perplexity.json that identify the run.
 
         Keys of the config that an evaluation ignores, such as the ahead tokens of training, have
         the checkpoint's values.
         """
+        record = self.exp.record
         if found is None:
-            return {"config": self.exp.record.config, "checkpoint": None, "step": None}
+            return record.as_result(None)
         config = found.meta["config"]
         trained = {key: config[key] for key in ("method", "optimizer", "seed", "train")}
-        trained["data"] = {**self.exp.record.config["data"], "seq_len": config["data"]["seq_len"]}
-        return {
-            "config": {**self.exp.record.config, **trained},
-            "checkpoint": exported.name_of(self.workdir, found.step),
-            "step": found.step,
-        }
+        trained["data"] = {**record.config["data"], "seq_len": config["data"]["seq_len"]}
+        record = dataclasses.replace(record, config={**record.config, **trained}, step=found.step)
+        return record.as_result(exported.name_of(self.workdir, found.step))
 
 
 def write_evaluation(

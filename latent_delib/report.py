@@ -26,7 +26,7 @@ from latent_delib.machine.command_line import FOLDERS, REQUIRED
 from latent_delib.results import costs, figures, published, runs, tables
 from latent_delib.results.against import compare
 from latent_delib.results.figures import Picture
-from latent_delib.results.forms import Figure, Table, as_csv, markdown
+from latent_delib.results.table_format import Figure, Table, as_csv, markdown
 
 LONGEST = 512  # tokens of --text: the pictures have a column for each
 AHEAD = 12  # last tokens of --text, which --look reads after the latents

@@ -196,7 +196,7 @@ def make_decoder(tokenizer_path, once):
         params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), architecture)
         leaves = folder.by_name(params)
         entries = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-        with files.whole(path) as partial:
+        with files.atomic_folder(path) as partial:
             folder.copy_tokenizer(tokenizer_path, partial)
             folder.write_model(
                 partial, architecture, entries, (np.asarray(leaf) for leaf in leaves.values())

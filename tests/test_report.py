@@ -19,7 +19,16 @@ import latent_delib as ld
 from latent_delib import convert, evaluate, report
 from latent_delib.delib.coprocessor import Inserted
 from latent_delib.job import estimate, experiment
-from latent_delib.results import against, costs, entries, figures, forms, published, runs, tables
+from latent_delib.results import (
+    against,
+    costs,
+    entries,
+    figures,
+    published,
+    runs,
+    table_format,
+    tables,
+)
 from tools import pack_results
 
 FINGERPRINT = "ab12cd34ef56" + 52 * "0"
@@ -530,7 +539,7 @@ def test_published_figures_agree_with_each_other():
 def test_markdown_and_csv(by_name, out):
     table = by_name["1_perplexity"]
     markdown = (out / "1_perplexity.md").read_text()
-    assert markdown == forms.markdown(table)
+    assert markdown == table_format.markdown(table)
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len(lines) == len(table.rows) + 2
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(table.columns) + 1}, (
@@ -598,7 +607,7 @@ def test_the_stored_runs_open(tmp_path):
     found = runs.find([str(DOCS / "results" / "lab")])
     (of,) = (result for result in found.perplexity if result.path.parent.name == "overlay@0")
     row = next(row for row in of.data["rows"] if row["n"] == 16)
-    assert str(forms.change(row)) == "-0.41% [-0.60, -0.21]"
+    assert str(table_format.change(row)) == "-0.41% [-0.60, -0.21]"
     assert (of.method["name"], of.step, of.read_documents()["tokens"].shape) == (
         "cache_augmentation",
         8000,

@@ -26,8 +26,9 @@ from pathlib import Path
 
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
-from tools.extract import SEPARATOR, SHORTEST, clean, debian, pieces, read, sample
+from tools.extract import SHORTEST, clean, debian, pieces, read, sample
 from tools.mixture_sources import SOURCES
+from tools.task_files import write_documents
 
 HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
 PROSE = Path(__file__).with_name("prose")
@@ -226,8 +227,7 @@ def write_excerpts(split: str, work: str, documents: Sequence[str]) -> None:
 
 def write(file: Path, documents: Sequence[str]) -> None:
     """Writes the file of a work."""
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(SEPARATOR.join(documents) + "\n", encoding="utf-8")
+    write_documents(file, documents)
     print(f"{file.stem:28} {len(documents):5} documents {file.stat().st_size:9} bytes", flush=True)
 
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from lxml import html
 
 from latent_delib.errors import UserError
+from tools.task_files import SEPARATOR
 
 Pages = dict[str, Callable[[], list[str]]]
 
 SHORTEST, LONGEST = 500, 30_000  # characters of a document
 REPEATED = 60  # a paragraph of at least this many characters is kept only where it is first met
-SEPARATOR = "\n\f\n"  # between the documents of a file
 ENTRIES = 200  # of a dictionary, on a page
 
 

@@ -29,11 +29,12 @@ import latent_delib
 from latent_delib.errors import UserError
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
-from latent_delib.machine.files import whole
+from latent_delib.machine.files import atomic_folder
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
 from tools import extract
 from tools.mixture_sources import SOURCES, Source
+from tools.task_files import SEPARATOR
 
 SPLITS = ("train", "validation", "unseen")  # a paragraph that repeats stays in the first of these
 LICENCES = ("public_domain", "permissive", "copyleft")
@@ -79,7 +80,7 @@ def make_mixture(out: str, licences: str, budget: float) -> None:
                 f"{program} is not installed; Debian's apt, dpkg, groff and perl are needed"
             )
     chosen = {package: source for package, source in SOURCES.items() if source.group in groups}
-    with whole(Path(out)) as folder, tempfile.TemporaryDirectory() as scratch:
+    with atomic_folder(Path(out)) as folder, tempfile.TemporaryDirectory() as scratch:
         progress = Progress("read", len(chosen), "packages")
         works: dict[str, Work] = {}
         with ProcessPoolExecutor() as pool:
@@ -120,7 +121,7 @@ def write_mixture(folder: Path, chosen: dict[str, Source], works: dict[str, Work
             cleaned = list(extract.clean(documents, seen))
             if not cleaned:
                 raise UserError(f"{name} {version}: all of its text is in other works too")
-            content = extract.SEPARATOR.join(cleaned) + "\n"
+            content = SEPARATOR.join(cleaned) + "\n"
             path = f"{split}/{name}.txt"
             (folder / path).write_text(content, encoding="utf-8")
             size = len(content.encode())

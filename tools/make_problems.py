@@ -16,7 +16,6 @@ No problem is there twice. The same counts give the same files.
 """
 
 import itertools
-import json
 import random
 import re
 from collections import defaultdict
@@ -26,8 +25,9 @@ from pathlib import Path
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments, commands
 from latent_delib.machine.command_line import REQUIRED
-from latent_delib.machine.files import whole
+from latent_delib.machine.files import atomic_folder
 from latent_delib.machine.progress import Progress
+from tools import task_files
 
 Problem = tuple[str, str]  # question, answer
 
@@ -116,7 +116,6 @@ ASKED = {
     "target_delimiter": "",
     "generation_kwargs": {"until": ["."], "max_gen_toks": 32, "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    "metadata": {"version": 1.0},
 }
 
 
@@ -160,23 +159,17 @@ def make_problems(out: str, kinds: Sequence[str], train: int, test: int) -> None
             raise UserError(f"--kinds: {kind!r}: expected some of {', '.join(KINDS)}")
     progress = Progress("made", len(kinds) * (train + test), "problems")
     done = 0
-    with whole(Path(out)) as folder:
+    with atomic_folder(Path(out)) as folder:
         for kind in kinds:
             problems = different(kind, KINDS[kind])
             for split, count in (("test", test), ("train", train)):
                 some = list(itertools.islice(problems, count))
-                write_text(folder / "text" / split / f"{kind}.txt", some)
+                documents = (f"{question}{answer}." for question, answer in some)
+                task_files.write_documents(folder / "text" / split / f"{kind}.txt", documents)
                 if split == "test":
                     write_benchmarks(folder, kind, some)
                 done += count
                 progress(done)
-
-
-def write_text(path: Path, problems: list[Problem]) -> None:
-    """Writes a document for each problem."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    documents = [f"{question}{answer}." for question, answer in problems]
-    path.write_text("\n\f\n".join(documents) + "\n", encoding="utf-8")
 
 
 def benchmark_of(kind: str, question: str) -> str:
@@ -187,22 +180,12 @@ def benchmark_of(kind: str, question: str) -> str:
 
 def write_benchmarks(folder: Path, kind: str, problems: list[Problem]) -> None:
     """Writes the tasks of a kind for the harness, and their problems."""
-    import yaml
-
-    lines = defaultdict(list)
+    rows = defaultdict(list)
     for question, answer in problems:
         row = {"question": question, "answer": answer}
-        lines[benchmark_of(kind, question)].append(json.dumps(row) + "\n")
-    for name in lines:
-        file = f"{name}.test.jsonl"
-        settings = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": file}},
-            "test_split": "test",
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings | ASKED, sort_keys=False))
-        (folder / file).write_text("".join(lines[name]), encoding="utf-8")
+        rows[benchmark_of(kind, question)].append(row)
+    for name, some in rows.items():
+        task_files.write_task(folder, name, {"test": some}, ASKED)
 
 
 if __name__ == "__main__":

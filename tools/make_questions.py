@@ -32,7 +32,7 @@ from typing import NamedTuple
 from latent_delib.data.questions import Question
 from latent_delib.machine import arguments, commands
 from latent_delib.machine.command_line import REQUIRED
-from latent_delib.machine.files import whole
+from latent_delib.machine.files import atomic_folder
 from latent_delib.machine.progress import Progress
 from tools.make_problems import different
 
@@ -252,7 +252,7 @@ def make_questions(out: str, train: int, test: int) -> None:
     arguments.whole("--test", test, 0)
     progress = Progress("made", len(KINDS) * (train + test), "questions")
     done = 0
-    with whole(Path(out)) as folder:
+    with atomic_folder(Path(out)) as folder:
         for kind, make in KINDS.items():
             questions = different(kind, make)
             for split, count in (("test", test), ("train", train)):

@@ -24,9 +24,10 @@ import latent_delib
 from latent_delib.errors import UserError
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
-from latent_delib.machine.files import whole
+from latent_delib.machine.files import atomic_folder
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
+from tools import task_files
 
 Row = dict[str, Any]
 
@@ -225,7 +226,7 @@ def make_tasks(out: str) -> None:
     progress = Progress("made", total, "problems")
     done = 0
     lines = []
-    with whole(Path(out)) as folder:
+    with atomic_folder(Path(out)) as folder:
         for name, (make, _, splits) in TASKS.items():
             made: dict[str, list[Row]] = {}
             seen: set[str] = set()  # the test split comes first: no question of it is taught
@@ -260,28 +261,14 @@ def _new(rows: Iterator[Row], seen: set[str]) -> Iterator[Row]:
 
 
 def write_task(folder: Path, name: str, rows: dict[str, list[Row]]) -> None:
-    """Writes the settings of a task of TASKS, and its rows by split; names files by the folder."""
-    import yaml
-
+    """Writes a task of TASKS, whose rows are given by split, and its problems as text."""
     _, asked, _ = TASKS[name]
-    settings = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {split: f"{name}.{split}.jsonl" for split in rows}},
-        "test_split": "test",
-    }
-    if "train" in rows:  # the same worked examples for every document: every prompt begins alike
-        settings |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
+    task_files.write_task(folder, name, rows, asked)
+    if "train" not in rows or name.endswith("_choice"):  # whose problems are another task's
+        return
     for split, some in rows.items():
-        path = folder / f"{name}.{split}.jsonl"
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in some]
-        path.write_text("".join(lines), encoding="utf-8")
-        if "train" in rows and not name.endswith("_choice"):  # whose problems are another task's
-            text = folder / "text" / split / f"{name}.txt"
-            text.parent.mkdir(parents=True, exist_ok=True)
-            text.write_text("\n\f\n".join(map(solved, some)) + "\n", encoding="utf-8")
-    settings |= asked | {"metadata": {"version": 1.0}}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        text = folder / "text" / split / f"{name}.txt"
+        task_files.write_documents(text, map(solved, some))
 
 
 def solved(row: Row) -> str:

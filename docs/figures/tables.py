@@ -24,7 +24,7 @@ from typing import NamedTuple
 from latent_delib.measure import perplexity
 from latent_delib.results import against, packed, runs
 from latent_delib.results.costs import training_costs
-from latent_delib.results.forms import change
+from latent_delib.results.table_format import change
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGES = (RESULTS.with_suffix(".md"), RESULTS.with_name("earlier_results.md"))

@@ -1,11 +1,10 @@
 """Training batches and validation documents, from text or from token files."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from latent_delib.data.rows import Document, packed, segments
 from latent_delib.data.sources import check_files, has_questions
@@ -104,10 +103,17 @@ class Training:
         return self.text.batches(batch_size=batch_size, seed=seed, rows=rows, start_step=start_step)
 
 
-def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
-    """Returns every document of `data.validation` once, in a fixed order.
+def validation_documents(
+    data: Any, *, tokenizer_path: str, sources: Iterable[str] | None = None
+) -> Iterator[Document]:
+    """Returns every document of held-out text once, in a fixed order.
 
     Bad records are left out and counted as in `Training.batches`.
+
+    Args:
+      data: config.data.
+      tokenizer_path: the tokenizer's file.
+      sources: sources among `data.validation`; None: all of them.
 
     Raises:
       UserError: before the first document, sources are missing or empty.
@@ -116,7 +122,8 @@ def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document
         from latent_delib.data import token_files as route
     else:
         from latent_delib.data import text as route
-    return route.validation_documents(data, tokenizer_path=tokenizer_path)
+    wanted = data.validation if sources is None else sources
+    return route.validation_documents(data, wanted, tokenizer_path)
 
 
 def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, np.ndarray]:
@@ -140,8 +147,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
     share = -(-count // len(data.validation))
     taken: list[np.ndarray] = []
     for source in data.validation:
-        one = ConfigDict({**data, "validation": (source,)})
-        documents = validation_documents(one, tokenizer_path=tokenizer_path)
+        documents = validation_documents(data, tokenizer_path=tokenizer_path, sources=[source])
         parts = packed(
             (document.tokens for document in documents),
             length=data.seq_len,

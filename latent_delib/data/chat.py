@@ -8,27 +8,14 @@ import datetime
 import json
 import reprlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 from latent_delib.errors import UserError
-from latent_delib.machine import arguments, files
+from latent_delib.machine import arguments
 
 FILE = "chat_template.jinja"  # beside a tokenizer
 MARK = "\ufdd0"  # a noncharacter, which Unicode reserves for uses like this
 FIELDS = {"role", "content"}
-
-
-def read(tokenizer: Path) -> str | None:
-    """Returns the chat template beside a tokenizer; None where there is none.
-
-    Raises:
-      UserError: the template is not UTF-8.
-    """
-    file = tokenizer.with_name(FILE)
-    if not file.is_file():
-        return None
-    return files.read_text(file)
 
 
 def checked(name: str, messages: Any) -> list[dict[str, str]]:

@@ -34,7 +34,6 @@ FORMS = (
     "hf:./FOLDER:SPLIT:FEATURE",
 )
 _FILES = re.compile(r"(files|lines|qa|qa_steps(?:-\d+)?):(.*)", re.DOTALL)
-_QUESTIONS = re.compile(r"(qa|qa_steps(?:-\d+)?):")
 _TFDS = re.compile(r"tfds:(.+):([^:[\]]+(?:\[.*\])?):([^:]+)")
 _HUB = re.compile(r"hf:([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?:([\w.-]+):([^:]+)")
 _FOLDER = re.compile(r"hf:(\.{0,2}/.+):([\w.-]+):([^:]+)")
@@ -51,6 +50,20 @@ class Files(NamedTuple):
 
     kind: str
     pattern: str
+
+    @property
+    def has_questions(self) -> bool:
+        return self.kind.startswith("qa")
+
+    @property
+    def with_steps(self) -> bool:
+        return self.kind.startswith("qa_steps")
+
+    @property
+    def removed(self) -> int:
+        """How many steps of each question, from the first on, are left out."""
+        _, _, count = self.kind.partition("-")
+        return int(count or 0)
 
 
 class Tfds(NamedTuple):
@@ -116,7 +129,14 @@ def parse(source: str) -> Files | Tfds | Hub:
 
 def has_questions(source: str) -> bool:
     """Tells whether a source holds questions with answers."""
-    return _QUESTIONS.match(source) is not None
+    meant = parse(source)
+    return isinstance(meant, Files) and meant.has_questions
+
+
+def has_steps(source: str) -> bool:
+    """Tells whether a source has questions with the steps to their answers."""
+    meant = parse(source)
+    return isinstance(meant, Files) and meant.with_steps
 
 
 def source_of(given: str) -> str:
@@ -124,11 +144,6 @@ def source_of(given: str) -> str:
     if given.startswith(("packaged/", "tfds:", "hf:")) or _FILES.match(given):
         return given
     return f"files:{os.path.expanduser(given)}"
-
-
-def has_steps(source: str) -> bool:
-    """Tells whether a source has questions with the steps to their answers."""
-    return source.startswith("qa_steps")
 
 
 def local_files(pattern: str) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from latent_delib.data import questions
 from latent_delib.data.rows import BadRecords, Document, encode, grouped, map_in_threads
-from latent_delib.data.sources import Files, Tfds, has_questions, parse
+from latent_delib.data.sources import Files, Tfds, parse
 from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
@@ -114,11 +114,9 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
 
     A text with a fault has no tokens.
     """
-    if has_questions(reader.source):
-        kind, _, _ = reader.source.partition(":")
-        name, _, removed = kind.partition("-")
-        with_steps = name == "qa_steps"
-        tokens, fault = questions.encode(text.content, with_steps, tokenizer, int(removed or 0))
+    meant = parse(reader.source)
+    if isinstance(meant, Files) and meant.has_questions:
+        tokens, fault = questions.encode(text.content, meant.with_steps, tokenizer, meant.removed)
     else:
         tokens, fault = encode(text.content, tokenizer)
     if fault:
@@ -126,10 +124,8 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
     return tokens, fault
 
 
-def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[dict[str, Any]]:
+def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[Document]:
     """Yields every good document of a source once, in a fixed order.
-
-    Each is {"tokens": int32 [n] without BOS, "bytes": int, "work": str, as in `rows.Document`}.
 
     Raises:
       UserError: the source has no good document, or one bad document too many.
@@ -148,7 +144,7 @@ def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[
             elif len(tokens):
                 empty = False
                 work = reader.work(text.part)
-                yield {"tokens": tokens, "bytes": len(text.content), "work": work}
+                yield Document(reader.source, work, tokens, len(text.content))
     if empty:
         raise UserError(f"config.data: source {reader.source!r} holds no text")
 
@@ -159,15 +155,12 @@ def check_texts(readers: Iterable[Reader], tokenizer_path: str, bad: BadRecords)
         next(documents(reader, tokenizer_path, bad))
 
 
-def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
+def validation_documents(
+    data: Any, sources: Iterable[str], tokenizer_path: str
+) -> Iterator[Document]:
     """Implements `batches.validation_documents` for text."""
     bad = BadRecords(data.max_bad_records)
-    readers = list(map(open_source, data.validation))
+    readers = list(map(open_source, sources))
     check_texts(readers, tokenizer_path, bad)
-
-    def found() -> Iterator[Document]:
-        for reader in readers:
-            for document in documents(reader, tokenizer_path, bad):
-                yield Document(reader.source, document["work"], document["tokens"])
-
-    return found()
+    of_each = (documents(reader, tokenizer_path, bad) for reader in readers)
+    return itertools.chain.from_iterable(of_each)

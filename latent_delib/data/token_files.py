@@ -34,7 +34,6 @@ from latent_delib.errors import UserError, reason, store_error
 
 FORMAT = 3
 KEYS = {"format", "seq_len", "tokenizer_sha256", "train", "validation"}  # in every meta.json
-FIELDS = {"train": "sources", "validation": "validation"}  # split -> its key in config.data
 AGAIN = "copy the token files again, or prepare them again"
 _FILE = 1 << 22  # numbers in a file, such as tokens
 _CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
@@ -276,8 +275,10 @@ class Stored(NamedTuple):
     entry: dict
 
 
-def _open(data: Any, tokenizer_path: str, split: str) -> tuple[dict, list[Stored]]:
-    """Checks that token files fit the config; returns meta.json, and the config's sources."""
+def _open(
+    data: Any, split: str, sources: Iterable[str], tokenizer_path: str
+) -> tuple[dict, list[Stored]]:
+    """Checks that token files fit the config; returns meta.json, and sources of the config."""
     where = data.token_files.rstrip("/")
     meta = read_meta(where)
     if meta is None:
@@ -288,10 +289,10 @@ def _open(data: Any, tokenizer_path: str, split: str) -> tuple[dict, list[Stored
     _check_fits(meta, where, data.seq_len, tokenizer_path)
     numbers = {entry["source"]: number for number, entry in enumerate(meta[split])}
     found = []
-    for source in data[FIELDS[split]]:
+    for source in sources:
         if source not in numbers:
             raise UserError(
-                f"config.data.{FIELDS[split]}: {source!r} is not in {where}, which has "
+                f"config.data: source {source!r} is not in {where}, which has "
                 f"{', '.join(map(repr, numbers))}; name sources as they were when it was prepared"
             )
         name = f"{split}/{numbers[source]}"
@@ -325,7 +326,7 @@ class Training:
 
     def __init__(self, data: Any, tokenizer_path: str):
         self.data = data
-        self.meta, self.stored = _open(data, tokenizer_path, "train")
+        self.meta, self.stored = _open(data, "train", data.sources, tokenizer_path)
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the version of the row order, and digests of meta.json and its entry per source.
@@ -361,9 +362,11 @@ class Training:
         return map_in_threads(batch, itertools.count(start_step), threads=1, count=2)
 
 
-def validation_documents(data: Any, *, tokenizer_path: str) -> Iterator[Document]:
+def validation_documents(
+    data: Any, sources: Iterable[str], tokenizer_path: str
+) -> Iterator[Document]:
     """Implements `batches.validation_documents` for token files."""
-    meta, stored = _open(data, tokenizer_path, "validation")
+    meta, stored = _open(data, "validation", sources, tokenizer_path)
     bad = BadRecords(data.max_bad_records)
 
     def documents() -> Iterator[Document]:

@@ -12,7 +12,7 @@ import sentencepiece
 from latent_delib.data import chat
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
-from latent_delib.machine.files import read_json
+from latent_delib.machine.files import read_json, read_text
 
 # Separates documents. It is BOS where a vocabulary names none (Qwen's), and EOS too where it names
 # neither (GPT-2's).
@@ -118,7 +118,8 @@ class Tokenizer:
         self.vocab_size = model.vocab_size
         self.control = model.control
         self._runs = model.runs
-        self.chat_template = chat.read(self.path)
+        template = self.path.with_name(chat.FILE)
+        self.chat_template = read_text(template) if template.is_file() else None
         self.bos_id = required("BOS", model.bos_id)
         self.eos_id = required("EOS", model.eos_id)
         pads = [model.pad_id, self.eos_id, *sorted(self.control.values()), model.no_text_id]
@@ -236,14 +237,18 @@ def _read_json(path: Path) -> _Model:
     source = path.with_name("tokenizer_config.json")
     config = read_json(source)
 
+    defaults = {}
+    has_separator = model.token_to_id(_SEPARATOR) is not None
+    if has_separator and config.get("bos_token") is None:
+        defaults = {"bos_token": _SEPARATOR, "eos_token": _SEPARATOR}
+
     def token_id(key: str) -> int | None:
         value = config.get(key)
-        token = value.get("content") if isinstance(value, dict) else value
-        stands_in = key in ("bos_token", "eos_token") and config.get("bos_token") is None
-        if stands_in and value is None and model.token_to_id(_SEPARATOR) is not None:
-            token = _SEPARATOR
-        if token is None and value is None:
+        if value is None:
+            value = defaults.get(key)
+        if value is None:
             return None
+        token = value.get("content") if isinstance(value, dict) else value
         found = model.token_to_id(token) if isinstance(token, str) else None
         if found is None:
             raise UserError(

@@ -85,7 +85,7 @@ def split_start(path: str) -> tuple[str, int]:
 
 def require_decoder(workdir: str, method: str) -> None:
     """Raises UserError if `workdir` is an export and `method` trained the decoder as well."""
-    if METHODS[method].trains_decoder and exported.locate(workdir) is not None:
+    if METHODS[method].trains_decoder and exported.find_export(workdir) is not None:
         raise UserError(
             f"{workdir}: an export has no decoder, and method {method!r} trained one; "
             "name the training's workdir"

@@ -77,7 +77,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
       UserError: the first mistake found; the message names its key.
     """
     check(config)
-    decoder = folder.locate(config.decoder.path) if config.decoder.path else None
+    decoder = folder.find_decoder(config.decoder.path) if config.decoder.path else None
     architecture = _architecture(config, decoder)
     tokenizer = _tokenizer(config, architecture)
     assistant = _assistant(config, tokenizer)
@@ -144,7 +144,9 @@ def tokenizer_path(config: ConfigDict) -> Path:
     decoder = config.decoder.path
     if name and name != "packaged":
         return Path(name)
-    return folder.tokenizer_path(folder.locate(decoder if decoder and not name else "packaged"))
+    return folder.tokenizer_path(
+        folder.find_decoder(decoder if decoder and not name else "packaged")
+    )
 
 
 def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer:
@@ -167,7 +169,7 @@ def _assistant(config: ConfigDict, tokenizer: Tokenizer) -> Path | None:
     if not given:
         return None
     try:
-        assistant = folder.locate(given)
+        assistant = folder.find_decoder(given)
         theirs = Tokenizer(folder.tokenizer_path(assistant))
     except UserError as error:
         raise UserError(f"config.method.assistant: {error}") from None

@@ -48,9 +48,9 @@ def export_decoder(
         return
     path = epath.Path(workdir) / "decoder"
     if is_remote(workdir):
-        to_be_whole = files.stored(path, last=TRAINED)
+        to_be_whole = files.uploaded_folder(path, last=TRAINED)
     else:
-        to_be_whole = files.whole(Path(path), replace=True)
+        to_be_whole = files.atomic_folder(Path(path), replace=True)
     with to_be_whole as partial:
         folder.copy_tokenizer(exp.tokenizer.path, partial)
         entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}

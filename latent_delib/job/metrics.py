@@ -267,7 +267,7 @@ class Log:
             ]
 
     def write(self, row: dict[str, float]) -> None:
-        with files.named(self.path):
+        with files.path_errors(self.path):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         values = []
@@ -279,7 +279,7 @@ class Log:
             copy.update()
 
     def _write_event(self, step: int, **content: Any) -> None:
-        with files.named(self.folder / "tensorboard"):
+        with files.path_errors(self.folder / "tensorboard"):
             self.events.write_event(Event(wall_time=time.time(), step=step, **content))
             self.events.flush()
 

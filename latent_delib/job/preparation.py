@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_delib.data import text, token_files
-from latent_delib.data.rows import BadRecords
+from latent_delib.data.rows import BadRecords, Document
 from latent_delib.data.sources import check_files, has_questions, source_of
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
@@ -61,7 +61,7 @@ def prepare(config: Any, out: str) -> dict:
     text.check_texts(readers.values(), tokenizer_path, bad)
 
     # A store renames nothing, so only meta.json marks a folder on it as finished.
-    whole = contextlib.nullcontext(out) if "://" in out else files.whole(Path(out))
+    whole = contextlib.nullcontext(out) if "://" in out else files.atomic_folder(Path(out))
     with whole as directory:
         for split in SPLITS:
             for number, entry in enumerate(meta[split]):
@@ -150,19 +150,19 @@ def _difference(found: dict, meta: dict) -> str | None:
     return None
 
 
-def _progress(reader: text.Reader, documents: Iterator[dict]) -> Iterator[dict]:
+def _progress(reader: text.Reader, documents: Iterator[Document]) -> Iterator[Document]:
     """Yields the documents of a reader unchanged; prints how many of its bytes are done."""
     progress = Progress(f"{reader.source}: prepared", reader.num_bytes(), "bytes")
-    return progress.over(documents, lambda document: int(document["bytes"]))
+    return progress.over(documents, lambda document: document.num_bytes)
 
 
 def _write_source(
-    directory: str, split: str, number: int, documents: Iterator[dict], meta: dict
+    directory: str, split: str, number: int, documents: Iterator[Document], meta: dict
 ) -> dict:
     """Writes one source; returns its counts."""
     if split == "train":
-        tokens = (document["tokens"] for document in documents)
+        tokens = (document.tokens for document in documents)
         whole = meta[split][number]["whole"]
         return token_files.write_train(directory, number, tokens, meta, whole)
-    named = ((document["work"], document["tokens"]) for document in documents)
+    named = ((document.work, document.tokens) for document in documents)
     return token_files.write_validation(directory, number, named, meta)

@@ -151,6 +151,20 @@ class Record:
             assistant=result.get("assistant", {}),
         )
 
+    def as_result(self, checkpoint: str | None) -> dict[str, Any]:
+        """Returns the fields of a perplexity.json or benchmarks.json that identify its run.
+
+        checkpoint: the path of the run's checkpoint; None without one.
+        """
+        return {
+            "config": self.config,
+            "checkpoint": checkpoint,
+            "step": self.step,
+            "fingerprint": self.fingerprint,
+            "architecture": self.architecture,
+            "assistant": self.assistant,
+        }
+
     def meta(self) -> dict[str, Any]:
         """Returns the record as the meta of a checkpoint, JSON."""
         return {

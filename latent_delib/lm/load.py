@@ -117,7 +117,7 @@ def load_decoder(
     name = arguments.path("path", path)
     dtype = inputs.checked_dtype(dtype)
     mesh = mesh or build.one_device()
-    where = folder.named(name)
+    where = folder.local_path(name)
     if folder.is_theirs(where):
         return _load_theirs(where, dtype, mesh)
     folder.check_ours(where, name)
@@ -173,7 +173,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     workdir = arguments.path("workdir", workdir)
     if step is not None:
         step = arguments.whole("step", step, 0)
-    where = exported.locate(workdir)
+    where = exported.find_export(workdir)
     if where is not None:
         return _exported(where, step)
     checkpoints, meta = checkpoint.open_for_reading(workdir, step)
@@ -190,7 +190,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
         params = lora.lay_over(start.params, params)
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
-        fingerprint = folder.fingerprint(folder.locate(decoder_of(workdir, record)))
+        fingerprint = folder.fingerprint(folder.find_decoder(decoder_of(workdir, record)))
     return _of_record(params, record, fingerprint)
 
 
@@ -228,16 +228,11 @@ def assistant_of(record: Record) -> Assistant | None:
 
 def _exported(where: Path, step: int | None) -> Coprocessor:
     fields, params = exported.load(where, step)
-    for key, known in (("method", METHODS), ("placement", PLACEMENTS)):
-        if fields[key] not in known:
-            expected = ", ".join(sorted(known))
-            raise UserError(f"{where}: {key}={fields[key]!r}, expected one of {expected}")
     record = Record.from_meta(fields["record"], str(where))
-    for key in ("name", "num_latents", "placement"):
-        told = fields["method" if key == "name" else key]
-        if told != record[f"method.{key}"]:
-            known = record[f"method.{key}"]
-            raise UserError(f"{where}: {key}={told!r}, expected {known!r} as in its record")
+    for key, known in (("method.name", METHODS), ("method.placement", PLACEMENTS)):
+        if record[key] not in known:
+            expected = ", ".join(sorted(known))
+            raise UserError(f"{where}: {key}={record[key]!r}, expected one of {expected}")
     found = _of_record(params, record, fields["fingerprint"])
     _check_shapes(found, TransformerConfig(**record.architecture), where)
     return found
@@ -268,7 +263,7 @@ def read_record(workdir: str, step: int | None = None) -> Record:
     Raises:
       UserError: no such checkpoint; an exported coprocessor of an older version.
     """
-    where = exported.locate(workdir)
+    where = exported.find_export(workdir)
     if where is not None:
         return Record.from_meta(exported.read_fields(where, step)["record"], workdir)
     checkpoints, meta = checkpoint.open_for_reading(workdir, step)
@@ -302,7 +297,7 @@ def decoder_of(workdir: str, record: Record) -> str:
             f"{workdir}: trained with config.decoder.path='', "
             "on random weights that no folder holds; train on a decoder folder"
         )
-    own = folder.tokenizer_path(folder.locate(path))
+    own = folder.tokenizer_path(folder.find_decoder(path))
     if record["decoder.tokenizer"] != tokenizer.fingerprint(own):
         raise UserError(f"{workdir}: trained with another tokenizer than {own}, the decoder's")
     return path

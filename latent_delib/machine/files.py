@@ -72,7 +72,7 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 
 
 def check_free(folder: Path, replace: bool = False) -> None:
-    """Checks that `whole` can make a folder, before the work that fills it.
+    """Checks that `atomic_folder` can make a folder, before the work that fills it.
 
     Raises:
       UserError: the folder exists, is not empty, and `replace` is not set; or it is a file, a mount
@@ -91,7 +91,7 @@ def check_free(folder: Path, replace: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `folder` on success, and is removed on failure.
 
     Raises:
@@ -146,7 +146,7 @@ def in_the_way(path: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def named(path: Path, partial: Path | None = None) -> Iterator[None]:
+def path_errors(path: Path, partial: Path | None = None) -> Iterator[None]:
     """Puts `path` into errors that name no path, or a path that begins with `partial`."""
     try:
         yield
@@ -198,7 +198,7 @@ class Copy:
 
 
 @contextlib.contextmanager
-def stored(folder: epath.Path, last: str) -> Iterator[Path]:
+def uploaded_folder(folder: epath.Path, last: str) -> Iterator[Path]:
     """Yields a temporary local folder, whose files replace those of `folder` on a store.
 
     Args:
@@ -251,7 +251,7 @@ def _beside(path: Path) -> Iterator[Path]:
             _remove(leftover)
     partial = here.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with named(path, partial):
+        with path_errors(path, partial):
             yield partial
     finally:
         _remove(partial)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from latent_delib.data import batches, questions, sources
 from latent_delib.delib.augment import assemble
@@ -154,9 +153,9 @@ def _read(exp: Experiment) -> list[Asked]:
             )
         named = []
     asked: list[Asked] = []
+    path = str(exp.tokenizer.path)
     for source in named:
-        one = ConfigDict({**data, "validation": (source,)})
-        documents = batches.validation_documents(one, tokenizer_path=str(exp.tokenizer.path))
+        documents = batches.validation_documents(data, tokenizer_path=path, sources=[source])
         for document in itertools.islice(documents, QUESTIONS):
             tokens = document.tokens
             _, written = questions.parted(tokens.tolist(), exp.tokenizer)

@@ -13,9 +13,9 @@ from latent_delib.machine.distributed import warn
 from latent_delib.measure import intervals, perplexity
 from latent_delib.results import tables
 from latent_delib.results.entries import entry_of, label
-from latent_delib.results.forms import Table
 from latent_delib.results.packed import DOCUMENTS, Arrays, files_below
 from latent_delib.results.runs import Result, Runs
+from latent_delib.results.table_format import Table
 
 
 class Pair(NamedTuple):

@@ -14,9 +14,9 @@ from latent_delib.job import plan as planning
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer
 from latent_delib.results import tables
-from latent_delib.results.entries import Entry, entries, is_control, label, text_of
-from latent_delib.results.forms import Figure, Row, Table, score
+from latent_delib.results.entries import Entry, entries, is_control, text_of
 from latent_delib.results.runs import PERPLEXITY, Result, Runs
+from latent_delib.results.table_format import Figure, Row, Table, score
 from latent_delib.weights import folder
 
 AHEAD = [f"n = {n}" for n in (1, 4, 16, 32)]  # columns
@@ -50,10 +50,7 @@ def is_trained(entry: Entry) -> bool:
 
 def _row(entry: Entry, found: Runs, names_text: bool) -> Row:
     """Returns the line of one model."""
-    keys = [result.key for result in entry.results]
-    row: Row = {"what": label(entry), "latents": entry.latents or "", "from": " ".join(keys)}
-    if names_text and entry.perplexity:
-        row["what"] = f"{row['what']}, on {text_of(entry.result)}"
+    row = tables.beginning(entry, names_text)
     costs = training_costs(entry.result)
     if costs is not None:
         trained, flops = costs
@@ -88,7 +85,7 @@ def architecture_of(result: Result) -> TransformerConfig | None:
         with suppress(UserError):  # incomplete
             return TransformerConfig.from_dict(fields or {}, str(result.path))
     with suppress(UserError):  # no such folder on this machine
-        decoder = folder.locate(record["decoder.path"])
+        decoder = folder.find_decoder(record["decoder.path"])
         if folder.fingerprint(decoder) == record.fingerprint:
             return folder.read_config(decoder)
     return None

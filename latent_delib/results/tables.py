@@ -8,9 +8,9 @@ from typing import Any
 from latent_delib.results import published
 from latent_delib.results.comparisons import COMPARISONS, entries_in, is_decoder, is_paper_method
 from latent_delib.results.entries import Entry, entries, entry_of, label, labels, text_of
-from latent_delib.results.forms import CHANGE, Figure, Row, Table, change, score
 from latent_delib.results.published import Variant
 from latent_delib.results.runs import BENCHMARKS, PERPLEXITY, Result, Runs
+from latent_delib.results.table_format import CHANGE, Figure, Row, Table, change, score
 
 AHEAD = (1, 2, 4, 8, 16, 32)  # n of Table 1
 BY_N = [f"n = {n}" for n in AHEAD]  # columns
@@ -217,8 +217,7 @@ def _published_row(line: Variant) -> Row:
 
 def _row(entry: Entry, names_text: bool) -> Row:
     """Returns our line: perplexity of the first token ahead, its change, and benchmarks."""
-    keys = [result.key for result in entry.results]
-    row: Row = {"what": label(entry), "latents": entry.latents or "", "from": " ".join(keys)}
+    row = beginning(entry, names_text)
     first = entry.perplexity
     if first:
         row |= {
@@ -227,11 +226,21 @@ def _row(entry: Entry, names_text: bool) -> Row:
         }
         if entry.trained or not is_decoder(entry):
             row["change"] = change(first)
-        if names_text:
-            row["what"] += f", on {text_of(entry.result)}"
     for benchmark, (scored, _) in entry.scores.items():
         row[_title(benchmark)] = score(scored)
     return row
+
+
+def beginning(entry: Entry, names_text: bool) -> Row:
+    """Returns the first cells of our line: the model, its latents, and its files.
+
+    names_text: whether to name the text that perplexity is of.
+    """
+    what = label(entry)
+    if names_text and entry.perplexity:
+        what += f", on {text_of(entry.result)}"
+    keys = [result.key for result in entry.results]
+    return {"what": what, "latents": entry.latents or "", "from": " ".join(keys)}
 
 
 def finished(

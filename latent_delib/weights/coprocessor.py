@@ -2,10 +2,9 @@
 
 coprocessor.json holds
     "format"         "latent_delib coprocessor 2"
-    "method", "num_latents", "placement", "step"
     "fingerprint"    the fingerprint of the decoder that the coprocessor belongs to
     "architecture"   the coprocessor's architecture, {fields of TransformerConfig}
-    "record"         the meta of its checkpoint; not in format 1
+    "record"         the meta of its checkpoint: its step, and the config of its training
 
 model.safetensors holds those tensors of OWN that the method trains ("soft_tokens" [L, D], ...). It
 also holds the layers, the final norm and learned positions, with the names and axes of a Hugging
@@ -34,29 +33,21 @@ PACKAGED = folder.PACKAGED / "coprocessor"
 # Parameters that no decoder has. `delib.methods` says which of them a method trains, and their
 # shapes.
 OWN = ("soft_tokens", "keys", "values", "keys_in", "values_in", "latents_out")
-FIELDS = {
-    "method": str,
-    "num_latents": int,
-    "placement": str,
-    "step": int,
-    "fingerprint": str,
-    "architecture": dict,
-    "record": dict,
-}
+FIELDS = {"fingerprint": str, "architecture": dict, "record": dict}
 
 
-def locate(workdir: str) -> Path | None:
+def find_export(workdir: str) -> Path | None:
     """Returns the folder of an exported coprocessor; None where it is a training job's workdir.
 
     "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
     """
-    where = PACKAGED if workdir == "packaged" else hub.located(workdir)
+    where = PACKAGED if workdir == "packaged" else hub.download(workdir)
     return where if (where / FILE).is_file() else None
 
 
 def name_of(workdir: str, step: int) -> str:
     """Returns the path of a job's checkpoint, or `workdir` where it is an exported coprocessor."""
-    if locate(workdir) is not None:
+    if find_export(workdir) is not None:
         return workdir
     return str(epath.Path(workdir) / "checkpoints" / str(step))
 
@@ -88,7 +79,7 @@ def save(
             ours = [leaves[t.leaf][... if t.layer is None else t.layer] for t in parts]
             yield parts[0].to_theirs(ours)
 
-    with files.whole(out) as partial:
+    with files.atomic_folder(out) as partial:
         tensors.write(partial / "model.safetensors", entries, chunks(), {"format": "pt"})
         fields = {"format": FORMAT, **fields, "architecture": config.to_dict()}
         (partial / FILE).write_text(json.dumps(fields, indent=2) + "\n")
@@ -109,10 +100,9 @@ def read_fields(where: Path, step: int | None = None) -> dict[str, Any]:
         )
     for key, kind in FIELDS.items():
         checked(key, fields.get(key), kind, str(where / FILE))
-    if step not in (None, fields["step"]):
-        raise UserError(
-            f"{where}: holds the coprocessor of step {fields['step']}, not of step {step}"
-        )
+    found = fields["record"]["step"]
+    if step not in (None, found):
+        raise UserError(f"{where}: holds the coprocessor of step {found}, not of step {step}")
     return fields
 
 

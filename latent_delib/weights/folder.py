@@ -38,7 +38,7 @@ CHAT_TEMPLATE = "chat_template.jinja"  # Hugging Face's name
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that exists is used
 
 
-def named(path: str) -> Path:
+def local_path(path: str) -> Path:
     """Returns the local path that a decoder's path means.
 
     "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
@@ -48,7 +48,7 @@ def named(path: str) -> Path:
     """
     if "://" in path:
         raise UserError(f"decoder {path!r}: expected a local folder; download it, and name that")
-    return PACKAGED if path == "packaged" else hub.located(path)
+    return PACKAGED if path == "packaged" else hub.download(path)
 
 
 def is_ours(path: Path) -> bool:
@@ -63,13 +63,13 @@ def is_theirs(path: Path) -> bool:
     return path.is_file() or (config.is_file() and "model_type" in read_json(config))
 
 
-def locate(path: str) -> Path:
+def find_decoder(path: str) -> Path:
     """Returns the decoder folder of ours that a path means.
 
     Raises:
-      UserError: as `named` and `check_ours`.
+      UserError: as `local_path` and `check_ours`.
     """
-    folder = named(path)
+    folder = local_path(path)
     check_ours(folder, path)
     return folder
 

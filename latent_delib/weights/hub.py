@@ -14,8 +14,8 @@ NAME = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")  # pickles are not downloaded
 
 
-def located(path: str) -> Path:
-    """Returns a local path unchanged, or the local folder of a model that is named on the Hub.
+def download(path: str) -> Path:
+    """Returns the local folder of a model that is named on the Hub; another path unchanged.
 
     Raises:
       UserError: the name has another form; there is no such model; or the Hub does not answer, and

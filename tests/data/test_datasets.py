@@ -276,7 +276,7 @@ def test_seqio_yields_what_the_reader_yields(kind, tokenizer_path, tmp_path, mon
     dataset = task.get_dataset(None, tasks.SPLIT, shuffle=False)
     read = [document["tokens"].tolist() for document in dataset.as_numpy_iterator()]
     expected = reader.documents(found, path, rows.BadRecords(0))
-    assert read == [document["tokens"].tolist() for document in expected] and len(read) > 50
+    assert read == [document.tokens.tolist() for document in expected] and len(read) > 50
     shuffled = task.get_dataset(None, tasks.SPLIT, shuffle=True, seed=0).as_numpy_iterator()
     shuffled = [document["tokens"].tolist() for document in shuffled]
     assert shuffled != read and sorted(shuffled) == sorted(read)

@@ -18,7 +18,7 @@ ROW = {"question": "What is 3 + 4?", "answer": "7", "steps": "3 + 4\nis 7,"}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(folder.tokenizer_path(folder.locate("packaged")))
+    return Tokenizer(folder.tokenizer_path(folder.find_decoder("packaged")))
 
 
 def line(**changes):
@@ -173,7 +173,7 @@ def test_a_source_of_questions(tmp_path, tokenizer):
         found = list(text.documents(reader, str(tokenizer.path), bad.append))
         for document, answer in zip(found, ("7", "8"), strict=True):
             tokens, _ = questions.encode(line(answer=answer), with_steps, tokenizer, removed)
-            assert document["tokens"].tolist() == tokens.tolist() and document["work"] == ""
+            assert document.tokens.tolist() == tokens.tolist() and document.work == ""
         (fault,) = bad
         assert fault.startswith(f"{file}: line 2: 'question' is None")
     digests = {text.open_source(f"{kind}:{file}").fingerprint() for kind in KINDS}

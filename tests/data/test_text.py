@@ -63,7 +63,7 @@ def decode(tokenizer, tokens):
 
 def documents(tokenizer, source):
     found = reader.documents(reader.open_source(source), tokenizer, rows.BadRecords(0))
-    return [document["tokens"] for document in found]
+    return [document.tokens for document in found]
 
 
 def texts(tokenizer, source):
@@ -180,7 +180,7 @@ def test_seqio_yields_what_the_reader_yields(tasks, tokenizer, tmp_path):
                 good.append(document["tokens"].tolist())
         records = rows.BadRecords(999)
         read = reader.documents(source, tokenizer, records)
-        assert [d["tokens"].tolist() for d in read] == good and len(good) > 300
+        assert [d.tokens.tolist() for d in read] == good and len(good) > 300
         assert list(records.met) == bad and len(bad) > 10
 
 
@@ -391,7 +391,7 @@ def test_works_are_files_told_from_each_other(tokenizer, tmp_path):
 
     def works(source):
         found = reader.documents(reader.open_source(source), tokenizer, rows.BadRecords(0))
-        return [document["work"] for document in found]
+        return [document.work for document in found]
 
     assert works(f"files:{tmp_path}/*/a.txt") == ["one/a.txt"] * 2 + ["two/a.txt"] * 2
     assert works(f"files:{tmp_path}/one/*") == ["a.txt"] * 2
@@ -449,6 +449,6 @@ def test_packaged_text():
     packaged = PACKAGED / "tokenizer.model"
     data = config_data(("packaged/train",), validation=("packaged/validation",))
     assert train(data, packaged, 1)[0]["tokens"].shape == (4, T)
-    source, work, tokens = next(batches.validation_documents(data, tokenizer_path=packaged))
-    assert (source, work) == ("packaged/validation", "alpine-doc.txt")
-    assert len(decode(str(packaged), tokens).split()) > 20
+    document = next(batches.validation_documents(data, tokenizer_path=packaged))
+    assert (document.source, document.work) == ("packaged/validation", "alpine-doc.txt")
+    assert len(decode(str(packaged), document.tokens).split()) > 20

@@ -256,11 +256,11 @@ def test_folders_without_checksums_can_still_be_read(prepared, tmp_path, monkeyp
 
 
 def test_a_failed_write_leaves_no_trace(prepared, tmp_path):
-    with pytest.raises(OSError, match="disk"), files.whole(tmp_path / "out") as directory:
+    with pytest.raises(OSError, match="disk"), files.atomic_folder(tmp_path / "out") as directory:
         token_files.write_meta(str(directory), {})
         raise OSError("disk")
     assert not list(tmp_path.iterdir())
-    with files.whole(tmp_path / "out") as directory:
+    with files.atomic_folder(tmp_path / "out") as directory:
         assert not (tmp_path / "out").exists()
         token_files.write_meta(str(directory), prepared.meta)
     assert (
@@ -270,8 +270,11 @@ def test_a_failed_write_leaves_no_trace(prepared, tmp_path):
 
 
 def test_of_two_at_once_the_first_stays(tmp_path):
-    with pytest.raises(UserError, match="another job"), files.whole(tmp_path / "out") as second:
-        with files.whole(tmp_path / "elsewhere") as first:
+    with (
+        pytest.raises(UserError, match="another job"),
+        files.atomic_folder(tmp_path / "out") as second,
+    ):
+        with files.atomic_folder(tmp_path / "elsewhere") as first:
             (first / "who").write_text("first")
         (tmp_path / "elsewhere").rename(tmp_path / "out")
         (second / "who").write_text("second")
@@ -280,7 +283,7 @@ def test_of_two_at_once_the_first_stays(tmp_path):
 
 def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "is_mount", lambda self: self == tmp_path)
-    with pytest.raises(UserError, match="a mount point"), files.whole(tmp_path):
+    with pytest.raises(UserError, match="a mount point"), files.atomic_folder(tmp_path):
         raise AssertionError
 
 

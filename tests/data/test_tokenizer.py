@@ -517,7 +517,7 @@ def test_json_through_the_reader_and_prepare(every, tmp_path):
     source, path = f"files:{tmp_path}/text", str(tokenizer.path)
     expected = [tokenizer.encode(text) for text in documents]
     found = reader.documents(reader.open_source(source), path, BadRecords(0))
-    assert [document["tokens"].tolist() for document in found] == expected
+    assert [document.tokens.tolist() for document in found] == expected
 
     data = {
         "sources": (source,),

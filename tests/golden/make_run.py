@@ -99,7 +99,7 @@ def make_decoder(texts: list[str]) -> None:
     leaves = folder.by_name(transformer.init(jax.random.key(1), architecture))
     dtype = np.dtype(ml_dtypes.bfloat16)
     entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
-    with files.whole(Path("decoder")) as partial:
+    with files.atomic_folder(Path("decoder")) as partial:
         folder.copy_tokenizer(Path("tokenizer.model"), partial)
         folder.write_model(
             partial, architecture, entries, (np.asarray(x).astype(dtype) for x in leaves.values())

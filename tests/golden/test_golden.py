@@ -13,7 +13,7 @@ import latent_delib as ld
 from latent_delib import convert
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
-from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.nn.transformer import TABLES, Transformer
 
 TRANSFORMERS = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3", "gpt2")
@@ -133,7 +133,7 @@ def tree_of(leaves):
 
 @pytest.mark.parametrize("form", ["flat", "nested", "other gating"])
 @pytest.mark.parametrize("family", DEEPMIND)
-def test_deepmind(family, form, tokenizer_path, tmp_path):
+def test_deepmind(family, form, tokenizer_path, tmp_path, monkeypatch):
     values = stored(f"deepmind_{family}")
     # exact: see there
     leaves = {k: x.astype(ml_dtypes.bfloat16) for k, x in load(values["params"].tobytes()).items()}
@@ -148,11 +148,12 @@ def test_deepmind(family, form, tokenizer_path, tmp_path):
             module, name = path.rsplit("/", 1)
             tree.setdefault(module, {})[name] = leaf
     ocp.PyTreeCheckpointer().save(tmp_path / "theirs", jax.tree.map(np.ascontiguousarray, tree))
+    monkeypatch.setitem(SIZES, "small", DEEPMIND[family])
     convert.convert(
         str(tmp_path / "theirs"),
         str(tmp_path / "ours"),
+        size="small",
         tokenizer=str(tokenizer_path),
-        architecture=DEEPMIND[family],
     )
     lm = ld.AugmentedLM(ld.load_decoder(str(tmp_path / "ours")))
     equal(lm.logits(values["tokens"]), values["logits"])

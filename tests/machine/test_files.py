@@ -21,7 +21,7 @@ from latent_delib.machine import files
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-with files.whole(Path(sys.argv[1])) as partial:
+with files.atomic_folder(Path(sys.argv[1])) as partial:
     (partial / "weights").write_text("begun")
     Path.replace = killed
     files.write(Path(sys.argv[2]), b"begun")
@@ -42,7 +42,7 @@ def test_what_a_killed_process_leaves_is_removed_at_the_next_start(tmp_path):
     elsewhere = tmp_path / f"out.tmp-another_host-{dead}-12345678"
     elsewhere.mkdir()
     files.write(table, b"whole")
-    with files.whole(out) as partial:
+    with files.atomic_folder(out) as partial:
         (partial / "weights").write_text("whole")
     assert names(tmp_path) == ["out", elsewhere.name, "table.md"]
     assert (out / "weights").read_text() == "whole" and table.read_bytes() == b"whole"
@@ -50,9 +50,9 @@ def test_what_a_killed_process_leaves_is_removed_at_the_next_start(tmp_path):
 
 def test_nothing_of_a_living_job_is_removed(tmp_path):
     with pytest.raises(UserError, match="out: made by another job meanwhile"):
-        with files.whole(tmp_path / "out") as slow:
+        with files.atomic_folder(tmp_path / "out") as slow:
             (slow / "weights").write_text("slow")
-            with files.whole(tmp_path / "out") as fast:
+            with files.atomic_folder(tmp_path / "out") as fast:
                 (fast / "weights").write_text("fast")
             assert (slow / "weights").read_text() == "slow"
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "weights").read_text() == "fast"
@@ -62,7 +62,7 @@ def test_who_may_read_a_file_or_folder_is_left_to_the_user(tmp_path):
     before = os.umask(0o027)
     try:
         files.write(tmp_path / "file", b"")
-        with files.whole(tmp_path / "out"):
+        with files.atomic_folder(tmp_path / "out"):
             pass
     finally:
         os.umask(before)
@@ -86,26 +86,26 @@ def test_a_full_disk_is_told_of_with_the_path_that_the_user_gave(tmp_path, small
     assert error.value.filename == str(tmp_path / "table.md")
     with (
         pytest.raises(OSError, match="File too large") as error,
-        files.whole(tmp_path / "out") as partial,
+        files.atomic_folder(tmp_path / "out") as partial,
     ):
         (partial / "weights").write_bytes(bytes(5000))
     assert error.value.filename == str(tmp_path / "out")
-    with pytest.raises(Outage) as error, files.whole(tmp_path / "out"):
+    with pytest.raises(Outage) as error, files.atomic_folder(tmp_path / "out"):
         raise Outage(errno.ECONNABORTED, "UNAVAILABLE")
     assert error.value.filename == str(tmp_path / "out")
     assert names(tmp_path) == []
 
 
 def test_a_temporary_name_is_nobody_s_business(tmp_path):
-    with pytest.raises(OSError) as error, files.whole(tmp_path / "out") as partial:
+    with pytest.raises(OSError) as error, files.atomic_folder(tmp_path / "out") as partial:
         (partial / "there" / "is" / "no folder").write_text("")
     assert error.value.filename == str(tmp_path / "out")
     with (
         pytest.raises(UserError, match=f"^{tmp_path}/out/tokens: full$"),
-        files.whole(tmp_path / "out") as partial,
+        files.atomic_folder(tmp_path / "out") as partial,
     ):
         raise UserError(f"{partial}/tokens: full")
-    with pytest.raises(OSError) as error, files.whole(tmp_path / "out"):
+    with pytest.raises(OSError) as error, files.atomic_folder(tmp_path / "out"):
         (tmp_path / "source").read_bytes()  # not what is written
     assert error.value.filename == str(tmp_path / "source")
 
@@ -117,7 +117,7 @@ def test_a_link_to_a_folder_stays_and_its_folder_is_made(tmp_path, is_there, rep
     if is_there:
         target.mkdir(parents=True)
     (tmp_path / "link").symlink_to(target)
-    with files.whole(tmp_path / "link", replace) as partial:
+    with files.atomic_folder(tmp_path / "link", replace) as partial:
         assert partial.parent == target.parent
         (partial / "weights").write_text("whole")
     assert names(target) == ["weights"] and (tmp_path / "link").is_symlink()
@@ -132,12 +132,15 @@ def test_what_is_in_the_way(tmp_path):
         ("full", "already exists and is not empty; name another"),
         ("file", "is a file, expected a folder; name another"),
     ):
-        with pytest.raises(UserError, match=f"{path}: {words}"), files.whole(tmp_path / path):
+        with (
+            pytest.raises(UserError, match=f"{path}: {words}"),
+            files.atomic_folder(tmp_path / path),
+        ):
             pass
     for path in ("file/out", "file/more/out"):
         with (
             pytest.raises(UserError, match="file: is a file, expected a folder"),
-            files.whole(tmp_path / path),
+            files.atomic_folder(tmp_path / path),
         ):
             pass
         with pytest.raises(UserError, match="file: is a file, expected a folder"):

@@ -62,12 +62,13 @@ def test_more_rows_of_the_token_table_are_padding(tmp_path, tokenizer_path, know
     assert folder.read_config(tmp_path / "out") == padded
 
 
-def test_what_is_refused(tmp_path, tokenizer_path):
+def test_what_is_refused(tmp_path, tokenizer_path, monkeypatch):
     where, out = save(tmp_path / "theirs", tree(CONFIG)), tmp_path / "out"
     given = {"tokenizer": str(tokenizer_path)}
     refused(where, out, where, "no known size", "'embed_dim': 24", "--size", **given)
     refused(where, out, "missing layer_3/", "is (320, 24), expected", size="gemma2_2b", **given)
-    refused(where, out, "has no tokenizer", "--tokenizer", architecture=CONFIG)
+    monkeypatch.setitem(SIZES, "small", CONFIG)
+    refused(where, out, "has no tokenizer", "--tokenizer", size="small")
 
     weights = tree(CONFIG)
     del weights["transformer/layer_1/attn/q_einsum"]
@@ -79,7 +80,7 @@ def test_what_is_refused(tmp_path, tokenizer_path):
         "missing layer_1/attn/q_einsum (4, 24, 8) (layers.attn.q of layer 1)",
         "unknown layer_1/attn/q_norm/scale (3,)",
         "layer_0/mlp/linear is (3, 5), expected (40, 24) (layers.mlp.down of layer 0)",
-        architecture=CONFIG,
+        size="small",
         **given,
     )
     refused(
@@ -93,13 +94,13 @@ def test_what_is_refused(tmp_path, tokenizer_path):
         save(tmp_path / "ints", weights),
         out,
         "final_norm/scale is of type int32",
-        architecture=CONFIG,
+        size="small",
         **given,
     )
 
 
 @pytest.mark.parametrize("damage", ["metadata", "metadata is gone", "data"])
-def test_damaged_folders(tmp_path, tokenizer_path, damage, capsys):
+def test_damaged_folders(tmp_path, tokenizer_path, known, damage, capsys):
     where = save(tmp_path / "theirs", tree(CONFIG))
     if damage == "metadata":
         (where / "_METADATA").write_text('{"tree_metadata": {"x": ')
@@ -108,4 +109,4 @@ def test_damaged_folders(tmp_path, tokenizer_path, damage, capsys):
     else:
         for path in [p for p in where.rglob("*") if p.is_dir() and p.name == "d"]:
             shutil.rmtree(path)
-    refused(where, tmp_path / "out", where, architecture=CONFIG, tokenizer=str(tokenizer_path))
+    refused(where, tmp_path / "out", where, size="small", tokenizer=str(tokenizer_path))

@@ -51,20 +51,20 @@ def test_a_device_reads_its_own_part(decoder_folder, monkeypatch):
 
 def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypatch):
     out = tmp_path / "decoder"
-    with pytest.raises(OSError), files.whole(out) as partial:
+    with pytest.raises(OSError), files.atomic_folder(out) as partial:
         (partial / "config.json").write_text("{}")
         raise OSError("the disk is full")
     assert not list(tmp_path.iterdir())
     shutil.copytree(decoder_folder, out)
     before = folder.fingerprint(out)
-    with pytest.raises(OSError), files.whole(out, replace=True) as partial:
+    with pytest.raises(OSError), files.atomic_folder(out, replace=True) as partial:
         (partial / "config.json").write_text("{}")
         raise OSError("the disk is full")
     assert folder.fingerprint(out) == before and [p.name for p in tmp_path.iterdir()] == ["decoder"]
     with (
         monkeypatch.context() as patch,
         pytest.raises(OSError),
-        files.whole(out, replace=True) as partial,
+        files.atomic_folder(out, replace=True) as partial,
     ):
         rename = type(partial).rename
 
@@ -75,7 +75,7 @@ def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypa
 
         patch.setattr(type(partial), "rename", fails)
     assert folder.fingerprint(out) == before and [p.name for p in tmp_path.iterdir()] == ["decoder"]
-    with files.whole(out, replace=True) as partial:
+    with files.atomic_folder(out, replace=True) as partial:
         (partial / "config.json").write_text("{}")
     assert [p.name for p in out.iterdir()] == ["config.json"] and [
         p.name for p in tmp_path.iterdir()
@@ -174,7 +174,7 @@ def test_a_coprocessor_is_exported_and_read_again(
     assert all(own[name].shape == body[name].shape for name in own.keys() & body.keys())
     file = tmp_path / "out" / "coprocessor.json"
     fields = json.loads(file.read_text())
-    assert fields["step"] == 4
+    assert fields["record"]["step"] == 4
     record = load.read_record(str(trained))
     assert load.read_record(str(tmp_path / "out")) == record
     card = (tmp_path / "out" / "README.md").read_text()
@@ -200,14 +200,7 @@ def test_a_coprocessor_with_biases_is_stored(tmp_path, family):
     """It has no table of tokens, whether the decoder's head is tied or not."""
     config = dataclasses.replace(small.CONFIGS[family], qk_norm=False)
     tree = small.coprocessor(config, 2)
-    fields = {
-        "method": "cache_augmentation",
-        "num_latents": 2,
-        "placement": "after",
-        "step": 3,
-        "fingerprint": "f",
-        "record": {},
-    }
+    fields = {"fingerprint": "f", "record": {"step": 3}}
     coprocessor.save(tmp_path / "out", fields, config, tree, "# A card\n")
     found, read = coprocessor.load(tmp_path / "out")
     assert found["architecture"]["qkv_bias"] and fields.items() <= found.items()
@@ -256,26 +249,32 @@ def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config
     assert not (tmp_path / "out").exists()
 
 
+def of_method(fields, **changes):
+    """Returns the fields of coprocessor.json with changes in its record's `method`."""
+    fields["record"]["config"]["method"].update(changes)
+    return fields
+
+
 @pytest.mark.parametrize(
     "file, change, words",
     [
         ("coprocessor.json", lambda c: c | {"format": "x"}, "format is 'x'"),
-        ("coprocessor.json", lambda c: c | {"num_latents": "2"}, "num_latents='2', expected int"),
+        ("coprocessor.json", lambda c: c | {"record": "x"}, "record='x', expected dict"),
         (
             "coprocessor.json",
-            lambda c: c | {"num_latents": 3},
-            "num_latents=3, expected 2 as in its record",
+            lambda c: of_method(c, num_latents=3),
+            r"soft_tokens is \(2, .*\), expected \(3, .*\) for method .* with 3 latents",
         ),
         ("coprocessor.json", lambda c: c | {"architecture": {}}, "is missing"),
         (
             "coprocessor.json",
-            lambda c: c | {"method": "x"},
-            "method='x', expected one of assistant",
+            lambda c: of_method(c, name="x"),
+            "method.name='x', expected one of assistant",
         ),
         (
             "coprocessor.json",
-            lambda c: c | {"placement": "x"},
-            "placement='x', expected one of after",
+            lambda c: of_method(c, placement="x"),
+            "method.placement='x', expected one of after",
         ),
         (
             "model.safetensors",

@@ -63,12 +63,12 @@ def test_models_are_fetched_once_and_stay(tmp_path):
 @pytest.mark.parametrize("path", ["hf:", "hf:gemma", "hf:a/b/c", "hf:a/b@", "hf://a/b"])
 def test_names_of_another_form(path):
     with pytest.raises(UserError, match="expected hf:OWNER/NAME"):
-        hub.located(path)
+        hub.download(path)
 
 
 def test_a_name_that_the_hub_does_not_allow():
     with pytest.raises(UserError, match="hf:a--b/c: .*--"):
-        hub.located("hf:a--b/c")
+        hub.download("hf:a--b/c")
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_a_download_that_breaks_off(name, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(Outage, match="in the middle"):
-        hub.located("hf:me/decoder")
+        hub.download("hf:me/decoder")
 
 
 def test_other_paths_stay_as_they_are():
-    assert hub.located("runs/a") == Path("runs/a")
+    assert hub.download("runs/a") == Path("runs/a")
