@@ -6,10 +6,10 @@ coprocessor.json holds
     "architecture"   the coprocessor's architecture, {fields of TransformerConfig}
     "record"         the meta of its checkpoint: its step, and the config of its training
 
-model.safetensors holds those tensors of OWN that the method trains ("soft_tokens" [L, D], ...). It
-also holds the layers, the final norm and learned positions, with the names and axes of a Hugging
-Face decoder of the family ("model.layers.0.self_attn.q_proj.weight", ...). A coprocessor has no
-token table.
+model.safetensors holds the method's own parameters by name ("soft_tokens" [L, D], ...); these names
+have no dot. It also holds the layers, the final norm and learned positions, with the names and axes
+of a Hugging Face decoder of the family ("model.layers.0.self_attn.q_proj.weight", ...). A
+coprocessor has no token table.
 """
 
 import json
@@ -23,16 +23,13 @@ from etils import epath
 from latent_delib.errors import UserError
 from latent_delib.machine import files
 from latent_delib.nn.sizes import TransformerConfig, checked
-from latent_delib.nn.transformer import TABLES, Params
+from latent_delib.nn.transformer import BODY, TABLES, Params
 from latent_delib.weights import folder, hub, names, tensors
 from latent_delib.weights.tensors import TensorFile
 
 FORMAT = "latent_delib coprocessor 2"
 FILE = "coprocessor.json"
 PACKAGED = folder.PACKAGED / "coprocessor"
-# Parameters that no decoder has. `delib.methods` says which of them a method trains, and their
-# shapes.
-OWN = ("soft_tokens", "keys", "values", "keys_in", "values_in", "latents_out")
 FIELDS = {"fingerprint": str, "architecture": dict, "record": dict}
 
 
@@ -63,12 +60,21 @@ def save(
       config: the coprocessor's architecture.
       tree: the coprocessor's parameters.
       card: the content of README.md.
+
+    Raises:
+      ValueError: a parameter of the layers has no name in `weights.names`.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in folder.by_name(tree).items()}
-    found = names.tensors(config, "huggingface")
-    # methods that train vectors alone have no layers
-    body = names.fused(t for t in found if t.leaf in leaves)
-    own = [name for name in OWN if name in leaves]
+    own = [name for name in leaves if name.partition(".")[0] not in BODY]
+    body: dict[str, list[names.Tensor]] = {}
+    if len(own) < len(leaves):  # methods that train vectors alone have no layers
+        found = [t for t in names.tensors(config, "huggingface") if t.leaf not in TABLES]
+        body = names.fused(found)
+        unnamed = {t.leaf for t in found} ^ (leaves.keys() - own)
+        if unnamed:
+            raise ValueError(
+                f"no names for {sorted(unnamed)}; latent_delib/weights/names.py has them"
+            )
     entries = {name: (leaves[name].shape, leaves[name].dtype) for name in own}
     for name, parts in body.items():
         entries[name] = parts[0].shape, leaves[parts[0].leaf].dtype
@@ -117,11 +123,11 @@ def load(where: Path, step: int | None = None) -> tuple[dict[str, Any], Params]:
     config = TransformerConfig.from_dict(fields["architecture"], str(where / FILE))
     file = TensorFile(where / "model.safetensors")
     layers: dict[str, list[np.ndarray]] = {}
-    rest = {name: shape for name, shape in file.shapes.items() if name not in OWN}
+    rest = {name: shape for name, shape in file.shapes.items() if "." in name}
     if rest:
         for t in names.match(rest, config, "huggingface", str(file.path), without=TABLES):
             layers.setdefault(t.leaf, []).append(t.to_ours(file.read(t.name)))
-    leaves = {name: file.read(name) for name in OWN if name in file.shapes}
+    leaves = {name: file.read(name) for name in file.shapes.keys() - rest.keys()}
     for leaf, parts in layers.items():
         leaves[leaf] = np.stack(parts) if leaf.startswith("layers.") else parts[0]
     return fields, flax.traverse_util.unflatten_dict(leaves, sep=".")

@@ -197,14 +197,26 @@ def test_a_coprocessor_is_exported_and_read_again(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_coprocessor_with_biases_is_stored(tmp_path, family):
-    """It has no table of tokens, whether the decoder's head is tied or not."""
+    """It has no table of tokens, whether the decoder's head is tied or not.
+
+    Parameters of a method that nobody here knows are stored too.
+    """
     config = dataclasses.replace(small.CONFIGS[family], qk_norm=False)
-    tree = small.coprocessor(config, 2)
+    tree = small.coprocessor(config, 2) | {"loudness": np.ones(2, np.float32)}
     fields = {"fingerprint": "f", "record": {"step": 3}}
     coprocessor.save(tmp_path / "out", fields, config, tree, "# A card\n")
     found, read = coprocessor.load(tmp_path / "out")
     assert found["architecture"]["qkv_bias"] and fields.items() <= found.items()
     same(read, tree)
+
+
+def test_a_parameter_of_a_layer_without_a_name_is_not_left_out(tmp_path):
+    config = small.CONFIGS["gemma"]
+    tree = small.coprocessor(config, 2)
+    tree["layers"] = tree["layers"] | {"new_norm": {"scale": np.ones((2, 8), np.float32)}}
+    with pytest.raises(ValueError, match=r"no names for \['layers.new_norm.scale'\]"):
+        coprocessor.save(tmp_path / "out", {}, config, tree, "# A card\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -278,10 +290,11 @@ def of_method(fields, **changes):
         ),
         (
             "model.safetensors",
-            lambda t: {"soft_tokens": t["soft_tokens"], "x": t["soft_tokens"]},
+            lambda t: {"soft_tokens": t["soft_tokens"], "x.weight": t["soft_tokens"]},
             "only 1 tensors",
         ),
-        ("model.safetensors", lambda t: t | {"x": t["soft_tokens"]}, "unknown x"),
+        ("model.safetensors", lambda t: t | {"x.weight": t["soft_tokens"]}, "unknown x.weight"),
+        ("model.safetensors", lambda t: t | {"x": t["soft_tokens"]}, r"x is \(2, .*expected None"),
         (
             "model.safetensors",
             lambda t: {k: x for k, x in t.items() if "q_proj" not in k},
