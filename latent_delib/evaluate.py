@@ -14,7 +14,6 @@ training as they appear, until its last. A killed evaluation continues with the 
 folders may be gs://BUCKET/PATH.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -200,10 +199,9 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
         found = Restored(meta["step"], meta, {"trainable": trained})
     else:
         checkpoints, meta = checkpoint.open_for_reading(workdir, step)
-        with contextlib.closing(checkpoints):
-            _require_same(exp, meta, workdir)
-            wanted = {"trainable": parameters.trainable_shapes(exp)}
-            found = checkpoints.restore_newest(wanted, step=step)
+        _require_same(exp, meta, workdir)
+        wanted = {"trainable": parameters.trainable_shapes(exp)}
+        found = checkpoints.restore_newest(wanted, step=step)
     trainable = jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable)
     return found._replace(trees={"trainable": trainable})
 
