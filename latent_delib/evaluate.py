@@ -118,7 +118,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
       UserError: no checkpoint, one of another decoder or method, bad config or data.
     """
     job = Job(config, workdir, [step])
-    needs_checkpoint = job.exp.aug.has_latents or not config.decoder.path or step is not None
+    needs_checkpoint = job.exp.aug.writes_latents or not config.decoder.path or step is not None
     found = None
     if needs_checkpoint or on_first(saved_steps.is_begun, workdir):
         found = read_checkpoint(job.exp, workdir, step)

@@ -153,10 +153,10 @@ def load_model(flags: Any) -> AugmentedLM:
     mesh, beside = make_meshes(flags.tensor, flags.coprocessor_devices)
     record = load.read_record(flags.workdir, flags.step)
     method = record["method.name"]
-    has_latents = METHODS[method].write is not None
-    augment = has_latents and not flags.no_augment
+    writes_latents = METHODS[method].write is not None
+    augment = writes_latents and not flags.no_augment
     if not augment:
-        _refuse_rhythm(flags, "--no_augment" if has_latents else f"method {method}")
+        _refuse_rhythm(flags, "--no_augment" if writes_latents else f"method {method}")
     path = load.decoder_of(flags.workdir, record)
     decoder = load.load_decoder(path, record["compute.dtype"], mesh)
     coprocessor = load.load_coprocessor(flags.workdir, flags.step) if augment else None

@@ -57,8 +57,8 @@ class Augmentation:
     distill: float = 0.0
 
     @property
-    def has_latents(self) -> bool:
-        """Tells whether the method writes latents."""
+    def writes_latents(self) -> bool:
+        """Tells whether the method writes latents; true also of a copy `without_latents`."""
         return METHODS[self.method].write is not None
 
     @property
@@ -287,7 +287,7 @@ def loss(
       steps_end: see `traces.first_ahead`.
     """
     reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
-    if aug.has_latents:
+    if aug.writes_latents:
         traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
         z = write_latents(aug, params, reading, traces)
         outputs, _ = decode(aug, params, z, reading.cache, traces)

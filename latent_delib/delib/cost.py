@@ -45,7 +45,7 @@ def step_flops(
     vocabulary = 2 * c.vocab_size * c.embed_dim
     text = flops.text(c, batch * seq_len, seq_len)
     text_again = flops.again(c, remat, batch * seq_len, seq_len) if method.trains_decoder else 0.0
-    if not aug.has_latents:
+    if not aug.writes_latents:
         return Flops(3 * (text + batch * seq_len * vocabulary), text_again)
 
     traces = batch * num_traces

@@ -147,7 +147,7 @@ def held(exp: Experiment, plan: Plan) -> dict[str, float]:
         vocabulary, width = table.sharding.shard_shape(table.shape)
         if width < table.shape[1]:
             gathered += vocabulary * table.shape[1] * itemsize
-        if exp.aug.has_latents:
+        if exp.aug.writes_latents:
             rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # per chip
             entries = rows * exp.config.data.seq_len * a.num_kv_heads * a.head_dim
             cache += 2 * a.num_layers * entries * itemsize / mesh_lib.shards(exp.mesh, "heads")

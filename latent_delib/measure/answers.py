@@ -61,7 +61,7 @@ class Answers:
         _check_lengths(self.asked, inputs.longest_text(exp.aug))
         self.decoder: dict[str, float] = {}
         trains_decoder = METHODS[exp.aug.method].trains_decoder
-        if self.asked and exp.aug.has_latents and not trains_decoder:
+        if self.asked and exp.aug.writes_latents and not trains_decoder:
             found = self._figures(frozen, has_latents=False)
             self.decoder = {f"{name}_decoder": value for name, value in found.items()}
 
@@ -77,7 +77,7 @@ class Answers:
             return {}
         trained = jax.tree.map(lambda x: x.astype(self.exp.dtype), trainable)
         params = assemble(self.frozen, trained)
-        return self._figures(params, self.exp.aug.has_latents) | self.decoder
+        return self._figures(params, self.exp.aug.writes_latents) | self.decoder
 
     def _figures(self, params: Params, has_latents: bool) -> dict[str, float]:
         lm = _model(self.exp, params, has_latents)

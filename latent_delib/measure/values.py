@@ -118,7 +118,7 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
     if another_text or sides.own_decoder:
         reading, own = steps.read(sides.own, *text)
     parts = []
-    if exp.aug.has_latents:
+    if exp.aug.writes_latents:
         parts = _with_latents(exp, steps, sides.own, reading, text, cases)
     # Fetched only now: the device already has all its work.
     plain, own, parts = jax.device_get((plain, own, parts))
