@@ -34,7 +34,7 @@ from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files, saved_steps
 from latent_delib.machine.checkpoint import Restored
-from latent_delib.machine.command_line import REQUIRED, ROOT, load_config
+from latent_delib.machine.command_line import BASE, REQUIRED, load_config
 from latent_delib.machine.distributed import on_first, warn
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
@@ -92,7 +92,7 @@ def config_of_training(flags: Any) -> ConfigDict:
         meta = exported.read_fields(where, flags.step)["record"]
     else:
         meta = saved_steps.read_meta(workdir, flags.step)
-    config = load_config("config", str(ROOT / "configs" / "base.py"))
+    config = load_config(str(BASE))
     with config.unlocked():
         config.update(meta["config"])
     return config
