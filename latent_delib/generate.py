@@ -51,7 +51,7 @@ def main(flags: Any) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
 
     lm = load_model(flags)
-    inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler, lm.aug)
+    inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler, lm.aug.every)
     prompts = [prompt_of(request, flags.chat, lm.tokenizer) for request in requests]
     seeds = [request["seed"] for request in requests]
     for name, augment in (("decoder", False), ("augmented", True)):

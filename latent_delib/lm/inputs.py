@@ -47,30 +47,32 @@ def check_options(
     every: int,
     delay: int | None,
     sampling: Mapping[str, Any],
-    aug: Augmentation | None = None,
+    own: int = 0,
 ) -> GenerationOptions:
-    """Returns the options with plain Python numbers; `sampling` holds fields of `Sampler`.
+    """Returns the options with plain Python numbers.
 
-    Latents that recur keep the `every` of `aug`. A command that has no model yet gives no `aug`.
+    Args:
+      sampling: fields of `Sampler`.
+      own: the number of tokens after which the model's latents recur by themselves; 0: they do not,
+        or no model is loaded yet.
 
     Raises:
       UserError: an option is of another type or out of range.
     """
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
     sampler = Sampler(**sampling).checked()
-    if aug is not None:
-        every = check_every(every, aug.every) or aug.every
-    return GenerationOptions(max_new_tokens, sampler, *check_rhythm(every, delay))
+    every, delay = check_rhythm(every, delay, own)
+    return GenerationOptions(max_new_tokens, sampler, every or own, delay)
 
 
-def check_every(every: int, own: int) -> int:
-    """Returns `every` as a plain Python number.
+def check_rhythm(every: int, delay: int | None, own: int = 0) -> tuple[int, int | None]:
+    """Returns `every` and `delay` as plain Python numbers.
 
     Args:
-      own: number of tokens after which the latents recur by themselves; 0: they do not.
+      own: as for `check_options`.
 
     Raises:
-      UserError: both `every` and `own` are set.
+      UserError: both `every` and `own` are set; or latents would join after the next ones are due.
     """
     every = arguments.whole("every", every, 0)
     if own and every:
@@ -78,21 +80,12 @@ def check_every(every: int, own: int) -> int:
             f"every={every}: latents join again after each {own} tokens, "
             "as they were trained to; leave it 0"
         )
-    return every
-
-
-def check_rhythm(every: int, delay: int | None) -> tuple[int, int | None]:
-    """Returns `every` and `delay` as plain Python numbers.
-
-    Raises:
-      UserError: latents would join after the next ones are due.
-    """
-    every = arguments.whole("every", every, 0)
     if delay is None:
         return every, None
     delay = arguments.whole("delay", delay, 0)
-    if every and delay >= every:
-        raise UserError(f"delay={delay}: expected less than every={every}")
+    rhythm = every or own
+    if rhythm and delay >= rhythm:
+        raise UserError(f"delay={delay}: expected less than every={rhythm}")
     return every, delay
 
 

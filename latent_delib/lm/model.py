@@ -192,7 +192,7 @@ class AugmentedLM:
           progress: gets the number of pieces that are done.
         """
         texts = arguments.several("texts", texts)
-        every = inputs.check_every(every, self.aug.every)
+        every, _ = inputs.check_rhythm(every, 0, self.aug.every)
         batch_size = arguments.whole("batch_size", batch_size, 1)
         bos_id = self.tokenizer.bos_id
         pieces: list[np.ndarray] = []
@@ -257,7 +257,7 @@ class AugmentedLM:
           sampling: temperature (0: the likeliest token), top_k, top_p, ...: the fields of
             `sampling.Sampler`.
         """
-        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug)
+        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug.every)
         batch_size = arguments.whole("batch_size", batch_size, 1)
         prompts = arguments.several("prompts", prompts)
         ends = Endings(self.tokenizer, stop)
@@ -300,7 +300,7 @@ class AugmentedLM:
         Joined, the pieces are what `generate` returns for this prompt alone. The options are those
         of `continuations`, and are checked at once.
         """
-        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug)
+        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug.every)
         ends = Endings(self.tokenizer, stop)
         write = self._writer(options.delay) if augment else None
         keys = inputs.random_keys(seed, 1)
