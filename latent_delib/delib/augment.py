@@ -11,6 +11,7 @@ Only `assemble` knows which of "decoder" and "coprocessor" are trained.
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -78,6 +79,20 @@ class Augmentation:
         if METHODS[self.method].has_assistant:
             found["assistant"] = self.models.coprocessor
         return found
+
+    @property
+    def longest_text(self) -> int:
+        """Returns the most tokens of a text that leave space for latents among learned positions.
+
+        The smaller table of both models decides. Without such a table it is sys.maxsize.
+        """
+        tables = [model.config.learned_positions for model in self.models]
+        if not any(tables):
+            return sys.maxsize
+        longest = min(filter(None, tables))
+        if self.writes_latents:
+            longest -= traces_lib.text_shift(self.placement, self.num_latents)
+        return longest
 
     def count_latents(self, num_ahead: int) -> int:
         """Returns the number of latents in a trace of `num_ahead` ahead tokens, in all groups."""

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_delib.data.tokenizer import Tokenizer
-from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.traces import text_shift
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
 from latent_delib.lm.sampling import Sampler
@@ -144,17 +142,6 @@ def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: i
     return ids
 
 
-def longest_text(aug: Augmentation) -> int:
-    """Returns the most tokens of a text that leave space for latents among learned positions.
-
-    The smaller table of decoder and assistant decides. Without such a table it is INT32.
-    """
-    tables = [model.config.learned_positions for model in aug.readers.values()]
-    if not any(tables):
-        return arguments.INT32
-    return min(filter(None, tables)) - text_shift(aug.placement, aug.num_latents)
-
-
 def check_length(name: str, length: int, new: int, max_length: int, longest: int) -> None:
     """Raises UserError for a text that is too long.
 
@@ -163,7 +150,7 @@ def check_length(name: str, length: int, new: int, max_length: int, longest: int
       length: number of tokens in the text.
       new: number of tokens that are to follow.
       max_length: the most tokens of both together; at most `longest`.
-      longest: the result of `longest_text`.
+      longest: `Augmentation.longest_text`.
     """
     if length + new <= max_length:
         return
@@ -179,7 +166,7 @@ def token_array(tokens_BT: Any, vocab_size: int, row_shards: int, longest: int) 
       tokens_BT: integers below `vocab_size`.
       vocab_size: V.
       row_shards: parts into which the rows are split.
-      longest: the largest T allowed, the result of `longest_text`.
+      longest: the largest T allowed, `Augmentation.longest_text`.
     """
     tokens_BT = _integers("tokens", tokens_BT, "[B, T]")
     T = tokens_BT.shape[1]

@@ -72,8 +72,7 @@ class AugmentedLM:
         self.coprocessor_mesh = coprocessor_mesh
         self.plain = augmentation(decoder, None, self.mesh, attention)
         self.aug = augmentation(decoder, coprocessor, self.mesh, attention)
-        self.longest = inputs.longest_text(self.aug)
-        self.max_length = min(self.max_length, self.longest)
+        self.max_length = min(self.max_length, self.aug.longest_text)
         self.params: Params = {"decoder": place(self.mesh, decoder.params, self.dtype)}
         if coprocessor is None:
             return
@@ -377,13 +376,13 @@ class AugmentedLM:
         """Returns the tokens of a prompt, BOS before a text; `new` more tokens must fit."""
         vocab_size = self.decoder.config.vocab_size
         ids = inputs.prompt_tokens(name, prompt, self.tokenizer, vocab_size)
-        inputs.check_length(name, len(ids), new, self.max_length, self.longest)
+        inputs.check_length(name, len(ids), new, self.max_length, self.aug.longest_text)
         return ids
 
     def _token_array(self, tokens_BT: Any) -> jax.Array:
         row_shards = mesh_lib.shards(self.mesh, "batch")
         vocab_size = self.decoder.config.vocab_size
-        return inputs.token_array(tokens_BT, vocab_size, row_shards, self.longest)
+        return inputs.token_array(tokens_BT, vocab_size, row_shards, self.aug.longest_text)
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         """Returns rows padded to one of few shapes, [B, T], and their lengths [B].

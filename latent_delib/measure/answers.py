@@ -12,7 +12,6 @@ from latent_delib.delib.augment import assemble
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
-from latent_delib.lm import inputs
 from latent_delib.lm.load import Assistant, Coprocessor, Decoder, assistant_of
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments
@@ -58,7 +57,7 @@ class Answers:
         self.exp = exp
         self.frozen = frozen
         self.asked = _read(exp)
-        _check_lengths(self.asked, inputs.longest_text(exp.aug))
+        _check_lengths(self.asked, exp.aug.longest_text)
         self.decoder: dict[str, float] = {}
         trains_decoder = METHODS[exp.aug.method].trains_decoder
         if self.asked and exp.aug.writes_latents and not trains_decoder:
