@@ -80,7 +80,8 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     architecture = _architecture(config, decoder)
     tokenizer = _tokenizer(config, architecture)
     assistant = _assistant(config, tokenizer)
-    coprocessor = _coprocessor(config, architecture, assistant)
+    record = _record(config, decoder, architecture, tokenizer, assistant)
+    coprocessor = build.own_architecture(record, architecture)
     mesh = mesh_lib.make(config.mesh, devices)
     _check_splits(config, mesh, architecture, "the decoder")
     if coprocessor is not None:
@@ -104,7 +105,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     _check_positions(config, aug)
     return Experiment(
         config=config,
-        record=_record(config, decoder, architecture, tokenizer, assistant),
+        record=record,
         aug=aug,
         mesh=mesh,
         dtype=jnp.dtype(config.compute.dtype),
@@ -177,16 +178,6 @@ def _assistant(config: ConfigDict, tokenizer: Tokenizer) -> Path | None:
             f"{tokenizer.path}"
         )
     return assistant
-
-
-def _coprocessor(
-    config: ConfigDict, architecture: TransformerConfig, assistant: Path | None
-) -> TransformerConfig | None:
-    """Returns the coprocessor's architecture; None where it is the decoder's."""
-    changed = config.method.coprocessor.to_dict()
-    if assistant is not None:
-        return folder.read_config(assistant)
-    return build.coprocessor_config(architecture, changed) if changed else None
 
 
 def _record(

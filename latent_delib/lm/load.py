@@ -201,20 +201,10 @@ def _of_record(params: Params, record: Record, fingerprint: str) -> Coprocessor:
         record["method.placement"],
         fingerprint,
         record.step,
-        _own_architecture(record),
+        build.own_architecture(record, TransformerConfig(**record.architecture)),
         record["method.every"],
         assistant_of(record),
     )
-
-
-def _own_architecture(record: Record) -> TransformerConfig | None:
-    """Returns the architecture of a run's coprocessor; None where it is the decoder's."""
-    if record.assistant:
-        return TransformerConfig(**record.assistant["architecture"])
-    if record["method.coprocessor"]:
-        decoder = TransformerConfig(**record.architecture)
-        return build.coprocessor_config(decoder, record["method.coprocessor"])
-    return None
 
 
 def assistant_of(record: Record) -> Assistant | None:
