@@ -260,7 +260,7 @@ class Job:
         result = {
             **perplexity.by_source(text, sums, self.exp.config.evaluate.seed),
             "pieces": len(text.pieces),
-            "past_donors": views.count_past_givers(self.view, len(text.pieces)),
+            "past_donors": views.count_past_donors(self.view, len(text.pieces)),
             "draws": views.DRAWS,
             **self.origin(found),
             "fingerprint": self.exp.record.fingerprint,

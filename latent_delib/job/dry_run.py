@@ -141,9 +141,9 @@ def held(exp: Experiment, plan: Plan) -> dict[str, float]:
         gradients += trainable
     gathered = 0.0
     cache = 0.0
-    for room, model in exp.aug.readers.items():
+    for reader, model in exp.aug.readers.items():
         a = model.config
-        table = (plan.frozen or plan.state.trainable)[room]["embedding"]
+        table = (plan.frozen or plan.state.trainable)[reader]["embedding"]
         vocabulary, width = table.sharding.shard_shape(table.shape)
         if width < table.shape[1]:
             gathered += vocabulary * table.shape[1] * itemsize

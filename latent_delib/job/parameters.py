@@ -48,7 +48,7 @@ def load_frozen(exp: Experiment) -> Params:
 
 def _decoder_shapes(exp: Experiment) -> Params:
     """Returns the shapes of the decoder and, where there is one, of the assistant."""
-    return {room: folder.shapes(model.config) for room, model in exp.aug.readers.items()}
+    return {reader: folder.shapes(model.config) for reader, model in exp.aug.readers.items()}
 
 
 def trainable_shapes(exp: Experiment) -> Params:
@@ -71,8 +71,8 @@ def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
         if tree is None:
             tree = METHODS[aug.method].init(key, decoder, aug.models, aug.num_latents)
         if rank:
-            for i, room in enumerate(sorted(tree)):
-                tree[room] = _adapters(jax.random.fold_in(key, i), tree[room], rank)
+            for i, name in enumerate(sorted(tree)):
+                tree[name] = _adapters(jax.random.fold_in(key, i), tree[name], rank)
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
     return init

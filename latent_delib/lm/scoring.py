@@ -104,14 +104,14 @@ def score_tails(
     if not aug.writes_latents:
         aug = aug.without_latents
     z = augment.write_latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, A))
-    marks = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
-    reread = marks.inputs.shape[2] - (A - 1)
-    marks = marks._replace(
-        inputs=jnp.concatenate([marks.inputs[..., :reread], tails_BMA[..., :-1]], axis=2),
+    traces = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
+    reread = traces.inputs.shape[2] - (A - 1)
+    traces = traces._replace(
+        inputs=jnp.concatenate([traces.inputs[..., :reread], tails_BMA[..., :-1]], axis=2),
         targets=tails_BMA,
     )
     z = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, M, *x.shape[2:])), z)
-    x_BMAD, _ = augment.decode(aug, params, z, text.cache, marks)
+    x_BMAD, _ = augment.decode(aug, params, z, text.cache, traces)
 
     def one(x_BMD: jax.Array, target_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BMV = transformer.unembed(table_VD, x_BMD, config)
