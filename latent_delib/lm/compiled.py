@@ -85,8 +85,11 @@ def read_on(
     *,
     aug: Augmentation,
 ) -> Reading:
-    """Reads `new` more tokens of every text, after the tokens in `read`."""
-    if aug.every:  # latents stay: `cache`, with which the tokens were decoded, holds them already
+    """Returns `read` with `new` more tokens of every text, to write latents after them.
+
+    Where latents recur, it has `cache` instead, with which these tokens were decoded.
+    """
+    if aug.every:  # earlier latents stay, and `cache` holds them
         return read._replace(cache=cache)
     if new == 0:
         return read

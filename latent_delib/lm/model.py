@@ -162,7 +162,7 @@ class AugmentedLM:
         greedy = np.zeros(len(tails), bool)
         done = 0
         keys = [group.key for group in groups]
-        for chosen in batching.by_key(keys, partial(batching.together, self.mesh, batch_size)):
+        for chosen in batching.batches(keys, partial(batching.together, self.mesh, batch_size)):
             batch = [groups[i] for i in chosen]
             sums_BM, greedy_BM = self._score_tails(batch, tails, augment)
             for b, (_, members, _) in enumerate(batch):
@@ -208,7 +208,7 @@ class AugmentedLM:
         aug = self.aug if augment else self.plain
         score = partial(scoring.score_text, aug=aug, dtype=self.dtype)
         keys = [(1, len(piece)) for piece in pieces]
-        for chosen in batching.by_key(keys, partial(batching.together, self.mesh, batch_size)):
+        for chosen in batching.batches(keys, partial(batching.together, self.mesh, batch_size)):
             tokens, length = self._pad([pieces[p] for p in chosen])
             predicted = tokens.shape[1] - 1
             found = score(self.params, tokens, length, stretch=min(every or predicted, predicted))
@@ -264,7 +264,7 @@ class AugmentedLM:
         keys = inputs.random_keys(seed, len(prompts))
         heads = self._heads(prompts, options.max_new_tokens)
         found: dict[int, Continuation] = {}
-        for chosen in batching.by_key([(1, len(head)) for head in heads], lambda key: batch_size):
+        for chosen in batching.batches([(1, len(head)) for head in heads], lambda key: batch_size):
 
             def stopped(new_BN: np.ndarray, rows: int = len(chosen)) -> np.ndarray:
                 if progress:
