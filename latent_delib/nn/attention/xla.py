@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from latent_delib.nn.attention.layout import pad
-from latent_delib.nn.attention.primitive import Bounds, Keys, own_in_range
+from latent_delib.nn.attention.primitive import Bounds, Keys, Options, delta_of, own_in_range
 from latent_delib.nn.products import einsum, softcapped
 
 # QUERIES x KEYS scores per head exist at a time.
@@ -64,7 +64,7 @@ class Saved(NamedTuple):
 
     dout: the gradient of the output, [B, K, c, R, H].
     lse: the log-sum-exp, [B, K, c, R, 1].
-    delta: the amount that the softmax subtracts from the gradient of each weight, [B, K, c, R, 1].
+    delta: the result of `primitive.delta_of`, [B, K, c, R, 1].
     """
 
     dout: jax.Array
@@ -77,20 +77,19 @@ def forward(
     own: Keys,
     prefix: Keys | None,
     bounds: Bounds,
-    scale: float,
-    softcap: float,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention's output and the log-sum-exp of every row.
 
     Args:
-      q_BMSNH, prefix, bounds, scale, softcap: as for `primitive.attend`.
+      q_BMSNH, prefix, bounds: as for `primitive.attend`.
       own: keys and values [B, M, U, K, H] of the groups.
 
     Returns:
       [B, M, S, N, H] in the dtype of the values, and float32 [B, M, S, N].
     """
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
-    score = partial(_scores, scale=scale, softcap=softcap)
+    score = partial(_scores, options=options)
 
     def attend(chunk: Chunk) -> tuple[jax.Array, jax.Array]:
         zeros = jnp.zeros(chunk.q.shape, jnp.float32)
@@ -131,32 +130,29 @@ def backward(
     own: Keys,
     prefix: Keys | None,
     bounds: Bounds,
+    out_BMSNH: jax.Array,
     lse_BMSN: jax.Array,
-    delta_BMSN: jax.Array,
     dout_BMSNH: jax.Array,
-    scale: float,
-    softcap: float,
-    into_prefix: bool,
+    options: Options,
 ) -> tuple[jax.Array, Keys, Keys | None]:
     """Returns the gradients of queries, of own keys and values and, where asked for, of the prefix.
 
     Args:
-      q_BMSNH, own, prefix, bounds, scale, softcap: as for `forward`.
-      lse_BMSN: log-sum-exp of every row over all keys that it sees. A caller that adds up the
-        gradients of several sources includes the keys of all sources.
-      delta_BMSN: the amount that the softmax subtracts from the gradient of each weight of a row.
+      q_BMSNH, own, prefix, bounds, options: as for `forward`.
+      out_BMSNH, lse_BMSN: the results of `forward`. A caller that adds up the gradients of several
+        sources gives the results for the keys of all sources.
       dout_BMSNH: the gradient of the output.
-      into_prefix: compute the gradient of the prefix.
 
     Returns:
-      Each gradient in its operand's shape and dtype; None for the prefix's unless `into_prefix`.
+      Each gradient in its operand's shape and dtype; None for the prefix's unless asked for.
     """
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
-    score = partial(_scores, scale=scale, softcap=softcap)
+    score = partial(_scores, options=options)
+    delta_BMSN = delta_of(out_BMSNH, dout_BMSNH)
     like_q = (dout_BMSNH, lse_BMSN[..., None], delta_BMSN[..., None])
     saved = Saved(*(_cut_rows(x, own[0].shape[3]) for x in like_q))
     # for each shared source, whether its gradient is computed
-    wanted = [into_prefix] * (prefix is not None) + [True] * (chunks.own is None)
+    wanted = [options.into_prefix] * (prefix is not None) + [True] * (chunks.own is None)
     totals = [_no_gradient(keys) if is_wanted else None for keys, is_wanted in zip(shared, wanted)]
 
     def differentiate(totals, operands):
@@ -338,12 +334,12 @@ def _onto(weights: jax.Array, x: jax.Array, of_all: bool) -> jax.Array:
     return einsum("BKRH,BKRU->BKHU", x, weights, jnp.float32)
 
 
-def _scores(q, k, seen, scale: float, softcap: float):
+def _scores(q, k, seen, options: Options):
     """Returns scores [B, K, c, R, U], their slope in q . k, and which of them are visible."""
-    scores, slope = softcapped(_products(q, k) * scale, softcap)
+    scores, slope = softcapped(_products(q, k) * options.scale, options.softcap)
     G = q.shape[3] // seen.shape[2]
     visible = jnp.repeat(seen, G, axis=2)[:, None]
-    return jnp.where(visible, scores, NEVER), scale * slope, visible
+    return jnp.where(visible, scores, NEVER), options.scale * slope, visible
 
 
 def _first(shared: Keys, i: jax.Array) -> jax.Array:
