@@ -40,7 +40,7 @@ def both_passes(attention: Callable) -> dict[str, Any]:
 
 
 def torch_passes(
-    c: Any, marks: Traces, text: dense.Tokens, operands: tuple, prefix: tuple, dout: jax.Array
+    c: Any, traces: Traces, text: dense.Tokens, operands: tuple, prefix: tuple, dout: jax.Array
 ) -> dict:
     """Returns the peer's forms of the same two, to be measured."""
     import numpy as np
@@ -59,9 +59,9 @@ def torch_passes(
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     integers = (
-        marks.position,
-        marks.bounds.prefix_start[..., 0],
-        marks.bounds.prefix_stop[..., 0],
+        traces.position,
+        traces.bounds.prefix_start[..., 0],
+        traces.bounds.prefix_stop[..., 0],
         text.position,
     )
     there = [torch.tensor(np.asarray(x), device=device) for x in integers]
@@ -69,7 +69,7 @@ def torch_passes(
     q, k, v = (theirs(flat(x)).requires_grad_() for x in operands)
     before, gradient = [theirs(x) for x in prefix], theirs(flat(dout))
     form = peer_torch.FORMS[device]
-    mask = form.mask(sees, *marks.position.shape, before[0].shape[2], torch.device(device))
+    mask = form.mask(sees, *traces.position.shape, before[0].shape[2], torch.device(device))
 
     @torch.compile(dynamic=False)
     def attention(q, k, v):
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for B, L in ((B, L) for B in a.batch for L in a.latents):
         tokens_BT, segment_BT = common.text(a, B)
         aug = common.augmentation(c, L, "reference", placement="overlay")
-        marks = aug.lay_out(
+        traces = aug.lay_out(
             tokens_BT, segment_BT, common.positions(a, tokens_BT, segment_BT), a.ahead
         )
         text, key = dense.of_text(segment_BT), jax.random.key(0)
@@ -106,24 +106,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             drawn = jax.random.normal(jax.random.fold_in(key, i), (B, *shape, c.head_dim))
             return drawn.astype(a.dtype)
 
-        S = marks.position.shape[2]
+        S = traces.position.shape[2]
         operands = heads(0, a.traces, S, N), heads(1, a.traces, S, K), heads(2, a.traces, S, K)
         prefix, dout = (heads(3, T, K), heads(4, T, K)), heads(5, a.traces, S, N)
 
         compiled, runs = {}, {}
         for form in a.forms:
             if form == "torch":
-                passes = torch_passes(c, marks, text, operands, prefix, dout)
+                passes = torch_passes(c, traces, text, operands, prefix, dout)
                 runs |= {(form, name): run for name, run in passes.items()}
                 continue
             if form == "dense":
-                of_traces = dense.of_traces(marks.position, *marks.bounds[:2])
+                of_traces = dense.of_traces(traces.position, *traces.bounds[:2])
                 whole, total = dense.both(text, of_traces), T + a.traces * S
                 everything = heads(6, total, N), heads(7, total, K), heads(8, total, K)
                 arguments = everything, (dense.visible(whole, whole),), heads(9, total, N)
                 function = partial(dense.attend, scale=c.query_scale, softcap=c.attn_softcap)
             else:
-                arguments = operands, (prefix, marks.bounds), dout
+                arguments = operands, (prefix, traces.bounds), dout
                 partition = aug.transformer.partition
                 function = partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=form)
                 function = partial(function, shared_memory=partition.shared_memory)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             row = {"batch": B, "latents": L, "form": form, "pass": name, **common.spread(found)}
             row["tflops"] = row["vs_dense"] = None
             if row["ms"]:
-                flops = common.attention_flops(c, marks.bounds, name == "both")
+                flops = common.attention_flops(c, traces.bounds, name == "both")
                 row["tflops"] = flops / row["ms"] / 1e9
             if row["ms"] and seconds.get(("dense", name)):
                 row["vs_dense"] = common.spread(seconds["dense", name])["ms"] / row["ms"]

@@ -195,7 +195,7 @@ def record_kernel(result: dict[str, Any], kernel: str) -> str:
         return f"{where}: not proven yet, rows are missing; run the same command again"
     about = {key: card[key] for key in ("device", "date", "jax")}
     try:
-        path = choice.note(kernel, card["family"], about if proven else None)
+        path = choice.record_proof(kernel, card["family"], about if proven else None)
     except OSError as error:
         verdict = "proven" if proven else "NOT proven"
         return f"{where}: {verdict}; no record could be written: {error}"

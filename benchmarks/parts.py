@@ -36,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def latents(trained):
         text = read(trained)
-        marks = aug.lay_out(tokens, segment, at, a.ahead)
-        return augment.write_latents(aug, params(trained), text, marks), text.cache, marks
+        traces = aug.lay_out(tokens, segment, at, a.ahead)
+        return augment.write_latents(aug, params(trained), text, traces), text.cache, traces
 
     def loss(trained):
         return augment.loss(aug, params(trained), tokens, segment, at, a.ahead, dtype)[0]
 
     def decode(trained):
-        z, cache, marks = latents(trained)
-        return augment.decode(aug, params(trained), z, cache, marks)[0]
+        z, cache, traces = latents(trained)
+        return augment.decode(aug, params(trained), z, cache, traces)[0]
 
     state = TrainState(jnp.int32(0), trained, tx.init(trained))
     objective = Objective(

@@ -31,7 +31,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError, extra
 from latent_delib.job.record import Record
 from latent_delib.lm import load
-from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_every, check_rhythm
+from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_rhythm
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.command_line import REQUIRED, ROOT
@@ -162,8 +162,7 @@ def _find_subject(flags: Any) -> Subject:
         record = load.read_record(workdir, flags.step)
         decoder = load.decoder_of(workdir, record)
         config = record.config
-        own = record["method.every"]
-        check_rhythm(check_every(flags.every, own) or own, flags.delay)
+        check_rhythm(flags.every, flags.delay, record["method.every"])
         if METHODS[record["method.name"]].write is None:
             config = config | {"method": config["method"] | {"num_latents": 0}}
     elif flags.step is not None:

@@ -14,7 +14,6 @@ training as they appear, until its last. A killed evaluation continues with the 
 folders may be gs://BUCKET/PATH.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -36,7 +35,7 @@ from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files, saved_steps
 from latent_delib.machine.checkpoint import Restored
-from latent_delib.machine.command_line import REQUIRED, ROOT, load_config
+from latent_delib.machine.command_line import BASE, REQUIRED, load_config
 from latent_delib.machine.distributed import on_first, warn
 from latent_delib.machine.progress import Progress
 from latent_delib.machine.provenance import provenance
@@ -94,7 +93,7 @@ def config_of_training(flags: Any) -> ConfigDict:
         meta = exported.read_fields(where, flags.step)["record"]
     else:
         meta = saved_steps.read_meta(workdir, flags.step)
-    config = load_config("config", str(ROOT / "configs" / "base.py"))
+    config = load_config(str(BASE))
     with config.unlocked():
         config.update(meta["config"])
     return config
@@ -120,7 +119,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
       UserError: no checkpoint, one of another decoder or method, bad config or data.
     """
     job = Job(config, workdir, [step])
-    needs_checkpoint = job.exp.aug.has_latents or not config.decoder.path or step is not None
+    needs_checkpoint = job.exp.aug.writes_latents or not config.decoder.path or step is not None
     found = None
     if needs_checkpoint or on_first(saved_steps.is_begun, workdir):
         found = read_checkpoint(job.exp, workdir, step)
@@ -201,10 +200,9 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
         found = Restored(meta["step"], meta, {"trainable": trained})
     else:
         checkpoints, meta = checkpoint.open_for_reading(workdir, step)
-        with contextlib.closing(checkpoints):
-            _require_same(exp, meta, workdir)
-            wanted = {"trainable": parameters.trainable_shapes(exp)}
-            found = checkpoints.restore_newest(wanted, step=step)
+        _require_same(exp, meta, workdir)
+        wanted = {"trainable": parameters.trainable_shapes(exp)}
+        found = checkpoints.restore_newest(wanted, step=step)
     trainable = jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable)
     return found._replace(trees={"trainable": trainable})
 
@@ -263,7 +261,7 @@ class Job:
         result = {
             **perplexity.by_source(text, sums, self.exp.config.evaluate.seed),
             "pieces": len(text.pieces),
-            "past_donors": views.count_past_givers(self.view, len(text.pieces)),
+            "past_donors": views.count_past_donors(self.view, len(text.pieces)),
             "draws": views.DRAWS,
             **self.origin(found),
             "text": text.digest(),

@@ -51,9 +51,7 @@ def main(flags: Any) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
 
     lm = load_model(flags)
-    inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler, lm.aug)
-    prompts = [prompt_of(request, flags.chat, lm.tokenizer) for request in requests]
-    seeds = [request["seed"] for request in requests]
+    inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler, lm.aug.every)
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and lm.coprocessor is None:
             continue
@@ -65,31 +63,53 @@ def main(flags: Any) -> None:
             **sampler,
         }
         if flags.prompt and not flags.out:
-            print(f"--- {name}\n{shown(requests[0], flags.chat)}", end="", flush=True)
-            for piece in lm.stream(prompts[0], flags.max_new_tokens, seed=flags.seed, **options):
-                print(piece, end="", flush=True)
-            print()
-            continue
-        found = lm.continuations(
-            prompts,
-            flags.max_new_tokens,
-            seed=seeds,
-            batch_size=flags.batch_size,
-            progress=Progress(f"{name}: decoded", len(requests) * flags.max_new_tokens, "tokens"),
-            **options,
-        )
-        for request, continuation in zip(requests, found):
-            request[name] = continuation.text
-            if augment:
-                request["joined"] = list(continuation.joined)
-            if not flags.out:
-                said = shown(request, flags.chat)
-                print(f"--- {name}\n{said}{continuation.text}", flush=True)
+            print_stream(lm, requests[0], name, flags, options)
+        else:
+            continue_all(lm, requests, name, flags, options)
     if flags.out:
         # ASCII: JSON can hold half characters, UTF-8 cannot
         lines = [json.dumps(request) + "\n" for request in requests]
         files.write(out, "".join(lines).encode())
         print(f"{len(requests)} continuations are in {out}", flush=True)
+
+
+def print_stream(
+    lm: AugmentedLM, request: dict[str, Any], name: str, flags: Any, options: dict[str, Any]
+) -> None:
+    """Prints the continuation of one request piece by piece, as it is decoded.
+
+    Args:
+      name: "decoder" or "augmented".
+      options: keyword arguments of `AugmentedLM.stream`, without the seed.
+    """
+    prompt = prompt_of(request, flags.chat, lm.tokenizer)
+    print(f"--- {name}\n{shown(request, flags.chat)}", end="", flush=True)
+    for piece in lm.stream(prompt, flags.max_new_tokens, seed=request["seed"], **options):
+        print(piece, end="", flush=True)
+    print()
+
+
+def continue_all(
+    lm: AugmentedLM, requests: list[dict[str, Any]], name: str, flags: Any, options: dict[str, Any]
+) -> None:
+    """Adds its continuation to each request, under `name`; without --out it prints them too.
+
+    Args: as for `print_stream`.
+    """
+    found = lm.continuations(
+        [prompt_of(request, flags.chat, lm.tokenizer) for request in requests],
+        flags.max_new_tokens,
+        seed=[request["seed"] for request in requests],
+        batch_size=flags.batch_size,
+        progress=Progress(f"{name}: decoded", len(requests) * flags.max_new_tokens, "tokens"),
+        **options,
+    )
+    for request, continuation in zip(requests, found):
+        request[name] = continuation.text
+        if options["augment"]:
+            request["joined"] = list(continuation.joined)
+        if not flags.out:
+            print(f"--- {name}\n{shown(request, flags.chat)}{continuation.text}", flush=True)
 
 
 def prompt_of(request: dict[str, Any], is_chat: bool, tokenizer: Tokenizer) -> Prompt:
@@ -153,10 +173,10 @@ def load_model(flags: Any) -> AugmentedLM:
     mesh, beside = make_meshes(flags.tensor, flags.coprocessor_devices)
     record = load.read_record(flags.workdir, flags.step)
     method = record["method.name"]
-    has_latents = METHODS[method].write is not None
-    augment = has_latents and not flags.no_augment
+    writes_latents = METHODS[method].write is not None
+    augment = writes_latents and not flags.no_augment
     if not augment:
-        _refuse_rhythm(flags, "--no_augment" if has_latents else f"method {method}")
+        _refuse_rhythm(flags, "--no_augment" if writes_latents else f"method {method}")
     path = load.decoder_of(flags.workdir, record)
     decoder = load.load_decoder(path, record["compute.dtype"], mesh)
     coprocessor = load.load_coprocessor(flags.workdir, flags.step) if augment else None

@@ -224,7 +224,7 @@ def trees_of(state: TrainState) -> dict[str, Any]:
 def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[TrainState, Params]:
     """Returns the state to train, restored or new, and the frozen parameters, on the mesh."""
     if exp.start and (found is None or exp.adapts_start):
-        parameters.check_start(exp)
+        parameters.open_start(exp)  # checks it, before anything large is loaded
     frozen = parameters.load_frozen(exp) if plan.frozen else {}
     if found is None:
         trainable, opt_state = init_state(exp, plan, frozen)

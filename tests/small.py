@@ -91,14 +91,12 @@ def weights_of(workdir: Path, step: int | None = None) -> dict:
     checkpoints, meta = checkpoint.open_for_reading(str(workdir), step)
     step = meta["step"]
     found = checkpoints.restore_newest(step=step)
-    checkpoints.close()
     return jax.device_get(found.trainable)
 
 
 def meta_of(workdir: Path) -> dict:
     """What a run's newest checkpoint says of itself."""
-    checkpoints, meta = checkpoint.open_for_reading(str(workdir))
-    checkpoints.close()
+    _, meta = checkpoint.open_for_reading(str(workdir))
     return meta
 
 

@@ -377,8 +377,7 @@ def test_a_tokenizer_that_was_exchanged(make_config, trained, decoder_folder, tm
     with pytest.raises(ld.UserError, match="decoder.tokenizer"):
         evaluate.evaluate(config, str(trained), str(tmp_path / "out"))
 
-    checkpoints, meta = checkpoint.open_for_reading(str(trained))
-    checkpoints.close()
+    _, meta = checkpoint.open_for_reading(str(trained))
     assert load.decoder_of(str(trained), Record.from_meta(meta, "")) == str(decoder_folder)
     meta["config"]["decoder"]["path"] = str(other)
     with pytest.raises(ld.UserError, match="tokenizer"):

@@ -18,6 +18,7 @@ from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder
 
 P, L = 48, 2  # learned positions; latents of the tiny config
+RESIZED = {"method.name": "resized", "method.coprocessor": {"learned_positions": 40}}
 CONFIG = dataclasses.replace(SIZES["gpt2_test"], vocab_size=320, learned_positions=P)
 PROMPT, NEW = "the cat sat on a mat and a dog", 6
 
@@ -94,13 +95,15 @@ def test_a_coprocessor_is_exported_and_read_again(gpt2_folder, workdir, tmp_path
         ({"evaluate.max_length": P - L + 1}, "evaluate.max_length=47"),
         ({"method.placement": "overlay", "data.seq_len": P + 1}, "data.seq_len=49"),
         ({"method.name": "decoder", "data.seq_len": P + 1}, "data.seq_len=49"),
+        (RESIZED | {"data.seq_len": 40 - L + 1}, "data.seq_len=39"),
     ],
 )
 def test_texts_past_the_last_position_are_refused_before_training(config_of, changes, key):
-    with pytest.raises(UserError, match=f"config.{key}: .* at most 48, .*learned positions"):
-        experiment.read(config_of(changes))
     name = key.partition("=")[0]
-    experiment.read(config_of(changes | {name: changes[name] - 1}))
+    most = changes[name] - 1
+    with pytest.raises(UserError, match=f"config.{key}: .* at most {most}, .*learned positions"):
+        experiment.read(config_of(changes))
+    experiment.read(config_of(changes | {name: most}))
 
 
 def test_texts_past_the_last_position_are_refused_before_decoding(gpt2_folder):

@@ -108,7 +108,6 @@ def everything(workdir, step=None):
     checkpoints, meta = checkpoint.open_for_reading(str(workdir), step)
     step = meta["step"]
     trees = checkpoints.restore_newest({"trainable": None, "optimizer": None}, step=step).trees
-    checkpoints.close()
     return step, {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(trees)

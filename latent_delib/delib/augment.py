@@ -11,6 +11,7 @@ Only `assemble` knows which of "decoder" and "coprocessor" are trained.
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -57,8 +58,8 @@ class Augmentation:
     distill: float = 0.0
 
     @property
-    def has_latents(self) -> bool:
-        """Tells whether the method writes latents."""
+    def writes_latents(self) -> bool:
+        """Tells whether the method writes latents; true also of a copy `without_latents`."""
         return METHODS[self.method].write is not None
 
     @property
@@ -78,6 +79,20 @@ class Augmentation:
         if METHODS[self.method].has_assistant:
             found["assistant"] = self.models.coprocessor
         return found
+
+    @property
+    def longest_text(self) -> int:
+        """Returns the most tokens of a text that leave space for latents among learned positions.
+
+        The smaller table of both models decides. Without such a table it is sys.maxsize.
+        """
+        tables = [model.config.learned_positions for model in self.models]
+        if not any(tables):
+            return sys.maxsize
+        longest = min(filter(None, tables))
+        if self.writes_latents:
+            longest -= traces_lib.text_shift(self.placement, self.num_latents)
+        return longest
 
     def count_latents(self, num_ahead: int) -> int:
         """Returns the number of latents in a trace of `num_ahead` ahead tokens, in all groups."""
@@ -287,7 +302,7 @@ def loss(
       steps_end: see `traces.first_ahead`.
     """
     reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
-    if aug.has_latents:
+    if aug.writes_latents:
         traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
         z = write_latents(aug, params, reading, traces)
         outputs, _ = decode(aug, params, z, reading.cache, traces)

@@ -37,16 +37,18 @@ def step_flops(
 
     Returns:
       The useful FLOPs, and the FLOPs that the backward pass repeats under the transformer's
-      `remat`; see `flops.again`.
+      `remat`; see `flops.recomputed`.
     """
     method = METHODS[aug.method]
     c = aug.transformer.config
     remat = aug.transformer.remat
     vocabulary = 2 * c.vocab_size * c.embed_dim
     text = flops.text(c, batch * seq_len, seq_len)
-    text_again = flops.again(c, remat, batch * seq_len, seq_len) if method.trains_decoder else 0.0
-    if not aug.has_latents:
-        return Flops(3 * (text + batch * seq_len * vocabulary), text_again)
+    text_recomputed = 0.0
+    if method.trains_decoder:
+        text_recomputed = flops.recomputed(c, remat, batch * seq_len, seq_len)
+    if not aug.writes_latents:
+        return Flops(3 * (text + batch * seq_len * vocabulary), text_recomputed)
 
     traces = batch * num_traces
     passes, text_passes = (3, 3) if method.trains_decoder else (2, 1)
@@ -64,10 +66,10 @@ def step_flops(
     predicting = (passes + (aug.distill > 0)) * traces * num_ahead * vocabulary
     tokens = decoded_tokens(aug, num_ahead)
     decoding = flops.traces(c, traces, tokens, seq_len, passes, passes)
-    decoding_again = flops.again(c, remat, traces * tokens, seq_len)
+    decoding_recomputed = flops.recomputed(c, remat, traces * tokens, seq_len)
     return Flops(
         text_passes * text + writing.useful + decoding + predicting,
-        text_again + writing.repeated + decoding_again,
+        text_recomputed + writing.repeated + decoding_recomputed,
     )
 
 

@@ -60,7 +60,7 @@ def traces(
     return count * length * per_query
 
 
-def again(
+def recomputed(
     c: TransformerConfig,
     remat: str,
     tokens: int,
@@ -119,7 +119,7 @@ def one_pass(w: Writing) -> Flops:
     text_passes = 3 if w.trains_decoder else 2
     return Flops(
         traces(w.config, w.traces, w.num_latents, w.seq_len, passes=3, text_passes=text_passes),
-        again(w.config, w.remat, w.traces * w.num_latents, w.seq_len),
+        recomputed(w.config, w.remat, w.traces * w.num_latents, w.seq_len),
     )
 
 
@@ -128,7 +128,7 @@ def pass_over_text_too(w: Writing) -> Flops:
     latents = one_pass(w._replace(trains_decoder=True))
     return Flops(
         latents.useful + 3 * text(w.config, w.text_tokens, w.seq_len),
-        latents.repeated + again(w.config, w.remat, w.text_tokens, w.seq_len),
+        latents.repeated + recomputed(w.config, w.remat, w.text_tokens, w.seq_len),
     )
 
 

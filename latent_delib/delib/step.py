@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from latent_delib.delib import augment, traces
+from latent_delib.delib import augment
+from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Reading
 from latent_delib.nn.layers import INPUT_AXES
@@ -237,8 +238,8 @@ def _with_traces(objective: Objective, batch: dict[str, jax.Array], number: jax.
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
     key = jax.random.fold_in(jax.random.key(o.seed), number)
     num_traces = min(o.num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
-    at_BM = traces.draw(key, tokens_BT, segment_BT, num_traces, o.prompt_end, o.steps_end)
-    delay_BM = traces.draw_delays(jax.random.fold_in(key, 1), at_BM, o.max_delay)
+    at_BM = traces_lib.draw(key, tokens_BT, segment_BT, num_traces, o.prompt_end, o.steps_end)
+    delay_BM = traces_lib.draw_delays(jax.random.fold_in(key, 1), at_BM, o.max_delay)
     return tokens_BT, segment_BT, at_BM, delay_BM
 
 
@@ -354,9 +355,9 @@ def ahead_step(
       of these tokens, float32 [B, M, A], 0 past the document's end.
     """
     params = augment.gathered(aug, params)
-    marks = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)
-    z = augment.write_latents(aug, params, reading, marks)
+    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)
+    z = augment.write_latents(aug, params, reading, traces)
     if from_B is not None:
         z = jax.tree.map(lambda x: x[from_B], z)
-    x_BMAD, _ = augment.decode(aug, params, z, reading.cache, marks)
-    return score(aug, params, x_BMAD, marks.targets), marks.weights
+    x_BMAD, _ = augment.decode(aug, params, z, reading.cache, traces)
+    return score(aug, params, x_BMAD, traces.targets), traces.weights

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
+from latent_delib.job.record import Record
 from latent_delib.machine import files
 from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import choose
@@ -67,8 +68,16 @@ def decoder_shardings(mesh: Mesh, config: TransformerConfig) -> Params:
     return mesh_lib.parameters(mesh, folder.shapes(config), PARAM_AXES)
 
 
-def coprocessor_config(decoder: TransformerConfig, changed: dict[str, Any]) -> TransformerConfig:
-    """Returns the architecture of a coprocessor that differs from the decoder's in some fields."""
+def own_architecture(record: Record, decoder: TransformerConfig) -> TransformerConfig | None:
+    """Returns the architecture of a run's coprocessor; None where it is the decoder's.
+
+    It is that of the assistant, or differs from the decoder's in some fields.
+    """
+    if record.assistant:
+        return TransformerConfig(**record.assistant["architecture"])
+    changed = record["method.coprocessor"]
+    if not changed:
+        return None
     fields = dataclasses.asdict(decoder) | changed
     if "query_scale" not in changed and decoder.query_scale == decoder.head_dim**-0.5:
         fields["query_scale"] = 0.0  # it follows from the coprocessor's head_dim

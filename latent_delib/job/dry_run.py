@@ -141,13 +141,13 @@ def held(exp: Experiment, plan: Plan) -> dict[str, float]:
         gradients += trainable
     gathered = 0.0
     cache = 0.0
-    for room, model in exp.aug.readers.items():
+    for reader, model in exp.aug.readers.items():
         a = model.config
-        table = (plan.frozen or plan.state.trainable)[room]["embedding"]
+        table = (plan.frozen or plan.state.trainable)[reader]["embedding"]
         vocabulary, width = table.sharding.shard_shape(table.shape)
         if width < table.shape[1]:
             gathered += vocabulary * table.shape[1] * itemsize
-        if exp.aug.has_latents:
+        if exp.aug.writes_latents:
             rows = t.batch_size // t.accumulation / mesh_lib.shards(exp.mesh, "batch")  # per chip
             entries = rows * exp.config.data.seq_len * a.num_kv_heads * a.head_dim
             cache += 2 * a.num_layers * entries * itemsize / mesh_lib.shards(exp.mesh, "heads")

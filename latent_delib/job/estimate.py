@@ -70,9 +70,9 @@ def received(exp: Experiment) -> float:
     itemsize = jnp.dtype(exp.dtype).itemsize / tensor
 
     uses = 2 * _matrices(architecture)
-    if exp.aug.has_latents:
+    if exp.aug.writes_latents:
         uses += (1 + method.trains_decoder) * _matrices(architecture)
-    if exp.aug.has_latents and method.has_matrices:
+    if exp.aug.writes_latents and method.has_matrices:
         uses += 2 * _matrices(exp.aug.models.coprocessor.config)
     tables = (1 + architecture.untied_head) * architecture.vocab_size * architecture.embed_dim
     if method.has_assistant:
@@ -113,12 +113,12 @@ def activations(exp: Experiment) -> float:
     read = 0.0
     written = 0.0
     predicted = rows * c.data.seq_len
-    if exp.aug.has_latents:
+    if exp.aug.writes_latents:
         read = traces * cost.decoded_tokens(exp.aug, c.method.num_ahead)
         predicted = traces * c.method.num_ahead
     if method.trains_decoder:
         read += rows * c.data.seq_len
-    if exp.aug.has_latents and method.has_matrices:
+    if exp.aug.writes_latents and method.has_matrices:
         written = traces * c.method.num_latents
     kept = read * _kept(exp, exp.aug.transformer.config)
     kept += written * _kept(exp, exp.aug.models.coprocessor.config)

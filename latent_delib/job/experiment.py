@@ -17,7 +17,6 @@ from latent_delib.data import tokenizer as tokenizers
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
-from latent_delib.delib.traces import text_shift
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.checks import check
@@ -81,32 +80,33 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     architecture = _architecture(config, decoder)
     tokenizer = _tokenizer(config, architecture)
     assistant = _assistant(config, tokenizer)
-    coprocessor = _coprocessor(config, architecture, assistant)
+    record = _record(config, decoder, architecture, tokenizer, assistant)
+    coprocessor = build.own_architecture(record, architecture)
     mesh = mesh_lib.make(config.mesh, devices)
     _check_splits(config, mesh, architecture, "the decoder")
-    _check_positions(config, architecture, "the decoder")
     if coprocessor is not None:
         owner = "the coprocessor" if assistant is None else "the assistant"
         _check_splits(config, mesh, coprocessor, owner)
-        _check_positions(config, coprocessor, owner)
 
     def model(architecture: TransformerConfig) -> transformer.Transformer:
         c = config.compute
         return build.transformer(architecture, mesh, c.dtype, c.remat, c.attention)
 
+    aug = Augmentation(
+        transformer=model(architecture),
+        method=config.method.name,
+        num_latents=config.method.num_latents,
+        placement=config.method.placement,
+        loss_chunk=config.compute.loss_chunk,
+        coprocessor=None if coprocessor is None else model(coprocessor),
+        every=config.method.every,
+        distill=config.method.distill,
+    )
+    _check_positions(config, aug)
     return Experiment(
         config=config,
-        record=_record(config, decoder, architecture, tokenizer, assistant),
-        aug=Augmentation(
-            transformer=model(architecture),
-            method=config.method.name,
-            num_latents=config.method.num_latents,
-            placement=config.method.placement,
-            loss_chunk=config.compute.loss_chunk,
-            coprocessor=None if coprocessor is None else model(coprocessor),
-            every=config.method.every,
-            distill=config.method.distill,
-        ),
+        record=record,
+        aug=aug,
         mesh=mesh,
         dtype=jnp.dtype(config.compute.dtype),
         tokenizer=tokenizer,
@@ -182,16 +182,6 @@ def _assistant(config: ConfigDict, tokenizer: Tokenizer) -> Path | None:
     return assistant
 
 
-def _coprocessor(
-    config: ConfigDict, architecture: TransformerConfig, assistant: Path | None
-) -> TransformerConfig | None:
-    """Returns the coprocessor's architecture; None where it is the decoder's."""
-    changed = config.method.coprocessor.to_dict()
-    if assistant is not None:
-        return folder.read_config(assistant)
-    return build.coprocessor_config(architecture, changed) if changed else None
-
-
 def _record(
     config: ConfigDict,
     decoder: Path | None,
@@ -238,18 +228,14 @@ def _check_splits(
             raise UserError(f"{setting} does not divide {key}={length}: expected a divisor of it")
 
 
-def _check_positions(config: ConfigDict, architecture: TransformerConfig, owner: str) -> None:
+def _check_positions(config: ConfigDict, aug: Augmentation) -> None:
     """Raises UserError where texts and latents need more positions than a learned table has."""
-    m = config.method
-    moved = 0
-    if METHODS[m.name].write is not None:
-        moved = text_shift(m.placement, m.num_latents)
     for key, tokens in (
         ("data.seq_len", config.data.seq_len),
         ("evaluate.max_length", config.evaluate.max_length),
     ):
-        if architecture.learned_positions and tokens + moved > architecture.learned_positions:
+        if tokens > aug.longest_text:
             raise UserError(
-                f"config.{key}={tokens}: with {moved} positions for latents, expected at most "
-                f"{architecture.learned_positions}, the learned positions of {owner}"
+                f"config.{key}={tokens}: expected at most {aug.longest_text}, the models' learned "
+                "positions without those of latents"
             )

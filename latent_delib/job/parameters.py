@@ -1,6 +1,5 @@
 """The parameters of a job: frozen ones, trained ones, and those that training begins with."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +48,7 @@ def load_frozen(exp: Experiment) -> Params:
 
 def _decoder_shapes(exp: Experiment) -> Params:
     """Returns the shapes of the decoder and, where there is one, of the assistant."""
-    return {room: folder.shapes(model.config) for room, model in exp.aug.readers.items()}
+    return {reader: folder.shapes(model.config) for reader, model in exp.aug.readers.items()}
 
 
 def trainable_shapes(exp: Experiment) -> Params:
@@ -72,8 +71,8 @@ def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
         if tree is None:
             tree = METHODS[aug.method].init(key, decoder, aug.models, aug.num_latents)
         if rank:
-            for i, room in enumerate(sorted(tree)):
-                tree[room] = _adapters(jax.random.fold_in(key, i), tree[room], rank)
+            for i, name in enumerate(sorted(tree)):
+                tree[name] = _adapters(jax.random.fold_in(key, i), tree[name], rank)
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
     return init
@@ -101,30 +100,18 @@ def place_decoder(exp: Experiment, dtype: Any) -> Params:
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(exp.config.seed))
 
 
-def check_start(exp: Experiment) -> None:
-    """Checks the checkpoint that training begins with, before anything large is loaded.
-
-    Raises:
-      UserError: the checkpoint is missing or damaged, is of another decoder or method, has more
-        soft tokens, or holds adapters.
-    """
-    checkpoints, _ = _open_start(exp)
-    checkpoints.close()
-
-
 def place_start(exp: Experiment, dtype: Any) -> Params:
     """Loads the whole tree that training begins with onto the mesh, in `dtype`.
 
     Additional soft tokens begin as copies of the last one in that tree.
 
     Raises:
-      UserError: as `check_start`.
+      UserError: as `open_start`.
     """
     _, step = exp.start
-    checkpoints, latents = _open_start(exp)
-    with contextlib.closing(checkpoints):
-        wanted = {"trainable": _on_mesh(exp, _trainable(exp, num_latents=latents))}
-        found = checkpoints.restore_newest(wanted, step=step)
+    checkpoints, latents = open_start(exp)
+    wanted = {"trainable": _on_mesh(exp, _trainable(exp, num_latents=latents))}
+    found = checkpoints.restore_newest(wanted, step=step)
 
     def fitted(x: jax.Array, here: jax.ShapeDtypeStruct) -> jax.Array:
         more = [(0, now - before) for before, now in zip(x.shape, here.shape, strict=True)]
@@ -138,21 +125,25 @@ def place_start(exp: Experiment, dtype: Any) -> Params:
     return fit(found.trainable)
 
 
-def _open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
-    """Opens the checkpoints of the start's run; returns them, and the start's number of latents."""
+def open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
+    """Checks the checkpoint that training begins with; reads no weights.
+
+    Returns:
+      The checkpoints of its run, and its number of latents.
+
+    Raises:
+      UserError: the checkpoint is missing or damaged, is of another decoder or method, has more
+        soft tokens, or holds adapters.
+    """
     given = f"config.method.start={exp.config.method.start}"
     workdir, step = exp.start
     try:
         checkpoints, meta = checkpoint.open_for_reading(workdir, step)
     except UserError as error:
         raise UserError(f"{given}: {str(error).removeprefix(f'{workdir}: ')}") from None
-    try:
-        there = Record.from_meta(meta, given)
-        exp.record.require(there, "start", given)
-        _require_room(exp, there, given)
-    except UserError:
-        checkpoints.close()
-        raise
+    there = Record.from_meta(meta, given)
+    exp.record.require(there, "start", given)
+    _require_room(exp, there, given)
     return checkpoints, there["method.num_latents"]
 
 

@@ -148,15 +148,15 @@ def _shapes(exp: Experiment) -> str:
     c = exp.config
     m = c.method
     parts = [f"B {c.train.batch_size} T {c.data.seq_len}"]
-    if exp.aug.has_latents:
+    if exp.aug.writes_latents:
         parts[0] += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}"
         parts.append(f"placement {m.placement}")
     if m.every:
         parts.append(f"latents again after each {m.every} tokens")
-    if exp.aug.has_latents and m.max_delay:
+    if exp.aug.writes_latents and m.max_delay:
         parts.append(f"delays up to {m.max_delay}")
     if m.prompt_end:
-        learned = "latents" if exp.aug.has_latents else "loss"
+        learned = "latents" if exp.aug.writes_latents else "loss"
         parts.append(f"{learned} behind {m.prompt_end!r}")
     if m.distill:
         parts.append(f"{m.distill:g} of the loss from the decoder that has read the steps")

@@ -47,7 +47,7 @@ class Validation:
         objective = planning.objective(exp)
         self.sums = _compile(exp, plan, plan.state.trainable, objective)
         self.without_latents: float | None = None
-        if exp.aug.has_latents and "decoder" not in plan.state.trainable:
+        if exp.aug.writes_latents and "decoder" not in plan.state.trainable:
             plain = dataclasses.replace(objective, aug=exp.aug.without_latents)
             self.without_latents = self._mean(_compile(exp, plan, {}, plain), {})
         else:

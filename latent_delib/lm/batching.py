@@ -20,7 +20,7 @@ class Group(NamedTuple):
 
     head: the prompt's tokens.
     members: the numbers of the continuations.
-    key: an element of `keys` of `by_key`.
+    key: an element of `keys` of `batches`.
     """
 
     head: tuple[int, ...]
@@ -28,7 +28,7 @@ class Group(NamedTuple):
     key: Key
 
 
-def by_key(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
+def batches(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
     """Yields batches of row indices: similar keys together, the largest first.
 
     In this order a lack of memory shows at once.
@@ -45,7 +45,7 @@ def by_key(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int
 
 
 def together(mesh: Mesh, batch_size: int, key: Key) -> int:
-    """Returns how many rows with a key of `by_key` are read together.
+    """Returns how many rows with a key of `batches` are read together.
 
     A CPU reads only as many as `rows_at_once`.
     """

@@ -85,8 +85,11 @@ def read_on(
     *,
     aug: Augmentation,
 ) -> Reading:
-    """Reads `new` more tokens of every text, after the tokens in `read`."""
-    if aug.every:  # latents stay: `cache`, with which the tokens were decoded, holds them already
+    """Returns `read` with `new` more tokens of every text, to write latents after them.
+
+    Where latents recur, it has `cache` instead, with which these tokens were decoded.
+    """
+    if aug.every:  # earlier latents stay, and `cache` holds them
         return read._replace(cache=cache)
     if new == 0:
         return read
@@ -108,9 +111,9 @@ def _extend(
     index_BS = read.cache.length[:, None] + jnp.arange(size)
     tokens_BS = jnp.take_along_axis(text_BX, jnp.minimum(index_BS, text_BX.shape[1] - 1), axis=1)
 
-    def more(room: str, cache: Cache) -> tuple[jax.Array, Cache]:
-        model = aug.readers[room]
-        x_BSD, kv = _decode_more(model, params[room], tokens_BS, index_BS, cache)
+    def more(reader: str, cache: Cache) -> tuple[jax.Array, Cache]:
+        model = aug.readers[reader]
+        x_BSD, kv = _decode_more(model, params[reader], tokens_BS, index_BS, cache)
         cache = cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))
         return x_BSD, _place(aug, cache)
 
@@ -172,17 +175,19 @@ def join(
     Returns:
       The state and the cache to decode with.
     """
-    now = _trace(aug, state.text, state.length)
-    reread = now.inputs.shape[2]  # where the last token is read again, its entry is dropped first
+    traces = _trace(aug, state.text, state.length)
+    reread = traces.inputs.shape[
+        2
+    ]  # where the last token is read again, its entry is dropped first
     read = plain._replace(length=plain.length - reread)
-    stop = jnp.broadcast_to(read.length[:, None, None], now.position.shape)
-    now = now._replace(bounds=now.bounds._replace(prefix_stop=stop))
-    out_BMAD, kv = augment.decode(aug, params, z, read, now)
+    stop = jnp.broadcast_to(read.length[:, None, None], traces.position.shape)
+    traces = traces._replace(bounds=traces.bounds._replace(prefix_stop=stop))
+    out_BMAD, kv = augment.decode(aug, params, z, read, traces)
     count_B = jnp.full_like(read.length, aug.num_latents + reread)
-    cache = cache_lib.append(read, kv, now.position[:, 0], count_B)
+    cache = cache_lib.append(read, kv, traces.position[:, 0], count_B)
     output_VD = transformer.output_table(params["decoder"])
     state = state._replace(
-        position=now.position[:, 0, -1] + 1,
+        position=traces.position[:, 0, -1] + 1,
         logits=transformer.unembed(output_VD, out_BMAD[:, 0, -1], aug.transformer.config),
     )
     # Latents may share positions with text before them.

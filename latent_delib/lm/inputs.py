@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_delib.data.tokenizer import Tokenizer
-from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.traces import text_shift
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
 from latent_delib.lm.sampling import Sampler
@@ -47,30 +45,32 @@ def check_options(
     every: int,
     delay: int | None,
     sampling: Mapping[str, Any],
-    aug: Augmentation | None = None,
+    own: int = 0,
 ) -> GenerationOptions:
-    """Returns the options with plain Python numbers; `sampling` holds fields of `Sampler`.
+    """Returns the options with plain Python numbers.
 
-    Latents that recur keep the `every` of `aug`. A command that has no model yet gives no `aug`.
+    Args:
+      sampling: fields of `Sampler`.
+      own: the number of tokens after which the model's latents recur by themselves; 0: they do not,
+        or no model is loaded yet.
 
     Raises:
       UserError: an option is of another type or out of range.
     """
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
     sampler = Sampler(**sampling).checked()
-    if aug is not None:
-        every = check_every(every, aug.every) or aug.every
-    return GenerationOptions(max_new_tokens, sampler, *check_rhythm(every, delay))
+    every, delay = check_rhythm(every, delay, own)
+    return GenerationOptions(max_new_tokens, sampler, every or own, delay)
 
 
-def check_every(every: int, own: int) -> int:
-    """Returns `every` as a plain Python number.
+def check_rhythm(every: int, delay: int | None, own: int = 0) -> tuple[int, int | None]:
+    """Returns `every` and `delay` as plain Python numbers.
 
     Args:
-      own: number of tokens after which the latents recur by themselves; 0: they do not.
+      own: as for `check_options`.
 
     Raises:
-      UserError: both `every` and `own` are set.
+      UserError: both `every` and `own` are set; or latents would join after the next ones are due.
     """
     every = arguments.whole("every", every, 0)
     if own and every:
@@ -78,21 +78,12 @@ def check_every(every: int, own: int) -> int:
             f"every={every}: latents join again after each {own} tokens, "
             "as they were trained to; leave it 0"
         )
-    return every
-
-
-def check_rhythm(every: int, delay: int | None) -> tuple[int, int | None]:
-    """Returns `every` and `delay` as plain Python numbers.
-
-    Raises:
-      UserError: latents would join after the next ones are due.
-    """
-    every = arguments.whole("every", every, 0)
     if delay is None:
         return every, None
     delay = arguments.whole("delay", delay, 0)
-    if every and delay >= every:
-        raise UserError(f"delay={delay}: expected less than every={every}")
+    rhythm = every or own
+    if rhythm and delay >= rhythm:
+        raise UserError(f"delay={delay}: expected less than every={rhythm}")
     return every, delay
 
 
@@ -151,17 +142,6 @@ def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: i
     return ids
 
 
-def longest_text(aug: Augmentation) -> int:
-    """Returns the most tokens of a text that leave space for latents among learned positions.
-
-    The smaller table of decoder and assistant decides. Without such a table it is INT32.
-    """
-    tables = [model.config.learned_positions for model in aug.readers.values()]
-    if not any(tables):
-        return arguments.INT32
-    return min(filter(None, tables)) - text_shift(aug.placement, aug.num_latents)
-
-
 def check_length(name: str, length: int, new: int, max_length: int, longest: int) -> None:
     """Raises UserError for a text that is too long.
 
@@ -170,7 +150,7 @@ def check_length(name: str, length: int, new: int, max_length: int, longest: int
       length: number of tokens in the text.
       new: number of tokens that are to follow.
       max_length: the most tokens of both together; at most `longest`.
-      longest: the result of `longest_text`.
+      longest: `Augmentation.longest_text`.
     """
     if length + new <= max_length:
         return
@@ -186,7 +166,7 @@ def token_array(tokens_BT: Any, vocab_size: int, row_shards: int, longest: int) 
       tokens_BT: integers below `vocab_size`.
       vocab_size: V.
       row_shards: parts into which the rows are split.
-      longest: the largest T allowed, the result of `longest_text`.
+      longest: the largest T allowed, `Augmentation.longest_text`.
     """
     tokens_BT = _integers("tokens", tokens_BT, "[B, T]")
     T = tokens_BT.shape[1]

@@ -1,6 +1,5 @@
 """Loads decoders and coprocessors for `lm.model.AugmentedLM`, and makes untrained coprocessors."""
 
-import contextlib
 import dataclasses
 import os
 import tempfile
@@ -177,11 +176,10 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     if where is not None:
         return _exported(where, step)
     checkpoints, meta = checkpoint.open_for_reading(workdir, step)
-    with contextlib.closing(checkpoints):
-        name = Record.from_meta(meta, workdir)["method.name"]
-        if METHODS[name].write is None:
-            raise UserError(f"{workdir}: method {name!r} has no coprocessor")
-        found = checkpoints.restore_newest(step=step)
+    name = Record.from_meta(meta, workdir)["method.name"]
+    if METHODS[name].write is None:
+        raise UserError(f"{workdir}: method {name!r} has no coprocessor")
+    found = checkpoints.restore_newest(step=step)
     assert found is not None, "open_for_reading saw one"
     record = Record.from_meta(found.meta, workdir)
     params = found.trainable["coprocessor"]
@@ -203,20 +201,10 @@ def _of_record(params: Params, record: Record, fingerprint: str) -> Coprocessor:
         record["method.placement"],
         fingerprint,
         record.step,
-        _own_architecture(record),
+        build.own_architecture(record, TransformerConfig(**record.architecture)),
         record["method.every"],
         assistant_of(record),
     )
-
-
-def _own_architecture(record: Record) -> TransformerConfig | None:
-    """Returns the architecture of a run's coprocessor; None where it is the decoder's."""
-    if record.assistant:
-        return TransformerConfig(**record.assistant["architecture"])
-    if record["method.coprocessor"]:
-        decoder = TransformerConfig(**record.architecture)
-        return build.coprocessor_config(decoder, record["method.coprocessor"])
-    return None
 
 
 def assistant_of(record: Record) -> Assistant | None:
@@ -266,8 +254,7 @@ def read_record(workdir: str, step: int | None = None) -> Record:
     where = exported.find_export(workdir)
     if where is not None:
         return Record.from_meta(exported.read_fields(where, step)["record"], workdir)
-    checkpoints, meta = checkpoint.open_for_reading(workdir, step)
-    checkpoints.close()
+    _, meta = checkpoint.open_for_reading(workdir, step)
     return Record.from_meta(meta, workdir)
 
 

@@ -102,7 +102,7 @@ def attention(
       latents as the decoder reads them and the tokens after them, or the tokens alone where latents
       are keys and values. Columns are the text up to `at`, then the latents, then the tokens.
     """
-    if not lm.aug.has_latents:
+    if not lm.aug.writes_latents:
         raise UserError("this model has no coprocessor, so no latents")
     if not 0 <= at < len(tokens) - 2:
         raise UserError(

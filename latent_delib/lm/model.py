@@ -72,8 +72,7 @@ class AugmentedLM:
         self.coprocessor_mesh = coprocessor_mesh
         self.plain = augmentation(decoder, None, self.mesh, attention)
         self.aug = augmentation(decoder, coprocessor, self.mesh, attention)
-        self.longest = inputs.longest_text(self.aug)
-        self.max_length = min(self.max_length, self.longest)
+        self.max_length = min(self.max_length, self.aug.longest_text)
         self.params: Params = {"decoder": place(self.mesh, decoder.params, self.dtype)}
         if coprocessor is None:
             return
@@ -163,7 +162,7 @@ class AugmentedLM:
         greedy = np.zeros(len(tails), bool)
         done = 0
         keys = [group.key for group in groups]
-        for chosen in batching.by_key(keys, partial(batching.together, self.mesh, batch_size)):
+        for chosen in batching.batches(keys, partial(batching.together, self.mesh, batch_size)):
             batch = [groups[i] for i in chosen]
             sums_BM, greedy_BM = self._score_tails(batch, tails, augment)
             for b, (_, members, _) in enumerate(batch):
@@ -192,7 +191,7 @@ class AugmentedLM:
           progress: gets the number of pieces that are done.
         """
         texts = arguments.several("texts", texts)
-        every = inputs.check_every(every, self.aug.every)
+        every, _ = inputs.check_rhythm(every, 0, self.aug.every)
         batch_size = arguments.whole("batch_size", batch_size, 1)
         bos_id = self.tokenizer.bos_id
         pieces: list[np.ndarray] = []
@@ -209,7 +208,7 @@ class AugmentedLM:
         aug = self.aug if augment else self.plain
         score = partial(scoring.score_text, aug=aug, dtype=self.dtype)
         keys = [(1, len(piece)) for piece in pieces]
-        for chosen in batching.by_key(keys, partial(batching.together, self.mesh, batch_size)):
+        for chosen in batching.batches(keys, partial(batching.together, self.mesh, batch_size)):
             tokens, length = self._pad([pieces[p] for p in chosen])
             predicted = tokens.shape[1] - 1
             found = score(self.params, tokens, length, stretch=min(every or predicted, predicted))
@@ -257,7 +256,7 @@ class AugmentedLM:
           sampling: temperature (0: the likeliest token), top_k, top_p, ...: the fields of
             `sampling.Sampler`.
         """
-        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug)
+        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug.every)
         batch_size = arguments.whole("batch_size", batch_size, 1)
         prompts = arguments.several("prompts", prompts)
         ends = Endings(self.tokenizer, stop)
@@ -265,7 +264,7 @@ class AugmentedLM:
         keys = inputs.random_keys(seed, len(prompts))
         heads = self._heads(prompts, options.max_new_tokens)
         found: dict[int, Continuation] = {}
-        for chosen in batching.by_key([(1, len(head)) for head in heads], lambda key: batch_size):
+        for chosen in batching.batches([(1, len(head)) for head in heads], lambda key: batch_size):
 
             def stopped(new_BN: np.ndarray, rows: int = len(chosen)) -> np.ndarray:
                 if progress:
@@ -300,7 +299,7 @@ class AugmentedLM:
         Joined, the pieces are what `generate` returns for this prompt alone. The options are those
         of `continuations`, and are checked at once.
         """
-        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug)
+        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug.every)
         ends = Endings(self.tokenizer, stop)
         write = self._writer(options.delay) if augment else None
         keys = inputs.random_keys(seed, 1)
@@ -377,13 +376,13 @@ class AugmentedLM:
         """Returns the tokens of a prompt, BOS before a text; `new` more tokens must fit."""
         vocab_size = self.decoder.config.vocab_size
         ids = inputs.prompt_tokens(name, prompt, self.tokenizer, vocab_size)
-        inputs.check_length(name, len(ids), new, self.max_length, self.longest)
+        inputs.check_length(name, len(ids), new, self.max_length, self.aug.longest_text)
         return ids
 
     def _token_array(self, tokens_BT: Any) -> jax.Array:
         row_shards = mesh_lib.shards(self.mesh, "batch")
         vocab_size = self.decoder.config.vocab_size
-        return inputs.token_array(tokens_BT, vocab_size, row_shards, self.longest)
+        return inputs.token_array(tokens_BT, vocab_size, row_shards, self.aug.longest_text)
 
     def _pad(self, rows: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         """Returns rows padded to one of few shapes, [B, T], and their lengths [B].

@@ -64,7 +64,7 @@ def score_ahead(
     text, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
     index = at_BM[..., None] + jnp.arange(ahead)
     decoder_BMA = -jnp.take_along_axis(text_nll[:, None], index, axis=2)
-    if not aug.has_latents:
+    if not aug.writes_latents:
         return decoder_BMA, decoder_BMA
     nll_BMA, _ = step.ahead_step(
         params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=ahead
@@ -101,17 +101,17 @@ def score_tails(
     text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
     B, M, A = tails_BMA.shape
     last_B1 = length_B[:, None] - 1
-    if not aug.has_latents:
+    if not aug.writes_latents:
         aug = aug.without_latents
     z = augment.write_latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, A))
-    marks = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
-    reread = marks.inputs.shape[2] - (A - 1)
-    marks = marks._replace(
-        inputs=jnp.concatenate([marks.inputs[..., :reread], tails_BMA[..., :-1]], axis=2),
+    traces = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
+    reread = traces.inputs.shape[2] - (A - 1)
+    traces = traces._replace(
+        inputs=jnp.concatenate([traces.inputs[..., :reread], tails_BMA[..., :-1]], axis=2),
         targets=tails_BMA,
     )
     z = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, M, *x.shape[2:])), z)
-    x_BMAD, _ = augment.decode(aug, params, z, text.cache, marks)
+    x_BMAD, _ = augment.decode(aug, params, z, text.cache, traces)
 
     def one(x_BMD: jax.Array, target_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BMV = transformer.unembed(table_VD, x_BMD, config)
@@ -147,7 +147,7 @@ def score_text(
     segment_BT = one_segment(tokens_BT, length_B)
     text, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
     B, T = tokens_BT.shape
-    if not aug.has_latents:
+    if not aug.writes_latents:
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
     at = jnp.arange(0, T - 1, stretch)
     # Traces that are computed at once have no more tokens than the text.

@@ -269,7 +269,7 @@ def open_for_reading(workdir: str, step: int | None = None) -> tuple[Checkpoints
     checkpoints = Checkpoints(workdir, read_only=True)
     found = checkpoints.restore_newest({}, step=step)
     if found is None:
-        raise UserError(f"{workdir}: {saved_steps.none_there(workdir)}")
+        raise UserError(f"{workdir}: {saved_steps.why_no_checkpoint(workdir)}")
     return checkpoints, found.meta
 
 

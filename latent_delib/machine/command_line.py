@@ -19,8 +19,8 @@ from latent_delib.errors import UserError
 
 # These take the place of a default where a flag has none.
 REQUIRED = object()  # a string that must be given
-# A config file, whose keys can be changed by --NAME.KEY=VALUE. A function may be used instead: from
-# the values of the other flags it returns the config for a command line that names no file.
+# Of the flag --config: a config file, whose keys --config.KEY=VALUE changes. A function may be used
+# instead: from the values of the other flags it returns the config where no file is named.
 CONFIG = object()
 FOLDERS = object()  # all words that belong to no flag: at least one
 # flag -> (default, help). The default gives the type; None means an optional integer.
@@ -68,20 +68,13 @@ def help_text(doc: str, options: Options) -> str:
     lines = [doc.strip(), "", "flags:"]
     for name, (default, text) in options.items():
         lines.append(f"  {_shown(name, default)}: {text}")
-    if configs_of(options):
+    if "config" in options:
         lines.append("  --list_keys: print the keys of the config, their values and meanings")
     return "\n".join(lines)
 
 
-def configs_of(options: Options) -> list[str]:
-    """Returns the names of the flags that take a config file."""
-    return [
-        name for name, (default, _) in options.items() if default is CONFIG or callable(default)
-    ]
-
-
-def parse_configs(options: Options) -> dict[str, ConfigDict]:
-    """Returns flag -> config from sys.argv; the config of configs/base.py where no file is named.
+def parse_config(options: Options) -> ConfigDict:
+    """Returns the config of sys.argv; that of configs/base.py where no file is named.
 
     Other flags may be missing, and --list_keys may be given.
 
@@ -89,21 +82,17 @@ def parse_configs(options: Options) -> dict[str, ConfigDict]:
       UserError: as `parse`.
     """
     lenient: Options = {"list_keys": (False, "")}
-    names = configs_of(options)
     for name, (default, text) in options.items():
-        if name in names:
-            default = _base_config
-        elif default in (REQUIRED, FOLDERS):
-            default = ""
-        lenient[name] = default, text
+        lenient[name] = "" if default in (REQUIRED, FOLDERS) else default, text
+    lenient["config"] = _base_config, ""
     values = flags.FlagValues()
     parse(values, lenient)
-    return {name: values[name].value for name in names}
+    return values.config
 
 
 def _base_config(values: flags.FlagValues) -> ConfigDict:
     del values
-    return load_config("config", str(BASE))
+    return load_config(str(BASE))
 
 
 def parse(values: flags.FlagValues, options: Options) -> None:
@@ -147,32 +136,36 @@ def _define(values: flags.FlagValues, name: str, default: Any, text: str) -> Non
 
 
 def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]) -> list[str]:
-    """Loads the config file and sets its keys by --NAME.KEY=VALUE; returns the other words.
+    """Loads the config file and sets its keys by --config.KEY=VALUE; returns the other words.
 
     Raises:
-      UserError: a config file is missing or fails; a flag or key does not exist.
+      UserError: the config file is missing or fails; a flag or key does not exist.
       flags.Error: a value is wrong.
     """
-    configs = {}
-    known = list(values)
-    for name in configs_of(options):
-        default, text = options[name]
-        if values[name].value:
-            config = load_config(name, values[name].value)
-        elif callable(default):
-            config = default(values)
-        else:
-            raise UserError(f"--{name} is missing: {text}")
-        configs[name] = values[name].value = config
-        known += [f"{name}.{key}" for key in keys_of(config)]
-        known += [f"{name}.{key}" for key in fields_of_tables(config)]
-    _refuse_unknown(arguments, known)
-    for name, config in configs.items():
-        _clear_named_fields(name, config, arguments)
     keys = flags.FlagValues()
-    for name, config in configs.items():
-        config_flags.DEFINE_config_dict(name, config, flag_values=keys, sys_argv=arguments)
+    known = list(values)
+    config = _config(values, options)
+    if config is not None:
+        known += [f"config.{key}" for key in keys_of(config)]
+        known += [f"config.{key}" for key in fields_of_tables(config)]
+    _refuse_unknown(arguments, known)
+    if config is not None:
+        _clear_named_fields(config, arguments)
+        config_flags.DEFINE_config_dict("config", config, flag_values=keys, sys_argv=arguments)
+        values["config"].value = config
     return keys(["", *arguments])[1:]
+
+
+def _config(values: flags.FlagValues, options: Options) -> ConfigDict | None:
+    """Returns the config that the command line names; None for a command without one."""
+    if "config" not in options:
+        return None
+    default, text = options["config"]
+    if values.config:
+        return load_config(values.config)
+    if callable(default):
+        return default(values)
+    raise UserError(f"--config is missing: {text}")
 
 
 def keys_of(config: ConfigDict, above: str = "") -> Iterator[str]:
@@ -201,14 +194,14 @@ def fields_of_tables(config: ConfigDict) -> dict[str, Any]:
     return found
 
 
-def _clear_named_fields(name: str, config: ConfigDict, arguments: list[str]) -> None:
+def _clear_named_fields(config: ConfigDict, arguments: list[str]) -> None:
     """Sets each field that an argument names to an empty value of its type.
 
     Then the flag sets the field, and is read as that type, whatever the config file has set.
     """
     given = {flag.removeprefix("no") for flag in map(_flag_of, arguments)}
     for key, kind in fields_of_tables(config).items():
-        if f"{name}.{key}" in given:
+        if f"config.{key}" in given:
             above, _, field = key.rpartition(".")
             table = value_of(config, above)
             with config.unlocked():
@@ -239,7 +232,7 @@ def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
         raise UserError(f"--{flag}: no such flag; {remedy}")
 
 
-def load_config(name: str, given: str) -> ConfigDict:
+def load_config(given: str) -> ConfigDict:
     """Runs get_config() of a config file; FILE.py:ARGUMENT gives it an argument.
 
     A bare name, such as `quickstart`, means a file in configs/.
@@ -253,7 +246,7 @@ def load_config(name: str, given: str) -> ConfigDict:
         known = _configs()
         if path not in known:
             names = ", ".join(known)
-            raise UserError(f"--{name}={given}: no such file; by name there are {names}")
+            raise UserError(f"--config={given}: no such file; by name there are {names}")
         path = str(known[path])
     if str(ROOT) not in sys.path:
         # `from configs import base` works then, in whatever folder the command is started

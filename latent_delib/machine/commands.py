@@ -19,7 +19,7 @@ from absl import flags
 
 from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 from latent_delib.machine import files
-from latent_delib.machine.command_line import configs_of, help_text, parse
+from latent_delib.machine.command_line import help_text, parse
 from latent_delib.machine.config_keys import list_keys
 
 STOPPED = 75  # the exit code after SIGTERM, once all is saved: run it again to go on
@@ -50,7 +50,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         words = set(sys.argv[1:])
         if {"--help", "-h", "--helpfull"} & words:
             print(help_text(doc, options))
-        elif "--list_keys" in words and configs_of(options):
+        elif "--list_keys" in words and "config" in options:
             print(list_keys(options))
         else:
             parse(values, options)

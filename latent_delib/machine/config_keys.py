@@ -10,7 +10,7 @@ from latent_delib.machine.command_line import (
     Options,
     fields_of_tables,
     keys_of,
-    parse_configs,
+    parse_config,
     value_of,
 )
 
@@ -19,7 +19,7 @@ KEY = re.compile(r"c\.([\w.]+) = ")
 
 
 def list_keys(options: Options) -> str:
-    """Returns the text that --list_keys prints: a line per key of the configs in sys.argv.
+    """Returns the text that --list_keys prints: a line per key of the config in sys.argv.
 
     A line has the key, its value and its comment. The order is that of configs/base.py.
 
@@ -27,14 +27,13 @@ def list_keys(options: Options) -> str:
       UserError: a flag, key or value that is wrong, or a config file that fails.
     """
     comments = comments_of(BASE.read_text())
-    lines = []
-    for name, config in parse_configs(options).items():
-        lines.append(f"# --{name}.KEY=VALUE changes a key for a run")
-        fields = fields_of_tables(config)
-        # The fields that are not set come after those that are.
-        keys = dict.fromkeys([*keys_of(config), *fields])
-        for key in sorted(keys, key=_place_in(comments)):
-            lines += _lines_of(key, config, fields.get(key), comments.get(key, ""))
+    lines = ["# --config.KEY=VALUE changes a key for a run"]
+    config = parse_config(options)
+    fields = fields_of_tables(config)
+    # The fields that are not set come after those that are.
+    keys = dict.fromkeys([*keys_of(config), *fields])
+    for key in sorted(keys, key=_place_in(comments)):
+        lines += _lines_of(key, config, fields.get(key), comments.get(key, ""))
     return "\n".join(lines)
 
 

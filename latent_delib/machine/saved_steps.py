@@ -95,7 +95,7 @@ def _is_installed(package: str) -> bool:
     return False
 
 
-def none_there(workdir: str) -> str:
+def why_no_checkpoint(workdir: str) -> str:
     """Returns why a folder holds no checkpoints, and the remedy."""
     inside = re.fullmatch(r"(.+)/checkpoints(?:/(\d+))?/*", workdir)
     if inside is None:

@@ -11,7 +11,6 @@ from latent_delib.delib.augment import assemble
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
-from latent_delib.lm import inputs
 from latent_delib.lm.load import Assistant, Coprocessor, Decoder, assistant_of
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments
@@ -57,10 +56,10 @@ class Answers:
         self.exp = exp
         self.frozen = frozen
         self.asked = _read(exp)
-        _check_lengths(self.asked, inputs.longest_text(exp.aug))
+        _check_lengths(self.asked, exp.aug.longest_text)
         self.decoder: dict[str, float] = {}
         trains_decoder = METHODS[exp.aug.method].trains_decoder
-        if self.asked and exp.aug.has_latents and not trains_decoder:
+        if self.asked and exp.aug.writes_latents and not trains_decoder:
             found = self._figures(frozen, has_latents=False)
             self.decoder = {f"{name}_decoder": value for name, value in found.items()}
 
@@ -76,7 +75,7 @@ class Answers:
             return {}
         trained = jax.tree.map(lambda x: x.astype(self.exp.dtype), trainable)
         params = assemble(self.frozen, trained)
-        return self._figures(params, self.exp.aug.has_latents) | self.decoder
+        return self._figures(params, self.exp.aug.writes_latents) | self.decoder
 
     def _figures(self, params: Params, has_latents: bool) -> dict[str, float]:
         lm = _model(self.exp, params, has_latents)

@@ -59,8 +59,8 @@ def batches_of(
     """
     by_length = np.argsort(text.lengths(), kind="stable")
     size = exp.config.evaluate.batch_size
-    if view(0).giver is not None:
-        size //= 2  # the other half of a batch are the givers
+    if view(0).donor is not None:
+        size //= 2  # the other half of a batch are the donors
     return [by_length[first : first + size] for first in range(done, len(by_length), size)]
 
 

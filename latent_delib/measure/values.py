@@ -96,7 +96,7 @@ def _jitted(
 def sides_of(frozen: Params, trainable: Params) -> Sides:
     """Returns the two sides: the frozen decoder, and the model with a trained tree in it."""
     own = augment.assemble(frozen, trainable)
-    plain = {room: weights for room, weights in frozen.items() if room != "coprocessor"}
+    plain = {name: weights for name, weights in frozen.items() if name != "coprocessor"}
     return Sides(plain, own, "decoder" in trainable)
 
 
@@ -108,17 +108,17 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
     the cache of batch_size x max_length tokens, and traces at batch_size x positions places. The
     host holds batch_size x max_length x num_ahead values. Every process gets all values.
     """
-    givers = [case.giver for case in cases if case.giver is not None]
-    text = _place_text(exp, [case.plain for case in cases] + givers)
+    donors = [case.donor for case in cases if case.donor is not None]
+    text = _place_text(exp, [case.plain for case in cases] + donors)
     reading, plain = steps.read(sides.plain, *text)
     own = plain
     another_text = any(case.own is not case.plain for case in cases)
     if another_text:
-        text = _place_text(exp, [case.own for case in cases] + givers)
+        text = _place_text(exp, [case.own for case in cases] + donors)
     if another_text or sides.own_decoder:
         reading, own = steps.read(sides.own, *text)
     parts = []
-    if exp.aug.has_latents:
+    if exp.aug.writes_latents:
         parts = _with_latents(exp, steps, sides.own, reading, text, cases)
     # Fetched only now: the device already has all its work.
     plain, own, parts = jax.device_get((plain, own, parts))
@@ -141,14 +141,14 @@ def _with_latents(
     Args:
       params: the parameters of the evaluated model.
       reading: the result of `steps.read` for the text.
-      text: the texts of the cases, and then of their givers.
+      text: the texts of the cases, and then of their donors.
     """
     at_once = _places_at_once(exp)
     places = _places(exp, cases, at_once)
     rows_of_latents = []
-    if cases[0].giver is not None:
+    if cases[0].donor is not None:
         rows = np.arange(exp.config.evaluate.batch_size)
-        rows[: len(cases)] += len(cases)  # the givers follow the cases
+        rows[: len(cases)] += len(cases)  # the donors follow the cases
         rows_of_latents = [_place_rows(exp, rows)]
     parts = []
     for first in range(0, places.shape[1], at_once):
@@ -171,7 +171,7 @@ def _places_at_once(exp: Experiment) -> int:
 def _places(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
     """Returns where each row's latents are written, int32 [B, a multiple of `at_once`].
 
-    The rows of the givers follow the rows of the cases. Free entries hold T - 1, a place without
+    The rows of the donors follow the rows of the cases. Free entries hold T - 1, a place without
     ahead tokens.
     """
     e = exp.config.evaluate
@@ -180,8 +180,8 @@ def _places(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
     places = np.full((e.batch_size, columns), e.max_length - 1, np.int32)
     for row, case in enumerate(cases):
         places[row, : len(case.own_at)] = case.own_at
-        if case.giver_at is not None:
-            places[len(cases) + row, : len(case.giver_at)] = case.giver_at
+        if case.donor_at is not None:
+            places[len(cases) + row, : len(case.donor_at)] = case.donor_at
     return places
 
 

@@ -25,16 +25,16 @@ class Case(NamedTuple):
     at: int64 [k], the tokens of `plain` after which latents are put, ascending.
     own: int32 [length], the text that the evaluated model reads.
     own_at: int64 [k], the same places in `own`.
-    giver: int32 [length], the text whose latents are used; None: those of `own`.
-    giver_at: int64 [k], the tokens of `giver` after which these latents are written.
+    donor: int32 [length], the text whose latents are used; None: those of `own`.
+    donor_at: int64 [k], the tokens of `donor` after which these latents are written.
     """
 
     plain: np.ndarray
     at: np.ndarray
     own: np.ndarray
     own_at: np.ndarray
-    giver: np.ndarray | None = None
-    giver_at: np.ndarray | None = None
+    donor: np.ndarray | None = None
+    donor_at: np.ndarray | None = None
 
 
 View = Callable[[int], Case]  # number of a piece -> its case
@@ -79,16 +79,16 @@ def without_first_tokens(view: View, lost: int) -> View:
     return shortened
 
 
-def with_latents_of(view: View, donor: np.ndarray) -> View:
-    """Gives each piece the latents of its donor, int64 [pieces], at the same places.
+def with_latents_of(view: View, donor_of: np.ndarray) -> View:
+    """Gives each piece the latents of its donor, piece `donor_of[number]`, at the same places.
 
     Places past the donor's end get the donor's last latents.
     """
 
     def swapped(number: int) -> Case:
         case = view(number)
-        giver = view(donor[number]).own
-        return case._replace(giver=giver, giver_at=np.minimum(case.own_at, len(giver) - 1))
+        donor = view(donor_of[number]).own
+        return case._replace(donor=donor, donor_at=np.minimum(case.own_at, len(donor) - 1))
 
     return swapped
 
@@ -184,10 +184,10 @@ def donors(seed: int, text: ValidationText) -> np.ndarray:
     return found
 
 
-def count_past_givers(view: View, pieces: int) -> int:
-    """Counts the places that lie past the end of their giver, whose last latents are used there."""
+def count_past_donors(view: View, pieces: int) -> int:
+    """Counts the places that lie past the end of their donor, whose last latents are used there."""
     count = 0
     for case in map(view, range(pieces)):
-        if case.giver_at is not None:
-            count += int(np.count_nonzero(case.own_at > case.giver_at))
+        if case.donor_at is not None:
+            count += int(np.count_nonzero(case.own_at > case.donor_at))
     return count

@@ -101,10 +101,7 @@ def training_costs(result: Result) -> tuple[int, float] | None:
     decoder = architecture_of(result)
     if decoder is None or method["name"] not in METHODS:
         return None
-    changed = method.get("coprocessor")
-    coprocessor = build.coprocessor_config(decoder, changed) if changed else decoder
-    if record.assistant:
-        coprocessor = TransformerConfig(**record.assistant["architecture"])
+    coprocessor = build.own_architecture(record, decoder) or decoder
     aug = Augmentation(
         Transformer(decoder),
         method["name"],

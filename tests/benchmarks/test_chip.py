@@ -316,7 +316,7 @@ def test_a_proven_kernel_is_what_auto_takes(file, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [disagree, break_down])
 def test_a_failing_kernel_is_reported_and_not_proven(file, wrong):
-    choice.note("pallas_gpu", "sm_89", {"jax": jax.__version__})  # of an earlier run
+    choice.record_proof("pallas_gpu", "sm_89", {"jax": jax.__version__})  # of an earlier run
     run(file, KERNEL | {"pallas_gpu, b": wrong, "xla, a": agree})
     result = chip_parts.read(file)
     line = chip.record(result)

@@ -1,6 +1,5 @@
 """The Python interface against the dense oracle, and its calls against each other."""
 
-import contextlib
 import dataclasses
 import logging
 import time
@@ -592,8 +591,8 @@ def test_load_coprocessor_is_what_was_trained(trained, decoder):
             "after",
         )
         assert (found.step, found.fingerprint) == (wanted, decoder.fingerprint)
-        with contextlib.closing(Checkpoints(str(trained), read_only=True)) as checkpoints:
-            saved = checkpoints.restore_newest(step=wanted).trainable["coprocessor"]
+        checkpoints = Checkpoints(str(trained), read_only=True)
+        saved = checkpoints.restore_newest(step=wanted).trainable["coprocessor"]
         jax.tree.map(np.testing.assert_array_equal, found.params, saved)
     assert ld.AugmentedLM(decoder, found).latents([[2, 5, 7]], [[1]]).shape == (
         1,

@@ -102,9 +102,9 @@ def test_what_each_side_reads(make_config):
         return [view(number) for number in range(4)], view
 
     whole, view = cases()
-    assert all(case.own is case.plain and case.giver is None for case in whole)
+    assert all(case.own is case.plain and case.donor is None for case in whole)
     assert whole[1].at.tolist() == whole[1].own_at.tolist() == [0, 1, 2, 3, 4]
-    assert views.count_past_givers(view, 4) == 0
+    assert views.count_past_donors(view, 4) == 0
 
     shortened, _ = cases(longer_prompt=3)
     assert [case.plain.tolist() for case in shortened] == [piece.tolist() for piece in text.pieces]
@@ -119,11 +119,11 @@ def test_what_each_side_reads(make_config):
     assert len(shortened[3].at) == 0
 
     swapped, view = cases(swap=True)
-    assert [len(case.giver) for case in swapped] == [6, 9, 3, 9]
+    assert [len(case.donor) for case in swapped] == [6, 9, 3, 9]
     assert swapped[0].own_at.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert swapped[0].giver_at.tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
-    assert views.count_past_givers(view, 4) == 2 + 5
+    assert swapped[0].donor_at.tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert views.count_past_donors(view, 4) == 2 + 5
 
     both, _ = cases(swap=True, longer_prompt=3)
-    assert both[1].giver.tolist() == [0, 4, 5, 6, 7, 8]
-    assert both[0].giver_at.tolist() == [0, 1, 2, 2, 2]
+    assert both[1].donor.tolist() == [0, 4, 5, 6, 7, 8]
+    assert both[0].donor_at.tolist() == [0, 1, 2, 2, 2]

@@ -59,9 +59,9 @@ def test_auto_takes_it_once_it_alone_is_proven(device, monkeypatch, tmp_path):
     choose = partial(choice.choose, "auto", device, small.GEMMA, jnp.bfloat16)
     with pytest.warns(UserWarning, match="pallas_gpu or tokamax_gpu is not proven"):
         assert choose() == "xla"
-    choice.note("tokamax_gpu", choice.family(device), {"jax": jax.__version__})
+    choice.record_proof("tokamax_gpu", choice.family(device), {"jax": jax.__version__})
     assert choose() == "tokamax_gpu"
-    choice.note("pallas_gpu", choice.family(device), {"jax": jax.__version__})
+    choice.record_proof("pallas_gpu", choice.family(device), {"jax": jax.__version__})
     assert choose() == "pallas_gpu"
 
 

@@ -97,7 +97,7 @@ def named(device: Any) -> str:
     return kind if kind == of_family else f"{kind} ({of_family})"
 
 
-def note(kernel: str, family: str, about: dict[str, str] | None) -> Path:
+def record_proof(kernel: str, family: str, about: dict[str, str] | None) -> Path:
     """Writes this machine's record of a kernel on a family of cards, and returns its path.
 
     Args:

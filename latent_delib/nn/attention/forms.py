@@ -1,7 +1,7 @@
 """The forms of the attention primitive, and one gradient for all of them.
 
-"reference" is `primitive.attend`. Every other form has a forward pass, which also returns each
-query's log-sum-exp, and a backward pass, which starts from the log-sum-exp:
+"reference" is `primitive.attend`. Every other form is a module with a forward pass, which also
+returns each query's log-sum-exp, and a backward pass, which starts from the log-sum-exp:
 
   xla: runs on every platform.
   pallas_gpu, pallas_tpu: our kernels. On other platforms they are interpreted: correct, very slow.
@@ -10,7 +10,7 @@ query's log-sum-exp, and a backward pass, which starts from the log-sum-exp:
 
 import warnings
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from latent_delib.nn.attention import gpu, primitive, tokamax_gpu, tpu, xla
 from latent_delib.nn.attention.cards import LEAST
-from latent_delib.nn.attention.primitive import Bounds, Keys
-from latent_delib.nn.products import einsum
+from latent_delib.nn.attention.primitive import Bounds, Keys, Options
 
-# Our kernels: the module, and the platform.
-KERNELS = {"pallas_gpu": (gpu, "cuda"), "pallas_tpu": (tpu, "tpu")}
+MODULES = {"xla": xla, "pallas_gpu": gpu, "pallas_tpu": tpu, "tokamax_gpu": tokamax_gpu}
+KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}  # ours, with their platforms
 FLOATS = (jnp.bfloat16, jnp.float32)
 # The head dims and dtypes that the kernels serve.
 SERVED = {
@@ -33,15 +32,6 @@ SERVED = {
 FORMS = ("reference", "xla", *SERVED)
 FEW = 16  # queries per row; scores of so few fit anywhere, and no form decodes faster
 SAVED = ("attention_out", "attention_lse")  # what a backward pass needs beside q, k and v
-
-
-class Call(NamedTuple):
-    """Holds the static arguments of a form other than the reference."""
-
-    form: str
-    scale: float
-    softcap: float
-    shared_memory: int
 
 
 def unsupported(
@@ -101,9 +91,10 @@ def attend(
     S, U = q_BMSNH.shape[2], k_BMUKH.shape[2]
     if form in SERVED and U > 2 * S:
         form = "xla"  # needs no padding; a kernel would do more than twice the work
-    call = Call(form, scale, softcap, shared_memory)
+    own = k_BMUKH, v_BMUKH
+    options = Options(scale, softcap, shared_memory)
     if form == "xla":
-        return _attend(q_BMSNH, (k_BMUKH, v_BMUKH), prefix, bounds, call)
+        return _attend(q_BMSNH, own, prefix, bounds, form, options)
     # A kernel needs one query per key of a group: queries are padded, and the padding's outputs
     # are cut off.
     before = [(0, 0), (0, 0), (U - S, 0)]
@@ -114,7 +105,7 @@ def attend(
         jnp.pad(bounds.prefix_stop, before, mode="edge"),
         jnp.pad(bounds.own_start, before),
     )
-    out_BMUNH = _attend(q_BMUNH, (k_BMUKH, v_BMUKH), prefix, bounds, call)
+    out_BMUNH = _attend(q_BMUNH, own, prefix, bounds, form, options)
     return out_BMUNH[:, :, -S:]
 
 
@@ -124,62 +115,46 @@ def fall_back(form: str, why: str) -> str:
     return "xla"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BMSNH, own, prefix, bounds, call):
-    return _forward(q_BMSNH, own, prefix, bounds, call)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_BMSNH, own, prefix, bounds, form, options):
+    return _run(form, "forward", (q_BMSNH, own, prefix, bounds), options)[0]
 
 
-def _forward(q, own, prefix, bounds, call):
-    if call.form == "xla":
-        return xla.forward(q, own, prefix, bounds, call.scale, call.softcap)
-    if call.form == "tokamax_gpu":
-        return tokamax_gpu.forward(q, own, prefix, bounds, call.scale, call.softcap)
-    return _kernel(call, "forward", q, *own, prefix, bounds)
-
-
-def _kernel(call: Call, name: str, *operands: Any) -> Any:
-    """Runs a kernel's pass, compiled for its platform and interpreted on any other."""
-    module, platform = KERNELS[call.form]
-    function = partial(getattr(module, name), scale=call.scale, softcap=call.softcap)
-    if call.form == "pallas_gpu":
-        function = partial(function, shared_memory=call.shared_memory)
+def _run(form: str, name: str, operands: tuple, options: Options) -> Any:
+    """Runs a pass of a form. Our kernels are interpreted on platforms other than their own."""
+    function = getattr(MODULES[form], name)
+    if form not in KERNELS:
+        return function(*operands, options)
+    interpreted = options._replace(interpret=True)
     forms = {
-        platform: partial(function, interpret=False),
-        "default": partial(function, interpret=True),
+        KERNELS[form]: partial(function, options=options),
+        "default": partial(function, options=interpreted),
     }
     return jax.lax.platform_dependent(*operands, **forms)
 
 
-def _save(q, own, prefix, bounds, call):
+def _save(q, own, prefix, bounds, form, options):
     """Runs the forward pass of a call that is differentiated.
 
     The last saved value is () where the prefix is differentiated too, else None: static structure.
     """
     into_prefix = any(x.perturbed for x in jax.tree.leaves(prefix))
-    q, own, prefix, bounds = jax.tree.map(lambda x: x.value, (q, own, prefix, bounds))
-    out, lse = _forward(q, own, prefix, bounds, call)
+    operands = jax.tree.map(lambda x: x.value, (q, own, prefix, bounds))
+    out, lse = _run(form, "forward", operands, options)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED))
-    return out, (q, own, prefix, bounds, out, lse, () if into_prefix else None)
+    return out, (operands, out, lse, () if into_prefix else None)
 
 
-def _backward(call, saved, dout):
-    q, own, prefix, bounds, out, lse, into_prefix = saved
+def _backward(form, options, saved, dout):
+    operands, out, lse, into_prefix = saved
     if isinstance(dout, jax.custom_derivatives.SymbolicZero):
         dout = jnp.zeros(dout.shape, dout.dtype)
-    form, wanted = call.form, into_prefix is not None
-    if form in KERNELS and wanted:
-        form = fall_back(form, "the gradient of a prefix")
-    if form == "tokamax_gpu":
-        operands = q, own, prefix, bounds, out, lse, dout
-        dq, down, dprefix = tokamax_gpu.backward(*operands, call.scale, call.softcap)
-        return dq, down, dprefix if wanted else None, None
-    # The gradient of a score is its weight * (the gradient of the weight - delta).
-    delta = einsum("...H,...H->...", out.astype(jnp.float32), dout.astype(jnp.float32))
-    if form == "xla":
-        operands = q, own, prefix, bounds, lse, delta, dout
-        return *xla.backward(*operands, call.scale, call.softcap, wanted), None
-    dq, dk, dv = _kernel(call, "backward", q, *own, prefix, bounds, lse, delta, dout)
-    return dq, (dk, dv), None, None
+    if into_prefix is not None:
+        options = options._replace(into_prefix=True)
+        if form in KERNELS:
+            form = fall_back(form, "the gradient of a prefix")
+    dq, down, dprefix = _run(form, "backward", (*operands, out, lse, dout), options)
+    return dq, down, dprefix, None
 
 
 _attend.defvjp(_save, _backward, symbolic_zeros=True)

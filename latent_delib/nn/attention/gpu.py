@@ -25,22 +25,13 @@ from jax.experimental.pallas import triton as plgpu
 from latent_delib.nn.attention import cards
 from latent_delib.nn.attention.cards import Blocks
 from latent_delib.nn.attention.layout import by_head, flat
-from latent_delib.nn.attention.primitive import Bounds, Keys
+from latent_delib.nn.attention.primitive import Bounds, Keys, Options, delta_of
 from latent_delib.nn.products import precision
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 LOG2E = 1.4426950408889634  # scores are in units of log(2), because the hardware has only exp2
 MASKED = -1e30  # finite: a row that sees no key of a block must not become NaN
 BOUNDED = 60.0  # scores up to this need no maximum subtracted: float32 holds e^60 times 1e12
-
-
-class Options(NamedTuple):
-    """Holds the static arguments of a call."""
-
-    scale: float
-    softcap: float
-    shared_memory: int
-    interpret: bool
 
 
 class Source(NamedTuple):
@@ -65,39 +56,27 @@ class Source(NamedTuple):
 
 def forward(
     q_BMSNH: jax.Array,
-    k_BMSKH: jax.Array,
-    v_BMSKH: jax.Array,
+    own: Keys,
     prefix: Keys | None,
     bounds: Bounds,
-    *,
-    scale: float,
-    softcap: float,
-    shared_memory: int,
-    interpret: bool,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention's output and the log-sum-exp of every row.
 
-    Args:
-      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; all
-        arrays in bfloat16, or all in float32. With bfloat16 the softcap's tanh is the hardware's,
-        with a relative error of 2^-11.
-      shared_memory: bytes that one program may have; the largest blocks that fit are used.
-      interpret: run the kernels as ordinary JAX, on any platform.
-
-    Returns:
-      [B, M, S, N, H] in the dtype of v, and float32 [B, M, S, N].
+    Arguments and results are those of `xla.forward`, with as many own keys as queries, and all
+    arrays in bfloat16 or all in float32. With bfloat16 the softcap's tanh is the hardware's, with a
+    relative error of 2^-11. The largest blocks that fit into the shared memory are used.
     """
-    options = Options(scale, softcap, shared_memory, interpret)
-    rows = by_head(q_BMSNH, k_BMSKH.shape[3])
-    cut = _cut("forward", rows, shared_memory)
+    rows = by_head(q_BMSNH, own[0].shape[3])
+    cut = _cut("forward", rows, options.shared_memory)
     outputs = (
-        jax.ShapeDtypeStruct(rows.shape, v_BMSKH.dtype),
+        jax.ShapeDtypeStruct(rows.shape, own[1].dtype),
         jax.ShapeDtypeStruct(rows.shape[:-1], jnp.float32),
     )
     out, lse = _call(
         _forward_kernel,
         [rows],
-        _sources(k_BMSKH, v_BMSKH, prefix, bounds, rows, cut),
+        _sources(own, prefix, bounds, rows, cut),
         outputs,
         cut,
         options,
@@ -106,54 +85,52 @@ def forward(
 
 
 def backward(
-    q,
-    k,
-    v,
-    prefix,
-    bounds,
-    lse,
-    delta,
-    dout,
-    *,
-    scale: float,
-    softcap: float,
-    shared_memory: int,
-    interpret: bool,
-):
-    """Returns the gradients of q, k and v, each like its operand; the prefix gets none.
+    q_BMSNH: jax.Array,
+    own: Keys,
+    prefix: Keys | None,
+    bounds: Bounds,
+    out_BMSNH: jax.Array,
+    lse_BMSN: jax.Array,
+    dout_BMSNH: jax.Array,
+    options: Options,
+) -> tuple[jax.Array, Keys, None]:
+    """Returns the gradients of queries, and of own keys and values; the prefix gets none.
 
-    Args: as for `forward`; lse, delta and dout as for `xla.backward`.
+    Arguments are those of `forward`, its results, and the gradient of the output.
     """
-    options = Options(scale, softcap, shared_memory, interpret)
-    rows = [by_head(x, k.shape[3]) for x in (q, dout, lse, delta)]
-    dq = _query_gradient(rows, k, v, prefix, bounds, options).reshape(q.shape)
-    dk, dv = _own_gradient(rows, k, v, bounds, options)
-    return dq, dk.reshape(k.shape), dv.reshape(v.shape)
+    delta_BMSN = delta_of(out_BMSNH, dout_BMSNH)
+    K = own[0].shape[3]
+    rows = [by_head(x, K) for x in (q_BMSNH, dout_BMSNH, lse_BMSN, delta_BMSN)]
+    dq = _query_gradient(rows, own, prefix, bounds, options)
+    down = _own_gradient(rows, own, bounds, options)
+    down = jax.tree.map(lambda d, x: d.reshape(x.shape), down, own)
+    return dq.reshape(q_BMSNH.shape), down, None
 
 
-def _query_gradient(rows, k, v, prefix, bounds, options):
+def _query_gradient(rows, own, prefix, bounds, options):
     """Returns dq [B, U, K, G, H]."""
     cut = _cut("query_gradient", rows[0], options.shared_memory)
-    sources = _sources(k, v, prefix, bounds, rows[0], cut)
+    sources = _sources(own, prefix, bounds, rows[0], cut)
     outputs = jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)
     return _call(_query_gradient_kernel, rows, sources, outputs, cut, options)
 
 
-def _own_gradient(rows, k, v, bounds, options):
+def _own_gradient(rows, own, bounds, options):
     """Returns dk and dv [B, U, K, H]."""
     cut = _cut("own_gradient", rows[0], options.shared_memory)
-    [own] = _sources(k, v, None, bounds, rows[0], cut)
+    [source] = _sources(own, None, bounds, rows[0], cut)
     # Here a program holds a block of keys and walks rows: from those of its first key's token to
     # the last row that sees one of its keys.
-    B, U = own.lo.shape
+    B, U = source.lo.shape
     G = rows[0].shape[3]
     start = cut.keys * np.arange(pl.cdiv(U, cut.keys))
-    sees = own.lo[:, None] < start[:, None] + cut.keys
-    until = jnp.max(own.hi[:, None], axis=2, where=sees, initial=0)
+    sees = source.lo[:, None] < start[:, None] + cut.keys
+    until = jnp.max(source.hi[:, None], axis=2, where=sees, initial=0)
     first = jnp.broadcast_to(jnp.int32(start * G // cut.rows), (B, len(start)))
-    own = own._replace(first=first, last=pl.cdiv(until * G, cut.rows))
-    outputs = jax.ShapeDtypeStruct(own.k.shape, k.dtype), jax.ShapeDtypeStruct(own.v.shape, v.dtype)
-    return _call(_own_gradient_kernel, rows, [own], outputs, cut, options)
+    source = source._replace(first=first, last=pl.cdiv(until * G, cut.rows))
+    like_own = source.k, source.v
+    outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like_own)
+    return _call(_own_gradient_kernel, rows, [source], outputs, cut, options)
 
 
 def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
@@ -163,13 +140,14 @@ def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
     return cut._replace(rows=min(cut.rows, max(16, pl.next_power_of_2(U * G))))
 
 
-def _sources(k, v, prefix, bounds, q_BUKGH, cut) -> list[Source]:
+def _sources(own, prefix, bounds, q_BUKGH, cut) -> list[Source]:
     """Returns the sources of rows: the prefix, if there is one, and the own tokens.
 
     The own tokens of all groups are one sequence.
     """
     B, U, _, G, _ = q_BUKGH.shape
     index = np.arange(U, dtype=np.int32)
+    k, v = own
     own_start = flat(bounds.own_start) + (index - index % k.shape[2])
     found = [(flat(k), flat(v), own_start, jnp.broadcast_to(index + 1, (B, U)))]
     if prefix is not None:

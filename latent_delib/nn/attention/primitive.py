@@ -28,6 +28,22 @@ class Bounds(NamedTuple):
     own_start: jax.Array
 
 
+class Options(NamedTuple):
+    """Holds the static arguments of a form other than the reference.
+
+    scale, softcap: as for `attend`.
+    shared_memory: bytes of shared memory into which blocks of our GPU kernels must fit.
+    interpret: run our kernels as ordinary JAX, on any platform.
+    into_prefix: compute the gradient of the prefix too, where the form has it.
+    """
+
+    scale: float
+    softcap: float
+    shared_memory: int
+    interpret: bool = False
+    into_prefix: bool = False
+
+
 def attend(
     q_BMSNH: jax.Array,
     k_BMUKH: jax.Array,
@@ -90,6 +106,17 @@ def weights(
         visible = jnp.concatenate([_prefix_in_range(bounds, k_BTKH.shape[1]), visible], axis=-1)
     scores, _ = softcapped(scores * scale, softcap)
     return jax.nn.softmax(jnp.where(visible[:, :, None, None], scores, -jnp.inf), axis=-1)
+
+
+def delta_of(out: jax.Array, dout: jax.Array) -> jax.Array:
+    """Returns what the softmax subtracts from the gradient of each weight, float32 [B, M, S, N].
+
+    The gradient of a score is its weight * (the gradient of the weight - this amount).
+
+    Args:
+      out, dout: the output of attention and its gradient, [B, M, S, N, H].
+    """
+    return einsum("...H,...H->...", out.astype(jnp.float32), dout.astype(jnp.float32))
 
 
 def own_in_range(own_start: jax.Array, length: int) -> jax.Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from latent_delib.errors import UserError
 from latent_delib.nn.attention.layout import flat, pad
-from latent_delib.nn.attention.primitive import Bounds, Keys
+from latent_delib.nn.attention.primitive import Bounds, Keys, Options
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (jnp.bfloat16,)  # tokamax would compute float32 in TF32, or not at all
@@ -64,7 +64,7 @@ def require() -> None:
 
 
 def forward(
-    q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds, scale: float, softcap: float
+    q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention's output [B, M, S, N, H], and every row's log-sum-exp [B, M, S, N].
 
@@ -73,11 +73,11 @@ def forward(
     Arguments are those of `xla.forward`, in bfloat16. The kernel is compiled for jax's first
     device.
     """
-    kernel, options = _kernel(scale, softcap)
+    kernel, settings = _kernel(options.scale, options.softcap)
     outs, sums = [], []
     for source in _sources(q_BMSNH, own, prefix, bounds):
         operands = source.cut(q_BMSNH), *source.keys
-        out, (top, total) = kernel(*operands, mask=source.mask, return_residuals=True, **options)
+        out, (top, total) = kernel(*operands, mask=source.mask, return_residuals=True, **settings)
         outs.append(source.join(out))
         # -inf for a row that sees no key of this source
         sums.append(source.join((top + jnp.log(total)).swapaxes(1, 2)))
@@ -94,20 +94,19 @@ def backward(
     out_BMSNH: jax.Array,
     lse_BMSN: jax.Array,
     dout_BMSNH: jax.Array,
-    scale: float,
-    softcap: float,
+    options: Options,
 ) -> tuple[jax.Array, Keys, Keys | None]:
     """Returns the gradients of queries, own keys and values, and prefix, each like its operand.
 
     Arguments are those of `forward`, its results, and the gradient of the output. XLA drops the
     kernel of a gradient that is not used.
     """
-    kernel, options = _kernel(scale, softcap)
+    kernel, settings = _kernel(options.scale, options.softcap)
     sources = _sources(q_BMSNH, own, prefix, bounds)
     dq = jnp.zeros(q_BMSNH.shape, jnp.float32)
     dkeys = []
     for source in sources:
-        call = kernel.bind(source.cut(q_BMSNH), *source.keys, mask=source.mask, **options)
+        call = kernel.bind(source.cut(q_BMSNH), *source.keys, mask=source.mask, **settings)
         lse = source.cut(lse_BMSN).swapaxes(1, 2)
         # tokamax takes a pair (top, total): weights are exp(score - top) / total
         residuals = lse, jnp.ones_like(lse)
@@ -116,7 +115,7 @@ def backward(
         dq += source.join(found["q"])
         dkeys.append((found["k"], found["v"]))
     down = jax.tree.map(sources[0].join, dkeys[0])
-    return dq.astype(q_BMSNH.dtype), down, None if prefix is None else dkeys[1]
+    return dq.astype(q_BMSNH.dtype), down, dkeys[1] if options.into_prefix else None
 
 
 def _kernel(scale: float, softcap: float) -> tuple[Any, dict[str, Any]]:

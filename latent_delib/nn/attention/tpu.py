@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from latent_delib.nn.attention import xla
 from latent_delib.nn.attention.layout import by_head, flat, pad
-from latent_delib.nn.attention.primitive import Bounds, Keys
+from latent_delib.nn.attention.primitive import Bounds, Keys, Options, delta_of
 from latent_delib.nn.products import einsum, softcapped
 
 HEAD_DIMS = (64, 128, 256)
@@ -53,75 +53,62 @@ class Plan(NamedTuple):
 
 def forward(
     q_BMSNH: jax.Array,
-    k_BMSKH: jax.Array,
-    v_BMSKH: jax.Array,
+    own: Keys,
     prefix: Keys | None,
     bounds: Bounds,
-    *,
-    scale: float,
-    softcap: float,
-    interpret: bool,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention's output and the log-sum-exp of every row.
 
-    Args:
-      q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds, scale, softcap: as for `primitive.attend`; all
-        arrays in bfloat16, or all in float32.
-      interpret: run on any platform, slowly, as the tests do.
-
-    Returns:
-      [B, M, S, N, H] in the dtype of v, and float32 [B, M, S, N].
+    Arguments and results are those of `xla.forward`, with as many own keys as queries, and all
+    arrays in bfloat16 or all in float32.
     """
-    plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
+    plan, operands = _lay_out(q_BMSNH, *own, prefix, bounds)
     B, K, r, H = operands[0].shape
     outputs = (
-        jax.ShapeDtypeStruct((B, K, r, H), v_BMSKH.dtype),
+        jax.ShapeDtypeStruct((B, K, r, H), own[1].dtype),
         jax.ShapeDtypeStruct((B, K, 1, r), jnp.float32),
     )
     state = (H, plan.R), (1, plan.R), (1, plan.R)
-    kernel = partial(_forward_kernel, scale=scale, softcap=softcap)
-    out, lse = _launch("attention_forward", kernel, plan, operands, (), outputs, state, interpret)
+    kernel = partial(_forward_kernel, scale=options.scale, softcap=options.softcap)
+    out, lse = _launch(
+        "attention_forward", kernel, plan, operands, (), outputs, state, options.interpret
+    )
     lse = _tokens(lse.swapaxes(2, 3), (*q_BMSNH.shape[:4], 1))
     return _tokens(out, q_BMSNH.shape), lse[..., 0]
 
 
 def backward(
     q_BMSNH: jax.Array,
-    k_BMSKH: jax.Array,
-    v_BMSKH: jax.Array,
+    own: Keys,
     prefix: Keys | None,
     bounds: Bounds,
+    out_BMSNH: jax.Array,
     lse_BMSN: jax.Array,
-    delta_BMSN: jax.Array,
     dout_BMSNH: jax.Array,
-    *,
-    scale: float,
-    softcap: float,
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of queries, own keys and own values, each like its operand.
+    options: Options,
+) -> tuple[jax.Array, Keys, None]:
+    """Returns the gradients of queries, and of own keys and values; the prefix gets none.
 
-    The prefix gets no gradient.
-
-    Args: as for `forward`; lse_BMSN, delta_BMSN and dout_BMSNH as for `xla.backward`.
+    Arguments are those of `forward`, its results, and the gradient of the output.
     """
-    plan, operands = _lay_out(q_BMSNH, k_BMSKH, v_BMSKH, prefix, bounds)
+    plan, operands = _lay_out(q_BMSNH, *own, prefix, bounds)
+    delta_BMSN = delta_of(out_BMSNH, dout_BMSNH)
     B, K, r, H = operands[0].shape
     per_row = (
         _rows(dout_BMSNH, K, r),
         *(_rows(x[..., None], K, r).swapaxes(2, 3) for x in (lse_BMSN, delta_BMSN)),
     )
     outputs = (jax.ShapeDtypeStruct((B, K, r, H), q_BMSNH.dtype),)
-    kernel = partial(_dq_kernel, scale=scale, softcap=softcap)
+    kernel = partial(_dq_kernel, scale=options.scale, softcap=options.softcap)
     state = ((H, plan.R),)
-    (dq,) = _launch("attention_dq", kernel, plan, operands, per_row, outputs, state, interpret)
-    # Only a group's own queries see its keys: too little work for a kernel.
-    own = (k_BMSKH, v_BMSKH)
-    saved = (lse_BMSN, delta_BMSN, dout_BMSNH)
-    _, (dk, dv), _ = xla.backward(
-        q_BMSNH, own, None, bounds, *saved, scale, softcap, into_prefix=False
+    (dq,) = _launch(
+        "attention_dq", kernel, plan, operands, per_row, outputs, state, options.interpret
     )
-    return _tokens(dq, q_BMSNH.shape), dk, dv
+    # Only a group's own queries see its keys: too little work for a kernel.
+    saved = (out_BMSNH, lse_BMSN, dout_BMSNH)
+    _, down, _ = xla.backward(q_BMSNH, own, None, bounds, *saved, options)
+    return _tokens(dq, q_BMSNH.shape), down, None
 
 
 def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array, jax.Array]]:

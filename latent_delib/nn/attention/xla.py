@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from latent_delib.nn.attention.layout import pad
-from latent_delib.nn.attention.primitive import Bounds, Keys, own_in_range
+from latent_delib.nn.attention.primitive import Bounds, Keys, Options, delta_of, own_in_range
 from latent_delib.nn.products import einsum, softcapped
 
 # QUERIES x KEYS scores per head exist at a time.
@@ -64,7 +64,7 @@ class Saved(NamedTuple):
 
     dout: the gradient of the output, [B, K, c, R, H].
     lse: the log-sum-exp, [B, K, c, R, 1].
-    delta: the amount that the softmax subtracts from the gradient of each weight, [B, K, c, R, 1].
+    delta: the result of `primitive.delta_of`, [B, K, c, R, 1].
     """
 
     dout: jax.Array
@@ -77,20 +77,19 @@ def forward(
     own: Keys,
     prefix: Keys | None,
     bounds: Bounds,
-    scale: float,
-    softcap: float,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention's output and the log-sum-exp of every row.
 
     Args:
-      q_BMSNH, prefix, bounds, scale, softcap: as for `primitive.attend`.
+      q_BMSNH, prefix, bounds: as for `primitive.attend`.
       own: keys and values [B, M, U, K, H] of the groups.
 
     Returns:
       [B, M, S, N, H] in the dtype of the values, and float32 [B, M, S, N].
     """
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
-    score = partial(_scores, scale=scale, softcap=softcap)
+    score = partial(_scores, options=options)
 
     def attend(chunk: Chunk) -> tuple[jax.Array, jax.Array]:
         zeros = jnp.zeros(chunk.q.shape, jnp.float32)
@@ -131,32 +130,29 @@ def backward(
     own: Keys,
     prefix: Keys | None,
     bounds: Bounds,
+    out_BMSNH: jax.Array,
     lse_BMSN: jax.Array,
-    delta_BMSN: jax.Array,
     dout_BMSNH: jax.Array,
-    scale: float,
-    softcap: float,
-    into_prefix: bool,
+    options: Options,
 ) -> tuple[jax.Array, Keys, Keys | None]:
     """Returns the gradients of queries, of own keys and values and, where asked for, of the prefix.
 
     Args:
-      q_BMSNH, own, prefix, bounds, scale, softcap: as for `forward`.
-      lse_BMSN: log-sum-exp of every row over all keys that it sees. A caller that adds up the
-        gradients of several sources includes the keys of all sources.
-      delta_BMSN: the amount that the softmax subtracts from the gradient of each weight of a row.
+      q_BMSNH, own, prefix, bounds, options: as for `forward`.
+      out_BMSNH, lse_BMSN: the results of `forward`. A caller that adds up the gradients of several
+        sources gives the results for the keys of all sources.
       dout_BMSNH: the gradient of the output.
-      into_prefix: compute the gradient of the prefix.
 
     Returns:
-      Each gradient in its operand's shape and dtype; None for the prefix's unless `into_prefix`.
+      Each gradient in its operand's shape and dtype; None for the prefix's unless asked for.
     """
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
-    score = partial(_scores, scale=scale, softcap=softcap)
+    score = partial(_scores, options=options)
+    delta_BMSN = delta_of(out_BMSNH, dout_BMSNH)
     like_q = (dout_BMSNH, lse_BMSN[..., None], delta_BMSN[..., None])
-    saved = Saved(*(_cut(x, own, prefix, bounds)[0].q for x in like_q))
+    saved = Saved(*(_cut_rows(x, own[0].shape[3]) for x in like_q))
     # for each shared source, whether its gradient is computed
-    wanted = [into_prefix] * (prefix is not None) + [True] * (chunks.own is None)
+    wanted = [options.into_prefix] * (prefix is not None) + [True] * (chunks.own is None)
     totals = [_no_gradient(keys) if is_wanted else None for keys, is_wanted in zip(shared, wanted)]
 
     def differentiate(totals, operands):
@@ -238,46 +234,61 @@ def _cut(
     The sources are the prefix, and the own keys of a long text (M = 1). Such a text is cut between
     its tokens: each token is then a group of one, and these groups share the text's keys.
     """
-    B, M, S, N, H = q_BMSNH.shape
-    K = own[0].shape[3]
-    own_start = bounds.own_start
     shared, start, stop = [], [], []
     if prefix is not None:
         shared.append(prefix)
         start.append(bounds.prefix_start)
         stop.append(bounds.prefix_stop)
-    if M == 1 and S > QUERIES:
+    U, K = own[0].shape[2:4]
+    q = _cut_rows(q_BMSNH, K)
+    if _is_long(q_BMSNH):
         shared.append((own[0][:, 0], own[1][:, 0]))
-        start.append(own_start)
-        U = own[0].shape[2]
+        start.append(bounds.own_start)
+        S = q_BMSNH.shape[2]
         last = jnp.arange(U - S + 1, U + 1, dtype=jnp.int32)
-        stop.append(jnp.broadcast_to(last, own_start.shape))
-        by_token = q_BMSNH, own_start, start, stop
-        q_BMSNH, own_start, start, stop = jax.tree.map(lambda x: x.swapaxes(1, 2), by_token)
+        stop.append(jnp.broadcast_to(last, bounds.own_start.shape))
         own = None
-        M = S
-        S = 1
-    c = min(M, max(1, QUERIES // S))
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = pad(x, 1, c)
-        return jnp.moveaxis(x.reshape(B, -1, c, *x.shape[2:]), 1, 0)
-
-    # [chunks, B, K, c, S, G, H]
-    q = jnp.moveaxis(cut(q_BMSNH.reshape(B, M, S, K, N // K, -1)), 4, 2)
-    q = q.reshape(*q.shape[:4], S * (N // K), -1)
+    c = q.shape[3]
     chunks = Chunk(
         q=q,
-        own=jax.tree.map(lambda x: jnp.moveaxis(cut(x), 4, 2), own),
-        own_start=cut(own_start),
-        start=jax.tree.map(cut, start),
-        stop=jax.tree.map(cut, stop),
+        own=jax.tree.map(lambda x: jnp.moveaxis(_split(x, c), 4, 2), own),
+        own_start=_by_chunk(bounds.own_start),
+        start=jax.tree.map(_by_chunk, start),
+        stop=jax.tree.map(_by_chunk, stop),
     )
     return chunks, jax.tree.map(lambda x: x.swapaxes(1, 2), shared)
 
 
+def _cut_rows(x_BMSNH: jax.Array, K: int) -> jax.Array:
+    """Returns queries, or what belongs to each of them, as rows [chunks, B, K, c, R, H]."""
+    N, H = x_BMSNH.shape[3:]
+    x = _by_chunk(x_BMSNH)
+    x = x.reshape(*x.shape[:4], K, N // K, H)
+    x = jnp.moveaxis(x, 4, 2)  # [chunks, B, K, c, S, G, H]
+    return x.reshape(*x.shape[:4], -1, H)
+
+
+def _by_chunk(x: jax.Array) -> jax.Array:
+    """Returns what belongs to each token, [B, M, S, ...], as [chunks, B, c, S, ...]."""
+    if _is_long(x):
+        x = x.swapaxes(1, 2)
+    M, S = x.shape[1:3]
+    return _split(x, min(M, max(1, QUERIES // S)))
+
+
+def _is_long(x: jax.Array) -> bool:
+    """Tells whether the tokens [B, M, S, ...] are of one long text, which is cut between them."""
+    return x.shape[1] == 1 and x.shape[2] > QUERIES
+
+
+def _split(x: jax.Array, c: int) -> jax.Array:
+    """Splits groups [B, M, ...] into chunks [chunks, B, c, ...]; the last one is padded."""
+    x = pad(x, 1, c)
+    return jnp.moveaxis(x.reshape(len(x), -1, c, *x.shape[2:]), 1, 0)
+
+
 def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Undoes `_cut` for queries: [chunks, B, K, c, R, H] to [B, M, S, N, H]."""
+    """Undoes `_cut_rows`: [chunks, B, K, c, R, H] to [B, M, S, N, H]."""
     B, M, S, N, H = shape
     chunks, _, K, c, R, _ = x.shape
     x = x.reshape(chunks, B, K, c, R * K // N, N // K, H)
@@ -323,12 +334,12 @@ def _onto(weights: jax.Array, x: jax.Array, of_all: bool) -> jax.Array:
     return einsum("BKRH,BKRU->BKHU", x, weights, jnp.float32)
 
 
-def _scores(q, k, seen, scale: float, softcap: float):
+def _scores(q, k, seen, options: Options):
     """Returns scores [B, K, c, R, U], their slope in q . k, and which of them are visible."""
-    scores, slope = softcapped(_products(q, k) * scale, softcap)
+    scores, slope = softcapped(_products(q, k) * options.scale, options.softcap)
     G = q.shape[3] // seen.shape[2]
     visible = jnp.repeat(seen, G, axis=2)[:, None]
-    return jnp.where(visible, scores, NEVER), scale * slope, visible
+    return jnp.where(visible, scores, NEVER), options.scale * slope, visible
 
 
 def _first(shared: Keys, i: jax.Array) -> jax.Array:
