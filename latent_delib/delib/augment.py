@@ -91,7 +91,7 @@ class Augmentation:
             return sys.maxsize
         longest = min(filter(None, tables))
         if self.writes_latents:
-            longest -= traces_lib.text_shift(self.placement, self.num_latents)
+            longest -= traces_lib.positions_added(self.placement, self.num_latents)
         return longest
 
     def count_latents(self, num_ahead: int) -> int:

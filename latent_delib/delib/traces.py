@@ -46,9 +46,11 @@ PLACEMENTS = {
 }
 
 
-def text_shift(placement: str, num_latents: int) -> int:
-    """Returns the number of positions by which latents move the text after them."""
-    return PLACEMENTS[placement].shift(num_latents)
+def positions_added(placement: str, num_latents: int) -> int:
+    """Returns how many positions past those of a text its latents, or the text they move, take."""
+    place = PLACEMENTS[placement]
+    furthest = max(place.latents(num_latents), default=0)
+    return int(max(place.shift(num_latents), furthest))
 
 
 def group_offsets(num_ahead: int, every: int) -> np.ndarray:
