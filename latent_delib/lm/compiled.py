@@ -176,9 +176,8 @@ def join(
       The state and the cache to decode with.
     """
     traces = _trace(aug, state.text, state.length)
-    reread = traces.inputs.shape[
-        2
-    ]  # where the last token is read again, its entry is dropped first
+    # Where the last token is read again, its entry is dropped first.
+    reread = traces.inputs.shape[2]
     read = plain._replace(length=plain.length - reread)
     stop = jnp.broadcast_to(read.length[:, None, None], traces.position.shape)
     traces = traces._replace(bounds=traces.bounds._replace(prefix_stop=stop))
