@@ -61,7 +61,7 @@ class Files(NamedTuple):
 
     @property
     def removed(self) -> int:
-        """How many steps of each question, from the first on, are left out."""
+        """Returns how many steps of each question, from the first on, are left out."""
         _, _, count = self.kind.partition("-")
         return int(count or 0)
 
