@@ -9,7 +9,8 @@ Write a table with its first column, and run this. A comment above the table nam
   <!-- table: runs=a run=NAME -->             of one run; rows then need no name
   <!-- table: runs=lab source=0 -->           of its first validation source alone
   <!-- table: runs=problems accuracy=1 -->    percent of problems solved, by the columns' benchmarks
-  <!-- table: runs=lab source=0 costs=1 -->  trained parameters and GFLOP per step, then the changes
+  <!-- table: runs=hops costs=1 accuracy=1 -->    trained parameters and GFLOP per step before these
+  <!-- table: methods=1 -->             each experiment on text (`lab`) and on questions (`hops`)
 
 The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given,
 and one of PHRASES. "the same" stands for the phrase of the row before, "against `NAME`" and
@@ -80,6 +81,10 @@ def filled(page: str) -> str:
             row = row_of(words, settings, row)
             is_plain = "without latents" in words
             costs = []
+            if "methods" in settings:
+                line = f"| {words} | {' | '.join(summary(row.run))} |"
+                lines.append(line)
+                continue
             if "costs" in settings:
                 costs = ["", ""] if is_plain else costs_of(settings["runs"], row)
             if "accuracy" in settings:
@@ -136,6 +141,27 @@ def cells(folder: str, row: Row) -> list[str]:
         rows = data["rows"]
     by_n = {each["n"]: str(change(each)).replace("%", "") for each in rows}
     return [by_n[n] for n in AHEAD]
+
+
+def summary(run: str) -> list[str]:
+    """Returns what an experiment costs, and what it gains on text and on questions, by seed.
+
+    On text it is the mean of the changes at n = 1 to 32, on works of the kinds trained on.
+    """
+    name = run.partition("@")[0]
+    costs, on_text, on_questions = ["", ""], [], []
+    for seed in range(3):
+        row = Row(f"{name}@{seed}")
+        if RESULTS / "lab" / row.run / "perplexity.json" in FILES:
+            data = find(RESULTS / "lab" / row.run, "").data
+            known = data["sets"][data["config"]["data"]["validation"][0]]["rows"]
+            on_text.append(f"{sum(each['change_percent'] for each in known) / len(known):+.2f}")
+            costs = costs_of("lab", row)
+        if RESULTS / "hops" / row.run / "benchmarks.json" in FILES:
+            (solved,) = accuracies("hops", row, ["hops.test"], is_plain=False)
+            on_questions.append(solved.partition(" ")[0])
+            costs = costs if any(costs) else costs_of("hops", row)
+    return [*costs, " / ".join(on_text), " / ".join(on_questions)]
 
 
 def costs_of(folder: str, row: Row) -> list[str]:
