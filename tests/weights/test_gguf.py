@@ -355,7 +355,7 @@ def test_without_the_library(tmp_path, monkeypatch):
     """Its absence is told as such, not as damage of the file."""
     (tmp_path / "x.gguf").write_bytes(start(tensors=1) + tensor(kind=999) + bytes(256))
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ld.UserError, match="gguf is not installed: .*setup.sh gguf"):
+    with pytest.raises(ld.UserError, match="^gguf is not installed: .*setup.sh gguf"):
         ours.open_source(tmp_path / "x.gguf")
 
 
