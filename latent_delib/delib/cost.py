@@ -65,7 +65,8 @@ def step_flops(
     )
     predicting = (passes + (aug.distill > 0)) * traces * num_ahead * vocabulary
     tokens = decoded_tokens(aug, num_ahead)
-    decoding = flops.traces(c, traces, tokens, seq_len, passes, passes)
+    inserted = aug.num_latents if method.writes_keys else 0
+    decoding = flops.traces(c, traces, tokens, seq_len, passes, passes, inserted)
     decoding_recomputed = flops.recomputed(c, remat, traces * tokens, seq_len)
     return Flops(
         text_passes * text + writing.useful + decoding + predicting,

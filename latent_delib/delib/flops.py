@@ -40,6 +40,7 @@ def traces(
     seq_len: int,
     passes: int,
     text_passes: int,
+    inserted: int = 0,
 ) -> float:
     """Returns the FLOPs of passing traces through the layers.
 
@@ -52,11 +53,13 @@ def traces(
         the inputs, 3 with the gradient of the weights too.
       text_passes: passes of attention over the text: 3 if the text's keys and values have a
         gradient, otherwise 2.
+      inserted: keys and values per layer that stand before the tokens; every token sees them all.
     """
     if not length:
         return 0.0
     over_text = text_passes * attention(c, seq_len)
-    per_query = passes * per_token(c) + over_text + 3 * attention(c, length)
+    over_inserted = 3 * 4 * c.num_layers * c.num_heads * c.head_dim * inserted
+    per_query = passes * per_token(c) + over_text + over_inserted + 3 * attention(c, length)
     return count * length * per_query
 
 

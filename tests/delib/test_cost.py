@@ -25,7 +25,7 @@ def of_products(config):
     )
 
 
-def counted(config, L, placement, T, M, A):
+def counted(config, L, placement, T, M, A, inserted=False):
     """One sequence: traces at every place, averaged; windows over prefix and own tokens apart."""
     products = of_products(config)
 
@@ -39,10 +39,12 @@ def counted(config, L, placement, T, M, A):
     pair = 4 * config.num_heads * config.head_dim
     vocabulary = 2 * config.vocab_size * config.embed_dim
     text = T * products + pair * pairs(T)
-    n = L + A - 1 + (placement == "overlay")
+    n = (0 if inserted else L) + A - 1 + (placement == "overlay")
     per_query = pair * pairs(T) / T  # of the text, for a query at any place in it
     write = L * (3 * products + 2 * per_query) + 3 * pair * pairs(L)
     decode = n * (2 * products + 2 * per_query) + 3 * pair * pairs(n)
+    if inserted:  # L keys in each layer, which each token sees
+        decode += 3 * pair * n * L * config.num_layers
     return text + M * (write + decode + 2 * A * vocabulary)
 
 
@@ -54,6 +56,13 @@ def test_counted_pair_by_pair(placement, family):
     ours = step_flops(aug, 3, 64, 5, 6).useful
     # In a window the first half pair is counted whole.
     np.testing.assert_allclose(ours, 3 * counted(config, 4, placement, 64, 5, 6), rtol=1e-3)
+
+
+def test_inserted_keys_are_counted():
+    config = dataclasses.replace(small.GEMMA, window=8)
+    ours = step_flops(Augmentation(Transformer(config), "inserted", 4, "overlay"), 3, 64, 5, 6)
+    expected = 3 * counted(config, 4, "overlay", 64, 5, 6, inserted=True)
+    np.testing.assert_allclose(ours.useful, expected, rtol=1e-3)
 
 
 def test_the_published_setting():
