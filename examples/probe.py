@@ -57,9 +57,9 @@ def kinds(row: np.ndarray, at: int, rank: np.ndarray, logp: np.ndarray) -> dict[
     place = rank[row[at + 1 : at + 1 + AHEAD]]
     return {
         "all": np.full(AHEAD, True),
-        "stands in the last 16 tokens": last < 16,
-        "stands further back": (last >= 16) & (last < LENGTH),
-        "does not stand in the text": last == LENGTH,
+        "occurs in the last 16 tokens": last < 16,
+        "occurs further back": (last >= 16) & (last < LENGTH),
+        "does not occur in the text": last == LENGTH,
         "one of the 64 most frequent": place < 64,
         "one of the next 192": (place >= 64) & (place < 256),
         "rarer": place >= 256,

@@ -86,7 +86,7 @@ def test_the_kinds_of_tokens_of_the_probe(monkeypatch):
         np.testing.assert_array_equal(three.sum(axis=0), 1)
     assert [name for name in found if found[name][0]] == [
         "all",
-        "stands in the last 16 tokens",
+        "occurs in the last 16 tokens",
         "one of the 64 most frequent",
         "p > 0.5 by the decoder",
     ]
