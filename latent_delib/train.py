@@ -13,7 +13,7 @@ token files first, in WORKDIR/tokens.
 
 Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was
 lost, run again; 130 stopped by Ctrl-C, the same command resumes; 1 an error that running again does
-not cure.
+not fix.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
 
 
 def run(exp: Experiment, workdir: str, stop: Stop) -> int:
-    """Runs this process's part of a job, its own rows of each batch; returns the exit code."""
+    """Runs this process's share of a job: its own rows of each batch. Returns the exit code."""
     t = exp.config.train
 
     # Set up: shapes, then shardings, then sharded arrays, so that none is ever whole on a device.
@@ -197,7 +197,7 @@ def record_with_data(exp: Experiment, text: batches.Training) -> Record:
 
 
 def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) -> Restored | None:
-    """Returns the newest checkpoint in the workdir, which must be of the same job, or None."""
+    """Returns the newest checkpoint in the workdir, or None; it must be of the same job."""
 
     def check(meta: dict[str, Any]) -> None:
         there = Record.from_meta(meta, workdir)
@@ -279,8 +279,8 @@ if __name__ == "__main__":
         __doc__,
         config=(CONFIG, "a file under configs/"),
         workdir=(REQUIRED, "where the job writes"),
-        text=("", "to train on, as 'TEXT/*.txt' or any source of text; needs --held_out"),
-        held_out=("", "to evaluate on, of the same form; needs --text"),
+        text=("", "text to train on, 'TEXT/*.txt' or any source of text; needs --held_out"),
+        held_out=("", "text to evaluate on, in the same form; needs --text"),
         dry_run=(False, "compile the step, print its needs, write dry_run.json; run nothing"),
         topology=("", "the TPU slice to compile for, as v5e:4x4 or 2*v5p:4x4x4; else this machine"),
         search=(False, "compile for several meshes, and print the fastest that fit in memory"),
