@@ -82,9 +82,9 @@ class Augmentation:
 
     @property
     def longest_text(self) -> int:
-        """Returns the most tokens of a text that leave space for latents among learned positions.
+        """Returns the length of the longest text that, with its latents, fits learned positions.
 
-        The smaller table of both models decides. Without such a table it is sys.maxsize.
+        The smaller table of the two models decides. Without a table it is sys.maxsize.
         """
         tables = [model.config.learned_positions for model in self.models]
         if not any(tables):
@@ -288,7 +288,7 @@ def loss(
 
     Both are float32 scalars. With latents the loss is `loss.token_loss` of the ahead tokens of
     every trace, each weighted by `loss.ahead_weights` (Section 2.3). Without latents it is the
-    cross-entropy of all text behind prompts.
+    cross-entropy of all text after prompts.
 
     Args:
       params: parameters, after `gathered` where a mesh splits them.

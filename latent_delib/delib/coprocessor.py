@@ -219,9 +219,10 @@ def write_keys_and_values(
     reading: Reading,
     traces: Traces,
 ) -> Inserted:
-    """Writes the keys and values of such a pass; those of layer l enter the decoder's layer l.
+    """Writes the keys and values of one pass instead of its outputs.
 
-    The pass is that of `write_in_one_pass`. This is hypothesis 1 of Coda-Forno et al. 2025.
+    The pass is that of `write_in_one_pass`. The keys and values of layer l enter the decoder's
+    layer l. This is hypothesis 1 of Coda-Forno et al. 2025.
     """
     _, kv = _over(params, models.coprocessor, reading.cache, traces)
     return Inserted(jnp.moveaxis(kv.k, 0, 2), jnp.moveaxis(kv.v, 0, 2))
@@ -297,7 +298,7 @@ def _fed_back(
     def one(carry: tuple[jax.Array, KV], i: jax.Array) -> tuple[tuple[jax.Array, KV], jax.Array]:
         z_BMD, earlier = carry
         x_BMD = jnp.take(x_BMLD, i, axis=2) + z_BMD
-        # Tokens up to i take the last of the L places.
+        # Tokens 0 ... i take the last i + 1 of the L places.
         unused = L - 1 - i
         places_BML = jnp.roll(position_BML, unused, axis=2)
         bounds = jax.tree.map(lambda x: jnp.take(x, i, axis=2)[..., None], traces.latent_bounds)
@@ -326,7 +327,7 @@ def _over(
     cache: Cache,
     traces: Traces,
 ) -> tuple[jax.Array, KV]:
-    """Passes a coprocessor over a cache once.
+    """Runs a coprocessor once on its soft tokens, which attend to a cache.
 
     Returns final-normed outputs [B, M, L, D], and keys and values.
     """

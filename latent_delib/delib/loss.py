@@ -133,7 +133,7 @@ def _loss(
     distill: float,
     teacher_BrD: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the loss of every token, and its gradient in the products x . table.
+    """Returns the loss of every token, and its gradient with respect to x . table.
 
     The loss is float32 [B, r], the gradient float32 [B, r, V].
     """
@@ -153,13 +153,13 @@ def _logits(
     table_VD: jax.Array,
     softcap: float,
 ) -> tuple[jax.Array, jax.Array | float]:
-    """Returns logits, float32 [B, r, V], and their slope in the products x . table."""
+    """Returns logits, float32 [B, r, V], and their slope with respect to x . table."""
     products_BrV = einsum("BrD,VD->BrV", x_BrD, table_VD.astype(x_BrD.dtype), jnp.float32)
     return softcapped(products_BrV, softcap)
 
 
 def _nll(logits_BrV: jax.Array, target_Br: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns -log p of the targets, float32 [B, r], and its gradient in the logits."""
+    """Returns -log p of the targets, float32 [B, r], and its gradient with respect to logits."""
     high_Br1 = jnp.max(logits_BrV, axis=-1, keepdims=True)
     exp_BrV = jnp.exp(logits_BrV - high_Br1)
     total_Br1 = jnp.sum(exp_BrV, axis=-1, keepdims=True)

@@ -110,7 +110,7 @@ def write_by_assistant(
     The latents enter the decoder as in SoftCoT (Xu et al. 2025). The coprocessor reads a whole
     cache, as in Cache-to-Cache (Fu et al. 2025), and not a prompt for the assistant.
     """
-    assert reading.assistant is not None, "an augmentation of this method reads with it"
+    assert reading.assistant is not None, "the assistant has not read the text"
     reading = reading._replace(cache=reading.assistant)
     z_BMLd = write_in_one_pass(params, models, reading, traces)
     return _mapped_out(params, z_BMLd)

@@ -18,7 +18,7 @@ from latent_delib.nn.transformer import Params
 
 
 class Method(NamedTuple):
-    """Holds all that other modules need to know of a method.
+    """Holds all that other modules need to know about a method.
 
     init: (key, decoder, models, num_latents) -> the trainable tree, keyed as in the parameters of
       `delib.augment`: "coprocessor" for a model that writes latents, "decoder" where the decoder

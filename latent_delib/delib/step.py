@@ -145,7 +145,7 @@ class Objective:
     dtype: dtype of the computation; master weights are cast to it once.
     seed: trace positions and delays are a function of the seed and of the batch's number.
     accumulation: number of equal parts into which a batch is split. Sums of loss, tokens and
-      gradients are added up and divided once, so the parts give the step of the whole batch.
+      gradients are added up and divided once, so the step is that of the whole batch.
     max_delay: largest number of tokens by which a trace's latents are written before they join;
       each trace draws its number at random.
     prompt_end: tokens that end a prompt. Traces are drawn only where the text ends with them, and a

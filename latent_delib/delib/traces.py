@@ -47,7 +47,7 @@ PLACEMENTS = {
 
 
 def positions_added(placement: str, num_latents: int) -> int:
-    """Returns how many positions past those of a text its latents, or the text they move, take."""
+    """Returns by how many positions latents, or the text that they shift, extend past a text."""
     place = PLACEMENTS[placement]
     furthest = max(place.latents(num_latents), default=0)
     return int(max(place.shift(num_latents), furthest))
