@@ -89,7 +89,7 @@ DENIED_STATUS = ("401", "403")
 
 
 def store_error(error: BaseException, path: Any) -> OSError | None:
-    """Returns an exception as a failure of the disk or store of `path`; None if it is another one.
+    """Returns an exception as a failure of the disk or store of `path`; None if it is not one.
 
     The failure is an Outage where a store does not answer. Clients of stores raise exceptions of
     any kind; tensorstore, for example, a ValueError with the error code in its text.

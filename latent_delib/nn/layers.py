@@ -152,7 +152,7 @@ class Attention(nn.Module):
         prefix: Keys | None,
         given: Keys | None,
     ) -> tuple[jax.Array, Keys]:
-        """Attends to a prefix and to the own group.
+        """Attends to a prefix and to each query's own group.
 
         Args:
           x_BMSD: normed inputs.

@@ -29,8 +29,8 @@ def matmul(x: jax.Array, w: jax.Array, contracted: int, flat: bool = False) -> j
     Args:
       contracted: number of axes `in`, which are summed over.
       flat: compute the result as one product of two matrices. This is faster on CPUs: with more
-        axes XLA transposes the operands of the backward pass, one element at a time, and takes
-        longer for this than for the products. It is not faster on TPUs, where reshaping copies.
+        axes XLA transposes the operands of the backward pass, one element at a time, which takes
+        longer than the products themselves. It is not faster on TPUs, where reshaping copies.
     """
     rows = x.shape[: x.ndim - contracted]
     outputs = w.shape[contracted:]

@@ -35,7 +35,7 @@ class TransformerConfig:
     post_norms: a norm also follows attention and MLP (Gemma 2 and 3).
     qk_norm: queries and keys are normed (Gemma 3, Qwen 3).
     norm_offset: RMSNorm multiplies by norm_offset + scale. The offset is 1 for Gemma and 0 for all
-      others, so that stored scales are the makers' own.
+      others, so that scales are stored as in the original checkpoints.
     untied_head: logits come from a table of their own instead of the token table.
     qkv_bias: queries, keys and values have a bias (Qwen 2, GPT-2).
     other_bias: the other products of a layer have a bias (GPT-2).
@@ -45,7 +45,7 @@ class TransformerConfig:
       inputs (GPT-2); 0 means rotary positions.
 
     Raises:
-      UserError: numbers that do not fit together, named by field.
+      UserError: numbers that contradict each other; the message names the fields.
     """
 
     num_layers: int
@@ -156,8 +156,8 @@ class TransformerConfig:
           names: name of a field -> its name in the source, where the two differ.
 
         Raises:
-          UserError: unknown or missing fields, values of another type, or numbers that do not fit
-            together.
+          UserError: unknown or missing fields, values of the wrong type, or numbers that contradict
+            each other.
         """
         if not isinstance(fields, Mapping):
             raise UserError(f"{source}: architecture is {fields!r}, expected an object")
@@ -182,7 +182,7 @@ def checked(name: str, value: Any, kind: Any, source: str) -> Any:
     """Returns a value that was read from a source, in the type of its field.
 
     Raises:
-      UserError: a value of another type, or a number that is not within +-2**31.
+      UserError: a value of the wrong type, or a number that is not within +-2**31.
     """
     accepted = {
         float: (float, int),
@@ -197,10 +197,10 @@ def checked(name: str, value: Any, kind: Any, source: str) -> Any:
 
 
 def differences(found: TransformerConfig, wanted: TransformerConfig) -> list[str]:
-    """Lists the fields in which an architecture is not the one wanted, each with both values.
+    """Lists the fields in which an architecture differs from the one wanted, with both values.
 
     Rows of the token table beyond the wanted vocabulary are padding, and are not listed: some
-    makers store more of them than others.
+    publishers store more of them than others.
     """
     lines = []
     for field in dataclasses.fields(found):
@@ -299,7 +299,7 @@ SIZES: dict[str, TransformerConfig] = {
     "qwen3_0.6b": _size(_QWEN3, 28, 1024, 16, 8, 128, 3072, 151_936),
     "qwen3_1.7b": _size(_QWEN3, 28, 2048, 16, 8, 128, 6144, 151_936),
     "gpt2": _size(_GPT2, 12, 768, 12, 12, 64, 3072, 50_257),
-    # The packaged decoder: two cores train it on 1,000 tokens per parameter within an hour.
+    # The packaged decoder: two cores train it on 1,000 tokens per parameter in about an hour.
     "gemma2_160k": _size(_GEMMA2, 2, 64, 4, 2, 16, 192, 1024, window=64),
     # Smaller ones, to see how the gain grows with the decoder (protocols lab_58k and lab_23k).
     "gemma2_58k": _size(_GEMMA2, 2, 32, 2, 1, 16, 96, 1024, window=64),

@@ -21,7 +21,7 @@ Params = dict[str, Any]
 TABLES = ("embedding", "head")  # parts of a decoder's tree with one row per token of the vocabulary
 BODY = ("layers", "final_norm", "positions")  # all other parts; "positions" only where learned
 
-# What a backward pass keeps of each layer beside its input. It computes the rest again.
+# What a backward pass keeps of each layer besides its input. It computes the rest again.
 #   none: everything. full: nothing. attention: results of attention.
 #   dots: results of attention and of products with weights.
 _attention = jax.checkpoint_policies.save_only_these_names(*SAVED)

@@ -83,7 +83,7 @@ def test_another_mistake_is_not_a_row(monkeypatch, tmp_path):
 
 
 def small_gemma():
-    """A model that the TPU kernel serves, with matrices that the compiler treats as large."""
+    """A model that the TPU kernel supports, with matrices that the compiler treats as large."""
     c = base.get_config()
     c.decoder.path, c.decoder.tokenizer = "", "packaged"
     size = dataclasses.replace(

@@ -125,7 +125,7 @@ def test_a_device_that_is_not_attached_gets_the_kernel(monkeypatch):
 )
 def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capability):
     card = Card("gpu", kind, capability)
-    line = f"attention: pallas_gpu does not serve {kind} "
+    line = f"attention: pallas_gpu does not support {kind} "
     line += "(it needs NVIDIA's compute capability 8.0); using xla instead"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
         assert choose(form, card) == "xla"

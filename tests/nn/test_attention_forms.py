@@ -182,7 +182,7 @@ def test_no_array_of_queries_by_keys(name):
 @pytest.mark.parametrize("form", ["pallas_gpu", "pallas_tpu"])
 def test_a_kernel_gives_way_for_the_gradient_of_a_prefix(form):
     operands, bounds, dout = inputs((1, 4, 6, 1, 2, 64, 40))
-    with pytest.warns(UserWarning, match=f"{form} does not serve the gradient"):
+    with pytest.warns(UserWarning, match=f"{form} does not support the gradient"):
         _, grads = gradients(form, operands, bounds, dout, (0, 3), 2.0)
     # compiled once for both kernels
     _, wanted = gradients("reference", operands, bounds, dout, (0, 3), 2.0)
@@ -200,7 +200,7 @@ def test_what_a_kernel_does_not_serve_is_named(form):
     assert why(dtype=jnp.float16) == "dtype float16"
     assert why(T=0) == why((0, 3, 4, 8, 64)) == "an empty axis"
     operands, bounds, _ = inputs((1, 4, 6, 1, 2, 80, 40))
-    with pytest.warns(UserWarning, match=f"{form} does not serve head dim 80"):
+    with pytest.warns(UserWarning, match=f"{form} does not support head dim 80"):
         jax.eval_shape(lambda: attend(*operands, bounds, scale=1.0, softcap=0.0, form=form))
 
 

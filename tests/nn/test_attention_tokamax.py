@@ -46,7 +46,7 @@ def test_a_missing_tokamax_is_one_line(monkeypatch):
 @pytest.mark.parametrize("device", [Card("8.0"), Card("12.0"), Card("", "cpu")])
 def test_another_device_gets_xla_and_one_line(device, monkeypatch):
     monkeypatch.setattr(tokamax_gpu, "is_installed", lambda: True)
-    with pytest.warns(UserWarning, match="tokamax_gpu does not serve NVIDIA H100.*9.0 or 10.0"):
+    with pytest.warns(UserWarning, match="tokamax_gpu does not support NVIDIA H100.*9.0 or 10.0"):
         assert choice.choose("tokamax_gpu", device, small.GEMMA, jnp.bfloat16) == "xla"
 
 

@@ -128,7 +128,7 @@ def is_proven(kernel: str, device: Any) -> bool:
 
 
 def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
-    """Returns what "auto" means on a device."""
+    """Returns the form that "auto" chooses on a device."""
     kernels = kernels_of(device)
     if not kernels or device not in jax.devices():
         return BY_PLATFORM.get(device.platform, ("xla",))[0]

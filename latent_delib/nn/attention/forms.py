@@ -23,7 +23,7 @@ from latent_delib.nn.attention.primitive import Bounds, Keys, Options
 MODULES = {"xla": xla, "pallas_gpu": gpu, "pallas_tpu": tpu, "tokamax_gpu": tokamax_gpu}
 KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}  # ours, with their platforms
 FLOATS = (jnp.bfloat16, jnp.float32)
-# The head dims and dtypes that the kernels serve.
+# The head dims and dtypes that the kernels support.
 SERVED = {
     "pallas_gpu": (gpu.HEAD_DIMS, FLOATS),
     "pallas_tpu": (tpu.HEAD_DIMS, FLOATS),
@@ -31,7 +31,7 @@ SERVED = {
 }
 FORMS = ("reference", "xla", *SERVED)
 FEW = 16  # queries per row; scores of so few fit anywhere, and no form decodes faster
-SAVED = ("attention_out", "attention_lse")  # what a backward pass needs beside q, k and v
+SAVED = ("attention_out", "attention_lse")  # what a backward pass needs besides q, k and v
 
 
 def unsupported(
@@ -40,7 +40,7 @@ def unsupported(
     prefix_length: int | None,
     dtype: Any,
 ) -> str | None:
-    """Returns why a kernel cannot serve a call, such as "head dim 80", or None.
+    """Returns why a kernel does not support a call, such as "head dim 80", or None.
 
     prefix_length: T, or None without a prefix.
     """
@@ -70,8 +70,8 @@ def attend(
 ) -> jax.Array:
     """Computes `primitive.attend` in one of FORMS.
 
-    Gradients reach every input that is differentiated. Where a kernel does not serve these shapes,
-    or the gradient of a prefix, "xla" computes instead, with a warning.
+    Gradients reach every input that is differentiated. Where a kernel does not support these
+    shapes, or the gradient of a prefix, "xla" replaces it, with a warning.
 
     Args:
       q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
@@ -110,8 +110,8 @@ def attend(
 
 
 def fall_back(form: str, why: str) -> str:
-    """Warns that a form does not serve something, and returns the form that does: "xla"."""
-    warnings.warn(f"attention: {form} does not serve {why}; using xla instead", stacklevel=3)
+    """Warns that a form does not support something, and returns the form that does: "xla"."""
+    warnings.warn(f"attention: {form} does not support {why}; using xla instead", stacklevel=3)
     return "xla"
 
 
@@ -136,7 +136,8 @@ def _run(form: str, name: str, operands: tuple, options: Options) -> Any:
 def _save(q, own, prefix, bounds, form, options):
     """Runs the forward pass of a call that is differentiated.
 
-    The last saved value is () where the prefix is differentiated too, else None: static structure.
+    The last saved value is () where the prefix is differentiated too, else None. A tree's structure
+    is static.
     """
     into_prefix = any(x.perturbed for x in jax.tree.leaves(prefix))
     operands = jax.tree.map(lambda x: x.value, (q, own, prefix, bounds))

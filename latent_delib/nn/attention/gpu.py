@@ -1,15 +1,15 @@
 """The attention primitive for NVIDIA GPUs, as Pallas-Triton kernels with a gradient.
 
 A row is a (token, g) pair of one key head, and the tokens of all M groups are flattened. So the G
-query heads of a key head share the loaded keys. The own keys of all groups are flattened the same
+query heads of a key head share the loaded keys. All groups' own keys are flattened the same
 way: a row sees one range of prefix slots and one range of own tokens.
 
-A program holds a block of rows. It walks the key blocks of the prefix, then those of the own
-tokens, from the least start to the greatest stop among its rows. This skips most of the work where
-neighbouring groups have neighbouring positions; any other order is slower, and as correct.
+A program holds a block of rows. It walks the key blocks of the prefix, then those of the groups'
+own tokens, from the least start to the greatest stop among its rows. This skips most of the work
+where neighbouring groups have neighbouring positions; any other order is slower, and as correct.
 
-The backward pass has two kernels: one for dq, like the forward kernel, and one for the own dk and
-dv. The prefix gets no gradient, so nothing is summed across programs.
+The backward pass has two kernels: one for dq, like the forward kernel, and one for dk and dv of
+the groups' own keys. The prefix gets no gradient, so nothing is summed across programs.
 """
 
 from functools import partial
@@ -141,7 +141,7 @@ def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
 
 
 def _sources(own, prefix, bounds, q_BUKGH, cut) -> list[Source]:
-    """Returns the sources of rows: the prefix, if there is one, and the own tokens.
+    """Returns the sources of rows: the prefix, if there is one, and the groups' own tokens.
 
     The own tokens of all groups are one sequence.
     """

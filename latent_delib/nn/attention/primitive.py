@@ -54,7 +54,7 @@ def attend(
     scale: float,
     softcap: float,
 ) -> jax.Array:
-    """Computes attention over a prefix range and the own group.
+    """Computes attention over a range of the prefix and over each query's own group.
 
     This form is the reference. Autodiff reaches every input.
 
@@ -89,7 +89,7 @@ def weights(
 ) -> jax.Array:
     """Computes attention weights, float32 [B, M, K, G, S, T + U].
 
-    The last axis holds the prefix's slots, then the own tokens. The weights of a query add up to 1;
+    The last axis holds the prefix's slots, then own tokens. The weights of a query add up to 1;
     those of keys that it does not see are 0. Query head n is entry n % G of key head n // G.
 
     Arguments are those of `attend`.

@@ -1,9 +1,9 @@
 """The attention primitive by tokamax's Mosaic kernels, for NVIDIA's Hopper and Blackwell.
 
-In tokamax a query sees one range of keys per call; here it sees two. So the prefix and the own keys
-take one call each. In the forward pass the two outputs are merged by their log-sum-exps. In the
-backward pass each call gets the output and the log-sum-exp of both together: its gradients are then
-shares of the whole.
+In tokamax a query sees one range of keys per call; here it sees two. So the prefix and the groups'
+own keys take one call each. In the forward pass the two outputs are merged by their log-sum-exps.
+In the backward pass each call gets the output and the log-sum-exp of both together: its gradients
+are then shares of the whole.
 
 tokamax's backward pass walks all blocks but those above a causal diagonal. The own tokens are
 therefore cut into sequences of about one block, each of a few whole groups.
@@ -128,7 +128,7 @@ def _kernel(scale: float, softcap: float) -> tuple[Any, dict[str, Any]]:
 
 
 def _sources(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> list[Source]:
-    """Returns the sources: the own keys, then the prefix if it is given."""
+    """Returns the sources: the groups' own keys, then the prefix if it is given."""
     from tokamax._src.ops.attention.base import Mask
 
     B, M, S = q_BMSNH.shape[:3]

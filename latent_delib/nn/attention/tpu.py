@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     steps: the most key blocks that a query block can see.
     sees: the keys of each row, int32 [B, 4, r]: prefix start, prefix stop, own start, own stop.
     visits: the key blocks of each query block, int32 [4, B, r / R]: first block and number of
-      blocks of the prefix, then the same of the own keys.
+      blocks of the prefix, then the same for the groups' own keys.
     """
 
     R: int

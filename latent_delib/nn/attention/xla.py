@@ -60,7 +60,7 @@ class Softmax(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Holds arrays per row of a chunk that the backward pass needs beside the chunk's operands.
+    """Holds arrays per row of a chunk that the backward pass needs besides the chunk's operands.
 
     dout: the gradient of the output, [B, K, c, R, H].
     lse: the log-sum-exp, [B, K, c, R, 1].
