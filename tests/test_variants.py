@@ -140,13 +140,13 @@ def test_training_begins_with_all_that_another_run_has_trained(job, make_config)
     L = config.method.num_latents
     more = {"method.num_latents": L + 1}
     if "lora" in variant:
-        said = "adapters of a trained decoder|method.lora_rank is 2 there, 0 here"
+        said = "adapters of the decoder are added|method.lora_rank is 2 there, 0 here"
         with pytest.raises(UserError, match=said):
             begun(make_config(start))
         return
     tree = small.weights_of(workdir, 4)
     jax.tree.map(np.testing.assert_array_equal, begun(make_config(start)), tree)
-    refused = pytest.raises(UserError, match="num_latents is . there, .* something for each")
+    refused = pytest.raises(UserError, match="num_latents is . there, .* weights for each")
     of_more = make_config(start | more)
     if variant == "cartridge":
         with refused:

@@ -151,7 +151,7 @@ def _check_method(m: ConfigDict) -> None:
         )
     if m.start and m.lora_rank and row.trains_decoder:
         raise UserError(
-            f"config.method.start={m.start}: adapters of a trained decoder belong to that of "
+            f"config.method.start={m.start}: adapters of the decoder are added to that of "
             "config.decoder.path; leave it empty, or set config.method.lora_rank=0"
         )
     if m.lora_rank and not row.has_matrices:
@@ -185,8 +185,8 @@ def _check_groups(m: ConfigDict) -> None:
         return
     if not m.every:
         raise UserError(
-            f"config.method.every=0: latents of method {m.name!r} recur; expected after how many "
-            "ahead tokens, at least 1"
+            f"config.method.every=0: latents of method {m.name!r} recur; expected the number of "
+            "ahead tokens between them, at least 1"
         )
     if m.every >= m.num_ahead:
         raise UserError(
@@ -222,7 +222,7 @@ def _check_distill(m: ConfigDict) -> None:
     if m.prompt_end != questions.PROMPT_END:
         raise UserError(
             f"{given}: config.method.prompt_end={m.prompt_end!r}, expected "
-            f"{questions.PROMPT_END!r}, behind which the steps begin"
+            f"{questions.PROMPT_END!r}, after which the steps begin"
         )
 
 
@@ -244,7 +244,7 @@ def _check_evaluate(e: ConfigDict) -> None:
         )
     if e.swap and e.batch_size < 2:
         raise UserError(
-            f"config.evaluate.swap: evaluate.batch_size={e.batch_size}, expected two texts at once"
+            f"config.evaluate.swap: evaluate.batch_size={e.batch_size}, expected at least 2"
         )
 
 

@@ -237,5 +237,5 @@ def _check_positions(config: ConfigDict, aug: Augmentation) -> None:
         if tokens > aug.longest_text:
             raise UserError(
                 f"config.{key}={tokens}: expected at most {aug.longest_text}, the models' learned "
-                "positions without those of latents"
+                "positions minus those that latents take"
             )

@@ -29,7 +29,7 @@ def export_decoder(
     Args:
       step: the step of the weights; stored beside them.
       trainable: the trained tree.
-      frozen: the decoder below the adapters; None: it is loaded.
+      frozen: the decoder under the adapters; None: it is loaded.
     """
     if "decoder" not in trainable:
         return

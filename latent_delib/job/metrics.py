@@ -63,7 +63,7 @@ class Metrics:
         self.allowed = t.max_bad_steps
         self.prompt_end = f"config.method.prompt_end={c.method.prompt_end!r}"
         if c.method.distill:
-            self.prompt_end += " and the steps behind it"
+            self.prompt_end += " and the steps that follow"
         self.steps_between_saves = min(t.checkpoint_every, t.steps)
         self.learning_rate = learning_rate
         self.tokens = t.batch_size * c.data.seq_len

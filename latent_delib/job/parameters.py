@@ -34,7 +34,7 @@ def load_frozen(exp: Experiment) -> Params:
 
     "decoder": always.
     "assistant": if the method has one.
-    "coprocessor": if adapters are trained over the coprocessor of a start.
+    "coprocessor": if training begins with a coprocessor and adds adapters to it.
     """
     frozen = {"decoder": place_decoder(exp, exp.dtype)}
     if exp.assistant is not None:
@@ -148,7 +148,7 @@ def open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
 
 
 def _require_room(exp: Experiment, there: Record, given: str) -> None:
-    """Raises UserError where the start has trained weights for which this job has no place.
+    """Raises UserError where this job has no place for some weights of the start.
 
     Additional soft tokens are made from the start's; additional keys and values are not.
     """
@@ -160,7 +160,7 @@ def _require_room(exp: Experiment, there: Record, given: str) -> None:
     if fewer or before != now:
         raise UserError(
             f"{given}: method.num_latents is {latents} there, {exp.aug.num_latents} here; "
-            f"method {exp.aug.method!r} has trained something for each; name another checkpoint"
+            f"method {exp.aug.method!r} has weights for each latent; name another checkpoint"
         )
 
 

@@ -90,7 +90,7 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
     """Compiles the step for the devices of the mesh.
 
     Raises:
-      UserError: bfloat16 on CPUs with a tensor axis beside other axes; XLA aborts on this.
+      UserError: bfloat16 on CPUs with a tensor axis among other axes; XLA aborts on this.
     """
     heads = mesh_lib.shards(exp.mesh, "heads")
     on_cpus = exp.mesh.devices.flat[0].platform == "cpu"
@@ -157,7 +157,7 @@ def _shapes(exp: Experiment) -> str:
         parts.append(f"delays up to {m.max_delay}")
     if m.prompt_end:
         learned = "latents" if exp.aug.writes_latents else "loss"
-        parts.append(f"{learned} behind {m.prompt_end!r}")
+        parts.append(f"{learned} after {m.prompt_end!r}")
     if m.distill:
         parts.append(f"{m.distill:g} of the loss from the decoder that has read the steps")
     if m.lora_rank:

@@ -51,7 +51,7 @@ def prepare(config: Any, out: str) -> dict:
         print(f"{out} is already prepared from this config")
         if any("works" not in entry for entry in found["validation"]):
             print(
-                f"{out} is of an older version and does not say which work a document is of; "
+                f"{out} is of an older version and does not record the work of each document; "
                 "prepare again with another --out to record it"
             )
         return found

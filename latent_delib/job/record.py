@@ -79,7 +79,7 @@ BEFORE = {
     "optimizer.name": "adamw",
 }
 REMEDY = {
-    "resume": "use that, or another --workdir",
+    "resume": "use the same, or another --workdir",
     "evaluate": "use the same, or another --workdir",
     "start": "name another checkpoint",
     "compare": "give another --out, or remove it",

@@ -220,7 +220,7 @@ def estimate_all(config: ConfigDict, devices: Sequence[Any]) -> list[Estimate]:
 def in_order(estimates: Iterable[Estimate]) -> list[Estimate]:
     """Sorts by time to two digits, then by traffic.
 
-    Traffic that overlaps computation costs no time by the formulas, but does cost some in truth.
+    Traffic that overlaps computation costs no time by the formulas, but some in practice.
     """
     return sorted(estimates, key=lambda each: (float(f"{each.seconds:.2g}"), each.received))
 

@@ -72,9 +72,9 @@ class Validation:
         found = [sums(trainable, self.frozen, *batch) for batch in self.batches]
         nats, tokens = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
         if not tokens:
-            behind = self.prompt_end and f" behind config.method.prompt_end={self.prompt_end!r}"
+            after = self.prompt_end and f" after config.method.prompt_end={self.prompt_end!r}"
             raise UserError(
-                f"config.data.validation: no token to predict{behind}; expected more text, or "
+                f"config.data.validation: no token to predict{after}; expected more text, or "
                 "config.train.validate_every=0"
             )
         return float(nats / tokens)

@@ -23,7 +23,7 @@ class WandbRun:
       config: every key of the job's config, as plain data.
 
     Raises:
-      UserError: the package is missing, or W&B refuses the run or does not answer.
+      UserError: the package is missing, W&B refuses the run, or W&B does not answer.
     """
 
     def __init__(self, project: str, workdir: str, config: Mapping[str, Any]):

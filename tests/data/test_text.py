@@ -409,7 +409,7 @@ def test_what_an_older_version_prepared_is_taken(tokenizer, tmp_path, capsys):
     assert prepare(data, tokenizer, out) == meta | {"format": 2}
     assert (
         "already prepared" in (said := capsys.readouterr().out)
-        and "does not say which work" in said
+        and "does not record the work" in said
     )
 
 

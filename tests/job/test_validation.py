@@ -187,7 +187,7 @@ def test_what_is_refused(make_config, tmp_path, capsys):
         ({"train.validate_every": 1, "data.validation": ()}, "config.data.validation: empty"),
         (
             {"train.validate_every": 1, "method.prompt_end": "nowhere is this"},
-            "config.data.validation: no token to predict behind config.method.prompt_end='nowhere",
+            "config.data.validation: no token to predict after config.method.prompt_end='nowhere",
         ),
         (
             {
