@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-TOGETHER = 8  # at most so many continuations of one prompt in one row
+TOGETHER = 8  # continuations of one prompt in one row, at most
 CPU_TOKENS = 512  # enough for full speed on a CPU; more rows only add padding
 
 Key = tuple[int, int]

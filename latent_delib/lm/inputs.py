@@ -55,7 +55,7 @@ def check_options(
         or no model is loaded yet.
 
     Raises:
-      UserError: an option is of another type or out of range.
+      UserError: an option is of the wrong type or out of range.
     """
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
     sampler = Sampler(**sampling).checked()

@@ -55,7 +55,7 @@ class Decoder:
 class Assistant(NamedTuple):
     """Names an assistant.
 
-    path: its decoder, in a form of `load_decoder`.
+    path: the path of its decoder, as in `load_decoder`.
     fingerprint: the SHA-256 of that decoder, hex.
     params: the decoder's parameters, if they are loaded already.
     """
@@ -108,10 +108,12 @@ def load_decoder(
       path: a decoder folder; a folder in Hugging Face's form; a GGUF file; "hf:OWNER/NAME", a
         folder of either form on the Hub; or "packaged".
       dtype: the dtype of parameters and computation: float32 or bfloat16.
-      mesh: devices of the parameters, by default the first. Each is read straight to its place.
+      mesh: devices of the parameters, by default the first. Each parameter is read straight onto
+        its devices.
 
     Raises:
-      UserError: files are missing, tensors do not fit the architecture, or `dtype` is another.
+      UserError: files are missing, tensors do not fit the architecture, or `dtype` is neither of
+        these.
     """
     name = arguments.path("path", path)
     dtype = inputs.checked_dtype(dtype)
@@ -152,7 +154,7 @@ def load_coprocessor(
     Args:
       workdir: the job's workdir, the folder of an exported coprocessor, or "packaged".
       step: the step of the checkpoint; by default the newest that can be read.
-      assistant: the assistant's path, in a form of `load_decoder`; by default the path in training.
+      assistant: the assistant's path, as in `load_decoder`; by default the path in training.
         AugmentedLM loads the assistant.
 
     Raises:
@@ -301,7 +303,7 @@ def init_coprocessor(
     It has the decoder's weights, and soft tokens from random rows of the token table.
 
     Raises:
-      UserError: an argument of another kind or out of range.
+      UserError: an argument is of the wrong type or out of range.
     """
     arguments.instance("decoder", decoder, Decoder, "load_decoder")
     if placement not in PLACEMENTS:

@@ -29,7 +29,7 @@ Report = Callable[[int], None]  # gets the number of items done
 
 
 class AugmentedLM:
-    """Makes one language model of a decoder and a coprocessor.
+    """Combines a decoder and a coprocessor into one language model.
 
     Without a coprocessor it is the decoder as it is.
 
@@ -49,7 +49,7 @@ class AugmentedLM:
         or "xla"; or one of `nn.attention.forms.FORMS`.
 
     Raises:
-      UserError: a coprocessor of another decoder, or an argument of another kind.
+      UserError: a coprocessor of another decoder, or an argument of the wrong type.
     """
 
     def __init__(
@@ -245,11 +245,11 @@ class AugmentedLM:
         """Continues the prompts.
 
         Args:
-          stop: a text ends before the first of these strings that is complete in it.
+          stop: a text ends before the first of these strings to be completed.
           seed: one seed for each prompt; or one for all, which is combined with a prompt's place.
           augment: whether latents join at the end of the prompt.
           every: number of tokens after which latents join again, if not 0.
-          delay: latents join that many tokens after the text they were written for. None: they join
+          delay: latents join this many tokens after the text they were written for. None: they join
             when they are ready. The coprocessor then works on its own devices, and if it fails,
             decoding goes on without new latents.
           progress: gets the number of tokens that are decoded, over all prompts.

@@ -28,13 +28,13 @@ def _option(default: Any, text: str) -> Any:
 class Sampler:
     """Chooses tokens: the likeliest, or one drawn from the likeliest.
 
-    The fields are inputs of a compiled program, so other values compile nothing.
+    The fields are inputs of a compiled program, so new values do not compile a new program.
     """
 
     temperature: float = _option(0.0, "0: the likeliest token each time")
-    top_k: int = _option(0, "sample from that many likeliest tokens; 0: from all")
+    top_k: int = _option(0, "sample from this many of the likeliest tokens; 0: from all")
     top_p: float = _option(
-        1.0, "sample from the likeliest tokens that reach this probability together"
+        1.0, "sample from the likeliest tokens that together reach this probability"
     )
 
     def __call__(self, key_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
@@ -60,7 +60,8 @@ class Sampler:
         """Returns the same sampler with plain Python numbers.
 
         Raises:
-          UserError: a field of another kind or out of range; top_k or top_p where nothing is drawn.
+          UserError: a field is of the wrong type or out of range; top_k or top_p where nothing is
+            drawn.
         """
         temperature = arguments.number("temperature", self.temperature)
         if not temperature >= 0:
@@ -95,7 +96,7 @@ class Continuation(NamedTuple):
 
 
 class Endings:
-    """Ends a text before the first stop string that is complete in it.
+    """Ends a text before the first stop string to be completed.
 
     Stop strings that name control tokens are found as tokens, because decoded text does not show
     them.
@@ -104,7 +105,7 @@ class Endings:
       stop: a text, or a list of texts.
 
     Raises:
-      UserError: another kind of value, or an empty string.
+      UserError: a value of the wrong type, or an empty string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Any):
