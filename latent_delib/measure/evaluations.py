@@ -50,7 +50,8 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
         draws = result.get("draws", 1)
         if is_drawn and draws != views.DRAWS:
             raise UserError(
-                f"{file}: has draws of version {draws}, here {views.DRAWS}; give another --out"
+                f"{file}: has draws of version {draws}, this is version {views.DRAWS}; "
+                "give another --out"
             )
         if text and result.get("text", text) != text:
             raise UserError(

@@ -35,7 +35,7 @@ Tasks = dict[str, Any]
 
 
 class Adapter(TemplateLM):
-    """Makes an AugmentedLM a model of the harness.
+    """Adapts an AugmentedLM to the harness.
 
     A prompt begins with exactly one BOS, whether or not its text spells BOS.
 
@@ -150,7 +150,7 @@ class Adapter(TemplateLM):
         return context + space + self.cot
 
     def _cut(self, context: list[int], new: int) -> list[int]:
-        """Cuts tokens after the first one of a prompt, so that `new` tokens fit behind it."""
+        """Cuts tokens after the first one of a prompt, so that `new` tokens fit after it."""
         too_many = max(0, len(context) + new - self.lm.max_length)
         return [*context[:1], *context[1 + too_many :]]
 
@@ -304,7 +304,7 @@ def run_tasks(
     Args:
       loaded: from `load_local_task`, `load_questions` or `load_public_task`.
       shots: worked examples in each prompt.
-      limit: how many documents of each task, from the first on; None: all.
+      limit: number of documents of each task, from the first on; None: all.
       unsafe_code: whether code that the model writes may run.
     """
     for task in loaded["tasks"].values():

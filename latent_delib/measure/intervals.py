@@ -10,7 +10,7 @@ RESAMPLES = 2000
 
 
 def unit(work: np.ndarray) -> str:
-    """Returns the name of the things that `interval` draws.
+    """Returns the name of the units that `interval` draws.
 
     It is "works", or "documents" if each is a work of its own. It is "documents of one work" if
     there is only one work: these tell nothing about other works.
@@ -28,8 +28,8 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
     """Estimates the 95 % interval of the change in perplexity, in percent, for each n.
 
     Its ends are the 2.5th and 97.5th percentiles over RESAMPLES resamples. A resample draws as many
-    works as there are, and from each drawn work as many documents as the work has. For an n of
-    which it has no token, it does not count.
+    works as there are, and from each drawn work as many documents as the work has. A resample
+    without a token at some n does not count for that n.
 
     Args:
       tokens: int64 [documents, A], number of tokens that count.
@@ -55,7 +55,7 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
 
 
 def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
-    """Tells for each n whether two documents reach it, of two works where there are several."""
+    """Tells for each n whether two documents reach it, from two works if there are several."""
     several = np.count_nonzero(tokens, axis=0) > 1
     works = np.unique(work)
     if len(works) > 1:

@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: terms of every token, and the figure that their sums make.
+"""The metrics of an evaluation: each sums terms over tokens, and makes a figure of the sums.
 
 A metric is one entry of METRICS. Its figures are in perplexity.json, and its sums for each document
 in documents.npz. This example tells how often the n-th token ahead is the most probable token:

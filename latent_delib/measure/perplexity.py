@@ -22,7 +22,7 @@ from latent_delib.measure.text import ValidationText
 from latent_delib.measure.values import Values
 from latent_delib.measure.views import Case, View
 
-FEW_WORKS = 20  # a source of at most so many works has a table for each work
+FEW_WORKS = 20  # a source of at most this many works has a table for each work
 
 
 class Sums(NamedTuple):
@@ -187,9 +187,9 @@ def _write_npz(file: epath.Path, arrays: Mapping[str, Any]) -> None:
 
 
 def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, Any]:
-    """Returns the part of perplexity.json on all text, and under "sets" the part on each source.
+    """Returns the figures of all text, and under "sets" those of each source, for perplexity.json.
 
-    The part on a source has under "works" a part on each work with a name, unless they are many.
+    Under "works" a source has the figures of each of its named works, unless they are many.
     """
     whole = _part(text, sums, seed, text.source >= 0)
     sets = {}
@@ -203,7 +203,7 @@ def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, An
 def _by_work(
     text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarray
 ) -> dict[str, Any]:
-    """Returns the part on each of these works that has a name; none where they are many."""
+    """Returns the figures of each of these works that has a name; none where they are many."""
     named = [work for work in works if text.works[work]]
     if len(named) > FEW_WORKS:
         return {}
@@ -213,7 +213,7 @@ def _by_work(
 def _part(
     text: ValidationText, sums: SumsByTerm, seed: int, documents: np.ndarray
 ) -> dict[str, Any]:
-    """Returns the part on some documents: those with True in `documents`, bool [documents]."""
+    """Returns the figures of some documents: those with True in `documents`, bool [documents]."""
     work = text.work[documents]
     return {
         "rows": table(jax.tree.map(lambda x: x[documents], sums), work, seed),

@@ -1,4 +1,4 @@
-"""Validation text: documents cut into pieces, and the work and the source that each document is of.
+"""Validation text: documents cut into pieces, and the work and the source of each document.
 
 A work is a book, for instance: what holds for one work may not hold for another.
 """
@@ -56,7 +56,7 @@ class ValidationText(NamedTuple):
 def read_validation_text(exp: Experiment) -> ValidationText:
     """Reads the validation sources of a config.
 
-    With `evaluate.max_pieces` it keeps so many pieces of each source, evenly spread over the
+    With `evaluate.max_pieces` it keeps only that many pieces of each source, evenly spread over the
     source, and the documents of these pieces.
 
     Raises:
@@ -70,8 +70,8 @@ def read_validation_text(exp: Experiment) -> ValidationText:
         raise UserError(f"config.data.validation={text.sources}: holds no text")
     if not text.works_known:
         warn(
-            f"config.data.token_files: {data.token_files} does not say "
-            "which work a document is of, so intervals draw documents; "
+            f"config.data.token_files: {data.token_files} does not record "
+            "the work of each document, so intervals are over documents; "
             "`prepare` the text again, with another --out, for intervals over works"
         )
     return text

@@ -104,9 +104,9 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
     """Computes a batch of cases on both sides.
 
     A text is read once, and a second time where the evaluated model has another decoder or another
-    text. Its cache then serves all its places, `evaluate.positions` at a time. So the device holds
-    the cache of batch_size x max_length tokens, and traces at batch_size x positions places. The
-    host holds batch_size x max_length x num_ahead values. Every process gets all values.
+    text. Its cache is then used for all its places, `evaluate.positions` at a time. So the device
+    holds the cache of batch_size x max_length tokens, and traces at batch_size x positions places.
+    The host holds batch_size x max_length x num_ahead values. Every process gets all values.
     """
     donors = [case.donor for case in cases if case.donor is not None]
     text = _place_text(exp, [case.plain for case in cases] + donors)

@@ -123,7 +123,7 @@ def positions(
 
 
 def prompt_ends(piece: np.ndarray, ending: Sequence[int], first: int = 0) -> np.ndarray:
-    """Returns the places where the text of a piece so far ends with `ending`, int64 [k], ascending.
+    """Returns the places where the text so far ends with `ending`, int64 [k], ascending.
 
     They are at or after token `first`, and before the last token.
     """
@@ -135,7 +135,7 @@ def prompt_ends(piece: np.ndarray, ending: Sequence[int], first: int = 0) -> np.
 def without_steps(
     piece: np.ndarray, at: np.ndarray, ending: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Takes the tokens between each prompt and its answer out of a piece.
+    """Removes the tokens between each prompt and its answer from a piece.
 
     Args:
       piece: int32 [length].

@@ -111,7 +111,7 @@ def test_token_files_that_do_not_say_which_work_a_document_is_of(
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         line.startswith("warning: ")
-        and f"{folder} does not say which work a document is of" in line
+        and f"{folder} does not record the work of each document" in line
     )
     assert known.works_known and not text.works_known
 
