@@ -171,9 +171,9 @@ def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:
     if from_token_files and stored.get("order") != found["order"]:
         raise UserError(
             "config.data.token_files: the checkpoint was trained by an older version, which read "
-            "the rows in another order: it can still be evaluated and generated from; to train it "
-            "on, use the version that started it, or begin with its weights (method.start) in a "
-            "new --workdir"
+            "the rows in another order: it can still be evaluated and generated from; to train "
+            "further, use the version that started it, or begin with its weights (method.start) in "
+            "a new --workdir"
         )
     changed = [name for name in stored.keys() & found.keys() if stored[name] != found[name]]
     gone = stored.keys() - found.keys()

@@ -37,7 +37,7 @@ def checked(name: str, messages: Any) -> list[dict[str, str]]:
 
 
 def marked(messages: list[dict[str, str]], control: Iterable[str]) -> list[dict[str, str]]:
-    """Returns messages that spell no control token: MARK is put inside each that they spelled."""
+    """Returns messages with MARK put inside each control token that they spell."""
     found = []
     for message in messages:
         content = message["content"]

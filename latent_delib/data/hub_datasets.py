@@ -1,8 +1,8 @@
 """Streams datasets from the Hugging Face Hub, or from local folders.
 
 Streamed text is not stored on this machine. Without a network the library reads what an earlier
-`datasets.load_dataset` has stored in its cache (HF_HOME). HF_TOKEN opens private and gated
-datasets.
+`datasets.load_dataset` has stored in its cache (HF_HOME). HF_TOKEN gives access to private
+and gated datasets.
 """
 
 import contextlib

@@ -8,7 +8,8 @@ or a list of steps. Empty lines are skipped. The text of a question is
 
 or, where the steps are read too, "Answer: STEPS #### ANSWER". The text ends with a line break, at
 which a generated answer stops. To ask in another form, change this file alone: training,
-evaluation and `benchmark` all use it. A reply is right if its answer equals in full.
+evaluation and `benchmark` all use it. A reply is right if its whole answer
+equals the expected one.
 """
 
 import json
@@ -95,7 +96,7 @@ def read(line: bytes, with_steps: bool) -> Question:
             found = reprlib.repr(value)
             raise ValueError(f"{field!r} is {found}, expected text in the form {FORM}")
     if with_steps and STEPS_END in row["steps"]:
-        raise ValueError(f"'steps' holds {STEPS_END!r}, which is to follow them")
+        raise ValueError(f"'steps' holds {STEPS_END!r}, which marks their end")
     if STEPS_END in row["answer"]:
         raise ValueError(f"'answer' holds {STEPS_END!r}: put what stands before it into 'steps'")
     return Question(row["question"], row["answer"], row["steps"])
@@ -149,7 +150,7 @@ def parted(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int
         if tokenizer.decode(reply).count(STOP) == 1:
             return prompt, reply
     raise UserError(
-        f"config.data: {tokenizer.decode(tokens)!r}: expected {PROMPT_END!r} and a line behind it; "
+        f"config.data: {tokenizer.decode(tokens)!r}: expected {PROMPT_END!r} and a line after it; "
         "prepare the token files again"
     )
 

@@ -113,7 +113,7 @@ def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, str]:
         return nothing, "holds NUL characters, is it UTF-16? convert the file to UTF-8"
     tokens = np.array(tokenizer.encode(decoded), np.int32)
     if ((tokens == tokenizer.bos_id) | (tokens == tokenizer.pad_id)).any():
-        return nothing, "the tokenizer makes BOS or padding of its text"
+        return nothing, "the tokenizer turns its text into BOS or padding"
     return tokens, ""
 
 

@@ -8,7 +8,7 @@ lines:GLOB                            files with a document on each line
 qa:GLOB, qa_steps:GLOB                JSON lines of questions with answers; with steps too
 qa_steps-K:GLOB                       the same without the first K steps of each question
 tfds:NAME:SPLIT:FEATURE               a TFDS dataset in $TFDS_DATA_DIR; nothing is downloaded
-hf:OWNER/NAME:SPLIT:FEATURE           a dataset on the Hugging Face Hub, read as it arrives; also
+hf:OWNER/NAME:SPLIT:FEATURE           a dataset on the Hugging Face Hub, streamed; also
                                       hf:OWNER/NAME/CONFIG:... and hf:OWNER/NAME@REVISION:...
 hf:FOLDER:SPLIT:FEATURE               such a dataset in a folder that begins with /, ./ or ../
 """

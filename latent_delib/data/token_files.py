@@ -10,7 +10,7 @@
                                  source's tokens
 
 The arrays are zarr3, on a local disk or gs://. Tokens are uint16 where the vocabulary fits, else
-int32. Rows are stored in small uncompressed chunks of large files, so that to read any row takes a
+int32. Rows are stored in small uncompressed chunks of large files, so that reading any row takes a
 few kilobytes. Each chunk has a checksum. Older formats are read too: formats 1 and 2 have no works,
 and format 1 has no checksums.
 """
@@ -205,7 +205,7 @@ def write_train(
 ) -> dict[str, Any]:
     """Packs documents, int32 [n] without BOS, into rows of source `number`; returns its counts.
 
-    `whole` is as in `rows.pack`. With it, the count "cut" is of documents longer than a row.
+    `whole` is as in `rows.pack`. With it, "cut" counts the documents longer than a row.
     """
     count = {"documents": 0, "tokens": 0}
 

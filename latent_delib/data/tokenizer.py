@@ -37,7 +37,7 @@ def files(path: str | Path) -> list[Path]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Returns the SHA-256 of a tokenizer's files, hex. Equal ones mean equal tokenizers."""
+    """Returns the SHA-256 of a tokenizer's files, hex. Equal hashes mean equal tokenizers."""
     digest = hashlib.sha256()
     for file in files(path):
         digest.update(file.read_bytes())

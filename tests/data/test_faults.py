@@ -287,7 +287,7 @@ def test_text_that_becomes_bos_or_padding_is_bad(special):
     assert tokens.tolist() == [9, 9] and not fault
     tokens, fault = text.tokens_of(reader, text.Text(b"longer\n", "f", 2), tokenizer)
     assert not len(tokens)
-    assert fault == "f: line 2: the tokenizer makes BOS or padding of its text"
+    assert fault == "f: line 2: the tokenizer turns its text into BOS or padding"
 
 
 def test_prepare_counts_what_it_skips(bad_text, tokenizer_path, tmp_path, capsys):

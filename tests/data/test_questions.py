@@ -102,7 +102,7 @@ def test_tokens_of_another_form(tokenizer):
     prompt, reply = questions.parted(tokens.tolist(), tokenizer)
     assert prompt + reply == tokens.tolist()
     for bad in (prompt, tokenizer.encode("the cat\nAnswer: 7\nand a dog\n")):
-        with pytest.raises(UserError, match="'Answer:' and a line behind it"):
+        with pytest.raises(UserError, match="'Answer:' and a line after it"):
             questions.parted(bad, tokenizer)
 
 
