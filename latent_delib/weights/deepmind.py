@@ -1,6 +1,6 @@
 """Google DeepMind's Gemma checkpoints: orbax folders that hold only tensors.
 
-Keys are flat ("transformer/layer_0/attn/q_einsum") or nested. Shapes do not tell window, scales and
+Keys are flat ("transformer/layer_0/attn/q_einsum") or nested. Shapes do not show window, scales and
 rotary bases: these are taken from the known size that fits.
 """
 

@@ -78,8 +78,8 @@ def check_ours(folder: Path, path: str) -> None:
     """Raises UserError unless `folder` is a decoder folder of ours; `path` is for messages."""
     if is_theirs(folder):
         raise UserError(
-            f"decoder {path!r}: is in another form, expected a folder that latent_delib.convert "
-            "made of it; as it is, only load_decoder reads it"
+            f"decoder {path!r}: expected a folder that latent_delib.convert has made from it; "
+            "only load_decoder reads it unconverted"
         )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():

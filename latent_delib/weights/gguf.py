@@ -41,7 +41,7 @@ KEYS = {
     "attn_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
-SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")  # fields GGUF may not tell
+SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")  # fields GGUF may omit
 
 
 class Info(NamedTuple):
@@ -224,7 +224,7 @@ def architecture(file: GGUF) -> TransformerConfig:
     Fields that GGUF leaves out are taken from the known size that fits the rest.
 
     Raises:
-      UserError: a key is missing, wrong, or of a feature that is not known here.
+      UserError: a key is missing, wrong, or of a feature that is not supported.
     """
     where = str(file.path)
     kind = file.metadata.get("general.architecture")
@@ -238,7 +238,7 @@ def architecture(file: GGUF) -> TransformerConfig:
         return checked(name, file.metadata.get(name, default), type_, where)
 
     if get("expert_count", int, 0):
-        raise UserError(f"{where}: {kind}.expert_count: mixtures of experts are not known here")
+        raise UserError(f"{where}: {kind}.expert_count: mixtures of experts are not supported")
     names = {name: f"{kind}.{key}" for name, key in KEYS.items()}
     norm = "attention.layer_norm_rms_epsilon"
     if kind == "gpt2":

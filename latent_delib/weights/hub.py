@@ -1,7 +1,7 @@
 """Finds models on the Hugging Face Hub by name, `hf:OWNER/NAME` or `hf:OWNER/NAME@REVISION`.
 
 A model is downloaded once, to the Hub's own cache (HF_HOME), and is found there without a network
-afterwards. HF_TOKEN opens private and gated models.
+afterwards. HF_TOKEN gives access to private and gated models.
 """
 
 import re

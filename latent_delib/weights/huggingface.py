@@ -191,7 +191,7 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
     """Returns the TransformerConfig that the fields of a config.json at `where` describe.
 
     Raises:
-      UserError: a key is missing, wrong, or of a feature that is not known here.
+      UserError: a key is missing, wrong, or of a feature that is not supported.
     """
     multimodal = config.get("model_type") == "gemma3" and "text_config" in config
     text = config
@@ -237,7 +237,7 @@ def _check_known(c: Fields, known: Mapping[str, tuple], where: str) -> None:
     for key, values in known.items():
         if c[key] not in values:
             expected = " or ".join(map(repr, values))
-            raise UserError(f"{where}: {key}={c[key]!r}, only {expected} is known here")
+            raise UserError(f"{where}: {key}={c[key]!r}, only {expected} is supported")
 
 
 def _gpt2(text: Fields, where: str) -> TransformerConfig:

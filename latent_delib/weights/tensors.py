@@ -69,8 +69,8 @@ class TensorFile:
       shapes, dtypes: name -> shape or dtype, of every tensor.
 
     Raises:
-      UserError: the file is missing, truncated or contradictory, or has a tensor of another type
-        than float32, float16 or bfloat16.
+      UserError: the file is missing, truncated or contradictory, or has a tensor that is not
+        float32, float16 or bfloat16.
     """
 
     def __init__(self, path: Path, ignored: Callable[[str], bool] = lambda name: False):

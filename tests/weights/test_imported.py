@@ -34,7 +34,7 @@ def test_a_folder_of_hugging_face_s(hf, tmp_path, family):
 
 def test_what_is_refused(hf, tmp_path):
     theirs = hf("llama")
-    with pytest.raises(ld.UserError, match="in another form, expected a folder that latent_delib"):
+    with pytest.raises(ld.UserError, match="expected a folder that latent_delib.convert has made"):
         folder.find_decoder(str(theirs))  # as training does
     (theirs / "tokenizer.model").unlink()
     with pytest.raises(ld.UserError, match="has no tokenizer"):
