@@ -132,7 +132,7 @@ class Checkpoints:
 
         Args:
           wanted: name -> tree of jax.ShapeDtypeStruct, with the shardings that this job wants: they
-            need not be those of the save. With None for a tree, it is read as numpy arrays. Other
+            need not be those of the save. A tree that is None is read as numpy arrays. Other
             trees are not read. Every bit is as it was saved. Default: {"trainable": None}.
           step: the step of the only checkpoint to read; None: the newest.
           check: a function that gets the meta before any array is read; a UserError from it ends

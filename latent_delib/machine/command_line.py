@@ -19,8 +19,8 @@ from latent_delib.errors import UserError
 
 # These take the place of a default where a flag has none.
 REQUIRED = object()  # a string that must be given
-# Of the flag --config: a config file, whose keys --config.KEY=VALUE changes. A function may be used
-# instead: from the values of the other flags it returns the config where no file is named.
+# For --config: a config file, whose keys --config.KEY=VALUE changes. A function may take its place:
+# from the values of the other flags it returns the config where no file is named.
 CONFIG = object()
 FOLDERS = object()  # all words that belong to no flag: at least one
 # flag -> (default, help). The default gives the type; None means an optional integer.

@@ -137,7 +137,7 @@ def _of_disk(error: OSError, values: flags.FlagValues) -> str:
 
 
 def _of_device(error: Exception) -> str:
-    """Returns one line for too little memory, or if JAX finds no device; "" for other errors."""
+    """Returns one line on a lack of memory or a missing device; "" for other errors."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return f"out of memory: {text or 'none is left'}"
