@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     c.decoder.path = "packaged"  # or a decoder folder, or "": random weights of `architecture`
     c.decoder.architecture = ConfigDict()  # TransformerConfig; must agree with the folder's own
     c.decoder.tokenizer = ""  # "": the decoder's; or "packaged", or a tokenizer.model or .json
-    c.decoder.export_dtype = "float32"  # dtype of the decoder folder that training a decoder writes
+    c.decoder.export_dtype = "float32"  # dtype of the folder of a decoder that was trained
 
     c.method = ConfigDict()
     c.method.name = "cache_augmentation"  # a row of latent_delib/delib/methods.py
@@ -72,8 +72,8 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 1024  # packed sequences per step, over all hosts
     c.train.accumulation = 1  # parts of a batch, computed one after another
     c.train.log_every = 10  # steps per line of metrics
-    # Steps between two losses on held-out text, always the same text; also after the last step. 0:
-    # never. If the text is questions, some of them are asked too.
+    # Steps from one loss on held-out text to the next. The text is always the same. The last step
+    # has a loss too. 0: never. If the text is questions, some of them are asked too.
     c.train.validate_every = 0
     c.train.wandb = ""  # a project of Weights & Biases that gets the metrics too; "": none
     c.train.checkpoint_every = 1000  # steps
@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
     c.train.profile_at = 0  # the three steps after this are profiled in WORKDIR/profile; 0: none
 
     c.compute = ConfigDict()
-    c.compute.cpu_devices = 1  # devices that a CPU's cores make; several are faster if D is small
+    c.compute.cpu_devices = 1  # devices that a CPU is split into; several are faster if D is small
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
     # auto: a kernel that is proven on this card, else xla. Or one by name: reference, xla,
     # pallas_gpu, pallas_tpu, tokamax_gpu.
@@ -107,13 +107,13 @@ def get_config() -> ConfigDict:
     c.evaluate.batch_size = 8  # pieces at once
     c.evaluate.positions = 64  # augmented positions of each piece at once: bounds memory
     c.evaluate.max_pieces = 0  # pieces of each validation source, spread over it; 0: all
-    # Positions that are drawn from a piece of max_length; a shorter piece has its share. 0: all.
+    # Positions drawn from a piece of max_length; proportionally fewer from a shorter one. 0: all.
     c.evaluate.max_positions = 0
     c.evaluate.seed = 0  # decides what is drawn, and the confidence intervals
     c.evaluate.delay = 0  # latents are written this many tokens before they join
     # Control: every piece gets the latents of another document at the same positions.
     c.evaluate.swap = False
-    c.evaluate.longer_prompt = 0  # control: the plain decoder alone reads this many first tokens
+    c.evaluate.longer_prompt = 0  # control: only the plain decoder reads the first N tokens
     c.lock()
     c.decoder.architecture.unlock()
     c.method.coprocessor.unlock()
