@@ -92,7 +92,7 @@ def page(every: Sequence[Table], curves: Sequence[Picture], seen: Look | None) -
         "# Deliberation in latent space: runs of latent_delib",
         "Ours beside the figures of *Deliberation in Latent Space via Differentiable Cache "
         f"Augmentation* (Liu et al. 2025), which are on {published.DECODER}. "
-        "A table that none of these runs is about holds the published lines.",
+        "A table to which none of these runs belongs shows the published lines alone.",
         "## What was run",
         markdown(all_runs),
     ]
@@ -119,11 +119,11 @@ def _link(picture: Picture) -> str:
 def look_into(workdir: str, text: str) -> Look:
     """Inspects latents that are written before the last AHEAD tokens of a text.
 
-    A workdir's newest checkpoint writes them, or an export.
+    They are written by a workdir's newest checkpoint, or by an export.
 
     Raises:
-      UserError: there is no such checkpoint, its method writes no latents, or keys and values
-        instead, its decoder is not on disk, or the text is too short or too long.
+      UserError: there is no such checkpoint; its method writes no latents, or keys and values;
+        its decoder is not on disk; or the text is too short or too long.
     """
     record = load.read_record(workdir)
     decoder = load.load_decoder(load.decoder_of(workdir, record))
@@ -139,7 +139,7 @@ def look_into(workdir: str, text: str) -> Look:
     z_BMLD = model.latents([tokens], [[at]])
     if isinstance(z_BMLD, Inserted):
         method = model.coprocessor.method
-        raise UserError(f"--look={workdir}: method {method!r} writes keys and values, no vectors")
+        raise UserError(f"--look={workdir}: method {method!r} writes keys and values, not vectors")
     z_LD = z_BMLD[0, 0]
     before = model.tokenizer.decode(tokens[: at + 1])
     after = model.tokenizer.decode(tokens[at + 1 :])
@@ -190,7 +190,7 @@ if __name__ == "__main__":
         __doc__,
         folders=(FOLDERS, "folders of finished runs, with all that lies below them"),
         out=(REQUIRED, "where to write"),
-        against=("", "a folder with documents.npz, that of the run to compare with"),
-        look=("", "a workdir, or an export, whose latents are looked into"),
+        against=("", "the folder of a run to compare with; it holds documents.npz"),
+        look=("", "a workdir, or an export, whose latents are inspected"),
         text=(TEXT, "the text after which latents are written"),
     )

@@ -214,7 +214,7 @@ def test_perplexity_by_number_of_latents(by_name):
     assert old in rows, "an older file: blanks for what it does not tell"
     assert [row[0] for row in rows] == ["8"] * 6 + ["16"] * 2 + ["32", "64"]
     assert (
-        "packaged (ab12cd34ef56), the published on Gemma-2 2B: changes in percent compare"
+        "packaged (ab12cd34ef56), the published on Gemma-2 2B: compare changes in percent"
         in table.note
     )
     assert table.origins[0] == (
@@ -778,5 +778,5 @@ def test_a_trained_run_from_end_to_end(make_config, trained, texts, tmp_path, ca
     ):
         report.look_into(str(trained), "the cat")
     monkeypatch.setattr(ld.AugmentedLM, "latents", lambda *args: Inserted(None, None))
-    with pytest.raises(ld.UserError, match="writes keys and values, no vectors"):
+    with pytest.raises(ld.UserError, match="writes keys and values, not vectors"):
         report.look_into(str(trained), text)

@@ -23,7 +23,7 @@ class Pair(NamedTuple):
 
     sums: as "decoder" the augmented sums of the base, as "augmented" those of the other run.
     work: int64 [documents], the work of each document.
-    over: the name of the things that intervals draw (`intervals.unit`); None: neither file records
+    over: the name of the units that intervals draw (`intervals.unit`); None: neither file records
       works.
     same_decoder: whether the frozen decoder has the same figures in both.
     """

@@ -43,7 +43,7 @@ COMPARISONS = (
     ),
     Comparison(
         "5_coprocessors",
-        "Coprocessors from scratch and as low-rank parts (Section 3)",
+        "Coprocessors from scratch and as low-rank adapters (Section 3)",
         published.COPROCESSORS,
         {"from_scratch", "lora"},
     ),
@@ -76,7 +76,7 @@ COMPARISONS = (
     ),
     Comparison(
         "10_beyond",
-        "Latents one after another, coprocessors of another size, and the neighbours: "
+        "Latents one after another, coprocessors of another size, and related methods: "
         "latent tokens, Cartridges, outputs fed back (Coconut), and an assistant (SoftCoT, "
         "Cache-to-Cache)",
         (),

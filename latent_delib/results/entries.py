@@ -194,11 +194,11 @@ def label(entry: Entry) -> str:
     if method.get("max_delay"):
         words.append(f"trained for delays up to {method['max_delay']}")
     if method.get("prompt_end"):
-        words.append(f"behind {method['prompt_end']!r}")
+        words.append(f"after {method['prompt_end']!r}")
     if method.get("distill"):
-        words.append(f"distilled by {method['distill']:g}")
+        words.append(f"distilled with weight {method['distill']:g}")
     if method.get("start"):
-        words.append(f"begun with {method['start']}")
+        words.append(f"started from {method['start']}")
     for key in sorted(method.keys() - WORDED):
         words.append(f"{key.replace('_', ' ')} {method[key]}")
     done = controls(result) | {"delay": 0}  # an entry's own delay is above

@@ -73,9 +73,9 @@ def _works(works: dict[str, dict[str, Any]]) -> list[str]:
 def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
     """Returns rows of perplexity.json as plain text, for n = 1, 2, 4, 8, ...
 
-    Metrics other than perplexity stand behind the interval, without latents and with them.
+    Metrics other than perplexity follow the interval, without latents and with them.
 
-    over: the name of the things that intervals draw (`intervals.unit`).
+    over: the name of the units that intervals draw (`intervals.unit`).
     """
     interval = f"95 % interval over {over or 'documents of unknown works'}"
     head = f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"

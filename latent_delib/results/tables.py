@@ -273,14 +273,14 @@ def finished(
     decoders = ", ".join(dict.fromkeys(result.decoder for result in used.values()))
     note = (
         f"Ours are on {decoders}, the published on {published.DECODER}: "
-        "changes in percent compare, absolute figures do not. "
+        "compare changes in percent, not absolute figures. "
         f"Brackets: 95 % interval{_over(over)}. Blank: not published, or not measured."
     )
     return Table(name, title, columns, cells, note, list(map(_origin, used.values())))
 
 
 def _over(over: Mapping[str, str | None]) -> str:
-    """Says what intervals of perplexity are over, for which keys if there are several kinds."""
+    """Says what intervals of perplexity are over; if kinds differ, with the keys of each."""
     keys: dict[str, list[str]] = {}
     for key, drawn in over.items():
         keys.setdefault(INTERVALS.get(drawn, f"over {drawn}"), []).append(key)
