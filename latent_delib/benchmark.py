@@ -156,7 +156,7 @@ def _find_subject(flags: Any) -> Subject:
     workdir = flags.workdir
     if bool(workdir) == bool(flags.decoder):
         raise UserError(
-            "give --workdir of a training job, or --decoder, a decoder folder; one of them"
+            "expected either --workdir, of a training job, or --decoder, a decoder folder"
         )
     if workdir:
         record = load.read_record(workdir, flags.step)
@@ -374,14 +374,14 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        benchmarks=(REQUIRED, "names with commas between, or published, or offline, or qa:FILE"),
+        benchmarks=(REQUIRED, "names separated by commas, or published, or offline, or qa:FILE"),
         out=(REQUIRED, "where to write"),
-        workdir=("", "of a training job; also an exported folder, hf:OWNER/NAME, packaged"),
+        workdir=("", "workdir of a training job, or an exported folder, hf:OWNER/NAME, packaged"),
         decoder=("", "a decoder folder, or `packaged`, where there is no workdir"),
-        model=("decoder", "decoder, augmented, zero_shot_cot; several with commas between"),
+        model=("decoder", "decoder, augmented, zero_shot_cot; several separated by commas"),
         step=(None, "checkpoint step; the newest if left out"),
-        limit=(None, "documents of each task, for a quick look; all if left out"),
-        every=(0, "latents join again after each so many tokens; 0: once"),
+        limit=(None, "documents of each task, for a quick test; all if left out"),
+        every=(0, "latents join again after this many tokens, each time; 0: once"),
         delay=(0, "tokens decoded before the latents join (asynchronous coprocessor)"),
         batch_size=(16, "prompts at once"),
         max_length=(

@@ -267,7 +267,7 @@ if __name__ == "__main__":
         source=(REQUIRED, "what to convert"),
         out=(REQUIRED, "the folder to write, made whole or not at all"),
         to=("latent_delib", "latent_delib or huggingface"),
-        dtype=("", "float32 or bfloat16; left out, nothing is rounded"),
-        size=("", "the size it must have, a key of nn/sizes.py; orbax may need it"),
+        dtype=("", "float32 or bfloat16; nothing is rounded if left out"),
+        size=("", "the size that the source must have, a key of nn/sizes.py; orbax may need it"),
         tokenizer=("", "tokenizer.model or tokenizer.json, for sources without one"),
     )

@@ -58,7 +58,7 @@ def main(flags: Any) -> None:
     if sum(asked) > 1:
         raise UserError("--step, --steps, --watch: expected one of them")
     if flags.steps and not re.fullmatch(r"all|\d+(,\d+)*", flags.steps):
-        raise UserError(f"--steps={flags.steps}: expected all, or numbers with commas between")
+        raise UserError(f"--steps={flags.steps}: expected all, or numbers separated by commas")
     if flags.patience < 0:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
     if exported.find_export(flags.workdir) and not flags.out:
@@ -86,7 +86,7 @@ def main(flags: Any) -> None:
 def config_of_training(flags: Any) -> ConfigDict:
     """Returns the config of a workdir's training; newer keys are as in configs/base.py."""
     if not flags.workdir:
-        raise UserError("--workdir is missing: of a training job")
+        raise UserError("--workdir is missing: the workdir of a training job")
     workdir = os.path.expanduser(flags.workdir)
     where = exported.find_export(workdir)
     if where is not None:
@@ -116,7 +116,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
       The content of perplexity.json.
 
     Raises:
-      UserError: no checkpoint, one of another decoder or method, bad config or data.
+      UserError: no checkpoint, one of another decoder or method, or bad config or data.
     """
     job = Job(config, workdir, [step])
     needs_checkpoint = job.exp.aug.writes_latents or not config.decoder.path or step is not None
@@ -139,8 +139,8 @@ def evaluate_many(
       config, workdir: as in `evaluate`.
       out: where to write. Steps that have a perplexity.json there are skipped.
       steps: the steps of the checkpoints; None: all.
-      patience: None: evaluates the checkpoints that exist now. Otherwise it evaluates new ones too,
-        until the training's last step is done, or no checkpoint has come for so many seconds.
+      patience: None: evaluates the checkpoints that exist now. Otherwise evaluates new ones too,
+        until the training's last step is done, or no checkpoint has come for this many seconds.
 
     Raises:
       UserError: errors of `evaluate`; a step of `steps` has no checkpoint; OUT has evaluations of
@@ -365,11 +365,17 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(config_of_training, "a file under configs/; that of the training if left out"),
-        workdir=(REQUIRED, "of a training job; also an exported folder, hf:OWNER/NAME, packaged"),
+        config=(
+            config_of_training,
+            "a file under configs/; the config of the training if left out",
+        ),
+        workdir=(
+            REQUIRED,
+            "workdir of a training job, or an exported folder, hf:OWNER/NAME, packaged",
+        ),
         out=("", "where to write; the workdir if left out"),
         step=(None, "checkpoint step; the newest if left out"),
-        steps=("", "several: all, or their numbers with commas between"),
+        steps=("", "checkpoint steps: all, or numbers separated by commas"),
         watch=(False, "evaluate each checkpoint of a running training as it appears"),
         patience=(86400.0, "seconds without a new checkpoint after which --watch ends"),
         **distributed.FLAGS,
