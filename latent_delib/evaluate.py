@@ -322,13 +322,15 @@ class Job:
         """Returns the fields of perplexity.json that identify the run.
 
         Keys of the config that an evaluation ignores, such as the ahead tokens of training, have
-        the checkpoint's values.
+        the checkpoint's values. Those of `method` that say where latents are put do not.
         """
         record = self.exp.record
         if found is None:
             return record.as_result(None)
         config = found.meta["config"]
         trained = {key: config[key] for key in ("method", "optimizer", "seed", "train")}
+        places = {key: record.config["method"][key] for key in ("prompt_end", "distill")}
+        trained["method"] = {**config["method"], **places}
         trained["data"] = {**record.config["data"], "seq_len": config["data"]["seq_len"]}
         record = dataclasses.replace(record, config={**record.config, **trained}, step=found.step)
         return record.as_result(exported.name_of(self.workdir, found.step))
