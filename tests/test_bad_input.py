@@ -50,19 +50,23 @@ def error(command_line, monkeypatch, capsys):
         ("--config.train.b1=0.5", ["--config.train.b1", "--config.optimizer.b1?"]),
         ("--config.xyz=0.5", ["--config.xyz", "--list_keys"]),
         ("--config.method.coprocessor.num_layer=1", ["--config.method.coprocessor.num_layers?"]),
-        ("--config.decoder.architecture.window=1.5", ["architecture.window=1.5", "'1.5'"]),
-        ("--config.decoder.architecture.qk_norm=maybe", ["architecture.qk_norm=maybe", "oolean"]),
+        ("--config.decoder.architecture.window=1.5", ["architecture.window=1.5: expected a whole"]),
+        ("--config.decoder.architecture.qk_norm=maybe", ["qk_norm=maybe: expected true or false"]),
         ("--config.decoder.architecture.layer_pattern=both", ["layer_pattern=('both',)", "global"]),
         ("--config.decoder.architecture.layer_pattern=[[1]]", ["layer_pattern=([1],)", "global"]),
         ("--confg.train.steps=3", ["--confg.train.steps", "--config.train.steps?"]),
         ("--work_dir=w", ["--work_dir", "--workdir?"]),
         ("--xyz=w", ["--xyz", "--help"]),
-        ("--config.train.steps=many", ["--config.train.steps=many", "'many'"]),
-        ("--config.train.steps=1.5", ["--config.train.steps=1.5", "'1.5'"]),
+        ("--config.train.steps=1e3", ["--config.train.steps=1e3: expected a whole number"]),
+        ("--config.train.steps=1.5", ["--config.train.steps=1.5: expected a whole number"]),
+        (
+            "--config.train={'steps':3}",
+            ["--config.train: is a table", "--config.train.accumulation="],
+        ),
         ("--config.train.steps=9999999999", ["config.train.steps=9999999999", "2**31"]),
-        ("--config.optimizer.b1=high", ["--config.optimizer.b1=high", "float: 'high'"]),
-        ("--config.evaluate.swap=maybe", ["--config.evaluate.swap=maybe", "oolean"]),
-        ("--dry_run=maybe", ["--dry_run=maybe", "oolean"]),
+        ("--config.optimizer.b1=high", ["--config.optimizer.b1=high: expected a number"]),
+        ("--config.evaluate.swap=maybe", ["evaluate.swap=maybe: expected true or false"]),
+        ("--dry_run=maybe", ["--dry_run=maybe: expected true or false"]),
         ("--config.data.sources=files:a,files:b", ["config.data.sources", "('A', 'B')"]),
         ("--config.data.max_bad_records=-1", ["config.data.max_bad_records", "-1", "at least 0"]),
         ("--config.data.weights=abc", ["config.data.weights", "'abc'", "number"]),
@@ -178,6 +182,13 @@ def test_architectures_that_do_not_fit(error, tmp_path, field, value, words):
     )
 
 
+def test_a_workdir_where_a_decoder_is_expected(error, config_file, tmp_path):
+    (tmp_path / "run" / "decoder").mkdir(parents=True)
+    config = config_file({"decoder.path": f"{tmp_path}/run"})
+    line = error("train", f"--config={config}", f"--workdir={tmp_path / 'w'}")
+    named(line, f"did you mean {tmp_path}/run/decoder?")
+
+
 def test_an_architecture_other_than_the_folder_s(error, tmp_path, decoder_folder):
     path = tmp_path / "config.py"
     path.write_text(
@@ -265,6 +276,8 @@ def test_workdirs_elsewhere(error, config_file):
     named(
         error("train", config, "--workdir=s3://bucket/run"), "s3://bucket/run", "gs://BUCKET/PATH"
     )
+    for arguments in (["prepare", config], ["report", "runs"]):
+        named(error(*arguments, "--out=s3://bucket/x"), "--out=s3://bucket/x", "gs://BUCKET/PATH")
 
 
 def test_a_checkpoints_folder_that_cannot_be_written(error, config_file, tmp_path):

@@ -150,7 +150,9 @@ def test_the_keys_are_listed_with_values_and_comments(command, capsys, config_fi
 
 
 def test_a_command_without_a_config_has_no_keys(command):
-    named(command(lambda values: None, "--list_keys", out=("", "")), "--list_keys", "no such flag")
+    for given in ("--list_keys", "--config.train.steps=3"):
+        line = command(lambda values: None, given, out=("", ""))
+        named(line, given.partition("=")[0], "no such flag; --help lists the flags")
 
 
 def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
@@ -369,6 +371,10 @@ def test_a_config_by_name(command):
         command(found.append, "--config=quick", config=(CONFIG, "")),
         "--config=quick: no such file; by name there are base, coconut, gemma2_2b",
         "quickstart",
+    )
+    named(
+        command(found.append, "--config=quickstart:lab", config=(CONFIG, "")),
+        "--config=quickstart:lab: takes no argument; leave out :lab",
     )
 
 

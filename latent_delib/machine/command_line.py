@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import inspect
 import os
 import re
 import runpy
@@ -32,6 +33,7 @@ if not (ROOT / "configs").is_dir():
     ROOT = Path(__file__).parents[1] / "repository"
 BASE = ROOT / "configs" / "base.py"  # declares every key
 TEXTS = ("prompt", "stop", "text")  # in every other flag a leading ~ is the home folder
+WRITTEN = ("out", "workdir")  # flags that name where a command writes
 HOME = re.compile(r"^(files:|lines:|qa:|qa_steps(?:-\d+)?:|hf:|)(~[^/]*)")
 
 
@@ -54,13 +56,29 @@ class _TupleParser(flags.ArgumentParser):
         return (value,)
 
 
-config_flags.register_flag_parser_for_type(tuple, _TupleParser())
+class _PlainParser(flags.ArgumentParser):
+    """Reads a value as another parser does, and says in plain words what it expects."""
+
+    def __init__(self, parser: flags.ArgumentParser, expected: str):
+        self.parser = parser
+        self.expected = expected
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return self.parser.parse(argument)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {self.expected}") from None
+
+
 PARSERS = {
-    bool: flags.BooleanParser(),
-    int: flags.IntegerParser(),
-    float: flags.FloatParser(),
+    bool: _PlainParser(flags.BooleanParser(), "true or false"),
+    int: _PlainParser(flags.IntegerParser(), "a whole number"),
+    float: _PlainParser(flags.FloatParser(), "a number"),
     str: flags.ArgumentParser(),
+    tuple: _TupleParser(),
 }
+for _kind, _parser in PARSERS.items():
+    config_flags.register_flag_parser_for_type(_kind, _parser)
 
 
 def help_text(doc: str, options: Options) -> str:
@@ -121,6 +139,10 @@ def parse(values: flags.FlagValues, options: Options) -> None:
             raise UserError(f"{_shown(name, default)} is missing: {text}")
         if name not in TEXTS:
             values[name].value = _expand_home(values[name].value)
+        if name in WRITTEN and re.match(r"(?!gs://)\w+:/", values[name].value):
+            raise UserError(
+                f"--{name}={values[name].value}: expected a local path or gs://BUCKET/PATH"
+            )
 
 
 def _shown(name: str, default: Any) -> str:
@@ -150,6 +172,7 @@ def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]
         known += [f"config.{key}" for key in fields_of_tables(config)]
     _refuse_unknown(arguments, known)
     if config is not None:
+        _refuse_tables(arguments, known)
         _clear_named_fields(config, arguments)
         config_flags.DEFINE_config_dict("config", config, flag_values=keys, sys_argv=arguments)
         values["config"].value = config
@@ -226,10 +249,19 @@ def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
         alike = [name for name in known if name.split(".")[-1] == key]  # in another table
         cutoff = 0.0 if alike else 0.8
         close = difflib.get_close_matches(flag, alike or known, n=1, cutoff=cutoff)
-        remedy = "--list_keys lists the keys" if "." in flag else "--help lists the flags"
+        is_key = "." in flag and "config" in known
+        remedy = "--list_keys lists the keys" if is_key else "--help lists the flags"
         if close:
             remedy = f"did you mean --{close[0]}?"
         raise UserError(f"--{flag}: no such flag; {remedy}")
+
+
+def _refuse_tables(arguments: list[str], known: list[str]) -> None:
+    """Raises UserError for a table that is set as a whole, because its other keys would be lost."""
+    for flag in map(_flag_of, arguments):
+        inside = [name for name in known if name.startswith(f"{flag}.")]
+        if flag.startswith("config.") and inside:
+            raise UserError(f"--{flag}: is a table; set its keys, such as --{inside[0]}=...")
 
 
 def load_config(given: str) -> ConfigDict:
@@ -253,7 +285,11 @@ def load_config(given: str) -> ConfigDict:
         sys.path.append(str(ROOT))
     try:
         get_config = runpy.run_path(path)["get_config"]
+        if colon and not inspect.signature(get_config).parameters:
+            raise UserError(f"takes no argument; leave out :{argument}")
         config = get_config(argument) if colon else get_config()
+    except UserError as error:
+        raise UserError(f"--config={given}: {error}") from None
     except Exception as error:
         raise UserError(_of_config_file(error, path)) from None
     if not isinstance(config, ConfigDict):

@@ -83,7 +83,9 @@ def check_ours(folder: Path, path: str) -> None:
         )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"decoder {path!r}: {folder / name} does not exist")
+            inside = folder / "decoder"
+            remedy = f"; did you mean {inside}?" if inside.is_dir() else ""
+            raise UserError(f"decoder {path!r}: {folder / name} does not exist{remedy}")
     tokenizer_path(folder)
 
 
