@@ -135,6 +135,11 @@ def test_the_config_of_a_training(make_config, trained, tmp_path):
     assert read().to_dict() == expected  # of the checkpoint before
     with pytest.raises(ld.UserError, match="no checkpoint of step 4 .* give a --config"):
         read(4)
+    with pytest.raises(ld.UserError, match=r"no checkpoint of step 3; there are \[2, 4\]"):
+        read(3)
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(ld.UserError, match="holds no checkpoints; train it first; .* a --config"):
+        read()
 
 
 def test_evaluated_checkpoints_may_be_removed(make_config, evaluated, tmp_path):

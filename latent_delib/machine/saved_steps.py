@@ -26,7 +26,13 @@ def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
       OSError: as `whole_steps`.
     """
     where = folder(workdir)
-    for number in sorted(whole_steps(workdir), reverse=True):
+    steps = sorted(whole_steps(workdir))
+    if not steps:
+        why = why_no_checkpoint(workdir)
+        raise UserError(f"--workdir={workdir}: {why}; a decoder alone needs a --config")
+    if step is not None and step not in steps:
+        raise UserError(f"--workdir={workdir}: no checkpoint of step {step}; there are {steps}")
+    for number in reversed(steps):
         if step not in (None, number):
             continue
         path = where / str(number) / "meta" / "metadata"
