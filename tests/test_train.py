@@ -186,6 +186,7 @@ def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tm
     "changes, words",
     [
         ({"held_out": ""}, ["--text", "--held_out", "expected both"]),
+        ({"text": "packaged/validation"}, ["--held_out=packaged/validation: is the --text"]),
         ({"text": "none*"}, ["source 'files:none*'", "no file matches"]),
         ({"config.data.token_files": "tokens"}, ["--text", "config.data.token_files=tokens"]),
         ({"config.train.steps": 0}, ["config.train.steps=0"]),

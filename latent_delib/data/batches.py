@@ -167,8 +167,18 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
 
 def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:
     """Raises UserError, with the parts that differ, unless both fingerprints are of equal data."""
-    from_token_files = "token_files/meta.json" in stored.keys() & found.keys()
-    if from_token_files and stored.get("order") != found["order"]:
+    was_prepared, is_prepared = ("token_files/meta.json" in one for one in (stored, found))
+    if was_prepared and not is_prepared:
+        raise UserError(
+            "config.data.token_files is empty: the checkpoint was trained on token files; name "
+            "them, or give --text and --held_out as before"
+        )
+    if is_prepared and not was_prepared:
+        raise UserError(
+            "config.data.token_files is set: the checkpoint was trained on text that was not "
+            "prepared; leave it empty, or start in a new --workdir"
+        )
+    if is_prepared and stored.get("order") != found["order"]:
         raise UserError(
             "config.data.token_files: the checkpoint was trained by an older version, which read "
             "the rows in another order: it can still be evaluated and generated from; to train "

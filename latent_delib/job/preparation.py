@@ -92,6 +92,8 @@ def use_text(config: Any, text: str, held_out: str, workdir: str) -> None:
     """
     if not (text and held_out):
         raise UserError(f"--text={text}, --held_out={held_out}: expected both")
+    if source_of(text) == source_of(held_out):
+        raise UserError(f"--held_out={held_out}: is the --text that is trained on; name another")
     data = config.data
     if data.token_files:
         raise UserError(
