@@ -83,8 +83,9 @@ def print_stream(
       options: keyword arguments of `AugmentedLM.stream`, without the seed.
     """
     prompt = prompt_of(request, flags.chat, lm.tokenizer)
+    pieces = lm.stream(prompt, flags.max_new_tokens, seed=request["seed"], **options)
     print(f"--- {name}\n{shown(request, flags.chat)}", end="", flush=True)
-    for piece in lm.stream(prompt, flags.max_new_tokens, seed=request["seed"], **options):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

@@ -74,6 +74,8 @@ def test_the_continuation_of_one_prompt_appears_as_it_is_decoded(trained, decode
         (text,) = lm.generate(["the cat"], 5, temperature=0.7, seed=[3], augment=augment)
         expected += f"--- {name}\nthe cat{text}\n"
     assert capsys.readouterr().out.endswith(expected)
+    assert "more than max_length=2" in run(workdir=trained, prompt="the cat", max_length=2)
+    assert capsys.readouterr().out == "", "nothing stands before the error on its line"
 
 
 TEMPLATE = """\
