@@ -87,6 +87,8 @@ def convert(
     files.check_free(Path(out))
     wanted = SIZES[size] if size else None
     where = folder.local_path(source)
+    if (where / coprocessor.FILE).is_file():
+        raise UserError(f"--source={source}: is an exported coprocessor already; copy the folder")
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
             raise UserError(
@@ -122,7 +124,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
     found = "is a folder with nothing known in it" if where.is_dir() else "does not exist"
     raise UserError(
         f"--source={where}: {found}; expected a GGUF file, a folder with config.json, "
-        "or an orbax checkpoint of Gemma"
+        "an orbax checkpoint of Gemma, or hf:OWNER/NAME"
     )
 
 

@@ -79,7 +79,8 @@ def check_free(folder: Path, replace: bool = False) -> None:
         point or on gs://.
     """
     if str(folder).partition("/")[0].endswith(":"):
-        raise UserError(f"{folder}: expected a local folder; copy it from there")
+        given = str(folder).replace(":/", "://", 1)
+        raise UserError(f"{given}: expected a local folder; copy it from there")
     if folder.is_mount():
         raise UserError(
             f"{folder}: a mount point cannot be put in place whole; name a folder in it"

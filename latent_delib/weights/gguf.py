@@ -133,7 +133,7 @@ class GGUF:
             raise UserError(f"{path}: not a GGUF file (it is empty)") from None
         magic = data[: len(MAGIC)]
         if magic != MAGIC:
-            raise UserError(f"{path}: not a GGUF file (begins with {magic!r})")
+            raise UserError(f"{path}: not a GGUF file; other forms are folders, so name the folder")
         _library()  # refuses here, not as damage below
         header = _Header(data)
         header.at = len(MAGIC)

@@ -305,7 +305,7 @@ def start(tensors=0, keys=0, version=3):
     [
         (b"", ["empty"]),
         (b"GG", ["not a GGUF file"]),
-        (b"PK\3\4" + bytes(40), ["not a GGUF file"]),
+        (b"PK\3\4" + bytes(40), ["not a GGUF file", "name the folder"]),
         (start(version=1), ["version 1"]),
         (start(version=3 << 24), ["version"]),  # big-endian
         (start()[:-4], ["truncated"]),

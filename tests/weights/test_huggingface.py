@@ -455,10 +455,10 @@ def test_files_that_are_refused(hf, tmp_path):
     refused(where, out, "config.json", "not JSON")
     refused(tmp_path / "nothing", out, "does not exist")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", out, "nothing known in it")
+    refused(tmp_path / "empty", out, "nothing known in it", "or hf:OWNER/NAME")
     for far in ("gs://bucket/x", "https://huggingface.co/x"):
         refused(far, out, f"--source={far}: expected a local path; download it")
-    with pytest.raises(UserError, match="expected a local folder"):
+    with pytest.raises(UserError, match="gs://bucket/x: expected a local folder"):
         convert(str(where), "gs://bucket/x")
 
 
@@ -478,6 +478,7 @@ def test_the_packaged_decoder_is_a_source(tmp_path):
         folder.open_tensors(f, folder.read_config(f)) for f in (folder.PACKAGED, tmp_path / "out")
     )
     assert theirs.shapes == ours.shapes
+    refused(folder.PACKAGED / "coprocessor", tmp_path / "again", "exported coprocessor already")
 
 
 def test_arguments_that_are_refused(hf, tmp_path):
