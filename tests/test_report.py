@@ -696,6 +696,7 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     out = f"--out={tmp_path / 'out'}"
     assert error("nowhere", out) == "error: nowhere: no such folder"
+    assert f"{__file__}: is a file, expected a folder" in error(__file__, out)
     assert "empty: holds no perplexity.json, benchmarks.json" in error(out, tmp_path / "empty")
     assert error(out).startswith("error: DIR is missing: ")
     assert error("runs").startswith("error: --out is missing")

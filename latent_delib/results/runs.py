@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from latent_delib.errors import UserError
 from latent_delib.job.record import Record
+from latent_delib.machine import files
 from latent_delib.results import packed
 from latent_delib.results.packed import DOCUMENTS, METRICS, NAMES, RESULTS, Arrays, File
 
@@ -142,7 +143,8 @@ def _files(folders: Sequence[str]) -> dict[str, dict[Path, File]]:
     for folder in folders:
         below = list(packed.files_below(Path(folder)))
         if not below and not Path(folder).is_dir():
-            raise UserError(f"{folder}: no such folder")
+            why = files.NOT_A_FOLDER if Path(folder).exists() else "no such folder"
+            raise UserError(f"{folder}: {why}")
         if not below:
             raise UserError(f"{folder}: holds no {', '.join(FIELDS)} of a finished run")
         for file in below:
