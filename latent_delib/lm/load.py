@@ -118,6 +118,7 @@ def load_decoder(
     name = arguments.path("path", path)
     dtype = inputs.checked_dtype(dtype)
     mesh = mesh or build.one_device()
+    arguments.instance("mesh", mesh, Mesh, "mesh.make")
     where = folder.local_path(name)
     if folder.is_theirs(where):
         return _load_theirs(where, dtype, mesh)
@@ -328,6 +329,7 @@ def augmentation(
     Raises:
       UserError: the coprocessor belongs to another decoder.
     """
+    arguments.instance("mesh", mesh, Mesh, "mesh.make")
     dtype = decoder.params["embedding"].dtype
     model = build.transformer(decoder.config, mesh, dtype, form=attention)
     if coprocessor is None:

@@ -784,6 +784,12 @@ MISTAKES = {
         lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], [[1]], 0),
         "ahead=0: expected at least 1",
     ),
+    "axes": (lambda lm, d: ld.AugmentedLM(d, mesh={"data": 1}), "mesh: got dict, expected a Mesh"),
+    "axes of a decoder": (
+        lambda lm, d: ld.load_decoder("packaged", mesh={"data": 1}),
+        "mesh: got dict, expected a Mesh",
+    ),
+    "option": (lambda lm, d: lm.generate(["a"], temp=1), "temp: no such option; .*temperature"),
     "empty prompt": (lambda lm, d: lm.generate(["a", ""]), r"prompts\[1\] is empty"),
     "no token": (
         lambda lm, d: lm.logprobs([[]], ["a"]),
