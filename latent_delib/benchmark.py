@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import runpy
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +33,7 @@ from latent_delib.lm import load
 from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_rhythm
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
-from latent_delib.machine.command_line import REQUIRED, ROOT
+from latent_delib.machine.command_line import REQUIRED, ROOT, run_file
 from latent_delib.machine.provenance import provenance
 from latent_delib.measure.scores import Row, format_rows, summarize_scores
 from latent_delib.weights import coprocessor as exported
@@ -97,7 +96,11 @@ def _read_table(path: str) -> dict[str, Any]:
     """Reads a file in the form of configs/benchmarks.py; looks in ROOT if it is not found here."""
     for found in (Path(path), ROOT / path):
         if found.is_file():
-            return runpy.run_path(str(found))
+            table = run_file(str(found))
+            lacking = {"PUBLISHED", "OFFLINE", "COT"} - table.keys()
+            if lacking:
+                raise UserError(f"--table={path}: lacks {', '.join(sorted(lacking))}")
+            return table
     raise UserError(f"--table={path}: no such file")
 
 

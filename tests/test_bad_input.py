@@ -140,7 +140,7 @@ def test_config_files_and_flags(error, config_file, tmp_path):
         ("def get_config(:\n", ["broken.py", "line 1"]),
         ("\0", ["broken.py", "null bytes"]),
         ("def get_config():\n    return {}\n", ["broken.py", "returns dict"]),
-        ("from configs import base\n", ["broken.py", "get_config"]),
+        ("from configs import base\n", ["broken.py: defines no get_config()"]),
         (
             "from configs import base\n\n\ndef get_config():\n"
             "    c = base.get_config()\n    c.train.stpes = 3\n",

@@ -680,6 +680,8 @@ MISTAKES = {
     "model": (dict(model="decoder,best"), "--model=decoder,best"),
     "no model": (dict(model=","), "--model=,"),
     "table": (dict(table="none.py"), "--table=none.py"),
+    "no table": (dict(table=f"{ROOT}/README.md"), "README.md: SyntaxError"),
+    "another table": (dict(table="configs/quickstart.py"), "lacks COT, OFFLINE, PUBLISHED"),
     "tasks": (
         dict(tasks="nowhere"),
         "nowhere/syllogism.yaml: no such file; `python -m tools.make_tasks",

@@ -283,13 +283,13 @@ def load_config(given: str) -> ConfigDict:
     if str(ROOT) not in sys.path:
         # `from configs import base` works then, in whatever folder the command is started
         sys.path.append(str(ROOT))
+    get_config = run_file(path).get("get_config")
+    if get_config is None:
+        raise UserError(f"{path}: defines no get_config()")
+    if colon and not inspect.signature(get_config).parameters:
+        raise UserError(f"--config={given}: takes no argument; leave out :{argument}")
     try:
-        get_config = runpy.run_path(path)["get_config"]
-        if colon and not inspect.signature(get_config).parameters:
-            raise UserError(f"takes no argument; leave out :{argument}")
         config = get_config(argument) if colon else get_config()
-    except UserError as error:
-        raise UserError(f"--config={given}: {error}") from None
     except Exception as error:
         raise UserError(_of_config_file(error, path)) from None
     if not isinstance(config, ConfigDict):
@@ -297,6 +297,18 @@ def load_config(given: str) -> ConfigDict:
             f"{path}: get_config() returns {type(config).__name__}, expected a ConfigDict"
         )
     return config
+
+
+def run_file(path: str) -> dict[str, Any]:
+    """Runs a Python file and returns its names.
+
+    Raises:
+      UserError: it fails, and the message names the line.
+    """
+    try:
+        return runpy.run_path(path)
+    except Exception as error:
+        raise UserError(_of_config_file(error, path)) from None
 
 
 def _configs() -> dict[str, Path]:
