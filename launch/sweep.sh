@@ -19,8 +19,9 @@ source "$(dirname "$(readlink -f "$0")")/common.sh"
 with='' jobs=1
 parse "with jobs" "$@"
 name=${REST[0]:-} folder=runs/${REST[0]:-} root=runs/${REST[0]:-}
-[[ $name =~ ^[a-z][-a-z0-9]{0,24}$ && ${REST[1]:-} =~ \.py(:[^,]+)?$ ]] ||
-  die "expected a name of a-z, 0-9 and -, a config and KEY=VALUES, found '${REST[*]}'; --help tells more"
+[[ $name =~ ^[a-z][-a-z0-9]{0,24}$ ]] || die "'$name': expected a name of a-z, 0-9 and -; --help tells more"
+[[ ${REST[1]:-} =~ \.py(:[^,]+)?$ ]] ||
+  die "'${REST[1]:-}': expected a config, as configs/quickstart.py; --help tells more"
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs=$jobs: expected 1 or more"
 if [[ $with == *" @ "* ]]; then
   environment LATENT_DELIB_BUCKET "where the workdirs are, without gs://"
@@ -33,7 +34,7 @@ for config in "${runs[@]}"; do
   [[ -f ${config%%:*} ]] || die "${config%%:*}: no such file"
 done
 for key in "${REST[@]:2}"; do
-  [[ $key == ?*=* ]] || die "$key: expected KEY=VALUE,VALUE"
+  [[ $key == ?*=* && $key != config.* ]] || die "$key: expected KEY=VALUE,VALUE, and a KEY such as train.steps"
   [[ ,${key#*=}, != *,,* ]] || die "$key: one of the values is empty"
   IFS=, read -ra values <<<"${key#*=}"
   grid=()
