@@ -26,9 +26,11 @@ def there() -> dict[str, str]:
 
 
 def entry() -> None:
-    if len(sys.argv) > 1 and sys.argv[1] in there():
-        command = [sys.executable, "-m", f"latent_delib.{sys.argv[1]}", *sys.argv[2:]]
-        os.execv(sys.executable, command)
+    word, *others = sys.argv[1:] or [""]
+    if word in there():
+        os.execv(sys.executable, [sys.executable, "-m", f"latent_delib.{word}", *others])
+    if word and not word.startswith("-"):
+        sys.exit(f"error: {word}: no such command; there are {', '.join(there())}")
     commands.run(main, __doc__)
 
 

@@ -391,6 +391,9 @@ def test_the_package_runs_its_commands(command_line, monkeypatch):
         runpy.run_module("latent_delib", run_name="__main__")
     python = sys.executable
     assert replaced.value.args == (python, python, "-m", "latent_delib.train", "--workdir=w")
+    command_line("latent-delib", "trian", "--workdir=w")
+    with pytest.raises(SystemExit, match="trian: no such command; there are benchmark, convert, "):
+        runpy.run_module("latent_delib", run_name="__main__")
 
 
 def test_the_package_lists_its_commands(command_line, capsys):
