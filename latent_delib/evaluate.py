@@ -282,7 +282,7 @@ class Job:
             f"config: evaluate.max_positions={c.evaluate.max_positions}, "
             f"evaluate.longer_prompt={c.evaluate.longer_prompt} and "
             f"method.prompt_end={c.method.prompt_end!r} leave no token to count; "
-            "give more positions (0: all), a shorter prompt or another end of it"
+            "give more positions (0: all), a shorter prompt, another end of it, or longer texts"
         )
 
     def identity(self, found: Restored | None) -> list[Any]:
