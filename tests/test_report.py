@@ -585,7 +585,8 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for some in (workdirs[:4], workdirs[3:]):
         pack_results.main(SimpleNamespace(folders=some, out="runs"))
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["runs.zip"]
+    packs = {Path("runs", f"{Path(workdir).name}.zip") for workdir in workdirs}
+    assert set(Path("runs").iterdir()) == packs
     again = runs.find(["runs"])
     assert tables.tables(again) == list(by_name.values())
     assert again.losses == found.losses
@@ -596,11 +597,11 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
     twice = [workdirs[0], f"elsewhere/{Path(workdirs[0]).name}"]
     with pytest.raises(ld.UserError, match="two of the workdirs are called"):
         pack_results.main(SimpleNamespace(folders=twice, out="runs"))
-    pack = Path("runs/runs.zip").read_bytes()
+    contents = {pack: pack.read_bytes() for pack in packs}
     pack_results.main(SimpleNamespace(folders=workdirs, out="runs"))
-    assert Path("runs/runs.zip").read_bytes() == pack, "the same files, the same archive"
-    Path("runs/runs.zip").write_bytes(pack[:-30])
-    with pytest.raises(ld.UserError, match="runs/runs.zip: not a zip archive"):
+    assert {pack: pack.read_bytes() for pack in packs} == contents, "the same files, the same packs"
+    Path("runs/only.zip").write_bytes(contents[Path("runs/only.zip")][:-30])
+    with pytest.raises(ld.UserError, match="runs/only.zip: not a zip archive"):
         runs.find(["runs"])
 
 

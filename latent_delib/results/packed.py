@@ -1,8 +1,8 @@
-"""Reads the files of finished runs, as they were written or packed into an archive.
+"""Reads the files of finished runs, as they were written or packed, one zip archive per run.
 
-A file in a runs.zip has the path that it would have if the archive were unpacked in its folder:
-docs/results/a/runs.zip holds docs/results/a/after@0/swap/perplexity.json. `tools/pack_results.py`
-makes such archives.
+A file in a pack has the path that it would have if the pack were unpacked in its folder:
+docs/results/a/after@0.zip holds docs/results/a/after@0/swap/perplexity.json.
+`tools/pack_results.py` makes packs.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 
 from latent_delib.errors import UserError
 
-PACK = "runs.zip"
+PACK = ".zip"
 RESULTS = ("perplexity.json", "benchmarks.json")
 METRICS = "metrics.jsonl"
 DOCUMENTS = "documents.npz"
@@ -56,9 +56,10 @@ class File(NamedTuple):
 def files_below(folder: Path) -> Iterator[File]:
     """Finds the files of runs below a folder, packed or not; the folder may be inside a pack."""
     if not folder.is_dir():
-        for above in folder.parents:
-            if (above / PACK).exists():
-                for file in files_in(above / PACK):
+        for run in (folder, *folder.parents):
+            pack = Path(f"{run}{PACK}")
+            if pack.is_file():
+                for file in files_in(pack):
                     if folder in file.path.parents:
                         yield file
                 return
@@ -69,8 +70,8 @@ def files_below(folder: Path) -> Iterator[File]:
             if name in names:
                 path = Path(where) / name
                 yield File(path, path.read_bytes)
-        if PACK in names:
-            yield from files_in(Path(where) / PACK)
+        for name in sorted(name.removesuffix(PACK) for name in names if name.endswith(PACK)):
+            yield from files_in(Path(where) / (name + PACK))
 
 
 def files_in(pack: Path) -> Iterator[File]:
@@ -80,13 +81,19 @@ def files_in(pack: Path) -> Iterator[File]:
       UserError: it is not a zip archive.
     """
     try:
-        archive = zipfile.ZipFile(pack)
+        with zipfile.ZipFile(pack) as archive:
+            names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise UserError(f"{pack}: not a zip archive ({error})") from None
-    for name in sorted(archive.namelist(), key=lambda name: Path(name).parent.parts):
+    for name in sorted(names, key=lambda name: Path(name).parent.parts):
         path = pack.parent / name
         if path.name in NAMES:
-            yield File(path, partial(archive.read, name))
+            yield File(path, partial(_unpack, pack, name))
+
+
+def _unpack(pack: Path, name: str) -> bytes:
+    with zipfile.ZipFile(pack) as archive:
+        return archive.read(name)
 
 
 def _parse_lines(content: bytes, where: str) -> list[dict[str, Any]]:
