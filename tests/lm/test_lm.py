@@ -789,7 +789,6 @@ MISTAKES = {
         lambda lm, d: ld.load_decoder("packaged", mesh={"data": 1}),
         "mesh: got dict, expected a Mesh",
     ),
-    "option": (lambda lm, d: lm.generate(["a"], temp=1), "temp: no such option; .*temperature"),
     "empty prompt": (lambda lm, d: lm.generate(["a", ""]), r"prompts\[1\] is empty"),
     "no token": (
         lambda lm, d: lm.logprobs([[]], ["a"]),
