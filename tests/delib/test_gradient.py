@@ -25,7 +25,6 @@ EVERY = 2  # ahead tokens from one group of `latent_tokens` to the next
 STEP = 1e-4  # of the finite differences: their own error is of its square
 CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("cache_augmentation", "gemma", "after"),
-    ("cache_augmentation", "llama", "overlay"),
     ("cache_augmentation", "gpt2", "after"),
     ("last_layer", "gemma", "after"),
     ("pause_tokens", "gemma", "overlay"),
@@ -33,7 +32,6 @@ CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("latent_tokens", "gemma", "shared"),
     ("cartridge", "gemma", "overlay"),
     ("inserted", "gemma", "overlay"),
-    ("inserted", "llama", "before"),  # it has no other placement
     ("joint", "gemma", "after"),
     ("unified", "llama", "overlay"),
     ("sequential", "gemma", "overlay"),
@@ -42,9 +40,11 @@ CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("decoder", "gemma", "after"),  # ordinary language modelling: placement means nothing
 ]
 FURTHER = [
+    ("cache_augmentation", "llama", "overlay"),
     ("cache_augmentation", "gemma", "before"),
     ("assistant", "llama", "after"),
     ("last_layer", "gpt2", "overlay"),
+    ("inserted", "llama", "before"),
     ("inserted", "gpt2", "overlay"),
     ("joint", "gpt2", "before"),
 ]
