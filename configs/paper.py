@@ -84,7 +84,7 @@ GPU = {
 LAB = {  # two CPU cores
     "method.num_traces": 16,
     "data.seq_len": 128,
-    "optimizer.name": "muon",  # gains in half of AdamW's steps (docs/results.md)
+    "optimizer.name": "muon",  # gains in half of AdamW's steps (docs/results_text.md)
     "optimizer.b1": 0.95,
     "optimizer.learning_rate": 4e-3,
     "optimizer.soft_token_learning_rate": 2e-3,
@@ -211,7 +211,7 @@ PROTOCOLS = {
     # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
     # tokens, the mixture two to three times. If its training loss is not flat at the end, it needs
     # more steps. But a decoder that knows its text by heart teaches a coprocessor nothing
-    # (docs/results.md): if you have more text, read it once.
+    # (docs/earlier_results.md): if you have more text, read it once.
     "a_gpu": Protocol(
         "gemma2_49m",
         GPU

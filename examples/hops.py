@@ -4,7 +4,8 @@
 
 A frozen decoder follows a list of places by writing every step. Made to answer at once, it only
 guesses; with the latents of a coprocessor it knows. Decoder and coprocessor lie in examples/hops;
-docs/results.md says how they were trained. The questions are made anew: another SEED asks others.
+docs/results_questions.md says how they were trained. The questions are made anew: another SEED
+asks others.
 """
 
 import random

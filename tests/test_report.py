@@ -606,7 +606,7 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
 
 
 def test_the_stored_runs_open(tmp_path):
-    """The runs that docs/results.md is about, and the figure on the front page."""
+    """The runs that docs/results_text.md is about, and the figure on the front page."""
     found = runs.find([str(DOCS / "results" / "lab")])
     (of,) = (result for result in found.perplexity if result.path.parent.name == "overlay@0")
     row = next(row for row in of.data["rows"] if row["n"] == 16)
@@ -621,7 +621,9 @@ def test_the_stored_runs_open(tmp_path):
     assert "latents of another document" in (tmp_path / "results.svg").read_text()
 
 
-@pytest.mark.parametrize("name", ["results.md", "earlier_results.md"])
+@pytest.mark.parametrize(
+    "name", ["results.md", "results_text.md", "results_questions.md", "earlier_results.md"]
+)
 def test_the_tables_of_a_page_are_those_of_the_stored_runs(name):
     page = (DOCS / name).read_text()
     script = runpy.run_path(str(DOCS / "figures" / "tables.py"))

@@ -28,7 +28,10 @@ from latent_delib.results.costs import training_costs
 from latent_delib.results.table_format import change
 
 RESULTS = Path(__file__).parents[1] / "results"
-PAGES = (RESULTS.with_suffix(".md"), RESULTS.with_name("earlier_results.md"))
+PAGES = [
+    RESULTS.with_name(name)
+    for name in ("results.md", "results_text.md", "results_questions.md", "earlier_results.md")
+]
 AHEAD = (1, 4, 16, 32)
 COMMENT = re.compile(r"<!-- table: (.*) -->")
 PHRASES = {  # words of a row -> the folder of an evaluation
