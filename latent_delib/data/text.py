@@ -89,24 +89,20 @@ def texts_of_part(reader: Reader, part: str) -> Iterator[Text]:
         yield Text(content, part, number)
 
 
-def _in_turns(parts: Iterator[Iterator[Text]], cycle: int) -> Iterator[Text]:
-    """Yields the texts of parts: in turn, a block from each open part, as tf.data does.
+def texts(reader: Reader) -> Iterator[Text]:
+    """Yields every text of a source once, in the order of its seqio task without shuffling.
 
-    `cycle` parts are open at a time. When one has ended, the next part takes its place.
+    In turn, a block is read from each open part, as tf.data does. `reader.cycle` parts are open at
+    a time. When one has ended, the next part takes its place.
     """
-    opened = collections.deque(itertools.islice(parts, cycle))
+    parts = (texts_of_part(reader, part) for part in reader.parts)
+    opened = collections.deque(itertools.islice(parts, reader.cycle))
     while opened:
         part = opened.popleft()
         block = list(itertools.islice(part, BLOCK))
         yield from block
         has_ended = len(block) < BLOCK
         opened.extend(itertools.islice(parts, 1) if has_ended else [part])
-
-
-def texts(reader: Reader) -> Iterator[Text]:
-    """Yields every text of a source once, in the order of its seqio task without shuffling."""
-    parts = (texts_of_part(reader, part) for part in reader.parts)
-    yield from _in_turns(parts, reader.cycle)
 
 
 def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
