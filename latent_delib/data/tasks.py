@@ -183,10 +183,6 @@ def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict
         raise UserError(line) from None
 
 
-def _text(lines: bytes) -> str:
-    return lines.decode(errors="backslashreplace")
-
-
 class Training:
     """Implements `batches.Training` with text.
 
@@ -233,7 +229,8 @@ class Training:
         )
 
         def batch(element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            for record in _text(b"".join(element["bad"])).split("\n")[:-1]:
+            lines = b"".join(element["bad"]).decode(errors="backslashreplace")
+            for record in lines.split("\n")[:-1]:
                 bad(record)
             tokens = element["tokens"][rows]
             return {
