@@ -237,15 +237,13 @@ def _read_json(path: Path) -> _Model:
     source = path.with_name("tokenizer_config.json")
     config = read_json(source)
 
-    defaults = {}
-    has_separator = model.token_to_id(_SEPARATOR) is not None
-    if has_separator and config.get("bos_token") is None:
-        defaults = {"bos_token": _SEPARATOR, "eos_token": _SEPARATOR}
+    if model.token_to_id(_SEPARATOR) is not None and config.get("bos_token") is None:
+        config["bos_token"] = _SEPARATOR
+        if config.get("eos_token") is None:
+            config["eos_token"] = _SEPARATOR
 
     def token_id(key: str) -> int | None:
         value = config.get(key)
-        if value is None:
-            value = defaults.get(key)
         if value is None:
             return None
         token = value.get("content") if isinstance(value, dict) else value
