@@ -7,12 +7,12 @@ rotary bases: these are taken from the known size that fits.
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from latent_delib.errors import UserError, reason
 from latent_delib.nn.sizes import SIZES, TransformerConfig
@@ -63,17 +63,14 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 
     def read(name: str) -> np.ndarray:
         path = paths[name]
-        item: Any = np.zeros(())
-        how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-        for key in reversed(path):
-            item, how = {key: item}, {key: how}
+        item = unflatten_dict({path: np.zeros(())})
+        how = unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray)})
         args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
         try:
-            x = handler.restore(epath.Path(where), args=args)
+            found = handler.restore(epath.Path(where), args=args)
         except (ValueError, OSError, KeyError) as error:
             raise UserError(f"{where}: {name} cannot be read ({reason(error)})") from None
-        for key in path:
-            x = x[key]
+        x = flatten_dict(found)[path]
         if name in turned:
             x = x.swapaxes(1, 2)
         return x.astype(dtypes[name], copy=False)
