@@ -24,7 +24,7 @@ import json
 import operator
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -95,26 +95,17 @@ def word_problems(draw: random.Random) -> Question:
 
 def _event(draw: random.Random, count: int) -> tuple[str, int, int]:
     """Draws a sign and a number that fit a count; returns them and the count that they make."""
-    divisors = [by for by in range(2, 7) if count % by == 0]
-    signs = ["+"]
+    numbers: dict[str, Sequence[int]] = {"+": range(2, 31)}
     if count > 2:
-        signs.append("-")
+        numbers["-"] = range(1, count)
     if count < 100:
-        signs.append("*")
+        numbers["*"] = range(2, 6)
+    divisors = [by for by in range(2, 7) if count % by == 0]
     if divisors:
-        signs.append("/")
-    sign = draw.choice(signs)
-    if sign == "+":
-        by = draw.randint(2, 30)
-        return sign, by, count + by
-    if sign == "-":
-        by = draw.randint(1, count - 1)
-        return sign, by, count - by
-    if sign == "*":
-        by = draw.randint(2, 5)
-        return sign, by, count * by
-    by = draw.choice(divisors)
-    return sign, by, count // by
+        numbers["/"] = divisors
+    sign = draw.choice(list(numbers))
+    by = draw.choice(numbers[sign])
+    return sign, by, int(OPERATIONS[sign](count, by))
 
 
 def chains(draw: random.Random) -> Question:
