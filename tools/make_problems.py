@@ -99,14 +99,7 @@ def _list(numbers: Iterable[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-KINDS: dict[str, Callable[[random.Random], Problem]] = {
-    "sums": sums,
-    "sorting": sorting,
-    "look_ups": look_ups,
-    "brackets": brackets,
-    "follow": follow,
-    "far": far,
-}
+KINDS = {make.__name__: make for make in (sums, sorting, look_ups, brackets, follow, far)}
 
 # How the harness asks: it continues the question greedily, up to the full stop.
 ASKED = {

@@ -24,7 +24,7 @@ import json
 import operator
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -37,18 +37,7 @@ from latent_delib.machine.progress import Progress
 from tools.make_problems import different
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "June")
-THINGS = (
-    "apples",
-    "books",
-    "coins",
-    "eggs",
-    "keys",
-    "letters",
-    "pens",
-    "shells",
-    "stamps",
-    "tickets",
-)
+THINGS = "apples books coins eggs keys letters pens shells stamps tickets".split()
 EVENTS = {  # how a number of things changes
     "+": "{name} gets {by} more.",
     "-": "{name} gives {by} away.",
@@ -219,13 +208,7 @@ def hops(draw: random.Random) -> Question:
     return Question(question, " ".join(at), "\n".join(steps))
 
 
-KINDS: dict[str, Callable[[random.Random], Question]] = {
-    "arithmetic": arithmetic,
-    "word_problems": word_problems,
-    "chains": chains,
-    "countdown": countdown,
-    "hops": hops,
-}
+KINDS = {make.__name__: make for make in (arithmetic, word_problems, chains, countdown, hops)}
 
 
 def make_questions(out: str, train: int, test: int) -> None:
