@@ -53,6 +53,13 @@ def debian(folder: Path, package: str) -> tuple[Path, str]:
     return root, archives[0].name.split("_")[1].replace("%3a", ":")
 
 
+def _files(root: Path, pattern: str) -> Iterator[tuple[str, Path]]:
+    """Yields the path below `root` and the file, for each file of such a name; no links."""
+    for file in sorted(root.rglob(pattern)):
+        if file.is_file() and not file.is_symlink():
+            yield file.relative_to(root).as_posix(), file
+
+
 # HTML.
 
 BLOCKS = set(
@@ -132,36 +139,27 @@ def block(element: html.HtmlElement) -> list[str]:
 MAIN = ("//*[@role='main']", "//main", "//article", "//div[@id='content']", "/html/body")
 
 
-def manual(
-    root: Path,
-    keep: str = ".*",
-    drop: str = "$^",
-    text: Sequence[str] = MAIN,
-    ending: str = ".html",
-) -> Pages:
+def manual(root: Path, keep: str = ".*", drop: str = "$^", ending: str = ".html") -> Pages:
     """Returns the HTML pages below `root`.
 
     Args:
       root: of an unpacked package.
       keep: a pattern that matches the whole path of a page below `root`.
       drop: a pattern that matches nowhere in it.
-      text: XPaths of a page's text, of which the first is taken that a page has.
       ending: of the names of the pages.
     """
     pages: Pages = {}
-    for file in sorted(root.rglob(f"*{ending}")):
-        name = file.relative_to(root).as_posix()
-        is_wanted = re.fullmatch(keep, name) and not re.search(drop, name)
-        if is_wanted and file.is_file() and not file.is_symlink():
-            pages[name] = functools.partial(_page, file, text)
+    for name, file in _files(root, f"*{ending}"):
+        if re.fullmatch(keep, name) and not re.search(drop, name):
+            pages[name] = functools.partial(_page, file)
     return pages
 
 
-def _page(file: Path, text: Sequence[str]) -> list[str]:
+def _page(file: Path) -> list[str]:
     source = file.read_bytes()
     encoding = "utf-8" if b"utf-8" in source[:1500].lower() else "iso-8859-1"
     tree = html.fromstring(source, parser=html.HTMLParser(encoding=encoding, remove_comments=True))
-    for xpath in text:
+    for xpath in MAIN:
         found = tree.xpath(xpath)
         if found:
             return [block for block in within(found[0]) if not LEFTOVER.fullmatch(block)]
@@ -176,8 +174,8 @@ WIDE = "9999"  # characters of a line: a paragraph is one
 def man_pages(root: Path) -> Pages:
     """Returns every man page, set by groff without its head and foot."""
     pages: Pages = {}
-    for file in sorted(root.rglob("*.gz")):
-        if file.parent.name.startswith("man") and not file.is_symlink():
+    for _, file in _files(root, "*.gz"):
+        if file.parent.name.startswith("man"):
             pages[file.name] = functools.partial(_man_page, file)
     return pages
 
@@ -197,11 +195,7 @@ def _man_page(file: Path) -> list[str]:
 
 def pods(root: Path) -> Pages:
     """Returns every page of Perl's Plain Old Documentation."""
-    return {
-        file.name: functools.partial(_pod, file)
-        for file in sorted(root.rglob("*.pod"))
-        if not file.is_symlink()
-    }
+    return {file.name: functools.partial(_pod, file) for _, file in _files(root, "*.pod")}
 
 
 def _pod(file: Path) -> list[str]:
@@ -260,9 +254,8 @@ def _sayings(file: Path) -> list[str]:
 def texts(root: Path, keep: str) -> Pages:
     """Returns the plain text files whose whole path below `root` matches `keep`, packed or not."""
     pages: Pages = {}
-    for file in sorted(root.rglob("*")):
-        name = file.relative_to(root).as_posix()
-        if re.fullmatch(keep, name) and file.is_file() and not file.is_symlink():
+    for name, file in _files(root, "*"):
+        if re.fullmatch(keep, name):
             pages[name] = functools.partial(_text, file)
     return pages
 
