@@ -24,14 +24,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from latent_delib.data.sources import CORPUS
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
 from tools.extract import SHORTEST, clean, debian, pieces, read, sample
+from tools.make_mixture import PROSE
 from tools.mixture_sources import SOURCES
 from tools.task_files import write_documents
-
-HERE = Path(__file__).resolve().parents[1] / "latent_delib" / "data" / "corpus"
-PROSE = Path(__file__).with_name("prose")
 
 # Packages.
 
@@ -186,7 +185,7 @@ def manuals(split: str, mixture: Path) -> Iterator[str]:
     """Yields the packages of a split whose text may be passed on freely; copies their licences."""
     for package, source in SOURCES.items():
         if source.split == split and source.group in LICENCES and package not in LEFT_OUT:
-            shutil.copy(mixture / "licences" / f"{package}.txt", HERE / "licenses")
+            shutil.copy(mixture / "licences" / f"{package}.txt", CORPUS / "licenses")
             yield package
 
 
@@ -222,7 +221,7 @@ def write_train(mixture: Path) -> None:
 
 def write_excerpts(split: str, work: str, documents: Sequence[str]) -> None:
     """Writes the file of a work of a split."""
-    write(HERE / split / f"{work}.txt", excerpts(documents, SIZE[split], PARTS[split]))
+    write(CORPUS / split / f"{work}.txt", excerpts(documents, SIZE[split], PARTS[split]))
 
 
 def write(file: Path, documents: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import latent_delib
+from latent_delib.data.sources import CORPUS
 from latent_delib.errors import UserError
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
@@ -39,7 +39,6 @@ from tools.task_files import SEPARATOR
 SPLITS = ("train", "validation", "unseen")  # a paragraph that repeats stays in the first of these
 LICENCES = ("public_domain", "permissive", "copyleft")
 HELD_OUT = 400_000  # characters of a work outside train, roughly, at most: all weigh about alike
-CORPUS = Path(latent_delib.__file__).parent / "data" / "corpus"
 PROSE = Path(__file__).with_name("prose")
 
 

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import latent_delib
+from latent_delib.data.sources import CORPUS
 from latent_delib.errors import UserError
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
@@ -31,7 +31,7 @@ from tools import task_files
 
 Row = dict[str, Any]
 
-TEXT = Path(latent_delib.__file__).parent / "data" / "corpus" / "validation"
+TEXT = CORPUS / "validation"
 SIZES = {"train": 1000, "test": 200}
 # problem i of seed s is problem 0 of seed s + i: far apart, or they overlap
 SEEDS = {"train": 0, "test": 1_000_000}

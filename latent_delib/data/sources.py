@@ -37,7 +37,7 @@ _FILES = re.compile(r"(files|lines|qa|qa_steps(?:-\d+)?):(.*)", re.DOTALL)
 _TFDS = re.compile(r"tfds:(.+):([^:[\]]+(?:\[.*\])?):([^:]+)")
 _HUB = re.compile(r"hf:([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?:([\w.-]+):([^:]+)")
 _FOLDER = re.compile(r"hf:(\.{0,2}/.+):([\w.-]+):([^:]+)")
-_CORPUS = pathlib.Path(__file__).parent / "corpus"
+CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 
 class Files(NamedTuple):
@@ -99,7 +99,7 @@ def parse(source: str) -> Files | Tfds | Hub:
       UserError: the string has none of FORMS.
     """
     if source in PACKAGED:
-        folder = _CORPUS / source.removeprefix("packaged/")
+        folder = CORPUS / source.removeprefix("packaged/")
         return Files("files", f"{glob.escape(str(folder))}/*.txt")
     files = _FILES.fullmatch(source)
     if files and files[2]:

@@ -6,7 +6,7 @@ import pytest
 
 from tools import build_corpus, extract
 
-CORPUS = build_corpus.HERE
+CORPUS = build_corpus.CORPUS
 VALIDATION = sorted((CORPUS / "validation").glob("*.txt"))
 
 
