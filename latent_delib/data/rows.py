@@ -21,13 +21,18 @@ from latent_delib.errors import UserError
 
 def check_data(data: Any) -> None:
     """Raises UserError unless the `data` config describes a possible mixture. Opens no file."""
-    sources, validation, weights = list(data.sources), list(data.validation), list(data.weights)
-    for source in [*sources, *validation]:
-        if not isinstance(source, str):
-            raise UserError(
-                f"config.data: source {source!r} is {type(source).__name__}, expected a string"
-            )
-        parse(source)
+    sources, weights = list(data.sources), list(data.weights)
+    for field, listed in (("sources", sources), ("validation", list(data.validation))):
+        for source in listed:
+            if not isinstance(source, str):
+                raise UserError(
+                    f"config.data: source {source!r} is {type(source).__name__}, expected a string"
+                )
+            parse(source)
+            if listed.count(source) > 1:
+                raise UserError(
+                    f"config.data.{field}: {source!r} is listed twice, expected each source once"
+                )
     if not sources:
         raise UserError("config.data.sources: empty, expected at least one source")
     if len(sources) != len(weights):
@@ -35,12 +40,6 @@ def check_data(data: Any) -> None:
             f"config.data.weights has {len(weights)}, config.data.sources {len(sources)}: "
             "expected one weight per source"
         )
-    for field, listed in (("sources", sources), ("validation", validation)):
-        for source in listed:
-            if listed.count(source) > 1:
-                raise UserError(
-                    f"config.data.{field}: {source!r} is listed twice, expected each source once"
-                )
     for source, weight in zip(sources, weights, strict=True):
         if not isinstance(weight, int | float) or not 0 < weight < np.inf:
             raise UserError(
