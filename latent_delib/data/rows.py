@@ -187,15 +187,14 @@ def map_in_threads(function: Callable, items: Iterable, threads: int, count: int
 
     Meanwhile threads work on the next `count` items.
     """
-    items = iter(items)
     pool = ThreadPoolExecutor(threads)
     pending = collections.deque()
     try:
-        for item in itertools.islice(items, count):
+        for item in items:
             pending.append(pool.submit(function, item))
+            if len(pending) == count:
+                yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-            for item in itertools.islice(items, 1):
-                pending.append(pool.submit(function, item))
     finally:
         pool.shutdown(cancel_futures=True)
