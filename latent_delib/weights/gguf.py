@@ -49,15 +49,13 @@ class Info(NamedTuple):
 
     shape: in numpy's order, which is the reverse of GGUF's.
     type: ggml's type.
-    blocks: number of blocks.
-    block_bytes: bytes per block.
+    num_bytes: the size of its data.
     begin: the first byte, counted from the start of the file.
     """
 
     shape: tuple[int, ...]
     type: Any
-    blocks: int
-    block_bytes: int
+    num_bytes: int
     begin: int
 
 
@@ -105,7 +103,7 @@ class _Header:
         block, block_bytes = library.GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise ValueError(f"rows of {shape[-1]}, expected a multiple of {block} ({kind.name})")
-        return Info(shape, kind, math.prod(shape) // block, block_bytes, self.number("Q"))
+        return Info(shape, kind, math.prod(shape) // block * block_bytes, self.number("Q"))
 
 
 class GGUF:
@@ -158,7 +156,7 @@ class GGUF:
         start = header.at + -header.at % int(self.metadata.get("general.alignment", 32))
         for name, info in self.tensors.items():
             begin = start + info.begin
-            end = begin + info.blocks * info.block_bytes
+            end = begin + info.num_bytes
             if end > len(header.data):
                 raise ValueError(
                     f"{name} {info.shape} ends at byte {end}, the file has {len(header.data)}"
@@ -175,20 +173,20 @@ class GGUF:
 
         About `chunk` elements are dequantised at a time.
         """
-        quants = _library().quants
-        shape, kind, blocks, block_bytes, begin = self.tensors[name]
-        size = math.prod(shape)
-        out = np.empty(size, self.dtype(name))
-        block = size // max(blocks, 1)
-        step = max(1, chunk // max(block, 1))
-        for first in range(0, blocks, step):
-            last = min(first + step, blocks)
-            count = (last - first) * block_bytes
-            stored = np.fromfile(self.path, np.uint8, count, offset=begin + first * block_bytes)
+        library = _library()
+        shape, kind, _, begin = self.tensors[name]
+        block, block_bytes = library.GGML_QUANT_SIZES[kind]
+        out = np.empty(math.prod(shape), self.dtype(name))
+        step = max(1, chunk // block) * block
+        for first in range(0, out.size, step):
+            part = out[first : first + step]
+            count = part.size // block * block_bytes
+            offset = begin + first // block * block_bytes
+            stored = np.fromfile(self.path, np.uint8, count, offset=offset)
             if len(stored) != count:
                 raise UserError(f"{self.path}: {name} was cut off since the file was opened")
             try:
-                out[first * block : last * block] = quants.dequantize(stored, kind)
+                part[:] = library.quants.dequantize(stored, kind)
             except NotImplementedError:
                 raise UserError(
                     f"{self.path}: {name} is of type {kind.name}, which cannot be dequantised"
