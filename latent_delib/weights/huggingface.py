@@ -371,16 +371,10 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
 def _rope_scaling(c: TransformerConfig) -> dict[str, Any] | None:
     if not c.rope_scaling:
         return None
-    factor, low, high, context = c.rope_scaling
-    if not context:
-        return {"rope_type": "linear", "factor": factor}
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": int(context),
-    }
+    *factors, context = c.rope_scaling
+    kind = "llama3" if context else "linear"
+    values = zip(SCALINGS[kind], [*factors, int(context)])  # "linear" takes the first alone
+    return {"rope_type": kind, **dict(values)}
 
 
 def tokenizer_config(path: Path) -> dict[str, Any]:
