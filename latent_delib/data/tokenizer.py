@@ -105,19 +105,16 @@ class Tokenizer:
         self.path = Path(path)
         self.files = files(path)
         read_model = _read_json if self.path.suffix == ".json" else _read_sentencepiece
-        model = read_model(self.path)
+        self._model = model = read_model(self.path)
 
         def required(name: str, value: int | None) -> int:
             if value is None:
                 raise UserError(f"tokenizer {self.files[-1]}: names no token for {name}")
             return value
 
-        self._encode = model.encode
-        self._decode = model.decode
         self.spell = model.spell
         self.vocab_size = model.vocab_size
         self.control = model.control
-        self._runs = model.runs
         template = self.path.with_name(chat.FILE)
         self.chat_template = read_text(template) if template.is_file() else None
         self.bos_id = required("BOS", model.bos_id)
@@ -140,7 +137,7 @@ class Tokenizer:
             raise UserError(
                 f"text: character {error.start} is {text[error.start]!a}, which is not Unicode"
             ) from None
-        return self._encode(text)
+        return self._model.encode(text)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Returns the token ids of a conversation, up to where the model's next message begins.
@@ -185,7 +182,7 @@ class Tokenizer:
                     f"ids: token {token}, the vocabulary has {self.vocab_size}: expected at least 0"
                 )
         kept = [token for token in found if token < self.vocab_size and token != self.pad_id]
-        return self._decode(kept)
+        return self._model.decode(kept)
 
     def settled(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without any end that later tokens may still change.
@@ -193,7 +190,7 @@ class Tokenizer:
         Such an end exists because a character may be spread over several tokens.
         """
         kept = arguments.token_ids("ids", ids)
-        leave_open = self._runs.union(self.control.values())
+        leave_open = self._model.runs.union(self.control.values())
         while kept and (kept[-1] in leave_open or kept[-1] >= self.vocab_size):
             kept.pop()
         return self.decode(kept).rstrip("\ufffd")  # stands for part of a character
