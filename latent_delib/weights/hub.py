@@ -11,7 +11,7 @@ from latent_delib.errors import UserError, reason, store_error
 
 PREFIX = "hf:"
 NAME = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")  # pickles are not downloaded
+FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # pickles are not downloaded
 
 
 def download(path: str) -> Path:
@@ -32,9 +32,7 @@ def download(path: str) -> Path:
 
     model, revision = found.groups()
     try:
-        folder = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=list(FILES)
-        )
+        folder = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=FILES)
     except errors.GatedRepoError:
         raise UserError(
             f"{path}: needs permission; accept its terms on the Hub, then set HF_TOKEN"
