@@ -25,12 +25,9 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class HubDataset:
-    """Reads a split of a dataset.
+    """Implements `text.Reader` for a split of a dataset: `parts` has a name for each file.
 
-    Attributes:
-      parts: a name for each file of the dataset, in the order of the files.
-      cycle: 1. So the order of texts does not depend on how many files the cache has.
-      unit: the word for one text of a file.
+    `cycle` is 1, so that the order of texts does not depend on how many files the cache has.
 
     Raises:
       UserError: there is no such dataset, split or text feature; or the Hub does not answer, and
@@ -60,12 +57,10 @@ class HubDataset:
                 yield text.encode()
 
     def work(self, part: str) -> str:
-        """Returns "": each record is a work of its own."""
-        return ""
+        return ""  # each record is a work of its own
 
     def num_bytes(self) -> int:
-        """Returns 0: the size of the text is not known."""
-        return 0
+        return 0  # not known
 
     def fingerprint(self) -> str:
         """Returns a digest of the revision on the Hub, or of the files of a local folder."""

@@ -26,12 +26,7 @@ _LOST |= {"NotFoundError", "PermissionDeniedError", "DataLossError"}
 
 
 class TextFiles:
-    """Reads the files of a source, on a local disk or gs://.
-
-    Attributes:
-      parts: the paths of the files, sorted.
-      cycle: how many files are read in turns.
-      unit: the word for one text of a file.
+    """Implements `text.Reader` for files on a local disk or gs://: `parts` has their sorted paths.
 
     Raises:
       UserError: there are no files.
@@ -56,11 +51,9 @@ class TextFiles:
                 yield content
 
     def work(self, path: str) -> str:
-        """Returns the work that the texts of a file belong to, as in `rows.Document`."""
         return "" if self.unit == "line" else path.removeprefix(f"{self.folder}/")
 
     def num_bytes(self) -> int:
-        """Returns the size of all files in bytes."""
         return bytes_of_files(self.source, self.parts)
 
     def fingerprint(self) -> str:

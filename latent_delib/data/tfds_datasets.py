@@ -19,12 +19,9 @@ _READ = 256  # records that are read at once
 
 
 class TfdsDataset:
-    """Reads a split of a TFDS dataset.
+    """Implements `text.Reader` for a split of a TFDS dataset: `parts` has the paths of its files.
 
-    Attributes:
-      parts: the paths of the split's files, in order.
-      cycle: how many files are read in turns; 1 where the order of records matters.
-      unit: the word for one text of a file.
+    `cycle` is 1 where the order of records matters.
 
     Raises:
       UserError: there is no such dataset, split, slice of the split or text feature.
@@ -56,11 +53,9 @@ class TfdsDataset:
                 yield features.deserialize_example_np(record, decoders=others)[self.feature]
 
     def work(self, path: str) -> str:
-        """Returns "": each record is a work of its own."""
-        return ""
+        return ""  # each record is a work of its own
 
     def num_bytes(self) -> int:
-        """Returns the size of all files in bytes."""
         return bytes_of_files(self.source, self.parts)
 
     def fingerprint(self) -> str:
