@@ -112,12 +112,10 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     template = chat_template(path.parent)
     if template is not None:
         (folder / CHAT_TEMPLATE).write_text(template, "utf-8")
-    if path.suffix != ".json":
-        shutil.copyfile(path, folder / "tokenizer.model")
-        return
-    shutil.copyfile(path, folder / "tokenizer.json")
+    is_json = path.suffix == ".json"
+    shutil.copyfile(path, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
     config = path.parent / "tokenizer_config.json"
-    if config.is_file():
+    if is_json and config.is_file():
         shutil.copyfile(config, folder / "tokenizer_config.json")
 
 
