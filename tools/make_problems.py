@@ -19,7 +19,7 @@ import itertools
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from latent_delib.errors import UserError
@@ -133,36 +133,49 @@ def different(kind: str, make: Callable[[random.Random], tuple]) -> Iterator[tup
     )
 
 
+def drawn(
+    kinds: Mapping[str, Callable[[random.Random], tuple]], train: int, test: int, unit: str
+) -> Iterator[tuple[str, str, list[tuple]]]:
+    """Yields (kind, split, problems), `train` and `test` of each kind; prints how many are made.
+
+    Those to test on come first: more to train on change nothing there.
+
+    Raises:
+      UserError: a count is below 0, or there are not so many problems.
+    """
+    arguments.whole("--train", train, 0)
+    arguments.whole("--test", test, 0)
+    progress = Progress("made", len(kinds) * (train + test), unit)
+    done = 0
+    for kind, make in kinds.items():
+        problems = different(kind, make)
+        for split, count in (("test", test), ("train", train)):
+            yield kind, split, list(itertools.islice(problems, count))
+            done += count
+            progress(done)
+
+
 def make_problems(out: str, kinds: Sequence[str], train: int, test: int) -> None:
     """Writes problems of some kinds to the folder `out`, whole or not at all.
 
     Args:
       out: the folder, which must not exist.
       kinds: keys of KINDS.
-      train, test: problems of each kind. Those to test on come first: more to train on change
-        nothing there.
+      train, test: as in `drawn`.
 
     Raises:
-      UserError: there is no such kind, or a count is below 0.
+      UserError: there is no such kind; or as `drawn`.
     """
-    arguments.whole("--train", train, 0)
-    arguments.whole("--test", test, 0)
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"--kinds: {kind!r}: expected some of {', '.join(KINDS)}")
-    progress = Progress("made", len(kinds) * (train + test), "problems")
-    done = 0
+    makers = {kind: KINDS[kind] for kind in kinds}
     with atomic_folder(Path(out)) as folder:
-        for kind in kinds:
-            problems = different(kind, KINDS[kind])
-            for split, count in (("test", test), ("train", train)):
-                some = list(itertools.islice(problems, count))
-                documents = (f"{question}{answer}." for question, answer in some)
-                task_files.write_documents(folder / "text" / split / f"{kind}.txt", documents)
-                if split == "test":
-                    write_benchmarks(folder, kind, some)
-                done += count
-                progress(done)
+        for kind, split, problems in drawn(makers, train, test, "problems"):
+            documents = (f"{question}{answer}." for question, answer in problems)
+            task_files.write_documents(folder / "text" / split / f"{kind}.txt", documents)
+            if split == "test":
+                write_benchmarks(folder, kind, problems)
 
 
 def benchmark_of(kind: str, question: str) -> str:

@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latent_delib.data.questions import Question
-from latent_delib.machine import arguments, commands
+from latent_delib.machine import commands
 from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.files import atomic_folder
-from latent_delib.machine.progress import Progress
-from tools.make_problems import different
+from tools.make_problems import drawn
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "June")
 THINGS = "apples books coins eggs keys letters pens shells stamps tickets".split()
@@ -216,25 +215,15 @@ def make_questions(out: str, train: int, test: int) -> None:
 
     Args:
       out: the folder, which must not exist.
-      train, test: questions of each kind. Those to test on come first: more to train on change
-        nothing there.
+      train, test: questions of each kind, as in `drawn`.
 
     Raises:
-      UserError: a count is below 0.
+      UserError: as `drawn`.
     """
-    arguments.whole("--train", train, 0)
-    arguments.whole("--test", test, 0)
-    progress = Progress("made", len(KINDS) * (train + test), "questions")
-    done = 0
     with atomic_folder(Path(out)) as folder:
-        for kind, make in KINDS.items():
-            questions = different(kind, make)
-            for split, count in (("test", test), ("train", train)):
-                some = itertools.islice(questions, count)
-                lines = [json.dumps(question._asdict()) + "\n" for question in some]
-                (folder / f"{kind}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-                done += count
-                progress(done)
+        for kind, split, questions in drawn(KINDS, train, test, "questions"):
+            lines = [json.dumps(question._asdict()) + "\n" for question in questions]
+            (folder / f"{kind}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
