@@ -241,15 +241,10 @@ def place_rows(mesh: Mesh, local: Any, count: int) -> Any:
     Args:
       local: a tree of numpy arrays, this process's `local_rows` of the batch.
     """
-    here = local_rows(mesh, count)
 
     def place(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(count)
-            first, end = np.searchsorted(here, [start, stop])
-            return x[first:end]
-
-        return jax.make_array_from_callback((count, *x.shape[1:]), rows(mesh), part)
+        shape = (count, *x.shape[1:])
+        return jax.make_array_from_process_local_data(rows(mesh), x, shape)
 
     return jax.tree.map(place, local)
 

@@ -164,10 +164,8 @@ def vote(mesh: Mesh) -> Callable[[bool], jax.Array]:
     each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ballots = {}
     for said in (False, True):
-        ballot = np.full(1, said, np.int32)
-        ballots[said] = jax.make_array_from_callback(
-            (mesh.size,), each, lambda _, ballot=ballot: ballot
-        )
+        local = np.full(len(mesh.local_devices), said, np.int32)
+        ballots[said] = jax.make_array_from_process_local_data(each, local, (mesh.size,))
     count = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return lambda said: count(ballots[said])
 
