@@ -27,19 +27,19 @@ ROWS = ("data", "fsdp")
 # Logical axis -> mesh axes. Weights are split along the width over fsdp, and over traces, whose
 # devices would otherwise hold copies; along heads, features and vocabulary over tensor.
 WEIGHTS = {
-    "vocab": "tensor",
+    "vocab": ("tensor",),
     "embed": ("fsdp", "traces"),
-    "heads": "tensor",
-    "ffn": "tensor",
-    "layers": None,
+    "heads": ("tensor",),
+    "ffn": ("tensor",),
+    "layers": (),
 }
 # Weights while they are used are whole along the width.
-IN_USE = WEIGHTS | {"embed": None}
+IN_USE = WEIGHTS | {"embed": ()}
 # Activations: rows are split over data and fsdp together, the traces of a row over traces, heads
 # and features like the weights.
-ACTIVATIONS = {"batch": ROWS, "traces": "traces", "heads": "tensor", "ffn": "tensor"}
+ACTIVATIONS = {"batch": ROWS, "traces": ("traces",), "heads": ("tensor",), "ffn": ("tensor",)}
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
+Rules = Mapping[str, tuple[str, ...]]
 
 
 def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -113,17 +113,11 @@ def spec(axes: Axes, rules: Rules) -> PartitionSpec:
     unknown = [axis for axis in axes if axis is not None and axis not in rules]
     if unknown:
         raise ValueError(f"no sharding rule for logical axes {unknown}; rules: {dict(rules)}")
-    parts = [rules[axis] if axis is not None else None for axis in axes]
-    used = [name for part in parts for name in _names(part)]
+    parts = [rules[axis] if axis is not None else () for axis in axes]
+    used = [name for part in parts for name in part]
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {axes} put two dimensions on one mesh axis: {parts}")
     return PartitionSpec(*parts)
-
-
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if part is None:
-        return ()
-    return (part,) if isinstance(part, str) else part
 
 
 def shards(mesh: Mesh, axis: str, rules: Rules = ACTIVATIONS) -> int:
@@ -132,13 +126,12 @@ def shards(mesh: Mesh, axis: str, rules: Rules = ACTIVATIONS) -> int:
     axis: an axis of activations, "batch", "traces", "heads" or "ffn"; with rules=WEIGHTS an axis of
       weights.
     """
-    return math.prod(mesh.shape[name] for name in _names(rules[axis]))
+    return math.prod(mesh.shape[name] for name in rules[axis])
 
 
 def setting(mesh: Mesh, axis: str) -> str:
     """Returns the config keys that split an axis of activations: "config.mesh.tensor=2"."""
-    names = _names(ACTIVATIONS[axis])
-    return " x ".join(f"config.mesh.{name}={mesh.shape[name]}" for name in names)
+    return " x ".join(f"config.mesh.{name}={mesh.shape[name]}" for name in ACTIVATIONS[axis])
 
 
 def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
@@ -161,10 +154,10 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
             )
         own_axes = axes[path[-1].key][-leaf.ndim :]
         partition = spec(own_axes, WEIGHTS)
-        for size, part in zip(leaf.shape, partition):
-            lengths = {axis: mesh.shape[axis] for axis in _names(part)}
+        for size, axis in zip(leaf.shape, own_axes):
+            lengths = {part: mesh.shape[part] for part in WEIGHTS.get(axis, ())}
             if size % math.prod(lengths.values()):
-                split = " x ".join(f"{axis}={length}" for axis, length in lengths.items())
+                split = " x ".join(f"{part}={length}" for part, length in lengths.items())
                 found = f"{name} {tuple(leaf.shape)}"
                 raise UserError(f"the mesh: {split} does not divide {found}: expected a divisor")
         return NamedSharding(mesh, partition)
@@ -183,7 +176,6 @@ def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any
     Args:
       trainable: the parameters, a tree of ShapeDtypeStruct with shardings.
     """
-    whole = replicated(mesh)
 
     def is_placeholder(leaf: Any) -> bool:
         return isinstance(leaf, optax.MaskedNode)
@@ -195,7 +187,7 @@ def optimizer_state(mesh: Mesh, tx: optax.GradientTransformation, trainable: Any
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def unlike(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
 
     state = jax.eval_shape(tx.init, trainable)
     return optax.tree.map_params(
@@ -301,8 +293,8 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
-        own = {axis: part for axis, part in rules.items() if by_hand.issuperset(_names(part))}
-        return spec(axes, dict.fromkeys(rules) | own)
+        own = {axis: part for axis, part in rules.items() if by_hand.issuperset(part)}
+        return spec(axes, dict.fromkeys(rules, ()) | own)
 
     def multiply(x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
         count = contracted(x_axes, w_axes, y_axes)
@@ -314,7 +306,7 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
             return matmul(x, whole, count, flat)
 
         lengths = zip(x_axes, x.shape, strict=True)
-        not_split = {axis: None for axis, length in lengths if axis and length == 1}
+        not_split = {axis: () for axis, length in lengths if axis and length == 1}
         activations = ACTIVATIONS | not_split
         return jax.shard_map(
             on_each_device,
@@ -342,12 +334,12 @@ def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
             return function
 
         def call(*args: Any) -> Any:
-            rules: dict[str, str | tuple[str, ...] | None] = {}
+            rules: dict[str, tuple[str, ...]] = {}
             leaves = jax.tree.leaves(in_axes, is_leaf=is_axes)
             for axes, x in zip(leaves, jax.tree.leaves(args), strict=True):
                 for axis, length in zip(axes, x.shape):
                     if axis:
-                        rules[axis] = ACTIVATIONS[axis] if length > 1 else None
+                        rules[axis] = ACTIVATIONS[axis] if length > 1 else ()
 
             def specs(tree: Any) -> Any:
                 return jax.tree.map(lambda axes: spec(axes, rules), tree, is_leaf=is_axes)

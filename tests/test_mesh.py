@@ -93,7 +93,7 @@ def test_hosts_of_gpus_are_no_slices():
         (("layers", "width"), mesh_lib.WEIGHTS, "'width'"),
         (("heads", "ffn"), mesh_lib.WEIGHTS, "ffn.*one mesh axis"),
         (("embed", "embed"), mesh_lib.WEIGHTS, "embed.*one mesh axis"),
-        (("batch", "rows"), {"batch": ("data", "fsdp"), "rows": "fsdp"}, "rows.*one mesh axis"),
+        (("batch", "rows"), {"batch": ("data", "fsdp"), "rows": ("fsdp",)}, "rows.*one mesh axis"),
     ],
 )
 def test_a_spec_that_cannot_be_is_refused(axes, rules, words):
