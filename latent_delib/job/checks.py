@@ -13,6 +13,7 @@ from latent_delib.delib.step import OPTIMIZERS
 from latent_delib.delib.traces import PLACEMENTS, group_offsets
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
+from latent_delib.machine.command_line import keys_of, value_of
 from latent_delib.nn.transformer import REMAT
 
 ONE_OF = {
@@ -48,8 +49,7 @@ def check(config: ConfigDict) -> None:
     _check_finite(config)
     check_data(config.data)
     for key, allowed in ONE_OF.items():
-        section, name = key.split(".")
-        value = config[section][name]
+        value = value_of(config, key)
         if value not in allowed:
             raise UserError(f"config.{key}={value!r}: expected one of {', '.join(sorted(allowed))}")
     _check_optimizer(config.optimizer)
@@ -88,16 +88,14 @@ def check_steps(config: ConfigDict) -> None:
                 )
 
 
-def _check_finite(config: ConfigDict, above: str = "config") -> None:
-    """Raises UserError for integers from 2**31 on, except the seed, for infinity and NaN."""
-    for name, value in config.items():
-        key = f"{above}.{name}"
-        if isinstance(value, ConfigDict):
-            _check_finite(value, key)
-        elif isinstance(value, int) and value >= 2**31 and name != "seed":
-            raise UserError(f"{key}={value}: expected less than 2**31")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key}={value}: expected a finite number")
+def _check_finite(config: ConfigDict) -> None:
+    """Raises UserError for integers from 2**31 on, except seeds, for infinity and NaN."""
+    for key in keys_of(config):
+        value = value_of(config, key)
+        if isinstance(value, int) and value >= 2**31 and key.split(".")[-1] != "seed":
+            raise UserError(f"config.{key}={value}: expected less than 2**31")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{key}={value}: expected a finite number")
 
 
 def _check_optimizer(o: ConfigDict) -> None:

@@ -141,12 +141,10 @@ def _architecture(config: ConfigDict, decoder: Path | None) -> TransformerConfig
 def tokenizer_path(config: ConfigDict) -> Path:
     """Returns the file of a config's tokenizer."""
     name = config.decoder.tokenizer
-    decoder = config.decoder.path
-    if name and name != "packaged":
+    if name not in ("", "packaged"):
         return Path(name)
-    return folder.tokenizer_path(
-        folder.find_decoder(decoder if decoder and not name else "packaged")
-    )
+    decoder = name or config.decoder.path or "packaged"
+    return folder.tokenizer_path(folder.find_decoder(decoder))
 
 
 def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer:

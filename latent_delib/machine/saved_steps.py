@@ -32,15 +32,11 @@ def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
         raise UserError(f"--workdir={workdir}: {why}; a decoder alone needs a --config")
     if step is not None and step not in steps:
         raise UserError(f"--workdir={workdir}: no checkpoint of step {step}; there are {steps}")
-    for number in reversed(steps):
-        if step not in (None, number):
-            continue
+    for number in reversed(steps) if step is None else [step]:
         path = where / str(number) / "meta" / "metadata"
-        try:
-            with store_errors(path):
-                return json.loads(path.read_text())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            continue
+        damaged = suppress(FileNotFoundError, NotADirectoryError, ValueError)
+        with damaged, store_errors(path):
+            return json.loads(path.read_text())
     at = "" if step is None else f" of step {step}"
     raise UserError(
         f"--workdir={workdir}: no checkpoint{at} that says how it was trained; give a --config"
