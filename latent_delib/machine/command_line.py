@@ -120,16 +120,16 @@ def parse(values: flags.FlagValues, options: Options) -> None:
       UserError: a flag, key or value is wrong; a flag is missing; or a config file fails.
     """
     words = [name for name, (default, _) in options.items() if default is FOLDERS]
-    for name, (default, text) in options.items():
+    for name, (default, _) in options.items():
         if name not in words:
-            _define(values, name, default, text)
+            _define(values, name, default)
     try:
         rest = values(sys.argv, known_only=True)[1:]
         rest = _parse_keys(values, options, rest)
     except flags.Error as error:
         raise UserError(str(error).removeprefix("flag ")) from None
     for name in words:
-        _define(values, name, FOLDERS, "")
+        _define(values, name, FOLDERS)
         values[name].value = rest
         rest = []
     if rest:
@@ -149,11 +149,11 @@ def _shown(name: str, default: Any) -> str:
     return "DIR" if default is FOLDERS else f"--{name}"
 
 
-def _define(values: flags.FlagValues, name: str, default: Any, text: str) -> None:
+def _define(values: flags.FlagValues, name: str, default: Any) -> None:
     kind = int if default is None else type(default)
     if default in (REQUIRED, CONFIG, FOLDERS) or callable(default):
         kind, default = str, None
-    flag = flags.Flag(PARSERS[kind], None, name, default, text, boolean=kind is bool)
+    flag = flags.Flag(PARSERS[kind], None, name, default, "", boolean=kind is bool)
     flags.DEFINE_flag(flag, values)
 
 

@@ -19,7 +19,7 @@ from absl import flags
 
 from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
 from latent_delib.machine import files
-from latent_delib.machine.command_line import help_text, parse
+from latent_delib.machine.command_line import WRITTEN, help_text, parse
 from latent_delib.machine.config_keys import list_keys
 
 STOPPED = 75  # the exit code after SIGTERM, once all is saved: run it again to go on
@@ -130,7 +130,7 @@ def _of_disk(error: OSError, values: flags.FlagValues) -> str:
     if error.errno not in UNWRITTEN:
         return text
     written = []
-    for name in ("out", "workdir"):
+    for name in WRITTEN:
         if name in values and values[name].value:
             written.append(f"--{name}={values[name].value}")
     return f"{text}, writing to {' or '.join([*written, 'standard output'])}"
