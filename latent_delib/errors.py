@@ -41,9 +41,8 @@ def extra(name: str, more: str = "") -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        line = f"{error.name} is not installed: "
-        line += f"install it with ./launch/setup.sh {name}"
-        raise UserError(line + more) from None
+        remedy = f"install it with ./launch/setup.sh {name}{more}"
+        raise UserError(f"{error.name} is not installed: {remedy}") from None
 
 
 # The words after the bar are a TPU's.

@@ -67,8 +67,9 @@ def prepare(config: Any, out: str) -> dict:
             for number, entry in enumerate(meta[split]):
                 reader = readers[entry["source"]]
                 skipped_before = bad.met.total()
+                progress = Progress(f"{reader.source}: prepared", reader.num_bytes(), "bytes")
                 documents = text.documents(reader, tokenizer_path, bad)
-                documents = _progress(reader, documents)
+                documents = progress.over(documents, lambda document: document.num_bytes)
                 entry |= _write_source(str(directory), split, number, documents, meta)
                 entry["skipped"] = bad.met.total() - skipped_before
         token_files.write_meta(str(directory), meta)
@@ -150,12 +151,6 @@ def _difference(found: dict, meta: dict) -> str | None:
             if here.get("whole") and not there.get("whole"):
                 return f"an older version cut the questions of {here['source']} anywhere"
     return None
-
-
-def _progress(reader: text.Reader, documents: Iterator[Document]) -> Iterator[Document]:
-    """Yields the documents of a reader unchanged; prints how many of its bytes are done."""
-    progress = Progress(f"{reader.source}: prepared", reader.num_bytes(), "bytes")
-    return progress.over(documents, lambda document: document.num_bytes)
 
 
 def _write_source(
