@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from latent_delib.data import batches
 from latent_delib.errors import Outage, UserError
 from latent_delib.job import build, experiment, parameters
+from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, commands, distributed, files, saved_steps
@@ -189,14 +190,12 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
     """
     where = exported.find_export(workdir)
     if where is not None:
-        meta = exported.read_fields(where, step)["record"]
+        fields, params = exported.load(where, step)
+        meta = fields["record"]
         _require_same(exp, meta, workdir)
         build.require_decoder(workdir, exp.aug.method)
-        _, params = exported.load(where)
-        wanted = parameters.trainable_shapes(exp)
-        trained = jax.tree.map(
-            lambda x, to: jax.device_put(x, to.sharding), {"coprocessor": params}, wanted
-        )
+        shardings = planning.shardings_of(parameters.trainable_shapes(exp))
+        trained = jax.device_put({"coprocessor": params}, shardings)
         found = Restored(meta["step"], meta, {"trainable": trained})
     else:
         checkpoints, meta = checkpoint.open_for_reading(workdir, step)
