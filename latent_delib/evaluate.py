@@ -33,7 +33,7 @@ from latent_delib.errors import Outage, UserError
 from latent_delib.job import build, experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
-from latent_delib.job.record import Record
+from latent_delib.job.record import OtherRun, Record
 from latent_delib.machine import checkpoint, commands, distributed, files, saved_steps
 from latent_delib.machine.checkpoint import Restored
 from latent_delib.machine.command_line import BASE, REQUIRED, load_config
@@ -62,13 +62,12 @@ def main(flags: Any) -> None:
         raise UserError(f"--steps={flags.steps}: expected all, or numbers separated by commas")
     if flags.patience < 0:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
-    if exported.find_export(flags.workdir) and not flags.out:
-        raise UserError(f"--workdir={flags.workdir}: is an exported coprocessor; name an --out")
-    if exported.find_export(flags.workdir) and (flags.watch or flags.steps):
-        raise UserError(
-            f"--workdir={flags.workdir}: is an exported coprocessor, of one step; "
-            "leave out --steps and --watch"
-        )
+    if exported.find_export(flags.workdir):
+        where = f"--workdir={flags.workdir}: is an exported coprocessor"
+        if not flags.out:
+            raise UserError(f"{where}; name an --out")
+        if flags.watch or flags.steps:
+            raise UserError(f"{where}, of one step; leave out --steps and --watch")
     out = flags.out or flags.workdir
     if os.path.isfile(out):
         raise UserError(f"--out={out}: is a file, expected a folder")
@@ -175,10 +174,6 @@ def evaluate_many(
         )
 
 
-class OtherRun(UserError):
-    """Says that a workdir's checkpoints are of another decoder or method than the config."""
-
-
 def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored:
     """Reads a checkpoint, the newest without `step`, or an exported coprocessor.
 
@@ -192,25 +187,18 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
     if where is not None:
         fields, params = exported.load(where, step)
         meta = fields["record"]
-        _require_same(exp, meta, workdir)
+        exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
         build.require_decoder(workdir, exp.aug.method)
         shardings = planning.shardings_of(parameters.trainable_shapes(exp))
         trained = jax.device_put({"coprocessor": params}, shardings)
         found = Restored(meta["step"], meta, {"trainable": trained})
     else:
         checkpoints, meta = checkpoint.open_for_reading(workdir, step)
-        _require_same(exp, meta, workdir)
+        exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
         wanted = {"trainable": parameters.trainable_shapes(exp)}
         found = checkpoints.restore_newest(wanted, step=step)
     trainable = jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable)
     return found._replace(trees={"trainable": trainable})
-
-
-def _require_same(exp: Experiment, meta: dict[str, Any], workdir: str) -> None:
-    try:
-        exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
-    except UserError as error:
-        raise OtherRun(str(error)) from None
 
 
 class Job:

@@ -90,6 +90,10 @@ SHORT = 12  # characters of a fingerprint that messages show
 Plain = Mapping[str, Any]
 
 
+class OtherRun(UserError):
+    """Reports a run that does not fit another one."""
+
+
 class Difference(NamedTuple):
     """Names a key that two runs do not agree on, and its value in each."""
 
@@ -123,26 +127,20 @@ class Record:
         """Reads the meta of a checkpoint, of this version or an older one.
 
         Raises:
-          UserError: the meta is of a newer version.
+          OtherRun: the meta is of a newer version.
         """
         found = meta.get("format", 0)
         if found > FORMAT:
-            raise UserError(
+            raise OtherRun(
                 f"{where}: checkpoint format {found}, expected at most {FORMAT}; "
                 "use a newer latent_delib"
             )
-        return cls(
-            config=meta["config"],
-            fingerprint=meta["fingerprint"],
-            architecture=meta["architecture"],
-            data=meta["data"]["fingerprint"],
-            step=meta["step"],
-            assistant=meta.get("assistant", {}),
-        )
+        data = meta["data"]["fingerprint"]
+        return dataclasses.replace(cls.from_result(meta), data=data)
 
     @classmethod
     def from_result(cls, result: Plain) -> "Record":
-        """Reads the record of a perplexity.json or benchmarks.json."""
+        """Reads the record of a perplexity.json or benchmarks.json; its data are not known."""
         return cls(
             config=result["config"],
             fingerprint=result["fingerprint"],
@@ -210,7 +208,7 @@ class Record:
         return found
 
     def require(self, other: "Record", purpose: str, where: str) -> None:
-        """Raises UserError unless another run, found at `where`, agrees for a purpose."""
+        """Raises OtherRun unless another run, found at `where`, agrees for a purpose."""
         found = self.differences(other, purpose)
         if not found:
             return
@@ -218,7 +216,7 @@ class Record:
             f"{d.key} is {_short(d.key, d.there)} there, {_short(d.key, d.here)} here"
             for d in found
         )
-        raise UserError(f"{where}: {listed}; {REMEDY[purpose]}")
+        raise OtherRun(f"{where}: {listed}; {REMEDY[purpose]}")
 
     def _keys(self, other: "Record", purpose: str) -> Iterator[str]:
         """Yields the keys of a purpose, one by one."""
