@@ -170,9 +170,8 @@ def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]
     if config is not None:
         known += [f"config.{key}" for key in keys_of(config)]
         known += [f"config.{key}" for key in fields_of_tables(config)]
-    _refuse_unknown(arguments, known)
+    _check_names(arguments, known)
     if config is not None:
-        _refuse_tables(arguments, known)
         _clear_named_fields(config, arguments)
         config_flags.DEFINE_config_dict("config", config, flag_values=keys, sys_argv=arguments)
         values["config"].value = config
@@ -239,10 +238,15 @@ def _flag_of(argument: str) -> str:
     return found[1] if found else ""
 
 
-def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
-    """Raises UserError for an unknown flag, with the known name that is most like it."""
-    for argument in arguments:
-        flag = _flag_of(argument)
+def _check_names(arguments: list[str], known: list[str]) -> None:
+    """Raises UserError for an unknown flag, with the known name that is most like it.
+
+    A table that is set as a whole is refused too, because its other keys would be lost.
+    """
+    for flag in map(_flag_of, arguments):
+        inside = [name for name in known if name.startswith(f"{flag}.")]
+        if flag.startswith("config.") and inside:
+            raise UserError(f"--{flag}: is a table; set its keys, such as --{inside[0]}=...")
         if not flag or flag in known or flag.removeprefix("no") in known:
             continue
         key = flag.split(".")[-1]
@@ -254,14 +258,6 @@ def _refuse_unknown(arguments: list[str], known: list[str]) -> None:
         if close:
             remedy = f"did you mean --{close[0]}?"
         raise UserError(f"--{flag}: no such flag; {remedy}")
-
-
-def _refuse_tables(arguments: list[str], known: list[str]) -> None:
-    """Raises UserError for a table that is set as a whole, because its other keys would be lost."""
-    for flag in map(_flag_of, arguments):
-        inside = [name for name in known if name.startswith(f"{flag}.")]
-        if flag.startswith("config.") and inside:
-            raise UserError(f"--{flag}: is a table; set its keys, such as --{inside[0]}=...")
 
 
 def load_config(given: str) -> ConfigDict:
