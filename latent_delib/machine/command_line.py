@@ -102,15 +102,10 @@ def parse_config(options: Options) -> ConfigDict:
     lenient: Options = {"list_keys": (False, "")}
     for name, (default, text) in options.items():
         lenient[name] = "" if default in (REQUIRED, FOLDERS) else default, text
-    lenient["config"] = _base_config, ""
+    lenient["config"] = (lambda _: load_config(str(BASE)), "")
     values = flags.FlagValues()
     parse(values, lenient)
     return values.config
-
-
-def _base_config(values: flags.FlagValues) -> ConfigDict:
-    del values
-    return load_config(str(BASE))
 
 
 def parse(values: flags.FlagValues, options: Options) -> None:
