@@ -85,7 +85,6 @@ def use_text(config: Any, text: str, held_out: str, workdir: str) -> None:
     Args:
       config: the config of a training job; its `data` is changed.
       text, held_out: texts to train on and to evaluate on, in a form of `sources.source_of`.
-      workdir: the job's workdir.
 
     Raises:
       UserError: `text` or `held_out` is missing, or the config names token files; errors of

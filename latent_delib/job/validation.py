@@ -29,8 +29,6 @@ class Validation:
     a frozen decoder, the loss of that decoder on the same ahead tokens is computed once.
 
     Args:
-      exp: the job's experiment.
-      plan: the job's plan.
       frozen, trainable: the job's parameters, on the mesh.
 
     Raises:

@@ -67,11 +67,7 @@ def _place_in(comments: dict[str, str]) -> Any:
 def _lines_of(key: str, config: ConfigDict, kind: Any, comment: str) -> list[str]:
     """Returns the line of a key, as a list; an empty list for a table without a comment.
 
-    Args:
-      key: the dotted key of a value, a table or a field that is not set.
-      config: the config that has the key.
-      kind: the type of a field; None for other keys.
-      comment: the comment of the key.
+    kind: the type of a field, which may not be set; None for other keys.
     """
     value = value_of(config, key)
     if isinstance(value, ConfigDict):

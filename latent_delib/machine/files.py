@@ -200,15 +200,9 @@ class Copy:
 
 @contextlib.contextmanager
 def uploaded_folder(folder: epath.Path, last: str) -> Iterator[Path]:
-    """Yields a temporary local folder, whose files replace those of `folder` on a store.
+    """Yields a temporary local folder; on success its files replace those of `folder` on a store.
 
-    Args:
-      folder: where the files go on success.
-      last: the file whose presence tells that the folder is whole. It is removed first, and copied
-        last.
-
-    Raises:
-      OSError: the store failed; an Outage where it does not answer.
+    last: the file whose presence tells that the folder is whole; see `upload`, also for errors.
     """
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(temporary)
@@ -219,8 +213,6 @@ def upload(folder: Path, target: epath.Path, last: str = "") -> None:
     """Copies the files of a local folder to a folder on a store, each file part by part.
 
     Args:
-      folder: the local folder.
-      target: the folder on the store.
       last: a file that is removed from `target` first, and copied after all others.
 
     Raises:
