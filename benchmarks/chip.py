@@ -18,7 +18,6 @@ and said; the same command again makes what is missing. A kernel whose rows all 
 this machine: `auto` takes it from then on. The exit code is 1 where a form does not agree.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -41,9 +40,7 @@ FOLDER = Path("runs/chip")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.command_line(__doc__)
     parser.add_argument("--small", action="store_true", help="tiny models; proves nothing")
     parser.add_argument("--out", type=Path, help=f"by default {FOLDER}/CARD.json")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")

@@ -369,9 +369,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.command_line(__doc__)
     parser.add_argument("--part", choices=["card", *PARTS], required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float)

@@ -45,6 +45,13 @@ SMALL = dict(size="small", dtype="float32", seq_len=512, traces=64, ahead=16)
 Run = Callable[[int], Any]  # makes so many calls and waits for the last
 
 
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """Returns a parser of flags, whose --help shows a module's docstring as it is."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def arguments(
     doc: str | None,
     argv: Sequence[str] | None,
@@ -57,9 +64,7 @@ def arguments(
 
     switches: flags that are off unless given, with their help.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(doc)
     argv = sys.argv[1:] if argv is None else list(argv)
     parser.add_argument(
         "--small", action="store_true", help="the form for two CPU cores; the default without a GPU"

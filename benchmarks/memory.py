@@ -8,7 +8,6 @@ The true step: Gemma 2 2B, T 2048, M 128, A 16, bfloat16 with float32 master wei
 state. `held` is the state and the frozen weights; `working` is what the compiler plans beside them.
 """
 
-import argparse
 import json
 import time
 from functools import partial
@@ -21,6 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import common
 from configs import base
 from latent_delib.delib import cost
 from latent_delib.delib.augment import Augmentation
@@ -152,9 +152,7 @@ def compile_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.command_line(__doc__)
     parser.add_argument("--target", default="h100", choices=TARGETS)
     parser.add_argument("--size", default="gemma2_2b", choices=SIZES)
     parser.add_argument("--latents", type=int, nargs="+", default=[16, 64])

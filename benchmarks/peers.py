@@ -253,9 +253,7 @@ def versions() -> dict[str, str | None]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.command_line(__doc__)
     parser.add_argument("--rows", default=",".join(ROWS), help="numbers with commas between")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every side")
     parser.add_argument(

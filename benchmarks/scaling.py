@@ -8,13 +8,13 @@ traffic are those of the program that the slice would run. Times are estimates f
 again, it goes on where it stopped.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from benchmarks import common
 from configs import gemma2_2b
 from latent_delib.errors import UserError
 from latent_delib.job import dry_run, experiment
@@ -227,9 +227,7 @@ def show(rows: list[Row], out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.command_line(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=TABLES)
     a = parser.parse_args()
