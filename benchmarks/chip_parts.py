@@ -147,7 +147,7 @@ class Steps:
         try:
             compiled = job.compile(form, remat, inputs)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not common.out_of_memory(error):
                 raise
             return None, batch // 2
         found = common.memory(compiled) | {"compile_s": time.perf_counter() - began}
@@ -197,11 +197,6 @@ def power_of_two(x: int) -> int:
     return 1 << (x.bit_length() - 1) if x else 0
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error is of too little memory: jax's or torch's, compiling or running."""
-    return bool(re.search("RESOURCE_EXHAUSTED|out of memory|Ran out of memory", str(error)))
-
-
 # The PyTorch peer.
 
 
@@ -235,7 +230,7 @@ def peer_row(small: bool, L: int, why: str | None) -> dict[str, Any]:
         try:
             found = step.measure_torch(a, L, batch)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not common.out_of_memory(error):
                 raise
             found = {"ms": None}
         if found["ms"]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -181,7 +182,7 @@ def measure(runs: Mapping[str, Run], rounds: int, least: float = 0.0) -> dict[st
         try:
             run(3)  # compiles, and lets clocks and caches settle
         except RuntimeError as error:  # jax's and torch's are
-            if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):
+            if not out_of_memory(error):
                 raise
             continue
         began = time.perf_counter()
@@ -195,14 +196,17 @@ def measure(runs: Mapping[str, Run], rounds: int, least: float = 0.0) -> dict[st
     return seconds
 
 
-def spread(
-    seconds: Sequence[float], scale: float = 1e3, unit: str = "ms"
-) -> dict[str, float | None]:
-    """Returns median, least and most, times `scale`; None where there is no measurement."""
+def out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error is of too little memory: jax's or torch's, compiling or running."""
+    return bool(re.search("RESOURCE_EXHAUSTED|out of memory|Ran out of memory", str(error)))
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float | None]:
+    """Returns median, least and most, in milliseconds; None where there is no measurement."""
     if not seconds:
-        return dict.fromkeys((unit, f"{unit}_min", f"{unit}_max"))
+        return dict.fromkeys(("ms", "ms_min", "ms_max"))
     low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
-    return {unit: scale * middle, f"{unit}_min": scale * low, f"{unit}_max": scale * high}
+    return {"ms": 1e3 * middle, "ms_min": 1e3 * low, "ms_max": 1e3 * high}
 
 
 def memory(compiled: Any) -> dict[str, float]:
