@@ -9,10 +9,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common
-from configs import base
+from benchmarks import common, step
 from latent_delib.delib import augment
-from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
 
 PRESET = dict(latents=16, batch=1, remat="attention")
 
@@ -21,15 +19,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = common.arguments(__doc__, argv, (), common.PUBLISHED | PRESET, common.SMALL | PRESET)
     dtype, form = jnp.dtype(a.dtype), common.attention_forms()[-1]
     aug = common.augmentation(a.config, a.latents, form, a.remat)
-    tree = common.weights(a.config, a.latents, "float32")
-    frozen = {"decoder": jax.tree.map(lambda x: x.astype(dtype), tree["decoder"])}
-    trained = {"coprocessor": tree["coprocessor"]}
+    job = step.Job(a, a.latents)
+    trained = job.start().trainable
     tokens, segment = common.text(a, a.batch)
+    batch = {"tokens": tokens, "segment": segment}
     at = common.positions(a, tokens, segment)
-    tx = make_optimizer(base.get_config().optimizer, 1000).tx
 
     def params(trained):
-        return frozen | jax.tree.map(lambda x: x.astype(dtype), trained)
+        return job.frozen | jax.tree.map(lambda x: x.astype(dtype), trained)
 
     def read(trained):
         return augment.read_text(aug, params(trained), tokens, segment, dtype)
@@ -46,25 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         z, cache, traces = latents(trained)
         return augment.decode(aug, params(trained), z, cache, traces)[0]
 
-    state = TrainState(jnp.int32(0), trained, tx.init(trained))
-    objective = Objective(
-        aug=aug,
-        num_traces=a.traces,
-        num_ahead=a.ahead,
-        dtype=dtype,
-    )
-    step = partial(train_step, objective=objective, tx=tx)
     parts = {
-        "text": (lambda t: read(t).cache, trained),
-        "+ latents": (lambda t: latents(t)[0], trained),
-        "+ decoder over traces": (decode, trained),
-        "+ loss": (loss, trained),
-        "+ gradient": (jax.grad(loss), trained),
-        "+ optimizer": (lambda s: step(s, frozen, {"tokens": tokens, "segment": segment}), state),
+        "text": lambda t: read(t).cache,
+        "+ latents": lambda t: latents(t)[0],
+        "+ decoder over traces": decode,
+        "+ loss": loss,
+        "+ gradient": jax.grad(loss),
     }
-    runs = {
-        name: common.calls(partial(jax.jit(function), x)) for name, (function, x) in parts.items()
-    }
+    runs = {name: common.calls(partial(jax.jit(part), trained)) for name, part in parts.items()}
+    whole = job.compile(form, a.remat, batch)
+    runs["+ optimizer"] = common.calls(partial(job.advance, whole, batch))
     rows, before = [], 0.0
     for name, seconds in common.measure(runs, a.rounds).items():
         rows.append({"part": name, **common.spread(seconds)})
