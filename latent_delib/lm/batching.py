@@ -47,21 +47,14 @@ def batches(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[in
 def together(mesh: Mesh, batch_size: int, key: Key) -> int:
     """Returns how many rows with a key of `batches` are read together.
 
-    A CPU reads only as many as `rows_at_once`.
+    A CPU reads a power of two with at most CPU_TOKENS tokens, unless the batch is smaller.
     """
     continuations, length = key
     most = max(1, batch_size // continuations)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return rows_at_once(length, most) if on_cpu else most
-
-
-def rows_at_once(length: int, most: int) -> int:
-    """Returns how many rows of a length, at most `most`, to compute at a time on a CPU.
-
-    Where that is less than `most`, it is a power of two.
-    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return most
     rows = max(1, CPU_TOKENS // length)
-    return max(1, min(most, 1 << (rows.bit_length() - 1)))
+    return min(most, 1 << (rows.bit_length() - 1))
 
 
 def pad(rows: Sequence[Any], pad_id: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
