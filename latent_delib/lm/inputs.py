@@ -132,16 +132,6 @@ def token_ids(name: str, text: Prompt, tokenizer: Tokenizer, vocab_size: int) ->
     return ids
 
 
-def prompt_tokens(name: str, prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Returns the tokens of a prompt, BOS before a text."""
-    ids = token_ids(name, prompt, tokenizer, vocab_size)
-    if isinstance(prompt, str):
-        ids = [tokenizer.bos_id, *ids]
-    if not ids:
-        raise UserError(f"{name}: holds no token, not even BOS")
-    return ids
-
-
 def check_length(name: str, length: int, new: int, max_length: int, longest: int) -> None:
     """Raises UserError for a text that is too long.
 

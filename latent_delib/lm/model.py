@@ -29,9 +29,7 @@ Report = Callable[[int], None]  # gets the number of items done
 
 
 class AugmentedLM:
-    """Combines a decoder and a coprocessor into one language model.
-
-    Without a coprocessor it is the decoder as it is.
+    """Combines a decoder and a coprocessor; without a coprocessor it is the decoder as it is.
 
     Token arrays hold one document per row, starting with BOS; padding on the right changes nothing
     before it. A list of prompts may have any length. Prompts are taken `batch_size` at a time,
@@ -67,12 +65,11 @@ class AugmentedLM:
         self.coprocessor = coprocessor
         self.tokenizer = decoder.tokenizer
         self.dtype = decoder.params["embedding"].dtype
-        self.max_length = arguments.whole("max_length", max_length, 2)
         self.mesh = mesh or build.one_device()
         self.coprocessor_mesh = coprocessor_mesh
         self.plain = augmentation(decoder, None, self.mesh, attention)
         self.aug = augmentation(decoder, coprocessor, self.mesh, attention)
-        self.max_length = min(self.max_length, self.aug.longest_text)
+        self.max_length = min(arguments.whole("max_length", max_length, 2), self.aug.longest_text)
         self.params: Params = {"decoder": place(self.mesh, decoder.params, self.dtype)}
         if coprocessor is None:
             return
@@ -374,8 +371,11 @@ class AugmentedLM:
 
     def _head(self, name: str, prompt: Prompt, new: int) -> list[int]:
         """Returns the tokens of a prompt, BOS before a text; `new` more tokens must fit."""
-        vocab_size = self.decoder.config.vocab_size
-        ids = inputs.prompt_tokens(name, prompt, self.tokenizer, vocab_size)
+        ids = self._ids(name, prompt)
+        if isinstance(prompt, str):
+            ids = [self.tokenizer.bos_id, *ids]
+        if not ids:
+            raise UserError(f"{name}: holds no token, not even BOS")
         inputs.check_length(name, len(ids), new, self.max_length, self.aug.longest_text)
         return ids
 
