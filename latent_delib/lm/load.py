@@ -183,7 +183,6 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     if METHODS[name].write is None:
         raise UserError(f"{workdir}: method {name!r} has no coprocessor")
     found = checkpoints.restore_newest(step=step)
-    assert found is not None, "open_for_reading saw one"
     record = Record.from_meta(found.meta, workdir)
     params = found.trainable["coprocessor"]
     if record["method.lora_rank"] and record["method.start"]:

@@ -44,10 +44,11 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
     known = _can_be_estimated(tokens, work)
     if known.any():
         by_work = np.argsort(work, kind="stable")
-        sums = np.concatenate([change[:, known], tokens[:, known]], axis=1)
+        sums = np.concatenate([change[:, known], tokens[:, known]], axis=1)[by_work]
         size = np.unique(work, return_counts=True)[1]
-        resampled = _resampled(sums[by_work], size, seed)
-        total_change, total_tokens = np.split(resampled, 2, axis=1)
+        draw = np.random.default_rng(seed)
+        resampled = [_resample(draw, size) @ sums for _ in range(RESAMPLES)]
+        total_change, total_tokens = np.split(np.array(resampled), 2, axis=1)
         mean = np.full_like(total_change, np.nan)
         np.divide(total_change, total_tokens, out=mean, where=total_tokens > 0)
         found[:, known] = 100 * np.expm1(np.nanpercentile(mean, [2.5, 97.5], axis=0))
@@ -64,21 +65,10 @@ def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
     return several
 
 
-def _resampled(sums: np.ndarray, size: np.ndarray, seed: int) -> np.ndarray:
-    """Returns the sums of each resample, [RESAMPLES, columns].
-
-    Args:
-      sums: [documents, columns]; the documents of a work are next to each other.
-      size: the number of documents of each work.
-    """
-    draw = np.random.default_rng(seed)
-    return np.array([_resample(draw, size) @ sums for _ in range(RESAMPLES)])
-
-
 def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
     """Draws how many times a resample has each document, int [documents].
 
-    size: the number of documents of each work.
+    size: the number of documents of each work, which are next to each other.
     """
     works = draw.integers(len(size), size=len(size))
     first = np.cumsum(size) - size  # the first document of each work
