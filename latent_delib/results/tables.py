@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from latent_delib.results import published
@@ -40,7 +39,7 @@ def tables(runs: Runs) -> list[Table]:
     ]
     for each in COMPARISONS:
         made.append(_variants(each.name, each.title, each.lines, entries_in(each, every)))
-    made.append(_perplexity("11_every_method", every_run, runs.perplexity))
+    made.append(_perplexity("11_every_method", every_run, runs.perplexity, {}))
     return made
 
 
@@ -48,7 +47,7 @@ def _perplexity(
     name: str,
     title: str,
     results: Sequence[Result],
-    lines: Mapping[int, Mapping[int, float]] = MappingProxyType({}),
+    lines: Mapping[int, Mapping[int, float]],
 ) -> Table:
     """Makes a table of the change at each n: the published rows and our runs, by latents.
 
