@@ -229,7 +229,6 @@ def _wanted_row(name: str, row: Row, model: str, kinds: set[str], cot: str, flag
       model: one of MODELS.
       kinds: the kinds of its questions; see `harness.kinds`.
       cot: the words of zero-shot CoT.
-      flags: of the command line.
     """
     is_cot = model == "zero_shot_cot"
     if is_cot and (kinds != {"generate_until"} or row["set"] == "questions"):

@@ -173,8 +173,7 @@ def write_beside(
     The cache of the text is copied to these devices, and the latents are copied back.
 
     Args:
-      params, aug: the coprocessor's, on `mesh`.
-      mesh: the mesh of the coprocessor.
+      params, aug, mesh: the coprocessor's.
       home: the mesh of the decoder.
       read, text_BX: the text as it was read, and its tokens, on `home`.
     """

@@ -136,7 +136,6 @@ def check_length(name: str, length: int, new: int, max_length: int, longest: int
     """Raises UserError for a text that is too long.
 
     Args:
-      name: the text's name, for messages.
       length: number of tokens in the text.
       new: number of tokens that are to follow.
       max_length: the most tokens of both together; at most `longest`.
@@ -154,7 +153,6 @@ def token_array(tokens_BT: Any, vocab_size: int, row_shards: int, longest: int) 
 
     Args:
       tokens_BT: integers below `vocab_size`.
-      vocab_size: V.
       row_shards: parts into which the rows are split.
       longest: the largest T allowed, `Augmentation.longest_text`.
     """

@@ -35,7 +35,6 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
       tokens: int64 [documents, A], number of tokens that count.
       change: float64 [documents, A], the change in -log p by latents, summed over tokens, nats.
       work: int [documents], the work of each document.
-      seed: the seed of the draws.
 
     Returns:
       float64 [2, A]. NaN for an n that only one document reaches, or only one of several works.

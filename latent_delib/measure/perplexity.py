@@ -72,12 +72,7 @@ def add_up(
     Each token counts once for each n, under both models. Values are added in float64, piece by
     piece, so the same batches in the same order give the same bits.
 
-    Args:
-      exp: the experiment.
-      sums: the sums by term.
-      document: int64 [pieces], the document of each case.
-      cases: the pieces of the batch.
-      values: the values of the batch.
+    document: int64 [pieces], the document of each case.
     """
     for row, case in enumerate(cases):
         _add_piece(exp, sums, document[row], case, values.of(row))
@@ -230,10 +225,7 @@ def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]
     The change is in perplexity, percent. The ends of its interval are None where the interval
     cannot be estimated.
 
-    Args:
-      sums: the sums of some documents, by term.
-      work: int [documents], the work of each document.
-      seed: the seed of the intervals.
+    work: int [documents], the work of each document.
     """
     tokens, decoder, augmented = sums["nll"]
     interval = intervals.interval(tokens, augmented - decoder, work, seed)

@@ -101,8 +101,6 @@ def positions(
     The draw depends on the seed and the piece's number alone.
 
     Args:
-      seed: the seed of the draw.
-      number: the number of the piece.
       length: tokens of the piece.
       most: places to draw in a piece of `longest` tokens. A shorter piece has its share, so that
         each token of the text is as likely as any other. 0: every token that has a next one.
