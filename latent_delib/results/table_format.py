@@ -96,17 +96,13 @@ def as_csv(table: Table) -> str:
     for row in table.rows:
         cells: list[Any] = []
         for cell, is_wide in zip(row, with_intervals):
-            cells += _numbers(cell, is_wide)
+            numbers = [cell, "", ""]
+            if isinstance(cell, Figure):
+                numbers = [cell.value, cell.low, cell.high]
+            cells += numbers if is_wide else numbers[:1]
         writer.writerow(cells)
     return text.getvalue()
 
 
 def _has_interval(column: Sequence[Cell]) -> bool:
     return any(isinstance(cell, Figure) and cell.has_interval for cell in column)
-
-
-def _numbers(cell: Cell, is_wide: bool) -> list[Any]:
-    """Returns a cell as CSV has it: its value and, in a wide column, the interval's ends."""
-    if not isinstance(cell, Figure):
-        return [cell, "", ""] if is_wide else [cell]
-    return [cell.value, cell.low, cell.high] if is_wide else [cell.value]
