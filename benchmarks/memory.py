@@ -8,6 +8,7 @@ The true step: Gemma 2 2B, T 2048, M 128, A 16, bfloat16 with float32 master wei
 state. `held` is the state and the frozen weights; `working` is what the compiler plans beside them.
 """
 
+import itertools
 import json
 import time
 from functools import partial
@@ -162,13 +163,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     where, rows = chip(a.target), []
-    for L in a.latents:
-        for B in a.batch:
-            for remat in a.remat:
-                for form in a.forms:
-                    row = compile_step(where, a.size, L, B, remat, form)
-                    rows.append(row)
-                    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    for L, B, remat, form in itertools.product(a.latents, a.batch, a.remat, a.forms):
+        row = compile_step(where, a.size, L, B, remat, form)
+        rows.append(row)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if a.json:
         found = {"target": a.target, "size": a.size, "jax": jax.__version__, "rows": rows}
         a.json.write_text(json.dumps(found, indent=2))
