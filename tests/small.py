@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.machine import checkpoint
 from latent_delib.nn import transformer
 from latent_delib.nn.cache import Cache
@@ -38,6 +40,10 @@ LLAMA = TransformerConfig(
 )
 GPT2 = dataclasses.replace(SIZES["gpt2_test"], learned_positions=64)
 CONFIGS = {"gemma": GEMMA, "llama": LLAMA, "gpt2": GPT2}
+# The paper's placement and one that reads the last token again; the others in slow tests.
+TWO = ("after", "overlay")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in PLACEMENTS if name not in TWO]
+TWO_AND_SLOW = [*TWO, *SLOW]
 
 
 def at_random(seed, shapes):

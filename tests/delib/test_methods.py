@@ -314,7 +314,13 @@ def through_identity(config, tree):
 
 
 @pytest.mark.parametrize(
-    "family, num_layers", [("gemma", 4), ("gemma", 2), ("llama", 2), ("gpt2", 2)]
+    "family, num_layers",
+    [
+        ("gemma", 4),
+        ("llama", 2),
+        pytest.param("gemma", 2, marks=pytest.mark.slow),
+        pytest.param("gpt2", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_maps_that_change_nothing(family, num_layers):
     """Of the same shape: no maps. Of half the depth: it reads the first and the last layer."""

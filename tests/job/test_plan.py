@@ -57,8 +57,8 @@ def traffic(exp):
 @pytest.mark.parametrize(
     "mesh, parts",
     [
-        ({"mesh.data": 1, "mesh.fsdp": 8}, 1),
         ({"mesh.data": 2, "mesh.fsdp": 2, "mesh.traces": 2}, 2),
+        pytest.param({"mesh.data": 1, "mesh.fsdp": 8}, 1, marks=pytest.mark.slow),
     ],
 )
 def test_what_a_step_moves(make_config, mesh, parts):

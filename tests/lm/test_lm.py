@@ -9,6 +9,7 @@ import jax
 import naive
 import numpy as np
 import pytest
+import small
 
 import latent_delib as ld
 from latent_delib import mesh
@@ -129,10 +130,6 @@ def naive_greedy(lm, prompt, delay=0, every=0):
     return new
 
 
-TWO = ("after", "overlay")  # latents go on from the text, or the text keeps its positions
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in PLACEMENTS if name not in TWO]
-
-
 @pytest.mark.parametrize("name", ["decoder", *PLACEMENTS])
 def test_greedy_equals_a_loop_without_a_cache(lms, name):
     found = lms[name].generate(PROMPTS, NEW)
@@ -140,7 +137,7 @@ def test_greedy_equals_a_loop_without_a_cache(lms, name):
     assert len(set(sum(found, []))) > NEW  # a decoder that repeats itself would show nothing
 
 
-@pytest.mark.parametrize("name", [*TWO, *SLOW])
+@pytest.mark.parametrize("name", small.TWO_AND_SLOW)
 def test_delayed_latents_are_the_prompts(lms, name):
     found = lms[name].generate(PROMPTS, NEW, delay=2)
     plain = lms["decoder"].generate(PROMPTS, NEW)
@@ -494,7 +491,7 @@ def test_without_its_coprocessor_the_decoder_goes_on(lms, beside, monkeypatch, f
     assert [c.text for c in found] == lms["decoder"].generate(PROMPTS, 32)
 
 
-@pytest.mark.parametrize("name", ["decoder", *TWO, *SLOW])
+@pytest.mark.parametrize("name", ["decoder", *small.TWO_AND_SLOW])
 def test_logprobs(lms, name):
     lm = lms[name]
     heads = [[lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)] for prompt in FIVE]

@@ -135,7 +135,12 @@ WIDE = Case(H=256, M=5, S=30, T=150)
 
 @pytest.mark.parametrize(
     "case, card",
-    [(Case(H=64, M=9, S=20, T=200, softcap=50.0), L4), (WIDE, H100), (WIDE, A100), (WIDE, L4)],
+    [
+        (Case(H=64, M=9, S=20, T=200, softcap=50.0), L4),
+        (WIDE, H100),
+        pytest.param(WIDE, A100, marks=pytest.mark.slow),  # other blocks, the same kernel
+        pytest.param(WIDE, L4, marks=pytest.mark.slow),
+    ],
 )
 def test_bfloat16(case, card):
     """With the blocks of bfloat16. The reference rounds as it likes: float32 decides."""

@@ -220,7 +220,11 @@ def test_a_parameter_of_a_layer_without_a_name_is_not_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method, tensors", [("pause_tokens", {"soft_tokens"}), ("cartridge", {"keys", "values"})]
+    "method, tensors",
+    [
+        ("cartridge", {"keys", "values"}),
+        pytest.param("pause_tokens", {"soft_tokens"}, marks=pytest.mark.slow),
+    ],
 )
 def test_trained_vectors_are_stored_without_layers(make_config, tmp_path, method, tensors):
     changes = {"method.name": method, "method.placement": "overlay", "train.steps": 1}
