@@ -31,7 +31,8 @@ OTHER = Transformer(
 DECODER = jax.tree.map(jnp.asarray, small.decoder(CONFIG))
 ASSISTANT = jax.tree.map(jnp.asarray, small.decoder(OTHER.config, seed=3))
 AT = jnp.array([[0, 2, 4], [1, 2, 3]])
-TRACES = traces.lay_out(jnp.zeros((B, T), int), jnp.ones((B, T), int), AT, L, 2, "overlay")
+LAY_OUT = jax.jit(traces.lay_out, static_argnums=(3, 4, 5))
+TRACES = LAY_OUT(jnp.zeros((B, T), int), jnp.ones((B, T), int), AT, L, 2, "overlay")
 WRITING = [name for name, method in METHODS.items() if method.write]
 WITH_BODY = ["cache_augmentation", "from_scratch", "last_layer", "inserted", "joint", "sequential"]
 
