@@ -267,6 +267,7 @@ EXPERIMENTS = {
     "steps_half": {"train.steps": lambda steps: steps // 2},
     "steps_x2": {"train.steps": lambda steps: steps * 2},
     "steps_x4": {"train.steps": lambda steps: steps * 4},
+    "after_x4": {"method.placement": "after", "train.steps": lambda steps: steps * 4},
     # Latents come late by 0 to 3 tokens, drawn for each trace.
     "delay": {"method.max_delay": 3},
     # The paper's baselines: a random start, the decoder's last layer instead of its cache, adapters
