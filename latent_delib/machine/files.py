@@ -141,6 +141,18 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{in_the_way(path) or path}: {NOT_A_FOLDER}") from None
 
 
+def is_folder(path: epath.Path) -> bool:
+    """Returns whether a folder exists, local or on a store.
+
+    Where a store does not answer, `is_dir` says no; `exists` raises.
+
+    Raises:
+      OSError: the disk or store fails (Outage: the store does not answer).
+    """
+    with store_errors(path):
+        return path.exists() and path.is_dir()
+
+
 def in_the_way(path: Path) -> Path | None:
     """Returns the file that is in place of a folder or of one above it; None if there is none."""
     return next((each for each in (path, *path.parents) if each.is_file()), None)

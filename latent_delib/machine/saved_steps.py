@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from latent_delib.errors import UserError, store_errors
+from latent_delib.machine import files
 from latent_delib.machine.workdir import is_remote
 
 
@@ -68,9 +69,7 @@ def is_begun(workdir: str) -> bool:
     Raises:
       UserError, OSError: as `whole_steps`.
     """
-    where = folder(workdir)
-    with store_errors(where):
-        return where.is_dir()
+    return files.is_folder(folder(workdir))
 
 
 def folder(workdir: str) -> epath.Path:

@@ -9,7 +9,7 @@ from etils import epath
 
 from latent_delib.errors import UserError, store_errors
 from latent_delib.job.record import Record
-from latent_delib.machine import saved_steps
+from latent_delib.machine import files, saved_steps
 from latent_delib.machine.distributed import on_first
 from latent_delib.measure import views
 
@@ -94,7 +94,7 @@ def _require_begun(workdir: str, folder: epath.Path, patience: float | None) -> 
     if patience is None:
         if not (saved_steps.whole_steps(workdir) or read_results(folder)):
             raise UserError(f"--workdir={workdir}: holds no checkpoints; train it first")
-    elif not epath.Path(workdir).is_dir():
+    elif not files.is_folder(epath.Path(workdir)):
         raise UserError(
             f"--watch: --workdir={workdir}: no such folder; start the training first, it makes it"
         )

@@ -9,6 +9,7 @@ from etils import epath
 
 from latent_delib.errors import Outage, UserError
 from latent_delib.machine import saved_steps, workdir
+from latent_delib.measure import evaluations
 
 
 def test_a_disk_without_locks_is_not_another_job(tmp_path, monkeypatch):
@@ -21,15 +22,19 @@ def test_a_disk_without_locks_is_not_another_job(tmp_path, monkeypatch):
             pass
 
 
-def test_a_store_that_does_not_answer_as_steps_are_looked_for(monkeypatch):
-    class Folder:
-        def is_dir(self):
-            raise ValueError("UNAVAILABLE: all 33 retries failed")
+def test_a_store_that_does_not_answer_as_steps_are_looked_for(tmp_path, monkeypatch):
+    """The clients of stores answer is_dir() with no then; a job would begin at step 0."""
 
-    monkeypatch.setattr(saved_steps, "folder", lambda workdir: Folder())
+    def fails(*_):
+        raise ValueError("UNAVAILABLE: all 33 retries failed")
+
+    monkeypatch.setattr(type(epath.Path("/")), "exists", fails)
+    monkeypatch.setattr(type(epath.Path("/")), "is_dir", lambda *_: False)
     for look in (saved_steps.whole_steps, saved_steps.is_begun, saved_steps.read_meta):
         with pytest.raises(Outage):
-            look("gs://bucket/run")
+            look(str(tmp_path))
+    with pytest.raises(Outage):
+        next(evaluations.steps_to_evaluate(str(tmp_path), epath.Path("none"), None, 1.0))
 
 
 @pytest.mark.parametrize("name, found", [("read_text", Outage), (None, UserError)])
