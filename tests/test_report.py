@@ -381,6 +381,58 @@ def test_a_trained_decoder_is_not_the_frozen_one(tmp_path):
     assert cot[0].startswith("zero-shot CoT, trained decoder")
 
 
+def test_runs_of_one_name_are_not_mixed(tmp_path):
+    """Another training may have had the same workdir, and other questions the same file name."""
+
+    def run(name, seed, **fields):
+        of = config() | {"seed": seed}
+        perplexity(tmp_path / name / "run", -seed, of)
+        values = {("test", "augmented", 0): 10.0 * seed, ("test", "decoder", 0): seed}
+        benchmarks(tmp_path / name / "run", values, of)
+        file = tmp_path / name / "run" / "benchmarks.json"
+        content = json.loads(file.read_text())
+        content["rows"] = [row | fields for row in content["rows"]]
+        write(file, content)
+
+    run("a", 1, documents=10)
+    run("b", 2, documents=500)
+    found = runs.find([str(tmp_path)])
+    scores = {}
+    for entry in entries.entries(found):
+        key = entry.model, entry.perplexity and entry.perplexity["augmented_ppl"]
+        scores.setdefault(key, []).extend(score["value"] for score, _ in entry.scores.values())
+    assert scores == {
+        ("decoder", None): [1, 2],
+        ("augmented", 49.5): [10.0],
+        ("augmented", 49.0): [20.0],
+    }
+    (table,) = (table for table in tables.tables(found) if table.name == "2_benchmarks")
+    rows = [dict(zip(table.columns, row)) for row in table.rows if row[0] == "test"]
+    lines = [(row["decoder"].value, row["8 latents"].value, row["setting"]) for row in rows]
+    assert lines == [
+        (1, 10.0, "acc, 4-shot, 10 documents"),
+        (2, 20.0, "acc, 4-shot, 500 documents"),
+    ]
+
+
+def test_two_trained_decoders_of_one_name(tmp_path):
+    for name in ("a", "b"):
+        perplexity(tmp_path / name / "run", -1.0 - (name == "b"), config("decoder"))
+        folder = tmp_path / name / "run"
+        benchmarks(folder, {(f"of_{name}", "decoder", 0): 5.0}, config("decoder"))
+        content = json.loads((folder / "benchmarks.json").read_text())
+        write(folder / "benchmarks.json", content | {"fingerprint": f"trained {name}"})
+    each = [set(entry.scores) for entry in entries.entries(runs.find([str(tmp_path)]))]
+    assert {"of_a", "of_b"} not in each and {"of_a"} in each and {"of_b"} in each
+
+
+def test_a_frozen_decoder_is_named_with_its_prompt_end(tmp_path):
+    for name, of in (("a", {}), ("b", {"prompt_end": "Answer:"})):
+        perplexity(tmp_path / name, -1.0, config("decoder", 0, **of), step=None)
+    found = runs.find([str(tmp_path)])
+    assert entries.labels(found.perplexity) == ["frozen decoder", "frozen decoder, after 'Answer:'"]
+
+
 def test_every_evaluation_is_there(tmp_path):
     """The same figures once, others of the checkpoint beside them; also by a workdir's names."""
     for name, change in (("run", -1.0), ("run/decoder", -1.0), ("run/samples", -2.0)):

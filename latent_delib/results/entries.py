@@ -7,9 +7,12 @@ from typing import Any
 from latent_delib.delib.methods import METHODS
 from latent_delib.results.runs import Result, Runs
 
+TRAINING = ("seed", "optimizer", "train")  # of a config: they make a checkpoint what it is
 CONTROLS = ("swap", "delay", "longer_prompt")  # of `evaluate`: they change latents or text
 ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}  # nothing was trained
 
+# What a benchmark asks: rows that differ in one of these cannot be compared.
+ASKED = ("task", "data", "shots", "metric", "filter", "documents")
 # Keys of `method` that `label` has words for, or that a column shows. Any other key is named as it
 # is, so that runs of a fork that differ in it have different labels.
 WORDED = {
@@ -115,21 +118,46 @@ def _add_perplexity(found: list[Entry], result: Result) -> None:
 
 
 def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
-    """Adds a benchmark's row to the first entry of its model without a control, or to a new one."""
+    """Adds a benchmark's row to the first entry of its model without a control, or to a new one.
+
+    Scores of another decoder, or on other questions of the same name, have an entry of their own.
+    """
     new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
-    for entry in found:
-        if _subject(entry) == _subject(new) and not is_control(entry):
-            break
-    else:
-        entry = new
+    alike = [each for each in found if _subject(each) == _subject(new) and not is_control(each)]
+    entry = new
+    for each in reversed(alike):
+        if _fits(each, result, row) and (each is alike[0] or not each.perplexity):
+            entry = each
+    if entry is new:
         found.append(entry)
     if result not in entry.results:
         entry.results.append(result)
     entry.scores.setdefault(row["benchmark"], (row, result))
 
 
+def _fits(entry: Entry, result: Result, row: Mapping[str, Any]) -> bool:
+    """Tells whether a row of a benchmarks.json can stand beside the scores of an entry.
+
+    `_subject` does not see it where two trainings of one name have trained different decoders.
+    """
+    for other in entry.results:
+        same_kind = other.path.name == result.path.name
+        if same_kind and other.data["fingerprint"] != result.data["fingerprint"]:
+            return False
+    score = entry.scores.get(row["benchmark"])
+    return score is None or asks_the_same(row, score[0])
+
+
+def asks_the_same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tells whether two rows of benchmarks.json ask the same; older files do not say all of it."""
+    return all(row[key] == other[key] for key in ASKED if key in row and key in other)
+
+
 def _subject(entry: Entry) -> tuple:
-    """Returns the values that distinguish one model from another."""
+    """Returns the values that distinguish one model from another.
+
+    Another training may have written a checkpoint of the same path.
+    """
     result = entry.result
     decoder, checkpoint = result.data["fingerprint"], result.checkpoint
     if _has_own_decoder(result):
@@ -137,7 +165,8 @@ def _subject(entry: Entry) -> tuple:
         decoder = ""
     elif entry.model != "augmented":
         checkpoint = None
-    return decoder, checkpoint, entry.model, entry.delay, entry.every
+    trained = checkpoint and [result.data["config"].get(key) for key in TRAINING]
+    return decoder, checkpoint, trained, entry.model, entry.delay, entry.every
 
 
 def _evaluation(result: Result) -> tuple:
@@ -176,7 +205,8 @@ def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
 def label(entry: Entry) -> str:
     """Says in words what an entry is; the number of latents has a column of its own."""
     if entry.model != "augmented" and not entry.trained:
-        return ALONE.get(entry.model, entry.model)
+        prompt_end = entry.perplexity and entry.result.method.get("prompt_end")
+        return ALONE.get(entry.model, entry.model) + (f", after {prompt_end!r}" * bool(prompt_end))
     result, method = entry.result, entry.result.method
     words = _trained_decoder(entry) if entry.trained else _method(method)
     if method.get("lora_rank"):

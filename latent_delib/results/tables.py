@@ -1,12 +1,19 @@
 """The tables of the report: figures of finished runs beside the published ones."""
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from latent_delib.results import published
 from latent_delib.results.comparisons import COMPARISONS, entries_in, is_decoder, is_paper_method
-from latent_delib.results.entries import Entry, entries, entry_of, label, labels, text_of
+from latent_delib.results.entries import (
+    Entry,
+    asks_the_same,
+    entries,
+    entry_of,
+    label,
+    labels,
+    text_of,
+)
 from latent_delib.results.published import Variant
 from latent_delib.results.runs import BENCHMARKS, PERPLEXITY, Result, Runs
 from latent_delib.results.table_format import CHANGE, Figure, Row, Table, change, score
@@ -139,13 +146,26 @@ def _published_line(benchmark: str) -> list[Row]:
     return [line]
 
 
+class _Line(NamedTuple):
+    """Holds a line for a benchmark.
+
+    decoder: the fingerprint of the decoder.
+    asked: the first row of benchmarks.json that is on the line.
+    """
+
+    decoder: str
+    label: str
+    asked: dict[str, Any]
+    cells: Row
+
+
 def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
     """Returns our lines for a benchmark; models that differ only in their latents share one.
 
     A decoder's score is added to the lines of the models that use it, or gets a line of its own if
-    there are none.
+    there are none. All figures of a line are of the same questions.
     """
-    groups: dict[tuple[str, str], list[Row]] = {}  # (fingerprint of the decoder, label) -> lines
+    lines: list[_Line] = []
     for entry in models:
         if benchmark not in entry.scores:
             continue
@@ -153,21 +173,21 @@ def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
         figure = score(row, result.key)
         column = _score_column(entry.latents)
         decoder = result.data["fingerprint"]
-        above = []
-        for (below, _), group in groups.items():
-            if below == decoder:
-                above += group
-        if is_decoder(entry) and above:
-            for line in above:
-                line[column] = figure
-            continue
-        group = groups.setdefault((decoder, label(entry)), [])
-        free = [line for line in group if column not in line]
+        words = label(entry)
+        free = []
+        for line in lines:
+            if line.decoder == decoder and column not in line.cells:
+                free += [line] * asks_the_same(row, line.asked)
+        if not is_decoder(entry):
+            free = [line for line in free if line.label == words][:1]
         if not free:
-            free = [{"what": label(entry), "setting": _setting(row)}]
-            group += free
-        free[0][column] = figure
-    return list(itertools.chain(*groups.values()))
+            free = [_Line(decoder, words, row, {"what": words, "setting": _setting(row)})]
+            lines += free
+        for line in free:
+            line.cells[column] = figure
+    order = [(line.decoder, line.label) for line in lines]
+    lines.sort(key=lambda line: order.index((line.decoder, line.label)))
+    return [line.cells for line in lines]
 
 
 def _setting(row: dict[str, Any]) -> str:
