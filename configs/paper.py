@@ -1,8 +1,8 @@
 """The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`.
 
-`launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists
-them. Validation is by work, or by problem: nothing is trained on any part of a work that is
-evaluated, or on a problem that is asked. Keys that no row names have their values of base.py.
+`launch/paper.sh` prepares, trains, evaluates and reports them. Validation is by work, or by
+problem: nothing is trained on any part of a work that is evaluated, or on a problem that is asked.
+Keys that no row names have their values of base.py.
 """
 
 import dataclasses
@@ -241,7 +241,7 @@ TASKS = {  # made by tools.make_tasks; these steps see each problem a few times
     "train.keep_every": 60,
 }
 # Experiment -> what differs from `overlay`.
-EXPERIMENTS = {
+EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     # Cache augmentation (Liu et al. 2025), by placement and number of latents. overlay: latents
     # share positions with the text that they follow. after, the paper's placement: latents follow
     # the text, and later text moves on. before: latents are between the text and its last token,
@@ -361,7 +361,3 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
     if experiment == "double":
         c.method.coprocessor = ConfigDict({"num_layers": layers * 2})
     return c
-
-
-if __name__ == "__main__":
-    print("\n".join(EXPERIMENTS))

@@ -28,8 +28,7 @@ source "$(dirname "$(readlink -f "$0")")/common.sh"
 for argument; do
   [[ $argument != --help && $argument != -h ]] || usage
 done
-./launch/setup.sh eval gguf mixture report tasks
-names=$(python -m configs.paper)
+names=$(sed -nE '/^EXPERIMENTS/,/^}/s/^    "(\w+)":.*/\1/p' configs/paper.py)
 names=${names//$'\n'/ }
 
 protocols='lab lab_58k lab_23k problems depth questions hops a_gpu b'
@@ -79,6 +78,7 @@ if ((${#more[@]})); then
   root=runs/trials suffix=$(printf ',%s' "${more[@]#--config.}")
   suffix=${suffix//[^A-Za-z0-9.,=_-]/-}
 fi
+./launch/setup.sh eval gguf mixture report tasks
 run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
 prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laboratories share

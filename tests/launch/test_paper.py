@@ -13,7 +13,6 @@ from tests.launch.pretend import program
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = """#!/usr/bin/env bash
-[[ $2 == configs.paper ]] && exec cat names
 echo "${*:2}" >>calls
 for argument; do
   case $argument in
@@ -36,11 +35,12 @@ esac
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     (tmp_path / "launch").mkdir()
-    (tmp_path / "names").write_text("\n".join(paper.EXPERIMENTS))
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs/paper.py", tmp_path / "configs")
     for name in ("common", "paper"):
         shutil.copy(ROOT / f"launch/{name}.sh", tmp_path / "launch")
     scripts = {
-        "launch/setup.sh": "",
+        "launch/setup.sh": "touch installed",
         "launch/get_smollm2.sh": "echo model.gguf",
         ".venv/bin/python": PYTHON,
     }
@@ -328,16 +328,19 @@ def test_more_arguments_are_of_the_config(here: Path) -> None:
     ],
 )
 def test_a_name_that_is_none(here: Path, name: str, part: str) -> None:
-    """Or that cannot work: said before anything is made."""
+    """Or that cannot work: said before anything is made or installed."""
     (said,) = run_paper(here, "lab/overlay", name, code=1)
     assert said.startswith(f"error: {name}: ") and part in said
-    assert not (here / "runs").exists()
+    assert not (here / "runs").exists() and not (here / "installed").exists()
+
+
+def test_the_script_finds_the_names_of_all_experiments(here: Path) -> None:
+    (said,) = run_paper(here, "nope", code=1)
+    assert said.split("NAME one of ")[1].split() == list(paper.EXPERIMENTS)
 
 
 def test_a_sweep_over_experiments(here: Path) -> None:
     shutil.copy(ROOT / "launch/sweep.sh", here / "launch")
-    (here / "configs").mkdir()
-    (here / "configs/paper.py").touch()
     configs = "configs/paper.py:lab/overlay,configs/paper.py:b/after_8"
     command = [here / "launch/sweep.sh", "s", configs, "seed=0", "--dry_run"]
     done = subprocess.run(
