@@ -30,6 +30,7 @@ fi
 
 # One line a run: the config and each key with a value, tabs between.
 IFS=, read -ra runs <<<"${REST[1]}"
+configs=("${runs[@]}") given=() # all values of all keys
 for config in "${runs[@]}"; do
   [[ -f ${config%%:*} ]] || die "${config%%:*}: no such file"
 done
@@ -41,6 +42,7 @@ for key in "${REST[@]:2}"; do
   for run in "${runs[@]}"; do
     for value in "${values[@]}"; do grid+=("$run"$'\t'"${key%%=*}=$value"); done
   done
+  given+=("${values[@]/#/--config.${key%%=*}=}")
   runs=("${grid[@]}")
 done
 
@@ -61,6 +63,12 @@ done
 
 twice=$(printf '%s\n' "${names[@]}" | sort | uniq -d | head -n 1)
 [[ ! $twice ]] || die "$twice: two runs of the grid have this name, and would share a folder"
+
+# A wrong key or value is said before anything runs, unless only the slices can read the configs.
+for config in "${configs[@]}"; do
+  [[ -x .venv/bin/python ]] || break
+  .venv/bin/python -m latent_delib.train --list_keys --config="$config" "${given[@]}" "${COMMAND[@]}" >/dev/null || exit 1
+done
 
 declare -A running=() # process id -> run
 finished=0 failed=() stopped=''

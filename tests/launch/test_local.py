@@ -217,6 +217,7 @@ def test_a_child_that_was_killed_meanwhile_is_not_forgotten(here: Checkout) -> N
 
 # sweep.sh. Its python fails where a line of `failing` is in the arguments.
 TRAIN = (
+    "[[ $* != *--list_keys* ]] || exit 0\n"
     'echo "${*:3}" >>trained\nwhile read -r part; do [[ $* != *$part* ]] || exit 1; done <failing\n'
 )
 
@@ -253,6 +254,20 @@ def test_sweep_skips_what_is_done_and_names_what_failed(here: Checkout) -> None:
     assert len(here.lines("trained")) == 9
 
 
+def test_sweep_checks_the_keys_of_every_config_before_anything_runs(here: Checkout) -> None:
+    here.script(
+        ".venv/bin/python",
+        'echo "${*:3}" >>checked\n[[ $* != *configs/y.py* ]] || { echo "error: y" >&2; exit 1; }\n',
+    )
+    grid = ("configs/x.py,configs/y.py", "seed=0,1", "--dry_run", "--", "--config.a=b c")
+    out, err = here.launch("sweep", "s", *grid, code=1)
+    assert (out, err) == ("", "error: y\n")
+    keys = "--config.seed=0 --config.seed=1 --config.a=b c"
+    assert here.lines("checked") == [
+        f"--list_keys --config=configs/{name}.py {keys}" for name in "xy"
+    ]
+
+
 def test_sweep_of_runs_that_would_share_a_folder(here: Checkout) -> None:
     _, err = here.launch("sweep", "s", "configs/x.py", "data.sources=a*b,a?b", code=1)
     assert err.startswith("error: x,data.sources=a-b: two runs of the grid have this name")
@@ -275,7 +290,10 @@ def test_sweep_of_slices_runs_several_at_a_time(here: Checkout) -> None:
 
 
 def test_sweep_passes_sigterm_on_and_starts_no_more(here: Checkout) -> None:
-    here.script(".venv/bin/python", "trap 'exit 75' TERM; echo >>trained; sleep 60 & wait")
+    checked = "[[ $* != *--list_keys* ]] || exit 0\n"
+    here.script(
+        ".venv/bin/python", f"{checked}trap 'exit 75' TERM; echo >>trained; sleep 60 & wait"
+    )
     process = here.start("sweep", "s", "configs/x.py", "seed=0,1,2")
     here.wait_for("trained", 1)
     process.terminate()
