@@ -23,6 +23,7 @@ from latent_delib.results import (
     against,
     costs,
     entries,
+    evaluation,
     figures,
     published,
     runs,
@@ -431,6 +432,14 @@ def test_a_frozen_decoder_is_named_with_its_prompt_end(tmp_path):
         perplexity(tmp_path / name, -1.0, config("decoder", 0, **of), step=None)
     found = runs.find([str(tmp_path)])
     assert entries.labels(found.perplexity) == ["frozen decoder", "frozen decoder, after 'Answer:'"]
+
+
+def test_the_heading_of_an_evaluation_names_the_end_of_a_prompt():
+    about = {"step": 4, "past_donors": 0, "pieces": 2, "documents": 2, "num_works": 2}
+    about |= {"interval_over": "works", "sets": {}}
+    of = config(prompt_end="Answer:", distill=0.5) | {"evaluate": {}}
+    heading = evaluation.as_text(about | {"config": of})
+    assert ", placement after, after 'Answer:', without the steps, 2 pieces" in heading
 
 
 def test_every_evaluation_is_there(tmp_path):

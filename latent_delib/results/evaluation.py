@@ -34,6 +34,10 @@ def _heading(result: dict[str, Any]) -> str:
         words += [f"{method['num_latents']} latents", f"placement {method['placement']}"]
     if method.get("every"):
         words.append(f"again after each {method['every']} tokens")
+    if method.get("prompt_end"):
+        words.append(f"after {method['prompt_end']!r}")
+    if method.get("distill"):
+        words.append("without the steps")
     words += controls_in_words(result["config"]["evaluate"])
     if result["past_donors"]:
         words.append(
