@@ -188,6 +188,7 @@ def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tm
         ({"held_out": ""}, ["--text", "--held_out", "expected both"]),
         ({"text": "packaged/validation"}, ["--held_out=packaged/validation: is the --text"]),
         ({"text": "none*"}, ["source 'files:none*'", "no file matches"]),
+        ({"held_out": "{tmp_path}/*"}, ["--held_out=", "a.txt is part of the --text"]),
         ({"config.data.token_files": "tokens"}, ["--text", "config.data.token_files=tokens"]),
         ({"config.train.steps": 0}, ["config.train.steps=0"]),
         ({"distributed": True}, ["--text", "run prepare first"]),
@@ -201,6 +202,8 @@ def test_a_text_of_your_own_that_is_refused(changes, words, config_file, tmp_pat
         "held_out": "packaged/validation",
         "workdir": f"{tmp_path}/run",
     }
+    if "held_out" in changes:
+        changes = {"held_out": changes["held_out"].format(tmp_path=tmp_path)}
     small.named(run_command("train", **given | changes), *words)
     assert not (tmp_path / "run").exists()
 

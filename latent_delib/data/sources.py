@@ -153,6 +153,15 @@ def local_files(pattern: str) -> list[str]:
     return glob.glob(pattern, recursive=True, include_hidden=True)
 
 
+def shared_files(source: str, other: str) -> list[str]:
+    """Returns the local files that two sources both name, sorted."""
+    named = []
+    for meant in (parse(source), parse(other)):
+        found = local_files(meant.pattern) if isinstance(meant, Files) else []
+        named.append(set(map(os.path.realpath, found)))
+    return sorted(set.intersection(*named))
+
+
 def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], bool]) -> list[str]:
     """Returns the files among the matches of a source's pattern, sorted.
 
