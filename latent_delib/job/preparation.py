@@ -43,6 +43,8 @@ def prepare(config: Any, out: str) -> dict:
     tokenizer_path = str(tokenizer_path_of(config))
     readers = {source: text.open_source(source) for source in (*data.sources, *data.validation)}
     meta = _describe(data, tokenizer_path, readers)
+    if "://" in out:  # the store's client tries for minutes, without a word
+        print(f"looking for token files in {out}", flush=True)
     found = token_files.read_meta(out)
     if found:
         difference = _difference(found, meta)

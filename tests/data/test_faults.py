@@ -290,6 +290,20 @@ def test_text_that_becomes_bos_or_padding_is_bad(special):
     assert fault == "f: line 2: the tokenizer turns its text into BOS or padding"
 
 
+def test_prepare_says_where_it_looks_before_a_store_keeps_it_waiting(
+    sources, tokenizer_path, monkeypatch, capsys
+):
+    def look(out):
+        raise Outage(103, "UNAVAILABLE", out)
+
+    monkeypatch.setattr(token_files, "read_meta", look)
+    about = {"path": "", "tokenizer": str(tokenizer_path)}
+    config = ConfigDict({"data": make_data(sources["train"]), "decoder": about})
+    with pytest.raises(Outage):
+        prepare.prepare(config, "gs://bucket/tokens")
+    assert capsys.readouterr().out == "looking for token files in gs://bucket/tokens\n"
+
+
 def test_prepare_counts_what_it_skips(bad_text, tokenizer_path, tmp_path, capsys):
     def run(limit, name):
         data = make_data(bad_text, "", limit, validation=(f"lines:{tmp_path}/text/2",))
