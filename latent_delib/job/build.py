@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.methods import METHODS
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, store_errors
 from latent_delib.job.record import Record
 from latent_delib.machine import files
 from latent_delib.nn.attention.cards import shared_memory_of
@@ -104,4 +104,5 @@ def require_decoder(workdir: str, method: str) -> None:
 def step_of_decoder(workdir: str) -> int | None:
     """Returns the step of the trained decoder in `workdir`; None without one."""
     file = epath.Path(workdir) / "decoder" / TRAINED
-    return files.read_json(file)["step"] if file.exists() else None
+    with store_errors(file):
+        return files.read_json(file)["step"] if file.exists() else None

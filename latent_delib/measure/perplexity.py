@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from latent_delib.errors import store_errors
 from latent_delib.job.experiment import Experiment
 from latent_delib.machine import distributed, files
 from latent_delib.machine.distributed import warn
@@ -129,8 +130,9 @@ class PartialSums:
         They are `zeros` and 0 if there is no file, or it is damaged or of another evaluation.
         """
         content = b""
-        if jax.process_index() == 0 and self.file.exists():
-            content = self.file.read_bytes()
+        if jax.process_index() == 0:
+            with store_errors(self.file):
+                content = self.file.read_bytes() if self.file.exists() else b""
         content = distributed.bytes_from_first(content)
         if not content:
             return zeros, 0

@@ -8,8 +8,9 @@ import pytest
 from etils import epath
 
 from latent_delib.errors import Outage, UserError
+from latent_delib.job import build
 from latent_delib.machine import saved_steps, workdir
-from latent_delib.measure import evaluations
+from latent_delib.measure import evaluations, perplexity
 
 
 def test_a_disk_without_locks_is_not_another_job(tmp_path, monkeypatch):
@@ -35,6 +36,10 @@ def test_a_store_that_does_not_answer_as_steps_are_looked_for(tmp_path, monkeypa
             look(str(tmp_path))
     with pytest.raises(Outage):
         next(evaluations.steps_to_evaluate(str(tmp_path), epath.Path("none"), None, 1.0))
+    with pytest.raises(Outage):  # exit code 69, so that a launcher starts the job again
+        build.step_of_decoder(str(tmp_path))
+    with pytest.raises(Outage):
+        perplexity.PartialSums(epath.Path(tmp_path) / "partial.npz", []).restore({})
 
 
 @pytest.mark.parametrize("name, found", [("read_text", Outage), (None, UserError)])
