@@ -284,6 +284,14 @@ def test_beside_a_training(trained, alone, tmp_path, capsys):
     assert list(evaluations.steps_to_evaluate(str(workdir), folder, None, patience=0.0)) == [3]
 
 
+def test_beside_a_finished_training_that_goes_on(trained, evaluated, capsys):
+    """No file says so before its next checkpoint, so the user is told."""
+    folder = evaluated / "evaluations"
+    assert list(evaluations.steps_to_evaluate(str(trained), folder, None, patience=3600.0)) == []
+    said = capsys.readouterr().out
+    assert said.startswith("step 4 was the last; ") and "its next checkpoint" in said
+
+
 def test_a_store_that_does_not_answer_as_evaluations_are_looked_for():
     class Folder:
         def exists(self):

@@ -120,7 +120,8 @@ def _is_over(
     results = read_results(folder)
     newest = max([*tried, *results], default=None)
     if results and newest >= Record.from_result(results[max(results)])["train.steps"]:
-        print(f"step {newest} was the last", flush=True)
+        hint = "" if tried else "; to evaluate a longer training, wait for its next checkpoint"
+        print(f"step {newest} was the last{hint}", flush=True)
         return True
     if waited < patience:
         return False
