@@ -1,8 +1,8 @@
 """The experiments, one row each: `--config=configs/paper.py:PROTOCOL/EXPERIMENT`.
 
-`launch/paper.sh` prepares, trains, evaluates and reports them. Validation is by work, or by
-problem: nothing is trained on any part of a work that is evaluated, or on a problem that is asked.
-Keys that no row names have their values of base.py.
+`launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists
+them. Validation is by work, or by problem: nothing is trained on any part of a work that is
+evaluated, or on a problem that is asked. Keys that no row names have their values of base.py.
 """
 
 import dataclasses
@@ -361,3 +361,7 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
     if experiment == "double":
         c.method.coprocessor = ConfigDict({"num_layers": layers * 2})
     return c
+
+
+if __name__ == "__main__":
+    print("\n".join(EXPERIMENTS))
