@@ -434,6 +434,18 @@ def test_a_frozen_decoder_is_named_with_its_prompt_end(tmp_path):
     assert entries.labels(found.perplexity) == ["frozen decoder", "frozen decoder, after 'Answer:'"]
 
 
+def test_runs_of_another_optimizer_or_schedule_are_told_apart(tmp_path):
+    for name, rate, steps in (("a", 1e-3, 180), ("b", 1e-2, 180), ("c", 1e-2, 400)):
+        of = config() | {"optimizer": {"name": "adamw", "learning_rate": rate}}
+        perplexity(tmp_path / name, -1.0, of | {"train": {"steps": steps}})
+    perplexity(tmp_path / "d", -1.0, config(latents=4, ahead=8) | {"optimizer": {"name": "lion"}})
+    first, second, third, other = entries.labels(runs.find([str(tmp_path)]).perplexity)
+    assert first.endswith(", optimizer.learning_rate 0.001, train.steps 180")
+    assert second.endswith(", optimizer.learning_rate 0.01, train.steps 180")
+    assert third.endswith(", optimizer.learning_rate 0.01, train.steps 400")
+    assert "lion" not in other  # no other run has its words
+
+
 def test_the_heading_of_an_evaluation_names_the_end_of_a_prompt():
     about = {"step": 4, "past_donors": 0, "pieces": 2, "documents": 2, "num_works": 2}
     about |= {"interval_over": "works", "sets": {}}

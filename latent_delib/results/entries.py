@@ -1,6 +1,7 @@
 """The lines of the tables: the figures of each model, from all its files, and its label."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,11 +125,12 @@ def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
     """
     new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
     alike = [each for each in found if _subject(each) == _subject(new) and not is_control(each)]
-    entry = new
-    for each in reversed(alike):
-        if _fits(each, result, row) and (each is alike[0] or not each.perplexity):
-            entry = each
-    if entry is new:
+    for entry in alike:
+        is_meant = entry is alike[0] or not entry.perplexity
+        if is_meant and _fits(entry, result, row):
+            break
+    else:
+        entry = new
         found.append(entry)
     if result not in entry.results:
         entry.results.append(result)
@@ -205,8 +207,9 @@ def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
 def label(entry: Entry) -> str:
     """Says in words what an entry is; the number of latents has a column of its own."""
     if entry.model != "augmented" and not entry.trained:
+        name = ALONE.get(entry.model, entry.model)
         prompt_end = entry.perplexity and entry.result.method.get("prompt_end")
-        return ALONE.get(entry.model, entry.model) + (f", after {prompt_end!r}" * bool(prompt_end))
+        return f"{name}, after {prompt_end!r}" if prompt_end else name
     result, method = entry.result, entry.result.method
     words = _trained_decoder(entry) if entry.trained else _method(method)
     if method.get("lora_rank"):
@@ -258,10 +261,29 @@ def _trained_decoder(entry: Entry) -> list[str]:
 
 
 def labels(results: Sequence[Result]) -> list[str]:
-    """Says in words what each perplexity.json is, with its text unless all have the same."""
+    """Says in words what each perplexity.json is, with its text unless all have the same.
+
+    Where the words are the same, the keys of training follow in which the results differ.
+    """
     texts = {text_of(result) for result in results}
     words = []
+    alike = defaultdict(list)
     for result in results:
         on = f", on {text_of(result)}" if len(texts) > 1 else ""
         words.append(label(entry_of(result)) + on)
+        alike[words[-1]].append(result)
+    return [word + _trained_by(result, alike[word]) for word, result in zip(words, results)]
+
+
+def _trained_by(result: Result, others: Sequence[Result]) -> str:
+    """Names the keys of `optimizer` and `train` in which results differ, with their values."""
+    words = ""
+    if not result.step:  # nothing was trained
+        return words
+    config = result.data["config"]
+    for part in ("optimizer", "train"):
+        for key, value in config.get(part, {}).items():
+            values = [other.data["config"].get(part, {}).get(key) for other in others]
+            if any(each != value for each in values):
+                words += f", {part}.{key} {value}"
     return words

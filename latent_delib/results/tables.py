@@ -158,6 +158,11 @@ class _Line(NamedTuple):
     asked: dict[str, Any]
     cells: Row
 
+    def takes(self, decoder: str, row: dict[str, Any], column: str) -> bool:
+        """Tells whether a row of benchmarks.json can stand in a column of this line."""
+        is_free = column not in self.cells
+        return is_free and self.decoder == decoder and asks_the_same(row, self.asked)
+
 
 def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
     """Returns our lines for a benchmark; models that differ only in their latents share one.
@@ -174,10 +179,7 @@ def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
         column = _score_column(entry.latents)
         decoder = result.data["fingerprint"]
         words = label(entry)
-        free = []
-        for line in lines:
-            if line.decoder == decoder and column not in line.cells:
-                free += [line] * asks_the_same(row, line.asked)
+        free = [line for line in lines if line.takes(decoder, row, column)]
         if not is_decoder(entry):
             free = [line for line in free if line.label == words][:1]
         if not free:
