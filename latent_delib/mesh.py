@@ -150,7 +150,8 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if path[-1].key not in axes:
             raise ValueError(
-                f"parameter {name} has no logical axes; known parameters: {sorted(axes)}"
+                f"parameter {name} has no logical axes: give them in `axes` of its row of METHODS; "
+                f"known parameters: {sorted(axes)}"
             )
         own_axes = axes[path[-1].key][-leaf.ndim :]
         partition = spec(own_axes, WEIGHTS)

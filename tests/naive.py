@@ -51,6 +51,7 @@ def capped(x, cap):
 def activation(name, x):
     if name == "gelu":
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    assert name == "silu", name
     return x / (1 + np.exp(-x))
 
 

@@ -6,7 +6,7 @@ See Section 2.1 of the paper. `params` is one dict:
   coprocessor: present for methods that write latents.
   assistant: present for methods with an assistant; of the same form as "decoder", always frozen.
 
-Only `assemble` knows which of "decoder" and "coprocessor" are trained.
+`assemble` makes it from the frozen tree and the trainable one.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class Augmentation:
 
     @property
     def writes_latents(self) -> bool:
-        """Tells whether the method writes latents; true also of a copy `without_latents`."""
+        """Tells whether the loss is that of traces; so it is in a copy `without_latents`."""
         return METHODS[self.method].write is not None
 
     @property
@@ -69,7 +69,7 @@ class Augmentation:
 
     @property
     def models(self) -> Models:
-        """Returns both architectures."""
+        """Returns the transformers of the decoder and of the coprocessor."""
         return Models(self.transformer, self.coprocessor or self.transformer)
 
     @property
@@ -149,7 +149,7 @@ def starting_decoder(params: Params) -> Params:
 
 
 def gathered(aug: Augmentation, params: Params) -> Params:
-    """Returns the parameters with all readers' token tables gathered, once for the whole step."""
+    """Returns the parameters with the readers' token tables whole, gathered once per step."""
     found = dict(params)
     for reader, name in itertools.product(aug.readers, transformer.TABLES):
         table = params.get(reader, {}).get(name)
@@ -314,7 +314,7 @@ def loss(
         jnp.pad(x[:, 1:], [(0, 0), (0, 1)]) for x in (tokens_BT, segment_BT)
     )
     counts = (segment_BT == next_segment_BT) & (segment_BT > 0)
-    counts &= traces_lib.is_answered(tokens_BT, segment_BT, prompt_end)
+    counts &= traces_lib.follows_prompt(tokens_BT, segment_BT, prompt_end)
     weights = counts.astype(jnp.float32)
     return summed_loss(aug, params, reading.outputs, targets, weights), jnp.sum(weights)
 

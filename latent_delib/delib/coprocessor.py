@@ -6,6 +6,9 @@ without a coprocessor: trained vectors, or trained keys and values, which read n
 Latents are vectors z [B, M, L, D], which enter the decoder where token embeddings do and are not
 scaled again; or they are keys and values for each decoder layer (`Inserted`). In every `write_...`
 function, `params` is the dict of `delib.augment`.
+
+The decoder norms its inputs, so the length of a latent hardly matters to it. To weaken latents,
+scale values (`Inserted`) or lower their attention scores.
 """
 
 from functools import partial
@@ -41,7 +44,7 @@ class Models(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Holds what the decoder computed from a text.
+    """Holds what the decoder computed from a text; a method knows nothing else of the text.
 
     outputs: final-normed outputs [B, T, D].
     cache: the decoder's cache.
@@ -143,12 +146,14 @@ def start_cartridge(key: jax.Array, decoder: Params, models: Models, num_latents
 # How latents are written: (params, models, reading, traces) -> latents.
 
 
-def as_inputs(params: Params, model: Transformer, traces: Traces, dtype: jnp.dtype) -> jax.Array:
+def soft_tokens_per_trace(
+    params: Params, model: Transformer, traces: Traces, dtype: jnp.dtype
+) -> jax.Array:
     """Returns the soft tokens for every trace, [B, M, L, D] in `dtype`.
 
-    A single soft token is repeated L times, and a group of soft tokens as often as it recurs. The
-    repetition is in float32: the gradient of a soft token is a sum over all traces, and a sum of
-    thousands of addends in bfloat16 would lose most of them.
+    Soft tokens are repeated until there are L of them: one soft token L times, and a group as often
+    as it recurs. The repetition is in float32: the gradient of a soft token is a sum over all
+    traces, and a sum of thousands of addends in bfloat16 would lose most of them.
     """
     B, M, L = traces.latent_position.shape
     soft_LD = params["coprocessor"]["soft_tokens"].astype(dtype)
@@ -169,7 +174,7 @@ def write_soft_tokens(
     They are scaled like rows of the token table. Unscaled, they would enter a Gemma decoder sqrt(D)
     times shorter than its tokens do.
     """
-    soft_BMLD = as_inputs(params, models.decoder, traces, reading.cache.k.dtype)
+    soft_BMLD = soft_tokens_per_trace(params, models.decoder, traces, reading.cache.k.dtype)
     return transformer.scaled(soft_BMLD, models.decoder.config)
 
 
@@ -188,7 +193,7 @@ def write_cartridge(
     B, M, _ = traces.latent_position.shape
 
     def of_traces(x: jax.Array) -> jax.Array:
-        # Repeated as float32, as in `as_inputs`: [B, M, layers, L, K, H].
+        # Repeated as float32, as in `soft_tokens_per_trace`: [B, M, layers, L, K, H].
         x = x.astype(dtype).astype(jnp.float32)
         return jnp.broadcast_to(x, (B, M, *x.shape)).astype(dtype)
 
@@ -209,7 +214,7 @@ def write_in_one_pass(
     In layer l the soft tokens see the decoder's keys and values of layer l up to x_p, and each
     other causally. The final-normed outputs are the latents.
     """
-    z_BMLD, _ = _over(params, models.coprocessor, reading.cache, traces)
+    z_BMLD, _ = _one_pass(params, models.coprocessor, reading.cache, traces)
     return z_BMLD
 
 
@@ -224,7 +229,7 @@ def write_keys_and_values(
     The pass is that of `write_in_one_pass`. The keys and values of layer l enter the decoder's
     layer l. This is hypothesis 1 of Coda-Forno et al. 2025.
     """
-    _, kv = _over(params, models.coprocessor, reading.cache, traces)
+    _, kv = _one_pass(params, models.coprocessor, reading.cache, traces)
     return Inserted(jnp.moveaxis(kv.k, 0, 2), jnp.moveaxis(kv.v, 0, 2))
 
 
@@ -240,7 +245,7 @@ def write_from_last_layer(
     weights = {"params": params["coprocessor"]}
     x_BMTD = reading.outputs[:, None]
     _, kv = models.coprocessor.apply(weights, x_BMTD, position_BT[:, None], bounds)
-    z_BMLD, _ = _over(params, models.coprocessor, cache_lib.of_text(kv, position_BT), traces)
+    z_BMLD, _ = _one_pass(params, models.coprocessor, cache_lib.of_text(kv, position_BT), traces)
     return z_BMLD
 
 
@@ -254,7 +259,7 @@ def write_one_after_another(
 
     This takes one pass per latent, each over one token.
     """
-    soft_BMLD = as_inputs(params, models.coprocessor, traces, reading.cache.k.dtype)
+    soft_BMLD = soft_tokens_per_trace(params, models.coprocessor, traces, reading.cache.k.dtype)
     return _fed_back(params, models, reading, traces, soft_BMLD)
 
 
@@ -298,7 +303,8 @@ def _fed_back(
     def one(carry: tuple[jax.Array, KV], i: jax.Array) -> tuple[tuple[jax.Array, KV], jax.Array]:
         z_BMD, earlier = carry
         x_BMD = jnp.take(x_BMLD, i, axis=2) + z_BMD
-        # Tokens 0 ... i take the last i + 1 of the L places.
+        # There are L places at every step. Tokens 0 ... i take the last i + 1 of them; the others
+        # are hidden.
         unused = L - 1 - i
         places_BML = jnp.roll(position_BML, unused, axis=2)
         bounds = jax.tree.map(lambda x: jnp.take(x, i, axis=2)[..., None], traces.latent_bounds)
@@ -321,7 +327,7 @@ def _fed_back(
     return jnp.moveaxis(z.reshape(L, B, M, D), 0, 2)
 
 
-def _over(
+def _one_pass(
     params: Params,
     model: Transformer,
     cache: Cache,
@@ -331,7 +337,7 @@ def _over(
 
     Returns final-normed outputs [B, M, L, D], and keys and values.
     """
-    x_BMLD = as_inputs(params, model, traces, cache.k.dtype)
+    x_BMLD = soft_tokens_per_trace(params, model, traces, cache.k.dtype)
     weights = {"params": params["coprocessor"]}
     return model.apply(weights, x_BMLD, traces.latent_position, traces.latent_bounds, cache)
 

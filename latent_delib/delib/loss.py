@@ -18,8 +18,8 @@ SEQUENCES = 4  # per device; with more sequences, fewer tokens than a chunk are 
 def ahead_weights(num_ahead: int) -> jax.Array:
     """Returns the weight of the loss of the n-th ahead token, n = 1 ... A, float32 [A].
 
-    All are 1, as published. To weight the loss by n, change this function: training uses it,
-    evaluation does not.
+    All are 1, as published. To weight the loss by n, change this function: training and
+    `validation_loss` use it, `evaluate` does not.
     """
     return jnp.ones(num_ahead)
 

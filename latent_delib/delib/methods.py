@@ -22,12 +22,14 @@ class Method(NamedTuple):
 
     init: (key, decoder, models, num_latents) -> the trainable tree, keyed as in the parameters of
       `delib.augment`: "coprocessor" for a model that writes latents, "decoder" where the decoder
-      itself is trained. Leaves that a coprocessor's tree lacks are the decoder's own layers.
+      itself is trained. Layers that a coprocessor's tree lacks are those of the decoder.
     write: (params, models, reading, traces) -> latents in the dtype of the decoder's cache. None:
       the method writes none, and its objective is the language-modelling loss of the text (with
       `method.prompt_end`, of the tokens that follow prompts).
     cost: FLOPs of writing the latents of one step.
-    axes: logical axes of the method's own parameters, by leaf name; no layer has these names.
+    axes: logical axes of the method's own parameters, by leaf name; no layer has these names. The
+      axes are keys of `mesh.WEIGHTS`, or None. Each parameter is one leaf of "coprocessor", not a
+      tree. `step.make_optimizer` decides by its name whether it decays, and at which rate.
     trains_decoder: the tree has a "decoder".
     reads_text: the latents depend on the text. Only such latents can be late, or be swapped for
       latents of another text.
@@ -70,54 +72,54 @@ def param_axes(method: str) -> Mapping[str, Axes]:
     return PARAM_AXES | own
 
 
-def _decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def _start_decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
     del key, models, num_latents
     return {"decoder": decoder}
 
 
-def _coprocessor(start: Callable[..., Params]) -> Callable[..., Params]:
+def _start_coprocessor(start: Callable[..., Params]) -> Callable[..., Params]:
     return lambda *args: {"coprocessor": start(*args)}
 
 
-def _both(start: Callable[..., Params]) -> Callable[..., Params]:
-    return lambda *args: _decoder(*args) | {"coprocessor": start(*args)}
+def _start_both(start: Callable[..., Params]) -> Callable[..., Params]:
+    return lambda *args: _start_decoder(*args) | {"coprocessor": start(*args)}
 
 
 METHODS = {
     # The decoder alone; its training is ordinary language modelling.
     "decoder": Method(
-        _decoder,
+        _start_decoder,
         write=None,
         trains_decoder=True,
         reads_text=False,
     ),
     # Liu et al. 2025: the coprocessor starts from the decoder's weights, every weight is trained.
     "cache_augmentation": Method(
-        _coprocessor(coprocessor.start_from_decoder),
+        _start_coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_in_one_pass,
     ),
     # Baselines of Liu et al.: a random start; reading the decoder's last-layer outputs, not its
     # cache.
     "from_scratch": Method(
-        _coprocessor(coprocessor.start_from_scratch),
+        _start_coprocessor(coprocessor.start_from_scratch),
         coprocessor.write_in_one_pass,
         starts_random=True,
     ),
     "last_layer": Method(
-        _coprocessor(coprocessor.start_from_decoder),
+        _start_coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_from_last_layer,
         cost=flops.pass_over_text_too,
     ),
     # Goyal et al. 2023: trained vectors, whatever the text; one vector L times, or L vectors.
     "pause_tokens": Method(
-        _coprocessor(coprocessor.start_with_one_soft_token),
+        _start_coprocessor(coprocessor.start_with_one_soft_token),
         coprocessor.write_soft_tokens,
         cost=flops.no_pass,
         reads_text=False,
         has_matrices=False,
     ),
     "static_tokens": Method(
-        _coprocessor(coprocessor.start_with_soft_tokens),
+        _start_coprocessor(coprocessor.start_with_soft_tokens),
         coprocessor.write_soft_tokens,
         cost=flops.no_pass,
         reads_text=False,
@@ -126,7 +128,7 @@ METHODS = {
     # Sun et al. 2025 (latent tokens): trained vectors that recur among the tokens. Tokens see all
     # vectors before them, and keep their positions.
     "latent_tokens": Method(
-        _coprocessor(coprocessor.start_with_soft_tokens),
+        _start_coprocessor(coprocessor.start_with_soft_tokens),
         coprocessor.write_soft_tokens,
         cost=flops.no_pass,
         reads_text=False,
@@ -135,7 +137,7 @@ METHODS = {
     ),
     # Eyuboglu et al. 2025 (Cartridges): trained keys and values in each layer, whatever the text.
     "cartridge": Method(
-        _coprocessor(coprocessor.start_cartridge),
+        _start_coprocessor(coprocessor.start_cartridge),
         coprocessor.write_cartridge,
         cost=flops.no_pass,
         axes=coprocessor.CARTRIDGE_AXES,
@@ -146,24 +148,24 @@ METHODS = {
     # Coda-Forno et al. 2025: keys and values inserted in each layer (H1); decoder and coprocessor
     # trained together (H2); one model that writes its own latents (the unified baseline).
     "inserted": Method(
-        _coprocessor(coprocessor.start_from_decoder),
+        _start_coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_keys_and_values,
         writes_keys=True,
     ),
     "joint": Method(
-        _both(coprocessor.start_from_decoder),
+        _start_both(coprocessor.start_from_decoder),
         coprocessor.write_in_one_pass,
         trains_decoder=True,
     ),
     "unified": Method(
-        _both(coprocessor.start_with_soft_tokens),
+        _start_both(coprocessor.start_with_soft_tokens),
         coprocessor.write_in_one_pass,
         trains_decoder=True,
     ),
     # Xu et al. 2025 (SoftCoT), Fu et al. 2025 (Cache-to-Cache): the coprocessor starts from another
     # pretrained decoder, and reads the cache which that decoder keeps of the text.
     "assistant": Method(
-        _coprocessor(mapped.start_from_assistant),
+        _start_coprocessor(mapped.start_from_assistant),
         mapped.write_by_assistant,
         cost=flops.pass_of_assistant_too,
         axes=mapped.OUT_AXES,
@@ -171,19 +173,19 @@ METHODS = {
     ),
     # Hao et al. 2024 (Coconut): the trained decoder's own outputs, fed back as its next inputs.
     "feedback": Method(
-        _both(coprocessor.start_with_one_soft_token),
+        _start_both(coprocessor.start_with_one_soft_token),
         coprocessor.write_feedback,
         cost=flops.pass_per_thought,
         trains_decoder=True,
     ),
     # Future work of Liu et al.: latents one after another; a coprocessor of another size.
     "sequential": Method(
-        _coprocessor(coprocessor.start_from_decoder),
+        _start_coprocessor(coprocessor.start_from_decoder),
         coprocessor.write_one_after_another,
         cost=flops.one_pass,
     ),
     "resized": Method(
-        _coprocessor(mapped.start_resized),
+        _start_coprocessor(mapped.start_resized),
         mapped.write_through_maps,
         axes=mapped.MAP_AXES,
         starts_random=True,

@@ -2,7 +2,7 @@
 
 A trace at text token p of a document holds L latents and A ahead tokens. It sees the document's
 text up to p, and itself causally, but never another trace (Liu et al. 2025, Section 2.3 and Figure
-2). Positions and visibility are integers.
+2). Latents *join* where the decoder reads them. Positions and visibility are integers.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,11 @@ from latent_delib.nn.attention.primitive import Bounds
 
 
 class Placement(NamedTuple):
-    """Places a trace at text token p, whose position is also called p.
+    """Says where the latents stand of a trace at text token p, whose position is also called p.
 
-    Placements differ in nothing else. The positions of latents and of the tokens after them must
-    not decrease along a trace: windows rely on it (`nn.attention.primitive.within_window`).
+    Placements differ in these three fields alone. The positions of latents and of the tokens after
+    them must not decrease along a trace: windows rely on it
+    (`nn.attention.primitive.within_window`).
 
     latents: L -> the positions of the L latents minus p, int [L].
     shift: L -> the number of positions by which the text after the latents moves on.
@@ -47,7 +48,7 @@ PLACEMENTS = {
 
 
 def positions_added(placement: str, num_latents: int) -> int:
-    """Returns by how many positions latents, or the text that they shift, extend past a text."""
+    """Returns how far past the end of a text its latents, or the tokens they move, reach."""
     place = PLACEMENTS[placement]
     furthest = max(place.latents(num_latents), default=0)
     return int(max(place.shift(num_latents), furthest))
@@ -123,7 +124,7 @@ def ends_with(tokens_BT: jax.Array, ending: Sequence[int]) -> jax.Array:
     return found_BT
 
 
-def is_answered(
+def follows_prompt(
     tokens_BT: jax.Array,
     segment_BT: jax.Array,
     prompt_end: Sequence[int],
@@ -245,11 +246,13 @@ def lay_out(
 
     offset = _input_offsets(num_ahead, placement)
     ahead = take(first_ahead(tokens_BT, steps_end), at) + jnp.arange(num_ahead)
-    again = at + jnp.arange(1 - place.reread, 1)
+    # A text of fewer tokens than are read again repeats its first one.
+    again = jnp.maximum(at + jnp.arange(1 - place.reread, 1), start)
     segment = take(segment_BT, at)
     same_document = (ahead < T) & (take(segment_BT, ahead) == segment) & (segment > 0)
     latent_position = latents_at(written)
-    position = jnp.concatenate([latents_at(p), p + offset + place.shift(num_latents)], axis=-1)
+    inputs_at = jnp.maximum(p + offset, 0) + place.shift(num_latents)
+    position = jnp.concatenate([latents_at(p), inputs_at], axis=-1)
     if every:
         position = position[..., reading_order(num_latents, num_ahead, placement, every)]
 
@@ -261,7 +264,7 @@ def lay_out(
         latent_position=latent_position,
         latent_bounds=bounds(latent_position, start + written + 1),
         position=position,
-        bounds=bounds(position, at + 1 - place.reread),
+        bounds=bounds(position, jnp.maximum(at + 1 - place.reread, start)),
         inputs=take(tokens_BT, jnp.concatenate([again, ahead[..., :-1]], axis=-1)),
         ahead=ahead,
         targets=take(tokens_BT, ahead),

@@ -65,7 +65,8 @@ def prefill(
     outputs_BXD = jnp.pad(read.outputs, [(0, 0), (0, more), (0, 0)])
     extended = partial(cache_lib.extended, more=more, length_B=length_B)
     assistant = read.assistant and _place(aug, extended(read.assistant))
-    return state, Reading(outputs_BXD, _place(aug, extended(read.cache)), assistant)
+    cache = _place(aug, extended(read.cache))
+    return state, read._replace(outputs=outputs_BXD, cache=cache, assistant=assistant)
 
 
 def _place(aug: Augmentation, cache: Cache) -> Cache:
@@ -121,7 +122,7 @@ def _extend(
     row = jnp.arange(len(text_BX))[:, None]
     outputs_BXD = read.outputs.at[row, index_BS].set(out_BSD, mode="drop")
     assistant = read.assistant and more("assistant", read.assistant)[1]
-    return Reading(outputs_BXD, cache, assistant)
+    return read._replace(outputs=outputs_BXD, cache=cache, assistant=assistant)
 
 
 def _decode_more(
@@ -176,9 +177,9 @@ def join(
       The state and the cache to decode with.
     """
     traces = _trace(aug, state.text, state.length)
-    # Where the last token is read again, its entry is dropped first.
+    # The entries of tokens that are read again are dropped first.
     reread = traces.inputs.shape[2]
-    read = plain._replace(length=plain.length - reread)
+    read = plain._replace(length=jnp.maximum(plain.length - reread, 0))
     stop = jnp.broadcast_to(read.length[:, None, None], traces.position.shape)
     traces = traces._replace(bounds=traces.bounds._replace(prefix_stop=stop))
     out_BMAD, kv = augment.decode(aug, params, z, read, traces)

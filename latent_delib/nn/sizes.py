@@ -10,6 +10,8 @@ from typing import Any
 
 from latent_delib.errors import UserError
 
+ACTIVATIONS = ("gelu", "silu")  # `nn.layers` computes them
+
 # Fields that were added after the first decoder folders were written.
 ADDED_LATER = (
     "untied_head",
@@ -98,8 +100,9 @@ class TransformerConfig:
             raise UserError(f"learned_positions={self.learned_positions}: expected at least 0")
         if self.head_dim % 2 and not self.learned_positions:
             raise UserError(f"head_dim={self.head_dim}: rotary positions need an even number")
-        if self.activation not in ("gelu", "silu"):
-            raise UserError(f"activation={self.activation!r}: expected 'gelu' or 'silu'")
+        if self.activation not in ACTIVATIONS:
+            expected = " or ".join(map(repr, ACTIVATIONS))
+            raise UserError(f"activation={self.activation!r}: expected {expected}")
         for name in ("layer_pattern", "rope_scaling"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.rope_scaling:

@@ -18,7 +18,7 @@ import small
 from configs import base
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.coprocessor import as_inputs
+from latent_delib.delib.coprocessor import soft_tokens_per_trace
 from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
 from latent_delib.nn.attention import xla
 from latent_delib.nn.transformer import REMAT, Transformer
@@ -170,7 +170,7 @@ def test_gradients_of_soft_tokens_are_summed_in_float32():
 
     def soft_tokens(soft_LD):
         params = {"coprocessor": {"soft_tokens": soft_LD}}
-        return as_inputs(params, Transformer(CONFIG), traces, jnp.bfloat16)
+        return soft_tokens_per_trace(params, Transformer(CONFIG), traces, jnp.bfloat16)
 
     inputs, back = jax.vjp(soft_tokens, soft_LD)
     assert inputs.dtype == jnp.bfloat16

@@ -18,11 +18,12 @@ from test_augment import AT, SEGMENT, TOKENS, WEIGHTS, A, L, document_of
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.loss import ahead_weights
 from latent_delib.delib.methods import METHODS
 from latent_delib.nn.transformer import Transformer
 
 EVERY = 2  # ahead tokens from one group of `latent_tokens` to the next
-STEP = 1e-4  # of the finite differences: their own error is of its square
+STEP = 1e-4  # of the finite differences: their own error is of its square; lower it if it shows
 CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("cache_augmentation", "gemma", "after"),
     ("cache_augmentation", "gpt2", "after"),
@@ -107,15 +108,20 @@ def naive_loss(method, config, placement, params):
         if method == "latent_tokens":
             read = document[: p + 1 + A]
             outputs = naive.recurring(config, decoder, coprocessor["soft_tokens"], read, p, EVERY)
-            total += naive.nll(config, decoder, outputs[:-1], read[p + 1 :]).sum()
+            total += weighted(naive.nll(config, decoder, outputs[:-1], read[p + 1 :]))
             continue
         if method == "assistant":
             z = latents_of_assistant(ASSISTANTS[config], params, document[: p + 1], placement)
         nll = naive.trace_nll(
             config, decoder, coprocessor, document, p, A, placement, read, z=z, L=L
         )
-        total += nll.sum()
+        total += weighted(nll)
     return total
+
+
+def weighted(nll):
+    """Σ of a trace's tokens, each with the weight of its n; fewer than A at a document's end."""
+    return (nll * np.asarray(ahead_weights(A), np.float64)[: len(nll)]).sum()
 
 
 def latents_of_assistant(config, params, tokens, placement):
@@ -164,7 +170,8 @@ def test_loss_and_gradient_equal_the_naive_reading(method, family, placement):
     (total, tokens), gradient = jax.jit(loss)(trained)
     expected = naive_loss(method, config, placement, frozen | trained)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
-    assert tokens == (8 + 6 + 11 if method == "decoder" else WEIGHTS.sum())
+    counted = WEIGHTS * ahead_weights(A)
+    assert tokens == (8 + 6 + 11 if method == "decoder" else counted.sum())
 
     rng = np.random.default_rng(0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):

@@ -85,6 +85,23 @@ def test_latents_that_recur_literally():
     check(lay_out("shared", every=2), expected)
 
 
+def test_two_tokens_that_are_read_again_literally(monkeypatch):
+    """A document of one token reads it twice, and nothing of the document before it."""
+    before_two = traces.Placement(lambda L: np.arange(L) - 1, shift=lambda L: L, reread=2)
+    monkeypatch.setitem(traces.PLACEMENTS, "before_two", before_two)
+    expected = traces.Traces(
+        latent_position=[[2, 3], [0, 0]],
+        latent_bounds=bounds([0, 5], [4, 6], 2),
+        position=[[2, 3, 4, 5, 6, 7], [0, 0, 2, 2, 3, 4]],
+        bounds=bounds([0, 5], [2, 5], 6),
+        inputs=[[12, 13, 14, 15], [15, 15, 16, 17]],
+        ahead=[[4, 5, 6], [6, 7, 8]],
+        targets=[[14, 15, 16], [16, 17, 18]],
+        weights=[[1.0, 0, 0], [1, 1, 1]],
+    )
+    check(lay_out("before_two"), expected)
+
+
 @pytest.mark.parametrize("placement", ["after", "overlay"])
 def test_ahead_tokens_behind_steps(placement):
     """The tokens behind the ending, with the positions and the view of those behind the trace."""
@@ -300,7 +317,7 @@ def test_tokens_behind_the_end_of_a_prompt():
     tokens = rng.integers(1, 4, PACKED.shape)
     tokens[np.diff(PACKED, axis=1, prepend=0) != 0] = 9  # as BOS, in no ending
     for prompt_end in ((), (2,), (1, 3)):
-        found = traces.is_answered(jnp.array(tokens), PACKED, prompt_end)
+        found = traces.follows_prompt(jnp.array(tokens), PACKED, prompt_end)
         for row, (text, segment) in enumerate(zip(tokens.tolist(), np.array(PACKED))):
             for at in range(len(text)):
                 start = int(np.flatnonzero(segment == segment[at])[0])

@@ -12,7 +12,7 @@ import small
 
 from latent_delib.errors import UserError
 from latent_delib.nn import cache as cache_lib
-from latent_delib.nn import rotary, transformer
+from latent_delib.nn import layers, rotary, sizes, transformer
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import RMSNorm
 from latent_delib.nn.sizes import SIZES, TransformerConfig
@@ -136,6 +136,10 @@ def test_rotary_is_float32_inside_far_into_the_text():
     )
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours[0, 0].astype(jnp.float32), expected, rtol=2**-8, atol=2**-8)
+
+
+def test_every_activation_is_computed():
+    assert tuple(layers.ACTIVATIONS) == sizes.ACTIVATIONS
 
 
 @pytest.mark.parametrize(
