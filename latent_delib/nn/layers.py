@@ -131,6 +131,16 @@ def normed(c: TransformerConfig, name: str, x: jax.Array) -> jax.Array:
     return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
 
+def biased(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns y [B, M, S, ...] plus a bias [...], in the dtype of y.
+
+    The bias is repeated in float32: its gradient is a sum over all tokens, and a sum of thousands
+    of addends in bfloat16 would lose most of them.
+    """
+    bias = bias.astype(y.dtype).astype(jnp.float32)
+    return y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
+
+
 class Attention(nn.Module):
     """Computes grouped-query attention.
 
@@ -172,7 +182,7 @@ class Attention(nn.Module):
             w_DNH = self.param(name, _normal(D), (D, heads, H)).astype(x_BMSD.dtype)
             y = self.partition.product(x_BMSD, w_DNH, TRACES, PARAM_AXES[name][1:], HEADS)
             if c.qkv_bias:
-                y += self.param(f"{name}_bias", nn.initializers.zeros, (heads, H)).astype(y.dtype)
+                y = biased(y, self.param(f"{name}_bias", nn.initializers.zeros, (heads, H)))
             return self.partition.constrain(y, HEADS)
 
         q_BMSNH = project("q", N)
@@ -207,7 +217,7 @@ class Attention(nn.Module):
         w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
         out_BMSD = self.partition.product(out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
         if c.other_bias:
-            out_BMSD += self.param("out_bias", nn.initializers.zeros, (D,)).astype(out_BMSD.dtype)
+            out_BMSD = biased(out_BMSD, self.param("out_bias", nn.initializers.zeros, (D,)))
         return out_BMSD, (k_BMUKH, v_BMUKH)
 
 
@@ -227,7 +237,7 @@ class MLP(nn.Module):
             w = self.param(name, _normal(shape[0]), shape).astype(x.dtype)
             y = self.partition.product(x, w, axes[0], PARAM_AXES[name][1:], axes[1])
             if c.other_bias:
-                y += self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]).astype(y.dtype)
+                y = biased(y, self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]))
             return y
 
         def widen(name: str) -> jax.Array:

@@ -14,7 +14,7 @@ from latent_delib.errors import UserError
 from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import layers, rotary, sizes, transformer
 from latent_delib.nn.attention.primitive import Bounds
-from latent_delib.nn.layers import RMSNorm
+from latent_delib.nn.layers import RMSNorm, biased
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.nn.transformer import Transformer
 
@@ -125,6 +125,20 @@ def test_norm_is_float32_inside():
     )
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=2**-8 + 1e-5)
+
+
+def test_gradients_of_biases_are_summed_in_float32():
+    """16,384 addends of nearly one sign: a sum that keeps 8 bits stops at 256."""
+    y_BMSD = jnp.ones((16, 64, 16, 3), jnp.bfloat16)
+    bias_D = jnp.array([0.1, 2.0, -3.0], jnp.bfloat16)
+    out, back = jax.vjp(partial(biased, y_BMSD), bias_D)
+    np.testing.assert_array_equal(out, y_BMSD + bias_D, strict=True)
+    noise = np.random.default_rng(0).normal(1.0, 0.1, y_BMSD.shape)
+    cotangent = jnp.asarray(noise, jnp.bfloat16)
+    (found,) = jax.jit(back)(cotangent)
+    expected = np.asarray(cotangent, np.float64).sum(axis=(0, 1, 2))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8)
 
 
 def test_rotary_is_float32_inside_far_into_the_text():
