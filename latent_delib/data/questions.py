@@ -31,6 +31,7 @@ STOP = "\n"
 ANSWER = rf"^(?:.*{STEPS_END})?\s*(.*?)\s*$"
 MOST_TOKENS = 512  # of a generated reply
 FORM = '{"question": TEXT, "answer": TEXT}'
+FORM_WITH_STEPS = '{"question": TEXT, "answer": TEXT, "steps": TEXT or a list of TEXT}'
 
 
 class Question(NamedTuple):
@@ -78,15 +79,18 @@ def read(line: bytes, with_steps: bool) -> Question:
     Raises:
       ValueError: the line has another form; the message gives the reason.
     """
+    form = FORM_WITH_STEPS if with_steps else FORM
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
-        raise ValueError(f"not JSON of the form {FORM}")
+        raise ValueError(f"not JSON of the form {form}")
     steps = row.get("steps")
-    if isinstance(steps, list):
-        row["steps"] = "\n".join(map(str, steps))
+    if isinstance(steps, list) and all(isinstance(step, str) for step in steps):
+        row["steps"] = "\n".join(steps)
     elif steps is None and not with_steps:
         row["steps"] = ""
     for field in ("question", "answer", "steps"):
@@ -94,7 +98,7 @@ def read(line: bytes, with_steps: bool) -> Question:
         may_be_empty = field == "steps" and not with_steps
         if not isinstance(value, str) or not (value.strip() or may_be_empty):
             found = reprlib.repr(value)
-            raise ValueError(f"{field!r} is {found}, expected text in the form {FORM}")
+            raise ValueError(f"{field!r} is {found}, expected text in the form {form}")
     if with_steps and STEPS_END in row["steps"]:
         raise ValueError(f"'steps' holds {STEPS_END!r}, which marks their end")
     if STEPS_END in row["answer"]:
