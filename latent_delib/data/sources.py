@@ -153,15 +153,6 @@ def local_files(pattern: str) -> list[str]:
     return glob.glob(pattern, recursive=True, include_hidden=True)
 
 
-def shared_files(source: str, other: str) -> list[str]:
-    """Returns the local files that two sources both name, sorted."""
-    named = []
-    for meant in (parse(source), parse(other)):
-        found = local_files(meant.pattern) if isinstance(meant, Files) else []
-        named.append(set(map(os.path.realpath, found)))
-    return sorted(set.intersection(*named))
-
-
 def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], bool]) -> list[str]:
     """Returns the files among the matches of a source's pattern, sorted.
 
@@ -180,6 +171,14 @@ def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], boo
             f"did you mean {kind}:{folder}/*.txt?"
         )
     raise UserError(f"config.data: source {source!r}: no file matches {pattern!r}")
+
+
+def texts_of(source: str) -> set[str]:
+    """Returns what a source reads: the real paths of its local files, else the source itself."""
+    meant = parse(source)
+    if isinstance(meant, Files) and "://" not in meant.pattern:
+        return {os.path.realpath(path) for path in local_files(meant.pattern)}
+    return {source}
 
 
 def common_folder(paths: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from latent_delib.data import text, token_files
 from latent_delib.data.rows import BadRecords, Document
-from latent_delib.data.sources import check_files, has_questions, shared_files, source_of
+from latent_delib.data.sources import check_files, has_questions, source_of, texts_of
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
 from latent_delib.job.checks import check, check_steps
@@ -94,13 +94,11 @@ def use_text(config: Any, text: str, held_out: str, workdir: str) -> None:
     """
     if not (text and held_out):
         raise UserError(f"--text={text}, --held_out={held_out}: expected both")
-    if source_of(text) == source_of(held_out):
-        raise UserError(f"--held_out={held_out}: is the --text that is trained on; name another")
-    shared = shared_files(source_of(text), source_of(held_out))
+    shared = texts_of(source_of(text)) & texts_of(source_of(held_out))
     if shared:
         raise UserError(
-            f"--held_out={held_out}: {shared[0]} is part of the --text that is trained on; "
-            "name other files"
+            f"--held_out={held_out}: {min(shared)} is in --text too, which is trained on; "
+            "name other text"
         )
     data = config.data
     if data.token_files:
