@@ -163,14 +163,15 @@ def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], boo
     files = [path for path in found if not is_folder(path)]
     if files:
         return files
-    kind, pattern = parse(source)
+    meant = parse(source)
     if found:
         folder = found[0].rstrip("/")
+        ending = "jsonl" if meant.has_questions else "txt"
         raise UserError(
             f"config.data: source {source!r}: {folder} is a folder, "
-            f"did you mean {kind}:{folder}/*.txt?"
+            f"did you mean {meant.kind}:{folder}/*.{ending}?"
         )
-    raise UserError(f"config.data: source {source!r}: no file matches {pattern!r}")
+    raise UserError(f"config.data: source {source!r}: no file matches {meant.pattern!r}")
 
 
 def texts_of(source: str) -> set[str]:

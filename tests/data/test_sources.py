@@ -92,6 +92,8 @@ def test_local_files_that_are_not_there(folder):
             sources.check_files([source])
         meant = f"{folder}/folder is a folder, did you mean lines:{folder}/folder/*.txt?"
         assert str(error.value) == f"config.data: source {source!r}: {meant}"
+    with pytest.raises(UserError, match=r"did you mean qa:.*/folder/\*\.jsonl\?"):
+        sources.check_files([f"qa:{folder}/folder"])
     with pytest.raises(UserError, match=f"no file matches '{folder}/none'"):
         sources.check_files([f"files:{folder}/a1.txt", f"files:{folder}/none"])
     # told when they are read
