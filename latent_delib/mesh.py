@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import UserError
+from latent_delib.machine import arguments
 from latent_delib.nn.layers import Axes, contracted
 from latent_delib.nn.products import matmul
 
@@ -54,8 +55,8 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
       devices: devices of the mesh; by default all devices of the job.
 
     Raises:
-      UserError: unknown axes, sizes whose product is not the number of devices, or a data axis
-        that several slices do not divide.
+      UserError: unknown axes, sizes that are not whole or whose product is not the number of
+        devices, or a data axis that several slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
     unknown = sorted(set(sizes) - set(AXES))
@@ -63,7 +64,8 @@ def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh
         raise UserError(
             f"the mesh has no axis {', '.join(unknown)}; its axes are {', '.join(AXES)}"
         )
-    shape = [sizes.get(axis, 1) for axis in AXES]
+    lowest = -arguments.INT32
+    shape = [arguments.whole(f"mesh axis {axis}", sizes.get(axis, 1), lowest) for axis in AXES]
     for axis, length in zip(AXES, shape):
         if length < 1 and length != -1:
             raise UserError(

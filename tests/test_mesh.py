@@ -47,6 +47,8 @@ def test_minus_one_takes_what_the_others_leave():
         (sizes(data=0, tensor=8), "data=0"),
         (sizes(data=-1, fsdp=0), "fsdp=0"),
         (sizes(data=8, tensor=-2), "tensor=-2"),
+        (sizes(data=8.0), "mesh axis data=8.0: expected a whole number"),
+        (sizes(data="8"), "mesh axis data='8': expected a whole number"),
         (sizes(data=-1) | {"model": 1}, "axis model.*data, fsdp, traces, tensor"),
     ],
 )
