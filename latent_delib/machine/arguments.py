@@ -38,10 +38,10 @@ def number(name: str, value: Any) -> float:
 
 
 def path(name: str, value: Any) -> str:
-    """Returns a path as a string."""
+    """Returns a path as a string, which is not empty."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         raise UserError(f"{name}={reprlib.repr(value)}: expected a path")
     return value
 
@@ -54,12 +54,15 @@ def several(name: str, value: Any) -> list[Any]:
 
 
 def token_ids(name: str, value: Any, expected: str = "a list of token ids") -> list[int]:
-    """Returns a sequence of whole numbers as a list; text and bytes are refused."""
+    """Returns a sequence of whole numbers as a list; text, bytes and truth values are refused."""
     refusal = UserError(f"{name}={reprlib.repr(value)}: expected {expected}")
     if isinstance(value, str | bytes | bytearray):
         raise refusal
     try:
-        return [operator.index(token) for token in value]
+        tokens = list(value)
+        if any(isinstance(token, bool) for token in tokens):
+            raise refusal
+        return [operator.index(token) for token in tokens]
     except TypeError:
         raise refusal from None
 

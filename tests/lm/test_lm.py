@@ -670,6 +670,7 @@ MISTAKES = {
         "train on a decoder folder",
     ),
     "no path": (lambda lm, d: ld.load_decoder(None), "path=None: expected a path"),
+    "empty path": (lambda lm, d: ld.load_coprocessor(""), "workdir='': expected a path"),
     "a decoder far away": (
         lambda lm, d: ld.load_decoder("gs://b/x"),
         "decoder 'gs://b/x': expected a local folder",
@@ -806,6 +807,10 @@ MISTAKES = {
     "half tokens": (
         lambda lm, d: lm.generate([[2.7, 5.9]]),
         r"prompts\[0\]=\[2.7, 5.9\]: expected text or a list",
+    ),
+    "truths": (
+        lambda lm, d: lm.generate([[True, False]]),
+        r"prompts\[0\]=\[True, False\]: expected text or a list of token ids",
     ),
     "letters": (
         lambda lm, d: lm.generate([["a"]]),
