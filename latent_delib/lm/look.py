@@ -17,7 +17,9 @@ from flax.core.tracers import current_trace
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.errors import UserError
+from latent_delib.lm import inputs
 from latent_delib.lm.model import AugmentedLM
+from latent_delib.machine import arguments
 from latent_delib.nn.cache import Cache
 from latent_delib.nn.products import einsum
 from latent_delib.nn.transformer import Params, Transformer
@@ -75,9 +77,16 @@ def cache(lm: AugmentedLM, tokens_BT: Any) -> Cache:
 
     Args:
       tokens_BT: one text per row, BOS first.
+
+    Raises:
+      UserError: the tokens are not integers [B, T] of the vocabulary.
     """
-    tokens = jnp.asarray(tokens_BT, jnp.int32)
+    tokens = _token_array(lm, tokens_BT)
     return _read(lm.params, tokens, aug=lm.plain, dtype=lm.dtype)
+
+
+def _token_array(lm: AugmentedLM, tokens_BT: Any) -> jax.Array:
+    return inputs.token_array(tokens_BT, lm.decoder.config.vocab_size, 1, lm.aug.longest_text)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
@@ -101,15 +110,20 @@ def attention(
       no coprocessor, or calls it in a loop. Then the map of the decoder's call: its rows are the
       latents as the decoder reads them and the tokens after them, or the tokens alone where latents
       are keys and values. Columns are the text up to `at`, then the latents, then the tokens.
+
+    Raises:
+      UserError: the model writes no latents; `tokens` are not integers of the vocabulary; `at` is
+        out of range.
     """
     if not lm.aug.writes_latents:
         raise UserError("this model has no coprocessor, so no latents")
+    text = _token_array(lm, [tokens])
+    at = arguments.whole("at", at, -arguments.INT32)
     if not 0 <= at < len(tokens) - 2:
         raise UserError(
             f"at={at}: expected 0 to {len(tokens) - 3}, two tokens before the end of the text"
         )
     ahead = len(tokens) - 1 - at
-    text = jnp.asarray(tokens, jnp.int32)[None]
     called = _called(lm.params, text, jnp.array([[at]]), aug=lm.aug, dtype=lm.dtype, ahead=ahead)
     *written, decoded = (_weights(w, at, len(tokens)) for w in called)
     names = [f"{i} {word}" for i, word in enumerate(words(lm, tokens))]
@@ -164,7 +178,11 @@ def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]
     The best come first. Embeddings are the right comparison, because the decoder reads latents
     where it reads embeddings. Logits would not do: they also grow with the norm of a word's
     embedding, which depends on the word's frequency.
+
+    Raises:
+      UserError: `count` is out of range.
     """
+    count = arguments.whole("count", count, 1, lm.decoder.config.vocab_size)
     table_VD = jnp.asarray(lm.params["decoder"]["embedding"], jnp.float32)
     cosine_LV = einsum("LD,VD->LV", _unit(jnp.asarray(z_LD, jnp.float32)), _unit(table_VD))
     found = []

@@ -152,3 +152,13 @@ def test_mistakes(decoder, tokens):
     for at in (-1, LENGTH - 2):
         with pytest.raises(ld.UserError, match=f"at={at}: "):
             look.attention(lm, tokens, at)
+    with pytest.raises(ld.UserError, match="at=1.5: expected a whole number"):
+        look.attention(lm, tokens, 1.5)
+    for bad in ("the cat sat", [2, 320, 5, 6, 7], [tokens]):
+        with pytest.raises(ld.UserError, match="^tokens"):
+            look.attention(lm, bad, 1)
+    with pytest.raises(ld.UserError, match=r"tokens: .* expected integers \[B, T\]"):
+        look.cache(lm, tokens)
+    for count in (0, 321):
+        with pytest.raises(ld.UserError, match=f"count={count}: expected"):
+            look.nearest(lm, np.ones((L, decoder.config.embed_dim)), count)
