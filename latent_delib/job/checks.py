@@ -262,7 +262,7 @@ def _check_controls(config: ConfigDict) -> None:
 
 
 def _check_trace_length(config: ConfigDict) -> None:
-    """Raises UserError unless a row holds a whole trace, and a position for each of its traces."""
+    """Raises UserError unless a row holds a whole trace, and the positions and delays of all."""
     m = config.method
     length = config.data.seq_len
     if METHODS[m.name].write is None:
@@ -277,4 +277,9 @@ def _check_trace_length(config: ConfigDict) -> None:
         raise UserError(
             f"config.method.num_traces={m.num_traces}: expected at most {length - 1}, "
             f"the positions in a row of config.data.seq_len={length} tokens"
+        )
+    if m.max_delay > length - 2:
+        raise UserError(
+            f"config.method.max_delay={m.max_delay}: expected at most {length - 2}, so that "
+            f"latents are written within a row of config.data.seq_len={length} tokens"
         )

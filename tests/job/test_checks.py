@@ -53,6 +53,7 @@ MISTAKES = [
         {"method.name": "pause_tokens", "method.max_delay": 1},
         "config.method.max_delay=1: method 'pause_tokens'",
     ),
+    ({"method.max_delay": 31}, "config.method.max_delay=31: expected at most 30, so that"),
     ({"method.distill": 1.5}, "config.method.distill=1.5: expected at least 0 and at most 1"),
     ({"method.distill": -0.5}, "config.method.distill=-0.5"),
     ({"method.distill": 0.5, "method.name": "joint"}, "distill=0.5: method 'joint' trains the"),
