@@ -1,15 +1,13 @@
 """Shows latents in the place of written steps.
 
-  .venv/bin/python -m examples.hops [SEED]
+  .venv/bin/python -m examples.hops [--seed=N]
 
 A frozen decoder follows a list of places by writing every step. Made to answer at once, it only
 guesses; with the latents of a coprocessor it knows. Decoder and coprocessor lie in examples/hops;
-docs/results_questions.md says how they were trained. The questions are made anew: another SEED
-asks others.
+docs/results_questions.md says how they were trained. The questions are made anew.
 """
 
 import random
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +15,7 @@ from typing import NamedTuple
 import latent_delib as ld
 from latent_delib.data import questions
 from latent_delib.data.questions import STEPS_END, Question
+from latent_delib.machine import commands
 from tools.make_questions import hops
 
 FOLDER = Path(__file__).parent / "hops"
@@ -76,4 +75,8 @@ def main(seed: int = 0, count: int = COUNT) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    commands.run(
+        lambda flags: main(flags.seed),
+        __doc__,
+        seed=(0, "another seed asks other questions"),
+    )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_latents_take_the_place_of_written_steps():
     in_steps, guessed, with_latents = shares.values()
     assert min(in_steps, with_latents) >= 0.9
     assert guessed <= 0.1
+
+
+@pytest.mark.parametrize("argument", ["--seed=one", "one"])
+def test_a_seed_that_is_no_number(argument, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hops", argument])
+    with pytest.raises(SystemExit, match=f"error: .*{argument}.*(expected a whole|--help)"):
+        runpy.run_module("examples.hops", run_name="__main__")
 
 
 def test_the_kinds_of_tokens_of_the_probe(monkeypatch):
