@@ -16,6 +16,9 @@ overrides "$@"
 
 questions=${QUESTIONS:-runs/questions/word_problems} thoughts=${THOUGHTS:-2} stages=${STAGES:-3} steps=${STEPS:-2000}
 run=${RUN:-runs/coconut} config=${CONFIG:-coconut} first=${FIRST:-0}
+for name in thoughts steps first stages; do
+  [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || die "${name^^}=${!name}: expected a whole number"
+done
 [[ -e configs/$config.py ]] || die "CONFIG=$config: there is no configs/$config.py"
 ./launch/setup.sh eval report
 [[ ${QUESTIONS:-} || -e $questions.train.jsonl ]] || python -m tools.make_questions --out=runs/questions

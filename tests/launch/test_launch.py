@@ -76,6 +76,13 @@ def test_unknown_arguments_are_refused_before_anything_starts(
     assert not (scripts / ".venv").exists()
 
 
+def test_numbers_of_the_curriculum_are_checked_before_anything_starts(scripts: Path) -> None:
+    for name, value in {"THOUGHTS": "two", "STEPS": "1e3", "FIRST": "-1", "STAGES": "03"}.items():
+        done = run(scripts, "coconut.sh", **{name: value})
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"error: {name}={value}: expected a whole number\n"
+
+
 @pytest.mark.parametrize("script", ["quickstart.sh", "smollm2.sh"])
 def test_a_wrong_key_is_met_by_the_first_command(scripts: Path, script: str) -> None:
     """Not after minutes of preparation: that gets the changes of the config too."""
