@@ -318,13 +318,17 @@ def test_processes_that_are_not_there(error, config_file, trained, tmp_path, mon
     named(line, "process 0", address, "1 s")
 
 
-def test_evaluate_and_generate_need_a_checkpoint(error, config_file, trained, tmp_path):
+def test_evaluate_and_generate_need_a_checkpoint(
+    error, config_file, trained, decoder_folder, tmp_path
+):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     config = config_file()
     for workdir, words in (("nowhere", "holds no checkpoints"), ("empty", "holds no checkpoints")):
         at = tmp_path / workdir
         named(error("evaluate", f"--config={config}", f"--workdir={at}"), at, words)
         named(error("generate", f"--workdir={at}", "--prompt=the cat"), f"error: {at}: ", words)
+    line = error("generate", f"--workdir={decoder_folder}", "--prompt=a")
+    named(line, decoder_folder, "is a decoder's folder", "workdir of a training job")
     named(
         error("generate", f"--workdir={trained}", "--prompt=a", "--step=3"),
         "no checkpoint of step 3",

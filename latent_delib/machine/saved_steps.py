@@ -99,7 +99,9 @@ def _is_installed(package: str) -> bool:
 def why_no_checkpoint(workdir: str) -> str:
     """Returns why a folder holds no checkpoints, and the remedy."""
     inside = re.fullmatch(r"(.+)/checkpoints(?:/(\d+))?/*", workdir)
-    if inside is None:
-        return "holds no checkpoints; train it first"
-    step = f", with step={inside[2]}" if inside[2] else ""
-    return f"is inside the workdir {inside[1]}; name that{step}"
+    if inside is not None:
+        step = f", with step={inside[2]}" if inside[2] else ""
+        return f"is inside the workdir {inside[1]}; name that{step}"
+    if os.path.isfile(f"{workdir}/config.json"):
+        return "is a decoder's folder, without checkpoints; name the workdir of a training job"
+    return "holds no checkpoints; train it first"
