@@ -70,6 +70,7 @@ def main(flags: Any) -> None:
     table = _read_table(flags.table)
     chosen = _chosen(table, flags.benchmarks)
     _check_flags(flags, chosen)
+    files.check_writable(flags.out)
     subject = _find_subject(flags)
     rows = _read_rows(epath.Path(flags.out) / FILE, subject)
     harness = _import_harness(flags.confirm_run_unsafe_code)

@@ -48,7 +48,7 @@ def main(flags: Any) -> None:
     if flags.out and out.is_dir():
         raise UserError(f"--out={out}: is a folder, expected a file")
     if flags.out:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        files.check_writable(str(out.parent))
 
     lm = load_model(flags)
     inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler, lm.aug.every)

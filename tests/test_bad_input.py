@@ -341,6 +341,15 @@ def test_evaluate_and_generate_need_a_checkpoint(
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_results_that_have_no_place_are_met_before_the_work(error, tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments in (
+        ["generate", "--workdir=nowhere", "--prompt=a", f"--out={tmp_path}/file/new/a.jsonl"],
+        ["benchmark", "--decoder=nowhere", "--benchmarks=gsm8k", f"--out={tmp_path}/file/new"],
+    ):
+        named(error(*arguments), f"error: {tmp_path}/file: is a file, expected a folder")
+
+
 def test_generate_refuses(error, trained):
     for arguments in ([], ["--prompt="], ["--prompt=a", "--prompts=FILE"]):
         named(

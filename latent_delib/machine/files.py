@@ -153,6 +153,23 @@ def is_folder(path: epath.Path) -> bool:
         return path.exists() and path.is_dir()
 
 
+def check_writable(folder: str) -> None:
+    """Checks that a local folder can be written or made, before the work that ends in it.
+
+    Raises:
+      UserError: a file is in place of one of these folders, or the innermost that exists cannot be
+        written.
+    """
+    if "://" in folder:
+        return
+    path = Path(folder)
+    if in_the_way(path):
+        raise UserError(f"{in_the_way(path)}: {NOT_A_FOLDER}")
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: cannot be written; name another folder")
+
+
 def in_the_way(path: Path) -> Path | None:
     """Returns the file that is in place of a folder or of one above it; None if there is none."""
     return next((each for each in (path, *path.parents) if each.is_file()), None)

@@ -148,6 +148,19 @@ def test_what_is_in_the_way(tmp_path):
     assert names(tmp_path) == ["file", "full"]
 
 
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """As root every folder can be, so the answer is pretended."""
+    files.check_writable("gs://bucket/new")
+    files.check_writable(f"{tmp_path}/new/newer")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=f"^{tmp_path}/new/newer: cannot be written; name another"):
+        files.check_writable(f"{tmp_path}/new/newer")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^{tmp_path}/file: is a file, expected a folder"):
+        files.check_writable(f"{tmp_path}/file/new")
+
+
 def test_a_store_that_does_not_take_a_file():
     """An outage is one, whatever the client raises; a store's other failures are a disk's."""
 
