@@ -290,5 +290,5 @@ def _is_alive(process: int) -> bool:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):  # a read-only disk refuses to remove what is not there
         path.unlink(missing_ok=True)

@@ -148,6 +148,23 @@ def test_what_is_in_the_way(tmp_path):
     assert names(tmp_path) == ["file", "full"]
 
 
+def test_a_read_only_disk_is_told_of_with_the_path_that_the_user_gave(tmp_path, monkeypatch):
+    """There the removal of what does not exist fails too."""
+
+    def fail(path, *_, **__):
+        if path != tmp_path:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for name in ("mkdir", "unlink", "write_bytes"):
+        monkeypatch.setattr(Path, name, fail)
+    with pytest.raises(OSError) as error, files.atomic_folder(tmp_path / "out"):
+        pass
+    assert error.value.filename == str(tmp_path / "out")
+    with pytest.raises(OSError) as error:
+        files.write(tmp_path / "file", b"")
+    assert error.value.filename == str(tmp_path / "file")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     """As root every folder can be, so the answer is pretended."""
     files.check_writable("gs://bucket/new")
