@@ -73,6 +73,7 @@ def main(flags: Any) -> None:
         raise UserError(f"--out={out}: is a file, expected a folder")
     distributed.split_cores(flags.config.compute.cpu_devices)
     with distributed.job(flags):
+        on_first(files.check_writable, out)
         if flags.watch or flags.steps:
             steps = None
             if flags.steps not in ("", "all"):

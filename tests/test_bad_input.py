@@ -341,9 +341,12 @@ def test_evaluate_and_generate_need_a_checkpoint(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_results_that_have_no_place_are_met_before_the_work(error, tmp_path):
+def test_results_that_have_no_place_are_met_before_the_work(error, config_file, tmp_path):
     (tmp_path / "file").write_text("")
+    config = f"--config={config_file()}"
     for arguments in (
+        ["train", config, f"--workdir={tmp_path}/file/new", "--dry_run"],
+        ["evaluate", config, "--workdir=nowhere", f"--out={tmp_path}/file/new"],
         ["generate", "--workdir=nowhere", "--prompt=a", f"--out={tmp_path}/file/new/a.jsonl"],
         ["benchmark", "--decoder=nowhere", "--benchmarks=gsm8k", f"--out={tmp_path}/file/new"],
     ):

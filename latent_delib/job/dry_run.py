@@ -39,9 +39,11 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
       topology: the TPU slice to compile for, in the form of `slice_of`; empty: this machine.
 
     Raises:
-      UserError: a mistake in the config, an unknown topology, or a program that does not fit.
+      UserError: a mistake in the config, an unknown topology, a workdir that cannot be written, or
+        a program that does not fit.
     """
     exp = experiment.read(config, slice_of(topology) if topology else None)
+    files.check_writable(workdir)
     plan = planning.make(exp)
     print(planning.summary(exp, plan), flush=True)
     began = time.perf_counter()
