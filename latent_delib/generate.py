@@ -136,7 +136,7 @@ def read_requests(flags: Any) -> list[dict[str, Any]]:
     """
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
-    arguments.whole("--seed", flags.seed, 0, arguments.INT64)
+    arguments.whole("--seed", flags.seed, 0, arguments.SEED)
     if flags.prompt:
         return [{"prompt": flags.prompt, "seed": flags.seed}]
     text = files.read_text(Path(flags.prompts), "utf-8-sig")  # a byte order mark is no text
@@ -162,7 +162,7 @@ def _read_request(line: str, where: str, seed: int) -> dict[str, Any]:
         raise UserError(
             f'{where}: expected a "prompt" that is text and not empty, or else "messages"'
         )
-    seed = arguments.whole(f"{where}: seed", found.get("seed", seed), 0, arguments.INT64)
+    seed = arguments.whole(f"{where}: seed", found.get("seed", seed), 0, arguments.SEED)
     return found | {"seed": seed}
 
 

@@ -147,6 +147,7 @@ def test_a_checkpoint(make_config, trained, evaluated, logprobs, documents, piec
         "date",
         "hardware",
         "versions",
+        "commit",
     }
     assert result["pieces"] == len(pieces)
     assert (result["checkpoint"], result["step"]) == (str(trained / "checkpoints" / "4"), 4)

@@ -13,6 +13,7 @@ from latent_delib.delib.step import OPTIMIZERS
 from latent_delib.delib.traces import PLACEMENTS, group_offsets
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
+from latent_delib.machine import arguments
 from latent_delib.machine.command_line import keys_of, value_of
 from latent_delib.nn.transformer import REMAT
 
@@ -58,8 +59,7 @@ def check(config: ConfigDict) -> None:
             low = AT_LEAST.get(f"{section}.{name}", 0)
             if isinstance(value, int | float) and value < low:
                 raise UserError(f"config.{section}.{name}={value}: expected at least {low}")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"config.seed={config.seed}: expected at least 0 and below 2**63")
+    arguments.whole("config.seed", config.seed, 0, arguments.SEED)
     _check_train(config.train)
     _check_method(config.method)
     _check_distill(config.method)

@@ -111,12 +111,12 @@ def random_keys(seed: int | Sequence[int], count: int) -> list[jax.Array]:
     They are made from a list of seeds, or from one seed and the place of each prompt.
     """
     if np.ndim(seed) == 0:
-        base = jax.random.key(arguments.whole("seed", seed, 0, arguments.INT64))
+        base = jax.random.key(arguments.whole("seed", seed, 0, arguments.SEED))
         return [jax.random.fold_in(base, i) for i in range(count)]
     seeds = arguments.several("seed", seed)
     if len(seeds) != count:
         raise UserError(f"{count} prompts, but {len(seeds)} seeds")
-    seeds = [arguments.whole(f"seed[{i}]", one, 0, arguments.INT64) for i, one in enumerate(seeds)]
+    seeds = [arguments.whole(f"seed[{i}]", one, 0, arguments.SEED) for i, one in enumerate(seeds)]
     return [jax.random.fold_in(jax.random.key(one), 0) for one in seeds]
 
 

@@ -309,7 +309,7 @@ def init_coprocessor(
     if placement not in PLACEMENTS:
         raise UserError(f"placement={placement!r}: expected one of {sorted(PLACEMENTS)}")
     num_latents = arguments.whole("num_latents", num_latents, 1, decoder.config.vocab_size)
-    seed = arguments.whole("seed", seed, 0, arguments.INT64)
+    seed = arguments.whole("seed", seed, 0, arguments.SEED)
     method = "cache_augmentation"
     model = Transformer(decoder.config)
     key = jax.random.key(seed)

@@ -13,6 +13,7 @@ from typing import Any
 from latent_delib.errors import UserError
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1  # the largest numbers of these types
+SEED = 2**32 - 1  # the largest seed: jax takes 32 bits of it
 
 
 def whole(name: str, value: Any, low: int, high: int = INT32) -> int:

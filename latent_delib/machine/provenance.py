@@ -1,6 +1,7 @@
 """Says how a result was made; this is written beside every result."""
 
 import shlex
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
@@ -13,7 +14,7 @@ PACKAGES = ("jax", "flax", "numpy")
 
 
 def provenance(computed: bool = True) -> dict[str, Any]:
-    """Returns the command, date (UTC, ISO 8601), hardware and versions that made a result.
+    """Returns the command, date (UTC, ISO 8601), hardware, versions and commit behind a result.
 
     Args:
       computed: whether jax computed it. If not, the hardware is left out: asking jax for its
@@ -28,7 +29,33 @@ def provenance(computed: bool = True) -> dict[str, Any]:
     ours = sys.modules["latent_delib"].__version__  # a checkout need not be installed
     others = {package: metadata.version(package) for package in PACKAGES}
     found["versions"] = {"latent_delib": ours} | others
+    found["commit"] = commit()
     return found
+
+
+def commit() -> str:
+    """Returns the git commit of this checkout, with "-dirty" if tracked files were changed.
+
+    It is "" outside a checkout, as for an installed package, and where git does not answer.
+    """
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return ""
+    command = [
+        "git",
+        "-C",
+        checkout,
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
 
 
 def hardware() -> str:

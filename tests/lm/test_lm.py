@@ -719,7 +719,7 @@ MISTAKES = {
         "num_latents=2.0: expected a whole number",
     ),
     "seed of a coprocessor": (
-        lambda lm, d: ld.init_coprocessor(d, 2, seed=2**70),
+        lambda lm, d: ld.init_coprocessor(d, 2, seed=2**32),
         "seed=.*: expected at most",
     ),
     "placement": (
@@ -872,7 +872,7 @@ MISTAKES = {
     ),
     "stop token": (lambda lm, d: lm.generate(["a"], stop=[3]), "stop: holds 3, expected texts"),
     "seed": (
-        lambda lm, d: lm.generate(["a"], seed=2**70),
+        lambda lm, d: lm.generate(["a"], seed=2**32),
         "seed=1180591620717411303424: expected at most",
     ),
     "seed text": (lambda lm, d: lm.generate(["a"], seed="x"), "seed='x': expected a whole number"),
