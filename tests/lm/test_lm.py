@@ -873,7 +873,7 @@ MISTAKES = {
     "stop token": (lambda lm, d: lm.generate(["a"], stop=[3]), "stop: holds 3, expected texts"),
     "seed": (
         lambda lm, d: lm.generate(["a"], seed=2**32),
-        "seed=1180591620717411303424: expected at most",
+        "seed=4294967296: expected at most",
     ),
     "seed text": (lambda lm, d: lm.generate(["a"], seed="x"), "seed='x': expected a whole number"),
     "seeds": (lambda lm, d: lm.generate(["a"], seed=[1, 2]), "1 prompts, but 2 seeds"),
