@@ -121,7 +121,7 @@ def evaluate(config: ConfigDict, workdir: str, out: str, step: int | None = None
     """
     job = Job(config, workdir, [step])
     needs_checkpoint = job.exp.aug.writes_latents or not config.decoder.path or step is not None
-    found = None
+    found = None  # the frozen decoder alone
     if needs_checkpoint or on_first(saved_steps.is_begun, workdir):
         found = read_checkpoint(job.exp, workdir, step)
     return job.run(found, epath.Path(out))
@@ -309,8 +309,9 @@ class Job:
     def origin(self, found: Restored | None) -> dict[str, Any]:
         """Returns the fields of perplexity.json that identify the run.
 
-        Keys of the config that an evaluation ignores, such as the ahead tokens of training, have
-        the checkpoint's values. Those of `method` that say where latents are put do not.
+        The config's keys of training, such as the ahead tokens, have the checkpoint's values. Those
+        that say what was evaluated have this evaluation's: the validation data, `prompt_end` and
+        `distill`.
         """
         record = self.exp.record
         if found is None:

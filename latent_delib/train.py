@@ -120,6 +120,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     found = restore(checkpoints, plan, record, workdir)
     first = 0 if found is None else found.step
     if first >= t.steps:
+        # A job that was killed between its last checkpoint and its end has not written the decoder.
         if build.step_of_decoder(workdir) != first:
             export_decoder(exp, workdir, first, found.trainable)
         say(f"done: step {first} of {workdir}")
@@ -140,12 +141,13 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
 
     # Train.
     vote = distributed.vote(exp.mesh)
-    stop.steps = True
+    stop.can_save = True
     metrics.begin_row(first)
     for step in range(first + 1, t.steps + 1):
         with metrics.waiting():
             local = next(loader)
-        stop_votes = vote(bool(stop.by))  # before the step, so known when the last one is done
+        # Asked before the step is dispatched: the answer is there as soon as the last step is done.
+        stop_votes = vote(bool(stop.by))
         batch = mesh_lib.place_rows(exp.mesh, local, t.batch_size)
         state, values = train_step(state, frozen, batch)
         held_out = {}
@@ -166,7 +168,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     # End.
     metrics.close()
     checkpoints.close()
-    stop.steps = False
+    stop.can_save = False
     if step < t.steps:
         by = SIGNALS.get(stop.by, "a signal to another process")
         say(f"stopped by {by}; step {step} is saved, the same command resumes")

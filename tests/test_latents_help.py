@@ -119,8 +119,8 @@ def augmented(aug, decoder, trained, tokens):
     at = np.full((len(tokens), 1), AT, np.int32)
     loss = jax.jit(partial(ahead_step, aug=aug, num_ahead=1))
 
-    def mean(from_B):
-        nll_BMA, _ = loss(params, text, tokens, np.ones_like(tokens), at, from_B)
+    def mean(donor_B):
+        nll_BMA, _ = loss(params, text, tokens, np.ones_like(tokens), at, donor_B)
         return float(nll_BMA.mean())
 
     return mean(row), mean(np.roll(row, 1))

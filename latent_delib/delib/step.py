@@ -329,7 +329,7 @@ def ahead_step(
     tokens_BT: jax.Array,
     segment_BT: jax.Array,
     at_BM: jax.Array,
-    from_B: jax.Array | None = None,
+    donor_B: jax.Array | None = None,
     *,
     aug: Augmentation,
     num_ahead: int,
@@ -344,7 +344,7 @@ def ahead_step(
       tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
       at_BM: int32 text tokens at which the cache is augmented.
-      from_B: index of the row whose latents each row gets instead of its own; None: its own.
+      donor_B: index of the row whose latents each row reads; None: its own.
       aug: the method and both models.
       num_ahead: A.
       delay: number of tokens by which latents are written before they join.
@@ -357,7 +357,7 @@ def ahead_step(
     params = augment.gathered(aug, params)
     traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)
     z = augment.write_latents(aug, params, reading, traces)
-    if from_B is not None:
-        z = jax.tree.map(lambda x: x[from_B], z)
+    if donor_B is not None:
+        z = jax.tree.map(lambda x: x[donor_B], z)
     x_BMAD, _ = augment.decode(aug, params, z, reading.cache, traces)
     return score(aug, params, x_BMAD, traces.targets), traces.weights

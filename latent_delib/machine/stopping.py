@@ -15,12 +15,12 @@ class Stop:
 
     Attributes:
       by: the first signal that asked the job to save and stop; 0 before one.
-      steps: whether the job is in its steps, so that there is something to save.
+      can_save: whether the job is in its steps, so that there is something to save.
     """
 
     def __init__(self) -> None:
         self.by = 0
-        self.steps = False
+        self.can_save = False
         self.warned = False
 
     def request(self, number: int, _frame: Any = None) -> None:
@@ -32,7 +32,7 @@ class Stop:
 
         It raises no exception for that: jax's clean-up may crash after an interrupted compile.
         """
-        if self.steps and not self.warned:
+        if self.can_save and not self.warned:
             self.warned = True
             _say(
                 "stopping after two more steps at most, and saving; "

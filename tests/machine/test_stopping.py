@@ -28,7 +28,7 @@ def interrupt():
 
 def test_the_first_one_lets_the_step_be_saved_and_the_second_does_not(ended, capfd):
     with graceful_stop(ctrl_c=True) as stop:
-        stop.steps = True
+        stop.can_save = True
         interrupt()
         until = time.monotonic() + 10
         while not (said := capfd.readouterr().err) and time.monotonic() < until:
