@@ -64,7 +64,7 @@ done
 twice=$(printf '%s\n' "${names[@]}" | sort | uniq -d | head -n 1)
 [[ ! $twice ]] || die "$twice: two runs of the grid have this name, and would share a folder"
 
-# A wrong key or value is said before anything runs, unless only the slices can read the configs.
+# A wrong key or value is reported before anything runs, unless only the slices can read the configs.
 for config in "${configs[@]}"; do
   [[ -x .venv/bin/python ]] || break
   .venv/bin/python -m latent_delib.train --list_keys --config="$config" "${given[@]}" "${COMMAND[@]}" >/dev/null || exit 1

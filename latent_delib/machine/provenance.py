@@ -41,16 +41,8 @@ def commit() -> str:
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return ""
-    command = [
-        "git",
-        "-C",
-        checkout,
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    describe = "describe --always --dirty --abbrev=40 --exclude=*".split()
+    command = ["git", "-C", checkout, *describe]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

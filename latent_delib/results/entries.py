@@ -126,6 +126,7 @@ def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
     new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
     alike = [each for each in found if _subject(each) == _subject(new) and not is_control(each)]
     for entry in alike:
+        # Scores stand beside the first evaluation; further ones have other figures of perplexity.
         is_meant = entry is alike[0] or not entry.perplexity
         if is_meant and _fits(entry, result, row):
             break
@@ -277,13 +278,13 @@ def labels(results: Sequence[Result]) -> list[str]:
 
 def _trained_by(result: Result, others: Sequence[Result]) -> str:
     """Names the keys of `optimizer` and `train` in which results differ, with their values."""
-    words = ""
+    found = ""
     if not result.step:  # nothing was trained
-        return words
+        return found
     config = result.data["config"]
     for part in ("optimizer", "train"):
         for key, value in config.get(part, {}).items():
             values = [other.data["config"].get(part, {}).get(key) for other in others]
             if any(each != value for each in values):
-                words += f", {part}.{key} {value}"
-    return words
+                found += f", {part}.{key} {value}"
+    return found

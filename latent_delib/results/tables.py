@@ -187,6 +187,7 @@ def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
             lines += free
         for line in free:
             line.cells[column] = figure
+    # Lines of one decoder and label stand together, in the order of their first.
     order = [(line.decoder, line.label) for line in lines]
     lines.sort(key=lambda line: order.index((line.decoder, line.label)))
     return [line.cells for line in lines]
