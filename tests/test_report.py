@@ -446,6 +446,18 @@ def test_runs_of_another_optimizer_or_schedule_are_told_apart(tmp_path):
     assert "lion" not in other  # no other run has its words
 
 
+def test_runs_of_another_text_or_evaluation_are_told_apart(tmp_path):
+    for name, source, size in (("a", "x", 8), ("b", "y", 32)):
+        of = {"data": {"sources": [source], "token_files": name, "validation": ["x"]}}
+        of["evaluate"] = {"max_positions": size, "batch_size": size}
+        perplexity(tmp_path / name, -1.0, config() | of)
+        perplexity(tmp_path / f"frozen_{name}", -1.0, config("decoder", 0) | of, step=None)
+    first, second, frozen, _ = entries.labels(runs.find([str(tmp_path)]).perplexity)
+    assert first.endswith(", data.sources ['x'], evaluate.max_positions 8")
+    assert second.endswith(", data.sources ['y'], evaluate.max_positions 32")
+    assert frozen == "frozen decoder, evaluate.max_positions 8"
+
+
 def test_the_heading_of_an_evaluation_names_the_end_of_a_prompt():
     about = {"step": 4, "past_donors": 0, "pieces": 2, "documents": 2, "num_works": 2}
     about |= {"interval_over": "works", "sets": {}}

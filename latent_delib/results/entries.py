@@ -10,6 +10,18 @@ from latent_delib.results.runs import Result, Runs
 
 TRAINING = ("seed", "optimizer", "train")  # of a config: they make a checkpoint what it is
 CONTROLS = ("swap", "delay", "longer_prompt")  # of `evaluate`: they change latents or text
+# Parts of a config whose keys `labels` names where results differ in them, but for NOT_NAMED: those
+# that are in the words anyway, or change no figure.
+TRAINED_BY = ("data", "optimizer", "train")
+EVALUATED_BY = ("evaluate",)
+NOT_NAMED = {
+    "data.validation",
+    "data.token_files",
+    "data.max_bad_records",
+    "evaluate.batch_size",
+    "evaluate.positions",
+    *(f"evaluate.{key}" for key in CONTROLS),
+}
 ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}  # nothing was trained
 
 # What a benchmark asks: rows that differ in one of these cannot be compared.
@@ -264,7 +276,7 @@ def _trained_decoder(entry: Entry) -> list[str]:
 def labels(results: Sequence[Result]) -> list[str]:
     """Says in words what each perplexity.json is, with its text unless all have the same.
 
-    Where the words are the same, the keys of training follow in which the results differ.
+    Where the words are the same, the keys of the config follow in which the results differ.
     """
     texts = {text_of(result) for result in results}
     words = []
@@ -273,18 +285,17 @@ def labels(results: Sequence[Result]) -> list[str]:
         on = f", on {text_of(result)}" if len(texts) > 1 else ""
         words.append(label(entry_of(result)) + on)
         alike[words[-1]].append(result)
-    return [word + _trained_by(result, alike[word]) for word, result in zip(words, results)]
+    return [word + _differences(result, alike[word]) for word, result in zip(words, results)]
 
 
-def _trained_by(result: Result, others: Sequence[Result]) -> str:
-    """Names the keys of `optimizer` and `train` in which results differ, with their values."""
+def _differences(result: Result, others: Sequence[Result]) -> str:
+    """Names the keys of the config in which results differ, with their values."""
+    parts = TRAINED_BY + EVALUATED_BY if result.step else EVALUATED_BY
     found = ""
-    if not result.step:  # nothing was trained
-        return found
-    config = result.data["config"]
-    for part in ("optimizer", "train"):
-        for key, value in config.get(part, {}).items():
+    for part in parts:
+        for key, value in result.data["config"].get(part, {}).items():
             values = [other.data["config"].get(part, {}).get(key) for other in others]
-            if any(each != value for each in values):
+            differ = any(each != value for each in values)
+            if differ and f"{part}.{key}" not in NOT_NAMED:
                 found += f", {part}.{key} {value}"
     return found
