@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from latent_delib.delib.methods import METHODS
-from latent_delib.errors import UserError, extra
+from latent_delib.errors import UserError, extra, store_errors
 from latent_delib.job.record import Record
 from latent_delib.lm import load
 from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_rhythm
@@ -293,10 +293,12 @@ def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
       UserError: they are of another decoder or checkpoint, or `benchmark` did not write the file.
         Fields that an older file lacks are not compared.
     """
-    if not path.exists():
-        return {}
+    with store_errors(path):
+        if not path.exists():
+            return {}
+        content = path.read_bytes()
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(content)
         rows = {_label(row): row for row in found["rows"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -18,6 +18,7 @@ from scipy import optimize
 import latent_delib as ld
 from latent_delib import benchmark, convert
 from latent_delib.data.questions import Question
+from latent_delib.errors import Outage
 from latent_delib.lm import load, scoring
 from latent_delib.measure import harness, scores
 from latent_delib.results import published
@@ -738,3 +739,12 @@ def test_without_the_network(monkeypatch):
         ld.UserError, match="arc_easy: .*Couldn't reach 'allenai.* HF_HUB_OFFLINE=1"
     ):
         harness.load_public_task("arc_easy")
+
+
+def test_a_store_that_does_not_answer_as_earlier_rows_are_read():
+    class File:
+        def exists(self):
+            raise ValueError("UNAVAILABLE: all 33 retries failed")
+
+    with pytest.raises(Outage):
+        benchmark._read_rows(File(), None)
