@@ -19,6 +19,7 @@ and "stage K" a stage of Coconut's curriculum.
 """
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ PHRASES = {  # words of a row -> the folder of an evaluation
     "three tokens late": "delay3",
 }
 SOURCES = {"kinds trained on": "0", "unseen": "1"}
-FILES = {file.path: file for file in packed.files_below(RESULTS)}
+READ = {file.path: cache(file.read) for file in packed.files_below(RESULTS)}  # by path
 
 
 class Row(NamedTuple):
@@ -155,12 +156,12 @@ def summary(run: str) -> list[str]:
     costs, on_text, on_questions = ["", ""], [], []
     for seed in range(3):
         row = Row(f"{name}@{seed}")
-        if RESULTS / "lab" / row.run / "perplexity.json" in FILES:
+        if RESULTS / "lab" / row.run / "perplexity.json" in READ:
             data = find(RESULTS / "lab" / row.run, "").data
             known = data["sets"][data["config"]["data"]["validation"][0]]["rows"]
             on_text.append(f"{sum(each['change_percent'] for each in known) / len(known):+.2f}")
             costs = costs_of("lab", row)
-        if RESULTS / "hops" / row.run / "benchmarks.json" in FILES:
+        if RESULTS / "hops" / row.run / "benchmarks.json" in READ:
             (solved,) = accuracies("hops", row, ["hops.test"], is_plain=False)
             on_questions.append(solved.partition(" ")[0])
             costs = costs if any(costs) else costs_of("hops", row)
@@ -175,7 +176,7 @@ def costs_of(folder: str, row: Row) -> list[str]:
 
 def accuracies(folder: str, row: Row, benchmarks: list[str], is_plain: bool) -> list[str]:
     """Returns the percentage that a run solves of each benchmark, with its interval."""
-    rows = FILES[RESULTS / folder / row.run / row.evaluation / "benchmarks.json"].read()["rows"]
+    rows = READ[RESULTS / folder / row.run / row.evaluation / "benchmarks.json"]()["rows"]
     latents = "decoder" if is_plain or "decoder" in row.run else "augmented"
     values = {}
     for each in rows:
@@ -189,16 +190,15 @@ def accuracies(folder: str, row: Row, benchmarks: list[str], is_plain: bool) -> 
 def find(run: Path, evaluation: str) -> runs.Result:
     """Returns an evaluation of a run; that of its last checkpoint may be the run's own."""
     folder = run / evaluation
-    if folder / "perplexity.json" not in FILES:
+    if folder / "perplexity.json" not in READ:
         folder = run
-    documents = FILES.get(folder / packed.DOCUMENTS)
-    data = FILES[folder / "perplexity.json"].read()
-    return runs.Result("", folder, data, documents.read if documents else None)
+    data = READ[folder / "perplexity.json"]()
+    return runs.Result("", folder, data, READ.get(folder / packed.DOCUMENTS))
 
 
 def paired(ours: runs.Result, base: Path, source: str) -> list[dict]:
     """Compares two evaluations at each of AHEAD, document by document, on one source or on all."""
-    arrays = FILES[base / packed.DOCUMENTS].read()
+    arrays = READ[base / packed.DOCUMENTS]()
     pair = against.pair_of(arrays, ours)
     chosen = arrays["source"] == int(source) if source else slice(None)
     columns = [n - 1 for n in AHEAD]
