@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -65,7 +66,8 @@ class Metrics:
         if c.method.distill:
             self.prompt_end += " and the steps that follow"
         self.steps_between_saves = min(t.checkpoint_every, t.steps)
-        self.learning_rate = learning_rate
+        # Read now: later, the device would compute it after the step that runs, and the host wait.
+        self.learning_rates = np.asarray(jax.vmap(learning_rate)(np.arange(t.steps)))
         self.tokens = t.batch_size * c.data.seq_len
         counted = cost.step_flops(
             exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead
@@ -177,7 +179,7 @@ class Metrics:
             "step": step,
             "loss": self.since_row.value(),
             "grad_norm": self.grad_norm,
-            "learning_rate": float(self.learning_rate(step - 1)),
+            "learning_rate": float(self.learning_rates[step - 1]),
             "tokens_per_second": self.tokens / seconds,
             "step_seconds": seconds,
             "data_seconds": self.waited / count,  # part of step_seconds: waiting for a batch
@@ -187,11 +189,11 @@ class Metrics:
         if math.isfinite(utilisation):
             row["model_flops_utilisation"] = utilisation
         row |= held_out
+        self.begin_row(step)  # the time that it takes to write a row is the next row's
         for log in self.logs:
             log.write(row)
         if self.logs:
             print(line(row, self.steps), flush=True)
-        self.begin_row(step)
 
     def loss_to_save(self, step: int) -> float | None:
         """Returns the mean loss since the last save, in nats per token.
