@@ -61,6 +61,7 @@ PANELS = (
             8: "lab/overlay_8@0",
             16: "lab/overlay@0",
             32: "lab/overlay_32@0",
+            64: "lab/overlay_64@0",
         },
     ),
 )
