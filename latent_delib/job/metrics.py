@@ -66,7 +66,7 @@ class Metrics:
         if c.method.distill:
             self.prompt_end += " and the steps that follow"
         self.steps_between_saves = min(t.checkpoint_every, t.steps)
-        # Read now: later, the device would compute it after the step that runs, and the host wait.
+        # Computed now: during training the device would answer only after the step that is running.
         self.learning_rates = np.asarray(jax.vmap(learning_rate)(np.arange(t.steps)))
         self.tokens = t.batch_size * c.data.seq_len
         counted = cost.step_flops(
@@ -189,7 +189,7 @@ class Metrics:
         if math.isfinite(utilisation):
             row["model_flops_utilisation"] = utilisation
         row |= held_out
-        self.begin_row(step)  # the time that it takes to write a row is the next row's
+        self.begin_row(step)  # the next row counts the time of writing this one
         for log in self.logs:
             log.write(row)
         if self.logs:

@@ -10,10 +10,10 @@ from latent_delib.results.runs import Result, Runs
 
 TRAINING = ("seed", "optimizer", "train")  # of a config: they make a checkpoint what it is
 CONTROLS = ("swap", "delay", "longer_prompt")  # of `evaluate`: they change latents or text
-# Parts of a config whose keys `labels` names where results differ in them, but for NOT_NAMED: those
-# that are in the words anyway, or change no figure.
+# `labels` names the keys of these parts of a config in which results differ.
 TRAINED_BY = ("data", "optimizer", "train")
 EVALUATED_BY = ("evaluate",)
+# It leaves out these keys: they are in its words already, or change no figure.
 NOT_NAMED = {
     "data.validation",
     "data.token_files",
