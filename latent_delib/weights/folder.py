@@ -35,7 +35,7 @@ FINGERPRINT = "fingerprint.json"
 REMEDY = f"copy the folder whole, or delete {FINGERPRINT} if you changed it yourself"
 PACKAGED = Path(__file__).parent / "packaged"
 CHAT_TEMPLATE = "chat_template.jinja"  # Hugging Face's name
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that exists is used
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
 def local_path(path: str) -> Path:
@@ -90,11 +90,44 @@ def check_ours(folder: Path, path: str) -> None:
 
 
 def tokenizer_path(folder: Path) -> Path:
-    """Returns the tokenizer's path in a folder, ours or Hugging Face's."""
-    for name in TOKENIZERS:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder}: has no tokenizer, neither {' nor '.join(TOKENIZERS)}")
+    """Returns the tokenizer's path in a folder, ours or Hugging Face's.
+
+    If both are there, it is tokenizer.model, unless that lacks tokens which the model was given
+    later: see `_lacks_tokens`.
+    """
+    found = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder}: has no tokenizer, neither {' nor '.join(TOKENIZERS)}")
+    if len(found) > 1 and _lacks_tokens(found[0]):
+        return found[1]
+    return found[0]
+
+
+def _lacks_tokens(path: Path) -> bool:
+    """Tells whether tokenizer.model lacks tokens that the files beside it use.
+
+    These are another BOS or EOS in tokenizer_config.json, and added tokens of the chat template.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    config_path = path.with_name("tokenizer_config.json")
+    if not config_path.is_file():
+        return False
+    config = read_json(config_path)
+
+    def spelling(token: Any) -> Any:
+        return token.get("content") if isinstance(token, dict) else token
+
+    model = SentencePieceProcessor(model_file=str(path))
+    pieces = set(model.id_to_piece(list(range(model.vocab_size()))))
+    for name, own in (("bos_token", model.bos_id()), ("eos_token", model.eos_id())):
+        wanted = spelling(config.get(name))
+        if wanted is not None and (own < 0 or wanted != model.id_to_piece(own)):
+            return True
+    template = chat_template(path.parent) or ""
+    added = config.get("added_tokens_decoder")
+    tokens = map(spelling, added.values()) if isinstance(added, dict) else []
+    return any(isinstance(token, str) and token in template for token in set(tokens) - pieces)
 
 
 def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:

@@ -127,8 +127,11 @@ def open_source(where: Path) -> Source:
     path = where / "config.json"
     config = architecture(files.read_json(path), str(path))
     places: dict[str, tuple[TensorFile, str]] = {}
-    for name, file in _files(where).items():
-        places[_text_name(name)] = file, name
+    for stored, file in _files(where).items():
+        name = _text_name(stored)
+        if name in places:
+            raise UserError(f"{where}: {stored} and {places[name][1]} are one parameter")
+        places[name] = file, stored
     shapes = {name: file.shapes[stored] for name, (file, stored) in places.items()}
     dtypes = {name: read_dtype(file.dtypes[stored]) for name, (file, stored) in places.items()}
 
@@ -165,25 +168,29 @@ def _text_name(name: str) -> str:
 
 
 def _files(where: Path) -> dict[str, TensorFile]:
-    """Returns the file of each tensor of a text decoder, as the index says where there is one."""
+    """Returns the file of each tensor of a text decoder.
+
+    It is model.safetensors, or else what the index says, as in `transformers`.
+    """
+    whole = where / "model.safetensors"
+    if whole.is_file():
+        file = TensorFile(whole, _is_ignored)
+        return dict.fromkeys(file.shapes, file)
     index = where / "model.safetensors.index.json"
     if not index.is_file():
-        if not (where / "model.safetensors").is_file():
-            raise UserError(
-                f"{where}: has neither model.safetensors nor {index.name} "
-                "(pickled weights are not read)"
-            )
-        file = TensorFile(where / "model.safetensors", _is_ignored)
-        return dict.fromkeys(file.shapes, file)
+        raise UserError(
+            f"{where}: has neither {whole.name} nor {index.name} (pickled weights are not read)"
+        )
     listed = files.read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{index}: weight_map is missing or no map of tensor names to file names")
     opened = {file: TensorFile(where / file, _is_ignored) for file in sorted(set(listed.values()))}
     listed = {name: file for name, file in listed.items() if not _is_ignored(name)}
-    there = {name: name in opened[file].shapes for name, file in listed.items()}
-    astray = [f"{name} in {listed[name]}" for name, found in there.items() if not found]
-    if astray:
-        raise UserError(f"{index}: these tensors are not where it says: {', '.join(astray)}")
+    there = {(name, file) for file, tensors in opened.items() for name in tensors.shapes}
+    differing = sorted(listed.items() ^ there)
+    if differing:
+        places = ", ".join(f"{name} in {file}" for name, file in differing)
+        raise UserError(f"{index}: differs from the files: {places}")
     return {name: opened[file] for name, file in listed.items()}
 
 

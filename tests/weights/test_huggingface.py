@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -292,12 +293,15 @@ def test_many_files_with_an_index(hf, tmp_path):
         (index | {name: "c.safetensors"}, ["c.safetensors", "does not exist"]),
         (index | {name: ".."}, ["/..", "safetensors"]),
         (index | {name: 3}, ["weight_map"]),
-        ({n: f for n, f in index.items() if n != name}, ["missing", name]),
-        (index | {"extra": "a.safetensors"}, ["extra in a.safetensors"]),
+        ({n: f for n, f in index.items() if n != name}, ["differs", f"{name} in {index[name]}"]),
+        (index | {"extra": "a.safetensors"}, ["differs", "extra in a.safetensors"]),
         (["a.safetensors"], ["weight_map"]),
     ):
         (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changed}))
         refused(sharded, tmp_path / "out", *words)
+    shutil.copy(whole / "model.safetensors", sharded)  # the index is now of older files
+    convert(str(sharded), str(tmp_path / "saved_over"))
+    assert folder.fingerprint(tmp_path / "saved_over") == folder.fingerprint(tmp_path / "one")
 
 
 def test_gemma_3_with_vision(hf, tmp_path):
@@ -316,6 +320,9 @@ def test_gemma_3_with_vision(hf, tmp_path):
         )
         convert(str(where), str(tmp_path / f"text{i}"))
         assert folder.fingerprint(tmp_path / f"text{i}") == folder.fingerprint(tmp_path / "plain")
+    twice = {"language_model.model.norm.weight": tensors["model.norm.weight"]}
+    words = ["language_model.model.norm.weight", "model.norm.weight are one parameter"]
+    refused(hf("gemma3", tensors | twice), tmp_path / "out", *words)
 
 
 def test_a_copy_of_the_token_table(hf, tmp_path):
@@ -497,6 +504,28 @@ def test_arguments_that_are_refused(hf, tmp_path):
         with pytest.raises(UserError, match="not empty"):
             convert(source, str(out))
     assert (out / "mine").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({}, "tokenizer.model"),
+        ({"eos_token": {"content": "<|im_end|>"}}, "tokenizer.json"),
+        ({"bos_token": "<|begin|>"}, "tokenizer.json"),
+        ({"added_tokens_decoder": {"320": {"content": "<|im_end|>"}}}, "tokenizer.json"),
+        ({"added_tokens_decoder": {"320": {"content": "<image>"}}}, "tokenizer.model"),
+        ({"added_tokens_decoder": {"1": {"content": "<s>"}}}, "tokenizer.model"),
+    ],
+)
+def test_tokens_that_a_model_was_given_later(hf, changes, name):
+    """Of two tokenizers the one is used that has the tokens which the files beside it use."""
+    where = hf("llama")
+    (where / "tokenizer.json").touch()
+    assert folder.tokenizer_path(where).name == "tokenizer.model"
+    about = huggingface.tokenizer_config(where / "tokenizer.model") | changes
+    about["chat_template"] = "{{ bos_token }}<s>{{ messages }}<|im_end|>"
+    (where / "tokenizer_config.json").write_text(json.dumps(about))
+    assert folder.tokenizer_path(where).name == name
 
 
 def test_a_tokenizer_larger_than_the_token_table(hf, tmp_path):
