@@ -144,9 +144,10 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
       UserError: sources are missing, empty or do not fit `data`.
     """
     tokenizer = Tokenizer(tokenizer_path)
-    share = -(-count // len(data.validation))
+    share, more = divmod(count, len(data.validation))
+    shares = [share + (number < more) for number in range(len(data.validation))]
     taken: list[np.ndarray] = []
-    for source in data.validation:
+    for source, share in zip(data.validation, shares):
         documents = validation_documents(data, tokenizer_path=tokenizer_path, sources=[source])
         parts = packed(
             (document.tokens for document in documents),

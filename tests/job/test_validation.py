@@ -179,6 +179,11 @@ def test_the_rows(make_config, sources, tmp_path):
     assert np.array_equal(both["tokens"][4:], of_text)
     assert not np.array_equal(both["tokens"][:4], of_text)
 
+    data.validation = (two[1], two[1], two[1], two[1], two[0])  # 2, 2, 2, 1 and 1 row
+    *own, last = batches.validation_rows(data, tokenizer_path=tokenizer_path, count=8)["tokens"]
+    among = {row.tobytes() for row in rows_of(make_config({"data.token_files": ""}), 64)["tokens"]}
+    assert all(row.tobytes() in among for row in own) and last.tobytes() not in among
+
 
 def test_what_is_refused(make_config, tmp_path, capsys):
     """Before the step is compiled, whether the decoder is frozen or trained."""
