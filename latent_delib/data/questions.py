@@ -30,6 +30,8 @@ STOP = "\n"
 # The answer in a generated reply, with or without steps.
 ANSWER = rf"^(?:.*{STEPS_END})?\s*(.*?)\s*$"
 MOST_TOKENS = 512  # of a generated reply
+FIELDS = ("question", "answer")
+FIELDS_WITH_STEPS = (*FIELDS, "steps")
 FORM = '{"question": TEXT, "answer": TEXT}'
 FORM_WITH_STEPS = '{"question": TEXT, "answer": TEXT, "steps": TEXT or a list of TEXT}'
 
@@ -91,18 +93,17 @@ def read(line: bytes, with_steps: bool) -> Question:
     steps = row.get("steps")
     if isinstance(steps, list) and all(isinstance(step, str) for step in steps):
         row["steps"] = "\n".join(steps)
-    elif steps is None and not with_steps:
-        row["steps"] = ""
-    for field in ("question", "answer", "steps"):
+    for field in FIELDS_WITH_STEPS if with_steps else FIELDS:
         value = row.get(field)
-        may_be_empty = field == "steps" and not with_steps
-        if not isinstance(value, str) or not (value.strip() or may_be_empty):
+        if not isinstance(value, str) or not value.strip():
             found = reprlib.repr(value)
             raise ValueError(f"{field!r} is {found}, expected text in the form {form}")
-    if with_steps and STEPS_END in row["steps"]:
-        raise ValueError(f"'steps' holds {STEPS_END!r}, which marks their end")
     if STEPS_END in row["answer"]:
         raise ValueError(f"'answer' holds {STEPS_END!r}: put what stands before it into 'steps'")
+    if not with_steps:
+        return Question(row["question"], row["answer"])
+    if STEPS_END in row["steps"]:
+        raise ValueError(f"'steps' holds {STEPS_END!r}, which marks their end")
     return Question(row["question"], row["answer"], row["steps"])
 
 

@@ -55,6 +55,11 @@ def test_steps_are_left_out_from_the_first_on(tokenizer, removed, reply):
     assert listed == questions.read(line(), True)
 
 
+def test_steps_that_are_not_read_may_have_any_form():
+    for steps in (None, 7, [1, 2], "3 #### 4"):
+        assert questions.read(line(steps=steps), False) == ("What is 3 + 4?", "7", "")
+
+
 def test_the_answer_has_the_same_tokens_with_and_without_steps(tokenizer):
     """So latents that stand for the steps are asked for the answer as it is learned."""
     whole, _ = questions.encode(line(), True, tokenizer)
@@ -89,7 +94,7 @@ def test_the_answer_is_found_in_a_reply(with_steps):
         (line(steps="3 #### 4"), True, "'steps' holds '####'"),
         (line(steps=["3", "####"]), True, "'steps' holds '####'"),
         (line(steps=[]), True, "'steps' is '', expected text"),
-        (line(steps=7), False, "'steps' is 7, expected text"),
+        (line(steps=7), True, "'steps' is 7, expected text"),
         (line(answer="3 and 4 #### 7"), False, "'answer' holds '####': put what stands before it"),
         (line(answer=7 * [999999999]), False, "9, ...], expected text"),
         (line(answer="\ud800"), False, "not UTF-8"),
