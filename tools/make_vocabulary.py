@@ -20,6 +20,8 @@ from latent_delib.errors import UserError
 from latent_delib.machine import commands, files
 from latent_delib.machine.command_line import REQUIRED
 
+LONGEST = 25_000  # characters of a line, which have at most four bytes each
+
 
 def vocabulary(texts: Iterable[Path], size: int, characters: float = math.inf) -> bytes:
     """Returns a SentencePiece model.
@@ -53,7 +55,7 @@ def vocabulary(texts: Iterable[Path], size: int, characters: float = math.inf) -
         user_defined_symbols=["\n", "\n\n", "\t"],
         pad_id=0, eos_id=1, bos_id=2, unk_id=3,
         pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
-        max_sentence_length=100_000,
+        max_sentence_length=4 * LONGEST,
         num_threads=2,
         minloglevel=1,
     )  # fmt: skip
@@ -61,7 +63,7 @@ def vocabulary(texts: Iterable[Path], size: int, characters: float = math.inf) -
 
 
 def _lines(texts: Iterable[Path], every: int) -> Iterator[str]:
-    """Yields one in `every` of the lines that are not empty."""
+    """Yields one in `every` of the lines that are not empty, cut where they are very long."""
     number = 0
     for text in texts:
         try:
@@ -71,7 +73,8 @@ def _lines(texts: Iterable[Path], every: int) -> Iterator[str]:
         for line in re.split(r"[\n\f\t]+", content):
             number += bool(line)
             if line and number % every == 0:
-                yield line
+                for start in range(0, len(line), LONGEST):
+                    yield line[start : start + LONGEST]
 
 
 def make_vocabulary(text: str, size: int, out: str, characters: float) -> None:

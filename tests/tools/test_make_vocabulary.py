@@ -15,6 +15,9 @@ def test_a_vocabulary_of_a_text(tmp_path):
         make_vocabulary(f"{tmp_path}/*.txt", SIZE, str(tmp_path / out), 2e7)
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
     assert Tokenizer(str(tmp_path / "a.model")).vocab_size == SIZE
+    (tmp_path / "1.txt").write_text("the cat sat on the mat " * 10_000)  # one line
+    make_vocabulary(f"{tmp_path}/*.txt", SIZE, str(tmp_path / "long.model"), 2e7)
+    assert len(Tokenizer(str(tmp_path / "long.model")).encode("the cat")) < len("the cat")
     with pytest.raises(UserError, match="--size=9999: .*"):
         make_vocabulary(f"{tmp_path}/*.txt", 9999, str(tmp_path / "c.model"), 2e7)
 
