@@ -165,7 +165,9 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
         "--config.data.token_files=~",
         "--workdir=~/run",
         "--prompt=~/bin is",
+        "--text=qa_steps-1:~/q.jsonl",
         workdir=(REQUIRED, ""),
+        text=("", ""),
         prompt=("", ""),
     )
     config = values.config
@@ -174,6 +176,7 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
         "/home/me/run/checkpoints/1",
     )
     assert config.data.sources == ("files:/home/me/a/*.txt", "lines:/home/me/b", "files:a~/~")
+    assert values.text == "qa_steps-1:/home/me/q.jsonl"
     assert (config.data.token_files, values.workdir, values.prompt) == (
         "/home/me",
         "/home/me/run",

@@ -143,7 +143,7 @@ def source_of(given: str) -> str:
     """Returns a source string of a command line unchanged, and files:GIVEN for a path."""
     if given.startswith(("packaged/", "tfds:", "hf:")) or _FILES.match(given):
         return given
-    return f"files:{os.path.expanduser(given)}"
+    return f"files:{given}"
 
 
 def local_files(pattern: str) -> list[str]:

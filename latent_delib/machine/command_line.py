@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 if not (ROOT / "configs").is_dir():
     ROOT = Path(__file__).parents[1] / "repository"
 BASE = ROOT / "configs" / "base.py"  # declares every key
-TEXTS = ("prompt", "stop", "text")  # in every other flag a leading ~ is the home folder
+TEXTS = ("prompt", "stop")  # in every other flag a leading ~ is the home folder
 WRITTEN = ("out", "workdir")  # flags that name where a command writes
 HOME = re.compile(r"^(files:|lines:|qa:|qa_steps(?:-\d+)?:|hf:|)(~[^/]*)")
 
