@@ -82,7 +82,7 @@ fi
 run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
 prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laboratories share
-  local tokens=runs/paper/${1%%_[0-9]*}/tokens
+  local gguf tokens=runs/paper/${1%%_[0-9]*}/tokens
   if [[ ! $1 =~ ^(depth|questions|hops)$ && ! -e runs/mixture/MIXTURE.md ]]; then
     run tools.make_mixture --out=runs/mixture
   fi
@@ -90,7 +90,8 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
     run tools.make_vocabulary --text='runs/mixture/train/*.txt' --size=4096 --out=runs/paper/a_gpu/tokenizer.model
   fi
   if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
-    run latent_delib.convert --source="$(./launch/get_smollm2.sh)" --out=runs/smollm2_135m/decoder --size=smollm2_135m
+    gguf=$(./launch/get_smollm2.sh) # on a line of its own, or a failed download would go unnoticed
+    run latent_delib.convert --source="$gguf" --out=runs/smollm2_135m/decoder --size=smollm2_135m
   fi
   if [[ $1 == problems && ! -e runs/problems ]]; then
     run tools.make_problems --out=runs/problems

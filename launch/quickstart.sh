@@ -28,6 +28,8 @@ step() { # NAME ARGUMENT...: runs a command of latent_delib, and says how long i
 ./launch/setup.sh report
 if [[ ! -e $tokens/meta.json ]]; then
   step prepare --config="$config" --out="$tokens" "$@" # which refuses a wrong key or value before it begins
+else
+  echo "== $tokens is there already, and is used as it is: remove it if its text has changed"
 fi
 if [[ -n ${FROZEN:-} && ! -e $run/frozen/perplexity.json ]]; then
   shared=() # what is not of the method alone
