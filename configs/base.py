@@ -114,6 +114,7 @@ def get_config() -> ConfigDict:
     # Control: every piece gets the latents of another document at the same positions.
     c.evaluate.swap = False
     c.evaluate.longer_prompt = 0  # control: only the plain decoder reads the first N tokens
+    c.evaluate.temperature = 1.0  # control: the logits of both models are divided by it
     c.lock()
     c.decoder.architecture.unlock()
     c.method.coprocessor.unlock()

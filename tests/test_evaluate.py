@@ -1,12 +1,14 @@
 """Perplexity n tokens ahead equals a naive sum, however it is batched and sharded."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_imports
@@ -15,6 +17,7 @@ import latent_delib as ld
 from latent_delib import convert, evaluate
 from latent_delib import mesh as mesh_lib
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.delib import augment
 from latent_delib.delib.methods import param_axes
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
@@ -23,6 +26,7 @@ from latent_delib.lm import load
 from latent_delib.machine import checkpoint
 from latent_delib.measure import perplexity, values, views
 from latent_delib.measure.text import read_validation_text
+from latent_delib.nn import transformer
 from latent_delib.results.evaluation import as_text
 
 A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
@@ -345,6 +349,38 @@ def test_an_exported_coprocessor_stands_for_its_workdir(make_config, trained, ev
         evaluate.main(flags)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_logits_divided_by_a_temperature(make_config, lm, softcap):
+    """Every term of a metric has them; a temperature of 1 changes no bit."""
+    aug = experiment.read(make_config()).aug
+    config = dataclasses.replace(aug.transformer.config, final_softcap=softcap)
+    aug = dataclasses.replace(aug, transformer=aug.transformer.clone(config=config))
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(2, 3, config.embed_dim)), jnp.float32)
+    targets = jnp.asarray(draw.integers(0, config.vocab_size, (2, 3)), jnp.int32)
+    arguments = aug, lm.params, x, targets
+    table_VD = transformer.output_table(lm.params["decoder"])
+    logp = jax.nn.log_softmax(transformer.unembed(table_VD, x, config) / 1.5)
+    expected = -np.take_along_axis(np.asarray(logp), np.asarray(targets)[..., None], -1)[..., 0]
+    found = augment.nll(*values.divided(1.5, *arguments))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert (augment.nll(*values.divided(1.0, *arguments)) == augment.nll(*arguments)).all()
+
+
+def test_an_evaluation_at_a_temperature(make_config, trained, tmp_path):
+    plain = evaluate.evaluate(make_config(), str(trained), str(tmp_path / "plain"))
+    cooled = evaluate.evaluate(
+        make_config({"evaluate.temperature": 2.0}), str(trained), str(tmp_path / "cooled")
+    )
+    assert ", all logits divided by 2, " in as_text(cooled) and "divided" not in as_text(plain)
+    for name in ("decoder_ppl", "augmented_ppl"):
+        assert abs(cooled["rows"][0][name] - plain["rows"][0][name]) > 1e-3
+    older = json.loads(json.dumps(plain))
+    del older["config"]["evaluate"]["temperature"]
+    with pytest.raises(UserError, match="evaluate.temperature is 1.0 there, 2.0 here"):
+        Record.from_result(cooled).require(Record.from_result(older), "compare", "itself")
+
+
 def test_programs_are_shared(make_config):
     """Evaluations that are alike compile nothing anew; one that asks for something else does."""
     steps = values.jit_steps(experiment.read(make_config()))
@@ -368,6 +404,7 @@ def test_mistakes(make_config, trained, make_decoder, tmp_path):
     refused("evaluate.seed=-1", {"evaluate.seed": -1})
     refused("evaluate.delay=31", {"evaluate.delay": 31})
     refused("evaluate.batch_size=3", {"evaluate.batch_size": 3})
+    refused("evaluate.temperature=0.0: expected more than 0", {"evaluate.temperature": 0.0})
     refused("longer_prompt=30", {"evaluate.longer_prompt": 30, "evaluate.max_pieces": 2})
 
 

@@ -21,6 +21,7 @@ from latent_delib.delib.coprocessor import Inserted
 from latent_delib.job import estimate, experiment
 from latent_delib.results import (
     against,
+    comparisons,
     costs,
     entries,
     evaluation,
@@ -427,11 +428,27 @@ def test_two_trained_decoders_of_one_name(tmp_path):
     assert {"of_a", "of_b"} not in each and {"of_a"} in each and {"of_b"} in each
 
 
+def labels(folder):
+    """Returns the words for each evaluation below a folder."""
+    found = runs.find([str(folder)]).perplexity
+    return entries.labels(list(map(entries.entry_of, found)))
+
+
+def test_a_frozen_decoder_is_named_with_its_control(tmp_path):
+    for name, lost in (("a", 0), ("b", 32)):
+        of = config("decoder", 0) | {"evaluate": {"longer_prompt": lost}}
+        perplexity(tmp_path / name, -1.0, of, step=None)
+    first, second = labels(tmp_path)
+    words = "without the first 32 tokens that the decoder reads"
+    assert (first, second) == ("frozen decoder", f"frozen decoder, {words}")
+    found = entries.entries(runs.find([str(tmp_path)]))
+    assert [comparisons.kinds_of(entry) for entry in found] == [{"decoder"}, set()]
+
+
 def test_a_frozen_decoder_is_named_with_its_prompt_end(tmp_path):
     for name, of in (("a", {}), ("b", {"prompt_end": "Answer:"})):
         perplexity(tmp_path / name, -1.0, config("decoder", 0, **of), step=None)
-    found = runs.find([str(tmp_path)])
-    assert entries.labels(found.perplexity) == ["frozen decoder", "frozen decoder, after 'Answer:'"]
+    assert labels(tmp_path) == ["frozen decoder", "frozen decoder, after 'Answer:'"]
 
 
 def test_runs_of_another_optimizer_or_schedule_are_told_apart(tmp_path):
@@ -439,7 +456,7 @@ def test_runs_of_another_optimizer_or_schedule_are_told_apart(tmp_path):
         of = config() | {"optimizer": {"name": "adamw", "learning_rate": rate}}
         perplexity(tmp_path / name, -1.0, of | {"train": {"steps": steps}})
     perplexity(tmp_path / "d", -1.0, config(latents=4, ahead=8) | {"optimizer": {"name": "lion"}})
-    first, second, third, other = entries.labels(runs.find([str(tmp_path)]).perplexity)
+    first, second, third, other = labels(tmp_path)
     assert first.endswith(", optimizer.learning_rate 0.001, train.steps 180")
     assert second.endswith(", optimizer.learning_rate 0.01, train.steps 180")
     assert third.endswith(", optimizer.learning_rate 0.01, train.steps 400")
@@ -452,10 +469,33 @@ def test_runs_of_another_text_or_evaluation_are_told_apart(tmp_path):
         of["evaluate"] = {"max_positions": size, "batch_size": size}
         perplexity(tmp_path / name, -1.0, config() | of)
         perplexity(tmp_path / f"frozen_{name}", -1.0, config("decoder", 0) | of, step=None)
-    first, second, frozen, _ = entries.labels(runs.find([str(tmp_path)]).perplexity)
+    first, second, frozen, _ = labels(tmp_path)
     assert first.endswith(", data.sources ['x'], evaluate.max_positions 8")
     assert second.endswith(", data.sources ['y'], evaluate.max_positions 32")
     assert frozen == "frozen decoder, evaluate.max_positions 8"
+    for table in tables.tables(runs.find([str(tmp_path)])):
+        if table.name in ("0_runs", "11_every_method"):
+            what = table.columns.index("what")
+            words = {row[what] for row in table.rows}
+            assert {word for word in words if word.startswith("cache")} == {first, second}
+
+
+def test_what_changes_no_figure_is_not_named(tmp_path):
+    """Nor is a key that an older file lacks; another decoder or dtype is."""
+    for name, train, dtype in (
+        ("a", {}, "float32"),
+        ("b", {"validate_every": 10, "wandb": "x"}, "float32"),
+        ("c", {}, "bfloat16"),
+    ):
+        of = config() | {"train": train, "compute": {"dtype": dtype}}
+        perplexity(tmp_path / name, -1.0, of)
+    *same, other = labels(tmp_path)
+    assert len(set(same)) == 1 and same[0].endswith(", compute.dtype float32")
+    assert other == same[0].replace("float32", "bfloat16")
+    path = tmp_path / "b" / "perplexity.json"
+    write(path, json.loads(path.read_text()) | {"fingerprint": "another"})
+    first, second, _ = labels(tmp_path)
+    assert ", of decoder " in first and ", of decoder packaged (another)" in second
 
 
 def test_the_heading_of_an_evaluation_names_the_end_of_a_prompt():

@@ -41,6 +41,7 @@ PHRASES = {  # words of a row -> the folder of an evaluation
     "one token late": "delay1",
     "two tokens late": "delay2",
     "three tokens late": "delay3",
+    "logits divided by 1.05": "temperature",
 }
 SOURCES = {"kinds trained on": "0", "unseen": "1"}
 READ = {file.path: cache(file.read) for file in packed.files_below(RESULTS)}  # by path

@@ -240,6 +240,8 @@ def _check_evaluate(e: ConfigDict) -> None:
             f"config.evaluate.longer_prompt={e.longer_prompt}: expected at most {longest}, so that "
             f"something is left of pieces of evaluate.max_length={e.max_length}"
         )
+    if not e.temperature:
+        raise UserError(f"config.evaluate.temperature={e.temperature}: expected more than 0")
     if e.swap and e.batch_size < 2:
         raise UserError(
             f"config.evaluate.swap: evaluate.batch_size={e.batch_size}, expected at least 2"

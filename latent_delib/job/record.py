@@ -62,12 +62,14 @@ AGREE = {
         "evaluate.delay",
         "evaluate.swap",
         "evaluate.longer_prompt",
+        "evaluate.temperature",
     ),
 }
 WHOLE = {"method.lora_rank": 0}  # values of a run that others may begin with
 # The value a key has in a run that is older than the key. A new key of `method` or `optimizer`
 # needs a line, or no older run can go on.
 BEFORE = {
+    "evaluate.temperature": 1.0,
     "method.assistant": "",
     "method.coprocessor": {},
     "method.distill": 0.0,

@@ -1,5 +1,6 @@
 """Computes the terms of every token, a batch at a time: frozen decoder and evaluated model."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def jit_steps(exp: Experiment) -> Steps:
             f"config.evaluate.batch_size={e.batch_size} does not split over {shards} devices"
         )
     terms = tuple(all_terms().items())
-    return _jitted(exp.aug, exp.mesh, exp.dtype, e.num_ahead, e.delay, terms)
+    return _jitted(exp.aug, exp.mesh, exp.dtype, e.num_ahead, e.delay, e.temperature, terms)
 
 
 @functools.cache
@@ -82,15 +83,30 @@ def _jitted(
     dtype: jnp.dtype,
     num_ahead: int,
     delay: int,
+    temperature: float,
     terms: tuple[tuple[str, Term], ...],
 ) -> Steps:
-    def score(*arguments: Any) -> dict[str, jax.Array]:
-        return {name: term(*arguments) for name, term in terms}
+    def score(aug: Augmentation, *arguments: Any) -> dict[str, jax.Array]:
+        aug, *arguments = divided(temperature, aug, *arguments)
+        return {name: term(aug, *arguments) for name, term in terms}
 
     whole = mesh_lib.replicated(mesh)
     read = functools.partial(read_step, aug=aug, dtype=dtype, score=score)
     ahead = functools.partial(ahead_step, aug=aug, num_ahead=num_ahead, delay=delay, score=score)
     return Steps(jax.jit(read, out_shardings=(None, whole)), jax.jit(ahead, out_shardings=whole))
+
+
+def divided(
+    temperature: float, aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array
+) -> tuple[Augmentation, Params, jax.Array, jax.Array]:
+    """Returns the arguments of a `Term` changed so that the logits are divided by a temperature.
+
+    They are cap * tanh(x . table / cap), so the outputs x and the softcap are divided by it.
+    """
+    config = aug.transformer.config
+    cooled = dataclasses.replace(config, final_softcap=config.final_softcap / temperature)
+    aug = dataclasses.replace(aug, transformer=aug.transformer.clone(config=cooled))
+    return aug, params, x / jnp.asarray(temperature, x.dtype), targets
 
 
 def sides_of(frozen: Params, trainable: Params) -> Sides:

@@ -4,7 +4,7 @@ from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from latent_delib.results import published
-from latent_delib.results.entries import Entry, controls
+from latent_delib.results.entries import Entry, controls, is_control
 from latent_delib.results.published import Variant
 
 PAPER = "cache_augmentation"
@@ -93,9 +93,9 @@ def kinds_of(entry: Entry) -> set[str]:
     paper's method counts only if latents come at once, and no control is set.
     """
     if entry.model != "augmented":
-        return {entry.model}
+        return set() if is_control(entry) else {entry.model}
     kinds = {entry.method}
-    if entry.delay or any(controls(entry.result).values()):
+    if entry.delay or controls(entry.result):
         kinds.discard(PAPER)
     if entry.delay:
         kinds.add("late")

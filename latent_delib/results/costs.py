@@ -14,7 +14,7 @@ from latent_delib.job import plan as planning
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Transformer
 from latent_delib.results import tables
-from latent_delib.results.entries import Entry, entries, is_control, text_of
+from latent_delib.results.entries import Entry, entries, is_control, labels
 from latent_delib.results.runs import PERPLEXITY, Result, Runs
 from latent_delib.results.table_format import Figure, Row, Table, score
 from latent_delib.weights import folder
@@ -31,13 +31,12 @@ def table(found: Runs) -> Table:
     metrics.jsonl, on the machine that trained.
     """
     ours = [entry for entry in entries(found) if is_trained(entry) and not is_control(entry)]
-    texts = {text_of(entry.result) for entry in ours if entry.perplexity}
     benchmarks: dict[str, None] = {}
     rows: list[Row] = []
     used: list[Result] = []
-    for entry in ours:
+    for entry, words in zip(ours, labels(ours)):
         benchmarks |= dict.fromkeys(entry.scores)
-        rows.append(_row(entry, found, len(texts) > 1))
+        rows.append(_row(entry, found, words))
         used += entry.results
     columns = ["what", "latents", "from", *COSTS, *AHEAD, *benchmarks]
     return tables.finished("12_costs", "What every method costs and gains", columns, rows, used)
@@ -48,9 +47,9 @@ def is_trained(entry: Entry) -> bool:
     return entry.model == "augmented" or entry.trained
 
 
-def _row(entry: Entry, found: Runs, names_text: bool) -> Row:
-    """Returns the line of one model."""
-    row = tables.beginning(entry, names_text)
+def _row(entry: Entry, found: Runs, words: str) -> Row:
+    """Returns the line of one model, which is said in words."""
+    row = tables.beginning(entry, words)
     costs = training_costs(entry.result)
     if costs is not None:
         trained, flops = costs

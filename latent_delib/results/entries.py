@@ -9,8 +9,9 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.results.runs import Result, Runs
 
 TRAINING = ("seed", "optimizer", "train")  # of a config: they make a checkpoint what it is
-CONTROLS = ("swap", "delay", "longer_prompt")  # of `evaluate`: they change latents or text
-# `labels` names the keys of these parts of a config in which results differ.
+# Keys of `evaluate` that change latents, text or logits, and their values where they do not.
+CONTROLS = {"swap": False, "delay": 0, "longer_prompt": 0, "temperature": 1.0}
+# `labels` names the keys of these parts of a config in which entries differ.
 TRAINED_BY = ("data", "optimizer", "train")
 EVALUATED_BY = ("evaluate",)
 # It leaves out these keys: they are in its words already, or change no figure.
@@ -18,6 +19,14 @@ NOT_NAMED = {
     "data.validation",
     "data.token_files",
     "data.max_bad_records",
+    "train.log_every",
+    "train.validate_every",
+    "train.wandb",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.keep_every",
+    "train.keep_best",
+    "train.profile_at",
     "evaluate.batch_size",
     "evaluate.positions",
     *(f"evaluate.{key}" for key in CONTROLS),
@@ -101,7 +110,7 @@ def writes_latents(name: str) -> bool:
 def entry_of(result: Result) -> Entry:
     """Returns the entry of a perplexity.json alone."""
     model = "augmented" if writes_latents(result.method["name"]) else "decoder"
-    delay = controls(result)["delay"] or 0
+    delay = controls(result).get("delay", 0)
     return Entry([result], model, delay, perplexity=result.data["rows"][0])
 
 
@@ -191,7 +200,7 @@ def _evaluation(result: Result) -> tuple:
 
 def is_control(entry: Entry) -> bool:
     """Tells whether an entry is of an evaluation that changes latents or text."""
-    return entry.perplexity is not None and any(controls(entry.result).values())
+    return entry.perplexity is not None and bool(controls(entry.result))
 
 
 def text_of(result: Result) -> str:
@@ -200,12 +209,17 @@ def text_of(result: Result) -> str:
 
 
 def controls(result: Result) -> dict[str, Any]:
-    """Returns the controls of a perplexity.json; None where an older file does not have one."""
-    return {key: result.record[f"evaluate.{key}"] for key in CONTROLS}
+    """Returns the controls of a perplexity.json that are set; older files do not have all."""
+    found = {}
+    for key, ordinary in CONTROLS.items():
+        value = result.record[f"evaluate.{key}"]
+        if value not in (None, ordinary):
+            found[key] = value
+    return found
 
 
 def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
-    """Says in words what a config's `evaluate` does to the latents or to the text."""
+    """Says in words what a config's `evaluate` does to the latents, the text or the logits."""
     words = []
     if evaluated.get("delay"):
         words.append(f"delay {evaluated['delay']}")
@@ -214,16 +228,20 @@ def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
     if evaluated.get("longer_prompt"):
         lost = evaluated["longer_prompt"]
         words.append(f"without the first {lost} tokens that the decoder reads")
+    if evaluated.get("temperature", 1.0) != 1.0:
+        words.append(f"all logits divided by {evaluated['temperature']:g}")
     return words
 
 
 def label(entry: Entry) -> str:
     """Says in words what an entry is; the number of latents has a column of its own."""
-    if entry.model != "augmented" and not entry.trained:
-        name = ALONE.get(entry.model, entry.model)
-        prompt_end = entry.perplexity and entry.result.method.get("prompt_end")
-        return f"{name}, after {prompt_end!r}" if prompt_end else name
     result, method = entry.result, entry.result.method
+    done = controls(result) | {"delay": 0}  # an entry's own delay is below
+    if entry.model != "augmented" and not entry.trained:
+        words = [ALONE.get(entry.model, entry.model)]
+        if entry.perplexity and method.get("prompt_end"):
+            words.append(f"after {method['prompt_end']!r}")
+        return ", ".join(words + (controls_in_words(done) if entry.perplexity else []))
     words = _trained_decoder(entry) if entry.trained else _method(method)
     if method.get("lora_rank"):
         words.append(f"rank {method['lora_rank']}")
@@ -247,7 +265,6 @@ def label(entry: Entry) -> str:
         words.append(f"started from {method['start']}")
     for key in sorted(method.keys() - WORDED):
         words.append(f"{key.replace('_', ' ')} {method[key]}")
-    done = controls(result) | {"delay": 0}  # an entry's own delay is above
     return ", ".join(words + controls_in_words(done))
 
 
@@ -273,29 +290,45 @@ def _trained_decoder(entry: Entry) -> list[str]:
     return words
 
 
-def labels(results: Sequence[Result]) -> list[str]:
-    """Says in words what each perplexity.json is, with its text unless all have the same.
+def labels(entries: Sequence[Entry], of_perplexity: bool = True) -> list[str]:
+    """Says in words what each entry is.
 
-    Where the words are the same, the keys of the config follow in which the results differ.
+    Where the words are the same, the decoders and the keys of the config follow in which the
+    entries differ.
+
+    of_perplexity: name the text too, unless all have the same, and the keys of `evaluate`.
     """
-    texts = {text_of(result) for result in results}
+    evaluated = [entry for entry in entries if of_perplexity and entry.perplexity]
+    texts = {text_of(entry.result) for entry in evaluated}
     words = []
     alike = defaultdict(list)
-    for result in results:
-        on = f", on {text_of(result)}" if len(texts) > 1 else ""
-        words.append(label(entry_of(result)) + on)
-        alike[words[-1]].append(result)
-    return [word + _differences(result, alike[word]) for word, result in zip(words, results)]
+    for entry in entries:
+        on = f", on {text_of(entry.result)}" if len(texts) > 1 and entry.perplexity else ""
+        words.append(label(entry) + on)
+        alike[words[-1]].append(entry)
+    found = []
+    for word, entry in zip(words, entries):
+        parts = TRAINED_BY if entry.model == "augmented" or entry.trained else ()
+        if of_perplexity and entry.perplexity:
+            parts += EVALUATED_BY
+        found.append(word + _differences(entry.result, [e.result for e in alike[word]], parts))
+    return found
 
 
-def _differences(result: Result, others: Sequence[Result]) -> str:
-    """Names the keys of the config in which results differ, with their values."""
-    parts = TRAINED_BY + EVALUATED_BY if result.step else EVALUATED_BY
+def _differences(result: Result, others: Sequence[Result], parts: Sequence[str]) -> str:
+    """Names the decoder and the keys of parts of the config in which results differ.
+
+    A key that an older file lacks is no difference.
+    """
     found = ""
+    if any(other.decoder != result.decoder for other in others):
+        found += f", of decoder {result.decoder}"
+    keys = ["compute.dtype"]
     for part in parts:
-        for key, value in result.data["config"].get(part, {}).items():
-            values = [other.data["config"].get(part, {}).get(key) for other in others]
-            differ = any(each != value for each in values)
-            if differ and f"{part}.{key}" not in NOT_NAMED:
-                found += f", {part}.{key} {value}"
+        keys += [f"{part}.{key}" for key in result.data["config"].get(part, {})]
+    for key in keys:
+        value = result.record[key]
+        values = {str(other.record[key]) for other in others if other.record[key] is not None}
+        if len(values) > 1 and key not in NOT_NAMED:
+            found += f", {key} {value}"
     return found

@@ -81,7 +81,7 @@ def by_n(rows: Rows) -> bytes:
 
 def _all_by_n(runs: Runs) -> bytes:
     figure, (axes,) = _panels(1, (9, 4.5))
-    for result, words in zip(runs.perplexity, labels(runs.perplexity)):
+    for result, words in zip(runs.perplexity, labels(list(map(entry_of, runs.perplexity)))):
         count = entry_of(result).latents
         latents = f"{count} latents, " if count else ""
         rows = result.data["rows"]
@@ -123,7 +123,7 @@ def lines_by_latents(results: Sequence[Result]) -> dict[str, list[Result]]:
     one are left out.
     """
     alike: dict[tuple[str, str], list[Result]] = {}
-    for result, words in zip(results, labels(results)):
+    for result, words in zip(results, labels(list(map(entry_of, results)))):
         if entry_of(result).latents:
             alike.setdefault((result.decoder, words), []).append(result)
     lines = {}

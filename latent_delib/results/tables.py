@@ -10,9 +10,7 @@ from latent_delib.results.entries import (
     asks_the_same,
     entries,
     entry_of,
-    label,
     labels,
-    text_of,
 )
 from latent_delib.results.published import Variant
 from latent_delib.results.runs import BENCHMARKS, PERPLEXITY, Result, Runs
@@ -70,7 +68,7 @@ def _perplexity(
         for n, value in by_n.items():
             row[f"n = {n}"] = Figure(value, CHANGE)
         rows.append(row)
-    for result, words in zip(results, labels(results)):
+    for result, words in zip(results, labels(list(map(entry_of, results)))):
         for part, found in _parts(result.data).items():
             row = {"latents": entry_of(result).latents, "what": words, "from": result.key}
             row |= changes(found["rows"])
@@ -171,14 +169,12 @@ def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
     there are none. All figures of a line are of the same questions.
     """
     lines: list[_Line] = []
-    for entry in models:
-        if benchmark not in entry.scores:
-            continue
+    scored = [entry for entry in models if benchmark in entry.scores]
+    for entry, words in zip(scored, labels(scored, of_perplexity=False)):
         row, result = entry.scores[benchmark]
         figure = score(row, result.key)
         column = _score_column(entry.latents)
         decoder = result.data["fingerprint"]
-        words = label(entry)
         free = [line for line in lines if line.takes(decoder, row, column)]
         if not is_decoder(entry):
             free = [line for line in free if line.label == words][:1]
@@ -205,13 +201,12 @@ def _setting(row: dict[str, Any]) -> str:
 
 def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[Entry]) -> Table:
     """Makes a table of perplexity of the first token ahead, and of our benchmarks."""
-    texts = {text_of(entry.result) for entry in ours if entry.perplexity}
     benchmarks = {"gsm8k": None}
     rows = [_published_row(line) for line in lines]
     used: list[Result] = []
-    for entry in ours:
+    for entry, words in zip(ours, labels(ours)):
         benchmarks |= dict.fromkeys(entry.scores)
-        rows.append(_row(entry, len(texts) > 1))
+        rows.append(_row(entry, words))
         used += entry.results
     columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change"]
     columns += map(_title, benchmarks)
@@ -237,9 +232,9 @@ def _published_row(line: Variant) -> Row:
     return row
 
 
-def _row(entry: Entry, names_text: bool) -> Row:
+def _row(entry: Entry, words: str) -> Row:
     """Returns our line: perplexity of the first token ahead, its change, and benchmarks."""
-    row = beginning(entry, names_text)
+    row = beginning(entry, words)
     first = entry.perplexity
     if first:
         row |= {
@@ -253,16 +248,10 @@ def _row(entry: Entry, names_text: bool) -> Row:
     return row
 
 
-def beginning(entry: Entry, names_text: bool) -> Row:
-    """Returns the first cells of our line: the model, its latents, and its files.
-
-    names_text: whether to name the text that perplexity is of.
-    """
-    what = label(entry)
-    if names_text and entry.perplexity:
-        what += f", on {text_of(entry.result)}"
+def beginning(entry: Entry, words: str) -> Row:
+    """Returns the first cells of our line: the model in words, its latents, and its files."""
     keys = [result.key for result in entry.results]
-    return {"what": what, "latents": entry.latents or "", "from": " ".join(keys)}
+    return {"what": words, "latents": entry.latents or "", "from": " ".join(keys)}
 
 
 def finished(
