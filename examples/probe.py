@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import latent_delib as ld
@@ -37,14 +38,16 @@ def places_of(draw: np.random.Generator, count: int) -> np.ndarray:
     return np.sort([draw.choice(room, PLACES, replace=False) for _ in range(count)], axis=1)
 
 
-def kinds(row: np.ndarray, at: int, rank: np.ndarray, logp: np.ndarray) -> dict[str, np.ndarray]:
+def kinds(row: np.ndarray, at: int, rank: np.ndarray, top: np.ndarray) -> dict[str, np.ndarray]:
     """Tells of which kinds the AHEAD tokens after a place are.
 
     Args:
       row: int [LENGTH].
       at: the place.
       rank: int [V], of each token of the vocabulary, 0 for the most frequent.
-      logp: float [AHEAD], by the decoder.
+      top: float [AHEAD], the decoder's highest probability of any token at each place: how sure
+        it is, whichever token came. The probability of the token that came would not tell: where
+        it is low, any model that spreads its probability more evenly is better.
 
     Returns:
       By name of the kind, bool [AHEAD].
@@ -63,9 +66,9 @@ def kinds(row: np.ndarray, at: int, rank: np.ndarray, logp: np.ndarray) -> dict[
         "one of the 64 most frequent": place < 64,
         "one of the next 192": (place >= 64) & (place < 256),
         "rarer": place >= 256,
-        "p > 0.5 by the decoder": logp > np.log(0.5),
-        "p from 0.05 to 0.5": (logp <= np.log(0.5)) & (logp >= np.log(0.05)),
-        "p < 0.05": logp < np.log(0.05),
+        "the decoder's likeliest token has p > 0.5": top > 0.5,
+        "p from 0.2 to 0.5": (top <= 0.5) & (top >= 0.2),
+        "p < 0.2": top < 0.2,
     }
 
 
@@ -81,9 +84,10 @@ def measure(lm: ld.AugmentedLM, works: list[Path]) -> dict[str, np.ndarray]:
             some = rows[work][first : first + ROWS]
             places = places_of(draw, len(some))
             plain, augmented = map(np.asarray, lm.ahead_logprobs(some, places, AHEAD))
-            for row, places_of_row, logp, change in zip(some, places, plain, plain - augmented):
-                for at, logp_A, change_A in zip(places_of_row, logp, change):
-                    for kind, mask in kinds(row, at, rank, logp_A).items():
+            top = np.asarray(jax.nn.softmax(lm.logits(some)).max(axis=-1))
+            for row, places_of_row, top_T, change in zip(some, places, top, plain - augmented):
+                for at, change_A in zip(places_of_row, change):
+                    for kind, mask in kinds(row, at, rank, top_T[at : at + AHEAD]).items():
                         sums = found.setdefault(kind, np.zeros((2, len(works), AHEAD)))
                         sums[0, number] += mask
                         sums[1, number] += np.where(mask, change_A, 0)

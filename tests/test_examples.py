@@ -87,7 +87,7 @@ def test_the_kinds_of_tokens_of_the_probe(monkeypatch):
     row[at + 4] = row[at + 3]  # not before the place
     rank = np.full(2000, 300)
     rank[row[at + 1]], rank[row[at + 2]] = 63, 64
-    found = probe.kinds(row, at, rank, np.log([0.6, 0.05, 0.04] + [0.5] * 13))
+    found = probe.kinds(row, at, rank, np.array([0.6, 0.2, 0.1] + [0.5] * 13))
     groups = np.array(list(found.values())).astype(int)
     np.testing.assert_array_equal(groups[0], 1)
     for three in np.split(groups[1:], 3):
@@ -96,7 +96,7 @@ def test_the_kinds_of_tokens_of_the_probe(monkeypatch):
         "all",
         "occurs in the last 16 tokens",
         "one of the 64 most frequent",
-        "p > 0.5 by the decoder",
+        "the decoder's likeliest token has p > 0.5",
     ]
     second = groups[:, 1].nonzero()[0].tolist()
     third = groups[:, 2].nonzero()[0].tolist()
