@@ -80,7 +80,8 @@ def get_config() -> ConfigDict:
     c.train.keep = 2  # newest checkpoints kept
     c.train.keep_every = 0  # checkpoints whose step this divides are kept too; 0: none
     c.train.keep_best = 0  # this many of lowest loss, the mean since the save before, are kept too
-    # How many steps are skipped because loss or gradient is not finite; one more ends the job.
+    # How many steps are skipped because loss or gradient is not finite, counted since the last
+    # start; one more ends the job.
     c.train.max_bad_steps = 0
     c.train.profile_at = 0  # the three steps after this are profiled in WORKDIR/profile; 0: none
 

@@ -59,9 +59,8 @@ class Subject(NamedTuple):
 
     def about(self) -> dict[str, Any]:
         """Returns the fields of benchmarks.json that identify the subject of its rows."""
-        checkpoint = None
-        if self.workdir:
-            checkpoint = exported.name_of(self.workdir, self.record.step)
+        workdir = self.workdir
+        checkpoint = exported.name_of(workdir, self.record.step) if workdir else None
         return self.record.as_result(checkpoint)
 
 
@@ -72,6 +71,7 @@ def main(flags: Any) -> None:
     _check_flags(flags, chosen)
     files.check_writable(flags.out)
     subject = _find_subject(flags)
+    flags.max_length = min(flags.max_length, load.longest_text(subject.record))
     rows = _read_rows(epath.Path(flags.out) / FILE, subject)
     harness = _import_harness(flags.confirm_run_unsafe_code)
     tasks = _load_tasks(harness, chosen, flags)

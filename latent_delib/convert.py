@@ -219,7 +219,7 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     record = load.read_record(workdir)
     trained = load.load_coprocessor(workdir, record.step)
     params = trained.params
-    if record["method.lora_rank"]:  # adapters are multiplied out
+    if record["method.lora_rank"] and "layers" in params:  # adapters are multiplied out
         below = {"decoder": load.load_decoder(load.decoder_of(workdir, record)).params}
         below |= load.load_assistant(trained)
         params = augment.assemble(below, {"coprocessor": params})["coprocessor"]

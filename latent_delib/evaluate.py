@@ -249,8 +249,7 @@ class Job:
         result = {
             **perplexity.by_source(text, sums, self.exp.config.evaluate.seed),
             "pieces": len(text.pieces),
-            "past_donors": views.count_past_donors(self.view, len(text.pieces)),
-            "draws": views.DRAWS,
+            "draws": views.draws_of(self.exp.record),
             **self.origin(found),
             "text": text.digest(),
             "provenance": on_first(provenance),
@@ -281,7 +280,7 @@ class Job:
             self.exp.record.fingerprint,
             self.text.digest(),
             dict(self.exp.mesh.shape),
-            views.DRAWS,
+            views.draws_of(self.exp.record),
         ]
 
     def add_up(self, found: Restored | None, partial: PartialSums) -> SumsByTerm:

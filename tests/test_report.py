@@ -499,7 +499,7 @@ def test_what_changes_no_figure_is_not_named(tmp_path):
 
 
 def test_the_heading_of_an_evaluation_names_the_end_of_a_prompt():
-    about = {"step": 4, "past_donors": 0, "pieces": 2, "documents": 2, "num_works": 2}
+    about = {"step": 4, "pieces": 2, "documents": 2, "num_works": 2}
     about |= {"interval_over": "works", "sets": {}}
     of = config(prompt_end="Answer:", distill=0.5) | {"evaluate": {}}
     heading = evaluation.as_text(about | {"config": of})

@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 import small
 
-from latent_delib import evaluate, train
+from latent_delib import train
 from latent_delib.data import batches
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
-from latent_delib.job import experiment
-from latent_delib.lm import load
 from latent_delib.machine import checkpoint, saved_steps
 from latent_delib.weights import folder
 from tests import fake_gcs
@@ -319,21 +317,6 @@ def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_pa
     shutil.copy(token_folder / "meta.json", other)
     train.train(config, str(workdir))
     assert_same(workdir, trained)
-
-
-def test_a_run_of_the_older_order_is_evaluated_but_not_trained_on(trained, make_config, tmp_path):
-    """A checkpoint as it was before there were versions of the order."""
-    checkpoints, meta = checkpoint.open_for_reading(str(trained))
-    step = meta["step"]
-    weights = checkpoints.restore_newest(step=step).trainable
-    del meta["data"]["fingerprint"]["order"]
-    older = checkpoint.Checkpoints(str(tmp_path))
-    older.save(step, {"trainable": jax.tree.map(jnp.asarray, weights)}, meta)
-    older.close()
-    with pytest.raises(UserError, match="config.data.token_files.* another order"):
-        train.train(make_config({"train.steps": 6}), str(tmp_path))
-    assert evaluate.read_checkpoint(experiment.read(make_config()), str(tmp_path), None).step == 4
-    assert load.load_coprocessor(str(tmp_path)).step == 4
 
 
 def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):

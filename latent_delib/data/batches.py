@@ -55,9 +55,9 @@ class Training:
 
         The folders of the files do not matter.
 
-        For token files it covers meta.json, which holds a digest of the tokens of each source (in
-        format 1 only their number), and the version of the order in which rows are read. A missing
-        or damaged file is noticed later, when it is read.
+        For token files it covers meta.json, which holds a digest of the tokens of each source, and
+        the version of the order in which rows are read. A missing or damaged file is noticed later,
+        when it is read.
 
         For text files it covers their names, their sizes, and their first and last 64 KiB: two
         small reads per file. A change in the middle of a file that keeps its size is not noticed.
@@ -178,13 +178,6 @@ def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:
         raise UserError(
             "config.data.token_files is set: the checkpoint was trained on text that was not "
             "prepared; leave it empty, or start in a new --workdir"
-        )
-    if is_prepared and stored.get("order") != found["order"]:
-        raise UserError(
-            "config.data.token_files: the checkpoint was trained by an older version, which read "
-            "the rows in another order: it can still be evaluated and generated from; to train "
-            "further, use the version that started it, or begin with its weights (method.start) in "
-            "a new --workdir"
         )
     changed = [name for name in stored.keys() & found.keys() if stored[name] != found[name]]
     gone = stored.keys() - found.keys()

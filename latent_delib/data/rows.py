@@ -58,14 +58,13 @@ class Document(NamedTuple):
 
     source: the source string of the config.
     work: the file that the document is a part of, by its path below the common folder of the
-      source's files. "" where each document is a work of its own, such as a line or a record. None
-      where the work is not known.
+      source's files. "" where each document is a work of its own, such as a line or a record.
     tokens: int32 [n], without BOS.
     num_bytes: the size of its text; 0 where that is not known.
     """
 
     source: str
-    work: str | None
+    work: str
     tokens: np.ndarray
     num_bytes: int = 0
 

@@ -11,8 +11,7 @@
 
 The arrays are zarr3, on a local disk or gs://. Tokens are uint16 where the vocabulary fits, else
 int32. Rows are stored in small uncompressed chunks of large files, so that reading any row takes a
-few kilobytes. Each chunk has a checksum. Older formats are read too: formats 1 and 2 have no works,
-and format 1 has no checksums.
+few kilobytes. Each chunk has a checksum.
 """
 
 import contextlib
@@ -302,10 +301,10 @@ def _open(
 
 def _check_fits(meta: dict, where: str, seq_len: int, tokenizer_path: str) -> None:
     """Raises UserError for token files of another format, row length or tokenizer."""
-    if not 1 <= meta["format"] <= FORMAT:
+    if meta["format"] != FORMAT:
         raise UserError(
-            f"config.data.token_files: {where} has format {meta['format']}, "
-            f"expected 1 to {FORMAT}; prepare the token files with this version, or use a newer one"
+            f"config.data.token_files: {where} has format {meta['format']}, expected {FORMAT}; "
+            "prepare the token files with this version, or use a newer one"
         )
     if meta["seq_len"] != seq_len:
         raise UserError(
@@ -388,10 +387,8 @@ def _numbers(path: str, length: int) -> np.ndarray:
     return _done(_open_array(path, (length,)).read(), path)
 
 
-def _works(path: str, entry: dict) -> list[str | None]:
+def _works(path: str, entry: dict) -> list[str]:
     """Reads the work of each document of a validation source, as in `Document`."""
-    if "works" not in entry:  # format 2
-        return [None] * entry["documents"]
     names = [*entry["works"], ""]  # index -1 is the last, ""
     return [names[number] for number in _numbers(f"{path}/work", entry["documents"])]
 

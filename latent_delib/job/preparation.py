@@ -51,11 +51,6 @@ def prepare(config: Any, out: str) -> dict:
         if difference:
             raise UserError(f"{out} holds other token files: {difference}; name another folder")
         print(f"{out} is already prepared from this config")
-        if any("works" not in entry for entry in found["validation"]):
-            print(
-                f"{out} is of an older version and does not record the work of each document; "
-                "prepare again with another --out to record it"
-            )
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"{out} exists and holds no finished token files; name another folder")
@@ -146,8 +141,7 @@ def _difference(found: dict, meta: dict) -> str | None:
         if key in SPLITS:
             there = [entry["source"] for entry in there]
             here = [entry["source"] for entry in here]
-        is_older = key == "format" and there in range(1, token_files.FORMAT)  # readable too
-        if there != here and not is_older:
+        if there != here:
             return f"{key} is {there} there and {here} here"
     for split in SPLITS:
         for there, here in zip(found[split], meta[split]):

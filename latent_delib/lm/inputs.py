@@ -171,6 +171,8 @@ def position_array(positions_BM: Any, tokens_BT: jax.Array, ahead: int) -> jax.A
     """Returns positions in a text as int32 [B, M]; `ahead` tokens follow each."""
     B, T = tokens_BT.shape
     positions_BM = _integers("positions", positions_BM, f"[{B}, M]")
+    if not positions_BM.size:
+        raise UserError(f"positions: of shape {positions_BM.shape}, expected at least one per row")
     if len(positions_BM) != B:
         raise UserError(f"positions: {len(positions_BM)} rows, expected {B}, as many as tokens")
     if ahead >= T:

@@ -306,7 +306,7 @@ def init_coprocessor(
       UserError: an argument is of the wrong type or out of range.
     """
     arguments.instance("decoder", decoder, Decoder, "load_decoder")
-    if placement not in PLACEMENTS:
+    if placement not in list(PLACEMENTS):
         raise UserError(f"placement={placement!r}: expected one of {sorted(PLACEMENTS)}")
     num_latents = arguments.whole("num_latents", num_latents, 1, decoder.config.vocab_size)
     seed = arguments.whole("seed", seed, 0, arguments.SEED)
@@ -315,6 +315,20 @@ def init_coprocessor(
     key = jax.random.key(seed)
     tree = METHODS[method].init(key, decoder.params, Models(model, model), num_latents)
     return Coprocessor(tree["coprocessor"], method, num_latents, placement, decoder.fingerprint)
+
+
+def longest_text(record: Record) -> int:
+    """Returns how long a text the models of a run can read, `Augmentation.longest_text`."""
+    decoder = TransformerConfig.from_dict(record.architecture, "decoder")
+    own = build.own_architecture(record, decoder)
+    aug = Augmentation(
+        Transformer(decoder),
+        record["method.name"],
+        record["method.num_latents"],
+        record["method.placement"],
+        coprocessor=None if own is None else Transformer(own),
+    )
+    return aug.longest_text
 
 
 def augmentation(

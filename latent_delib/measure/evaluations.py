@@ -44,13 +44,14 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
     text: the digest of the record's validation text, once that is known.
     """
     is_drawn = record["evaluate.max_positions"] or record["evaluate.swap"]
+    expected = views.draws_of(record)
     for step, result in read_results(folder).items():
         file = file_of(folder, step)
         record.require(Record.from_result(result), "compare", str(file))
         draws = result.get("draws", 1)
-        if is_drawn and draws != views.DRAWS:
+        if is_drawn and draws != expected:
             raise UserError(
-                f"{file}: has draws of version {draws}, this is version {views.DRAWS}; "
+                f"{file}: has draws of version {draws}, this is version {expected}; "
                 "give another --out"
             )
         if text and result.get("text", text) != text:

@@ -103,10 +103,9 @@ def _add_piece(
 
 
 def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) -> None:
-    """Writes documents.npz: the sums of each document, its source and, where known, its work."""
+    """Writes documents.npz: the sums of each document, its source and its work."""
     about = {"source": text.source, "sources": np.array(text.sources)}
-    if text.works_known:
-        about |= {"work": text.work, "works": np.array(text.works)}
+    about |= {"work": text.work, "works": np.array(text.works)}
     _write_npz(file, about | _arrays(sums))
 
 
@@ -216,8 +215,7 @@ def _part(
         "rows": table(jax.tree.map(lambda x: x[documents], sums), work, seed),
         "documents": len(work),
         "num_works": len(np.unique(work)),
-        # Where works are not known, each document counts as one.
-        "interval_over": intervals.unit(work) if text.works_known else None,
+        "interval_over": intervals.unit(work),
     }
 
 

@@ -12,7 +12,6 @@ from latent_delib.data import batches
 from latent_delib.data.rows import cut_pieces
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
-from latent_delib.machine.distributed import warn
 
 
 class ValidationText(NamedTuple):
@@ -24,8 +23,6 @@ class ValidationText(NamedTuple):
     sources: the names of the sources.
     work: int64 [documents], the work of each document.
     works: the names of the works; "" where a document is a work of its own.
-    works_known: False where older token files do not record works; each document then counts as a
-      work.
     """
 
     pieces: list[np.ndarray]
@@ -34,7 +31,6 @@ class ValidationText(NamedTuple):
     sources: tuple[str, ...]
     work: np.ndarray
     works: tuple[str, ...]
-    works_known: bool = True
 
     def lengths(self) -> np.ndarray:
         """Returns how many tokens each piece has, int64 [pieces]."""
@@ -63,17 +59,10 @@ def read_validation_text(exp: Experiment) -> ValidationText:
       UserError: the sources are missing or hold no text.
     """
     e = exp.config.evaluate
-    data = exp.config.data
     text = _read_all(exp)
     text = _keep(text, _spread(text, e.max_pieces))
     if not text.pieces:
         raise UserError(f"config.data.validation={text.sources}: holds no text")
-    if not text.works_known:
-        warn(
-            f"config.data.token_files: {data.token_files} does not record "
-            "the work of each document, so intervals are over documents; "
-            "`prepare` the text again, with another --out, for intervals over works"
-        )
     return text
 
 
@@ -85,7 +74,6 @@ def _read_all(exp: Experiment) -> ValidationText:
     source: list[int] = []  # of each document
     work: list[int] = []  # of each document
     numbers: dict[tuple[str, str | int], int] = {}  # of works, by source and name or document
-    works_known = True
     longest = exp.config.evaluate.max_length
     tokenizer = str(exp.tokenizer.path)
     for found in batches.validation_documents(exp.config.data, tokenizer_path=tokenizer):
@@ -95,7 +83,6 @@ def _read_all(exp: Experiment) -> ValidationText:
         name = found.work or len(source)
         work.append(numbers.setdefault((found.source, name), len(numbers)))
         source.append(sources.index(found.source))
-        works_known = works_known and found.work is not None
     return ValidationText(
         pieces=pieces,
         document=np.array(document, np.int64),
@@ -103,7 +90,6 @@ def _read_all(exp: Experiment) -> ValidationText:
         sources=sources,
         work=np.array(work, np.int64),
         works=tuple(name if isinstance(name, str) else "" for _, name in numbers),
-        works_known=works_known,
     )
 
 

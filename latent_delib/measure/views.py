@@ -13,9 +13,13 @@ from latent_delib.data.sources import has_steps
 from latent_delib.delib import traces
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
+from latent_delib.job.record import Record
 from latent_delib.measure.text import ValidationText
 
-DRAWS = 2  # version of the draws in `positions` and `donors`; 1 ignored the length of a piece
+# Versions of the draws in `positions` and `donors`. Version 1 ignored the length of a piece.
+DRAWS = 2
+# Version 2 put the latents of another document at the same place, which may be no prompt's end.
+DRAWS_OF_PROMPTS = 3
 
 
 class Case(NamedTuple):
@@ -63,9 +67,18 @@ def view_of(exp: Experiment, text: ValidationText) -> View:
     view: View = whole
     if e.longer_prompt:
         view = without_first_tokens(view, e.longer_prompt)
-    if e.swap:
-        view = with_latents_of(view, donors(e.seed, text))
+    if e.swap and exp.prompt_end:
+        places = np.array([len(view(number).own_at) for number in range(len(text.pieces))])
+        view = with_latents_of_prompts(view, donors(e.seed, text, places))
+    elif e.swap:
+        view = with_latents_of(view, donors(e.seed, text, text.lengths()))
     return view
+
+
+def draws_of(record: Record) -> int:
+    """Returns the version of the draws that an evaluation uses."""
+    at_prompts = record["evaluate.swap"] and record["method.prompt_end"]
+    return DRAWS_OF_PROMPTS if at_prompts else DRAWS
 
 
 def without_first_tokens(view: View, lost: int) -> View:
@@ -89,6 +102,17 @@ def with_latents_of(view: View, donor_of: np.ndarray) -> View:
         case = view(number)
         donor = view(donor_of[number]).own
         return case._replace(donor=donor, donor_at=np.minimum(case.own_at, len(donor) - 1))
+
+    return swapped
+
+
+def with_latents_of_prompts(view: View, donor_of: np.ndarray) -> View:
+    """Gives the k-th prompt of each piece the latents of its donor's k-th, or else of its last."""
+
+    def swapped(number: int) -> Case:
+        case, other = view(number), view(donor_of[number])
+        k = np.minimum(np.arange(len(case.own_at)), len(other.own_at) - 1)
+        return case._replace(donor=other.own, donor_at=other.own_at[k])
 
     return swapped
 
@@ -152,19 +176,20 @@ def without_steps(
     return piece[kept], np.cumsum(kept)[at] - 1
 
 
-def donors(seed: int, text: ValidationText) -> np.ndarray:
+def donors(seed: int, text: ValidationText, places: np.ndarray) -> np.ndarray:
     """Draws a donor for each piece, another piece whose latents it gets, int64 [pieces].
 
     The donor is of another document of the same source, so that latents differ in content and not
-    in the kind of text. It is at least as long as the piece or, if none is, the longest. Of several
-    that fit, the next in a random order is taken.
+    in the kind of text. It has at least as many places for latents as the piece or, if none has,
+    the most. Of several that fit, the next in a random order is taken.
+
+    places: int64 [pieces].
 
     Raises:
-      UserError: a source has only one document.
+      UserError: a source has only one document, or only one with places for latents.
     """
     at_random = np.random.default_rng(seed).permutation(len(text.pieces))
     document = text.document
-    length = text.lengths()
     source = text.source[document]
     found = np.empty(len(text.pieces), np.int64)
     for number, name in enumerate(text.sources):
@@ -177,15 +202,11 @@ def donors(seed: int, text: ValidationText) -> np.ndarray:
         for place, piece in enumerate(ring):
             others = np.roll(ring, -place)
             others = others[document[others] != document[piece]]
-            long_enough = np.minimum(length[others], length[piece])
-            found[piece] = others[np.argmax(long_enough)]
+            enough = np.minimum(places[others], places[piece])
+            found[piece] = others[np.argmax(enough)]
+            if places[piece] and not enough.max():
+                raise UserError(
+                    f"config.evaluate.swap: {name!r} of config.data.validation "
+                    "has one document with a prompt's end among the pieces"
+                )
     return found
-
-
-def count_past_donors(view: View, pieces: int) -> int:
-    """Counts the places that lie past the end of their donor, whose last latents are used there."""
-    count = 0
-    for case in map(view, range(pieces)):
-        if case.donor_at is not None:
-            count += int(np.count_nonzero(case.own_at > case.donor_at))
-    return count

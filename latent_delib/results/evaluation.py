@@ -39,11 +39,6 @@ def _heading(result: dict[str, Any]) -> str:
     if method.get("distill"):
         words.append("without the steps")
     words += controls_in_words(result["config"]["evaluate"])
-    if result["past_donors"]:
-        words.append(
-            f"at {result['past_donors']:,} positions beyond that text's end "
-            "the latents after its last token"
-        )
     words.append(f"{result['pieces']} pieces of {_documents(result)}")
     return f"perplexity of the n-th token ahead; {', '.join(words)}"
 
@@ -74,14 +69,14 @@ def _works(works: dict[str, dict[str, Any]]) -> list[str]:
     return [f"  {line}" for line in aligned(lines, left=names)]
 
 
-def _table(rows: Sequence[dict[str, Any]], over: str | None) -> str:
+def _table(rows: Sequence[dict[str, Any]], over: str) -> str:
     """Returns rows of perplexity.json as plain text, for n = 1, 2, 4, 8, ...
 
     Metrics other than perplexity follow the interval, without latents and with them.
 
     over: the name of the units that intervals draw (`intervals.unit`).
     """
-    interval = f"95 % interval over {over or 'documents of unknown works'}"
+    interval = f"95 % interval over {over}"
     head = f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"
     others = [each.name for each in metric.METRICS if each is not metric.PERPLEXITY]
     lines = ["; ".join([head, *others])]

@@ -398,21 +398,6 @@ def test_works_are_files_told_from_each_other(tokenizer, tmp_path):
     assert set(works(f"lines:{tmp_path}/one/*")) == {""}
 
 
-def test_what_an_older_version_prepared_is_taken(tokenizer, tmp_path, capsys):
-    write_files(tmp_path / "a", files=2, documents_each=3)
-    source = f"files:{tmp_path}/a/*"
-    data, out = config_data((source,), validation=(source,)), tmp_path / "out"
-    meta = prepare(data, tokenizer, out)
-    del meta["validation"][0]["works"]
-    token_files.write_meta(str(out), meta | {"format": 2})
-    capsys.readouterr()
-    assert prepare(data, tokenizer, out) == meta | {"format": 2}
-    assert (
-        "already prepared" in (said := capsys.readouterr().out)
-        and "does not record the work" in said
-    )
-
-
 def test_prepare_overwrites_nothing(tokenizer, tmp_path, capsys):
     write_files(tmp_path / "a", files=2, documents_each=3)
     data, out = config_data((f"files:{tmp_path}/a/*",)), tmp_path / "out"

@@ -726,6 +726,14 @@ MISTAKES = {
         lambda lm, d: ld.init_coprocessor(d, 2, "beside"),
         "placement='beside': expected one of",
     ),
+    "two placements": (
+        lambda lm, d: ld.init_coprocessor(d, 2, ["after"]),
+        r"placement=\['after'\]: expected one of",
+    ),
+    "no positions": (
+        lambda lm, d: lm.ahead_logprobs([[2, 5, 6]], np.zeros((1, 0), int), 1),
+        r"positions: of shape \(1, 0\), expected at least one per row",
+    ),
     "no latents": (lambda lm, d: ld.init_coprocessor(d, 0), "num_latents=0: expected at least 1"),
     "many latents": (
         lambda lm, d: ld.init_coprocessor(d, 321),

@@ -133,6 +133,8 @@ def test_nearest_words(decoder):
     assert [n.word for n in near[1]] == look.words(lm, np.argsort(-cosines)[:4])
     np.testing.assert_allclose([n.cosine for n in near[1]], np.sort(cosines)[::-1][:4], atol=1e-5)
     assert [n.cosine for n in near[2]] == [0] * 4  # no direction, and no division by nothing
+    with pytest.raises(ld.UserError, match=r"^z: of shape \(1, 3, 32\), expected \[L, 32\]"):
+        look.nearest(lm, z[None])
 
 
 def test_words_that_cannot_be_read_are_numbers(decoder):

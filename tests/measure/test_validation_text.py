@@ -1,7 +1,6 @@
 """Validation text: cut into pieces without loss; documents, works and sources told apart."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ from latent_delib.data import token_files
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
-from latent_delib.measure import perplexity
-from latent_delib.measure.metric import all_terms
 from latent_delib.measure.text import read_validation_text
 from latent_delib.results.evaluation import as_text
 
@@ -89,39 +86,3 @@ def test_sources_apart_and_together(
 
     with pytest.raises(UserError, match="'lines:first'"):
         experiment.read(make_config(both | {"data.validation": ("lines:first",) * 2}))
-
-
-def test_token_files_that_do_not_say_which_work_a_document_is_of(
-    read, token_folder, tmp_path, capsys
-):
-    """Of an older version: each document counts as a work, and a line says so."""
-    folder = shutil.copytree(token_folder, tmp_path / "old")
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["validation"][0]["works"]
-    (folder / "meta.json").write_text(json.dumps(meta | {"format": 2}))
-    known = read({})
-    assert known.works == ("0.txt", "1.txt") and known.work.tolist() == [0, 1] * 6
-    assert capsys.readouterr().err == ""
-    text = read({"data.token_files": str(folder)})
-    assert (
-        text.works == ("",) * 12
-        and text.work.tolist() == list(range(12))
-        and text.digest() == known.digest()
-    )
-    (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        line.startswith("warning: ")
-        and f"{folder} does not record the work of each document" in line
-    )
-    assert known.works_known and not text.works_known
-
-    ones = perplexity.Sums(np.ones((12, 1), int), np.ones((12, 1)), np.ones((12, 1)))
-    sums = dict.fromkeys(all_terms(), ones)
-    result = perplexity.by_source(text, sums, seed=0)
-    assert result["interval_over"] is None
-    config = {"method": {"name": "decoder"}, "evaluate": {}}
-    said = as_text(result | {"config": config, "step": None, "past_donors": 0, "pieces": 12})
-    assert "interval over documents of unknown works" in said
-    perplexity.write_documents(tmp_path / "documents.npz", text, sums)
-    with np.load(tmp_path / "documents.npz") as found:
-        assert "source" in found and "work" not in found and "works" not in found
