@@ -2,7 +2,8 @@
 
   .venv/bin/python docs/figures/growth.py
 
-Each panel changes one thing. Protocols lab_23k, lab_58k and lab have equal proportions: 1,000
+Each panel changes one thing. Lines with 95 % intervals are of seed 0; small rings are other seeds.
+Protocols lab_23k, lab_58k and lab have equal proportions: 1,000
 tokens per parameter for the decoder, 100 predicted tokens per parameter for the coprocessor.
 """
 
@@ -24,10 +25,10 @@ COLOURS = {1: "#7fb3d9", 4: "#1b6ca8", 16: "#d1741f"}  # of the n-th token ahead
 
 
 class Panel(NamedTuple):
-    """Holds a label for the x axis, and for each value on it a run in docs/results."""
+    """Holds a label for the x axis, and for each value on it an experiment in docs/results."""
 
     label: str
-    run_of: dict[int, str]
+    experiment_of: dict[int, str]
 
 
 def count(size: str) -> int:
@@ -39,29 +40,29 @@ PANELS = (
     Panel(
         "parameters of the decoder",
         {
-            count("gemma2_23k"): "lab_23k/overlay@0",
-            count("gemma2_58k"): "lab_58k/overlay@0",
-            count("gemma2_160k"): "lab/overlay@0",
+            count("gemma2_23k"): "lab_23k/overlay",
+            count("gemma2_58k"): "lab_58k/overlay",
+            count("gemma2_160k"): "lab/overlay",
         },
     ),
     Panel(
         "training steps",
         {
-            1000: "lab/steps_8th@0",
-            2000: "lab/steps_4th@0",
-            4000: "lab/steps_half@0",
-            8000: "lab/overlay@0",
-            32000: "lab/steps_x4@0",
+            1000: "lab/steps_8th",
+            2000: "lab/steps_4th",
+            4000: "lab/steps_half",
+            8000: "lab/overlay",
+            32000: "lab/steps_x4",
         },
     ),
     Panel(
         "latents",
         {
-            4: "lab/overlay_4@0",
-            8: "lab/overlay_8@0",
-            16: "lab/overlay@0",
-            32: "lab/overlay_32@0",
-            64: "lab/overlay_64@0",
+            4: "lab/overlay_4",
+            8: "lab/overlay_8",
+            16: "lab/overlay",
+            32: "lab/overlay_32",
+            64: "lab/overlay_64",
         },
     ),
 )
@@ -82,11 +83,14 @@ def draw(path: Path) -> None:
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
-    """Draws a line with 95 % intervals for each n."""
-    x = list(panel.run_of)
-    rows = [rows_of(run) for run in panel.run_of.values()]
+    """Draws a line with 95 % intervals for each n, and rings."""
+    x = list(panel.experiment_of)
+    seeds = [rows_of(experiment) for experiment in panel.experiment_of.values()]
     for n, colour in COLOURS.items():
-        draw_line(axes, x, [row[n] for row in rows], n, colour)
+        draw_line(axes, x, [first[n] for first, *_ in seeds], n, colour)
+        for each, (_, *others) in zip(x, seeds, strict=True):
+            change = [rows[n]["change_percent"] for rows in others]
+            axes.plot([each] * len(change), change, "o", color=colour, mfc="white", ms=3.5)
     axes.axhline(0, color="black", linewidth=0.9)
     axes.set(xlabel=panel.label, xscale="log")
     axes.set_xticks(x, [f"{each:,}" for each in x])
@@ -95,14 +99,16 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def rows_of(run: str) -> dict[int, dict]:
-    """Returns the rows of a run, PROTOCOL/NAME@SEED, by n."""
-    protocol, name = run.split("/")
+def rows_of(experiment: str) -> list[dict[int, dict]]:
+    """Returns the rows of each seed of PROTOCOL/NAME by n, those of seed 0 first."""
+    protocol, name = experiment.split("/")
     results = DOCS / "results" / protocol
+    found = {}
     for result in runs.find([str(results)]).perplexity:
-        if result.path.parent == results / name:
-            return {row["n"]: row for row in result.data["sets"][KIND]["rows"]}
-    raise FileNotFoundError(f"{results}: holds no {name}")
+        folder = result.path.parent
+        if folder.parent == results and folder.name.partition("@")[0] == name:
+            found[folder.name] = {row["n"]: row for row in result.data["sets"][KIND]["rows"]}
+    return [found[each] for each in sorted(found)]
 
 
 def draw_line(axes: Axes, x: list[int], rows: list[dict], n: int, colour: str) -> None:
