@@ -28,6 +28,7 @@ from etils import epath
 
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError, extra, store_errors
+from latent_delib.job import build
 from latent_delib.job.record import Record
 from latent_delib.lm import load
 from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_rhythm
@@ -59,8 +60,7 @@ class Subject(NamedTuple):
 
     def about(self) -> dict[str, Any]:
         """Returns the fields of benchmarks.json that identify the subject of its rows."""
-        workdir = self.workdir
-        checkpoint = exported.name_of(workdir, self.record.step) if workdir else None
+        checkpoint = exported.name_of(self.workdir, self.record.step) if self.workdir else None
         return self.record.as_result(checkpoint)
 
 
@@ -71,7 +71,7 @@ def main(flags: Any) -> None:
     _check_flags(flags, chosen)
     files.check_writable(flags.out)
     subject = _find_subject(flags)
-    flags.max_length = min(flags.max_length, load.longest_text(subject.record))
+    flags.max_length = min(flags.max_length, build.longest_text(subject.record))
     rows = _read_rows(epath.Path(flags.out) / FILE, subject)
     harness = _import_harness(flags.confirm_run_unsafe_code)
     tasks = _load_tasks(harness, chosen, flags)

@@ -224,7 +224,7 @@ def export_coprocessor(workdir: str, out: Path) -> None:
         below |= load.load_assistant(trained)
         params = augment.assemble(below, {"coprocessor": params})["coprocessor"]
     method = {**record.config["method"], "lora_rank": 0, "start": ""}  # without adapters now
-    whole = dataclasses.replace(record, config={**record.config, "method": method})
+    whole = dataclasses.replace(record, config={**record.config, "method": method}, start="")
     fields = {"fingerprint": trained.fingerprint, "record": whole.meta()}
     config = trained.architecture or TransformerConfig.from_dict(record.architecture, workdir)
     trains_decoder = METHODS[trained.method].trains_decoder

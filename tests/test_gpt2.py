@@ -13,7 +13,7 @@ import latent_delib as ld
 from latent_delib import convert, train
 from latent_delib.delib.lora import INPUT_AXES
 from latent_delib.errors import UserError
-from latent_delib.job import experiment, parameters
+from latent_delib.job import build, experiment, parameters
 from latent_delib.job.record import Record
 from latent_delib.lm import load
 from latent_delib.nn.sizes import SIZES
@@ -122,10 +122,10 @@ def test_texts_past_the_last_position_are_refused_before_decoding(gpt2_folder):
 
 def test_a_benchmark_knows_how_long_texts_may_be(gpt2_folder, workdir):
     """Before it loads weights: answers that do not fit are refused at once, rows say the length."""
-    assert load.longest_text(load.read_record(str(workdir))) == P - L
+    assert build.longest_text(load.read_record(str(workdir))) == P - L
     alone = {"method": {"name": "decoder", "num_latents": 0}}
     architecture = folder.read_config(gpt2_folder).to_dict()
-    assert load.longest_text(Record(alone, "", architecture)) == P
+    assert build.longest_text(Record(alone, "", architecture)) == P
 
 
 def test_adapters_are_of_matrices_alone(config_of):

@@ -267,12 +267,24 @@ def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_p
     assert (
         np.abs(own.params["layers"]["mlp"]["up"] - begun.params["layers"]["mlp"]["up"]).max() > 1e-5
     )
-    rows = evaluate.evaluate(config, str(tmp_path / "w"), str(tmp_path / "out"))["rows"]
+
+    def evaluated():
+        return evaluate.evaluate(config, str(tmp_path / "w"), str(tmp_path / "out"))["rows"]
+
+    rows = evaluated()
     lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), own)
     expected = test_evaluate.naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
     np.testing.assert_allclose(
         [row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5
     )
+    if rank:  # another training has put other weights at the place of those below the adapters
+        shutil.rmtree(tmp_path / "s")
+        train.train(make_config({"seed": 1}), str(tmp_path / "s"))
+        with pytest.raises(UserError, match="its adapters belong to another checkpoint than"):
+            ld.load_coprocessor(str(tmp_path / "w"))
+        for again in (lambda: train.train(config, str(tmp_path / "w")), evaluated):
+            with pytest.raises(UserError, match="start.fingerprint is"):
+                again()
 
 
 def first_loss(config, coprocessor):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,10 +12,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from latent_delib import mesh as mesh_lib
+from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError, store_errors
 from latent_delib.job.record import Record
-from latent_delib.machine import files
+from latent_delib.machine import checkpoint, files
+from latent_delib.machine.checkpoint import Checkpoints
 from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import choose
 from latent_delib.nn.attention.forms import FORMS
@@ -84,12 +89,45 @@ def own_architecture(record: Record, decoder: TransformerConfig) -> TransformerC
     return TransformerConfig.from_dict(fields, "config.method.coprocessor")
 
 
+def longest_text(record: Record) -> int:
+    """Returns how long a text the models of a run can read, `Augmentation.longest_text`."""
+    decoder = TransformerConfig.from_dict(record.architecture, "decoder")
+    own = own_architecture(record, decoder)
+    aug = Augmentation(
+        Transformer(decoder),
+        record["method.name"],
+        record["method.num_latents"],
+        record["method.placement"],
+        coprocessor=None if own is None else Transformer(own),
+    )
+    return aug.longest_text
+
+
 def split_start(path: str) -> tuple[str, int]:
     """Returns the workdir and the step of WORKDIR/checkpoints/STEP."""
     workdir, _, step = path.rstrip("/").rpartition("/checkpoints/")
     if not workdir or not step.isdigit():
         raise UserError(f"config.method.start={path}: expected WORKDIR/checkpoints/STEP")
     return workdir, int(step)
+
+
+def open_start(path: str) -> tuple[Checkpoints, dict]:
+    """Returns the checkpoints and the meta of WORKDIR/checkpoints/STEP, config.method.start.
+
+    Raises:
+      UserError: the checkpoint is missing or damaged.
+    """
+    workdir, step = split_start(path)
+    try:
+        return checkpoint.open_for_reading(workdir, step)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{workdir}: ")
+        raise UserError(f"config.method.start={path}: {reason}") from None
+
+
+def start_fingerprint(meta: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a checkpoint's meta, hex. Equal training gives equal checkpoints."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def require_decoder(workdir: str, method: str) -> None:

@@ -81,6 +81,9 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     tokenizer = _tokenizer(config, architecture)
     assistant = _assistant(config, tokenizer)
     record = _record(config, decoder, architecture, tokenizer, assistant)
+    if config.method.start and config.method.lora_rank:
+        _, meta = build.open_start(config.method.start)
+        record = dataclasses.replace(record, start=build.start_fingerprint(meta))
     coprocessor = build.own_architecture(record, architecture)
     mesh = mesh_lib.make(config.mesh, devices)
     _check_splits(config, mesh, architecture, "the decoder")

@@ -136,11 +136,7 @@ def open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
         soft tokens, or holds adapters.
     """
     given = f"config.method.start={exp.config.method.start}"
-    workdir, step = exp.start
-    try:
-        checkpoints, meta = checkpoint.open_for_reading(workdir, step)
-    except UserError as error:
-        raise UserError(f"{given}: {str(error).removeprefix(f'{workdir}: ')}") from None
+    checkpoints, meta = build.open_start(exp.config.method.start)
     there = Record.from_meta(meta, given)
     exp.record.require(there, "start", given)
     _require_room(exp, there, given)

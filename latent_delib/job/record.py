@@ -22,12 +22,14 @@ METHOD = (
     "method.start",
     "method.coprocessor",
     "method.assistant",
+    "start.fingerprint",
 )
 # Purpose -> the keys that two runs must agree on; "method.*" is every key of that part.
 AGREE = {
     # Training goes on: same decoder, same objective, same batches.
     "resume": (
         "decoder.fingerprint",
+        "start.fingerprint",
         "method.*",
         "optimizer.*",
         "seed",
@@ -86,7 +88,12 @@ REMEDY = {
     "start": "name another checkpoint",
     "compare": "give another --out, or remove it",
 }
-FINGERPRINTS = ("decoder.fingerprint", "decoder.tokenizer", "method.assistant")
+FINGERPRINTS = (
+    "decoder.fingerprint",
+    "decoder.tokenizer",
+    "method.assistant",
+    "start.fingerprint",
+)
 SHORT = 12  # characters of a fingerprint that messages show
 
 Plain = Mapping[str, Any]
@@ -115,6 +122,8 @@ class Record:
       (`data.batches.Training`); empty where not known.
     step: optimizer steps done; None: nothing is trained.
     assistant: "fingerprint" and "architecture" of the assistant; empty where there is none.
+    start: SHA-256 of the record of the checkpoint below adapters, hex; "" without one, and in runs
+      of older versions.
     """
 
     config: Plain
@@ -123,6 +132,7 @@ class Record:
     data: Plain = dataclasses.field(default_factory=dict)
     step: int | None = None
     assistant: Plain = dataclasses.field(default_factory=dict)
+    start: str = ""
 
     @classmethod
     def from_meta(cls, meta: Plain, where: str) -> "Record":
@@ -149,6 +159,7 @@ class Record:
             architecture=result.get("architecture", {}),
             step=result.get("step"),
             assistant=result.get("assistant", {}),
+            start=result.get("start", ""),
         )
 
     def as_result(self, checkpoint: str | None) -> dict[str, Any]:
@@ -163,6 +174,7 @@ class Record:
             "fingerprint": self.fingerprint,
             "architecture": self.architecture,
             "assistant": self.assistant,
+            "start": self.start,
         }
 
     def meta(self) -> dict[str, Any]:
@@ -174,6 +186,7 @@ class Record:
             "fingerprint": self.fingerprint,
             "architecture": self.architecture,
             "assistant": self.assistant,
+            "start": self.start,
             "data": {"seed": self.config["seed"], "fingerprint": self.data},
         }
 
@@ -188,6 +201,8 @@ class Record:
             return self.fingerprint
         if key == "decoder.tokenizer":
             return self.data.get("tokenizer")
+        if key == "start.fingerprint":
+            return self.start
         if key == "method.assistant":
             return self.assistant.get("fingerprint", "")
         value: Any = self.config
@@ -205,6 +220,8 @@ class Record:
             if purpose == "start":
                 here = WHOLE.get(key, here)
             there = other[key]
+            if key == "start.fingerprint" and not (here and there):  # older runs do not know it
+                continue
             if here != there:
                 found.append(Difference(key, here, there))
         return found

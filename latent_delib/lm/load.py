@@ -186,6 +186,12 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     record = Record.from_meta(found.meta, workdir)
     params = found.trainable["coprocessor"]
     if record["method.lora_rank"] and record["method.start"]:
+        _, meta = build.open_start(record["method.start"])
+        if record.start not in ("", build.start_fingerprint(meta)):
+            raise UserError(
+                f"{workdir}: its adapters belong to another checkpoint than what is now "
+                f"{record['method.start']}"
+            )
         start = _load_coprocessor(*build.split_start(record["method.start"]))
         params = lora.lay_over(start.params, params)
     fingerprint = record.fingerprint
@@ -315,20 +321,6 @@ def init_coprocessor(
     key = jax.random.key(seed)
     tree = METHODS[method].init(key, decoder.params, Models(model, model), num_latents)
     return Coprocessor(tree["coprocessor"], method, num_latents, placement, decoder.fingerprint)
-
-
-def longest_text(record: Record) -> int:
-    """Returns how long a text the models of a run can read, `Augmentation.longest_text`."""
-    decoder = TransformerConfig.from_dict(record.architecture, "decoder")
-    own = build.own_architecture(record, decoder)
-    aug = Augmentation(
-        Transformer(decoder),
-        record["method.name"],
-        record["method.num_latents"],
-        record["method.placement"],
-        coprocessor=None if own is None else Transformer(own),
-    )
-    return aug.longest_text
 
 
 def augmentation(
