@@ -607,6 +607,20 @@ def test_samples_are_what_the_model_says(call, trained, decoder_folder, tmp_path
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_a_row_is_made_as_it_says(call, monkeypatch):
+    """Rhythm and words of a row are those of the model that is asked."""
+    made, adapter = [], harness.Adapter
+
+    def watched(*args):
+        made.append((*args[1:4], *args[5:]))
+        return adapter(*args)
+
+    monkeypatch.setattr(harness, "Adapter", watched)
+    call("chain_sum", "augmented", every=4, delay=2)
+    call("chain_sum", "zero_shot_cot")
+    assert made == [(True, 4, 2, ""), (False, 0, 0, TABLE["COT"])]
+
+
 def test_rows_made_in_another_way_are_refused(call, trained, tmp_path):
     """Other settings, problems or words; another checkpoint, decoder or training."""
     other, table = tmp_path / "other", tmp_path / "table.py"

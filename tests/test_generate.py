@@ -10,7 +10,7 @@ import pytest
 
 import latent_delib as ld
 from latent_delib import generate
-from latent_delib.lm import load, model
+from latent_delib.lm import decoding, load, model
 from latent_delib.lm.sampling import Sampler
 from tests.run_command import run_command
 
@@ -168,3 +168,23 @@ def test_a_rhythm_of_its_own(trained, monkeypatch):
 )
 def test_flags_that_do_not_fit(trained, flags, words):
     assert run(**{"workdir": trained, "prompt": "a"} | flags).startswith(f"error: {words}")
+
+
+def test_the_flags_reach_the_model(trained, decoder_folder, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the cat"}\n')
+    flags = dict(workdir=trained, prompts=tmp_path / "in.jsonl", out=tmp_path / "out.jsonl", seed=3)
+    options = {"temperature": 5.0, "top_k": 9, "every": 3, "delay": 1}
+    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
+    (whole,) = lm.continuations(["the cat"], 5, seed=[3], **options)
+    stop = whole.text[-1]
+    assert run(**flags, **options, stop=stop) == ""
+    (row,) = rows(tmp_path / "out.jsonl")
+    (expected,) = lm.continuations(["the cat"], 5, seed=[3], stop=stop, **options)
+    assert row["augmented"] == expected.text != whole.text
+    assert row["joined"] == list(expected.joined) != [0]
+
+
+def test_a_coprocessor_of_its_own_devices_is_asked_there(trained, monkeypatch):
+    asked, write = [], decoding.write_beside
+    monkeypatch.setattr(decoding, "write_beside", lambda *args: asked.append(1) or write(*args))
+    assert run(workdir=trained, prompt="the cat", coprocessor_devices=2) == "" and asked

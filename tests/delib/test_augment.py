@@ -324,6 +324,26 @@ def test_latents_instead_of_steps():
         np.testing.assert_allclose(slope, (forth - back) / 2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("more", [{"max_delay": 3}, {"steps_end": STEPS_END}])
+def test_a_step_trains_late_latents_and_answers(more):
+    aug, params = setup(small.GEMMA, "overlay")
+    tokens, steps_end = questions(), more.get("steps_end", ())
+    frozen, trainable = {"decoder": params["decoder"]}, {"coprocessor": params["coprocessor"]}
+    tx = optax.identity()
+    objective = Objective(aug, M, A, jnp.float32, seed=7, **more)
+    state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
+    step = jax.jit(partial(train_step, objective=objective, tx=tx))
+    _, metrics = step(state, frozen, {"tokens": tokens, "segment": SEGMENT})
+    key = jax.random.fold_in(jax.random.key(7), 0)
+    at = traces_lib.draw(key, tokens, SEGMENT, M, (), steps_end)
+    delay = traces_lib.draw_delays(jax.random.fold_in(key, 1), at, more.get("max_delay", 0))
+    total, count = augment.loss(
+        aug, params, tokens, SEGMENT, at, A, jnp.float32, delay, steps_end=steps_end
+    )
+    assert metrics["tokens"] == count and (delay.any() or steps_end)
+    np.testing.assert_allclose(metrics["loss"], total / count, rtol=1e-5)
+
+
 def test_the_plain_decoder_without_the_steps():
     """Its traces have no latents: what it makes of the question alone."""
     config, tokens = small.GEMMA, questions()

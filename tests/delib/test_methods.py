@@ -319,12 +319,13 @@ def through_identity(config, tree):
     [
         ("gemma", 4),
         ("llama", 2),
+        ("llama", 6),
         pytest.param("gemma", 2, marks=pytest.mark.slow),
         pytest.param("gpt2", 2, marks=pytest.mark.slow),
     ],
 )
 def test_maps_that_change_nothing(family, num_layers):
-    """Of the same shape: no maps. Of half the depth: it reads the first and the last layer."""
+    """Of the same shape: no maps. Of another depth: it reads layers at the same relative depth."""
     config = dataclasses.replace(small.CONFIGS[family], num_layers=4)
     decoder = jax.tree.map(jnp.asarray, small.decoder(config))
     own = dataclasses.replace(config, num_layers=num_layers)
@@ -339,7 +340,7 @@ def test_maps_that_change_nothing(family, num_layers):
     )
     found = jax.jit(through_maps)(params, reading=text, traces=TRACES)
 
-    layers = jnp.array([0, 3] if num_layers == 2 else [0, 1, 2, 3])
+    layers = jnp.array({2: [0, 3], 4: [0, 1, 2, 3], 6: [0, 1, 1, 2, 2, 3]}[num_layers])
     # layers 0 and 3 are a local and a global one, and so are its own 0 and 1
     if num_layers == 2 and family == "gemma":
         assert [config.is_local[l] for l in (0, 3)] == list(own.is_local)

@@ -19,6 +19,7 @@ import small
 from configs import base
 from latent_delib import train
 from latent_delib.data import batches
+from latent_delib.delib import step as step_lib
 from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
 from latent_delib.job import experiment, parameters
 from latent_delib.job import plan as planning
@@ -27,7 +28,7 @@ from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
 
 # so many that a device's own share of them is not left to the reference
-MANY = {"method.num_traces": 20}
+MANY = {"method.num_traces": 20, "seed": 3}  # not the default: text, traces and start follow it
 
 
 def first_batches(exp, count):
@@ -222,6 +223,7 @@ def grads_and_params():
             "w": jnp.ones(3),
             "soft_tokens": jnp.ones(3),
             "norm": {"scale": jnp.ones(3)},
+            "bias": jnp.ones(3),
         }
     }
     return jax.tree.map(lambda p: jnp.array([1.0, -2.0, 3.0]), params), params
@@ -246,6 +248,29 @@ def test_norms_and_soft_tokens_do_not_decay():
     updates = updates["coprocessor"]
     np.testing.assert_allclose(updates["w"], -1e-4 * np.ones(3), rtol=1e-5)
     assert not updates["soft_tokens"].any() and not updates["norm"]["scale"].any()
+    assert not updates["bias"].any()
+
+
+def test_gradients_of_parts_are_summed_in_float32():
+    """512 addends of 1: a sum that keeps 8 bits stops at 256."""
+
+    def loss_sum(trained, part):
+        return jnp.sum(part[0]) * trained["w"].astype(jnp.float32), jnp.ones(())
+
+    trained = {"w": jnp.ones((), jnp.bfloat16)}
+    _, gradients = step_lib._sum_over_parts(loss_sum, trained, (jnp.ones((512, 1)),), 512)
+    assert gradients["w"].dtype == jnp.float32 and gradients["w"] == 512
+
+
+def test_adafactor_is_that_of_optax():
+    keys = jax.random.split(jax.random.key(0))
+    params = {"gate": 3 * jax.random.normal(keys[0], (1, 128, 128)), "scale": jnp.full(5, 2.0)}
+    grads = jax.tree.map(lambda x: jax.random.normal(keys[1], x.shape), params)
+    ours = optimizer(name="adafactor", learning_rate=1e-2, warmup_steps=0, clip_norm=1e9)
+    updates = []
+    for tx in (make_optimizer(ours, 1000).tx, optax.adafactor(1e-2)):
+        updates.append(tx.update(grads, tx.init(params), params)[0])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), *updates)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

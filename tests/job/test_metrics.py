@@ -30,3 +30,24 @@ def test_the_times_of_all_rows_add_up(make_config, tmp_path, monkeypatch):
     assert [row["step_seconds"] for row in rows] == [2, 6, 5]
     assert sum(row["step_seconds"] for row in rows) == now - 5  # the last row's writing is left
     assert [row["learning_rate"] for row in rows] == [0, 2, 4]
+
+
+def test_a_row_is_the_mean_over_the_tokens_of_its_steps(make_config, tmp_path, monkeypatch):
+    """A validation takes none of their time."""
+    now = 0.0
+    rows = []
+    clock = types.SimpleNamespace(perf_counter=lambda: now, time=lambda: now)
+    monkeypatch.setattr(metrics, "time", clock)
+    exp = experiment.read(make_config({"train.log_every": 2}))
+    found = metrics.Metrics(exp, str(tmp_path / "workdir"), 0, lambda step: 1.0)
+    found.logs = [types.SimpleNamespace(write=rows.append)]
+    found.begin_row(0)
+    for step, (loss, tokens) in enumerate([(4.0, 10.0), (1.0, 30.0)], start=1):
+        now += 2
+        with found.paused(None):
+            now += 100
+        found.push(step, {"loss": loss, "tokens": tokens, "grad_norm": 1.0})
+    found.flush()
+    (row,) = rows
+    assert (row["loss"], row["step_seconds"]) == (1.75, 2)
+    assert row["tokens_per_second"] == 8 * 32 / 2

@@ -1,5 +1,7 @@
 """A job's plan: where every array lies, and what a step moves between devices."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -29,6 +31,15 @@ def test_whatever_is_large_is_split_over_all_devices(make_config):
         if leaf.size > 500:  # norms are smaller
             part = leaf.sharding.shard_shape(leaf.shape)
             assert leaf.size == 8 * jax.numpy.prod(jax.numpy.array(part)), leaf
+
+
+def test_every_setting_of_the_objective_comes_from_the_config(make_config):
+    """None is left at its default: a forgotten one would train another loss in silence."""
+    changes = {"seed": 3, "train.accumulation": 2, "method.max_delay": 2}
+    changes |= {"method.distill": 0.5, "method.prompt_end": "Answer:"}
+    found = planning.objective(experiment.read(make_config(changes)))
+    for field in dataclasses.fields(found):
+        assert getattr(found, field.name) != field.default, field.name
 
 
 @pytest.mark.parametrize("change", [{}, {"method.lora_rank": 2, "method.start": "trained"}])

@@ -87,6 +87,8 @@ def test_a_newer_checkpoint_is_refused(record):
         ("optimizer.b1", 0.5, {"resume"}),
         ("seed", 3, {"resume"}),
         ("train.batch_size", 3, {"resume"}),
+        ("data.weights", [2.0, 1.0], {"resume"}),
+        ("data.seq_len", 64, {"resume"}),
         ("train.steps", 3, set()),
         ("data.validation", ["other"], {"compare"}),
         ("evaluate.delay", 3, {"compare"}),

@@ -158,3 +158,9 @@ def test_benchmark_says_the_same(config_of, write, tmp_path, one_device):
         for key, end in (("value", ""), ("low", "_low"), ("high", "_high")):
             assert row[f"validation_solved{end}{behind}"] == pytest.approx(found[key])
     assert 0 == row["validation_solved_decoder"] < row["validation_solved"] < 100
+
+
+def test_of_several_processes_none_asks(config_of, write, monkeypatch, capsys):
+    exp = experiment.read(config_of(write(ROWS)))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert answers._read(exp) == [] and "not asked" in capsys.readouterr().out
