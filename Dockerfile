@@ -4,7 +4,8 @@
 #   docker build --tag=latent_delib:cuda --build-arg EXTRAS=cuda . # NVIDIA GPUs
 #   docker build --tag=latent_delib:tpu --build-arg EXTRAS=tpu .   # what launch/gke_xpk.sh builds
 #   docker run --rm latent_delib python -m latent_delib.train --help
-#   docker run --rm --gpus=all latent_delib:cuda ./launch/gpu.sh python -m benchmarks.chip
+#   docker run --rm --gpus=all --volume="$PWD/runs:/latent_delib/runs" --volume=latent_delib:/root/.cache \
+#       latent_delib:cuda ./launch/gpu.sh python -m benchmarks.chip    # the volumes keep what it finds
 FROM python:3.12-slim
 ARG EXTRAS=
 WORKDIR /latent_delib

@@ -19,6 +19,7 @@ this machine: `auto` takes it from then on. The exit code is 1 where a form does
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,7 +36,8 @@ GRACE = 20  # seconds that a part may take beyond its own, for the row that it i
 FIRST = 180  # seconds within which jax must find its device
 LEAST = 15  # seconds below which no part is begun
 # What must be the same for rows to stand in one file.
-SAME = ("device", "driver", "jax", "jaxlib", "xla_flags", "small")
+SAME = ("device", "driver", "jax", "jaxlib", "xla_flags", "kernels", "torch", "small")
+NEEDED = "--xla_gpu_enable_triton_gemm=false"  # which launch/gpu.sh sets
 FOLDER = Path("runs/chip")
 
 
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     until = time.monotonic() + 60 * a.minutes - GRACE
     out = start(a.small, a.out)
+    if chip_parts.read(out)["card"]["platform"] != "cpu":
+        # A program is compiled once for all processes, and for the next call of this command.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((FOLDER / "compiled").absolute()))
     for part in SHARES:
         run(part, out, until)
         if part == "proof":
@@ -85,10 +90,11 @@ def start(small: bool, out: Path | None) -> Path:
     )
     if card["platform"] == "cpu" and not small:
         print("jax sees no GPU or TPU here: in small, which proves nothing", flush=True)
-    # Without its flags XLA cannot compile the reference.
-    if card["platform"] == "gpu" and not card["xla_flags"]:
+    # Without this flag XLA cannot compile the reference.
+    if card["platform"] == "gpu" and NEEDED not in card["xla_flags"]:
         raise SystemExit(
-            "error: no XLA_FLAGS: expected ./launch/gpu.sh .venv/bin/python -m benchmarks.chip"
+            f"error: XLA_FLAGS lack {NEEDED}: "
+            "expected ./launch/gpu.sh .venv/bin/python -m benchmarks.chip"
         )
     if not out.exists():
         chip_parts.write(out, {"card": card, "parts": {}})

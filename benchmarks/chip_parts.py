@@ -12,6 +12,7 @@ the longest before it, is left out.
 import argparse
 import dataclasses
 import gc
+import importlib.metadata
 import json
 import os
 import re
@@ -57,6 +58,7 @@ def card(small: bool) -> dict[str, Any]:
         "platform": device.platform,
         "family": family(device),
         "kernels": list(kernels_of(device)),
+        "torch": importlib.metadata.version("torch") if common.has_torch() else None,
         "peak_tflops": (chips.chip_of(device).peak or 0) / 1e12 or None,
         "small": small or device.platform == "cpu",
     }
@@ -270,7 +272,7 @@ def evaluate(small: bool) -> dict[str, Any]:
     c, L, T = a.config, a.latents[0], a.seq_len
     places = -(-(T - 1) // a.positions) * a.positions
     latents = flops.traces(c, places, L, T, passes=1, text_passes=1)
-    ahead = flops.traces(c, places, L + a.ahead, T, passes=1, text_passes=1)
+    ahead = flops.traces(c, places, L + a.ahead - 1, T, passes=1, text_passes=1)  # "after"
     vocabulary = 2 * c.vocab_size * c.embed_dim * (T + places * a.ahead)
     tflop = (flops.text(c, T, T) + latents + ahead + vocabulary) / 1e12
     return {"kind": "evaluation", **row, "layers": c.num_layers, "tflop": tflop}

@@ -1,6 +1,6 @@
 """The package beside what a PyTorch user would run for the same work, on the CPU.
 
-  ./launch/setup.sh reference     # torch, transformers; torch.compile needs g++
+  ./launch/setup.sh reference gguf     # torch, transformers; torch.compile needs g++
   .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" \
       --size=smollm2_135m --out=runs/smollm2_135m/decoder
   .venv/bin/python -m benchmarks.peers [--rows=1,3] [--rounds=7] [--json=runs/peers.json]
@@ -9,7 +9,7 @@ Prints one Markdown table, and writes it as JSON too. Its rows:
 
   1  training a plain decoder
   2  the same, 0.16 M parameters
-  3  a coprocessor's training step in the quickstart's shapes
+  3  a coprocessor's training step
   4  scoring texts with SmolLM2-135M
   5  greedy decoding with it, batch 1 and 8
   6  prepare, 16 MB of text, vocabulary 512
@@ -186,7 +186,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
     ),
     "3": (
         Row(
-            "training a coprocessor, quickstart's shapes (T 256, B 8, M 8, L 8, A 16, overlay)",
+            "training a coprocessor of the first decoder (T 256, B 8, M 8, L 8, A 16, overlay)",
             "tokens/s",
             STEP,
             training(peer_sides.coprocessor_job, True),

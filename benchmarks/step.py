@@ -83,7 +83,13 @@ def measure_ours(a: argparse.Namespace, L: int) -> list[dict[str, Any]]:
         for form in (f for f in a.forms if f != "torch"):
             # The dense form has one policy, its own; the reference is there to compare.
             for remat in {"dense": ["full"], "reference": a.remat[:1]}.get(form, a.remat):
-                compiled = job.compile(form, remat, batch)
+                try:
+                    compiled = job.compile(form, remat, batch)
+                except RuntimeError as error:  # a TPU's compiler refuses what does not fit
+                    if not common.out_of_memory(error):
+                        raise
+                    found[form, remat] = {}
+                    continue
                 found[form, remat] = common.memory(compiled)
                 if found[form, remat].get("needs_gib", 0) * 2**30 < common.room():
                     runs[form, remat] = common.calls(partial(job.advance, compiled, batch))

@@ -26,7 +26,7 @@ AFTER = {"n = 1": slice(0, 1), "n = 2 to 4": slice(1, 4), "n = 5 to 16": slice(4
 
 def rows_of(tokenizer: Any, work: Path) -> np.ndarray:
     """Returns the whole rows of a work, int [R, LENGTH], each with BOS first."""
-    ids = tokenizer.encode(work.read_text(encoding="utf-8"))
+    ids = np.array(tokenizer.encode(work.read_text(encoding="utf-8")), int)
     count = len(ids) // (LENGTH - 1)
     rows = np.reshape(ids[: count * (LENGTH - 1)], (count, LENGTH - 1))
     return np.insert(rows, 0, tokenizer.bos_id, axis=1)

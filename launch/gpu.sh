@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command with the settings that NVIDIA GPUs want.
 #
-#   ./launch/setup.sh cuda
+#   ./launch/setup.sh cuda seqio
 #   ./launch/gpu.sh .venv/bin/python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR \
 #       --config.decoder.path=DECODER --config.train.accumulation=256
 #   ./launch/gpu.sh .venv/bin/python -m benchmarks.chip       # first on a new card: docs/performance.md

@@ -15,11 +15,13 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lxml import html
-
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, extra
 from tools.task_files import SEPARATOR
+
+if TYPE_CHECKING:
+    from lxml import html
 
 Pages = dict[str, Callable[[], list[str]]]
 
@@ -77,7 +79,14 @@ LEFTOVER = re.compile(
 )
 
 
-def within(element: html.HtmlElement) -> list[str]:
+def lxml_html() -> Any:
+    """Returns the module; raises UserError where it is not installed."""
+    with extra("mixture"):
+        from lxml import html
+    return html
+
+
+def within(element: "html.HtmlElement") -> list[str]:
     """Returns the blocks of text inside an element, in order, without navigation."""
     blocks: list[str] = []
     line: list[str] = []
@@ -88,7 +97,7 @@ def within(element: html.HtmlElement) -> list[str]:
             blocks.append(words)
         line.clear()
 
-    def walk(parent: html.HtmlElement) -> None:
+    def walk(parent: "html.HtmlElement") -> None:
         line.append(parent.text or "")
         for child in parent:
             chrome = CHROME & {*child.get("class", "").split(), child.get("id")}
@@ -106,7 +115,7 @@ def within(element: html.HtmlElement) -> list[str]:
     return blocks
 
 
-def block(element: html.HtmlElement) -> list[str]:
+def block(element: "html.HtmlElement") -> list[str]:
     """Returns the blocks of a block element: code as it is, a line per list item or table row."""
     if element.tag == "pre":
         lines = [line.rstrip() for line in element.text_content().expandtabs().split("\n")]
@@ -158,6 +167,7 @@ def manual(root: Path, keep: str = ".*", drop: str = "$^", ending: str = ".html"
 def _page(file: Path) -> list[str]:
     source = file.read_bytes()
     encoding = "utf-8" if b"utf-8" in source[:1500].lower() else "iso-8859-1"
+    html = lxml_html()
     tree = html.fromstring(source, parser=html.HTMLParser(encoding=encoding, remove_comments=True))
     for xpath in MAIN:
         found = tree.xpath(xpath)
@@ -285,6 +295,7 @@ def commentary(root: Path) -> Pages:
 def _commentary(pack: bytes) -> list[str]:
     text = zlib.decompress(pack).decode()
     parts = re.split(r"</?(?:div|title|list|item|row|lb)\b[^>]*>", text)
+    html = lxml_html()
     lines = [" ".join(html.fromstring(f"<p>{part}</p>").text_content().split()) for part in parts]
     return [line for line in lines if line]
 

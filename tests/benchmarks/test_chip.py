@@ -30,7 +30,8 @@ CARD = dict(
 CARD |= dict(
     jaxlib="0.10.2",
     date="2026-11-28T00:00:00+00:00",
-    xla_flags="--a",
+    xla_flags=f"--a {chip.NEEDED}",
+    torch=None,
     small=False,
     peak_tflops=121.0,
 )
@@ -128,7 +129,7 @@ def test_a_file_of_another_machine_is_refused(file, monkeypatch):
 
 
 def test_a_gpu_wants_its_flags(file, monkeypatch):
-    now = json.dumps(CARD | {"xla_flags": ""})
+    now = json.dumps(CARD | {"xla_flags": "--a"})
     monkeypatch.setattr(
         chip.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=now)
     )
