@@ -145,7 +145,7 @@ def test_a_checkpoint(make_config, trained, evaluated, logprobs, documents, piec
         "text",
         "provenance",
     }
-    keys |= {"num_works", "interval_over", "draws"}
+    keys |= {"num_works", "interval_over", "draws", "start"}
     assert set(result) == keys and set(result["provenance"]) == {
         "command",
         "date",

@@ -100,9 +100,10 @@ def read(line: bytes, with_steps: bool) -> Question:
             raise ValueError(f"{field!r} is {found}, expected text in the form {form}")
     if STEPS_END in row["answer"]:
         raise ValueError(f"'answer' holds {STEPS_END!r}: put what stands before it into 'steps'")
-    if not with_steps:
-        return Question(row["question"], row["answer"])
-    if STEPS_END in row["steps"]:
+    # Steps that are not read only say how long a reply may be: other forms than text count as none.
+    if not with_steps and not isinstance(row.get("steps"), str):
+        row["steps"] = ""
+    if with_steps and STEPS_END in row["steps"]:
         raise ValueError(f"'steps' holds {STEPS_END!r}, which marks their end")
     return Question(row["question"], row["answer"], row["steps"])
 

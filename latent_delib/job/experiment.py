@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     assistant = _assistant(config, tokenizer)
     record = _record(config, decoder, architecture, tokenizer, assistant)
     if config.method.start and config.method.lora_rank:
-        _, meta = build.open_start(config.method.start)
-        record = dataclasses.replace(record, start=build.start_fingerprint(meta))
+        with suppress(UserError):  # `parameters.open_start` says why, once the start is needed
+            _, meta = build.open_start(config.method.start)
+            record = dataclasses.replace(record, start=build.start_fingerprint(meta))
     coprocessor = build.own_architecture(record, architecture)
     mesh = mesh_lib.make(config.mesh, devices)
     _check_splits(config, mesh, architecture, "the decoder")

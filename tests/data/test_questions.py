@@ -56,8 +56,8 @@ def test_steps_are_left_out_from_the_first_on(tokenizer, removed, reply):
 
 
 def test_steps_that_are_not_read_may_have_any_form():
-    for steps in (None, 7, [1, 2], "3 #### 4"):
-        assert questions.read(line(steps=steps), False) == ("What is 3 + 4?", "7", "")
+    for steps, kept in ((None, ""), (7, ""), ([1, 2], ""), ("3 #### 4", "3 #### 4")):
+        assert questions.read(line(steps=steps), False) == ("What is 3 + 4?", "7", kept)
 
 
 def test_the_answer_has_the_same_tokens_with_and_without_steps(tokenizer):
