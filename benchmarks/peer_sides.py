@@ -25,6 +25,7 @@ from latent_delib.nn.sizes import SIZES, TransformerConfig
 
 CORPUS = Path(__file__).parents[1] / "latent_delib" / "data" / "corpus"
 SPLITS = ("train", "validation")
+COPIES = 2  # of the packaged corpus are prepared: 16 MB
 STEPS = 4  # of training, in one call
 TEXTS, TEXT_TOKENS = 24, 256  # scored; a longer paragraph is cut
 PROMPT, NEW = 32, 64  # tokens of a prompt, and decoded after it
@@ -258,20 +259,33 @@ def vocabulary(folder: Path) -> Path:
     return model
 
 
-def corpus_files() -> list[Path]:
-    """Returns the files of "packaged/train" and "packaged/validation"."""
-    return [file for split in SPLITS for file in sorted((CORPUS / split).glob("*.txt"))]
+def text_files(folder: Path) -> list[Path]:
+    """Returns the files of text to prepare: the packaged corpus, copied COPIES times."""
+    files = []
+    for split in SPLITS:
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for file in sorted((CORPUS / split).glob("*.txt")):
+            for copy in range(COPIES):
+                files.append(folder / split / f"{copy}_{file.name}")
+                shutil.copyfile(file, files[-1])
+    return files
 
 
-def megabytes() -> float:
-    return sum(file.stat().st_size for file in corpus_files()) / 1e6
+def megabytes(files: Sequence[Path]) -> float:
+    return sum(file.stat().st_size for file in files) / 1e6
 
 
 def prepare_ours(a: argparse.Namespace) -> Work:
     """Runs the command, from its start to its end."""
-    out = a.folder / "tokens"
-    config = "--config=configs/quickstart.py", f"--config.decoder.tokenizer={vocabulary(a.folder)}"
-    command = [sys.executable, "-m", "latent_delib.prepare", *config, f"--out={out}"]
+    text, out = a.folder / "text", a.folder / "tokens"
+    files = text_files(text)
+    command = [
+        *(sys.executable, "-m", "latent_delib.prepare", f"--out={out}"),
+        "--config=configs/quickstart.py",
+        f"--config.decoder.tokenizer={vocabulary(a.folder)}",
+        f"--config.data.sources=('files:{text}/train/*.txt',)",
+        f"--config.data.validation=('files:{text}/validation/*.txt',)",
+    ]
 
     def run() -> list[float]:
         shutil.rmtree(out, ignore_errors=True)
@@ -280,7 +294,7 @@ def prepare_ours(a: argparse.Namespace) -> Work:
         entries = [entry for split in SPLITS for entry in meta[split]]
         return [sum(entry[key] for entry in entries) for key in ("documents", "tokens")]
 
-    return Work(run, megabytes())
+    return Work(run, megabytes(files))
 
 
 def prepare_theirs(a: argparse.Namespace) -> Work:
@@ -288,12 +302,13 @@ def prepare_theirs(a: argparse.Namespace) -> Work:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary(a.folder)))
+    files = text_files(a.folder / "text")
 
     def run() -> list[float]:
         documents = []
-        for file in corpus_files():
+        for file in files:
             for text in file.read_text().split("\n\f\n"):
                 documents.append(np.array(model.encode(text), np.uint16))
         return [len(documents), sum(map(len, documents))]
 
-    return Work(run, megabytes())
+    return Work(run, megabytes(files))
