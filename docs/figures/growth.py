@@ -3,8 +3,8 @@
   .venv/bin/python docs/figures/growth.py
 
 Each panel changes one thing. Lines with 95 % intervals are of seed 0; small rings are other seeds.
-Protocols lab_23k, lab_58k and lab have equal proportions: 1,000
-tokens per parameter for the decoder, 100 predicted tokens per parameter for the coprocessor.
+Protocols lab_23k, lab_58k and lab have equal proportions: 1,000 tokens per parameter for the
+decoder, 100 predicted tokens per parameter for the coprocessor.
 """
 
 from pathlib import Path
@@ -65,6 +65,10 @@ PANELS = (
             64: "lab/overlay_64",
         },
     ),
+    Panel(
+        "layers of the coprocessor",  # from a random start
+        {1: "lab/half", 2: "lab/from_scratch", 4: "lab/double"},
+    ),
 )
 
 
@@ -73,7 +77,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "latent_delib"  # the same runs give the same bytes
     figure, grid = pyplot.subplots(
-        1, len(PANELS), figsize=(10.0, 3.2), sharey=True, layout="constrained"
+        1, len(PANELS), figsize=(12.5, 3.2), sharey=True, layout="constrained"
     )
     for axes, panel in zip(grid, PANELS, strict=True):
         draw_panel(axes, panel)
