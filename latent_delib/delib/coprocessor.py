@@ -184,7 +184,7 @@ def write_cartridge(
     reading: Reading,
     traces: Traces,
 ) -> Inserted:
-    """Returns trained keys and values for each layer, whatever the text.
+    """Returns trained keys and values for each layer, whatever the text (Eyuboglu et al. 2025).
 
     Keys are rotated to the latents' positions.
     """
