@@ -197,7 +197,7 @@ def _write_huggingface(
     fields = huggingface.config_json(config, dtype, ids)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     if (out / "tokenizer.model").is_file():
-        about = huggingface.tokenizer_config(out / "tokenizer.model")
+        about = folder.sentencepiece_config(out / "tokenizer.model")
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
     theirs = names.fused(names.tensors(config, "huggingface"))
     entries = {}

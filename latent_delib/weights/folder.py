@@ -126,8 +126,27 @@ def _lacks_tokens(path: Path) -> bool:
             return True
     template = chat_template(path.parent) or ""
     added = config.get("added_tokens_decoder")
-    tokens = map(spelling, added.values()) if isinstance(added, dict) else []
-    return any(isinstance(token, str) and token in template for token in set(tokens) - pieces)
+    entries = list(added.values()) if isinstance(added, dict) else []
+    listed = read_json(path.with_name("tokenizer.json")).get("added_tokens")
+    entries += listed if isinstance(listed, list) else []  # `transformers` 5 lists them here alone
+    tokens = {token for token in map(spelling, entries) if isinstance(token, str)}
+    return any(token in template for token in tokens - pieces)
+
+
+def sentencepiece_config(path: Path) -> dict[str, Any]:
+    """Returns the tokenizer_config.json with which `transformers` reads a SentencePiece model."""
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+    model = SentencePieceProcessor(model_file=str(path))
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    # The classes differ in whether a space is put before a text.
+    class_name = "LlamaTokenizer" if proto.normalizer_spec.add_dummy_prefix else "GemmaTokenizer"
+    fields = {"tokenizer_class": class_name, "add_bos_token": True}
+    for name in ("bos", "eos", "unk", "pad"):
+        i = getattr(model, f"{name}_id")()
+        if i >= 0:
+            fields[f"{name}_token"] = model.id_to_piece(i)
+    return fields
 
 
 def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:

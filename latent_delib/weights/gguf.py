@@ -38,6 +38,7 @@ KEYS = {
     "ffn_dim": "feed_forward_length",
     "window": "attention.sliding_window",
     "rope_base": "rope.freq_base",
+    "local_rope_base": "rope.freq_base_swa",
     "attn_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
@@ -203,6 +204,9 @@ def _library() -> Any:
 def open_source(path: Path) -> Source:
     """Opens a GGUF file as a source."""
     file = GGUF(path)
+    parts = file.metadata.get("split.count", 1)
+    if parts != 1:
+        raise UserError(f"{path}: is one of {parts} files; join them by `llama-gguf-split --merge`")
     config = architecture(file)
     shapes = {name: info.shape for name, info in file.tensors.items() if name != ROPE_FREQS}
     return Source(
@@ -249,16 +253,20 @@ def architecture(file: GGUF) -> TransformerConfig:
     if "layer_pattern" not in fields:
         fields.pop("window", None)
     fields.setdefault("num_kv_heads", fields.get("num_heads"))
+    if kind == "gemma2" and "rope_base" in fields:  # all its layers have the same rotary positions
+        fields.setdefault("local_rope_base", fields["rope_base"])
     # Stored as float32; the decimal number that it was made from has few digits.
     fields["norm_eps"] = float(f"{get(norm, float):.6g}")
     table = file.tensors.get("token_embd.weight")
     fields["vocab_size"] = table.shape[0] if table else 1
     fields["untied_head"] = "output.weight" in file.tensors
     scaling = get("rope.scaling.type", str, "none")
+    supported = ("none",) if kind == "gemma2" else ("none", "linear")  # not for local layers
+    if scaling not in supported:
+        expected = " or ".join(supported)
+        raise UserError(f"{where}: {kind}.rope.scaling.type={scaling!r}, expected {expected}")
     if scaling == "linear":
         fields["rope_scaling"] = (get("rope.scaling.factor", float), 1.0, 4.0, 0.0)
-    elif scaling != "none":
-        raise UserError(f"{where}: {kind}.rope.scaling.type={scaling!r}, expected none or linear")
     config = TransformerConfig.from_dict(fields, where, names)
     known = _known_size(config)
     if known is not None:

@@ -29,6 +29,7 @@ CLASSES = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "gpt2": ("gpt2", "GPT2LMHeadModel"),
 }
+WINDOWED = ("qwen2", "qwen3", "gemma2", "gemma3")  # those whose layers may be local
 # For each of our families, the defaults of `transformers` for keys that a config.json leaves out.
 _COMMON = dict(
     hidden_act="silu",
@@ -44,7 +45,9 @@ _COMMON = dict(
 _GEMMA = _COMMON | dict(
     hidden_act="gelu_pytorch_tanh", head_dim=256, tie_word_embeddings=True, vocab_size=256_000
 )
-_GEMMA2 = _GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096)
+_GEMMA2 = _GEMMA | dict(
+    hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, sliding_window=4096
+)
 _GEMMA3_ALONE = dict(
     vocab_size=262_208,
     num_attention_heads=8,
@@ -214,8 +217,9 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
     if ours == "gpt2":
         return _gpt2(text, where)
     c = _in_one_form(ours, text, where)
-    # Gemma 1's files say gelu and mean its tanh approximation, as `transformers` reads them.
-    activations = ("gelu", "gelu_pytorch_tanh") if ours.startswith("gemma") else ("silu",)
+    activations = ("gelu_pytorch_tanh",) if ours.startswith("gemma") else ("silu",)
+    if ours == "gemma":  # its files say gelu and mean the tanh form, as `transformers` reads them
+        activations += ("gelu",)
     known = {
         "attention_bias": (False,),  # True would give the output projection a bias too
         "mlp_bias": (False,),
@@ -224,7 +228,9 @@ def architecture(config: Fields, where: str) -> TransformerConfig:
         "hidden_act": activations,
     }
     _check_known(c, known, where)
-    pattern = _pattern(c, where)
+    pattern = _pattern(c, where) if ours in WINDOWED else ("global",)
+    if "local" in pattern and _scaling(c["local_rope_scaling"], where):
+        raise UserError(f"{where}: rotary scaling of sliding_attention layers is not supported")
     keys = KEYS if "local" in pattern else NUMBERS | SOFTCAPS
     fields = dict(FAMILIES[ours])
     for name, key in keys.items():
@@ -275,10 +281,12 @@ def _in_one_form(ours: str, text: Fields, where: str) -> dict[str, Any]:
             c[key] = value
     c["hidden_act"] = c.get("hidden_activation", c["hidden_act"])
     c.setdefault("num_key_value_heads", c.get("num_attention_heads"))
-    rope = _object(c, "rope_parameters", where) or _object(c, "rope_scaling", where)
+    rope = _object(c, "rope_scaling", where) or _object(c, "rope_parameters", where)
     of_global = _object(rope, "full_attention", where) or rope
     of_local = _object(rope, "sliding_attention", where)
     c["rope_scaling"] = of_global
+    # Gemma 3 has rotary positions of its own for local layers; elsewhere all layers share them.
+    c["local_rope_scaling"] = of_local if ours == "gemma3" else of_global
     c["rope_theta"] = of_global.get("rope_theta", c["rope_theta"])
     local_base = c.get("rope_local_base_freq", c["rope_theta"])
     c["rope_local_base_freq"] = of_local.get("rope_theta", local_base)
@@ -356,10 +364,13 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
     if ours.startswith("gemma"):
         # For Gemma 1, releases 4 and 5 read different ones of these keys.
         fields["hidden_act"] = fields["hidden_activation"] = "gelu_pytorch_tanh"
-    if ours in ("gemma2", "gemma3"):
+    if ours in WINDOWED:
         kinds = {True: "sliding_attention", False: "full_attention"}
         fields["layer_types"] = [kinds[local] for local in c.is_local]
         fields["sliding_window"] = c.window or 4096
+    if ours.startswith("qwen"):
+        fields["use_sliding_window"] = True in c.is_local
+    if ours in ("gemma2", "gemma3"):
         scalar = round(c.query_scale**-2, 6)
         # Release 5 wants an integer where the number is whole.
         fields["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
@@ -382,19 +393,3 @@ def _rope_scaling(c: TransformerConfig) -> dict[str, Any] | None:
     kind = "llama3" if context else "linear"
     values = zip(SCALINGS[kind], [*factors, int(context)])  # "linear" takes the first alone
     return {"rope_type": kind, **dict(values)}
-
-
-def tokenizer_config(path: Path) -> dict[str, Any]:
-    """Returns the tokenizer_config.json with which `transformers` reads a SentencePiece model."""
-    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-
-    model = SentencePieceProcessor(model_file=str(path))
-    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    # The classes differ in whether a space is put before a text.
-    class_name = "LlamaTokenizer" if proto.normalizer_spec.add_dummy_prefix else "GemmaTokenizer"
-    fields = {"tokenizer_class": class_name, "add_bos_token": True}
-    for name in ("bos", "eos", "unk", "pad"):
-        i = getattr(model, f"{name}_id")()
-        if i >= 0:
-            fields[f"{name}_token"] = model.id_to_piece(i)
-    return fields

@@ -269,6 +269,8 @@ def test_unknown_scaling_is_refused(tokenizer_path, tmp_path):
         ),
         ("gemma2.expert_count", 8, ["expert_count", "mixtures"]),
         ("gemma2.rope.scaling.type", "yarn", ["rope.scaling.type='yarn'"]),
+        ("gemma2.rope.scaling.type", "linear", ["rope.scaling.type='linear'", "expected none"]),
+        ("split.count", 3, ["is one of 3 files", "--merge"]),
         ("gemma2.feed_forward_length", 7, ["blk.0.ffn_gate.weight is", "expected (7, "]),
         ("tokenizer.ggml.tokens", None, ["tokenizer.ggml.tokens"]),
     ],
@@ -276,6 +278,20 @@ def test_unknown_scaling_is_refused(tokenizer_path, tmp_path):
 def test_metadata_that_is_refused(tokenizer_path, tmp_path, key, value, words):
     file = write(tmp_path / "model.gguf", "gemma2", tokenizer_path, changed={key: value})
     refused(file, tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize(
+    "family, key, bases",
+    [
+        ("gemma2", "gemma2.rope.freq_base", (2e5, 2e5)),
+        ("gemma3", "gemma3.rope.freq_base_swa", (5e3, 2e5)),
+    ],
+)
+def test_rotary_bases_of_global_and_local_layers(tokenizer_path, tmp_path, family, key, bases):
+    """All layers of Gemma 2 have one base; Gemma 3's local layers have one of their own."""
+    file = write(tmp_path / "model.gguf", family, tokenizer_path, changed={key: 2e5})
+    config = ours.architecture(ours.GGUF(file))
+    assert (config.rope_base, config.local_rope_base) == bases
 
 
 def header(*parts):

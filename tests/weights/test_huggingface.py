@@ -247,6 +247,29 @@ def test_import_export_import_is_the_identity(hf, tmp_path, family):
         assert sorted(p.name for p in root.iterdir()) == ["again", "back", "ours"]
 
 
+def test_qwen_with_local_layers_there_and_back():
+    fields = QWEN3 | numbers(4, 64, 96)
+    fields |= dict(use_sliding_window=True, sliding_window=7)
+    fields["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    config = huggingface.architecture(fields, "x")
+    assert config.layer_pattern == ("local", "global") and config.window == 7
+    back = huggingface.config_json(config, "float32", {})
+    assert back["use_sliding_window"] and back["layer_types"] == fields["layer_types"]
+    assert huggingface.architecture(back, "x") == config
+
+
+def test_keys_that_transformers_ignores_or_prefers():
+    """Llama's class has no local layers, and rope_scaling replaces rope_parameters."""
+    fields = LLAMA | numbers(2, 64, 96, 4, 2, vocab_size=97)
+    plain = huggingface.architecture(fields, "x")
+    windowed = fields | dict(sliding_window=5, layer_types=["sliding_attention"] * 2)
+    assert huggingface.architecture(windowed, "x") == plain
+    both = dict(
+        rope_parameters={"rope_type": "default"}, rope_scaling={"rope_type": "linear", "factor": 4}
+    )
+    assert huggingface.architecture(fields | both, "x").rope_scaling[0] == 4
+
+
 def test_nothing_is_rounded_unless_asked_for(hf, tmp_path):
     tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in stored("llama")[1].items()}
     one = "model.layers.1.mlp.up_proj.weight"
@@ -381,6 +404,22 @@ def test_every_wrong_tensor_is_listed_by_both_names(hf, tmp_path):
         ("llama", dict(attention_bias=True), ["attention_bias=True"]),
         ("llama", dict(hidden_act="gelu"), ["hidden_act='gelu'", "silu"]),
         ("gemma2", dict(hidden_activation="relu"), ["hidden_act='relu'"]),
+        ("gemma2", dict(hidden_activation="gelu"), ["hidden_act='gelu'", "gelu_pytorch_tanh"]),
+        (
+            "gemma2",
+            dict(rope_parameters={"rope_type": "linear", "factor": 4.0}),
+            ["rotary scaling of sliding_attention"],
+        ),
+        (
+            "gemma3",
+            dict(
+                rope_parameters={
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "linear", "factor": 4.0},
+                }
+            ),
+            ["rotary scaling of sliding_attention"],
+        ),
         (
             "llama",
             dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
@@ -514,15 +553,18 @@ def test_arguments_that_are_refused(hf, tmp_path):
         ({"bos_token": "<|begin|>"}, "tokenizer.json"),
         ({"added_tokens_decoder": {"320": {"content": "<|im_end|>"}}}, "tokenizer.json"),
         ({"added_tokens_decoder": {"320": {"content": "<image>"}}}, "tokenizer.model"),
+        ({"added_tokens": [{"id": 320, "content": "<|im_end|>"}]}, "tokenizer.json"),
+        ({"added_tokens": [{"id": 320, "content": "<image>"}]}, "tokenizer.model"),
         ({"added_tokens_decoder": {"1": {"content": "<s>"}}}, "tokenizer.model"),
     ],
 )
 def test_tokens_that_a_model_was_given_later(hf, changes, name):
     """Of two tokenizers the one is used that has the tokens which the files beside it use."""
     where = hf("llama")
-    (where / "tokenizer.json").touch()
+    listed = {"added_tokens": changes.get("added_tokens", [])}  # as `transformers` 5 writes them
+    (where / "tokenizer.json").write_text(json.dumps(listed))
     assert folder.tokenizer_path(where).name == "tokenizer.model"
-    about = huggingface.tokenizer_config(where / "tokenizer.model") | changes
+    about = folder.sentencepiece_config(where / "tokenizer.model") | changes
     about["chat_template"] = "{{ bos_token }}<s>{{ messages }}<|im_end|>"
     (where / "tokenizer_config.json").write_text(json.dumps(about))
     assert folder.tokenizer_path(where).name == name
