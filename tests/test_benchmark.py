@@ -401,6 +401,26 @@ def test_published_row(says, made_up, name):
             assert prompt.count("Zebra? b\n\n") == 3, prompt
 
 
+def test_no_worked_example_is_the_asked_question(says, tmp_path):
+    """A task with a test split alone shows other documents of it."""
+    rows = [{"question": f"Number {n}?", "choices": ["a", "b"], "gold": 0} for n in range(6)]
+    make_tasks.write_task(tmp_path, "syllogism", {"test": rows})
+    loaded = harness.load_local_task("syllogism", str(tmp_path))
+    for sample in harness.run_tasks(harness.Adapter(says, False), loaded, 4):
+        prompt = sample["arguments"][0][0]
+        assert prompt.count("Number ") == 5
+        assert prompt.count(sample["doc"]["question"]) == 1
+
+
+def test_a_data_file_of_another_name_is_refused(tmp_path):
+    """`benchmark` would not see that its questions changed."""
+    make_tasks.write_task(tmp_path, "syllogism", {"test": [{"question": "?"}]})
+    path = tmp_path / "syllogism.yaml"
+    path.write_text(path.read_text().replace("syllogism.test.jsonl", "mine.jsonl"))
+    with pytest.raises(ld.UserError, match="data file 'mine.jsonl': expected syllogism.test.jsonl"):
+        harness.load_local_task("syllogism", str(tmp_path))
+
+
 def test_published_rows_are_the_papers():
     assert list(TABLE["PUBLISHED"]) == list(published.BENCHMARKS)
     for name, row in TABLE["PUBLISHED"].items():
@@ -699,7 +719,7 @@ MISTAKES = {
     "another table": (dict(table="configs/quickstart.py"), "lacks COT, OFFLINE, PUBLISHED"),
     "tasks": (
         dict(tasks="nowhere"),
-        "nowhere/syllogism.yaml: no such file; `python -m tools.make_tasks",
+        "nowhere/syllogism.yaml: no such file; tools.make_tasks makes",
     ),
     "delay": (dict(every=2, delay=2), "delay=2"),
     "batch": (dict(batch_size=0), "--batch_size=0"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_delib import mesh as mesh_lib
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
@@ -167,7 +168,9 @@ def token_array(tokens_BT: Any, vocab_size: int, row_shards: int, longest: int) 
     return jnp.asarray(tokens_BT, jnp.int32)
 
 
-def position_array(positions_BM: Any, tokens_BT: jax.Array, ahead: int) -> jax.Array:
+def position_array(
+    positions_BM: Any, tokens_BT: jax.Array, ahead: int, mesh: jax.sharding.Mesh
+) -> jax.Array:
     """Returns positions in a text as int32 [B, M]; `ahead` tokens follow each."""
     B, T = tokens_BT.shape
     positions_BM = _integers("positions", positions_BM, f"[{B}, M]")
@@ -175,6 +178,9 @@ def position_array(positions_BM: Any, tokens_BT: jax.Array, ahead: int) -> jax.A
         raise UserError(f"positions: of shape {positions_BM.shape}, expected at least one per row")
     if len(positions_BM) != B:
         raise UserError(f"positions: {len(positions_BM)} rows, expected {B}, as many as tokens")
+    M, shards = positions_BM.shape[1], mesh_lib.shards(mesh, "traces")
+    if M > 1 and M % shards:
+        raise UserError(f"positions: {M} per row do not split over {shards} devices")
     if ahead >= T:
         raise UserError(f"ahead={ahead}: the text has {T} tokens, expected less")
     after = f", and {ahead} are to follow" if ahead else ""

@@ -98,7 +98,7 @@ class AugmentedLM:
         if self.coprocessor is None:
             raise UserError("this model has no coprocessor, so no latents")
         tokens = self._token_array(tokens_BT)
-        positions = inputs.position_array(positions_BM, tokens, 0)
+        positions = inputs.position_array(positions_BM, tokens, 0, self.mesh)
         return scoring.write_latents_at(
             self.params, tokens, positions, aug=self.aug, dtype=self.dtype
         )
@@ -118,7 +118,7 @@ class AugmentedLM:
         """
         ahead = arguments.whole("ahead", ahead, 1)
         tokens = self._token_array(tokens_BT)
-        positions = inputs.position_array(positions_BM, tokens, ahead)
+        positions = inputs.position_array(positions_BM, tokens, ahead, self.mesh)
         return scoring.score_ahead(
             self.params, tokens, positions, aug=self.aug, dtype=self.dtype, ahead=ahead
         )
@@ -203,7 +203,8 @@ class AugmentedLM:
         sums = np.zeros(len(texts))
         done = 0
         aug = self.aug if augment else self.plain
-        score = partial(scoring.score_text, aug=aug, dtype=self.dtype)
+        shards = mesh_lib.shards(self.mesh, "traces")
+        score = partial(scoring.score_text, aug=aug, dtype=self.dtype, shards=shards)
         keys = [(1, len(piece)) for piece in pieces]
         for chosen in batching.batches(keys, partial(batching.together, self.mesh, batch_size)):
             tokens, length = self._pad([pieces[p] for p in chosen])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from latent_delib.delib import augment, step
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Latents
-from latent_delib.lm.batching import one_segment
+from latent_delib.lm.batching import one_segment, round_up
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
 
@@ -125,7 +125,7 @@ def score_tails(
     return jnp.moveaxis(logprobs, 0, 2), jnp.moveaxis(greedy, 0, 2)
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype", "stretch"))
+@partial(jax.jit, static_argnames=("aug", "dtype", "stretch", "shards"))
 def score_text(
     params: Params,
     tokens_BT: jax.Array,
@@ -134,6 +134,7 @@ def score_text(
     aug: Augmentation,
     dtype: Any,
     stretch: int,
+    shards: int,
 ) -> jax.Array:
     """Returns log p of all tokens but the first of each row, summed, float32 [B].
 
@@ -143,6 +144,7 @@ def score_text(
     Args:
       length_B: number of tokens in each row, before padding.
       stretch: at most T - 1.
+      shards: parts into which traces are split.
     """
     segment_BT = one_segment(tokens_BT, length_B)
     text, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
@@ -150,8 +152,10 @@ def score_text(
     if not aug.writes_latents:
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
     at = jnp.arange(0, T - 1, stretch)
-    # Traces that are computed at once have no more tokens than the text.
+    # Traces that are computed at once have about as many tokens as the text, at most.
     together = min(len(at), max(1, T // (aug.count_latents(stretch) + stretch)))
+    if together > 1:
+        together = round_up(together, shards)
     # Place T - 1 has no ahead tokens, so it has no weight.
     at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)
 

@@ -164,12 +164,15 @@ def load_local_task(task: str, folder: str) -> Tasks:
     path = Path(folder) / f"{task}.yaml"
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; `python -m tools.make_tasks --out={folder}` makes it"
+            f"{path}: no such file; tools.make_tasks makes the tasks of configs/benchmarks.py, and "
+            "tools.make_problems those of configs/problems.py; --tasks names the folder"
         )
     with _loading(path):
         spec = yaml.safe_load(path.read_text())
         files = spec["dataset_kwargs"]["data_files"]
         for split, name in files.items():
+            if Path(name).name != name or not name.startswith(f"{task}."):  # others have no digest
+                raise UserError(f"{path}: data file {name!r}: expected {task}.{split}.jsonl")
             files[split] = str((path.parent / name).resolve())
             _check_json_lines(files[split])
         return TaskManager(include_defaults=False).load([spec])
@@ -310,6 +313,7 @@ def run_tasks(
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOTS_SEED)
+        _never_show_the_asked(task)
         if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_target:  # AGIEval
             task.fewshot_cfg.doc_to_target = functools.partial(_first_right, task)
     results = evaluator.evaluate(
@@ -324,6 +328,17 @@ def run_tasks(
     for task, samples in results["samples"].items():
         found += [{"task": task, **sample} for sample in samples]
     return found
+
+
+def _never_show_the_asked(task: Any) -> None:
+    """Names the split of worked examples, where it is the split that is asked.
+
+    Only then does the harness (0.4.13) leave the asked document out of its own examples.
+    """
+    shown = task.fewshot_cfg
+    has_others = task.has_training_docs() or task.has_validation_docs() or shown.samples
+    if shown.split is None and not has_others:
+        shown.split = task.config.test_split
 
 
 def _first_right(task: Any, doc: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Confidence intervals of a change in perplexity: a bootstrap over works and their documents.
 
 It draws works, and then documents of each: what holds for one work, a book for instance, may not
-hold for another.
+hold for another. Drawing both counts what differs within a work twice. So an interval is up to 1.4
+times as wide as if works alone were drawn: it holds in more than 95 % of cases.
 """
 
 import numpy as np

@@ -100,6 +100,8 @@ class TransformerConfig:
             raise UserError(f"learned_positions={self.learned_positions}: expected at least 0")
         if self.head_dim % 2 and not self.learned_positions:
             raise UserError(f"head_dim={self.head_dim}: rotary positions need an even number")
+        if self.other_bias and not self.plain_mlp:
+            raise UserError("other_bias=True: expected plain_mlp=True too; a gate has no bias")
         if self.activation not in ACTIVATIONS:
             expected = " or ".join(map(repr, ACTIVATIONS))
             raise UserError(f"activation={self.activation!r}: expected {expected}")

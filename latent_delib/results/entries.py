@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latent_delib.delib.methods import METHODS
+from latent_delib.job.record import BEFORE
 from latent_delib.results.runs import Result, Runs
 
 TRAINING = ("seed", "optimizer", "train")  # of a config: they make a checkpoint what it is
@@ -264,7 +265,8 @@ def label(entry: Entry) -> str:
     if method.get("start"):
         words.append(f"started from {method['start']}")
     for key in sorted(method.keys() - WORDED):
-        words.append(f"{key.replace('_', ' ')} {method[key]}")
+        if method[key] != BEFORE.get(f"method.{key}"):  # older runs do not name this value
+            words.append(f"{key.replace('_', ' ')} {method[key]}")
     return ", ".join(words + controls_in_words(done))
 
 

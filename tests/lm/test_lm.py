@@ -408,6 +408,21 @@ def test_sharded_equals_one_device(decoder, lms, text):
         lm.logits(four[:3])
 
 
+def test_traces_that_devices_share(decoder, lms, text):
+    """Stretches of a long text are filled up; positions of your own must split."""
+    one = lms["overlay"]
+    lm = ld.AugmentedLM(decoder, one.coprocessor, mesh.make({"traces": 2}, jax.devices()[:2]))
+    long = " ".join(PROMPTS * 2)
+    for every in (3, 5, 8):
+        np.testing.assert_allclose(
+            lm.rolling_logprobs([long], every=every),
+            one.rolling_logprobs([long], every=every),
+            rtol=1e-5,
+        )
+    with pytest.raises(ld.UserError, match="positions: 3 per row do not split over 2 devices"):
+        lm.latents(text, [[1, 2, 3]] * len(text))
+
+
 def test_no_device_holds_a_whole_model(lms):
     """A checkpoint's leaves are numpy, float32: cast before they are placed, and placed once."""
     on = mesh.make({"fsdp": 8})

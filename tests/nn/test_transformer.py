@@ -173,6 +173,7 @@ def test_every_activation_is_computed():
         (dict(layer_pattern=()), "layer_pattern=.*: expected a sequence"),
         (dict(window=0), "window=0: local layers need at least 1"),
         (dict(learned_positions=-1), "learned_positions=-1: expected at least 0"),
+        (dict(other_bias=True), "other_bias=True: expected plain_mlp=True too"),
     ],
 )
 def test_config_errors_name_the_field(fields, message):
