@@ -6,7 +6,8 @@
 
 Benchmarks are names in configs/benchmarks.py; `published`; `offline`, which needs no network but
 the tasks that `make_tasks` writes; or qa:FILE, your own questions in JSON lines, where an answer
-counts only if all of it is right. Models are decoder; augmented, with the latents of WORKDIR by any
+counts only if all of it is right. Rows of qa:FILE also have the log p of the right answer, except
+those with --every or --delay. Models are decoder; augmented, with the latents of WORKDIR by any
 method, written at the end of the prompt; and zero_shot_cot, the decoder without worked examples,
 told to think step by step.
 
@@ -15,12 +16,10 @@ it makes the rows that are missing. The result of each document is in OUT/sample
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -34,14 +33,15 @@ from latent_delib.lm import load
 from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_rhythm
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
-from latent_delib.machine.command_line import REQUIRED, ROOT, run_file
+from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure.scores import Row, format_rows, summarize_scores
+from latent_delib.measure import suites
+from latent_delib.measure.scores import ANSWER, Row, format_rows, summarize_scores
+from latent_delib.measure.suites import QUESTIONS
 from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
 
 FILE = "benchmarks.json"  # in --out
-QUESTIONS = "qa:"  # begins the name of a file of questions
 MODELS = ("decoder", "augmented", "zero_shot_cot")
 
 
@@ -66,8 +66,8 @@ class Subject(NamedTuple):
 
 def main(flags: Any) -> None:
     """Makes the rows that OUT/benchmarks.json does not have yet, and prints all rows."""
-    table = _read_table(flags.table)
-    chosen = _chosen(table, flags.benchmarks)
+    table = suites.read_table(flags.table)
+    chosen = suites.choose(table, flags.benchmarks)
     _check_flags(flags, chosen)
     files.check_writable(flags.out)
     subject = _find_subject(flags)
@@ -77,7 +77,7 @@ def main(flags: Any) -> None:
     tasks = _load_tasks(harness, chosen, flags)
     wanted = []
     for name, row in chosen.items():
-        for model in _split(flags.model):
+        for model in suites.listed(flags.model):
             kinds = harness.kinds(tasks[name])
             wanted.append(_wanted_row(name, row, model, kinds, table["COT"], flags))
     _check_joins(wanted, flags)
@@ -93,54 +93,9 @@ def main(flags: Any) -> None:
 # Before weights are loaded: the flags, the decoder or job, the tasks.
 
 
-def _read_table(path: str) -> dict[str, Any]:
-    """Reads a file in the form of configs/benchmarks.py; looks in ROOT if it is not found here."""
-    for found in (Path(path), ROOT / path):
-        if found.is_file():
-            table = run_file(str(found))
-            lacking = {"PUBLISHED", "OFFLINE", "COT"} - table.keys()
-            if lacking:
-                raise UserError(f"--table={path}: lacks {', '.join(sorted(lacking))}")
-            return table
-    raise UserError(f"--table={path}: no such file")
-
-
-def _split(names: str) -> list[str]:
-    """Returns the different names of a list with commas."""
-    return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-
-
-def _chosen(table: dict[str, Any], benchmarks: str) -> dict[str, Row]:
-    """Returns the rows of the table that --benchmarks names, in its order.
-
-    Each says its task, and its set: "published", "offline" or "questions".
-    """
-    sets: dict[str, dict[str, Row]] = {"published": {}, "offline": {}}
-    for each, rows in sets.items():
-        for name, row in table[each.upper()].items():
-            rows[name] = {"set": each, "task": name} | row
-    for name, row in (sets["published"] | sets["offline"]).items():
-        sets[name] = {name: row}
-    chosen: dict[str, Row] = {}
-    for name in _split(benchmarks):
-        if name.startswith(QUESTIONS):
-            stem = Path(name.removeprefix(QUESTIONS)).stem
-            if stem in sets or stem in chosen:
-                raise UserError(f"--benchmarks={name}: there is another {stem}; rename the file")
-            row = {"set": "questions", "task": name}
-            chosen[stem] = row | {"shots": 0, "metric": "exact_match"}
-            continue
-        if name not in sets:
-            raise UserError(f"--benchmarks={name}: there are {', '.join(sets)}, and qa:FILE")
-        chosen |= sets[name]
-    if not chosen:
-        raise UserError(f"--benchmarks is empty; there are {', '.join(sets)}")
-    return chosen
-
-
 def _check_flags(flags: Any, chosen: dict[str, Row]) -> None:
     """Checks the flags that name no file."""
-    models = _split(flags.model)
+    models = suites.listed(flags.model)
     if not models or not set(models) <= set(MODELS):
         raise UserError(f"--model={flags.model}: expected some of {', '.join(MODELS)}")
     check_rhythm(flags.every, flags.delay)
@@ -180,7 +135,7 @@ def _find_subject(flags: Any) -> Subject:
     record = dataclasses.replace(
         record, config=config, fingerprint=folder.fingerprint(where), architecture=architecture
     )
-    if "augmented" in _split(flags.model) and not record["method.num_latents"]:
+    if "augmented" in suites.listed(flags.model) and not record["method.num_latents"]:
         raise UserError(
             "--model=augmented: there is no coprocessor; give the --workdir that trained one"
         )
@@ -249,7 +204,7 @@ def _wanted_row(name: str, row: Row, model: str, kinds: set[str], cot: str, flag
         "metric": row["metric"],
         "filter": row.get("filter", "none"),
         "cot": cot if is_cot else "",
-        "data": _digest(row, flags),
+        "data": suites.task_digest(row, flags.tasks),
         "max_length": flags.max_length,
         "limit": flags.limit,
     }
@@ -261,20 +216,6 @@ def _check_joins(wanted: Sequence[Row], flags: Any) -> None:
         value = getattr(flags, key)
         if value and not any(asked[key] for asked in wanted):
             raise UserError(f"--{key}={value}: no selected row supports it; leave it out")
-
-
-def _digest(row: Row, flags: Any) -> str | None:
-    """Returns the SHA-256 of the files of a task, hex; None for one of the harness's own."""
-    if row["set"] == "published":
-        return None
-    if row["set"] == "questions":
-        files_of_task = [epath.Path(row["task"].removeprefix(QUESTIONS))]
-    else:
-        files_of_task = sorted(epath.Path(flags.tasks).glob(f"{row['task']}.*"))
-    total = hashlib.sha256()
-    for file in files_of_task:
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
 
 
 def _label(row: Row) -> str:
@@ -350,9 +291,16 @@ def _measure(
     adapter = harness.Adapter(
         lm, latents, asked["every"], asked["delay"], flags.batch_size, asked["cot"]
     )
+    logp: list[float] = []
+    # Answers are scored with the latents of the prompt's end alone.
+    if asked["task"].startswith(QUESTIONS) and not (asked["every"] or asked["delay"]):
+        logp = adapter.answer_logprobs(task, asked["limit"])
     samples = harness.run_tasks(
         adapter, task, asked["shots"], asked["limit"], flags.confirm_run_unsafe_code
     )
+    for sample in samples:
+        if logp:
+            sample[ANSWER] = logp[sample["doc_id"]]
     counted = [sample for sample in samples if sample["filter"] == asked["filter"]]
     scores = summarize_scores(counted, asked["metric"], asked["benchmark"])
     return asked | scores | {"provenance": _provenance()}, samples

@@ -20,7 +20,7 @@ from latent_delib import benchmark, convert
 from latent_delib.data.questions import Question
 from latent_delib.errors import Outage
 from latent_delib.lm import load, scoring
-from latent_delib.measure import harness, scores
+from latent_delib.measure import harness, scores, suites
 from latent_delib.results import published
 from tests.run_command import run_command
 from tools import make_tasks
@@ -581,9 +581,81 @@ def test_questions_of_your_own(call, lm, tmp_path, monkeypatch):
     assert "--model=zero_shot_cot: mine has" in call(f"qa:{file}", "zero_shot_cot")
 
 
+@pytest.fixture
+def questions_file(tmp_path, monkeypatch):
+    """A file of three questions, their prompts and right replies. Nothing is generated."""
+    monkeypatch.setattr(ld.AugmentedLM, "generate", lambda self, asked, *_, **__: [""] * len(asked))
+    rows = [
+        {"question": "the cat sat", "answer": " on  a mat", "steps": ["it ran"]},
+        {"question": "rain fell", "answer": "over hills"},
+        {"question": "night", "answer": "7"},
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    prompts = [f"{row['question']}\nAnswer:" for row in rows]
+    return file, prompts, [" on a mat\n", " over hills\n", " 7\n"]
+
+
+def test_log_p_of_the_answers(call, questions_file, trained, decoder_folder, tmp_path):
+    """By `logprobs`, for each document and over all; kept on resume; without --every or --delay."""
+    file, prompts, replies = questions_file
+    found, _ = call(f"qa:{file}", "decoder,augmented")
+    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
+    means = []
+    for row, augment in zip(found["rows"], (False, True)):
+        expected = lm.logprobs(prompts, replies, augment, batch_size=4)[0]
+        file_of_samples = tmp_path / "out" / "samples" / f"mine.{row['model']}.jsonl"
+        samples = [json.loads(line) for line in file_of_samples.read_text().splitlines()]
+        assert [sample["answer_logp"] for sample in samples] == pytest.approx(expected, rel=1e-5)
+        half = 1.96 * np.std(expected, ddof=1) / np.sqrt(3)
+        figures = [row[f"answer_logp{end}"] for end in ("", "_low", "_high")]
+        assert figures == pytest.approx(expected.mean() + np.array([0, -half, half]), rel=1e-5)
+        means.append(row["answer_logp"])
+    assert abs(means[0] - means[1]) > 1e-6
+    for rhythm in ({"every": 2}, {"delay": 1}):
+        again, measured = call(f"qa:{file}", "decoder,augmented", **rhythm)
+        assert again["rows"][:2] == found["rows"] and measured == ["mine, augmented"]
+        assert "answer_logp" not in again["rows"][-1]
+    table = scores.format_rows(again["rows"]).splitlines()
+    assert table[0].endswith("  log p of answer  95 % interval, nats")
+    assert f"  {means[0]:.3f}  " in table[1] and table[3].endswith("percent")
+
+
+def test_older_rows_of_questions(call, questions_file, tmp_path):
+    """They count as made, and stand in the table beside rows that have log p of the answers."""
+    written, _ = call(f"qa:{questions_file[0]}", limit=1)
+    (row,) = written["rows"]
+    assert "answer_logp_low" not in row  # one document has no interval
+    older = {key: row[key] for key in row if key != "answer_logp"}
+    file = tmp_path / "out" / "benchmarks.json"
+    file.write_text(json.dumps(written | {"rows": [older]}))
+    found, measured = call(f"qa:{questions_file[0]}", limit=1)
+    assert (found["rows"], measured) == ([older], [])
+    assert "log p" not in scores.format_rows([older])
+    assert len(scores.format_rows([older, row]).splitlines()) == 3
+
+
+def test_answers_are_scored_after_the_prompt_as_it_is_asked(says, tmp_path):
+    """A prompt that is too long is cut as for the generation; an answer has to fit."""
+    file, answers = tmp_path / "long.jsonl", ("on a mat", "over hills")
+    rows = [{"question": "the cat sat on a mat " * 20, "answer": answer} for answer in answers]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    says.max_length = 40
+    loaded, adapter = harness.load_questions(str(file)), harness.Adapter(says)
+    assert adapter.answer_logprobs(loaded, limit=1) == [0] and len(says.prompts) == 1
+    assert adapter.answer_logprobs(loaded) == [0, -1]
+    assert says.tails == [says.tokenizer.encode(f" {answer}\n") for answer in answers]
+    scored = says.prompts
+    harness.run_tasks(adapter, loaded, 0)
+    assert says.prompts == scored and len(scored[0]) < 40
+    says.max_length = 1 + len(says.tails[0])
+    with pytest.raises(ld.UserError, match="document 0 of long has an answer of . tokens"):
+        adapter.answer_logprobs(loaded)
+
+
 def test_names_of_files_of_questions():
     for name, row in (("qa:test.jsonl", "test"), ("qa:x/countdown.test.jsonl", "countdown.test")):
-        assert list(benchmark._chosen(TABLE, name)) == [row]
+        assert list(suites.choose(TABLE, name)) == [row]
 
 
 def test_a_rhythm_of_its_own(call, monkeypatch):

@@ -91,15 +91,7 @@ class Answers:
         logp, _ = lm.logprobs(prompts, replies, batch_size=batch_size)
         solved = scores.percent(np.array(right, np.float64))
         scored = scores.mean(logp.astype(np.float64))
-        return _named("validation_solved", solved) | _named("validation_answer", scored)
-
-
-def _named(name: str, figure: scores.Figure) -> dict[str, float]:
-    """Returns a figure and the ends of its interval, where it has one."""
-    value, _, low, high = figure
-    if low is None or high is None:
-        return {name: value}
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+        return scores.named("validation_solved", solved) | scores.named("validation_answer", scored)
 
 
 def _check_lengths(asked: list[Asked], positions: int) -> None:

@@ -7,6 +7,7 @@ and each piece of a long text begins with BOS.
 
 import contextlib
 import functools
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -142,6 +143,34 @@ class Adapter(TemplateLM):
             found.update(zip(some, texts))
         return [found[i] for i in range(len(requests))]
 
+    def answer_logprobs(self, loaded: Tasks, limit: int | None = None) -> list[float]:
+        """Returns log p of the right reply to each question, without steps, in nats.
+
+        Prompt and reply have the tokens of `data.questions.encode`. A prompt is cut as it is where
+        the reply is generated. Latents join at its end, and `every` and `delay` do not count.
+
+        Args:
+          loaded: from `load_questions`.
+          limit: as for `run_tasks`.
+
+        Raises:
+          UserError: a reply leaves no room for its prompt.
+        """
+        ((name, task),) = loaded["tasks"].items()
+        room = longest_answer(loaded)
+        requests = []
+        for number, doc in enumerate(itertools.islice(task.eval_docs, limit)):
+            question = _question(doc)
+            prompt = self._cut(self.tok_encode(question.prompt()), room)
+            reply = self.tok_encode(question.reply(with_steps=False), add_special_tokens=False)
+            if len(reply) + 2 > self.lm.max_length:  # BOS, and one token that asks
+                raise UserError(
+                    f"--max_length={self.lm.max_length}: document {number} of {name} has an "
+                    f"answer of {len(reply)} tokens"
+                )
+            requests.append((("", ""), prompt, reply))
+        return [logp for logp, _ in self._loglikelihood_tokens(requests)]
+
     def _with_cot(self, context: str) -> str:
         """Returns a prompt, with the words of zero-shot CoT where the answer begins."""
         if not self.cot:
@@ -206,10 +235,6 @@ def load_questions(path: str) -> Tasks:
 
 def _task_of_questions(path: str, replies: Sequence[str]) -> dict[str, Any]:
     """Returns a task, as the harness's own yaml files describe one, of a file of questions."""
-
-    def asked(doc: dict[str, Any]) -> Question:
-        return Question(doc["question"], doc["answer"])
-
     return {
         "task": Path(path).stem,
         "dataset_path": "json",
@@ -217,8 +242,8 @@ def _task_of_questions(path: str, replies: Sequence[str]) -> dict[str, Any]:
         "test_split": "test",
         "output_type": "generate_until",
         # Functions, not templates: the harness turns a target in brackets into a list.
-        "doc_to_text": lambda doc: asked(doc).prompt(),
-        "doc_to_target": lambda doc: asked(doc).reply(with_steps=False).strip(),
+        "doc_to_text": lambda doc: _question(doc).prompt(),
+        "doc_to_target": lambda doc: _question(doc).reply(with_steps=False).strip(),
         "target_delimiter": " ",
         "generation_kwargs": {
             "until": [questions.STOP],
@@ -236,6 +261,10 @@ def _task_of_questions(path: str, replies: Sequence[str]) -> dict[str, Any]:
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
     }
+
+
+def _question(doc: dict[str, Any]) -> Question:
+    return Question(doc["question"], doc["answer"])
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ Row = dict[str, Any]
 # A value, its standard error, the ends of its 95 % interval.
 Figure = tuple[float, float | None, float | None, float | None]
 
+ANSWER = "answer_logp"  # the key of log p of the right answer, nats, in samples and rows
 Z = 1.96  # standard errors, for 95 %
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "benchmark",
     "model",
     "shots",
@@ -25,6 +26,7 @@ COLUMNS = (
     "95 % interval",
     "unit",
 )
+ANSWER_COLUMNS = ("log p of answer", "95 % interval, nats")  # shown where a row has them
 TEXT = ("benchmark", "model", "unit")  # columns; the rest are numbers
 
 
@@ -33,6 +35,7 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
 
     They are metric, unit, value, stderr, low and high (the ends of the 95 % interval), and
     documents (how many). Scores from 0 to 1 become percent. bits_per_byte is Σ -log2 p / Σ bytes.
+    If the samples have ANSWER, its mean and the ends of its interval follow, as `named` names them.
 
     Args:
       samples: the harness's result for each document.
@@ -56,7 +59,7 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
     else:
         unit = "percent"
         value, stderr, low, high = percent(np.array(values, np.float64))
-    return {
+    row = {
         "metric": metric,
         "unit": unit,
         "value": value,
@@ -65,6 +68,10 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
         "high": high,
         "documents": len(values),
     }
+    answers = [sample[ANSWER] for sample in samples if ANSWER in sample]
+    if answers:
+        row |= named(ANSWER, mean(np.array(answers, np.float64)))
+    return row
 
 
 def _ratio(values: np.ndarray) -> Figure:
@@ -109,15 +116,33 @@ def percent(scores: np.ndarray) -> Figure:
     return 100 * p, stderr, max(0.0, low), min(100.0, high)
 
 
+def named(name: str, figure: Figure) -> dict[str, float]:
+    """Returns a figure and the ends of its interval, where it has one."""
+    value, _, low, high = figure
+    if low is None or high is None:
+        return {name: value}
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
 def format_rows(rows: Sequence[Row]) -> str:
-    """Returns the rows as a table in plain text."""
-    lines: list[Sequence[str]] = [COLUMNS]
+    """Returns the rows as a table in plain text; rows of older files have no log p of answers."""
+    columns = COLUMNS
+    if any(ANSWER in row for row in rows):
+        columns += ANSWER_COLUMNS
+    lines: list[Sequence[str]] = [columns]
     for row in rows:
-        interval = "" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
+        low, high = row.get(f"{ANSWER}_low"), row.get(f"{ANSWER}_high")
         shown = row | {
             "value": f"{row['value']:.2f}",
-            "95 % interval": interval,
+            "95 % interval": _interval(row["low"], row["high"], 2),
             "documents": f"{row['documents']:,}",
+            "log p of answer": f"{row[ANSWER]:.3f}" if ANSWER in row else "",
+            "95 % interval, nats": _interval(low, high, 3),
         }
-        lines.append([str(shown[column]) for column in COLUMNS])
+        lines.append([str(shown[column]) for column in columns])
     return "\n".join(aligned(lines, left=TEXT))
+
+
+def _interval(low: float | None, high: float | None, digits: int) -> str:
+    """Returns the ends of an interval in words; "" without an interval."""
+    return "" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"

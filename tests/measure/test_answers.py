@@ -157,6 +157,8 @@ def test_benchmark_says_the_same(config_of, write, tmp_path, one_device):
     for found, behind in zip(written["rows"], ("_decoder", ""), strict=True):
         for key, end in (("value", ""), ("low", "_low"), ("high", "_high")):
             assert row[f"validation_solved{end}{behind}"] == pytest.approx(found[key])
+            answer = found[f"answer_logp{end}"]
+            assert row[f"validation_answer{end}{behind}"] == pytest.approx(answer, rel=1e-4)
     assert 0 == row["validation_solved_decoder"] < row["validation_solved"] < 100
 
 
