@@ -43,7 +43,7 @@ FORMS = {
     overlap: (
         ["plain", "waits", "beside"],
         "--seq_len 8 --new 40 --latents 2".split(),
-        {"form", "ms", "ms_min", "ms_max", "first_ms"},
+        {"form", "ms", "ms_min", "ms_max"},
     ),
 }
 
