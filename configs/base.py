@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     # evaluation. Method "decoder" learns only the tokens that follow it. "": no such limit.
     c.method.prompt_end = ""
     c.method.assistant = ""  # for "assistant": path of another decoder of the same vocabulary
-    # Latents replace the written steps of questions (qa_steps:GLOB). With this weight w, in [0, 1],
+    # Latents replace the written steps of questions (qa_steps:...). With this weight w, in [0, 1],
     # the loss is w times the divergence from the decoder that has read the steps, plus 1 - w times
     # the loss of the answer. 0: steps are ordinary text.
     c.method.distill = 0.0
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     # Or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME:SPLIT:FEATURE; for questions
-    # qa:GLOB and qa_steps:GLOB (docs/commands.md).
+    # qa:GLOB, qa:hf:OWNER/NAME:SPLIT:QUESTION,ANSWER and the same with qa_steps (docs/commands.md).
     c.data.sources = ("packaged/train",)
     c.data.weights = (1.0,)  # one per source
     c.data.validation = ("packaged/validation",)  # held-out text, named like the sources

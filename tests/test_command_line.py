@@ -166,8 +166,10 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
         "--workdir=~/run",
         "--prompt=~/bin is",
         "--text=qa_steps-1:~/q.jsonl",
+        "--held_out=qa:hf:~/sums:test:question,answer",
         workdir=(REQUIRED, ""),
         text=("", ""),
+        held_out=("", ""),
         prompt=("", ""),
     )
     config = values.config
@@ -177,6 +179,7 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
     )
     assert config.data.sources == ("files:/home/me/a/*.txt", "lines:/home/me/b", "files:a~/~")
     assert values.text == "qa_steps-1:/home/me/q.jsonl"
+    assert values.held_out == "qa:hf:/home/me/sums:test:question,answer"
     assert (config.data.token_files, values.workdir, values.prompt) == (
         "/home/me",
         "/home/me/run",

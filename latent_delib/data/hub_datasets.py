@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from latent_delib.data.sources import Hub
+from latent_delib.data import questions
+from latent_delib.data.sources import Hub, check_features, has_questions
 from latent_delib.data.text_files import digest_of_files
 from latent_delib.errors import UserError, extra, reason, store_error
 
@@ -43,18 +44,16 @@ class HubDataset:
         with self._errors():
             self.builder = self._find()
             stream = self.builder.as_streaming_dataset(split=meant.split)
-            texts = _texts(stream)
-        if meant.feature not in texts:
-            raise self._error(f"no text {meant.feature!r}, it has {', '.join(texts) or 'none'}")
-        self.stream = stream.select_columns([meant.feature])
+            check_features(source, *_texts(stream))
+        self.stream = stream.select_columns(list(meant.features))
         self.parts = [f"{source}, file {i + 1}" for i in range(stream.num_shards)]
 
     def contents(self, part: str) -> Iterator[bytes]:
         """Yields the texts of one file. Raises UserError if the file is lost or damaged."""
+        content = questions.line_of if has_questions(self.source) else _content
         with self._errors():
             for record in self.stream.shard(len(self.parts), self.parts.index(part)):
-                text = record[self.meant.feature] or ""  # a record may hold null
-                yield text.encode()
+                yield content(*[record[name] for name in self.meant.features])
 
     def work(self, part: str) -> str:
         return ""  # each record is a work of its own
@@ -66,13 +65,13 @@ class HubDataset:
         """Returns a digest of the revision on the Hub, or of the files of a local folder."""
         if self.meant.is_local:
             files = self.builder.config.data_files[self.meant.split]
-            kind = f"hf:{self.meant.split}:{self.meant.feature}"
+            kind = self.source.replace(f"hf:{self.meant.name}:", "hf:", 1)
             return digest_of_files(self.source, kind, files)
         return hashlib.sha256(repr((self.source, self.builder.hash)).encode()).hexdigest()
 
     def _find(self) -> Any:
         """Returns the builder of the dataset, which knows its files."""
-        name, config, revision, *_ = self.meant
+        _, name, config, revision, *_ = self.meant
         try:
             found = datasets.load_dataset_builder(name, config or None, revision=revision or None)
         except exceptions.DatasetNotFoundError as error:
@@ -115,14 +114,20 @@ def _not_found(error: Exception, revision: str) -> str:
     return "no such dataset on the Hub; a private one needs HF_TOKEN"
 
 
-def _texts(stream: Any) -> list[str]:
-    """Returns the names of a dataset's text features."""
-    if stream.features is not None:
-        kinds = {name: getattr(kind, "dtype", "") for name, kind in stream.features.items()}
-        return [name for name in kinds if kinds[name] in ("string", "large_string")]
-    found: dict[str, Any] = {}
-    for record in itertools.islice(stream, _LOOK):
-        for name, value in record.items():
-            if value is not None:
-                found.setdefault(name, value)
-    return [name for name in found if isinstance(found[name], str)]
+def _content(text: str | None) -> bytes:
+    """Returns the text of a record, which may hold null."""
+    return (text or "").encode()
+
+
+def _texts(stream: Any) -> tuple[list[str], list[str]]:
+    """Returns the names of the features that hold text, and of those that hold lists of text."""
+    features = stream.features
+    if features is None:
+        features = datasets.Dataset.from_list(list(itertools.islice(stream, _LOOK))).features
+    texts = [name for name in features if _is_text(features[name])]
+    lists = [name for name in features if _is_text(getattr(features[name], "feature", None))]
+    return texts, lists
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string")

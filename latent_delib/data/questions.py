@@ -16,7 +16,7 @@ import json
 import re
 import reprlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,6 +73,16 @@ def _words(text: str) -> str:
 def steps_end(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the tokens between the steps and the answer, as `encode` makes them."""
     return tuple(tokenizer.encode(_words(STEPS_END)))
+
+
+def line_of(question: Any, answer: Any, steps: Any = None) -> bytes:
+    """Returns the line of JSON for the fields of a dataset's record.
+
+    Without steps, these are the text before the last STEPS_END in the answer, as in GSM8K.
+    """
+    if steps is None and isinstance(answer, str):
+        steps, _, answer = answer.rpartition(STEPS_END)
+    return json.dumps({"question": question, "answer": answer, "steps": steps}).encode()
 
 
 def read(line: bytes, with_steps: bool) -> Question:

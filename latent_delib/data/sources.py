@@ -11,6 +11,9 @@ tfds:NAME:SPLIT:FEATURE               a TFDS dataset in $TFDS_DATA_DIR; nothing 
 hf:OWNER/NAME:SPLIT:FEATURE           a dataset on the Hugging Face Hub, streamed; also
                                       hf:OWNER/NAME/CONFIG:... and hf:OWNER/NAME@REVISION:...
 hf:FOLDER:SPLIT:FEATURE               such a dataset in a folder that begins with /, ./ or ../
+qa:tfds:..., qa:hf:...                questions of such a dataset: QUESTION,ANSWER for FEATURE
+qa_steps:tfds:..., qa_steps-K:hf:...  with steps too: QUESTION,ANSWER,STEPS; or QUESTION,ANSWER,
+                                      where the answer is "STEPS #### ANSWER"
 """
 
 import glob
@@ -32,11 +35,14 @@ FORMS = (
     "tfds:NAME:SPLIT:FEATURE",
     "hf:OWNER/NAME[/CONFIG][@REVISION]:SPLIT:FEATURE",
     "hf:./FOLDER:SPLIT:FEATURE",
+    "qa:(hf|tfds):...:SPLIT:QUESTION,ANSWER",
+    "qa_steps[-K]:(hf|tfds):...:SPLIT:QUESTION,ANSWER[,STEPS]",
 )
 _FILES = re.compile(r"(files|lines|qa|qa_steps(?:-\d+)?):(.*)", re.DOTALL)
+_DATASET = re.compile(r"(?:(qa|qa_steps(?:-\d+)?):)?((?:tfds|hf):.*)", re.DOTALL)
 _TFDS = re.compile(r"tfds:(.+):([^:[\]]+(?:\[.*\])?):([^:]+)")
 _HUB = re.compile(r"hf:([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?:([\w.-]+):([^:]+)")
-_FOLDER = re.compile(r"hf:(\.{0,2}/.+):([\w.-]+):([^:]+)")
+_FOLDER = re.compile(r"hf:(\.{0,2}/.+)()():([\w.-]+):([^:]+)")  # no config, no revision
 CORPUS = pathlib.Path(__file__).parent / "corpus"
 
 
@@ -51,41 +57,34 @@ class Files(NamedTuple):
     kind: str
     pattern: str
 
-    @property
-    def has_questions(self) -> bool:
-        return self.kind.startswith("qa")
-
-    @property
-    def with_steps(self) -> bool:
-        return self.kind.startswith("qa_steps")
-
-    @property
-    def removed(self) -> int:
-        """Returns how many steps of each question, from the first on, are left out."""
-        _, _, count = self.kind.partition("-")
-        return int(count or 0)
-
 
 class Tfds(NamedTuple):
-    """Names a split of a TFDS dataset, and the feature that holds its text."""
+    """Names a split of a TFDS dataset.
 
+    kind: "text", "qa", "qa_steps" or "qa_steps-K".
+    features: the name of the text; or those of question, answer and perhaps steps.
+    """
+
+    kind: str
     name: str
     split: str
-    feature: str
+    features: tuple[str, ...]
 
 
 class Hub(NamedTuple):
-    """Names a split of a dataset on the Hugging Face Hub, and the feature that holds its text.
+    """Names a split of a dataset on the Hugging Face Hub.
 
     name: OWNER/NAME, or a local folder.
     config, revision: "" where the source names none.
+    kind, features: as of Tfds.
     """
 
+    kind: str
     name: str
     config: str
     revision: str
     split: str
-    feature: str
+    features: tuple[str, ...]
 
     @property
     def is_local(self) -> bool:
@@ -96,13 +95,21 @@ def parse(source: str) -> Files | Tfds | Hub:
     """Parses a source string; opens no file.
 
     Raises:
-      UserError: the string has none of FORMS.
+      UserError: the string has none of FORMS, or another number of features.
     """
     if source in PACKAGED:
         folder = CORPUS / source.removeprefix("packaged/")
         return Files("files", f"{glob.escape(str(folder))}/*.txt")
+    dataset = _DATASET.fullmatch(source)
     files = _FILES.fullmatch(source)
-    if files and files[2]:
+    if dataset:
+        kind, named = dataset.groups("text")
+        for form, pattern in ((Tfds, _TFDS), (Hub, _HUB), (Hub, _FOLDER)):
+            found = pattern.fullmatch(named)
+            if found:
+                *where, features = found.groups("")
+                return form(kind, *where, _features(source, kind, features))
+    elif files and files[2]:
         if "://" in files[2] and not files[2].startswith("gs://"):
             raise UserError(
                 f"config.data: source {source!r}: expected files on this machine or on gs://"
@@ -112,36 +119,57 @@ def parse(source: str) -> Files | Tfds | Hub:
                 f"config.data: source {source!r}: ** is for files on this machine; name each depth"
             )
         return Files(*files.groups())
-    tfds = _TFDS.fullmatch(source)
-    if tfds:
-        return Tfds(*tfds.groups())
-    hub = _HUB.fullmatch(source)
-    if hub:
-        return Hub(*hub.groups(default=""))
-    local = _FOLDER.fullmatch(source)
-    if local:
-        name, split, feature = local.groups()
-        return Hub(name, "", "", split, feature)
     raise UserError(
         f"config.data: unknown source {source!r}, expected one of the forms {', '.join(FORMS)}"
     )
 
 
+def _features(source: str, kind: str, named: str) -> tuple[str, ...]:
+    """Divides the names of features. Raises UserError for another number than the kind takes."""
+    if kind == "text":
+        return (named,)
+    features = tuple(named.split(","))
+    form, counts = "QUESTION,ANSWER", (2,)
+    if kind != "qa":
+        form, counts = "QUESTION,ANSWER[,STEPS]", (2, 3)
+    if len(features) not in counts or not all(features):
+        raise UserError(f"config.data: source {source!r}: features {named!r}, expected {form}")
+    return features
+
+
 def has_questions(source: str) -> bool:
     """Tells whether a source holds questions with answers."""
-    meant = parse(source)
-    return isinstance(meant, Files) and meant.has_questions
+    return parse(source).kind.startswith("qa")
 
 
 def has_steps(source: str) -> bool:
     """Tells whether a source has questions with the steps to their answers."""
-    meant = parse(source)
-    return isinstance(meant, Files) and meant.with_steps
+    return parse(source).kind.startswith("qa_steps")
+
+
+def removed_steps(source: str) -> int:
+    """Returns how many steps of each question, from the first on, are left out."""
+    _, _, count = parse(source).kind.partition("-")
+    return int(count or 0)
+
+
+def check_features(source: str, texts: list[str], lists: list[str]) -> None:
+    """Raises UserError unless a dataset has the features that a source names.
+
+    Args:
+      texts: the features that hold text.
+      lists: those that hold lists of text. Steps may be either.
+    """
+    for place, feature in enumerate(parse(source).features):
+        known = [*texts, *lists] if place == 2 else texts
+        if feature not in known:
+            names = ", ".join(known) or "none"
+            raise UserError(f"config.data: source {source!r}: no text {feature!r}, it has {names}")
 
 
 def source_of(given: str) -> str:
     """Returns a source string of a command line unchanged, and files:GIVEN for a path."""
-    if given.startswith(("packaged/", "tfds:", "hf:")) or _FILES.match(given):
+    if given.startswith("packaged/") or _DATASET.match(given) or _FILES.match(given):
         return given
     return f"files:{given}"
 
@@ -166,7 +194,7 @@ def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], boo
     meant = parse(source)
     if found:
         folder = found[0].rstrip("/")
-        ending = "jsonl" if meant.has_questions else "txt"
+        ending = "jsonl" if has_questions(source) else "txt"
         raise UserError(
             f"config.data: source {source!r}: {folder} is a folder, "
             f"did you mean {meant.kind}:{folder}/*.{ending}?"
@@ -175,11 +203,13 @@ def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], boo
 
 
 def texts_of(source: str) -> set[str]:
-    """Returns what a source reads: the real paths of its local files, else the source itself."""
+    """Returns what a source reads: the real paths of local files, a glob on gs://, or a split."""
     meant = parse(source)
-    if isinstance(meant, Files) and "://" not in meant.pattern:
-        return {os.path.realpath(path) for path in local_files(meant.pattern)}
-    return {source}
+    if not isinstance(meant, Files):
+        return {source.removeprefix(f"{meant.kind}:").rpartition(":")[0]}
+    if "://" in meant.pattern:
+        return {meant.pattern}
+    return {os.path.realpath(path) for path in local_files(meant.pattern)}
 
 
 def common_folder(paths: Iterable[str]) -> str:

@@ -14,7 +14,14 @@ import numpy as np
 
 from latent_delib.data import questions
 from latent_delib.data.rows import BadRecords, Document, encode, grouped, map_in_threads
-from latent_delib.data.sources import Files, Tfds, parse
+from latent_delib.data.sources import (
+    Files,
+    Tfds,
+    has_questions,
+    has_steps,
+    parse,
+    removed_steps,
+)
 from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
@@ -110,9 +117,10 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
 
     A text with a fault has no tokens.
     """
-    meant = parse(reader.source)
-    if isinstance(meant, Files) and meant.has_questions:
-        tokens, fault = questions.encode(text.content, meant.with_steps, tokenizer, meant.removed)
+    source = reader.source
+    if has_questions(source):
+        removed = removed_steps(source)
+        tokens, fault = questions.encode(text.content, has_steps(source), tokenizer, removed)
     else:
         tokens, fault = encode(text.content, tokenizer)
     if fault:

@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from latent_delib.data.sources import Tfds
+from latent_delib.data import questions
+from latent_delib.data.sources import Tfds, check_features, has_questions
 from latent_delib.data.text_files import CYCLE, bytes_of_files, digest_of_files, reading
 from latent_delib.errors import UserError, extra, reason
 
@@ -31,7 +32,7 @@ class TfdsDataset:
 
     def __init__(self, source: str, meant: Tfds):
         self.source = source
-        self.feature = meant.feature
+        self.features = meant.features
         self.info = _find(source, meant).info
         try:
             parts = self.info.splits[meant.split].file_instructions
@@ -43,14 +44,17 @@ class TfdsDataset:
 
     def contents(self, path: str) -> Iterator[bytes]:
         """Yields the texts of one file. Raises UserError if the file is lost or damaged."""
-        features = self.info.features
-        others = {name: tfds.decode.SkipDecoding() for name in features if name != self.feature}
+        features = {name: self.info.features[name] for name in self.features}
+        features = tfds.features.FeaturesDict(features)  # no other feature is decoded
+        asks = has_questions(self.source)
         read = _array_records
         if self.info.file_format.value == "tfrecord":
             read = _tfrecords
         with reading([path]):
             for record in read(self.files[path]):
-                yield features.deserialize_example_np(record, decoders=others)[self.feature]
+                found = features.deserialize_example_np(record)
+                values = [found[name] for name in self.features]
+                yield questions.line_of(*map(_text, values)) if asks else values[0]
 
     def work(self, path: str) -> str:
         return ""  # each record is a work of its own
@@ -69,7 +73,7 @@ def _find(source: str, meant: Tfds) -> tfds.core.DatasetBuilder:
     Raises:
       UserError: there is no such dataset, split or text feature, or the file format is unknown.
     """
-    name, split, feature = meant
+    name, split = meant.name, meant.split.partition("[")[0]
     folder = os.environ.get("TFDS_DATA_DIR", tfds.core.constants.DATA_DIR)
     try:  # from files only: the general tfds.builder asks the network for datasets it knows
         found = tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
@@ -78,22 +82,27 @@ def _find(source: str, meant: Tfds) -> tfds.core.DatasetBuilder:
             f"config.data: source {source!r}: no dataset {name!r} in {folder} (TFDS_DATA_DIR)"
         ) from None
     features = found.info.features
-    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
-    for kind, value, known in (
-        ("split", split.partition("[")[0], found.info.splits),
-        ("text", feature, texts),
-    ):
-        if value not in known:
-            names = ", ".join(known)
-            raise UserError(
-                f"config.data: source {source!r}: no {kind} {value!r}, {name} has {names}"
-            )
+    names = sorted(features)  # a dataset's file keeps no order
+    texts = [key for key in names if isinstance(features[key], tfds.features.Text)]
+    inner = {key: getattr(features[key], "feature", None) for key in names}
+    lists = [key for key in inner if isinstance(inner[key], tfds.features.Text)]
+    if split not in found.info.splits:
+        splits = ", ".join(found.info.splits)
+        raise UserError(f"config.data: source {source!r}: no split {split!r}, {name} has {splits}")
+    check_features(source, texts, lists)
     form = found.info.file_format.value
     if form not in ("tfrecord", "array_record"):
         raise UserError(
             f"config.data: source {source!r}: stored as {form}, expected array_record or tfrecord"
         )
     return found
+
+
+def _text(value: Any) -> str | list[str]:
+    """Returns the text of bytes, or of a list of bytes; `questions.encode` tells of bad ones."""
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    return [each.decode(errors="surrogateescape") for each in value]
 
 
 def _array_records(part: Any) -> Iterator[bytes]:

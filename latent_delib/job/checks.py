@@ -83,7 +83,7 @@ def check_steps(config: ConfigDict) -> None:
             if not has_steps(source):
                 raise UserError(
                     f"config.method.distill={config.method.distill:g}: no questions with steps in "
-                    f"{source!r} of config.data.{field}; expected qa_steps:GLOB, or "
+                    f"{source!r} of config.data.{field}; expected qa_steps:..., or "
                     "config.method.distill=0"
                 )
 

@@ -34,7 +34,7 @@ if not (ROOT / "configs").is_dir():
 BASE = ROOT / "configs" / "base.py"  # declares every key
 TEXTS = ("prompt", "stop")  # in every other flag a leading ~ is the home folder
 WRITTEN = ("out", "workdir")  # flags that name where a command writes
-HOME = re.compile(r"^(files:|lines:|qa:|qa_steps(?:-\d+)?:|hf:|)(~[^/]*)")
+HOME = re.compile(r"^((?:files:|lines:|qa:|qa_steps(?:-\d+)?:)?(?:hf:)?)(~[^/]*)")
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -50,7 +50,10 @@ class _TupleParser(flags.ArgumentParser):
                 value = ast.literal_eval(argument)
             except (SyntaxError, ValueError):
                 if "," in argument:  # one string, or two?
-                    raise ValueError("expected one value, or several like \"('A', 'B')\"") from None
+                    raise ValueError(
+                        "expected one value, or several like \"('A', 'B')\"; "
+                        "one that has a comma like \"('A,B',)\""
+                    ) from None
         if isinstance(value, tuple | list):
             return tuple(value)
         return (value,)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
-from latent_delib.data import rows
+from latent_delib.data import questions, rows
 from latent_delib.data import text as reader
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
@@ -36,17 +36,22 @@ def error(source):
 # TFDS.
 
 
-def store(folder, name, file_format, bodies, disable_shuffling=False):
+def store(folder, name, file_format, bodies, disable_shuffling=False, **texts):
+    """`texts` are more features, of text or of lists of text."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    records = {"body": bodies, "score": list(range(len(bodies)))}
+    records = {"body": bodies, "score": list(range(len(bodies)))} | texts
+    features = {"body": tfds.features.Text(), "score": tf.int64}
+    for key, values in texts.items():
+        text = tfds.features.Text()
+        features[key] = text if isinstance(values[0], str) else tfds.features.Sequence(text)
     tfds.dataset_builders.store_as_tfds_dataset(
         name=name,
         version="1.2.0",
         data_dir=folder,
         split_datasets={"train": tf.data.Dataset.from_tensor_slices(records)},
-        features=tfds.features.FeaturesDict({"body": tfds.features.Text(), "score": tf.int64}),
+        features=tfds.features.FeaturesDict(features),
         disable_shuffling=disable_shuffling,
         file_format=file_format,
         download_config=tfds.download.DownloadConfig(num_shards=SHARDS if len(bodies) > 9 else 1),
@@ -71,8 +76,8 @@ def test_texts_of_tfds(tfds_folder):
         "tfds:tiny_notes:dev:body": "no split 'dev', tiny_notes has train",
         "tfds:tiny_notes:train[10:]:body": "source 'tfds:tiny_notes:train[10:]:body': ",
         "tfds:tiny_notes:train[1]:body": "source 'tfds:tiny_notes:train[1]:body': ",
-        "tfds:tiny_notes:train:text": "no text 'text', tiny_notes has body",
-        "tfds:tiny_notes:train:score": "no text 'score', tiny_notes has body",
+        "tfds:tiny_notes:train:text": "no text 'text', it has body",
+        "tfds:tiny_notes:train:score": "no text 'score', it has body",
     }.items():
         assert message in error(source)
 
@@ -177,7 +182,7 @@ def test_a_feature_that_begins_with_null_holds_text():
         features = None
 
     records = [{"body": None, "score": 1}, {"body": "one", "score": 2, "note": None}]
-    assert hub_datasets._texts(Stream(records)) == ["body"]
+    assert hub_datasets._texts(Stream(records)) == (["body"], [])
 
 
 def test_fingerprint_and_damage_of_a_local_folder(tmp_path):
@@ -288,3 +293,86 @@ def test_a_bad_record_is_named(tmp_path, tokenizer_path):
     *_, bad = reader.texts(found)
     fault = reader.tokens_of(found, bad, Tokenizer(tokenizer_path))[1]
     assert fault.startswith(f"hf:{tmp_path}:train:text, file 1: record 2: holds NUL")
+
+
+# Questions.
+
+SUMS = [
+    ("What is 3 + 4?", ["3 + 4", "is 7,"], "7"),
+    ("What is 2 + 2 + 1?", ["2 + 2 is 4", "4 + 1 is 5"], "5"),
+]
+OF_GSM8K = ["\n".join(steps) + f"\n#### {answer}" for _, steps, answer in SUMS]
+ASKED = ("qa", "qa_steps", "qa_steps-1")
+
+
+def write_sums(folder):
+    """The same questions as a file of ours, and as the dataset in folder / "sums"."""
+    (folder / "sums").mkdir()
+    with open(folder / "ours.jsonl", "w") as ours, open(folder / "sums/train.jsonl", "w") as sums:
+        for (question, steps, answer), whole in zip(SUMS, OF_GSM8K):
+            row = {"question": question, "answer": answer, "steps": steps}
+            print(json.dumps(row), file=ours)
+            named = {"q": question, "whole": whole, "answer": answer, "steps": steps, "score": 1}
+            print(json.dumps(named), file=sums)
+
+
+def test_questions_of_a_local_folder(tmp_path):
+    """Answers in GSM8K's form, and steps in a feature: the token files of a file of questions."""
+    write_sums(tmp_path)
+    data = f"hf:{tmp_path}/sums:train"
+    named = {f"{kind}:{tmp_path}/ours.jsonl": kind for kind in ASKED}
+    named |= {f"{kind}:{data}:q,whole": kind for kind in ASKED}
+    named |= {f"{kind}:{data}:q,answer,steps": kind for kind in ASKED[1:]}
+    named[f"qa:{data}:q,answer"] = "qa"
+    data = {"sources": tuple(named), "validation": tuple(named), "token_files": ""}
+    data |= {"seq_len": 64, "max_bad_records": 0}
+    decoder = {"path": "", "tokenizer": "packaged"}
+    config = ConfigDict({"data": data, "decoder": decoder})
+    meta = prepare(config, str(tmp_path / "tokens"))
+    for split in ("train", "validation"):
+        found = {kind: set() for kind in ASKED}
+        for entry in meta[split]:
+            assert entry["documents"] == len(SUMS)
+            found[named[entry["source"]]].add(entry["sha256"])
+        digests = set.union(*found.values())
+        assert [len(each) for each in found.values()] == [1, 1, 1] and len(digests) == len(ASKED)
+    assert all(entry["whole"] for entry in meta["train"])
+    assert len({entry["text"] for entry in meta["train"]}) == len(named)
+
+
+def test_questions_of_tfds(tmp_path, monkeypatch):
+    """Text, and lists of text, of which TFDS gives bytes."""
+    asked, steps, answers = map(list, zip(*SUMS))
+    texts = {"whole": OF_GSM8K, "answer": answers, "steps": steps}
+    store(tmp_path, "sums", "array_record", asked, True, **texts)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    for features in ("body,whole", "body,answer,steps"):
+        lines = contents(f"qa_steps:tfds:sums:train:{features}")
+        found = [questions.read(line.encode(), True) for line in lines]
+        assert [(each.question, each.answer.strip()) for each in found] == [
+            (question, answer) for question, _, answer in SUMS
+        ]
+        assert [each.steps.split() for each in found] == [" ".join(s).split() for s in steps]
+    source = "qa_steps:tfds:sums:train:body,steps"
+    assert "no text 'steps', it has answer, body, whole" in error(source)
+    assert "no text 'score', it has answer, body, whole, steps" in error(
+        f"{source[:-5]}answer,score"
+    )
+
+
+def test_features_that_hold_no_questions(tmp_path, tokenizer_path):
+    write_sums(tmp_path)
+    source = f"qa_steps:hf:{tmp_path}/sums:train"
+    for features, words in {
+        "q,score": "no text 'score', it has q, whole, answer",
+        "q,steps": "no text 'steps', it has q, whole, answer",
+        "q,answer,score": "no text 'score', it has q, whole, answer, steps",
+        "question,answer": "no text 'question', it has q, whole, answer",
+    }.items():
+        assert (
+            error(f"{source}:{features}")
+            == f"config.data: source {f'{source}:{features}'!r}: {words}"
+        )
+    found = reader.open_source(f"{source}:q,answer")  # there is no ####
+    fault = reader.tokens_of(found, next(reader.texts(found)), Tokenizer(tokenizer_path))[1]
+    assert fault.startswith(f"{source}:q,answer, file 1: record 1: 'steps' is '', expected text")

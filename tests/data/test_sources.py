@@ -16,7 +16,7 @@ def test_each_form():
     assert sources.parse("files:a/*.txt") == sources.Files("files", "a/*.txt")
     assert sources.parse("lines:gs://bucket/a:b") == sources.Files("lines", "gs://bucket/a:b")
     assert sources.parse("tfds:c4/en:3.0.1:train[:1%]:text") == sources.Tfds(
-        "c4/en:3.0.1", "train[:1%]", "text"
+        "text", "c4/en:3.0.1", "train[:1%]", ("text",)
     )
     for source, meant in {
         "hf:me/notes:train:text": ("me/notes", "", "", "train", "text"),
@@ -25,10 +25,45 @@ def test_each_form():
         "hf:/a:b/c d:train:text": ("/a:b/c d", "", "", "train", "text"),
     }.items():
         found = sources.parse(source)
-        assert found == sources.Hub(*meant) and found.is_local == (meant[0][0] in "./")
+        *where, feature = meant
+        assert found == sources.Hub("text", *where, (feature,))
+        assert found.is_local == (meant[0][0] in "./")
+    assert sources.parse("qa_steps-2:hf:me/sums:train:the question,answer,steps") == sources.Hub(
+        "qa_steps-2", "me/sums", "", "", "train", ("the question", "answer", "steps")
+    )
+    assert sources.parse("qa:tfds:sums:train[:1%]:q,a") == sources.Tfds(
+        "qa", "sums", "train[:1%]", ("q", "a")
+    )
     kind, pattern = sources.parse("packaged/validation")
     assert kind == "files" and pattern.endswith("/corpus/validation/*.txt")
     sources.check_files(sources.PACKAGED)
+
+
+@pytest.mark.parametrize("text", ["q.jsonl", "hf:./sums:train:q,a", "tfds:sums:train:q,a"])
+def test_sources_of_questions(text):
+    kinds = {"qa": (False, 0), "qa_steps": (True, 0), "qa_steps-2": (True, 2)}
+    for kind, expected in kinds.items():
+        source = f"{kind}:{text}"
+        assert sources.has_questions(source)
+        assert (sources.has_steps(source), sources.removed_steps(source)) == expected
+        assert sources.source_of(source) == source
+        assert sources.texts_of(source) == sources.texts_of(f"qa:{text}")
+    plain = text if ":" in text else f"lines:{text}"
+    assert not sources.has_questions(plain) and not sources.has_steps(plain)
+    assert sources.texts_of(plain) == sources.texts_of(f"qa:{text}")
+
+
+def test_another_number_of_features_is_refused():
+    for source, expected in {
+        "qa:hf:me/sums:train:q": "features 'q', expected QUESTION,ANSWER",
+        "qa:tfds:sums:train:q,a,s": "features 'q,a,s', expected QUESTION,ANSWER",
+        "qa_steps:hf:me/sums:train:q,": "features 'q,', expected QUESTION,ANSWER[,STEPS]",
+        "qa_steps:hf:./sums:train:q,a,s,t": "expected QUESTION,ANSWER[,STEPS]",
+    }.items():
+        with pytest.raises(UserError) as error:
+            sources.parse(source)
+        assert str(error.value).startswith(f"config.data: source {source!r}: features ")
+        assert str(error.value).endswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +76,8 @@ def test_each_form():
         "hf:notes:train:text",
         "hf:me/notes:text",
         "hf:me/notes/a/b:train:text",
+        "qa:hf:me/notes:question,answer",
+        "qa-1:hf:me/notes:train:question,answer",
         "files:",
         "",
     ],
