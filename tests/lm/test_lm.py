@@ -413,12 +413,9 @@ def test_traces_that_devices_share(decoder, lms, text):
     one = lms["overlay"]
     lm = ld.AugmentedLM(decoder, one.coprocessor, mesh.make({"traces": 2}, jax.devices()[:2]))
     long = " ".join(PROMPTS * 2)
-    for every in (3, 5, 8):
-        np.testing.assert_allclose(
-            lm.rolling_logprobs([long], every=every),
-            one.rolling_logprobs([long], every=every),
-            rtol=1e-5,
-        )
+    np.testing.assert_allclose(
+        lm.rolling_logprobs([long], every=5), one.rolling_logprobs([long], every=5), rtol=1e-5
+    )
     with pytest.raises(ld.UserError, match="positions: 3 per row do not split over 2 devices"):
         lm.latents(text, [[1, 2, 3]] * len(text))
 
