@@ -852,6 +852,15 @@ def test_a_key_of_a_fork_is_in_the_label(tmp_path):
     assert [label.partition("latent penalty ")[2] for label in labels] == ["1.0", "2.0"]
 
 
+def test_a_key_of_a_fork_at_its_value_in_older_runs_is_not_in_the_label(tmp_path, monkeypatch):
+    """A run of the fork without the change stands on one line with the runs before it."""
+    monkeypatch.setitem(entries.BEFORE, "method.latent_penalty", 0.0)
+    for name, more in (("old", {}), ("new", {"latent_penalty": 0.0})):
+        perplexity(epath.Path(tmp_path) / name, -1.0, config(**more))
+    labels = {entries.label(e) for e in entries.entries(runs.find([str(tmp_path)]))}
+    assert len(labels) == 1 and "penalty" not in labels.pop()
+
+
 def test_without_matplotlib(found, tmp_path, monkeypatch, capsys):
     """`report` refuses at once; `evaluate` leaves out its figure and keeps the table."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
