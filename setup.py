@@ -74,6 +74,7 @@ setup(
         "optax>=0.2.7",
         "orbax-checkpoint>=0.12,<1",
         "safetensors>=0.5",
+        "scipy>=1.14",
         "sentencepiece>=0.2.3",
         "tensorboardX>=2.6.3",
         "tensorstore>=0.1.84",

@@ -1,11 +1,12 @@
-"""Confidence intervals of a change in perplexity: a bootstrap over works and their documents.
+"""Confidence intervals of a change in perplexity: a bootstrap over works.
 
-It draws works, and then documents of each: what holds for one work, a book for instance, may not
-hold for another. Drawing both counts what differs within a work twice. So an interval is up to 1.4
-times as wide as if works alone were drawn: it holds in more than 95 % of cases.
+What holds for one work, a book for instance, may not hold for another. So whole works are drawn,
+each with all its documents (Davison and Hinkley, Bootstrap Methods, 1997, section 3.8). Where there
+is only one work, its documents are drawn.
 """
 
 import numpy as np
+from scipy import special
 
 RESAMPLES = 2000
 
@@ -28,50 +29,56 @@ def unit(work: np.ndarray) -> str:
 def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int) -> np.ndarray:
     """Estimates the 95 % interval of the change in perplexity, in percent, for each n.
 
-    Its ends are the 2.5th and 97.5th percentiles over RESAMPLES resamples. A resample draws as many
-    works as there are, and from each drawn work as many documents as the work has. A resample
-    without a token at some n does not count for that n.
+    Its ends are percentiles over RESAMPLES resamples (`_percentiles`). A resample draws as many
+    works as there are. A resample without a token at some n does not count for that n.
 
     Args:
       tokens: int64 [documents, A], number of tokens that count.
       change: float64 [documents, A], the change in -log p by latents, summed over tokens, nats.
       work: int [documents], the work of each document.
+      seed: of the draws.
 
     Returns:
-      float64 [2, A]. NaN for an n that only one document reaches, or only one of several works.
+      float64 [2, A]. NaN for an n that only one work reaches, or only one document of one work.
     """
+    change, tokens = _sum_units(change, work), _sum_units(tokens, work)
     found = np.full((2, tokens.shape[1]), np.nan)
-    known = _can_be_estimated(tokens, work)
+    known = np.count_nonzero(tokens, axis=0) > 1
     if known.any():
-        by_work = np.argsort(work, kind="stable")
-        sums = np.concatenate([change[:, known], tokens[:, known]], axis=1)[by_work]
-        size = np.unique(work, return_counts=True)[1]
+        sums = np.concatenate([change[:, known], tokens[:, known]], axis=1)
         draw = np.random.default_rng(seed)
-        resampled = [_resample(draw, size) @ sums for _ in range(RESAMPLES)]
+        resampled = [_resample(draw, len(sums)) @ sums for _ in range(RESAMPLES)]
         total_change, total_tokens = np.split(np.array(resampled), 2, axis=1)
         mean = np.full_like(total_change, np.nan)
         np.divide(total_change, total_tokens, out=mean, where=total_tokens > 0)
-        found[:, known] = 100 * np.expm1(np.nanpercentile(mean, [2.5, 97.5], axis=0))
+        ends = np.nanpercentile(mean, _percentiles(len(sums)), axis=0)
+        found[:, known] = 100 * np.expm1(ends)
     return found
 
 
-def _can_be_estimated(tokens: np.ndarray, work: np.ndarray) -> np.ndarray:
-    """Tells for each n whether two documents reach it, from two works if there are several."""
-    several = np.count_nonzero(tokens, axis=0) > 1
-    works = np.unique(work)
-    if len(works) > 1:
-        reached = [tokens[work == each].any(axis=0) for each in works]
-        several &= np.count_nonzero(reached, axis=0) > 1
-    return several
+def _sum_units(values: np.ndarray, work: np.ndarray) -> np.ndarray:
+    """Sums [documents, A] over each unit that a resample draws: [units, A], see `unit`."""
+    works, index = np.unique(work, return_inverse=True)
+    if len(works) == 1:
+        return values
+    sums = np.zeros((len(works), values.shape[1]), values.dtype)
+    np.add.at(sums, index, values)
+    return sums
 
 
-def _resample(draw: np.random.Generator, size: np.ndarray) -> np.ndarray:
-    """Draws how many times a resample has each document, int [documents].
+def _resample(draw: np.random.Generator, units: int) -> np.ndarray:
+    """Draws how many times a resample has each unit, int [units]."""
+    return np.bincount(draw.integers(units, size=units), minlength=units)
 
-    size: the number of documents of each work, which are next to each other.
+
+def _percentiles(units: int) -> np.ndarray:
+    """Returns the two percentiles of a 95 % interval from this many units.
+
+    They are 2.5 and 97.5 for many units. For few they lie further out, by as much as Student's
+    interval of a mean is wider than the bootstrap's (the expanded percentiles of Hesterberg, The
+    American Statistician 69, 2015). Five units are still too few: the interval then holds in about
+    92 % of cases, from three in 75 %.
     """
-    works = draw.integers(len(size), size=len(size))
-    first = np.cumsum(size) - size  # the first document of each work
-    drawn_from = np.repeat(works, size[works])  # for each document that is drawn
-    documents = first[drawn_from] + draw.integers(size[drawn_from])
-    return np.bincount(documents, minlength=size.sum())
+    student = special.stdtrit(units - 1, 0.975)
+    end = student * np.sqrt(units / (units - 1))
+    return 100 * special.ndtr([-end, end])

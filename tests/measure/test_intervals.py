@@ -1,7 +1,8 @@
-"""Confidence intervals: the bootstrap over works and documents, resample by resample."""
+"""Confidence intervals: the bootstrap over works, resample by resample."""
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from latent_delib.measure import intervals, perplexity
 from latent_delib.measure.perplexity import Sums
@@ -43,16 +44,14 @@ def test_a_bootstrap_over_documents():
     for _ in range(2000):
         drawn = resample.integers(400, size=400)
         changes.append((augmented - decoder)[drawn].sum(0) / tokens[drawn].sum(0))
-    np.testing.assert_allclose(
-        found, 100 * np.expm1(np.percentile(changes, [2.5, 97.5], axis=0)), rtol=1e-9
-    )
+    np.testing.assert_allclose(found, ends(changes, units=400), rtol=1e-9)
     each, mean = (augmented - decoder)[:, 0], tokens[:, 0].mean()
     # of a ratio of sums
     spread = np.std(each - tokens[:, 0] * each.sum() / tokens[:, 0].sum()) / mean / 400**0.5
     assert (found[1] - found[0])[0] == pytest.approx(100 * 2 * 1.96 * spread, rel=0.1)
 
 
-def test_works_are_drawn_and_then_their_documents():
+def test_whole_works_are_drawn():
     """The same draws one by one; of documents that do not lie work by work."""
     draw = np.random.default_rng(4)
     work = draw.permutation(np.repeat([7, 2, 9, 4], [1, 5, 2, 12]))
@@ -63,15 +62,32 @@ def test_works_are_drawn_and_then_their_documents():
     resample, changes = np.random.default_rng(11), []
     documents = [np.flatnonzero(work == name) for name in (2, 4, 7, 9)]
     for _ in range(2000):
-        of_works = [documents[w] for w in resample.integers(4, size=4)]
-        within = iter(
-            resample.integers(np.concatenate([np.full(len(d), len(d)) for d in of_works]))
-        )
-        drawn = [d[next(within)] for d in of_works for _ in d]
+        drawn = np.concatenate([documents[w] for w in resample.integers(4, size=4)])
         changes.append((augmented - decoder)[drawn].sum(0) / tokens[drawn].sum(0))
-    np.testing.assert_allclose(
-        found, 100 * np.expm1(np.percentile(changes, [2.5, 97.5], axis=0)), rtol=1e-9
-    )
+    np.testing.assert_allclose(found, ends(changes, units=4), rtol=1e-9)
+
+
+def ends(changes, units):
+    """The ends of an interval in percent, from the changes of its resamples in nats."""
+    wide = stats.t.ppf(0.975, units - 1) * (units / (units - 1)) ** 0.5
+    level = stats.norm.cdf([-wide, wide])
+    return 100 * np.expm1(np.quantile(changes, level, axis=0))
+
+
+@pytest.mark.parametrize("works", [8, 60])
+def test_intervals_hold_as_often_as_they_say(works):
+    """In 95 % of cases, whether few works are read or many, of unlike numbers of documents."""
+    draw = np.random.default_rng(works)
+    held = []
+    for seed in range(200):
+        size = draw.integers(2, 9, works)
+        work = np.repeat(np.arange(works), size)
+        tokens = draw.integers(50, 200, (len(work), 1))
+        of_works = np.repeat(draw.normal(0.01, 0.02, works), size)
+        change = of_works + draw.normal(0, 0.04, len(work))
+        low, high = intervals.interval(tokens, change[:, None] * tokens, work, seed)[:, 0]
+        held.append(low <= 100 * np.expm1(0.01) <= high)
+    assert 0.91 <= np.mean(held) <= 0.985  # two standard errors and more each side
 
 
 def test_works_with_opposite_effects_tell_nothing_of_a_third():
