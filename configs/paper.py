@@ -102,6 +102,25 @@ LAB = {  # two CPU cores
     "evaluate.max_pieces": 2000,
     "evaluate.max_positions": 16,
 }
+LAB_GPU = GPU | {  # one GPU; the laboratory's optimizer and proportions
+    "data.sources": ("hf:allenai/c4/realnewslike:train:text",),  # 38 GB of news
+    "data.validation": (
+        "hf:allenai/c4/realnewslike:validation:text",
+        "files:runs/mixture/validation/*.txt",
+    ),
+    "decoder.path": "runs/paper/lab_gpu/pretrain/decoder",
+    "decoder.tokenizer": "runs/paper/lab_gpu/tokenizer.model",  # of tools.make_vocabulary
+    "optimizer.name": "muon",
+    "optimizer.b1": 0.95,
+    "optimizer.learning_rate": 4e-3,
+    "optimizer.soft_token_learning_rate": 2e-3,
+    "optimizer.final_fraction": 0.02,
+    "train.steps": 36_000,  # 1.2 G predicted tokens
+    "train.batch_size": 64,
+    "train.checkpoint_every": 3600,
+    "train.keep_every": 3600,
+    "evaluate.max_pieces": 2000,
+}
 PRETRAIN_LAB = {
     "optimizer.name": "adamw",
     "optimizer.b1": 0.9,
@@ -144,6 +163,18 @@ PRETRAIN_HOPS = HOPS_WRITTEN | {
     "train.steps": 3000,
     "train.checkpoint_every": 1000,
     "train.validate_every": 1000,
+}
+PRETRAIN_LAB_GPU = {
+    "decoder.export_dtype": "bfloat16",
+    "optimizer.name": "adamw",
+    "optimizer.b1": 0.9,
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.warmup_steps": 1000,
+    "optimizer.final_fraction": 0.01,
+    "optimizer.weight_decay": 0.1,
+    "train.batch_size": 256,
+    "train.steps": 88_000,  # 11.5 G tokens, about all that there are
+    "train.keep_every": 22_000,
 }
 PRETRAIN_GPU = {
     "decoder.export_dtype": "bfloat16",
@@ -195,6 +226,8 @@ PROTOCOLS = {
     ),
     "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
     "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
+    # The same proportions for 12 M parameters, on text of the Hub, which is read once.
+    "lab_gpu": Protocol("gemma2_12m", LAB_GPU, PRETRAIN_LAB_GPU),
     # Reasoning in miniature: the packaged decoder is trained further, with problems in half of its
     # rows, until it solves about half of them. Then a coprocessor is called once, at the end of
     # each problem.
@@ -294,7 +327,8 @@ EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     # training trace has 16, as many as in the other methods); a coprocessor that starts from
     # another decoder and reads that decoder's cache (SoftCoT, Cache-to-Cache); keys and values
     # trained once for all texts (Cartridges); and a decoder that feeds its outputs back as its next
-    # inputs (Coconut). `assistant` needs a decoder of the same vocabulary; a_gpu and b have none.
+    # inputs (Coconut). `assistant` needs a decoder of the same vocabulary: protocols of the GPU have
+    # none.
     "latent_tokens": {
         "method.name": "latent_tokens",
         "method.placement": "shared",

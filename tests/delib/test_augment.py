@@ -337,8 +337,8 @@ def test_a_step_trains_late_latents_and_answers(more):
     key = jax.random.fold_in(jax.random.key(7), 0)
     at = traces_lib.draw(key, tokens, SEGMENT, M, (), steps_end)
     delay = traces_lib.draw_delays(jax.random.fold_in(key, 1), at, more.get("max_delay", 0))
-    total, count = augment.loss(
-        aug, params, tokens, SEGMENT, at, A, jnp.float32, delay, steps_end=steps_end
+    total, count = jax.jit(augment.loss, static_argnums=(0, 5, 6, 8, 9))(
+        aug, params, tokens, SEGMENT, at, A, jnp.float32, delay, (), steps_end
     )
     assert metrics["tokens"] == count and (delay.any() or steps_end)
     np.testing.assert_allclose(metrics["loss"], total / count, rtol=1e-5)

@@ -40,7 +40,7 @@ def here(tmp_path: Path) -> Path:
     for name in ("common", "paper"):
         shutil.copy(ROOT / f"launch/{name}.sh", tmp_path / "launch")
     scripts = {
-        "launch/setup.sh": "touch installed",
+        "launch/setup.sh": 'touch installed; echo "$*" >>extras',
         "launch/get_smollm2.sh": "echo model.gguf",
         ".venv/bin/python": PYTHON,
     }
@@ -158,6 +158,23 @@ def test_smaller_decoders_are_made_first_on_the_same_tokens(here: Path) -> None:
         f"train {config}/static_tokens --workdir={folder}/static_tokens@0 --config.seed=0",
     ]
     assert sum("pretrain" in call for call in calls) == 2
+
+
+def test_the_laboratory_of_a_gpu_begins_with_its_vocabulary(here: Path) -> None:
+    calls = run_paper(here, "lab_gpu/static_tokens")
+    config, folder = "--config=configs/paper.py:lab_gpu", "runs/paper/lab_gpu"
+    text = "--text=runs/mixture/train/*.txt --size=4096"
+    assert calls[:5] == [
+        "tools.make_mixture --out=runs/mixture",
+        f"tools.make_vocabulary {text} --out={folder}/tokenizer.model",
+        f"prepare {config}/pretrain --config.data.token_files= --out={folder}/tokens",
+        f"train {config}/pretrain --workdir={folder}/pretrain",
+        f"evaluate {config}/decoder --workdir={folder}/frozen",
+    ]
+    extras = (here / "extras").read_text().splitlines()
+    assert "hub" in extras[-1].split()
+    run_paper(here, "lab/static_tokens")
+    assert "hub" not in (here / "extras").read_text().splitlines()[-1].split()
 
 
 def test_problems_are_made_and_solved(here: Path) -> None:
