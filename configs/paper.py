@@ -327,7 +327,7 @@ EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     # training trace has 16, as many as in the other methods); a coprocessor that starts from
     # another decoder and reads that decoder's cache (SoftCoT, Cache-to-Cache); keys and values
     # trained once for all texts (Cartridges); and a decoder that feeds its outputs back as its next
-    # inputs (Coconut). `assistant` needs a decoder of the same vocabulary: protocols of the GPU have
+    # inputs (Coconut). `assistant` needs a decoder of the same vocabulary: the GPU's protocols have
     # none.
     "latent_tokens": {
         "method.name": "latent_tokens",

@@ -11,11 +11,11 @@ from latent_delib.machine import commands
 def main(values: object) -> None:
     del values
     print("The commands, each with --help; `latent-delib COMMAND` is the same:\n")
-    for name, doc in there().items():
+    for name, doc in docs_by_command().items():
         print(f"  python -m latent_delib.{name:13} {doc.splitlines()[0]}")
 
 
-def there() -> dict[str, str]:
+def docs_by_command() -> dict[str, str]:
     """Returns each command's name and docstring, read without importing it."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
@@ -27,10 +27,10 @@ def there() -> dict[str, str]:
 
 def entry() -> None:
     word, *others = sys.argv[1:] or [""]
-    if word in there():
+    if word in docs_by_command():
         os.execv(sys.executable, [sys.executable, "-m", f"latent_delib.{word}", *others])
     if word and not word.startswith("-"):
-        sys.exit(f"error: {word}: no such command; there are {', '.join(there())}")
+        sys.exit(f"error: {word}: no such command; there are {', '.join(docs_by_command())}")
     commands.run(main, __doc__)
 
 

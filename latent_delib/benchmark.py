@@ -4,8 +4,8 @@
       --model=decoder,augmented --out=DIR
   python -m latent_delib.benchmark --decoder=DIR --benchmarks=gsm8k,arc_easy --out=DIR [--limit=N]
 
-Benchmarks are names in configs/benchmarks.py; `published`; `offline`, which needs no network but
-the tasks that `make_tasks` writes; or qa:FILE, your own questions in JSON lines, where an answer
+Benchmarks are names in configs/benchmarks.py; `published`; `offline`, the tasks that `make_tasks`
+has written, which need no network; or qa:FILE, your own questions in JSON lines, where an answer
 counts only if all of it is right. Rows of qa:FILE also have the log p of the right answer, except
 those with --every or --delay. Models are decoder; augmented, with the latents of WORKDIR by any
 method, written at the end of the prompt; and zero_shot_cot, the decoder without worked examples,
@@ -48,8 +48,8 @@ MODELS = ("decoder", "augmented", "zero_shot_cot")
 class Subject(NamedTuple):
     """Holds the decoder or training job that is measured.
 
-    record: of the checkpoint, or of a config with the decoder alone; its fingerprint is of
-      `decoder`.
+    record: the record of the checkpoint; without a job, of a config that names the decoder alone.
+      It has the fingerprint and the architecture of `decoder`.
     decoder: the decoder's folder.
     workdir: the job's workdir; "" without a job.
     """
@@ -256,7 +256,7 @@ def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
 
 
 def _is_there(rows: dict[str, Row], asked: Row, out: str) -> bool:
-    """Tells whether a row exists. If more documents are asked for than it has, it does not count.
+    """Tells whether a row is done; a row of fewer documents than are asked for is not.
 
     Raises:
       UserError: the row exists, but has more documents than are asked for, or other settings.

@@ -62,7 +62,8 @@ def convert(
 ) -> None:
     """Converts one checkpoint; `out` appears only when it is complete.
 
-    Host memory holds one tensor at a time.
+    Host memory holds one tensor at a time; a coprocessor, and the decoder below its adapters, are
+    held whole.
 
     Args:
       source: a checkpoint, as in this module's docstring.

@@ -88,10 +88,10 @@ DENIED_STATUS = ("401", "403")
 
 
 def store_error(error: BaseException, path: Any) -> OSError | None:
-    """Returns an exception as a failure of the disk or store of `path`; None if it is not one.
+    """Returns the OSError for a failure of the disk or store of `path`; None for another error.
 
-    The failure is an Outage where a store does not answer. Clients of stores raise exceptions of
-    any kind; tensorstore, for example, a ValueError with the error code in its text.
+    It is an Outage where a store does not answer. Clients of stores raise exceptions of any kind;
+    tensorstore, for example, a ValueError with the error code in its text.
     """
     if no_memory(error):
         return None
@@ -132,6 +132,9 @@ def reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    text = " ".join(str((isinstance(error, OSError) and error.strerror) or error).split())
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = str(error.strerror)
+    text = " ".join(text.split())
     text = re.sub(r'Error opening "\w+" driver: | \[(tensorstore|source|os_error).*', "", text)
     return notes + kind + text[:400]

@@ -269,7 +269,8 @@ class Job:
             f"config: evaluate.max_positions={c.evaluate.max_positions}, "
             f"evaluate.longer_prompt={c.evaluate.longer_prompt} and "
             f"method.prompt_end={c.method.prompt_end!r} leave no token to count; "
-            "give more positions (0: all), a shorter prompt, another end of it, or longer texts"
+            "give more positions (0: all), a lower longer_prompt, another prompt_end, "
+            "or longer texts"
         )
 
     def identity(self, found: Restored | None) -> list[Any]:
@@ -308,17 +309,17 @@ class Job:
     def origin(self, found: Restored | None) -> dict[str, Any]:
         """Returns the fields of perplexity.json that identify the run.
 
-        The config's keys of training, such as the ahead tokens, have the checkpoint's values. Those
-        that say what was evaluated have this evaluation's: the validation data, `prompt_end` and
-        `distill`.
+        Keys of training, such as the ahead tokens and `data.seq_len`, have the checkpoint's values.
+        All other keys have this config's values, also `prompt_end`, `distill` and the validation
+        data.
         """
         record = self.exp.record
         if found is None:
             return record.as_result(None)
         config = found.meta["config"]
         trained = {key: config[key] for key in ("method", "optimizer", "seed", "train")}
-        places = {key: record.config["method"][key] for key in ("prompt_end", "distill")}
-        trained["method"] = {**config["method"], **places}
+        evaluated = {key: record.config["method"][key] for key in ("prompt_end", "distill")}
+        trained["method"] = {**config["method"], **evaluated}
         trained["data"] = {**record.config["data"], "seq_len": config["data"]["seq_len"]}
         record = dataclasses.replace(record, config={**record.config, **trained}, step=found.step)
         return record.as_result(exported.name_of(self.workdir, found.step))

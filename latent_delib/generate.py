@@ -5,8 +5,8 @@
 
 Reads the newest checkpoint of WORKDIR (or --step) and the decoder it was trained on. On the screen
 the continuation of a single prompt appears as it is decoded. Both FILEs are JSON lines. A line of
---prompts is {"prompt": TEXT}, and may have a "seed" of its own; a line of --out adds "decoder",
-"augmented" and "joined".
+--prompts is {"prompt": TEXT}, and may have a "seed" of its own. A line of --out adds two texts,
+"decoder" and "augmented", and "joined", the numbers of tokens after which latents joined.
 
 With --chat an instruct model answers each prompt. A line may also hold a whole conversation to be
 answered, {"messages": [{"role": "user", "content": TEXT}, ...]}.

@@ -44,7 +44,7 @@ Rules = Mapping[str, tuple[str, ...]]
 
 
 def make(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes a mesh over all devices; neighbours in it are neighbours on a slice.
+    """Makes a mesh over the given devices; neighbours in it are neighbours on a slice.
 
     Where a slower network joins several slices, each slice holds a range of the data axis. All
     other axes stay within a slice.
@@ -162,7 +162,9 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
             if size % math.prod(lengths.values()):
                 split = " x ".join(f"{part}={length}" for part, length in lengths.items())
                 found = f"{name} {tuple(leaf.shape)}"
-                raise UserError(f"the mesh: {split} does not divide {found}: expected a divisor")
+                raise UserError(
+                    f"mesh axes {split}: expected a divisor of {size}, an axis of {found}"
+                )
         return NamedSharding(mesh, partition)
 
     return jax.tree.map_with_path(sharding, tree)

@@ -1,6 +1,6 @@
 """Chat templates: turn a conversation into one text, which an instruct model continues.
 
-A template is a Jinja program that comes with the model. It gets the same names as from
+A template is a Jinja program that comes with the model. It may use the same names as in
 `transformers` (apply_chat_template), and runs in a sandbox.
 """
 

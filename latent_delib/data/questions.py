@@ -110,7 +110,7 @@ def read(line: bytes, with_steps: bool) -> Question:
             raise ValueError(f"{field!r} is {found}, expected text in the form {form}")
     if STEPS_END in row["answer"]:
         raise ValueError(f"'answer' holds {STEPS_END!r}: put what stands before it into 'steps'")
-    # Steps that are not read only say how long a reply may be: other forms than text count as none.
+    # Where steps are not read, they only bound the length of a reply. So bad steps count as none.
     if not with_steps and not isinstance(row.get("steps"), str):
         row["steps"] = ""
     if with_steps and STEPS_END in row["steps"]:

@@ -96,6 +96,7 @@ class BadRecords:
             )
         is_power_of_two = number & (number - 1) == 0
         if is_new and (number <= 8 or is_power_of_two):
+            # UserError escapes the characters of a record that cannot be printed.
             print(UserError(f"bad record number {number}, skipped: {record}"), flush=True)
         self.met[record] += 1
 

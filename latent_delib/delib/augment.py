@@ -59,7 +59,10 @@ class Augmentation:
 
     @property
     def writes_latents(self) -> bool:
-        """Tells whether the loss is that of traces; so it is in a copy `without_latents`."""
+        """Tells whether the method writes latents, so that the loss is summed over traces.
+
+        This also holds for a copy `without_latents`.
+        """
         return METHODS[self.method].write is not None
 
     @property

@@ -2,7 +2,7 @@
 
 Useful means the operations that the method needs if nothing is computed twice:
 
-  - the text once forward;
+  - the text once forward, and backward too where the decoder is trained;
   - the coprocessor forward and backward, to activations and weights;
   - the decoder's traces forward and backward, to activations only where the decoder is frozen;
   - the logits likewise, and once forward for a teacher;
@@ -63,7 +63,8 @@ def step_flops(
             trains_decoder=method.trains_decoder,
         )
     )
-    predicting = (passes + (aug.distill > 0)) * traces * num_ahead * vocabulary
+    logit_passes = passes + 1 if aug.distill else passes
+    predicting = logit_passes * traces * num_ahead * vocabulary
     tokens = decoded_tokens(aug, num_ahead)
     inserted = aug.num_latents if method.writes_keys else 0
     decoding = flops.traces(c, traces, tokens, seq_len, passes, passes, inserted)

@@ -74,9 +74,12 @@ def recomputed(
     Every `remat` but "none" and "dots" repeats the products of the layers; "full" repeats attention
     too. Attention among a trace's own tokens is not counted.
     """
-    products = remat not in ("none", "dots")
-    over_text = remat == "full"
-    return tokens * (products * per_token(c) + over_text * attention(c, seq_len))
+    repeated = 0.0
+    if remat not in ("none", "dots"):
+        repeated += per_token(c)
+    if remat == "full":
+        repeated += attention(c, seq_len)
+    return tokens * repeated
 
 
 class Writing(NamedTuple):

@@ -170,6 +170,7 @@ def _nll(logits_BrV: jax.Array, target_Br: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, distill, teacher_BRD):
+    # True where the table is differentiated: with `symbolic_zeros` each input says so.
     trained = table_VD.perturbed
     inputs = x_BRD, table_VD, target_BR, weight_BR, teacher_BRD
     x_BRD, table_VD, *others = jax.tree.map(lambda x: x.value, inputs)

@@ -16,7 +16,7 @@ from latent_delib.nn.attention.primitive import Bounds
 
 
 class Placement(NamedTuple):
-    """Says where the latents stand of a trace at text token p, whose position is also called p.
+    """Says where a trace's latents stand. The trace is at text token x_p, whose position is p.
 
     Placements differ in these three fields alone. The positions of latents and of the tokens after
     them must not decrease along a trace: windows rely on it

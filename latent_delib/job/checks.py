@@ -89,7 +89,7 @@ def check_steps(config: ConfigDict) -> None:
 
 
 def _check_finite(config: ConfigDict) -> None:
-    """Raises UserError for integers from 2**31 on, except seeds, for infinity and NaN."""
+    """Raises UserError for infinity, NaN, and integers of 2**31 or more that are not seeds."""
     for key in keys_of(config):
         value = value_of(config, key)
         if isinstance(value, int) and value >= 2**31 and key.split(".")[-1] != "seed":
@@ -149,8 +149,8 @@ def _check_method(m: ConfigDict) -> None:
         )
     if m.start and m.lora_rank and row.trains_decoder:
         raise UserError(
-            f"config.method.start={m.start}: adapters of the decoder are added to that of "
-            "config.decoder.path; leave it empty, or set config.method.lora_rank=0"
+            f"config.method.start={m.start}: a decoder's adapters are added to the decoder of "
+            "config.decoder.path alone; leave it empty, or set config.method.lora_rank=0"
         )
     if m.lora_rank and not row.has_matrices:
         raise UserError(
@@ -264,7 +264,7 @@ def _check_controls(config: ConfigDict) -> None:
 
 
 def _check_trace_length(config: ConfigDict) -> None:
-    """Raises UserError unless a row holds a whole trace, and the positions and delays of all."""
+    """Raises UserError unless a row has room for a trace, `num_traces` places and `max_delay`."""
     m = config.method
     length = config.data.seq_len
     if METHODS[m.name].write is None:

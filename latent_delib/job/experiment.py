@@ -158,7 +158,7 @@ def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer
     if tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
             f"config.decoder.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, "
-            f"the decoder only {architecture.vocab_size} rows"
+            f"but the decoder has vectors for only {architecture.vocab_size}"
         )
     return tokenizer
 

@@ -151,8 +151,10 @@ def _require_room(exp: Experiment, there: Record, given: str) -> None:
     latents = there["method.num_latents"]
     before = _trainable(exp, num_latents=latents).get("coprocessor", {})
     now = _trainable(exp).get("coprocessor", {})
-    soft_tokens = [tree.pop("soft_tokens", None) for tree in (before, now)]
-    fewer = None not in soft_tokens and soft_tokens[1].shape < soft_tokens[0].shape
+    soft_before = before.pop("soft_tokens", None)
+    soft_now = now.pop("soft_tokens", None)
+    have_both = soft_before is not None and soft_now is not None
+    fewer = have_both and soft_now.shape[0] < soft_before.shape[0]
     if fewer or before != now:
         raise UserError(
             f"{given}: method.num_latents is {latents} there, {exp.aug.num_latents} here; "

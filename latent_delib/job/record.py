@@ -116,7 +116,8 @@ class Record:
     """Describes a run by plain data, as JSON holds it.
 
     config: every key of the run's config, nested.
-    fingerprint: SHA-256 of the frozen decoder, hex.
+    fingerprint: SHA-256 of the frozen decoder, hex; in benchmarks.json, of the decoder that was
+      measured; for random weights, of the architecture and the seed.
     architecture: the fields of the decoder's TransformerConfig; empty where not known.
     data: name -> SHA-256, for "tokenizer" and, once known, for every part of the training text
       (`data.batches.Training`); empty where not known.

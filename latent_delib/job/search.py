@@ -248,7 +248,8 @@ def first_to_fit(
 
     A verdict decides other settings too. A setting that needs at least as much memory as a failed
     one cannot fit. A setting that surely needs no more than a fitting one is no faster. Neither is
-    compiled. Activations that exceeded their least are expected to exceed it in other settings.
+    compiled. Where a failed setting needed more than the least for its activations, other settings
+    with its remat are expected to need more too, by the same factor.
 
     Args:
       ordered: the settings, the fastest first.

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 TOGETHER = 8  # continuations of one prompt in one row, at most
 CPU_TOKENS = 512  # enough for full speed on a CPU; more rows only add padding
 
-Key = tuple[int, int]
+Key = tuple[int, int]  # of a row: the number of its continuations, and its length in tokens
 
 
 class Group(NamedTuple):
@@ -20,7 +20,8 @@ class Group(NamedTuple):
 
     head: the prompt's tokens.
     members: the numbers of the continuations.
-    key: an element of `keys` of `batches`.
+    key: the number of continuations, rounded up to a power of two; and the length of the prompt
+      with the longest of them.
     """
 
     head: tuple[int, ...]
@@ -45,7 +46,7 @@ def batches(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[in
 
 
 def together(mesh: Mesh, batch_size: int, key: Key) -> int:
-    """Returns how many rows with a key of `batches` are read together.
+    """Returns how many rows are read together, given the largest key of a batch (`batches`).
 
     A CPU reads a power of two with at most CPU_TOKENS tokens, unless the batch is smaller.
     """

@@ -86,9 +86,9 @@ def read_on(
     *,
     aug: Augmentation,
 ) -> Reading:
-    """Returns `read` with `new` more tokens of every text, to write latents after them.
+    """Returns `read` extended by `new` tokens of every text, so that latents can follow them.
 
-    Where latents recur, it has `cache` instead, with which these tokens were decoded.
+    Where latents recur, its cache becomes `cache`, which holds these tokens and earlier latents.
     """
     if aug.every:  # earlier latents stay, and `cache` holds them
         return read._replace(cache=cache)

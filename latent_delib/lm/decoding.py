@@ -112,8 +112,9 @@ def _next_stop(options: GenerationOptions, made: int, due: int | None, asked: in
 
     Args:
       made: new tokens now.
-      due: the number at which latents are asked for.
-      asked: the number at which the latents on their way were asked for.
+      due: the number at which latents are asked for next; None: never again.
+      asked: the number at which the latents that have not joined yet were asked for; None: there
+        are none.
     """
     until = min(options.max_new_tokens, made + options.chunk)
     if due is not None:

@@ -153,7 +153,8 @@ def load_coprocessor(
     """Loads the coprocessor that a training job wrote, or one that was exported.
 
     Args:
-      workdir: the job's workdir, the folder of an exported coprocessor, or "packaged".
+      workdir: the job's workdir; an exported coprocessor, as its folder or "hf:OWNER/NAME"; or
+        "packaged".
       step: the step of the checkpoint; by default the newest that can be read.
       assistant: the assistant's path, as in `load_decoder`; by default the path in training.
         AugmentedLM loads the assistant.
@@ -189,7 +190,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
         _, meta = build.open_start(record["method.start"])
         if record.start not in ("", build.start_fingerprint(meta)):
             raise UserError(
-                f"{workdir}: its adapters belong to another checkpoint than what is now "
+                f"{workdir}: its adapters belong to another checkpoint than the one that is now at "
                 f"{record['method.start']}"
             )
         start = _load_coprocessor(*build.split_start(record["method.start"]))
@@ -273,8 +274,9 @@ def decoder_of(workdir: str, record: Record) -> str:
       record: the record of a checkpoint in `workdir`.
 
     Raises:
-      UserError: no folder holds the decoder, because its weights are random; it was trained, and
-        its folder holds another step or `workdir` is an export; training used another tokenizer.
+      UserError: the decoder's weights are random, so no folder holds them; the job trained the
+        decoder, and its folder is of another step or `workdir` is an export; or training used
+        another tokenizer than the decoder's.
     """
     build.require_decoder(workdir, record["method.name"])
     if METHODS[record["method.name"]].trains_decoder:

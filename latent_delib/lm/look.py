@@ -30,8 +30,8 @@ class AttentionMap(NamedTuple):
 
     weights: float32 [layers, N, S, T + U]; each row adds up to 1.
     rows: names of the S tokens of the call.
-    columns: names of the T text tokens in the cache, then of U more: latents that are keys and
-      values, where there are some, and the S tokens.
+    columns: names of the T text tokens in the cache, then of U more: the S tokens and, before them,
+      latents that are keys and values, where there are any.
     text: T.
     """
 
@@ -169,7 +169,8 @@ def _called(
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
     z = augment.write_latents(aug, params, text, traces)
     augment.decode(aug, params, z, text.cache, traces)
-    return seen[1:][-2:]
+    others = seen[1:]  # all calls but the one that reads the text
+    return others[-2:]  # the last one that writes latents, if any, and the one that decodes
 
 
 def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]]:

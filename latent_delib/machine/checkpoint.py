@@ -6,7 +6,6 @@ process finds damaged is damaged for all. If a disk fails for one process, that 
 """
 
 import errno
-import itertools
 import json
 import math
 import sys
@@ -158,10 +157,13 @@ class Checkpoints:
             if damage:
                 damaged[at] = damage
                 continue
-            names = self._put_aside(list(damaged)) if self.manager and damaged else []
-            for (bad, why), name in itertools.zip_longest(damaged.items(), names):
-                aside = f"; its folder is now {name}" if name else ""
-                instead = f"checkpoint {at} is used instead{aside}"
+            renamed: dict[int, str] = {}
+            if self.manager and damaged:
+                renamed = dict(zip(damaged, self._put_aside(list(damaged))))
+            for bad, why in damaged.items():
+                instead = f"checkpoint {at} is used instead"
+                if bad in renamed:
+                    instead += f"; its folder is now {renamed[bad]}"
                 warn(f"{self.workdir}: checkpoint {bad} is damaged ({why}), {instead}")
             return restored
         # All folders keep their names, or the next try would start from scratch.

@@ -20,8 +20,8 @@ from latent_delib.errors import UserError
 
 # These take the place of a default where a flag has none.
 REQUIRED = object()  # a string that must be given
-# For --config: a config file, whose keys --config.KEY=VALUE changes. A function may take its place:
-# from the values of the other flags it returns the config where no file is named.
+# For --config: the flag names a config file, whose keys --config.KEY=VALUE changes. A function in
+# place of CONFIG makes the config where no file is named, from the values of the other flags.
 CONFIG = object()
 FOLDERS = object()  # all words that belong to no flag: at least one
 # flag -> (default, help). The default gives the type; None means an optional integer.

@@ -154,11 +154,11 @@ def is_folder(path: epath.Path) -> bool:
 
 
 def check_writable(folder: str) -> None:
-    """Checks that a local folder can be written or made, before the work that ends in it.
+    """Checks that a local folder can be written or made, before the work whose results it gets.
 
     Raises:
-      UserError: a file is in place of one of these folders, or the innermost that exists cannot be
-        written.
+      UserError: a file is in place of the folder or of one above it; or the innermost of these
+        folders that exists cannot be written.
     """
     if "://" in folder:
         return

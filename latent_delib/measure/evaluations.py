@@ -51,7 +51,7 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
         draws = result.get("draws", 1)
         if is_drawn and draws != expected:
             raise UserError(
-                f"{file}: has draws of version {draws}, this is version {expected}; "
+                f"{file}: its places for latents are draws of version {draws}, now {expected}; "
                 "give another --out"
             )
         if text and result.get("text", text) != text:

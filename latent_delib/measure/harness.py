@@ -360,9 +360,10 @@ def run_tasks(
 
 
 def _never_show_the_asked(task: Any) -> None:
-    """Names the split of worked examples, where it is the split that is asked.
+    """Makes the harness (0.4.13) leave the asked document out of its worked examples.
 
-    Only then does the harness (0.4.13) leave the asked document out of its own examples.
+    The harness does so only where the split of the examples is named. Here that is the split that
+    is asked.
     """
     shown = task.fewshot_cfg
     has_others = task.has_training_docs() or task.has_validation_docs() or shown.samples

@@ -39,7 +39,7 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
       seed: of the draws.
 
     Returns:
-      float64 [2, A]. NaN for an n that only one work reaches, or only one document of one work.
+      float64 [2, A]. NaN for an n at which fewer than two units (`unit`) have a token.
     """
     change, tokens = _sum_units(change, work), _sum_units(tokens, work)
     found = np.full((2, tokens.shape[1]), np.nan)
@@ -76,8 +76,8 @@ def _percentiles(units: int) -> np.ndarray:
 
     They are 2.5 and 97.5 for many units. For few they lie further out, by as much as Student's
     interval of a mean is wider than the bootstrap's (the expanded percentiles of Hesterberg, The
-    American Statistician 69, 2015). Five units are still too few: the interval then holds in about
-    92 % of cases, from three in 75 %.
+    American Statistician 69, 2015). With few units even this is too narrow: the interval holds in
+    about 92 % of cases with five units, and in 75 % with three.
     """
     student = special.stdtrit(units - 1, 0.975)
     end = student * np.sqrt(units / (units - 1))

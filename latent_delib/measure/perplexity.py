@@ -56,7 +56,8 @@ def batches_of(
 ) -> list[np.ndarray]:
     """Returns the numbers of the pieces of each batch, without the first `done` pieces.
 
-    Pieces are taken by their length, the shortest first, to minimise padding.
+    Pieces are taken by their length, the shortest first. All are padded to `evaluate.max_length`,
+    but a batch of short pieces has fewer places for latents.
     """
     by_length = np.argsort(text.lengths(), kind="stable")
     size = exp.config.evaluate.batch_size

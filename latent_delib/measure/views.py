@@ -1,7 +1,7 @@
 """Views of the validation text: the tokens that each side reads, and where latents are put.
 
-A control of the evaluation is a function from one view to another. Code that adds up sees only the
-cases of a view.
+A control of the evaluation, such as latents of another text, is a function from one view to
+another. The code that adds up the values reads nothing but the cases of a view.
 """
 
 from collections.abc import Callable, Sequence

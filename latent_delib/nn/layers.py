@@ -23,7 +23,8 @@ ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=True), "silu": nn.silu}
 
 Axes = tuple[str | None, ...]
 
-# The logical axes of every leaf of a decoder or coprocessor, by its name.
+# The logical axes of every leaf that a decoder can have, by its name. `delib.methods.param_axes`
+# adds the leaves that only coprocessors have.
 _LEAVES: dict[str, Axes] = {
     "embedding": ("vocab", "embed"),
     "head": ("vocab", "embed"),

@@ -21,7 +21,7 @@ from latent_delib.results.table_format import Table
 class Pair(NamedTuple):
     """Holds two evaluations of the same text, for every n that both have.
 
-    sums: as "decoder" the augmented sums of the base, as "augmented" those of the other run.
+    sums: the augmented sums of the base, as `decoder`, and of the other run, as `augmented`.
     work: int64 [documents], the work of each document.
     over: the name of the units that intervals draw (`intervals.unit`); None: neither file records
       works.

@@ -74,6 +74,6 @@ def _assistant(record: Record) -> list[str]:
         return []
     path = record.config["method"]["assistant"]
     return [
-        "It reads the cache of another, which `ld.load_coprocessor(..., assistant=PATH)` names:",
+        "It reads the cache of an assistant, `PATH` in `ld.load_coprocessor(..., assistant=PATH)`:",
         f"fingerprint `{record['method.assistant']}`, `{path}` where it was trained.",
     ]

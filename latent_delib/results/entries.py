@@ -163,7 +163,8 @@ def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
 def _fits(entry: Entry, result: Result, row: Mapping[str, Any]) -> bool:
     """Tells whether a row of a benchmarks.json can stand beside the scores of an entry.
 
-    `_subject` does not see it where two trainings of one name have trained different decoders.
+    Two trainings of one name may have trained different decoders. `_subject` cannot tell them
+    apart, but their fingerprints differ.
     """
     for other in entry.results:
         same_kind = other.path.name == result.path.name
@@ -242,7 +243,9 @@ def label(entry: Entry) -> str:
         words = [ALONE.get(entry.model, entry.model)]
         if entry.perplexity and method.get("prompt_end"):
             words.append(f"after {method['prompt_end']!r}")
-        return ", ".join(words + (controls_in_words(done) if entry.perplexity else []))
+        if entry.perplexity:
+            words += controls_in_words(done)
+        return ", ".join(words)
     words = _trained_decoder(entry) if entry.trained else _method(method)
     if method.get("lora_rank"):
         words.append(f"rank {method['lora_rank']}")
@@ -295,10 +298,10 @@ def _trained_decoder(entry: Entry) -> list[str]:
 def labels(entries: Sequence[Entry], of_perplexity: bool = True) -> list[str]:
     """Says in words what each entry is.
 
-    Where the words are the same, the decoders and the keys of the config follow in which the
-    entries differ.
+    Entries with the same words are told apart by the decoder, and by the keys of the config in
+    which they differ.
 
-    of_perplexity: name the text too, unless all have the same, and the keys of `evaluate`.
+    of_perplexity: also name the text, unless all have the same, and the keys of `evaluate`.
     """
     evaluated = [entry for entry in entries if of_perplexity and entry.perplexity]
     texts = {text_of(entry.result) for entry in evaluated}

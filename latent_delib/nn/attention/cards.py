@@ -33,8 +33,9 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Blocks by head dim, and by the shared memory that they need, largest first. XLA compiles each for
-# a card with this much; compiled for an H100, no registers are spilled, and products overlap.
+# Blocks by head dim, and by the shared memory that they need, the largest first. XLA can compile
+# each of them for a card with this much. Compiled for an H100, none spills registers, and products
+# overlap.
 BFLOAT16 = {
     "forward": {
         64: {L4: Blocks(128, 64, 8, 3)},

@@ -136,8 +136,8 @@ def _run(form: str, name: str, operands: tuple, options: Options) -> Any:
 def _save(q, own, prefix, bounds, form, options):
     """Runs the forward pass of a call that is differentiated.
 
-    The last saved value is () where the prefix is differentiated too, else None. A tree's structure
-    is static.
+    The last saved value tells whether the prefix is differentiated too: () if so, else None. A bool
+    would become an array; the structure of a tree stays static.
     """
     into_prefix = any(x.perturbed for x in jax.tree.leaves(prefix))
     operands = jax.tree.map(lambda x: x.value, (q, own, prefix, bounds))

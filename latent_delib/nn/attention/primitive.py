@@ -109,9 +109,10 @@ def weights(
 
 
 def delta_of(out: jax.Array, dout: jax.Array) -> jax.Array:
-    """Returns what the softmax subtracts from the gradient of each weight, float32 [B, M, S, N].
+    """Returns the amount that the softmax subtracts from the gradient of each weight.
 
-    The gradient of a score is its weight * (the gradient of the weight - this amount).
+    It is float32 [B, M, S, N]. The gradient of a score is its weight * (the gradient of the weight
+    - this amount).
 
     Args:
       out, dout: the output of attention and its gradient, [B, M, S, N, H].

@@ -135,7 +135,8 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
     sees = jnp.repeat(jnp.stack(sees, axis=1).reshape(B, 4, n), G, axis=2)
     sees = pad(sees, 2, R)  # rows of padding see nothing
 
-    start, stop = (sees[:, x::2].reshape(B, 2, -1, R) for x in range(2))
+    start = sees[:, 0::2].reshape(B, 2, -1, R)
+    stop = sees[:, 1::2].reshape(B, 2, -1, R)
     some = start < stop
     first = jnp.min(jnp.where(some, start, first_own + n), axis=3) // U
     end = pl.cdiv(jnp.max(jnp.where(some, stop, 0), axis=3), U)
@@ -149,7 +150,8 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
         parts = [flat(own)] if shared is None else [shared, flat(own)]
         return jnp.concatenate([pad(x.swapaxes(1, 2), 2, U) for x in parts], axis=2)
 
-    operands = _rows(q, K, sees.shape[2]), *(keys(*x) for x in zip((k, v), prefix or (None, None)))
+    shared_k, shared_v = prefix or (None, None)
+    operands = _rows(q, K, sees.shape[2]), keys(k, shared_k), keys(v, shared_v)
     return Plan(R, U, first_own // U + own_steps, sees, visits), operands
 
 

@@ -151,8 +151,11 @@ def backward(
     delta_BMSN = delta_of(out_BMSNH, dout_BMSNH)
     like_q = (dout_BMSNH, lse_BMSN[..., None], delta_BMSN[..., None])
     saved = Saved(*(_cut_rows(x, own[0].shape[3]) for x in like_q))
-    # for each shared source, whether its gradient is computed
-    wanted = [options.into_prefix] * (prefix is not None) + [True] * (chunks.own is None)
+    wanted = []  # for each shared source, whether its gradient is computed
+    if prefix is not None:
+        wanted.append(options.into_prefix)
+    if chunks.own is None:
+        wanted.append(True)
     totals = [_no_gradient(keys) if is_wanted else None for keys, is_wanted in zip(shared, wanted)]
 
     def differentiate(totals, operands):
