@@ -52,6 +52,7 @@ PANELS = (
             2000: "lab/steps_4th",
             4000: "lab/steps_half",
             8000: "lab/overlay",
+            16000: "lab/steps_x2",
             32000: "lab/steps_x4",
         },
     ),
