@@ -5,11 +5,14 @@ import json
 import os
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from benchmarks import peers
 from benchmarks.peer_sides import Work
+
+ROOT = Path(__file__).parents[2]
 
 
 def side(a, *, figures):
@@ -55,6 +58,13 @@ def test_sides_take_turns(tmp_path, monkeypatch, capsys):
         printed.endswith(f"{peers.table(found['rows'])}\n")
         and "| some work, calls/s | theirs " in printed
     )
+
+
+def test_the_page_has_the_table_of_the_stored_result():
+    found = json.loads((ROOT / "docs/results/peers.json").read_text())
+    assert peers.table(found["rows"]) in (ROOT / "docs/performance.md").read_text()
+    units = {row.work: row.unit for rows in peers.ROWS.values() for row in rows}
+    assert {row["work"]: row["unit"] for row in found["rows"]} == units
 
 
 def test_a_side_that_fails_ends_the_command(tmp_path):
