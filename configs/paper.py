@@ -81,15 +81,17 @@ GPU = {
     "evaluate.max_pieces": 400,
     "evaluate.max_positions": 64,
 }
-LAB = {  # two CPU cores
-    "method.num_traces": 16,
-    "data.seq_len": 128,
-    "optimizer.name": "muon",  # gains in half of AdamW's steps (docs/results_text.md)
+MUON = {  # gains in half of AdamW's steps (docs/results_text.md)
+    "optimizer.name": "muon",
     "optimizer.b1": 0.95,
     "optimizer.learning_rate": 4e-3,
     "optimizer.soft_token_learning_rate": 2e-3,
-    "optimizer.warmup_steps": 100,
     "optimizer.final_fraction": 0.02,
+}
+LAB = MUON | {  # two CPU cores
+    "method.num_traces": 16,
+    "data.seq_len": 128,
+    "optimizer.warmup_steps": 100,
     "train.steps": 8000,  # 16 M predicted tokens: 100 for each parameter, as in the paper
     "train.batch_size": 8,
     "train.checkpoint_every": 1000,
@@ -102,7 +104,7 @@ LAB = {  # two CPU cores
     "evaluate.max_pieces": 2000,
     "evaluate.max_positions": 16,
 }
-LAB_GPU = GPU | {  # one GPU; the laboratory's optimizer and proportions
+LAB_GPU = MUON | {  # one GPU; the laboratory's optimizer and proportions
     "data.sources": ("hf:allenai/c4/realnewslike:train:text",),  # 38 GB of news
     "data.validation": (
         "hf:allenai/c4/realnewslike:validation:text",
@@ -110,11 +112,6 @@ LAB_GPU = GPU | {  # one GPU; the laboratory's optimizer and proportions
     ),
     "decoder.path": "runs/paper/lab_gpu/pretrain/decoder",
     "decoder.tokenizer": "runs/paper/lab_gpu/tokenizer.model",  # of tools.make_vocabulary
-    "optimizer.name": "muon",
-    "optimizer.b1": 0.95,
-    "optimizer.learning_rate": 4e-3,
-    "optimizer.soft_token_learning_rate": 2e-3,
-    "optimizer.final_fraction": 0.02,
     "train.steps": 36_000,  # 1.2 G predicted tokens
     "train.batch_size": 64,
     "train.checkpoint_every": 3600,
@@ -227,7 +224,7 @@ PROTOCOLS = {
     "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
     "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
     # The same proportions for 12 M parameters, on text of the Hub, which is read once.
-    "lab_gpu": Protocol("gemma2_12m", LAB_GPU, PRETRAIN_LAB_GPU),
+    "lab_gpu": Protocol("gemma2_12m", GPU | LAB_GPU, PRETRAIN_LAB_GPU),
     # Reasoning in miniature: the packaged decoder is trained further, with problems in half of its
     # rows, until it solves about half of them. Then a coprocessor is called once, at the end of
     # each problem.
