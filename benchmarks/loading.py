@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from latent_delib.nn.sizes import SIZES
-from latent_delib.weights import folder, huggingface, names, tensors
+from latent_delib.weights import huggingface, locate, names, tensors
 
 PLAIN = """
 import jax, numpy as np, sys
@@ -46,7 +46,7 @@ def write_random(where: Path, size: str) -> int:
     config = SIZES[size]
     where.mkdir(parents=True)
     (where / "config.json").write_text(json.dumps(huggingface.config_json(config, "bfloat16", {})))
-    shutil.copy(folder.PACKAGED / "tokenizer.model", where)
+    shutil.copy(locate.PACKAGED / "tokenizer.model", where)
     bfloat16, random = np.dtype(ml_dtypes.bfloat16), np.random.default_rng(0)
     wanted = list(names.tensors(config, "huggingface"))
     count = sum(int(np.prod(t.shape)) for t in wanted)

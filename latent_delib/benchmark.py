@@ -39,7 +39,7 @@ from latent_delib.measure import suites
 from latent_delib.measure.scores import ANSWER, Row, format_rows, summarize_scores
 from latent_delib.measure.suites import QUESTIONS
 from latent_delib.weights import coprocessor as exported
-from latent_delib.weights import folder
+from latent_delib.weights import folder, locate
 
 FILE = "benchmarks.json"  # in --out
 MODELS = ("decoder", "augmented", "zero_shot_cot")
@@ -130,7 +130,7 @@ def _find_subject(flags: Any) -> Subject:
         decoder = flags.decoder
         config = {"decoder": {"path": decoder}, "method": {"name": "decoder", "num_latents": 0}}
         record = Record(config, "")
-    where = folder.find_decoder(decoder)
+    where = locate.find_decoder(decoder)
     architecture = folder.read_config(where).to_dict()
     record = dataclasses.replace(
         record, config=config, fingerprint=folder.fingerprint(where), architecture=architecture

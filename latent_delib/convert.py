@@ -38,8 +38,10 @@ from latent_delib.weights import (
     gguf,
     huggingface,
     imported,
+    locate,
     names,
     tensors,
+    tokenizer_files,
 )
 from latent_delib.weights.imported import DTYPES
 from latent_delib.weights.source import Source
@@ -87,7 +89,7 @@ def convert(
         raise UserError(f"--source={source}: expected a local path; download it, and name that")
     files.check_free(Path(out))
     wanted = SIZES[size] if size else None
-    where = folder.local_path(source)
+    where = locate.local_path(source)
     if (where / coprocessor.FILE).is_file():
         raise UserError(f"--source={source}: is an exported coprocessor already; copy the folder")
     if (where / "checkpoints").is_dir():
@@ -97,7 +99,7 @@ def convert(
             )
         return export_coprocessor(source, Path(out))
     with files.atomic_folder(Path(out)) as partial_:
-        if folder.is_ours(where):
+        if locate.is_ours(where):
             if tokenizer:
                 raise UserError(
                     f"--tokenizer={tokenizer}: {source} is a decoder folder of ours, with its own"
@@ -142,11 +144,11 @@ def convert_theirs(
     write_tokenizer = source.write_tokenizer
     if tokenizer:
         Tokenizer(tokenizer)  # raises an error that names the given file, not its copy
-        write_tokenizer = partial(folder.copy_tokenizer, Path(tokenizer))
+        write_tokenizer = partial(tokenizer_files.copy_tokenizer, Path(tokenizer))
     if write_tokenizer is None:
         raise UserError(f"{source.where}: has no tokenizer; give one with --tokenizer=PATH")
     write_tokenizer(out)
-    imported.check_vocabulary(source, Tokenizer(folder.tokenizer_path(out)).vocab_size)
+    imported.check_vocabulary(source, Tokenizer(tokenizer_files.tokenizer_path(out)).vocab_size)
     folder.write_model(out, config, entries, progress(chunks, entries))
 
 
@@ -157,12 +159,12 @@ def convert_ours(
 
     wanted: the architecture that it must have, or None.
     """
-    folder.find_decoder(str(where))
+    locate.find_decoder(str(where))
     config = folder.read_config(where)
     describe(config, wanted, str(where))
     file = folder.open_tensors(where, config)
-    tokenizer = folder.tokenizer_path(where)
-    folder.copy_tokenizer(tokenizer, out)
+    tokenizer = tokenizer_files.tokenizer_path(where)
+    tokenizer_files.copy_tokenizer(tokenizer, out)
     dtypes = dict.fromkeys(file.dtypes, DTYPES[dtype]) if dtype else file.dtypes
     if to == "huggingface":
         return _write_huggingface(file, config, dtypes, Tokenizer(tokenizer), out)
@@ -198,7 +200,7 @@ def _write_huggingface(
     fields = huggingface.config_json(config, dtype, ids)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     if (out / "tokenizer.model").is_file():
-        about = folder.sentencepiece_config(out / "tokenizer.model")
+        about = tokenizer_files.sentencepiece_config(out / "tokenizer.model")
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
     theirs = names.fused(names.tensors(config, "huggingface"))
     entries = {}

@@ -7,15 +7,15 @@ Training and evaluation then read DIR, named in `config.data.token_files`.
 
 from typing import Any
 
-from latent_delib.job.experiment import check
+from latent_delib.data.rows import check_data
 from latent_delib.job.preparation import prepare
 from latent_delib.machine import commands
 from latent_delib.machine.command_line import CONFIG, REQUIRED
 
 
 def main(values: Any) -> None:
-    """Checks the config as a training job would; writes its token files."""
-    check(values.config)
+    """Checks `config.data` as a training job would; writes its token files."""
+    check_data(values.config.data)
     prepare(values.config, values.out)
 
 

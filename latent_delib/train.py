@@ -38,7 +38,7 @@ from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import INTERRUPTED, UserError, device_memory
-from latent_delib.job import build, dry_run, experiment, parameters, preparation, search
+from latent_delib.job import build, dry_run, experiment, own_text, parameters, search
 from latent_delib.job import plan as planning
 from latent_delib.job.checks import check_steps
 from latent_delib.job.experiment import Experiment
@@ -72,7 +72,7 @@ def main(flags: Any) -> None:
     if flags.text or flags.held_out:
         if flags.distributed:
             raise UserError(f"--text={flags.text}: one process prepares it; run prepare first")
-        preparation.use_text(flags.config, flags.text, flags.held_out, flags.workdir)
+        own_text.use_text(flags.config, flags.text, flags.held_out, flags.workdir)
     distributed.split_cores(flags.config.compute.cpu_devices)
     with distributed.job(flags):
         code = train(flags.config, flags.workdir, ctrl_c=True)

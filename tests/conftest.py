@@ -188,7 +188,7 @@ def make_decoder(tokenizer_path, once):
     from latent_delib.machine import files
     from latent_delib.nn import transformer
     from latent_delib.nn.sizes import SIZES
-    from latent_delib.weights import folder
+    from latent_delib.weights import folder, tokenizer_files
 
     def write(path: Path, seed: int, fields: dict) -> None:
         fields = {"vocab_size": Tokenizer(tokenizer_path).vocab_size} | fields
@@ -197,7 +197,7 @@ def make_decoder(tokenizer_path, once):
         leaves = folder.by_name(params)
         entries = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
         with files.atomic_folder(path) as partial:
-            folder.copy_tokenizer(tokenizer_path, partial)
+            tokenizer_files.copy_tokenizer(tokenizer_path, partial)
             folder.write_model(
                 partial, architecture, entries, (np.asarray(leaf) for leaf in leaves.values())
             )

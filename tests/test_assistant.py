@@ -18,7 +18,7 @@ from latent_delib.delib.cost import step_flops
 from latent_delib.errors import UserError
 from latent_delib.job import dry_run, experiment
 from latent_delib.job import plan as planning
-from latent_delib.weights import folder
+from latent_delib.weights import locate
 
 SHARDED = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 # a text of two rows: eight devices split them
@@ -50,7 +50,7 @@ def test_an_assistant_that_cannot_read_the_text_is_refused(config_of, path, said
 
 def test_another_tokenizer_may_know_more_tokens_and_no_token_by_another_number(tokenizer_path):
     own = Tokenizer(tokenizer_path)
-    larger = Tokenizer(folder.PACKAGED / "tokenizer.model")
+    larger = Tokenizer(locate.PACKAGED / "tokenizer.model")
     assert difference(own, own) == ""
     assert "320 pieces, not 1024" in difference(larger, own)
     more = Tokenizer(tokenizer_path)

@@ -17,7 +17,7 @@ from latent_delib.job import build, experiment, parameters
 from latent_delib.job.record import Record
 from latent_delib.lm import load
 from latent_delib.nn.sizes import SIZES
-from latent_delib.weights import folder
+from latent_delib.weights import folder, tokenizer_files
 
 P, L = 48, 2  # learned positions; latents of the tiny config
 RESIZED = {"method.name": "resized", "method.coprocessor": {"learned_positions": 40}}
@@ -31,7 +31,7 @@ def gpt2_folder(tokenizer_path, tmp_path_factory):
     where = tmp_path_factory.mktemp("gpt2")
     leaves = folder.by_name(small.decoder(CONFIG))
     entries = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-    folder.copy_tokenizer(tokenizer_path, where)
+    tokenizer_files.copy_tokenizer(tokenizer_path, where)
     folder.write_model(where, CONFIG, entries, leaves.values())
     return where
 

@@ -131,8 +131,8 @@ def test_training_loads_no_tensorflow():
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
-def test_data_alone_loads_no_jax():
-    code = "import sys, latent_delib.data.token_files, latent_delib.data.batches;"
-    code += "print('jax' in sys.modules)"
+@pytest.mark.parametrize("modules", ["data.token_files, latent_delib.data.batches", "prepare"])
+def test_reading_and_preparing_text_loads_no_jax(modules):
+    code = f"import sys, latent_delib.{modules}; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr

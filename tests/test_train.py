@@ -22,7 +22,7 @@ from latent_delib.data import batches
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.machine import checkpoint, saved_steps
-from latent_delib.weights import folder
+from latent_delib.weights import folder, locate
 from tests import fake_gcs
 from tests.run_command import run_command
 
@@ -370,7 +370,7 @@ def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
     for name, content in decoder.items():
         (tmp_path / "decoder" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "decoder" / name).write_bytes(content)
-    where = folder.find_decoder(str(tmp_path / "decoder"))
+    where = locate.find_decoder(str(tmp_path / "decoder"))
     folder.load(where, folder.read_config(where), np.float32)
     assert any(name.endswith(".xplane.pb") for name in files)
     assert not list(tmp_path.glob("gs:*"))
@@ -403,7 +403,7 @@ def test_what_a_run_leaves(trained, make_config):
     assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
     assert meta["config"]["method"]["num_latents"] == 2
     assert meta["fingerprint"] == folder.fingerprint(
-        folder.find_decoder(meta["config"]["decoder"]["path"])
+        locate.find_decoder(meta["config"]["decoder"]["path"])
     )
     assert not list(trained.glob("*tmp*")) and not list(trained.glob(".*tmp*"))
 
@@ -441,7 +441,7 @@ def test_a_trained_decoder_is_exported(
     }
     config = make_config(settings)
     train.train(config, str(tmp_path))
-    where = folder.find_decoder(str(tmp_path / "decoder"))
+    where = locate.find_decoder(str(tmp_path / "decoder"))
     architecture = folder.read_config(where)
     assert architecture == folder.read_config(decoder_folder)
     assert set(folder.open_tensors(where, architecture).dtypes.values()) == {jnp.dtype("bfloat16")}

@@ -21,10 +21,11 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.checks import check
+from latent_delib.job.preparation import tokenizer_of
 from latent_delib.job.record import Record
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig, differences
-from latent_delib.weights import folder
+from latent_delib.weights import folder, locate, tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
       UserError: the first mistake found; the message names its key.
     """
     check(config)
-    decoder = folder.find_decoder(config.decoder.path) if config.decoder.path else None
+    decoder = locate.find_decoder(config.decoder.path) if config.decoder.path else None
     architecture = _architecture(config, decoder)
     tokenizer = _tokenizer(config, architecture)
     assistant = _assistant(config, tokenizer)
@@ -143,18 +144,9 @@ def _architecture(config: ConfigDict, decoder: Path | None) -> TransformerConfig
     return architecture
 
 
-def tokenizer_path(config: ConfigDict) -> Path:
-    """Returns the file of a config's tokenizer."""
-    name = config.decoder.tokenizer
-    if name not in ("", "packaged"):
-        return Path(name)
-    decoder = name or config.decoder.path or "packaged"
-    return folder.tokenizer_path(folder.find_decoder(decoder))
-
-
 def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer:
     """Loads the config's tokenizer; raises UserError if the decoder has too few vectors for it."""
-    tokenizer = Tokenizer(tokenizer_path(config))
+    tokenizer = Tokenizer(tokenizer_of(config))
     if tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
             f"config.decoder.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, "
@@ -172,8 +164,8 @@ def _assistant(config: ConfigDict, tokenizer: Tokenizer) -> Path | None:
     if not given:
         return None
     try:
-        assistant = folder.find_decoder(given)
-        theirs = Tokenizer(folder.tokenizer_path(assistant))
+        assistant = locate.find_decoder(given)
+        theirs = Tokenizer(tokenizer_files.tokenizer_path(assistant))
     except UserError as error:
         raise UserError(f"config.method.assistant: {error}") from None
     why = tokenizers.difference(tokenizer, theirs)

@@ -16,7 +16,7 @@ from latent_delib.job.experiment import Experiment
 from latent_delib.machine import files
 from latent_delib.machine.workdir import is_remote
 from latent_delib.nn.transformer import Params
-from latent_delib.weights import folder
+from latent_delib.weights import folder, tokenizer_files
 
 
 def export_decoder(
@@ -52,7 +52,7 @@ def export_decoder(
     else:
         to_be_whole = files.atomic_folder(Path(path), replace=True)
     with to_be_whole as partial:
-        folder.copy_tokenizer(exp.tokenizer.path, partial)
+        tokenizer_files.copy_tokenizer(exp.tokenizer.path, partial)
         entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
         folder.write_model(partial, exp.aug.transformer.config, entries, arrays)
         (partial / TRAINED).write_text(json.dumps({"step": step}) + "\n")

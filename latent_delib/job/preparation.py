@@ -1,4 +1,4 @@
-"""Turns the texts of a config into token files.
+"""Turns the texts of a config into token files. Needs no JAX, so that it starts fast.
 
 It reads each source of `config.data.sources` and `config.data.validation` once, with the reader
 that training from text uses too.
@@ -12,13 +12,12 @@ from typing import Any
 
 from latent_delib.data import text, token_files
 from latent_delib.data.rows import BadRecords, Document
-from latent_delib.data.sources import check_files, has_questions, source_of, texts_of
+from latent_delib.data.sources import check_files, has_questions
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
-from latent_delib.job.checks import check, check_steps
-from latent_delib.job.experiment import tokenizer_path as tokenizer_path_of
 from latent_delib.machine import files
 from latent_delib.machine.progress import Progress
+from latent_delib.weights import locate, tokenizer_files
 
 SPLITS = ("train", "validation")
 COUNTS = ("documents", "tokens", "rows", "cut", "skipped")  # printed for each source at the end
@@ -40,7 +39,7 @@ def prepare(config: Any, out: str) -> dict:
     data = config.data
     out = out.rstrip("/")
     check_files([*data.sources, *data.validation])
-    tokenizer_path = str(tokenizer_path_of(config))
+    tokenizer_path = str(tokenizer_of(config))
     readers = {source: text.open_source(source) for source in (*data.sources, *data.validation)}
     meta = _describe(data, tokenizer_path, readers)
     if "://" in out:  # the store's client tries for minutes, without a word
@@ -76,38 +75,13 @@ def prepare(config: Any, out: str) -> dict:
     return meta
 
 
-def use_text(config: Any, text: str, held_out: str, workdir: str) -> None:
-    """Turns a command line's text into WORKDIR/tokens, and names these files in the config.
-
-    Args:
-      config: the config of a training job; its `data` is changed.
-      text, held_out: texts to train on and to evaluate on, in a form of `sources.source_of`.
-
-    Raises:
-      UserError: `text` or `held_out` is missing, or the config names token files; errors of
-        `prepare`.
-    """
-    if not (text and held_out):
-        raise UserError(f"--text={text}, --held_out={held_out}: expected both")
-    shared = texts_of(source_of(text)) & texts_of(source_of(held_out))
-    if shared:
-        raise UserError(
-            f"--held_out={held_out}: {min(shared)} is in --text too, which is trained on; "
-            "name other text"
-        )
-    data = config.data
-    if data.token_files:
-        raise UserError(
-            f"--text={text}, config.data.token_files={data.token_files}: expected one of the two"
-        )
-    data.sources = (source_of(text),)
-    data.weights = (1.0,)
-    data.validation = (source_of(held_out),)
-    check(config)
-    check_steps(config)
-    tokens = f"{workdir.rstrip('/')}/tokens"
-    prepare(config, tokens)
-    data.token_files = tokens
+def tokenizer_of(config: Any) -> Path:
+    """Returns the file of a config's tokenizer."""
+    name = config.decoder.tokenizer
+    if name not in ("", "packaged"):
+        return Path(name)
+    decoder = name or config.decoder.path or "packaged"
+    return tokenizer_files.tokenizer_path(locate.find_decoder(decoder))
 
 
 def _describe(data: Any, tokenizer_path: str, readers: dict[str, text.Reader]) -> dict:

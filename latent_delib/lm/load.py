@@ -29,7 +29,7 @@ from latent_delib.nn.layers import PARAM_AXES, Axes
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 from latent_delib.weights import coprocessor as exported
-from latent_delib.weights import folder, gguf, huggingface, imported
+from latent_delib.weights import folder, gguf, huggingface, imported, locate, tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -119,14 +119,14 @@ def load_decoder(
     dtype = inputs.checked_dtype(dtype)
     mesh = mesh or build.one_device()
     arguments.instance("mesh", mesh, Mesh, "mesh.make")
-    where = folder.local_path(name)
-    if folder.is_theirs(where):
+    where = locate.local_path(name)
+    if locate.is_theirs(where):
         return _load_theirs(where, dtype, mesh)
-    folder.check_ours(where, name)
+    locate.check_ours(where, name)
     config = folder.read_config(where)
     shardings = build.decoder_shardings(mesh, config)
     params = folder.load(where, config, dtype, shardings)
-    own = Tokenizer(folder.tokenizer_path(where))
+    own = Tokenizer(tokenizer_files.tokenizer_path(where))
     return Decoder(config, params, own, folder.fingerprint(where))
 
 
@@ -134,10 +134,12 @@ def _load_theirs(where: Path, dtype: np.dtype, mesh: Mesh) -> Decoder:
     """Loads a decoder in Hugging Face's form or GGUF, as if it had been converted first."""
     source = gguf.open_source(where) if where.is_file() else huggingface.open_source(where)
     if source.write_tokenizer is None:
-        raise UserError(f"{where}: has no tokenizer, neither {' nor '.join(folder.TOKENIZERS)}")
+        raise UserError(
+            f"{where}: has no tokenizer, neither {' nor '.join(tokenizer_files.TOKENIZERS)}"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         source.write_tokenizer(Path(scratch))
-        own = Tokenizer(folder.tokenizer_path(Path(scratch)))
+        own = Tokenizer(tokenizer_files.tokenizer_path(Path(scratch)))
     imported.check_vocabulary(source, own.vocab_size)
     config = source.architecture
     shardings = build.decoder_shardings(mesh, config)
@@ -197,7 +199,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
         params = lora.lay_over(start.params, params)
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
-        fingerprint = folder.fingerprint(folder.find_decoder(decoder_of(workdir, record)))
+        fingerprint = folder.fingerprint(locate.find_decoder(decoder_of(workdir, record)))
     return _of_record(params, record, fingerprint)
 
 
@@ -294,7 +296,7 @@ def decoder_of(workdir: str, record: Record) -> str:
             f"{workdir}: trained with config.decoder.path='', "
             "on random weights that no folder holds; train on a decoder folder"
         )
-    own = folder.tokenizer_path(folder.find_decoder(path))
+    own = tokenizer_files.tokenizer_path(locate.find_decoder(path))
     if record["decoder.tokenizer"] != tokenizer.fingerprint(own):
         raise UserError(f"{workdir}: trained with another tokenizer than {own}, the decoder's")
     return path

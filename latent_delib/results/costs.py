@@ -17,7 +17,7 @@ from latent_delib.results import tables
 from latent_delib.results.entries import Entry, entries, is_control, labels
 from latent_delib.results.runs import PERPLEXITY, Result, Runs
 from latent_delib.results.table_format import Figure, Row, Table, score
-from latent_delib.weights import folder
+from latent_delib.weights import folder, locate
 
 AHEAD = [f"n = {n}" for n in (1, 4, 16, 32)]  # columns
 COSTS = ["trained parameters", "steps", "GFLOP per step", "ms per step"]
@@ -84,7 +84,7 @@ def architecture_of(result: Result) -> TransformerConfig | None:
         with suppress(UserError):  # incomplete
             return TransformerConfig.from_dict(fields or {}, str(result.path))
     with suppress(UserError):  # no such folder on this machine
-        decoder = folder.find_decoder(record["decoder.path"])
+        decoder = locate.find_decoder(record["decoder.path"])
         if folder.fingerprint(decoder) == record.fingerprint:
             return folder.read_config(decoder)
     return None

@@ -24,12 +24,12 @@ from latent_delib.errors import UserError
 from latent_delib.machine import files
 from latent_delib.nn.sizes import TransformerConfig, checked
 from latent_delib.nn.transformer import BODY, TABLES, Params
-from latent_delib.weights import folder, hub, names, tensors
+from latent_delib.weights import folder, hub, locate, names, tensors
 from latent_delib.weights.tensors import TensorFile
 
 FORMAT = "latent_delib coprocessor 2"
 FILE = "coprocessor.json"
-PACKAGED = folder.PACKAGED / "coprocessor"
+PACKAGED = locate.PACKAGED / "coprocessor"
 FIELDS = {"fingerprint": str, "architecture": dict, "record": dict}
 
 

@@ -12,8 +12,7 @@ import numpy as np
 from latent_delib.errors import UserError
 from latent_delib.machine import files
 from latent_delib.nn.sizes import FAMILIES, TransformerConfig, checked, differences, family
-from latent_delib.weights import folder as folder_lib
-from latent_delib.weights import names
+from latent_delib.weights import names, tokenizer_files
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import TensorFile, read_dtype
 
@@ -150,7 +149,7 @@ def open_source(where: Path) -> Source:
                 "but config.json says tie_word_embeddings=True"
             )
         del shapes[HEAD]
-    writer = folder_lib.tokenizer_writer(where)
+    writer = tokenizer_files.tokenizer_writer(where)
     return Source(str(where), "huggingface", config, shapes, dtypes, read_tensor, writer)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
-from latent_delib.weights import folder, gguf_vocabulary
+from latent_delib.weights import gguf_vocabulary, tokenizer_files
 
 STORED = json.loads((Path(__file__).parents[1] / "golden" / "chat.json").read_text())
 VOCABULARY = Path(__file__).parents[1] / "golden" / "tokenizer.model"
@@ -113,12 +113,12 @@ def test_a_template_goes_where_the_tokenizer_goes(stored, tmp_path):
     (tmp_path / "theirs" / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": stored})
     )
-    folder.copy_tokenizer(tmp_path / "theirs" / "tokenizer.model", tmp_path / "ours")
+    tokenizer_files.copy_tokenizer(tmp_path / "theirs" / "tokenizer.model", tmp_path / "ours")
     assert (tmp_path / "ours" / "chat_template.jinja").read_text() == "a"
     # The template is no part of the tokenizer: text has the same tokens.
     assert fingerprint(tmp_path / "ours" / "tokenizer.model") == fingerprint(VOCABULARY)
     (tmp_path / "theirs" / "chat_template.jinja").write_text("b")
-    folder.copy_tokenizer(tmp_path / "theirs" / "tokenizer.model", tmp_path / "ours")
+    tokenizer_files.copy_tokenizer(tmp_path / "theirs" / "tokenizer.model", tmp_path / "ours")
     assert (tmp_path / "ours" / "chat_template.jinja").read_text() == "b"
 
 
@@ -128,14 +128,14 @@ def test_a_template_that_is_no_text(tmp_path):
     with pytest.raises(UserError, match="chat_template.jinja: not UTF-8 at byte 1"):
         Tokenizer(tmp_path / "tokenizer.model")
     with pytest.raises(UserError, match="chat_template.jinja: not UTF-8 at byte 1"):
-        folder.chat_template(tmp_path)
+        tokenizer_files.chat_template(tmp_path)
 
 
 @pytest.mark.parametrize("stored", [3, NAMED[:1], [3]])
 def test_templates_of_another_form(stored, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": stored}))
     with pytest.raises(UserError, match="tokenizer_config.json: chat_template: expected"):
-        folder.chat_template(tmp_path)
+        tokenizer_files.chat_template(tmp_path)
 
 
 def test_a_gguf_has_its_template(tmp_path):

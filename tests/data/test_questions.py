@@ -10,7 +10,7 @@ from latent_delib.data import batches, questions, text, token_files
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job import preparation
-from latent_delib.weights import folder
+from latent_delib.weights import locate, tokenizer_files
 
 KINDS = {"qa": (False, 0), "qa_steps": (True, 0), "qa_steps-1": (True, 1)}
 ROW = {"question": "What is 3 + 4?", "answer": "7", "steps": "3 + 4\nis 7,"}
@@ -18,7 +18,7 @@ ROW = {"question": "What is 3 + 4?", "answer": "7", "steps": "3 + 4\nis 7,"}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(folder.tokenizer_path(folder.find_decoder("packaged")))
+    return Tokenizer(tokenizer_files.tokenizer_path(locate.find_decoder("packaged")))
 
 
 def line(**changes):

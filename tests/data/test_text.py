@@ -18,7 +18,7 @@ from latent_delib.data import batches, rows, token_files
 from latent_delib.data import text as reader
 from latent_delib.errors import UserError
 from latent_delib.machine import progress
-from latent_delib.weights.folder import PACKAGED
+from latent_delib.weights.locate import PACKAGED
 
 BOS, PAD, T = 2, 0, 16
 TEXT = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"

@@ -27,7 +27,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.machine import files
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import SIZES
-from latent_delib.weights import folder
+from latent_delib.weights import folder, tokenizer_files
 
 WORDS = (
     "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
@@ -100,7 +100,7 @@ def make_decoder(texts: list[str]) -> None:
     dtype = np.dtype(ml_dtypes.bfloat16)
     entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
     with files.atomic_folder(Path("decoder")) as partial:
-        folder.copy_tokenizer(Path("tokenizer.model"), partial)
+        tokenizer_files.copy_tokenizer(Path("tokenizer.model"), partial)
         folder.write_model(
             partial, architecture, entries, (np.asarray(x).astype(dtype) for x in leaves.values())
         )

@@ -5,7 +5,7 @@ import pytest
 from latent_delib import train
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
-from latent_delib.job import experiment, preparation
+from latent_delib.job import experiment, own_text
 
 MISTAKES = [
     ({"method.lora_rank": -1}, "config.method.lora_rank=-1"),
@@ -90,7 +90,7 @@ def test_a_teacher_needs_steps_to_read(make_config, sources, tmp_path):
             train.train(config, str(tmp_path / "workdir"))
     config = make_config(distilled | {"data.token_files": ""})
     with pytest.raises(UserError, match=r"no .* steps in .* config.data.sources"):
-        preparation.use_text(config, sources["train"], with_steps[0], str(tmp_path / "workdir"))
+        own_text.use_text(config, sources["train"], with_steps[0], str(tmp_path / "workdir"))
     assert not (tmp_path / "workdir").exists()
 
 

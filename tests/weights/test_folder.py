@@ -20,7 +20,7 @@ from latent_delib.job import experiment
 from latent_delib.lm import load
 from latent_delib.machine import files
 from latent_delib.nn.layers import PARAM_AXES
-from latent_delib.weights import coprocessor, folder
+from latent_delib.weights import coprocessor, folder, locate
 from latent_delib.weights.tensors import TensorFile
 
 
@@ -98,7 +98,7 @@ def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path):
     assert folder.fingerprint(where) == hashed(decoder_folder) != hashed(where)
     (where / "fingerprint.json").unlink()  # as folders were written before
     assert folder.fingerprint(where) == hashed(where)
-    assert folder.fingerprint(folder.PACKAGED) == hashed(folder.PACKAGED)
+    assert folder.fingerprint(locate.PACKAGED) == hashed(locate.PACKAGED)
 
 
 def test_old_checkpoints_fit_converted_decoders(hf, tmp_path):

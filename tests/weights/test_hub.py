@@ -9,7 +9,7 @@ import pytest
 
 from latent_delib.convert import convert
 from latent_delib.errors import Outage, UserError
-from latent_delib.weights import folder, hub
+from latent_delib.weights import folder, hub, locate
 from tests.fake_hub import environment, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,12 +37,12 @@ def ask(*names: str, **variables: str) -> list[str]:
 def test_models_are_fetched_once_and_stay(tmp_path):
     model = tmp_path / "models" / "me" / "decoder"
     model.mkdir(parents=True)
-    for path in folder.PACKAGED.iterdir():
+    for path in locate.PACKAGED.iterdir():
         if path.is_file():
             (model / path.name).write_bytes(path.read_bytes())
     convert("packaged", str(tmp_path / "models" / "me" / "theirs"), "huggingface")
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
-    expected = folder.fingerprint(folder.PACKAGED)
+    expected = folder.fingerprint(locate.PACKAGED)
     with serving(tmp_path / "models") as server:
         there = environment(server, tmp_path / "cache")
         names = ("hf:me/decoder", "hf:me/decoder@other", "hf:me/gated", "hf:me/absent")

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from latent_delib.convert import convert
 from latent_delib.errors import UserError
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences
-from latent_delib.weights import folder, huggingface
+from latent_delib.weights import folder, huggingface, locate, tokenizer_files
 
 # What the makers' own config.json files say, of the keys that matter; what they leave out is left
 # out here.
@@ -521,10 +521,10 @@ def test_a_checkpoint_is_inside_a_workdir(tmp_path):
 def test_the_packaged_decoder_is_a_source(tmp_path):
     convert("packaged", str(tmp_path / "out"))
     theirs, ours = (
-        folder.open_tensors(f, folder.read_config(f)) for f in (folder.PACKAGED, tmp_path / "out")
+        folder.open_tensors(f, folder.read_config(f)) for f in (locate.PACKAGED, tmp_path / "out")
     )
     assert theirs.shapes == ours.shapes
-    refused(folder.PACKAGED / "coprocessor", tmp_path / "again", "exported coprocessor already")
+    refused(locate.PACKAGED / "coprocessor", tmp_path / "again", "exported coprocessor already")
 
 
 def test_arguments_that_are_refused(hf, tmp_path):
@@ -563,11 +563,11 @@ def test_tokens_that_a_model_was_given_later(hf, changes, name):
     where = hf("llama")
     listed = {"added_tokens": changes.get("added_tokens", [])}  # as `transformers` 5 writes them
     (where / "tokenizer.json").write_text(json.dumps(listed))
-    assert folder.tokenizer_path(where).name == "tokenizer.model"
-    about = folder.sentencepiece_config(where / "tokenizer.model") | changes
+    assert tokenizer_files.tokenizer_path(where).name == "tokenizer.model"
+    about = tokenizer_files.sentencepiece_config(where / "tokenizer.model") | changes
     about["chat_template"] = "{{ bos_token }}<s>{{ messages }}<|im_end|>"
     (where / "tokenizer_config.json").write_text(json.dumps(about))
-    assert folder.tokenizer_path(where).name == name
+    assert tokenizer_files.tokenizer_path(where).name == name
 
 
 def test_a_tokenizer_larger_than_the_token_table(hf, tmp_path):

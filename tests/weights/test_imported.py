@@ -10,7 +10,7 @@ import pytest
 import latent_delib as ld
 from latent_delib import mesh as mesh_lib
 from latent_delib.convert import convert
-from latent_delib.weights import folder
+from latent_delib.weights import locate
 
 
 @pytest.mark.parametrize("family", ["gemma2", "llama", "qwen2"])
@@ -35,7 +35,7 @@ def test_a_folder_of_hugging_face_s(hf, tmp_path, family):
 def test_what_is_refused(hf, tmp_path):
     theirs = hf("llama")
     with pytest.raises(ld.UserError, match="expected a folder that latent_delib.convert has made"):
-        folder.find_decoder(str(theirs))  # as training does
+        locate.find_decoder(str(theirs))  # as training does
     (theirs / "tokenizer.model").unlink()
     with pytest.raises(ld.UserError, match="has no tokenizer"):
         ld.load_decoder(theirs)
