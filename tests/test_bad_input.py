@@ -449,7 +449,7 @@ def test_a_config_is_refused_before_any_text_is_read(error, config_file, tmp_pat
     """And before TensorFlow is imported."""
     monkeypatch.setitem(sys.modules, "latent_delib.data.tasks", None)
     for argument, words in (
-        ("--config.train.steps=0", "config.train.steps=0"),
+        ("--config.data.seq_len=1", "config.data.seq_len"),
         ("--config.data.sources=()", "config.data.sources"),
     ):
         named(
