@@ -1,4 +1,4 @@
-"""Text that is named on the command line of `train`, made into token files."""
+"""Makes token files of the text that `train --text` names."""
 
 from typing import Any
 
