@@ -1,4 +1,4 @@
-"""Finds the tokenizer in a decoder's folder, ours or Hugging Face's, and copies it with its files."""
+"""Finds the tokenizer in a decoder's folder, ours or Hugging Face's; copies it with its files."""
 
 import functools
 import shutil
