@@ -105,17 +105,21 @@ LAB = MUON | {  # two CPU cores
     "evaluate.max_positions": 16,
 }
 LAB_GPU = MUON | {  # one GPU; the laboratory's optimizer and proportions
-    "data.sources": ("hf:allenai/c4/realnewslike:train:text",),  # 38 GB of news
+    "data.sources": (
+        "hf:allenai/c4/realnewslike:train:text",  # 38 GB of news
+        "hf:HuggingFaceFW/fineweb-edu/sample-10BT:train:text",  # 48 GB of pages that teach
+    ),
+    "data.weights": (38.0, 48.0),  # so that both are read once
     "data.validation": (
         "hf:allenai/c4/realnewslike:validation:text",
         "files:runs/mixture/validation/*.txt",
     ),
     "decoder.path": "runs/paper/lab_gpu/pretrain/decoder",
     "decoder.tokenizer": "runs/paper/lab_gpu/tokenizer.model",  # of tools.make_vocabulary
-    "train.steps": 36_000,  # 1.2 G predicted tokens
+    "train.steps": 93_000,  # 3.0 G predicted tokens
     "train.batch_size": 64,
-    "train.checkpoint_every": 3600,
-    "train.keep_every": 3600,
+    "train.checkpoint_every": 9300,
+    "train.keep_every": 9300,
     "evaluate.max_pieces": 2000,
 }
 PRETRAIN_LAB = {
@@ -170,8 +174,8 @@ PRETRAIN_LAB_GPU = {
     "optimizer.final_fraction": 0.01,
     "optimizer.weight_decay": 0.1,
     "train.batch_size": 256,
-    "train.steps": 88_000,  # 11.5 G tokens, about all that there are
-    "train.keep_every": 22_000,
+    "train.steps": 196_000,  # 26 G tokens, about all that there are
+    "train.keep_every": 49_000,
 }
 PRETRAIN_GPU = {
     "decoder.export_dtype": "bfloat16",
@@ -223,8 +227,8 @@ PROTOCOLS = {
     ),
     "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
     "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
-    # The same proportions for 12 M parameters, on text of the Hub, which is read once.
-    "lab_gpu": Protocol("gemma2_12m", GPU | LAB_GPU, PRETRAIN_LAB_GPU),
+    # The same proportions for 30 M parameters, on text of the Hub, which is read once.
+    "lab_gpu": Protocol("gemma2_30m", GPU | LAB_GPU, PRETRAIN_LAB_GPU),
     # Reasoning in miniature: the packaged decoder is trained further, with problems in half of its
     # rows, until it solves about half of them. Then a coprocessor is called once, at the end of
     # each problem.
@@ -238,10 +242,8 @@ PROTOCOLS = {
     # Latents instead of steps: the packaged decoder learns to answer in written steps. Then each
     # experiment learns to answer at once. The decoder that has read the steps teaches `distilled`.
     "hops": Protocol("gemma2_160k", LAB | HOPS, PRETRAIN_LAB | PRETRAIN_HOPS),
-    # A decoder of 49 M parameters that `pretrain` trains on the mixture; one GPU. It reads 240 M
-    # tokens, the mixture two to three times. If its training loss is not flat at the end, it needs
-    # more steps. But a decoder that knows its text by heart teaches a coprocessor nothing
-    # (docs/earlier_results.md): if you have more text, read it once.
+    # A decoder of 49 M parameters that reads the mixture two to three times, 240 M tokens; one GPU.
+    # One that knows its text by heart teaches a coprocessor nothing (docs/earlier_results.md).
     "a_gpu": Protocol(
         "gemma2_49m",
         GPU

@@ -310,8 +310,8 @@ SIZES: dict[str, TransformerConfig] = {
     "gemma2_58k": _size(_GEMMA2, 2, 32, 2, 1, 16, 96, 1024, window=64),
     "gemma2_23k": _size(_GEMMA2, 2, 16, 1, 1, 16, 48, 1024, window=64),
     "gemma2_3m": _size(_GEMMA2, 4, 192, 4, 2, 64, 768, 4096, window=128),
-    # Protocol lab_gpu of configs/paper: as many parameters as the text has thousands of tokens.
-    "gemma2_12m": _size(_GEMMA2, 6, 384, 6, 2, 64, 1152, 4096, window=256),
+    # Protocol lab_gpu of configs/paper: its text has nearly 1,000 tokens for each parameter.
+    "gemma2_30m": _size(_GEMMA2, 8, 512, 8, 4, 64, 1792, 4096, window=256),
     # Protocol a_gpu: a size that one GPU can train on the mixture within minutes.
     "gemma2_49m": _size(_GEMMA2, 12, 512, 8, 4, 64, 2048, 4096, window=256),
     # For tests: most features of the architecture in about 50,000 parameters.
