@@ -38,10 +38,14 @@ def get_config() -> ConfigDict:
     # Latents are put only where the text ends with this, such as "Answer:", in training and
     # evaluation. Method "decoder" learns only the tokens that follow it. "": no such limit.
     c.method.prompt_end = ""
+    # How many text tokens before the latents the decoder still sees; the coprocessor sees them all.
+    # 0: all.
+    c.method.visible_text = 0
     c.method.assistant = ""  # for "assistant": path of another decoder of the same vocabulary
-    # Latents replace the written steps of questions (qa_steps:...). With this weight w, in [0, 1],
-    # the loss is w times the divergence from the decoder that has read the steps, plus 1 - w times
-    # the loss of the answer. 0: steps are ordinary text.
+    # With this weight w, in [0, 1], the loss is w times the divergence from the decoder that has
+    # read more, plus 1 - w times the loss of the text. It has read the text that `visible_text`
+    # hides. With visible_text 0 it has read the written steps of questions (qa_steps:...), and
+    # latents replace these. 0: no teacher, and steps are ordinary text.
     c.method.distill = 0.0
     c.method.coprocessor = ConfigDict()  # for "resized": TransformerConfig unlike the decoder's
 

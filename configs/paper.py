@@ -260,6 +260,7 @@ PROTOCOLS = {
     ),
 }
 
+SHORT_TEXT = {"method.visible_text": 16}
 SLOW = {"optimizer.learning_rate": 3e-4}  # where the decoder's own weights are trained
 TASKS = {  # made by tools.make_tasks; these steps see each problem a few times
     "data.sources": ("files:runs/tasks/text/train/*.txt",),
@@ -275,9 +276,8 @@ TASKS = {  # made by tools.make_tasks; these steps see each problem a few times
 # Experiment -> what differs from `overlay`.
 EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     # Cache augmentation (Liu et al. 2025), by placement and number of latents. overlay: latents
-    # share positions with the text that they follow. after, the paper's placement: latents follow
-    # the text, and later text moves on. before: latents are between the text and its last token,
-    # which is read again.
+    # share positions with the text that they follow. after, the paper's: they follow the text, and
+    # later text moves on. before: they precede the last token of the text, which is read again.
     "overlay": {},
     "overlay_4": {"method.num_latents": 4},
     "overlay_8": {"method.num_latents": 8},
@@ -322,12 +322,8 @@ EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
     "unified_fast": {"method.name": "unified"},
-    # Related methods, in this order: trained vectors that recur among the tokens (latent tokens; a
-    # training trace has 16, as many as in the other methods); a coprocessor that starts from
-    # another decoder and reads that decoder's cache (SoftCoT, Cache-to-Cache); keys and values
-    # trained once for all texts (Cartridges); and a decoder that feeds its outputs back as its next
-    # inputs (Coconut). `assistant` needs a decoder of the same vocabulary: the GPU's protocols have
-    # none.
+    # Related methods (docs/method.md): latent tokens, of which a training trace has 16 too; SoftCoT
+    # and Cache-to-Cache, which need a second decoder of the same vocabulary; Cartridges; Coconut.
     "latent_tokens": {
         "method.name": "latent_tokens",
         "method.placement": "shared",
@@ -338,8 +334,12 @@ EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     "cartridge": {"method.name": "cartridge"},
     "feedback": {"method.name": "feedback"} | SLOW,
     "feedback_fast": {"method.name": "feedback"},
-    # Latents in place of written steps, taught by the decoder that has read the steps (CODI, KaVa).
+    # Latents in place of written steps, or of all text but the last 16 tokens. The decoder that has
+    # read them may teach (CODI, KaVa).
     "distilled": {"method.distill": 0.5} | HOPS_WRITTEN,
+    "short_text": SHORT_TEXT,
+    "short_text_distilled": SHORT_TEXT | {"method.distill": 0.5},
+    "short_text_static": SHORT_TEXT | {"method.name": "static_tokens"},
     # Controls: the decoder itself, trained for as long on the same text: in whole, at a small rate
     # or at the coprocessor's rate, and by adapters.
     "decoder": {"method.name": "decoder"} | SLOW,

@@ -224,11 +224,13 @@ def trace_nll(
     delay=0,
     z=None,
     L=None,
+    hidden=0,
 ):
     """-log p of up to `num_ahead` tokens after document[p], given document[: p + 1] and latents.
 
     Latents were written `delay` tokens before, or are `z` [L, D]. The coprocessor's call is one
-    dense sequence; the decoder's is another: text, latents, text again.
+    dense sequence; the decoder's is another: text, latents, text again. There, latents and what
+    follows them do not see the first `hidden` tokens.
     """
     L = L or len(coprocessor["soft_tokens"])
     kept = p + 1 if placement == "after" else p
@@ -251,7 +253,9 @@ def trace_nll(
         np.arange(kept, len(text)) + shift,
     ]
     given = (kept, coprocessor["keys"], coprocessor["values"]) if method == "cartridge" else None
-    out = forward(config, [(decoder, x)], np.concatenate(position), causal(len(x)), given)
+    visible = causal(len(x))
+    visible[kept:, :hidden] = False
+    out = forward(config, [(decoder, x)], np.concatenate(position), visible, given)
     # from the last latent on, or from x_p where that follows the latents
     predicting = out[p + L :][: len(targets)]
     return nll(config, decoder, predicting, targets)

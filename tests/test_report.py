@@ -504,6 +504,9 @@ def test_the_heading_of_an_evaluation_names_the_end_of_a_prompt():
     of = config(prompt_end="Answer:", distill=0.5) | {"evaluate": {}}
     heading = evaluation.as_text(about | {"config": of})
     assert ", placement after, after 'Answer:', without the steps, 2 pieces" in heading
+    of = config(visible_text=8, distill=0.5) | {"evaluate": {}}
+    heading = evaluation.as_text(about | {"config": of})
+    assert ", placement after, 8 tokens of the text visible, 2 pieces" in heading
 
 
 def test_every_evaluation_is_there(tmp_path):

@@ -44,8 +44,9 @@ class Augmentation:
       logits of at most four times as many tokens.
     coprocessor: the coprocessor's transformer, also used for the assistant; None: the decoder's.
     every: number of ahead tokens after which latents join again, and stay; 0: they join once.
-    distill: weight in [0, 1] of the divergence from the decoder that has read the steps. The
-      cross-entropy of the text has the remaining weight.
+    distill: weight in [0, 1] of the divergence from the decoder that has read more: the steps, or
+      the text before `visible_text`. The cross-entropy of the text has the remaining weight.
+    visible_text: number of text tokens before the latents that the decoder still sees; 0: all.
     """
 
     transformer: Transformer
@@ -56,6 +57,7 @@ class Augmentation:
     coprocessor: Transformer | None = None
     every: int = 0
     distill: float = 0.0
+    visible_text: int = 0
 
     @property
     def writes_latents(self) -> bool:
@@ -125,6 +127,7 @@ class Augmentation:
             delay_BM,
             self.every,
             steps_end,
+            self.visible_text,
         )
 
 
@@ -325,7 +328,8 @@ def loss(
 def teacher_outputs(reading: Reading, traces: Traces) -> jax.Array:
     """Returns the decoder's outputs [B, M, A, D] that predict the ahead tokens from the text.
 
-    The decoder has read all text before them, including steps that a trace skips, but no latents.
+    The decoder has read all text before them, but no latents. This includes steps that a trace
+    skips, and text that it does not see.
     """
     B, T, D = reading.outputs.shape
     before_BR = jnp.minimum(traces.ahead - 1, T - 1).reshape(B, -1)

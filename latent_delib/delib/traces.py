@@ -208,6 +208,7 @@ def lay_out(
     delay_BM: jax.Array | int = 0,
     every: int = 0,
     steps_end: Sequence[int] = (),
+    visible_text: int = 0,
 ) -> Traces:
     """Lays out the traces at text tokens `at_BM` of packed rows. See `Traces`.
 
@@ -224,6 +225,8 @@ def lay_out(
       every: number of ahead tokens after which latents join again, and stay; 0: they join once.
       steps_end: see `first_ahead`. Ahead tokens have the positions that they would have without
         the steps.
+      visible_text: number of text tokens, x_p the last of them, that the decoder's latents and
+        ahead tokens still see; 0: all. The coprocessor sees all of them in any case.
     """
     place = PLACEMENTS[placement]
     T = tokens_BT.shape[1]
@@ -237,6 +240,7 @@ def lay_out(
     p = at - start  # position of x_p in its document
     delay = jnp.broadcast_to(delay_BM, at_BM.shape)[..., None]
     written = jnp.maximum(p - delay, 0)  # position of the last token that the coprocessor knows
+    visible = jnp.maximum(at + 1 - visible_text, start) if visible_text else start
 
     groups = group_offsets(num_ahead, every)
     from_p = np.add.outer(groups, place.latents(num_latents)).reshape(-1)
@@ -256,15 +260,15 @@ def lay_out(
     if every:
         position = position[..., reading_order(num_latents, num_ahead, placement, every)]
 
-    def bounds(like: jax.Array, stop: jax.Array) -> Bounds:
+    def bounds(like: jax.Array, start: jax.Array, stop: jax.Array) -> Bounds:
         found = (start, stop, 0)
         return Bounds(*(jnp.broadcast_to(x, like.shape).astype(jnp.int32) for x in found))
 
     return Traces(
         latent_position=latent_position,
-        latent_bounds=bounds(latent_position, start + written + 1),
+        latent_bounds=bounds(latent_position, start, start + written + 1),
         position=position,
-        bounds=bounds(position, jnp.maximum(at + 1 - place.reread, start)),
+        bounds=bounds(position, visible, jnp.maximum(at + 1 - place.reread, start)),
         inputs=take(tokens_BT, jnp.concatenate([again, ahead[..., :-1]], axis=-1)),
         ahead=ahead,
         targets=take(tokens_BT, ahead),

@@ -69,11 +69,11 @@ def check(config: ConfigDict) -> None:
 
 
 def check_steps(config: ConfigDict) -> None:
-    """Raises UserError where `method.distill` is set and a source of text has no steps.
+    """Raises UserError where latents replace the steps and a source of text has no steps.
 
     A dry run reads no text, so it does not call this function.
     """
-    if not config.method.distill:
+    if not replaces_steps(config.method):
         return
     fields = ["sources"]
     if config.train.validate_every:
@@ -86,6 +86,11 @@ def check_steps(config: ConfigDict) -> None:
                     f"{source!r} of config.data.{field}; expected qa_steps:..., or "
                     "config.method.distill=0"
                 )
+
+
+def replaces_steps(m: ConfigDict) -> bool:
+    """Tells whether latents replace the written steps of questions, which the teacher reads."""
+    return m.distill > 0 and not m.visible_text
 
 
 def _check_finite(config: ConfigDict) -> None:
@@ -163,6 +168,11 @@ def _check_method(m: ConfigDict) -> None:
         )
     if m.max_delay and row.write is not None and not row.reads_text:
         raise UserError(_no_text("method.max_delay", m.max_delay, m.name))
+    if m.visible_text and (row.write is None or row.recurs):
+        why = "has no latents" if row.write is None else "has latents that recur"
+        raise UserError(
+            f"config.method.visible_text={m.visible_text}: method {m.name!r} {why}; leave it 0"
+        )
     if row.writes_keys and not PLACEMENTS[m.placement].reread:
         fit = [name for name in sorted(PLACEMENTS) if PLACEMENTS[name].reread]
         raise UserError(
@@ -205,7 +215,7 @@ def _check_groups(m: ConfigDict) -> None:
 
 
 def _check_distill(m: ConfigDict) -> None:
-    """Raises UserError where `method.distill` lacks a frozen decoder or a place for the steps."""
+    """Raises UserError where `method.distill` lacks a frozen decoder that has read more."""
     if not m.distill:
         return
     given = f"config.method.distill={m.distill:g}"
@@ -217,10 +227,11 @@ def _check_distill(m: ConfigDict) -> None:
             f"{given}: method {m.name!r} trains the decoder; expected a method that writes latents "
             "for a frozen one, which is the teacher"
         )
-    if m.prompt_end != questions.PROMPT_END:
+    if replaces_steps(m) and m.prompt_end != questions.PROMPT_END:
         raise UserError(
             f"{given}: config.method.prompt_end={m.prompt_end!r}, expected "
-            f"{questions.PROMPT_END!r}, after which the steps begin"
+            f"{questions.PROMPT_END!r}, after which steps begin that only the teacher reads, or "
+            "config.method.visible_text above 0, which hides text from the student"
         )
 
 

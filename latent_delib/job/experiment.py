@@ -20,7 +20,7 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job import build
-from latent_delib.job.checks import check
+from latent_delib.job.checks import check, replaces_steps
 from latent_delib.job.preparation import tokenizer_of
 from latent_delib.job.record import Record
 from latent_delib.nn import transformer
@@ -62,8 +62,8 @@ class Experiment:
 
     @property
     def steps_end(self) -> tuple[int, ...]:
-        """Returns the tokens that end the steps which latents replace; none without a teacher."""
-        return questions.steps_end(self.tokenizer) if self.config.method.distill else ()
+        """Returns the tokens that end the steps, where latents replace these; otherwise none."""
+        return questions.steps_end(self.tokenizer) if replaces_steps(self.config.method) else ()
 
     @property
     def adapts_start(self) -> bool:
@@ -107,6 +107,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         coprocessor=None if coprocessor is None else model(coprocessor),
         every=config.method.every,
         distill=config.method.distill,
+        visible_text=config.method.visible_text,
     )
     _check_positions(config, aug)
     return Experiment(

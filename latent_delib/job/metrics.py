@@ -63,7 +63,7 @@ class Metrics:
         self.steps = t.steps
         self.allowed = t.max_bad_steps
         self.prompt_end = f"config.method.prompt_end={c.method.prompt_end!r}"
-        if c.method.distill:
+        if exp.steps_end:
             self.prompt_end += " and the steps that follow"
         self.steps_between_saves = min(t.checkpoint_every, t.steps)
         # Computed now: during training the device would answer only after the step that is running.

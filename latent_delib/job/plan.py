@@ -158,8 +158,11 @@ def _shapes(exp: Experiment) -> str:
     if m.prompt_end:
         learned = "latents" if exp.aug.writes_latents else "loss"
         parts.append(f"{learned} after {m.prompt_end!r}")
+    if m.visible_text:
+        parts.append(f"{m.visible_text} tokens of the text visible")
     if m.distill:
-        parts.append(f"{m.distill:g} of the loss from the decoder that has read the steps")
+        more = "the steps" if exp.steps_end else "all the text"
+        parts.append(f"{m.distill:g} of the loss from the decoder that has read {more}")
     if m.lora_rank:
         parts.append(f"adapters of rank {m.lora_rank}")
     if c.train.accumulation > 1:

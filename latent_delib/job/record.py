@@ -18,6 +18,7 @@ METHOD = (
     "method.num_latents",
     "method.placement",
     "method.every",
+    "method.visible_text",
     "method.lora_rank",
     "method.start",
     "method.coprocessor",
@@ -80,6 +81,7 @@ BEFORE = {
     "method.max_delay": 0,
     "method.prompt_end": "",
     "method.start": "",
+    "method.visible_text": 0,
     "optimizer.name": "adamw",
 }
 REMEDY = {

@@ -177,11 +177,14 @@ def join(
       The state and the cache to decode with.
     """
     traces = _trace(aug, state.text, state.length)
-    # The entries of tokens that are read again are dropped first.
+    # The entries of tokens that are read again are dropped first, and of text that is out of sight.
     reread = traces.inputs.shape[2]
     read = plain._replace(length=jnp.maximum(plain.length - reread, 0))
+    if aug.visible_text:
+        read = cache_lib.last_entries(read, max(aug.visible_text - reread, 0))
+    zero = jnp.zeros_like(traces.position)
     stop = jnp.broadcast_to(read.length[:, None, None], traces.position.shape)
-    traces = traces._replace(bounds=traces.bounds._replace(prefix_stop=stop))
+    traces = traces._replace(bounds=Bounds(zero, stop, zero))
     out_BMAD, kv = augment.decode(aug, params, z, read, traces)
     count_B = jnp.full_like(read.length, aug.num_latents + reread)
     cache = cache_lib.append(read, kv, traces.position[:, 0], count_B)

@@ -75,6 +75,7 @@ class Coprocessor:
     architecture: the coprocessor's architecture; None: the decoder's.
     every: number of tokens after which its latents recur; 0: they do not.
     assistant: the other decoder whose cache it reads, or None.
+    visible_text: number of text tokens before the latents that the decoder still sees; 0: all.
     """
 
     params: Params
@@ -86,6 +87,7 @@ class Coprocessor:
     architecture: TransformerConfig | None = None
     every: int = 0
     assistant: Assistant | None = None
+    visible_text: int = 0
 
     def __repr__(self) -> str:
         dtype = jax.tree.leaves(self.params)[0].dtype
@@ -112,8 +114,7 @@ def load_decoder(
         its devices.
 
     Raises:
-      UserError: files are missing, tensors do not fit the architecture, or `dtype` is neither of
-        these.
+      UserError: files are missing, tensors do not fit, or `dtype` is neither of these.
     """
     name = arguments.path("path", path)
     dtype = inputs.checked_dtype(dtype)
@@ -124,8 +125,7 @@ def load_decoder(
         return _load_theirs(where, dtype, mesh)
     locate.check_ours(where, name)
     config = folder.read_config(where)
-    shardings = build.decoder_shardings(mesh, config)
-    params = folder.load(where, config, dtype, shardings)
+    params = folder.load(where, config, dtype, build.decoder_shardings(mesh, config))
     own = Tokenizer(tokenizer_files.tokenizer_path(where))
     return Decoder(config, params, own, folder.fingerprint(where))
 
@@ -155,8 +155,7 @@ def load_coprocessor(
     """Loads the coprocessor that a training job wrote, or one that was exported.
 
     Args:
-      workdir: the job's workdir; an exported coprocessor, as its folder or "hf:OWNER/NAME"; or
-        "packaged".
+      workdir: the job's workdir; an exported coprocessor's folder or "hf:OWNER/NAME"; "packaged".
       step: the step of the checkpoint; by default the newest that can be read.
       assistant: the assistant's path, as in `load_decoder`; by default the path in training.
         AugmentedLM loads the assistant.
@@ -215,6 +214,7 @@ def _of_record(params: Params, record: Record, fingerprint: str) -> Coprocessor:
         build.own_architecture(record, TransformerConfig(**record.architecture)),
         record["method.every"],
         assistant_of(record),
+        record["method.visible_text"],
     )
 
 
@@ -349,10 +349,16 @@ def augmentation(
         theirs = c.fingerprint[:SHORT]
         this = decoder.fingerprint[:SHORT]
         raise UserError(f"coprocessor belongs to decoder {theirs}, this decoder is {this}")
-    own = None
-    if c.architecture is not None:
-        own = build.transformer(c.architecture, mesh, dtype, form=attention)
-    return Augmentation(model, c.method, c.num_latents, c.placement, coprocessor=own, every=c.every)
+    own = c.architecture and build.transformer(c.architecture, mesh, dtype, form=attention)
+    return Augmentation(
+        model,
+        c.method,
+        c.num_latents,
+        c.placement,
+        coprocessor=own,
+        every=c.every,
+        visible_text=c.visible_text,
+    )
 
 
 def load_assistant(

@@ -63,13 +63,26 @@ def append(cache: Cache, kv: KV, position_BS: jax.Array, count_B: jax.Array) -> 
     )
 
 
+def last_entries(cache: Cache, count: int) -> Cache:
+    """Drops all but the last `count` entries of each row."""
+    dropped_B = jnp.maximum(cache.length - count, 0)
+    slot_BT = jnp.arange(cache.position.shape[1]) + dropped_B[:, None]
+    kept = _taken(cache, jnp.minimum(slot_BT, cache.position.shape[1] - 1))
+    return kept._replace(length=cache.length - dropped_B)
+
+
 def by_position(cache: Cache) -> Cache:
     """Sorts the entries by position, as a window requires (`primitive.within_window`)."""
     used = jnp.arange(cache.position.shape[1]) < cache.length[:, None]
     order = jnp.argsort(jnp.where(used, cache.position, jnp.iinfo(jnp.int32).max), axis=1)
-    slot = order[None, :, :, None, None]
+    return _taken(cache, order)
+
+
+def _taken(cache: Cache, slot_BT: jax.Array) -> Cache:
+    """Moves the entry of slot `slot_BT[b, t]` to slot t."""
+    slot = slot_BT[None, :, :, None, None]
     return cache._replace(
         k=jnp.take_along_axis(cache.k, slot, axis=2),
         v=jnp.take_along_axis(cache.v, slot, axis=2),
-        position=jnp.take_along_axis(cache.position, order, axis=1),
+        position=jnp.take_along_axis(cache.position, slot_BT, axis=1),
     )

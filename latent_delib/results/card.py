@@ -12,6 +12,7 @@ TRAINING = (  # keys of the config that the card lists
     "method.num_ahead",
     "method.every",
     "method.max_delay",
+    "method.visible_text",
     "method.prompt_end",
     "method.distill",
     "optimizer.name",

@@ -109,6 +109,7 @@ def training_costs(result: Result) -> tuple[int, float] | None:
         coprocessor=Transformer(coprocessor),
         every=method.get("every", 0),
         distill=method.get("distill", 0.0),
+        visible_text=method.get("visible_text", 0),
     )
     init = parameters.init_trainable(aug, method.get("lora_rank", 0))
     begun_from = coprocessor if record.assistant else decoder

@@ -49,6 +49,7 @@ WORDED = {
     "coprocessor",
     "lora_rank",
     "max_delay",
+    "visible_text",
     "prompt_end",
     "distill",
     "start",
@@ -261,6 +262,8 @@ def label(entry: Entry) -> str:
         words.append(f"delay {entry.delay}")
     if method.get("max_delay"):
         words.append(f"trained for delays up to {method['max_delay']}")
+    if method.get("visible_text"):
+        words.append(f"{method['visible_text']} tokens of the text visible")
     if method.get("prompt_end"):
         words.append(f"after {method['prompt_end']!r}")
     if method.get("distill"):

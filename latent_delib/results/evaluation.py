@@ -36,7 +36,9 @@ def _heading(result: dict[str, Any]) -> str:
         words.append(f"again after each {method['every']} tokens")
     if method.get("prompt_end"):
         words.append(f"after {method['prompt_end']!r}")
-    if method.get("distill"):
+    if method.get("visible_text"):
+        words.append(f"{method['visible_text']} tokens of the text visible")
+    if method.get("distill") and not method.get("visible_text"):
         words.append("without the steps")
     words += controls_in_words(result["config"]["evaluate"])
     words.append(f"{result['pieces']} pieces of {_documents(result)}")

@@ -107,6 +107,54 @@ def test_latents_of_an_earlier_call(placement):
         np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
+VISIBLE = 3
+
+
+@pytest.mark.parametrize("placement", small.TWO_AND_SLOW)
+def test_latents_in_place_of_text(placement):
+    """The decoder does not see the text before the last three tokens; the coprocessor does."""
+    config = small.GEMMA
+    aug, params = setup(config, placement)
+    aug = dataclasses.replace(aug, visible_text=VISIBLE)
+    nll, _ = trace_nll(aug, params, TOKENS, SEGMENT, AT)
+    for b, m in np.ndindex(AT.shape):
+        document, p = document_of(b, m)
+        where = (document, p, A, placement)
+        expected = naive.trace_nll(
+            config,
+            params["decoder"],
+            params["coprocessor"],
+            *where,
+            hidden=max(p + 1 - VISIBLE, 0),
+        )
+        np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_teacher_that_sees_the_text_which_latents_replace():
+    config = small.GEMMA
+    aug, params = setup(config, "overlay")
+    aug = dataclasses.replace(aug, visible_text=VISIBLE, distill=0.75)
+    total, count = loss(aug, params, TOKENS, SEGMENT, AT)
+    decoder = params["decoder"]
+
+    @jax.jit
+    def student(params):
+        text = augment.read_text(aug, params, TOKENS, SEGMENT, jnp.float32)
+        traces = aug.lay_out(TOKENS, SEGMENT, AT, A)
+        z = augment.write_latents(aug, params, text, traces)
+        return augment.decode(aug, params, z, text.cache, traces)[0]
+
+    p = naive.softmax(naive.logits(config, decoder, np.array(student(params), np.float64)))
+    expected = 0.0
+    for b, m, a in np.argwhere(WEIGHTS):
+        taught = naive.text_outputs(config, decoder, TOKENS[b], SEGMENT[b])[AT[b, m] + a]
+        q, own = naive.softmax(naive.logits(config, decoder, taught)), p[b, m, a]
+        nll = -np.log(own[TOKENS[b, AT[b, m] + a + 1]])
+        expected += 0.75 * np.sum(q * np.log(q / own)) + 0.25 * nll
+    assert count == WEIGHTS.sum()
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
 @partial(jax.jit, static_argnums=0)
 def extend(config, weights, cache, x_BSD, position_BS, count_B):
     """Reads more inputs (one row) after all that the cache holds; appends the first `count_B`."""

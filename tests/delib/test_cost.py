@@ -103,6 +103,19 @@ def test_the_token_that_begins_thoughts_costs_no_pass():
     assert two == pytest.approx(flops.one_pass(w).useful, rel=0.1)
 
 
+def test_hidden_text_costs_no_attention():
+    """Of 64 tokens a trace sees 32 on average, so that 32 visible ones change nothing."""
+    config = small.GEMMA
+    aug = Augmentation(Transformer(config), "cache_augmentation", 4)
+    found = [
+        step_flops(dataclasses.replace(aug, visible_text=seen), 3, 64, 5, 6).useful
+        for seen in (0, 32, 8)
+    ]
+    tokens, passes = 3 * 5 * (4 + 5), 2
+    less = passes * (flops.attention(config, 64) - flops.attention(config, 16))
+    assert found[0] == found[1] and found[0] - found[2] == pytest.approx(tokens * less)
+
+
 def test_a_teacher_costs_its_logits():
     config = small.GEMMA
     alone = Augmentation(Transformer(config), "cache_augmentation", 4)

@@ -19,12 +19,13 @@ AT = jnp.array([[3, 5]])
 
 
 compiled = jax.jit(
-    traces.lay_out, static_argnames=("num_latents", "num_ahead", "placement", "every")
+    traces.lay_out,
+    static_argnames=("num_latents", "num_ahead", "placement", "every", "visible_text"),
 )
 
 
-def lay_out(placement, every=0):
-    sizes = {"num_latents": 2, "num_ahead": 3, "every": every}
+def lay_out(placement, every=0, visible_text=0):
+    sizes = {"num_latents": 2, "num_ahead": 3, "every": every, "visible_text": visible_text}
     return compiled(TOKENS, SEGMENT, AT, placement=placement, **sizes)
 
 
@@ -208,6 +209,19 @@ def test_visibility_overlay():
         00000 00000 0  00000 11110
         00000 00000 0  00000 11111
     """)
+
+
+@pytest.mark.parametrize(
+    "placement, text", [("after", "00110 00000 0"), ("before", "00100 00000 0")]
+)
+def test_visibility_of_the_last_two_tokens(placement, text):
+    """The coprocessor sees all the text, the decoder two tokens; `before` reads the last again."""
+    all_text, short = lay_out(placement), lay_out(placement, visible_text=2)
+    first, second = seen(short.bounds, 11)[0], seen(short.bounds, 11)[-1]
+    assert first[:11] == text.replace(" ", "")
+    assert second == seen(all_text.bounds, 11)[-1]  # one token of its document is all that there is
+    assert seen(short.latent_bounds, 11) == seen(all_text.latent_bounds, 11)
+    jax.tree.map(np.testing.assert_array_equal, short._replace(bounds=all_text.bounds), all_text)
 
 
 def test_visibility_in_a_local_layer():

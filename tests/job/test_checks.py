@@ -5,7 +5,7 @@ import pytest
 from latent_delib import train
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
-from latent_delib.job import experiment, own_text
+from latent_delib.job import checks, experiment, own_text
 
 MISTAKES = [
     ({"method.lora_rank": -1}, "config.method.lora_rank=-1"),
@@ -60,6 +60,14 @@ MISTAKES = [
     ({"method.distill": 0.5, "method.name": "decoder"}, "distill=0.5: method 'decoder' trains"),
     ({"method.distill": 0.5}, "config.method.prompt_end='', expected 'Answer:'"),
     (
+        {"method.name": "decoder", "method.visible_text": 8},
+        "config.method.visible_text=8: method 'decoder' has no latents; leave it 0",
+    ),
+    (
+        {"method.name": "latent_tokens", "method.placement": "shared", "method.visible_text": 8},
+        "config.method.visible_text=8: method 'latent_tokens' has latents that recur; leave it 0",
+    ),
+    (
         {"evaluate.swap": True, "method.name": "inserted", "method.placement": "overlay"},
         "config.evaluate.swap: the keys that method 'inserted' writes",
     ),
@@ -92,6 +100,13 @@ def test_a_teacher_needs_steps_to_read(make_config, sources, tmp_path):
     with pytest.raises(UserError, match=r"no .* steps in .* config.data.sources"):
         own_text.use_text(config, sources["train"], with_steps[0], str(tmp_path / "workdir"))
     assert not (tmp_path / "workdir").exists()
+
+
+def test_a_teacher_of_hidden_text_needs_no_steps(make_config):
+    config = make_config({"method.distill": 0.5, "method.visible_text": 8})
+    exp = experiment.read(config)
+    checks.check_steps(config)
+    assert exp.steps_end == () and exp.aug.visible_text == 8
 
 
 @pytest.mark.parametrize(

@@ -108,12 +108,10 @@ def naive_logits(lm, prompt, new, delay=0):
     kept = at + 1 if placement == "after" else at
     position = np.arange(len(tokens)) + np.where(np.arange(len(tokens)) >= kept, moves, 0)
     position = np.insert(position, kept, naive.latent_position(at, L, placement))
-    out = naive.forward(
-        config,
-        [(weights, np.insert(x, kept, z, axis=0))],
-        position,
-        np.tri(len(position), dtype=bool),
-    )
+    visible = np.tri(len(position), dtype=bool)
+    if lm.coprocessor.visible_text:
+        visible[kept:, : max(at + 1 - lm.coprocessor.visible_text, 0)] = False
+    out = naive.forward(config, [(weights, np.insert(x, kept, z, axis=0))], position, visible)
     # Up to x_at it is the plain decoder that spoke; what follows x_at comes from the last latent or
     # from x_at again.
     return np.concatenate(
@@ -155,6 +153,17 @@ def test_latents_again_every_few_tokens(lms, name, every, delay):
     ]
     assert {c.joined for c in found} == {tuple(range(delay, NEW, every))}
     assert [c.text for c in found] != lm.generate(PROMPTS[:3], NEW, delay=delay)
+
+
+@pytest.mark.parametrize("every, delay", [(0, 0), (5, 2)])
+@pytest.mark.parametrize("name", ["after", "overlay"])
+def test_latents_in_place_of_text(decoder, lms, name, every, delay):
+    """Once latents have joined, the decoder sees two tokens before them, whatever the length."""
+    short = dataclasses.replace(lms[name].coprocessor, visible_text=2)
+    lm = ld.AugmentedLM(decoder, short)
+    found = lm.generate(PROMPTS, NEW, every=every, delay=delay)
+    assert found == [naive_greedy(lm, prompt, delay, every) for prompt in PROMPTS]
+    assert found != lms[name].generate(PROMPTS, NEW, every=every, delay=delay)
 
 
 def recurring_logits(lm, tokens, p):
