@@ -69,7 +69,10 @@ class Augmentation:
 
     @property
     def without_latents(self) -> "Augmentation":
-        """Returns a copy without latents: x_p is read again, and ahead tokens follow it."""
+        """Returns a copy without latents: x_p is read again, and ahead tokens follow it.
+
+        They see no more of the text than with latents.
+        """
         return dataclasses.replace(self, num_latents=0, placement="overlay")
 
     @property

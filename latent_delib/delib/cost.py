@@ -32,7 +32,7 @@ def step_flops(
       aug: the method and both models.
       batch: rows.
       seq_len: tokens per row.
-      num_traces: traces per row. Each sees half of the row on average.
+      num_traces: traces per row, equally often at each place.
       num_ahead: ahead tokens per trace.
 
     Returns:
@@ -65,12 +65,11 @@ def step_flops(
     )
     logit_passes = passes + 1 if aug.distill else passes
     predicting = logit_passes * traces * num_ahead * vocabulary
-    # Attention is counted over half of this length.
-    visible = min(seq_len, 2 * aug.visible_text) if aug.visible_text else seq_len
     tokens = decoded_tokens(aug, num_ahead)
     inserted = aug.num_latents if method.writes_keys else 0
-    decoding = flops.traces(c, traces, tokens, visible, passes, passes, inserted)
-    decoding_recomputed = flops.recomputed(c, remat, traces * tokens, visible)
+    visible = aug.visible_text
+    decoding = flops.traces(c, traces, tokens, seq_len, passes, passes, inserted, visible)
+    decoding_recomputed = flops.recomputed(c, remat, traces * tokens, seq_len, visible)
     return Flops(
         text_passes * text + writing.useful + decoding + predicting,
         text_recomputed + writing.repeated + decoding_recomputed,

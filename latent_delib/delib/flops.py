@@ -15,14 +15,15 @@ def per_token(c: TransformerConfig) -> int:
     return 2 * c.num_layers * (attention + matrices * c.embed_dim * c.ffn_dim)
 
 
-def attention(c: TransformerConfig, length: int) -> float:
+def attention(c: TransformerConfig, length: int, visible: int = 0) -> float:
     """Returns the forward FLOPs of one query's attention in all layers.
 
-    The figure is the mean over all places of the query among `length` tokens.
+    The figure is the mean over all places of the query among `length` tokens, of which it sees the
+    last `visible`; 0: all before it.
     """
 
     def keys_seen(is_local: bool) -> float:
-        window = min(c.window, length) if is_local else length
+        window = min(c.window if is_local else length, visible or length, length)
         return window - window**2 / (2 * length)
 
     return 4 * c.num_heads * c.head_dim * sum(map(keys_seen, c.is_local))
@@ -41,6 +42,7 @@ def traces(
     passes: int,
     text_passes: int,
     inserted: int = 0,
+    visible: int = 0,
 ) -> float:
     """Returns the FLOPs of passing traces through the layers.
 
@@ -54,10 +56,11 @@ def traces(
       text_passes: passes of attention over the text: 3 if the text's keys and values have a
         gradient, otherwise 2.
       inserted: keys and values per layer that stand before the tokens; every token sees them all.
+      visible: number of text tokens that a trace sees; 0: all before it.
     """
     if not length:
         return 0.0
-    over_text = text_passes * attention(c, seq_len)
+    over_text = text_passes * attention(c, seq_len, visible)
     over_inserted = 3 * 4 * c.num_layers * c.num_heads * c.head_dim * inserted
     per_query = passes * per_token(c) + over_text + over_inserted + 3 * attention(c, length)
     return count * length * per_query
@@ -68,6 +71,7 @@ def recomputed(
     remat: str,
     tokens: int,
     seq_len: int,
+    visible: int = 0,
 ) -> float:
     """Returns the FLOPs that a backward pass repeats under `remat`.
 
@@ -78,7 +82,7 @@ def recomputed(
     if remat not in ("none", "dots"):
         repeated += per_token(c)
     if remat == "full":
-        repeated += attention(c, seq_len)
+        repeated += attention(c, seq_len, visible)
     return tokens * repeated
 
 

@@ -275,7 +275,7 @@ def _check_controls(config: ConfigDict) -> None:
 
 
 def _check_trace_length(config: ConfigDict) -> None:
-    """Raises UserError unless a row has room for a trace, `num_traces` places and `max_delay`."""
+    """Raises UserError unless a row has room for a trace, and for what its settings count."""
     m = config.method
     length = config.data.seq_len
     if METHODS[m.name].write is None:
@@ -290,6 +290,11 @@ def _check_trace_length(config: ConfigDict) -> None:
         raise UserError(
             f"config.method.num_traces={m.num_traces}: expected at most {length - 1}, "
             f"the positions in a row of config.data.seq_len={length} tokens"
+        )
+    if m.visible_text >= length:
+        raise UserError(
+            f"config.method.visible_text={m.visible_text}: expected at most {length - 1}, so that "
+            f"it hides some of a row of config.data.seq_len={length} tokens"
         )
     if m.max_delay > length - 2:
         raise UserError(

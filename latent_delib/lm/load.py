@@ -92,6 +92,8 @@ class Coprocessor:
     def __repr__(self) -> str:
         dtype = jax.tree.leaves(self.params)[0].dtype
         latents = f"{self.num_latents} latents {self.placement!r}"
+        if self.visible_text:
+            latents += f" and {self.visible_text} visible tokens"
         step = "untrained" if self.step is None else f"step {self.step}"
         of = f"of decoder {self.fingerprint[:SHORT]}"
         if self.assistant is not None:
@@ -142,8 +144,7 @@ def _load_theirs(where: Path, dtype: np.dtype, mesh: Mesh) -> Decoder:
         own = Tokenizer(tokenizer_files.tokenizer_path(Path(scratch)))
     imported.check_vocabulary(source, own.vocab_size)
     config = source.architecture
-    shardings = build.decoder_shardings(mesh, config)
-    params, fingerprint = imported.load(source, dtype, shardings)
+    params, fingerprint = imported.load(source, dtype, build.decoder_shardings(mesh, config))
     return Decoder(config, params, own, fingerprint)
 
 
@@ -230,8 +231,7 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
     record = Record.from_meta(fields["record"], str(where))
     for key, known in (("method.name", METHODS), ("method.placement", PLACEMENTS)):
         if record[key] not in known:
-            expected = ", ".join(sorted(known))
-            raise UserError(f"{where}: {key}={record[key]!r}, expected one of {expected}")
+            raise UserError(f"{where}: {key}={record[key]!r}, expected one of {sorted(known)}")
     found = _of_record(params, record, fields["fingerprint"])
     _check_shapes(found, TransformerConfig(**record.architecture), where)
     return found

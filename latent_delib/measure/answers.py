@@ -121,6 +121,7 @@ def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
             architecture=None if aug.coprocessor is None else aug.coprocessor.config,
             every=aug.every,
             assistant=_assistant(exp, params),
+            visible_text=aug.visible_text,
         )
     attention = exp.config.compute.attention
     return AugmentedLM(

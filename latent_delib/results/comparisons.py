@@ -8,6 +8,7 @@ from latent_delib.results.entries import Entry, controls, is_control
 from latent_delib.results.published import Variant
 
 PAPER = "cache_augmentation"
+SHORT = "latents in place of text"
 BOTH = {"decoder", PAPER}
 
 
@@ -77,10 +78,10 @@ COMPARISONS = (
     Comparison(
         "10_beyond",
         "Latents one after another, coprocessors of another size, and related methods: "
-        "latent tokens, Cartridges, outputs fed back (Coconut), and an assistant (SoftCoT, "
-        "Cache-to-Cache)",
+        "latent tokens, Cartridges, outputs fed back (Coconut), an assistant (SoftCoT, "
+        "Cache-to-Cache), and latents in place of text (gist tokens)",
         (),
-        {"sequential", "resized", "latent_tokens", "cartridge", "feedback", "assistant"},
+        {"sequential", "resized", "latent_tokens", "cartridge", "feedback", "assistant", SHORT},
         BOTH | {"from_scratch"},  # as a coprocessor of another size begins
     ),
 )
@@ -90,10 +91,13 @@ def kinds_of(entry: Entry) -> set[str]:
     """Returns the kinds of run that an entry is.
 
     They are its method, or its model if it has no latents, and "late" if its latents come late. The
-    paper's method counts only if latents come at once, and no control is set.
+    paper's method counts only if latents come at once, and no control is set. Where latents stand
+    in place of text, the kind is SHORT alone.
     """
     if entry.model != "augmented":
         return set() if is_control(entry) else {entry.model}
+    if entry.result.method.get("visible_text"):
+        return {SHORT}
     kinds = {entry.method}
     if entry.delay or controls(entry.result):
         kinds.discard(PAPER)

@@ -107,15 +107,12 @@ def test_latents_of_an_earlier_call(placement):
         np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
-VISIBLE = 3
-
-
-@pytest.mark.parametrize("placement", small.TWO_AND_SLOW)
-def test_latents_in_place_of_text(placement):
-    """The decoder does not see the text before the last three tokens; the coprocessor does."""
+@pytest.mark.parametrize("placement, visible", [("after", 3), ("overlay", 3), ("overlay", 1)])
+def test_latents_in_place_of_text(placement, visible):
+    """The decoder does not see the text before the last tokens; the coprocessor does."""
     config = small.GEMMA
     aug, params = setup(config, placement)
-    aug = dataclasses.replace(aug, visible_text=VISIBLE)
+    aug = dataclasses.replace(aug, visible_text=visible)
     nll, _ = trace_nll(aug, params, TOKENS, SEGMENT, AT)
     for b, m in np.ndindex(AT.shape):
         document, p = document_of(b, m)
@@ -125,7 +122,7 @@ def test_latents_in_place_of_text(placement):
             params["decoder"],
             params["coprocessor"],
             *where,
-            hidden=max(p + 1 - VISIBLE, 0),
+            hidden=max(p + 1 - visible, 0),
         )
         np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
@@ -133,7 +130,7 @@ def test_latents_in_place_of_text(placement):
 def test_a_teacher_that_sees_the_text_which_latents_replace():
     config = small.GEMMA
     aug, params = setup(config, "overlay")
-    aug = dataclasses.replace(aug, visible_text=VISIBLE, distill=0.75)
+    aug = dataclasses.replace(aug, visible_text=3, distill=0.75)
     total, count = loss(aug, params, TOKENS, SEGMENT, AT)
     decoder = params["decoder"]
 
@@ -418,6 +415,20 @@ def test_the_plain_decoder_without_the_steps():
         expected += naive.nll(config, params["decoder"], before, answer).sum()
     assert count == 2 + 2 + 4
     np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
+def test_the_plain_decoder_without_the_hidden_text():
+    """Its traces have no latents: what it makes of the last three tokens."""
+    config = small.GEMMA
+    aug, params = setup(config, "after")
+    short = dataclasses.replace(aug, visible_text=3).without_latents
+    nll, _ = trace_nll(short, params, TOKENS, SEGMENT, AT)
+    none = {"soft_tokens": np.zeros((0, config.embed_dim))}
+    for b, m in np.ndindex(AT.shape):
+        document, p = document_of(b, m)
+        where = (config, params["decoder"], none, document, p, A, "overlay")
+        expected = naive.trace_nll(*where, z=none["soft_tokens"], hidden=max(p - 2, 0))
+        np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_coprocessor_the_decoder_is_bit_identical():

@@ -104,16 +104,20 @@ def test_the_token_that_begins_thoughts_costs_no_pass():
 
 
 def test_hidden_text_costs_no_attention():
-    """Of 64 tokens a trace sees 32 on average, so that 32 visible ones change nothing."""
+    """A trace at each place of the row sees what is before it, the window, or eight tokens."""
     config = small.GEMMA
     aug = Augmentation(Transformer(config), "cache_augmentation", 4)
-    found = [
-        step_flops(dataclasses.replace(aug, visible_text=seen), 3, 64, 5, 6).useful
-        for seen in (0, 32, 8)
-    ]
-    tokens, passes = 3 * 5 * (4 + 5), 2
-    less = passes * (flops.attention(config, 64) - flops.attention(config, 16))
-    assert found[0] == found[1] and found[0] - found[2] == pytest.approx(tokens * less)
+    place = np.arange(64) + 0.5
+
+    def pairs(visible):
+        windows = [config.window if is_local else 64 for is_local in config.is_local]
+        return sum(np.minimum(place, min(window, visible)).mean() for window in windows)
+
+    tokens, passes, features = 3 * 5 * (4 + 5), 2, 4 * config.num_heads * config.head_dim
+    less = tokens * passes * features * (pairs(64) - pairs(8))
+    short = dataclasses.replace(aug, visible_text=8)
+    found = step_flops(aug, 3, 64, 5, 6).useful - step_flops(short, 3, 64, 5, 6).useful
+    assert found == pytest.approx(less)
 
 
 def test_a_teacher_costs_its_logits():

@@ -102,6 +102,12 @@ def test_a_teacher_needs_steps_to_read(make_config, sources, tmp_path):
     assert not (tmp_path / "workdir").exists()
 
 
+def test_a_row_has_text_to_hide(make_config):
+    length = make_config().data.seq_len
+    with pytest.raises(UserError, match=rf"visible_text={length}: expected at most {length - 1}"):
+        experiment.read(make_config({"method.visible_text": length}))
+
+
 def test_a_teacher_of_hidden_text_needs_no_steps(make_config):
     config = make_config({"method.distill": 0.5, "method.visible_text": 8})
     exp = experiment.read(config)

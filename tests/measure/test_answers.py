@@ -142,6 +142,7 @@ def test_benchmark_says_the_same(config_of, write, tmp_path, one_device):
         "train.steps": 70,
         "train.checkpoint_every": 70,
         "train.validate_every": 70,
+        "method.visible_text": 6,
     }
     prepare.prepare(config_of(source), changes["data.token_files"])
     train.train(config_of(source, **changes), str(tmp_path / "run"))

@@ -285,12 +285,12 @@ def of_method(fields, **changes):
         (
             "coprocessor.json",
             lambda c: of_method(c, name="x"),
-            "method.name='x', expected one of assistant",
+            r"method.name='x', expected one of \['assistant'",
         ),
         (
             "coprocessor.json",
             lambda c: of_method(c, placement="x"),
-            "method.placement='x', expected one of after",
+            r"method.placement='x', expected one of \['after'",
         ),
         (
             "model.safetensors",
