@@ -16,6 +16,9 @@ The words in the first column say which evaluation a row is: `NAME@SEED`, @0 whe
 and one of PHRASES. "the same" stands for the phrase of the row before, "against `NAME`" and
 "against its own" for another base. In a table of accuracy, "without latents" is the plain decoder,
 and "stage K" a stage of Coconut's curriculum.
+
+Columns on text are `n = N`, `mean` over all n, and `below / above`: at how many n the interval is
+below zero, and above it.
 """
 
 import re
@@ -33,7 +36,6 @@ PAGES = [
     RESULTS.with_name(name)
     for name in ("results.md", "results_text.md", "results_questions.md", "earlier_results.md")
 ]
-AHEAD = (1, 4, 16, 32)
 COMMENT = re.compile(r"<!-- table: (.*) -->")
 PHRASES = {  # words of a row -> the folder of an evaluation
     "latents of another": "swap",
@@ -95,7 +97,7 @@ def filled(page: str) -> str:
             if "accuracy" in settings:
                 found = accuracies(settings["runs"], row, head[len(costs) :], is_plain)
             else:
-                found = cells(settings["runs"], row)
+                found = cells(settings["runs"], row, head)
             found = [*costs, *found]
             line = f"| {words} | {' | '.join(found)} |"
         lines.append(line)
@@ -134,8 +136,8 @@ def row_of(words: str, settings: dict[str, str], before: Row) -> Row:
     return Row(run, evaluation, base, source)
 
 
-def cells(folder: str, row: Row) -> list[str]:
-    """Returns the change at each of AHEAD, in percent, with its interval."""
+def cells(folder: str, row: Row, head: list[str]) -> list[str]:
+    """Returns the change in percent by the columns that `head` names."""
     ours = find(RESULTS / folder / row.run, row.evaluation)
     data = ours.data
     if row.against:
@@ -144,8 +146,12 @@ def cells(folder: str, row: Row) -> list[str]:
         rows = list(data["sets"][data["config"]["data"]["validation"][int(row.source)]]["rows"])
     else:
         rows = data["rows"]
-    by_n = {each["n"]: str(change(each)).replace("%", "") for each in rows}
-    return [by_n[n] for n in AHEAD]
+    values = {f"n = {each['n']}": str(change(each)).replace("%", "") for each in rows}
+    values["mean"] = f"{sum(each['change_percent'] for each in rows) / len(rows):+.2f}"
+    below = sum((each["change_high"] or 0) < 0 for each in rows)  # None: not known
+    above = sum((each["change_low"] or 0) > 0 for each in rows)
+    values["below / above"] = f"{below} / {above}"
+    return [values[name] for name in head]
 
 
 def summary(run: str) -> list[str]:
@@ -198,14 +204,12 @@ def find(run: Path, evaluation: str) -> runs.Result:
 
 
 def paired(ours: runs.Result, base: Path, source: str) -> list[dict]:
-    """Compares two evaluations at each of AHEAD, document by document, on one source or on all."""
+    """Compares two evaluations at each n, document by document, on one source or on all."""
     arrays = READ[base / packed.DOCUMENTS]()
     pair = against.pair_of(arrays, ours)
     chosen = arrays["source"] == int(source) if source else slice(None)
-    columns = [n - 1 for n in AHEAD]
-    sums = perplexity.Sums(*(x[chosen][:, columns] for x in pair.sums))
-    rows = perplexity.table({"nll": sums}, pair.work[chosen], seed=0)
-    return [row | {"n": n} for n, row in zip(AHEAD, rows)]
+    sums = perplexity.Sums(*(x[chosen] for x in pair.sums))
+    return perplexity.table({"nll": sums}, pair.work[chosen], seed=0)
 
 
 if __name__ == "__main__":
