@@ -313,6 +313,16 @@ def test_tables_of_variants(by_name):
     ]
 
 
+def test_latents_in_place_of_text_are_not_the_papers_method(tmp_path):
+    """Where the decoder sees less text than its base, its figures are no figures of the paper."""
+    perplexity(tmp_path / "whole", -1.0, config())
+    perplexity(tmp_path / "short", 2.0, config(visible_text=16))
+    found = tables.tables(runs.find([str(tmp_path)]))
+    shown = [each.name for each in found if "16 tokens of the text visible" in str(texts(each))]
+    assert "10_beyond" in shown
+    assert not [name for name in shown if re.match("[1-9]_", name)]
+
+
 def test_what_is_one_entry_and_what_is_not(tmp_path):
     """A checkpoint's perplexity and benchmarks are one; controls, texts and decoders are apart."""
     for name, more in (("joint", {}), ("swap", {"swap": True}), ("text", {})):
