@@ -22,7 +22,7 @@ KINDS = {  # validation source -> title
     "files:runs/mixture/unseen/*.txt": "works of other kinds",
 }
 GROUPS = {  # runs of one experiment -> (label, colour)
-    ("steps_x4@0", "steps_x4@1"): ("32,000 steps", "#1b6ca8"),
+    ("steps_x4@0", "steps_x4@1", "steps_x4@2"): ("32,000 steps", "#1b6ca8"),
     ("overlay@0", "overlay@1", "overlay@2"): ("8,000 steps", "#7fb3d9"),
     ("overlay@0/swap", "overlay@1/swap", "overlay@2/swap"): (
         "8,000 steps, latents of another document",
