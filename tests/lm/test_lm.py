@@ -155,8 +155,7 @@ def test_latents_again_every_few_tokens(lms, name, every, delay):
     assert [c.text for c in found] != lm.generate(PROMPTS[:3], NEW, delay=delay)
 
 
-@pytest.mark.parametrize("every, delay", [(0, 0), (5, 2)])
-@pytest.mark.parametrize("name", ["after", "overlay"])
+@pytest.mark.parametrize("name, every, delay", [("after", 0, 0), ("overlay", 5, 2)])
 def test_latents_in_place_of_text(decoder, lms, name, every, delay):
     """Once latents have joined, the decoder sees two tokens before them, whatever the length."""
     short = dataclasses.replace(lms[name].coprocessor, visible_text=2)
