@@ -107,7 +107,7 @@ LAB = MUON | {  # two CPU cores
 LAB_GPU = MUON | {  # one GPU; the laboratory's optimizer and proportions
     "data.sources": (
         "hf:allenai/c4/realnewslike:train:text",  # 38 GB of news
-        "hf:HuggingFaceFW/fineweb-edu/sample-10BT:train:text",  # 48 GB of pages that teach
+        "hf:HuggingFaceFW/fineweb-edu/sample-10BT:train:text",  # some 48 GB of pages that teach
     ),
     "data.weights": (38.0, 48.0),  # so that both are read once
     "data.validation": (
@@ -174,7 +174,7 @@ PRETRAIN_LAB_GPU = {
     "optimizer.final_fraction": 0.01,
     "optimizer.weight_decay": 0.1,
     "train.batch_size": 256,
-    "train.steps": 196_000,  # 26 G tokens, about all that there are
+    "train.steps": 196_000,  # 26 G tokens, about all, by estimate
     "train.keep_every": 49_000,
 }
 PRETRAIN_GPU = {
