@@ -24,6 +24,7 @@ import numpy as np
 from latent_delib.delib import traces
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
+from latent_delib.lm import decoding
 from latent_delib.machine.columns import aligned
 from latent_delib.nn import transformer
 from latent_delib.nn.attention.cards import shared_memory_of
@@ -44,6 +45,12 @@ PUBLISHED = dict(size="gemma2_2b", dtype="bfloat16", seq_len=2048, traces=128, a
 SMALL = dict(size="small", dtype="float32", seq_len=512, traces=64, ahead=16)
 
 Run = Callable[[int], Any]  # makes so many calls and waits for the last
+
+
+def decode(*args: Any, **options: Any) -> tuple[np.ndarray, list[decoding.Joined]]:
+    """Continues a batch of prompts to its end; returns the last value of `decode_in_chunks`."""
+    *_, last = decoding.decode_in_chunks(*args, **options)
+    return last
 
 
 def command_line(doc: str | None) -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
   python -m benchmarks.decoding [--batch 1 8] [--seq_len 128] [--new 128] [--forms ...]
       [--json=FILE]
 
-Prompts hold `seq_len` tokens. A token's time is that of `decoding.run` for `new` tokens less that
+Prompts hold `seq_len` tokens. A token's time is that of `common.decode` for `new` tokens less that
 for one, which also reads the prompt and writes latents, over new - 1. A token reads all weights of
 the decoder, the token table as the output layer among them, and the entries of the cache that it
 sees; at the bandwidth of a copy, measured here, that has a least time: its share of the time is the
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from latent_delib.lm import compiled, decoding
+from latent_delib.lm import compiled
 from latent_delib.lm.inputs import GenerationOptions
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn.sizes import TransformerConfig
@@ -68,7 +68,7 @@ def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
             name: str, new: int, B=B, aug=aug, params=params, prompt=(prompt_BT, length_B, key_B)
         ):
             return partial(
-                decoding.run,
+                common.decode,
                 params,
                 *prompt,
                 GenerationOptions(new, Sampler()),

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 timed.append(Timed(partial(decoding.write_beside, beside, aug, there, home)))
                 write, stopped = timed[-1].ask, timed[-1].look
             options = GenerationOptions(new, Sampler(), delay=None if form == "beside" else 0)
-            return decoding.run(
+            return common.decode(
                 decoder, prompt_BT, length_B, key_B, options,
                 aug=aug, write=write, room=a.new, eos_id=-1, pad_id=0, stopped=stopped,
             )  # fmt: skip

@@ -30,9 +30,10 @@ class Group(NamedTuple):
 
 
 def batches(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
-    """Yields batches of row indices: similar keys together, the largest first.
+    """Yields batches of row indices.
 
-    In this order a lack of memory shows at once.
+    The rows of a batch have equally many continuations and similar lengths. Those with the most
+    come first, and among them the longest.
 
     Args:
       keys: for each row, the number of its continuations and its length.
@@ -40,9 +41,10 @@ def batches(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[in
     """
     order = sorted(range(len(keys)), key=lambda i: keys[i], reverse=True)
     while order:
-        count = size(keys[order[0]])
-        yield order[:count]
-        order = order[count:]
+        first = keys[order[0]]
+        batch = [i for i in order[: size(first)] if keys[i][0] == first[0]]
+        yield batch
+        order = order[len(batch) :]
 
 
 def together(mesh: Mesh, batch_size: int, key: Key) -> int:

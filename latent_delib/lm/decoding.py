@@ -13,7 +13,7 @@ rolled back: new latents join the cache as it is.
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,15 @@ from latent_delib.nn.cache import Cache
 from latent_delib.nn.transformer import Params
 
 
-def run(*args: Any, **options: Any) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Continues a batch of prompts to its end; returns the last value of `decode_in_chunks`."""
-    *_, last = decode_in_chunks(*args, **options)
-    return last
+class Joined(NamedTuple):
+    """Records that latents joined a batch.
+
+    after: number of new tokens before them.
+    rows: bool [B], the rows that were still being continued.
+    """
+
+    after: int
+    rows: np.ndarray
 
 
 def decode_in_chunks(
@@ -49,7 +54,7 @@ def decode_in_chunks(
     eos_id: int,
     pad_id: int,
     stopped: Callable[[np.ndarray], np.ndarray],
-) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+) -> Iterator[tuple[np.ndarray, list[Joined]]]:
     """Continues a batch of prompts, and yields the new tokens after each chunk.
 
     Args:
@@ -63,7 +68,7 @@ def decode_in_chunks(
 
     Yields:
       The new tokens so far, int32 [B, max_new_tokens], padded after the last one and after EOS; and
-      the numbers of new tokens after which latents joined.
+      each time that latents joined.
     """
     state, plain = compiled.prefill(params, text_BT, length_B, aug=aug, room=room, pad_id=pad_id)
     cache: Cache = plain.cache
@@ -74,7 +79,7 @@ def decode_in_chunks(
     asked = 0  # new tokens when latents were last asked for
     due = None if write is None else 0  # the number of new tokens at which latents are asked for
     z: Latents | None = None  # latents that have not joined yet
-    joined: list[int] = []
+    joined: list[Joined] = []
     while made < options.max_new_tokens:
         if due is not None and made >= due and z is None:
             plain = read_more(plain, cache, state.text, made - held)
@@ -90,7 +95,7 @@ def decode_in_chunks(
                 plain = read_more(plain, cache, state.text, made - held)
                 held = made
                 state, cache = compiled.join(params, state, plain.cache, z, aug=aug)
-                joined.append(made)
+                joined.append(Joined(made, ~np.asarray(state.ended)))
                 z = None
         if due is None and z is None:
             plain = None  # no more latents will join
@@ -101,7 +106,7 @@ def decode_in_chunks(
         made = until
         new_BN = np.asarray(compiled.new_tokens(state.text, length_B, options.max_new_tokens))
         ended = np.asarray(state.ended) | stopped(new_BN[:, :made])
-        yield new_BN, tuple(joined)
+        yield new_BN, joined
         if ended.all():
             return
         state = state._replace(ended=jax.device_put(ended, state.ended.sharding))

@@ -90,14 +90,10 @@ def check_rhythm(every: int, delay: int | None, own: int = 0) -> tuple[int, int 
 
 def checked_dtype(dtype: Any) -> np.dtype:
     """Returns a dtype of parameters; raises UserError unless its name is in `build.DTYPES`."""
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found.name not in DTYPES:
-        name = getattr(dtype, "__name__", dtype)
+    name = getattr(dtype, "__name__", str(dtype))
+    if name not in DTYPES:
         raise UserError(f"dtype={name}: expected {' or '.join(DTYPES)}")
-    return found
+    return jnp.dtype(name)
 
 
 def check_attention(attention: str) -> None:

@@ -200,10 +200,10 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
         fingerprint = folder.fingerprint(locate.find_decoder(decoder_of(workdir, record)))
-    return _of_record(params, record, fingerprint)
+    return of_record(params, record, fingerprint)
 
 
-def _of_record(params: Params, record: Record, fingerprint: str) -> Coprocessor:
+def of_record(params: Params, record: Record, fingerprint: str) -> Coprocessor:
     """Returns the coprocessor of a run, for the decoder with a fingerprint."""
     return Coprocessor(
         params,
@@ -214,12 +214,12 @@ def _of_record(params: Params, record: Record, fingerprint: str) -> Coprocessor:
         record.step,
         build.own_architecture(record, TransformerConfig(**record.architecture)),
         record["method.every"],
-        assistant_of(record),
+        _assistant_of(record),
         record["method.visible_text"],
     )
 
 
-def assistant_of(record: Record) -> Assistant | None:
+def _assistant_of(record: Record) -> Assistant | None:
     """Returns the assistant of a run, or None."""
     if not record.assistant:
         return None
@@ -232,7 +232,7 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
     for key, known in (("method.name", METHODS), ("method.placement", PLACEMENTS)):
         if record[key] not in known:
             raise UserError(f"{where}: {key}={record[key]!r}, expected one of {sorted(known)}")
-    found = _of_record(params, record, fields["fingerprint"])
+    found = of_record(params, record, fields["fingerprint"])
     _check_shapes(found, TransformerConfig(**record.architecture), where)
     return found
 

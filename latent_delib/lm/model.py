@@ -272,12 +272,10 @@ class AugmentedLM:
             chosen_heads = [heads[i] for i in chosen]
             chosen_keys = [keys[i] for i in chosen]
             chunks = self._continue(chosen_heads, chosen_keys, options, write, stopped)
-            *_, (new, joined) = chunks
-            for i, row in zip(chosen, new):
-                # After this row ended, latents may have joined other rows.
-                last = max(np.flatnonzero(row != self.tokenizer.pad_id).tolist(), default=0)
-                joined_here = tuple(at for at in joined if at <= last)
-                found[i] = Continuation(ends.cut(row), row, joined_here)
+            *_, (new_BN, joined) = chunks
+            for b, i in enumerate(chosen):
+                joined_here = tuple(one.after for one in joined if one.rows[b])
+                found[i] = Continuation(ends.cut(new_BN[b]), new_BN[b], joined_here)
         return [found[i] for i in range(len(prompts))]
 
     def stream(
@@ -312,7 +310,7 @@ class AugmentedLM:
         options: GenerationOptions,
         write: Callable | None,
         stopped: Callable[[np.ndarray], np.ndarray],
-    ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+    ) -> Iterator[tuple[np.ndarray, list[decoding.Joined]]]:
         """Continues a batch of prompts, each with its own random key; see `decode_in_chunks`."""
         text, length = self._pad(heads)
         keys = keys + keys[:1] * (len(length) - len(keys))

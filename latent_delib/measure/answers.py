@@ -1,5 +1,6 @@
 """Asks a model the questions of `data.validation` while it is trained."""
 
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from latent_delib.delib.augment import assemble
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
-from latent_delib.lm.load import Assistant, Coprocessor, Decoder, assistant_of
+from latent_delib.lm import load
+from latent_delib.lm.load import Decoder
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments
 from latent_delib.measure import scores, views
@@ -112,27 +114,14 @@ def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
     decoder = Decoder(aug.transformer.config, params["decoder"], exp.tokenizer, fingerprint)
     coprocessor = None
     if has_latents:
-        coprocessor = Coprocessor(
-            params["coprocessor"],
-            aug.method,
-            aug.num_latents,
-            aug.placement,
-            fingerprint,
-            architecture=None if aug.coprocessor is None else aug.coprocessor.config,
-            every=aug.every,
-            assistant=_assistant(exp, params),
-            visible_text=aug.visible_text,
-        )
+        coprocessor = load.of_record(params["coprocessor"], exp.record, fingerprint)
+        if coprocessor.assistant:
+            assistant = coprocessor.assistant._replace(params=params["assistant"])
+            coprocessor = dataclasses.replace(coprocessor, assistant=assistant)
     attention = exp.config.compute.attention
     return AugmentedLM(
         decoder, coprocessor, mesh=exp.mesh, max_length=arguments.INT32, attention=attention
     )
-
-
-def _assistant(exp: Experiment, params: Params) -> Assistant | None:
-    """Returns the assistant with its parameters, which are on the mesh, or None."""
-    found = assistant_of(exp.record)
-    return found and found._replace(params=params["assistant"])
 
 
 def _read(exp: Experiment) -> list[Asked]:

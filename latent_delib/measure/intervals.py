@@ -47,11 +47,15 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
     if known.any():
         sums = np.concatenate([change[:, known], tokens[:, known]], axis=1)
         draw = np.random.default_rng(seed)
-        resampled = [_resample(draw, len(sums)) @ sums for _ in range(RESAMPLES)]
+        units = len(sums)
+        resampled = []
+        for _ in range(RESAMPLES):
+            times_drawn = np.bincount(draw.integers(units, size=units), minlength=units)
+            resampled.append(times_drawn @ sums)
         total_change, total_tokens = np.split(np.array(resampled), 2, axis=1)
         mean = np.full_like(total_change, np.nan)
         np.divide(total_change, total_tokens, out=mean, where=total_tokens > 0)
-        ends = np.nanpercentile(mean, _percentiles(len(sums)), axis=0)
+        ends = np.nanpercentile(mean, _percentiles(units), axis=0)
         found[:, known] = 100 * np.expm1(ends)
     return found
 
@@ -64,11 +68,6 @@ def _sum_units(values: np.ndarray, work: np.ndarray) -> np.ndarray:
     sums = np.zeros((len(works), values.shape[1]), values.dtype)
     np.add.at(sums, index, values)
     return sums
-
-
-def _resample(draw: np.random.Generator, units: int) -> np.ndarray:
-    """Draws how many times a resample has each unit, int [units]."""
-    return np.bincount(draw.integers(units, size=units), minlength=units)
 
 
 def _percentiles(units: int) -> np.ndarray:

@@ -20,11 +20,9 @@ import numpy as np
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.loss import tokens_at_a_time
+from latent_delib.delib.step import Score
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
-
-# (augmentation, parameters, outputs [B, ..., D], tokens that they predict [B, ...]) -> [B, ...].
-Term = Callable[[Augmentation, Params, jax.Array, jax.Array], jax.Array]
 
 
 class Metric(NamedTuple):
@@ -36,11 +34,11 @@ class Metric(NamedTuple):
     """
 
     name: str
-    terms: Mapping[str, Term]
+    terms: Mapping[str, Score]
     pool: Callable[[Mapping[str, Any]], float]
 
 
-def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Term:
+def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Score:
     """Returns the term that computes `value` from the logits of each token.
 
     Logits exist for as few tokens at a time as in the loss.
@@ -73,9 +71,9 @@ PERPLEXITY = Metric("ppl", {"nll": augment.nll}, lambda sums: np.exp(sums["nll"]
 METRICS = (PERPLEXITY,)
 
 
-def all_terms() -> dict[str, Term]:
+def all_terms() -> dict[str, Score]:
     """Returns the terms of all metrics by name."""
-    terms: dict[str, Term] = {}
+    terms: dict[str, Score] = {}
     for metric in METRICS:
         terms |= metric.terms
     return terms

@@ -76,28 +76,23 @@ def add_up(
 
     document: int64 [pieces], the document of each case.
     """
-    for row, case in enumerate(cases):
-        _add_piece(exp, sums, document[row], case, values.of(row))
-
-
-def _add_piece(
-    exp: Experiment, sums: SumsByTerm, document: int, case: Case, values: Values
-) -> None:
-    """Adds the values of a piece to the sums of its document."""
     offset_A = np.arange(exp.config.evaluate.num_ahead)
     last = exp.config.evaluate.max_length - 2  # indices past it are not counted
-    before_kA = case.at[:, None] + offset_A  # the token before the n-th one ahead
-    own_before_kA = case.own_at[:, None] + offset_A
-    counts_kA = before_kA < len(case.plain) - 1
-    for term, total in sums.items():
-        plain_kA = values.plain[term][np.minimum(before_kA, last)]
-        if values.ahead is None:
-            augmented_kA = values.own[term][np.minimum(own_before_kA, last)]
-        else:
-            augmented_kA = values.ahead[term][: len(case.at)]
-        total.tokens[document] += counts_kA.sum(axis=0)
-        total.decoder[document] += plain_kA.sum(axis=0, dtype=np.float64, where=counts_kA)
-        total.augmented[document] += augmented_kA.sum(axis=0, dtype=np.float64, where=counts_kA)
+    for row, case in enumerate(cases):
+        found = values.of(row)
+        before_kA = case.at[:, None] + offset_A  # the token before the n-th one ahead
+        own_before_kA = case.own_at[:, None] + offset_A
+        counts_kA = before_kA < len(case.plain) - 1
+        for term, total in sums.items():
+            plain_kA = found.plain[term][np.minimum(before_kA, last)]
+            if found.ahead is None:
+                own_kA = found.own[term][np.minimum(own_before_kA, last)]
+            else:
+                own_kA = found.ahead[term][: len(case.at)]
+            counted = {"axis": 0, "dtype": np.float64, "where": counts_kA}
+            total.tokens[document[row]] += counts_kA.sum(axis=0)
+            total.decoder[document[row]] += plain_kA.sum(**counted)
+            total.augmented[document[row]] += own_kA.sum(**counted)
 
 
 # On disk: the sums of each document, and partial sums, with which a killed evaluation continues.

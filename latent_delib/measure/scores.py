@@ -55,7 +55,8 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
         )
     if metric == "bits_per_byte":
         unit = metric
-        value, stderr, low, high = _ratio(np.array(values, np.float64))
+        logp, num_bytes = np.array(values, np.float64).T
+        value, stderr, low, high = _ratio(-logp / math.log(2), num_bytes)
     else:
         unit = "percent"
         value, stderr, low, high = percent(np.array(values, np.float64))
@@ -74,30 +75,23 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
     return row
 
 
-def _ratio(values: np.ndarray) -> Figure:
-    """Returns Σ bits / Σ bytes, the standard error of this ratio, and the interval's ends.
+def _ratio(values: np.ndarray, size: np.ndarray) -> Figure:
+    """Returns Σ values / Σ size, the standard error of this ratio, and the interval's ends.
 
-    values: log p and bytes of each document, float64 [documents, 2].
+    values, size: float64 [documents].
     """
     n = len(values)
-    bits = -values[:, 0] / math.log(2)
-    size = values[:, 1]
-    value = float(bits.sum() / size.sum())
+    value = float(values.sum() / size.sum())
     if n == 1:
         return value, None, None, None
-    residual = float(np.square(bits - value * size).sum())
+    residual = float(np.square(values - value * size).sum())
     stderr = math.sqrt(residual * n / (n - 1)) / float(size.sum())
     return value, stderr, value - Z * stderr, value + Z * stderr
 
 
 def mean(values: np.ndarray) -> Figure:
     """Returns the mean of values, float64 [documents], its standard error, the interval's ends."""
-    n = len(values)
-    value = float(values.mean())
-    if n == 1:
-        return value, None, None, None
-    stderr = float(values.std(ddof=1)) / math.sqrt(n)
-    return value, stderr, value - Z * stderr, value + Z * stderr
+    return _ratio(values, np.ones(len(values)))
 
 
 def percent(scores: np.ndarray) -> Figure:

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.step import ahead_step, read_step
+from latent_delib.delib.step import Score, ahead_step, read_step
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
-from latent_delib.measure.metric import Term, all_terms
+from latent_delib.measure.metric import all_terms
 from latent_delib.measure.views import Case
 from latent_delib.nn.transformer import Params
 
@@ -84,7 +84,7 @@ def _jitted(
     num_ahead: int,
     delay: int,
     temperature: float,
-    terms: tuple[tuple[str, Term], ...],
+    terms: tuple[tuple[str, Score], ...],
 ) -> Steps:
     def score(aug: Augmentation, *arguments: Any) -> dict[str, jax.Array]:
         aug, *arguments = divided(temperature, aug, *arguments)
@@ -99,7 +99,7 @@ def _jitted(
 def divided(
     temperature: float, aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array
 ) -> tuple[Augmentation, Params, jax.Array, jax.Array]:
-    """Returns the arguments of a `Term` changed so that the logits are divided by a temperature.
+    """Returns the arguments of a `Score` changed so that the logits are divided by a temperature.
 
     They are cap * tanh(x . table / cap), so the outputs x and the softcap are divided by it.
     """

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 from latent_delib.data.sources import has_steps
-from latent_delib.delib import traces
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
@@ -67,11 +66,11 @@ def view_of(exp: Experiment, text: ValidationText) -> View:
     view: View = whole
     if e.longer_prompt:
         view = without_first_tokens(view, e.longer_prompt)
-    if e.swap and exp.prompt_end:
-        places = np.array([len(view(number).own_at) for number in range(len(text.pieces))])
-        view = with_latents_of_prompts(view, donors(e.seed, text, places))
-    elif e.swap:
-        view = with_latents_of(view, donors(e.seed, text, text.lengths()))
+    if e.swap:
+        places = text.lengths()
+        if exp.prompt_end:
+            places = np.array([len(view(number).own_at) for number in range(len(text.pieces))])
+        view = with_latents_of(view, donors(e.seed, text, places), bool(exp.prompt_end))
     return view
 
 
@@ -92,27 +91,20 @@ def without_first_tokens(view: View, lost: int) -> View:
     return shortened
 
 
-def with_latents_of(view: View, donor_of: np.ndarray) -> View:
-    """Gives each piece the latents of its donor, piece `donor_of[number]`, at the same places.
+def with_latents_of(view: View, donor_of: np.ndarray, at_prompts: bool) -> View:
+    """Gives each piece the latents of its donor, piece `donor_of[number]`.
 
-    Places past the donor's end get the donor's last latents.
+    They are written after the same tokens as the piece's own; at_prompts: the k-th after the
+    donor's k-th prompt. Where the donor is too short, they are written at its last such place.
     """
 
     def swapped(number: int) -> Case:
-        case = view(number)
-        donor = view(donor_of[number]).own
-        return case._replace(donor=donor, donor_at=np.minimum(case.own_at, len(donor) - 1))
-
-    return swapped
-
-
-def with_latents_of_prompts(view: View, donor_of: np.ndarray) -> View:
-    """Gives the k-th prompt of each piece the latents of its donor's k-th, or else of its last."""
-
-    def swapped(number: int) -> Case:
         case, other = view(number), view(donor_of[number])
-        k = np.minimum(np.arange(len(case.own_at)), len(other.own_at) - 1)
-        return case._replace(donor=other.own, donor_at=other.own_at[k])
+        donor_at = np.minimum(case.own_at, len(other.own) - 1)
+        if at_prompts:
+            k = np.minimum(np.arange(len(case.own_at)), len(other.own_at) - 1)
+            donor_at = other.own_at[k]
+        return case._replace(donor=other.own, donor_at=donor_at)
 
     return swapped
 
@@ -149,9 +141,15 @@ def prompt_ends(piece: np.ndarray, ending: Sequence[int], first: int = 0) -> np.
 
     They are at or after token `first`, and before the last token.
     """
-    found = np.asarray(traces.ends_with(piece[None], ending))[0]
-    at = np.flatnonzero(found[:-1])
-    return at[at >= first]
+    at = _ends_of(piece, ending)
+    return at[(at >= first) & (at < len(piece) - 1)]
+
+
+def _ends_of(piece: np.ndarray, ending: Sequence[int]) -> np.ndarray:
+    """Returns the tokens at which `ending` ends, int64 [k], ascending."""
+    last = np.arange(len(ending) - 1, len(piece))
+    back = np.arange(len(ending))[::-1]
+    return last[(piece[last[:, None] - back] == ending).all(axis=1)]
 
 
 def without_steps(
@@ -167,11 +165,13 @@ def without_steps(
     Returns:
       The rest of the piece, and the same places in it. A prompt without an answer loses its place.
     """
-    answer = np.asarray(traces.first_ahead(piece[None], ending))[0]
-    at = at[answer[at] < len(piece)]
+    ends = np.append(_ends_of(piece, ending), len(piece))
+    answer = ends[np.searchsorted(ends, at)] + 1
+    has_answer = answer < len(piece)
+    at, answer = at[has_answer], answer[has_answer]
     kept = np.ones(len(piece), bool)
-    for last in at:
-        kept[last + 1 : answer[last]] = False
+    for last, first in zip(at, answer):
+        kept[last + 1 : first] = False
     at = at[kept[at]]
     return piece[kept], np.cumsum(kept)[at] - 1
 
@@ -196,7 +196,7 @@ def donors(seed: int, text: ValidationText, places: np.ndarray) -> np.ndarray:
         if np.count_nonzero(text.source == number) == 1:
             raise UserError(
                 f"config.evaluate.swap: {name!r} of config.data.validation "
-                "has one document among the pieces"
+                "has one document; expected two at least"
             )
         ring = at_random[source[at_random] == number]
         for place, piece in enumerate(ring):

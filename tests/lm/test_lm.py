@@ -305,7 +305,7 @@ def test_a_sampler_is_a_value(lms):
     options = dict(
         aug=lm.aug, write=None, room=32, eos_id=-1, pad_id=0, stopped=lambda new: new[:, -1] < 0
     )
-    new, _ = decoding.run(
+    *_, (new, _) = decoding.decode_in_chunks(
         lm.params, *lm._pad([[2, 5, 6, 7]] * 4), keys, GenerationOptions(1, Least()), **options
     )
     assert (new[:, 0] == np.argmin(lm.logits([[2, 5, 6, 7]])[0, -1])).all()
@@ -337,6 +337,18 @@ def test_latents_joined_as_often_as_if_alone(decoder, lms):
         (alone,) = lm.continuations([prompt], NEW, every=4)
         assert alone.joined == found.joined
     assert len({found.joined for found in together}) > 1
+
+
+def test_latents_joined_before_a_token_that_is_end_and_padding(decoder, lms):
+    """Some tokenizers pad with EOS; latents that choose it have joined all the same."""
+    coprocessor, tokenizer = lms["after"].coprocessor, Ids(decoder.tokenizer.path)
+    (plain,) = lms["after"].continuations(PROMPTS[:1], NEW, every=4)
+    end = plain.tokens[4]
+    assert end not in plain.tokens[:4]
+    tokenizer.eos_id = tokenizer.pad_id = end
+    lm = ld.AugmentedLM(dataclasses.replace(decoder, tokenizer=tokenizer), coprocessor)
+    (found,) = lm.continuations(PROMPTS[:1], NEW, every=4)
+    assert found.joined == (0, 4)
 
 
 class Letters(Ids):
