@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     c.train.wandb = ""  # a project of Weights & Biases that gets the metrics too; "": none
     c.train.checkpoint_every = 1000  # steps
     c.train.keep = 2  # newest checkpoints kept
-    c.train.keep_every = 0  # checkpoints whose step this divides are kept too; 0: none
+    c.train.keep_every = 0  # every so many steps a checkpoint is kept for good; 0: none
     c.train.keep_best = 0  # this many of lowest loss, the mean since the save before, are kept too
     # How many steps are skipped because loss or gradient is not finite, counted since the last
     # start; one more ends the job.
@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
     c.train.profile_at = 0  # the three steps after this are profiled in WORKDIR/profile; 0: none
 
     c.compute = ConfigDict()
-    c.compute.cpu_devices = 1  # devices that a CPU is split into; several are faster if D is small
+    c.compute.cpu_devices = 1  # devices that a CPU is split into; 2 are faster for small models
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
     # auto: a kernel that is proven on this card, else xla. Or one by name: reference, xla,
     # pallas_gpu, pallas_tpu, tokamax_gpu.

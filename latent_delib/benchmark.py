@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from latent_delib import mesh as mesh_lib
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError, extra, store_errors
 from latent_delib.job import build
@@ -37,7 +38,7 @@ from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.provenance import provenance
 from latent_delib.measure import suites
 from latent_delib.measure.scores import ANSWER, Row, format_rows, summarize_scores
-from latent_delib.measure.suites import QUESTIONS
+from latent_delib.measure.suites import QUESTIONS_PREFIX
 from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder, locate
 
@@ -163,7 +164,7 @@ def _load_tasks(harness: ModuleType, chosen: dict[str, Row], flags: Any) -> dict
         if row["set"] == "offline":
             loaded[name] = harness.load_local_task(row["task"], flags.tasks)
         elif row["set"] == "questions":
-            loaded[name] = harness.load_questions(row["task"].removeprefix(QUESTIONS))
+            loaded[name] = harness.load_questions(row["task"].removeprefix(QUESTIONS_PREFIX))
         else:
             loaded[name] = harness.load_public_task(row["task"])
         answer = harness.longest_answer(loaded[name])
@@ -189,8 +190,8 @@ def _wanted_row(name: str, row: Row, model: str, kinds: set[str], cot: str, flag
     is_cot = model == "zero_shot_cot"
     if is_cot and (kinds != {"generate_until"} or row["set"] == "questions"):
         raise UserError(
-            f"--model=zero_shot_cot: {name} has choices, text to score or replies that are the "
-            "answer alone; no reasoning can be written"
+            f"--model=zero_shot_cot: expected a task with free-form answers, and {name} has "
+            "choices, text to score or replies that are the answer alone"
         )
     again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
     late = model == "augmented" and "generate_until" in kinds  # a scored text never waits
@@ -275,11 +276,15 @@ def _is_there(rows: dict[str, Row], asked: Row, out: str) -> bool:
 
 def _load_model(subject: Subject, missing: Sequence[Row], flags: Any) -> AugmentedLM:
     """Loads the weights that the missing rows need."""
+    mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor})
     coprocessor = None
     if any(asked["model"] == "augmented" for asked in missing):
         coprocessor = load.load_coprocessor(subject.workdir, subject.record.step)
-    decoder = load.load_decoder(subject.decoder, subject.record["compute.dtype"] or "float32")
-    return AugmentedLM(decoder, coprocessor, max_length=flags.max_length, attention=flags.attention)
+    dtype = subject.record["compute.dtype"] or "float32"
+    decoder = load.load_decoder(subject.decoder, dtype, mesh)
+    return AugmentedLM(
+        decoder, coprocessor, mesh, max_length=flags.max_length, attention=flags.attention
+    )
 
 
 def _measure(
@@ -293,7 +298,7 @@ def _measure(
     )
     logp: list[float] = []
     # Answers are scored with the latents of the prompt's end alone.
-    if asked["task"].startswith(QUESTIONS) and not (asked["every"] or asked["delay"]):
+    if asked["task"].startswith(QUESTIONS_PREFIX) and not (asked["every"] or asked["delay"]):
         logp = adapter.answer_logprobs(task, asked["limit"])
     samples = harness.run_tasks(
         adapter, task, asked["shots"], asked["limit"], flags.confirm_run_unsafe_code
@@ -336,6 +341,7 @@ if __name__ == "__main__":
         limit=(None, "documents of each task, for a quick test; all if left out"),
         every=(0, "latents join again after this many tokens, each time; 0: once"),
         delay=(0, "tokens decoded before the latents join (asynchronous coprocessor)"),
+        tensor=(1, "devices that split each layer between them; prompts are split over the rest"),
         batch_size=(16, "prompts at once"),
         max_length=(
             8192,

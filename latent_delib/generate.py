@@ -190,7 +190,7 @@ def _refuse_rhythm(flags: Any, why: str) -> None:
         value = getattr(flags, name)
         if value:
             raise UserError(
-                f"--{name}={value}: says when latents join, and with {why} there are none"
+                f"--{name}={value}: has no effect, because with {why} no latents are written"
             )
 
 

@@ -63,6 +63,7 @@ SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 def main(flags: Any) -> None:
+    distributed.split_cores(flags.config.compute.cpu_devices)
     if flags.search:
         search.search(flags.config, flags.workdir, flags.topology, sys.argv[1:])
         return
@@ -73,7 +74,6 @@ def main(flags: Any) -> None:
         if flags.distributed:
             raise UserError(f"--text={flags.text}: one process prepares it; run prepare first")
         own_text.use_text(flags.config, flags.text, flags.held_out, flags.workdir)
-    distributed.split_cores(flags.config.compute.cpu_devices)
     with distributed.job(flags):
         code = train(flags.config, flags.workdir, ctrl_c=True)
     if code:

@@ -95,7 +95,7 @@ def error(command_line, monkeypatch, capsys):
         ("--config.optimizer.learning_rate=inf", ["config.optimizer.learning_rate=inf", "finite"]),
         ("--config.seed=-1", ["config.seed=-1"]),
         ("--config.seed=4294967296", ["config.seed=4294967296: expected at most 4294967295"]),
-        ("--config.data.seq_len=4", ["config.data.seq_len=4", "2 latents + 3 ahead"]),
+        ("--config.data.seq_len=3", ["config.method.num_ahead=3", "config.data.seq_len=3"]),
         ("--config.data.seq_len=64", ["config.data.token_files", "32", "64"]),
         (
             "--config.method.num_traces=32",

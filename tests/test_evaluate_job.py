@@ -235,7 +235,7 @@ def test_one_curve_shows_one_thing(make_config, trained, evaluated):
     config["evaluate"]["max_positions"] = 3
     # as older versions wrote it
     change(file, {"text": text, "config": config, "draws": None, "step": None})
-    refused("draws of version 1", {"evaluate.max_positions": 3})
+    refused("at other random positions.*draws 1", {"evaluate.max_positions": 3})
 
 
 def test_what_cannot_be_read_does_not_stop_the_others(

@@ -44,8 +44,9 @@ class Augmentation:
       logits of at most four times as many tokens.
     coprocessor: the coprocessor's transformer, also used for the assistant; None: the decoder's.
     every: number of ahead tokens after which latents join again, and stay; 0: they join once.
-    distill: weight in [0, 1] of the divergence from the decoder that has read more: the steps, or
-      the text before `visible_text`. The cross-entropy of the text has the remaining weight.
+    distill: weight in [0, 1] of the divergence from a teacher; the cross-entropy of the text has
+      the rest. The teacher is the decoder that has read the whole row: steps that a trace skips,
+      and text that `visible_text` hides.
     visible_text: number of text tokens before the latents that the decoder still sees; 0: all.
     """
 
@@ -124,13 +125,13 @@ class Augmentation:
             tokens_BT,
             segment_BT,
             at_BM,
-            self.num_latents,
-            num_ahead,
-            self.placement,
-            delay_BM,
-            self.every,
-            steps_end,
-            self.visible_text,
+            num_latents=self.num_latents,
+            num_ahead=num_ahead,
+            placement=self.placement,
+            delay_BM=delay_BM,
+            every=self.every,
+            steps_end=steps_end,
+            visible_text=self.visible_text,
         )
 
 
@@ -157,8 +158,8 @@ def starting_decoder(params: Params) -> Params:
     return params["assistant"] if "assistant" in params else params["decoder"]
 
 
-def gathered(aug: Augmentation, params: Params) -> Params:
-    """Returns the parameters with the readers' token tables whole, gathered once per step."""
+def with_whole_tables(aug: Augmentation, params: Params) -> Params:
+    """Gathers the token tables of all models that read text, so that a step does it once."""
     found = dict(params)
     for reader, name in itertools.product(aug.readers, transformer.TABLES):
         table = params.get(reader, {}).get(name)
@@ -240,7 +241,7 @@ def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> 
 
     Training uses `summed_loss` instead.
     """
-    return token_loss(*_of_rows(aug, params, x, targets)).reshape(targets.shape)
+    return token_loss(*_loss_inputs(aug, params, x, targets)).reshape(targets.shape)
 
 
 def summed_loss(
@@ -258,7 +259,7 @@ def summed_loss(
       targets, weights: [B, ...].
       teacher: the teacher's outputs, in the shape of x; None where `aug.distill` is 0.
     """
-    x_BRD, table_VD, target_BR, softcap, chunk = _of_rows(aug, params, x, targets)
+    x_BRD, table_VD, target_BR, softcap, chunk = _loss_inputs(aug, params, x, targets)
     weight_BR = weights.reshape(target_BR.shape)
     if teacher is not None:
         teacher = teacher.reshape(x_BRD.shape)
@@ -267,7 +268,7 @@ def summed_loss(
     )
 
 
-def _of_rows(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> tuple:
+def _loss_inputs(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> tuple:
     """Returns the arguments of `loss.token_loss`, with the tokens of each row in one sequence."""
     B, D = x.shape[0], x.shape[-1]
     table_VD = transformer.output_table(params["decoder"])
@@ -300,7 +301,7 @@ def loss(
     cross-entropy of all text after prompts.
 
     Args:
-      params: parameters, after `gathered` where a mesh splits them.
+      params: parameters, after `with_whole_tables` where a mesh splits them.
       tokens_BT: int32 text.
       segment_BT: int32 document number of each token, 0 on padding.
       at_BM: int32 text tokens at which the cache is augmented.

@@ -40,10 +40,10 @@ def init(key: jax.Array, tree: Params, rank: int) -> Params:
 
 
 def lay_over(below: Params, tree: Params) -> Params:
-    """Returns the leaves of both trees, with adapters multiplied out.
+    """Returns the tree `below`, changed by `tree`.
 
-    Where both trees have a leaf, it is taken from `tree`. Leaves that `tree` neither replaces nor
-    adapts are the arrays of `below` themselves.
+    A leaf of `tree` replaces the leaf of its name. A pair of adapters adds its product to its
+    matrix. All other leaves are the arrays of `below` themselves.
     """
     found: Params = {}
     for name, leaf in below.items():

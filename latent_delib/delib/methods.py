@@ -20,9 +20,8 @@ from latent_delib.nn.transformer import Params
 class Method(NamedTuple):
     """Holds all that other modules need to know about a method.
 
-    init: (key, decoder, models, num_latents) -> the trainable tree, keyed as in the parameters of
-      `delib.augment`: "coprocessor" for a model that writes latents, "decoder" where the decoder
-      itself is trained. Layers that a coprocessor's tree lacks are those of the decoder.
+    start: (key, decoder, models, num_latents) -> the coprocessor's tree before the first step.
+      Layers that it lacks are those of the decoder. None: nothing but the decoder is trained.
     write: (params, models, reading, traces) -> latents in the dtype of the decoder's cache. None:
       the method writes none, and its objective is the language-modelling loss of the text (with
       `method.prompt_end`, of the tokens that follow prompts).
@@ -30,22 +29,23 @@ class Method(NamedTuple):
     axes: logical axes of the method's own parameters, by leaf name; no layer has these names. The
       axes are keys of `mesh.WEIGHTS`, or None. Each parameter is one leaf of "coprocessor", not a
       tree. `step.make_optimizer` decides by its name whether it decays, and at which rate.
-    trains_decoder: the tree has a "decoder".
+    trains_decoder: the decoder itself is trained.
     reads_text: the latents depend on the text. Only such latents can be late, or be swapped for
       latents of another text.
-    has_matrices: the tree has matrices. Only then can low-rank adapters replace them.
+    has_matrices: matrices are trained. Only then can low-rank adapters replace them.
     starts_random: the coprocessor begins with random matrices, on which no adapter can build.
     own_size: the coprocessor may have another architecture than the decoder.
     has_assistant: another frozen decoder, the assistant, reads the text too. The coprocessor has
-      the assistant's architecture and begins from it: `init` gets the assistant in place of the
+      the assistant's architecture and begins from it: `start` gets the assistant in place of the
       decoder, and leaves that the coprocessor's tree lacks are the assistant's layers.
     writes_keys: the latents are keys and values, which hold their position. So latents of another
       text cannot replace them, and only a placement that reads x_p again has an output that
       predicts the next token.
-    recurs: the latents join again after every `every` ahead tokens, and stay.
+    recurs: the latents join again after every `every` ahead tokens, and stay. They must be vectors
+      that do not depend on the text.
     """
 
-    init: Callable[[jax.Array, Params, Models, int], Params]
+    start: Callable[[jax.Array, Params, Models, int], Params] | None
     write: Callable[[Params, Models, Reading, Traces], Latents] | None
     cost: Callable[[Writing], Flops] = flops.one_pass
     axes: Mapping[str, Axes] = {}
@@ -57,6 +57,17 @@ class Method(NamedTuple):
     has_assistant: bool = False
     writes_keys: bool = False
     recurs: bool = False
+
+    def init(self, key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+        """Returns the trainable tree before the first step.
+
+        It has a "decoder" where the decoder is trained, and a "coprocessor" where there is one, as
+        in the parameters of `delib.augment`.
+        """
+        tree = {"decoder": decoder} if self.trains_decoder else {}
+        if self.start is not None:
+            tree["coprocessor"] = self.start(key, decoder, models, num_latents)
+        return tree
 
 
 def param_axes(method: str) -> Mapping[str, Axes]:
@@ -72,54 +83,41 @@ def param_axes(method: str) -> Mapping[str, Axes]:
     return PARAM_AXES | own
 
 
-def _start_decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
-    del key, models, num_latents
-    return {"decoder": decoder}
-
-
-def _start_coprocessor(start: Callable[..., Params]) -> Callable[..., Params]:
-    return lambda *args: {"coprocessor": start(*args)}
-
-
-def _start_both(start: Callable[..., Params]) -> Callable[..., Params]:
-    return lambda *args: _start_decoder(*args) | {"coprocessor": start(*args)}
-
-
 METHODS = {
     # The decoder alone; its training is ordinary language modelling.
     "decoder": Method(
-        _start_decoder,
+        start=None,
         write=None,
         trains_decoder=True,
         reads_text=False,
     ),
     # Liu et al. 2025: the coprocessor starts from the decoder's weights, every weight is trained.
     "cache_augmentation": Method(
-        _start_coprocessor(coprocessor.start_from_decoder),
+        coprocessor.start_from_decoder,
         coprocessor.write_in_one_pass,
     ),
     # Baselines of Liu et al.: a random start; reading the decoder's last-layer outputs, not its
     # cache.
     "from_scratch": Method(
-        _start_coprocessor(coprocessor.start_from_scratch),
+        coprocessor.start_from_scratch,
         coprocessor.write_in_one_pass,
         starts_random=True,
     ),
     "last_layer": Method(
-        _start_coprocessor(coprocessor.start_from_decoder),
+        coprocessor.start_from_decoder,
         coprocessor.write_from_last_layer,
         cost=flops.pass_over_text_too,
     ),
     # Goyal et al. 2023: trained vectors, whatever the text; one vector L times, or L vectors.
     "pause_tokens": Method(
-        _start_coprocessor(coprocessor.start_with_one_soft_token),
+        coprocessor.start_with_one_soft_token,
         coprocessor.write_soft_tokens,
         cost=flops.no_pass,
         reads_text=False,
         has_matrices=False,
     ),
     "static_tokens": Method(
-        _start_coprocessor(coprocessor.start_with_soft_tokens),
+        coprocessor.start_with_soft_tokens,
         coprocessor.write_soft_tokens,
         cost=flops.no_pass,
         reads_text=False,
@@ -128,7 +126,7 @@ METHODS = {
     # Sun et al. 2025 (latent tokens): trained vectors that recur among the tokens. Tokens see all
     # vectors before them, and keep their positions.
     "latent_tokens": Method(
-        _start_coprocessor(coprocessor.start_with_soft_tokens),
+        coprocessor.start_with_soft_tokens,
         coprocessor.write_soft_tokens,
         cost=flops.no_pass,
         reads_text=False,
@@ -137,7 +135,7 @@ METHODS = {
     ),
     # Eyuboglu et al. 2025 (Cartridges): trained keys and values in each layer, whatever the text.
     "cartridge": Method(
-        _start_coprocessor(coprocessor.start_cartridge),
+        coprocessor.start_cartridge,
         coprocessor.write_cartridge,
         cost=flops.no_pass,
         axes=coprocessor.CARTRIDGE_AXES,
@@ -146,26 +144,27 @@ METHODS = {
         writes_keys=True,
     ),
     # Coda-Forno et al. 2025: keys and values inserted in each layer (H1); decoder and coprocessor
-    # trained together (H2); one model that writes its own latents (the unified baseline).
+    # trained together (H2); one model that writes its own latents (the unified baseline). With
+    # adapters, the coprocessor of "joint" has those of the decoder too, and adds its own.
     "inserted": Method(
-        _start_coprocessor(coprocessor.start_from_decoder),
+        coprocessor.start_from_decoder,
         coprocessor.write_keys_and_values,
         writes_keys=True,
     ),
     "joint": Method(
-        _start_both(coprocessor.start_from_decoder),
+        coprocessor.start_from_decoder,
         coprocessor.write_in_one_pass,
         trains_decoder=True,
     ),
     "unified": Method(
-        _start_both(coprocessor.start_with_soft_tokens),
+        coprocessor.start_with_soft_tokens,
         coprocessor.write_in_one_pass,
         trains_decoder=True,
     ),
     # Xu et al. 2025 (SoftCoT), Fu et al. 2025 (Cache-to-Cache): the coprocessor starts from another
     # pretrained decoder, and reads the cache which that decoder keeps of the text.
     "assistant": Method(
-        _start_coprocessor(mapped.start_from_assistant),
+        mapped.start_from_assistant,
         mapped.write_by_assistant,
         cost=flops.pass_of_assistant_too,
         axes=mapped.OUT_AXES,
@@ -173,19 +172,18 @@ METHODS = {
     ),
     # Hao et al. 2024 (Coconut): the trained decoder's own outputs, fed back as its next inputs.
     "feedback": Method(
-        _start_both(coprocessor.start_with_one_soft_token),
+        coprocessor.start_with_one_soft_token,
         coprocessor.write_feedback,
         cost=flops.pass_per_thought,
         trains_decoder=True,
     ),
     # Future work of Liu et al.: latents one after another; a coprocessor of another size.
     "sequential": Method(
-        _start_coprocessor(coprocessor.start_from_decoder),
+        coprocessor.start_from_decoder,
         coprocessor.write_one_after_another,
-        cost=flops.one_pass,
     ),
     "resized": Method(
-        _start_coprocessor(mapped.start_resized),
+        mapped.start_resized,
         mapped.write_through_maps,
         axes=mapped.MAP_AXES,
         starts_random=True,

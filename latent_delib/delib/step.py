@@ -66,7 +66,8 @@ def _muon(o: Any) -> optax.GradientTransformation:
     """Makes the updates of a layer's matrices orthogonal (Jordan et al. 2024).
 
     Each update is made about as large as updates of Adam are in practice (arXiv 2502.16982), so one
-    learning rate serves both. All other leaves are scaled by Adam.
+    learning rate serves both. Adam with Nesterov's momentum scales all
+    other leaves.
     """
 
     def axes(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
@@ -189,11 +190,11 @@ def train_step(
     """
     aug, parts = objective.aug, objective.accumulation
     whole = _with_traces(objective, batch, state.step)
-    frozen = augment.gathered(aug, frozen)  # before the loop over parts
+    frozen = augment.with_whole_tables(aug, frozen)  # before the loop over parts
 
     def loss_sum(trained: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
         # Trained tables are gathered here, so that their gradients are sharded as they are.
-        params = augment.assemble(frozen, augment.gathered(aug, trained))
+        params = augment.assemble(frozen, augment.with_whole_tables(aug, trained))
         return _loss_sum(objective, params, part)
 
     # Gradients are of the cast weights, and so summed over devices in the computation's dtype.
@@ -284,7 +285,7 @@ def validation_step(
     """
     whole = _with_traces(objective, batch, number)
     trained = jax.tree.map(lambda x: x.astype(objective.dtype), trainable)
-    params = augment.gathered(objective.aug, augment.assemble(frozen, trained))
+    params = augment.with_whole_tables(objective.aug, augment.assemble(frozen, trained))
     losses, counts = jax.lax.map(
         partial(_loss_sum, objective, params), _parts(whole, objective.accumulation)
     )
@@ -318,7 +319,7 @@ def read_step(
       The `Reading`, and the score of text token t + 1 at every t, [B, T - 1]: by default -log p in
       nats, float32.
     """
-    params = augment.gathered(aug, params)
+    params = augment.with_whole_tables(aug, params)
     reading = augment.read_text(aug, params, tokens_BT, segment_BT, dtype)
     return reading, score(aug, params, reading.outputs[:, :-1], tokens_BT[:, 1:])
 
@@ -354,7 +355,7 @@ def ahead_step(
       The scores of the ahead tokens, [B, M, A], by default -log p in nats, float32; and the weights
       of these tokens, float32 [B, M, A], 0 past the document's end.
     """
-    params = augment.gathered(aug, params)
+    params = augment.with_whole_tables(aug, params)
     traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay)
     z = augment.write_latents(aug, params, reading, traces)
     if donor_B is not None:

@@ -48,7 +48,10 @@ PLACEMENTS = {
 
 
 def positions_added(placement: str, num_latents: int) -> int:
-    """Returns how far past the end of a text its latents, or the tokens they move, reach."""
+    """Returns how many positions a text needs beyond its own.
+
+    They are for its latents, or for the tokens that these move.
+    """
     place = PLACEMENTS[placement]
     furthest = max(place.latents(num_latents), default=0)
     return int(max(place.shift(num_latents), furthest))
@@ -235,42 +238,47 @@ def lay_out(
         flat = jnp.clip(index_BMX, 0, T - 1).reshape(index_BMX.shape[0], -1)
         return jnp.take_along_axis(row_BT, flat, axis=1).reshape(index_BMX.shape)
 
+    # The place: x_p in the row, its document's first token, and the position of x_p.
     at = at_BM[..., None]
     start = take(document_start(segment_BT), at)
-    p = at - start  # position of x_p in its document
+    p = at - start
+
+    # The coprocessor's call: latents, after the last token that it knows.
     delay = jnp.broadcast_to(delay_BM, at_BM.shape)[..., None]
-    written = jnp.maximum(p - delay, 0)  # position of the last token that the coprocessor knows
-    visible = jnp.maximum(at + 1 - visible_text, start) if visible_text else start
+    known = jnp.maximum(p - delay, 0)
+    from_p = np.add.outer(group_offsets(num_ahead, every), place.latents(num_latents)).reshape(-1)
+    latent_position = jnp.maximum(known + from_p, 0)
+    latent_bounds = _bounds(start, start + known + 1, latent_position)
 
-    groups = group_offsets(num_ahead, every)
-    from_p = np.add.outer(groups, place.latents(num_latents)).reshape(-1)
-
-    def latents_at(p: jax.Array) -> jax.Array:
-        return jnp.maximum(p + from_p, 0)
-
-    offset = _input_offsets(num_ahead, placement)
-    ahead = take(first_ahead(tokens_BT, steps_end), at) + jnp.arange(num_ahead)
-    # A text of fewer tokens than are read again repeats its first one.
+    # The decoder's call: latents, tokens that are read again, and all ahead tokens but the last. A
+    # text of fewer tokens than are read again repeats its first one.
     again = jnp.maximum(at + jnp.arange(1 - place.reread, 1), start)
-    segment = take(segment_BT, at)
-    same_document = (ahead < T) & (take(segment_BT, ahead) == segment) & (segment > 0)
-    latent_position = latents_at(written)
-    inputs_at = jnp.maximum(p + offset, 0) + place.shift(num_latents)
-    position = jnp.concatenate([latents_at(p), inputs_at], axis=-1)
+    ahead = take(first_ahead(tokens_BT, steps_end), at) + jnp.arange(num_ahead)
+    inputs = take(tokens_BT, jnp.concatenate([again, ahead[..., :-1]], axis=-1))
+    offset = _input_offsets(num_ahead, placement)
+    input_position = jnp.maximum(p + offset, 0) + place.shift(num_latents)
+    position = jnp.concatenate([jnp.maximum(p + from_p, 0), input_position], axis=-1)
     if every:
         position = position[..., reading_order(num_latents, num_ahead, placement, every)]
+    first_visible = jnp.maximum(at + 1 - visible_text, start) if visible_text else start
+    from_cache = jnp.maximum(at + 1 - place.reread, start)  # the end of what the cache gives
+    bounds = _bounds(first_visible, from_cache, position)
 
-    def bounds(like: jax.Array, start: jax.Array, stop: jax.Array) -> Bounds:
-        found = (start, stop, 0)
-        return Bounds(*(jnp.broadcast_to(x, like.shape).astype(jnp.int32) for x in found))
-
+    segment = take(segment_BT, at)
+    same_document = (ahead < T) & (take(segment_BT, ahead) == segment) & (segment > 0)
     return Traces(
         latent_position=latent_position,
-        latent_bounds=bounds(latent_position, start, start + written + 1),
+        latent_bounds=latent_bounds,
         position=position,
-        bounds=bounds(position, visible, jnp.maximum(at + 1 - place.reread, start)),
-        inputs=take(tokens_BT, jnp.concatenate([again, ahead[..., :-1]], axis=-1)),
+        bounds=bounds,
+        inputs=inputs,
         ahead=ahead,
         targets=take(tokens_BT, ahead),
         weights=same_document.astype(jnp.float32),
     )
+
+
+def _bounds(start: jax.Array, stop: jax.Array, like: jax.Array) -> Bounds:
+    """Returns bounds of the text from `start` to before `stop`, in the shape of `like`."""
+    found = (start, stop, 0)
+    return Bounds(*(jnp.broadcast_to(x, like.shape).astype(jnp.int32) for x in found))

@@ -10,7 +10,7 @@ from latent_delib.data.rows import check_data
 from latent_delib.data.sources import has_steps
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import OPTIMIZERS
-from latent_delib.delib.traces import PLACEMENTS, group_offsets
+from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
 from latent_delib.machine import arguments
@@ -191,6 +191,11 @@ def _check_groups(m: ConfigDict) -> None:
         )
     if not row.recurs:
         return
+    if row.reads_text or row.writes_keys:
+        raise UserError(
+            f"config.method.name={m.name!r}: latents that recur must be vectors that do not depend "
+            "on the text; the method's row says otherwise"
+        )
     if not m.every:
         raise UserError(
             f"config.method.every=0: latents of method {m.name!r} recur; expected the number of "
@@ -275,16 +280,15 @@ def _check_controls(config: ConfigDict) -> None:
 
 
 def _check_trace_length(config: ConfigDict) -> None:
-    """Raises UserError unless a row has room for a trace, and for what its settings count."""
+    """Raises UserError unless a row has room for the tokens and places that its settings count."""
     m = config.method
     length = config.data.seq_len
     if METHODS[m.name].write is None:
         return
-    latents = m.num_latents * len(group_offsets(m.num_ahead, m.every))
-    if length < latents + m.num_ahead:
+    if m.num_ahead >= length:
         raise UserError(
-            f"config.data.seq_len={length}: expected at least {latents + m.num_ahead}, "
-            f"the length of a trace: {latents} latents + {m.num_ahead} ahead tokens"
+            f"config.method.num_ahead={m.num_ahead}: expected at most {length - 1}, "
+            f"the tokens after the first in a row of config.data.seq_len={length} tokens"
         )
     if m.num_traces >= length:
         raise UserError(

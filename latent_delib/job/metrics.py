@@ -76,6 +76,7 @@ class Metrics:
         peak = chips.chip_of(jax.devices()[0]).peak or math.nan
         self.peak = peak * jax.device_count()
         self.pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
+        self.predicted = False  # whether any step had tokens to predict
         self.bad = 0
         self.grad_norm = math.nan
         self.since_save = Mean()
@@ -125,7 +126,7 @@ class Metrics:
 
         Raises:
           UserError: loss or gradient is not finite, and `train.max_bad_steps` steps were skipped
-            before; or the text had nothing to predict.
+            before; or the text has had nothing to predict since the job began.
         """
         if self.pending is None:
             return
@@ -141,11 +142,12 @@ class Metrics:
             self.grad_norm = grad_norm
         else:
             self._skip(f"step {step}: the loss is {loss}, the gradient norm {grad_norm}")
+        self.predicted |= tokens > 0
         if step % self.log_every and step != self.steps:
             return
         if self.since_row.tokens:
             self._write_row(step, held_out)
-        elif not tokens:
+        elif not (self.predicted or self.saved):
             raise UserError(
                 f"step {step}: no token was predicted since step {self.row_begin}: no document "
                 f"goes on after {self.prompt_end}"

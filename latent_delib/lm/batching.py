@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-TOGETHER = 8  # continuations of one prompt in one row, at most
+MOST_CONTINUATIONS = 8  # continuations of one prompt in one row, at most
 CPU_TOKENS = 512  # enough for full speed on a CPU; more rows only add padding
 
 Key = tuple[int, int]  # of a row: the number of its continuations, and its length in tokens
@@ -29,7 +29,7 @@ class Group(NamedTuple):
     key: Key
 
 
-def batches(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
+def by_shape(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[int]]:
     """Yields batches of row indices.
 
     The rows of a batch have equally many continuations and similar lengths. Those with the most
@@ -47,8 +47,8 @@ def batches(keys: Sequence[Key], size: Callable[[Key], int]) -> Iterator[list[in
         order = order[len(batch) :]
 
 
-def together(mesh: Mesh, batch_size: int, key: Key) -> int:
-    """Returns how many rows are read together, given the largest key of a batch (`batches`).
+def rows_per_batch(mesh: Mesh, batch_size: int, key: Key) -> int:
+    """Returns the number of rows in a batch whose largest key is `key`.
 
     A CPU reads a power of two with at most CPU_TOKENS tokens, unless the batch is smaller.
     """
@@ -79,7 +79,7 @@ def pad(rows: Sequence[Any], pad_id: int, multiple: int) -> tuple[np.ndarray, np
 
 
 def groups(heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> list[Group]:
-    """Groups continuations by their prompts, at most TOGETHER of one prompt in a group.
+    """Groups continuations by their prompts, at most MOST_CONTINUATIONS of one prompt in a group.
 
     Args:
       heads: the prompt of each continuation.
@@ -90,8 +90,8 @@ def groups(heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> li
         by_head[tuple(head)].append(i)
     found = []
     for head, every in by_head.items():
-        for first in range(0, len(every), TOGETHER):
-            members = every[first : first + TOGETHER]
+        for first in range(0, len(every), MOST_CONTINUATIONS):
+            members = every[first : first + MOST_CONTINUATIONS]
             longest = max(len(tails[i]) for i in members)
             found.append(Group(head, members, (power_of_two(len(members)), len(head) + longest)))
     return found

@@ -207,15 +207,15 @@ def of_record(params: Params, record: Record, fingerprint: str) -> Coprocessor:
     """Returns the coprocessor of a run, for the decoder with a fingerprint."""
     return Coprocessor(
         params,
-        record["method.name"],
-        record["method.num_latents"],
-        record["method.placement"],
-        fingerprint,
-        record.step,
-        build.own_architecture(record, TransformerConfig(**record.architecture)),
-        record["method.every"],
-        _assistant_of(record),
-        record["method.visible_text"],
+        method=record["method.name"],
+        num_latents=record["method.num_latents"],
+        placement=record["method.placement"],
+        fingerprint=fingerprint,
+        step=record.step,
+        architecture=build.own_architecture(record, TransformerConfig(**record.architecture)),
+        every=record["method.every"],
+        assistant=_assistant_of(record),
+        visible_text=record["method.visible_text"],
     )
 
 

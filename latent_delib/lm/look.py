@@ -186,7 +186,9 @@ def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]
     count = arguments.whole("count", count, 1, lm.decoder.config.vocab_size)
     D = lm.decoder.config.embed_dim
     if np.ndim(z_LD) != 2 or np.shape(z_LD)[1] != D:
-        raise UserError(f"z: of shape {np.shape(z_LD)}, expected [L, {D}], those of one place")
+        raise UserError(
+            f"z: of shape {np.shape(z_LD)}, expected the latents of one position, [L, {D}]"
+        )
     table_VD = jnp.asarray(lm.params["decoder"]["embedding"], jnp.float32)
     cosine_LV = einsum("LD,VD->LV", _unit(jnp.asarray(z_LD, jnp.float32)), _unit(table_VD))
     found = []

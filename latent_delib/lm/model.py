@@ -159,7 +159,8 @@ class AugmentedLM:
         greedy = np.zeros(len(tails), bool)
         done = 0
         keys = [group.key for group in groups]
-        for chosen in batching.batches(keys, partial(batching.together, self.mesh, batch_size)):
+        size = partial(batching.rows_per_batch, self.mesh, batch_size)
+        for chosen in batching.by_shape(keys, size):
             batch = [groups[i] for i in chosen]
             sums_BM, greedy_BM = self._score_tails(batch, tails, augment)
             for b, (_, members, _) in enumerate(batch):
@@ -206,7 +207,8 @@ class AugmentedLM:
         shards = mesh_lib.shards(self.mesh, "traces")
         score = partial(scoring.score_text, aug=aug, dtype=self.dtype, shards=shards)
         keys = [(1, len(piece)) for piece in pieces]
-        for chosen in batching.batches(keys, partial(batching.together, self.mesh, batch_size)):
+        size = partial(batching.rows_per_batch, self.mesh, batch_size)
+        for chosen in batching.by_shape(keys, size):
             tokens, length = self._pad([pieces[p] for p in chosen])
             predicted = tokens.shape[1] - 1
             found = score(self.params, tokens, length, stretch=min(every or predicted, predicted))
@@ -262,17 +264,17 @@ class AugmentedLM:
         keys = inputs.random_keys(seed, len(prompts))
         heads = self._heads(prompts, options.max_new_tokens)
         found: dict[int, Continuation] = {}
-        for chosen in batching.batches([(1, len(head)) for head in heads], lambda key: batch_size):
+        keys_of_heads = [(1, len(head)) for head in heads]
+        for chosen in batching.by_shape(keys_of_heads, lambda key: batch_size):
 
             def stopped(new_BN: np.ndarray, rows: int = len(chosen)) -> np.ndarray:
                 if progress:
                     progress(options.max_new_tokens * len(found) + new_BN.shape[1] * rows)
                 return ends.seen(new_BN)
 
-            chosen_heads = [heads[i] for i in chosen]
-            chosen_keys = [keys[i] for i in chosen]
-            chunks = self._continue(chosen_heads, chosen_keys, options, write, stopped)
-            *_, (new_BN, joined) = chunks
+            heads_here = [heads[i] for i in chosen]
+            keys_here = [keys[i] for i in chosen]
+            *_, (new_BN, joined) = self._continue(heads_here, keys_here, options, write, stopped)
             for b, i in enumerate(chosen):
                 joined_here = tuple(one.after for one in joined if one.rows[b])
                 found[i] = Continuation(ends.cut(new_BN[b]), new_BN[b], joined_here)

@@ -71,9 +71,7 @@ class Sampler:
         if not 0 < top_p <= 1:
             raise UserError(f"top_p={self.top_p}: expected above 0, at most 1")
         if not temperature and (top_k or top_p < 1):
-            raise UserError(
-                f"top_k={top_k}, top_p={top_p}: temperature=0 draws nothing; give a temperature"
-            )
+            raise UserError(f"top_k={top_k}, top_p={top_p}: they need a temperature above 0")
         return Sampler(temperature, min(top_k, arguments.INT32), top_p)
 
 

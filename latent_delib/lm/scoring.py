@@ -153,17 +153,17 @@ def score_text(
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
     at = jnp.arange(0, T - 1, stretch)
     # Traces that are computed at once have about as many tokens as the text, at most.
-    together = min(len(at), max(1, T // (aug.count_latents(stretch) + stretch)))
-    if together > 1:
-        together = round_up(together, shards)
+    traces_at_once = min(len(at), max(1, T // (aug.count_latents(stretch) + stretch)))
+    if traces_at_once > 1:
+        traces_at_once = round_up(traces_at_once, shards)
     # Place T - 1 has no ahead tokens, so it has no weight.
-    at = jnp.pad(at, (0, -len(at) % together), constant_values=T - 1)
+    at = jnp.pad(at, (0, -len(at) % traces_at_once), constant_values=T - 1)
 
     def some(at_M: jax.Array) -> jax.Array:
-        at_BM = jnp.broadcast_to(at_M, (B, together))
+        at_BM = jnp.broadcast_to(at_M, (B, traces_at_once))
         more, weights = step.ahead_step(
             params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=stretch
         )
         return -jnp.sum(more * weights, axis=(1, 2))
 
-    return jnp.sum(jax.lax.map(some, at.reshape(-1, together)), axis=0)
+    return jnp.sum(jax.lax.map(some, at.reshape(-1, traces_at_once)), axis=0)

@@ -146,7 +146,7 @@ def _of_device(error: Exception) -> str:
     if line:
         return (
             f"{line}; take fewer rows at once (evaluation: config.evaluate.batch_size and "
-            "positions; others: --batch_size), or more devices (config.mesh)"
+            "positions; others: --batch_size), or more devices (config.mesh, --tensor)"
         )
     frames = traceback.extract_tb(error.__traceback__)
     if "xla_bridge" not in frames[-1].filename:

@@ -19,7 +19,7 @@ from latent_delib.machine import arguments
 from latent_delib.measure import scores, views
 from latent_delib.nn.transformer import Params
 
-QUESTIONS = 100  # asked of each source: its first ones
+NUM_QUESTIONS = 100  # asked of each source: its first ones
 
 
 class Asked(NamedTuple):
@@ -41,9 +41,9 @@ class Asked(NamedTuple):
 class Answers:
     """Counts the questions that a model answers right, and scores the right replies.
 
-    The questions are the first QUESTIONS of each source of questions in `data.validation`. Replies
-    are decoded greedily, and judged as `benchmark --benchmarks=qa:FILE` judges them. A frozen
-    decoder is asked once, at the start.
+    The questions are the first NUM_QUESTIONS of each source of questions in `data.validation`.
+    Replies are decoded greedily, and judged as `benchmark --benchmarks=qa:FILE` judges them. A
+    frozen decoder is asked once, at the start.
 
     Args:
       exp: the job's experiment.
@@ -137,7 +137,7 @@ def _read(exp: Experiment) -> list[Asked]:
     path = str(exp.tokenizer.path)
     for source in named:
         documents = batches.validation_documents(data, tokenizer_path=path, sources=[source])
-        for document in itertools.islice(documents, QUESTIONS):
+        for document in itertools.islice(documents, NUM_QUESTIONS):
             tokens = document.tokens
             _, written = questions.parted(tokens.tolist(), exp.tokenizer)
             room = questions.enough_tokens([exp.tokenizer.decode(written)])

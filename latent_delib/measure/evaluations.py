@@ -51,8 +51,8 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
         draws = result.get("draws", 1)
         if is_drawn and draws != expected:
             raise UserError(
-                f"{file}: its places for latents are draws of version {draws}, now {expected}; "
-                "give another --out"
+                f"{file}: it was evaluated at other random positions, which an older version drew "
+                f"(draws {draws}, now {expected}); give another --out"
             )
         if text and result.get("text", text) != text:
             raise UserError(

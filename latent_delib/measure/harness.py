@@ -166,7 +166,7 @@ class Adapter(TemplateLM):
             if len(reply) + 2 > self.lm.max_length:  # BOS, and one token that asks
                 raise UserError(
                     f"--max_length={self.lm.max_length}: document {number} of {name} has an "
-                    f"answer of {len(reply)} tokens"
+                    f"answer of {len(reply)} tokens; raise --max_length"
                 )
             requests.append((("", ""), prompt, reply))
         return [logp for logp, _ in self._loglikelihood_tokens(requests)]
@@ -342,7 +342,7 @@ def run_tasks(
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOTS_SEED)
-        _never_show_the_asked(task)
+        _exclude_asked_document(task)
         if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_target:  # AGIEval
             task.fewshot_cfg.doc_to_target = functools.partial(_first_right, task)
     results = evaluator.evaluate(
@@ -359,7 +359,7 @@ def run_tasks(
     return found
 
 
-def _never_show_the_asked(task: Any) -> None:
+def _exclude_asked_document(task: Any) -> None:
     """Makes the harness (0.4.13) leave the asked document out of its worked examples.
 
     The harness does so only where the split of the examples is named. Here that is the split that

@@ -30,7 +30,7 @@ class Sums(NamedTuple):
     """Holds the sums of one term over each document's tokens, [documents, A] for n = 1 ... A.
 
     tokens: int64, how many count.
-    decoder: float64, the sum under the frozen decoder; -log p in nats, if the term is "nll".
+    decoder: float64, the sum under the frozen decoder. The term "nll" is -log p, in nats.
     augmented: float64, the same under the evaluated model, with latents.
     """
 

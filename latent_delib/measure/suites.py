@@ -10,7 +10,7 @@ from latent_delib.errors import UserError
 from latent_delib.machine.command_line import ROOT, run_file
 from latent_delib.measure.scores import Row
 
-QUESTIONS = "qa:"  # begins the name of a file of questions
+QUESTIONS_PREFIX = "qa:"  # begins the name of a file of questions
 
 
 def read_table(path: str) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def choose(table: dict[str, Any], benchmarks: str) -> dict[str, Row]:
         sets[name] = {name: row}
     chosen: dict[str, Row] = {}
     for name in listed(benchmarks):
-        if name.startswith(QUESTIONS):
-            stem = Path(name.removeprefix(QUESTIONS)).stem
+        if name.startswith(QUESTIONS_PREFIX):
+            stem = Path(name.removeprefix(QUESTIONS_PREFIX)).stem
             if stem in sets or stem in chosen:
                 raise UserError(f"--benchmarks={name}: there is another {stem}; rename the file")
             row = {"set": "questions", "task": name}
@@ -68,7 +68,7 @@ def task_digest(row: Row, folder: str) -> str | None:
     if row["set"] == "published":
         return None
     if row["set"] == "questions":
-        files_of_task = [epath.Path(row["task"].removeprefix(QUESTIONS))]
+        files_of_task = [epath.Path(row["task"].removeprefix(QUESTIONS_PREFIX))]
     else:
         files_of_task = sorted(epath.Path(folder).glob(f"{row['task']}.*"))
     total = hashlib.sha256()

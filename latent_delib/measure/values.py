@@ -35,12 +35,12 @@ class Sides(NamedTuple):
 
     plain: parameters of the frozen decoder, and of the assistant, which reads the same text.
     own: parameters of the evaluated model.
-    own_decoder: whether the decoder of the evaluated model was trained.
+    decoder_is_trained: whether the decoder of the evaluated model was trained.
     """
 
     plain: Params
     own: Params
-    own_decoder: bool
+    decoder_is_trained: bool
 
 
 class Values(NamedTuple):
@@ -131,7 +131,7 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
     another_text = any(case.own is not case.plain for case in cases)
     if another_text:
         text = _place_text(exp, [case.own for case in cases] + donors)
-    if another_text or sides.own_decoder:
+    if another_text or sides.decoder_is_trained:
         reading, own = steps.read(sides.own, *text)
     parts = []
     if exp.aug.writes_latents:

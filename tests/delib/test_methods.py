@@ -129,7 +129,7 @@ def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):
 
     def start(key, decoder, models, num_latents):
         tree = METHODS["static_tokens"].init(key, decoder, models, num_latents)["coprocessor"]
-        return {"coprocessor": tree | {"loudness": jnp.ones(models.decoder.config.embed_dim)}}
+        return tree | {"loudness": jnp.ones(models.decoder.config.embed_dim)}
 
     def loud(params, models, reading, traces):
         return params["coprocessor"]["loudness"] * METHODS["static_tokens"].write(

@@ -123,6 +123,7 @@ def test_a_teacher_of_hidden_text_needs_no_steps(make_config):
         ({"reads_text": False}, {"method.max_delay": 2}, "no latents that depend on a text"),
         ({"reads_text": False}, {"evaluate.delay": 2}, "no latents that depend on a text"),
         ({"writes_keys": True}, {}, "config.method.placement='after'"),
+        ({"recurs": True}, {"method.placement": "overlay"}, "do not depend on the text"),
         (
             {"writes_keys": True},
             {"method.placement": "overlay", "evaluate.swap": True},

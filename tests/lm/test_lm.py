@@ -936,7 +936,7 @@ MISTAKES = {
     ),
     "top_p of nothing drawn": (
         lambda lm, d: lm.generate(["a"], top_p=0.9),
-        "^top_k=0, top_p=0.9: temperature=0 draws nothing",
+        "^top_k=0, top_p=0.9: they need a temperature above 0",
     ),
     "top_p 2": (
         lambda lm, d: lm.generate(["a"], top_p=2.0),

@@ -65,7 +65,7 @@ def config_of(make_config):
 @pytest.mark.parametrize("kind", ["qa", "qa_steps"])
 def test_what_is_asked(config_of, write, sources, monkeypatch, kind):
     """As `benchmark` asks it, from the tokens alone; the first ones, of sources of questions."""
-    monkeypatch.setattr(answers, "QUESTIONS", 3)
+    monkeypatch.setattr(answers, "NUM_QUESTIONS", 3)
     exp = experiment.read(config_of(sources["validation"], write(ROWS, kind)))
     asked = answers._read(exp)
     encode = exp.tokenizer.encode

@@ -30,7 +30,9 @@ SERVED = {
     "tokamax_gpu": (tokamax_gpu.HEAD_DIMS, tokamax_gpu.DTYPES),
 }
 FORMS = ("reference", "xla", *SERVED)
-FEW = 16  # queries per row; scores of so few fit anywhere, and no form decodes faster
+# A call with at most this many queries per row uses the reference: its scores fit in memory, and no
+# other form is faster.
+FEW = 16
 SAVED = ("attention_out", "attention_lse")  # what a backward pass needs besides q, k and v
 
 

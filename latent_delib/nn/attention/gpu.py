@@ -119,8 +119,8 @@ def _own_gradient(rows, own, bounds, options):
     """Returns dk and dv [B, U, K, H]."""
     cut = _cut("own_gradient", rows[0], options.shared_memory)
     [source] = _sources(own, None, bounds, rows[0], cut)
-    # Here a program holds a block of keys and walks rows: from those of its first key's token to
-    # the last row that sees one of its keys.
+    # Each program holds a block of keys and walks blocks of rows. It starts at the row of its first
+    # key's token, and ends at the last row that sees one of its keys.
     B, U = source.lo.shape
     G = rows[0].shape[3]
     start = cut.keys * np.arange(pl.cdiv(U, cut.keys))

@@ -109,10 +109,9 @@ def weights(
 
 
 def delta_of(out: jax.Array, dout: jax.Array) -> jax.Array:
-    """Returns the amount that the softmax subtracts from the gradient of each weight.
+    """Returns the sum of out * dout over features, float32 [B, M, S, N].
 
-    It is float32 [B, M, S, N]. The gradient of a score is its weight * (the gradient of the weight
-    - this amount).
+    The gradient of a score is its weight * (the gradient of the weight - this sum).
 
     Args:
       out, dout: the output of attention and its gradient, [B, M, S, N, H].

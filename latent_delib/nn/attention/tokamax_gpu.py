@@ -83,7 +83,9 @@ def forward(
         sums.append(source.join((top + jnp.log(total)).swapaxes(1, 2)))
     lse = jax.nn.logsumexp(jnp.stack(sums), axis=0)
     shares = jnp.exp(jnp.stack(sums) - lse)[..., None]
-    return jnp.sum(shares * jnp.stack(outs), axis=0).astype(q_BMSNH.dtype), lse
+    # The output of a row that sees no key of a source may be anything.
+    parts = jnp.where(shares > 0, shares * jnp.stack(outs), 0)
+    return jnp.sum(parts, axis=0).astype(q_BMSNH.dtype), lse
 
 
 def backward(
