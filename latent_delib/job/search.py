@@ -9,7 +9,6 @@ faster than one that fits, are left out.
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -87,23 +86,6 @@ class Verdict(NamedTuple):
     setting: Setting
     result: dict[str, Any] | None
     error: str | None
-
-    @property
-    def needs(self) -> float:
-        """Returns the bytes that a setting which does not fit needs on a device."""
-        number, unit = re.search(r"needs ([\d.]+)([KMGT])iB", self.error).groups()
-        return float(number) * 1024 ** (1 + "KMGT".index(unit))
-
-
-class Memory(NamedTuple):
-    """Holds the least memory that a setting needs on a device, bytes.
-
-    held: weights, and all else that follows from shapes and shardings (`dry_run.held`).
-    activations: the activations of one part of a batch.
-    """
-
-    held: float
-    activations: float
 
 
 def search(
@@ -225,14 +207,17 @@ def in_order(estimates: Iterable[Estimate]) -> list[Estimate]:
     return sorted(estimates, key=lambda each: (float(f"{each.seconds:.2g}"), each.received))
 
 
-def least_memory(config: ConfigDict, setting: Setting, devices: Sequence[Any]) -> Memory:
-    """Returns a setting's least memory; infinity where its mesh does not divide a weight."""
+def least_memory(config: ConfigDict, setting: Setting, devices: Sequence[Any]) -> float:
+    """Returns the bytes that a setting needs on a device at least.
+
+    They are infinite where its mesh does not divide a weight.
+    """
     exp = experiment.read(applied(config, setting), devices)
     try:
         plan = planning.make(exp)
     except UserError:
-        return Memory(math.inf, math.inf)
-    return Memory(sum(dry_run.held(exp, plan).values()), estimate.activations(exp))
+        return math.inf
+    return sum(dry_run.held(exp, plan).values()) + estimate.activations(exp)
 
 
 # Compiling.
@@ -241,29 +226,25 @@ def least_memory(config: ConfigDict, setting: Setting, devices: Sequence[Any]) -
 def first_to_fit(
     ordered: Iterable[Setting],
     limit: float,
-    least: Callable[[Setting], Memory],
+    least: Callable[[Setting], float],
     compile_all: Callable[[list[Setting]], list[Verdict]],
 ) -> list[Verdict]:
     """Compiles settings in order until WANTED fit, and returns all verdicts.
 
     A verdict decides other settings too. A setting that needs at least as much memory as a failed
     one cannot fit. A setting that surely needs no more than a fitting one is no faster. Neither is
-    compiled. Where a failed setting needed more than the least for its activations, other settings
-    with its remat are expected to need more too, by the same factor.
+    compiled.
 
     Args:
       ordered: the settings, the fastest first.
       limit: memory of a device, bytes.
-      least: returns the least memory that a setting needs.
+      least: returns the bytes that a setting needs at least.
       compile_all: returns the verdicts on some settings.
     """
     verdicts: list[Verdict] = []
 
     def is_open(setting: Setting) -> bool:
-        if is_decided(setting, verdicts):
-            return False
-        held, activations = least(setting)
-        return held + excess(setting.remat, verdicts, least) * activations <= limit
+        return not is_decided(setting, verdicts) and least(setting) <= limit
 
     open_settings = filter(is_open, ordered)
     while True:
@@ -272,19 +253,6 @@ def first_to_fit(
         if not chosen:
             return verdicts
         verdicts += compile_all(chosen)
-
-
-def excess(remat: str, verdicts: Iterable[Verdict], least: Callable[[Setting], Memory]) -> float:
-    """Returns the factor by which activations exceed their least in settings with this remat.
-
-    It is the smallest factor in the verdicts on settings that did not fit; 1 without such verdicts.
-    """
-    found = []
-    for verdict in verdicts:
-        if verdict.error and verdict.setting.remat == remat:
-            held, activations = least(verdict.setting)
-            found.append((verdict.needs - held) / activations)
-    return max(1.0, min(found, default=1.0))
 
 
 def is_decided(setting: Setting, verdicts: Iterable[Verdict]) -> bool:
