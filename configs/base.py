@@ -42,10 +42,10 @@ def get_config() -> ConfigDict:
     # 0: all.
     c.method.visible_text = 0
     c.method.assistant = ""  # for "assistant": path of another decoder of the same vocabulary
-    # With this weight w, in [0, 1], the loss is w times the divergence from the decoder that has
-    # read more, plus 1 - w times the loss of the text. It has read the text that `visible_text`
-    # hides. With visible_text 0 it has read the written steps of questions (qa_steps:...), and
-    # latents replace these. 0: no teacher, and steps are ordinary text.
+    # Weight, in [0, 1], of the divergence from a teacher; the loss of the text has the rest. The
+    # teacher is the decoder with more to read: the text that `visible_text` hides or, if that is 0,
+    # the written steps of questions (qa_steps:...), which latents replace. 0: no teacher, and steps
+    # are ordinary text.
     c.method.distill = 0.0
     c.method.coprocessor = ConfigDict()  # for "resized": TransformerConfig unlike the decoder's
 

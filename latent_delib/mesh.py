@@ -161,9 +161,9 @@ def parameters(mesh: Mesh, tree: Any, axes: Mapping[str, Axes]) -> Any:
             lengths = {part: mesh.shape[part] for part in WEIGHTS.get(axis, ())}
             if size % math.prod(lengths.values()):
                 split = " x ".join(f"{part}={length}" for part, length in lengths.items())
-                found = f"{name} {tuple(leaf.shape)}"
                 raise UserError(
-                    f"mesh axes {split}: expected a divisor of {size}, an axis of {found}"
+                    f"{name} {tuple(leaf.shape)}: an axis of length {size} does not split over "
+                    f"mesh axes {split}"
                 )
         return NamedSharding(mesh, partition)
 

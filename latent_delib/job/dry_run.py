@@ -1,7 +1,7 @@
 """Compiles a job's step for this machine or for a TPU slice, and prints its needs.
 
-The compiler for TPUs runs on any machine (`./launch/setup.sh tpu`). It
-reports the memory of the same program that the slice would run.
+The compiler for TPUs runs on any machine (`./launch/setup.sh tpu`). It reports the memory of the
+same program that the slice would run.
 """
 
 import json

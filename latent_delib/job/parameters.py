@@ -144,7 +144,7 @@ def open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
 
 
 def _require_room(exp: Experiment, there: Record, given: str) -> None:
-    """Raises UserError where this job has no place for some weights of the start.
+    """Raises UserError if the start's weights do not fit this method and number of latents.
 
     Additional soft tokens are made from the start's; additional keys and values are not.
     """

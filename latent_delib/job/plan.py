@@ -133,7 +133,7 @@ def summary(exp: Experiment, plan: Plan) -> str:
         f"{count(trainable):,} trainable ({gib(size(trainable))} + "
         f"optimizer {gib(size(plan.state.opt_state))}), over all devices",
         f"devices: {exp.mesh.size} x {kind}, mesh {dict(exp.mesh.shape)}",
-        "trainable parameters and their shardings, which their optimizer moments share:",
+        "trainable parameters and their shardings; their optimizer moments have the same:",
         mesh_lib.table(trainable),
     ]
     if exp.assistant is not None:

@@ -68,7 +68,8 @@ AGREE = {
         "evaluate.temperature",
     ),
 }
-WHOLE = {"method.lora_rank": 0}  # values of a run that others may begin with
+# What a run must have before another may start from it.
+WHOLE = {"method.lora_rank": 0}
 # The value a key has in a run that is older than the key. A new key of `method` or `optimizer`
 # needs a line, or no older run can go on.
 BEFORE = {
@@ -125,8 +126,8 @@ class Record:
       (`data.batches.Training`); empty where not known.
     step: optimizer steps done; None: nothing is trained.
     assistant: "fingerprint" and "architecture" of the assistant; empty where there is none.
-    start: SHA-256 of the record of the checkpoint below adapters, hex; "" without one, and in runs
-      of older versions.
+    start: SHA-256 of the meta of the checkpoint that the adapters were trained on, hex; "" without
+      one, and in runs of older versions.
     """
 
     config: Plain

@@ -173,7 +173,7 @@ class Tensor:
     part: index of this leaf on axis i of the stored tensor; None where the tensor is one leaf.
     theirs, ours: the axes of the stored tensor and of our leaf.
     sizes: axis -> size.
-    added: the number by which a stored norm exceeds ours.
+    added: what the other form adds to each norm scale: GGUF stores Gemma's as 1 + scale.
     """
 
     leaf: str
