@@ -10,8 +10,6 @@ product heads come first and rows are one axis: with any other order XLA copies 
 of them as large as the scores.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -89,19 +87,18 @@ def forward(
       [B, M, S, N, H] in the dtype of the values, and float32 [B, M, S, N].
     """
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
-    score = partial(_scores, options=options)
 
     def attend(chunk: Chunk) -> tuple[jax.Array, jax.Array]:
         zeros = jnp.zeros(chunk.q.shape, jnp.float32)
         state = Softmax(zeros[..., 0] + NEVER, zeros[..., 0], zeros)
         if chunk.own is not None:
             seen = own_in_range(chunk.own_start, chunk.own[0].shape[3])
-            state = _see(state, chunk.q, chunk.own, seen, score)
+            state = _see(state, chunk.q, chunk.own, seen, options)
         for keys, start, stop in zip(shared, chunk.start, chunk.stop):
 
             def see_block(i, state, keys=keys, start=start, stop=stop):
                 found, seen = _block(keys, start, stop, i)
-                return _see(state, chunk.q, found, seen, score)
+                return _see(state, chunk.q, found, seen, options)
 
             state = jax.lax.fori_loop(*_range(keys, start, stop), see_block, state)
         total = jnp.where(state.total > 0, state.total, 1.0)  # 0 in rows of padding
@@ -113,9 +110,9 @@ def forward(
     return _join(out, q_BMSNH.shape), lse[..., 0]
 
 
-def _see(state: Softmax, q: jax.Array, keys: Keys, seen: jax.Array, score: Callable) -> Softmax:
+def _see(state: Softmax, q: jax.Array, keys: Keys, seen: jax.Array, options: Options) -> Softmax:
     """Adds some keys and values to a running softmax; `seen` says which of them each query sees."""
-    scores, _, visible = score(q, keys[0], seen)
+    scores, _, visible = _scores(q, keys[0], seen, options)
     high = jnp.maximum(state.high, scores.max(-1))
     weights = jnp.where(visible, jnp.exp(scores - high[..., None]), 0.0)
     fade = jnp.exp(state.high - high)
@@ -147,7 +144,6 @@ def backward(
       Each gradient in its operand's shape and dtype; None for the prefix's unless asked for.
     """
     chunks, shared = _cut(q_BMSNH, own, prefix, bounds)
-    score = partial(_scores, options=options)
     delta_BMSN = delta_of(out_BMSNH, dout_BMSNH)
     like_q = (dout_BMSNH, lse_BMSN[..., None], delta_BMSN[..., None])
     saved = Saved(*(_cut_rows(x, own[0].shape[3]) for x in like_q))
@@ -160,28 +156,10 @@ def backward(
 
     def differentiate(totals, operands):
         chunk, saved = operands
-        dq = jnp.zeros(chunk.q.shape, jnp.float32)
-        down = None
-        if chunk.own is not None:
-            seen = own_in_range(chunk.own_start, chunk.own[0].shape[3])
-            weights, dproducts = _derive(chunk.q, chunk.own, seen, saved, score)
-            dq += _weighted(dproducts, chunk.own[0])
-            down = _onto(dproducts, chunk.q, False), _onto(weights, saved.dout, False)
-            down = jax.tree.map(lambda d, x: d.swapaxes(-1, -2).astype(x.dtype), down, chunk.own)
+        dq, down = _through_own(chunk, saved, options)
         sums = []
-        for total, keys, start, stop in zip(totals, shared, chunk.start, chunk.stop):
-
-            def through_block(i, carry, keys=keys, start=start, stop=stop):
-                dq, total = carry
-                found, seen = _block(keys, start, stop, i)
-                weights, dproducts = _derive(chunk.q, found, seen, saved, score)
-                if total is not None:
-                    first = _first(keys, i)
-                    dk = _add(total[0], _onto(dproducts, chunk.q, True), first)
-                    total = dk, _add(total[1], _onto(weights, saved.dout, True), first)
-                return dq + _weighted(dproducts, found[0]), total
-
-            dq, total = jax.lax.fori_loop(*_range(keys, start, stop), through_block, (dq, total))
+        for number, (total, keys) in enumerate(zip(totals, shared)):
+            dq, total = _through_shared(chunk, saved, number, keys, dq, total, options)
             sums.append(total)
         return sums, (dq.astype(chunk.q.dtype), down)
 
@@ -197,19 +175,62 @@ def backward(
     return _join(dq, q_BMSNH.shape), down, None if prefix is None else dshared[0]
 
 
-def _derive(
-    q: jax.Array,
-    keys: Keys,
-    seen: jax.Array,
+def _through_own(chunk: Chunk, saved: Saved, options: Options) -> tuple[jax.Array, Keys | None]:
+    """Returns the gradients of queries and own keys through the scores between them.
+
+    They are float32 [B, K, c, R, H], and like `chunk.own`.
+    """
+    if chunk.own is None:
+        return jnp.zeros(chunk.q.shape, jnp.float32), None
+    seen = own_in_range(chunk.own_start, chunk.own[0].shape[3])
+    weights, dproducts = _derive(chunk.q, chunk.own, seen, saved, options)
+    down = _onto(dproducts, chunk.q, False), _onto(weights, saved.dout, False)
+    down = jax.tree.map(lambda d, x: d.swapaxes(-1, -2).astype(x.dtype), down, chunk.own)
+    return _weighted(dproducts, chunk.own[0]), down
+
+
+def _through_shared(
+    chunk: Chunk,
     saved: Saved,
-    score: Callable,
+    number: int,
+    keys: Keys,
+    dq: jax.Array,
+    total: Keys | None,
+    options: Options,
+) -> tuple[jax.Array, Keys | None]:
+    """Adds the gradients through the keys of a shared source, block by block.
+
+    Args:
+      number: number of the source.
+      keys: its keys and values [B, K, T, H].
+      dq: gradient of the queries so far.
+      total: gradients of the keys and values so far, as `_no_gradient` begins them; None: they are
+        not wanted.
+    """
+    start, stop = chunk.start[number], chunk.stop[number]
+
+    def through_block(i, carry):
+        dq, total = carry
+        found, seen = _block(keys, start, stop, i)
+        weights, dproducts = _derive(chunk.q, found, seen, saved, options)
+        if total is not None:
+            first = _first(keys, i)
+            dk = _add(total[0], _onto(dproducts, chunk.q, True), first)
+            total = dk, _add(total[1], _onto(weights, saved.dout, True), first)
+        return dq + _weighted(dproducts, found[0]), total
+
+    return jax.lax.fori_loop(*_range(keys, start, stop), through_block, (dq, total))
+
+
+def _derive(
+    q: jax.Array, keys: Keys, seen: jax.Array, saved: Saved, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     """Returns weights and the gradient of the products q . k, [B, K, c, R, U] each.
 
     The products are without scale and softcap. The weights have the dtype of dout, the gradient has
     the dtype of q.
     """
-    scores, slope, visible = score(q, keys[0], seen)
+    scores, slope, visible = _scores(q, keys[0], seen, options)
     weights = jnp.where(visible, jnp.exp(scores - saved.lse), 0.0)
     dweights = _products(saved.dout, keys[1])
     dproducts = weights * (dweights - saved.delta) * slope
