@@ -1,8 +1,10 @@
 """GGUF files (version 2 and 3, little-endian), as llama.cpp's converter writes them.
 
-The `gguf` library dequantises blocks. Its reader is not used: it trusts every count in a header, so
-one damaged length of a list makes it loop for ever. Layout of a file (llama.cpp's gguf.md): magic,
-version, counts; keys with typed values; tensor infos; aligned data.
+The `gguf` library dequantises blocks. Its reader (0.19) is not used: for a vocabulary of 256,000
+pieces it takes 10 s and 0.7 GB, this one 0.3 s and 40 MB (two cores of an AMD EPYC, 2026-11-30). It
+also trusts every count in a header, so one damaged length of a list makes it loop for ever. Layout
+of a file (llama.cpp's gguf.md): magic, version, counts; keys with typed values; tensor infos;
+aligned data.
 """
 
 import dataclasses
