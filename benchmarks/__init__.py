@@ -1,1 +1,1 @@
-"""Speed and memory, every form beside a plain one: `python -m benchmarks.NAME --help`."""
+"""Measures speed and memory, each form beside a plain one: `python -m benchmarks.NAME --help`."""

@@ -1,4 +1,4 @@
-"""Attention of one layer over all traces: time, useful TFLOP/s and memory of every form.
+"""Measures attention of one layer over all traces: time, useful TFLOP/s and memory of each form.
 
   python -m benchmarks.attention [--latents 16 64] [--batch 1] [--forms ...] [--json=FILE]
 

@@ -235,9 +235,9 @@ HEAD = (
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Makes a row in Markdown for each result.
 
-    Of steps: sequences a second, MFU against the data sheet and against the products measured here,
-    how many times the dense form and PyTorch, batch, remat, memory. Of evaluation: tokens a second,
-    and share of the products. Of decoding: ms a token, and share of the bandwidth of a copy.
+    Of steps: sequences per second, MFU against the data sheet and against the products measured
+    here, how many times the dense form and PyTorch, batch, remat, memory. Of evaluation: tokens per
+    second, and share of the products. Of decoding: ms per token, and share of a copy's bandwidth.
     """
     lines = ["| " + HEAD + " |", "|" + "---|" * (HEAD.count("|") + 1)]
     if not results:
@@ -282,7 +282,7 @@ def best_product(result: dict[str, Any]) -> float | None:
 
 
 def speed(row: dict[str, Any] | None) -> float | None:
-    """Returns sequences a second; None where there is no time."""
+    """Returns sequences per second; None where there is no time."""
     return row["batch"] / row["ms"] * 1e3 if row and row.get("ms") else None
 
 

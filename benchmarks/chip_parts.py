@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.chip`, each run in a process of its own.
+"""Holds the parts of `benchmarks.chip`, each run in a process of its own.
 
   python -m benchmarks.chip_parts --part=card [--small]      prints what the card is, as JSON
   python -m benchmarks.chip_parts --part=PART --out=FILE --seconds=N [--small]

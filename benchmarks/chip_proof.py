@@ -1,4 +1,4 @@
-"""Part 1 of `benchmarks.chip`: every form of attention against the reference, on the card itself.
+"""Checks every form of attention against the reference, on the card: part 1 of `benchmarks.chip`.
 
 A row compiles one call of one form, forward and backward, and runs it with bounds in order, out of
 order and in a window. Rows of the batch hold documents of unequal length, groups that see no text,
@@ -42,7 +42,7 @@ ORDERS = ("sorted", "unsorted", "window")
 
 
 class Layout(NamedTuple):
-    """M groups of S tokens after T slots of text, or after none; G queries a key head.
+    """Describes M groups of S tokens after T slots of text, or after none; G queries per key head.
 
     Scores are some 2 times normal numbers: a softcap of 5 bends them, and one above 60 is computed
     in another way.
@@ -163,7 +163,7 @@ def operands(layout: Layout, H: int) -> tuple[tuple, jax.Array]:
 
 
 def bounds_of(layout: Layout, order: str) -> Bounds:
-    """Draws two unequal documents a row, and groups anywhere in them; the first sees no text."""
+    """Draws two unequal documents per row, and groups anywhere in them; the first sees no text."""
     rng = np.random.default_rng(1)
     M, S, T = layout.M, layout.S, layout.T
     own = np.broadcast_to(np.arange(S), (B, M, S))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: presets, forms that take turns under one clock, and the table."""
+"""Holds what the benchmarks share: presets, forms that take turns under one clock, the table."""
 
 import argparse
 import dataclasses

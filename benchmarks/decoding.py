@@ -1,4 +1,4 @@
-"""Decoding: tokens a second, with latents and without, and the share that bandwidth allows.
+"""Measures decoding: tokens per second, with and without latents, and the share of bandwidth.
 
   python -m benchmarks.decoding [--batch 1 8] [--seq_len 128] [--new 128] [--forms ...]
       [--json=FILE]
@@ -32,7 +32,7 @@ PUBLISHED = dict(
 
 
 def bandwidth(rounds: int, least: float) -> float:
-    """Returns the bytes a second that a copy reads and writes, the best of `rounds`."""
+    """Returns the bytes per second that a copy reads and writes, the best of `rounds`."""
     x = jnp.zeros(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)
     # In place: new pages cost a CPU more than a copy.
     size, step = x.nbytes, jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -48,14 +48,14 @@ def bandwidth(rounds: int, least: float) -> float:
 def bytes_read(
     c: TransformerConfig, params: Any, itemsize: int, batch: int, entries: float
 ) -> float:
-    """Returns the bytes of one token a row: the weights, and `entries` of each row's cache."""
+    """Returns the bytes of one token per row: the weights, and `entries` of each row's cache."""
     weights = sum(x.nbytes for x in jax.tree.leaves(params["decoder"]))
     seen = sum(min(entries, c.window) if local else entries for local in c.is_local)
     return weights + batch * seen * 2 * c.num_kv_heads * c.head_dim * itemsize
 
 
 def measure(a: argparse.Namespace, speed: float) -> list[dict[str, Any]]:
-    """Returns a row for each form, batch and number of latents; speed: bytes a second of a copy."""
+    """Returns a row for each form, batch and number of latents; speed: bytes/s of a copy."""
     dtype, rows = jnp.dtype(a.dtype), []
     for L, B in ((L, B) for L in a.latents for B in a.batch):
         params = common.weights(a.config, L, a.dtype)

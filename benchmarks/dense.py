@@ -1,4 +1,4 @@
-"""The published form, to compare with: one sequence, one dense mask (Liu et al. 2025, Figure 2).
+"""Holds the published form, to compare with: one sequence, a dense mask (Liu et al., Figure 2).
 
 The decoder reads [text, latents and ahead tokens of every trace] as one sequence of T + M S tokens,
 the coprocessor all soft tokens after the text's cache, and a mask over all pairs says who sees

@@ -1,4 +1,4 @@
-"""Perplexity at every position: text tokens a second, by the text's cache or read again.
+"""Measures perplexity at every position, by the text's cache or read again: tokens per second.
 
   python -m benchmarks.evaluation [--latents 16] [--batch 1] [--positions 64] [--forms ...]
       [--json=FILE]

@@ -1,4 +1,4 @@
-"""How the cost of a training step grows with T, M, N_L and layers, one at a time, on CPU cores.
+"""Measures how the cost of a training step grows with T, M, N_L and layers, each alone, on a CPU.
 
   ./launch/setup.sh report             # matplotlib draws the plot
   .venv/bin/python -m benchmarks.growth [--json=runs/growth.json] [--svg=runs/growth.svg]

@@ -1,6 +1,6 @@
-"""Time and peak memory of converting and loading a decoder of random weights.
+"""Measures time and peak memory of converting and loading a decoder of random weights.
 
-  python benchmarks/loading.py --size=gemma2_2b --folder=DIR [--json=FILE]
+  .venv/bin/python -m benchmarks.loading --size=gemma2_2b --folder=DIR [--json=FILE]
 
 Writes a Hugging Face folder of bfloat16 weights to DIR (twice its size is needed on disk), then
 runs each form in a process of its own: ours, tensor by tensor, beside the plain way that holds the

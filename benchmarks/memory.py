@@ -1,4 +1,4 @@
-"""What the train step needs on a chip that is not here: compiled for it on a CPU, never run.
+"""Compiles the train step for a chip that is not here, and prints what it needs; nothing is run.
 
   ./launch/setup.sh cuda          # or tpu
   ./launch/gpu.sh .venv/bin/python -m benchmarks.memory --target=h100 --latents 16 64 --batch 4 \

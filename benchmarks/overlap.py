@@ -1,4 +1,4 @@
-"""Whether the decoder waits for the asynchronous coprocessor: on two devices, one for each.
+"""Shows whether the decoder waits for the asynchronous coprocessor: on two devices, one for each.
 
   python -m benchmarks.overlap [--size=smollm2_135m] [--latents=16] [--seq_len=128] [--new=64]
 

@@ -1,4 +1,4 @@
-"""Where the time of a train step goes, by adding one part after another.
+"""Shows where the time of a train step goes, by adding one part after another.
 
 python -m benchmarks.parts [--small] [--json=FILE]
 """

@@ -1,4 +1,4 @@
-"""The sides of `peers`: the package's work, and the same by PyTorch and its like.
+"""Holds the sides of `peers`: the package's work, and the same by PyTorch and its like.
 
 A side is a function of the command line's values, `folder` and `smollm2` among them. It gets
 everything ready, and returns its work. It runs in a process of its own, so it imports what it needs

@@ -1,4 +1,4 @@
-"""The peer's training steps: `Peer` trains a coprocessor, `DecoderPeer` a whole decoder.
+"""Holds the peer's training steps: `Peer` trains a coprocessor, `DecoderPeer` a whole decoder.
 
 The model is `peer_torch`'s. The decoder reads the text without gradient, and traces read its cache.
 """

@@ -1,4 +1,4 @@
-"""The peer's model: Gemma 2 and its likes as a PyTorch user would write them.
+"""Holds the peer's model: Gemma 2 and its likes as a PyTorch user would write them.
 
 `peer_steps` trains it. Layers are in the manner of `transformers`. Visibility is that of Liu et al.
 2025, Figure 2, by mask functions.

@@ -1,4 +1,4 @@
-"""The package beside what a PyTorch user would run for the same work, on the CPU.
+"""Measures the package beside what a PyTorch user would run for the same work, on the CPU.
 
   ./launch/setup.sh reference gguf     # torch, transformers; torch.compile needs g++
   .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" \
@@ -159,7 +159,7 @@ def decoding(batch: int) -> Row:
     return Row(
         f"greedy decoding with SmolLM2-135M, batch {batch}",
         "tokens/s",
-        f"{peer_sides.NEW} new tokens a row, with the reading of {peer_sides.PROMPT} before them",
+        f"{peer_sides.NEW} new tokens per row, with the reading of {peer_sides.PROMPT} before them",
         {
             "ours": partial(peer_sides.decode_ours, batch=batch),
             "transformers": partial(peer_sides.decode_theirs, batch=batch),

@@ -1,4 +1,4 @@
-"""The published settings on TPU slices that are not here, by their compiler.
+"""Compiles the published settings for TPU slices that are not here, and prints what they need.
 
   ./launch/setup.sh tpu
   .venv/bin/python -m benchmarks.scaling --out=runs/scaling [--only=chips]

@@ -1,4 +1,4 @@
-"""The whole train step at true size: time, utilisation and memory of every form.
+"""Measures the whole train step at true size: time, utilisation and memory of every form.
 
   python -m benchmarks.step [--latents 16 64] [--batch 1 2 4] [--remat attention dots]
       [--forms ...] [--json=FILE]

@@ -5,12 +5,15 @@ The training step at full size, with random weights, compiled for 16 chips:
   python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR \
       --config.mesh.fsdp=16 --config.train.accumulation=64 --dry_run --topology=v5e:4x4
 
-With the published weights; GEMMA is a Hugging Face folder, an orbax checkpoint or a GGUF:
+With the published weights, on one GPU; GEMMA is a Hugging Face folder, an orbax checkpoint or a
+GGUF:
 
   python -m latent_delib.convert --source=GEMMA --out=runs/gemma2_2b --size=gemma2_2b
   python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR \
-      --config.mesh.fsdp=16 --config.train.accumulation=64 \
-      --config.decoder.path=runs/gemma2_2b --config.data.sources="('files:TEXT/*.txt',)"
+      --config.decoder.path=runs/gemma2_2b --config.train.accumulation=256 \
+      --text='TEXT/*.txt' --held_out='HELD_OUT/*.txt'
+
+A job of many processes takes token files instead of --text: launch/README.md has its commands.
 
 T is 2048, M 128, A 16; N_L is --config.method.num_latents, 4 to 64 in the paper. A batch is
 computed in parts; docs/scaling.md says which parts fit on which slice.

@@ -1,7 +1,7 @@
 """Coconut's curriculum for a coprocessor: latents take the place of the steps of protocol `hops`.
 
   ./launch/paper.sh hops/overlay    # makes the decoder, which writes its steps, and the questions
-  CONFIG=hops_curriculum QUESTIONS=runs/questions/hops FIRST=1 STAGES=4 THOUGHTS=9 \\
+  CONFIG=hops_curriculum QUESTIONS=runs/questions/hops FIRST=1 STAGES=4 THOUGHTS=9 \
     RUN=runs/paper/hops/curriculum@0 ./launch/coconut.sh
 
 A written step has nine tokens.

@@ -177,14 +177,6 @@ PRETRAIN_LAB_GPU = {
     "train.steps": 196_000,  # 26 G tokens, about all, by estimate
     "train.keep_every": 49_000,
 }
-PRETRAIN_GPU = {
-    "decoder.export_dtype": "bfloat16",
-    "optimizer.learning_rate": 2e-3,
-    "optimizer.weight_decay": 0.1,
-    "train.batch_size": 64,
-    "train.steps": 7400,
-    "train.checkpoint_every": 1000,
-}
 
 
 class Protocol(NamedTuple):
@@ -242,22 +234,8 @@ PROTOCOLS = {
     # Latents instead of steps: the packaged decoder learns to answer in written steps. Then each
     # experiment learns to answer at once. The decoder that has read the steps teaches `distilled`.
     "hops": Protocol("gemma2_160k", LAB | HOPS, PRETRAIN_LAB | PRETRAIN_HOPS),
-    # A decoder of 49 M parameters that reads the mixture two to three times, 240 M tokens; one GPU.
-    # One that knows its text by heart teaches a coprocessor nothing (docs/earlier_results.md).
-    "a_gpu": Protocol(
-        "gemma2_49m",
-        GPU
-        | MIXTURE
-        | {
-            "decoder.path": "runs/paper/a_gpu/pretrain/decoder",
-            "decoder.tokenizer": "runs/paper/a_gpu/tokenizer.model",  # of tools.make_vocabulary
-        },
-        PRETRAIN_GPU,
-    ),
     # SmolLM2-135M on the mixture, which is not what it was pretrained on; one GPU.
-    "b": Protocol(
-        "smollm2_135m", GPU | MIXTURE | {"decoder.path": "runs/smollm2_135m/decoder"}, PRETRAIN_GPU
-    ),
+    "b": Protocol("smollm2_135m", GPU | MIXTURE | {"decoder.path": "runs/smollm2_135m/decoder"}),
 }
 
 SHORT_TEXT = {"method.visible_text": 16}

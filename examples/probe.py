@@ -1,6 +1,6 @@
 """Shows which tokens latents help with: the change in perplexity by kind of token, as a table.
 
-  .venv/bin/python examples/probe.py [WORKDIR] [FOLDER]
+  .venv/bin/python -m examples.probe [WORKDIR] [FOLDER]
 
 WORKDIR holds the coprocessor ("packaged"), FOLDER works of text, *.txt (packaged/validation). The
 decoder is the packaged one. To ask another question of the tokens, change `kinds`.

@@ -111,11 +111,12 @@ job() {
   COMMAND=("${cache[@]}" "${COMMAND[@]}" --distributed)
 }
 
-# pack NAME: packs this folder, without what is built or written here, as runs/launch/NAME/code.tar.gz.
+# pack NAME: packs this folder, without what is built or written here and without stored results, as
+# runs/launch/NAME/code.tar.gz.
 pack() {
   call mkdir -p "runs/launch/$1"
   call tar -czf "runs/launch/$1/code.tar.gz" --exclude=./.git --exclude=./.venv --exclude=./runs \
-    --exclude=__pycache__ --exclude='.*_cache' .
+    --exclude=./docs/results --exclude=__pycache__ --exclude='.*_cache' .
 }
 
 # Called by itself, it prints the head of the script that it is given: some scripts need no more of it.

@@ -21,7 +21,7 @@
 #   --spot               for the cluster: cheaper, and taken away at any time; without it on demand
 #   --restarts=1000      how often Kubernetes may start the job again; preemptions count
 #   --delete             `keep` deletes the job when it is done or has failed
-#   --dry_run            prints the commands, one a line, and runs none
+#   --dry_run            prints the commands, one per line, and runs none
 #
 # Environment: LATENT_DELIB_PROJECT, LATENT_DELIB_ZONE, LATENT_DELIB_CLUSTER; see also common.sh.
 # shellcheck source=common.sh

@@ -9,7 +9,7 @@
 #
 #   --restarts=3   how often all may start again
 #   --grace=30     seconds between SIGTERM and SIGKILL for the others when one has died
-#   --dry_run      prints the commands, one a line, and runs none
+#   --dry_run      prints the commands, one per line, and runs none
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 processes='' devices=1 restarts=3 grace=30

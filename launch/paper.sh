@@ -8,7 +8,7 @@
 #   ./launch/paper.sh lab_58k/overlay lab_23k/overlay    the same proportions for smaller decoders, which are made first
 #   ./launch/paper.sh questions                     four rows on Countdown, in twenty minutes on two idle CPU cores
 #   ./launch/paper.sh hops                          latents instead of written steps, four rows
-#   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols lab_gpu, a_gpu and b
+#   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols lab_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
 #   swap/               every text is given the latents of another: all that write latents from a text, but inserted,
@@ -31,7 +31,7 @@ done
 names=$(sed -nE '/^EXPERIMENTS/,/^}/s/^    "(\w+)":.*/\1/p' configs/paper.py)
 names=${names//$'\n'/ }
 
-protocols='lab lab_58k lab_23k lab_gpu problems depth questions hops a_gpu b'
+protocols='lab lab_58k lab_23k lab_gpu problems depth questions hops b'
 wanted=()
 all() { # PROTOCOL
   if [[ $1 == questions ]]; then # a first look
@@ -59,7 +59,7 @@ while (($#)) && [[ $1 != -- ]]; do
   fi
   [[ $1 != *@* || $1 =~ @[0-9]+$ ]] || die "$1: expected a number behind @"
   case ${1%@*} in
-    lab_gpu/assistant | a_gpu/assistant | b/assistant) die "$1: needs a second decoder of the same vocabulary, and $protocol has none" ;;
+    lab_gpu/assistant | b/assistant) die "$1: needs a second decoder of the same vocabulary, and $protocol has none" ;;
     hops/distilled) ;;
     */distilled) die "$1: needs questions with steps, so there is hops/distilled alone" ;;
   esac
@@ -88,7 +88,7 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   if [[ ! $1 =~ ^(depth|questions|hops)$ && ! -e runs/mixture/MIXTURE.md ]]; then
     run tools.make_mixture --out=runs/mixture
   fi
-  if [[ $1 == *_gpu && ! -e runs/paper/$1/tokenizer.model ]]; then
+  if [[ $1 == lab_gpu && ! -e runs/paper/$1/tokenizer.model ]]; then
     run tools.make_vocabulary --text='runs/mixture/train/*.txt' --size=4096 --out="runs/paper/$1/tokenizer.model"
   fi
   if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
@@ -110,7 +110,7 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   fi
   local its_own=overlay
   case $1 in
-    a_gpu | lab_* | problems | depth | questions | hops) its_own=pretrain ;; # the same text and vocabulary, and needs no decoder yet
+    lab_* | problems | depth | questions | hops) its_own=pretrain ;; # the same text and vocabulary, and needs no decoder yet
   esac
   if [[ ! -e $tokens/meta.json ]]; then
     run latent_delib.prepare --config="configs/paper.py:$1/$its_own" --config.data.token_files= --out="$tokens"

@@ -13,7 +13,7 @@
 #                     of a slice of the run's own, and its workdir is gs://$LATENT_DELIB_BUCKET/NAME/RUN:
 #                     './launch/tpu_vm.sh keep @ --accelerator=v5litepod-16 --spot --delete --'
 #   --jobs=1          how many run at a time
-#   --dry_run         prints the commands, one a line, and runs none
+#   --dry_run         prints the commands, one per line, and runs none
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 with='' jobs=1
@@ -28,7 +28,7 @@ if [[ $with == *" @ "* ]]; then
   root=gs://$LATENT_DELIB_BUCKET/$name
 fi
 
-# One line a run: the config and each key with a value, tabs between.
+# One line per run: the config and each key with a value, tabs between.
 IFS=, read -ra runs <<<"${REST[1]}"
 configs=("${runs[@]}") given=() # all values of all keys
 for config in "${runs[@]}"; do

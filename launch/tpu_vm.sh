@@ -14,7 +14,7 @@
 # asked for again; a job that died or was stopped is started again, and resumes. It ends when the job is done or has
 # failed with code 1. The job goes on without `keep`, and the same `keep` finds it again.
 #
-#   --accelerator=TYPE   v5litepod-N, v6e-N (chips), v4-N, v5p-N (cores, two a chip)
+#   --accelerator=TYPE   v5litepod-N, v6e-N (chips), v4-N, v5p-N (cores, two per chip)
 #   --slices=1           how many such slices work on one job; every action needs it again. mesh.data is a multiple of it
 #   --spot               cheaper, and taken away at any time; without it on demand
 #   --reserved           of a reservation
@@ -25,7 +25,7 @@
 #   --restarts=10        how often `keep` starts a dead job again; preemptions and code 75 do not count
 #   --delete             `keep` deletes the slice when the job is done or has failed
 #   --worker=all         whose logs; of several slices those of the first, where process 0 is
-#   --dry_run            prints the commands, one a line, and runs none
+#   --dry_run            prints the commands, one per line, and runs none
 #
 # Environment: LATENT_DELIB_PROJECT, LATENT_DELIB_ZONE; see also common.sh.
 # shellcheck source=common.sh

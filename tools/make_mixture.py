@@ -8,7 +8,7 @@ Writes OUT/train, OUT/validation and OUT/unseen, one file per work, for
 licences/, each package's own words. The split is by work: validation has other works of kinds that
 train has too, unseen has works further from them. A paragraph of 60 characters or more is in one
 place only, in train rather than validation or unseen: more works there do not change what is
-trained on. Works of prose come from the packaged corpus.
+trained on. Prose to train on comes from tools/prose, other prose from the packaged corpus.
 Some of the text is copyleft: read MIXTURE.md before you pass it on.
 
 Needs Debian 12 (`apt-get update` first), groff and perl; installs nothing. The same package
@@ -151,11 +151,13 @@ def write_mixture(folder: Path, chosen: dict[str, Source], works: dict[str, Work
 def _works_of(
     split: str, chosen: dict[str, Source], works: dict[str, Work]
 ) -> dict[str, tuple[str, str, list[list[str]]]]:
-    """Returns work -> (version, licence, documents) of a split: packaged prose, then packages."""
+    """Returns work -> (version, licence, documents) of a split: prose of ours, then packages."""
     found = {}
-    folder = PROSE if split == "train" else CORPUS / split
+    folder, label = CORPUS / split, "packaged corpus"
+    if split == "train":
+        folder, label = PROSE, "tools/prose"
     for file in sorted(folder.glob("prose_*.txt")):
-        found[file.stem] = ("packaged corpus", "public domain", extract.read(file))
+        found[file.stem] = (label, "public domain", extract.read(file))
     for package, source in chosen.items():
         if source.split == split:
             work = works[package]

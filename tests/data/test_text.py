@@ -19,10 +19,9 @@ from latent_delib.data import text as reader
 from latent_delib.errors import UserError
 from latent_delib.machine import progress
 from latent_delib.weights.locate import PACKAGED
+from tests.texts import WORDS, equal
 
 BOS, PAD, T = 2, 0, 16
-TEXT = "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
-WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +94,6 @@ def config_data(sources, weights=None, **change):
 def train(data, tokenizer, count, batch_size=4, seed=0, **arguments):
     found = batches.Training(data, tokenizer).batches(batch_size=batch_size, seed=seed, **arguments)
     return list(itertools.islice(found, count))
-
-
-def equal(one, other):
-    return all(
-        np.array_equal(a[k], b[k])
-        for a, b in zip(one, other, strict=True)
-        for k in ("tokens", "segment")
-    )
 
 
 def test_documents_of_files(tokenizer, tmp_path):

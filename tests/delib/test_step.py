@@ -96,7 +96,7 @@ def names(tree):
 
 
 def check_against_one_device(alone, workdir):
-    """Float32 sums in another order: a few units in the last place a step."""
+    """Float32 sums in another order: a few units in the last place per step."""
     rows, state = alone
     found = small.rows_of(workdir)
     assert [row["step"] for row in found] == [1, 2, 3, 4]

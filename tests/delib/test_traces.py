@@ -145,7 +145,7 @@ def weights_of(bounds, text_length):
 
 
 def literal(text):
-    """One line a row; blanks only part the columns for the eye."""
+    """One line per row; blanks only part the columns for the eye."""
     return [line.replace(" ", "") for line in text.strip().splitlines()]
 
 

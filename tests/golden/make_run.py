@@ -28,10 +28,8 @@ from latent_delib.machine import files
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder, tokenizer_files
+from tests.texts import WORDS
 
-WORDS = (
-    "the cat sat on a mat and a dog ran to the door when rain fell over green hills at night"
-).split()
 SIZE = {
     "embed_dim": 8,
     "num_layers": 2,

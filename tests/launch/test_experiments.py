@@ -81,5 +81,5 @@ def test_a_row_says_all_that_an_experiment_changes() -> None:
 
 @pytest.mark.parametrize("name", ["overlay", "lab/nothing", "c/overlay", ""])
 def test_a_config_that_is_none(name: str) -> None:
-    with pytest.raises(ValueError, match="PROTOCOL/EXPERIMENT.* a_gpu, .* overlay_32"):
+    with pytest.raises(ValueError, match="PROTOCOL/EXPERIMENT.* lab_gpu, .* overlay_32"):
         paper.get_config(name)

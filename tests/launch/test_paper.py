@@ -109,8 +109,8 @@ def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
     calls = run_paper(
         here,
         "b/pause_tokens",
-        "a_gpu/decoder",
-        "a_gpu/joint",
+        "lab_gpu/decoder",
+        "lab_gpu/joint",
         "lab/pause_tokens",
         "lab/adapt_decoder",
     )
@@ -128,11 +128,12 @@ def test_what_each_protocol_needs_is_made_once(here: Path) -> None:
     assert (
         "convert --source=model.gguf --out=runs/smollm2_135m/decoder --size=smollm2_135m" in calls
     )
-    pretrain = "train --config=configs/paper.py:a_gpu/pretrain --workdir=runs/paper/a_gpu/pretrain"
+    pretrain = "train --config=configs/paper.py:lab_gpu/pretrain"
+    pretrain += " --workdir=runs/paper/lab_gpu/pretrain"
     pretrained = calls.index(pretrain)
     assert calls.count(pretrain) == 1
     assert pretrained < next(
-        i for i, call in enumerate(calls) if "paper.py:a_gpu/decoder --workdir=" in call
+        i for i, call in enumerate(calls) if "paper.py:lab_gpu/decoder --workdir=" in call
     )
 
 

@@ -352,7 +352,7 @@ def test_latents_joined_before_a_token_that_is_end_and_padding(decoder, lms):
 
 
 class Letters(Ids):
-    """Its text is a letter a token, so that a stop string may begin and end anywhere."""
+    """Its text has one letter per token, so that a stop string may begin and end anywhere."""
 
     def decode(self, ids):
         return "".join(chr(97 + int(i) % 26) for i in ids)

@@ -75,7 +75,7 @@ def run(count, devices, folder, *tasks):
 
 
 def assert_close(workdir, expected):
-    """Metrics and weights: float32 sums in another order, a few units in the last place a step."""
+    """Metrics and weights: float32 sums in another order, so the last places differ."""
     rows, known = (
         [json.loads(x) for x in (w / "metrics.jsonl").read_text().splitlines()]
         for w in (workdir, expected)

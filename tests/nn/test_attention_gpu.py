@@ -49,7 +49,7 @@ CASES = {
 
 
 def bounds_of(case: Case) -> Bounds:
-    """Two documents a row; groups at random positions, the first of them with an empty range.
+    """Two documents per row; groups at random positions, the first of them with an empty range.
 
     Without a prefix each group is text of two documents.
     """

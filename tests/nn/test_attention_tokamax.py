@@ -89,7 +89,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "several groups a sequence": Case(),
+    "several groups per sequence": Case(),
     "softcap": Case(softcap=2.0),
     "window": Case(softcap=50.0, window=20),
     "a group longer than a block": Case(M=2, S=150, T=40, G=1),
@@ -101,8 +101,8 @@ BAIT = 3  # so many slots at either end of the prefix are outside every bound
 
 
 def inputs(case):
-    """Random operands and bounds in two documents a row; the first group sees no prefix. Slots that
-    nobody sees hold bait: enormous scores, unmistakable values.
+    """Random operands and bounds in two documents per row; the first group sees no prefix. Slots
+    that nobody sees hold bait: enormous scores, unmistakable values.
     """
     draw = np.random.default_rng(0)
 

@@ -72,7 +72,8 @@ def test_what_is_written(folder):
         (row,) = (line for line in table.splitlines() if line.startswith(f"| {split} | {work} |"))
         assert row.endswith(f" {(folder / name).stat().st_size:,} |")
     assert "| validation | held | 2.0 | GPL-2 |" in table
-    # of the packaged corpus
+    assert "| train | prose_emma | tools/prose | public domain |" in table
+    assert "| validation | prose_persuasion | packaged corpus | public domain |" in table
     assert {"train/prose_emma.txt", "validation/prose_persuasion.txt"} <= files
     assert (folder / "licences/ours.txt").read_text() == "All of it is free."
     assert not (folder / "licences/held.txt").exists()

