@@ -157,7 +157,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
             whole=has_questions(source),
         )
         found = list(itertools.islice(itertools.chain.from_iterable(parts), SPREAD * share))
-        stride = max(1, len(found) // share)
+        stride = max(1, len(found) // max(1, share))
         taken += found[::stride][:share]
     if not taken:
         raise UserError("config.data.validation: holds no text")
