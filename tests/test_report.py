@@ -744,7 +744,7 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
 
 
 def test_the_stored_runs_open(tmp_path):
-    """The runs that docs/results_text.md is about, and the figure on the front page."""
+    """The runs that docs/results_text.md is about, and the figures of all of them."""
     found = runs.find([str(DOCS / "results" / "lab")])
     (of,) = (result for result in found.perplexity if result.path.parent.name == "overlay@0")
     row = next(row for row in of.data["rows"] if row["n"] == 16)
@@ -754,9 +754,10 @@ def test_the_stored_runs_open(tmp_path):
         8000,
         (2230, 32),
     )
-    figure = runpy.run_path(str(DOCS / "figures" / "results.py"))
-    figure["draw"](tmp_path / "results.svg")
-    assert "latents of another document" in (tmp_path / "results.svg").read_text()
+    runpy.run_path(str(DOCS / "figures" / "plots.py"))["draw"](tmp_path)
+    shown = {"growth": "training steps", "results": "control: ", "works": "works of other kinds"}
+    for name, words in shown.items():
+        assert words in (tmp_path / f"{name}.svg").read_text()
 
 
 def test_the_tables_of_the_pages_are_those_of_the_stored_runs():
