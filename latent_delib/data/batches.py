@@ -108,7 +108,7 @@ def validation_documents(
 ) -> Iterator[Document]:
     """Returns every document of held-out text once, in a fixed order.
 
-    Bad records are left out and counted as in `Training.batches`.
+    Bad records are left out and counted as in `Training.batches`. Each call counts its own.
 
     Args:
       data: config.data.
@@ -131,6 +131,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
 
     Each source of `data.validation` gives an equal share of the rows, evenly spaced over its
     beginning. At most SPREAD times as many rows are read, so little of a large source is read.
+    Each source may have `data.max_bad_records` bad records.
 
     Args:
       data: config.data.
