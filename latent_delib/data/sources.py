@@ -20,8 +20,10 @@ import glob
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from etils import epath
 
 from latent_delib.errors import UserError
 
@@ -181,14 +183,14 @@ def local_files(pattern: str) -> list[str]:
     return glob.glob(pattern, recursive=True, include_hidden=True)
 
 
-def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], bool]) -> list[str]:
+def only_files(source: str, found: Iterable[str]) -> list[str]:
     """Returns the files among the matches of a source's pattern, sorted.
 
     Raises:
       UserError: there are none.
     """
     found = sorted(set(found))
-    files = [path for path in found if not is_folder(path)]
+    files = [path for path in found if not epath.Path(path).is_dir()]
     if files:
         return files
     meant = parse(source)
@@ -222,4 +224,4 @@ def check_files(sources: Iterable[str]) -> None:
     for source in sources:
         meant = parse(source)
         if isinstance(meant, Files) and "://" not in meant.pattern:
-            only_files(source, local_files(meant.pattern), os.path.isdir)
+            only_files(source, local_files(meant.pattern))

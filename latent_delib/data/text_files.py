@@ -66,11 +66,11 @@ class TextFiles:
 def _find(source: str, pattern: str) -> list[str]:
     """Returns the files that match a pattern, sorted. Raises UserError if there are none."""
     if "://" not in pattern:
-        return only_files(source, local_files(pattern), os.path.isdir)
+        return only_files(source, local_files(pattern))
     bucket, _, inside = pattern.removeprefix("gs://").partition("/")
     with reading([source]):
         found = [str(path) for path in epath.Path(f"gs://{bucket}").glob(inside)]
-        return only_files(source, found, lambda path: epath.Path(path).is_dir())
+        return only_files(source, found)
 
 
 def _documents(file: BinaryIO) -> Iterator[bytes]:

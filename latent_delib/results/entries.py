@@ -236,16 +236,24 @@ def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def text_in_words(method: Mapping[str, Any]) -> list[str]:
+    """Says in words where a method predicts, and how much of the text its decoder sees."""
+    words = []
+    if method.get("prompt_end"):
+        words.append(f"after {method['prompt_end']!r}")
+    if method.get("visible_text"):
+        words.append(f"{method['visible_text']} tokens of the text visible")
+    return words
+
+
 def label(entry: Entry) -> str:
     """Says in words what an entry is; the number of latents has a column of its own."""
     result, method = entry.result, entry.result.method
     done = controls(result) | {"delay": 0}  # an entry's own delay is below
     if entry.model != "augmented" and not entry.trained:
         words = [ALONE.get(entry.model, entry.model)]
-        if entry.perplexity and method.get("prompt_end"):
-            words.append(f"after {method['prompt_end']!r}")
         if entry.perplexity:
-            words += controls_in_words(done)
+            words += text_in_words(method) + controls_in_words(done)
         return ", ".join(words)
     words = _trained_decoder(entry) if entry.trained else _method(method)
     if method.get("lora_rank"):
@@ -262,10 +270,7 @@ def label(entry: Entry) -> str:
         words.append(f"delay {entry.delay}")
     if method.get("max_delay"):
         words.append(f"trained for delays up to {method['max_delay']}")
-    if method.get("visible_text"):
-        words.append(f"{method['visible_text']} tokens of the text visible")
-    if method.get("prompt_end"):
-        words.append(f"after {method['prompt_end']!r}")
+    words += text_in_words(method)
     if method.get("distill"):
         words.append(f"distilled with weight {method['distill']:g}")
     if method.get("start"):
