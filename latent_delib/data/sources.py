@@ -16,6 +16,7 @@ qa_steps:tfds:..., qa_steps-K:hf:...  with steps too: QUESTION,ANSWER,STEPS; or 
                                       where the answer is "STEPS #### ANSWER"
 """
 
+import functools
 import glob
 import os
 import pathlib
@@ -93,6 +94,7 @@ class Hub(NamedTuple):
         return self.name.startswith((".", "/"))
 
 
+@functools.cache  # it is asked again for each document
 def parse(source: str) -> Files | Tfds | Hub:
     """Parses a source string; opens no file.
 
