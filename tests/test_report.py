@@ -647,8 +647,9 @@ def test_runs_against_one_of_them(tmp_path, capsys):
     assert (
         len(table.origins) == 4 and "opposite" in table.origins[1] and "worse" in table.origins[2]
     )
-    left_out = f"the frozen decoder has other figures in {tmp_path / 'other decoder'}: left out"
-    assert capsys.readouterr().err == f"warning: --against={tmp_path / 'base'}: {left_out}\n"
+    why = f"its frozen decoder's perplexity differs from that of {tmp_path / 'base'}"
+    left_out = f"warning: left out {tmp_path / 'other decoder'}: {why}\n"
+    assert capsys.readouterr().err == left_out
     pack = tmp_path / "packed" / "runs"
     pack_results.main(
         SimpleNamespace(folders=[str(tmp_path / name) for name in sums], out=str(pack))
@@ -846,7 +847,7 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
         error("runs", out, f"--look={tmp_path}")
         == f"error: {tmp_path}: holds no checkpoints; train it first"
     )
-    assert error("runs", out, "--text=a") == "error: --text='a': is for --look=WORKDIR; give both"
+    assert error("runs", out, "--text=a") == "error: --text needs --look=WORKDIR"
     (tmp_path / "file").write_text("")
     in_file = f"--out={tmp_path / 'file'}"
     assert error("runs", in_file) == f"error: {in_file}: is a file, expected a folder"

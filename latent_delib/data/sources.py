@@ -168,7 +168,10 @@ def check_features(source: str, texts: list[str], lists: list[str]) -> None:
         known = [*texts, *lists] if place == 2 else texts
         if feature not in known:
             names = ", ".join(known) or "none"
-            raise UserError(f"config.data: source {source!r}: no text {feature!r}, it has {names}")
+            raise UserError(
+                f"config.data: source {source!r}: no text feature {feature!r}; "
+                f"text features: {names}"
+            )
 
 
 def source_of(given: str) -> str:

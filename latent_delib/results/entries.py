@@ -9,13 +9,14 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.job.record import BEFORE
 from latent_delib.results.runs import Result, Runs
 
-TRAINING = ("seed", "optimizer", "train")  # of a config: they make a checkpoint what it is
+# Keys of a config that decide what a checkpoint holds.
+TRAINING = ("seed", "optimizer", "train")
 # Keys of `evaluate` that change latents, text or logits, and their values where they do not.
 CONTROLS = {"swap": False, "delay": 0, "longer_prompt": 0, "temperature": 1.0}
 # `labels` names the keys of these parts of a config in which entries differ.
 TRAINED_BY = ("data", "optimizer", "train")
 EVALUATED_BY = ("evaluate",)
-# It leaves out these keys: they are in its words already, or change no figure.
+# Keys that `labels` never names. `label` names them already, or they change no figure.
 NOT_NAMED = {
     "data.validation",
     "data.token_files",
