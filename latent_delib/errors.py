@@ -37,7 +37,7 @@ class Outage(OSError):
 
 @contextlib.contextmanager
 def extra(name: str, more: str = "") -> Iterator[None]:
-    """Raises UserError, with the extra to install, where an import inside finds no package."""
+    """Turns a missing package into a UserError. The message names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -45,7 +45,7 @@ def extra(name: str, more: str = "") -> Iterator[None]:
         raise UserError(f"{error.name} is not installed: {remedy}") from None
 
 
-# The words after the bar are a TPU's.
+# TPUs use the words after the bar.
 NO_MEMORY = re.compile("out of memory|attempting to (allocate|reserve)", re.IGNORECASE)
 
 

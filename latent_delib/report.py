@@ -54,7 +54,7 @@ def main(flags: Any) -> None:
     if os.path.isfile(flags.out):
         raise UserError(f"--out={flags.out}: is a file, expected a folder")
     if flags.text != TEXT and not flags.look:
-        raise UserError(f"--text={flags.text!r}: is for --look=WORKDIR; give both")
+        raise UserError("--text needs --look=WORKDIR")
     figures.pyplot()  # refuses before any work where matplotlib is not installed
     found = runs.find(flags.folders)
     every = [*tables.tables(found), costs.table(found)]

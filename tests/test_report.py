@@ -647,8 +647,9 @@ def test_runs_against_one_of_them(tmp_path, capsys):
     assert (
         len(table.origins) == 4 and "opposite" in table.origins[1] and "worse" in table.origins[2]
     )
-    left_out = f"the frozen decoder has other figures in {tmp_path / 'other decoder'}: left out"
-    assert capsys.readouterr().err == f"warning: --against={tmp_path / 'base'}: {left_out}\n"
+    why = f"its frozen decoder's perplexity differs from that of {tmp_path / 'base'}"
+    left_out = f"warning: left out {tmp_path / 'other decoder'}: {why}\n"
+    assert capsys.readouterr().err == left_out
     pack = tmp_path / "packed" / "runs"
     pack_results.main(
         SimpleNamespace(folders=[str(tmp_path / name) for name in sums], out=str(pack))
@@ -744,7 +745,7 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
 
 
 def test_the_stored_runs_open(tmp_path):
-    """The runs that docs/results_text.md is about, and the figure on the front page."""
+    """The runs that docs/results_text.md is about, and the figures of all of them."""
     found = runs.find([str(DOCS / "results" / "lab")])
     (of,) = (result for result in found.perplexity if result.path.parent.name == "overlay@0")
     row = next(row for row in of.data["rows"] if row["n"] == 16)
@@ -754,9 +755,10 @@ def test_the_stored_runs_open(tmp_path):
         8000,
         (2230, 32),
     )
-    figure = runpy.run_path(str(DOCS / "figures" / "results.py"))
-    figure["draw"](tmp_path / "results.svg")
-    assert "latents of another document" in (tmp_path / "results.svg").read_text()
+    runpy.run_path(str(DOCS / "figures" / "plots.py"))["draw"](tmp_path)
+    shown = {"growth": "training steps", "results": "control: ", "works": "works of other kinds"}
+    for name, words in shown.items():
+        assert words in (tmp_path / f"{name}.svg").read_text()
 
 
 def test_the_tables_of_the_pages_are_those_of_the_stored_runs():
@@ -845,7 +847,7 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
         error("runs", out, f"--look={tmp_path}")
         == f"error: {tmp_path}: holds no checkpoints; train it first"
     )
-    assert error("runs", out, "--text=a") == "error: --text='a': is for --look=WORKDIR; give both"
+    assert error("runs", out, "--text=a") == "error: --text needs --look=WORKDIR"
     (tmp_path / "file").write_text("")
     in_file = f"--out={tmp_path / 'file'}"
     assert error("runs", in_file) == f"error: {in_file}: is a file, expected a folder"

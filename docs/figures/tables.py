@@ -5,17 +5,16 @@
 Write a table with its first column, and run this. A comment above the table names its runs:
 
   <!-- table: runs=a -->                      docs/results/a, each run against its frozen decoder
-  <!-- table: runs=a against=overlay@0 -->    against that run, document by document
   <!-- table: runs=a run=NAME -->             of one run; rows then need no name
   <!-- table: runs=lab source=0 -->           of its first validation source alone
   <!-- table: runs=problems accuracy=1 -->    percent of problems solved, by the columns' benchmarks
   <!-- table: runs=hops costs=1 accuracy=1 -->    trained parameters and GFLOP per step before these
-  <!-- table: methods=1 -->             each experiment on text (`lab`) and on questions (`hops`)
+  <!-- table: methods=1 -->                   each experiment on text (`lab`) and questions (`hops`)
 
 The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given,
-and one of PHRASES. "the same" stands for the phrase of the row before, "against `NAME`" and
-"against its own" for another base. In a table of accuracy, "without latents" is the plain decoder,
-and "stage K" a stage of Coconut's curriculum.
+and one of PHRASES. "against `NAME`" and "against its own" name another base, document by document.
+A row that begins with "the same" is of the validation source of the row before. In a table of
+accuracy, "without latents" is the plain decoder, and "stage K" a stage of Coconut's curriculum.
 
 Columns on text are `n = N`, `mean` over all n, and `below / above`: at how many n the interval is
 below zero, and above it.
@@ -108,30 +107,22 @@ def row_of(words: str, settings: dict[str, str], before: Row) -> Row:
     """Reads the evaluation of a row from its words, its table's settings and the row before."""
     names = [name if "@" in name else f"{name}@0" for name in re.findall(r"`(\w+@?\w*)`", words)]
     phrases = [folder for phrase, folder in PHRASES.items() if phrase in words]
-    step = re.search(r"step ([\d,]+)", words)
     stage = re.search(r"stage (\w+)", words)
     sources = [number for phrase, number in SOURCES.items() if phrase in words]
-    run = settings.get("run") or (names[0] if names else before.run)
-    evaluation = settings.get("evaluation", "")
-    base = settings.get("against", "")
+    run = settings.get("run") or names[0]
+    evaluation = base = ""
     if phrases:
         evaluation = phrases[0]
-    elif "the same" in words:
-        evaluation = before.evaluation
-    elif step:
-        evaluation = f"evaluations/{step[1].replace(',', '')}"
     elif stage:
         evaluation = stage[1]
     if "against its own" in words:
         base = run
     elif "against" in words:
         base = names[1]
-    elif "the same" in words and before.against:
-        base = run if before.against == before.run else before.against
     source = settings.get("source", "")
     if sources:
         source = sources[0]
-    elif "the same" in words:
+    elif words.startswith("the same"):
         source = before.source
     return Row(run, evaluation, base, source)
 
@@ -195,10 +186,8 @@ def accuracies(folder: str, row: Row, benchmarks: list[str], is_plain: bool) -> 
 
 
 def find(run: Path, evaluation: str) -> runs.Result:
-    """Returns an evaluation of a run; that of its last checkpoint may be the run's own."""
+    """Returns an evaluation of a run."""
     folder = run / evaluation
-    if folder / "perplexity.json" not in READ:
-        folder = run
     data = READ[folder / "perplexity.json"]()
     return runs.Result("", folder, data, READ.get(folder / packed.DOCUMENTS))
 

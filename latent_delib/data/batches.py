@@ -108,7 +108,7 @@ def validation_documents(
 ) -> Iterator[Document]:
     """Returns every document of held-out text once, in a fixed order.
 
-    Bad records are left out and counted as in `Training.batches`.
+    Bad records are left out and counted as in `Training.batches`. Each call counts its own.
 
     Args:
       data: config.data.
@@ -131,6 +131,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
 
     Each source of `data.validation` gives an equal share of the rows, evenly spaced over its
     beginning. At most SPREAD times as many rows are read, so little of a large source is read.
+    Each source may have `data.max_bad_records` bad records.
 
     Args:
       data: config.data.
@@ -157,7 +158,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
             whole=has_questions(source),
         )
         found = list(itertools.islice(itertools.chain.from_iterable(parts), SPREAD * share))
-        stride = max(1, len(found) // share)
+        stride = max(1, len(found) // max(1, share))
         taken += found[::stride][:share]
     if not taken:
         raise UserError("config.data.validation: holds no text")

@@ -16,12 +16,15 @@ qa_steps:tfds:..., qa_steps-K:hf:...  with steps too: QUESTION,ANSWER,STEPS; or 
                                       where the answer is "STEPS #### ANSWER"
 """
 
+import functools
 import glob
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from etils import epath
 
 from latent_delib.errors import UserError
 
@@ -91,6 +94,7 @@ class Hub(NamedTuple):
         return self.name.startswith((".", "/"))
 
 
+@functools.cache  # it is asked again for each document
 def parse(source: str) -> Files | Tfds | Hub:
     """Parses a source string; opens no file.
 
@@ -164,7 +168,10 @@ def check_features(source: str, texts: list[str], lists: list[str]) -> None:
         known = [*texts, *lists] if place == 2 else texts
         if feature not in known:
             names = ", ".join(known) or "none"
-            raise UserError(f"config.data: source {source!r}: no text {feature!r}, it has {names}")
+            raise UserError(
+                f"config.data: source {source!r}: no text feature {feature!r}; "
+                f"text features: {names}"
+            )
 
 
 def source_of(given: str) -> str:
@@ -181,14 +188,14 @@ def local_files(pattern: str) -> list[str]:
     return glob.glob(pattern, recursive=True, include_hidden=True)
 
 
-def only_files(source: str, found: Iterable[str], is_folder: Callable[[str], bool]) -> list[str]:
+def only_files(source: str, found: Iterable[str]) -> list[str]:
     """Returns the files among the matches of a source's pattern, sorted.
 
     Raises:
       UserError: there are none.
     """
     found = sorted(set(found))
-    files = [path for path in found if not is_folder(path)]
+    files = [path for path in found if not epath.Path(path).is_dir()]
     if files:
         return files
     meant = parse(source)
@@ -222,4 +229,4 @@ def check_files(sources: Iterable[str]) -> None:
     for source in sources:
         meant = parse(source)
         if isinstance(meant, Files) and "://" not in meant.pattern:
-            only_files(source, local_files(meant.pattern), os.path.isdir)
+            only_files(source, local_files(meant.pattern))

@@ -239,5 +239,6 @@ class Training:
             }
 
         elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
-        every_batch = map(batch, elements)  # also before start_step: their bad records count
+        # Reads the batches before start_step too, to count their bad records.
+        every_batch = map(batch, elements)
         return (each for each in itertools.islice(every_batch, start_step, None))

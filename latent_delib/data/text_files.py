@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -66,11 +66,11 @@ class TextFiles:
 def _find(source: str, pattern: str) -> list[str]:
     """Returns the files that match a pattern, sorted. Raises UserError if there are none."""
     if "://" not in pattern:
-        return only_files(source, local_files(pattern), os.path.isdir)
+        return only_files(source, local_files(pattern))
     bucket, _, inside = pattern.removeprefix("gs://").partition("/")
     with reading([source]):
         found = [str(path) for path in epath.Path(f"gs://{bucket}").glob(inside)]
-        return only_files(source, found, lambda path: epath.Path(path).is_dir())
+        return only_files(source, found)
 
 
 def _documents(file: BinaryIO) -> Iterator[bytes]:
@@ -125,11 +125,18 @@ def _cause(error: Exception) -> str:
 
 def bytes_of_files(source: str, paths: Iterable[str]) -> int:
     """Returns the total size of files in bytes."""
-    total = 0
-    for path in paths:
-        with reading([source]), open_file(path) as file:
-            total += _size(file)
-    return total
+    return sum(_of_each(source, paths, _size_of_file))
+
+
+def _of_each(source: str, paths: Iterable[str], look: Callable[[str], Any]) -> list[Any]:
+    """Returns the result of `look` for each file. A store answers many calls at once."""
+    with reading([source]), ThreadPoolExecutor(32) as pool:
+        return list(pool.map(look, paths))
+
+
+def _size_of_file(path: str) -> int:
+    with open_file(path) as file:
+        return _size(file)
 
 
 def _size(file: BinaryIO) -> int:
@@ -144,8 +151,7 @@ def digest_of_files(source: str, kind: str, paths: Iterable[str]) -> str:
     """
     paths = sorted(paths)
     folder = common_folder(paths)
-    with reading([source]), ThreadPoolExecutor(32) as pool:
-        found = list(pool.map(_digest_of_file, paths))
+    found = _of_each(source, paths, _digest_of_file)
     names = ["/" + path.removeprefix(folder).lstrip("/") for path in paths]
     files = [(name, *of_file) for name, of_file in zip(names, found, strict=True)]
     return hashlib.sha256(repr((kind, files)).encode()).hexdigest()

@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, E
 
 from latent_delib.errors import UserError, reason, store_error
 from latent_delib.machine import contents, files, saved_steps
-from latent_delib.machine.distributed import from_all, from_first, warn
+from latent_delib.machine.distributed import from_all, from_first, on_first, warn
 
 
 class Restored(NamedTuple):
@@ -145,7 +145,7 @@ class Checkpoints:
         if wanted is None:
             wanted = {"trainable": None}
         self.wait()
-        there = from_first(sorted(saved_steps.whole_steps(self.workdir)))
+        there = on_first(lambda: sorted(saved_steps.whole_steps(self.workdir)))
         if not there:
             return None
         asked = [at for at in reversed(there) if step in (None, at)]

@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[2]
 if not (ROOT / "configs").is_dir():
     ROOT = Path(__file__).parents[1] / "repository"
 BASE = ROOT / "configs" / "base.py"  # declares every key
-TEXTS = ("prompt", "stop")  # in every other flag a leading ~ is the home folder
+# A leading ~ stays as it is in these flags. In all others it means the home folder.
+TEXTS = ("prompt", "stop")
 WRITTEN = ("out", "workdir")  # flags that name where a command writes
 HOME = re.compile(r"^((?:files:|lines:|qa:|qa_steps(?:-\d+)?:)?(?:hf:)?)(~[^/]*)")
 
@@ -285,7 +286,7 @@ def load_config(given: str) -> ConfigDict:
     try:
         config = get_config(argument) if colon else get_config()
     except Exception as error:
-        raise UserError(_of_config_file(error, path)) from None
+        raise UserError(_config_message(error, path)) from None
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"{path}: get_config() returns {type(config).__name__}, expected a ConfigDict"
@@ -302,7 +303,7 @@ def run_file(path: str) -> dict[str, Any]:
     try:
         return runpy.run_path(path)
     except Exception as error:
-        raise UserError(_of_config_file(error, path)) from None
+        raise UserError(_config_message(error, path)) from None
 
 
 def _configs() -> dict[str, Path]:
@@ -311,7 +312,7 @@ def _configs() -> dict[str, Path]:
     return {file.stem: file for file in files if "def get_config" in file.read_text()}
 
 
-def _of_config_file(error: Exception, path: str) -> str:
+def _config_message(error: Exception, path: str) -> str:
     """Returns an error as one line, with the number of the config file's line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]

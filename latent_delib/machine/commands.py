@@ -67,11 +67,11 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         if isinstance(error, BrokenPipeError) and _is_unread():
             sys.stdout = None  # or Python, as it ends, writes again, and reports the failure
             sys.exit(UNREAD)
-        sys.exit(f"error: {_of_disk(error, values)}")
+        sys.exit(f"error: {_disk_message(error, values)}")
     except KeyboardInterrupt:
         leave(INTERRUPTED)
     except Exception as error:
-        line = _of_device(error)
+        line = _device_message(error)
         if not line:
             raise
         sys.exit(f"error: {line}")
@@ -118,7 +118,7 @@ def _is_unread() -> bool:
     return bool(poll.poll(0))
 
 
-def _of_disk(error: OSError, values: flags.FlagValues) -> str:
+def _disk_message(error: OSError, values: flags.FlagValues) -> str:
     """Returns one line on a disk or a network that failed."""
     text = " ".join(str(error.strerror or error).split())
     if error.filename:
@@ -137,7 +137,7 @@ def _of_disk(error: OSError, values: flags.FlagValues) -> str:
     return f"{text}, writing to {' or '.join([*written, 'standard output'])}"
 
 
-def _of_device(error: Exception) -> str:
+def _device_message(error: Exception) -> str:
     """Returns one line on a lack of memory or a missing device; "" for other errors."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):

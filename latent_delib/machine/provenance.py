@@ -56,13 +56,13 @@ def hardware() -> str:
     count = jax.device_count()
     if device.platform != "cpu":
         return f"{count} x {device.device_kind}"
-    cores = len(_of_cpu("processor"))
-    model = next(iter(_of_cpu("model name")), "CPU")
+    cores = len(_cpu_values("processor"))
+    model = next(iter(_cpu_values("model name")), "CPU")
     split = f", as {count} devices" if count > 1 else ""
     return f"{cores} cores of {model}{split}"
 
 
-def _of_cpu(key: str) -> list[str]:
+def _cpu_values(key: str) -> list[str]:
     """Returns the values of a key in /proc/cpuinfo, one per core."""
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -191,7 +191,7 @@ def _listen(port: int, until: float) -> socket.socket:
             if time.monotonic() > until:
                 reason = (error.strerror or str(error)).lower()
                 raise UserError(
-                    f"--distributed: port {port}, the coordinator's, cannot be opened: {reason}"
+                    f"--distributed: cannot open port {port} of the coordinator: {reason}"
                 ) from None
         time.sleep(0.5)
 

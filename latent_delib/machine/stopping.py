@@ -15,7 +15,7 @@ class Stop:
 
     Attributes:
       by: the first signal that asked the job to save and stop; 0 before one.
-      can_save: whether the job is in its steps, so that there is something to save.
+      can_save: whether training steps run now.
     """
 
     def __init__(self) -> None:

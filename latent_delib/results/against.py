@@ -21,7 +21,7 @@ from latent_delib.results.table_format import Table
 class Pair(NamedTuple):
     """Holds two evaluations of the same text, for every n that both have.
 
-    sums: the augmented sums of the base, as `decoder`, and of the other run, as `augmented`.
+    sums: `decoder` holds the base's augmented sums. `augmented` holds the other run's.
     work: int64 [documents], the work of each document.
     over: the name of the units that intervals draw (`intervals.unit`); None: neither file records
       works.
@@ -48,14 +48,15 @@ def compare(found: Runs, against: str) -> Table:
     if documents not in files:
         raise UserError(f"--against={against}: holds no {DOCUMENTS}, which `evaluate` writes")
     base = files[documents].read()
-    rows, used, left_out = [], [], []
+    rows, used = [], []
     over: dict[str, str | None] = {}
     for result in found.perplexity:
         pair = pair_of(base, result)
         if pair is None:
             continue
         if not pair.same_decoder:
-            left_out.append(str(result.path.parent))
+            why = f"its frozen decoder's perplexity differs from that of {against}"
+            warn(f"left out {result.path.parent}: {why}")
             continue
         compared = perplexity.table({"nll": pair.sums}, pair.work, seed=0)
         rows.append({"from": result.key} | tables.changes(compared))
@@ -64,12 +65,9 @@ def compare(found: Runs, against: str) -> Table:
     ours = list(map(entry_of, used))
     for row, entry, words in zip(rows, ours, labels(ours)):
         row |= {"latents": entry.latents, "what": words}
-    if left_out:
-        runs = ", ".join(left_out)
-        warn(f"--against={against}: the frozen decoder has other figures in {runs}: left out")
     title = f"Change in perplexity of the n-th token ahead against {against}"
     columns = ["latents", "what", "from", *tables.BY_N]
-    return tables.finished("13_against", title, columns, rows, used, over)
+    return tables.make_table("13_against", title, columns, rows, used, over)
 
 
 def pair_of(base: Arrays, result: Result) -> Pair | None:

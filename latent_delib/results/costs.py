@@ -39,7 +39,7 @@ def table(found: Runs) -> Table:
         rows.append(_row(entry, found, words))
         used += entry.results
     columns = ["what", "latents", "from", *COSTS, *AHEAD, *benchmarks]
-    return tables.finished("12_costs", "What every method costs and gains", columns, rows, used)
+    return tables.make_table("12_costs", "What every method costs and gains", columns, rows, used)
 
 
 def is_trained(entry: Entry) -> bool:
@@ -49,7 +49,7 @@ def is_trained(entry: Entry) -> bool:
 
 def _row(entry: Entry, found: Runs, words: str) -> Row:
     """Returns the line of one model, which is said in words."""
-    row = tables.beginning(entry, words)
+    row = tables.first_cells(entry, words)
     costs = training_costs(entry.result)
     if costs is not None:
         trained, flops = costs

@@ -9,13 +9,14 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.job.record import BEFORE
 from latent_delib.results.runs import Result, Runs
 
-TRAINING = ("seed", "optimizer", "train")  # of a config: they make a checkpoint what it is
+# Keys of a config that decide what a checkpoint holds.
+TRAINING = ("seed", "optimizer", "train")
 # Keys of `evaluate` that change latents, text or logits, and their values where they do not.
 CONTROLS = {"swap": False, "delay": 0, "longer_prompt": 0, "temperature": 1.0}
 # `labels` names the keys of these parts of a config in which entries differ.
 TRAINED_BY = ("data", "optimizer", "train")
 EVALUATED_BY = ("evaluate",)
-# It leaves out these keys: they are in its words already, or change no figure.
+# Keys that `labels` never names. `label` names them already, or they change no figure.
 NOT_NAMED = {
     "data.validation",
     "data.token_files",
@@ -236,16 +237,24 @@ def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def text_in_words(method: Mapping[str, Any]) -> list[str]:
+    """Says in words where a method predicts, and how much of the text its decoder sees."""
+    words = []
+    if method.get("prompt_end"):
+        words.append(f"after {method['prompt_end']!r}")
+    if method.get("visible_text"):
+        words.append(f"{method['visible_text']} tokens of the text visible")
+    return words
+
+
 def label(entry: Entry) -> str:
     """Says in words what an entry is; the number of latents has a column of its own."""
     result, method = entry.result, entry.result.method
     done = controls(result) | {"delay": 0}  # an entry's own delay is below
     if entry.model != "augmented" and not entry.trained:
         words = [ALONE.get(entry.model, entry.model)]
-        if entry.perplexity and method.get("prompt_end"):
-            words.append(f"after {method['prompt_end']!r}")
         if entry.perplexity:
-            words += controls_in_words(done)
+            words += text_in_words(method) + controls_in_words(done)
         return ", ".join(words)
     words = _trained_decoder(entry) if entry.trained else _method(method)
     if method.get("lora_rank"):
@@ -262,10 +271,7 @@ def label(entry: Entry) -> str:
         words.append(f"delay {entry.delay}")
     if method.get("max_delay"):
         words.append(f"trained for delays up to {method['max_delay']}")
-    if method.get("visible_text"):
-        words.append(f"{method['visible_text']} tokens of the text visible")
-    if method.get("prompt_end"):
-        words.append(f"after {method['prompt_end']!r}")
+    words += text_in_words(method)
     if method.get("distill"):
         words.append(f"distilled with weight {method['distill']:g}")
     if method.get("start"):

@@ -5,7 +5,7 @@ from typing import Any
 
 from latent_delib.machine.columns import aligned
 from latent_delib.measure import metric
-from latent_delib.results.entries import controls_in_words, writes_latents
+from latent_delib.results.entries import controls_in_words, text_in_words, writes_latents
 from latent_delib.results.figures import CURVES
 from latent_delib.results.tables import changes
 
@@ -34,10 +34,7 @@ def _heading(result: dict[str, Any]) -> str:
         words += [f"{method['num_latents']} latents", f"placement {method['placement']}"]
     if method.get("every"):
         words.append(f"again after each {method['every']} tokens")
-    if method.get("prompt_end"):
-        words.append(f"after {method['prompt_end']!r}")
-    if method.get("visible_text"):
-        words.append(f"{method['visible_text']} tokens of the text visible")
+    words += text_in_words(method)
     if method.get("distill") and not method.get("visible_text"):
         words.append("without the steps")
     words += controls_in_words(result["config"]["evaluate"])

@@ -23,7 +23,7 @@ RESULTS = ("perplexity.json", "benchmarks.json")
 METRICS = "metrics.jsonl"
 DOCUMENTS = "documents.npz"
 NAMES = (*RESULTS, METRICS, DOCUMENTS)
-NOT_LOOKED_INTO = ("checkpoints", "tensorboard")  # large, and hold no run
+SKIPPED = ("checkpoints", "tensorboard")  # large, and hold no run
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,7 +65,7 @@ def files_below(folder: Path) -> Iterator[File]:
                 return
     for where, inside, names in os.walk(folder):
         shown = [name for name in inside if not name.startswith(".")]
-        inside[:] = sorted(set(shown).difference(NOT_LOOKED_INTO))
+        inside[:] = sorted(set(shown).difference(SKIPPED))
         for name in NAMES:
             if name in names:
                 path = Path(where) / name

@@ -82,7 +82,7 @@ class Result(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Holds all files found, in the order of the given folders, and below each folder by name.
+    """Holds all files found. They are in the order of the given folders, then by name.
 
     perplexity: one per folder. Folders with a perplexity.json of their own come first, then the
       last evaluations/STEP of folders that have only such.

@@ -80,7 +80,7 @@ def _perplexity(
                     row[decoder] = Figure(each["decoder_ppl"])
             rows.append(row)
     rows.sort(key=lambda row: row["latents"])
-    return finished(name, title, ["latents", "what", "from", decoder, *BY_N], rows, results)
+    return make_table(name, title, ["latents", "what", "from", decoder, *BY_N], rows, results)
 
 
 def changes(rows: Sequence[dict[str, Any]]) -> Row:
@@ -126,7 +126,7 @@ def _benchmarks(every: Sequence[Entry]) -> Table:
                 used.append(result)
     columns = ["benchmark", "setting", "what", *map(_score_column, (0, *sorted(latents)))]
     title = "Benchmarks, by number of latents (Table 2)"
-    return finished("2_benchmarks", title, columns, rows, used)
+    return make_table("2_benchmarks", title, columns, rows, used)
 
 
 def _score_column(latents: int) -> str:
@@ -210,7 +210,7 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
         used += entry.results
     columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change"]
     columns += map(_title, benchmarks)
-    return finished(name, title, columns, rows, used)
+    return make_table(name, title, columns, rows, used)
 
 
 def _title(benchmark: str) -> str:
@@ -234,7 +234,7 @@ def _published_row(line: Variant) -> Row:
 
 def _row(entry: Entry, words: str) -> Row:
     """Returns our line: perplexity of the first token ahead, its change, and benchmarks."""
-    row = beginning(entry, words)
+    row = first_cells(entry, words)
     first = entry.perplexity
     if first:
         row |= {
@@ -248,13 +248,13 @@ def _row(entry: Entry, words: str) -> Row:
     return row
 
 
-def beginning(entry: Entry, words: str) -> Row:
+def first_cells(entry: Entry, words: str) -> Row:
     """Returns the first cells of our line: the model in words, its latents, and its files."""
     keys = [result.key for result in entry.results]
     return {"what": words, "latents": entry.latents or "", "from": " ".join(keys)}
 
 
-def finished(
+def make_table(
     name: str,
     title: str,
     columns: list[str],
@@ -266,8 +266,8 @@ def finished(
 
     Args:
       rows: cells by column; a missing cell is blank.
-      over: key of a result -> what its intervals are over, a key of INTERVALS; None: as recorded in
-        the files.
+      over: key of a result -> the units that its intervals draw, a key of INTERVALS. None: as the
+        files record them.
     """
     in_order = sorted(results, key=lambda result: (result.path.name, int(result.key[1:])))
     used = {result.key: result for result in in_order}

@@ -4,6 +4,7 @@ A model is downloaded once, to the Hub's own cache (HF_HOME), and is found there
 afterwards. HF_TOKEN gives access to private and gated models.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -14,8 +15,11 @@ NAME = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # pickles are not downloaded
 
 
+@functools.cache
 def download(path: str) -> Path:
     """Returns the local folder of a model that is named on the Hub; another path unchanged.
+
+    The Hub is asked once per name, so a process uses one revision.
 
     Raises:
       UserError: the name has another form; there is no such model; or the Hub does not answer, and

@@ -30,7 +30,7 @@ def is_ours(path: Path) -> bool:
 
 
 def is_theirs(path: Path) -> bool:
-    """Returns whether a path is a GGUF file, or a folder in Hugging Face's form."""
+    """Returns whether a path is a file, such as GGUF, or a folder in Hugging Face's form."""
     config = path / "config.json"
     return path.is_file() or (config.is_file() and "model_type" in read_json(config))
 
@@ -48,6 +48,11 @@ def find_decoder(path: str) -> Path:
 
 def check_ours(folder: Path, path: str) -> None:
     """Raises UserError unless `folder` is a decoder folder of ours; `path` is for messages."""
+    if folder.is_file():
+        raise UserError(
+            f"decoder {path!r}: is a file; expected a decoder folder "
+            "(latent_delib.convert makes one from a GGUF file)"
+        )
     if is_theirs(folder):
         raise UserError(
             f"decoder {path!r}: expected a folder that latent_delib.convert has made from it; "

@@ -76,8 +76,8 @@ def test_texts_of_tfds(tfds_folder):
         "tfds:tiny_notes:dev:body": "no split 'dev', tiny_notes has train",
         "tfds:tiny_notes:train[10:]:body": "source 'tfds:tiny_notes:train[10:]:body': ",
         "tfds:tiny_notes:train[1]:body": "source 'tfds:tiny_notes:train[1]:body': ",
-        "tfds:tiny_notes:train:text": "no text 'text', it has body",
-        "tfds:tiny_notes:train:score": "no text 'score', it has body",
+        "tfds:tiny_notes:train:text": "no text feature 'text'; text features: body",
+        "tfds:tiny_notes:train:score": "no text feature 'score'; text features: body",
     }.items():
         assert message in error(source)
 
@@ -167,8 +167,8 @@ def test_texts_of_a_local_folder(tmp_path):
     assert contents(f"hf:{tmp_path}/lines:train:body") == texts
     for source, words in {
         f"hf:{folder}:dev:text": "Bad split: dev. Available splits: ['train', 'test']",
-        f"hf:{folder}:train:score": "no text 'score', it has text",
-        f"hf:{tmp_path}/lines:train:score": "no text 'score', it has body",
+        f"hf:{folder}:train:score": "no text feature 'score'; text features: text",
+        f"hf:{tmp_path}/lines:train:score": "no text feature 'score'; text features: body",
         f"hf:{tmp_path}/none:train:text": f"{tmp_path}/none",
     }.items():
         assert words in error(source)
@@ -231,7 +231,7 @@ def test_texts_of_the_hub(tmp_path):
             "hf:me/absent:train:text",
         ]
         streamed, *errors = run(CHILD % COMMIT, f"{name}:train:text", *wrong, **there)
-        words = ["no text 'score'", "Bad split: dev", "'other' not found"]
+        words = ["no text feature 'score'", "Bad split: dev", "'other' not found"]
         words += ["no revision 'other'", "HF_TOKEN", "no such dataset"]
         for line, source, expected in zip(errors, wrong, words, strict=True):
             assert line.startswith(f"config.data: source {source!r}: ") and expected in line
@@ -354,8 +354,8 @@ def test_questions_of_tfds(tmp_path, monkeypatch):
         ]
         assert [each.steps.split() for each in found] == [" ".join(s).split() for s in steps]
     source = "qa_steps:tfds:sums:train:body,steps"
-    assert "no text 'steps', it has answer, body, whole" in error(source)
-    assert "no text 'score', it has answer, body, whole, steps" in error(
+    assert "no text feature 'steps'; text features: answer, body, whole" in error(source)
+    assert "no text feature 'score'; text features: answer, body, whole, steps" in error(
         f"{source[:-5]}answer,score"
     )
 
@@ -364,10 +364,10 @@ def test_features_that_hold_no_questions(tmp_path, tokenizer_path):
     write_sums(tmp_path)
     source = f"qa_steps:hf:{tmp_path}/sums:train"
     for features, words in {
-        "q,score": "no text 'score', it has q, whole, answer",
-        "q,steps": "no text 'steps', it has q, whole, answer",
-        "q,answer,score": "no text 'score', it has q, whole, answer, steps",
-        "question,answer": "no text 'question', it has q, whole, answer",
+        "q,score": "no text feature 'score'; text features: q, whole, answer",
+        "q,steps": "no text feature 'steps'; text features: q, whole, answer",
+        "q,answer,score": "no text feature 'score'; text features: q, whole, answer, steps",
+        "question,answer": "no text feature 'question'; text features: q, whole, answer",
     }.items():
         assert (
             error(f"{source}:{features}")

@@ -183,6 +183,8 @@ def test_the_rows(make_config, sources, tmp_path):
     *own, last = batches.validation_rows(data, tokenizer_path=tokenizer_path, count=8)["tokens"]
     among = {row.tobytes() for row in rows_of(make_config({"data.token_files": ""}), 64)["tokens"]}
     assert all(row.tobytes() in among for row in own) and last.tobytes() not in among
+    few = batches.validation_rows(data, tokenizer_path=tokenizer_path, count=3)["tokens"]
+    assert all(row.tobytes() in among for row in few), "more sources than rows"
 
 
 def test_what_is_refused(make_config, tmp_path, capsys):

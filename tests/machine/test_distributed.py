@@ -346,7 +346,7 @@ def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(
-            UserError, match=f"port {port}, the coordinator's, cannot be opened: .*in use"
+            UserError, match=f"cannot open port {port} of the coordinator: .*in use"
         ):
             roll_call.meet(f"127.0.0.1:{port}", 2, 0, 0.5)
 

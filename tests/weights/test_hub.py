@@ -87,5 +87,13 @@ def test_a_download_that_breaks_off(name, monkeypatch):
         hub.download("hf:me/decoder")
 
 
+def test_a_process_uses_one_revision(monkeypatch):
+    import huggingface_hub
+
+    answers = iter(("first", "second"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **options: next(answers))
+    assert {hub.download("hf:me/moving") for _ in range(2)} == {Path("first")}
+
+
 def test_other_paths_stay_as_they_are():
     assert hub.download("runs/a") == Path("runs/a")

@@ -36,6 +36,8 @@ def test_what_is_refused(hf, tmp_path):
     theirs = hf("llama")
     with pytest.raises(ld.UserError, match="expected a folder that latent_delib.convert has made"):
         locate.find_decoder(str(theirs))  # as training does
+    with pytest.raises(ld.UserError, match="config.json': is a file; expected a decoder folder"):
+        locate.find_decoder(str(theirs / "config.json"))
     (theirs / "tokenizer.model").unlink()
     with pytest.raises(ld.UserError, match="has no tokenizer"):
         ld.load_decoder(theirs)
