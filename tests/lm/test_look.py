@@ -133,7 +133,8 @@ def test_nearest_words(decoder):
     assert [n.word for n in near[1]] == look.words(lm, np.argsort(-cosines)[:4])
     np.testing.assert_allclose([n.cosine for n in near[1]], np.sort(cosines)[::-1][:4], atol=1e-5)
     assert [n.cosine for n in near[2]] == [0] * 4  # no direction, and no division by nothing
-    with pytest.raises(ld.UserError, match=r"^z: of shape \(1, 3, 32\), expected \[L, 32\]"):
+    said = r"^z: of shape \(1, 3, 32\), expected the latents of one position, \[L, 32\]"
+    with pytest.raises(ld.UserError, match=said):
         look.nearest(lm, z[None])
 
 
