@@ -190,8 +190,8 @@ def _wanted_row(name: str, row: Row, model: str, kinds: set[str], cot: str, flag
     is_cot = model == "zero_shot_cot"
     if is_cot and (kinds != {"generate_until"} or row["set"] == "questions"):
         raise UserError(
-            f"--model=zero_shot_cot: expected a task with free-form answers, and {name} has "
-            "choices, text to score or replies that are the answer alone"
+            f"--model=zero_shot_cot: {name} has choices, text to score or replies that are the "
+            "answer alone; expected a task with free-form answers"
         )
     again = model == "augmented" and kinds & {"generate_until", "loglikelihood_rolling"}
     late = model == "augmented" and "generate_until" in kinds  # a scored text never waits
