@@ -196,7 +196,7 @@ def donors(seed: int, text: ValidationText, places: np.ndarray) -> np.ndarray:
         if np.count_nonzero(text.source == number) == 1:
             raise UserError(
                 f"config.evaluate.swap: {name!r} of config.data.validation "
-                "has one document; expected two at least"
+                "has one document among the pieces; expected two at least"
             )
         ring = at_random[source[at_random] == number]
         for place, piece in enumerate(ring):
